@@ -1,0 +1,195 @@
+//! What the API needs of the agent behind it.
+
+use std::{
+    pin::Pin,
+    task::{Context, Poll},
+    time::Duration,
+};
+
+use async_trait::async_trait;
+use axum::body::Bytes;
+use futures_core::Stream;
+use tokio::sync::mpsc;
+
+use crate::{problem::Problem, types::*};
+
+/// Who makes a request: the process at the other end of the Unix socket (SO_PEERCRED, as of when it connected).
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub struct Caller {
+    /// Effective user id.
+    pub uid: u32,
+    /// Effective group id.
+    pub gid: u32,
+    /// Process id, for the log only: it may be another process by now.
+    pub pid: Option<i32>,
+}
+
+/// A VM after an action.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Progress {
+    /// The VM now.
+    pub vm: Vm,
+    /// Whether the action is complete; if not it goes on, and the answer is 202 in place of 200.
+    pub complete: bool,
+}
+
+/// The agent, as the REST routes see it.
+///
+/// Requests have been checked ([`VmSpec::check`]) before they come here. `expect` is the revision of `If-Match`: the
+/// object must be at it, or the answer is [`Problem::revision_mismatch`]. A method may be dropped at any await when the
+/// client goes away: what must be finished belongs into a task of the agent's own.
+#[async_trait]
+pub trait Backend: Send + Sync + 'static {
+    /// Whether the agent can do its work.
+    async fn health(&self) -> Health;
+
+    /// Makes a VM; it holds nothing of the host yet. Problems: `name_taken`, `mac_in_use`.
+    async fn create_vm(&self, caller: Caller, spec: VmSpec) -> Result<Vm, Problem>;
+    /// All VMs by name.
+    async fn list_vms(&self) -> Result<Vec<Vm>, Problem>;
+    /// One VM.
+    async fn get_vm(&self, vm: ObjectRef) -> Result<Vm, Problem>;
+    /// Stops the VM if it runs, gives back what it holds, forgets it. Answers when that is done.
+    async fn delete_vm(&self, caller: Caller, vm: ObjectRef, expect: Option<u64>) -> Result<(), Problem>;
+    /// Begins an action and waits at most `wait` for it to complete. What can be said at once is (a VF in use, a
+    /// missing kernel), even if `wait` is zero; an action that fails while it is waited for is a problem.
+    async fn act(
+        &self,
+        caller: Caller,
+        vm: ObjectRef,
+        action: VmAction,
+        wait: Duration,
+    ) -> Result<Progress, Problem>;
+    /// Counters; `wrong_state` while the VM has no process.
+    async fn stats(&self, vm: ObjectRef) -> Result<VmStats, Problem>;
+    /// The console's log from `offset` on (None: the oldest byte kept; beyond the end: the end), and what comes if
+    /// `follow`. The stream ends at the end of the log, or with `follow` when the VM is deleted or at rest.
+    async fn read_console(
+        &self,
+        vm: ObjectRef,
+        offset: Option<u64>,
+        follow: bool,
+    ) -> Result<ConsoleRead, Problem>;
+    /// Types bytes on the console; returns how many were taken (the guest may be slow). `wrong_state` while the VM has
+    /// no process.
+    async fn write_console(&self, caller: Caller, vm: ObjectRef, bytes: Bytes) -> Result<usize, Problem>;
+
+    /// All PFs by name.
+    async fn list_pfs(&self) -> Result<Vec<Pf>, Problem>;
+    /// One PF.
+    async fn get_pf(&self, pf: ObjectRef) -> Result<Pf, Problem>;
+    /// Changes the number of VFs. Problems: `vfs_in_use`, `too_many_vfs`.
+    async fn set_vfs(
+        &self,
+        caller: Caller,
+        pf: ObjectRef,
+        count: u32,
+        expect: Option<u64>,
+    ) -> Result<Pf, Problem>;
+    /// All VFs by PF and number.
+    async fn list_vfs(&self) -> Result<Vec<Vf>, Problem>;
+}
+
+/// Whether the agent can do its work: nothing in `complaints`.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Health {
+    /// What is wrong, a line each, with its cure.
+    pub complaints: Vec<String>,
+}
+
+/// A part of a console's log.
+pub struct ConsoleRead {
+    /// Offset of the first byte of the stream.
+    pub start: u64,
+    /// The bytes.
+    pub bytes: Pin<Box<dyn Stream<Item = Bytes> + Send>>,
+}
+
+impl ConsoleRead {
+    /// A read that yields what a channel yields, until its sender is dropped.
+    pub fn from_channel(start: u64, receiver: mpsc::Receiver<Bytes>) -> Self {
+        ConsoleRead { start, bytes: Box::pin(Received(receiver)) }
+    }
+}
+
+/// A channel as a stream.
+pub(crate) struct Received<T>(pub(crate) mpsc::Receiver<T>);
+
+impl<T> Stream for Received<T> {
+    type Item = T;
+    fn poll_next(mut self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<Option<T>> {
+        self.0.poll_recv(context)
+    }
+}
+
+/// The agent's switches, as the REST routes see them. `expect` is as in [`Backend`].
+#[async_trait]
+pub trait PolicyBackend: Send + Sync + 'static {
+    /// All switches by name.
+    async fn list_switches(&self) -> Result<Vec<Switch>, Problem>;
+    /// One switch.
+    async fn get_switch(&self, switch: ObjectRef) -> Result<Switch, Problem>;
+    /// Creates the switch or replaces its specification; what running ports no longer may have is taken back.
+    async fn put_switch(
+        &self,
+        caller: Caller,
+        name: Name,
+        spec: SwitchSpec,
+        expect: Option<u64>,
+    ) -> Result<Put<Switch>, Problem>;
+    /// Forgets a switch; `switch_in_use` while it has port groups.
+    async fn delete_switch(
+        &self,
+        caller: Caller,
+        switch: ObjectRef,
+        expect: Option<u64>,
+    ) -> Result<(), Problem>;
+
+    /// All port groups by name.
+    async fn list_port_groups(&self) -> Result<Vec<PortGroup>, Problem>;
+    /// One port group.
+    async fn get_port_group(&self, group: ObjectRef) -> Result<PortGroup, Problem>;
+    /// Creates the port group or replaces its specification; what running ports no longer may have is taken back.
+    async fn put_port_group(
+        &self,
+        caller: Caller,
+        name: Name,
+        spec: PortGroupSpec,
+        expect: Option<u64>,
+    ) -> Result<Put<PortGroup>, Problem>;
+    /// Forgets a port group; `port_group_in_use` while ports use it.
+    async fn delete_port_group(
+        &self,
+        caller: Caller,
+        group: ObjectRef,
+        expect: Option<u64>,
+    ) -> Result<(), Problem>;
+
+    /// All ports by VM and adapter.
+    async fn list_ports(&self) -> Result<Vec<Port>, Problem>;
+    /// One port; its name (`web1/eth0`) has a slash, so paths name it by id.
+    async fn get_port(&self, port: ObjectRef) -> Result<Port, Problem>;
+    /// Replaces a port's specification.
+    async fn put_port(
+        &self,
+        caller: Caller,
+        port: ObjectRef,
+        spec: PortSpec,
+        expect: Option<u64>,
+    ) -> Result<Port, Problem>;
+
+    /// Decisions that pass the filter, the latest first.
+    async fn decisions(&self, filter: DecisionFilter) -> Result<Vec<Decision>, Problem>;
+    /// What happens after the event of this id (None: from now on). Begins with [`EventKind::Gap`] if events in
+    /// between are no longer kept; ends when the subscriber is too slow, who then asks again.
+    async fn events(&self, after: Option<u64>) -> Result<mpsc::Receiver<Event>, Problem>;
+}
+
+/// An object after PUT.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Put<T> {
+    /// The object now.
+    pub object: T,
+    /// Whether it is new.
+    pub created: bool,
+}

@@ -1,0 +1,371 @@
+//! A typed client of the API over the agent's Unix socket.
+//!
+//! One connection for each request: a local connect costs microseconds, and there is no pool to go stale. It is built
+//! on hyper, which the server needs anyway; common HTTP clients cannot speak over Unix sockets.
+
+mod policy;
+
+use std::{
+    fmt::Write as _,
+    io,
+    path::{Path, PathBuf},
+    time::Duration,
+};
+
+use axum::body::Bytes;
+use http_body_util::{BodyExt, Full, Limited};
+use hyper::{
+    Method, Request, Response, StatusCode,
+    body::Incoming,
+    client::conn::http1,
+    header::{CONTENT_TYPE, HOST, IF_MATCH},
+};
+use hyper_util::rt::TokioIo;
+use serde::{Serialize, de::DeserializeOwned};
+use tokio::{net::UnixStream, time::timeout};
+
+pub use policy::Events;
+
+use crate::{Problem, Progress, types::*};
+
+/// Where the agent listens unless told otherwise.
+pub const DEFAULT_SOCKET: &str = "/run/portcullis/api.sock";
+
+/// The most bytes of an answer that are read.
+const MAX_ANSWER: usize = 64 << 20;
+
+/// How long the agent may take to answer, beside the time that a request asks it to wait.
+const PATIENCE: Duration = Duration::from_secs(60);
+
+/// Why a request did not get its answer.
+#[derive(Debug, thiserror::Error)]
+pub enum ClientError {
+    /// Nobody listens.
+    #[error(
+        "No agent listens on {}: start one with `portcullis serve`, or name its socket with --socket",
+        .socket.display()
+    )]
+    NoAgent {
+        /// The socket.
+        socket: PathBuf,
+        /// What connecting to it said.
+        source: io::Error,
+    },
+    /// The user may not connect.
+    #[error("This user may not use the agent's socket {}: become its owner (root, as a rule)", .socket.display())]
+    NotAllowed {
+        /// The socket.
+        socket: PathBuf,
+        /// What connecting to it said.
+        source: io::Error,
+    },
+    /// The connection broke.
+    #[error("The connection to the agent on {} broke: see its log", .socket.display())]
+    Broken {
+        /// The socket.
+        socket: PathBuf,
+        /// What HTTP said.
+        source: hyper::Error,
+    },
+    /// The agent did not answer in time.
+    #[error("The agent on {} did not answer within {} s: see its log", .socket.display(), .waited.as_secs())]
+    TimedOut {
+        /// The socket.
+        socket: PathBuf,
+        /// How long the client waited.
+        waited: Duration,
+    },
+    /// The request was refused or failed.
+    #[error(transparent)]
+    Problem(#[from] Box<Problem>),
+    /// What came back is not what this API answers.
+    #[error(
+        "The answer to {request} is not one of Portcullis ({what}): is this its socket, and of this version?"
+    )]
+    Strange {
+        /// Method and path.
+        request: String,
+        /// What is strange.
+        what: String,
+    },
+}
+
+impl ClientError {
+    /// The problem, if the agent answered with one.
+    pub fn problem(&self) -> Option<&Problem> {
+        match self {
+            ClientError::Problem(problem) => Some(problem),
+            _ => None,
+        }
+    }
+}
+
+/// The client.
+#[derive(Clone, Debug)]
+pub struct Client {
+    socket: PathBuf,
+}
+
+/// A request before it is sent.
+struct Call {
+    method: Method,
+    path: String,
+    kind: Option<&'static str>,
+    body: Bytes,
+    if_match: Option<u64>,
+    last_event: Option<u64>,
+    patience: Duration,
+}
+
+impl Call {
+    fn new(method: Method, path: String) -> Self {
+        Call {
+            method,
+            path,
+            kind: None,
+            body: Bytes::new(),
+            if_match: None,
+            last_event: None,
+            patience: PATIENCE,
+        }
+    }
+
+    fn get(path: String) -> Self {
+        Call::new(Method::GET, path)
+    }
+
+    fn json(mut self, body: &impl Serialize) -> Result<Self, ClientError> {
+        let written = serde_json::to_vec(body).map_err(|error| self.strange(error.to_string()))?;
+        self.kind = Some("application/json");
+        self.body = written.into();
+        Ok(self)
+    }
+
+    fn strange(&self, what: impl Into<String>) -> ClientError {
+        ClientError::Strange { request: format!("{} {}", self.method, self.path), what: what.into() }
+    }
+}
+
+impl Client {
+    /// A client of the agent that listens on this socket. Nothing is connected before the first request.
+    pub fn new(socket: impl Into<PathBuf>) -> Self {
+        Client { socket: socket.into() }
+    }
+
+    /// The socket.
+    pub fn socket(&self) -> &Path {
+        &self.socket
+    }
+
+    /// `POST /v1/vms`.
+    pub async fn create_vm(&self, spec: &VmSpec) -> Result<Vm, ClientError> {
+        self.read(Call::new(Method::POST, "/v1/vms".to_owned()).json(spec)?).await
+    }
+
+    /// `GET /v1/vms`.
+    pub async fn list_vms(&self) -> Result<Vec<Vm>, ClientError> {
+        self.list("/v1/vms").await
+    }
+
+    /// `GET /v1/vms/{name}`.
+    pub async fn get_vm(&self, vm: &str) -> Result<Vm, ClientError> {
+        self.read(Call::get(format!("/v1/vms/{}", segment(vm)))).await
+    }
+
+    /// `DELETE /v1/vms/{name}`, only at this revision if there is one.
+    pub async fn delete_vm(&self, vm: &str, if_match: Option<u64>) -> Result<(), ClientError> {
+        let call = Call::new(Method::DELETE, format!("/v1/vms/{}", segment(vm)));
+        self.send(&Call { if_match, ..call }).await.map(drop)
+    }
+
+    /// `POST /v1/vms/{name}/boot` and so on. The agent takes a wait of at most 600 seconds.
+    pub async fn act(&self, vm: &str, action: VmAction, wait: Duration) -> Result<Progress, ClientError> {
+        let path = format!("/v1/vms/{}/{}?wait={}", segment(vm), action.as_str(), wait.as_secs());
+        let call = Call { patience: PATIENCE.saturating_add(wait), ..Call::new(Method::POST, path) };
+        let response = self.send(&call).await?;
+        let complete = response.status() != StatusCode::ACCEPTED;
+        Ok(Progress { vm: self.parse(&call, response).await?, complete })
+    }
+
+    /// `GET /v1/vms/{name}/stats`.
+    pub async fn stats(&self, vm: &str) -> Result<VmStats, ClientError> {
+        self.read(Call::get(format!("/v1/vms/{}/stats", segment(vm)))).await
+    }
+
+    /// `GET /v1/vms/{name}/console`.
+    pub async fn read_console(
+        &self,
+        vm: &str,
+        offset: Option<u64>,
+        follow: bool,
+    ) -> Result<Console, ClientError> {
+        let mut path = format!("/v1/vms/{}/console?follow={follow}", segment(vm));
+        if let Some(offset) = offset {
+            // Writing to a String does not fail.
+            let _ = write!(path, "&offset={offset}");
+        }
+        let call = Call::get(path);
+        let response = self.send(&call).await?;
+        let start =
+            response.headers().get("console-offset").and_then(|value| value.to_str().ok()?.parse().ok());
+        let start = start.ok_or_else(|| call.strange("no console-offset"))?;
+        Ok(Console { start, body: response.into_body(), socket: self.socket.clone() })
+    }
+
+    /// `POST /v1/vms/{name}/console`: returns how many of the bytes (at most 4096) were taken.
+    pub async fn write_console(&self, vm: &str, bytes: impl Into<Bytes>) -> Result<usize, ClientError> {
+        let call = Call::new(Method::POST, format!("/v1/vms/{}/console", segment(vm)));
+        let call = Call { kind: Some("application/octet-stream"), body: bytes.into(), ..call };
+        self.read::<ConsoleTaken>(call).await.map(|answer| answer.taken)
+    }
+
+    /// `GET /v1/pfs`.
+    pub async fn list_pfs(&self) -> Result<Vec<Pf>, ClientError> {
+        self.list("/v1/pfs").await
+    }
+
+    /// `GET /v1/pfs/{name}`.
+    pub async fn get_pf(&self, pf: &str) -> Result<Pf, ClientError> {
+        self.read(Call::get(format!("/v1/pfs/{}", segment(pf)))).await
+    }
+
+    /// `PUT /v1/pfs/{name}/vfs`, only at this revision if there is one.
+    pub async fn set_vfs(&self, pf: &str, count: u32, if_match: Option<u64>) -> Result<Pf, ClientError> {
+        let call = Call::new(Method::PUT, format!("/v1/pfs/{}/vfs", segment(pf))).json(&VfCount { count })?;
+        self.read(Call { if_match, ..call }).await
+    }
+
+    /// `GET /v1/vfs`.
+    pub async fn list_vfs(&self) -> Result<Vec<Vf>, ClientError> {
+        self.list("/v1/vfs").await
+    }
+
+    /// `GET /healthz`: the complaints, none if all is well.
+    pub async fn health(&self) -> Result<Vec<String>, ClientError> {
+        let call = Call::get("/healthz".to_owned());
+        let response = self.exchange(&call).await?;
+        let well = response.status().is_success();
+        let text = String::from_utf8_lossy(&self.collect(&call, response).await?).into_owned();
+        Ok(if well { Vec::new() } else { text.lines().map(str::to_owned).collect() })
+    }
+
+    async fn list<T: DeserializeOwned>(&self, path: &str) -> Result<Vec<T>, ClientError> {
+        self.read::<List<T>>(Call::get(path.to_owned())).await.map(|list| list.items)
+    }
+
+    async fn read<T: DeserializeOwned>(&self, call: Call) -> Result<T, ClientError> {
+        let response = self.send(&call).await?;
+        self.parse(&call, response).await
+    }
+
+    /// Sends the request; an answer that is no success becomes an error.
+    async fn send(&self, call: &Call) -> Result<Response<Incoming>, ClientError> {
+        let response = self.exchange(call).await?;
+        let status = response.status();
+        if status.is_success() {
+            return Ok(response);
+        }
+        let bytes = self.collect(call, response).await?;
+        match serde_json::from_slice::<Problem>(&bytes) {
+            Ok(problem) => Err(Box::new(problem).into()),
+            Err(_) => Err(call.strange(format!("status {status} without a problem"))),
+        }
+    }
+
+    async fn exchange(&self, call: &Call) -> Result<Response<Incoming>, ClientError> {
+        let timed_out = || ClientError::TimedOut { socket: self.socket.clone(), waited: call.patience };
+        timeout(call.patience, self.exchange_unhurried(call)).await.map_err(|_| timed_out())?
+    }
+
+    async fn exchange_unhurried(&self, call: &Call) -> Result<Response<Incoming>, ClientError> {
+        let stream = UnixStream::connect(&self.socket).await.map_err(|source| {
+            let socket = self.socket.clone();
+            match source.kind() {
+                io::ErrorKind::PermissionDenied => ClientError::NotAllowed { socket, source },
+                _ => ClientError::NoAgent { socket, source },
+            }
+        })?;
+        let (mut sender, connection) =
+            http1::handshake(TokioIo::new(stream)).await.map_err(|source| self.broken(source))?;
+        // Ends when the answer has been read or dropped; what it says of errors, the answer says too.
+        tokio::spawn(connection);
+        let mut request = Request::builder().method(&call.method).uri(&call.path).header(HOST, "localhost");
+        if let Some(kind) = call.kind {
+            request = request.header(CONTENT_TYPE, kind);
+        }
+        if let Some(revision) = call.if_match {
+            request = request.header(IF_MATCH, format!("\"{revision}\""));
+        }
+        if let Some(id) = call.last_event {
+            request = request.header("last-event-id", id);
+        }
+        let request =
+            request.body(Full::new(call.body.clone())).map_err(|error| call.strange(error.to_string()))?;
+        sender.send_request(request).await.map_err(|source| self.broken(source))
+    }
+
+    async fn parse<T: DeserializeOwned>(
+        &self,
+        call: &Call,
+        response: Response<Incoming>,
+    ) -> Result<T, ClientError> {
+        let bytes = self.collect(call, response).await?;
+        serde_json::from_slice(&bytes).map_err(|error| call.strange(error.to_string()))
+    }
+
+    async fn collect(&self, call: &Call, response: Response<Incoming>) -> Result<Bytes, ClientError> {
+        let body = Limited::new(response.into_body(), MAX_ANSWER).collect().await;
+        Ok(body.map_err(|error| call.strange(error.to_string()))?.to_bytes())
+    }
+
+    fn broken(&self, source: hyper::Error) -> ClientError {
+        ClientError::Broken { socket: self.socket.clone(), source }
+    }
+}
+
+/// A console's log as it arrives.
+#[derive(Debug)]
+pub struct Console {
+    /// Offset of the first byte.
+    pub start: u64,
+    body: Incoming,
+    socket: PathBuf,
+}
+
+impl Console {
+    /// The next bytes; None at the end.
+    pub async fn chunk(&mut self) -> Result<Option<Bytes>, ClientError> {
+        while let Some(frame) = self.body.frame().await {
+            let frame =
+                frame.map_err(|source| ClientError::Broken { socket: self.socket.clone(), source })?;
+            if let Ok(bytes) = frame.into_data() {
+                return Ok(Some(bytes));
+            }
+        }
+        Ok(None)
+    }
+}
+
+/// A text as one segment of a path (RFC 3986: all but unreserved characters are escaped).
+fn segment(text: &str) -> String {
+    text.bytes().fold(String::with_capacity(text.len()), |mut path, byte| {
+        match byte {
+            b'a'..=b'z' | b'A'..=b'Z' | b'0'..=b'9' | b'-' | b'.' | b'_' | b'~' => {
+                path.push(char::from(byte))
+            }
+            // Writing to a String does not fail.
+            _ => drop(write!(path, "%{byte:02X}")),
+        }
+        path
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    #[test]
+    fn names_cannot_leave_their_segment() {
+        for (text, expect) in [("web1", "web1"), ("a/../b?c", "a%2F..%2Fb%3Fc"), ("ä %", "%C3%A4%20%25")] {
+            assert_eq!(super::segment(text), expect);
+        }
+    }
+}

@@ -1,0 +1,146 @@
+//! Which problems each operation answers with, for the document.
+//!
+//! What follows from an operation's parameters and body is not listed again; what the agent itself can fail with
+//! (`internal`, `unavailable`) any operation can. The API's tests compare every problem that they are given.
+
+use std::collections::BTreeMap;
+
+use utoipa::openapi::{
+    ContentBuilder, Ref, RefOr, Response, ResponseBuilder,
+    path::{Operation, ParameterIn},
+};
+
+use crate::ProblemCode::{self, *};
+
+/// The codes that belong to an operation itself; None if it is not known here, which a test finds.
+fn own(operation: &str) -> Option<&'static [ProblemCode]> {
+    Some(match operation {
+        "list_vms" | "get_vm" | "list_pfs" | "get_pf" | "list_vfs" | "read_console" => &[],
+        "list_switches" | "get_switch" | "list_port_groups" | "get_port_group" => &[],
+        "list_ports" | "get_port" | "list_decisions" | "events" => &[],
+        "create_vm" => &[NameTaken, MacInUse, PortGroupNotFound],
+        "delete_vm" => &[WrongState, DeviceFailed, PfRefused],
+        "boot_vm" => &[
+            WrongState,
+            KvmUnavailable,
+            VfioUnavailable,
+            MemlockTooSmall,
+            MemoryUnavailable,
+            SandboxUnavailable,
+            VmmFailed,
+            KernelNotFound,
+            KernelUnreadable,
+            KernelInvalid,
+            InitramfsNotFound,
+            InitramfsUnreadable,
+            InitramfsInvalid,
+            VfNotFound,
+            VfInUse,
+            NoFreeVf,
+            VfRemoved,
+            DeviceNotFound,
+            DeviceInUse,
+            DeviceUnsupported,
+            DeviceFailed,
+            GroupNotViable,
+            InterruptRemappingOff,
+            PfDown,
+            PfRefused,
+            MacInUse,
+            PortGroupNotFound,
+            PolicyUnenforceable,
+        ],
+        "pause_vm" | "resume_vm" | "reboot_vm" | "shutdown_vm" | "stop_vm" => &[WrongState, VmmFailed],
+        "vm_stats" | "write_console" => &[WrongState, VmmFailed],
+        "set_vfs" => &[WrongState, PfRefused, VfsInUse, TooManyVfs],
+        "put_switch" => &[NotFound, SwitchInUse, PolicyUnenforceable],
+        "delete_switch" => &[SwitchInUse],
+        "put_port_group" => &[NotFound, SwitchNotFound, PolicyUnenforceable],
+        "patch_port_group" => &[SwitchNotFound, PolicyUnenforceable],
+        "delete_port_group" => &[PortGroupInUse],
+        "patch_port" => &[PolicyUnenforceable],
+        _ => return None,
+    })
+}
+
+/// Every code that an operation answers with; None if the operation is not known here.
+fn codes(operation: &Operation, writes: bool) -> Option<Vec<ProblemCode>> {
+    let own = own(operation.operation_id.as_deref()?)?;
+    let mut codes = own.to_vec();
+    codes.extend([Internal, Unavailable]);
+    if writes {
+        codes.push(Forbidden);
+    }
+    for parameter in operation.parameters.iter().flatten() {
+        let RefOr::T(parameter) = parameter else { continue };
+        codes.push(InvalidRequest);
+        match parameter.parameter_in {
+            // What a PUT names may be new.
+            ParameterIn::Path if !operation_creates(operation) => codes.push(NotFound),
+            ParameterIn::Header if parameter.name == "if-match" => codes.push(RevisionMismatch),
+            _ => {}
+        }
+    }
+    if let Some(RefOr::T(body)) = &operation.request_body {
+        codes.extend([InvalidRequest, BodyTooLarge]);
+        if body.content.keys().any(|kind| kind.contains("json")) {
+            codes.push(UnsupportedMediaType);
+        }
+    }
+    codes.sort_unstable();
+    codes.dedup();
+    Some(codes)
+}
+
+fn operation_creates(operation: &Operation) -> bool {
+    operation.responses.responses.contains_key("201")
+}
+
+/// Adds to an operation the answers that are problems: one for each status with its codes, and `default` for what a newer
+/// agent may say. `writes` is false for GET.
+pub(super) fn add(operation: &mut Operation, writes: bool) {
+    let mut by_status: BTreeMap<u16, Vec<ProblemCode>> = BTreeMap::new();
+    for code in codes(operation, writes).unwrap_or_default() {
+        by_status.entry(code.status()).or_default().push(code);
+    }
+    let responses = &mut operation.responses.responses;
+    for (status, response) in responses.iter_mut() {
+        if let RefOr::T(response) = response
+            && response.description.is_empty()
+        {
+            // OpenAPI wants one for each.
+            response.description = if status == "201" { "Created." } else { "Done." }.to_owned();
+        }
+    }
+    for (status, codes) in by_status {
+        let listed: Vec<String> =
+            codes.iter().map(|code| format!("`{}`: {}", code.as_str(), code.title())).collect();
+        responses.insert(status.to_string(), RefOr::T(problem(&(listed.join("; ") + "."))));
+    }
+    responses.insert("default".to_owned(), RefOr::T(problem("The request was refused or failed.")));
+}
+
+fn problem(description: &str) -> Response {
+    let content = ContentBuilder::new().schema(Some(Ref::from_schema_name("Problem"))).build();
+    ResponseBuilder::new().description(description).content("application/problem+json", content).build()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn every_operation_is_known_here() {
+        let document = crate::openapi();
+        let mut count = 0;
+        for path in document.paths.paths.values() {
+            for operation in
+                [&path.get, &path.put, &path.post, &path.patch, &path.delete].into_iter().flatten()
+            {
+                assert!(codes(operation, false).is_some(), "{:?}", operation.operation_id);
+                count += 1;
+            }
+        }
+        assert!(count >= 30, "{count}");
+    }
+}

@@ -1,0 +1,158 @@
+//! What handlers take from a request. Whatever is wrong becomes a problem that names the field.
+
+use std::time::Duration;
+
+use axum::{
+    body::Bytes,
+    extract::{ConnectInfo, FromRequest, FromRequestParts, Path, Request},
+    http::{HeaderMap, header, request::Parts},
+};
+use serde::{Deserialize, de::DeserializeOwned};
+use utoipa::IntoParams;
+
+use super::{MAX_BODY, MAX_WAIT_SECONDS, Peer};
+use crate::{Caller, Problem, ProblemCode, types::ObjectRef};
+
+/// A body of JSON.
+pub(super) struct Body<T>(pub(super) T);
+
+impl<S: Send + Sync, T: DeserializeOwned> FromRequest<S> for Body<T> {
+    type Rejection = Problem;
+    async fn from_request(request: Request, state: &S) -> Result<Self, Problem> {
+        if !takes_json(request.headers()) {
+            let detail = "The body must be JSON: send content-type: application/json.";
+            return Err(Problem::new(ProblemCode::UnsupportedMediaType, detail));
+        }
+        let bytes = read_body(request, state, MAX_BODY).await?;
+        let mut json = serde_json::Deserializer::from_slice(&bytes);
+        let value = serde_path_to_error::deserialize(&mut json).map_err(|error| misread(&error, "body"))?;
+        json.end().map_err(|error| {
+            Problem::invalid("body", format!("The body has more than one value: {error}."))
+        })?;
+        Ok(Body(value))
+    }
+}
+
+/// The problem of a text that does not read; `whole` is its field where no part of it is to blame.
+pub(super) fn misread<E: std::fmt::Display>(error: &serde_path_to_error::Error<E>, whole: &str) -> Problem {
+    // The path ends in "?" where the input ended before the place had a name.
+    let path = error.path().to_string();
+    let field = match path.trim_end_matches(['?', '.']) {
+        "" => whole,
+        field => field,
+    };
+    Problem::invalid(field, format!("{field}: {}.", error.inner()))
+}
+
+/// Whether the body's type is JSON, or not said.
+fn takes_json(headers: &HeaderMap) -> bool {
+    let Some(kind) = headers.get(header::CONTENT_TYPE) else { return true };
+    let kind = kind.to_str().unwrap_or_default().split(';').next().unwrap_or_default().trim();
+    ["application/json", "application/merge-patch+json"].iter().any(|known| kind.eq_ignore_ascii_case(known))
+}
+
+/// Reads the body, at most `limit` bytes of it.
+pub(super) async fn read_body<S: Send + Sync>(
+    request: Request,
+    state: &S,
+    limit: usize,
+) -> Result<Bytes, Problem> {
+    let too_large =
+        || Problem::new(ProblemCode::BodyTooLarge, format!("A body here has at most {limit} bytes."));
+    let bytes =
+        Bytes::from_request(request, state).await.map_err(|rejection| match rejection.status().as_u16() {
+            413 => too_large(),
+            _ => Problem::invalid("body", "The body could not be read: the connection ended within it."),
+        })?;
+    if bytes.len() > limit { Err(too_large()) } else { Ok(bytes) }
+}
+
+/// The query.
+pub(super) struct Query<T>(pub(super) T);
+
+impl<S: Send + Sync, T: DeserializeOwned> FromRequestParts<S> for Query<T> {
+    type Rejection = Problem;
+    async fn from_request_parts(parts: &mut Parts, _state: &S) -> Result<Self, Problem> {
+        let pairs = form_urlencoded::parse(parts.uri.query().unwrap_or_default().as_bytes());
+        serde_path_to_error::deserialize(serde_urlencoded::Deserializer::new(pairs))
+            .map(Query)
+            .map_err(|error| misread(&error, "query"))
+    }
+}
+
+/// `?wait=SECONDS`.
+#[derive(Deserialize, IntoParams)]
+#[serde(deny_unknown_fields)]
+#[into_params(parameter_in = Query)]
+pub(super) struct Wait {
+    /// Waits at most this many seconds for the action to complete. The answer is 200 if it has, 202 if it goes on.
+    #[serde(default)]
+    #[param(minimum = 0, maximum = 600, default = 0)]
+    wait: u64,
+}
+
+impl Wait {
+    /// The time to wait.
+    pub(super) fn duration(&self) -> Result<Duration, Problem> {
+        if self.wait > MAX_WAIT_SECONDS {
+            let detail =
+                format!("wait: {} is not a number of seconds from 0 to {MAX_WAIT_SECONDS}.", self.wait);
+            return Err(Problem::invalid("wait", detail));
+        }
+        Ok(Duration::from_secs(self.wait))
+    }
+}
+
+/// `{name}` of the path: a name or an id.
+pub(super) struct Named(pub(super) ObjectRef);
+
+impl<S: Send + Sync> FromRequestParts<S> for Named {
+    type Rejection = Problem;
+    async fn from_request_parts(parts: &mut Parts, state: &S) -> Result<Self, Problem> {
+        let Path(name) = Path::<String>::from_request_parts(parts, state)
+            .await
+            .map_err(|_| Problem::invalid("name", "The name in the path is not UTF-8."))?;
+        Ok(Named(name.into()))
+    }
+}
+
+/// The revision of `If-Match`; None if there is no such header, or it is `*`.
+pub(super) struct IfMatch(pub(super) Option<u64>);
+
+impl<S: Send + Sync> FromRequestParts<S> for IfMatch {
+    type Rejection = Problem;
+    async fn from_request_parts(parts: &mut Parts, _state: &S) -> Result<Self, Problem> {
+        let mut values = parts.headers.get_all(header::IF_MATCH).iter();
+        let (Some(value), None) = (values.next(), values.next()) else {
+            // More than one is refused below like any other text that is no revision.
+            return if parts.headers.contains_key(header::IF_MATCH) {
+                Err(not_a_revision())
+            } else {
+                Ok(IfMatch(None))
+            };
+        };
+        let text = value.to_str().map_err(|_| not_a_revision())?.trim();
+        if text == "*" {
+            return Ok(IfMatch(None));
+        }
+        let bare = text.strip_prefix('"').and_then(|rest| rest.strip_suffix('"')).unwrap_or(text);
+        bare.parse().map(|revision| IfMatch(Some(revision))).map_err(|_| not_a_revision())
+    }
+}
+
+fn not_a_revision() -> Problem {
+    Problem::invalid("if-match", "If-Match takes one ETag that this API gave, such as \"3\", or *.")
+}
+
+impl<S: Send + Sync> FromRequestParts<S> for Caller {
+    type Rejection = Problem;
+    async fn from_request_parts(parts: &mut Parts, state: &S) -> Result<Self, Problem> {
+        match ConnectInfo::<Peer>::from_request_parts(parts, state).await {
+            Ok(ConnectInfo(Peer(Some(caller)))) => Ok(caller),
+            // Never guess: a caller of uid 0 may read every file.
+            _ => {
+                Err(Problem::new(ProblemCode::Forbidden, "The agent could not learn who makes this request."))
+            }
+        }
+    }
+}

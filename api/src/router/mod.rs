@@ -1,0 +1,78 @@
+//! The routes, and the OpenAPI document that is generated from them.
+
+mod codes;
+mod console;
+mod events;
+mod extract;
+mod host;
+mod merge;
+mod meta;
+mod policy;
+mod respond;
+mod serve;
+mod vms;
+
+use std::sync::Arc;
+
+use axum::{Router, extract::DefaultBodyLimit, middleware, routing::get};
+use utoipa::OpenApi;
+use utoipa_axum::router::OpenApiRouter;
+
+pub use meta::openapi;
+pub use serve::{Peer, serve};
+
+use crate::{Backend, PolicyBackend};
+
+/// The most bytes that a request's body may have.
+pub const MAX_BODY: usize = 64 << 10;
+
+/// The most bytes that can be typed on a console in one request.
+pub const MAX_CONSOLE_INPUT: usize = 4 << 10;
+
+/// The longest time in seconds that `?wait=` takes.
+pub const MAX_WAIT_SECONDS: u64 = 600;
+
+/// What handlers get as state.
+type Shared = Arc<dyn Backend>;
+
+/// The API of VMs and the host on top of a backend.
+///
+/// It expects a [`Peer`] as connection info: use [`serve`], or
+/// [`Router::into_make_service_with_connect_info`].
+pub fn router(backend: Arc<dyn Backend>) -> Router {
+    assemble(routes().with_state(backend.clone()), backend)
+}
+
+/// The whole API: [`router`] and the switches' part.
+pub fn router_with_policy(backend: Arc<dyn Backend>, policy: Arc<dyn PolicyBackend>) -> Router {
+    let routes = routes().with_state(backend.clone()).merge(policy_routes().with_state(policy));
+    assemble(routes, backend)
+}
+
+/// Adds what is beside the documented routes, and around all of them.
+fn assemble(routes: OpenApiRouter, backend: Arc<dyn Backend>) -> Router {
+    let (routes, mut document) = routes.split_for_parts();
+    meta::complete(&mut document);
+    // The document is made of literals; if it could not be written, its route alone would be empty.
+    let text = document.to_pretty_json().unwrap_or_default();
+    routes
+        .route("/v1/openapi.json", get(move || meta::serve_document(text)))
+        .route("/healthz", get(meta::healthz).with_state(backend))
+        .fallback(respond::no_such_path)
+        .method_not_allowed_fallback(respond::no_such_method)
+        .layer(DefaultBodyLimit::max(MAX_BODY))
+        .layer(middleware::from_fn(respond::identify))
+}
+
+/// The documented routes of VMs and the host.
+fn routes() -> OpenApiRouter<Shared> {
+    OpenApiRouter::with_openapi(meta::Document::openapi())
+        .merge(vms::routes())
+        .merge(console::routes())
+        .merge(host::routes())
+}
+
+/// The documented routes of the switches.
+fn policy_routes() -> OpenApiRouter<policy::Policy> {
+    policy::routes().merge(events::routes())
+}

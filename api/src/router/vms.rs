@@ -1,0 +1,157 @@
+//! `/v1/vms`.
+
+use axum::{
+    Json,
+    extract::State,
+    http::{HeaderValue, StatusCode, header},
+    response::{IntoResponse, Response},
+};
+use utoipa_axum::{router::OpenApiRouter, routes};
+
+use super::{
+    Shared,
+    extract::{Body, IfMatch, Named, Query, Wait},
+    respond::revisioned,
+};
+use crate::{Caller, Problem, types::*};
+
+pub(super) fn routes() -> OpenApiRouter<Shared> {
+    OpenApiRouter::new()
+        .routes(routes!(list_vms, create_vm))
+        .routes(routes!(get_vm, delete_vm))
+        .routes(routes!(boot_vm))
+        .routes(routes!(pause_vm))
+        .routes(routes!(resume_vm))
+        .routes(routes!(reboot_vm))
+        .routes(routes!(shutdown_vm))
+        .routes(routes!(stop_vm))
+        .routes(routes!(vm_stats))
+}
+
+/// Lists the VMs.
+///
+/// Ordered by name.
+#[utoipa::path(get, path = "/v1/vms", tag = "vms", responses((status = 200, body = List<Vm>)))]
+async fn list_vms(State(backend): State<Shared>) -> Result<Json<List<Vm>>, Problem> {
+    Ok(Json(backend.list_vms().await?.into()))
+}
+
+/// Creates a VM.
+///
+/// It holds nothing of the host until it is booted. Each of its adapters is a port from now on.
+#[utoipa::path(post, path = "/v1/vms", tag = "vms", request_body = VmSpec, responses(
+    (status = 201, body = Vm, headers(("etag" = String, description = "The revision"), ("location" = String)))
+))]
+async fn create_vm(
+    State(backend): State<Shared>,
+    caller: Caller,
+    Body(spec): Body<VmSpec>,
+) -> Result<Response, Problem> {
+    spec.check()?;
+    let vm = backend.create_vm(caller, spec).await?;
+    let mut response = revisioned(StatusCode::CREATED, vm.revision, &vm);
+    if let Ok(location) = HeaderValue::from_str(&format!("/v1/vms/{}", vm.id)) {
+        response.headers_mut().insert(header::LOCATION, location);
+    }
+    Ok(response)
+}
+
+/// Shows a VM.
+///
+/// `status` has its state, the cause of its end, and the VFs and devices that it holds.
+#[utoipa::path(get, path = "/v1/vms/{name}", tag = "vms",
+    params(("name" = String, Path, description = "Name or id")),
+    responses((status = 200, body = Vm, headers(("etag" = String, description = "The revision")))))]
+async fn get_vm(State(backend): State<Shared>, Named(vm): Named) -> Result<Response, Problem> {
+    let vm = backend.get_vm(vm).await?;
+    Ok(revisioned(StatusCode::OK, vm.revision, &vm))
+}
+
+/// Deletes a VM.
+///
+/// Stops it if it runs and gives back what it holds. Answers when that is done.
+#[utoipa::path(delete, path = "/v1/vms/{name}", tag = "vms",
+    params(
+        ("name" = String, Path, description = "Name or id"),
+        ("if-match" = Option<String>, Header, description = "The revision that it must be at")
+    ),
+    responses((status = 204)))]
+async fn delete_vm(
+    State(backend): State<Shared>,
+    caller: Caller,
+    Named(vm): Named,
+    IfMatch(expect): IfMatch,
+) -> Result<StatusCode, Problem> {
+    backend.delete_vm(caller, vm, expect).await?;
+    Ok(StatusCode::NO_CONTENT)
+}
+
+/// One route for each [`VmAction`].
+macro_rules! actions {
+    ($($(#[$doc:meta])* $handler:ident = $path:literal, $action:ident;)*) => {$(
+        $(#[$doc])*
+        #[utoipa::path(post, path = $path, tag = "vms",
+            params(("name" = String, Path, description = "Name or id"), Wait),
+            responses(
+                (status = 200, body = Vm, description = "The action is complete"),
+                (status = 202, body = Vm, description = "The action goes on")
+            ))]
+        async fn $handler(
+            backend: State<Shared>,
+            caller: Caller,
+            vm: Named,
+            wait: Query<Wait>,
+        ) -> Result<Response, Problem> {
+            act(backend, caller, vm, wait, VmAction::$action).await
+        }
+    )*};
+}
+
+actions! {
+    /// Boots a VM.
+    ///
+    /// Claims its devices, has its adapters' policy set on their PFs, builds the machine and runs it.
+    boot_vm = "/v1/vms/{name}/boot", Boot;
+    /// Pauses a running VM.
+    ///
+    /// Its vCPUs stand still. One that is paused already stays so.
+    pause_vm = "/v1/vms/{name}/pause", Pause;
+    /// Lets a paused VM go on.
+    ///
+    /// One that runs already goes on.
+    resume_vm = "/v1/vms/{name}/resume", Resume;
+    /// Resets a VM and boots it again.
+    ///
+    /// The guest is not asked. Its adapters have their initial addresses again.
+    reboot_vm = "/v1/vms/{name}/reboot", Reboot;
+    /// Presses a VM's power button.
+    ///
+    /// Complete when the guest has powered off, if it does.
+    shutdown_vm = "/v1/vms/{name}/shutdown", Shutdown;
+    /// Ends a VM at once.
+    ///
+    /// Gives back its devices. One that is at rest stays so.
+    stop_vm = "/v1/vms/{name}/stop", Stop;
+}
+
+async fn act(
+    State(backend): State<Shared>,
+    caller: Caller,
+    Named(vm): Named,
+    Query(wait): Query<Wait>,
+    action: VmAction,
+) -> Result<Response, Problem> {
+    let progress = backend.act(caller, vm, action, wait.duration()?).await?;
+    let status = if progress.complete { StatusCode::OK } else { StatusCode::ACCEPTED };
+    Ok(revisioned(status, progress.vm.revision, &progress.vm))
+}
+
+/// Shows a VM's counters.
+///
+/// Exits by reason, mailbox messages, the time to the guest's first instruction. Refused while it has no process.
+#[utoipa::path(get, path = "/v1/vms/{name}/stats", tag = "vms",
+    params(("name" = String, Path, description = "Name or id")),
+    responses((status = 200, body = VmStats)))]
+async fn vm_stats(State(backend): State<Shared>, Named(vm): Named) -> Result<Response, Problem> {
+    Ok(Json(backend.stats(vm).await?).into_response())
+}

@@ -1,0 +1,19 @@
+//! Wire types: what goes over the API as JSON.
+//!
+//! Every object that users make or configure has an immutable `id`, a `name`, a `revision` (one more for each change
+//! of its specification; the ETag), when it was `created`, a `spec` (what was asked) and a `status` (what is).
+
+mod event;
+mod host;
+mod object;
+mod policy;
+pub(crate) mod schema;
+mod values;
+mod vm;
+
+pub use event::*;
+pub use host::*;
+pub use object::*;
+pub use policy::*;
+pub use values::*;
+pub use vm::*;

@@ -1,0 +1,78 @@
+//! What all objects share.
+
+use std::{convert::Infallible, fmt, str::FromStr};
+
+use serde::{Deserialize, Serialize};
+use utoipa::ToSchema;
+use uuid::Uuid;
+
+/// What a path names an object by: its id or its name.
+#[derive(Clone, Debug, PartialEq, Eq, Hash, Deserialize)]
+#[serde(from = "String")]
+pub enum ObjectRef {
+    /// The immutable id.
+    Id(Uuid),
+    /// The name, as the caller wrote it: it may be none that an object can have.
+    Name(String),
+}
+
+impl ObjectRef {
+    /// Whether an object of this id and name is meant.
+    pub fn means(&self, id: Uuid, name: &str) -> bool {
+        match self {
+            ObjectRef::Id(wanted) => *wanted == id,
+            ObjectRef::Name(wanted) => wanted == name,
+        }
+    }
+}
+
+impl From<String> for ObjectRef {
+    fn from(text: String) -> Self {
+        match Uuid::try_parse(&text) {
+            Ok(id) => ObjectRef::Id(id),
+            Err(_) => ObjectRef::Name(text),
+        }
+    }
+}
+
+impl FromStr for ObjectRef {
+    type Err = Infallible;
+    fn from_str(text: &str) -> Result<Self, Infallible> {
+        Ok(text.to_owned().into())
+    }
+}
+
+impl fmt::Display for ObjectRef {
+    /// Escapes what is not printable and clips, so that it can go into messages and logs.
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            ObjectRef::Id(id) => id.fmt(f),
+            ObjectRef::Name(name) => name.chars().take(64).collect::<String>().escape_debug().fmt(f),
+        }
+    }
+}
+
+/// All objects of a kind, ordered by name.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+pub struct List<T> {
+    /// The objects.
+    pub items: Vec<T>,
+}
+
+impl<T> From<Vec<T>> for List<T> {
+    fn from(items: Vec<T>) -> Self {
+        List { items }
+    }
+}
+
+/// A VM as others refer to it: the id for programs, the name for people.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+pub struct Owner {
+    /// The VM's id.
+    pub vm: Uuid,
+    /// The VM's name.
+    pub name: String,
+    /// The adapter's id within the VM, if it is one.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub adapter: Option<String>,
+}

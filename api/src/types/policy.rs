@@ -1,0 +1,281 @@
+//! Switches, port groups, ports, decisions. Policy values are `netpolicy`'s own: one definition of what is valid.
+
+use std::collections::BTreeSet;
+
+use netpolicy::{
+    Committed, DecidedBy, EffectivePolicy, MacAddress, Outcome, Reason, Setting, Settings, SwitchKind,
+};
+use serde::{Deserialize, Serialize};
+use utoipa::{IntoParams, ToSchema};
+use uuid::Uuid;
+
+use super::{Bdf, Name, Owner, Timestamp};
+
+/// The authority over some uplinks and their port groups.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+pub struct Switch {
+    /// Immutable; never used again.
+    pub id: Uuid,
+    /// Unique among switches.
+    pub name: Name,
+    /// One more for each change of the specification.
+    pub revision: u64,
+    /// When it was created.
+    pub created: Timestamp,
+    /// What was asked.
+    pub spec: SwitchSpec,
+    /// What is.
+    pub status: SwitchStatus,
+}
+
+/// What is asked of a switch.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+#[serde(deny_unknown_fields, default)]
+pub struct SwitchSpec {
+    /// Where its definition lives: `standard` on this host.
+    #[schema(value_type = String, example = "standard")]
+    pub kind: SwitchKind,
+    /// The PFs whose VFs its ports get, by interface name. A PF is an uplink of one switch only.
+    #[schema(example = json!(["enp1s0"]))]
+    pub uplinks: BTreeSet<String>,
+    /// What its port groups start from.
+    #[schema(value_type = super::schema::Settings)]
+    pub settings: Settings,
+}
+
+/// What a switch is.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+pub struct SwitchStatus {
+    /// How many port groups it has.
+    pub port_groups: u64,
+    /// How many ports these have.
+    pub ports: u64,
+}
+
+/// A named set of policies.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+pub struct PortGroup {
+    /// Immutable; never used again.
+    pub id: Uuid,
+    /// Unique among the port groups of all switches.
+    pub name: Name,
+    /// One more for each change of the specification.
+    pub revision: u64,
+    /// When it was created.
+    pub created: Timestamp,
+    /// What was asked.
+    pub spec: PortGroupSpec,
+    /// What is.
+    pub status: PortGroupStatus,
+}
+
+/// What is asked of a port group.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+#[serde(deny_unknown_fields)]
+pub struct PortGroupSpec {
+    /// The switch; it cannot be changed.
+    pub switch: Name,
+    /// What it decides in place of the switch.
+    #[serde(default)]
+    #[schema(value_type = super::schema::Settings)]
+    pub settings: Settings,
+    /// Names of the settings that its ports may decide in place of it.
+    #[serde(default)]
+    #[schema(value_type = BTreeSet<String>, example = json!(["mtu"]))]
+    pub port_overrides: BTreeSet<Setting>,
+}
+
+/// What a port group is.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+pub struct PortGroupStatus {
+    /// How many ports it has.
+    pub ports: u64,
+    /// Every setting that a port without overrides is subject to, with the level that decided it.
+    #[schema(value_type = super::schema::EffectivePolicy)]
+    pub policy: EffectivePolicy,
+}
+
+/// One VM adapter's attachment to a port group. It comes and goes with the adapter.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+pub struct Port {
+    /// Immutable; never used again.
+    pub id: Uuid,
+    /// VM and adapter, `web1/eth0`.
+    #[schema(example = "web1/eth0")]
+    pub name: String,
+    /// One more for each change of the specification.
+    pub revision: u64,
+    /// When it was created.
+    pub created: Timestamp,
+    /// What was asked.
+    pub spec: PortSpec,
+    /// What is.
+    pub status: PortStatus,
+}
+
+/// What is asked of a port.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+#[serde(deny_unknown_fields, default)]
+pub struct PortSpec {
+    /// What it decides in place of its group, where that allows it. `blocked` is always allowed.
+    #[schema(value_type = super::schema::Settings)]
+    pub settings: Settings,
+}
+
+/// What a port is.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+pub struct PortStatus {
+    /// The VM and its adapter.
+    pub owner: Owner,
+    /// The switch's name.
+    pub switch: Name,
+    /// The port group's name.
+    pub port_group: Name,
+    /// The PF's interface, while the VM holds a VF.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub pf: Option<String>,
+    /// The VF's PCI address, while the VM holds one.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub vf: Option<Bdf>,
+    /// The VF's number on its PF, from 0.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub vf_index: Option<u32>,
+    /// The address that the adapter was configured with.
+    #[schema(value_type = String, example = "02:00:00:00:00:11")]
+    pub initial_mac: MacAddress,
+    /// The address that the PF has programmed: the truth.
+    #[schema(value_type = String, example = "02:00:00:00:00:11")]
+    pub effective_mac: MacAddress,
+    /// The address that the guest last asked for and believes it has.
+    #[schema(value_type = String, example = "02:00:00:00:00:11")]
+    pub guest_mac: MacAddress,
+    /// Every setting that it is subject to, with the level that decided it.
+    #[schema(value_type = super::schema::EffectivePolicy)]
+    pub policy: EffectivePolicy,
+    /// Requests since the port was made.
+    pub counters: PortCounters,
+}
+
+/// Requests of a port by what came out.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+pub struct PortCounters {
+    /// Asked for, allowed and made.
+    pub allowed: u64,
+    /// Asked for and refused.
+    pub denied: u64,
+    /// Given earlier, taken back.
+    pub taken_back: u64,
+    /// Put right after somebody else's change.
+    pub repaired: u64,
+}
+
+/// The recorded outcome of a request, or of what the agent did by itself. Repeated ones are counted in one record.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+pub struct Decision {
+    /// Identity of the record.
+    pub id: Uuid,
+    /// The VM and its adapter.
+    pub owner: Owner,
+    /// The port.
+    pub port: Uuid,
+    /// The PF's interface, if the VF was known.
+    pub pf: Option<String>,
+    /// The VF's number on its PF, if it was known.
+    pub vf_index: Option<u32>,
+    /// What was asked for or done, `set_mac`.
+    #[schema(example = "set_mac")]
+    pub request: String,
+    /// What came out: `allowed`, `denied`, `taken_back`, `repaired`, `reverted`.
+    #[schema(value_type = String, example = "denied")]
+    pub verdict: Outcome,
+    /// Why it was not allowed.
+    #[schema(value_type = Option<String>, example = "mac_changes_rejected")]
+    pub reason: Option<Reason>,
+    /// The setting that decided.
+    #[schema(value_type = Option<super::schema::DecidedBy>)]
+    pub decided_by: Option<DecidedBy>,
+    /// What the device had.
+    pub old: Option<String>,
+    /// What was asked for.
+    pub requested: Option<String>,
+    /// The effective address afterwards.
+    #[schema(value_type = String, example = "02:00:00:00:00:11")]
+    pub effective_mac: MacAddress,
+    /// How it reached the adapter: `nothing`, `pf`, `mailbox`, `both`, `failed`.
+    #[schema(value_type = String, example = "nothing")]
+    pub committed: Committed,
+    /// For people: a failure's text, for example.
+    pub detail: Option<String>,
+    /// How often it happened.
+    pub count: u64,
+    /// The first time.
+    pub first: Timestamp,
+    /// The last time.
+    pub last: Timestamp,
+}
+
+impl From<netpolicy::Decision> for Decision {
+    fn from(decision: netpolicy::Decision) -> Self {
+        let (pf, vf_index) = decision.vf.map(|vf| (vf.pf, vf.index)).unzip();
+        Decision {
+            id: decision.id,
+            owner: Owner {
+                vm: decision.vm.id.0,
+                name: decision.vm.name.to_string(),
+                adapter: Some(decision.adapter),
+            },
+            port: decision.port.0,
+            pf,
+            vf_index,
+            request: decision.request,
+            verdict: decision.outcome,
+            reason: decision.reason,
+            decided_by: decision.decided_by,
+            old: decision.old,
+            requested: decision.requested,
+            effective_mac: decision.effective_mac,
+            committed: decision.committed,
+            detail: decision.detail,
+            count: decision.count,
+            first: Timestamp::from_unix_ms(decision.first_ms),
+            last: Timestamp::from_unix_ms(decision.last_ms),
+        }
+    }
+}
+
+/// The most decisions that one answer lists.
+pub const MAX_DECISIONS: u32 = 1000;
+
+/// Which decisions are listed: those that pass every filter, the latest first.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, IntoParams)]
+#[serde(deny_unknown_fields)]
+#[into_params(parameter_in = Query)]
+pub struct DecisionFilter {
+    /// Name or id of a VM.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub vm: Option<String>,
+    /// Id of a port.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub port: Option<Uuid>,
+    /// `allowed`, `denied`, `taken_back`, `repaired` or `reverted`.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[param(value_type = Option<String>)]
+    pub verdict: Option<Outcome>,
+    /// Those that happened (last) at this time or later.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub since: Option<Timestamp>,
+    /// At most this many, 1 to 1000.
+    #[serde(default = "usual_limit")]
+    #[param(minimum = 1, maximum = 1000, default = 100)]
+    pub limit: u32,
+}
+
+fn usual_limit() -> u32 {
+    100
+}
+
+impl Default for DecisionFilter {
+    fn default() -> Self {
+        DecisionFilter { vm: None, port: None, verdict: None, since: None, limit: usual_limit() }
+    }
+}

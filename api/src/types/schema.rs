@@ -1,0 +1,148 @@
+//! Schemas of values that do not derive them: bytes, and `netpolicy`'s values. That crate knows nothing of OpenAPI; a
+//! test here compares the two.
+
+use utoipa::{
+    PartialSchema, ToSchema,
+    openapi::{ArrayBuilder, KnownFormat, ObjectBuilder, OneOfBuilder, RefOr, Schema, SchemaFormat, Type},
+};
+
+fn words(values: &[&str]) -> ObjectBuilder {
+    ObjectBuilder::new().schema_type(Type::String).enum_values(Some(values.iter().copied()))
+}
+
+fn number(least: u32, most: u32) -> ObjectBuilder {
+    ObjectBuilder::new().schema_type(Type::Integer).minimum(Some(least)).maximum(Some(most))
+}
+
+fn text(example: &str) -> ObjectBuilder {
+    ObjectBuilder::new().schema_type(Type::String).examples([example])
+}
+
+/// An object with one property.
+fn only(name: &str, value: impl Into<RefOr<Schema>>) -> ObjectBuilder {
+    ObjectBuilder::new().property(name, value).required(name)
+}
+
+/// The schema of each setting by its name; a test holds it against `netpolicy::Setting::ALL`.
+fn settings() -> Vec<(&'static str, RefOr<Schema>)> {
+    let patterns = ArrayBuilder::new().items(text("00:00:5e:00:01:00/ff:ff:ff:ff:ff:00")).max_items(Some(64));
+    let mac_changes = OneOfBuilder::new().item(words(&["reject", "accept"])).item(only("list", patterns));
+    let access =
+        ObjectBuilder::new().property("id", number(1, 4094)).required("id").property("qos", number(0, 7));
+    let range = OneOfBuilder::new().item(number(1, 4094)).item(text("100-200"));
+    let trunk = ArrayBuilder::new().items(range);
+    let vlan =
+        OneOfBuilder::new().item(words(&["none"])).item(only("access", access)).item(only("trunk", trunk));
+    let rate = OneOfBuilder::new().item(words(&["unlimited"])).item(only("max_tx_mbit", number(1, u32::MAX)));
+    vec![
+        ("mac_changes", mac_changes.into()),
+        ("forged_transmits", words(&["reject", "accept"]).into()),
+        ("promiscuous", words(&["reject", "multicast", "accept"]).into()),
+        ("vlan", vlan.into()),
+        ("multicast_limit", number(0, 30).into()),
+        ("unicast_limit", number(0, 3).into()),
+        ("vlan_limit", number(0, 32).into()),
+        ("mtu", number(68, 9216).into()),
+        ("rate", rate.into()),
+        ("on_denied", words(&["nack", "silent"]).into()),
+        ("blocked", ObjectBuilder::new().schema_type(Type::Boolean).into()),
+    ]
+}
+
+/// What one level (switch, port group, port) decides; what it leaves out is left to the level above.
+pub(super) struct Settings;
+
+impl PartialSchema for Settings {
+    fn schema() -> RefOr<Schema> {
+        let object = ObjectBuilder::new()
+            .description(Some("What one level decides; what it leaves out is left to the level above."));
+        settings().into_iter().fold(object, |object, (name, schema)| object.property(name, schema)).into()
+    }
+}
+
+impl ToSchema for Settings {}
+
+/// Every setting of a port with the level that decided it.
+pub(super) struct EffectivePolicy;
+
+impl PartialSchema for EffectivePolicy {
+    fn schema() -> RefOr<Schema> {
+        let object = ObjectBuilder::new().description(Some("Every setting with the level that decided it."));
+        let sourced = |schema| {
+            ObjectBuilder::new()
+                .property("value", schema)
+                .required("value")
+                .property("source", words(&["default", "switch", "port_group", "port"]))
+                .required("source")
+        };
+        let with = |object: ObjectBuilder, (name, schema): (&str, _)| {
+            object.property(name, sourced(schema)).required(name)
+        };
+        settings().into_iter().fold(object, with).into()
+    }
+}
+
+impl ToSchema for EffectivePolicy {}
+
+/// The setting that decided, and its level.
+pub(super) struct DecidedBy;
+
+impl PartialSchema for DecidedBy {
+    fn schema() -> RefOr<Schema> {
+        let names: Vec<_> = settings().iter().map(|(name, _)| *name).collect();
+        ObjectBuilder::new()
+            .property("setting", words(&names))
+            .required("setting")
+            .property("source", words(&["default", "switch", "port_group", "port"]))
+            .required("source")
+            .into()
+    }
+}
+
+impl ToSchema for DecidedBy {}
+
+/// Bytes that are no text.
+pub(crate) struct Binary;
+
+impl PartialSchema for Binary {
+    fn schema() -> RefOr<Schema> {
+        let format = SchemaFormat::KnownFormat(KnownFormat::Binary);
+        ObjectBuilder::new().schema_type(Type::String).format(Some(format)).into()
+    }
+}
+
+impl ToSchema for Binary {}
+
+#[cfg(test)]
+mod tests {
+    #[test]
+    fn every_setting_has_a_schema() {
+        let described: Vec<_> = super::settings().into_iter().map(|(name, _)| name).collect();
+        let known: Vec<_> = netpolicy::Setting::ALL.iter().map(|setting| setting.name()).collect();
+        assert_eq!(described, known);
+    }
+
+    /// The forms that the schemas describe are those that are read.
+    #[test]
+    fn the_described_forms_are_read() {
+        for (json, valid) in [
+            (r#"{"mac_changes": {"list": ["00:00:5e:00:01:00/ff:ff:ff:ff:ff:00"]}}"#, true),
+            (r#"{"mac_changes": "reject", "forged_transmits": "accept", "promiscuous": "multicast"}"#, true),
+            (r#"{"vlan": {"access": {"id": 4094, "qos": 7}}}"#, true),
+            (r#"{"vlan": {"access": {"id": 4095}}}"#, false),
+            (r#"{"vlan": {"trunk": [7, "100-200"]}}"#, true),
+            (r#"{"vlan": "none", "rate": "unlimited", "on_denied": "silent", "blocked": true}"#, true),
+            (r#"{"multicast_limit": 30, "unicast_limit": 3, "vlan_limit": 32, "mtu": 9216}"#, true),
+            (r#"{"multicast_limit": 31}"#, false),
+            (r#"{"unicast_limit": 4}"#, false),
+            (r#"{"vlan_limit": 33}"#, false),
+            (r#"{"mtu": 67}"#, false),
+            (r#"{"mtu": 9217}"#, false),
+            (r#"{"rate": {"max_tx_mbit": 1}}"#, true),
+            (r#"{"rate": {"max_tx_mbit": 0}}"#, false),
+            (r#"{"mac_change": "reject"}"#, false),
+        ] {
+            assert_eq!(serde_json::from_str::<netpolicy::Settings>(json).is_ok(), valid, "{json}");
+        }
+    }
+}

@@ -1,0 +1,439 @@
+//! Virtual machines.
+
+use std::collections::BTreeMap;
+
+use serde::{Deserialize, Serialize};
+use utoipa::ToSchema;
+use uuid::Uuid;
+
+use super::{Bdf, ByteSize, Name, Timestamp, UnicastMac};
+use crate::problem::{Problem, ProblemCode};
+
+/// A virtual machine.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, ToSchema)]
+pub struct Vm {
+    /// Immutable; never used again.
+    pub id: Uuid,
+    /// Unique among the VMs that exist.
+    pub name: Name,
+    /// One more for each change of the specification.
+    pub revision: u64,
+    /// When it was created.
+    pub created: Timestamp,
+    /// What was asked.
+    pub spec: VmSpec,
+    /// What is.
+    pub status: VmStatus,
+}
+
+/// A VM's specification.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+#[serde(deny_unknown_fields)]
+pub struct VmSpec {
+    /// Unique among the VMs that exist.
+    pub name: Name,
+    /// vCPUs.
+    #[serde(default = "one_cpu")]
+    #[schema(minimum = 1, maximum = 254, default = 1)]
+    pub cpus: u8,
+    /// Guest memory: at least 2 MiB, a multiple of 2 MiB.
+    pub memory: ByteSize,
+    /// Backs guest memory with huge pages of 2 MiB.
+    #[serde(default)]
+    pub hugepages: bool,
+    /// What to boot.
+    pub boot: BootSpec,
+    /// Network adapters: VFs under policy. At most 16 together with `devices`.
+    #[serde(default)]
+    pub adapters: Vec<AdapterSpec>,
+    /// Other VFIO functions, which get no port.
+    #[serde(default)]
+    pub devices: Vec<Bdf>,
+}
+
+fn one_cpu() -> u8 {
+    1
+}
+
+/// What a VM boots.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+#[serde(deny_unknown_fields)]
+pub struct BootSpec {
+    /// The kernel's file: bzImage, or ELF with a PVH entry. A relative path is looked up in the agent's image
+    /// directories.
+    #[schema(example = "vmlinuz")]
+    pub kernel: String,
+    /// The initramfs file.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schema(example = "initrd.img")]
+    pub initramfs: Option<String>,
+    /// The kernel's command line, at most 2047 bytes.
+    #[serde(default, skip_serializing_if = "String::is_empty")]
+    #[schema(example = "console=ttyS0")]
+    pub cmdline: String,
+}
+
+/// A network adapter of a VM: a VF under the policy of a port group.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+#[serde(deny_unknown_fields)]
+pub struct AdapterSpec {
+    /// Unique within the VM.
+    #[schema(example = "eth0")]
+    pub id: Name,
+    /// The port group that decides.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub port_group: Option<Name>,
+    /// The initial address; the agent makes a stable locally administered one if there is none.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub mac: Option<UnicastMac>,
+    /// The VF; the agent picks a free one if there is none.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub vf: Option<Bdf>,
+}
+
+/// The most adapters and devices that a VM has together.
+pub const MAX_FUNCTIONS: usize = 16;
+
+/// The longest kernel command line in bytes: COMMAND_LINE_SIZE of x86 Linux, less its end.
+pub const MAX_CMDLINE: usize = 2047;
+
+/// The longest path of a file in bytes: PATH_MAX of Linux, less its end.
+const MAX_PATH: usize = 4095;
+
+const MEMORY_STEP: u64 = 2 << 20;
+
+impl VmSpec {
+    /// The rules that types cannot hold.
+    ///
+    /// # Errors
+    /// `invalid_request` with the field of the first rule that is broken.
+    pub fn check(&self) -> Result<(), Problem> {
+        if !(1..=254).contains(&self.cpus) {
+            return Err(Problem::invalid(
+                "cpus",
+                format!("{} is not a number of vCPUs from 1 to 254.", self.cpus),
+            ));
+        }
+        if self.memory.bytes() == 0 || !self.memory.bytes().is_multiple_of(MEMORY_STEP) {
+            let detail = format!("{} is not a multiple of 2MiB above 0.", self.memory);
+            return Err(Problem::invalid("memory", detail));
+        }
+        check_path("boot.kernel", &self.boot.kernel)?;
+        if let Some(initramfs) = &self.boot.initramfs {
+            check_path("boot.initramfs", initramfs)?;
+        }
+        if self.boot.cmdline.len() > MAX_CMDLINE || self.boot.cmdline.contains('\0') {
+            let detail = format!("A command line has at most {MAX_CMDLINE} bytes and no NUL.");
+            return Err(Problem::invalid("boot.cmdline", detail));
+        }
+        self.check_functions()
+    }
+
+    fn check_functions(&self) -> Result<(), Problem> {
+        if self.adapters.len().saturating_add(self.devices.len()) > MAX_FUNCTIONS {
+            let detail = format!("A VM has at most {MAX_FUNCTIONS} adapters and devices together.");
+            return Err(Problem::invalid("adapters", detail));
+        }
+        // At most 16: comparing each with those before it is fine, and finds the second one's place.
+        for (n, adapter) in self.adapters.iter().enumerate() {
+            let before = || self.adapters.iter().take(n);
+            if before().any(|other| other.id == adapter.id) {
+                let detail = format!("The id {} is used by two adapters.", adapter.id);
+                return Err(Problem::invalid(format!("adapters[{n}].id"), detail));
+            }
+            if let Some(mac) = adapter.mac.filter(|mac| before().any(|other| other.mac == Some(*mac))) {
+                let detail = format!("The address {mac} is used by two adapters.");
+                return Err(Problem::invalid(format!("adapters[{n}].mac"), detail));
+            }
+            if let Some(vf) = adapter.vf.filter(|vf| before().any(|other| other.vf == Some(*vf))) {
+                let detail = format!("The VF {vf} is used by two adapters.");
+                return Err(Problem::invalid(format!("adapters[{n}].vf"), detail));
+            }
+        }
+        for (n, device) in self.devices.iter().enumerate() {
+            let twice = self.devices.iter().take(n).any(|other| other == device);
+            if twice || self.adapters.iter().any(|adapter| adapter.vf == Some(*device)) {
+                let detail = format!("The device {device} is named twice.");
+                return Err(Problem::invalid(format!("devices[{n}]"), detail));
+            }
+        }
+        Ok(())
+    }
+}
+
+fn check_path(field: &str, path: &str) -> Result<(), Problem> {
+    if path.is_empty() || path.len() > MAX_PATH || path.contains('\0') {
+        let detail = format!("A path has 1 to {MAX_PATH} bytes and no NUL.");
+        return Err(Problem::invalid(field, detail));
+    }
+    Ok(())
+}
+
+/// Where a VM is in its life.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize, ToSchema)]
+#[serde(rename_all = "snake_case")]
+pub enum VmState {
+    /// Created, never booted; it holds nothing of the host.
+    Defined,
+    /// Devices are being claimed and the machine is being built.
+    Starting,
+    /// The machine is built, no vCPU has run.
+    Ready,
+    /// vCPUs run.
+    Running,
+    /// vCPUs are stopped and can go on.
+    Paused,
+    /// Devices are being reset before the next boot.
+    Rebooting,
+    /// The machine ends and its devices are being given back.
+    Stopping,
+    /// It has ended as it should; it can be booted again.
+    Stopped,
+    /// It has ended as it should not, or could not be booted; it can be booted again.
+    Failed,
+}
+
+impl VmState {
+    /// The name on the wire.
+    pub fn as_str(self) -> &'static str {
+        match self {
+            VmState::Defined => "defined",
+            VmState::Starting => "starting",
+            VmState::Ready => "ready",
+            VmState::Running => "running",
+            VmState::Paused => "paused",
+            VmState::Rebooting => "rebooting",
+            VmState::Stopping => "stopping",
+            VmState::Stopped => "stopped",
+            VmState::Failed => "failed",
+        }
+    }
+
+    /// Whether the VM has no process and holds nothing of the host.
+    pub fn is_at_rest(self) -> bool {
+        matches!(self, VmState::Defined | VmState::Stopped | VmState::Failed)
+    }
+}
+
+impl std::fmt::Display for VmState {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.pad(self.as_str())
+    }
+}
+
+/// What a VM is.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, ToSchema)]
+pub struct VmStatus {
+    /// Where it is in its life.
+    pub state: VmState,
+    /// When it got there.
+    pub since: Timestamp,
+    /// Why it ended, if it did.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub cause: Option<Cause>,
+    /// Its process, while there is one.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub pid: Option<u32>,
+    /// Boots and reboots of the process that is running, or ran last.
+    pub boots: u64,
+    /// Adapters, in the specification's order.
+    pub adapters: Vec<AdapterStatus>,
+    /// Devices, in the specification's order.
+    pub devices: Vec<DeviceStatus>,
+    /// The console log.
+    pub console: ConsoleStatus,
+    /// What keeps its process from the host.
+    #[serde(default)]
+    pub sandbox: SandboxStatus,
+}
+
+/// What keeps a VM's process from the host.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+pub struct SandboxStatus {
+    /// Protections that are off, since the agent is not root and cannot set them up. None are off under an agent that is.
+    pub off: Vec<Protection>,
+}
+
+/// A protection of the host from a VM's process, which its guest may take over.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize, ToSchema)]
+#[serde(rename_all = "snake_case")]
+pub enum Protection {
+    /// A user of its own. Without it the process has the agent's, and can do what the agent can: to its files, and to the
+    /// processes of other VMs.
+    OwnUser,
+    /// Mount, network, IPC and host name namespaces of its own. Without them the process can use the host's network.
+    Namespaces,
+    /// An empty root directory. Without it the process sees the host's files, with the agent's rights.
+    EmptyRoot,
+}
+
+impl Protection {
+    /// Every protection.
+    pub const ALL: [Protection; 3] = [Protection::OwnUser, Protection::Namespaces, Protection::EmptyRoot];
+
+    /// The name on the wire.
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Protection::OwnUser => "own_user",
+            Protection::Namespaces => "namespaces",
+            Protection::EmptyRoot => "empty_root",
+        }
+    }
+}
+
+/// Why a VM ended or a device was lost.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+pub struct Cause {
+    /// Stable code.
+    pub code: CauseCode,
+    /// The problem, if a problem's code says more.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub problem: Option<ProblemCode>,
+    /// The thing, the cause and the cure.
+    pub detail: String,
+}
+
+/// Stable codes of causes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize, ToSchema)]
+#[serde(rename_all = "snake_case")]
+pub enum CauseCode {
+    /// The guest powered off.
+    PoweredOff,
+    /// A request stopped it.
+    Stopped,
+    /// It could not be booted; `problem` says why.
+    BootFailed,
+    /// The machine could not go on (for instance: an instruction that KVM cannot run).
+    MachineFailed,
+    /// The VM's process ended without saying why.
+    VmmCrashed,
+    /// The host took a device back.
+    VfRemoved,
+    /// A device reported an error that it cannot recover from.
+    DeviceFailed,
+    /// The host was restarted.
+    HostRestarted,
+}
+
+/// What an adapter is. Fields of the VF are there while the VM holds one.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+pub struct AdapterStatus {
+    /// The adapter's id.
+    pub id: Name,
+    /// The address that the PF has for the VF while the VM holds one, else the one that it will have.
+    pub mac: UnicastMac,
+    /// The PF's interface.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub pf: Option<String>,
+    /// The VF's PCI address on the host.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub vf: Option<Bdf>,
+    /// The VF's number on its PF, from 0.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub vf_index: Option<u32>,
+    /// The VF's IOMMU group.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub iommu_group: Option<u32>,
+    /// Why the running guest no longer has it.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub lost: Option<Cause>,
+}
+
+/// What a device is.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+pub struct DeviceStatus {
+    /// The host's PCI address.
+    pub bdf: Bdf,
+    /// Its IOMMU group, while the VM holds it.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub iommu_group: Option<u32>,
+    /// Why the running guest no longer has it.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub lost: Option<Cause>,
+}
+
+/// The serial console's log: a bounded window on all that the guest wrote.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+pub struct ConsoleStatus {
+    /// Offset of the oldest byte that is kept.
+    pub start: u64,
+    /// Count of bytes ever written: the offset of the next one.
+    pub end: u64,
+}
+
+/// How many bytes the guest's serial port took.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+pub struct ConsoleTaken {
+    /// Bytes, from the front of those that were sent.
+    pub taken: usize,
+}
+
+/// What can be done to a VM.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum VmAction {
+    /// Claims devices, builds the machine, runs it.
+    Boot,
+    /// Stops the vCPUs; the guest can go on.
+    Pause,
+    /// Lets a paused guest go on.
+    Resume,
+    /// Resets the machine and boots it again.
+    Reboot,
+    /// Presses the ACPI power button; done when the guest has powered off.
+    Shutdown,
+    /// Ends the machine at once.
+    Stop,
+}
+
+impl VmAction {
+    /// Every action.
+    pub const ALL: [VmAction; 6] = [
+        VmAction::Boot,
+        VmAction::Pause,
+        VmAction::Resume,
+        VmAction::Reboot,
+        VmAction::Shutdown,
+        VmAction::Stop,
+    ];
+
+    /// The last segment of its path.
+    pub fn as_str(self) -> &'static str {
+        match self {
+            VmAction::Boot => "boot",
+            VmAction::Pause => "pause",
+            VmAction::Resume => "resume",
+            VmAction::Reboot => "reboot",
+            VmAction::Shutdown => "shutdown",
+            VmAction::Stop => "stop",
+        }
+    }
+}
+
+/// Counters of a VM since its process began.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+pub struct VmStats {
+    /// KVM exits to user space by reason (`io_in`, `mmio_write`, …), all vCPUs.
+    pub exits: BTreeMap<String, u64>,
+    /// Counters of each VFIO function, by its PCI address on the host.
+    pub devices: BTreeMap<String, VmDeviceStats>,
+    /// Guest memory in bytes.
+    pub memory: u64,
+    /// Boots and reboots so far.
+    pub boots: u64,
+    /// Nanoseconds from the process's start to the first entry of a vCPU.
+    pub first_entry_ns: Option<u64>,
+}
+
+/// Counters of one VFIO function of a VM.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+pub struct VmDeviceStats {
+    /// The adapter's id, if it is one.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub adapter: Option<String>,
+    /// Exits by BAR and page of 4 KiB: `"0:1"` is page 1 of BAR 0. Pages without an exit are absent.
+    pub bar_exits: BTreeMap<String, u64>,
+    /// Accesses to configuration space.
+    pub config_exits: u64,
+    /// Mailbox messages by name and verdict.
+    pub mailbox: BTreeMap<String, u64>,
+}

@@ -1,0 +1,118 @@
+//! The typed client against the served API.
+
+use std::time::Duration;
+
+use api::{Client, ClientError, ProblemCode, types::*};
+use axum::body::Bytes;
+
+use crate::{Server, spec};
+
+fn vm_spec() -> VmSpec {
+    serde_json::from_value(spec("web1")).unwrap()
+}
+
+fn code<T: std::fmt::Debug>(result: Result<T, ClientError>) -> ProblemCode {
+    result.unwrap_err().problem().expect("a problem").code
+}
+
+#[tokio::test]
+async fn every_call_round_trips() {
+    let server = Server::start();
+    let client = server.client();
+    let vm = client.create_vm(&vm_spec()).await.unwrap();
+    assert_eq!(vm.spec, vm_spec());
+    assert_eq!(client.list_vms().await.unwrap(), std::slice::from_ref(&vm));
+    assert_eq!(client.get_vm(&vm.id.to_string()).await.unwrap(), vm);
+    for action in VmAction::ALL {
+        let progress = client.act("web1", action, Duration::from_secs(7)).await.unwrap();
+        assert!(progress.complete, "{action:?}");
+    }
+    assert_eq!(server.fake.state().waits, [Duration::from_secs(7); 6]);
+    server.fake.state().slow = true;
+    let progress = client.act("web1", VmAction::Boot, Duration::ZERO).await.unwrap();
+    assert_eq!((progress.complete, progress.vm.status.state), (false, VmState::Running));
+    assert_eq!(client.stats("web1").await.unwrap().memory, 512 << 20);
+    assert_eq!(client.write_console("web1", "hello").await.unwrap(), 5);
+
+    assert_eq!(client.set_vfs("eth0", 3, Some(0)).await.unwrap().spec, PfSpec { vfs: 3 });
+    assert_eq!(client.list_pfs().await.unwrap(), [client.get_pf("eth0").await.unwrap()]);
+    assert_eq!(client.list_vfs().await.unwrap().len(), 3);
+    assert_eq!(client.health().await.unwrap(), Vec::<String>::new());
+    server.fake.state().complaints = vec!["no /dev/kvm".into()];
+    assert_eq!(client.health().await.unwrap(), ["no /dev/kvm"]);
+    client.delete_vm("web1", Some(vm.revision)).await.unwrap();
+    assert_eq!(client.list_vms().await.unwrap(), []);
+}
+
+#[tokio::test]
+async fn problems_arrive_whole() {
+    let server = Server::start();
+    let client = server.client();
+    assert_eq!(code(client.get_vm("a/../../b?c").await), ProblemCode::NotFound);
+    client.create_vm(&vm_spec()).await.unwrap();
+    assert_eq!(code(client.create_vm(&vm_spec()).await), ProblemCode::NameTaken);
+    assert_eq!(code(client.delete_vm("web1", Some(9)).await), ProblemCode::RevisionMismatch);
+    assert_eq!(code(client.set_vfs("eth0", 9, None).await), ProblemCode::TooManyVfs);
+    let mut wrong = vm_spec();
+    wrong.cpus = 0;
+    let error = client.create_vm(&wrong).await.unwrap_err();
+    let problem = error.problem().unwrap();
+    assert_eq!((problem.status, problem.field.as_deref()), (400, Some("cpus")));
+    assert!(problem.instance.is_some());
+}
+
+#[tokio::test]
+async fn a_console_is_followed_to_its_end() {
+    let server = Server::start();
+    let client = server.client();
+    client.create_vm(&vm_spec()).await.unwrap();
+    let mut console = client.read_console("web1", Some(8), true).await.unwrap();
+    assert_eq!((console.start, console.chunk().await.unwrap()), (8, Some(Bytes::from("89"))));
+    let sender = server.fake.state().consoles.pop().unwrap();
+    for text in ["a", "bc"] {
+        sender.send(Bytes::from(text)).await.unwrap();
+        assert_eq!(console.chunk().await.unwrap(), Some(Bytes::from(text)));
+    }
+    drop(sender);
+    assert_eq!(console.chunk().await.unwrap(), None);
+}
+
+#[tokio::test]
+async fn a_client_that_goes_away_ends_its_stream() {
+    let server = Server::start();
+    let client = server.client();
+    client.create_vm(&vm_spec()).await.unwrap();
+    drop(client.read_console("web1", None, true).await.unwrap());
+    let sender = server.fake.state().consoles.pop().unwrap();
+    tokio::time::timeout(Duration::from_secs(10), sender.closed()).await.expect("the receiver is dropped");
+}
+
+#[tokio::test]
+async fn an_agent_that_is_away_is_named_with_the_cure() {
+    let directory = tempfile::tempdir().unwrap();
+    let socket = directory.path().join("api.sock");
+    let error = Client::new(&socket).list_vms().await.unwrap_err();
+    assert!(matches!(error, ClientError::NoAgent { .. }), "{error:?}");
+    let text = error.to_string();
+    assert!(text.contains(socket.to_str().unwrap()) && text.contains("portcullis serve"), "{text}");
+
+    // A socket file that an agent left behind is the same to the user.
+    drop(tokio::net::UnixListener::bind(&socket).unwrap());
+    assert!(matches!(Client::new(&socket).list_vms().await, Err(ClientError::NoAgent { .. })));
+}
+
+#[tokio::test]
+async fn serving_ends_although_a_console_is_followed() {
+    let directory = tempfile::tempdir().unwrap();
+    let socket = directory.path().join("api.sock");
+    let fake = crate::fake::Fake::default();
+    let listener = tokio::net::UnixListener::bind(&socket).unwrap();
+    let (end, ended) = tokio::sync::oneshot::channel::<()>();
+    let router = api::router(std::sync::Arc::new(fake.clone()));
+    let served = tokio::spawn(api::serve(listener, router, async move { drop(ended.await) }));
+    let client = Client::new(&socket);
+    client.create_vm(&vm_spec()).await.unwrap();
+    let _console = client.read_console("web1", None, true).await.unwrap();
+    end.send(()).unwrap();
+    tokio::time::timeout(Duration::from_secs(10), served).await.expect("it ends").unwrap().unwrap();
+}

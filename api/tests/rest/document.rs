@@ -1,0 +1,104 @@
+//! The OpenAPI document.
+
+use std::{fs, path::Path};
+
+use utoipa::openapi::RefOr;
+
+use crate::{Answer, Server};
+
+/// The document in `resources/` is the one that the code generates. `BLESS=1 cargo test -p api` writes it.
+#[test]
+fn the_document_in_resources_is_current() {
+    let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("../resources/openapi.json");
+    let generated = api::openapi().to_pretty_json().unwrap() + "\n";
+    if std::env::var_os("BLESS").is_some() {
+        fs::write(&path, &generated).unwrap();
+    }
+    let kept = fs::read_to_string(&path).unwrap_or_default();
+    assert!(
+        kept == generated,
+        "resources/openapi.json has drifted: BLESS=1 cargo test -p api writes it anew"
+    );
+}
+
+#[tokio::test]
+async fn the_served_document_describes_what_is_served() {
+    let server = Server::start();
+    let answer = server.get("/v1/openapi.json").await;
+    let document = answer.json();
+    assert_eq!(document, serde_json::to_value(api::openapi()).unwrap());
+
+    // Every operation: exists (no answer of the fallbacks) and says that it can answer with a problem.
+    let mut operations = 0;
+    for (path, item) in document["paths"].as_object().unwrap() {
+        for (method, operation) in item.as_object().unwrap() {
+            if path == "/v1/events" {
+                operations += 1;
+                continue; // Its answer has no end; its own test reads it.
+            }
+            let method = method.to_uppercase().parse::<hyper::Method>().unwrap();
+            let answer = server
+                .send(method.clone(), &path.replace("{name}", "nothing").replace("{id}", "nothing"), &[], "")
+                .await;
+            let of_fallback = String::from_utf8_lossy(&answer.body).contains("/v1/openapi.json");
+            assert!(answer.status != 405 && !of_fallback, "{method} {path}");
+            let problem =
+                &operation["responses"]["default"]["content"]["application/problem+json"]["schema"]["$ref"];
+            assert_eq!(problem, "#/components/schemas/Problem", "{method} {path}");
+            for (status, response) in operation["responses"].as_object().unwrap() {
+                assert!(response["description"].is_string(), "{method} {path}: {status}");
+            }
+            for text in ["summary", "description"] {
+                assert!(
+                    operation[text].as_str().is_some_and(|text| text.len() > 10),
+                    "{method} {path}: {text}"
+                );
+            }
+            operations += 1;
+        }
+    }
+    assert!(operations >= 30, "{operations}");
+
+    // No reference without its target.
+    let text = document.to_string();
+    for reference in text.split("\"#/components/schemas/").skip(1) {
+        let name = reference.split('"').next().unwrap();
+        assert!(
+            document["components"]["schemas"].get(name).is_some(),
+            "{name} is referred to, but not there"
+        );
+    }
+}
+
+/// Asserts that a problem is one of those that the document has for this operation. Every answer in these tests is held
+/// against it.
+pub(crate) fn knows(method: &hyper::Method, path: &str, answer: &Answer) {
+    let Ok(problem) = serde_json::from_slice::<api::Problem>(&answer.body) else { return };
+    let document = api::openapi();
+    let parts: Vec<&str> = path.split('?').next().unwrap().split('/').collect();
+    let same = |template: &str| {
+        let template: Vec<&str> = template.split('/').collect();
+        let fits = |(part, wanted): (&&str, &&str)| part == wanted || wanted.starts_with('{');
+        template.len() == parts.len() && parts.iter().zip(&template).all(fits)
+    };
+    let Some((_, item)) = document.paths.paths.iter().find(|(template, _)| same(template)) else { return };
+    let operation = match method.as_str() {
+        "GET" => &item.get,
+        "PUT" => &item.put,
+        "POST" => &item.post,
+        "PATCH" => &item.patch,
+        "DELETE" => &item.delete,
+        _ => return,
+    };
+    let Some(operation) = operation else { return };
+    let known = match operation.responses.responses.get(&answer.status.to_string()) {
+        Some(RefOr::T(response)) => response.description.as_str(),
+        _ => "",
+    };
+    assert!(
+        known.contains(&format!("`{}`", problem.code)),
+        "{method} {path} answers {} {}: add it in codes.rs ({known})",
+        answer.status,
+        problem.code
+    );
+}

@@ -1,0 +1,202 @@
+//! The one PCI bus of the machine: 32 slots with function 0 each, reached by ECAM and by the legacy ports.
+
+use std::sync::{
+    Arc, PoisonError, RwLock,
+    atomic::{AtomicU32, Ordering},
+};
+
+use super::{PciFunction, config, host_bridge::HostBridge};
+
+/// Slots of the bus.
+pub const SLOTS: u8 = 32;
+/// Bytes of ECAM space for this one bus (PCI Express Base 5.0, 7.2.2): 1 MiB.
+pub const ECAM_SIZE: u64 = 1 << 20;
+/// First port of the legacy mechanism (PCI Local Bus 3.0, 3.2.2.3.2).
+pub const CONFIG_PORT: u16 = 0xcf8;
+/// Ports of the legacy mechanism: address and data, 4 bytes each.
+pub const CONFIG_PORTS: u16 = 8;
+
+const DATA_PORT: u16 = 0xcfc;
+const ADDRESS_ENABLE: u32 = 1 << 31;
+
+/// Why a function cannot be put into a slot.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
+pub enum SlotError {
+    /// The bus has slots 0 to 31.
+    #[error("PCI slot {0} does not exist: use 1 to 31")]
+    NoSuchSlot(u8),
+    /// Another function is there.
+    #[error("PCI slot {0} is taken: use another one")]
+    Taken(u8),
+    /// Every slot is taken.
+    #[error("All 32 PCI slots are taken: assign fewer devices")]
+    Full,
+}
+
+type Slots = [Option<Arc<dyn PciFunction>>; SLOTS as usize];
+
+/// Bus 0. The host bridge sits in slot 0.
+///
+/// Accesses work on a snapshot of the slots, so that a function can be removed while vCPUs run: an access that
+/// has begun finishes on the old snapshot.
+pub struct PciBus {
+    slots: RwLock<Arc<Slots>>,
+    /// The legacy mechanism's CONFIG_ADDRESS register.
+    address: AtomicU32,
+}
+
+impl Default for PciBus {
+    fn default() -> Self {
+        Self::new()
+    }
+}
+
+impl PciBus {
+    /// A bus with nothing but the host bridge.
+    #[must_use]
+    pub fn new() -> Self {
+        let mut slots: Slots = std::array::from_fn(|_| None);
+        slots[0] = Some(Arc::new(HostBridge::new()));
+        Self { slots: RwLock::new(Arc::new(slots)), address: AtomicU32::new(0) }
+    }
+
+    /// Puts a function into a slot.
+    ///
+    /// # Errors
+    /// [`SlotError`] for a slot that does not exist or is taken.
+    pub fn insert(&self, slot: u8, function: Arc<dyn PciFunction>) -> Result<(), SlotError> {
+        self.change(|slots| {
+            let place = slots.get_mut(usize::from(slot)).ok_or(SlotError::NoSuchSlot(slot))?;
+            if place.is_some() {
+                return Err(SlotError::Taken(slot));
+            }
+            *place = Some(function);
+            Ok(())
+        })
+    }
+
+    /// Puts a function into the first free slot, and says which.
+    ///
+    /// # Errors
+    /// [`SlotError::Full`].
+    pub fn add(&self, function: Arc<dyn PciFunction>) -> Result<u8, SlotError> {
+        self.change(|slots| {
+            let free = (0..SLOTS).zip(slots.iter_mut()).find(|(_, place)| place.is_none());
+            let (slot, place) = free.ok_or(SlotError::Full)?;
+            *place = Some(function);
+            Ok(slot)
+        })
+    }
+
+    /// Takes a function out, while vCPUs run if need be. From then on its slot reads all-ones.
+    pub fn remove(&self, slot: u8) -> Option<Arc<dyn PciFunction>> {
+        self.change(|slots| slots.get_mut(usize::from(slot))?.take())
+    }
+
+    /// Reads ECAM space at `offset` from its start.
+    pub fn ecam_read(&self, offset: u64, data: &mut [u8]) {
+        data.fill(0xff);
+        for (offset, part) in config::aligned_parts(offset, data.len()) {
+            if let (Some((function, register)), Some(part)) = (self.ecam_target(offset), data.get_mut(part)) {
+                function.config_read(register, part);
+            }
+        }
+    }
+
+    /// Writes ECAM space.
+    pub fn ecam_write(&self, offset: u64, data: &[u8]) {
+        for (offset, part) in config::aligned_parts(offset, data.len()) {
+            if let (Some((function, register)), Some(part)) = (self.ecam_target(offset), data.get(part)) {
+                function.config_write(register, part);
+            }
+        }
+    }
+
+    /// Reads one of the ports 0xcf8 to 0xcff. Only a dword at 0xcf8 is the address register; bytes and words there
+    /// belong to others (0xcf9 is a chipset's reset control) and read all-ones.
+    pub fn port_read(&self, port: u16, data: &mut [u8]) {
+        data.fill(0xff);
+        if port == CONFIG_PORT {
+            if let Ok(address) = <&mut [u8; 4]>::try_from(data) {
+                *address = self.address.load(Ordering::Acquire).to_le_bytes();
+            }
+        } else if let Some((function, register)) = self.port_target(port, data.len()) {
+            for (offset, part) in config::aligned_parts(register.into(), data.len()) {
+                if let (Ok(offset), Some(part)) = (u16::try_from(offset), data.get_mut(part)) {
+                    function.config_read(offset, part);
+                }
+            }
+        }
+    }
+
+    /// Writes one of the ports 0xcf8 to 0xcff.
+    pub fn port_write(&self, port: u16, data: &[u8]) {
+        if port == CONFIG_PORT {
+            if let Ok(address) = <[u8; 4]>::try_from(data) {
+                self.address.store(u32::from_le_bytes(address), Ordering::Release);
+            }
+        } else if let Some((function, register)) = self.port_target(port, data.len()) {
+            for (offset, part) in config::aligned_parts(register.into(), data.len()) {
+                if let (Ok(offset), Some(part)) = (u16::try_from(offset), data.get(part)) {
+                    function.config_write(offset, part);
+                }
+            }
+        }
+    }
+
+    /// Reads memory that some function's BAR decodes; false (and all-ones) if none does.
+    pub fn mmio_read(&self, gpa: u64, data: &mut [u8]) -> bool {
+        data.fill(0xff);
+        self.snapshot().iter().flatten().any(|function| function.mmio_read(gpa, data))
+    }
+
+    /// Writes memory that some function's BAR decodes; false if none does.
+    pub fn mmio_write(&self, gpa: u64, data: &[u8]) -> bool {
+        self.snapshot().iter().flatten().any(|function| function.mmio_write(gpa, data))
+    }
+
+    /// Back to the state at power-on: the address register is 0. Functions are reset by their owners.
+    pub fn reset(&self) {
+        self.address.store(0, Ordering::Release);
+    }
+
+    fn ecam_target(&self, offset: u64) -> Option<(Arc<dyn PciFunction>, u16)> {
+        // Bus in bits 20 and up, device in 15 to 19, function in 12 to 14, register below.
+        let register = u16::try_from(offset & 0xfff).ok()?;
+        let devfn = u8::try_from(offset >> 12).ok()?;
+        Some((self.function(devfn)?, register))
+    }
+
+    fn port_target(&self, port: u16, len: usize) -> Option<(Arc<dyn PciFunction>, u16)> {
+        let byte = port.checked_sub(DATA_PORT).filter(|byte| usize::from(*byte) + len <= 4)?;
+        let address = self.address.load(Ordering::Acquire);
+        let [register, devfn, bus, _] = address.to_le_bytes();
+        if address & ADDRESS_ENABLE == 0 || bus != 0 {
+            return None;
+        }
+        Some((self.function(devfn)?, u16::from(register & 0xfc) + byte))
+    }
+
+    /// The function at device and function number `devfn` (5 and 3 bits).
+    fn function(&self, devfn: u8) -> Option<Arc<dyn PciFunction>> {
+        if devfn & 7 != 0 {
+            return None;
+        }
+        self.snapshot().get(usize::from(devfn >> 3))?.clone()
+    }
+
+    fn snapshot(&self) -> Arc<Slots> {
+        self.slots.read().unwrap_or_else(PoisonError::into_inner).clone()
+    }
+
+    fn change<T>(&self, change: impl FnOnce(&mut Slots) -> T) -> T {
+        let mut slots = self.slots.write().unwrap_or_else(PoisonError::into_inner);
+        let mut copy = Slots::clone(&slots);
+        let result = change(&mut copy);
+        *slots = Arc::new(copy);
+        result
+    }
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,178 @@
+//! A 16550A serial port.
+
+use std::{
+    io::{self, Write},
+    sync::{Mutex, MutexGuard, PoisonError},
+};
+
+use vm_superio::{Trigger, serial::NoEvents};
+use vmm_sys_util::eventfd::EventFd;
+
+use crate::bus::BusDevice;
+
+/// First port of COM1, whose interrupt is IRQ 4.
+pub const COM1: u64 = 0x3f8;
+/// Ports that the device takes.
+pub const PORTS: u64 = 8;
+
+const IER: u8 = 1;
+const LCR: u8 = 3;
+const MCR: u8 = 4;
+const SCR: u8 = 7;
+/// What vm-superio's registers are at power-on: 8 data bits, OUT2 set.
+const LCR_POWER_ON: u8 = 3;
+const LCR_DLAB: u8 = 0x80;
+const MCR_POWER_ON: u8 = 8;
+const DIVISOR_9600: [u8; 2] = [0x0c, 0];
+
+struct Interrupt(EventFd);
+
+impl Trigger for Interrupt {
+    type E = io::Error;
+
+    fn trigger(&self) -> io::Result<()> {
+        self.0.write(1)
+    }
+}
+
+type Uart = vm_superio::Serial<Interrupt, NoEvents, Box<dyn Write + Send>>;
+
+/// A serial port. What the guest sends goes to a sink byte by byte on the vCPU's thread: the sink must not wait, and
+/// what it refuses is lost, as on a line without a reader.
+pub struct Serial {
+    uart: Mutex<Uart>,
+}
+
+impl Serial {
+    /// A port that signals `interrupt` and writes to `out`.
+    #[must_use]
+    pub fn new(interrupt: EventFd, out: Box<dyn Write + Send>) -> Self {
+        Self { uart: Mutex::new(Uart::new(Interrupt(interrupt), out)) }
+    }
+
+    /// Puts bytes into the receive FIFO (64 bytes); how many fitted.
+    pub fn enqueue(&self, input: &[u8]) -> usize {
+        let mut uart = self.uart();
+        let fits = input.len().min(uart.fifo_capacity());
+        // An interrupt that cannot be signalled is not a byte lost: the guest may poll.
+        uart.enqueue_raw_bytes(input.get(..fits).unwrap_or_default()).unwrap_or(fits)
+    }
+
+    /// How many bytes the receive FIFO can take now.
+    pub fn capacity(&self) -> usize {
+        self.uart().fifo_capacity()
+    }
+
+    /// Back to the state at power-on; what was received and not read is gone.
+    pub fn reset(&self) {
+        let mut uart = self.uart();
+        let mut set = |offset, value| {
+            let _ = uart.write(offset, value);
+        };
+        set(LCR, LCR_DLAB);
+        set(0, DIVISOR_9600[0]);
+        set(1, DIVISOR_9600[1]);
+        set(LCR, LCR_POWER_ON);
+        set(IER, 0);
+        set(MCR, MCR_POWER_ON);
+        set(SCR, 0);
+        // Reading the data register pops the FIFO, reading IIR clears it; at most 64 bytes are in there.
+        for _ in 0..64 {
+            uart.read(0);
+        }
+        uart.read(2);
+    }
+
+    fn uart(&self) -> MutexGuard<'_, Uart> {
+        self.uart.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl BusDevice for Serial {
+    fn read(&self, offset: u64, data: &mut [u8]) {
+        let mut uart = self.uart();
+        for (register, byte) in (offset..).zip(data) {
+            *byte = u8::try_from(register).map_or(0xff, |register| uart.read(register));
+        }
+    }
+
+    fn write(&self, offset: u64, data: &[u8]) {
+        let mut uart = self.uart();
+        for (register, byte) in (offset..).zip(data) {
+            if let Ok(register) = u8::try_from(register) {
+                // The sink's errors are the reader's business, not the guest's.
+                let _ = uart.write(register, *byte);
+            }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::sync::Arc;
+    use vmm_sys_util::eventfd::EFD_NONBLOCK;
+
+    #[derive(Clone, Default)]
+    struct Sink(Arc<Mutex<Vec<u8>>>);
+
+    impl Write for Sink {
+        fn write(&mut self, data: &[u8]) -> io::Result<usize> {
+            self.0.lock().unwrap().extend_from_slice(data);
+            Ok(data.len())
+        }
+        fn flush(&mut self) -> io::Result<()> {
+            Ok(())
+        }
+    }
+
+    fn port() -> (Sink, EventFd, Serial) {
+        let sink = Sink::default();
+        let interrupt = EventFd::new(EFD_NONBLOCK).unwrap();
+        let serial = Serial::new(interrupt.try_clone().unwrap(), Box::new(sink.clone()));
+        (sink, interrupt, serial)
+    }
+
+    fn read(serial: &Serial, offset: u64) -> u8 {
+        let mut data = [0];
+        serial.read(offset, &mut data);
+        data[0]
+    }
+
+    #[test]
+    fn output_reaches_the_sink() {
+        let (sink, _, serial) = port();
+        for byte in b"hi\n" {
+            serial.write(0, &[*byte]);
+        }
+        assert_eq!(*sink.0.lock().unwrap(), b"hi\n");
+    }
+
+    #[test]
+    fn input_is_bounded_by_the_fifo_and_interrupts() {
+        let (_, interrupt, serial) = port();
+        serial.write(IER.into(), &[1]);
+        assert_eq!(serial.enqueue(&[b'x'; 100]), 64);
+        assert_eq!(serial.enqueue(b"y"), 0);
+        assert!(interrupt.read().is_ok());
+        assert_eq!(read(&serial, 5) & 1, 1, "data ready");
+        assert_eq!(read(&serial, 0), b'x');
+        assert_eq!(serial.capacity(), 1);
+    }
+
+    #[test]
+    fn reset_forgets_everything() {
+        let (_, interrupt, serial) = port();
+        serial.write(IER.into(), &[1]);
+        serial.write(LCR.into(), &[0x80]);
+        serial.write(SCR.into(), &[0x55]);
+        serial.enqueue(b"old");
+        serial.reset();
+        let _ = interrupt.read();
+        assert_eq!(serial.capacity(), 64);
+        assert_eq!([read(&serial, 1), read(&serial, 3), read(&serial, 7)], [0, 3, 0]);
+        assert_eq!(read(&serial, 5) & 1, 0, "no data");
+        serial.enqueue(b"new");
+        assert!(interrupt.read().is_err(), "interrupts are off");
+    }
+}

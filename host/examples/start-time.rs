@@ -1,0 +1,346 @@
+//! Time from the start of a VM's process to its guest's first byte, and the process's memory, beside QEMU's microvm in
+//! the same run. Started by `resources/bench/run`, with the paths of the agent's binary and of QEMU:
+//! `start-time PORTCULLIS QEMU [RUNS]`.
+//!
+//! The guest is two dozen bytes that write one to the serial port and sleep. Runs are interleaved, so that what else the
+//! machine does hits both alike, and medians are compared.
+
+// A program for people, whose failures may stop it: its script sees to it that nothing is left running.
+#![allow(clippy::print_stdout, clippy::expect_used, clippy::unwrap_used, clippy::panic)]
+
+use std::{
+    fs::{self, File},
+    io::Read,
+    os::fd::{AsFd, OwnedFd},
+    path::{Path, PathBuf},
+    process::{Child, Command, ExitCode, Stdio},
+    thread,
+    time::{Duration, Instant},
+};
+
+use api::{
+    client::Client,
+    types::{VmAction, VmSpec},
+};
+use host::{
+    console::Reader,
+    vmm_process::{Program, VmDirectory, spawn},
+};
+use rustix::process::{Pid, Signal, kill_process};
+use tempfile::TempDir;
+use tokio::runtime::Runtime;
+use uuid::Uuid;
+use vmm::control::{Channel, ChannelError, MachineSpec, Order, SandboxSpec, ToAgent, ToVmm, VERSION};
+
+/// Unlike any other mapping's size, so that guest memory is known in `/proc/PID/smaps`.
+const GUEST_MIB: u64 = 130;
+
+/// Where the guest is loaded.
+const START: u64 = 0x10_0000;
+
+/// What our vmm may take of QEMU's time and memory.
+const GOAL_TIME: f64 = 3.5 / 32.0;
+const GOAL_MEMORY: f64 = 2.5 / 24.0;
+
+/// How long anything may take.
+const PATIENCE: Duration = Duration::from_secs(20);
+
+/// VMs beside which the agent's memory is looked at.
+const VMS: usize = 4;
+
+/// An ELF image with a PVH note.
+fn guest() -> Vec<u8> {
+    // mov dx, 0x3f8; mov al, '!'; out dx, al; cli; hlt; jmp back to the cli
+    const CODE: [u8; 11] = [0x66, 0xba, 0xf8, 0x03, 0xb0, b'!', 0xee, 0xfa, 0xf4, 0xeb, 0xfc];
+    const HEADERS: u64 = 64 + 2 * 56;
+    const NOTE: u64 = 20;
+    let mut image = b"\x7fELF\x02\x01\x01\0\0\0\0\0\0\0\0\0".to_vec();
+    image.extend([2_u16, 62].iter().flat_map(|half| half.to_le_bytes()));
+    image.extend(1_u32.to_le_bytes());
+    image.extend([START, 64, 0].iter().flat_map(|word| word.to_le_bytes()));
+    image.extend(0_u32.to_le_bytes());
+    image.extend([64_u16, 56, 2, 64, 0, 0].iter().flat_map(|half| half.to_le_bytes()));
+    let code = CODE.len() as u64;
+    for (kind, offset, address, len) in [(4_u32, HEADERS, 0, NOTE), (1, HEADERS + NOTE, START, code)] {
+        image.extend([kind, 7].iter().flat_map(|word| word.to_le_bytes()));
+        image.extend([offset, address, address, len, len, 4_u64].iter().flat_map(|word| word.to_le_bytes()));
+    }
+    let words = [4_u32, 4, 18, u32::from_le_bytes(*b"Xen\0"), u32::try_from(START).expect("below 4 GiB")];
+    image.extend(words.iter().flat_map(|word| word.to_le_bytes()));
+    image.extend(CODE);
+    image
+}
+
+/// Proportional set size without guest memory, in KiB.
+fn memory(pid: u32) -> u64 {
+    let smaps = fs::read_to_string(format!("/proc/{pid}/smaps")).expect("only root may look at a vmm");
+    let number = |line: &str| line.split_whitespace().nth(1).and_then(|n| n.parse::<u64>().ok()).unwrap();
+    let (mut sum, mut is_guest, mut guests) = (0, false, 0);
+    for line in smaps.lines() {
+        if line.starts_with("Size:") {
+            // The kernel may have joined it with a small neighbour.
+            is_guest = (GUEST_MIB * 1024..(GUEST_MIB + 8) * 1024).contains(&number(line));
+            guests += u32::from(is_guest);
+        } else if line.starts_with("Pss:") && !is_guest {
+            sum += number(line);
+        }
+    }
+    assert!(guests <= 1, "{guests} mappings of process {pid} have the size of guest memory");
+    sum
+}
+
+/// Waits for the first byte in a console ring that may not be there yet. Looks often: sleeping would be measured.
+fn wait_for_byte(console: &Path) {
+    let deadline = Instant::now() + PATIENCE;
+    loop {
+        if Reader::open(console).is_ok_and(|reader| reader.count().is_ok_and(|count| count > 0)) {
+            return;
+        }
+        assert!(Instant::now() < deadline, "no byte in {}", console.display());
+        thread::sleep(Duration::from_micros(20));
+    }
+}
+
+/// What one start took.
+#[derive(Clone, Copy)]
+struct Sample {
+    time: Duration,
+    memory: u64,
+}
+
+/// The vmm as the agent starts it, without the agent.
+fn ours(runtime: &Runtime, portcullis: &Path, kernel: &Path, run_dir: &Path) -> Sample {
+    let vm = Uuid::new_v4();
+    let directory = VmDirectory::new(run_dir, vm);
+    directory.create().unwrap();
+    let root = rustix::process::geteuid().is_root();
+    let user = root.then_some(2_000_000_000);
+    let spec = MachineSpec {
+        vm,
+        name: "start-time".to_owned(),
+        cpus: 1,
+        memory: GUEST_MIB << 20,
+        hugepages: false,
+        cmdline: String::new(),
+        initramfs: false,
+        devices: Vec::new(),
+        sandbox: SandboxSpec { uid: user, gid: user },
+    };
+    let files: Vec<OwnedFd> = vec![
+        File::options().read(true).write(true).open("/dev/kvm").unwrap().into(),
+        directory.create_console().unwrap().into(),
+        File::open(kernel).unwrap().into(),
+    ];
+    let files: Vec<_> = files.iter().map(AsFd::as_fd).collect();
+    let program = Program { path: portcullis.into(), arguments: vec!["vmm".into()] };
+
+    let begun = Instant::now();
+    let mut process = {
+        let _in_runtime = runtime.enter();
+        spawn(&program, &directory, vm).unwrap()
+    };
+    let channel = Channel::connect(&directory.control()).unwrap();
+    // The vmm reads one after the other: nobody has to wait for the answers to give the next order.
+    channel.send(&ToVmm::Hello { oldest: VERSION, newest: VERSION, vm }, &[]).unwrap();
+    channel.send(&ToVmm::Order { id: 1, order: Order::Configure { spec: Box::new(spec) } }, &files).unwrap();
+    channel.send(&ToVmm::Order { id: 2, order: Order::Run }, &[]).unwrap();
+    wait_for_byte(&directory.console());
+    let time = begun.elapsed();
+
+    let memory = memory(process.identity().pid.try_into().unwrap());
+    channel.send(&ToVmm::Order { id: 3, order: Order::Stop }, &[]).unwrap();
+    let exit = runtime.block_on(process.ended());
+    assert_eq!(exit.to_string(), "exited with status 0", "{}", directory.log_tail());
+    loop {
+        match channel.receive::<ToAgent>() {
+            Ok((ToAgent::Done { result, .. }, _)) => assert!(result.is_ok(), "{result:?}"),
+            Ok(_) => {}
+            Err(ChannelError::WouldBlock | ChannelError::Closed) => break,
+            Err(error) => panic!("{error}"),
+        }
+    }
+    directory.remove().unwrap();
+    Sample { time, memory }
+}
+
+/// As fast as Debian's QEMU is: without ACPI it takes qboot instead of SeaBIOS.
+fn qemu(qemu: &Path, kernel: &Path) -> Sample {
+    let begun = Instant::now();
+    let mut child = Command::new(qemu)
+        .args(["-M", "microvm,accel=kvm,acpi=off,x-option-roms=off"])
+        .args(["-cpu", "host", "-m", &format!("{GUEST_MIB}M")])
+        .args(["-nodefaults", "-no-user-config", "-display", "none", "-serial", "stdio", "-kernel"])
+        .arg(kernel)
+        .stdin(Stdio::null())
+        .stdout(Stdio::piped())
+        .spawn()
+        .unwrap();
+    let mut byte = [0];
+    let read = child.stdout.take().unwrap().read(&mut byte);
+    let time = begun.elapsed();
+    assert!(read.is_ok_and(|n| n == 1) && byte == *b"!", "QEMU's guest says {byte:?}");
+    let memory = memory(child.id());
+    child.kill().unwrap();
+    child.wait().unwrap();
+    Sample { time, memory }
+}
+
+/// A running agent.
+struct Agent {
+    child: Child,
+    directory: PathBuf,
+    client: Client,
+}
+
+impl Agent {
+    fn start(runtime: &Runtime, portcullis: &Path, directory: &Path) -> Self {
+        let at = |name: &str| directory.join(name);
+        let child = Command::new(portcullis)
+            .arg("--socket")
+            .arg(at("api.sock"))
+            .args(["serve", "--state-dir"])
+            .arg(at("state"))
+            .arg("--run-dir")
+            .arg(at("run"))
+            .arg("--image-dir")
+            .arg(directory)
+            .stdin(Stdio::null())
+            .stdout(Stdio::null())
+            .stderr(File::create(at("agent.log")).unwrap())
+            .spawn()
+            .unwrap();
+        let agent = Self { child, directory: directory.to_owned(), client: Client::new(at("api.sock")) };
+        let deadline = Instant::now() + PATIENCE;
+        while runtime.block_on(agent.client.health()).is_err() {
+            assert!(Instant::now() < deadline, "the agent does not answer");
+            thread::sleep(Duration::from_millis(5));
+        }
+        agent
+    }
+
+    /// Time from the first call to the guest's first byte; the VM goes on.
+    fn boot(&self, runtime: &Runtime, name: &str) -> Duration {
+        let spec = serde_json::json!({
+            "name": name, "memory": format!("{GUEST_MIB}MiB"), "boot": {"kernel": "guest"},
+        });
+        let spec: VmSpec = serde_json::from_value(spec).unwrap();
+        let begun = Instant::now();
+        let vm = runtime.block_on(self.client.create_vm(&spec)).unwrap();
+        runtime.block_on(self.client.act(name, VmAction::Boot, Duration::ZERO)).unwrap();
+        wait_for_byte(&self.directory.join("run/vms").join(vm.id.to_string()).join("console"));
+        begun.elapsed()
+    }
+
+    fn delete(&self, runtime: &Runtime, name: &str) {
+        runtime.block_on(self.client.delete_vm(name, None)).unwrap();
+    }
+
+    /// The processes of its VMs.
+    fn vmms(&self) -> Vec<u32> {
+        let children = format!("/proc/{}/task", self.child.id());
+        let mut found = Vec::new();
+        for task in fs::read_dir(children).unwrap().flatten() {
+            let list = fs::read_to_string(task.path().join("children")).unwrap_or_default();
+            found.extend(list.split_whitespace().filter_map(|pid| pid.parse::<u32>().ok()));
+        }
+        found
+    }
+}
+
+impl Drop for Agent {
+    fn drop(&mut self) {
+        if let Ok(pid) = self.child.id().try_into()
+            && let Some(pid) = Pid::from_raw(pid)
+        {
+            let _ = kill_process(pid, Signal::TERM);
+        }
+        drop(self.child.wait());
+    }
+}
+
+fn median<T: Copy + PartialOrd>(values: impl IntoIterator<Item = T>) -> T {
+    let mut values: Vec<T> = values.into_iter().collect();
+    values.sort_by(|a, b| a.partial_cmp(b).expect("numbers"));
+    values[values.len() / 2]
+}
+
+fn ms(time: Duration) -> f64 {
+    time.as_secs_f64() * 1000.0
+}
+
+#[expect(clippy::cast_precision_loss, reason = "memory in MiB")]
+fn mib(kib: u64) -> f64 {
+    kib as f64 / 1024.0
+}
+
+/// Prints a goal, and says whether it is met.
+fn goal(what: &str, ours: f64, theirs: f64, share: f64) -> bool {
+    let met = ours <= theirs * share;
+    let word = if met { "met" } else { "MISSED" };
+    println!("goal  {what}: at most {share:.3} of QEMU's, is {:.3}: {word}", ours / theirs);
+    met
+}
+
+fn main() -> ExitCode {
+    let arguments: Vec<String> = std::env::args().skip(1).collect();
+    let (Some(portcullis), Some(their)) = (arguments.first(), arguments.get(1)) else {
+        println!("usage: start-time PORTCULLIS QEMU [RUNS]");
+        return ExitCode::from(2);
+    };
+    let runs = arguments.get(2).map_or(21, |runs| runs.parse().expect("a number of runs"));
+    let (portcullis, their) = (Path::new(portcullis), Path::new(their));
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
+    let directory = TempDir::with_prefix("portcullis-bench-").unwrap();
+    let kernel = directory.path().join("guest");
+    fs::write(&kernel, guest()).unwrap();
+    let agent = Agent::start(&runtime, portcullis, directory.path());
+
+    let mut samples = Vec::new();
+    // The first round warms caches up and does not count.
+    for round in 0..=runs {
+        let sample = (
+            ours(&runtime, portcullis, &kernel, &directory.path().join("run")),
+            agent.boot(&runtime, "bench"),
+            qemu(their, &kernel),
+        );
+        agent.delete(&runtime, "bench");
+        if round > 0 {
+            samples.push(sample);
+        }
+    }
+    for n in 0..VMS {
+        agent.boot(&runtime, &format!("vm{n}"));
+    }
+    let of_agent = memory(agent.child.id());
+    let of_vmms = agent.vmms().into_iter().map(memory).collect::<Vec<_>>();
+    assert_eq!(of_vmms.len(), VMS);
+    for n in 0..VMS {
+        agent.delete(&runtime, &format!("vm{n}"));
+    }
+
+    let ours = Sample {
+        time: median(samples.iter().map(|(ours, ..)| ours.time)),
+        memory: median(samples.iter().map(|(ours, ..)| ours.memory)),
+    };
+    let rest = median(samples.iter().map(|(_, rest, _)| *rest));
+    let qemu = Sample {
+        time: median(samples.iter().map(|(.., qemu)| qemu.time)),
+        memory: median(samples.iter().map(|(.., qemu)| qemu.memory)),
+    };
+    println!("medians of {runs} interleaved runs");
+    println!(
+        "process start to the guest's first byte, ms: vmm {:.2}, QEMU microvm {:.2}",
+        ms(ours.time),
+        ms(qemu.time)
+    );
+    println!("REST create and boot to that byte, ms: {:.2}", ms(rest));
+    println!(
+        "memory without the guest's, PSS in MiB: vmm {:.2}, QEMU microvm {:.2}",
+        mib(ours.memory),
+        mib(qemu.memory)
+    );
+    println!("with {VMS} VMs: agent {:.2}, each vmm {:.2}", mib(of_agent), mib(median(of_vmms)));
+    let time = goal("time", ms(ours.time), ms(qemu.time), GOAL_TIME);
+    let memory = goal("memory", mib(ours.memory), mib(qemu.memory), GOAL_MEMORY);
+    if time && memory { ExitCode::SUCCESS } else { ExitCode::FAILURE }
+}

@@ -1,0 +1,503 @@
+//! What the API's routes call.
+
+use std::{collections::BTreeMap, sync::Arc, time::Duration};
+
+use api::{
+    Backend, Caller, ConsoleRead, Health, Progress,
+    problem::{Problem, ProblemCode},
+    types::{
+        Bdf, EventKind, ObjectKind, ObjectRef, Pf, PfSpec, PfStatus, Subject, Timestamp, Vf, Vm, VmAction,
+        VmSpec, VmStats, host_id,
+    },
+};
+use async_trait::async_trait;
+use axum::body::Bytes;
+use passthrough::{
+    host::{self, PfError, VfSettings},
+    sim::is_simulated,
+};
+use tokio::{sync::Mutex, time::timeout};
+use uuid::Uuid;
+use vmm::control::{Order, Outcome};
+
+use super::{console, view};
+use crate::{
+    environment::Environment,
+    inventory::Inventory,
+    store::{Entry, Expect, StoreError},
+    vm::{
+        VmHandle, network,
+        problem::{ToProblem, chain},
+        record::{Claim, PfRecord, VmRecord, macs},
+    },
+    vmm_process::VmDirectory,
+};
+
+/// How long a vmm may take to answer what costs it nothing.
+const PROMPT: Duration = Duration::from_secs(5);
+
+/// Bytes that one order types on a console.
+const TYPED: usize = 1024;
+
+/// How often a new VM's id is drawn again because an address made from it is taken.
+const DRAWS: usize = 8;
+
+/// The agent: its VMs, and what they share. Clones are the same agent.
+#[derive(Clone)]
+pub struct Agent {
+    env: Arc<Environment>,
+    /// By id. Held only for look-ups, and while a VM is created.
+    vms: Arc<Mutex<BTreeMap<Uuid, VmHandle>>>,
+}
+
+impl Agent {
+    /// Takes up what is in the store: VMs that run are found again, what a former agent left undone is put right.
+    ///
+    /// # Errors
+    /// The store cannot be read.
+    pub async fn start(env: Arc<Environment>) -> Result<Self, StoreError> {
+        let vms: BTreeMap<Uuid, VmHandle> = env
+            .vms
+            .list()
+            .await?
+            .into_iter()
+            .map(|entry| (entry.id, VmHandle::start(Arc::clone(&env), entry)))
+            .collect();
+        let orphans: Vec<Entry<Claim>> =
+            env.claims.list().await?.into_iter().filter(|claim| !vms.contains_key(&claim.value.vm)).collect();
+        if !orphans.is_empty() {
+            // What could not be given back is logged, and tried again by the next agent.
+            drop(crate::vm::claims::give_back(&env, orphans).await);
+        }
+        Ok(Self { env, vms: Arc::new(Mutex::new(vms)) })
+    }
+
+    /// Stops every VM, and waits for that at most `patience`.
+    pub async fn stop_all(&self, patience: Duration) {
+        let caller = Caller { uid: rustix::process::geteuid().as_raw(), gid: 0, pid: None };
+        let mut stopping = Vec::new();
+        for vm in self.all().await {
+            if let Ok(done) = vm.act(VmAction::Stop, caller).await {
+                stopping.push((vm, done));
+            }
+        }
+        let all = async {
+            for (vm, done) in stopping {
+                if let Ok(Err(problem)) = done.await {
+                    tracing::error!(vm = %vm.name(), "{problem}");
+                }
+            }
+        };
+        if timeout(patience, all).await.is_err() {
+            tracing::error!("not all VMs have stopped");
+        }
+    }
+
+    /// Ends the tasks of all VMs; the VMs run on.
+    pub async fn leave(&self) {
+        for vm in self.all().await {
+            vm.leave().await;
+        }
+    }
+
+    async fn all(&self) -> Vec<VmHandle> {
+        let mut all: Vec<VmHandle> = self.vms.lock().await.values().cloned().collect();
+        all.sort_by(|a, b| a.name().cmp(b.name()));
+        all
+    }
+
+    async fn find(&self, vm: &ObjectRef) -> Result<VmHandle, Problem> {
+        let vms = self.vms.lock().await;
+        let found = vms.values().find(|handle| vm.means(handle.id, handle.name().as_str()));
+        found.cloned().ok_or_else(|| Problem::not_found("VM", vm))
+    }
+
+    fn directory(&self, vm: &VmHandle) -> VmDirectory {
+        VmDirectory::new(&self.env.run_dir, vm.id)
+    }
+
+    fn view(&self, vm: &VmHandle) -> Vm {
+        view::vm(vm, &self.directory(vm), self.env.users.is_some())
+    }
+
+    async fn claims(&self) -> Result<Vec<Claim>, Problem> {
+        let claims = self.env.claims.list().await.map_err(|e| e.problem())?;
+        Ok(claims.into_iter().map(|entry| entry.value).collect())
+    }
+
+    /// Runs what reads or writes the host's devices where it may block.
+    async fn host<T: Send + 'static>(
+        &self,
+        work: impl FnOnce(&Inventory) -> Result<T, Problem> + Send + 'static,
+    ) -> Result<T, Problem> {
+        let inventory = self.env.inventory.clone();
+        tokio::task::spawn_blocking(move || work(&inventory))
+            .await
+            .map_err(|error| Problem::new(ProblemCode::Internal, chain(&error)))?
+    }
+
+    async fn pf(&self, name: String) -> Result<host::Pf, Problem> {
+        self.host(move |inventory| find_pf(inventory, &name)).await
+    }
+
+    async fn view_pf(&self, pf: host::Pf, claims: &[Claim]) -> Result<Pf, Problem> {
+        let bdf: Bdf = convert(pf.device.bdf)?;
+        let id = host_id(bdf);
+        let entry = match self.env.pfs.get(id).await {
+            Ok(entry) => entry,
+            Err(StoreError::NotFound { .. }) => {
+                let value = PfRecord { created: Timestamp::now(), vfs: u32::from(pf.num_vfs) };
+                let put = self.env.pfs.put(id, &bdf.to_string(), &value, Expect::Absent).await;
+                match put {
+                    Ok(revision) => Entry { id, name: bdf.to_string(), revision, value },
+                    // Another request saw it first.
+                    Err(StoreError::Conflict { .. }) => {
+                        self.env.pfs.get(id).await.map_err(|e| e.problem())?
+                    }
+                    Err(error) => return Err(error.problem()),
+                }
+            }
+            Err(error) => return Err(error.problem()),
+        };
+        let address = pf.interface().and_then(|interface| {
+            let path = self
+                .env
+                .inventory
+                .device_dir(pf.device.bdf)
+                .join("net")
+                .join(&interface.name)
+                .join("address");
+            std::fs::read_to_string(path).ok().map(|text| text.trim().to_owned())
+        });
+        let in_use = |claim: &&Claim| claim.adapter.as_ref().is_some_and(|vf| vf.pf == pf.device.bdf);
+        Ok(Pf {
+            id,
+            name: pf.name(),
+            revision: entry.revision,
+            created: entry.value.created,
+            // A simulated PF has what it was last asked for, be it by the command line.
+            spec: PfSpec {
+                vfs: if is_simulated(pf.device.bdf) { pf.num_vfs.into() } else { entry.value.vfs },
+            },
+            status: PfStatus {
+                bdf,
+                driver: pf.device.driver.clone(),
+                simulated: is_simulated(pf.device.bdf),
+                device: format!("{:04x}:{:04x}", pf.device.vendor, pf.device.device),
+                mac: address,
+                up: pf.interface().is_some_and(|interface| interface.admin_up),
+                carrier: pf
+                    .interface()
+                    .filter(|interface| interface.admin_up)
+                    .map(|interface| interface.carrier),
+                mtu: pf.interface().map(|interface| interface.mtu),
+                vfs: u32::from(pf.num_vfs),
+                vfs_in_use: u32::try_from(claims.iter().filter(in_use).count()).unwrap_or(u32::MAX),
+                max_vfs: u32::from(pf.total_vfs),
+            },
+        })
+    }
+
+    async fn create(self, caller: Caller, spec: VmSpec) -> Result<Vm, Problem> {
+        let mut vms = self.vms.lock().await;
+        let taken: Vec<_> = vms
+            .values()
+            .flat_map(|vm| macs(vm.id, &vm.record.value.spec).map(|(_, mac)| (mac, vm.name().clone())))
+            .collect();
+        for (n, adapter) in spec.adapters.iter().enumerate() {
+            let used = |(mac, _): &&(_, _)| Some(*mac) == adapter.mac;
+            if let (Some(mac), Some((_, owner))) = (adapter.mac, taken.iter().find(used)) {
+                let detail =
+                    format!("The address {mac} belongs to an adapter of the VM {owner}: choose another.");
+                return Err(Problem {
+                    field: Some(format!("adapters[{n}].mac").into()),
+                    ..Problem::new(ProblemCode::MacInUse, detail)
+                });
+            }
+        }
+        let free = |id: &Uuid| {
+            let macs: Vec<_> = macs(*id, &spec).map(|(_, mac)| mac).collect();
+            let twice = macs.iter().enumerate().any(|(n, mac)| macs.iter().take(n).any(|other| other == mac));
+            !twice && !taken.iter().any(|(mac, _)| macs.contains(mac))
+        };
+        let id = std::iter::repeat_with(Uuid::new_v4).take(DRAWS).find(free).ok_or_else(|| {
+            Problem::new(ProblemCode::MacInUse, "No free address could be made: give the adapters addresses.")
+        })?;
+        let name = spec.name.to_string();
+        let value = VmRecord { created: Timestamp::now(), spec };
+        let revision = self.env.vms.put(id, &name, &value, Expect::Absent).await.map_err(|e| e.problem())?;
+        if let Err(problem) = network::attach(&self.env, id, &value.spec).await {
+            self.env.vms.remove(id).await.map_err(|e| e.problem())?;
+            return Err(problem);
+        }
+        let object = Subject { kind: ObjectKind::Vm, id, name: name.clone() };
+        self.env.tell(EventKind::Created { object, revision });
+        let handle = VmHandle::start(Arc::clone(&self.env), Entry { id, name, revision, value });
+        tracing::info!(vm = %handle.name(), %id, uid = caller.uid, "created");
+        let vm = self.view(&handle);
+        vms.insert(id, handle);
+        Ok(vm)
+    }
+
+    async fn delete(self, caller: Caller, vm: ObjectRef, expect: Option<u64>) -> Result<(), Problem> {
+        let handle = self.find(&vm).await?;
+        if let Some(expected) = expect.filter(|expected| *expected != handle.record.revision) {
+            return Err(Problem::revision_mismatch(expected, handle.record.revision));
+        }
+        handle.delete().await?;
+        self.vms.lock().await.remove(&handle.id);
+        tracing::info!(vm = %handle.name(), id = %handle.id, uid = caller.uid, "deleted");
+        Ok(())
+    }
+
+    async fn change_vfs(
+        self,
+        caller: Caller,
+        pf: ObjectRef,
+        count: u32,
+        expect: Option<u64>,
+    ) -> Result<Pf, Problem> {
+        // Held until the count has changed: nobody claims a VF that is about to go.
+        let _guard = self.env.claiming.lock().await;
+        let found = self.pf(pf_name(&pf)).await?;
+        let claims = self.claims().await?;
+        let now = self.view_pf(found.clone(), &claims).await?;
+        if let Some(expected) = expect.filter(|expected| *expected != now.revision) {
+            return Err(Problem::revision_mismatch(expected, now.revision));
+        }
+        let bdf = found.device.bdf;
+        let vfs = self.host(move |inventory| inventory.vfs_of(bdf).map_err(|e| e.problem())).await?;
+        // Also those that VMs hold as plain devices.
+        let holds = |claim: &&Claim| vfs.iter().any(|vf| vf.device.bdf == claim.bdf);
+        if let Some(claim) = claims.iter().find(holds).filter(|_| count != u32::from(found.num_vfs)) {
+            let detail = format!(
+                "VF {} of PF {} belongs to the VM {}: stop the VMs that use its VFs first.",
+                claim.bdf, now.name, claim.vm_name
+            );
+            return Err(Problem::new(ProblemCode::VfsInUse, detail));
+        }
+        let wanted = u16::try_from(count).unwrap_or(u16::MAX);
+        match self.env.inventory.simulated() {
+            Some(simulated) if is_simulated(bdf) => {
+                // As the kernel's attribute takes it; none at all is no PF.
+                if !(1..=found.total_vfs).contains(&wanted) {
+                    let detail = format!(
+                        "The simulated PF {} can have 1 to {} VFs, not {count}.",
+                        now.name, found.total_vfs
+                    );
+                    return Err(Problem::new(ProblemCode::TooManyVfs, detail));
+                }
+                if wanted != found.num_vfs {
+                    simulated.set_vfs(bdf, wanted).await.map_err(|e| e.problem())?;
+                }
+            }
+            _ => {
+                self.host(move |inventory| inventory.set_num_vfs(bdf, wanted).map_err(|e| e.problem()))
+                    .await?
+            }
+        }
+        let value = PfRecord { created: now.created, vfs: count };
+        let name = now.status.bdf.to_string();
+        let put = self.env.pfs.put(now.id, &name, &value, Expect::Revision(now.revision)).await;
+        let revision = put.map_err(|e| e.problem())?;
+        let object = Subject { kind: ObjectKind::Pf, id: now.id, name: now.name.clone() };
+        self.env.tell(EventKind::Changed { object, revision });
+        tracing::info!(pf = %now.name, count, uid = caller.uid, "number of VFs changed");
+        let found = self.pf(bdf.to_string()).await?;
+        self.view_pf(found, &claims).await
+    }
+}
+
+/// Does it to its end even if the client goes away.
+async fn finish<T: Send + 'static>(
+    work: impl Future<Output = Result<T, Problem>> + Send + 'static,
+) -> Result<T, Problem> {
+    tokio::spawn(work).await.map_err(|error| Problem::new(ProblemCode::Internal, chain(&error)))?
+}
+
+fn convert(bdf: host::Bdf) -> Result<Bdf, Problem> {
+    bdf.to_string().parse().map_err(|error: api::types::Invalid| {
+        Problem::new(ProblemCode::Internal, format!("{bdf} is outside of what the API can name: {error}"))
+    })
+}
+
+fn find_pf(inventory: &Inventory, name: &str) -> Result<host::Pf, Problem> {
+    let found = match Uuid::try_parse(name) {
+        Ok(id) => {
+            let pfs = inventory.pfs().map_err(|e| e.problem())?;
+            pfs.into_iter().find(|pf| convert(pf.device.bdf).is_ok_and(|bdf| host_id(bdf) == id))
+        }
+        Err(_) => match inventory.pf_by_name(name) {
+            Ok(pf) => Some(pf),
+            Err(host::InventoryError::Sysfs(error)) => {
+                return Err(Problem::new(ProblemCode::Internal, chain(&error)));
+            }
+            Err(_) => None,
+        },
+    };
+    found.ok_or_else(|| Problem::not_found("PF", &name.escape_debug()))
+}
+
+#[async_trait]
+impl Backend for Agent {
+    async fn health(&self) -> Health {
+        let mut complaints = Vec::new();
+        if let Err(error) = self.env.vms.list().await {
+            complaints.push(chain(&error));
+        }
+        if !self.env.kvm.exists() {
+            let kvm = self.env.kvm.display();
+            complaints.push(format!("{kvm} does not exist: load kvm_intel or kvm_amd, no VM can be booted"));
+        }
+        Health { complaints }
+    }
+
+    async fn create_vm(&self, caller: Caller, spec: VmSpec) -> Result<Vm, Problem> {
+        finish(self.clone().create(caller, spec)).await
+    }
+
+    async fn list_vms(&self) -> Result<Vec<Vm>, Problem> {
+        Ok(self.all().await.iter().map(|vm| self.view(vm)).collect())
+    }
+
+    async fn get_vm(&self, vm: ObjectRef) -> Result<Vm, Problem> {
+        Ok(self.view(&self.find(&vm).await?))
+    }
+
+    async fn delete_vm(&self, caller: Caller, vm: ObjectRef, expect: Option<u64>) -> Result<(), Problem> {
+        finish(self.clone().delete(caller, vm, expect)).await
+    }
+
+    async fn act(
+        &self,
+        caller: Caller,
+        vm: ObjectRef,
+        action: VmAction,
+        wait: Duration,
+    ) -> Result<Progress, Problem> {
+        let handle = self.find(&vm).await?;
+        tracing::info!(vm = %handle.name(), action = action.as_str(), uid = caller.uid, "asked");
+        let done = handle.act(action, caller).await?;
+        let complete = match timeout(wait, done).await {
+            Ok(Ok(result)) => result.map(|()| true)?,
+            // The VM's task has ended: it was deleted meanwhile.
+            Ok(Err(_)) => return Err(Problem::not_found("VM", handle.name())),
+            Err(_) => false,
+        };
+        Ok(Progress { vm: self.view(&handle), complete })
+    }
+
+    async fn stats(&self, vm: ObjectRef) -> Result<VmStats, Problem> {
+        let handle = self.find(&vm).await?;
+        let outcome = handle.connection()?.order(Order::Stats, Vec::new(), PROMPT).await;
+        match outcome.map_err(|e| e.problem())? {
+            Outcome::Stats(stats) => Ok(view::stats(&handle, *stats)),
+            _ => Err(Problem::new(
+                ProblemCode::VmmFailed,
+                "The VM's process answered something else than counters.",
+            )),
+        }
+    }
+
+    async fn read_console(
+        &self,
+        vm: ObjectRef,
+        offset: Option<u64>,
+        follow: bool,
+    ) -> Result<ConsoleRead, Problem> {
+        let handle = self.find(&vm).await?;
+        let directory = self.directory(&handle);
+        console::read(handle, directory, offset, follow).await
+    }
+
+    async fn write_console(&self, _caller: Caller, vm: ObjectRef, bytes: Bytes) -> Result<usize, Problem> {
+        let connection = self.find(&vm).await?.connection()?;
+        let mut total = 0;
+        for piece in bytes.chunks(TYPED) {
+            let order = Order::ConsoleInput { bytes: piece.to_vec() };
+            match connection.order(order, Vec::new(), PROMPT).await.map_err(|e| e.problem())? {
+                Outcome::ConsoleTaken { taken } => {
+                    total += taken.min(piece.len());
+                    if taken < piece.len() {
+                        break;
+                    }
+                }
+                _ => break,
+            }
+        }
+        Ok(total)
+    }
+
+    async fn list_pfs(&self) -> Result<Vec<Pf>, Problem> {
+        let claims = self.claims().await?;
+        let mut pfs = Vec::new();
+        for pf in self.host(|inventory| inventory.pfs().map_err(|e| e.problem())).await? {
+            pfs.push(self.view_pf(pf, &claims).await?);
+        }
+        pfs.sort_by(|a, b| a.name.cmp(&b.name));
+        Ok(pfs)
+    }
+
+    async fn get_pf(&self, pf: ObjectRef) -> Result<Pf, Problem> {
+        let pf = self.pf(pf_name(&pf)).await?;
+        self.view_pf(pf, &self.claims().await?).await
+    }
+
+    async fn set_vfs(
+        &self,
+        caller: Caller,
+        pf: ObjectRef,
+        count: u32,
+        expect: Option<u64>,
+    ) -> Result<Pf, Problem> {
+        finish(self.clone().change_vfs(caller, pf, count, expect)).await
+    }
+
+    async fn list_vfs(&self) -> Result<Vec<Vf>, Problem> {
+        let claims = self.claims().await?;
+        let open = Arc::clone(&self.env.open_pf);
+        let mut vfs = self
+            .host(move |inventory| {
+                let mut vfs = Vec::new();
+                for pf in inventory.pfs().map_err(|e| e.problem())? {
+                    let settings = open(pf.device.bdf).and_then(|mut pf| pf.read_all());
+                    for vf in inventory.vfs_of(pf.device.bdf).map_err(|e| e.problem())? {
+                        vfs.push(view_vf(&pf, &vf, &settings, &claims)?);
+                    }
+                }
+                Ok(vfs)
+            })
+            .await?;
+        vfs.sort_by(|a, b| (&a.pf, a.index).cmp(&(&b.pf, b.index)));
+        Ok(vfs)
+    }
+}
+
+fn pf_name(pf: &ObjectRef) -> String {
+    match pf {
+        ObjectRef::Id(id) => id.to_string(),
+        ObjectRef::Name(name) => name.clone(),
+    }
+}
+
+fn view_vf(
+    pf: &host::Pf,
+    vf: &host::Vf,
+    settings: &Result<BTreeMap<u16, VfSettings>, PfError>,
+    claims: &[Claim],
+) -> Result<Vf, Problem> {
+    let bdf = convert(vf.device.bdf)?;
+    let settings = settings.as_ref().ok().and_then(|all| all.get(&vf.index));
+    Ok(Vf {
+        id: host_id(bdf),
+        bdf,
+        pf: pf.name(),
+        index: u32::from(vf.index),
+        device: format!("{:04x}:{:04x}", vf.device.vendor, vf.device.device),
+        simulated: is_simulated(vf.device.bdf),
+        driver: vf.device.driver.clone(),
+        iommu_group: vf.device.iommu_group,
+        mac: settings.and_then(|settings| settings.mac).map(|mac| mac.to_string()),
+        owner: claims.iter().find(|claim| claim.bdf == vf.device.bdf).map(view::owner),
+    })
+}

@@ -1,0 +1,273 @@
+//! `portcullis serve`: one agent per run directory, serving the API on a Unix socket.
+
+mod backend;
+mod console;
+mod view;
+
+use std::{
+    fs::{self, DirBuilder, File, OpenOptions},
+    io::{self, IsTerminal},
+    os::unix::fs::{DirBuilderExt, OpenOptionsExt, PermissionsExt},
+    path::{Path, PathBuf},
+    sync::Arc,
+    time::Duration,
+};
+
+use anyhow::{Context, bail};
+use api::types::Protection;
+use rustix::{
+    fs::{FlockOperation, flock},
+    process::geteuid,
+};
+use tokio::{
+    net::UnixListener,
+    signal::unix::{SignalKind, signal},
+};
+
+pub use backend::Agent;
+use tracing_subscriber::{EnvFilter, filter::LevelFilter};
+
+#[cfg(feature = "test-support")]
+use crate::switch::Late;
+use crate::{
+    decisions::{DecisionLog, events::EventHub},
+    environment::{Environment, Users},
+    pf::{HostPfs, PfHandle, watch},
+    sim::{SimPfOption, Simulated, Start},
+    store::{ObjectStore, SqliteStore},
+    switch::{Parts, Policy, SwitchHandle, Timing},
+};
+
+/// How long VMs may take to stop when the agent is told to stop them.
+const STOP_ALL: Duration = Duration::from_secs(60);
+
+/// Options of `portcullis serve`.
+#[derive(Clone, Debug, clap::Args)]
+pub struct ServeArgs {
+    /// Where the database is.
+    #[arg(long, value_name = "DIR", default_value = "/var/lib/portcullis")]
+    pub state_dir: PathBuf,
+    /// Where control sockets, console logs and the lock are; it need not outlive the host's boot.
+    #[arg(long, value_name = "DIR", default_value = "/run/portcullis")]
+    pub run_dir: PathBuf,
+    /// A directory with kernels and initramfs that every caller may boot; may be repeated.
+    #[arg(long = "image-dir", value_name = "DIR")]
+    pub image_dirs: Vec<PathBuf>,
+    /// The first of the user ids that VMs' processes get, each its own (an agent that is root).
+    #[arg(long, value_name = "UID", default_value_t = 900_000, value_parser = clap::value_parser!(u32).range(1000..4_000_000_000))]
+    pub vmm_uid_base: u32,
+    /// How many user ids there are for VMs' processes: the most VMs that can run at once.
+    #[arg(long, value_name = "COUNT", default_value_t = 4096, value_parser = clap::value_parser!(u32).range(1..1_000_000))]
+    pub vmm_uid_count: u32,
+    /// How many decisions are kept; the oldest go first.
+    #[arg(long, value_name = "COUNT", default_value_t = crate::decisions::KEPT, value_parser = clap::value_parser!(u32).range(100..10_000_000))]
+    pub decisions_kept: u32,
+    /// Grant every request of every guest, whatever the policy says: shows that a test would notice.
+    #[cfg(feature = "test-support")]
+    #[arg(long)]
+    pub policy_bypass_for_tests: bool,
+    /// Make guests' changes of their addresses on the PF only after this time.
+    #[cfg(feature = "test-support")]
+    #[arg(long, value_name = "MS", default_value_t = 0)]
+    pub late_address_for_tests: u64,
+    /// Grant guests' multicast lists only after this time.
+    #[cfg(feature = "test-support")]
+    #[arg(long, value_name = "MS", default_value_t = 0)]
+    pub late_multicast_for_tests: u64,
+    /// A simulated adapter: an 82576 called NAME with COUNT VFs, and a tap device as its uplink if one is named. May be
+    /// repeated.
+    #[arg(long = "sim-pf", value_name = "NAME=COUNT[,tap=IFNAME]")]
+    pub sim_pfs: Vec<SimPfOption>,
+    /// Stop all VMs when the agent ends; without it they run on, and the next agent finds them.
+    #[arg(long)]
+    pub stop_vms_on_exit: bool,
+}
+
+/// Starts the runtime and the log, and runs the agent. `socket` is where it serves the API.
+///
+/// # Errors
+/// As [`serve`].
+pub fn run(args: ServeArgs, socket: &Path) -> anyhow::Result<()> {
+    let filter = EnvFilter::builder()
+        .with_env_var("PORTCULLIS_LOG")
+        .with_default_directive(LevelFilter::INFO.into())
+        .from_env_lossy();
+    let log = tracing_subscriber::fmt()
+        .with_env_filter(filter)
+        .with_writer(io::stderr)
+        .with_target(false)
+        .with_ansi(io::stderr().is_terminal());
+    // In a test there may be one already.
+    drop(log.try_init());
+    // One worker: what blocks has threads of its own, and a guest that waits for an answer would pay for each hand-over of a
+    // task from one worker to another.
+    let mut runtime = tokio::runtime::Builder::new_multi_thread();
+    runtime.worker_threads(1).enable_all().build()?.block_on(serve(args, socket))
+}
+
+/// Runs the agent until SIGTERM or SIGINT.
+///
+/// # Errors
+/// What kept it from starting: another agent, the database, the socket.
+pub async fn serve(args: ServeArgs, socket: &Path) -> anyhow::Result<()> {
+    let _lock = lock(&args.run_dir)?;
+    let database = args.state_dir.join("portcullis.db");
+    let store: Arc<dyn ObjectStore> = Arc::new(SqliteStore::open(&database)?);
+    let mut env = Environment::new(Arc::clone(&store), args.run_dir.clone());
+    env.image_dirs = image_dirs(&args.image_dirs)?;
+    if geteuid().is_root() {
+        env.users = Some(Users::new(args.vmm_uid_base, args.vmm_uid_count));
+    } else {
+        let off = Protection::ALL.map(Protection::as_str).join(", ");
+        tracing::warn!(
+            off,
+            "the agent is not root: VMs get simulated adapters only, and protections of the host from their processes \
+             are off"
+        );
+        env.inventory.leave_out_hardware();
+    }
+    let simulated = start_simulated(&args, &store, &env).await?;
+    env.add_simulated(Arc::clone(&simulated));
+    let policy = start_switch(&args, store, &database, &env).await?;
+    env.policy = Some(policy.clone());
+    let env = Arc::new(env);
+    let agent = Arc::new(Agent::start(Arc::clone(&env)).await?);
+    let listener = listen(socket)?;
+    let mut terminate = signal(SignalKind::terminate())?;
+    let mut interrupt = signal(SignalKind::interrupt())?;
+    let end = async move {
+        tokio::select! {
+            _ = terminate.recv() => {}
+            _ = interrupt.recv() => {}
+        }
+    };
+    tracing::info!(socket = %socket.display(), "ready");
+    let routes = api::router_with_policy(Arc::clone(&agent) as Arc<dyn api::Backend>, Arc::new(policy));
+    let served = api::serve(listener, routes, end).await;
+    // Nobody connects to an agent that is gone. What is removed is ours: the lock is still held.
+    drop(fs::remove_file(socket));
+    if args.stop_vms_on_exit {
+        tracing::info!("stopping all VMs");
+        agent.stop_all(STOP_ALL).await;
+    }
+    agent.leave().await;
+    // What cannot be read counts as used.
+    if let Ok(claims) = env.claims.list().await {
+        let claims: Vec<_> = claims.into_iter().map(|entry| entry.value).collect();
+        simulated.leave(&claims).await;
+    }
+    served.context("The API cannot be served")
+}
+
+/// Starts simulated adapters, or finds those of a former agent.
+async fn start_simulated(
+    args: &ServeArgs,
+    store: &Arc<dyn ObjectStore>,
+    env: &Environment,
+) -> anyhow::Result<Arc<Simulated>> {
+    for option in &args.sim_pfs {
+        if env.inventory.sysfs().pf_by_name(&option.name).is_ok() {
+            bail!(
+                "{} is an adapter of this host: give the simulated PF another name (--sim-pf)",
+                option.name
+            );
+        }
+    }
+    // Beyond those of VMs.
+    let users = args.vmm_uid_base.saturating_add(args.vmm_uid_count);
+    let start = Start::new(&args.run_dir, env.users.is_some().then_some(users));
+    let simulated = Simulated::load(Arc::clone(store), &args.sim_pfs, start).await?;
+    let all = Arc::clone(&simulated);
+    tokio::task::spawn_blocking(move || all.start_all()).await??;
+    Ok(simulated)
+}
+
+/// Starts the switch and all that it works with.
+async fn start_switch(
+    args: &ServeArgs,
+    store: Arc<dyn ObjectStore>,
+    database: &Path,
+    env: &Environment,
+) -> anyhow::Result<Policy> {
+    let events = EventHub::default();
+    let decisions = DecisionLog::open(database, args.decisions_kept, events.clone())?;
+    let hints = watch::start().inspect_err(|error| {
+        tracing::warn!("News about interfaces cannot be had ({error}): PFs are compared every 30 s only");
+    });
+    #[cfg(feature = "test-support")]
+    if args.policy_bypass_for_tests {
+        tracing::error!("EVERY REQUEST OF EVERY GUEST IS GRANTED: this agent is for tests of tests");
+    }
+    let parts = Parts {
+        store,
+        pf: PfHandle::start(HostPfs::new(env.inventory.clone(), Arc::clone(&env.open_pf)))?,
+        decisions: decisions.clone(),
+        events: events.clone(),
+        hints: hints.ok(),
+        #[cfg(not(feature = "test-support"))]
+        timing: Timing::default(),
+        #[cfg(feature = "test-support")]
+        timing: Timing {
+            late: Late {
+                address: Duration::from_millis(args.late_address_for_tests),
+                multicast: Duration::from_millis(args.late_multicast_for_tests),
+            },
+            ..Timing::default()
+        },
+        #[cfg(feature = "test-support")]
+        bypass: args.policy_bypass_for_tests,
+    };
+    Ok(Policy { switch: SwitchHandle::start(parts).await?, decisions, events })
+}
+
+/// Makes sure that this agent is the only one of its run directory, as long as the file is open.
+fn lock(run_dir: &Path) -> anyhow::Result<File> {
+    let at = || format!("The run directory {} cannot be used (--run-dir)", run_dir.display());
+    DirBuilder::new().recursive(true).mode(0o755).create(run_dir).with_context(at)?;
+    let path = run_dir.join("agent.lock");
+    let file = OpenOptions::new().write(true).create(true).truncate(false).mode(0o600).open(&path);
+    let file = file.with_context(at)?;
+    match flock(&file, FlockOperation::NonBlockingLockExclusive) {
+        Ok(()) => Ok(file),
+        Err(rustix::io::Errno::WOULDBLOCK) => bail!(
+            "Another agent is running with the run directory {}: stop it, or choose another with --run-dir",
+            run_dir.display()
+        ),
+        Err(error) => Err(io::Error::from(error)).with_context(at),
+    }
+}
+
+fn image_dirs(dirs: &[PathBuf]) -> anyhow::Result<Vec<PathBuf>> {
+    let canonical = |dir: &PathBuf| {
+        dir.canonicalize().with_context(|| format!("The image directory {} cannot be used", dir.display()))
+    };
+    dirs.iter().map(canonical).collect()
+}
+
+/// Binds the API's socket, mode 0600 from its first moment. A stale one is replaced, a living one is not.
+fn listen(socket: &Path) -> anyhow::Result<UnixListener> {
+    let at = || format!("The API's socket {} cannot be made (--socket)", socket.display());
+    if let Some(dir) = socket.parent() {
+        fs::create_dir_all(dir).with_context(at)?;
+    }
+    if std::os::unix::net::UnixStream::connect(socket).is_ok() {
+        bail!(
+            "Another process serves on {}: stop it, or choose another socket with --socket",
+            socket.display()
+        );
+    }
+    // Made under a name of its own, then moved: there is no moment at which others could connect.
+    let fresh = socket.with_extension(format!("{}.new", std::process::id()));
+    drop(fs::remove_file(&fresh));
+    let listener = UnixListener::bind(&fresh).with_context(at)?;
+    let placed = fs::set_permissions(&fresh, fs::Permissions::from_mode(0o600))
+        .and_then(|()| fs::rename(&fresh, socket));
+    if placed.is_err() {
+        drop(fs::remove_file(&fresh));
+    }
+    placed.with_context(at)?;
+    Ok(listener)
+}
+
+#[cfg(test)]
+mod tests;

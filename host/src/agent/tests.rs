@@ -1,0 +1,203 @@
+//! The agent over its API, on a made-up host with a fake vmm.
+
+use std::{path::PathBuf, sync::Arc, time::Duration};
+
+use api::{
+    Backend, Client, ClientError,
+    problem::ProblemCode,
+    types::{EventKind, ObjectKind, VmAction, VmState},
+};
+use tokio::sync::oneshot;
+
+use super::*;
+use crate::vm::tests::fixture::{Host, PATIENCE, VF0, spec};
+
+struct Served {
+    agent: Arc<Agent>,
+    client: Client,
+    end: oneshot::Sender<()>,
+    task: tokio::task::JoinHandle<std::io::Result<()>>,
+}
+
+async fn serve(host: &Host, socket: PathBuf) -> Served {
+    let agent = Arc::new(Agent::start(Arc::clone(&host.env)).await.unwrap());
+    let listener = listen(&socket).unwrap();
+    let router = api::router(Arc::clone(&agent) as Arc<dyn Backend>);
+    let (end, ending) = oneshot::channel::<()>();
+    let task = tokio::spawn(api::serve(listener, router, async move { drop(ending.await) }));
+    Served { agent, client: Client::new(socket), end, task }
+}
+
+fn code<T: std::fmt::Debug>(result: Result<T, ClientError>) -> ProblemCode {
+    result.unwrap_err().problem().expect("a problem of the agent's").code
+}
+
+#[tokio::test]
+async fn a_vm_s_life_over_the_api() {
+    let host = Host::new();
+    let socket = host.env.run_dir.join("api.sock");
+    let served = serve(&host, socket.clone()).await;
+    assert_eq!(fs::metadata(&socket).unwrap().permissions().mode() & 0o777, 0o600);
+    let client = &served.client;
+
+    let vm = client.create_vm(&spec("web1")).await.unwrap();
+    assert_eq!((vm.status.state, vm.status.pid), (VmState::Defined, None));
+    let mac = vm.status.adapters[0].mac;
+    assert_eq!(code(client.create_vm(&spec("web1")).await), ProblemCode::NameTaken);
+    let mut other = spec("web2");
+    other.adapters[0].mac = Some(mac);
+    assert_eq!(code(client.create_vm(&other).await), ProblemCode::MacInUse);
+    assert_eq!(code(client.stats("web1").await), ProblemCode::WrongState);
+
+    let progress = client.act("web1", VmAction::Boot, PATIENCE).await.unwrap();
+    assert!(progress.complete);
+    let adapter = &progress.vm.status.adapters[0];
+    assert_eq!(adapter.vf.unwrap().to_string(), VF0.to_string());
+    assert_eq!((adapter.vf_index, adapter.pf.as_deref(), adapter.mac), (Some(0), Some("eth0"), mac));
+    assert_eq!(client.stats(&vm.id.to_string()).await.unwrap().boots, 1);
+
+    let vfs = client.list_vfs().await.unwrap();
+    assert_eq!(vfs[0].owner.as_ref().map(|owner| owner.vm), Some(vm.id));
+    assert_eq!((vfs[0].mac.clone(), vfs[0].driver.as_deref()), (Some(mac.to_string()), Some("vfio-pci")));
+    assert_eq!(vfs[1].owner, None);
+    assert_eq!(code(client.set_vfs("eth0", 0, None).await), ProblemCode::VfsInUse);
+
+    client.act("web1", VmAction::Stop, PATIENCE).await.unwrap();
+    assert_eq!(code(client.set_vfs("eth0", 99, None).await), ProblemCode::TooManyVfs);
+    let pf = client.get_pf("eth0").await.unwrap();
+    assert_eq!(code(client.set_vfs("eth0", 0, Some(pf.revision + 1)).await), ProblemCode::RevisionMismatch);
+    assert_eq!(client.set_vfs("eth0", 0, Some(pf.revision)).await.unwrap().status.vfs, 0);
+    assert_eq!(code(client.act("web1", VmAction::Boot, PATIENCE).await), ProblemCode::NoFreeVf);
+
+    assert_eq!(code(client.delete_vm("web1", Some(vm.revision + 1)).await), ProblemCode::RevisionMismatch);
+    client.delete_vm("web1", Some(vm.revision)).await.unwrap();
+    assert_eq!(code(client.get_vm("web1").await), ProblemCode::NotFound);
+    served.end.send(()).unwrap();
+    served.task.await.unwrap().unwrap();
+}
+
+#[tokio::test]
+async fn the_console_can_be_read_followed_and_written() {
+    let host = Host::new();
+    let served = serve(&host, host.env.run_dir.join("api.sock")).await;
+    let client = &served.client;
+    client.create_vm(&spec("web1")).await.unwrap();
+    assert!(client.read_console("web1", None, true).await.unwrap().chunk().await.unwrap().is_none());
+    client.act("web1", VmAction::Boot, PATIENCE).await.unwrap();
+
+    let mut follower = client.read_console("web1", None, true).await.unwrap();
+    let mut seen = Vec::new();
+    for text in ["hello", "world"] {
+        let typed = format!("print {text}");
+        assert_eq!(client.write_console("web1", typed.clone()).await.unwrap(), typed.len());
+        let chunk = tokio::time::timeout(PATIENCE, follower.chunk()).await.unwrap().unwrap().unwrap();
+        assert_eq!(chunk, text.as_bytes());
+        seen.extend_from_slice(&chunk);
+    }
+    let mut late = client.read_console("web1", Some(3), false).await.unwrap();
+    assert_eq!(late.start, 3);
+    assert_eq!(late.chunk().await.unwrap().unwrap(), &seen[3..]);
+    assert!(late.chunk().await.unwrap().is_none());
+    assert_eq!(client.get_vm("web1").await.unwrap().status.console.end, 10);
+
+    client.act("web1", VmAction::Stop, PATIENCE).await.unwrap();
+    let end = tokio::time::timeout(PATIENCE, follower.chunk()).await.unwrap().unwrap();
+    assert_eq!(end, None, "the follower's stream ends with the VM");
+    let mut log = client.read_console("web1", None, false).await.unwrap();
+    assert_eq!(log.chunk().await.unwrap().unwrap(), &seen[..], "the log outlives the process");
+}
+
+#[tokio::test]
+async fn an_agent_that_ends_leaves_vms_running_or_stops_them_if_told() {
+    let mut host = Host::new();
+    let socket = host.env.run_dir.join("api.sock");
+    let served = serve(&host, socket.clone()).await;
+    served.client.create_vm(&spec("web1")).await.unwrap();
+    served.client.act("web1", VmAction::Boot, PATIENCE).await.unwrap();
+    served.end.send(()).unwrap();
+    served.task.await.unwrap().unwrap();
+    served.agent.leave().await;
+    drop(served.agent);
+    assert!(socket.exists(), "a stale socket: the next agent replaces it");
+
+    host.new_agent();
+    let served = serve(&host, socket).await;
+    let found = async {
+        while served.client.get_vm("web1").await.unwrap().status.state != VmState::Running {
+            tokio::time::sleep(Duration::from_millis(10)).await;
+        }
+    };
+    tokio::time::timeout(PATIENCE, found).await.unwrap();
+    served.agent.stop_all(PATIENCE).await;
+    let vm = served.client.get_vm("web1").await.unwrap();
+    assert_eq!(vm.status.state, VmState::Stopped);
+    host.assert_untouched().await;
+}
+
+#[tokio::test]
+async fn what_happens_to_vms_and_pfs_is_told() {
+    let host = Host::with_switch().await;
+    let served = serve(&host, host.env.run_dir.join("api.sock")).await;
+    let mut events = host.env.policy.as_ref().unwrap().events.subscribe(None).unwrap();
+    let client = &served.client;
+    let vm = client.create_vm(&spec("web1")).await.unwrap();
+    client.act("web1", VmAction::Boot, PATIENCE).await.unwrap();
+    client.write_console("web1", format!("lose {VF0}")).await.unwrap();
+    client.write_console("web1", format!("lose {VF0}")).await.unwrap();
+    client.act("web1", VmAction::Pause, PATIENCE).await.unwrap();
+    client.act("web1", VmAction::Stop, PATIENCE).await.unwrap();
+    let pf = client.set_vfs("eth0", 0, None).await.unwrap();
+    client.delete_vm("web1", None).await.unwrap();
+    assert_eq!(code(client.delete_vm("web1", None).await), ProblemCode::NotFound);
+    let mut told = Vec::new();
+    while let Ok(event) = events.try_recv() {
+        told.push(match event.what {
+            EventKind::Created { object, revision } => {
+                assert!(object.kind != ObjectKind::Vm || (object.id, revision) == (vm.id, vm.revision));
+                format!("created {object}")
+            }
+            EventKind::Changed { object, revision } => {
+                assert!(object.kind != ObjectKind::Pf || (object.id, revision) == (pf.id, pf.revision));
+                format!("changed {object}")
+            }
+            EventKind::Deleted { object } => format!("deleted {object}"),
+            EventKind::VmState { vm, state, .. } => format!("{} {state}", vm.name),
+            EventKind::Decision { .. } => continue,
+            other => panic!("{other:?}"),
+        });
+    }
+    assert_eq!(
+        told,
+        [
+            "created port web1/eth0",
+            "created VM web1",
+            "web1 running",
+            "changed VM web1",
+            "web1 paused",
+            "web1 stopping",
+            "web1 stopped",
+            "changed PF eth0",
+            "deleted port web1/eth0",
+            "deleted VM web1",
+        ]
+    );
+}
+
+#[test]
+fn one_agent_for_a_run_directory_and_one_for_a_socket() {
+    let dir = tempfile::tempdir().unwrap();
+    let first = lock(dir.path()).unwrap();
+    let error = lock(dir.path()).unwrap_err().to_string();
+    assert!(error.contains("Another agent") && error.contains("--run-dir"), "{error}");
+    drop(first);
+    lock(dir.path()).unwrap();
+
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
+    let _inside = runtime.enter();
+    let socket = dir.path().join("api.sock");
+    let living = listen(&socket).unwrap();
+    assert!(listen(&socket).unwrap_err().to_string().contains("--socket"));
+    drop(living);
+    assert!(socket.exists());
+    listen(&socket).unwrap();
+}

@@ -1,0 +1,105 @@
+//! The agent's objects as the API shows them.
+
+use api::types::{
+    AdapterStatus, ConsoleStatus, DeviceStatus, Owner, Protection, SandboxStatus, Vm, VmDeviceStats, VmStats,
+    VmStatus,
+};
+
+use crate::{
+    console,
+    vm::{
+        VmHandle,
+        record::{Claim, macs},
+    },
+    vmm_process::VmDirectory,
+};
+
+/// A VM. `own_users` is whether this agent gives processes users of their own, and all that comes with them.
+pub(super) fn vm(handle: &VmHandle, directory: &VmDirectory, own_users: bool) -> Vm {
+    let status = handle.status();
+    let record = &handle.record;
+    let spec = &record.value.spec;
+    let lost = |bdf: &str| status.run.lost.get(bdf).cloned();
+    let adapters = macs(record.id, spec).zip(&spec.adapters).map(|((id, mac), wanted)| {
+        let held = status.held.iter().find_map(|claim| {
+            claim.value.adapter.as_ref().filter(|vf| vf.id == *id).map(|vf| (&claim.value, vf))
+        });
+        let named = wanted.vf.and_then(|vf| lost(&vf.to_string()));
+        AdapterStatus {
+            id: id.clone(),
+            mac,
+            pf: held.map(|(_, vf)| vf.pf_name.clone()),
+            vf: held.and_then(|(claim, _)| claim.bdf.to_string().parse().ok()),
+            vf_index: held.map(|(_, vf)| u32::from(vf.index)),
+            iommu_group: held.and_then(|(claim, _)| claim.group),
+            lost: held.and_then(|(claim, _)| lost(&claim.bdf.to_string())).or(named),
+        }
+    });
+    let devices = spec.devices.iter().map(|bdf| {
+        let held = status.held.iter().find(|claim| claim.name == bdf.to_string());
+        DeviceStatus {
+            bdf: *bdf,
+            iommu_group: held.and_then(|claim| claim.value.group),
+            lost: lost(&bdf.to_string()),
+        }
+    });
+    // A process that runs may be one of an agent that could do more, or less.
+    let held_fast = if status.run.process.is_some() { status.run.user.is_some() } else { own_users };
+    let sandbox = SandboxStatus { off: if held_fast { Vec::new() } else { Protection::ALL.into() } };
+    let console = console::Reader::open(&directory.console()).and_then(|ring| ring.count());
+    Vm {
+        id: record.id,
+        name: spec.name.clone(),
+        revision: record.revision,
+        created: record.value.created,
+        spec: spec.clone(),
+        status: VmStatus {
+            state: status.run.state,
+            since: status.run.since,
+            cause: status.run.cause.clone(),
+            pid: status.run.process.as_ref().and_then(|process| u32::try_from(process.pid).ok()),
+            boots: status.run.boots,
+            adapters: adapters.collect(),
+            devices: devices.collect(),
+            console: console.map_or_else(
+                |_| ConsoleStatus::default(),
+                |end| ConsoleStatus { start: end.saturating_sub(console::CAPACITY), end },
+            ),
+            sandbox,
+        },
+    }
+}
+
+/// Counters.
+pub(super) fn stats(handle: &VmHandle, stats: vmm::control::Stats) -> VmStats {
+    let held = handle.status().held;
+    let adapter = |bdf: &str| {
+        let claim = held.iter().find(|claim| claim.name == bdf)?;
+        claim.value.adapter.as_ref().map(|vf| vf.id.to_string())
+    };
+    let devices = stats.devices.into_iter().map(|(bdf, device)| {
+        let stats = VmDeviceStats {
+            adapter: adapter(&bdf),
+            bar_exits: device.bar_exits,
+            config_exits: device.config_exits,
+            mailbox: device.relay.map(|relay| relay.messages).unwrap_or_default(),
+        };
+        (bdf, stats)
+    });
+    VmStats {
+        devices: devices.collect(),
+        exits: stats.exits,
+        memory: stats.memory,
+        boots: stats.boots,
+        first_entry_ns: stats.first_entry_ns,
+    }
+}
+
+/// Who holds a function.
+pub(super) fn owner(claim: &Claim) -> Owner {
+    Owner {
+        vm: claim.vm,
+        name: claim.vm_name.clone(),
+        adapter: claim.adapter.as_ref().map(|vf| vf.id.to_string()),
+    }
+}

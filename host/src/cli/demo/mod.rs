@@ -1,0 +1,194 @@
+//! `portcullis demo`: an agent of its own with a simulated adapter, two VMs with the small guest, and the path of a guest's
+//! request, step by step. It uses the REST API only, and leaves nothing behind.
+
+mod console;
+mod private_agent;
+mod report;
+mod scenario;
+
+use std::{
+    fs::OpenOptions,
+    io::{self, IsTerminal, Write},
+    path::PathBuf,
+    process::ExitCode,
+    time::Duration,
+};
+
+use api::{ClientError, ProblemCode};
+use clap::Args;
+use tokio::signal::unix::{SignalKind, signal};
+
+use super::{error::CliError, output::Format};
+use private_agent::PrivateAgent;
+use report::Report;
+
+/// Longer than any step takes on a busy machine; it is there so that nobody waits for ever.
+const PATIENCE: Duration = Duration::from_secs(120);
+const KVM: &str = "/dev/kvm";
+
+#[derive(Debug, Args)]
+pub(super) struct DemoArgs {
+    /// One JSON object at the end in place of the narration (like --output json).
+    #[arg(long)]
+    json: bool,
+}
+
+/// Why the demonstration did not come to its end.
+#[derive(Debug, thiserror::Error)]
+pub(super) enum DemoError {
+    /// There is no KVM for this user.
+    #[error(
+        "The demo boots two VMs and cannot use {KVM} ({0}). Give this user access to it (group kvm), or run the demo in \
+         the lab, which brings its own KVM: resources/lab/run -- target/release/portcullis demo"
+    )]
+    NoKvm(io::Error),
+    /// KVM is there, and does not do.
+    #[error(
+        "KVM of this machine cannot run the demo's VMs ({0}). Run the demo in the lab, which brings its own KVM: \
+         resources/lab/run -- target/release/portcullis demo"
+    )]
+    UnfitKvm(String),
+    /// The agent's own directory.
+    #[error(
+        "The directory {path} for the demo's agent cannot be made: set TMPDIR to a directory that can be written"
+    )]
+    Directory {
+        /// Where.
+        path: PathBuf,
+        /// What the system said.
+        source: io::Error,
+    },
+    /// The agent's process.
+    #[error("The demo's agent cannot be started")]
+    Start(#[source] io::Error),
+    /// It ended, or never served.
+    #[error("The demo's agent does not serve its API. Its log ends in:\n{0}")]
+    NoAgent(String),
+    /// A request was refused, or the agent is gone.
+    #[error(transparent)]
+    Client(#[from] ClientError),
+    /// A guest that says nothing.
+    #[error("The guest of {vm} does not answer {command:?}. Its console ends in:\n{said}")]
+    Silent {
+        /// The VM.
+        vm: String,
+        /// What it was told.
+        command: String,
+        /// The last lines.
+        said: String,
+    },
+    /// SIGINT and its like.
+    #[error("Interrupted")]
+    Interrupted,
+    /// All of it took too long.
+    #[error("The demo did not end within {} s; the machine may be overloaded", PATIENCE.as_secs())]
+    TooLong,
+    /// Something was seen that should not be.
+    #[error("{0} of the demo's expectations were not met")]
+    NotAsExpected(usize),
+}
+
+/// Runs the demonstration.
+pub(super) fn run(args: &DemoArgs, format: Format) -> ExitCode {
+    let format = if args.json { Format::Json } else { format };
+    let stdout = io::stdout();
+    let colour = stdout.is_terminal()
+        && std::env::var_os("NO_COLOR").is_none_or(|value| value.is_empty())
+        && std::env::var_os("TERM").is_none_or(|value| value != "dumb");
+    let mut report = Report::new(Box::new(stdout), format, colour);
+    let result = tokio::runtime::Builder::new_multi_thread()
+        .worker_threads(1)
+        .enable_all()
+        .build()
+        .map_err(CliError::Runtime)
+        .and_then(|runtime| runtime.block_on(perform(&mut report)).map_err(CliError::Demo));
+    let told = report.end(result.as_ref().err().map(ToString::to_string));
+    match result.and(told.map_err(CliError::Output)) {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => error.report(format),
+    }
+}
+
+async fn perform(report: &mut Report) -> Result<(), DemoError> {
+    OpenOptions::new().read(true).write(true).open(KVM).map_err(DemoError::NoKvm)?;
+    // Before the agent is started: from now on every end is one that cleans up.
+    let interrupted = interrupted().map_err(DemoError::Start)?;
+    let agent = PrivateAgent::start()?;
+    let result = tokio::select! {
+        result = scenario::play(&agent, report) => result,
+        () = interrupted => Err(DemoError::Interrupted),
+        () = tokio::time::sleep(PATIENCE) => Err(DemoError::TooLong),
+    };
+    agent.stop().await;
+    match result.map_err(unfit) {
+        Ok(()) if report.failures() > 0 => Err(DemoError::NotAsExpected(report.failures())),
+        other => other,
+    }
+}
+
+/// What the API says of KVM, with what to do about it here.
+fn unfit(error: DemoError) -> DemoError {
+    match &error {
+        DemoError::Client(client) => match client.problem() {
+            Some(problem) if problem.code == ProblemCode::KvmUnavailable => {
+                DemoError::UnfitKvm(problem.detail.clone())
+            }
+            _ => error,
+        },
+        _ => error,
+    }
+}
+
+/// Completes with the first signal that asks to end.
+fn interrupted() -> io::Result<impl Future<Output = ()>> {
+    let mut interrupt = signal(SignalKind::interrupt())?;
+    let mut terminate = signal(SignalKind::terminate())?;
+    let mut hangup = signal(SignalKind::hangup())?;
+    Ok(async move {
+        tokio::select! {
+            _ = interrupt.recv() => {}
+            _ = terminate.recv() => {}
+            _ = hangup.recv() => {}
+        }
+    })
+}
+
+/// The last lines of a text that somebody else wrote, without what terminals would obey.
+fn tail(text: &str, lines: usize) -> String {
+    let all: Vec<&str> = text.lines().collect();
+    let last = all.get(all.len().saturating_sub(lines)..).unwrap_or_default();
+    last.join("\n").chars().filter(|c| *c == '\n' || !c.is_control()).collect()
+}
+
+/// Writes what may fail without consequence: the narration goes on when its reader is gone.
+fn say(to: &mut dyn Write, text: &str) -> io::Result<()> {
+    to.write_all(text.as_bytes())?;
+    to.flush()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn tails_are_short_and_tame() {
+        assert_eq!(tail("a\nb\nc\n", 2), "b\nc");
+        assert_eq!(tail("\x1b[2Jx\r\n", 5), "[2Jx");
+        assert_eq!(tail("", 5), "");
+    }
+
+    #[test]
+    fn what_is_missing_names_the_lab() {
+        for error in [
+            DemoError::NoKvm(io::Error::from(io::ErrorKind::NotFound)),
+            unfit(DemoError::Client(
+                Box::new(api::Problem::new(ProblemCode::KvmUnavailable, "No irqchip.")).into(),
+            )),
+        ] {
+            let text = error.to_string();
+            assert!(text.ends_with("resources/lab/run -- target/release/portcullis demo"), "{text}");
+        }
+        let other = Box::new(api::Problem::new(ProblemCode::NotFound, "x"));
+        assert!(matches!(unfit(DemoError::Client(other.into())), DemoError::Client(_)));
+    }
+}

@@ -1,0 +1,136 @@
+//! An agent on a socket of its own, in a directory of its own, with a simulated adapter.
+
+use std::{
+    fs::{self, DirBuilder, File},
+    io,
+    os::unix::{fs::DirBuilderExt, process::CommandExt},
+    path::{Path, PathBuf},
+    process::{Child, Command, ExitStatus, Stdio},
+    time::Duration,
+};
+
+use api::Client;
+use rustix::process::{Pid, Signal, kill_process};
+use tokio::time::{Instant, sleep};
+use uuid::Uuid;
+
+use super::{DemoError, tail};
+use crate::small_guest;
+
+/// The simulated PF's name, and its VFs.
+pub(super) const PF: &str = "sim0";
+pub(super) const VFS: u16 = 2;
+/// The image's name for VMs' specifications.
+pub(super) const KERNEL: &str = "small-guest";
+
+/// For the agent to serve, and for it to stop.
+const START: Duration = Duration::from_secs(20);
+const STOP: Duration = Duration::from_secs(20);
+const STEP: Duration = Duration::from_millis(5);
+/// Paths of sockets in the directory must stay below 108 bytes (unix(7)).
+const LONGEST_BASE: usize = 40;
+
+/// A running agent.
+pub(super) struct PrivateAgent {
+    directory: PathBuf,
+    child: Child,
+    pub(super) client: Client,
+}
+
+impl PrivateAgent {
+    /// Starts it; it does not serve yet.
+    pub(super) fn start() -> Result<Self, DemoError> {
+        let directory = make_directory()?;
+        Self::start_in(&directory).inspect_err(|_| drop(fs::remove_dir_all(&directory)))
+    }
+
+    fn start_in(directory: &Path) -> Result<Self, DemoError> {
+        let failed = |path: PathBuf| move |source| DemoError::Directory { path, source };
+        let images = directory.join("images");
+        fs::create_dir(&images).map_err(failed(images.clone()))?;
+        let kernel = images.join(KERNEL);
+        fs::write(&kernel, small_guest::IMAGE).map_err(failed(kernel.clone()))?;
+        let path = log_path(directory);
+        let log = File::create(&path).map_err(failed(path))?;
+        let socket = directory.join("api.sock");
+        let mut command = Command::new(std::env::current_exe().map_err(DemoError::Start)?);
+        command.arg("--socket").arg(&socket).arg("serve").arg("--stop-vms-on-exit");
+        command.arg("--sim-pf").arg(format!("{PF}={VFS}"));
+        for (option, name) in [("--state-dir", "state"), ("--run-dir", "run"), ("--image-dir", "images")] {
+            command.arg(option).arg(directory.join(name));
+        }
+        // A group of its own: Ctrl-C on a terminal is for the demo, which then stops the agent in order.
+        command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(log).process_group(0);
+        command.env_remove("PORTCULLIS_LOG");
+        let child = command.spawn().map_err(DemoError::Start)?;
+        Ok(Self { directory: directory.to_owned(), child, client: Client::new(socket) })
+    }
+
+    /// Waits until it serves.
+    pub(super) async fn ready(&self) -> Result<(), DemoError> {
+        let deadline = Instant::now() + START;
+        while self.client.health().await.is_err() {
+            if Instant::now() >= deadline || self.has_ended() {
+                let log = fs::read(log_path(&self.directory)).unwrap_or_default();
+                return Err(DemoError::NoAgent(tail(&String::from_utf8_lossy(&log), 10)));
+            }
+            sleep(STEP).await;
+        }
+        Ok(())
+    }
+
+    /// Stops it with its VMs and its adapter, and removes its directory.
+    pub(super) async fn stop(mut self) {
+        let deadline = Instant::now() + STOP;
+        // It fails when it has ended by itself: then it is reaped below.
+        let _ = kill_process(Pid::from_child(&self.child), Signal::TERM);
+        while Instant::now() < deadline {
+            if self.reaped().is_some() {
+                return;
+            }
+            sleep(STEP).await;
+        }
+        // What is dropped is killed.
+    }
+
+    fn reaped(&mut self) -> Option<ExitStatus> {
+        self.child.try_wait().ok().flatten()
+    }
+
+    /// Whether it is a zombie, or gone. It is not reaped: whoever stops it does that.
+    fn has_ended(&self) -> bool {
+        let stat = fs::read_to_string(format!("/proc/{}/stat", self.child.id())).unwrap_or_default();
+        // The state is behind the name, which is in parentheses.
+        stat.rsplit(')')
+            .next()
+            .is_none_or(|rest| rest.trim_start().starts_with(['Z', 'X']) || rest.is_empty())
+    }
+}
+
+impl Drop for PrivateAgent {
+    fn drop(&mut self) {
+        if self.reaped().is_none() {
+            drop(self.child.kill());
+            drop(self.child.wait());
+        }
+        drop(fs::remove_dir_all(&self.directory));
+    }
+}
+
+fn log_path(directory: &Path) -> PathBuf {
+    directory.join("agent.log")
+}
+
+/// A directory that only this user can write, and that was not there.
+fn make_directory() -> Result<PathBuf, DemoError> {
+    let base = std::env::temp_dir();
+    let base = if base.as_os_str().len() > LONGEST_BASE { PathBuf::from("/tmp") } else { base };
+    let (unique, ..) = Uuid::new_v4().as_fields();
+    let path = base.join(format!("portcullis-demo-{unique:08x}"));
+    // Processes of VMs have other users than the agent, and sockets in there.
+    let made: io::Result<()> = DirBuilder::new().mode(0o711).create(&path);
+    match made {
+        Ok(()) => Ok(path),
+        Err(source) => Err(DemoError::Directory { path, source }),
+    }
+}

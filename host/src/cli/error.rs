@@ -1,0 +1,144 @@
+//! What can go wrong on the command line, and the exit codes that scripts rely on.
+
+use std::{error::Error, io, process::ExitCode};
+
+use api::{ClientError, Problem};
+
+use super::{demo::DemoError, output::Format};
+
+/// Why a command failed.
+#[derive(Debug, thiserror::Error)]
+pub(super) enum CliError {
+    /// The agent cannot be reached, or refused.
+    #[error(transparent)]
+    Client(#[from] ClientError),
+    /// A file cannot be read.
+    #[error("Cannot read {path}")]
+    Read {
+        /// As the user wrote it.
+        path: String,
+        /// What reading said.
+        source: io::Error,
+    },
+    /// The command line says too little, or contradicts itself, in a way that its parser does not see.
+    #[error("{0}")]
+    Usage(String),
+    /// A file's content is not what it should be.
+    #[error("{path} is not {what}: {why}")]
+    NotASpec {
+        /// As the user wrote it.
+        path: String,
+        /// What it should be, as `a VM's specification`.
+        what: &'static str,
+        /// What is wrong, with its place.
+        why: String,
+    },
+    /// The VM that `run` watched failed.
+    #[error("The VM {vm} failed: {why}")]
+    VmFailed {
+        /// Its name.
+        vm: String,
+        /// Its cause.
+        why: String,
+    },
+    /// The demonstration failed.
+    #[error(transparent)]
+    Demo(#[from] DemoError),
+    /// The output went away.
+    #[error("Cannot write the output")]
+    Output(#[from] io::Error),
+    /// There is no async runtime.
+    #[error("Cannot start")]
+    Runtime(#[source] io::Error),
+}
+
+impl CliError {
+    /// 1 failed, 2 usage, 3 agent unreachable, 4 not found, 5 conflict.
+    pub(super) fn code(&self) -> u8 {
+        match self {
+            CliError::Client(ClientError::Problem(problem)) => match problem.status {
+                404 => 4,
+                409 | 412 => 5,
+                _ => 1,
+            },
+            CliError::Client(ClientError::Strange { .. }) => 1,
+            CliError::Client(_) => 3,
+            CliError::Read { .. } | CliError::Usage(_) | CliError::NotASpec { .. } => 2,
+            CliError::VmFailed { .. } | CliError::Demo(_) | CliError::Output(_) | CliError::Runtime(_) => 1,
+        }
+    }
+
+    /// Tells the user on stderr; returns the exit code. A closed pipe (`| head`) is no failure.
+    pub(super) fn report(&self, format: Format) -> ExitCode {
+        if matches!(self, CliError::Output(error) if error.kind() == io::ErrorKind::BrokenPipe) {
+            return ExitCode::SUCCESS;
+        }
+        eprintln!("{}", self.text(format));
+        ExitCode::from(self.code())
+    }
+
+    fn text(&self, format: Format) -> String {
+        match (self, format) {
+            (CliError::Client(ClientError::Problem(problem)), Format::Json) => {
+                serde_json::to_string_pretty(problem).unwrap_or_else(|_| problem_text(problem))
+            }
+            (CliError::Client(ClientError::Problem(problem)), Format::Table) => problem_text(problem),
+            _ => {
+                let mut text = format!("portcullis: {self}");
+                let mut source = self.source();
+                while let Some(error) = source {
+                    text.push_str(&format!(": {error}"));
+                    source = error.source();
+                }
+                text
+            }
+        }
+    }
+}
+
+fn problem_text(problem: &Problem) -> String {
+    format!("portcullis: {} ({}): {}", problem.title, problem.code, problem.detail)
+}
+
+#[cfg(test)]
+mod tests {
+    use std::path::PathBuf;
+
+    use api::ProblemCode;
+
+    use super::*;
+
+    fn check(error: impl Into<CliError>, code: u8, text: &str) {
+        let error = error.into();
+        assert_eq!((error.code(), error.text(Format::Table).as_str()), (code, text));
+    }
+
+    #[test]
+    fn exit_codes_and_texts() {
+        let refused = |code| ClientError::from(Box::new(Problem::new(code, "Do this.")));
+        check(refused(ProblemCode::NotFound), 4, "portcullis: Not found (not_found): Do this.");
+        check(refused(ProblemCode::VfInUse), 5, "portcullis: The VF is in use (vf_in_use): Do this.");
+        check(
+            refused(ProblemCode::RevisionMismatch),
+            5,
+            "portcullis: The object has changed (revision_mismatch): Do this.",
+        );
+        check(
+            refused(ProblemCode::KvmUnavailable),
+            1,
+            "portcullis: KVM is not available (kvm_unavailable): Do this.",
+        );
+        let source = io::Error::from(io::ErrorKind::NotFound);
+        check(
+            ClientError::NoAgent { socket: PathBuf::from("/s"), source },
+            3,
+            "portcullis: No agent listens on /s: start one with `portcullis serve`, or name its socket with \
+             --socket: entity not found",
+        );
+        check(
+            CliError::NotASpec { path: "a.toml".into(), what: "a VM's specification", why: "cpus: 0".into() },
+            2,
+            "portcullis: a.toml is not a VM's specification: cpus: 0",
+        );
+    }
+}

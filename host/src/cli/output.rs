@@ -1,0 +1,160 @@
+//! Output: aligned columns for people, JSON for scripts.
+
+use std::io::{self, Write};
+
+use clap::ValueEnum;
+use serde::Serialize;
+
+/// How answers are written.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub(super) enum Format {
+    /// Aligned columns, for people.
+    Table,
+    /// JSON as the API gives it, for scripts.
+    Json,
+}
+
+/// Where answers go.
+pub(super) struct Output<'a> {
+    format: Format,
+    to: &'a mut (dyn Write + 'a),
+}
+
+impl<'a> Output<'a> {
+    pub(super) fn new(format: Format, to: &'a mut (dyn Write + 'a)) -> Self {
+        Output { format, to }
+    }
+
+    /// An answer: as JSON, or as the rows that `rows` makes of it, under a header.
+    pub(super) fn table<T: Serialize, const N: usize>(
+        &mut self,
+        answer: &[T],
+        header: [&str; N],
+        row: impl Fn(&T) -> [String; N],
+    ) -> io::Result<()> {
+        match self.format {
+            Format::Json => self.json(answer),
+            Format::Table => {
+                let mut rows = vec![header.map(str::to_owned)];
+                rows.extend(answer.iter().map(row));
+                self.to.write_all(aligned(&rows).as_bytes())
+            }
+        }
+    }
+
+    /// One object: as JSON, or as lines of a name and a value; empty values are left out.
+    pub(super) fn object<T: Serialize>(
+        &mut self,
+        answer: &T,
+        lines: impl FnOnce(&T) -> Vec<(String, String)>,
+    ) -> io::Result<()> {
+        match self.format {
+            Format::Json => self.json(answer),
+            Format::Table => {
+                let lines = lines(answer).into_iter().filter(|(_, value)| !value.is_empty());
+                let rows: Vec<_> = lines.map(|(name, value)| [format!("{name}:"), value]).collect();
+                self.to.write_all(aligned(&rows).as_bytes())
+            }
+        }
+    }
+
+    /// The header of a table whose end is not known; none in JSON.
+    pub(super) fn heading<const N: usize>(
+        &mut self,
+        header: [&str; N],
+        widths: [usize; N],
+    ) -> io::Result<()> {
+        match self.format {
+            Format::Json => Ok(()),
+            Format::Table => self.raw(padded(&header.map(str::to_owned), widths).as_bytes()),
+        }
+    }
+
+    /// One of many answers that come one after the other: a line of JSON, or a row with columns at least this wide.
+    pub(super) fn entry<T: Serialize, const N: usize>(
+        &mut self,
+        answer: &T,
+        row: [String; N],
+        widths: [usize; N],
+    ) -> io::Result<()> {
+        match self.format {
+            Format::Json => {
+                serde_json::to_writer(&mut *self.to, answer)?;
+                self.raw(b"\n")
+            }
+            Format::Table => self.raw(padded(&row.each_ref().map(|cell| printable(cell)), widths).as_bytes()),
+        }
+    }
+
+    /// Bytes as they are.
+    pub(super) fn raw(&mut self, bytes: &[u8]) -> io::Result<()> {
+        self.to.write_all(bytes)?;
+        self.to.flush()
+    }
+
+    fn json<T: Serialize + ?Sized>(&mut self, answer: &T) -> io::Result<()> {
+        serde_json::to_writer_pretty(&mut *self.to, answer)?;
+        self.to.write_all(b"\n")
+    }
+}
+
+/// Rows with columns two blanks apart. What is not printable is escaped: names of kernels and causes of failures can
+/// come from guests.
+fn aligned<const N: usize>(rows: &[[String; N]]) -> String {
+    let rows: Vec<[String; N]> = rows.iter().map(|row| row.each_ref().map(|cell| printable(cell))).collect();
+    let width = |column: usize| {
+        rows.iter().filter_map(|row| row.get(column)).map(|cell| cell.chars().count()).max().unwrap_or(0)
+    };
+    let widths: [usize; N] = std::array::from_fn(width);
+    let mut text = String::new();
+    for row in &rows {
+        text.push_str(&padded(row, widths));
+    }
+    text
+}
+
+fn padded<const N: usize>(row: &[String; N], widths: [usize; N]) -> String {
+    let line: String = row.iter().zip(widths).map(|(cell, width)| format!("{cell:width$}  ")).collect();
+    format!("{}\n", line.trim_end())
+}
+
+fn printable(cell: &str) -> String {
+    cell.chars().flat_map(|c| if c.is_control() { c.escape_default().collect() } else { vec![c] }).collect()
+}
+
+/// A value that may be absent.
+pub(super) fn or_dash<T: ToString>(value: Option<T>) -> String {
+    value.map_or_else(|| "-".to_owned(), |value| value.to_string())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn columns_align_and_escapes_are_shown() {
+        let rows =
+            [["NAME", "STATE"], ["longer-name", "\x1b[2J"], ["a", ""]].map(|row| row.map(str::to_owned));
+        assert_eq!(aligned(&rows), "NAME         STATE\nlonger-name  \\u{1b}[2J\na\n");
+    }
+
+    #[test]
+    fn one_answer_in_both_formats() {
+        for (format, expect) in [(Format::Table, "N\n1\n2\n"), (Format::Json, "[\n  1,\n  2\n]\n")] {
+            let mut bytes = Vec::new();
+            Output::new(format, &mut bytes).table(&[1, 2], ["N"], |n| [n.to_string()]).unwrap();
+            assert_eq!(String::from_utf8(bytes).unwrap(), expect);
+        }
+    }
+
+    #[test]
+    fn what_has_no_end_is_a_line_each() {
+        for (format, expect) in [(Format::Table, "A    B\nx\\n  y\n"), (Format::Json, "\"x\"\n")] {
+            let mut bytes = Vec::new();
+            let mut output = Output::new(format, &mut bytes);
+            output.heading(["A", "B"], [3, 3]).unwrap();
+            output.entry(&"x", ["x\n".to_owned(), "y".to_owned()], [3, 3]).unwrap();
+            assert_eq!(String::from_utf8(bytes).unwrap(), expect);
+        }
+    }
+}

@@ -1,0 +1,246 @@
+//! `portcullis vm …` and `portcullis run`.
+
+use std::time::Duration;
+
+use api::{Client, types::*};
+use clap::{Args, Subcommand};
+
+use super::{
+    console,
+    error::CliError,
+    output::{Output, or_dash},
+    spec_file,
+};
+
+#[derive(Debug, Subcommand)]
+pub(super) enum VmCommand {
+    /// Creates a VM; it holds nothing of the host until it is booted.
+    Create {
+        /// Its specification: a .toml, .yaml or .json file, or - for JSON from standard input.
+        file: String,
+    },
+    /// Lists the VMs.
+    List,
+    /// Shows a VM.
+    Show(VmName),
+    /// Boots a VM.
+    Boot(ActionArgs),
+    /// Pauses a running VM.
+    Pause(ActionArgs),
+    /// Lets a paused VM go on.
+    Resume(ActionArgs),
+    /// Resets a VM and boots it again.
+    Reboot(ActionArgs),
+    /// Presses a VM's power button.
+    Shutdown(ActionArgs),
+    /// Ends a VM at once.
+    Stop(ActionArgs),
+    /// Deletes a VM; stops it if it runs.
+    Delete {
+        #[command(flatten)]
+        vm: VmName,
+        /// Only if it is at this revision.
+        #[arg(long, value_name = "REVISION")]
+        if_match: Option<u64>,
+    },
+    /// Shows a VM's counters.
+    Stats(VmName),
+}
+
+#[derive(Debug, Args)]
+pub(super) struct VmName {
+    /// The VM's name or id.
+    #[arg(value_name = "NAME")]
+    name: String,
+}
+
+#[derive(Debug, Args)]
+pub(super) struct ActionArgs {
+    #[command(flatten)]
+    vm: VmName,
+    /// Waits at most this many seconds for the action to complete.
+    #[arg(long, value_name = "SECONDS", default_value_t = 60,
+        value_parser = clap::value_parser!(u64).range(0..=api::router::MAX_WAIT_SECONDS))]
+    wait: u64,
+}
+
+#[derive(Debug, Args)]
+pub(super) struct RunArgs {
+    /// The VM's specification: a .toml, .yaml or .json file, or - for JSON from standard input.
+    file: String,
+    /// Deletes the VM when it has ended.
+    #[arg(long)]
+    rm: bool,
+}
+
+pub(super) async fn run(
+    client: &Client,
+    output: &mut Output<'_>,
+    command: VmCommand,
+) -> Result<(), CliError> {
+    let (args, action) = match command {
+        VmCommand::Create { file } => {
+            let vm = client.create_vm(&spec_file::read_vm(&file)?).await?;
+            return Ok(output.object(&vm, brief)?);
+        }
+        VmCommand::List => {
+            let vms = client.list_vms().await?;
+            let header = ["NAME", "STATE", "CPUS", "MEMORY", "VFS", "ADDRESSES", "SINCE"];
+            return Ok(output.table(&vms, header, row)?);
+        }
+        VmCommand::Show(vm) => return Ok(output.object(&client.get_vm(&vm.name).await?, details)?),
+        VmCommand::Delete { vm, if_match } => return Ok(client.delete_vm(&vm.name, if_match).await?),
+        VmCommand::Stats(vm) => return Ok(output.object(&client.stats(&vm.name).await?, counters)?),
+        VmCommand::Boot(args) => (args, VmAction::Boot),
+        VmCommand::Pause(args) => (args, VmAction::Pause),
+        VmCommand::Resume(args) => (args, VmAction::Resume),
+        VmCommand::Reboot(args) => (args, VmAction::Reboot),
+        VmCommand::Shutdown(args) => (args, VmAction::Shutdown),
+        VmCommand::Stop(args) => (args, VmAction::Stop),
+    };
+    let progress = client.act(&args.vm.name, action, Duration::from_secs(args.wait)).await?;
+    if !progress.complete {
+        let name = &progress.vm.name;
+        eprintln!("portcullis: the {} of {name} goes on: `portcullis vm show {name}`", action.as_str());
+    }
+    Ok(output.object(&progress.vm, brief)?)
+}
+
+/// Creates and boots a VM and follows its console to its end.
+pub(super) async fn run_file(
+    client: &Client,
+    output: &mut Output<'_>,
+    args: RunArgs,
+) -> Result<(), CliError> {
+    let vm = client.create_vm(&spec_file::read_vm(&args.file)?).await?;
+    let id = vm.id.to_string();
+    if let Err(error) = client.act(&id, VmAction::Boot, Duration::from_secs(60)).await {
+        // Or the same command, with the cause mended, would find its name taken.
+        if let Err(also) = client.delete_vm(&id, None).await {
+            eprintln!("portcullis: the VM {} stays: {also}", vm.name);
+        }
+        return Err(error.into());
+    }
+    console::follow(client, output, &id).await?;
+    let status = client.get_vm(&id).await?.status;
+    if args.rm {
+        client.delete_vm(&id, None).await?;
+    }
+    match status.state {
+        VmState::Failed => {
+            let why = status.cause.map_or_else(|| "no cause is known".to_owned(), |cause| cause.detail);
+            Err(CliError::VmFailed { vm: vm.name.to_string(), why })
+        }
+        _ => Ok(()),
+    }
+}
+
+fn brief(vm: &Vm) -> Vec<(String, String)> {
+    let mut lines =
+        vec![("name".to_owned(), vm.name.to_string()), ("state".to_owned(), vm.status.state.to_string())];
+    lines.extend(vm.status.cause.iter().map(cause_line));
+    lines
+}
+
+fn row(vm: &Vm) -> [String; 7] {
+    let adapters = &vm.status.adapters;
+    let joined = |parts: Vec<String>| if parts.is_empty() { "-".to_owned() } else { parts.join(",") };
+    [
+        vm.name.to_string(),
+        vm.status.state.to_string(),
+        vm.spec.cpus.to_string(),
+        vm.spec.memory.to_string(),
+        joined(adapters.iter().filter_map(|adapter| adapter.vf).map(|vf| vf.to_string()).collect()),
+        joined(adapters.iter().map(|adapter| adapter.mac.to_string()).collect()),
+        vm.status.since.to_string(),
+    ]
+}
+
+fn cause_line(cause: &Cause) -> (String, String) {
+    ("cause".to_owned(), cause.detail.clone())
+}
+
+fn details(vm: &Vm) -> Vec<(String, String)> {
+    let (spec, status) = (&vm.spec, &vm.status);
+    let mut lines: Vec<(String, String)> = [
+        ("name", vm.name.to_string()),
+        ("id", vm.id.to_string()),
+        ("revision", vm.revision.to_string()),
+        ("created", vm.created.to_string()),
+        ("state", format!("{} since {}", status.state, status.since)),
+    ]
+    .map(|(name, value)| (name.to_owned(), value))
+    .into();
+    lines.extend(status.cause.iter().map(cause_line));
+    lines.extend(
+        [
+            ("pid", status.pid.map(|pid| pid.to_string()).unwrap_or_default()),
+            ("boots", status.boots.to_string()),
+            ("cpus", spec.cpus.to_string()),
+            ("memory", format!("{}{}", spec.memory, if spec.hugepages { " in huge pages" } else { "" })),
+            ("kernel", spec.boot.kernel.clone()),
+            ("initramfs", spec.boot.initramfs.clone().unwrap_or_default()),
+            ("cmdline", spec.boot.cmdline.clone()),
+            (
+                "console",
+                format!("{} bytes, of which the last {} are kept", status.console.end, kept(status.console)),
+            ),
+        ]
+        .map(|(name, value)| (name.to_owned(), value)),
+    );
+    if !status.sandbox.off.is_empty() {
+        let off: Vec<&str> = status.sandbox.off.iter().map(|off| off.as_str()).collect();
+        lines.push(("sandbox".to_owned(), format!("without {}", off.join(", "))));
+    }
+    for adapter in &status.adapters {
+        let place = match (adapter.vf, &adapter.pf) {
+            (Some(vf), Some(pf)) => {
+                let group = adapter.iommu_group.map(|group| format!(", IOMMU group {group}"));
+                format!(", {vf} (VF {} of {pf}{})", or_dash(adapter.vf_index), group.unwrap_or_default())
+            }
+            _ => String::new(),
+        };
+        lines.push((
+            format!("adapter {}", adapter.id),
+            format!("{}{place}{}", adapter.mac, lost(&adapter.lost)),
+        ));
+    }
+    for device in &status.devices {
+        let group =
+            device.iommu_group.map(|group| format!("IOMMU group {group}")).unwrap_or("assigned".to_owned());
+        lines.push((format!("device {}", device.bdf), format!("{group}{}", lost(&device.lost))));
+    }
+    lines
+}
+
+fn kept(console: ConsoleStatus) -> u64 {
+    console.end.saturating_sub(console.start)
+}
+
+fn lost(cause: &Option<Cause>) -> String {
+    cause.as_ref().map(|cause| format!(", lost: {}", cause.detail)).unwrap_or_default()
+}
+
+fn counters(stats: &VmStats) -> Vec<(String, String)> {
+    let mut lines = vec![
+        ("memory".to_owned(), ByteSize::new(stats.memory).to_string()),
+        ("boots".to_owned(), stats.boots.to_string()),
+        (
+            "first entry".to_owned(),
+            stats.first_entry_ns.map(|ns| format!("{} us", ns / 1000)).unwrap_or_default(),
+        ),
+    ];
+    lines.extend(stats.exits.iter().map(|(reason, count)| (format!("exits {reason}"), count.to_string())));
+    for (bdf, device) in &stats.devices {
+        let name =
+            device.adapter.as_ref().map_or_else(|| bdf.clone(), |adapter| format!("{bdf} ({adapter})"));
+        lines.push((format!("{name} config exits"), device.config_exits.to_string()));
+        for (page, count) in &device.bar_exits {
+            lines.push((format!("{name} exits of BAR:page {page}"), count.to_string()));
+        }
+        for (message, count) in &device.mailbox {
+            lines.push((format!("{name} mailbox {message}"), count.to_string()));
+        }
+    }
+    lines
+}

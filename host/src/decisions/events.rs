@@ -1,0 +1,149 @@
+//! Events for those who are connected, and the last of them for those who come back.
+
+use std::{
+    collections::VecDeque,
+    sync::{Arc, Mutex, MutexGuard, PoisonError},
+};
+
+use api::types::{Event, EventKind, Timestamp};
+use tokio::sync::mpsc;
+
+/// Events that are kept for those who come back.
+const KEPT: usize = 1024;
+
+/// Events that wait for a subscriber besides those that it missed. One that lets more wait is left behind.
+const BACKLOG: usize = 256;
+
+/// Most subscribers at once.
+const SUBSCRIBERS: usize = 256;
+
+/// Ids of one start of the agent. They begin with the time, so that they grow over restarts of the agent: an id of a former
+/// one is before all that are kept.
+const IDS_PER_MS: u64 = 1000;
+
+/// Where events are told and heard. Nobody who tells waits for somebody who hears.
+#[derive(Clone, Debug)]
+pub struct EventHub(Arc<Mutex<Hub>>);
+
+#[derive(Debug)]
+struct Hub {
+    next: u64,
+    /// The first id of this start.
+    first: u64,
+    kept: VecDeque<Event>,
+    subscribers: Vec<mpsc::Sender<Event>>,
+}
+
+impl Default for EventHub {
+    fn default() -> Self {
+        Self::starting(Timestamp::now())
+    }
+}
+
+impl EventHub {
+    fn starting(now: Timestamp) -> Self {
+        let first = now.unix_ms().saturating_mul(IDS_PER_MS);
+        let hub = Hub { next: first, first, kept: VecDeque::new(), subscribers: Vec::new() };
+        Self(Arc::new(Mutex::new(hub)))
+    }
+
+    fn hub(&self) -> MutexGuard<'_, Hub> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Tells all subscribers.
+    pub fn publish(&self, what: EventKind) {
+        let mut hub = self.hub();
+        let event = Event { id: hub.next, time: Timestamp::now(), what };
+        hub.next = hub.next.saturating_add(1);
+        hub.subscribers.retain(|subscriber| subscriber.try_send(event.clone()).is_ok());
+        if hub.kept.len() >= KEPT {
+            hub.kept.pop_front();
+        }
+        hub.kept.push_back(event);
+    }
+
+    /// What happens after the event `after` (None: from now on). A [`EventKind::Gap`] comes first if events in between
+    /// are no longer kept. The channel ends for a subscriber that is too slow; None if there are too many.
+    #[must_use]
+    pub fn subscribe(&self, after: Option<u64>) -> Option<mpsc::Receiver<Event>> {
+        let mut hub = self.hub();
+        hub.subscribers.retain(|subscriber| !subscriber.is_closed());
+        if hub.subscribers.len() >= SUBSCRIBERS {
+            return None;
+        }
+        let after = after.unwrap_or(u64::MAX);
+        let oldest = hub.kept.front().map_or(hub.next, |event| event.id);
+        let missed: Vec<Event> = hub.kept.iter().filter(|event| event.id > after).cloned().collect();
+        let (sender, receiver) = mpsc::channel(BACKLOG.saturating_add(missed.len()).saturating_add(1));
+        // An id of a former agent, or one that is no longer kept. (An id that is not yet used is taken for "now".)
+        if after.saturating_add(1) < oldest || after < hub.first {
+            let id = oldest.saturating_sub(1);
+            drop(sender.try_send(Event { id, time: Timestamp::now(), what: EventKind::Gap }));
+        }
+        for event in missed {
+            drop(sender.try_send(event));
+        }
+        hub.subscribers.push(sender);
+        Some(receiver)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use api::types::{ObjectKind, Subject};
+
+    use super::*;
+
+    fn happens(hub: &EventHub, n: usize) {
+        let id = uuid::Uuid::from_u128(n as u128);
+        hub.publish(EventKind::Deleted { object: Subject { kind: ObjectKind::Vm, id, name: n.to_string() } });
+    }
+
+    /// Names of what is waiting; "gap" for a gap.
+    fn heard(receiver: &mut mpsc::Receiver<Event>) -> Vec<String> {
+        let mut heard = Vec::new();
+        while let Ok(event) = receiver.try_recv() {
+            heard.push(match event.what {
+                EventKind::Deleted { object } => object.name,
+                other => other.name().into(),
+            });
+        }
+        heard
+    }
+
+    #[test]
+    fn a_subscriber_goes_on_without_a_gap_or_is_told_of_it() {
+        let hub = EventHub::starting(Timestamp::from_unix_ms(1_000));
+        let mut live = hub.subscribe(None).unwrap();
+        happens(&hub, 0);
+        happens(&hub, 1);
+        let first = live.try_recv().unwrap().id;
+        assert_eq!(heard(&mut live), ["1"]);
+        assert_eq!(heard(&mut hub.subscribe(Some(first)).unwrap()), ["1"]);
+        assert_eq!(heard(&mut hub.subscribe(Some(first + 1)).unwrap()), [""; 0]);
+        assert_eq!(heard(&mut hub.subscribe(None).unwrap()), [""; 0]);
+        for n in 2..KEPT + 10 {
+            happens(&hub, n);
+        }
+        let back = heard(&mut hub.subscribe(Some(first)).unwrap());
+        assert_eq!((back[0].as_str(), back[1].as_str(), back.len()), ("gap", "10", KEPT + 1));
+        let newer = EventHub::starting(Timestamp::from_unix_ms(5_000));
+        happens(&newer, 7);
+        assert_eq!(heard(&mut newer.subscribe(Some(first)).unwrap()), ["gap", "7"]);
+    }
+
+    #[test]
+    fn a_slow_subscriber_is_left_behind_and_nobody_else() {
+        let hub = EventHub::starting(Timestamp::from_unix_ms(1_000));
+        let (mut slow, mut quick) = (hub.subscribe(None).unwrap(), hub.subscribe(None).unwrap());
+        let mut count = 0;
+        for n in 0..BACKLOG * 3 {
+            happens(&hub, n);
+            count += heard(&mut quick).len();
+        }
+        assert_eq!(count, BACKLOG * 3);
+        assert_eq!(heard(&mut slow).len(), BACKLOG + 1);
+        assert!(matches!(slow.try_recv(), Err(mpsc::error::TryRecvError::Disconnected)));
+    }
+}

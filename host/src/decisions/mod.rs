@@ -1,0 +1,154 @@
+//! What was decided: recorded in the database, said in the log, told to subscribers.
+//!
+//! A guest chooses how often it is refused and what for, so everything here is bounded: equal decisions are counted in
+//! one record, a port has a share of the records and of the log lines, and subscribers that do not read are left behind.
+
+pub mod events;
+mod lines;
+mod table;
+#[cfg(test)]
+mod tests;
+
+use std::{
+    path::Path,
+    sync::mpsc::{self, Receiver, Sender},
+    thread,
+    time::Duration,
+};
+
+use api::types::{DecisionFilter, EventKind};
+use netpolicy::Decision;
+use rustix::{process::setpriority_process, thread::gettid};
+use tokio::sync::oneshot;
+
+use self::{events::EventHub, lines::Lines, table::Decisions};
+use crate::store::StoreError;
+
+/// Records that are kept in all, the oldest go first.
+pub const KEPT: u32 = 10_000;
+
+/// Commands that are written in one transaction.
+const BATCH: usize = 256;
+
+/// What nobody waits for is written this much later. A guest waits, busily, for the answer to what was decided: the disk and
+/// the log must not be served before it. An agent that crashes in between has answered what it did not record.
+const GATHER: Duration = Duration::from_millis(10);
+
+/// Niceness of the thread, -20 to 19 (`setpriority(2)`).
+const NICE: i32 = 10;
+
+type Reply<T> = oneshot::Sender<Result<T, StoreError>>;
+
+enum Command {
+    Record { decision: Box<Decision>, reply: Option<Reply<()>> },
+    Query { filter: DecisionFilter, reply: Reply<Vec<Decision>> },
+}
+
+/// The handle of the log, whose thread ends with its last handle.
+#[derive(Clone, Debug)]
+pub struct DecisionLog(Sender<Command>);
+
+impl DecisionLog {
+    /// Opens the log in the database at `path`, which a [`SqliteStore`](crate::store::SqliteStore) has opened (and so
+    /// migrated) before, and starts its thread. At most `kept` records stay.
+    ///
+    /// # Errors
+    /// Those of the database, and of starting a thread.
+    pub fn open(path: &Path, kept: u32, events: EventHub) -> Result<Self, StoreError> {
+        let table = Decisions::open(path, kept)?;
+        let (commands, inbox) = mpsc::channel();
+        let recorder = Recorder { table, events, lines: Lines::default() };
+        thread::Builder::new()
+            .name("decisions".into())
+            .spawn(move || recorder.run(&inbox))
+            .map_err(|source| StoreError::Open { path: path.to_path_buf(), source })?;
+        Ok(Self(commands))
+    }
+
+    /// Records a decision; returns when it is in the database.
+    ///
+    /// # Errors
+    /// Those of the database. The line is in the log all the same.
+    pub async fn record(&self, decision: Decision) -> Result<(), StoreError> {
+        let (reply, done) = oneshot::channel();
+        let command = Command::Record { decision: Box::new(decision), reply: Some(reply) };
+        self.0.send(command).map_err(|_| StoreError::Closed)?;
+        done.await.map_err(|_| StoreError::Closed)?
+    }
+
+    /// Records a decision soon: for those who cannot wait for a disk.
+    pub fn note(&self, decision: Decision) {
+        // Without its thread the agent is about to end.
+        drop(self.0.send(Command::Record { decision: Box::new(decision), reply: None }));
+    }
+
+    /// Decisions that pass the filter, the latest first.
+    ///
+    /// # Errors
+    /// Those of the database.
+    pub async fn query(&self, filter: DecisionFilter) -> Result<Vec<Decision>, StoreError> {
+        let (reply, answer) = oneshot::channel();
+        self.0.send(Command::Query { filter, reply }).map_err(|_| StoreError::Closed)?;
+        answer.await.map_err(|_| StoreError::Closed)?
+    }
+}
+
+struct Recorder {
+    table: Decisions,
+    events: EventHub,
+    lines: Lines,
+}
+
+impl Recorder {
+    fn run(mut self, inbox: &Receiver<Command>) {
+        // Behind the threads that answer guests, if all want the same processor. Refused, it is only slower.
+        let _ = setpriority_process(Some(gettid()), NICE);
+        while let Ok(first) = inbox.recv() {
+            if matches!(first, Command::Record { reply: None, .. }) {
+                thread::sleep(GATHER);
+            }
+            let more = inbox.try_iter().take(BATCH);
+            let (mut decisions, mut replies, mut queries) = (Vec::new(), Vec::new(), Vec::new());
+            for command in std::iter::once(first).chain(more) {
+                match command {
+                    Command::Record { decision, reply } => {
+                        self.lines.say(&decision);
+                        decisions.push(*decision);
+                        replies.extend(reply);
+                    }
+                    Command::Query { filter, reply } => queries.push((filter, reply)),
+                }
+            }
+            self.record(decisions, replies);
+            // A query sees what was recorded before it was asked.
+            for (filter, reply) in queries {
+                drop(reply.send(self.table.query(&filter)));
+            }
+        }
+    }
+
+    fn record(&mut self, decisions: Vec<Decision>, replies: Vec<Reply<()>>) {
+        if decisions.is_empty() {
+            return;
+        }
+        let result = self.table.record(decisions);
+        let error = match result {
+            Ok(stored) => {
+                for decision in stored {
+                    self.events.publish(EventKind::Decision { decision: Box::new(decision.into()) });
+                }
+                None
+            }
+            Err(error) => {
+                tracing::error!("Decisions cannot be stored: {error}");
+                Some(error.to_string())
+            }
+        };
+        for reply in replies {
+            drop(reply.send(match &error {
+                None => Ok(()),
+                Some(_) => Err(StoreError::Closed),
+            }));
+        }
+    }
+}

@@ -1,0 +1,104 @@
+use api::types::{DecisionFilter, EventKind, Timestamp};
+use netpolicy::{Decision, MacAddress, Name, Outcome, Port, PortGroupId, PortId, Reason, VmId, VmRef};
+use uuid::Uuid;
+
+use super::{DecisionLog, events::EventHub};
+use crate::store::SqliteStore;
+
+fn decision(vm: u128, requested: &str, outcome: Outcome, ms: u64) -> Decision {
+    let vm = VmRef { id: VmId(Uuid::from_u128(vm)), name: Name::new(format!("vm{vm}")).unwrap() };
+    let id = PortId(Uuid::from_u128(vm.id.0.as_u128() + 100));
+    let mac = MacAddress::new([2, 0, 0, 0, 0, 1]);
+    let port = Port::new(id, vm, "eth0", PortGroupId(Uuid::from_u128(7)), mac);
+    let mut decision = Decision::new(Uuid::new_v4(), &port, "set_mac", outcome, ms);
+    decision.requested = Some(requested.into());
+    decision.reason = (outcome == Outcome::Denied).then_some(Reason::MacChangesRejected);
+    decision
+}
+
+fn open(dir: &tempfile::TempDir, kept: u32) -> (DecisionLog, EventHub) {
+    let path = dir.path().join("test.db");
+    drop(SqliteStore::open(&path).unwrap());
+    let events = EventHub::default();
+    (DecisionLog::open(&path, kept, events.clone()).unwrap(), events)
+}
+
+fn filter() -> DecisionFilter {
+    DecisionFilter { limit: 1000, ..DecisionFilter::default() }
+}
+
+#[tokio::test]
+async fn equal_decisions_are_one_record_and_each_an_event() {
+    let dir = tempfile::tempdir().unwrap();
+    let (log, hub) = open(&dir, 100);
+    let mut events = hub.subscribe(None).unwrap();
+    for ms in 1..=5 {
+        log.record(decision(1, "x", Outcome::Denied, ms)).await.unwrap();
+    }
+    log.note(decision(1, "y", Outcome::Denied, 6));
+    log.note(decision(1, "x", Outcome::Denied, 7));
+    let all = log.query(filter()).await.unwrap();
+    let seen: Vec<_> = all.iter().map(|d| (d.requested.as_deref().unwrap(), d.count)).collect();
+    assert_eq!(seen, [("x", 6), ("y", 1)]);
+    assert_eq!((all[0].first_ms, all[0].last_ms), (1, 7));
+    let counts: Vec<u64> = std::iter::from_fn(|| events.try_recv().ok())
+        .map(|event| match event.what {
+            EventKind::Decision { decision } => decision.count,
+            other => panic!("{other:?}"),
+        })
+        .collect();
+    assert_eq!(counts, [1, 2, 3, 4, 5, 1, 6]);
+}
+
+#[tokio::test]
+async fn filters_say_what_is_listed() {
+    let dir = tempfile::tempdir().unwrap();
+    let (log, _) = open(&dir, 100);
+    log.note(decision(1, "a", Outcome::Denied, 10));
+    log.note(decision(1, "b", Outcome::Allowed, 20));
+    log.note(decision(2, "c", Outcome::TakenBack, 30));
+    let check = async |filter: DecisionFilter, expect: &[&str]| {
+        let found = log.query(filter.clone()).await.unwrap();
+        let found: Vec<_> = found.iter().filter_map(|d| d.requested.as_deref()).collect();
+        assert_eq!(found, expect, "{filter:?}");
+    };
+    check(filter(), &["c", "b", "a"]).await;
+    check(DecisionFilter { limit: 1, ..filter() }, &["c"]).await;
+    check(DecisionFilter { vm: Some("vm1".into()), ..filter() }, &["b", "a"]).await;
+    check(DecisionFilter { vm: Some(Uuid::from_u128(2).to_string()), ..filter() }, &["c"]).await;
+    check(DecisionFilter { vm: Some("vm".into()), ..filter() }, &[]).await;
+    check(DecisionFilter { port: Some(Uuid::from_u128(101)), ..filter() }, &["b", "a"]).await;
+    check(DecisionFilter { verdict: Some(Outcome::TakenBack), ..filter() }, &["c"]).await;
+    check(DecisionFilter { since: Some(Timestamp::from_unix_ms(20)), ..filter() }, &["c", "b"]).await;
+}
+
+#[tokio::test]
+async fn records_are_bounded_and_one_port_has_only_its_share() {
+    let dir = tempfile::tempdir().unwrap();
+    let (log, _) = open(&dir, 100);
+    log.note(decision(1, "quiet", Outcome::Denied, 1));
+    for ms in 2..200 {
+        log.note(decision(2, &ms.to_string(), Outcome::Denied, ms));
+    }
+    let all = log.query(filter()).await.unwrap();
+    assert_eq!(all.len(), 11, "ten of the noisy port, one of the quiet one");
+    assert_eq!(all[0].requested.as_deref(), Some("199"));
+    assert_eq!(all[10].requested.as_deref(), Some("quiet"));
+    for vm in 3..30 {
+        for ms in 0..10 {
+            log.note(decision(vm, &ms.to_string(), Outcome::Denied, 1000 + ms));
+        }
+    }
+    assert_eq!(log.query(filter()).await.unwrap().len(), 100);
+}
+
+#[tokio::test]
+async fn records_outlive_the_agent() {
+    let dir = tempfile::tempdir().unwrap();
+    let (log, _) = open(&dir, 100);
+    log.record(decision(1, "a", Outcome::Denied, 1)).await.unwrap();
+    drop(log);
+    let (log, _) = open(&dir, 100);
+    log.record(decision(1, "a", Outcome::Denied, 2)).await.unwrap();
+    assert_eq!(log.query(filter()).await.unwrap().len(), 2);
+}

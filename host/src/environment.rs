@@ -1,0 +1,132 @@
+//! What all VMs of an agent share: the store, the host's devices, directories, what to start.
+
+use std::{
+    collections::BTreeSet,
+    path::PathBuf,
+    sync::{Arc, Mutex, PoisonError},
+};
+
+use api::types::EventKind;
+use passthrough::{
+    host::{Bdf, NetlinkPf, PfControl, PfError, Sysfs},
+    sim::is_simulated,
+};
+
+use crate::{
+    inventory::Inventory,
+    sim::Simulated,
+    store::{ObjectStore, Table},
+    switch::Policy,
+    vm::record::{Claim, PfRecord, RunRecord, VmRecord},
+    vmm_process::{MEMLOCK_SLACK, Program},
+};
+
+/// Opens the way to a PF. Called on threads that may block.
+pub type OpenPf = Arc<dyn Fn(Bdf) -> Result<Box<dyn PfControl>, PfError> + Send + Sync>;
+
+/// What all VMs of an agent share.
+pub struct Environment {
+    /// VMs as they were asked for.
+    pub vms: Table<VmRecord>,
+    /// VMs as they run.
+    pub runs: Table<RunRecord>,
+    /// Functions that VMs hold.
+    pub claims: Table<Claim>,
+    /// PFs as they were asked for.
+    pub pfs: Table<PfRecord>,
+    /// The functions that VMs can have.
+    pub inventory: Inventory,
+    /// The way to PFs.
+    pub open_pf: OpenPf,
+    /// Where sockets, console rings and logs are.
+    pub run_dir: PathBuf,
+    /// Where files lie that every caller may boot.
+    pub image_dirs: Vec<PathBuf>,
+    /// What to start as a vmm.
+    pub program: Program,
+    /// What a vmm with devices may lock beyond guest memory, in bytes.
+    pub memlock_slack: u64,
+    /// `/dev/kvm`.
+    pub kvm: PathBuf,
+    /// Users for vmm processes; None for an agent that cannot change users.
+    pub users: Option<Users>,
+    /// The switch that decides for adapters; None where there is none (tests of the rest): they are then under the default
+    /// policy, and the requests of their guests are refused.
+    pub policy: Option<Policy>,
+    /// Held while functions are chosen and claimed, or the number of VFs changes.
+    pub claiming: tokio::sync::Mutex<()>,
+}
+
+impl Environment {
+    /// The environment of a real host, with what differs between hosts set to its default.
+    #[must_use]
+    pub fn new(store: Arc<dyn ObjectStore>, run_dir: PathBuf) -> Self {
+        let sysfs = Sysfs::default();
+        let paths = sysfs.clone();
+        Self {
+            vms: Table::new(Arc::clone(&store)),
+            runs: Table::new(Arc::clone(&store)),
+            claims: Table::new(Arc::clone(&store)),
+            pfs: Table::new(store),
+            open_pf: Arc::new(move |bdf| Ok(Box::new(NetlinkPf::open(&paths, bdf)?))),
+            inventory: sysfs.into(),
+            run_dir,
+            image_dirs: Vec::new(),
+            program: Program::default(),
+            memlock_slack: MEMLOCK_SLACK,
+            kvm: "/dev/kvm".into(),
+            users: None,
+            policy: None,
+            claiming: tokio::sync::Mutex::new(()),
+        }
+    }
+
+    /// Tells those who follow events.
+    pub fn tell(&self, what: EventKind) {
+        if let Some(policy) = &self.policy {
+            policy.events.publish(what);
+        }
+    }
+
+    /// Adds simulated adapters to those of the host.
+    pub fn add_simulated(&mut self, simulated: Arc<Simulated>) {
+        self.inventory.add_simulated(Arc::clone(&simulated));
+        let real = Arc::clone(&self.open_pf);
+        self.open_pf = Arc::new(move |bdf| if is_simulated(bdf) { simulated.open(bdf) } else { real(bdf) });
+    }
+}
+
+/// User ids for vmm processes, one for each that runs: a guest that takes over its vmm cannot touch another's.
+#[derive(Debug)]
+pub struct Users {
+    base: u32,
+    count: u32,
+    used: Mutex<BTreeSet<u32>>,
+}
+
+impl Users {
+    /// The ids from `base` on, `count` of them.
+    #[must_use]
+    pub fn new(base: u32, count: u32) -> Self {
+        Self { base, count, used: Mutex::default() }
+    }
+
+    /// A free id; None if all are used.
+    #[must_use]
+    pub fn take(&self) -> Option<u32> {
+        let mut used = self.used.lock().unwrap_or_else(PoisonError::into_inner);
+        let free = (self.base..self.base.saturating_add(self.count)).find(|id| !used.contains(id))?;
+        used.insert(free);
+        Some(free)
+    }
+
+    /// An id that a process of a former agent has.
+    pub fn keep(&self, id: u32) {
+        self.used.lock().unwrap_or_else(PoisonError::into_inner).insert(id);
+    }
+
+    /// Gives an id back.
+    pub fn give_back(&self, id: u32) {
+        self.used.lock().unwrap_or_else(PoisonError::into_inner).remove(&id);
+    }
+}

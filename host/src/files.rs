@@ -1,0 +1,292 @@
+//! Opening the files that a request names: kernels and initramfs.
+//!
+//! The agent is root, its callers need not be. A file is opened if it lies in an image directory, or with the caller's
+//! own rights: by a thread that takes on the caller's file system user and group (and no supplementary group) for the one
+//! call, so that there is no moment between a check and its use.
+
+use std::{
+    fs::File,
+    io,
+    os::fd::OwnedFd,
+    path::{Component, Path, PathBuf},
+    thread,
+};
+
+use rustix::{
+    fs::{CWD, FileType, Mode, OFlags, ResolveFlags, fstat, open, openat2},
+    io::Errno,
+    process::{getegid, geteuid},
+};
+
+use api::backend::Caller;
+
+/// Why a file cannot be opened.
+#[derive(Debug, thiserror::Error)]
+pub enum FileError {
+    /// It is not there (or not in any image directory, for a relative path).
+    #[error("There is no file {path}{}: check the path; relative ones are looked up in {}", at(.dirs), list(.dirs))]
+    Missing {
+        /// As the request names it.
+        path: String,
+        /// The image directories that were searched; none for an absolute path.
+        dirs: Vec<PathBuf>,
+    },
+    /// The caller may not read it.
+    #[error(
+        "User {uid} may not read {path}: make it readable for that user, or put it into an image directory \
+         (--image-dir)"
+    )]
+    Unreadable {
+        /// As the request names it.
+        path: String,
+        /// The caller.
+        uid: u32,
+    },
+    /// It is a directory, device, pipe or socket.
+    #[error("{path} is not a regular file but {what}")]
+    NotRegular {
+        /// As the request names it.
+        path: String,
+        /// What it is.
+        what: &'static str,
+    },
+    /// Anything else.
+    #[error("{path} cannot be opened")]
+    Io {
+        /// As the request names it.
+        path: String,
+        /// Why.
+        source: io::Error,
+    },
+}
+
+fn at(dirs: &[PathBuf]) -> &'static str {
+    if dirs.is_empty() { "" } else { " in any image directory" }
+}
+
+fn list(dirs: &[PathBuf]) -> String {
+    if dirs.is_empty() {
+        return "the image directories (--image-dir)".into();
+    }
+    dirs.iter().map(|dir| dir.display().to_string()).collect::<Vec<_>>().join(", ")
+}
+
+/// Opens `path` for reading on behalf of `caller`. Blocks: not for async code.
+///
+/// # Errors
+/// See [`FileError`].
+pub fn open_for(caller: &Caller, image_dirs: &[PathBuf], path: &str) -> Result<File, FileError> {
+    let wanted = Path::new(path);
+    let io = |source: io::Error| FileError::Io { path: path.to_owned(), source };
+    if !wanted.is_absolute() {
+        for dir in image_dirs {
+            match beneath(dir, wanted) {
+                Err(Errno::NOENT | Errno::NOTDIR) => {}
+                found => return finish(found, path, caller.uid),
+            }
+        }
+        return Err(FileError::Missing { path: path.to_owned(), dirs: image_dirs.to_vec() });
+    }
+    for dir in image_dirs {
+        // With `..` in it, a path only looks as if it were in the directory.
+        let inside = wanted.strip_prefix(dir).ok().filter(|rest| {
+            !rest.as_os_str().is_empty() && rest.components().all(|part| matches!(part, Component::Normal(_)))
+        });
+        match inside.map(|rest| beneath(dir, rest)) {
+            // A link that leads out of the directory is not of the directory: the caller's own rights decide.
+            None | Some(Err(Errno::XDEV)) => {}
+            Some(found) => return finish(found, path, caller.uid),
+        }
+    }
+    if caller.uid == geteuid().as_raw() {
+        return finish(regular(CWD, wanted, ResolveFlags::NO_MAGICLINKS), path, caller.uid);
+    }
+    let (caller, target) = (*caller, wanted.to_owned());
+    let found = thread::Builder::new()
+        .name("open-as-caller".into())
+        .spawn(move || {
+            become_for_files(&caller)?;
+            regular(CWD, &target, ResolveFlags::NO_MAGICLINKS)
+        })
+        .map_err(io)?
+        .join()
+        .unwrap_or(Err(Errno::FAULT));
+    finish(found, path, caller.uid)
+}
+
+/// What was found at a path.
+enum Found {
+    File(OwnedFd),
+    Other(FileType),
+}
+
+fn beneath(dir: &Path, path: &Path) -> Result<Found, Errno> {
+    let dir = open(dir, OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC, Mode::empty())?;
+    regular(dir, path, ResolveFlags::BENEATH | ResolveFlags::NO_MAGICLINKS)
+}
+
+/// Opens a regular file. What it is is known before it is opened for reading: opening a pipe waits for its writer, and
+/// opening a device may do anything.
+fn regular(dir: impl std::os::fd::AsFd, path: &Path, resolve: ResolveFlags) -> Result<Found, Errno> {
+    let found = openat2(dir, path, OFlags::PATH | OFlags::CLOEXEC, Mode::empty(), resolve)?;
+    let kind = FileType::from_raw_mode(fstat(&found)?.st_mode);
+    if kind != FileType::RegularFile {
+        return Ok(Found::Other(kind));
+    }
+    // The very file that was looked at, whatever its name leads to by now. Its permissions are checked here.
+    let name = format!("/proc/thread-self/fd/{}", std::os::fd::AsRawFd::as_raw_fd(&found));
+    open(name, OFlags::RDONLY | OFlags::CLOEXEC | OFlags::NOCTTY, Mode::empty()).map(Found::File)
+}
+
+fn finish(found: Result<Found, Errno>, path: &str, uid: u32) -> Result<File, FileError> {
+    let path = path.to_owned();
+    match found {
+        Ok(Found::File(fd)) => Ok(fd.into()),
+        Ok(Found::Other(kind)) => Err(FileError::NotRegular { path, what: describe(kind) }),
+        Err(Errno::NOENT | Errno::NOTDIR) => Err(FileError::Missing { path, dirs: Vec::new() }),
+        Err(Errno::ACCESS | Errno::PERM | Errno::LOOP | Errno::XDEV) => {
+            Err(FileError::Unreadable { path, uid })
+        }
+        Err(error) => Err(FileError::Io { path, source: error.into() }),
+    }
+}
+
+fn describe(kind: FileType) -> &'static str {
+    match kind {
+        FileType::Directory => "a directory",
+        FileType::CharacterDevice | FileType::BlockDevice => "a device",
+        FileType::Fifo => "a pipe",
+        FileType::Socket => "a socket",
+        _ => "something else",
+    }
+}
+
+/// Gives the calling thread the caller's rights on files, and no more. The thread must end afterwards.
+///
+/// The file system ids, not the real or effective ones: with those the caller could signal the thread, and so end the
+/// agent. Changing them from 0 also takes CAP_DAC_OVERRIDE and its like from the thread (capabilities(7)).
+fn become_for_files(caller: &Caller) -> Result<(), Errno> {
+    if geteuid().is_root() {
+        rustix::thread::set_thread_groups(&[])?;
+    } else if getegid().as_raw() != caller.gid {
+        return Err(Errno::PERM);
+    }
+    // SAFETY: plain system calls on numbers; they change this thread's credentials only.
+    unsafe { libc::setfsgid(caller.gid) };
+    // SAFETY: as above.
+    unsafe { libc::setfsuid(caller.uid) };
+    // They report nothing; asking with an impossible id tells what is set.
+    // SAFETY: as above.
+    let gid = unsafe { libc::setfsgid(libc::gid_t::MAX) };
+    // SAFETY: as above.
+    let uid = unsafe { libc::setfsuid(libc::uid_t::MAX) };
+    if u32::try_from(gid) == Ok(caller.gid) && u32::try_from(uid) == Ok(caller.uid) {
+        Ok(())
+    } else {
+        Err(Errno::PERM)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::{
+        fs,
+        io::Read,
+        os::unix::{fs::PermissionsExt, fs::symlink, net::UnixListener},
+    };
+
+    use super::*;
+
+    struct Place {
+        _dir: tempfile::TempDir,
+        root: PathBuf,
+        images: PathBuf,
+    }
+
+    fn place() -> Place {
+        let dir = tempfile::tempdir().unwrap();
+        let root = dir.path().canonicalize().unwrap();
+        let images = root.join("images");
+        fs::create_dir(&images).unwrap();
+        fs::set_permissions(&root, fs::Permissions::from_mode(0o755)).unwrap();
+        for (name, mode) in [("images/kernel", 0o600), ("secret", 0o600), ("public", 0o644)] {
+            fs::write(root.join(name), name).unwrap();
+            fs::set_permissions(root.join(name), fs::Permissions::from_mode(mode)).unwrap();
+        }
+        Place { _dir: dir, root, images }
+    }
+
+    fn me() -> Caller {
+        Caller { uid: geteuid().as_raw(), gid: getegid().as_raw(), pid: None }
+    }
+
+    const STRANGER: Caller = Caller { uid: 65_534, gid: 65_534, pid: None };
+
+    /// What opening yields: the file's text, or the name of the error.
+    fn check(place: &Place, caller: Caller, path: &str, expect: &str) {
+        let path = path.replace("ROOT", place.root.to_str().unwrap());
+        let got = match open_for(&caller, std::slice::from_ref(&place.images), &path) {
+            Ok(mut file) => {
+                let mut text = String::new();
+                file.read_to_string(&mut text).unwrap();
+                text
+            }
+            Err(FileError::Missing { .. }) => "missing".into(),
+            Err(FileError::Unreadable { .. }) => "unreadable".into(),
+            Err(FileError::NotRegular { what, .. }) => what.into(),
+            Err(FileError::Io { source, .. }) => source.to_string(),
+        };
+        assert_eq!(got, expect, "{path} for {caller:?}");
+    }
+
+    #[test]
+    fn image_directories_serve_everybody_and_nothing_outside_of_them() {
+        let place = place();
+        symlink("../secret", place.images.join("out")).unwrap();
+        symlink("kernel", place.images.join("in")).unwrap();
+        for caller in [me(), STRANGER] {
+            check(&place, caller, "kernel", "images/kernel");
+            check(&place, caller, "in", "images/kernel");
+            check(&place, caller, "ROOT/images/kernel", "images/kernel");
+            check(&place, caller, "absent", "missing");
+            check(&place, caller, "kernel/x", "missing");
+            check(&place, caller, "../secret", "unreadable");
+            check(&place, caller, "out", "unreadable");
+        }
+    }
+
+    #[test]
+    fn elsewhere_the_caller_s_own_rights_decide() {
+        let place = place();
+        check(&place, me(), "ROOT/secret", "secret");
+        check(&place, me(), "ROOT/absent", "missing");
+        check(&place, me(), "ROOT/public", "public");
+        if !geteuid().is_root() {
+            check(&place, STRANGER, "ROOT/public", "unreadable");
+            eprintln!("not root: opening with other users' rights is not tested");
+            return;
+        }
+        check(&place, STRANGER, "ROOT/public", "public");
+        check(&place, STRANGER, "ROOT/secret", "unreadable");
+        check(&place, STRANGER, "ROOT/images/../secret", "unreadable");
+        symlink("../secret", place.images.join("out")).unwrap();
+        check(&place, STRANGER, "ROOT/images/out", "unreadable");
+        // The thread that took on the stranger's rights is gone: the agent's own are as before.
+        check(&place, me(), "ROOT/secret", "secret");
+        // A group that only root's supplementary groups would open.
+        fs::set_permissions(place.root.join("secret"), fs::Permissions::from_mode(0o040)).unwrap();
+        check(&place, STRANGER, "ROOT/secret", "unreadable");
+    }
+
+    #[test]
+    fn only_regular_files_are_opened() {
+        let place = place();
+        let _socket = UnixListener::bind(place.root.join("socket")).unwrap();
+        rustix::fs::mknodat(CWD, place.root.join("pipe"), FileType::Fifo, Mode::from(0o666), 0).unwrap();
+        check(&place, me(), "ROOT/images", "a directory");
+        check(&place, me(), "ROOT/socket", "a socket");
+        check(&place, me(), "ROOT/pipe", "a pipe");
+        check(&place, me(), "/dev/null", "a device");
+        check(&place, me(), "/proc/self/fd/0", "unreadable");
+    }
+}

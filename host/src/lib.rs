@@ -1,0 +1,16 @@
+//! The Portcullis agent and its command line.
+
+pub mod agent;
+pub mod cli;
+pub mod console;
+pub mod decisions;
+pub mod environment;
+pub mod files;
+pub mod inventory;
+pub mod pf;
+pub mod sim;
+pub mod small_guest;
+pub mod store;
+pub mod switch;
+pub mod vm;
+pub mod vmm_process;

@@ -1,0 +1,28 @@
+//! `portcullis`: agent, per-VM process, simulated PF and command line in one binary.
+
+use std::process::ExitCode;
+
+use clap::Parser as _;
+
+fn main() -> ExitCode {
+    // The per-VM process first: its start time and memory are a goal, so neither parser nor runtime is touched.
+    let mut arguments = std::env::args_os().skip(1);
+    let first = arguments.next();
+    let is = |subcommand| first.as_ref().is_some_and(|first| first == subcommand);
+    let process = if is(vmm::process::SUBCOMMAND) {
+        Some(vmm::process::main as fn(&[String]) -> ExitCode)
+    } else if is(host::sim::process::SUBCOMMAND) {
+        Some(host::sim::process::main as fn(&[String]) -> ExitCode)
+    } else {
+        None
+    };
+    if let Some(process) = process {
+        // What is not UTF-8 is no descriptor and no id either: the process itself refuses it.
+        let arguments: Vec<String> =
+            arguments.map(|argument| argument.to_string_lossy().into_owned()).collect();
+        // Into the process's log file, which the agent bounds.
+        tracing_subscriber::fmt().with_ansi(false).with_target(false).with_writer(std::io::stderr).init();
+        return process(&arguments);
+    }
+    host::cli::run(host::cli::Cli::parse())
+}

@@ -1,0 +1,107 @@
+//! PFs in memory, shared with the test.
+
+use std::{
+    collections::BTreeMap,
+    sync::{Arc, Mutex, MutexGuard, PoisonError},
+};
+
+use netpolicy::{MacAddress, PfCapabilities};
+use passthrough::host::{InventoryError, PfControl, PfError, VfChange, VfSettings, fake::FakePf};
+
+use super::{PfName, Pfs};
+
+/// What the test and the thread share.
+#[derive(Default)]
+pub(crate) struct World {
+    pub(crate) pfs: BTreeMap<String, FakePf>,
+    pub(crate) capabilities: Option<PfCapabilities>,
+    pub(crate) reads: u64,
+    /// Held by a test: changes wait until it is dropped.
+    pub(crate) gate: Arc<tokio::sync::Mutex<()>>,
+}
+
+/// PFs in memory.
+#[derive(Clone, Default)]
+pub(crate) struct FakePfs(Arc<Mutex<World>>);
+
+impl FakePfs {
+    pub(crate) fn new(names: &[&str]) -> Self {
+        let fake = Self::default();
+        for name in names {
+            fake.world().pfs.insert((*name).to_owned(), FakePf::new(name, 7));
+        }
+        fake
+    }
+
+    pub(crate) fn world(&self) -> MutexGuard<'_, World> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    pub(crate) fn vf(&self, pf: &str, vf: u16) -> VfSettings {
+        self.world().pfs.get_mut(pf).unwrap().read(vf).unwrap()
+    }
+
+    /// Somebody else changes the adapter.
+    pub(crate) fn foreign(&self, pf: &str, vf: u16, change: VfChange) {
+        let mut world = self.world();
+        let pf = world.pfs.get_mut(pf).unwrap();
+        pf.set(vf, change).unwrap();
+        pf.made.pop();
+    }
+
+    pub(crate) fn foreign_mac(&self, pf: &str, vf: u16, mac: MacAddress) {
+        self.foreign(pf, vf, VfChange::Mac(Some(mac)));
+    }
+
+    /// The changes that were made since the last call.
+    pub(crate) fn take_made(&self, pf: &str) -> Vec<(u16, VfChange)> {
+        std::mem::take(&mut self.world().pfs.get_mut(pf).unwrap().made)
+    }
+}
+
+impl Pfs for FakePfs {
+    fn list(&mut self) -> Result<Vec<PfName>, PfError> {
+        Ok(self.world().pfs.keys().map(|name| PfName { name: name.clone(), up: true }).collect())
+    }
+
+    fn open(&mut self, name: &str) -> Result<Box<dyn PfControl>, PfError> {
+        if !self.world().pfs.contains_key(name) {
+            return Err(InventoryError::NoSuchInterface(name.to_owned()).into());
+        }
+        Ok(Box::new(One { world: self.clone(), name: name.to_owned() }))
+    }
+}
+
+struct One {
+    world: FakePfs,
+    name: String,
+}
+
+impl One {
+    fn with<T>(&self, work: impl FnOnce(&mut FakePf) -> Result<T, PfError>) -> Result<T, PfError> {
+        let mut world = self.world.world();
+        let gone = PfError::NoInterface { pf: self.name.clone() };
+        work(world.pfs.get_mut(&self.name).ok_or(gone)?)
+    }
+}
+
+impl PfControl for One {
+    fn name(&self) -> &str {
+        &self.name
+    }
+
+    fn capabilities(&mut self) -> Result<PfCapabilities, PfError> {
+        Ok(self.world.world().capabilities.clone().unwrap_or_else(PfCapabilities::igb_82576))
+    }
+
+    fn read_all(&mut self) -> Result<BTreeMap<u16, VfSettings>, PfError> {
+        self.world.world().reads += 1;
+        self.with(FakePf::read_all)
+    }
+
+    fn set(&mut self, vf: u16, change: VfChange) -> Result<(), PfError> {
+        let gate = Arc::clone(&self.world.world().gate);
+        let _open = gate.blocking_lock();
+        self.with(|pf| pf.set(vf, change))
+    }
+}

@@ -1,0 +1,53 @@
+//! News about interfaces, as hints that a PF should be read again.
+
+use std::{io, thread, time::Duration};
+
+use passthrough::host::{Hint, Monitor};
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
+use tokio::sync::mpsc;
+
+/// Hints that wait. When there are more, everything is read again.
+const BACKLOG: usize = 64;
+
+/// How soon the thread sees that nobody listens any more.
+const LOOK: Timespec = Timespec { tv_sec: 1, tv_nsec: 0 };
+
+/// After an error of the socket.
+const PAUSE: Duration = Duration::from_secs(1);
+
+/// Starts the thread that listens to the kernel; it ends when the receiver is gone.
+///
+/// # Errors
+/// Those of opening the subscription and of starting a thread.
+pub fn start() -> io::Result<mpsc::Receiver<Hint>> {
+    let monitor = Monitor::open()?;
+    let (hints, receiver) = mpsc::channel(BACKLOG);
+    thread::Builder::new().name("pf-watch".into()).spawn(move || run(monitor, &hints))?;
+    Ok(receiver)
+}
+
+fn run(mut monitor: Monitor, out: &mpsc::Sender<Hint>) {
+    let mut overflow = false;
+    while !out.is_closed() {
+        let ready = poll(&mut [PollFd::new(&monitor, PollFlags::IN)], Some(&LOOK));
+        let hints = match ready {
+            Ok(0) => Vec::new(),
+            Ok(_) => monitor.hints().unwrap_or_else(|error| {
+                tracing::warn!("News about interfaces cannot be read: {error}; PFs are read instead");
+                thread::sleep(PAUSE);
+                vec![Hint::All]
+            }),
+            Err(rustix::io::Errno::INTR) => Vec::new(),
+            Err(_) => {
+                thread::sleep(PAUSE);
+                vec![Hint::All]
+            }
+        };
+        for hint in hints {
+            overflow |= out.try_send(hint).is_err();
+        }
+        if overflow && out.try_send(Hint::All).is_ok() {
+            overflow = false;
+        }
+    }
+}

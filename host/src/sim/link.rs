@@ -1,0 +1,65 @@
+//! The agent's way to a simulated PF, across the ends of its process.
+
+use std::{collections::BTreeMap, sync::Arc};
+
+use netpolicy::PfCapabilities;
+use passthrough::{
+    host::{Bdf, PfControl, PfError, VfChange, VfSettings},
+    sim::SimPf,
+};
+
+use super::Simulated;
+
+/// A `PfControl` that connects again when the process it was connected to is gone: netlink never has to. What it asks for
+/// can be asked for twice.
+pub(super) struct Link {
+    simulated: Arc<Simulated>,
+    bdf: Bdf,
+    name: String,
+    /// None after an answer that did not come: it would be taken for that to the next question.
+    pf: Option<SimPf>,
+}
+
+impl Link {
+    pub(super) fn open(simulated: Arc<Simulated>, bdf: Bdf) -> Result<Self, PfError> {
+        let pf = simulated.connect(bdf)?;
+        Ok(Self { simulated, bdf, name: pf.about().name.clone(), pf: Some(pf) })
+    }
+
+    fn call<T>(&mut self, call: impl Fn(&mut SimPf) -> Result<T, PfError>) -> Result<T, PfError> {
+        if let Some(mut pf) = self.pf.take() {
+            match call(&mut pf) {
+                Err(PfError::Io { .. }) => {}
+                Err(error @ (PfError::Timeout { .. } | PfError::Protocol { .. })) => return Err(error),
+                result => {
+                    self.pf = Some(pf);
+                    return result;
+                }
+            }
+        }
+        let mut pf = self.simulated.connect(self.bdf)?;
+        let result = call(&mut pf);
+        if !matches!(result, Err(PfError::Io { .. } | PfError::Timeout { .. } | PfError::Protocol { .. })) {
+            self.pf = Some(pf);
+        }
+        result
+    }
+}
+
+impl PfControl for Link {
+    fn name(&self) -> &str {
+        &self.name
+    }
+
+    fn capabilities(&mut self) -> Result<PfCapabilities, PfError> {
+        self.call(SimPf::capabilities)
+    }
+
+    fn read_all(&mut self) -> Result<BTreeMap<u16, VfSettings>, PfError> {
+        self.call(SimPf::read_all)
+    }
+
+    fn set(&mut self, vf: u16, change: VfChange) -> Result<(), PfError> {
+        self.call(|pf| pf.set(vf, change))
+    }
+}

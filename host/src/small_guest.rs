@@ -1,0 +1,5 @@
+//! The small guest: a kernel of a few kilobytes that drives a VF by a script (`resources/guest/README.md`). It is the
+//! guest of tests and demonstrations where nothing but KVM is there.
+
+/// An ELF image with a PVH entry. It runs in 2 MiB and reads its script from the kernel command line.
+pub const IMAGE: &[u8] = include_bytes!(concat!(env!("OUT_DIR"), "/small-guest.elf"));

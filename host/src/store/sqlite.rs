@@ -1,0 +1,359 @@
+//! The store in one SQLite file, owned by one thread.
+
+use std::{
+    fs::{DirBuilder, OpenOptions},
+    io,
+    os::unix::fs::{DirBuilderExt, OpenOptionsExt},
+    path::{Path, PathBuf},
+    sync::mpsc,
+    thread,
+};
+
+use rusqlite::{Connection, OptionalExtension, Transaction, TransactionBehavior, params};
+use serde_json::Value;
+use tokio::sync::{oneshot, watch};
+use uuid::Uuid;
+
+use super::{
+    BoxFuture, Change, Expect, Listing, Object, ObjectStore, StoreError,
+    schema::{self, APPLICATION_ID, MIGRATIONS, Migrated},
+};
+
+/// How many changes are kept for watches that go on.
+const CHANGES_KEPT: u64 = 10_000;
+
+/// How many changes a watch reads at once.
+const BATCH: u32 = 256;
+
+type Reply<T> = oneshot::Sender<Result<T, StoreError>>;
+
+enum Command {
+    List { kind: String, reply: Reply<Listing> },
+    Get { kind: String, id: Uuid, reply: Reply<Object> },
+    Put { object: Object, expect: Expect, reply: Reply<Object> },
+    Delete { kind: String, id: Uuid, expect: Expect, reply: Reply<u64> },
+    Changes { after: u64, reply: Reply<Vec<Change>> },
+}
+
+/// The handle of a store whose thread ends with the last handle.
+#[derive(Clone, Debug)]
+pub struct SqliteStore {
+    commands: mpsc::Sender<Command>,
+    newest: watch::Receiver<u64>,
+}
+
+impl SqliteStore {
+    /// Opens or creates the database (mode 0600, its directory 0700), migrates it and starts its thread.
+    ///
+    /// # Errors
+    /// [`StoreError::Open`], [`StoreError::Corrupt`], [`StoreError::Newer`].
+    pub fn open(path: &Path) -> Result<Self, StoreError> {
+        let connection = open(path)?;
+        let revision: u64 = newest(&connection)?;
+        let (tell, newest) = watch::channel(revision);
+        let (commands, inbox) = mpsc::channel();
+        thread::Builder::new()
+            .name("store".into())
+            .spawn(move || run(connection, &inbox, &tell))
+            .map_err(|source| StoreError::Open { path: path.to_path_buf(), source })?;
+        Ok(Self { commands, newest })
+    }
+
+    async fn call<T>(&self, command: impl FnOnce(Reply<T>) -> Command + Send) -> Result<T, StoreError> {
+        let (reply, answer) = oneshot::channel();
+        self.commands.send(command(reply)).map_err(|_| StoreError::Closed)?;
+        answer.await.map_err(|_| StoreError::Closed)?
+    }
+}
+
+impl ObjectStore for SqliteStore {
+    fn list(&self, kind: &str) -> BoxFuture<'_, Result<Listing, StoreError>> {
+        let kind = kind.to_owned();
+        Box::pin(self.call(|reply| Command::List { kind, reply }))
+    }
+
+    fn get(&self, kind: &str, id: Uuid) -> BoxFuture<'_, Result<Object, StoreError>> {
+        let kind = kind.to_owned();
+        Box::pin(self.call(move |reply| Command::Get { kind, id, reply }))
+    }
+
+    fn put(
+        &self,
+        kind: &str,
+        id: Uuid,
+        name: &str,
+        value: Value,
+        expect: Expect,
+    ) -> BoxFuture<'_, Result<Object, StoreError>> {
+        let object = Object { kind: kind.to_owned(), id, name: name.to_owned(), revision: 0, value };
+        Box::pin(self.call(move |reply| Command::Put { object, expect, reply }))
+    }
+
+    fn delete(&self, kind: &str, id: Uuid, expect: Expect) -> BoxFuture<'_, Result<u64, StoreError>> {
+        let kind = kind.to_owned();
+        Box::pin(self.call(move |reply| Command::Delete { kind, id, expect, reply }))
+    }
+
+    fn watch(&self, revision: u64) -> Watch {
+        Watch {
+            store: self.clone(),
+            newest: self.newest.clone(),
+            seen: revision,
+            pending: Vec::new().into_iter(),
+        }
+    }
+}
+
+/// Follows the changes of a store.
+#[derive(Debug)]
+pub struct Watch {
+    store: SqliteStore,
+    newest: watch::Receiver<u64>,
+    seen: u64,
+    pending: std::vec::IntoIter<Change>,
+}
+
+impl Watch {
+    /// The next change; waits for it. Cancel-safe.
+    ///
+    /// # Errors
+    /// [`StoreError::Compacted`] if it lagged too far behind: list again and start a new watch.
+    pub async fn next(&mut self) -> Result<Change, StoreError> {
+        loop {
+            if let Some(change) = self.pending.next() {
+                self.seen = change.revision;
+                return Ok(change);
+            }
+            let seen = self.seen;
+            self.newest.wait_for(|newest| *newest > seen).await.map_err(|_| StoreError::Closed)?;
+            let batch = self.store.call(move |reply| Command::Changes { after: seen, reply }).await?;
+            self.pending = batch.into_iter();
+        }
+    }
+}
+
+fn open(path: &Path) -> Result<Connection, StoreError> {
+    let cannot = |source| StoreError::Open { path: path.to_path_buf(), source };
+    if let Some(dir) = path.parent() {
+        DirBuilder::new().recursive(true).mode(0o700).create(dir).map_err(cannot)?;
+    }
+    // SQLite gives its journal files the mode of the database, which therefore must exist first.
+    OpenOptions::new().append(true).create(true).mode(0o600).open(path).map_err(cannot)?;
+    let mut connection = Connection::open(path).map_err(|error| cannot(io::Error::other(error)))?;
+    prepare(&mut connection, path).map_err(|error| match error {
+        StoreError::Sqlite(error) => describe(error, path),
+        other => other,
+    })?;
+    Ok(connection)
+}
+
+fn prepare(connection: &mut Connection, path: &Path) -> Result<(), StoreError> {
+    let corrupt = |detail: String| StoreError::Corrupt { path: path.to_path_buf(), detail };
+    let version: u32 = connection.pragma_query_value(None, "user_version", |row| row.get(0))?;
+    let owner: i32 = connection.pragma_query_value(None, "application_id", |row| row.get(0))?;
+    if version == 0 && owner == 0 {
+        let tables: u32 = connection.query_row("SELECT count(*) FROM sqlite_schema", [], |row| row.get(0))?;
+        if tables > 0 {
+            return Err(corrupt("it is another program's database".into()));
+        }
+        connection.pragma_update(None, "application_id", APPLICATION_ID)?;
+    } else if owner != APPLICATION_ID {
+        return Err(corrupt("it is another program's database".into()));
+    }
+    connection.pragma_update_and_check(None, "journal_mode", "WAL", |_| Ok(()))?;
+    // Claims must outlive a power cut: each commit is synced.
+    connection.pragma_update(None, "synchronous", "FULL")?;
+    let health: String = connection.query_row("PRAGMA quick_check(1)", [], |row| row.get(0))?;
+    if health != "ok" {
+        return Err(corrupt(health));
+    }
+    match schema::migrate(connection, MIGRATIONS)? {
+        Migrated::Newest => Ok(()),
+        Migrated::Newer(found) => Err(StoreError::Newer {
+            path: path.to_path_buf(),
+            found,
+            known: u32::try_from(MIGRATIONS.len()).unwrap_or(u32::MAX),
+        }),
+    }
+}
+
+fn describe(error: rusqlite::Error, path: &Path) -> StoreError {
+    use rusqlite::ErrorCode::{CannotOpen, DatabaseCorrupt, NotADatabase, PermissionDenied, ReadOnly};
+    let path = PathBuf::from(path);
+    match error.sqlite_error_code() {
+        Some(DatabaseCorrupt | NotADatabase) => StoreError::Corrupt { path, detail: error.to_string() },
+        Some(CannotOpen | PermissionDenied | ReadOnly) => {
+            StoreError::Open { path, source: io::Error::other(error) }
+        }
+        _ => StoreError::Sqlite(error),
+    }
+}
+
+fn run(mut connection: Connection, inbox: &mpsc::Receiver<Command>, tell: &watch::Sender<u64>) {
+    // A reply that nobody waits for any more is not an error: the step was done all the same.
+    while let Ok(command) = inbox.recv() {
+        match command {
+            Command::List { kind, reply } => drop(reply.send(list(&mut connection, &kind))),
+            Command::Get { kind, id, reply } => drop(reply.send(get(&connection, &kind, id))),
+            Command::Changes { after, reply } => drop(reply.send(changes(&connection, after))),
+            Command::Put { object, expect, reply } => {
+                let result = put(&mut connection, object, expect);
+                if let Ok(object) = &result {
+                    tell.send_replace(object.revision);
+                }
+                drop(reply.send(result));
+            }
+            Command::Delete { kind, id, expect, reply } => {
+                let result = delete(&mut connection, &kind, id, expect);
+                if let Ok(revision) = &result {
+                    tell.send_replace(*revision);
+                }
+                drop(reply.send(result));
+            }
+        }
+    }
+}
+
+fn newest(connection: &Connection) -> Result<u64, StoreError> {
+    // Not max(revision): the newest change may have been compacted away.
+    let newest: Option<u64> = connection
+        .query_row("SELECT seq FROM sqlite_sequence WHERE name = 'changes'", [], |row| row.get(0))
+        .optional()?;
+    Ok(newest.unwrap_or(0))
+}
+
+fn list(connection: &mut Connection, kind: &str) -> Result<Listing, StoreError> {
+    let transaction = connection.transaction()?;
+    let revision = newest(&transaction)?;
+    let mut objects = Vec::new();
+    let mut query = transaction
+        .prepare_cached("SELECT id, name, revision, value FROM objects WHERE kind = ?1 ORDER BY name")?;
+    let mut rows = query.query([kind])?;
+    while let Some(row) = rows.next()? {
+        let id: String = row.get(0)?;
+        objects.push(object(kind, &id, row.get(1)?, row.get(2)?, &row.get::<_, String>(3)?)?);
+    }
+    Ok(Listing { revision, objects })
+}
+
+fn get(connection: &Connection, kind: &str, id: Uuid) -> Result<Object, StoreError> {
+    let row: Option<(String, u64, String)> = connection
+        .prepare_cached("SELECT name, revision, value FROM objects WHERE kind = ?1 AND id = ?2")?
+        .query_row(params![kind, id.to_string()], |row| Ok((row.get(0)?, row.get(1)?, row.get(2)?)))
+        .optional()?;
+    let (name, revision, value) = row.ok_or_else(|| StoreError::NotFound { kind: kind.to_owned(), id })?;
+    object(kind, &id.to_string(), name, revision, &value)
+}
+
+fn object(kind: &str, id: &str, name: String, revision: u64, value: &str) -> Result<Object, StoreError> {
+    let id = Uuid::parse_str(id).unwrap_or_default();
+    let value = serde_json::from_str(value).map_err(|source| StoreError::Malformed {
+        kind: kind.to_owned(),
+        id,
+        source,
+    })?;
+    Ok(Object { kind: kind.to_owned(), id, name, revision, value })
+}
+
+fn check(
+    transaction: &Transaction<'_>,
+    kind: &str,
+    id: Uuid,
+    expect: Expect,
+) -> Result<Option<u64>, StoreError> {
+    let actual: Option<u64> = transaction
+        .query_row(
+            "SELECT revision FROM objects WHERE kind = ?1 AND id = ?2",
+            params![kind, id.to_string()],
+            |row| row.get(0),
+        )
+        .optional()?;
+    let expected = match expect {
+        Expect::Any => return Ok(actual),
+        Expect::Absent => None,
+        Expect::Revision(revision) => Some(revision),
+    };
+    if actual == expected {
+        return Ok(actual);
+    }
+    Err(StoreError::Conflict { kind: kind.to_owned(), id, expected: expected.unwrap_or(0), actual })
+}
+
+fn put(connection: &mut Connection, mut object: Object, expect: Expect) -> Result<Object, StoreError> {
+    let transaction = connection.transaction_with_behavior(TransactionBehavior::Immediate)?;
+    let id = object.id.to_string();
+    check(&transaction, &object.kind, object.id, expect)?;
+    let taken: Option<String> = transaction
+        .query_row(
+            "SELECT id FROM objects WHERE kind = ?1 AND name = ?2 AND id <> ?3",
+            params![object.kind, object.name, id],
+            |row| row.get(0),
+        )
+        .optional()?;
+    if taken.is_some() {
+        return Err(StoreError::NameTaken { kind: object.kind, name: object.name });
+    }
+    let value = object.value.to_string();
+    object.revision = log(&transaction, &object.kind, &id, Some((&object.name, &value)))?;
+    transaction.execute(
+        "INSERT INTO objects (kind, id, name, revision, value) VALUES (?1, ?2, ?3, ?4, ?5)
+         ON CONFLICT (kind, id) DO UPDATE SET name = ?3, revision = ?4, value = ?5",
+        params![object.kind, id, object.name, object.revision, value],
+    )?;
+    transaction.commit()?;
+    Ok(object)
+}
+
+fn delete(connection: &mut Connection, kind: &str, id: Uuid, expect: Expect) -> Result<u64, StoreError> {
+    let transaction = connection.transaction_with_behavior(TransactionBehavior::Immediate)?;
+    if check(&transaction, kind, id, expect)?.is_none() {
+        return Err(StoreError::NotFound { kind: kind.to_owned(), id });
+    }
+    transaction.execute("DELETE FROM objects WHERE kind = ?1 AND id = ?2", params![kind, id.to_string()])?;
+    let revision = log(&transaction, kind, &id.to_string(), None)?;
+    transaction.commit()?;
+    Ok(revision)
+}
+
+/// Appends to the log of changes, forgets the oldest, and returns the new revision.
+fn log(
+    transaction: &Transaction<'_>,
+    kind: &str,
+    id: &str,
+    object: Option<(&str, &str)>,
+) -> Result<u64, StoreError> {
+    let (name, value) = object.unzip();
+    transaction.execute(
+        "INSERT INTO changes (kind, id, name, value) VALUES (?1, ?2, ?3, ?4)",
+        params![kind, id, name, value],
+    )?;
+    let revision = u64::try_from(transaction.last_insert_rowid()).unwrap_or(0);
+    transaction
+        .execute("DELETE FROM changes WHERE revision <= ?1", [revision.saturating_sub(CHANGES_KEPT)])?;
+    Ok(revision)
+}
+
+fn changes(connection: &Connection, after: u64) -> Result<Vec<Change>, StoreError> {
+    let oldest: Option<u64> =
+        connection.query_row("SELECT min(revision) FROM changes", [], |row| row.get(0))?;
+    if let Some(oldest) = oldest.filter(|oldest| *oldest > after.saturating_add(1)) {
+        return Err(StoreError::Compacted { from: after, oldest });
+    }
+    let mut query = connection.prepare_cached(
+        "SELECT revision, kind, id, name, value FROM changes WHERE revision > ?1 ORDER BY revision LIMIT ?2",
+    )?;
+    let mut rows = query.query(params![after, BATCH])?;
+    let mut found = Vec::new();
+    while let Some(row) = rows.next()? {
+        let (revision, kind, id): (u64, String, String) = (row.get(0)?, row.get(1)?, row.get(2)?);
+        let object = match (row.get::<_, Option<String>>(3)?, row.get::<_, Option<String>>(4)?) {
+            (Some(name), Some(value)) => Some(object(&kind, &id, name, revision, &value)?),
+            _ => None,
+        };
+        found.push(Change { revision, kind, id: Uuid::parse_str(&id).unwrap_or_default(), object });
+    }
+    Ok(found)
+}
+
+#[cfg(test)]
+mod tests;

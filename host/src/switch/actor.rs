@@ -1,0 +1,356 @@
+//! The task: its state, its loop, and lanes going on.
+
+use std::{
+    collections::{BTreeSet, HashMap},
+    future::Future,
+    sync::Arc,
+};
+
+use api::types::{EventKind, ObjectKind, PfState, Subject, Timestamp};
+use netpolicy::{Decision, Outcome, PfCapabilities, PortId, SwitchState, VmId};
+use passthrough::host::Hint;
+use tokio::{
+    sync::mpsc,
+    time::{Instant, MissedTickBehavior, interval, sleep_until},
+};
+use uuid::Uuid;
+
+use super::{
+    Parts, Timing,
+    command::{Command, KnownPf},
+    error::SwitchError,
+    job::{End, Tools},
+    lane::{Busy, Lane, Work},
+    link::Vmm,
+    load,
+    record::{Attachment, GroupRecord, PortRecord, SwitchRecord},
+    writer::Writer,
+};
+use crate::{
+    decisions::{DecisionLog, events::EventHub},
+    pf::PfHandle,
+    store::Table,
+};
+
+/// What the API shows of every object.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Meta {
+    pub(super) created: Timestamp,
+    pub(super) revision: u64,
+}
+
+/// The way to a VM's process.
+pub(super) struct Link {
+    pub(super) vmm: Arc<dyn Vmm>,
+    pub(super) online: bool,
+}
+
+/// What the task owns.
+pub(super) struct Actor {
+    pub(super) state: SwitchState,
+    pub(super) meta: HashMap<Uuid, Meta>,
+    pub(super) lanes: HashMap<PortId, Lane>,
+    /// Exactly the adapters of `state`'s ports.
+    pub(super) adapters: HashMap<(VmId, String), PortId>,
+    pub(super) links: HashMap<VmId, Link>,
+    /// The host's PFs.
+    pub(super) pfs: BTreeSet<String>,
+    pub(super) capabilities: HashMap<String, PfCapabilities>,
+    /// PFs whose interface is down.
+    pub(super) down: BTreeSet<String>,
+    pub(super) switches: Table<SwitchRecord>,
+    pub(super) groups: Table<GroupRecord>,
+    pub(super) ports: Table<PortRecord>,
+    pub(super) writer: Writer,
+    pub(super) pf: PfHandle,
+    pub(super) decisions: DecisionLog,
+    pub(super) events: EventHub,
+    pub(super) timing: Timing,
+    pub(super) bypass: bool,
+    ends: mpsc::UnboundedSender<(PortId, End)>,
+    /// To itself.
+    pub(super) own: mpsc::WeakSender<Command>,
+    /// When everything is compared with the PFs because of a hint.
+    pub(super) compare_at: Option<Instant>,
+    #[cfg(test)]
+    settling: Vec<tokio::sync::oneshot::Sender<()>>,
+}
+
+pub(super) async fn start(
+    parts: Parts,
+    pfs: Vec<KnownPf>,
+    inbox: mpsc::Receiver<Command>,
+    own: mpsc::WeakSender<Command>,
+) -> Result<(), SwitchError> {
+    let (ends, ended) = mpsc::unbounded_channel();
+    let Parts { store, pf, decisions, events, hints, timing, .. } = parts;
+    let mut actor = Actor {
+        state: SwitchState::new(),
+        meta: HashMap::new(),
+        lanes: HashMap::new(),
+        adapters: HashMap::new(),
+        links: HashMap::new(),
+        pfs: BTreeSet::new(),
+        capabilities: HashMap::new(),
+        down: BTreeSet::new(),
+        switches: Table::new(Arc::clone(&store)),
+        groups: Table::new(Arc::clone(&store)),
+        ports: Table::new(Arc::clone(&store)),
+        writer: Writer::start(Table::new(Arc::clone(&store))),
+        pf,
+        decisions,
+        events,
+        timing,
+        #[cfg(feature = "test-support")]
+        bypass: parts.bypass,
+        #[cfg(not(feature = "test-support"))]
+        bypass: false,
+        ends,
+        own,
+        compare_at: None,
+        #[cfg(test)]
+        settling: Vec::new(),
+    };
+    load::load(&mut actor, Table::new(store), pfs).await?;
+    tokio::spawn(run(actor, inbox, ended, hints));
+    Ok(())
+}
+
+async fn run(
+    mut actor: Actor,
+    mut inbox: mpsc::Receiver<Command>,
+    mut ended: mpsc::UnboundedReceiver<(PortId, End)>,
+    mut hints: Option<mpsc::Receiver<Hint>>,
+) {
+    let mut compare = interval(actor.timing.compare);
+    compare.set_missed_tick_behavior(MissedTickBehavior::Delay);
+    loop {
+        let hinted = actor.compare_at;
+        tokio::select! {
+            command = inbox.recv() => match command {
+                Some(command) => actor.obey(command).await,
+                None => return,
+            },
+            Some((port, end)) = ended.recv() => actor.on_end(port, end),
+            hint = next(&mut hints) => match hint {
+                Some(hint) => actor.on_hint(hint),
+                None => {
+                    tracing::warn!("News about interfaces ended: only the regular comparison finds changes");
+                    hints = None;
+                }
+            },
+            _ = compare.tick() => actor.compare_all(),
+            () = at(hinted) => actor.compare_all(),
+        }
+        #[cfg(test)]
+        actor.say_settled();
+    }
+}
+
+async fn next(hints: &mut Option<mpsc::Receiver<Hint>>) -> Option<Hint> {
+    match hints {
+        Some(hints) => hints.recv().await,
+        None => std::future::pending().await,
+    }
+}
+
+async fn at(moment: Option<Instant>) {
+    match moment {
+        Some(moment) => sleep_until(moment).await,
+        None => std::future::pending().await,
+    }
+}
+
+impl Actor {
+    async fn obey(&mut self, command: Command) {
+        // A client that went away meanwhile misses nothing but the answer.
+        match command {
+            Command::ListSwitches { reply } => drop(reply.send(self.view_switches())),
+            Command::PutSwitch { name, spec, expect, reply } => {
+                drop(reply.send(self.put_switch(name, spec, expect).await));
+            }
+            Command::DeleteSwitch { switch, expect, reply } => {
+                drop(reply.send(self.delete_switch(&switch, expect).await));
+            }
+            Command::ListGroups { reply } => drop(reply.send(self.view_groups())),
+            Command::PutGroup { name, spec, expect, reply } => {
+                drop(reply.send(self.put_group(name, spec, expect).await));
+            }
+            Command::DeleteGroup { group, expect, reply } => {
+                drop(reply.send(self.delete_group(&group, expect).await));
+            }
+            Command::ListPorts { reply } => drop(reply.send(self.view_ports())),
+            Command::PutPort { port, spec, expect, reply } => {
+                drop(reply.send(self.put_port(&port, spec, expect).await));
+            }
+            Command::Attach { vm, adapters, reply } => drop(reply.send(self.attach(&vm, adapters).await)),
+            Command::Detach { vm, reply } => drop(reply.send(self.detach(vm).await)),
+            Command::Plan { vm, pfs, reply } => {
+                self.know(pfs);
+                drop(reply.send(self.plan(vm)));
+            }
+            Command::Bind { vm, adapter, vf, bdf, capabilities, reply } => {
+                drop(reply.send(self.bind(vm, &adapter, vf, bdf, capabilities).await));
+            }
+            Command::Connected { vm, vmm } => self.connected(vm, vmm),
+            Command::Disconnected { vm } => self.disconnected(vm),
+            Command::Rebooted { vm } => self.rebooted(vm),
+            Command::Release { vm, adapter, reply } => self.release(vm, adapter, reply),
+            Command::Released { vm, adapter, reply } => drop(reply.send(self.released(vm, &adapter).await)),
+            Command::Ask { vm, adapter, id, question } => self.ask(vm, adapter, id, question),
+            Command::Notice { vm, adapter, notice, done } => self.notice(vm, adapter, notice, done),
+            Command::PfsKnown { pfs } => self.pfs_known(pfs),
+            Command::Overdue { port } => self.overdue(port),
+            #[cfg(test)]
+            Command::Settle { reply } => self.settling.push(reply),
+        }
+    }
+
+    #[cfg(test)]
+    fn say_settled(&mut self) {
+        if self.lanes.values().all(Lane::is_idle) && self.compare_at.is_none() {
+            for settled in self.settling.drain(..) {
+                let _ = settled.send(());
+            }
+        }
+    }
+
+    // ---- lanes ----
+
+    /// Queues work for a port and goes on if it can.
+    pub(super) fn queue(&mut self, port: PortId, work: Work) {
+        if let Some(lane) = self.lanes.get_mut(&port) {
+            lane.push(work);
+            self.go_on(port);
+        }
+    }
+
+    /// Starts what waits in a lane until something takes time.
+    pub(super) fn go_on(&mut self, port: PortId) {
+        while let Some(lane) = self.lanes.get_mut(&port) {
+            if lane.busy.is_some() {
+                return;
+            }
+            let Some(work) = lane.queue.pop_front() else { return };
+            match work {
+                Work::Recover => self.begin_recover(port),
+                Work::Ask { id, question } => self.begin_ask(port, id, question),
+                Work::Revert(revert) => self.begin_revert(port, revert),
+                Work::Correct => self.begin_correct(port),
+                Work::Repair { all } => self.begin_repair(port, all),
+                Work::Reboot => self.begin_reboot(port),
+                Work::Confirmed { done, failed } => self.confirmed(port, &done, &failed),
+                Work::Release { reply } => drop(reply.send(self.leftover(port))),
+            }
+        }
+    }
+
+    /// Starts a job of a port.
+    pub(super) fn start<F>(&mut self, port: PortId, busy: Busy, job: F)
+    where
+        F: Future<Output = End> + Send + 'static,
+    {
+        if let Some(lane) = self.lanes.get_mut(&port) {
+            lane.busy = Some(busy);
+        }
+        let ends = self.ends.clone();
+        tokio::spawn(async move {
+            let end = job.await;
+            drop(ends.send((port, end)));
+        });
+    }
+
+    /// What a job of a port works with; None if the port has no VF.
+    pub(super) fn tools(&self, id: PortId) -> Option<Tools> {
+        let port = self.state.port(id)?;
+        let vf = port.vf.clone()?;
+        let link = self.links.get(&port.vm.id).filter(|link| link.online);
+        Some(Tools {
+            pf: self.pf.clone(),
+            writer: self.writer.clone(),
+            vmm: link.map(|link| Arc::clone(&link.vmm)),
+            timing: self.timing,
+            port: id,
+            adapter: port.adapter.clone(),
+            capabilities: self.capabilities.get(&vf.pf).cloned(),
+            vf,
+            before: self.attachment(id)?,
+        })
+    }
+
+    fn on_end(&mut self, port: PortId, end: End) {
+        let busy = self.lanes.get_mut(&port).and_then(|lane| lane.busy.take());
+        match end {
+            End::Asked { id, question, changes, forward, outcome } => {
+                let cancelled = busy.and_then(|busy| busy.cancelled);
+                self.asked(port, id, &question, &changes, forward, outcome, cancelled);
+            }
+            End::Reverted { revert, from, error } => self.reverted(port, &revert, from, error),
+            End::Corrected { corrections, leftover, made } => {
+                self.corrected(port, &corrections, &leftover, made);
+            }
+            End::Repaired { found } => self.repaired(port, found),
+            End::Rebooted { made } => self.reboot_done(port, made),
+            End::Recovered { shown } => self.recovered(port, shown),
+        }
+        self.go_on(port);
+    }
+
+    // ---- what is remembered ----
+
+    pub(super) fn attachment(&self, id: PortId) -> Option<Attachment> {
+        let (port, lane) = (self.state.port(id)?, self.lanes.get(&id)?);
+        Some(Attachment::of(port, lane.bdf.clone(), lane.counters))
+    }
+
+    /// Saves a port soon.
+    pub(super) fn save(&self, port: PortId) {
+        if let Some(attachment) = self.attachment(port) {
+            drop(self.writer.save(port, attachment));
+        }
+    }
+
+    /// A decision about a port, to be filled in.
+    pub(super) fn decision(&self, port: PortId, request: &str, outcome: Outcome) -> Option<Decision> {
+        let port = self.state.port(port)?;
+        Some(Decision::new(Uuid::new_v4(), port, request, outcome, Timestamp::now().unix_ms()))
+    }
+
+    /// Records a decision.
+    pub(super) fn record(&mut self, decision: Option<Decision>) {
+        if let Some(decision) = decision {
+            self.count(&decision);
+            self.decisions.note(decision);
+        }
+    }
+
+    pub(super) fn count(&mut self, decision: &Decision) {
+        let Some(lane) = self.lanes.get_mut(&decision.port) else { return };
+        let counters = &mut lane.counters;
+        let counter = match decision.outcome {
+            Outcome::Allowed => &mut counters.allowed,
+            Outcome::Denied => &mut counters.denied,
+            Outcome::TakenBack | Outcome::Reverted => &mut counters.taken_back,
+            Outcome::Repaired => &mut counters.repaired,
+        };
+        *counter = counter.saturating_add(decision.count);
+    }
+
+    /// Tells that an object was made or changed.
+    pub(super) fn put(&self, kind: ObjectKind, id: Uuid, name: &str, created: bool) {
+        let revision = self.meta.get(&id).map_or(0, |meta| meta.revision);
+        let object = Subject { kind, id, name: name.to_owned() };
+        self.events.publish(match created {
+            true => EventKind::Created { object, revision },
+            false => EventKind::Changed { object, revision },
+        });
+    }
+
+    pub(super) fn deleted(&self, kind: ObjectKind, id: Uuid, name: &str) {
+        self.events.publish(EventKind::Deleted { object: Subject { kind, id, name: name.to_owned() } });
+    }
+
+    pub(super) fn tell_pf(&self, pf: &str, state: PfState) {
+        self.events.publish(EventKind::PfState { pf: pf.to_owned(), state });
+    }
+}

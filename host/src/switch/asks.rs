@@ -1,0 +1,364 @@
+//! Questions: decided here, by the switch's own data, for the VM whose connection they came by.
+
+use netpolicy::{
+    Change, Committed, Decision, Denial, MacAddress, OnDenied, Outcome, PortId, Reason, Request, Route,
+    Verdict, VmId,
+};
+use passthrough::relay::{self, Cancelled, How, Question};
+use tokio::sync::oneshot;
+use vmm::control::Answer;
+
+use super::{
+    actor::Actor,
+    job::AskOutcome,
+    lane::{Busy, Granted, Revert, Work},
+};
+
+impl Busy {
+    /// A job that is not a question's.
+    pub(super) fn other() -> Self {
+        Self { seq: None, cancelled: None, forwarded: None }
+    }
+}
+
+impl Actor {
+    /// The port of a VM's adapter. A name that the VM does not have is for nobody.
+    pub(super) fn port_of(&self, vm: VmId, adapter: &str) -> Option<PortId> {
+        // The key is owned, and what a vmm sends may be long.
+        let found = (adapter.len() <= 64).then(|| self.adapters.get(&(vm, adapter.to_owned())).copied());
+        found.flatten()
+    }
+
+    pub(super) fn ask(&mut self, vm: VmId, adapter: String, id: u64, question: Question) {
+        let Some(port) = self.port_of(vm, &adapter) else {
+            tracing::debug!(%vm, "A vmm asked for an adapter that its VM does not have");
+            return;
+        };
+        if self.lanes.get(&port).is_none_or(|lane| lane.closing) {
+            return;
+        }
+        // A reset has happened already and is noted in its turn; so is what needs changes.
+        if question.request == Request::Reset || !self.answer_now(port, id, &question) {
+            self.queue(port, Work::Ask { id, question });
+        }
+    }
+
+    /// Answers what needs no change. False if it does.
+    fn answer_now(&mut self, port: PortId, id: u64, question: &Question) -> bool {
+        match self.evaluate(port, &question.request) {
+            Decided::Unknown => true,
+            Decided::Changes(changes) if changes.is_empty() => {
+                self.grant(port, id, question);
+                self.note_address(port, &question.request);
+                let decision = self.allowed(port, &question.request, &[]);
+                self.record(decision);
+                true
+            }
+            Decided::Changes(_) => false,
+            Decided::Denied(denial, on_denied) => {
+                self.refuse(port, id, question, denial, on_denied);
+                true
+            }
+        }
+    }
+
+    fn evaluate(&self, port: PortId, request: &Request) -> Decided {
+        if self.bypass {
+            return Decided::Changes(unpoliced(request));
+        }
+        match self.state.evaluate(port, request) {
+            Err(_) => Decided::Unknown,
+            Ok(evaluation) => match evaluation.verdict {
+                Verdict::Allow(changes) => Decided::Changes(changes),
+                Verdict::Deny(denial) => Decided::Denied(denial, evaluation.on_denied),
+            },
+        }
+    }
+
+    pub(super) fn begin_ask(&mut self, port: PortId, id: u64, question: Question) {
+        if question.request == Request::Reset {
+            return self.reset(port, id, &question);
+        }
+        // The policy may have changed while it waited.
+        let changes = match self.evaluate(port, &question.request) {
+            Decided::Changes(changes) if !changes.is_empty() => changes,
+            _ => {
+                self.answer_now(port, id, &question);
+                return;
+            }
+        };
+        if let Err(error) = self.state.begin(port, &changes) {
+            return self.not_committed(port, id, &question, Some(id), &error.to_string());
+        }
+        let Some(tools) = self.tools(port) else {
+            drop(self.state.abort(port));
+            return self.not_committed(port, id, &question, Some(id), "The port has no VF");
+        };
+        let (forwarded, heard) = oneshot::channel();
+        let busy = Busy { seq: Some(question.seq), cancelled: None, forwarded: Some(forwarded) };
+        let mac = self.effective(port);
+        self.start(port, busy, tools.ask(id, question, changes, mac, heard));
+    }
+
+    /// The guest's reset, which was carried out already.
+    fn reset(&mut self, port: PortId, id: u64, question: &Question) {
+        match self.state.commit(port, &[Change::Reset]) {
+            Ok(corrections) if !corrections.list.is_empty() && !self.bypass => {
+                if let Some(lane) = self.lanes.get_mut(&port) {
+                    lane.push(Work::Correct);
+                }
+            }
+            Ok(_) => {}
+            Err(error) => tracing::error!(%port, "A reset cannot be noted: {error}"),
+        }
+        if let Some(lane) = self.lanes.get_mut(&port) {
+            lane.granted = None;
+        }
+        self.save(port);
+        self.grant(port, id, question);
+    }
+
+    /// A question's job has ended.
+    #[allow(clippy::too_many_arguments, reason = "the parts of one message")]
+    pub(super) fn asked(
+        &mut self,
+        port: PortId,
+        id: u64,
+        question: &Question,
+        changes: &[Change],
+        forward: bool,
+        outcome: AskOutcome,
+        cancelled: Option<Cancelled>,
+    ) {
+        let request = &question.request;
+        let (made, failure) = match outcome {
+            AskOutcome::Made => (changes.to_vec(), None),
+            AskOutcome::RefusedByPf { made } => (made, Some((None, "The PF refused the message".to_owned()))),
+            AskOutcome::Unanswered { made } => {
+                // The PF may have carried it out: what adds something counts as there, what removes as not done.
+                let adds = |change: &&Change| adds(change) && !made.contains(change);
+                let added: Vec<Change> = changes.iter().filter(adds).cloned().collect();
+                let why = "The PF did not answer: it may have carried it out".to_owned();
+                ([made, added].concat(), Some((None, why)))
+            }
+            AskOutcome::Withdrawn { made } => (made, Some((None, String::new()))),
+            AskOutcome::Failed { made, why } => (made, Some((Some(id), why))),
+        };
+        let old = self.effective(port);
+        let guest = self.state.port(port).map_or(old, |port| port.guest_mac);
+        let corrections = match self.state.commit(port, &made) {
+            Ok(corrections) => corrections.list,
+            Err(error) => {
+                drop(self.state.abort(port));
+                tracing::error!(%port, "A change cannot be noted: {error}");
+                Vec::new()
+            }
+        };
+        match (failure, cancelled) {
+            (None, None) => {
+                if !forward {
+                    self.grant(port, id, question);
+                }
+                self.note_address(port, request);
+                let mut decision = self.allowed(port, request, changes);
+                if let (Some(decision), Request::SetMac(_)) = (&mut decision, request) {
+                    decision.old = Some(old.to_string());
+                }
+                self.record(decision);
+                if let (Request::SetMac(_), Some(lane)) = (request, self.lanes.get_mut(&port)) {
+                    lane.granted =
+                        Some(Granted { seq: Some(question.seq), request: request.clone(), old, guest });
+                }
+            }
+            (None, Some(why)) if matches!(request, Request::SetMac(_)) => {
+                let revert = Revert::of(why, old, guest);
+                if let Some(lane) = self.lanes.get_mut(&port) {
+                    lane.queue.push_front(Work::Revert(revert));
+                }
+            }
+            // A message that the PF acknowledged after all; the state says so.
+            (None, Some(_)) => {}
+            // Its end was told by the notice that withdrew it.
+            (Some(_), Some(_)) => {}
+            (Some((answer, why)), None) => self.not_committed(port, id, question, answer, &why),
+        }
+        self.save(port);
+        if !corrections.is_empty()
+            && !self.bypass
+            && let Some(lane) = self.lanes.get_mut(&port)
+        {
+            lane.push(Work::Correct);
+        }
+    }
+
+    pub(super) fn begin_revert(&mut self, port: PortId, mut revert: Revert) {
+        let from = self.effective(port);
+        let change = |mac| [Change::SetMac(mac)];
+        if self.state.begin(port, &change(revert.old)).is_err() {
+            // Another port has got it meanwhile; the initial one is always kept.
+            let Some(initial) = self.state.port(port).map(|port| port.initial_mac) else { return };
+            revert.old = initial;
+            if let Err(error) = self.state.begin(port, &change(initial)) {
+                tracing::error!(%port, "A late change cannot be reverted: {error}");
+                return;
+            }
+        }
+        match self.tools(port) {
+            Some(tools) => self.start(port, Busy::other(), tools.revert(revert, from)),
+            None => drop(self.state.abort(port)),
+        }
+    }
+
+    pub(super) fn reverted(
+        &mut self,
+        port: PortId,
+        revert: &Revert,
+        from: MacAddress,
+        error: Option<String>,
+    ) {
+        let change = [Change::SetMac(revert.old)];
+        let result =
+            if error.is_none() { self.state.commit(port, &change).map(drop) } else { self.state.abort(port) };
+        if let Err(error) = result {
+            tracing::error!(%port, "A reverted change cannot be noted: {error}");
+        }
+        drop(self.state.note_answer(port, &Request::SetMac(revert.guest), true));
+        let decision = self.decision(port, "set_mac", Outcome::Reverted).map(|decision| Decision {
+            reason: revert.reason,
+            old: Some(from.to_string()),
+            requested: Some(revert.old.to_string()),
+            committed: if error.is_some() { Committed::Failed } else { Committed::Pf },
+            detail: Some(error.unwrap_or_else(|| revert.detail.to_owned())),
+            ..decision
+        });
+        self.record(decision);
+        self.save(port);
+    }
+
+    // ---- answers ----
+
+    pub(super) fn effective(&self, port: PortId) -> MacAddress {
+        self.state.port(port).map_or(MacAddress::ZERO, netpolicy::Port::effective_mac)
+    }
+
+    fn answer(&self, port: PortId, id: u64, seq: u64, decision: relay::Decision) {
+        let Some(port) = self.state.port(port) else { return };
+        let Some(link) = self.links.get(&port.vm.id).filter(|link| link.online) else { return };
+        let verdict = relay::Verdict { seq, effective_mac: port.effective_mac(), decision };
+        let answer = Answer::Mailbox { adapter: port.adapter.clone(), verdict };
+        link.vmm.answer(id, answer);
+    }
+
+    fn grant(&self, port: PortId, id: u64, question: &Question) {
+        self.answer(port, id, question.seq, relay::Decision::Grant { how: How::Local });
+    }
+
+    fn refuse(&mut self, port: PortId, id: u64, question: &Question, denial: Denial, tell: OnDenied) {
+        self.answer(port, id, question.seq, relay::Decision::Refuse { tell, reason: denial.reason });
+        let decision =
+            self.decision(port, question.request.name(), Outcome::Denied).map(|decision| Decision {
+                reason: Some(denial.reason),
+                decided_by: denial.decided_by,
+                old: denial.old,
+                requested: Some(denial.requested),
+                detail: (tell == OnDenied::Silent).then(|| "The guest was told that it succeeded".to_owned()),
+                ..decision
+            });
+        self.record(decision);
+    }
+
+    /// Allowed, but not made. With `answer`, the guest's message still waits.
+    fn not_committed(&mut self, port: PortId, id: u64, question: &Question, answer: Option<u64>, why: &str) {
+        if answer.is_some() {
+            let reason = Reason::CommitFailed;
+            self.answer(port, id, question.seq, relay::Decision::Refuse { tell: OnDenied::Nack, reason });
+        } else if why.is_empty() {
+            // Withdrawn: its notice says the rest.
+            return;
+        }
+        let decision =
+            self.decision(port, question.request.name(), Outcome::Denied).map(|decision| Decision {
+                reason: Some(Reason::CommitFailed),
+                requested: describe(&question.request),
+                committed: Committed::Failed,
+                detail: Some(why.to_owned()),
+                ..decision
+            });
+        self.record(decision);
+    }
+
+    fn note_address(&mut self, port: PortId, request: &Request) {
+        drop(self.state.note_answer(port, request, true));
+    }
+
+    fn allowed(&self, port: PortId, request: &Request, changes: &[Change]) -> Option<Decision> {
+        let by = |route| changes.iter().any(|change| change.route() == route);
+        let committed = match (by(Route::Pf), by(Route::Mailbox)) {
+            (false, false) => Committed::Nothing,
+            (true, false) => Committed::Pf,
+            (false, true) => Committed::Mailbox,
+            (true, true) => Committed::Both,
+        };
+        let decision = self.decision(port, request.name(), Outcome::Allowed)?;
+        Some(Decision { requested: describe(request), committed, ..decision })
+    }
+}
+
+enum Decided {
+    Changes(Vec<Change>),
+    Denied(Denial, OnDenied),
+    /// There is no such port any more.
+    Unknown,
+}
+
+impl Revert {
+    pub(super) fn of(why: Cancelled, old: MacAddress, guest: MacAddress) -> Self {
+        let (reason, detail) = match why {
+            Cancelled::Deadline => {
+                (Some(Reason::AuthorityUnreachable), "The guest was refused before the change was made")
+            }
+            Cancelled::GuestReset => (None, "The guest reset its VF before it was answered"),
+            Cancelled::Stopped => (None, "The VM ended before it was answered"),
+        };
+        Self { old, guest, reason, detail }
+    }
+}
+
+/// Whether the adapter has more afterwards.
+pub(super) fn adds(change: &Change) -> bool {
+    match change {
+        Change::AddUnicast(_) | Change::JoinVlan(_) | Change::SetMaxFrame(_) => true,
+        Change::SetMulticast(hashes) => !hashes.is_empty(),
+        Change::SetPromiscuous(mode) => mode.multicast || mode.unicast,
+        _ => false,
+    }
+}
+
+/// What a request asks for, for people.
+pub(super) fn describe(request: &Request) -> Option<String> {
+    match request {
+        Request::SetMac(mac) | Request::AddUnicastFilter(mac) => Some(mac.to_string()),
+        Request::SetMulticast { count, .. } => Some(format!("{count} hashes")),
+        Request::SetVlan { vid, add } => Some(if *add { vid.to_string() } else { format!("leave {vid}") }),
+        Request::SetMaxFrame(bytes) => Some(format!("{bytes} bytes")),
+        Request::SetPromiscuous(mode) => Some(mode.to_string()),
+        Request::Unknown { opcode } => Some(format!("opcode {opcode:#06x}")),
+        Request::Reset | Request::ClearUnicastFilters => None,
+    }
+}
+
+/// What a request comes to where no policy is asked.
+fn unpoliced(request: &Request) -> Vec<Change> {
+    let vlan = |vid: u16| netpolicy::VlanId::new(vid).ok();
+    match request {
+        Request::SetMac(mac) if mac.is_assignable() => vec![Change::SetMac(*mac)],
+        Request::AddUnicastFilter(mac) if mac.is_assignable() => vec![Change::AddUnicast(*mac)],
+        Request::ClearUnicastFilters => vec![Change::ClearUnicast],
+        Request::SetMulticast { hashes, .. } => vec![Change::SetMulticast(hashes.clone())],
+        Request::SetVlan { vid, add: true } => vlan(*vid).map(Change::JoinVlan).into_iter().collect(),
+        Request::SetVlan { vid, add: false } => vlan(*vid).map(Change::LeaveVlan).into_iter().collect(),
+        Request::SetMaxFrame(bytes) => u16::try_from(*bytes).map(Change::SetMaxFrame).into_iter().collect(),
+        Request::SetPromiscuous(mode) => vec![Change::SetPromiscuous(*mode)],
+        _ => Vec::new(),
+    }
+}

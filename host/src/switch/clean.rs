@@ -1,0 +1,191 @@
+//! What a tenant left on a VF is taken from it before anybody else has it, also after its vmm has crashed.
+//!
+//! VLANs and further addresses outlive the VF's driver, a reset and the process: the PF's driver removes them only when the
+//! VF itself asks. So the agent takes the vmm's place for a moment: the VF is still bound to vfio-pci (or simulated), nobody
+//! else has it open, and the agent says in its mailbox what the relay would have said.
+
+use std::{path::PathBuf, sync::Arc, time::Duration};
+
+use netpolicy::{Change, MacAddress, Route};
+use passthrough::{
+    hardware::VfHardware,
+    host::{Bdf, VfChange},
+    mailbox::{
+        bits::ACK_MESSAGE,
+        igbvf,
+        layout::{IGBVF, Layout},
+        port::{Clock, Port, PortError, SystemClock},
+        words::Words,
+    },
+    vfio::Container,
+};
+
+use super::{Leftover, SwitchError};
+use crate::{pf::PfHandle, sim::Simulated, vm::problem::chain};
+
+/// How long the PF may take for one message.
+const EXCHANGE: Duration = Duration::from_millis(500);
+
+/// The PF's driver hears of a reset by an interrupt, and is silent to what comes before: the message is sent again.
+const RESETS: u32 = 6;
+
+/// A VF to be cleaned.
+pub enum Function {
+    /// Hardware, by its directory in sysfs.
+    Vfio(PathBuf),
+    /// A simulated one.
+    Simulated(Arc<Simulated>, Bdf),
+}
+
+impl Function {
+    fn name(&self) -> String {
+        match self {
+            Self::Vfio(path) => path.file_name().unwrap_or_default().to_string_lossy().into_owned(),
+            Self::Simulated(_, bdf) => bdf.to_string(),
+        }
+    }
+
+    fn send(self, messages: &[Change], mac: MacAddress) -> Result<(), String> {
+        let clock = Arc::new(SystemClock::default());
+        match self {
+            Self::Vfio(path) => {
+                // Outlives the VF.
+                let container = Container::new(None).map_err(|error| chain(&error))?;
+                let vf = container.open(&path).map_err(|error| chain(&error))?;
+                send(Arc::new(vf), clock, messages, mac)
+            }
+            Self::Simulated(simulated, bdf) => {
+                let vf = simulated.mailbox(bdf).map_err(|error| chain(&error))?;
+                send(Arc::new(vf), clock, messages, mac)
+            }
+        }
+    }
+}
+
+/// Takes from a VF what its tenant left. Nobody else may have it open.
+///
+/// # Errors
+/// [`SwitchError::NotCleaned`] with the cure. The VF must then stay with its last owner; it may be tried again.
+pub async fn clean(pf: &PfHandle, function: Function, leftover: &Leftover) -> Result<(), SwitchError> {
+    let messages: Vec<Change> =
+        leftover.changes.iter().filter(|c| c.route() == Route::Mailbox).cloned().collect();
+    // The reset alone is done by whoever opens or closes the device.
+    if messages.iter().all(|change| *change == Change::Reset) {
+        return Ok(());
+    }
+    let name = function.name();
+    let failed = |why: String| SwitchError::NotCleaned { vf: name.clone(), why };
+    let trust = messages.iter().any(Change::needs_trust);
+    let set_trust = |on| pf.apply(&leftover.vf, vec![VfChange::Trust(on)]);
+    if trust {
+        set_trust(true).await.map_err(|error| failed(chain(&error)))?;
+    }
+    let mac = leftover.effective_mac;
+    let sent = tokio::task::spawn_blocking(move || function.send(&messages, mac))
+        .await
+        .unwrap_or_else(|error| Err(error.to_string()));
+    let distrusted = if trust { set_trust(false).await } else { Ok(()) };
+    sent.map_err(failed)?;
+    distrusted.map_err(|error| failed(chain(&error)))
+}
+
+/// Resets the VF and sends the messages. All are tried; the first failure is told.
+fn send(
+    vf: Arc<dyn VfHardware>,
+    clock: Arc<dyn Clock>,
+    messages: &[Change],
+    mac: MacAddress,
+) -> Result<(), String> {
+    let mut id = [0xff; 4];
+    vf.config_read(0, &mut id);
+    let [a, b, c, d] = id;
+    // VFs may read all-ones there (PCI SR-IOV 3.4.1.1); VFIO fills in what they are. The families that there are agree.
+    let layout = Layout::of(u16::from_le_bytes([a, b]), u16::from_le_bytes([c, d])).unwrap_or(&IGBVF);
+    let mut port = Port::new(vf, layout, Arc::clone(&clock));
+    reset(&mut port, &*clock)?;
+    let mut failure = None;
+    for change in messages {
+        let Some(words) = igbvf::encode_change(change, mac) else { continue };
+        let result = match port.exchange(&words, 1, EXCHANGE) {
+            Ok(reply) if reply.first() & ACK_MESSAGE != 0 => Ok(()),
+            Ok(_) => Err(format!("the PF refused {change:?}")),
+            Err(error) => Err(error.to_string()),
+        };
+        failure = failure.or(result.err());
+    }
+    // Queues off again: nothing is received for nobody.
+    port.reset_vf();
+    failure.map_or(Ok(()), Err)
+}
+
+fn reset(port: &mut Port, clock: &dyn Clock) -> Result<(), String> {
+    let mut last = PortError::NoReply;
+    for attempt in 0..RESETS {
+        if attempt > 0 {
+            clock.sleep(EXCHANGE / 5);
+        }
+        port.reset_vf();
+        clock.sleep(EXCHANGE / 50);
+        match port.exchange(&Words::new(&[1]), igbvf::RESET_REPLY_WORDS, EXCHANGE) {
+            Ok(reply) if igbvf::parse_reset_reply(&reply).is_some() => return Ok(()),
+            Ok(_) => {}
+            Err(error) => last = error,
+        }
+    }
+    Err(last.to_string())
+}
+
+#[cfg(test)]
+mod tests {
+    use netpolicy::VlanId;
+    use passthrough::relay::testing::{FakeClock, FakeVf};
+
+    use super::*;
+
+    /// A VF as a guest left it, and what takes all of it away.
+    fn left() -> (Arc<FakeVf>, Arc<FakeClock>, Vec<Change>) {
+        let clock = Arc::new(FakeClock::default());
+        let mac = MacAddress::new([2, 0, 0, 0, 0, 1]);
+        let vf = FakeVf::new(mac, clock.clone());
+        vf.with_pf(|pf| {
+            pf.trusted = true;
+            pf.vlans = [100, 101].into();
+            pf.filters = vec![MacAddress::new([2, 0, 0, 0, 0, 9])];
+            pf.multicast = vec![7];
+        });
+        let leave = |id| Change::LeaveVlan(VlanId::new(id).unwrap());
+        let changes = vec![
+            Change::Reset,
+            leave(100),
+            leave(101),
+            Change::ClearUnicast,
+            Change::SetMulticast(Vec::new()),
+        ];
+        (vf, clock, changes)
+    }
+
+    const MAC: MacAddress = MacAddress::new([2, 0, 0, 0, 0, 1]);
+
+    #[test]
+    fn a_vf_whose_driver_is_gone_is_cleaned_by_its_own_mailbox() {
+        let (vf, clock, changes) = left();
+        send(vf.clone(), clock, &changes, MAC).unwrap();
+        let pf = vf.pf();
+        assert!(pf.vlans.is_empty() && pf.filters.is_empty() && pf.multicast.is_empty(), "{pf:?}");
+        assert_eq!((pf.unhandled, pf.mac), (0, MAC));
+    }
+
+    #[test]
+    fn what_the_pf_does_not_confirm_is_an_error_and_the_rest_is_done_all_the_same() {
+        let (vf, clock, changes) = left();
+        vf.with_pf(|pf| pf.trusted = false);
+        let error = send(vf.clone(), clock, &changes, MAC).unwrap_err();
+        assert!(error.contains("ClearUnicast"), "{error}");
+        assert!(vf.pf().vlans.is_empty() && !vf.pf().filters.is_empty());
+
+        let (vf, clock, changes) = left();
+        vf.with_pf(|pf| pf.down = true);
+        let error = send(vf, clock, &changes, MAC).unwrap_err();
+        assert!(error.contains("interface up"), "{error}");
+    }
+}

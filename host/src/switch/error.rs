@@ -1,0 +1,112 @@
+//! What goes wrong at a switch.
+
+use api::problem::{Problem, ProblemCode};
+use netpolicy::{NameError, StateError, Unenforceable};
+
+use crate::{
+    store::StoreError,
+    vm::problem::{ToProblem, chain},
+};
+
+/// Why a switch does not do it.
+#[derive(Debug, thiserror::Error)]
+pub enum SwitchError {
+    /// The tables do not allow it.
+    #[error(transparent)]
+    State(#[from] StateError),
+    /// There is none.
+    #[error("There is no {what} {name}")]
+    NotFound {
+        /// The kind of thing.
+        what: &'static str,
+        /// Its name or id.
+        name: String,
+    },
+    /// The port group that an adapter names does not exist.
+    #[error("There is no port group {0}: `portcullis port-group list` shows them")]
+    NoPortGroup(String),
+    /// The switch that a port group names does not exist.
+    #[error("There is no switch {0}: `portcullis switch list` shows them")]
+    NoSwitch(String),
+    /// It was changed meanwhile.
+    #[error("It has revision {actual} by now, not {expected}")]
+    Revision {
+        /// What the caller believed.
+        expected: u64,
+        /// What it is.
+        actual: u64,
+    },
+    /// The switch or port group that is always there cannot be deleted.
+    #[error("The {0} default is always there: change it, or leave it")]
+    Permanent(&'static str),
+    /// A PF cannot hold a port to the policy.
+    #[error("Port {port} on PF {pf}: {source}")]
+    Unenforceable {
+        /// VM and adapter.
+        port: String,
+        /// The PF.
+        pf: String,
+        /// What it cannot.
+        source: Unenforceable,
+    },
+    /// Not a name.
+    #[error(transparent)]
+    Name(#[from] NameError),
+    /// The store.
+    #[error("The switch's state cannot be stored")]
+    Store(#[from] StoreError),
+    /// A PF that cannot be asked or configured.
+    #[error("{0}")]
+    Pf(String),
+    /// The VF still has something of its last tenant.
+    #[error("{vf} could not be cleaned of what its last tenant had: {why}")]
+    NotCleaned {
+        /// The VF's PCI address.
+        vf: String,
+        /// Why, and the cure.
+        why: String,
+    },
+    /// A limit of this agent.
+    #[error("{0}")]
+    TooMany(&'static str),
+    /// The task has ended.
+    #[error("The switch has ended with the agent")]
+    Closed,
+}
+
+impl ToProblem for SwitchError {
+    fn problem(&self) -> Problem {
+        let with = |code| Problem::new(code, chain(self));
+        match self {
+            Self::State(error) => with(state_code(error)),
+            Self::NotFound { what, name } => Problem::not_found(what, name),
+            Self::NoPortGroup(_) => with(ProblemCode::PortGroupNotFound),
+            Self::NoSwitch(_) => with(ProblemCode::SwitchNotFound),
+            Self::Revision { expected, actual } => Problem::revision_mismatch(*expected, *actual),
+            Self::Permanent("switch") => with(ProblemCode::SwitchInUse),
+            Self::Permanent(_) => with(ProblemCode::PortGroupInUse),
+            Self::Unenforceable { .. } => with(ProblemCode::PolicyUnenforceable),
+            Self::Name(_) => with(ProblemCode::InvalidRequest),
+            Self::Store(error) => error.problem(),
+            Self::Pf(_) => with(ProblemCode::PfRefused),
+            Self::NotCleaned { .. } => with(ProblemCode::DeviceFailed),
+            Self::TooMany(_) | Self::Closed => with(ProblemCode::Unavailable),
+        }
+    }
+}
+
+fn state_code(error: &StateError) -> ProblemCode {
+    match error {
+        StateError::NoSwitch(_) | StateError::NoPortGroup(_) | StateError::NoPort(_) => ProblemCode::NotFound,
+        StateError::Taken { .. } => ProblemCode::NameTaken,
+        StateError::InUse { what: "Port group", .. } => ProblemCode::PortGroupInUse,
+        StateError::InUse { what: "VF", .. } => ProblemCode::VfInUse,
+        StateError::InUse { .. } => ProblemCode::SwitchInUse,
+        StateError::MacInvalid(_) | StateError::OverrideNotAllowed { .. } | StateError::Immutable(_) => {
+            ProblemCode::InvalidRequest
+        }
+        StateError::MacInUse { .. } => ProblemCode::MacInUse,
+        StateError::NotAnUplink { .. } => ProblemCode::VfNotFound,
+        StateError::Bound(_) | StateError::NotBound(_) | StateError::Pending(_) => ProblemCode::WrongState,
+    }
+}

@@ -1,0 +1,389 @@
+//! What takes time: changes on the PF and through mailboxes, beside the switch's task.
+
+use std::{sync::Arc, time::Duration};
+
+use netpolicy::{Change, Corrections, MacAddress, PfCapabilities, PortId, Route, VfRef};
+use passthrough::{
+    host::{VfChange, VfSettings},
+    relay::{Decision as RelayDecision, Forwarded, How, Question, Verdict},
+};
+use tokio::{
+    sync::oneshot,
+    time::{sleep, timeout},
+};
+use vmm::control::{Answer, Order, Outcome};
+
+use super::{Timing, lane::Revert, link::Vmm, record::Attachment, writer::Writer};
+use crate::{pf::PfHandle, vm::problem::chain, vmm_process::OrderError};
+
+/// How often what the relay could not do is ordered again, and how long apart.
+const ATTEMPTS: u32 = 3;
+const PAUSE: Duration = Duration::from_millis(300);
+
+/// What a job works with.
+pub(super) struct Tools {
+    pub(super) pf: PfHandle,
+    pub(super) writer: Writer,
+    pub(super) vmm: Option<Arc<dyn Vmm>>,
+    pub(super) timing: Timing,
+    pub(super) port: PortId,
+    pub(super) adapter: String,
+    pub(super) vf: VfRef,
+    pub(super) capabilities: Option<PfCapabilities>,
+    /// What is to be durable before anything is changed.
+    pub(super) before: Attachment,
+}
+
+/// What became of a job.
+pub(super) enum End {
+    Asked { id: u64, question: Question, changes: Vec<Change>, forward: bool, outcome: AskOutcome },
+    Reverted { revert: Revert, from: MacAddress, error: Option<String> },
+    Corrected { corrections: Corrections, leftover: Vec<Change>, made: Made },
+    Repaired { found: Vec<Found> },
+    Rebooted { made: Made },
+    Recovered { shown: Option<VfSettings> },
+}
+
+/// What became of a question that needs changes.
+#[derive(Debug)]
+pub(super) enum AskOutcome {
+    /// All changes are made.
+    Made,
+    /// The PF refused the forwarded message. What went before it is made.
+    RefusedByPf { made: Vec<Change> },
+    /// The PF did not answer: what adds something counts as made.
+    Unanswered { made: Vec<Change> },
+    /// The question was given up before the message was sent.
+    Withdrawn { made: Vec<Change> },
+    /// Something failed before the guest's message was answered.
+    Failed { made: Vec<Change>, why: String },
+}
+
+/// A setting of the PF that was not as it should be.
+#[derive(Clone, Debug)]
+pub(super) struct Found {
+    pub(super) wanted: Change,
+    pub(super) old: String,
+    /// Why it still is not.
+    pub(super) error: Option<String>,
+}
+
+/// What became of a list of changes that are independent of each other.
+#[derive(Debug, Default)]
+pub(super) struct Made {
+    pub(super) done: Vec<Change>,
+    pub(super) failed: Vec<(Change, String)>,
+    /// The relay will make them at the guest's next reset.
+    pub(super) deferred: Vec<Change>,
+    /// Not confirmed: the vmm is not connected.
+    pub(super) offline: bool,
+}
+
+impl Tools {
+    fn adapter(&self) -> String {
+        self.adapter.clone()
+    }
+
+    async fn set(&self, changes: Vec<VfChange>) -> Result<(), String> {
+        self.pf.apply(&self.vf, changes).await.map_err(|error| chain(&error))
+    }
+
+    async fn save(&self) -> Result<(), String> {
+        let saved = self.writer.save(self.port, self.before.clone()).await;
+        if saved == Ok(true) { Ok(()) } else { Err("The change could not be noted in the database".into()) }
+    }
+
+    async fn trust(&self, on: bool) -> Result<(), String> {
+        self.set(vec![VfChange::Trust(on)]).await
+    }
+
+    fn can_make(&self, change: &Change) -> bool {
+        self.capabilities.as_ref().is_none_or(|capabilities| capabilities.can_make(change))
+    }
+
+    /// A question's changes: those of the PF's driver first, then messages of our own, at last the guest's.
+    pub(super) async fn ask(
+        self,
+        id: u64,
+        question: Question,
+        changes: Vec<Change>,
+        effective_mac: MacAddress,
+        forwarded: oneshot::Receiver<Forwarded>,
+    ) -> End {
+        let (pf, mut mailbox): (Vec<Change>, Vec<Change>) =
+            changes.iter().cloned().partition(|change| change.route() == Route::Pf);
+        let own = mailbox.pop();
+        let forward = own.is_some();
+        let verdict = Verdict {
+            seq: question.seq,
+            effective_mac,
+            decision: RelayDecision::Grant { how: How::Forward },
+        };
+        let outcome = self.make_asked(id, pf, mailbox, own, verdict, forwarded).await;
+        End::Asked { id, question, changes, forward, outcome }
+    }
+
+    async fn make_asked(
+        &self,
+        id: u64,
+        pf: Vec<Change>,
+        mailbox: Vec<Change>,
+        own: Option<Change>,
+        verdict: Verdict,
+        forwarded: oneshot::Receiver<Forwarded>,
+    ) -> AskOutcome {
+        if let Err(why) = self.save().await {
+            return AskOutcome::Failed { made: Vec::new(), why };
+        }
+        #[cfg(feature = "test-support")]
+        self.be_late(pf.iter().chain(&own)).await;
+        if let Err(why) = self.set(pf.iter().filter_map(VfChange::of).collect()).await {
+            return AskOutcome::Failed { made: Vec::new(), why };
+        }
+        let mut made = pf;
+        let Some(own) = own else { return AskOutcome::Made };
+        let trust = mailbox.iter().chain([&own]).any(Change::needs_trust);
+        if trust && let Err(why) = self.trust(true).await {
+            return AskOutcome::Failed { made, why };
+        }
+        let outcome = self.exchange(id, &mut made, mailbox, verdict, forwarded).await;
+        if trust && let Err(why) = self.trust(false).await {
+            // The next comparison with the PF finds it and tries again.
+            tracing::error!(port = %self.port, "Trust could not be switched off after a message: {why}");
+        }
+        match outcome {
+            Ok(Some(Forwarded::Accepted)) => AskOutcome::Made,
+            Ok(Some(Forwarded::Refused)) => AskOutcome::RefusedByPf { made },
+            Ok(Some(Forwarded::Unanswered)) => AskOutcome::Unanswered { made },
+            Ok(None) => AskOutcome::Withdrawn { made },
+            Err(why) => AskOutcome::Failed { made, why },
+        }
+    }
+
+    #[cfg(feature = "test-support")]
+    async fn be_late(&self, mut changes: impl Iterator<Item = &Change>) {
+        let late = self.timing.late;
+        let late = changes.find_map(|change| match change {
+            Change::SetMac(_) => Some(late.address),
+            Change::SetMulticast(_) => Some(late.multicast),
+            _ => None,
+        });
+        sleep(late.unwrap_or_default()).await;
+    }
+
+    /// `Ok(None)` if the question was given up.
+    async fn exchange(
+        &self,
+        id: u64,
+        made: &mut Vec<Change>,
+        before: Vec<Change>,
+        verdict: Verdict,
+        forwarded: oneshot::Receiver<Forwarded>,
+    ) -> Result<Option<Forwarded>, String> {
+        if !before.is_empty() {
+            let sent = self.take_back(before.clone()).await.map_err(|error| error.to_string())?;
+            made.extend(before.into_iter().filter(|change| !sent.0.contains(change)));
+            if !sent.0.is_empty() || sent.1 {
+                return Err("The PF did not confirm what had to be removed first".into());
+            }
+        }
+        let Some(vmm) = &self.vmm else { return Ok(None) };
+        vmm.answer(id, Answer::Mailbox { adapter: self.adapter(), verdict });
+        match timeout(self.timing.forwarded, forwarded).await {
+            Ok(Ok(outcome)) => Ok(Some(outcome)),
+            Ok(Err(_)) => Ok(None),
+            // A vmm that says nothing may have sent it.
+            Err(_) => Ok(Some(Forwarded::Unanswered)),
+        }
+    }
+
+    /// What failed, and whether all is deferred to the guest's next reset.
+    async fn take_back(&self, changes: Vec<Change>) -> Result<(Vec<Change>, bool), OrderError> {
+        let vmm = self.vmm.as_ref().ok_or(OrderError::Lost)?;
+        let order = Order::TakeBack { adapter: self.adapter(), changes: changes.clone() };
+        match vmm.order(order, self.timing.confirm).await? {
+            Outcome::TakenBack { failed, deferred } => Ok((failed, deferred)),
+            // An answer to something else confirms nothing.
+            _ => Ok((changes, false)),
+        }
+    }
+
+    pub(super) async fn correct(self, corrections: Corrections, leftover: Vec<Change>) -> End {
+        let made = match self.save().await {
+            // Taking back does not wait for a disk.
+            Ok(()) | Err(_) => self.make([leftover.clone(), corrections.changes()].concat()).await,
+        };
+        if let Some(Change::SetMac(mac)) = made.done.iter().find(|change| matches!(change, Change::SetMac(_)))
+        {
+            self.tell_address(*mac, true).await;
+        }
+        End::Corrected { corrections, leftover, made }
+    }
+
+    pub(super) async fn reboot(self, baseline: Vec<Change>, mailbox: Vec<Change>) -> End {
+        let mac = baseline.iter().find_map(|change| match change {
+            Change::SetMac(mac) => Some(*mac),
+            _ => None,
+        });
+        let made = self.make([baseline, mailbox].concat()).await;
+        if let Some(mac) = mac {
+            self.tell_address(mac, false).await;
+        }
+        End::Rebooted { made }
+    }
+
+    /// Makes independent changes in their order, whatever becomes of each.
+    async fn make(&self, changes: Vec<Change>) -> Made {
+        let mut made = Made::default();
+        let mut messages: Vec<Change> = Vec::new();
+        for change in changes {
+            match VfChange::of(&change) {
+                None if change == Change::Reset => {}
+                None => messages.push(change),
+                Some(setting) => {
+                    self.send(std::mem::take(&mut messages), &mut made).await;
+                    if !self.can_make(&change) {
+                        made.done.push(change);
+                        continue;
+                    }
+                    match self.set(vec![setting]).await {
+                        Ok(()) => made.done.push(change),
+                        Err(why) => made.failed.push((change, why)),
+                    }
+                }
+            }
+        }
+        self.send(messages, &mut made).await;
+        made
+    }
+
+    /// Has messages sent, again if the PF did not confirm them.
+    async fn send(&self, mut messages: Vec<Change>, made: &mut Made) {
+        if messages.is_empty() {
+            return;
+        }
+        let trust = messages.iter().any(Change::needs_trust);
+        if trust && let Err(why) = self.trust(true).await {
+            made.failed.extend(messages.into_iter().map(|change| (change, why.clone())));
+            return;
+        }
+        let mut why = "The PF did not confirm it".to_owned();
+        for attempt in 0..ATTEMPTS {
+            if attempt > 0 {
+                sleep(PAUSE).await;
+            }
+            match self.take_back(messages.clone()).await {
+                Ok((_, true)) => {
+                    made.deferred.append(&mut messages);
+                    break;
+                }
+                Ok((failed, false)) => {
+                    made.done.extend(messages.iter().filter(|change| !failed.contains(change)).cloned());
+                    messages.retain(|change| failed.contains(change));
+                }
+                Err(OrderError::Lost) => {
+                    made.offline = true;
+                    why = "The VM's process is not connected".into();
+                    break;
+                }
+                Err(error) => {
+                    why = chain(&error);
+                    break;
+                }
+            }
+            if messages.is_empty() {
+                break;
+            }
+        }
+        made.failed.extend(messages.into_iter().map(|change| (change, why.clone())));
+        if trust && let Err(why) = self.trust(false).await {
+            tracing::error!(port = %self.port, "Trust could not be switched off after a message: {why}");
+        }
+    }
+
+    /// Tells the relay of an address that the guest has not asked for.
+    async fn tell_address(&self, mac: MacAddress, reset: bool) {
+        let Some(vmm) = &self.vmm else { return };
+        let mut orders = vec![Order::EffectiveMac { adapter: self.adapter(), mac }];
+        orders.extend(reset.then(|| Order::MakeGuestReset { adapter: self.adapter() }));
+        for order in orders {
+            if let Err(error) = vmm.order(order, self.timing.confirm).await {
+                // The guest learns the address at its next reset all the same: the reply to that carries it.
+                tracing::warn!(port = %self.port, "The VM was not told its new address: {error}");
+            }
+        }
+    }
+
+    pub(super) async fn revert(self, revert: Revert, from: MacAddress) -> End {
+        let set = self.set(vec![VfChange::Mac(Some(revert.old))]).await;
+        if set.is_ok() {
+            self.tell_address(revert.old, false).await;
+        }
+        End::Reverted { revert, from, error: set.err() }
+    }
+
+    async fn shown(&self) -> Result<VfSettings, String> {
+        let mut all = self.pf.read(&self.vf.pf).await.map_err(|error| chain(&error))?;
+        let index = u16::try_from(self.vf.index).map_err(|error| error.to_string())?;
+        all.remove(&index).ok_or_else(|| format!("PF {} has no such VF any more", self.vf.pf))
+    }
+
+    pub(super) async fn recover(self) -> End {
+        let shown = self.shown().await;
+        if let Err(why) = &shown {
+            tracing::warn!(port = %self.port, "What the PF has cannot be read: {why}");
+        }
+        End::Recovered { shown: shown.ok() }
+    }
+
+    /// Compares with the PF and puts right what differs; with `all`, sets what a reset of the PF may have lost although its
+    /// driver shows it.
+    pub(super) async fn repair(self, expected: Vec<Change>, all: bool) -> End {
+        let shown = match self.shown().await {
+            Ok(shown) => shown,
+            Err(why) => {
+                tracing::warn!(port = %self.port, "The port cannot be compared with its PF: {why}");
+                return End::Repaired { found: Vec::new() };
+            }
+        };
+        let mut found = Vec::new();
+        for wanted in expected.into_iter().filter(|change| self.can_make(change)) {
+            let Some(change) = VfChange::of(&wanted) else { continue };
+            // One by one: what the PF refuses must not keep the others from being put right.
+            if let Some(old) = differs(&change, &shown) {
+                found.push(Found { wanted, old, error: self.set(vec![change]).await.err() });
+            } else if all && let Err(why) = self.set(again(change)).await {
+                tracing::warn!(port = %self.port, "A setting could not be made again after a reset of the PF: {why}");
+            }
+        }
+        End::Repaired { found }
+    }
+}
+
+/// What makes a setting again that a reset of the PF may have lost.
+fn again(change: VfChange) -> Vec<VfChange> {
+    match change {
+        // A reset switches igb's check on in hardware, and its driver still shows it off.
+        VfChange::SpoofCheck(false) => vec![VfChange::SpoofCheck(true), VfChange::SpoofCheck(false)],
+        VfChange::Mac(_) | VfChange::SpoofCheck(_) => vec![change],
+        VfChange::Vlan(vlan) if vlan.id != 0 => vec![change],
+        VfChange::TxRate { max, .. } if max != 0 => vec![change],
+        _ => Vec::new(),
+    }
+}
+
+/// What is shown in place of what `change` wants; None if that is so, or the driver does not say.
+fn differs(change: &VfChange, shown: &VfSettings) -> Option<String> {
+    if change.holds(shown) {
+        return None;
+    }
+    let on_off = |on: bool| if on { "on" } else { "off" }.to_owned();
+    Some(match change {
+        VfChange::Mac(_) => shown.mac.map_or_else(|| "none".to_owned(), |mac| mac.to_string()),
+        VfChange::Vlan(_) => shown.vlan.id.to_string(),
+        VfChange::SpoofCheck(_) => on_off(shown.spoof_check?),
+        VfChange::Trust(_) => on_off(shown.trust?),
+        VfChange::TxRate { .. } => format!("{} Mbit/s", shown.max_tx_rate),
+        VfChange::Link(_) => format!("{:?}", shown.link_state?).to_lowercase(),
+    })
+}

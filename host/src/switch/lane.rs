@@ -1,0 +1,118 @@
+//! One thing after the other for each port.
+//!
+//! Whatever takes time (the PF, the store, messages through the VF's mailbox) is a job beside the switch's task; a port has
+//! at most one. What else is to be done for the port waits in its lane. So nothing that the switch compares with the adapter
+//! is ever in the middle of a change, and refusals, which need no job, wait for nobody.
+
+use std::collections::VecDeque;
+
+use api::types::PortCounters;
+use netpolicy::{Change, MacAddress, Reason, Request};
+use passthrough::relay::{Cancelled, Forwarded, Question};
+use tokio::sync::oneshot;
+
+use super::command::{Leftover, Reply};
+
+/// Something to be done for a port when its turn comes.
+pub(super) enum Work {
+    /// After a restart of the agent: what became of changes that were under way.
+    Recover,
+    /// A question that needs changes.
+    Ask { id: u64, question: Question },
+    /// A granted address whose question was cancelled.
+    Revert(Revert),
+    /// What the policy no longer allows, and what an earlier boot left.
+    Correct,
+    /// Compare with the PF and put right; `all` if the PF was reset and its driver may show what is not so.
+    Repair { all: bool },
+    /// The guest begins again.
+    Reboot,
+    /// What became of messages that waited for the guest's reset.
+    Confirmed { done: Vec<Change>, failed: Vec<Change> },
+    /// The VM is gone.
+    Release { reply: Reply<Option<Leftover>> },
+}
+
+/// An address that was granted in vain.
+#[derive(Clone, Debug)]
+pub(super) struct Revert {
+    /// The address before.
+    pub(super) old: MacAddress,
+    /// What the guest believed before.
+    pub(super) guest: MacAddress,
+    pub(super) reason: Option<Reason>,
+    pub(super) detail: &'static str,
+}
+
+/// The question under way.
+pub(super) struct Busy {
+    /// Its number, if the job is a question's.
+    pub(super) seq: Option<u64>,
+    /// It was given up meanwhile.
+    pub(super) cancelled: Option<Cancelled>,
+    /// Where the job waits to hear what the PF said.
+    pub(super) forwarded: Option<oneshot::Sender<Forwarded>>,
+}
+
+/// The last granted address: it is taken back if the guest turns out not to have heard of it.
+#[derive(Clone, Debug)]
+pub(super) struct Granted {
+    /// The question; None if it was asked of a former agent.
+    pub(super) seq: Option<u64>,
+    pub(super) request: Request,
+    pub(super) old: MacAddress,
+    pub(super) guest: MacAddress,
+}
+
+/// A port's lane, and what the switch remembers of the port besides its policy and adapter.
+#[derive(Default)]
+pub(super) struct Lane {
+    pub(super) queue: VecDeque<Work>,
+    pub(super) busy: Option<Busy>,
+    /// The VM is gone: the guest's wishes no longer count.
+    pub(super) closing: bool,
+    /// What the relay makes at the guest's next reset, in the order of the orders.
+    pub(super) deferred: VecDeque<Vec<Change>>,
+    /// What an earlier boot of the guest left and is still to be taken back.
+    pub(super) leftover: Vec<Change>,
+    /// Something was not confirmed because the vmm was not connected.
+    pub(super) owed: bool,
+    pub(super) granted: Option<Granted>,
+    /// What became of changes under a former agent is not known yet.
+    pub(super) recovering: bool,
+    /// A question to a former agent that was given up.
+    pub(super) given_up: Option<(Request, Cancelled)>,
+    pub(super) counters: PortCounters,
+    pub(super) bdf: Option<String>,
+}
+
+impl Lane {
+    pub(super) fn push(&mut self, work: Work) {
+        let same = |queued: &Work| {
+            matches!(
+                (queued, &work),
+                (Work::Correct, Work::Correct) | (Work::Repair { .. }, Work::Repair { all: false })
+            )
+        };
+        if self.queue.iter().any(same) {
+            return;
+        }
+        // A guest has one question at a time: an older one is no longer waited for.
+        if matches!(work, Work::Ask { .. }) {
+            self.queue.retain(|queued| !matches!(queued, Work::Ask { .. }));
+        }
+        self.queue.push_back(work);
+    }
+
+    /// Takes a question that waits out of the lane.
+    pub(super) fn withdraw(&mut self, seq: u64) -> bool {
+        let before = self.queue.len();
+        self.queue.retain(|work| !matches!(work, Work::Ask { question, .. } if question.seq == seq));
+        self.queue.len() != before
+    }
+
+    #[cfg(test)]
+    pub(super) fn is_idle(&self) -> bool {
+        self.busy.is_none() && self.queue.is_empty()
+    }
+}

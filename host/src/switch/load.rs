@@ -1,0 +1,225 @@
+//! What is there when the agent starts, and the switch that is always there.
+//!
+//! A host without any definition has the switch `default` with every PF that no other switch has, and its port group
+//! `default` with the default policy: all that guests could ask for is rejected. Both are stored once they are edited.
+
+use std::collections::{BTreeMap, BTreeSet};
+
+use api::types::{PfState, Timestamp};
+use netpolicy::{
+    Change, Name, PortGroup, PortGroupId, PortId, Route, Settings, StateError, Switch, SwitchId, SwitchKind,
+};
+use passthrough::host::VfSettings;
+use uuid::Uuid;
+
+use super::{
+    actor::{Actor, Meta},
+    asks::adds,
+    command::KnownPf,
+    error::SwitchError,
+    lane::{Busy, Granted, Lane, Work},
+    record::Attachment,
+};
+use crate::{
+    store::{StoreError, Table},
+    vm::problem::chain,
+};
+
+/// The name of the switch and of the port group that are always there.
+pub(super) const DEFAULT: &str = "default";
+
+/// Their ids, the same on every host and for ever.
+pub(super) const DEFAULT_SWITCH: SwitchId =
+    SwitchId(Uuid::from_u128(0x6465_6661_756c_4000_8000_7377_6974_6368));
+pub(super) const DEFAULT_GROUP: PortGroupId =
+    PortGroupId(Uuid::from_u128(0x6465_6661_756c_4000_8000_6772_6f75_7073));
+
+pub(super) async fn load(
+    actor: &mut Actor,
+    attachments: Table<Attachment>,
+    pfs: Vec<KnownPf>,
+) -> Result<(), SwitchError> {
+    for entry in actor.switches.list().await? {
+        actor.meta.insert(entry.id, Meta { created: entry.value.created, revision: entry.revision });
+        actor.state.add_switch(entry.value.switch)?;
+    }
+    actor.ensure_default_switch()?;
+    for entry in actor.groups.list().await? {
+        actor.meta.insert(entry.id, Meta { created: entry.value.created, revision: entry.revision });
+        actor.state.add_port_group(entry.value.group)?;
+    }
+    actor.ensure_default_group()?;
+    let attachments: BTreeMap<Uuid, Attachment> =
+        list_readable(&attachments).await?.into_iter().map(|entry| (entry.id, entry.value)).collect();
+    let mut bound = Vec::new();
+    for entry in actor.ports.list().await? {
+        let (id, attachment) = (PortId(entry.id), attachments.get(&entry.id));
+        let meta = Meta { created: entry.value.created, revision: entry.revision };
+        let port = entry.value.port(id, attachment);
+        let (key, has_vf) = ((port.vm.id, port.adapter.clone()), port.vf.clone());
+        // A VF of the default switch belongs to it as long as it is bound.
+        if let Some(vf) = &has_vf {
+            actor.adopt_uplink(port.group, &vf.pf);
+        }
+        if let Err(error) = actor.state.attach(port) {
+            tracing::error!(port = entry.name, "A stored port cannot be taken up: {error}");
+            continue;
+        }
+        let lane = Lane {
+            recovering: has_vf.is_some(),
+            counters: attachment.map(|attachment| attachment.counters).unwrap_or_default(),
+            bdf: attachment.and_then(|attachment| attachment.bdf.clone()),
+            ..Lane::default()
+        };
+        actor.meta.insert(entry.id, meta);
+        actor.adapters.insert(key, id);
+        actor.lanes.insert(id, lane);
+        bound.extend(has_vf.map(|_| id));
+    }
+    actor.know(pfs);
+    for port in bound {
+        actor.queue(port, Work::Recover);
+    }
+    Ok(())
+}
+
+/// Without what a port has been given, it starts from nothing; that is better than an agent that does not start.
+async fn list_readable(
+    table: &Table<Attachment>,
+) -> Result<Vec<crate::store::Entry<Attachment>>, StoreError> {
+    table.list().await
+}
+
+impl Actor {
+    fn ensure_default_switch(&mut self) -> Result<(), StateError> {
+        if self.state.switches().any(|switch| switch.name.as_str() == DEFAULT) {
+            return Ok(());
+        }
+        let Ok(name) = Name::new(DEFAULT) else { return Ok(()) };
+        self.meta.insert(DEFAULT_SWITCH.0, Meta { created: Timestamp::now(), revision: 0 });
+        self.state.add_switch(Switch {
+            id: DEFAULT_SWITCH,
+            name,
+            kind: SwitchKind::Standard,
+            uplinks: BTreeSet::new(),
+            settings: Settings::default(),
+        })
+    }
+
+    fn ensure_default_group(&mut self) -> Result<(), StateError> {
+        if self.state.port_groups().any(|group| group.name.as_str() == DEFAULT) {
+            return Ok(());
+        }
+        let switch = self.state.switches().find(|switch| switch.name.as_str() == DEFAULT);
+        let (Ok(name), Some(switch)) = (Name::new(DEFAULT), switch.map(|switch| switch.id)) else {
+            return Ok(());
+        };
+        self.meta.insert(DEFAULT_GROUP.0, Meta { created: Timestamp::now(), revision: 0 });
+        self.state.add_port_group(PortGroup {
+            id: DEFAULT_GROUP,
+            name,
+            switch,
+            settings: Settings::default(),
+            port_overrides: BTreeSet::new(),
+        })
+    }
+
+    /// Whether the default switch takes all PFs that no other switch has: nobody has edited it.
+    pub(super) fn default_is_implicit(&self) -> bool {
+        self.meta.get(&DEFAULT_SWITCH.0).is_some_and(|meta| meta.revision == 0)
+    }
+
+    fn adopt_uplink(&mut self, group: PortGroupId, pf: &str) {
+        let on_default = self.state.port_group(group).is_some_and(|group| group.switch == DEFAULT_SWITCH);
+        if on_default && self.default_is_implicit() {
+            self.pfs.insert(pf.to_owned());
+            self.refresh_uplinks();
+        }
+    }
+
+    /// The host's PFs, as they are now.
+    pub(super) fn know(&mut self, pfs: Vec<KnownPf>) {
+        self.pfs = pfs.iter().map(|known| known.pf.name.clone()).collect();
+        for known in pfs {
+            if let Some(capabilities) = known.capabilities {
+                self.capabilities.insert(known.pf.name, capabilities);
+            }
+        }
+        self.capabilities.retain(|name, _| self.pfs.contains(name));
+        self.refresh_uplinks();
+    }
+
+    /// They have changed, or may have.
+    pub(super) fn pfs_known(&mut self, pfs: Vec<KnownPf>) {
+        let before = self.pfs.clone();
+        self.know(pfs);
+        for pf in before.difference(&self.pfs) {
+            self.tell_pf(pf, PfState::Removed);
+        }
+        for pf in self.pfs.difference(&before) {
+            self.tell_pf(pf, PfState::Added);
+        }
+    }
+
+    /// Gives the default switch, while it is implicit, all PFs that no other switch has.
+    pub(super) fn refresh_uplinks(&mut self) {
+        if !self.default_is_implicit() {
+            return;
+        }
+        let Some(mut switch) = self.state.switch(DEFAULT_SWITCH).cloned() else { return };
+        let others = self.state.switches().filter(|switch| switch.id != DEFAULT_SWITCH);
+        let taken: BTreeSet<&String> = others.flat_map(|switch| &switch.uplinks).collect();
+        // A PF that is gone for a moment keeps its ports.
+        let used = self.state.ports().filter_map(|port| port.vf.as_ref()).map(|vf| &vf.pf);
+        let used = used.filter(|pf| switch.uplinks.contains(*pf));
+        let all = self.pfs.iter().chain(used).filter(|pf| !taken.contains(pf)).cloned().collect();
+        if switch.uplinks != all {
+            switch.uplinks = all;
+            if let Err(error) = self.state.update_switch(switch) {
+                tracing::error!("The default switch cannot have its uplinks: {error}");
+            }
+        }
+    }
+
+    // ---- changes that were under way ----
+
+    pub(super) fn begin_recover(&mut self, port: PortId) {
+        if let Some(tools) = self.tools(port) {
+            self.start(port, Busy::other(), tools.recover());
+        }
+    }
+
+    /// An address that the PF shows was made, and stays unless the vmm says that its guest has not heard of it. Of
+    /// messages it is not known: what they add counts as made, what they remove does not.
+    pub(super) fn recovered(&mut self, id: PortId, shown: Option<VfSettings>) {
+        let Some(port) = self.state.port(id) else { return };
+        let given_up = self.lanes.get_mut(&id).and_then(|lane| {
+            lane.recovering = false;
+            lane.given_up.take()
+        });
+        let (old, guest, pending) = (port.effective_mac(), port.guest_mac, port.pending.clone());
+        let mut made = Vec::new();
+        for change in pending {
+            match &change {
+                Change::SetMac(mac) if shown.as_ref().is_some_and(|shown| shown.mac == Some(*mac)) => {
+                    if let Some(lane) = self.lanes.get_mut(&id) {
+                        let request = netpolicy::Request::SetMac(*mac);
+                        lane.granted = Some(Granted { seq: None, request, old, guest });
+                    }
+                    made.push(change);
+                }
+                _ if change.route() == Route::Mailbox && adds(&change) => made.push(change),
+                _ => {}
+            }
+        }
+        if let Err(error) = self.state.commit(id, &made).map(drop) {
+            tracing::error!(port = %id, "What was under way cannot be noted: {}", chain(&error));
+        }
+        self.save(id);
+        if let Some((request, why)) = given_up {
+            self.revert_granted(id, None, &request, why);
+        }
+        self.queue(id, Work::Correct);
+        self.queue(id, Work::Repair { all: false });
+    }
+}

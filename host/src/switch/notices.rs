@@ -1,0 +1,131 @@
+//! What relays tell on their own.
+
+use netpolicy::{Decision, Outcome, PortId, Reason, Request, VmId};
+use passthrough::relay::{Cancelled, Notice};
+use tokio::sync::oneshot;
+
+use super::{
+    actor::Actor,
+    asks::describe,
+    lane::{Revert, Work},
+};
+
+impl Actor {
+    pub(super) fn notice(&mut self, vm: VmId, adapter: String, notice: Notice, done: oneshot::Sender<()>) {
+        let Some(port) = self.port_of(vm, &adapter) else {
+            tracing::debug!(%vm, "A vmm told of an adapter that its VM does not have");
+            // Dropped, which lets the vmm forget it.
+            return;
+        };
+        let recorded = match notice {
+            Notice::Cancelled { seq, request, why } => self.cancelled(port, seq, request, why),
+            Notice::Forwarded { seq, outcome } => {
+                let busy = self.lanes.get_mut(&port).and_then(|lane| lane.busy.as_mut());
+                let job = busy.filter(|busy| busy.seq == Some(seq)).and_then(|busy| busy.forwarded.take());
+                // A former agent's question: its changes were counted as made when this one started.
+                if let Some(job) = job {
+                    let _ = job.send(outcome);
+                }
+                None
+            }
+            Notice::Refused { request, word, reason, count } => {
+                self.refused(port, request, word, reason, count)
+            }
+            Notice::GuestMac { mac } => {
+                drop(self.state.note_answer(port, &Request::SetMac(mac), true));
+                self.save(port);
+                None
+            }
+            Notice::PfReset => {
+                self.queue(port, Work::Repair { all: true });
+                None
+            }
+            Notice::TakenBack { failed, deferred: false, .. } => {
+                self.deferred_done(port, &failed);
+                None
+            }
+            // Told as the answer to the order.
+            Notice::TakenBack { .. } => None,
+        };
+        match recorded {
+            None => {
+                let _ = done.send(());
+            }
+            Some(decision) => {
+                self.count(&decision);
+                let log = self.decisions.clone();
+                tokio::spawn(async move {
+                    // A database that fails must not make the vmm keep notices for ever: the line is in the log.
+                    drop(log.record(decision).await);
+                    let _ = done.send(());
+                });
+            }
+        }
+    }
+
+    /// A question was given up.
+    fn cancelled(&mut self, port: PortId, seq: u64, request: Request, why: Cancelled) -> Option<Decision> {
+        if let Some(lane) = self.lanes.get_mut(&port)
+            && !lane.withdraw(seq)
+        {
+            match &mut lane.busy {
+                Some(busy) if busy.seq == Some(seq) => {
+                    busy.cancelled = Some(why);
+                    // Nobody will say what became of the message: it is not sent.
+                    busy.forwarded = None;
+                }
+                _ if lane.recovering => lane.given_up = Some((request.clone(), why)),
+                _ => self.revert_granted(port, Some(seq), &request, why),
+            }
+        }
+        if why != Cancelled::Deadline {
+            return None;
+        }
+        let decision = self.decision(port, request.name(), Outcome::Denied)?;
+        Some(Decision {
+            reason: Some(Reason::AuthorityUnreachable),
+            requested: describe(&request),
+            old: matches!(request, Request::SetMac(_)).then(|| self.effective(port).to_string()),
+            detail: Some("The agent did not answer in time".into()),
+            ..decision
+        })
+    }
+
+    /// Takes back an address that was granted to a question that was given up.
+    pub(super) fn revert_granted(
+        &mut self,
+        port: PortId,
+        seq: Option<u64>,
+        request: &Request,
+        why: Cancelled,
+    ) {
+        let Some(lane) = self.lanes.get_mut(&port) else { return };
+        let same = |granted: &super::lane::Granted| {
+            (granted.seq.is_none() || granted.seq == seq) && granted.request == *request
+        };
+        let Some(granted) = lane.granted.take_if(|granted| same(granted)) else { return };
+        lane.queue.push_front(Work::Revert(Revert::of(why, granted.old, granted.guest)));
+        self.go_on(port);
+    }
+
+    fn refused(
+        &mut self,
+        port: PortId,
+        request: Option<Request>,
+        word: u32,
+        reason: Reason,
+        count: u64,
+    ) -> Option<Decision> {
+        let name = request.as_ref().map_or("unknown", Request::name);
+        let decision = self.decision(port, name, Outcome::Denied)?;
+        let asked = request.as_ref().and_then(describe);
+        Some(Decision {
+            reason: Some(reason),
+            requested: asked.or_else(|| Some(format!("message {word:#010x}"))),
+            // A vmm may say what it likes, once.
+            count: count.clamp(1, 1_000_000),
+            detail: Some("Refused by the VM's relay".into()),
+            ..decision
+        })
+    }
+}

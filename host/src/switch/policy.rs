@@ -1,0 +1,139 @@
+//! The switch behind the API's routes.
+
+use api::{
+    Caller, PolicyBackend, Put,
+    problem::{Problem, ProblemCode},
+    types::{
+        Decision, DecisionFilter, Event, Name, ObjectRef, Port, PortGroup, PortGroupSpec, PortSpec, Switch,
+        SwitchSpec,
+    },
+};
+use async_trait::async_trait;
+use tokio::sync::mpsc;
+
+use super::{SwitchHandle, command::Command, error::SwitchError};
+use crate::{
+    decisions::{DecisionLog, events::EventHub},
+    vm::problem::ToProblem,
+};
+
+/// What the API's routes of switches call.
+#[derive(Clone)]
+pub struct Policy {
+    /// The switch.
+    pub switch: SwitchHandle,
+    /// What was decided.
+    pub decisions: DecisionLog,
+    /// What happens.
+    pub events: EventHub,
+}
+
+impl Policy {
+    async fn call<T>(&self, command: impl FnOnce(super::command::Reply<T>) -> Command) -> Result<T, Problem> {
+        self.switch.call(command).await.map_err(|error| error.problem())
+    }
+}
+
+fn one<T>(
+    all: Vec<T>,
+    what: &'static str,
+    name: &ObjectRef,
+    means: impl Fn(&T) -> bool,
+) -> Result<T, Problem> {
+    let missing = || SwitchError::NotFound { what, name: name.to_string() }.problem();
+    all.into_iter().find(means).ok_or_else(missing)
+}
+
+#[async_trait]
+impl PolicyBackend for Policy {
+    async fn list_switches(&self) -> Result<Vec<Switch>, Problem> {
+        self.call(|reply| Command::ListSwitches { reply }).await
+    }
+
+    async fn get_switch(&self, switch: ObjectRef) -> Result<Switch, Problem> {
+        let means = |found: &Switch| switch.means(found.id, found.name.as_str());
+        one(self.list_switches().await?, "switch", &switch, means)
+    }
+
+    async fn put_switch(
+        &self,
+        caller: Caller,
+        name: Name,
+        spec: SwitchSpec,
+        expect: Option<u64>,
+    ) -> Result<Put<Switch>, Problem> {
+        tracing::info!(switch = name.as_str(), uid = caller.uid, "put");
+        self.call(|reply| Command::PutSwitch { name, spec, expect, reply }).await
+    }
+
+    async fn delete_switch(
+        &self,
+        caller: Caller,
+        switch: ObjectRef,
+        expect: Option<u64>,
+    ) -> Result<(), Problem> {
+        tracing::info!(%switch, uid = caller.uid, "delete");
+        self.call(|reply| Command::DeleteSwitch { switch, expect, reply }).await
+    }
+
+    async fn list_port_groups(&self) -> Result<Vec<PortGroup>, Problem> {
+        self.call(|reply| Command::ListGroups { reply }).await
+    }
+
+    async fn get_port_group(&self, group: ObjectRef) -> Result<PortGroup, Problem> {
+        let means = |found: &PortGroup| group.means(found.id, found.name.as_str());
+        one(self.list_port_groups().await?, "port group", &group, means)
+    }
+
+    async fn put_port_group(
+        &self,
+        caller: Caller,
+        name: Name,
+        spec: PortGroupSpec,
+        expect: Option<u64>,
+    ) -> Result<Put<PortGroup>, Problem> {
+        tracing::info!(port_group = name.as_str(), uid = caller.uid, "put");
+        self.call(|reply| Command::PutGroup { name, spec, expect, reply }).await
+    }
+
+    async fn delete_port_group(
+        &self,
+        caller: Caller,
+        group: ObjectRef,
+        expect: Option<u64>,
+    ) -> Result<(), Problem> {
+        tracing::info!(%group, uid = caller.uid, "delete");
+        self.call(|reply| Command::DeleteGroup { group, expect, reply }).await
+    }
+
+    async fn list_ports(&self) -> Result<Vec<Port>, Problem> {
+        self.call(|reply| Command::ListPorts { reply }).await
+    }
+
+    async fn get_port(&self, port: ObjectRef) -> Result<Port, Problem> {
+        let means = |found: &Port| port.means(found.id, &found.name);
+        one(self.list_ports().await?, "port", &port, means)
+    }
+
+    async fn put_port(
+        &self,
+        caller: Caller,
+        port: ObjectRef,
+        spec: PortSpec,
+        expect: Option<u64>,
+    ) -> Result<Port, Problem> {
+        tracing::info!(%port, uid = caller.uid, "put");
+        self.call(|reply| Command::PutPort { port, spec, expect, reply }).await
+    }
+
+    async fn decisions(&self, filter: DecisionFilter) -> Result<Vec<Decision>, Problem> {
+        let found = self.decisions.query(filter).await.map_err(|error| error.problem())?;
+        Ok(found.into_iter().map(Decision::from).collect())
+    }
+
+    async fn events(&self, after: Option<u64>) -> Result<mpsc::Receiver<Event>, Problem> {
+        self.events.subscribe(after).ok_or_else(|| {
+            Problem::new(ProblemCode::Unavailable, "Too many clients follow events: end one of them.")
+        })
+    }
+}

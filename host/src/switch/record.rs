@@ -1,0 +1,134 @@
+//! What the store keeps of switches, port groups and ports.
+//!
+//! A port is two objects: what was asked of it, whose revision clients compare, and what its VF has been given, which
+//! changes with every request of the guest.
+
+use api::types::{PortCounters, Timestamp};
+use netpolicy::{
+    Change, DeviceState, MacAddress, Port, PortGroup, PortGroupId, PortId, Settings, Switch, VfRef, VmRef,
+};
+use serde::{Deserialize, Serialize};
+
+use crate::store::Record;
+
+/// A switch.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct SwitchRecord {
+    /// When it was created.
+    pub created: Timestamp,
+    /// The switch.
+    pub switch: Switch,
+}
+
+impl Record for SwitchRecord {
+    const KIND: &'static str = "switch";
+}
+
+/// A port group.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct GroupRecord {
+    /// When it was created.
+    pub created: Timestamp,
+    /// The port group.
+    pub group: PortGroup,
+}
+
+impl Record for GroupRecord {
+    const KIND: &'static str = "port_group";
+}
+
+/// A port as it was asked for.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct PortRecord {
+    /// When it was made.
+    pub created: Timestamp,
+    /// The VM.
+    pub vm: VmRef,
+    /// The adapter's name in the VM.
+    pub adapter: String,
+    /// The port group.
+    pub group: PortGroupId,
+    /// What it decides in place of its group.
+    #[serde(default)]
+    pub overrides: Settings,
+    /// The address that the adapter was configured with.
+    pub initial_mac: MacAddress,
+}
+
+impl Record for PortRecord {
+    const KIND: &'static str = "port";
+}
+
+impl PortRecord {
+    /// Of a port.
+    #[must_use]
+    pub fn of(port: &Port, created: Timestamp) -> Self {
+        Self {
+            created,
+            vm: port.vm.clone(),
+            adapter: port.adapter.clone(),
+            group: port.group,
+            overrides: port.overrides.clone(),
+            initial_mac: port.initial_mac,
+        }
+    }
+
+    /// The port, with what its VF has.
+    #[must_use]
+    pub fn port(self, id: PortId, attachment: Option<&Attachment>) -> Port {
+        let mut port = Port::new(id, self.vm, self.adapter, self.group, self.initial_mac);
+        port.overrides = self.overrides;
+        if let Some(attachment) = attachment {
+            port.guest_mac = attachment.guest_mac;
+            port.vf = attachment.vf.clone();
+            port.device = attachment.device.clone();
+            port.pending = attachment.pending.clone();
+        }
+        port
+    }
+}
+
+/// What a port's VF has been given. Its id is the port's.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Attachment {
+    /// The address that the guest believes to have.
+    pub guest_mac: MacAddress,
+    /// The VF.
+    pub vf: Option<VfRef>,
+    /// The VF's PCI address.
+    #[serde(default)]
+    pub bdf: Option<String>,
+    /// What the adapter has.
+    pub device: DeviceState,
+    /// What was about to be changed.
+    #[serde(default)]
+    pub pending: Vec<Change>,
+    /// Requests so far.
+    #[serde(default)]
+    pub counters: PortCounters,
+}
+
+impl Record for Attachment {
+    const KIND: &'static str = "attachment";
+}
+
+impl Attachment {
+    /// Of a port.
+    #[must_use]
+    pub fn of(port: &Port, bdf: Option<String>, counters: PortCounters) -> Self {
+        Self {
+            guest_mac: port.guest_mac,
+            vf: port.vf.clone(),
+            bdf,
+            device: port.device.clone(),
+            pending: port.pending.clone(),
+            counters,
+        }
+    }
+}
+
+/// The name under which a port is stored and shown.
+#[must_use]
+pub fn port_name(port: &Port) -> String {
+    format!("{}/{}", port.vm.name, port.adapter)
+}

@@ -1,0 +1,344 @@
+//! A host with one PF, two VMs on its VFs 1 and 2, and their port group `web` on the default switch.
+
+use std::{
+    path::Path,
+    sync::{Arc, Mutex, MutexGuard},
+    time::Duration,
+};
+
+use api::{
+    Caller, PolicyBackend,
+    problem::Problem,
+    types::{DecisionFilter, ObjectRef, PortGroupSpec},
+};
+use async_trait::async_trait;
+use netpolicy::{Change, Decision, MacAddress, Name, Outcome, Request, VfRef, VmId, VmRef};
+use passthrough::{
+    host::Hint,
+    relay::{self, Forwarded, How, Notice, Question, Verdict},
+};
+use tokio::{sync::mpsc, time::timeout};
+use uuid::Uuid;
+use vmm::control::{Answer, Order};
+
+use crate::{
+    decisions::{DecisionLog, KEPT, events::EventHub},
+    pf::{PfHandle, fake::FakePfs},
+    store::{SqliteStore, Table},
+    switch::{Adapter, Parts, Policy, SwitchError, SwitchHandle, Timing, Vmm, record::Attachment},
+    vmm_process::OrderError,
+};
+
+/// No step of a test takes longer.
+const PATIENCE: Duration = Duration::from_secs(10);
+
+pub(super) const PF: &str = "eth0";
+
+pub(super) const TIMING: Timing = Timing {
+    confirm: Duration::from_millis(200),
+    forwarded: Duration::from_millis(500),
+    compare: Duration::from_secs(3600),
+    gather: Duration::from_millis(10),
+    #[cfg(feature = "test-support")]
+    late: crate::switch::Late { address: Duration::ZERO, multicast: Duration::ZERO },
+};
+
+pub(super) fn caller() -> Caller {
+    Caller { uid: 0, gid: 0, pid: None }
+}
+
+/// 02:00:00:00:00:NN.
+pub(super) fn mac(n: u8) -> MacAddress {
+    MacAddress::new([2, 0, 0, 0, 0, n])
+}
+
+pub(super) fn vm(n: u8) -> VmId {
+    VmId(Uuid::from_u128(n.into()))
+}
+
+pub(super) fn vf(n: u8) -> VfRef {
+    VfRef { pf: PF.into(), index: n.into() }
+}
+
+/// How a vmm takes orders to take something back.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub(super) enum TakesBack {
+    #[default]
+    Done,
+    Deferred,
+    Refused,
+    /// No answer.
+    Never,
+}
+
+/// A vmm without a process.
+pub(super) struct FakeVmm {
+    answers: mpsc::UnboundedSender<(u64, Verdict)>,
+    heard: Mutex<Heard>,
+}
+
+#[derive(Default)]
+pub(super) struct Heard {
+    pub(super) orders: Vec<Order>,
+    pub(super) stopped: Vec<String>,
+    pub(super) takes_back: TakesBack,
+}
+
+impl FakeVmm {
+    pub(super) fn heard(&self) -> MutexGuard<'_, Heard> {
+        self.heard.lock().unwrap()
+    }
+
+    /// The orders since the last call.
+    pub(super) fn orders(&self) -> Vec<Order> {
+        std::mem::take(&mut self.heard().orders)
+    }
+
+    /// What was ordered to be taken back since the last call.
+    pub(super) fn taken_back(&self) -> Vec<Change> {
+        let taken = |order| match order {
+            Order::TakeBack { changes, .. } => changes,
+            _ => Vec::new(),
+        };
+        self.orders().into_iter().flat_map(taken).collect()
+    }
+}
+
+#[async_trait]
+impl Vmm for FakeVmm {
+    async fn order(&self, order: Order, patience: Duration) -> Result<vmm::control::Outcome, OrderError> {
+        self.heard().orders.push(order.clone());
+        let takes_back = self.heard().takes_back;
+        let (failed, deferred) = match (takes_back, order) {
+            (TakesBack::Never, Order::TakeBack { .. }) => {
+                tokio::time::sleep(patience).await;
+                return Err(OrderError::Timeout(patience));
+            }
+            (TakesBack::Refused, Order::TakeBack { changes, .. }) => (changes, false),
+            (TakesBack::Deferred, Order::TakeBack { .. }) => (Vec::new(), true),
+            (TakesBack::Done, Order::TakeBack { .. }) => (Vec::new(), false),
+            _ => return Ok(vmm::control::Outcome::Done),
+        };
+        Ok(vmm::control::Outcome::TakenBack { failed, deferred })
+    }
+
+    fn answer(&self, id: u64, answer: Answer) {
+        let Answer::Mailbox { adapter, verdict } = answer;
+        assert_eq!(adapter, "eth0");
+        drop(self.answers.send((id, verdict)));
+    }
+
+    fn close(&self) {}
+
+    fn stop(&self, why: &str) {
+        self.heard().stopped.push(why.to_owned());
+    }
+}
+
+struct Guest {
+    vmm: Arc<FakeVmm>,
+    answers: mpsc::UnboundedReceiver<(u64, Verdict)>,
+    asked: u64,
+}
+
+impl Guest {
+    fn new() -> Self {
+        let (sender, answers) = mpsc::unbounded_channel();
+        Self { vmm: Arc::new(FakeVmm { answers: sender, heard: Mutex::default() }), answers, asked: 0 }
+    }
+}
+
+pub(super) struct Host {
+    pub(super) switch: SwitchHandle,
+    pub(super) policy: Policy,
+    pub(super) pfs: FakePfs,
+    hints: mpsc::Sender<Hint>,
+    guests: Vec<Guest>,
+    dir: tempfile::TempDir,
+}
+
+async fn parts(dir: &Path, pfs: &FakePfs) -> (SwitchHandle, Policy, mpsc::Sender<Hint>) {
+    let path = dir.join("test.db");
+    let store = Arc::new(SqliteStore::open(&path).unwrap());
+    let events = EventHub::default();
+    let decisions = DecisionLog::open(&path, KEPT, events.clone()).unwrap();
+    let (hints, hinted) = mpsc::channel(8);
+    let parts = Parts {
+        store,
+        pf: PfHandle::start(pfs.clone()).unwrap(),
+        decisions: decisions.clone(),
+        events: events.clone(),
+        hints: Some(hinted),
+        timing: TIMING,
+        #[cfg(feature = "test-support")]
+        bypass: false,
+    };
+    let switch = SwitchHandle::start(parts).await.unwrap();
+    (switch.clone(), Policy { switch, decisions, events }, hints)
+}
+
+impl Host {
+    /// Without VMs.
+    pub(super) async fn empty() -> Self {
+        let (dir, pfs) = (tempfile::tempdir().unwrap(), FakePfs::new(&[PF, "eth1"]));
+        let (switch, policy, hints) = parts(dir.path(), &pfs).await;
+        Self { switch, policy, pfs, hints, guests: (0..3).map(|_| Guest::new()).collect(), dir }
+    }
+
+    /// With VMs 1 and 2 under these settings.
+    pub(super) async fn new(settings: &str) -> Self {
+        let mut host = Self::empty().await;
+        host.set(settings).await.unwrap();
+        for n in [1, 2] {
+            host.power_on(n).await.unwrap();
+        }
+        host.pfs.take_made(PF);
+        host
+    }
+
+    /// Ends the agent, and starts another one on what is left.
+    pub(super) async fn restart(&mut self) {
+        self.restart_after(async |_| {}).await;
+    }
+
+    /// Like [`restart`](Self::restart); `meanwhile` sees the store while there is no agent.
+    pub(super) async fn restart_after(&mut self, meanwhile: impl AsyncFnOnce(Table<Attachment>)) {
+        let empty = Self::empty().await;
+        // The old task ends with its last handle.
+        self.switch = empty.switch;
+        self.policy = empty.policy;
+        tokio::time::sleep(Duration::from_millis(20)).await;
+        let store = SqliteStore::open(&self.dir.path().join("test.db")).unwrap();
+        meanwhile(Table::new(Arc::new(store))).await;
+        (self.switch, self.policy, self.hints) = parts(self.dir.path(), &self.pfs).await;
+    }
+
+    /// News, without waiting for what comes of it.
+    pub(super) async fn changed_soon(&self) {
+        self.hints.send(Hint::Changed { index: 2, name: Some(PF.into()), up: true }).await.unwrap();
+    }
+
+    /// Replaces the group's settings.
+    pub(super) async fn set(&self, settings: &str) -> Result<(), Problem> {
+        let spec = PortGroupSpec {
+            switch: "default".parse().unwrap(),
+            settings: serde_json::from_str(settings).unwrap(),
+            port_overrides: netpolicy::Setting::ALL.iter().copied().collect(),
+        };
+        self.policy.put_port_group(caller(), "web".parse().unwrap(), spec, None).await.map(drop)
+    }
+
+    pub(super) async fn attach(&self, n: u8, group: Option<&str>) -> Result<(), SwitchError> {
+        let vm = VmRef { id: vm(n), name: Name::new(format!("vm{n}")).unwrap() };
+        let adapter = Adapter { id: "eth0".into(), group: group.map(str::to_owned), mac: mac(n) };
+        self.switch.attach(vm, vec![adapter]).await
+    }
+
+    pub(super) async fn power_on(&mut self, n: u8) -> Result<(), SwitchError> {
+        self.attach(n, Some("web")).await?;
+        let changes = self.switch.bind(vm(n), "eth0", vf(n), format!("0000:01:10.{n}")).await?;
+        self.switch.program(&vf(n), changes).await?;
+        self.connect(n).await;
+        Ok(())
+    }
+
+    pub(super) async fn connect(&mut self, n: u8) {
+        let vmm = Arc::clone(&self.vmm(n));
+        self.switch.connected(vm(n), vmm).await;
+    }
+
+    pub(super) fn vmm(&self, n: u8) -> Arc<FakeVmm> {
+        Arc::clone(&self.guests[usize::from(n)].vmm)
+    }
+
+    /// Asks, and does not wait for the answer. Returns the question's number.
+    pub(super) async fn send(&mut self, n: u8, request: Request) -> u64 {
+        let guest = &mut self.guests[usize::from(n)];
+        guest.asked += 1;
+        let question = Question { seq: guest.asked, request };
+        self.switch.ask(vm(n), "eth0".into(), 1000 + question.seq, question.clone()).await;
+        question.seq
+    }
+
+    pub(super) async fn answer(&mut self, n: u8) -> Verdict {
+        let guest = &mut self.guests[usize::from(n)];
+        let (id, verdict) = timeout(PATIENCE, guest.answers.recv()).await.expect("an answer").unwrap();
+        assert_eq!((id, verdict.seq), (1000 + guest.asked, guest.asked));
+        verdict
+    }
+
+    pub(super) fn is_answered(&mut self, n: u8) -> bool {
+        !self.guests[usize::from(n)].answers.is_empty()
+    }
+
+    /// Asks like a guest whose PF acknowledges what is forwarded. True if it is granted in the end.
+    pub(super) async fn ask(&mut self, n: u8, request: Request) -> relay::Decision {
+        let seq = self.send(n, request).await;
+        let verdict = self.answer(n).await;
+        if let relay::Decision::Grant { how: How::Forward } = verdict.decision {
+            self.notice(n, Notice::Forwarded { seq, outcome: Forwarded::Accepted }).await;
+        }
+        self.switch.settle().await;
+        verdict.decision
+    }
+
+    pub(super) async fn notice(&self, n: u8, notice: Notice) {
+        timeout(PATIENCE, self.switch.notice(vm(n), "eth0".into(), notice)).await.expect("noted");
+    }
+
+    pub(super) async fn hint(&self, hint: Hint) {
+        self.hints.send(hint).await.unwrap();
+        // It is in the task's hands when it is gone from the channel.
+        while self.hints.capacity() < self.hints.max_capacity() {
+            tokio::time::sleep(Duration::from_millis(1)).await;
+        }
+        self.switch.settle().await;
+    }
+
+    pub(super) async fn changed(&self, up: bool) {
+        self.hint(Hint::Changed { index: 2, name: Some(PF.into()), up }).await;
+    }
+
+    pub(super) async fn port(&self, n: u8) -> api::types::Port {
+        self.policy.get_port(ObjectRef::Name(format!("vm{n}/eth0"))).await.unwrap()
+    }
+
+    /// Effective and guest's address.
+    pub(super) async fn addresses(&self, n: u8) -> (MacAddress, MacAddress) {
+        let status = self.port(n).await.status;
+        (status.effective_mac, status.guest_mac)
+    }
+
+    /// The address that the PF has for a VM's VF.
+    pub(super) fn pf_mac(&self, n: u8) -> Option<MacAddress> {
+        self.pfs.vf(PF, n.into()).mac
+    }
+
+    /// All decisions of a VM with these outcomes, the latest first.
+    pub(super) async fn decisions(&self, n: u8, outcome: Outcome) -> Vec<Decision> {
+        let filter = DecisionFilter {
+            vm: Some(format!("vm{n}")),
+            verdict: Some(outcome),
+            limit: 1000,
+            ..DecisionFilter::default()
+        };
+        self.policy.decisions.query(filter).await.unwrap()
+    }
+
+    /// Waits until it is so.
+    pub(super) async fn until(&self, what: &str, mut so: impl AsyncFnMut(&Self) -> bool) {
+        let wait = async {
+            while !so(self).await {
+                tokio::time::sleep(Duration::from_millis(5)).await;
+            }
+        };
+        timeout(PATIENCE, wait).await.unwrap_or_else(|_| panic!("{what}"));
+    }
+}
+
+pub(super) const LOCAL: relay::Decision = relay::Decision::Grant { how: How::Local };
+pub(super) const FORWARD: relay::Decision = relay::Decision::Grant { how: How::Forward };
+
+pub(super) fn refused(tell: netpolicy::OnDenied, reason: netpolicy::Reason) -> relay::Decision {
+    relay::Decision::Refuse { tell, reason }
+}

@@ -1,0 +1,247 @@
+use std::time::Duration;
+
+use api::{
+    PolicyBackend as _,
+    types::{EventKind, PfState},
+};
+use netpolicy::{Change, Committed, Outcome, Request, Setting, VlanId};
+use passthrough::{
+    host::{Hint, VfChange},
+    relay::Notice,
+};
+use vmm::control::Order;
+
+use super::fixture::{FORWARD, Host, LOCAL, PF, TIMING, TakesBack, mac, vm};
+
+const ACCEPT: &str = r#"{"mac_changes": "accept"}"#;
+const TRUNK: &str = r#"{"vlan": {"trunk": ["100-200"]}}"#;
+const NARROW: &str = r#"{"vlan": {"trunk": ["150-200"]}}"#;
+
+fn leave(id: u16) -> Change {
+    Change::LeaveVlan(VlanId::new(id).unwrap())
+}
+
+async fn joined(vids: &[u16]) -> Host {
+    let mut host = Host::new(TRUNK).await;
+    for vid in vids {
+        assert_eq!(host.ask(1, Request::SetVlan { vid: *vid, add: true }).await, FORWARD);
+    }
+    host.vmm(1).orders();
+    host
+}
+
+#[tokio::test]
+async fn an_address_that_is_no_longer_allowed_is_taken_back_and_the_guest_made_to_learn_it() {
+    let mut host = Host::new(ACCEPT).await;
+    host.ask(1, Request::SetMac(mac(9))).await;
+    host.set("{}").await.unwrap();
+    host.switch.settle().await;
+    assert_eq!((host.pf_mac(1), host.addresses(1).await), (Some(mac(1)), (mac(1), mac(9))));
+    let adapter = || "eth0".to_owned();
+    assert_eq!(
+        host.vmm(1).orders(),
+        [
+            Order::EffectiveMac { adapter: adapter(), mac: mac(1) },
+            Order::MakeGuestReset { adapter: adapter() }
+        ]
+    );
+    let taken = host.decisions(1, Outcome::TakenBack).await;
+    assert_eq!(taken.len(), 1);
+    assert_eq!(taken[0].decided_by.unwrap().setting, Setting::MacChanges);
+    assert_eq!((taken[0].old.as_deref(), taken[0].committed), (Some("02:00:00:00:00:09"), Committed::Pf));
+    assert_eq!(host.decisions(2, Outcome::TakenBack).await, []);
+    host.ask(1, Request::Reset).await;
+    assert_eq!(host.addresses(1).await, (mac(1), mac(1)));
+}
+
+#[tokio::test]
+async fn a_vlan_that_is_no_longer_allowed_is_left_by_message() {
+    let host = joined(&[100, 160]).await;
+    host.set(NARROW).await.unwrap();
+    host.switch.settle().await;
+    assert_eq!(host.vmm(1).taken_back(), [leave(100)]);
+    let taken = host.decisions(1, Outcome::TakenBack).await;
+    assert_eq!((taken.len(), taken[0].committed), (1, Committed::Mailbox));
+    host.set(NARROW).await.unwrap();
+    host.switch.settle().await;
+    assert_eq!(host.vmm(1).taken_back(), [], "nothing is left to correct");
+    assert!(host.vmm(1).heard().stopped.is_empty());
+}
+
+#[tokio::test]
+async fn what_waits_for_the_guests_reset_is_recorded_when_it_is_made() {
+    let mut host = joined(&[100]).await;
+    host.vmm(1).heard().takes_back = TakesBack::Deferred;
+    host.set(NARROW).await.unwrap();
+    host.switch.settle().await;
+    assert_eq!(host.decisions(1, Outcome::TakenBack).await, []);
+    host.vmm(1).heard().takes_back = TakesBack::Done;
+    host.notice(1, Notice::TakenBack { id: 7, failed: Vec::new(), deferred: false }).await;
+    assert_eq!(host.ask(1, Request::Reset).await, LOCAL);
+    assert_eq!(host.decisions(1, Outcome::TakenBack).await.len(), 1);
+    assert_eq!(host.vmm(1).taken_back(), [leave(100)], "ordered once");
+
+    // If it fails then, it is ordered again.
+    host.set(TRUNK).await.unwrap();
+    host.ask(1, Request::SetVlan { vid: 101, add: true }).await;
+    host.vmm(1).heard().takes_back = TakesBack::Deferred;
+    host.set(NARROW).await.unwrap();
+    host.switch.settle().await;
+    host.vmm(1).orders();
+    host.vmm(1).heard().takes_back = TakesBack::Done;
+    host.notice(1, Notice::TakenBack { id: 8, failed: vec![leave(101)], deferred: false }).await;
+    host.switch.settle().await;
+    assert_eq!(host.vmm(1).taken_back(), [leave(101)]);
+    assert_eq!(host.decisions(1, Outcome::TakenBack).await.len(), 2);
+}
+
+#[tokio::test]
+async fn a_vmm_that_does_not_confirm_is_stopped() {
+    for takes_back in [TakesBack::Never, TakesBack::Refused] {
+        let host = joined(&[100]).await;
+        host.vmm(1).heard().takes_back = takes_back;
+        host.set(NARROW).await.unwrap();
+        host.until("stopped", async |host| !host.vmm(1).heard().stopped.is_empty()).await;
+        assert!(host.vmm(2).heard().stopped.is_empty());
+        let left = host.switch.release(vm(1), "eth0").await.unwrap().unwrap();
+        assert!(left.changes.contains(&leave(100)), "{takes_back:?}: cleaned when it is gone");
+    }
+}
+
+#[tokio::test]
+async fn a_vmm_that_stays_away_is_stopped_and_one_that_comes_back_is_not() {
+    for back in [false, true] {
+        let mut host = joined(&[100]).await;
+        host.switch.disconnected(vm(1)).await;
+        host.set(NARROW).await.unwrap();
+        if back {
+            host.connect(1).await;
+        }
+        tokio::time::sleep(TIMING.confirm * 3).await;
+        assert_eq!(host.vmm(1).heard().stopped.is_empty(), back);
+        assert_eq!(host.vmm(1).taken_back(), if back { vec![leave(100)] } else { vec![] });
+    }
+}
+
+#[tokio::test]
+async fn a_pf_that_does_not_take_an_address_back_is_asked_again() {
+    let mut host = Host::new(ACCEPT).await;
+    host.ask(1, Request::SetMac(mac(9))).await;
+    host.pfs.world().pfs.get_mut(PF).unwrap().answers = vec![Some(libc::EBUSY)];
+    host.set("{}").await.unwrap();
+    host.until("taken back", async |host| host.pf_mac(1) == Some(mac(1))).await;
+    host.switch.settle().await;
+    let taken = host.decisions(1, Outcome::TakenBack).await;
+    let how: Vec<Committed> = taken.iter().map(|decision| decision.committed).collect();
+    assert_eq!(how, [Committed::Pf, Committed::Failed]);
+}
+
+#[tokio::test]
+async fn a_foreign_change_is_repaired_and_recorded_once() {
+    let host = Host::new("{}").await;
+    host.pfs.foreign_mac(PF, 1, mac(0x66));
+    host.pfs.foreign(PF, 1, VfChange::Trust(true));
+    host.changed(true).await;
+    assert_eq!((host.pf_mac(1), host.pfs.vf(PF, 1).trust), (Some(mac(1)), Some(false)));
+    let repaired = host.decisions(1, Outcome::Repaired).await;
+    let mut what: Vec<_> = repaired.iter().map(|d| (d.request.as_str(), d.old.as_deref().unwrap())).collect();
+    what.sort_unstable();
+    assert_eq!(what, [("set_mac", "02:00:00:00:00:66"), ("set_trust", "on")]);
+    assert_eq!(host.port(1).await.status.counters.repaired, 2);
+    host.pfs.take_made(PF);
+    for _ in 0..5 {
+        host.changed(true).await;
+    }
+    host.hint(Hint::All).await;
+    assert_eq!(host.pfs.take_made(PF), [], "the repair's own news cause no loop");
+    assert_eq!(host.decisions(1, Outcome::Repaired).await.iter().map(|d| d.count).sum::<u64>(), 2);
+}
+
+#[tokio::test]
+async fn what_becomes_of_a_pf_is_told_once() {
+    let host = Host::new("{}").await;
+    let mut events = host.policy.events(None).await.unwrap();
+    for up in [true, false, false, true, true] {
+        host.changed(up).await;
+    }
+    let new = || Hint::Changed { index: 9, name: Some("eth9".into()), up: true };
+    host.hint(new()).await;
+    host.pfs.world().pfs.insert("eth9".into(), passthrough::host::fake::FakePf::new("eth9", 7));
+    host.hint(new()).await;
+    let told = async |events: &mut tokio::sync::mpsc::Receiver<api::types::Event>| match tokio::time::timeout(
+        Duration::from_secs(10),
+        events.recv(),
+    )
+    .await
+    .unwrap()
+    .unwrap()
+    .what
+    {
+        EventKind::PfState { pf, state } => (pf, state),
+        other => panic!("{other:?}"),
+    };
+    assert_eq!(told(&mut events).await, (PF.to_owned(), PfState::Down));
+    assert_eq!(told(&mut events).await, (PF.to_owned(), PfState::Up));
+    assert_eq!(told(&mut events).await, ("eth9".to_owned(), PfState::Added));
+    host.pfs.world().pfs.remove("eth9");
+    host.hint(Hint::All).await;
+    assert_eq!(told(&mut events).await, ("eth9".to_owned(), PfState::Removed));
+}
+
+#[tokio::test]
+async fn own_commits_are_no_drift() {
+    let mut host = Host::new(ACCEPT).await;
+    let gate = host.pfs.world().gate.clone();
+    let held = gate.lock().await;
+    host.send(1, Request::SetMac(mac(9))).await;
+    let (_, ()) = tokio::join!(host.changed_soon(), async {
+        tokio::time::sleep(Duration::from_millis(50)).await;
+        drop(held);
+    });
+    host.answer(1).await;
+    host.switch.settle().await;
+    assert_eq!(host.decisions(1, Outcome::Repaired).await, []);
+    assert_eq!(host.pf_mac(1), Some(mac(9)));
+}
+
+#[tokio::test]
+async fn after_a_reset_of_the_pf_everything_is_set_again_and_the_check_switched_on_and_off() {
+    let host = Host::new(r#"{"forged_transmits": "accept", "vlan": {"access": {"id": 10}}}"#).await;
+    let check = |host: &Host| {
+        let made: Vec<VfChange> =
+            host.pfs.take_made(PF).into_iter().filter(|(vf, _)| *vf == 1).map(|(_, c)| c).collect();
+        let at = |wanted| made.iter().position(|change| *change == wanted);
+        assert!(at(VfChange::Mac(Some(mac(1)))).is_some(), "{made:?}");
+        assert!(made.iter().any(|change| matches!(change, VfChange::Vlan(vlan) if vlan.id == 10)));
+        assert!(at(VfChange::SpoofCheck(true)) < at(VfChange::SpoofCheck(false)), "{made:?}");
+        assert!(at(VfChange::SpoofCheck(true)).is_some());
+    };
+    host.changed(false).await;
+    host.pfs.take_made(PF);
+    host.changed(true).await;
+    check(&host);
+    host.notice(1, Notice::PfReset).await;
+    host.switch.settle().await;
+    check(&host);
+    assert_eq!(host.decisions(1, Outcome::Repaired).await, [], "nothing was foreign");
+}
+
+#[tokio::test]
+async fn a_reboot_takes_back_what_a_reset_does_not() {
+    let mut host = Host::new(r#"{"mac_changes": "accept", "unicast_limit": 1}"#).await;
+    host.ask(1, Request::AddUnicastFilter(mac(9))).await;
+    host.pfs.take_made(PF);
+    // The device was reset: the PF listens to messages after the next one only.
+    host.vmm(1).heard().takes_back = TakesBack::Deferred;
+    host.switch.rebooted(vm(1)).await;
+    host.switch.settle().await;
+    assert_eq!(host.vmm(1).taken_back(), [Change::ClearUnicast]);
+    // It is refused there, for want of trust.
+    host.vmm(1).heard().takes_back = TakesBack::Done;
+    host.pfs.take_made(PF);
+    host.notice(1, Notice::TakenBack { id: 1, failed: vec![Change::ClearUnicast], deferred: false }).await;
+    host.ask(1, Request::Reset).await;
+    assert_eq!(host.vmm(1).taken_back(), [Change::ClearUnicast]);
+    assert_eq!(host.pfs.take_made(PF), [(1, VfChange::Trust(true)), (1, VfChange::Trust(false))]);
+    assert_eq!(host.ask(1, Request::AddUnicastFilter(mac(10))).await, FORWARD, "there is room again");
+}

@@ -1,0 +1,115 @@
+use api::problem::ProblemCode;
+use netpolicy::{Change, PfCapabilities, Request, VlanId};
+
+use super::fixture::{Host, PF, mac, vf, vm};
+use crate::{switch::SwitchError, vm::problem::ToProblem};
+
+const TRUNK: &str = r#"{"vlan": {"trunk": ["100-200"]}, "mac_changes": "accept", "unicast_limit": 1}"#;
+
+fn code(result: Result<(), SwitchError>) -> ProblemCode {
+    result.unwrap_err().problem().code
+}
+
+#[tokio::test]
+async fn an_adapter_without_a_port_group_is_under_the_default_policy() {
+    let host = Host::empty().await;
+    host.attach(1, None).await.unwrap();
+    host.attach(1, None).await.unwrap();
+    let port = host.port(1).await.status;
+    assert_eq!((port.switch.as_str(), port.port_group.as_str()), ("default", "default"));
+    assert_eq!(port.policy.mac_changes.value, netpolicy::MacChanges::Reject);
+    let plan = host.switch.plan(vm(1)).await.unwrap();
+    assert_eq!(plan[0].pfs, ["eth0", "eth1"], "all PFs are its uplinks");
+    assert_eq!(code(host.attach(2, Some("no")).await), ProblemCode::PortGroupNotFound);
+}
+
+#[tokio::test]
+async fn addresses_are_one_ports() {
+    let host = Host::empty().await;
+    host.attach(1, None).await.unwrap();
+    let vm = netpolicy::VmRef { id: vm(2), name: netpolicy::Name::new("vm2").unwrap() };
+    let adapter = |id: &str, n| crate::switch::Adapter { id: id.into(), group: None, mac: mac(n) };
+    let result = host.switch.attach(vm.clone(), vec![adapter("a", 5), adapter("b", 1)]).await;
+    assert_eq!(code(result), ProblemCode::MacInUse);
+    host.switch.attach(vm, vec![adapter("a", 5)]).await.unwrap();
+}
+
+#[tokio::test]
+async fn what_a_pf_cannot_enforce_is_refused_naming_the_setting() {
+    let mut host = Host::empty().await;
+    host.set(r#"{"promiscuous": "accept"}"#).await.unwrap();
+    host.attach(1, Some("web")).await.unwrap();
+    let plan = host.switch.plan(vm(1)).await.unwrap();
+    assert!(plan[0].pfs.is_empty() && plan[0].unfit[0].1.contains("promiscuous"), "{plan:?}");
+    let error = host.power_on(1).await.unwrap_err().problem();
+    assert_eq!(error.code, ProblemCode::PolicyUnenforceable);
+    assert!(error.detail.contains("promiscuous") && error.detail.contains("vm1/eth0"), "{}", error.detail);
+    assert_eq!(host.port(1).await.status.vf, None);
+    host.set("{}").await.unwrap();
+    host.power_on(1).await.unwrap();
+    // And while it runs.
+    let problem = host.set(r#"{"blocked": true}"#).await.unwrap_err();
+    assert_eq!(problem.code, ProblemCode::PolicyUnenforceable);
+    host.pfs.world().capabilities = Some(PfCapabilities { link_state: true, ..PfCapabilities::igb_82576() });
+    host.switch.plan(vm(1)).await.unwrap();
+    host.set(r#"{"blocked": true}"#).await.unwrap();
+}
+
+#[tokio::test]
+async fn what_a_tenant_left_is_known_until_it_is_taken_also_by_the_next_agent() {
+    let mut host = Host::new(TRUNK).await;
+    host.ask(1, Request::SetMac(mac(9))).await;
+    host.ask(1, Request::SetVlan { vid: 100, add: true }).await;
+    host.ask(1, Request::AddUnicastFilter(mac(10))).await;
+    host.ask(1, Request::SetMulticast { count: 1, hashes: vec![7] }).await;
+    host.restart().await;
+    let left = host.switch.release(vm(1), "eth0").await.unwrap().unwrap();
+    assert_eq!((left.vf.clone(), left.effective_mac), (vf(1), mac(9)));
+    let vlan = Change::LeaveVlan(VlanId::new(100).unwrap());
+    for change in [vlan, Change::ClearUnicast, Change::SetMulticast(Vec::new()), Change::SetMac(mac(1))] {
+        assert!(left.changes.contains(&change), "{change:?} is missing in {:?}", left.changes);
+    }
+    assert_eq!(left.changes[0], Change::Reset);
+    // The guest's last wishes come too late.
+    host.connect(1).await;
+    host.send(1, Request::SetMac(mac(11))).await;
+    assert_eq!(host.switch.release(vm(1), "eth0").await.unwrap().unwrap(), left, "asked again");
+    assert!(!host.is_answered(1));
+    assert_eq!(host.pf_mac(1), Some(mac(9)), "the PF is restored by who has the claim");
+    host.switch.released(vm(1), "eth0").await.unwrap();
+    assert_eq!(host.switch.release(vm(1), "eth0").await.unwrap(), None);
+    let status = host.port(1).await.status;
+    assert_eq!((status.vf, status.effective_mac, status.guest_mac), (None, mac(1), mac(1)));
+    assert!(status.counters.allowed >= 4, "counters stay with the port");
+    host.restart().await;
+    assert_eq!(host.port(1).await.status.vf_index, None);
+    host.power_on(1).await.unwrap();
+    host.switch.settle().await;
+    let left = host.switch.release(vm(1), "eth0").await.unwrap().unwrap();
+    assert_eq!(left.changes, [Change::Reset], "a new tenant has nothing of the old one");
+}
+
+#[tokio::test]
+async fn ports_go_with_their_vm_and_groups_stay_while_ports_use_them() {
+    let host = Host::new("{}").await;
+    let problem = host.delete_group("web").await.unwrap_err();
+    assert_eq!(problem.code, ProblemCode::PortGroupInUse);
+    assert!(host.switch.detach(vm(1)).await.is_err(), "it has a VF");
+    for n in [1, 2] {
+        host.switch.release(vm(n), "eth0").await.unwrap();
+        host.switch.released(vm(n), "eth0").await.unwrap();
+        host.switch.detach(vm(n)).await.unwrap();
+    }
+    host.delete_group("web").await.unwrap();
+    host.attach(1, None).await.unwrap();
+}
+
+#[tokio::test]
+async fn a_vf_has_one_port() {
+    let mut host = Host::new("{}").await;
+    host.power_on(2).await.unwrap_err();
+    host.attach(3, Some("web")).await.unwrap();
+    let result = host.switch.bind(vm(3), "eth0", vf(1), String::new()).await;
+    assert_eq!(code(result.map(drop)), ProblemCode::VfInUse);
+    assert_eq!(host.pfs.take_made(PF), []);
+}

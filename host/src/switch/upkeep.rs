@@ -1,0 +1,402 @@
+//! What the switch does by itself: corrections after a policy changed, drift, reboots.
+
+use std::sync::Arc;
+
+use api::types::PfState;
+use netpolicy::{Change, Committed, Correction, DecidedBy, Decision, Outcome, PortId, Request, Route, VmId};
+use passthrough::host::Hint;
+use tokio::time::Instant;
+
+use super::{
+    actor::{Actor, Link},
+    command::Command,
+    job::{Found, Made},
+    known,
+    lane::{Busy, Lane, Work},
+    link::Vmm,
+};
+use netpolicy::Corrections;
+
+impl Actor {
+    // ---- corrections ----
+
+    pub(super) fn begin_correct(&mut self, port: PortId) {
+        if self.bypass {
+            return;
+        }
+        let Ok(corrections) = self.state.corrections(port) else { return };
+        let leftover = self.lanes.get(&port).map(|lane| lane.leftover.clone()).unwrap_or_default();
+        if corrections.list.is_empty() && leftover.is_empty() {
+            if let Some(lane) = self.lanes.get_mut(&port) {
+                lane.owed = false;
+            }
+            return;
+        }
+        if let Err(error) = self.state.begin(port, &corrections.changes()) {
+            tracing::error!(%port, "Corrections cannot begin: {error}");
+            return self.owe(port);
+        }
+        match self.tools(port) {
+            Some(tools) => self.start(port, Busy::other(), tools.correct(corrections, leftover)),
+            None => drop(self.state.abort(port)),
+        }
+    }
+
+    pub(super) fn corrected(
+        &mut self,
+        port: PortId,
+        corrections: &Corrections,
+        leftover: &[Change],
+        made: Made,
+    ) {
+        if let Err(error) = self.state.commit(port, &made.done) {
+            drop(self.state.abort(port));
+            tracing::error!(%port, "Corrections cannot be noted: {error}");
+        }
+        for correction in &corrections.list {
+            let failed = made.failed.iter().find(|(change, _)| *change == correction.change);
+            if made.done.contains(&correction.change) || failed.is_some() {
+                self.record_correction(port, correction, failed.map(|(_, why)| why.clone()));
+            }
+        }
+        let must = |change: &Change| {
+            leftover.contains(change)
+                || corrections
+                    .list
+                    .iter()
+                    .any(|correction| correction.taken_back && correction.change == *change)
+        };
+        let unconfirmed =
+            made.failed.iter().find(|(change, _)| must(change) && change.route() == Route::Mailbox);
+        if let (Some((change, why)), false) = (unconfirmed, made.offline) {
+            let why = format!("{} could not be taken back: {why}", name(change));
+            self.stop(port, &why);
+        }
+        let unmade = !made.failed.is_empty();
+        if let Some(lane) = self.lanes.get_mut(&port) {
+            lane.owed = unmade;
+            lane.leftover.retain(|change| !made.done.contains(change));
+            if !made.deferred.is_empty() {
+                lane.deferred.push_back(made.deferred);
+            }
+        }
+        self.save(port);
+        if unmade {
+            self.owe(port);
+        }
+    }
+
+    fn record_correction(&mut self, port: PortId, correction: &Correction, error: Option<String>) {
+        // What is given is no decision of its own, but that it could not be.
+        if !correction.taken_back && error.is_none() {
+            return;
+        }
+        let committed = committed(&correction.change, error.is_some());
+        let (decided_by, old) = (correction.decided_by, Some(correction.old.clone()));
+        let made = Made1 { change: &correction.change, decided_by, old, committed, detail: error };
+        self.record_made(port, Outcome::TakenBack, made);
+    }
+
+    /// Something is still to be made: tried again later, or the VM is stopped.
+    fn owe(&mut self, port: PortId) {
+        if let Some(lane) = self.lanes.get_mut(&port) {
+            lane.owed = true;
+        }
+        let (own, wait) = (self.own.clone(), self.timing.confirm);
+        tokio::spawn(async move {
+            tokio::time::sleep(wait).await;
+            if let Some(own) = own.upgrade() {
+                drop(own.send(Command::Overdue { port }).await);
+            }
+        });
+    }
+
+    pub(super) fn overdue(&mut self, port: PortId) {
+        if !self.lanes.get(&port).is_some_and(|lane| lane.owed && !lane.closing) {
+            return;
+        }
+        let vm = self.state.port(port).map(|port| port.vm.id);
+        match vm.and_then(|vm| self.links.get(&vm)) {
+            Some(link) if !link.online => {
+                let why = "Something must be taken back, and its process is not connected";
+                self.stop(port, why);
+            }
+            Some(_) => self.queue(port, Work::Correct),
+            // A former agent's VM: when it is connected, or found to be gone.
+            None => {}
+        }
+    }
+
+    fn stop(&self, port: PortId, why: &str) {
+        let Some(port) = self.state.port(port) else { return };
+        tracing::error!(vm = %port.vm.name, adapter = port.adapter, "The VM is stopped: {why}");
+        if let Some(link) = self.links.get(&port.vm.id) {
+            link.vmm.stop(why);
+        }
+    }
+
+    /// The relay has made what waited for the guest's reset.
+    pub(super) fn deferred_done(&mut self, port: PortId, failed: &[Change]) {
+        let Some(lane) = self.lanes.get_mut(&port) else { return };
+        let Some(sent) = lane.deferred.pop_front() else { return };
+        // Only what was ordered counts, whatever the vmm says.
+        let (failed, done) = sent.into_iter().partition(|change| failed.contains(change));
+        self.queue(port, Work::Confirmed { done, failed });
+    }
+
+    pub(super) fn confirmed(&mut self, port: PortId, done: &[Change], failed: &[Change]) {
+        let wanted = self.state.corrections(port).map(|corrections| corrections.list).unwrap_or_default();
+        if let Err(error) = self.state.commit(port, done) {
+            tracing::error!(%port, "What was taken back cannot be noted: {error}");
+        }
+        for correction in wanted.iter().filter(|correction| done.contains(&correction.change)) {
+            self.record_correction(port, correction, None);
+        }
+        if let Some(lane) = self.lanes.get_mut(&port) {
+            lane.leftover.retain(|change| !done.contains(change));
+            if !failed.is_empty() {
+                // The PF listens now: again, and with trust where that is needed. Before the guest's reset is answered.
+                lane.queue.push_front(Work::Correct);
+            }
+        }
+        self.save(port);
+    }
+
+    // ---- the VM's process ----
+
+    pub(super) fn connected(&mut self, vm: VmId, vmm: Arc<dyn Vmm>) {
+        self.links.insert(vm, Link { vmm, online: true });
+        for port in self.ports_of(vm) {
+            if let Some(lane) = self.lanes.get_mut(&port) {
+                // The connection's end lost the answers to what was deferred; it is ordered again.
+                let lost: Vec<Change> = lane.deferred.drain(..).flatten().collect();
+                let owed = lane.owed || !lost.is_empty();
+                if owed {
+                    lane.push(Work::Correct);
+                    self.go_on(port);
+                }
+            }
+        }
+    }
+
+    pub(super) fn disconnected(&mut self, vm: VmId) {
+        if let Some(link) = self.links.get_mut(&vm) {
+            link.online = false;
+            link.vmm.close();
+        }
+        for port in self.ports_of(vm) {
+            if let Some(lane) = self.lanes.get_mut(&port) {
+                lane.queue.retain(|work| !matches!(work, Work::Ask { .. }));
+                // The relay refuses by itself; its notice says what became of the message.
+                if let Some(busy) = &mut lane.busy {
+                    busy.forwarded = None;
+                }
+            }
+        }
+    }
+
+    pub(super) fn ports_of(&self, vm: VmId) -> Vec<PortId> {
+        self.adapters.iter().filter(|((of, _), _)| *of == vm).map(|(_, port)| *port).collect()
+    }
+
+    // ---- reboots ----
+
+    pub(super) fn rebooted(&mut self, vm: VmId) {
+        for port in self.ports_of(vm) {
+            if self.lanes.get(&port).is_some_and(|lane| !lane.closing) {
+                self.queue(port, Work::Reboot);
+            }
+        }
+    }
+
+    pub(super) fn begin_reboot(&mut self, id: PortId) {
+        let Some(port) = self.state.port(id).filter(|port| port.vf.is_some()) else { return };
+        let (has, initial) = (port.device.pf.clone(), port.initial_mac);
+        let (Ok(all), Ok(baseline)) = (self.state.take_back_all(id), self.state.baseline(id)) else { return };
+        let messages: Vec<Change> =
+            all.into_iter().filter(|c| c.route() == Route::Mailbox && *c != Change::Reset).collect();
+        let settings: Vec<Change> = baseline
+            .changes()
+            .into_iter()
+            .filter(|change| matches!(change, Change::SetMac(_)) || !has.changes().contains(change))
+            .collect();
+        // The device was reset; what the PF keeps beyond that is in `messages`.
+        if let Err(error) = self.state.commit(id, &[Change::Reset]) {
+            tracing::error!(port = %id, "A reboot cannot be noted: {error}");
+        }
+        drop(self.state.note_answer(id, &Request::SetMac(initial), true));
+        if let Err(error) = self.state.begin(id, &settings) {
+            tracing::error!(port = %id, "A reboot cannot begin: {error}");
+            return;
+        }
+        if let Some(lane) = self.lanes.get_mut(&id) {
+            lane.granted = None;
+            lane.deferred.clear();
+            lane.leftover.clone_from(&messages);
+        }
+        match self.tools(id) {
+            Some(tools) => self.start(id, Busy::other(), tools.reboot(settings, messages)),
+            None => drop(self.state.abort(id)),
+        }
+    }
+
+    pub(super) fn reboot_done(&mut self, port: PortId, made: Made) {
+        if let Err(error) = self.state.commit(port, &made.done) {
+            drop(self.state.abort(port));
+            tracing::error!(%port, "A reboot cannot be noted: {error}");
+        }
+        for (change, why) in &made.failed {
+            tracing::warn!(%port, "{} could not be made at a reboot: {why}", name(change));
+        }
+        if let Some(lane) = self.lanes.get_mut(&port) {
+            lane.leftover.retain(|change| !made.done.contains(change));
+            if !made.deferred.is_empty() {
+                lane.deferred.push_back(made.deferred);
+            }
+            // The comparison tries again what the PF did not take; the rest is tried again at the guest's reset.
+            if !made.failed.is_empty() {
+                lane.push(Work::Repair { all: false });
+            }
+        }
+        self.save(port);
+    }
+
+    // ---- drift ----
+
+    pub(super) fn on_hint(&mut self, hint: Hint) {
+        match hint {
+            Hint::Changed { name: Some(name), up, .. } if self.pfs.contains(&name) => {
+                if up && self.down.remove(&name) {
+                    self.tell_pf(&name, PfState::Up);
+                    // Its driver has begun anew and has lost what it does not remember.
+                    let of = |port: &&netpolicy::Port| port.vf.as_ref().is_some_and(|vf| vf.pf == name);
+                    let ports: Vec<PortId> = self.state.ports().filter(of).map(|port| port.id).collect();
+                    for port in ports {
+                        self.queue(port, Work::Repair { all: true });
+                    }
+                } else if !up && self.down.insert(name.clone()) {
+                    self.tell_pf(&name, PfState::Down);
+                }
+            }
+            Hint::Changed { name: Some(_), .. } if self.pfs.is_empty() => {}
+            _ => {
+                // Perhaps a PF that is new, gone, or has another name.
+                let (pf, own) = (self.pf.clone(), self.own.clone());
+                tokio::spawn(async move {
+                    if let (Ok(pfs), Some(own)) = (known(&pf).await, own.upgrade()) {
+                        drop(own.send(Command::PfsKnown { pfs }).await);
+                    }
+                });
+            }
+        }
+        self.compare_at = self.compare_at.or(Instant::now().checked_add(self.timing.gather));
+    }
+
+    /// Compares every port with its PF, each when nothing else is being done for it.
+    pub(super) fn compare_all(&mut self) {
+        self.compare_at = None;
+        let bound: Vec<PortId> =
+            self.state.ports().filter(|port| port.vf.is_some()).map(|port| port.id).collect();
+        for port in bound {
+            if self.lanes.get(&port).is_some_and(|lane| !lane.closing) {
+                self.queue(port, Work::Repair { all: false });
+            }
+        }
+    }
+
+    pub(super) fn begin_repair(&mut self, port: PortId, all: bool) {
+        if self.lanes.get(&port).is_none_or(|lane: &Lane| lane.closing) {
+            return;
+        }
+        let (Ok(expected), Some(tools)) = (self.state.expected(port), self.tools(port)) else { return };
+        self.start(port, Busy::other(), tools.repair(expected.changes(), all));
+    }
+
+    pub(super) fn repaired(&mut self, port: PortId, found: Vec<Found>) {
+        let mut made = Vec::new();
+        for Found { wanted, old, error } in found {
+            let committed = committed(&wanted, error.is_some());
+            if error.is_none() {
+                made.push(wanted.clone());
+            }
+            let repaired =
+                Made1 { change: &wanted, decided_by: None, old: Some(old), committed, detail: error };
+            self.record_made(port, Outcome::Repaired, repaired);
+        }
+        if made.is_empty() {
+            return;
+        }
+        if let Err(error) = self.state.commit(port, &made) {
+            tracing::error!(%port, "A repair cannot be noted: {error}");
+        }
+        self.save(port);
+    }
+
+    fn record_made(&mut self, port: PortId, outcome: Outcome, made: Made1<'_>) {
+        let decision = self.decision(port, name(made.change), outcome).map(|decision| Decision {
+            decided_by: made.decided_by,
+            old: made.old,
+            requested: value(made.change),
+            committed: made.committed,
+            detail: made.detail,
+            ..decision
+        });
+        self.record(decision);
+    }
+}
+
+/// One change that was made, or not.
+struct Made1<'a> {
+    change: &'a Change,
+    decided_by: Option<DecidedBy>,
+    old: Option<String>,
+    committed: Committed,
+    detail: Option<String>,
+}
+
+fn committed(change: &Change, failed: bool) -> Committed {
+    match change.route() {
+        _ if failed => Committed::Failed,
+        Route::Pf => Committed::Pf,
+        Route::Mailbox => Committed::Mailbox,
+    }
+}
+
+/// A change's name in decisions: as the request that would ask for it, where there is one.
+fn name(change: &Change) -> &'static str {
+    match change {
+        Change::Reset => "reset",
+        Change::SetMac(_) => "set_mac",
+        Change::AddUnicast(_) => "add_unicast_filter",
+        Change::ClearUnicast => "clear_unicast_filters",
+        Change::SetMulticast(_) => "set_multicast",
+        Change::JoinVlan(_) | Change::LeaveVlan(_) => "set_vlan",
+        Change::SetMaxFrame(_) => "set_max_frame",
+        Change::SetPromiscuous(_) => "set_promiscuous",
+        Change::SetPortVlan(_) => "set_port_vlan",
+        Change::SetSpoofCheck(_) => "set_spoof_check",
+        Change::SetTrust(_) => "set_trust",
+        Change::SetMaxTxRate(_) => "set_max_tx_rate",
+        Change::SetLink(_) => "set_link",
+    }
+}
+
+/// What a change leads to, for people.
+fn value(change: &Change) -> Option<String> {
+    let on_off = |on: bool| if on { "on" } else { "off" }.to_owned();
+    Some(match change {
+        Change::Reset | Change::ClearUnicast => return None,
+        Change::SetMac(mac) | Change::AddUnicast(mac) => mac.to_string(),
+        Change::SetMulticast(hashes) => format!("{} hashes", hashes.len()),
+        Change::JoinVlan(vlan) => vlan.to_string(),
+        Change::LeaveVlan(vlan) => format!("leave {vlan}"),
+        Change::SetMaxFrame(bytes) => format!("{bytes} bytes"),
+        Change::SetPromiscuous(mode) => mode.to_string(),
+        Change::SetPortVlan(vlan) => vlan.map_or_else(|| "none".to_owned(), |vlan| vlan.to_string()),
+        Change::SetSpoofCheck(on) | Change::SetTrust(on) => on_off(*on),
+        Change::SetMaxTxRate(rate) => {
+            rate.map_or_else(|| "unlimited".to_owned(), |rate| format!("{rate} Mbit/s"))
+        }
+        Change::SetLink(link) => format!("{link:?}").to_lowercase(),
+    })
+}

@@ -1,0 +1,72 @@
+//! Writes what ports have been given, in the order in which it changed, without keeping the switch waiting.
+
+use std::collections::BTreeMap;
+
+use netpolicy::PortId;
+use tokio::sync::{mpsc, oneshot};
+
+use super::record::Attachment;
+use crate::store::{Expect, StoreError, Table};
+
+/// A port's newest value, or that it is gone.
+type Value = Option<Box<Attachment>>;
+
+type Done = oneshot::Sender<bool>;
+
+/// The handle of the task, which ends with its last handle.
+#[derive(Clone, Debug)]
+pub(super) struct Writer(mpsc::UnboundedSender<(PortId, Value, Done)>);
+
+impl Writer {
+    pub(super) fn start(table: Table<Attachment>) -> Self {
+        let (sender, inbox) = mpsc::unbounded_channel();
+        tokio::spawn(run(table, inbox));
+        Self(sender)
+    }
+
+    /// Saves a port; the receiver hears `true` when that is durable. What waits to be written is one value for each port.
+    pub(super) fn save(&self, port: PortId, value: Attachment) -> oneshot::Receiver<bool> {
+        self.send(port, Some(Box::new(value)))
+    }
+
+    /// Forgets a port.
+    pub(super) fn forget(&self, port: PortId) -> oneshot::Receiver<bool> {
+        self.send(port, None)
+    }
+
+    fn send(&self, port: PortId, value: Value) -> oneshot::Receiver<bool> {
+        let (done, receiver) = oneshot::channel();
+        // If the task is gone so is `done`, which the receiver sees.
+        drop(self.0.send((port, value, done)));
+        receiver
+    }
+}
+
+async fn run(table: Table<Attachment>, mut inbox: mpsc::UnboundedReceiver<(PortId, Value, Done)>) {
+    while let Some(first) = inbox.recv().await {
+        let mut newest: BTreeMap<PortId, (Value, Vec<Done>)> = BTreeMap::new();
+        let mut next = Some(first);
+        while let Some((port, value, done)) = next {
+            let entry = newest.entry(port).or_default();
+            entry.0 = value;
+            entry.1.push(done);
+            next = inbox.try_recv().ok();
+        }
+        for (port, (value, waiting)) in newest {
+            let written = write(&table, port, value).await;
+            if let Err(error) = &written {
+                tracing::error!(%port, "The state of a port cannot be stored: {error}");
+            }
+            for done in waiting {
+                let _ = done.send(written.is_ok());
+            }
+        }
+    }
+}
+
+async fn write(table: &Table<Attachment>, port: PortId, value: Value) -> Result<(), StoreError> {
+    match value {
+        Some(value) => table.put(port.0, &port.to_string(), &value, Expect::Any).await.map(drop),
+        None => table.remove(port.0).await,
+    }
+}

@@ -1,0 +1,443 @@
+//! The task that owns a VM: see the state machine in [`super`].
+
+mod connection;
+mod end;
+mod recovery;
+
+use std::{
+    future::pending,
+    sync::Arc,
+    time::{Duration, Instant},
+};
+
+use api::{
+    Caller,
+    problem::{Problem, ProblemCode},
+    types::{Cause, CauseCode, EventKind, ObjectKind, Owner, Subject, Timestamp, VmAction, VmState},
+};
+use tokio::{
+    sync::{mpsc, oneshot, watch},
+    task::AbortHandle,
+    time::{MissedTickBehavior, interval, sleep, timeout},
+};
+use vmm::control::{DeviceLoss, End, Order, Report, State};
+
+use super::{
+    Command, Completion, Status,
+    boot::{self, PROMPT},
+    claims::{self, Held},
+    network,
+    problem::{ToProblem, chain},
+    record::{RunRecord, VmRecord},
+};
+use crate::{
+    console,
+    environment::Environment,
+    store::{Entry, Expect, StoreError},
+    vmm_process::{Connection, Event, Exit, OrderError, Process, VmDirectory},
+};
+
+/// How long a vmm may take to end after it was told to; it resets its devices meanwhile.
+const STOP: Duration = Duration::from_secs(15);
+
+/// How long the last reports of a process that has ended may take to be read.
+const LAST_WORDS: Duration = Duration::from_secs(2);
+
+/// Connections to lost vmm processes, logs and lost devices are looked at this often.
+const TICK: Duration = Duration::from_secs(1);
+
+/// Followers of a console are woken at most this often.
+const CONSOLE_PACE: Duration = Duration::from_millis(20);
+
+/// One wish for console output; renewed when it ends.
+const CONSOLE_WAIT: Duration = Duration::from_secs(3600);
+
+type Done = oneshot::Sender<Result<(), Problem>>;
+
+/// Where the task publishes.
+pub(super) struct Outlets {
+    pub(super) status: watch::Sender<Status>,
+    pub(super) connection: watch::Sender<Option<Connection>>,
+    pub(super) console: Arc<watch::Sender<u64>>,
+}
+
+struct Actor {
+    env: Arc<Environment>,
+    vm: Arc<Entry<VmRecord>>,
+    directory: VmDirectory,
+    outlets: Outlets,
+    run: RunRecord,
+    held: Vec<Held>,
+    process: Option<Process>,
+    link: Option<Link>,
+    /// How the machine said that it ended.
+    end: Option<End>,
+    /// When the process is killed if it has not ended by then.
+    deadline: Option<Instant>,
+    /// Those who wait for the VM to be at rest.
+    resting: Vec<Done>,
+    deleting: Vec<Done>,
+    finished: mpsc::Sender<Finished>,
+    /// Where the switch says that the VM must not run on.
+    expel: mpsc::Sender<String>,
+}
+
+/// A connection and what comes from it.
+struct Link {
+    connection: Connection,
+    events: mpsc::Receiver<Event>,
+    console: AbortHandle,
+}
+
+impl Drop for Link {
+    fn drop(&mut self) {
+        // It holds a handle of the connection, which is to end now.
+        self.console.abort();
+    }
+}
+
+/// An order that was carried out, or not.
+struct Finished {
+    action: VmAction,
+    result: Result<(), OrderError>,
+    done: Done,
+}
+
+/// Runs the task of one VM until it is deleted or left alone.
+pub(super) async fn run(
+    env: Arc<Environment>,
+    vm: Arc<Entry<VmRecord>>,
+    mut inbox: mpsc::Receiver<Command>,
+    outlets: Outlets,
+) {
+    let (finished, mut orders) = mpsc::channel(8);
+    let (expel, mut expelled) = mpsc::channel(1);
+    let directory = VmDirectory::new(&env.run_dir, vm.id);
+    let mut actor = Actor {
+        env,
+        vm,
+        directory,
+        outlets,
+        run: RunRecord::default(),
+        held: Vec::new(),
+        process: None,
+        link: None,
+        end: None,
+        deadline: None,
+        resting: Vec::new(),
+        deleting: Vec::new(),
+        finished,
+        expel,
+    };
+    actor.recover().await;
+    let mut tick = interval(TICK);
+    tick.set_missed_tick_behavior(MissedTickBehavior::Delay);
+    loop {
+        tokio::select! {
+            command = inbox.recv() => match command {
+                None => return,
+                Some(Command::Leave { done }) => {
+                    network::disconnected(&actor.env, actor.vm.id).await;
+                    drop(actor);
+                    let _ = done.send(());
+                    return;
+                }
+                Some(Command::Act { action, caller, begun }) => actor.act(action, caller, begun).await,
+                Some(Command::Delete { done }) => actor.delete(done).await,
+            },
+            exit = ended(&mut actor.process) => actor.on_exit(exit).await,
+            event = next(&mut actor.link) => match event {
+                Some(event) => actor.on_event(event).await,
+                None => actor.disconnected().await,
+            },
+            Some(why) = expelled.recv() => actor.expel(why),
+            Some(finished) = orders.recv() => actor.on_finished(finished).await,
+            _ = tick.tick() => actor.on_tick().await,
+        }
+        if actor.forget().await {
+            return;
+        }
+    }
+}
+
+async fn ended(process: &mut Option<Process>) -> Exit {
+    match process {
+        Some(process) => process.ended().await,
+        None => pending().await,
+    }
+}
+
+async fn next(link: &mut Option<Link>) -> Option<Event> {
+    match link {
+        Some(link) => link.events.recv().await,
+        None => pending().await,
+    }
+}
+
+impl Actor {
+    // ---- commands ----
+
+    async fn act(
+        &mut self,
+        action: VmAction,
+        caller: Caller,
+        begun: oneshot::Sender<Result<Completion, Problem>>,
+    ) {
+        let (done, completion) = oneshot::channel();
+        let state = self.run.state;
+        let wrong = |cure: &str| {
+            let detail = format!("The VM {} is {state} and cannot {}: {cure}.", self.name(), action.as_str());
+            Err(Problem::new(ProblemCode::WrongState, detail))
+        };
+        let problem = match (action, state) {
+            _ if !self.deleting.is_empty() => wrong("it is being deleted"),
+            (VmAction::Boot, state) if state.is_at_rest() => {
+                return self.boot(caller, begun, done, completion).await;
+            }
+            (VmAction::Boot, _) => wrong("it has been booted; `reboot` boots it again"),
+            // What is so already is done.
+            (VmAction::Pause, VmState::Paused) | (VmAction::Resume, VmState::Running) => {
+                drop(begun.send(Ok(completion)));
+                drop(done.send(Ok(())));
+                return;
+            }
+            (VmAction::Stop | VmAction::Shutdown, state) if state.is_at_rest() => {
+                drop(begun.send(Ok(completion)));
+                drop(done.send(Ok(())));
+                return;
+            }
+            (VmAction::Stop, _) => {
+                drop(begun.send(Ok(completion)));
+                self.resting.push(done);
+                return self.stop().await;
+            }
+            (VmAction::Shutdown, VmState::Stopping) => {
+                self.resting.push(done);
+                drop(begun.send(Ok(completion)));
+                return;
+            }
+            (VmAction::Shutdown, VmState::Running) => self.order(action, Order::PowerButton, done),
+            (VmAction::Shutdown, VmState::Paused) => {
+                wrong("its guest cannot react: resume it first, or stop it")
+            }
+            (VmAction::Pause, VmState::Running) => self.order(action, Order::Pause, done),
+            (VmAction::Resume, VmState::Paused) => self.order(action, Order::Run, done),
+            (VmAction::Reboot, VmState::Running | VmState::Paused) => self.order(action, Order::Reboot, done),
+            _ => wrong("wait until it runs"),
+        };
+        drop(begun.send(problem.map(|()| completion)));
+    }
+
+    /// Sends an order; [`Self::on_finished`] hears of its end.
+    fn order(&self, action: VmAction, order: Order, done: Done) -> Result<(), Problem> {
+        let Some(link) = &self.link else {
+            let detail = format!("The agent has lost touch with the VM {} and tries again.", self.name());
+            return Err(Problem::new(ProblemCode::VmmFailed, detail));
+        };
+        let (connection, finished) = (link.connection.clone(), self.finished.clone());
+        tokio::spawn(async move {
+            let result = connection.order(order, Vec::new(), PROMPT).await.map(drop);
+            drop(finished.send(Finished { action, result, done }).await);
+        });
+        Ok(())
+    }
+
+    async fn on_finished(&mut self, finished: Finished) {
+        let Finished { action, result, done } = finished;
+        if let Err(error) = result {
+            // Whether it ended meanwhile, or would not do it: the state says.
+            drop(done.send(Err(error.problem())));
+            return;
+        }
+        match action {
+            // Done when the guest has reacted.
+            VmAction::Shutdown if !self.run.state.is_at_rest() => return self.resting.push(done),
+            // The vmm reports it too, before or after this; and the VM may have ended meanwhile.
+            VmAction::Pause => self.on_state(State::Paused).await,
+            VmAction::Resume | VmAction::Reboot => self.on_state(State::Running).await,
+            _ => {}
+        }
+        drop(done.send(Ok(())));
+    }
+
+    async fn delete(&mut self, done: Done) {
+        self.deleting.push(done);
+        if !self.run.state.is_at_rest() {
+            self.stop().await;
+        }
+    }
+
+    /// If the VM is to be deleted and at rest: forgets it.
+    async fn forget(&mut self) -> bool {
+        if self.deleting.is_empty() || !self.run.state.is_at_rest() {
+            return false;
+        }
+        if let Err(problem) = self.give_back().await {
+            for done in self.deleting.drain(..) {
+                drop(done.send(Err(problem.clone())));
+            }
+            return false;
+        }
+        let removed = async {
+            network::detach(&self.env, self.vm.id).await?;
+            // The VM last: as long as it is there, the next agent finds the rest.
+            self.env.runs.remove(self.vm.id).await.map_err(|e| e.problem())?;
+            self.env.vms.remove(self.vm.id).await.map_err(|e| e.problem())
+        };
+        let result = removed.await;
+        if let Err(error) = self.directory.remove() {
+            tracing::warn!(vm = %self.name(), "its run directory cannot be removed: {error}");
+        }
+        let forgotten = result.is_ok();
+        if forgotten {
+            self.env.tell(EventKind::Deleted { object: self.subject() });
+        }
+        for done in self.deleting.drain(..) {
+            drop(done.send(result.clone()));
+        }
+        forgotten
+    }
+
+    // ---- boot ----
+
+    async fn boot(
+        &mut self,
+        caller: Caller,
+        begun: oneshot::Sender<Result<Completion, Problem>>,
+        done: Done,
+        completion: Completion,
+    ) {
+        let files = match self.begin(caller).await {
+            Ok(files) => files,
+            Err(problem) => return drop(begun.send(Err(problem))),
+        };
+        drop(begun.send(Ok(completion)));
+        match self.build(files).await {
+            Ok(()) => drop(done.send(Ok(()))),
+            Err(problem) => {
+                self.fail(problem.clone());
+                self.abandon().await;
+                drop(done.send(Err(problem)));
+            }
+        }
+    }
+
+    /// What can be said at once. Nothing is held after an error.
+    async fn begin(&mut self, caller: Caller) -> Result<boot::Files, Problem> {
+        let files = boot::open_files(&self.env, caller, &self.vm.value.spec).await?;
+        // What an earlier end could not give back.
+        self.give_back().await?;
+        self.held = claims::claim(&self.env, self.vm.id, &self.vm.value.spec).await?;
+        let user = match &self.env.users {
+            None => None,
+            Some(users) => match users.take() {
+                Some(user) => Some(user),
+                None => {
+                    self.give_back().await?;
+                    let detail = "All user ids for VMs are in use: give the agent more (--vmm-uid-count).";
+                    return Err(Problem::new(ProblemCode::SandboxUnavailable, detail));
+                }
+            },
+        };
+        self.end = None;
+        self.run = RunRecord { state: VmState::Starting, user, ..RunRecord::default() };
+        if let Err(problem) = self.store().await {
+            self.abandon().await;
+            return Err(problem);
+        }
+        Ok(files)
+    }
+
+    async fn build(&mut self, files: boot::Files) -> Result<(), Problem> {
+        let started = Instant::now();
+        for claim in &mut self.held {
+            claims::prepare(&self.env, claim).await?;
+        }
+        let process = boot::start(&self.env, self.vm.id, &self.vm.value.spec, &self.held, &self.directory)?;
+        self.run.process = Some(process.identity().clone());
+        self.process = Some(process);
+        self.store().await?;
+        let run = boot::run(&self.env, &self.vm, &self.directory, files, &self.held, self.run.user);
+        let (connection, events) = match &mut self.process {
+            // A vmm that dies must not be waited for.
+            Some(process) => tokio::select! {
+                result = run => result?,
+                exit = process.ended() => return Err(crashed(exit, &self.directory)),
+            },
+            None => run.await?,
+        };
+        self.adopt(connection, events).await;
+        self.run.boots = 1;
+        self.step(VmState::Running).await;
+        tracing::info!(vm = %self.name(), took = ?started.elapsed(), "booted");
+        Ok(())
+    }
+
+    /// A boot that failed: ends the process and gives everything back.
+    async fn abandon(&mut self) {
+        if let Some(mut process) = self.process.take() {
+            process.kill();
+            if timeout(STOP, process.ended()).await.is_err() {
+                tracing::error!(vm = %self.name(), "its process cannot be killed; what it holds stays claimed");
+                self.process = Some(process);
+                return;
+            }
+        }
+        let (state, cause) = (VmState::Failed, self.run.cause.take());
+        self.rest(state, cause).await;
+    }
+
+    /// Notes why the VM is about to be `failed`.
+    fn fail(&mut self, problem: Problem) {
+        tracing::error!(vm = %self.name(), code = %problem.code, "cannot be booted: {problem}");
+        self.run.cause = Some(boot_failed(&problem));
+    }
+
+    // ---- state ----
+
+    /// Enters a state: stores and publishes it.
+    async fn step(&mut self, state: VmState) {
+        tracing::debug!(vm = %self.name(), from = %self.run.state, to = %state, "state");
+        self.run.state = state;
+        self.run.since = Timestamp::now();
+        let vm = Owner { vm: self.vm.id, name: self.vm.name.clone(), adapter: None };
+        self.env.tell(EventKind::VmState { vm, state, cause: self.run.cause.clone() });
+        // It is told all the same: what is true does not wait for the disk, and the next step stores it.
+        drop(self.store().await);
+    }
+
+    async fn store(&mut self) -> Result<(), Problem> {
+        let put = self.env.runs.put(self.vm.id, self.name(), &self.run, Expect::Any).await;
+        self.publish();
+        put.map(drop).map_err(|error| {
+            tracing::error!(vm = %self.name(), "its state cannot be stored: {}", chain(&error));
+            error.problem()
+        })
+    }
+
+    fn publish(&self) {
+        self.outlets.status.send_replace(Status { run: self.run.clone(), held: self.held.clone() });
+    }
+
+    fn subject(&self) -> Subject {
+        Subject { kind: ObjectKind::Vm, id: self.vm.id, name: self.vm.name.clone() }
+    }
+
+    fn name(&self) -> &str {
+        &self.vm.name
+    }
+}
+
+fn cause(code: CauseCode, detail: &str) -> Cause {
+    Cause { code, problem: None, detail: detail.to_owned() }
+}
+
+fn boot_failed(problem: &Problem) -> Cause {
+    Cause { code: CauseCode::BootFailed, problem: Some(problem.code), detail: problem.detail.clone() }
+}
+
+fn crashed(exit: Exit, directory: &VmDirectory) -> Problem {
+    let said = directory.log_tail();
+    let said = if said.is_empty() { "It said nothing.".into() } else { format!("It said: {said}") };
+    Problem::new(ProblemCode::VmmFailed, format!("The VM's process {exit} without being told to. {said}"))
+}

@@ -1,0 +1,172 @@
+//! The connection to the vmm, and what comes from it.
+
+use passthrough::sim::is_simulated;
+
+use super::*;
+
+impl Actor {
+    pub(super) async fn connect(&mut self) -> Result<State, Problem> {
+        let (connection, greeting, events) =
+            Connection::open(&self.directory.control(), self.vm.id).await.map_err(|e| e.problem())?;
+        self.adopt(connection, events).await;
+        self.run.boots = greeting.boots;
+        self.on_state(greeting.state).await;
+        Ok(greeting.state)
+    }
+
+    pub(super) async fn adopt(&mut self, connection: Connection, events: mpsc::Receiver<Event>) {
+        let console = tokio::spawn(watch_console(
+            connection.clone(),
+            self.directory.clone(),
+            Arc::clone(&self.outlets.console),
+        ));
+        self.outlets.connection.send_replace(Some(connection.clone()));
+        network::connected(&self.env, self.vm.id, &connection, &self.expel).await;
+        self.link = Some(Link { connection, events, console: console.abort_handle() });
+    }
+
+    pub(super) async fn disconnected(&mut self) {
+        self.link = None;
+        network::disconnected(&self.env, self.vm.id).await;
+        // Its followers have nothing more to wait for.
+        self.outlets.console.send_modify(|n| *n = n.wrapping_add(1));
+        self.outlets.connection.send_replace(None);
+    }
+
+    pub(super) async fn on_event(&mut self, event: Event) {
+        match event {
+            Event::Ask { id, ask } => network::ask(&self.env, self.vm.id, id, ask).await,
+            // The switch keeps what is to be kept of it.
+            Event::Report { seq, report: Report::Relay { adapter, notice } } => {
+                network::notice(&self.env, self.vm.id, adapter, notice).await;
+                if let Some(link) = &self.link {
+                    link.connection.noted(seq).await;
+                }
+            }
+            Event::Report { seq, report } => {
+                self.on_report(report).await;
+                // Only what is stored may be forgotten by the vmm.
+                if self.store().await.is_ok()
+                    && let Some(link) = &self.link
+                {
+                    link.connection.noted(seq).await;
+                }
+            }
+        }
+    }
+
+    pub(super) async fn on_report(&mut self, report: Report) {
+        match report {
+            Report::State { state, boots } => {
+                self.run.boots = boots;
+                if state == State::Rebooting {
+                    network::rebooted(&self.env, self.vm.id).await;
+                }
+                self.on_state(state).await;
+            }
+            Report::Ended { end } => {
+                self.end = Some(end);
+                // It ends by itself now; it is not waited for without bound.
+                self.deadline = self.deadline.or(Instant::now().checked_add(STOP));
+            }
+            Report::DeviceLost { bdf, why } => self.on_device_lost(&bdf, why).await,
+            #[allow(unreachable_patterns, reason = "reports are added to the protocol")]
+            _ => {}
+        }
+    }
+
+    pub(super) async fn on_state(&mut self, state: State) {
+        let state = match state {
+            State::Running => VmState::Running,
+            State::Paused => VmState::Paused,
+            State::Rebooting => VmState::Rebooting,
+            // Ends are told by their own report, beginnings by the agent itself.
+            State::Empty | State::Ready | State::Ended => return,
+        };
+        if self.run.state != state && !self.run.state.is_at_rest() && self.run.state != VmState::Stopping {
+            self.step(state).await;
+        }
+    }
+
+    pub(super) async fn on_device_lost(&mut self, bdf: &str, why: DeviceLoss) {
+        // A vmm can only lose what it was given.
+        let Some(claim) = self.held.iter().find(|claim| claim.name == bdf) else { return };
+        let what = match &claim.value.adapter {
+            Some(vf) => format!("Adapter {} ({bdf})", vf.id),
+            None => format!("Device {bdf}"),
+        };
+        let (code, detail) = match why {
+            DeviceLoss::Requested => (
+                CauseCode::VfRemoved,
+                format!("{what} was taken back by the host while the guest was running."),
+            ),
+            DeviceLoss::Failed if is_simulated(claim.value.bdf) => (
+                CauseCode::DeviceFailed,
+                format!(
+                    "{what} is gone: the process of its simulated PF has ended. Stop the VM and boot it again."
+                ),
+            ),
+            DeviceLoss::Failed => {
+                (CauseCode::DeviceFailed, format!("{what} reported an error that it cannot recover from."))
+            }
+        };
+        tracing::warn!(vm = %self.name(), "{detail}");
+        let known = self.run.lost.insert(bdf.to_owned(), cause(code, &detail)).is_some();
+        self.release_lost().await;
+        // A vmm that says it again and again is no news.
+        if !known {
+            self.env.tell(EventKind::Changed { object: self.subject(), revision: self.vm.revision });
+        }
+    }
+
+    /// Forgets claims on functions that the guest lost and that are no longer there.
+    pub(super) async fn release_lost(&mut self) {
+        let gone = |claim: &Held| {
+            self.run.lost.contains_key(&claim.name) && !self.env.inventory.has_device(claim.value.bdf)
+        };
+        let (gone, held): (Vec<Held>, Vec<Held>) = self.held.drain(..).partition(gone);
+        self.held = held;
+        if gone.is_empty() {
+            return;
+        }
+        let kept = claims::give_back(&self.env, gone).await;
+        self.held.extend(kept.into_iter().map(|(claim, _)| claim));
+        self.publish();
+    }
+
+    pub(super) async fn on_tick(&mut self) {
+        if self.process.is_none() {
+            return;
+        }
+        if let (Some(process), Some(deadline)) = (&self.process, self.deadline)
+            && deadline <= Instant::now()
+        {
+            tracing::warn!(vm = %self.name(), "its process does not end and is killed");
+            process.kill();
+            self.deadline = None;
+        }
+        if self.link.is_none() && self.connect().await.is_ok() {
+            tracing::info!(vm = %self.name(), "connected again");
+        }
+        self.directory.bound_log();
+        if !self.run.lost.is_empty() {
+            self.release_lost().await;
+        }
+    }
+}
+
+/// Wakes those who follow the console, until the connection ends.
+async fn watch_console(connection: Connection, directory: VmDirectory, grown: Arc<watch::Sender<u64>>) {
+    let Ok(ring) = console::Reader::open(&directory.console()) else { return };
+    let mut offset = 0;
+    loop {
+        match connection.order(Order::ConsoleWait { offset }, Vec::new(), CONSOLE_WAIT).await {
+            Ok(_) | Err(OrderError::Timeout(_)) => {}
+            Err(_) => return grown.send_modify(|n| *n = n.wrapping_add(1)),
+        }
+        offset = ring.count().unwrap_or(offset);
+        grown.send_modify(|n| *n = n.wrapping_add(1));
+        // The count is the guest's: however it moves, this loop is slow.
+        sleep(CONSOLE_PACE).await;
+    }
+}

@@ -1,0 +1,105 @@
+//! The end of a process: stopping, and giving everything back.
+
+use super::*;
+
+impl Actor {
+    pub(super) async fn stop(&mut self) {
+        if self.run.state != VmState::Stopping {
+            self.step(VmState::Stopping).await;
+        }
+        self.deadline = self.deadline.or(Instant::now().checked_add(STOP));
+        match (&self.link, &self.process) {
+            (Some(link), _) => {
+                let connection = link.connection.clone();
+                tokio::spawn(async move { connection.order(Order::Stop, Vec::new(), STOP).await });
+            }
+            (None, Some(process)) => process.kill(),
+            (None, None) => {
+                self.rest(VmState::Stopped, Some(cause(CauseCode::Stopped, "It was stopped."))).await
+            }
+        }
+    }
+
+    /// The switch cannot hold the VM to its policy any more.
+    pub(super) fn expel(&mut self, why: String) {
+        if let Some(process) = &self.process {
+            process.kill();
+            self.end = self.end.take().or(Some(End::Failed { detail: why }));
+        }
+    }
+
+    pub(super) async fn on_exit(&mut self, exit: Exit) {
+        self.process = None;
+        // How it ended may still be on its way.
+        let words = async {
+            while let Some(link) = &mut self.link {
+                match link.events.recv().await {
+                    Some(Event::Report { report: Report::Ended { end }, .. }) => self.end = Some(end),
+                    // What its relays said last is recorded too.
+                    Some(Event::Report { report: Report::Relay { adapter, notice }, .. }) => {
+                        network::notice(&self.env, self.vm.id, adapter, notice).await;
+                    }
+                    Some(_) => {}
+                    None => return,
+                }
+            }
+        };
+        drop(timeout(LAST_WORDS, words).await);
+        let stopping = self.run.state == VmState::Stopping;
+        let (state, cause) = match self.end.take() {
+            _ if self.run.cause.as_ref().is_some_and(|cause| cause.code == CauseCode::BootFailed) => {
+                (VmState::Failed, self.run.cause.take())
+            }
+            Some(End::PoweredOff) => {
+                (VmState::Stopped, Some(cause(CauseCode::PoweredOff, "The guest powered off.")))
+            }
+            Some(End::Failed { detail }) => {
+                let detail: String = detail.chars().take(2000).collect();
+                (VmState::Failed, Some(cause(CauseCode::MachineFailed, &detail)))
+            }
+            Some(End::Stopped) => (VmState::Stopped, Some(cause(CauseCode::Stopped, "It was stopped."))),
+            None if stopping => (VmState::Stopped, Some(cause(CauseCode::Stopped, "It was stopped."))),
+            None => {
+                let problem = crashed(exit, &self.directory);
+                tracing::error!(vm = %self.name(), "{problem}");
+                (VmState::Failed, Some(cause(CauseCode::VmmCrashed, &problem.detail)))
+            }
+        };
+        self.rest(state, cause).await;
+    }
+
+    /// The process is gone: gives everything back, and says so.
+    pub(super) async fn rest(&mut self, state: VmState, cause: Option<Cause>) {
+        self.disconnected().await;
+        self.deadline = None;
+        let kept = self.give_back().await;
+        if let (Some(users), Some(user)) = (&self.env.users, self.run.user.take()) {
+            users.give_back(user);
+        }
+        if let Err(error) = self.directory.close() {
+            tracing::warn!(vm = %self.name(), "its control socket cannot be removed: {error}");
+        }
+        self.run.process = None;
+        self.run.cause = cause;
+        if let (Err(problem), Some(cause)) = (&kept, &mut self.run.cause) {
+            cause.detail = format!("{} Not everything could be given back: {problem}", cause.detail);
+        }
+        self.step(state).await;
+        for done in self.resting.drain(..) {
+            drop(done.send(kept.clone()));
+        }
+    }
+
+    pub(super) async fn give_back(&mut self) -> Result<(), Problem> {
+        let held = std::mem::take(&mut self.held);
+        let mut kept = claims::give_back(&self.env, held).await;
+        kept.reverse();
+        let problem = kept.first().map(|(_, problem)| problem.clone());
+        self.held = kept.into_iter().map(|(claim, _)| claim).collect();
+        problem.map_or(Ok(()), Err)
+    }
+
+    pub(super) fn last_words(&self) -> String {
+        self.directory.log_tail()
+    }
+}

@@ -1,0 +1,92 @@
+//! What a former agent left: VMs that run are taken up, the rest is put right.
+
+use super::*;
+
+impl Actor {
+    pub(super) async fn recover(&mut self) {
+        match self.env.runs.get(self.vm.id).await {
+            Ok(entry) => self.run = entry.value,
+            Err(StoreError::NotFound { .. }) => {}
+            Err(error) => tracing::error!(vm = %self.name(), "its state cannot be read: {}", chain(&error)),
+        }
+        match claims::of_vm(&self.env, self.vm.id).await {
+            Ok(held) => self.held = held,
+            Err(error) => tracing::error!(vm = %self.name(), "its claims cannot be read: {}", chain(&error)),
+        }
+        if let (Some(users), Some(user)) = (&self.env.users, self.run.user) {
+            users.keep(user);
+        }
+        if let Some(identity) = self.run.process.clone() {
+            match Process::find(&identity) {
+                Ok(Some(process)) => {
+                    self.process = Some(process);
+                    self.take_up().await;
+                    return;
+                }
+                Ok(None) => {}
+                Err(error) => tracing::error!(vm = %self.name(), "its process cannot be watched: {error}"),
+            }
+        }
+        if !self.run.state.is_at_rest() || !self.held.is_empty() {
+            self.put_right().await;
+        }
+        self.publish();
+    }
+
+    /// The process is there: goes on with it.
+    pub(super) async fn take_up(&mut self) {
+        self.publish();
+        match self.connect().await {
+            Ok(State::Empty | State::Ready) => {
+                // The former agent was about to build the machine, with files that nobody has any more.
+                self.fail(Problem::new(ProblemCode::VmmFailed, "The agent was restarted during the boot."));
+                if let Some(process) = &self.process {
+                    process.kill();
+                }
+            }
+            Ok(state) => tracing::info!(vm = %self.name(), ?state, "found running"),
+            // A later tick tries again.
+            Err(problem) => tracing::warn!(vm = %self.name(), "{problem}"),
+        }
+        if self.run.state == VmState::Stopping {
+            self.stop().await;
+        }
+    }
+
+    /// The process is not there, and the VM is not at rest or holds something.
+    pub(super) async fn put_right(&mut self) {
+        let (state, known) = (self.run.state, self.run.process.take());
+        if known.is_none() && !state.is_at_rest() {
+            // It may have been started just before the former agent died: nobody knows its number, but its socket.
+            if let Ok((connection, ..)) = Connection::open(&self.directory.control(), self.vm.id).await {
+                drop(connection.order(Order::Stop, Vec::new(), STOP).await);
+            }
+        }
+        let cause = match (state, known) {
+            (VmState::Defined | VmState::Stopped | VmState::Failed, _) => self.run.cause.take(),
+            (VmState::Stopping, _) => Some(cause(CauseCode::Stopped, "It was stopped.")),
+            (VmState::Starting, _) => {
+                let problem =
+                    Problem::new(ProblemCode::VmmFailed, "The agent was restarted during the boot.");
+                Some(boot_failed(&problem))
+            }
+            (_, Some(before)) if host_restarted(&before.boot_id) => {
+                Some(cause(CauseCode::HostRestarted, "The host was restarted while the VM was running."))
+            }
+            _ => {
+                let detail = format!("Its process ended while no agent was running. {}", self.last_words());
+                Some(cause(CauseCode::VmmCrashed, detail.trim()))
+            }
+        };
+        let rest = match state {
+            VmState::Defined | VmState::Stopped | VmState::Failed => state,
+            VmState::Stopping => VmState::Stopped,
+            _ => VmState::Failed,
+        };
+        self.rest(rest, cause).await;
+    }
+}
+
+fn host_restarted(boot_id: &str) -> bool {
+    std::fs::read_to_string("/proc/sys/kernel/random/boot_id").is_ok_and(|now| now.trim() != boot_id)
+}

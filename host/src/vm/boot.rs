@@ -1,0 +1,154 @@
+//! From a specification to a running machine.
+
+use std::{fs::File, os::fd::OwnedFd, sync::Arc, time::Duration};
+
+use api::{
+    Caller,
+    problem::{Problem, ProblemCode},
+    types::VmSpec,
+};
+use passthrough::{
+    host::{Bdf, PfError},
+    sim::is_simulated,
+};
+use tokio::sync::mpsc;
+use uuid::Uuid;
+use vmm::control::{DeviceBackend, DeviceSpec, MachineSpec, Order, SandboxSpec, State};
+
+use super::{
+    claims::Held,
+    problem::{BootFile, ToProblem, chain},
+};
+use crate::{
+    environment::Environment,
+    files,
+    store::Entry,
+    vm::record::VmRecord,
+    vmm_process::{Connection, Event, Process, VmDirectory, raise_memlock, spawn},
+};
+
+/// How long building a machine may take: much memory must be locked, and hardware reset.
+const CONFIGURE: Duration = Duration::from_secs(120);
+
+/// How long an order may take that only flips a state.
+pub(super) const PROMPT: Duration = Duration::from_secs(30);
+
+/// The files of a machine, opened with the rights of who boots it.
+pub(super) struct Files {
+    kvm: File,
+    kernel: File,
+    initramfs: Option<File>,
+}
+
+/// Opens what the machine needs.
+pub(super) async fn open_files(env: &Environment, caller: Caller, spec: &VmSpec) -> Result<Files, Problem> {
+    let (kvm, dirs, boot) = (env.kvm.clone(), env.image_dirs.clone(), spec.boot.clone());
+    let open = move || {
+        let open = |what: BootFile, path: &str| {
+            files::open_for(&caller, &dirs, path).map_err(|error| what.problem(&error))
+        };
+        let kernel = open(BootFile::Kernel, &boot.kernel)?;
+        let initramfs = match &boot.initramfs {
+            Some(path) => Some(open(BootFile::Initramfs, path)?),
+            None => None,
+        };
+        let kvm = File::options().read(true).write(true).open(&kvm).map_err(|error| {
+            Problem::new(
+                ProblemCode::KvmUnavailable,
+                format!(
+                    "{} cannot be opened ({error}): load kvm_intel or kvm_amd, enable virtualization in the \
+                     firmware, and let the agent open it.",
+                    kvm.display()
+                ),
+            )
+        })?;
+        Ok(Files { kvm, kernel, initramfs })
+    };
+    tokio::task::spawn_blocking(open)
+        .await
+        .map_err(|error| Problem::new(ProblemCode::Internal, chain(&error)))?
+}
+
+/// Starts the vmm process. It may lock as much memory as its devices need.
+pub(super) fn start(
+    env: &Environment,
+    vm: Uuid,
+    spec: &VmSpec,
+    held: &[Held],
+    directory: &VmDirectory,
+) -> Result<Process, Problem> {
+    directory.create().map_err(|error| {
+        let detail = format!("The run directory of the VM cannot be made ({error}): check --run-dir.");
+        Problem::new(ProblemCode::VmmFailed, detail)
+    })?;
+    let process = spawn(&env.program, directory, vm).map_err(|e| e.problem())?;
+    // Simulated functions reach guest memory as the process does.
+    if held.iter().any(|claim| !is_simulated(claim.value.bdf)) {
+        raise_memlock(&process, spec.memory.bytes().saturating_add(env.memlock_slack)).map_err(|error| {
+            process.kill();
+            error.problem()
+        })?;
+    }
+    Ok(process)
+}
+
+/// Builds the machine in the process and runs it.
+pub(super) async fn run(
+    env: &Environment,
+    vm: &Entry<VmRecord>,
+    directory: &VmDirectory,
+    files: Files,
+    held: &[Held],
+    user: Option<u32>,
+) -> Result<(Connection, mpsc::Receiver<Event>), Problem> {
+    let console = directory.create_console().map_err(|error| {
+        Problem::new(ProblemCode::VmmFailed, format!("The VM's console file cannot be made ({error})."))
+    })?;
+    let (connection, greeting, events) =
+        Connection::open(&directory.control(), vm.id).await.map_err(|e| e.problem())?;
+    if greeting.state != State::Empty {
+        return Err(Problem::new(ProblemCode::VmmFailed, "A new vmm process says that it is not empty."));
+    }
+    let mut fds: Vec<OwnedFd> = vec![files.kvm.into(), console.into(), files.kernel.into()];
+    let initramfs = files.initramfs.is_some();
+    fds.extend(files.initramfs.map(OwnedFd::from));
+    fds.extend(connections(env, held).await?);
+    let spec = Box::new(machine(vm, initramfs, held, user));
+    connection.order(Order::Configure { spec }, fds, CONFIGURE).await.map_err(|e| e.problem())?;
+    connection.order(Order::Run, Vec::new(), PROMPT).await.map_err(|e| e.problem())?;
+    Ok((connection, events))
+}
+
+/// Of simulated functions to their PFs.
+async fn connections(env: &Environment, held: &[Held]) -> Result<Vec<OwnedFd>, Problem> {
+    let Some(simulated) = env.inventory.simulated().map(Arc::clone) else { return Ok(Vec::new()) };
+    let vfs: Vec<Bdf> = held.iter().map(|claim| claim.value.bdf).filter(|bdf| is_simulated(*bdf)).collect();
+    let attach = move || vfs.into_iter().map(|vf| simulated.attach(vf)).collect::<Result<_, _>>();
+    let attached = tokio::task::spawn_blocking(attach).await;
+    attached
+        .map_err(|error| Problem::new(ProblemCode::Internal, chain(&error)))?
+        .map_err(|error: PfError| error.problem())
+}
+
+fn machine(vm: &Entry<VmRecord>, initramfs: bool, held: &[Held], user: Option<u32>) -> MachineSpec {
+    let spec = &vm.value.spec;
+    let device = |claim: &Held| DeviceSpec {
+        bdf: claim.value.bdf.to_string(),
+        backend: match claim.value.group {
+            Some(group) => DeviceBackend::Vfio { group },
+            None => DeviceBackend::Simulated,
+        },
+        adapter: claim.value.adapter.as_ref().map(|vf| vf.id.to_string()),
+    };
+    MachineSpec {
+        vm: vm.id,
+        name: spec.name.to_string(),
+        cpus: spec.cpus,
+        memory: spec.memory.bytes(),
+        hugepages: spec.hugepages,
+        cmdline: spec.boot.cmdline.clone(),
+        initramfs,
+        devices: held.iter().map(device).collect(),
+        sandbox: SandboxSpec { uid: user, gid: user },
+    }
+}

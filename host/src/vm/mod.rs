@@ -1,0 +1,173 @@
+//! One task per VM owns its life; everybody else sends it commands and reads copies of its status.
+//!
+//! ```text
+//!             boot                         run
+//!  Defined ─────────▶ Starting ─▶ Ready ─────────▶ Running ◀─────────▶ Paused
+//!                        │                         │  ▲    pause/resume  │
+//!  Stopped ──boot──▶     │ cannot                  ▼  │ reboot, guest    │
+//!                        ▼                      Rebooting   reset        │
+//!  Failed ◀──────────────┴── crash, machine failure ──┤                  │
+//!    └────boot──▶                                     ▼                  │
+//!  Stopped ◀──────────────────── Stopping ◀── stop ───┴──────────────────┘
+//!             process gone, functions given back; guest power-off likewise
+//! ```
+//!
+//! Who may move it: `actor` only, told by commands (the API), by reports (the vmm, which the guest may have taken
+//! over: reports move it between Running, Paused and Rebooting, or to its end, never back) and by the process's exit.
+
+mod actor;
+mod boot;
+pub mod claims;
+pub mod network;
+pub mod problem;
+pub mod record;
+
+use std::sync::Arc;
+
+use api::{
+    Caller,
+    problem::{Problem, ProblemCode},
+    types::{Name, VmAction, VmState},
+};
+use tokio::sync::{mpsc, oneshot, watch};
+use uuid::Uuid;
+
+use self::{
+    claims::Held,
+    record::{RunRecord, VmRecord},
+};
+use crate::{environment::Environment, store::Entry, vmm_process::Connection};
+
+/// Commands that wait for a VM's task.
+const QUEUE: usize = 32;
+
+/// The end of an action: completes when it is done, or could not be.
+pub type Completion = oneshot::Receiver<Result<(), Problem>>;
+
+/// What a VM's task can be told.
+enum Command {
+    /// Do it. The first answer says whether it was begun.
+    Act { action: VmAction, caller: Caller, begun: oneshot::Sender<Result<Completion, Problem>> },
+    /// Stop, give back, forget. The task ends.
+    Delete { done: oneshot::Sender<Result<(), Problem>> },
+    /// The agent ends; the VM runs on. The task ends.
+    Leave { done: oneshot::Sender<()> },
+}
+
+/// A VM at one moment.
+#[derive(Clone, Debug, Default)]
+pub struct Status {
+    /// Its state, as stored.
+    pub run: RunRecord,
+    /// What it holds.
+    pub held: Vec<Held>,
+}
+
+/// The handle of a VM's task.
+#[derive(Clone)]
+pub struct VmHandle {
+    /// The VM's id.
+    pub id: Uuid,
+    /// The VM as it was asked for.
+    pub record: Arc<Entry<VmRecord>>,
+    commands: mpsc::Sender<Command>,
+    status: watch::Receiver<Status>,
+    connection: watch::Receiver<Option<Connection>>,
+    console: watch::Receiver<u64>,
+}
+
+impl VmHandle {
+    /// Starts the task of a VM that is in the store. What a former agent was doing with it is taken up or put right
+    /// before the first command.
+    pub fn start(env: Arc<Environment>, record: Entry<VmRecord>) -> Self {
+        let (commands, inbox) = mpsc::channel(QUEUE);
+        let (status_out, status) = watch::channel(Status::default());
+        let (connection_out, connection) = watch::channel(None);
+        let (console_out, console) = watch::channel(0);
+        let record = Arc::new(record);
+        let outlets =
+            actor::Outlets { status: status_out, connection: connection_out, console: Arc::new(console_out) };
+        tokio::spawn(actor::run(env, Arc::clone(&record), inbox, outlets));
+        Self { id: record.id, record, commands, status, connection, console }
+    }
+
+    /// Its name.
+    #[must_use]
+    pub fn name(&self) -> &Name {
+        &self.record.value.spec.name
+    }
+
+    /// Where it is now.
+    #[must_use]
+    pub fn status(&self) -> Status {
+        self.status.borrow().clone()
+    }
+
+    /// Its state now.
+    #[must_use]
+    pub fn state(&self) -> VmState {
+        self.status.borrow().run.state
+    }
+
+    /// Status changes.
+    #[must_use]
+    pub fn follow(&self) -> watch::Receiver<Status> {
+        self.status.clone()
+    }
+
+    /// Changes whenever the console has grown.
+    #[must_use]
+    pub fn console_growth(&self) -> watch::Receiver<u64> {
+        self.console.clone()
+    }
+
+    /// The connection to its process.
+    ///
+    /// # Errors
+    /// `wrong_state` while there is none.
+    pub fn connection(&self) -> Result<Connection, Problem> {
+        self.connection.borrow().clone().ok_or_else(|| {
+            let detail = format!("The VM {} is {} and has no process: boot it.", self.name(), self.state());
+            Problem::new(ProblemCode::WrongState, detail)
+        })
+    }
+
+    /// Begins an action. What can be said at once is the error; the completion tells the rest.
+    ///
+    /// # Errors
+    /// A problem; nothing was begun.
+    pub async fn act(&self, action: VmAction, caller: Caller) -> Result<Completion, Problem> {
+        let (begun, answer) = oneshot::channel();
+        self.send(Command::Act { action, caller, begun }).await?;
+        answer.await.map_err(|_| self.gone())?
+    }
+
+    /// Stops the VM, gives back what it holds, and forgets it.
+    ///
+    /// # Errors
+    /// A problem: what could not be given back. The VM is still there then.
+    pub async fn delete(&self) -> Result<(), Problem> {
+        let (done, answer) = oneshot::channel();
+        self.send(Command::Delete { done }).await?;
+        answer.await.map_err(|_| self.gone())?
+    }
+
+    /// Ends the task and leaves the VM running.
+    pub async fn leave(&self) {
+        let (done, answer) = oneshot::channel();
+        if self.send(Command::Leave { done }).await.is_ok() {
+            drop(answer.await);
+        }
+    }
+
+    async fn send(&self, command: Command) -> Result<(), Problem> {
+        self.commands.send(command).await.map_err(|_| self.gone())
+    }
+
+    fn gone(&self) -> Problem {
+        Problem::not_found("VM", self.name())
+    }
+}
+
+#[cfg(test)]
+pub(crate) mod tests;

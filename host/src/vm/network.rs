@@ -1,0 +1,200 @@
+//! A VM's adapters at the switch: what the VM's task and its claims need of it.
+//!
+//! An environment without a switch has adapters under the default policy, whose questions nobody answers: the relay then
+//! refuses them all.
+
+use std::sync::Arc;
+
+use api::{
+    problem::{Problem, ProblemCode},
+    types::VmSpec,
+};
+use netpolicy::{MacAddress, Name, VfRef, VmId, VmRef};
+use passthrough::{host::VfChange, relay::Notice, sim::is_simulated};
+use tokio::sync::mpsc;
+use uuid::Uuid;
+use vmm::control::Ask;
+
+use super::{
+    claims::Held,
+    problem::ToProblem,
+    record::{ClaimedVf, macs},
+};
+use crate::{
+    environment::Environment,
+    switch::{
+        Adapter, Uplinks, VmLink,
+        clean::{Function, clean},
+    },
+    vmm_process::Connection,
+};
+
+/// The VM's adapters get ports, where they have none.
+///
+/// # Errors
+/// No such port group, or an address is in use.
+pub async fn attach(env: &Environment, vm: Uuid, spec: &VmSpec) -> Result<(), Problem> {
+    let Some(policy) = &env.policy else { return Ok(()) };
+    let name = Name::new(spec.name.to_string())
+        .map_err(|error| Problem::new(ProblemCode::InvalidRequest, error.to_string()))?;
+    let adapter = |(wanted, (_, mac)): (&api::types::AdapterSpec, (_, api::types::UnicastMac))| Adapter {
+        id: wanted.id.to_string(),
+        group: wanted.port_group.as_ref().map(ToString::to_string),
+        mac: MacAddress::new(mac.octets()),
+    };
+    let adapters: Vec<Adapter> = spec.adapters.iter().zip(macs(vm, spec)).map(adapter).collect();
+    let vm = VmRef { id: VmId(vm), name };
+    policy.switch.attach(vm, adapters).await.map_err(|error| error.problem())
+}
+
+/// The VM is deleted: its ports too.
+///
+/// # Errors
+/// A port still has a VF, or the store fails.
+pub async fn detach(env: &Environment, vm: Uuid) -> Result<(), Problem> {
+    let Some(policy) = &env.policy else { return Ok(()) };
+    policy.switch.detach(VmId(vm)).await.map_err(|error| error.problem())
+}
+
+/// Where the VFs of an attached VM's adapters may come from; None: from anywhere.
+///
+/// # Errors
+/// The PFs cannot be read.
+pub async fn plan(env: &Environment, vm: Uuid) -> Result<Option<Vec<Uplinks>>, Problem> {
+    let Some(policy) = &env.policy else { return Ok(None) };
+    policy.switch.plan(VmId(vm)).await.map(Some).map_err(|error| error.problem())
+}
+
+/// Whether a PF may give an adapter its VF.
+///
+/// # Errors
+/// A problem that says why not, naming the setting if the PF cannot enforce one.
+pub(super) fn check_uplink(plan: Option<&[Uplinks]>, adapter: &str, pf: &str) -> Result<(), Problem> {
+    let Some(uplinks) = plan.and_then(|plan| plan.iter().find(|uplinks| uplinks.adapter == adapter)) else {
+        return Ok(());
+    };
+    if uplinks.pfs.iter().any(|name| name == pf) {
+        return Ok(());
+    }
+    let unfit = uplinks.unfit.iter().find(|(name, _)| name == pf);
+    Err(match unfit {
+        Some((_, why)) => {
+            Problem::new(ProblemCode::PolicyUnenforceable, format!("Adapter {adapter} on PF {pf}: {why}"))
+        }
+        None => Problem::new(
+            ProblemCode::NoFreeVf,
+            format!(
+                "PF {pf} is no uplink of the switch {} of adapter {adapter}: add it there, or use another VF.",
+                uplinks.switch
+            ),
+        ),
+    })
+}
+
+fn vf(claimed: &ClaimedVf) -> VfRef {
+    VfRef { pf: claimed.pf_name.clone(), index: claimed.index.into() }
+}
+
+/// Binds a claimed VF to its port and programs the PF. False if there is no switch.
+///
+/// # Errors
+/// The PF cannot enforce the policy, or refuses.
+pub(super) async fn bind(env: &Environment, held: &Held, claimed: &ClaimedVf) -> Result<bool, Problem> {
+    let Some(policy) = &env.policy else { return Ok(false) };
+    let (vm, vf, bdf) = (VmId(held.value.vm), vf(claimed), held.value.bdf.to_string());
+    let changes: Vec<VfChange> = policy
+        .switch
+        .bind(vm, claimed.id.as_str(), vf.clone(), bdf)
+        .await
+        .map_err(|error| error.problem())?;
+    policy.switch.program(&vf, changes).await.map_err(|error| error.problem())?;
+    Ok(true)
+}
+
+/// Takes from a VF what its tenant left, before it is unbound. Its process must have ended.
+///
+/// # Errors
+/// The PF did not confirm it: nobody else may have the VF.
+pub(super) async fn clean_vf(env: &Environment, held: &Held) -> Result<(), Problem> {
+    let (Some(policy), Some(claimed)) = (&env.policy, &held.value.adapter) else { return Ok(()) };
+    let left = policy.switch.release(VmId(held.value.vm), claimed.id.as_str()).await;
+    let Some(left) = left.map_err(|error| error.problem())? else { return Ok(()) };
+    let (inventory, bdf) = (env.inventory.clone(), held.value.bdf);
+    if !inventory.has_device(bdf) {
+        return Ok(());
+    }
+    // A VF that its host took away while the guest ran has no driver: cleaning needs vfio-pci. One that the host
+    // has given to another driver is in that driver's hands.
+    let bindings = inventory.clone();
+    let bound = tokio::task::spawn_blocking(move || match bindings.current_binding(bdf) {
+        Ok(binding) if binding.driver.is_none() => bindings.bind_vfio(bdf).map(|()| true),
+        Ok(binding) => Ok(binding.driver.as_deref() == Some("vfio-pci")),
+        Err(error) => Err(error),
+    });
+    let bound = bound.await.map_err(|error| Problem::new(ProblemCode::Internal, error.to_string()))?;
+    if !bound.map_err(|error| error.problem())? {
+        tracing::warn!(vf = %bdf, "not cleaned of its last tenant's filters: the host has bound it to another driver");
+        return Ok(());
+    }
+    let function = match inventory.simulated() {
+        Some(simulated) if is_simulated(bdf) => Function::Simulated(Arc::clone(simulated), bdf),
+        _ => Function::Vfio(inventory.device_dir(bdf)),
+    };
+    clean(policy.switch.pf(), function, &left).await.map_err(|error| error.problem())
+}
+
+/// The VF is given back.
+///
+/// # Errors
+/// The store fails.
+pub(super) async fn unbind(env: &Environment, held: &Held) -> Result<(), Problem> {
+    let (Some(policy), Some(claimed)) = (&env.policy, &held.value.adapter) else { return Ok(()) };
+    match policy.switch.released(VmId(held.value.vm), claimed.id.as_str()).await {
+        Ok(()) => Ok(()),
+        // Claimed and never attached, or its VM was forgotten: nothing is bound.
+        Err(crate::switch::SwitchError::NotFound { .. }) => Ok(()),
+        Err(error) => Err(error.problem()),
+    }
+}
+
+/// The VM's process can be talked to. What must not go on is told by `stop`.
+pub(super) async fn connected(
+    env: &Environment,
+    vm: Uuid,
+    connection: &Connection,
+    stop: &mpsc::Sender<String>,
+) {
+    if let Some(policy) = &env.policy {
+        let link = VmLink::new(connection.clone(), stop.clone());
+        policy.switch.connected(VmId(vm), Arc::new(link)).await;
+    }
+}
+
+/// The VM's process cannot be talked to.
+pub(super) async fn disconnected(env: &Environment, vm: Uuid) {
+    if let Some(policy) = &env.policy {
+        policy.switch.disconnected(VmId(vm)).await;
+    }
+}
+
+/// A question of the VM's process.
+pub(super) async fn ask(env: &Environment, vm: Uuid, id: u64, ask: Ask) {
+    let Ask::Mailbox { adapter, question } = ask;
+    if let Some(policy) = &env.policy {
+        policy.switch.ask(VmId(vm), adapter, id, question).await;
+    }
+}
+
+/// A notice of one of the VM's relays. Returns when it may be forgotten there.
+pub(super) async fn notice(env: &Environment, vm: Uuid, adapter: String, notice: Notice) {
+    if let Some(policy) = &env.policy {
+        policy.switch.notice(VmId(vm), adapter, notice).await;
+    }
+}
+
+/// The guest begins again.
+pub(super) async fn rebooted(env: &Environment, vm: Uuid) {
+    if let Some(policy) = &env.policy {
+        policy.switch.rebooted(VmId(vm)).await;
+    }
+}

@@ -1,0 +1,167 @@
+//! What the store keeps of VMs, of what they hold, and of PFs.
+
+use std::collections::BTreeMap;
+
+use api::types::{Cause, Name, Timestamp, UnicastMac, VmSpec, VmState};
+use passthrough::host::{Bdf, PreviousBinding, VfSettings};
+use serde::{Deserialize, Serialize};
+use uuid::Uuid;
+
+use crate::{store::Record, vmm_process::Identity};
+
+/// A VM as it was asked for.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct VmRecord {
+    /// When it was created.
+    pub created: Timestamp,
+    /// What was asked.
+    pub spec: VmSpec,
+}
+
+impl Record for VmRecord {
+    const KIND: &'static str = "vm";
+}
+
+/// A VM as it is. Its id is the VM's.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct RunRecord {
+    /// Where it is in its life.
+    pub state: VmState,
+    /// Since when.
+    pub since: Timestamp,
+    /// Why it ended.
+    #[serde(default)]
+    pub cause: Option<Cause>,
+    /// Boots of its process.
+    #[serde(default)]
+    pub boots: u64,
+    /// Its process, while it has one.
+    #[serde(default)]
+    pub process: Option<Identity>,
+    /// The user that its process runs as, if it is one of its own.
+    #[serde(default)]
+    pub user: Option<u32>,
+    /// Functions that the running guest lost, by address.
+    #[serde(default)]
+    pub lost: BTreeMap<String, Cause>,
+}
+
+impl Default for RunRecord {
+    fn default() -> Self {
+        Self {
+            state: VmState::Defined,
+            since: Timestamp::now(),
+            cause: None,
+            boots: 0,
+            process: None,
+            user: None,
+            lost: BTreeMap::new(),
+        }
+    }
+}
+
+impl Record for RunRecord {
+    const KIND: &'static str = "run";
+}
+
+/// A function that a VM holds. Stored under its PCI address, so that it has one owner.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Claim {
+    /// The VM.
+    pub vm: Uuid,
+    /// The VM's name, for messages.
+    pub vm_name: String,
+    /// Its place among the functions of the VM.
+    pub slot: usize,
+    /// The function.
+    pub bdf: Bdf,
+    /// Its IOMMU group; None for a simulated one.
+    pub group: Option<u32>,
+    /// What makes it a network adapter; None for a plain device.
+    pub adapter: Option<ClaimedVf>,
+    /// What it was before; None as long as nothing has been changed.
+    pub before: Option<Before>,
+}
+
+impl Record for Claim {
+    const KIND: &'static str = "claim";
+}
+
+/// A VF under policy.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct ClaimedVf {
+    /// The adapter's id.
+    pub id: Name,
+    /// The PF.
+    pub pf: Bdf,
+    /// The PF's interface.
+    pub pf_name: String,
+    /// The VF's number on the PF.
+    pub index: u16,
+    /// The initial address.
+    pub mac: UnicastMac,
+}
+
+/// What a function was before it was claimed.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Before {
+    /// Its driver.
+    pub binding: PreviousBinding,
+    /// What the PF had set for it.
+    pub settings: Option<VfSettings>,
+}
+
+/// A PF as the agent knows it. Its id is made from its address.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct PfRecord {
+    /// When the agent first saw it.
+    pub created: Timestamp,
+    /// How many VFs it should have.
+    pub vfs: u32,
+}
+
+impl Record for PfRecord {
+    const KIND: &'static str = "pf";
+}
+
+/// The address of an adapter that was not given one: locally administered, and the same for ever.
+#[must_use]
+pub fn generated_mac(vm: Uuid, adapter: &Name) -> UnicastMac {
+    // FNV-1a, 64 bits: spelled out here because the address must never change with a library.
+    let hash = vm
+        .as_bytes()
+        .iter()
+        .chain(adapter.as_str().as_bytes())
+        .fold(0xcbf2_9ce4_8422_2325_u64, |hash, byte| {
+            (hash ^ u64::from(*byte)).wrapping_mul(0x0100_0000_01b3)
+        });
+    let [a, b, c, d, e, f, _, _] = hash.to_le_bytes();
+    // Never multicast, never zero: the second bit of the first byte is set, the first is not.
+    UnicastMac::new([(a & 0xfc) | 2, b, c, d, e, f])
+        .unwrap_or_else(|| unreachable!("the local bit is set and the group bit is not"))
+}
+
+/// The address of each adapter of a VM.
+pub fn macs(vm: Uuid, spec: &VmSpec) -> impl Iterator<Item = (&Name, UnicastMac)> {
+    spec.adapters
+        .iter()
+        .map(move |adapter| (&adapter.id, adapter.mac.unwrap_or_else(|| generated_mac(vm, &adapter.id))))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn generated_addresses_are_local_and_never_change() {
+        let vm = Uuid::from_u128(0x6b1e_3f9e_7f1d_4a53_9d5e_0d6e_5a1c_2b3a);
+        let mac = |name: &str| generated_mac(vm, &name.parse().unwrap());
+        // Written down once: a release that makes another address breaks its users' networks.
+        assert_eq!(mac("eth0").to_string(), "6e:13:49:af:18:9e");
+        assert_ne!(mac("eth0"), mac("eth1"));
+        for n in 0..1000_u128 {
+            let first = generated_mac(Uuid::from_u128(n), &"eth0".parse().unwrap()).octets()[0];
+            assert_eq!(first & 3, 2);
+        }
+    }
+}

@@ -1,0 +1,244 @@
+//! A vmm without a machine: speaks the control protocol, and does what is typed on its console.
+//!
+//! It is this test program, started by the agent as it starts a vmm: as a test that only does something when it is
+//! called with a descriptor and an id.
+
+use std::{
+    collections::VecDeque,
+    fs::File,
+    os::{
+        fd::{FromRawFd, OwnedFd},
+        unix::fs::FileExt,
+    },
+    time::{Duration, Instant},
+};
+
+use passthrough::relay::{Decision, Forwarded, How, Notice, Question};
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
+use uuid::Uuid;
+use vmm::control::{
+    Answer, Ask, Channel, DeviceBackend, DeviceLoss, DeviceSpec, End, Failure, FailureCode, Listener, Order,
+    Outcome, Report, State, Stats, ToAgent, ToVmm,
+};
+
+/// The name of the test that is the vmm.
+pub(crate) const NAME: &str = "vm::tests::fake_vmm::fake_vmm";
+
+/// One that nobody talks to ends: a failed test leaves nothing behind.
+const LONELY: Duration = Duration::from_secs(20);
+
+#[test]
+fn fake_vmm() {
+    let mut arguments = std::env::args().rev();
+    let vm = arguments.next().and_then(|last| Uuid::parse_str(&last).ok());
+    let (Some(vm), Some("3")) = (vm, arguments.next().as_deref()) else { return };
+    // SAFETY: the agent gives its listening socket as number 3, and nothing else in this process knows it.
+    let socket = unsafe { OwnedFd::from_raw_fd(3) };
+    let mut fake = Fake {
+        vm,
+        channel: None,
+        state: State::Empty,
+        boots: 0,
+        seq: 0,
+        reports: VecDeque::new(),
+        console: None,
+        written: 0,
+        waiters: Vec::new(),
+        later: None,
+        ended: false,
+        asked: 0,
+    };
+    fake.serve(&Listener::from_fd(socket));
+    std::process::exit(0);
+}
+
+struct Fake {
+    vm: Uuid,
+    channel: Option<Channel>,
+    state: State,
+    boots: u64,
+    seq: u64,
+    reports: VecDeque<(u64, Report)>,
+    console: Option<File>,
+    written: u64,
+    waiters: Vec<(u64, u64)>,
+    later: Option<(Instant, String)>,
+    ended: bool,
+    asked: u64,
+}
+
+impl Fake {
+    fn serve(&mut self, listener: &Listener) {
+        let mut heard = Instant::now();
+        loop {
+            if self.ended && self.reports.is_empty() {
+                return;
+            }
+            assert!(heard.elapsed() < LONELY || self.channel.is_some(), "nobody talks to this vmm");
+            if let Some((_, word)) = self.later.take_if(|(at, _)| *at <= Instant::now()) {
+                self.obey(&word);
+            }
+            let mut fds = vec![PollFd::new(listener, PollFlags::IN)];
+            fds.extend(self.channel.as_ref().map(|channel| PollFd::new(channel, PollFlags::IN)));
+            let pause = Timespec { tv_sec: 0, tv_nsec: 50_000_000 };
+            poll(&mut fds, Some(&pause)).unwrap();
+            let ready: Vec<bool> = fds.iter().map(|fd| !fd.revents().is_empty()).collect();
+            drop(fds);
+            if ready[0] {
+                self.channel = Some(listener.accept().unwrap());
+                heard = Instant::now();
+                continue;
+            }
+            let Some(channel) = self.channel.as_ref().filter(|_| ready.get(1) == Some(&true)) else {
+                continue;
+            };
+            heard = Instant::now();
+            match channel.receive::<ToVmm>() {
+                Ok((message, fds)) => self.on_message(message, fds),
+                Err(_) => self.channel = None,
+            }
+        }
+    }
+
+    fn say(&self, message: &ToAgent) {
+        if let Some(channel) = &self.channel {
+            drop(channel.send(message, &[]));
+        }
+    }
+
+    fn report(&mut self, report: Report) {
+        self.seq += 1;
+        self.reports.push_back((self.seq, report.clone()));
+        self.say(&ToAgent::Report { seq: self.seq, report });
+    }
+
+    fn enter(&mut self, state: State) {
+        self.state = state;
+        self.report(Report::State { state, boots: self.boots });
+    }
+
+    fn on_message(&mut self, message: ToVmm, fds: Vec<OwnedFd>) {
+        match message {
+            ToVmm::Hello { newest, vm, .. } => {
+                assert_eq!(vm, self.vm);
+                self.say(&ToAgent::Hello { version: newest, state: self.state, boots: self.boots });
+                for (seq, report) in self.reports.clone() {
+                    self.say(&ToAgent::Report { seq, report });
+                }
+            }
+            ToVmm::Noted { upto } => self.reports.retain(|(seq, _)| *seq > upto),
+            ToVmm::Answer { answer: Answer::Mailbox { adapter, verdict }, .. } => {
+                // Its PF acknowledges whatever is forwarded.
+                if let Decision::Grant { how: How::Forward } = verdict.decision {
+                    let notice = Notice::Forwarded { seq: verdict.seq, outcome: Forwarded::Accepted };
+                    self.report(Report::Relay { adapter, notice });
+                }
+            }
+            ToVmm::Order { id, order } => {
+                if let Some(result) = self.on_order(id, order, fds) {
+                    self.say(&ToAgent::Done { id, result });
+                }
+            }
+        }
+    }
+
+    fn on_order(&mut self, id: u64, order: Order, fds: Vec<OwnedFd>) -> Option<Result<Outcome, Failure>> {
+        match order {
+            Order::Configure { spec } => match spec.cmdline.as_str() {
+                "refuse-kernel" => {
+                    let failure = Failure { code: FailureCode::Kernel, detail: "It is no kernel".into() };
+                    return Some(Err(failure));
+                }
+                "die" => std::process::exit(7),
+                "hang-up" => {
+                    self.channel = None;
+                    return None;
+                }
+                _ => {
+                    let simulated = |device: &&DeviceSpec| device.backend == DeviceBackend::Simulated;
+                    let connections = spec.devices.iter().filter(simulated).count();
+                    assert_eq!(fds.len(), 3 + connections, "/dev/kvm, console, kernel, simulated VFs");
+                    self.console = fds.into_iter().nth(1).map(File::from);
+                    self.enter(State::Ready);
+                }
+            },
+            Order::Run => {
+                self.boots = self.boots.max(1);
+                self.enter(State::Running);
+            }
+            Order::Pause => self.enter(State::Paused),
+            Order::Reboot => {
+                self.boots += 1;
+                self.enter(State::Running);
+            }
+            Order::PowerButton => self.later = Some((Instant::now(), "poweroff".into())),
+            Order::Stop => {
+                self.say(&ToAgent::Done { id, result: Ok(Outcome::Done) });
+                std::process::exit(0);
+            }
+            Order::Stats => {
+                return Some(Ok(Outcome::Stats(Box::new(Stats { boots: self.boots, ..Stats::default() }))));
+            }
+            Order::ConsoleInput { bytes } => {
+                let taken = bytes.len();
+                self.say(&ToAgent::Done { id, result: Ok(Outcome::ConsoleTaken { taken }) });
+                self.obey(&String::from_utf8(bytes).unwrap());
+                return None;
+            }
+            Order::ConsoleWait { offset } => {
+                self.waiters.push((id, offset));
+                self.wake();
+                return None;
+            }
+            _ => {}
+        }
+        Some(Ok(Outcome::Done))
+    }
+
+    fn wake(&mut self) {
+        let written = self.written;
+        let (ready, rest) = self.waiters.drain(..).partition(|(_, offset)| written > *offset);
+        self.waiters = rest;
+        let ready: Vec<(u64, u64)> = ready;
+        for (id, _) in ready {
+            self.say(&ToAgent::Done { id, result: Ok(Outcome::Done) });
+        }
+    }
+
+    fn obey(&mut self, words: &str) {
+        let (word, rest) = words.split_once(' ').unwrap_or((words, ""));
+        match word {
+            "crash" => {
+                eprintln!("last words of the fake");
+                std::process::abort();
+            }
+            "poweroff" => self.end(End::PoweredOff),
+            "fail" => self.end(End::Failed { detail: "The guest did something unspeakable".into() }),
+            "poweroff-later" | "crash-later" => {
+                let at = Instant::now() + Duration::from_millis(200);
+                self.later = Some((at, word.trim_end_matches("-later").into()));
+            }
+            "lose" => self.report(Report::DeviceLost { bdf: rest.into(), why: DeviceLoss::Requested }),
+            "ask" => {
+                self.asked += 1;
+                let question = Question { seq: self.asked, request: serde_json::from_str(rest).unwrap() };
+                let ask = Ask::Mailbox { adapter: "eth0".into(), question };
+                self.say(&ToAgent::Ask { id: self.asked, ask });
+            }
+            "print" => {
+                let console = self.console.as_ref().unwrap();
+                console.write_all_at(rest.as_bytes(), 4096 + self.written).unwrap();
+                self.written += rest.len() as u64;
+                console.write_all_at(&self.written.to_le_bytes(), 0).unwrap();
+                self.wake();
+            }
+            _ => {}
+        }
+    }
+
+    fn end(&mut self, end: End) {
+        self.state = State::Ended;
+        self.report(Report::Ended { end });
+        self.ended = true;
+    }
+}

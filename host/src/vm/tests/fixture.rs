@@ -1,0 +1,242 @@
+//! A made-up host.
+
+use std::{
+    collections::BTreeMap,
+    path::Path,
+    sync::{Arc, Mutex},
+    time::Duration,
+};
+
+use api::{
+    Caller,
+    problem::ProblemCode,
+    types::{Timestamp, VmAction, VmSpec, VmState},
+};
+use netpolicy::PfCapabilities;
+use passthrough::host::{
+    Bdf, PfControl, PfError, Sysfs, VfChange, VfSettings,
+    fake::{FakePf, FakeSysfs},
+};
+use tokio::time::timeout;
+use uuid::Uuid;
+use vmm::control::Order;
+
+use crate::{
+    decisions::{DecisionLog, KEPT, events::EventHub},
+    environment::Environment,
+    pf::{HostPfs, PfHandle},
+    sim::Simulated,
+    store::{Entry, Expect, SqliteStore},
+    switch::{Parts, Policy, SwitchHandle, Timing},
+    vm::{VmHandle, record::VmRecord},
+    vmm_process::Program,
+};
+
+pub(crate) const PF: Bdf = Bdf::new(0, 1, 0, 0).unwrap();
+pub(crate) const VF0: Bdf = Bdf::new(0, 1, 0x10, 0).unwrap();
+pub(crate) const VF1: Bdf = Bdf::new(0, 1, 0x10, 2).unwrap();
+
+/// No step of a test takes longer.
+pub(crate) const PATIENCE: Duration = Duration::from_secs(20);
+
+/// One PF that many handles configure, as the kernel's.
+struct SharedPf(Arc<Mutex<FakePf>>);
+
+impl PfControl for SharedPf {
+    fn name(&self) -> &'static str {
+        "eth0"
+    }
+
+    fn capabilities(&mut self) -> Result<PfCapabilities, PfError> {
+        self.0.lock().unwrap().capabilities()
+    }
+
+    fn read_all(&mut self) -> Result<BTreeMap<u16, VfSettings>, PfError> {
+        self.0.lock().unwrap().read_all()
+    }
+
+    fn set(&mut self, vf: u16, change: VfChange) -> Result<(), PfError> {
+        self.0.lock().unwrap().set(vf, change)
+    }
+}
+
+pub(crate) struct Host {
+    pub(crate) env: Arc<Environment>,
+    pub(crate) sysfs: FakeSysfs,
+    pub(crate) pf: Arc<Mutex<FakePf>>,
+    fresh: VfSettings,
+    dir: tempfile::TempDir,
+}
+
+impl Host {
+    /// A PF with two VFs that igbvf has, and a kernel file.
+    pub(crate) fn new() -> Self {
+        let dir = tempfile::tempdir().unwrap();
+        let path = |name: &str| {
+            let path = dir.path().join(name);
+            std::fs::create_dir(&path).unwrap();
+            path
+        };
+        let sysfs = FakeSysfs::new(path("sys"));
+        sysfs.add_igb(PF, "eth0");
+        sysfs.sysfs().set_num_vfs(PF, 2, None).unwrap();
+        std::fs::write(path("images").join("kernel"), "not really").unwrap();
+        let pf = Arc::new(Mutex::new(FakePf::new("eth0", 2)));
+        let env = Arc::new(environment(dir.path(), &sysfs.sysfs(), &pf));
+        let fresh = pf.lock().unwrap().read(0).unwrap();
+        Self { env, sysfs, pf, fresh, dir }
+    }
+
+    /// With a switch, as every agent has one outside of tests.
+    pub(crate) async fn with_switch() -> Self {
+        Self::with_environment(|_| {}).await
+    }
+
+    /// With simulated adapters beside its own.
+    pub(crate) async fn with_simulated(simulated: Arc<Simulated>) -> Self {
+        Self::with_environment(|env| env.add_simulated(simulated)).await
+    }
+
+    /// As an agent without root sees it.
+    pub(crate) async fn with_simulated_only(simulated: Arc<Simulated>) -> Self {
+        Self::with_environment(|env| {
+            env.inventory.leave_out_hardware();
+            env.add_simulated(simulated);
+        })
+        .await
+    }
+
+    async fn with_environment(change: impl FnOnce(&mut Environment)) -> Self {
+        let mut host = Self::new();
+        let mut env = environment(host.dir.path(), &host.sysfs.sysfs(), &host.pf);
+        change(&mut env);
+        let path = host.dir.path().join("state/portcullis.db");
+        let events = EventHub::default();
+        let decisions = DecisionLog::open(&path, KEPT, events.clone()).unwrap();
+        let parts = Parts {
+            store: Arc::new(SqliteStore::open(&path).unwrap()),
+            pf: PfHandle::start(HostPfs::new(env.inventory.clone(), Arc::clone(&env.open_pf))).unwrap(),
+            decisions: decisions.clone(),
+            events: events.clone(),
+            hints: None,
+            timing: Timing { confirm: Duration::from_millis(300), ..Timing::default() },
+            #[cfg(feature = "test-support")]
+            bypass: false,
+        };
+        let switch = SwitchHandle::start(parts).await.unwrap();
+        env.policy = Some(Policy { switch, decisions, events });
+        host.env = Arc::new(env);
+        host
+    }
+
+    /// What a new agent on this host begins with.
+    pub(crate) fn new_agent(&mut self) {
+        self.env = Arc::new(environment(self.dir.path(), &self.sysfs.sysfs(), &self.pf));
+    }
+
+    pub(crate) async fn create(&self, name: &str, change: impl FnOnce(&mut VmSpec)) -> VmHandle {
+        let mut spec = spec(name);
+        change(&mut spec);
+        let (id, value) = (Uuid::new_v4(), VmRecord { created: Timestamp::now(), spec });
+        let revision = self.env.vms.put(id, name, &value, Expect::Absent).await.unwrap();
+        VmHandle::start(Arc::clone(&self.env), Entry { id, name: name.into(), revision, value })
+    }
+
+    pub(crate) async fn load(&self, id: Uuid) -> VmHandle {
+        VmHandle::start(Arc::clone(&self.env), self.env.vms.get(id).await.unwrap())
+    }
+
+    /// Does it and waits for its end.
+    pub(crate) async fn act(&self, vm: &VmHandle, action: VmAction) -> Result<(), ProblemCode> {
+        let done = timeout(PATIENCE, vm.act(action, caller())).await.unwrap().map_err(|p| p.code)?;
+        timeout(PATIENCE, done).await.unwrap().unwrap().map_err(|p| p.code)
+    }
+
+    /// Types a word that the fake vmm obeys.
+    pub(crate) async fn tell(&self, vm: &VmHandle, word: &str) {
+        let order = Order::ConsoleInput { bytes: word.into() };
+        // One that dies of it does not answer.
+        drop(vm.connection().unwrap().order(order, Vec::new(), PATIENCE).await);
+    }
+
+    pub(crate) async fn reaches(&self, vm: &VmHandle, state: VmState) {
+        let mut status = vm.follow();
+        let found = timeout(PATIENCE, status.wait_for(|status| status.run.state == state)).await;
+        assert!(found.is_ok(), "{} in place of {state}", vm.state());
+    }
+
+    /// Waits for the VM to be at rest, after what a former agent left was looked at.
+    pub(crate) async fn at_rest(&self, vm: &VmHandle) {
+        let mut status = vm.follow();
+        let rest = status.wait_for(|status| {
+            status.run.state.is_at_rest()
+                && status.run.state != VmState::Defined
+                && status.run.cause.is_some()
+        });
+        let found = timeout(PATIENCE, rest).await.map(drop);
+        assert!(found.is_ok(), "{} and not at rest", vm.state());
+    }
+
+    /// Asserts that nothing on the host tells that there was a VM.
+    pub(crate) async fn assert_untouched(&self) {
+        assert_eq!(self.claims().await, 0);
+        for (index, vf) in [(0, VF0), (1, VF1)] {
+            assert_eq!(self.driver(vf), Some("igbvf".into()));
+            assert_eq!(self.env.inventory.device(vf).unwrap().driver_override, None);
+            assert_eq!(self.settings(index), self.fresh);
+        }
+    }
+
+    pub(crate) async fn claims(&self) -> usize {
+        self.env.claims.list().await.unwrap().len()
+    }
+
+    pub(crate) fn driver(&self, bdf: Bdf) -> Option<String> {
+        self.env.inventory.device(bdf).unwrap().driver
+    }
+
+    pub(crate) fn group(&self, bdf: Bdf) -> u32 {
+        self.env.inventory.device(bdf).unwrap().iommu_group.unwrap()
+    }
+
+    pub(crate) fn settings(&self, vf: u16) -> VfSettings {
+        self.pf.lock().unwrap().read(vf).unwrap()
+    }
+
+    pub(crate) fn set_pf_up(&self, up: bool) {
+        self.sysfs.set_interface_up(PF, "eth0", up);
+    }
+
+    pub(crate) fn pf_answers(&self, answers: &[Option<i32>]) {
+        self.pf.lock().unwrap().answers = answers.to_vec();
+    }
+}
+
+fn environment(dir: &Path, sysfs: &Sysfs, pf: &Arc<Mutex<FakePf>>) -> Environment {
+    let store = SqliteStore::open(&dir.join("state/portcullis.db")).unwrap();
+    let pf = Arc::clone(pf);
+    Environment {
+        inventory: sysfs.clone().into(),
+        open_pf: Arc::new(move |_| Ok(Box::new(SharedPf(Arc::clone(&pf))))),
+        image_dirs: vec![dir.join("images")],
+        // A test machine's own limit is 8 MiB at times.
+        memlock_slack: 0,
+        kvm: "/dev/null".into(),
+        program: Program {
+            path: std::env::current_exe().unwrap().into(),
+            arguments: vec!["--exact".into(), "--nocapture".into(), super::fake_vmm::NAME.into()],
+        },
+        ..Environment::new(Arc::new(store), dir.join("run"))
+    }
+}
+
+pub(crate) fn spec(name: &str) -> VmSpec {
+    serde_json::from_value(serde_json::json!({
+        "name": name, "memory": "2MiB", "boot": { "kernel": "kernel" }, "adapters": [{ "id": "eth0" }]
+    }))
+    .unwrap()
+}
+
+pub(crate) fn caller() -> Caller {
+    Caller { uid: rustix::process::geteuid().as_raw(), gid: rustix::process::getegid().as_raw(), pid: None }
+}

@@ -1,0 +1,267 @@
+//! The control connection: a task per connection between the socket and the agent's side of it.
+
+use std::{
+    collections::HashMap,
+    io,
+    os::fd::{AsFd, OwnedFd},
+    path::Path,
+    sync::{Arc, Weak},
+    time::Duration,
+};
+
+use tokio::{
+    io::{Interest, unix::AsyncFd},
+    sync::{mpsc, oneshot},
+    time::timeout,
+};
+use uuid::Uuid;
+use vmm::control::{
+    Answer, Ask, Channel, ChannelError, Failure, Order, Outcome, Report, SPOKEN, State, ToAgent, ToVmm,
+};
+
+use super::polled::polled;
+
+/// How long a vmm may take to answer the hello, or to make room in its socket.
+const PATIENCE: Duration = Duration::from_secs(5);
+
+/// Most orders under way at once.
+const ORDERS_MAX: usize = 64;
+
+/// Most reports and questions that wait to be handled. More means a vmm that floods: the connection ends.
+const EVENTS_MAX: usize = 256;
+
+/// Why no connection came about.
+#[derive(Debug, thiserror::Error)]
+pub enum ConnectError {
+    /// The socket.
+    #[error("The vmm's control socket cannot be connected")]
+    Socket(#[source] io::Error),
+    /// The vmm does not speak the protocol.
+    #[error("The vmm does not answer as the protocol says")]
+    Channel(#[source] ChannelError),
+    /// The vmm refused.
+    #[error("The vmm refused the connection: {0}")]
+    Refused(String),
+    /// The vmm answered something else than hello.
+    #[error("The vmm did not answer the handshake with one")]
+    Handshake,
+    /// The vmm chose a version that was not offered.
+    #[error("The vmm wants protocol version {0}, which was not offered")]
+    Version(u32),
+    /// No answer.
+    #[error("The vmm did not answer the handshake within {} s", PATIENCE.as_secs())]
+    Timeout,
+}
+
+/// Why an order was not carried out.
+#[derive(Clone, Debug, thiserror::Error)]
+pub enum OrderError {
+    /// The vmm says why.
+    #[error(transparent)]
+    Failed(#[from] Failure),
+    /// The connection ended before the answer.
+    #[error("The connection to the vmm ended before it answered")]
+    Lost,
+    /// No answer in time.
+    #[error("The vmm did not answer within {} s", .0.as_secs())]
+    Timeout(Duration),
+    /// Too many orders are under way.
+    #[error("Too many requests to this VM are under way: try again later")]
+    Busy,
+    /// The message does not fit.
+    #[error("The request to the vmm is too long to be sent")]
+    TooLong,
+}
+
+/// What a vmm said about itself.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Greeting {
+    /// Protocol version.
+    pub version: u32,
+    /// Its state.
+    pub state: State,
+    /// Its boot counter.
+    pub boots: u64,
+}
+
+/// What a vmm says on its own.
+#[derive(Clone, Debug, PartialEq)]
+pub enum Event {
+    /// Something happened. To be acknowledged by [`Connection::noted`] once it is stored.
+    Report {
+        /// The report's number.
+        seq: u64,
+        /// What happened.
+        report: Report,
+    },
+    /// A question, to be answered by [`Connection::answer`].
+    Ask {
+        /// The question's number.
+        id: u64,
+        /// The question.
+        ask: Ask,
+    },
+}
+
+enum Request {
+    Order { order: Order, fds: Vec<OwnedFd>, reply: oneshot::Sender<Result<Outcome, OrderError>> },
+    Noted(u64),
+}
+
+/// The handle of a connection, which ends with its last handle.
+#[derive(Clone, Debug)]
+pub struct Connection {
+    requests: mpsc::Sender<Request>,
+    /// The task of the connection owns it: a connection that has ended is closed, whoever has a handle.
+    channel: Weak<AsyncFd<Channel>>,
+}
+
+impl Connection {
+    /// Connects to the vmm of `vm` that listens at `path` and shakes hands. The receiver ends when the connection
+    /// does.
+    ///
+    /// # Errors
+    /// See [`ConnectError`].
+    pub async fn open(
+        path: &Path,
+        vm: Uuid,
+    ) -> Result<(Self, Greeting, mpsc::Receiver<Event>), ConnectError> {
+        let channel = Channel::connect(path).map_err(ConnectError::Socket)?;
+        let interest = Interest::READABLE | Interest::WRITABLE;
+        let channel = polled(channel, interest).map_err(ConnectError::Socket)?;
+        let hello = ToVmm::Hello { oldest: *SPOKEN.start(), newest: *SPOKEN.end(), vm };
+        send(&channel, &hello, &[]).await.map_err(ConnectError::Channel)?;
+        let answer = timeout(PATIENCE, receive(&channel)).await.map_err(|_| ConnectError::Timeout)?;
+        let greeting = match answer.map_err(ConnectError::Channel)? {
+            ToAgent::Hello { version, .. } if !SPOKEN.contains(&version) => {
+                return Err(ConnectError::Version(version));
+            }
+            ToAgent::Hello { version, state, boots } => Greeting { version, state, boots },
+            ToAgent::Refused { reason } => return Err(ConnectError::Refused(reason)),
+            _ => return Err(ConnectError::Handshake),
+        };
+        let (requests, inbox) = mpsc::channel(ORDERS_MAX);
+        let (events, receiver) = mpsc::channel(EVENTS_MAX);
+        let channel = Arc::new(channel);
+        let handle = Self { requests, channel: Arc::downgrade(&channel) };
+        tokio::spawn(async move {
+            let end = serve(&channel, inbox, events).await;
+            if let Err(error) = end {
+                tracing::info!(%vm, "the control connection ended: {error}");
+            }
+        });
+        Ok((handle, greeting, receiver))
+    }
+
+    /// Orders something, with descriptors beside it, and waits up to `patience` for the outcome.
+    ///
+    /// # Errors
+    /// See [`OrderError`]. After a timeout the order may still be carried out.
+    pub async fn order(
+        &self,
+        order: Order,
+        fds: Vec<OwnedFd>,
+        patience: Duration,
+    ) -> Result<Outcome, OrderError> {
+        let (reply, answer) = oneshot::channel();
+        let sent = self.requests.try_send(Request::Order { order, fds, reply });
+        sent.map_err(|error| match error {
+            mpsc::error::TrySendError::Full(_) => OrderError::Busy,
+            mpsc::error::TrySendError::Closed(_) => OrderError::Lost,
+        })?;
+        match timeout(patience, answer).await {
+            Ok(Ok(result)) => result,
+            Ok(Err(_)) => Err(OrderError::Lost),
+            Err(_) => Err(OrderError::Timeout(patience)),
+        }
+    }
+
+    /// Tells the vmm that it may forget its reports up to `seq`.
+    pub async fn noted(&self, seq: u64) {
+        // If the connection has ended, the vmm reports again on the next one.
+        drop(self.requests.send(Request::Noted(seq)).await);
+    }
+
+    /// Answers a question, at once: a guest's vCPU waits for it, so it takes no turn behind other tasks. It is lost if
+    /// the connection has ended, or if the vmm leaves its socket full: then it refuses on its own.
+    pub fn answer(&self, id: u64, answer: Answer) {
+        let Some(channel) = self.channel.upgrade() else { return };
+        if let Err(error) = channel.get_ref().send(&ToVmm::Answer { id, answer }, &[]) {
+            tracing::debug!("an answer to a vmm is lost: {error}");
+        }
+    }
+}
+
+/// Carries messages until the vmm closes, misbehaves, or the last handle is gone.
+async fn serve(
+    channel: &AsyncFd<Channel>,
+    mut inbox: mpsc::Receiver<Request>,
+    events: mpsc::Sender<Event>,
+) -> Result<(), ChannelError> {
+    let mut waiting: HashMap<u64, oneshot::Sender<Result<Outcome, OrderError>>> = HashMap::new();
+    let mut last = 0;
+    loop {
+        tokio::select! {
+            request = inbox.recv() => match request {
+                None => return Ok(()),
+                Some(Request::Noted(upto)) => send(channel, &ToVmm::Noted { upto }, &[]).await?,
+                Some(Request::Order { order, fds, reply }) => {
+                    waiting.retain(|_, reply| !reply.is_closed());
+                    if waiting.len() >= ORDERS_MAX {
+                        drop(reply.send(Err(OrderError::Busy)));
+                        continue;
+                    }
+                    last += 1;
+                    match send(channel, &ToVmm::Order { id: last, order }, &fds).await {
+                        Ok(()) => drop(waiting.insert(last, reply)),
+                        Err(ChannelError::TooLong(_)) => drop(reply.send(Err(OrderError::TooLong))),
+                        Err(error) => return Err(error),
+                    }
+                }
+            },
+            message = receive(channel) => {
+                let event = match message? {
+                    ToAgent::Done { id, result } => {
+                        // An answer to no order, or to one that nobody waits for any more, is dropped.
+                        if let Some(reply) = waiting.remove(&id) {
+                            drop(reply.send(result.map_err(OrderError::Failed)));
+                        }
+                        continue;
+                    }
+                    ToAgent::Report { seq, report } => Event::Report { seq, report },
+                    ToAgent::Ask { id, ask } => Event::Ask { id, ask },
+                    ToAgent::Hello { .. } | ToAgent::Refused { .. } => return Err(ChannelError::Oversized),
+                };
+                // Waiting here for a slow reader would keep the answers to its own orders from it.
+                if events.try_send(event).is_err() {
+                    return Err(ChannelError::Closed);
+                }
+            }
+        }
+    }
+}
+
+async fn send(channel: &AsyncFd<Channel>, message: &ToVmm, fds: &[OwnedFd]) -> Result<(), ChannelError> {
+    let fds: Vec<_> = fds.iter().map(AsFd::as_fd).collect();
+    let sent = async {
+        loop {
+            let mut ready = channel.writable().await?;
+            match channel.get_ref().send(message, &fds) {
+                Err(ChannelError::WouldBlock) => ready.clear_ready(),
+                result => return result,
+            }
+        }
+    };
+    timeout(PATIENCE, sent).await.unwrap_or(Err(ChannelError::WouldBlock))
+}
+
+async fn receive(channel: &AsyncFd<Channel>) -> Result<ToAgent, ChannelError> {
+    loop {
+        let mut ready = channel.readable().await?;
+        match channel.get_ref().receive::<ToAgent>() {
+            Err(ChannelError::WouldBlock) => ready.clear_ready(),
+            // A vmm has no descriptors to give: what it sends is closed here.
+            result => return result.map(|(message, _fds)| message),
+        }
+    }
+}

@@ -1,0 +1,158 @@
+//! Who a process is, and when it has ended.
+
+use std::{
+    fs, io,
+    os::{fd::OwnedFd, unix::process::ExitStatusExt},
+    process::Child,
+};
+
+use rustix::process::{Pid, PidfdFlags, Signal, pidfd_open, pidfd_send_signal};
+use serde::{Deserialize, Serialize};
+use tokio::io::{Interest, unix::AsyncFd};
+
+use super::polled::polled;
+
+/// Names one process for ever: a process id alone is reused.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Identity {
+    /// Process id.
+    pub pid: i32,
+    /// Start time in clock ticks since the host's boot (`/proc/PID/stat`, field 22).
+    pub start_time: u64,
+    /// The host's boot (`/proc/sys/kernel/random/boot_id`).
+    pub boot_id: String,
+}
+
+impl Identity {
+    /// Who has this process id now.
+    ///
+    /// # Errors
+    /// `NotFound` if nobody has.
+    pub fn of(pid: i32) -> io::Result<Self> {
+        let stat = fs::read_to_string(format!("/proc/{pid}/stat"))?;
+        let boot_id = fs::read_to_string("/proc/sys/kernel/random/boot_id")?.trim().to_owned();
+        // The second field is the command's name in parentheses, which may hold anything.
+        let start_time = stat
+            .rsplit_once(')')
+            .and_then(|(_, rest)| rest.split_ascii_whitespace().nth(19))
+            .and_then(|field| field.parse().ok())
+            .ok_or_else(|| io::Error::new(io::ErrorKind::InvalidData, "/proc/PID/stat has no start time"))?;
+        Ok(Self { pid, start_time, boot_id })
+    }
+}
+
+/// How a process ended.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Exit {
+    /// With an exit code.
+    Code(i32),
+    /// By a signal.
+    Signal(i32),
+    /// It was started by a former agent: nobody can say.
+    Unknown,
+}
+
+impl std::fmt::Display for Exit {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        match self {
+            Self::Code(code) => write!(f, "exited with status {code}"),
+            Self::Signal(signal) => write!(f, "was killed by signal {signal}"),
+            Self::Unknown => write!(f, "ended"),
+        }
+    }
+}
+
+/// A process that is watched through a pidfd. Dropping it leaves the process alone.
+#[derive(Debug)]
+pub struct Process {
+    identity: Identity,
+    pidfd: AsyncFd<OwnedFd>,
+    child: Option<Child>,
+}
+
+impl Process {
+    /// Watches a child that was just started.
+    ///
+    /// # Errors
+    /// Those of `pidfd_open`.
+    pub fn of_child(child: Child) -> io::Result<Self> {
+        // Until it is waited for, nobody else can have the child's process id.
+        let pid = i32::try_from(child.id()).map_err(io::Error::other)?;
+        Ok(Self { identity: Identity::of(pid)?, pidfd: open(pid)?, child: Some(child) })
+    }
+
+    /// Watches a process that a former agent started; None if it has ended.
+    ///
+    /// # Errors
+    /// Those of `pidfd_open` other than that there is no such process.
+    pub fn find(identity: &Identity) -> io::Result<Option<Self>> {
+        let pidfd = match open(identity.pid) {
+            Ok(pidfd) => pidfd,
+            Err(error) if error.raw_os_error() == Some(libc::ESRCH) => return Ok(None),
+            Err(error) => return Err(error),
+        };
+        // Asked after the descriptor is held: if it is the same process now, the descriptor is its.
+        match Identity::of(identity.pid) {
+            Ok(now) if now == *identity => Ok(Some(Self { identity: identity.clone(), pidfd, child: None })),
+            _ => Ok(None),
+        }
+    }
+
+    /// Who it is.
+    #[must_use]
+    pub fn identity(&self) -> &Identity {
+        &self.identity
+    }
+
+    /// Waits for its end. Cancel-safe.
+    pub async fn ended(&mut self) -> Exit {
+        // An error here means that the descriptor cannot be polled: asking the child is all that remains.
+        drop(self.pidfd.readable().await);
+        let status = self.child.as_mut().and_then(|child| child.wait().ok());
+        match status {
+            Some(status) => match (status.code(), status.signal()) {
+                (Some(code), _) => Exit::Code(code),
+                (None, Some(signal)) => Exit::Signal(signal),
+                (None, None) => Exit::Unknown,
+            },
+            None => Exit::Unknown,
+        }
+    }
+
+    /// Kills it. That it has ended already is no error.
+    pub fn kill(&self) {
+        let _ = pidfd_send_signal(self.pidfd.get_ref(), Signal::KILL);
+    }
+}
+
+fn open(pid: i32) -> io::Result<AsyncFd<OwnedFd>> {
+    let pid = Pid::from_raw(pid).ok_or(io::ErrorKind::InvalidInput)?;
+    polled(pidfd_open(pid, PidfdFlags::empty())?, Interest::READABLE)
+}
+
+#[cfg(test)]
+mod tests {
+    use std::process::Command;
+
+    use super::*;
+
+    #[tokio::test]
+    async fn a_child_s_end_is_seen_with_its_status() {
+        let mut process = Process::of_child(Command::new("false").spawn().unwrap()).unwrap();
+        assert_eq!(process.ended().await, Exit::Code(1));
+        assert!(Process::find(process.identity()).unwrap().is_none());
+        let mut process = Process::of_child(Command::new("sleep").arg("60").spawn().unwrap()).unwrap();
+        process.kill();
+        assert_eq!(process.ended().await, Exit::Signal(9));
+    }
+
+    #[tokio::test]
+    async fn a_reused_process_id_is_not_mistaken() {
+        let mine = Identity::of(i32::try_from(std::process::id()).unwrap()).unwrap();
+        assert!(Process::find(&mine).unwrap().is_some());
+        let other = Identity { start_time: mine.start_time + 1, ..mine.clone() };
+        assert!(Process::find(&other).unwrap().is_none());
+        let before = Identity { boot_id: "another boot".into(), ..mine };
+        assert!(Process::find(&before).unwrap().is_none());
+    }
+}

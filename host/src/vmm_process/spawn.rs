@@ -1,0 +1,249 @@
+//! Starting a vmm process.
+
+use std::{
+    ffi::OsString,
+    fs::File,
+    io,
+    os::{
+        fd::{AsRawFd, FromRawFd, OwnedFd},
+        unix::process::CommandExt,
+    },
+    process::{Command, Stdio},
+};
+
+use rustix::process::{Pid, Resource, Rlimit, getrlimit, prlimit};
+use uuid::Uuid;
+use vmm::control::Listener;
+
+use super::{Process, VmDirectory};
+
+/// The descriptor that the vmm finds its listening socket at.
+const CONTROL_FD: i32 = 3;
+
+/// `linux/close_range.h`: mark, do not close.
+const CLOSE_RANGE_CLOEXEC: u32 = 4;
+
+/// What a vmm may lock beyond guest memory: device windows, rings of the kernel.
+pub const MEMLOCK_SLACK: u64 = 64 * 1024 * 1024;
+
+/// What to start as a vmm.
+#[derive(Clone, Debug)]
+pub struct Program {
+    /// The executable.
+    pub path: OsString,
+    /// Arguments before those that every vmm gets (`3 VM`).
+    pub arguments: Vec<OsString>,
+}
+
+impl Default for Program {
+    /// This very binary, even if the file has been replaced by an upgrade.
+    fn default() -> Self {
+        Self { path: "/proc/self/exe".into(), arguments: vec!["vmm".into()] }
+    }
+}
+
+/// Why a vmm process could not be started.
+#[derive(Debug, thiserror::Error)]
+pub enum SpawnError {
+    /// The VM's directory, socket or log.
+    #[error("The VM's directory under the run directory cannot be prepared")]
+    Directory(#[source] io::Error),
+    /// fork, exec, pidfd.
+    #[error("The vmm process cannot be started")]
+    Process(#[source] io::Error),
+    /// The limit of lockable memory.
+    #[error(
+        "The VM needs {need} bytes of lockable memory for device DMA, and the limit is {limit} bytes: set \
+         LimitMEMLOCK=infinity in the agent's service, or `ulimit -l unlimited` before it starts"
+    )]
+    Memlock {
+        /// Guest memory and slack, in bytes.
+        need: u64,
+        /// The hard limit, in bytes.
+        limit: u64,
+    },
+}
+
+/// Starts a vmm in `directory`, which exists, listening on its control socket. It inherits that socket and nothing
+/// else, is in a session of its own, and outlives the agent.
+///
+/// # Errors
+/// Nothing is left running after an error.
+pub fn spawn(program: &Program, directory: &VmDirectory, vm: Uuid) -> Result<Process, SpawnError> {
+    let listener = directory.bind().map_err(SpawnError::Directory)?;
+    let log = directory.create_log().map_err(SpawnError::Directory)?;
+    let errors = log.try_clone().map_err(SpawnError::Directory)?;
+    // The child's end of the pipe that tells us of a failed exec must not be number 3 when the socket goes there:
+    // whatever is the lowest free number, from here on 3 is taken.
+    let _taken = File::open("/dev/null").map_err(SpawnError::Process)?;
+    let mut command = Command::new(&program.path);
+    command
+        .args(&program.arguments)
+        .arg(CONTROL_FD.to_string())
+        .arg(vm.to_string())
+        .env_clear()
+        .current_dir("/")
+        .stdin(Stdio::null())
+        .stdout(log)
+        .stderr(errors);
+    if let Some(level) = std::env::var_os("PORTCULLIS_LOG") {
+        command.env("PORTCULLIS_LOG", level);
+    }
+    pass(&mut command, &listener);
+    let child = command.spawn().map_err(SpawnError::Process)?;
+    let pid = child.id();
+    Process::of_child(child).map_err(|error| {
+        tracing::warn!(pid, %vm, "cannot watch the vmm that was just started: {error}");
+        SpawnError::Process(error)
+    })
+}
+
+/// Arranges that the child is in a session of its own and has no descriptor but 0, 1 and 2.
+pub fn isolate(command: &mut Command) {
+    let prepare = || {
+        rustix::process::setsid()?;
+        // The agent's own descriptors are close-on-exec; those that it inherited from whoever started it need not be.
+        // SAFETY: plain system call on numbers; it marks descriptors of this child and closes none.
+        let marked =
+            unsafe { libc::syscall(libc::SYS_close_range, CONTROL_FD, u32::MAX, CLOSE_RANGE_CLOEXEC) };
+        if marked < 0 { Err(io::Error::last_os_error()) } else { Ok(()) }
+    };
+    // SAFETY: between fork and exec the closure makes system calls only; it allocates nothing and takes no lock.
+    unsafe { command.pre_exec(prepare) };
+}
+
+/// Arranges that the child has `listener` as descriptor 3, and is isolated otherwise.
+fn pass(command: &mut Command, listener: &Listener) {
+    // First: what is marked there is what the next step leaves.
+    isolate(command);
+    let socket = listener.as_raw_fd();
+    let prepare = move || {
+        if socket == CONTROL_FD {
+            // SAFETY: the descriptor is open (the listener outlives `spawn`), and it is this child's own copy.
+            let own = std::mem::ManuallyDrop::new(unsafe { OwnedFd::from_raw_fd(CONTROL_FD) });
+            rustix::io::fcntl_setfd(&*own, rustix::io::FdFlags::empty())?;
+        } else {
+            // SAFETY: plain system call on two numbers. Number 3 of this child is not used by anything that outlives
+            // this call: it is about to execute another program, and its other descriptors are close-on-exec.
+            if unsafe { libc::dup2(socket, CONTROL_FD) } < 0 {
+                return Err(io::Error::last_os_error());
+            }
+        }
+        Ok(())
+    };
+    // SAFETY: between fork and exec the closure makes system calls only; it allocates nothing and takes no lock.
+    unsafe { command.pre_exec(prepare) };
+}
+
+/// Lets `process` lock `need` bytes of memory: the vmm has no CAP_IPC_LOCK when it maps them for DMA.
+///
+/// # Errors
+/// [`SpawnError::Memlock`] if the hard limit is lower and this process may not raise it.
+pub fn raise_memlock(process: &Process, need: u64) -> Result<(), SpawnError> {
+    let limit = getrlimit(Resource::Memlock);
+    // None is no limit.
+    let enough = |limit: Option<u64>| limit.is_none_or(|limit| limit >= need);
+    if enough(limit.current) {
+        return Ok(());
+    }
+    let maximum = if enough(limit.maximum) { limit.maximum } else { Some(need) };
+    let raised = Rlimit { current: Some(need), maximum };
+    let Some(pid) = Pid::from_raw(process.identity().pid) else {
+        return Err(SpawnError::Process(io::ErrorKind::InvalidInput.into()));
+    };
+    match prlimit(Some(pid), Resource::Memlock, raised) {
+        Ok(_) => Ok(()),
+        Err(rustix::io::Errno::PERM) => {
+            Err(SpawnError::Memlock { need, limit: limit.maximum.unwrap_or(u64::MAX) })
+        }
+        Err(error) => Err(SpawnError::Process(error.into())),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::time::{Duration, Instant};
+
+    use vmm::control::Channel;
+
+    use super::*;
+    use crate::vmm_process::Exit;
+
+    fn shell(script: &str) -> Program {
+        Program { path: "/bin/sh".into(), arguments: vec!["-c".into(), script.into(), "vmm".into()] }
+    }
+
+    fn directory() -> (tempfile::TempDir, VmDirectory, Uuid) {
+        let run = tempfile::tempdir().unwrap();
+        let vm = Uuid::new_v4();
+        let directory = VmDirectory::new(run.path(), vm);
+        directory.create().unwrap();
+        (run, directory, vm)
+    }
+
+    #[tokio::test]
+    async fn the_child_has_its_socket_as_3_its_arguments_and_nothing_else() {
+        let (_run, directory, vm) = directory();
+        let script =
+            "echo $1 $2; readlink /proc/$$/fd/3; cut -d' ' -f6 /proc/$$/stat; echo $$; exec ls /proc/self/fd";
+        // What the agent's own parent left open must not get to the vmm either.
+        let leak = rustix::io::fcntl_dupfd_cloexec(File::open("/dev/null").unwrap(), 200).unwrap();
+        rustix::io::fcntl_setfd(&leak, rustix::io::FdFlags::empty()).unwrap();
+        let mut process = spawn(&shell(script), &directory, vm).unwrap();
+        assert_eq!(process.ended().await, Exit::Code(0));
+        let log = directory.log_tail();
+        let lines: Vec<&str> = log.lines().collect();
+        assert_eq!(lines[0], format!("3 {vm}"));
+        assert!(lines[1].starts_with("socket:["), "{log}");
+        assert_eq!(lines[2], lines[3], "the session is its own");
+        // 4 is the directory that `ls` reads.
+        assert_eq!(lines[4..], ["0", "1", "2", "3", "4"]);
+    }
+
+    #[tokio::test]
+    async fn the_socket_is_refused_once_the_child_is_gone() {
+        let (_run, directory, vm) = directory();
+        let mut process = spawn(&shell("exec sleep 60"), &directory, vm).unwrap();
+        let _connection = Channel::connect(&directory.control()).unwrap();
+        process.kill();
+        process.ended().await;
+        let deadline = Instant::now() + Duration::from_secs(5);
+        // Another test's fork may hold a copy of the listener until its exec.
+        while Channel::connect(&directory.control()).is_ok() {
+            assert!(Instant::now() < deadline);
+            tokio::time::sleep(Duration::from_millis(10)).await;
+        }
+    }
+
+    #[tokio::test]
+    async fn a_program_that_does_not_exist_is_an_error() {
+        let (_run, directory, vm) = directory();
+        let program = Program { path: "/nonexistent".into(), arguments: Vec::new() };
+        assert!(matches!(spawn(&program, &directory, vm), Err(SpawnError::Process(_))));
+    }
+
+    #[tokio::test]
+    async fn lockable_memory_is_raised_or_refused_with_numbers_and_cure() {
+        let (_run, directory, vm) = directory();
+        let mut process = spawn(&shell("read x < /dev/zero; exec sleep 60"), &directory, vm).unwrap();
+        let need = (1 << 30) + MEMLOCK_SLACK;
+        match raise_memlock(&process, need) {
+            Ok(()) => {
+                let limits =
+                    std::fs::read_to_string(format!("/proc/{}/limits", process.identity().pid)).unwrap();
+                let line = limits.lines().find(|line| line.starts_with("Max locked memory")).unwrap();
+                let soft = line.split_ascii_whitespace().nth(3).unwrap();
+                assert!(soft == "unlimited" || soft.parse::<u64>().unwrap() >= need, "{line}");
+            }
+            Err(error) => {
+                let hard = getrlimit(Resource::Memlock).maximum.expect("no limit can be too small");
+                assert!(hard < need);
+                let text = error.to_string();
+                assert!(text.contains(&need.to_string()) && text.contains(&hard.to_string()), "{text}");
+                assert!(text.contains("LimitMEMLOCK"), "{text}");
+            }
+        }
+        process.kill();
+        process.ended().await;
+    }
+}

@@ -1,0 +1,242 @@
+//! What PF drivers can enforce (Linux 6.12). What one cannot is not promised: the power-on is refused.
+
+use serde::{Deserialize, Serialize};
+use thiserror::Error;
+
+use crate::{
+    policy::{EffectivePolicy, ForgedTransmits, Promiscuous, Rate, Setting, Source, VlanPolicy},
+    request::Change,
+};
+
+/// The driver's name of simulated PFs: they have none in `/sys`.
+pub const SIMULATED: &str = "portcullis-sim";
+
+/// What a PF and its driver can do for a VF.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct PfCapabilities {
+    /// The driver's name, as in `/sys`.
+    pub driver: String,
+    /// Spoof check can be switched.
+    pub spoof_check: bool,
+    /// Spoof check drops frames of VLANs that were not joined too.
+    pub spoof_check_covers_vlans: bool,
+    /// Trust can be switched.
+    pub trust: bool,
+    /// The adapter can tag (802.1Q).
+    pub access_vlan: bool,
+    /// The adapter can tag with 802.1ad.
+    pub access_vlan_8021ad: bool,
+    /// VLANs that all VFs can join together; 0 where a guest's joining cannot be decided by its mailbox.
+    pub trunk_vlans: u16,
+    /// The highest sending rate can be set.
+    pub max_tx_rate: bool,
+    /// The link can be taken down.
+    pub link_state: bool,
+    /// A VF can be given all multicast frames.
+    pub multicast_promiscuous: bool,
+    /// A VF can be given all unicast frames.
+    pub unicast_promiscuous: bool,
+    /// Further unicast addresses per VF.
+    pub unicast_filters: u16,
+    /// Further unicast addresses leave the spoof check on.
+    pub unicast_filters_keep_spoof_check: bool,
+}
+
+/// A setting that a PF cannot enforce.
+#[derive(Clone, Debug, PartialEq, Eq, Error, Serialize, Deserialize)]
+#[error("Setting {setting} (from {source_level}) cannot be enforced by the PF driver {driver}: {why}")]
+pub struct Unenforceable {
+    /// The setting.
+    pub setting: Setting,
+    /// The level that it comes from.
+    pub source_level: Source,
+    /// The PF's driver.
+    pub driver: String,
+    /// What is missing, and the cure.
+    pub why: String,
+}
+
+impl PfCapabilities {
+    /// Of a driver, and where it matters the PF's PCI device number. An unknown driver is trusted with nothing but
+    /// address, spoof check, trust and tag, which `iproute2` expects of all.
+    #[must_use]
+    pub fn of(driver: &str, device: u16) -> Self {
+        match driver {
+            "igb" if I82576.contains(&device) => Self::igb_82576(),
+            "igb" => Self::igb_i350(),
+            "ixgbe" => Self::ixgbe(),
+            "i40e" => Self::i40e(),
+            "ice" => Self::ice(),
+            SIMULATED => Self::simulated(),
+            _ => Self::unknown(driver),
+        }
+    }
+
+    /// igb on an 82576: rate (while the link is up), no link state, multicast promiscuous only.
+    #[must_use]
+    pub fn igb_82576() -> Self {
+        Self {
+            driver: "igb".into(),
+            spoof_check: true,
+            spoof_check_covers_vlans: true,
+            trust: true,
+            access_vlan: true,
+            access_vlan_8021ad: false,
+            trunk_vlans: 32,
+            max_tx_rate: true,
+            link_state: false,
+            multicast_promiscuous: true,
+            unicast_promiscuous: false,
+            unicast_filters: 3,
+            unicast_filters_keep_spoof_check: true,
+        }
+    }
+
+    /// igb on an i350: as the 82576, but no rate.
+    #[must_use]
+    pub fn igb_i350() -> Self {
+        Self { max_tx_rate: false, ..Self::igb_82576() }
+    }
+
+    /// ixgbe: rate and link state; further addresses switch the spoof check off behind netlink's back, promiscuous
+    /// modes need a trusted VF and a promiscuous PF.
+    #[must_use]
+    pub fn ixgbe() -> Self {
+        Self {
+            driver: "ixgbe".into(),
+            trunk_vlans: 64,
+            link_state: true,
+            multicast_promiscuous: false,
+            unicast_filters_keep_spoof_check: false,
+            ..Self::igb_82576()
+        }
+    }
+
+    /// i40e: as far as its VFs' control path, which is not a mailbox, leaves it.
+    #[must_use]
+    pub fn i40e() -> Self {
+        Self {
+            driver: "i40e".into(),
+            trunk_vlans: 0,
+            link_state: true,
+            multicast_promiscuous: false,
+            unicast_filters: 0,
+            ..Self::igb_82576()
+        }
+    }
+
+    /// ice: as i40e, with 802.1ad.
+    #[must_use]
+    pub fn ice() -> Self {
+        Self { driver: "ice".into(), access_vlan_8021ad: true, ..Self::i40e() }
+    }
+
+    /// The simulated adapter: an 82576.
+    #[must_use]
+    pub fn simulated() -> Self {
+        Self { driver: SIMULATED.into(), ..Self::igb_82576() }
+    }
+
+    /// A driver about which nothing is known.
+    #[must_use]
+    pub fn unknown(driver: &str) -> Self {
+        Self {
+            driver: driver.into(),
+            spoof_check_covers_vlans: false,
+            trunk_vlans: 0,
+            max_tx_rate: false,
+            multicast_promiscuous: false,
+            unicast_filters: 0,
+            unicast_filters_keep_spoof_check: false,
+            ..Self::igb_82576()
+        }
+    }
+
+    /// Whether the PF can make a change. Where it cannot, a change to "unlimited" or "link as the PF's" is what its
+    /// VFs have anyway and is to be left out; any other is refused by [`check`](Self::check) before a guest starts.
+    #[must_use]
+    pub fn can_make(&self, change: &Change) -> bool {
+        match change {
+            Change::SetSpoofCheck(_) => self.spoof_check,
+            Change::SetTrust(_) => self.trust,
+            Change::SetPortVlan(_) => self.access_vlan,
+            Change::SetMaxTxRate(_) => self.max_tx_rate,
+            Change::SetLink(_) => self.link_state,
+            Change::SetPromiscuous(mode) => {
+                (!mode.multicast || self.multicast_promiscuous) && (!mode.unicast || self.unicast_promiscuous)
+            }
+            Change::AddUnicast(_) => self.unicast_filters > 0,
+            Change::JoinVlan(_) => self.trunk_vlans > 0,
+            _ => true,
+        }
+    }
+
+    /// Whether the PF can hold a port to a policy.
+    ///
+    /// # Errors
+    /// [`Unenforceable`] for the first setting that it cannot.
+    pub fn check(&self, policy: &EffectivePolicy) -> Result<(), Unenforceable> {
+        let fail = |setting: Setting, why: &str| {
+            let source_level = policy.source(setting);
+            Err(Unenforceable { setting, source_level, driver: self.driver.clone(), why: why.into() })
+        };
+        let forged = policy.forged_transmits.value;
+        if forged == ForgedTransmits::Reject && !self.spoof_check {
+            return fail(Setting::ForgedTransmits, "it has no spoof check; accept forged transmits");
+        }
+        match policy.promiscuous.value {
+            Promiscuous::Accept if !self.unicast_promiscuous => {
+                return fail(
+                    Setting::Promiscuous,
+                    "a VF cannot be given all unicast frames; use multicast or reject",
+                );
+            }
+            Promiscuous::Accept | Promiscuous::Multicast if !self.multicast_promiscuous => {
+                return fail(Setting::Promiscuous, "a VF cannot be given all multicast frames; use reject");
+            }
+            _ => {}
+        }
+        match &policy.vlan.value {
+            VlanPolicy::Access(_) if !self.access_vlan => {
+                return fail(Setting::Vlan, "the adapter cannot tag; use none");
+            }
+            VlanPolicy::Trunk(_) if self.trunk_vlans < policy.vlan_limit.value.get().max(1) => {
+                let setting = if self.trunk_vlans == 0 { Setting::Vlan } else { Setting::VlanLimit };
+                return fail(
+                    setting,
+                    "its VFs cannot be given that many VLANs one by one; use access or a lower limit",
+                );
+            }
+            VlanPolicy::Trunk(_) if forged == ForgedTransmits::Accept && self.spoof_check_covers_vlans => {
+                return fail(
+                    Setting::ForgedTransmits,
+                    "without spoof check a VF sends in VLANs outside of its trunk too; reject forged transmits",
+                );
+            }
+            _ => {}
+        }
+        let unicast = policy.unicast_limit.value.get();
+        if unicast > self.unicast_filters {
+            return fail(
+                Setting::UnicastLimit,
+                "a VF cannot be given that many further addresses; lower the limit",
+            );
+        }
+        if unicast > 0 && forged == ForgedTransmits::Reject && !self.unicast_filters_keep_spoof_check {
+            return fail(
+                Setting::UnicastLimit,
+                "a further address switches its spoof check off; set the limit to 0 or accept forged transmits",
+            );
+        }
+        if policy.rate.value != Rate::Unlimited && !self.max_tx_rate {
+            return fail(Setting::Rate, "it has no rate limit; use unlimited");
+        }
+        if policy.blocked.value && !self.link_state {
+            return fail(Setting::Blocked, "it cannot take a VF's link down; stop the VM instead");
+        }
+        Ok(())
+    }
+}
+
+/// PF device numbers of the 82576 (drivers/net/ethernet/intel/igb/e1000_hw.h).
+const I82576: [u16; 8] = [0x10c9, 0x10e6, 0x10e7, 0x10e8, 0x1526, 0x150a, 0x1518, 0x150d];

@@ -1,0 +1,35 @@
+//! The switch's brain: port groups, ports, policies, requests, decisions. Pure: no I/O, clock, threads or chance.
+//!
+//! * [`mac`], [`vlan`], [`ident`]: values that cannot be invalid.
+//! * [`policy`]: the settings, and how switch, port group and port inherit them.
+//! * [`objects`]: switches, port groups, ports, and what a port's VF has been given.
+//! * [`request`]: what a VF asks for, and what is answered.
+//! * [`state`]: all of them together, [`SwitchState`]: the agent's switch actor owns one.
+//! * [`capabilities`]: what PF drivers can enforce.
+//! * [`decision`]: what is recorded.
+#![forbid(unsafe_code)]
+
+pub mod capabilities;
+pub mod decision;
+pub mod ident;
+pub mod mac;
+pub mod objects;
+pub mod policy;
+pub mod request;
+pub mod state;
+pub mod vlan;
+
+pub use capabilities::{PfCapabilities, SIMULATED, Unenforceable};
+pub use decision::{Committed, Decision, Outcome};
+pub use ident::{Name, NameError, PortGroupId, PortId, SwitchId, VfRef, VmId};
+pub use mac::{MacAddress, MacError, MacPattern};
+pub use objects::{DeviceState, PfSettings, Port, PortGroup, Switch, SwitchKind, VmRef};
+pub use policy::{
+    EffectivePolicy, ForgedTransmits, Limit, MacChanges, MacPatterns, Mtu, MulticastLimit, OnDenied,
+    Promiscuous, RangeError, Rate, Setting, Settings, Source, Sourced, UnicastLimit, VlanLimit, VlanPolicy,
+};
+pub use request::{
+    Change, DecidedBy, Denial, Evaluation, LinkState, PromiscuousMode, Reason, Request, Route, Verdict,
+};
+pub use state::{Correction, Corrections, StateError, SwitchState};
+pub use vlan::{AccessVlan, Qos, VlanError, VlanId, VlanSet};

@@ -1,0 +1,406 @@
+//! The settings of a port and where they come from.
+//!
+//! Each level (switch, port group, port) says a part of them ([`Settings`]); what a port ends up with, each with
+//! the level that decided, is an [`EffectivePolicy`].
+
+use std::{fmt, num::NonZeroU32};
+
+use serde::{Deserialize, Serialize};
+use thiserror::Error;
+
+use crate::{
+    mac::{MacAddress, MacPattern},
+    request::PromiscuousMode,
+    vlan::{AccessVlan, VlanId, VlanSet},
+};
+
+/// A number outside of a setting's range.
+#[derive(Clone, Debug, PartialEq, Eq, Error)]
+#[error("{value} is out of range: use {min} to {max}")]
+pub struct RangeError {
+    value: u64,
+    min: u64,
+    max: u64,
+}
+
+/// A number of things of which a VF may have 0 to `MAX`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
+#[serde(try_from = "u16", into = "u16")]
+pub struct Limit<const MAX: u16>(u16);
+
+impl<const MAX: u16> Limit<MAX> {
+    /// The highest limit there is.
+    pub const MAX: Self = Self(MAX);
+
+    /// From a number.
+    ///
+    /// # Errors
+    /// [`RangeError`] above `MAX`.
+    pub const fn new(value: u16) -> Result<Self, RangeError> {
+        if value <= MAX {
+            Ok(Self(value))
+        } else {
+            Err(RangeError { value: value as u64, min: 0, max: MAX as u64 })
+        }
+    }
+
+    /// The number.
+    #[must_use]
+    pub const fn get(self) -> u16 {
+        self.0
+    }
+
+    pub(crate) fn allows(self, count: usize) -> bool {
+        count <= usize::from(self.0)
+    }
+}
+
+impl<const MAX: u16> TryFrom<u16> for Limit<MAX> {
+    type Error = RangeError;
+
+    fn try_from(value: u16) -> Result<Self, RangeError> {
+        Self::new(value)
+    }
+}
+
+impl<const MAX: u16> From<Limit<MAX>> for u16 {
+    fn from(limit: Limit<MAX>) -> Self {
+        limit.0
+    }
+}
+
+/// Multicast hashes of a VF. The mailbox carries 30, and igb turns all-multicast on above that.
+pub type MulticastLimit = Limit<30>;
+/// Unicast addresses of a VF besides its own. igbvf asks for three at most, and all VFs share the adapter's 24 (82576).
+pub type UnicastLimit = Limit<3>;
+/// VLANs of a trunk port. All VFs of an 82576 share 32 entries.
+pub type VlanLimit = Limit<32>;
+
+/// A maximum transmission unit in bytes, 68 (RFC 791) to 9216 (igb's largest).
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
+#[serde(try_from = "u16", into = "u16")]
+pub struct Mtu(u16);
+
+impl Mtu {
+    /// The smallest one.
+    pub const MIN: Self = Self(68);
+    /// Ethernet's usual one.
+    pub const STANDARD: Self = Self(1500);
+    /// The largest one.
+    pub const MAX: Self = Self(9216);
+    /// Bytes of a frame around its payload: header 14, VLAN tag 4, checksum 4. igbvf adds all of them to its MTU when
+    /// it asks for a frame length, tagged or not; drivers that leave out the tag gain 4 bytes by it, which is harmless.
+    pub const OVERHEAD: u16 = 22;
+
+    /// From bytes.
+    ///
+    /// # Errors
+    /// [`RangeError`] outside of 68 to 9216.
+    pub const fn new(bytes: u16) -> Result<Self, RangeError> {
+        if bytes >= Self::MIN.0 && bytes <= Self::MAX.0 {
+            Ok(Self(bytes))
+        } else {
+            Err(RangeError { value: bytes as u64, min: Self::MIN.0 as u64, max: Self::MAX.0 as u64 })
+        }
+    }
+
+    /// Bytes.
+    #[must_use]
+    pub const fn get(self) -> u16 {
+        self.0
+    }
+
+    /// The longest frame of this MTU in bytes, with header, VLAN tag and checksum.
+    #[must_use]
+    pub const fn max_frame(self) -> u16 {
+        self.0 + Self::OVERHEAD
+    }
+}
+
+impl TryFrom<u16> for Mtu {
+    type Error = RangeError;
+
+    fn try_from(bytes: u16) -> Result<Self, RangeError> {
+        Self::new(bytes)
+    }
+}
+
+impl From<Mtu> for u16 {
+    fn from(mtu: Mtu) -> Self {
+        mtu.0
+    }
+}
+
+/// Whether the guest may change its effective address, and ask for further unicast addresses.
+/// Its initial address is always allowed. In JSON `"reject"`, `"accept"` or `{"list": ["02:00:00:00:00:01", …]}`.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum MacChanges {
+    /// No other address than the initial one.
+    #[default]
+    Reject,
+    /// Any address.
+    Accept,
+    /// The addresses of these patterns.
+    List(MacPatterns),
+}
+
+impl MacChanges {
+    /// Whether an address other than the initial one is allowed.
+    #[must_use]
+    pub fn allows(&self, mac: MacAddress) -> bool {
+        match self {
+            Self::Reject => false,
+            Self::Accept => true,
+            Self::List(patterns) => patterns.0.iter().any(|pattern| pattern.matches(mac)),
+        }
+    }
+}
+
+/// At most 64 patterns of addresses.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(try_from = "Vec<MacPattern>", into = "Vec<MacPattern>")]
+pub struct MacPatterns(Vec<MacPattern>);
+
+impl MacPatterns {
+    /// Patterns that a list may have at most.
+    pub const MAX_LEN: usize = 64;
+
+    /// The patterns.
+    #[must_use]
+    pub fn as_slice(&self) -> &[MacPattern] {
+        &self.0
+    }
+}
+
+impl TryFrom<Vec<MacPattern>> for MacPatterns {
+    type Error = RangeError;
+
+    fn try_from(patterns: Vec<MacPattern>) -> Result<Self, RangeError> {
+        if patterns.len() <= Self::MAX_LEN {
+            Ok(Self(patterns))
+        } else {
+            Err(RangeError { value: patterns.len() as u64, min: 0, max: Self::MAX_LEN as u64 })
+        }
+    }
+}
+
+impl From<MacPatterns> for Vec<MacPattern> {
+    fn from(patterns: MacPatterns) -> Self {
+        patterns.0
+    }
+}
+
+/// Whether the guest may send frames from other addresses than its effective one.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum ForgedTransmits {
+    /// The adapter drops them (spoof check on).
+    #[default]
+    Reject,
+    /// Not filtered (spoof check off).
+    Accept,
+}
+
+/// Whether the guest may receive frames that are not addressed to it.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Promiscuous {
+    /// Only frames addressed to the adapter.
+    #[default]
+    Reject,
+    /// Besides those, all multicast frames. What igb can do at most.
+    Multicast,
+    /// All frames that the port's VLAN policy allows.
+    Accept,
+}
+
+impl Promiscuous {
+    /// Whether a VF may be in `mode`.
+    #[must_use]
+    pub fn allows(self, mode: PromiscuousMode) -> bool {
+        match self {
+            Self::Reject => mode == PromiscuousMode::OFF,
+            Self::Multicast => !mode.unicast,
+            Self::Accept => true,
+        }
+    }
+}
+
+/// Which VLANs the port is in, and who tags.
+/// In JSON `"none"`, `{"access": {"id": 10, "qos": 3}}` or `{"trunk": [7, "100-200"]}`.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum VlanPolicy {
+    /// Untagged; the guest may join no VLAN.
+    #[default]
+    None,
+    /// The adapter tags; the guest may join no VLAN.
+    Access(AccessVlan),
+    /// The guest tags and may join these VLANs.
+    Trunk(VlanSet),
+}
+
+impl VlanPolicy {
+    /// Whether the guest may join `vlan` by itself.
+    #[must_use]
+    pub fn allows(&self, vlan: VlanId) -> bool {
+        matches!(self, Self::Trunk(set) if set.contains(vlan))
+    }
+
+    /// The tag that the PF must set.
+    #[must_use]
+    pub fn access(&self) -> Option<AccessVlan> {
+        if let Self::Access(vlan) = self { Some(*vlan) } else { None }
+    }
+}
+
+/// How fast the VF may send. In JSON `"unlimited"` or `{"max_tx_mbit": 100}`.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Rate {
+    /// As fast as the link is.
+    #[default]
+    Unlimited,
+    /// At most so many Mbit/s.
+    MaxTxMbit(NonZeroU32),
+}
+
+/// How the guest is told of a refusal.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum OnDenied {
+    /// Its driver reports an error.
+    #[default]
+    Nack,
+    /// Its driver reports success; guest and device now differ.
+    Silent,
+}
+
+macro_rules! settings {
+    ($($field:ident $variant:ident $type:ty = $default:expr, $doc:literal;)*) => {
+        /// The name of a setting.
+        #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
+        #[serde(rename_all = "snake_case")]
+        pub enum Setting {
+            $(#[doc = $doc] $variant,)*
+        }
+
+        impl Setting {
+            /// All of them.
+            pub const ALL: &[Self] = &[$(Self::$variant,)*];
+
+            /// Its name in JSON and messages.
+            #[must_use]
+            pub const fn name(self) -> &'static str {
+                match self { $(Self::$variant => stringify!($field),)* }
+            }
+        }
+
+        /// What one level says: `None` leaves a setting to the level above.
+        #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+        #[serde(default, deny_unknown_fields)]
+        pub struct Settings {
+            $(#[doc = $doc] #[serde(skip_serializing_if = "Option::is_none")] pub $field: Option<$type>,)*
+        }
+
+        impl Settings {
+            /// The settings that this level decides.
+            pub fn present(&self) -> impl Iterator<Item = Setting> {
+                [$(self.$field.is_some().then_some(Setting::$variant),)*].into_iter().flatten()
+            }
+
+            /// Leaves only the settings that `keep` is true for.
+            pub(crate) fn retain(&mut self, keep: impl Fn(Setting) -> bool) {
+                $(if !keep(Setting::$variant) { self.$field = None; })*
+            }
+        }
+
+        /// Every setting that a port is subject to, with the level that decided it.
+        #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+        pub struct EffectivePolicy {
+            $(#[doc = $doc] pub $field: Sourced<$type>,)*
+        }
+
+        impl EffectivePolicy {
+            /// What the levels say together; a later one decides over an earlier one.
+            pub(crate) fn resolve(levels: &[(Source, &Settings)]) -> Self {
+                Self { $($field: Sourced::resolve($default, levels.iter().map(|(s, level)| (*s, &level.$field))),)* }
+            }
+
+            /// Which level decided a setting.
+            #[must_use]
+            pub fn source(&self, setting: Setting) -> Source {
+                match setting { $(Setting::$variant => self.$field.source,)* }
+            }
+        }
+    };
+}
+
+settings! {
+    mac_changes MacChanges MacChanges = MacChanges::Reject, "Changes of the effective address. Rejected by default.";
+    forged_transmits ForgedTransmits ForgedTransmits = ForgedTransmits::Reject,
+        "Frames from other addresses. Rejected by default.";
+    promiscuous Promiscuous Promiscuous = Promiscuous::Reject, "Frames to other addresses. Rejected by default.";
+    vlan Vlan VlanPolicy = VlanPolicy::None, "VLANs. None by default.";
+    multicast_limit MulticastLimit MulticastLimit = Limit(30), "Multicast hashes, at most 30. 30 by default.";
+    unicast_limit UnicastLimit UnicastLimit = Limit(0),
+        "Unicast addresses besides the effective one, at most 3; each must also pass `mac_changes`. 0 by default.";
+    vlan_limit VlanLimit VlanLimit = Limit(8), "VLANs that the guest of a trunk port may join, at most 32. 8 by default.";
+    mtu Mtu Mtu = Mtu::STANDARD, "The largest MTU in bytes. 1500 by default.";
+    rate Rate Rate = Rate::Unlimited, "Sending rate. Unlimited by default.";
+    on_denied OnDenied OnDenied = OnDenied::Nack, "How the guest is told of a refusal. `nack` by default.";
+    blocked Blocked bool = false,
+        "Whether the port is cut off and may change nothing. A port may always be blocked by itself. Not by default.";
+}
+
+impl fmt::Display for Setting {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(self.name())
+    }
+}
+
+/// The level that decided a setting.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Source {
+    /// None did: it is what Portcullis starts from.
+    Default,
+    /// The switch.
+    Switch,
+    /// The port group.
+    PortGroup,
+    /// The port's own override.
+    Port,
+}
+
+impl fmt::Display for Source {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::Default => "default",
+            Self::Switch => "switch",
+            Self::PortGroup => "port_group",
+            Self::Port => "port",
+        })
+    }
+}
+
+/// A value and the level that it comes from.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Sourced<T> {
+    /// The value.
+    pub value: T,
+    /// The level.
+    pub source: Source,
+}
+
+impl<T: Clone> Sourced<T> {
+    fn resolve<'a>(default: T, levels: impl DoubleEndedIterator<Item = (Source, &'a Option<T>)>) -> Self
+    where
+        T: 'a,
+    {
+        let decided =
+            levels.rev().find_map(|(source, value)| value.clone().map(|value| Self { value, source }));
+        decided.unwrap_or(Self { value: default, source: Source::Default })
+    }
+}

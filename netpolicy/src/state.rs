@@ -1,0 +1,210 @@
+//! Switches, port groups and ports together.
+//!
+//! A request goes through three calls:
+//!
+//! ```text
+//! evaluate ──Deny──▶ (tell the guest) ──▶ note_answer
+//!     └─Allow(changes)─▶ begin ──▶ (PF, mailbox) ─done──▶ commit ──▶ note_answer
+//!                                       └─failed, undone─▶ abort ──▶ note_answer
+//! ```
+//!
+//! `evaluate` only reads. `begin` reserves addresses, so that two ports cannot be granted the same one while the PF is
+//! being programmed. `commit` returns what the policy, which may have changed meanwhile, wants corrected at once.
+
+mod correct;
+mod device;
+mod evaluate;
+mod tables;
+
+use std::collections::BTreeMap;
+
+use thiserror::Error;
+
+use crate::{
+    ident::{Name, PortGroupId, PortId, SwitchId, VfRef},
+    mac::MacAddress,
+    objects::{Port, PortGroup, Switch},
+    policy::{EffectivePolicy, Setting, Source},
+};
+
+pub use correct::{Correction, Corrections};
+
+/// All switches of a host. A value: whoever owns it decides alone.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct SwitchState {
+    switches: BTreeMap<SwitchId, Switch>,
+    groups: BTreeMap<PortGroupId, PortGroup>,
+    ports: BTreeMap<PortId, Port>,
+    // Exactly `Port::addresses` of all ports.
+    by_mac: BTreeMap<(SwitchId, MacAddress), PortId>,
+    // Exactly `Port::vf` of all ports.
+    by_vf: BTreeMap<VfRef, PortId>,
+}
+
+/// Why a change of the tables is refused. The tables are then as they were.
+#[derive(Clone, Debug, PartialEq, Eq, Error)]
+pub enum StateError {
+    /// No such switch.
+    #[error("Switch {0} does not exist")]
+    NoSwitch(SwitchId),
+    /// No such port group.
+    #[error("Port group {0} does not exist")]
+    NoPortGroup(PortGroupId),
+    /// No such port.
+    #[error("Port {0} does not exist")]
+    NoPort(PortId),
+    /// The identity or name is taken.
+    #[error("{what} {name} exists already: choose another name")]
+    Taken {
+        /// The kind of thing.
+        what: &'static str,
+        /// Its name.
+        name: String,
+    },
+    /// Something still depends on it.
+    #[error("{what} {name} is used by {user}: remove that first")]
+    InUse {
+        /// The kind of thing.
+        what: &'static str,
+        /// Its name.
+        name: String,
+        /// What depends on it.
+        user: String,
+    },
+    /// The address cannot be an adapter's.
+    #[error("Address {0} cannot be an adapter's: it must be unicast and not zero")]
+    MacInvalid(MacAddress),
+    /// Another port of the switch has the address.
+    #[error("Address {mac} is in use by port {port} ({vm}): choose another")]
+    MacInUse {
+        /// The address.
+        mac: MacAddress,
+        /// The port that has it.
+        port: PortId,
+        /// That port's VM.
+        vm: Name,
+    },
+    /// The group does not let its ports decide a setting.
+    #[error("Port group {group} does not let its ports override {setting}: allow it there, or leave it out")]
+    OverrideNotAllowed {
+        /// The group.
+        group: Name,
+        /// The setting.
+        setting: Setting,
+    },
+    /// The VF's PF is no uplink of the port's switch.
+    #[error("PF {pf} is no uplink of switch {switch}: add it there, or take a VF of an uplink")]
+    NotAnUplink {
+        /// The PF.
+        pf: String,
+        /// The switch.
+        switch: Name,
+    },
+    /// Something that never changes was to be changed.
+    #[error("The {0} cannot be changed: create another")]
+    Immutable(&'static str),
+    /// The port has a VF already.
+    #[error("Port {0} has a VF: release it first")]
+    Bound(PortId),
+    /// A port has no VF.
+    #[error("Port {0} has no VF")]
+    NotBound(PortId),
+    /// Changes of the port are under way.
+    #[error("Port {0} is being changed: commit or abort that first")]
+    Pending(PortId),
+}
+
+impl SwitchState {
+    /// A host without a switch.
+    #[must_use]
+    pub fn new() -> Self {
+        Self::default()
+    }
+
+    /// A switch.
+    #[must_use]
+    pub fn switch(&self, id: SwitchId) -> Option<&Switch> {
+        self.switches.get(&id)
+    }
+
+    /// All switches, by identity.
+    pub fn switches(&self) -> impl Iterator<Item = &Switch> {
+        self.switches.values()
+    }
+
+    /// A port group.
+    #[must_use]
+    pub fn port_group(&self, id: PortGroupId) -> Option<&PortGroup> {
+        self.groups.get(&id)
+    }
+
+    /// All port groups, by identity.
+    pub fn port_groups(&self) -> impl Iterator<Item = &PortGroup> {
+        self.groups.values()
+    }
+
+    /// A port.
+    #[must_use]
+    pub fn port(&self, id: PortId) -> Option<&Port> {
+        self.ports.get(&id)
+    }
+
+    /// All ports, by identity.
+    pub fn ports(&self) -> impl Iterator<Item = &Port> {
+        self.ports.values()
+    }
+
+    /// The port that holds an address on a switch: as initial, effective or further one, or is being given it.
+    #[must_use]
+    pub fn port_of_mac(&self, switch: SwitchId, mac: MacAddress) -> Option<&Port> {
+        self.by_mac.get(&(switch, mac)).and_then(|id| self.ports.get(id))
+    }
+
+    /// The port that has a VF.
+    #[must_use]
+    pub fn port_of_vf(&self, vf: &VfRef) -> Option<&Port> {
+        self.by_vf.get(vf).and_then(|id| self.ports.get(id))
+    }
+
+    /// What a port is subject to, and where each setting comes from.
+    ///
+    /// # Errors
+    /// No such port.
+    pub fn effective_policy(&self, port: PortId) -> Result<EffectivePolicy, StateError> {
+        let (port, group, switch) = self.lineage(port)?;
+        Ok(policy_of(port, group, switch))
+    }
+
+    /// What a port group's ports are subject to that override nothing.
+    ///
+    /// # Errors
+    /// No such port group.
+    pub fn group_policy(&self, group: PortGroupId) -> Result<EffectivePolicy, StateError> {
+        let group = self.groups.get(&group).ok_or(StateError::NoPortGroup(group))?;
+        let switch = self.switches.get(&group.switch).ok_or(StateError::NoSwitch(group.switch))?;
+        Ok(EffectivePolicy::resolve(&[
+            (Source::Switch, &switch.settings),
+            (Source::PortGroup, &group.settings),
+        ]))
+    }
+
+    // A port with what it inherits from.
+    fn lineage(&self, id: PortId) -> Result<(&Port, &PortGroup, &Switch), StateError> {
+        let port = self.ports.get(&id).ok_or(StateError::NoPort(id))?;
+        let group = self.groups.get(&port.group).ok_or(StateError::NoPortGroup(port.group))?;
+        let switch = self.switches.get(&group.switch).ok_or(StateError::NoSwitch(group.switch))?;
+        Ok((port, group, switch))
+    }
+}
+
+fn policy_of(port: &Port, group: &PortGroup, switch: &Switch) -> EffectivePolicy {
+    let mut own = port.overrides.clone();
+    // A group that withdraws its permission has its way at once, and the port its own again with the permission.
+    let blocks = own.blocked == Some(true);
+    own.retain(|setting| group.port_overrides.contains(&setting) || (setting == Setting::Blocked && blocks));
+    EffectivePolicy::resolve(&[
+        (Source::Switch, &switch.settings),
+        (Source::PortGroup, &group.settings),
+        (Source::Port, &own),
+    ])
+}

@@ -1,0 +1,179 @@
+//! What a port's VF must be given or lose so that it has what its policy says, and nothing that it forbids.
+
+use serde::{Deserialize, Serialize};
+
+use super::{StateError, SwitchState, device::pf_settings, policy_of};
+use crate::{
+    ident::{PortId, VfRef},
+    objects::{DeviceState, Port},
+    policy::{EffectivePolicy, Setting},
+    request::{Change, DecidedBy, LinkState, PromiscuousMode},
+    vlan::VlanId,
+};
+
+/// One step towards the policy.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Correction {
+    /// What to change.
+    pub change: Change,
+    /// The setting that wants it; none for what is never left on.
+    pub decided_by: Option<DecidedBy>,
+    /// Whether the guest loses something by it, which is to be recorded; else it is given, or only re-adjusted.
+    pub taken_back: bool,
+    /// What the device has.
+    pub old: String,
+}
+
+/// The corrections of one port that has a VF, to be made in this order, then [committed](SwitchState::commit).
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[must_use]
+pub struct Corrections {
+    /// The port.
+    pub port: PortId,
+    /// Its VF.
+    pub vf: Option<VfRef>,
+    /// The steps. What the PF does by itself, and cuts most off, comes first; the port VLAN last, as PF drivers hear
+    /// nothing of VLANs from a VF that has one.
+    pub list: Vec<Correction>,
+}
+
+impl Corrections {
+    /// The changes alone.
+    #[must_use]
+    pub fn changes(&self) -> Vec<Change> {
+        self.list.iter().map(|correction| correction.change.clone()).collect()
+    }
+}
+
+impl SwitchState {
+    /// What a port's VF must be given or lose now. Empty without a VF, and after the corrections were committed.
+    ///
+    /// # Errors
+    /// No such port.
+    pub fn corrections(&self, id: PortId) -> Result<Corrections, StateError> {
+        let (port, group, switch) = self.lineage(id)?;
+        let mut list = Vec::new();
+        if port.vf.is_some() {
+            let mut corrector = Corrector { port, policy: policy_of(port, group, switch), list: &mut list };
+            corrector.pf();
+            corrector.vlans();
+            corrector.unicast();
+            corrector.others();
+            corrector.port_vlan();
+        }
+        Ok(Corrections { port: id, vf: port.vf.clone(), list })
+    }
+}
+
+struct Corrector<'a> {
+    port: &'a Port,
+    policy: EffectivePolicy,
+    list: &'a mut Vec<Correction>,
+}
+
+impl<'a> Corrector<'a> {
+    fn push(&mut self, setting: Option<Setting>, taken_back: bool, change: Change, old: impl ToString) {
+        let decided_by = setting.map(|setting| DecidedBy { setting, source: self.policy.source(setting) });
+        self.list.push(Correction { change, decided_by, taken_back, old: old.to_string() });
+    }
+
+    fn device(&self) -> &'a DeviceState {
+        &self.port.device
+    }
+
+    fn pf(&mut self) {
+        let (has, initial) = (&self.device().pf, self.port.initial_mac);
+        let wants = pf_settings(&self.policy, has.mac);
+        if has.mac != initial && !self.policy.mac_changes.value.allows(has.mac) {
+            self.push(Some(Setting::MacChanges), true, Change::SetMac(initial), has.mac);
+        }
+        if has.spoof_check != wants.spoof_check {
+            let change = Change::SetSpoofCheck(wants.spoof_check);
+            self.push(Some(Setting::ForgedTransmits), wants.spoof_check, change, on_off(has.spoof_check));
+        }
+        if has.trust {
+            self.push(None, true, Change::SetTrust(false), on_off(true));
+        }
+        if has.link != wants.link {
+            let down = wants.link == LinkState::Down;
+            self.push(
+                Some(Setting::Blocked),
+                down,
+                Change::SetLink(wants.link),
+                if down { "auto" } else { "down" },
+            );
+        }
+        if has.max_tx_rate != wants.max_tx_rate {
+            let old = has.max_tx_rate.map_or("unlimited".into(), |rate| format!("{rate} Mbit/s"));
+            self.push(Some(Setting::Rate), false, Change::SetMaxTxRate(wants.max_tx_rate), old);
+        }
+    }
+
+    fn vlans(&mut self) {
+        let (device, limit) = (self.device(), usize::from(self.policy.vlan_limit.value.get()));
+        // What is kept at most: the guest's own before stale ones, lower ones first.
+        let mut kept = 0;
+        let mut leave: Vec<(VlanId, Setting)> = Vec::new();
+        for vlan in device.vlans.iter().chain(device.stale_vlans.difference(&device.vlans)) {
+            if !self.policy.vlan.value.allows(*vlan) {
+                leave.push((*vlan, Setting::Vlan));
+            } else if kept == limit {
+                leave.push((*vlan, Setting::VlanLimit));
+            } else {
+                kept += 1;
+            }
+        }
+        for (vlan, setting) in leave {
+            self.push(Some(setting), true, Change::LeaveVlan(vlan), vlan);
+        }
+    }
+
+    fn unicast(&mut self) {
+        let (device, limit) = (self.device(), usize::from(self.policy.unicast_limit.value.get()));
+        let allowed = |mac| mac == self.port.initial_mac || self.policy.mac_changes.value.allows(mac);
+        let all_allowed = device.unicast.iter().all(|mac| allowed(*mac));
+        if all_allowed && device.unicast.len() <= limit {
+            return;
+        }
+        // There is no message that removes one.
+        let keep: Vec<_> = device.unicast.iter().copied().filter(|mac| allowed(*mac)).take(limit).collect();
+        let held: Vec<_> = device.unicast.iter().map(ToString::to_string).collect();
+        let setting = if all_allowed { Setting::UnicastLimit } else { Setting::MacChanges };
+        self.push(Some(setting), true, Change::ClearUnicast, held.join(","));
+        for mac in keep {
+            self.push(Some(setting), false, Change::AddUnicast(mac), "");
+        }
+    }
+
+    fn others(&mut self) {
+        let device = self.device();
+        let limit = usize::from(self.policy.multicast_limit.value.get());
+        if device.multicast.len() > limit {
+            let keep = device.multicast.iter().copied().take(limit).collect();
+            let old = format!("{} hashes", device.multicast.len());
+            self.push(Some(Setting::MulticastLimit), true, Change::SetMulticast(keep), old);
+        }
+        let (mode, policy) = (device.promiscuous, self.policy.promiscuous.value);
+        if !policy.allows(mode) {
+            let multicast = PromiscuousMode { multicast: mode.multicast, unicast: false };
+            let mode = if policy.allows(multicast) { multicast } else { PromiscuousMode::OFF };
+            self.push(Some(Setting::Promiscuous), true, Change::SetPromiscuous(mode), device.promiscuous);
+        }
+        let longest = self.policy.mtu.value.max_frame();
+        if let Some(bytes) = device.max_frame.filter(|bytes| *bytes > longest) {
+            self.push(Some(Setting::Mtu), true, Change::SetMaxFrame(longest), format!("{bytes} bytes"));
+        }
+    }
+
+    fn port_vlan(&mut self) {
+        let (has, wants) = (self.device().pf.port_vlan, self.policy.vlan.value.access());
+        if has != wants {
+            let old = has.map_or("none".into(), |vlan| vlan.to_string());
+            self.push(Some(Setting::Vlan), false, Change::SetPortVlan(wants), old);
+        }
+    }
+}
+
+fn on_off(on: bool) -> &'static str {
+    if on { "on" } else { "off" }
+}

@@ -1,0 +1,165 @@
+//! What a port's VF has been given, and what it must have.
+
+use std::num::NonZeroU32;
+
+use super::{Corrections, StateError, SwitchState};
+use crate::{
+    ident::PortId,
+    mac::MacAddress,
+    objects::{PfSettings, Port},
+    policy::{EffectivePolicy, ForgedTransmits, Rate},
+    request::{Change, LinkState, PromiscuousMode, Request},
+};
+
+impl SwitchState {
+    /// What the PF must be programmed to before the guest starts: the initial address and what the policy says.
+    ///
+    /// # Errors
+    /// No such port.
+    pub fn baseline(&self, port: PortId) -> Result<PfSettings, StateError> {
+        let initial = self.lineage(port)?.0.initial_mac;
+        Ok(pf_settings(&self.effective_policy(port)?, initial))
+    }
+
+    /// What the PF must show now, with the effective address: what is read from it and differs is drift.
+    ///
+    /// # Errors
+    /// No such port.
+    pub fn expected(&self, port: PortId) -> Result<PfSettings, StateError> {
+        let effective = self.lineage(port)?.0.effective_mac();
+        Ok(pf_settings(&self.effective_policy(port)?, effective))
+    }
+
+    /// The changes are about to be made: from now on no other port is granted their addresses, and
+    /// [`take_back_all`](Self::take_back_all) counts them as made. Ends with [`commit`](Self::commit) or [`abort`](Self::abort).
+    ///
+    /// # Errors
+    /// No such port, changes are under way already, or an address has been granted to another port meanwhile.
+    pub fn begin(&mut self, id: PortId, changes: &[Change]) -> Result<(), StateError> {
+        if !self.lineage(id)?.0.pending.is_empty() {
+            return Err(StateError::Pending(id));
+        }
+        self.edit(id, |port| port.pending = changes.to_vec())
+    }
+
+    /// The adapter has these changes: all that were begun, some of them, or [corrections](Corrections). The result is
+    /// what must follow at once because the policy changed meanwhile.
+    ///
+    /// # Errors
+    /// No such port, or an address that is another port's (which `begin` would have told): nothing is recorded, undo it.
+    pub fn commit(&mut self, id: PortId, changes: &[Change]) -> Result<Corrections, StateError> {
+        self.edit(id, |port| {
+            port.pending.clear();
+            for change in changes {
+                apply(port, change);
+            }
+        })?;
+        self.corrections(id)
+    }
+
+    /// The changes that were begun have not been made, or have been undone.
+    ///
+    /// # Errors
+    /// No such port.
+    pub fn abort(&mut self, id: PortId) -> Result<(), StateError> {
+        self.edit(id, |port| port.pending.clear())
+    }
+
+    /// The guest has been answered: after a success it believes that it has the address that it asked for, granted or
+    /// silently refused.
+    ///
+    /// # Errors
+    /// No such port.
+    pub fn note_answer(&mut self, id: PortId, request: &Request, success: bool) -> Result<(), StateError> {
+        let port = self.ports.get_mut(&id).ok_or(StateError::NoPort(id))?;
+        if let (Request::SetMac(mac), true) = (request, success) {
+            port.guest_mac = *mac;
+        }
+        Ok(())
+    }
+
+    /// Everything that the VF may have of its tenant, to be taken back in this order before a reboot or a release. The
+    /// reset comes first and always: PF drivers hear nothing else from a VF that was not reset.
+    ///
+    /// # Errors
+    /// No such port.
+    pub fn take_back_all(&self, id: PortId) -> Result<Vec<Change>, StateError> {
+        let (port, ..) = self.lineage(id)?;
+        // The reset's own effect is not counted on, and of a pending SetMulticast only that there is one.
+        let mut device = port.device.clone();
+        // Nor is it known whether a pending address has replaced the recorded one: either may be there.
+        let mut foreign = device.pf.mac != port.initial_mac;
+        for change in &port.pending {
+            match change {
+                Change::SetMac(pending) => foreign |= *pending != port.initial_mac,
+                Change::AddUnicast(mac) => drop(device.unicast.insert(*mac)),
+                Change::JoinVlan(vlan) => drop(device.vlans.insert(*vlan)),
+                Change::SetMulticast(hashes) => device.multicast.extend(hashes),
+                Change::SetPromiscuous(mode) => {
+                    device.promiscuous.multicast |= mode.multicast;
+                    device.promiscuous.unicast |= mode.unicast;
+                }
+                _ => {}
+            }
+        }
+        let mut changes = vec![Change::Reset];
+        changes.extend(device.vlans.union(&device.stale_vlans).map(|vlan| Change::LeaveVlan(*vlan)));
+        changes.extend((!device.unicast.is_empty()).then_some(Change::ClearUnicast));
+        changes.extend((!device.multicast.is_empty()).then_some(Change::SetMulticast(Vec::new())));
+        let promiscuous = device.promiscuous != PromiscuousMode::OFF;
+        changes.extend(promiscuous.then_some(Change::SetPromiscuous(PromiscuousMode::OFF)));
+        changes.extend(foreign.then_some(Change::SetMac(port.initial_mac)));
+        Ok(changes)
+    }
+}
+
+pub(super) fn pf_settings(policy: &EffectivePolicy, mac: MacAddress) -> PfSettings {
+    PfSettings {
+        mac,
+        port_vlan: policy.vlan.value.access(),
+        spoof_check: policy.forged_transmits.value == ForgedTransmits::Reject,
+        trust: false,
+        max_tx_rate: max_tx_rate(policy.rate.value),
+        link: if policy.blocked.value { LinkState::Down } else { LinkState::Auto },
+    }
+}
+
+fn max_tx_rate(rate: Rate) -> Option<NonZeroU32> {
+    match rate {
+        Rate::Unlimited => None,
+        Rate::MaxTxMbit(rate) => Some(rate),
+    }
+}
+
+fn apply(port: &mut Port, change: &Change) {
+    let device = &mut port.device;
+    match change {
+        Change::Reset => {
+            // igb forgets these; further unicast addresses outlive a reset, VLANs and the frame length may.
+            device.stale_vlans.append(&mut device.vlans);
+            device.multicast.clear();
+            device.promiscuous = PromiscuousMode::OFF;
+            // The reply carries it, and the driver adopts it.
+            port.guest_mac = device.pf.mac;
+        }
+        Change::SetMac(mac) => device.pf.mac = *mac,
+        Change::AddUnicast(mac) => drop(device.unicast.insert(*mac)),
+        Change::ClearUnicast => device.unicast.clear(),
+        Change::SetMulticast(hashes) => device.multicast.clone_from(hashes),
+        Change::JoinVlan(vlan) => {
+            device.stale_vlans.remove(vlan);
+            device.vlans.insert(*vlan);
+        }
+        Change::LeaveVlan(vlan) => {
+            device.stale_vlans.remove(vlan);
+            device.vlans.remove(vlan);
+        }
+        Change::SetMaxFrame(bytes) => device.max_frame = Some(*bytes),
+        Change::SetPromiscuous(mode) => device.promiscuous = *mode,
+        Change::SetPortVlan(vlan) => device.pf.port_vlan = *vlan,
+        Change::SetSpoofCheck(on) => device.pf.spoof_check = *on,
+        Change::SetTrust(on) => device.pf.trust = *on,
+        Change::SetMaxTxRate(rate) => device.pf.max_tx_rate = *rate,
+        Change::SetLink(link) => device.pf.link = *link,
+    }
+}

@@ -1,0 +1,284 @@
+//! The assigned function: what the bus, the vmm and the guest's vCPUs call.
+
+use std::{
+    ops::Range,
+    sync::{Arc, Mutex, MutexGuard, PoisonError, mpsc},
+    thread::JoinHandle,
+    time::Duration,
+};
+
+use devices::{
+    interrupt::MsiRouter,
+    memory::GuestMapper,
+    pci::{
+        PciFunction,
+        bar::{BarError, BarLayout, Bars},
+    },
+};
+
+use super::{
+    FunctionError, FunctionStats, Gate, ResetError, TrappedRange,
+    capabilities::Capabilities,
+    counters::Counters,
+    gate::Begin,
+    layout::{Layout, Target},
+    registers::{Effect, Registers},
+    thread::{Command, Commands, Worker},
+    windows::Windows,
+};
+use crate::hardware::VfHardware;
+
+/// What vCPUs and the function's thread share.
+pub(super) struct Shared {
+    name: String,
+    gate: Arc<Gate>,
+    layout: Layout,
+    registers: Mutex<Registers>,
+    counters: Counters,
+}
+
+impl Shared {
+    pub(super) fn name(&self) -> &str {
+        &self.name
+    }
+
+    pub(super) fn gate(&self) -> &Gate {
+        &self.gate
+    }
+
+    pub(super) fn layout(&self) -> &Layout {
+        &self.layout
+    }
+
+    pub(super) fn counters(&self) -> &Counters {
+        &self.counters
+    }
+
+    pub(super) fn registers(&self) -> MutexGuard<'_, Registers> {
+        self.registers.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// A hardware function, real or simulated, as a PCI function of the guest.
+pub struct AssignedFunction {
+    shared: Arc<Shared>,
+    commands: Commands,
+    thread: Mutex<Option<JoinHandle<()>>>,
+}
+
+impl AssignedFunction {
+    /// Puts a function before the hardware behind `gate`, and starts its thread.
+    ///
+    /// `name` (the host's PCI address) is for log lines. BARs decode inside of `windows` only, guest-physical ranges
+    /// without guest memory. `traps` are the ranges that never become windows, besides those of MSI-X.
+    ///
+    /// # Errors
+    /// [`FunctionError`].
+    pub fn new(
+        name: &str,
+        gate: Arc<Gate>,
+        windows: Arc<[Range<u64>]>,
+        traps: &[TrappedRange],
+        mapper: Arc<dyn GuestMapper>,
+        router: Arc<dyn MsiRouter>,
+    ) -> Result<Self, FunctionError> {
+        let hardware = gate.as_ref();
+        let capabilities = Capabilities::scan(hardware)?;
+        if capabilities.msi.is_none() && capabilities.msix.is_none() {
+            return Err(FunctionError::NoInterrupts);
+        }
+        // I/O BARs are not offered: a function that needs them in a guest is older than MSI-X.
+        let infos =
+            std::array::from_fn(|bar| Some(hardware.bar(bar)).filter(|bar| !bar.io).unwrap_or_default());
+        let layouts = infos.map(|info: crate::hardware::BarInfo| {
+            let layout =
+                BarLayout { size: info.size, is_64bit: info.is_64bit, prefetchable: info.prefetchable };
+            (info.size > 0).then_some(layout)
+        });
+        let layout = Layout::new(&infos, capabilities.msix.as_ref(), traps)?;
+        for (bar, range) in layout.trapped() {
+            if let Some(start) = hardware.bar_address(bar) {
+                mapper.forbid(start.saturating_add(range.start), range.end - range.start);
+            }
+        }
+        let mut pieces = Vec::new();
+        for (bar, range) in layout.mapped() {
+            let memory = hardware
+                .map_bar(bar, range.start, range.end - range.start)
+                .map_err(|source| FunctionError::MapBar { bar, source })?;
+            pieces.push((bar, range.start, memory));
+        }
+        let bars = Bars::new(layouts, windows)?;
+        let registers = Registers::new(hardware, capabilities, bars, Windows::new(mapper, pieces), &router)?;
+        let counters = Counters::new(hardware);
+        let shared =
+            Shared { name: name.to_owned(), gate, layout, registers: Mutex::new(registers), counters };
+        let shared = Arc::new(shared);
+        let (commands, receiver) = mpsc::channel();
+        let worker = Worker::new(shared.clone(), receiver);
+        let thread = std::thread::Builder::new()
+            // The kernel shows 15 bytes of it.
+            .name(format!("fn {name}"))
+            .spawn(move || worker.run())
+            .map_err(FunctionError::Thread)?;
+        Ok(Self { shared, commands, thread: Mutex::new(Some(thread)) })
+    }
+
+    /// The memory BARs, for whoever assigns their addresses.
+    #[must_use]
+    pub fn bars(&self) -> Vec<(usize, BarLayout)> {
+        self.shared.registers().bars.layouts().collect()
+    }
+
+    /// Assigns the address that a BAR has at power-on, before the vCPUs run.
+    ///
+    /// # Errors
+    /// [`BarError`] for an address where it could not decode.
+    pub fn assign_bar(&self, bar: usize, address: u64) -> Result<(), BarError> {
+        self.shared.registers().assign_bar(bar, address)
+    }
+
+    /// The gate to the hardware, for the relay.
+    #[must_use]
+    pub fn gate(&self) -> Arc<Gate> {
+        self.shared.gate.clone()
+    }
+
+    /// Counters.
+    #[must_use]
+    pub fn stats(&self) -> FunctionStats {
+        self.shared.counters.snapshot()
+    }
+
+    /// Starts a function reset, as the guest's FLR does: BARs and command are 0 afterwards. Returns at once; all
+    /// reads are all-ones until it has ended. Nothing happens while one is under way.
+    pub fn request_reset(&self) {
+        if self.shared.gate.begin_reset() == Begin::Begun {
+            // It fails when the thread has ended, and then the gate is closed for good.
+            let _ = self.commands.send(Command::GuestReset);
+        }
+    }
+
+    /// Resets function and registers to the state at power-on, BARs at their assigned addresses, and waits. Not for
+    /// vCPU threads. No DMA of the old boot happens once it has returned `Ok`.
+    ///
+    /// # Errors
+    /// [`ResetError`]; guest memory must then not be reused while the function is open.
+    pub fn reset_and_wait(&self, timeout: Duration) -> Result<(), ResetError> {
+        self.shared.gate.begin_reset();
+        let (done, outcome) = mpsc::sync_channel(1);
+        self.commands.send(Command::PowerOn(done)).map_err(|_| ResetError::Gone)?;
+        match outcome.recv_timeout(timeout) {
+            Ok(result) => result,
+            Err(mpsc::RecvTimeoutError::Timeout) => Err(ResetError::Timeout(timeout)),
+            Err(mpsc::RecvTimeoutError::Disconnected) => Err(ResetError::Gone),
+        }
+    }
+
+    /// The hardware is gone or wanted back by its host: from now on the function reads all-ones, has no windows and
+    /// raises no interrupts. The hardware itself is closed soon after, on the function's thread.
+    pub fn lose(&self) {
+        let hardware = self.shared.gate.close();
+        let mut registers = self.shared.registers();
+        if let Err(error) = registers.windows.close() {
+            tracing::error!(device = self.shared.name, %error, "Window of a lost PCI function cannot be taken away");
+        }
+        // Closing the device ends its interrupts; what matters here is that none reaches the guest any more.
+        registers.reset(false);
+        drop(registers);
+        let _ = self.commands.send(Command::Release(hardware));
+    }
+
+    /// Whether the function was lost or shut down.
+    #[must_use]
+    pub fn is_lost(&self) -> bool {
+        self.shared.gate.is_closed()
+    }
+
+    /// [`lose`](Self::lose), and waits for the thread: as long as a reset takes that is under way.
+    pub fn shutdown(&self) {
+        self.lose();
+        let thread = self.thread.lock().unwrap_or_else(PoisonError::into_inner).take();
+        if thread.is_some_and(|thread| thread.join().is_err()) {
+            tracing::error!(device = self.shared.name, "The thread of a PCI function had panicked");
+        }
+    }
+
+    /// The range that answers an access of `len` bytes at `gpa`: BAR, offset in it.
+    fn decode(&self, gpa: u64, len: usize) -> Option<(usize, u64)> {
+        let (bar, offset) = self.shared.registers().bars.decode(gpa, len)?;
+        self.shared.counters.bar(bar, offset);
+        Some((bar, offset))
+    }
+}
+
+impl Drop for AssignedFunction {
+    fn drop(&mut self) {
+        self.shutdown();
+    }
+}
+
+impl PciFunction for AssignedFunction {
+    fn config_read(&self, offset: u16, data: &mut [u8]) {
+        self.shared.counters.config();
+        data.fill(0xff);
+        self.shared.gate.open(|hardware| self.shared.registers().config_read(hardware, offset, data));
+    }
+
+    fn config_write(&self, offset: u16, data: &[u8]) {
+        self.shared.counters.config();
+        let effect =
+            self.shared.gate.open(|hardware| self.shared.registers().config_write(hardware, offset, data));
+        if effect == Some(Effect::Reset) {
+            self.request_reset();
+        }
+    }
+
+    fn mmio_read(&self, gpa: u64, data: &mut [u8]) -> bool {
+        let Some((bar, offset)) = self.decode(gpa, data.len()) else { return false };
+        data.fill(0xff);
+        let Some(found) = self.shared.layout.find(bar, offset, data.len()) else { return true };
+        let inside = offset - found.range.start;
+        match &found.target {
+            Target::Hardware { .. } => self.shared.gate.bar_read(bar, offset, data),
+            // Not under the gate: the handler may come back to it.
+            Target::Handler(handler) => {
+                if self.shared.gate.is_open() {
+                    handler.read(inside, data);
+                }
+            }
+            Target::MsixTable | Target::MsixPending => {
+                let pending = matches!(found.target, Target::MsixPending);
+                self.shared.gate.open(|_| match &self.shared.registers().msix {
+                    Some(msix) if pending => msix.pba_read(inside, data),
+                    Some(msix) => msix.table_read(inside, data),
+                    None => {}
+                });
+            }
+        }
+        true
+    }
+
+    fn mmio_write(&self, gpa: u64, data: &[u8]) -> bool {
+        let Some((bar, offset)) = self.decode(gpa, data.len()) else { return false };
+        let Some(found) = self.shared.layout.find(bar, offset, data.len()) else { return true };
+        let inside = offset - found.range.start;
+        match &found.target {
+            Target::Hardware { .. } => self.shared.gate.bar_write(bar, offset, data),
+            Target::Handler(handler) => {
+                if self.shared.gate.is_open() {
+                    handler.write(inside, data);
+                }
+            }
+            Target::MsixTable => {
+                self.shared.gate.open(|_| {
+                    if let Some(msix) = &mut self.shared.registers().msix {
+                        msix.table_write(inside, data);
+                    }
+                });
+            }
+            Target::MsixPending => {}
+        }
+        true
+    }
+}

@@ -1,0 +1,145 @@
+//! The PCI function that a guest sees in place of assigned hardware.
+//!
+//! ```text
+//!             request_reset (guest's FLR), reset_and_wait (reboot)
+//!   Open ───────────────────────────────────────────────────────▶ Resetting
+//!    ▲    a vCPU or the event loop closes the gate; from now on      │ the function's thread: windows away, irqs and
+//!    │    all reads are all-ones                                     │ DMA off, hardware.reset(), registers to their
+//!    └───────────────────────────────────────────────────────────────┘ reset state, handlers told
+//!    │ lose, shutdown (also out of Resetting)
+//!    ▼
+//!   Closed: all-ones for good, no windows, no irqs, the hardware let go of
+//! ```
+//!
+//! `gate` holds that state and is the only way to the hardware, for vCPUs and for the relay alike. `config_space`
+//! is what the guest's driver sees of configuration space, `layout` says which range of a BAR is mapped and which
+//! trapped, `windows` keeps the guest's windows in line with the BARs, `thread` does what may block.
+//!
+//! Locks, in the order in which they are taken: gate (shared, for as long as one access lasts), registers. The gate is
+//! only taken exclusively to change its state, never while the hardware is being reset.
+
+mod assigned;
+mod capabilities;
+mod config_space;
+mod counters;
+mod gate;
+mod layout;
+mod registers;
+#[cfg(test)]
+#[expect(clippy::cast_possible_truncation, reason = "made-up data, and registers read at their own width")]
+#[expect(clippy::single_range_in_vec_init, reason = "lists of ranges, some of one range")]
+mod tests;
+mod thread;
+mod windows;
+
+use std::{collections::BTreeMap, io, ops::Range, sync::Arc};
+
+pub use assigned::AssignedFunction;
+use devices::pci::bar::BarError;
+pub use gate::Gate;
+
+/// Emulates a range of a BAR. Called on vCPU threads: it must not wait.
+pub trait BarHandler: Send + Sync {
+    /// Reads at `offset` from the start of the range. `data` is 1 to 8 bytes inside of it.
+    fn read(&self, offset: u64, data: &mut [u8]);
+
+    /// Writes at `offset` from the start of the range.
+    fn write(&self, offset: u64, data: &[u8]);
+
+    /// The hardware is about to be reset; the guest sees all-ones from now on. Called on the function's thread.
+    fn before_reset(&self) {}
+
+    /// The hardware was reset and is about to be shown to the guest again. Called on the function's thread.
+    fn after_reset(&self) {}
+}
+
+/// A range of a BAR that is never mapped into the guest.
+#[derive(Clone)]
+pub struct TrappedRange {
+    /// Index of the BAR.
+    pub bar: usize,
+    /// Bytes in the BAR. Every page that it touches stays unmapped; of such a page, what is outside of
+    /// the range goes to the hardware register by register.
+    pub range: Range<u64>,
+    /// Who answers.
+    pub handler: Arc<dyn BarHandler>,
+}
+
+/// Counters of a function since its construction.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct FunctionStats {
+    /// Exits by BAR and 4 KiB page, keyed `"bar:page"`; pages without an exit are absent. Pages of a BAR from 1024
+    /// on are counted together, as the key `"bar:rest"`.
+    pub bar_exits: BTreeMap<String, u64>,
+    /// Configuration space accesses.
+    pub config_exits: u64,
+    /// Resets of the hardware, whoever asked.
+    pub resets: u64,
+}
+
+/// Why a function cannot be assigned.
+#[derive(Debug, thiserror::Error)]
+pub enum FunctionError {
+    /// A bridge or something unknown.
+    #[error("PCI function has header type {0:#x}: only endpoints (type 0) can be assigned")]
+    NotEndpoint(u8),
+    /// A BAR of impossible size.
+    #[error("PCI function has a BAR that cannot be emulated")]
+    Bar(#[from] BarError),
+    /// The function can neither do MSI nor MSI-X.
+    #[error("PCI function has neither MSI nor MSI-X: functions that only have INTx cannot be assigned")]
+    NoInterrupts,
+    /// The MSI-X table or its pending bits are not inside of a memory BAR.
+    #[error(
+        "PCI function's MSI-X capability points outside of its BARs ({what} in BAR {bar}, offset {offset:#x})"
+    )]
+    MsixOutside {
+        /// Table or pending bits.
+        what: &'static str,
+        /// Index of the BAR.
+        bar: usize,
+        /// Offset in it.
+        offset: u64,
+    },
+    /// A trapped range is outside of its BAR or overlaps another.
+    #[error(
+        "Range {range:#x?} of BAR {bar} cannot be trapped: outside of the BAR, or overlapping another trapped range"
+    )]
+    BadTrap {
+        /// Index of the BAR.
+        bar: usize,
+        /// The range.
+        range: Range<u64>,
+    },
+    /// Eventfds for the vectors.
+    #[error(
+        "Interrupt vectors of a PCI function cannot be made: raise the limit of open files (LimitNOFILE=)"
+    )]
+    Vectors(#[source] io::Error),
+    /// Mapping a BAR into this process.
+    #[error("BAR {bar} of a PCI function cannot be mapped")]
+    MapBar {
+        /// Index of the BAR.
+        bar: usize,
+        /// What the kernel said.
+        #[source]
+        source: io::Error,
+    },
+    /// The function's thread.
+    #[error("Thread of a PCI function cannot be started")]
+    Thread(#[source] io::Error),
+}
+
+/// Why a reset did not happen.
+#[derive(Debug, thiserror::Error)]
+pub enum ResetError {
+    /// It was lost or shut down.
+    #[error("PCI function is gone: it cannot be reset")]
+    Gone,
+    /// It takes longer than the caller would wait; the function answers nothing until it ends.
+    #[error("PCI function's reset takes longer than {0:?}: the device or its driver on the host hangs")]
+    Timeout(std::time::Duration),
+    /// The hardware refused. The function stays closed: its state is unknown.
+    #[error("PCI function cannot be reset: the guest must not reuse its memory")]
+    Failed(#[source] io::Error),
+}

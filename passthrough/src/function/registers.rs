@@ -1,0 +1,331 @@
+//! The state of a function that the guest's driver can change: command, BARs, MSI, MSI-X, power.
+
+use std::{ops::Range, sync::Arc};
+
+use devices::{
+    interrupt::MsiRouter,
+    pci::{
+        bar::{BarError, Bars},
+        config,
+        msi::Msi,
+        msix::{Msix, Transition},
+    },
+};
+
+use super::{FunctionError, capabilities::Capabilities, config_space::ConfigSpace, windows::Windows};
+use crate::hardware::{IrqKind, VfHardware};
+
+/// The command bits that exist for the guest. I/O space does not: there are no I/O BARs.
+const COMMAND_BITS: u16 = config::COMMAND_MEMORY
+    | config::COMMAND_BUS_MASTER
+    | config::COMMAND_PARITY
+    | config::COMMAND_SERR
+    | config::COMMAND_INTX_DISABLE;
+
+/// Power management control and status: offset in the capability.
+const PM_CONTROL: u16 = 4;
+const PM_CAPABILITIES: u16 = 0x01ff;
+const PM_STATE: u16 = 3;
+/// The function keeps its registers from D3hot to D0: true of a state that is only emulated.
+const PM_NO_SOFT_RESET: u16 = 1 << 3;
+const EXPRESS_DEVICE_CONTROL: u16 = 8;
+const EXPRESS_FLR: u16 = 1 << 15;
+const ADVANCED_CONTROL: u16 = 4;
+const ADVANCED_FLR: u8 = 1;
+/// How many failures of the hardware's interrupts are logged before the rest is dropped.
+const LOGGED_FAILURES: u64 = 8;
+
+/// What a configuration write asks of the function.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Effect {
+    None,
+    /// Function level reset.
+    Reset,
+}
+
+pub(super) struct Registers {
+    capabilities: Capabilities,
+    space: ConfigSpace,
+    pub(super) bars: Bars,
+    msi: Option<Msi>,
+    pub(super) msix: Option<Msix>,
+    pub(super) windows: Windows,
+    command: u16,
+    /// 0 for D0, 3 for D3hot. Only emulated: in D3hot nothing is decoded, the hardware stays on.
+    power_state: u16,
+    /// Interrupts that the hardware signals now.
+    irqs: Option<IrqKind>,
+    failures: u64,
+}
+
+impl Registers {
+    pub(super) fn new(
+        hardware: &dyn VfHardware,
+        capabilities: Capabilities,
+        bars: Bars,
+        windows: Windows,
+        router: &Arc<dyn MsiRouter>,
+    ) -> Result<Self, FunctionError> {
+        let space = ConfigSpace::new(hardware, &capabilities)?;
+        let msi = capabilities.msi.map(|(_, shape)| Msi::new(shape, router.clone())).transpose();
+        let msix = capabilities.msix.map(|location| Msix::new(location.vectors, router.clone())).transpose();
+        let mut registers = Self {
+            space,
+            bars,
+            msi: msi.map_err(FunctionError::Vectors)?,
+            msix: msix.map_err(FunctionError::Vectors)?,
+            windows,
+            command: 0,
+            power_state: 0,
+            irqs: None,
+            failures: 0,
+            capabilities,
+        };
+        if let Some(at) = registers.capabilities.power_management {
+            // Neither PME, which nobody could deliver, nor D1 and D2.
+            let mut data = [0; 2];
+            hardware.config_read(at + 2, &mut data);
+            registers.space.set(at + 2, &(u16::from_le_bytes(data) & PM_CAPABILITIES).to_le_bytes());
+            registers.space.set(at + 6, &[0; 2]);
+        }
+        registers.refresh();
+        Ok(registers)
+    }
+
+    /// Reads configuration space.
+    pub(super) fn config_read(&self, hardware: &dyn VfHardware, offset: u16, data: &mut [u8]) {
+        self.space.read(hardware, offset, data);
+        // The pending bits change without a write.
+        if let Some((at, msi)) = self.msi_at(offset) {
+            let mut header = [0; 4];
+            let keep = usize::from(at.saturating_add(2).saturating_sub(offset)).min(data.len()).min(4);
+            for (to, from) in header.iter_mut().zip(data.iter()).take(keep) {
+                *to = *from;
+            }
+            msi.read(offset - at, data);
+            for (to, from) in data.iter_mut().zip(header).take(keep) {
+                *to = from;
+            }
+        }
+    }
+
+    /// Writes configuration space.
+    pub(super) fn config_write(&mut self, hardware: &dyn VfHardware, offset: u16, data: &[u8]) -> Effect {
+        let end = offset.saturating_add(u16::try_from(data.len()).unwrap_or(u16::MAX));
+        let touched = offset..end;
+        let touches = |start: u16, len: u16| touched.start < start.saturating_add(len) && start < touched.end;
+        let mut effect = Effect::None;
+        let mut copy = [0; 4];
+        if data.is_empty() || !usize::from(offset).is_multiple_of(data.len()) {
+            return Effect::None;
+        }
+        let Some(place) = copy.get_mut(..data.len()) else { return Effect::None };
+        place.copy_from_slice(data);
+        let data = place;
+
+        if touches(config::COMMAND, 2) {
+            let value = self.space.merged_word(config::COMMAND, offset, data);
+            self.write_command(hardware, value);
+        }
+        if touches(config::BAR0, config::BARS_END - config::BAR0) {
+            self.bars.write(offset - config::BAR0, data);
+            self.sync_windows();
+        }
+        if touches(config::INTERRUPT_LINE, 1)
+            && let Some(line) = data.first().filter(|_| offset == config::INTERRUPT_LINE)
+        {
+            self.space.set(config::INTERRUPT_LINE, &[*line]);
+        }
+        self.write_msi(hardware, &touched, data);
+        if let Some(control) = self.capabilities.msix.map(|msix| msix.capability + 2)
+            && touches(control, 2)
+        {
+            let value = self.space.merged_word(control, offset, data);
+            if let Some(transition) = self.msix.as_mut().map(|msix| msix.write_control(value)) {
+                self.follow(hardware, IrqKind::Msix, transition);
+            }
+        }
+        if let Some(control) = self.capabilities.power_management.map(|at| at + PM_CONTROL)
+            && touches(control, 1)
+        {
+            let asked = self.space.merged_word(control, offset, data) & PM_STATE;
+            // D1 and D2 are optional; asking for a state that is not there changes nothing.
+            if matches!(asked, 0 | 3) {
+                self.power_state = asked;
+                self.follow_decode();
+            }
+        }
+        if let Some((at, flr)) = self.capabilities.express {
+            let high = at + EXPRESS_DEVICE_CONTROL + 1;
+            if let Some(byte) = byte_at(data, offset, high)
+                && u16::from(*byte) << 8 & EXPRESS_FLR != 0
+            {
+                *byte &= !((EXPRESS_FLR >> 8) as u8);
+                if flr {
+                    effect = Effect::Reset;
+                }
+            }
+        }
+        if let Some((at, flr)) = self.capabilities.advanced
+            && let Some(byte) = byte_at(data, offset, at + ADVANCED_CONTROL)
+        {
+            if flr && *byte & ADVANCED_FLR != 0 {
+                effect = Effect::Reset;
+            }
+            *byte &= !ADVANCED_FLR;
+        }
+        self.space.forward(hardware, offset, data);
+        self.refresh();
+        effect
+    }
+
+    /// Takes away what reaches the hardware or comes from it: windows, interrupts, DMA.
+    ///
+    /// # Errors
+    /// When a window stays; the rest is done all the same.
+    pub(super) fn quiesce(&mut self, hardware: &dyn VfHardware) -> std::io::Result<()> {
+        let result = self.windows.clear();
+        self.stop_irqs(hardware);
+        hardware.config_write(config::COMMAND, &0u16.to_le_bytes());
+        result
+    }
+
+    /// The state after a reset of the function, or with `power_on` of the machine.
+    pub(super) fn reset(&mut self, power_on: bool) {
+        if power_on {
+            self.bars.power_on();
+        } else {
+            self.bars.clear();
+        }
+        (self.command, self.power_state) = (0, 0);
+        if let Some(msi) = &mut self.msi {
+            msi.reset();
+        }
+        if let Some(msix) = &mut self.msix {
+            msix.reset();
+        }
+        self.space.set(config::INTERRUPT_LINE, &[0]);
+        self.refresh();
+    }
+
+    pub(super) fn stop_irqs(&mut self, hardware: &dyn VfHardware) {
+        if let Some(kind) = self.irqs.take()
+            && let Err(error) = hardware.disable_irqs(kind)
+        {
+            self.failed("disabled", kind, &error);
+        }
+    }
+
+    /// Assigns the address that a BAR has at power-on.
+    pub(super) fn assign_bar(&mut self, bar: usize, address: u64) -> Result<(), BarError> {
+        self.bars.assign(bar, address)?;
+        self.sync_windows();
+        self.refresh();
+        Ok(())
+    }
+
+    fn write_command(&mut self, hardware: &dyn VfHardware, value: u16) {
+        let value = value & COMMAND_BITS;
+        let was = std::mem::replace(&mut self.command, value);
+        let gone = was & !value & config::COMMAND_MEMORY != 0;
+        // Windows go before the hardware stops to decode and come after it decodes: in between KVM would find
+        // pages that fault.
+        if gone {
+            self.follow_decode();
+        }
+        if was != value {
+            hardware.config_write(config::COMMAND, &value.to_le_bytes());
+        }
+        self.follow_decode();
+    }
+
+    fn follow_decode(&mut self) {
+        self.bars.set_memory_enabled(self.command & config::COMMAND_MEMORY != 0 && self.power_state == 0);
+        self.sync_windows();
+    }
+
+    fn sync_windows(&mut self) {
+        if let Err(error) = self.windows.sync(&self.bars) {
+            self.failures = self.failures.saturating_add(1);
+            if self.failures <= LOGGED_FAILURES {
+                tracing::error!(%error, "Window of a PCI function cannot be taken away");
+            }
+        }
+    }
+
+    fn write_msi(&mut self, hardware: &dyn VfHardware, touched: &Range<u16>, data: &[u8]) {
+        let Some((at, shape)) = self.capabilities.msi else { return };
+        let body = at + 2..at + shape.size();
+        if touched.start >= body.end || touched.end <= body.start {
+            return;
+        }
+        // A dword at the capability's start reaches its header too, which takes no writes.
+        let offset = touched.start.saturating_sub(at);
+        if let Some(transition) = self.msi.as_mut().map(|msi| msi.write(offset, data)) {
+            self.follow(hardware, IrqKind::Msi, transition);
+        }
+    }
+
+    fn follow(&mut self, hardware: &dyn VfHardware, kind: IrqKind, transition: Transition) {
+        match transition {
+            Transition::None => {}
+            Transition::Disabled => {
+                if self.irqs == Some(kind) {
+                    self.stop_irqs(hardware);
+                }
+            }
+            Transition::Enabled(count) => {
+                // One kind at a time, and a changed count means a new set of vectors.
+                self.stop_irqs(hardware);
+                let triggers = match kind {
+                    IrqKind::Msi => self.msi.as_ref().map(Msi::triggers),
+                    IrqKind::Msix => self.msix.as_ref().map(Msix::triggers),
+                };
+                let triggers = triggers.and_then(|triggers| triggers.get(..count)).unwrap_or_default();
+                match hardware.enable_irqs(kind, triggers) {
+                    Ok(()) => self.irqs = Some(kind),
+                    Err(error) => self.failed("enabled", kind, &error),
+                }
+            }
+        }
+    }
+
+    fn failed(&mut self, what: &str, kind: IrqKind, error: &std::io::Error) {
+        self.failures = self.failures.saturating_add(1);
+        if self.failures <= LOGGED_FAILURES {
+            tracing::warn!(?kind, %error, "Interrupts of a PCI function cannot be {what}");
+        }
+    }
+
+    /// Brings the image in line with the registers.
+    fn refresh(&mut self) {
+        self.space.set(config::COMMAND, &self.command.to_le_bytes());
+        let mut bars = [0; (config::BARS_END - config::BAR0) as usize];
+        self.bars.read(0, &mut bars);
+        self.space.set(config::BAR0, &bars);
+        if let (Some((at, shape)), Some(msi)) = (self.capabilities.msi, &self.msi) {
+            let mut image = [0; 24];
+            msi.read(0, &mut image);
+            let body = image.get(2..usize::from(shape.size())).unwrap_or_default();
+            self.space.set(at + 2, body);
+        }
+        if let (Some(location), Some(msix)) = (self.capabilities.msix, &self.msix) {
+            self.space.set(location.capability + 2, &msix.control().to_le_bytes());
+        }
+        if let Some(at) = self.capabilities.power_management {
+            let control = self.power_state | PM_NO_SOFT_RESET;
+            self.space.set(at + PM_CONTROL, &control.to_le_bytes());
+        }
+    }
+
+    fn msi_at(&self, offset: u16) -> Option<(u16, &Msi)> {
+        let (at, shape) = self.capabilities.msi?;
+        (at..at + shape.size()).contains(&offset).then_some(())?;
+        Some((at, self.msi.as_ref()?))
+    }
+}
+
+/// The byte of a write at `offset` that goes to `target`.
+fn byte_at(data: &mut [u8], offset: u16, target: u16) -> Option<&mut u8> {
+    data.get_mut(usize::from(target.checked_sub(offset)?))
+}

@@ -1,0 +1,430 @@
+//! Configuring VFs through their PF: what can be read and set, and changes that are all made or all undone.
+
+use std::{collections::BTreeMap, fmt, io, num::NonZeroU32};
+
+use netpolicy::{Change, LinkState, MacAddress, PfCapabilities};
+use serde::{Deserialize, Serialize};
+use thiserror::Error;
+
+/// The Ethernet type of a VLAN tag.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub enum TagProtocol {
+    /// The usual tag, 0x8100.
+    #[default]
+    #[serde(rename = "802.1Q")]
+    Dot1Q,
+    /// The service tag, 0x88a8.
+    #[serde(rename = "802.1ad")]
+    Dot1Ad,
+}
+
+/// The tag that the adapter adds to what a VF sends and strips from what it receives.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct PortVlan {
+    /// The VLAN, 1 to 4094; 0 for no tag.
+    pub id: u16,
+    /// The priority in the tag, 0 to 7.
+    #[serde(default)]
+    pub qos: u8,
+    /// The kind of tag.
+    #[serde(default)]
+    pub protocol: TagProtocol,
+}
+
+/// The link as a VF sees it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum VfLink {
+    /// As the PF's.
+    Auto,
+    /// Up, whatever the PF's is.
+    Enable,
+    /// Down.
+    Disable,
+}
+
+/// What a PF has set for one VF. `None` where its driver does not say, except for the address.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct VfSettings {
+    /// The address that the adapter has programmed, whether the administrator or the VF chose it; `None` for none.
+    pub mac: Option<MacAddress>,
+    /// The port VLAN.
+    pub vlan: PortVlan,
+    /// Whether frames with other source addresses are dropped.
+    pub spoof_check: Option<bool>,
+    /// Whether the PF driver trusts the VF.
+    pub trust: Option<bool>,
+    /// Guaranteed sending rate in Mbit/s; 0 for none.
+    pub min_tx_rate: u32,
+    /// Highest sending rate in Mbit/s; 0 for no bound.
+    pub max_tx_rate: u32,
+    /// The link state. Drivers that cannot set it are seen to say `Auto`.
+    pub link_state: Option<VfLink>,
+}
+
+/// One thing to set for a VF.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub enum VfChange {
+    /// The administrative address, which most drivers then keep the VF from changing; `None` removes it.
+    Mac(Option<MacAddress>),
+    /// The port VLAN.
+    Vlan(PortVlan),
+    /// The check of source addresses.
+    SpoofCheck(bool),
+    /// Trust.
+    Trust(bool),
+    /// The rates in Mbit/s; 0 for none.
+    TxRate {
+        /// Guaranteed.
+        min: u32,
+        /// Highest.
+        max: u32,
+    },
+    /// The link state.
+    Link(VfLink),
+}
+
+impl VfChange {
+    /// The change of the PF that a change of the switch asks for; `None` for those that go by the VF's mailbox.
+    pub fn of(change: &Change) -> Option<Self> {
+        Some(match change {
+            Change::SetMac(mac) => Self::Mac((!mac.is_zero()).then_some(*mac)),
+            Change::SetPortVlan(vlan) => Self::Vlan(vlan.map_or_else(PortVlan::default, |vlan| PortVlan {
+                id: vlan.id.get(),
+                qos: vlan.qos.get(),
+                protocol: TagProtocol::Dot1Q,
+            })),
+            Change::SetSpoofCheck(on) => Self::SpoofCheck(*on),
+            Change::SetTrust(on) => Self::Trust(*on),
+            Change::SetMaxTxRate(rate) => Self::TxRate { min: 0, max: rate.map_or(0, NonZeroU32::get) },
+            Change::SetLink(LinkState::Auto) => Self::Link(VfLink::Auto),
+            Change::SetLink(LinkState::Down) => Self::Link(VfLink::Disable),
+            _ => return None,
+        })
+    }
+
+    /// Whether `settings` are as this change wants them.
+    pub fn holds(&self, settings: &VfSettings) -> bool {
+        match *self {
+            Self::Mac(mac) => settings.mac == mac,
+            // Without a tag its protocol means nothing; VLAN 0 with a priority is a tag.
+            Self::Vlan(vlan) => {
+                let untagged = |vlan: PortVlan| (vlan.id, vlan.qos) == (0, 0);
+                settings.vlan == vlan || (untagged(vlan) && untagged(settings.vlan))
+            }
+            Self::SpoofCheck(on) => settings.spoof_check == Some(on),
+            Self::Trust(on) => settings.trust == Some(on),
+            Self::TxRate { min, max } => (settings.min_tx_rate, settings.max_tx_rate) == (min, max),
+            Self::Link(state) => settings.link_state == Some(state),
+        }
+    }
+
+    /// The change of the same kind that leads to `settings`; `None` if those do not say.
+    pub fn back_to(&self, settings: &VfSettings) -> Option<Self> {
+        Some(match self {
+            Self::Mac(_) => Self::Mac(settings.mac),
+            Self::Vlan(_) => Self::Vlan(settings.vlan),
+            Self::SpoofCheck(_) => Self::SpoofCheck(settings.spoof_check?),
+            Self::Trust(_) => Self::Trust(settings.trust?),
+            Self::TxRate { .. } => Self::TxRate { min: settings.min_tx_rate, max: settings.max_tx_rate },
+            Self::Link(_) => Self::Link(settings.link_state?),
+        })
+    }
+}
+
+impl fmt::Display for VfChange {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let switch = |on| if on { "on" } else { "off" };
+        match self {
+            Self::Mac(Some(mac)) => write!(f, "set the address {mac}"),
+            Self::Mac(None) => write!(f, "remove the address"),
+            Self::Vlan(PortVlan { id: 0, qos: 0, .. }) => write!(f, "remove the VLAN tag"),
+            Self::Vlan(PortVlan { id, qos, protocol: TagProtocol::Dot1Q }) => {
+                write!(f, "set VLAN {id} with priority {qos}")
+            }
+            Self::Vlan(PortVlan { id, qos, protocol: TagProtocol::Dot1Ad }) => {
+                write!(f, "set 802.1ad VLAN {id} with priority {qos}")
+            }
+            Self::SpoofCheck(on) => write!(f, "switch the spoof check {}", switch(*on)),
+            Self::Trust(on) => write!(f, "switch trust {}", switch(*on)),
+            Self::TxRate { min: 0, max: 0 } => write!(f, "remove the rate limit"),
+            Self::TxRate { min, max } => write!(f, "limit the rate to {max} Mbit/s, at least {min}"),
+            Self::Link(VfLink::Auto) => write!(f, "let the link follow the PF's"),
+            Self::Link(VfLink::Enable) => write!(f, "force the link up"),
+            Self::Link(VfLink::Disable) => write!(f, "take the link down"),
+        }
+    }
+}
+
+/// Why a PF cannot be read or does not make a change. `pf` is the name by which people know it.
+#[derive(Debug, Error)]
+pub enum PfError {
+    /// The PF has no network interface, or no longer exists.
+    #[error("PF {pf} has no network interface: load its driver")]
+    NoInterface {
+        /// The PF.
+        pf: String,
+    },
+    /// The PF has no VF of this number.
+    #[error("PF {pf} has no VF {vf}: the number of its VFs was changed, or its driver was loaded again")]
+    NoVf {
+        /// The PF.
+        pf: String,
+        /// The VF.
+        vf: u16,
+    },
+    /// The PF's driver has no such function.
+    #[error(
+        "PF {pf} cannot {change} for VF {vf}: its driver does not support it; use another setting or adapter"
+    )]
+    Unsupported {
+        /// The PF.
+        pf: String,
+        /// The VF.
+        vf: u16,
+        /// What was asked for.
+        change: VfChange,
+    },
+    /// The driver refused.
+    #[error("PF {pf} refuses to {change} for VF {vf}{}: {cure}", said(message))]
+    Refused {
+        /// The PF.
+        pf: String,
+        /// The VF.
+        vf: u16,
+        /// What was asked for.
+        change: VfChange,
+        /// What the kernel says beyond the error number.
+        message: Option<String>,
+        /// What can be done.
+        cure: &'static str,
+        /// The error number.
+        source: io::Error,
+    },
+    /// The driver agreed, but what it shows afterwards is something else.
+    #[error("PF {pf} agreed to {change} for VF {vf} but does not show it: its driver ignores the setting")]
+    NotTaken {
+        /// The PF.
+        pf: String,
+        /// The VF.
+        vf: u16,
+        /// What was asked for.
+        change: VfChange,
+    },
+    /// The process may not configure interfaces.
+    #[error(
+        "Configuring PF {pf} is not permitted: run the agent with CAP_NET_ADMIN in the PF's network namespace"
+    )]
+    NotPermitted {
+        /// The PF.
+        pf: String,
+    },
+    /// There was no answer in time. Whether a change was made is open: read the VF.
+    #[error(
+        "PF {pf} did not answer in time: the kernel's network configuration is held up (see its log), or the process of a \
+         simulated PF is"
+    )]
+    Timeout {
+        /// The PF.
+        pf: String,
+    },
+    /// An answer that makes no sense.
+    #[error("PF {pf} gave an answer that cannot be used: {what}")]
+    Protocol {
+        /// The PF.
+        pf: String,
+        /// What is wrong with it.
+        what: String,
+    },
+    /// The way to the PF failed.
+    #[error("Cannot talk to PF {pf}")]
+    Io {
+        /// The PF.
+        pf: String,
+        /// Why.
+        source: io::Error,
+    },
+    /// The PF cannot be found.
+    #[error(transparent)]
+    Inventory(#[from] super::InventoryError),
+}
+
+fn said(message: &Option<String>) -> String {
+    message.as_deref().map(|text| format!(" (\"{text}\")")).unwrap_or_default()
+}
+
+/// Why a series of changes was not made, and what remains of it.
+#[derive(Debug, Error)]
+#[error("Cannot {change} for VF {vf}; {}", remains(not_undone))]
+pub struct ApplyError {
+    /// The VF.
+    pub vf: u16,
+    /// The change that failed.
+    pub change: VfChange,
+    /// Why.
+    pub source: Box<PfError>,
+    /// The changes back to the former state that failed too: these settings are not as they were.
+    pub not_undone: Vec<(VfChange, Box<PfError>)>,
+}
+
+fn remains(not_undone: &[(VfChange, Box<PfError>)]) -> String {
+    if not_undone.is_empty() {
+        return "its settings are as before".to_owned();
+    }
+    let failures: Vec<_> =
+        not_undone.iter().map(|(change, error)| format!("could not {change}: {error}")).collect();
+    format!("undoing what was done failed too, {}", failures.join("; "))
+}
+
+/// The way to one PF: how its VFs are configured.
+pub trait PfControl: Send {
+    /// The name by which people know the PF.
+    fn name(&self) -> &str;
+
+    /// What the PF and its driver can do.
+    ///
+    /// # Errors
+    /// The PF cannot be found.
+    fn capabilities(&mut self) -> Result<PfCapabilities, PfError>;
+
+    /// The settings of all VFs, by number.
+    ///
+    /// # Errors
+    /// The PF does not answer.
+    fn read_all(&mut self) -> Result<BTreeMap<u16, VfSettings>, PfError>;
+
+    /// Makes one change. Whether it took effect shows only when it is read: see [`apply`](Self::apply).
+    ///
+    /// # Errors
+    /// The driver's refusal. After [`PfError::Timeout`] the change may or may not have been made.
+    fn set(&mut self, vf: u16, change: VfChange) -> Result<(), PfError>;
+
+    /// The settings of one VF.
+    ///
+    /// # Errors
+    /// [`PfError::NoVf`], or the PF does not answer.
+    fn read(&mut self, vf: u16) -> Result<VfSettings, PfError> {
+        let found = self.read_all()?.remove(&vf);
+        found.ok_or_else(|| PfError::NoVf { pf: self.name().to_owned(), vf })
+    }
+
+    /// Makes all `changes` in their order, or none: the settings are read back at the end, and if anything failed,
+    /// what had been changed is undone in reverse order. Changes that seem to hold already are made as well: an
+    /// address may be the VF's own choice until the administrator sets it.
+    ///
+    /// # Errors
+    /// The first failure, and what could not be undone.
+    fn apply(&mut self, vf: u16, changes: &[VfChange]) -> Result<(), ApplyError> {
+        let Some(&first) = changes.first() else { return Ok(()) };
+        let failed =
+            |change, source| ApplyError { vf, change, source: Box::new(source), not_undone: Vec::new() };
+        let before = self.read(vf).map_err(|e| failed(first, e))?;
+        let mut tried = 0;
+        let mut failure = None;
+        for &change in changes {
+            tried += 1;
+            match self.set(vf, change) {
+                // It is read below, like all that were made.
+                Ok(()) | Err(PfError::Timeout { .. }) => {}
+                Err(e) => {
+                    failure = Some(failed(change, e));
+                    break;
+                }
+            }
+        }
+        let after = self.read(vf);
+        if failure.is_none() {
+            failure = match &after {
+                // The last change of each kind counts.
+                Ok(after) => changes
+                    .iter()
+                    .enumerate()
+                    .filter(|(i, c)| {
+                        !changes
+                            .iter()
+                            .skip(i + 1)
+                            .any(|later| std::mem::discriminant(later) == std::mem::discriminant(*c))
+                    })
+                    .find(|(_, c)| !c.holds(after))
+                    .map(|(_, &change)| {
+                        failed(change, PfError::NotTaken { pf: self.name().to_owned(), vf, change })
+                    }),
+                Err(_) => None,
+            };
+        }
+        let mut failure = match (failure, &after) {
+            (Some(failure), _) => failure,
+            (None, Ok(_)) => return Ok(()),
+            (None, Err(_)) => failed(
+                first,
+                PfError::Protocol {
+                    pf: self.name().to_owned(),
+                    what: "the VF cannot be read back".to_owned(),
+                },
+            ),
+        };
+        for change in changes.iter().take(tried).rev() {
+            let Some(back) = change.back_to(&before) else { continue };
+            if after.as_ref().is_ok_and(|after| back.holds(after)) {
+                continue;
+            }
+            if let Err(e) = self.set(vf, back) {
+                failure.not_undone.push((back, Box::new(e)));
+            }
+        }
+        Err(failure)
+    }
+}
+
+/// Puts a VF back to the settings that it had when they were [read](PfControl::read), after its tenant is gone.
+///
+/// Each setting is tried, whatever happens to the others. An address that was there is set again; where there was none,
+/// the tenant's is removed. See [`VfSettings::without_own_mac`] for the difference between an address that the
+/// administrator had set and one that the VF's own driver had chosen.
+///
+/// # Errors
+/// The first failure, with the further ones as `not_undone`. The operation may be repeated.
+pub fn restore(pf: &mut dyn PfControl, vf: u16, remembered: &VfSettings) -> Result<(), ApplyError> {
+    let unread = |source| ApplyError {
+        vf,
+        change: VfChange::Mac(remembered.mac),
+        source: Box::new(source),
+        not_undone: Vec::new(),
+    };
+    let now = pf.read(vf).map_err(unread)?;
+    // Trust first: nothing that is still running may profit from what follows.
+    let kinds = [
+        VfChange::Trust(false),
+        VfChange::SpoofCheck(true),
+        VfChange::Vlan(PortVlan::default()),
+        VfChange::TxRate { min: 0, max: 0 },
+        VfChange::Link(VfLink::Auto),
+        VfChange::Mac(None),
+    ];
+    let mut failure: Option<ApplyError> = None;
+    for change in kinds.iter().filter_map(|kind| kind.back_to(remembered)) {
+        if change.holds(&now) {
+            continue;
+        }
+        if let Err(e) = pf.apply(vf, &[change]) {
+            match &mut failure {
+                None => failure = Some(e),
+                Some(first) => first.not_undone.push((e.change, e.source)),
+            }
+        }
+    }
+    failure.map_or(Ok(()), Err)
+}
+
+impl VfSettings {
+    /// What is to be remembered of a VF whose address may have been its own driver's choice, which PF drivers of Intel's
+    /// igb and ixgbe show like one that the administrator set. `after_reset` are the settings after the VF was taken
+    /// from its driver and reset: the reset removes an address of the VF's own choice and keeps the administrator's.
+    ///
+    /// To set such an address again would pin it: the VF's driver could never change it again, which it could before.
+    /// So it is not remembered, and its driver chooses one again when it is bound.
+    #[must_use]
+    pub fn without_own_mac(self, after_reset: &Self) -> Self {
+        Self { mac: self.mac.filter(|_| after_reset.mac.is_some()), ..self }
+    }
+}

@@ -1,0 +1,38 @@
+//! The host side: inventory of PFs and VFs, driver binding, PF control. Used by the agent only.
+//!
+//! Everything here is synchronous and may wait for the kernel (the rtnl lock, a driver's probe): call it on threads
+//! that may block, never on a thread that serves a guest.
+//!
+//! A VF is taken in this order, each value stored before the next step changes what it describes:
+//!
+//! 1. [`Sysfs::check_viable`], [`Sysfs::current_binding`], [`PfControl::read`];
+//! 2. [`Sysfs::bind_vfio`], [`Sysfs::reset`], and [`PfControl::read`] again for [`VfSettings::without_own_mac`];
+//! 3. [`PfControl::apply`] for the guest's address and policy.
+//!
+//! It is given back, when no process has it open any more, by [`Sysfs::reset`], [`restore`] and [`Sysfs::restore`]. Each
+//! step may be repeated after a crash.
+
+mod bdf;
+mod binding;
+mod control;
+#[cfg(any(test, feature = "test-support"))]
+pub mod fake;
+mod group;
+mod inventory;
+mod netlink;
+mod sysfs;
+mod vf_count;
+
+#[cfg(test)]
+mod tests;
+
+pub use bdf::{Bdf, InvalidBdf};
+pub use binding::{BindError, PreviousBinding, VFIO_PCI};
+pub use control::{
+    ApplyError, PfControl, PfError, PortVlan, TagProtocol, VfChange, VfLink, VfSettings, restore,
+};
+pub use group::{GroupMember, InterruptRemapping, IommuGroup, ViabilityError};
+pub use inventory::{Interface, InventoryError, PciDevice, Pf, Vf};
+pub use netlink::{Hint, Monitor, NetlinkPf};
+pub use sysfs::{AttributeWriter, KernelWriter, Sysfs, SysfsError};
+pub use vf_count::VfCountError;

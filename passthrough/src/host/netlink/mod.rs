@@ -1,0 +1,11 @@
+//! PF control through rtnetlink, and news about interfaces.
+
+mod message;
+#[cfg(test)]
+mod message_tests;
+mod monitor;
+mod pf;
+mod socket;
+
+pub use monitor::{Hint, Monitor};
+pub use pf::NetlinkPf;

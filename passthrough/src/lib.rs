@@ -1,0 +1,13 @@
+//! Assigned PCI functions and the control path of virtual functions.
+//!
+//! In the vmm: [`hardware`] is the seam to VFIO ([`vfio`]) or the simulator, [`function`] the PCI function that the
+//! guest sees, [`mailbox`] the trapped registers and messages of VF drivers, [`relay`] the thread between them and the
+//! agent's verdicts. In the agent: [`host`] finds PFs and VFs, binds them and programs the PF.
+
+pub mod function;
+pub mod hardware;
+pub mod host;
+pub mod mailbox;
+pub mod relay;
+pub mod sim;
+pub mod vfio;

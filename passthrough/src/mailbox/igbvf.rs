@@ -1,0 +1,258 @@
+//! Messages of 82576 and i350 VFs (Linux igbvf and igb; `e1000_mbx.h`).
+//!
+//! [`decode`] takes what a guest wrote and believes nothing; [`encode`] writes the one form in which a request may
+//! reach the real mailbox: fixed length for each opcode, unused bits and words zero.
+
+use netpolicy::{Change, MacAddress, PromiscuousMode, Request, VlanId};
+
+use super::{
+    bits::{ACK_MESSAGE, CTS, NACK_MESSAGE, REQUEST_MASK},
+    words::{BUFFER_WORDS, Words},
+};
+
+const RESET: u16 = 0x01;
+const SET_MAC: u16 = 0x02;
+const SET_MULTICAST: u16 = 0x03;
+const SET_VLAN: u16 = 0x04;
+/// The opcode in word 0.
+const OPCODE_MASK: u32 = 0xffff;
+const SET_MAX_FRAME: u16 = 0x05;
+const SET_PROMISC: u16 = 0x06;
+
+const FILTER_CLEAR: u8 = 1;
+const FILTER_ADD: u8 = 2;
+const PROMISC_UNICAST: u8 = 1;
+const PROMISC_MULTICAST: u8 = 2;
+
+/// Multicast hashes in one message: 15 words of two. igb turns on all-multicast for a count above it.
+pub const MAX_MULTICAST: usize = 30;
+/// Shortest and longest frame in bytes that igb takes (`ETH_MIN_MTU` with header and checksum, `MAX_JUMBO_FRAME_SIZE`).
+pub const FRAME_SIZES: std::ops::RangeInclusive<u32> = 68..=9728;
+/// Words of the reply to a reset; all others have one.
+pub const RESET_REPLY_WORDS: usize = 3;
+
+/// Why a message has no meaning. The PF never hears of it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum Malformed {
+    /// Word 0 says that it is an answer. PFs acknowledge such a message and do not answer.
+    #[error("Message {0:#010x} is marked as an answer")]
+    Answer(u32),
+    /// Word 0 claims "clear to send", which only the PF may.
+    #[error("Message {0:#010x} is marked as clear to send")]
+    ClearToSend(u32),
+    /// The argument (bits 23:16, with 28:24 zero) is none of the opcode's.
+    #[error("Message {0:#010x} has an argument that its opcode does not know")]
+    Argument(u32),
+    /// A group address or zero.
+    #[error("{mac} cannot be an adapter's address")]
+    Mac {
+        /// The address.
+        mac: MacAddress,
+        /// Whether it was to be a further address.
+        filter: bool,
+    },
+    /// Above 4094.
+    #[error("VLAN {0} does not exist")]
+    Vlan(u32),
+    /// Outside of [`FRAME_SIZES`].
+    #[error("Frames of {0} bytes do not exist")]
+    Frame(u32),
+}
+
+/// What the guest asks for.
+///
+/// # Errors
+/// [`Malformed`]. An opcode that is not known is not malformed but [`Request::Unknown`].
+pub fn decode(words: &[u32; BUFFER_WORDS]) -> Result<Request, Malformed> {
+    let [word, first, second, ..] = *words;
+    if word & (ACK_MESSAGE | NACK_MESSAGE) != 0 {
+        return Err(Malformed::Answer(word));
+    }
+    if word & CTS != 0 {
+        return Err(Malformed::ClearToSend(word));
+    }
+    let [low, high, argument, rest] = word.to_le_bytes();
+    let opcode = u16::from_le_bytes([low, high]);
+    let only = |allowed: &[u8]| {
+        if rest == 0 && allowed.contains(&argument) { Ok(()) } else { Err(Malformed::Argument(word)) }
+    };
+    match opcode {
+        RESET => only(&[0]).map(|()| Request::Reset),
+        SET_MAC => {
+            only(&[0, FILTER_CLEAR, FILTER_ADD])?;
+            if argument == FILTER_CLEAR {
+                // igbvf sends zeros here; whatever it is has no meaning.
+                return Ok(Request::ClearUnicastFilters);
+            }
+            let mac = mac_from([first, second]);
+            if !mac.is_assignable() {
+                return Err(Malformed::Mac { mac, filter: argument == FILTER_ADD });
+            }
+            Ok(if argument == FILTER_ADD { Request::AddUnicastFilter(mac) } else { Request::SetMac(mac) })
+        }
+        SET_MULTICAST => {
+            if rest != 0 {
+                return Err(Malformed::Argument(word));
+            }
+            let hashes = words.iter().skip(1).flat_map(|word| [word & 0xfff, (word >> 16) & 0xfff]);
+            let hashes = hashes.take(usize::from(argument).min(MAX_MULTICAST));
+            Ok(Request::SetMulticast {
+                count: argument.into(),
+                hashes: hashes.map(|hash| u16::try_from(hash).unwrap_or(0)).collect(),
+            })
+        }
+        SET_VLAN => {
+            only(&[0, 1])?;
+            match u16::try_from(first) {
+                Ok(vid) if vid <= VlanId::MAX.get() => Ok(Request::SetVlan { vid, add: argument == 1 }),
+                _ => Err(Malformed::Vlan(first)),
+            }
+        }
+        SET_MAX_FRAME => {
+            only(&[0])?;
+            if FRAME_SIZES.contains(&first) {
+                Ok(Request::SetMaxFrame(first))
+            } else {
+                Err(Malformed::Frame(first))
+            }
+        }
+        SET_PROMISC => {
+            only(&[0, PROMISC_UNICAST, PROMISC_MULTICAST, PROMISC_UNICAST | PROMISC_MULTICAST])?;
+            Ok(Request::SetPromiscuous(PromiscuousMode {
+                multicast: argument & PROMISC_MULTICAST != 0,
+                unicast: argument & PROMISC_UNICAST != 0,
+            }))
+        }
+        opcode => Ok(Request::Unknown { opcode }),
+    }
+}
+
+/// A request as it may be forwarded; None for what has no such form. `effective` is a valid address for the message
+/// that clears the unicast filters: igb refuses it with the zeros that igbvf puts there.
+pub fn encode(request: &Request, effective: MacAddress) -> Option<Words> {
+    Some(match request {
+        Request::Reset => Words::new(&[u32::from(RESET)]),
+        Request::SetMac(mac) if mac.is_assignable() => mac_message(0, *mac),
+        Request::AddUnicastFilter(mac) if mac.is_assignable() => mac_message(FILTER_ADD, *mac),
+        Request::ClearUnicastFilters if effective.is_assignable() => mac_message(FILTER_CLEAR, effective),
+        Request::SetMulticast { hashes, .. } => multicast(hashes),
+        Request::SetVlan { vid, add } if *vid <= VlanId::MAX.get() => {
+            Words::new(&[word0(SET_VLAN, u8::from(*add)), u32::from(*vid)])
+        }
+        Request::SetMaxFrame(size) if FRAME_SIZES.contains(size) => {
+            Words::new(&[word0(SET_MAX_FRAME, 0), *size])
+        }
+        Request::SetPromiscuous(mode) => {
+            let multicast = if mode.multicast { PROMISC_MULTICAST } else { 0 };
+            let unicast = if mode.unicast { PROMISC_UNICAST } else { 0 };
+            Words::new(&[word0(SET_PROMISC, multicast | unicast)])
+        }
+        _ => return None,
+    })
+}
+
+/// The message that makes a change which has a message (see [`Change::route`]); None for the others and for a reset,
+/// which is the guest's alone.
+pub fn encode_change(change: &Change, effective: MacAddress) -> Option<Words> {
+    let request = match change {
+        Change::AddUnicast(mac) => Request::AddUnicastFilter(*mac),
+        Change::ClearUnicast => Request::ClearUnicastFilters,
+        Change::SetMulticast(hashes) => return Some(multicast(hashes)),
+        Change::JoinVlan(vlan) => Request::SetVlan { vid: vlan.get(), add: true },
+        Change::LeaveVlan(vlan) => Request::SetVlan { vid: vlan.get(), add: false },
+        Change::SetMaxFrame(size) => Request::SetMaxFrame((*size).into()),
+        Change::SetPromiscuous(mode) => Request::SetPromiscuous(*mode),
+        _ => return None,
+    };
+    encode(&request, effective)
+}
+
+/// The reply to any message but a reset.
+pub fn reply(request_word: u32, accepted: bool, clear_to_send: bool) -> Words {
+    let verdict = if accepted { ACK_MESSAGE } else { NACK_MESSAGE };
+    let cts = if clear_to_send { CTS } else { 0 };
+    let mut echo = echo(request_word);
+    if !accepted && echo & OPCODE_MASK == u32::from(SET_VLAN) {
+        // igbvf compares with the bare opcode (drivers/net/ethernet/intel/igbvf/vf.c, e1000_set_vfta_vf): with the
+        // argument echoed, as the PF does, a refused VLAN would look joined.
+        echo = u32::from(SET_VLAN);
+    }
+    Words::new(&[echo | verdict | cts])
+}
+
+/// What igb's answer repeats of a message's word 0: opcode and argument, but for what it takes out when it has made it
+/// (drivers/net/ethernet/intel/igb/igb_main.c, igb_set_vf_promisc).
+pub fn echo(request_word: u32) -> u32 {
+    let echo = request_word & REQUEST_MASK;
+    if echo & OPCODE_MASK == u32::from(SET_PROMISC) { echo & !word0(0, PROMISC_MULTICAST) } else { echo }
+}
+
+/// Whether `reply` is the PF's answer to the message with this word 0.
+pub fn answers(reply: u32, request_word: u32) -> bool {
+    let repeated = reply & REQUEST_MASK;
+    // A PF that does not listen refuses a message as it is.
+    let same = repeated == echo(request_word) || repeated == request_word & REQUEST_MASK;
+    same && reply & (ACK_MESSAGE | NACK_MESSAGE) != 0
+}
+
+/// The reply to a reset. The driver compares word 0 exactly: no "clear to send" in it. Without an address it makes up
+/// one.
+pub fn reset_reply(effective: Option<MacAddress>) -> Words {
+    match effective {
+        Some(mac) => {
+            let [first, second] = mac_words(mac);
+            Words::new(&[u32::from(RESET) | ACK_MESSAGE, first, second])
+        }
+        None => Words::new(&[u32::from(RESET) | NACK_MESSAGE, 0, 0]),
+    }
+}
+
+/// The address in the PF's reply to a reset: `Some(None)` if it has none for this VF, None if that is no such reply.
+pub fn parse_reset_reply(reply: &Words) -> Option<Option<MacAddress>> {
+    let &[word, first, second, ..] = reply.padded();
+    if word & !CTS == u32::from(RESET) | ACK_MESSAGE {
+        let mac = mac_from([first, second]);
+        Some(mac.is_assignable().then_some(mac))
+    } else if word & !CTS == u32::from(RESET) | NACK_MESSAGE {
+        Some(None)
+    } else {
+        None
+    }
+}
+
+fn word0(opcode: u16, argument: u8) -> u32 {
+    u32::from(opcode) | u32::from(argument) << 16
+}
+
+fn mac_message(argument: u8, mac: MacAddress) -> Words {
+    let [first, second] = mac_words(mac);
+    Words::new(&[word0(SET_MAC, argument), first, second])
+}
+
+fn multicast(hashes: &[u16]) -> Words {
+    let mut words = [0; BUFFER_WORDS];
+    let hashes = hashes.get(..MAX_MULTICAST).unwrap_or(hashes);
+    let pairs = hashes.chunks(2).map(|pair| {
+        let hash = |index| u32::from(pair.get(index).copied().unwrap_or(0) & 0xfff);
+        hash(0) | hash(1) << 16
+    });
+    for (word, pair) in words.iter_mut().skip(1).zip(pairs) {
+        *word = pair;
+    }
+    words[0] = word0(SET_MULTICAST, u8::try_from(hashes.len()).unwrap_or(0));
+    Words::new(&words)
+}
+
+/// Addresses are in memory order, in little-endian words: 02:aa:bb:cc:dd:01 is 0xccbbaa02, 0x000001dd.
+fn mac_words(mac: MacAddress) -> [u32; 2] {
+    let [a, b, c, d, e, f] = mac.bytes();
+    [u32::from_le_bytes([a, b, c, d]), u32::from_le_bytes([e, f, 0, 0])]
+}
+
+fn mac_from([first, second]: [u32; 2]) -> MacAddress {
+    let ([a, b, c, d], [e, f, ..]) = (first.to_le_bytes(), second.to_le_bytes());
+    MacAddress::new([a, b, c, d, e, f])
+}
+
+#[cfg(test)]
+mod tests;

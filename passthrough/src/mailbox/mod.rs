@@ -1,0 +1,13 @@
+//! Mailbox registers and messages of VF drivers: what the guest sees in place of the real mailbox ([`registers`]),
+//! what the messages mean ([`igbvf`]), and how the real mailbox is used ([`port`]).
+//!
+//! Nothing here decides. The [relay](crate::relay) owns the real mailbox and waits for verdicts.
+
+pub mod bits;
+#[cfg(any(test, feature = "test-support"))]
+pub mod fuzz;
+pub mod igbvf;
+pub mod layout;
+pub mod port;
+pub mod registers;
+pub mod words;

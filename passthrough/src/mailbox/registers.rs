@@ -1,0 +1,332 @@
+//! The mailbox registers that the guest sees: a state machine without I/O, clock or threads.
+//!
+//! ```text
+//!             REQ: seq+1, snapshot                 complete(seq): reply, PFACK and PFSTS at once
+//!  ┌──────┐ ────────────────────────▶ ┌──────────┐ ─────────────────────────────▶ ┌──────────┐
+//!  │ idle │                           │ in flight│ ──┐ REQ, buffer writes:        │ answered │
+//!  └──────┘ ◀──┐                      └──────────┘ ◀─┘ dropped and counted        └──────────┘
+//!     ▲        │ VTCTRL.RST or FLR: seq+1; a completion        │                      │  │
+//!     │        │ of an older seq changes nothing ◀─────────────┘                      │  │ REQ: in flight
+//!     │        └──────────────────────────────────────────────────────────────────────┘  ▼
+//!     └────────────── guest reads word 0, or VTCTRL.RST ─────────────────────────────────
+//! ```
+//!
+//! * The guest moves it by REQ and VTCTRL.RST, the relay by [`complete`](Registers::complete), the device's reset by
+//!   [`function_reset`](Registers::function_reset).
+//! * PFU is never shown: a driver that cannot take the buffer for 11 ms gives up without a word. PFACK is never shown
+//!   before the decision: waiting for it is what the driver has a second for.
+//! * The last reply stays in word 0, where the driver's link check looks for "clear to send".
+//! * What the PF says on its own is merged when it cannot be taken for a reply: not while a message is in flight, while
+//!   the guest owns the buffer, or while an answer is unread.
+
+use super::{
+    bits::{self, NACK_MESSAGE, PF_CONTROL, PFACK, PFSTS, REQ, RSTD, RSTI, VFU},
+    layout::{Layout, Register},
+    words::{BUFFER_WORDS, Words},
+};
+
+/// Word 0 that makes the driver's link check schedule a reset: refused, and not clear to send.
+pub const RESET_WANTED: u32 = PF_CONTROL | NACK_MESSAGE;
+
+/// The 16 words as they were when the guest set REQ.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Snapshot {
+    /// Names this message: grows with every message and reset of this VF, never repeats.
+    pub seq: u64,
+    /// The buffer.
+    pub words: [u32; BUFFER_WORDS],
+}
+
+/// What a write asks of the relay.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Effect {
+    /// Nothing.
+    None,
+    /// A message was posted.
+    Ring(Snapshot),
+    /// The guest reset its VF; messages up to this sequence number are void.
+    Reset(u64),
+}
+
+/// What a read yields.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Read {
+    /// This value. `hint`: the guest looks for news, the relay should look at the real mailbox.
+    Shadow {
+        /// The register's value.
+        value: u32,
+        /// Whether the real mailbox is worth a look.
+        hint: bool,
+    },
+    /// The hardware's register at the same offset.
+    Hardware,
+    /// Nothing is there (reads as zero).
+    Unknown {
+        /// Whether this register is touched for the first time.
+        first: bool,
+    },
+}
+
+/// What was ignored, since the VF was assigned.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct RegisterCounts {
+    /// REQ while a message was in flight.
+    pub dropped_requests: u64,
+    /// Buffer writes while a message was in flight.
+    pub dropped_writes: u64,
+    /// Accesses that are not aligned and 32 bit wide.
+    pub bad_width: u64,
+    /// Accesses to registers that are not emulated.
+    pub unknown: u64,
+}
+
+/// Something from the PF that waits until it cannot be taken for a reply.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum FromPf {
+    Message(u32),
+    LostClearToSend,
+}
+
+/// The mailbox page as the guest sees it.
+#[derive(Debug)]
+pub struct Registers {
+    layout: &'static Layout,
+    words: [u32; BUFFER_WORDS],
+    seq: u64,
+    in_flight: bool,
+    vfu: bool,
+    pfsts: bool,
+    pfack: bool,
+    rsti: bool,
+    rstd: bool,
+    /// From VTCTRL.RST to the next answer RSTI is hidden: the driver would give up its reset after 1 ms.
+    resetting: bool,
+    /// A reply is in word 0 and was not read.
+    unread: bool,
+    waiting: Option<FromPf>,
+    seen: [u64; 16],
+    counts: RegisterCounts,
+}
+
+impl Registers {
+    /// Registers after power-on.
+    pub fn new(layout: &'static Layout) -> Self {
+        Self {
+            layout,
+            words: [0; BUFFER_WORDS],
+            seq: 0,
+            in_flight: false,
+            vfu: false,
+            pfsts: false,
+            pfack: false,
+            rsti: false,
+            rstd: false,
+            resetting: false,
+            unread: false,
+            waiting: None,
+            seen: [0; 16],
+            counts: RegisterCounts::default(),
+        }
+    }
+
+    /// The current sequence number: of the message in flight, the last message or the last reset.
+    pub fn seq(&self) -> u64 {
+        self.seq
+    }
+
+    /// Whether a message is in flight.
+    pub fn in_flight(&self) -> bool {
+        self.in_flight
+    }
+
+    /// What was ignored so far.
+    pub fn counts(&self) -> RegisterCounts {
+        self.counts
+    }
+
+    /// A read of `len` bytes by the guest.
+    pub fn read(&mut self, offset: u64, len: usize) -> Read {
+        if len != 4 || !offset.is_multiple_of(4) {
+            count(&mut self.counts.bad_width);
+            return Read::Shadow { value: 0, hint: false };
+        }
+        match self.layout.register(offset) {
+            Register::Mailbox => Read::Shadow { value: self.read_mailbox(), hint: !self.in_flight },
+            Register::Buffer(0) => {
+                let value = self.words[0];
+                if !self.in_flight {
+                    self.unread = false;
+                    self.deliver();
+                }
+                Read::Shadow { value, hint: !self.in_flight }
+            }
+            Register::Buffer(index) => {
+                Read::Shadow { value: self.words.get(index).copied().unwrap_or(0), hint: false }
+            }
+            Register::Control | Register::PassedRead => Read::Hardware,
+            Register::Unknown => Read::Unknown { first: self.first_touch(offset) },
+        }
+    }
+
+    /// A write of `len` bytes by the guest; `value` holds them in its low bytes. Returns what to do, and whether an
+    /// unknown register was touched for the first time.
+    pub fn write(&mut self, offset: u64, len: usize, value: u32) -> (Effect, bool) {
+        if len != 4 || !offset.is_multiple_of(4) {
+            count(&mut self.counts.bad_width);
+            return (Effect::None, false);
+        }
+        match self.layout.register(offset) {
+            Register::Control if value & bits::CONTROL_RST != 0 => (self.vf_reset(), false),
+            Register::Mailbox => (self.write_mailbox(value), false),
+            Register::Buffer(_) if self.in_flight => {
+                count(&mut self.counts.dropped_writes);
+                (Effect::None, false)
+            }
+            Register::Buffer(index) => {
+                if let Some(word) = self.words.get_mut(index) {
+                    *word = value;
+                }
+                (Effect::None, false)
+            }
+            Register::Control | Register::PassedRead => (Effect::None, false),
+            Register::Unknown => (Effect::None, self.first_touch(offset)),
+        }
+    }
+
+    /// Ends message `seq`: writes the reply (None: acknowledged, but not answered) and raises PFACK and PFSTS
+    /// together. Returns false, and changes nothing, if a reset was faster.
+    pub fn complete(&mut self, seq: u64, reply: Option<&Words>) -> bool {
+        if !self.in_flight || seq != self.seq {
+            return false;
+        }
+        self.in_flight = false;
+        self.resetting = false;
+        self.pfack = true;
+        if let Some(reply) = reply {
+            for (to, from) in self.words.iter_mut().zip(reply.as_slice()) {
+                *to = *from;
+            }
+            self.pfsts = true;
+            self.unread = true;
+            // The driver's link check wants no more than a word with "clear to send", which the reply is.
+            if matches!(self.waiting, Some(FromPf::Message(_))) {
+                self.waiting = None;
+            }
+        }
+        self.deliver();
+        true
+    }
+
+    /// A message that the PF sent on its own, clear to send.
+    pub fn pf_message(&mut self, word: u32) {
+        if self.waiting != Some(FromPf::LostClearToSend) {
+            self.waiting = Some(FromPf::Message(word));
+        }
+        self.deliver();
+    }
+
+    /// The PF no longer listens to this VF: makes the driver reset it. Only its own reset message brings "clear to
+    /// send" back.
+    pub fn lost_clear_to_send(&mut self) {
+        // The driver polls RSTD every 2 s; only then does it look at word 0.
+        self.rstd = true;
+        self.waiting = Some(FromPf::LostClearToSend);
+        self.deliver();
+    }
+
+    /// Whether the PF is being reset at this moment.
+    pub fn set_pf_resetting(&mut self, resetting: bool) {
+        self.rsti = resetting;
+    }
+
+    /// The device was reset (FLR, reboot): everything as after power-on. Returns the new sequence number.
+    pub fn function_reset(&mut self) -> u64 {
+        let (seq, seen, counts) = (self.seq, self.seen, self.counts);
+        *self = Self::new(self.layout);
+        (self.seq, self.seen, self.counts) = (seq.wrapping_add(1), seen, counts);
+        self.seq
+    }
+
+    fn read_mailbox(&mut self) -> u32 {
+        let mut value = 0;
+        for (bit, set) in [
+            (VFU, self.vfu),
+            (PFSTS, self.pfsts),
+            (PFACK, self.pfack),
+            (RSTI, self.rsti && !self.resetting),
+            (RSTD, self.rstd),
+        ] {
+            if set {
+                value |= bit;
+            }
+        }
+        self.pfsts = false;
+        self.pfack = false;
+        self.rstd = false;
+        value
+    }
+
+    fn write_mailbox(&mut self, value: u32) -> Effect {
+        self.vfu = value & VFU != 0;
+        if value & REQ == 0 {
+            self.deliver();
+            return Effect::None;
+        }
+        if self.in_flight {
+            count(&mut self.counts.dropped_requests);
+            return Effect::None;
+        }
+        self.in_flight = true;
+        self.unread = false;
+        self.seq = self.seq.wrapping_add(1);
+        Effect::Ring(Snapshot { seq: self.seq, words: self.words })
+    }
+
+    fn vf_reset(&mut self) -> Effect {
+        self.seq = self.seq.wrapping_add(1);
+        self.in_flight = false;
+        self.vfu = false;
+        self.pfsts = false;
+        self.pfack = false;
+        self.rstd = false;
+        self.unread = false;
+        self.waiting = None;
+        self.resetting = true;
+        Effect::Reset(self.seq)
+    }
+
+    fn deliver(&mut self) {
+        if self.in_flight || self.vfu || self.unread {
+            return;
+        }
+        match self.waiting.take() {
+            Some(FromPf::Message(word)) => {
+                self.words[0] = word;
+                self.pfsts = true;
+            }
+            Some(FromPf::LostClearToSend) => {
+                self.words[0] = RESET_WANTED;
+                self.pfsts = true;
+                self.rstd = true;
+            }
+            None => {}
+        }
+    }
+
+    fn first_touch(&mut self, offset: u64) -> bool {
+        count(&mut self.counts.unknown);
+        let Ok(index) = usize::try_from(offset / 4) else { return false };
+        let Some(word) = self.seen.get_mut(index / 64) else { return false };
+        let bit = 1 << (index % 64);
+        let first = *word & bit == 0;
+        *word |= bit;
+        first
+    }
+}
+
+fn count(counter: &mut u64) {
+    *counter = counter.saturating_add(1);
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,66 @@
+//! Token buckets: how much a guest can cause per second.
+
+use std::time::Duration;
+
+/// How much is allowed: `burst` at once, then one for each `period`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Rate {
+    /// Tokens of a full bucket.
+    pub burst: u32,
+    /// Time until a taken token is back.
+    pub period: Duration,
+}
+
+/// A token bucket in the time its caller gives it.
+#[derive(Clone, Debug)]
+pub(crate) struct Bucket {
+    rate: Rate,
+    /// When the bucket will be full again. In the past: it is full.
+    full_at: Duration,
+}
+
+impl Bucket {
+    pub(crate) fn new(rate: Rate) -> Self {
+        Self { rate, full_at: Duration::ZERO }
+    }
+
+    /// When the next token can be taken: `now` or later.
+    pub(crate) fn ready_at(&self, now: Duration) -> Duration {
+        // A token is there while the bucket lacks at most burst - 1.
+        let missing = self.rate.period.saturating_mul(self.rate.burst.saturating_sub(1));
+        self.full_at.saturating_sub(missing).max(now)
+    }
+
+    /// Takes a token if there is one.
+    pub(crate) fn take(&mut self, now: Duration) -> bool {
+        if self.ready_at(now) > now {
+            return false;
+        }
+        self.full_at = self.full_at.max(now).saturating_add(self.rate.period);
+        true
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn bucket() -> Bucket {
+        Bucket::new(Rate { burst: 3, period: Duration::from_millis(100) })
+    }
+
+    fn taken(bucket: &mut Bucket, at_ms: u64, tries: usize) -> usize {
+        (0..tries).filter(|_| bucket.take(Duration::from_millis(at_ms))).count()
+    }
+
+    #[test]
+    fn a_burst_then_the_rate() {
+        let mut bucket = bucket();
+        assert_eq!(taken(&mut bucket, 1000, 10), 3);
+        assert_eq!(bucket.ready_at(Duration::from_millis(1000)), Duration::from_millis(1100));
+        assert_eq!(taken(&mut bucket, 1099, 10), 0);
+        assert_eq!(taken(&mut bucket, 1100, 10), 1);
+        assert_eq!(taken(&mut bucket, 1350, 10), 2);
+        assert_eq!(taken(&mut bucket, 9000, 10), 3, "no more than the burst is saved up");
+    }
+}

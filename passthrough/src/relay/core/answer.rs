@@ -1,0 +1,137 @@
+//! What the guest is answered, and what is remembered, counted and logged of it.
+
+use netpolicy::{MacAddress, Reason, Request};
+
+use super::{Core, Message};
+use crate::{
+    mailbox::{igbvf, registers::RESET_WANTED, words::Words},
+    relay::authority::Notice,
+};
+
+impl Core {
+    /// The driver keeps its address, says "PF still resetting" and tries again after its next link check. (A refused
+    /// reset would make it forget its address.)
+    pub(super) fn reset_failed(&mut self, message: &Message, cause: &str) {
+        if let Some(suppressed) = self.log_line() {
+            tracing::warn!(adapter = self.config.adapter, cause, suppressed, "VF reset not completed");
+        }
+        self.cts = false;
+        self.finish(message, Some(&Words::new(&[RESET_WANTED])), "failed");
+    }
+
+    /// Nobody decides: refused. A reset is not: it was carried out, and the PF has said which address it has.
+    pub(super) fn unreachable(
+        &mut self,
+        message: &Message,
+        request: &Request,
+        from_pf: Option<MacAddress>,
+        verdict: &'static str,
+    ) {
+        if *request == Request::Reset {
+            let known = from_pf.or(self.effective);
+            self.answer_reset(message, known, verdict);
+            if let Some(mac) = known {
+                self.believes(mac);
+            }
+            return;
+        }
+        if let Some(suppressed) = self.log_line() {
+            tracing::warn!(
+                adapter = self.config.adapter,
+                request = request.name(),
+                reason = %Reason::AuthorityUnreachable,
+                suppressed,
+                "VF request refused"
+            );
+        }
+        self.answer(message, request, false, verdict);
+    }
+
+    /// Refused by the relay itself, in the authority's absence or for lack of meaning.
+    pub(super) fn refuse(
+        &mut self,
+        message: &Message,
+        request: Option<Request>,
+        reason: Reason,
+        verdict: &'static str,
+    ) {
+        if let Some(suppressed) = self.log_line() {
+            let word = format_args!("{:#010x}", message.word());
+            tracing::info!(adapter = self.config.adapter, %word, %reason, suppressed, "VF message refused");
+        }
+        self.refusals.add(reason, message.word(), request.clone());
+        match request {
+            Some(request) => self.answer(message, &request, false, verdict),
+            None => {
+                self.finish(message, Some(&igbvf::reply(message.word(), false, self.cts)), verdict);
+            }
+        }
+    }
+
+    pub(super) fn refuse_locally(&mut self, message: &Message, reason: Reason, verdict: &'static str) {
+        if message.is_reset() {
+            self.refusals.add(reason, message.word(), Some(Request::Reset));
+            self.reset_failed(message, "too many resets");
+        } else {
+            self.refuse(message, message.decoded.clone().ok(), reason, verdict);
+        }
+    }
+
+    /// Answers anything but a reset.
+    pub(super) fn answer(
+        &mut self,
+        message: &Message,
+        request: &Request,
+        accepted: bool,
+        verdict: &'static str,
+    ) {
+        let shown = self.finish(message, Some(&igbvf::reply(message.word(), accepted, self.cts)), verdict);
+        if let (true, Request::SetMac(mac)) = (shown, request) {
+            self.driver.answered(accepted);
+            match verdict {
+                // Told by a notice of its own.
+                "equal" => {}
+                // The authority cannot know which silent refusal the guest is told of all the same.
+                "refused_silently" => self.believes(*mac),
+                _ if accepted => self.guest = Some(*mac),
+                _ => {}
+            }
+        }
+    }
+
+    pub(super) fn answer_reset(&mut self, message: &Message, mac: Option<MacAddress>, verdict: &'static str) {
+        self.effective = mac.or(self.effective);
+        if self.finish(message, Some(&igbvf::reset_reply(mac)), verdict) {
+            self.driver.reset(mac);
+        }
+    }
+
+    /// The relay acknowledged an address that the authority was not asked for.
+    pub(super) fn believes(&mut self, mac: MacAddress) {
+        if self.guest != Some(mac) {
+            self.guest = Some(mac);
+            self.authority.notice(Notice::GuestMac { mac });
+        }
+    }
+
+    /// Shows the answer to the guest, unless it has reset.
+    pub(super) fn finish(&mut self, message: &Message, reply: Option<&Words>, verdict: &'static str) -> bool {
+        let time = self.now().saturating_sub(message.posted.at);
+        let mut state = self.shared.lock();
+        let shown = state.registers.complete(message.seq(), reply);
+        state.stats.message(message.name(), if shown { verdict } else { "dropped" });
+        if shown {
+            state.stats.round_trips.add(time);
+        }
+        shown
+    }
+
+    pub(super) fn log_line(&mut self) -> Option<u64> {
+        let allowed = self.log.allow(self.now());
+        if allowed.is_none() {
+            let mut state = self.shared.lock();
+            state.stats.suppressed = state.stats.suppressed.saturating_add(1);
+        }
+        allowed
+    }
+}

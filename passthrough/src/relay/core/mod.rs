@@ -1,0 +1,349 @@
+//! What the relay thread does. It never waits for the authority: [`Core::turn`] takes what came in, does what can be
+//! done and says when it wants to be called again.
+//!
+//! ```text
+//!            ring               bucket has a token        not local
+//!   Idle ──────────▶ Queued ─────────────────────▶ begin ───────────▶ Asked
+//!    ▲                 │ longest delay: refused      │ local            │ verdict: local, or forwarded
+//!    │                 │                             │ or malformed     │ deadline: refused, cancelled
+//!    └─────────────────┴──────── answered ◀──────────┴──────────────────┘
+//!
+//!   VTCTRL.RST, FLR: from any state to Idle, without an answer; a question is cancelled.
+//! ```
+//!
+//! `cts` ("clear to send") is what the PF thinks of this VF: set by the guest's reset message, lost by every reset of
+//! VF, device or PF. Without it nothing is forwarded but that message.
+
+mod answer;
+mod pf;
+
+use std::{collections::VecDeque, sync::Arc, time::Duration};
+
+use netpolicy::{Change, MacAddress, OnDenied, Reason, Request};
+
+use super::{
+    Config,
+    address::{DriverAddress, Judgement},
+    authority::{Authority, Cancelled, Decision, How, Notice, Question, Verdict},
+    bucket::Bucket,
+    limited::LogLimit,
+    refusals::Refusals,
+    shared::{Posted, Shared},
+};
+use crate::{
+    hardware::VfHardware,
+    mailbox::{
+        igbvf::{self, Malformed},
+        layout::Layout,
+        port::Port,
+    },
+};
+
+/// A message that is not yet answered.
+struct Message {
+    posted: Posted,
+    decoded: Result<Request, Malformed>,
+}
+
+impl Message {
+    fn seq(&self) -> u64 {
+        self.posted.snapshot.seq
+    }
+
+    fn word(&self) -> u32 {
+        self.posted.snapshot.words[0]
+    }
+
+    fn name(&self) -> &'static str {
+        self.decoded.as_ref().map_or("malformed", Request::name)
+    }
+
+    fn is_reset(&self) -> bool {
+        self.decoded == Ok(Request::Reset)
+    }
+}
+
+enum Work {
+    Idle,
+    Queued(Message),
+    Asked {
+        message: Message,
+        request: Request,
+        deadline: Duration,
+        /// For a reset: the address in the PF's reply.
+        from_pf: Option<MacAddress>,
+    },
+}
+
+/// The state of one relay.
+pub(crate) struct Core {
+    config: Config,
+    shared: Arc<Shared>,
+    authority: Arc<dyn Authority>,
+    port: Port,
+    work: Work,
+    cts: bool,
+    /// The PF has forgotten this VF and the guest does not know yet; told when the PF's reset is over.
+    lost: bool,
+    effective: Option<MacAddress>,
+    /// What the guest believes to have, as far as the authority knows.
+    guest: Option<MacAddress>,
+    driver: DriverAddress,
+    /// The device may have further unicast addresses.
+    filters: bool,
+    reset_due: bool,
+    next_look: Duration,
+    deferred: VecDeque<(u64, Vec<Change>)>,
+    messages: Bucket,
+    resets: Bucket,
+    reset_messages: Bucket,
+    log: LogLimit,
+    refusals: Refusals,
+}
+
+impl Core {
+    pub(crate) fn new(
+        config: Config,
+        layout: &'static Layout,
+        hardware: Arc<dyn VfHardware>,
+        authority: Arc<dyn Authority>,
+        shared: Arc<Shared>,
+    ) -> Self {
+        Self {
+            port: Port::new(hardware, layout, shared.clock().clone()),
+            messages: Bucket::new(config.messages),
+            resets: Bucket::new(config.resets),
+            reset_messages: Bucket::new(config.resets),
+            log: LogLimit::new(config.log_lines),
+            refusals: Refusals::new(config.refusal_period),
+            next_look: shared.clock().now(),
+            config,
+            shared,
+            authority,
+            work: Work::Idle,
+            cts: false,
+            lost: false,
+            effective: None,
+            guest: None,
+            driver: DriverAddress::default(),
+            filters: false,
+            reset_due: false,
+            deferred: VecDeque::new(),
+        }
+    }
+
+    /// The relay thread.
+    pub(crate) fn run(mut self) {
+        while let Some(next) = self.turn() {
+            self.shared.wait(next);
+        }
+    }
+
+    /// Does what can be done now. Returns when to be called again if nothing comes in before; None at the end.
+    pub(crate) fn turn(&mut self) -> Option<Duration> {
+        let inbox = self.shared.take();
+        if inbox.stop {
+            self.drop_work(Cancelled::Stopped);
+            return None;
+        }
+        if inbox.function_reset {
+            self.drop_work(Cancelled::GuestReset);
+            self.port.forget();
+            (self.cts, self.lost, self.reset_due) = (false, false, false);
+        }
+        if inbox.vf_reset {
+            self.drop_work(Cancelled::GuestReset);
+            (self.cts, self.lost, self.reset_due) = (false, false, true);
+            let mut state = self.shared.lock();
+            state.stats.resets = state.stats.resets.saturating_add(1);
+        }
+        if inbox.hint {
+            self.next_look = self.now();
+        }
+        // The verdict first: what it grants was granted before what the orders take back.
+        if let Some(verdict) = inbox.verdict {
+            self.decided(verdict);
+        }
+        for order in inbox.orders {
+            self.carry_out(order);
+        }
+        self.forward_reset();
+        if let Some(posted) = inbox.posted {
+            self.work = Work::Queued(Message { decoded: igbvf::decode(&posted.snapshot.words), posted });
+        }
+        self.check_times();
+        self.look();
+        let now = self.now();
+        while let Some(notice) = self.refusals.due(now) {
+            self.authority.notice(notice);
+        }
+        Some(self.next_turn())
+    }
+
+    fn now(&self) -> Duration {
+        self.shared.clock().now()
+    }
+
+    fn next_turn(&self) -> Duration {
+        let now = self.now();
+        let work = match &self.work {
+            Work::Idle => None,
+            Work::Queued(message) => Some(self.ready_at(message, now).min(self.delay_ends(message))),
+            Work::Asked { deadline, .. } => Some(*deadline),
+        };
+        let reset = self.reset_due.then(|| self.resets.ready_at(now));
+        [work, reset, self.refusals.next()].into_iter().flatten().fold(self.next_look, Duration::min)
+    }
+
+    /// When the message may begin.
+    fn ready_at(&self, message: &Message, now: Duration) -> Duration {
+        let mut ready = self.messages.ready_at(now);
+        if message.is_reset() {
+            ready = ready.max(self.reset_messages.ready_at(now));
+        }
+        if self.reset_due { ready.max(self.resets.ready_at(now)) } else { ready }
+    }
+
+    fn delay_ends(&self, message: &Message) -> Duration {
+        message.posted.at.saturating_add(self.config.longest_delay)
+    }
+
+    fn check_times(&mut self) {
+        let now = self.now();
+        match std::mem::replace(&mut self.work, Work::Idle) {
+            Work::Idle => {}
+            Work::Queued(message) => {
+                if !self.reset_due && self.ready_at(&message, now) <= now {
+                    self.messages.take(now);
+                    if message.is_reset() {
+                        self.reset_messages.take(now);
+                    }
+                    self.begin(message);
+                } else if now >= self.delay_ends(&message) {
+                    self.refuse_locally(&message, Reason::RateLimited, "rate_limited");
+                } else {
+                    self.work = Work::Queued(message);
+                }
+            }
+            Work::Asked { message, request, deadline, from_pf } => {
+                if now < deadline {
+                    self.work = Work::Asked { message, request, deadline, from_pf };
+                } else {
+                    self.authority.notice(Notice::Cancelled {
+                        seq: message.seq(),
+                        request: request.clone(),
+                        why: Cancelled::Deadline,
+                    });
+                    self.unreachable(&message, &request, from_pf, "deadline");
+                }
+            }
+        }
+    }
+
+    fn drop_work(&mut self, why: Cancelled) {
+        if let Work::Asked { message, request, .. } = std::mem::replace(&mut self.work, Work::Idle) {
+            self.shared.lock().stats.message(message.name(), "dropped");
+            self.authority.notice(Notice::Cancelled { seq: message.seq(), request, why });
+        }
+    }
+
+    /// A message's turn has come.
+    fn begin(&mut self, message: Message) {
+        let request = match &message.decoded {
+            Ok(request) => request.clone(),
+            Err(Malformed::Answer(_)) => {
+                // As the PF does: acknowledged, not answered.
+                self.refusals.add(Reason::MalformedMessage, message.word(), None);
+                self.finish(&message, None, "malformed");
+                return;
+            }
+            Err(Malformed::Mac { mac, filter }) => {
+                let request = if *filter { Request::AddUnicastFilter(*mac) } else { Request::SetMac(*mac) };
+                self.refuse(&message, Some(request), Reason::MacInvalid, "malformed");
+                return;
+            }
+            Err(_) => {
+                self.refuse(&message, None, Reason::MalformedMessage, "malformed");
+                return;
+            }
+        };
+        match request {
+            Request::Reset => self.reset(message),
+            // The guest must reset first: word 0 without "clear to send" tells its driver so.
+            _ if !self.cts => self.answer(&message, &request, false, "not_reset"),
+            Request::Unknown { .. } => {
+                self.refuse(&message, Some(request), Reason::UnknownMessage, "unknown")
+            }
+            Request::SetMac(mac) => match self.driver.judge(mac, self.effective) {
+                Judgement::Equal => {
+                    self.answer(&message, &request, true, "equal");
+                    self.believes(mac);
+                }
+                Judgement::Stale => {
+                    tracing::debug!(adapter = self.config.adapter, %mac, "Stale address of a guest's reset refused");
+                    self.answer(&message, &request, false, "stale");
+                }
+                Judgement::Ask => self.ask(message, request, None),
+            },
+            Request::ClearUnicastFilters if !self.filters => self.answer(&message, &request, true, "local"),
+            request => self.ask(message, request, None),
+        }
+    }
+
+    fn ask(&mut self, message: Message, request: Request, from_pf: Option<MacAddress>) {
+        let question = Question { seq: message.seq(), request: request.clone() };
+        if self.authority.ask(question).is_err() {
+            self.refusals.add(Reason::AuthorityUnreachable, message.word(), Some(request.clone()));
+            self.unreachable(&message, &request, from_pf, "unreachable");
+            return;
+        }
+        // What it grants may have to be forwarded, within what the driver waits.
+        let latest = message
+            .posted
+            .at
+            .saturating_add(self.config.message_limit.saturating_sub(self.config.exchange_limit));
+        let deadline = self.now().saturating_add(self.config.ask_limit).min(latest);
+        self.work = Work::Asked { message, request, deadline, from_pf };
+    }
+
+    fn decided(&mut self, verdict: Verdict) {
+        let (message, request) = match std::mem::replace(&mut self.work, Work::Idle) {
+            Work::Asked { message, request, .. } if message.seq() == verdict.seq => (message, request),
+            other => {
+                self.work = other;
+                return;
+            }
+        };
+        self.effective = Some(verdict.effective_mac);
+        match verdict.decision {
+            _ if request == Request::Reset => {
+                self.guest = Some(verdict.effective_mac);
+                self.answer_reset(&message, Some(verdict.effective_mac), "forwarded");
+            }
+            Decision::Grant { how: How::Local } => self.answer(&message, &request, true, "granted"),
+            Decision::Grant { how: How::Forward } => self.forward(&message, &request),
+            Decision::Refuse { tell, reason } => {
+                let is_address = matches!(request, Request::SetMac(_));
+                let silent = tell == OnDenied::Silent && !(is_address && self.driver.must_tell());
+                // First the answer: a vCPU waits for it, busily.
+                self.answer(&message, &request, silent, if silent { "refused_silently" } else { "refused" });
+                if let Some(suppressed) = self.log_line() {
+                    tracing::info!(
+                        adapter = self.config.adapter,
+                        request = request.name(),
+                        %reason,
+                        silent,
+                        suppressed,
+                        "VF request refused"
+                    );
+                }
+            }
+        }
+    }
+
+    /// Time left for an exchange with the PF.
+    fn left(&self, message: &Message) -> Duration {
+        let end = message.posted.at.saturating_add(self.config.message_limit);
+        end.saturating_sub(self.now()).min(self.config.exchange_limit)
+    }
+}

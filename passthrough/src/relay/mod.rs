@@ -1,0 +1,216 @@
+//! The relay: one thread per VF between its mailbox and the authority that decides.
+//!
+//! ```text
+//!  vCPU threads                     relay thread                                    agent
+//!  MailboxPage ──ring, reset──▶ Shared ──▶ Core ──Question──▶ Authority ═══════════▶ policy
+//!      ▲      (registers, inbox:  ▲         │  ▲                                       │
+//!      └──reads── one small lock) └─reply───┘  └──────── Relay::verdict ◀═════════════┘
+//!                                           │ Port: forwarded messages, looks
+//!                                           ▼
+//!                                  the real mailbox (one reader and writer: this thread)
+//! ```
+//!
+//! vCPU threads only ever take the lock of the registers. What a guest can cause is bounded: one message in flight,
+//! token buckets for messages, resets and log lines, refusals aggregated before they are told.
+
+mod address;
+mod authority;
+mod bucket;
+mod core;
+mod limited;
+mod page;
+mod refusals;
+mod shared;
+mod stats;
+#[cfg(any(test, feature = "test-support"))]
+pub mod testing;
+#[cfg(test)]
+mod tests;
+
+use std::{
+    io,
+    sync::{Arc, Mutex, PoisonError},
+    thread::JoinHandle,
+    time::Duration,
+};
+
+use netpolicy::{Change, MacAddress};
+
+pub use self::{
+    address::{DriverAddress, Judgement},
+    authority::{Authority, Cancelled, Decision, Forwarded, How, Notice, Question, Unreachable, Verdict},
+    bucket::Rate,
+    page::MailboxPage,
+    stats::{BUCKETS_US, RelayStats, RoundTrips},
+};
+use self::{
+    core::Core,
+    shared::{Order, Shared},
+};
+use crate::{
+    function::TrappedRange,
+    hardware::VfHardware,
+    mailbox::{
+        layout::{Layout, PAGE_SIZE},
+        port::{Clock, SystemClock},
+    },
+};
+
+/// How a relay behaves. The defaults fit igbvf, which gives up after a second.
+#[derive(Clone, Debug)]
+pub struct Config {
+    /// The adapter's name, for log lines.
+    pub adapter: String,
+    /// How long the authority may take.
+    pub ask_limit: Duration,
+    /// How long a message may take in all, from REQ to the answer.
+    pub message_limit: Duration,
+    /// How long the PF may take for a forwarded message.
+    pub exchange_limit: Duration,
+    /// How often the real mailbox is looked at when nothing hints at news.
+    pub look_period: Duration,
+    /// How long a look lasts: what the guest reads within that time gives no reason for another one.
+    pub look_gap: Duration,
+    /// Messages of the guest. Those above it are delayed.
+    pub messages: Rate,
+    /// Resets of the guest (VTCTRL.RST, and separately the reset message). Those above it are delayed.
+    pub resets: Rate,
+    /// Messages that would have to be delayed for longer are refused.
+    pub longest_delay: Duration,
+    /// Log lines that the guest can cause.
+    pub log_lines: Rate,
+    /// How often refusals for one reason are told to the authority; those in between are counted.
+    pub refusal_period: Duration,
+}
+
+impl Default for Config {
+    fn default() -> Self {
+        Self {
+            adapter: String::new(),
+            ask_limit: Duration::from_millis(400),
+            message_limit: Duration::from_millis(850),
+            exchange_limit: Duration::from_millis(250),
+            look_period: Duration::from_millis(250),
+            look_gap: Duration::from_millis(20),
+            messages: Rate { burst: 64, period: Duration::from_millis(20) },
+            // Two per second: a guest that resets one time after the other is slowed down, never refused.
+            resets: Rate { burst: 8, period: Duration::from_millis(500) },
+            longest_delay: Duration::from_millis(500),
+            log_lines: Rate { burst: 20, period: Duration::from_secs(1) },
+            refusal_period: Duration::from_secs(1),
+        }
+    }
+}
+
+/// Changes that one [`Relay::take_back`] may have, and that may wait for the guest's next reset.
+pub const MAX_CHANGES: usize = 256;
+
+/// The relay of one VF.
+pub struct Relay {
+    shared: Arc<Shared>,
+    page: Arc<MailboxPage>,
+    authority: Arc<dyn Authority>,
+    layout: &'static Layout,
+    thread: Mutex<Option<JoinHandle<()>>>,
+}
+
+impl Relay {
+    /// Starts the relay's thread. From now on nobody else may touch the real mailbox.
+    ///
+    /// # Errors
+    /// Those of starting a thread.
+    pub fn start(
+        config: Config,
+        layout: &'static Layout,
+        hardware: Arc<dyn VfHardware>,
+        authority: Arc<dyn Authority>,
+    ) -> io::Result<Self> {
+        let (relay, core) =
+            Self::assemble(config, layout, hardware, authority, Arc::new(SystemClock::default()));
+        let thread = std::thread::Builder::new().name("relay".into()).spawn(move || core.run())?;
+        *relay.thread.lock().unwrap_or_else(PoisonError::into_inner) = Some(thread);
+        Ok(relay)
+    }
+
+    fn assemble(
+        config: Config,
+        layout: &'static Layout,
+        hardware: Arc<dyn VfHardware>,
+        authority: Arc<dyn Authority>,
+        clock: Arc<dyn Clock>,
+    ) -> (Self, Core) {
+        let shared = Arc::new(Shared::new(layout, clock, config.look_gap));
+        let page = Arc::new(MailboxPage::new(shared.clone(), hardware.clone(), layout));
+        let core = Core::new(config, layout, hardware, authority.clone(), shared.clone());
+        (Self { shared, page, authority, layout, thread: Mutex::new(None) }, core)
+    }
+
+    /// The mailbox page as the guest sees it: the handler of the trapped page.
+    pub fn page(&self) -> Arc<MailboxPage> {
+        self.page.clone()
+    }
+
+    /// The mailbox page as a range for [`AssignedFunction`](crate::function::AssignedFunction).
+    pub fn trapped_range(&self) -> TrappedRange {
+        TrappedRange { bar: self.layout.bar, range: 0..PAGE_SIZE, handler: self.page.clone() }
+    }
+
+    /// The authority's answer. One that comes too late changes nothing.
+    pub fn verdict(&self, verdict: Verdict) {
+        self.shared.verdict(verdict);
+    }
+
+    /// The host has changed the VF's effective address without a question, or has reverted a commit that was made for a
+    /// cancelled one.
+    pub fn set_effective_mac(&self, mac: MacAddress) {
+        self.shared.order(Order::EffectiveMac(mac));
+    }
+
+    /// Takes back, or sets to what is still allowed, what only messages can change: those changes whose
+    /// [`route`](Change::route) is the mailbox, a reset excepted. [`Notice::TakenBack`] with this `id` follows.
+    pub fn take_back(&self, id: u64, changes: Vec<Change>) {
+        let refused = if changes.len() > MAX_CHANGES {
+            Some((id, changes))
+        } else {
+            match self.shared.order(Order::TakeBack { id, changes }) {
+                Some(Order::TakeBack { id, changes }) => Some((id, changes)),
+                _ => None,
+            }
+        };
+        if let Some((id, failed)) = refused {
+            self.authority.notice(Notice::TakenBack { id, failed, deferred: false });
+        }
+    }
+
+    /// Makes the guest's driver reset its VF (within about two seconds, if its link is up): it then learns the
+    /// effective address.
+    pub fn make_guest_reset(&self) {
+        self.shared.order(Order::MakeGuestReset);
+    }
+
+    /// The device was reset (FLR, reboot): the message in flight is void, and nothing is heard by the PF until the
+    /// guest's next reset message. The page, as a [`BarHandler`](crate::function::BarHandler), does it by itself.
+    pub fn hardware_reset(&self) {
+        self.shared.function_reset();
+    }
+
+    /// Counters since the start.
+    pub fn stats(&self) -> RelayStats {
+        self.shared.stats()
+    }
+
+    /// Ends the thread and waits for it: at most for as long as one exchange with the PF takes.
+    pub fn stop(&self) {
+        self.shared.stop();
+        let thread = self.thread.lock().unwrap_or_else(PoisonError::into_inner).take();
+        if thread.is_some_and(|thread| thread.join().is_err()) {
+            tracing::error!("The relay thread had panicked");
+        }
+    }
+}
+
+impl Drop for Relay {
+    fn drop(&mut self) {
+        self.stop();
+    }
+}

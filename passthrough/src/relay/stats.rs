@@ -1,0 +1,103 @@
+//! Counters of a relay.
+
+use std::{collections::BTreeMap, time::Duration};
+
+use serde::{Deserialize, Serialize};
+
+use crate::mailbox::registers::RegisterCounts;
+
+/// Upper bounds of the round trips' buckets in microseconds; the last bucket has none.
+pub const BUCKETS_US: [u64; 11] =
+    [50, 100, 250, 500, 1_000, 2_500, 5_000, 10_000, 50_000, 200_000, 1_000_000];
+
+/// Counters of one relay since its start.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct RelayStats {
+    /// Messages by `opcode:verdict`, for instance `set_mac:refused`.
+    pub messages: BTreeMap<String, u64>,
+    /// From REQ to the answer, for all answered messages.
+    pub round_trips: RoundTrips,
+    /// REQ while a message was in flight: dropped.
+    pub dropped_requests: u64,
+    /// Buffer writes while a message was in flight: dropped.
+    pub dropped_writes: u64,
+    /// Accesses that are not aligned and 32 bit wide: ignored.
+    pub bad_width: u64,
+    /// Accesses to registers that are not emulated.
+    pub unknown_registers: u64,
+    /// VF resets by the guest (VTCTRL.RST).
+    pub resets: u64,
+    /// Log lines that were suppressed.
+    pub suppressed_log_lines: u64,
+}
+
+/// A histogram of times.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct RoundTrips {
+    /// Number of them.
+    pub count: u64,
+    /// Their sum in microseconds.
+    pub sum_us: u64,
+    /// The longest in microseconds.
+    pub max_us: u64,
+    /// Numbers by bucket (not cumulative): see [`BUCKETS_US`], and one more for those above.
+    pub buckets: [u64; BUCKETS_US.len() + 1],
+}
+
+impl RoundTrips {
+    pub(crate) fn add(&mut self, time: Duration) {
+        let us = u64::try_from(time.as_micros()).unwrap_or(u64::MAX);
+        self.count = self.count.saturating_add(1);
+        self.sum_us = self.sum_us.saturating_add(us);
+        self.max_us = self.max_us.max(us);
+        let bucket = BUCKETS_US.partition_point(|&bound| bound < us);
+        if let Some(count) = self.buckets.get_mut(bucket) {
+            *count = count.saturating_add(1);
+        }
+    }
+}
+
+/// The counters behind the lock. Their names are a closed set.
+#[derive(Debug, Default)]
+pub(crate) struct Stats {
+    messages: BTreeMap<(&'static str, &'static str), u64>,
+    pub(crate) round_trips: RoundTrips,
+    pub(crate) resets: u64,
+    pub(crate) suppressed: u64,
+}
+
+impl Stats {
+    pub(crate) fn message(&mut self, opcode: &'static str, verdict: &'static str) {
+        let count = self.messages.entry((opcode, verdict)).or_default();
+        *count = count.saturating_add(1);
+    }
+
+    pub(crate) fn snapshot(&self, registers: RegisterCounts) -> RelayStats {
+        let name = |(opcode, verdict): &(&str, &str)| format!("{opcode}:{verdict}");
+        RelayStats {
+            messages: self.messages.iter().map(|(key, count)| (name(key), *count)).collect(),
+            round_trips: self.round_trips.clone(),
+            dropped_requests: registers.dropped_requests,
+            dropped_writes: registers.dropped_writes,
+            bad_width: registers.bad_width,
+            unknown_registers: registers.unknown,
+            resets: self.resets,
+            suppressed_log_lines: self.suppressed,
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn times_fall_into_their_buckets() {
+        let mut times = RoundTrips::default();
+        for us in [0, 50, 51, 1_000_000, 1_000_001] {
+            times.add(Duration::from_micros(us));
+        }
+        assert_eq!((times.count, times.sum_us, times.max_us), (5, 2_000_102, 1_000_001));
+        assert_eq!((times.buckets[0], times.buckets[1], times.buckets[10], times.buckets[11]), (2, 1, 1, 1));
+    }
+}

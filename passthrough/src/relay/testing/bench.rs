@@ -1,0 +1,229 @@
+//! A relay without its thread, in a time that only moves when somebody waits.
+
+use std::{
+    cell::RefCell,
+    rc::Rc,
+    sync::{Arc, Mutex},
+    time::Duration,
+};
+
+use netpolicy::{MacAddress, Request};
+
+use super::{
+    driver::{Bus, Driver},
+    fake_vf::FakeVf,
+};
+use crate::{
+    function::BarHandler,
+    mailbox::{layout::IGBVF, port::Clock},
+    relay::{
+        Authority, Config, Decision, How, MailboxPage, Notice, Question, Relay, Unreachable, Verdict,
+        core::Core,
+    },
+};
+
+/// Time that only moves when somebody sleeps.
+#[derive(Default)]
+pub struct FakeClock(Mutex<Duration>);
+
+impl Clock for FakeClock {
+    fn now(&self) -> Duration {
+        *self.0.lock().unwrap()
+    }
+
+    fn sleep(&self, time: Duration) {
+        *self.0.lock().unwrap() += time;
+    }
+}
+
+/// An authority that writes everything down; the bench answers for it.
+#[derive(Default)]
+pub struct ScriptedAuthority {
+    pub away: Mutex<bool>,
+    pub questions: Mutex<Vec<Question>>,
+    pub notices: Mutex<Vec<Notice>>,
+}
+
+impl Authority for ScriptedAuthority {
+    fn ask(&self, question: Question) -> Result<(), Unreachable> {
+        if *self.away.lock().unwrap() {
+            return Err(Unreachable);
+        }
+        self.questions.lock().unwrap().push(question);
+        Ok(())
+    }
+
+    fn notice(&self, notice: Notice) {
+        self.notices.lock().unwrap().push(notice);
+    }
+}
+
+/// What is answered, and when: None never.
+pub type Policy = Box<dyn FnMut(&Request) -> Option<(Duration, Decision)>>;
+
+/// The relay, what is on both sides of it, and time.
+pub struct World {
+    pub relay: Relay,
+    pub page: Arc<MailboxPage>,
+    pub vf: Arc<FakeVf>,
+    pub authority: Arc<ScriptedAuthority>,
+    pub clock: Arc<FakeClock>,
+    core: Core,
+    policy: Policy,
+    answered: usize,
+    pending: Vec<(Duration, Verdict)>,
+    next_turn: Duration,
+    /// Every request that was granted with [`How::Forward`].
+    pub granted: Vec<Request>,
+}
+
+/// Handle to a [`World`]; the driver's bus.
+#[derive(Clone)]
+pub struct Bench(pub Rc<RefCell<World>>);
+
+impl Bench {
+    pub fn new(mac: MacAddress) -> Self {
+        Self::with(mac, Config::default())
+    }
+
+    pub fn with(mac: MacAddress, config: Config) -> Self {
+        let clock = Arc::new(FakeClock::default());
+        // Not at zero: nothing may depend on it.
+        clock.sleep(Duration::from_secs(1000));
+        let vf = FakeVf::new(mac, clock.clone());
+        let authority = Arc::new(ScriptedAuthority::default());
+        let (relay, core) = Relay::assemble(config, &IGBVF, vf.clone(), authority.clone(), clock.clone());
+        let world = World {
+            page: relay.page(),
+            relay,
+            vf,
+            authority,
+            clock,
+            core,
+            policy: Box::new(|_| Some((Duration::ZERO, Decision::Grant { how: How::Local }))),
+            answered: 0,
+            pending: Vec::new(),
+            next_turn: Duration::ZERO,
+            granted: Vec::new(),
+        };
+        Self(Rc::new(RefCell::new(world)))
+    }
+
+    /// From now on requests (resets excepted, which are granted) are decided so.
+    pub fn policy(&self, decide: impl Fn(&Request) -> Option<Decision> + 'static) {
+        self.slow_policy(move |request| decide(request).map(|decision| (Duration::ZERO, decision)));
+    }
+
+    /// Like [`policy`](Self::policy), with a delay.
+    pub fn slow_policy(&self, decide: impl FnMut(&Request) -> Option<(Duration, Decision)> + 'static) {
+        self.0.borrow_mut().policy = Box::new(decide);
+    }
+
+    pub fn driver(&self) -> Driver<Self> {
+        Driver::new(self.clone())
+    }
+
+    pub fn vf(&self) -> Arc<FakeVf> {
+        self.0.borrow().vf.clone()
+    }
+
+    /// Takes the notices so far.
+    pub fn notices(&self) -> Vec<Notice> {
+        std::mem::take(&mut self.0.borrow().authority.notices.lock().unwrap())
+    }
+
+    /// All questions so far.
+    pub fn questions(&self) -> Vec<Request> {
+        self.0
+            .borrow()
+            .authority
+            .questions
+            .lock()
+            .unwrap()
+            .iter()
+            .map(|question| question.request.clone())
+            .collect()
+    }
+
+    pub fn set_away(&self, away: bool) {
+        *self.0.borrow().authority.away.lock().unwrap() = away;
+    }
+
+    pub fn now(&self) -> Duration {
+        self.0.borrow().clock.now()
+    }
+
+    pub fn wait(&self, time: Duration) {
+        self.clone().delay(time);
+    }
+}
+
+impl World {
+    /// Runs the relay and the authority until neither has anything to do now.
+    pub fn settle(&mut self) {
+        loop {
+            self.next_turn = self.core.turn().unwrap_or(Duration::MAX);
+            let questions = self.authority.questions.lock().unwrap();
+            let new: Vec<Question> = questions[self.answered..].to_vec();
+            self.answered = questions.len();
+            drop(questions);
+            for question in new {
+                self.decide(&question);
+            }
+            let now = self.clock.now();
+            let Some(due) = self.pending.iter().position(|(at, _)| *at <= now) else { return };
+            let (_, mut verdict) = self.pending.remove(due);
+            verdict.effective_mac = self.vf.pf().mac;
+            self.relay.verdict(verdict);
+        }
+    }
+
+    fn decide(&mut self, question: &Question) {
+        let reset = Some((Duration::ZERO, Decision::Grant { how: How::Local }));
+        let decided =
+            if question.request == Request::Reset { reset } else { (self.policy)(&question.request) };
+        let Some((delay, decision)) = decided else { return };
+        match (&question.request, decision) {
+            // Committed by netlink.
+            (Request::SetMac(mac), Decision::Grant { how: How::Local }) => self.vf.set_admin_mac(*mac),
+            (request, Decision::Grant { how: How::Forward }) => self.granted.push(request.clone()),
+            _ => {}
+        }
+        let verdict = Verdict { seq: question.seq, effective_mac: self.vf.pf().mac, decision };
+        self.pending.push((self.clock.now() + delay, verdict));
+    }
+
+    fn next_event(&self) -> Duration {
+        self.pending.iter().map(|(at, _)| *at).fold(self.next_turn, Duration::min)
+    }
+}
+
+impl Bus for Bench {
+    fn read(&mut self, offset: u64) -> u32 {
+        let mut world = self.0.borrow_mut();
+        let mut data = [0xee; 4];
+        world.page.read(offset, &mut data);
+        world.settle();
+        u32::from_le_bytes(data)
+    }
+
+    fn write(&mut self, offset: u64, value: u32) {
+        let mut world = self.0.borrow_mut();
+        world.page.write(offset, &value.to_le_bytes());
+        world.settle();
+    }
+
+    fn delay(&mut self, time: Duration) {
+        let mut world = self.0.borrow_mut();
+        let end = world.clock.now() + time;
+        loop {
+            let now = world.clock.now();
+            let step = world.next_event().clamp(now, end);
+            world.clock.sleep(step.saturating_sub(now).max(Duration::from_nanos(1)));
+            world.settle();
+            if world.clock.now() >= end {
+                return;
+            }
+        }
+    }
+}

@@ -1,0 +1,254 @@
+//! The [tables](super::table) on any VF: a simulated one, or an adapter's whose PF driver is the real one.
+//!
+//! Real time passes. The PF must have set [`EFFECTIVE`] as the VF's address and must not trust it. What is wrong is
+//! returned in words, all of it: a run of the lab is too dear for the first difference alone.
+
+use std::{
+    io,
+    sync::{Arc, Mutex, Weak},
+    time::Duration,
+};
+
+use devices::memory::HostMemory;
+use netpolicy::{MacAddress, Request};
+use vmm_sys_util::eventfd::EventFd;
+
+use super::{
+    driver::{Bus, Driver},
+    table::{EFFECTIVE, PF_CASES, RELAY_CASES, RelayCase},
+};
+use crate::{
+    function::BarHandler,
+    hardware::{BarInfo, IrqKind, VfHardware},
+    mailbox::{
+        bits::{CONTROL_RST, REQ},
+        layout::{IGBVF, Register},
+        words::BUFFER_WORDS,
+    },
+    relay::{
+        Authority, Config, Decision, How, MailboxPage, Notice, Question, Rate, Relay, Unreachable, Verdict,
+    },
+};
+
+/// In which a PF that means to answer has done so.
+const SILENCE: Duration = Duration::from_millis(50);
+
+/// What a relay in front of `vf` does other than [`RELAY_CASES`] say.
+pub fn relay_differences(vf: Arc<dyn VfHardware>) -> Vec<String> {
+    let witness = Arc::new(Witness { hardware: vf, words: Mutex::default(), sent: Mutex::default() });
+    // The table is longer than what a guest may say at once.
+    let unthrottled = Rate { burst: 100_000, period: Duration::from_nanos(1) };
+    let config = Config { messages: unthrottled, resets: unthrottled, ..Config::default() };
+    let (relay, agent) = Agent::with_relay(config, witness.clone());
+    RELAY_CASES.iter().flat_map(|case| relay_case(case, &relay, &witness, &agent)).collect()
+}
+
+fn relay_case(case: &RelayCase, relay: &Relay, witness: &Witness, agent: &Agent) -> Vec<String> {
+    let mut driver = Driver::new(Page(relay.page()));
+    driver.probe();
+    *agent.decision.lock().unwrap() = case.decision;
+    *agent.asked.lock().unwrap() = false;
+    witness.sent.lock().unwrap().clear();
+
+    let mut words = [0xdead_beef; BUFFER_WORDS];
+    words[..case.words.len()].copy_from_slice(case.words);
+    let posted = driver.post(&words);
+    let reply = driver.has_reply().then(|| driver.bus.read(IGBVF.buffer.into()));
+    let asked = *agent.asked.lock().unwrap();
+    let forwarded = std::mem::take(&mut *witness.sent.lock().unwrap());
+    let expected: Vec<Vec<u32>> = case.forwarded.iter().map(|words| words.to_vec()).collect();
+
+    let mut differences = Vec::new();
+    let mut differs = |holds: bool, what: String| {
+        if !holds {
+            differences.push(format!("{}: {what}", case.name));
+        }
+    };
+    differs(driver.netdev == MacAddress::new(EFFECTIVE), format!("probed with {}", driver.netdev));
+    differs(posted.is_ok(), format!("{posted:?}"));
+    differs(reply == case.reply, format!("{reply:x?} is answered, not {:x?}", case.reply));
+    differs(asked == case.decision.is_some(), format!("the authority was asked: {asked}"));
+    differs(forwarded == expected, format!("{forwarded:x?} was forwarded, not {expected:x?}"));
+    differences
+}
+
+/// What the PF of `vf` answers other than [`PF_CASES`] say, and whether it is silent where no reset was.
+pub fn pf_differences(vf: Arc<dyn VfHardware>) -> Vec<String> {
+    let mut differences = Vec::new();
+    let mut driver = Driver::new(Direct(vf));
+    for case in PF_CASES {
+        if let Err(error) = driver.reset_hw() {
+            differences.push(format!("{}: the reset before it: {error:?}", case.name));
+            continue;
+        }
+        if driver.perm != MacAddress::new(EFFECTIVE) {
+            differences.push(format!("{}: the reset before it tells {}", case.name, driver.perm));
+        }
+        let reply = exchange(&mut driver, case.words, case.reply.is_some());
+        let expected = Ok(case.reply);
+        if reply != expected {
+            differences.push(format!("{}: {reply:x?} is answered, not {expected:x?}", case.name));
+        }
+    }
+    driver.bus.write(IGBVF.control.into(), CONTROL_RST);
+    let reply = exchange(&mut driver, &[5, 1522], false);
+    if reply != Ok(None) {
+        differences.push(format!("after a reset without its message: {reply:x?} is answered"));
+    }
+    differences
+}
+
+/// Word 0 of what is answered. Where an answer is expected it may take its time.
+fn exchange(driver: &mut Driver<Direct>, words: &[u32], expected: bool) -> Result<Option<u32>, String> {
+    driver.post(words).map_err(|error| format!("{error:?}"))?;
+    if !expected {
+        driver.bus.delay(SILENCE);
+        if !driver.has_reply() {
+            return Ok(None);
+        }
+        return Ok(Some(driver.bus.read(IGBVF.buffer.into())));
+    }
+    let [word] = driver.reply::<1>().map_err(|error| format!("{error:?}"))?;
+    Ok(Some(word))
+}
+
+/// Answers at once, always the same but for resets, which it grants.
+pub struct Agent {
+    relay: Mutex<Weak<Relay>>,
+    /// The answer; None for none.
+    pub decision: Mutex<Option<Decision>>,
+    /// The VF's address.
+    pub effective: Mutex<MacAddress>,
+    asked: Mutex<bool>,
+}
+
+impl Agent {
+    /// A relay in front of this VF, and the agent that it asks.
+    pub fn with_relay(config: Config, vf: Arc<dyn VfHardware>) -> (Arc<Relay>, Arc<Self>) {
+        let agent = Arc::new(Self {
+            relay: Mutex::default(),
+            decision: Mutex::default(),
+            effective: Mutex::new(MacAddress::new(EFFECTIVE)),
+            asked: Mutex::default(),
+        });
+        let relay = Arc::new(Relay::start(config, &IGBVF, vf, agent.clone()).unwrap());
+        *agent.relay.lock().unwrap() = Arc::downgrade(&relay);
+        (relay, agent)
+    }
+}
+
+impl Authority for Agent {
+    fn ask(&self, question: Question) -> Result<(), Unreachable> {
+        let decision = if question.request == Request::Reset {
+            Some(Decision::Grant { how: How::Local })
+        } else {
+            *self.asked.lock().unwrap() = true;
+            *self.decision.lock().unwrap()
+        };
+        if let (Some(relay), Some(decision)) = (self.relay.lock().unwrap().upgrade(), decision) {
+            let effective_mac = *self.effective.lock().unwrap();
+            relay.verdict(Verdict { seq: question.seq, effective_mac, decision });
+        }
+        Ok(())
+    }
+
+    fn notice(&self, _notice: Notice) {}
+}
+
+/// The page as the guest has it.
+pub struct Page(pub Arc<MailboxPage>);
+
+impl Bus for Page {
+    fn read(&mut self, offset: u64) -> u32 {
+        let mut data = [0xee; 4];
+        self.0.read(offset, &mut data);
+        u32::from_le_bytes(data)
+    }
+
+    fn write(&mut self, offset: u64, value: u32) {
+        self.0.write(offset, &value.to_le_bytes());
+    }
+
+    fn delay(&mut self, time: Duration) {
+        std::thread::sleep(time);
+    }
+}
+
+/// The registers without a relay in between.
+pub struct Direct(pub Arc<dyn VfHardware>);
+
+impl Bus for Direct {
+    fn read(&mut self, offset: u64) -> u32 {
+        let mut data = [0xee; 4];
+        self.0.bar_read(0, offset, &mut data);
+        u32::from_le_bytes(data)
+    }
+
+    fn write(&mut self, offset: u64, value: u32) {
+        self.0.bar_write(0, offset, &value.to_le_bytes());
+    }
+
+    fn delay(&mut self, time: Duration) {
+        std::thread::sleep(time);
+    }
+}
+
+/// A VF, and what was sent by its mailbox: each message up to its last word that is not zero.
+struct Witness {
+    hardware: Arc<dyn VfHardware>,
+    words: Mutex<[u32; BUFFER_WORDS]>,
+    sent: Mutex<Vec<Vec<u32>>>,
+}
+
+impl VfHardware for Witness {
+    fn config_read(&self, offset: u16, data: &mut [u8]) {
+        self.hardware.config_read(offset, data);
+    }
+
+    fn config_write(&self, offset: u16, data: &[u8]) {
+        self.hardware.config_write(offset, data);
+    }
+
+    fn bar(&self, index: usize) -> BarInfo {
+        self.hardware.bar(index)
+    }
+
+    fn bar_read(&self, index: usize, offset: u64, data: &mut [u8]) {
+        self.hardware.bar_read(index, offset, data);
+    }
+
+    fn bar_write(&self, index: usize, offset: u64, data: &[u8]) {
+        if let (0, Ok(value)) = (index, data.try_into().map(u32::from_le_bytes)) {
+            let mut words = self.words.lock().unwrap();
+            match IGBVF.register(offset) {
+                Register::Buffer(word) => words[word] = value,
+                Register::Mailbox if value & REQ != 0 => {
+                    let len = words.iter().rposition(|word| *word != 0).map_or(0, |last| last + 1);
+                    self.sent.lock().unwrap().push(words[..len].to_vec());
+                }
+                _ => {}
+            }
+        }
+        self.hardware.bar_write(index, offset, data);
+    }
+
+    fn map_bar(&self, index: usize, offset: u64, len: u64) -> io::Result<Arc<dyn HostMemory>> {
+        self.hardware.map_bar(index, offset, len)
+    }
+
+    fn irq_count(&self, kind: IrqKind) -> u32 {
+        self.hardware.irq_count(kind)
+    }
+
+    fn enable_irqs(&self, kind: IrqKind, triggers: &[EventFd]) -> io::Result<()> {
+        self.hardware.enable_irqs(kind, triggers)
+    }
+
+    fn disable_irqs(&self, kind: IrqKind) -> io::Result<()> {
+        self.hardware.disable_irqs(kind)
+    }
+
+    fn reset(&self) -> io::Result<()> {
+        self.hardware.reset()
+    }
+}

@@ -1,0 +1,396 @@
+//! A VF in front of a PF driver that behaves as Linux' igb does in its mailbox (6.12): "clear to send", the
+//! administrator's address latch that refuses even the equal address, silence before the first reset.
+
+use std::{
+    collections::BTreeSet,
+    io,
+    sync::{Arc, Mutex, MutexGuard},
+    time::Duration,
+};
+
+use devices::memory::HostMemory;
+use netpolicy::MacAddress;
+use vmm_sys_util::eventfd::EventFd;
+
+use crate::{
+    hardware::{BarInfo, IrqKind, VfHardware},
+    mailbox::{
+        bits::{
+            ACK, ACK_MESSAGE, CONTROL_RST, CTS, NACK_MESSAGE, PF_CONTROL, PFACK, PFSTS, PFU, READ_TO_CLEAR,
+            REQ, RSTD, RSTI, VFU,
+        },
+        layout::{IGBVF, Register},
+        port::Clock,
+        words::BUFFER_WORDS,
+    },
+};
+
+/// Messages that are kept.
+const MAX_RECEIVED: usize = 100_000;
+
+/// What the PF has for this VF, and what it has seen of it.
+#[derive(Clone, Debug, Default)]
+pub struct Pf {
+    /// Programmed address; zero for none.
+    pub mac: MacAddress,
+    /// Set by the administrator: the VF may not change it.
+    pub mac_latched: bool,
+    pub trusted: bool,
+    pub port_vlan: bool,
+    pub vlans: BTreeSet<u32>,
+    pub filters: Vec<MacAddress>,
+    pub multicast: Vec<u16>,
+    pub all_multicast: bool,
+    pub max_frame: u32,
+    pub clear_to_send: bool,
+    /// Every message, as the PF read it.
+    pub received: Vec<[u32; BUFFER_WORDS]>,
+    /// "Unhandled Msg" in the host's log.
+    pub unhandled: u64,
+    /// Warnings in the host's log.
+    pub warnings: u64,
+    /// VTCTRL.RST writes.
+    pub vf_resets: u64,
+    /// Mailbox interrupts that somebody triggered by VTEICS: the masks.
+    pub triggered: Vec<u32>,
+    /// The interface is down: no message is taken.
+    pub down: bool,
+    /// Takes messages, answers none.
+    pub mute: bool,
+    /// Holds the buffer (PFU).
+    pub busy: bool,
+    /// Pings the VF between a message and its reply.
+    pub pings_first: bool,
+    last_nack: Option<Duration>,
+}
+
+#[derive(Default)]
+struct State {
+    pf: Pf,
+    words: [u32; BUFFER_WORDS],
+    vfu: bool,
+    bits: u32,
+    rsti: bool,
+    removed: bool,
+    /// A reply that waits for the VF to acknowledge a ping.
+    after_ping: Option<Vec<u32>>,
+    /// Messages that wait for [`FakeVf::answer_late`].
+    held: Option<Vec<[u32; BUFFER_WORDS]>>,
+}
+
+/// The VF.
+pub struct FakeVf {
+    state: Mutex<State>,
+    clock: Arc<dyn Clock>,
+}
+
+impl FakeVf {
+    /// A VF whose administrator has set `mac`, as the agent always does.
+    pub fn new(mac: MacAddress, clock: Arc<dyn Clock>) -> Arc<Self> {
+        let vf = Self { state: Mutex::default(), clock };
+        vf.set_admin_mac(mac);
+        Arc::new(vf)
+    }
+
+    fn lock(&self) -> MutexGuard<'_, State> {
+        self.state.lock().unwrap()
+    }
+
+    /// What the PF has.
+    pub fn pf(&self) -> Pf {
+        self.lock().pf.clone()
+    }
+
+    /// Changes what the PF has.
+    pub fn with_pf(&self, change: impl FnOnce(&mut Pf)) {
+        change(&mut self.lock().pf);
+    }
+
+    /// IFLA_VF_MAC: programmed at once, the VF is not told.
+    pub fn set_admin_mac(&self, mac: MacAddress) {
+        self.with_pf(|pf| (pf.mac, pf.mac_latched) = (mac, !mac.is_zero()));
+    }
+
+    /// A ping, as at every link change.
+    pub fn ping(&self) {
+        let mut state = self.lock();
+        state.words[0] = PF_CONTROL | if state.pf.clear_to_send { CTS } else { 0 };
+        state.bits |= PFSTS;
+    }
+
+    /// The PF's reset begins, as `ip link set … down` or a transmit hang cause it.
+    pub fn pf_reset_begins(&self) {
+        let mut state = self.lock();
+        state.pf.clear_to_send = false;
+        state.pf.down = true;
+        if !state.pf.mac_latched {
+            state.pf.mac = MacAddress::ZERO;
+        }
+        state.rsti = true;
+        drop(state);
+        self.ping();
+    }
+
+    /// A reset of the PF that is over before anybody looks, and whose ping got lost.
+    pub fn pf_reset_at_once(&self) {
+        self.pf_reset_begins();
+        self.lock().bits &= !PFSTS;
+        self.pf_reset_ends();
+    }
+
+    /// Whether the VF owns the buffer: the PF's driver would wait for it.
+    pub fn holds_buffer(&self) -> bool {
+        self.lock().vfu
+    }
+
+    /// The PF's reset ends.
+    pub fn pf_reset_ends(&self) {
+        let mut state = self.lock();
+        state.pf.down = false;
+        state.rsti = false;
+        state.bits |= RSTD;
+    }
+
+    /// From now on messages are taken, and answered by [`answer_late`](Self::answer_late).
+    pub fn hold(&self) {
+        self.lock().held = Some(Vec::new());
+    }
+
+    /// Answers what was held, and holds no more.
+    pub fn answer_late(&self) {
+        let mut state = self.lock();
+        for words in state.held.take().unwrap_or_default() {
+            let now = self.clock.now();
+            state.answer(words, now);
+        }
+    }
+
+    /// The host removes the VF: all-ones.
+    pub fn remove(&self) {
+        self.lock().removed = true;
+    }
+}
+
+impl State {
+    fn take_message(&mut self, now: Duration) {
+        if self.pf.down {
+            return;
+        }
+        let words = self.words;
+        if self.pf.received.len() < MAX_RECEIVED {
+            self.pf.received.push(words);
+        }
+        self.bits |= PFACK;
+        match &mut self.held {
+            Some(held) => held.push(words),
+            None => self.answer(words, now),
+        }
+    }
+
+    fn answer(&mut self, words: [u32; BUFFER_WORDS], now: Duration) {
+        let word = words[0];
+        if word & (ACK_MESSAGE | NACK_MESSAGE) != 0 || self.pf.mute {
+            return;
+        }
+        if word == 1 {
+            self.pf.clear_to_send = true;
+            let [a, b, c, d, e, f] = self.pf.mac.bytes();
+            if self.pf.mac.is_zero() {
+                self.reply(&[1 | NACK_MESSAGE, 0, 0]);
+            } else {
+                self.reply(&[
+                    1 | ACK_MESSAGE,
+                    u32::from_le_bytes([a, b, c, d]),
+                    u32::from_le_bytes([e, f, 0, 0]),
+                ]);
+            }
+            return;
+        }
+        if !self.pf.clear_to_send {
+            if self.pf.last_nack.is_none_or(|last| now > last + Duration::from_secs(2)) {
+                self.pf.last_nack = Some(now);
+                self.reply(&[word | NACK_MESSAGE]);
+            }
+            return;
+        }
+        let accepted = self.pf.handle(&words);
+        // Promiscuous multicast is taken out of the argument when it is made.
+        let repeated = if word & 0xffff == 6 { word & !0x2_0000 } else { word };
+        self.reply(&[repeated | CTS | if accepted { ACK_MESSAGE } else { NACK_MESSAGE }]);
+    }
+
+    fn reply(&mut self, words: &[u32]) {
+        if std::mem::take(&mut self.pf.pings_first) {
+            self.after_ping = Some(words.to_vec());
+            self.words[0] = PF_CONTROL | CTS;
+            self.bits |= PFSTS;
+            return;
+        }
+        self.words[..words.len()].copy_from_slice(words);
+        self.bits |= PFSTS;
+    }
+}
+
+impl Pf {
+    fn handle(&mut self, words: &[u32; BUFFER_WORDS]) -> bool {
+        let (opcode, argument) = (words[0] & 0xffff, (words[0] >> 16) & 0xff);
+        let ([a, b, c, d], [e, f, ..]) = (words[1].to_le_bytes(), words[2].to_le_bytes());
+        let mac = MacAddress::new([a, b, c, d, e, f]);
+        let may_set = !self.mac_latched || self.trusted;
+        let accepted = match (opcode, argument) {
+            (2, 0) => {
+                let accepted = may_set && mac.is_assignable();
+                if accepted {
+                    self.mac = mac;
+                }
+                accepted
+            }
+            (2, 1) => {
+                let accepted = may_set && mac.is_assignable();
+                if accepted {
+                    self.filters.clear();
+                }
+                accepted
+            }
+            (2, 2) => {
+                let accepted = may_set && mac.is_assignable();
+                if accepted {
+                    self.filters.push(mac);
+                }
+                accepted
+            }
+            (3, count) => {
+                // The count is stored as it is; above 30 means all-multicast.
+                self.all_multicast |= count > 30;
+                let hashes = words[1..].iter().flat_map(|word| {
+                    let [a, b, c, d] = word.to_le_bytes();
+                    [u16::from_le_bytes([a, b]), u16::from_le_bytes([c, d])]
+                });
+                self.multicast = hashes.take(count as usize).collect();
+                true
+            }
+            (4, add) => {
+                if !self.port_vlan {
+                    let vid = words[1] & 0xfff;
+                    if add != 0 {
+                        self.vlans.insert(vid);
+                    } else {
+                        self.vlans.remove(&vid);
+                    }
+                }
+                !self.port_vlan
+            }
+            (5, _) => {
+                // Whatever it is.
+                self.max_frame = words[1];
+                true
+            }
+            (6, mode) => {
+                self.all_multicast = mode & 2 != 0;
+                mode & !2 == 0
+            }
+            _ => {
+                self.unhandled += 1;
+                false
+            }
+        };
+        self.warnings += u64::from(!accepted);
+        accepted
+    }
+}
+
+impl VfHardware for FakeVf {
+    fn config_read(&self, _offset: u16, data: &mut [u8]) {
+        data.fill(0);
+    }
+
+    fn config_write(&self, _offset: u16, _data: &[u8]) {}
+
+    fn bar(&self, index: usize) -> BarInfo {
+        let size = if index == 0 { 0x4000 } else { 0 };
+        BarInfo { size, ..BarInfo::default() }
+    }
+
+    fn bar_read(&self, index: usize, offset: u64, data: &mut [u8]) {
+        let mut state = self.lock();
+        if state.removed || index != 0 || data.len() != 4 {
+            data.fill(0xff);
+            return;
+        }
+        let value = match IGBVF.register(offset) {
+            Register::Mailbox => {
+                let bits = state.bits;
+                state.bits &= !READ_TO_CLEAR;
+                bits | if state.vfu { VFU } else { 0 }
+                    | if state.pf.busy { PFU } else { 0 }
+                    | if state.rsti { RSTI } else { 0 }
+            }
+            Register::Buffer(word) => state.words[word],
+            // STATUS: link up, full duplex, 1000 Mbit/s.
+            Register::PassedRead if offset == 8 => 0x83,
+            // What it is says where it was read.
+            Register::PassedRead => 0x5a5a_0000 | u32::try_from(offset).unwrap(),
+            // VTIVAR_MISC: vector 2.
+            _ if offset == u64::from(IGBVF.mailbox_vector) => 0x82,
+            _ => 0,
+        };
+        data.copy_from_slice(&value.to_le_bytes());
+    }
+
+    fn bar_write(&self, index: usize, offset: u64, data: &[u8]) {
+        let mut state = self.lock();
+        let Ok(value) = data.try_into().map(u32::from_le_bytes) else { return };
+        if state.removed || index != 0 {
+            return;
+        }
+        match IGBVF.register(offset) {
+            Register::Control if value & CONTROL_RST != 0 => {
+                state.pf.vf_resets += 1;
+                state.pf.clear_to_send = false;
+                state.pf.last_nack = Some(self.clock.now());
+                state.vfu = false;
+                if !state.pf.mac_latched {
+                    state.pf.mac = MacAddress::ZERO;
+                }
+            }
+            Register::Mailbox => {
+                state.vfu = value & VFU != 0 && !state.pf.busy;
+                if value & ACK != 0
+                    && let Some(words) = state.after_ping.take()
+                {
+                    state.reply(&words);
+                }
+                if value & REQ != 0 {
+                    let now = self.clock.now();
+                    state.take_message(now);
+                }
+            }
+            Register::Buffer(word) => state.words[word] = value,
+            _ if offset == u64::from(IGBVF.trigger) => state.pf.triggered.push(value),
+            _ => {}
+        }
+    }
+
+    fn map_bar(&self, _index: usize, _offset: u64, _len: u64) -> io::Result<Arc<dyn HostMemory>> {
+        Err(io::ErrorKind::Unsupported.into())
+    }
+
+    fn irq_count(&self, kind: IrqKind) -> u32 {
+        if kind == IrqKind::Msix { 3 } else { 0 }
+    }
+
+    fn enable_irqs(&self, _kind: IrqKind, _triggers: &[EventFd]) -> io::Result<()> {
+        Ok(())
+    }
+
+    fn disable_irqs(&self, _kind: IrqKind) -> io::Result<()> {
+        Ok(())
+    }
+
+    fn reset(&self) -> io::Result<()> {
+        let mut state = self.lock();
+        state.pf.clear_to_send = false;
+        (state.vfu, state.bits, state.words) = (false, 0, [0; BUFFER_WORDS]);
+        Ok(())
+    }
+}

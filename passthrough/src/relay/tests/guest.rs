@@ -1,0 +1,546 @@
+//! The stock driver's code on one side, a PF that behaves as igb on the other, the relay in between.
+
+use std::time::Duration;
+
+use netpolicy::{Change, MacAddress, PromiscuousMode, Reason, Request, VlanId};
+
+use super::{FORWARD, LOCAL, NACK, SILENT, mac};
+use crate::relay::{
+    Cancelled, Config, Forwarded, Notice, Rate, Verdict,
+    testing::{Bench, Bus, Driver, driver::Failed},
+};
+
+const MS: Duration = Duration::from_millis(1);
+
+/// A guest that runs on address 0x11.
+fn guest() -> (Bench, Driver<Bench>) {
+    let bench = Bench::new(mac(0x11));
+    let mut driver = bench.driver();
+    driver.probe();
+    assert_eq!((driver.netdev, driver.perm), (mac(0x11), mac(0x11)));
+    bench.notices();
+    (bench, driver)
+}
+
+fn addresses(bench: &Bench, driver: &Driver<Bench>) -> (MacAddress, MacAddress) {
+    (driver.netdev, bench.vf().pf().mac)
+}
+
+#[test]
+fn a_refused_address_is_an_error_in_the_guest_and_nothing_changes() {
+    let (bench, mut driver) = guest();
+    bench.policy(|_| Some(NACK));
+    assert!(!driver.set_mac(mac(0x22)), "EADDRNOTAVAIL");
+    assert_eq!(addresses(&bench, &driver), (mac(0x11), mac(0x11)));
+    driver.down_up();
+    assert_eq!(addresses(&bench, &driver), (mac(0x11), mac(0x11)));
+    assert_eq!(bench.vf().pf().warnings, 0, "the PF never heard of it");
+}
+
+#[test]
+fn a_silently_refused_address_is_shown_by_the_guest_until_it_resets() {
+    let (bench, mut driver) = guest();
+    bench.policy(|_| Some(SILENT));
+    assert!(driver.set_mac(mac(0x22)), "the command succeeds");
+    assert_eq!(addresses(&bench, &driver), (mac(0x22), mac(0x11)), "guest and device differ");
+    driver.down_up();
+    assert_eq!(
+        addresses(&bench, &driver),
+        (mac(0x11), mac(0x11)),
+        "the guest has the device's address again"
+    );
+    assert!(driver.set_mac(mac(0x33)), "silent again, not only once");
+    assert_eq!(addresses(&bench, &driver), (mac(0x33), mac(0x11)));
+}
+
+#[test]
+fn an_accepted_address_survives_resets_and_later_refusals() {
+    let (bench, mut driver) = guest();
+    bench.policy(|_| Some(LOCAL));
+    assert!(driver.set_mac(mac(0x22)));
+    driver.down_up();
+    assert_eq!(addresses(&bench, &driver), (mac(0x22), mac(0x22)));
+
+    // Only that order leaves the driver with a stale address to fall back to: accepted without a reset, then refused.
+    for refusal in [NACK, SILENT] {
+        let (bench, mut driver) = guest();
+        bench.policy(move |request| {
+            Some(if *request == Request::SetMac(mac(0x33)) { refusal } else { LOCAL })
+        });
+        assert!(driver.set_mac(mac(0x22)));
+        assert_eq!(driver.set_mac(mac(0x33)), refusal == SILENT);
+        driver.down_up();
+        assert_eq!(addresses(&bench, &driver), (mac(0x22), mac(0x22)), "{refusal:?}");
+    }
+}
+
+#[test]
+fn an_address_taken_back_by_the_host_is_learnt_at_the_next_reset() {
+    let (bench, mut driver) = guest();
+    assert!(driver.set_mac(mac(0x22)));
+    bench.vf().set_admin_mac(mac(0x11));
+    bench.0.borrow().relay.set_effective_mac(mac(0x11));
+    bench.policy(|_| Some(SILENT));
+    bench.0.borrow().relay.make_guest_reset();
+    let questions = bench.questions().len();
+    assert!(driver.set_mac(mac(0x22)), "no longer the equal one: asked, and silently refused");
+    assert_eq!(bench.questions().len(), questions + 1);
+    assert_eq!(bench.vf().pf().triggered, [1 << 2], "the vector that the guest gave the mailbox");
+    assert!(driver.watchdog(), "the link check asks for a reset");
+    driver.reset().expect("reset");
+    assert_eq!(addresses(&bench, &driver), (mac(0x11), mac(0x11)));
+    assert!(!driver.watchdog());
+}
+
+#[test]
+fn what_the_guest_believes_is_told_where_the_authority_cannot_know_it() {
+    let (bench, mut driver) = guest();
+    bench.policy(|_| Some(SILENT));
+    assert!(driver.set_mac(mac(0x22)));
+    let questions = bench.questions().len();
+    // The guest believed in another one before the refusal.
+    assert!(driver.set_mac(mac(0x11)) && driver.set_mac(mac(0x11)));
+    assert_eq!(bench.questions().len(), questions);
+    let told = |last| Notice::GuestMac { mac: mac(last) };
+    assert_eq!(
+        bench.notices(),
+        [told(0x22), told(0x11)],
+        "the silently refused one, then the equal one, once"
+    );
+    // A restore that is refused is told to the driver, which does not believe in it.
+    assert!(driver.set_mac(mac(0x33)));
+    driver.down_up();
+    assert_eq!(bench.notices().last(), Some(&told(0x33)));
+}
+
+#[test]
+fn no_verdict_is_a_refusal_within_what_the_driver_waits() {
+    let (bench, mut driver) = guest();
+    bench.policy(|_| None);
+    let before = bench.now();
+    assert!(!driver.set_mac(mac(0x22)));
+    let took = bench.now() - before;
+    assert!(took >= 400 * MS && took < 500 * MS, "{took:?}");
+    let request = Request::SetMac(mac(0x22));
+    assert!(
+        matches!(&bench.notices()[..], [Notice::Cancelled { request: asked, why: Cancelled::Deadline, .. }] if *asked == request)
+    );
+    // A reset works all the same: the PF's own reply says the address.
+    driver.down_up();
+    assert_eq!(addresses(&bench, &driver), (mac(0x11), mac(0x11)));
+}
+
+#[test]
+fn an_authority_that_is_away_costs_the_guest_nothing_and_is_told_in_bounded_notices() {
+    let (bench, mut driver) = guest();
+    bench.set_away(true);
+    let before = bench.now();
+    for _ in 0..10 {
+        assert!(!driver.set_mac(mac(0x22)));
+    }
+    driver.reset().expect("a reset needs nobody's leave");
+    assert!(bench.now() - before < 100 * MS);
+    bench.wait(1000 * MS);
+    let counts: Vec<_> = bench
+        .notices()
+        .iter()
+        .filter_map(|notice| match notice {
+            Notice::Refused { reason: Reason::AuthorityUnreachable, count, .. } => Some(*count),
+            _ => None,
+        })
+        .collect();
+    assert_eq!(counts, [1, 10], "ten addresses and a reset");
+}
+
+#[test]
+fn a_verdict_after_a_reset_answers_nothing() {
+    let (bench, mut driver) = guest();
+    bench.slow_policy(|_| Some((100 * MS, LOCAL)));
+    for (index, word) in [2, 0x2, 0x2200].into_iter().enumerate() {
+        driver.bus.write(0x800 + 4 * index as u64, word);
+    }
+    driver.bus.write(0xc40, 1);
+    bench.wait(10 * MS);
+    driver.bus.write(0, 1 << 26);
+    bench.wait(10 * MS);
+    assert!(matches!(&bench.notices()[..], [Notice::Cancelled { why: Cancelled::GuestReset, .. }]));
+    bench.wait(200 * MS);
+    assert_eq!(driver.bus.read(0xc40), 0, "no answer to what the reset voided");
+    driver.reset().expect("reset");
+}
+
+#[test]
+fn a_late_answer_to_one_message_does_not_lose_the_next() {
+    let (bench, mut driver) = guest();
+    bench.slow_policy(|request| match request {
+        Request::SetMulticast { .. } => Some((100 * MS, FORWARD)),
+        _ => Some((Duration::ZERO, LOCAL)),
+    });
+    // igbvf does not read the reply to this one.
+    driver.post(&[0x2_0003, 0x0222_0111]).expect("multicast");
+    assert!(driver.set_mac(mac(0x22)));
+    let pf = bench.vf().pf();
+    assert_eq!((pf.mac, pf.multicast), (mac(0x22), vec![0x111, 0x222]));
+}
+
+#[test]
+fn filters_are_cleared_with_a_valid_address_and_only_when_there_are_some() {
+    let (bench, mut driver) = guest();
+    bench.vf().with_pf(|pf| pf.trusted = true);
+    bench.policy(|_| Some(FORWARD));
+    assert_eq!(driver.call(&[0x1_0002, 0, 0]), Ok(0xa001_0002));
+    assert_eq!(driver.call(&[0x2_0002, 0x2, 0x4400]), Ok(0xa002_0002));
+    assert_eq!(bench.vf().pf().filters, [mac(0x44)]);
+    assert_eq!(driver.call(&[0x1_0002, 0, 0]), Ok(0xa001_0002));
+    let pf = bench.vf().pf();
+    assert!(pf.filters.is_empty());
+    assert_eq!(pf.received.last().map(|words| words[..3].to_vec()), Some(vec![0x1_0002, 0x2, 0x1100]));
+    assert_eq!(
+        bench.questions().iter().filter(|request| **request == Request::ClearUnicastFilters).count(),
+        1
+    );
+}
+
+#[test]
+fn what_the_pf_does_not_answer_is_refused_and_the_guest_resets() {
+    for (pf_fails, outcome) in [
+        ((|bench: &Bench| bench.vf().with_pf(|pf| pf.mute = true)) as fn(&Bench), Forwarded::Unanswered),
+        (|bench| bench.vf().with_pf(|pf| pf.down = true), Forwarded::Unanswered),
+        (|bench| bench.vf().with_pf(|pf| pf.busy = true), Forwarded::Unanswered),
+        // The PF has lost the VF's reset; it NACKs without "clear to send", once some time has passed.
+        (
+            |bench| {
+                bench.wait(2100 * MS);
+                bench.vf().with_pf(|pf| pf.clear_to_send = false);
+            },
+            Forwarded::Refused,
+        ),
+    ] {
+        let (bench, mut driver) = guest();
+        bench.policy(|_| Some(FORWARD));
+        pf_fails(&bench);
+        let before = bench.now();
+        let reply = driver.call(&[0x1_0004, 100]).expect("answered all the same");
+        assert_eq!(reply, 0x4000_0004, "refused, and not clear to send");
+        assert!(bench.now() - before < 900 * MS);
+        assert!(
+            bench
+                .notices()
+                .iter()
+                .any(|notice| matches!(notice, Notice::Forwarded { outcome: seen, .. } if *seen == outcome))
+        );
+        bench.vf().with_pf(|pf| (pf.mute, pf.down, pf.busy) = (false, false, false));
+        bench.wait(2000 * MS);
+        assert!(driver.watchdog());
+        driver.reset().expect("reset");
+        assert_eq!(driver.call(&[0x1_0004, 100]), Ok(0xa001_0004));
+    }
+}
+
+#[test]
+fn pings_reach_the_guest() {
+    let (bench, mut driver) = guest();
+    driver.watchdog();
+    bench.vf().ping();
+    bench.wait(300 * MS);
+    assert_eq!(driver.bus.read(0xc40) & 0x10, 0x10, "without the guest's help");
+    assert_eq!(driver.bus.read(0x800), 0x2000_0100);
+    // Looking is enough to hear of it soon, unless the relay has just looked.
+    bench.wait(30 * MS);
+    bench.vf().ping();
+    driver.bus.read(0xc40);
+    bench.wait(3 * MS);
+    assert_eq!(driver.bus.read(0xc40) & 0x10, 0x10);
+    assert_eq!(driver.bus.read(0x800), 0x2000_0100);
+    bench.vf().ping();
+    driver.bus.read(0xc40);
+    bench.wait(3 * MS);
+    assert_eq!(driver.bus.read(0xc40) & 0x10, 0, "it has just looked");
+    bench.wait(300 * MS);
+    assert_eq!(driver.bus.read(0xc40) & 0x10, 0x10, "what came within that time is found too");
+}
+
+#[test]
+fn after_a_reset_of_the_pf_the_guest_resets_and_runs_again() {
+    let (bench, mut driver) = guest();
+    driver.watchdog();
+    bench.vf().pf_reset_begins();
+    bench.wait(2000 * MS);
+    assert_eq!(driver.bus.read(0xc40) & 0x40, 0x40, "RSTI is shown");
+    assert!(!driver.watchdog(), "a reset now would fail");
+    bench.vf().pf_reset_ends();
+    bench.wait(300 * MS);
+    assert!(bench.notices().contains(&Notice::PfReset));
+    assert_eq!(bench.vf().pf().triggered, [1 << 2], "the interrupt that the PF cannot raise for it");
+    let resets = (0..3).filter(|_| {
+        let reset = driver.watchdog();
+        bench.wait(2000 * MS);
+        reset
+    });
+    assert!(resets.count() > 0, "the link check sees it");
+    driver.reset().expect("reset");
+    assert_eq!(addresses(&bench, &driver), (mac(0x11), mac(0x11)));
+    assert!(bench.vf().pf().clear_to_send);
+    assert!(!driver.watchdog());
+    assert!(driver.set_mac(mac(0x22)));
+}
+
+#[test]
+fn a_reset_while_the_pf_is_down_fails_and_keeps_the_address() {
+    let (bench, mut driver) = guest();
+    bench.vf().pf_reset_begins();
+    assert_eq!(driver.reset(), Err(Failed::StillResetting));
+    assert_eq!(addresses(&bench, &driver), (mac(0x11), mac(0x11)));
+    bench.vf().pf_reset_ends();
+    bench.wait(2000 * MS);
+    assert!(driver.watchdog());
+    driver.reset().expect("reset");
+    assert!(bench.vf().pf().clear_to_send);
+}
+
+#[test]
+fn a_device_that_is_gone_is_refused_not_waited_for() {
+    let (bench, mut driver) = guest();
+    bench.vf().remove();
+    bench.policy(|_| Some(FORWARD));
+    let before = bench.now();
+    assert_eq!(driver.call(&[0x1_0004, 100]), Ok(0x4000_0004));
+    assert_eq!(driver.reset(), Err(Failed::StillResetting));
+    assert!(bench.now() - before < 100 * MS);
+    assert!(!bench.notices().contains(&Notice::PfReset), "the PF has nothing to do with it");
+}
+
+fn joined(bench: &Bench, driver: &mut Driver<Bench>) {
+    bench.vf().with_pf(|pf| pf.trusted = true);
+    bench.policy(|_| Some(FORWARD));
+    for words in [&[0x1_0004, 100][..], &[0x2_0003, 0x0222_0111], &[0x2_0006], &[0x2_0002, 0x2, 0x4400]] {
+        driver.post(words).expect("posted");
+    }
+    let pf = bench.vf().pf();
+    assert!(pf.all_multicast && pf.vlans.len() == 1 && pf.multicast.len() == 2 && pf.filters.len() == 1);
+    bench.notices();
+}
+
+fn everything() -> Vec<Change> {
+    vec![
+        Change::LeaveVlan(VlanId::new(100).expect("a VLAN")),
+        Change::SetMulticast(Vec::new()),
+        Change::SetPromiscuous(PromiscuousMode::OFF),
+        Change::ClearUnicast,
+    ]
+}
+
+fn nothing_left(bench: &Bench) -> bool {
+    let pf = bench.vf().pf();
+    !pf.all_multicast && pf.vlans.is_empty() && pf.multicast.is_empty() && pf.filters.is_empty()
+}
+
+#[test]
+fn what_is_no_longer_allowed_is_taken_back() {
+    let (bench, mut driver) = guest();
+    joined(&bench, &mut driver);
+    bench.0.borrow().relay.take_back(7, everything());
+    bench.wait(MS);
+    assert_eq!(bench.notices(), [Notice::TakenBack { id: 7, failed: vec![], deferred: false }]);
+    assert!(nothing_left(&bench));
+    assert!(driver.set_mac(mac(0x11)), "the guest's next message finds its reply");
+}
+
+#[test]
+fn what_is_granted_and_then_taken_back_is_not_there() {
+    let (bench, mut driver) = guest();
+    bench.policy(|_| None);
+    driver.bus.write(0x800, 0x1_0004);
+    driver.bus.write(0x804, 100);
+    driver.bus.write(0xc40, 1);
+    {
+        // Both arrive while the relay does something else.
+        let world = bench.0.borrow();
+        let seq = world.authority.questions.lock().unwrap().last().expect("asked").seq;
+        world.relay.verdict(Verdict { seq, effective_mac: mac(0x11), decision: FORWARD });
+        world.relay.take_back(1, everything());
+    }
+    bench.wait(10 * MS);
+    let received: Vec<u32> =
+        bench.vf().pf().received.iter().map(|words| words[0]).filter(|word| word & 0xff == 4).collect();
+    assert_eq!(received, [0x1_0004, 0x0004], "joined, then left");
+    assert!(bench.vf().pf().vlans.is_empty());
+}
+
+#[test]
+fn taking_back_waits_for_a_reset_and_is_done_before_its_answer() {
+    let (bench, mut driver) = guest();
+    joined(&bench, &mut driver);
+    driver.bus.write(0, 1 << 26);
+    bench.0.borrow().relay.take_back(8, everything());
+    bench.wait(MS);
+    assert_eq!(bench.notices(), [Notice::TakenBack { id: 8, failed: vec![], deferred: true }]);
+    assert!(!nothing_left(&bench));
+    driver.bus.write(0x800, 1);
+    driver.bus.write(0xc40, 1);
+    while driver.bus.read(0xc40) & 0x20 == 0 {
+        bench.wait(MS / 100);
+    }
+    assert!(nothing_left(&bench));
+    assert_eq!(bench.notices(), [Notice::TakenBack { id: 8, failed: vec![], deferred: false }]);
+}
+
+#[test]
+fn what_cannot_be_taken_back_is_said() {
+    let (bench, mut driver) = guest();
+    joined(&bench, &mut driver);
+    bench.vf().with_pf(|pf| pf.trusted = false);
+    let mut changes = everything();
+    // Not the relay's: an address is programmed by netlink, a reset is the guest's.
+    changes.extend([Change::SetMac(mac(0x55)), Change::Reset]);
+    bench.0.borrow().relay.take_back(9, changes);
+    bench.wait(MS);
+    let failed = vec![Change::ClearUnicast, Change::SetMac(mac(0x55)), Change::Reset];
+    assert_eq!(bench.notices(), [Notice::TakenBack { id: 9, failed, deferred: false }]);
+    // A PF that does not answer costs one exchange, not one for each change.
+    bench.vf().with_pf(|pf| pf.mute = true);
+    let before = bench.now();
+    bench.0.borrow().relay.take_back(10, everything());
+    bench.wait(MS);
+    assert!(bench.now() - before < 300 * MS);
+    assert!(bench.notices().contains(&Notice::TakenBack { id: 10, failed: everything(), deferred: false }));
+}
+
+#[test]
+fn a_flood_is_slowed_down_and_never_refused() {
+    let (bench, mut driver) = guest();
+    let before = bench.now();
+    for _ in 0..200 {
+        assert!(driver.set_mac(mac(0x11)));
+    }
+    let seconds = (bench.now() - before).as_secs_f64();
+    assert!((2.0..4.0).contains(&seconds), "136 messages beyond the burst at 50 per second: {seconds}");
+}
+
+#[test]
+fn resets_are_slowed_down_and_reach_the_device_at_their_rate() {
+    let (bench, mut driver) = guest();
+    let resets = bench.vf().pf().vf_resets;
+    let before = bench.now();
+    for _ in 0..20 {
+        driver.reset().expect("late, but not refused");
+    }
+    let took = bench.now() - before;
+    assert!(took > 5000 * MS, "{took:?}");
+    assert_eq!(bench.vf().pf().vf_resets - resets, 20, "each reached the device");
+    // Without the driver's waiting: thousands of writes, a few resets.
+    for _ in 0..5000 {
+        driver.bus.write(0, 1 << 26);
+    }
+    assert!(bench.vf().pf().vf_resets - resets <= 20 + 8);
+    assert_eq!(bench.0.borrow().relay.stats().resets, 2 + 20 + 5000);
+}
+
+#[test]
+fn what_would_be_delayed_for_too_long_is_refused() {
+    let slow = Rate { burst: 3, period: Duration::from_secs(60) };
+    let bench = Bench::with(mac(0x11), Config { messages: slow, ..Config::default() });
+    let mut driver = bench.driver();
+    driver.reset_hw().expect("reset");
+    for _ in 0..2 {
+        assert_eq!(driver.call(&[5, 1522]), Ok(0xa000_0005));
+    }
+    let before = bench.now();
+    assert_eq!(driver.call(&[5, 1522]), Ok(0x6000_0005));
+    let took = bench.now() - before;
+    assert!(took >= 500 * MS && took < 600 * MS, "{took:?}");
+    let limited =
+        |notice: &Notice| matches!(notice, Notice::Refused { reason: Reason::RateLimited, count: 1, .. });
+    assert!(bench.notices().iter().any(limited));
+
+    let bench = Bench::with(mac(0x11), Config { resets: slow, ..Config::default() });
+    let mut driver = bench.driver();
+    driver.probe();
+    driver.reset().expect("the third");
+    assert_eq!(driver.reset(), Err(Failed::StillResetting));
+    assert_eq!((driver.perm, bench.vf().pf().vf_resets), (mac(0x11), 3), "it keeps its address");
+}
+
+#[test]
+fn reset_messages_have_their_own_bound() {
+    let (bench, mut driver) = guest();
+    let before = bench.now();
+    for _ in 0..20 {
+        driver.post(&[1]).expect("late, but not refused");
+    }
+    assert!(bench.now() - before > 5000 * MS);
+}
+
+#[test]
+fn a_reset_of_the_pf_that_nobody_saw_is_noticed() {
+    let (bench, mut driver) = guest();
+    driver.watchdog();
+    bench.vf().pf_reset_at_once();
+    bench.wait(300 * MS);
+    assert!(bench.notices().contains(&Notice::PfReset));
+    assert!(driver.watchdog());
+}
+
+#[test]
+fn a_verdict_for_another_message_is_nobodys() {
+    let (bench, mut driver) = guest();
+    bench.policy(|_| None);
+    driver.bus.write(0x800, 4);
+    driver.bus.write(0xc40, 1);
+    bench.wait(10 * MS);
+    let seq = bench.0.borrow().authority.questions.lock().unwrap().last().expect("asked").seq;
+    for wrong in [seq - 1, seq + 1] {
+        bench.0.borrow().relay.verdict(Verdict { seq: wrong, effective_mac: mac(0x66), decision: FORWARD });
+        bench.wait(10 * MS);
+        assert_eq!(driver.bus.read(0xc40) & 0x30, 0);
+    }
+    bench.0.borrow().relay.verdict(Verdict { seq, effective_mac: mac(0x11), decision: LOCAL });
+    bench.wait(10 * MS);
+    assert_eq!(driver.bus.read(0xc40) & 0x30, 0x30);
+}
+
+#[test]
+fn a_flood_of_rubbish_causes_a_bounded_number_of_notices() {
+    let (bench, mut driver) = guest();
+    let before = bench.now();
+    for word in 0..300u32 {
+        driver.call(&[0x8888 + word]).expect("answered");
+    }
+    bench.wait(2000 * MS);
+    let seconds = usize::try_from((bench.now() - before).as_secs()).expect("a few");
+    let notices = bench.notices();
+    assert!(notices.len() <= seconds + 1, "{} in {seconds} s", notices.len());
+    let counted: u64 = notices
+        .iter()
+        .map(|notice| if let Notice::Refused { count, .. } = notice { *count } else { 0 })
+        .sum();
+    assert_eq!(counted, 300);
+    assert_eq!((bench.vf().pf().unhandled, bench.vf().pf().warnings), (0, 0));
+}
+
+#[test]
+fn after_a_reset_of_the_device_the_guest_must_reset_too() {
+    let (bench, mut driver) = guest();
+    let received = bench.vf().pf().received.len();
+    crate::hardware::VfHardware::reset(&*bench.vf()).expect("reset");
+    bench.0.borrow().relay.hardware_reset();
+    bench.wait(MS);
+    assert_eq!(driver.call(&[0x1_0004, 100]), Ok(0x4000_0004));
+    assert_eq!(bench.vf().pf().received.len(), received);
+    driver.reset().expect("reset");
+    assert_eq!(driver.call(&[5, 1522]), Ok(0xa000_0005));
+}
+
+#[test]
+fn messages_are_counted_by_opcode_and_verdict() {
+    let (bench, mut driver) = guest();
+    bench.policy(|_| Some(NACK));
+    driver.set_mac(mac(0x22));
+    driver.call(&[7]).expect("answered");
+    let stats = bench.0.borrow().relay.stats();
+    let count = |name: &str| stats.messages.get(name).copied().unwrap_or(0);
+    assert_eq!((count("set_mac:refused"), count("unknown:unknown"), count("reset:forwarded")), (1, 1, 2));
+    // Two resets, each with its restore.
+    assert_eq!((count("set_mac:equal"), stats.round_trips.count), (1, stats.messages.values().sum::<u64>()));
+    assert!(stats.round_trips.max_us < 10_000, "{:?}", stats.round_trips);
+}

@@ -1,0 +1,28 @@
+//! The simulated adapter: an 82576 with VFs for machines that have no SR-IOV hardware.
+//!
+//! ```text
+//!   vmm                                        sim-pf process (unprivileged)            agent
+//!   relay ─▶ SimVf (registers, queues, MSI-X)    serve ── SimPfState                     SimPf: PfControl
+//!              │ its thread: DMA, frames           │ mailbox as igb, filters, switch        │
+//!              └── SOCK_SEQPACKET, one per VF ─────┘◀────── SOCK_SEQPACKET, control ────────┘
+//!                                                  └─ tap (optional uplink)
+//! ```
+//!
+//! The PF process trusts nobody but the agent: what arrives from a VF is a packet of bounded length that is parsed once
+//! (`wire`), and a VF that does not read loses its own frames. It outlives the agent; the connection of a VF is made
+//! by it ([`control::SimPf::attach`]) and given to the vmm as a file descriptor.
+
+mod address;
+pub mod control;
+#[cfg(any(test, feature = "test-support"))]
+pub mod fuzz;
+pub mod pf;
+#[cfg(test)]
+mod tests;
+pub mod vf;
+mod wire;
+
+pub use address::{MAX_PFS, MAX_VFS, is_simulated, numbers, pf_bdf, vf_bdf};
+pub use control::SimPf;
+pub use pf::SimPfState;
+pub use vf::SimVf;

@@ -1,0 +1,162 @@
+/* Commands that need no VF. */
+
+#include "guest.h"
+
+#define ACPI_RESET 0x606
+#define KEYBOARD_CONTROL 0x64
+
+static void run_echo(void) {
+  for (unsigned i = 1; i < current.count; i++) {
+    if (i > 1) put_char(' ');
+    put_text(current.word[i]);
+  }
+  put_char('\n');
+}
+
+static void run_wait(void) {
+  u64 ms;
+  if (!number_argument(1, 86400000, &ms)) return;
+  net_wait(now_us() + ms * 1000);
+  result_text("ok");
+}
+
+static void run_spin(void) {
+  u64 ms;
+  if (!argument(&current, 1)) {
+    result_text("for ever");
+    for (;;) __asm__ volatile("pause");
+  }
+  if (!number_argument(1, 86400000, &ms)) return;
+  delay_us(ms * 1000);
+  result_text("ok");
+}
+
+static void run_halt(void) {
+  result_text("for ever");
+  for (;;) __asm__ volatile("cli; hlt");
+}
+
+static void run_time(void) {
+  result();
+  put_decimal(now_us());
+  put_char('\n');
+}
+
+static void run_poweroff(void) {
+  result_text("ok");
+  power_off();
+}
+
+static void run_reboot(void) {
+  const char *how = argument(&current, 1);
+  if (how && !same_text(how, "acpi") && !same_text(how, "keyboard")) {
+    result_text("error not acpi or keyboard");
+    return;
+  }
+  result_text("ok");
+  if (how && same_text(how, "keyboard"))
+    out8(KEYBOARD_CONTROL, 0xfe);
+  else
+    out8(ACPI_RESET, 1);
+  for (;;) __asm__ volatile("cli; hlt");
+}
+
+static void run_triple_fault(void) {
+  result_text("ok");
+  triple_fault();
+}
+
+/* A port and a width in bits; false, with the error said, if one of them is none. */
+static bool port_arguments(u64 *port, u64 *width) {
+  if (!number_argument(1, 0xffff, port) || !number_option("width", 8, width)) return false;
+  if (*width == 8 || *width == 16 || *width == 32) return true;
+  result_text("error width= is not 8, 16 or 32");
+  return false;
+}
+
+static void run_in(void) {
+  u64 port, width;
+  if (!port_arguments(&port, &width)) return;
+  u32 value = width == 8 ? in8((u16)port) : width == 16 ? in16((u16)port) : in32((u16)port);
+  result();
+  put_text("0x");
+  put_hex(value, (int)width / 4);
+  put_char('\n');
+}
+
+static void run_out(void) {
+  u64 port, value, width;
+  if (!port_arguments(&port, &width) || !number_argument(2, ~0U, &value)) return;
+  if (width == 8)
+    out8((u16)port, (u8)value);
+  else if (width == 16)
+    out16((u16)port, (u16)value);
+  else
+    out32((u16)port, (u32)value);
+  result_text("ok");
+}
+
+/* One instruction for all of it, which may be one exit. */
+static void run_outs(void) {
+  u64 port;
+  const char *text = argument(&current, 2);
+  if (!number_argument(1, 0xffff, &port)) return;
+  size_t count = text_length(text);
+  __asm__ volatile("rep outsb" : "+S"(text), "+c"(count) : "d"((u16)port) : "memory");
+  put_char('\n');
+  result_text("ok");
+}
+
+static void run_ins(void) {
+  u8 bytes[16];
+  u8 *to = bytes;
+  u64 port, count;
+  if (!number_argument(1, 0xffff, &port) || !number_argument(2, sizeof(bytes), &count)) return;
+  size_t left = count;
+  __asm__ volatile("rep insb" : "+D"(to), "+c"(left) : "d"((u16)port) : "memory");
+  result();
+  for (u64 i = 0; i < count; i++) put_hex(bytes[i], 2);
+  put_char('\n');
+}
+
+static void run_interrupts(void) {
+  static const char *const names[IRQ_KINDS] = {"transmit", "receive", "mailbox", "serial", "acpi", "timer"};
+  result();
+  for (unsigned i = 0; i < IRQ_KINDS; i++) {
+    if (i) put_char(' ');
+    put_text(names[i]);
+    put_char('=');
+    put_decimal(interrupt_counts[i]);
+  }
+  put_char('\n');
+}
+
+static void run_help(void) {
+  const struct command *const tables[] = {machine_commands, vf_commands, hostile_commands};
+  for (unsigned t = 0; t < COUNT(tables); t++) {
+    for (const struct command *command = tables[t]; command->name; command++) {
+      put_text("  ");
+      put_text(command->usage);
+      put_char('\n');
+    }
+  }
+  result_text("ok");
+}
+
+const struct command machine_commands[] = {
+    {"echo", "", 0, MAX_WORDS, false, run_echo, "echo WORD..."},
+    {"wait", "", 1, 1, false, run_wait, "wait MS"},
+    {"spin", "", 0, 1, false, run_spin, "spin [MS]"},
+    {"halt", "", 0, 0, false, run_halt, "halt"},
+    {"time", "", 0, 0, false, run_time, "time"},
+    {"interrupts", "", 0, 0, false, run_interrupts, "interrupts"},
+    {"in", "width", 1, 1, false, run_in, "in PORT [width=8|16|32]"},
+    {"out", "width", 2, 2, false, run_out, "out PORT VALUE [width=8|16|32]"},
+    {"outs", "", 2, 2, false, run_outs, "outs PORT TEXT"},
+    {"ins", "", 2, 2, false, run_ins, "ins PORT COUNT"},
+    {"poweroff", "", 0, 0, false, run_poweroff, "poweroff"},
+    {"reboot", "", 0, 1, false, run_reboot, "reboot [acpi|keyboard]"},
+    {"triple-fault", "", 0, 0, false, run_triple_fault, "triple-fault"},
+    {"help", "", 0, 0, false, run_help, "help"},
+    {0},
+};

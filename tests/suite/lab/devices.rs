@@ -1,0 +1,51 @@
+//! Devices that are no network VFs: any MSI-X or MSI function works with its stock driver.
+
+use serde_json::json;
+
+use super::bare_spec;
+use crate::fixture::{Agent, Guest, host};
+
+/// Writes a pattern to a disk, reads it back past the page cache, and sees its interrupts counted.
+fn write_and_read(guest: &mut Guest<'_>, disk: &str, interrupt: &str) {
+    guest.wait_for_shell();
+    guest.must(&format!("for i in $(seq 200); do [ -b {disk} ] && break; sleep 0.05; done; [ -b {disk} ]"));
+    guest.must("dd if=/dev/urandom of=/run/out bs=64k count=16 2>/dev/null");
+    guest.must(&format!("dd if=/run/out of={disk} bs=64k seek=3 conv=fsync 2>/dev/null"));
+    guest.must("echo 3 >/proc/sys/vm/drop_caches");
+    guest.must(&format!("dd if={disk} of=/run/in bs=64k skip=3 count=16 2>/dev/null"));
+    guest.must("cmp /run/in /run/out");
+    let counted = guest.must(&format!("grep {interrupt} /proc/interrupts"));
+    let total: u64 =
+        counted.lines().filter_map(|line| line.split_whitespace().nth(1)?.parse::<u64>().ok()).sum();
+    assert!(total > 0 && counted.contains("PCI-MSI"), "{counted}");
+}
+
+fn with_device(name: &str, bdf: &str) -> (Agent, String) {
+    let agent = Agent::start();
+    let before = host::driver(bdf);
+    let mut spec = bare_spec(&agent, name);
+    spec["devices"] = json!([bdf]);
+    agent.create(&spec).unwrap_or_else(|problem| panic!("{problem:?}"));
+    (agent, format!("{before:?}"))
+}
+
+fn device_works(bdf: &str, disk: &str, interrupt: &str) {
+    let (agent, before) = with_device("disk1", bdf);
+    agent
+        .act("disk1", api::types::VmAction::Boot)
+        .unwrap_or_else(|problem| panic!("{problem:?}\n{}", agent.log()));
+    let mut guest = Guest::new(&agent, "disk1".into());
+    write_and_read(&mut guest, disk, interrupt);
+    agent.delete("disk1").unwrap();
+    assert_eq!(format!("{:?}", host::driver(bdf)), before);
+}
+
+#[test]
+fn an_nvme_controller_reads_and_writes_with_its_stock_driver() {
+    device_works(host::NVME, "/dev/nvme0n1", "nvme0q1");
+}
+
+#[test]
+fn a_controller_with_msi_only_reads_and_writes_with_its_stock_driver() {
+    device_works(host::AHCI, "/dev/sda", "ahci");
+}

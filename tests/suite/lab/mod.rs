@@ -1,0 +1,53 @@
+//! In the nested lab: real VFIO, the real igb PF driver, Debian's kernel with its own igbvf in the guest.
+
+mod boot;
+mod boot_time;
+mod devices;
+mod errors;
+mod life_cycle;
+mod policy;
+mod simulated;
+mod tables;
+
+use serde_json::{Value, json};
+
+use crate::fixture::{Agent, Guest, host};
+
+const CMDLINE: &str = "console=ttyS0 quiet panic=-1 portcullis.noecho";
+
+/// A VM that boots Debian's kernel into busybox, without any device.
+fn bare_spec(agent: &Agent, name: &str) -> Value {
+    json!({
+        "name": name,
+        "cpus": 1,
+        "memory": "256MiB",
+        "boot": {
+            "kernel": agent.link_image("vmlinuz", &host::kernel(false)),
+            "initramfs": agent.link_image("initrd", host::initramfs()),
+            "cmdline": CMDLINE,
+        },
+    })
+}
+
+/// The same with one adapter on `vf`.
+fn spec(agent: &Agent, name: &str, vf: &str) -> Value {
+    let mut spec = bare_spec(agent, name);
+    spec["adapters"] = json!([{ "id": "eth0", "vf": vf }]);
+    spec
+}
+
+const WAIT_FOR_LINK: &str =
+    "for i in $(seq 200); do [ $(cat /sys/class/net/eth0/carrier) = 1 ] && break; sleep 0.05; done";
+
+/// Gives the guest's interface an address and waits for its link.
+fn configure(guest: &mut Guest<'_>, address: &str) {
+    guest.must("ip link set eth0 up");
+    guest.must(&format!("ip addr add {address}/24 dev eth0"));
+    guest.must(WAIT_FOR_LINK);
+}
+
+/// Sees that pings lose nothing.
+fn ping(guest: &mut Guest<'_>, target: &str, count: u32) {
+    let text = guest.must(&format!("ping -q -c {count} -i 0.05 -W 5 {target}"));
+    assert!(text.contains(" 0% packet loss"), "{text}");
+}

@@ -1,0 +1,183 @@
+//! Addresses: refused, refused silently, accepted, listed, taken back.
+//!
+//! Each scenario is a function of who decides: `control` runs them again where nobody does.
+
+use api::types::{EventKind, VmAction};
+use serde_json::json;
+
+use super::{
+    INITIAL, Relay, X, Y, Z, agent_with, by_policy, decisions, down_up, edit, eventually, guest_in_group,
+    guest_mac, ping, port, reason, spec, wait_for_decision,
+};
+use crate::fixture::{Guest, agent::PATIENCE, host};
+
+pub(super) fn refused(relay: Relay) {
+    let agent = agent_with(relay, &json!({}));
+    let mut guest = guest_in_group(&agent, "web1");
+    let mut events = agent.wait_on(agent.client.events(None)).unwrap();
+    let output = guest.run(&format!("ip link set dev eth0 address {X}"));
+    by_policy(output.status != 0, "the guest's command fails");
+    // EADDRNOTAVAIL
+    assert!(
+        output.text.contains("Cannot assign requested address") || output.text.contains("not available"),
+        "{}",
+        output.text
+    );
+    by_policy(host::vf_mac(0) == INITIAL, "the device keeps its address");
+    assert_eq!(guest_mac(&mut guest), INITIAL);
+    ping(&mut guest, host::GATEWAY, 5);
+
+    let decision = wait_for_decision(&agent, "denied", X);
+    let vm = agent.vm("web1");
+    assert_eq!(reason(&decision), "mac_changes_rejected");
+    assert_eq!(decision.old.as_deref(), Some(INITIAL));
+    assert_eq!(decision.requested.as_deref(), Some(X));
+    assert_eq!((decision.owner.vm, decision.owner.name.as_str()), (vm.id, "web1"));
+    assert_eq!(decision.owner.adapter.as_deref(), Some("eth0"));
+    assert_eq!(decision.port, port(&agent).id);
+    assert_eq!((decision.pf.as_deref(), decision.vf_index), (Some(host::PF), Some(0)));
+
+    // The subscriber is told the same.
+    let told = loop {
+        let event = agent.wait_on(events.next()).unwrap().expect("events go on");
+        if let EventKind::Decision { decision } = event.what
+            && decision.requested.as_deref() == Some(X)
+        {
+            break *decision;
+        }
+    };
+    assert_eq!(told, decision);
+
+    let log = agent.log();
+    let line = log.lines().find(|line| line.contains(X)).unwrap_or_else(|| panic!("{log}"));
+    let port = decision.port.to_string();
+    for word in ["web1", "eth0 vf 0", &port, INITIAL, "mac_changes_rejected"] {
+        assert!(line.contains(word), "{word}: {line}");
+    }
+}
+
+#[test]
+fn a_refused_address_is_an_error_in_the_guest_and_changes_nothing() {
+    refused(Relay::Policed);
+}
+
+/// "The guest may show success, but a log message says that it failed; guest and virtual device then hold different
+/// addresses, until the interface is reset in the guest and picks up the device's address."
+pub(super) fn refused_silently(relay: Relay) {
+    let agent = agent_with(relay, &json!({ "on_denied": "silent" }));
+    let mut guest = guest_in_group(&agent, "web1");
+
+    guest.must(&format!("ip link set dev eth0 address {X}"));
+    assert_eq!(guest_mac(&mut guest), X, "the guest shows success");
+    by_policy(host::vf_mac(0) == INITIAL, "the device keeps its address");
+    let decision = wait_for_decision(&agent, "denied", X);
+    assert_eq!(reason(&decision), "mac_changes_rejected");
+    assert!(agent.log().lines().any(|line| line.contains(X)), "{}", agent.log());
+    let status = port(&agent).status;
+    assert_eq!((status.effective_mac.to_string(), status.guest_mac.to_string()), (INITIAL.into(), X.into()));
+
+    // Frames for X are sent by the PF's side and do not arrive at the VF.
+    host::run("ip", &["addr", "replace", "10.0.2.9/24", "dev", host::PF]);
+    host::run("ip", &["neigh", "replace", "10.0.2.21", "lladdr", X, "dev", host::PF, "nud", "permanent"]);
+    let received = |guest: &mut Guest<'_>| -> u64 {
+        guest.must("cat /sys/class/net/eth0/statistics/rx_packets").parse().unwrap()
+    };
+    let sent = || host::counter("tx_packets");
+    let (before_sent, before) = (sent(), received(&mut guest));
+    host::try_ping("10.0.2.21", 20);
+    assert!(sent() >= before_sent + 20, "the sender sends");
+    assert!(received(&mut guest) < before + 10, "they do not arrive");
+
+    down_up(&mut guest);
+    assert_eq!(guest_mac(&mut guest), INITIAL, "the guest has picked up the device's address");
+    host::run(
+        "ip",
+        &["neigh", "replace", "10.0.2.21", "lladdr", INITIAL, "dev", host::PF, "nud", "permanent"],
+    );
+    ping(&mut guest, host::GATEWAY, 5);
+    let status = port(&agent).status;
+    assert_eq!(status.guest_mac, status.effective_mac);
+    host::run("ip", &["neigh", "del", "10.0.2.21", "dev", host::PF]);
+    host::run("ip", &["addr", "del", "10.0.2.9/24", "dev", host::PF]);
+}
+
+#[test]
+fn a_silent_refusal_keeps_the_devices_address_until_the_guest_resets_its_interface() {
+    refused_silently(Relay::Policed);
+}
+
+#[test]
+fn an_accepted_address_is_committed_and_lasts_until_the_next_boot() {
+    let agent = agent_with(Relay::Policed, &json!({ "mac_changes": "accept" }));
+    let mut guest = guest_in_group(&agent, "web1");
+    guest.must(&format!("ip link set dev eth0 address {X}"));
+    assert_eq!(host::vf_mac(0), X);
+    ping(&mut guest, host::GATEWAY, 5);
+    down_up(&mut guest);
+    assert_eq!(guest_mac(&mut guest), X);
+    ping(&mut guest, host::GATEWAY, 3);
+
+    // Accept Y, then refuse Z, then down and up: the guest has Y.
+    guest.must(&format!("ip link set dev eth0 address {Y}"));
+    edit(&agent, &json!({ "mac_changes": { "list": [Y] } }));
+    assert_ne!(guest.run(&format!("ip link set dev eth0 address {Z}")).status, 0);
+    down_up(&mut guest);
+    assert_eq!(guest_mac(&mut guest), Y);
+    assert_eq!(host::vf_mac(0), Y);
+    ping(&mut guest, host::GATEWAY, 3);
+
+    agent.act("web1", VmAction::Reboot).unwrap();
+    guest.wait_for_shell();
+    assert_eq!(guest_mac(&mut guest), INITIAL);
+    assert_eq!(host::vf_mac(0), INITIAL);
+    super::configure(&mut guest, "10.0.2.21");
+    ping(&mut guest, host::GATEWAY, 3);
+}
+
+pub(super) fn listed(relay: Relay) {
+    let agent =
+        agent_with(relay, &json!({ "mac_changes": { "list": ["00:00:5e:00:01:00/ff:ff:ff:ff:ff:00"] } }));
+    let mut spec2 = spec(&agent, "web2", host::VF1);
+    spec2["adapters"] =
+        json!([{ "id": "eth0", "port_group": "web", "mac": "00:00:5e:00:01:08", "vf": host::VF1 }]);
+    let _neighbour = agent.boot(&spec2);
+    let mut guest = guest_in_group(&agent, "web1");
+    guest.must("ip link set dev eth0 address 00:00:5e:00:01:07");
+    assert_eq!(host::vf_mac(0), "00:00:5e:00:01:07");
+    by_policy(
+        guest.run(&format!("ip link set dev eth0 address {X}")).status != 0,
+        "an address that is not listed is refused",
+    );
+    assert_eq!(reason(&wait_for_decision(&agent, "denied", X)), "mac_not_allowed");
+    by_policy(
+        guest.run("ip link set dev eth0 address 00:00:5e:00:01:08").status != 0,
+        "an address in use is refused",
+    );
+    assert_eq!(reason(&wait_for_decision(&agent, "denied", "00:00:5e:00:01:08")), "mac_in_use");
+    assert_eq!(host::vf_mac(0), "00:00:5e:00:01:07");
+}
+
+#[test]
+fn a_list_with_masks_accepts_a_vrrp_address_and_refuses_others() {
+    listed(Relay::Policed);
+}
+
+pub(super) fn tightened(relay: Relay) {
+    let agent = agent_with(relay, &json!({ "mac_changes": "accept" }));
+    let mut guest = guest_in_group(&agent, "web1");
+    guest.must(&format!("ip link set dev eth0 address {X}"));
+    assert_eq!(host::vf_mac(0), X);
+    edit(&agent, &json!({ "mac_changes": "reject" }));
+    // Taking back takes a moment; where nobody takes back, a short wait is enough to see it.
+    let patience = if relay == Relay::Policed { PATIENCE } else { std::time::Duration::from_secs(5) };
+    eventually(&agent, patience, "BY POLICY: the address is taken back", || host::vf_mac(0) == INITIAL);
+    assert!(!decisions(&agent, "taken_back").is_empty());
+    down_up(&mut guest);
+    assert_eq!(guest_mac(&mut guest), INITIAL);
+    ping(&mut guest, host::GATEWAY, 3);
+}
+
+#[test]
+fn a_tightened_group_takes_the_address_back_from_a_running_guest() {
+    tightened(Relay::Policed);
+}

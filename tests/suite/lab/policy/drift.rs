@@ -1,0 +1,68 @@
+//! What others do to the PF.
+
+use std::time::{Duration, Instant};
+
+use serde_json::json;
+
+use super::{INITIAL, Relay, X, agent_with, decisions, eventually, guest_in_group, ping};
+use crate::fixture::{Agent, agent::PATIENCE, host};
+
+/// How long a repair may take.
+const REPAIR: Duration = Duration::from_secs(30);
+
+fn is_repaired_and_recorded(agent: &Agent) {
+    let begun = Instant::now();
+    eventually(agent, REPAIR, "the address is repaired", || host::vf_mac(0) == INITIAL);
+    eventually(agent, PATIENCE, "the repair is recorded", || {
+        decisions(agent, "repaired").iter().any(|decision| decision.old.as_deref() == Some(X))
+    });
+    println!("repaired after {:.1} s", begun.elapsed().as_secs_f64());
+}
+
+#[test]
+fn somebody_elses_change_on_the_pf_is_repaired_and_recorded() {
+    let agent = agent_with(Relay::Policed, &json!({}));
+    let mut guest = guest_in_group(&agent, "web1");
+    host::run("ip", &["link", "set", host::PF, "vf", "0", "mac", X]);
+    is_repaired_and_recorded(&agent);
+    ping(&mut guest, host::GATEWAY, 3);
+}
+
+#[test]
+fn somebody_elses_change_while_the_pf_is_down_is_repaired_and_recorded() {
+    let agent = agent_with(Relay::Policed, &json!({}));
+    let mut guest = guest_in_group(&agent, "web1");
+    host::run("ip", &["link", "set", host::PF, "down"]);
+    host::run("ip", &["link", "set", host::PF, "vf", "0", "mac", X]);
+    is_repaired_and_recorded(&agent);
+    host::run("ip", &["link", "set", host::PF, "up"]);
+    host::wait_for_carrier();
+    pings_again(&mut guest);
+    assert_eq!(host::vf_mac(0), INITIAL);
+}
+
+/// Without anything done in the guest.
+fn pings_again(guest: &mut crate::fixture::Guest<'_>) {
+    let begun = Instant::now();
+    while guest.run(&format!("ping -q -c 1 -W 1 {}", host::GATEWAY)).status != 0 {
+        assert!(
+            begun.elapsed() < Duration::from_secs(30),
+            "the guest does not ping again\n{}",
+            guest.agent.log()
+        );
+    }
+    println!("pings again after {:.1} s", begun.elapsed().as_secs_f64());
+    ping(guest, host::GATEWAY, 5);
+}
+
+#[test]
+fn a_guest_pings_again_soon_after_its_pf_was_down() {
+    let agent = agent_with(Relay::Policed, &json!({}));
+    let mut guest = guest_in_group(&agent, "web1");
+    host::run("ip", &["link", "set", host::PF, "down"]);
+    std::thread::sleep(Duration::from_secs(3));
+    assert_ne!(guest.run(&format!("ping -q -c 1 -W 1 {}", host::GATEWAY)).status, 0, "the wire is cut");
+    host::run("ip", &["link", "set", host::PF, "up"]);
+    pings_again(&mut guest);
+    assert_eq!(host::vf_mac(0), INITIAL);
+}

@@ -1,0 +1,156 @@
+//! Thousands of seeded runs of a guest that attacks its VF and its machine.
+//!
+//! A guest may hurt itself: a ring of receive descriptors that lies in its own code ends a boot. What it must not do is
+//! to make its vmm panic, hang or go deaf, nor to hurt a neighbour.
+
+use std::{
+    fs,
+    path::Path,
+    thread,
+    time::{Duration, Instant},
+};
+
+use api::types::{CauseCode, PortGroupSpec, VmAction, VmState};
+use serde_json::json;
+
+use crate::fixture::{Agent, Options, SmallGuest};
+
+const BOOTS: u32 = 4;
+const BATCHES: u32 = 10;
+/// Seeds of one batch: what fits the 2 KiB of the guest's longest line.
+const SEEDS: u32 = 54;
+const STEPS: u32 = 20;
+
+/// How long a batch may take. It takes a fraction of a second on /dev/kvm, many seconds in the lab.
+const PATIENCE: Duration = Duration::from_secs(120);
+
+const TARGETS: [&str; 9] =
+    ["mailbox", "registers", "vectors", "descriptors", "bars", "config", "memory", "ports", "all"];
+const DEEDS: [&str; 7] = ["rings", "indices", "buffers", "endless", "messages", "resets", "widths"];
+
+fn guest<'a>(agent: &'a Agent, name: &str, last: u8) -> SmallGuest<'a> {
+    let mac = format!("02:00:00:00:0d:{last:02x}");
+    let adapters = json!([{"id": "eth0", "port_group": "tests", "mac": mac}]);
+    let mut guest = SmallGuest::boot(agent, name, adapters);
+    assert_eq!(guest.ask("up"), format!("ok mac={mac} reply={mac}"));
+    assert_eq!(guest.ask(&format!("address 10.0.0.{last}")), "ok");
+    guest
+}
+
+/// Everything that any process of the agent's wrote into its log.
+fn logs(directory: &Path) -> String {
+    let mut text = String::new();
+    for entry in fs::read_dir(directory).into_iter().flatten().flatten() {
+        let path = entry.path();
+        if path.is_dir() {
+            text.push_str(&logs(&path));
+        } else if path.extension().is_some_and(|extension| extension == "log") {
+            text.push_str(&String::from_utf8_lossy(&fs::read(&path).unwrap_or_default()));
+        }
+    }
+    text
+}
+
+fn assert_nobody_panicked(agent: &Agent) {
+    let text = logs(agent.directory());
+    for word in ["panicked", "RUST_BACKTRACE", "SIGABRT"] {
+        let line = text.lines().find(|line| line.contains(word));
+        assert!(line.is_none(), "{line:?}");
+    }
+}
+
+/// Whether the guest has come to `mark`, or has ended or reset itself on the way.
+fn reaches(guest: &mut SmallGuest<'_>, mark: &str, boots: u64) -> bool {
+    let agent = guest.guest.agent;
+    let deadline = Instant::now() + PATIENCE;
+    loop {
+        if guest.guest.unread().contains(mark) {
+            guest.guest.wait_for(mark);
+            return true;
+        }
+        let status = agent.vm(&guest.guest.name).status;
+        match status.state {
+            VmState::Running if status.boots == boots => {}
+            VmState::Running | VmState::Starting | VmState::Rebooting => return false,
+            _ => {
+                let cause = status.cause.unwrap();
+                // KVM's emulator does not know all that may lie where a guest jumps to by mistake.
+                let own = match cause.code {
+                    CauseCode::PoweredOff => true,
+                    CauseCode::MachineFailed => cause.detail.contains("KVM cannot emulate"),
+                    _ => false,
+                };
+                assert!(own, "{cause:?}");
+                return false;
+            }
+        }
+        assert!(Instant::now() < deadline, "the guest hangs at {mark}: {:?}", guest.guest.unread());
+        thread::sleep(Duration::from_millis(10));
+    }
+}
+
+/// Ends whatever is left of the VM's boot, and boots it again with its queues up.
+fn begin_anew(guest: &mut SmallGuest<'_>) {
+    let agent = guest.guest.agent;
+    let name = guest.guest.name.clone();
+    agent.act(&name, VmAction::Stop).unwrap();
+    agent.act(&name, VmAction::Boot).unwrap();
+    guest.guest.begin_anew();
+    guest.wait_for_ready();
+    assert!(guest.ask("up").starts_with("ok "));
+}
+
+#[test]
+fn thousands_of_attacks_hurt_neither_the_vmm_nor_a_neighbour() {
+    let arguments = vec!["--sim-pf".into(), "sim0=4".into()];
+    let agent = Agent::start_with(Options { arguments, ..Options::default() });
+    let spec: PortGroupSpec = serde_json::from_value(json!({"switch": "default", "settings": {}})).unwrap();
+    agent.ask(agent.client.put_port_group("tests", &spec, None)).unwrap();
+    let mut bob = guest(&agent, "bob", 2);
+    let _carol = guest(&agent, "carol", 3);
+    let mut mallory = guest(&agent, "mallory", 1);
+    let started = Instant::now();
+    let (mut whole, mut cut_short) = (0, 0);
+    for boot in 0..BOOTS {
+        for batch in 0..BATCHES {
+            let number = boot * BATCHES + batch;
+            let target = TARGETS[number as usize % TARGETS.len()];
+            let deed = DEEDS[number as usize % DEEDS.len()];
+            let line =
+                (0..SEEDS).map(|n| format!("fuzz {target} seed={} steps={STEPS}; ", number * SEEDS + n));
+            // Not as the guest repeats it when a command is wrong.
+            let mark = format!("\nend of batch {number}\n");
+            let boots = agent.vm("mallory").status.boots;
+            // From a VF whose queues work, if the relay, which has heard much of this guest, lets it have them.
+            mallory.guest.type_line("down-up");
+            mallory.guest.type_line(&line.collect::<String>());
+            mallory.guest.type_line(&format!("hostile {deed}; echo end of batch {number}"));
+            if reaches(&mut mallory, &mark, boots) {
+                whole += 1;
+            } else {
+                cut_short += 1;
+                begin_anew(&mut mallory);
+            }
+            // The vmm answers, and what the guest may have is still there.
+            agent.stats("mallory");
+            assert_eq!(agent.vm("mallory").status.adapters[0].lost, None);
+            assert_nobody_panicked(&agent);
+            let ping = bob.ask("ping 10.0.0.3 count=2");
+            assert!(ping.starts_with("sent=2 received=2 lost=0 "), "after batch {number}, {target}: {ping}");
+        }
+        begin_anew(&mut mallory);
+    }
+    let runs = whole * SEEDS;
+    println!(
+        "{runs} whole runs, {cut_short} batches cut short by the guest's own end, {:?}",
+        started.elapsed()
+    );
+    assert!(runs >= BOOTS * BATCHES * SEEDS / 2, "only {runs} runs came to their end");
+    // And as good as ever.
+    assert_eq!(mallory.ask("address 10.0.0.1"), "ok");
+    let ping = bob.ask("ping 10.0.0.1 count=5");
+    assert!(ping.starts_with("sent=5 received=5 lost=0 "), "{ping}");
+    for vm in ["mallory", "bob", "carol"] {
+        assert_eq!(agent.vm(vm).status.state, VmState::Running, "{vm}");
+    }
+}

@@ -1,0 +1,107 @@
+//! What a guest does with its machine, and what the API says of it.
+
+use std::time::Duration;
+
+use api::types::{CauseCode, VmAction, VmState};
+use serde_json::json;
+
+use crate::fixture::{Agent, SmallGuest};
+
+fn booted<'a>(agent: &'a Agent, name: &str) -> SmallGuest<'a> {
+    SmallGuest::boot(agent, name, json!([]))
+}
+
+#[test]
+fn a_script_on_the_command_line_runs_and_powers_off() {
+    let agent = Agent::start();
+    let spec = SmallGuest::spec(&agent, "script", json!([]), "echo \"a;  b\" c; wait 20; poweroff; echo no");
+    let mut guest = agent.boot(&spec);
+    guest.wait_for("portcullis small guest\nprobe: none\na;  b c\nwait 20: ok\npoweroff: ok\n");
+    let vm = agent.wait_for_state("script", VmState::Stopped);
+    assert_eq!(vm.status.cause.unwrap().code, CauseCode::PoweredOff);
+    assert_eq!(guest.unread(), "");
+}
+
+#[test]
+fn the_serial_port_takes_whole_lines_and_interrupts_a_sleeping_guest() {
+    let agent = Agent::start();
+    let mut guest = booted(&agent, "serial");
+    let long = "x".repeat(1500);
+    guest.guest.type_line(&format!("echo {long}"));
+    guest.guest.wait_for(&format!("{long}\n"));
+    guest.guest.type_line(&"y".repeat(5000));
+    guest.guest.wait_for("error: line too long\n");
+    assert_eq!(guest.ask("frobnicate"), "error unknown command; try help");
+    assert_eq!(guest.ask("wait"), "error usage: wait MS");
+    assert_eq!(guest.ask("in 0x3fd colour=red"), "error usage: in PORT [width=8|16|32]");
+    // Without an interrupt the guest would look at its port every 4 s only.
+    let started = std::time::Instant::now();
+    guest.ask("time");
+    assert!(started.elapsed() < Duration::from_secs(2), "{:?}", started.elapsed());
+    assert!(!guest.ask("interrupts").contains("serial=0"));
+}
+
+#[test]
+fn string_instructions_reach_one_port_again_and_again() {
+    let agent = Agent::start();
+    let mut guest = booted(&agent, "strings");
+    guest.guest.type_line("outs 0x3f8 ABCDEFGH");
+    guest.guest.wait_for("ABCDEFGH\nouts 0x3f8 ABCDEFGH: ok\n");
+    // The scratch register, three times.
+    assert_eq!(guest.ask("out 0x3ff 0x5a"), "ok");
+    assert_eq!(guest.ask("ins 0x3ff 3"), "5a5a5a");
+}
+
+#[test]
+fn the_guests_clock_is_that_of_the_host() {
+    let agent = Agent::start();
+    let mut guest = booted(&agent, "clock");
+    let started = std::time::Instant::now();
+    let begin: u64 = guest.ask("time").parse().unwrap();
+    assert_eq!(guest.ask("wait 1000"), "ok");
+    let end: u64 = guest.ask("time").parse().unwrap();
+    let (guest_took, host_took) = (Duration::from_micros(end - begin), started.elapsed());
+    assert!(guest_took >= Duration::from_secs(1), "{guest_took:?}");
+    // The host's time has the calls in it.
+    assert!(guest_took < host_took + Duration::from_millis(100), "{guest_took:?} of {host_took:?}");
+}
+
+#[test]
+fn every_way_to_reset_boots_again() {
+    let agent = Agent::start();
+    let mut guest = booted(&agent, "resets");
+    for (boots, way) in (2..).zip(["reboot", "reboot keyboard", "triple-fault"]) {
+        assert_eq!(guest.ask(way), "ok");
+        guest.wait_for_ready();
+        agent.wait_for_boots("resets", boots);
+    }
+}
+
+#[test]
+fn the_power_button_reaches_a_sleeping_guest_and_a_busy_one_is_stopped() {
+    let agent = Agent::start();
+    let mut guest = booted(&agent, "ends");
+    agent.act("ends", VmAction::Shutdown).unwrap();
+    guest.guest.wait_for("power button: powering off\n");
+    agent.wait_for_state("ends", VmState::Stopped);
+
+    agent.act("ends", VmAction::Boot).unwrap();
+    guest.guest.begin_anew();
+    guest.wait_for_ready();
+    assert_eq!(guest.ask("spin"), "for ever");
+    agent.act("ends", VmAction::Stop).unwrap();
+    assert_eq!(agent.vm("ends").status.cause.unwrap().code, CauseCode::Stopped);
+}
+
+#[test]
+fn random_accesses_hurt_nobody() {
+    let agent = Agent::start();
+    let mut guest = booted(&agent, "fuzz");
+    for what in ["memory", "ports"] {
+        assert_eq!(guest.ask(&format!("fuzz {what} seed=3 steps=3000")), "ok steps=3000");
+    }
+    assert_eq!(guest.ask("wait 1"), "ok");
+    let lines = 3000;
+    assert_eq!(guest.ask(&format!("babble {lines}")), "ok");
+    assert_eq!(agent.vm("fuzz").status.state, VmState::Running);
+}

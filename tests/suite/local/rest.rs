@@ -1,0 +1,287 @@
+//! Every call of the REST API on the agent's own binary, and every answer that its document promises.
+
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    io::{Read, Write},
+    os::unix::net::UnixStream,
+    path::PathBuf,
+    time::Duration,
+};
+
+use serde_json::{Value, json};
+
+use crate::fixture::{Agent, Options, SmallGuest};
+
+const DOCUMENT: &str = include_str!("../../../resources/openapi.json");
+
+/// Answers that no caller can bring about here: other users' calls and files, a host or an agent that fails, actions that
+/// take longer than a caller waits for them.
+const NOT_HERE: [&str; 4] = ["202", "403", "500", "503"];
+/// Likewise, of one call: a device that fails while it is given back, and a VM that is between two states.
+const NOT_OF_THESE: [(&str, &str, &str); 2] =
+    [("DELETE", "/v1/vms/{name}", "409"), ("POST", "/v1/vms/{name}/stop", "409")];
+
+/// A caller that writes down what it called and what came.
+struct Caller {
+    socket: PathBuf,
+    operations: BTreeMap<(String, String), Value>,
+    seen: BTreeSet<(String, String, String)>,
+    /// Answers that the document does not have.
+    undocumented: Vec<String>,
+}
+
+struct Answer {
+    status: u16,
+    body: String,
+}
+
+impl Caller {
+    fn new(agent: &Agent) -> Self {
+        let document: Value = serde_json::from_str(DOCUMENT).unwrap();
+        let operations = document["paths"].as_object().unwrap().iter().flat_map(|(path, calls)| {
+            let calls = calls.as_object().unwrap().iter();
+            calls
+                .filter(|(_, call)| call["responses"].is_object())
+                .map(|(method, call)| ((method.to_uppercase(), path.clone()), call.clone()))
+        });
+        let operations = operations.collect();
+        Self {
+            socket: agent.directory().join("api.sock"),
+            operations,
+            seen: BTreeSet::new(),
+            undocumented: Vec::new(),
+        }
+    }
+
+    /// The path in the document that this one is of.
+    fn template(&self, method: &str, path: &str) -> Option<String> {
+        let path = path.split('?').next().unwrap();
+        let of = |template: &str| {
+            let mut parts = template.split('/').zip(path.split('/'));
+            template.split('/').count() == path.split('/').count()
+                && parts.all(|(a, b)| a == b || a.starts_with('{'))
+        };
+        self.operations.keys().find(|(m, template)| m == method && of(template)).map(|key| key.1.clone())
+    }
+
+    fn call_with(&mut self, method: &str, path: &str, headers: &str, body: &str) -> Answer {
+        let mut socket = UnixStream::connect(&self.socket).unwrap();
+        socket.set_read_timeout(Some(Duration::from_secs(60))).unwrap();
+        let length = body.len();
+        let head = format!(
+            "{method} {path} HTTP/1.1\r\nhost: x\r\nconnection: close\r\ncontent-length: {length}\r\n{headers}\r\n"
+        );
+        socket.write_all(head.as_bytes()).unwrap();
+        // One that is refused for its length may not be read to its end.
+        let _ = socket.write_all(body.as_bytes());
+        let mut answer = Vec::new();
+        let mut piece = [0; 4096];
+        // The stream of events has no end: its head will do.
+        let is_stream = |answer: &[u8]| {
+            let text = String::from_utf8_lossy(answer);
+            text.split_once("\r\n\r\n").is_some_and(|(head, _)| head.contains("text/event-stream"))
+        };
+        while !is_stream(&answer) {
+            match socket.read(&mut piece) {
+                Ok(0) | Err(_) => break,
+                Ok(len) => answer.extend_from_slice(&piece[..len]),
+            }
+        }
+        let text = String::from_utf8_lossy(&answer).into_owned();
+        let (head, body) = text.split_once("\r\n\r\n").unwrap_or_else(|| panic!("{method} {path}: {text:?}"));
+        let status = head.split(' ').nth(1).and_then(|word| word.parse().ok()).unwrap();
+        let answer = Answer { status, body: body.to_owned() };
+        self.note(method, path, head, &answer);
+        answer
+    }
+
+    /// Compares the answer with the document.
+    fn note(&mut self, method: &str, path: &str, head: &str, answer: &Answer) {
+        let Some(template) = self.template(method, path) else { return };
+        let status = answer.status.to_string();
+        let documented = &self.operations[&(method.to_owned(), template.clone())]["responses"][&status];
+        let mut right = documented.is_object();
+        if answer.status >= 400 {
+            let problem: Value = serde_json::from_str(&answer.body).unwrap_or_default();
+            let code = format!("`{}`", problem["code"].as_str().unwrap_or_default());
+            right &= head.contains("application/problem+json")
+                && documented["description"].as_str().is_some_and(|codes| codes.contains(&code))
+                && problem["detail"].as_str().is_some_and(|detail| !detail.is_empty());
+        }
+        if !right {
+            self.undocumented.push(format!("{method} {template}: {status} {}", answer.body));
+        }
+        self.seen.insert((method.to_owned(), template, status));
+    }
+
+    #[track_caller]
+    fn expect(&mut self, status: u16, method: &str, path: &str, body: &Value) -> Value {
+        let text = if body.is_null() { String::new() } else { body.to_string() };
+        let answer = self.call_with(method, path, "content-type: application/json\r\n", &text);
+        assert_eq!(answer.status, status, "{method} {path} {body}: {}", answer.body);
+        serde_json::from_str(&answer.body).unwrap_or(Value::Null)
+    }
+
+    #[track_caller]
+    fn get(&mut self, path: &str) -> Value {
+        self.expect(200, "GET", path, &Value::Null)
+    }
+
+    /// What the document says of all calls alike: no such object, a name that is none, an older revision, a body that is
+    /// too long or of another kind.
+    fn general_errors(&mut self, existing: &dyn Fn(&str) -> String) {
+        let operations: Vec<_> =
+            self.operations.iter().map(|(key, call)| (key.clone(), call.clone())).collect();
+        for ((method, template), call) in operations {
+            let documented = |status: &str| call["responses"][status].is_object();
+            let with = |name: &str| template.replace("{name}", name).replace("{id}", name);
+            let path = with(&existing(&template));
+            let body = body(&method, &template).to_string();
+            let json = "content-type: application/json\r\n";
+            let mut check = |status: u16, path: &str, headers: &str, body: &str| {
+                let answer = self.call_with(&method, path, headers, body);
+                assert_eq!(answer.status, status, "{method} {path}: {}", answer.body);
+            };
+            if documented("404") {
+                check(404, &with("b4f9d6f0-0000-4000-8000-000000000000"), json, &body);
+            }
+            if template.contains('{') {
+                check(400, &with("%ff"), json, &body);
+            }
+            if documented("412") {
+                check(412, &path, &format!("{json}if-match: \"999999\"\r\n"), &body);
+                check(400, &path, &format!("{json}if-match: newest\r\n"), &body);
+            }
+            if documented("413") {
+                check(413, &path, json, &"\n".repeat(100_000));
+            }
+            if documented("415") {
+                check(415, &path, "content-type: text/plain\r\n", &body);
+                check(400, &path, json, "{\"no_such_member\": 1}");
+                check(400, &path, json, "{");
+            }
+        }
+    }
+
+    /// What the document promises and nobody saw.
+    fn missing(&self) -> Vec<String> {
+        let mut missing = Vec::new();
+        for ((method, template), call) in &self.operations {
+            for status in call["responses"].as_object().unwrap().keys() {
+                let exempt = status == "default"
+                    || NOT_HERE.contains(&status.as_str())
+                    || NOT_OF_THESE.contains(&(method, template, status));
+                if !exempt && !self.seen.contains(&(method.clone(), template.clone(), status.clone())) {
+                    missing.push(format!("{method} {template} {status}"));
+                }
+            }
+        }
+        missing
+    }
+}
+
+/// A body that such a call takes.
+fn body(method: &str, template: &str) -> Value {
+    match (method, template) {
+        ("PUT", "/v1/pfs/{name}/vfs") => json!({"count": 1}),
+        ("PUT", "/v1/port-groups/{name}") => json!({"switch": "default"}),
+        ("POST", "/v1/vms") => json!({"name": "other", "memory": "2MiB", "boot": {"kernel": "small-guest"}}),
+        _ => json!({}),
+    }
+}
+
+#[test]
+fn every_call_gives_every_answer_that_its_document_promises() {
+    let arguments = ["--sim-pf", "sim0=2", "--sim-pf", "sim1=1"].map(Into::into).into();
+    let agent = Agent::start_with(Options { arguments, ..Options::default() });
+    let mut rest = Caller::new(&agent);
+    let nothing = Value::Null;
+    let document: Value = serde_json::from_str(DOCUMENT).unwrap();
+    assert!(rest.get("/v1/openapi.json") == document);
+    assert_eq!(rest.call_with("GET", "/healthz", "", "").body, "ok\n");
+    rest.expect(404, "GET", "/v1/nothing", &nothing);
+    rest.expect(405, "POST", "/v1/vfs", &nothing);
+
+    // Policy.
+    let uplinks = json!({"uplinks": ["sim1"]});
+    rest.expect(201, "PUT", "/v1/switches/lab", &uplinks);
+    rest.expect(200, "PUT", "/v1/switches/lab", &uplinks);
+    rest.expect(409, "PUT", "/v1/switches/other", &uplinks);
+    rest.expect(201, "PUT", "/v1/port-groups/web", &json!({"switch": "default"}));
+    rest.expect(200, "PUT", "/v1/port-groups/web", &json!({"switch": "default", "port_overrides": ["mtu"]}));
+    rest.expect(422, "PUT", "/v1/port-groups/other", &json!({"switch": "nowhere"}));
+    rest.expect(422, "PATCH", "/v1/port-groups/web", &json!({"switch": "nowhere"}));
+    rest.expect(200, "PATCH", "/v1/port-groups/web", &json!({"settings": {"mtu": 1400}}));
+    rest.expect(201, "PUT", "/v1/port-groups/short", &json!({"switch": "lab"}));
+    rest.expect(409, "DELETE", "/v1/switches/lab", &nothing);
+    rest.expect(204, "DELETE", "/v1/port-groups/short", &nothing);
+    rest.expect(204, "DELETE", "/v1/switches/lab", &nothing);
+
+    // VMs.
+    let adapters = json!([{"id": "eth0", "port_group": "web", "mac": "02:00:00:00:00:11"}]);
+    let spec = SmallGuest::spec(&agent, "web1", adapters, "");
+    rest.expect(201, "POST", "/v1/vms", &spec);
+    rest.expect(409, "POST", "/v1/vms", &spec);
+    let mut wrong = spec.clone();
+    wrong["name"] = json!("web2");
+    wrong["adapters"] = json!([{"id": "eth0", "port_group": "nowhere"}]);
+    rest.expect(422, "POST", "/v1/vms", &wrong);
+    wrong["adapters"] = json!([]);
+    wrong["boot"]["kernel"] = json!("no-such-file");
+    rest.expect(201, "POST", "/v1/vms", &wrong);
+    rest.expect(422, "POST", "/v1/vms/web2/boot?wait=60", &nothing);
+    rest.expect(204, "DELETE", "/v1/vms/web2", &nothing);
+    for action in ["pause", "resume", "reboot"] {
+        rest.expect(409, "POST", &format!("/v1/vms/web1/{action}"), &nothing);
+    }
+    rest.expect(409, "GET", "/v1/vms/web1/stats", &nothing);
+    rest.expect(409, "POST", "/v1/vms/web1/console", &json!("x"));
+
+    // A VM that runs.
+    rest.expect(200, "POST", "/v1/vms/web1/boot?wait=60", &nothing);
+    rest.expect(409, "POST", "/v1/vms/web1/boot", &nothing);
+    assert_eq!(rest.get("/v1/vms/web1")["status"]["state"], "running");
+    assert_eq!(rest.get("/v1/vms")["items"].as_array().unwrap().len(), 1);
+    rest.get("/v1/vms/web1/stats");
+    rest.get("/v1/vms/web1/console");
+    rest.expect(200, "POST", "/v1/vms/web1/console", &json!("help"));
+    rest.expect(200, "POST", "/v1/vms/web1/pause?wait=60", &nothing);
+    rest.expect(409, "POST", "/v1/vms/web1/shutdown", &nothing);
+    rest.expect(200, "POST", "/v1/vms/web1/resume?wait=60", &nothing);
+    rest.expect(200, "POST", "/v1/vms/web1/reboot?wait=60", &nothing);
+    let ports = rest.get("/v1/ports");
+    let port = ports["items"][0]["id"].as_str().unwrap().to_owned();
+    let port_path = format!("/v1/ports/{port}");
+    assert_eq!(rest.get(&port_path)["name"], "web1/eth0");
+    rest.expect(200, "PATCH", &port_path, &json!({"settings": {"mtu": 1300}}));
+    // An 82576 cannot take a VF's link down, nor give it other VFs' frames.
+    rest.expect(409, "PATCH", &port_path, &json!({"settings": {"blocked": true}}));
+    let promiscuous = json!({"switch": "default", "settings": {"promiscuous": "accept"}});
+    rest.expect(409, "PUT", "/v1/port-groups/web", &promiscuous);
+    rest.expect(409, "PATCH", "/v1/port-groups/web", &promiscuous);
+    rest.expect(409, "DELETE", "/v1/port-groups/web", &nothing);
+    rest.expect(409, "PUT", "/v1/pfs/sim0/vfs", &json!({"count": 1}));
+    rest.expect(422, "PUT", "/v1/pfs/sim1/vfs", &json!({"count": 1000}));
+    rest.expect(200, "PUT", "/v1/pfs/sim1/vfs", &json!({"count": 2}));
+    for list in ["pfs", "pfs/sim0", "vfs", "switches", "switches/default", "port-groups", "port-groups/web"] {
+        rest.get(&format!("/v1/{list}"));
+    }
+    rest.get("/v1/decisions?limit=10&vm=web1");
+    rest.expect(400, "GET", "/v1/decisions?limit=0", &nothing);
+    rest.get("/v1/events");
+    let answer = rest.call_with("GET", "/v1/events", "last-event-id: x\r\n", "");
+    assert_eq!(answer.status, 400);
+
+    rest.general_errors(&|template| {
+        let which = template.split('/').nth(2).unwrap();
+        let names = [("pfs", "sim0"), ("switches", "default"), ("port-groups", "web"), ("ports", &port)];
+        names.iter().find(|(kind, _)| *kind == which).map_or("web1", |(_, name)| name).to_owned()
+    });
+    assert_eq!(rest.get("/v1/vms/web1")["status"]["state"], "running", "nothing of that had an effect");
+
+    rest.expect(200, "POST", "/v1/vms/web1/shutdown?wait=60", &nothing);
+    rest.expect(200, "POST", "/v1/vms/web1/stop?wait=60", &nothing);
+    rest.expect(204, "DELETE", "/v1/vms/web1", &nothing);
+    let none: &[String] = &[];
+    assert_eq!((rest.missing().as_slice(), rest.undocumented.as_slice()), (none, none));
+}

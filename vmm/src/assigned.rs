@@ -1,0 +1,423 @@
+//! The functions of a machine, hardware or simulated: opened before privileges are dropped, put on the PCI bus
+//! afterwards.
+
+use std::{
+    collections::BTreeMap,
+    ops::Range,
+    os::fd::{AsRawFd, OwnedFd, RawFd},
+    sync::Arc,
+    time::Duration,
+};
+
+use devices::{
+    interrupt::MsiRouter,
+    memory::GuestMapper,
+    pci::bar::{BarError, BarLayout},
+    pci::bus::{PciBus, SlotError},
+};
+use kvm_bindings::{kvm_create_device, kvm_device_type_KVM_DEV_TYPE_VFIO};
+use kvm_ioctls::VmFd;
+use passthrough::{
+    function::{AssignedFunction, FunctionError, Gate, ResetError, TrappedRange},
+    hardware::VfHardware,
+    mailbox::layout::{Layout, PAGE_SIZE},
+    relay::{self, Relay},
+    sim::SimVf,
+    vfio::{self, Container, KvmVfioDevice, VfioVf},
+};
+use vm_allocator::{AddressAllocator, AllocPolicy};
+use vmm_sys_util::eventfd::EventFd;
+
+use crate::{
+    authority::Authorities,
+    control::{DeviceBackend, DeviceLoss, DeviceSpec, DeviceStats, FailureCode},
+    layout,
+    memory::GuestMemory,
+    sandbox,
+};
+
+/// How long a function may take to reset: VFIO's own FLR waits 100 ms, a slow device is given a second by the PCI
+/// core, an emulated one under load more.
+const RESET: Duration = Duration::from_secs(10);
+
+/// Why an assigned device cannot be used.
+#[derive(Debug, thiserror::Error)]
+pub enum AssignedError {
+    /// VFIO refused.
+    #[error(transparent)]
+    Vfio(#[from] vfio::Error),
+    /// The agent gave no connection for it.
+    #[error("The connection of simulated device {bdf} to its PF is missing: a bug of Portcullis")]
+    NotConnected {
+        /// The host's PCI address.
+        bdf: String,
+    },
+    /// A simulated VF cannot be had.
+    #[error("Simulated device {bdf} cannot be started")]
+    Simulated {
+        /// The host's PCI address.
+        bdf: String,
+        /// Why.
+        source: std::io::Error,
+    },
+    /// KVM has no VFIO device.
+    #[error("KVM refused to create its VFIO device")]
+    KvmDevice(#[source] kvm_ioctls::Error),
+    /// The function cannot be shown to a guest.
+    #[error("Device {bdf} cannot be assigned")]
+    Function {
+        /// The host's PCI address.
+        bdf: String,
+        /// Why.
+        source: FunctionError,
+    },
+    /// The function does not reset.
+    #[error("Device {bdf} cannot be reset")]
+    Reset {
+        /// The host's PCI address.
+        bdf: String,
+        /// Why.
+        source: ResetError,
+    },
+    /// Its BARs do not fit.
+    #[error("Device {bdf} has a BAR of {size:#x} bytes, for which the guest's PCI windows have no room")]
+    NoRoom {
+        /// The host's PCI address.
+        bdf: String,
+        /// The BAR's size.
+        size: u64,
+    },
+    /// A BAR cannot be placed: a bug.
+    #[error("A BAR of device {bdf} cannot be placed")]
+    Bar {
+        /// The host's PCI address.
+        bdf: String,
+        /// Why.
+        source: BarError,
+    },
+    /// No codec for its mailbox.
+    #[error(
+        "Device {bdf} ({vendor:04x}:{device:04x}) is no VF whose mailbox Portcullis can mediate: use an 82576 or \
+         i350 VF for adapters, or list the device under `devices`, without a port group"
+    )]
+    Family {
+        /// The host's PCI address.
+        bdf: String,
+        /// PCI vendor.
+        vendor: u16,
+        /// PCI device.
+        device: u16,
+    },
+    /// The relay's thread.
+    #[error("Cannot start the mailbox relay of device {bdf}")]
+    Relay {
+        /// The host's PCI address.
+        bdf: String,
+        /// Why.
+        source: std::io::Error,
+    },
+    /// The bus is full.
+    #[error("The guest's PCI bus has no slot for device {bdf}")]
+    Slot {
+        /// The host's PCI address.
+        bdf: String,
+        /// Why.
+        source: SlotError,
+    },
+}
+
+impl AssignedError {
+    /// Stable code for the control channel.
+    #[must_use]
+    pub fn code(&self) -> FailureCode {
+        match self {
+            Self::Vfio(vfio::Error::Memlock { .. }) => FailureCode::Memlock,
+            Self::Vfio(vfio::Error::GroupNotViable { .. }) => FailureCode::GroupNotViable,
+            _ => FailureCode::Device,
+        }
+    }
+}
+
+/// Functions that are open but not yet in a machine.
+pub struct Opened {
+    container: Option<Container>,
+    devices: Vec<(DeviceSpec, Hardware)>,
+}
+
+/// What is behind a function that is not yet in a machine.
+enum Hardware {
+    Vfio(Arc<VfioVf>),
+    /// Its connection to its PF. It needs guest memory to become more.
+    Simulated(OwnedFd),
+}
+
+/// A function's registers, and the eventfds that say when the host wants it back and when it has failed.
+type Live = (Arc<dyn VfHardware>, [Option<EventFd>; 2]);
+
+impl Hardware {
+    fn start(self, bdf: &str, memory: &GuestMemory) -> Result<Live, AssignedError> {
+        Ok(match self {
+            Self::Vfio(vf) => {
+                let signals = [vf.request_event()?, vf.error_event()?];
+                (vf, signals)
+            }
+            Self::Simulated(connection) => {
+                let failed = |source| AssignedError::Simulated { bdf: bdf.to_owned(), source };
+                let vf = SimVf::new(connection, memory.clone()).map_err(failed)?;
+                let error = vf.error_event().map_err(failed)?;
+                (Arc::new(vf), [None, Some(error)])
+            }
+        })
+    }
+}
+
+/// One function in the machine.
+struct Function {
+    spec: DeviceSpec,
+    /// Before the function: it must not touch hardware that is being closed.
+    relay: Option<Relay>,
+    function: Arc<AssignedFunction>,
+    slot: u8,
+    /// Signalled when the host wants the device back, and when it has failed.
+    signals: [Option<EventFd>; 2],
+}
+
+/// A machine's functions.
+pub struct Assigned {
+    functions: Vec<Function>,
+    /// Keeps the DMA mappings until the functions are gone.
+    _container: Option<Container>,
+}
+
+/// A device that was taken away.
+pub struct Loss {
+    /// The host's PCI address.
+    pub bdf: String,
+    /// Why.
+    pub why: DeviceLoss,
+    /// Its slot on the guest's bus.
+    pub slot: u8,
+    /// The eventfds that nobody needs to listen to any more.
+    pub signals: [Option<EventFd>; 2],
+}
+
+impl Assigned {
+    /// Opens all functions, those of VFIO in one container; `connections` are those of the simulated ones, in their
+    /// order. The process still has its privileges.
+    ///
+    /// # Errors
+    /// See [`AssignedError`].
+    pub fn open(
+        vm: &VmFd,
+        devices: &[DeviceSpec],
+        connections: Vec<OwnedFd>,
+    ) -> Result<Opened, AssignedError> {
+        let mut opened = Opened { container: None, devices: Vec::new() };
+        let mut connections = connections.into_iter();
+        for spec in devices {
+            let hardware = match spec.backend {
+                DeviceBackend::Vfio { .. } => {
+                    let container = match opened.container.take() {
+                        Some(container) => container,
+                        None => container(vm)?,
+                    };
+                    let vf = container.open(&sandbox::device_path(&spec.bdf));
+                    opened.container = Some(container);
+                    Hardware::Vfio(Arc::new(vf?))
+                }
+                DeviceBackend::Simulated => {
+                    let missing = || AssignedError::NotConnected { bdf: spec.bdf.clone() };
+                    Hardware::Simulated(connections.next().ok_or_else(missing)?)
+                }
+            };
+            opened.devices.push((spec.clone(), hardware));
+        }
+        Ok(opened)
+    }
+
+    /// Resets all functions and puts them into power-on state. Waits; not for vCPU threads.
+    ///
+    /// # Errors
+    /// See [`AssignedError`].
+    pub fn reset(&self) -> Result<(), AssignedError> {
+        for Function { spec, function, .. } in &self.functions {
+            match function.reset_and_wait(RESET) {
+                // One that was lost does no DMA any more.
+                Err(ResetError::Gone) if function.is_lost() => {}
+                result => {
+                    result.map_err(|source| AssignedError::Reset { bdf: spec.bdf.clone(), source })?;
+                }
+            }
+        }
+        Ok(())
+    }
+
+    /// The request and error eventfds with the number that [`Assigned::lost`] takes.
+    pub fn loss_signals(&self) -> Vec<(usize, RawFd)> {
+        let signals = self.functions.iter().flat_map(|function| &function.signals);
+        let with_number = signals.enumerate();
+        with_number.filter_map(|(number, signal)| Some((number, signal.as_ref()?.as_raw_fd()))).collect()
+    }
+
+    /// Signal `number` is readable: takes the function out of the machine, once.
+    pub fn lost(&mut self, number: usize) -> Option<Loss> {
+        let function = self.functions.get_mut(number / 2)?;
+        function.signals.get(number % 2)?.as_ref()?;
+        if let Some(relay) = function.relay.take() {
+            relay.stop();
+        }
+        function.function.lose();
+        Some(Loss {
+            bdf: function.spec.bdf.clone(),
+            why: if number.is_multiple_of(2) { DeviceLoss::Requested } else { DeviceLoss::Failed },
+            slot: function.slot,
+            signals: std::mem::take(&mut function.signals),
+        })
+    }
+
+    /// The relay of an adapter.
+    #[must_use]
+    pub fn relay(&self, adapter: &str) -> Option<&Relay> {
+        let found = self.functions.iter().find(|function| function.spec.adapter.as_deref() == Some(adapter));
+        found?.relay.as_ref()
+    }
+
+    /// Counters by the host's PCI address.
+    #[must_use]
+    pub fn stats(&self) -> BTreeMap<String, DeviceStats> {
+        let of = |function: &Function| {
+            let stats = function.function.stats();
+            DeviceStats {
+                bar_exits: stats.bar_exits,
+                config_exits: stats.config_exits,
+                relay: function.relay.as_ref().map(Relay::stats),
+            }
+        };
+        self.functions.iter().map(|function| (function.spec.bdf.clone(), of(function))).collect()
+    }
+}
+
+/// Guest-physical addresses for BARs at power-on. The guest may move them.
+struct Places {
+    low: Option<AddressAllocator>,
+    high: Option<AddressAllocator>,
+}
+
+impl Places {
+    fn new(pci_window_64: &Range<u64>) -> Self {
+        let allocator = |range: &Range<u64>| {
+            AddressAllocator::new(range.start, range.end.saturating_sub(range.start)).ok()
+        };
+        Self { low: allocator(&layout::PCI_WINDOW_32), high: allocator(pci_window_64) }
+    }
+
+    fn take(&mut self, layout: BarLayout) -> Option<u64> {
+        let from = |allocator: &mut Option<AddressAllocator>| {
+            // BARs smaller than a page get one of their own, so that no two share a window.
+            let size = layout.size.max(4096);
+            let range = allocator.as_mut()?.allocate(size, size, AllocPolicy::FirstMatch).ok()?;
+            Some(range.start())
+        };
+        let high = if layout.is_64bit { from(&mut self.high) } else { None };
+        high.or_else(|| from(&mut self.low))
+    }
+}
+
+impl Opened {
+    /// Maps guest memory for DMA and puts the functions on the bus.
+    ///
+    /// # Errors
+    /// See [`AssignedError`].
+    pub fn assemble(
+        self,
+        memory: &GuestMemory,
+        router: &Arc<dyn MsiRouter>,
+        mapper: &Arc<dyn GuestMapper>,
+        bus: &PciBus,
+        pci_window_64: &Range<u64>,
+        authorities: &Authorities,
+    ) -> Result<Assigned, AssignedError> {
+        if let Some(container) = &self.container {
+            container.map_memory(memory)?;
+        }
+        let mut places = Places::new(pci_window_64);
+        let windows: Arc<[Range<u64>]> = [layout::PCI_WINDOW_32, pci_window_64.clone()].into();
+        let mut functions = Vec::new();
+        for (spec, hardware) in self.devices {
+            let bdf = || spec.bdf.clone();
+            let (hardware, signals) = hardware.start(&spec.bdf, memory)?;
+            let gate = Gate::new(hardware);
+            let relay = start_relay(&spec, &gate, authorities)?;
+            let traps: Vec<TrappedRange> = relay.iter().map(mailbox_trap).collect();
+            let (mapper, router) = (Arc::clone(mapper), Arc::clone(router));
+            let function =
+                AssignedFunction::new(&spec.bdf, gate, Arc::clone(&windows), &traps, mapper, router)
+                    .map_err(|source| AssignedError::Function { bdf: bdf(), source })?;
+            for (index, bar) in function.bars() {
+                let address =
+                    places.take(bar).ok_or_else(|| AssignedError::NoRoom { bdf: bdf(), size: bar.size })?;
+                function
+                    .assign_bar(index, address)
+                    .map_err(|source| AssignedError::Bar { bdf: bdf(), source })?;
+            }
+            let function = Arc::new(function);
+            let slot =
+                bus.add(function.clone()).map_err(|source| AssignedError::Slot { bdf: bdf(), source })?;
+            functions.push(Function { spec, relay, function, slot, signals });
+        }
+        Ok(Assigned { functions, _container: self.container })
+    }
+}
+
+/// The IOMMU domain of a machine, known to KVM.
+fn container(vm: &VmFd) -> Result<Container, AssignedError> {
+    let mut device = kvm_create_device { type_: kvm_device_type_KVM_DEV_TYPE_VFIO, fd: 0, flags: 0 };
+    let kvm = vm.create_device(&mut device).map_err(AssignedError::KvmDevice)?;
+    Ok(Container::new(Some(KvmVfioDevice::new_from_kvm(kvm)))?)
+}
+
+/// A network VF gets a relay, a plain device none.
+fn start_relay(
+    spec: &DeviceSpec,
+    gate: &Arc<Gate>,
+    authorities: &Authorities,
+) -> Result<Option<Relay>, AssignedError> {
+    let Some(adapter) = &spec.adapter else { return Ok(None) };
+    let mut ids = [0; 4];
+    gate.config_read(0, &mut ids);
+    let [vendor_low, vendor_high, device_low, device_high] = ids;
+    let vendor = u16::from_le_bytes([vendor_low, vendor_high]);
+    let device = u16::from_le_bytes([device_low, device_high]);
+    let family = Layout::of(vendor, device).ok_or_else(|| AssignedError::Family {
+        bdf: spec.bdf.clone(),
+        vendor,
+        device,
+    })?;
+    let config = relay::Config { adapter: adapter.clone(), ..relay::Config::default() };
+    let relay = Relay::start(config, family, gate.clone(), Arc::new(authorities.of(adapter)))
+        .map_err(|source| AssignedError::Relay { bdf: spec.bdf.clone(), source })?;
+    Ok(Some(relay))
+}
+
+/// The page that is never shown to the guest: the mailbox's.
+fn mailbox_trap(relay: &Relay) -> TrappedRange {
+    TrappedRange { bar: 0, range: 0..PAGE_SIZE, handler: relay.page() }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn bars_get_addresses_of_their_own_in_the_window_that_they_can_reach() {
+        let mut places = Places::new(&(1 << 32..1 << 33));
+        let bar = |size, is_64bit| BarLayout { size, is_64bit, prefetchable: false };
+        assert_eq!(places.take(bar(0x4000, true)), Some(1 << 32));
+        assert_eq!(places.take(bar(0x4000, true)), Some((1 << 32) + 0x4000));
+        assert_eq!(places.take(bar(0x10, false)), Some(0xc000_0000));
+        assert_eq!(places.take(bar(0x2000, false)), Some(0xc000_2000));
+        assert_eq!(places.take(bar(1 << 34, true)), None);
+        let mut no_upper_window = Places::new(&(0..0));
+        assert_eq!(no_upper_window.take(bar(0x4000, true)), Some(0xc000_0000));
+    }
+}

@@ -1,0 +1,254 @@
+//! Puts a kernel into guest memory: bzImage by the 64-bit Linux protocol, ELF by PVH or, without a PVH note, like
+//! Linux' 64-bit entry.
+
+pub mod acpi;
+mod linux;
+mod pvh;
+
+use std::{
+    fs::File,
+    io::{Read, Seek, SeekFrom},
+    ops::Range,
+};
+
+use linux_loader::loader::{
+    self, KernelLoader,
+    elf::{Elf, PvhBootCapability},
+};
+use vm_memory::{Bytes, GuestAddress, GuestMemoryBackend};
+
+use crate::{
+    layout,
+    memory::GuestMemory,
+    vcpu::state::{self, Entry},
+};
+
+/// A bzImage's 64-bit entry lies this far behind its load address (Documentation/arch/x86/boot.rst).
+const ENTRY_64: u64 = 0x200;
+/// `xloadflags` bit 0: the kernel has that entry.
+const XLF_KERNEL_64: u16 = 1;
+/// Linux on hardware-reduced ACPI wants to reboot by EFI and, finding none, jumps to the BIOS in real mode. There it
+/// finds `mov al, 0xfe; out 0x64, al; hlt; jmp` back to the `hlt`: the keyboard controller's reset.
+const RESET_STUB: [u8; 7] = [0xb0, 0xfe, 0xe6, 0x64, 0xf4, 0xeb, 0xfd];
+/// Page size, for the place of the initramfs.
+const PAGE: u64 = 4096;
+
+/// Why a kernel cannot be booted.
+#[derive(Debug, thiserror::Error)]
+pub enum BootError {
+    /// Neither ELF nor bzImage.
+    #[error("The kernel file is neither an x86-64 ELF image nor a bzImage")]
+    NotAKernel,
+    /// The image contradicts itself or does not fit.
+    #[error("The kernel image cannot be loaded: it is damaged or larger than the guest's memory")]
+    Load(#[source] loader::Error),
+    /// A bzImage without 64-bit entry.
+    #[error("The kernel is a 32-bit bzImage; use an x86-64 one")]
+    NotSixtyFourBit,
+    /// A file cannot be read.
+    #[error("Cannot read the {0} file")]
+    Read(&'static str, #[source] std::io::Error),
+    /// The initramfs does not fit.
+    #[error(
+        "The initramfs of {size} bytes does not fit between the kernel's end ({kernel_end:#x}) and {limit:#x}; \
+         give the VM more memory"
+    )]
+    InitramfsTooLarge {
+        /// Its size.
+        size: u64,
+        /// End of the kernel in memory.
+        kernel_end: u64,
+        /// Highest address that it may reach.
+        limit: u64,
+    },
+    /// The command line is too long.
+    #[error("The kernel command line has {0} bytes, at most {max} are possible", max = layout::CMDLINE_MAX - 1)]
+    CmdlineTooLong(usize),
+    /// The command line has a NUL or a newline in it.
+    #[error("The kernel command line contains a control character")]
+    CmdlineCharacter,
+    /// Guest memory is too small for what has to be in it.
+    #[error("The guest's memory is too small to boot; give it at least 2 MiB")]
+    Memory(#[source] vm_memory::GuestMemoryError),
+}
+
+/// What is booted. Kept open for reboots.
+#[derive(Debug)]
+pub struct Payload {
+    /// The kernel image.
+    pub kernel: File,
+    /// The initramfs.
+    pub initramfs: Option<File>,
+    /// The kernel command line.
+    pub cmdline: String,
+}
+
+/// An initramfs in guest memory.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+struct Placed {
+    address: u64,
+    size: u64,
+}
+
+/// Loads everything that the first instruction needs and says where it is.
+///
+/// # Errors
+/// See [`BootError`].
+pub fn load(
+    memory: &GuestMemory,
+    payload: &mut Payload,
+    machine: &acpi::Description,
+) -> Result<Entry, BootError> {
+    let cmdline = cmdline(&payload.cmdline)?;
+    let entry = match image_kind(&mut payload.kernel)? {
+        Kind::Elf => load_elf(memory, payload)?,
+        Kind::BzImage => load_bzimage(memory, payload)?,
+    };
+    let write =
+        |bytes: &[u8], at: u64| memory.write_slice(bytes, GuestAddress(at)).map_err(BootError::Memory);
+    write(&cmdline, layout::CMDLINE)?;
+    write(&acpi::tables(machine), layout::ACPI.start)?;
+    write(&RESET_STUB, layout::RESET_VECTOR)?;
+    for (at, descriptor) in (layout::GDT..).step_by(8).zip(state::gdt(entry)) {
+        write(&descriptor.to_le_bytes(), at)?;
+    }
+    if matches!(entry, Entry::Linux64 { .. }) {
+        identity_map(memory)?;
+    }
+    Ok(entry)
+}
+
+fn cmdline(text: &str) -> Result<Vec<u8>, BootError> {
+    if text.len() >= layout::CMDLINE_MAX {
+        return Err(BootError::CmdlineTooLong(text.len()));
+    }
+    if text.bytes().any(|byte| byte.is_ascii_control()) {
+        return Err(BootError::CmdlineCharacter);
+    }
+    let mut bytes = text.as_bytes().to_vec();
+    bytes.push(0);
+    Ok(bytes)
+}
+
+enum Kind {
+    Elf,
+    BzImage,
+}
+
+fn image_kind(kernel: &mut File) -> Result<Kind, BootError> {
+    let read = |e| BootError::Read("kernel", e);
+    let mut magic = [0; 4];
+    kernel.rewind().map_err(read)?;
+    match kernel.read_exact(&mut magic) {
+        Ok(()) if magic == *b"\x7fELF" => return Ok(Kind::Elf),
+        Ok(()) => {}
+        Err(e) if e.kind() == std::io::ErrorKind::UnexpectedEof => return Err(BootError::NotAKernel),
+        Err(e) => return Err(read(e)),
+    }
+    // "HdrS" at 0x202: boot protocol 2.00 and newer.
+    kernel.seek(SeekFrom::Start(0x202)).map_err(read)?;
+    match kernel.read_exact(&mut magic) {
+        Ok(()) if magic == *b"HdrS" => Ok(Kind::BzImage),
+        Ok(()) => Err(BootError::NotAKernel),
+        Err(e) if e.kind() == std::io::ErrorKind::UnexpectedEof => Err(BootError::NotAKernel),
+        Err(e) => Err(read(e)),
+    }
+}
+
+fn load_elf(memory: &GuestMemory, payload: &mut Payload) -> Result<Entry, BootError> {
+    let loaded = Elf::load(memory, None, &mut payload.kernel, Some(GuestAddress(layout::HIGH_RAM)))
+        .map_err(BootError::Load)?;
+    let limit = low_ram_end(memory);
+    let initramfs = place_initramfs(memory, payload, loaded.kernel_end, limit)?;
+    if let PvhBootCapability::PvhEntryPresent(rip) = loaded.pvh_boot_cap {
+        pvh::write_start_info(memory, initramfs)?;
+        return Ok(Entry::Pvh { rip: rip.0 });
+    }
+    linux::write_zero_page(memory, None, initramfs, payload.cmdline.len())?;
+    Ok(Entry::Linux64 { rip: loaded.kernel_load.0 })
+}
+
+fn load_bzimage(memory: &GuestMemory, payload: &mut Payload) -> Result<Entry, BootError> {
+    let loaded = loader::bzimage::BzImage::load(
+        memory,
+        None,
+        &mut payload.kernel,
+        Some(GuestAddress(layout::HIGH_RAM)),
+    )
+    .map_err(BootError::Load)?;
+    let header = loaded.setup_header.ok_or(BootError::NotAKernel)?;
+    if header.xloadflags & XLF_KERNEL_64 == 0 {
+        return Err(BootError::NotSixtyFourBit);
+    }
+    // The kernel unpacks itself in place: `init_size` bytes from its load address are its own.
+    let kernel_end = loaded.kernel_end.max(loaded.kernel_load.0.saturating_add(u64::from(header.init_size)));
+    let limit = low_ram_end(memory).min(u64::from(header.initrd_addr_max).saturating_add(1));
+    let initramfs = place_initramfs(memory, payload, kernel_end, limit)?;
+    linux::write_zero_page(memory, Some(header), initramfs, payload.cmdline.len())?;
+    Ok(Entry::Linux64 { rip: loaded.kernel_load.0.saturating_add(ENTRY_64) })
+}
+
+fn low_ram_end(memory: &GuestMemory) -> u64 {
+    memory.last_addr().0.saturating_add(1).min(layout::PCI_WINDOW_32.start)
+}
+
+/// As high as it may be: the kernel's own early allocations begin below.
+fn place_initramfs(
+    memory: &GuestMemory,
+    payload: &mut Payload,
+    kernel_end: u64,
+    limit: u64,
+) -> Result<Option<Placed>, BootError> {
+    let Some(file) = &mut payload.initramfs else { return Ok(None) };
+    let read = |e| BootError::Read("initramfs", e);
+    let size = file.seek(SeekFrom::End(0)).map_err(read)?;
+    file.rewind().map_err(read)?;
+    let too_large = BootError::InitramfsTooLarge { size, kernel_end, limit };
+    let Some(address) = limit.checked_sub(size).map(|start| start & !(PAGE - 1)) else {
+        return Err(too_large);
+    };
+    let Ok(len) = usize::try_from(size) else { return Err(too_large) };
+    if address < kernel_end {
+        return Err(too_large);
+    }
+    memory.read_exact_volatile_from(GuestAddress(address), file, len).map_err(BootError::Memory)?;
+    Ok(Some(Placed { address, size }))
+}
+
+/// RAM as the guest may use it, apart from what [`crate::layout`] keeps.
+fn usable_ram(memory: &GuestMemory) -> Vec<Range<u64>> {
+    #[expect(clippy::single_range_in_vec_init, reason = "a list of ranges that starts with one")]
+    let mut ranges = vec![0..layout::LOW_RAM_END];
+    for ram in layout::ram(memory_size(memory)) {
+        ranges.push(ram.start.max(layout::HIGH_RAM)..ram.end);
+    }
+    ranges
+}
+
+fn memory_size(memory: &GuestMemory) -> u64 {
+    use vm_memory::GuestMemoryRegion;
+    memory.iter().map(GuestMemoryRegion::len).sum()
+}
+
+/// 2 MiB pages for the first 4 GiB, as the 64-bit entry wants them.
+fn identity_map(memory: &GuestMemory) -> Result<(), BootError> {
+    const PRESENT_WRITABLE: u64 = 0x3;
+    const LARGE: u64 = 0x80;
+    let write = |entry: u64, at: u64| {
+        memory.write_slice(&entry.to_le_bytes(), GuestAddress(at)).map_err(BootError::Memory)
+    };
+    let pdpt = layout::PAGE_TABLES + PAGE;
+    write(pdpt | PRESENT_WRITABLE, layout::PAGE_TABLES)?;
+    for gib in 0..4 {
+        let directory = pdpt + PAGE * (gib + 1);
+        write(directory | PRESENT_WRITABLE, pdpt + gib * 8)?;
+        for page in 0..512 {
+            let address = gib << 30 | page << 21;
+            write(address | LARGE | PRESENT_WRITABLE, directory + page * 8)?;
+        }
+    }
+    Ok(())
+}
+
+#[cfg(test)]
+pub(crate) mod tests;

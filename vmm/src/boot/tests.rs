@@ -1,0 +1,138 @@
+use std::io::Write;
+
+use linux_loader::loader::bootparam::boot_params;
+
+use super::*;
+use crate::memory;
+
+fn file(bytes: &[u8]) -> File {
+    let mut file = tempfile::tempfile().unwrap();
+    file.write_all(bytes).unwrap();
+    file
+}
+
+fn payload(kernel: &[u8], initramfs: Option<&[u8]>) -> Payload {
+    Payload { kernel: file(kernel), initramfs: initramfs.map(file), cmdline: "console=ttyS0".into() }
+}
+
+fn machine() -> acpi::Description {
+    acpi::Description { cpus: 1, pci_window_64: 0..0 }
+}
+
+/// A bzImage with one setup sector and `body` as its compressed kernel.
+fn bzimage(xloadflags: u16, init_size: u32, body: &[u8]) -> Vec<u8> {
+    let mut image = vec![0; 0x400];
+    image[0x1f1] = 1;
+    image[0x1fe..0x200].copy_from_slice(&0xaa55_u16.to_le_bytes());
+    image[0x202..0x206].copy_from_slice(b"HdrS");
+    image[0x206..0x208].copy_from_slice(&0x020f_u16.to_le_bytes());
+    image[0x211] = 1;
+    image[0x214..0x218].copy_from_slice(&0x10_0000_u32.to_le_bytes());
+    image[0x22c..0x230].copy_from_slice(&0x7fff_ffff_u32.to_le_bytes());
+    image[0x236..0x238].copy_from_slice(&xloadflags.to_le_bytes());
+    image[0x260..0x264].copy_from_slice(&init_size.to_le_bytes());
+    image.extend_from_slice(body);
+    image
+}
+
+/// An ELF image with one segment at 1 MiB, and a PVH note in front of it if wanted.
+pub(crate) fn elf(pvh: bool, code: &[u8]) -> Vec<u8> {
+    let headers = if pvh { 2 } else { 1 };
+    let mut image = Vec::new();
+    image.extend_from_slice(b"\x7fELF\x02\x01\x01\0\0\0\0\0\0\0\0\0");
+    image.extend_from_slice(&2_u16.to_le_bytes());
+    image.extend_from_slice(&62_u16.to_le_bytes());
+    image.extend_from_slice(&1_u32.to_le_bytes());
+    image.extend_from_slice(&0x10_0000_u64.to_le_bytes());
+    image.extend_from_slice(&64_u64.to_le_bytes());
+    image.extend_from_slice(&0_u64.to_le_bytes());
+    image.extend_from_slice(&0_u32.to_le_bytes());
+    for value in [64_u16, 56, headers, 64, 0, 0] {
+        image.extend_from_slice(&value.to_le_bytes());
+    }
+    let note = [4_u32, 4, 18, u32::from_le_bytes(*b"Xen\0"), 0x10_0000];
+    let notes_at = 64 + 56 * u64::from(headers);
+    let code_at = if pvh { notes_at + 20 } else { notes_at };
+    let mut program_header = |kind: u32, offset: u64, address: u64, size: u64| {
+        image.extend_from_slice(&kind.to_le_bytes());
+        image.extend_from_slice(&7_u32.to_le_bytes());
+        for value in [offset, address, address, size, size, 4] {
+            image.extend_from_slice(&value.to_le_bytes());
+        }
+    };
+    if pvh {
+        program_header(4, notes_at, 0, 20);
+    }
+    program_header(1, code_at, 0x10_0000, code.len() as u64);
+    if pvh {
+        note.iter().for_each(|word| image.extend_from_slice(&word.to_le_bytes()));
+    }
+    image.extend_from_slice(code);
+    image
+}
+
+#[test]
+fn kernels_are_told_apart() {
+    let memory = memory::reserve(16 << 20, false).unwrap();
+    let entry = |image: &[u8]| load(&memory, &mut payload(image, None), &machine());
+    assert_eq!(entry(&elf(true, &[0xf4])).unwrap(), Entry::Pvh { rip: 0x10_0000 });
+    assert_eq!(entry(&elf(false, &[0xf4])).unwrap(), Entry::Linux64 { rip: 0x10_0000 });
+    assert_eq!(entry(&bzimage(1, 0x1000, &[0xf4; 600])).unwrap(), Entry::Linux64 { rip: 0x10_0200 });
+    assert!(matches!(entry(&bzimage(0, 0x1000, &[0xf4])), Err(BootError::NotSixtyFourBit)));
+    for rubbish in [&b""[..], b"#!/bin/sh\n", &[0; 4096]] {
+        assert!(matches!(entry(rubbish), Err(BootError::NotAKernel)), "{} bytes", rubbish.len());
+    }
+    let cut = &elf(true, &[0x90; 4096])[..1000];
+    assert!(matches!(entry(cut), Err(BootError::Load(_))));
+}
+
+#[test]
+fn the_initramfs_lies_high_and_clear_of_the_kernel() {
+    let memory = memory::reserve(16 << 20, false).unwrap();
+    let initramfs = vec![0xab; 5000];
+    load(&memory, &mut payload(&bzimage(1, 8 << 20, &[0xf4]), Some(&initramfs)), &machine()).unwrap();
+    let params: boot_params = memory.read_obj(GuestAddress(layout::BOOT_PARAMS)).unwrap();
+    let (image, size) = (params.hdr.ramdisk_image, params.hdr.ramdisk_size);
+    assert_eq!((image, size), ((16 << 20) - 8192, 5000));
+    assert_eq!(memory.read_obj::<u8>(GuestAddress(u64::from(image) + 4999)).unwrap(), 0xab);
+    let e820 = params.e820_table;
+    let table = e820[..usize::from(params.e820_entries)]
+        .iter()
+        .map(|entry| (entry.addr, entry.size, entry.r#type))
+        .collect::<Vec<_>>();
+    assert_eq!(table, [(0, 0xa_0000, 1), (0x10_0000, 15 << 20, 1), (0xe000_0000, 0x10_0000, 2)]);
+
+    let large = vec![0; 8 << 20];
+    let result = load(&memory, &mut payload(&bzimage(1, 8 << 20, &[0xf4]), Some(&large)), &machine());
+    assert!(matches!(result, Err(BootError::InitramfsTooLarge { .. })));
+}
+
+#[test]
+fn command_lines_are_checked() {
+    let memory = memory::reserve(4 << 20, false).unwrap();
+    let with = |cmdline: &str| {
+        let mut payload = payload(&elf(true, &[0xf4]), None);
+        payload.cmdline = cmdline.to_owned();
+        load(&memory, &mut payload, &machine()).map(|_| ())
+    };
+    assert!(with(&"x".repeat(layout::CMDLINE_MAX - 1)).is_ok());
+    assert!(matches!(with(&"x".repeat(layout::CMDLINE_MAX)), Err(BootError::CmdlineTooLong(2048))));
+    assert!(matches!(with("a\0b"), Err(BootError::CmdlineCharacter)));
+}
+
+#[test]
+fn a_jump_to_the_bios_finds_the_reset() {
+    let memory = memory::reserve(4 << 20, false).unwrap();
+    load(&memory, &mut payload(&elf(true, &[0xf4]), None), &machine()).unwrap();
+    let mut stub = [0; 7];
+    memory.read_slice(&mut stub, GuestAddress(0xf_fff0)).unwrap();
+    assert_eq!(stub, RESET_STUB);
+    let tables = acpi::tables(&acpi::Description { cpus: 254, pci_window_64: 0..0 });
+    assert!(layout::ACPI.start + tables.len() as u64 <= layout::RESET_VECTOR);
+}
+
+#[test]
+fn memory_beyond_the_hole_is_listed() {
+    let memory = memory::reserve(4 << 30, false).unwrap();
+    assert_eq!(usable_ram(&memory), [0..0xa_0000, 0x10_0000..0xc000_0000, 0x1_0000_0000..0x1_4000_0000]);
+}

@@ -1,0 +1,261 @@
+//! Bounded, typed packets with file descriptors over a `SOCK_SEQPACKET` Unix socket.
+
+use std::{
+    cell::RefCell,
+    io::{self, IoSlice, IoSliceMut},
+    mem::MaybeUninit,
+    os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd, RawFd},
+    path::Path,
+};
+
+use rustix::{
+    io::Errno,
+    net::{
+        self, AddressFamily, RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, SendAncillaryBuffer,
+        SendAncillaryMessage, SendFlags, SocketAddrUnix, SocketFlags, SocketType,
+    },
+};
+use serde::{Serialize, de::DeserializeOwned};
+
+/// Longest packet in bytes. The kernel's default socket buffer holds several.
+pub const FRAME_MAX: usize = 64 * 1024;
+
+/// Most file descriptors beside one packet: four files of a machine, and a connection for each function that a VM can
+/// have if all are simulated.
+pub const FDS_MAX: usize = 4 + 16;
+
+thread_local! {
+    /// What packets are received into: a new one each time would be cleared each time, on a path where a guest waits.
+    static BUFFER: RefCell<Vec<u8>> = const { RefCell::new(Vec::new()) };
+}
+
+/// Longest queue of connections that nobody accepted yet.
+const BACKLOG: i32 = 4;
+
+/// What can go wrong on a control channel. All but [`ChannelError::WouldBlock`] end the connection.
+#[derive(Debug, thiserror::Error)]
+pub enum ChannelError {
+    /// Non-blocking socket: nothing to read, or no room to write. Try again when the socket is ready.
+    #[error("The control socket is not ready")]
+    WouldBlock,
+    /// The peer closed the connection.
+    #[error("The peer closed the control connection")]
+    Closed,
+    /// The peer sent more than [`FRAME_MAX`] bytes or [`FDS_MAX`] descriptors.
+    #[error("The peer sent an oversized control message")]
+    Oversized,
+    /// The peer sent something that is no message of the protocol.
+    #[error("The peer sent a malformed control message")]
+    Malformed(#[source] serde_json::Error),
+    /// Our own message does not fit: a bug or a specification out of bounds.
+    #[error("A control message of {0} bytes is too long to be sent")]
+    TooLong(usize),
+    /// The socket failed.
+    #[error("The control socket failed")]
+    Socket(#[from] io::Error),
+}
+
+impl From<Errno> for ChannelError {
+    fn from(errno: Errno) -> Self {
+        match errno {
+            Errno::AGAIN => Self::WouldBlock,
+            Errno::PIPE | Errno::CONNRESET => Self::Closed,
+            other => Self::Socket(other.into()),
+        }
+    }
+}
+
+/// The listening end, bound by the agent and kept by the vmm.
+#[derive(Debug)]
+pub struct Listener(OwnedFd);
+
+impl Listener {
+    /// Binds a listening socket at `path`, which must not exist. Close-on-exec, non-blocking.
+    ///
+    /// # Errors
+    /// Those of `socket`, `bind` and `listen`.
+    pub fn bind(path: &Path) -> io::Result<Self> {
+        let fd = socket()?;
+        net::bind(&fd, &SocketAddrUnix::new(path)?)?;
+        net::listen(&fd, BACKLOG)?;
+        Ok(Self(fd))
+    }
+
+    /// Takes over a listening socket that this process inherited.
+    #[must_use]
+    pub fn from_fd(fd: OwnedFd) -> Self {
+        Self(fd)
+    }
+
+    /// The next connection.
+    ///
+    /// # Errors
+    /// [`ChannelError::WouldBlock`] if there is none.
+    pub fn accept(&self) -> Result<Channel, ChannelError> {
+        let fd = net::accept_with(&self.0, SocketFlags::CLOEXEC | SocketFlags::NONBLOCK)?;
+        Ok(Channel(fd))
+    }
+}
+
+impl AsFd for Listener {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.0.as_fd()
+    }
+}
+
+impl AsRawFd for Listener {
+    fn as_raw_fd(&self) -> RawFd {
+        self.0.as_raw_fd()
+    }
+}
+
+/// One connection. Non-blocking: callers wait for readiness with their own event loop.
+#[derive(Debug)]
+pub struct Channel(OwnedFd);
+
+impl Channel {
+    /// Connects to the vmm that listens at `path`.
+    ///
+    /// # Errors
+    /// Those of `socket` and `connect`; `ConnectionRefused` when no process holds the listener any more.
+    pub fn connect(path: &Path) -> io::Result<Self> {
+        let fd = socket()?;
+        net::connect(&fd, &SocketAddrUnix::new(path)?)?;
+        Ok(Self(fd))
+    }
+
+    /// Process, user and group id of the peer at the time of `connect` (or `listen`, on the connecting side).
+    ///
+    /// # Errors
+    /// Those of `getsockopt(SO_PEERCRED)`.
+    pub fn peer(&self) -> io::Result<rustix::net::UCred> {
+        Ok(net::sockopt::socket_peercred(&self.0)?)
+    }
+
+    /// Sends one message and descriptors beside it.
+    ///
+    /// # Errors
+    /// [`ChannelError::TooLong`] leaves the connection usable, as does [`ChannelError::WouldBlock`]: nothing was
+    /// sent.
+    pub fn send<M: Serialize>(&self, message: &M, fds: &[BorrowedFd<'_>]) -> Result<(), ChannelError> {
+        let bytes = serde_json::to_vec(message).map_err(ChannelError::Malformed)?;
+        if bytes.len() > FRAME_MAX || fds.len() > FDS_MAX {
+            return Err(ChannelError::TooLong(bytes.len()));
+        }
+        let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(FDS_MAX))];
+        let mut control = SendAncillaryBuffer::new(&mut space);
+        if !fds.is_empty() && !control.push(SendAncillaryMessage::ScmRights(fds)) {
+            return Err(ChannelError::TooLong(bytes.len()));
+        }
+        net::sendmsg(&self.0, &[IoSlice::new(&bytes)], &mut control, SendFlags::NOSIGNAL)?;
+        Ok(())
+    }
+
+    /// Receives one message and the descriptors beside it (close-on-exec).
+    ///
+    /// # Errors
+    /// Every error but [`ChannelError::WouldBlock`] means that the connection is to be dropped.
+    pub fn receive<M: DeserializeOwned>(&self) -> Result<(M, Vec<OwnedFd>), ChannelError> {
+        BUFFER.with_borrow_mut(|bytes| {
+            bytes.resize(FRAME_MAX, 0);
+            self.receive_into(bytes)
+        })
+    }
+
+    fn receive_into<M: DeserializeOwned>(&self, bytes: &mut [u8]) -> Result<(M, Vec<OwnedFd>), ChannelError> {
+        let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(FDS_MAX))];
+        let mut control = RecvAncillaryBuffer::new(&mut space);
+        let got =
+            net::recvmsg(&self.0, &mut [IoSliceMut::new(bytes)], &mut control, RecvFlags::CMSG_CLOEXEC)?;
+        let mut fds = Vec::new();
+        for message in control.drain() {
+            if let RecvAncillaryMessage::ScmRights(rights) = message {
+                fds.extend(rights);
+            }
+        }
+        if got.flags.intersects(net::ReturnFlags::TRUNC | net::ReturnFlags::CTRUNC) {
+            return Err(ChannelError::Oversized);
+        }
+        if got.bytes == 0 {
+            return Err(ChannelError::Closed);
+        }
+        let message = serde_json::from_slice(bytes.get(..got.bytes).unwrap_or_default())
+            .map_err(ChannelError::Malformed)?;
+        Ok((message, fds))
+    }
+}
+
+impl AsFd for Channel {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.0.as_fd()
+    }
+}
+
+impl AsRawFd for Channel {
+    fn as_raw_fd(&self) -> RawFd {
+        self.0.as_raw_fd()
+    }
+}
+
+fn socket() -> io::Result<OwnedFd> {
+    Ok(net::socket_with(
+        AddressFamily::UNIX,
+        SocketType::SEQPACKET,
+        SocketFlags::CLOEXEC | SocketFlags::NONBLOCK,
+        None,
+    )?)
+}
+
+#[cfg(test)]
+mod tests {
+    use std::fs::File;
+
+    use super::*;
+    use crate::control::message::{Order, ToVmm};
+
+    fn pair() -> (tempfile::TempDir, Channel, Channel) {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("control.sock");
+        let listener = Listener::bind(&path).unwrap();
+        let near = Channel::connect(&path).unwrap();
+        let far = listener.accept().unwrap();
+        (dir, near, far)
+    }
+
+    #[test]
+    fn message_and_descriptors_arrive_together() {
+        let (_dir, near, far) = pair();
+        let sent = ToVmm::Order { id: 7, order: Order::Pause };
+        let file = File::open("/dev/null").unwrap();
+        near.send(&sent, &[file.as_fd(), file.as_fd()]).unwrap();
+        let (got, fds) = far.receive::<ToVmm>().unwrap();
+        assert_eq!(got, sent);
+        assert_eq!(fds.len(), 2);
+        assert!(matches!(far.receive::<ToVmm>(), Err(ChannelError::WouldBlock)));
+    }
+
+    #[test]
+    fn a_closed_peer_is_seen() {
+        let (_dir, near, far) = pair();
+        drop(near);
+        assert!(matches!(far.receive::<ToVmm>(), Err(ChannelError::Closed)));
+    }
+
+    #[test]
+    fn oversized_and_malformed_packets_are_refused() {
+        let (_dir, near, far) = pair();
+        let long = "x".repeat(FRAME_MAX);
+        assert!(matches!(near.send(&long, &[]), Err(ChannelError::TooLong(_))));
+        net::send(&near.0, &vec![b'x'; FRAME_MAX + 1], SendFlags::NOSIGNAL).unwrap();
+        assert!(matches!(far.receive::<ToVmm>(), Err(ChannelError::Oversized)));
+        near.send(&"nonsense", &[]).unwrap();
+        assert!(matches!(far.receive::<ToVmm>(), Err(ChannelError::Malformed(_))));
+    }
+
+    #[test]
+    fn the_peer_is_known() {
+        let (_dir, near, far) = pair();
+        assert_eq!(far.peer().unwrap().pid, rustix::process::getpid());
+        assert_eq!(near.peer().unwrap().uid, rustix::process::getuid());
+    }
+}

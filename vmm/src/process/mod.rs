@@ -1,0 +1,81 @@
+//! The per-VM process: `portcullis vmm FD UUID`.
+//!
+//! Starts with a listening control socket and nothing else, is told by the agent what to build, and serves one event
+//! loop (event-manager) until the machine has ended. The loop owns the machine; vCPUs and the relay talk to it by
+//! messages.
+
+mod orders;
+mod reports;
+mod serve;
+#[cfg(test)]
+mod tests;
+
+use std::{
+    os::fd::{FromRawFd, OwnedFd, RawFd},
+    process::ExitCode,
+    time::Instant,
+};
+
+use event_manager::{EventManager, SubscriberOps};
+use uuid::Uuid;
+
+use self::serve::Process;
+use crate::control::Listener;
+
+/// The word on the command line that makes `portcullis` this process.
+pub const SUBCOMMAND: &str = "vmm";
+
+/// Exit status of a process that was called wrongly.
+const USAGE: u8 = 2;
+
+/// Runs the process. `arguments` are those after [`SUBCOMMAND`]: the number of the inherited listening socket, and
+/// the VM's id.
+#[must_use]
+pub fn main(arguments: &[String]) -> ExitCode {
+    let started = Instant::now();
+    let Some((listener, vm)) = parse(arguments) else {
+        tracing::error!("{SUBCOMMAND} is started by the agent only, as: {SUBCOMMAND} LISTENER_FD VM_UUID");
+        return ExitCode::from(USAGE);
+    };
+    match serve(Listener::from_fd(listener), vm, started) {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            tracing::error!(%vm, "{}", crate::machine::chain(&error));
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn parse(arguments: &[String]) -> Option<(OwnedFd, Uuid)> {
+    let [fd, vm] = arguments else { return None };
+    let fd: RawFd = fd.parse().ok().filter(|fd| *fd > 2)?;
+    let vm = vm.parse().ok()?;
+    // SAFETY: by contract with the agent the descriptor was inherited for this purpose and nobody else owns it; a
+    // number that is no descriptor makes the first system call on it fail, no more.
+    let fd = unsafe { OwnedFd::from_raw_fd(fd) };
+    rustix::io::fcntl_setfd(&fd, rustix::io::FdFlags::CLOEXEC).ok()?;
+    Some((fd, vm))
+}
+
+/// Why the process cannot serve.
+#[derive(Debug, thiserror::Error)]
+enum ServeError {
+    #[error("Cannot make an eventfd")]
+    EventFd(#[from] std::io::Error),
+    #[error("The event loop failed")]
+    Loop(#[from] event_manager::Error),
+}
+
+fn serve(listener: Listener, vm: Uuid, started: Instant) -> Result<(), ServeError> {
+    let mut events = EventManager::<Process>::new()?;
+    let id = events.add_subscriber(Process::new(listener, vm, started)?);
+    loop {
+        let process = events.subscriber_mut(id)?;
+        if process.finished() {
+            process.take_down();
+            return Ok(());
+        }
+        let timeout = process.wake_after_ms();
+        events.run_with_timeout(timeout)?;
+    }
+}

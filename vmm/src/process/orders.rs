@@ -1,0 +1,213 @@
+//! What each order does, and which states allow it.
+
+use std::os::fd::OwnedFd;
+
+use devices::machine::MachineEvent;
+use event_manager::EventOps;
+use passthrough::relay::Relay;
+
+use super::serve::Process;
+use crate::{
+    control::{Answer, End, Failure, FailureCode, MachineSpec, Order, Outcome, State},
+    machine::{Files, Machine, MachineError},
+    vcpu,
+};
+
+/// Most bytes of one [`Order::ConsoleInput`].
+const INPUT_MAX: usize = 1024;
+
+fn failure(code: FailureCode, detail: impl Into<String>) -> Failure {
+    Failure { code, detail: detail.into() }
+}
+
+impl Process {
+    pub(super) fn obey(&mut self, id: u64, order: Order, fds: Vec<OwnedFd>, ops: &mut EventOps<'_>) {
+        let result = match order {
+            Order::Configure { spec } => self.configure(&spec, fds, ops),
+            Order::Run => self.run(),
+            Order::Pause => self.pause(),
+            Order::PowerButton => self.press_power_button(),
+            Order::Reboot => self.reboot_on_order(),
+            Order::Stats => self.stats(),
+            Order::ConsoleInput { bytes } => self.console_input(&bytes),
+            Order::ConsoleWait { offset } => return self.wait_for_console(id, offset),
+            Order::TakeBack { adapter, changes } => match self.relay(&adapter) {
+                // Done when the relay says what became of it.
+                Ok(relay) => {
+                    relay.take_back(id, changes);
+                    return self.await_take_back(id);
+                }
+                Err(failure) => Err(failure),
+            },
+            Order::EffectiveMac { adapter, mac } => self.relay(&adapter).map(|relay| {
+                relay.set_effective_mac(mac);
+                Outcome::Done
+            }),
+            Order::MakeGuestReset { adapter } => self.relay(&adapter).map(|relay| {
+                relay.make_guest_reset();
+                Outcome::Done
+            }),
+            Order::Stop => {
+                self.end(End::Stopped);
+                self.dismissed = true;
+                Ok(Outcome::Done)
+            }
+        };
+        self.done(id, result);
+    }
+
+    fn wrong_state(&self, what: &str) -> Failure {
+        failure(FailureCode::WrongState, format!("Cannot {what} a VM that is {}", self.state.name()))
+    }
+
+    fn configure(
+        &mut self,
+        spec: &MachineSpec,
+        fds: Vec<OwnedFd>,
+        ops: &mut EventOps<'_>,
+    ) -> Result<Outcome, Failure> {
+        if self.state != State::Empty {
+            return Err(self.wrong_state("configure"));
+        }
+        if spec.vm != self.vm {
+            return Err(failure(FailureCode::Invalid, "The specification is for another VM"));
+        }
+        if spec.cpus == 0 || spec.cpus == u8::MAX {
+            return Err(failure(FailureCode::Invalid, format!("A VM has 1 to 254 vCPUs, not {}", spec.cpus)));
+        }
+        let files = files(fds, spec.initramfs)?;
+        match Machine::build(spec, files, &self.authorities) {
+            Ok((machine, signals)) => {
+                self.machine = Some(machine);
+                self.listen_to(signals, ops);
+                self.enter(State::Ready);
+                Ok(Outcome::Done)
+            }
+            Err(error) => {
+                // The process's privileges may be gone: it is of no more use.
+                let failure = error.failure();
+                self.end(End::Failed { detail: failure.detail.clone() });
+                Err(failure)
+            }
+        }
+    }
+
+    fn machine(&self) -> Result<&Machine, Failure> {
+        self.machine.as_ref().ok_or_else(|| self.wrong_state("control"))
+    }
+
+    fn relay(&self, adapter: &str) -> Result<&Relay, Failure> {
+        self.machine()?.assigned.relay(adapter).ok_or_else(|| {
+            failure(FailureCode::Invalid, format!("The VM has no adapter {adapter} under policy"))
+        })
+    }
+
+    pub(super) fn on_answer(&self, answer: Answer) {
+        let Answer::Mailbox { adapter, verdict } = answer;
+        // An answer for an adapter that is gone meanwhile is for nobody.
+        if let Ok(relay) = self.relay(&adapter) {
+            relay.verdict(verdict);
+        }
+    }
+
+    fn run(&mut self) -> Result<Outcome, Failure> {
+        match self.state {
+            State::Running => return Ok(Outcome::Done),
+            State::Ready | State::Paused => {}
+            _ => return Err(self.wrong_state("run")),
+        }
+        self.machine()?.run().map_err(|e| e.failure())?;
+        if self.state == State::Ready {
+            self.boots += 1;
+        }
+        self.enter(State::Running);
+        Ok(Outcome::Done)
+    }
+
+    fn pause(&mut self) -> Result<Outcome, Failure> {
+        match self.state {
+            State::Paused => return Ok(Outcome::Done),
+            State::Running => {}
+            _ => return Err(self.wrong_state("pause")),
+        }
+        self.machine()?.park().map_err(|e| e.failure())?;
+        self.enter(State::Paused);
+        Ok(Outcome::Done)
+    }
+
+    fn press_power_button(&mut self) -> Result<Outcome, Failure> {
+        if self.state != State::Running {
+            return Err(self.wrong_state("press the power button of"));
+        }
+        let pressed = self.machine()?.board.acpi.press_power_button();
+        pressed
+            .map_err(|e| failure(FailureCode::Internal, format!("Cannot signal the power button: {e}")))?;
+        Ok(Outcome::Done)
+    }
+
+    fn reboot_on_order(&mut self) -> Result<Outcome, Failure> {
+        if !matches!(self.state, State::Running | State::Paused) {
+            return Err(self.wrong_state("reboot"));
+        }
+        self.reboot().map_err(|e| e.failure())?;
+        Ok(Outcome::Done)
+    }
+
+    /// Ends the machine if it fails.
+    fn reboot(&mut self) -> Result<(), MachineError> {
+        self.enter(State::Rebooting);
+        let Some(machine) = &mut self.machine else { return Ok(()) };
+        match machine.reset().and_then(|()| machine.run()) {
+            Ok(()) => {
+                self.boots += 1;
+                self.enter(State::Running);
+                Ok(())
+            }
+            Err(error) => {
+                self.end(End::Failed { detail: format!("Cannot reboot: {}", error.failure().detail) });
+                Err(error)
+            }
+        }
+    }
+
+    pub(super) fn on_vcpu_event(&mut self, event: vcpu::Event) {
+        // An event that a vCPU raised while the machine was being stopped or reset is answered by that.
+        if !matches!(self.state, State::Running | State::Paused) {
+            return;
+        }
+        // Not at info: a guest that resets in a loop must not fill the log while no agent bounds it.
+        tracing::debug!(vm = %self.vm, ?event, "A vCPU stopped");
+        match event {
+            vcpu::Event::Machine(MachineEvent::PowerOff) => self.end(End::PoweredOff),
+            vcpu::Event::Machine(MachineEvent::Reset) => {
+                // Its failure is reported by ending the machine.
+                let _ = self.reboot();
+            }
+            vcpu::Event::Broken { index, what } => {
+                self.end(End::Failed { detail: format!("vCPU {index} cannot go on: {what}") });
+            }
+        }
+    }
+
+    fn stats(&self) -> Result<Outcome, Failure> {
+        Ok(Outcome::Stats(Box::new(self.machine()?.stats(self.started, self.boots))))
+    }
+
+    fn console_input(&self, bytes: &[u8]) -> Result<Outcome, Failure> {
+        let taken = self.machine()?.board.serial.enqueue(bytes.get(..INPUT_MAX).unwrap_or(bytes));
+        Ok(Outcome::ConsoleTaken { taken })
+    }
+}
+
+fn files(fds: Vec<OwnedFd>, initramfs: bool) -> Result<Files, Failure> {
+    let mut fds = fds.into_iter();
+    let mut next = || fds.next().ok_or_else(|| failure(FailureCode::Invalid, "File descriptors are missing"));
+    let files = Files {
+        kvm: next()?,
+        console: next()?,
+        kernel: next()?,
+        initramfs: if initramfs { Some(next()?) } else { None },
+        connections: fds.collect(),
+    };
+    Ok(files)
+}

@@ -1,0 +1,363 @@
+//! The event loop's one subscriber: sockets in, orders out to the machine.
+
+use std::{
+    os::fd::{AsRawFd, OwnedFd},
+    time::{Duration, Instant},
+};
+
+use event_manager::{EventOps, EventSet, Events, MutEventSubscriber};
+use uuid::Uuid;
+
+use passthrough::relay::Notice;
+
+use super::reports::Reports;
+use crate::{
+    authority::{Authorities, Said},
+    control::{
+        Ask, Channel, ChannelError, End, Failure, Listener, Outcome, Report, SPOKEN, State, ToAgent, ToVmm,
+    },
+    machine::{Machine, Signals, chain},
+    vcpu,
+};
+
+const LISTENER: u32 = 0;
+const CHANNEL: u32 = 1;
+const VCPUS: u32 = 2;
+const CONSOLE: u32 = 3;
+const RELAYS: u32 = 4;
+/// Assigned devices: request and error eventfds, two numbers each from here on.
+const DEVICES: u32 = 16;
+
+/// Messages read before the loop looks at its other sources again.
+const BATCH: usize = 32;
+/// How long an ended process stays to tell the agent how it ended.
+const LINGER: Duration = Duration::from_secs(600);
+/// Most waiters for console output.
+const WAITERS: usize = 16;
+
+/// The process's whole state.
+pub(super) struct Process {
+    pub(super) vm: Uuid,
+    pub(super) started: Instant,
+    listener: Listener,
+    /// The user that may control this process: the one that started it.
+    owner: u32,
+    channel: Option<Connection>,
+    /// Connections that are over but still known to epoll.
+    dead: Vec<Connection>,
+    pub(super) machine: Option<Machine>,
+    signals: Option<Signals>,
+    pub(super) state: State,
+    pub(super) boots: u64,
+    reports: Reports,
+    /// Orders that wait for console output beyond an offset.
+    waiters: Vec<(u64, u64)>,
+    /// Orders to take something back that a relay works on.
+    take_backs: Vec<u64>,
+    /// What relays say, and where they learn whether an agent is there.
+    pub(super) authorities: Authorities,
+    asked: u64,
+    ended: Option<Instant>,
+    /// The agent ordered the end and knows it already.
+    pub(super) dismissed: bool,
+}
+
+struct Connection {
+    channel: Channel,
+    greeted: bool,
+}
+
+impl Process {
+    pub(super) fn new(listener: Listener, vm: Uuid, started: Instant) -> std::io::Result<Self> {
+        let authorities = Authorities::new()?;
+        Ok(Self {
+            vm,
+            started,
+            listener,
+            owner: rustix::process::getuid().as_raw(),
+            channel: None,
+            dead: Vec::new(),
+            machine: None,
+            signals: None,
+            state: State::Empty,
+            boots: 0,
+            reports: Reports::default(),
+            waiters: Vec::new(),
+            take_backs: Vec::new(),
+            authorities,
+            asked: 0,
+            ended: None,
+            dismissed: false,
+        })
+    }
+
+    /// Whether the process may exit: the machine has ended and the agent knows, or never asked.
+    pub(super) fn finished(&self) -> bool {
+        self.ended.is_some_and(|at| self.dismissed || self.reports.is_empty() || at.elapsed() > LINGER)
+    }
+
+    pub(super) fn wake_after_ms(&self) -> i32 {
+        if self.ended.is_some() { 1000 } else { -1 }
+    }
+
+    pub(super) fn take_down(&mut self) {
+        self.machine = None;
+    }
+
+    /// Changes the state and tells the agent.
+    pub(super) fn enter(&mut self, state: State) {
+        self.state = state;
+        self.report(Report::State { state, boots: self.boots });
+    }
+
+    pub(super) fn report(&mut self, report: Report) {
+        let seq = self.reports.push(report.clone());
+        if self.channel.as_ref().is_some_and(|connection| connection.greeted) {
+            self.send(&ToAgent::Report { seq, report });
+        }
+    }
+
+    /// The machine will never run again.
+    pub(super) fn end(&mut self, end: End) {
+        if self.ended.is_some() {
+            return;
+        }
+        match &end {
+            End::Failed { detail } => tracing::error!(vm = %self.vm, "The machine failed: {detail}"),
+            End::PoweredOff => tracing::info!(vm = %self.vm, "The guest powered off"),
+            End::Stopped => tracing::info!(vm = %self.vm, "Stopped"),
+        }
+        self.machine = None;
+        self.state = State::Ended;
+        self.ended = Some(Instant::now());
+        self.report(Report::Ended { end });
+        for (id, _) in std::mem::take(&mut self.waiters) {
+            self.done(id, Ok(Outcome::Done));
+        }
+    }
+
+    pub(super) fn done(&mut self, id: u64, result: Result<Outcome, Failure>) {
+        self.send(&ToAgent::Done { id, result });
+    }
+
+    fn send(&mut self, message: &ToAgent) {
+        let Some(connection) = &self.channel else { return };
+        if let Err(error) = connection.channel.send(message, &[]) {
+            // An agent that does not read is as good as gone; it gets the reports when it connects again.
+            tracing::warn!(vm = %self.vm, "The control connection is dropped: {}", chain(&error));
+            self.disconnect();
+        }
+    }
+
+    /// Ends the connection, if there is one.
+    fn disconnect(&mut self) {
+        self.authorities.set_connected(false);
+        self.waiters.clear();
+        self.take_backs.clear();
+        self.dead.extend(self.channel.take());
+    }
+
+    /// The event manager must forget a descriptor before its number is used again.
+    fn bury_connections(&mut self, ops: &mut EventOps<'_>) {
+        for connection in self.dead.drain(..) {
+            let _ = ops.remove(Events::empty(&connection.channel));
+        }
+    }
+
+    /// Registers `signals` of a machine that was just built.
+    pub(super) fn listen_to(&mut self, signals: Signals, ops: &mut EventOps<'_>) {
+        let console = signals.console.event().as_raw_fd();
+        let sources = [(signals.vcpu_signal.as_raw_fd(), VCPUS), (console, CONSOLE)];
+        let devices = self.machine.iter().flat_map(|machine| machine.assigned.loss_signals());
+        let devices =
+            devices.filter_map(|(number, fd)| Some((fd, DEVICES.checked_add(u32::try_from(number).ok()?)?)));
+        for (fd, token) in sources.into_iter().chain(devices) {
+            if let Err(error) = ops.add(Events::with_data_raw(fd, token, EventSet::IN)) {
+                tracing::error!(vm = %self.vm, "Cannot listen to an event source: {error:?}");
+            }
+        }
+        self.signals = Some(signals);
+    }
+
+    pub(super) fn wait_for_console(&mut self, id: u64, offset: u64) {
+        let Some(signals) = &self.signals else {
+            return self.done(id, Ok(Outcome::Done));
+        };
+        signals.console.want();
+        // Looked at after the wish: output between the two is not missed.
+        if signals.console.written() > offset || self.waiters.len() >= WAITERS {
+            return self.done(id, Ok(Outcome::Done));
+        }
+        self.waiters.push((id, offset));
+    }
+
+    fn on_console(&mut self) {
+        let Some(signals) = &self.signals else { return };
+        let _ = signals.console.event().read();
+        let written = signals.console.written();
+        let (ready, rest) =
+            std::mem::take(&mut self.waiters).into_iter().partition(|(_, offset)| written > *offset);
+        self.waiters = rest;
+        if !self.waiters.is_empty()
+            && let Some(signals) = &self.signals
+        {
+            signals.console.want();
+        }
+        let ready: Vec<(u64, u64)> = ready;
+        for (id, _) in ready {
+            self.done(id, Ok(Outcome::Done));
+        }
+    }
+
+    fn on_vcpus(&mut self) {
+        let Some(signals) = &self.signals else { return };
+        let _ = signals.vcpu_signal.read();
+        let events: Vec<vcpu::Event> = signals.vcpu_events.try_iter().collect();
+        for event in events {
+            self.on_vcpu_event(event);
+        }
+    }
+
+    pub(super) fn await_take_back(&mut self, id: u64) {
+        self.take_backs.push(id);
+    }
+
+    fn on_relays(&mut self) {
+        for (adapter, said) in self.authorities.drain() {
+            match said {
+                Said::Question(question) => {
+                    self.asked += 1;
+                    self.send(&ToAgent::Ask { id: self.asked, ask: Ask::Mailbox { adapter, question } });
+                }
+                Said::Notice(Notice::TakenBack { id, failed, deferred }) if self.take_backs.contains(&id) => {
+                    self.take_backs.retain(|waiting| *waiting != id);
+                    self.done(id, Ok(Outcome::TakenBack { failed, deferred }));
+                }
+                Said::Notice(notice) => self.report(Report::Relay { adapter, notice }),
+            }
+        }
+    }
+
+    fn on_connection(&mut self, ops: &mut EventOps<'_>) {
+        let channel = match self.listener.accept() {
+            Ok(channel) => channel,
+            Err(ChannelError::WouldBlock) => return,
+            Err(error) => {
+                tracing::warn!(vm = %self.vm, "Cannot accept a control connection: {}", chain(&error));
+                return;
+            }
+        };
+        if !channel.peer().is_ok_and(|peer| peer.uid.as_raw() == self.owner) {
+            tracing::warn!(vm = %self.vm, "Refused a control connection of a foreign user");
+            return;
+        }
+        self.disconnect();
+        self.bury_connections(ops);
+        if let Err(error) = ops.add(Events::with_data_raw(channel.as_raw_fd(), CHANNEL, EventSet::IN)) {
+            tracing::error!(vm = %self.vm, "Cannot listen to the control connection: {error:?}");
+            return;
+        }
+        self.channel = Some(Connection { channel, greeted: false });
+    }
+
+    fn on_messages(&mut self, ops: &mut EventOps<'_>) {
+        for _ in 0..BATCH {
+            let Some(connection) = &self.channel else { return };
+            match connection.channel.receive::<ToVmm>() {
+                Ok((message, fds)) => self.on_message(message, fds, ops),
+                Err(ChannelError::WouldBlock) => return,
+                Err(error) => {
+                    if !matches!(error, ChannelError::Closed) {
+                        tracing::warn!(vm = %self.vm, "The control connection is dropped: {}", chain(&error));
+                    }
+                    self.disconnect();
+                }
+            }
+        }
+    }
+
+    fn on_message(&mut self, message: ToVmm, fds: Vec<OwnedFd>, ops: &mut EventOps<'_>) {
+        let greeted = self.channel.as_ref().is_some_and(|connection| connection.greeted);
+        match message {
+            ToVmm::Hello { oldest, newest, vm } => self.greet(oldest, newest, vm),
+            _ if !greeted => {
+                tracing::warn!(vm = %self.vm, "The control connection is dropped: it began without a hello");
+                self.disconnect();
+            }
+            ToVmm::Order { id, order } => self.obey(id, order, fds, ops),
+            ToVmm::Answer { answer, .. } => self.on_answer(answer),
+            ToVmm::Noted { upto } => self.reports.noted(upto),
+        }
+    }
+
+    fn greet(&mut self, oldest: u32, newest: u32, vm: Uuid) {
+        let version = newest.min(*SPOKEN.end());
+        let reason = if vm != self.vm {
+            Some(format!("this is the process of VM {}", self.vm))
+        } else if version < oldest.max(*SPOKEN.start()) {
+            Some(format!(
+                "the agent speaks versions {oldest} to {newest} of the control protocol, this process {} to {}",
+                SPOKEN.start(),
+                SPOKEN.end()
+            ))
+        } else {
+            None
+        };
+        if let Some(reason) = reason {
+            self.send(&ToAgent::Refused { reason });
+            self.disconnect();
+            return;
+        }
+        self.send(&ToAgent::Hello { version, state: self.state, boots: self.boots });
+        if let Some(connection) = &mut self.channel {
+            connection.greeted = true;
+            self.authorities.set_connected(true);
+        }
+        let pending: Vec<_> = self.reports.pending().cloned().collect();
+        for (seq, report) in pending {
+            self.send(&ToAgent::Report { seq, report });
+        }
+    }
+
+    fn on_device_signal(&mut self, index: usize, ops: &mut EventOps<'_>) {
+        let Some(machine) = &mut self.machine else { return };
+        let Some(loss) = machine.assigned.lost(index) else { return };
+        for signal in loss.signals.iter().flatten() {
+            // Before it is closed with `loss`, or its number would stay known to the event manager.
+            let _ = ops.remove(Events::empty(signal));
+        }
+        machine.board.pci.remove(loss.slot);
+        tracing::warn!(vm = %self.vm, device = %loss.bdf, why = ?loss.why, "A device was taken away");
+        self.report(Report::DeviceLost { bdf: loss.bdf, why: loss.why });
+    }
+}
+
+impl MutEventSubscriber for Process {
+    fn init(&mut self, ops: &mut EventOps<'_>) {
+        let sources =
+            [(self.listener.as_raw_fd(), LISTENER), (self.authorities.signal().as_raw_fd(), RELAYS)];
+        for (fd, token) in sources {
+            if let Err(error) = ops.add(Events::with_data_raw(fd, token, EventSet::IN)) {
+                tracing::error!(vm = %self.vm, "Cannot listen to the control socket: {error:?}");
+                self.ended = Some(self.started);
+                self.dismissed = true;
+            }
+        }
+    }
+
+    fn process(&mut self, events: Events, ops: &mut EventOps<'_>) {
+        match events.data() {
+            LISTENER => self.on_connection(ops),
+            CHANNEL => self.on_messages(ops),
+            VCPUS => self.on_vcpus(),
+            CONSOLE => self.on_console(),
+            RELAYS => self.on_relays(),
+            token => {
+                if let Ok(index) = usize::try_from(token.saturating_sub(DEVICES)) {
+                    self.on_device_signal(index, ops);
+                }
+            }
+        }
+        self.bury_connections(ops);
+    }
+}

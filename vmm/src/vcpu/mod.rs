@@ -1,0 +1,348 @@
+//! vCPU threads: each owns its KVM file descriptor and takes orders by messages.
+//!
+//! ```text
+//!             Run                 exit that stops it (reset, power-off, failure)
+//!   Parked ─────────▶ Running ───────────────────────────────────────▶ Parked
+//!     ▲  ◀───────────────│ Park
+//!     └── Reset(entry) (registers only)                    Exit: the thread ends
+//! ```
+//!
+//! The machine ([`crate::machine`]) alone moves it. A running vCPU sees an order after a signal has taken it out of
+//! the guest; the sender repeats the signal until the order is acknowledged, which closes the race between "look for
+//! orders" and "enter the guest".
+
+pub mod cpuid;
+pub mod exit;
+pub mod state;
+
+use std::{
+    sync::{
+        Arc,
+        mpsc::{self, Receiver, RecvTimeoutError, Sender, TryRecvError},
+    },
+    thread,
+    time::{Duration, Instant},
+};
+
+use devices::machine::MachineEvent;
+use kvm_ioctls::{Kvm, VcpuExit, VcpuFd};
+use vmm_sys_util::{
+    errno,
+    eventfd::EventFd,
+    signal::{Killable, SIGRTMIN, register_signal_handler},
+};
+
+use self::{
+    exit::{Counters, Exit, Ports, Step},
+    state::{Entry, PowerOn},
+};
+
+/// How long a vCPU may take to acknowledge. Only a bug in KVM could keep it longer.
+const ACKNOWLEDGE: Duration = Duration::from_secs(10);
+/// How often the signal is repeated.
+const KICK_AGAIN: Duration = Duration::from_millis(2);
+
+/// Errors of vCPUs.
+#[derive(Debug, thiserror::Error)]
+pub enum VcpuError {
+    /// An ioctl failed.
+    #[error("KVM refused to set up vCPU {0}")]
+    Kvm(u8, #[source] kvm_ioctls::Error),
+    /// No thread, or no signal handler.
+    #[error("Cannot start the thread of vCPU {0}")]
+    Thread(u8, #[source] std::io::Error),
+    /// A thread did not answer.
+    #[error("vCPU {0} does not answer; this is a bug of Portcullis or KVM")]
+    Silent(u8),
+}
+
+/// Orders for one vCPU thread.
+enum Order {
+    Run,
+    Park,
+    /// Power-on state; for the boot processor then the boot protocol's.
+    Reset(Option<Entry>),
+}
+
+/// What a vCPU tells the event loop; it is parked then.
+#[derive(Debug)]
+pub enum Event {
+    /// The guest asked for something.
+    Machine(MachineEvent),
+    /// The vCPU cannot go on.
+    Broken {
+        /// Which.
+        index: u8,
+        /// What KVM says.
+        what: String,
+    },
+}
+
+/// Sends events to the event loop: a channel and an eventfd that is signalled after each message.
+#[derive(Debug)]
+pub struct Events {
+    sender: Sender<Event>,
+    signal: EventFd,
+}
+
+impl Events {
+    /// Both ends: the sender for vCPUs, and what the event loop reads (the eventfd first, then the channel).
+    ///
+    /// # Errors
+    /// Those of `eventfd`.
+    pub fn pair() -> std::io::Result<(Self, Receiver<Event>, EventFd)> {
+        let signal = EventFd::new(libc::EFD_NONBLOCK | libc::EFD_CLOEXEC)?;
+        let (sender, receiver) = mpsc::channel();
+        let readable = signal.try_clone()?;
+        Ok((Self { sender, signal }, receiver, readable))
+    }
+
+    fn send(&self, event: Event) {
+        if self.sender.send(event).is_ok() {
+            // Fails only when the counter is full: the loop has been told then.
+            let _ = self.signal.write(1);
+        }
+    }
+}
+
+/// One vCPU's thread, as the machine holds it.
+struct Handle {
+    index: u8,
+    orders: Sender<Order>,
+    acknowledged: Receiver<Result<(), kvm_ioctls::Error>>,
+    thread: Option<thread::JoinHandle<()>>,
+}
+
+/// All vCPUs of a machine.
+pub struct Vcpus(Vec<Handle>);
+
+extern "C" fn leave_guest(_: libc::c_int, _: *mut libc::siginfo_t, _: *mut libc::c_void) {}
+
+impl Vcpus {
+    /// Starts the threads, parked, in power-on state. The first is the boot processor.
+    ///
+    /// # Errors
+    /// See [`VcpuError`].
+    pub fn start(
+        kvm: &Kvm,
+        fds: Vec<VcpuFd>,
+        ports: &Arc<dyn Ports>,
+        counters: &Arc<Counters>,
+        events: &Arc<Events>,
+        first_entry: &Arc<std::sync::OnceLock<Instant>>,
+    ) -> Result<Self, VcpuError> {
+        // The handler does nothing: the signal's arrival is what takes a vCPU out of KVM_RUN.
+        register_signal_handler(SIGRTMIN(), leave_guest)
+            .map_err(|e| VcpuError::Thread(0, std::io::Error::from_raw_os_error(e.errno())))?;
+        let mut vcpus = Self(Vec::with_capacity(fds.len()));
+        for (index, fd) in (0_u8..).zip(fds) {
+            let power_on = PowerOn::capture(kvm, &fd).map_err(|e| VcpuError::Kvm(index, e))?;
+            let (orders, inbox) = mpsc::channel();
+            let (acknowledge, acknowledged) = mpsc::channel();
+            let vcpu = Vcpu {
+                index,
+                fd,
+                power_on,
+                ports: Arc::clone(ports),
+                counters: Arc::clone(counters),
+                events: Arc::clone(events),
+                first_entry: Arc::clone(first_entry),
+            };
+            let thread = thread::Builder::new()
+                .name(format!("vcpu{index}"))
+                .spawn(move || vcpu.serve(&inbox, &acknowledge))
+                .map_err(|e| VcpuError::Thread(index, e))?;
+            vcpus.0.push(Handle { index, orders, acknowledged, thread: Some(thread) });
+        }
+        Ok(vcpus)
+    }
+
+    /// Lets all run.
+    ///
+    /// # Errors
+    /// [`VcpuError::Silent`].
+    pub fn run(&self) -> Result<(), VcpuError> {
+        self.all(|_| Order::Run)
+    }
+
+    /// Stops all at an instruction boundary.
+    ///
+    /// # Errors
+    /// [`VcpuError::Silent`].
+    pub fn park(&self) -> Result<(), VcpuError> {
+        self.all(|_| Order::Park)
+    }
+
+    /// Puts all (parked) into power-on state, and the boot processor at `entry`.
+    ///
+    /// # Errors
+    /// See [`VcpuError`].
+    pub fn reset(&self, entry: Entry) -> Result<(), VcpuError> {
+        self.all(|index| Order::Reset((index == 0).then_some(entry)))
+    }
+
+    fn all(&self, order: impl Fn(u8) -> Order) -> Result<(), VcpuError> {
+        for handle in &self.0 {
+            handle.orders.send(order(handle.index)).map_err(|_| VcpuError::Silent(handle.index))?;
+            handle.kick();
+        }
+        self.0.iter().try_for_each(Handle::wait)
+    }
+}
+
+impl Drop for Vcpus {
+    fn drop(&mut self) {
+        for handle in &mut self.0 {
+            // Closing the channel ends the thread once it looks.
+            let (closed, _) = mpsc::channel();
+            handle.orders = closed;
+        }
+        for handle in &mut self.0 {
+            let deadline = Instant::now() + ACKNOWLEDGE;
+            while handle.thread.as_ref().is_some_and(|thread| !thread.is_finished())
+                && Instant::now() < deadline
+            {
+                handle.kick();
+                thread::sleep(Duration::from_micros(200));
+            }
+            if let Some(thread) = handle.thread.take()
+                && thread.is_finished()
+            {
+                let _ = thread.join();
+            }
+        }
+    }
+}
+
+impl Handle {
+    fn kick(&self) {
+        if let Some(thread) = &self.thread {
+            // Fails only for a thread that has ended, which needs no kick.
+            let _ = thread.kill(SIGRTMIN());
+        }
+    }
+
+    fn wait(&self) -> Result<(), VcpuError> {
+        let deadline = Instant::now() + ACKNOWLEDGE;
+        while Instant::now() < deadline {
+            match self.acknowledged.recv_timeout(KICK_AGAIN) {
+                Ok(result) => return result.map_err(|e| VcpuError::Kvm(self.index, e)),
+                Err(RecvTimeoutError::Timeout) => self.kick(),
+                Err(RecvTimeoutError::Disconnected) => break,
+            }
+        }
+        Err(VcpuError::Silent(self.index))
+    }
+}
+
+/// The thread's own side.
+struct Vcpu {
+    index: u8,
+    fd: VcpuFd,
+    power_on: PowerOn,
+    ports: Arc<dyn Ports>,
+    counters: Arc<Counters>,
+    events: Arc<Events>,
+    first_entry: Arc<std::sync::OnceLock<Instant>>,
+}
+
+impl Vcpu {
+    fn serve(mut self, orders: &Receiver<Order>, acknowledge: &Sender<Result<(), kvm_ioctls::Error>>) {
+        let mut running = false;
+        loop {
+            let order = if running {
+                match orders.try_recv() {
+                    Ok(order) => Some(order),
+                    Err(TryRecvError::Empty) => None,
+                    Err(TryRecvError::Disconnected) => return,
+                }
+            } else {
+                match orders.recv() {
+                    Ok(order) => Some(order),
+                    Err(_) => return,
+                }
+            };
+            if let Some(order) = order {
+                let result = match order {
+                    Order::Run => {
+                        running = true;
+                        self.first_entry.get_or_init(Instant::now);
+                        Ok(())
+                    }
+                    Order::Park => {
+                        running = false;
+                        // Tells the guest's watchdogs that it did not run; a guest without kvmclock has none to tell.
+                        let _ = self.fd.kvmclock_ctrl();
+                        Ok(())
+                    }
+                    Order::Reset(entry) => self.reset(entry),
+                };
+                if acknowledge.send(result).is_err() {
+                    return;
+                }
+            }
+            if running {
+                match self.step() {
+                    Step::Continue => {}
+                    Step::Event(event) => {
+                        running = false;
+                        self.events.send(Event::Machine(event));
+                    }
+                    Step::Broken(what) => {
+                        running = false;
+                        self.events.send(Event::Broken { index: self.index, what });
+                    }
+                }
+            }
+        }
+    }
+
+    fn reset(&mut self, entry: Option<Entry>) -> Result<(), kvm_ioctls::Error> {
+        // Finishes a port or MMIO access that the guest was in: KVM would complete it into the new registers.
+        self.fd.set_kvm_immediate_exit(1);
+        let _ = self.fd.run();
+        self.fd.set_kvm_immediate_exit(0);
+        self.power_on.restore(&self.fd)?;
+        entry.map_or(Ok(()), |entry| state::enter(&self.fd, entry))
+    }
+
+    /// Bytes of one access of the port exit that is being served: kvm-ioctls tells only all bytes of a string instruction.
+    fn port_width(&mut self) -> usize {
+        // SAFETY: a plain number in every variant of the union, filled in by the kernel for this exit.
+        let io = unsafe { self.fd.get_kvm_run().__bindgen_anon_1.io };
+        io.size.into()
+    }
+
+    fn step(&mut self) -> Step {
+        let exit = match self.fd.run() {
+            Ok(VcpuExit::IoIn(port, data)) => {
+                let data = std::ptr::from_mut(data);
+                let width = self.port_width();
+                // SAFETY: it lies in the page that KVM shares, behind `kvm_run`, as long as the vCPU's descriptor is open;
+                // the borrow of the descriptor that it came from has ended, and nothing else refers to these bytes.
+                Exit::PortRead { port, width, data: unsafe { &mut *data } }
+            }
+            Ok(VcpuExit::IoOut(port, data)) => {
+                let data = std::ptr::from_ref(data);
+                let width = self.port_width();
+                // SAFETY: as above.
+                Exit::PortWrite { port, width, data: unsafe { &*data } }
+            }
+            Ok(VcpuExit::MmioRead(gpa, data)) => Exit::MmioRead(gpa, data),
+            Ok(VcpuExit::MmioWrite(gpa, data)) => Exit::MmioWrite(gpa, data),
+            Ok(VcpuExit::Shutdown) => Exit::Shutdown,
+            Ok(VcpuExit::SystemEvent(kind, _)) => Exit::SystemEvent(kind),
+            Ok(VcpuExit::Intr | VcpuExit::IrqWindowOpen | VcpuExit::Hlt) => Exit::Interrupted,
+            Ok(VcpuExit::InternalError) => Exit::Broken(
+                "KVM cannot emulate an instruction of the guest (KVM_EXIT_INTERNAL_ERROR)".to_owned(),
+            ),
+            Ok(VcpuExit::FailEntry(reason, _)) => {
+                Exit::Broken(format!("The processor refuses to enter the guest (reason {reason:#x})"))
+            }
+            Ok(other) => Exit::Broken(format!("KVM left the guest for an unknown reason: {other:?}")),
+            Err(error) if matches!(error.errno(), libc::EINTR | libc::EAGAIN) => Exit::Interrupted,
+            Err(error) => Exit::Broken(format!("KVM_RUN failed: {}", errno::Error::new(error.errno()))),
+        };
+        exit::handle(exit, self.ports.as_ref(), &self.counters)
+    }
+}
