@@ -45,12 +45,12 @@ cache_to_use() {
   cache_to_fill
 }
 
-# Prints what is missing or damaged in the ingredients directory $1, one line each; fails if anything is.
+# Prints what is missing or damaged of $2 in the directory $1, one line each; fails if anything is.
 # The manifest has one line "SIZE PATH" per file.
 missing_ingredients() {
   local directory=$1
   if [[ ! -r $directory/manifest ]]; then
-    printf 'kernel and busybox in %s\n' "$directory"
+    printf '%s in %s\n' "${2-}" "$directory"
     return 1
   fi
   local found
@@ -72,6 +72,14 @@ use_ingredients() {
   release=$(<"$ingredients/release")
   # modprobe wants a root with lib/modules/RELEASE in it.
   modules_root=$ingredients/root
+}
+
+# Sets `emulator`, the program that runs the lab's host, or ends with the way to get it.
+use_emulator() {
+  emulator=$(cache_to_use)/emulator
+  missing_ingredients "$emulator" >/dev/null ||
+    die "the lab's emulator is not complete: $lab_dir/prepare --check tells what is missing"
+  emulator=$emulator/qemu-system-x86_64
 }
 
 # Prints the files of the modules named, with what they depend on, in the order in which they must be inserted.
