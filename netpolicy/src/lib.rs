@@ -29,7 +29,8 @@ pub use policy::{
     Promiscuous, RangeError, Rate, Setting, Settings, Source, Sourced, UnicastLimit, VlanLimit, VlanPolicy,
 };
 pub use request::{
-    Change, DecidedBy, Denial, Evaluation, LinkState, PromiscuousMode, Reason, Request, Route, Verdict,
+    Change, DecidedBy, Denial, Evaluation, LinkState, PromiscuousMode, Reason, Request, Route,
+    StandingRefusal, Verdict,
 };
 pub use state::{Correction, Corrections, StateError, SwitchState};
 pub use vlan::{AccessVlan, Qos, VlanError, VlanId, VlanSet};

@@ -5,7 +5,7 @@ use std::{fmt, num::NonZeroU32};
 use serde::{Deserialize, Serialize};
 
 use crate::{
-    mac::MacAddress,
+    mac::{MacAddress, MacPattern},
     policy::{OnDenied, Setting, Source},
     vlan::{AccessVlan, VlanId},
 };
@@ -264,6 +264,26 @@ pub struct Denial {
     pub old: Option<String>,
     /// What was asked for.
     pub requested: String,
+}
+
+/// The answer to a change of the address that does not depend on anything but the address: whoever knows it can refuse
+/// without asking, and must still tell. It is valid until another one, or none, takes its place.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct StandingRefusal {
+    /// Addresses about which somebody has to be asked. The effective one never needs to be in it.
+    pub unless: Vec<MacPattern>,
+    /// Why all others are refused.
+    pub reason: Reason,
+    /// How the guest is told.
+    pub on_denied: OnDenied,
+}
+
+impl StandingRefusal {
+    /// Whether a change to `mac`, which is not the effective address, is refused in any case.
+    #[must_use]
+    pub fn covers(&self, mac: MacAddress) -> bool {
+        !self.unless.iter().any(|pattern| pattern.matches(mac))
+    }
 }
 
 /// What the policy says to a request.

@@ -237,6 +237,41 @@ impl Actor {
 
     // ---- answers ----
 
+    /// Tells the relay of a port what is refused in any case, if its vmm is there.
+    pub(super) fn tell_standing(&self, id: PortId) {
+        let Some(port) = self.state.port(id) else { return };
+        let Some(link) = self.links.get(&port.vm.id).filter(|link| link.online) else { return };
+        let refusal = self.state.standing_refusal(id).ok().flatten().filter(|_| !self.bypass);
+        link.vmm.set_standing_refusal(&port.adapter, refusal);
+    }
+
+    /// The relay refused a change of the address as it was told to.
+    pub(super) fn declined(
+        &self,
+        port: PortId,
+        mac: MacAddress,
+        reason: Reason,
+        silent: bool,
+    ) -> Option<Decision> {
+        let request = Request::SetMac(mac);
+        let decision = self.decision(port, request.name(), Outcome::Denied)?;
+        let asked_now = match self.evaluate(port, &request) {
+            Decided::Denied(denial, _) if denial.reason == reason => Some(denial),
+            _ => None,
+        };
+        let mut detail = silent.then(|| "The guest was told that it succeeded".to_owned());
+        let (decided_by, old) = match asked_now {
+            Some(denial) => (denial.decided_by, denial.old),
+            None => {
+                // The edit and the guest's request have crossed.
+                detail = Some("Refused by the policy as it was before its last change".to_owned());
+                (None, Some(self.effective(port).to_string()))
+            }
+        };
+        let reason = Some(reason);
+        Some(Decision { reason, decided_by, old, requested: Some(mac.to_string()), detail, ..decision })
+    }
+
     pub(super) fn effective(&self, port: PortId) -> MacAddress {
         self.state.port(port).map_or(MacAddress::ZERO, netpolicy::Port::effective_mac)
     }

@@ -6,6 +6,7 @@ use std::{
 };
 
 use async_trait::async_trait;
+use netpolicy::StandingRefusal;
 use tokio::sync::mpsc;
 use vmm::control::{Answer, Order, Outcome};
 
@@ -22,6 +23,9 @@ pub trait Vmm: Send + Sync + 'static {
 
     /// Answers a question, at once. What a vmm does not take is lost.
     fn answer(&self, id: u64, answer: Answer);
+
+    /// Has the relay of an adapter refuse without a question what is refused in any case; None: it asks. At once.
+    fn set_standing_refusal(&self, adapter: &str, refusal: Option<StandingRefusal>);
 
     /// The connection is over: it is not used, nor kept open, any more.
     fn close(&self);
@@ -62,6 +66,12 @@ impl Vmm for VmLink {
     fn answer(&self, id: u64, answer: Answer) {
         if let Some(connection) = self.connection() {
             connection.answer(id, answer);
+        }
+    }
+
+    fn set_standing_refusal(&self, adapter: &str, refusal: Option<StandingRefusal>) {
+        if let Some(connection) = self.connection() {
+            connection.set_standing_refusal(adapter, refusal);
         }
     }
 

@@ -31,6 +31,7 @@ impl Actor {
             Notice::Refused { request, word, reason, count } => {
                 self.refused(port, request, word, reason, count)
             }
+            Notice::Declined { mac, reason, silent } => self.declined(port, mac, reason, silent),
             Notice::GuestMac { mac } => {
                 drop(self.state.note_answer(port, &Request::SetMac(mac), true));
                 self.save(port);

@@ -203,6 +203,11 @@ impl Actor {
     /// From now on the new policy holds, and what it no longer allows is taken back.
     fn adopt(&mut self, trial: SwitchState, corrections: Vec<Corrections>) {
         self.state = trial;
+        // All of them: most are told what they know, which is nothing to tell.
+        let ports: Vec<PortId> = self.state.ports().map(|port| port.id).collect();
+        for port in ports {
+            self.tell_standing(port);
+        }
         for corrections in corrections.into_iter().filter(|corrections| !corrections.list.is_empty()) {
             self.queue(corrections.port, Work::Correct);
         }

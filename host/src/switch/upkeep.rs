@@ -167,6 +167,7 @@ impl Actor {
     pub(super) fn connected(&mut self, vm: VmId, vmm: Arc<dyn Vmm>) {
         self.links.insert(vm, Link { vmm, online: true });
         for port in self.ports_of(vm) {
+            self.tell_standing(port);
             if let Some(lane) = self.lanes.get_mut(&port) {
                 // The connection's end lost the answers to what was deferred; it is ordered again.
                 let lost: Vec<Change> = lane.deferred.drain(..).flatten().collect();

@@ -1,7 +1,7 @@
 //! The control connection: a task per connection between the socket and the agent's side of it.
 
 use std::{
-    collections::HashMap,
+    collections::{BTreeMap, HashMap},
     io,
     os::fd::{AsFd, OwnedFd},
     path::Path,
@@ -9,14 +9,16 @@ use std::{
     time::Duration,
 };
 
+use netpolicy::StandingRefusal;
 use tokio::{
     io::{Interest, unix::AsyncFd},
-    sync::{mpsc, oneshot},
+    sync::{mpsc, oneshot, watch},
     time::timeout,
 };
 use uuid::Uuid;
 use vmm::control::{
-    Answer, Ask, Channel, ChannelError, Failure, Order, Outcome, Report, SPOKEN, State, ToAgent, ToVmm,
+    Answer, Ask, Channel, ChannelError, Failure, Order, Outcome, Report, SPOKEN, STANDING_SINCE, State,
+    ToAgent, ToVmm,
 };
 
 use super::polled::polled;
@@ -108,10 +110,15 @@ enum Request {
     Noted(u64),
 }
 
+/// What the relays of a VM refuse without a question, by adapter.
+type Standing = BTreeMap<String, Option<StandingRefusal>>;
+
 /// The handle of a connection, which ends with its last handle.
 #[derive(Clone, Debug)]
 pub struct Connection {
     requests: mpsc::Sender<Request>,
+    /// The newest counts, and is never lost.
+    standing: watch::Sender<Standing>,
     /// The task of the connection owns it: a connection that has ended is closed, whoever has a handle.
     channel: Weak<AsyncFd<Channel>>,
 }
@@ -143,9 +150,11 @@ impl Connection {
         let (requests, inbox) = mpsc::channel(ORDERS_MAX);
         let (events, receiver) = mpsc::channel(EVENTS_MAX);
         let channel = Arc::new(channel);
-        let handle = Self { requests, channel: Arc::downgrade(&channel) };
+        let (standing, refusals) = watch::channel(Standing::new());
+        let handle = Self { requests, standing, channel: Arc::downgrade(&channel) };
+        let refusals = Refusals::new(refusals, greeting.version);
         tokio::spawn(async move {
-            let end = serve(&channel, inbox, events).await;
+            let end = serve(&channel, inbox, refusals, events).await;
             if let Err(error) = end {
                 tracing::info!(%vm, "the control connection ended: {error}");
             }
@@ -176,6 +185,19 @@ impl Connection {
         }
     }
 
+    /// Tells what the relay of an adapter refuses without a question from now on, before any later order. A vmm that is
+    /// too old for it goes on to ask.
+    pub fn set_standing_refusal(&self, adapter: &str, refusal: Option<StandingRefusal>) {
+        self.standing.send_if_modified(|standing| match standing.get(adapter) {
+            Some(old) if *old == refusal => false,
+            None if refusal.is_none() => false,
+            _ => {
+                standing.insert(adapter.to_owned(), refusal);
+                true
+            }
+        });
+    }
+
     /// Tells the vmm that it may forget its reports up to `seq`.
     pub async fn noted(&self, seq: u64) {
         // If the connection has ended, the vmm reports again on the next one.
@@ -192,16 +214,53 @@ impl Connection {
     }
 }
 
+/// What is to be told of refusals that need no question, and what was.
+struct Refusals {
+    wanted: watch::Receiver<Standing>,
+    told: Standing,
+    /// The vmm understands them.
+    understood: bool,
+}
+
+impl Refusals {
+    fn new(wanted: watch::Receiver<Standing>, version: u32) -> Self {
+        Self { wanted, told: Standing::new(), understood: version >= STANDING_SINCE }
+    }
+
+    /// Waits for news; for ever if there can be none.
+    async fn changed(&mut self) {
+        if !self.understood || self.wanted.changed().await.is_err() {
+            std::future::pending::<()>().await;
+        }
+    }
+
+    /// What must be told now.
+    fn news(&mut self) -> Vec<ToVmm> {
+        if !self.understood {
+            return Vec::new();
+        }
+        let wanted = self.wanted.borrow_and_update().clone();
+        let new = wanted.iter().filter(|(adapter, refusal)| self.told.get(*adapter) != Some(*refusal));
+        let news = new
+            .map(|(adapter, refusal)| ToVmm::Standing { adapter: adapter.clone(), refusal: refusal.clone() });
+        let news = news.collect();
+        self.told = wanted;
+        news
+    }
+}
+
 /// Carries messages until the vmm closes, misbehaves, or the last handle is gone.
 async fn serve(
     channel: &AsyncFd<Channel>,
     mut inbox: mpsc::Receiver<Request>,
+    mut refusals: Refusals,
     events: mpsc::Sender<Event>,
 ) -> Result<(), ChannelError> {
     let mut waiting: HashMap<u64, oneshot::Sender<Result<Outcome, OrderError>>> = HashMap::new();
     let mut last = 0;
     loop {
         tokio::select! {
+            () = refusals.changed() => tell(channel, refusals.news()).await?,
             request = inbox.recv() => match request {
                 None => return Ok(()),
                 Some(Request::Noted(upto)) => send(channel, &ToVmm::Noted { upto }, &[]).await?,
@@ -212,6 +271,8 @@ async fn serve(
                         continue;
                     }
                     last += 1;
+                    // What was said before an order must be heard before it.
+                    tell(channel, refusals.news()).await?;
                     match send(channel, &ToVmm::Order { id: last, order }, &fds).await {
                         Ok(()) => drop(waiting.insert(last, reply)),
                         Err(ChannelError::TooLong(_)) => drop(reply.send(Err(OrderError::TooLong))),
@@ -239,6 +300,13 @@ async fn serve(
             }
         }
     }
+}
+
+async fn tell(channel: &AsyncFd<Channel>, messages: Vec<ToVmm>) -> Result<(), ChannelError> {
+    for message in messages {
+        send(channel, &message, &[]).await?;
+    }
+    Ok(())
 }
 
 async fn send(channel: &AsyncFd<Channel>, message: &ToVmm, fds: &[OwnedFd]) -> Result<(), ChannelError> {

@@ -6,7 +6,9 @@ use crate::{
     mac::MacAddress,
     objects::{Port, Switch},
     policy::{EffectivePolicy, MacChanges, Setting},
-    request::{Change, DecidedBy, Denial, Evaluation, PromiscuousMode, Reason, Request, Verdict},
+    request::{
+        Change, DecidedBy, Denial, Evaluation, PromiscuousMode, Reason, Request, StandingRefusal, Verdict,
+    },
     vlan::VlanId,
 };
 
@@ -31,6 +33,27 @@ impl SwitchState {
             Err(denial) => Verdict::Deny(denial),
         };
         Ok(Evaluation { verdict, on_denied, effective_mac: port.effective_mac() })
+    }
+
+    /// What [`evaluate`](Self::evaluate) says to every change of the address but to those of its exceptions; None if there
+    /// is no such answer.
+    ///
+    /// # Errors
+    /// No such port.
+    pub fn standing_refusal(&self, port: PortId) -> Result<Option<StandingRefusal>, StateError> {
+        let (port, group, switch) = self.lineage(port)?;
+        let policy = policy_of(port, group, switch);
+        let on_denied = policy.on_denied.value;
+        if policy.blocked.value {
+            return Ok(Some(StandingRefusal { unless: Vec::new(), reason: Reason::PortBlocked, on_denied }));
+        }
+        let (reason, listed) = match &policy.mac_changes.value {
+            MacChanges::Accept => return Ok(None),
+            MacChanges::Reject => (Reason::MacChangesRejected, [].as_slice()),
+            MacChanges::List(patterns) => (Reason::MacNotAllowed, patterns.as_slice()),
+        };
+        let unless = listed.iter().copied().chain([port.initial_mac.into()]).collect();
+        Ok(Some(StandingRefusal { unless, reason, on_denied }))
     }
 }
 

@@ -5,8 +5,8 @@
 use std::collections::BTreeSet;
 
 use netpolicy::{
-    Change, MacAddress, Port, PortGroupId, PromiscuousMode, Request, Setting, Settings, SwitchId,
-    SwitchState, Verdict,
+    Change, Evaluation, MacAddress, Port, PortGroupId, PromiscuousMode, Reason, Request, Setting, Settings,
+    SwitchId, SwitchState, Verdict,
 };
 use proptest::prelude::*;
 use serde_json::{Value, json};
@@ -224,10 +224,10 @@ fn some_settings() -> BoxedStrategy<Settings> {
         one("vlan_limit", vec![json!(0), json!(1), json!(3)]),
         one("mtu", vec![json!(68), json!(1500), json!(9000)]),
         one("rate", vec![json!("unlimited"), json!({"max_tx_mbit": 5})]),
-        prop::option::weighted(0.2, any::<bool>()).prop_map(|on| ("blocked", on.map(|on| json!(on)))),
+        (one("on_denied", vec![json!("nack"), json!("silent")]), prop::option::weighted(0.2, any::<bool>())),
     )
-        .prop_map(|(a, b, c, d, e, f, g, h, i, j)| {
-            let named = [a, b, c, d, e, f, g, h, i, j].into_iter();
+        .prop_map(|(a, b, c, d, e, f, g, h, i, (j, blocked))| {
+            let named = [a, b, c, d, e, f, g, h, i, j, ("blocked", blocked.map(|on| json!(on)))].into_iter();
             let object =
                 named.filter_map(|(name, value)| value.map(|value| (name.to_string(), value))).collect();
             serde_json::from_value(Value::Object(object)).unwrap()
@@ -318,6 +318,7 @@ impl World {
             Step::Ask(n, request, meanwhile) => {
                 let before = self.hardware[*n as usize].clone();
                 let evaluation = self.state.evaluate(port_id(*n), request).unwrap();
+                self.check_standing(*n, request, &evaluation)?;
                 let Verdict::Allow(changes) = evaluation.verdict else { return Ok(()) };
                 self.state.begin(port_id(*n), &changes).unwrap();
                 if let Some(step) = meanwhile {
@@ -354,6 +355,24 @@ impl World {
             Step::Restart(n) => self.start_again(*n)?,
             edit => self.edit(edit)?,
         }
+        Ok(())
+    }
+
+    /// What is refused without a question is what is refused to one, in the same words, and is all that can be.
+    fn check_standing(&self, n: u32, request: &Request, asked: &Evaluation) -> Result<(), TestCaseError> {
+        let standing = self.state.standing_refusal(port_id(n)).unwrap();
+        let Request::SetMac(mac) = request else { return Ok(()) };
+        if !mac.is_assignable() || *mac == asked.effective_mac {
+            return Ok(());
+        }
+        let refused = match &asked.verdict {
+            Verdict::Deny(denial) if denial.reason != Reason::MacInUse => {
+                Some((denial.reason, asked.on_denied))
+            }
+            _ => None,
+        };
+        let standing = standing.filter(|standing| standing.covers(*mac));
+        prop_assert_eq!(standing.map(|standing| (standing.reason, standing.on_denied)), refused);
         Ok(())
     }
 

@@ -103,6 +103,16 @@ pub enum Notice {
         /// How many since the last notice with this reason.
         count: u64,
     },
+    /// The relay refused a change of the address without a question, by the authority's
+    /// [standing refusal](super::Relay::set_standing_refusal).
+    Declined {
+        /// The address that was asked for.
+        mac: MacAddress,
+        /// As the refusal said.
+        reason: Reason,
+        /// The guest was told that it succeeded.
+        silent: bool,
+    },
     /// The guest now believes in this address: the relay acknowledged it without a question (it is the effective one), or
     /// told of the success that a silent refusal pretends, which it does not always.
     GuestMac {

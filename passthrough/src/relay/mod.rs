@@ -10,13 +10,15 @@
 //!                                  the real mailbox (one reader and writer: this thread)
 //! ```
 //!
-//! vCPU threads only ever take the lock of the registers. What a guest can cause is bounded: one message in flight,
+//! vCPU threads only ever take the lock of the registers. What the authority refuses in any case they refuse themselves
+//! under that lock (`decline`), and nobody's turn is waited for. What a guest can cause is bounded: one message in flight,
 //! token buckets for messages, resets and log lines, refusals aggregated before they are told.
 
 mod address;
 mod authority;
 mod bucket;
 mod core;
+mod decline;
 mod limited;
 mod page;
 mod refusals;
@@ -34,7 +36,7 @@ use std::{
     time::Duration,
 };
 
-use netpolicy::{Change, MacAddress};
+use netpolicy::{Change, MacAddress, StandingRefusal};
 
 pub use self::{
     address::{DriverAddress, Judgement},
@@ -164,6 +166,12 @@ impl Relay {
     /// cancelled one.
     pub fn set_effective_mac(&self, mac: MacAddress) {
         self.shared.order(Order::EffectiveMac(mac));
+    }
+
+    /// What the authority refuses in any case from now on: asked for that, the relay refuses without a question, and
+    /// [`Notice::Declined`] follows. None: nothing.
+    pub fn set_standing_refusal(&self, standing: Option<StandingRefusal>) {
+        self.shared.standing_refusal(standing);
     }
 
     /// Takes back, or sets to what is still allowed, what only messages can change: those changes whose

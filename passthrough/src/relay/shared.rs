@@ -9,10 +9,11 @@ use std::{
     time::Duration,
 };
 
-use netpolicy::{Change, MacAddress};
+use netpolicy::{Change, MacAddress, OnDenied, Reason, StandingRefusal};
 
 use super::{
     authority::Verdict,
+    decline::{Declined, Prompt},
     stats::{RelayStats, Stats},
 };
 use crate::mailbox::{
@@ -39,9 +40,11 @@ pub(crate) struct Posted {
     pub(crate) at: Duration,
 }
 
-/// What came in since the relay thread last looked. A reset in it is older than the message in it.
+/// What came in since the relay thread last looked. What was declined in it is older than a reset in it, and that than
+/// the message in it.
 #[derive(Debug, Default)]
 pub(crate) struct Inbox {
+    pub(crate) declined: Option<Declined>,
     pub(crate) posted: Option<Posted>,
     pub(crate) vf_reset: bool,
     pub(crate) function_reset: bool,
@@ -53,8 +56,14 @@ pub(crate) struct Inbox {
 
 impl Inbox {
     fn is_empty(&self) -> bool {
-        self.posted.is_none()
-            && !(self.vf_reset || self.function_reset || self.hint || self.stop)
+        self.is_calm() && !(self.hint || self.stop)
+    }
+
+    /// Whether nothing in it changes what the next message means.
+    fn is_calm(&self) -> bool {
+        self.declined.is_none()
+            && self.posted.is_none()
+            && !(self.vf_reset || self.function_reset)
             && self.verdict.is_none()
             && self.orders.is_empty()
     }
@@ -65,8 +74,30 @@ pub(crate) struct State {
     pub(crate) registers: Registers,
     pub(crate) stats: Stats,
     inbox: Inbox,
+    /// What the authority refuses in any case.
+    standing: Option<StandingRefusal>,
+    /// For the next message.
+    prompt: Option<Prompt>,
     /// Until then the real mailbox was looked at just now, or is about to be: the guest's reads are no hints, and wake nobody.
     hints_from: Duration,
+}
+
+impl State {
+    /// A message has come: refused at once, or left to the relay thread.
+    fn posted(&mut self, posted: Posted) {
+        let declined = match (self.prompt.take(), &self.standing) {
+            (Some(prompt), Some(standing)) => prompt.decline(&posted, standing, &mut self.registers),
+            _ => None,
+        };
+        match declined {
+            Some(declined) => {
+                self.stats.message("set_mac", if declined.silent { "refused_silently" } else { "refused" });
+                self.stats.round_trips.add(Duration::ZERO);
+                self.inbox.declined = Some(declined);
+            }
+            None => self.inbox.posted = Some(posted),
+        }
+    }
 }
 
 pub(crate) struct Shared {
@@ -83,6 +114,8 @@ impl Shared {
             registers: Registers::new(layout),
             stats: Stats::default(),
             inbox: Inbox::default(),
+            standing: None,
+            prompt: None,
             hints_from: Duration::ZERO,
         };
         Self { state: Mutex::new(state), wake: Condvar::new(), clock, look_gap }
@@ -121,8 +154,9 @@ impl Shared {
         let (effect, first) = state.registers.write(offset, len, value);
         match effect {
             Effect::None => return first,
-            Effect::Ring(snapshot) => state.inbox.posted = Some(Posted { snapshot, at }),
+            Effect::Ring(snapshot) => state.posted(Posted { snapshot, at }),
             Effect::Reset(_) => {
+                state.prompt = None;
                 state.inbox.posted = None;
                 state.inbox.verdict = None;
                 state.inbox.vf_reset = true;
@@ -137,6 +171,7 @@ impl Shared {
     pub(crate) fn function_reset(&self) {
         let mut state = self.lock();
         state.registers.function_reset();
+        state.prompt = None;
         state.inbox.posted = None;
         state.inbox.verdict = None;
         state.inbox.vf_reset = false;
@@ -159,9 +194,28 @@ impl Shared {
         if state.inbox.orders.len() >= MAX_ORDERS || state.inbox.stop {
             return Some(order);
         }
+        // It may change what the prompt says.
+        state.prompt = None;
         state.inbox.orders.push_back(order);
         self.wake.notify_one();
         None
+    }
+
+    pub(crate) fn standing_refusal(&self, standing: Option<StandingRefusal>) {
+        self.lock().standing = standing;
+    }
+
+    /// Why and how a change to `mac` is refused in any case, if it is.
+    pub(crate) fn refusal_of(&self, mac: MacAddress) -> Option<(Reason, OnDenied)> {
+        let state = self.lock();
+        let standing = state.standing.as_ref().filter(|standing| standing.covers(mac))?;
+        Some((standing.reason, standing.on_denied))
+    }
+
+    /// The next message may be refused by who writes it, until something else comes in. None: it may not.
+    pub(crate) fn prompt(&self, prompt: Option<Prompt>) {
+        let mut state = self.lock();
+        state.prompt = prompt.filter(|_| state.inbox.is_calm());
     }
 
     pub(crate) fn stop(&self) {

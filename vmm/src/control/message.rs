@@ -2,7 +2,7 @@
 
 use std::{collections::BTreeMap, ops::RangeInclusive};
 
-use netpolicy::{Change, MacAddress};
+use netpolicy::{Change, MacAddress, StandingRefusal};
 use passthrough::relay::{Notice, Question, RelayStats, Verdict};
 use serde::{Deserialize, Serialize};
 use uuid::Uuid;
@@ -13,7 +13,11 @@ use uuid::Uuid;
 /// |---|---|
 /// | 1 | everything else |
 /// | 2 | [`DeviceBackend::Simulated`] |
-pub const VERSION: u32 = 2;
+/// | 3 | [`ToVmm::Standing`], and with it [`Notice::Declined`] |
+pub const VERSION: u32 = 3;
+
+/// The oldest version with [`ToVmm::Standing`].
+pub const STANDING_SINCE: u32 = 3;
 
 /// The versions that this build still speaks.
 pub const SPOKEN: RangeInclusive<u32> = 1..=VERSION;
@@ -44,6 +48,14 @@ pub enum ToVmm {
         id: u64,
         /// The answer.
         answer: Answer,
+    },
+    /// What the relay of an adapter refuses without a question, from now to the next such message, or the end of the
+    /// connection. May come before the machine is configured.
+    Standing {
+        /// The adapter's name in the machine's specification.
+        adapter: String,
+        /// None: nothing.
+        refusal: Option<StandingRefusal>,
     },
     /// Reports up to this sequence number are stored; the vmm may forget them.
     Noted {

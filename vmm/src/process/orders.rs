@@ -4,6 +4,7 @@ use std::os::fd::OwnedFd;
 
 use devices::machine::MachineEvent;
 use event_manager::EventOps;
+use netpolicy::StandingRefusal;
 use passthrough::relay::Relay;
 
 use super::serve::Process;
@@ -79,6 +80,11 @@ impl Process {
         match Machine::build(spec, files, &self.authorities) {
             Ok((machine, signals)) => {
                 self.machine = Some(machine);
+                for (adapter, refusal) in &self.standing {
+                    if let Ok(relay) = self.relay(adapter) {
+                        relay.set_standing_refusal(Some(refusal.clone()));
+                    }
+                }
                 self.listen_to(signals, ops);
                 self.enter(State::Ready);
                 Ok(Outcome::Done)
@@ -100,6 +106,25 @@ impl Process {
         self.machine()?.assigned.relay(adapter).ok_or_else(|| {
             failure(FailureCode::Invalid, format!("The VM has no adapter {adapter} under policy"))
         })
+    }
+
+    pub(super) fn on_standing(&mut self, adapter: String, refusal: Option<StandingRefusal>) {
+        if let Ok(relay) = self.relay(&adapter) {
+            relay.set_standing_refusal(refusal.clone());
+        }
+        match refusal {
+            Some(refusal) => drop(self.standing.insert(adapter, refusal)),
+            None => drop(self.standing.remove(&adapter)),
+        }
+    }
+
+    /// Relays ask again: what was said on a connection ends with it.
+    pub(super) fn forget_standing(&mut self) {
+        for (adapter, _) in std::mem::take(&mut self.standing) {
+            if let Ok(relay) = self.relay(&adapter) {
+                relay.set_standing_refusal(None);
+            }
+        }
     }
 
     pub(super) fn on_answer(&self, answer: Answer) {

@@ -1,11 +1,13 @@
 //! The event loop's one subscriber: sockets in, orders out to the machine.
 
 use std::{
+    collections::BTreeMap,
     os::fd::{AsRawFd, OwnedFd},
     time::{Duration, Instant},
 };
 
 use event_manager::{EventOps, EventSet, Events, MutEventSubscriber};
+use netpolicy::StandingRefusal;
 use uuid::Uuid;
 
 use passthrough::relay::Notice;
@@ -54,6 +56,8 @@ pub(super) struct Process {
     waiters: Vec<(u64, u64)>,
     /// Orders to take something back that a relay works on.
     take_backs: Vec<u64>,
+    /// What the agent refuses in any case, by adapter.
+    pub(super) standing: BTreeMap<String, StandingRefusal>,
     /// What relays say, and where they learn whether an agent is there.
     pub(super) authorities: Authorities,
     asked: u64,
@@ -84,6 +88,7 @@ impl Process {
             reports: Reports::default(),
             waiters: Vec::new(),
             take_backs: Vec::new(),
+            standing: BTreeMap::new(),
             authorities,
             asked: 0,
             ended: None,
@@ -154,6 +159,7 @@ impl Process {
         self.authorities.set_connected(false);
         self.waiters.clear();
         self.take_backs.clear();
+        self.forget_standing();
         self.dead.extend(self.channel.take());
     }
 
@@ -286,6 +292,7 @@ impl Process {
             }
             ToVmm::Order { id, order } => self.obey(id, order, fds, ops),
             ToVmm::Answer { answer, .. } => self.on_answer(answer),
+            ToVmm::Standing { adapter, refusal } => self.on_standing(adapter, refusal),
             ToVmm::Noted { upto } => self.reports.noted(upto),
         }
     }

@@ -1,5 +1,6 @@
 use netpolicy::{
-    Change, Committed, OnDenied::Nack, OnDenied::Silent, Outcome, Reason, Request, Setting, Source, VlanId,
+    Change, Committed, OnDenied, OnDenied::Nack, OnDenied::Silent, Outcome, Reason, Request, Setting, Source,
+    VlanId,
 };
 use passthrough::{
     host::VfChange,
@@ -66,6 +67,60 @@ async fn a_silent_refusal_leaves_guest_and_device_differing_until_the_guest_rese
     assert!(host.decisions(1, Outcome::Denied).await[0].detail.as_ref().unwrap().contains("told"));
     assert_eq!(host.ask(1, Request::Reset).await, LOCAL);
     assert_eq!(host.addresses(1).await, (mac(1), mac(1)));
+}
+
+/// What VM 1's relay refuses without a question: whether there is such a thing, and how and why 9 is.
+fn standing(host: &Host) -> Option<Option<(OnDenied, Reason)>> {
+    let standing = host.vmm(1).heard().standing.clone()?;
+    assert!(!standing.covers(mac(1)), "the initial address needs a question");
+    Some(standing.covers(mac(9)).then_some((standing.on_denied, standing.reason)))
+}
+
+#[tokio::test]
+async fn relays_know_at_once_what_is_refused_in_any_case() {
+    let mut host = Host::new("{}").await;
+    assert_eq!(standing(&host), Some(Some((Nack, Reason::MacChangesRejected))), "from the first connection");
+    host.set(r#"{"on_denied": "silent"}"#).await.unwrap();
+    assert_eq!(standing(&host), Some(Some((Silent, Reason::MacChangesRejected))));
+    host.set(ACCEPT).await.unwrap();
+    assert_eq!(standing(&host), None, "when the edit's answer is there, not some time later");
+    host.set(r#"{"mac_changes": {"list": ["02:00:00:00:00:09"]}}"#).await.unwrap();
+    assert_eq!(standing(&host), Some(None), "a listed one is asked for");
+    // To a vmm that is connected again.
+    host.switch.disconnected(vm(1)).await;
+    host.set("{}").await.unwrap();
+    host.connect(1).await;
+    host.switch.settle().await;
+    assert_eq!(standing(&host), Some(Some((Nack, Reason::MacChangesRejected))));
+}
+
+#[tokio::test]
+async fn what_a_relay_refused_is_recorded_as_if_it_had_been_asked() {
+    let mut host = Host::new("{}").await;
+    host.ask(1, Request::SetMac(mac(9))).await;
+    host.notice(1, Notice::Declined { mac: mac(8), reason: Reason::MacChangesRejected, silent: true }).await;
+    let decisions = host.decisions(1, Outcome::Denied).await;
+    let [told, asked] = &decisions[..] else { panic!("{decisions:?}") };
+    let what = |decision: &netpolicy::Decision| {
+        (
+            decision.request.clone(),
+            decision.reason,
+            decision.decided_by,
+            decision.old.clone(),
+            decision.committed,
+        )
+    };
+    assert_eq!(what(told), what(asked));
+    assert_eq!(told.requested.as_deref(), Some("02:00:00:00:00:08"));
+    assert!(told.detail.as_ref().unwrap().contains("told"));
+    assert_eq!(host.port(1).await.status.counters.denied, 2);
+
+    // It crossed an edit: the vmm's word for the reason, and nothing is said of a setting.
+    host.set(ACCEPT).await.unwrap();
+    host.notice(1, Notice::Declined { mac: mac(8), reason: Reason::MacChangesRejected, silent: false }).await;
+    let decision = &host.decisions(1, Outcome::Denied).await[0];
+    assert_eq!((decision.reason, decision.decided_by), (Some(Reason::MacChangesRejected), None));
+    assert!(decision.detail.as_ref().unwrap().contains("before its last change"));
 }
 
 #[tokio::test]

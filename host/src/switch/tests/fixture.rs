@@ -12,7 +12,7 @@ use api::{
     types::{DecisionFilter, ObjectRef, PortGroupSpec},
 };
 use async_trait::async_trait;
-use netpolicy::{Change, Decision, MacAddress, Name, Outcome, Request, VfRef, VmId, VmRef};
+use netpolicy::{Change, Decision, MacAddress, Name, Outcome, Request, StandingRefusal, VfRef, VmId, VmRef};
 use passthrough::{
     host::Hint,
     relay::{self, Forwarded, How, Notice, Question, Verdict},
@@ -82,6 +82,8 @@ pub(super) struct Heard {
     pub(super) orders: Vec<Order>,
     pub(super) stopped: Vec<String>,
     pub(super) takes_back: TakesBack,
+    /// What it refuses without a question.
+    pub(super) standing: Option<StandingRefusal>,
 }
 
 impl FakeVmm {
@@ -126,6 +128,11 @@ impl Vmm for FakeVmm {
         let Answer::Mailbox { adapter, verdict } = answer;
         assert_eq!(adapter, "eth0");
         drop(self.answers.send((id, verdict)));
+    }
+
+    fn set_standing_refusal(&self, adapter: &str, refusal: Option<StandingRefusal>) {
+        assert_eq!(adapter, "eth0");
+        self.heard().standing = refusal;
     }
 
     fn close(&self) {}

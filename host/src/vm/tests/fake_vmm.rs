@@ -126,6 +126,8 @@ impl Fake {
                     self.say(&ToAgent::Report { seq, report });
                 }
             }
+            // It asks all the same.
+            ToVmm::Standing { .. } => {}
             ToVmm::Noted { upto } => self.reports.retain(|(seq, _)| *seq > upto),
             ToVmm::Answer { answer: Answer::Mailbox { adapter, verdict }, .. } => {
                 // Its PF acknowledges whatever is forwarded.

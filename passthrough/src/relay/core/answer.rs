@@ -126,6 +126,13 @@ impl Core {
         shown
     }
 
+    pub(super) fn log_refusal(&mut self, request: &str, reason: Reason, silent: bool) {
+        if let Some(suppressed) = self.log_line() {
+            let adapter = &self.config.adapter;
+            tracing::info!(adapter, request, %reason, silent, suppressed, "VF request refused");
+        }
+    }
+
     pub(super) fn log_line(&mut self) -> Option<u64> {
         let allowed = self.log.allow(self.now());
         if allowed.is_none() {

@@ -26,6 +26,7 @@ use super::{
     address::{DriverAddress, Judgement},
     authority::{Authority, Cancelled, Decision, How, Notice, Question, Verdict},
     bucket::Bucket,
+    decline::{Declined, Prompt},
     limited::LogLimit,
     refusals::Refusals,
     shared::{Posted, Shared},
@@ -142,6 +143,9 @@ impl Core {
     /// Does what can be done now. Returns when to be called again if nothing comes in before; None at the end.
     pub(crate) fn turn(&mut self) -> Option<Duration> {
         let inbox = self.shared.take();
+        if let Some(declined) = inbox.declined {
+            self.declined(declined);
+        }
         if inbox.stop {
             self.drop_work(Cancelled::Stopped);
             return None;
@@ -177,7 +181,41 @@ impl Core {
         while let Some(notice) = self.refusals.due(now) {
             self.authority.notice(notice);
         }
+        self.shared.prompt(self.prompt());
         Some(self.next_turn())
+    }
+
+    /// What the next message may be refused with before it comes here.
+    fn prompt(&self) -> Option<Prompt> {
+        let now = self.now();
+        let ready = matches!(self.work, Work::Idle)
+            && self.cts
+            && !self.reset_due
+            && self.messages.ready_at(now) <= now;
+        self.effective.filter(|_| ready).map(|effective| Prompt { effective, driver: self.driver })
+    }
+
+    /// A message was refused where it was written.
+    fn declined(&mut self, Declined { mac, silent, reason }: Declined) {
+        self.messages.take(self.now());
+        self.driver.answered(silent);
+        if silent {
+            self.believes(mac);
+        }
+        self.tell_declined(mac, reason, silent);
+    }
+
+    /// Refuses what the authority refuses in any case, but what came when there was no prompt.
+    fn decline(&mut self, message: &Message, mac: MacAddress, reason: Reason, on_denied: OnDenied) {
+        let silent = on_denied == OnDenied::Silent && !self.driver.must_tell();
+        let verdict = if silent { "refused_silently" } else { "refused" };
+        self.answer(message, &Request::SetMac(mac), silent, verdict);
+        self.tell_declined(mac, reason, silent);
+    }
+
+    fn tell_declined(&mut self, mac: MacAddress, reason: Reason, silent: bool) {
+        self.authority.notice(Notice::Declined { mac, reason, silent });
+        self.log_refusal(Request::SetMac(mac).name(), reason, silent);
     }
 
     fn now(&self) -> Duration {
@@ -283,7 +321,10 @@ impl Core {
                     tracing::debug!(adapter = self.config.adapter, %mac, "Stale address of a guest's reset refused");
                     self.answer(&message, &request, false, "stale");
                 }
-                Judgement::Ask => self.ask(message, request, None),
+                Judgement::Ask => match self.shared.refusal_of(mac) {
+                    Some((reason, on_denied)) => self.decline(&message, mac, reason, on_denied),
+                    None => self.ask(message, request, None),
+                },
             },
             Request::ClearUnicastFilters if !self.filters => self.answer(&message, &request, true, "local"),
             request => self.ask(message, request, None),
@@ -327,16 +368,7 @@ impl Core {
                 let silent = tell == OnDenied::Silent && !(is_address && self.driver.must_tell());
                 // First the answer: a vCPU waits for it, busily.
                 self.answer(&message, &request, silent, if silent { "refused_silently" } else { "refused" });
-                if let Some(suppressed) = self.log_line() {
-                    tracing::info!(
-                        adapter = self.config.adapter,
-                        request = request.name(),
-                        %reason,
-                        silent,
-                        suppressed,
-                        "VF request refused"
-                    );
-                }
+                self.log_refusal(request.name(), reason, silent);
             }
         }
     }

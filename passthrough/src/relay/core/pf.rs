@@ -175,6 +175,7 @@ impl Core {
             return;
         }
         (self.cts, self.lost) = (false, true);
+        self.shared.prompt(None);
         self.next_look = self.now();
         if let Some(suppressed) = self.log_line() {
             tracing::warn!(

@@ -1,5 +1,6 @@
 mod guest;
 mod properties;
+mod standing;
 mod tables;
 mod threads;
 

@@ -33,6 +33,28 @@ fn without_an_agent_requests_are_refused_and_the_guest_goes_on() {
     assert_eq!(host::vf_mac(0), X);
 }
 
+/// What the policy refuses in any case, the relay refuses by itself; the agent learns it when it can.
+#[test]
+fn an_agent_that_hangs_delays_no_refusal_that_needs_no_question() {
+    let agent = agent_with(Relay::Policed, &json!({ "mac_changes": "reject" }));
+    let guest = guest_in_group(&agent, "web1");
+    guest.type_line(&format!("sleep 3; ip link set dev eth0 address {X}; echo ended $?"));
+    agent.signal("STOP");
+    thread::sleep(Duration::from_secs(6));
+    agent.signal("CONT");
+    let mut guest = Guest::new(&agent, "web1".into());
+    guest.wait_for("ended ");
+    let said = guest.unread();
+    assert!(!said.starts_with('0'), "the guest was refused");
+    let mut reasons = Vec::new();
+    eventually(&agent, PATIENCE, "the refusal is recorded", || {
+        reasons = decisions(&agent, "denied").iter().map(reason).collect();
+        !reasons.is_empty()
+    });
+    assert_eq!(reasons, ["mac_changes_rejected"], "not authority_unreachable");
+    ping(&mut guest, host::GATEWAY, 3);
+}
+
 /// The relay waits 400 ms for the agent; this one makes the change on the PF after 700 ms.
 #[test]
 fn a_change_that_lands_after_the_refusal_is_reverted() {

@@ -96,6 +96,6 @@ fn refusals_are_timed_beside_qemu() {
     );
     println!("refused here : answered under QEMU, medians: {:.2}", median as f64 / peer.1 as f64);
     assert_eq!(peer.0, COUNT, "igb grants every change");
-    // Here every instruction is emulated twice. igbvf gives up after a second.
-    assert!(p99 < 200_000, "the 99th percentile of a refusal is {p99} us");
+    // Although every instruction is emulated twice here: the guest waits for no other thread. igbvf gives up after a second.
+    assert!(p99 < 10_000, "the 99th percentile of a refusal is {p99} us");
 }

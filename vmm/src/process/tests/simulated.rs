@@ -2,10 +2,10 @@
 
 use std::{os::fd::OwnedFd, thread::JoinHandle};
 
-use netpolicy::{MacAddress, OnDenied, Reason, Request};
+use netpolicy::{MacAddress, OnDenied, Reason, Request, StandingRefusal};
 use passthrough::{
     host::{PfControl, VfChange},
-    relay::{Decision, How, Verdict},
+    relay::{Decision, How, Notice, Verdict},
     sim::{
         SimPf,
         pf::{Options, listen, serve},
@@ -96,6 +96,7 @@ core::arch::global_asm!(
 );
 
 const MAC: MacAddress = MacAddress::new([2, 0, 0, 0, 0, 0x11]);
+const OTHER: MacAddress = MacAddress::new([2, 0, 0, 0, 0, 0x99]);
 
 /// A PF's process, and the connection of its VF 0.
 struct Adapter {
@@ -133,13 +134,33 @@ fn device() -> DeviceSpec {
 
 #[test]
 fn a_guest_s_mailbox_is_answered_through_the_relay() {
+    let (asked, declined) = refused_address(None);
+    assert!(asked.contains(&Request::Reset) && asked.contains(&Request::SetMac(OTHER)), "{asked:?}");
+    assert_eq!(declined, []);
+}
+
+#[test]
+fn what_the_agent_refuses_in_any_case_is_not_asked() {
+    let (unless, reason) = (vec![MAC.into()], Reason::MacChangesRejected);
+    let (asked, declined) =
+        refused_address(Some(StandingRefusal { unless, reason, on_denied: OnDenied::Nack }));
+    assert_eq!(asked, [Request::Reset]);
+    assert_eq!(declined, [Notice::Declined { mac: OTHER, reason, silent: false }]);
+}
+
+/// A guest asks for another address and is refused. Returns what the agent was asked, and told to have been refused.
+fn refused_address(refusal: Option<StandingRefusal>) -> (Vec<Request>, Vec<Notice>) {
     let (mut adapter, connection) = Adapter::new();
     let mut vm = Fixture::new();
+    // Before there is a relay, as the agent does.
+    vm.channel.send(&ToVmm::Standing { adapter: "eth0".into(), refusal }, &[]).unwrap();
     let guest = guest!(guest_mailbox, guest_mailbox_end);
     vm.configure_with(&guest, vec![device()], &[&connection]).unwrap();
     vm.order(Order::Run, &[]).unwrap();
-    let mut asked = Vec::new();
-    loop {
+    let (mut asked, mut declined) = (Vec::new(), Vec::new());
+    let mut ended = false;
+    // What a relay had to say at the end may come after it.
+    while !ended || (asked.len() + declined.len() < 2) {
         match vm.receive() {
             ToAgent::Ask { id, ask: Ask::Mailbox { adapter, question } } => {
                 assert_eq!(adapter, "eth0");
@@ -155,20 +176,20 @@ fn a_guest_s_mailbox_is_answered_through_the_relay() {
             }
             ToAgent::Report { report: Report::Ended { end }, .. } => {
                 assert_eq!(end, End::PoweredOff);
-                break;
+                ended = true;
             }
+            ToAgent::Report { report: Report::Relay { notice, .. }, .. } => declined.push(notice),
             ToAgent::Report { .. } => {}
             other => panic!("{other:?}"),
         }
     }
     // The address, then the answer to SET_MAC: NACK and clear to send.
     assert_eq!(vm.output(), "02000000001160");
-    let other = MacAddress::new([2, 0, 0, 0, 0, 0x99]);
-    assert!(asked.contains(&Request::Reset) && asked.contains(&Request::SetMac(other)), "{asked:?}");
     let counters = adapter.pf.counters().unwrap()[&0];
     assert_eq!((counters.messages, counters.refused), (1, 0), "the PF hears of the reset only");
     vm.exit();
     adapter.stop();
+    (asked, declined)
 }
 
 #[test]
