@@ -31,6 +31,13 @@ impl Bucket {
         self.full_at.saturating_sub(missing).max(now)
     }
 
+    /// How many tokens can be taken `now`.
+    pub(crate) fn tokens(&self, now: Duration) -> u32 {
+        let missing =
+            self.full_at.saturating_sub(now).as_nanos().div_ceil(self.rate.period.as_nanos().max(1));
+        self.rate.burst.saturating_sub(u32::try_from(missing).unwrap_or(u32::MAX))
+    }
+
     /// Takes a token if there is one.
     pub(crate) fn take(&mut self, now: Duration) -> bool {
         if self.ready_at(now) > now {

@@ -8,8 +8,9 @@
 //!  relay thread ◀──── Declined ── vCPU: answered at once
 //! ```
 //!
-//! There is one prompt for one message, so that all that a message costs and leaves behind (its token, what it says of the
-//! driver's addresses, its log line and notice) is the relay thread's before the next one can be refused in this way.
+//! Nothing is woken for it: the thread takes notice when it looks at the mailbox next, within a quarter of a second, or when
+//! anything else wakes it. Until then a prompt is good for as many messages as the guest's bucket had tokens, and as
+//! may wait to be noticed.
 
 use netpolicy::{MacAddress, OnDenied, Reason, Request, StandingRefusal};
 
@@ -19,12 +20,17 @@ use super::{
 };
 use crate::mailbox::{igbvf, registers::Registers};
 
-/// What must be known to refuse the next message, if it is a change of the address. Whoever has one may: the PF listens to
-/// the VF ("clear to send"), nothing is under way, and the guest's bucket has a token.
+/// Messages that may wait to be noticed.
+pub(crate) const MAX_DECLINED: usize = 16;
+
+/// What must be known to refuse the next messages, as long as they are changes of the address. Whoever has one may: the PF
+/// listens to the VF ("clear to send") and nothing is under way.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Prompt {
     pub(crate) effective: MacAddress,
     pub(crate) driver: DriverAddress,
+    /// Tokens in the guest's bucket.
+    pub(crate) tokens: u32,
 }
 
 /// A change of the address that was refused where it was asked for.
@@ -39,13 +45,14 @@ pub(crate) struct Declined {
 impl Prompt {
     /// Answers `posted` if it is refused in any case.
     pub(crate) fn decline(
-        &self,
+        &mut self,
         posted: &Posted,
         standing: &StandingRefusal,
         registers: &mut Registers,
     ) -> Option<Declined> {
         let words = &posted.snapshot.words;
         let Ok(Request::SetMac(mac)) = igbvf::decode(words) else { return None };
+        self.tokens = self.tokens.checked_sub(1)?;
         let asks = self.driver.judge(mac, Some(self.effective)) == Judgement::Ask;
         if !asks || !standing.covers(mac) {
             return None;
@@ -53,6 +60,7 @@ impl Prompt {
         let silent = standing.on_denied == OnDenied::Silent && !self.driver.must_tell();
         let reply = igbvf::reply(words[0], silent, true);
         let shown = registers.complete(posted.snapshot.seq, Some(&reply));
+        self.driver.answered(silent);
         shown.then_some(Declined { mac, silent, reason: standing.reason })
     }
 }

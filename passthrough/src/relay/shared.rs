@@ -13,7 +13,7 @@ use netpolicy::{Change, MacAddress, OnDenied, Reason, StandingRefusal};
 
 use super::{
     authority::Verdict,
-    decline::{Declined, Prompt},
+    decline::{Declined, MAX_DECLINED, Prompt},
     stats::{RelayStats, Stats},
 };
 use crate::mailbox::{
@@ -44,7 +44,7 @@ pub(crate) struct Posted {
 /// the message in it.
 #[derive(Debug, Default)]
 pub(crate) struct Inbox {
-    pub(crate) declined: Option<Declined>,
+    pub(crate) declined: Vec<Declined>,
     pub(crate) posted: Option<Posted>,
     pub(crate) vf_reset: bool,
     pub(crate) function_reset: bool,
@@ -55,14 +55,14 @@ pub(crate) struct Inbox {
 }
 
 impl Inbox {
-    fn is_empty(&self) -> bool {
+    /// Whether nothing in it is worth waking for.
+    fn is_quiet(&self) -> bool {
         self.is_calm() && !(self.hint || self.stop)
     }
 
     /// Whether nothing in it changes what the next message means.
     fn is_calm(&self) -> bool {
-        self.declined.is_none()
-            && self.posted.is_none()
+        self.posted.is_none()
             && !(self.vf_reset || self.function_reset)
             && self.verdict.is_none()
             && self.orders.is_empty()
@@ -84,19 +84,22 @@ pub(crate) struct State {
 
 impl State {
     /// A message has come: refused at once, or left to the relay thread.
-    fn posted(&mut self, posted: Posted) {
-        let declined = match (self.prompt.take(), &self.standing) {
-            (Some(prompt), Some(standing)) => prompt.decline(&posted, standing, &mut self.registers),
+    fn posted(&mut self, posted: Posted) -> bool {
+        let declined = match (&mut self.prompt, &self.standing) {
+            (Some(prompt), Some(standing)) if self.inbox.declined.len() < MAX_DECLINED => {
+                prompt.decline(&posted, standing, &mut self.registers)
+            }
             _ => None,
         };
-        match declined {
-            Some(declined) => {
-                self.stats.message("set_mac", if declined.silent { "refused_silently" } else { "refused" });
-                self.stats.round_trips.add(Duration::ZERO);
-                self.inbox.declined = Some(declined);
-            }
-            None => self.inbox.posted = Some(posted),
-        }
+        let Some(declined) = declined else {
+            self.prompt = None;
+            self.inbox.posted = Some(posted);
+            return true;
+        };
+        self.stats.message("set_mac", if declined.silent { "refused_silently" } else { "refused" });
+        self.stats.round_trips.add(Duration::ZERO);
+        self.inbox.declined.push(declined);
+        false
     }
 }
 
@@ -154,7 +157,13 @@ impl Shared {
         let (effect, first) = state.registers.write(offset, len, value);
         match effect {
             Effect::None => return first,
-            Effect::Ring(snapshot) => state.posted(Posted { snapshot, at }),
+            Effect::Ring(snapshot) => {
+                if !state.posted(Posted { snapshot, at }) {
+                    // What the guest reads now is its answer.
+                    state.hints_from = at.saturating_add(self.look_gap);
+                    return first;
+                }
+            }
             Effect::Reset(_) => {
                 state.prompt = None;
                 state.inbox.posted = None;
@@ -215,7 +224,8 @@ impl Shared {
     /// The next message may be refused by who writes it, until something else comes in. None: it may not.
     pub(crate) fn prompt(&self, prompt: Option<Prompt>) {
         let mut state = self.lock();
-        state.prompt = prompt.filter(|_| state.inbox.is_calm());
+        // What was declined meanwhile is not in it.
+        state.prompt = prompt.filter(|_| state.inbox.is_calm() && state.inbox.declined.is_empty());
     }
 
     pub(crate) fn stop(&self) {
@@ -243,7 +253,7 @@ impl Shared {
     /// Waits for something to come in, until `time` at the latest.
     pub(crate) fn wait(&self, time: Duration) {
         let mut state = self.lock();
-        while state.inbox.is_empty() {
+        while state.inbox.is_quiet() {
             let left = time.saturating_sub(self.clock.now());
             if left.is_zero() {
                 return;

@@ -143,7 +143,7 @@ impl Core {
     /// Does what can be done now. Returns when to be called again if nothing comes in before; None at the end.
     pub(crate) fn turn(&mut self) -> Option<Duration> {
         let inbox = self.shared.take();
-        if let Some(declined) = inbox.declined {
+        for declined in inbox.declined {
             self.declined(declined);
         }
         if inbox.stop {
@@ -188,11 +188,9 @@ impl Core {
     /// What the next message may be refused with before it comes here.
     fn prompt(&self) -> Option<Prompt> {
         let now = self.now();
-        let ready = matches!(self.work, Work::Idle)
-            && self.cts
-            && !self.reset_due
-            && self.messages.ready_at(now) <= now;
-        self.effective.filter(|_| ready).map(|effective| Prompt { effective, driver: self.driver })
+        let ready = matches!(self.work, Work::Idle) && self.cts && !self.reset_due;
+        let tokens = self.messages.tokens(now);
+        self.effective.filter(|_| ready).map(|effective| Prompt { effective, driver: self.driver, tokens })
     }
 
     /// A message was refused where it was written.

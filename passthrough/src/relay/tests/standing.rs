@@ -64,18 +64,30 @@ fn answer(bench: &Bench) -> (bool, u32) {
 fn it_is_given_by_who_asks_without_another_threads_turn() {
     let (bench, _driver) = guest(OnDenied::Nack);
     let questions = bench.questions().len();
-    post(&bench, mac(0x22));
-    let (answered, word) = answer(&bench);
-    assert!(answered && word & NACK_MESSAGE != 0 && word & ACK_MESSAGE == 0, "{word:#x}");
+    for last in 0x20..0x20 + 16 {
+        post(&bench, mac(last));
+        let (answered, word) = answer(&bench);
+        assert!(answered && word & NACK_MESSAGE != 0 && word & ACK_MESSAGE == 0, "{last:#x}: {word:#x}");
+    }
     assert_eq!(bench.notices(), [], "the thread had no turn");
-    // The next one finds no prompt: the thread must first take notice of this one.
-    post(&bench, mac(0x33));
+    // No more than that wait to be noticed.
+    post(&bench, mac(0x99));
     assert!(!answer(&bench).0, "in flight");
     bench.0.borrow_mut().settle();
     assert!(answer(&bench).0);
-    assert_eq!(bench.notices(), [declined(0x22, false), declined(0x33, false)]);
+    let told: Vec<Notice> = (0x20..0x20 + 16).chain([0x99]).map(|last| declined(last, false)).collect();
+    assert_eq!(bench.notices(), told, "in their order");
     assert_eq!(bench.questions().len(), questions);
     assert_eq!(bench.vf().pf().mac, mac(0x11));
+}
+
+#[test]
+fn it_is_told_with_the_next_look() {
+    let (bench, mut driver) = guest(OnDenied::Nack);
+    post(&bench, mac(0x22));
+    bench.wait(Duration::from_millis(250));
+    assert_eq!(bench.notices(), [declined(0x22, false)]);
+    assert!(!driver.set_mac(mac(0x22)));
 }
 
 #[test]
