@@ -215,12 +215,12 @@ impl Machine {
         let vcpus = Vcpus::start(
             &kvm,
             create_vcpus(&vm, &cpuid, spec.cpus)?,
+            entry,
             &ports,
             &counters,
             &Arc::new(events),
             &first_entry,
         )?;
-        vcpus.reset(entry)?;
         let machine = Self {
             vcpus,
             assigned,
@@ -266,8 +266,10 @@ impl Machine {
             self.vm.set_irqchip(chip).map_err(|e| MachineError::Kvm("reset an interrupt controller", e))?;
         }
         self.vm.set_pit2(&self.power_on.pit).map_err(|e| MachineError::Kvm("reset the timer", e))?;
+        // Before memory is loaded: KVM keeps the last boot's clocks and steal times in it until then.
+        self.vcpus.power_on()?;
         let entry = boot::load(&self.memory, &mut self.payload, &self.description)?;
-        Ok(self.vcpus.reset(entry)?)
+        Ok(self.vcpus.enter(entry)?)
     }
 
     /// Counters. `started` is when the process began.

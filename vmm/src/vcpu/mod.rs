@@ -4,7 +4,7 @@
 //!             Run                 exit that stops it (reset, power-off, failure)
 //!   Parked ─────────▶ Running ───────────────────────────────────────▶ Parked
 //!     ▲  ◀───────────────│ Park
-//!     └── Reset(entry) (registers only)                    Exit: the thread ends
+//!     └── PowerOn, Enter(entry) (registers only)           Exit: the thread ends
 //! ```
 //!
 //! The machine ([`crate::machine`]) alone moves it. A running vCPU sees an order after a signal has taken it out of
@@ -60,8 +60,10 @@ pub enum VcpuError {
 enum Order {
     Run,
     Park,
-    /// Power-on state; for the boot processor then the boot protocol's.
-    Reset(Option<Entry>),
+    /// Power-on state.
+    PowerOn,
+    /// The boot protocol's state, from power-on state.
+    Enter(Entry),
 }
 
 /// What a vCPU tells the event loop; it is parked then.
@@ -119,13 +121,15 @@ pub struct Vcpus(Vec<Handle>);
 extern "C" fn leave_guest(_: libc::c_int, _: *mut libc::siginfo_t, _: *mut libc::c_void) {}
 
 impl Vcpus {
-    /// Starts the threads, parked, in power-on state. The first is the boot processor.
+    /// Starts the threads, parked, in power-on state but for the first: it is the boot processor and stands at `entry`. (It is
+    /// put there before its thread begins: an order to it would cost the time of two wake-ups.)
     ///
     /// # Errors
     /// See [`VcpuError`].
     pub fn start(
         kvm: &Kvm,
         fds: Vec<VcpuFd>,
+        entry: Entry,
         ports: &Arc<dyn Ports>,
         counters: &Arc<Counters>,
         events: &Arc<Events>,
@@ -137,6 +141,9 @@ impl Vcpus {
         let mut vcpus = Self(Vec::with_capacity(fds.len()));
         for (index, fd) in (0_u8..).zip(fds) {
             let power_on = PowerOn::capture(kvm, &fd).map_err(|e| VcpuError::Kvm(index, e))?;
+            if index == 0 {
+                state::enter(&fd, entry).map_err(|e| VcpuError::Kvm(index, e))?;
+            }
             let (orders, inbox) = mpsc::channel();
             let (acknowledge, acknowledged) = mpsc::channel();
             let vcpu = Vcpu {
@@ -162,7 +169,7 @@ impl Vcpus {
     /// # Errors
     /// [`VcpuError::Silent`].
     pub fn run(&self) -> Result<(), VcpuError> {
-        self.all(|_| Order::Run)
+        self.all(|| Order::Run)
     }
 
     /// Stops all at an instruction boundary.
@@ -170,21 +177,38 @@ impl Vcpus {
     /// # Errors
     /// [`VcpuError::Silent`].
     pub fn park(&self) -> Result<(), VcpuError> {
-        self.all(|_| Order::Park)
+        self.all(|| Order::Park)
     }
 
-    /// Puts all (parked) into power-on state, and the boot processor at `entry`.
+    /// Puts all (parked) into power-on state. KVM knows of no place in guest memory any more afterwards (clock, steal time,
+    /// end of interrupt) and writes to none.
     ///
     /// # Errors
     /// See [`VcpuError`].
-    pub fn reset(&self, entry: Entry) -> Result<(), VcpuError> {
-        self.all(|index| Order::Reset((index == 0).then_some(entry)))
+    pub fn power_on(&self) -> Result<(), VcpuError> {
+        self.all(|| Order::PowerOn)
     }
 
-    fn all(&self, order: impl Fn(u8) -> Order) -> Result<(), VcpuError> {
+    /// Puts the boot processor (parked, in power-on state) at `entry`.
+    ///
+    /// # Errors
+    /// See [`VcpuError`].
+    pub fn enter(&self, entry: Entry) -> Result<(), VcpuError> {
+        self.0.first().map_or(Ok(()), |first| {
+            first.order(Order::Enter(entry))?;
+            first.wait()
+        })
+    }
+
+    fn all(&self, order: impl Fn() -> Order) -> Result<(), VcpuError> {
         for handle in &self.0 {
-            handle.orders.send(order(handle.index)).map_err(|_| VcpuError::Silent(handle.index))?;
-            handle.kick();
+            let order = order();
+            // Only that finds a vCPU in the guest.
+            let running = matches!(order, Order::Park);
+            handle.order(order)?;
+            if running {
+                handle.kick();
+            }
         }
         self.0.iter().try_for_each(Handle::wait)
     }
@@ -215,6 +239,10 @@ impl Drop for Vcpus {
 }
 
 impl Handle {
+    fn order(&self, order: Order) -> Result<(), VcpuError> {
+        self.orders.send(order).map_err(|_| VcpuError::Silent(self.index))
+    }
+
     fn kick(&self) {
         if let Some(thread) = &self.thread {
             // Fails only for a thread that has ended, which needs no kick.
@@ -275,7 +303,8 @@ impl Vcpu {
                         let _ = self.fd.kvmclock_ctrl();
                         Ok(())
                     }
-                    Order::Reset(entry) => self.reset(entry),
+                    Order::PowerOn => self.power_on(),
+                    Order::Enter(entry) => state::enter(&self.fd, entry),
                 };
                 if acknowledge.send(result).is_err() {
                     return;
@@ -297,13 +326,12 @@ impl Vcpu {
         }
     }
 
-    fn reset(&mut self, entry: Option<Entry>) -> Result<(), kvm_ioctls::Error> {
+    fn power_on(&mut self) -> Result<(), kvm_ioctls::Error> {
         // Finishes a port or MMIO access that the guest was in: KVM would complete it into the new registers.
         self.fd.set_kvm_immediate_exit(1);
         let _ = self.fd.run();
         self.fd.set_kvm_immediate_exit(0);
-        self.power_on.restore(&self.fd)?;
-        entry.map_or(Ok(()), |entry| state::enter(&self.fd, entry))
+        self.power_on.restore(&self.fd)
     }
 
     /// Bytes of one access of the port exit that is being served: kvm-ioctls tells only all bytes of a string instruction.
