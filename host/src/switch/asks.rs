@@ -259,17 +259,16 @@ impl Actor {
             Decided::Denied(denial, _) if denial.reason == reason => Some(denial),
             _ => None,
         };
-        let mut detail = silent.then(|| "The guest was told that it succeeded".to_owned());
-        let (decided_by, old) = match asked_now {
-            Some(denial) => (denial.decided_by, denial.old),
-            None => {
-                // The edit and the guest's request have crossed.
-                detail = Some("Refused by the policy as it was before its last change".to_owned());
-                (None, Some(self.effective(port).to_string()))
-            }
-        };
-        let reason = Some(reason);
-        Some(Decision { reason, decided_by, old, requested: Some(mac.to_string()), detail, ..decision })
+        let crossed = asked_now.is_none().then_some(CROSSED);
+        let denial = asked_now.unwrap_or_else(|| Denial {
+            reason,
+            decided_by: None,
+            old: Some(self.effective(port).to_string()),
+            requested: mac.to_string(),
+        });
+        let details: Vec<&str> = crossed.into_iter().chain(silent.then_some(TOLD)).collect();
+        let detail = (!details.is_empty()).then(|| details.join(". "));
+        Some(denied(decision, denial, detail))
     }
 
     pub(super) fn effective(&self, port: PortId) -> MacAddress {
@@ -290,16 +289,9 @@ impl Actor {
 
     fn refuse(&mut self, port: PortId, id: u64, question: &Question, denial: Denial, tell: OnDenied) {
         self.answer(port, id, question.seq, relay::Decision::Refuse { tell, reason: denial.reason });
-        let decision =
-            self.decision(port, question.request.name(), Outcome::Denied).map(|decision| Decision {
-                reason: Some(denial.reason),
-                decided_by: denial.decided_by,
-                old: denial.old,
-                requested: Some(denial.requested),
-                detail: (tell == OnDenied::Silent).then(|| "The guest was told that it succeeded".to_owned()),
-                ..decision
-            });
-        self.record(decision);
+        let detail = (tell == OnDenied::Silent).then(|| TOLD.to_owned());
+        let decision = self.decision(port, question.request.name(), Outcome::Denied);
+        self.record(decision.map(|decision| denied(decision, denial, detail)));
     }
 
     /// Allowed, but not made. With `answer`, the guest's message still waits.
@@ -337,6 +329,17 @@ impl Actor {
         let decision = self.decision(port, request.name(), Outcome::Allowed)?;
         Some(Decision { requested: describe(request), committed, ..decision })
     }
+}
+
+/// The guest believes in what was refused.
+const TOLD: &str = "The guest was told that it succeeded";
+/// An edit and a guest's request that its relay refused.
+const CROSSED: &str = "Refused by the policy as it was before its last change";
+
+/// A decision to deny, filled in.
+fn denied(decision: Decision, denial: Denial, detail: Option<String>) -> Decision {
+    let Denial { reason, decided_by, old, requested } = denial;
+    Decision { reason: Some(reason), decided_by, old, requested: Some(requested), detail, ..decision }
 }
 
 enum Decided {

@@ -333,3 +333,66 @@ async fn receive(channel: &AsyncFd<Channel>) -> Result<ToAgent, ChannelError> {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use std::{
+        thread,
+        time::{Duration, Instant},
+    };
+
+    use netpolicy::{OnDenied, Reason};
+    use vmm::control::Listener;
+
+    use super::*;
+
+    /// A vmm that speaks `version` and does not answer an order; what it heard up to that order.
+    fn vmm(listener: Listener, version: u32) -> thread::JoinHandle<Vec<ToVmm>> {
+        thread::spawn(move || {
+            let deadline = Instant::now() + PATIENCE;
+            let mut channel = None;
+            let mut heard = Vec::new();
+            while Instant::now() < deadline {
+                thread::sleep(Duration::from_millis(1));
+                let Some(open) = &channel else {
+                    channel = listener.accept().ok();
+                    continue;
+                };
+                match Channel::receive::<ToVmm>(open) {
+                    Ok((ToVmm::Hello { .. }, _)) => {
+                        let hello = ToAgent::Hello { version, state: State::Running, boots: 1 };
+                        open.send(&hello, &[]).unwrap();
+                    }
+                    Ok((order @ ToVmm::Order { .. }, _)) => {
+                        heard.push(order);
+                        return heard;
+                    }
+                    Ok((message, _)) => heard.push(message),
+                    Err(ChannelError::WouldBlock) => {}
+                    Err(error) => panic!("{error}"),
+                }
+            }
+            panic!("no order came: {heard:?}");
+        })
+    }
+
+    #[tokio::test]
+    async fn a_refusal_without_a_question_is_heard_before_a_later_order_by_those_who_understand_it() {
+        let refusal =
+            StandingRefusal { unless: vec![], reason: Reason::PortBlocked, on_denied: OnDenied::Nack };
+        // Often: a select takes whichever is ready.
+        for version in [STANDING_SINCE - 1].into_iter().chain([STANDING_SINCE; 20]) {
+            let dir = tempfile::tempdir().unwrap();
+            let path = dir.path().join("control.sock");
+            let vmm = vmm(Listener::bind(&path).unwrap(), version);
+            let (connection, ..) = Connection::open(&path, Uuid::nil()).await.unwrap();
+            connection.set_standing_refusal("eth1", None);
+            connection.set_standing_refusal("eth0", Some(refusal.clone()));
+            drop(connection.order(Order::Run, Vec::new(), PATIENCE).await);
+            let order = ToVmm::Order { id: 1, order: Order::Run };
+            let told = ToVmm::Standing { adapter: "eth0".into(), refusal: Some(refusal.clone()) };
+            let expected = if version < STANDING_SINCE { vec![order] } else { vec![told, order] };
+            assert_eq!(vmm.join().unwrap(), expected, "version {version}");
+        }
+    }
+}

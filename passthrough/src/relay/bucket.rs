@@ -63,7 +63,10 @@ mod tests {
     #[test]
     fn a_burst_then_the_rate() {
         let mut bucket = bucket();
+        let tokens = |bucket: &Bucket, at_ms| bucket.tokens(Duration::from_millis(at_ms));
+        assert_eq!(tokens(&bucket, 1000), 3);
         assert_eq!(taken(&mut bucket, 1000, 10), 3);
+        assert_eq!([1000, 1099, 1100, 1299, 1300, 9000].map(|at| tokens(&bucket, at)), [0, 0, 1, 2, 3, 3]);
         assert_eq!(bucket.ready_at(Duration::from_millis(1000)), Duration::from_millis(1100));
         assert_eq!(taken(&mut bucket, 1099, 10), 0);
         assert_eq!(taken(&mut bucket, 1100, 10), 1);

@@ -3,7 +3,7 @@
 //!
 //! ```text
 //!  relay thread, idle ──Prompt──▶ Shared ◀──StandingRefusal── authority
-//!                                   │ the next message takes the prompt
+//!                                   │ the next messages are answered by both
 //!                                   ▼
 //!  relay thread ◀──── Declined ── vCPU: answered at once
 //! ```
@@ -40,6 +40,11 @@ pub(crate) struct Declined {
     /// The guest was told that it succeeded.
     pub(crate) silent: bool,
     pub(crate) reason: Reason,
+}
+
+/// What a refusal is called in the relay's counters.
+pub(crate) fn counted_as(silent: bool) -> &'static str {
+    if silent { "refused_silently" } else { "refused" }
 }
 
 impl Prompt {

@@ -13,7 +13,7 @@ use netpolicy::{Change, MacAddress, OnDenied, Reason, StandingRefusal};
 
 use super::{
     authority::Verdict,
-    decline::{Declined, MAX_DECLINED, Prompt},
+    decline::{Declined, MAX_DECLINED, Prompt, counted_as},
     stats::{RelayStats, Stats},
 };
 use crate::mailbox::{
@@ -83,7 +83,7 @@ pub(crate) struct State {
 }
 
 impl State {
-    /// A message has come: refused at once, or left to the relay thread.
+    /// A message has come: refused at once, or left to the relay thread. Returns whether that has to be woken for it.
     fn posted(&mut self, posted: Posted) -> bool {
         let declined = match (&mut self.prompt, &self.standing) {
             (Some(prompt), Some(standing)) if self.inbox.declined.len() < MAX_DECLINED => {
@@ -96,7 +96,7 @@ impl State {
             self.inbox.posted = Some(posted);
             return true;
         };
-        self.stats.message("set_mac", if declined.silent { "refused_silently" } else { "refused" });
+        self.stats.message("set_mac", counted_as(declined.silent));
         self.stats.round_trips.add(Duration::ZERO);
         self.inbox.declined.push(declined);
         false

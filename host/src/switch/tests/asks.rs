@@ -117,10 +117,11 @@ async fn what_a_relay_refused_is_recorded_as_if_it_had_been_asked() {
 
     // It crossed an edit: the vmm's word for the reason, and nothing is said of a setting.
     host.set(ACCEPT).await.unwrap();
-    host.notice(1, Notice::Declined { mac: mac(8), reason: Reason::MacChangesRejected, silent: false }).await;
+    host.notice(1, Notice::Declined { mac: mac(8), reason: Reason::MacChangesRejected, silent: true }).await;
     let decision = &host.decisions(1, Outcome::Denied).await[0];
     assert_eq!((decision.reason, decision.decided_by), (Some(Reason::MacChangesRejected), None));
-    assert!(decision.detail.as_ref().unwrap().contains("before its last change"));
+    let detail = decision.detail.as_ref().unwrap();
+    assert!(detail.contains("before its last change") && detail.contains("told"), "{detail}");
 }
 
 #[tokio::test]

@@ -26,7 +26,7 @@ use super::{
     address::{DriverAddress, Judgement},
     authority::{Authority, Cancelled, Decision, How, Notice, Question, Verdict},
     bucket::Bucket,
-    decline::{Declined, Prompt},
+    decline::{Declined, Prompt, counted_as},
     limited::LogLimit,
     refusals::Refusals,
     shared::{Posted, Shared},
@@ -206,8 +206,7 @@ impl Core {
     /// Refuses what the authority refuses in any case, but what came when there was no prompt.
     fn decline(&mut self, message: &Message, mac: MacAddress, reason: Reason, on_denied: OnDenied) {
         let silent = on_denied == OnDenied::Silent && !self.driver.must_tell();
-        let verdict = if silent { "refused_silently" } else { "refused" };
-        self.answer(message, &Request::SetMac(mac), silent, verdict);
+        self.answer(message, &Request::SetMac(mac), silent, counted_as(silent));
         self.tell_declined(mac, reason, silent);
     }
 
@@ -365,7 +364,7 @@ impl Core {
                 let is_address = matches!(request, Request::SetMac(_));
                 let silent = tell == OnDenied::Silent && !(is_address && self.driver.must_tell());
                 // First the answer: a vCPU waits for it, busily.
-                self.answer(&message, &request, silent, if silent { "refused_silently" } else { "refused" });
+                self.answer(&message, &request, silent, counted_as(silent));
                 self.log_refusal(request.name(), reason, silent);
             }
         }
