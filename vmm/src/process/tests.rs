@@ -90,6 +90,34 @@ core::arch::global_asm!(
     "5: hlt",
     "  jmp 5b",
     "guest_reset_end:",
+    // Prints whether KVM keeps a clock in its memory (MSR_KVM_SYSTEM_TIME_NEW, Documentation/virt/kvm/x86/msr.rst). First
+    // boot: has it do so and resets. Second boot: powers off.
+    ".globl guest_clock, guest_clock_end",
+    "guest_clock:",
+    "  mov ecx, 0x4b564d01",
+    "  rdmsr",
+    "  and al, 1",
+    "  add al, '0'",
+    "  mov dx, 0x3f8",
+    "  out dx, al",
+    "  mov ebx, 0x180000",
+    "  cmp dword ptr [ebx], 0x5a5a5a5a",
+    "  je 2f",
+    "  mov dword ptr [ebx], 0x5a5a5a5a",
+    "  mov eax, 0x190001",
+    "  xor edx, edx",
+    "  wrmsr",
+    "  mov al, 0xfe",
+    "  out 0x64, al",
+    "1: hlt",
+    "  jmp 1b",
+    "2:",
+    "  mov dx, 0x604",
+    "  mov al, 0x34",
+    "  out dx, al",
+    "3: hlt",
+    "  jmp 3b",
+    "guest_clock_end:",
     ".code64",
     ".popsection",
 );
@@ -282,6 +310,17 @@ fn a_guest_resets_pauses_resumes_and_is_reached_by_a_second_agent() {
         Ok(Outcome::ConsoleTaken { taken: 2 })
     );
     vm.wait_for(|report| matches!(report, Report::Ended { end: End::PoweredOff }));
+    vm.exit();
+}
+
+/// Memory that KVM writes to for the last boot is the next one's.
+#[test]
+fn a_reset_takes_kvms_clock_out_of_memory() {
+    let mut vm = Fixture::new();
+    vm.configure(&guest!(guest_clock, guest_clock_end)).unwrap();
+    vm.order(Order::Run, &[]).unwrap();
+    vm.wait_for(|report| matches!(report, Report::Ended { end: End::PoweredOff }));
+    assert_eq!(vm.output(), "00", "no clock at either boot");
     vm.exit();
 }
 

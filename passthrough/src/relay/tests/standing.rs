@@ -130,6 +130,13 @@ fn what_it_does_not_cover_is_asked() {
     bench.0.borrow().relay.set_standing_refusal(None);
     assert!(driver.set_mac(mac(0x22)), "it is withdrawn");
     assert_eq!(bench.vf().pf().mac, mac(0x22));
+    // What is effective is not refused, by whichever thread, although the policy would not grant it any more.
+    bench.0.borrow().relay.set_standing_refusal(refusal(OnDenied::Nack));
+    let before = questions();
+    assert!(driver.set_mac(mac(0x22)));
+    assert_eq!(questions(), before);
+    driver.down_up();
+    assert_eq!((driver.netdev, bench.vf().pf().mac), (mac(0x22), mac(0x22)));
 }
 
 #[test]

@@ -134,7 +134,7 @@ fn device() -> DeviceSpec {
 
 #[test]
 fn a_guest_s_mailbox_is_answered_through_the_relay() {
-    let (asked, declined) = refused_address(None);
+    let (asked, declined) = refused_address(None, false);
     assert!(asked.contains(&Request::Reset) && asked.contains(&Request::SetMac(OTHER)), "{asked:?}");
     assert_eq!(declined, []);
 }
@@ -142,18 +142,24 @@ fn a_guest_s_mailbox_is_answered_through_the_relay() {
 #[test]
 fn what_the_agent_refuses_in_any_case_is_not_asked() {
     let (unless, reason) = (vec![MAC.into()], Reason::MacChangesRejected);
-    let (asked, declined) =
-        refused_address(Some(StandingRefusal { unless, reason, on_denied: OnDenied::Nack }));
+    let refusal = Some(StandingRefusal { unless, reason, on_denied: OnDenied::Nack });
+    let (asked, declined) = refused_address(refusal.clone(), false);
     assert_eq!(asked, [Request::Reset]);
     assert_eq!(declined, [Notice::Declined { mac: OTHER, reason, silent: false }]);
+    // It ends with the connection that it came by.
+    let (asked, declined) = refused_address(refusal, true);
+    assert!(asked.contains(&Request::SetMac(OTHER)) && declined.is_empty(), "{asked:?} {declined:?}");
 }
 
 /// A guest asks for another address and is refused. Returns what the agent was asked, and told to have been refused.
-fn refused_address(refusal: Option<StandingRefusal>) -> (Vec<Request>, Vec<Notice>) {
+fn refused_address(refusal: Option<StandingRefusal>, connect_again: bool) -> (Vec<Request>, Vec<Notice>) {
     let (mut adapter, connection) = Adapter::new();
     let mut vm = Fixture::new();
     // Before there is a relay, as the agent does.
     vm.channel.send(&ToVmm::Standing { adapter: "eth0".into(), refusal }, &[]).unwrap();
+    if connect_again {
+        vm.reconnect();
+    }
     let guest = guest!(guest_mailbox, guest_mailbox_end);
     vm.configure_with(&guest, vec![device()], &[&connection]).unwrap();
     vm.order(Order::Run, &[]).unwrap();
