@@ -18,7 +18,7 @@ use rustix::{
     process::{getegid, geteuid},
 };
 
-use api::backend::Caller;
+use api::{Caller, User};
 
 /// Why a file cannot be opened.
 #[derive(Debug, thiserror::Error)]
@@ -33,14 +33,14 @@ pub enum FileError {
     },
     /// The caller may not read it.
     #[error(
-        "User {uid} may not read {path}: make it readable for that user, or put it into an image directory \
+        "The caller ({who}) may not read {path}: make it readable for that user, or put it into an image directory \
          (--image-dir)"
     )]
     Unreadable {
         /// As the request names it.
         path: String,
         /// The caller.
-        uid: u32,
+        who: String,
     },
     /// It is a directory, device, pipe or socket.
     #[error("{path} is not a regular file but {what}")]
@@ -72,6 +72,7 @@ fn list(dirs: &[PathBuf]) -> String {
 }
 
 /// Opens `path` for reading on behalf of `caller`. Blocks: not for async code.
+/// Whoever comes by a token is no user of this host, and gets image directories only.
 ///
 /// # Errors
 /// See [`FileError`].
@@ -82,7 +83,7 @@ pub fn open_for(caller: &Caller, image_dirs: &[PathBuf], path: &str) -> Result<F
         for dir in image_dirs {
             match beneath(dir, wanted) {
                 Err(Errno::NOENT | Errno::NOTDIR) => {}
-                found => return finish(found, path, caller.uid),
+                found => return finish(found, path, caller),
             }
         }
         return Err(FileError::Missing { path: path.to_owned(), dirs: image_dirs.to_vec() });
@@ -95,23 +96,26 @@ pub fn open_for(caller: &Caller, image_dirs: &[PathBuf], path: &str) -> Result<F
         match inside.map(|rest| beneath(dir, rest)) {
             // A link that leads out of the directory is not of the directory: the caller's own rights decide.
             None | Some(Err(Errno::XDEV)) => {}
-            Some(found) => return finish(found, path, caller.uid),
+            Some(found) => return finish(found, path, caller),
         }
     }
-    if caller.uid == geteuid().as_raw() {
-        return finish(regular(CWD, wanted, ResolveFlags::NO_MAGICLINKS), path, caller.uid);
+    let Caller::User(user) = caller else {
+        return Err(FileError::Unreadable { path: path.to_owned(), who: caller.to_string() });
+    };
+    if user.uid == geteuid().as_raw() {
+        return finish(regular(CWD, wanted, ResolveFlags::NO_MAGICLINKS), path, caller);
     }
-    let (caller, target) = (*caller, wanted.to_owned());
+    let (user, target) = (*user, wanted.to_owned());
     let found = thread::Builder::new()
         .name("open-as-caller".into())
         .spawn(move || {
-            become_for_files(&caller)?;
+            become_for_files(user)?;
             regular(CWD, &target, ResolveFlags::NO_MAGICLINKS)
         })
         .map_err(io)?
         .join()
         .unwrap_or(Err(Errno::FAULT));
-    finish(found, path, caller.uid)
+    finish(found, path, caller)
 }
 
 /// What was found at a path.
@@ -138,14 +142,14 @@ fn regular(dir: impl std::os::fd::AsFd, path: &Path, resolve: ResolveFlags) -> R
     open(name, OFlags::RDONLY | OFlags::CLOEXEC | OFlags::NOCTTY, Mode::empty()).map(Found::File)
 }
 
-fn finish(found: Result<Found, Errno>, path: &str, uid: u32) -> Result<File, FileError> {
+fn finish(found: Result<Found, Errno>, path: &str, caller: &Caller) -> Result<File, FileError> {
     let path = path.to_owned();
     match found {
         Ok(Found::File(fd)) => Ok(fd.into()),
         Ok(Found::Other(kind)) => Err(FileError::NotRegular { path, what: describe(kind) }),
         Err(Errno::NOENT | Errno::NOTDIR) => Err(FileError::Missing { path, dirs: Vec::new() }),
         Err(Errno::ACCESS | Errno::PERM | Errno::LOOP | Errno::XDEV) => {
-            Err(FileError::Unreadable { path, uid })
+            Err(FileError::Unreadable { path, who: caller.to_string() })
         }
         Err(error) => Err(FileError::Io { path, source: error.into() }),
     }
@@ -165,7 +169,7 @@ fn describe(kind: FileType) -> &'static str {
 ///
 /// The file system ids, not the real or effective ones: with those the caller could signal the thread, and so end the
 /// agent. Changing them from 0 also takes CAP_DAC_OVERRIDE and its like from the thread (capabilities(7)).
-fn become_for_files(caller: &Caller) -> Result<(), Errno> {
+fn become_for_files(caller: User) -> Result<(), Errno> {
     if geteuid().is_root() {
         rustix::thread::set_thread_groups(&[])?;
     } else if getegid().as_raw() != caller.gid {
@@ -217,15 +221,15 @@ mod tests {
     }
 
     fn me() -> Caller {
-        Caller { uid: geteuid().as_raw(), gid: getegid().as_raw(), pid: None }
+        Caller::User(User { uid: geteuid().as_raw(), gid: getegid().as_raw(), pid: None })
     }
 
-    const STRANGER: Caller = Caller { uid: 65_534, gid: 65_534, pid: None };
+    const STRANGER: Caller = Caller::User(User { uid: 65_534, gid: 65_534, pid: None });
 
     /// What opening yields: the file's text, or the name of the error.
-    fn check(place: &Place, caller: Caller, path: &str, expect: &str) {
+    fn check(place: &Place, caller: &Caller, path: &str, expect: &str) {
         let path = path.replace("ROOT", place.root.to_str().unwrap());
-        let got = match open_for(&caller, std::slice::from_ref(&place.images), &path) {
+        let got = match open_for(caller, std::slice::from_ref(&place.images), &path) {
             Ok(mut file) => {
                 let mut text = String::new();
                 file.read_to_string(&mut text).unwrap();
@@ -244,38 +248,40 @@ mod tests {
         let place = place();
         symlink("../secret", place.images.join("out")).unwrap();
         symlink("kernel", place.images.join("in")).unwrap();
-        for caller in [me(), STRANGER] {
-            check(&place, caller, "kernel", "images/kernel");
-            check(&place, caller, "in", "images/kernel");
-            check(&place, caller, "ROOT/images/kernel", "images/kernel");
-            check(&place, caller, "absent", "missing");
-            check(&place, caller, "kernel/x", "missing");
-            check(&place, caller, "../secret", "unreadable");
-            check(&place, caller, "out", "unreadable");
+        for caller in [me(), STRANGER, Caller::Token("ci".into())] {
+            check(&place, &caller, "kernel", "images/kernel");
+            check(&place, &caller, "in", "images/kernel");
+            check(&place, &caller, "ROOT/images/kernel", "images/kernel");
+            check(&place, &caller, "absent", "missing");
+            check(&place, &caller, "kernel/x", "missing");
+            check(&place, &caller, "../secret", "unreadable");
+            check(&place, &caller, "out", "unreadable");
         }
     }
 
     #[test]
     fn elsewhere_the_caller_s_own_rights_decide() {
         let place = place();
-        check(&place, me(), "ROOT/secret", "secret");
-        check(&place, me(), "ROOT/absent", "missing");
-        check(&place, me(), "ROOT/public", "public");
+        check(&place, &me(), "ROOT/secret", "secret");
+        check(&place, &me(), "ROOT/absent", "missing");
+        check(&place, &me(), "ROOT/public", "public");
+        // Nobody on this host.
+        check(&place, &Caller::Token("ci".into()), "ROOT/public", "unreadable");
         if !geteuid().is_root() {
-            check(&place, STRANGER, "ROOT/public", "unreadable");
+            check(&place, &STRANGER, "ROOT/public", "unreadable");
             eprintln!("not root: opening with other users' rights is not tested");
             return;
         }
-        check(&place, STRANGER, "ROOT/public", "public");
-        check(&place, STRANGER, "ROOT/secret", "unreadable");
-        check(&place, STRANGER, "ROOT/images/../secret", "unreadable");
+        check(&place, &STRANGER, "ROOT/public", "public");
+        check(&place, &STRANGER, "ROOT/secret", "unreadable");
+        check(&place, &STRANGER, "ROOT/images/../secret", "unreadable");
         symlink("../secret", place.images.join("out")).unwrap();
-        check(&place, STRANGER, "ROOT/images/out", "unreadable");
+        check(&place, &STRANGER, "ROOT/images/out", "unreadable");
         // The thread that took on the stranger's rights is gone: the agent's own are as before.
-        check(&place, me(), "ROOT/secret", "secret");
+        check(&place, &me(), "ROOT/secret", "secret");
         // A group that only root's supplementary groups would open.
         fs::set_permissions(place.root.join("secret"), fs::Permissions::from_mode(0o040)).unwrap();
-        check(&place, STRANGER, "ROOT/secret", "unreadable");
+        check(&place, &STRANGER, "ROOT/secret", "unreadable");
     }
 
     #[test]
@@ -283,10 +289,10 @@ mod tests {
         let place = place();
         let _socket = UnixListener::bind(place.root.join("socket")).unwrap();
         rustix::fs::mknodat(CWD, place.root.join("pipe"), FileType::Fifo, Mode::from(0o666), 0).unwrap();
-        check(&place, me(), "ROOT/images", "a directory");
-        check(&place, me(), "ROOT/socket", "a socket");
-        check(&place, me(), "ROOT/pipe", "a pipe");
-        check(&place, me(), "/dev/null", "a device");
-        check(&place, me(), "/proc/self/fd/0", "unreadable");
+        check(&place, &me(), "ROOT/images", "a directory");
+        check(&place, &me(), "ROOT/socket", "a socket");
+        check(&place, &me(), "ROOT/pipe", "a pipe");
+        check(&place, &me(), "/dev/null", "a device");
+        check(&place, &me(), "/proc/self/fd/0", "unreadable");
     }
 }

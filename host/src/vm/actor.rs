@@ -77,6 +77,7 @@ struct Actor {
     /// Those who wait for the VM to be at rest.
     resting: Vec<Done>,
     deleting: Vec<Done>,
+    deleted_by: Option<String>,
     finished: mpsc::Sender<Finished>,
     /// Where the switch says that the VM must not run on.
     expel: mpsc::Sender<String>,
@@ -126,6 +127,7 @@ pub(super) async fn run(
         deadline: None,
         resting: Vec::new(),
         deleting: Vec::new(),
+        deleted_by: None,
         finished,
         expel,
     };
@@ -143,7 +145,7 @@ pub(super) async fn run(
                     return;
                 }
                 Some(Command::Act { action, caller, begun }) => actor.act(action, caller, begun).await,
-                Some(Command::Delete { done }) => actor.delete(done).await,
+                Some(Command::Delete { caller, done }) => actor.delete(caller, done).await,
             },
             exit = ended(&mut actor.process) => actor.on_exit(exit).await,
             event = next(&mut actor.link) => match event {
@@ -260,7 +262,8 @@ impl Actor {
         drop(done.send(Ok(())));
     }
 
-    async fn delete(&mut self, done: Done) {
+    async fn delete(&mut self, caller: Caller, done: Done) {
+        self.deleted_by = Some(caller.to_string());
         self.deleting.push(done);
         if !self.run.state.is_at_rest() {
             self.stop().await;
@@ -290,7 +293,7 @@ impl Actor {
         }
         let forgotten = result.is_ok();
         if forgotten {
-            self.env.tell(EventKind::Deleted { object: self.subject() });
+            self.env.tell(EventKind::Deleted { object: self.subject(), by: self.deleted_by.take() });
         }
         for done in self.deleting.drain(..) {
             drop(done.send(result.clone()));

@@ -115,7 +115,11 @@ impl Actor {
         self.release_lost().await;
         // A vmm that says it again and again is no news.
         if !known {
-            self.env.tell(EventKind::Changed { object: self.subject(), revision: self.vm.revision });
+            self.env.tell(EventKind::Changed {
+                object: self.subject(),
+                revision: self.vm.revision,
+                by: None,
+            });
         }
     }
 
