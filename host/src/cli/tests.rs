@@ -359,11 +359,12 @@ async fn events_since_one_and_from_now_on() {
     assert_eq!(kinds, ["gap", "created", "changed", "deleted"]);
     let shown = desk.run(&format!("events --since {} --limit 2", events[1]["id"])).await.unwrap();
     let rows: Vec<_> = shown.lines().map(words).collect();
+    let by = format!("uid {}", rustix::process::geteuid().as_raw());
     assert_eq!(
         rows[1][2..],
-        ["changed", "port group web", &format!("at revision {}", events[2]["revision"])]
+        ["changed", "port group web", &format!("at revision {} by {by}", events[2]["revision"])]
     );
-    assert_eq!(rows[2][2..], ["deleted", "port group web"]);
+    assert_eq!(rows[2][2..], ["deleted", "port group web", &format!("by {by}")]);
 }
 
 #[tokio::test]

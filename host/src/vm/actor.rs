@@ -72,6 +72,8 @@ struct Actor {
     link: Option<Link>,
     /// How the machine said that it ended.
     end: Option<End>,
+    /// What it said that no vmm of ours says; it is being killed for it.
+    misbehaved: Option<String>,
     /// When the process is killed if it has not ended by then.
     deadline: Option<Instant>,
     /// Those who wait for the VM to be at rest.
@@ -124,6 +126,7 @@ pub(super) async fn run(
         process: None,
         link: None,
         end: None,
+        misbehaved: None,
         deadline: None,
         resting: Vec::new(),
         deleting: Vec::new(),
@@ -150,7 +153,7 @@ pub(super) async fn run(
             exit = ended(&mut actor.process) => actor.on_exit(exit).await,
             event = next(&mut actor.link) => match event {
                 Some(event) => actor.on_event(event).await,
-                None => actor.disconnected().await,
+                None => actor.on_hang_up().await,
             },
             Some(why) = expelled.recv() => actor.expel(why),
             Some(finished) = orders.recv() => actor.on_finished(finished).await,
@@ -343,6 +346,7 @@ impl Actor {
             },
         };
         self.end = None;
+        self.misbehaved = None;
         self.run = RunRecord { state: VmState::Starting, user, ..RunRecord::default() };
         if let Err(problem) = self.store().await {
             self.abandon().await;
