@@ -4,6 +4,8 @@ mod codes;
 mod console;
 mod events;
 mod extract;
+#[cfg(any(test, feature = "test-support"))]
+pub mod fuzz;
 mod gate;
 mod host;
 mod merge;
