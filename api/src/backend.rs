@@ -1,7 +1,9 @@
 //! What the API needs of the agent behind it.
 
 use std::{
+    fmt,
     pin::Pin,
+    sync::Arc,
     task::{Context, Poll},
     time::Duration,
 };
@@ -13,15 +15,33 @@ use tokio::sync::mpsc;
 
 use crate::{problem::Problem, types::*};
 
-/// Who makes a request: the process at the other end of the Unix socket (SO_PEERCRED, as of when it connected).
+/// Who makes a request. Its text (`uid 1000`, `token ci`) is what records and the log say of who changed what.
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
+pub enum Caller {
+    /// The process at the other end of the Unix socket (SO_PEERCRED, as of when it connected).
+    User(User),
+    /// Whoever has this token, over TCP. No user of the host: it opens no file outside of image directories.
+    Token(Arc<str>),
+}
+
+/// A process's user.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-pub struct Caller {
+pub struct User {
     /// Effective user id.
     pub uid: u32,
     /// Effective group id.
     pub gid: u32,
     /// Process id, for the log only: it may be another process by now.
     pub pid: Option<i32>,
+}
+
+impl fmt::Display for Caller {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Caller::User(user) => write!(f, "uid {}", user.uid),
+            Caller::Token(name) => write!(f, "token {name}"),
+        }
+    }
 }
 
 /// A VM after an action.

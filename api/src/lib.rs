@@ -4,9 +4,11 @@ pub mod backend;
 pub mod client;
 pub mod problem;
 pub mod router;
+pub mod tls;
+pub mod token;
 pub mod types;
 
-pub use backend::{Backend, Caller, ConsoleRead, Health, PolicyBackend, Progress, Put};
-pub use client::{Client, ClientError, DEFAULT_SOCKET};
+pub use backend::{Backend, Caller, ConsoleRead, Health, PolicyBackend, Progress, Put, User};
+pub use client::{Client, ClientError, DEFAULT_SOCKET, Remote, RemoteError};
 pub use problem::{Problem, ProblemCode};
-pub use router::{openapi, router, router_with_policy, serve};
+pub use router::{Gate, Limits, Listener, openapi, router, router_with_policy, serve};

@@ -105,12 +105,16 @@ macro_rules! problem_codes {
 problem_codes! {
     /// A field, parameter or header is not as it must be; `field` says which.
     InvalidRequest = "invalid_request", 400, "The request is not valid";
+    /// No token, or none that the agent knows.
+    Unauthorized = "unauthorized", 401, "Who is asking?";
     /// The caller may not do this.
     Forbidden = "forbidden", 403, "Not allowed";
     /// No such object or path.
     NotFound = "not_found", 404, "Not found";
     /// The path is right, the method is not.
     MethodNotAllowed = "method_not_allowed", 405, "Method not allowed";
+    /// The request did not arrive in time.
+    RequestTimeout = "request_timeout", 408, "The request took too long";
     /// Another object has this name.
     NameTaken = "name_taken", 409, "The name is taken";
     /// The object's state does not allow this.
@@ -125,6 +129,9 @@ problem_codes! {
     Internal = "internal", 500, "Internal error";
     /// The agent is about to end, or its store cannot be used.
     Unavailable = "unavailable", 503, "The agent cannot serve this now";
+
+    /// As many clients are connected, or follow a stream, as the agent serves at once.
+    TooManyClients = "too_many_clients", 503, "Too many clients";
 
     /// `/dev/kvm` is missing, cannot be opened, or lacks a capability.
     KvmUnavailable = "kvm_unavailable", 503, "KVM is not available";

@@ -13,12 +13,12 @@ use std::{
 };
 
 use rustix::{
-    fs::{CWD, FileType, Mode, OFlags, ResolveFlags, fstat, open, openat2},
+    fs::{CWD, FileType, Mode, OFlags, ResolveFlags, fstat, fstatfs, open, openat2},
     io::Errno,
     process::{getegid, geteuid},
 };
 
-use api::backend::Caller;
+use api::{Caller, User};
 
 /// Why a file cannot be opened.
 #[derive(Debug, thiserror::Error)]
@@ -33,16 +33,16 @@ pub enum FileError {
     },
     /// The caller may not read it.
     #[error(
-        "User {uid} may not read {path}: make it readable for that user, or put it into an image directory \
+        "The caller ({who}) may not read {path}: make it readable for that user, or put it into an image directory \
          (--image-dir)"
     )]
     Unreadable {
         /// As the request names it.
         path: String,
         /// The caller.
-        uid: u32,
+        who: String,
     },
-    /// It is a directory, device, pipe or socket.
+    /// It is a directory, device, pipe or socket, or a file of procfs or its like.
     #[error("{path} is not a regular file but {what}")]
     NotRegular {
         /// As the request names it.
@@ -72,6 +72,7 @@ fn list(dirs: &[PathBuf]) -> String {
 }
 
 /// Opens `path` for reading on behalf of `caller`. Blocks: not for async code.
+/// Whoever comes by a token is no user of this host, and gets image directories only.
 ///
 /// # Errors
 /// See [`FileError`].
@@ -82,7 +83,7 @@ pub fn open_for(caller: &Caller, image_dirs: &[PathBuf], path: &str) -> Result<F
         for dir in image_dirs {
             match beneath(dir, wanted) {
                 Err(Errno::NOENT | Errno::NOTDIR) => {}
-                found => return finish(found, path, caller.uid),
+                found => return finish(found, path, caller),
             }
         }
         return Err(FileError::Missing { path: path.to_owned(), dirs: image_dirs.to_vec() });
@@ -95,29 +96,32 @@ pub fn open_for(caller: &Caller, image_dirs: &[PathBuf], path: &str) -> Result<F
         match inside.map(|rest| beneath(dir, rest)) {
             // A link that leads out of the directory is not of the directory: the caller's own rights decide.
             None | Some(Err(Errno::XDEV)) => {}
-            Some(found) => return finish(found, path, caller.uid),
+            Some(found) => return finish(found, path, caller),
         }
     }
-    if caller.uid == geteuid().as_raw() {
-        return finish(regular(CWD, wanted, ResolveFlags::NO_MAGICLINKS), path, caller.uid);
+    let Caller::User(user) = caller else {
+        return Err(FileError::Unreadable { path: path.to_owned(), who: caller.to_string() });
+    };
+    if user.uid == geteuid().as_raw() {
+        return finish(regular(CWD, wanted, ResolveFlags::NO_MAGICLINKS), path, caller);
     }
-    let (caller, target) = (*caller, wanted.to_owned());
+    let (user, target) = (*user, wanted.to_owned());
     let found = thread::Builder::new()
         .name("open-as-caller".into())
         .spawn(move || {
-            become_for_files(&caller)?;
+            become_for_files(user)?;
             regular(CWD, &target, ResolveFlags::NO_MAGICLINKS)
         })
         .map_err(io)?
         .join()
         .unwrap_or(Err(Errno::FAULT));
-    finish(found, path, caller.uid)
+    finish(found, path, caller)
 }
 
 /// What was found at a path.
 enum Found {
     File(OwnedFd),
-    Other(FileType),
+    Other(&'static str),
 }
 
 fn beneath(dir: &Path, path: &Path) -> Result<Found, Errno> {
@@ -125,27 +129,52 @@ fn beneath(dir: &Path, path: &Path) -> Result<Found, Errno> {
     regular(dir, path, ResolveFlags::BENEATH | ResolveFlags::NO_MAGICLINKS)
 }
 
+/// File systems (`statfs(2)`) whose regular files are no files: reading one asks the kernel, about the process that opened it
+/// as often as not, and that would be the agent. procfs, sysfs, debugfs, tracefs, cgroup 1 and 2, securityfs, configfs, bpf,
+/// pstore, efivarfs, binfmt_misc, SELinux.
+const PSEUDO: [u32; 13] = [
+    0x9fa0,
+    0x6265_6572,
+    0x6462_6720,
+    0x7472_6163,
+    0x0027_e0eb,
+    0x6367_7270,
+    0x7363_6673,
+    0x6265_6570,
+    0xcafe_4a11,
+    0x6165_676c,
+    0xde5e_81e4,
+    0x4249_4e4d,
+    0xf97c_ff8c,
+];
+
 /// Opens a regular file. What it is is known before it is opened for reading: opening a pipe waits for its writer, and
 /// opening a device may do anything.
 fn regular(dir: impl std::os::fd::AsFd, path: &Path, resolve: ResolveFlags) -> Result<Found, Errno> {
     let found = openat2(dir, path, OFlags::PATH | OFlags::CLOEXEC, Mode::empty(), resolve)?;
     let kind = FileType::from_raw_mode(fstat(&found)?.st_mode);
     if kind != FileType::RegularFile {
-        return Ok(Found::Other(kind));
+        return Ok(Found::Other(describe(kind)));
+    }
+    let system = fstatfs(&found)?.f_type;
+    if PSEUDO.iter().any(|pseudo| i64::from(*pseudo) == system) {
+        return Ok(Found::Other("a view of the kernel"));
     }
     // The very file that was looked at, whatever its name leads to by now. Its permissions are checked here.
     let name = format!("/proc/thread-self/fd/{}", std::os::fd::AsRawFd::as_raw_fd(&found));
-    open(name, OFlags::RDONLY | OFlags::CLOEXEC | OFlags::NOCTTY, Mode::empty()).map(Found::File)
+    // Not waiting for one who has a lease on it (fcntl(2)).
+    let flags = OFlags::RDONLY | OFlags::CLOEXEC | OFlags::NOCTTY | OFlags::NONBLOCK;
+    open(name, flags, Mode::empty()).map(Found::File)
 }
 
-fn finish(found: Result<Found, Errno>, path: &str, uid: u32) -> Result<File, FileError> {
+fn finish(found: Result<Found, Errno>, path: &str, caller: &Caller) -> Result<File, FileError> {
     let path = path.to_owned();
     match found {
         Ok(Found::File(fd)) => Ok(fd.into()),
-        Ok(Found::Other(kind)) => Err(FileError::NotRegular { path, what: describe(kind) }),
+        Ok(Found::Other(what)) => Err(FileError::NotRegular { path, what }),
         Err(Errno::NOENT | Errno::NOTDIR) => Err(FileError::Missing { path, dirs: Vec::new() }),
         Err(Errno::ACCESS | Errno::PERM | Errno::LOOP | Errno::XDEV) => {
-            Err(FileError::Unreadable { path, uid })
+            Err(FileError::Unreadable { path, who: caller.to_string() })
         }
         Err(error) => Err(FileError::Io { path, source: error.into() }),
     }
@@ -165,7 +194,7 @@ fn describe(kind: FileType) -> &'static str {
 ///
 /// The file system ids, not the real or effective ones: with those the caller could signal the thread, and so end the
 /// agent. Changing them from 0 also takes CAP_DAC_OVERRIDE and its like from the thread (capabilities(7)).
-fn become_for_files(caller: &Caller) -> Result<(), Errno> {
+fn become_for_files(caller: User) -> Result<(), Errno> {
     if geteuid().is_root() {
         rustix::thread::set_thread_groups(&[])?;
     } else if getegid().as_raw() != caller.gid {
@@ -217,15 +246,15 @@ mod tests {
     }
 
     fn me() -> Caller {
-        Caller { uid: geteuid().as_raw(), gid: getegid().as_raw(), pid: None }
+        Caller::User(User { uid: geteuid().as_raw(), gid: getegid().as_raw(), pid: None })
     }
 
-    const STRANGER: Caller = Caller { uid: 65_534, gid: 65_534, pid: None };
+    const STRANGER: Caller = Caller::User(User { uid: 65_534, gid: 65_534, pid: None });
 
     /// What opening yields: the file's text, or the name of the error.
-    fn check(place: &Place, caller: Caller, path: &str, expect: &str) {
+    fn check(place: &Place, caller: &Caller, path: &str, expect: &str) {
         let path = path.replace("ROOT", place.root.to_str().unwrap());
-        let got = match open_for(&caller, std::slice::from_ref(&place.images), &path) {
+        let got = match open_for(caller, std::slice::from_ref(&place.images), &path) {
             Ok(mut file) => {
                 let mut text = String::new();
                 file.read_to_string(&mut text).unwrap();
@@ -244,38 +273,40 @@ mod tests {
         let place = place();
         symlink("../secret", place.images.join("out")).unwrap();
         symlink("kernel", place.images.join("in")).unwrap();
-        for caller in [me(), STRANGER] {
-            check(&place, caller, "kernel", "images/kernel");
-            check(&place, caller, "in", "images/kernel");
-            check(&place, caller, "ROOT/images/kernel", "images/kernel");
-            check(&place, caller, "absent", "missing");
-            check(&place, caller, "kernel/x", "missing");
-            check(&place, caller, "../secret", "unreadable");
-            check(&place, caller, "out", "unreadable");
+        for caller in [me(), STRANGER, Caller::Token("ci".into())] {
+            check(&place, &caller, "kernel", "images/kernel");
+            check(&place, &caller, "in", "images/kernel");
+            check(&place, &caller, "ROOT/images/kernel", "images/kernel");
+            check(&place, &caller, "absent", "missing");
+            check(&place, &caller, "kernel/x", "missing");
+            check(&place, &caller, "../secret", "unreadable");
+            check(&place, &caller, "out", "unreadable");
         }
     }
 
     #[test]
     fn elsewhere_the_caller_s_own_rights_decide() {
         let place = place();
-        check(&place, me(), "ROOT/secret", "secret");
-        check(&place, me(), "ROOT/absent", "missing");
-        check(&place, me(), "ROOT/public", "public");
+        check(&place, &me(), "ROOT/secret", "secret");
+        check(&place, &me(), "ROOT/absent", "missing");
+        check(&place, &me(), "ROOT/public", "public");
+        // Nobody on this host.
+        check(&place, &Caller::Token("ci".into()), "ROOT/public", "unreadable");
         if !geteuid().is_root() {
-            check(&place, STRANGER, "ROOT/public", "unreadable");
+            check(&place, &STRANGER, "ROOT/public", "unreadable");
             eprintln!("not root: opening with other users' rights is not tested");
             return;
         }
-        check(&place, STRANGER, "ROOT/public", "public");
-        check(&place, STRANGER, "ROOT/secret", "unreadable");
-        check(&place, STRANGER, "ROOT/images/../secret", "unreadable");
+        check(&place, &STRANGER, "ROOT/public", "public");
+        check(&place, &STRANGER, "ROOT/secret", "unreadable");
+        check(&place, &STRANGER, "ROOT/images/../secret", "unreadable");
         symlink("../secret", place.images.join("out")).unwrap();
-        check(&place, STRANGER, "ROOT/images/out", "unreadable");
+        check(&place, &STRANGER, "ROOT/images/out", "unreadable");
         // The thread that took on the stranger's rights is gone: the agent's own are as before.
-        check(&place, me(), "ROOT/secret", "secret");
+        check(&place, &me(), "ROOT/secret", "secret");
         // A group that only root's supplementary groups would open.
         fs::set_permissions(place.root.join("secret"), fs::Permissions::from_mode(0o040)).unwrap();
-        check(&place, STRANGER, "ROOT/secret", "unreadable");
+        check(&place, &STRANGER, "ROOT/secret", "unreadable");
     }
 
     #[test]
@@ -283,10 +314,78 @@ mod tests {
         let place = place();
         let _socket = UnixListener::bind(place.root.join("socket")).unwrap();
         rustix::fs::mknodat(CWD, place.root.join("pipe"), FileType::Fifo, Mode::from(0o666), 0).unwrap();
-        check(&place, me(), "ROOT/images", "a directory");
-        check(&place, me(), "ROOT/socket", "a socket");
-        check(&place, me(), "ROOT/pipe", "a pipe");
-        check(&place, me(), "/dev/null", "a device");
-        check(&place, me(), "/proc/self/fd/0", "unreadable");
+        check(&place, &me(), "ROOT/images", "a directory");
+        check(&place, &me(), "ROOT/socket", "a socket");
+        check(&place, &me(), "ROOT/pipe", "a pipe");
+        check(&place, &me(), "/dev/null", "a device");
+        check(&place, &me(), "/proc/self/fd/0", "unreadable");
+    }
+
+    /// A thread that has the caller's rights is still one of the agent's process, and what procfs says of that is not the
+    /// caller's to read.
+    #[test]
+    fn nothing_of_the_agent_itself_is_opened() {
+        let place = place();
+        symlink("/proc/self/maps", place.images.join("maps")).unwrap();
+        symlink("/proc/self/maps", place.root.join("maps")).unwrap();
+        for caller in [me(), STRANGER] {
+            if !geteuid().is_root() && caller == STRANGER {
+                continue;
+            }
+            for path in
+                ["/proc/self/maps", "/proc/self/status", "/proc/thread-self/stat", "/proc/self/task/../maps"]
+            {
+                check(&place, &caller, path, "a view of the kernel");
+            }
+            check(&place, &caller, "ROOT/maps", "a view of the kernel");
+            check(&place, &caller, "ROOT/images/maps", "a view of the kernel");
+            check(&place, &caller, "/sys/kernel/mm/transparent_hugepage/enabled", "a view of the kernel");
+            for path in
+                ["/proc/self/root/etc/passwd", "/proc/self/cwd/Cargo.toml", "/proc/self/exe", "/dev/fd/0"]
+            {
+                check(&place, &caller, path, "unreadable");
+            }
+        }
+        // By a name in an image directory it is not even followed.
+        check(&place, &me(), "maps", "unreadable");
+    }
+
+    #[test]
+    fn files_of_other_vms_are_those_of_the_agent() {
+        let place = place();
+        let directory = place.root.join("run");
+        fs::create_dir(&directory).unwrap();
+        fs::set_permissions(&directory, fs::Permissions::from_mode(0o700)).unwrap();
+        fs::write(directory.join("console"), "secret").unwrap();
+        symlink("../run/console", place.images.join("console")).unwrap();
+        let token = Caller::Token("ci".into());
+        check(&place, &token, "ROOT/run/console", "unreadable");
+        check(&place, &token, "ROOT/images/console", "unreadable");
+        if geteuid().is_root() {
+            check(&place, &STRANGER, "ROOT/run/console", "unreadable");
+            check(&place, &STRANGER, "ROOT/images/console", "unreadable");
+        }
+    }
+
+    #[test]
+    fn who_has_a_lease_on_a_file_does_not_hold_up_the_agent() {
+        /// `asm-generic/fcntl.h`; libc does not have it.
+        const F_SETSIG: i32 = 10;
+        let place = place();
+        let path = place.root.join("leased");
+        fs::write(&path, "leased").unwrap();
+        let file = fs::File::options().write(true).open(&path).unwrap();
+        // SAFETY: a plain call on a descriptor that is open; it changes no memory. The signal that says that the lease is
+        // to be broken is SIGURG in place of SIGIO, which would end the process.
+        let own_signal =
+            unsafe { libc::fcntl(std::os::fd::AsRawFd::as_raw_fd(&file), F_SETSIG, libc::SIGURG) };
+        assert_eq!(own_signal, 0);
+        // SAFETY: as above.
+        let leased =
+            unsafe { libc::fcntl(std::os::fd::AsRawFd::as_raw_fd(&file), libc::F_SETLEASE, libc::F_WRLCK) };
+        assert_eq!(leased, 0, "{}", io::Error::last_os_error());
+        let begun = std::time::Instant::now();
+        check(&place, &me(), "ROOT/leased", &io::Error::from_raw_os_error(libc::EAGAIN).to_string());
+        assert!(begun.elapsed() < std::time::Duration::from_secs(5));
     }
 }

@@ -73,6 +73,9 @@ pub struct Decision {
     pub committed: Committed,
     /// For people: a failure's text, for example.
     pub detail: Option<String>,
+    /// Who edited the policy, if it follows from an edit: `uid 0`, `token ci`.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub edited_by: Option<String>,
     /// How often it happened.
     pub count: u64,
     /// First time, in milliseconds since 1970.
@@ -100,6 +103,7 @@ impl Decision {
             effective_mac: port.effective_mac(),
             committed: Committed::Nothing,
             detail: None,
+            edited_by: None,
             count: 1,
             first_ms: now_ms,
             last_ms: now_ms,

@@ -1,16 +1,12 @@
-//! A typed client of the API over the agent's Unix socket.
+//! A typed client of the API over the agent's Unix socket, or TCP.
 //!
 //! One connection for each request: a local connect costs microseconds, and there is no pool to go stale. It is built
 //! on hyper, which the server needs anyway; common HTTP clients cannot speak over Unix sockets.
 
 mod policy;
+mod remote;
 
-use std::{
-    fmt::Write as _,
-    io,
-    path::{Path, PathBuf},
-    time::Duration,
-};
+use std::{fmt::Write as _, io, path::PathBuf, sync::Arc, time::Duration};
 
 use axum::body::Bytes;
 use http_body_util::{BodyExt, Full, Limited};
@@ -18,13 +14,18 @@ use hyper::{
     Method, Request, Response, StatusCode,
     body::Incoming,
     client::conn::http1,
-    header::{CONTENT_TYPE, HOST, IF_MATCH},
+    header::{AUTHORIZATION, CONTENT_TYPE, HOST, IF_MATCH},
 };
 use hyper_util::rt::TokioIo;
 use serde::{Serialize, de::DeserializeOwned};
-use tokio::{net::UnixStream, time::timeout};
+use tokio::{
+    io::{AsyncRead, AsyncWrite},
+    net::UnixStream,
+    time::timeout,
+};
 
 pub use policy::Events;
+pub use remote::{Remote, RemoteError};
 
 use crate::{Problem, Progress, types::*};
 
@@ -59,19 +60,29 @@ pub enum ClientError {
         /// What connecting to it said.
         source: io::Error,
     },
+    /// Nobody answers over TCP, or not with a certificate that can be trusted.
+    #[error(
+        "The agent at {url} cannot be reached: check the address, and the certificates of --ca-file for https"
+    )]
+    Unreachable {
+        /// As the user named it.
+        url: String,
+        /// What connecting to it, or TLS, said.
+        source: io::Error,
+    },
     /// The connection broke.
-    #[error("The connection to the agent on {} broke: see its log", .socket.display())]
+    #[error("The connection to the agent on {agent} broke: see its log")]
     Broken {
-        /// The socket.
-        socket: PathBuf,
+        /// Its socket or address.
+        agent: String,
         /// What HTTP said.
         source: hyper::Error,
     },
     /// The agent did not answer in time.
-    #[error("The agent on {} did not answer within {} s: see its log", .socket.display(), .waited.as_secs())]
+    #[error("The agent on {agent} did not answer within {} s: see its log", .waited.as_secs())]
     TimedOut {
-        /// The socket.
-        socket: PathBuf,
+        /// Its socket or address.
+        agent: String,
         /// How long the client waited.
         waited: Duration,
     },
@@ -103,8 +114,29 @@ impl ClientError {
 /// The client.
 #[derive(Clone, Debug)]
 pub struct Client {
-    socket: PathBuf,
+    agent: Agent,
 }
+
+/// Where the agent is.
+#[derive(Clone, Debug)]
+enum Agent {
+    Socket(PathBuf),
+    Remote(Arc<Remote>),
+}
+
+impl std::fmt::Display for Agent {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        match self {
+            Agent::Socket(socket) => socket.display().fmt(f),
+            Agent::Remote(remote) => f.write_str(remote.url()),
+        }
+    }
+}
+
+/// What a connection is.
+trait Stream: AsyncRead + AsyncWrite + Send + Unpin {}
+
+impl<S: AsyncRead + AsyncWrite + Send + Unpin> Stream for S {}
 
 /// A request before it is sent.
 struct Call {
@@ -149,12 +181,12 @@ impl Call {
 impl Client {
     /// A client of the agent that listens on this socket. Nothing is connected before the first request.
     pub fn new(socket: impl Into<PathBuf>) -> Self {
-        Client { socket: socket.into() }
+        Client { agent: Agent::Socket(socket.into()) }
     }
 
-    /// The socket.
-    pub fn socket(&self) -> &Path {
-        &self.socket
+    /// A client of an agent that listens on TCP. Nothing is connected before the first request.
+    pub fn remote(remote: Remote) -> Self {
+        Client { agent: Agent::Remote(Arc::new(remote)) }
     }
 
     /// `POST /v1/vms`.
@@ -209,7 +241,7 @@ impl Client {
         let start =
             response.headers().get("console-offset").and_then(|value| value.to_str().ok()?.parse().ok());
         let start = start.ok_or_else(|| call.strange("no console-offset"))?;
-        Ok(Console { start, body: response.into_body(), socket: self.socket.clone() })
+        Ok(Console { start, body: response.into_body(), client: self.clone() })
     }
 
     /// `POST /v1/vms/{name}/console`: returns how many of the bytes (at most 4096) were taken.
@@ -273,23 +305,23 @@ impl Client {
     }
 
     async fn exchange(&self, call: &Call) -> Result<Response<Incoming>, ClientError> {
-        let timed_out = || ClientError::TimedOut { socket: self.socket.clone(), waited: call.patience };
+        let timed_out = || ClientError::TimedOut { agent: self.agent.to_string(), waited: call.patience };
         timeout(call.patience, self.exchange_unhurried(call)).await.map_err(|_| timed_out())?
     }
 
     async fn exchange_unhurried(&self, call: &Call) -> Result<Response<Incoming>, ClientError> {
-        let stream = UnixStream::connect(&self.socket).await.map_err(|source| {
-            let socket = self.socket.clone();
-            match source.kind() {
-                io::ErrorKind::PermissionDenied => ClientError::NotAllowed { socket, source },
-                _ => ClientError::NoAgent { socket, source },
-            }
-        })?;
+        let stream = self.connect().await?;
         let (mut sender, connection) =
             http1::handshake(TokioIo::new(stream)).await.map_err(|source| self.broken(source))?;
         // Ends when the answer has been read or dropped; what it says of errors, the answer says too.
         tokio::spawn(connection);
-        let mut request = Request::builder().method(&call.method).uri(&call.path).header(HOST, "localhost");
+        let mut request = Request::builder().method(&call.method).uri(&call.path);
+        request = match &self.agent {
+            Agent::Socket(_) => request.header(HOST, "localhost"),
+            Agent::Remote(remote) => {
+                request.header(HOST, remote.authority()).header(AUTHORIZATION, remote.credentials())
+            }
+        };
         if let Some(kind) = call.kind {
             request = request.header(CONTENT_TYPE, kind);
         }
@@ -302,6 +334,23 @@ impl Client {
         let request =
             request.body(Full::new(call.body.clone())).map_err(|error| call.strange(error.to_string()))?;
         sender.send_request(request).await.map_err(|source| self.broken(source))
+    }
+
+    async fn connect(&self) -> Result<Box<dyn Stream>, ClientError> {
+        let socket = match &self.agent {
+            Agent::Remote(remote) => return remote.connect().await,
+            Agent::Socket(socket) => socket,
+        };
+        match UnixStream::connect(socket).await {
+            Ok(stream) => Ok(Box::new(stream)),
+            Err(source) => {
+                let socket = socket.clone();
+                Err(match source.kind() {
+                    io::ErrorKind::PermissionDenied => ClientError::NotAllowed { socket, source },
+                    _ => ClientError::NoAgent { socket, source },
+                })
+            }
+        }
     }
 
     async fn parse<T: DeserializeOwned>(
@@ -319,7 +368,7 @@ impl Client {
     }
 
     fn broken(&self, source: hyper::Error) -> ClientError {
-        ClientError::Broken { socket: self.socket.clone(), source }
+        ClientError::Broken { agent: self.agent.to_string(), source }
     }
 }
 
@@ -329,15 +378,14 @@ pub struct Console {
     /// Offset of the first byte.
     pub start: u64,
     body: Incoming,
-    socket: PathBuf,
+    client: Client,
 }
 
 impl Console {
     /// The next bytes; None at the end.
     pub async fn chunk(&mut self) -> Result<Option<Bytes>, ClientError> {
         while let Some(frame) = self.body.frame().await {
-            let frame =
-                frame.map_err(|source| ClientError::Broken { socket: self.socket.clone(), source })?;
+            let frame = frame.map_err(|source| self.client.broken(source))?;
             if let Ok(bytes) = frame.into_data() {
                 return Ok(Some(bytes));
             }

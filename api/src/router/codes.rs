@@ -15,9 +15,10 @@ use crate::ProblemCode::{self, *};
 /// The codes that belong to an operation itself; None if it is not known here, which a test finds.
 fn own(operation: &str) -> Option<&'static [ProblemCode]> {
     Some(match operation {
-        "list_vms" | "get_vm" | "list_pfs" | "get_pf" | "list_vfs" | "read_console" => &[],
+        "list_vms" | "get_vm" | "list_pfs" | "get_pf" | "list_vfs" => &[],
+        "read_console" | "events" => &[TooManyClients],
         "list_switches" | "get_switch" | "list_port_groups" | "get_port_group" => &[],
-        "list_ports" | "get_port" | "list_decisions" | "events" => &[],
+        "list_ports" | "get_port" | "list_decisions" => &[],
         "create_vm" => &[NameTaken, MacInUse, PortGroupNotFound],
         "delete_vm" => &[WrongState, DeviceFailed, PfRefused],
         "boot_vm" => &[
@@ -64,13 +65,11 @@ fn own(operation: &str) -> Option<&'static [ProblemCode]> {
 }
 
 /// Every code that an operation answers with; None if the operation is not known here.
-fn codes(operation: &Operation, writes: bool) -> Option<Vec<ProblemCode>> {
+fn codes(operation: &Operation) -> Option<Vec<ProblemCode>> {
     let own = own(operation.operation_id.as_deref()?)?;
     let mut codes = own.to_vec();
-    codes.extend([Internal, Unavailable]);
-    if writes {
-        codes.push(Forbidden);
-    }
+    // A request over TCP, or of a web page, may be refused whatever it is.
+    codes.extend([Internal, Unavailable, Unauthorized, Forbidden]);
     for parameter in operation.parameters.iter().flatten() {
         let RefOr::T(parameter) = parameter else { continue };
         codes.push(InvalidRequest);
@@ -82,7 +81,7 @@ fn codes(operation: &Operation, writes: bool) -> Option<Vec<ProblemCode>> {
         }
     }
     if let Some(RefOr::T(body)) = &operation.request_body {
-        codes.extend([InvalidRequest, BodyTooLarge]);
+        codes.extend([InvalidRequest, BodyTooLarge, RequestTimeout]);
         if body.content.keys().any(|kind| kind.contains("json")) {
             codes.push(UnsupportedMediaType);
         }
@@ -97,10 +96,10 @@ fn operation_creates(operation: &Operation) -> bool {
 }
 
 /// Adds to an operation the answers that are problems: one for each status with its codes, and `default` for what a newer
-/// agent may say. `writes` is false for GET.
-pub(super) fn add(operation: &mut Operation, writes: bool) {
+/// agent may say.
+pub(super) fn add(operation: &mut Operation) {
     let mut by_status: BTreeMap<u16, Vec<ProblemCode>> = BTreeMap::new();
-    for code in codes(operation, writes).unwrap_or_default() {
+    for code in codes(operation).unwrap_or_default() {
         by_status.entry(code.status()).or_default().push(code);
     }
     let responses = &mut operation.responses.responses;
@@ -137,7 +136,7 @@ mod tests {
             for operation in
                 [&path.get, &path.put, &path.post, &path.patch, &path.delete].into_iter().flatten()
             {
-                assert!(codes(operation, false).is_some(), "{:?}", operation.operation_id);
+                assert!(codes(operation).is_some(), "{:?}", operation.operation_id);
                 count += 1;
             }
         }

@@ -3,7 +3,7 @@
 use std::{convert::Infallible, pin::Pin, task};
 
 use axum::{
-    Json,
+    Extension, Json,
     body::{Body, Bytes},
     extract::{Request, State},
     http::header,
@@ -17,6 +17,7 @@ use utoipa_axum::{router::OpenApiRouter, routes};
 use super::{
     MAX_CONSOLE_INPUT, Shared,
     extract::{Named, Query, read_body},
+    streams::{Counted, Streams},
 };
 use crate::{
     Caller, Problem,
@@ -52,14 +53,16 @@ async fn read_console(
     State(backend): State<Shared>,
     Named(vm): Named,
     Query(part): Query<Part>,
+    Extension(streams): Extension<Streams>,
 ) -> Result<Response, Problem> {
+    let _room = streams.consoles()?;
     let read = backend.read_console(vm, part.offset, part.follow).await?;
     let headers = [
         (header::CONTENT_TYPE, "application/octet-stream".to_owned()),
         (header::CACHE_CONTROL, "no-store".to_owned()),
         (header::HeaderName::from_static("console-offset"), read.start.to_string()),
     ];
-    Ok((headers, Body::from_stream(Chunks(read))).into_response())
+    Ok((headers, Body::from_stream(Counted { stream: Chunks(read), _room })).into_response())
 }
 
 /// Types on a VM's serial console.

@@ -6,7 +6,7 @@ use std::{
 };
 
 use axum::{
-    Error,
+    Error, Extension,
     extract::State,
     http::HeaderMap,
     response::{
@@ -18,7 +18,10 @@ use futures_core::Stream;
 use tokio::sync::mpsc;
 use utoipa_axum::{router::OpenApiRouter, routes};
 
-use super::policy::Policy;
+use super::{
+    policy::Policy,
+    streams::{Counted, Streams},
+};
 use crate::{Problem, types::Event};
 
 pub(super) fn routes() -> OpenApiRouter<Policy> {
@@ -32,7 +35,11 @@ pub(super) fn routes() -> OpenApiRouter<Policy> {
 #[utoipa::path(get, path = "/v1/events", tag = "policy",
     params(("last-event-id" = Option<u64>, Header, description = "Goes on after this event")),
     responses((status = 200, body = Event, content_type = "text/event-stream")))]
-async fn events(State(backend): State<Policy>, headers: HeaderMap) -> Result<Response, Problem> {
+async fn events(
+    State(backend): State<Policy>,
+    Extension(streams): Extension<Streams>,
+    headers: HeaderMap,
+) -> Result<Response, Problem> {
     let after = match headers.get("last-event-id") {
         None => None,
         Some(value) => {
@@ -42,7 +49,9 @@ async fn events(State(backend): State<Policy>, headers: HeaderMap) -> Result<Res
             })?)
         }
     };
-    Ok(Sse::new(Events(backend.events(after).await?)).keep_alive(KeepAlive::default()).into_response())
+    let _room = streams.events()?;
+    let stream = Counted { stream: Events(backend.events(after).await?), _room };
+    Ok(Sse::new(stream).keep_alive(KeepAlive::default()).into_response())
 }
 
 /// The events as the stream wants them.

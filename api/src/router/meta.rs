@@ -38,9 +38,8 @@ pub fn openapi() -> utoipa::openapi::OpenApi {
 /// Adds what follows for each operation: the problems that it answers with.
 pub(super) fn complete(document: &mut utoipa::openapi::OpenApi) {
     for path in document.paths.paths.values_mut() {
-        path.get.iter_mut().for_each(|operation| codes::add(operation, false));
-        let writes = [&mut path.put, &mut path.post, &mut path.patch, &mut path.delete];
-        writes.into_iter().flatten().for_each(|operation| codes::add(operation, true));
+        let all = [&mut path.get, &mut path.put, &mut path.post, &mut path.patch, &mut path.delete];
+        all.into_iter().flatten().for_each(codes::add);
     }
 }
 

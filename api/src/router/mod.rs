@@ -4,22 +4,28 @@ mod codes;
 mod console;
 mod events;
 mod extract;
+#[cfg(any(test, feature = "test-support"))]
+pub mod fuzz;
+mod gate;
 mod host;
 mod merge;
 mod meta;
+mod patient;
 mod policy;
 mod respond;
 mod serve;
+mod streams;
 mod vms;
 
-use std::sync::Arc;
+use std::{sync::Arc, time::Duration};
 
-use axum::{Router, extract::DefaultBodyLimit, middleware, routing::get};
+use axum::{Extension, Router, extract::DefaultBodyLimit, middleware, routing::get};
 use utoipa::OpenApi;
 use utoipa_axum::router::OpenApiRouter;
 
+pub use gate::{Gate, Peer};
 pub use meta::openapi;
-pub use serve::{Peer, serve};
+pub use serve::{Limits, Listener, serve};
 
 use crate::{Backend, PolicyBackend};
 
@@ -29,6 +35,9 @@ pub const MAX_BODY: usize = 64 << 10;
 /// The most bytes that can be typed on a console in one request.
 pub const MAX_CONSOLE_INPUT: usize = 4 << 10;
 
+/// How long a request's body may take to arrive.
+const BODY_TIME: Duration = Duration::from_secs(20);
+
 /// The longest time in seconds that `?wait=` takes.
 pub const MAX_WAIT_SECONDS: u64 = 600;
 
@@ -37,8 +46,7 @@ type Shared = Arc<dyn Backend>;
 
 /// The API of VMs and the host on top of a backend.
 ///
-/// It expects a [`Peer`] as connection info: use [`serve`], or
-/// [`Router::into_make_service_with_connect_info`].
+/// It expects a [`Peer`] in each request's extensions: [`serve`] puts it there. Without one nothing can be changed.
 pub fn router(backend: Arc<dyn Backend>) -> Router {
     assemble(routes().with_state(backend.clone()), backend)
 }
@@ -60,7 +68,9 @@ fn assemble(routes: OpenApiRouter, backend: Arc<dyn Backend>) -> Router {
         .route("/healthz", get(meta::healthz).with_state(backend))
         .fallback(respond::no_such_path)
         .method_not_allowed_fallback(respond::no_such_method)
+        .layer(Extension(streams::Streams::default()))
         .layer(DefaultBodyLimit::max(MAX_BODY))
+        .layer(middleware::from_fn(gate::admit))
         .layer(middleware::from_fn(respond::identify))
 }
 

@@ -174,7 +174,7 @@ async fn patch_port_group(
         let found = backend.get_port_group(group.clone()).await?;
         let revision = at(found.revision, expect)?;
         let spec = merged(&found.spec, &patch)?;
-        match backend.put_port_group(caller, found.name, spec, revision).await {
+        match backend.put_port_group(caller.clone(), found.name, spec, revision).await {
             // Somebody else was faster: their change is kept, and this one made on top of it.
             Err(problem) if problem.code == ProblemCode::RevisionMismatch && tries < TRIES => tries += 1,
             done => return done.map(|done| put(&done, done.object.revision)),
@@ -246,7 +246,7 @@ async fn patch_port(
         let revision = at(found.revision, expect)?;
         let spec = merged(&found.spec, &patch)?;
         // By id: between the two calls the name could come to mean another port.
-        match backend.put_port(caller, ObjectRef::Id(found.id), spec, revision).await {
+        match backend.put_port(caller.clone(), ObjectRef::Id(found.id), spec, revision).await {
             Err(problem) if problem.code == ProblemCode::RevisionMismatch && tries < TRIES => tries += 1,
             done => return done.map(|port| revisioned(StatusCode::OK, port.revision, &port)),
         }

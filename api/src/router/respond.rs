@@ -21,6 +21,9 @@ impl IntoResponse for Problem {
         let status = StatusCode::from_u16(self.status).unwrap_or(StatusCode::INTERNAL_SERVER_ERROR);
         let kind = [(header::CONTENT_TYPE, "application/problem+json")];
         let mut response = (status, kind, serde_json::to_vec(&self).unwrap_or_default()).into_response();
+        if self.code == ProblemCode::Unauthorized {
+            response.headers_mut().insert(header::WWW_AUTHENTICATE, HeaderValue::from_static("Bearer"));
+        }
         // `identify` writes it once more with the request's id.
         response.extensions_mut().insert(self);
         response
@@ -51,7 +54,7 @@ pub(super) async fn identify(request: Request, next: Next) -> Response {
         let kept = std::mem::take(response.headers_mut());
         response = problem.into_response();
         for (name, value) in &kept {
-            if name != header::CONTENT_LENGTH && name != header::CONTENT_TYPE {
+            if !response.headers().contains_key(name) {
                 response.headers_mut().append(name, value.clone());
             }
         }

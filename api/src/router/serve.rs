@@ -1,45 +1,263 @@
-//! Serving on a Unix socket.
+//! Serving: Unix sockets and TCP, with a bound on all that a client can hold.
 
-use std::{io, time::Duration};
+use std::{net::SocketAddr, sync::Arc, time::Duration};
 
-use axum::{Router, extract::connect_info::Connected, serve::IncomingStream};
-use tokio::{net::UnixListener, sync::oneshot};
+use axum::Router;
+use hyper::{Request, body::Incoming, server::conn::http1, service::service_fn};
+use hyper_util::{
+    rt::{TokioIo, TokioTimer},
+    service::TowerToHyperService,
+};
+use tokio::{
+    io::{AsyncRead, AsyncWrite, AsyncWriteExt as _},
+    net::{TcpListener, TcpStream, UnixListener, UnixStream},
+    sync::{OwnedSemaphorePermit, Semaphore, watch},
+    task::JoinSet,
+    time::{sleep, timeout},
+};
+use tokio_rustls::TlsAcceptor;
 
-use crate::Caller;
+use super::{
+    gate::{Gate, Peer},
+    patient::Patient,
+};
+use crate::{Caller, Problem, ProblemCode, User};
 
 /// How long requests may go on after the order to end (console streams would go on for ever).
 const GRACE: Duration = Duration::from_secs(2);
 
-/// The process at the other end of a connection; None if the kernel did not tell.
-#[derive(Clone, Copy, Debug)]
-pub struct Peer(pub Option<Caller>);
+/// After an error of `accept` (no more descriptors, as a rule), until it is tried again.
+const PAUSE: Duration = Duration::from_millis(200);
 
-impl Connected<IncomingStream<'_, UnixListener>> for Peer {
-    fn connect_info(stream: IncomingStream<'_, UnixListener>) -> Self {
-        let caller =
-            stream.io().peer_cred().map(|cred| Caller { uid: cred.uid(), gid: cred.gid(), pid: cred.pid() });
-        Peer(caller.inspect_err(|error| tracing::warn!(%error, "no credentials of an API client")).ok())
+/// How long somebody may take to hear that there is no room, and how many are told at once.
+const REFUSAL: Duration = Duration::from_secs(1);
+const REFUSALS: usize = 16;
+
+/// The most bytes of a request's head, and the most headers. Beyond it the answer is 431 without a body.
+const MAX_HEAD: usize = 16 << 10;
+const MAX_HEADERS: usize = 64;
+
+/// What clients can hold at once, by listener, and how long they may take.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Limits {
+    /// Connections. One more is told so (TLS: closed) and closed.
+    pub connections: usize,
+    /// How long a client may take to send a request's head; an idle connection is closed after it, too.
+    pub head: Duration,
+    /// How long a client may take nothing of what is sent to it.
+    pub stall: Duration,
+}
+
+impl Default for Limits {
+    fn default() -> Self {
+        Limits { connections: 256, head: Duration::from_secs(15), stall: Duration::from_secs(30) }
+    }
+}
+
+/// Where clients come in.
+#[derive(Debug)]
+pub struct Listener(Kind);
+
+enum Kind {
+    Unix(UnixListener),
+    Tcp { listener: TcpListener, gate: Arc<Gate>, tls: Option<TlsAcceptor> },
+}
+
+impl std::fmt::Debug for Kind {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        match self {
+            Kind::Unix(listener) => listener.fmt(f),
+            Kind::Tcp { listener, .. } => listener.fmt(f),
+        }
+    }
+}
+
+impl From<UnixListener> for Listener {
+    fn from(listener: UnixListener) -> Self {
+        Listener(Kind::Unix(listener))
+    }
+}
+
+impl Listener {
+    /// A TCP listener: what the gate asks of requests, and TLS unless all that can connect is this host.
+    pub fn tcp(listener: TcpListener, gate: Arc<Gate>, tls: Option<TlsAcceptor>) -> Self {
+        Listener(Kind::Tcp { listener, gate, tls })
     }
 }
 
 /// Serves until `end` completes, then lets requests finish for two seconds.
-///
-/// # Errors
-/// None at present: `accept` is tried again after errors.
 pub async fn serve(
-    listener: UnixListener,
+    listeners: Vec<Listener>,
     router: Router,
+    limits: Limits,
     end: impl Future<Output = ()> + Send + 'static,
-) -> io::Result<()> {
-    let (told, ending) = oneshot::channel();
-    let graceful = axum::serve(listener, router.into_make_service_with_connect_info::<Peer>())
-        .with_graceful_shutdown(async move {
-            end.await;
-            let _ = told.send(());
-        })
-        .into_future();
-    tokio::select! {
-        result = graceful => result,
-        () = async { let _ = ending.await; tokio::time::sleep(GRACE).await } => Ok(()),
+) {
+    let (told, ending) = watch::channel(false);
+    let mut tasks = JoinSet::new();
+    for Listener(kind) in listeners {
+        let place = Place {
+            room: Arc::new(Semaphore::new(limits.connections)),
+            refusals: Arc::new(Semaphore::new(REFUSALS)),
+            router: router.clone(),
+            limits,
+            ending: ending.clone(),
+        };
+        tasks.spawn(place.serve(kind));
+    }
+    drop(ending);
+    end.await;
+    let _ = told.send(true);
+    // What does not end by then ends with its task.
+    drop(timeout(GRACE, async { while tasks.join_next().await.is_some() {} }).await);
+}
+
+/// A listener's side of its connections.
+struct Place {
+    room: Arc<Semaphore>,
+    /// Room for those that are told that there is none.
+    refusals: Arc<Semaphore>,
+    router: Router,
+    limits: Limits,
+    ending: watch::Receiver<bool>,
+}
+
+/// A client that has connected.
+enum Client {
+    Unix(UnixStream, Peer),
+    Tcp(TcpStream, Peer, Option<TlsAcceptor>),
+}
+
+impl Place {
+    /// Accepts until the end is told; returns when all connections have ended.
+    async fn serve(mut self, kind: Kind) {
+        let mut connections = JoinSet::new();
+        loop {
+            let accepted = tokio::select! {
+                () = told(&mut self.ending) => break,
+                // Those that have ended are forgotten.
+                Some(_) = connections.join_next() => continue,
+                accepted = accept(&kind) => accepted,
+            };
+            let client = match accepted {
+                Ok(client) => client,
+                Err(error) => {
+                    tracing::warn!("A client of the API cannot be accepted: {error}");
+                    sleep(PAUSE).await;
+                    continue;
+                }
+            };
+            match Arc::clone(&self.room).try_acquire_owned() {
+                Ok(room) => drop(connections.spawn(self.connection(client, room))),
+                // Those beyond that are closed without a word.
+                Err(_) => match Arc::clone(&self.refusals).try_acquire_owned() {
+                    Ok(room) => drop(connections.spawn(refuse(client, room))),
+                    Err(_) => drop(client),
+                },
+            }
+        }
+        while connections.join_next().await.is_some() {}
+    }
+
+    fn connection(
+        &self,
+        client: Client,
+        room: OwnedSemaphorePermit,
+    ) -> impl Future<Output = ()> + Send + 'static {
+        let (router, limits, ending) = (self.router.clone(), self.limits, self.ending.clone());
+        async move {
+            let _room = room;
+            match client {
+                Client::Unix(stream, peer) => exchange(stream, peer, router, limits, ending).await,
+                Client::Tcp(stream, peer, None) => exchange(stream, peer, router, limits, ending).await,
+                Client::Tcp(stream, peer, Some(tls)) => {
+                    match timeout(limits.head, tls.accept(Patient::new(stream, limits.stall))).await {
+                        Ok(Ok(stream)) => exchange(stream, peer, router, limits, ending).await,
+                        Ok(Err(error)) => tracing::debug!("A client of the API fails at TLS: {error}"),
+                        Err(_) => tracing::debug!("A client of the API takes too long for TLS"),
+                    }
+                }
+            }
+        }
+    }
+}
+
+/// Waits until the end is told.
+async fn told(ending: &mut watch::Receiver<bool>) {
+    drop(ending.wait_for(|ending| *ending).await);
+}
+
+async fn accept(kind: &Kind) -> std::io::Result<Client> {
+    match kind {
+        Kind::Unix(listener) => {
+            let (stream, _) = listener.accept().await?;
+            let user = stream
+                .peer_cred()
+                .map(|cred| Caller::User(User { uid: cred.uid(), gid: cred.gid(), pid: cred.pid() }));
+            let user = user.inspect_err(|error| tracing::warn!(%error, "no credentials of an API client"));
+            Ok(Client::Unix(stream, Peer::Local(user.ok())))
+        }
+        Kind::Tcp { listener, gate, tls } => {
+            let (stream, _) = listener.accept().await?;
+            let local: SocketAddr = stream.local_addr()?;
+            // Answers are small and written at once.
+            stream.set_nodelay(true)?;
+            Ok(Client::Tcp(stream, Peer::Network { gate: Arc::clone(gate), local }, tls.clone()))
+        }
+    }
+}
+
+/// Carries requests and answers until either side ends it.
+async fn exchange<I: AsyncRead + AsyncWrite + Send + Unpin + 'static>(
+    stream: I,
+    peer: Peer,
+    router: Router,
+    limits: Limits,
+    mut ending: watch::Receiver<bool>,
+) {
+    let router = TowerToHyperService::new(router);
+    let service = service_fn(move |mut request: Request<Incoming>| {
+        request.extensions_mut().insert(peer.clone());
+        hyper::service::Service::call(&router, request)
+    });
+    let connection = http1::Builder::new()
+        .timer(TokioTimer::new())
+        .header_read_timeout(limits.head)
+        .max_buf_size(MAX_HEAD)
+        .max_headers(MAX_HEADERS)
+        .serve_connection(TokioIo::new(Patient::new(stream, limits.stall)), service);
+    tokio::pin!(connection);
+    let ended = tokio::select! {
+        ended = connection.as_mut() => ended,
+        () = told(&mut ending) => {
+            connection.as_mut().graceful_shutdown();
+            connection.await
+        }
+    };
+    if let Err(error) = ended {
+        tracing::debug!("A connection to the API ended: {error}");
+    }
+}
+
+/// Tells a client that there is no room for it, if it takes that soon.
+async fn refuse(client: Client, _room: OwnedSemaphorePermit) {
+    let problem = Problem::new(
+        ProblemCode::TooManyClients,
+        "The agent has as many connections as it serves at once: end some, or try again.",
+    );
+    let body = serde_json::to_string(&problem).unwrap_or_default();
+    let answer = format!(
+        "HTTP/1.1 {} Service Unavailable\r\ncontent-type: application/problem+json\r\ncontent-length: {}\r\nretry-after: \
+         1\r\nconnection: close\r\n\r\n{body}",
+        problem.status,
+        body.len(),
+    );
+    let written = match client {
+        Client::Unix(mut stream, _) => timeout(REFUSAL, stream.write_all(answer.as_bytes())).await,
+        Client::Tcp(mut stream, _, None) => timeout(REFUSAL, stream.write_all(answer.as_bytes())).await,
+        // It would have to be encrypted.
+        Client::Tcp(_, _, Some(_)) => return,
+    };
+    if let Ok(Err(error)) = written {
+        tracing::debug!("A client was not told that there are too many: {error}");
     }
 }

@@ -45,6 +45,9 @@ pub enum EventKind {
         object: Subject,
         /// Its revision.
         revision: u64,
+        /// Who did it: `uid 0`, `token ci`; absent if the agent did it by itself.
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        by: Option<String>,
     },
     /// An object's specification was changed, or a VM lost a device.
     Changed {
@@ -52,11 +55,17 @@ pub enum EventKind {
         object: Subject,
         /// Its revision now.
         revision: u64,
+        /// Who did it: `uid 0`, `token ci`; absent if the agent did it by itself.
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        by: Option<String>,
     },
     /// An object was deleted.
     Deleted {
         /// What it was.
         object: Subject,
+        /// Who did it: `uid 0`, `token ci`; absent if the agent did it by itself.
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        by: Option<String>,
     },
     /// A PF went up or down, came or went.
     PfState {
@@ -154,9 +163,9 @@ mod tests {
         let object = Subject { kind: ObjectKind::PortGroup, id: Uuid::nil(), name: "web".to_owned() };
         for what in [
             EventKind::VmState { vm: owner, state: VmState::Running, cause: None },
-            EventKind::Created { object: object.clone(), revision: 1 },
-            EventKind::Changed { object: object.clone(), revision: 2 },
-            EventKind::Deleted { object },
+            EventKind::Created { object: object.clone(), revision: 1, by: None },
+            EventKind::Changed { object: object.clone(), revision: 2, by: Some("uid 7".to_owned()) },
+            EventKind::Deleted { object, by: None },
             EventKind::PfState { pf: "eth0".to_owned(), state: PfState::Down },
             EventKind::Gap,
         ] {

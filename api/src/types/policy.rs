@@ -206,6 +206,9 @@ pub struct Decision {
     pub committed: Committed,
     /// For people: a failure's text, for example.
     pub detail: Option<String>,
+    /// Who edited the policy, if it follows from an edit: `uid 0`, `token ci`.
+    #[schema(example = "uid 0")]
+    pub edited_by: Option<String>,
     /// How often it happened.
     pub count: u64,
     /// The first time.
@@ -236,6 +239,7 @@ impl From<netpolicy::Decision> for Decision {
             effective_mac: decision.effective_mac,
             committed: decision.committed,
             detail: decision.detail,
+            edited_by: decision.edited_by,
             count: decision.count,
             first: Timestamp::from_unix_ms(decision.first_ms),
             last: Timestamp::from_unix_ms(decision.last_ms),

@@ -307,6 +307,8 @@ pub enum CauseCode {
     MachineFailed,
     /// The VM's process ended without saying why.
     VmmCrashed,
+    /// The VM's process said to the agent what none says that its guest has not taken over, and was killed for it.
+    VmmMisbehaved,
     /// The host took a device back.
     VfRemoved,
     /// A device reported an error that it cannot recover from.

@@ -109,10 +109,13 @@ async fn serving_ends_although_a_console_is_followed() {
     let listener = tokio::net::UnixListener::bind(&socket).unwrap();
     let (end, ended) = tokio::sync::oneshot::channel::<()>();
     let router = api::router(std::sync::Arc::new(fake.clone()));
-    let served = tokio::spawn(api::serve(listener, router, async move { drop(ended.await) }));
+    let served =
+        tokio::spawn(api::serve(vec![listener.into()], router, api::Limits::default(), async move {
+            drop(ended.await)
+        }));
     let client = Client::new(&socket);
     client.create_vm(&vm_spec()).await.unwrap();
     let _console = client.read_console("web1", None, true).await.unwrap();
     end.send(()).unwrap();
-    tokio::time::timeout(Duration::from_secs(10), served).await.expect("it ends").unwrap().unwrap();
+    tokio::time::timeout(Duration::from_secs(10), served).await.expect("it ends").unwrap();
 }

@@ -11,12 +11,13 @@ mod client;
 mod document;
 mod fake;
 mod fake_policy;
+mod network;
 mod policy;
 mod routes;
 
 use std::sync::Arc;
 
-use api::Client;
+use api::{Client, Limits};
 use axum::body::Bytes;
 use http_body_util::{BodyExt, Full};
 use hyper::{HeaderMap, Method, Request, client::conn::http1};
@@ -68,11 +69,15 @@ impl Answer {
 
 impl Server {
     fn start() -> Self {
+        Server::start_with(Limits::default())
+    }
+
+    fn start_with(limits: Limits) -> Self {
         let directory = tempfile::tempdir().unwrap();
         let (fake, policy) = (Fake::default(), FakePolicy::default());
         let listener = UnixListener::bind(directory.path().join("api.sock")).unwrap();
         let router = api::router_with_policy(Arc::new(fake.clone()), Arc::new(policy.clone()));
-        tokio::spawn(api::serve(listener, router, std::future::pending()));
+        tokio::spawn(api::serve(vec![listener.into()], router, limits, std::future::pending()));
         Server { directory, fake, policy }
     }
 

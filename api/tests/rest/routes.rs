@@ -34,11 +34,12 @@ async fn a_vm_is_created_shown_listed_and_deleted() {
 async fn the_backend_learns_who_calls() {
     let server = Server::start();
     server.vm("web1").await;
-    let caller = server.fake.state().callers[0];
-    assert_eq!(caller.pid, i32::try_from(std::process::id()).ok());
+    let caller = server.fake.state().callers[0].clone();
+    let api::Caller::User(user) = caller else { panic!("{caller}") };
+    assert_eq!(user.pid, i32::try_from(std::process::id()).ok());
     // The owner of a file that this process made is this process's user.
     let owner = std::os::unix::fs::MetadataExt::uid(&server.directory.path().metadata().unwrap());
-    assert_eq!(caller.uid, owner);
+    assert_eq!(user.uid, owner);
 }
 
 #[tokio::test]

@@ -3,11 +3,11 @@
 use std::{collections::BTreeMap, sync::Arc, time::Duration};
 
 use api::{
-    Backend, Caller, ConsoleRead, Health, Progress,
+    Backend, Caller, ConsoleRead, Health, Progress, User,
     problem::{Problem, ProblemCode},
     types::{
         Bdf, EventKind, ObjectKind, ObjectRef, Pf, PfSpec, PfStatus, Subject, Timestamp, Vf, Vm, VmAction,
-        VmSpec, VmStats, host_id,
+        VmSpec, VmState, VmStats, host_id,
     },
 };
 use async_trait::async_trait;
@@ -16,7 +16,10 @@ use passthrough::{
     host::{self, PfError, VfSettings},
     sim::is_simulated,
 };
-use tokio::{sync::Mutex, time::timeout};
+use tokio::{
+    sync::Mutex,
+    time::{Instant, timeout, timeout_at},
+};
 use uuid::Uuid;
 use vmm::control::{Order, Outcome};
 
@@ -72,12 +75,32 @@ impl Agent {
         Ok(Self { env, vms: Arc::new(Mutex::new(vms)) })
     }
 
+    /// Presses the power button of every VM that runs, and waits at most `patience` for their guests to power off.
+    pub async fn power_off_all(&self, patience: Duration) {
+        let mut reacting = Vec::new();
+        for vm in self.all().await {
+            if patience.is_zero() || vm.state() != VmState::Running {
+                continue;
+            }
+            match vm.act(VmAction::Shutdown, own()).await {
+                Ok(done) => reacting.push((vm, done)),
+                Err(problem) => tracing::warn!(vm = %vm.name(), "{problem}"),
+            }
+        }
+        let deadline = Instant::now() + patience;
+        for (vm, done) in reacting {
+            if timeout_at(deadline, done).await.is_err() {
+                tracing::warn!(vm = %vm.name(), "its guest does not power off");
+            }
+        }
+    }
+
     /// Stops every VM, and waits for that at most `patience`.
     pub async fn stop_all(&self, patience: Duration) {
-        let caller = Caller { uid: rustix::process::geteuid().as_raw(), gid: 0, pid: None };
+        let caller = own();
         let mut stopping = Vec::new();
         for vm in self.all().await {
-            if let Ok(done) = vm.act(VmAction::Stop, caller).await {
+            if let Ok(done) = vm.act(VmAction::Stop, caller.clone()).await {
                 stopping.push((vm, done));
             }
         }
@@ -231,9 +254,9 @@ impl Agent {
             return Err(problem);
         }
         let object = Subject { kind: ObjectKind::Vm, id, name: name.clone() };
-        self.env.tell(EventKind::Created { object, revision });
+        self.env.tell(EventKind::Created { object, revision, by: Some(caller.to_string()) });
         let handle = VmHandle::start(Arc::clone(&self.env), Entry { id, name, revision, value });
-        tracing::info!(vm = %handle.name(), %id, uid = caller.uid, "created");
+        tracing::info!(vm = %handle.name(), %id, by = %caller, "created");
         let vm = self.view(&handle);
         vms.insert(id, handle);
         Ok(vm)
@@ -244,9 +267,9 @@ impl Agent {
         if let Some(expected) = expect.filter(|expected| *expected != handle.record.revision) {
             return Err(Problem::revision_mismatch(expected, handle.record.revision));
         }
-        handle.delete().await?;
+        handle.delete(caller.clone()).await?;
         self.vms.lock().await.remove(&handle.id);
-        tracing::info!(vm = %handle.name(), id = %handle.id, uid = caller.uid, "deleted");
+        tracing::info!(vm = %handle.name(), id = %handle.id, by = %caller, "deleted");
         Ok(())
     }
 
@@ -301,11 +324,17 @@ impl Agent {
         let put = self.env.pfs.put(now.id, &name, &value, Expect::Revision(now.revision)).await;
         let revision = put.map_err(|e| e.problem())?;
         let object = Subject { kind: ObjectKind::Pf, id: now.id, name: now.name.clone() };
-        self.env.tell(EventKind::Changed { object, revision });
-        tracing::info!(pf = %now.name, count, uid = caller.uid, "number of VFs changed");
+        self.env.tell(EventKind::Changed { object, revision, by: Some(caller.to_string()) });
+        tracing::info!(pf = %now.name, count, by = %caller, "number of VFs changed");
         let found = self.pf(bdf.to_string()).await?;
         self.view_pf(found, &claims).await
     }
+}
+
+/// The agent itself, as a caller.
+fn own() -> Caller {
+    let (uid, gid) = (rustix::process::geteuid().as_raw(), rustix::process::getegid().as_raw());
+    Caller::User(User { uid, gid, pid: None })
 }
 
 /// Does it to its end even if the client goes away.
@@ -376,7 +405,7 @@ impl Backend for Agent {
         wait: Duration,
     ) -> Result<Progress, Problem> {
         let handle = self.find(&vm).await?;
-        tracing::info!(vm = %handle.name(), action = action.as_str(), uid = caller.uid, "asked");
+        tracing::info!(vm = %handle.name(), action = action.as_str(), by = %caller, "asked");
         let done = handle.act(action, caller).await?;
         let complete = match timeout(wait, done).await {
             Ok(Ok(result)) => result.map(|()| true)?,

@@ -2,29 +2,28 @@
 
 mod backend;
 mod console;
+mod listen;
 mod view;
 
 use std::{
     fs::{self, DirBuilder, File, OpenOptions},
     io::{self, IsTerminal},
-    os::unix::fs::{DirBuilderExt, OpenOptionsExt, PermissionsExt},
+    os::unix::fs::{DirBuilderExt, OpenOptionsExt},
     path::{Path, PathBuf},
     sync::Arc,
     time::Duration,
 };
 
 use anyhow::{Context, bail};
-use api::types::Protection;
+use api::{Limits, types::Protection};
 use rustix::{
     fs::{FlockOperation, flock},
     process::geteuid,
 };
-use tokio::{
-    net::UnixListener,
-    signal::unix::{SignalKind, signal},
-};
+use tokio::signal::unix::{Signal, SignalKind, signal};
 
 pub use backend::Agent;
+use listen::ListenArgs;
 use tracing_subscriber::{EnvFilter, filter::LevelFilter};
 
 #[cfg(feature = "test-support")]
@@ -38,8 +37,17 @@ use crate::{
     switch::{Parts, Policy, SwitchHandle, Timing},
 };
 
-/// How long VMs may take to stop when the agent is told to stop them.
+/// How long VMs may take to stop once they are not asked any more.
 const STOP_ALL: Duration = Duration::from_secs(60);
+
+/// What becomes of VMs when the agent ends.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]
+pub enum OnExit {
+    /// They run on, and the next agent finds them.
+    Leave,
+    /// Their guests are asked to power off (their power button); those that do not are stopped.
+    Stop,
+}
 
 /// Options of `portcullis serve`.
 #[derive(Clone, Debug, clap::Args)]
@@ -78,16 +86,23 @@ pub struct ServeArgs {
     /// repeated.
     #[arg(long = "sim-pf", value_name = "NAME=COUNT[,tap=IFNAME]")]
     pub sim_pfs: Vec<SimPfOption>,
-    /// Stop all VMs when the agent ends; without it they run on, and the next agent finds them.
-    #[arg(long)]
-    pub stop_vms_on_exit: bool,
+    /// What becomes of VMs when the agent ends (SIGTERM, SIGINT). A second signal ends it at once, and leaves them as they are.
+    #[arg(long, value_enum, default_value_t = OnExit::Leave)]
+    pub on_exit: OnExit,
+    /// How many seconds guests have to power off with --on-exit stop; with 0 they are not asked.
+    #[arg(long, value_name = "SECONDS", default_value_t = 30, value_parser = clap::value_parser!(u32).range(0..=3600))]
+    pub exit_timeout: u32,
+    /// Where the API is served.
+    #[command(flatten)]
+    pub listen: ListenArgs,
 }
 
-/// Starts the runtime and the log, and runs the agent. `socket` is where it serves the API.
+/// Starts the runtime and the log, and runs the agent. `socket` is where it serves the API, and
+/// `token_file` has the tokens of those who may use it over TCP.
 ///
 /// # Errors
 /// As [`serve`].
-pub fn run(args: ServeArgs, socket: &Path) -> anyhow::Result<()> {
+pub fn run(args: ServeArgs, socket: &Path, token_file: Option<&Path>) -> anyhow::Result<()> {
     let filter = EnvFilter::builder()
         .with_env_var("PORTCULLIS_LOG")
         .with_default_directive(LevelFilter::INFO.into())
@@ -102,14 +117,14 @@ pub fn run(args: ServeArgs, socket: &Path) -> anyhow::Result<()> {
     // One worker: what blocks has threads of its own, and a guest that waits for an answer would pay for each hand-over of a
     // task from one worker to another.
     let mut runtime = tokio::runtime::Builder::new_multi_thread();
-    runtime.worker_threads(1).enable_all().build()?.block_on(serve(args, socket))
+    runtime.worker_threads(1).enable_all().build()?.block_on(serve(args, socket, token_file))
 }
 
 /// Runs the agent until SIGTERM or SIGINT.
 ///
 /// # Errors
 /// What kept it from starting: another agent, the database, the socket.
-pub async fn serve(args: ServeArgs, socket: &Path) -> anyhow::Result<()> {
+pub async fn serve(args: ServeArgs, socket: &Path, token_file: Option<&Path>) -> anyhow::Result<()> {
     let _lock = lock(&args.run_dir)?;
     let database = args.state_dir.join("portcullis.db");
     let store: Arc<dyn ObjectStore> = Arc::new(SqliteStore::open(&database)?);
@@ -132,23 +147,28 @@ pub async fn serve(args: ServeArgs, socket: &Path) -> anyhow::Result<()> {
     env.policy = Some(policy.clone());
     let env = Arc::new(env);
     let agent = Arc::new(Agent::start(Arc::clone(&env)).await?);
-    let listener = listen(socket)?;
-    let mut terminate = signal(SignalKind::terminate())?;
-    let mut interrupt = signal(SignalKind::interrupt())?;
+    let listeners = listen::all(&args.listen, socket, token_file)?;
+    let mut signals = [signal(SignalKind::terminate())?, signal(SignalKind::interrupt())?];
     let end = async move {
-        tokio::select! {
-            _ = terminate.recv() => {}
-            _ = interrupt.recv() => {}
-        }
+        told_to_end(&mut signals).await;
+        tokio::spawn(async move {
+            told_to_end(&mut signals).await;
+            tracing::warn!("told to end a second time: the agent ends at once, VMs are left as they are");
+            std::process::exit(1);
+        });
     };
     tracing::info!(socket = %socket.display(), "ready");
     let routes = api::router_with_policy(Arc::clone(&agent) as Arc<dyn api::Backend>, Arc::new(policy));
-    let served = api::serve(listener, routes, end).await;
+    api::serve(listeners, routes, Limits::default(), end).await;
     // Nobody connects to an agent that is gone. What is removed is ours: the lock is still held.
     drop(fs::remove_file(socket));
-    if args.stop_vms_on_exit {
-        tracing::info!("stopping all VMs");
-        agent.stop_all(STOP_ALL).await;
+    match args.on_exit {
+        OnExit::Leave => tracing::info!("ends; VMs run on"),
+        OnExit::Stop => {
+            tracing::info!("stopping all VMs");
+            agent.power_off_all(Duration::from_secs(args.exit_timeout.into())).await;
+            agent.stop_all(STOP_ALL).await;
+        }
     }
     agent.leave().await;
     // What cannot be read counts as used.
@@ -156,7 +176,15 @@ pub async fn serve(args: ServeArgs, socket: &Path) -> anyhow::Result<()> {
         let claims: Vec<_> = claims.into_iter().map(|entry| entry.value).collect();
         simulated.leave(&claims).await;
     }
-    served.context("The API cannot be served")
+    Ok(())
+}
+
+/// Waits for SIGTERM or SIGINT.
+async fn told_to_end([terminate, interrupt]: &mut [Signal; 2]) {
+    tokio::select! {
+        _ = terminate.recv() => {}
+        _ = interrupt.recv() => {}
+    }
 }
 
 /// Starts simulated adapters, or finds those of a former agent.
@@ -242,31 +270,6 @@ fn image_dirs(dirs: &[PathBuf]) -> anyhow::Result<Vec<PathBuf>> {
         dir.canonicalize().with_context(|| format!("The image directory {} cannot be used", dir.display()))
     };
     dirs.iter().map(canonical).collect()
-}
-
-/// Binds the API's socket, mode 0600 from its first moment. A stale one is replaced, a living one is not.
-fn listen(socket: &Path) -> anyhow::Result<UnixListener> {
-    let at = || format!("The API's socket {} cannot be made (--socket)", socket.display());
-    if let Some(dir) = socket.parent() {
-        fs::create_dir_all(dir).with_context(at)?;
-    }
-    if std::os::unix::net::UnixStream::connect(socket).is_ok() {
-        bail!(
-            "Another process serves on {}: stop it, or choose another socket with --socket",
-            socket.display()
-        );
-    }
-    // Made under a name of its own, then moved: there is no moment at which others could connect.
-    let fresh = socket.with_extension(format!("{}.new", std::process::id()));
-    drop(fs::remove_file(&fresh));
-    let listener = UnixListener::bind(&fresh).with_context(at)?;
-    let placed = fs::set_permissions(&fresh, fs::Permissions::from_mode(0o600))
-        .and_then(|()| fs::rename(&fresh, socket));
-    if placed.is_err() {
-        drop(fs::remove_file(&fresh));
-    }
-    placed.with_context(at)?;
-    Ok(listener)
 }
 
 #[cfg(test)]

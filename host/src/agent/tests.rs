@@ -1,9 +1,9 @@
 //! The agent over its API, on a made-up host with a fake vmm.
 
-use std::{path::PathBuf, sync::Arc, time::Duration};
+use std::{os::unix::fs::PermissionsExt, path::PathBuf, sync::Arc, time::Duration};
 
 use api::{
-    Backend, Client, ClientError,
+    Backend, Client, ClientError, Limits,
     problem::ProblemCode,
     types::{EventKind, ObjectKind, VmAction, VmState},
 };
@@ -16,15 +16,17 @@ struct Served {
     agent: Arc<Agent>,
     client: Client,
     end: oneshot::Sender<()>,
-    task: tokio::task::JoinHandle<std::io::Result<()>>,
+    task: tokio::task::JoinHandle<()>,
 }
 
 async fn serve(host: &Host, socket: PathBuf) -> Served {
     let agent = Arc::new(Agent::start(Arc::clone(&host.env)).await.unwrap());
-    let listener = listen(&socket).unwrap();
+    let listener = listen::unix(&socket, 0o600, None).unwrap();
     let router = api::router(Arc::clone(&agent) as Arc<dyn Backend>);
     let (end, ending) = oneshot::channel::<()>();
-    let task = tokio::spawn(api::serve(listener, router, async move { drop(ending.await) }));
+    let task = tokio::spawn(api::serve(vec![listener.into()], router, Limits::default(), async move {
+        drop(ending.await)
+    }));
     Served { agent, client: Client::new(socket), end, task }
 }
 
@@ -73,7 +75,7 @@ async fn a_vm_s_life_over_the_api() {
     client.delete_vm("web1", Some(vm.revision)).await.unwrap();
     assert_eq!(code(client.get_vm("web1").await), ProblemCode::NotFound);
     served.end.send(()).unwrap();
-    served.task.await.unwrap().unwrap();
+    served.task.await.unwrap();
 }
 
 #[tokio::test]
@@ -115,7 +117,7 @@ async fn an_agent_that_ends_leaves_vms_running_or_stops_them_if_told() {
     served.client.create_vm(&spec("web1")).await.unwrap();
     served.client.act("web1", VmAction::Boot, PATIENCE).await.unwrap();
     served.end.send(()).unwrap();
-    served.task.await.unwrap().unwrap();
+    served.task.await.unwrap();
     served.agent.leave().await;
     drop(served.agent);
     assert!(socket.exists(), "a stale socket: the next agent replaces it");
@@ -152,15 +154,15 @@ async fn what_happens_to_vms_and_pfs_is_told() {
     let mut told = Vec::new();
     while let Ok(event) = events.try_recv() {
         told.push(match event.what {
-            EventKind::Created { object, revision } => {
+            EventKind::Created { object, revision, .. } => {
                 assert!(object.kind != ObjectKind::Vm || (object.id, revision) == (vm.id, vm.revision));
                 format!("created {object}")
             }
-            EventKind::Changed { object, revision } => {
+            EventKind::Changed { object, revision, .. } => {
                 assert!(object.kind != ObjectKind::Pf || (object.id, revision) == (pf.id, pf.revision));
                 format!("changed {object}")
             }
-            EventKind::Deleted { object } => format!("deleted {object}"),
+            EventKind::Deleted { object, .. } => format!("deleted {object}"),
             EventKind::VmState { vm, state, .. } => format!("{} {state}", vm.name),
             EventKind::Decision { .. } => continue,
             other => panic!("{other:?}"),
@@ -195,9 +197,9 @@ fn one_agent_for_a_run_directory_and_one_for_a_socket() {
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
     let _inside = runtime.enter();
     let socket = dir.path().join("api.sock");
-    let living = listen(&socket).unwrap();
-    assert!(listen(&socket).unwrap_err().to_string().contains("--socket"));
+    let living = listen::unix(&socket, 0o600, None).unwrap();
+    assert!(listen::unix(&socket, 0o600, None).unwrap_err().to_string().contains("--socket"));
     drop(living);
     assert!(socket.exists());
-    listen(&socket).unwrap();
+    listen::unix(&socket, 0o600, None).unwrap();
 }

@@ -2,7 +2,9 @@
 
 use std::{error::Error, io, process::ExitCode};
 
-use api::{ClientError, Problem};
+use api::{ClientError, Problem, RemoteError};
+
+use crate::token_file::TokenFileError;
 
 use super::{demo::DemoError, output::Format};
 
@@ -20,6 +22,12 @@ pub(super) enum CliError {
         /// What reading said.
         source: io::Error,
     },
+    /// The agent's address, or what it takes to use it, cannot be used.
+    #[error(transparent)]
+    Remote(#[from] RemoteError),
+    /// The tokens cannot be read.
+    #[error(transparent)]
+    Tokens(#[from] TokenFileError),
     /// The command line says too little, or contradicts itself, in a way that its parser does not see.
     #[error("{0}")]
     Usage(String),
@@ -64,6 +72,7 @@ impl CliError {
             CliError::Client(ClientError::Strange { .. }) => 1,
             CliError::Client(_) => 3,
             CliError::Read { .. } | CliError::Usage(_) | CliError::NotASpec { .. } => 2,
+            CliError::Remote(_) | CliError::Tokens(_) => 2,
             CliError::VmFailed { .. } | CliError::Demo(_) | CliError::Output(_) | CliError::Runtime(_) => 1,
         }
     }

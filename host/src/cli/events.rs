@@ -104,13 +104,18 @@ fn row(event: &Event) -> [String; 5] {
                 (None, Some(value)) | (Some(value), None) => format!(" {value}"),
                 (None, None) => String::new(),
             };
-            let what = format!("{} {}{values}{reason}", plain(&decision.verdict), decision.request);
+            let by =
+                decision.edited_by.as_ref().map(|by| format!(" after an edit by {by}")).unwrap_or_default();
+            let what = format!("{} {}{values}{reason}{by}", plain(&decision.verdict), decision.request);
             (format!("port {}/{adapter}", decision.owner.name), what)
         }
-        EventKind::Created { object, revision } | EventKind::Changed { object, revision } => {
-            (object.to_string(), format!("at revision {revision}"))
+        EventKind::Created { object, revision, by } | EventKind::Changed { object, revision, by } => {
+            let by = by.as_ref().map(|by| format!(" by {by}")).unwrap_or_default();
+            (object.to_string(), format!("at revision {revision}{by}"))
         }
-        EventKind::Deleted { object } => (object.to_string(), String::new()),
+        EventKind::Deleted { object, by } => {
+            (object.to_string(), by.as_ref().map(|by| format!("by {by}")).unwrap_or_default())
+        }
         EventKind::PfState { pf, state } => (format!("PF {pf}"), plain(state)),
         EventKind::Gap => {
             ("-".to_owned(), "some events are no longer kept: read the objects again".to_owned())

@@ -12,6 +12,7 @@ mod host;
 mod output;
 mod port;
 mod port_group;
+mod remote;
 mod settings;
 mod spec_file;
 mod switch;
@@ -38,6 +39,8 @@ pub struct Cli {
     /// The agent's socket.
     #[arg(long, global = true, value_name = "PATH", env = "PORTCULLIS_SOCKET", default_value = api::DEFAULT_SOCKET)]
     socket: PathBuf,
+    #[command(flatten)]
+    remote: remote::RemoteArgs,
     /// How answers are written.
     #[arg(long, global = true, value_enum, default_value_t = Format::Table)]
     output: Format,
@@ -93,7 +96,7 @@ enum Request {
 pub fn run(cli: Cli) -> ExitCode {
     let command = match cli.command {
         Command::Serve(args) => {
-            return match crate::agent::run(args, &cli.socket) {
+            return match crate::agent::run(args, &cli.socket, cli.remote.token_file.as_deref()) {
                 Ok(()) => ExitCode::SUCCESS,
                 Err(error) => {
                     eprintln!("portcullis: {error:#}");
@@ -110,7 +113,10 @@ pub fn run(cli: Cli) -> ExitCode {
         }
         Command::Client(command) => command,
     };
-    let client = Client::new(cli.socket);
+    let client = match cli.remote.client(cli.socket) {
+        Ok(client) => client,
+        Err(error) => return error.report(cli.output),
+    };
     let mut stdout = io::stdout().lock();
     let mut output = Output::new(cli.output, &mut stdout);
     let runtime = match tokio::runtime::Builder::new_current_thread().enable_all().build() {

@@ -90,7 +90,12 @@ impl Desk {
         let policy = Arc::new(host.env.policy.clone().unwrap());
         let router = api::router_with_policy(Arc::clone(&agent) as Arc<dyn Backend>, policy);
         let listener = UnixListener::bind(&socket).unwrap();
-        tokio::spawn(api::serve(listener, router, std::future::pending()));
+        tokio::spawn(api::serve(
+            vec![listener.into()],
+            router,
+            api::Limits::default(),
+            std::future::pending(),
+        ));
         Desk { host, client: Client::new(socket), agent }
     }
 
@@ -354,11 +359,12 @@ async fn events_since_one_and_from_now_on() {
     assert_eq!(kinds, ["gap", "created", "changed", "deleted"]);
     let shown = desk.run(&format!("events --since {} --limit 2", events[1]["id"])).await.unwrap();
     let rows: Vec<_> = shown.lines().map(words).collect();
+    let by = format!("uid {}", rustix::process::geteuid().as_raw());
     assert_eq!(
         rows[1][2..],
-        ["changed", "port group web", &format!("at revision {}", events[2]["revision"])]
+        ["changed", "port group web", &format!("at revision {} by {by}", events[2]["revision"])]
     );
-    assert_eq!(rows[2][2..], ["deleted", "port group web"]);
+    assert_eq!(rows[2][2..], ["deleted", "port group web", &format!("by {by}")]);
 }
 
 #[tokio::test]
@@ -369,12 +375,12 @@ async fn a_stream_that_the_agent_ends_goes_on_after_its_last_event() {
     // More at once than wait for a subscriber: it is left behind.
     for n in 0..600 {
         let (kind, id) = (ObjectKind::Vm, uuid::Uuid::from_u128(n));
-        hub.publish(EventKind::Deleted { object: Subject { kind, id, name: n.to_string() } });
+        hub.publish(EventKind::Deleted { object: Subject { kind, id, name: n.to_string() }, by: None });
     }
     for n in 0..600 {
         let event = tokio::time::timeout(PATIENCE, stream.next()).await.unwrap().unwrap();
         assert!(
-            matches!(&event.what, EventKind::Deleted { object } if object.name == n.to_string()),
+            matches!(&event.what, EventKind::Deleted { object, .. } if object.name == n.to_string()),
             "{event:?}"
         );
     }

@@ -97,7 +97,10 @@ mod tests {
 
     fn happens(hub: &EventHub, n: usize) {
         let id = uuid::Uuid::from_u128(n as u128);
-        hub.publish(EventKind::Deleted { object: Subject { kind: ObjectKind::Vm, id, name: n.to_string() } });
+        hub.publish(EventKind::Deleted {
+            object: Subject { kind: ObjectKind::Vm, id, name: n.to_string() },
+            by: None,
+        });
     }
 
     /// Names of what is waiting; "gap" for a gap.
@@ -105,7 +108,7 @@ mod tests {
         let mut heard = Vec::new();
         while let Ok(event) = receiver.try_recv() {
             heard.push(match event.what {
-                EventKind::Deleted { object } => object.name,
+                EventKind::Deleted { object, .. } => object.name,
                 other => other.name().into(),
             });
         }

@@ -81,6 +81,7 @@ fn line(decision: &Decision, suppressed: u64) {
                 source,
                 count = decision.count,
                 detail = or_none(&decision.detail),
+                edited_by = or_none(&decision.edited_by),
                 suppressed,
                 $what
             )

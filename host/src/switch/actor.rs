@@ -166,22 +166,22 @@ impl Actor {
         // A client that went away meanwhile misses nothing but the answer.
         match command {
             Command::ListSwitches { reply } => drop(reply.send(self.view_switches())),
-            Command::PutSwitch { name, spec, expect, reply } => {
-                drop(reply.send(self.put_switch(name, spec, expect).await));
+            Command::PutSwitch { name, spec, expect, by, reply } => {
+                drop(reply.send(self.put_switch(name, spec, expect, by).await));
             }
-            Command::DeleteSwitch { switch, expect, reply } => {
-                drop(reply.send(self.delete_switch(&switch, expect).await));
+            Command::DeleteSwitch { switch, expect, by, reply } => {
+                drop(reply.send(self.delete_switch(&switch, expect, by).await));
             }
             Command::ListGroups { reply } => drop(reply.send(self.view_groups())),
-            Command::PutGroup { name, spec, expect, reply } => {
-                drop(reply.send(self.put_group(name, spec, expect).await));
+            Command::PutGroup { name, spec, expect, by, reply } => {
+                drop(reply.send(self.put_group(name, spec, expect, by).await));
             }
-            Command::DeleteGroup { group, expect, reply } => {
-                drop(reply.send(self.delete_group(&group, expect).await));
+            Command::DeleteGroup { group, expect, by, reply } => {
+                drop(reply.send(self.delete_group(&group, expect, by).await));
             }
             Command::ListPorts { reply } => drop(reply.send(self.view_ports())),
-            Command::PutPort { port, spec, expect, reply } => {
-                drop(reply.send(self.put_port(&port, spec, expect).await));
+            Command::PutPort { port, spec, expect, by, reply } => {
+                drop(reply.send(self.put_port(&port, spec, expect, by).await));
             }
             Command::Attach { vm, adapters, reply } => drop(reply.send(self.attach(&vm, adapters).await)),
             Command::Detach { vm, reply } => drop(reply.send(self.detach(vm).await)),
@@ -336,18 +336,25 @@ impl Actor {
         *counter = counter.saturating_add(decision.count);
     }
 
-    /// Tells that an object was made or changed.
-    pub(super) fn put(&self, kind: ObjectKind, id: Uuid, name: &str, created: bool) {
+    /// Tells that an object was made or changed, and who did it.
+    pub(super) fn put(&self, kind: ObjectKind, id: Uuid, name: &str, created: bool, by: Option<String>) {
         let revision = self.meta.get(&id).map_or(0, |meta| meta.revision);
         let object = Subject { kind, id, name: name.to_owned() };
+        if let Some(by) = &by {
+            tracing::info!(%object, revision, "policy {} by {by}", if created { "made" } else { "changed" });
+        }
         self.events.publish(match created {
-            true => EventKind::Created { object, revision },
-            false => EventKind::Changed { object, revision },
+            true => EventKind::Created { object, revision, by },
+            false => EventKind::Changed { object, revision, by },
         });
     }
 
-    pub(super) fn deleted(&self, kind: ObjectKind, id: Uuid, name: &str) {
-        self.events.publish(EventKind::Deleted { object: Subject { kind, id, name: name.to_owned() } });
+    pub(super) fn deleted(&self, kind: ObjectKind, id: Uuid, name: &str, by: Option<String>) {
+        let object = Subject { kind, id, name: name.to_owned() };
+        if let Some(by) = &by {
+            tracing::info!(%object, "policy deleted by {by}");
+        }
+        self.events.publish(EventKind::Deleted { object, by });
     }
 
     pub(super) fn tell_pf(&self, pf: &str, state: PfState) {

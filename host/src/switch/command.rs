@@ -62,7 +62,7 @@ pub struct Leftover {
 }
 
 pub(super) enum Command {
-    // Objects.
+    // Objects. `by` is who asks, as records have it.
     ListSwitches {
         reply: Reply<Vec<api::types::Switch>>,
     },
@@ -70,11 +70,13 @@ pub(super) enum Command {
         name: Name,
         spec: SwitchSpec,
         expect: Option<u64>,
+        by: String,
         reply: Reply<api::Put<api::types::Switch>>,
     },
     DeleteSwitch {
         switch: ObjectRef,
         expect: Option<u64>,
+        by: String,
         reply: Reply<()>,
     },
     ListGroups {
@@ -84,11 +86,13 @@ pub(super) enum Command {
         name: Name,
         spec: PortGroupSpec,
         expect: Option<u64>,
+        by: String,
         reply: Reply<api::Put<api::types::PortGroup>>,
     },
     DeleteGroup {
         group: ObjectRef,
         expect: Option<u64>,
+        by: String,
         reply: Reply<()>,
     },
     ListPorts {
@@ -98,6 +102,7 @@ pub(super) enum Command {
         port: ObjectRef,
         spec: PortSpec,
         expect: Option<u64>,
+        by: String,
         reply: Reply<api::types::Port>,
     },
     // VMs.

@@ -78,6 +78,8 @@ pub(super) struct Lane {
     /// Something was not confirmed because the vmm was not connected.
     pub(super) owed: bool,
     pub(super) granted: Option<Granted>,
+    /// Who made the edit that the port is being corrected for.
+    pub(super) edited_by: Option<String>,
     /// What became of changes under a former agent is not known yet.
     pub(super) recovering: bool,
     /// A question to a former agent that was given up.

@@ -22,6 +22,7 @@ impl Actor {
         name: Name,
         spec: SwitchSpec,
         expect: Option<u64>,
+        by: String,
     ) -> Result<api::Put<api::types::Switch>, SwitchError> {
         let found = self.state.switches().find(|switch| switch.name.as_str() == name.as_str());
         let id = found.map(|switch| switch.id);
@@ -55,9 +56,9 @@ impl Actor {
         let record = SwitchRecord { created: meta.created, switch };
         let revision = self.switches.put(id.0, name.as_str(), &record, revision(meta)).await?;
         self.meta.insert(id.0, Meta { revision, ..meta });
-        self.adopt(trial, corrections);
+        self.adopt(trial, corrections, &by);
         self.refresh_uplinks();
-        self.put(ObjectKind::Switch, id.0, name.as_str(), created);
+        self.put(ObjectKind::Switch, id.0, name.as_str(), created, Some(by));
         Ok(api::Put { object: self.view_switch(id)?, created })
     }
 
@@ -65,6 +66,7 @@ impl Actor {
         &mut self,
         switch: &ObjectRef,
         expect: Option<u64>,
+        by: String,
     ) -> Result<(), SwitchError> {
         let found = self.state.switches().find(|found| switch.means(found.id.0, found.name.as_str()));
         let (id, name) = found
@@ -78,9 +80,9 @@ impl Actor {
         trial.remove_switch(id)?;
         self.switches.remove(id.0).await?;
         self.meta.remove(&id.0);
-        self.adopt(trial, Vec::new());
+        self.adopt(trial, Vec::new(), &by);
         self.refresh_uplinks();
-        self.deleted(ObjectKind::Switch, id.0, &name);
+        self.deleted(ObjectKind::Switch, id.0, &name, Some(by));
         Ok(())
     }
 
@@ -89,6 +91,7 @@ impl Actor {
         name: Name,
         spec: PortGroupSpec,
         expect: Option<u64>,
+        by: String,
     ) -> Result<api::Put<api::types::PortGroup>, SwitchError> {
         let found = self.state.port_groups().find(|group| group.name.as_str() == name.as_str());
         let id = found.map(|group| group.id);
@@ -117,8 +120,8 @@ impl Actor {
         let record = GroupRecord { created: meta.created, group };
         let revision = self.groups.put(id.0, name.as_str(), &record, revision(meta)).await?;
         self.meta.insert(id.0, Meta { revision, ..meta });
-        self.adopt(trial, corrections);
-        self.put(ObjectKind::PortGroup, id.0, name.as_str(), created);
+        self.adopt(trial, corrections, &by);
+        self.put(ObjectKind::PortGroup, id.0, name.as_str(), created, Some(by));
         Ok(api::Put { object: self.view_group(id)?, created })
     }
 
@@ -126,6 +129,7 @@ impl Actor {
         &mut self,
         group: &ObjectRef,
         expect: Option<u64>,
+        by: String,
     ) -> Result<(), SwitchError> {
         let found = self.state.port_groups().find(|found| group.means(found.id.0, found.name.as_str()));
         let (id, name) = found
@@ -139,8 +143,8 @@ impl Actor {
         trial.remove_port_group(id)?;
         self.groups.remove(id.0).await?;
         self.meta.remove(&id.0);
-        self.adopt(trial, Vec::new());
-        self.deleted(ObjectKind::PortGroup, id.0, &name);
+        self.adopt(trial, Vec::new(), &by);
+        self.deleted(ObjectKind::PortGroup, id.0, &name, Some(by));
         Ok(())
     }
 
@@ -149,6 +153,7 @@ impl Actor {
         port: &ObjectRef,
         spec: PortSpec,
         expect: Option<u64>,
+        by: String,
     ) -> Result<api::types::Port, SwitchError> {
         let id = self.find_port(port)?;
         let meta = self.expect(Some(id.0), expect)?;
@@ -159,9 +164,9 @@ impl Actor {
             let (name, record) = (port_name(port), PortRecord::of(port, meta.created));
             let revision = self.ports.put(id.0, &name, &record, revision(meta)).await?;
             self.meta.insert(id.0, Meta { revision, ..meta });
-            self.put(ObjectKind::Port, id.0, &name, false);
+            self.put(ObjectKind::Port, id.0, &name, false, Some(by.clone()));
         }
-        self.adopt(trial, vec![corrections]);
+        self.adopt(trial, vec![corrections], &by);
         self.view_port(id)
     }
 
@@ -201,7 +206,7 @@ impl Actor {
     }
 
     /// From now on the new policy holds, and what it no longer allows is taken back.
-    fn adopt(&mut self, trial: SwitchState, corrections: Vec<Corrections>) {
+    fn adopt(&mut self, trial: SwitchState, corrections: Vec<Corrections>, by: &str) {
         self.state = trial;
         // All of them: most are told what they know, which is nothing to tell.
         let ports: Vec<PortId> = self.state.ports().map(|port| port.id).collect();
@@ -209,6 +214,9 @@ impl Actor {
             self.tell_standing(port);
         }
         for corrections in corrections.into_iter().filter(|corrections| !corrections.list.is_empty()) {
+            if let Some(lane) = self.lanes.get_mut(&corrections.port) {
+                lane.edited_by = Some(by.to_owned());
+            }
             self.queue(corrections.port, Work::Correct);
         }
     }

@@ -62,8 +62,8 @@ impl PolicyBackend for Policy {
         spec: SwitchSpec,
         expect: Option<u64>,
     ) -> Result<Put<Switch>, Problem> {
-        tracing::info!(switch = name.as_str(), uid = caller.uid, "put");
-        self.call(|reply| Command::PutSwitch { name, spec, expect, reply }).await
+        let by = caller.to_string();
+        self.call(|reply| Command::PutSwitch { name, spec, expect, by, reply }).await
     }
 
     async fn delete_switch(
@@ -72,8 +72,8 @@ impl PolicyBackend for Policy {
         switch: ObjectRef,
         expect: Option<u64>,
     ) -> Result<(), Problem> {
-        tracing::info!(%switch, uid = caller.uid, "delete");
-        self.call(|reply| Command::DeleteSwitch { switch, expect, reply }).await
+        let by = caller.to_string();
+        self.call(|reply| Command::DeleteSwitch { switch, expect, by, reply }).await
     }
 
     async fn list_port_groups(&self) -> Result<Vec<PortGroup>, Problem> {
@@ -92,8 +92,8 @@ impl PolicyBackend for Policy {
         spec: PortGroupSpec,
         expect: Option<u64>,
     ) -> Result<Put<PortGroup>, Problem> {
-        tracing::info!(port_group = name.as_str(), uid = caller.uid, "put");
-        self.call(|reply| Command::PutGroup { name, spec, expect, reply }).await
+        let by = caller.to_string();
+        self.call(|reply| Command::PutGroup { name, spec, expect, by, reply }).await
     }
 
     async fn delete_port_group(
@@ -102,8 +102,8 @@ impl PolicyBackend for Policy {
         group: ObjectRef,
         expect: Option<u64>,
     ) -> Result<(), Problem> {
-        tracing::info!(%group, uid = caller.uid, "delete");
-        self.call(|reply| Command::DeleteGroup { group, expect, reply }).await
+        let by = caller.to_string();
+        self.call(|reply| Command::DeleteGroup { group, expect, by, reply }).await
     }
 
     async fn list_ports(&self) -> Result<Vec<Port>, Problem> {
@@ -122,8 +122,8 @@ impl PolicyBackend for Policy {
         spec: PortSpec,
         expect: Option<u64>,
     ) -> Result<Port, Problem> {
-        tracing::info!(%port, uid = caller.uid, "put");
-        self.call(|reply| Command::PutPort { port, spec, expect, reply }).await
+        let by = caller.to_string();
+        self.call(|reply| Command::PutPort { port, spec, expect, by, reply }).await
     }
 
     async fn decisions(&self, filter: DecisionFilter) -> Result<Vec<Decision>, Problem> {

@@ -29,6 +29,7 @@ impl Actor {
         if corrections.list.is_empty() && leftover.is_empty() {
             if let Some(lane) = self.lanes.get_mut(&port) {
                 lane.owed = false;
+                lane.edited_by = None;
             }
             return;
         }
@@ -76,6 +77,9 @@ impl Actor {
         if let Some(lane) = self.lanes.get_mut(&port) {
             lane.owed = unmade;
             lane.leftover.retain(|change| !made.done.contains(change));
+            if !unmade && made.deferred.is_empty() {
+                lane.edited_by = None;
+            }
             if !made.deferred.is_empty() {
                 lane.deferred.push_back(made.deferred);
             }
@@ -94,7 +98,8 @@ impl Actor {
         let committed = committed(&correction.change, error.is_some());
         let (decided_by, old) = (correction.decided_by, Some(correction.old.clone()));
         let made = Made1 { change: &correction.change, decided_by, old, committed, detail: error };
-        self.record_made(port, Outcome::TakenBack, made);
+        let edited_by = self.lanes.get(&port).and_then(|lane| lane.edited_by.clone());
+        self.record_made(port, Outcome::TakenBack, edited_by, made);
     }
 
     /// Something is still to be made: tried again later, or the VM is stopped.
@@ -157,6 +162,8 @@ impl Actor {
             if !failed.is_empty() {
                 // The PF listens now: again, and with trust where that is needed. Before the guest's reset is answered.
                 lane.queue.push_front(Work::Correct);
+            } else if lane.deferred.is_empty() {
+                lane.edited_by = None;
             }
         }
         self.save(port);
@@ -322,7 +329,7 @@ impl Actor {
             }
             let repaired =
                 Made1 { change: &wanted, decided_by: None, old: Some(old), committed, detail: error };
-            self.record_made(port, Outcome::Repaired, repaired);
+            self.record_made(port, Outcome::Repaired, None, repaired);
         }
         if made.is_empty() {
             return;
@@ -333,13 +340,14 @@ impl Actor {
         self.save(port);
     }
 
-    fn record_made(&mut self, port: PortId, outcome: Outcome, made: Made1<'_>) {
+    fn record_made(&mut self, port: PortId, outcome: Outcome, edited_by: Option<String>, made: Made1<'_>) {
         let decision = self.decision(port, name(made.change), outcome).map(|decision| Decision {
             decided_by: made.decided_by,
             old: made.old,
             requested: value(made.change),
             committed: made.committed,
             detail: made.detail,
+            edited_by,
             ..decision
         });
         self.record(decision);

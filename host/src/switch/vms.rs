@@ -50,7 +50,7 @@ impl Actor {
             self.meta.insert(id.0, Meta { created, revision });
             self.adapters.insert((vm.id, port.adapter.clone()), id);
             self.lanes.insert(id, Lane::default());
-            self.put(ObjectKind::Port, id.0, &port_name(port), true);
+            self.put(ObjectKind::Port, id.0, &port_name(port), true, None);
         }
         Ok(())
     }
@@ -64,7 +64,7 @@ impl Actor {
             // The port itself first: what is left of it without that is nothing to anybody.
             self.ports.remove(id.0).await?;
             drop(self.writer.forget(id).await);
-            self.deleted(ObjectKind::Port, id.0, &port_name(&port));
+            self.deleted(ObjectKind::Port, id.0, &port_name(&port), None);
         }
         self.links.remove(&vm);
         Ok(())

@@ -72,11 +72,14 @@ struct Actor {
     link: Option<Link>,
     /// How the machine said that it ended.
     end: Option<End>,
+    /// What it said that no vmm of ours says; it is being killed for it.
+    misbehaved: Option<String>,
     /// When the process is killed if it has not ended by then.
     deadline: Option<Instant>,
     /// Those who wait for the VM to be at rest.
     resting: Vec<Done>,
     deleting: Vec<Done>,
+    deleted_by: Option<String>,
     finished: mpsc::Sender<Finished>,
     /// Where the switch says that the VM must not run on.
     expel: mpsc::Sender<String>,
@@ -123,9 +126,11 @@ pub(super) async fn run(
         process: None,
         link: None,
         end: None,
+        misbehaved: None,
         deadline: None,
         resting: Vec::new(),
         deleting: Vec::new(),
+        deleted_by: None,
         finished,
         expel,
     };
@@ -143,12 +148,12 @@ pub(super) async fn run(
                     return;
                 }
                 Some(Command::Act { action, caller, begun }) => actor.act(action, caller, begun).await,
-                Some(Command::Delete { done }) => actor.delete(done).await,
+                Some(Command::Delete { caller, done }) => actor.delete(caller, done).await,
             },
             exit = ended(&mut actor.process) => actor.on_exit(exit).await,
             event = next(&mut actor.link) => match event {
                 Some(event) => actor.on_event(event).await,
-                None => actor.disconnected().await,
+                None => actor.on_hang_up().await,
             },
             Some(why) = expelled.recv() => actor.expel(why),
             Some(finished) = orders.recv() => actor.on_finished(finished).await,
@@ -260,7 +265,8 @@ impl Actor {
         drop(done.send(Ok(())));
     }
 
-    async fn delete(&mut self, done: Done) {
+    async fn delete(&mut self, caller: Caller, done: Done) {
+        self.deleted_by = Some(caller.to_string());
         self.deleting.push(done);
         if !self.run.state.is_at_rest() {
             self.stop().await;
@@ -290,7 +296,7 @@ impl Actor {
         }
         let forgotten = result.is_ok();
         if forgotten {
-            self.env.tell(EventKind::Deleted { object: self.subject() });
+            self.env.tell(EventKind::Deleted { object: self.subject(), by: self.deleted_by.take() });
         }
         for done in self.deleting.drain(..) {
             drop(done.send(result.clone()));
@@ -340,6 +346,7 @@ impl Actor {
             },
         };
         self.end = None;
+        self.misbehaved = None;
         self.run = RunRecord { state: VmState::Starting, user, ..RunRecord::default() };
         if let Err(problem) = self.store().await {
             self.abandon().await;

@@ -49,7 +49,7 @@ enum Command {
     /// Do it. The first answer says whether it was begun.
     Act { action: VmAction, caller: Caller, begun: oneshot::Sender<Result<Completion, Problem>> },
     /// Stop, give back, forget. The task ends.
-    Delete { done: oneshot::Sender<Result<(), Problem>> },
+    Delete { caller: Caller, done: oneshot::Sender<Result<(), Problem>> },
     /// The agent ends; the VM runs on. The task ends.
     Leave { done: oneshot::Sender<()> },
 }
@@ -146,9 +146,9 @@ impl VmHandle {
     ///
     /// # Errors
     /// A problem: what could not be given back. The VM is still there then.
-    pub async fn delete(&self) -> Result<(), Problem> {
+    pub async fn delete(&self, caller: Caller) -> Result<(), Problem> {
         let (done, answer) = oneshot::channel();
-        self.send(Command::Delete { done }).await?;
+        self.send(Command::Delete { caller, done }).await?;
         answer.await.map_err(|_| self.gone())?
     }
 

@@ -45,7 +45,7 @@ async fn boot_gives_the_vf_and_stop_takes_it_back() {
     host.assert_untouched().await;
     // It boots again, and goes away with all that was its own.
     host.act(&vm, VmAction::Boot).await.unwrap();
-    vm.delete().await.unwrap();
+    vm.delete(caller()).await.unwrap();
     host.assert_untouched().await;
     assert!(host.env.vms.list().await.unwrap().is_empty());
     assert!(!host.env.run_dir.join("vms").join(vm.id.to_string()).exists());
@@ -319,8 +319,73 @@ async fn what_cannot_be_given_back_stays_claimed_and_is_tried_again() {
     host.sysfs.unload_driver("igbvf");
     assert_eq!(host.act(&vm, VmAction::Stop).await.unwrap_err(), ProblemCode::VfioUnavailable);
     assert_eq!((vm.state(), host.claims().await), (VmState::Stopped, 1));
-    assert_eq!(vm.delete().await.unwrap_err().code, ProblemCode::VfioUnavailable);
+    assert_eq!(vm.delete(caller()).await.unwrap_err().code, ProblemCode::VfioUnavailable);
     host.sysfs.load_driver("igbvf");
-    vm.delete().await.unwrap();
+    vm.delete(caller()).await.unwrap();
+    host.assert_untouched().await;
+}
+
+#[tokio::test]
+async fn a_vmm_that_talks_nonsense_is_killed_and_its_vm_failed() {
+    for kind in [
+        "garbage",
+        "unknown",
+        "long",
+        "hello",
+        "refused",
+        "answer",
+        "again",
+        "report",
+        "foreign-ask",
+        "foreign-notice",
+        "flood",
+        "version",
+    ] {
+        let host = Host::with_switch().await;
+        let vm = host.create("web1", |_| {}).await;
+        host.act(&vm, VmAction::Boot).await.unwrap();
+        host.tell(&vm, &format!("nonsense {kind}")).await;
+        host.at_rest(&vm).await;
+        let cause = vm.status().run.cause.unwrap();
+        assert_eq!(
+            (vm.state(), cause.code),
+            (VmState::Failed, CauseCode::VmmMisbehaved),
+            "{kind}: {cause:?}"
+        );
+        host.assert_untouched().await;
+        // It can be booted again.
+        host.act(&vm, VmAction::Boot).await.unwrap();
+        host.act(&vm, VmAction::Stop).await.unwrap();
+    }
+}
+
+#[tokio::test]
+async fn a_vmm_that_answers_something_else_is_killed() {
+    let host = Host::new();
+    let vm = host.create("web1", |_| {}).await;
+    host.act(&vm, VmAction::Boot).await.unwrap();
+    host.tell(&vm, "nonsense confused").await;
+    let order = vmm::control::Order::Stats;
+    let error = vm.connection().unwrap().order(order, Vec::new(), fixture::PATIENCE).await.unwrap_err();
+    assert!(error.to_string().contains("another order's outcome"), "{error}");
+    host.at_rest(&vm).await;
+    assert_eq!(vm.status().run.cause.unwrap().code, CauseCode::VmmMisbehaved);
+}
+
+#[tokio::test]
+async fn what_is_only_odd_is_no_nonsense() {
+    let host = Host::new();
+    let vm = host.create("web1", |_| {}).await;
+    host.act(&vm, VmAction::Boot).await.unwrap();
+    host.tell(&vm, "nonsense huge").await;
+    // An order that nobody waits for any more is answered.
+    let late = vmm::control::Order::ConsoleWait { offset: 0 };
+    let given_up =
+        vm.connection().unwrap().order(late, Vec::new(), std::time::Duration::from_millis(1)).await;
+    assert!(given_up.is_err());
+    host.tell(&vm, "print hello").await;
+    host.act(&vm, VmAction::Pause).await.unwrap();
+    assert_eq!(vm.state(), VmState::Paused);
+    host.act(&vm, VmAction::Stop).await.unwrap();
     host.assert_untouched().await;
 }

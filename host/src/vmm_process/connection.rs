@@ -5,7 +5,7 @@ use std::{
     io,
     os::fd::{AsFd, OwnedFd},
     path::Path,
-    sync::{Arc, Weak},
+    sync::{Arc, OnceLock, Weak},
     time::Duration,
 };
 
@@ -21,7 +21,10 @@ use vmm::control::{
     ToAgent, ToVmm,
 };
 
-use super::polled::polled;
+use super::{
+    conduct::{Conduct, is_nonsense},
+    polled::polled,
+};
 
 /// How long a vmm may take to answer the hello, or to make room in its socket.
 const PATIENCE: Duration = Duration::from_secs(5);
@@ -29,8 +32,9 @@ const PATIENCE: Duration = Duration::from_secs(5);
 /// Most orders under way at once.
 const ORDERS_MAX: usize = 64;
 
-/// Most reports and questions that wait to be handled. More means a vmm that floods: the connection ends.
-const EVENTS_MAX: usize = 256;
+/// Most reports and questions that wait to be handled. More means a vmm that floods: one of ours keeps 256 reports while no
+/// agent is there, and has one question for each adapter.
+const EVENTS_MAX: usize = 1024;
 
 /// Why no connection came about.
 #[derive(Debug, thiserror::Error)]
@@ -55,12 +59,27 @@ pub enum ConnectError {
     Timeout,
 }
 
+impl ConnectError {
+    /// Whether the vmm said what the protocol does not have.
+    #[must_use]
+    pub fn is_nonsense(&self) -> bool {
+        match self {
+            Self::Channel(error) => is_nonsense(error),
+            Self::Handshake | Self::Version(_) => true,
+            Self::Socket(_) | Self::Refused(_) | Self::Timeout => false,
+        }
+    }
+}
+
 /// Why an order was not carried out.
 #[derive(Clone, Debug, thiserror::Error)]
 pub enum OrderError {
     /// The vmm says why.
     #[error(transparent)]
     Failed(#[from] Failure),
+    /// The vmm said what the protocol does not have.
+    #[error("The vmm does not speak as the protocol says: {0}")]
+    Nonsense(String),
     /// The connection ended before the answer.
     #[error("The connection to the vmm ended before it answered")]
     Lost,
@@ -121,6 +140,8 @@ pub struct Connection {
     standing: watch::Sender<Standing>,
     /// The task of the connection owns it: a connection that has ended is closed, whoever has a handle.
     channel: Weak<AsyncFd<Channel>>,
+    /// What the vmm said that the protocol does not have. The connection has ended then.
+    fault: Arc<OnceLock<String>>,
 }
 
 impl Connection {
@@ -151,10 +172,12 @@ impl Connection {
         let (events, receiver) = mpsc::channel(EVENTS_MAX);
         let channel = Arc::new(channel);
         let (standing, refusals) = watch::channel(Standing::new());
-        let handle = Self { requests, standing, channel: Arc::downgrade(&channel) };
+        let fault = Arc::new(OnceLock::new());
+        let handle =
+            Self { requests, standing, channel: Arc::downgrade(&channel), fault: Arc::clone(&fault) };
         let refusals = Refusals::new(refusals, greeting.version);
         tokio::spawn(async move {
-            let end = serve(&channel, inbox, refusals, events).await;
+            let end = serve(&channel, inbox, refusals, events, &fault).await;
             if let Err(error) = end {
                 tracing::info!(%vm, "the control connection ended: {error}");
             }
@@ -180,9 +203,15 @@ impl Connection {
         })?;
         match timeout(patience, answer).await {
             Ok(Ok(result)) => result,
-            Ok(Err(_)) => Err(OrderError::Lost),
+            Ok(Err(_)) => Err(self.fault().map_or(OrderError::Lost, OrderError::Nonsense)),
             Err(_) => Err(OrderError::Timeout(patience)),
         }
+    }
+
+    /// What the vmm said that the protocol does not have, if it did: it is not to be trusted any more.
+    #[must_use]
+    pub fn fault(&self) -> Option<String> {
+        self.fault.get().cloned()
     }
 
     /// Tells what the relay of an adapter refuses without a question from now on, before any later order. A vmm that is
@@ -255,7 +284,14 @@ async fn serve(
     mut inbox: mpsc::Receiver<Request>,
     mut refusals: Refusals,
     events: mpsc::Sender<Event>,
+    fault: &OnceLock<String>,
 ) -> Result<(), ChannelError> {
+    let mut conduct = Conduct::default();
+    // Set before those who wait for orders hear of the end.
+    let nonsense = |why: String| {
+        let _ = fault.set(why);
+        ChannelError::Closed
+    };
     let mut waiting: HashMap<u64, oneshot::Sender<Result<Outcome, OrderError>>> = HashMap::new();
     let mut last = 0;
     loop {
@@ -273,17 +309,26 @@ async fn serve(
                     last += 1;
                     // What was said before an order must be heard before it.
                     tell(channel, refusals.news()).await?;
+                    conduct.ordered(last, &order).map_err(nonsense)?;
                     match send(channel, &ToVmm::Order { id: last, order }, &fds).await {
                         Ok(()) => drop(waiting.insert(last, reply)),
-                        Err(ChannelError::TooLong(_)) => drop(reply.send(Err(OrderError::TooLong))),
+                        Err(ChannelError::TooLong(_)) => {
+                            conduct.withdrawn(last);
+                            drop(reply.send(Err(OrderError::TooLong)));
+                        }
                         Err(error) => return Err(error),
                     }
                 }
             },
             message = receive(channel) => {
-                let event = match message? {
+                let message = match message {
+                    Err(error) if is_nonsense(&error) => return Err(nonsense(crate::vm::problem::chain(&error))),
+                    message => message?,
+                };
+                conduct.check(&message).map_err(nonsense)?;
+                let event = match message {
                     ToAgent::Done { id, result } => {
-                        // An answer to no order, or to one that nobody waits for any more, is dropped.
+                        // An answer to an order that nobody waits for any more is dropped.
                         if let Some(reply) = waiting.remove(&id) {
                             drop(reply.send(result.map_err(OrderError::Failed)));
                         }
@@ -291,11 +336,15 @@ async fn serve(
                     }
                     ToAgent::Report { seq, report } => Event::Report { seq, report },
                     ToAgent::Ask { id, ask } => Event::Ask { id, ask },
-                    ToAgent::Hello { .. } | ToAgent::Refused { .. } => return Err(ChannelError::Oversized),
+                    ToAgent::Hello { .. } | ToAgent::Refused { .. } => continue,
                 };
                 // Waiting here for a slow reader would keep the answers to its own orders from it.
-                if events.try_send(event).is_err() {
-                    return Err(ChannelError::Closed);
+                match events.try_send(event) {
+                    Ok(()) => {}
+                    Err(mpsc::error::TrySendError::Full(_)) => {
+                        return Err(nonsense(format!("it said more than {EVENTS_MAX} things at once")));
+                    }
+                    Err(mpsc::error::TrySendError::Closed(_)) => return Err(ChannelError::Closed),
                 }
             }
         }

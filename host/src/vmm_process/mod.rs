@@ -3,6 +3,7 @@
 //! The vmm process belongs to the guest as soon as guest code runs: what comes from it (messages, console file,
 //! log) is read as input from a stranger.
 
+mod conduct;
 mod connection;
 mod directory;
 mod exit;

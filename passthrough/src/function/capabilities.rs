@@ -28,6 +28,9 @@ const SHOWN: [u8; 5] = [
     capability::ADVANCED_FEATURES,
 ];
 
+/// Bytes of an MSI-X capability (PCI Local Bus 3.0, 6.8.2).
+const MSIX_SIZE: u16 = 12;
+
 const EXPRESS_DEVICE_CAPABILITIES: u16 = 4;
 const EXPRESS_FLR: u32 = 1 << 28;
 const ADVANCED_FLR: u8 = 1 << 1;
@@ -74,7 +77,7 @@ pub(super) struct Capabilities {
 impl Capabilities {
     pub(super) fn scan(hardware: &dyn VfHardware) -> Result<Self, FunctionError> {
         let mut found = Self::default();
-        let all = standard_list(hardware);
+        let all = apart_from_msix(standard_list(hardware));
         let mut shown = Vec::new();
         for &(offset, id) in &all {
             if found.take(hardware, offset, id)? {
@@ -194,6 +197,14 @@ fn standard_list(hardware: &dyn VfHardware) -> Vec<(u16, u8)> {
         next = after & !3;
     }
     found
+}
+
+/// Without what lies in an MSI-X capability: broken hardware, whose guest would be shown the table elsewhere than it is.
+fn apart_from_msix(mut all: Vec<(u16, u8)>) -> Vec<(u16, u8)> {
+    if let Some(at) = all.iter().find(|(_, id)| *id == capability::MSIX).map(|(offset, _)| *offset) {
+        all.retain(|(offset, _)| *offset <= at || *offset >= at.saturating_add(MSIX_SIZE));
+    }
+    all
 }
 
 /// Offsets and headers of the extended list, as far as it makes sense.

@@ -22,6 +22,8 @@ mod assigned;
 mod capabilities;
 mod config_space;
 mod counters;
+#[cfg(any(test, feature = "test-support"))]
+pub mod fuzz;
 mod gate;
 mod layout;
 mod registers;

@@ -2,7 +2,10 @@
 
 mod adapter;
 mod demo;
+mod exit;
 mod hostile;
+mod load;
 mod machine;
+mod network;
 mod rest;
 mod simulated_pf;

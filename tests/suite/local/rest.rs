@@ -15,8 +15,8 @@ use crate::fixture::{Agent, Options, SmallGuest};
 const DOCUMENT: &str = include_str!("../../../resources/openapi.json");
 
 /// Answers that no caller can bring about here: other users' calls and files, a host or an agent that fails, actions that
-/// take longer than a caller waits for them.
-const NOT_HERE: [&str; 4] = ["202", "403", "500", "503"];
+/// take longer than a caller waits for them, clients without a token or that are slow.
+const NOT_HERE: [&str; 6] = ["202", "401", "403", "408", "500", "503"];
 /// Likewise, of one call: a device that fails while it is given back, and a VM that is between two states.
 const NOT_OF_THESE: [(&str, &str, &str); 2] =
     [("DELETE", "/v1/vms/{name}", "409"), ("POST", "/v1/vms/{name}/stop", "409")];

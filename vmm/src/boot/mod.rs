@@ -2,6 +2,8 @@
 //! Linux' 64-bit entry.
 
 pub mod acpi;
+#[cfg(any(test, feature = "test-support"))]
+pub mod fuzz;
 mod linux;
 mod pvh;
 

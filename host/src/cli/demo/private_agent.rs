@@ -54,7 +54,7 @@ impl PrivateAgent {
         let log = File::create(&path).map_err(failed(path))?;
         let socket = directory.join("api.sock");
         let mut command = Command::new(std::env::current_exe().map_err(DemoError::Start)?);
-        command.arg("--socket").arg(&socket).arg("serve").arg("--stop-vms-on-exit");
+        command.arg("--socket").arg(&socket).arg("serve").args(["--on-exit", "stop", "--exit-timeout", "0"]);
         command.arg("--sim-pf").arg(format!("{PF}={VFS}"));
         for (option, name) in [("--state-dir", "state"), ("--run-dir", "run"), ("--image-dir", "images")] {
             command.arg(option).arg(directory.join(name));

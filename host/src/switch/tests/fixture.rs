@@ -7,7 +7,7 @@ use std::{
 };
 
 use api::{
-    Caller, PolicyBackend,
+    Caller, PolicyBackend, User,
     problem::Problem,
     types::{DecisionFilter, ObjectRef, PortGroupSpec},
 };
@@ -44,7 +44,7 @@ pub(super) const TIMING: Timing = Timing {
 };
 
 pub(super) fn caller() -> Caller {
-    Caller { uid: 0, gid: 0, pid: None }
+    Caller::User(User { uid: 0, gid: 0, pid: None })
 }
 
 /// 02:00:00:00:00:NN.

@@ -48,6 +48,7 @@ async fn an_address_that_is_no_longer_allowed_is_taken_back_and_the_guest_made_t
     let taken = host.decisions(1, Outcome::TakenBack).await;
     assert_eq!(taken.len(), 1);
     assert_eq!(taken[0].decided_by.unwrap().setting, Setting::MacChanges);
+    assert_eq!(taken[0].edited_by.as_deref(), Some("uid 0"), "who edited the policy");
     assert_eq!((taken[0].old.as_deref(), taken[0].committed), (Some("02:00:00:00:00:09"), Committed::Pf));
     assert_eq!(host.decisions(2, Outcome::TakenBack).await, []);
     host.ask(1, Request::Reset).await;
@@ -78,7 +79,8 @@ async fn what_waits_for_the_guests_reset_is_recorded_when_it_is_made() {
     host.vmm(1).heard().takes_back = TakesBack::Done;
     host.notice(1, Notice::TakenBack { id: 7, failed: Vec::new(), deferred: false }).await;
     assert_eq!(host.ask(1, Request::Reset).await, LOCAL);
-    assert_eq!(host.decisions(1, Outcome::TakenBack).await.len(), 1);
+    let taken = host.decisions(1, Outcome::TakenBack).await;
+    assert_eq!((taken.len(), taken[0].edited_by.as_deref()), (1, Some("uid 0")));
     assert_eq!(host.vmm(1).taken_back(), [leave(100)], "ordered once");
 
     // If it fails then, it is ordered again.

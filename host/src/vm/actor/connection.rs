@@ -1,13 +1,19 @@
 //! The connection to the vmm, and what comes from it.
 
 use passthrough::sim::is_simulated;
+use vmm::control::Ask;
 
 use super::*;
 
 impl Actor {
     pub(super) async fn connect(&mut self) -> Result<State, Problem> {
-        let (connection, greeting, events) =
-            Connection::open(&self.directory.control(), self.vm.id).await.map_err(|e| e.problem())?;
+        let opened = Connection::open(&self.directory.control(), self.vm.id).await;
+        if let Err(error) = &opened
+            && error.is_nonsense()
+        {
+            self.misbehave(&chain(error)).await;
+        }
+        let (connection, greeting, events) = opened.map_err(|e| e.problem())?;
         self.adopt(connection, events).await;
         self.run.boots = greeting.boots;
         self.on_state(greeting.state).await;
@@ -33,7 +39,43 @@ impl Actor {
         self.outlets.connection.send_replace(None);
     }
 
+    /// The connection has ended.
+    pub(super) async fn on_hang_up(&mut self) {
+        match self.link.as_ref().and_then(|link| link.connection.fault()) {
+            Some(why) => self.misbehave(&why).await,
+            None => self.disconnected().await,
+        }
+    }
+
+    /// The process said what no vmm of ours says: its guest has taken it over, or it is broken. Nothing more of it is heard.
+    async fn misbehave(&mut self, why: &str) {
+        tracing::error!(vm = %self.name(), "its process is killed, for what it said to the agent: {why}");
+        self.misbehaved = Some(format!("Its process was killed, for what it said to the agent: {why}."));
+        if let Some(process) = &self.process {
+            process.kill();
+        }
+        self.disconnected().await;
+    }
+
+    /// What is wrong with something that the process said: an adapter that the VM does not have.
+    fn wrong(&self, event: &Event) -> Option<String> {
+        if let Some(why) = self.link.as_ref().and_then(|link| link.connection.fault()) {
+            // Said before it, and not to be trusted any more than that.
+            return Some(why);
+        }
+        let adapter = match event {
+            Event::Ask { ask: Ask::Mailbox { adapter, .. }, .. } => adapter,
+            Event::Report { report: Report::Relay { adapter, .. }, .. } => adapter,
+            Event::Report { .. } => return None,
+        };
+        let own = self.vm.value.spec.adapters.iter().any(|own| own.id.as_str() == adapter);
+        (!own).then(|| "it spoke for an adapter that its VM does not have".to_owned())
+    }
+
     pub(super) async fn on_event(&mut self, event: Event) {
+        if let Some(why) = self.wrong(&event) {
+            return self.misbehave(&why).await;
+        }
         match event {
             Event::Ask { id, ask } => network::ask(&self.env, self.vm.id, id, ask).await,
             // The switch keeps what is to be kept of it.
@@ -115,7 +157,11 @@ impl Actor {
         self.release_lost().await;
         // A vmm that says it again and again is no news.
         if !known {
-            self.env.tell(EventKind::Changed { object: self.subject(), revision: self.vm.revision });
+            self.env.tell(EventKind::Changed {
+                object: self.subject(),
+                revision: self.vm.revision,
+                by: None,
+            });
         }
     }
 
@@ -145,7 +191,7 @@ impl Actor {
             process.kill();
             self.deadline = None;
         }
-        if self.link.is_none() && self.connect().await.is_ok() {
+        if self.link.is_none() && self.misbehaved.is_none() && self.connect().await.is_ok() {
             tracing::info!(vm = %self.name(), "connected again");
         }
         self.directory.bound_log();

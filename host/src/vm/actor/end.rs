@@ -46,7 +46,11 @@ impl Actor {
         };
         drop(timeout(LAST_WORDS, words).await);
         let stopping = self.run.state == VmState::Stopping;
-        let (state, cause) = match self.end.take() {
+        let (misbehaved, end) = (self.misbehaved.take(), self.end.take());
+        let (state, cause) = match end {
+            _ if misbehaved.is_some() => {
+                (VmState::Failed, Some(cause(CauseCode::VmmMisbehaved, &misbehaved.unwrap_or_default())))
+            }
             _ if self.run.cause.as_ref().is_some_and(|cause| cause.code == CauseCode::BootFailed) => {
                 (VmState::Failed, self.run.cause.take())
             }

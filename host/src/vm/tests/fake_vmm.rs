@@ -47,6 +47,8 @@ fn fake_vmm() {
         later: None,
         ended: false,
         asked: 0,
+        confused: false,
+        version: None,
     };
     fake.serve(&Listener::from_fd(socket));
     std::process::exit(0);
@@ -65,6 +67,10 @@ struct Fake {
     later: Option<(Instant, String)>,
     ended: bool,
     asked: u64,
+    /// Answers with another order's outcome.
+    confused: bool,
+    /// Speaks this version from the next connection on.
+    version: Option<u32>,
 }
 
 impl Fake {
@@ -121,7 +127,11 @@ impl Fake {
         match message {
             ToVmm::Hello { newest, vm, .. } => {
                 assert_eq!(vm, self.vm);
-                self.say(&ToAgent::Hello { version: newest, state: self.state, boots: self.boots });
+                self.say(&ToAgent::Hello {
+                    version: self.version.unwrap_or(newest),
+                    state: self.state,
+                    boots: self.boots,
+                });
                 for (seq, report) in self.reports.clone() {
                     self.say(&ToAgent::Report { seq, report });
                 }
@@ -178,6 +188,10 @@ impl Fake {
                 self.say(&ToAgent::Done { id, result: Ok(Outcome::Done) });
                 std::process::exit(0);
             }
+            Order::TakeBack { changes, .. } => {
+                return Some(Ok(Outcome::TakenBack { failed: changes, deferred: false }));
+            }
+            Order::Stats if self.confused => return Some(Ok(Outcome::Done)),
             Order::Stats => {
                 return Some(Ok(Outcome::Stats(Box::new(Stats { boots: self.boots, ..Stats::default() }))));
             }
@@ -227,12 +241,57 @@ impl Fake {
                 let ask = Ask::Mailbox { adapter: "eth0".into(), question };
                 self.say(&ToAgent::Ask { id: self.asked, ask });
             }
+            "nonsense" => self.talk_nonsense(rest),
             "print" => {
                 let console = self.console.as_ref().unwrap();
                 console.write_all_at(rest.as_bytes(), 4096 + self.written).unwrap();
                 self.written += rest.len() as u64;
                 console.write_all_at(&self.written.to_le_bytes(), 0).unwrap();
                 self.wake();
+            }
+            _ => {}
+        }
+    }
+
+    /// Says what no vmm of ours says.
+    fn talk_nonsense(&mut self, kind: &str) {
+        let raw = |bytes: &[u8]| {
+            rustix::net::send(self.channel.as_ref().unwrap(), bytes, rustix::net::SendFlags::NOSIGNAL)
+                .unwrap()
+        };
+        let running = Report::State { state: State::Running, boots: 1 };
+        let ask = |adapter: &str| {
+            let question = Question { seq: 9, request: netpolicy::Request::Reset };
+            Ask::Mailbox { adapter: adapter.into(), question }
+        };
+        match kind {
+            "garbage" => drop(raw(b"\xff{}")),
+            "unknown" => drop(raw(br#"{"type": "coup"}"#)),
+            "long" => drop(raw(&vec![b' '; vmm::control::FRAME_MAX + 1])),
+            "hello" => self.say(&ToAgent::Hello { version: 1, state: State::Running, boots: 1 }),
+            "refused" => self.say(&ToAgent::Refused { reason: "no".into() }),
+            "answer" => self.say(&ToAgent::Done { id: 1 << 40, result: Ok(Outcome::Done) }),
+            "again" => self.say(&ToAgent::Done { id: 1, result: Ok(Outcome::Done) }),
+            "report" => self.say(&ToAgent::Report { seq: 1, report: running }),
+            "foreign-ask" => self.say(&ToAgent::Ask { id: 1 << 40, ask: ask("eth9") }),
+            "foreign-notice" => {
+                let notice = Notice::Forwarded { seq: 1, outcome: Forwarded::Accepted };
+                let report = Report::Relay { adapter: "other/eth0".into(), notice };
+                self.say(&ToAgent::Report { seq: 1 << 40, report });
+            }
+            "flood" => {
+                for id in 0..200_000 {
+                    self.say(&ToAgent::Ask { id: (1 << 40) + id, ask: ask("eth0") });
+                }
+            }
+            "confused" => self.confused = true,
+            "huge" => {
+                self.seq = u64::MAX - 10;
+                self.report(running);
+            }
+            "version" => {
+                self.version = Some(99);
+                self.channel = None;
             }
             _ => {}
         }

@@ -8,7 +8,7 @@ use std::{
 };
 
 use api::{
-    Caller,
+    Caller, User,
     problem::ProblemCode,
     types::{Timestamp, VmAction, VmSpec, VmState},
 };
@@ -238,5 +238,6 @@ pub(crate) fn spec(name: &str) -> VmSpec {
 }
 
 pub(crate) fn caller() -> Caller {
-    Caller { uid: rustix::process::geteuid().as_raw(), gid: rustix::process::getegid().as_raw(), pid: None }
+    let (uid, gid) = (rustix::process::geteuid().as_raw(), rustix::process::getegid().as_raw());
+    Caller::User(User { uid, gid, pid: None })
 }

@@ -1,0 +1,121 @@
+//! Who may come in over TCP.
+//!
+//! A token for each request. Beside it two headers that a browser sets and a page cannot change: `Host`, which tells a name
+//! that somebody pointed at this agent (DNS rebinding), and `Origin` with `Sec-Fetch-Site`, which tell that a page of another
+//! site asks. No answer has CORS headers, so that no page could read it either.
+
+use std::{
+    collections::BTreeSet,
+    net::{IpAddr, SocketAddr},
+    sync::Arc,
+};
+
+use axum::{
+    extract::Request,
+    http::{HeaderMap, header, request::Parts, uri::Authority},
+    middleware::Next,
+    response::{IntoResponse, Response},
+};
+
+use crate::{Caller, Problem, ProblemCode, token::Tokens};
+
+/// What a TCP listener asks of requests.
+#[derive(Clone, Debug)]
+pub struct Gate {
+    tokens: Tokens,
+    hosts: BTreeSet<String>,
+}
+
+impl Gate {
+    /// Lets in who has one of these tokens, and names the agent by the address that it is connected by, `localhost`, or one of
+    /// `hosts`.
+    pub fn new(tokens: Tokens, hosts: impl IntoIterator<Item = String>) -> Self {
+        Gate { tokens, hosts: hosts.into_iter().map(|host| host.to_ascii_lowercase()).collect() }
+    }
+
+    fn admit(&self, head: &Parts, local: SocketAddr) -> Result<Caller, Problem> {
+        let mut hosts = head.headers.get_all(header::HOST).iter();
+        let named = match (hosts.next(), hosts.next()) {
+            (Some(host), None) => host.to_str().ok(),
+            _ => None,
+        };
+        // A request may name its target twice: then both must be right.
+        let named = named.and_then(|host| host.parse::<Authority>().ok());
+        let whole = head.uri.authority().is_none_or(|authority| self.is_here(authority, local));
+        if !whole || !named.is_some_and(|host| self.is_here(&host, local)) {
+            let detail = "The Host header does not name this agent: use its address or localhost, or start it with \
+                          --allowed-host for other names.";
+            return Err(Problem::new(ProblemCode::Forbidden, detail));
+        }
+        self.token(&head.headers).map(Caller::Token).ok_or_else(|| {
+            let detail = "Over TCP each request needs a token of the agent's token file: send authorization: Bearer \
+                          TOKEN (--token-file).";
+            Problem::new(ProblemCode::Unauthorized, detail)
+        })
+    }
+
+    fn is_here(&self, authority: &Authority, local: SocketAddr) -> bool {
+        let host = authority.host().to_ascii_lowercase();
+        // `user@host` is a way to disguise one.
+        if authority.as_str().contains('@') {
+            return false;
+        }
+        let bare = host.strip_prefix('[').and_then(|rest| rest.strip_suffix(']')).unwrap_or(&host);
+        host == "localhost"
+            || self.hosts.contains(&host)
+            || bare.parse::<IpAddr>().is_ok_and(|ip| ip.to_canonical() == local.ip().to_canonical())
+    }
+
+    fn token(&self, headers: &HeaderMap) -> Option<Arc<str>> {
+        let mut values = headers.get_all(header::AUTHORIZATION).iter();
+        let (Some(value), None) = (values.next(), values.next()) else { return None };
+        let (scheme, token) = value.to_str().ok()?.split_once(' ')?;
+        let token = scheme.eq_ignore_ascii_case("bearer").then_some(token)?;
+        self.tokens.name_of(token.trim().as_bytes())
+    }
+}
+
+/// What a connection came by.
+#[derive(Clone, Debug)]
+pub enum Peer {
+    /// The Unix socket, and the process at the other end; None if the kernel did not tell.
+    Local(Option<Caller>),
+    /// TCP: each request says who it is, by its token.
+    Network {
+        /// What is asked of it.
+        gate: Arc<Gate>,
+        /// The agent's own address.
+        local: SocketAddr,
+    },
+}
+
+/// Lets a request in, with its caller, or refuses it.
+pub(super) async fn admit(request: Request, next: Next) -> Response {
+    let (mut head, body) = request.into_parts();
+    let admitted = check_page(&head.headers).and_then(|()| match head.extensions.get::<Peer>() {
+        Some(Peer::Network { gate, local }) => gate.admit(&head, *local).map(Some),
+        Some(Peer::Local(caller)) => Ok(caller.clone()),
+        None => Ok(None),
+    });
+    match admitted {
+        Ok(caller) => {
+            head.extensions.remove::<Caller>();
+            if let Some(caller) = caller {
+                head.extensions.insert(caller);
+            }
+            next.run(Request::from_parts(head, body)).await
+        }
+        Err(problem) => problem.into_response(),
+    }
+}
+
+/// The agent has no pages: whatever page asks is of somebody else.
+fn check_page(headers: &HeaderMap) -> Result<(), Problem> {
+    let site = headers.get("sec-fetch-site").is_some_and(|site| site != "none");
+    if headers.contains_key(header::ORIGIN) || site {
+        let detail =
+            "The request comes from a web page (Origin, Sec-Fetch-Site), and no page may use this agent.";
+        return Err(Problem::new(ProblemCode::Forbidden, detail));
+    }
+    Ok(())
+}

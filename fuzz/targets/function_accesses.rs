@@ -1,0 +1,4 @@
+//! What a guest can do to an assigned function: configuration space and BARs.
+#![no_main]
+
+libfuzzer_sys::fuzz_target!(|data: &[u8]| passthrough::function::fuzz::fuzz_accesses(data));

@@ -1,0 +1,198 @@
+//! Where the API is served: the Unix socket, and TCP on request.
+
+use std::{
+    fs, io,
+    net::SocketAddr,
+    os::unix::fs::PermissionsExt,
+    path::{Path, PathBuf},
+    sync::Arc,
+};
+
+use anyhow::{Context, bail};
+use api::{Gate, Listener, tls};
+use rustix::fs::Gid;
+use tokio::net::{TcpListener, UnixListener};
+
+use crate::token_file;
+
+/// Options of where the API is served.
+#[derive(Clone, Debug, clap::Args)]
+pub struct ListenArgs {
+    /// The permissions of the API's socket, octal: who may connect may do everything.
+    #[arg(long, value_name = "MODE", default_value = "0600", value_parser = mode)]
+    pub socket_mode: u32,
+    /// The group of the API's socket, by name or number; to be used with --socket-mode 0660.
+    #[arg(long, value_name = "GROUP")]
+    pub socket_group: Option<String>,
+    /// Serves on TCP too, to those who have a token (--token-file); with TLS, unless it is a loopback address. May be repeated.
+    #[arg(long = "listen", value_name = "ADDRESS:PORT")]
+    pub listen: Vec<SocketAddr>,
+    /// The certificate for TCP, and those between it and an authority (PEM).
+    #[arg(long, value_name = "FILE", requires_all = ["tls_key", "listen"])]
+    pub tls_cert: Option<PathBuf>,
+    /// The certificate's private key (PEM).
+    #[arg(long, value_name = "FILE", requires = "tls_cert")]
+    pub tls_key: Option<PathBuf>,
+    /// A name by which clients may address the agent over TCP, beside its address and localhost. May be repeated.
+    #[arg(long = "allowed-host", value_name = "NAME", requires = "listen")]
+    pub allowed_hosts: Vec<String>,
+}
+
+/// Permissions in octal.
+fn mode(text: &str) -> Result<u32, String> {
+    match u32::from_str_radix(text, 8) {
+        Ok(mode) if mode <= 0o777 => Ok(mode),
+        _ => Err("it is an octal number to 0777, as 0660".to_owned()),
+    }
+}
+
+/// Binds all of them.
+pub(super) fn all(args: &ListenArgs, socket: &Path, tokens: Option<&Path>) -> anyhow::Result<Vec<Listener>> {
+    let mut listeners = network(args, tokens)?;
+    // Last: who can connect to the socket finds all of them.
+    let group = args.socket_group.as_deref().map(group).transpose()?;
+    listeners.push(unix(socket, args.socket_mode, group)?.into());
+    Ok(listeners)
+}
+
+fn network(args: &ListenArgs, tokens: Option<&Path>) -> anyhow::Result<Vec<Listener>> {
+    if args.listen.is_empty() {
+        return Ok(Vec::new());
+    }
+    let tls = match (&args.tls_cert, &args.tls_key) {
+        (Some(certificates), Some(key)) => {
+            let read =
+                |path: &PathBuf| fs::read(path).with_context(|| format!("{} cannot be read", path.display()));
+            let acceptor = tls::acceptor(&read(certificates)?, &read(key)?);
+            Some(acceptor.with_context(|| format!("TLS with {} is not possible", certificates.display()))?)
+        }
+        _ => None,
+    };
+    let tokens = tokens.context("--listen needs --token-file: over TCP each request has a token")?;
+    let gate = Arc::new(Gate::new(token_file::read(tokens)?, args.allowed_hosts.clone()));
+    let mut listeners = Vec::new();
+    for address in &args.listen {
+        if tls.is_none() && !address.ip().is_loopback() {
+            bail!(
+                "{address} is reached from other hosts, and tokens would go there in clear: give --tls-cert and --tls-key, \
+                 or listen on 127.0.0.1"
+            );
+        }
+        let bound = std::net::TcpListener::bind(address)
+            .and_then(|listener| listener.set_nonblocking(true).map(|()| listener))
+            .and_then(TcpListener::from_std)
+            .with_context(|| format!("{address} cannot be listened on (--listen)"))?;
+        // The port may have been left to the kernel.
+        if let Ok(address) = bound.local_addr() {
+            tracing::info!(%address, tls = tls.is_some(), "serves on TCP");
+        }
+        listeners.push(Listener::tcp(bound, Arc::clone(&gate), tls.clone()));
+    }
+    Ok(listeners)
+}
+
+/// A group's number. Names are those of /etc/group: the agent is not to wait for a directory service.
+fn group(name: &str) -> anyhow::Result<u32> {
+    if let Ok(number) = name.parse() {
+        return Ok(number);
+    }
+    let groups = fs::read_to_string("/etc/group").context("/etc/group cannot be read")?;
+    let found = groups.lines().find_map(|line| {
+        let mut fields = line.split(':');
+        (fields.next() == Some(name)).then(|| fields.nth(1)?.parse().ok()).flatten()
+    });
+    found.with_context(|| format!("There is no group {name} in /etc/group (--socket-group)"))
+}
+
+/// Binds the API's socket, with its permissions from its first moment. A stale one is replaced, a living one is not.
+pub(super) fn unix(socket: &Path, mode: u32, group: Option<u32>) -> anyhow::Result<UnixListener> {
+    let at = || format!("The API's socket {} cannot be made (--socket)", socket.display());
+    if let Some(dir) = socket.parent() {
+        fs::create_dir_all(dir).with_context(at)?;
+    }
+    if std::os::unix::net::UnixStream::connect(socket).is_ok() {
+        bail!(
+            "Another process serves on {}: stop it, or choose another socket with --socket",
+            socket.display()
+        );
+    }
+    // Made under a name of its own, then moved: there is no moment at which others could connect. The group comes before
+    // the mode, which would give it to the agent's own.
+    let fresh = socket.with_extension(format!("{}.new", std::process::id()));
+    drop(fs::remove_file(&fresh));
+    let listener = bind_private(&fresh).with_context(at)?;
+    let placed = group
+        .map_or(Ok(()), |group| {
+            rustix::fs::chown(&fresh, None, Some(Gid::from_raw(group))).map_err(io::Error::from)
+        })
+        .and_then(|()| fs::set_permissions(&fresh, fs::Permissions::from_mode(mode)))
+        .and_then(|()| fs::rename(&fresh, socket));
+    if placed.is_err() {
+        drop(fs::remove_file(&fresh));
+    }
+    placed.with_context(at)?;
+    Ok(listener)
+}
+
+/// Binds a socket that nobody else may use yet, under a name that nobody knows.
+fn bind_private(path: &Path) -> io::Result<UnixListener> {
+    let listener = UnixListener::bind(path)?;
+    fs::set_permissions(path, fs::Permissions::from_mode(0o600))?;
+    Ok(listener)
+}
+
+#[cfg(test)]
+mod tests {
+    use std::os::unix::fs::MetadataExt;
+
+    use super::*;
+
+    #[tokio::test]
+    async fn the_socket_has_the_mode_and_the_group_that_it_is_given() {
+        let dir = tempfile::tempdir().unwrap();
+        let socket = dir.path().join("api.sock");
+        let own = rustix::process::getegid().as_raw();
+        for (mode, group) in [(0o600, None), (0o660, Some(own))] {
+            let listener = unix(&socket, mode, group).unwrap();
+            let metadata = fs::metadata(&socket).unwrap();
+            assert_eq!((metadata.mode() & 0o777, metadata.gid()), (mode, own));
+            drop(listener);
+        }
+        if rustix::process::geteuid().is_root() {
+            drop(unix(&socket, 0o660, Some(12_345)).unwrap());
+            assert_eq!(fs::metadata(&socket).unwrap().gid(), 12_345);
+        }
+        assert_eq!(fs::read_dir(dir.path()).unwrap().count(), 1, "no other name stays");
+    }
+
+    #[test]
+    fn groups_and_modes_are_read() {
+        assert_eq!((group("root").unwrap(), group("42").unwrap()), (0, 42));
+        assert!(group("no such group").unwrap_err().to_string().contains("--socket-group"));
+        assert_eq!((mode("0660"), mode("600")), (Ok(0o660), Ok(0o600)));
+        for wrong in ["888", "1777", "rw", ""] {
+            assert!(mode(wrong).is_err(), "{wrong}");
+        }
+    }
+
+    #[tokio::test]
+    async fn tcp_has_a_token_always_and_tls_beyond_this_host() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("tokens");
+        fs::write(&path, format!("ci:{}", "x".repeat(40))).unwrap();
+        fs::set_permissions(&path, fs::Permissions::from_mode(0o600)).unwrap();
+        let args = |address: &str| ListenArgs {
+            socket_mode: 0o600,
+            socket_group: None,
+            listen: vec![address.parse().unwrap()],
+            tls_cert: None,
+            tls_key: None,
+            allowed_hosts: Vec::new(),
+        };
+        assert_eq!(network(&args("127.0.0.1:0"), Some(&path)).unwrap().len(), 1);
+        let error = network(&args("127.0.0.1:0"), None).unwrap_err().to_string();
+        assert!(error.contains("--token-file"), "{error}");
+        let error = network(&args("0.0.0.0:0"), Some(&path)).unwrap_err().to_string();
+        assert!(error.contains("--tls-cert"), "{error}");
+    }
+}
