@@ -21,6 +21,7 @@ use crate::fixture::{
     Agent, Guest, Options, SmallGuest,
     checker::Checker,
     crash::{Matrix, SETTLE, Story, Told, act},
+    host,
 };
 
 const MAC: &str = "02:00:00:00:0e:01";
@@ -86,7 +87,8 @@ fn wait_for_script(agent: &Agent, name: &str, times: usize) -> Told {
 
 fn start(pf: &str) -> (Agent, Value) {
     let agent = Agent::start_with(Options::for_tests(&["--sim-pf", &format!("{pf}=2")]));
-    let settings = json!({"mac_changes": "accept", "vlan": {"trunk": ["100-110"]}, "max_tx_rate": 100});
+    let settings =
+        json!({"mac_changes": "accept", "vlan": {"trunk": ["100-110"]}, "rate": {"max_tx_mbit": 100}});
     let group: PortGroupSpec =
         serde_json::from_value(json!({"switch": "default", "settings": settings})).unwrap();
     agent.ask(agent.client.put_port_group("tests", &group, None)).unwrap();
@@ -134,12 +136,14 @@ fn impostor(agent: &Agent, vm: &str) -> Child {
     fs::create_dir_all(&directory).unwrap();
     let log = fs::File::options().create(true).append(true).open(directory.join("vmm.log")).unwrap();
     // Waits for a line that never comes.
-    Command::new("sh")
-        .args(["-c", "read x", "vmm", "3", vm])
-        .stdin(Stdio::piped())
-        .stderr(log)
-        .spawn()
-        .unwrap()
+    let mut command = Command::new("sh");
+    command.args(["-c", "read x", "vmm", "3", vm]).stdin(Stdio::piped()).stderr(log);
+    let child = command.spawn().unwrap();
+    // It is started a moment before it has its command line.
+    while !host::processes(&["vmm 3", vm]).contains(&child.id()) {
+        thread::sleep(Duration::from_millis(1));
+    }
+    child
 }
 
 fn end(mut child: Child) {
@@ -234,4 +238,67 @@ fn the_checker_sees_what_is_wrong() {
     sql(&directory, "DROP TABLE kept");
     reported("nothing any more", &[]);
     agent.restart();
+}
+
+/// The former agent's VMs run on under one that offers more than they know, and under one with which they have nothing in
+/// common, which says so.
+#[test]
+fn an_agent_of_a_newer_protocol_takes_vms_up_or_says_why_not() {
+    const OFFER: &str = "PORTCULLIS_PROTOCOL_FOR_TESTS";
+    let (mut agent, spec) = start("crash5");
+    let mut checker = Checker::new(agent.directory());
+    drop(agent.boot(&spec));
+    wait_for_script(&agent, "web1", 1).unwrap();
+    let pid = agent.vm("web1").status.pid;
+    let newest = protocol(&mut agent, OFFER);
+
+    let next = format!("1-{}", newest + 1);
+    agent.restart_with(&[(OFFER, &next)]);
+    checker.assert_settled("under an agent that offers more", SETTLE);
+    agent.act("web1", VmAction::Reboot).unwrap();
+    wait_for_script(&agent, "web1", 2).unwrap();
+    assert_eq!(agent.vm("web1").status.pid, pid);
+
+    let only_newer = format!("{}-{}", newest + 1, newest + 2);
+    agent.restart_with(&[(OFFER, &only_newer)]);
+    let vm = agent.vm("web1");
+    assert_eq!((vm.status.state, vm.status.pid), (VmState::Running, pid));
+    let clear = format!("this process 1 to {newest}");
+    let mut problem = agent.act("web1", VmAction::Reboot).unwrap_err();
+    for _ in 0..100 {
+        if problem.detail.contains(&clear) {
+            break;
+        }
+        thread::sleep(Duration::from_millis(20));
+        problem = agent.act("web1", VmAction::Reboot).unwrap_err();
+    }
+    assert!(problem.detail.contains(&clear), "{problem:?}");
+    assert!(problem.detail.contains("stop the VM and boot it again"), "{problem:?}");
+    assert!(agent.log().contains(&clear), "{}", agent.log());
+    checker.assert_settled("under an agent that speaks another protocol", SETTLE);
+    assert_eq!(agent.vm("web1").status.pid, pid, "it runs on");
+
+    // What it cannot talk to it can still end. The former one would have gone on with it.
+    agent.restart();
+    agent.act("web1", VmAction::Reboot).unwrap();
+    wait_for_script(&agent, "web1", 3).unwrap();
+    assert_eq!(agent.vm("web1").status.pid, pid);
+    agent.restart_with(&[(OFFER, &only_newer)]);
+    agent.act("web1", VmAction::Stop).unwrap();
+    agent.delete("web1").unwrap();
+    checker.assert_settled("an agent ended a VM that it could not talk to", SETTLE);
+}
+
+/// The newest version that this build's vmms speak, as they say it to an agent of the far future.
+fn protocol(agent: &mut Agent, offer: &str) -> u32 {
+    agent.restart_with(&[(offer, "1000-1001")]);
+    for _ in 0..250 {
+        let log = agent.log();
+        if let Some((_, rest)) = log.split_once("this process 1 to ") {
+            let digits: String = rest.chars().take_while(char::is_ascii_digit).collect();
+            return digits.parse().unwrap();
+        }
+        thread::sleep(Duration::from_millis(20));
+    }
+    panic!("no vmm has refused the agent:\n{}", agent.log());
 }
