@@ -13,6 +13,7 @@ use api::{
 use async_trait::async_trait;
 use axum::body::Bytes;
 use passthrough::{
+    fail::{Point, reach},
     host::{self, PfError, VfSettings},
     sim::is_simulated,
 };
@@ -248,11 +249,14 @@ impl Agent {
         })?;
         let name = spec.name.to_string();
         let value = VmRecord { created: Timestamp::now(), spec };
+        reach(Point::CreateBegun);
         let revision = self.env.vms.put(id, &name, &value, Expect::Absent).await.map_err(|e| e.problem())?;
+        reach(Point::CreateStored);
         if let Err(problem) = network::attach(&self.env, id, &value.spec).await {
             self.env.vms.remove(id).await.map_err(|e| e.problem())?;
             return Err(problem);
         }
+        reach(Point::CreateAttached);
         let object = Subject { kind: ObjectKind::Vm, id, name: name.clone() };
         self.env.tell(EventKind::Created { object, revision, by: Some(caller.to_string()) });
         let handle = VmHandle::start(Arc::clone(&self.env), Entry { id, name, revision, value });

@@ -4,7 +4,10 @@ use netpolicy::{
     Change, Committed, Decision, Denial, MacAddress, OnDenied, Outcome, PortId, Reason, Request, Route,
     Verdict, VmId,
 };
-use passthrough::relay::{self, Cancelled, How, Question};
+use passthrough::{
+    fail::{Point, reach},
+    relay::{self, Cancelled, How, Question},
+};
 use tokio::sync::oneshot;
 use vmm::control::Answer;
 
@@ -37,6 +40,7 @@ impl Actor {
         if self.lanes.get(&port).is_none_or(|lane| lane.closing) {
             return;
         }
+        reach(Point::AskReceived);
         // A reset has happened already and is noted in its turn; so is what needs changes.
         if question.request == Request::Reset || !self.answer_now(port, id, &question) {
             self.queue(port, Work::Ask { id, question });
@@ -90,6 +94,7 @@ impl Actor {
         if let Err(error) = self.state.begin(port, &changes) {
             return self.not_committed(port, id, &question, Some(id), &error.to_string());
         }
+        reach(Point::AskEvaluated);
         let Some(tools) = self.tools(port) else {
             drop(self.state.abort(port));
             return self.not_committed(port, id, &question, Some(id), "The port has no VF");
@@ -154,10 +159,12 @@ impl Actor {
                 Vec::new()
             }
         };
+        reach(Point::AskCommitted);
         match (failure, cancelled) {
             (None, None) => {
                 if !forward {
                     self.grant(port, id, question);
+                    reach(Point::AskAnswered);
                 }
                 self.note_address(port, request);
                 let mut decision = self.allowed(port, request, changes);
@@ -182,6 +189,7 @@ impl Actor {
             (Some(_), Some(_)) => {}
             (Some((answer, why)), None) => self.not_committed(port, id, question, answer, &why),
         }
+        reach(Point::AskRecorded);
         self.save(port);
         if !corrections.is_empty()
             && !self.bypass

@@ -4,6 +4,7 @@ use std::{sync::Arc, time::Duration};
 
 use netpolicy::{Change, Corrections, MacAddress, PfCapabilities, PortId, Route, VfRef};
 use passthrough::{
+    fail::{Point, reach},
     host::{VfChange, VfSettings},
     relay::{Decision as RelayDecision, Forwarded, How, Question, Verdict},
 };
@@ -120,6 +121,7 @@ impl Tools {
             decision: RelayDecision::Grant { how: How::Forward },
         };
         let outcome = self.make_asked(id, pf, mailbox, own, verdict, forwarded).await;
+        reach(Point::AskMade);
         End::Asked { id, question, changes, forward, outcome }
     }
 
@@ -135,6 +137,7 @@ impl Tools {
         if let Err(why) = self.save().await {
             return AskOutcome::Failed { made: Vec::new(), why };
         }
+        reach(Point::AskJournaled);
         #[cfg(feature = "test-support")]
         self.be_late(pf.iter().chain(&own)).await;
         if let Err(why) = self.set(pf.iter().filter_map(VfChange::of).collect()).await {

@@ -51,8 +51,13 @@ pub(super) async fn load(
     actor.ensure_default_group()?;
     let attachments: BTreeMap<Uuid, Attachment> =
         list_readable(&attachments).await?.into_iter().map(|entry| (entry.id, entry.value)).collect();
+    let ports = actor.ports.list().await?;
+    // An agent died while it deleted the ports.
+    for id in attachments.keys().filter(|id| !ports.iter().any(|port| port.id == **id)) {
+        drop(actor.writer.forget(PortId(*id)));
+    }
     let mut bound = Vec::new();
-    for entry in actor.ports.list().await? {
+    for entry in ports {
         let (id, attachment) = (PortId(entry.id), attachments.get(&entry.id));
         let meta = Meta { created: entry.value.created, revision: entry.revision };
         let port = entry.value.port(id, attachment);

@@ -2,7 +2,10 @@
 
 use api::types::{ObjectKind, PortCounters, Timestamp};
 use netpolicy::{Change, PfCapabilities, Port, PortId, VfRef, VmId, VmRef};
-use passthrough::host::VfChange;
+use passthrough::{
+    fail::{Point, reach},
+    host::VfChange,
+};
 use uuid::Uuid;
 
 use super::{
@@ -63,6 +66,7 @@ impl Actor {
             self.meta.remove(&id.0);
             // The port itself first: what is left of it without that is nothing to anybody.
             self.ports.remove(id.0).await?;
+            reach(Point::DeletePort);
             drop(self.writer.forget(id).await);
             self.deleted(ObjectKind::Port, id.0, &port_name(&port), None);
         }

@@ -15,6 +15,7 @@ use api::{
     problem::{Problem, ProblemCode},
     types::{Cause, CauseCode, EventKind, ObjectKind, Owner, Subject, Timestamp, VmAction, VmState},
 };
+use passthrough::fail::{Point, reach};
 use tokio::{
     sync::{mpsc, oneshot, watch},
     task::AbortHandle,
@@ -70,6 +71,8 @@ struct Actor {
     held: Vec<Held>,
     process: Option<Process>,
     link: Option<Link>,
+    /// Why the process that is there cannot be talked to.
+    unreachable: Option<String>,
     /// How the machine said that it ended.
     end: Option<End>,
     /// What it said that no vmm of ours says; it is being killed for it.
@@ -125,6 +128,7 @@ pub(super) async fn run(
         held: Vec::new(),
         process: None,
         link: None,
+        unreachable: None,
         end: None,
         misbehaved: None,
         deadline: None,
@@ -236,7 +240,12 @@ impl Actor {
     /// Sends an order; [`Self::on_finished`] hears of its end.
     fn order(&self, action: VmAction, order: Order, done: Done) -> Result<(), Problem> {
         let Some(link) = &self.link else {
-            let detail = format!("The agent has lost touch with the VM {} and tries again.", self.name());
+            let why = self.unreachable.as_deref().unwrap_or("the connection has just ended.");
+            let detail = format!(
+                "The agent cannot talk to the process of the VM {}, which goes on, and tries again: {why} If that stays so, \
+                 stop the VM and boot it again.",
+                self.name()
+            );
             return Err(Problem::new(ProblemCode::VmmFailed, detail));
         };
         let (connection, finished) = (link.connection.clone(), self.finished.clone());
@@ -285,15 +294,20 @@ impl Actor {
             return false;
         }
         let removed = async {
+            reach(Point::DeleteBegun);
             network::detach(&self.env, self.vm.id).await?;
+            reach(Point::DeleteDetached);
+            if let Err(error) = self.directory.remove() {
+                tracing::warn!(vm = %self.name(), "its run directory cannot be removed: {error}");
+            }
             // The VM last: as long as it is there, the next agent finds the rest.
             self.env.runs.remove(self.vm.id).await.map_err(|e| e.problem())?;
-            self.env.vms.remove(self.vm.id).await.map_err(|e| e.problem())
+            reach(Point::DeleteRun);
+            self.env.vms.remove(self.vm.id).await.map_err(|e| e.problem())?;
+            reach(Point::DeleteStored);
+            Ok(())
         };
         let result = removed.await;
-        if let Err(error) = self.directory.remove() {
-            tracing::warn!(vm = %self.name(), "its run directory cannot be removed: {error}");
-        }
         let forgotten = result.is_ok();
         if forgotten {
             self.env.tell(EventKind::Deleted { object: self.subject(), by: self.deleted_by.take() });
@@ -352,6 +366,7 @@ impl Actor {
             self.abandon().await;
             return Err(problem);
         }
+        reach(Point::BootBegun);
         Ok(files)
     }
 
@@ -361,9 +376,11 @@ impl Actor {
             claims::prepare(&self.env, claim).await?;
         }
         let process = boot::start(&self.env, self.vm.id, &self.vm.value.spec, &self.held, &self.directory)?;
+        reach(Point::BootSpawned);
         self.run.process = Some(process.identity().clone());
         self.process = Some(process);
         self.store().await?;
+        reach(Point::BootProcessStored);
         let run = boot::run(&self.env, &self.vm, &self.directory, files, &self.held, self.run.user);
         let (connection, events) = match &mut self.process {
             // A vmm that dies must not be waited for.
@@ -376,6 +393,7 @@ impl Actor {
         self.adopt(connection, events).await;
         self.run.boots = 1;
         self.step(VmState::Running).await;
+        reach(Point::BootStored);
         tracing::info!(vm = %self.name(), took = ?started.elapsed(), "booted");
         Ok(())
     }

@@ -8,6 +8,7 @@ use api::{
     types::VmSpec,
 };
 use passthrough::{
+    fail::{Point, reach},
     host::{Bdf, PfError},
     sim::is_simulated,
 };
@@ -106,6 +107,7 @@ pub(super) async fn run(
     })?;
     let (connection, greeting, events) =
         Connection::open(&directory.control(), vm.id).await.map_err(|e| e.problem())?;
+    reach(Point::BootConnected);
     if greeting.state != State::Empty {
         return Err(Problem::new(ProblemCode::VmmFailed, "A new vmm process says that it is not empty."));
     }
@@ -115,7 +117,9 @@ pub(super) async fn run(
     fds.extend(connections(env, held).await?);
     let spec = Box::new(machine(vm, initramfs, held, user));
     connection.order(Order::Configure { spec }, fds, CONFIGURE).await.map_err(|e| e.problem())?;
+    reach(Point::BootConfigured);
     connection.order(Order::Run, Vec::new(), PROMPT).await.map_err(|e| e.problem())?;
+    reach(Point::BootRun);
     Ok((connection, events))
 }
 

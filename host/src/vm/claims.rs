@@ -17,6 +17,7 @@ use api::{
 };
 use netpolicy::MacAddress;
 use passthrough::{
+    fail::{Point, reach},
     host::{self, Bdf, BindError, InventoryError, Pf, PfError, PortVlan, Vf, VfChange, VfSettings},
     sim::is_simulated,
 };
@@ -70,11 +71,15 @@ pub async fn claim(env: &Environment, vm: Uuid, spec: &VmSpec) -> Result<Vec<Hel
         tokio::task::spawn_blocking(move || choose(&inventory, vm, &wanted, &taken, plan.as_deref()))
             .await
             .map_err(|error| Problem::new(ProblemCode::Internal, chain(&error)))??;
+    reach(Point::ClaimChosen);
     let mut held: Vec<Held> = Vec::new();
     for claim in chosen {
         let (id, name) = (Uuid::new_v4(), claim.bdf.to_string());
         match env.claims.put(id, &name, &claim, Expect::Absent).await {
-            Ok(revision) => held.push(Entry { id, name, revision, value: claim }),
+            Ok(revision) => {
+                held.push(Entry { id, name, revision, value: claim });
+                reach(Point::ClaimStored);
+            }
             Err(error) => {
                 for claim in held {
                     // What cannot be deleted now is given back when the agent starts again.
@@ -278,8 +283,11 @@ fn plain_device(inventory: &Inventory, bdf: Bdf, taken: &[Claim]) -> Result<(), 
 /// The function may be anywhere between before and after: give it back.
 pub async fn prepare(env: &Environment, held: &mut Held) -> Result<(), Problem> {
     let before = blocking(env, held, remember).await?;
+    reach(Point::ClaimRead);
     store_before(env, held, before).await?;
+    reach(Point::ClaimRemembered);
     let before = blocking(env, held, bind).await?;
+    reach(Point::BaselineBegun);
     store_before(env, held, before).await?;
     match &held.value.adapter {
         Some(vf) if network::bind(env, held, vf).await? => Ok(()),
@@ -393,11 +401,15 @@ pub async fn give_back(env: &Environment, held: Vec<Held>) -> Vec<(Held, Problem
 async fn give_one_back(env: &Environment, claim: &Held) -> Result<(), Problem> {
     // Before anything else: it is still bound to vfio-pci, which cleaning needs.
     network::clean_vf(env, claim).await?;
+    reach(Point::ReleaseCleaned);
     if claim.value.before.is_some() {
         blocking(env, claim, restore).await?;
     }
     network::unbind(env, claim).await?;
-    env.claims.remove(claim.id).await.map_err(|e| e.problem())
+    reach(Point::ReleaseUnbound);
+    env.claims.remove(claim.id).await.map_err(|e| e.problem())?;
+    reach(Point::ReleaseUnclaimed);
+    Ok(())
 }
 
 fn restore(host: &Host, claim: &Claim) -> Result<(), Problem> {
@@ -409,13 +421,15 @@ fn restore(host: &Host, claim: &Claim) -> Result<(), Problem> {
     if let Err(error) = host.inventory.reset(claim.bdf) {
         tracing::debug!(function = %claim.bdf, "no reset: {error}");
     }
+    reach(Point::ReleaseReset);
     let mut first = None;
     if let (Some(vf), Some(settings)) = (&claim.adapter, &before.settings) {
         first = restore_settings(host, vf, settings).err();
     }
+    reach(Point::ReleaseSettings);
     // The driver is put back even if the PF did not take its settings.
     match host.inventory.restore(claim.bdf, &before.binding) {
-        Ok(()) | Err(BindError::NoDevice(_)) => {}
+        Ok(()) | Err(BindError::NoDevice(_)) => reach(Point::ReleaseRestored),
         Err(error) => first = first.or(Some(error.problem())),
     }
     first.map_or(Ok(()), Err)

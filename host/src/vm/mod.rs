@@ -124,11 +124,18 @@ impl VmHandle {
     /// The connection to its process.
     ///
     /// # Errors
-    /// `wrong_state` while there is none.
+    /// `wrong_state` of a VM that does not run, `vmm_failed` while its process cannot be talked to.
     pub fn connection(&self) -> Result<Connection, Problem> {
         self.connection.borrow().clone().ok_or_else(|| {
-            let detail = format!("The VM {} is {} and has no process: boot it.", self.name(), self.state());
-            Problem::new(ProblemCode::WrongState, detail)
+            let (name, state) = (self.name(), self.state());
+            if !matches!(state, VmState::Running | VmState::Paused | VmState::Rebooting) {
+                let detail = format!("The VM {name} is {state} and has no process: boot it.");
+                return Problem::new(ProblemCode::WrongState, detail);
+            }
+            let detail = format!(
+                "The agent cannot talk to the process of the VM {name} now, which is {state}: try again."
+            );
+            Problem::new(ProblemCode::VmmFailed, detail)
         })
     }
 

@@ -10,7 +10,12 @@ use api::{
     types::VmSpec,
 };
 use netpolicy::{MacAddress, Name, VfRef, VmId, VmRef};
-use passthrough::{host::VfChange, relay::Notice, sim::is_simulated};
+use passthrough::{
+    fail::{Point, reach},
+    host::VfChange,
+    relay::Notice,
+    sim::is_simulated,
+};
 use tokio::sync::mpsc;
 use uuid::Uuid;
 use vmm::control::Ask;
@@ -107,7 +112,9 @@ pub(super) async fn bind(env: &Environment, held: &Held, claimed: &ClaimedVf) ->
         .bind(vm, claimed.id.as_str(), vf.clone(), bdf)
         .await
         .map_err(|error| error.problem())?;
+    reach(Point::BaselineAttached);
     policy.switch.program(&vf, changes).await.map_err(|error| error.problem())?;
+    reach(Point::BaselineMade);
     Ok(true)
 }
 

@@ -3,6 +3,7 @@
 use std::{
     collections::{BTreeMap, HashMap},
     io,
+    ops::RangeInclusive,
     os::fd::{AsFd, OwnedFd},
     path::Path,
     sync::{Arc, OnceLock, Weak},
@@ -129,6 +130,23 @@ enum Request {
     Noted(u64),
 }
 
+/// The versions that this agent speaks.
+fn offered() -> RangeInclusive<u32> {
+    #[cfg(feature = "test-support")]
+    if let Some(versions) = std::env::var("PORTCULLIS_PROTOCOL_FOR_TESTS").ok().as_deref().and_then(versions)
+    {
+        return versions;
+    }
+    SPOKEN
+}
+
+/// `OLDEST-NEWEST`: what a build of another time would offer.
+#[cfg(feature = "test-support")]
+fn versions(text: &str) -> Option<RangeInclusive<u32>> {
+    let (oldest, newest) = text.split_once('-')?;
+    Some(oldest.parse().ok()?..=newest.parse().ok()?)
+}
+
 /// What the relays of a VM refuse without a question, by adapter.
 type Standing = BTreeMap<String, Option<StandingRefusal>>;
 
@@ -157,11 +175,12 @@ impl Connection {
         let channel = Channel::connect(path).map_err(ConnectError::Socket)?;
         let interest = Interest::READABLE | Interest::WRITABLE;
         let channel = polled(channel, interest).map_err(ConnectError::Socket)?;
-        let hello = ToVmm::Hello { oldest: *SPOKEN.start(), newest: *SPOKEN.end(), vm };
+        let offered = offered();
+        let hello = ToVmm::Hello { oldest: *offered.start(), newest: *offered.end(), vm };
         send(&channel, &hello, &[]).await.map_err(ConnectError::Channel)?;
         let answer = timeout(PATIENCE, receive(&channel)).await.map_err(|_| ConnectError::Timeout)?;
         let greeting = match answer.map_err(ConnectError::Channel)? {
-            ToAgent::Hello { version, .. } if !SPOKEN.contains(&version) => {
+            ToAgent::Hello { version, .. } if !offered.contains(&version) => {
                 return Err(ConnectError::Version(version));
             }
             ToAgent::Hello { version, state, boots } => Greeting { version, state, boots },

@@ -89,6 +89,8 @@ pub fn spawn(program: &Program, directory: &VmDirectory, vm: Uuid) -> Result<Pro
     if let Some(level) = std::env::var_os("PORTCULLIS_LOG") {
         command.env("PORTCULLIS_LOG", level);
     }
+    #[cfg(feature = "test-support")]
+    command.envs(std::env::var_os(passthrough::fail::VARIABLE).map(|at| (passthrough::fail::VARIABLE, at)));
     pass(&mut command, &listener);
     let child = command.spawn().map_err(SpawnError::Process)?;
     let pid = child.id();

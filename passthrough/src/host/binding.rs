@@ -16,6 +16,7 @@ use serde::{Deserialize, Serialize};
 use thiserror::Error;
 
 use super::{Bdf, Sysfs, sysfs::SysfsError};
+use crate::fail::{Point, reach};
 
 /// The driver that gives functions to user space.
 pub const VFIO_PCI: &str = "vfio-pci";
@@ -142,7 +143,9 @@ impl Sysfs {
         // Even a driver that knows the device needs the override: where a PF's VFs are not to be probed
         // (sriov_drivers_autoprobe), only the driver named in it is.
         self.set_override(bdf, Some(driver))?;
+        reach(Point::BindOverridden);
         self.unbind(bdf)?;
+        reach(Point::BindUnbound);
         let answer = match self.write(&self.path("bus/pci/drivers_probe"), &bdf.to_string()) {
             Ok(()) => None,
             Err(SysfsError::Write { source, .. }) => Some(source),
@@ -154,6 +157,7 @@ impl Sysfs {
             Some(_) => self.driver(bdf)?,
         };
         if has.as_deref() == Some(driver) {
+            reach(Point::BindBound);
             return Ok(());
         }
         Err(BindError::NotTaken { bdf, driver: driver.to_owned(), has, source: answer })

@@ -6,6 +6,8 @@ use netpolicy::{Change, LinkState, MacAddress, PfCapabilities};
 use serde::{Deserialize, Serialize};
 use thiserror::Error;
 
+use crate::fail::{Point, reach};
+
 /// The Ethernet type of a VLAN tag.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub enum TagProtocol {
@@ -325,7 +327,7 @@ pub trait PfControl: Send {
             tried += 1;
             match self.set(vf, change) {
                 // It is read below, like all that were made.
-                Ok(()) | Err(PfError::Timeout { .. }) => {}
+                Ok(()) | Err(PfError::Timeout { .. }) => reach(Point::PfSet),
                 Err(e) => {
                     failure = Some(failed(change, e));
                     break;
@@ -354,7 +356,10 @@ pub trait PfControl: Send {
         }
         let mut failure = match (failure, &after) {
             (Some(failure), _) => failure,
-            (None, Ok(_)) => return Ok(()),
+            (None, Ok(_)) => {
+                reach(Point::PfRead);
+                return Ok(());
+            }
             (None, Err(_)) => failed(
                 first,
                 PfError::Protocol {

@@ -1,6 +1,7 @@
 //! Tests that need /dev/kvm and no adapter: VFs are simulated.
 
 mod adapter;
+mod crash;
 mod demo;
 mod exit;
 mod hostile;

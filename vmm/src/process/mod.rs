@@ -17,6 +17,7 @@ use std::{
 };
 
 use event_manager::{EventManager, SubscriberOps};
+use passthrough::fail::{Point, reach};
 use uuid::Uuid;
 
 use self::serve::Process;
@@ -37,6 +38,7 @@ pub fn main(arguments: &[String]) -> ExitCode {
         tracing::error!("{SUBCOMMAND} is started by the agent only, as: {SUBCOMMAND} LISTENER_FD VM_UUID");
         return ExitCode::from(USAGE);
     };
+    reach(Point::VmmStarted);
     match serve(Listener::from_fd(listener), vm, started) {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {

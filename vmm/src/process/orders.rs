@@ -5,7 +5,10 @@ use std::os::fd::OwnedFd;
 use devices::machine::MachineEvent;
 use event_manager::EventOps;
 use netpolicy::StandingRefusal;
-use passthrough::relay::Relay;
+use passthrough::{
+    fail::{Point, reach},
+    relay::Relay,
+};
 
 use super::serve::Process;
 use crate::{
@@ -49,6 +52,7 @@ impl Process {
                 Outcome::Done
             }),
             Order::Stop => {
+                reach(Point::VmmStopping);
                 self.end(End::Stopped);
                 self.dismissed = true;
                 Ok(Outcome::Done)
@@ -87,6 +91,7 @@ impl Process {
                 }
                 self.listen_to(signals, ops);
                 self.enter(State::Ready);
+                reach(Point::VmmBuilt);
                 Ok(Outcome::Done)
             }
             Err(error) => {
@@ -129,6 +134,7 @@ impl Process {
 
     pub(super) fn on_answer(&self, answer: Answer) {
         let Answer::Mailbox { adapter, verdict } = answer;
+        reach(Point::VmmAnswered);
         // An answer for an adapter that is gone meanwhile is for nobody.
         if let Ok(relay) = self.relay(&adapter) {
             relay.verdict(verdict);
@@ -146,6 +152,7 @@ impl Process {
             self.boots += 1;
         }
         self.enter(State::Running);
+        reach(Point::VmmRun);
         Ok(Outcome::Done)
     }
 
@@ -182,7 +189,9 @@ impl Process {
     fn reboot(&mut self) -> Result<(), MachineError> {
         self.enter(State::Rebooting);
         let Some(machine) = &mut self.machine else { return Ok(()) };
-        match machine.reset().and_then(|()| machine.run()) {
+        let reset = machine.reset();
+        reach(Point::VmmReset);
+        match reset.and_then(|()| machine.run()) {
             Ok(()) => {
                 self.boots += 1;
                 self.enter(State::Running);

@@ -10,7 +10,10 @@ use event_manager::{EventOps, EventSet, Events, MutEventSubscriber};
 use netpolicy::StandingRefusal;
 use uuid::Uuid;
 
-use passthrough::relay::Notice;
+use passthrough::{
+    fail::{Point, reach},
+    relay::Notice,
+};
 
 use super::reports::Reports;
 use crate::{
@@ -135,6 +138,7 @@ impl Process {
         self.machine = None;
         self.state = State::Ended;
         self.ended = Some(Instant::now());
+        reach(Point::VmmStopped);
         self.report(Report::Ended { end });
         for (id, _) in std::mem::take(&mut self.waiters) {
             self.done(id, Ok(Outcome::Done));
@@ -232,6 +236,7 @@ impl Process {
         for (adapter, said) in self.authorities.drain() {
             match said {
                 Said::Question(question) => {
+                    reach(Point::VmmAsking);
                     self.asked += 1;
                     self.send(&ToAgent::Ask { id: self.asked, ask: Ask::Mailbox { adapter, question } });
                 }
@@ -316,6 +321,7 @@ impl Process {
             return;
         }
         self.send(&ToAgent::Hello { version, state: self.state, boots: self.boots });
+        reach(Point::VmmGreeted);
         if let Some(connection) = &mut self.channel {
             connection.greeted = true;
             self.authorities.set_connected(true);

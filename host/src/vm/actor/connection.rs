@@ -8,12 +8,21 @@ use super::*;
 impl Actor {
     pub(super) async fn connect(&mut self) -> Result<State, Problem> {
         let opened = Connection::open(&self.directory.control(), self.vm.id).await;
-        if let Err(error) = &opened
-            && error.is_nonsense()
-        {
-            self.misbehave(&chain(error)).await;
-        }
-        let (connection, greeting, events) = opened.map_err(|e| e.problem())?;
+        let (connection, greeting, events) = match opened {
+            Ok(opened) => opened,
+            Err(error) => {
+                if error.is_nonsense() {
+                    self.misbehave(&chain(&error)).await;
+                }
+                let problem = error.problem();
+                // Once: it is tried again and again.
+                if self.unreachable.replace(problem.detail.to_string()).as_deref() != Some(&problem.detail) {
+                    tracing::warn!(vm = %self.name(), "its process cannot be talked to, and goes on: {problem}");
+                }
+                return Err(problem);
+            }
+        };
+        self.unreachable = None;
         self.adopt(connection, events).await;
         self.run.boots = greeting.boots;
         self.on_state(greeting.state).await;

@@ -7,6 +7,7 @@ impl Actor {
         if self.run.state != VmState::Stopping {
             self.step(VmState::Stopping).await;
         }
+        reach(Point::StopBegun);
         self.deadline = self.deadline.or(Instant::now().checked_add(STOP));
         match (&self.link, &self.process) {
             (Some(link), _) => {
@@ -76,7 +77,9 @@ impl Actor {
     pub(super) async fn rest(&mut self, state: VmState, cause: Option<Cause>) {
         self.disconnected().await;
         self.deadline = None;
+        reach(Point::ReleaseBegun);
         let kept = self.give_back().await;
+        reach(Point::ReleaseDone);
         if let (Some(users), Some(user)) = (&self.env.users, self.run.user.take()) {
             users.give_back(user);
         }
@@ -89,6 +92,7 @@ impl Actor {
             cause.detail = format!("{} Not everything could be given back: {problem}", cause.detail);
         }
         self.step(state).await;
+        reach(Point::ReleaseStored);
         for done in self.resting.drain(..) {
             drop(done.send(kept.clone()));
         }

