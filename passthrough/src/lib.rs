@@ -10,4 +10,5 @@ pub mod host;
 pub mod mailbox;
 pub mod relay;
 pub mod sim;
+pub mod threads;
 pub mod vfio;

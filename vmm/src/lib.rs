@@ -16,4 +16,5 @@ pub mod machine;
 pub mod memory;
 pub mod process;
 pub mod sandbox;
+pub mod seccomp;
 pub mod vcpu;

@@ -36,6 +36,7 @@ use self::{
     exit::{Counters, Exit, Ports, Step},
     state::{Entry, PowerOn},
 };
+use crate::seccomp::{self, Confinement};
 
 /// How long a vCPU may take to acknowledge. Only a bug in KVM could keep it longer.
 const ACKNOWLEDGE: Duration = Duration::from_secs(10);
@@ -130,6 +131,7 @@ impl Vcpus {
         counters: &Arc<Counters>,
         events: &Arc<Events>,
         first_entry: &Arc<std::sync::OnceLock<Instant>>,
+        confinement: &Confinement,
     ) -> Result<Self, VcpuError> {
         // The handler does nothing: the signal's arrival is what takes a vCPU out of KVM_RUN.
         register_signal_handler(SIGRTMIN(), leave_guest)
@@ -148,9 +150,13 @@ impl Vcpus {
                 events: Arc::clone(events),
                 first_entry: Arc::clone(first_entry),
             };
+            let confine = confinement.prepare(seccomp::Thread::Vcpu);
             let thread = thread::Builder::new()
                 .name(format!("vcpu{index}"))
-                .spawn(move || vcpu.serve(&inbox, &acknowledge))
+                .spawn(move || {
+                    confine();
+                    vcpu.serve(&inbox, &acknowledge);
+                })
                 .map_err(|e| VcpuError::Thread(index, e))?;
             vcpus.0.push(Handle { index, orders, acknowledged, thread: Some(thread) });
         }
