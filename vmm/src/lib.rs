@@ -5,6 +5,8 @@
 //! [`vcpu`] threads. The agent uses nothing but [`control`] and [`console`]'s file format.
 
 pub mod assigned;
+#[cfg(feature = "attacks")]
+pub mod attack;
 pub mod authority;
 pub mod board;
 pub mod boot;

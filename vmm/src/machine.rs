@@ -167,6 +167,8 @@ impl Machine {
         files: Files,
         authorities: &Authorities,
     ) -> Result<(Self, Signals), MachineError> {
+        #[cfg(feature = "attacks")]
+        crate::attack::arm(&spec.cmdline).map_err(io("make an attack ready"))?;
         let kvm = open_kvm(files.kvm, spec)?;
         let vm = kvm.create_vm().map_err(|e| MachineError::Kvm("create a VM", e))?;
         let vm = Arc::new(vm);

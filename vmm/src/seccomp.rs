@@ -151,6 +151,8 @@ impl Confinement {
         if self.on {
             thread.confine()?;
         }
+        #[cfg(feature = "attacks")]
+        crate::attack::strike(thread.name());
         Ok(())
     }
 }
@@ -166,6 +168,11 @@ fn prepare(
     }
     move || {
         let result = if on { thread.confine() } else { Ok(()) };
+        // A vCPU's has its place when it is to run.
+        #[cfg(feature = "attacks")]
+        if thread != Thread::Vcpu {
+            crate::attack::strike(thread.name());
+        }
         if on {
             // Nobody waits any more if the machine could not be built.
             let _ = sender.send(result);

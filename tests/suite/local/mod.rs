@@ -5,4 +5,5 @@ mod demo;
 mod hostile;
 mod machine;
 mod rest;
+mod sandbox;
 mod simulated_pf;

@@ -272,6 +272,8 @@ impl Vcpu {
                 let result = match order {
                     Order::Run => {
                         running = true;
+                        #[cfg(feature = "attacks")]
+                        crate::attack::strike("vcpu");
                         self.first_entry.get_or_init(Instant::now);
                         Ok(())
                     }
