@@ -20,7 +20,7 @@ use std::{
 
 use api::{
     client::Client,
-    types::{VmAction, VmSpec},
+    types::{Protection, VmAction, VmSpec},
 };
 use host::{
     console::Reader,
@@ -30,7 +30,7 @@ use rustix::process::{Pid, Signal, kill_process};
 use tempfile::TempDir;
 use tokio::runtime::Runtime;
 use uuid::Uuid;
-use vmm::control::{Channel, ChannelError, MachineSpec, Order, SandboxSpec, ToAgent, ToVmm, VERSION};
+use vmm::control::{Channel, ChannelError, MachineSpec, Order, ToAgent, ToVmm, VERSION};
 
 /// Unlike any other mapping's size, so that guest memory is known in `/proc/PID/smaps`.
 const GUEST_MIB: u64 = 130;
@@ -115,6 +115,7 @@ fn ours(runtime: &Runtime, portcullis: &Path, kernel: &Path, run_dir: &Path) -> 
     directory.create().unwrap();
     let root = rustix::process::geteuid().is_root();
     let user = root.then_some(2_000_000_000);
+    let off = if root { &[][..] } else { &Protection::OF_ROOT };
     let spec = MachineSpec {
         vm,
         name: "start-time".to_owned(),
@@ -124,7 +125,7 @@ fn ours(runtime: &Runtime, portcullis: &Path, kernel: &Path, run_dir: &Path) -> 
         cmdline: String::new(),
         initramfs: false,
         devices: Vec::new(),
-        sandbox: SandboxSpec { uid: user, gid: user },
+        sandbox: host::sandbox::spec(user, off),
     };
     let files: Vec<OwnedFd> = vec![
         File::options().read(true).write(true).open("/dev/kvm").unwrap().into(),

@@ -6,7 +6,7 @@ use std::{
     sync::{Arc, Mutex, PoisonError},
 };
 
-use api::types::EventKind;
+use api::types::{EventKind, Protection};
 use passthrough::{
     host::{Bdf, NetlinkPf, PfControl, PfError, Sysfs},
     sim::is_simulated,
@@ -48,6 +48,8 @@ pub struct Environment {
     pub memlock_slack: u64,
     /// `/dev/kvm`.
     pub kvm: PathBuf,
+    /// Protections that are off though this agent could set them up, for processes without functions of the host.
+    pub sandbox_off: BTreeSet<Protection>,
     /// Users for vmm processes; None for an agent that cannot change users.
     pub users: Option<Users>,
     /// The switch that decides for adapters; None where there is none (tests of the rest): they are then under the default
@@ -75,10 +77,20 @@ impl Environment {
             program: Program::default(),
             memlock_slack: MEMLOCK_SLACK,
             kvm: "/dev/kvm".into(),
+            sandbox_off: BTreeSet::new(),
             users: None,
             policy: None,
             claiming: tokio::sync::Mutex::new(()),
         }
+    }
+
+    /// The protections that are off for a process that is started now: those that the agent was told to leave off, and,
+    /// if it is not root, those that need root.
+    #[must_use]
+    pub fn protections_off(&self) -> Vec<Protection> {
+        let missing = if self.users.is_some() { &[][..] } else { &Protection::OF_ROOT };
+        let off = |part: &Protection| self.sandbox_off.contains(part) || missing.contains(part);
+        Protection::ALL.into_iter().filter(off).collect()
     }
 
     /// Tells those who follow events.

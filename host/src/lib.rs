@@ -8,6 +8,7 @@ pub mod environment;
 pub mod files;
 pub mod inventory;
 pub mod pf;
+pub mod sandbox;
 pub mod sim;
 pub mod small_guest;
 pub mod store;

@@ -11,4 +11,5 @@ pub mod host;
 pub mod mailbox;
 pub mod relay;
 pub mod sim;
+pub mod threads;
 pub mod vfio;

@@ -23,6 +23,7 @@ use passthrough::{
     mailbox::layout::{Layout, PAGE_SIZE},
     relay::{self, Relay},
     sim::SimVf,
+    threads::ThreadStart,
     vfio::{self, Container, KvmVfioDevice, VfioVf},
 };
 use vm_allocator::{AddressAllocator, AllocPolicy};
@@ -155,7 +156,7 @@ enum Hardware {
 type Live = (Arc<dyn VfHardware>, [Option<EventFd>; 2]);
 
 impl Hardware {
-    fn start(self, bdf: &str, memory: &GuestMemory) -> Result<Live, AssignedError> {
+    fn start(self, bdf: &str, memory: &GuestMemory, threads: &ThreadStart) -> Result<Live, AssignedError> {
         Ok(match self {
             Self::Vfio(vf) => {
                 let signals = [vf.request_event()?, vf.error_event()?];
@@ -163,7 +164,7 @@ impl Hardware {
             }
             Self::Simulated(connection) => {
                 let failed = |source| AssignedError::Simulated { bdf: bdf.to_owned(), source };
-                let vf = SimVf::new(connection, memory.clone()).map_err(failed)?;
+                let vf = SimVf::new(connection, memory.clone(), threads).map_err(failed)?;
                 let error = vf.error_event().map_err(failed)?;
                 (Arc::new(vf), [None, Some(error)])
             }
@@ -323,35 +324,46 @@ impl Places {
     }
 }
 
+/// What functions are put into.
+pub struct Surroundings<'a> {
+    /// Guest memory.
+    pub memory: &'a GuestMemory,
+    /// Interrupt routes.
+    pub router: &'a Arc<dyn MsiRouter>,
+    /// KVM's memory slots.
+    pub mapper: &'a Arc<dyn GuestMapper>,
+    /// The bus.
+    pub bus: &'a PciBus,
+    /// Guest-physical addresses for BARs above 4 GiB.
+    pub pci_window_64: &'a Range<u64>,
+    /// Where relays ask.
+    pub authorities: &'a Authorities,
+    /// How the functions' threads are started.
+    pub threads: &'a ThreadStart,
+}
+
 impl Opened {
     /// Maps guest memory for DMA and puts the functions on the bus.
     ///
     /// # Errors
     /// See [`AssignedError`].
-    pub fn assemble(
-        self,
-        memory: &GuestMemory,
-        router: &Arc<dyn MsiRouter>,
-        mapper: &Arc<dyn GuestMapper>,
-        bus: &PciBus,
-        pci_window_64: &Range<u64>,
-        authorities: &Authorities,
-    ) -> Result<Assigned, AssignedError> {
+    pub fn assemble(self, machine: &Surroundings<'_>) -> Result<Assigned, AssignedError> {
+        let Surroundings { memory, router, mapper, bus, pci_window_64, authorities, threads } = machine;
         if let Some(container) = &self.container {
             container.map_memory(memory)?;
         }
         let mut places = Places::new(pci_window_64);
-        let windows: Arc<[Range<u64>]> = [layout::PCI_WINDOW_32, pci_window_64.clone()].into();
+        let windows: Arc<[Range<u64>]> = [layout::PCI_WINDOW_32, (*pci_window_64).clone()].into();
         let mut functions = Vec::new();
         for (spec, hardware) in self.devices {
             let bdf = || spec.bdf.clone();
-            let (hardware, signals) = hardware.start(&spec.bdf, memory)?;
+            let (hardware, signals) = hardware.start(&spec.bdf, memory, threads)?;
             let gate = Gate::new(hardware);
-            let relay = start_relay(&spec, &gate, authorities)?;
+            let relay = start_relay(&spec, &gate, authorities, threads)?;
             let traps: Vec<TrappedRange> = relay.iter().map(mailbox_trap).collect();
             let (mapper, router) = (Arc::clone(mapper), Arc::clone(router));
             let function =
-                AssignedFunction::new(&spec.bdf, gate, Arc::clone(&windows), &traps, mapper, router)
+                AssignedFunction::new(&spec.bdf, gate, Arc::clone(&windows), &traps, mapper, router, threads)
                     .map_err(|source| AssignedError::Function { bdf: bdf(), source })?;
             for (index, bar) in function.bars() {
                 let address =
@@ -381,6 +393,7 @@ fn start_relay(
     spec: &DeviceSpec,
     gate: &Arc<Gate>,
     authorities: &Authorities,
+    threads: &ThreadStart,
 ) -> Result<Option<Relay>, AssignedError> {
     let Some(adapter) = &spec.adapter else { return Ok(None) };
     let mut ids = [0; 4];
@@ -394,7 +407,7 @@ fn start_relay(
         device,
     })?;
     let config = relay::Config { adapter: adapter.clone(), ..relay::Config::default() };
-    let relay = Relay::start(config, family, gate.clone(), Arc::new(authorities.of(adapter)))
+    let relay = Relay::start(config, family, gate.clone(), Arc::new(authorities.of(adapter)), threads)
         .map_err(|source| AssignedError::Relay { bdf: spec.bdf.clone(), source })?;
     Ok(Some(relay))
 }

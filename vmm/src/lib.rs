@@ -5,6 +5,8 @@
 //! [`vcpu`] threads. The agent uses nothing but [`control`] and [`console`]'s file format.
 
 pub mod assigned;
+#[cfg(feature = "attacks")]
+pub mod attack;
 pub mod authority;
 pub mod board;
 pub mod boot;
@@ -16,4 +18,5 @@ pub mod machine;
 pub mod memory;
 pub mod process;
 pub mod sandbox;
+pub mod seccomp;
 pub mod vcpu;

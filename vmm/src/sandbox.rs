@@ -4,22 +4,40 @@
 //!   root of the host ──private_root──▶ only /dev/vfio/vfio, /dev/vfio/N, device links
 //!        (started by the agent)           │ the VFIO devices are opened
 //!                                         ▼
-//!                                     empty, read-only root ──drop_privileges──▶ own uid, no capability
+//!                                     empty, read-only root ──drop_privileges──▶ own uid, no capability, Landlock
 //! ```
 //!
-//! Called while the process has one thread; threads that are started later inherit the result.
+//! Called while the process has one thread; threads that are started later inherit the result. Once all are there,
+//! [`limit_files`] and [`forbid_threads`] take away what none of them needs, and [`crate::seccomp`] confines each to its system calls.
+//!
+//! There is no PID namespace: a process cannot enter one, only its children do, so that the agent would have to start
+//! each vmm by a `clone3` of its own in place of the standard library's fork and exec. What it would hide, other processes' ids,
+//! is of no use without a right to do something to them.
 
 use std::{
     fs, io,
-    os::unix::fs::symlink,
+    os::{
+        fd::{AsFd, AsRawFd},
+        unix::fs::symlink,
+    },
     path::{Path, PathBuf},
 };
 
+use landlock::{
+    ABI, Access, AccessFs, AccessNet, CompatLevel, Compatible, Ruleset, RulesetAttr, RulesetCreated,
+    RulesetError, Scope,
+};
 use rustix::{
-    mount::{MountFlags, MountPropagationFlags, UnmountFlags, mount, mount_bind, mount_change, unmount},
-    process::{Resource, Rlimit, chdir, pivot_root, setrlimit},
+    mount::{
+        MountFlags, MountPropagationFlags, UnmountFlags, mount, mount_bind, mount_change, mount_remount,
+        unmount,
+    },
+    process::{Resource, Rlimit, chdir, chroot, geteuid, getrlimit, pivot_root, setrlimit},
     thread::{self, UnshareFlags},
 };
+
+use libc::SIGXFSZ;
+use vmm_sys_util::signal::register_signal_handler;
 
 use crate::control::{DeviceBackend, DeviceSpec, SandboxSpec};
 
@@ -28,16 +46,35 @@ const STAGE: &str = "/tmp";
 /// Where `vfio-ioctls` finds a device's group, inside of the private root.
 const DEVICES: &str = "/devices";
 
+/// Room for files that are opened later: connections of agents, and three eventfds for each simulated function whose
+/// interrupts the guest turns on.
+const MORE_FILES: u64 = 128;
+/// The longest file that it may write, in bytes: the console's ring is shorter, and its log is cut by the agent.
+const FILE_MAX: u64 = 16 << 20;
+/// The newest kernel interface whose restrictions are asked for; what the host's kernel does not know of them is left out.
+const LANDLOCK: ABI = ABI::V10;
+
 /// Why the sandbox cannot be built.
 #[derive(Debug, thiserror::Error)]
-#[error("Cannot {what}; the vmm needs a kernel with namespaces and an agent with CAP_SYS_ADMIN")]
-pub struct SandboxError {
-    what: String,
-    source: io::Error,
+pub enum SandboxError {
+    /// A step that needs privileges or a kernel's part.
+    #[error("Cannot {what}; the vmm needs a kernel with namespaces and an agent with CAP_SYS_ADMIN")]
+    Step {
+        /// Which.
+        what: String,
+        /// Why.
+        source: io::Error,
+    },
+    /// Landlock.
+    #[error(
+        "Cannot confine itself by Landlock: the host needs a kernel of version 5.13 or newer with CONFIG_SECURITY_LANDLOCK, \
+         and `landlock` in its list of security modules (the boot parameter lsm=)"
+    )]
+    Landlock(#[source] RulesetError),
 }
 
 fn failed<T>(result: Result<T, impl Into<io::Error>>, what: impl Into<String>) -> Result<T, SandboxError> {
-    result.map_err(|e| SandboxError { what: what.into(), source: e.into() })
+    result.map_err(|e| SandboxError::Step { what: what.into(), source: e.into() })
 }
 
 /// Where a device's sysfs-like directory lies in the private root.
@@ -46,14 +83,22 @@ pub fn device_path(bdf: &str) -> PathBuf {
     Path::new(DEVICES).join(bdf)
 }
 
-/// Moves into namespaces of its own and a root that holds the VFIO nodes of `devices` and nothing else.
+/// Moves into namespaces of its own and a root that holds the VFIO nodes of `devices` and nothing else, as far as `spec`
+/// says so.
 ///
 /// # Errors
 /// [`SandboxError`] naming the step.
-pub fn private_root(devices: &[DeviceSpec]) -> Result<(), SandboxError> {
-    let namespaces = UnshareFlags::NEWNS | UnshareFlags::NEWNET | UnshareFlags::NEWIPC | UnshareFlags::NEWUTS;
-    // SAFETY: the flags do not contain CLONE_FILES or any other that changes which file descriptors are valid.
-    failed(unsafe { thread::unshare_unsafe(namespaces) }, "enter namespaces of its own")?;
+pub fn private_root(spec: &SandboxSpec, devices: &[DeviceSpec]) -> Result<(), SandboxError> {
+    let mut namespaces = UnshareFlags::empty();
+    namespaces.set(UnshareFlags::NEWNET | UnshareFlags::NEWIPC | UnshareFlags::NEWUTS, spec.namespaces);
+    namespaces.set(UnshareFlags::NEWNS, spec.empty_root);
+    if !namespaces.is_empty() {
+        // SAFETY: the flags do not contain CLONE_FILES or any other that changes which file descriptors are valid.
+        failed(unsafe { thread::unshare_unsafe(namespaces) }, "enter namespaces of its own")?;
+    }
+    if !spec.empty_root {
+        return Ok(());
+    }
     let private = MountPropagationFlags::REC | MountPropagationFlags::PRIVATE;
     failed(mount_change("/", private), "make its mounts private")?;
     failed(
@@ -112,16 +157,30 @@ fn pivot(new_root: &Path) -> Result<(), SandboxError> {
 
 /// Moves on from the private root to an empty, read-only one.
 ///
+/// It is a directory of the root of its mount namespace, not that root itself, which is as empty: the kernel refuses a user
+/// namespace, in which it would have capabilities again, to a process whose root is changed so (`current_chrooted`).
+///
 /// # Errors
 /// [`SandboxError`] naming the step.
-pub fn empty_root() -> Result<(), SandboxError> {
+pub fn empty_root(spec: &SandboxSpec) -> Result<(), SandboxError> {
+    if !spec.empty_root {
+        return Ok(());
+    }
     failed(fs::create_dir("/empty"), "make an empty directory")?;
-    let flags = MountFlags::NOSUID | MountFlags::NOEXEC | MountFlags::NODEV | MountFlags::RDONLY;
+    let flags = MountFlags::NOSUID | MountFlags::NOEXEC | MountFlags::NODEV;
     failed(mount("portcullis", "/empty", "tmpfs", flags, Some(c"size=4k,mode=0555")), "mount an empty root")?;
-    pivot(Path::new("/empty"))
+    failed(fs::create_dir("/empty/root"), "make an empty root")?;
+    pivot(Path::new("/empty"))?;
+    failed(
+        mount_remount("/", flags | MountFlags::RDONLY, c"size=4k,mode=0555"),
+        "make its empty root read-only",
+    )?;
+    failed(chroot("/root"), "enter its empty root")?;
+    failed(chdir("/"), "enter its empty root")
 }
 
-/// Becomes the unprivileged user of `spec`, without any capability and without a way to get one.
+/// Becomes the unprivileged user of `spec`, without any capability and without a way to get one, and lets Landlock forbid what
+/// Landlock can.
 ///
 /// # Errors
 /// [`SandboxError`] naming the step.
@@ -136,15 +195,115 @@ pub fn drop_privileges(spec: &SandboxSpec) -> Result<(), SandboxError> {
         // Leaving uid 0 clears the permitted, effective and ambient sets (capabilities(7)).
         failed(thread::set_thread_res_uid(uid, uid, uid), "change its user id")?;
     }
-    // Also those that an agent without root was given.
+    if spec.uid.is_some() || !geteuid().is_root() {
+        leave_session_keyring()?;
+        drop_capabilities()?;
+    }
+    failed(thread::set_no_new_privs(true), "forbid new privileges")?;
+    if spec.landlock { landlock().map_err(SandboxError::Landlock) } else { Ok(()) }
+}
+
+/// Also those that an agent without root was given.
+fn drop_capabilities() -> Result<(), SandboxError> {
     let none = thread::CapabilitySets {
         effective: thread::CapabilitySet::empty(),
         permitted: thread::CapabilitySet::empty(),
         inheritable: thread::CapabilitySet::empty(),
     };
-    failed(thread::set_capabilities(None, none), "drop its capabilities")?;
-    failed(thread::set_no_new_privs(true), "forbid new privileges")
+    failed(thread::set_capabilities(None, none), "drop its capabilities")
 }
+
+/// Whoever shares a session keyring possesses its keys, whatever its user: the agent's is left for an empty one.
+fn leave_session_keyring() -> Result<(), SandboxError> {
+    let anonymous: *const libc::c_char = std::ptr::null();
+    // SAFETY: the operation takes a name or null, and changes nothing but which keyring this thread has.
+    let joined = unsafe { libc::syscall(libc::SYS_keyctl, libc::KEYCTL_JOIN_SESSION_KEYRING, anonymous) };
+    if joined >= 0 {
+        return Ok(());
+    }
+    let error = io::Error::last_os_error();
+    // A kernel without keys.
+    if error.raw_os_error() == Some(libc::ENOSYS) {
+        Ok(())
+    } else {
+        failed(Err(error), "leave the agent's keyring")
+    }
+}
+
+fn ruleset() -> Result<RulesetCreated, RulesetError> {
+    Ruleset::default()
+        .set_compatibility(CompatLevel::HardRequirement)
+        .handle_access(AccessFs::from_all(ABI::V1))?
+        .set_compatibility(CompatLevel::BestEffort)
+        .handle_access(AccessFs::from_all(LANDLOCK))?
+        .handle_access(AccessNet::from_all(LANDLOCK))?
+        .scope(Scope::from_all(LANDLOCK))?
+        .create()
+}
+
+/// Denies the calling thread, and those that it starts, every file that is not open yet, TCP ports, abstract sockets and
+/// signals to others: what of it the kernel knows.
+fn landlock() -> Result<(), RulesetError> {
+    // Without a rule nothing is allowed.
+    ruleset()?.restrict_self().map(drop)
+}
+
+/// Whether this host's kernel has Landlock.
+///
+/// # Errors
+/// [`SandboxError::Landlock`] if not, with the cure.
+pub fn landlock_available() -> Result<(), SandboxError> {
+    ruleset().map(drop).map_err(SandboxError::Landlock)
+}
+
+/// Lets malloc have one heap for all threads. Shrinking another thread's own heap makes glibc read
+/// `/proc/sys/vm/overcommit_memory`, at some time in the life of the process, and no thread may open files then. (It also
+/// saves memory: there are few threads, and each has a cache before the heap.) To be called before threads are started.
+pub fn one_heap() {
+    // SAFETY: sets a number in the allocator, under its own lock.
+    unsafe { libc::mallopt(libc::M_ARENA_MAX, 1) };
+    // In a test the process's threads have heaps of their own already: these are not shrunk.
+    #[cfg(test)]
+    // SAFETY: as above.
+    unsafe {
+        libc::mallopt(libc::M_TRIM_THRESHOLD, i32::MAX)
+    };
+}
+
+/// Limits what a process needs little of once its threads are there: few files more, and short ones.
+///
+/// # Errors
+/// [`SandboxError`] naming the step.
+pub fn limit_files(spec: &SandboxSpec) -> Result<(), SandboxError> {
+    if !spec.limits {
+        return Ok(());
+    }
+    // Writing more is an error then, not the end.
+    failed(
+        register_signal_handler(SIGXFSZ, no_more).map_err(|e| io::Error::from_raw_os_error(e.errno())),
+        "ignore a file that is too long",
+    )?;
+    let lowest = failed(io::stderr().as_fd().try_clone_to_owned(), "count its files")?;
+    let files = u64::try_from(lowest.as_raw_fd()).unwrap_or(0).saturating_add(MORE_FILES);
+    lower(Resource::Nofile, files, "limit its files")?;
+    lower(Resource::Fsize, FILE_MAX, "limit the length of files")
+}
+
+/// Forbids new threads and processes, also to a process without a seccomp filter. Not before its vCPUs have been in KVM_RUN once:
+/// kernels from 6.13 on start a worker of the VM there, which counts as a thread of this process.
+///
+/// # Errors
+/// [`SandboxError`] naming the step.
+pub fn forbid_threads(spec: &SandboxSpec) -> Result<(), SandboxError> {
+    if spec.limits { lower(Resource::Nproc, 0, "forbid new threads") } else { Ok(()) }
+}
+
+fn lower(resource: Resource, limit: u64, what: &str) -> Result<(), SandboxError> {
+    let limit = getrlimit(resource).maximum.map_or(limit, |maximum| maximum.min(limit));
+    failed(setrlimit(resource, Rlimit { current: Some(limit), maximum: Some(limit) }), what)
+}
+
+extern "C" fn no_more(_: libc::c_int, _: *mut libc::siginfo_t, _: *mut libc::c_void) {}
 
 fn drop_bounding_set() -> Result<(), SandboxError> {
     for capability in thread::CapabilitySet::all().iter() {

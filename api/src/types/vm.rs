@@ -250,26 +250,43 @@ pub struct VmStatus {
 /// What keeps a VM's process from the host.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 pub struct SandboxStatus {
-    /// Protections that are off, since the agent is not root and cannot set them up. None are off under an agent that is.
+    /// Protections that are off: since the agent is not root and cannot set them up, or since it was told to leave them off
+    /// (`serve --sandbox-off`). With functions of the host none are off.
     pub off: Vec<Protection>,
 }
 
 /// A protection of the host from a VM's process, which its guest may take over.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize, ToSchema)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize, ToSchema)]
 #[serde(rename_all = "snake_case")]
 pub enum Protection {
-    /// A user of its own. Without it the process has the agent's, and can do what the agent can: to its files, and to the
+    /// A user of its own, without capabilities. Without it the process has the agent's, and can do what the agent can: to its files, and to the
     /// processes of other VMs.
     OwnUser,
-    /// Mount, network, IPC and host name namespaces of its own. Without them the process can use the host's network.
+    /// Network, IPC and host name namespaces of its own. Without them the process can use the host's network.
     Namespaces,
-    /// An empty root directory. Without it the process sees the host's files, with the agent's rights.
+    /// An empty root directory, in a mount namespace of its own. Without it the process sees the host's files.
     EmptyRoot,
+    /// Limits on files, threads and lockable memory. Without them the process has those of the agent.
+    Limits,
+    /// Filters for the system calls of each thread. Without them the process can make every system call of its user.
+    Seccomp,
+    /// Landlock: no file that is not open, no TCP, no abstract socket and no signal to others, whatever the user's rights.
+    Landlock,
 }
 
 impl Protection {
     /// Every protection.
-    pub const ALL: [Protection; 3] = [Protection::OwnUser, Protection::Namespaces, Protection::EmptyRoot];
+    pub const ALL: [Protection; 6] = [
+        Protection::OwnUser,
+        Protection::Namespaces,
+        Protection::EmptyRoot,
+        Protection::Limits,
+        Protection::Seccomp,
+        Protection::Landlock,
+    ];
+
+    /// Those that only an agent that is root can set up.
+    pub const OF_ROOT: [Protection; 3] = [Protection::OwnUser, Protection::Namespaces, Protection::EmptyRoot];
 
     /// The name on the wire.
     pub fn as_str(self) -> &'static str {
@@ -277,6 +294,9 @@ impl Protection {
             Protection::OwnUser => "own_user",
             Protection::Namespaces => "namespaces",
             Protection::EmptyRoot => "empty_root",
+            Protection::Limits => "limits",
+            Protection::Seccomp => "seccomp",
+            Protection::Landlock => "landlock",
         }
     }
 }

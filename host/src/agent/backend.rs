@@ -141,7 +141,7 @@ impl Agent {
     }
 
     fn view(&self, vm: &VmHandle) -> Vm {
-        view::vm(vm, &self.directory(vm), self.env.users.is_some())
+        view::vm(vm, &self.directory(vm), &self.env.protections_off())
     }
 
     async fn claims(&self) -> Result<Vec<Claim>, Problem> {

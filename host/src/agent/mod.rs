@@ -32,6 +32,7 @@ use crate::{
     decisions::{DecisionLog, events::EventHub},
     environment::{Environment, Users},
     pf::{HostPfs, PfHandle, watch},
+    sandbox,
     sim::{SimPfOption, Simulated, Start},
     store::{ObjectStore, SqliteStore},
     switch::{Parts, Policy, SwitchHandle, Timing},
@@ -86,6 +87,11 @@ pub struct ServeArgs {
     /// repeated.
     #[arg(long = "sim-pf", value_name = "NAME=COUNT[,tap=IFNAME]")]
     pub sim_pfs: Vec<SimPfOption>,
+    /// Leave parts of the sandbox of VMs' processes off, to find out which of them is in the way: own_user, namespaces,
+    /// empty_root, limits, seccomp, landlock; or `unavailable`, those that this host's kernel cannot do. Such an agent boots no VM with
+    /// functions of the host; the parts are in each VM's status.
+    #[arg(long, value_name = "PART[,PART]", value_delimiter = ',')]
+    pub sandbox_off: Vec<sandbox::Off>,
     /// What becomes of VMs when the agent ends (SIGTERM, SIGINT). A second signal ends it at once, and leaves them as they are.
     #[arg(long, value_enum, default_value_t = OnExit::Leave)]
     pub on_exit: OnExit,
@@ -130,10 +136,11 @@ pub async fn serve(args: ServeArgs, socket: &Path, token_file: Option<&Path>) ->
     let store: Arc<dyn ObjectStore> = Arc::new(SqliteStore::open(&database)?);
     let mut env = Environment::new(Arc::clone(&store), args.run_dir.clone());
     env.image_dirs = image_dirs(&args.image_dirs)?;
+    env.sandbox_off = sandbox::off(&args.sandbox_off)?;
     if geteuid().is_root() {
         env.users = Some(Users::new(args.vmm_uid_base, args.vmm_uid_count));
     } else {
-        let off = Protection::ALL.map(Protection::as_str).join(", ");
+        let off = Protection::OF_ROOT.map(Protection::as_str).join(", ");
         tracing::warn!(
             off,
             "the agent is not root: VMs get simulated adapters only, and protections of the host from their processes \
@@ -203,7 +210,7 @@ async fn start_simulated(
     }
     // Beyond those of VMs.
     let users = args.vmm_uid_base.saturating_add(args.vmm_uid_count);
-    let start = Start::new(&args.run_dir, env.users.is_some().then_some(users));
+    let start = Start::new(&args.run_dir, env.users.is_some().then_some(users), env.protections_off());
     let simulated = Simulated::load(Arc::clone(store), &args.sim_pfs, start).await?;
     let all = Arc::clone(&simulated);
     tokio::task::spawn_blocking(move || all.start_all()).await??;

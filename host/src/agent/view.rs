@@ -14,8 +14,8 @@ use crate::{
     vmm_process::VmDirectory,
 };
 
-/// A VM. `own_users` is whether this agent gives processes users of their own, and all that comes with them.
-pub(super) fn vm(handle: &VmHandle, directory: &VmDirectory, own_users: bool) -> Vm {
+/// A VM. `off` are the protections that a process does without that this agent starts.
+pub(super) fn vm(handle: &VmHandle, directory: &VmDirectory, off: &[Protection]) -> Vm {
     let status = handle.status();
     let record = &handle.record;
     let spec = &record.value.spec;
@@ -44,8 +44,19 @@ pub(super) fn vm(handle: &VmHandle, directory: &VmDirectory, own_users: bool) ->
         }
     });
     // A process that runs may be one of an agent that could do more, or less.
-    let held_fast = if status.run.process.is_some() { status.run.user.is_some() } else { own_users };
-    let sandbox = SandboxStatus { off: if held_fast { Vec::new() } else { Protection::ALL.into() } };
+    let off = match (&status.run.process, &status.run.off) {
+        (None, _) => off.to_vec(),
+        (Some(_), Some(off)) => off.clone(),
+        // Of a release that had users of their own with all that comes with them, and no more.
+        (Some(_), None) => {
+            let mut off = vec![Protection::Limits, Protection::Seccomp, Protection::Landlock];
+            if status.run.user.is_none() {
+                off.extend(Protection::OF_ROOT);
+            }
+            off
+        }
+    };
+    let sandbox = SandboxStatus { off };
     let console = console::Reader::open(&directory.console()).and_then(|ring| ring.count());
     Vm {
         id: record.id,

@@ -20,7 +20,7 @@ use passthrough::{
 };
 
 use super::{SimError, SimPfRecord, Start};
-use crate::vmm_process::isolate;
+use crate::{sandbox, vmm_process::isolate};
 
 /// How long a process that was told to stop may take.
 const STOP: Duration = Duration::from_secs(2);
@@ -103,12 +103,13 @@ impl Adapter {
         let log = OpenOptions::new().append(true).create_new(true).mode(0o600).open(self.log());
         let log = log.map_err(at(self.log()))?;
         let user = self.start.first_user.and_then(|first| first.checked_add(self.record.number.into()));
+        let sandbox = serde_json::to_string(&sandbox::spec(user, &self.start.off));
         let mut command = Command::new(&self.start.program.path);
         command
             .args(&self.start.program.arguments)
             .args([&self.name, &self.record.vfs.to_string()])
             .arg(if tap.is_some() { "tap" } else { "-" })
-            .arg(user.map_or_else(|| "-".to_owned(), |user| user.to_string()))
+            .arg(sandbox.map_err(|error| at(self.socket())(error.into()))?)
             .env_clear()
             .current_dir("/")
             .stdin(listener)

@@ -27,6 +27,7 @@ use std::{
     sync::{Arc, PoisonError, RwLock},
 };
 
+use api::types::Protection;
 use netpolicy::SIMULATED;
 use passthrough::{
     host::{Bdf, Interface, InventoryError, PciDevice, Pf, PfControl, PfError, Vf},
@@ -129,14 +130,16 @@ pub struct Start {
     pub dir: PathBuf,
     /// The user of PF 0; the others follow. None for an agent that cannot change users.
     pub first_user: Option<u32>,
+    /// The protections that they do without.
+    pub off: Vec<Protection>,
 }
 
 impl Start {
     /// This very binary, below the agent's run directory.
     #[must_use]
-    pub fn new(run_dir: &std::path::Path, first_user: Option<u32>) -> Self {
+    pub fn new(run_dir: &std::path::Path, first_user: Option<u32>, off: Vec<Protection>) -> Self {
         let program = Program { arguments: vec![process::SUBCOMMAND.into()], ..Program::default() };
-        Self { program, dir: run_dir.join("sim"), first_user }
+        Self { program, dir: run_dir.join("sim"), first_user, off }
     }
 }
 

@@ -1,13 +1,13 @@
-//! The process of a simulated PF: `portcullis sim-pf NAME VFS tap|- USER|-`.
+//! The process of a simulated PF: `portcullis sim-pf NAME VFS tap|- SANDBOX`.
 //!
 //! It is started by the agent only. Its standard input is the listening socket that agents connect to, its standard output
 //! the tap device, if it has one. It parses frames of guests, so it gives up what it does not need before the first of
-//! them can reach it: own namespaces, an empty root, a user of its own, no capability.
+//! them can reach it: what its SANDBOX says (a [`SandboxSpec`] as JSON).
 
 use std::{io, os::fd::AsFd, process::ExitCode, time::Duration};
 
 use passthrough::sim::pf::{Options, serve};
-use vmm::{control::SandboxSpec, sandbox};
+use vmm::{control::SandboxSpec, sandbox, seccomp};
 
 use crate::vm::problem::chain;
 
@@ -23,16 +23,10 @@ const LINGER: Duration = Duration::from_secs(30);
 /// Runs the process. `arguments` are those after [`SUBCOMMAND`].
 #[must_use]
 pub fn main(arguments: &[String]) -> ExitCode {
-    let [name, vfs, tap, user] = arguments else { return usage() };
-    let Ok(vfs) = vfs.parse() else { return usage() };
-    let user = match user.as_str() {
-        "-" => None,
-        user => match user.parse() {
-            Ok(user) => Some(user),
-            Err(_) => return usage(),
-        },
-    };
-    match run(name, vfs, tap == "tap", user) {
+    sandbox::one_heap();
+    let [name, vfs, tap, spec] = arguments else { return usage() };
+    let (Ok(vfs), Ok(spec)) = (vfs.parse(), serde_json::from_str(spec)) else { return usage() };
+    match run(name, vfs, tap == "tap", &spec) {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
             tracing::error!(pf = name, "{}", chain(&*error));
@@ -42,18 +36,21 @@ pub fn main(arguments: &[String]) -> ExitCode {
 }
 
 fn usage() -> ExitCode {
-    tracing::error!("{SUBCOMMAND} is started by the agent only, as: {SUBCOMMAND} NAME VFS tap|- USER|-");
+    tracing::error!("{SUBCOMMAND} is started by the agent only, as: {SUBCOMMAND} NAME VFS tap|- SANDBOX");
     ExitCode::from(USAGE)
 }
 
-fn run(name: &str, vfs: u16, tap: bool, user: Option<u32>) -> Result<(), Box<dyn std::error::Error>> {
+fn run(name: &str, vfs: u16, tap: bool, spec: &SandboxSpec) -> Result<(), Box<dyn std::error::Error>> {
     let listener = io::stdin().as_fd().try_clone_to_owned()?;
     let tap = if tap { Some(io::stdout().as_fd().try_clone_to_owned()?) } else { None };
-    if user.is_some() {
-        sandbox::private_root(&[])?;
-        sandbox::empty_root()?;
+    sandbox::private_root(spec, &[])?;
+    sandbox::empty_root(spec)?;
+    sandbox::drop_privileges(spec)?;
+    sandbox::limit_files(spec)?;
+    sandbox::forbid_threads(spec)?;
+    if spec.seccomp {
+        seccomp::Thread::SimulatedPf.confine()?;
     }
-    sandbox::drop_privileges(&SandboxSpec { uid: user, gid: user })?;
     serve(Options { name: name.to_owned(), vfs, listener, tap, linger: Some(LINGER) })?;
     Ok(())
 }

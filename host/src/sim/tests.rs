@@ -43,7 +43,7 @@ fn sim_pf_process() {
 fn start(dir: &std::path::Path) -> Start {
     let arguments = ["--exact", "--nocapture", PROCESS].map(Into::into).into();
     let program = Program { path: std::env::current_exe().unwrap().into(), arguments };
-    Start { program, ..Start::new(dir, None) }
+    Start { program, ..Start::new(dir, None, Protection::OF_ROOT.into()) }
 }
 
 /// A host's store and run directory. Its processes end with it.

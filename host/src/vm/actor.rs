@@ -15,7 +15,10 @@ use api::{
     problem::{Problem, ProblemCode},
     types::{Cause, CauseCode, EventKind, ObjectKind, Owner, Subject, Timestamp, VmAction, VmState},
 };
-use passthrough::fail::{Point, reach};
+use passthrough::{
+    fail::{Point, reach},
+    sim::is_simulated,
+};
 use tokio::{
     sync::{mpsc, oneshot, watch},
     task::AbortHandle,
@@ -43,6 +46,9 @@ const STOP: Duration = Duration::from_secs(15);
 
 /// How long the last reports of a process that has ended may take to be read.
 const LAST_WORDS: Duration = Duration::from_secs(2);
+
+/// How long a process may take to end whose connection has ended.
+const DYING: Duration = Duration::from_millis(500);
 
 /// Connections to lost vmm processes, logs and lost devices are looked at this often.
 const TICK: Duration = Duration::from_secs(1);
@@ -348,6 +354,10 @@ impl Actor {
         // What an earlier end could not give back.
         self.give_back().await?;
         self.held = claims::claim(&self.env, self.vm.id, &self.vm.value.spec).await?;
+        if let Err(problem) = self.nothing_off_for_hardware() {
+            self.give_back().await?;
+            return Err(problem);
+        }
         let user = match &self.env.users {
             None => None,
             Some(users) => match users.take() {
@@ -361,13 +371,36 @@ impl Actor {
         };
         self.end = None;
         self.misbehaved = None;
-        self.run = RunRecord { state: VmState::Starting, user, ..RunRecord::default() };
+        self.run = RunRecord {
+            state: VmState::Starting,
+            user,
+            off: Some(self.env.protections_off()),
+            ..RunRecord::default()
+        };
         if let Err(problem) = self.store().await {
             self.abandon().await;
             return Err(problem);
         }
         reach(Point::BootBegun);
         Ok(files)
+    }
+
+    /// With functions of the host, which can do DMA and speak to their PF, a process has every protection.
+    fn nothing_off_for_hardware(&self) -> Result<(), Problem> {
+        let hardware = self.held.iter().map(|claim| claim.value.bdf).find(|bdf| !is_simulated(*bdf));
+        let off: Vec<_> = self.env.sandbox_off.iter().map(|part| part.as_str()).collect();
+        match hardware {
+            Some(bdf) if !off.is_empty() => {
+                let detail = format!(
+                    "The VM {} has the host's function {bdf}, for which no part of the sandbox may be off, and this agent \
+                     leaves {} off: start it without --sandbox-off.",
+                    self.name(),
+                    off.join(", ")
+                );
+                Err(Problem::new(ProblemCode::SandboxUnavailable, detail))
+            }
+            _ => Ok(()),
+        }
     }
 
     async fn build(&mut self, files: boot::Files) -> Result<(), Problem> {
@@ -385,7 +418,17 @@ impl Actor {
         let (connection, events) = match &mut self.process {
             // A vmm that dies must not be waited for.
             Some(process) => tokio::select! {
-                result = run => result?,
+                result = run => match result {
+                    Ok(running) => running,
+                    // Its connection ends a moment before it has: what ended it says more.
+                    Err(problem) if problem.code == ProblemCode::VmmFailed => {
+                        return Err(match timeout(DYING, process.ended()).await {
+                            Ok(exit) => crashed(exit, &self.directory),
+                            Err(_) => problem,
+                        });
+                    }
+                    Err(problem) => return Err(problem),
+                },
                 exit = process.ended() => return Err(crashed(exit, &self.directory)),
             },
             None => run.await?,

@@ -5,7 +5,7 @@ use std::{fs::File, os::fd::OwnedFd, sync::Arc, time::Duration};
 use api::{
     Caller,
     problem::{Problem, ProblemCode},
-    types::VmSpec,
+    types::{Protection, VmSpec},
 };
 use passthrough::{
     fail::{Point, reach},
@@ -14,7 +14,7 @@ use passthrough::{
 };
 use tokio::sync::mpsc;
 use uuid::Uuid;
-use vmm::control::{DeviceBackend, DeviceSpec, MachineSpec, Order, SandboxSpec, State};
+use vmm::control::{DeviceBackend, DeviceSpec, MachineSpec, Order, State};
 
 use super::{
     claims::Held,
@@ -22,10 +22,10 @@ use super::{
 };
 use crate::{
     environment::Environment,
-    files,
+    files, sandbox,
     store::Entry,
     vm::record::VmRecord,
-    vmm_process::{Connection, Event, Process, VmDirectory, raise_memlock, spawn},
+    vmm_process::{Connection, Event, Process, VmDirectory, limit_memlock, spawn},
 };
 
 /// How long building a machine may take: much memory must be locked, and hardware reset.
@@ -83,9 +83,14 @@ pub(super) fn start(
         Problem::new(ProblemCode::VmmFailed, detail)
     })?;
     let process = spawn(&env.program, directory, vm).map_err(|e| e.problem())?;
-    // Simulated functions reach guest memory as the process does.
-    if held.iter().any(|claim| !is_simulated(claim.value.bdf)) {
-        raise_memlock(&process, spec.memory.bytes().saturating_add(env.memlock_slack)).map_err(|error| {
+    // Simulated functions reach guest memory as the process does: nothing is locked for them.
+    let lockable = if held.iter().any(|claim| !is_simulated(claim.value.bdf)) {
+        Some(spec.memory.bytes().saturating_add(env.memlock_slack))
+    } else {
+        (!env.sandbox_off.contains(&Protection::Limits)).then_some(0)
+    };
+    if let Some(lockable) = lockable {
+        limit_memlock(&process, lockable).map_err(|error| {
             process.kill();
             error.problem()
         })?;
@@ -115,7 +120,7 @@ pub(super) async fn run(
     let initramfs = files.initramfs.is_some();
     fds.extend(files.initramfs.map(OwnedFd::from));
     fds.extend(connections(env, held).await?);
-    let spec = Box::new(machine(vm, initramfs, held, user));
+    let spec = Box::new(machine(vm, initramfs, held, user, &env.protections_off()));
     connection.order(Order::Configure { spec }, fds, CONFIGURE).await.map_err(|e| e.problem())?;
     reach(Point::BootConfigured);
     connection.order(Order::Run, Vec::new(), PROMPT).await.map_err(|e| e.problem())?;
@@ -134,7 +139,13 @@ async fn connections(env: &Environment, held: &[Held]) -> Result<Vec<OwnedFd>, P
         .map_err(|error: PfError| error.problem())
 }
 
-fn machine(vm: &Entry<VmRecord>, initramfs: bool, held: &[Held], user: Option<u32>) -> MachineSpec {
+fn machine(
+    vm: &Entry<VmRecord>,
+    initramfs: bool,
+    held: &[Held],
+    user: Option<u32>,
+    off: &[Protection],
+) -> MachineSpec {
     let spec = &vm.value.spec;
     let device = |claim: &Held| DeviceSpec {
         bdf: claim.value.bdf.to_string(),
@@ -153,6 +164,6 @@ fn machine(vm: &Entry<VmRecord>, initramfs: bool, held: &[Held], user: Option<u3
         cmdline: spec.boot.cmdline.clone(),
         initramfs,
         devices: held.iter().map(device).collect(),
-        sandbox: SandboxSpec { uid: user, gid: user },
+        sandbox: sandbox::spec(user, off),
     }
 }

@@ -2,7 +2,7 @@
 
 use std::collections::BTreeMap;
 
-use api::types::{Cause, Name, Timestamp, UnicastMac, VmSpec, VmState};
+use api::types::{Cause, Name, Protection, Timestamp, UnicastMac, VmSpec, VmState};
 use passthrough::host::{Bdf, PreviousBinding, VfSettings};
 use serde::{Deserialize, Serialize};
 use uuid::Uuid;
@@ -41,6 +41,9 @@ pub struct RunRecord {
     /// The user that its process runs as, if it is one of its own.
     #[serde(default)]
     pub user: Option<u32>,
+    /// The protections that its process does without; None for one of an agent that did not say so.
+    #[serde(default)]
+    pub off: Option<Vec<Protection>>,
     /// Functions that the running guest lost, by address.
     #[serde(default)]
     pub lost: BTreeMap<String, Cause>,
@@ -55,6 +58,7 @@ impl Default for RunRecord {
             boots: 0,
             process: None,
             user: None,
+            off: None,
             lost: BTreeMap::new(),
         }
     }

@@ -56,6 +56,10 @@ impl std::fmt::Display for Exit {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         match self {
             Self::Code(code) => write!(f, "exited with status {code}"),
+            Self::Signal(libc::SIGSYS) => f.write_str(
+                "was killed by SIGSYS, since it made a system call that its seccomp filter does not allow (the host's kernel \
+                 log has its number),",
+            ),
             Self::Signal(signal) => write!(f, "was killed by signal {signal}"),
             Self::Unknown => write!(f, "ended"),
         }

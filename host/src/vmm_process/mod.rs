@@ -13,4 +13,4 @@ mod spawn;
 pub use connection::{ConnectError, Connection, Event, Greeting, OrderError};
 pub use directory::VmDirectory;
 pub use exit::{Exit, Identity, Process};
-pub use spawn::{MEMLOCK_SLACK, Program, SpawnError, isolate, raise_memlock, spawn};
+pub use spawn::{MEMLOCK_SLACK, Program, SpawnError, isolate, limit_memlock, spawn};

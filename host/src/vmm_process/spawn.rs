@@ -137,23 +137,17 @@ fn pass(command: &mut Command, listener: &Listener) {
     unsafe { command.pre_exec(prepare) };
 }
 
-/// Lets `process` lock `need` bytes of memory: the vmm has no CAP_IPC_LOCK when it maps them for DMA.
+/// Lets `process` lock `need` bytes of memory and no more: the vmm has no CAP_IPC_LOCK when it maps them for DMA.
 ///
 /// # Errors
 /// [`SpawnError::Memlock`] if the hard limit is lower and this process may not raise it.
-pub fn raise_memlock(process: &Process, need: u64) -> Result<(), SpawnError> {
+pub fn limit_memlock(process: &Process, need: u64) -> Result<(), SpawnError> {
     let limit = getrlimit(Resource::Memlock);
-    // None is no limit.
-    let enough = |limit: Option<u64>| limit.is_none_or(|limit| limit >= need);
-    if enough(limit.current) {
-        return Ok(());
-    }
-    let maximum = if enough(limit.maximum) { limit.maximum } else { Some(need) };
-    let raised = Rlimit { current: Some(need), maximum };
+    let exact = Rlimit { current: Some(need), maximum: Some(need) };
     let Some(pid) = Pid::from_raw(process.identity().pid) else {
         return Err(SpawnError::Process(io::ErrorKind::InvalidInput.into()));
     };
-    match prlimit(Some(pid), Resource::Memlock, raised) {
+    match prlimit(Some(pid), Resource::Memlock, exact) {
         Ok(_) => Ok(()),
         Err(rustix::io::Errno::PERM) => {
             Err(SpawnError::Memlock { need, limit: limit.maximum.unwrap_or(u64::MAX) })
@@ -225,17 +219,17 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn lockable_memory_is_raised_or_refused_with_numbers_and_cure() {
+    async fn lockable_memory_is_what_is_needed_or_refused_with_numbers_and_cure() {
         let (_run, directory, vm) = directory();
         let mut process = spawn(&shell("read x < /dev/zero; exec sleep 60"), &directory, vm).unwrap();
         let need = (1 << 30) + MEMLOCK_SLACK;
-        match raise_memlock(&process, need) {
+        match limit_memlock(&process, need) {
             Ok(()) => {
                 let limits =
                     std::fs::read_to_string(format!("/proc/{}/limits", process.identity().pid)).unwrap();
                 let line = limits.lines().find(|line| line.starts_with("Max locked memory")).unwrap();
                 let soft = line.split_ascii_whitespace().nth(3).unwrap();
-                assert!(soft == "unlimited" || soft.parse::<u64>().unwrap() >= need, "{line}");
+                assert_eq!(soft.parse::<u64>().unwrap(), need, "{line}");
             }
             Err(error) => {
                 let hard = getrlimit(Resource::Memlock).maximum.expect("no limit can be too small");

@@ -26,7 +26,10 @@ use super::{
     thread::{Command, Commands, Worker},
     windows::Windows,
 };
-use crate::hardware::VfHardware;
+use crate::{
+    hardware::VfHardware,
+    threads::{ThreadKind, ThreadStart},
+};
 
 /// What vCPUs and the function's thread share.
 pub(super) struct Shared {
@@ -81,6 +84,7 @@ impl AssignedFunction {
         traps: &[TrappedRange],
         mapper: Arc<dyn GuestMapper>,
         router: Arc<dyn MsiRouter>,
+        threads: &ThreadStart,
     ) -> Result<Self, FunctionError> {
         let hardware = gate.as_ref();
         let capabilities = Capabilities::scan(hardware)?;
@@ -116,10 +120,9 @@ impl AssignedFunction {
         let shared = Arc::new(shared);
         let (commands, receiver) = mpsc::channel();
         let worker = Worker::new(shared.clone(), receiver);
-        let thread = std::thread::Builder::new()
-            // The kernel shows 15 bytes of it.
-            .name(format!("fn {name}"))
-            .spawn(move || worker.run())
+        let thread = threads
+            // The kernel shows 15 bytes of the name.
+            .spawn(ThreadKind::Function, format!("fn {name}"), move || worker.run())
             .map_err(FunctionError::Thread)?;
         Ok(Self { shared, commands, thread: Mutex::new(Some(thread)) })
     }

@@ -229,8 +229,15 @@ impl Bench {
     fn new(hardware: Hardware, traps: &[TrappedRange]) -> Result<Self, FunctionError> {
         let (mapper, router) = (Arc::new(Mapper::default()), Arc::new(Router::default()));
         let gate = Gate::new(Arc::new(hardware));
-        let function =
-            AssignedFunction::new("fuzz", gate, Arc::from(WINDOWS), traps, mapper.clone(), router)?;
+        let function = AssignedFunction::new(
+            "fuzz",
+            gate,
+            Arc::from(WINDOWS),
+            traps,
+            mapper.clone(),
+            router,
+            &crate::threads::ThreadStart::default(),
+        )?;
         Ok(Bench { function, mapper })
     }
 

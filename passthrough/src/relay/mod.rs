@@ -56,6 +56,7 @@ use crate::{
         layout::{Layout, PAGE_SIZE},
         port::{Clock, SystemClock},
     },
+    threads::{ThreadKind, ThreadStart},
 };
 
 /// How a relay behaves. The defaults fit igbvf, which gives up after a second.
@@ -126,10 +127,11 @@ impl Relay {
         layout: &'static Layout,
         hardware: Arc<dyn VfHardware>,
         authority: Arc<dyn Authority>,
+        threads: &ThreadStart,
     ) -> io::Result<Self> {
         let (relay, core) =
             Self::assemble(config, layout, hardware, authority, Arc::new(SystemClock::default()));
-        let thread = std::thread::Builder::new().name("relay".into()).spawn(move || core.run())?;
+        let thread = threads.spawn(ThreadKind::Relay, "relay".into(), move || core.run())?;
         *relay.thread.lock().unwrap_or_else(PoisonError::into_inner) = Some(thread);
         Ok(relay)
     }

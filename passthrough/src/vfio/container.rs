@@ -6,25 +6,28 @@ pub use vfio_ioctls::VfioDeviceFd as KvmVfioDevice;
 use vfio_ioctls::{VfioContainer, VfioDevice, VfioError};
 use vm_memory::{GuestMemoryBackend, GuestMemoryMmap, GuestMemoryRegion};
 
-use super::{Error, VfioVf};
+use super::{Error, VfioVf, device::Closing};
 
 /// The VFIO container of a VM.
 pub struct Container {
     container: Arc<VfioContainer>,
+    closing: Closing,
 }
 
 impl Container {
     /// Opens `/dev/vfio/vfio`. With `kvm`, a KVM device of type VFIO, KVM learns of the groups (devices that
-    /// need to know, for instance for cache coherency, then do).
+    /// need to know, for instance for cache coherency, then do): that is a vmm, whose devices leave group and container
+    /// to its end when they are closed.
     ///
     /// # Errors
     /// [`Error::Container`], [`Error::NoIommuDriver`].
     pub fn new(kvm: Option<KvmVfioDevice>) -> Result<Self, Error> {
+        let closing = if kvm.is_some() { Closing::DeviceOnly } else { Closing::LetGo };
         let container = VfioContainer::new(kvm.map(Arc::new)).map_err(|error| match error {
             VfioError::OpenContainer(source) => Error::Container(source),
             other => Error::NoIommuDriver(other),
         })?;
-        Ok(Self { container: Arc::new(container) })
+        Ok(Self { container: Arc::new(container), closing })
     }
 
     /// Opens a device that is bound to vfio-pci. `path` is its sysfs directory, or any directory named like the
@@ -38,7 +41,7 @@ impl Container {
         let group = group_of(path).map_err(|source| Error::NoGroup { bdf: bdf.clone(), source })?;
         let device = VfioDevice::new(path, self.container.clone(), false)
             .map_err(|error| open_error(error, io::Error::last_os_error(), bdf.clone(), group))?;
-        VfioVf::new(device, path, bdf)
+        VfioVf::new(device, path, bdf, self.closing)
     }
 
     /// Maps all of the guest's memory for DMA at its guest-physical addresses. To be called once, after the first

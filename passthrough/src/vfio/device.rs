@@ -77,14 +77,14 @@ pub struct VfioVf {
 }
 
 impl VfioVf {
-    pub(super) fn new(device: VfioDevice, path: &Path, bdf: String) -> Result<Self, Error> {
-        let device = OpenDevice(ManuallyDrop::new(device), path.to_owned());
+    pub(super) fn new(device: VfioDevice, path: &Path, bdf: String, closing: Closing) -> Result<Self, Error> {
+        let device = OpenDevice { inner: ManuallyDrop::new(device), path: path.to_owned(), closing };
         let call = |what: &'static str| {
             let bdf = bdf.clone();
             move |source| Error::DeviceCall { bdf, what, source }
         };
         // SAFETY: the descriptor is open as long as `device` is.
-        let fd = unsafe { BorrowedFd::borrow_raw(device.0.as_raw_fd()) };
+        let fd = unsafe { BorrowedFd::borrow_raw(device.inner.as_raw_fd()) };
         let file = File::from(fd.try_clone_to_owned().map_err(call("Duplicating its descriptor"))?);
         let region = |index: u32| region_info(&file, index).map_err(call("Reading its regions"));
         let config = region(VFIO_PCI_CONFIG_REGION_INDEX)?;
@@ -139,12 +139,12 @@ impl VfioVf {
     }
 
     fn event(&self, index: u32, what: &'static str) -> Result<Option<EventFd>, Error> {
-        if self.device.0.get_irq_info(index).is_none_or(|irq| irq.count == 0) {
+        if self.device.inner.get_irq_info(index).is_none_or(|irq| irq.count == 0) {
             return Ok(None);
         }
         let failed = |source| Error::DeviceCall { bdf: self.bdf.clone(), what, source };
         let event = EventFd::new(EFD_NONBLOCK | EFD_CLOEXEC).map_err(failed)?;
-        self.device.0.enable_irq(index, vec![&event]).map_err(|error| failed(io::Error::other(error)))?;
+        self.device.inner.enable_irq(index, vec![&event]).map_err(|error| failed(io::Error::other(error)))?;
         Ok(Some(event))
     }
 
@@ -233,7 +233,7 @@ impl VfHardware for VfioVf {
     }
 
     fn irq_count(&self, kind: IrqKind) -> u32 {
-        self.device.0.get_irq_info(irq_index(kind)).map_or(0, |irq| irq.count)
+        self.device.inner.get_irq_info(irq_index(kind)).map_or(0, |irq| irq.count)
     }
 
     fn enable_irqs(&self, kind: IrqKind, triggers: &[EventFd]) -> io::Result<()> {
@@ -243,7 +243,7 @@ impl VfHardware for VfioVf {
         }
         // vfio-ioctls drops the error number; it is still the thread's last one.
         self.device
-            .0
+            .inner
             .enable_irq(irq_index(kind), triggers.iter().collect())
             .map_err(|_| io::Error::last_os_error())
     }
@@ -252,7 +252,7 @@ impl VfHardware for VfioVf {
         if self.irq_count(kind) == 0 {
             return Ok(());
         }
-        self.device.0.disable_irq(irq_index(kind)).map_err(|_| io::Error::last_os_error())
+        self.device.inner.disable_irq(irq_index(kind)).map_err(|_| io::Error::last_os_error())
     }
 
     fn reset(&self) -> io::Result<()> {
@@ -267,23 +267,35 @@ impl VfHardware for VfioVf {
     }
 }
 
-/// An open device whose `Drop` in vfio-ioctls must not run: it looks the device up in sysfs and panics where that
-/// is gone, as it is in the sandbox.
-struct OpenDevice(ManuallyDrop<VfioDevice>, PathBuf);
+/// An open device whose `Drop` in vfio-ioctls must not run in a vmm: it looks the device up in sysfs and panics where
+/// that is gone, as it is in the sandbox; and there the thread may not even look.
+struct OpenDevice {
+    inner: ManuallyDrop<VfioDevice>,
+    path: PathBuf,
+    closing: Closing,
+}
+
+/// What is done when a device is closed.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Closing {
+    /// Group and container are let go of, too: this process lives on.
+    LetGo,
+    /// They stay until this process ends, which has nothing else to do.
+    DeviceOnly,
+}
 
 impl Drop for OpenDevice {
     fn drop(&mut self) {
-        if self.1.join("iommu_group").read_link().is_ok() {
-            // The agent, which opens a VF to clean it and lives on: container and group must be let go of.
+        if self.closing == Closing::LetGo && self.path.join("iommu_group").read_link().is_ok() {
+            // The agent, which opens a VF to clean it and lives on.
             // SAFETY: nothing uses the device after this; vfio-ioctls finds the group link that it looks up.
-            unsafe { ManuallyDrop::drop(&mut self.0) };
+            unsafe { ManuallyDrop::drop(&mut self.inner) };
             return;
         }
-        // A vmm in its empty root, where vfio-ioctls' own drop would panic for want of the link.
         // SAFETY: the descriptor is the one that the inner device owns, open until here; that device is never used
         // or dropped afterwards. (What leaks with it is a few hundred bytes, and the container and the group until
         // the process ends. The kernel gives the device back to its host once its last descriptor and mapping go.)
-        drop(unsafe { OwnedFd::from_raw_fd(self.0.as_raw_fd()) });
+        drop(unsafe { OwnedFd::from_raw_fd(self.inner.as_raw_fd()) });
     }
 }
 

@@ -19,6 +19,7 @@ use super::{Container, Error};
 use crate::{
     function::{AssignedFunction, Gate},
     hardware::{IrqKind, VfHardware},
+    threads::ThreadStart,
 };
 
 const BAR0: u64 = 0xc000_0000;
@@ -98,7 +99,16 @@ fn a_real_vf_is_opened_mapped_reset_and_let_go() {
     let windows = Arc::new(Windows::default());
     let pci: Arc<[std::ops::Range<u64>]> = std::iter::once(0xc000_0000..0xd000_0000).collect();
     let gate = Gate::new(Arc::new(vf));
-    let function = AssignedFunction::new("vf", gate, pci, &[], windows.clone(), Arc::new(NoRoutes)).unwrap();
+    let function = AssignedFunction::new(
+        "vf",
+        gate,
+        pci,
+        &[],
+        windows.clone(),
+        Arc::new(NoRoutes),
+        &ThreadStart::default(),
+    )
+    .unwrap();
     function.assign_bar(0, BAR0).unwrap();
     function.assign_bar(3, BAR3).unwrap();
     let read = |offset, len: usize| {

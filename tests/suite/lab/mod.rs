@@ -6,6 +6,7 @@ mod devices;
 mod errors;
 mod life_cycle;
 mod policy;
+mod sandbox;
 mod simulated;
 mod tables;
 

@@ -9,4 +9,5 @@ mod load;
 mod machine;
 mod network;
 mod rest;
+mod sandbox;
 mod simulated_pf;

@@ -165,7 +165,7 @@ fn an_agent_without_root_runs_vms_and_says_what_holds_them_not() {
     assert!(status.contains("Uid:\t65534") && status.contains("NoNewPrivs:\t1"), "{status}");
     agent.boot(&spec(&agent, "web1"));
     let vm = agent.vm("web1");
-    assert_eq!(vm.status.sandbox.off, Protection::ALL);
+    assert_eq!(vm.status.sandbox.off, Protection::OF_ROOT);
     assert_eq!(vm.status.adapters[0].pf.as_deref(), Some("user0"));
     drop(agent);
     eventually("no process is left", || process("user0").is_none());

@@ -276,6 +276,33 @@ pub struct SandboxSpec {
     pub uid: Option<u32>,
     /// Group id to become.
     pub gid: Option<u32>,
+    /// Limits on what it may use: open files, threads, sizes of files.
+    pub limits: bool,
+    /// Namespaces of its own: network, IPC, host name.
+    pub namespaces: bool,
+    /// An empty root, in a mount namespace of its own.
+    pub empty_root: bool,
+    /// A seccomp filter for each thread.
+    pub seccomp: bool,
+    /// No file, no TCP port, no abstract socket, no signal to others, by Landlock.
+    pub landlock: bool,
+}
+
+impl SandboxSpec {
+    /// What needs no privilege and holds for threads: a process that stays the user it is and sees what it saw, with
+    /// its seccomp filters and Landlock.
+    #[must_use]
+    pub fn of_threads() -> Self {
+        Self {
+            uid: None,
+            gid: None,
+            limits: false,
+            namespaces: false,
+            empty_root: false,
+            seccomp: true,
+            landlock: true,
+        }
+    }
 }
 
 /// Where a vmm is in its life.

@@ -34,6 +34,7 @@ const USAGE: u8 = 2;
 #[must_use]
 pub fn main(arguments: &[String]) -> ExitCode {
     let started = Instant::now();
+    crate::sandbox::one_heap();
     let Some((listener, vm)) = parse(arguments) else {
         tracing::error!("{SUBCOMMAND} is started by the agent only, as: {SUBCOMMAND} LISTENER_FD VM_UUID");
         return ExitCode::from(USAGE);

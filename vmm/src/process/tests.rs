@@ -231,7 +231,7 @@ impl Fixture {
             cmdline: String::new(),
             initramfs: false,
             devices,
-            sandbox: SandboxSpec { uid: None, gid: None },
+            sandbox: SandboxSpec::of_threads(),
         };
         let kvm = File::options().read(true).write(true).open("/dev/kvm").expect("/dev/kvm is needed");
         let mut image = tempfile::tempfile().unwrap();

@@ -36,6 +36,7 @@ use self::{
     exit::{Counters, Exit, Ports, Step},
     state::{Entry, PowerOn},
 };
+use crate::seccomp::{self, Confinement};
 
 /// How long a vCPU may take to acknowledge. Only a bug in KVM could keep it longer.
 const ACKNOWLEDGE: Duration = Duration::from_secs(10);
@@ -121,19 +122,18 @@ pub struct Vcpus(Vec<Handle>);
 extern "C" fn leave_guest(_: libc::c_int, _: *mut libc::siginfo_t, _: *mut libc::c_void) {}
 
 impl Vcpus {
-    /// Starts the threads, parked, in power-on state but for the first: it is the boot processor and stands at `entry`. (It is
-    /// put there before its thread begins: an order to it would cost the time of two wake-ups.)
+    /// Starts the threads, parked, in power-on state.
     ///
     /// # Errors
     /// See [`VcpuError`].
     pub fn start(
         kvm: &Kvm,
         fds: Vec<VcpuFd>,
-        entry: Entry,
         ports: &Arc<dyn Ports>,
         counters: &Arc<Counters>,
         events: &Arc<Events>,
         first_entry: &Arc<std::sync::OnceLock<Instant>>,
+        confinement: &Confinement,
     ) -> Result<Self, VcpuError> {
         // The handler does nothing: the signal's arrival is what takes a vCPU out of KVM_RUN.
         register_signal_handler(SIGRTMIN(), leave_guest)
@@ -141,9 +141,6 @@ impl Vcpus {
         let mut vcpus = Self(Vec::with_capacity(fds.len()));
         for (index, fd) in (0_u8..).zip(fds) {
             let power_on = PowerOn::capture(kvm, &fd).map_err(|e| VcpuError::Kvm(index, e))?;
-            if index == 0 {
-                state::enter(&fd, entry).map_err(|e| VcpuError::Kvm(index, e))?;
-            }
             let (orders, inbox) = mpsc::channel();
             let (acknowledge, acknowledged) = mpsc::channel();
             let vcpu = Vcpu {
@@ -155,9 +152,13 @@ impl Vcpus {
                 events: Arc::clone(events),
                 first_entry: Arc::clone(first_entry),
             };
+            let confine = confinement.prepare(seccomp::Thread::Vcpu);
             let thread = thread::Builder::new()
                 .name(format!("vcpu{index}"))
-                .spawn(move || vcpu.serve(&inbox, &acknowledge))
+                .spawn(move || {
+                    confine();
+                    vcpu.serve(&inbox, &acknowledge);
+                })
                 .map_err(|e| VcpuError::Thread(index, e))?;
             vcpus.0.push(Handle { index, orders, acknowledged, thread: Some(thread) });
         }
@@ -189,15 +190,13 @@ impl Vcpus {
         self.all(|| Order::PowerOn)
     }
 
-    /// Puts the boot processor (parked, in power-on state) at `entry`.
+    /// Puts the boot processor (parked, in power-on state) at `entry`. Not waited for, which saves the time of two wake-ups: what
+    /// KVM refuses is told with the next order.
     ///
     /// # Errors
-    /// See [`VcpuError`].
+    /// [`VcpuError::Silent`].
     pub fn enter(&self, entry: Entry) -> Result<(), VcpuError> {
-        self.0.first().map_or(Ok(()), |first| {
-            first.order(Order::Enter(entry))?;
-            first.wait()
-        })
+        self.0.first().map_or(Ok(()), |first| first.order(Order::Enter(entry)))
     }
 
     fn all(&self, order: impl Fn() -> Order) -> Result<(), VcpuError> {
@@ -277,6 +276,7 @@ struct Vcpu {
 impl Vcpu {
     fn serve(mut self, orders: &Receiver<Order>, acknowledge: &Sender<Result<(), kvm_ioctls::Error>>) {
         let mut running = false;
+        let mut refused = None;
         loop {
             let order = if running {
                 match orders.try_recv() {
@@ -291,20 +291,26 @@ impl Vcpu {
                 }
             };
             if let Some(order) = order {
-                let result = match order {
-                    Order::Run => {
+                let result = match (order, refused.take()) {
+                    (Order::Enter(entry), _) => {
+                        refused = state::enter(&self.fd, entry).err();
+                        continue;
+                    }
+                    (_, Some(error)) => Err(error),
+                    (Order::Run, None) => {
                         running = true;
+                        #[cfg(feature = "attacks")]
+                        crate::attack::strike("vcpu");
                         self.first_entry.get_or_init(Instant::now);
                         Ok(())
                     }
-                    Order::Park => {
+                    (Order::Park, None) => {
                         running = false;
                         // Tells the guest's watchdogs that it did not run; a guest without kvmclock has none to tell.
                         let _ = self.fd.kvmclock_ctrl();
                         Ok(())
                     }
-                    Order::PowerOn => self.power_on(),
-                    Order::Enter(entry) => state::enter(&self.fd, entry),
+                    (Order::PowerOn, None) => self.power_on(),
                 };
                 if acknowledge.send(result).is_err() {
                     return;

@@ -55,6 +55,8 @@ impl PrivateAgent {
         let socket = directory.join("api.sock");
         let mut command = Command::new(std::env::current_exe().map_err(DemoError::Start)?);
         command.arg("--socket").arg(&socket).arg("serve").args(["--on-exit", "stop", "--exit-timeout", "0"]);
+        // A demonstration on a host without Landlock, say, is better than none: it has simulated adapters only.
+        command.arg("--sandbox-off").arg("unavailable");
         command.arg("--sim-pf").arg(format!("{PF}={VFS}"));
         for (option, name) in [("--state-dir", "state"), ("--run-dir", "run"), ("--image-dir", "images")] {
             command.arg(option).arg(directory.join(name));

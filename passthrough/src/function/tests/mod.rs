@@ -12,7 +12,7 @@ use devices::pci::{PciFunction, config};
 
 use self::fakes::{Call, Fake, HOST, Mapper, Router, VECTORS};
 use super::{AssignedFunction, BarHandler, Gate, TrappedRange};
-use crate::hardware::IrqKind;
+use crate::{hardware::IrqKind, threads::ThreadStart};
 
 const WINDOWS: [Range<u64>; 2] = [0xc000_0000..0xe000_0000, 0x40_0000_0000..0x80_0000_0000];
 const BAR0: u64 = 0xc000_0000;
@@ -67,6 +67,7 @@ fn with(reset_time: Duration) -> Fixture {
         &traps,
         mapper.clone(),
         router.clone(),
+        &ThreadStart::default(),
     )
     .unwrap();
     for (bar, address) in [(0, BAR0), (3, BAR3), (5, BAR5)] {

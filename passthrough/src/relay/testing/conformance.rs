@@ -28,6 +28,7 @@ use crate::{
     relay::{
         Authority, Config, Decision, How, MailboxPage, Notice, Question, Rate, Relay, Unreachable, Verdict,
     },
+    threads::ThreadStart,
 };
 
 /// In which a PF that means to answer has done so.
@@ -131,7 +132,8 @@ impl Agent {
             effective: Mutex::new(MacAddress::new(EFFECTIVE)),
             asked: Mutex::default(),
         });
-        let relay = Arc::new(Relay::start(config, &IGBVF, vf, agent.clone()).unwrap());
+        let relay =
+            Arc::new(Relay::start(config, &IGBVF, vf, agent.clone(), &ThreadStart::default()).unwrap());
         *agent.relay.lock().unwrap() = Arc::downgrade(&relay);
         (relay, agent)
     }

@@ -18,6 +18,7 @@ use crate::{
         Authority, Cancelled, Config, MailboxPage, Notice, Question, Rate, Relay, Unreachable, Verdict,
         testing::{Bus, Driver, FakeVf},
     },
+    threads::ThreadStart,
 };
 
 /// Answers from the relay's own thread, or never.
@@ -59,7 +60,9 @@ fn start(config: Config) -> (Arc<Relay>, Arc<FakeVf>, Arc<Agent>) {
     let vf = FakeVf::new(mac(0x11), Arc::new(SystemClock::default()));
     let agent = Arc::new(Agent::default());
     *agent.vf.lock().unwrap() = Some(vf.clone());
-    let relay = Arc::new(Relay::start(config, &IGBVF, vf.clone(), agent.clone()).expect("thread"));
+    let relay = Arc::new(
+        Relay::start(config, &IGBVF, vf.clone(), agent.clone(), &ThreadStart::default()).expect("thread"),
+    );
     *agent.relay.lock().unwrap() = Arc::downgrade(&relay);
     (relay, vf, agent)
 }

@@ -20,6 +20,7 @@ use crate::{
         SimPf, SimVf,
         pf::{Options, VfCounters, listen, serve},
     },
+    threads::ThreadStart,
 };
 
 pub(super) const MEMORY: usize = 1 << 20;
@@ -82,7 +83,7 @@ impl Adapter {
         self.apply(vf, VfChange::Mac(Some(mac)));
         let memory = guarded_memory();
         let connection = self.pf.attach(vf).unwrap();
-        (Arc::new(SimVf::new(connection, memory.clone()).unwrap()), memory)
+        (Arc::new(SimVf::new(connection, memory.clone(), &ThreadStart::default()).unwrap()), memory)
     }
 
     /// A guest whose driver has probed the VF and opened the interface.

@@ -23,6 +23,7 @@ use crate::{
         testing::{Bus, Driver},
     },
     sim::vf::IDS,
+    threads::ThreadStart,
 };
 
 const BAR0: u64 = 0xc000_0000;
@@ -99,13 +100,24 @@ fn a_guest_drives_it_through_its_pci_function() {
     let (vf, _memory) = adapter.vf(0, mac(0x10));
     let gate = Gate::new(vf);
     let agent = Arc::new(Agent::default());
-    let relay = Arc::new(Relay::start(Config::default(), &IGBVF, gate.clone(), agent.clone()).unwrap());
+    let relay = Arc::new(
+        Relay::start(Config::default(), &IGBVF, gate.clone(), agent.clone(), &ThreadStart::default())
+            .unwrap(),
+    );
     *agent.0.lock().unwrap() = Some(Arc::downgrade(&relay));
     let routes = Arc::new(Routes::default());
     let windows: Arc<[std::ops::Range<u64>]> = [BAR0..0xd000_0000, 1 << 32..1 << 33].into();
     let traps = [relay.trapped_range()];
-    let function =
-        AssignedFunction::new("sim", gate, windows, &traps, Arc::new(NoWindows), routes.clone()).unwrap();
+    let function = AssignedFunction::new(
+        "sim",
+        gate,
+        windows,
+        &traps,
+        Arc::new(NoWindows),
+        routes.clone(),
+        &ThreadStart::default(),
+    )
+    .unwrap();
     let function = Arc::new(function);
     assert_eq!(
         function.bars().iter().map(|(bar, layout)| (*bar, layout.size)).collect::<Vec<_>>(),

@@ -39,7 +39,10 @@ pub use self::config::IDS;
 #[cfg(any(test, feature = "test-support"))]
 pub use self::fuzz::fuzz_transmit;
 use self::{config::ConfigSpace, registers::Registers, worker::Worker};
-use crate::hardware::{BarInfo, IrqKind, VfHardware};
+use crate::{
+    hardware::{BarInfo, IrqKind, VfHardware},
+    threads::{ThreadKind, ThreadStart},
+};
 
 /// Both BARs, as on an 82576.
 const BAR_SIZE: u32 = 0x4000;
@@ -94,11 +97,11 @@ impl Shared {
 
 impl SimVf {
     /// A VF at its PF's end of `connection` ([`SimPf::attach`](super::SimPf::attach)), with DMA into all of `memory`.
-    /// Starts its thread.
+    /// Starts its thread, as `threads` says.
     ///
     /// # Errors
     /// Those of `fcntl`, of making eventfds and of starting a thread.
-    pub fn new(connection: OwnedFd, memory: GuestMemoryMmap) -> io::Result<Self> {
+    pub fn new(connection: OwnedFd, memory: GuestMemoryMmap, threads: &ThreadStart) -> io::Result<Self> {
         rustix::io::ioctl_fionbio(&connection, true)?;
         let shared = Arc::new(Shared {
             memory,
@@ -111,7 +114,7 @@ impl SimVf {
             dma_errors: AtomicU64::new(0),
         });
         let worker = Worker::new(shared.clone(), connection);
-        let thread = std::thread::Builder::new().name("sim-vf".into()).spawn(move || worker.run())?;
+        let thread = threads.spawn(ThreadKind::SimulatedVf, "sim-vf".into(), move || worker.run())?;
         Ok(Self { shared, thread: Mutex::new(Some(thread)) })
     }
 
@@ -120,7 +123,7 @@ impl SimVf {
     /// # Errors
     /// As [`SimVf::new`].
     pub fn without_memory(connection: OwnedFd) -> io::Result<Self> {
-        Self::new(connection, GuestMemoryMmap::new())
+        Self::new(connection, GuestMemoryMmap::new(), &ThreadStart::default())
     }
 
     /// An eventfd that is signalled once the PF has ended the connection or its process is gone. The VF stays as one

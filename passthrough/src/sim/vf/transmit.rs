@@ -172,14 +172,14 @@ mod tests {
     use vm_memory::GuestMemoryMmap;
 
     use super::*;
-    use crate::sim::SimVf;
+    use crate::{sim::SimVf, threads::ThreadStart};
 
     #[test]
     fn a_packet_without_end_takes_no_more_than_its_bound() {
         let flags = SocketFlags::CLOEXEC;
         let (connection, _pf) = socketpair(AddressFamily::UNIX, SocketType::SEQPACKET, flags, None).unwrap();
         let memory = GuestMemoryMmap::from_ranges(&[(GuestAddress(0), 0x2_0000)]).unwrap();
-        let vf = SimVf::new(connection, memory).unwrap();
+        let vf = SimVf::new(connection, memory, &ThreadStart::default()).unwrap();
         let mut transmitter = Transmitter::default();
         for _ in 0..1000 {
             transmitter.append(&vf.shared, 0, 0xffff);

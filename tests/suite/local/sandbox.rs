@@ -1,0 +1,134 @@
+//! The process of a VM is worthless to whoever takes it over: each layer of its sandbox is attacked by itself.
+
+use std::fs;
+
+use api::types::{DecisionFilter, PortGroupSpec, Protection, VmAction, VmState};
+use rustix::process::geteuid;
+use serde_json::json;
+
+use crate::fixture::{
+    Agent, Options, SmallGuest,
+    attack::{Outcome, adapter, agent, attempt, report},
+};
+
+/// What must fail under the filters alone, and under namespaces, user and limits alone.
+const ATTEMPTS: [&str; 24] = [
+    "open_file",
+    "create_file",
+    "list_processes",
+    "connect_tcp",
+    "connect_unix",
+    "connect_abstract",
+    "netlink",
+    "packet_socket",
+    "signal_agent",
+    "ptrace_agent",
+    "read_agent_memory",
+    "take_agent_descriptor",
+    "agent_limits",
+    "shared_memory",
+    "mount",
+    "change_root",
+    "become_root",
+    "host_name",
+    "fork",
+    "user_namespace",
+    "exec",
+    "bpf",
+    "perf",
+    "keyring",
+];
+
+/// What reaches nothing that is not the process's own: the filters alone stop it.
+const CONVENIENCES: [&str; 4] = ["map_code", "memory_file", "io_uring", "socket_pair"];
+
+/// The sandbox without one of its layers, or with one alone.
+const FILTERS_ALONE: &[&str] = &["own_user", "namespaces", "empty_root", "limits", "landlock"];
+const USER_ALONE: &[&str] = &["seccomp", "landlock"];
+const LANDLOCK_ALONE: &[&str] = &["own_user", "namespaces", "empty_root", "limits", "seccomp"];
+const NOTHING: &[&str] = &["own_user", "namespaces", "empty_root", "limits", "seccomp", "landlock"];
+
+#[test]
+fn each_layer_alone_stops_every_attack_and_without_layers_each_succeeds() {
+    assert!(geteuid().is_root(), "namespaces and users need root: run tests/run as root");
+    let layers = [&[][..], FILTERS_ALONE, USER_ALONE, LANDLOCK_ALONE, NOTHING].map(agent);
+    let [all, filters, user, landlock, nothing] = &layers;
+    report(&format!(
+        "{:24}{:28}{:28}{:28}{:28}no sandbox",
+        "attempt on a vCPU", "whole sandbox", "seccomp alone", "user, namespaces, limits", "Landlock alone"
+    ));
+    let mut wrong = Vec::new();
+    for what in ATTEMPTS.into_iter().chain(CONVENIENCES) {
+        let outcomes =
+            [all, filters, user, landlock, nothing].map(|agent| attempt(agent, what, "vcpu", &json!([])));
+        let [in_all, by_filters, by_user, by_landlock, by_nothing] = &outcomes;
+        report(&format!("{what:24}{in_all:28}{by_filters:28}{by_user:28}{by_landlock:28}{by_nothing}"));
+        let stopped_by_user = *by_user != Outcome::Succeeded || CONVENIENCES.contains(&what);
+        let control = *by_nothing == Outcome::Succeeded;
+        if *in_all != Outcome::Killed || *by_filters != Outcome::Killed || !stopped_by_user || !control {
+            wrong.push(what);
+        }
+        // What Landlock is there for: an agent without root has nothing else that hides its files.
+        if what.ends_with("_file") && !CONVENIENCES.contains(&what) && *by_landlock == Outcome::Succeeded {
+            wrong.push(what);
+        }
+    }
+    assert!(wrong.is_empty(), "not as they should be: {wrong:?}");
+}
+
+#[test]
+fn every_thread_of_a_vm_is_confined() {
+    let agent = agent(FILTERS_ALONE);
+    for thread in ["main", "vcpu", "relay", "function-thread", "simulated-vf"] {
+        for what in ["open_file", "connect_tcp", "signal_agent", "fork", "exec", "map_code", "socket_pair"] {
+            let outcome = attempt(&agent, what, thread, &adapter());
+            report(&format!("{what:16}{thread:20}{outcome}"));
+            assert_eq!(outcome, Outcome::Killed, "{what} on {thread}");
+        }
+    }
+}
+
+#[test]
+fn messages_about_another_vms_port_change_nothing() {
+    let agent = agent(&[]);
+    let group: PortGroupSpec = serde_json::from_value(json!({
+        "switch": "default",
+        "settings": { "mac_changes": "accept" },
+    }))
+    .unwrap();
+    agent.ask(agent.client.put_port_group("trusting", &group, None)).unwrap();
+    let adapters = json!([{ "id": "victim", "port_group": "trusting" }]);
+    let _bob = SmallGuest::boot(&agent, "bob", adapters);
+    let before = agent.vm("bob");
+    let mine = json!([{ "id": "eth0", "port_group": "trusting" }]);
+    assert_eq!(attempt(&agent, "forge_messages", "main", &mine), Outcome::Succeeded, "they are sent");
+    let after = agent.vm("bob");
+    assert_eq!((after.status.state, after.status.adapters), (VmState::Running, before.status.adapters));
+    let filter = DecisionFilter { vm: Some("bob".into()), ..serde_json::from_value(json!({})).unwrap() };
+    let decisions = agent.ask(agent.client.decisions(&filter)).unwrap();
+    let forged = |text: &str| text.contains("02:00:00:00:00:99");
+    assert!(
+        !decisions.iter().any(|decision| forged(&serde_json::to_string(decision).unwrap())),
+        "{decisions:?}"
+    );
+}
+
+#[test]
+fn a_vm_says_which_parts_of_its_sandbox_are_off() {
+    let off = |options: &[&str]| {
+        let arguments = options.iter().map(ToString::to_string).collect();
+        let agent = Agent::start_with(Options { arguments, ..Options::default() });
+        let vm = SmallGuest::boot(&agent, "web1", json!([])).guest.name;
+        let status = agent.vm(&vm).status;
+        let proc = format!("/proc/{}/status", status.pid.unwrap());
+        let filtered = fs::read_to_string(proc).unwrap().contains("Seccomp:\t2");
+        agent.act("web1", VmAction::Stop).unwrap();
+        (status.sandbox.off, filtered)
+    };
+    let root = geteuid().is_root();
+    let of_root = if root { &[][..] } else { &Protection::OF_ROOT };
+    assert_eq!(off(&[]), (of_root.to_vec(), true));
+    let (parts, filtered) = off(&["--sandbox-off", "seccomp,landlock"]);
+    assert_eq!(parts, [of_root, &[Protection::Seccomp, Protection::Landlock]].concat());
+    assert!(!filtered);
+}

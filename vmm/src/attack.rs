@@ -1,0 +1,337 @@
+//! What somebody who has taken over a vmm would try: for tests, in a build of their own (feature `attacks`).
+//!
+//! A kernel command line `attack=WHAT@THREAD` makes a machine try WHAT on the thread whose filter is called THREAD, in the
+//! place of the code that faces the guest: after its filter is installed, before it does anything else; on a vCPU when it is to run
+//! for the first time. What became of it is a line
+//! in the process's log, `ATTACK WHAT@THREAD: succeeded` or `… failed: CAUSE`, unless the kernel has ended the process.
+//!
+//! An attempt succeeds if it reaches what is not the process's own: what its sandbox leaves harmless (a socket in an empty network)
+//! is no success. What is tried lies ready before the process gives up its privileges, so that without a sandbox each succeeds.
+
+use std::{
+    ffi::CStr,
+    fs,
+    io::{self, Write},
+    net::TcpListener,
+    os::{
+        linux::net::SocketAddrExt,
+        unix::net::{SocketAddr, UnixListener},
+    },
+    sync::OnceLock,
+};
+
+use libc::{c_long, sockaddr_in, sockaddr_nl, sockaddr_un};
+use netpolicy::Request;
+use passthrough::relay::{Notice, Question};
+
+use crate::control::{Ask, Report, ToAgent};
+
+/// What is there to be reached.
+struct Targets {
+    what: String,
+    thread: String,
+    /// The agent: a process of another user.
+    agent: usize,
+    /// An address that is mapped in the agent.
+    address: usize,
+    /// A TCP port of the host.
+    port: u16,
+    /// A name in the host's abstract sockets.
+    name: Vec<u8>,
+    /// This VM's control socket, as any process of the host would find it.
+    control: Vec<u8>,
+    /// A piece of System V shared memory.
+    shared: usize,
+    host_name: Vec<u8>,
+}
+
+static TARGETS: OnceLock<Targets> = OnceLock::new();
+
+const KEY: &CStr = c"portcullis-attack";
+const KEY_TYPE: &CStr = c"user";
+/// `KEY_SPEC_SESSION_KEYRING`.
+const SESSION: usize = -3_isize as usize;
+/// What a child of an attempt exits with.
+const CHILD: usize = 0;
+
+type Attempt = fn(&Targets) -> io::Result<()>;
+
+/// Every attempt.
+const ATTEMPTS: &[(&str, Attempt)] = &[
+    ("open_file", |_| open(c"/etc/passwd", libc::O_RDONLY)),
+    ("create_file", |_| {
+        open(c"/tmp/portcullis-attack", libc::O_WRONLY | libc::O_CREAT)?;
+        call(libc::SYS_unlink, [pointer(c"/tmp/portcullis-attack"), 0, 0, 0, 0, 0]).map(drop)
+    }),
+    ("list_processes", |_| open(c"/proc", libc::O_RDONLY | libc::O_DIRECTORY)),
+    ("open_vfio", |_| open(c"/dev/vfio/vfio", libc::O_RDWR)),
+    ("connect_tcp", connect_tcp),
+    ("connect_unix", |targets| connect_unix(libc::SOCK_SEQPACKET, &targets.control)),
+    ("connect_abstract", |targets| connect_unix(libc::SOCK_STREAM, &targets.name)),
+    ("netlink", netlink),
+    ("packet_socket", |_| socket(libc::AF_PACKET, libc::SOCK_RAW, 0x0300).map(drop)),
+    ("signal_agent", |targets| {
+        call(libc::SYS_kill, [targets.agent, number(libc::SIGCONT), 0, 0, 0, 0]).map(drop)
+    }),
+    ("ptrace_agent", |targets| call(libc::SYS_ptrace, [number(0x4206), targets.agent, 0, 0, 0, 0]).map(drop)),
+    ("read_agent_memory", read_agent_memory),
+    ("take_agent_descriptor", |targets| {
+        let pidfd = call(libc::SYS_pidfd_open, [targets.agent, 0, 0, 0, 0, 0])?;
+        call(libc::SYS_pidfd_getfd, [pidfd, 0, 0, 0, 0, 0]).map(drop)
+    }),
+    ("agent_limits", |targets| {
+        let mut limit = [0_u64; 2];
+        let arguments = [targets.agent, 7, 0, limit.as_mut_ptr() as usize, 0, 0];
+        call(libc::SYS_prlimit64, arguments).map(drop)
+    }),
+    ("shared_memory", |targets| {
+        call(libc::SYS_shmat, [targets.shared, 0, number(libc::SHM_RDONLY), 0, 0, 0]).map(drop)
+    }),
+    ("mount", |_| call(libc::SYS_fsopen, [pointer(c"tmpfs"), 0, 0, 0, 0, 0]).map(drop)),
+    ("change_root", |_| call(libc::SYS_chroot, [pointer(c"/"), 0, 0, 0, 0, 0]).map(drop)),
+    ("become_root", |_| call(libc::SYS_setresuid, [0; 6]).map(drop)),
+    ("host_name", |targets| {
+        let arguments = [targets.host_name.as_ptr() as usize, targets.host_name.len(), 0, 0, 0, 0];
+        call(libc::SYS_sethostname, arguments).map(drop)
+    }),
+    ("fork", |_| fork(0)),
+    ("user_namespace", |_| fork(libc::CLONE_NEWUSER)),
+    ("exec", |_| exec()),
+    ("bpf", |_| bpf()),
+    ("perf", |_| perf()),
+    ("keyring", |_| {
+        const SEARCH: usize = 10;
+        call(libc::SYS_keyctl, [SEARCH, SESSION, pointer(KEY_TYPE), pointer(KEY), 0, 0]).map(drop)
+    }),
+    // What only the filters stop: it reaches nothing that is not the process's own, but makes an attacker's life easier.
+    ("map_code", |_| {
+        let (protection, flags) =
+            (libc::PROT_READ | libc::PROT_EXEC, libc::MAP_PRIVATE | libc::MAP_ANONYMOUS);
+        call(libc::SYS_mmap, [0, 4096, number(protection), number(flags), usize::MAX, 0]).map(drop)
+    }),
+    ("memory_file", |_| call(libc::SYS_memfd_create, [pointer(KEY), 0, 0, 0, 0, 0]).map(drop)),
+    ("io_uring", |_| {
+        let mut parameters = [0_u8; 120];
+        call(libc::SYS_io_uring_setup, [1, parameters.as_mut_ptr() as usize, 0, 0, 0, 0]).map(drop)
+    }),
+    ("socket_pair", |_| {
+        let mut pair = [0_i32; 2];
+        let arguments =
+            [number(libc::AF_UNIX), number(libc::SOCK_STREAM), 0, pair.as_mut_ptr() as usize, 0, 0];
+        call(libc::SYS_socketpair, arguments).map(drop)
+    }),
+    // What a process may do, and its agent must not heed.
+    ("forge_messages", |_| forge()),
+];
+
+/// Makes everything ready that the command line's attack is about, if there is one. The process has its privileges still.
+///
+/// # Errors
+/// What cannot be made ready.
+pub fn arm(cmdline: &str) -> io::Result<()> {
+    let Some(word) = cmdline.split_ascii_whitespace().find_map(|word| word.strip_prefix("attack=")) else {
+        return Ok(());
+    };
+    let (what, thread) = word.split_once('@').ok_or(io::ErrorKind::InvalidInput)?;
+    let agent = call(libc::SYS_getppid, [0; 6])?;
+    let maps = fs::read_to_string(format!("/proc/{agent}/maps"))?;
+    let address = maps.split('-').next().and_then(|first| usize::from_str_radix(first, 16).ok());
+    let listener = TcpListener::bind("127.0.0.1:0")?;
+    let port = listener.local_addr()?.port();
+    std::mem::forget(listener);
+    let name = format!("portcullis-attack-{}", std::process::id()).into_bytes();
+    let listener = UnixListener::bind_addr(&SocketAddr::from_abstract_name(&name)?)?;
+    std::mem::forget(listener);
+    let payload = b"secret";
+    let key = [pointer(KEY_TYPE), pointer(KEY), payload.as_ptr() as usize, payload.len(), SESSION, 0];
+    call(libc::SYS_add_key, key)?;
+    let shared = call(libc::SYS_shmget, [number(libc::IPC_PRIVATE), 4096, 0o1600, 0, 0, 0])?;
+    // It goes with the process, which keeps it until then.
+    call(libc::SYS_shmat, [shared, 0, 0, 0, 0, 0])?;
+    call(libc::SYS_shmctl, [shared, number(libc::IPC_RMID), 0, 0, 0, 0])?;
+    let targets = Targets {
+        what: what.to_owned(),
+        thread: thread.to_owned(),
+        agent,
+        address: address.ok_or(io::ErrorKind::InvalidData)?,
+        port,
+        name: [&[0], &name[..]].concat(),
+        control: control_path()?,
+        shared,
+        host_name: fs::read_to_string("/proc/sys/kernel/hostname")?.trim().into(),
+    };
+    // A machine is built once.
+    drop(TARGETS.set(targets));
+    Ok(())
+}
+
+/// Where the process listens: descriptor 3.
+fn control_path() -> io::Result<Vec<u8>> {
+    let mut address = [0_u8; size_of::<sockaddr_un>()];
+    let mut len = u32::try_from(address.len()).unwrap_or(0);
+    call(libc::SYS_getsockname, [3, address.as_mut_ptr() as usize, (&raw mut len) as usize, 0, 0, 0])?;
+    let path = address.get(2..).unwrap_or_default();
+    Ok(path.iter().copied().take_while(|byte| *byte != 0).collect())
+}
+
+/// If the attack is for this thread: tries it, and says what became of it.
+pub fn strike(thread: &str) {
+    let Some(targets) = TARGETS.get().filter(|targets| targets.thread == thread) else { return };
+    let attempt = ATTEMPTS.iter().find(|(name, _)| *name == targets.what);
+    let outcome = match attempt.map(|(_, attempt)| attempt(targets)) {
+        None => "is unknown".to_owned(),
+        Some(Ok(())) => "succeeded".to_owned(),
+        Some(Err(error)) => format!("failed: {error}"),
+    };
+    // What cannot be said is missed by the test.
+    let _ = writeln!(io::stderr(), "ATTACK {}@{thread}: {outcome}", targets.what);
+}
+
+fn number(value: i32) -> usize {
+    // As the C library does: sign-extended.
+    value as isize as usize
+}
+
+fn pointer(text: &CStr) -> usize {
+    text.as_ptr() as usize
+}
+
+/// One system call, not by a library that might make others in its place.
+fn call(what: c_long, a: [usize; 6]) -> io::Result<usize> {
+    // SAFETY: none that the kernel would not give: addresses are of live objects of the right size, and what the calls that
+    // succeed do to this process is undone by its end. It is for tests, which attack their own process.
+    let result = unsafe { libc::syscall(what, a[0], a[1], a[2], a[3], a[4], a[5]) };
+    usize::try_from(result).map_err(|_| io::Error::last_os_error())
+}
+
+fn open(path: &CStr, flags: i32) -> io::Result<()> {
+    call(libc::SYS_openat, [number(libc::AT_FDCWD), pointer(path), number(flags), 0o600, 0, 0]).map(drop)
+}
+
+fn socket(family: i32, kind: i32, protocol: usize) -> io::Result<usize> {
+    call(libc::SYS_socket, [number(family), number(kind), protocol, 0, 0, 0])
+}
+
+fn connect_tcp(targets: &Targets) -> io::Result<()> {
+    let socket = socket(libc::AF_INET, libc::SOCK_STREAM, 0)?;
+    let address = sockaddr_in {
+        sin_family: 2,
+        sin_port: targets.port.to_be(),
+        sin_addr: libc::in_addr { s_addr: u32::from_ne_bytes([127, 0, 0, 1]) },
+        sin_zero: [0; 8],
+    };
+    let len = size_of::<sockaddr_in>();
+    call(libc::SYS_connect, [socket, (&raw const address) as usize, len, 0, 0, 0]).map(drop)
+}
+
+fn connect_unix(kind: i32, name: &[u8]) -> io::Result<()> {
+    let socket = socket(libc::AF_UNIX, kind, 0)?;
+    let mut address = [&1_u16.to_ne_bytes()[..], name].concat();
+    if name.first() != Some(&0) {
+        address.push(0);
+    }
+    call(libc::SYS_connect, [socket, address.as_ptr() as usize, address.len(), 0, 0, 0]).map(drop)
+}
+
+/// Sets the loopback interface's length of its queue to what it is: harmless, and a change all the same.
+fn netlink(_: &Targets) -> io::Result<()> {
+    let socket = socket(libc::AF_NETLINK, libc::SOCK_RAW, 0)?;
+    // RTM_NEWLINK with an acknowledgement, for interface 1; IFLA_TXQLEN (13) of 1000.
+    let mut message = Vec::new();
+    for word in [40_u32, 16 | (5 << 16), 1, 0, 0, 1, 0, 0] {
+        message.extend(word.to_ne_bytes());
+    }
+    for half in [8_u16, 13] {
+        message.extend(half.to_ne_bytes());
+    }
+    message.extend(1000_u32.to_ne_bytes());
+    let mut address = [0_u8; size_of::<sockaddr_nl>()];
+    address[..2].copy_from_slice(&16_u16.to_ne_bytes());
+    let to = [socket, message.as_ptr() as usize, message.len(), 0, address.as_ptr() as usize, address.len()];
+    call(libc::SYS_sendto, to)?;
+    let mut answer = [0_u8; 256];
+    let len = call(libc::SYS_recvfrom, [socket, answer.as_mut_ptr() as usize, answer.len(), 0, 0, 0])?;
+    let error = answer.get(16..20).filter(|_| len >= 20).and_then(|bytes| bytes.try_into().ok());
+    match error.map(i32::from_ne_bytes) {
+        Some(0) => Ok(()),
+        Some(error) => Err(io::Error::from_raw_os_error(error.saturating_neg())),
+        None => Err(io::ErrorKind::InvalidData.into()),
+    }
+}
+
+fn read_agent_memory(targets: &Targets) -> io::Result<()> {
+    let mut byte = [0_u8; 1];
+    let (ours, theirs) = ([byte.as_mut_ptr() as usize, 1], [targets.address, 1]);
+    let arguments = [targets.agent, ours.as_ptr() as usize, 1, theirs.as_ptr() as usize, 1, 0];
+    call(libc::SYS_process_vm_readv, arguments).map(drop)
+}
+
+/// A child, which ends at once.
+fn fork(flags: i32) -> io::Result<()> {
+    let child = call(libc::SYS_clone, [number(flags | libc::SIGCHLD), 0, 0, 0, 0, 0])?;
+    if child == 0 {
+        drop(call(libc::SYS_exit_group, [CHILD, 0, 0, 0, 0, 0]));
+    }
+    Ok(())
+}
+
+/// Another program, which says that it is there.
+fn exec() -> io::Result<()> {
+    let targets = TARGETS.get().map(|targets| targets.thread.as_str()).unwrap_or_default();
+    let script = format!("echo 'ATTACK exec@{targets}: succeeded' >&2\0");
+    let arguments = [pointer(c"sh"), pointer(c"-c"), script.as_ptr() as usize, 0];
+    let environment = [0_usize];
+    let all = [pointer(c"/bin/sh"), arguments.as_ptr() as usize, environment.as_ptr() as usize, 0, 0, 0];
+    call(libc::SYS_execve, all).map(drop)
+}
+
+/// A program for a network interface: `r0 = 0; exit`.
+fn bpf() -> io::Result<()> {
+    const PROG_LOAD: usize = 5;
+    const SCHED_CLS: u32 = 3;
+    let program: [u64; 2] = [0xb7, 0x95];
+    let license = c"GPL";
+    let mut attributes = [0_u8; 128];
+    let mut put = |at: usize, bytes: &[u8]| {
+        if let Some(place) = attributes.get_mut(at..at.saturating_add(bytes.len())) {
+            place.copy_from_slice(bytes);
+        }
+    };
+    put(0, &SCHED_CLS.to_ne_bytes());
+    put(4, &2_u32.to_ne_bytes());
+    put(8, &(program.as_ptr() as u64).to_ne_bytes());
+    put(16, &(license.as_ptr() as u64).to_ne_bytes());
+    call(libc::SYS_bpf, [PROG_LOAD, attributes.as_ptr() as usize, attributes.len(), 0, 0, 0]).map(drop)
+}
+
+/// Counts on a CPU, whoever runs on it.
+fn perf() -> io::Result<()> {
+    let mut attributes = [0_u32; 32];
+    // PERF_TYPE_SOFTWARE, the structure's size; PERF_COUNT_SW_CPU_CLOCK is 0.
+    attributes[0] = 1;
+    attributes[1] = 128;
+    call(libc::SYS_perf_event_open, [attributes.as_ptr() as usize, usize::MAX, 0, usize::MAX, 0, 0]).map(drop)
+}
+
+/// Says over this VM's own connection what another VM's adapter, `victim`, wants and has got.
+fn forge() -> io::Result<()> {
+    let adapter = || "victim".to_owned();
+    let address = "02:00:00:00:00:99".parse().map_err(io::Error::other)?;
+    let question = Question { seq: 1, request: Request::SetMac(address) };
+    let messages = [
+        ToAgent::Ask { id: 1, ask: Ask::Mailbox { adapter: adapter(), question } },
+        ToAgent::Report { seq: 1, report: Report::Relay { adapter: adapter(), notice: Notice::PfReset } },
+    ];
+    let mut sent = 0;
+    for fd in 4..64 {
+        for message in &messages {
+            let message = serde_json::to_vec(message)?;
+            let vector = [message.as_ptr() as usize, message.len()];
+            let header = [0, 0, vector.as_ptr() as usize, 1, 0, 0, 0_usize];
+            let flags = libc::MSG_NOSIGNAL | libc::MSG_DONTWAIT;
+            let done = call(libc::SYS_sendmsg, [fd, header.as_ptr() as usize, number(flags), 0, 0, 0]);
+            sent += usize::from(done.is_ok());
+        }
+    }
+    if sent > 0 { Ok(()) } else { Err(io::ErrorKind::NotConnected.into()) }
+}

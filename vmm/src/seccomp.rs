@@ -1,0 +1,184 @@
+//! seccomp: which system calls each thread may make.
+//!
+//! The filters are in `resources/seccomp`, one for each kind of thread, and are compiled at build time. A thread installs
+//! its own before it does anything else; the event loop's thread, which starts all others, does it once they are there
+//! and before it reads the kernel image. No filter lets a thread start a thread or a program. What a filter does not
+//! allow ends the whole process by SIGSYS.
+
+use std::{
+    sync::{
+        Arc, Mutex, PoisonError,
+        atomic::{AtomicUsize, Ordering},
+        mpsc::{self, Receiver, Sender},
+    },
+    time::Duration,
+};
+
+use passthrough::threads::{ThreadKind, ThreadStart};
+use seccompiler::sock_filter;
+
+/// Filters as `(code, jt, jf, k)`.
+mod compiled {
+    include!(concat!(env!("OUT_DIR"), "/seccomp.rs"));
+}
+
+/// Where a filter wants the process's own id, which is known only now: no process can have this one (`PID_MAX_LIMIT`).
+const OWN_PID: u32 = 0x7fff_ffff;
+
+/// How long a thread may take to install its filter.
+const PATIENCE: Duration = Duration::from_secs(10);
+
+/// Why a filter cannot be installed.
+#[derive(Debug, thiserror::Error)]
+pub enum SeccompError {
+    /// The kernel refused.
+    #[error(
+        "Cannot install the seccomp filter of thread {thread}; the host's kernel needs CONFIG_SECCOMP_FILTER"
+    )]
+    Refused {
+        /// Which.
+        thread: &'static str,
+        /// Why.
+        source: seccompiler::Error,
+    },
+    /// A thread has not said that its filter is there.
+    #[error("A thread has not installed its seccomp filter in time")]
+    Silent,
+}
+
+/// Who is confined.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Thread {
+    /// The event loop's.
+    Main,
+    /// A vCPU's.
+    Vcpu,
+    /// One of an assigned function.
+    Of(ThreadKind),
+    /// The process of a simulated PF.
+    SimulatedPf,
+}
+
+impl Thread {
+    /// The filter's file in `resources/seccomp`.
+    #[must_use]
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Main => "main",
+            Self::Vcpu => "vcpu",
+            Self::Of(ThreadKind::Relay) => "relay",
+            Self::Of(ThreadKind::Function) => "function-thread",
+            Self::Of(ThreadKind::SimulatedVf) => "simulated-vf",
+            Self::SimulatedPf => "simulated-pf",
+        }
+    }
+
+    fn filter(self) -> &'static [(u16, u8, u8, u32)] {
+        match self {
+            Self::Main => compiled::MAIN,
+            Self::Vcpu => compiled::VCPU,
+            Self::Of(ThreadKind::Relay) => compiled::RELAY,
+            Self::Of(ThreadKind::Function) => compiled::FUNCTION,
+            Self::Of(ThreadKind::SimulatedVf) => compiled::SIMULATED_VF,
+            Self::SimulatedPf => compiled::SIMULATED_PF,
+        }
+    }
+
+    /// Confines the calling thread for good.
+    ///
+    /// # Errors
+    /// [`SeccompError::Refused`].
+    pub fn confine(self) -> Result<(), SeccompError> {
+        let own = std::process::id();
+        let patch = |k: u32| if k == OWN_PID { own } else { k };
+        let program: Vec<sock_filter> = self
+            .filter()
+            .iter()
+            .map(|&(code, jt, jf, k)| sock_filter { code, jt, jf, k: patch(k) })
+            .collect();
+        seccompiler::apply_filter(&program)
+            .map_err(|source| SeccompError::Refused { thread: self.name(), source })
+    }
+}
+
+/// Confines the threads of a machine as they start, and knows when all are.
+pub struct Confinement {
+    on: bool,
+    expected: Arc<AtomicUsize>,
+    sender: Sender<Result<(), SeccompError>>,
+    results: Receiver<Result<(), SeccompError>>,
+}
+
+impl Confinement {
+    /// Threads get filters if `on`.
+    #[must_use]
+    pub fn new(on: bool) -> Self {
+        let (sender, results) = mpsc::channel();
+        Self { on, expected: Arc::default(), sender, results }
+    }
+
+    /// What a thread that is about to be started does first.
+    pub fn prepare(&self, thread: Thread) -> impl FnOnce() + Send + 'static {
+        prepare(self.on, &self.expected, self.sender.clone(), thread)
+    }
+
+    /// The same for threads of assigned functions.
+    #[must_use]
+    pub fn of_functions(&self) -> ThreadStart {
+        let (on, expected, sender) = (self.on, Arc::clone(&self.expected), Mutex::new(self.sender.clone()));
+        ThreadStart::new(move |kind| {
+            let sender = sender.lock().unwrap_or_else(PoisonError::into_inner).clone();
+            Box::new(prepare(on, &expected, sender, Thread::Of(kind)))
+        })
+    }
+
+    /// Waits until every thread that was started is confined.
+    ///
+    /// # Errors
+    /// The first thread's that could not be.
+    pub fn wait(&self) -> Result<(), SeccompError> {
+        for _ in 0..self.expected.swap(0, Ordering::AcqRel) {
+            self.results.recv_timeout(PATIENCE).map_err(|_| SeccompError::Silent)??;
+        }
+        Ok(())
+    }
+
+    /// Confines the calling thread, which starts no other from now on.
+    ///
+    /// # Errors
+    /// [`SeccompError::Refused`].
+    pub fn confine(&self, thread: Thread) -> Result<(), SeccompError> {
+        if self.on {
+            thread.confine()?;
+        }
+        #[cfg(feature = "attacks")]
+        crate::attack::strike(thread.name());
+        Ok(())
+    }
+}
+
+fn prepare(
+    on: bool,
+    expected: &AtomicUsize,
+    sender: Sender<Result<(), SeccompError>>,
+    thread: Thread,
+) -> impl FnOnce() + Send + 'static {
+    if on {
+        expected.fetch_add(1, Ordering::AcqRel);
+    }
+    move || {
+        let result = if on { thread.confine() } else { Ok(()) };
+        // A vCPU's has its place when it is to run.
+        #[cfg(feature = "attacks")]
+        if thread != Thread::Vcpu {
+            crate::attack::strike(thread.name());
+        }
+        if on {
+            // Nobody waits any more if the machine could not be built.
+            let _ = sender.send(result);
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests;
