@@ -27,7 +27,7 @@ use crate::{
     interrupts::Routes,
     layout,
     memory::{self, GuestMemory, MemoryError, Slots},
-    sandbox::{self, SandboxError},
+    sandbox::{self, NewNamespaces, SandboxError},
     seccomp::{self, Confinement, SeccompError},
     vcpu::{self, VcpuError, Vcpus, cpuid, exit::Counters},
 };
@@ -166,13 +166,14 @@ impl Machine {
         spec: &MachineSpec,
         files: Files,
         authorities: &Authorities,
+        namespaces: NewNamespaces,
     ) -> Result<(Self, Signals), MachineError> {
         #[cfg(feature = "attacks")]
         crate::attack::arm(&spec.cmdline).map_err(io("make an attack ready"))?;
         let kvm = open_kvm(files.kvm, spec)?;
         let vm = kvm.create_vm().map_err(|e| MachineError::Kvm("create a VM", e))?;
         let vm = Arc::new(vm);
-        sandbox::private_root(&spec.sandbox, &spec.devices)?;
+        sandbox::private_root(&spec.sandbox, &spec.devices, namespaces)?;
         let opened = Assigned::open(&vm, &spec.devices, files.connections)?;
         passthrough::fail::reach(passthrough::fail::Point::VmmOpened);
         sandbox::empty_root(&spec.sandbox)?;

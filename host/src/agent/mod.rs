@@ -20,7 +20,10 @@ use rustix::{
     fs::{FlockOperation, flock},
     process::geteuid,
 };
-use tokio::signal::unix::{Signal, SignalKind, signal};
+use tokio::{
+    signal::unix::{Signal, SignalKind, signal},
+    sync::oneshot,
+};
 
 pub use backend::Agent;
 use listen::ListenArgs;
@@ -101,6 +104,10 @@ pub struct ServeArgs {
     /// How many seconds guests have to power off with --on-exit stop; with 0 they are not asked.
     #[arg(long, value_name = "SECONDS", default_value_t = 30, value_parser = clap::value_parser!(u32).range(0..=3600))]
     pub exit_timeout: u32,
+    /// The agent is somebody's own: it ends when its standard input does, with whoever holds the other end, and removes this
+    /// directory, in which everything of it is.
+    #[arg(long, value_name = "DIR", hide = true)]
+    pub private: Option<PathBuf>,
     /// Where the API is served.
     #[command(flatten)]
     pub listen: ListenArgs,
@@ -160,8 +167,12 @@ pub async fn serve(args: ServeArgs, socket: &Path, token_file: Option<&Path>) ->
     let agent = Arc::new(Agent::start(Arc::clone(&env)).await?);
     let listeners = listen::all(&args.listen, socket, token_file)?;
     let mut signals = [signal(SignalKind::terminate())?, signal(SignalKind::interrupt())?];
+    let alone = args.private.is_some().then(stdin_ends).transpose()?;
     let end = async move {
-        told_to_end(&mut signals).await;
+        tokio::select! {
+            () = told_to_end(&mut signals) => {}
+            Ok(()) = async { alone.ok_or(())?.await.map_err(drop) } => {}
+        }
         tokio::spawn(async move {
             told_to_end(&mut signals).await;
             tracing::warn!("told to end a second time: the agent ends at once, VMs are left as they are");
@@ -187,7 +198,22 @@ pub async fn serve(args: ServeArgs, socket: &Path, token_file: Option<&Path>) ->
         let claims: Vec<_> = claims.into_iter().map(|entry| entry.value).collect();
         simulated.leave(&claims).await;
     }
+    if let Some(directory) = &args.private {
+        // Whoever started it may do so, too.
+        drop(fs::remove_dir_all(directory));
+    }
     Ok(())
+}
+
+/// Tells when standard input has ended. Nothing is expected to come from it.
+fn stdin_ends() -> io::Result<oneshot::Receiver<()>> {
+    let (ended, told) = oneshot::channel();
+    // Not a task of the runtime, whose end would wait for it.
+    std::thread::Builder::new().name("stdin".into()).spawn(move || {
+        drop(io::copy(&mut io::stdin(), &mut io::sink()));
+        let _ = ended.send(());
+    })?;
+    Ok(told)
 }
 
 /// Waits for SIGTERM or SIGINT.

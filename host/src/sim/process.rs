@@ -7,7 +7,11 @@
 use std::{io, os::fd::AsFd, process::ExitCode, time::Duration};
 
 use passthrough::sim::pf::{Options, serve};
-use vmm::{control::SandboxSpec, sandbox, seccomp};
+use vmm::{
+    control::SandboxSpec,
+    sandbox::{self, NewNamespaces},
+    seccomp,
+};
 
 use crate::vm::problem::chain;
 
@@ -43,7 +47,7 @@ fn usage() -> ExitCode {
 fn run(name: &str, vfs: u16, tap: bool, spec: &SandboxSpec) -> Result<(), Box<dyn std::error::Error>> {
     let listener = io::stdin().as_fd().try_clone_to_owned()?;
     let tap = if tap { Some(io::stdout().as_fd().try_clone_to_owned()?) } else { None };
-    sandbox::private_root(spec, &[])?;
+    sandbox::private_root(spec, &[], NewNamespaces::begin()?)?;
     sandbox::empty_root(spec)?;
     sandbox::drop_privileges(spec)?;
     sandbox::limit_files(spec)?;

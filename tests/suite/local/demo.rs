@@ -41,6 +41,39 @@ fn it_meets_its_expectations_in_ten_seconds() {
     assert_nothing_is_left(directory.path());
 }
 
+/// Nobody is left who could clean up but its agent.
+#[test]
+fn killed_at_any_time_it_leaves_nothing_but_for_a_moment() {
+    for delay in [0, 100, 300, 600] {
+        let directory = TempDir::with_prefix("d").unwrap();
+        let mut child = demo(directory.path()).stdout(Stdio::null()).stderr(Stdio::null()).spawn().unwrap();
+        let deadline = Instant::now() + Duration::from_secs(20);
+        let mut own = None;
+        while own.is_none() && Instant::now() < deadline {
+            let entries = fs::read_dir(directory.path()).unwrap();
+            // From its socket on the agent is there, and has its directory.
+            own = entries.map(|entry| entry.unwrap().path()).find(|path| path.join("api.sock").exists());
+            thread::sleep(Duration::from_millis(1));
+        }
+        let own = own.unwrap();
+        thread::sleep(Duration::from_millis(delay));
+        let vms: Vec<_> = fs::read_dir(own.join("run/vms")).into_iter().flatten().flatten().collect();
+        child.kill().unwrap();
+        child.wait().unwrap();
+        let settled = || {
+            let gone = |words: &[&str]| host::processes(words).is_empty();
+            !own.exists()
+                && gone(&[directory.path().to_str().unwrap()])
+                && vms.iter().all(|vm| gone(&["vmm", vm.file_name().to_str().unwrap()]))
+        };
+        while !settled() && Instant::now() < deadline {
+            thread::sleep(Duration::from_millis(20));
+        }
+        assert!(settled(), "after {delay} ms");
+        assert_nothing_is_left(directory.path());
+    }
+}
+
 #[test]
 fn interrupted_at_any_time_it_leaves_nothing() {
     for delay in [0, 100, 400, 900] {

@@ -81,7 +81,11 @@ impl Process {
             return Err(failure(FailureCode::Invalid, format!("A VM has 1 to 254 vCPUs, not {}", spec.cpus)));
         }
         let files = files(fds, spec.initramfs)?;
-        match Machine::build(spec, files, &self.authorities) {
+        let made = self
+            .namespaces
+            .take()
+            .ok_or_else(|| failure(FailureCode::Invalid, "It was configured before"))?;
+        match Machine::build(spec, files, &self.authorities, made) {
             Ok((machine, signals)) => {
                 self.machine = Some(machine);
                 for (adapter, refusal) in &self.standing {

@@ -22,6 +22,7 @@ use crate::{
         Ask, Channel, ChannelError, End, Failure, Listener, Outcome, Report, SPOKEN, State, ToAgent, ToVmm,
     },
     machine::{Machine, Signals, chain},
+    sandbox::NewNamespaces,
     vcpu,
 };
 
@@ -61,6 +62,8 @@ pub(super) struct Process {
     take_backs: Vec<u64>,
     /// What the agent refuses in any case, by adapter.
     pub(super) standing: BTreeMap<String, StandingRefusal>,
+    /// For the machine's process.
+    pub(super) namespaces: Option<NewNamespaces>,
     /// What relays say, and where they learn whether an agent is there.
     pub(super) authorities: Authorities,
     asked: u64,
@@ -92,6 +95,7 @@ impl Process {
             waiters: Vec::new(),
             take_backs: Vec::new(),
             standing: BTreeMap::new(),
+            namespaces: Some(NewNamespaces::begin()?),
             authorities,
             asked: 0,
             ended: None,

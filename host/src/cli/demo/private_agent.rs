@@ -61,8 +61,10 @@ impl PrivateAgent {
         for (option, name) in [("--state-dir", "state"), ("--run-dir", "run"), ("--image-dir", "images")] {
             command.arg(option).arg(directory.join(name));
         }
+        // If this process is killed, the agent's standard input ends, and with it the agent and all that is its.
+        command.arg("--private").arg(directory);
         // A group of its own: Ctrl-C on a terminal is for the demo, which then stops the agent in order.
-        command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(log).process_group(0);
+        command.stdin(Stdio::piped()).stdout(Stdio::null()).stderr(log).process_group(0);
         command.env_remove("PORTCULLIS_LOG");
         let child = command.spawn().map_err(DemoError::Start)?;
         Ok(Self { directory: directory.to_owned(), child, client: Client::new(socket) })
