@@ -10,7 +10,11 @@ use std::{
 use serde_json::json;
 
 use super::{Relay, X, Y, agent_with, edit, guest_in_group, without_driver};
-use crate::fixture::{Guest, agent::PATIENCE, host};
+use crate::fixture::{
+    Guest,
+    agent::PATIENCE,
+    host::{self, FreeCpu},
+};
 
 /// Messages in each series.
 const COUNT: usize = 200;
@@ -45,7 +49,9 @@ fn qemu() -> (usize, u64, u64) {
     let initramfs = host::initramfs_with(&[&format!("{}:/bin/time-mailbox", script.display())]);
     // An address that its administrator once set is one that igb lets no VF change.
     host::run("ip", &["link", "set", host::PF, "vf", "0", "mac", "00:00:00:00:00:00"]);
-    let mut child = Command::new(host::lab_tool("qemu-guest"))
+    let mut child = Command::new("taskset")
+        .args(["-c", "1"])
+        .arg(host::lab_tool("qemu-guest"))
         .args([
             "--vf",
             host::VF0,
@@ -81,6 +87,8 @@ fn refusals_are_timed_beside_qemu() {
         let agent = agent_with(Relay::Policed, &json!({ "mac_changes": "accept" }));
         let mut guest = guest_in_group(&agent, "web1");
         without_driver(&mut guest);
+        let _free = FreeCpu::new(&agent);
+        host::pin(&agent.vm("web1").id.to_string(), "1");
         let accepted = ours(&mut guest);
         println!("accepted and committed: median {} us, p99 {} us", accepted.1, accepted.2);
         assert_eq!(accepted.0, COUNT, "every change is granted\n{}", agent.log());
