@@ -91,7 +91,7 @@ fn a_click_on_accept_lets_the_next_request_through() {
     assert_eq!(alice.ask("set-mac 02:00:00:00:0a:02"), "nack");
     browser.wait_for_text("#decisions", "02:00:00:00:0a:02");
     let first = browser.text("#decisions > li");
-    for part in ["denied", "set_mac", "alice/eth0", "mac changes rejected", "the port group"] {
+    for part in ["denied", "set_mac", "alice/eth0", "mac changes rejected (mac_changes of the port group)"] {
         assert!(first.contains(part), "{part}: {first}");
     }
 
