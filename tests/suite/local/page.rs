@@ -185,12 +185,17 @@ fn an_edit_is_never_lost_and_everything_can_be_done_with_keys() {
     assert_eq!(settings, json!({"mtu": 9000, "on_denied": "silent"}), "both edits are there");
     browser.wait_for(&format!("{focus} === 'edit:demo:on_denied'"));
 
-    // What the agent refuses is said in its words; Escape leaves all as it was.
+    // What the agent refuses is said in its words, and as a text whatever is in them; Escape leaves all as it was.
     browser.click(&format!("{} button", setting("demo", "vlan")));
     browser.click("#choice-trunk");
-    browser.value("(() => { const field = document.querySelector('#field-trunk'); field.value = '7, many'; field.dispatchEvent(new Event('input')); })()");
+    let hostile = "<img/src=x/onerror=document.title=1>";
+    browser.value(&format!(
+        "(() => {{ const field = document.querySelector('#field-trunk'); field.value = '7, {hostile}'; \
+         field.dispatchEvent(new Event('input')); }})()"
+    ));
     browser.click("dialog button.primary");
-    browser.wait_for_text("dialog .message", "settings.vlan");
+    browser.wait_for_text("dialog .message", &format!("settings.vlan.trunk: \"{hostile}\" is not a range"));
+    assert_eq!(browser.value("document.images.length + document.title"), "0Portcullis");
     browser.press("Escape");
     browser.wait_for("!document.querySelector('dialog').open");
     assert_eq!(revision(), first + 2);
