@@ -50,6 +50,8 @@ pub struct Environment {
     pub kvm: PathBuf,
     /// Protections that are off though this agent could set them up, for processes without functions of the host.
     pub sandbox_off: BTreeSet<Protection>,
+    /// Where groups of processes with limits are made.
+    pub cgroup_parent: PathBuf,
     /// Users for vmm processes; None for an agent that cannot change users.
     pub users: Option<Users>,
     /// The switch that decides for adapters; None where there is none (tests of the rest): they are then under the default
@@ -78,6 +80,7 @@ impl Environment {
             memlock_slack: MEMLOCK_SLACK,
             kvm: "/dev/kvm".into(),
             sandbox_off: BTreeSet::new(),
+            cgroup_parent: "/sys/fs/cgroup/portcullis".into(),
             users: None,
             policy: None,
             claiming: tokio::sync::Mutex::new(()),

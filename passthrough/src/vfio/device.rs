@@ -105,7 +105,22 @@ impl VfioVf {
             failures: AtomicU64::new(0),
         };
         this.bars = std::array::from_fn(|index| this.bar_info(index));
+        this.touch_bars()?;
         Ok(this)
+    }
+
+    /// The kernel claims a BAR for vfio-pci when it is first touched, without a lock (`vfio_pci_core_mmap`,
+    /// `vfio_pci_core_setup_barmap`, Linux 6.12): of two threads that are first at the same time, one gets EBUSY. Here is but one.
+    fn touch_bars(&self) -> Result<(), Error> {
+        for (index, _) in self.bars.iter().enumerate().filter(|(_, bar)| bar.mappable) {
+            let touched = self.map_bar(index, 0, PAGE);
+            touched.map_err(|source| Error::DeviceCall {
+                bdf: self.bdf.clone(),
+                what: "Mapping a BAR",
+                source,
+            })?;
+        }
+        Ok(())
     }
 
     /// The host's PCI address.

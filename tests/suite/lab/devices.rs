@@ -1,5 +1,12 @@
 //! Devices that are no network VFs: any MSI-X or MSI function works with its stock driver.
 
+use std::{
+    path::Path,
+    sync::{Arc, Barrier},
+    thread,
+};
+
+use passthrough::{hardware::VfHardware, vfio::Container};
 use serde_json::json;
 
 use super::bare_spec;
@@ -48,4 +55,29 @@ fn an_nvme_controller_reads_and_writes_with_its_stock_driver() {
 #[test]
 fn a_controller_with_msi_only_reads_and_writes_with_its_stock_driver() {
     device_works(host::AHCI, "/dev/sda", "ahci");
+}
+
+/// As the relay's thread and the one that builds the machine do. The kernel claims a BAR when it is first touched, and does
+/// not expect two.
+#[test]
+fn two_threads_that_touch_a_bar_first_at_the_same_time_both_get_it() {
+    host::bind_vfio(host::VF0);
+    for round in 0..40 {
+        let container = Container::new(None).unwrap();
+        let vf = Arc::new(container.open(&Path::new("/sys/bus/pci/devices").join(host::VF0)).unwrap());
+        let start = Arc::new(Barrier::new(2));
+        let reader = {
+            let (vf, start) = (Arc::clone(&vf), Arc::clone(&start));
+            thread::spawn(move || {
+                start.wait();
+                vf.bar_read(0, 8, &mut [0; 4]);
+            })
+        };
+        start.wait();
+        let mapped = vf.map_bar(0, 0x1000, 0x1000).map(drop);
+        reader.join().unwrap();
+        assert!(mapped.is_ok(), "round {round}: {mapped:?}");
+        assert_eq!(vf.failures(), 0, "round {round}: the read");
+    }
+    host::unbind(host::VF0);
 }
