@@ -3,6 +3,7 @@
 //! One connection for each request: a local connect costs microseconds, and there is no pool to go stale. It is built
 //! on hyper, which the server needs anyway; common HTTP clients cannot speak over Unix sockets.
 
+mod forward;
 mod policy;
 mod remote;
 
@@ -14,7 +15,7 @@ use hyper::{
     Method, Request, Response, StatusCode,
     body::Incoming,
     client::conn::http1,
-    header::{AUTHORIZATION, CONTENT_TYPE, HOST, IF_MATCH},
+    header::{AUTHORIZATION, CONTENT_TYPE, HOST, HeaderValue, IF_MATCH},
 };
 use hyper_util::rt::TokioIo;
 use serde::{Serialize, de::DeserializeOwned};
@@ -310,18 +311,7 @@ impl Client {
     }
 
     async fn exchange_unhurried(&self, call: &Call) -> Result<Response<Incoming>, ClientError> {
-        let stream = self.connect().await?;
-        let (mut sender, connection) =
-            http1::handshake(TokioIo::new(stream)).await.map_err(|source| self.broken(source))?;
-        // Ends when the answer has been read or dropped; what it says of errors, the answer says too.
-        tokio::spawn(connection);
         let mut request = Request::builder().method(&call.method).uri(&call.path);
-        request = match &self.agent {
-            Agent::Socket(_) => request.header(HOST, "localhost"),
-            Agent::Remote(remote) => {
-                request.header(HOST, remote.authority()).header(AUTHORIZATION, remote.credentials())
-            }
-        };
         if let Some(kind) = call.kind {
             request = request.header(CONTENT_TYPE, kind);
         }
@@ -333,6 +323,25 @@ impl Client {
         }
         let request =
             request.body(Full::new(call.body.clone())).map_err(|error| call.strange(error.to_string()))?;
+        self.transmit(request).await
+    }
+
+    /// Sends a request on a connection of its own, with what tells the agent who sends it.
+    async fn transmit(&self, mut request: Request<Full<Bytes>>) -> Result<Response<Incoming>, ClientError> {
+        let stream = self.connect().await?;
+        let (mut sender, connection) =
+            http1::handshake(TokioIo::new(stream)).await.map_err(|source| self.broken(source))?;
+        // Ends when the answer has been read or dropped; what it says of errors, the answer says too.
+        tokio::spawn(connection);
+        match &self.agent {
+            Agent::Socket(_) => {
+                drop(request.headers_mut().insert(HOST, HeaderValue::from_static("localhost")))
+            }
+            Agent::Remote(remote) => {
+                request.headers_mut().insert(HOST, remote.host_header());
+                request.headers_mut().insert(AUTHORIZATION, remote.credentials());
+            }
+        }
         sender.send_request(request).await.map_err(|source| self.broken(source))
     }
 

@@ -35,8 +35,8 @@ pub enum RemoteError {
 /// An agent's address, with what it takes to use it.
 pub struct Remote {
     url: String,
-    /// Host and port, as the Host header has them.
-    authority: String,
+    /// The Host header.
+    authority: HeaderValue,
     host: String,
     port: u16,
     tls: Option<(TlsConnector, ServerName<'static>)>,
@@ -73,7 +73,7 @@ impl Remote {
         credentials.set_sensitive(true);
         Ok(Remote {
             url: url.to_owned(),
-            authority: authority.to_string(),
+            authority: HeaderValue::try_from(authority.as_str()).map_err(|_| wrong())?,
             host,
             port: authority.port_u16().unwrap_or(usual),
             tls,
@@ -85,8 +85,8 @@ impl Remote {
         &self.url
     }
 
-    pub(super) fn authority(&self) -> &str {
-        &self.authority
+    pub(super) fn host_header(&self) -> HeaderValue {
+        self.authority.clone()
     }
 
     pub(super) fn credentials(&self) -> HeaderValue {

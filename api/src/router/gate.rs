@@ -33,7 +33,24 @@ impl Gate {
         Gate { tokens, hosts: hosts.into_iter().map(|host| host.to_ascii_lowercase()).collect() }
     }
 
-    fn admit(&self, head: &Parts, local: SocketAddr) -> Result<Caller, Problem> {
+    /// Lets in a request with this head that came to the agent's address `local`, and says by which token.
+    ///
+    /// # Errors
+    /// `forbidden` if its Host is another, `unauthorized` without a token.
+    pub fn admit(&self, head: &Parts, local: SocketAddr) -> Result<Caller, Problem> {
+        self.check_host(head, local)?;
+        self.token(&head.headers).map(Caller::Token).ok_or_else(|| {
+            let detail = "Over TCP each request needs a token of the agent's token file: send authorization: Bearer \
+                          TOKEN (--token-file).";
+            Problem::new(ProblemCode::Unauthorized, detail)
+        })
+    }
+
+    /// Whether a request with this head means the agent at `local`.
+    ///
+    /// # Errors
+    /// `forbidden` if not: somebody may have pointed a name at it.
+    pub fn check_host(&self, head: &Parts, local: SocketAddr) -> Result<(), Problem> {
         let mut hosts = head.headers.get_all(header::HOST).iter();
         let named = match (hosts.next(), hosts.next()) {
             (Some(host), None) => host.to_str().ok(),
@@ -47,11 +64,7 @@ impl Gate {
                           --allowed-host for other names.";
             return Err(Problem::new(ProblemCode::Forbidden, detail));
         }
-        self.token(&head.headers).map(Caller::Token).ok_or_else(|| {
-            let detail = "Over TCP each request needs a token of the agent's token file: send authorization: Bearer \
-                          TOKEN (--token-file).";
-            Problem::new(ProblemCode::Unauthorized, detail)
-        })
+        Ok(())
     }
 
     fn is_here(&self, authority: &Authority, local: SocketAddr) -> bool {
@@ -109,7 +122,7 @@ pub(super) async fn admit(request: Request, next: Next) -> Response {
     }
 }
 
-/// The agent has no pages: whatever page asks is of somebody else.
+/// The agent's own page asks through `portcullis ui`, which leaves these headers out: whatever page asks here is of somebody else.
 fn check_page(headers: &HeaderMap) -> Result<(), Problem> {
     let site = headers.get("sec-fetch-site").is_some_and(|site| site != "none");
     if headers.contains_key(header::ORIGIN) || site {

@@ -15,6 +15,7 @@ mod policy;
 mod respond;
 mod serve;
 mod streams;
+mod ui;
 mod vms;
 
 use std::{sync::Arc, time::Duration};
@@ -66,6 +67,7 @@ fn assemble(routes: OpenApiRouter, backend: Arc<dyn Backend>) -> Router {
     routes
         .route("/v1/openapi.json", get(move || meta::serve_document(text)))
         .route("/healthz", get(meta::healthz).with_state(backend))
+        .route("/ui", get(ui::page))
         .fallback(respond::no_such_path)
         .method_not_allowed_fallback(respond::no_such_method)
         .layer(Extension(streams::Streams::default()))

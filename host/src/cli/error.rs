@@ -41,6 +41,14 @@ pub(super) enum CliError {
         /// What is wrong, with its place.
         why: String,
     },
+    /// The page's port cannot be had.
+    #[error("Port {port} of 127.0.0.1 cannot be listened on: choose another one (--port)")]
+    Port {
+        /// As the user wrote it; 0 is any.
+        port: u16,
+        /// What the system said.
+        source: io::Error,
+    },
     /// The VM that `run` watched failed.
     #[error("The VM {vm} failed: {why}")]
     VmFailed {
@@ -71,7 +79,10 @@ impl CliError {
             },
             CliError::Client(ClientError::Strange { .. }) => 1,
             CliError::Client(_) => 3,
-            CliError::Read { .. } | CliError::Usage(_) | CliError::NotASpec { .. } => 2,
+            CliError::Read { .. }
+            | CliError::Usage(_)
+            | CliError::NotASpec { .. }
+            | CliError::Port { .. } => 2,
             CliError::Remote(_) | CliError::Tokens(_) => 2,
             CliError::VmFailed { .. } | CliError::Demo(_) | CliError::Output(_) | CliError::Runtime(_) => 1,
         }

@@ -18,6 +18,7 @@ mod spec_file;
 mod switch;
 #[cfg(test)]
 mod tests;
+mod ui;
 mod vm;
 
 use std::{
@@ -90,6 +91,8 @@ enum Request {
     Decisions(decisions::DecisionsArgs),
     /// Shows what happens: VMs' states, decisions, objects that change.
     Events(events::EventsArgs),
+    /// Serves a page about all of it to a browser of this host, until it is interrupted.
+    Ui(ui::UiArgs),
 }
 
 /// Does what the command line says.
@@ -141,5 +144,6 @@ async fn request(client: &Client, output: &mut Output<'_>, command: Request) -> 
         Request::Port(command) => port::run(client, output, command).await,
         Request::Decisions(args) => decisions::run(client, output, args).await,
         Request::Events(args) => events::run(client, output, args).await,
+        Request::Ui(args) => ui::run(client, output, args).await,
     }
 }
