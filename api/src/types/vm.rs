@@ -45,9 +45,11 @@ pub struct VmSpec {
     pub boot: BootSpec,
     /// Network adapters: VFs under policy. At most 16 together with `devices`.
     #[serde(default)]
+    #[schema(max_items = 16)]
     pub adapters: Vec<AdapterSpec>,
     /// Other VFIO functions, which get no port.
     #[serde(default)]
+    #[schema(max_items = 16, value_type = std::collections::BTreeSet<Bdf>, example = json!(["0000:02:00.0"]))]
     pub devices: Vec<Bdf>,
 }
 

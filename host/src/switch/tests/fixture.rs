@@ -171,6 +171,7 @@ async fn parts(dir: &Path, pfs: &FakePfs) -> (SwitchHandle, Policy, mpsc::Sender
     let decisions = DecisionLog::open(&path, KEPT, events.clone()).unwrap();
     let (hints, hinted) = mpsc::channel(8);
     let parts = Parts {
+        metrics: crate::metrics::Metrics::default(),
         store,
         pf: PfHandle::start(pfs.clone()).unwrap(),
         decisions: decisions.clone(),
