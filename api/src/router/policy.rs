@@ -75,7 +75,7 @@ async fn get_switch(State(backend): State<Policy>, Named(switch): Named) -> Resu
 /// switch only; naming one moves it from the switch `default`, as long as nobody has edited that one.
 #[utoipa::path(put, path = "/v1/switches/{name}", tag = "policy", request_body = SwitchSpec,
     params(
-        ("name" = String, Path, description = "Name, or id of one that exists"),
+        ("name" = Name, Path, description = "Name, or id of one that exists"),
         ("if-match" = inline(schema::Etag), Header, description = "The revision that it must be at")
     ),
     responses(
@@ -149,7 +149,7 @@ async fn get_port_group(State(backend): State<Policy>, Named(group): Named) -> R
 /// running VM cannot enforce it. The switch of a group never changes.
 #[utoipa::path(put, path = "/v1/port-groups/{name}", tag = "policy", request_body = PortGroupSpec,
     params(
-        ("name" = String, Path, description = "Name, or id of one that exists"),
+        ("name" = Name, Path, description = "Name, or id of one that exists"),
         ("if-match" = inline(schema::Etag), Header, description = "The revision that it must be at")
     ),
     responses(

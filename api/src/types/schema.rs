@@ -33,7 +33,7 @@ fn settings() -> Vec<(&'static str, RefOr<Schema>)> {
     let mac_changes = OneOfBuilder::new().item(words(&["reject", "accept"])).item(only("list", patterns));
     let access = only("id", number(1, 4094)).property("qos", number(0, 7));
     let range = OneOfBuilder::new().item(number(1, 4094)).item(text("100-200"));
-    let trunk = ArrayBuilder::new().items(range);
+    let trunk = ArrayBuilder::new().items(range).min_items(Some(1));
     let vlan =
         OneOfBuilder::new().item(words(&["none"])).item(only("access", access)).item(only("trunk", trunk));
     let rate = OneOfBuilder::new().item(words(&["unlimited"])).item(only("max_tx_mbit", number(1, u32::MAX)));
@@ -111,6 +111,23 @@ impl PartialSchema for PortPatch {
 }
 
 impl ToSchema for PortPatch {}
+
+/// The address of a function that is no VF, with another example than a VF's: no function is named twice.
+pub(super) struct DeviceBdf;
+
+impl PartialSchema for DeviceBdf {
+    fn schema() -> RefOr<Schema> {
+        match super::Bdf::schema() {
+            RefOr::T(Schema::Object(mut object)) => {
+                object.examples = vec!["0000:02:00.0".into()];
+                object.into()
+            }
+            other => other,
+        }
+    }
+}
+
+impl ToSchema for DeviceBdf {}
 
 /// The kind of a switch.
 pub(super) struct Kind;

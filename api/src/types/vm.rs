@@ -49,7 +49,7 @@ pub struct VmSpec {
     pub adapters: Vec<AdapterSpec>,
     /// Other VFIO functions, which get no port.
     #[serde(default)]
-    #[schema(max_items = 16, value_type = std::collections::BTreeSet<Bdf>, example = json!(["0000:02:00.0"]))]
+    #[schema(max_items = 16, value_type = std::collections::BTreeSet<super::schema::DeviceBdf>)]
     pub devices: Vec<Bdf>,
 }
 
