@@ -94,6 +94,11 @@ pub trait Backend: Send + Sync + 'static {
     /// no process.
     async fn write_console(&self, caller: Caller, vm: ObjectRef, bytes: Bytes) -> Result<usize, Problem>;
 
+    /// What `/metrics` shows, as OpenMetrics text.
+    async fn metrics(&self) -> Result<String, Problem>;
+    /// A request was answered (the head of the answer: a stream goes on). For metrics; must not wait.
+    fn answered(&self, answered: &Answered<'_>);
+
     /// All PFs by name.
     async fn list_pfs(&self) -> Result<Vec<Pf>, Problem>;
     /// One PF.
@@ -108,6 +113,19 @@ pub trait Backend: Send + Sync + 'static {
     ) -> Result<Pf, Problem>;
     /// All VFs by PF and number.
     async fn list_vfs(&self) -> Result<Vec<Vf>, Problem>;
+}
+
+/// A request that was answered, in words of which there are few.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Answered<'a> {
+    /// The route's path in the document (`/v1/vms/{name}`), empty if no route has the request's.
+    pub route: &'a str,
+    /// The method, `OTHER` if the API has none such.
+    pub method: &'static str,
+    /// The status.
+    pub status: u16,
+    /// From the request's head to the answer's.
+    pub elapsed: Duration,
 }
 
 /// Whether the agent can do its work: nothing in `complaints`.
@@ -198,7 +216,8 @@ pub trait PolicyBackend: Send + Sync + 'static {
         expect: Option<u64>,
     ) -> Result<Port, Problem>;
 
-    /// Decisions that pass the filter, the latest first.
+    /// Decisions that pass the filter, the latest first. The filter's cursor, if there is one, is of a decision; its limit is at
+    /// most one above [`MAX_PAGE`].
     async fn decisions(&self, filter: DecisionFilter) -> Result<Vec<Decision>, Problem>;
     /// What happens after the event of this id (None: from now on). Begins with [`EventKind::Gap`] if events in
     /// between are no longer kept; ends when the subscriber is too slow, who then asks again.

@@ -8,7 +8,7 @@ pub mod tls;
 pub mod token;
 pub mod types;
 
-pub use backend::{Backend, Caller, ConsoleRead, Health, PolicyBackend, Progress, Put, User};
+pub use backend::{Answered, Backend, Caller, ConsoleRead, Health, PolicyBackend, Progress, Put, User};
 pub use client::{Client, ClientError, DEFAULT_SOCKET, Remote, RemoteError};
 pub use problem::{Problem, ProblemCode};
 pub use router::{Gate, Limits, Listener, openapi, router, router_with_policy, serve};

@@ -27,10 +27,10 @@ pub struct Problem {
     #[serde(default, skip_serializing_if = "Option::is_none")]
     #[schema(value_type = Option<String>)]
     pub field: Option<Box<str>>,
-    /// `urn:uuid:` and the request's id, which is also in the `x-request-id` header and in the agent's log.
+    /// The request's id, which is also in the `x-request-id` header and in the agent's log.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     #[schema(value_type = Option<String>)]
-    pub instance: Option<Box<str>>,
+    pub request_id: Option<Box<str>>,
 }
 
 impl Problem {
@@ -43,7 +43,7 @@ impl Problem {
             status: code.status(),
             detail: detail.into(),
             field: None,
-            instance: None,
+            request_id: None,
         }
     }
 
@@ -71,9 +71,9 @@ impl Problem {
     }
 }
 
-/// Makes the enum, its wire names, statuses and titles from one table.
+/// Makes the enum, its wire names, statuses, titles, causes and cures from one table, of which `docs/errors.md` is a copy.
 macro_rules! problem_codes {
-    ($($(#[$doc:meta])* $variant:ident = $name:literal, $status:literal, $title:literal;)*) => {
+    ($($(#[$doc:meta])* $variant:ident = $name:literal, $status:literal, $title:literal, $cause:literal, $cure:literal;)*) => {
         /// Stable codes of problems.
         #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
         pub enum ProblemCode {
@@ -98,109 +98,211 @@ macro_rules! problem_codes {
             pub fn title(self) -> &'static str {
                 match self { $(ProblemCode::$variant => $title,)* }
             }
+
+            /// What brings it about, in general; a problem's `detail` says what did.
+            pub fn cause(self) -> &'static str {
+                match self { $(ProblemCode::$variant => $cause,)* }
+            }
+
+            /// What helps, in general.
+            pub fn cure(self) -> &'static str {
+                match self { $(ProblemCode::$variant => $cure,)* }
+            }
         }
     };
 }
 
 problem_codes! {
     /// A field, parameter or header is not as it must be; `field` says which.
-    InvalidRequest = "invalid_request", 400, "The request is not valid";
+    InvalidRequest = "invalid_request", 400, "The request is not valid",
+        "A field of the body, a parameter or a header has a value that it cannot have, is missing, or is not known.",
+        "Correct what `field` names; `detail` says what it takes, `/v1/openapi.json` has every type.";
     /// No token, or none that the agent knows.
-    Unauthorized = "unauthorized", 401, "Who is asking?";
+    Unauthorized = "unauthorized", 401, "Who is asking?",
+        "A request over TCP has no token, or one that is not in the agent's token file.",
+        "Send `authorization: Bearer TOKEN` (`--token-file`); after a change of the file restart the agent.";
     /// The caller may not do this.
-    Forbidden = "forbidden", 403, "Not allowed";
+    Forbidden = "forbidden", 403, "Not allowed",
+        "The Host header does not name the agent, a web page sent the request, or the kernel did not tell who is at the other end of the socket.",
+        "Address the agent by its address or a name of `--allowed-host`, and not from a page.";
     /// No such object or path.
-    NotFound = "not_found", 404, "Not found";
+    NotFound = "not_found", 404, "Not found",
+        "No object has this name or id, or nothing is at this path.",
+        "List the objects; a name is bound to its object only as long as that exists.";
     /// The path is right, the method is not.
-    MethodNotAllowed = "method_not_allowed", 405, "Method not allowed";
+    MethodNotAllowed = "method_not_allowed", 405, "Method not allowed",
+        "The path does not take this method.",
+        "Use one of those in the `allow` header.";
     /// The request did not arrive in time.
-    RequestTimeout = "request_timeout", 408, "The request took too long";
+    RequestTimeout = "request_timeout", 408, "The request took too long",
+        "The body did not arrive within 20 s.",
+        "Send it faster, or look for what holds it up on the way.";
     /// Another object has this name.
-    NameTaken = "name_taken", 409, "The name is taken";
+    NameTaken = "name_taken", 409, "The name is taken",
+        "Another object of this kind has the name.",
+        "Choose another name, or delete the other object.";
     /// The object's state does not allow this.
-    WrongState = "wrong_state", 409, "Wrong state";
+    WrongState = "wrong_state", 409, "Wrong state",
+        "The VM, or the PF, is in a state in which this cannot be done.",
+        "Do what `detail` says first, as a rule: boot, resume or stop the VM.";
     /// `If-Match` does not match.
-    RevisionMismatch = "revision_mismatch", 412, "The object has changed";
+    RevisionMismatch = "revision_mismatch", 412, "The object has changed",
+        "The object is not at the revision of `If-Match`: somebody else has changed it, or there is none.",
+        "Read the object again and repeat the change on what it is now.";
     /// The body is larger than the API takes.
-    BodyTooLarge = "body_too_large", 413, "The body is too large";
+    BodyTooLarge = "body_too_large", 413, "The body is too large",
+        "The body has more than 64 KiB, or input for a console more than 4096 bytes.",
+        "Send less at once.";
     /// The body's type is none that the API takes.
-    UnsupportedMediaType = "unsupported_media_type", 415, "Unsupported media type";
+    UnsupportedMediaType = "unsupported_media_type", 415, "Unsupported media type",
+        "The body's content type is not JSON.",
+        "Send `content-type: application/json`, or `application/merge-patch+json` with PATCH.";
     /// Something that should not happen; `detail` is for a bug report.
-    Internal = "internal", 500, "Internal error";
+    Internal = "internal", 500, "Internal error",
+        "The agent met something that it does not know, or it is broken; sysfs could not be read, for example.",
+        "Look for the request's id in the agent's log, and report it with that.";
     /// The agent is about to end, or its store cannot be used.
-    Unavailable = "unavailable", 503, "The agent cannot serve this now";
+    Unavailable = "unavailable", 503, "The agent cannot serve this now",
+        "The agent is about to end, its database cannot be used, or it has as many objects as it manages.",
+        "Try again; if it stays so, look at the agent's log and at the space on the disk of `--state-dir`.";
 
     /// As many clients are connected, or follow a stream, as the agent serves at once.
-    TooManyClients = "too_many_clients", 503, "Too many clients";
+    TooManyClients = "too_many_clients", 503, "Too many clients",
+        "256 clients are connected to the listener, or 64 follow events or read consoles.",
+        "End some of them, or try again later.";
 
     /// `/dev/kvm` is missing, cannot be opened, or lacks a capability.
-    KvmUnavailable = "kvm_unavailable", 503, "KVM is not available";
+    KvmUnavailable = "kvm_unavailable", 503, "KVM is not available",
+        "`/dev/kvm` is missing, cannot be opened, or lacks what is needed.",
+        "Turn virtualization on in the firmware, load `kvm_intel` or `kvm_amd`; in a VM, allow nesting.";
     /// VFIO or an IOMMU is missing on this host.
-    VfioUnavailable = "vfio_unavailable", 503, "VFIO is not available";
+    VfioUnavailable = "vfio_unavailable", 503, "VFIO is not available",
+        "`vfio-pci` is not loaded, or the device has no IOMMU.",
+        "Load `vfio-pci`; turn the IOMMU on in the firmware and with `intel_iommu=on` on the kernel's command line.";
     /// RLIMIT_MEMLOCK is below what the VM's DMA needs.
-    MemlockTooSmall = "memlock_too_small", 503, "Not enough lockable memory";
+    MemlockTooSmall = "memlock_too_small", 503, "Not enough lockable memory",
+        "The agent's limit for locked memory is below what DMA of this guest needs.",
+        "Raise it: `LimitMEMLOCK=infinity` in the agent's unit, or `ulimit -l unlimited`.";
     /// Guest memory cannot be had (huge pages included).
-    MemoryUnavailable = "memory_unavailable", 503, "Not enough memory";
+    MemoryUnavailable = "memory_unavailable", 503, "Not enough memory",
+        "The host does not have the memory that the guest is to get, or not as huge pages.",
+        "Stop other VMs, give the VM less memory, or reserve huge pages (`/proc/sys/vm/nr_hugepages`).";
     /// The vmm's sandbox cannot be built on this host.
-    SandboxUnavailable = "sandbox_unavailable", 503, "The sandbox cannot be built";
+    SandboxUnavailable = "sandbox_unavailable", 503, "The sandbox cannot be built",
+        "This host cannot build a part of the sandbox, or it is off and the VM has functions of the host.",
+        "Do what `detail` says for that part; leave `--sandbox-off` away.";
     /// The vmm process could not be started, crashed, or does not answer.
-    VmmFailed = "vmm_failed", 500, "The VM's process failed";
+    VmmFailed = "vmm_failed", 500, "The VM's process failed",
+        "The VM's process could not be started, has crashed, or does not answer.",
+        "Read its log in the run directory of the VM; stop the VM and boot it again.";
 
     /// The kernel file does not exist.
-    KernelNotFound = "kernel_not_found", 422, "No such kernel file";
+    KernelNotFound = "kernel_not_found", 422, "No such kernel file",
+        "There is no file at `boot.kernel`; a relative path is looked up in the image directories.",
+        "Correct the path, or put the file into a directory of `--image-dir`.";
     /// The caller may not read the kernel file, or it is no regular file.
-    KernelUnreadable = "kernel_unreadable", 403, "The kernel file cannot be read";
+    KernelUnreadable = "kernel_unreadable", 403, "The kernel file cannot be read",
+        "The caller's user may not read the kernel, or it is no regular file.",
+        "Let the caller read it, or put it into a directory of `--image-dir`.";
     /// The file is no kernel that can be booted.
-    KernelInvalid = "kernel_invalid", 422, "Not a kernel";
+    KernelInvalid = "kernel_invalid", 422, "Not a kernel",
+        "The file is neither a bzImage nor an ELF kernel with a PVH entry, is damaged, or does not fit into the guest's memory, with the initramfs or without.",
+        "Name a kernel for x86-64 (`vmlinuz` of a distribution), or give the VM more memory.";
     /// The initramfs file does not exist.
-    InitramfsNotFound = "initramfs_not_found", 422, "No such initramfs file";
+    InitramfsNotFound = "initramfs_not_found", 422, "No such initramfs file",
+        "There is no file at `boot.initramfs`.",
+        "Correct the path, or put the file into a directory of `--image-dir`.";
     /// The caller may not read the initramfs file, or it is no regular file.
-    InitramfsUnreadable = "initramfs_unreadable", 403, "The initramfs file cannot be read";
-    /// The initramfs does not fit into the guest's memory.
-    InitramfsInvalid = "initramfs_invalid", 422, "The initramfs cannot be used";
+    InitramfsUnreadable = "initramfs_unreadable", 403, "The initramfs file cannot be read",
+        "The caller's user may not read the initramfs, or it is no regular file.",
+        "Let the caller read it, or put it into a directory of `--image-dir`.";
+    /// The initramfs is larger than the guest's memory.
+    InitramfsInvalid = "initramfs_invalid", 422, "The initramfs cannot be used",
+        "The initramfs is larger than the guest's memory.",
+        "Give the VM more memory, or make the initramfs smaller.";
 
     /// The VF named in the specification does not exist.
-    VfNotFound = "vf_not_found", 422, "No such VF";
+    VfNotFound = "vf_not_found", 422, "No such VF",
+        "`adapters[].vf` names no VF of this host, or one whose PF is no uplink of the port group's switch.",
+        "List the VFs (`portcullis vf list`) and name one of them, or none.";
     /// The VF belongs to another VM or user.
-    VfInUse = "vf_in_use", 409, "The VF is in use";
+    VfInUse = "vf_in_use", 409, "The VF is in use",
+        "The VF belongs to another VM.",
+        "Stop that VM, or name another VF, or none.";
     /// No VF is free.
-    NoFreeVf = "no_free_vf", 409, "No VF is free";
+    NoFreeVf = "no_free_vf", 409, "No VF is free",
+        "All VFs of the uplinks of the port group's switch are in use, or none of the uplinks can enforce its policy.",
+        "Stop a VM, make more VFs (`portcullis pf set-vfs`), or add an uplink to the switch.";
     /// The host removed the VF while it was in use.
-    VfRemoved = "vf_removed", 409, "The VF was removed";
+    VfRemoved = "vf_removed", 409, "The VF was removed",
+        "The host has removed the VF: the number of VFs was changed, or the PF's driver was unloaded.",
+        "Make the VFs again and boot the VM again.";
     /// The PCI device named in the specification does not exist.
-    DeviceNotFound = "device_not_found", 422, "No such device";
+    DeviceNotFound = "device_not_found", 422, "No such device",
+        "`devices` names no PCI function of this host.",
+        "List them with `lspci -D` and correct the address.";
     /// The device belongs to another VM or user.
-    DeviceInUse = "device_in_use", 409, "The device is in use";
+    DeviceInUse = "device_in_use", 409, "The device is in use",
+        "Another VM has the function, or its driver does not let it go.",
+        "Stop that VM, or whatever uses the function on the host.";
     /// The device cannot be given to a guest (for instance: it has neither MSI nor MSI-X).
-    DeviceUnsupported = "device_unsupported", 422, "The device cannot be assigned";
+    DeviceUnsupported = "device_unsupported", 422, "The device cannot be assigned",
+        "The function cannot be given to a guest: it has neither MSI nor MSI-X, or it is of another kind.",
+        "Name another function; VFs of network adapters belong under `adapters`.";
     /// The device failed while it was in use.
-    DeviceFailed = "device_failed", 409, "The device failed";
+    DeviceFailed = "device_failed", 409, "The device failed",
+        "The function reported an error or could not be cleaned of its last tenant; it stays claimed until it is.",
+        "Boot or delete the VM again, which tries once more; reset the PF if that does not help.";
     /// Other devices of the IOMMU group are in use by host drivers.
-    GroupNotViable = "group_not_viable", 409, "The IOMMU group is not viable";
+    GroupNotViable = "group_not_viable", 409, "The IOMMU group is not viable",
+        "Other functions of the IOMMU group have drivers of the host.",
+        "Give all of the group to the VM, unbind the others from their drivers, or use another slot.";
     /// Interrupt remapping is off.
-    InterruptRemappingOff = "interrupt_remapping_off", 503, "Interrupt remapping is off";
+    InterruptRemappingOff = "interrupt_remapping_off", 503, "Interrupt remapping is off",
+        "The IOMMU does not remap interrupts: a guest could raise the host's.",
+        "Turn interrupt remapping on in the firmware (and `intremap=on`), or use another host.";
 
     /// The PF's link is administratively down.
-    PfDown = "pf_down", 409, "The PF is down";
+    PfDown = "pf_down", 409, "The PF is down",
+        "The PF's interface is administratively down, so its VFs carry nothing.",
+        "`ip link set PF up`.";
     /// The PF's driver refused or does not support a setting.
-    PfRefused = "pf_refused", 409, "The PF refused a setting";
+    PfRefused = "pf_refused", 409, "The PF refused a setting",
+        "The PF's driver refused a setting or does not know it, or the PF cannot be asked.",
+        "Read the kernel's log; leave the setting to its default if the adapter cannot do it.";
     /// The number of VFs cannot change while one is in use.
-    VfsInUse = "vfs_in_use", 409, "VFs are in use";
+    VfsInUse = "vfs_in_use", 409, "VFs are in use",
+        "The number of VFs cannot change while a VM has one of them.",
+        "Stop the VMs that `detail` names.";
     /// The PF cannot have this many VFs.
-    TooManyVfs = "too_many_vfs", 422, "Too many VFs";
+    TooManyVfs = "too_many_vfs", 422, "Too many VFs",
+        "The PF cannot have this many VFs (a simulated one has at least one).",
+        "Ask for at most `status.max_vfs`.";
 
     /// The address belongs to another adapter.
-    MacInUse = "mac_in_use", 409, "The MAC address is in use";
+    MacInUse = "mac_in_use", 409, "The MAC address is in use",
+        "Another adapter has the address, as its own or as what its guest was granted.",
+        "Choose another address, or leave it out: the agent makes one.";
     /// The port group named in the specification does not exist.
-    PortGroupNotFound = "port_group_not_found", 422, "No such port group";
+    PortGroupNotFound = "port_group_not_found", 422, "No such port group",
+        "An adapter names a port group that does not exist.",
+        "Create it first, or name another; without one the adapter is in `default`.";
     /// Ports use the port group.
-    PortGroupInUse = "port_group_in_use", 409, "The port group is in use";
+    PortGroupInUse = "port_group_in_use", 409, "The port group is in use",
+        "Ports use the port group, or it is the one called `default`, which stays.",
+        "Move or delete the VMs whose adapters name it.";
     /// The switch named in the specification does not exist.
-    SwitchNotFound = "switch_not_found", 422, "No such switch";
+    SwitchNotFound = "switch_not_found", 422, "No such switch",
+        "A port group names a switch that does not exist.",
+        "Create it first, or name another.";
     /// Port groups use the switch.
-    SwitchInUse = "switch_in_use", 409, "The switch is in use";
+    SwitchInUse = "switch_in_use", 409, "The switch is in use",
+        "The switch has port groups, is the one called `default`, or the PF is an uplink of another switch.",
+        "Delete its port groups, or take the PF from the other switch first.";
     /// The PF cannot do what the port group asks for.
-    PolicyUnenforceable = "policy_unenforceable", 409, "The PF cannot enforce the policy";
+    PolicyUnenforceable = "policy_unenforceable", 409, "The PF cannot enforce the policy",
+        "The PF's driver cannot hold a VF to a setting of the policy, or has no room for it.",
+        "Change the setting that `detail` names, or use a PF that can.";
 }
 
 impl std::fmt::Display for ProblemCode {

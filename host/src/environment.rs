@@ -14,6 +14,7 @@ use passthrough::{
 
 use crate::{
     inventory::Inventory,
+    metrics::Metrics,
     sim::Simulated,
     store::{ObjectStore, Table},
     switch::Policy,
@@ -57,6 +58,8 @@ pub struct Environment {
     /// The switch that decides for adapters; None where there is none (tests of the rest): they are then under the default
     /// policy, and the requests of their guests are refused.
     pub policy: Option<Policy>,
+    /// What is counted.
+    pub metrics: Metrics,
     /// Held while functions are chosen and claimed, or the number of VFs changes.
     pub claiming: tokio::sync::Mutex<()>,
 }
@@ -83,6 +86,7 @@ impl Environment {
             cgroup_parent: "/sys/fs/cgroup/portcullis".into(),
             users: None,
             policy: None,
+            metrics: Metrics::default(),
             claiming: tokio::sync::Mutex::new(()),
         }
     }

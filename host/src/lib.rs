@@ -8,6 +8,8 @@ pub mod decisions;
 pub mod environment;
 pub mod files;
 pub mod inventory;
+pub mod log;
+pub mod metrics;
 pub mod pf;
 pub mod sandbox;
 pub mod sim;

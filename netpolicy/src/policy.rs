@@ -328,6 +328,12 @@ macro_rules! settings {
                 Self { $($field: Sourced::resolve($default, levels.iter().map(|(s, level)| (*s, &level.$field))),)* }
             }
 
+            /// What holds where no level decides anything.
+            #[must_use]
+            pub fn of_defaults() -> Self {
+                Self::resolve(&[])
+            }
+
             /// Which level decided a setting.
             #[must_use]
             pub fn source(&self, setting: Setting) -> Source {

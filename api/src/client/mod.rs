@@ -282,8 +282,29 @@ impl Client {
         Ok(if well { Vec::new() } else { text.lines().map(str::to_owned).collect() })
     }
 
+    /// `GET /metrics`, as OpenMetrics text.
+    pub async fn metrics(&self) -> Result<String, ClientError> {
+        let call = Call::get("/metrics".to_owned());
+        let response = self.send(&call).await?;
+        Ok(String::from_utf8_lossy(&self.collect(&call, response).await?).into_owned())
+    }
+
     async fn list<T: DeserializeOwned>(&self, path: &str) -> Result<Vec<T>, ClientError> {
-        self.read::<List<T>>(Call::get(path.to_owned())).await.map(|list| list.items)
+        let mut page = self.page(path).await?;
+        let mut items = std::mem::take(&mut page.items);
+        while let Some(cursor) = page.next.take() {
+            page = self.page(&format!("{path}?cursor={cursor}")).await?;
+            // An agent that always knows a next page must say something new on it.
+            if page.items.is_empty() {
+                break;
+            }
+            items.append(&mut page.items);
+        }
+        Ok(items)
+    }
+
+    async fn page<T: DeserializeOwned>(&self, path: &str) -> Result<List<T>, ClientError> {
+        self.read(Call::get(path.to_owned())).await
     }
 
     async fn read<T: DeserializeOwned>(&self, call: Call) -> Result<T, ClientError> {

@@ -96,11 +96,24 @@ impl Client {
         self.patch(format!("/v1/ports/{}", segment(port)), patch, if_match).await
     }
 
-    /// `GET /v1/decisions`.
+    /// `GET /v1/decisions`: as many as the filter's limit says, which may be more than a page.
     pub async fn decisions(&self, filter: &DecisionFilter) -> Result<Vec<Decision>, ClientError> {
-        let call = Call::get("/v1/decisions".to_owned());
-        let query = serde_urlencoded::to_string(filter).map_err(|error| call.strange(error.to_string()))?;
-        self.list(&format!("/v1/decisions?{query}")).await
+        let (mut part, mut decisions) = (filter.clone(), Vec::new());
+        let wanted = usize::try_from(filter.limit).unwrap_or(usize::MAX);
+        loop {
+            let left = wanted.saturating_sub(decisions.len());
+            part.limit = u32::try_from(left).unwrap_or(MAX_PAGE).min(MAX_PAGE);
+            let call = Call::get("/v1/decisions".to_owned());
+            let query =
+                serde_urlencoded::to_string(&part).map_err(|error| call.strange(error.to_string()))?;
+            let page = self.page::<Decision>(&format!("/v1/decisions?{query}")).await?;
+            let none = page.items.is_empty();
+            decisions.extend(page.items);
+            part.cursor = page.next;
+            if none || part.cursor.is_none() || decisions.len() >= wanted {
+                return Ok(decisions);
+            }
+        }
     }
 
     /// `GET /v1/events`: what happens after the event of this id, or from now on.

@@ -6,11 +6,16 @@
 use std::collections::BTreeMap;
 
 use utoipa::openapi::{
-    ContentBuilder, Ref, RefOr, Response, ResponseBuilder,
+    ContentBuilder, ObjectBuilder, Ref, RefOr, Response, ResponseBuilder, Type,
+    example::ExampleBuilder,
+    header::HeaderBuilder,
     path::{Operation, ParameterIn},
 };
 
-use crate::ProblemCode::{self, *};
+use crate::{
+    Problem,
+    ProblemCode::{self, *},
+};
 
 /// The codes that belong to an operation itself; None if it is not known here, which a test finds.
 fn own(operation: &str) -> Option<&'static [ProblemCode]> {
@@ -114,13 +119,31 @@ pub(super) fn add(operation: &mut Operation) {
     for (status, codes) in by_status {
         let listed: Vec<String> =
             codes.iter().map(|code| format!("`{}`: {}", code.as_str(), code.title())).collect();
-        responses.insert(status.to_string(), RefOr::T(problem(&(listed.join("; ") + "."))));
+        responses.insert(status.to_string(), RefOr::T(problem(&(listed.join("; ") + "."), &codes)));
     }
-    responses.insert("default".to_owned(), RefOr::T(problem("The request was refused or failed.")));
+    responses.insert("default".to_owned(), RefOr::T(problem("The request was refused or failed.", &[])));
+    for response in responses.values_mut() {
+        if let RefOr::T(response) = response {
+            let described = HeaderBuilder::new()
+                .schema(Some(ObjectBuilder::new().schema_type(Type::String)))
+                .description(Some("The request's id: the caller's own if it sent one that is fit for a log"));
+            response.headers.insert("x-request-id".to_owned(), RefOr::T(described.build()));
+        }
+    }
 }
 
-fn problem(description: &str) -> Response {
-    let content = ContentBuilder::new().schema(Some(Ref::from_schema_name("Problem"))).build();
+/// The answer that is a problem of one of these codes, with an example of each.
+fn problem(description: &str, codes: &[ProblemCode]) -> Response {
+    let examples = codes.iter().map(|code| {
+        let detail = format!("{} {}", code.cause(), code.cure());
+        let request_id = Some("8a6e0804-2bd0-4672-b79d-d97027f9071a".into());
+        let example = serde_json::to_value(Problem { request_id, ..Problem::new(*code, detail) });
+        (code.as_str(), RefOr::T(ExampleBuilder::new().value(example.ok()).build()))
+    });
+    let content = ContentBuilder::new()
+        .schema(Some(Ref::from_schema_name("Problem")))
+        .examples_from_iter(examples)
+        .build();
     ResponseBuilder::new().description(description).content("application/problem+json", content).build()
 }
 

@@ -33,7 +33,7 @@ pub(super) fn routes() -> OpenApiRouter<Policy> {
 /// `event:` is the kind, `data:` an `Event` as JSON. After a break, send the last `id:` as `Last-Event-ID` and nothing is
 /// missed; `gap` says that too much has happened meanwhile, and that objects are to be read again.
 #[utoipa::path(get, path = "/v1/events", tag = "policy",
-    params(("last-event-id" = Option<u64>, Header, description = "Goes on after this event")),
+    params(("last-event-id" = u64, Header, description = "Goes on after this event")),
     responses((status = 200, body = Event, content_type = "text/event-stream")))]
 async fn events(
     State(backend): State<Policy>,

@@ -144,6 +144,16 @@ impl<S: Send + Sync> FromRequestParts<S> for IfMatch {
     }
 }
 
+/// Whether `If-Match: *` says that the object must be there, at whatever revision.
+pub(super) struct MustExist(pub(super) bool);
+
+impl<S: Send + Sync> FromRequestParts<S> for MustExist {
+    type Rejection = Problem;
+    async fn from_request_parts(parts: &mut Parts, _state: &S) -> Result<Self, Problem> {
+        Ok(MustExist(parts.headers.get(header::IF_MATCH).is_some_and(|value| value == "*")))
+    }
+}
+
 fn not_a_revision() -> Problem {
     Problem::invalid("if-match", "If-Match takes one ETag that this API gave, such as \"3\", or *.")
 }

@@ -5,10 +5,13 @@ use utoipa_axum::{router::OpenApiRouter, routes};
 
 use super::{
     Shared,
-    extract::{Body, IfMatch, Named},
-    respond::revisioned,
+    extract::{Body, IfMatch, Named, Query},
+    respond::{page, revisioned},
 };
-use crate::{Caller, Problem, types::*};
+use crate::{
+    Caller, Problem,
+    types::{schema, *},
+};
 
 pub(super) fn routes() -> OpenApiRouter<Shared> {
     OpenApiRouter::new()
@@ -21,9 +24,13 @@ pub(super) fn routes() -> OpenApiRouter<Shared> {
 /// Lists the PFs.
 ///
 /// Ordered by name: every SR-IOV network adapter of the host, with its driver and its VFs.
-#[utoipa::path(get, path = "/v1/pfs", tag = "host", responses((status = 200, body = List<Pf>)))]
-async fn list_pfs(State(backend): State<Shared>) -> Result<Json<List<Pf>>, Problem> {
-    Ok(Json(backend.list_pfs().await?.into()))
+#[utoipa::path(get, path = "/v1/pfs", tag = "host", params(Page),
+    responses((status = 200, body = List<Pf>)))]
+async fn list_pfs(
+    State(backend): State<Shared>,
+    Query(part): Query<Page>,
+) -> Result<Json<List<Pf>>, Problem> {
+    page(backend.list_pfs().await?, &part)
 }
 
 /// Shows a PF.
@@ -43,7 +50,7 @@ async fn get_pf(State(backend): State<Shared>, Named(pf): Named) -> Result<Respo
 #[utoipa::path(put, path = "/v1/pfs/{name}/vfs", tag = "host", request_body = VfCount,
     params(
         ("name" = String, Path, description = "Interface name or id"),
-        ("if-match" = Option<String>, Header, description = "The revision that it must be at")
+        ("if-match" = inline(schema::Etag), Header, description = "The revision that it must be at")
     ),
     responses((status = 200, body = Pf, headers(("etag" = String, description = "The revision")))))]
 async fn set_vfs(
@@ -60,7 +67,11 @@ async fn set_vfs(
 /// Lists the VFs.
 ///
 /// Ordered by PF and number, with the VM that holds each.
-#[utoipa::path(get, path = "/v1/vfs", tag = "host", responses((status = 200, body = List<Vf>)))]
-async fn list_vfs(State(backend): State<Shared>) -> Result<Json<List<Vf>>, Problem> {
-    Ok(Json(backend.list_vfs().await?.into()))
+#[utoipa::path(get, path = "/v1/vfs", tag = "host", params(Page),
+    responses((status = 200, body = List<Vf>)))]
+async fn list_vfs(
+    State(backend): State<Shared>,
+    Query(part): Query<Page>,
+) -> Result<Json<List<Vf>>, Problem> {
+    page(backend.list_vfs().await?, &part)
 }

@@ -5,9 +5,15 @@ use axum::{
     http::{StatusCode, header},
     response::{IntoResponse, Response},
 };
-use utoipa::OpenApi;
+use utoipa::{
+    OpenApi,
+    openapi::{
+        RefOr, Required,
+        path::{ParameterBuilder, ParameterIn},
+    },
+};
 
-use super::{Shared, codes};
+use super::{Shared, codes, examples};
 use crate::Problem;
 
 #[derive(OpenApi)]
@@ -35,17 +41,34 @@ pub fn openapi() -> utoipa::openapi::OpenApi {
     document
 }
 
-/// Adds what follows for each operation: the problems that it answers with.
+/// Adds what follows for each operation: the problems that it answers with, examples, and the header that each answer has.
 pub(super) fn complete(document: &mut utoipa::openapi::OpenApi) {
-    for path in document.paths.paths.values_mut() {
+    for (template, path) in &mut document.paths.paths {
         let all = [&mut path.get, &mut path.put, &mut path.post, &mut path.patch, &mut path.delete];
-        all.into_iter().flatten().for_each(codes::add);
+        for operation in all.into_iter().flatten() {
+            codes::add(operation);
+            examples::add(operation);
+            for parameter in operation.parameters.iter_mut().flatten() {
+                let RefOr::T(parameter) = parameter else { continue };
+                if parameter.parameter_in == ParameterIn::Header {
+                    parameter.required = Required::False;
+                }
+                let example = examples::parameter(template, &parameter.name);
+                *parameter = ParameterBuilder::from(parameter.clone()).example(example).build();
+            }
+        }
     }
 }
 
 /// `GET /v1/openapi.json`.
 pub(super) async fn serve_document(text: String) -> Response {
     ([(header::CONTENT_TYPE, "application/json")], text).into_response()
+}
+
+/// `GET /metrics`: for Prometheus.
+pub(super) async fn metrics(State(backend): State<Shared>) -> Result<Response, Problem> {
+    let kind = "application/openmetrics-text; version=1.0.0; charset=utf-8";
+    Ok(([(header::CONTENT_TYPE, kind)], backend.metrics().await?).into_response())
 }
 
 /// `GET /healthz`: plain text, for probes.

@@ -3,6 +3,7 @@
 mod codes;
 mod console;
 mod events;
+mod examples;
 mod extract;
 #[cfg(any(test, feature = "test-support"))]
 pub mod fuzz;
@@ -66,14 +67,15 @@ fn assemble(routes: OpenApiRouter, backend: Arc<dyn Backend>) -> Router {
     let text = document.to_pretty_json().unwrap_or_default();
     routes
         .route("/v1/openapi.json", get(move || meta::serve_document(text)))
-        .route("/healthz", get(meta::healthz).with_state(backend))
+        .route("/healthz", get(meta::healthz).with_state(Arc::clone(&backend)))
+        .route("/metrics", get(meta::metrics).with_state(Arc::clone(&backend)))
         .route("/ui", get(ui::page))
         .fallback(respond::no_such_path)
         .method_not_allowed_fallback(respond::no_such_method)
         .layer(Extension(streams::Streams::default()))
         .layer(DefaultBodyLimit::max(MAX_BODY))
         .layer(middleware::from_fn(gate::admit))
-        .layer(middleware::from_fn(respond::identify))
+        .layer(middleware::from_fn_with_state(backend, respond::identify))
 }
 
 /// The documented routes of VMs and the host.

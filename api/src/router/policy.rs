@@ -7,11 +7,14 @@ use serde_json::Value;
 use utoipa_axum::{router::OpenApiRouter, routes};
 
 use super::{
-    extract::{Body, IfMatch, Named, Query},
+    extract::{Body, IfMatch, MustExist, Named, Query},
     merge::{TRIES, merged},
-    respond::revisioned,
+    respond::{check_limit, cut, page, revisioned},
 };
-use crate::{Caller, PolicyBackend, Problem, ProblemCode, Put, types::*};
+use crate::{
+    Caller, PolicyBackend, Problem, ProblemCode, Put,
+    types::{schema, *},
+};
 
 pub(super) type Policy = Arc<dyn PolicyBackend>;
 
@@ -46,9 +49,13 @@ fn at(found: u64, expect: Option<u64>) -> Result<Option<u64>, Problem> {
 /// Lists the switches.
 ///
 /// Ordered by name. There is always one called `default`.
-#[utoipa::path(get, path = "/v1/switches", tag = "policy", responses((status = 200, body = List<Switch>)))]
-async fn list_switches(State(backend): State<Policy>) -> Result<Json<List<Switch>>, Problem> {
-    Ok(Json(backend.list_switches().await?.into()))
+#[utoipa::path(get, path = "/v1/switches", tag = "policy", params(Page),
+    responses((status = 200, body = List<Switch>)))]
+async fn list_switches(
+    State(backend): State<Policy>,
+    Query(part): Query<Page>,
+) -> Result<Json<List<Switch>>, Problem> {
+    page(backend.list_switches().await?, &part)
 }
 
 /// Shows a switch.
@@ -68,17 +75,24 @@ async fn get_switch(State(backend): State<Policy>, Named(switch): Named) -> Resu
 /// switch only; naming one moves it from the switch `default`, as long as nobody has edited that one.
 #[utoipa::path(put, path = "/v1/switches/{name}", tag = "policy", request_body = SwitchSpec,
     params(
-        ("name" = String, Path, description = "Name, or id of one that exists"),
-        ("if-match" = Option<String>, Header, description = "The revision that it must be at")
+        ("name" = Name, Path, description = "Name, or id of one that exists"),
+        ("if-match" = inline(schema::Etag), Header, description = "The revision that it must be at")
     ),
-    responses((status = 200, body = Switch), (status = 201, body = Switch)))]
+    responses(
+        (status = 200, body = Switch, headers(("etag" = String, description = "The revision"))),
+        (status = 201, body = Switch, headers(("etag" = String, description = "The revision")))
+    ))]
 async fn put_switch(
     State(backend): State<Policy>,
     caller: Caller,
     Named(switch): Named,
     IfMatch(expect): IfMatch,
+    MustExist(must_exist): MustExist,
     Body(spec): Body<SwitchSpec>,
 ) -> Result<Response, Problem> {
+    if must_exist {
+        backend.get_switch(switch.clone()).await?;
+    }
     let name = match switch {
         ObjectRef::Name(name) => name_of(&name)?,
         id => backend.get_switch(id).await?.name,
@@ -93,7 +107,7 @@ async fn put_switch(
 #[utoipa::path(delete, path = "/v1/switches/{name}", tag = "policy",
     params(
         ("name" = String, Path, description = "Name or id"),
-        ("if-match" = Option<String>, Header, description = "The revision that it must be at")
+        ("if-match" = inline(schema::Etag), Header, description = "The revision that it must be at")
     ),
     responses((status = 204)))]
 async fn delete_switch(
@@ -109,9 +123,13 @@ async fn delete_switch(
 /// Lists the port groups.
 ///
 /// Ordered by name. There is always one called `default`.
-#[utoipa::path(get, path = "/v1/port-groups", tag = "policy", responses((status = 200, body = List<PortGroup>)))]
-async fn list_port_groups(State(backend): State<Policy>) -> Result<Json<List<PortGroup>>, Problem> {
-    Ok(Json(backend.list_port_groups().await?.into()))
+#[utoipa::path(get, path = "/v1/port-groups", tag = "policy", params(Page),
+    responses((status = 200, body = List<PortGroup>)))]
+async fn list_port_groups(
+    State(backend): State<Policy>,
+    Query(part): Query<Page>,
+) -> Result<Json<List<PortGroup>>, Problem> {
+    page(backend.list_port_groups().await?, &part)
 }
 
 /// Shows a port group.
@@ -131,17 +149,24 @@ async fn get_port_group(State(backend): State<Policy>, Named(group): Named) -> R
 /// running VM cannot enforce it. The switch of a group never changes.
 #[utoipa::path(put, path = "/v1/port-groups/{name}", tag = "policy", request_body = PortGroupSpec,
     params(
-        ("name" = String, Path, description = "Name, or id of one that exists"),
-        ("if-match" = Option<String>, Header, description = "The revision that it must be at")
+        ("name" = Name, Path, description = "Name, or id of one that exists"),
+        ("if-match" = inline(schema::Etag), Header, description = "The revision that it must be at")
     ),
-    responses((status = 200, body = PortGroup), (status = 201, body = PortGroup)))]
+    responses(
+        (status = 200, body = PortGroup, headers(("etag" = String, description = "The revision"))),
+        (status = 201, body = PortGroup, headers(("etag" = String, description = "The revision")))
+    ))]
 async fn put_port_group(
     State(backend): State<Policy>,
     caller: Caller,
     Named(group): Named,
     IfMatch(expect): IfMatch,
+    MustExist(must_exist): MustExist,
     Body(spec): Body<PortGroupSpec>,
 ) -> Result<Response, Problem> {
+    if must_exist {
+        backend.get_port_group(group.clone()).await?;
+    }
     let name = match group {
         ObjectRef::Name(name) => name_of(&name)?,
         id => backend.get_port_group(id).await?.name,
@@ -155,13 +180,13 @@ async fn put_port_group(
 /// A JSON merge patch (RFC 7396). Without `If-Match` it is made on top of what others change meanwhile. Running VMs are
 /// subject to it at once.
 #[utoipa::path(patch, path = "/v1/port-groups/{name}", tag = "policy",
-    request_body(content = Object, content_type = "application/merge-patch+json",
+    request_body(content = inline(schema::PortGroupPatch), content_type = "application/merge-patch+json",
         description = "Members of the specification; null leaves a setting to the switch"),
     params(
         ("name" = String, Path, description = "Name or id"),
-        ("if-match" = Option<String>, Header, description = "The revision that it must be at")
+        ("if-match" = inline(schema::Etag), Header, description = "The revision that it must be at")
     ),
-    responses((status = 200, body = PortGroup)))]
+    responses((status = 200, body = PortGroup, headers(("etag" = String, description = "The revision")))))]
 async fn patch_port_group(
     State(backend): State<Policy>,
     caller: Caller,
@@ -188,7 +213,7 @@ async fn patch_port_group(
 #[utoipa::path(delete, path = "/v1/port-groups/{name}", tag = "policy",
     params(
         ("name" = String, Path, description = "Name or id"),
-        ("if-match" = Option<String>, Header, description = "The revision that it must be at")
+        ("if-match" = inline(schema::Etag), Header, description = "The revision that it must be at")
     ),
     responses((status = 204)))]
 async fn delete_port_group(
@@ -204,9 +229,13 @@ async fn delete_port_group(
 /// Lists the ports.
 ///
 /// Ordered by VM and adapter. An adapter of a VM is a port from the VM's creation to its deletion.
-#[utoipa::path(get, path = "/v1/ports", tag = "policy", responses((status = 200, body = List<Port>)))]
-async fn list_ports(State(backend): State<Policy>) -> Result<Json<List<Port>>, Problem> {
-    Ok(Json(backend.list_ports().await?.into()))
+#[utoipa::path(get, path = "/v1/ports", tag = "policy", params(Page),
+    responses((status = 200, body = List<Port>)))]
+async fn list_ports(
+    State(backend): State<Policy>,
+    Query(part): Query<Page>,
+) -> Result<Json<List<Port>>, Problem> {
+    page(backend.list_ports().await?, &part)
 }
 
 /// Shows a port.
@@ -226,11 +255,11 @@ async fn get_port(State(backend): State<Policy>, Named(port): Named) -> Result<R
 /// A JSON merge patch (RFC 7396): blocks it, or overrides what its group allows to be overridden. A running VM is subject
 /// to it at once.
 #[utoipa::path(patch, path = "/v1/ports/{id}", tag = "policy",
-    request_body(content = Object, content_type = "application/merge-patch+json",
+    request_body(content = inline(schema::PortPatch), content_type = "application/merge-patch+json",
         description = "Members of the specification; null leaves a setting to the port group"),
     params(
         ("id" = String, Path, description = "Id, or name with its slash as %2F"),
-        ("if-match" = Option<String>, Header, description = "The revision that it must be at")
+        ("if-match" = inline(schema::Etag), Header, description = "The revision that it must be at")
     ),
     responses((status = 200, body = Port, headers(("etag" = String, description = "The revision")))))]
 async fn patch_port(
@@ -263,9 +292,13 @@ async fn list_decisions(
     State(backend): State<Policy>,
     Query(filter): Query<DecisionFilter>,
 ) -> Result<Json<List<Decision>>, Problem> {
-    if !(1..=MAX_DECISIONS).contains(&filter.limit) {
-        let detail = format!("limit: {} is not a number from 1 to {MAX_DECISIONS}.", filter.limit);
-        return Err(Problem::invalid("limit", detail));
+    check_limit(filter.limit)?;
+    let begun = filter.cursor.filter(|cursor| !cursor.key().is_empty());
+    if begun.as_ref().is_some_and(|cursor| cursor.decision().is_none()) {
+        return Err(Problem::invalid("cursor", "cursor: It is not the `next` of a page of decisions."));
     }
-    Ok(Json(backend.decisions(filter).await?.into()))
+    let limit = filter.limit;
+    // One more, to know whether there is another page.
+    let filter = DecisionFilter { limit: limit.saturating_add(1), cursor: begun, ..filter };
+    Ok(cut(backend.decisions(filter).await?, limit))
 }

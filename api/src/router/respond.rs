@@ -4,15 +4,20 @@ use std::time::Instant;
 
 use axum::{
     Json,
-    extract::Request,
-    http::{HeaderName, HeaderValue, Method, StatusCode, Uri, header},
+    extract::{MatchedPath, Request, State},
+    http::{HeaderMap, HeaderName, HeaderValue, Method, StatusCode, Uri, header},
     middleware::Next,
     response::{IntoResponse, Response},
 };
 use serde::Serialize;
+use tracing::Instrument as _;
 use uuid::Uuid;
 
-use crate::{Problem, ProblemCode};
+use super::Shared;
+use crate::{
+    Answered, Backend, Problem, ProblemCode,
+    types::{Cursor, List, Listed, MAX_PAGE, Page},
+};
 
 const REQUEST_ID: HeaderName = HeaderName::from_static("x-request-id");
 
@@ -39,16 +44,86 @@ pub(super) fn revisioned<T: Serialize>(status: StatusCode, revision: u64, object
     response
 }
 
-/// Gives each request an id, which the answer, its problem and the log carry.
-pub(super) async fn identify(request: Request, next: Next) -> Response {
-    let id = Uuid::new_v4();
+/// The page that was asked for, of all objects.
+pub(super) fn page<T: Listed>(mut items: Vec<T>, page: &Page) -> Result<Json<List<T>>, Problem> {
+    let limit = page.limit.unwrap_or(MAX_PAGE);
+    check_limit(limit)?;
+    items.sort_by_cached_key(Listed::key);
+    if let Some(cursor) = &page.cursor {
+        items.retain(|item| item.key().as_str() > cursor.key());
+    }
+    Ok(cut(items, limit))
+}
+
+pub(super) fn check_limit(limit: u32) -> Result<(), Problem> {
+    if (1..=MAX_PAGE).contains(&limit) {
+        return Ok(());
+    }
+    Err(Problem::invalid("limit", format!("limit: {limit} is not a number from 1 to {MAX_PAGE}.")))
+}
+
+/// The first of these items, and where the next page begins if there are more.
+pub(super) fn cut<T: Listed>(mut items: Vec<T>, limit: u32) -> Json<List<T>> {
+    let limit = usize::try_from(limit).unwrap_or(usize::MAX);
+    let more = items.len() > limit;
+    items.truncate(limit);
+    let next = items.last().filter(|_| more).map(|last| Cursor::after(last.key()));
+    Json(List { items, next })
+}
+
+/// What a request is called: by the caller if it has a name that is fit for a log, else a UUID.
+#[derive(Clone)]
+pub(super) struct RequestId(HeaderValue, Box<str>);
+
+/// The longest that a caller may choose.
+const MAX_REQUEST_ID: usize = 128;
+
+impl RequestId {
+    pub(super) fn new() -> Self {
+        Self::named(&Uuid::new_v4().to_string())
+            .unwrap_or(RequestId(HeaderValue::from_static("-"), "-".into()))
+    }
+
+    fn named(text: &str) -> Option<Self> {
+        let fit = |byte: u8| byte.is_ascii_alphanumeric() || b"-_.:/+=".contains(&byte);
+        if !(1..=MAX_REQUEST_ID).contains(&text.len()) || !text.bytes().all(fit) {
+            return None;
+        }
+        Some(RequestId(HeaderValue::from_str(text).ok()?, text.into()))
+    }
+
+    /// That of a request. More than one is none.
+    fn of(headers: &HeaderMap) -> Self {
+        let mut given = headers.get_all(REQUEST_ID).iter();
+        let only = match (given.next(), given.next()) {
+            (Some(id), None) => id.to_str().ok(),
+            _ => None,
+        };
+        only.and_then(Self::named).unwrap_or_else(Self::new)
+    }
+
+    pub(super) fn as_str(&self) -> &str {
+        &self.1
+    }
+}
+
+/// Gives each request an id, which the answer, its problem and every line that it causes in the log carry.
+pub(super) async fn identify(State(backend): State<Shared>, request: Request, next: Next) -> Response {
+    let id = RequestId::of(request.headers());
+    // Of the highest level: whatever is logged says for whom.
+    let span = tracing::error_span!("request", id = id.as_str());
+    answer(id, request, next, &*backend).instrument(span).await
+}
+
+async fn answer(id: RequestId, request: Request, next: Next, backend: &dyn Backend) -> Response {
+    let route = request.extensions().get::<MatchedPath>().cloned();
     let (method, path) = (request.method().clone(), request.uri().path().to_owned());
     let begun = Instant::now();
     let mut response = next.run(request).await;
     if let Some(mut problem) = response.extensions_mut().remove::<Problem>() {
-        problem.instance = Some(format!("urn:uuid:{id}").into());
+        problem.request_id = Some(id.as_str().into());
         if problem.status >= 500 {
-            tracing::warn!(request = %id, %method, ?path, code = %problem.code, detail = %problem.detail, "request failed");
+            tracing::warn!(%method, ?path, code = %problem.code, detail = %problem.detail, "request failed");
         }
         // Written anew: the length has changed, and what the router added (`allow`) must stay.
         let kept = std::mem::take(response.headers_mut());
@@ -59,12 +134,19 @@ pub(super) async fn identify(request: Request, next: Next) -> Response {
             }
         }
     }
-    if let Ok(value) = HeaderValue::from_str(&id.to_string()) {
-        response.headers_mut().insert(REQUEST_ID, value);
-    }
+    response.headers_mut().insert(REQUEST_ID, id.0);
     let status = response.status().as_u16();
-    tracing::debug!(request = %id, %method, ?path, status, elapsed = ?begun.elapsed(), "request");
+    let elapsed = begun.elapsed();
+    let route = route.as_ref().map_or("", MatchedPath::as_str);
+    backend.answered(&Answered { route, method: known(&method), status, elapsed });
+    tracing::debug!(%method, ?path, status, ?elapsed, "request");
     response
+}
+
+/// The name of a method. Callers may make up others.
+fn known(method: &Method) -> &'static str {
+    let all = ["GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"];
+    all.into_iter().find(|name| method.as_str() == *name).unwrap_or("OTHER")
 }
 
 /// No route has this path.

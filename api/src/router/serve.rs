@@ -20,6 +20,7 @@ use tokio_rustls::TlsAcceptor;
 use super::{
     gate::{Gate, Peer},
     patient::Patient,
+    respond::RequestId,
 };
 use crate::{Caller, Problem, ProblemCode, User};
 
@@ -240,16 +241,17 @@ async fn exchange<I: AsyncRead + AsyncWrite + Send + Unpin + 'static>(
 
 /// Tells a client that there is no room for it, if it takes that soon.
 async fn refuse(client: Client, _room: OwnedSemaphorePermit) {
-    let problem = Problem::new(
-        ProblemCode::TooManyClients,
-        "The agent has as many connections as it serves at once: end some, or try again.",
-    );
+    let detail = "The agent has as many connections as it serves at once: end some, or try again.";
+    let id = RequestId::new();
+    let request_id = Some(id.as_str().into());
+    let problem = Problem { request_id, ..Problem::new(ProblemCode::TooManyClients, detail) };
     let body = serde_json::to_string(&problem).unwrap_or_default();
     let answer = format!(
         "HTTP/1.1 {} Service Unavailable\r\ncontent-type: application/problem+json\r\ncontent-length: {}\r\nretry-after: \
-         1\r\nconnection: close\r\n\r\n{body}",
+         1\r\nx-request-id: {}\r\nconnection: close\r\n\r\n{body}",
         problem.status,
         body.len(),
+        id.as_str(),
     );
     let written = match client {
         Client::Unix(mut stream, _) => timeout(REFUSAL, stream.write_all(answer.as_bytes())).await,

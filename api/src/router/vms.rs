@@ -11,9 +11,12 @@ use utoipa_axum::{router::OpenApiRouter, routes};
 use super::{
     Shared,
     extract::{Body, IfMatch, Named, Query, Wait},
-    respond::revisioned,
+    respond::{page, revisioned},
 };
-use crate::{Caller, Problem, types::*};
+use crate::{
+    Caller, Problem,
+    types::{schema, *},
+};
 
 pub(super) fn routes() -> OpenApiRouter<Shared> {
     OpenApiRouter::new()
@@ -31,9 +34,13 @@ pub(super) fn routes() -> OpenApiRouter<Shared> {
 /// Lists the VMs.
 ///
 /// Ordered by name.
-#[utoipa::path(get, path = "/v1/vms", tag = "vms", responses((status = 200, body = List<Vm>)))]
-async fn list_vms(State(backend): State<Shared>) -> Result<Json<List<Vm>>, Problem> {
-    Ok(Json(backend.list_vms().await?.into()))
+#[utoipa::path(get, path = "/v1/vms", tag = "vms", params(Page),
+    responses((status = 200, body = List<Vm>)))]
+async fn list_vms(
+    State(backend): State<Shared>,
+    Query(part): Query<Page>,
+) -> Result<Json<List<Vm>>, Problem> {
+    page(backend.list_vms().await?, &part)
 }
 
 /// Creates a VM.
@@ -73,7 +80,7 @@ async fn get_vm(State(backend): State<Shared>, Named(vm): Named) -> Result<Respo
 #[utoipa::path(delete, path = "/v1/vms/{name}", tag = "vms",
     params(
         ("name" = String, Path, description = "Name or id"),
-        ("if-match" = Option<String>, Header, description = "The revision that it must be at")
+        ("if-match" = inline(schema::Etag), Header, description = "The revision that it must be at")
     ),
     responses((status = 204)))]
 async fn delete_vm(

@@ -3,9 +3,11 @@
 //! Every object that users make or configure has an immutable `id`, a `name`, a `revision` (one more for each change
 //! of its specification; the ETag), when it was `created`, a `spec` (what was asked) and a `status` (what is).
 
+mod cause;
 mod event;
 mod host;
 mod object;
+mod page;
 mod policy;
 pub(crate) mod schema;
 mod values;
@@ -14,6 +16,7 @@ mod vm;
 pub use event::*;
 pub use host::*;
 pub use object::*;
+pub use page::*;
 pub use policy::*;
 pub use values::*;
 pub use vm::*;

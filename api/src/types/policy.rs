@@ -9,7 +9,7 @@ use serde::{Deserialize, Serialize};
 use utoipa::{IntoParams, ToSchema};
 use uuid::Uuid;
 
-use super::{Bdf, Name, Owner, Timestamp};
+use super::{Bdf, Cursor, Name, Owner, Timestamp};
 
 /// The authority over some uplinks and their port groups.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
@@ -33,10 +33,10 @@ pub struct Switch {
 #[serde(deny_unknown_fields, default)]
 pub struct SwitchSpec {
     /// Where its definition lives: `standard` on this host.
-    #[schema(value_type = String, example = "standard")]
+    #[schema(value_type = super::schema::Kind, example = "standard")]
     pub kind: SwitchKind,
     /// The PFs whose VFs its ports get, by interface name. A PF is an uplink of one switch only.
-    #[schema(example = json!(["enp1s0"]))]
+    #[schema(value_type = Vec<String>, example = json!(["enp1s0"]))]
     pub uplinks: BTreeSet<String>,
     /// What its port groups start from.
     #[schema(value_type = super::schema::Settings)]
@@ -81,7 +81,7 @@ pub struct PortGroupSpec {
     pub settings: Settings,
     /// Names of the settings that its ports may decide in place of it.
     #[serde(default)]
-    #[schema(value_type = BTreeSet<String>, example = json!(["mtu"]))]
+    #[schema(value_type = Vec<super::schema::SettingName>, example = json!(["mtu"]))]
     pub port_overrides: BTreeSet<Setting>,
 }
 
@@ -186,7 +186,7 @@ pub struct Decision {
     #[schema(example = "set_mac")]
     pub request: String,
     /// What came out: `allowed`, `denied`, `taken_back`, `repaired`, `reverted`.
-    #[schema(value_type = String, example = "denied")]
+    #[schema(value_type = super::schema::Verdict, example = "denied")]
     pub verdict: Outcome,
     /// Why it was not allowed.
     #[schema(value_type = Option<String>, example = "mac_changes_rejected")]
@@ -247,9 +247,6 @@ impl From<netpolicy::Decision> for Decision {
     }
 }
 
-/// The most decisions that one answer lists.
-pub const MAX_DECISIONS: u32 = 1000;
-
 /// Which decisions are listed: those that pass every filter, the latest first.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, IntoParams)]
 #[serde(deny_unknown_fields)]
@@ -263,7 +260,7 @@ pub struct DecisionFilter {
     pub port: Option<Uuid>,
     /// `allowed`, `denied`, `taken_back`, `repaired` or `reverted`.
     #[serde(default, skip_serializing_if = "Option::is_none")]
-    #[param(value_type = Option<String>)]
+    #[param(value_type = Option<super::schema::Verdict>, inline)]
     pub verdict: Option<Outcome>,
     /// Those that happened (last) at this time or later.
     #[serde(default, skip_serializing_if = "Option::is_none")]
@@ -272,6 +269,9 @@ pub struct DecisionFilter {
     #[serde(default = "usual_limit")]
     #[param(minimum = 1, maximum = 1000, default = 100)]
     pub limit: u32,
+    /// The `next` of the page before.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub cursor: Option<Cursor>,
 }
 
 fn usual_limit() -> u32 {
@@ -280,6 +280,13 @@ fn usual_limit() -> u32 {
 
 impl Default for DecisionFilter {
     fn default() -> Self {
-        DecisionFilter { vm: None, port: None, verdict: None, since: None, limit: usual_limit() }
+        DecisionFilter {
+            vm: None,
+            port: None,
+            verdict: None,
+            since: None,
+            limit: usual_limit(),
+            cursor: None,
+        }
     }
 }

@@ -3,7 +3,10 @@
 
 use utoipa::{
     PartialSchema, ToSchema,
-    openapi::{ArrayBuilder, KnownFormat, ObjectBuilder, OneOfBuilder, RefOr, Schema, SchemaFormat, Type},
+    openapi::{
+        ArrayBuilder, KnownFormat, ObjectBuilder, OneOfBuilder, Ref, RefOr, Schema, SchemaFormat, Type,
+        schema::AdditionalProperties,
+    },
 };
 
 fn words(values: &[&str]) -> ObjectBuilder {
@@ -20,17 +23,17 @@ fn text(example: &str) -> ObjectBuilder {
 
 /// An object with one property.
 fn only(name: &str, value: impl Into<RefOr<Schema>>) -> ObjectBuilder {
-    ObjectBuilder::new().property(name, value).required(name)
+    let object = ObjectBuilder::new().additional_properties(Some(AdditionalProperties::FreeForm(false)));
+    object.property(name, value).required(name)
 }
 
 /// The schema of each setting by its name; a test holds it against `netpolicy::Setting::ALL`.
 fn settings() -> Vec<(&'static str, RefOr<Schema>)> {
     let patterns = ArrayBuilder::new().items(text("00:00:5e:00:01:00/ff:ff:ff:ff:ff:00")).max_items(Some(64));
     let mac_changes = OneOfBuilder::new().item(words(&["reject", "accept"])).item(only("list", patterns));
-    let access =
-        ObjectBuilder::new().property("id", number(1, 4094)).required("id").property("qos", number(0, 7));
+    let access = only("id", number(1, 4094)).property("qos", number(0, 7));
     let range = OneOfBuilder::new().item(number(1, 4094)).item(text("100-200"));
-    let trunk = ArrayBuilder::new().items(range);
+    let trunk = ArrayBuilder::new().items(range).min_items(Some(1));
     let vlan =
         OneOfBuilder::new().item(words(&["none"])).item(only("access", access)).item(only("trunk", trunk));
     let rate = OneOfBuilder::new().item(words(&["unlimited"])).item(only("max_tx_mbit", number(1, u32::MAX)));
@@ -56,11 +59,86 @@ impl PartialSchema for Settings {
     fn schema() -> RefOr<Schema> {
         let object = ObjectBuilder::new()
             .description(Some("What one level decides; what it leaves out is left to the level above."));
-        settings().into_iter().fold(object, |object, (name, schema)| object.property(name, schema)).into()
+        let object = object.additional_properties(Some(AdditionalProperties::FreeForm(false)));
+        let or_null =
+            |schema| OneOfBuilder::new().item(ObjectBuilder::new().schema_type(Type::Null)).item(schema);
+        settings()
+            .into_iter()
+            .fold(object, |object, (name, schema)| object.property(name, or_null(schema)))
+            .into()
     }
 }
 
 impl ToSchema for Settings {}
+
+/// A merge patch of these members of a specification.
+fn patch(members: Vec<(&str, RefOr<Schema>)>) -> RefOr<Schema> {
+    let object = ObjectBuilder::new().additional_properties(Some(AdditionalProperties::FreeForm(false)));
+    members.into_iter().fold(object, |object, (name, schema)| object.property(name, schema)).into()
+}
+
+fn settings_or_null() -> RefOr<Schema> {
+    OneOfBuilder::new()
+        .item(ObjectBuilder::new().schema_type(Type::Null))
+        .item(Ref::from_schema_name("Settings"))
+        .into()
+}
+
+/// A merge patch of a port group's specification.
+pub(crate) struct PortGroupPatch;
+
+impl PartialSchema for PortGroupPatch {
+    fn schema() -> RefOr<Schema> {
+        let names = ArrayBuilder::new().items(SettingName::schema());
+        let names = OneOfBuilder::new().item(ObjectBuilder::new().schema_type(Type::Null)).item(names);
+        patch(vec![
+            ("switch", Ref::from_schema_name("Name").into()),
+            ("settings", settings_or_null()),
+            ("port_overrides", names.into()),
+        ])
+    }
+}
+
+impl ToSchema for PortGroupPatch {}
+
+/// A merge patch of a port's specification.
+pub(crate) struct PortPatch;
+
+impl PartialSchema for PortPatch {
+    fn schema() -> RefOr<Schema> {
+        patch(vec![("settings", settings_or_null())])
+    }
+}
+
+impl ToSchema for PortPatch {}
+
+/// The address of a function that is no VF, with another example than a VF's: no function is named twice.
+pub(super) struct DeviceBdf;
+
+impl PartialSchema for DeviceBdf {
+    fn schema() -> RefOr<Schema> {
+        match super::Bdf::schema() {
+            RefOr::T(Schema::Object(mut object)) => {
+                object.examples = vec!["0000:02:00.0".into()];
+                object.into()
+            }
+            other => other,
+        }
+    }
+}
+
+impl ToSchema for DeviceBdf {}
+
+/// The kind of a switch.
+pub(super) struct Kind;
+
+impl PartialSchema for Kind {
+    fn schema() -> RefOr<Schema> {
+        words(&["standard", "distributed"]).into()
+    }
+}
+
+impl ToSchema for Kind {}
 
 /// Every setting of a port with the level that decided it.
 pub(super) struct EffectivePolicy;
@@ -101,6 +179,40 @@ impl PartialSchema for DecidedBy {
 
 impl ToSchema for DecidedBy {}
 
+/// The revision of `If-Match`.
+pub(crate) struct Etag;
+
+impl PartialSchema for Etag {
+    fn schema() -> RefOr<Schema> {
+        text("\"3\"").pattern(Some(r#"^(\*|"[0-9]{1,19}"|[0-9]{1,19})$"#)).into()
+    }
+}
+
+impl ToSchema for Etag {}
+
+/// The name of a setting.
+pub(super) struct SettingName;
+
+impl PartialSchema for SettingName {
+    fn schema() -> RefOr<Schema> {
+        let names: Vec<_> = settings().iter().map(|(name, _)| *name).collect();
+        words(&names).into()
+    }
+}
+
+impl ToSchema for SettingName {}
+
+/// What came out of a request.
+pub(super) struct Verdict;
+
+impl PartialSchema for Verdict {
+    fn schema() -> RefOr<Schema> {
+        words(&["allowed", "denied", "taken_back", "repaired", "reverted"]).into()
+    }
+}
+
+impl ToSchema for Verdict {}
+
 /// Bytes that are no text.
 pub(crate) struct Binary;
 
@@ -115,11 +227,21 @@ impl ToSchema for Binary {}
 
 #[cfg(test)]
 mod tests {
+    use utoipa::{PartialSchema as _, openapi};
+
     #[test]
     fn every_setting_has_a_schema() {
         let described: Vec<_> = super::settings().into_iter().map(|(name, _)| name).collect();
         let known: Vec<_> = netpolicy::Setting::ALL.iter().map(|setting| setting.name()).collect();
         assert_eq!(described, known);
+    }
+
+    #[test]
+    fn every_verdict_of_the_schema_is_one() {
+        let openapi::RefOr::T(openapi::Schema::Object(schema)) = super::Verdict::schema() else { panic!() };
+        for word in schema.enum_values.unwrap() {
+            serde_json::from_value::<netpolicy::Outcome>(word).unwrap();
+        }
     }
 
     /// The forms that the schemas describe are those that are read.

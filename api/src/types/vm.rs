@@ -45,9 +45,11 @@ pub struct VmSpec {
     pub boot: BootSpec,
     /// Network adapters: VFs under policy. At most 16 together with `devices`.
     #[serde(default)]
+    #[schema(max_items = 16)]
     pub adapters: Vec<AdapterSpec>,
     /// Other VFIO functions, which get no port.
     #[serde(default)]
+    #[schema(max_items = 16, value_type = std::collections::BTreeSet<super::schema::DeviceBdf>)]
     pub devices: Vec<Bdf>,
     /// What its process may use of the host; without them it may use what is there.
     #[serde(default, skip_serializing_if = "Option::is_none")]

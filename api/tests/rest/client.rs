@@ -58,7 +58,7 @@ async fn problems_arrive_whole() {
     let error = client.create_vm(&wrong).await.unwrap_err();
     let problem = error.problem().unwrap();
     assert_eq!((problem.status, problem.field.as_deref()), (400, Some("cpus")));
-    assert!(problem.instance.is_some());
+    assert!(problem.request_id.is_some());
 }
 
 #[tokio::test]

@@ -2,6 +2,7 @@
 
 use std::{fs, path::Path};
 
+use serde_json::Value;
 use utoipa::openapi::RefOr;
 
 use crate::{Answer, Server};
@@ -48,6 +49,7 @@ async fn the_served_document_describes_what_is_served() {
             for (status, response) in operation["responses"].as_object().unwrap() {
                 assert!(response["description"].is_string(), "{method} {path}: {status}");
             }
+            examples(&document, operation, &format!("{method} {path}"));
             for text in ["summary", "description"] {
                 assert!(
                     operation[text].as_str().is_some_and(|text| text.len() > 10),
@@ -68,6 +70,104 @@ async fn the_served_document_describes_what_is_served() {
             "{name} is referred to, but not there"
         );
     }
+}
+
+/// Every body has an example, every problem one for each of its codes, and every answer the request's id.
+fn examples(document: &Value, operation: &Value, what: &str) {
+    if let Some(contents) = operation["requestBody"]["content"].as_object() {
+        for (kind, content) in contents {
+            assert!(!content["example"].is_null(), "{what} has no example of the {kind} that it takes");
+            has_members(document, &content["schema"], &content["example"], what);
+        }
+    }
+    for (status, response) in operation["responses"].as_object().unwrap() {
+        assert!(response["headers"]["x-request-id"]["schema"].is_object(), "{what}: {status}");
+        for (kind, content) in response["content"].as_object().into_iter().flatten() {
+            if kind != "application/problem+json" {
+                assert!(!content["example"].is_null(), "{what} has no example of {status}");
+                has_members(document, &content["schema"], &content["example"], what);
+                continue;
+            }
+            let codes: Vec<_> =
+                response["description"].as_str().unwrap().split('`').skip(1).step_by(2).collect();
+            assert_eq!(status == "default", codes.is_empty(), "{what}: {status} names its codes");
+            for code in codes {
+                let example = &content["examples"][code]["value"];
+                let problem: api::Problem = serde_json::from_value(example.clone()).unwrap();
+                assert_eq!(
+                    (problem.code.as_str(), &*problem.status.to_string()),
+                    (code, &**status),
+                    "{what}"
+                );
+            }
+        }
+    }
+}
+
+/// The members of an example of an object are those of its schema.
+fn has_members(document: &Value, schema: &Value, example: &Value, what: &str) {
+    let name = schema["$ref"].as_str().map(|reference| reference.rsplit('/').next().unwrap());
+    let schema = name.map_or(schema, |name| &document["components"]["schemas"][name]);
+    let (Some(known), Some(example)) = (schema["properties"].as_object(), example.as_object()) else {
+        return;
+    };
+    for required in schema["required"].as_array().into_iter().flatten() {
+        assert!(example.contains_key(required.as_str().unwrap()), "{what}: {required} is missing");
+    }
+    for (member, value) in example {
+        let schema = known.get(member).unwrap_or_else(|| panic!("{what}: {member}"));
+        has_members(document, schema, value, what);
+        if let (Some(items), Some(values)) = (schema.get("items"), value.as_array()) {
+            values.iter().for_each(|value| has_members(document, items, value, what));
+        }
+    }
+}
+
+/// `docs/errors.md` is what the code says of each code. `BLESS=1 cargo test -p api` writes it.
+#[test]
+fn the_errors_in_the_docs_are_those_of_the_code() {
+    let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("../docs/errors.md");
+    let kept = fs::read_to_string(&path).unwrap();
+    let mut text = String::new();
+    let mut skipping = false;
+    for line in kept.lines() {
+        skipping &= line.starts_with('|');
+        if skipping {
+            continue;
+        }
+        text.push_str(line);
+        text.push('\n');
+        // The tables follow these lines.
+        let rows: Vec<String> = match line {
+            "<!-- problems -->" => {
+                ["code | status | meaning | cause | cure".to_owned(), ["---"; 5].join(" | ")]
+                    .into_iter()
+                    .chain(api::ProblemCode::ALL.iter().map(|code| {
+                        let (name, status) = (code.as_str(), code.status());
+                        format!("`{name}` | {status} | {} | {} | {}", code.title(), code.cause(), code.cure())
+                    }))
+                    .collect()
+            }
+            "<!-- causes -->" => ["code | meaning | cure".to_owned(), ["---"; 3].join(" | ")]
+                .into_iter()
+                .chain(
+                    api::types::CauseCode::ALL
+                        .map(|code| format!("`{}` | {} | {}", code.as_str(), code.meaning(), code.cure())),
+                )
+                .collect(),
+            _ => continue,
+        };
+        rows.iter().for_each(|row| text.push_str(&format!("| {row} |\n")));
+        skipping = true;
+    }
+    if std::env::var_os("BLESS").is_some() {
+        fs::write(&path, &text).unwrap();
+    }
+    assert!(text.matches("\n| `").count() == api::ProblemCode::ALL.len() + api::types::CauseCode::ALL.len());
+    assert!(
+        fs::read_to_string(&path).unwrap() == text,
+        "docs/errors.md has drifted: BLESS=1 cargo test -p api writes it anew"
+    );
 }
 
 /// Asserts that a problem is one of those that the document has for this operation. Every answer in these tests is held

@@ -6,7 +6,7 @@ use std::{
     time::Duration,
 };
 
-use api::{Backend, Caller, ConsoleRead, Health, Problem, ProblemCode, Progress, types::*};
+use api::{Answered, Backend, Caller, ConsoleRead, Health, Problem, ProblemCode, Progress, types::*};
 use async_trait::async_trait;
 use axum::body::Bytes;
 use tokio::sync::mpsc;
@@ -22,6 +22,7 @@ pub(crate) struct State {
     pub(crate) waits: Vec<Duration>,
     pub(crate) typed: Vec<u8>,
     pub(crate) complaints: Vec<String>,
+    pub(crate) answered: Vec<String>,
     /// What every action answers, if not success.
     pub(crate) refuse: Option<Problem>,
     /// Whether actions go on after the answer.
@@ -84,6 +85,15 @@ fn at_revision(expect: Option<u64>, revision: u64) -> Result<(), Problem> {
 impl Backend for Fake {
     async fn health(&self) -> Health {
         Health { complaints: self.state().complaints.clone() }
+    }
+
+    async fn metrics(&self) -> Result<String, Problem> {
+        Ok("# EOF\n".to_owned())
+    }
+
+    fn answered(&self, answered: &Answered<'_>) {
+        let Answered { route, method, status, .. } = answered;
+        self.state().answered.push(format!("{method} {route} {status}"));
     }
 
     async fn create_vm(&self, caller: Caller, spec: VmSpec) -> Result<Vm, Problem> {

@@ -9,6 +9,7 @@
 
 mod client;
 mod document;
+mod errors;
 mod fake;
 mod fake_policy;
 mod network;
@@ -60,7 +61,7 @@ impl Answer {
         assert_eq!(problem["status"], status);
         assert_eq!(problem["type"], format!("urn:portcullis:problem:{code}"));
         let id = self.header("x-request-id").unwrap();
-        assert_eq!(problem["instance"], format!("urn:uuid:{id}"));
+        assert_eq!(problem["request_id"], id);
         assert!(problem["title"].as_str().is_some_and(|title| !title.is_empty()));
         assert!(problem["detail"].as_str().is_some_and(|detail| !detail.is_empty()));
         problem

@@ -255,7 +255,10 @@ async fn a_body_that_does_not_come_is_not_waited_for() {
     let mut answer = vec![0; 4096];
     let len = stream.read(&mut answer).await.unwrap();
     let answer = String::from_utf8_lossy(&answer[..len]);
-    assert!(answer.starts_with("HTTP/1.1 408 ") && answer.contains("request_timeout"), "{answer}");
+    assert!(
+        answer.starts_with("HTTP/1.1 408 ") && answer.contains(ProblemCode::RequestTimeout.as_str()),
+        "{answer}"
+    );
     assert!(begun.elapsed() < Duration::from_secs(30), "{:?}", begun.elapsed());
 }
 

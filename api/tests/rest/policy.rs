@@ -49,6 +49,18 @@ async fn a_switch_is_put_shown_and_deleted() {
 }
 
 #[tokio::test]
+async fn if_match_with_a_star_replaces_and_does_not_create() {
+    let server = Server::start();
+    for (path, spec) in [("/v1/switches/lan", json!({})), ("/v1/port-groups/web", json!({ "switch": "lan" }))]
+    {
+        let star = [("if-match", "*"), ("content-type", "application/json")];
+        server.send(Method::PUT, path, &star, spec.to_string()).await.problem(404, "not_found");
+        assert_eq!(put(&server, path, spec.clone()).await.status, 201);
+        assert_eq!(server.send(Method::PUT, path, &star, spec.to_string()).await.status, 200);
+    }
+}
+
+#[tokio::test]
 async fn a_port_group_is_patched_by_merging() {
     let server = Server::start();
     let spec =
@@ -116,13 +128,32 @@ async fn decisions_are_filtered() {
         verdict: Some(netpolicy::Outcome::Denied),
         since: Some("2026-01-31T12:00:00Z".parse().unwrap()),
         limit: 5,
+        cursor: None,
     };
     server.client().decisions(&expect).await.unwrap();
     server.client().decisions(&DecisionFilter::default()).await.unwrap();
-    assert_eq!(server.policy.state().filters, [expect.clone(), expect, DecisionFilter::default()]);
+    // One more than asked for, to know whether there is another page.
+    let asked = [expect.clone(), expect, DecisionFilter::default()];
+    let asked = asked.map(|filter| DecisionFilter { limit: filter.limit + 1, ..filter });
+    assert_eq!(server.policy.state().filters, asked);
     for query in ["limit=0", "limit=1001", "verdict=maybe", "since=yesterday", "port=1", "vn=a"] {
         server.get(&format!("/v1/decisions?{query}")).await.problem(400, "invalid_request");
     }
+}
+
+#[tokio::test]
+async fn the_client_follows_pages() {
+    let server = Server::start();
+    for n in 0..2 * MAX_PAGE + 1 {
+        server.policy.attach(&format!("vm{n}"));
+    }
+    let first = server.get("/v1/ports").await.json();
+    assert_eq!(first["items"].as_array().unwrap().len(), 1000, "a page is bounded");
+    let ports = server.client().list_ports().await.unwrap();
+    let mut names: Vec<_> = ports.iter().map(|port| port.name.clone()).collect();
+    assert!(names.is_sorted());
+    names.dedup();
+    assert_eq!(names.len(), 2001);
 }
 
 fn event(id: u64) -> Event {

@@ -274,6 +274,101 @@ async fn unknown_paths_and_methods_are_problems() {
 }
 
 #[tokio::test]
+async fn a_request_keeps_the_id_that_its_caller_gave_if_it_is_fit_for_a_log() {
+    let server = Server::start();
+    let long = "x".repeat(129);
+    for (given, kept) in [
+        (vec!["deploy-7:web.1/a+b=c_d"], true),
+        (vec![&long[1..]], true),
+        (vec![&long], false),
+        (vec![""], false),
+        (vec!["two words"], false),
+        (vec!["\u{e9}"], false),
+        (vec!["one", "two"], false),
+        (vec![], false),
+    ] {
+        let headers: Vec<_> = given.iter().map(|id| ("x-request-id", *id)).collect();
+        for path in ["/v1/vms", "/v1/vms/nothing", "/nothing", "/healthz"] {
+            let answer = server.send(Method::GET, path, &headers, "").await;
+            let id = answer.header("x-request-id").unwrap();
+            if kept {
+                assert_eq!(id, given[0]);
+            } else {
+                assert!(id.parse::<uuid::Uuid>().is_ok(), "{given:?}: {id}");
+            }
+            if answer.status == 404 {
+                answer.problem(404, "not_found");
+            }
+        }
+    }
+}
+
+#[tokio::test]
+async fn requests_are_counted_by_words_of_which_there_are_few() {
+    let server = Server::start();
+    server.vm("web1").await;
+    server.get("/v1/vms/web1").await;
+    server.get("/v1/vms/anything").await;
+    server.get("/made/up").await;
+    server.exchange("BREW".parse().unwrap(), "/v1/vms/web1", &[], "").await;
+    let metrics = server.get("/metrics").await;
+    let kind = "application/openmetrics-text; version=1.0.0; charset=utf-8";
+    assert_eq!((metrics.status, metrics.header("content-type")), (200, Some(kind)));
+    assert_eq!(
+        server.fake.state().answered,
+        [
+            "POST /v1/vms 201",
+            "GET /v1/vms/{name} 200",
+            "GET /v1/vms/{name} 404",
+            "GET  404",
+            "OTHER /v1/vms/{name} 405",
+            "GET /metrics 200",
+        ]
+    );
+}
+
+/// The names of all pages of a list.
+async fn pages(server: &Server, path: &str, limit: usize) -> Vec<Vec<String>> {
+    let (mut pages, mut next) = (Vec::new(), format!("{path}?limit={limit}"));
+    loop {
+        let page = server.get(&next).await.json();
+        let items = page["items"].as_array().unwrap();
+        pages.push(items.iter().map(|item| item["name"].as_str().unwrap_or_default().to_owned()).collect());
+        match page["next"].as_str() {
+            Some(cursor) => next = format!("{path}?limit={limit}&cursor={cursor}"),
+            None => return pages,
+        }
+    }
+}
+
+#[tokio::test]
+async fn lists_come_in_pages() {
+    let server = Server::start();
+    for name in ["e", "c", "a", "d", "b"] {
+        server.vm(name).await;
+    }
+    assert_eq!(pages(&server, "/v1/vms", 2).await, [vec!["a", "b"], vec!["c", "d"], vec!["e"]]);
+    assert_eq!(pages(&server, "/v1/vms", 5).await, [["a", "b", "c", "d", "e"]]);
+    // What comes and goes between two pages does not move the others.
+    let first = server.get("/v1/vms?limit=2").await.json();
+    server.send(Method::DELETE, "/v1/vms/b", &[], "").await;
+    server.vm("aa").await;
+    let cursor = first["next"].as_str().unwrap();
+    let second = server.get(&format!("/v1/vms?limit=2&cursor={cursor}")).await.json();
+    assert_eq!((&second["items"][0]["name"], &second["items"][1]["name"]), (&json!("c"), &json!("d")));
+
+    put_vfs(&server, None, r#"{"count": 3}"#).await;
+    assert_eq!(pages(&server, "/v1/vfs", 1).await.len(), 3);
+    for list in ["vms", "pfs", "vfs", "switches", "port-groups", "ports", "decisions"] {
+        for query in ["limit=0", "limit=1001", "limit=-1", "limit=x", "cursor=x", "cursor=ff", "page=1"] {
+            server.get(&format!("/v1/{list}?{query}")).await.problem(400, "invalid_request");
+        }
+        assert_eq!(server.get(&format!("/v1/{list}?limit=1000&cursor=")).await.status, 200, "{list}");
+    }
+    server.get("/v1/decisions?cursor=61").await.problem(400, "invalid_request");
+}
+
+#[tokio::test]
 async fn health_is_plain_text() {
     let server = Server::start();
     let well = server.get("/healthz").await;

@@ -3,7 +3,7 @@
 use std::{collections::BTreeMap, sync::Arc, time::Duration};
 
 use api::{
-    Backend, Caller, ConsoleRead, Health, Progress, User,
+    Answered, Backend, Caller, ConsoleRead, Health, Progress, User,
     problem::{Problem, ProblemCode},
     types::{
         Bdf, EventKind, ObjectKind, ObjectRef, Pf, PfSpec, PfStatus, Subject, Timestamp, Vf, Vm, VmAction,
@@ -21,6 +21,7 @@ use tokio::{
     sync::Mutex,
     time::{Instant, timeout, timeout_at},
 };
+use tracing::{Instrument as _, Span};
 use uuid::Uuid;
 use vmm::control::{Order, Outcome};
 
@@ -28,6 +29,7 @@ use super::{console, view};
 use crate::{
     environment::Environment,
     inventory::Inventory,
+    metrics,
     store::{Entry, Expect, StoreError},
     vm::{
         VmHandle, network,
@@ -39,6 +41,9 @@ use crate::{
 
 /// How long a vmm may take to answer what costs it nothing.
 const PROMPT: Duration = Duration::from_secs(5);
+
+/// The same for metrics, whose reader waits for all VMs.
+const MEASURED: Duration = Duration::from_secs(1);
 
 /// Bytes that one order types on a console.
 const TYPED: usize = 1024;
@@ -154,8 +159,8 @@ impl Agent {
         &self,
         work: impl FnOnce(&Inventory) -> Result<T, Problem> + Send + 'static,
     ) -> Result<T, Problem> {
-        let inventory = self.env.inventory.clone();
-        tokio::task::spawn_blocking(move || work(&inventory))
+        let (inventory, span) = (self.env.inventory.clone(), Span::current());
+        tokio::task::spawn_blocking(move || span.in_scope(|| work(&inventory)))
             .await
             .map_err(|error| Problem::new(ProblemCode::Internal, chain(&error)))?
     }
@@ -335,6 +340,25 @@ impl Agent {
     }
 }
 
+/// What metrics show of a VM. One whose process does not answer is shown without what that counts.
+async fn measure(handle: VmHandle) -> metrics::Vm {
+    let status = handle.status();
+    let process = status.run.process.as_ref().map(|process| process.pid.to_string());
+    let stats = match handle.connection() {
+        Ok(connection) => connection.order(Order::Stats, Vec::new(), MEASURED).await.ok(),
+        Err(_) => None,
+    };
+    metrics::Vm {
+        name: handle.name().to_string(),
+        state: status.run.state,
+        resident: process.and_then(|pid| metrics::resident(&pid)),
+        stats: match stats {
+            Some(Outcome::Stats(stats)) => Some(view::stats(&handle, *stats)),
+            _ => None,
+        },
+    }
+}
+
 /// The agent itself, as a caller.
 fn own() -> Caller {
     let (uid, gid) = (rustix::process::geteuid().as_raw(), rustix::process::getegid().as_raw());
@@ -345,7 +369,9 @@ fn own() -> Caller {
 async fn finish<T: Send + 'static>(
     work: impl Future<Output = Result<T, Problem>> + Send + 'static,
 ) -> Result<T, Problem> {
-    tokio::spawn(work).await.map_err(|error| Problem::new(ProblemCode::Internal, chain(&error)))?
+    tokio::spawn(work.in_current_span())
+        .await
+        .map_err(|error| Problem::new(ProblemCode::Internal, chain(&error)))?
 }
 
 fn convert(bdf: host::Bdf) -> Result<Bdf, Problem> {
@@ -383,6 +409,24 @@ impl Backend for Agent {
             complaints.push(format!("{kvm} does not exist: load kvm_intel or kvm_amd, no VM can be booted"));
         }
         Health { complaints }
+    }
+
+    async fn metrics(&self) -> Result<String, Problem> {
+        let all = self.all().await;
+        let counted = all.into_iter().map(|vm| tokio::spawn(measure(vm).in_current_span()));
+        let mut vms = Vec::new();
+        // At once: each may be waited for.
+        for vm in counted.collect::<Vec<_>>() {
+            vms.extend(vm.await.ok());
+        }
+        let text = self.env.metrics.text(&vms);
+        text.map_err(|error| {
+            Problem::new(ProblemCode::Internal, format!("Metrics cannot be written: {error}."))
+        })
+    }
+
+    fn answered(&self, answered: &Answered<'_>) {
+        self.env.metrics.answered(answered);
     }
 
     async fn create_vm(&self, caller: Caller, spec: VmSpec) -> Result<Vm, Problem> {

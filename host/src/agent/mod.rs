@@ -7,7 +7,7 @@ mod view;
 
 use std::{
     fs::{self, DirBuilder, File, OpenOptions},
-    io::{self, IsTerminal},
+    io,
     os::unix::fs::{DirBuilderExt, OpenOptionsExt},
     path::{Path, PathBuf},
     sync::Arc,
@@ -27,13 +27,13 @@ use tokio::{
 
 pub use backend::Agent;
 use listen::ListenArgs;
-use tracing_subscriber::{EnvFilter, filter::LevelFilter};
 
 #[cfg(feature = "test-support")]
 use crate::switch::Late;
 use crate::{
     decisions::{DecisionLog, events::EventHub},
     environment::{Environment, Users},
+    log,
     pf::{HostPfs, PfHandle, watch},
     sandbox,
     sim::{SimPfOption, Simulated, Start},
@@ -108,6 +108,9 @@ pub struct ServeArgs {
     /// directory, in which everything of it is.
     #[arg(long, value_name = "DIR", hide = true)]
     pub private: Option<PathBuf>,
+    /// What lines of the log look like. What goes to the journal has its priority, and leaves the time to it.
+    #[arg(long, value_enum, default_value_t = log::Format::Text)]
+    pub log_format: log::Format,
     /// Where the API is served.
     #[command(flatten)]
     pub listen: ListenArgs,
@@ -119,17 +122,7 @@ pub struct ServeArgs {
 /// # Errors
 /// As [`serve`].
 pub fn run(args: ServeArgs, socket: &Path, token_file: Option<&Path>) -> anyhow::Result<()> {
-    let filter = EnvFilter::builder()
-        .with_env_var("PORTCULLIS_LOG")
-        .with_default_directive(LevelFilter::INFO.into())
-        .from_env_lossy();
-    let log = tracing_subscriber::fmt()
-        .with_env_filter(filter)
-        .with_writer(io::stderr)
-        .with_target(false)
-        .with_ansi(io::stderr().is_terminal());
-    // In a test there may be one already.
-    drop(log.try_init());
+    log::start(args.log_format);
     // One worker: what blocks has threads of its own, and a guest that waits for an answer would pay for each hand-over of a
     // task from one worker to another.
     let mut runtime = tokio::runtime::Builder::new_multi_thread();
@@ -269,6 +262,7 @@ async fn start_switch(
         decisions: decisions.clone(),
         events: events.clone(),
         hints: hints.ok(),
+        metrics: env.metrics.clone(),
         #[cfg(not(feature = "test-support"))]
         timing: Timing::default(),
         #[cfg(feature = "test-support")]

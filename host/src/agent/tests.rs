@@ -10,7 +10,7 @@ use api::{
 use tokio::sync::oneshot;
 
 use super::*;
-use crate::vm::tests::fixture::{Host, PATIENCE, VF0, spec};
+use crate::vm::tests::fixture::{Host, PATIENCE, PF, VF0, spec};
 
 struct Served {
     agent: Arc<Agent>,
@@ -76,6 +76,19 @@ async fn a_vm_s_life_over_the_api() {
     assert_eq!(code(client.get_vm("web1").await), ProblemCode::NotFound);
     served.end.send(()).unwrap();
     served.task.await.unwrap();
+}
+
+#[tokio::test]
+async fn a_host_that_cannot_be_read_is_an_error_of_its_own() {
+    let host = Host::new();
+    let served = serve(&host, host.env.run_dir.join("api.sock")).await;
+    let vendor = host.env.inventory.device_dir(PF).join("vendor");
+    fs::remove_file(&vendor).unwrap();
+    fs::create_dir(&vendor).unwrap();
+    let error = served.client.list_pfs().await.unwrap_err();
+    let problem = error.problem().unwrap();
+    assert_eq!((problem.code, problem.status), (ProblemCode::Internal, 500));
+    assert!(problem.detail.contains("vendor"), "{problem}");
 }
 
 #[tokio::test]

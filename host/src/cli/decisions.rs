@@ -2,7 +2,7 @@
 
 use api::{
     Client,
-    types::{Decision, DecisionFilter, EventKind, MAX_DECISIONS, Timestamp},
+    types::{Decision, DecisionFilter, EventKind, MAX_PAGE, Timestamp},
 };
 use clap::Args;
 use netpolicy::Outcome;
@@ -31,7 +31,7 @@ pub(super) struct DecisionsArgs {
     since: Option<Timestamp>,
     /// At most this many, the latest.
     #[arg(long, value_name = "COUNT", default_value_t = DecisionFilter::default().limit,
-        value_parser = clap::value_parser!(u32).range(1..=i64::from(MAX_DECISIONS)))]
+        value_parser = clap::value_parser!(u32).range(1..=i64::from(MAX_PAGE)))]
     limit: u32,
     /// Goes on with what is decided from now on. The earliest comes first, and --output json writes a line for each.
     #[arg(long, short)]
@@ -60,8 +60,14 @@ pub(super) async fn run(
             Err(_) => Some(client.get_port(port).await?.id),
         },
     };
-    let filter =
-        DecisionFilter { vm: args.vm, port, verdict: args.verdict, since: args.since, limit: args.limit };
+    let filter = DecisionFilter {
+        vm: args.vm,
+        port,
+        verdict: args.verdict,
+        since: args.since,
+        limit: args.limit,
+        cursor: None,
+    };
     if !args.follow {
         let decisions = client.decisions(&filter).await?;
         return Ok(output.table(&decisions, HEADER, row)?);

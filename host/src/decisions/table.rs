@@ -6,7 +6,7 @@ use std::{
     time::Duration,
 };
 
-use api::types::DecisionFilter;
+use api::types::{Cursor, DecisionFilter, Timestamp};
 use netpolicy::{Decision, PortId};
 use rusqlite::{Connection, Transaction, params};
 
@@ -85,11 +85,16 @@ impl Decisions {
             "SELECT value FROM decisions
              WHERE (?1 IS NULL OR vm = ?1 OR vm_name = ?1) AND (?2 IS NULL OR port = ?2)
                AND (?3 IS NULL OR outcome = ?3) AND (?4 IS NULL OR last_ms >= ?4)
+               AND (?6 IS NULL OR last_ms < ?6
+                    OR (last_ms = ?6 AND seq < (SELECT seq FROM decisions WHERE id = ?7)))
              ORDER BY last_ms DESC, seq DESC LIMIT ?5",
         )?;
         let port = filter.port.map(|port| port.to_string());
         let vm = filter.vm.as_ref().map(|vm| vm.to_lowercase());
-        let mut rows = query.query(params![vm, port, verdict, since, filter.limit])?;
+        // A record that has been counted on since then is on a page before; one that is gone had all of its moment.
+        let (before, id) = filter.cursor.as_ref().and_then(Cursor::decision).unzip();
+        let (before, id) = (before.map(Timestamp::unix_ms), id.map(|id| id.to_string()));
+        let mut rows = query.query(params![vm, port, verdict, since, filter.limit, before, id])?;
         let mut found = Vec::new();
         while let Some(row) = rows.next()? {
             let value: String = row.get(0)?;

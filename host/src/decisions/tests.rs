@@ -1,4 +1,4 @@
-use api::types::{DecisionFilter, EventKind, Timestamp};
+use api::types::{Cursor, DecisionFilter, EventKind, Listed, Timestamp};
 use netpolicy::{Decision, MacAddress, Name, Outcome, Port, PortGroupId, PortId, Reason, VmId, VmRef};
 use uuid::Uuid;
 
@@ -70,6 +70,29 @@ async fn filters_say_what_is_listed() {
     check(DecisionFilter { port: Some(Uuid::from_u128(101)), ..filter() }, &["b", "a"]).await;
     check(DecisionFilter { verdict: Some(Outcome::TakenBack), ..filter() }, &["c"]).await;
     check(DecisionFilter { since: Some(Timestamp::from_unix_ms(20)), ..filter() }, &["c", "b"]).await;
+}
+
+#[tokio::test]
+async fn pages_list_every_record_once() {
+    let dir = tempfile::tempdir().unwrap();
+    let (log, _) = open(&dir, 100);
+    // Several of the same moment.
+    for (n, ms) in [1, 2, 2, 2, 3, 3].into_iter().enumerate() {
+        log.record(decision(1, &n.to_string(), Outcome::Denied, ms)).await.unwrap();
+    }
+    let (mut seen, mut cursor) = (Vec::new(), None);
+    loop {
+        let page = log.query(DecisionFilter { limit: 2, cursor: cursor.take(), ..filter() }).await.unwrap();
+        let Some(last) = page.last() else { break };
+        cursor = Some(Cursor::after(api::types::Decision::from(last.clone()).key()));
+        seen.extend(page.into_iter().filter_map(|decision| decision.requested));
+        if seen.len() == 2 {
+            // A record that is counted on moves to a page that was read, a new one is before it; no other moves.
+            log.record(decision(1, "0", Outcome::Denied, 9)).await.unwrap();
+            log.record(decision(1, "new", Outcome::Denied, 8)).await.unwrap();
+        }
+    }
+    assert_eq!(seen, ["5", "4", "3", "2", "1"]);
 }
 
 #[tokio::test]

@@ -13,6 +13,7 @@ use tokio::{
     sync::mpsc,
     time::{Instant, MissedTickBehavior, interval, sleep_until},
 };
+use tracing::{Instrument as _, Span};
 use uuid::Uuid;
 
 use super::{
@@ -28,6 +29,7 @@ use super::{
 };
 use crate::{
     decisions::{DecisionLog, events::EventHub},
+    metrics::Metrics,
     pf::PfHandle,
     store::Table,
 };
@@ -66,10 +68,11 @@ pub(super) struct Actor {
     pub(super) decisions: DecisionLog,
     pub(super) events: EventHub,
     pub(super) timing: Timing,
+    pub(super) metrics: Metrics,
     pub(super) bypass: bool,
     ends: mpsc::UnboundedSender<(PortId, End)>,
     /// To itself.
-    pub(super) own: mpsc::WeakSender<Command>,
+    pub(super) own: mpsc::WeakSender<(Span, Command)>,
     /// When everything is compared with the PFs because of a hint.
     pub(super) compare_at: Option<Instant>,
     #[cfg(test)]
@@ -79,11 +82,11 @@ pub(super) struct Actor {
 pub(super) async fn start(
     parts: Parts,
     pfs: Vec<KnownPf>,
-    inbox: mpsc::Receiver<Command>,
-    own: mpsc::WeakSender<Command>,
+    inbox: mpsc::Receiver<(Span, Command)>,
+    own: mpsc::WeakSender<(Span, Command)>,
 ) -> Result<(), SwitchError> {
     let (ends, ended) = mpsc::unbounded_channel();
-    let Parts { store, pf, decisions, events, hints, timing, .. } = parts;
+    let Parts { store, pf, decisions, events, hints, timing, metrics, .. } = parts;
     let mut actor = Actor {
         state: SwitchState::new(),
         meta: HashMap::new(),
@@ -101,6 +104,7 @@ pub(super) async fn start(
         decisions,
         events,
         timing,
+        metrics,
         #[cfg(feature = "test-support")]
         bypass: parts.bypass,
         #[cfg(not(feature = "test-support"))]
@@ -118,7 +122,7 @@ pub(super) async fn start(
 
 async fn run(
     mut actor: Actor,
-    mut inbox: mpsc::Receiver<Command>,
+    mut inbox: mpsc::Receiver<(Span, Command)>,
     mut ended: mpsc::UnboundedReceiver<(PortId, End)>,
     mut hints: Option<mpsc::Receiver<Hint>>,
 ) {
@@ -128,7 +132,8 @@ async fn run(
         let hinted = actor.compare_at;
         tokio::select! {
             command = inbox.recv() => match command {
-                Some(command) => actor.obey(command).await,
+                // What is logged meanwhile is the request's, if there is one.
+                Some((span, command)) => actor.obey(command).instrument(span).await,
                 None => return,
             },
             Some((port, end)) = ended.recv() => actor.on_end(port, end),
@@ -270,6 +275,7 @@ impl Actor {
             writer: self.writer.clone(),
             vmm: link.map(|link| Arc::clone(&link.vmm)),
             timing: self.timing,
+            metrics: self.metrics.clone(),
             port: id,
             adapter: port.adapter.clone(),
             capabilities: self.capabilities.get(&vf.pf).cloned(),
@@ -320,6 +326,7 @@ impl Actor {
     pub(super) fn record(&mut self, decision: Option<Decision>) {
         if let Some(decision) = decision {
             self.count(&decision);
+            self.metrics.decision(&decision);
             self.decisions.note(decision);
         }
     }

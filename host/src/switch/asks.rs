@@ -8,7 +8,7 @@ use passthrough::{
     fail::{Point, reach},
     relay::{self, Cancelled, How, Question},
 };
-use tokio::sync::oneshot;
+use tokio::{sync::oneshot, time::Instant};
 use vmm::control::Answer;
 
 use super::{
@@ -41,6 +41,9 @@ impl Actor {
             return;
         }
         reach(Point::AskReceived);
+        if let Some(lane) = self.lanes.get_mut(&port) {
+            lane.asked = Some((question.seq, Instant::now()));
+        }
         // A reset has happened already and is noted in its turn; so is what needs changes.
         if question.request == Request::Reset || !self.answer_now(port, id, &question) {
             self.queue(port, Work::Ask { id, question });
@@ -162,7 +165,9 @@ impl Actor {
         reach(Point::AskCommitted);
         match (failure, cancelled) {
             (None, None) => {
-                if !forward {
+                if forward {
+                    self.decided(port, question.seq, Outcome::Allowed);
+                } else {
                     self.grant(port, id, question);
                     reach(Point::AskAnswered);
                 }
@@ -283,7 +288,17 @@ impl Actor {
         self.state.port(port).map_or(MacAddress::ZERO, netpolicy::Port::effective_mac)
     }
 
+    /// Counts how long a question took.
+    fn decided(&self, port: PortId, seq: u64, outcome: Outcome) {
+        let asked = self.lanes.get(&port).and_then(|lane| lane.asked).filter(|(of, _)| *of == seq);
+        if let Some((_, at)) = asked {
+            self.metrics.decided(outcome, at.elapsed());
+        }
+    }
+
     fn answer(&self, port: PortId, id: u64, seq: u64, decision: relay::Decision) {
+        let granted = matches!(decision, relay::Decision::Grant { .. });
+        self.decided(port, seq, if granted { Outcome::Allowed } else { Outcome::Denied });
         let Some(port) = self.state.port(port) else { return };
         let Some(link) = self.links.get(&port.vm.id).filter(|link| link.online) else { return };
         let verdict = relay::Verdict { seq, effective_mac: port.effective_mac(), decision };

@@ -10,12 +10,12 @@ use passthrough::{
 };
 use tokio::{
     sync::oneshot,
-    time::{sleep, timeout},
+    time::{Instant, sleep, timeout},
 };
 use vmm::control::{Answer, Order, Outcome};
 
 use super::{Timing, lane::Revert, link::Vmm, record::Attachment, writer::Writer};
-use crate::{pf::PfHandle, vm::problem::chain, vmm_process::OrderError};
+use crate::{metrics::Metrics, pf::PfHandle, vm::problem::chain, vmm_process::OrderError};
 
 /// How often what the relay could not do is ordered again, and how long apart.
 const ATTEMPTS: u32 = 3;
@@ -27,6 +27,7 @@ pub(super) struct Tools {
     pub(super) writer: Writer,
     pub(super) vmm: Option<Arc<dyn Vmm>>,
     pub(super) timing: Timing,
+    pub(super) metrics: Metrics,
     pub(super) port: PortId,
     pub(super) adapter: String,
     pub(super) vf: VfRef,
@@ -120,7 +121,9 @@ impl Tools {
             effective_mac,
             decision: RelayDecision::Grant { how: How::Forward },
         };
+        let begun = Instant::now();
         let outcome = self.make_asked(id, pf, mailbox, own, verdict, forwarded).await;
+        self.metrics.committed(matches!(outcome, AskOutcome::Made), begun.elapsed());
         reach(Point::AskMade);
         End::Asked { id, question, changes, forward, outcome }
     }

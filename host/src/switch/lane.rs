@@ -9,7 +9,7 @@ use std::collections::VecDeque;
 use api::types::PortCounters;
 use netpolicy::{Change, MacAddress, Reason, Request};
 use passthrough::relay::{Cancelled, Forwarded, Question};
-use tokio::sync::oneshot;
+use tokio::{sync::oneshot, time::Instant};
 
 use super::command::{Leftover, Reply};
 
@@ -84,6 +84,8 @@ pub(super) struct Lane {
     pub(super) recovering: bool,
     /// A question to a former agent that was given up.
     pub(super) given_up: Option<(Request, Cancelled)>,
+    /// When the question under way came, by its number.
+    pub(super) asked: Option<(u64, Instant)>,
     pub(super) counters: PortCounters,
     pub(super) bdf: Option<String>,
 }

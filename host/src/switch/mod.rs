@@ -46,6 +46,7 @@ use passthrough::{
     relay::{Notice, Question},
 };
 use tokio::sync::{mpsc, oneshot};
+use tracing::Span;
 
 use self::command::{Command, KnownPf, Reply};
 pub use self::{
@@ -56,6 +57,7 @@ pub use self::{
 };
 use crate::{
     decisions::{DecisionLog, events::EventHub},
+    metrics::Metrics,
     pf::{PfHandle, PfName},
     store::ObjectStore,
     vm::problem::chain,
@@ -117,6 +119,8 @@ pub struct Parts {
     pub hints: Option<mpsc::Receiver<Hint>>,
     /// How long things may take.
     pub timing: Timing,
+    /// Where it is counted.
+    pub metrics: Metrics,
     /// Every request is granted, as if every policy accepted: shows what tests prove.
     #[cfg(feature = "test-support")]
     pub bypass: bool,
@@ -125,7 +129,7 @@ pub struct Parts {
 /// The handle of the switch. The task ends with its last handle.
 #[derive(Clone, Debug)]
 pub struct SwitchHandle {
-    commands: mpsc::Sender<Command>,
+    commands: mpsc::Sender<(Span, Command)>,
     pf: PfHandle,
 }
 
@@ -153,7 +157,7 @@ impl SwitchHandle {
 
     async fn tell(&self, command: Command) {
         // Whoever waits for an answer sees that there is none.
-        drop(self.commands.send(command).await);
+        drop(self.commands.send((Span::current(), command)).await);
     }
 
     /// A VM's adapters get ports. Those that have one keep it.

@@ -6,6 +6,7 @@ use api::types::PfState;
 use netpolicy::{Change, Committed, Correction, DecidedBy, Decision, Outcome, PortId, Request, Route, VmId};
 use passthrough::host::Hint;
 use tokio::time::Instant;
+use tracing::Span;
 
 use super::{
     actor::{Actor, Link},
@@ -111,7 +112,7 @@ impl Actor {
         tokio::spawn(async move {
             tokio::time::sleep(wait).await;
             if let Some(own) = own.upgrade() {
-                drop(own.send(Command::Overdue { port }).await);
+                drop(own.send((Span::none(), Command::Overdue { port })).await);
             }
         });
     }
@@ -292,7 +293,7 @@ impl Actor {
                 let (pf, own) = (self.pf.clone(), self.own.clone());
                 tokio::spawn(async move {
                     if let (Ok(pfs), Some(own)) = (known(&pf).await, own.upgrade()) {
-                        drop(own.send(Command::PfsKnown { pfs }).await);
+                        drop(own.send((Span::none(), Command::PfsKnown { pfs })).await);
                     }
                 });
             }
@@ -324,6 +325,7 @@ impl Actor {
         let mut made = Vec::new();
         for Found { wanted, old, error } in found {
             let committed = committed(&wanted, error.is_some());
+            self.metrics.repaired(name(&wanted), error.is_none());
             if error.is_none() {
                 made.push(wanted.clone());
             }

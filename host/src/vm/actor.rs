@@ -24,6 +24,7 @@ use tokio::{
     task::AbortHandle,
     time::{MissedTickBehavior, interval, sleep, timeout},
 };
+use tracing::{Instrument as _, Span};
 use vmm::control::{DeviceLoss, End, Order, Report, State};
 
 use super::{
@@ -119,7 +120,7 @@ struct Finished {
 pub(super) async fn run(
     env: Arc<Environment>,
     vm: Arc<Entry<VmRecord>>,
-    mut inbox: mpsc::Receiver<Command>,
+    mut inbox: mpsc::Receiver<(Span, Command)>,
     outlets: Outlets,
 ) {
     let (finished, mut orders) = mpsc::channel(8);
@@ -151,14 +152,17 @@ pub(super) async fn run(
         tokio::select! {
             command = inbox.recv() => match command {
                 None => return,
-                Some(Command::Leave { done }) => {
+                Some((_, Command::Leave { done })) => {
                     network::disconnected(&actor.env, actor.vm.id).await;
                     drop(actor);
                     let _ = done.send(());
                     return;
                 }
-                Some(Command::Act { action, caller, begun }) => actor.act(action, caller, begun).await,
-                Some(Command::Delete { caller, done }) => actor.delete(caller, done).await,
+                // What is logged meanwhile is the request's.
+                Some((span, Command::Act { action, caller, begun })) => {
+                    actor.act(action, caller, begun).instrument(span).await;
+                }
+                Some((span, Command::Delete { caller, done })) => actor.delete(caller, done).instrument(span).await,
             },
             exit = ended(&mut actor.process) => actor.on_exit(exit).await,
             event = next(&mut actor.link) => match event {

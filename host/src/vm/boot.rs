@@ -44,6 +44,7 @@ pub(super) struct Files {
 /// Opens what the machine needs.
 pub(super) async fn open_files(env: &Environment, caller: Caller, spec: &VmSpec) -> Result<Files, Problem> {
     let (kvm, dirs, boot) = (env.kvm.clone(), env.image_dirs.clone(), spec.boot.clone());
+    let memory = spec.memory;
     let open = move || {
         let open = |what: BootFile, path: &str| {
             files::open_for(&caller, &dirs, path).map_err(|error| what.problem(&error))
@@ -53,6 +54,15 @@ pub(super) async fn open_files(env: &Environment, caller: Caller, spec: &VmSpec)
             Some(path) => Some(open(BootFile::Initramfs, path)?),
             None => None,
         };
+        // Beside the kernel it may still be too large: the vmm knows where that ends.
+        let size = initramfs.as_ref().and_then(|file| file.metadata().ok()).map_or(0, |data| data.len());
+        if size > memory.bytes() {
+            let detail = format!(
+                "The initramfs has {size} bytes, more than the {memory} of the guest: give the VM more memory."
+            );
+            let field = Some("boot.initramfs".into());
+            return Err(Problem { field, ..Problem::new(ProblemCode::InitramfsInvalid, detail) });
+        }
         let kvm = File::options().read(true).write(true).open(&kvm).map_err(|error| {
             Problem::new(
                 ProblemCode::KvmUnavailable,

@@ -30,6 +30,7 @@ use api::{
     types::{Name, VmAction, VmState},
 };
 use tokio::sync::{mpsc, oneshot, watch};
+use tracing::Span;
 use uuid::Uuid;
 
 use self::{
@@ -70,7 +71,7 @@ pub struct VmHandle {
     pub id: Uuid,
     /// The VM as it was asked for.
     pub record: Arc<Entry<VmRecord>>,
-    commands: mpsc::Sender<Command>,
+    commands: mpsc::Sender<(Span, Command)>,
     status: watch::Receiver<Status>,
     connection: watch::Receiver<Option<Connection>>,
     console: watch::Receiver<u64>,
@@ -168,7 +169,7 @@ impl VmHandle {
     }
 
     async fn send(&self, command: Command) -> Result<(), Problem> {
-        self.commands.send(command).await.map_err(|_| self.gone())
+        self.commands.send((Span::current(), command)).await.map_err(|_| self.gone())
     }
 
     fn gone(&self) -> Problem {

@@ -8,7 +8,7 @@ use api::{
     problem::ProblemCode,
     types::{CauseCode, VmAction, VmState},
 };
-use passthrough::host::{PfControl, PreviousBinding, VfChange};
+use passthrough::host::{Bdf, PfControl, PreviousBinding, VfChange, fake::FakePf};
 
 use self::fixture::{Host, VF0, VF1, caller};
 use crate::{
@@ -140,6 +140,34 @@ async fn whatever_fails_during_a_boot_nothing_is_left_behind() {
             ProblemCode::KernelInvalid,
             |_| {},
             |spec| spec.boot.cmdline = "refuse-kernel".into(),
+        ),
+        case(
+            "initramfs is a device",
+            ProblemCode::InitramfsUnreadable,
+            |_| {},
+            |spec| spec.boot.initramfs = Some("/dev/null".into()),
+        ),
+        case(
+            "initramfs is larger than memory",
+            ProblemCode::InitramfsInvalid,
+            |host| {
+                let file = std::fs::File::create(host.env.image_dirs[0].join("large")).unwrap();
+                file.set_len((2 << 20) + 1).unwrap();
+            },
+            |spec| spec.boot.initramfs = Some("large".into()),
+        ),
+        case(
+            "interrupt remapping is off",
+            ProblemCode::InterruptRemappingOff,
+            |host| host.sysfs.set_interrupt_chip("PCI-MSI"),
+            // One that is not named would be looked for elsewhere.
+            |spec| spec.adapters[0].vf = Some(VF0.to_string().parse().unwrap()),
+        ),
+        case(
+            "no memory",
+            ProblemCode::MemoryUnavailable,
+            |_| {},
+            |spec| spec.boot.cmdline = "refuse-memory".into(),
         ),
         case("vmm dies", ProblemCode::VmmFailed, |_| {}, |spec| spec.boot.cmdline = "die".into()),
         case("vmm hangs up", ProblemCode::VmmFailed, |_| {}, |spec| spec.boot.cmdline = "hang-up".into()),
@@ -309,6 +337,64 @@ async fn a_lost_vf_is_recorded_and_its_claim_ends_with_it() {
     assert_eq!(run.state, VmState::Running, "the guest goes on without it");
     assert_eq!(host.claims().await, 0);
     host.act(&vm, VmAction::Stop).await.unwrap();
+}
+
+#[tokio::test]
+async fn a_vf_that_breaks_is_recorded_and_the_guest_goes_on() {
+    let host = Host::new();
+    let vm = host.create("web1", |_| {}).await;
+    host.act(&vm, VmAction::Boot).await.unwrap();
+    host.tell(&vm, &format!("break {VF0}")).await;
+    let mut status = vm.follow();
+    let broken = status.wait_for(|status| status.run.lost.contains_key(&VF0.to_string()));
+    let run = tokio::time::timeout(fixture::PATIENCE, broken).await.unwrap().unwrap().run.clone();
+    assert_eq!((run.lost[&VF0.to_string()].code, run.state), (CauseCode::DeviceFailed, VmState::Running));
+    host.act(&vm, VmAction::Stop).await.unwrap();
+}
+
+#[tokio::test]
+async fn a_vm_that_ran_when_the_host_was_restarted_says_so() {
+    let host = Host::new();
+    let vm = host.create("web1", |_| {}).await;
+    host.act(&vm, VmAction::Boot).await.unwrap();
+    host.act(&vm, VmAction::Stop).await.unwrap();
+    let mut run = vm.status().run;
+    vm.leave().await;
+    // As the former agent left it: running, on another boot of the host.
+    run.state = VmState::Running;
+    run.process =
+        Some(crate::vmm_process::Identity { pid: 1, start_time: 1, boot_id: "of-another-boot".into() });
+    host.env.runs.put(vm.id, "web1", &run, Expect::Any).await.unwrap();
+    let vm = host.load(vm.id).await;
+    host.reaches(&vm, VmState::Failed).await;
+    assert_eq!(vm.status().run.cause.unwrap().code, CauseCode::HostRestarted);
+    host.assert_untouched().await;
+}
+
+#[tokio::test]
+async fn a_vf_that_its_pf_no_longer_has_is_not_booted_with() {
+    let host = Host::new();
+    let vm = host.create("web1", |_| {}).await;
+    *host.pf.lock().unwrap() = FakePf::new("eth0", 0);
+    assert_eq!(host.act(&vm, VmAction::Boot).await.unwrap_err(), ProblemCode::VfRemoved);
+    assert_eq!((vm.state(), host.claims().await), (VmState::Failed, 0));
+}
+
+#[tokio::test]
+async fn a_device_has_one_owner() {
+    let host = Host::new();
+    let device = Bdf::new(0, 2, 0, 0).unwrap();
+    host.sysfs.add_device(device, (0x8086, 0x0953), 0x01_08_02, Some(77), None);
+    let with = |spec: &mut api::types::VmSpec| {
+        spec.adapters.clear();
+        spec.devices = vec![device.to_string().parse().unwrap()];
+    };
+    let (first, second) = (host.create("first", with).await, host.create("second", with).await);
+    host.act(&first, VmAction::Boot).await.unwrap();
+    let problem = second.act(VmAction::Boot, caller()).await.unwrap_err();
+    assert_eq!(problem.code, ProblemCode::DeviceInUse);
+    assert!(problem.detail.contains("first"), "{problem}");
+    host.act(&first, VmAction::Stop).await.unwrap();
 }
 
 #[tokio::test]

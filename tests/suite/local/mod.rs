@@ -8,6 +8,7 @@ mod hostile;
 mod load;
 mod machine;
 mod network;
+mod observe;
 mod page;
 mod rest;
 mod sandbox;

@@ -23,6 +23,7 @@ use vmm::control::{Answer, Order};
 
 use crate::{
     decisions::{DecisionLog, KEPT, events::EventHub},
+    metrics::Metrics,
     pf::{PfHandle, fake::FakePfs},
     store::{SqliteStore, Table},
     switch::{Adapter, Parts, Policy, SwitchError, SwitchHandle, Timing, Vmm, record::Attachment},
@@ -159,18 +160,20 @@ pub(super) struct Host {
     pub(super) switch: SwitchHandle,
     pub(super) policy: Policy,
     pub(super) pfs: FakePfs,
+    pub(super) metrics: Metrics,
     hints: mpsc::Sender<Hint>,
     guests: Vec<Guest>,
     dir: tempfile::TempDir,
 }
 
-async fn parts(dir: &Path, pfs: &FakePfs) -> (SwitchHandle, Policy, mpsc::Sender<Hint>) {
+async fn parts(dir: &Path, pfs: &FakePfs, metrics: &Metrics) -> (SwitchHandle, Policy, mpsc::Sender<Hint>) {
     let path = dir.join("test.db");
     let store = Arc::new(SqliteStore::open(&path).unwrap());
     let events = EventHub::default();
     let decisions = DecisionLog::open(&path, KEPT, events.clone()).unwrap();
     let (hints, hinted) = mpsc::channel(8);
     let parts = Parts {
+        metrics: metrics.clone(),
         store,
         pf: PfHandle::start(pfs.clone()).unwrap(),
         decisions: decisions.clone(),
@@ -188,8 +191,10 @@ impl Host {
     /// Without VMs.
     pub(super) async fn empty() -> Self {
         let (dir, pfs) = (tempfile::tempdir().unwrap(), FakePfs::new(&[PF, "eth1"]));
-        let (switch, policy, hints) = parts(dir.path(), &pfs).await;
-        Self { switch, policy, pfs, hints, guests: (0..3).map(|_| Guest::new()).collect(), dir }
+        let metrics = Metrics::default();
+        let (switch, policy, hints) = parts(dir.path(), &pfs, &metrics).await;
+        let guests = (0..3).map(|_| Guest::new()).collect();
+        Self { switch, policy, pfs, metrics, hints, guests, dir }
     }
 
     /// With VMs 1 and 2 under these settings.
@@ -217,7 +222,7 @@ impl Host {
         tokio::time::sleep(Duration::from_millis(20)).await;
         let store = SqliteStore::open(&self.dir.path().join("test.db")).unwrap();
         meanwhile(Table::new(Arc::new(store))).await;
-        (self.switch, self.policy, self.hints) = parts(self.dir.path(), &self.pfs).await;
+        (self.switch, self.policy, self.hints) = parts(self.dir.path(), &self.pfs, &self.metrics).await;
     }
 
     /// News, without waiting for what comes of it.

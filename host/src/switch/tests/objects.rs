@@ -1,7 +1,7 @@
 use api::{
     PolicyBackend,
     problem::{Problem, ProblemCode},
-    types::{ObjectRef, PortSpec, SwitchSpec},
+    types::{ObjectRef, PortGroupSpec, PortSpec, SwitchSpec},
 };
 
 use super::fixture::{Host, caller, vm};
@@ -48,6 +48,35 @@ async fn the_default_switch_has_what_no_other_has_until_it_is_edited() {
     assert_eq!(host.uplinks("default").await, ["eth1"]);
     let problem = host.policy.delete_switch(caller(), ObjectRef::Name("default".into()), None).await;
     assert_eq!(problem.unwrap_err().code, ProblemCode::SwitchInUse);
+}
+
+#[tokio::test]
+async fn a_port_group_has_a_switch_that_exists() {
+    let host = Host::empty().await;
+    let spec = PortGroupSpec {
+        switch: "nowhere".parse().unwrap(),
+        settings: netpolicy::Settings::default(),
+        port_overrides: std::collections::BTreeSet::new(),
+    };
+    let put = host.policy.put_port_group(caller(), "web".parse().unwrap(), spec, None).await;
+    let problem = put.unwrap_err();
+    assert_eq!(problem.code, ProblemCode::SwitchNotFound);
+    assert!(problem.detail.contains("nowhere"), "{problem}");
+}
+
+#[tokio::test]
+async fn events_have_so_many_subscribers_and_no_more() {
+    let host = Host::empty().await;
+    let mut subscribers = Vec::new();
+    let problem = loop {
+        match host.policy.events(None).await {
+            Ok(subscriber) => subscribers.push(subscriber),
+            Err(problem) => break problem,
+        }
+    };
+    assert_eq!((problem.code, subscribers.len()), (ProblemCode::Unavailable, 256));
+    subscribers.pop();
+    assert!(host.policy.events(None).await.is_ok());
 }
 
 #[tokio::test]

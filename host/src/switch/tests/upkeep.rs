@@ -191,6 +191,32 @@ async fn what_becomes_of_a_pf_is_told_once() {
 }
 
 #[tokio::test]
+async fn what_the_switch_does_is_counted() {
+    let mut host = Host::new(
+        r#"{"mac_changes": {"list": ["02:00:00:00:00:00/ff:ff:ff:ff:ff:f0"]}, "vlan": {"trunk": [7]}}"#,
+    )
+    .await;
+    assert_eq!(host.ask(1, Request::SetMac(mac(9))).await, LOCAL);
+    assert_eq!(host.ask(1, Request::SetVlan { vid: 7, add: true }).await, FORWARD);
+    host.ask(1, Request::SetMac(mac(0x66))).await;
+    host.pfs.foreign(PF, 1, VfChange::Trust(true));
+    host.changed(true).await;
+    let text = host.metrics.text(&[]).unwrap();
+    for line in [
+        "portcullis_decisions_total{request=\"set_mac\",verdict=\"allowed\"} 1",
+        "portcullis_decisions_total{request=\"set_mac\",verdict=\"denied\"} 1",
+        "portcullis_decisions_total{request=\"set_vlan\",verdict=\"allowed\"} 1",
+        // One answered by the agent, one by the PF, one refused.
+        "portcullis_decision_duration_seconds_count{verdict=\"allowed\"} 2",
+        "portcullis_decision_duration_seconds_count{verdict=\"denied\"} 1",
+        "portcullis_commit_duration_seconds_count{result=\"made\"} 2",
+        "portcullis_drift_repairs_total{setting=\"set_trust\",result=\"repaired\"} 1",
+    ] {
+        assert!(text.lines().any(|found| found == line), "{line} is not in\n{text}");
+    }
+}
+
+#[tokio::test]
 async fn own_commits_are_no_drift() {
     let mut host = Host::new(ACCEPT).await;
     let gate = host.pfs.world().gate.clone();

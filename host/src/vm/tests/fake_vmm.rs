@@ -161,6 +161,10 @@ impl Fake {
                     let failure = Failure { code: FailureCode::Kernel, detail: "It is no kernel".into() };
                     return Some(Err(failure));
                 }
+                "refuse-memory" => {
+                    let failure = Failure { code: FailureCode::Memory, detail: "There is none".into() };
+                    return Some(Err(failure));
+                }
                 "die" => std::process::exit(7),
                 "hang-up" => {
                     self.channel = None;
@@ -235,6 +239,7 @@ impl Fake {
                 self.later = Some((at, word.trim_end_matches("-later").into()));
             }
             "lose" => self.report(Report::DeviceLost { bdf: rest.into(), why: DeviceLoss::Requested }),
+            "break" => self.report(Report::DeviceLost { bdf: rest.into(), why: DeviceLoss::Failed }),
             "ask" => {
                 self.asked += 1;
                 let question = Question { seq: self.asked, request: serde_json::from_str(rest).unwrap() };

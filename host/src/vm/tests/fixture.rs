@@ -114,6 +114,7 @@ impl Host {
         let events = EventHub::default();
         let decisions = DecisionLog::open(&path, KEPT, events.clone()).unwrap();
         let parts = Parts {
+            metrics: env.metrics.clone(),
             store: Arc::new(SqliteStore::open(&path).unwrap()),
             pf: PfHandle::start(HostPfs::new(env.inventory.clone(), Arc::clone(&env.open_pf))).unwrap(),
             decisions: decisions.clone(),

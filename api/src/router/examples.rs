@@ -1,0 +1,302 @@
+//! Examples of bodies for the document. They are values of the types that the routes take and give, so none can be
+//! wrong; a test holds that each operation has them.
+
+use std::collections::BTreeMap;
+
+use netpolicy::{Committed, DecidedBy, EffectivePolicy, Outcome, Reason, Setting, Source};
+use serde::Serialize;
+use serde_json::{Value, json};
+use utoipa::openapi::{Content, RefOr, path::Operation};
+use uuid::Uuid;
+
+use crate::types::*;
+
+/// A VM that runs, with an adapter under policy.
+fn vm() -> Option<Vm> {
+    let id = id(1);
+    Some(Vm {
+        id,
+        name: "web1".parse().ok()?,
+        revision: 3,
+        created: moment(0),
+        spec: spec()?,
+        status: VmStatus {
+            state: VmState::Running,
+            since: moment(5),
+            cause: None,
+            pid: Some(4711),
+            boots: 1,
+            adapters: vec![AdapterStatus {
+                id: "eth0".parse().ok()?,
+                mac: "02:00:00:00:00:11".parse().ok()?,
+                pf: Some("enp1s0".to_owned()),
+                vf: "0000:01:10.0".parse().ok(),
+                vf_index: Some(0),
+                iommu_group: Some(30),
+                lost: None,
+            }],
+            devices: Vec::new(),
+            console: ConsoleStatus { start: 0, end: 1234 },
+            sandbox: SandboxStatus::default(),
+        },
+    })
+}
+
+fn spec() -> Option<VmSpec> {
+    Some(VmSpec {
+        name: "web1".parse().ok()?,
+        cpus: 2,
+        memory: "512MiB".parse().ok()?,
+        hugepages: false,
+        boot: BootSpec {
+            kernel: "vmlinuz".to_owned(),
+            initramfs: Some("initrd.img".to_owned()),
+            cmdline: "console=ttyS0".to_owned(),
+        },
+        adapters: vec![AdapterSpec {
+            id: "eth0".parse().ok()?,
+            port_group: "default".parse().ok(),
+            mac: "02:00:00:00:00:11".parse().ok(),
+            vf: None,
+        }],
+        devices: Vec::new(),
+        limits: None,
+    })
+}
+
+fn stats() -> VmStats {
+    let device = VmDeviceStats {
+        adapter: Some("eth0".to_owned()),
+        bar_exits: BTreeMap::from([("0:0".to_owned(), 40)]),
+        config_exits: 120,
+        mailbox: BTreeMap::from([("set_mac:refused".to_owned(), 1), ("reset:granted".to_owned(), 2)]),
+    };
+    VmStats {
+        exits: BTreeMap::from([("io_out".to_owned(), 2000), ("mmio_write".to_owned(), 40)]),
+        devices: BTreeMap::from([("0000:01:10.0".to_owned(), device)]),
+        memory: 512 << 20,
+        boots: 1,
+        first_entry_ns: Some(9_000_000),
+    }
+}
+
+fn pf() -> Option<Pf> {
+    Some(Pf {
+        id: host_id("0000:01:00.0".parse().ok()?),
+        name: "enp1s0".to_owned(),
+        revision: 1,
+        created: moment(0),
+        spec: PfSpec { vfs: 7 },
+        status: PfStatus {
+            bdf: "0000:01:00.0".parse().ok()?,
+            driver: Some("igb".to_owned()),
+            simulated: false,
+            device: "8086:10c9".to_owned(),
+            mac: Some("00:1b:21:00:00:01".to_owned()),
+            up: true,
+            carrier: Some(true),
+            mtu: Some(1500),
+            vfs: 7,
+            vfs_in_use: 1,
+            max_vfs: 7,
+        },
+    })
+}
+
+fn vf() -> Option<Vf> {
+    Some(Vf {
+        id: host_id("0000:01:10.0".parse().ok()?),
+        bdf: "0000:01:10.0".parse().ok()?,
+        pf: "enp1s0".to_owned(),
+        index: 0,
+        device: "8086:10ca".to_owned(),
+        simulated: false,
+        driver: Some("vfio-pci".to_owned()),
+        iommu_group: Some(30),
+        mac: Some("02:00:00:00:00:11".to_owned()),
+        owner: Some(owner()),
+    })
+}
+
+fn switch() -> Option<Switch> {
+    Some(Switch {
+        id: id(2),
+        name: "default".parse().ok()?,
+        revision: 2,
+        created: moment(0),
+        spec: switch_spec(),
+        status: SwitchStatus { port_groups: 2, ports: 1 },
+    })
+}
+
+fn switch_spec() -> SwitchSpec {
+    SwitchSpec { uplinks: ["enp1s0".to_owned()].into(), ..SwitchSpec::default() }
+}
+
+fn port_group() -> Option<PortGroup> {
+    Some(PortGroup {
+        id: id(3),
+        name: "web".parse().ok()?,
+        revision: 4,
+        created: moment(0),
+        spec: port_group_spec()?,
+        status: PortGroupStatus { ports: 1, policy: EffectivePolicy::of_defaults() },
+    })
+}
+
+fn port_group_spec() -> Option<PortGroupSpec> {
+    Some(PortGroupSpec {
+        switch: "default".parse().ok()?,
+        settings: serde_json::from_value(json!({ "mac_changes": "reject", "on_denied": "silent" })).ok()?,
+        port_overrides: [Setting::Mtu].into(),
+    })
+}
+
+fn port() -> Option<Port> {
+    let (initial, wished) = ("02:00:00:00:00:11".parse().ok()?, "02:00:00:00:00:99".parse().ok()?);
+    Some(Port {
+        id: id(4),
+        name: "web1/eth0".to_owned(),
+        revision: 5,
+        created: moment(0),
+        spec: PortSpec::default(),
+        status: PortStatus {
+            owner: owner(),
+            switch: "default".parse().ok()?,
+            port_group: "web".parse().ok()?,
+            pf: Some("enp1s0".to_owned()),
+            vf: "0000:01:10.0".parse().ok(),
+            vf_index: Some(0),
+            initial_mac: initial,
+            effective_mac: initial,
+            guest_mac: wished,
+            policy: EffectivePolicy::of_defaults(),
+            counters: PortCounters { allowed: 3, denied: 1, taken_back: 0, repaired: 0 },
+        },
+    })
+}
+
+fn decision() -> Option<Decision> {
+    Some(Decision {
+        id: id(5),
+        owner: owner(),
+        port: id(4),
+        pf: Some("enp1s0".to_owned()),
+        vf_index: Some(0),
+        request: "set_mac".to_owned(),
+        verdict: Outcome::Denied,
+        reason: Some(Reason::MacChangesRejected),
+        decided_by: Some(DecidedBy { setting: Setting::MacChanges, source: Source::PortGroup }),
+        old: Some("02:00:00:00:00:11".to_owned()),
+        requested: Some("02:00:00:00:00:99".to_owned()),
+        effective_mac: "02:00:00:00:00:11".parse().ok()?,
+        committed: Committed::Nothing,
+        detail: Some("The guest was told that it succeeded".to_owned()),
+        edited_by: None,
+        count: 1,
+        first: moment(60),
+        last: moment(60),
+    })
+}
+
+fn owner() -> Owner {
+    Owner { vm: id(1), name: "web1".to_owned(), adapter: Some("eth0".to_owned()) }
+}
+
+/// Ids that are told apart at a glance.
+fn id(n: u128) -> Uuid {
+    Uuid::from_u128(0x8a6e_0804_2bd0_4672_b79d_d970_27f9_0000 + n)
+}
+
+/// Some seconds after the morning on which these things happened.
+fn moment(seconds: u64) -> Timestamp {
+    Timestamp::from_unix_ms(1_767_254_400_000 + seconds * 1000)
+}
+
+fn value(example: impl Serialize) -> Option<Value> {
+    // `None` of an example that could not be made is no example.
+    serde_json::to_value(example).ok().filter(|value| !value.is_null())
+}
+
+fn list(example: impl Serialize) -> Option<Value> {
+    Some(json!({ "items": [value(example)?] }))
+}
+
+/// The body that an operation takes.
+fn request(operation: &str) -> Option<Value> {
+    match operation {
+        "create_vm" => value(spec()),
+        "write_console" => value("ls\n"),
+        "set_vfs" => value(VfCount { count: 7 }),
+        "put_switch" => value(switch_spec()),
+        "put_port_group" => value(port_group_spec()),
+        "patch_port_group" => value(json!({ "settings": { "mac_changes": "accept", "mtu": null } })),
+        "patch_port" => value(json!({ "settings": { "mtu": 1400 } })),
+        _ => None,
+    }
+}
+
+/// The body that an operation answers with when it has done it.
+fn answer(operation: &str) -> Option<Value> {
+    match operation {
+        "create_vm" | "get_vm" => value(vm()),
+        "boot_vm" | "pause_vm" | "resume_vm" | "reboot_vm" | "shutdown_vm" | "stop_vm" => value(vm()),
+        "list_vms" => list(vm()),
+        "vm_stats" => value(stats()),
+        "read_console" => value("[    0.000000] Linux version 6.1.0\r\n"),
+        "write_console" => value(ConsoleTaken { taken: 3 }),
+        "list_pfs" => list(pf()),
+        "get_pf" | "set_vfs" => value(pf()),
+        "list_vfs" => list(vf()),
+        "list_switches" => list(switch()),
+        "get_switch" | "put_switch" => value(switch()),
+        "list_port_groups" => list(port_group()),
+        "get_port_group" | "put_port_group" | "patch_port_group" => value(port_group()),
+        "list_ports" => list(port()),
+        "get_port" | "patch_port" => value(port()),
+        "list_decisions" => list(decision()),
+        "events" => {
+            let what = EventKind::Decision { decision: Box::new(decision()?) };
+            let event = Event { id: 1_767_254_460_000_000, time: moment(60), what };
+            let data = serde_json::to_string(&event).ok()?;
+            value(format!("id: {}\nevent: {}\ndata: {data}\n\n", event.id, event.what.name()))
+        }
+        _ => None,
+    }
+}
+
+/// What a path names, as in the other examples.
+pub(super) fn parameter(template: &str, name: &str) -> Option<Value> {
+    let object = match template.split('/').nth(2)? {
+        "vms" => "web1",
+        "pfs" => "enp1s0",
+        "switches" | "port-groups" => "default",
+        "ports" => return (name == "id").then(|| json!(id(4))),
+        _ => return None,
+    };
+    (name == "name").then(|| json!(object))
+}
+
+/// Adds them to an operation.
+pub(super) fn add(operation: &mut Operation) {
+    let Some(id) = operation.operation_id.clone() else { return };
+    if let (Some(RefOr::T(body)), Some(example)) = (&mut operation.request_body, request(&id)) {
+        fill(body.content.values_mut(), &example);
+    }
+    let Some(example) = answer(&id) else { return };
+    for (status, response) in &mut operation.responses.responses {
+        if let RefOr::T(response) = response
+            && status.starts_with('2')
+        {
+            fill(response.content.values_mut(), &example);
+        }
+    }
+}
+
+fn fill<'a>(contents: impl Iterator<Item = &'a mut RefOr<Content>>, example: &Value) {
+    for content in contents {
+        if let RefOr::T(content) = content {
+            content.example = Some(example.clone());
+        }
+    }
+}

@@ -1,0 +1,143 @@
+//! The agent's log: lines of text or JSON on stderr, for people, files and the journal.
+//!
+//! systemd connects a service's stderr to its journal and says so in `JOURNAL_STREAM`. The journal has a time of its
+//! own and takes each line's priority from its beginning (`<6>`, sd-daemon(3)).
+
+use std::{
+    fmt,
+    io::{self, IsTerminal as _},
+};
+
+use tracing::{Event, Level, Subscriber};
+use tracing_subscriber::{
+    EnvFilter,
+    filter::LevelFilter,
+    fmt::{
+        FmtContext, FormatEvent, FormatFields,
+        format::{self, Writer},
+    },
+    registry::LookupSpan,
+};
+
+/// What lines look like.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]
+pub enum Format {
+    /// For people.
+    Text,
+    /// For programs: an object each, with the request's id in `span`.
+    Json,
+}
+
+/// Starts the log of this process. `PORTCULLIS_LOG` says what is in it (`debug`, `host=debug,info`).
+pub fn start(format: Format) {
+    let filter = EnvFilter::builder()
+        .with_env_var("PORTCULLIS_LOG")
+        .with_default_directive(LevelFilter::INFO.into())
+        .from_env_lossy();
+    let stream = std::env::var("JOURNAL_STREAM").ok();
+    let journal = stream.is_some_and(|stream| is_stderr(&stream));
+    let log = tracing_subscriber::fmt()
+        .with_env_filter(filter)
+        .with_writer(io::stderr)
+        .with_ansi(io::stderr().is_terminal() && !journal);
+    // In a test there may be one already.
+    drop(match (format, journal) {
+        (Format::Text, false) => log.with_target(false).try_init(),
+        (Format::Text, true) => log.event_format(journal_text()).try_init(),
+        (Format::Json, false) => log.json().with_target(false).try_init(),
+        (Format::Json, true) => log
+            .json()
+            .event_format(Prioritized(format::format().json().without_time().with_target(false)))
+            .try_init(),
+    });
+}
+
+/// Lines of text as the journal wants them.
+fn journal_text() -> Prioritized<format::Format<format::Full, ()>> {
+    Prioritized(format::format().without_time().with_level(false).with_target(false).with_ansi(false))
+}
+
+/// Whether stderr is this stream, `DEVICE:INODE` (systemd.exec(5)). The variable is inherited, a redirection is not seen in it.
+fn is_stderr(stream: &str) -> bool {
+    let Ok(stat) = rustix::fs::fstat(io::stderr()) else { return false };
+    stream == format!("{}:{}", stat.st_dev, stat.st_ino)
+}
+
+/// Lines with their priority before them.
+struct Prioritized<F>(F);
+
+impl<S, N, F> FormatEvent<S, N> for Prioritized<F>
+where
+    S: Subscriber + for<'a> LookupSpan<'a>,
+    N: for<'a> FormatFields<'a> + 'static,
+    F: FormatEvent<S, N>,
+{
+    fn format_event(
+        &self,
+        context: &FmtContext<'_, S, N>,
+        mut writer: Writer<'_>,
+        event: &Event<'_>,
+    ) -> fmt::Result {
+        write!(writer, "<{}>", priority(*event.metadata().level()))?;
+        self.0.format_event(context, writer, event)
+    }
+}
+
+/// The priority that syslog(3) has for a level.
+fn priority(level: Level) -> u8 {
+    match level {
+        Level::ERROR => 3,
+        Level::WARN => 4,
+        Level::INFO => 6,
+        _ => 7,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::{Arc, Mutex};
+
+    use super::*;
+
+    #[derive(Clone, Default)]
+    struct Lines(Arc<Mutex<Vec<u8>>>);
+
+    impl io::Write for Lines {
+        fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+            self.0.lock().unwrap().write(bytes)
+        }
+
+        fn flush(&mut self) -> io::Result<()> {
+            Ok(())
+        }
+    }
+
+    #[test]
+    fn lines_for_the_journal_have_their_priority_and_no_time() {
+        let lines = Lines::default();
+        let writer = lines.clone();
+        let log = tracing_subscriber::fmt()
+            .with_ansi(false)
+            .with_max_level(Level::TRACE)
+            .with_writer(move || writer.clone())
+            .event_format(journal_text())
+            .finish();
+        tracing::subscriber::with_default(log, || {
+            tracing::error_span!("request", id = "r-1").in_scope(|| tracing::error!(vm = "web1", "it broke"));
+            tracing::warn!("odd");
+            tracing::info!("well");
+            tracing::debug!("inside");
+        });
+        let text = String::from_utf8(lines.0.lock().unwrap().clone()).unwrap();
+        let expect = "<3>request{id=\"r-1\"}: it broke vm=\"web1\"\n<4>odd\n<6>well\n<7>inside\n";
+        assert_eq!(text, expect);
+    }
+
+    #[test]
+    fn the_journal_is_told_from_what_stderr_was_redirected_to() {
+        let stat = rustix::fs::fstat(io::stderr()).unwrap();
+        assert!(is_stderr(&format!("{}:{}", stat.st_dev, stat.st_ino)));
+        assert!(!is_stderr(&format!("{}:{}", stat.st_dev, stat.st_ino + 1)));
+        assert!(!is_stderr(""));
+    }
+}

@@ -1,0 +1,244 @@
+//! What `/metrics` shows: OpenMetrics text, with names and units as Prometheus has them.
+//!
+//! Everything a label can be is from a closed set, or the name of a VM that exists: no guest, vmm or client can make
+//! new series. What VMs count is asked of their processes when somebody looks (`vms`).
+
+mod vms;
+
+use std::{
+    fmt,
+    sync::{Arc, Mutex, PoisonError},
+    time::Duration,
+};
+
+use api::Answered;
+use netpolicy::{Decision, Outcome};
+use prometheus_client::{
+    encoding::{
+        EncodeLabelSet, EncodeLabelValue, LabelValueEncoder,
+        text::{encode_eof, encode_registry},
+    },
+    metrics::{
+        counter::Counter,
+        family::{Family, MetricConstructor},
+        gauge::Gauge,
+        histogram::Histogram,
+        info::Info,
+    },
+    registry::{Registry, Unit},
+};
+
+pub use vms::Vm;
+
+/// What all metrics' names begin with, but those about processes, which every exporter names alike.
+pub(crate) const PREFIX: &str = "portcullis";
+
+/// Bounds in seconds of what guests wait for, busily.
+const QUICK: [f64; 12] = [0.00005, 0.0001, 0.00025, 0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.1, 0.4, 1.0];
+
+/// Bounds in seconds of what people and programs wait for.
+const REQUEST: [f64; 10] = [0.0005, 0.001, 0.005, 0.025, 0.1, 0.5, 1.0, 5.0, 30.0, 120.0];
+
+/// A label's value from a closed set.
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
+struct Word(&'static str);
+
+impl EncodeLabelValue for Word {
+    fn encode(&self, encoder: &mut LabelValueEncoder<'_>) -> Result<(), fmt::Error> {
+        EncodeLabelValue::encode(&self.0, encoder)
+    }
+}
+
+#[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
+struct OfDecision {
+    request: String,
+    verdict: Word,
+}
+
+#[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
+struct OfVerdict {
+    verdict: Word,
+}
+
+#[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
+struct OfResult {
+    result: Word,
+}
+
+#[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
+struct OfRepair {
+    setting: Word,
+    result: Word,
+}
+
+#[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
+struct OfRequest {
+    route: String,
+    method: Word,
+    status: u16,
+}
+
+#[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
+struct OfRoute {
+    route: String,
+    method: Word,
+}
+
+/// Makes histograms with these bounds.
+#[derive(Clone, Copy)]
+struct Bounds(&'static [f64]);
+
+impl MetricConstructor<Histogram> for Bounds {
+    fn new_metric(&self) -> Histogram {
+        Histogram::new(self.0.iter().copied())
+    }
+}
+
+type Histograms<L> = Family<L, Histogram, Bounds>;
+
+/// What the agent counts. Clones count the same.
+#[derive(Clone)]
+pub struct Metrics {
+    registry: Arc<Mutex<Registry>>,
+    decisions: Family<OfDecision, Counter>,
+    decided: Histograms<OfVerdict>,
+    committed: Histograms<OfResult>,
+    repairs: Family<OfRepair, Counter>,
+    requests: Family<OfRequest, Counter>,
+    answered: Histograms<OfRoute>,
+    memory: Gauge,
+}
+
+impl Default for Metrics {
+    fn default() -> Self {
+        let metrics = Self {
+            registry: Arc::default(),
+            decisions: Family::default(),
+            decided: Family::new_with_constructor(Bounds(&QUICK)),
+            committed: Family::new_with_constructor(Bounds(&QUICK)),
+            repairs: Family::default(),
+            requests: Family::default(),
+            answered: Family::new_with_constructor(Bounds(&REQUEST)),
+            memory: Gauge::default(),
+        };
+        let mut all = metrics.registry.lock().unwrap_or_else(PoisonError::into_inner);
+        all.register_with_unit(
+            "process_resident_memory",
+            "Resident memory of the agent",
+            Unit::Bytes,
+            metrics.memory.clone(),
+        );
+        let own = all.sub_registry_with_prefix(PREFIX);
+        let build = Info::new([("version", env!("CARGO_PKG_VERSION"))]);
+        own.register("build", "The agent's version", build);
+        own.register(
+            "decisions",
+            "Decisions by what was asked for or done, and what came out",
+            metrics.decisions.clone(),
+        );
+        own.register_with_unit(
+            "decision_duration",
+            "From a relay's question to its answer, without those that needed none",
+            Unit::Seconds,
+            metrics.decided.clone(),
+        );
+        own.register_with_unit(
+            "commit_duration",
+            "What it took to store, make and read back the changes of a granted question",
+            Unit::Seconds,
+            metrics.committed.clone(),
+        );
+        own.register(
+            "drift_repairs",
+            "Settings of PFs that somebody else had changed, by whether they could be put right",
+            metrics.repairs.clone(),
+        );
+        own.register(
+            "api_requests",
+            "Requests of the API; the route is empty where there is none",
+            metrics.requests.clone(),
+        );
+        own.register_with_unit(
+            "api_request_duration",
+            "From a request's head to its answer's",
+            Unit::Seconds,
+            metrics.answered.clone(),
+        );
+        drop(all);
+        metrics
+    }
+}
+
+impl fmt::Debug for Metrics {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("Metrics")
+    }
+}
+
+impl Metrics {
+    /// A decision was recorded.
+    pub fn decision(&self, decision: &Decision) {
+        // Requests have names from a closed set.
+        let labels = OfDecision { request: decision.request.clone(), verdict: verdict(decision.outcome) };
+        self.decisions.get_or_create(&labels).inc_by(decision.count);
+    }
+
+    /// A question was answered.
+    pub fn decided(&self, outcome: Outcome, elapsed: Duration) {
+        self.decided.get_or_create(&OfVerdict { verdict: verdict(outcome) }).observe(elapsed.as_secs_f64());
+    }
+
+    /// The changes of a granted question were made, or not.
+    pub fn committed(&self, made: bool, elapsed: Duration) {
+        let result = Word(if made { "made" } else { "failed" });
+        self.committed.get_or_create(&OfResult { result }).observe(elapsed.as_secs_f64());
+    }
+
+    /// A setting was not as it should be.
+    pub fn repaired(&self, setting: &'static str, made: bool) {
+        let result = Word(if made { "repaired" } else { "failed" });
+        self.repairs.get_or_create(&OfRepair { setting: Word(setting), result }).inc();
+    }
+
+    /// A request of the API was answered.
+    pub fn answered(&self, answered: &Answered<'_>) {
+        let (route, method) = (answered.route.to_owned(), Word(answered.method));
+        let labels = OfRequest { route: route.clone(), method: method.clone(), status: answered.status };
+        self.requests.get_or_create(&labels).inc();
+        self.answered.get_or_create(&OfRoute { route, method }).observe(answered.elapsed.as_secs_f64());
+    }
+
+    /// All of it as text, with what is to be said of VMs.
+    ///
+    /// # Errors
+    /// None that a `String` can have.
+    pub fn text(&self, vms: &[Vm]) -> Result<String, fmt::Error> {
+        let memory = resident("self").and_then(|bytes| i64::try_from(bytes).ok());
+        self.memory.set(memory.unwrap_or_default());
+        let mut text = String::new();
+        encode_registry(&mut text, &self.registry.lock().unwrap_or_else(PoisonError::into_inner))?;
+        encode_registry(&mut text, &vms::registry(vms))?;
+        encode_eof(&mut text)?;
+        Ok(text)
+    }
+}
+
+fn verdict(outcome: Outcome) -> Word {
+    Word(match outcome {
+        Outcome::Allowed => "allowed",
+        Outcome::Denied => "denied",
+        Outcome::TakenBack => "taken_back",
+        Outcome::Repaired => "repaired",
+        Outcome::Reverted => "reverted",
+    })
+}
+
+/// The resident memory in bytes of a process, by its directory in /proc; None if there is no such process.
+pub(crate) fn resident(process: &str) -> Option<u64> {
+    let text = std::fs::read_to_string(format!("/proc/{process}/statm")).ok()?;
+    let pages: u64 = text.split(' ').nth(1)?.parse().ok()?;
+    pages.checked_mul(u64::try_from(rustix::param::page_size()).ok()?)
+}
+
+#[cfg(test)]
+mod tests;

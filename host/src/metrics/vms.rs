@@ -1,0 +1,135 @@
+//! What is said of each VM, made anew each time from those that there are.
+
+use std::collections::BTreeMap;
+
+use api::types::{VmState, VmStats};
+use prometheus_client::{
+    encoding::EncodeLabelSet,
+    metrics::{counter::Counter, family::Family, gauge::Gauge},
+    registry::{Registry, Unit},
+};
+
+use super::{PREFIX, Word};
+
+/// The most reasons, or kinds of messages, that a VM's process is believed to have. Ours has fewer; one that its guest
+/// has taken over may say anything.
+const KINDS: usize = 64;
+
+/// What they are counted under that are beyond that, or have odd names.
+const OTHER: &str = "other";
+
+/// A VM as metrics show it.
+#[derive(Clone, Debug)]
+pub struct Vm {
+    /// Its name.
+    pub name: String,
+    /// Its state.
+    pub state: VmState,
+    /// Resident memory of its process in bytes, guest memory included, if it has one.
+    pub resident: Option<u64>,
+    /// What its process counts, if it answers.
+    pub stats: Option<VmStats>,
+}
+
+#[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
+struct OfState {
+    state: Word,
+}
+
+#[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
+struct OfVm {
+    vm: String,
+}
+
+#[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
+struct OfExit {
+    vm: String,
+    reason: String,
+}
+
+#[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
+struct OfMessage {
+    vm: String,
+    opcode: String,
+    verdict: String,
+}
+
+/// Every state, so that each has a series also while no VM is in it.
+const STATES: [VmState; 9] = [
+    VmState::Defined,
+    VmState::Starting,
+    VmState::Ready,
+    VmState::Running,
+    VmState::Paused,
+    VmState::Rebooting,
+    VmState::Stopping,
+    VmState::Stopped,
+    VmState::Failed,
+];
+
+pub(super) fn registry(vms: &[Vm]) -> Registry {
+    let mut registry = Registry::with_prefix(PREFIX);
+    let states = Family::<OfState, Gauge>::default();
+    let memory = Family::<OfVm, Gauge>::default();
+    let resident = Family::<OfVm, Gauge>::default();
+    let exits = Family::<OfExit, Counter>::default();
+    let boots = Family::<OfVm, Counter>::default();
+    let messages = Family::<OfMessage, Counter>::default();
+    for state in STATES {
+        drop(states.get_or_create(&OfState { state: Word(state.as_str()) }));
+    }
+    for vm in vms {
+        states.get_or_create(&OfState { state: Word(vm.state.as_str()) }).inc();
+        let of_vm = OfVm { vm: vm.name.clone() };
+        if let Some(bytes) = vm.resident {
+            resident.get_or_create(&of_vm).set(signed(bytes));
+        }
+        let Some(stats) = &vm.stats else { continue };
+        memory.get_or_create(&of_vm).set(signed(stats.memory));
+        boots.get_or_create(&of_vm).inc_by(stats.boots);
+        for (reason, count) in bounded(&stats.exits) {
+            exits.get_or_create(&OfExit { vm: vm.name.clone(), reason }).inc_by(count);
+        }
+        let mut all = BTreeMap::new();
+        for (kind, count) in stats.devices.values().flat_map(|device| &device.mailbox) {
+            let sum: &mut u64 = all.entry(kind.clone()).or_default();
+            *sum = sum.saturating_add(*count);
+        }
+        for (kind, count) in bounded(&all) {
+            let (opcode, verdict) = kind.split_once(':').unwrap_or((&kind, OTHER));
+            let (opcode, verdict) = (opcode.to_owned(), verdict.to_owned());
+            messages.get_or_create(&OfMessage { vm: vm.name.clone(), opcode, verdict }).inc_by(count);
+        }
+    }
+    registry.register("vms", "VMs by state", states);
+    registry.register_with_unit("vm_memory", "Guest memory of VMs that run", Unit::Bytes, memory);
+    registry.register_with_unit(
+        "vm_process_resident_memory",
+        "Resident memory of VMs' processes, guest memory included",
+        Unit::Bytes,
+        resident,
+    );
+    registry.register("vm_boots", "Boots and reboots of a VM's process", boots);
+    registry.register("vm_exits", "KVM exits to user space of all vCPUs", exits);
+    registry.register("vm_mailbox_messages", "Mailbox messages of a VM's adapters", messages);
+    registry
+}
+
+/// What a process counts, under names that a closed set of ours could have.
+fn bounded(counts: &BTreeMap<String, u64>) -> BTreeMap<String, u64> {
+    let plain = |name: &str| {
+        (1..=48).contains(&name.len())
+            && name.bytes().all(|b| b.is_ascii_lowercase() || b.is_ascii_digit() || matches!(b, b'_' | b':'))
+    };
+    let mut bounded = BTreeMap::new();
+    for (name, count) in counts {
+        let kept = plain(name) && bounded.len() < KINDS;
+        let sum: &mut u64 = bounded.entry(if kept { name.clone() } else { OTHER.to_owned() }).or_default();
+        *sum = sum.saturating_add(*count);
+    }
+    bounded
+}
+
+fn signed(bytes: u64) -> i64 {
+    i64::try_from(bytes).unwrap_or(i64::MAX)
+}

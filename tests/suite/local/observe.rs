@@ -1,0 +1,105 @@
+//! What an agent shows of itself: metrics, and a log that says for which request.
+
+use std::{
+    io::{Read, Write},
+    os::unix::net::UnixStream,
+};
+
+use serde_json::{Value, json};
+
+use crate::fixture::{Agent, Options, SmallGuest};
+
+fn start(arguments: &[&str]) -> Agent {
+    let arguments = [&["--sim-pf", "sim0=2"], arguments].concat().iter().map(ToString::to_string).collect();
+    Agent::start_with(Options { arguments, ..Options::default() })
+}
+
+/// Sends a request that its caller calls by a name; returns the answer.
+fn call(agent: &Agent, id: &str, method: &str, path: &str, body: &Value) -> String {
+    let mut socket = UnixStream::connect(agent.directory().join("api.sock")).unwrap();
+    let body = if body.is_null() { String::new() } else { body.to_string() };
+    let head = format!("{method} {path} HTTP/1.1\r\nhost: x\r\nconnection: close\r\nx-request-id: {id}\r\n");
+    let rest = format!("content-type: application/json\r\ncontent-length: {}\r\n\r\n{body}", body.len());
+    socket.write_all((head + &rest).as_bytes()).unwrap();
+    let mut answer = String::new();
+    socket.read_to_string(&mut answer).unwrap();
+    assert!(answer.contains(&format!("x-request-id: {id}\r\n")), "{answer}");
+    answer
+}
+
+#[test]
+fn a_request_s_id_is_in_each_line_that_it_causes() {
+    let agent = start(&["--log-format", "json"]);
+    let spec = SmallGuest::spec(&agent, "web1", json!([{"id": "eth0"}]), "");
+    call(&agent, "made-1", "POST", "/v1/vms", &spec);
+    let boot = call(&agent, "booted-1", "POST", "/v1/vms/web1/boot?wait=60", &Value::Null);
+    assert!(boot.starts_with("HTTP/1.1 200 "), "{boot}");
+    call(&agent, "group-1", "PUT", "/v1/port-groups/web", &json!({"switch": "default"}));
+    call(&agent, "deleted-1", "DELETE", "/v1/vms/web1", &Value::Null);
+    let refused = call(&agent, "refused-1", "DELETE", "/v1/vms/web1", &Value::Null);
+    assert!(refused.contains(r#""request_id":"refused-1""#), "{refused}");
+
+    let log = agent.log();
+    let lines: Vec<Value> = log.lines().map(|line| serde_json::from_str(line).unwrap()).collect();
+    let of = |id: &str| -> Vec<&str> {
+        let its = |line: &&Value| line["span"]["id"] == id;
+        lines.iter().filter(its).map(|line| line["fields"]["message"].as_str().unwrap()).collect()
+    };
+    // From the route, from the switch's task, from the VM's task.
+    assert_eq!(of("made-1"), ["created"], "{log}");
+    assert!(of("group-1")[0].starts_with("policy made by uid "), "{log}");
+    let booted = of("booted-1");
+    assert!(booted.contains(&"asked") && booted.contains(&"booted"), "{booted:?}\n{log}");
+    assert!(of("deleted-1").contains(&"deleted"), "{log}");
+    let without: Vec<_> = lines.iter().filter(|line| line["fields"]["by"].is_string()).collect();
+    assert!(without.iter().all(|line| line["span"]["id"].is_string()), "{without:?}");
+}
+
+/// The value of a series.
+fn value(metrics: &str, series: &str) -> f64 {
+    let found = metrics.lines().find_map(|line| line.strip_prefix(series)?.strip_prefix(' '));
+    found.and_then(|value| value.parse().ok()).unwrap_or_else(|| panic!("{series} is not in\n{metrics}"))
+}
+
+#[test]
+fn metrics_show_what_guests_and_clients_do() {
+    let agent = start(&[]);
+    let metrics = || agent.ask(agent.client.metrics()).unwrap();
+    assert!(value(&metrics(), "portcullis_vms{state=\"running\"}") == 0.0);
+    let group = json!({"mac_changes": {"list": ["02:00:00:00:00:00/ff:ff:ff:ff:ff:00"]}});
+    agent.ask(agent.client.patch_port_group("default", &json!({"settings": group}), None)).unwrap();
+    let adapters = json!([{"id": "eth0", "mac": "02:00:00:00:00:11"}]);
+    let mut guest = SmallGuest::boot(&agent, "web1", adapters);
+    guest.ask("up");
+    let granted = guest.ask("set-mac 02:00:00:00:00:12");
+    let refused = guest.ask("set-mac 02:00:00:00:99:99");
+    assert_ne!(granted, refused);
+
+    let text = metrics();
+    assert_eq!(value(&text, "portcullis_vms{state=\"running\"}"), 1.0);
+    assert!(value(&text, "portcullis_vm_exits_total{vm=\"web1\",reason=\"mmio_write\"}") > 0.0);
+    assert!(value(&text, "portcullis_vm_memory_bytes{vm=\"web1\"}") >= f64::from(2 << 20));
+    assert!(value(&text, "portcullis_vm_process_resident_memory_bytes{vm=\"web1\"}") > 0.0);
+    assert!(value(&text, "process_resident_memory_bytes") > 0.0);
+    let messages = text.lines().filter(|line| {
+        line.starts_with("portcullis_vm_mailbox_messages_total{vm=\"web1\",opcode=\"set_mac\",verdict=")
+    });
+    assert_eq!(messages.count(), 2, "granted and refused:\n{text}");
+    for verdict in ["allowed", "denied"] {
+        let series = format!("portcullis_decisions_total{{request=\"set_mac\",verdict=\"{verdict}\"}}");
+        assert_eq!(value(&text, &series), 1.0);
+        let series = format!("portcullis_decision_duration_seconds_count{{verdict=\"{verdict}\"}}");
+        assert!(value(&text, &series) >= 1.0);
+    }
+    let sum = value(&text, "portcullis_commit_duration_seconds_sum{result=\"made\"}");
+    assert!(sum > 0.0 && sum < 10.0, "{sum}");
+    let made = "portcullis_api_requests_total{route=\"/v1/vms\",method=\"POST\",status=\"201\"}";
+    assert_eq!(value(&text, made), 1.0);
+    let made = "portcullis_api_request_duration_seconds_count{route=\"/v1/vms\",method=\"POST\"}";
+    assert_eq!(value(&text, made), 1.0);
+
+    agent.delete("web1").unwrap();
+    let text = metrics();
+    assert!(!text.contains("web1"), "no series of a VM that is gone:\n{text}");
+    assert!(text.ends_with("# EOF\n"));
+}
