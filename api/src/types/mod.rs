@@ -5,6 +5,7 @@
 
 mod event;
 mod host;
+mod life;
 mod object;
 mod policy;
 pub(crate) mod schema;
@@ -13,6 +14,7 @@ mod vm;
 
 pub use event::*;
 pub use host::*;
+pub use life::*;
 pub use object::*;
 pub use policy::*;
 pub use values::*;

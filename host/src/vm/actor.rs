@@ -1,8 +1,10 @@
 //! The task that owns a VM: see the state machine in [`super`].
 
 mod connection;
+mod edit;
 mod end;
 mod recovery;
+mod restart;
 
 use std::{
     future::pending,
@@ -13,7 +15,9 @@ use std::{
 use api::{
     Caller,
     problem::{Problem, ProblemCode},
-    types::{Cause, CauseCode, EventKind, ObjectKind, Owner, Subject, Timestamp, VmAction, VmState},
+    types::{
+        Cause, CauseCode, EventKind, ObjectKind, Owner, RestartStatus, Subject, Timestamp, VmAction, VmState,
+    },
 };
 use passthrough::{
     fail::{Point, reach},
@@ -32,7 +36,7 @@ use super::{
     claims::{self, Held},
     network,
     problem::{ToProblem, chain},
-    record::{RunRecord, VmRecord},
+    record::{Asked, RunRecord, VmRecord},
 };
 use crate::{
     console,
@@ -64,6 +68,7 @@ type Done = oneshot::Sender<Result<(), Problem>>;
 /// Where the task publishes.
 pub(super) struct Outlets {
     pub(super) status: watch::Sender<Status>,
+    pub(super) record: watch::Sender<Arc<Entry<VmRecord>>>,
     pub(super) connection: watch::Sender<Option<Connection>>,
     pub(super) console: Arc<watch::Sender<u64>>,
 }
@@ -85,6 +90,8 @@ struct Actor {
     misbehaved: Option<String>,
     /// When the process is killed if it has not ended by then.
     deadline: Option<Instant>,
+    /// When the VM is booted without being asked for.
+    due: Option<restart::Due>,
     /// Those who wait for the VM to be at rest.
     resting: Vec<Done>,
     deleting: Vec<Done>,
@@ -138,6 +145,7 @@ pub(super) async fn run(
         end: None,
         misbehaved: None,
         deadline: None,
+        due: None,
         resting: Vec::new(),
         deleting: Vec::new(),
         deleted_by: None,
@@ -157,7 +165,10 @@ pub(super) async fn run(
                     let _ = done.send(());
                     return;
                 }
-                Some(Command::Act { action, caller, begun }) => actor.act(action, caller, begun).await,
+                Some(Command::Act { action, caller, by, begun }) => actor.act(action, caller, by, begun).await,
+                Some(Command::Edit { caller, spec, expect, done }) => {
+                    drop(done.send(actor.edit(&caller, *spec, expect).await));
+                }
                 Some(Command::Delete { caller, done }) => actor.delete(caller, done).await,
             },
             exit = ended(&mut actor.process) => actor.on_exit(exit).await,
@@ -167,6 +178,7 @@ pub(super) async fn run(
             },
             Some(why) = expelled.recv() => actor.expel(why),
             Some(finished) = orders.recv() => actor.on_finished(finished).await,
+            () = restart::due(&actor.due) => actor.boot_unasked().await,
             _ = tick.tick() => actor.on_tick().await,
         }
         if actor.forget().await {
@@ -196,6 +208,7 @@ impl Actor {
         &mut self,
         action: VmAction,
         caller: Caller,
+        by: Asked,
         begun: oneshot::Sender<Result<Completion, Problem>>,
     ) {
         let (done, completion) = oneshot::channel();
@@ -217,6 +230,7 @@ impl Actor {
                 return;
             }
             (VmAction::Stop | VmAction::Shutdown, state) if state.is_at_rest() => {
+                self.asked_to_end(by).await;
                 drop(begun.send(Ok(completion)));
                 drop(done.send(Ok(())));
                 return;
@@ -224,6 +238,7 @@ impl Actor {
             (VmAction::Stop, _) => {
                 drop(begun.send(Ok(completion)));
                 self.resting.push(done);
+                self.run.asked = Some(by);
                 return self.stop().await;
             }
             (VmAction::Shutdown, VmState::Stopping) => {
@@ -231,7 +246,11 @@ impl Actor {
                 drop(begun.send(Ok(completion)));
                 return;
             }
-            (VmAction::Shutdown, VmState::Running) => self.order(action, Order::PowerButton, done),
+            (VmAction::Shutdown, VmState::Running) => {
+                // Known before the guest can react.
+                self.asked_to_end(by).await;
+                self.order(action, Order::PowerButton, done)
+            }
             (VmAction::Shutdown, VmState::Paused) => {
                 wrong("its guest cannot react: resume it first, or stop it")
             }
@@ -283,6 +302,7 @@ impl Actor {
     async fn delete(&mut self, caller: Caller, done: Done) {
         self.deleted_by = Some(caller.to_string());
         self.deleting.push(done);
+        self.cancel_restart();
         if !self.run.state.is_at_rest() {
             self.stop().await;
         }
@@ -333,7 +353,7 @@ impl Actor {
         done: Done,
         completion: Completion,
     ) {
-        let files = match self.begin(caller).await {
+        let files = match self.begin(caller, 0).await {
             Ok(files) => files,
             Err(problem) => return drop(begun.send(Err(problem))),
         };
@@ -342,14 +362,15 @@ impl Actor {
             Ok(()) => drop(done.send(Ok(()))),
             Err(problem) => {
                 self.fail(problem.clone());
-                self.abandon().await;
+                // Who booted it is told, and need not be helped.
+                self.abandon(false).await;
                 drop(done.send(Err(problem)));
             }
         }
     }
 
-    /// What can be said at once. Nothing is held after an error.
-    async fn begin(&mut self, caller: Caller) -> Result<boot::Files, Problem> {
+    /// What can be said at once. Nothing is held after an error. `attempts` is how often the agent has booted it by itself.
+    async fn begin(&mut self, caller: Caller, attempts: u32) -> Result<boot::Files, Problem> {
         let files = boot::open_files(&self.env, caller, &self.vm.value.spec).await?;
         // What an earlier end could not give back.
         self.give_back().await?;
@@ -371,14 +392,16 @@ impl Actor {
         };
         self.end = None;
         self.misbehaved = None;
+        self.due = None;
         self.run = RunRecord {
             state: VmState::Starting,
+            restart: RestartStatus { attempts, next: None },
             user,
             off: Some(self.env.protections_off()),
             ..RunRecord::default()
         };
         if let Err(problem) = self.store().await {
-            self.abandon().await;
+            self.abandon(false).await;
             return Err(problem);
         }
         reach(Point::BootBegun);
@@ -435,14 +458,15 @@ impl Actor {
         };
         self.adopt(connection, events).await;
         self.run.boots = 1;
+        self.run.booted = Some(Timestamp::now());
         self.step(VmState::Running).await;
         reach(Point::BootStored);
         tracing::info!(vm = %self.name(), took = ?started.elapsed(), "booted");
         Ok(())
     }
 
-    /// A boot that failed: ends the process and gives everything back.
-    async fn abandon(&mut self) {
+    /// A boot that failed: ends the process and gives everything back. `again`: it may be tried again.
+    async fn abandon(&mut self, again: bool) {
         if let Some(mut process) = self.process.take() {
             process.kill();
             if timeout(STOP, process.ended()).await.is_err() {
@@ -452,7 +476,7 @@ impl Actor {
             }
         }
         let (state, cause) = (VmState::Failed, self.run.cause.take());
-        self.rest(state, cause).await;
+        self.rest(state, cause, again).await;
     }
 
     /// Notes why the VM is about to be `failed`.

@@ -5,6 +5,7 @@ mod crash;
 mod demo;
 mod exit;
 mod hostile;
+mod life;
 mod load;
 mod machine;
 mod network;
