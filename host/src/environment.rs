@@ -51,6 +51,8 @@ pub struct Environment {
     pub kvm: PathBuf,
     /// Protections that are off though this agent could set them up, for processes without functions of the host.
     pub sandbox_off: BTreeSet<Protection>,
+    /// Where groups of processes with limits are made.
+    pub cgroup_parent: PathBuf,
     /// When VMs are booted again that have ended.
     pub backoff: Backoff,
     /// The host's boot: what was in another one has ended with it.
@@ -83,6 +85,7 @@ impl Environment {
             memlock_slack: MEMLOCK_SLACK,
             kvm: "/dev/kvm".into(),
             sandbox_off: BTreeSet::new(),
+            cgroup_parent: "/sys/fs/cgroup/portcullis".into(),
             backoff: Backoff::default(),
             boot_id: std::fs::read_to_string("/proc/sys/kernel/random/boot_id")
                 .map(|id| id.trim().to_owned())

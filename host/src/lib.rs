@@ -1,6 +1,7 @@
 //! The Portcullis agent and its command line.
 
 pub mod agent;
+pub mod cgroup;
 pub mod cli;
 pub mod console;
 pub mod decisions;

@@ -226,6 +226,8 @@ impl Machine {
             &first_entry,
             &confinement,
         )?;
+        // Done while the kernel is read. Nothing new for them, but threads are forbidden only after it.
+        vcpus.begin_power_on()?;
         sandbox::limit_files(&spec.sandbox)?;
         // All threads are there. What comes from the guest's owner is read with no more than what a reboot needs.
         confinement.confine(seccomp::Thread::Main)?;
@@ -236,6 +238,7 @@ impl Machine {
         };
         let entry = boot::load(&memory, &mut payload, &description)?;
         confinement.wait()?;
+        vcpus.wait()?;
         vcpus.enter(entry)?;
         sandbox::forbid_threads(&spec.sandbox)?;
         let machine = Self {

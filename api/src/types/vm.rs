@@ -56,7 +56,31 @@ pub struct VmSpec {
     /// It may be changed while the VM runs.
     #[serde(default, skip_serializing_if = "std::ops::Not::not")]
     pub autostart: bool,
+    /// What its process may use of the host; without them it may use what is there.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub limits: Option<VmLimits>,
 }
+
+/// What the process of a VM may use of its host (control groups, version 2).
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+#[serde(deny_unknown_fields)]
+pub struct VmLimits {
+    /// Most processor time, in percent of one CPU (`cpu.max`).
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schema(minimum = 1, maximum = 100_000, example = 150)]
+    pub cpu_percent: Option<u32>,
+    /// Its share of the processor time that not all can have: others have 100 (`cpu.weight`).
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schema(minimum = 1, maximum = 10_000, example = 50)]
+    pub cpu_weight: Option<u16>,
+    /// Most memory, with the guest's (`memory.max`): at least the guest's and 32 MiB. A process that needs more is killed.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schema(example = "1088MiB")]
+    pub memory: Option<ByteSize>,
+}
+
+/// What [`VmLimits::memory`] must leave beside the guest's memory, in bytes: the process, and what the kernel needs for it.
+const BESIDE_MEMORY: u64 = 32 << 20;
 
 fn one_cpu() -> u8 {
     1
@@ -133,7 +157,25 @@ impl VmSpec {
             let detail = format!("A command line has at most {MAX_CMDLINE} bytes and no NUL.");
             return Err(Problem::invalid("boot.cmdline", detail));
         }
+        self.check_limits()?;
         self.check_functions()
+    }
+
+    fn check_limits(&self) -> Result<(), Problem> {
+        let Some(limits) = &self.limits else { return Ok(()) };
+        if let Some(percent) = limits.cpu_percent.filter(|percent| !(1..=100_000).contains(percent)) {
+            let detail = format!("{percent} is not from 1 to 100000 percent of a CPU.");
+            return Err(Problem::invalid("limits.cpu_percent", detail));
+        }
+        if let Some(weight) = limits.cpu_weight.filter(|weight| !(1..=10_000).contains(weight)) {
+            return Err(Problem::invalid("limits.cpu_weight", format!("{weight} is not from 1 to 10000.")));
+        }
+        let least = self.memory.bytes().saturating_add(BESIDE_MEMORY);
+        if let Some(memory) = limits.memory.filter(|memory| memory.bytes() < least) {
+            let detail = format!("{memory} is less than the guest's memory and 32MiB.");
+            return Err(Problem::invalid("limits.memory", detail));
+        }
+        Ok(())
     }
 
     fn check_functions(&self) -> Result<(), Problem> {

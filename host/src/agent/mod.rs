@@ -68,6 +68,9 @@ pub struct ServeArgs {
     /// How many user ids there are for VMs' processes: the most VMs that can run at once.
     #[arg(long, value_name = "COUNT", default_value_t = 4096, value_parser = clap::value_parser!(u32).range(1..1_000_000))]
     pub vmm_uid_count: u32,
+    /// Where the control groups (version 2) of VMs with limits are made; it is made itself if it is missing.
+    #[arg(long, value_name = "DIR", default_value = "/sys/fs/cgroup/portcullis")]
+    pub cgroup_parent: PathBuf,
     /// How many decisions are kept; the oldest go first.
     #[arg(long, value_name = "COUNT", default_value_t = crate::decisions::KEPT, value_parser = clap::value_parser!(u32).range(100..10_000_000))]
     pub decisions_kept: u32,
@@ -136,6 +139,7 @@ pub async fn serve(args: ServeArgs, socket: &Path, token_file: Option<&Path>) ->
     let store: Arc<dyn ObjectStore> = Arc::new(SqliteStore::open(&database)?);
     let mut env = Environment::new(Arc::clone(&store), args.run_dir.clone());
     env.image_dirs = image_dirs(&args.image_dirs)?;
+    env.cgroup_parent.clone_from(&args.cgroup_parent);
     env.sandbox_off = sandbox::off(&args.sandbox_off)?;
     if geteuid().is_root() {
         env.users = Some(Users::new(args.vmm_uid_base, args.vmm_uid_count));

@@ -65,7 +65,7 @@ pub struct Cli {
 #[derive(Debug, Subcommand)]
 enum Command {
     /// Runs the agent: serves the REST API, starts and supervises VMs.
-    Serve(crate::agent::ServeArgs),
+    Serve(Box<crate::agent::ServeArgs>),
     /// Shows on a simulated adapter what a guest may change and what not: needs /dev/kvm, and leaves nothing behind.
     Demo(demo::DemoArgs),
     /// Examines this host, without an agent: what VMs with VFs need, and the command that mends what is missing.
@@ -123,7 +123,7 @@ enum Request {
 pub fn run(cli: Cli) -> ExitCode {
     let command = match cli.command {
         Command::Serve(args) => {
-            return match crate::agent::run(args, &cli.socket, cli.remote.token_file.as_deref()) {
+            return match crate::agent::run(*args, &cli.socket, cli.remote.token_file.as_deref()) {
                 Ok(()) => ExitCode::SUCCESS,
                 Err(error) => {
                     eprintln!("portcullis: {error:#}");

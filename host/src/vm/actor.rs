@@ -39,7 +39,7 @@ use super::{
     record::{Asked, RunRecord, VmRecord},
 };
 use crate::{
-    console,
+    cgroup, console,
     environment::Environment,
     store::{Entry, Expect, StoreError},
     vmm_process::{Connection, Event, Exit, OrderError, Process, VmDirectory},
@@ -437,6 +437,7 @@ impl Actor {
         self.process = Some(process);
         self.store().await?;
         reach(Point::BootProcessStored);
+        self.limit().await?;
         let run = boot::run(&self.env, &self.vm, &self.directory, files, &self.held, self.run.user);
         let (connection, events) = match &mut self.process {
             // A vmm that dies must not be waited for.
@@ -463,6 +464,21 @@ impl Actor {
         reach(Point::BootStored);
         tracing::info!(vm = %self.name(), took = ?started.elapsed(), "booted");
         Ok(())
+    }
+
+    /// Before the process has a thread or memory of the guest.
+    async fn limit(&self) -> Result<(), Problem> {
+        let (Some(limits), Some(process)) = (self.vm.value.spec.limits.clone(), &self.process) else {
+            return Ok(());
+        };
+        let (env, vm, pid) = (Arc::clone(&self.env), self.vm.id, process.identity().pid);
+        let limited =
+            tokio::task::spawn_blocking(move || cgroup::limit(&env.cgroup_parent, vm, &limits, pid)).await;
+        limited.map_err(|error| Problem::new(ProblemCode::Internal, chain(&error)))?.map_err(|error| {
+            let detail =
+                format!("The VM {} has limits, and they cannot be set: {}.", self.name(), chain(&error));
+            Problem::new(ProblemCode::SandboxUnavailable, detail)
+        })
     }
 
     /// A boot that failed: ends the process and gives everything back. `again`: it may be tried again.

@@ -417,7 +417,8 @@ fn restore(host: &Host, claim: &Claim) -> Result<(), Problem> {
     if !host.inventory.has_device(claim.bdf) {
         return Ok(());
     }
-    // What the tenant left in the function. Where there is no reset the driver's own initialisation must do.
+    // What the tenant left in the function. Where there is no reset the driver's own initialisation must do; a function that
+    // has its driver already, or still, had no tenant, or was reset before.
     if let Err(error) = host.inventory.reset(claim.bdf) {
         tracing::debug!(function = %claim.bdf, "no reset: {error}");
     }

@@ -106,7 +106,9 @@ impl ToProblem for BindError {
         match self {
             Self::NoDevice(_) => with(ProblemCode::VfRemoved, self),
             Self::NoDriver { .. } => with(ProblemCode::VfioUnavailable, self),
-            Self::NotReleased { .. } | Self::NotTaken { .. } => with(ProblemCode::DeviceInUse, self),
+            Self::NotReleased { .. } | Self::NotTaken { .. } | Self::HasDriver { .. } => {
+                with(ProblemCode::DeviceInUse, self)
+            }
             Self::Thread(_) | Self::Sysfs(_) => with(ProblemCode::Internal, self),
         }
     }

@@ -9,8 +9,9 @@ use std::{
 use rustix::process::{Pid, PidfdFlags, Signal, pidfd_open, pidfd_send_signal};
 use serde::{Deserialize, Serialize};
 use tokio::io::{Interest, unix::AsyncFd};
+use uuid::Uuid;
 
-use super::polled::polled;
+use super::{polled::polled, spawn::CONTROL_FD};
 
 /// Names one process for ever: a process id alone is reused.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -100,6 +101,40 @@ impl Process {
             Ok(now) if now == *identity => Ok(Some(Self { identity: identity.clone(), pidfd, child: None })),
             _ => Ok(None),
         }
+    }
+
+    /// The vmm that an agent started for `vm` and died before it had noted which process that is; None if there is none.
+    ///
+    /// It is known by its arguments, those of [`spawn`](super::spawn()), and by its user: anybody can give a process any
+    /// arguments, but not the agent's user, which a vmm has until it is told what to build.
+    ///
+    /// # Errors
+    /// Those of reading `/proc` and of `pidfd_open`.
+    pub fn of_vm(vm: Uuid) -> io::Result<Option<Self>> {
+        let own = rustix::process::geteuid().as_raw();
+        let is_it = |pid: i32| {
+            let Ok(arguments) = fs::read(format!("/proc/{pid}/cmdline")) else { return false };
+            let arguments = arguments.strip_suffix(&[0]).unwrap_or(&arguments);
+            let mut last = arguments.rsplit(|byte| *byte == 0);
+            let said = (last.next(), last.next());
+            let Ok(status) = fs::read_to_string(format!("/proc/{pid}/status")) else { return false };
+            let users = status.lines().find_map(|line| line.strip_prefix("Uid:")).unwrap_or_default();
+            said == (Some(vm.to_string().as_bytes()), Some(CONTROL_FD.to_string().as_bytes()))
+                && users.split_ascii_whitespace().all(|user| user.parse() == Ok(own))
+        };
+        for entry in fs::read_dir("/proc")? {
+            let name = entry?.file_name();
+            let Some(pid) = name.to_str().and_then(|name| name.parse().ok()) else { continue };
+            // One that ends meanwhile is nobody any more.
+            if is_it(pid)
+                && let Ok(identity) = Identity::of(pid)
+                && let Some(process) = Self::find(&identity)?
+                && is_it(pid)
+            {
+                return Ok(Some(process));
+            }
+        }
+        Ok(None)
     }
 
     /// Who it is.

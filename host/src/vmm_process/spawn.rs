@@ -18,7 +18,7 @@ use vmm::control::Listener;
 use super::{Process, VmDirectory};
 
 /// The descriptor that the vmm finds its listening socket at.
-const CONTROL_FD: i32 = 3;
+pub(super) const CONTROL_FD: i32 = 3;
 
 /// `linux/close_range.h`: mark, do not close.
 const CLOSE_RANGE_CLOEXEC: u32 = 4;
@@ -209,6 +209,27 @@ mod tests {
             assert!(Instant::now() < deadline);
             tokio::time::sleep(Duration::from_millis(10)).await;
         }
+    }
+
+    #[tokio::test]
+    async fn a_child_that_nobody_noted_is_found_by_its_vm() {
+        let (_run, directory, vm) = directory();
+        assert!(Process::of_vm(vm).unwrap().is_none());
+        let mut process = spawn(&shell("kill -STOP $$"), &directory, vm).unwrap();
+        // Until its exec it is a copy of this test.
+        let deadline = Instant::now() + Duration::from_secs(5);
+        let mut found = loop {
+            match Process::of_vm(vm).unwrap() {
+                Some(found) => break found,
+                None => assert!(Instant::now() < deadline),
+            }
+        };
+        assert_eq!(found.identity(), process.identity());
+        assert!(Process::of_vm(Uuid::new_v4()).unwrap().is_none(), "another VM's");
+        found.kill();
+        found.ended().await;
+        assert_eq!(process.ended().await, Exit::Signal(9));
+        assert!(Process::of_vm(vm).unwrap().is_none());
     }
 
     #[tokio::test]

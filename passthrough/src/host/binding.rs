@@ -71,6 +71,14 @@ pub enum BindError {
         /// The kernel's answer, if it gave one.
         source: Option<io::Error>,
     },
+    /// The function has a driver of the host, whose business a reset is.
+    #[error("{bdf} is not reset: the host's driver {driver} has it")]
+    HasDriver {
+        /// The function.
+        bdf: Bdf,
+        /// The driver.
+        driver: String,
+    },
     /// Nothing waits for the kernel: no thread could be started.
     #[error("Cannot start a thread that waits for the kernel")]
     Thread(#[source] io::Error),
@@ -115,12 +123,17 @@ impl Sysfs {
         self.set_override(bdf, previous.driver_override.as_deref())
     }
 
-    /// Resets the function (FLR, where it has one) through sysfs. It must not be open through VFIO.
+    /// Resets the function (FLR, where it has one) through sysfs. It must not be open through VFIO, and have no driver but
+    /// vfio-pci: the kernel asks the driver to prepare, and igbvf (6.12) waits for ever then while its interface is down.
     ///
     /// # Errors
-    /// [`BindError::NoDevice`], or the kernel's answer: a function without a reset has no such attribute.
+    /// [`BindError::NoDevice`], [`BindError::HasDriver`], or the kernel's answer: a function without a reset has no such
+    /// attribute.
     pub fn reset(&self, bdf: Bdf) -> Result<(), BindError> {
         self.exists(bdf)?;
+        if let Some(driver) = self.driver(bdf)?.filter(|driver| driver != VFIO_PCI) {
+            return Err(BindError::HasDriver { bdf, driver });
+        }
         Ok(self.write(&self.device_dir(bdf).join("reset"), "1")?)
     }
 

@@ -2,6 +2,7 @@
 
 mod boot;
 mod boot_time;
+mod crash;
 mod devices;
 mod errors;
 mod life_cycle;

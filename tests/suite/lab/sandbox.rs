@@ -1,9 +1,14 @@
 //! The sandbox of a VM that has a real VF: all of it is on, and it reaches no other group.
 
-use api::{problem::ProblemCode, types::VmAction};
+use std::{fs, path::PathBuf, thread, time::Duration};
+
+use api::{
+    problem::ProblemCode,
+    types::{VmAction, VmState},
+};
 use serde_json::json;
 
-use super::spec;
+use super::{bare_spec, spec};
 use crate::fixture::{
     Agent, Options,
     attack::{Outcome, agent, attempt, report},
@@ -48,4 +53,53 @@ fn each_layer_alone_keeps_vfio_from_a_vm() {
         report(&format!("open_vfio       {layers:28}{outcome}"));
         assert_eq!(outcome == Outcome::Succeeded, off == nothing, "{layers}");
     }
+}
+
+/// Processor time that a process has used, in seconds (`/proc/PID/stat`, fields 14 and 15 in ticks of 10 ms).
+fn processor_time(pid: u32) -> f64 {
+    let stat = fs::read_to_string(format!("/proc/{pid}/stat")).unwrap();
+    let fields: Vec<&str> = stat.rsplit_once(')').unwrap().1.split_whitespace().collect();
+    let ticks = |n: usize| fields[n - 3].parse::<f64>().unwrap();
+    (ticks(14) + ticks(15)) / 100.0
+}
+
+/// A guest that computes all the time gets what it may and no more, and one that needs more memory than it may ends with
+/// that cause. Nothing is left of a group.
+#[test]
+fn a_vm_has_no_more_of_its_host_than_its_limits() {
+    let mut agent = Agent::start();
+    let mut spec = bare_spec(&agent, "web1");
+    spec["limits"] = json!({ "cpu_percent": 40, "cpu_weight": 50, "memory": "512MiB" });
+    let mut guest = agent.boot(&spec);
+    guest.wait_for_shell();
+    let id = agent.vm("web1").id;
+    let pid = host::processes(&["vmm", &id.to_string()])[0];
+    let group = PathBuf::from("/sys/fs/cgroup/portcullis").join(id.to_string());
+    let file = |name: &str| fs::read_to_string(group.join(name)).unwrap().trim().to_owned();
+    assert_eq!(file("cgroup.procs"), pid.to_string());
+    assert_eq!([file("cpu.max"), file("cpu.weight")], ["40000 100000", "50"]);
+    assert_eq!(file("memory.max"), (512 << 20).to_string());
+    guest.type_line("while :; do :; done");
+    thread::sleep(Duration::from_secs(1));
+    let before = processor_time(pid);
+    thread::sleep(Duration::from_secs(5));
+    let used = (processor_time(pid) - before) / 5.0;
+    report(&format!("a guest that may have 0.40 of a processor and computes has {used:.2}"));
+    assert!((0.2..0.5).contains(&used), "{used}");
+
+    // As if the guest's memory had grown: less than it has already.
+    fs::write(group.join("memory.max"), "16M").unwrap();
+    let vm = agent.wait_for_state("web1", VmState::Failed);
+    let cause = vm.status.cause.unwrap();
+    assert!(cause.detail.contains("limits.memory"), "{cause:?}");
+    assert!(!group.exists());
+
+    // Also of one that an agent did not end itself.
+    agent.act("web1", VmAction::Boot).unwrap();
+    assert!(group.exists());
+    agent.kill();
+    host::run("kill", &["-9", &file("cgroup.procs")]);
+    agent.restart();
+    agent.wait_for_state("web1", VmState::Failed);
+    assert!(!group.exists());
 }

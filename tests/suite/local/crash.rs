@@ -8,7 +8,7 @@ use std::{
     time::Duration,
 };
 
-use api::types::{PortGroupSpec, VmAction, VmState};
+use api::types::{VmAction, VmState};
 use passthrough::{
     fail::{Point, Victim},
     host::{PfControl, VfChange},
@@ -18,16 +18,12 @@ use rusqlite::Connection;
 use serde_json::{Value, json};
 
 use crate::fixture::{
-    Agent, Guest, Options, SmallGuest,
+    Agent, Options,
     checker::Checker,
-    crash::{Matrix, SETTLE, Story, Told, act},
+    crash::{Matrix, SETTLE},
     host,
+    small_story::{SmallStory, wait_for_script},
 };
-
-const MAC: &str = "02:00:00:00:0e:01";
-
-/// A change by the PF's driver, and one by the guest's own message.
-const SCRIPT: &str = "up; set-mac 02:00:00:00:0e:99; vlan add 100";
 
 /// The points by what the VM does there: each group is a test.
 const GROUPS: [&[&str]; 4] =
@@ -41,65 +37,15 @@ fn group(number: usize) -> Vec<Point> {
     Point::ALL.iter().filter(of_group).copied().collect()
 }
 
-struct SmallStory(Value);
-
-impl Story for SmallStory {
-    fn spec(&self) -> &Value {
-        &self.0
-    }
-
-    fn run(&self, agent: &Agent, name: &str) -> Told {
-        wait_for_script(agent, name, 1)?;
-        act(agent, name, VmAction::Reboot)?;
-        wait_for_script(agent, name, 2)
-    }
-
-    fn mac(&self, guest: &mut Guest<'_>) -> Option<String> {
-        guest.type_line("mac");
-        let said = guest.unread();
-        let (_, last) = said.rsplit_once("\nmac: ")?;
-        Some(last.split_once('\n')?.0.trim().to_owned())
-    }
-}
-
-/// Waits until the guest has run its script so many times, or nobody can say.
-fn wait_for_script(agent: &Agent, name: &str, times: usize) -> Told {
-    for _ in 0..2000 {
-        let vm = agent.wait_on(agent.client.get_vm(name)).map_err(|error| error.to_string())?;
-        if !matches!(vm.status.state, VmState::Running | VmState::Rebooting) {
-            return Err(format!("{:?}", vm.status));
-        }
-        let said = agent.wait_on(async {
-            let mut console = agent.client.read_console(name, Some(0), false).await?;
-            let mut bytes = Vec::new();
-            while let Some(chunk) = console.chunk().await? {
-                bytes.extend_from_slice(&chunk);
-            }
-            Ok(String::from_utf8_lossy(&bytes).into_owned())
-        });
-        if said.map_err(|error| error.to_string())?.matches("ready\n").count() >= times {
-            return Ok(());
-        }
-        thread::sleep(Duration::from_millis(5));
-    }
-    Err(format!("the guest's script has not ended {times} times"))
-}
-
 fn start(pf: &str) -> (Agent, Value) {
     let agent = Agent::start_with(Options::for_tests(&["--sim-pf", &format!("{pf}=2")]));
-    let settings =
-        json!({"mac_changes": "accept", "vlan": {"trunk": ["100-110"]}, "rate": {"max_tx_mbit": 100}});
-    let group: PortGroupSpec =
-        serde_json::from_value(json!({"switch": "default", "settings": settings})).unwrap();
-    agent.ask(agent.client.put_port_group("tests", &group, None)).unwrap();
-    let adapters = json!([{"id": "eth0", "port_group": "tests", "mac": MAC}]);
-    let spec = SmallGuest::spec(&agent, "web1", adapters, SCRIPT);
+    let spec = SmallStory::spec_for(&agent);
     (agent, spec)
 }
 
 fn matrix(pf: &str) -> Matrix<SmallStory> {
     let (agent, spec) = start(pf);
-    Matrix::new(agent, SmallStory(spec))
+    Matrix::new(agent, SmallStory::new(spec))
 }
 
 #[test]

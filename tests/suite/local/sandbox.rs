@@ -2,13 +2,17 @@
 
 use std::fs;
 
-use api::types::{DecisionFilter, PortGroupSpec, Protection, VmAction, VmState};
+use api::{
+    problem::ProblemCode,
+    types::{DecisionFilter, PortGroupSpec, Protection, VmAction, VmState},
+};
 use rustix::process::geteuid;
 use serde_json::json;
 
 use crate::fixture::{
     Agent, Options, SmallGuest,
     attack::{Outcome, adapter, agent, attempt, report},
+    host,
 };
 
 /// What must fail under the filters alone, and under namespaces, user and limits alone.
@@ -131,4 +135,27 @@ fn a_vm_says_which_parts_of_its_sandbox_are_off() {
     let (parts, filtered) = off(&["--sandbox-off", "seccomp,landlock"]);
     assert_eq!(parts, [of_root, &[Protection::Seccomp, Protection::Landlock]].concat());
     assert!(!filtered);
+}
+
+/// What the host cannot limit is not booted; with a real hierarchy: `lab::sandbox`.
+#[test]
+fn limits_that_the_host_cannot_set_are_an_error_that_says_what_to_do() {
+    let agent = Agent::start_with(Options {
+        arguments: ["--sandbox-off", "unavailable", "--cgroup-parent", "/proc/nowhere"]
+            .map(Into::into)
+            .into(),
+        ..Options::default()
+    });
+    let mut spec = SmallGuest::spec(&agent, "web1", json!([]), "");
+    spec["limits"] = json!({ "cpu_percent": 50 });
+    agent.create(&spec).unwrap();
+    let problem = agent.act("web1", VmAction::Boot).unwrap_err();
+    assert_eq!(problem.code, ProblemCode::SandboxUnavailable);
+    assert!(
+        problem.detail.contains("/proc/nowhere") && problem.detail.contains("--cgroup-parent"),
+        "{problem:?}"
+    );
+    let vm = agent.vm("web1");
+    assert_eq!((vm.status.state, vm.status.pid), (VmState::Failed, None));
+    assert_eq!(host::processes(&["vmm", &vm.id.to_string()]), [] as [u32; 0]);
 }

@@ -190,6 +190,22 @@ impl Vcpus {
         self.all(|| Order::PowerOn)
     }
 
+    /// Begins the same; [`Self::wait`] ends it. On the way each has been in KVM_RUN.
+    ///
+    /// # Errors
+    /// [`VcpuError::Silent`].
+    pub fn begin_power_on(&self) -> Result<(), VcpuError> {
+        self.0.iter().try_for_each(|handle| handle.order(Order::PowerOn))
+    }
+
+    /// Waits until all have done what they were told.
+    ///
+    /// # Errors
+    /// See [`VcpuError`].
+    pub fn wait(&self) -> Result<(), VcpuError> {
+        self.0.iter().try_for_each(Handle::wait)
+    }
+
     /// Puts the boot processor (parked, in power-on state) at `entry`. Not waited for, which saves the time of two wake-ups: what
     /// KVM refuses is told with the next order.
     ///
@@ -209,7 +225,7 @@ impl Vcpus {
                 handle.kick();
             }
         }
-        self.0.iter().try_for_each(Handle::wait)
+        self.wait()
     }
 }
 

@@ -2,6 +2,8 @@
 
 use super::*;
 
+const OUT_OF_MEMORY: &str = "It had reached its limits.memory: raise it, or give the guest less.";
+
 impl Actor {
     pub(super) async fn stop(&mut self) {
         if self.run.state != VmState::Stopping {
@@ -73,6 +75,22 @@ impl Actor {
         self.rest(state, cause, true).await;
     }
 
+    /// Removes the process's control group, and says what it has to say about its end.
+    async fn unlimit(&self, cause: Option<Cause>) -> Option<Cause> {
+        let (env, vm) = (Arc::clone(&self.env), self.vm.id);
+        let removed = tokio::task::spawn_blocking(move || cgroup::remove(&env.cgroup_parent, vm)).await;
+        match removed.unwrap_or_else(|error| Err(std::io::Error::other(error))) {
+            Ok(true) => {
+                cause.map(|cause| Cause { detail: format!("{} {OUT_OF_MEMORY}", cause.detail), ..cause })
+            }
+            Ok(false) => cause,
+            Err(error) => {
+                tracing::warn!(vm = %self.name(), "its control group cannot be removed: {error}");
+                cause
+            }
+        }
+    }
+
     /// The process is gone: gives everything back, and says so. `again`: the VM may be booted again by itself.
     pub(super) async fn rest(&mut self, state: VmState, cause: Option<Cause>, again: bool) {
         self.disconnected().await;
@@ -83,6 +101,7 @@ impl Actor {
         if let (Some(users), Some(user)) = (&self.env.users, self.run.user.take()) {
             users.give_back(user);
         }
+        let cause = self.unlimit(cause).await;
         if let Err(error) = self.directory.close() {
             tracing::warn!(vm = %self.name(), "its control socket cannot be removed: {error}");
         }

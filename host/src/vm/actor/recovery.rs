@@ -59,9 +59,18 @@ impl Actor {
     pub(super) async fn put_right(&mut self) {
         let (state, known) = (self.run.state, self.run.process.take());
         if known.is_none() && !state.is_at_rest() {
-            // It may have been started just before the former agent died: nobody knows its number, but its socket.
-            if let Ok((connection, ..)) = Connection::open(&self.directory.control(), self.vm.id).await {
-                drop(connection.order(Order::Stop, Vec::new(), STOP).await);
+            // It may have been started just before the former agent died.
+            match Process::of_vm(self.vm.id) {
+                Ok(Some(mut process)) => {
+                    process.kill();
+                    if timeout(STOP, process.ended()).await.is_err() {
+                        tracing::error!(vm = %self.name(), "its process cannot be killed; what it holds stays claimed");
+                        self.process = Some(process);
+                        return;
+                    }
+                }
+                Ok(None) => {}
+                Err(error) => tracing::error!(vm = %self.name(), "its process cannot be looked for: {error}"),
             }
         }
         if let Some(before) = &known {

@@ -95,6 +95,19 @@ fn a_driver_that_does_not_take_the_device() {
     assert!(error.to_string().contains("has no driver"), "{error}");
 }
 
+/// The kernel asks a function's driver to prepare for its reset, and igbvf can wait for ever then.
+#[test]
+fn only_a_function_that_no_driver_of_the_host_has_is_reset() {
+    let (_dir, fake) = machine(1);
+    let sysfs = fake.sysfs();
+    let error = sysfs.reset(bdf(VF)).unwrap_err();
+    assert!(matches!(&error, BindError::HasDriver { driver, .. } if driver == "igbvf"), "{error:?}");
+    assert_eq!(fake.take_writes(), []);
+    sysfs.bind_vfio(bdf(VF)).unwrap();
+    fake.take_writes();
+    sysfs.reset(bdf(VF)).unwrap();
+}
+
 #[test]
 fn a_device_that_is_gone() {
     let (_dir, fake) = machine(1);

@@ -1,0 +1,183 @@
+//! Limits of a VM's process: control groups, version 2 (Documentation/admin-guide/cgroup-v2.rst).
+//!
+//! A process whose VM has limits gets a group of its own, `PARENT/ID`, before it is told what to build; it is removed when
+//! the process has ended. A VM without limits has no group.
+
+use std::{
+    fs, io,
+    path::{Path, PathBuf},
+    thread,
+    time::Duration,
+};
+
+use api::types::VmLimits;
+use rustix::fs::statfs;
+use uuid::Uuid;
+
+/// `CGROUP2_SUPER_MAGIC` of `linux/magic.h`.
+const CGROUP2: u64 = 0x6367_7270;
+
+/// The period of `cpu.max` in microseconds, the kernel's default.
+const PERIOD_US: u64 = 100_000;
+
+/// The kernel counts a process a moment longer than it can be waited for: how often its group is tried to remove.
+const TRIES: u32 = 50;
+const TRY_AGAIN_AFTER: Duration = Duration::from_millis(10);
+
+/// Why a process cannot be limited.
+#[derive(Debug, thiserror::Error)]
+pub enum CgroupError {
+    /// No hierarchy of version 2.
+    #[error(
+        "{0} is not in a cgroup v2 file system: mount one (systemd does with systemd.unified_cgroup_hierarchy=1), or name a \
+         directory in one with serve --cgroup-parent"
+    )]
+    NotVersion2(PathBuf),
+    /// A controller that the host does not give.
+    #[error(
+        "the cgroup {group} has no controller {controller} (cgroup.controllers): it is not built into the kernel, is used by a \
+         hierarchy of version 1, or is not delegated"
+    )]
+    Controller {
+        /// The highest group that lacks it.
+        group: PathBuf,
+        /// Which.
+        controller: &'static str,
+    },
+    /// A file.
+    #[error("{path} cannot be written ({source})")]
+    File {
+        /// Which.
+        path: PathBuf,
+        /// Why.
+        source: io::Error,
+    },
+}
+
+/// Puts a process into a group of its own with `limits`.
+///
+/// # Errors
+/// [`CgroupError`]; the process is not limited then.
+pub fn limit(parent: &Path, vm: Uuid, limits: &VmLimits, pid: i32) -> Result<(), CgroupError> {
+    let settings = settings(limits);
+    let mut controllers: Vec<&'static str> = settings.iter().map(|(controller, ..)| *controller).collect();
+    controllers.dedup();
+    make(parent)?;
+    let root = root(parent);
+    let mut chain: Vec<&Path> = parent.ancestors().take_while(|group| group.starts_with(root)).collect();
+    chain.reverse();
+    for group in chain {
+        enable(group, &controllers)?;
+    }
+    let group = parent.join(vm.to_string());
+    make(&group)?;
+    for (_, file, value) in settings {
+        write(&group.join(file), &value)?;
+    }
+    write(&group.join("cgroup.procs"), &pid.to_string())
+}
+
+/// Removes the group of a VM whose process has ended, if it has one. Tells whether the kernel killed the process for the
+/// group's memory.
+///
+/// # Errors
+/// Those of `rmdir`.
+pub fn remove(parent: &Path, vm: Uuid) -> io::Result<bool> {
+    let group = parent.join(vm.to_string());
+    let events = fs::read_to_string(group.join("memory.events")).unwrap_or_default();
+    let killed = events.lines().any(|line| line.strip_prefix("oom_kill ").is_some_and(|kills| kills != "0"));
+    for _ in 1..TRIES {
+        match fs::remove_dir(&group) {
+            Err(error) if error.kind() == io::ErrorKind::ResourceBusy => thread::sleep(TRY_AGAIN_AFTER),
+            Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(false),
+            result => return result.map(|()| killed),
+        }
+    }
+    fs::remove_dir(&group).map(|()| killed)
+}
+
+/// Controllers, files and what is written to them.
+fn settings(limits: &VmLimits) -> Vec<(&'static str, &'static str, String)> {
+    let mut settings = Vec::new();
+    if let Some(percent) = limits.cpu_percent {
+        let quota = u64::from(percent) * PERIOD_US / 100;
+        settings.push(("cpu", "cpu.max", format!("{quota} {PERIOD_US}")));
+    }
+    if let Some(weight) = limits.cpu_weight {
+        settings.push(("cpu", "cpu.weight", weight.to_string()));
+    }
+    if let Some(memory) = limits.memory {
+        settings.push(("memory", "memory.max", memory.bytes().to_string()));
+        // A process that has lost some of its threads is of no use.
+        settings.push(("memory", "memory.oom.group", "1".into()));
+    }
+    settings
+}
+
+fn make(group: &Path) -> Result<(), CgroupError> {
+    let existing = group.ancestors().find(|path| path.exists()).unwrap_or(group);
+    // The field's type differs between architectures.
+    let is_cgroup2 = statfs(existing).is_ok_and(|found| u64::try_from(found.f_type) == Ok(CGROUP2));
+    if !is_cgroup2 {
+        return Err(CgroupError::NotVersion2(group.to_owned()));
+    }
+    fs::create_dir_all(group).map_err(|source| CgroupError::File { path: group.to_owned(), source })
+}
+
+/// The hierarchy's own directory, above all groups: the only one without `cgroup.type`.
+fn root(group: &Path) -> &Path {
+    let is_root = |path: &&Path| path.join("cgroup.procs").exists() && !path.join("cgroup.type").exists();
+    group.ancestors().find(is_root).unwrap_or(group)
+}
+
+/// Lets the groups below have controllers.
+fn enable(group: &Path, controllers: &[&'static str]) -> Result<(), CgroupError> {
+    let list = |file: &str| fs::read_to_string(group.join(file)).unwrap_or_default();
+    let (available, enabled) = (list("cgroup.controllers"), list("cgroup.subtree_control"));
+    for controller in controllers {
+        let has = |list: &str| list.split_ascii_whitespace().any(|word| word == *controller);
+        if !has(&available) {
+            return Err(CgroupError::Controller { group: group.to_owned(), controller });
+        }
+        if !has(&enabled) {
+            write(&group.join("cgroup.subtree_control"), &format!("+{controller}"))?;
+        }
+    }
+    Ok(())
+}
+
+fn write(path: &Path, value: &str) -> Result<(), CgroupError> {
+    fs::write(path, value).map_err(|source| CgroupError::File { path: path.to_owned(), source })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn limits_become_the_kernels_words() {
+        let limits = serde_json::json!({"cpu_percent": 150, "cpu_weight": 50, "memory": "64MiB"});
+        let written: Vec<String> = settings(&serde_json::from_value(limits).unwrap())
+            .iter()
+            .map(|(controller, file, value)| format!("{controller} {file} {value}"))
+            .collect();
+        let expected = [
+            "cpu cpu.max 150000 100000",
+            "cpu cpu.weight 50",
+            "memory memory.max 67108864",
+            "memory memory.oom.group 1",
+        ];
+        assert_eq!(written, expected);
+    }
+
+    #[test]
+    fn a_directory_that_is_no_cgroup_is_refused_with_a_cure_and_nothing_is_made() {
+        let dir = tempfile::tempdir().unwrap();
+        let parent = dir.path().join("portcullis");
+        let limits = VmLimits { cpu_percent: Some(50), ..VmLimits::default() };
+        let error = limit(&parent, Uuid::new_v4(), &limits, 1).unwrap_err().to_string();
+        assert!(error.contains("cgroup v2") && error.contains("--cgroup-parent"), "{error}");
+        assert!(!parent.exists());
+        assert!(!remove(&parent, Uuid::new_v4()).unwrap(), "that there is none is no error");
+    }
+}
