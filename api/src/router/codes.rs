@@ -22,7 +22,7 @@ fn own(operation: &str) -> Option<&'static [ProblemCode]> {
         "create_vm" => &[NameTaken, MacInUse, PortGroupNotFound],
         "put_vm" | "patch_vm" => &[WrongState, NameTaken, MacInUse, PortGroupNotFound],
         // Unlike what a PUT names, what is copied must be there.
-        "clone_vm" => &[NotFound, NameTaken, MacInUse, PortGroupNotFound],
+        "clone_vm" => &[NotFound, NameTaken, MacInUse],
         "delete_vm" => &[WrongState, DeviceFailed, PfRefused],
         "boot_vm" => &[
             WrongState,

@@ -67,7 +67,7 @@ impl Agent {
             .list()
             .await?
             .into_iter()
-            .map(|entry| (entry.id, VmHandle::start(Arc::clone(&env), entry)))
+            .map(|entry| (entry.id, VmHandle::find(Arc::clone(&env), entry)))
             .collect();
         let orphans: Vec<Entry<Claim>> =
             env.claims.list().await?.into_iter().filter(|claim| !vms.contains_key(&claim.value.vm)).collect();

@@ -122,10 +122,11 @@ struct Finished {
     done: Done,
 }
 
-/// Runs the task of one VM until it is deleted or left alone.
+/// Runs the task of one VM until it is deleted or left alone. `found`: the agent has just started.
 pub(super) async fn run(
     env: Arc<Environment>,
     vm: Arc<Entry<VmRecord>>,
+    found: bool,
     mut inbox: mpsc::Receiver<Command>,
     outlets: Outlets,
 ) {
@@ -152,7 +153,9 @@ pub(super) async fn run(
         finished,
         expel,
     };
-    actor.recover().await;
+    if found {
+        actor.recover().await;
+    }
     let mut tick = interval(TICK);
     tick.set_missed_tick_behavior(MissedTickBehavior::Delay);
     loop {

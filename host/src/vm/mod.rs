@@ -85,9 +85,18 @@ pub struct VmHandle {
 }
 
 impl VmHandle {
-    /// Starts the task of a VM that is in the store. What a former agent was doing with it is taken up or put right
-    /// before the first command.
+    /// Starts the task of a VM that has just been stored.
     pub fn start(env: Arc<Environment>, record: Entry<VmRecord>) -> Self {
+        Self::spawn(env, record, false)
+    }
+
+    /// Starts the task of a VM that an agent which starts has found in the store. What a former agent was doing with it is taken up
+    /// or put right before the first command; it may be booted.
+    pub fn find(env: Arc<Environment>, record: Entry<VmRecord>) -> Self {
+        Self::spawn(env, record, true)
+    }
+
+    fn spawn(env: Arc<Environment>, record: Entry<VmRecord>, found: bool) -> Self {
         let (commands, inbox) = mpsc::channel(QUEUE);
         let (status_out, status) = watch::channel(Status::default());
         let (connection_out, connection) = watch::channel(None);
@@ -101,7 +110,7 @@ impl VmHandle {
             console: Arc::new(console_out),
         };
         let id = vm.id;
-        tokio::spawn(actor::run(env, vm, inbox, outlets));
+        tokio::spawn(actor::run(env, vm, found, inbox, outlets));
         Self { id, commands, status, record, connection, console }
     }
 

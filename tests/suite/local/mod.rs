@@ -1,6 +1,7 @@
 //! Tests that need /dev/kvm and no adapter: VFs are simulated.
 
 mod adapter;
+mod cli;
 mod crash;
 mod demo;
 mod exit;

@@ -160,7 +160,7 @@ impl Host {
     }
 
     pub(crate) async fn load(&self, id: Uuid) -> VmHandle {
-        VmHandle::start(Arc::clone(&self.env), self.env.vms.get(id).await.unwrap())
+        VmHandle::find(Arc::clone(&self.env), self.env.vms.get(id).await.unwrap())
     }
 
     /// Does it and waits for its end.

@@ -195,6 +195,10 @@ async fn autostart_is_at_the_agent_s_start_unless_the_vm_was_stopped_on_this_boo
     ] {
         let mut host = Host::new();
         let vm = host.create("web1", |spec| spec.autostart = true).await;
+        stays(&vm, VmState::Defined).await;
+        vm.leave().await;
+        host.new_agent();
+        let vm = host.load(vm.id).await;
         // It was never booted.
         host.reaches(&vm, VmState::Running).await;
         match how {
