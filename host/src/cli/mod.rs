@@ -1,6 +1,6 @@
 //! The command line: a client of the REST API, and the way to start the agent.
 //!
-//! Exit codes: [`EXIT_CODES`].
+//! Exit codes: `EXIT_CODES`.
 
 mod apply;
 mod check;
