@@ -69,6 +69,15 @@ pub trait Backend: Send + Sync + 'static {
     async fn list_vms(&self) -> Result<Vec<Vm>, Problem>;
     /// One VM.
     async fn get_vm(&self, vm: ObjectRef) -> Result<Vm, Problem>;
+    /// Replaces a VM's specification. Problems: `wrong_state` unless it is at rest or the machine stays the same
+    /// ([`VmSpec::same_machine`]), `name_taken`, `mac_in_use`, `port_group_not_found`.
+    async fn put_vm(
+        &self,
+        caller: Caller,
+        vm: ObjectRef,
+        spec: VmSpec,
+        expect: Option<u64>,
+    ) -> Result<Vm, Problem>;
     /// Stops the VM if it runs, gives back what it holds, forgets it. Answers when that is done.
     async fn delete_vm(&self, caller: Caller, vm: ObjectRef, expect: Option<u64>) -> Result<(), Problem>;
     /// Begins an action and waits at most `wait` for it to complete. What can be said at once is (a VF in use, a

@@ -4,6 +4,7 @@ use std::{
     collections::BTreeSet,
     path::PathBuf,
     sync::{Arc, Mutex, PoisonError},
+    time::Duration,
 };
 
 use api::types::{EventKind, Protection};
@@ -53,6 +54,10 @@ pub struct Environment {
     pub sandbox_off: BTreeSet<Protection>,
     /// Where groups of processes with limits are made.
     pub cgroup_parent: PathBuf,
+    /// When VMs are booted again that have ended.
+    pub backoff: Backoff,
+    /// The host's boot: what was in another one has ended with it.
+    pub boot_id: String,
     /// Users for vmm processes; None for an agent that cannot change users.
     pub users: Option<Users>,
     /// The switch that decides for adapters; None where there is none (tests of the rest): they are then under the default
@@ -84,6 +89,10 @@ impl Environment {
             kvm: "/dev/kvm".into(),
             sandbox_off: BTreeSet::new(),
             cgroup_parent: "/sys/fs/cgroup/portcullis".into(),
+            backoff: Backoff::default(),
+            boot_id: std::fs::read_to_string("/proc/sys/kernel/random/boot_id")
+                .map(|id| id.trim().to_owned())
+                .unwrap_or_default(),
             users: None,
             policy: None,
             metrics: Metrics::default(),
@@ -112,6 +121,27 @@ impl Environment {
         self.inventory.add_simulated(Arc::clone(&simulated));
         let real = Arc::clone(&self.open_pf);
         self.open_pf = Arc::new(move |bdf| if is_simulated(bdf) { simulated.open(bdf) } else { real(bdf) });
+    }
+}
+
+/// The time between attempts to keep a VM running: it doubles with each.
+#[derive(Clone, Copy, Debug)]
+pub struct Backoff {
+    /// Before the first.
+    pub first: Duration,
+    /// At most.
+    pub most: Duration,
+    /// A VM that ran for this long begins with the first again.
+    pub reset: Duration,
+}
+
+impl Default for Backoff {
+    fn default() -> Self {
+        Self {
+            first: Duration::from_secs(1),
+            most: Duration::from_secs(300),
+            reset: Duration::from_secs(600),
+        }
     }
 }
 

@@ -205,6 +205,28 @@ impl Client {
         self.read(Call::get(format!("/v1/vms/{}", segment(vm)))).await
     }
 
+    /// `PUT /v1/vms/{name}`, only at this revision if there is one.
+    pub async fn put_vm(&self, vm: &str, spec: &VmSpec, if_match: Option<u64>) -> Result<Vm, ClientError> {
+        let call = Call::new(Method::PUT, format!("/v1/vms/{}", segment(vm))).json(spec)?;
+        self.read(Call { if_match, ..call }).await
+    }
+
+    /// `PATCH /v1/vms/{name}` with a JSON merge patch, only at this revision if there is one.
+    pub async fn patch_vm(
+        &self,
+        vm: &str,
+        patch: &serde_json::Value,
+        if_match: Option<u64>,
+    ) -> Result<Vm, ClientError> {
+        let call = Call::new(Method::PATCH, format!("/v1/vms/{}", segment(vm))).json(patch)?;
+        self.read(Call { if_match, ..call }).await
+    }
+
+    /// `POST /v1/vms/{name}/clone`.
+    pub async fn clone_vm(&self, vm: &str, copy: &CloneSpec) -> Result<Vm, ClientError> {
+        self.read(Call::new(Method::POST, format!("/v1/vms/{}/clone", segment(vm))).json(copy)?).await
+    }
+
     /// `DELETE /v1/vms/{name}`, only at this revision if there is one.
     pub async fn delete_vm(&self, vm: &str, if_match: Option<u64>) -> Result<(), ClientError> {
         let call = Call::new(Method::DELETE, format!("/v1/vms/{}", segment(vm)));

@@ -25,6 +25,9 @@ fn own(operation: &str) -> Option<&'static [ProblemCode]> {
         "list_switches" | "get_switch" | "list_port_groups" | "get_port_group" => &[],
         "list_ports" | "get_port" | "list_decisions" => &[],
         "create_vm" => &[NameTaken, MacInUse, PortGroupNotFound],
+        "put_vm" | "patch_vm" => &[WrongState, NameTaken, MacInUse, PortGroupNotFound],
+        // Unlike what a PUT names, what is copied must be there.
+        "clone_vm" => &[NotFound, NameTaken, MacInUse],
         "delete_vm" => &[WrongState, DeviceFailed, PfRefused],
         "boot_vm" => &[
             WrongState,

@@ -26,6 +26,7 @@ fn vm() -> Option<Vm> {
             cause: None,
             pid: Some(4711),
             boots: 1,
+            restart: None,
             adapters: vec![AdapterStatus {
                 id: "eth0".parse().ok()?,
                 mac: "02:00:00:00:00:11".parse().ok()?,
@@ -60,6 +61,8 @@ fn spec() -> Option<VmSpec> {
             vf: None,
         }],
         devices: Vec::new(),
+        restart: RestartPolicy::OnFailure,
+        autostart: true,
         limits: None,
     })
 }
@@ -225,7 +228,9 @@ fn list(example: impl Serialize) -> Option<Value> {
 /// The body that an operation takes.
 fn request(operation: &str) -> Option<Value> {
     match operation {
-        "create_vm" => value(spec()),
+        "create_vm" | "put_vm" => value(spec()),
+        "patch_vm" => value(json!({ "memory": "1GiB", "restart": "always" })),
+        "clone_vm" => value(json!({ "name": "web2" })),
         "write_console" => value("ls\n"),
         "set_vfs" => value(VfCount { count: 7 }),
         "put_switch" => value(switch_spec()),
@@ -239,7 +244,7 @@ fn request(operation: &str) -> Option<Value> {
 /// The body that an operation answers with when it has done it.
 fn answer(operation: &str) -> Option<Value> {
     match operation {
-        "create_vm" | "get_vm" => value(vm()),
+        "create_vm" | "get_vm" | "put_vm" | "patch_vm" | "clone_vm" => value(vm()),
         "boot_vm" | "pause_vm" | "resume_vm" | "reboot_vm" | "shutdown_vm" | "stop_vm" => value(vm()),
         "list_vms" => list(vm()),
         "vm_stats" => value(stats()),

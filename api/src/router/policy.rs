@@ -39,7 +39,7 @@ fn name_of(text: &str) -> Result<Name, Problem> {
 }
 
 /// The revision that a change of an object at `found` must expect; `expect` is that of `If-Match`.
-fn at(found: u64, expect: Option<u64>) -> Result<Option<u64>, Problem> {
+pub(super) fn at(found: u64, expect: Option<u64>) -> Result<Option<u64>, Problem> {
     match expect {
         Some(expect) if expect != found => Err(Problem::revision_mismatch(expect, found)),
         _ => Ok(Some(found)),

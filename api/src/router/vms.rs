@@ -6,22 +6,26 @@ use axum::{
     http::{HeaderValue, StatusCode, header},
     response::{IntoResponse, Response},
 };
+use serde_json::Value;
 use utoipa_axum::{router::OpenApiRouter, routes};
 
 use super::{
     Shared,
     extract::{Body, IfMatch, Named, Query, Wait},
+    merge::{TRIES, merged},
+    policy::at,
     respond::{page, revisioned},
 };
 use crate::{
-    Caller, Problem,
+    Caller, Problem, ProblemCode,
     types::{schema, *},
 };
 
 pub(super) fn routes() -> OpenApiRouter<Shared> {
     OpenApiRouter::new()
         .routes(routes!(list_vms, create_vm))
-        .routes(routes!(get_vm, delete_vm))
+        .routes(routes!(get_vm, put_vm, patch_vm, delete_vm))
+        .routes(routes!(clone_vm))
         .routes(routes!(boot_vm))
         .routes(routes!(pause_vm))
         .routes(routes!(resume_vm))
@@ -55,12 +59,15 @@ async fn create_vm(
     Body(spec): Body<VmSpec>,
 ) -> Result<Response, Problem> {
     spec.check()?;
-    let vm = backend.create_vm(caller, spec).await?;
-    let mut response = revisioned(StatusCode::CREATED, vm.revision, &vm);
+    Ok(created(&backend.create_vm(caller, spec).await?))
+}
+
+fn created(vm: &Vm) -> Response {
+    let mut response = revisioned(StatusCode::CREATED, vm.revision, vm);
     if let Ok(location) = HeaderValue::from_str(&format!("/v1/vms/{}", vm.id)) {
         response.headers_mut().insert(header::LOCATION, location);
     }
-    Ok(response)
+    response
 }
 
 /// Shows a VM.
@@ -72,6 +79,79 @@ async fn create_vm(
 async fn get_vm(State(backend): State<Shared>, Named(vm): Named) -> Result<Response, Problem> {
     let vm = backend.get_vm(vm).await?;
     Ok(revisioned(StatusCode::OK, vm.revision, &vm))
+}
+
+/// Replaces a VM's specification.
+///
+/// Another name renames it. Refused unless the VM is at rest; only `restart` and `autostart` may change while it runs. Its ports keep
+/// their ids, and what they override as long as they stay in their port group.
+#[utoipa::path(put, path = "/v1/vms/{name}", tag = "vms", request_body = VmSpec,
+    params(
+        ("name" = String, Path, description = "Name or id"),
+        ("if-match" = inline(schema::Etag), Header, description = "The revision that it must be at")
+    ),
+    responses((status = 200, body = Vm, headers(("etag" = String, description = "The revision")))))]
+async fn put_vm(
+    State(backend): State<Shared>,
+    caller: Caller,
+    Named(vm): Named,
+    IfMatch(expect): IfMatch,
+    Body(spec): Body<VmSpec>,
+) -> Result<Response, Problem> {
+    spec.check()?;
+    let vm = backend.put_vm(caller, vm, spec, expect).await?;
+    Ok(revisioned(StatusCode::OK, vm.revision, &vm))
+}
+
+/// Changes a part of a VM's specification.
+///
+/// A JSON merge patch (RFC 7396), for which the same holds as for PUT. Lists are replaced as a whole. Without `If-Match` it is made on
+/// top of what others change meanwhile.
+#[utoipa::path(patch, path = "/v1/vms/{name}", tag = "vms",
+    request_body(content = Object, content_type = "application/merge-patch+json",
+        description = "Members of the specification; null takes one back to its default"),
+    params(
+        ("name" = String, Path, description = "Name or id"),
+        ("if-match" = inline(schema::Etag), Header, description = "The revision that it must be at")
+    ),
+    responses((status = 200, body = Vm, headers(("etag" = String, description = "The revision")))))]
+async fn patch_vm(
+    State(backend): State<Shared>,
+    caller: Caller,
+    Named(vm): Named,
+    IfMatch(expect): IfMatch,
+    Body(patch): Body<Value>,
+) -> Result<Response, Problem> {
+    let mut tries = 1;
+    loop {
+        let found = backend.get_vm(vm.clone()).await?;
+        let revision = at(found.revision, expect)?;
+        let spec: VmSpec = merged(&found.spec, &patch)?;
+        spec.check()?;
+        // By id: between the two calls the name could come to mean another VM.
+        match backend.put_vm(caller.clone(), ObjectRef::Id(found.id), spec, revision).await {
+            // Somebody else was faster: their change is kept, and this one made on top of it.
+            Err(problem) if problem.code == ProblemCode::RevisionMismatch && tries < TRIES => tries += 1,
+            done => return done.map(|vm| revisioned(StatusCode::OK, vm.revision, &vm)),
+        }
+    }
+}
+
+/// Creates a VM like another one.
+///
+/// It has an id and a name of its own, and its adapters have addresses and VFs that the agent chooses. The VM may run meanwhile; what
+/// its guest has written anywhere is not copied.
+#[utoipa::path(post, path = "/v1/vms/{name}/clone", tag = "vms", request_body = CloneSpec,
+    params(("name" = String, Path, description = "Name or id of the VM to copy")),
+    responses((status = 201, body = Vm, headers(("etag" = String, description = "The revision"), ("location" = String)))))]
+async fn clone_vm(
+    State(backend): State<Shared>,
+    caller: Caller,
+    Named(vm): Named,
+    Body(copy): Body<CloneSpec>,
+) -> Result<Response, Problem> {
+    let source = backend.get_vm(vm).await?;
+    Ok(created(&backend.create_vm(caller, source.spec.cloned_as(copy.name)).await?))
 }
 
 /// Deletes a VM.

@@ -6,6 +6,7 @@
 mod cause;
 mod event;
 mod host;
+mod life;
 mod object;
 mod page;
 mod policy;
@@ -15,6 +16,7 @@ mod vm;
 
 pub use event::*;
 pub use host::*;
+pub use life::*;
 pub use object::*;
 pub use page::*;
 pub use policy::*;

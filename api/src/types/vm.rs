@@ -6,7 +6,7 @@ use serde::{Deserialize, Serialize};
 use utoipa::ToSchema;
 use uuid::Uuid;
 
-use super::{Bdf, ByteSize, Name, Timestamp, UnicastMac};
+use super::{Bdf, ByteSize, Name, RestartPolicy, RestartStatus, Timestamp, UnicastMac};
 use crate::problem::{Problem, ProblemCode};
 
 /// A virtual machine.
@@ -51,6 +51,13 @@ pub struct VmSpec {
     #[serde(default)]
     #[schema(max_items = 16, value_type = std::collections::BTreeSet<super::schema::DeviceBdf>)]
     pub devices: Vec<Bdf>,
+    /// What becomes of it when it has ended, unless a request ended it. It may be changed while the VM runs.
+    #[serde(default, skip_serializing_if = "RestartPolicy::is_default")]
+    pub restart: RestartPolicy,
+    /// It is booted when the agent starts, unless it runs, or was stopped since the host was started: by a request, or by its guest.
+    /// It may be changed while the VM runs.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub autostart: bool,
     /// What its process may use of the host; without them it may use what is there.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub limits: Option<VmLimits>,
@@ -280,6 +287,9 @@ pub struct VmStatus {
     pub pid: Option<u32>,
     /// Boots and reboots of the process that is running, or ran last.
     pub boots: u64,
+    /// What the agent does, or has done, to keep it running.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub restart: Option<RestartStatus>,
     /// Adapters, in the specification's order.
     pub adapters: Vec<AdapterStatus>,
     /// Devices, in the specification's order.

@@ -111,6 +111,7 @@ impl Backend for Fake {
             cause: None,
             pid: None,
             boots: 0,
+            restart: None,
             adapters: Vec::new(),
             devices: Vec::new(),
             console: ConsoleStatus { start: LOG_START, end: 10 },
@@ -128,6 +129,26 @@ impl Backend for Fake {
 
     async fn get_vm(&self, vm: ObjectRef) -> Result<Vm, Problem> {
         self.vm(&vm)
+    }
+
+    async fn put_vm(
+        &self,
+        caller: Caller,
+        vm: ObjectRef,
+        spec: VmSpec,
+        expect: Option<u64>,
+    ) -> Result<Vm, Problem> {
+        let old = self.vm(&vm)?;
+        at_revision(expect, old.revision)?;
+        let mut state = self.state();
+        state.callers.push(caller);
+        if let Some(problem) = &state.refuse {
+            return Err(problem.clone());
+        }
+        state.vms.remove(&old.name);
+        let vm = Vm { name: spec.name.clone(), revision: old.revision + 1, spec, ..old };
+        state.vms.insert(vm.name.clone(), vm.clone());
+        Ok(vm)
     }
 
     async fn delete_vm(&self, _: Caller, vm: ObjectRef, expect: Option<u64>) -> Result<(), Problem> {

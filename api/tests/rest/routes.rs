@@ -109,6 +109,54 @@ async fn a_wrong_specification_is_refused_with_its_field() {
 }
 
 #[tokio::test]
+async fn a_vm_is_replaced_patched_and_copied() {
+    let server = Server::start();
+    server.vm("web1").await;
+    let patch = |body: Value| server.exchange(Method::PATCH, "/v1/vms/web1", &[], body.to_string());
+    let vm = patch(json!({ "restart": "always", "boot": { "initramfs": null } })).await;
+    assert_eq!((vm.status, vm.header("etag")), (200, Some("\"4\"")));
+    let vm = vm.json();
+    assert_eq!((&vm["spec"]["restart"], &vm["spec"]["boot"]["initramfs"]), (&json!("always"), &Value::Null));
+    let problem = patch(json!({ "cpus": 0 })).await.problem(400, "invalid_request");
+    assert_eq!(problem["field"], "cpus");
+    let problem = patch(json!({ "restart": "sometimes" })).await.problem(400, "invalid_request");
+    assert_eq!(problem["field"], "restart");
+
+    let mut renamed = vm["spec"].clone();
+    renamed["name"] = json!("web2");
+    let put = async |etag| {
+        server.exchange(Method::PUT, "/v1/vms/web1", &[("if-match", etag)], renamed.to_string()).await
+    };
+    put("\"3\"").await.problem(412, "revision_mismatch");
+    assert_eq!(put("\"4\"").await.json()["name"], "web2");
+    server.get("/v1/vms/web1").await.problem(404, "not_found");
+
+    let copy = server.post("/v1/vms/web2/clone", json!({ "name": "web3" }).to_string()).await;
+    let location = copy.header("location").unwrap().to_owned();
+    assert_eq!((copy.status, &server.get(&location).await.json()["name"]), (201, &json!("web3")));
+    let copy = copy.json();
+    assert_eq!(copy["spec"]["restart"], "always");
+    for adapter in copy["spec"]["adapters"].as_array().unwrap() {
+        assert!(adapter.get("mac").is_none() && adapter.get("vf").is_none(), "{adapter}");
+    }
+    assert!(!vm["spec"]["adapters"][0]["mac"].is_null(), "the source has addresses");
+    server.post("/v1/vms/web2/clone", json!({}).to_string()).await.problem(400, "invalid_request");
+    server.post("/v1/vms/web9/clone", json!({ "name": "a" }).to_string()).await.problem(404, "not_found");
+}
+
+#[tokio::test]
+async fn a_patch_is_made_on_top_of_what_others_change() {
+    let server = Server::start();
+    server.vm("web1").await;
+    server.fake.state().refuse = Some(Problem::revision_mismatch(3, 4));
+    let patch = json!({ "cpus": 2 }).to_string();
+    let answer = server.exchange(Method::PATCH, "/v1/vms/web1", &[], patch).await;
+    answer.problem(412, "revision_mismatch");
+    // As often as is tried: in vain here, as somebody else is faster for ever.
+    assert_eq!(server.fake.state().callers.len(), 1 + 5);
+}
+
+#[tokio::test]
 async fn bodies_are_bounded_and_typed() {
     let server = Server::start();
     let large = with("/boot/cmdline", json!("x".repeat(70_000)));

@@ -6,8 +6,8 @@ use api::{
     Answered, Backend, Caller, ConsoleRead, Health, Progress, User,
     problem::{Problem, ProblemCode},
     types::{
-        Bdf, EventKind, ObjectKind, ObjectRef, Pf, PfSpec, PfStatus, Subject, Timestamp, Vf, Vm, VmAction,
-        VmSpec, VmState, VmStats, host_id,
+        Bdf, EventKind, Name, ObjectKind, ObjectRef, Pf, PfSpec, PfStatus, Subject, Timestamp, UnicastMac,
+        Vf, Vm, VmAction, VmSpec, VmState, VmStats, host_id,
     },
 };
 use async_trait::async_trait;
@@ -34,7 +34,7 @@ use crate::{
     vm::{
         VmHandle, network,
         problem::{ToProblem, chain},
-        record::{Claim, PfRecord, VmRecord, macs},
+        record::{Asked, Author, Claim, PfRecord, VmRecord, generated_mac, macs},
     },
     vmm_process::VmDirectory,
 };
@@ -55,8 +55,10 @@ const DRAWS: usize = 8;
 #[derive(Clone)]
 pub struct Agent {
     env: Arc<Environment>,
-    /// By id. Held only for look-ups, and while a VM is created.
+    /// By id. Held only for look-ups.
     vms: Arc<Mutex<BTreeMap<Uuid, VmHandle>>>,
+    /// Held while a VM is created or edited: names and addresses have one owner.
+    writing: Arc<Mutex<()>>,
 }
 
 impl Agent {
@@ -70,7 +72,7 @@ impl Agent {
             .list()
             .await?
             .into_iter()
-            .map(|entry| (entry.id, VmHandle::start(Arc::clone(&env), entry)))
+            .map(|entry| (entry.id, VmHandle::find(Arc::clone(&env), entry)))
             .collect();
         let orphans: Vec<Entry<Claim>> =
             env.claims.list().await?.into_iter().filter(|claim| !vms.contains_key(&claim.value.vm)).collect();
@@ -78,7 +80,7 @@ impl Agent {
             // What could not be given back is logged, and tried again by the next agent.
             drop(crate::vm::claims::give_back(&env, orphans).await);
         }
-        Ok(Self { env, vms: Arc::new(Mutex::new(vms)) })
+        Ok(Self { env, vms: Arc::new(Mutex::new(vms)), writing: Arc::default() })
     }
 
     /// Presses the power button of every VM that runs, and waits at most `patience` for their guests to power off.
@@ -88,7 +90,7 @@ impl Agent {
             if patience.is_zero() || vm.state() != VmState::Running {
                 continue;
             }
-            match vm.act(VmAction::Shutdown, own()).await {
+            match vm.act_for(VmAction::Shutdown, own(), Asked::Agent).await {
                 Ok(done) => reacting.push((vm, done)),
                 Err(problem) => tracing::warn!(vm = %vm.name(), "{problem}"),
             }
@@ -106,7 +108,11 @@ impl Agent {
         let caller = own();
         let mut stopping = Vec::new();
         for vm in self.all().await {
-            if let Ok(done) = vm.act(VmAction::Stop, caller.clone()).await {
+            // One that somebody has stopped stays so.
+            if vm.state().is_at_rest() && vm.status().run.restart.next.is_none() {
+                continue;
+            }
+            if let Ok(done) = vm.act_for(VmAction::Stop, caller.clone(), Asked::Agent).await {
                 stopping.push((vm, done));
             }
         }
@@ -131,7 +137,7 @@ impl Agent {
 
     async fn all(&self) -> Vec<VmHandle> {
         let mut all: Vec<VmHandle> = self.vms.lock().await.values().cloned().collect();
-        all.sort_by(|a, b| a.name().cmp(b.name()));
+        all.sort_by_key(VmHandle::name);
         all
     }
 
@@ -228,22 +234,8 @@ impl Agent {
     }
 
     async fn create(self, caller: Caller, spec: VmSpec) -> Result<Vm, Problem> {
-        let mut vms = self.vms.lock().await;
-        let taken: Vec<_> = vms
-            .values()
-            .flat_map(|vm| macs(vm.id, &vm.record.value.spec).map(|(_, mac)| (mac, vm.name().clone())))
-            .collect();
-        for (n, adapter) in spec.adapters.iter().enumerate() {
-            let used = |(mac, _): &&(_, _)| Some(*mac) == adapter.mac;
-            if let (Some(mac), Some((_, owner))) = (adapter.mac, taken.iter().find(used)) {
-                let detail =
-                    format!("The address {mac} belongs to an adapter of the VM {owner}: choose another.");
-                return Err(Problem {
-                    field: Some(format!("adapters[{n}].mac").into()),
-                    ..Problem::new(ProblemCode::MacInUse, detail)
-                });
-            }
-        }
+        let _writing = self.writing.lock().await;
+        let taken = self.others(&spec, None).await?;
         let free = |id: &Uuid| {
             let macs: Vec<_> = macs(*id, &spec).map(|(_, mac)| mac).collect();
             let twice = macs.iter().enumerate().any(|(n, mac)| macs.iter().take(n).any(|other| other == mac));
@@ -253,7 +245,7 @@ impl Agent {
             Problem::new(ProblemCode::MacInUse, "No free address could be made: give the adapters addresses.")
         })?;
         let name = spec.name.to_string();
-        let value = VmRecord { created: Timestamp::now(), spec };
+        let value = VmRecord { created: Timestamp::now(), spec, author: Some(Author::of(&caller)) };
         reach(Point::CreateBegun);
         let revision = self.env.vms.put(id, &name, &value, Expect::Absent).await.map_err(|e| e.problem())?;
         reach(Point::CreateStored);
@@ -267,14 +259,64 @@ impl Agent {
         let handle = VmHandle::start(Arc::clone(&self.env), Entry { id, name, revision, value });
         tracing::info!(vm = %handle.name(), %id, by = %caller, "created");
         let vm = self.view(&handle);
-        vms.insert(id, handle);
+        self.vms.lock().await.insert(id, handle);
+        Ok(vm)
+    }
+
+    /// The addresses of all VMs but `own`, with their names. A problem if one of them is in the specification.
+    async fn others(&self, spec: &VmSpec, own: Option<Uuid>) -> Result<Vec<(UnicastMac, Name)>, Problem> {
+        let mut taken = Vec::new();
+        for vm in self.vms.lock().await.values().filter(|vm| Some(vm.id) != own) {
+            let record = vm.record();
+            taken.extend(macs(vm.id, &record.value.spec).map(|(_, mac)| (mac, vm.name())));
+        }
+        for (n, adapter) in spec.adapters.iter().enumerate() {
+            let mac = adapter.mac.or(own.map(|own| generated_mac(own, &adapter.id)));
+            let used = |(other, _): &&(_, _)| Some(*other) == mac;
+            if let (Some(mac), Some((_, owner))) = (mac, taken.iter().find(used)) {
+                let detail =
+                    format!("The address {mac} belongs to an adapter of the VM {owner}: choose another.");
+                return Err(Problem {
+                    field: Some(format!("adapters[{n}].mac").into()),
+                    ..Problem::new(ProblemCode::MacInUse, detail)
+                });
+            }
+        }
+        Ok(taken)
+    }
+
+    async fn replace(
+        self,
+        caller: Caller,
+        vm: ObjectRef,
+        spec: VmSpec,
+        expect: Option<u64>,
+    ) -> Result<Vm, Problem> {
+        let _writing = self.writing.lock().await;
+        let handle = self.find(&vm).await?;
+        self.others(&spec, Some(handle.id)).await?;
+        let name = ObjectRef::Name(spec.name.to_string());
+        if self.find(&name).await.is_ok_and(|other| other.id != handle.id) {
+            let detail = format!("There is another VM {}: choose another name.", spec.name);
+            return Err(Problem {
+                field: Some("name".into()),
+                ..Problem::new(ProblemCode::NameTaken, detail)
+            });
+        }
+        let before = handle.record().revision;
+        handle.edit(caller.clone(), spec, expect).await?;
+        let vm = self.view(&handle);
+        if vm.revision != before {
+            tracing::info!(vm = %vm.name, id = %vm.id, revision = vm.revision, by = %caller, "changed");
+        }
         Ok(vm)
     }
 
     async fn delete(self, caller: Caller, vm: ObjectRef, expect: Option<u64>) -> Result<(), Problem> {
         let handle = self.find(&vm).await?;
-        if let Some(expected) = expect.filter(|expected| *expected != handle.record.revision) {
-            return Err(Problem::revision_mismatch(expected, handle.record.revision));
+        let revision = handle.record().revision;
+        if let Some(expected) = expect.filter(|expected| *expected != revision) {
+            return Err(Problem::revision_mismatch(expected, revision));
         }
         handle.delete(caller.clone()).await?;
         self.vms.lock().await.remove(&handle.id);
@@ -441,6 +483,16 @@ impl Backend for Agent {
         Ok(self.view(&self.find(&vm).await?))
     }
 
+    async fn put_vm(
+        &self,
+        caller: Caller,
+        vm: ObjectRef,
+        spec: VmSpec,
+        expect: Option<u64>,
+    ) -> Result<Vm, Problem> {
+        finish(self.clone().replace(caller, vm, spec, expect)).await
+    }
+
     async fn delete_vm(&self, caller: Caller, vm: ObjectRef, expect: Option<u64>) -> Result<(), Problem> {
         finish(self.clone().delete(caller, vm, expect)).await
     }
@@ -458,7 +510,7 @@ impl Backend for Agent {
         let complete = match timeout(wait, done).await {
             Ok(Ok(result)) => result.map(|()| true)?,
             // The VM's task has ended: it was deleted meanwhile.
-            Ok(Err(_)) => return Err(Problem::not_found("VM", handle.name())),
+            Ok(Err(_)) => return Err(Problem::not_found("VM", &handle.name())),
             Err(_) => false,
         };
         Ok(Progress { vm: self.view(&handle), complete })

@@ -1,8 +1,8 @@
 //! The agent's objects as the API shows them.
 
 use api::types::{
-    AdapterStatus, ConsoleStatus, DeviceStatus, Owner, Protection, SandboxStatus, Vm, VmDeviceStats, VmStats,
-    VmStatus,
+    AdapterStatus, ConsoleStatus, DeviceStatus, Owner, Protection, RestartStatus, SandboxStatus, Vm,
+    VmDeviceStats, VmStats, VmStatus,
 };
 
 use crate::{
@@ -17,7 +17,7 @@ use crate::{
 /// A VM. `off` are the protections that a process does without that this agent starts.
 pub(super) fn vm(handle: &VmHandle, directory: &VmDirectory, off: &[Protection]) -> Vm {
     let status = handle.status();
-    let record = &handle.record;
+    let record = handle.record();
     let spec = &record.value.spec;
     let lost = |bdf: &str| status.run.lost.get(bdf).cloned();
     let adapters = macs(record.id, spec).zip(&spec.adapters).map(|((id, mac), wanted)| {
@@ -70,6 +70,7 @@ pub(super) fn vm(handle: &VmHandle, directory: &VmDirectory, off: &[Protection])
             cause: status.run.cause.clone(),
             pid: status.run.process.as_ref().and_then(|process| u32::try_from(process.pid).ok()),
             boots: status.run.boots,
+            restart: Some(status.run.restart).filter(|restart| *restart != RestartStatus::default()),
             adapters: adapters.collect(),
             devices: devices.collect(),
             console: console.map_or_else(

@@ -1,17 +1,42 @@
-//! `portcullis console`.
+//! `portcullis console`: a VM's serial console, read or in both directions.
+//!
+//! On a terminal the two are connected as by a cable: keys go to the guest as they are, also Ctrl-C, but for the key that
+//! takes the cable out.
+
+mod terminal;
+
+use std::io::IsTerminal as _;
 
 use api::Client;
 use clap::Args;
+use tokio::{
+    signal::unix::{Signal, SignalKind, signal},
+    sync::mpsc,
+};
 
 use super::{error::CliError, output::Output};
+use terminal::{Raw, keys};
+
+/// Ctrl-], as of telnet and virsh.
+const DETACH: u8 = 0x1d;
+
+/// The most bytes that are sent at once: the serial port's buffer is small.
+const PIECE: usize = 1024;
 
 #[derive(Debug, Args)]
+#[command(
+    after_long_help = "On a terminal, the console is attached: what is typed goes to the guest. Ctrl-] detaches; the VM runs on."
+)]
 pub(super) struct ConsoleArgs {
     /// The VM's name or id.
     name: String,
-    /// Goes on with what comes, until the VM ends.
+    /// Goes on with what comes, until the VM ends, and sends nothing.
     #[arg(long, short)]
     follow: bool,
+    /// Sends what is typed, until Ctrl-] or the end of the input or of the VM. This is what is done on a terminal without other options;
+    /// it can be asked for where the input is none.
+    #[arg(long, short, conflicts_with = "follow")]
+    attach: bool,
     /// Begins at this byte in place of the oldest one that is kept.
     #[arg(long, value_name = "BYTES")]
     offset: Option<u64>,
@@ -20,16 +45,42 @@ pub(super) struct ConsoleArgs {
     send: Option<String>,
 }
 
+/// How an attached console ended.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum End {
+    /// The VM is at rest.
+    Rest,
+    /// Somebody detached it, or the input has ended.
+    Detached,
+}
+
 pub(super) async fn run(client: &Client, output: &mut Output<'_>, args: ConsoleArgs) -> Result<(), CliError> {
     if let Some(text) = &args.send {
         type_line(client, &args.name, text).await?;
     }
+    let plain = !args.follow && args.offset.is_none() && args.send.is_none();
+    if args.attach || (plain && on_terminal()) {
+        return connect(client, output, &args.name, &args.name, args.offset).await.map(drop);
+    }
     show(client, output, &args.name, args.offset, args.follow).await
 }
 
-/// Shows all that is kept and all that comes until the VM ends.
-pub(super) async fn follow(client: &Client, output: &mut Output<'_>, vm: &str) -> Result<(), CliError> {
-    show(client, output, vm, None, true).await
+fn on_terminal() -> bool {
+    std::io::stdin().is_terminal() && std::io::stdout().is_terminal()
+}
+
+/// Shows all that is kept and all that comes until the VM ends; on a terminal in both directions, unless there is to be `no_input`.
+pub(super) async fn attach(
+    client: &Client,
+    output: &mut Output<'_>,
+    name: &str,
+    id: &str,
+    no_input: bool,
+) -> Result<End, CliError> {
+    if !no_input && on_terminal() {
+        return connect(client, output, name, id, None).await;
+    }
+    show(client, output, id, None, true).await.map(|()| End::Rest)
 }
 
 async fn show(
@@ -46,6 +97,98 @@ async fn show(
     Ok(())
 }
 
+/// Both directions.
+async fn connect(
+    client: &Client,
+    output: &mut Output<'_>,
+    name: &str,
+    vm: &str,
+    offset: Option<u64>,
+) -> Result<End, CliError> {
+    let mut console = client.read_console(vm, offset, true).await?;
+    let mut ends = [SignalKind::terminate(), SignalKind::hangup()].map(signal);
+    let [Ok(terminate), Ok(hangup)] = &mut ends else {
+        return Err(CliError::Terminal(std::io::Error::other("signals cannot be handled")));
+    };
+    let raw = Raw::enter().map_err(CliError::Terminal)?;
+    if raw.is_some() {
+        eprint!("portcullis: attached to {name}, Ctrl-] detaches\r\n");
+    }
+    let mut typed = keys();
+    let (to_guest, input) = mpsc::channel::<Vec<u8>>(16);
+    let sender = tokio::spawn(send(client.clone(), vm.to_owned(), input));
+    let mut to_guest = Some(to_guest);
+    let end = loop {
+        tokio::select! {
+            chunk = console.chunk() => match chunk? {
+                Some(bytes) => output.raw(&bytes)?,
+                None => break End::Rest,
+            },
+            keys = typed.recv(), if to_guest.is_some() => {
+                let (bytes, detach) = match &keys {
+                    Some(keys) => until_detach(keys, raw.is_some()),
+                    // The end of a file or of a pipe.
+                    None => (&[][..], true),
+                };
+                if let Some(to_guest) = to_guest.as_ref().filter(|_| !bytes.is_empty()) {
+                    if raw.is_some() {
+                        // A guest that takes nothing loses keys, as behind a real serial port; it must not keep from detaching.
+                        let _ = to_guest.try_send(bytes.to_vec());
+                    } else {
+                        let _ = to_guest.send(bytes.to_vec()).await;
+                    }
+                }
+                if detach {
+                    to_guest = None;
+                    if raw.is_some() {
+                        break End::Detached;
+                    }
+                }
+            }
+            () = told(terminate, hangup) => break End::Detached,
+        }
+    };
+    drop(to_guest);
+    // What was typed before is sent, unless the guest does not take it.
+    let _ = tokio::time::timeout(PAUSE, sender).await;
+    if raw.is_some() && end == End::Detached {
+        drop(raw);
+        eprintln!("\nportcullis: detached from {name}, which runs on");
+    }
+    Ok(end)
+}
+
+async fn told(terminate: &mut Signal, hangup: &mut Signal) {
+    tokio::select! {
+        _ = terminate.recv() => {}
+        _ = hangup.recv() => {}
+    }
+}
+
+/// What is before the key that detaches, and whether it is there. Where the input is no terminal there is no such key.
+fn until_detach(keys: &[u8], is_terminal: bool) -> (&[u8], bool) {
+    match keys.iter().position(|key| is_terminal && *key == DETACH) {
+        Some(at) => (keys.get(..at).unwrap_or_default(), true),
+        None => (keys, false),
+    }
+}
+
+/// Sends what is typed, in its order, as fast as the guest takes it, until it cannot be sent.
+async fn send(client: Client, vm: String, mut input: mpsc::Receiver<Vec<u8>>) {
+    while let Some(bytes) = input.recv().await {
+        let mut rest = bytes.as_slice();
+        while !rest.is_empty() {
+            let piece = rest.get(..rest.len().min(PIECE)).unwrap_or_default();
+            // That the VM has ended is told by its output's end.
+            let Ok(taken) = client.write_console(&vm, piece.to_vec()).await else { return };
+            rest = rest.get(taken.min(rest.len())..).unwrap_or_default();
+            if !rest.is_empty() {
+                tokio::time::sleep(PAUSE).await;
+            }
+        }
+    }
+}
+
 /// How often a guest that takes nothing is asked again, and how long it is waited for in between.
 const TRIES: u32 = 100;
 const PAUSE: std::time::Duration = std::time::Duration::from_millis(50);
@@ -55,8 +198,8 @@ async fn type_line(client: &Client, vm: &str, text: &str) -> Result<(), CliError
     let mut rest = line.as_bytes();
     let mut idle = 0;
     while !rest.is_empty() && idle < TRIES {
+        let part = rest.get(..rest.len().min(PIECE)).unwrap_or_default();
         // The serial port's buffer is small: send little, and the rest when the guest has taken it.
-        let part = rest.get(..rest.len().min(1024)).unwrap_or_default();
         let taken = client.write_console(vm, part.to_vec()).await?;
         rest = rest.get(taken.min(rest.len())..).unwrap_or_default();
         if !rest.is_empty() {
@@ -68,4 +211,21 @@ async fn type_line(client: &Client, vm: &str, text: &str) -> Result<(), CliError
         eprintln!("portcullis: the guest does not read its console: {} bytes were not taken", rest.len());
     }
     Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn one_key_detaches_and_the_others_are_the_guest_s() {
+        for (keys, terminal, expect) in [
+            (&b"ls\r"[..], true, (&b"ls\r"[..], false)),
+            (b"\x03", true, (b"\x03", false)),
+            (b"a\x1db", true, (b"a", true)),
+            (b"a\x1db", false, (b"a\x1db", false)),
+        ] {
+            assert_eq!(until_detach(keys, terminal), expect);
+        }
+    }
 }

@@ -2,7 +2,7 @@
 
 use std::{error::Error, io, process::ExitCode};
 
-use api::{ClientError, Problem, RemoteError};
+use api::{ClientError, Problem, RemoteError, types::VmState};
 
 use crate::token_file::TokenFileError;
 
@@ -20,6 +20,14 @@ pub(super) enum CliError {
         /// As the user wrote it.
         path: String,
         /// What reading said.
+        source: io::Error,
+    },
+    /// A file cannot be written.
+    #[error("Cannot write {path}")]
+    Write {
+        /// Where.
+        path: String,
+        /// What writing said.
         source: io::Error,
     },
     /// The agent's address, or what it takes to use it, cannot be used.
@@ -49,6 +57,33 @@ pub(super) enum CliError {
         /// What the system said.
         source: io::Error,
     },
+    /// What a file of `apply` says could not be made so.
+    #[error("What {file} says could not be made")]
+    Apply {
+        /// The file.
+        file: String,
+        /// Why not.
+        source: Box<CliError>,
+    },
+    /// The VM did not get where it was waited for.
+    #[error("The VM {vm} is {state} after {waited} s: `portcullis vm show {vm}`")]
+    TooSlow {
+        /// Its name.
+        vm: String,
+        /// Where it is.
+        state: VmState,
+        /// How long it was waited for, in seconds.
+        waited: u64,
+    },
+    /// The host lacks what `check` looks for.
+    #[error("This host lacks {0} of what it takes: see the lines that say FAIL")]
+    Unfit(usize),
+    /// The agent cannot do its work.
+    #[error("The agent has complaints: {0}")]
+    Unwell(String),
+    /// The terminal cannot be used.
+    #[error("The terminal cannot be used")]
+    Terminal(#[source] io::Error),
     /// The VM that `run` watched failed.
     #[error("The VM {vm} failed: {why}")]
     VmFailed {
@@ -69,7 +104,7 @@ pub(super) enum CliError {
 }
 
 impl CliError {
-    /// 1 failed, 2 usage, 3 agent unreachable, 4 not found, 5 conflict.
+    /// 1 failed, 2 usage, 3 agent unreachable, 4 not found, 5 conflict, 6 not done in time.
     pub(super) fn code(&self) -> u8 {
         match self {
             CliError::Client(ClientError::Problem(problem)) => match problem.status {
@@ -84,6 +119,9 @@ impl CliError {
             | CliError::NotASpec { .. }
             | CliError::Port { .. } => 2,
             CliError::Remote(_) | CliError::Tokens(_) => 2,
+            CliError::Apply { source, .. } => source.code(),
+            CliError::TooSlow { .. } => 6,
+            CliError::Write { .. } | CliError::Unfit(_) | CliError::Unwell(_) | CliError::Terminal(_) => 1,
             CliError::VmFailed { .. } | CliError::Demo(_) | CliError::Output(_) | CliError::Runtime(_) => 1,
         }
     }
@@ -98,11 +136,17 @@ impl CliError {
     }
 
     fn text(&self, format: Format) -> String {
-        match (self, format) {
-            (CliError::Client(ClientError::Problem(problem)), Format::Json) => {
-                serde_json::to_string_pretty(problem).unwrap_or_else(|_| problem_text(problem))
+        match self {
+            CliError::Client(ClientError::Problem(problem)) => {
+                let written = match format {
+                    Format::Json => serde_json::to_string_pretty(problem).ok(),
+                    Format::Yaml => {
+                        yaml_serde::to_string(problem).ok().map(|text| text.trim_end().to_owned())
+                    }
+                    Format::Table => None,
+                };
+                written.unwrap_or_else(|| problem_text(problem))
             }
-            (CliError::Client(ClientError::Problem(problem)), Format::Table) => problem_text(problem),
             _ => {
                 let mut text = format!("portcullis: {self}");
                 let mut source = self.source();

@@ -1,13 +1,15 @@
 //! The command line: a client of the REST API, and the way to start the agent.
 //!
-//! Exit codes: 0 done, 1 the request failed, 2 the command line or a file is wrong, 3 the agent cannot be reached, 4 not
-//! found, 5 conflict (in use, name taken, wrong state, changed meanwhile).
+//! Exit codes: `EXIT_CODES`.
 
+mod apply;
+mod check;
 mod console;
 mod decisions;
 mod demo;
 mod error;
 mod events;
+mod generate;
 mod host;
 mod output;
 mod port;
@@ -20,6 +22,7 @@ mod switch;
 mod tests;
 mod ui;
 mod vm;
+mod vm_edit;
 
 use std::{
     io::{self, Write as _},
@@ -33,9 +36,20 @@ use clap::{Parser, Subcommand};
 use error::CliError;
 use output::{Format, Output};
 
+/// What scripts can rely on.
+const EXIT_CODES: &str = "\
+Exit codes:
+  0  done
+  1  the request was refused or failed
+  2  the command line or a file is wrong
+  3  the agent cannot be reached
+  4  not found
+  5  conflict: in use, name taken, wrong state, changed meanwhile
+  6  not done within the time that was given; it goes on";
+
 /// Virtual machines with SR-IOV network adapters under the policy of port groups.
 #[derive(Debug, Parser)]
-#[command(name = "portcullis", version, propagate_version = true, arg_required_else_help = true)]
+#[command(name = "portcullis", version, propagate_version = true, arg_required_else_help = true, after_help = EXIT_CODES)]
 pub struct Cli {
     /// The agent's socket.
     #[arg(long, global = true, value_name = "PATH", env = "PORTCULLIS_SOCKET", default_value = api::DEFAULT_SOCKET)]
@@ -55,6 +69,14 @@ enum Command {
     Serve(Box<crate::agent::ServeArgs>),
     /// Shows on a simulated adapter what a guest may change and what not: needs /dev/kvm, and leaves nothing behind.
     Demo(demo::DemoArgs),
+    /// Examines this host, without an agent: what VMs with VFs need, and the command that mends what is missing.
+    Check(check::CheckArgs),
+    /// Writes completions for a shell to standard output.
+    #[command(visible_alias = "completion")]
+    Completions(generate::CompletionsArgs),
+    /// Writes the man pages of all commands into a directory.
+    #[command(hide = true)]
+    Man(generate::ManArgs),
     /// Writes the small guest, a kernel image for tests (`resources/guest`), to standard output.
     #[command(hide = true)]
     GuestImage,
@@ -65,12 +87,17 @@ enum Command {
 /// What is asked of an agent.
 #[derive(Debug, Subcommand)]
 enum Request {
-    /// Creates a VM from a file, boots it and shows its console until it ends.
+    /// Creates a VM from a file, boots it and attaches its console, until it ends or Ctrl-] detaches. The VM stays; one that is there
+    /// already and is what the file says is booted.
     Run(vm::RunArgs),
+    /// Makes switches, port groups and VMs what files say. What no file describes stays as it is.
+    Apply(apply::ApplyArgs),
+    /// Tells whether the agent can do its work.
+    Health,
     /// Virtual machines.
     #[command(subcommand)]
     Vm(vm::VmCommand),
-    /// Shows a VM's serial console.
+    /// A VM's serial console; Ctrl-] detaches.
     Console(console::ConsoleArgs),
     /// Physical functions: the host's SR-IOV adapters.
     #[command(subcommand)]
@@ -114,6 +141,11 @@ pub fn run(cli: Cli) -> ExitCode {
                 Err(error) => CliError::Output(error).report(cli.output),
             };
         }
+        Command::Check(args) => return ended(check::run(&args, cli.output), cli.output),
+        Command::Completions(args) => {
+            return ended(generate::completions(&args, &mut io::stdout().lock()), cli.output);
+        }
+        Command::Man(args) => return ended(generate::man(&args), cli.output),
         Command::Client(command) => command,
     };
     let client = match cli.remote.client(cli.socket) {
@@ -126,15 +158,21 @@ pub fn run(cli: Cli) -> ExitCode {
         Ok(runtime) => runtime,
         Err(error) => return CliError::Runtime(error).report(cli.output),
     };
-    match runtime.block_on(request(&client, &mut output, command)) {
+    ended(runtime.block_on(request(&client, &mut output, command)), cli.output)
+}
+
+fn ended(result: Result<(), CliError>, format: Format) -> ExitCode {
+    match result {
         Ok(()) => ExitCode::SUCCESS,
-        Err(error) => error.report(cli.output),
+        Err(error) => error.report(format),
     }
 }
 
 async fn request(client: &Client, output: &mut Output<'_>, command: Request) -> Result<(), CliError> {
     match command {
         Request::Run(args) => vm::run_file(client, output, args).await,
+        Request::Apply(args) => apply::run(client, output, args).await,
+        Request::Health => health(client, output).await,
         Request::Vm(command) => vm::run(client, output, command).await,
         Request::Console(args) => console::run(client, output, args).await,
         Request::Pf(command) => host::run_pf(client, output, command).await,
@@ -146,4 +184,13 @@ async fn request(client: &Client, output: &mut Output<'_>, command: Request) -> 
         Request::Events(args) => events::run(client, output, args).await,
         Request::Ui(args) => ui::run(client, output, args).await,
     }
+}
+
+async fn health(client: &Client, output: &mut Output<'_>) -> Result<(), CliError> {
+    let complaints = client.health().await?;
+    if complaints.is_empty() {
+        let answer = serde_json::json!({ "healthy": true });
+        return Ok(output.object(&answer, |_| vec![("agent".to_owned(), "ok".to_owned())])?);
+    }
+    Err(CliError::Unwell(complaints.join("; ")))
 }

@@ -1,4 +1,4 @@
-//! Output: aligned columns for people, JSON for scripts.
+//! Output: aligned columns for people, JSON or YAML for scripts.
 
 use std::io::{self, Write};
 
@@ -12,6 +12,8 @@ pub(super) enum Format {
     Table,
     /// JSON as the API gives it, for scripts.
     Json,
+    /// The same as YAML.
+    Yaml,
 }
 
 /// Where answers go.
@@ -25,7 +27,7 @@ impl<'a> Output<'a> {
         Output { format, to }
     }
 
-    /// An answer: as JSON, or as the rows that `rows` makes of it, under a header.
+    /// An answer: as JSON or YAML, or as the rows that `rows` makes of it, under a header.
     pub(super) fn table<T: Serialize, const N: usize>(
         &mut self,
         answer: &[T],
@@ -33,7 +35,7 @@ impl<'a> Output<'a> {
         row: impl Fn(&T) -> [String; N],
     ) -> io::Result<()> {
         match self.format {
-            Format::Json => self.json(answer),
+            Format::Json | Format::Yaml => self.structured(answer),
             Format::Table => {
                 let mut rows = vec![header.map(str::to_owned)];
                 rows.extend(answer.iter().map(row));
@@ -42,14 +44,14 @@ impl<'a> Output<'a> {
         }
     }
 
-    /// One object: as JSON, or as lines of a name and a value; empty values are left out.
+    /// One object: as JSON or YAML, or as lines of a name and a value; empty values are left out.
     pub(super) fn object<T: Serialize>(
         &mut self,
         answer: &T,
         lines: impl FnOnce(&T) -> Vec<(String, String)>,
     ) -> io::Result<()> {
         match self.format {
-            Format::Json => self.json(answer),
+            Format::Json | Format::Yaml => self.structured(answer),
             Format::Table => {
                 let lines = lines(answer).into_iter().filter(|(_, value)| !value.is_empty());
                 let rows: Vec<_> = lines.map(|(name, value)| [format!("{name}:"), value]).collect();
@@ -58,19 +60,19 @@ impl<'a> Output<'a> {
         }
     }
 
-    /// The header of a table whose end is not known; none in JSON.
+    /// The header of a table whose end is not known; none in JSON and YAML.
     pub(super) fn heading<const N: usize>(
         &mut self,
         header: [&str; N],
         widths: [usize; N],
     ) -> io::Result<()> {
         match self.format {
-            Format::Json => Ok(()),
+            Format::Json | Format::Yaml => Ok(()),
             Format::Table => self.raw(padded(&header.map(str::to_owned), widths).as_bytes()),
         }
     }
 
-    /// One of many answers that come one after the other: a line of JSON, or a row with columns at least this wide.
+    /// One of many answers that come one after the other: a line of JSON, a YAML document, or a row with columns at least this wide.
     pub(super) fn entry<T: Serialize, const N: usize>(
         &mut self,
         answer: &T,
@@ -82,6 +84,11 @@ impl<'a> Output<'a> {
                 serde_json::to_writer(&mut *self.to, answer)?;
                 self.raw(b"\n")
             }
+            Format::Yaml => {
+                self.to.write_all(b"---\n")?;
+                self.structured(answer)?;
+                self.to.flush()
+            }
             Format::Table => self.raw(padded(&row.each_ref().map(|cell| printable(cell)), widths).as_bytes()),
         }
     }
@@ -92,7 +99,11 @@ impl<'a> Output<'a> {
         self.to.flush()
     }
 
-    fn json<T: Serialize + ?Sized>(&mut self, answer: &T) -> io::Result<()> {
+    fn structured<T: Serialize + ?Sized>(&mut self, answer: &T) -> io::Result<()> {
+        if self.format == Format::Yaml {
+            let text = yaml_serde::to_string(answer).map_err(io::Error::other)?;
+            return self.to.write_all(text.as_bytes());
+        }
         serde_json::to_writer_pretty(&mut *self.to, answer)?;
         self.to.write_all(b"\n")
     }
@@ -139,8 +150,10 @@ mod tests {
     }
 
     #[test]
-    fn one_answer_in_both_formats() {
-        for (format, expect) in [(Format::Table, "N\n1\n2\n"), (Format::Json, "[\n  1,\n  2\n]\n")] {
+    fn one_answer_in_each_format() {
+        for (format, expect) in
+            [(Format::Table, "N\n1\n2\n"), (Format::Json, "[\n  1,\n  2\n]\n"), (Format::Yaml, "- 1\n- 2\n")]
+        {
             let mut bytes = Vec::new();
             Output::new(format, &mut bytes).table(&[1, 2], ["N"], |n| [n.to_string()]).unwrap();
             assert_eq!(String::from_utf8(bytes).unwrap(), expect);
@@ -149,7 +162,9 @@ mod tests {
 
     #[test]
     fn what_has_no_end_is_a_line_each() {
-        for (format, expect) in [(Format::Table, "A    B\nx\\n  y\n"), (Format::Json, "\"x\"\n")] {
+        for (format, expect) in
+            [(Format::Table, "A    B\nx\\n  y\n"), (Format::Json, "\"x\"\n"), (Format::Yaml, "---\nx\n")]
+        {
             let mut bytes = Vec::new();
             let mut output = Output::new(format, &mut bytes);
             output.heading(["A", "B"], [3, 3]).unwrap();

@@ -14,16 +14,22 @@ use super::error::CliError;
 /// The most bytes of a file that are read: as much as the API takes.
 const MAX_FILE: u64 = 64 << 10;
 
+/// What a VM's file is.
+pub(super) const A_VM: &str = "a VM's specification";
+
 /// Reads a VM's specification from a file, by its ending; `-` is JSON from standard input.
 pub(super) fn read_vm(path: &str) -> Result<VmSpec, CliError> {
-    const WHAT: &str = "a VM's specification";
-    let spec: VmSpec = read(path, WHAT)?;
-    // The agent checks again; here the user learns it without one.
+    let spec: VmSpec = read(path, A_VM)?;
+    check(path, &spec)?;
+    Ok(spec)
+}
+
+/// Checks what types cannot hold. The agent does it again; here the user learns it without one.
+pub(super) fn check(path: &str, spec: &VmSpec) -> Result<(), CliError> {
     spec.check().map_err(|problem| {
         let field = problem.field.map(|field| format!("{field}: ")).unwrap_or_default();
-        CliError::NotASpec { path: path.to_owned(), what: WHAT, why: format!("{field}{}", problem.detail) }
-    })?;
-    Ok(spec)
+        CliError::NotASpec { path: path.to_owned(), what: A_VM, why: format!("{field}{}", problem.detail) }
+    })
 }
 
 /// Reads a value from a file, by its ending; `-` is JSON from standard input. `what` it should be is said in errors.
@@ -56,13 +62,17 @@ fn read_text(path: &str) -> io::Result<String> {
 }
 
 fn from_json<T: DeserializeOwned>(text: &str) -> Result<T, String> {
-    serde_path_to_error::deserialize(&mut serde_json::Deserializer::from_str(text)).map_err(|error| {
-        let path = error.path().to_string();
-        match path.trim_end_matches(['?', '.']) {
-            "" => error.inner().to_string(),
-            field => format!("{field}: {}", error.inner()),
-        }
-    })
+    serde_path_to_error::deserialize(&mut serde_json::Deserializer::from_str(text))
+        .map_err(|error| placed(&error))
+}
+
+/// What is wrong, with its place.
+pub(super) fn placed<E: std::fmt::Display>(error: &serde_path_to_error::Error<E>) -> String {
+    let path = error.path().to_string();
+    match path.trim_end_matches(['?', '.']) {
+        "" => error.inner().to_string(),
+        field => format!("{field}: {}", error.inner()),
+    }
 }
 
 #[cfg(test)]

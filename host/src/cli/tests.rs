@@ -1,3 +1,5 @@
+mod life;
+
 use std::{
     sync::{Arc, Mutex},
     time::Duration,
@@ -47,6 +49,21 @@ fn command_lines() {
         "vm shutdown web1 --wait 600",
         "vm stop web1",
         "vm delete web1",
+        "vm set web1 -f web1.toml --if-match 3",
+        "vm patch web1 --memory 1GiB --restart always",
+        "vm edit web1 --autostart false",
+        "vm rename web1 web2",
+        "vm clone web1 web2",
+        "vm wait web1 --for rest --timeout 5",
+        "vm boot web1 --timeout 5",
+        "vm list --output yaml",
+        "apply -f dir -f file.toml --dry-run",
+        "check --root /tmp/host",
+        "completions bash",
+        "completion zsh",
+        "man /tmp/man",
+        "health",
+        "console web1 --attach",
         "vm stats web1",
         "guest-image",
         "demo --json",
@@ -63,6 +80,13 @@ fn command_lines() {
     check("vm boot", Some(ErrorKind::MissingRequiredArgument));
     check("vm boot web1 --wait 601", Some(ErrorKind::ValueValidation));
     check("vm boot web1 --wait -1", Some(ErrorKind::UnknownArgument));
+    check("vm patch web1 --restart sometimes", Some(ErrorKind::ValueValidation));
+    check("vm rename web1 Web", Some(ErrorKind::ValueValidation));
+    check("vm wait web1 --for asleep", Some(ErrorKind::ValueValidation));
+    check("vm wait web1", Some(ErrorKind::MissingRequiredArgument));
+    check("apply", Some(ErrorKind::MissingRequiredArgument));
+    check("completions tcsh", Some(ErrorKind::InvalidValue));
+    check("console web1 --attach --follow", Some(ErrorKind::ArgumentConflict));
     check("vm list --output xml", Some(ErrorKind::InvalidValue));
     check("pf set-vfs eth0 many", Some(ErrorKind::ValueValidation));
     check("port-group set web --mtu 9000", Some(ErrorKind::MissingRequiredArgument));

@@ -2,14 +2,14 @@
 
 use std::time::Duration;
 
-use api::{Client, types::*};
+use api::{Client, ClientError, ProblemCode, types::*};
 use clap::{Args, Subcommand};
 
 use super::{
     console,
     error::CliError,
     output::{Output, or_dash},
-    spec_file,
+    spec_file, vm_edit,
 };
 
 #[derive(Debug, Subcommand)]
@@ -23,6 +23,36 @@ pub(super) enum VmCommand {
     List,
     /// Shows a VM.
     Show(VmName),
+    /// Replaces a VM's whole specification. Unless it is at rest, only `restart` and `autostart` may differ.
+    Set {
+        #[command(flatten)]
+        vm: VmName,
+        /// Its specification: a .toml, .yaml or .json file, or - for JSON from standard input.
+        #[arg(long, short)]
+        file: String,
+        /// Only if it is at this revision.
+        #[arg(long, value_name = "REVISION")]
+        if_match: Option<u64>,
+    },
+    /// Changes a part of a VM's specification. Unless it is at rest, only `restart` and `autostart` may change.
+    #[command(visible_alias = "edit")]
+    Patch(Box<vm_edit::PatchArgs>),
+    /// Gives a VM that is at rest another name.
+    Rename {
+        #[command(flatten)]
+        vm: VmName,
+        /// Its new name.
+        new_name: Name,
+    },
+    /// Creates a VM like another one, whose adapters have addresses and VFs of their own.
+    Clone {
+        #[command(flatten)]
+        vm: VmName,
+        /// The name of the new one.
+        new_name: Name,
+    },
+    /// Waits until a VM is in a state.
+    Wait(vm_edit::WaitArgs),
     /// Boots a VM.
     Boot(ActionArgs),
     /// Pauses a running VM.
@@ -51,15 +81,15 @@ pub(super) enum VmCommand {
 pub(super) struct VmName {
     /// The VM's name or id.
     #[arg(value_name = "NAME")]
-    name: String,
+    pub(super) name: String,
 }
 
 #[derive(Debug, Args)]
 pub(super) struct ActionArgs {
     #[command(flatten)]
     vm: VmName,
-    /// Waits at most this many seconds for the action to complete.
-    #[arg(long, value_name = "SECONDS", default_value_t = 60,
+    /// Waits at most this many seconds for the action to complete; it goes on if it has not (exit code 6). With 0 it is only begun.
+    #[arg(long, visible_alias = "timeout", value_name = "SECONDS", default_value_t = 60,
         value_parser = clap::value_parser!(u64).range(0..=api::router::MAX_WAIT_SECONDS))]
     wait: u64,
 }
@@ -68,9 +98,12 @@ pub(super) struct ActionArgs {
 pub(super) struct RunArgs {
     /// The VM's specification: a .toml, .yaml or .json file, or - for JSON from standard input.
     file: String,
-    /// Deletes the VM when it has ended.
+    /// Deletes the VM when it has ended, or could not be booted.
     #[arg(long)]
     rm: bool,
+    /// Shows what the guest writes and sends nothing to it, as without a terminal.
+    #[arg(long)]
+    no_input: bool,
 }
 
 pub(super) async fn run(
@@ -91,6 +124,24 @@ pub(super) async fn run(
         VmCommand::Show(vm) => return Ok(output.object(&client.get_vm(&vm.name).await?, details)?),
         VmCommand::Delete { vm, if_match } => return Ok(client.delete_vm(&vm.name, if_match).await?),
         VmCommand::Stats(vm) => return Ok(output.object(&client.stats(&vm.name).await?, counters)?),
+        VmCommand::Set { vm, file, if_match } => {
+            let vm = client.put_vm(&vm.name, &spec_file::read_vm(&file)?, if_match).await?;
+            return Ok(output.object(&vm, brief)?);
+        }
+        VmCommand::Patch(args) => {
+            return Ok(output.object(&vm_edit::patch(client, *args).await?, brief)?);
+        }
+        VmCommand::Rename { vm, new_name } => {
+            let patch = serde_json::json!({ "name": new_name });
+            return Ok(output.object(&client.patch_vm(&vm.name, &patch, None).await?, brief)?);
+        }
+        VmCommand::Clone { vm, new_name } => {
+            let copy = client.clone_vm(&vm.name, &CloneSpec { name: new_name }).await?;
+            return Ok(output.object(&copy, brief)?);
+        }
+        VmCommand::Wait(args) => {
+            return Ok(output.object(&vm_edit::wait(client, args).await?, brief)?);
+        }
         VmCommand::Boot(args) => (args, VmAction::Boot),
         VmCommand::Pause(args) => (args, VmAction::Pause),
         VmCommand::Resume(args) => (args, VmAction::Resume),
@@ -99,11 +150,12 @@ pub(super) async fn run(
         VmCommand::Stop(args) => (args, VmAction::Stop),
     };
     let progress = client.act(&args.vm.name, action, Duration::from_secs(args.wait)).await?;
-    if !progress.complete {
-        let name = &progress.vm.name;
-        eprintln!("portcullis: the {} of {name} goes on: `portcullis vm show {name}`", action.as_str());
+    output.object(&progress.vm, brief)?;
+    if progress.complete || args.wait == 0 {
+        return Ok(());
     }
-    Ok(output.object(&progress.vm, brief)?)
+    let (vm, state) = (progress.vm.name.to_string(), progress.vm.status.state);
+    Err(CliError::TooSlow { vm, state, waited: args.wait })
 }
 
 /// Creates and boots a VM and follows its console to its end.
@@ -112,16 +164,27 @@ pub(super) async fn run_file(
     output: &mut Output<'_>,
     args: RunArgs,
 ) -> Result<(), CliError> {
-    let vm = client.create_vm(&spec_file::read_vm(&args.file)?).await?;
+    let spec = spec_file::read_vm(&args.file)?;
+    let vm = match client.create_vm(&spec).await {
+        Ok(vm) => vm,
+        Err(error) => same_vm(client, &spec, error).await?,
+    };
     let id = vm.id.to_string();
     if let Err(error) = client.act(&id, VmAction::Boot, Duration::from_secs(60)).await {
-        // Or the same command, with the cause mended, would find its name taken.
-        if let Err(also) = client.delete_vm(&id, None).await {
-            eprintln!("portcullis: the VM {} stays: {also}", vm.name);
+        match args.rm {
+            true => client.delete_vm(&id, None).await?,
+            false => eprintln!(
+                "portcullis: the VM {0} is there all the same: `portcullis vm delete {0}`, or mend it and boot it",
+                vm.name
+            ),
         }
         return Err(error.into());
     }
-    console::follow(client, output, &id).await?;
+    let end = console::attach(client, output, vm.name.as_str(), &id, args.no_input).await?;
+    if end == console::End::Detached {
+        // It runs on; what is to be deleted is that of a VM that has ended.
+        return Ok(());
+    }
     let status = client.get_vm(&id).await?.status;
     if args.rm {
         client.delete_vm(&id, None).await?;
@@ -132,6 +195,17 @@ pub(super) async fn run_file(
             Err(CliError::VmFailed { vm: vm.name.to_string(), why })
         }
         _ => Ok(()),
+    }
+}
+
+/// The VM of an earlier run with the same file, whose name is taken; else the error.
+async fn same_vm(client: &Client, spec: &VmSpec, error: ClientError) -> Result<Vm, CliError> {
+    if error.problem().is_none_or(|problem| problem.code != ProblemCode::NameTaken) {
+        return Err(error.into());
+    }
+    match client.get_vm(spec.name.as_str()).await {
+        Ok(vm) if vm.spec == *spec => Ok(vm),
+        _ => Err(error.into()),
     }
 }
 
@@ -176,6 +250,8 @@ fn details(vm: &Vm) -> Vec<(String, String)> {
         [
             ("pid", status.pid.map(|pid| pid.to_string()).unwrap_or_default()),
             ("boots", status.boots.to_string()),
+            ("restart", restart(vm)),
+            ("autostart", if spec.autostart { "yes" } else { "" }.to_owned()),
             ("cpus", spec.cpus.to_string()),
             ("memory", format!("{}{}", spec.memory, if spec.hugepages { " in huge pages" } else { "" })),
             ("kernel", spec.boot.kernel.clone()),
@@ -211,6 +287,17 @@ fn details(vm: &Vm) -> Vec<(String, String)> {
         lines.push((format!("device {}", device.bdf), format!("{group}{}", lost(&device.lost))));
     }
     lines
+}
+
+/// The policy, unless it is that of all, and what the agent does by it.
+fn restart(vm: &Vm) -> String {
+    let policy = match (vm.spec.restart, &vm.status.restart) {
+        (RestartPolicy::Never, None) => return String::new(),
+        (policy, _) => policy.as_str(),
+    };
+    let Some(restart) = &vm.status.restart else { return policy.to_owned() };
+    let next = restart.next.map(|next| format!(", next at {next}")).unwrap_or_default();
+    format!("{policy}, {} so far{next}", restart.attempts)
 }
 
 fn kept(console: ConsoleStatus) -> u64 {

@@ -1,5 +1,7 @@
 //! Ports of VMs: made, given VFs, and taken from them.
 
+use std::collections::BTreeMap;
+
 use api::types::{ObjectKind, PortCounters, Timestamp};
 use netpolicy::{Change, PfCapabilities, Port, PortId, VfRef, VmId, VmRef};
 use passthrough::{
@@ -19,58 +21,109 @@ use super::{
 use crate::store::{Expect, StoreError};
 
 impl Actor {
+    /// The VM's ports become those of its adapters. One whose adapter stays is the same port, also under another name of the VM; what it
+    /// overrides is its group's affair, and goes with that.
     pub(super) async fn attach(&mut self, vm: &VmRef, adapters: Vec<Adapter>) -> Result<(), SwitchError> {
         let mut trial = self.state.clone();
-        let mut made = Vec::new();
+        let of_vm = self.ports_of(vm.id);
+        let mut old: BTreeMap<String, Port> = of_vm
+            .into_iter()
+            .filter_map(|id| self.state.port(id))
+            .map(|port| (port.adapter.clone(), port.clone()))
+            .collect();
+        // (what it was, what it will be)
+        let mut changed: Vec<(Option<Port>, Port)> = Vec::new();
         for Adapter { id, group, mac } in adapters {
-            if self.adapters.contains_key(&(vm.id, id.clone())) {
-                continue;
-            }
             let name = group.as_deref().unwrap_or(DEFAULT);
             let found = trial.port_groups().find(|group| group.name.as_str() == name);
             let group =
                 found.map(|group| group.id).ok_or_else(|| SwitchError::NoPortGroup(name.to_owned()))?;
-            let port = Port::new(PortId(Uuid::new_v4()), vm.clone(), id, group, mac);
-            trial.attach(port.clone())?;
-            made.push(port);
+            let old = old.remove(&id);
+            if old.as_ref().is_some_and(|old| (old.group, old.initial_mac, &old.vm) == (group, mac, vm)) {
+                continue;
+            }
+            let port = old.as_ref().map_or_else(|| PortId(Uuid::new_v4()), |old| old.id);
+            let mut port = Port::new(port, vm.clone(), id, group, mac);
+            if let Some(old) = old.as_ref().filter(|old| old.group == group) {
+                port.overrides = old.overrides.clone();
+            }
+            changed.push((old, port));
         }
-        let created = Timestamp::now();
-        let mut stored: Vec<(PortId, u64)> = Vec::new();
-        for port in &made {
-            let record = PortRecord::of(port, created);
-            match self.ports.put(port.id.0, &port_name(port), &record, Expect::Absent).await {
-                Ok(revision) => stored.push((port.id, revision)),
+        let gone: Vec<PortId> = old.values().map(|port| port.id).collect();
+        // All that go first: what is new may have their addresses.
+        for id in gone.iter().copied().chain(changed.iter().filter_map(|(old, _)| Some(old.as_ref()?.id))) {
+            trial.detach(id)?;
+        }
+        for (_, port) in &changed {
+            trial.attach(port.clone())?;
+        }
+        let revisions = self.store_ports(&changed).await?;
+        self.state = trial;
+        for ((old, port), (created, revision)) in changed.iter().zip(revisions) {
+            self.meta.insert(port.id.0, Meta { created, revision });
+            self.adapters.insert((vm.id, port.adapter.clone()), port.id);
+            self.lanes.entry(port.id).or_default();
+            if old.is_some() {
+                self.save(port.id);
+            }
+            self.put(ObjectKind::Port, port.id.0, &port_name(port), old.is_none(), None);
+        }
+        for port in old.values() {
+            self.forget_port(port).await?;
+        }
+        Ok(())
+    }
+
+    /// Stores ports, all or none. Returns when each was made, and its revision.
+    async fn store_ports(
+        &self,
+        changed: &[(Option<Port>, Port)],
+    ) -> Result<Vec<(Timestamp, u64)>, SwitchError> {
+        let mut stored = Vec::new();
+        for (old, port) in changed {
+            let created = self.meta.get(&port.id.0).map_or_else(Timestamp::now, |meta| meta.created);
+            let expect = if old.is_some() { Expect::Any } else { Expect::Absent };
+            let put =
+                self.ports.put(port.id.0, &port_name(port), &PortRecord::of(port, created), expect).await;
+            match put {
+                Ok(revision) => stored.push((created, revision)),
                 Err(error) => {
-                    for (id, _) in stored {
-                        drop(self.ports.remove(id.0).await);
+                    for ((old, port), (created, _)) in changed.iter().zip(stored) {
+                        match old {
+                            Some(old) => {
+                                let record = PortRecord::of(old, created);
+                                drop(self.ports.put(old.id.0, &port_name(old), &record, Expect::Any).await);
+                            }
+                            None => drop(self.ports.remove(port.id.0).await),
+                        }
                     }
                     return Err(error.into());
                 }
             }
         }
-        self.state = trial;
-        for (port, (id, revision)) in made.iter().zip(stored) {
-            self.meta.insert(id.0, Meta { created, revision });
-            self.adapters.insert((vm.id, port.adapter.clone()), id);
-            self.lanes.insert(id, Lane::default());
-            self.put(ObjectKind::Port, id.0, &port_name(port), true, None);
-        }
-        Ok(())
+        Ok(stored)
     }
 
     pub(super) async fn detach(&mut self, vm: VmId) -> Result<(), SwitchError> {
         for id in self.ports_of(vm) {
             let port = self.state.detach(id)?;
-            self.adapters.remove(&(vm, port.adapter.clone()));
-            self.lanes.remove(&id);
-            self.meta.remove(&id.0);
-            // The port itself first: what is left of it without that is nothing to anybody.
-            self.ports.remove(id.0).await?;
-            reach(Point::DeletePort);
-            drop(self.writer.forget(id).await);
-            self.deleted(ObjectKind::Port, id.0, &port_name(&port), None);
+            self.forget_port(&port).await?;
         }
         self.links.remove(&vm);
+        Ok(())
+    }
+
+    /// Forgets a port that is no longer in the state.
+    async fn forget_port(&mut self, port: &Port) -> Result<(), SwitchError> {
+        let id = port.id;
+        self.adapters.remove(&(port.vm.id, port.adapter.clone()));
+        self.lanes.remove(&id);
+        self.meta.remove(&id.0);
+        // The port itself first: what is left of it without that is nothing to anybody.
+        self.ports.remove(id.0).await?;
+        reach(Point::DeletePort);
+        drop(self.writer.forget(id).await);
+        self.deleted(ObjectKind::Port, id.0, &port_name(port), None);
         Ok(())
     }
 

@@ -1,8 +1,10 @@
 //! The task that owns a VM: see the state machine in [`super`].
 
 mod connection;
+mod edit;
 mod end;
 mod recovery;
+mod restart;
 
 use std::{
     future::pending,
@@ -13,7 +15,9 @@ use std::{
 use api::{
     Caller,
     problem::{Problem, ProblemCode},
-    types::{Cause, CauseCode, EventKind, ObjectKind, Owner, Subject, Timestamp, VmAction, VmState},
+    types::{
+        Cause, CauseCode, EventKind, ObjectKind, Owner, RestartStatus, Subject, Timestamp, VmAction, VmState,
+    },
 };
 use passthrough::{
     fail::{Point, reach},
@@ -33,7 +37,7 @@ use super::{
     claims::{self, Held},
     network,
     problem::{ToProblem, chain},
-    record::{RunRecord, VmRecord},
+    record::{Asked, RunRecord, VmRecord},
 };
 use crate::{
     cgroup, console,
@@ -65,6 +69,7 @@ type Done = oneshot::Sender<Result<(), Problem>>;
 /// Where the task publishes.
 pub(super) struct Outlets {
     pub(super) status: watch::Sender<Status>,
+    pub(super) record: watch::Sender<Arc<Entry<VmRecord>>>,
     pub(super) connection: watch::Sender<Option<Connection>>,
     pub(super) console: Arc<watch::Sender<u64>>,
 }
@@ -86,6 +91,8 @@ struct Actor {
     misbehaved: Option<String>,
     /// When the process is killed if it has not ended by then.
     deadline: Option<Instant>,
+    /// When the VM is booted without being asked for.
+    due: Option<restart::Due>,
     /// Those who wait for the VM to be at rest.
     resting: Vec<Done>,
     deleting: Vec<Done>,
@@ -116,10 +123,11 @@ struct Finished {
     done: Done,
 }
 
-/// Runs the task of one VM until it is deleted or left alone.
+/// Runs the task of one VM until it is deleted or left alone. `found`: the agent has just started.
 pub(super) async fn run(
     env: Arc<Environment>,
     vm: Arc<Entry<VmRecord>>,
+    found: bool,
     mut inbox: mpsc::Receiver<(Span, Command)>,
     outlets: Outlets,
 ) {
@@ -139,13 +147,16 @@ pub(super) async fn run(
         end: None,
         misbehaved: None,
         deadline: None,
+        due: None,
         resting: Vec::new(),
         deleting: Vec::new(),
         deleted_by: None,
         finished,
         expel,
     };
-    actor.recover().await;
+    if found {
+        actor.recover().await;
+    }
     let mut tick = interval(TICK);
     tick.set_missed_tick_behavior(MissedTickBehavior::Delay);
     loop {
@@ -159,8 +170,11 @@ pub(super) async fn run(
                     return;
                 }
                 // What is logged meanwhile is the request's.
-                Some((span, Command::Act { action, caller, begun })) => {
-                    actor.act(action, caller, begun).instrument(span).await;
+                Some((span, Command::Act { action, caller, by, begun })) => {
+                    actor.act(action, caller, by, begun).instrument(span).await;
+                }
+                Some((span, Command::Edit { caller, spec, expect, done })) => {
+                    drop(done.send(actor.edit(&caller, *spec, expect).instrument(span).await));
                 }
                 Some((span, Command::Delete { caller, done })) => actor.delete(caller, done).instrument(span).await,
             },
@@ -171,6 +185,7 @@ pub(super) async fn run(
             },
             Some(why) = expelled.recv() => actor.expel(why),
             Some(finished) = orders.recv() => actor.on_finished(finished).await,
+            () = restart::due(&actor.due) => actor.boot_unasked().await,
             _ = tick.tick() => actor.on_tick().await,
         }
         if actor.forget().await {
@@ -200,6 +215,7 @@ impl Actor {
         &mut self,
         action: VmAction,
         caller: Caller,
+        by: Asked,
         begun: oneshot::Sender<Result<Completion, Problem>>,
     ) {
         let (done, completion) = oneshot::channel();
@@ -221,6 +237,7 @@ impl Actor {
                 return;
             }
             (VmAction::Stop | VmAction::Shutdown, state) if state.is_at_rest() => {
+                self.asked_to_end(by).await;
                 drop(begun.send(Ok(completion)));
                 drop(done.send(Ok(())));
                 return;
@@ -228,6 +245,7 @@ impl Actor {
             (VmAction::Stop, _) => {
                 drop(begun.send(Ok(completion)));
                 self.resting.push(done);
+                self.run.asked = Some(by);
                 return self.stop().await;
             }
             (VmAction::Shutdown, VmState::Stopping) => {
@@ -235,7 +253,11 @@ impl Actor {
                 drop(begun.send(Ok(completion)));
                 return;
             }
-            (VmAction::Shutdown, VmState::Running) => self.order(action, Order::PowerButton, done),
+            (VmAction::Shutdown, VmState::Running) => {
+                // Known before the guest can react.
+                self.asked_to_end(by).await;
+                self.order(action, Order::PowerButton, done)
+            }
             (VmAction::Shutdown, VmState::Paused) => {
                 wrong("its guest cannot react: resume it first, or stop it")
             }
@@ -287,6 +309,7 @@ impl Actor {
     async fn delete(&mut self, caller: Caller, done: Done) {
         self.deleted_by = Some(caller.to_string());
         self.deleting.push(done);
+        self.cancel_restart();
         if !self.run.state.is_at_rest() {
             self.stop().await;
         }
@@ -337,7 +360,7 @@ impl Actor {
         done: Done,
         completion: Completion,
     ) {
-        let files = match self.begin(caller).await {
+        let files = match self.begin(caller, 0).await {
             Ok(files) => files,
             Err(problem) => return drop(begun.send(Err(problem))),
         };
@@ -346,14 +369,15 @@ impl Actor {
             Ok(()) => drop(done.send(Ok(()))),
             Err(problem) => {
                 self.fail(problem.clone());
-                self.abandon().await;
+                // Who booted it is told, and need not be helped.
+                self.abandon(false).await;
                 drop(done.send(Err(problem)));
             }
         }
     }
 
-    /// What can be said at once. Nothing is held after an error.
-    async fn begin(&mut self, caller: Caller) -> Result<boot::Files, Problem> {
+    /// What can be said at once. Nothing is held after an error. `attempts` is how often the agent has booted it by itself.
+    async fn begin(&mut self, caller: Caller, attempts: u32) -> Result<boot::Files, Problem> {
         let files = boot::open_files(&self.env, caller, &self.vm.value.spec).await?;
         // What an earlier end could not give back.
         self.give_back().await?;
@@ -375,14 +399,16 @@ impl Actor {
         };
         self.end = None;
         self.misbehaved = None;
+        self.due = None;
         self.run = RunRecord {
             state: VmState::Starting,
+            restart: RestartStatus { attempts, next: None },
             user,
             off: Some(self.env.protections_off()),
             ..RunRecord::default()
         };
         if let Err(problem) = self.store().await {
-            self.abandon().await;
+            self.abandon(false).await;
             return Err(problem);
         }
         reach(Point::BootBegun);
@@ -440,6 +466,7 @@ impl Actor {
         };
         self.adopt(connection, events).await;
         self.run.boots = 1;
+        self.run.booted = Some(Timestamp::now());
         self.step(VmState::Running).await;
         reach(Point::BootStored);
         tracing::info!(vm = %self.name(), took = ?started.elapsed(), "booted");
@@ -461,8 +488,8 @@ impl Actor {
         })
     }
 
-    /// A boot that failed: ends the process and gives everything back.
-    async fn abandon(&mut self) {
+    /// A boot that failed: ends the process and gives everything back. `again`: it may be tried again.
+    async fn abandon(&mut self, again: bool) {
         if let Some(mut process) = self.process.take() {
             process.kill();
             if timeout(STOP, process.ended()).await.is_err() {
@@ -472,7 +499,7 @@ impl Actor {
             }
         }
         let (state, cause) = (VmState::Failed, self.run.cause.take());
-        self.rest(state, cause).await;
+        self.rest(state, cause, again).await;
     }
 
     /// Notes why the VM is about to be `failed`.

@@ -58,10 +58,10 @@ pub async fn of_vm(env: &Environment, vm: Uuid) -> Result<Vec<Held>, StoreError>
 /// # Errors
 /// A problem that names the function and who has it, or what it lacks.
 pub async fn claim(env: &Environment, vm: Uuid, spec: &VmSpec) -> Result<Vec<Held>, Problem> {
+    network::attach(env, vm, spec).await?;
     if spec.adapters.is_empty() && spec.devices.is_empty() {
         return Ok(Vec::new());
     }
-    network::attach(env, vm, spec).await?;
     let plan = network::plan(env, vm).await?;
     let _guard = env.claiming.lock().await;
     let taken: Vec<Claim> =

@@ -12,6 +12,8 @@
 //!             process gone, functions given back; guest power-off likewise
 //! ```
 //!
+//! A VM at rest is booted by its task itself, too: some time after its end (`restart`), or when the agent starts (`autostart`).
+//!
 //! Who may move it: `actor` only, told by commands (the API), by reports (the vmm, which the guest may have taken
 //! over: reports move it between Running, Paused and Rebooting, or to its end, never back) and by the process's exit.
 
@@ -27,7 +29,7 @@ use std::sync::Arc;
 use api::{
     Caller,
     problem::{Problem, ProblemCode},
-    types::{Name, VmAction, VmState},
+    types::{Name, VmAction, VmSpec, VmState},
 };
 use tokio::sync::{mpsc, oneshot, watch};
 use tracing::Span;
@@ -35,7 +37,7 @@ use uuid::Uuid;
 
 use self::{
     claims::Held,
-    record::{RunRecord, VmRecord},
+    record::{Asked, RunRecord, VmRecord},
 };
 use crate::{environment::Environment, store::Entry, vmm_process::Connection};
 
@@ -48,7 +50,14 @@ pub type Completion = oneshot::Receiver<Result<(), Problem>>;
 /// What a VM's task can be told.
 enum Command {
     /// Do it. The first answer says whether it was begun.
-    Act { action: VmAction, caller: Caller, begun: oneshot::Sender<Result<Completion, Problem>> },
+    Act { action: VmAction, caller: Caller, by: Asked, begun: oneshot::Sender<Result<Completion, Problem>> },
+    /// Another specification.
+    Edit {
+        caller: Caller,
+        spec: Box<VmSpec>,
+        expect: Option<u64>,
+        done: oneshot::Sender<Result<(), Problem>>,
+    },
     /// Stop, give back, forget. The task ends.
     Delete { caller: Caller, done: oneshot::Sender<Result<(), Problem>> },
     /// The agent ends; the VM runs on. The task ends.
@@ -69,33 +78,53 @@ pub struct Status {
 pub struct VmHandle {
     /// The VM's id.
     pub id: Uuid,
-    /// The VM as it was asked for.
-    pub record: Arc<Entry<VmRecord>>,
     commands: mpsc::Sender<(Span, Command)>,
     status: watch::Receiver<Status>,
+    record: watch::Receiver<Arc<Entry<VmRecord>>>,
     connection: watch::Receiver<Option<Connection>>,
     console: watch::Receiver<u64>,
 }
 
 impl VmHandle {
-    /// Starts the task of a VM that is in the store. What a former agent was doing with it is taken up or put right
-    /// before the first command.
+    /// Starts the task of a VM that has just been stored.
     pub fn start(env: Arc<Environment>, record: Entry<VmRecord>) -> Self {
+        Self::spawn(env, record, false)
+    }
+
+    /// Starts the task of a VM that an agent which starts has found in the store. What a former agent was doing with it is taken up
+    /// or put right before the first command; it may be booted.
+    pub fn find(env: Arc<Environment>, record: Entry<VmRecord>) -> Self {
+        Self::spawn(env, record, true)
+    }
+
+    fn spawn(env: Arc<Environment>, record: Entry<VmRecord>, found: bool) -> Self {
         let (commands, inbox) = mpsc::channel(QUEUE);
         let (status_out, status) = watch::channel(Status::default());
         let (connection_out, connection) = watch::channel(None);
         let (console_out, console) = watch::channel(0);
-        let record = Arc::new(record);
-        let outlets =
-            actor::Outlets { status: status_out, connection: connection_out, console: Arc::new(console_out) };
-        tokio::spawn(actor::run(env, Arc::clone(&record), inbox, outlets));
-        Self { id: record.id, record, commands, status, connection, console }
+        let vm = Arc::new(record);
+        let (record_out, record) = watch::channel(Arc::clone(&vm));
+        let outlets = actor::Outlets {
+            status: status_out,
+            record: record_out,
+            connection: connection_out,
+            console: Arc::new(console_out),
+        };
+        let id = vm.id;
+        tokio::spawn(actor::run(env, vm, found, inbox, outlets));
+        Self { id, commands, status, record, connection, console }
     }
 
-    /// Its name.
+    /// The VM as it was asked for.
     #[must_use]
-    pub fn name(&self) -> &Name {
-        &self.record.value.spec.name
+    pub fn record(&self) -> Arc<Entry<VmRecord>> {
+        Arc::clone(&self.record.borrow())
+    }
+
+    /// Its name now.
+    #[must_use]
+    pub fn name(&self) -> Name {
+        self.record.borrow().value.spec.name.clone()
     }
 
     /// Where it is now.
@@ -145,8 +174,26 @@ impl VmHandle {
     /// # Errors
     /// A problem; nothing was begun.
     pub async fn act(&self, action: VmAction, caller: Caller) -> Result<Completion, Problem> {
+        self.act_for(action, caller, Asked::User).await
+    }
+
+    /// The same; the agent that is about to end asks for it, too.
+    ///
+    /// # Errors
+    /// As of [`Self::act`].
+    pub async fn act_for(&self, action: VmAction, caller: Caller, by: Asked) -> Result<Completion, Problem> {
         let (begun, answer) = oneshot::channel();
-        self.send(Command::Act { action, caller, begun }).await?;
+        self.send(Command::Act { action, caller, by, begun }).await?;
+        answer.await.map_err(|_| self.gone())?
+    }
+
+    /// Replaces the specification, if the VM is at this revision.
+    ///
+    /// # Errors
+    /// A problem; the specification is the old one.
+    pub async fn edit(&self, caller: Caller, spec: VmSpec, expect: Option<u64>) -> Result<(), Problem> {
+        let (done, answer) = oneshot::channel();
+        self.send(Command::Edit { caller, spec: Box::new(spec), expect, done }).await?;
         answer.await.map_err(|_| self.gone())?
     }
 
@@ -173,7 +220,7 @@ impl VmHandle {
     }
 
     fn gone(&self) -> Problem {
-        Problem::not_found("VM", self.name())
+        Problem::not_found("VM", &self.name())
     }
 }
 

@@ -34,7 +34,7 @@ use crate::{
     vmm_process::Connection,
 };
 
-/// The VM's adapters get ports, where they have none.
+/// The VM's ports become those of its adapters: made, changed or removed where they differ.
 ///
 /// # Errors
 /// No such port group, or an address is in use.

@@ -2,7 +2,10 @@
 
 use std::collections::BTreeMap;
 
-use api::types::{Cause, Name, Protection, Timestamp, UnicastMac, VmSpec, VmState};
+use api::{
+    Caller, User,
+    types::{Cause, Name, Protection, RestartStatus, Timestamp, UnicastMac, VmSpec, VmState},
+};
 use passthrough::host::{Bdf, PreviousBinding, VfSettings};
 use serde::{Deserialize, Serialize};
 use uuid::Uuid;
@@ -16,6 +19,51 @@ pub struct VmRecord {
     pub created: Timestamp,
     /// What was asked.
     pub spec: VmSpec,
+    /// Who wrote that; None of an agent that did not note it.
+    #[serde(default)]
+    pub author: Option<Author>,
+}
+
+impl VmRecord {
+    /// With whose rights the agent boots it by itself: nobody who can write a specification gets at files that they could not boot. If
+    /// it is not known who that was, only image directories are open.
+    #[must_use]
+    pub fn author(&self) -> Caller {
+        match &self.author {
+            Some(Author::User { uid, gid }) => Caller::User(User { uid: *uid, gid: *gid, pid: None }),
+            Some(Author::Token { name }) => Caller::Token(name.as_str().into()),
+            None => Caller::Token("unknown".into()),
+        }
+    }
+}
+
+/// Who wrote a specification.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Author {
+    /// A user of the host.
+    User {
+        /// User id.
+        uid: u32,
+        /// Group id.
+        gid: u32,
+    },
+    /// Somebody with a token.
+    Token {
+        /// The token's name.
+        name: String,
+    },
+}
+
+impl Author {
+    /// A caller.
+    #[must_use]
+    pub fn of(caller: &Caller) -> Self {
+        match caller {
+            Caller::User(user) => Author::User { uid: user.uid, gid: user.gid },
+            Caller::Token(name) => Author::Token { name: name.to_string() },
+        }
+    }
 }
 
 impl Record for VmRecord {
@@ -47,6 +95,28 @@ pub struct RunRecord {
     /// Functions that the running guest lost, by address.
     #[serde(default)]
     pub lost: BTreeMap<String, Cause>,
+    /// When its guest was started; None while it was not.
+    #[serde(default)]
+    pub booted: Option<Timestamp>,
+    /// What the agent does to keep it running.
+    #[serde(default)]
+    pub restart: RestartStatus,
+    /// Who asked it to end, since it was booted.
+    #[serde(default)]
+    pub asked: Option<Asked>,
+    /// The boot of the host in which it came to rest.
+    #[serde(default)]
+    pub rested_in: Option<String>,
+}
+
+/// Who asked a VM to end.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Asked {
+    /// A request.
+    User,
+    /// The agent, which was about to end itself.
+    Agent,
 }
 
 impl Default for RunRecord {
@@ -60,6 +130,10 @@ impl Default for RunRecord {
             user: None,
             off: None,
             lost: BTreeMap::new(),
+            booted: None,
+            restart: RestartStatus::default(),
+            asked: None,
+            rested_in: None,
         }
     }
 }
@@ -155,6 +229,32 @@ pub fn macs(vm: Uuid, spec: &VmSpec) -> impl Iterator<Item = (&Name, UnicastMac)
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn records_of_older_agents_are_read() {
+        let vm: VmRecord = serde_json::from_value(serde_json::json!({
+            "created": "2026-01-31T12:00:00.000Z",
+            "spec": {
+                "name": "web1", "cpus": 1, "memory": "2MiB", "hugepages": false, "boot": { "kernel": "k" },
+                "adapters": [{ "id": "eth0" }], "devices": [],
+            },
+        }))
+        .unwrap();
+        assert_eq!((vm.author.as_ref(), vm.author()), (None, Caller::Token("unknown".into())));
+        let run: RunRecord = serde_json::from_value(serde_json::json!({
+            "state": "stopped", "since": "2026-01-31T12:00:00.000Z", "cause": null, "boots": 3, "process": null,
+            "user": 900_000, "lost": {},
+        }))
+        .unwrap();
+        let expect = RunRecord {
+            state: VmState::Stopped,
+            since: run.since,
+            boots: 3,
+            user: Some(900_000),
+            ..RunRecord::default()
+        };
+        assert_eq!(run, expect);
+    }
 
     #[test]
     fn generated_addresses_are_local_and_never_change() {

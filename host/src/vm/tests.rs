@@ -2,6 +2,7 @@
 
 mod fake_vmm;
 pub(crate) mod fixture;
+mod life;
 mod network;
 
 use api::{

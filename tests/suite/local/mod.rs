@@ -1,10 +1,12 @@
 //! Tests that need /dev/kvm and no adapter: VFs are simulated.
 
 mod adapter;
+mod cli;
 mod crash;
 mod demo;
 mod exit;
 mod hostile;
+mod life;
 mod load;
 mod machine;
 mod network;

@@ -185,7 +185,10 @@ fn body(method: &str, template: &str) -> Value {
     match (method, template) {
         ("PUT", "/v1/pfs/{name}/vfs") => json!({"count": 1}),
         ("PUT", "/v1/port-groups/{name}") => json!({"switch": "default"}),
-        ("POST", "/v1/vms") => json!({"name": "other", "memory": "2MiB", "boot": {"kernel": "small-guest"}}),
+        ("POST", "/v1/vms/{name}/clone") => json!({"name": "copy"}),
+        ("POST", "/v1/vms") | ("PUT", "/v1/vms/{name}") => {
+            json!({"name": "other", "memory": "2MiB", "boot": {"kernel": "small-guest"}})
+        }
         _ => json!({}),
     }
 }
@@ -230,6 +233,22 @@ fn every_call_gives_every_answer_that_its_document_promises() {
     wrong["boot"]["kernel"] = json!("no-such-file");
     rest.expect(201, "POST", "/v1/vms", &wrong);
     rest.expect(422, "POST", "/v1/vms/web2/boot?wait=60", &nothing);
+    rest.expect(204, "DELETE", "/v1/vms/web2", &nothing);
+
+    // Changes of one that is at rest.
+    rest.expect(201, "POST", "/v1/vms/web1/clone", &json!({"name": "web2"}));
+    rest.expect(409, "POST", "/v1/vms/web1/clone", &json!({"name": "web2"}));
+    rest.expect(409, "PATCH", "/v1/vms/web2", &json!({"name": "web1"}));
+    let mut taken = spec.clone();
+    taken["name"] = json!("web2");
+    rest.expect(409, "PUT", "/v1/vms/web2", &taken);
+    let moved = json!([{"id": "eth0", "port_group": "nowhere"}]);
+    rest.expect(422, "PATCH", "/v1/vms/web2", &json!({"adapters": moved}));
+    taken["adapters"] = moved;
+    rest.expect(422, "PUT", "/v1/vms/web2", &taken);
+    taken["adapters"] = json!([]);
+    rest.expect(200, "PUT", "/v1/vms/web2", &taken);
+    rest.expect(200, "PATCH", "/v1/vms/web2", &json!({"restart": "always", "memory": "4MiB"}));
     rest.expect(204, "DELETE", "/v1/vms/web2", &nothing);
     for action in ["pause", "resume", "reboot"] {
         rest.expect(409, "POST", &format!("/v1/vms/web1/{action}"), &nothing);

@@ -120,12 +120,16 @@ impl Report {
     pub(super) fn end(mut self, error: Option<String>) -> std::io::Result<()> {
         let took = self.started.elapsed();
         match self.format {
-            Format::Json => {
+            Format::Json | Format::Yaml => {
                 let whole = json!({
                     "passed": error.is_none(), "took_ms": u64::try_from(took.as_millis()).unwrap_or(u64::MAX),
                     "error": error, "steps": self.steps, "decisions": self.decisions,
                 });
-                say(&mut self.to, &format!("{whole:#}\n"))?;
+                let text = match self.format {
+                    Format::Yaml => yaml_serde::to_string(&whole).map_err(std::io::Error::other)?,
+                    _ => format!("{whole:#}\n"),
+                };
+                say(&mut self.to, &text)?;
             }
             Format::Table if error.is_none() => {
                 let checks = self.steps.iter().map(|step| step.checks.len()).sum::<usize>();

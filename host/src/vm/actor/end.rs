@@ -18,7 +18,7 @@ impl Actor {
             }
             (None, Some(process)) => process.kill(),
             (None, None) => {
-                self.rest(VmState::Stopped, Some(cause(CauseCode::Stopped, "It was stopped."))).await
+                self.rest(VmState::Stopped, Some(cause(CauseCode::Stopped, "It was stopped.")), false).await
             }
         }
     }
@@ -72,7 +72,7 @@ impl Actor {
                 (VmState::Failed, Some(cause(CauseCode::VmmCrashed, &problem.detail)))
             }
         };
-        self.rest(state, cause).await;
+        self.rest(state, cause, true).await;
     }
 
     /// Removes the process's control group, and says what it has to say about its end.
@@ -91,8 +91,8 @@ impl Actor {
         }
     }
 
-    /// The process is gone: gives everything back, and says so.
-    pub(super) async fn rest(&mut self, state: VmState, cause: Option<Cause>) {
+    /// The process is gone: gives everything back, and says so. `again`: the VM may be booted again by itself.
+    pub(super) async fn rest(&mut self, state: VmState, cause: Option<Cause>, again: bool) {
         self.disconnected().await;
         self.deadline = None;
         reach(Point::ReleaseBegun);
@@ -110,6 +110,14 @@ impl Actor {
         if let (Err(problem), Some(cause)) = (&kept, &mut self.run.cause) {
             cause.detail = format!("{} Not everything could be given back: {problem}", cause.detail);
         }
+        match again {
+            true => {
+                let cause = self.run.cause.clone();
+                self.plan_restart(state, cause.as_ref());
+            }
+            false => self.cancel_restart(),
+        }
+        self.run.rested_in.get_or_insert_with(|| self.env.boot_id.clone());
         self.step(state).await;
         reach(Point::ReleaseStored);
         for done in self.resting.drain(..) {

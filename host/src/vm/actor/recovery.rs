@@ -29,6 +29,8 @@ impl Actor {
         }
         if !self.run.state.is_at_rest() || !self.held.is_empty() {
             self.put_right().await;
+        } else {
+            self.resume_restart();
         }
         self.publish();
     }
@@ -71,6 +73,9 @@ impl Actor {
                 Err(error) => tracing::error!(vm = %self.name(), "its process cannot be looked for: {error}"),
             }
         }
+        if let Some(before) = &known {
+            self.run.rested_in = Some(before.boot_id.clone());
+        }
         let cause = match (state, known) {
             (VmState::Defined | VmState::Stopped | VmState::Failed, _) => self.run.cause.take(),
             (VmState::Stopping, _) => Some(cause(CauseCode::Stopped, "It was stopped.")),
@@ -79,7 +84,7 @@ impl Actor {
                     Problem::new(ProblemCode::VmmFailed, "The agent was restarted during the boot.");
                 Some(boot_failed(&problem))
             }
-            (_, Some(before)) if host_restarted(&before.boot_id) => {
+            (_, Some(before)) if before.boot_id != self.env.boot_id => {
                 Some(cause(CauseCode::HostRestarted, "The host was restarted while the VM was running."))
             }
             _ => {
@@ -92,10 +97,12 @@ impl Actor {
             VmState::Stopping => VmState::Stopped,
             _ => VmState::Failed,
         };
-        self.rest(rest, cause).await;
+        // What was at rest stays as it was, and what has ended meanwhile may be booted again.
+        let (again, planned) = (!state.is_at_rest(), self.run.restart.next);
+        self.rest(rest, cause, again).await;
+        if !again {
+            self.run.restart.next = planned;
+        }
+        self.resume_restart();
     }
-}
-
-fn host_restarted(boot_id: &str) -> bool {
-    std::fs::read_to_string("/proc/sys/kernel/random/boot_id").is_ok_and(|now| now.trim() != boot_id)
 }

@@ -48,6 +48,7 @@ fn fake_vmm() {
         ended: false,
         asked: 0,
         confused: false,
+        deaf: false,
         version: None,
     };
     fake.serve(&Listener::from_fd(socket));
@@ -69,6 +70,8 @@ struct Fake {
     asked: u64,
     /// Answers with another order's outcome.
     confused: bool,
+    /// Does not react to its power button.
+    deaf: bool,
     /// Speaks this version from the next connection on.
     version: Option<u32>,
 }
@@ -187,6 +190,7 @@ impl Fake {
                 self.boots += 1;
                 self.enter(State::Running);
             }
+            Order::PowerButton if self.deaf => {}
             Order::PowerButton => self.later = Some((Instant::now(), "poweroff".into())),
             Order::Stop => {
                 self.say(&ToAgent::Done { id, result: Ok(Outcome::Done) });
@@ -232,6 +236,7 @@ impl Fake {
                 eprintln!("last words of the fake");
                 std::process::abort();
             }
+            "deaf" => self.deaf = true,
             "poweroff" => self.end(End::PoweredOff),
             "fail" => self.end(End::Failed { detail: "The guest did something unspeakable".into() }),
             "poweroff-later" | "crash-later" => {

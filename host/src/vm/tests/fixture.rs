@@ -28,7 +28,10 @@ use crate::{
     sim::Simulated,
     store::{Entry, Expect, SqliteStore},
     switch::{Parts, Policy, SwitchHandle, Timing},
-    vm::{VmHandle, record::VmRecord},
+    vm::{
+        VmHandle,
+        record::{Author, VmRecord},
+    },
     vmm_process::Program,
 };
 
@@ -106,11 +109,17 @@ impl Host {
         .await
     }
 
-    async fn with_environment(change: impl FnOnce(&mut Environment)) -> Self {
+    pub(crate) async fn with_environment(change: impl FnOnce(&mut Environment)) -> Self {
         let mut host = Self::new();
-        let mut env = environment(host.dir.path(), &host.sysfs.sysfs(), &host.pf);
+        host.env = host.another_agent(change).await;
+        host
+    }
+
+    /// What another agent on this host would have, which has a switch.
+    pub(crate) async fn another_agent(&self, change: impl FnOnce(&mut Environment)) -> Arc<Environment> {
+        let mut env = environment(self.dir.path(), &self.sysfs.sysfs(), &self.pf);
         change(&mut env);
-        let path = host.dir.path().join("state/portcullis.db");
+        let path = self.dir.path().join("state/portcullis.db");
         let events = EventHub::default();
         let decisions = DecisionLog::open(&path, KEPT, events.clone()).unwrap();
         let parts = Parts {
@@ -126,25 +135,33 @@ impl Host {
         };
         let switch = SwitchHandle::start(parts).await.unwrap();
         env.policy = Some(Policy { switch, decisions, events });
-        host.env = Arc::new(env);
-        host
+        Arc::new(env)
     }
 
     /// What a new agent on this host begins with.
     pub(crate) fn new_agent(&mut self) {
-        self.env = Arc::new(environment(self.dir.path(), &self.sysfs.sysfs(), &self.pf));
+        self.new_agent_with(|_| {});
+    }
+
+    pub(crate) fn new_agent_with(&mut self, change: impl FnOnce(&mut Environment)) {
+        let mut env = environment(self.dir.path(), &self.sysfs.sysfs(), &self.pf);
+        change(&mut env);
+        self.env = Arc::new(env);
     }
 
     pub(crate) async fn create(&self, name: &str, change: impl FnOnce(&mut VmSpec)) -> VmHandle {
         let mut spec = spec(name);
         change(&mut spec);
-        let (id, value) = (Uuid::new_v4(), VmRecord { created: Timestamp::now(), spec });
+        let (id, value) = (
+            Uuid::new_v4(),
+            VmRecord { created: Timestamp::now(), spec, author: Some(Author::of(&caller())) },
+        );
         let revision = self.env.vms.put(id, name, &value, Expect::Absent).await.unwrap();
         VmHandle::start(Arc::clone(&self.env), Entry { id, name: name.into(), revision, value })
     }
 
     pub(crate) async fn load(&self, id: Uuid) -> VmHandle {
-        VmHandle::start(Arc::clone(&self.env), self.env.vms.get(id).await.unwrap())
+        VmHandle::find(Arc::clone(&self.env), self.env.vms.get(id).await.unwrap())
     }
 
     /// Does it and waits for its end.

@@ -1,0 +1,121 @@
+//! `portcullis apply`: switches, port groups and VMs become what files say.
+
+mod diff;
+mod files;
+
+use api::{Client, ClientError};
+use clap::Args;
+use serde::Serialize;
+
+use super::{error::CliError, output::Output};
+use diff::{Difference, differences};
+use files::Wanted;
+
+#[derive(Debug, Args)]
+pub(super) struct ApplyArgs {
+    /// A directory, whose .toml, .yaml, .yml and .json files are read, or a file; may be repeated. A file is a VM's specification, or that
+    /// of a switch or port group with `object` (`switch` or `port_group`) and `name`.
+    #[arg(long = "file", short, value_name = "DIR", required = true)]
+    files: Vec<String>,
+    /// Shows what would be made and changed, and changes nothing.
+    #[arg(long)]
+    dry_run: bool,
+}
+
+/// What is done with an object.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "snake_case")]
+enum Action {
+    Create,
+    Change,
+    Unchanged,
+}
+
+/// What there is to do about a file.
+#[derive(Debug, Serialize)]
+struct Step {
+    action: Action,
+    kind: &'static str,
+    name: String,
+    file: String,
+    /// What differs from what is; of an object that is new, nothing.
+    changes: Vec<Difference>,
+    #[serde(skip)]
+    wanted: Wanted,
+    /// What it was compared with.
+    #[serde(skip)]
+    revision: Option<u64>,
+}
+
+pub(super) async fn run(client: &Client, output: &mut Output<'_>, args: ApplyArgs) -> Result<(), CliError> {
+    let steps = plan(client, files::read_all(&args.files)?).await?;
+    if !args.dry_run {
+        for (n, step) in steps.iter().enumerate() {
+            if let Err(error) = make(client, step).await {
+                // What was made before it is told: it stays.
+                show(output, steps.get(..n).unwrap_or_default())?;
+                return Err(CliError::Apply { file: step.file.clone(), source: Box::new(error.into()) });
+            }
+        }
+    }
+    show(output, &steps)
+}
+
+fn show(output: &mut Output<'_>, steps: &[Step]) -> Result<(), CliError> {
+    let row = |step: &Step| {
+        let action = match step.action {
+            Action::Create => "create",
+            Action::Change => "change",
+            Action::Unchanged => "-",
+        };
+        let changes: Vec<String> = step.changes.iter().map(ToString::to_string).collect();
+        let kind = step.kind.replace('_', " ");
+        [action.to_owned(), kind, step.name.clone(), step.file.clone(), changes.join(", ")]
+    };
+    Ok(output.table(steps, ["ACTION", "KIND", "NAME", "FILE", "CHANGES"], row)?)
+}
+
+/// Compares what should be with what is.
+async fn plan(client: &Client, wanted: Vec<(String, Wanted)>) -> Result<Vec<Step>, CliError> {
+    let switches = client.list_switches().await?;
+    let groups = client.list_port_groups().await?;
+    let vms = client.list_vms().await?;
+    let step = |(file, wanted): (String, Wanted)| {
+        let found = match &wanted {
+            Wanted::Switch(name, spec) => switches
+                .iter()
+                .find(|switch| switch.name == *name)
+                .map(|switch| (switch.revision, differences(&switch.spec, spec))),
+            Wanted::PortGroup(name, spec) => groups
+                .iter()
+                .find(|group| group.name == *name)
+                .map(|group| (group.revision, differences(&group.spec, spec))),
+            Wanted::Vm(spec) => vms
+                .iter()
+                .find(|vm| vm.name == spec.name)
+                .map(|vm| (vm.revision, differences(&vm.spec, spec))),
+        };
+        let (kind, name) = (wanted.kind(), wanted.name().to_string());
+        let (action, revision, changes) = match found {
+            None => (Action::Create, None, Vec::new()),
+            Some((revision, changes)) if changes.is_empty() => (Action::Unchanged, Some(revision), changes),
+            Some((revision, changes)) => (Action::Change, Some(revision), changes),
+        };
+        Step { action, kind, name, file, changes, wanted, revision }
+    };
+    Ok(wanted.into_iter().map(step).collect())
+}
+
+/// Makes it so, if it is still what it was compared with.
+async fn make(client: &Client, step: &Step) -> Result<(), ClientError> {
+    if step.action == Action::Unchanged {
+        return Ok(());
+    }
+    let name = step.name.as_str();
+    match (&step.wanted, step.action) {
+        (Wanted::Switch(_, spec), _) => client.put_switch(name, spec, step.revision).await.map(drop),
+        (Wanted::PortGroup(_, spec), _) => client.put_port_group(name, spec, step.revision).await.map(drop),
+        (Wanted::Vm(spec), Action::Create) => client.create_vm(spec).await.map(drop),
+        (Wanted::Vm(spec), _) => client.put_vm(name, spec, step.revision).await.map(drop),
+    }
+}

@@ -1,0 +1,157 @@
+//! KVM, IOMMU, VFIO and memory.
+
+use std::{fs::File, io};
+
+use passthrough::host::InterruptRemapping;
+
+use super::{Finding, Host, Verdict};
+
+/// Whose processor it is.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Vendor {
+    Intel,
+    Amd,
+    Unknown,
+}
+
+fn vendor(host: &Host) -> Vendor {
+    let cpuinfo = host.text("proc/cpuinfo").unwrap_or_default();
+    match () {
+        () if cpuinfo.contains("GenuineIntel") => Vendor::Intel,
+        () if cpuinfo.contains("AuthenticAMD") => Vendor::Amd,
+        () => Vendor::Unknown,
+    }
+}
+
+pub(super) fn kvm(host: &Host) -> Finding {
+    let fail = |found: String, fix: &str| Finding::wrong(Verdict::Fail, "kvm", found, fix);
+    match File::options().read(true).write(true).open(host.path("dev/kvm")) {
+        Ok(_) => Finding::ok("kvm", "/dev/kvm can be opened"),
+        Err(error) if error.kind() == io::ErrorKind::NotFound => {
+            let cpuinfo = host.text("proc/cpuinfo").unwrap_or_default();
+            let flags = cpuinfo.lines().find(|line| line.starts_with("flags")).unwrap_or_default();
+            if !flags.split_whitespace().any(|flag| flag == "vmx" || flag == "svm") {
+                let fix =
+                    "enable virtualization (VT-x, AMD-V) in the firmware; in a VM, let its host nest KVM";
+                return fail(
+                    "/dev/kvm does not exist, and the processor does not show vmx or svm".to_owned(),
+                    fix,
+                );
+            }
+            let module = if vendor(host) == Vendor::Amd { "kvm_amd" } else { "kvm_intel" };
+            fail("/dev/kvm does not exist".to_owned(), &format!("modprobe {module}"))
+        }
+        Err(error) if error.kind() == io::ErrorKind::PermissionDenied => fail(
+            "this user may not open /dev/kvm".to_owned(),
+            "usermod -aG kvm \"$USER\", and log in again; or run the agent as root",
+        ),
+        Err(error) => {
+            fail(format!("/dev/kvm cannot be opened ({error})"), "see the kernel's log: dmesg | grep -i kvm")
+        }
+    }
+}
+
+pub(super) fn iommu(host: &Host, needed: Verdict) -> Finding {
+    let groups = host.entries("sys/kernel/iommu_groups");
+    if groups > 0 {
+        return Finding::ok("iommu", format!("{groups} IOMMU groups"));
+    }
+    let option = match vendor(host) {
+        Vendor::Amd => "amd_iommu=on",
+        Vendor::Intel | Vendor::Unknown => "intel_iommu=on",
+    };
+    let cmdline = host.text("proc/cmdline").unwrap_or_default();
+    if cmdline.split_whitespace().any(|word| word == option) {
+        let found = format!("no IOMMU group, though the kernel was started with {option}");
+        return Finding::wrong(needed, "iommu", found, "enable the IOMMU (VT-d, AMD-Vi) in the firmware");
+    }
+    let fix = format!(
+        "sed -i 's/^GRUB_CMDLINE_LINUX=\"/&{option} /' /etc/default/grub && update-grub && reboot, with VT-d or AMD-Vi enabled \
+         in the firmware"
+    );
+    Finding::wrong(needed, "iommu", "no IOMMU group: the IOMMU is off", fix)
+}
+
+pub(super) fn interrupt_remapping(host: &Host, needed: Verdict) -> Finding {
+    const CHECK: &str = "interrupt_remapping";
+    let allowed = host.sysfs.unsafe_interrupts_allowed().unwrap_or(false);
+    match host.sysfs.interrupt_remapping() {
+        Ok(InterruptRemapping::On) => Finding::ok(CHECK, "on"),
+        Ok(InterruptRemapping::Off) if allowed => Finding::wrong(
+            Verdict::Warn,
+            CHECK,
+            "off, and VFIO was told to do without: a guest with a VF can raise any interrupt of the host",
+            "enable it in the firmware (x2APIC, VT-d), then: echo 0 > \
+             /sys/module/vfio_iommu_type1/parameters/allow_unsafe_interrupts",
+        ),
+        Ok(InterruptRemapping::Off) => Finding::wrong(
+            needed,
+            CHECK,
+            "off: VFIO refuses VFs",
+            "enable it in the firmware (x2APIC, VT-d); or, where all guests are trusted: echo 1 > \
+             /sys/module/vfio_iommu_type1/parameters/allow_unsafe_interrupts",
+        ),
+        Ok(InterruptRemapping::Unknown) => Finding::wrong(
+            Verdict::Warn,
+            CHECK,
+            "the kernel does not show it",
+            "dmesg | grep -e DMAR-IR -e AMD-Vi tells",
+        ),
+        Err(error) => Finding::wrong(Verdict::Warn, CHECK, error.to_string(), "mount -t sysfs sysfs /sys"),
+    }
+}
+
+pub(super) fn vfio(host: &Host, needed: Verdict) -> Finding {
+    const FIX: &str = "modprobe vfio-pci && echo vfio-pci > /etc/modules-load.d/vfio-pci.conf";
+    if !host.has("sys/bus/pci/drivers/vfio-pci") {
+        return Finding::wrong(needed, "vfio-pci", "the driver vfio-pci is not loaded", FIX);
+    }
+    if !host.has("dev/vfio/vfio") {
+        return Finding::wrong(
+            needed,
+            "vfio-pci",
+            "/dev/vfio/vfio does not exist",
+            "modprobe vfio_iommu_type1",
+        );
+    }
+    Finding::ok("vfio-pci", "loaded")
+}
+
+/// The limit for this process is that of an agent that is started from here, if it is no service.
+pub(super) fn memlock(host: &Host) -> Finding {
+    const FIX: &str = "ulimit -l unlimited before the agent is started; for a service: LimitMEMLOCK=infinity";
+    let limits = host.text("proc/self/limits").unwrap_or_default();
+    let line = limits.lines().find_map(|line| line.strip_prefix("Max locked memory"));
+    let mut words = line.unwrap_or_default().split_whitespace();
+    match words.nth(1) {
+        Some("unlimited") => Finding::ok("memlock", "lockable memory is not limited"),
+        Some(hard) => match hard.parse::<u64>() {
+            Ok(bytes) => {
+                let found = format!(
+                    "{} MiB can be locked, and guests with VFs need all their memory; an agent that is root raises it",
+                    bytes >> 20
+                );
+                Finding::wrong(Verdict::Warn, "memlock", found, FIX)
+            }
+            Err(_) => Finding::wrong(Verdict::Warn, "memlock", format!("the limit is {hard:?}"), FIX),
+        },
+        None => Finding::wrong(Verdict::Warn, "memlock", "/proc/self/limits does not tell", FIX),
+    }
+}
+
+pub(super) fn hugepages(host: &Host) -> Finding {
+    const POOL: &str = "sys/kernel/mm/hugepages/hugepages-2048kB";
+    let count = |name: &str| host.number(&format!("{POOL}/{name}")).unwrap_or(0);
+    match (count("nr_hugepages"), count("free_hugepages")) {
+        (0, _) => Finding::wrong(
+            Verdict::Warn,
+            "hugepages",
+            "none of 2 MiB: VMs with `hugepages` cannot be booted",
+            "sysctl -w vm.nr_hugepages=512, and the same in /etc/sysctl.d to keep them (512 are 1 GiB)",
+        ),
+        (all, free) => Finding::ok(
+            "hugepages",
+            format!("{free} of {all} of 2 MiB are free: {} MiB", free.saturating_mul(2)),
+        ),
+    }
+}

@@ -1,0 +1,156 @@
+//! `portcullis check`: what this host has of what VMs with VFs need. No agent is asked.
+
+mod adapters;
+mod machine;
+
+use std::{
+    fs::{self, File},
+    io::Read,
+    path::{Path, PathBuf},
+};
+
+use clap::Args;
+use passthrough::host::Sysfs;
+use serde::Serialize;
+
+use super::{
+    error::CliError,
+    output::{Format, Output},
+};
+
+#[derive(Debug, Args)]
+pub(super) struct CheckArgs {
+    /// Where the host's dev, proc and sys are.
+    #[arg(long, value_name = "DIR", default_value = "/")]
+    root: PathBuf,
+}
+
+/// How something is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "snake_case")]
+enum Verdict {
+    /// As it should be.
+    Ok,
+    /// Some VMs, or some of their settings, will not work.
+    Warn,
+    /// No VM with a VF can be booted.
+    Fail,
+}
+
+/// What was found out.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+struct Finding {
+    /// What was looked at; stable.
+    check: &'static str,
+    /// The PF, where there is one for each.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    subject: Option<String>,
+    verdict: Verdict,
+    /// What was found.
+    found: String,
+    /// The command that mends it, as root, or what else does.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    fix: Option<String>,
+}
+
+impl Finding {
+    fn ok(check: &'static str, found: impl Into<String>) -> Self {
+        Finding { check, subject: None, verdict: Verdict::Ok, found: found.into(), fix: None }
+    }
+
+    fn wrong(
+        verdict: Verdict,
+        check: &'static str,
+        found: impl Into<String>,
+        fix: impl Into<String>,
+    ) -> Self {
+        Finding { verdict, fix: Some(fix.into()), ..Self::ok(check, found) }
+    }
+
+    fn of(self, subject: &str) -> Self {
+        Finding { subject: Some(subject.to_owned()), ..self }
+    }
+}
+
+/// The host's files below a root.
+struct Host {
+    root: PathBuf,
+    sysfs: Sysfs,
+}
+
+impl Host {
+    fn new(root: &Path) -> Self {
+        Host { root: root.to_owned(), sysfs: Sysfs::new(root.join("sys")) }
+    }
+
+    fn path(&self, relative: &str) -> PathBuf {
+        self.root.join(relative)
+    }
+
+    /// A file's text, at most 1 MiB of it; None if it cannot be read.
+    fn text(&self, relative: &str) -> Option<String> {
+        let mut bytes = Vec::new();
+        File::open(self.path(relative)).ok()?.take(1 << 20).read_to_end(&mut bytes).ok()?;
+        Some(String::from_utf8_lossy(&bytes).trim().to_owned())
+    }
+
+    fn number(&self, relative: &str) -> Option<u64> {
+        self.text(relative)?.parse().ok()
+    }
+
+    fn has(&self, relative: &str) -> bool {
+        self.path(relative).exists()
+    }
+
+    fn entries(&self, relative: &str) -> usize {
+        fs::read_dir(self.path(relative)).map_or(0, Iterator::count)
+    }
+}
+
+fn examine(host: &Host) -> Vec<Finding> {
+    let pfs = host.sysfs.pfs();
+    // Without an adapter there are simulated ones only, which need KVM alone.
+    let needed = match &pfs {
+        Ok(pfs) if pfs.is_empty() => Verdict::Warn,
+        _ => Verdict::Fail,
+    };
+    let mut findings = vec![machine::kvm(host)];
+    findings.push(machine::iommu(host, needed));
+    findings.push(machine::interrupt_remapping(host, needed));
+    findings.push(machine::vfio(host, needed));
+    findings.push(machine::memlock(host));
+    findings.push(machine::hugepages(host));
+    findings.extend(adapters::all(host, pfs));
+    findings
+}
+
+pub(super) fn run(args: &CheckArgs, format: Format) -> Result<(), CliError> {
+    let findings = examine(&Host::new(&args.root));
+    let mut stdout = std::io::stdout().lock();
+    show(&findings, &mut Output::new(format, &mut stdout))?;
+    verdict(&findings)
+}
+
+fn verdict(findings: &[Finding]) -> Result<(), CliError> {
+    match findings.iter().filter(|finding| finding.verdict == Verdict::Fail).count() {
+        0 => Ok(()),
+        fails => Err(CliError::Unfit(fails)),
+    }
+}
+
+fn show(findings: &[Finding], output: &mut Output<'_>) -> Result<(), CliError> {
+    let row = |finding: &Finding| {
+        let verdict = match finding.verdict {
+            Verdict::Ok => "ok",
+            Verdict::Warn => "warn",
+            Verdict::Fail => "FAIL",
+        };
+        let subject = finding.subject.as_ref().map(|subject| format!(" {subject}")).unwrap_or_default();
+        let fix = finding.fix.as_ref().map(|fix| format!(". Fix: {fix}")).unwrap_or_default();
+        [verdict.to_owned(), format!("{}{subject}", finding.check), format!("{}{fix}", finding.found)]
+    };
+    Ok(output.table(findings, ["", "WHAT", "FOUND"], row)?)
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,183 @@
+use passthrough::host::{Bdf, fake::FakeSysfs};
+
+use super::*;
+
+const PF: Bdf = Bdf::new(0, 1, 0, 0).unwrap();
+
+/// A host made of files.
+struct MadeUp {
+    directory: tempfile::TempDir,
+    sysfs: FakeSysfs,
+}
+
+impl MadeUp {
+    /// With all that there should be.
+    fn new() -> Self {
+        let directory = tempfile::tempdir().unwrap();
+        fs::create_dir(directory.path().join("sys")).unwrap();
+        let sysfs = FakeSysfs::new(directory.path().join("sys"));
+        sysfs.add_igb(PF, "eth0");
+        sysfs.sysfs().set_num_vfs(PF, 2, None).unwrap();
+        let made_up = MadeUp { directory, sysfs };
+        for (path, text) in [
+            ("dev/kvm", ""),
+            ("dev/vfio/vfio", ""),
+            ("proc/cpuinfo", "vendor_id\t: GenuineIntel\nflags\t\t: fpu vmx\n"),
+            ("proc/cmdline", "quiet\n"),
+            (
+                "proc/self/limits",
+                "Max locked memory         unlimited            unlimited            bytes\n",
+            ),
+            ("sys/kernel/mm/hugepages/hugepages-2048kB/nr_hugepages", "512\n"),
+            ("sys/kernel/mm/hugepages/hugepages-2048kB/free_hugepages", "500\n"),
+        ] {
+            made_up.write(path, text);
+        }
+        made_up
+    }
+
+    fn write(&self, path: &str, text: &str) {
+        let path = self.directory.path().join(path);
+        fs::create_dir_all(path.parent().unwrap()).unwrap();
+        fs::write(path, text).unwrap();
+    }
+
+    fn remove(&self, path: &str) {
+        let path = self.directory.path().join(path);
+        if path.is_dir() { fs::remove_dir_all(path).unwrap() } else { fs::remove_file(path).unwrap() }
+    }
+
+    fn findings(&self) -> Vec<Finding> {
+        examine(&Host::new(self.directory.path()))
+    }
+
+    fn verdict(&self) -> Result<(), CliError> {
+        verdict(&self.findings())
+    }
+}
+
+#[test]
+fn a_host_with_all_that_there_should_be() {
+    let host = MadeUp::new();
+    let findings = host.findings();
+    let wrong: Vec<_> = findings.iter().filter(|finding| finding.verdict != Verdict::Ok).collect();
+    assert!(wrong.is_empty(), "{wrong:?}");
+    let checks: Vec<_> = findings.iter().map(|finding| finding.check).collect();
+    let all =
+        ["kvm", "iommu", "interrupt_remapping", "vfio-pci", "memlock", "hugepages", "pf", "vfs", "policy"];
+    assert_eq!(checks, all);
+    let policy = &findings.last().unwrap().found;
+    assert!(
+        policy.contains("igb enforces forged_transmits=reject") && policy.contains("not blocked"),
+        "{policy}"
+    );
+    host.verdict().unwrap();
+}
+
+#[test]
+fn each_thing_that_is_missing_is_told_with_what_mends_it() {
+    use Verdict::*;
+    struct Case {
+        check: &'static str,
+        verdict: Verdict,
+        fix: &'static str,
+        breaks: fn(&MadeUp),
+    }
+    let case = |check, verdict, fix, breaks| Case { check, verdict, fix, breaks };
+    for Case { check, verdict, fix, breaks } in [
+        case("kvm", Fail, "modprobe kvm_intel", |host| host.remove("dev/kvm")),
+        case("kvm", Fail, "modprobe kvm_amd", |host| {
+            host.remove("dev/kvm");
+            host.write("proc/cpuinfo", "vendor_id : AuthenticAMD\nflags : svm\n");
+        }),
+        case("kvm", Fail, "enable virtualization", |host| {
+            host.remove("dev/kvm");
+            host.write("proc/cpuinfo", "vendor_id : GenuineIntel\nflags : fpu\n");
+        }),
+        case("iommu", Fail, "intel_iommu=on /' /etc/default/grub && update-grub", |host| {
+            host.remove("sys/kernel/iommu_groups");
+        }),
+        case("iommu", Fail, "in the firmware", |host| {
+            host.remove("sys/kernel/iommu_groups");
+            host.write("proc/cmdline", "quiet intel_iommu=on\n");
+        }),
+        case("interrupt_remapping", Fail, "allow_unsafe_interrupts", |host| {
+            host.sysfs.set_interrupt_chip("PCI-MSI");
+        }),
+        case("interrupt_remapping", Warn, "echo 0 >", |host| {
+            host.sysfs.set_interrupt_chip("PCI-MSI");
+            host.write("sys/module/vfio_iommu_type1/parameters/allow_unsafe_interrupts", "Y\n");
+        }),
+        case("vfio-pci", Fail, "modprobe vfio-pci &&", |host| host.sysfs.unload_driver("vfio-pci")),
+        case("vfio-pci", Fail, "modprobe vfio_iommu_type1", |host| host.remove("dev/vfio/vfio")),
+        case("memlock", Warn, "ulimit -l unlimited", |host| {
+            host.write("proc/self/limits", "Max locked memory  8388608  8388608  bytes\n");
+        }),
+        case("hugepages", Warn, "sysctl -w vm.nr_hugepages=512", |host| {
+            host.write("sys/kernel/mm/hugepages/hugepages-2048kB/nr_hugepages", "0\n");
+        }),
+        case("pf", Warn, "ip link set eth0 up", |host| host.sysfs.set_interface_up(PF, "eth0", false)),
+        case("vfs", Warn, "portcullis pf set-vfs eth0 4", |host| {
+            host.sysfs.sysfs().set_num_vfs(PF, 0, None).unwrap();
+        }),
+        case("vfs", Warn, "driven by igbvf", |host| {
+            host.write("sys/bus/pci/devices/0000:01:10.0/device", "0x10ed\n");
+        }),
+        case("vfs", Fail, "a slot of its own", |host| {
+            let group = host.sysfs.sysfs().device(Bdf::new(0, 1, 0x10, 0).unwrap()).unwrap().iommu_group;
+            let other = Bdf::new(0, 3, 0, 0).unwrap();
+            host.sysfs.add_device(other, (0x8086, 0x1234), 0x01_0000, group, Some("ahci"));
+        }),
+    ] {
+        let host = MadeUp::new();
+        breaks(&host);
+        let findings = host.findings();
+        let finding = findings.iter().find(|finding| finding.check == check).unwrap();
+        let text = finding.fix.as_deref().unwrap_or_default();
+        assert!(finding.verdict == verdict && text.contains(fix), "{fix}: {finding:?}");
+        let others: Vec<_> =
+            findings.iter().filter(|other| other.check != check && other.verdict != Ok).collect();
+        assert!(others.is_empty(), "{fix}: {others:?}");
+        assert_eq!(host.verdict().err().map(|error| error.code()), (verdict == Fail).then_some(1), "{fix}");
+    }
+}
+
+#[test]
+fn without_an_adapter_simulated_ones_need_kvm_alone() {
+    let host = MadeUp::new();
+    host.sysfs.sysfs().set_num_vfs(PF, 0, None).unwrap();
+    host.sysfs.remove_device(PF);
+    host.remove("sys/kernel/iommu_groups");
+    host.sysfs.unload_driver("vfio-pci");
+    let findings = host.findings();
+    let pf = findings.iter().find(|finding| finding.check == "pf").unwrap();
+    assert!(pf.verdict == Verdict::Warn && pf.fix.as_ref().unwrap().contains("--sim-pf"), "{pf:?}");
+    host.verdict().unwrap();
+    host.remove("dev/kvm");
+    assert_eq!(
+        host.verdict().unwrap_err().to_string(),
+        "This host lacks 1 of what it takes: see the lines that say FAIL"
+    );
+}
+
+#[test]
+fn people_and_programs_are_told() {
+    let host = MadeUp::new();
+    host.remove("dev/kvm");
+    let findings = host.findings();
+    let told = |format| {
+        let mut bytes = Vec::new();
+        show(&findings, &mut Output::new(format, &mut bytes)).unwrap();
+        String::from_utf8(bytes).unwrap()
+    };
+    let table = told(Format::Table);
+    assert!(table.contains("FAIL  kvm"), "{table}");
+    assert!(table.contains("/dev/kvm does not exist. Fix: modprobe kvm_intel\n"), "{table}");
+    assert!(table.contains("ok    pf eth0"), "{table}");
+    let json: serde_json::Value = serde_json::from_str(&told(Format::Json)).unwrap();
+    let kvm = serde_json::json!({
+        "check": "kvm", "verdict": "fail", "found": "/dev/kvm does not exist", "fix": "modprobe kvm_intel"
+    });
+    assert_eq!(json[0], kvm);
+    assert_eq!(json[6]["subject"], "eth0");
+}

@@ -1,0 +1,76 @@
+//! What is made of the command line's definition: completions and man pages.
+
+use std::{
+    fs,
+    io::{self, Write},
+    path::{Path, PathBuf},
+};
+
+use clap::{Args, CommandFactory as _};
+use clap_complete::Shell;
+
+use super::{Cli, error::CliError};
+
+#[derive(Debug, Args)]
+pub(super) struct CompletionsArgs {
+    /// The shell. For bash: `portcullis completions bash > /etc/bash_completion.d/portcullis`.
+    shell: Shell,
+}
+
+#[derive(Debug, Args)]
+pub(super) struct ManArgs {
+    /// Where the pages go; it is made if it is not there.
+    #[arg(value_name = "DIR")]
+    directory: PathBuf,
+}
+
+/// Writes what the shell has to read.
+pub(super) fn completions(args: &CompletionsArgs, to: &mut dyn Write) -> Result<(), CliError> {
+    let mut script = Vec::new();
+    clap_complete::generate(args.shell, &mut Cli::command(), "portcullis", &mut script);
+    Ok(to.write_all(&script)?)
+}
+
+/// Writes a page for each command.
+pub(super) fn man(args: &ManArgs) -> Result<(), CliError> {
+    let write = |directory: &Path| -> io::Result<()> {
+        fs::create_dir_all(directory)?;
+        clap_mangen::generate_to(Cli::command(), directory)
+    };
+    write(&args.directory).map_err(|source| {
+        let path = args.directory.display().to_string();
+        CliError::Write { path, source }
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use clap::ValueEnum as _;
+
+    use super::*;
+
+    #[test]
+    fn each_shell_gets_all_commands() {
+        for shell in Shell::value_variants() {
+            let mut script = Vec::new();
+            completions(&CompletionsArgs { shell: *shell }, &mut script).unwrap();
+            let script = String::from_utf8(script).unwrap();
+            for word in ["portcullis", "apply", "port-group", "set-vfs", "dry-run"] {
+                assert!(script.contains(word), "{shell}: {word}");
+            }
+        }
+    }
+
+    #[test]
+    fn each_command_has_a_page() {
+        let directory = tempfile::tempdir().unwrap();
+        man(&ManArgs { directory: directory.path().join("man") }).unwrap();
+        let page = |name: &str| fs::read_to_string(directory.path().join("man").join(name)).unwrap();
+        let whole = page("portcullis.1");
+        assert!(whole.contains("EXIT CODES") || whole.contains("Exit codes"), "{whole}");
+        assert!(page("portcullis-vm-boot.1").contains("\\-\\-wait"));
+        assert!(page("portcullis-console.1").contains("Ctrl"));
+        let error = man(&ManArgs { directory: "/proc/nothing".into() }).unwrap_err();
+        assert!(error.to_string().contains("/proc/nothing"), "{error}");
+    }
+}

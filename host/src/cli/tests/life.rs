@@ -1,0 +1,157 @@
+//! VMs that are changed, waited for, run, and made from directories.
+
+use super::*;
+
+const WEB1: &str =
+    r#"{ "name": "web1", "memory": "2MiB", "boot": { "kernel": "kernel" }, "adapters": [{ "id": "eth0" }] }"#;
+
+#[tokio::test]
+async fn vms_are_changed_renamed_and_copied() {
+    let desk = Desk::new().await;
+    let file = desk.file("web1.json", WEB1);
+    desk.run(&format!("vm create {file}")).await.unwrap();
+    let shown = desk.run("vm patch web1 --memory 4MiB --restart on-failure --autostart true").await.unwrap();
+    assert!(shown.contains("web1"), "{shown}");
+    let vm = desk.json("vm show web1").await;
+    let spec = &vm["spec"];
+    assert_eq!(
+        (&spec["memory"], &spec["restart"], &spec["autostart"]),
+        (&"4MiB".into(), &"on_failure".into(), &true.into())
+    );
+    let shown = desk.run("vm show web1").await.unwrap();
+    let restart = shown.lines().find(|line| line.starts_with("restart:")).unwrap();
+    assert!(restart.ends_with("on_failure") && shown.contains("autostart:"), "{shown}");
+    let patch = desk.file("patch.yaml", "autostart: null");
+    let line = format!("vm edit web1 -f {patch} --cmdline quiet --if-match {}", vm["revision"]);
+    desk.run(&line).await.unwrap();
+    assert_eq!(desk.run(&line).await.unwrap_err().0, 5, "somebody was faster");
+    let spec = &desk.json("vm show web1").await["spec"];
+    assert_eq!((&spec["autostart"], &spec["boot"]["cmdline"]), (&serde_json::Value::Null, &"quiet".into()));
+    assert_eq!(desk.run("vm patch web1").await.unwrap_err().0, 2);
+
+    desk.run(&format!("vm set web1 --file {file}")).await.unwrap();
+    desk.run("vm clone web1 web2").await.unwrap();
+    desk.run("vm rename web1 db1").await.unwrap();
+    assert_eq!(desk.run("vm rename db1 web2").await.unwrap_err().0, 5);
+    let listed = desk.run("vm list").await.unwrap();
+    let rows: Vec<_> = listed.lines().map(words).collect();
+    assert_eq!((rows[1][0], rows[2][0], rows.len()), ("db1", "web2", 3));
+    assert_ne!(rows[1][5], rows[2][5], "addresses of their own");
+
+    desk.run("vm boot db1").await.unwrap();
+    let (code, error) = desk.run("vm patch db1 --cpus 2").await.unwrap_err();
+    assert!(code == 5 && error.contains("stop it first"), "{error}");
+    desk.run("vm wait db1 --for running --timeout 5").await.unwrap();
+    let (code, error) = desk.run("vm wait db1 --for rest --timeout 0").await.unwrap_err();
+    assert!(code == 6 && error.contains("db1 is running after 0 s"), "{error}");
+    desk.run("vm stop db1").await.unwrap();
+    desk.run("vm wait db1 --for rest").await.unwrap();
+    let yaml = desk.run("vm show db1 --output yaml").await.unwrap();
+    assert!(yaml.contains("\nspec:\n  name: db1\n"), "{yaml}");
+    assert_eq!(desk.run("health").await.unwrap(), "agent:  ok\n");
+}
+
+#[tokio::test]
+async fn an_action_that_takes_longer_than_it_was_given_has_its_own_code() {
+    let desk = Desk::new().await;
+    desk.boot("web1", "default").await;
+    desk.run("vm pause web1").await.unwrap();
+    desk.run("vm resume web1").await.unwrap();
+    // The fake guest powers off at once; one that is deaf does not.
+    desk.client.write_console("web1", "deaf").await.unwrap();
+    let (code, error) = desk.run("vm shutdown web1 --timeout 1").await.unwrap_err();
+    assert!(code == 6 && error.contains("web1 is running after 1 s"), "{error}");
+    desk.run("vm shutdown web1 --wait 0").await.unwrap();
+    desk.run("vm stop web1").await.unwrap();
+}
+
+#[tokio::test]
+async fn run_boots_shows_and_deletes_only_if_it_is_told_to() {
+    let desk = Desk::new().await;
+    let file = desk.file("web1.json", WEB1);
+    for (line, stays) in [
+        (format!("run {file}"), true),
+        // The VM of before.
+        (format!("run {file}"), true),
+        (format!("run --rm {file}"), false),
+    ] {
+        let scene = async {
+            while desk.client.write_console("web1", "print hello").await.is_err() {
+                tokio::time::sleep(Duration::from_millis(10)).await;
+            }
+            desk.client.write_console("web1", "poweroff").await.unwrap();
+        };
+        let (shown, ()) = tokio::join!(desk.run(&line), scene);
+        assert_eq!(shown.unwrap(), "hello", "{line}");
+        assert_eq!(desk.client.get_vm("web1").await.is_ok(), stays, "{line}");
+    }
+    let wrong = desk.file("wrong.json", &WEB1.replace("\"kernel\" }", "\"absent\" }"));
+    assert_eq!(desk.run(&format!("run {wrong}")).await.unwrap_err().0, 1);
+    assert!(desk.client.get_vm("web1").await.is_ok(), "it can be looked at and mended");
+    assert_eq!(desk.run(&format!("run {file}")).await.unwrap_err().0, 5, "another VM has the name");
+    assert_eq!(desk.run(&format!("run --rm {wrong}")).await.unwrap_err().0, 1);
+    assert_eq!(desk.run("vm show web1").await.unwrap_err().0, 4);
+}
+
+#[tokio::test]
+async fn apply_makes_what_files_say_and_nothing_the_second_time() {
+    let desk = Desk::new().await;
+    let directory = desk.host.env.run_dir.join("site");
+    std::fs::create_dir(&directory).unwrap();
+    let write = |name: &str, text: &str| std::fs::write(directory.join(name), text).unwrap();
+    write("lan.toml", "object = \"switch\"\nname = \"lan\"\nuplinks = [\"eth0\"]");
+    write("web.yaml", "{object: port_group, name: web, switch: lan, settings: {mtu: 1400}}");
+    write("vm.json", &WEB1.replace("\"eth0\" }", "\"eth0\", \"port_group\": \"web\" }"));
+    let apply = format!("apply -f {}", directory.display());
+    let actions = async |line: String| -> Vec<(String, String)> {
+        let steps = desk.json(&line).await;
+        let word = |step: &serde_json::Value, name: &str| step[name].as_str().unwrap().to_owned();
+        steps.as_array().unwrap().iter().map(|step| (word(step, "name"), word(step, "action"))).collect()
+    };
+    let all = |action: &str| ["lan", "web", "web1"].map(|name| (name.to_owned(), action.to_owned()));
+    assert_eq!(actions(format!("{apply} --dry-run")).await, all("create"));
+    assert_eq!(desk.run("vm list").await.unwrap().lines().count(), 1, "nothing was made");
+    assert_eq!(actions(apply.clone()).await, all("create"));
+    assert_eq!(desk.json("port show web1/eth0").await["status"]["policy"]["mtu"]["value"], 1400);
+    assert_eq!(actions(apply.clone()).await, all("unchanged"));
+
+    write(
+        "web.yaml",
+        "{object: port_group, name: web, switch: lan, settings: {mtu: 9000}, port_overrides: [mtu]}",
+    );
+    let shown = desk.run(&format!("{apply} --dry-run")).await.unwrap();
+    let row = words(shown.lines().nth(2).unwrap());
+    assert_eq!(row[..3], ["change", "port group", "web"]);
+    assert!(row[3].ends_with("/web.yaml"), "{shown}");
+    assert_eq!(row[4], "port_overrides: [] -> [\"mtu\"], settings.mtu: 1400 -> 9000");
+    assert_eq!(
+        desk.json("port-group show web").await["spec"]["settings"]["mtu"],
+        1400,
+        "nothing was changed"
+    );
+    desk.run(&apply).await.unwrap();
+    assert_eq!(actions(apply.clone()).await, all("unchanged"));
+
+    // A VM that runs cannot become what its file says: what comes before it is made.
+    desk.run("vm boot web1").await.unwrap();
+    write(
+        "vm.json",
+        &WEB1.replace("2MiB", "4MiB").replace("\"eth0\" }", "\"eth0\", \"port_group\": \"web\" }"),
+    );
+    write("web.yaml", "{object: port_group, name: web, switch: lan}");
+    let mut output = Vec::new();
+    let error = desk.run_into(&apply, &mut output).await.unwrap_err();
+    let made = String::from_utf8(output).unwrap();
+    let text = format!("{error}: {}", std::error::Error::source(&error).unwrap());
+    assert!(error.code() == 5 && text.contains("vm.json") && text.contains("stop it first"), "{text}");
+    assert!(made.contains("port group") && !made.contains("web1"), "{made}");
+    assert_eq!(desk.json("port-group show web").await["spec"]["settings"], serde_json::json!({}));
+    desk.run("vm stop web1").await.unwrap();
+    desk.run(&apply).await.unwrap();
+    assert_eq!(actions(apply.clone()).await, all("unchanged"));
+
+    write("typo.toml", "name = \"web2\"\nmemroy = \"2MiB\"");
+    let (code, error) = desk.run(&apply).await.unwrap_err();
+    assert!(code == 2 && error.contains("typo.toml"), "{error}");
+    assert_eq!(desk.run("apply -f /nonexistent").await.unwrap_err().0, 2);
+}

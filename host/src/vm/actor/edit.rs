@@ -1,0 +1,64 @@
+//! Another specification for a VM.
+
+use api::types::{ObjectRef, VmSpec};
+
+use super::*;
+use crate::vm::record::Author;
+
+impl Actor {
+    /// Replaces the specification. After an error it is the old one.
+    pub(super) async fn edit(
+        &mut self,
+        caller: &Caller,
+        spec: VmSpec,
+        expect: Option<u64>,
+    ) -> Result<(), Problem> {
+        if !self.deleting.is_empty() {
+            return Err(Problem::not_found("VM", &ObjectRef::Id(self.vm.id)));
+        }
+        let old = Arc::clone(&self.vm);
+        if let Some(expected) = expect.filter(|expected| *expected != old.revision) {
+            return Err(Problem::revision_mismatch(expected, old.revision));
+        }
+        if spec == old.value.spec {
+            return Ok(());
+        }
+        let same_machine = spec.same_machine(&old.value.spec);
+        if !same_machine {
+            if !self.run.state.is_at_rest() {
+                let detail = format!(
+                    "The VM {} is {}, and only restart and autostart can be changed then: stop it first.",
+                    self.name(),
+                    self.run.state
+                );
+                return Err(Problem::new(ProblemCode::WrongState, detail));
+            }
+            // Claims are of the adapters that there are now.
+            self.give_back().await?;
+            network::attach(&self.env, old.id, &spec).await?;
+        }
+        let (name, author) = (spec.name.to_string(), Some(Author::of(caller)));
+        let value = VmRecord { spec, author, ..old.value.clone() };
+        let put = self.env.vms.put(old.id, &name, &value, Expect::Revision(old.revision)).await;
+        let revision = match put {
+            Ok(revision) => revision,
+            Err(error) => {
+                if let Err(also) = network::attach(&self.env, old.id, &old.value.spec).await {
+                    // They become what the specification says at the next boot.
+                    tracing::error!(vm = %self.name(), "its ports are not as they were: {also}");
+                }
+                return Err(error.problem());
+            }
+        };
+        self.vm = Arc::new(Entry { id: old.id, name, revision, value });
+        self.outlets.record.send_replace(Arc::clone(&self.vm));
+        if !same_machine || self.vm.value.spec.restart != old.value.spec.restart {
+            self.cancel_restart();
+        }
+        // Under its new name; if that fails, its next state does it.
+        drop(self.store().await);
+        let by = Some(caller.to_string());
+        self.env.tell(EventKind::Changed { object: self.subject(), revision, by });
+        Ok(())
+    }
+}

@@ -1,0 +1,293 @@
+//! The command line as people and scripts have it: processes, their output, their exit codes and their terminal.
+
+use std::{
+    fs,
+    io::{Read, Write},
+    os::fd::{AsFd, OwnedFd},
+    path::Path,
+    process::{Child, Command, Output, Stdio},
+    sync::{Arc, Mutex},
+    thread,
+    time::{Duration, Instant},
+};
+
+use api::types::VmState;
+use rustix::{
+    fs::{Mode, OFlags},
+    pty::{OpenptFlags, grantpt, openpt, ptsname, unlockpt},
+    termios::tcgetattr,
+};
+use serde_json::{Value, json};
+use tempfile::TempDir;
+
+use crate::fixture::{Agent, Options, SmallGuest, agent::binary};
+
+const PATIENCE: Duration = Duration::from_secs(60);
+
+fn start() -> Agent {
+    let arguments = ["--sim-pf", "sim0=4"].map(Into::into).into();
+    Agent::start_with(Options { arguments, ..Options::default() })
+}
+
+fn command(agent: &Agent, line: &str) -> Command {
+    let mut command = Command::new(binary());
+    command.arg("--socket").arg(agent.directory().join("api.sock")).args(line.split_whitespace());
+    command
+}
+
+fn run(agent: &Agent, line: &str) -> Output {
+    command(agent, line).stdin(Stdio::null()).output().unwrap()
+}
+
+#[track_caller]
+fn json(agent: &Agent, line: &str) -> Value {
+    let output = run(agent, &format!("{line} --output json"));
+    assert!(output.status.success(), "{line}: {output:?}");
+    serde_json::from_slice(&output.stdout).unwrap()
+}
+
+#[track_caller]
+fn fails(agent: &Agent, line: &str, code: i32, word: &str) {
+    let output = run(agent, line);
+    let said = String::from_utf8_lossy(&output.stderr);
+    assert!(output.status.code() == Some(code) && said.contains(word), "{line}: {output:?}");
+}
+
+#[test]
+fn a_site_is_made_from_a_directory_and_can_be_run() {
+    let agent = start();
+    let site = TempDir::with_prefix("site").unwrap();
+    let write = |name: &str, text: String| fs::write(site.path().join(name), text).unwrap();
+    write("10-lan.toml", "object = \"switch\"\nname = \"lan\"\nuplinks = [\"sim0\"]\n".into());
+    let group = |mtu: u32| format!("object: port_group\nname: web\nswitch: lan\nsettings: {{mtu: {mtu}}}\n");
+    write("20-web.yaml", group(1400));
+    let adapters = json!([{"id": "eth0", "port_group": "web"}]);
+    write("30-web1.json", SmallGuest::spec(&agent, "web1", adapters.clone(), "").to_string());
+    write("31-web2.json", SmallGuest::spec(&agent, "web2", adapters, "").to_string());
+    let apply = format!("apply -f {}", site.path().display());
+    let actions = |line: &str| -> Vec<String> {
+        let steps = json(&agent, line);
+        steps.as_array().unwrap().iter().map(|step| step["action"].as_str().unwrap().to_owned()).collect()
+    };
+    assert_eq!(actions(&format!("{apply} --dry-run")), ["create"; 4]);
+    assert_eq!(json(&agent, "vm list"), json!([]));
+    assert_eq!(actions(&apply), ["create"; 4]);
+    assert_eq!(actions(&apply), ["unchanged"; 4]);
+
+    assert!(run(&agent, "vm boot web1").status.success());
+    write("20-web.yaml", group(1300));
+    let shown = run(&agent, &format!("{apply} --dry-run"));
+    let shown = String::from_utf8_lossy(&shown.stdout);
+    assert!(shown.contains("settings.mtu: 1400 -> 1300"), "{shown}");
+    assert_eq!(actions(&apply), ["unchanged", "change", "unchanged", "unchanged"]);
+    assert_eq!(
+        json(&agent, "port show web1/eth0")["status"]["policy"]["mtu"]["value"],
+        1300,
+        "it runs with it"
+    );
+
+    let larger = SmallGuest::spec(&agent, "web1", json!([]), "");
+    write("30-web1.json", larger.to_string());
+    fails(&agent, &apply, 5, "30-web1.json");
+    assert!(run(&agent, "vm stop web1").status.success());
+    assert_eq!(actions(&apply), ["unchanged", "unchanged", "change", "unchanged"]);
+    write("40-odd.toml", "name = 1".into());
+    fails(&agent, &apply, 2, "40-odd.toml");
+}
+
+#[test]
+fn exit_codes_and_formats() {
+    let mut agent = start();
+    let site = TempDir::with_prefix("site").unwrap();
+    let file = site.path().join("web1.json");
+    fs::write(&file, SmallGuest::spec(&agent, "web1", json!([{"id": "eth0"}]), "").to_string()).unwrap();
+    let file = file.display();
+    assert!(run(&agent, "health").status.success());
+    assert!(run(&agent, &format!("vm create {file}")).status.success());
+    fails(&agent, &format!("vm create {file}"), 5, "name_taken");
+    fails(&agent, "vm show web2", 4, "not_found");
+    fails(&agent, "vm boot", 2, "Usage");
+    fails(&agent, "vm create /nonexistent.json", 2, "/nonexistent.json");
+    fails(&agent, "vm wait web1 --for running --timeout 1", 6, "defined after 1 s");
+    fails(&agent, "vm pause web1 --output json", 5, "\"code\": \"wrong_state\"");
+    fails(&agent, "vm pause web1 --output yaml", 5, "code: wrong_state");
+    assert!(run(&agent, "vm boot web1 --timeout 60").status.success());
+    fails(&agent, "vm patch web1 --cpus 2", 5, "stop it first");
+    assert!(run(&agent, "vm patch web1 --autostart true --restart always").status.success());
+    let yaml = run(&agent, "vm show web1 --output yaml");
+    let yaml = String::from_utf8_lossy(&yaml.stdout).into_owned();
+    assert!(yaml.contains("  restart: always\n  autostart: true\n"), "{yaml}");
+    assert!(run(&agent, "vm clone web1 web2").status.success());
+    assert!(run(&agent, "vm rename web2 db").status.success());
+    assert!(run(&agent, "vm stop web1").status.success());
+    assert!(run(&agent, "vm wait web1 --for rest").status.success());
+    agent.kill();
+    fails(&agent, "vm list", 3, "No agent listens");
+}
+
+#[test]
+fn a_host_is_checked_without_an_agent() {
+    let root = TempDir::with_prefix("root").unwrap();
+    let check = |arguments: &[&str]| {
+        let root = root.path().to_str().unwrap();
+        Command::new(binary()).args(["check", "--root", root]).args(arguments).output().unwrap()
+    };
+    fs::create_dir_all(root.path().join("sys/bus/pci/devices")).unwrap();
+    fs::create_dir_all(root.path().join("proc")).unwrap();
+    fs::write(root.path().join("proc/cpuinfo"), "vendor_id : AuthenticAMD\nflags : svm\n").unwrap();
+    let output = check(&[]);
+    let table = String::from_utf8_lossy(&output.stdout);
+    assert_eq!(output.status.code(), Some(1), "{output:?}");
+    assert!(table.contains("FAIL  kvm") && table.contains("Fix: modprobe kvm_amd"), "{table}");
+    fs::create_dir_all(root.path().join("dev")).unwrap();
+    fs::write(root.path().join("dev/kvm"), "").unwrap();
+    let output = check(&["--output", "json"]);
+    let findings: Value = serde_json::from_slice(&output.stdout).unwrap();
+    assert_eq!((&findings[0]["check"], &findings[0]["verdict"]), (&json!("kvm"), &json!("ok")));
+    assert_eq!(output.status.code(), Some(0), "without an adapter the rest is a warning: {findings:#}");
+}
+
+#[test]
+fn completions_and_man_pages_are_written() {
+    for shell in ["bash", "zsh", "fish"] {
+        let output = Command::new(binary()).args(["completions", shell]).output().unwrap();
+        assert!(output.status.success() && output.stdout.len() > 10_000, "{shell}");
+    }
+    let directory = TempDir::with_prefix("man").unwrap();
+    let status = Command::new(binary()).arg("man").arg(directory.path()).status().unwrap();
+    assert!(status.success());
+    for page in ["portcullis.1", "portcullis-apply.1", "portcullis-port-group-set.1"] {
+        assert!(directory.path().join(page).exists(), "{page}");
+    }
+}
+
+/// A process on a terminal of its own.
+struct OnTerminal {
+    master: OwnedFd,
+    terminal: OwnedFd,
+    child: Child,
+    seen: Arc<Mutex<String>>,
+}
+
+impl OnTerminal {
+    fn new(mut command: Command) -> Self {
+        let master = openpt(OpenptFlags::RDWR | OpenptFlags::NOCTTY).unwrap();
+        grantpt(&master).unwrap();
+        unlockpt(&master).unwrap();
+        let name = ptsname(&master, Vec::new()).unwrap();
+        let terminal = rustix::fs::open(&name, OFlags::RDWR | OFlags::NOCTTY, Mode::empty()).unwrap();
+        let end = || Stdio::from(terminal.try_clone().unwrap());
+        let child = command.stdin(end()).stdout(end()).stderr(end()).spawn().unwrap();
+        let seen = Arc::new(Mutex::new(String::new()));
+        let (mut from, to) = (fs::File::from(master.try_clone().unwrap()), Arc::clone(&seen));
+        thread::spawn(move || {
+            let mut bytes = [0; 4096];
+            while let Ok(count @ 1..) = from.read(&mut bytes) {
+                to.lock().unwrap().push_str(&String::from_utf8_lossy(&bytes[..count]));
+            }
+        });
+        Self { master, terminal, child, seen }
+    }
+
+    fn type_keys(&self, keys: &[u8]) {
+        fs::File::from(self.master.try_clone().unwrap()).write_all(keys).unwrap();
+    }
+
+    #[track_caller]
+    fn shows(&self, text: &str) {
+        let deadline = Instant::now() + PATIENCE;
+        while !self.seen.lock().unwrap().contains(text) {
+            assert!(Instant::now() < deadline, "no {text:?} in {:?}", self.seen.lock().unwrap());
+            thread::sleep(Duration::from_millis(10));
+        }
+    }
+
+    fn is_raw(&self) -> bool {
+        let modes = tcgetattr(self.terminal.as_fd()).unwrap().local_modes;
+        !modes.contains(rustix::termios::LocalModes::ICANON)
+    }
+
+    fn ends(&mut self) -> Option<i32> {
+        let deadline = Instant::now() + PATIENCE;
+        loop {
+            if let Some(status) = self.child.try_wait().unwrap() {
+                return status.code();
+            }
+            assert!(Instant::now() < deadline, "it goes on: {:?}", self.seen.lock().unwrap());
+            thread::sleep(Duration::from_millis(10));
+        }
+    }
+}
+
+fn vm_file(agent: &Agent, directory: &Path) -> String {
+    let path = directory.join("web1.json");
+    fs::write(&path, SmallGuest::spec(agent, "web1", json!([{"id": "eth0"}]), "").to_string()).unwrap();
+    path.to_str().unwrap().to_owned()
+}
+
+#[test]
+fn a_console_is_attached_both_ways_and_detached_by_its_key() {
+    let agent = start();
+    let directory = TempDir::with_prefix("vm").unwrap();
+    let file = vm_file(&agent, directory.path());
+    let mut terminal = OnTerminal::new(command(&agent, &format!("run {file}")));
+    terminal.shows("attached to web1, Ctrl-] detaches");
+    terminal.shows("ready\n");
+    assert!(terminal.is_raw());
+    // Keys are the guest's, Ctrl-C too: as a word that it does not know.
+    terminal.type_keys(b"echo from the terminal\n");
+    terminal.shows("from the terminal\n");
+    terminal.type_keys(b"\x03\n");
+    terminal.shows("unknown command");
+    terminal.type_keys(b"\x1d");
+    assert_eq!(terminal.ends(), Some(0));
+    terminal.shows("detached from web1, which runs on");
+    assert!(!terminal.is_raw(), "the terminal is as it was");
+    assert_eq!(agent.vm("web1").status.state, VmState::Running);
+
+    // Again; this time the guest ends it.
+    let mut terminal = OnTerminal::new(command(&agent, "console web1"));
+    terminal.shows("from the terminal");
+    terminal.type_keys(b"poweroff\n");
+    assert_eq!(terminal.ends(), Some(0));
+    assert!(!terminal.is_raw());
+    assert_eq!(agent.wait_for_state("web1", VmState::Stopped).status.pid, None);
+
+    // By a signal it is detached, too.
+    let mut terminal = OnTerminal::new(command(&agent, &format!("run --rm {file}")));
+    terminal.shows("ready\n");
+    let pid = rustix::process::Pid::from_child(&terminal.child);
+    rustix::process::kill_process(pid, rustix::process::Signal::TERM).unwrap();
+    assert_eq!(terminal.ends(), Some(0));
+    assert!(!terminal.is_raw());
+    assert_eq!(agent.vm("web1").status.state, VmState::Running, "what runs is not deleted");
+}
+
+#[test]
+fn a_script_types_by_a_pipe_and_run_deletes_if_it_is_told_to() {
+    let agent = start();
+    let directory = TempDir::with_prefix("vm").unwrap();
+    let file = vm_file(&agent, directory.path());
+    let mut run = command(&agent, &format!("run --rm {file}"))
+        .stdin(Stdio::null())
+        .stdout(Stdio::piped())
+        .stderr(Stdio::piped())
+        .spawn()
+        .unwrap();
+    let deadline = Instant::now() + PATIENCE;
+    while !agent.ask(agent.client.get_vm("web1")).is_ok_and(|vm| vm.status.state == VmState::Running) {
+        assert!(Instant::now() < deadline, "it is not booted\n{}", agent.log());
+        thread::sleep(Duration::from_millis(10));
+    }
+    let mut console = command(&agent, "console web1 --attach")
+        .stdin(Stdio::piped())
+        .stdout(Stdio::piped())
+        .spawn()
+        .unwrap();
+    console.stdin.take().unwrap().write_all(b"echo by a pipe\npoweroff\n").unwrap();
+    let output = console.wait_with_output().unwrap();
+    let text = String::from_utf8_lossy(&output.stdout);
+    assert!(output.status.success() && text.contains("by a pipe\n"), "{output:?}");
+    assert!(run.wait().unwrap().success());
+    fails(&agent, "vm show web1", 4, "not_found");
+}
