@@ -5,7 +5,7 @@ use utoipa::{
     PartialSchema, ToSchema,
     openapi::{
         ArrayBuilder, KnownFormat, ObjectBuilder, OneOfBuilder, Ref, RefOr, Schema, SchemaFormat, Type,
-        schema::AdditionalProperties,
+        schema::{AdditionalProperties, AnyOfBuilder},
     },
 };
 
@@ -111,6 +111,43 @@ impl PartialSchema for PortPatch {
 }
 
 impl ToSchema for PortPatch {}
+
+/// A merge patch of a VM's specification.
+pub(crate) struct VmPatch;
+
+impl PartialSchema for VmPatch {
+    fn schema() -> RefOr<Schema> {
+        let mut members = patch_of::<super::VmSpec>();
+        for (name, schema) in &mut members {
+            match name.as_str() {
+                "boot" => *schema = patch_members(patch_of::<super::BootSpec>()),
+                "limits" => *schema = or_null(patch_members(patch_of::<super::VmLimits>())),
+                _ => {}
+            }
+        }
+        patch_members(members)
+    }
+}
+
+impl ToSchema for VmPatch {}
+
+/// The members of an object in a merge patch: null takes one that need not be there back to its default.
+fn patch_of<T: PartialSchema>() -> Vec<(String, RefOr<Schema>)> {
+    let RefOr::T(Schema::Object(object)) = T::schema() else { return Vec::new() };
+    let required = object.required;
+    let member =
+        |(name, schema)| if required.contains(&name) { (name, schema) } else { (name, or_null(schema)) };
+    object.properties.into_iter().map(member).collect()
+}
+
+fn patch_members(members: Vec<(String, RefOr<Schema>)>) -> RefOr<Schema> {
+    patch(members.iter().map(|(name, schema)| (name.as_str(), schema.clone())).collect())
+}
+
+fn or_null(schema: RefOr<Schema>) -> RefOr<Schema> {
+    // Not one of: what is optional may be null by itself.
+    AnyOfBuilder::new().item(ObjectBuilder::new().schema_type(Type::Null)).item(schema).into()
+}
 
 /// The address of a function that is no VF, with another example than a VF's: no function is named twice.
 pub(super) struct DeviceBdf;

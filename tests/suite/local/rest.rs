@@ -286,7 +286,9 @@ fn every_call_gives_every_answer_that_its_document_promises() {
         rest.get(&format!("/v1/{list}"));
     }
     rest.get("/v1/decisions?limit=10&vm=web1");
-    rest.expect(400, "GET", "/v1/decisions?limit=0", &nothing);
+    for list in ["decisions", "pfs", "vfs", "vms", "ports", "switches", "port-groups"] {
+        rest.expect(400, "GET", &format!("/v1/{list}?limit=0"), &nothing);
+    }
     rest.get("/v1/events");
     let answer = rest.call_with("GET", "/v1/events", "last-event-id: x\r\n", "");
     assert_eq!(answer.status, 400);
