@@ -54,6 +54,7 @@ impl Actor {
             }
             Some(decision) => {
                 self.count(&decision);
+                self.metrics.decision(&decision);
                 let log = self.decisions.clone();
                 tokio::spawn(async move {
                     // A database that fails must not make the vmm keep notices for ever: the line is in the log.
