@@ -104,7 +104,7 @@ pub struct ServeArgs {
     /// How many seconds guests have to power off with --on-exit stop; with 0 they are not asked.
     #[arg(long, value_name = "SECONDS", default_value_t = 30, value_parser = clap::value_parser!(u32).range(0..=3600))]
     pub exit_timeout: u32,
-    /// The agent is somebody's own: it ends when its standard input does, with whoever holds the other end, and removes this
+    /// The agent is somebody's own, and has simulated adapters only: it ends when its standard input does, with whoever holds the other end, and removes this
     /// directory, in which everything of it is.
     #[arg(long, value_name = "DIR", hide = true)]
     pub private: Option<PathBuf>,
@@ -150,6 +150,10 @@ pub async fn serve(args: ServeArgs, socket: &Path, token_file: Option<&Path>) ->
             "the agent is not root: VMs get simulated adapters only, and protections of the host from their processes \
              are off"
         );
+        env.inventory.leave_out_hardware();
+    }
+    if args.private.is_some() {
+        // A demonstration takes no function of the host.
         env.inventory.leave_out_hardware();
     }
     let simulated = start_simulated(&args, &store, &env).await?;
