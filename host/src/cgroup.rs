@@ -63,10 +63,10 @@ pub fn limit(parent: &Path, vm: Uuid, limits: &VmLimits, pid: i32) -> Result<(),
     let mut controllers: Vec<&'static str> = settings.iter().map(|(controller, ..)| *controller).collect();
     controllers.dedup();
     make(parent)?;
-    let root = root(parent);
-    let mut chain: Vec<&Path> = parent.ancestors().take_while(|group| group.starts_with(root)).collect();
-    chain.reverse();
-    for group in chain {
+    // From the hierarchy's root, or what this process sees of it (cgroup_namespaces(7)), down to the parent.
+    let is_group = |path: &&Path| path.join("cgroup.controllers").exists();
+    let groups: Vec<&Path> = parent.ancestors().take_while(is_group).collect();
+    for group in groups.into_iter().rev() {
         enable(group, &controllers)?;
     }
     let group = parent.join(vm.to_string());
@@ -122,12 +122,6 @@ fn make(group: &Path) -> Result<(), CgroupError> {
         return Err(CgroupError::NotVersion2(group.to_owned()));
     }
     fs::create_dir_all(group).map_err(|source| CgroupError::File { path: group.to_owned(), source })
-}
-
-/// The hierarchy's own directory, above all groups: the only one without `cgroup.type`.
-fn root(group: &Path) -> &Path {
-    let is_root = |path: &&Path| path.join("cgroup.procs").exists() && !path.join("cgroup.type").exists();
-    group.ancestors().find(is_root).unwrap_or(group)
 }
 
 /// Lets the groups below have controllers.

@@ -113,14 +113,17 @@ impl Process {
     pub fn of_vm(vm: Uuid) -> io::Result<Option<Self>> {
         let own = rustix::process::geteuid().as_raw();
         let is_it = |pid: i32| {
+            let Ok(status) = fs::read_to_string(format!("/proc/{pid}/status")) else { return false };
+            let users = status.lines().find_map(|line| line.strip_prefix("Uid:")).unwrap_or_default();
+            // First: a stranger's arguments may lie in memory whose reading takes as long as the stranger likes (FUSE).
+            if !users.split_ascii_whitespace().all(|user| user.parse() == Ok(own)) {
+                return false;
+            }
             let Ok(arguments) = fs::read(format!("/proc/{pid}/cmdline")) else { return false };
             let arguments = arguments.strip_suffix(&[0]).unwrap_or(&arguments);
             let mut last = arguments.rsplit(|byte| *byte == 0);
-            let said = (last.next(), last.next());
-            let Ok(status) = fs::read_to_string(format!("/proc/{pid}/status")) else { return false };
-            let users = status.lines().find_map(|line| line.strip_prefix("Uid:")).unwrap_or_default();
-            said == (Some(vm.to_string().as_bytes()), Some(CONTROL_FD.to_string().as_bytes()))
-                && users.split_ascii_whitespace().all(|user| user.parse() == Ok(own))
+            (last.next(), last.next())
+                == (Some(vm.to_string().as_bytes()), Some(CONTROL_FD.to_string().as_bytes()))
         };
         for entry in fs::read_dir("/proc")? {
             let name = entry?.file_name();
