@@ -151,14 +151,14 @@ impl Registers {
             return Read::Shadow { value: 0, hint: false };
         }
         match self.layout.register(offset) {
-            Register::Mailbox => Read::Shadow { value: self.read_mailbox(), hint: !self.in_flight },
+            Register::Mailbox => Read::Shadow { value: self.read_mailbox(), hint: self.wants_news() },
             Register::Buffer(0) => {
                 let value = self.words[0];
                 if !self.in_flight {
                     self.unread = false;
                     self.deliver();
                 }
-                Read::Shadow { value, hint: !self.in_flight }
+                Read::Shadow { value, hint: self.wants_news() }
             }
             Register::Buffer(index) => {
                 Read::Shadow { value: self.words.get(index).copied().unwrap_or(0), hint: false }
@@ -247,6 +247,12 @@ impl Registers {
         self.seq
     }
 
+    /// Whether a guest that reads now could be told something new. What a driver reads while it owns the buffer is part of
+    /// its message, and nothing is delivered before it gives it back.
+    fn wants_news(&self) -> bool {
+        !(self.in_flight || self.vfu)
+    }
+
     fn read_mailbox(&mut self) -> u32 {
         let mut value = 0;
         for (bit, set) in [
@@ -296,7 +302,7 @@ impl Registers {
     }
 
     fn deliver(&mut self) {
-        if self.in_flight || self.vfu || self.unread {
+        if !self.wants_news() || self.unread {
             return;
         }
         match self.waiting.take() {

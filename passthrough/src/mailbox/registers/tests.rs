@@ -103,6 +103,25 @@ fn only_statistics_and_status_are_read_from_the_hardware() {
 }
 
 #[test]
+fn who_owns_the_buffer_looks_for_no_news() {
+    let mut registers = registers();
+    let hint = |registers: &mut Registers, offset| match registers.read(offset, 4) {
+        Read::Shadow { hint, .. } => hint,
+        other => panic!("{offset:#x}: {other:?}"),
+    };
+    assert!(hint(&mut registers, MAILBOX) && hint(&mut registers, BUFFER));
+    write(&mut registers, MAILBOX, VFU);
+    assert!(!hint(&mut registers, MAILBOX) && !hint(&mut registers, BUFFER));
+    let snapshot = match write(&mut registers, MAILBOX, REQ) {
+        Effect::Ring(snapshot) => snapshot,
+        other => panic!("REQ yields {other:?}"),
+    };
+    assert!(!hint(&mut registers, MAILBOX), "it waits for its answer");
+    assert!(registers.complete(snapshot.seq, Some(&Words::new(&[ACK_MESSAGE]))));
+    assert!(hint(&mut registers, MAILBOX) && hint(&mut registers, BUFFER));
+}
+
+#[test]
 fn unknown_registers_are_told_once_each() {
     let mut registers = registers();
     assert_eq!(registers.read(0xf04, 4), Read::Unknown { first: true });
