@@ -29,7 +29,7 @@ use crate::{
     memory::{self, GuestMemory, MemoryError, Slots},
     sandbox::{self, NewNamespaces, SandboxError},
     seccomp::{self, Confinement, SeccompError},
-    vcpu::{self, VcpuError, Vcpus, cpuid, exit::Counters},
+    vcpu::{self, VcpuError, Vcpus, cpuid, exit::Counters, state},
 };
 
 /// Why a machine cannot be built or reset.
@@ -173,20 +173,23 @@ impl Machine {
         let kvm = open_kvm(files.kvm, spec)?;
         let vm = kvm.create_vm().map_err(|e| MachineError::Kvm("create a VM", e))?;
         let vm = Arc::new(vm);
-        sandbox::private_root(&spec.sandbox, &spec.devices, namespaces)?;
-        let opened = Assigned::open(&vm, &spec.devices, files.connections)?;
-        passthrough::fail::reach(passthrough::fail::Point::VmmOpened);
-        sandbox::empty_root(&spec.sandbox)?;
-        sandbox::drop_privileges(&spec.sandbox)?;
-        passthrough::fail::reach(passthrough::fail::Point::VmmConfined);
-
-        let confinement = Confinement::new(spec.sandbox.seccomp);
+        // What of KVM no guest has a say in, while a thread makes the namespaces.
         let cpuid = cpuid::supported(&kvm).map_err(|e| MachineError::Kvm("list its CPU features", e))?;
         // Memory first: after the chips the same call takes 4 to 9 ms, before them 0.1 ms (kernel 6.12). Presumably each of
         // their ports begins a grace period, which this one has to wait for.
         let memory = memory::reserve(spec.memory, spec.hugepages)?;
         let slots: Arc<dyn GuestMapper> = Arc::new(Slots::new(Arc::clone(&vm), &memory)?);
         let power_on = create_chips(&vm)?;
+        let fds = create_vcpus(&kvm, &vm, &cpuid, spec.cpus)?;
+
+        let root = sandbox::private_root(&spec.sandbox, &spec.devices, namespaces)?;
+        let opened = Assigned::open(&vm, &spec.devices, files.connections)?;
+        passthrough::fail::reach(passthrough::fail::Point::VmmOpened);
+        sandbox::empty_root(&spec.sandbox, root)?;
+        sandbox::drop_privileges(&spec.sandbox)?;
+        passthrough::fail::reach(passthrough::fail::Point::VmmConfined);
+
+        let confinement = Confinement::new(spec.sandbox.seccomp);
         let routes = Arc::new(Routes::new(Arc::clone(&vm)));
         let console = Console::new(File::from(files.console)).map_err(io("make the console's eventfd"))?;
         let watch = console.watch();
@@ -218,17 +221,9 @@ impl Machine {
         let counters = Arc::new(Counters::default());
         let first_entry = Arc::new(OnceLock::new());
         let ports: Arc<dyn vcpu::exit::Ports> = board.clone();
-        let vcpus = Vcpus::start(
-            &kvm,
-            create_vcpus(&vm, &cpuid, spec.cpus)?,
-            &ports,
-            &counters,
-            &Arc::new(events),
-            &first_entry,
-            &confinement,
-        )?;
-        // Done while the kernel is read. Nothing new for them, but threads are forbidden only after it.
-        vcpus.begin_power_on()?;
+        let vcpus = Vcpus::start(fds, &ports, &counters, &Arc::new(events), &first_entry, &confinement)?;
+        // Done while the kernel is read: threads are forbidden only after it.
+        vcpus.begin_first_run()?;
         sandbox::limit_files(&spec.sandbox)?;
         // All threads are there. What comes from the guest's owner is read with no more than what a reboot needs.
         confinement.confine(seccomp::Thread::Main)?;
@@ -355,7 +350,12 @@ fn create_chips(vm: &VmFd) -> Result<PowerOn, MachineError> {
     Ok(PowerOn { chips, pit })
 }
 
-fn create_vcpus(vm: &VmFd, supported: &CpuId, count: u8) -> Result<Vec<kvm_ioctls::VcpuFd>, MachineError> {
+fn create_vcpus(
+    kvm: &Kvm,
+    vm: &VmFd,
+    supported: &CpuId,
+    count: u8,
+) -> Result<Vec<(kvm_ioctls::VcpuFd, state::PowerOn)>, MachineError> {
     (0..count)
         .map(|index| {
             let fd = vm.create_vcpu(index.into()).map_err(|e| MachineError::Kvm("create a vCPU", e))?;
@@ -363,7 +363,9 @@ fn create_vcpus(vm: &VmFd, supported: &CpuId, count: u8) -> Result<Vec<kvm_ioctl
             let cpuid = CpuId::from_entries(&entries)
                 .map_err(|_| MachineError::NoKvm("KVM on this host lists more CPUID leaves than it takes"))?;
             fd.set_cpuid2(&cpuid).map_err(|e| MachineError::Kvm("set a vCPU's CPUID", e))?;
-            Ok(fd)
+            let power_on =
+                state::PowerOn::capture(kvm, &fd).map_err(|e| MachineError::Kvm("read a vCPU's state", e))?;
+            Ok((fd, power_on))
         })
         .collect()
 }

@@ -2,9 +2,9 @@
 //!
 //! ```text
 //!   root of the host ──private_root──▶ only /dev/vfio/vfio, /dev/vfio/N, device links
-//!        (started by the agent)           │ the VFIO devices are opened
+//!        (started by the agent)           │ the VFIO devices are opened (without any: the host's root until then)
 //!                                         ▼
-//!                                     empty, read-only root ──drop_privileges──▶ own uid, no capability, Landlock
+//!    a thread makes it in advance ──▶ empty, read-only root ──drop_privileges──▶ own uid, no capability, Landlock
 //! ```
 //!
 //! Called while the process has one thread; threads that are started later inherit the result. Once all are there,
@@ -44,6 +44,8 @@ use crate::control::{DeviceBackend, DeviceSpec, SandboxSpec};
 
 /// Where the new root is mounted: any directory that every host has. Only this process sees the mount.
 const STAGE: &str = "/tmp";
+/// The directory that is the root in the end, in the root of its mount namespace.
+const EMPTY: &str = "root";
 /// Where `vfio-ioctls` finds a device's group, inside of the private root.
 const DEVICES: &str = "/devices";
 
@@ -93,37 +95,65 @@ const NAMESPACE_FILES: [(&str, LinkNameSpaceType); 3] = [
     ("uts", LinkNameSpaceType::HostNameAndNISDomainName),
 ];
 
-/// Namespaces that are being made. A network namespace takes the kernel longer than all the rest of the sandbox (0.4 to 0.7 ms):
-/// a thread makes it while the agent says what to build.
+/// Namespaces that are being made, and the empty root. That takes the kernel longer than all the rest of the sandbox (a network
+/// namespace alone 0.4 to 0.7 ms): a thread does it while the agent says what to build, and while KVM is set up.
 #[derive(Debug)]
-pub struct NewNamespaces(JoinHandle<io::Result<Vec<(fs::File, LinkNameSpaceType)>>>);
+pub struct NewNamespaces(JoinHandle<Made>);
+
+#[derive(Debug)]
+struct Made {
+    namespaces: io::Result<Vec<(fs::File, LinkNameSpaceType)>>,
+    root: Result<fs::File, SandboxError>,
+}
+
+/// A mount namespace with an empty, read-only root, for [`empty_root`].
+#[derive(Debug)]
+pub struct EmptyRoot(Result<fs::File, SandboxError>);
 
 impl NewNamespaces {
-    /// Begins. What cannot be made is told by [`private_root`], if it is wanted.
+    /// Begins. What cannot be made is told by [`private_root`] and [`empty_root`], if it is wanted.
     ///
     /// # Errors
     /// No thread.
     pub fn begin() -> io::Result<Self> {
-        let make = || {
-            // SAFETY: the flags do not contain CLONE_FILES or any other that changes which file descriptors are valid.
-            unsafe { thread::unshare_unsafe(NAMESPACES) }?;
-            let open = |(name, kind)| Ok((fs::File::open(format!("/proc/thread-self/ns/{name}"))?, kind));
-            NAMESPACE_FILES.into_iter().map(open).collect()
-        };
+        let make = || Made { namespaces: new_namespaces(), root: new_root() };
         Ok(Self(std::thread::Builder::new().name("namespaces".into()).spawn(make)?))
-    }
-
-    fn enter(self) -> io::Result<()> {
-        let made = self.0.join().map_err(|_| io::Error::other("the thread that makes them panicked"))??;
-        for (namespace, kind) in made {
-            thread::move_into_link_name_space(namespace.as_fd(), Some(kind))?;
-        }
-        Ok(())
     }
 }
 
-/// Moves into namespaces of its own and a root that holds the VFIO nodes of `devices` and nothing else, as far as `spec`
-/// says so. `namespaces` are those that it enters.
+fn new_namespaces() -> io::Result<Vec<(fs::File, LinkNameSpaceType)>> {
+    // SAFETY: the flags do not contain CLONE_FILES or any other that changes which file descriptors are valid.
+    unsafe { thread::unshare_unsafe(NAMESPACES) }?;
+    let open = |(name, kind)| Ok((fs::File::open(format!("/proc/thread-self/ns/{name}"))?, kind));
+    NAMESPACE_FILES.into_iter().map(open).collect()
+}
+
+/// A mount namespace of its own whose root is empty and read-only, but for an empty directory.
+fn new_root() -> Result<fs::File, SandboxError> {
+    own_mounts()?;
+    let namespace = failed(fs::File::open("/proc/thread-self/ns/mnt"), "open a mount namespace of its own")?;
+    let flags = MountFlags::NOSUID | MountFlags::NOEXEC | MountFlags::NODEV;
+    failed(mount("portcullis", STAGE, "tmpfs", flags, Some(c"size=4k,mode=0555")), "mount an empty root")?;
+    let stage = Path::new(STAGE);
+    failed(fs::create_dir(stage.join(EMPTY)), "make an empty root")?;
+    pivot(stage)?;
+    failed(
+        mount_remount("/", flags | MountFlags::RDONLY, c"size=4k,mode=0555"),
+        "make its empty root read-only",
+    )?;
+    Ok(namespace)
+}
+
+/// Enters a mount namespace of its own, whose mounts concern nobody else.
+fn own_mounts() -> Result<(), SandboxError> {
+    // SAFETY: as in `new_namespaces`.
+    failed(unsafe { thread::unshare_unsafe(UnshareFlags::NEWNS) }, "enter a mount namespace of its own")?;
+    let private = MountPropagationFlags::REC | MountPropagationFlags::PRIVATE;
+    failed(mount_change("/", private), "make its mounts private")
+}
+
+/// Moves into namespaces of its own and, if there are VFIO devices, a root that holds their nodes and nothing else, as far as
+/// `spec` says so. `namespaces` are those that it enters; the root of the rest of its life is returned.
 ///
 /// # Errors
 /// [`SandboxError`] naming the step.
@@ -131,31 +161,17 @@ pub fn private_root(
     spec: &SandboxSpec,
     devices: &[DeviceSpec],
     namespaces: NewNamespaces,
-) -> Result<(), SandboxError> {
+) -> Result<EmptyRoot, SandboxError> {
+    // Nobody is to be there who has no filter: its end is waited for in any case.
+    let joined = namespaces.0.join().map_err(|_| io::Error::other("the thread that makes them panicked"));
+    let made = failed(joined, "make namespaces of its own")?;
     if spec.namespaces {
-        failed(namespaces.enter(), "enter namespaces of its own")?;
-    } else {
-        // Nobody is to be there who has no filter.
-        drop(namespaces.0.join());
+        let enter = "enter namespaces of its own";
+        for (namespace, kind) in failed(made.namespaces, enter)? {
+            failed(thread::move_into_link_name_space(namespace.as_fd(), Some(kind)), enter)?;
+        }
     }
-    if !spec.empty_root {
-        return Ok(());
-    }
-    // SAFETY: as in `begin`.
-    failed(unsafe { thread::unshare_unsafe(UnshareFlags::NEWNS) }, "enter a mount namespace of its own")?;
-    let private = MountPropagationFlags::REC | MountPropagationFlags::PRIVATE;
-    failed(mount_change("/", private), "make its mounts private")?;
-    failed(
-        mount(
-            "portcullis",
-            STAGE,
-            "tmpfs",
-            MountFlags::NOSUID | MountFlags::NOEXEC,
-            Some(c"size=256k,mode=0755"),
-        ),
-        "mount a private root",
-    )?;
-    let stage = Path::new(STAGE);
+    let root = EmptyRoot(made.root);
     let groups: Vec<(&DeviceSpec, u32)> = devices
         .iter()
         .filter_map(|device| match device.backend {
@@ -163,7 +179,14 @@ pub fn private_root(
             DeviceBackend::Simulated => None,
         })
         .collect();
-    if !groups.is_empty() {
+    if spec.empty_root && !groups.is_empty() {
+        own_mounts()?;
+        let flags = MountFlags::NOSUID | MountFlags::NOEXEC;
+        failed(
+            mount("portcullis", STAGE, "tmpfs", flags, Some(c"size=256k,mode=0755")),
+            "mount a private root",
+        )?;
+        let stage = Path::new(STAGE);
         let vfio = stage.join("dev/vfio");
         failed(fs::create_dir_all(&vfio), "make /dev/vfio in the private root")?;
         bind_node("vfio", &vfio)?;
@@ -179,8 +202,9 @@ pub fn private_root(
                 "link a device to its group in the private root",
             )?;
         }
+        pivot(stage)?;
     }
-    pivot(stage)
+    Ok(root)
 }
 
 fn bind_node(name: &str, into: &Path) -> Result<(), SandboxError> {
@@ -199,28 +223,21 @@ fn pivot(new_root: &Path) -> Result<(), SandboxError> {
     failed(chdir("/"), "enter its new root")
 }
 
-/// Moves on from the private root to an empty, read-only one.
+/// Moves on to the empty, read-only root.
 ///
 /// It is a directory of the root of its mount namespace, not that root itself, which is as empty: the kernel refuses a user
 /// namespace, in which it would have capabilities again, to a process whose root is changed so (`current_chrooted`).
 ///
 /// # Errors
 /// [`SandboxError`] naming the step.
-pub fn empty_root(spec: &SandboxSpec) -> Result<(), SandboxError> {
+pub fn empty_root(spec: &SandboxSpec, root: EmptyRoot) -> Result<(), SandboxError> {
     if !spec.empty_root {
         return Ok(());
     }
-    failed(fs::create_dir("/empty"), "make an empty directory")?;
-    let flags = MountFlags::NOSUID | MountFlags::NOEXEC | MountFlags::NODEV;
-    failed(mount("portcullis", "/empty", "tmpfs", flags, Some(c"size=4k,mode=0555")), "mount an empty root")?;
-    failed(fs::create_dir("/empty/root"), "make an empty root")?;
-    pivot(Path::new("/empty"))?;
-    failed(
-        mount_remount("/", flags | MountFlags::RDONLY, c"size=4k,mode=0555"),
-        "make its empty root read-only",
-    )?;
-    failed(chroot("/root"), "enter its empty root")?;
-    failed(chdir("/"), "enter its empty root")
+    let enter = "enter its empty root";
+    failed(thread::move_into_link_name_space(root.0?.as_fd(), Some(LinkNameSpaceType::Mount)), enter)?;
+    failed(chroot(Path::new("/").join(EMPTY)), enter)?;
+    failed(chdir("/"), enter)
 }
 
 /// Becomes the unprivileged user of `spec`, without any capability and without a way to get one, and lets Landlock forbid what

@@ -47,8 +47,8 @@ fn usage() -> ExitCode {
 fn run(name: &str, vfs: u16, tap: bool, spec: &SandboxSpec) -> Result<(), Box<dyn std::error::Error>> {
     let listener = io::stdin().as_fd().try_clone_to_owned()?;
     let tap = if tap { Some(io::stdout().as_fd().try_clone_to_owned()?) } else { None };
-    sandbox::private_root(spec, &[], NewNamespaces::begin()?)?;
-    sandbox::empty_root(spec)?;
+    let root = sandbox::private_root(spec, &[], NewNamespaces::begin()?)?;
+    sandbox::empty_root(spec, root)?;
     sandbox::drop_privileges(spec)?;
     sandbox::limit_files(spec)?;
     sandbox::forbid_threads(spec)?;

@@ -25,7 +25,7 @@ use std::{
 };
 
 use devices::machine::MachineEvent;
-use kvm_ioctls::{Kvm, VcpuExit, VcpuFd};
+use kvm_ioctls::{VcpuExit, VcpuFd};
 use vmm_sys_util::{
     errno,
     eventfd::EventFd,
@@ -61,6 +61,8 @@ pub enum VcpuError {
 enum Order {
     Run,
     Park,
+    /// In and out of KVM_RUN, before anything else.
+    FirstRun,
     /// Power-on state.
     PowerOn,
     /// The boot protocol's state, from power-on state.
@@ -122,13 +124,12 @@ pub struct Vcpus(Vec<Handle>);
 extern "C" fn leave_guest(_: libc::c_int, _: *mut libc::siginfo_t, _: *mut libc::c_void) {}
 
 impl Vcpus {
-    /// Starts the threads, parked, in power-on state.
+    /// Starts the threads, parked, in power-on state. `fds` have not run, and come with their state.
     ///
     /// # Errors
     /// See [`VcpuError`].
-    pub fn start(
-        kvm: &Kvm,
-        fds: Vec<VcpuFd>,
+    pub(crate) fn start(
+        fds: Vec<(VcpuFd, PowerOn)>,
         ports: &Arc<dyn Ports>,
         counters: &Arc<Counters>,
         events: &Arc<Events>,
@@ -139,8 +140,7 @@ impl Vcpus {
         register_signal_handler(SIGRTMIN(), leave_guest)
             .map_err(|e| VcpuError::Thread(0, std::io::Error::from_raw_os_error(e.errno())))?;
         let mut vcpus = Self(Vec::with_capacity(fds.len()));
-        for (index, fd) in (0_u8..).zip(fds) {
-            let power_on = PowerOn::capture(kvm, &fd).map_err(|e| VcpuError::Kvm(index, e))?;
+        for (index, (fd, power_on)) in (0_u8..).zip(fds) {
             let (orders, inbox) = mpsc::channel();
             let (acknowledge, acknowledged) = mpsc::channel();
             let vcpu = Vcpu {
@@ -190,12 +190,12 @@ impl Vcpus {
         self.all(|| Order::PowerOn)
     }
 
-    /// Begins the same; [`Self::wait`] ends it. On the way each has been in KVM_RUN.
+    /// Begins to take each through KVM_RUN, without an instruction of the guest; [`Self::wait`] ends it.
     ///
     /// # Errors
     /// [`VcpuError::Silent`].
-    pub fn begin_power_on(&self) -> Result<(), VcpuError> {
-        self.0.iter().try_for_each(|handle| handle.order(Order::PowerOn))
+    pub fn begin_first_run(&self) -> Result<(), VcpuError> {
+        self.0.iter().try_for_each(|handle| handle.order(Order::FirstRun))
     }
 
     /// Waits until all have done what they were told.
@@ -326,7 +326,14 @@ impl Vcpu {
                         let _ = self.fd.kvmclock_ctrl();
                         Ok(())
                     }
-                    (Order::PowerOn, None) => self.power_on(),
+                    (Order::FirstRun, None) => {
+                        self.complete_access();
+                        Ok(())
+                    }
+                    (Order::PowerOn, None) => {
+                        self.complete_access();
+                        self.power_on.restore(&self.fd)
+                    }
                 };
                 if acknowledge.send(result).is_err() {
                     return;
@@ -348,12 +355,11 @@ impl Vcpu {
         }
     }
 
-    fn power_on(&mut self) -> Result<(), kvm_ioctls::Error> {
-        // Finishes a port or MMIO access that the guest was in: KVM would complete it into the new registers.
+    /// Finishes a port or MMIO access that the guest was in (KVM would complete it into new registers), and runs nothing.
+    fn complete_access(&mut self) {
         self.fd.set_kvm_immediate_exit(1);
         let _ = self.fd.run();
         self.fd.set_kvm_immediate_exit(0);
-        self.power_on.restore(&self.fd)
     }
 
     /// Bytes of one access of the port exit that is being served: kvm-ioctls tells only all bytes of a string instruction.
