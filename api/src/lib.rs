@@ -4,6 +4,8 @@ pub mod backend;
 pub mod client;
 pub mod problem;
 pub mod router;
+#[cfg(feature = "test-support")]
+pub mod seen;
 pub mod tls;
 pub mod token;
 pub mod types;

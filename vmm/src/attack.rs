@@ -18,6 +18,8 @@ use std::{
         unix::net::{SocketAddr, UnixListener},
     },
     sync::OnceLock,
+    thread,
+    time::Duration,
 };
 
 use libc::{c_long, sockaddr_in, sockaddr_nl, sockaddr_un};
@@ -122,6 +124,14 @@ const ATTEMPTS: &[(&str, Attempt)] = &[
     }),
     // What a process may do, and its agent must not heed.
     ("forge_messages", |_| forge()),
+    // When the machine has been running for long: what is wrong before is a boot that failed.
+    ("forge_messages_later", |_| {
+        thread::Builder::new().spawn(|| {
+            thread::sleep(Duration::from_secs(2));
+            forge()
+        })?;
+        Ok(())
+    }),
 ];
 
 /// Makes everything ready that the command line's attack is about, if there is one. The process has its privileges still.

@@ -9,7 +9,6 @@
 
 mod client;
 mod document;
-mod errors;
 mod fake;
 mod fake_policy;
 mod network;

@@ -7,6 +7,7 @@ use api::{
     problem::ProblemCode,
     types::{EventKind, ObjectKind, VmAction, VmState},
 };
+use passthrough::host::{Bdf, fake::FakePf};
 use tokio::sync::oneshot;
 
 use super::*;
@@ -31,7 +32,10 @@ async fn serve(host: &Host, socket: PathBuf) -> Served {
 }
 
 fn code<T: std::fmt::Debug>(result: Result<T, ClientError>) -> ProblemCode {
-    result.unwrap_err().problem().expect("a problem of the agent's").code
+    let error = result.unwrap_err();
+    let problem = error.problem().expect("a problem of the agent's");
+    api::seen::problem(problem);
+    problem.code
 }
 
 #[tokio::test]
@@ -79,6 +83,44 @@ async fn a_vm_s_life_over_the_api() {
 }
 
 #[tokio::test]
+async fn what_the_hardware_lacks_is_answered_to_who_boots() {
+    let cases: [(_, fn(&Host)); 3] = [
+        (ProblemCode::VfioUnavailable, |host| host.sysfs.unload_driver("vfio-pci")),
+        (ProblemCode::InterruptRemappingOff, |host| host.sysfs.set_interrupt_chip("PCI-MSI")),
+        // Sysfs has it still.
+        (ProblemCode::VfRemoved, |host| *host.pf.lock().unwrap() = FakePf::new("eth0", 0)),
+    ];
+    for (expect, breaks) in cases {
+        let host = Host::new();
+        let served = serve(&host, host.env.run_dir.join("api.sock")).await;
+        let mut spec = spec("web1");
+        // One that is not named would be looked for elsewhere.
+        spec.adapters[0].vf = Some(VF0.to_string().parse().unwrap());
+        served.client.create_vm(&spec).await.unwrap();
+        breaks(&host);
+        assert_eq!(code(served.client.act("web1", VmAction::Boot, PATIENCE).await), expect);
+    }
+}
+
+#[tokio::test]
+async fn a_device_that_another_vm_has_is_in_use() {
+    let host = Host::new();
+    let device = Bdf::new(0, 2, 0, 0).unwrap();
+    host.sysfs.add_device(device, (0x8086, 0x0953), 0x01_08_02, Some(77), None);
+    let served = serve(&host, host.env.run_dir.join("api.sock")).await;
+    for name in ["first", "second"] {
+        let mut spec = spec(name);
+        spec.adapters.clear();
+        spec.devices = vec![device.to_string().parse().unwrap()];
+        served.client.create_vm(&spec).await.unwrap();
+    }
+    served.client.act("first", VmAction::Boot, PATIENCE).await.unwrap();
+    let boot = served.client.act("second", VmAction::Boot, PATIENCE).await;
+    assert_eq!(code(boot), ProblemCode::DeviceInUse);
+    served.client.act("first", VmAction::Stop, PATIENCE).await.unwrap();
+}
+
+#[tokio::test]
 async fn a_host_that_cannot_be_read_is_an_error_of_its_own() {
     let host = Host::new();
     let served = serve(&host, host.env.run_dir.join("api.sock")).await;
@@ -87,6 +129,7 @@ async fn a_host_that_cannot_be_read_is_an_error_of_its_own() {
     fs::create_dir(&vendor).unwrap();
     let error = served.client.list_pfs().await.unwrap_err();
     let problem = error.problem().unwrap();
+    api::seen::problem(problem);
     assert_eq!((problem.code, problem.status), (ProblemCode::Internal, 500));
     assert!(problem.detail.contains("vendor"), "{problem}");
 }

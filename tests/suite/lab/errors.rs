@@ -56,6 +56,17 @@ fn a_vf_in_use_names_its_owner() {
 }
 
 #[test]
+fn a_device_in_use_names_its_owner() {
+    let agent = Agent::start();
+    let mut spec = bare_spec(&agent, "owner");
+    spec["devices"] = json!([host::NVME]);
+    let mut owner = agent.boot(&spec);
+    spec["name"] = json!("web1");
+    refused(&agent, &spec, ProblemCode::DeviceInUse, &[host::NVME, "owner"]);
+    owner.wait_for_shell();
+}
+
+#[test]
 fn a_group_that_is_not_viable_names_the_members_in_the_way() {
     let agent = Agent::start();
     let mut spec = bare_spec(&agent, "web1");

@@ -2,7 +2,6 @@
 
 use std::{
     fs,
-    path::Path,
     process::{Child, Command, Stdio},
     thread,
     time::Duration,
@@ -14,12 +13,11 @@ use passthrough::{
     host::{PfControl, VfChange},
     sim::SimPf,
 };
-use rusqlite::Connection;
 use serde_json::{Value, json};
 
 use crate::fixture::{
     Agent, Options,
-    checker::Checker,
+    checker::{Checker, sql},
     crash::{Matrix, SETTLE},
     host,
     small_story::{SmallStory, wait_for_script},
@@ -95,12 +93,6 @@ fn impostor(agent: &Agent, vm: &str) -> Child {
 fn end(mut child: Child) {
     child.kill().unwrap();
     child.wait().unwrap();
-}
-
-fn sql(directory: &Path, statement: &str) {
-    let connection = Connection::open(directory.join("state/portcullis.db")).unwrap();
-    connection.busy_timeout(SETTLE).unwrap();
-    connection.execute_batch(statement).unwrap();
 }
 
 #[test]

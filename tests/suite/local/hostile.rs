@@ -5,15 +5,19 @@
 
 use std::{
     fs,
+    io::Write,
     path::Path,
     thread,
     time::{Duration, Instant},
 };
 
-use api::types::{CauseCode, PortGroupSpec, VmAction, VmState};
+use api::{
+    problem::ProblemCode,
+    types::{CauseCode, PortGroupSpec, VmAction, VmState},
+};
 use serde_json::json;
 
-use crate::fixture::{Agent, Options, SmallGuest};
+use crate::fixture::{Agent, Options, SmallGuest, wire};
 
 const BOOTS: u32 = 4;
 const BATCHES: u32 = 10;
@@ -109,6 +113,10 @@ fn thousands_of_attacks_hurt_neither_the_vmm_nor_a_neighbour() {
     let mut bob = guest(&agent, "bob", 2);
     let _carol = guest(&agent, "carol", 3);
     let mut mallory = guest(&agent, "mallory", 1);
+    // A client, too, that is answered while the guest is at it: its body does not come.
+    let mut slow = wire::connect(&agent.directory().join("api.sock"));
+    slow.write_all(b"POST /v1/vms HTTP/1.1\r\nhost: x\r\nconnection: close\r\ncontent-length: 9\r\n\r\n{")
+        .unwrap();
     let started = Instant::now();
     let (mut whole, mut cut_short) = (0, 0);
     for boot in 0..BOOTS {
@@ -150,6 +158,8 @@ fn thousands_of_attacks_hurt_neither_the_vmm_nor_a_neighbour() {
     assert_eq!(mallory.ask("address 10.0.0.1"), "ok");
     let ping = bob.ask("ping 10.0.0.1 count=5");
     assert!(ping.starts_with("sent=5 received=5 lost=0 "), "{ping}");
+    let answer = wire::Answer::read(slow);
+    assert_eq!((answer.status, answer.code()), (408, ProblemCode::RequestTimeout));
     for vm in ["mallory", "bob", "carol"] {
         assert_eq!(agent.vm(vm).status.state, VmState::Running, "{vm}");
     }

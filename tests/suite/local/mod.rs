@@ -4,6 +4,7 @@ mod adapter;
 mod cli;
 mod crash;
 mod demo;
+mod errors;
 mod exit;
 mod hostile;
 mod life;

@@ -3,17 +3,20 @@
 use std::{
     fs,
     io::Write,
-    net::TcpListener,
+    net::{TcpListener, TcpStream},
     os::unix::{fs::PermissionsExt, net::UnixStream},
     path::PathBuf,
     process::{Command, Output},
     time::{Duration, Instant},
 };
 
-use api::types::{EventKind, VmAction, VmState};
+use api::{
+    problem::ProblemCode,
+    types::{EventKind, VmAction, VmState},
+};
 use serde_json::json;
 
-use crate::fixture::{Agent, Options, SmallGuest, agent::binary};
+use crate::fixture::{Agent, Options, SmallGuest, agent::binary, wire};
 
 const TOKENS: &str = "# of this test\nops:0123456789abcdef0123456789abcdef\n";
 
@@ -64,6 +67,13 @@ fn the_command_line_uses_an_agent_over_tcp_by_its_token() {
     let refused = portcullis(&["--url", &url, "--token-file", other.to_str().unwrap(), "vm", "list"]);
     assert_eq!(refused.status.code(), Some(1), "{refused:?}");
     assert!(String::from_utf8_lossy(&refused.stderr).contains("unauthorized"), "{refused:?}");
+    let ask = |headers: &str| {
+        let stream = TcpStream::connect(&address).unwrap();
+        wire::exchange(stream, &format!("GET /v1/vms HTTP/1.1\r\nconnection: close\r\n{headers}\r\n")).code()
+    };
+    assert_eq!(ask("host: localhost\r\n"), ProblemCode::Unauthorized);
+    let token = "authorization: Bearer 0123456789abcdef0123456789abcdef\r\n";
+    assert_eq!(ask(&format!("host: elsewhere.example\r\n{token}")), ProblemCode::Forbidden);
     let usage = portcullis(&["--url", &url, "vm", "list"]);
     assert_eq!(usage.status.code(), Some(2), "{usage:?}");
     // A token's name is no user: images only.

@@ -2,15 +2,15 @@
 
 use std::{
     collections::{BTreeMap, BTreeSet},
-    io::{Read, Write},
-    os::unix::net::UnixStream,
     path::PathBuf,
-    time::Duration,
 };
 
 use serde_json::{Value, json};
 
-use crate::fixture::{Agent, Options, SmallGuest};
+use crate::fixture::{
+    Agent, Options, SmallGuest,
+    wire::{self, Answer},
+};
 
 const DOCUMENT: &str = include_str!("../../../resources/openapi.json");
 
@@ -28,11 +28,6 @@ struct Caller {
     seen: BTreeSet<(String, String, String)>,
     /// Answers that the document does not have.
     undocumented: Vec<String>,
-}
-
-struct Answer {
-    status: u16,
-    body: String,
 }
 
 impl Caller {
@@ -65,48 +60,27 @@ impl Caller {
     }
 
     fn call_with(&mut self, method: &str, path: &str, headers: &str, body: &str) -> Answer {
-        let mut socket = UnixStream::connect(&self.socket).unwrap();
-        socket.set_read_timeout(Some(Duration::from_secs(60))).unwrap();
         let length = body.len();
-        let head = format!(
-            "{method} {path} HTTP/1.1\r\nhost: x\r\nconnection: close\r\ncontent-length: {length}\r\n{headers}\r\n"
+        let request = format!(
+            "{method} {path} HTTP/1.1\r\nhost: x\r\nconnection: close\r\ncontent-length: {length}\r\n{headers}\r\n{body}"
         );
-        socket.write_all(head.as_bytes()).unwrap();
-        // One that is refused for its length may not be read to its end.
-        let _ = socket.write_all(body.as_bytes());
-        let mut answer = Vec::new();
-        let mut piece = [0; 4096];
-        // The stream of events has no end: its head will do.
-        let is_stream = |answer: &[u8]| {
-            let text = String::from_utf8_lossy(answer);
-            text.split_once("\r\n\r\n").is_some_and(|(head, _)| head.contains("text/event-stream"))
-        };
-        while !is_stream(&answer) {
-            match socket.read(&mut piece) {
-                Ok(0) | Err(_) => break,
-                Ok(len) => answer.extend_from_slice(&piece[..len]),
-            }
-        }
-        let text = String::from_utf8_lossy(&answer).into_owned();
-        let (head, body) = text.split_once("\r\n\r\n").unwrap_or_else(|| panic!("{method} {path}: {text:?}"));
-        let status = head.split(' ').nth(1).and_then(|word| word.parse().ok()).unwrap();
-        let answer = Answer { status, body: body.to_owned() };
-        self.note(method, path, head, &answer);
+        let answer = wire::exchange(wire::connect(&self.socket), &request);
+        self.note(method, path, &answer);
         answer
     }
 
     /// Compares the answer with the document.
-    fn note(&mut self, method: &str, path: &str, head: &str, answer: &Answer) {
+    fn note(&mut self, method: &str, path: &str, answer: &Answer) {
         let Some(template) = self.template(method, path) else { return };
         let status = answer.status.to_string();
         let documented = &self.operations[&(method.to_owned(), template.clone())]["responses"][&status];
         let mut right = documented.is_object();
         if answer.status >= 400 {
-            let problem: Value = serde_json::from_str(&answer.body).unwrap_or_default();
-            let code = format!("`{}`", problem["code"].as_str().unwrap_or_default());
-            right &= head.contains("application/problem+json")
-                && documented["description"].as_str().is_some_and(|codes| codes.contains(&code))
-                && problem["detail"].as_str().is_some_and(|detail| !detail.is_empty());
+            right &= answer.problem().is_some_and(|problem| {
+                let code = format!("`{}`", problem.code);
+                let codes = documented["description"].as_str().unwrap_or_default();
+                codes.contains(&code) && !problem.detail.is_empty()
+            });
         }
         if !right {
             self.undocumented.push(format!("{method} {template}: {status} {}", answer.body));

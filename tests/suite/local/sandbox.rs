@@ -4,14 +4,14 @@ use std::fs;
 
 use api::{
     problem::ProblemCode,
-    types::{DecisionFilter, PortGroupSpec, Protection, VmAction, VmState},
+    types::{CauseCode, DecisionFilter, PortGroupSpec, Protection, VmAction, VmState},
 };
 use rustix::process::geteuid;
 use serde_json::json;
 
 use crate::fixture::{
     Agent, Options, SmallGuest,
-    attack::{Outcome, adapter, agent, attempt, report},
+    attack::{Outcome, adapter, agent, attempt, attempt_and_leave, report},
     host,
 };
 
@@ -115,6 +115,18 @@ fn messages_about_another_vms_port_change_nothing() {
         !decisions.iter().any(|decision| forged(&serde_json::to_string(decision).unwrap())),
         "{decisions:?}"
     );
+}
+
+/// Its filters would end it before, and its limits leave it no thread for it.
+#[test]
+fn a_process_that_speaks_for_another_vm_is_killed_and_its_vm_says_so() {
+    let agent = agent(&["seccomp", "limits"]);
+    let sent = attempt_and_leave(&agent, "forge_messages_later", "vcpu", &adapter());
+    assert_eq!(sent, Outcome::Succeeded, "they are going to be sent");
+    let vm = agent.wait_for_state("mallory", VmState::Failed);
+    let cause = vm.status.cause.unwrap();
+    assert_eq!(cause.code, CauseCode::VmmMisbehaved, "{cause:?}");
+    assert_eq!(host::processes(&["vmm", &vm.id.to_string()]), [] as [u32; 0]);
 }
 
 #[test]

@@ -9,28 +9,10 @@ use api::{
 use rustix::process::{Pid, Signal, geteuid, kill_process};
 use serde_json::{Value, json};
 
-use crate::fixture::{Agent, Options, host};
+use crate::fixture::{Agent, Options, host, image};
 
-/// An ELF image with a PVH note whose guest spins.
-fn spinning() -> Vec<u8> {
-    const SPIN: [u8; 2] = [0xeb, 0xfe];
-    const START: u64 = 0x10_0000;
-    let mut image = b"\x7fELF\x02\x01\x01\0\0\0\0\0\0\0\0\0".to_vec();
-    image.extend([2_u16, 62].iter().flat_map(|half| half.to_le_bytes()));
-    image.extend(1_u32.to_le_bytes());
-    image.extend([START, 64, 0].iter().flat_map(|word| word.to_le_bytes()));
-    image.extend(0_u32.to_le_bytes());
-    image.extend([64_u16, 56, 2, 64, 0, 0].iter().flat_map(|half| half.to_le_bytes()));
-    let (note, code) = (64 + 2 * 56, 64 + 2 * 56 + 20);
-    for (kind, offset, address, len) in [(4_u32, note, 0, 20), (1, code, START, 2)] {
-        image.extend([kind, 7].iter().flat_map(|word| word.to_le_bytes()));
-        image.extend([offset, address, address, len, len, 4_u64].iter().flat_map(|word| word.to_le_bytes()));
-    }
-    let words = [4_u32, 4, 18, u32::from_le_bytes(*b"Xen\0"), 0x10_0000];
-    image.extend(words.iter().flat_map(|word| word.to_le_bytes()));
-    image.extend(SPIN);
-    image
-}
+/// `jmp .`
+const SPIN: [u8; 2] = [0xeb, 0xfe];
 
 fn start(name: &str, through: Vec<String>) -> Agent {
     let arguments = vec!["--sim-pf".into(), format!("{name}=2")];
@@ -38,18 +20,8 @@ fn start(name: &str, through: Vec<String>) -> Agent {
 }
 
 fn spec(agent: &Agent, name: &str) -> Value {
-    let kernel = agent.image("spin", &spinning());
+    let kernel = agent.image("spin", &image::pvh(&SPIN));
     json!({"name": name, "memory": "2MiB", "boot": {"kernel": kernel}, "adapters": [{"id": "eth0"}]})
-}
-
-/// The process of a PF whose name no other test has.
-fn process(pf: &str) -> Option<u32> {
-    let found = host::processes(&["sim-pf", pf, "-"]);
-    found.into_iter().find(|pid| {
-        // The agent's own command line has these words too.
-        fs::read(format!("/proc/{pid}/cmdline"))
-            .is_ok_and(|line| line.split(|b| *b == 0).nth(1) == Some(b"sim-pf"))
-    })
 }
 
 fn eventually(what: &str, holds: impl Fn() -> bool) {
@@ -89,11 +61,11 @@ fn assert_powerless(pid: u32) {
 #[test]
 fn it_has_no_privilege_outlives_its_agent_and_ends_with_the_last() {
     let mut agent = start("life0", Vec::new());
-    let pid = process("life0").unwrap();
+    let pid = host::sim_pf("life0").unwrap();
     assert_powerless(pid);
     agent.boot(&spec(&agent, "web1"));
     agent.kill_and_restart();
-    assert_eq!(process("life0"), Some(pid));
+    assert_eq!(host::sim_pf("life0"), Some(pid));
     let vm = agent.wait_for_state("web1", VmState::Running);
     assert_eq!(vm.status.adapters[0].lost, None);
     assert_eq!(vm.status.sandbox.off.is_empty(), geteuid().is_root());
@@ -101,21 +73,21 @@ fn it_has_no_privilege_outlives_its_agent_and_ends_with_the_last() {
     assert!(vf.simulated && vf.mac == Some(vm.status.adapters[0].mac.to_string()), "{vf:?}");
     // Stops all VMs, and the agent as an administrator does.
     drop(agent);
-    eventually("no process is left", || process("life0").is_none());
+    eventually("no process is left", || host::sim_pf("life0").is_none());
 }
 
 #[test]
 fn its_end_takes_the_adapter_from_the_guest_and_the_next_boot_has_one() {
     let agent = start("gone0", Vec::new());
     agent.boot(&spec(&agent, "web1"));
-    let pid = process("gone0").unwrap();
+    let pid = host::sim_pf("gone0").unwrap();
     kill_process(Pid::from_raw(pid.try_into().unwrap()).unwrap(), Signal::KILL).unwrap();
     eventually("the adapter is lost", || agent.vm("web1").status.adapters[0].lost.is_some());
     assert_eq!(agent.vm("web1").status.state, VmState::Running);
     agent.act("web1", VmAction::Stop).unwrap();
     let vm = agent.act("web1", VmAction::Boot).unwrap();
     assert_eq!((vm.status.state, &vm.status.adapters[0].lost), (VmState::Running, &None));
-    assert!(process("gone0").is_some_and(|now| now != pid));
+    assert!(host::sim_pf("gone0").is_some_and(|now| now != pid));
 }
 
 #[test]
@@ -160,7 +132,7 @@ fn an_agent_without_root_runs_vms_and_says_what_holds_them_not() {
     let through = ["unshare", "-m", "sh", "-c", script, "sh"].map(Into::into).into();
     let agent = start("user0", through);
     assert!(agent.log().contains("the agent is not root"), "{}", agent.log());
-    let pid = process("user0").unwrap();
+    let pid = host::sim_pf("user0").unwrap();
     let status = fs::read_to_string(format!("/proc/{pid}/status")).unwrap();
     assert!(status.contains("Uid:\t65534") && status.contains("NoNewPrivs:\t1"), "{status}");
     agent.boot(&spec(&agent, "web1"));
@@ -168,5 +140,5 @@ fn an_agent_without_root_runs_vms_and_says_what_holds_them_not() {
     assert_eq!(vm.status.sandbox.off, Protection::OF_ROOT);
     assert_eq!(vm.status.adapters[0].pf.as_deref(), Some("user0"));
     drop(agent);
-    eventually("no process is left", || process("user0").is_none());
+    eventually("no process is left", || host::sim_pf("user0").is_none());
 }
