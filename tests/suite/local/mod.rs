@@ -12,6 +12,7 @@ mod machine;
 mod network;
 mod observe;
 mod page;
+mod progress;
 mod rest;
 mod sandbox;
 mod simulated_pf;
