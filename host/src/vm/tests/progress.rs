@@ -55,7 +55,7 @@ async fn a_boot_and_a_stop_show_each_stage_while_it_lasts() {
     let claiming = it.host.env.claiming.lock().await;
     // It answers when the functions are claimed.
     let (vm, by) = (it.vm.clone(), caller());
-    let begun = tokio::spawn(async move { vm.act(VmAction::Boot, by).await.unwrap() });
+    let begun = tokio::spawn(async move { vm.act(VmAction::Boot, by).await });
     it.shows(Boot, ClaimingFunctions, 2, 7).await;
     assert_eq!(it.host.claims().await, 0);
     drop(claiming);
@@ -72,7 +72,7 @@ async fn a_boot_and_a_stop_show_each_stage_while_it_lasts() {
     it.shows(Boot, StartingVcpus, 7, 7).await;
     assert_eq!(it.vm.state(), VmState::Starting);
     it.gates.open("run");
-    it.ends(begun.await.unwrap(), VmState::Running).await;
+    it.ends(begun.await.unwrap().unwrap(), VmState::Running).await;
 
     let done = it.begin(VmAction::Reboot).await;
     it.shows(Reboot, ResettingMachine, 1, 1).await;
@@ -170,9 +170,9 @@ async fn what_a_former_agent_left_is_given_back_before_the_next_boot() {
     it.host.pf_answers(&[]);
     it.gates.close("set");
     let (vm, by) = (it.vm.clone(), caller());
-    let begun = tokio::spawn(async move { vm.act(VmAction::Boot, by).await.unwrap() });
+    let begun = tokio::spawn(async move { vm.act(VmAction::Boot, by).await });
     it.shows(Boot, ReturningFunction, 3, 9).await;
     it.gates.open("set");
-    it.ends(begun.await.unwrap(), VmState::Running).await;
+    it.ends(begun.await.unwrap().unwrap(), VmState::Running).await;
     it.host.act(&it.vm, VmAction::Stop).await.unwrap();
 }
