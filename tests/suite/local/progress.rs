@@ -89,7 +89,10 @@ fn a_terminal_shows_it_in_a_line_that_is_gone_at_the_end() {
     let held = Held::at(Point::VmmGreeted);
     let agent = start(&held);
     held.close();
-    let mut terminal = OnTerminal::new(command(&agent, "vm boot web1"));
+    let mut boot = command(&agent, "vm boot web1");
+    // Whatever the tests are run on.
+    boot.env("TERM", "xterm");
+    let mut terminal = OnTerminal::new(boot);
     terminal.shows("\rbooting web1: building machine (6/7, ");
     held.open();
     assert_eq!(terminal.ends(), Some(0));
