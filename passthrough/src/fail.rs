@@ -1,8 +1,12 @@
-//! Points at which tests kill the agent or a vmm: whatever a crash there leaves, the next agent must put right.
+//! Points at which tests kill or hold the agent or a vmm: whatever a crash there leaves, the next agent must put right, and
+//! what takes its time there must not hold up others.
 //!
 //! With the feature `test-support`, a process in whose environment [`VARIABLE`] names a point (`claim.stored`, or
 //! `claim.stored:2` for the second time that it is reached) kills itself there, with SIGKILL. On the way it logs the points that it
 //! reaches. The agent hands the variable on to the vmms that it starts. Without the feature [`reach`] is nothing.
+//!
+//! A process in whose environment [`HOLD`] is `pf.set=PATH` waits at that point as long as PATH exists. It waits with its thread: the
+//! agent only answers meanwhile if the point is reached where it may block, and a vmm only sees the path before it is confined.
 //!
 //! ```
 //! use passthrough::fail::{Point, reach};
@@ -12,6 +16,9 @@
 
 /// The environment variable that names where to die.
 pub const VARIABLE: &str = "PORTCULLIS_DIE_AT_FOR_TESTS";
+
+/// The environment variable that names where to wait.
+pub const HOLD: &str = "PORTCULLIS_HOLD_AT_FOR_TESTS";
 
 /// Whose end a point is.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -184,6 +191,7 @@ pub fn reach(_point: Point) {}
 pub fn reach(point: Point) {
     use std::sync::atomic::{AtomicU32, Ordering};
     static REACHED: AtomicU32 = AtomicU32::new(0);
+    hold(point);
     let Some((chosen, time)) = chosen() else { return };
     if chosen != point.name() || REACHED.fetch_add(1, Ordering::SeqCst) + 1 != *time {
         tracing::info!(point = point.name(), "reached");
@@ -194,6 +202,17 @@ pub fn reach(point: Point) {
     // The signal is there already, or soon.
     loop {
         std::thread::park();
+    }
+}
+
+/// Waits at the point of [`HOLD`].
+#[cfg(feature = "test-support")]
+fn hold(point: Point) {
+    static HELD: std::sync::OnceLock<Option<String>> = std::sync::OnceLock::new();
+    let held = HELD.get_or_init(|| std::env::var(HOLD).ok()).as_deref();
+    let Some((name, path)) = held.and_then(|held| held.split_once('=')) else { return };
+    while name == point.name() && std::path::Path::new(path).exists() {
+        std::thread::sleep(std::time::Duration::from_millis(5));
     }
 }
 

@@ -24,6 +24,7 @@ fn vm() -> Option<Vm> {
             state: VmState::Running,
             since: moment(5),
             cause: None,
+            operation: None,
             pid: Some(4711),
             boots: 1,
             restart: None,
@@ -41,6 +42,21 @@ fn vm() -> Option<Vm> {
             sandbox: SandboxStatus::default(),
         },
     })
+}
+
+/// The same while an action goes on, if it is one that takes time.
+fn going_on(id: &str) -> Option<Vm> {
+    let (state, action, stage, step, steps) = match id {
+        "boot_vm" => (VmState::Starting, OperationAction::Boot, Stage::BuildingMachine, 6, 7),
+        "reboot_vm" => (VmState::Running, OperationAction::Reboot, Stage::ResettingMachine, 1, 1),
+        "shutdown_vm" => (VmState::Running, OperationAction::Shutdown, Stage::AskingGuest, 1, 4),
+        "stop_vm" => (VmState::Stopping, OperationAction::Stop, Stage::EndingProcess, 1, 3),
+        _ => return None,
+    };
+    let mut vm = vm()?;
+    vm.status.state = state;
+    vm.status.operation = Some(VmOperation { action, stage, since: moment(5), step, steps });
+    Some(vm)
 }
 
 fn spec() -> Option<VmSpec> {
@@ -289,11 +305,13 @@ pub(super) fn add(operation: &mut Operation) {
         fill(body.content.values_mut(), &example);
     }
     let Some(example) = answer(&id) else { return };
+    let accepted = going_on(&id).and_then(value).unwrap_or_else(|| example.clone());
     for (status, response) in &mut operation.responses.responses {
         if let RefOr::T(response) = response
             && status.starts_with('2')
         {
-            fill(response.content.values_mut(), &example);
+            let example = if status == "202" { &accepted } else { &example };
+            fill(response.content.values_mut(), example);
         }
     }
 }

@@ -72,7 +72,8 @@ fn created(vm: &Vm) -> Response {
 
 /// Shows a VM.
 ///
-/// `status` has its state, the cause of its end, and the VFs and devices that it holds.
+/// `status` has its state, the cause of its end, the VFs and devices that it holds, and while something takes time how far that is
+/// (`operation`).
 #[utoipa::path(get, path = "/v1/vms/{name}", tag = "vms",
     params(("name" = String, Path, description = "Name or id")),
     responses((status = 200, body = Vm, headers(("etag" = String, description = "The revision")))))]

@@ -6,7 +6,7 @@ use serde::{Deserialize, Serialize};
 use utoipa::ToSchema;
 use uuid::Uuid;
 
-use super::{Bdf, ByteSize, Name, RestartPolicy, RestartStatus, Timestamp, UnicastMac};
+use super::{Bdf, ByteSize, Name, RestartPolicy, RestartStatus, Timestamp, UnicastMac, VmOperation};
 use crate::problem::{Problem, ProblemCode};
 
 /// A virtual machine.
@@ -282,6 +282,9 @@ pub struct VmStatus {
     /// Why it ended, if it did.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub cause: Option<Cause>,
+    /// What is being done with it now, if something is that takes time. No event tells of it: read it again.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub operation: Option<VmOperation>,
     /// Its process, while there is one.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub pid: Option<u32>,

@@ -31,6 +31,11 @@ async fn every_call_round_trips() {
     server.fake.state().slow = true;
     let progress = client.act("web1", VmAction::Boot, Duration::ZERO).await.unwrap();
     assert_eq!((progress.complete, progress.vm.status.state), (false, VmState::Running));
+    let (action, stage, since) =
+        (OperationAction::Boot, Stage::BuildingMachine, Timestamp::from_unix_ms(1_000));
+    let operation = Some(VmOperation { action, stage, since, step: 6, steps: 7 });
+    server.fake.state().vms.values_mut().for_each(|vm| vm.status.operation = operation);
+    assert_eq!(client.get_vm("web1").await.unwrap().status.operation, operation);
     assert_eq!(client.stats("web1").await.unwrap().memory, 512 << 20);
     assert_eq!(client.write_console("web1", "hello").await.unwrap(), 5);
 

@@ -109,6 +109,7 @@ impl Backend for Fake {
             state: VmState::Defined,
             since: Timestamp::from_unix_ms(0),
             cause: None,
+            operation: None,
             pid: None,
             boots: 0,
             restart: None,

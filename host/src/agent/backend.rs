@@ -78,7 +78,7 @@ impl Agent {
             env.claims.list().await?.into_iter().filter(|claim| !vms.contains_key(&claim.value.vm)).collect();
         if !orphans.is_empty() {
             // What could not be given back is logged, and tried again by the next agent.
-            drop(crate::vm::claims::give_back(&env, orphans).await);
+            drop(crate::vm::claims::give_back(&env, orphans, |_| {}).await);
         }
         Ok(Self { env, vms: Arc::new(Mutex::new(vms)), writing: Arc::default() })
     }

@@ -229,6 +229,7 @@ async fn what_happens_to_vms_and_pfs_is_told() {
         [
             "created port web1/eth0",
             "created VM web1",
+            "web1 starting",
             "web1 running",
             "changed VM web1",
             "web1 paused",

@@ -68,6 +68,7 @@ pub(super) fn vm(handle: &VmHandle, directory: &VmDirectory, off: &[Protection])
             state: status.run.state,
             since: status.run.since,
             cause: status.run.cause.clone(),
+            operation: status.operation,
             pid: status.run.process.as_ref().and_then(|process| u32::try_from(process.pid).ok()),
             boots: status.run.boots,
             restart: Some(status.run.restart).filter(|restart| *restart != RestartStatus::default()),

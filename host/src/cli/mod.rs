@@ -14,6 +14,7 @@ mod host;
 mod output;
 mod port;
 mod port_group;
+mod progress;
 mod remote;
 mod settings;
 mod spec_file;

@@ -129,7 +129,7 @@ fn padded<const N: usize>(row: &[String; N], widths: [usize; N]) -> String {
     format!("{}\n", line.trim_end())
 }
 
-fn printable(cell: &str) -> String {
+pub(super) fn printable(cell: &str) -> String {
     cell.chars().flat_map(|c| if c.is_control() { c.escape_default().collect() } else { vec![c] }).collect()
 }
 

@@ -2,13 +2,14 @@
 
 use std::time::Duration;
 
-use api::{Client, ClientError, ProblemCode, types::*};
+use api::{Client, ClientError, ProblemCode, Progress, types::*};
 use clap::{Args, Subcommand};
 
 use super::{
     console,
     error::CliError,
     output::{Output, or_dash},
+    progress::{self, DELETING, verb_of},
     spec_file, vm_edit,
 };
 
@@ -122,7 +123,7 @@ pub(super) async fn run(
             return Ok(output.table(&vms, header, row)?);
         }
         VmCommand::Show(vm) => return Ok(output.object(&client.get_vm(&vm.name).await?, details)?),
-        VmCommand::Delete { vm, if_match } => return Ok(client.delete_vm(&vm.name, if_match).await?),
+        VmCommand::Delete { vm, if_match } => return Ok(delete(client, &vm.name, if_match).await?),
         VmCommand::Stats(vm) => return Ok(output.object(&client.stats(&vm.name).await?, counters)?),
         VmCommand::Set { vm, file, if_match } => {
             let vm = client.put_vm(&vm.name, &spec_file::read_vm(&file)?, if_match).await?;
@@ -149,13 +150,22 @@ pub(super) async fn run(
         VmCommand::Shutdown(args) => (args, VmAction::Shutdown),
         VmCommand::Stop(args) => (args, VmAction::Stop),
     };
-    let progress = client.act(&args.vm.name, action, Duration::from_secs(args.wait)).await?;
+    let progress = act(client, &args.vm.name, action, args.wait).await?;
     output.object(&progress.vm, brief)?;
     if progress.complete || args.wait == 0 {
         return Ok(());
     }
     let (vm, state) = (progress.vm.name.to_string(), progress.vm.status.state);
     Err(CliError::TooSlow { vm, state, waited: args.wait })
+}
+
+async fn act(client: &Client, vm: &str, action: VmAction, wait: u64) -> Result<Progress, ClientError> {
+    let request = client.act(vm, action, Duration::from_secs(wait));
+    progress::of_vm(client, vm, verb_of(action), request).await
+}
+
+async fn delete(client: &Client, vm: &str, if_match: Option<u64>) -> Result<(), ClientError> {
+    progress::of_vm(client, vm, DELETING, client.delete_vm(vm, if_match)).await
 }
 
 /// Creates and boots a VM and follows its console to its end.
@@ -170,9 +180,9 @@ pub(super) async fn run_file(
         Err(error) => same_vm(client, &spec, error).await?,
     };
     let id = vm.id.to_string();
-    if let Err(error) = client.act(&id, VmAction::Boot, Duration::from_secs(60)).await {
+    if let Err(error) = act(client, &id, VmAction::Boot, 60).await {
         match args.rm {
-            true => client.delete_vm(&id, None).await?,
+            true => delete(client, &id, None).await?,
             false => eprintln!(
                 "portcullis: the VM {0} is there all the same: `portcullis vm delete {0}`, or mend it and boot it",
                 vm.name
@@ -187,7 +197,7 @@ pub(super) async fn run_file(
     }
     let status = client.get_vm(&id).await?.status;
     if args.rm {
-        client.delete_vm(&id, None).await?;
+        delete(client, &id, None).await?;
     }
     match status.state {
         VmState::Failed => {
@@ -213,6 +223,7 @@ fn brief(vm: &Vm) -> Vec<(String, String)> {
     let mut lines =
         vec![("name".to_owned(), vm.name.to_string()), ("state".to_owned(), vm.status.state.to_string())];
     lines.extend(vm.status.cause.iter().map(cause_line));
+    lines.extend(vm.status.operation.iter().map(operation_line));
     lines
 }
 
@@ -234,6 +245,11 @@ fn cause_line(cause: &Cause) -> (String, String) {
     ("cause".to_owned(), cause.detail.clone())
 }
 
+fn operation_line(operation: &VmOperation) -> (String, String) {
+    let VmOperation { action, stage, since, step, steps } = operation;
+    ("operation".to_owned(), format!("{action}: {stage} ({step}/{steps}) since {since}"))
+}
+
 fn details(vm: &Vm) -> Vec<(String, String)> {
     let (spec, status) = (&vm.spec, &vm.status);
     let mut lines: Vec<(String, String)> = [
@@ -246,6 +262,7 @@ fn details(vm: &Vm) -> Vec<(String, String)> {
     .map(|(name, value)| (name.to_owned(), value))
     .into();
     lines.extend(status.cause.iter().map(cause_line));
+    lines.extend(status.operation.iter().map(operation_line));
     lines.extend(
         [
             ("pid", status.pid.map(|pid| pid.to_string()).unwrap_or_default()),

@@ -6,7 +6,7 @@ use api::{Client, types::*};
 use clap::Args;
 use serde_json::{Map, Value, json};
 
-use super::{error::CliError, spec_file, vm::VmName};
+use super::{error::CliError, progress, spec_file, vm::VmName};
 
 #[derive(Debug, Args)]
 pub(super) struct PatchArgs {
@@ -100,6 +100,11 @@ fn goal(text: &str) -> Result<Goal, String> {
 const PAUSE: Duration = Duration::from_millis(100);
 
 pub(super) async fn wait(client: &Client, args: WaitArgs) -> Result<Vm, CliError> {
+    let vm = args.vm.name.clone();
+    progress::of_vm(client, &vm, "waiting for", reaches(client, args)).await
+}
+
+async fn reaches(client: &Client, args: WaitArgs) -> Result<Vm, CliError> {
     let deadline = Instant::now().checked_add(Duration::from_secs(args.timeout));
     loop {
         let vm = client.get_vm(&args.vm.name).await?;

@@ -3,6 +3,7 @@
 mod connection;
 mod edit;
 mod end;
+mod progress;
 mod recovery;
 mod restart;
 
@@ -16,7 +17,8 @@ use api::{
     Caller,
     problem::{Problem, ProblemCode},
     types::{
-        Cause, CauseCode, EventKind, ObjectKind, Owner, RestartStatus, Subject, Timestamp, VmAction, VmState,
+        Cause, CauseCode, EventKind, ObjectKind, OperationAction, Owner, RestartStatus, Stage, Subject,
+        Timestamp, VmAction, VmState,
     },
 };
 use passthrough::{
@@ -30,6 +32,8 @@ use tokio::{
 };
 use tracing::{Instrument as _, Span};
 use vmm::control::{DeviceLoss, End, Order, Report, State};
+
+use progress::Progress;
 
 use super::{
     Command, Completion, Status,
@@ -79,6 +83,7 @@ struct Actor {
     vm: Arc<Entry<VmRecord>>,
     directory: VmDirectory,
     outlets: Outlets,
+    progress: Progress,
     run: RunRecord,
     held: Vec<Held>,
     process: Option<Process>,
@@ -134,11 +139,13 @@ pub(super) async fn run(
     let (finished, mut orders) = mpsc::channel(8);
     let (expel, mut expelled) = mpsc::channel(1);
     let directory = VmDirectory::new(&env.run_dir, vm.id);
+    let progress = Progress::new(outlets.status.clone());
     let mut actor = Actor {
         env,
         vm,
         directory,
         outlets,
+        progress,
         run: RunRecord::default(),
         held: Vec::new(),
         process: None,
@@ -256,14 +263,25 @@ impl Actor {
             (VmAction::Shutdown, VmState::Running) => {
                 // Known before the guest can react.
                 self.asked_to_end(by).await;
-                self.order(action, Order::PowerButton, done)
+                let ordered = self.order(action, Order::PowerButton, done);
+                if ordered.is_ok() {
+                    self.show_shutdown();
+                }
+                ordered
             }
             (VmAction::Shutdown, VmState::Paused) => {
                 wrong("its guest cannot react: resume it first, or stop it")
             }
             (VmAction::Pause, VmState::Running) => self.order(action, Order::Pause, done),
             (VmAction::Resume, VmState::Paused) => self.order(action, Order::Run, done),
-            (VmAction::Reboot, VmState::Running | VmState::Paused) => self.order(action, Order::Reboot, done),
+            (VmAction::Reboot, VmState::Running | VmState::Paused) => {
+                let ordered = self.order(action, Order::Reboot, done);
+                if ordered.is_ok() {
+                    self.progress.begin(OperationAction::Reboot, vec![Stage::ResettingMachine]);
+                    self.progress.enter(Stage::ResettingMachine);
+                }
+                ordered
+            }
             _ => wrong("wait until it runs"),
         };
         drop(begun.send(problem.map(|()| completion)));
@@ -290,6 +308,16 @@ impl Actor {
 
     async fn on_finished(&mut self, finished: Finished) {
         let Finished { action, result, done } = finished;
+        let over = match action {
+            VmAction::Reboot => Some(OperationAction::Reboot),
+            VmAction::Shutdown if result.is_err() => Some(OperationAction::Shutdown),
+            _ => None,
+        };
+        // Another operation may have overtaken it.
+        if over.is_some() && over == self.progress.action() {
+            self.progress.end();
+            self.publish();
+        }
         if let Err(error) = result {
             // Whether it ended meanwhile, or would not do it: the state says.
             drop(done.send(Err(error.problem())));
@@ -312,6 +340,8 @@ impl Actor {
         self.cancel_restart();
         if !self.run.state.is_at_rest() {
             self.stop().await;
+        } else {
+            self.progress.begin(OperationAction::Delete, self.release_stages());
         }
     }
 
@@ -321,11 +351,14 @@ impl Actor {
             return false;
         }
         if let Err(problem) = self.give_back().await {
+            self.progress.end();
+            self.publish();
             for done in self.deleting.drain(..) {
                 drop(done.send(Err(problem.clone())));
             }
             return false;
         }
+        self.progress.enter(Stage::Forgetting);
         let removed = async {
             reach(Point::DeleteBegun);
             network::detach(&self.env, self.vm.id).await?;
@@ -344,6 +377,9 @@ impl Actor {
         let forgotten = result.is_ok();
         if forgotten {
             self.env.tell(EventKind::Deleted { object: self.subject(), by: self.deleted_by.take() });
+        } else {
+            self.progress.end();
+            self.publish();
         }
         for done in self.deleting.drain(..) {
             drop(done.send(result.clone()));
@@ -362,7 +398,11 @@ impl Actor {
     ) {
         let files = match self.begin(caller, 0).await {
             Ok(files) => files,
-            Err(problem) => return drop(begun.send(Err(problem))),
+            Err(problem) => {
+                self.progress.end();
+                self.publish();
+                return drop(begun.send(Err(problem)));
+            }
         };
         drop(begun.send(Ok(completion)));
         match self.build(files).await {
@@ -378,9 +418,12 @@ impl Actor {
 
     /// What can be said at once. Nothing is held after an error. `attempts` is how often the agent has booted it by itself.
     async fn begin(&mut self, caller: Caller, attempts: u32) -> Result<boot::Files, Problem> {
+        self.progress.begin(OperationAction::Boot, progress::boot(&self.vm.value.spec, &self.held));
+        self.progress.enter(Stage::OpeningFiles);
         let files = boot::open_files(&self.env, caller, &self.vm.value.spec).await?;
         // What an earlier end could not give back.
         self.give_back().await?;
+        self.progress.enter(Stage::ClaimingFunctions);
         self.held = claims::claim(&self.env, self.vm.id, &self.vm.value.spec).await?;
         if let Err(problem) = self.nothing_off_for_hardware() {
             self.give_back().await?;
@@ -411,6 +454,7 @@ impl Actor {
             self.abandon(false).await;
             return Err(problem);
         }
+        self.tell_state();
         reach(Point::BootBegun);
         Ok(files)
     }
@@ -436,8 +480,9 @@ impl Actor {
     async fn build(&mut self, files: boot::Files) -> Result<(), Problem> {
         let started = Instant::now();
         for claim in &mut self.held {
-            claims::prepare(&self.env, claim).await?;
+            claims::prepare(&self.env, claim, |stage| self.progress.enter(stage)).await?;
         }
+        self.progress.enter(Stage::StartingProcess);
         let process = boot::start(&self.env, self.vm.id, &self.vm.value.spec, &self.held, &self.directory)?;
         reach(Point::BootSpawned);
         self.run.process = Some(process.identity().clone());
@@ -445,7 +490,8 @@ impl Actor {
         self.store().await?;
         reach(Point::BootProcessStored);
         self.limit().await?;
-        let run = boot::run(&self.env, &self.vm, &self.directory, files, &self.held, self.run.user);
+        let enter = |stage| self.progress.enter(stage);
+        let run = boot::run(&self.env, &self.vm, &self.directory, files, &self.held, self.run.user, enter);
         let (connection, events) = match &mut self.process {
             // A vmm that dies must not be waited for.
             Some(process) => tokio::select! {
@@ -467,6 +513,7 @@ impl Actor {
         self.adopt(connection, events).await;
         self.run.boots = 1;
         self.run.booted = Some(Timestamp::now());
+        self.progress.end();
         self.step(VmState::Running).await;
         reach(Point::BootStored);
         tracing::info!(vm = %self.name(), took = ?started.elapsed(), "booted");
@@ -491,6 +538,8 @@ impl Actor {
     /// A boot that failed: ends the process and gives everything back. `again`: it may be tried again.
     async fn abandon(&mut self, again: bool) {
         if let Some(mut process) = self.process.take() {
+            self.progress.follow_with(self.stages_of_end());
+            self.progress.enter(Stage::EndingProcess);
             process.kill();
             if timeout(STOP, process.ended()).await.is_err() {
                 tracing::error!(vm = %self.name(), "its process cannot be killed; what it holds stays claimed");
@@ -515,10 +564,15 @@ impl Actor {
         tracing::debug!(vm = %self.name(), from = %self.run.state, to = %state, "state");
         self.run.state = state;
         self.run.since = Timestamp::now();
-        let vm = Owner { vm: self.vm.id, name: self.vm.name.clone(), adapter: None };
-        self.env.tell(EventKind::VmState { vm, state, cause: self.run.cause.clone() });
+        self.tell_state();
         // It is told all the same: what is true does not wait for the disk, and the next step stores it.
         drop(self.store().await);
+    }
+
+    fn tell_state(&self) {
+        let vm = Owner { vm: self.vm.id, name: self.vm.name.clone(), adapter: None };
+        let (state, cause) = (self.run.state, self.run.cause.clone());
+        self.env.tell(EventKind::VmState { vm, state, cause });
     }
 
     async fn store(&mut self) -> Result<(), Problem> {
@@ -531,7 +585,8 @@ impl Actor {
     }
 
     fn publish(&self) {
-        self.outlets.status.send_replace(Status { run: self.run.clone(), held: self.held.clone() });
+        let (run, held, operation) = (self.run.clone(), self.held.clone(), self.progress.shown());
+        self.outlets.status.send_replace(Status { run, held, operation });
     }
 
     fn subject(&self) -> Subject {

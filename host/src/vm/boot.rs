@@ -5,7 +5,7 @@ use std::{fs::File, os::fd::OwnedFd, sync::Arc, time::Duration};
 use api::{
     Caller,
     problem::{Problem, ProblemCode},
-    types::{Protection, VmSpec},
+    types::{Protection, Stage, VmSpec},
 };
 use passthrough::{
     fail::{Point, reach},
@@ -116,6 +116,7 @@ pub(super) async fn run(
     files: Files,
     held: &[Held],
     user: Option<u32>,
+    mut enter: impl FnMut(Stage) + Send,
 ) -> Result<(Connection, mpsc::Receiver<Event>), Problem> {
     let console = directory.create_console().map_err(|error| {
         Problem::new(ProblemCode::VmmFailed, format!("The VM's console file cannot be made ({error})."))
@@ -126,6 +127,7 @@ pub(super) async fn run(
     if greeting.state != State::Empty {
         return Err(Problem::new(ProblemCode::VmmFailed, "A new vmm process says that it is not empty."));
     }
+    enter(Stage::BuildingMachine);
     let mut fds: Vec<OwnedFd> = vec![files.kvm.into(), console.into(), files.kernel.into()];
     let initramfs = files.initramfs.is_some();
     fds.extend(files.initramfs.map(OwnedFd::from));
@@ -133,6 +135,7 @@ pub(super) async fn run(
     let spec = Box::new(machine(vm, initramfs, held, user, &env.protections_off()));
     connection.order(Order::Configure { spec }, fds, CONFIGURE).await.map_err(|e| e.problem())?;
     reach(Point::BootConfigured);
+    enter(Stage::StartingVcpus);
     connection.order(Order::Run, Vec::new(), PROMPT).await.map_err(|e| e.problem())?;
     reach(Point::BootRun);
     Ok((connection, events))

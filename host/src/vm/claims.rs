@@ -13,7 +13,7 @@ use std::{fs, thread, time::Duration};
 
 use api::{
     problem::{Problem, ProblemCode},
-    types::{UnicastMac, VmSpec},
+    types::{Stage, UnicastMac, VmSpec},
 };
 use netpolicy::MacAddress;
 use passthrough::{
@@ -281,7 +281,12 @@ fn plain_device(inventory: &Inventory, bdf: Bdf, taken: &[Claim]) -> Result<(), 
 ///
 /// # Errors
 /// The function may be anywhere between before and after: give it back.
-pub async fn prepare(env: &Environment, held: &mut Held) -> Result<(), Problem> {
+pub async fn prepare(
+    env: &Environment,
+    held: &mut Held,
+    mut enter: impl FnMut(Stage) + Send,
+) -> Result<(), Problem> {
+    enter(Stage::BindingFunction);
     let before = blocking(env, held, remember).await?;
     reach(Point::ClaimRead);
     store_before(env, held, before).await?;
@@ -289,6 +294,7 @@ pub async fn prepare(env: &Environment, held: &mut Held) -> Result<(), Problem> 
     let before = blocking(env, held, bind).await?;
     reach(Point::BaselineBegun);
     store_before(env, held, before).await?;
+    enter(Stage::SettingPolicy);
     match &held.value.adapter {
         Some(vf) if network::bind(env, held, vf).await? => Ok(()),
         _ => blocking(env, held, baseline).await,
@@ -385,11 +391,15 @@ fn address(mac: UnicastMac) -> MacAddress {
 
 /// Gives back what a VM holds; its process must have ended. Returns what could not be given back: those claims stay,
 /// and are tried again at the VM's next boot or deletion and when the agent starts.
-pub async fn give_back(env: &Environment, held: Vec<Held>) -> Vec<(Held, Problem)> {
+pub async fn give_back(
+    env: &Environment,
+    held: Vec<Held>,
+    mut enter: impl FnMut(Stage) + Send,
+) -> Vec<(Held, Problem)> {
     let mut kept = Vec::new();
     // The last one first, as they were taken.
     for claim in held.into_iter().rev() {
-        let done = give_one_back(env, &claim).await;
+        let done = give_one_back(env, &claim, &mut enter).await;
         if let Err(problem) = done {
             tracing::error!(vm = %claim.value.vm_name, function = %claim.value.bdf, "cannot give a function back: {problem}");
             kept.push((claim, problem));
@@ -398,10 +408,18 @@ pub async fn give_back(env: &Environment, held: Vec<Held>) -> Vec<(Held, Problem
     kept
 }
 
-async fn give_one_back(env: &Environment, claim: &Held) -> Result<(), Problem> {
+async fn give_one_back(
+    env: &Environment,
+    claim: &Held,
+    enter: &mut (impl FnMut(Stage) + Send),
+) -> Result<(), Problem> {
+    if claim.value.adapter.is_some() {
+        enter(Stage::CleaningFunction);
+    }
     // Before anything else: it is still bound to vfio-pci, which cleaning needs.
     network::clean_vf(env, claim).await?;
     reach(Point::ReleaseCleaned);
+    enter(Stage::ReturningFunction);
     if claim.value.before.is_some() {
         blocking(env, claim, restore).await?;
     }

@@ -29,7 +29,7 @@ use std::sync::Arc;
 use api::{
     Caller,
     problem::{Problem, ProblemCode},
-    types::{Name, VmAction, VmSpec, VmState},
+    types::{Name, VmAction, VmOperation, VmSpec, VmState},
 };
 use tokio::sync::{mpsc, oneshot, watch};
 use tracing::Span;
@@ -71,6 +71,8 @@ pub struct Status {
     pub run: RunRecord,
     /// What it holds.
     pub held: Vec<Held>,
+    /// What its task does that takes time.
+    pub operation: Option<VmOperation>,
 }
 
 /// The handle of a VM's task.

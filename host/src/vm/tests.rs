@@ -4,6 +4,7 @@ mod fake_vmm;
 pub(crate) mod fixture;
 mod life;
 mod network;
+mod progress;
 
 use api::{
     problem::ProblemCode,

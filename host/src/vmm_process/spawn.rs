@@ -90,7 +90,9 @@ pub fn spawn(program: &Program, directory: &VmDirectory, vm: Uuid) -> Result<Pro
         command.env("PORTCULLIS_LOG", level);
     }
     #[cfg(feature = "test-support")]
-    command.envs(std::env::var_os(passthrough::fail::VARIABLE).map(|at| (passthrough::fail::VARIABLE, at)));
+    for name in [passthrough::fail::VARIABLE, passthrough::fail::HOLD] {
+        command.envs(std::env::var_os(name).map(|at| (name, at)));
+    }
     pass(&mut command, &listener);
     let child = command.spawn().map_err(SpawnError::Process)?;
     let pid = child.id();

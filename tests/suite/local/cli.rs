@@ -2,25 +2,18 @@
 
 use std::{
     fs,
-    io::{Read, Write},
-    os::fd::{AsFd, OwnedFd},
+    io::Write,
     path::Path,
-    process::{Child, Command, Output, Stdio},
-    sync::{Arc, Mutex},
+    process::{Command, Output, Stdio},
     thread,
     time::{Duration, Instant},
 };
 
 use api::types::VmState;
-use rustix::{
-    fs::{Mode, OFlags},
-    pty::{OpenptFlags, grantpt, openpt, ptsname, unlockpt},
-    termios::tcgetattr,
-};
 use serde_json::{Value, json};
 use tempfile::TempDir;
 
-use crate::fixture::{Agent, Options, SmallGuest, agent::binary};
+use crate::fixture::{Agent, OnTerminal, Options, SmallGuest, agent::binary};
 
 const PATIENCE: Duration = Duration::from_secs(60);
 
@@ -158,64 +151,6 @@ fn completions_and_man_pages_are_written() {
     assert!(status.success());
     for page in ["portcullis.1", "portcullis-apply.1", "portcullis-port-group-set.1"] {
         assert!(directory.path().join(page).exists(), "{page}");
-    }
-}
-
-/// A process on a terminal of its own.
-struct OnTerminal {
-    master: OwnedFd,
-    terminal: OwnedFd,
-    child: Child,
-    seen: Arc<Mutex<String>>,
-}
-
-impl OnTerminal {
-    fn new(mut command: Command) -> Self {
-        let master = openpt(OpenptFlags::RDWR | OpenptFlags::NOCTTY).unwrap();
-        grantpt(&master).unwrap();
-        unlockpt(&master).unwrap();
-        let name = ptsname(&master, Vec::new()).unwrap();
-        let terminal = rustix::fs::open(&name, OFlags::RDWR | OFlags::NOCTTY, Mode::empty()).unwrap();
-        let end = || Stdio::from(terminal.try_clone().unwrap());
-        let child = command.stdin(end()).stdout(end()).stderr(end()).spawn().unwrap();
-        let seen = Arc::new(Mutex::new(String::new()));
-        let (mut from, to) = (fs::File::from(master.try_clone().unwrap()), Arc::clone(&seen));
-        thread::spawn(move || {
-            let mut bytes = [0; 4096];
-            while let Ok(count @ 1..) = from.read(&mut bytes) {
-                to.lock().unwrap().push_str(&String::from_utf8_lossy(&bytes[..count]));
-            }
-        });
-        Self { master, terminal, child, seen }
-    }
-
-    fn type_keys(&self, keys: &[u8]) {
-        fs::File::from(self.master.try_clone().unwrap()).write_all(keys).unwrap();
-    }
-
-    #[track_caller]
-    fn shows(&self, text: &str) {
-        let deadline = Instant::now() + PATIENCE;
-        while !self.seen.lock().unwrap().contains(text) {
-            assert!(Instant::now() < deadline, "no {text:?} in {:?}", self.seen.lock().unwrap());
-            thread::sleep(Duration::from_millis(10));
-        }
-    }
-
-    fn is_raw(&self) -> bool {
-        let modes = tcgetattr(self.terminal.as_fd()).unwrap().local_modes;
-        !modes.contains(rustix::termios::LocalModes::ICANON)
-    }
-
-    fn ends(&mut self) -> Option<i32> {
-        let deadline = Instant::now() + PATIENCE;
-        loop {
-            if let Some(status) = self.child.try_wait().unwrap() {
-                return status.code();
-            }
-            assert!(Instant::now() < deadline, "it goes on: {:?}", self.seen.lock().unwrap());
-            thread::sleep(Duration::from_millis(10));
-        }
     }
 }
 

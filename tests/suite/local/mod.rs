@@ -13,6 +13,7 @@ mod machine;
 mod network;
 mod observe;
 mod page;
+mod progress;
 mod rest;
 mod sandbox;
 mod simulated_pf;

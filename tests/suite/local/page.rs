@@ -6,10 +6,11 @@ use std::{
 };
 
 use api::types::VmAction;
+use passthrough::fail::Point;
 use rustix::process::{Pid, Signal, kill_process};
 use serde_json::json;
 
-use crate::fixture::{Agent, Options, SmallGuest, agent::binary, browser::Browser};
+use crate::fixture::{Agent, Held, Options, SmallGuest, agent::binary, browser::Browser};
 
 const ALICE: &str = "02:00:00:00:0a:01";
 
@@ -141,6 +142,27 @@ fn a_click_on_accept_lets_the_next_request_through() {
     browser.wait_for("document.querySelector('#alert').hidden");
     agent.act("bob", VmAction::Stop).unwrap();
     browser.wait_for_text("tr[data-vm='bob']", "stopped");
+    assert_eq!(browser.complaints, Vec::<String>::new());
+}
+
+#[test]
+fn an_operation_that_takes_long_is_shown_beside_the_state() {
+    let held = Held::at(Point::PfSet);
+    let agent = Agent::start_with(held.options());
+    agent.create(&SmallGuest::spec(&agent, "web1", json!([{"id": "eth0"}]), "")).unwrap();
+    let ui = Ui::start(&agent);
+    let mut browser = Browser::start();
+    browser.open(&ui.url);
+    browser.wait_for_text("tr[data-vm='web1']", "defined");
+    held.close();
+    let boot = agent.client.act("web1", VmAction::Boot, std::time::Duration::ZERO);
+    assert!(!agent.ask(boot).unwrap().complete);
+    browser.wait_for_text("tr[data-vm='web1']", "starting");
+    browser.wait_for_text("tr[data-vm='web1'] .operation", "boot: setting policy (4/7)");
+    browser.picture("operation", 1000, "light");
+    held.open();
+    browser.wait_for_text("tr[data-vm='web1']", "running");
+    browser.wait_for("!document.querySelector('.operation')");
     assert_eq!(browser.complaints, Vec::<String>::new());
 }
 

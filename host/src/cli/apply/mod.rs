@@ -3,11 +3,17 @@
 mod diff;
 mod files;
 
+use std::cell::Cell;
+
 use api::{Client, ClientError};
 use clap::Args;
 use serde::Serialize;
 
-use super::{error::CliError, output::Output};
+use super::{
+    error::CliError,
+    output::Output,
+    progress::{self, Doing},
+};
 use diff::{Difference, differences};
 use files::Wanted;
 
@@ -50,12 +56,15 @@ struct Step {
 pub(super) async fn run(client: &Client, output: &mut Output<'_>, args: ApplyArgs) -> Result<(), CliError> {
     let steps = plan(client, files::read_all(&args.files)?).await?;
     if !args.dry_run {
-        for (n, step) in steps.iter().enumerate() {
-            if let Err(error) = make(client, step).await {
-                // What was made before it is told: it stays.
-                show(output, steps.get(..n).unwrap_or_default())?;
-                return Err(CliError::Apply { file: step.file.clone(), source: Box::new(error.into()) });
-            }
+        let at = Cell::new(0);
+        let doing = async || {
+            let what = steps.get(at.get()).map_or_else(String::new, |step| format!("applying {}", step.file));
+            Doing { what, step: Some((at.get().saturating_add(1), steps.len())) }
+        };
+        if let Err((step, error)) = progress::during(make_all(client, &steps, &at), doing).await {
+            // What was made before it is told: it stays.
+            show(output, steps.get(..at.get()).unwrap_or_default())?;
+            return Err(CliError::Apply { file: step.file.clone(), source: Box::new(error.into()) });
         }
     }
     show(output, &steps)
@@ -104,6 +113,19 @@ async fn plan(client: &Client, wanted: Vec<(String, Wanted)>) -> Result<Vec<Step
         Step { action, kind, name, file, changes, wanted, revision }
     };
     Ok(wanted.into_iter().map(step).collect())
+}
+
+/// Makes one after the other; `at` is the number of the one that is being made.
+async fn make_all<'a>(
+    client: &Client,
+    steps: &'a [Step],
+    at: &Cell<usize>,
+) -> Result<(), (&'a Step, ClientError)> {
+    for (n, step) in steps.iter().enumerate() {
+        at.set(n);
+        make(client, step).await.map_err(|error| (step, error))?;
+    }
+    Ok(())
 }
 
 /// Makes it so, if it is still what it was compared with.

@@ -117,6 +117,7 @@ impl Actor {
             }
             Report::Ended { end } => {
                 self.end = Some(end);
+                self.progress.enter(Stage::EndingProcess);
                 // It ends by itself now; it is not waited for without bound.
                 self.deadline = self.deadline.or(Instant::now().checked_add(STOP));
             }
@@ -184,7 +185,7 @@ impl Actor {
         if gone.is_empty() {
             return;
         }
-        let kept = claims::give_back(&self.env, gone).await;
+        let kept = claims::give_back(&self.env, gone, |_| {}).await;
         self.held.extend(kept.into_iter().map(|(claim, _)| claim));
         self.publish();
     }

@@ -6,6 +6,15 @@ const OUT_OF_MEMORY: &str = "It had reached its limits.memory: raise it, or give
 
 impl Actor {
     pub(super) async fn stop(&mut self) {
+        let action = match self.deleting.is_empty() {
+            true => OperationAction::Stop,
+            false => OperationAction::Delete,
+        };
+        // Asked twice, it goes on.
+        if self.progress.action() != Some(action) {
+            self.progress.begin(action, self.stages_of_end());
+            self.progress.enter(Stage::EndingProcess);
+        }
         if self.run.state != VmState::Stopping {
             self.step(VmState::Stopping).await;
         }
@@ -95,6 +104,7 @@ impl Actor {
     pub(super) async fn rest(&mut self, state: VmState, cause: Option<Cause>, again: bool) {
         self.disconnected().await;
         self.deadline = None;
+        self.progress.follow_with(self.release_stages());
         reach(Point::ReleaseBegun);
         let kept = self.give_back().await;
         reach(Point::ReleaseDone);
@@ -118,6 +128,9 @@ impl Actor {
             false => self.cancel_restart(),
         }
         self.run.rested_in.get_or_insert_with(|| self.env.boot_id.clone());
+        if self.deleting.is_empty() {
+            self.progress.end();
+        }
         self.step(state).await;
         reach(Point::ReleaseStored);
         for done in self.resting.drain(..) {
@@ -127,11 +140,37 @@ impl Actor {
 
     pub(super) async fn give_back(&mut self) -> Result<(), Problem> {
         let held = std::mem::take(&mut self.held);
-        let mut kept = claims::give_back(&self.env, held).await;
+        let mut kept = claims::give_back(&self.env, held, |stage| self.progress.enter(stage)).await;
         kept.reverse();
         let problem = kept.first().map(|(_, problem)| problem.clone());
         self.held = kept.into_iter().map(|(claim, _)| claim).collect();
         problem.map_or(Ok(()), Err)
+    }
+
+    /// What follows on the end of the process.
+    pub(super) fn release_stages(&self) -> Vec<Stage> {
+        let mut stages = progress::release(&self.held);
+        if !self.deleting.is_empty() {
+            stages.push(Stage::Forgetting);
+        }
+        stages
+    }
+
+    /// The end of a process that is there.
+    pub(super) fn stages_of_end(&self) -> Vec<Stage> {
+        let mut stages = vec![Stage::EndingProcess];
+        stages.extend(self.release_stages());
+        stages
+    }
+
+    /// The guest has been asked to power off, if it was not before.
+    pub(super) fn show_shutdown(&mut self) {
+        if self.progress.action() != Some(OperationAction::Shutdown) {
+            let mut stages = vec![Stage::AskingGuest];
+            stages.extend(self.stages_of_end());
+            self.progress.begin(OperationAction::Shutdown, stages);
+            self.progress.enter(Stage::AskingGuest);
+        }
     }
 
     pub(super) fn last_words(&self) -> String {

@@ -92,6 +92,7 @@ impl Actor {
             Err(problem) => problem,
         };
         // Nothing was begun: the VM is at rest, for another reason now.
+        self.progress.end();
         self.fail(result);
         self.run.restart = RestartStatus { attempts, next: None };
         self.run.booted = None;

@@ -21,6 +21,8 @@ use vmm::control::{
     Outcome, Report, State, Stats, ToAgent, ToVmm,
 };
 
+use super::fixture::Gates;
+
 /// The name of the test that is the vmm.
 pub(crate) const NAME: &str = "vm::tests::fake_vmm::fake_vmm";
 
@@ -32,10 +34,13 @@ fn fake_vmm() {
     let mut arguments = std::env::args().rev();
     let vm = arguments.next().and_then(|last| Uuid::parse_str(&last).ok());
     let (Some(vm), Some("3")) = (vm, arguments.next().as_deref()) else { return };
+    let gates = Gates(arguments.next().unwrap().into());
+    gates.pass("start");
     // SAFETY: the agent gives its listening socket as number 3, and nothing else in this process knows it.
     let socket = unsafe { OwnedFd::from_raw_fd(3) };
     let mut fake = Fake {
         vm,
+        gates,
         channel: None,
         state: State::Empty,
         boots: 0,
@@ -57,6 +62,7 @@ fn fake_vmm() {
 
 struct Fake {
     vm: Uuid,
+    gates: Gates,
     channel: Option<Channel>,
     state: State,
     boots: u64,
@@ -158,6 +164,13 @@ impl Fake {
     }
 
     fn on_order(&mut self, id: u64, order: Order, fds: Vec<OwnedFd>) -> Option<Result<Outcome, Failure>> {
+        match order {
+            Order::Configure { .. } => self.gates.pass("configure"),
+            Order::Run => self.gates.pass("run"),
+            Order::Reboot => self.gates.pass("reboot"),
+            Order::Stop => self.gates.pass("stop"),
+            _ => {}
+        }
         match order {
             Order::Configure { spec } => match spec.cmdline.as_str() {
                 "refuse-kernel" => {

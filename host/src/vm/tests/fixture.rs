@@ -2,9 +2,9 @@
 
 use std::{
     collections::BTreeMap,
-    path::Path,
+    path::{Path, PathBuf},
     sync::{Arc, Mutex},
-    time::Duration,
+    time::{Duration, Instant},
 };
 
 use api::{
@@ -42,8 +42,31 @@ pub(crate) const VF1: Bdf = Bdf::new(0, 1, 0x10, 2).unwrap();
 /// No step of a test takes longer.
 pub(crate) const PATIENCE: Duration = Duration::from_secs(20);
 
+/// A place at which tests hold what they have made up: it is closed while its file is there.
+#[derive(Clone)]
+pub(crate) struct Gates(pub(crate) PathBuf);
+
+impl Gates {
+    pub(crate) fn close(&self, gate: &str) {
+        std::fs::create_dir_all(&self.0).unwrap();
+        std::fs::write(self.0.join(gate), "").unwrap();
+    }
+
+    pub(crate) fn open(&self, gate: &str) {
+        std::fs::remove_file(self.0.join(gate)).unwrap();
+    }
+
+    pub(crate) fn pass(&self, gate: &str) {
+        let deadline = Instant::now() + PATIENCE;
+        while self.0.join(gate).exists() {
+            assert!(Instant::now() < deadline, "{gate} stays closed");
+            std::thread::sleep(Duration::from_millis(2));
+        }
+    }
+}
+
 /// One PF that many handles configure, as the kernel's.
-struct SharedPf(Arc<Mutex<FakePf>>);
+struct SharedPf(Arc<Mutex<FakePf>>, Gates);
 
 impl PfControl for SharedPf {
     fn name(&self) -> &'static str {
@@ -55,10 +78,12 @@ impl PfControl for SharedPf {
     }
 
     fn read_all(&mut self) -> Result<BTreeMap<u16, VfSettings>, PfError> {
+        self.1.pass("read");
         self.0.lock().unwrap().read_all()
     }
 
     fn set(&mut self, vf: u16, change: VfChange) -> Result<(), PfError> {
+        self.1.pass("set");
         self.0.lock().unwrap().set(vf, change)
     }
 }
@@ -221,6 +246,10 @@ impl Host {
         self.pf.lock().unwrap().read(vf).unwrap()
     }
 
+    pub(crate) fn gates(&self) -> Gates {
+        gates(self.dir.path())
+    }
+
     pub(crate) fn set_pf_up(&self, up: bool) {
         self.sysfs.set_interface_up(PF, "eth0", up);
     }
@@ -230,19 +259,30 @@ impl Host {
     }
 }
 
+fn gates(dir: &Path) -> Gates {
+    Gates(dir.join("gates"))
+}
+
 fn environment(dir: &Path, sysfs: &Sysfs, pf: &Arc<Mutex<FakePf>>) -> Environment {
     let store = SqliteStore::open(&dir.join("state/portcullis.db")).unwrap();
-    let pf = Arc::clone(pf);
+    let (pf, gates) = (Arc::clone(pf), gates(dir));
+    let passed = gates.0.clone();
     Environment {
         inventory: sysfs.clone().into(),
-        open_pf: Arc::new(move |_| Ok(Box::new(SharedPf(Arc::clone(&pf))))),
+        open_pf: Arc::new(move |_| Ok(Box::new(SharedPf(Arc::clone(&pf), gates.clone())))),
         image_dirs: vec![dir.join("images")],
         // A test machine's own limit is 8 MiB at times.
         memlock_slack: 0,
         kvm: "/dev/null".into(),
         program: Program {
             path: std::env::current_exe().unwrap().into(),
-            arguments: vec!["--exact".into(), "--nocapture".into(), super::fake_vmm::NAME.into()],
+            // The last one is the fake's: there is no test of this name.
+            arguments: vec![
+                "--exact".into(),
+                "--nocapture".into(),
+                super::fake_vmm::NAME.into(),
+                passed.into(),
+            ],
         },
         ..Environment::new(Arc::new(store), dir.join("run"))
     }
