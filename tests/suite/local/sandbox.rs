@@ -1,6 +1,6 @@
 //! The process of a VM is worthless to whoever takes it over: each layer of its sandbox is attacked by itself.
 
-use std::fs;
+use std::{fs, thread};
 
 use api::{
     problem::ProblemCode,
@@ -63,8 +63,11 @@ fn each_layer_alone_stops_every_attack_and_without_layers_each_succeeds() {
     ));
     let mut wrong = Vec::new();
     for what in ATTEMPTS.into_iter().chain(CONVENIENCES) {
-        let outcomes =
-            [all, filters, user, landlock, nothing].map(|agent| attempt(agent, what, "vcpu", &json!([])));
+        let outcomes = thread::scope(|scope| {
+            [all, filters, user, landlock, nothing]
+                .map(|agent| scope.spawn(move || attempt(agent, what, "vcpu", &json!([]))))
+                .map(|attempted| attempted.join().unwrap())
+        });
         let [in_all, by_filters, by_user, by_landlock, by_nothing] = &outcomes;
         report(&format!("{what:24}{in_all:28}{by_filters:28}{by_user:28}{by_landlock:28}{by_nothing}"));
         let stopped_by_user = *by_user != Outcome::Succeeded || CONVENIENCES.contains(&what);
