@@ -156,11 +156,11 @@ impl Stage<'_> {
         let counted = self.relayed("set_mac:").await?;
         self.report.stage(
             "relay",
-            format!("the VM's process takes the message and asks the agent ({counted} so far)"),
+            format!("the VM's process takes the message; the agent decides, or did so in advance ({counted} so far)"),
         );
         self.report.stage(
             "switch",
-            format!("the question belongs to port {} of {}", port.name, port.status.port_group),
+            format!("the message belongs to port {} of {}", port.name, port.status.port_group),
         );
         let verdict = word(&decision.verdict);
         let because = match (&decision.reason, &decision.decided_by) {
