@@ -71,8 +71,9 @@ static void calibrate(void) {
   mmio_write(LOCAL_APIC + APIC_LVT_TIMER, MASKED | (VECTOR_BASE + IRQ_TIMER));
   mmio_write(LOCAL_APIC + APIC_TIMER_DIVIDE, 0xb); /* by one */
   mmio_write(LOCAL_APIC + APIC_TIMER_START, ~0U);
-  u32 first = mmio_read(LOCAL_APIC + APIC_TIMER_LEFT), passed;
+  /* Before and after: what else the host does meanwhile makes waits longer, and never shorter. */
   tsc_start = tsc();
+  u32 first = mmio_read(LOCAL_APIC + APIC_TIMER_LEFT), passed;
   u64 end;
   do {
     passed = first - mmio_read(LOCAL_APIC + APIC_TIMER_LEFT);
