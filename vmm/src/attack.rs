@@ -2,21 +2,24 @@
 //!
 //! A kernel command line `attack=WHAT@THREAD` makes a machine try WHAT on the thread whose filter is called THREAD, in the
 //! place of the code that faces the guest: after its filter is installed, before it does anything else; on a vCPU when it is to run
-//! for the first time. What became of it is a line
-//! in the process's log, `ATTACK WHAT@THREAD: succeeded` or `… failed: CAUSE`, unless the kernel has ended the process.
+//! for the first time. The process of a simulated PF takes the same word from its environment, [`VARIABLE`]. What became of it is a
+//! line in the process's log, `ATTACK WHAT@THREAD: succeeded` or `… failed: CAUSE`, unless the kernel has ended the process.
 //!
 //! An attempt succeeds if it reaches what is not the process's own: what its sandbox leaves harmless (a socket in an empty network)
 //! is no success. What is tried lies ready before the process gives up its privileges, so that without a sandbox each succeeds.
 
 use std::{
-    ffi::CStr,
+    ffi::{CStr, CString},
     fs,
     io::{self, Write},
     net::TcpListener,
     os::{
+        fd::RawFd,
         linux::net::SocketAddrExt,
         unix::net::{SocketAddr, UnixListener},
     },
+    path::PathBuf,
+    process,
     sync::OnceLock,
     thread,
     time::Duration,
@@ -40,12 +43,19 @@ struct Targets {
     port: u16,
     /// A name in the host's abstract sockets.
     name: Vec<u8>,
-    /// This VM's control socket, as any process of the host would find it.
+    /// Where this process listens, as any process of the host would find it.
     control: Vec<u8>,
     /// A piece of System V shared memory.
     shared: usize,
     host_name: Vec<u8>,
+    /// A group of VFIO that is nobody's, if there is one.
+    group: Option<CString>,
+    /// A file that there is not, in a directory that anybody may write to.
+    file: CString,
 }
+
+/// The environment variable that has the attack's word where there is no command line of a guest.
+pub const VARIABLE: &str = "PORTCULLIS_ATTACK_FOR_TESTS";
 
 static TARGETS: OnceLock<Targets> = OnceLock::new();
 
@@ -61,12 +71,16 @@ type Attempt = fn(&Targets) -> io::Result<()>;
 /// Every attempt.
 const ATTEMPTS: &[(&str, Attempt)] = &[
     ("open_file", |_| open(c"/etc/passwd", libc::O_RDONLY)),
-    ("create_file", |_| {
-        open(c"/tmp/portcullis-attack", libc::O_WRONLY | libc::O_CREAT)?;
-        call(libc::SYS_unlink, [pointer(c"/tmp/portcullis-attack"), 0, 0, 0, 0, 0]).map(drop)
+    ("create_file", |targets| {
+        open(&targets.file, libc::O_WRONLY | libc::O_CREAT)?;
+        call(libc::SYS_unlink, [pointer(&targets.file), 0, 0, 0, 0, 0]).map(drop)
     }),
     ("list_processes", |_| open(c"/proc", libc::O_RDONLY | libc::O_DIRECTORY)),
     ("open_vfio", |_| open(c"/dev/vfio/vfio", libc::O_RDWR)),
+    ("open_vfio_group", |targets| match &targets.group {
+        Some(group) => open(group, libc::O_RDWR),
+        None => Err(io::ErrorKind::NotFound.into()),
+    }),
     ("connect_tcp", connect_tcp),
     ("connect_unix", |targets| connect_unix(libc::SOCK_SEQPACKET, &targets.control)),
     ("connect_abstract", |targets| connect_unix(libc::SOCK_STREAM, &targets.name)),
@@ -134,11 +148,12 @@ const ATTEMPTS: &[(&str, Attempt)] = &[
     }),
 ];
 
-/// Makes everything ready that the command line's attack is about, if there is one. The process has its privileges still.
+/// Makes everything ready that the command line's attack is about, if there is one. The process has its privileges still, and
+/// listens at the descriptor `listener`.
 ///
 /// # Errors
 /// What cannot be made ready.
-pub fn arm(cmdline: &str) -> io::Result<()> {
+pub fn arm(cmdline: &str, listener: RawFd) -> io::Result<()> {
     let Some(word) = cmdline.split_ascii_whitespace().find_map(|word| word.strip_prefix("attack=")) else {
         return Ok(());
     };
@@ -146,12 +161,14 @@ pub fn arm(cmdline: &str) -> io::Result<()> {
     let agent = call(libc::SYS_getppid, [0; 6])?;
     let maps = fs::read_to_string(format!("/proc/{agent}/maps"))?;
     let address = maps.split('-').next().and_then(|first| usize::from_str_radix(first, 16).ok());
-    let listener = TcpListener::bind("127.0.0.1:0")?;
-    let port = listener.local_addr()?.port();
-    std::mem::forget(listener);
-    let name = format!("portcullis-attack-{}", std::process::id()).into_bytes();
-    let listener = UnixListener::bind_addr(&SocketAddr::from_abstract_name(&name)?)?;
-    std::mem::forget(listener);
+    let tcp = TcpListener::bind("127.0.0.1:0")?;
+    let port = tcp.local_addr()?.port();
+    std::mem::forget(tcp);
+    let name = format!("portcullis-attack-{}", process::id());
+    let file = CString::new(format!("/tmp/{name}"))?;
+    let name = name.into_bytes();
+    let unix = UnixListener::bind_addr(&SocketAddr::from_abstract_name(&name)?)?;
+    std::mem::forget(unix);
     let payload = b"secret";
     let key = [pointer(KEY_TYPE), pointer(KEY), payload.as_ptr() as usize, payload.len(), SESSION, 0];
     call(libc::SYS_add_key, key)?;
@@ -166,20 +183,33 @@ pub fn arm(cmdline: &str) -> io::Result<()> {
         address: address.ok_or(io::ErrorKind::InvalidData)?,
         port,
         name: [&[0], &name[..]].concat(),
-        control: control_path()?,
+        control: path_of(listener)?,
         shared,
         host_name: fs::read_to_string("/proc/sys/kernel/hostname")?.trim().into(),
+        group: free_group(),
+        file,
     };
     // A machine is built once.
     drop(TARGETS.set(targets));
     Ok(())
 }
 
-/// Where the process listens: descriptor 3.
-fn control_path() -> io::Result<Vec<u8>> {
+fn free_group() -> Option<CString> {
+    let groups = fs::read_dir("/dev/vfio").ok()?.flatten().map(|entry| entry.path());
+    let numbered = |path: &PathBuf| {
+        path.file_name().is_some_and(|name| name.as_encoded_bytes().iter().all(u8::is_ascii_digit))
+    };
+    // One that somebody has is busy.
+    let free = |path: &PathBuf| fs::File::options().read(true).write(true).open(path).is_ok();
+    let group = groups.filter(numbered).find(free)?;
+    CString::new(group.into_os_string().into_encoded_bytes()).ok()
+}
+
+fn path_of(listener: RawFd) -> io::Result<Vec<u8>> {
     let mut address = [0_u8; size_of::<sockaddr_un>()];
     let mut len = u32::try_from(address.len()).unwrap_or(0);
-    call(libc::SYS_getsockname, [3, address.as_mut_ptr() as usize, (&raw mut len) as usize, 0, 0, 0])?;
+    let (buffer, len) = (address.as_mut_ptr() as usize, (&raw mut len) as usize);
+    call(libc::SYS_getsockname, [number(listener), buffer, len, 0, 0, 0])?;
     let path = address.get(2..).unwrap_or_default();
     Ok(path.iter().copied().take_while(|byte| *byte != 0).collect())
 }
@@ -188,13 +218,27 @@ fn control_path() -> io::Result<Vec<u8>> {
 pub fn strike(thread: &str) {
     let Some(targets) = TARGETS.get().filter(|targets| targets.thread == thread) else { return };
     let attempt = ATTEMPTS.iter().find(|(name, _)| *name == targets.what);
-    let outcome = match attempt.map(|(_, attempt)| attempt(targets)) {
+    let outcome = match attempt.map(|(_, attempt)| undisturbed(|| attempt(targets))) {
         None => "is unknown".to_owned(),
         Some(Ok(())) => "succeeded".to_owned(),
         Some(Err(error)) => format!("failed: {error}"),
     };
     // What cannot be said is missed by the test.
     let _ = writeln!(io::stderr(), "ATTACK {}@{thread}: {outcome}", targets.what);
+}
+
+/// Without signals: the event loop, which waits for a vCPU, kicks it by one now and then. That would interrupt a call that waits,
+/// and be the end of a program that has taken the vCPU's place and does not know it.
+fn undisturbed(attempt: impl FnOnce() -> io::Result<()>) -> io::Result<()> {
+    let mask = |how: i32, new: &u64, old: &mut u64| {
+        let (new, old) = (std::ptr::from_ref(new) as usize, std::ptr::from_mut(old) as usize);
+        call(libc::SYS_rt_sigprocmask, [number(how), new, old, size_of::<u64>(), 0, 0])
+    };
+    let mut before = 0;
+    mask(libc::SIG_SETMASK, &u64::MAX, &mut before)?;
+    let outcome = attempt();
+    mask(libc::SIG_SETMASK, &before, &mut 0)?;
+    outcome
 }
 
 fn number(value: i32) -> usize {
@@ -292,10 +336,6 @@ fn exec() -> io::Result<()> {
     let arguments = [pointer(c"sh"), pointer(c"-c"), script.as_ptr() as usize, 0];
     let environment = [0_usize];
     let all = [pointer(c"/bin/sh"), arguments.as_ptr() as usize, environment.as_ptr() as usize, 0, 0, 0];
-    // The event loop, which waits for this vCPU, kicks it by a signal now and then: the end of a program that does not know it.
-    let blocked = u64::MAX;
-    let mask = [number(libc::SIG_BLOCK), std::ptr::from_ref(&blocked) as usize, 0, size_of::<u64>(), 0, 0];
-    drop(call(libc::SYS_rt_sigprocmask, mask));
     call(libc::SYS_execve, all).map(drop)
 }
 

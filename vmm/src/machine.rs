@@ -169,7 +169,7 @@ impl Machine {
         namespaces: NewNamespaces,
     ) -> Result<(Self, Signals), MachineError> {
         #[cfg(feature = "attacks")]
-        crate::attack::arm(&spec.cmdline).map_err(io("make an attack ready"))?;
+        crate::attack::arm(&spec.cmdline, 3).map_err(io("make an attack ready"))?;
         let kvm = open_kvm(files.kvm, spec)?;
         let vm = kvm.create_vm().map_err(|e| MachineError::Kvm("create a VM", e))?;
         let vm = Arc::new(vm);

@@ -47,6 +47,8 @@ fn usage() -> ExitCode {
 fn run(name: &str, vfs: u16, tap: bool, spec: &SandboxSpec) -> Result<(), Box<dyn std::error::Error>> {
     let listener = io::stdin().as_fd().try_clone_to_owned()?;
     let tap = if tap { Some(io::stdout().as_fd().try_clone_to_owned()?) } else { None };
+    #[cfg(feature = "test-support")]
+    vmm::attack::arm(&std::env::var(vmm::attack::VARIABLE).unwrap_or_default(), 0)?;
     let root = sandbox::private_root(spec, &[], NewNamespaces::begin()?)?;
     sandbox::empty_root(spec, root)?;
     sandbox::drop_privileges(spec)?;
@@ -55,6 +57,8 @@ fn run(name: &str, vfs: u16, tap: bool, spec: &SandboxSpec) -> Result<(), Box<dy
     if spec.seccomp {
         seccomp::Thread::SimulatedPf.confine()?;
     }
+    #[cfg(feature = "test-support")]
+    vmm::attack::strike(seccomp::Thread::SimulatedPf.name());
     serve(Options { name: name.to_owned(), vfs, listener, tap, linger: Some(LINGER) })?;
     Ok(())
 }

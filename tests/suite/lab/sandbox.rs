@@ -17,16 +17,21 @@ use crate::fixture::{
 
 #[test]
 fn with_a_real_vf_nothing_is_off_and_every_thread_is_confined() {
+    // A group that is nobody's.
+    host::bind_vfio(host::VF1);
     let agent = Agent::start_with(Options::for_tests(&[]));
     let adapters = json!([{ "id": "eth0", "vf": host::VF0 }]);
     for thread in ["main", "vcpu", "relay", "function-thread"] {
-        for what in ["open_vfio", "open_file", "connect_tcp", "netlink", "exec", "map_code"] {
+        for what in
+            ["open_vfio", "open_vfio_group", "open_file", "connect_tcp", "netlink", "exec", "map_code"]
+        {
             let outcome = attempt(&agent, what, thread, &adapters);
             report(&format!("{what:16}{thread:20}{outcome}"));
             assert_eq!(outcome, Outcome::Killed, "{what} on {thread}");
         }
     }
     drop(agent);
+    host::unbind(host::VF1);
     let agent = Agent::start_with(Options {
         arguments: ["--sandbox-off", "seccomp"].map(Into::into).into(),
         ..Options::default()
@@ -41,6 +46,8 @@ fn with_a_real_vf_nothing_is_off_and_every_thread_is_confined() {
 fn each_layer_alone_keeps_vfio_from_a_vm() {
     let filters = ["own_user", "namespaces", "empty_root", "limits", "landlock"];
     let nothing = ["own_user", "namespaces", "empty_root", "limits", "landlock", "seccomp"];
+    // Its group is there, and nobody has it.
+    host::bind_vfio(host::VF1);
     for (layers, off) in [
         ("whole sandbox", &[][..]),
         ("seccomp alone", &filters),
@@ -49,10 +56,13 @@ fn each_layer_alone_keeps_vfio_from_a_vm() {
     ] {
         let agent = agent(off);
         // No real VF: an agent that leaves something off gives none.
-        let outcome = attempt(&agent, "open_vfio", "vcpu", &json!([]));
-        report(&format!("open_vfio       {layers:28}{outcome}"));
-        assert_eq!(outcome == Outcome::Succeeded, off == nothing, "{layers}");
+        for what in ["open_vfio", "open_vfio_group"] {
+            let outcome = attempt(&agent, what, "vcpu", &json!([]));
+            report(&format!("{what:16}{layers:28}{outcome}"));
+            assert_eq!(outcome == Outcome::Succeeded, off == nothing, "{what}: {layers}");
+        }
     }
+    host::unbind(host::VF1);
 }
 
 /// Processor time that a process has used, in seconds (`/proc/PID/stat`, fields 14 and 15 in ticks of 10 ms).

@@ -11,7 +11,9 @@ use serde_json::json;
 
 use crate::fixture::{
     Agent, Options, SmallGuest,
-    attack::{Outcome, adapter, agent, attempt, attempt_and_leave, report},
+    attack::{
+        Outcome, adapter, agent, agent_with, attempt, attempt_and_leave, attempt_by_simulated_pf, report,
+    },
     host,
 };
 
@@ -52,6 +54,20 @@ const USER_ALONE: &[&str] = &["seccomp", "landlock"];
 const LANDLOCK_ALONE: &[&str] = &["own_user", "namespaces", "empty_root", "limits", "seccomp"];
 const NOTHING: &[&str] = &["own_user", "namespaces", "empty_root", "limits", "seccomp", "landlock"];
 
+/// The outcomes of `what` in the whole sandbox, under the filters alone, under all but filters and Landlock, under Landlock alone, and
+/// without any.
+fn as_they_should_be(what: &str, outcomes: &[Outcome; 5]) -> bool {
+    let [in_all, by_filters, by_user, by_landlock, by_nothing] = outcomes;
+    let convenience = CONVENIENCES.contains(&what);
+    // What Landlock is there for: an agent without root has nothing else that hides its files.
+    let a_file = what.ends_with("_file") && !convenience;
+    *in_all == Outcome::Killed
+        && *by_filters == Outcome::Killed
+        && (*by_user != Outcome::Succeeded || convenience)
+        && (*by_landlock != Outcome::Succeeded || !a_file)
+        && *by_nothing == Outcome::Succeeded
+}
+
 #[test]
 fn each_layer_alone_stops_every_attack_and_without_layers_each_succeeds() {
     assert!(geteuid().is_root(), "namespaces and users need root: run tests/run as root");
@@ -70,15 +86,31 @@ fn each_layer_alone_stops_every_attack_and_without_layers_each_succeeds() {
         });
         let [in_all, by_filters, by_user, by_landlock, by_nothing] = &outcomes;
         report(&format!("{what:24}{in_all:28}{by_filters:28}{by_user:28}{by_landlock:28}{by_nothing}"));
-        let stopped_by_user = *by_user != Outcome::Succeeded || CONVENIENCES.contains(&what);
-        let control = *by_nothing == Outcome::Succeeded;
-        if *in_all != Outcome::Killed || *by_filters != Outcome::Killed || !stopped_by_user || !control {
-            wrong.push(what);
-        }
-        // What Landlock is there for: an agent without root has nothing else that hides its files.
-        if what.ends_with("_file") && !CONVENIENCES.contains(&what) && *by_landlock == Outcome::Succeeded {
-            wrong.push(what);
-        }
+        wrong.extend((!as_they_should_be(what, &outcomes)).then_some(what));
+    }
+    assert!(wrong.is_empty(), "not as they should be: {wrong:?}");
+}
+
+/// It parses guests' frames. Its sandbox and each layer of it are those of a VM's process, but for the pair of sockets that is the
+/// connection of a VF.
+#[test]
+fn each_layer_alone_stops_every_attack_by_a_simulated_pf() {
+    assert!(geteuid().is_root(), "namespaces and users need root: run tests/run as root");
+    let layers = [
+        ("all0", &[][..]),
+        ("filters0", FILTERS_ALONE),
+        ("user0", USER_ALONE),
+        ("landlock0", LANDLOCK_ALONE),
+        ("nothing0", NOTHING),
+    ];
+    let layers = layers.map(|(name, off)| (name, agent_with(name, off)));
+    let mut wrong = Vec::new();
+    let conveniences = CONVENIENCES.into_iter().filter(|what| *what != "socket_pair");
+    for what in ATTEMPTS.into_iter().chain(conveniences) {
+        let outcomes = layers.each_ref().map(|(name, agent)| attempt_by_simulated_pf(agent, name, what));
+        let [in_all, by_filters, by_user, by_landlock, by_nothing] = &outcomes;
+        report(&format!("{what:24}{in_all:28}{by_filters:28}{by_user:28}{by_landlock:28}{by_nothing}"));
+        wrong.extend((!as_they_should_be(what, &outcomes)).then_some(what));
     }
     assert!(wrong.is_empty(), "not as they should be: {wrong:?}");
 }
