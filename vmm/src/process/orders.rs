@@ -194,7 +194,9 @@ impl Process {
         self.enter(State::Rebooting);
         let Some(machine) = &mut self.machine else { return Ok(()) };
         let reset = machine.reset();
+        self.forget_vcpu_events();
         reach(Point::VmmReset);
+        let Some(machine) = &mut self.machine else { return Ok(()) };
         match reset.and_then(|()| machine.run()) {
             Ok(()) => {
                 self.boots += 1;
@@ -209,7 +211,7 @@ impl Process {
     }
 
     pub(super) fn on_vcpu_event(&mut self, event: vcpu::Event) {
-        // An event that a vCPU raised while the machine was being stopped or reset is answered by that.
+        // An event that a vCPU raised while the machine was being stopped is answered by that.
         if !matches!(self.state, State::Running | State::Paused) {
             return;
         }

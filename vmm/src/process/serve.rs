@@ -23,7 +23,6 @@ use crate::{
     },
     machine::{Machine, Signals, chain},
     sandbox::NewNamespaces,
-    vcpu,
 };
 
 const LISTENER: u32 = 0;
@@ -226,9 +225,16 @@ impl Process {
     fn on_vcpus(&mut self) {
         let Some(signals) = &self.signals else { return };
         let _ = signals.vcpu_signal.read();
-        let events: Vec<vcpu::Event> = signals.vcpu_events.try_iter().collect();
-        for event in events {
-            self.on_vcpu_event(event);
+        let Ok(event) = signals.vcpu_events.try_recv() else { return };
+        // Others in their turn: what this one leads to may make them void, and whoever raises one after the other holds up nobody.
+        let _ = signals.vcpu_signal.write(1);
+        self.on_vcpu_event(event);
+    }
+
+    /// What vCPUs raised before they were parked for a reset is answered by it, and must not end or reset the next boot.
+    pub(super) fn forget_vcpu_events(&mut self) {
+        if let Some(signals) = &self.signals {
+            signals.vcpu_events.try_iter().for_each(drop);
         }
     }
 
