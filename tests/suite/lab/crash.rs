@@ -1,8 +1,16 @@
 //! The agent or a vmm is killed at every point of a VM's life, and nothing is lost: VFs of the lab's igb.
 
+use std::{fs, time::Duration};
+
 use passthrough::fail::{Point, Victim};
 
-use crate::fixture::{Agent, Options, crash::Matrix, host, small_story::SmallStory};
+use crate::fixture::{
+    Agent, Options,
+    checker::Checker,
+    crash::Matrix,
+    host,
+    small_story::{SmallStory, wait_for_script},
+};
 
 /// VFs have the addresses of an administrator: the stock driver would choose another one each time that it is bound, and that
 /// it is as before could not be told.
@@ -34,6 +42,64 @@ fn die_at(groups: &[&str], most: u32) {
     let story = SmallStory::new(SmallStory::spec_for(&agent));
     let of_group = |point: &&Point| groups.contains(&point.name().split('.').next().unwrap());
     Matrix::new(agent, story).die_at(Point::ALL.iter().filter(of_group).copied(), most);
+}
+
+/// What nothing above would be without.
+#[test]
+fn the_checker_sees_what_is_wrong_with_a_vf() {
+    let _addressed = Addressed::new();
+    let mut agent = Agent::start_with(Options::for_tests(&[]));
+    let mut checker = Checker::new(agent.directory());
+    drop(agent.boot(&SmallStory::spec_for(&agent)));
+    wait_for_script(&agent, "web1", 1).unwrap();
+    checker.assert_settled("before anything is planted", Duration::from_secs(20));
+    // VF 0 is the VM's, nobody has VF 1.
+    let used = agent.vfs().into_iter().find(|vf| vf.owner.is_some()).unwrap();
+    assert_eq!(used.bdf.to_string(), host::VF0);
+    // It could put things right.
+    agent.kill();
+    let set = |vf: &str, setting: &[&str]| {
+        host::run("ip", &[&["link", "set", host::PF, "vf", vf], setting].concat());
+    };
+    let mut reported = |what: &str| {
+        let found = checker.differences();
+        assert_eq!(found.len(), usize::from(!what.is_empty()), "{what}: {found:#?}");
+        assert!(found.iter().all(|found| found.contains(what)), "{what}: {found:#?}");
+    };
+
+    for (what, planted, before) in [
+        ("the trust of its VF", ["trust", "on"], ["trust", "off"]),
+        ("the spoof check of its VF", ["spoofchk", "off"], ["spoofchk", "on"]),
+        ("the rate of its VF", ["max_tx_rate", "7"], ["max_tx_rate", "100"]),
+        ("the VLAN of its VF", ["vlan", "5"], ["vlan", "0"]),
+        ("the mac of its VF", ["mac", "02:00:00:00:0e:66"], ["mac", "02:00:00:00:0e:99"]),
+    ] {
+        set("0", &planted);
+        reported(what);
+        set("0", &before);
+        reported("");
+    }
+    for (planted, before) in [
+        (["trust", "on"], ["trust", "off"]),
+        (["mac", "02:00:00:00:0e:66"], ["mac", "02:00:00:00:ad:01"]),
+        (["max_tx_rate", "7"], ["max_tx_rate", "0"]),
+    ] {
+        set("1", &planted);
+        reported("which nobody has");
+        set("1", &before);
+        reported("");
+    }
+    let device = format!("/sys/bus/pci/devices/{}", host::VF1);
+    let write = |file: &str, what: &str| fs::write(format!("{device}/{file}"), what).unwrap();
+    write("driver_override", "vfio-pci");
+    reported("which nobody has");
+    write("driver_override", "\n");
+    reported("");
+    write("driver/unbind", host::VF1);
+    reported("which nobody has");
+    fs::write("/sys/bus/pci/drivers/igbvf/bind", host::VF1).unwrap();
+    reported("");
+    agent.restart();
 }
 
 #[test]
