@@ -10,6 +10,9 @@ use super::{
 };
 use crate::fixture::{Agent, Guest, Options, host, registers};
 
+/// The ticks of the emulated host are so far apart, ms: what is measured is late by up to one.
+const TICK: f64 = 4.0;
+
 /// What igb says of a message that it did not expect.
 fn complaints() -> Vec<String> {
     host::run("dmesg", &[])
@@ -104,9 +107,7 @@ fn a_hostile_guest_gets_nothing_and_hurts_nobody() {
     println!("the log grew by {} lines, {} bytes", grown.lines().count(), grown.len());
     assert!(grown.lines().count() < 200, "{grown}");
     got_nothing();
-    // Below this it is the ticks of the emulated host, 4 ms apart, that are measured.
-    let quiet = quiet.max(5.0);
-    assert!(flooded <= 2.0 * quiet, "p99 {quiet} ms before, {flooded} ms during the flood");
+    assert!(flooded <= 2.0 * quiet + TICK, "p99 {quiet} ms before, {flooded} ms during the flood");
 
     assert_eq!(new_complaints(&complaints_before), [] as [String; 0], "the PF's driver is never bothered");
     assert!(decisions(&agent, "denied").len() < 200);
@@ -153,7 +154,8 @@ fn a_message_right_behind_a_late_answer_arrives() {
     let mut guest = guest_in_group(&agent, "web1");
     without_driver(&mut guest);
     let text = raw(&mut guest, "late 00010003 00000230 -- 00000002 00000002 0000010a");
-    assert!(text.contains("first true after 1"), "acknowledged after 100 ms and some: {text}");
+    let after = text.split("first true after ").nth(1).and_then(|rest| rest.split(' ').next()).unwrap();
+    assert!(after.parse::<u32>().unwrap() >= 100, "ms until the acknowledgement: {text}");
     assert!(text.contains("second a0000002"), "{text}");
     assert!(registers::multicast_hash(0x230));
     assert_eq!(host::vf_mac(0), X);

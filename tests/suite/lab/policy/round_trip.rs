@@ -18,8 +18,8 @@ use crate::fixture::{
 
 /// Messages in each series.
 const COUNT: usize = 200;
-/// Series of refusals, of which the best counts: the machine under the lab takes its processors away for milliseconds, now
-/// and then for tens of them, which is nobody's refusal.
+/// Series of refusals, of which the one in the middle counts: the machine under the lab takes its processors away for milliseconds,
+/// now and then for tens of them, which is nobody's refusal.
 const SERIES: usize = 3;
 
 /// The figures in a line of `vf-mailbox time`: granted, median in us, 99th percentile in us.
@@ -96,12 +96,13 @@ fn refusals_are_timed_beside_qemu() {
         super::eventually(&agent, PATIENCE, "the address is taken back", || {
             host::vf_mac(0) == super::INITIAL
         });
-        let series: Vec<_> = (0..SERIES).map(|_| ours(&mut guest)).collect();
+        let mut series: Vec<_> = (0..SERIES).map(|_| ours(&mut guest)).collect();
         for (granted, median, p99) in &series {
             println!("refused: median {median} us, p99 {p99} us");
             assert_eq!(*granted, 0);
         }
-        series.into_iter().min_by_key(|(_, _, p99)| *p99).unwrap()
+        series.sort_by_key(|(_, _, p99)| *p99);
+        series[SERIES / 2]
     };
     assert_eq!(granted, 0);
     let peer = qemu();
