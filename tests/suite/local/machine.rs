@@ -1,11 +1,14 @@
 //! What a guest does with its machine, and what the API says of it.
 
-use std::time::Duration;
+use std::{fs, time::Duration};
 
 use api::types::{CauseCode, VmAction, VmState};
 use serde_json::json;
 
-use crate::fixture::{Agent, SmallGuest};
+use crate::fixture::{Agent, SmallGuest, host};
+
+/// More vCPUs than any guest of the lab has.
+const MANY: usize = 64;
 
 fn booted<'a>(agent: &'a Agent, name: &str) -> SmallGuest<'a> {
     SmallGuest::boot(agent, name, json!([]))
@@ -64,6 +67,25 @@ fn the_guests_clock_is_that_of_the_host() {
     assert!(guest_took >= Duration::from_secs(1), "{guest_took:?}");
     // The host's time has the calls in it.
     assert!(guest_took < host_took + Duration::from_millis(100), "{guest_took:?} of {host_took:?}");
+}
+
+#[test]
+fn many_vcpus_boot_pause_reboot_and_end() {
+    let agent = Agent::start();
+    let mut spec = SmallGuest::spec(&agent, "wide", json!([]), "");
+    spec["cpus"] = json!(MANY);
+    let mut guest = SmallGuest { guest: agent.boot(&spec) };
+    guest.wait_for_ready();
+    let pid = host::processes(&["vmm", &agent.vm("wide").id.to_string()])[0];
+    let threads = fs::read_dir(format!("/proc/{pid}/task")).unwrap();
+    let names = threads.map(|thread| fs::read_to_string(thread.unwrap().path().join("comm")).unwrap());
+    assert_eq!(names.filter(|name| name.starts_with("vcpu")).count(), MANY);
+    for action in [VmAction::Pause, VmAction::Resume, VmAction::Reboot] {
+        agent.act("wide", action).unwrap();
+    }
+    guest.wait_for_ready();
+    agent.act("wide", VmAction::Stop).unwrap();
+    assert_eq!(agent.vm("wide").status.cause.unwrap().code, CauseCode::Stopped);
 }
 
 #[test]
