@@ -17,6 +17,15 @@ use crate::{
     ProblemCode::{self, *},
 };
 
+/// What a function of the host that is being given back can be in the way of.
+const GIVING_BACK: [ProblemCode; 6] =
+    [DeviceFailed, DeviceInUse, PfDown, PfRefused, VfRemoved, VfioUnavailable];
+
+/// Whether the operation ends with functions being given back, or begins with what an earlier one could not.
+fn gives_back(operation: &str) -> bool {
+    matches!(operation, "put_vm" | "patch_vm" | "delete_vm" | "boot_vm" | "shutdown_vm" | "stop_vm")
+}
+
 /// The codes that belong to an operation itself; None if it is not known here, which a test finds.
 fn own(operation: &str) -> Option<&'static [ProblemCode]> {
     Some(match operation {
@@ -28,7 +37,7 @@ fn own(operation: &str) -> Option<&'static [ProblemCode]> {
         "put_vm" | "patch_vm" => &[WrongState, NameTaken, MacInUse, PortGroupNotFound],
         // Unlike what a PUT names, what is copied must be there.
         "clone_vm" => &[NotFound, NameTaken, MacInUse],
-        "delete_vm" => &[WrongState, DeviceFailed, PfRefused],
+        "delete_vm" => &[WrongState],
         "boot_vm" => &[
             WrongState,
             KvmUnavailable,
@@ -74,8 +83,11 @@ fn own(operation: &str) -> Option<&'static [ProblemCode]> {
 
 /// Every code that an operation answers with; None if the operation is not known here.
 fn codes(operation: &Operation) -> Option<Vec<ProblemCode>> {
-    let own = own(operation.operation_id.as_deref()?)?;
-    let mut codes = own.to_vec();
+    let id = operation.operation_id.as_deref()?;
+    let mut codes = own(id)?.to_vec();
+    if gives_back(id) {
+        codes.extend(GIVING_BACK);
+    }
     // A request over TCP, or of a web page, may be refused whatever it is.
     codes.extend([Internal, Unavailable, Unauthorized, Forbidden]);
     for parameter in operation.parameters.iter().flatten() {

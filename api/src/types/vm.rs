@@ -228,8 +228,6 @@ pub enum VmState {
     Defined,
     /// Devices are being claimed and the machine is being built.
     Starting,
-    /// The machine is built, no vCPU has run.
-    Ready,
     /// vCPUs run.
     Running,
     /// vCPUs are stopped and can go on.
@@ -250,7 +248,6 @@ impl VmState {
         match self {
             VmState::Defined => "defined",
             VmState::Starting => "starting",
-            VmState::Ready => "ready",
             VmState::Running => "running",
             VmState::Paused => "paused",
             VmState::Rebooting => "rebooting",

@@ -314,11 +314,7 @@ impl Agent {
 
     async fn delete(self, caller: Caller, vm: ObjectRef, expect: Option<u64>) -> Result<(), Problem> {
         let handle = self.find(&vm).await?;
-        let revision = handle.record().revision;
-        if let Some(expected) = expect.filter(|expected| *expected != revision) {
-            return Err(Problem::revision_mismatch(expected, revision));
-        }
-        handle.delete(caller.clone()).await?;
+        handle.delete(caller.clone(), expect).await?;
         self.vms.lock().await.remove(&handle.id);
         tracing::info!(vm = %handle.name(), id = %handle.id, by = %caller, "deleted");
         Ok(())

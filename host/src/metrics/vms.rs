@@ -55,10 +55,9 @@ struct OfMessage {
 }
 
 /// Every state, so that each has a series also while no VM is in it.
-const STATES: [VmState; 9] = [
+const STATES: [VmState; 8] = [
     VmState::Defined,
     VmState::Starting,
-    VmState::Ready,
     VmState::Running,
     VmState::Paused,
     VmState::Rebooting,

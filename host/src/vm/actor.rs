@@ -30,7 +30,7 @@ use tokio::{
     task::AbortHandle,
     time::{MissedTickBehavior, interval, sleep, timeout},
 };
-use tracing::{Instrument as _, Span};
+use tracing::Instrument as _;
 use vmm::control::{DeviceLoss, End, Order, Report, State};
 
 use progress::Progress;
@@ -39,6 +39,7 @@ use super::{
     Command, Completion, Status,
     boot::{self, PROMPT},
     claims::{self, Held},
+    inbox::{Inbox, Sent},
     network,
     problem::{ToProblem, chain},
     record::{Asked, RunRecord, VmRecord},
@@ -70,6 +71,8 @@ const CONSOLE_WAIT: Duration = Duration::from_secs(3600);
 
 type Done = oneshot::Sender<Result<(), Problem>>;
 
+type Begun = oneshot::Sender<Result<Completion, Problem>>;
+
 /// Where the task publishes.
 pub(super) struct Outlets {
     pub(super) status: watch::Sender<Status>,
@@ -80,6 +83,7 @@ pub(super) struct Outlets {
 
 struct Actor {
     env: Arc<Environment>,
+    inbox: Inbox,
     vm: Arc<Entry<VmRecord>>,
     directory: VmDirectory,
     outlets: Outlets,
@@ -121,6 +125,26 @@ impl Drop for Link {
     }
 }
 
+/// Why a machine was not built.
+enum NotBuilt {
+    Failed(Problem),
+    /// It was stopped or deleted meanwhile, which is under way.
+    Unwanted,
+}
+
+impl From<Problem> for NotBuilt {
+    fn from(problem: Problem) -> Self {
+        Self::Failed(problem)
+    }
+}
+
+/// What ended the wait for a machine.
+enum Waited {
+    Ran(Result<(Connection, mpsc::Receiver<Event>), Problem>),
+    Died(Exit),
+    Unwanted(Sent),
+}
+
 /// An order that was carried out, or not.
 struct Finished {
     action: VmAction,
@@ -133,7 +157,7 @@ pub(super) async fn run(
     env: Arc<Environment>,
     vm: Arc<Entry<VmRecord>>,
     found: bool,
-    mut inbox: mpsc::Receiver<(Span, Command)>,
+    inbox: Inbox,
     outlets: Outlets,
 ) {
     let (finished, mut orders) = mpsc::channel(8);
@@ -142,6 +166,7 @@ pub(super) async fn run(
     let progress = Progress::new(outlets.status.clone());
     let mut actor = Actor {
         env,
+        inbox,
         vm,
         directory,
         outlets,
@@ -168,7 +193,7 @@ pub(super) async fn run(
     tick.set_missed_tick_behavior(MissedTickBehavior::Delay);
     loop {
         tokio::select! {
-            command = inbox.recv() => match command {
+            command = actor.inbox.next() => match command {
                 None => return,
                 Some((_, Command::Leave { done })) => {
                     network::disconnected(&actor.env, actor.vm.id).await;
@@ -183,7 +208,9 @@ pub(super) async fn run(
                 Some((span, Command::Edit { caller, spec, expect, done })) => {
                     drop(done.send(actor.edit(&caller, *spec, expect).instrument(span).await));
                 }
-                Some((span, Command::Delete { caller, done })) => actor.delete(caller, done).instrument(span).await,
+                Some((span, Command::Delete { caller, expect, done })) => {
+                    actor.delete(caller, expect, done).instrument(span).await;
+                }
             },
             exit = ended(&mut actor.process) => actor.on_exit(exit).await,
             event = next(&mut actor.link) => match event {
@@ -218,13 +245,7 @@ async fn next(link: &mut Option<Link>) -> Option<Event> {
 impl Actor {
     // ---- commands ----
 
-    async fn act(
-        &mut self,
-        action: VmAction,
-        caller: Caller,
-        by: Asked,
-        begun: oneshot::Sender<Result<Completion, Problem>>,
-    ) {
+    async fn act(&mut self, action: VmAction, caller: Caller, by: Asked, begun: Begun) {
         let (done, completion) = oneshot::channel();
         let state = self.run.state;
         let wrong = |cure: &str| {
@@ -236,7 +257,6 @@ impl Actor {
             (VmAction::Boot, state) if state.is_at_rest() => {
                 return self.boot(caller, begun, done, completion).await;
             }
-            (VmAction::Boot, _) => wrong("it has been booted; `reboot` boots it again"),
             // What is so already is done.
             (VmAction::Pause, VmState::Paused) | (VmAction::Resume, VmState::Running) => {
                 drop(begun.send(Ok(completion)));
@@ -249,12 +269,7 @@ impl Actor {
                 drop(done.send(Ok(())));
                 return;
             }
-            (VmAction::Stop, _) => {
-                drop(begun.send(Ok(completion)));
-                self.resting.push(done);
-                self.run.asked = Some(by);
-                return self.stop().await;
-            }
+            (VmAction::Stop, _) => return self.stop_for(by, begun, done, completion).await,
             (VmAction::Shutdown, VmState::Stopping) => {
                 self.resting.push(done);
                 drop(begun.send(Ok(completion)));
@@ -269,9 +284,6 @@ impl Actor {
                 }
                 ordered
             }
-            (VmAction::Shutdown, VmState::Paused) => {
-                wrong("its guest cannot react: resume it first, or stop it")
-            }
             (VmAction::Pause, VmState::Running) => self.order(action, Order::Pause, done),
             (VmAction::Resume, VmState::Paused) => self.order(action, Order::Run, done),
             (VmAction::Reboot, VmState::Running | VmState::Paused) => {
@@ -282,9 +294,17 @@ impl Actor {
                 }
                 ordered
             }
-            _ => wrong("wait until it runs"),
+            (action, state) => wrong(cure(action, state)),
         };
         drop(begun.send(problem.map(|()| completion)));
+    }
+
+    /// Stops a VM that is not at rest.
+    async fn stop_for(&mut self, by: Asked, begun: Begun, done: Done, completion: Completion) {
+        drop(begun.send(Ok(completion)));
+        self.resting.push(done);
+        self.run.asked = Some(by);
+        self.stop().await;
     }
 
     /// Sends an order; [`Self::on_finished`] hears of its end.
@@ -334,7 +354,11 @@ impl Actor {
         drop(done.send(Ok(())));
     }
 
-    async fn delete(&mut self, caller: Caller, done: Done) {
+    async fn delete(&mut self, caller: Caller, expect: Option<u64>, done: Done) {
+        let revision = self.vm.revision;
+        if let Some(expected) = expect.filter(|expected| *expected != revision) {
+            return drop(done.send(Err(Problem::revision_mismatch(expected, revision))));
+        }
         self.deleted_by = Some(caller.to_string());
         self.deleting.push(done);
         self.cancel_restart();
@@ -389,13 +413,7 @@ impl Actor {
 
     // ---- boot ----
 
-    async fn boot(
-        &mut self,
-        caller: Caller,
-        begun: oneshot::Sender<Result<Completion, Problem>>,
-        done: Done,
-        completion: Completion,
-    ) {
+    async fn boot(&mut self, caller: Caller, begun: Begun, done: Done, completion: Completion) {
         let files = match self.begin(caller, 0).await {
             Ok(files) => files,
             Err(problem) => {
@@ -407,11 +425,15 @@ impl Actor {
         drop(begun.send(Ok(completion)));
         match self.build(files).await {
             Ok(()) => drop(done.send(Ok(()))),
-            Err(problem) => {
+            Err(NotBuilt::Failed(problem)) => {
                 self.fail(problem.clone());
                 // Who booted it is told, and need not be helped.
                 self.abandon(false).await;
                 drop(done.send(Err(problem)));
+            }
+            Err(NotBuilt::Unwanted) => {
+                let detail = format!("The VM {} was stopped while it was being booted.", self.name());
+                drop(done.send(Err(Problem::new(ProblemCode::WrongState, detail))));
             }
         }
     }
@@ -477,7 +499,7 @@ impl Actor {
         }
     }
 
-    async fn build(&mut self, files: boot::Files) -> Result<(), Problem> {
+    async fn build(&mut self, files: boot::Files) -> Result<(), NotBuilt> {
         let started = Instant::now();
         for claim in &mut self.held {
             claims::prepare(&self.env, claim, |stage| self.progress.enter(stage)).await?;
@@ -492,23 +514,28 @@ impl Actor {
         self.limit().await?;
         let enter = |stage| self.progress.enter(stage);
         let run = boot::run(&self.env, &self.vm, &self.directory, files, &self.held, self.run.user, enter);
-        let (connection, events) = match &mut self.process {
+        let waited = tokio::select! {
+            result = run => Waited::Ran(result),
             // A vmm that dies must not be waited for.
-            Some(process) => tokio::select! {
-                result = run => match result {
-                    Ok(running) => running,
-                    // Its connection ends a moment before it has: what ended it says more.
-                    Err(problem) if problem.code == ProblemCode::VmmFailed => {
-                        return Err(match timeout(DYING, process.ended()).await {
-                            Ok(exit) => crashed(exit, &self.directory),
-                            Err(_) => problem,
-                        });
-                    }
-                    Err(problem) => return Err(problem),
-                },
-                exit = process.ended() => return Err(crashed(exit, &self.directory)),
-            },
-            None => run.await?,
+            exit = ended(&mut self.process) => Waited::Died(exit),
+            sent = self.inbox.next_end(self.vm.revision) => Waited::Unwanted(sent),
+        };
+        let (connection, events) = match waited {
+            Waited::Ran(Ok(running)) => running,
+            // Its connection ends a moment before it has: what ended it says more.
+            Waited::Ran(Err(problem)) if problem.code == ProblemCode::VmmFailed => {
+                return Err(match timeout(DYING, ended(&mut self.process)).await {
+                    Ok(exit) => crashed(exit, &self.directory),
+                    Err(_) => problem,
+                }
+                .into());
+            }
+            Waited::Ran(Err(problem)) => return Err(problem.into()),
+            Waited::Died(exit) => return Err(crashed(exit, &self.directory).into()),
+            Waited::Unwanted((span, command)) => {
+                self.end_boot(command).instrument(span).await;
+                return Err(NotBuilt::Unwanted);
+            }
         };
         self.adopt(connection, events).await;
         self.run.boots = 1;
@@ -518,6 +545,19 @@ impl Actor {
         reach(Point::BootStored);
         tracing::info!(vm = %self.name(), took = ?started.elapsed(), "booted");
         Ok(())
+    }
+
+    /// Somebody wants the VM to end that is being booted: its process is killed, and what is held is given back when it has ended.
+    async fn end_boot(&mut self, command: Command) {
+        match command {
+            Command::Act { by, begun, .. } => {
+                let (done, completion) = oneshot::channel();
+                self.stop_for(by, begun, done, completion).await;
+            }
+            Command::Delete { caller, expect, done } => self.delete(caller, expect, done).await,
+            // Not what `Inbox::next_end` gives.
+            Command::Edit { .. } | Command::Leave { .. } => {}
+        }
     }
 
     /// Before the process has a thread or memory of the guest.
@@ -595,6 +635,18 @@ impl Actor {
 
     fn name(&self) -> &str {
         &self.vm.name
+    }
+}
+
+/// What to do about an action that cannot be done in this state.
+fn cure(action: VmAction, state: VmState) -> &'static str {
+    match (action, state) {
+        (VmAction::Boot, VmState::Running | VmState::Paused) => "it has been booted; `reboot` boots it again",
+        (VmAction::Boot, VmState::Starting | VmState::Rebooting) => "it is being booted",
+        (_, VmState::Stopping) => "wait until it is stopped, and boot it then",
+        (VmAction::Shutdown, VmState::Paused) => "its guest cannot react: resume it first, or stop it",
+        (_, VmState::Defined | VmState::Stopped | VmState::Failed) => "boot it first",
+        _ => "wait until it runs",
     }
 }
 

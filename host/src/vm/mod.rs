@@ -1,14 +1,14 @@
 //! One task per VM owns its life; everybody else sends it commands and reads copies of its status.
 //!
 //! ```text
-//!             boot                         run
-//!  Defined ─────────▶ Starting ─▶ Ready ─────────▶ Running ◀─────────▶ Paused
-//!                        │                         │  ▲    pause/resume  │
-//!  Stopped ──boot──▶     │ cannot                  ▼  │ reboot, guest    │
-//!                        ▼                      Rebooting   reset        │
-//!  Failed ◀──────────────┴── crash, machine failure ──┤                  │
-//!    └────boot──▶                                     ▼                  │
-//!  Stopped ◀──────────────────── Stopping ◀── stop ───┴──────────────────┘
+//!             boot
+//!  Defined ─────────▶ Starting ──────────────────▶ Running ◀─────────▶ Paused
+//!                      │ │                         │  ▲    pause/resume  │
+//!  Stopped ──boot──▶   │ │ cannot                  ▼  │ reboot, guest    │
+//!                      │ ▼                      Rebooting   reset        │
+//!  Failed ◀────────────│─┴── crash, machine failure ──┤                  │
+//!    └────boot──▶      └──────────────────────┐       ▼                  │
+//!  Stopped ◀──────────────────── Stopping ◀───┴ stop ─┴──────────────────┘
 //!             process gone, functions given back; guest power-off likewise
 //! ```
 //!
@@ -20,6 +20,7 @@
 mod actor;
 mod boot;
 pub mod claims;
+mod inbox;
 pub mod network;
 pub mod problem;
 pub mod record;
@@ -41,9 +42,6 @@ use self::{
 };
 use crate::{environment::Environment, store::Entry, vmm_process::Connection};
 
-/// Commands that wait for a VM's task.
-const QUEUE: usize = 32;
-
 /// The end of an action: completes when it is done, or could not be.
 pub type Completion = oneshot::Receiver<Result<(), Problem>>;
 
@@ -58,8 +56,8 @@ enum Command {
         expect: Option<u64>,
         done: oneshot::Sender<Result<(), Problem>>,
     },
-    /// Stop, give back, forget. The task ends.
-    Delete { caller: Caller, done: oneshot::Sender<Result<(), Problem>> },
+    /// Stop, give back, forget, if the VM is at this revision. The task ends.
+    Delete { caller: Caller, expect: Option<u64>, done: oneshot::Sender<Result<(), Problem>> },
     /// The agent ends; the VM runs on. The task ends.
     Leave { done: oneshot::Sender<()> },
 }
@@ -100,7 +98,7 @@ impl VmHandle {
     }
 
     fn spawn(env: Arc<Environment>, record: Entry<VmRecord>, found: bool) -> Self {
-        let (commands, inbox) = mpsc::channel(QUEUE);
+        let (commands, inbox) = inbox::new();
         let (status_out, status) = watch::channel(Status::default());
         let (connection_out, connection) = watch::channel(None);
         let (console_out, console) = watch::channel(0);
@@ -199,13 +197,13 @@ impl VmHandle {
         answer.await.map_err(|_| self.gone())?
     }
 
-    /// Stops the VM, gives back what it holds, and forgets it.
+    /// Stops the VM, gives back what it holds, and forgets it, if it is at this revision.
     ///
     /// # Errors
-    /// A problem: what could not be given back. The VM is still there then.
-    pub async fn delete(&self, caller: Caller) -> Result<(), Problem> {
+    /// A problem: another revision, or what could not be given back. The VM is still there then.
+    pub async fn delete(&self, caller: Caller, expect: Option<u64>) -> Result<(), Problem> {
         let (done, answer) = oneshot::channel();
-        self.send(Command::Delete { caller, done }).await?;
+        self.send(Command::Delete { caller, expect, done }).await?;
         answer.await.map_err(|_| self.gone())?
     }
 

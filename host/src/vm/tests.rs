@@ -47,7 +47,7 @@ async fn boot_gives_the_vf_and_stop_takes_it_back() {
     host.assert_untouched().await;
     // It boots again, and goes away with all that was its own.
     host.act(&vm, VmAction::Boot).await.unwrap();
-    vm.delete(caller()).await.unwrap();
+    vm.delete(caller(), None).await.unwrap();
     host.assert_untouched().await;
     assert!(host.env.vms.list().await.unwrap().is_empty());
     assert!(!host.env.run_dir.join("vms").join(vm.id.to_string()).exists());
@@ -407,9 +407,9 @@ async fn what_cannot_be_given_back_stays_claimed_and_is_tried_again() {
     host.sysfs.unload_driver("igbvf");
     assert_eq!(host.act(&vm, VmAction::Stop).await.unwrap_err(), ProblemCode::VfioUnavailable);
     assert_eq!((vm.state(), host.claims().await), (VmState::Stopped, 1));
-    assert_eq!(vm.delete(caller()).await.unwrap_err().code, ProblemCode::VfioUnavailable);
+    assert_eq!(vm.delete(caller(), None).await.unwrap_err().code, ProblemCode::VfioUnavailable);
     host.sysfs.load_driver("igbvf");
-    vm.delete(caller()).await.unwrap();
+    vm.delete(caller(), None).await.unwrap();
     host.assert_untouched().await;
 }
 

@@ -26,10 +26,12 @@ impl Actor {
         let same_machine = spec.same_machine(&old.value.spec);
         if !same_machine {
             if !self.run.state.is_at_rest() {
+                let state = self.run.state;
+                let cure =
+                    if state == VmState::Stopping { "wait until it is stopped" } else { "stop it first" };
                 let detail = format!(
-                    "The VM {} is {}, and only restart and autostart can be changed then: stop it first.",
-                    self.name(),
-                    self.run.state
+                    "The VM {} is {state}, and only restart and autostart can be changed then: {cure}.",
+                    self.name()
                 );
                 return Err(Problem::new(ProblemCode::WrongState, detail));
             }

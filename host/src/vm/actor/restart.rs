@@ -82,8 +82,8 @@ impl Actor {
         tracing::info!(vm = %self.name(), attempts, "booted by the agent itself");
         let result = match self.begin(self.vm.value.author(), attempts).await {
             Ok(files) => match self.build(files).await {
-                Ok(()) => return,
-                Err(problem) => {
+                Ok(()) | Err(NotBuilt::Unwanted) => return,
+                Err(NotBuilt::Failed(problem)) => {
                     self.fail(problem);
                     self.abandon(true).await;
                     return;

@@ -5,7 +5,7 @@ use std::time::Duration;
 use api::{
     PolicyBackend,
     problem::ProblemCode,
-    types::{CauseCode, ObjectRef, RestartPolicy, VmAction, VmSpec, VmState},
+    types::{CauseCode, ObjectRef, RestartPolicy, Stage, VmAction, VmSpec, VmState},
 };
 
 use super::fixture::{Host, PATIENCE, caller};
@@ -111,6 +111,80 @@ async fn one_that_ran_for_a_while_begins_with_the_first_attempt_again() {
 }
 
 #[tokio::test]
+async fn a_boot_ends_when_the_vm_is_stopped_or_deleted() {
+    let host = host(BACKOFF).await;
+    for delete in [false, true] {
+        let vm = host.create("web1", |spec| spec.restart = RestartPolicy::Always).await;
+        let (spec, revision) = (vm.record().value.spec.clone(), vm.record().revision);
+        host.gates().close("configure");
+        let booted = vm.act(VmAction::Boot, caller()).await.unwrap();
+        let builds = |status: &Status| {
+            status.operation.as_ref().is_some_and(|operation| operation.stage == Stage::BuildingMachine)
+        };
+        until(&vm, "it is built", builds).await;
+        // These wait for their turn.
+        let (other, another) = (vm.clone(), vm.clone());
+        let edited =
+            tokio::spawn(
+                async move { other.edit(caller(), VmSpec { cpus: 2, ..spec }, Some(revision)).await },
+            );
+        let stale = tokio::spawn(async move { another.delete(caller(), Some(revision + 7)).await });
+        tokio::time::sleep(Duration::from_millis(50)).await;
+        assert_eq!(vm.state(), VmState::Starting);
+        if delete {
+            vm.delete(caller(), Some(revision)).await.unwrap();
+            assert_eq!(edited.await.unwrap().unwrap_err().code, ProblemCode::NotFound);
+            assert_eq!(stale.await.unwrap().unwrap_err().code, ProblemCode::RevisionMismatch);
+        } else {
+            host.act(&vm, VmAction::Stop).await.unwrap();
+            assert_eq!(vm.status().run.cause.unwrap().code, CauseCode::Stopped);
+            // Its turn may come when the VM is not at rest yet.
+            if let Err(problem) = edited.await.unwrap() {
+                assert!(problem.detail.contains("wait until it is stopped"), "{problem}");
+            }
+            assert_eq!(stale.await.unwrap().unwrap_err().code, ProblemCode::RevisionMismatch);
+            stays(&vm, VmState::Stopped).await;
+        }
+        let problem = booted.await.unwrap().unwrap_err();
+        assert_eq!(problem.code, ProblemCode::WrongState);
+        assert!(problem.detail.contains("stopped while it was being booted"), "{problem}");
+        host.assert_untouched().await;
+        host.gates().open("configure");
+        if !delete {
+            host.act(&vm, VmAction::Boot).await.unwrap();
+            vm.delete(caller(), None).await.unwrap();
+        }
+    }
+}
+
+#[tokio::test]
+async fn what_cannot_be_done_now_says_when_it_can() {
+    let host = host(BACKOFF).await;
+    let vm = host.create("web1", |_| {}).await;
+    let says = async |action, cure: &str| {
+        let problem = vm.act(action, caller()).await.unwrap_err();
+        assert_eq!(problem.code, ProblemCode::WrongState);
+        assert!(problem.detail.contains(cure), "{problem}");
+    };
+    for action in [VmAction::Pause, VmAction::Resume, VmAction::Reboot] {
+        says(action, "The VM web1 is defined and cannot").await;
+        says(action, "boot it first").await;
+    }
+    host.act(&vm, VmAction::Boot).await.unwrap();
+    says(VmAction::Boot, "`reboot` boots it again").await;
+    host.act(&vm, VmAction::Pause).await.unwrap();
+    says(VmAction::Shutdown, "resume it first, or stop it").await;
+    host.gates().close("stop");
+    let stopped = vm.act(VmAction::Stop, caller()).await.unwrap();
+    for action in [VmAction::Boot, VmAction::Pause, VmAction::Resume, VmAction::Reboot] {
+        says(action, "wait until it is stopped, and boot it then").await;
+    }
+    host.gates().open("stop");
+    stopped.await.unwrap().unwrap();
+    says(VmAction::Pause, "boot it first").await;
+}
+
+#[tokio::test]
 async fn what_is_planned_is_shown_and_can_be_cancelled() {
     let host = host(SLOW).await;
     let vm = host.create("web1", |spec| spec.restart = RestartPolicy::OnFailure).await;
@@ -128,7 +202,7 @@ async fn what_is_planned_is_shown_and_can_be_cancelled() {
                 let spec = VmSpec { cpus: 2, ..vm.record().value.spec.clone() };
                 vm.edit(caller(), spec, None).await.unwrap();
             }
-            _ => vm.delete(caller()).await.unwrap(),
+            _ => vm.delete(caller(), None).await.unwrap(),
         }
         assert_eq!(vm.status().run.restart.next.filter(|_| cancel != "delete"), None, "{cancel}");
         if cancel == "boot" {

@@ -65,7 +65,7 @@ async fn an_adapter_is_a_port_whose_guest_is_decided_about() {
     host.assert_untouched().await;
     let stopped = host.port().await;
     assert_eq!((stopped.id, stopped.status.vf), (port.id, None), "the port stays with its adapter");
-    vm.delete(caller()).await.unwrap();
+    vm.delete(caller(), None).await.unwrap();
     assert!(host.policy().list_ports().await.unwrap().is_empty());
 }
 

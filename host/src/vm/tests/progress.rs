@@ -131,7 +131,7 @@ async fn a_guest_that_does_not_react_is_waited_for_until_another_operation_takes
     it.shows(Stop, EndingProcess, 1, 3).await;
     // The VM is to go altogether.
     let vm = it.vm.clone();
-    let deleted = tokio::spawn(async move { vm.delete(caller()).await });
+    let deleted = tokio::spawn(async move { vm.delete(caller(), None).await });
     it.shows(Delete, EndingProcess, 1, 4).await;
     it.gates.close("set");
     it.gates.open("stop");
