@@ -75,6 +75,17 @@ pub(super) enum CliError {
         /// How long it was waited for, in seconds.
         waited: u64,
     },
+    /// The VM that `run` was to boot is not at rest.
+    #[error(
+        "The VM {vm} is {state} already, and `run` left it alone: `portcullis console {vm}` shows its console, \
+         `portcullis vm stop {vm}` ends it"
+    )]
+    Up {
+        /// Its name.
+        vm: String,
+        /// Where it is.
+        state: VmState,
+    },
     /// The host lacks what `check` looks for.
     #[error("This host lacks {0} of what it takes: see the lines that say FAIL")]
     Unfit(usize),
@@ -120,6 +131,7 @@ impl CliError {
             | CliError::Port { .. } => 2,
             CliError::Remote(_) | CliError::Tokens(_) => 2,
             CliError::Apply { source, .. } => source.code(),
+            CliError::Up { .. } => 5,
             CliError::TooSlow { .. } => 6,
             CliError::Write { .. } | CliError::Unfit(_) | CliError::Unwell(_) | CliError::Terminal(_) => 1,
             CliError::VmFailed { .. } | CliError::Demo(_) | CliError::Output(_) | CliError::Runtime(_) => 1,

@@ -89,7 +89,7 @@ enum Command {
 #[derive(Debug, Subcommand)]
 enum Request {
     /// Creates a VM from a file, boots it and attaches its console, until it ends or Ctrl-] detaches. The VM stays; one that is there
-    /// already and is what the file says is booted.
+    /// already, is at rest and is what the file says is booted.
     Run(vm::RunArgs),
     /// Makes switches, port groups and VMs what files say. What no file describes stays as it is.
     Apply(apply::ApplyArgs),

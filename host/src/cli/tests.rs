@@ -1,14 +1,18 @@
 mod life;
 
 use std::{
-    sync::{Arc, Mutex},
+    sync::{
+        Arc, Mutex,
+        atomic::{AtomicBool, Ordering},
+    },
     time::Duration,
 };
 
 use api::{
-    Backend,
+    Backend, Problem, ProblemCode,
     types::{EventKind, ObjectKind, Subject, VmAction},
 };
+use axum::{extract::Request as HttpRequest, middleware::Next, response::IntoResponse as _};
 use clap::{CommandFactory as _, error::ErrorKind};
 use netpolicy::VmId;
 use passthrough::relay::Notice;
@@ -38,6 +42,7 @@ fn command_lines() {
         "--socket /tmp/s serve --state-dir /tmp/state",
         "run web1.toml",
         "run --rm -",
+        "run web1.toml --timeout 600",
         "vm create web1.yaml",
         "vm create -",
         "vm list --output json",
@@ -103,6 +108,8 @@ struct Desk {
     host: Host,
     client: Client,
     agent: Arc<Agent>,
+    /// Whether every deletion is refused.
+    deletes_nothing: Arc<AtomicBool>,
 }
 
 impl Desk {
@@ -112,7 +119,22 @@ impl Desk {
         let socket = host.env.run_dir.join("api.sock");
         std::fs::create_dir_all(&host.env.run_dir).unwrap();
         let policy = Arc::new(host.env.policy.clone().unwrap());
-        let router = api::router_with_policy(Arc::clone(&agent) as Arc<dyn Backend>, policy);
+        let deletes_nothing = Arc::new(AtomicBool::new(false));
+        let refuse = Arc::clone(&deletes_nothing);
+        let router = api::router_with_policy(Arc::clone(&agent) as Arc<dyn Backend>, policy).layer(
+            axum::middleware::from_fn(move |request: HttpRequest, next: Next| {
+                let refused = refuse.load(Ordering::SeqCst) && request.method() == "DELETE";
+                async move {
+                    if !refused {
+                        return next.run(request).await;
+                    }
+                    let problem = Problem::new(ProblemCode::DeviceFailed, "The function does not come back.");
+                    let kind = [("content-type", "application/problem+json")];
+                    let text = serde_json::to_string(&problem).unwrap();
+                    (axum::http::StatusCode::CONFLICT, kind, text).into_response()
+                }
+            }),
+        );
         let listener = UnixListener::bind(&socket).unwrap();
         tokio::spawn(api::serve(
             vec![listener.into()],
@@ -120,7 +142,7 @@ impl Desk {
             api::Limits::default(),
             std::future::pending(),
         ));
-        Desk { host, client: Client::new(socket), agent }
+        Desk { host, client: Client::new(socket), agent, deletes_nothing }
     }
 
     /// What a command writes, or its exit code and error.

@@ -99,9 +99,13 @@ pub(super) struct ActionArgs {
 pub(super) struct RunArgs {
     /// The VM's specification: a .toml, .yaml or .json file, or - for JSON from standard input.
     file: String,
-    /// Deletes the VM when it has ended, or could not be booted.
+    /// Deletes the VM when it has ended, or could not be booted, unless it was there before.
     #[arg(long)]
     rm: bool,
+    /// Waits at most this many seconds for it to be booted; then its console is shown all the same.
+    #[arg(long, visible_alias = "timeout", value_name = "SECONDS", default_value_t = 60,
+        value_parser = clap::value_parser!(u64).range(0..=api::router::MAX_WAIT_SECONDS))]
+    wait: u64,
     /// Shows what the guest writes and sends nothing to it, as without a terminal.
     #[arg(long)]
     no_input: bool,
@@ -175,36 +179,52 @@ pub(super) async fn run_file(
     args: RunArgs,
 ) -> Result<(), CliError> {
     let spec = spec_file::read_vm(&args.file)?;
-    let vm = match client.create_vm(&spec).await {
-        Ok(vm) => vm,
-        Err(error) => same_vm(client, &spec, error).await?,
+    let (vm, created) = match client.create_vm(&spec).await {
+        Ok(vm) => (vm, true),
+        Err(error) => (same_vm(client, &spec, error).await?, false),
     };
+    let (name, state) = (vm.name.to_string(), vm.status.state);
+    if !state.is_at_rest() {
+        return Err(CliError::Up { vm: name, state });
+    }
+    // What this command did not make is somebody else's.
+    let remove = args.rm && created;
+    if args.rm && !created {
+        eprintln!("portcullis: the VM {name} was there before: --rm does not delete it");
+    }
     let id = vm.id.to_string();
-    if let Err(error) = act(client, &id, VmAction::Boot, 60).await {
-        match args.rm {
-            true => delete(client, &id, None).await?,
+    if let Err(error) = act(client, &id, VmAction::Boot, args.wait).await {
+        match remove {
+            true => remove_after(client, &name, &id).await,
             false => eprintln!(
-                "portcullis: the VM {0} is there all the same: `portcullis vm delete {0}`, or mend it and boot it",
-                vm.name
+                "portcullis: the VM {name} is there all the same: `portcullis vm delete {name}`, or mend it and boot it"
             ),
         }
         return Err(error.into());
     }
-    let end = console::attach(client, output, vm.name.as_str(), &id, args.no_input).await?;
+    let end = console::attach(client, output, &name, &id, args.no_input).await?;
     if end == console::End::Detached {
         // It runs on; what is to be deleted is that of a VM that has ended.
         return Ok(());
     }
     let status = client.get_vm(&id).await?.status;
-    if args.rm {
+    if status.state == VmState::Failed {
+        if remove {
+            remove_after(client, &name, &id).await;
+        }
+        let why = status.cause.map_or_else(|| "no cause is known".to_owned(), |cause| cause.detail);
+        return Err(CliError::VmFailed { vm: name, why });
+    }
+    if remove {
         delete(client, &id, None).await?;
     }
-    match status.state {
-        VmState::Failed => {
-            let why = status.cause.map_or_else(|| "no cause is known".to_owned(), |cause| cause.detail);
-            Err(CliError::VmFailed { vm: vm.name.to_string(), why })
-        }
-        _ => Ok(()),
+    Ok(())
+}
+
+/// Deletes the VM of a command that has failed: why that has is what the command ends with, so that what deleting says is told beside it.
+async fn remove_after(client: &Client, name: &str, id: &str) {
+    if let Err(error) = delete(client, id, None).await {
+        eprintln!("portcullis: the VM {name} is not deleted (`portcullis vm delete {name}`): {error}");
     }
 }
 

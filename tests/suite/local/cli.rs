@@ -196,6 +196,12 @@ fn a_console_is_attached_both_ways_and_detached_by_its_key() {
     assert_eq!(terminal.ends(), Some(0));
     assert!(!terminal.is_raw());
     assert_eq!(agent.vm("web1").status.state, VmState::Running, "what runs is not deleted");
+    fails(&agent, &format!("run --rm {file}"), 5, "`portcullis console web1`");
+    assert_eq!(
+        agent.vm("web1").status.state,
+        VmState::Running,
+        "what this command did not make is left alone"
+    );
 }
 
 #[test]

@@ -71,10 +71,14 @@ async fn run_boots_shows_and_deletes_only_if_it_is_told_to() {
     let file = desk.file("web1.json", WEB1);
     for (line, stays) in [
         (format!("run {file}"), true),
-        // The VM of before.
+        // The VM of before, which is not this command's to delete.
         (format!("run {file}"), true),
+        (format!("run --rm {file}"), true),
         (format!("run --rm {file}"), false),
     ] {
+        if !stays {
+            desk.run("vm delete web1").await.unwrap();
+        }
         let scene = async {
             while desk.client.write_console("web1", "print hello").await.is_err() {
                 tokio::time::sleep(Duration::from_millis(10)).await;
@@ -90,7 +94,40 @@ async fn run_boots_shows_and_deletes_only_if_it_is_told_to() {
     assert!(desk.client.get_vm("web1").await.is_ok(), "it can be looked at and mended");
     assert_eq!(desk.run(&format!("run {file}")).await.unwrap_err().0, 5, "another VM has the name");
     assert_eq!(desk.run(&format!("run --rm {wrong}")).await.unwrap_err().0, 1);
+    assert!(desk.client.get_vm("web1").await.is_ok(), "it was there before");
+    desk.run("vm delete web1").await.unwrap();
+    assert_eq!(desk.run(&format!("run --rm {wrong}")).await.unwrap_err().0, 1);
     assert_eq!(desk.run("vm show web1").await.unwrap_err().0, 4);
+}
+
+#[tokio::test]
+async fn run_leaves_a_vm_alone_that_is_not_at_rest() {
+    let desk = Desk::new().await;
+    let file = desk.file("web1.json", WEB1);
+    desk.run(&format!("vm create {file}")).await.unwrap();
+    desk.run("vm boot web1").await.unwrap();
+    for (before, state) in [("vm show web1", "running"), ("vm pause web1", "paused")] {
+        desk.run(before).await.unwrap();
+        for line in ["run --rm", "run"] {
+            let (code, error) = desk.run(&format!("{line} {file}")).await.unwrap_err();
+            assert!(
+                code == 5 && error.contains(&format!("is {state} already")) && error.contains("console web1"),
+                "{line}: {error}"
+            );
+            assert_eq!(desk.client.get_vm("web1").await.unwrap().status.state.as_str(), state, "{line}");
+        }
+    }
+    desk.run("vm stop web1").await.unwrap();
+}
+
+#[tokio::test]
+async fn what_deleting_says_does_not_hide_why_run_failed() {
+    let desk = Desk::new().await;
+    desk.deletes_nothing.store(true, Ordering::SeqCst);
+    let wrong = desk.file("wrong.json", &WEB1.replace("\"kernel\" }", "\"absent\" }"));
+    let (code, error) = desk.run(&format!("run --rm {wrong}")).await.unwrap_err();
+    assert!(code == 1 && error.contains("absent"), "{error}");
+    assert!(desk.client.get_vm("web1").await.is_ok(), "it could not be deleted");
 }
 
 #[tokio::test]
