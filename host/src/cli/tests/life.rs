@@ -187,6 +187,23 @@ async fn apply_makes_what_files_say_and_nothing_the_second_time() {
     desk.run(&apply).await.unwrap();
     assert_eq!(actions(apply.clone()).await, all("unchanged"));
 
+    // What the agent refuses is told whole; what comes before it is made.
+    write("web.yaml", "{object: port_group, name: web, switch: lan, settings: {mtu: 2000}}");
+    write("web3.yaml", "{object: port_group, name: web3, switch: nowhere}");
+    let mut output = Vec::new();
+    let error = desk.run_into(&apply, &mut output).await.unwrap_err();
+    let made = String::from_utf8(output).unwrap();
+    assert!(made.contains("/web.yaml") && !made.contains("/web3.yaml"), "{made}");
+    assert_eq!(desk.json("port-group show web").await["spec"]["settings"], serde_json::json!({ "mtu": 2000 }));
+    let told: serde_json::Value = serde_json::from_str(&error.text(Format::Json)).unwrap();
+    assert_eq!(told["code"], "switch_not_found");
+    assert!(told["file"].as_str().unwrap().ends_with("/web3.yaml") && told["request_id"].is_string(), "{told}");
+    let text = error.text(Format::Table);
+    for part in ["web3.yaml", "(switch_not_found)", told["request_id"].as_str().unwrap()] {
+        assert!(text.contains(part), "{part}: {text}");
+    }
+    std::fs::remove_file(directory.join("web3.yaml")).unwrap();
+
     write("typo.toml", "name = \"web2\"\nmemroy = \"2MiB\"");
     let (code, error) = desk.run(&apply).await.unwrap_err();
     assert!(code == 2 && error.contains("typo.toml"), "{error}");
