@@ -169,20 +169,36 @@ async fn apply_makes_what_files_say_and_nothing_the_second_time() {
     desk.run(&apply).await.unwrap();
     assert_eq!(actions(apply.clone()).await, all("unchanged"));
 
-    // A VM that runs cannot become what its file says: what comes before it is made.
+    // A VM that runs cannot become what its file says: that is known before anything is made.
     desk.run("vm boot web1").await.unwrap();
-    write(
-        "vm.json",
-        &WEB1.replace("2MiB", "4MiB").replace("\"eth0\" }", "\"eth0\", \"port_group\": \"web\" }"),
-    );
+    let of_web = WEB1.replace("\"eth0\" }", "\"eth0\", \"port_group\": \"web\" }");
+    write("vm.json", &of_web.replace("2MiB", "4MiB"));
     write("web.yaml", "{object: port_group, name: web, switch: lan}");
-    let mut output = Vec::new();
-    let error = desk.run_into(&apply, &mut output).await.unwrap_err();
-    let made = String::from_utf8(output).unwrap();
-    let text = format!("{error}: {}", std::error::Error::source(&error).unwrap());
-    assert!(error.code() == 5 && text.contains("vm.json") && text.contains("stop it first"), "{text}");
-    assert!(made.contains("port group") && !made.contains("web1"), "{made}");
+    for (line, shown) in [(format!("{apply} --dry-run --output json"), true), (apply.clone(), false)] {
+        let mut output = Vec::new();
+        let error = desk.run_into(&line, &mut output).await.unwrap_err();
+        let told: serde_json::Value = serde_json::from_str(&error.text(Format::Json)).unwrap();
+        assert_eq!((error.code(), &told["code"]), (5, &"wrong_state".into()), "{told}");
+        assert!(told["file"].as_str().unwrap().ends_with("/vm.json"), "{told}");
+        let detail = told["detail"].as_str().unwrap();
+        assert!(detail.contains("web1 is running") && detail.contains("stop it first"), "{detail}");
+        let output = String::from_utf8(output).unwrap();
+        if shown {
+            let steps: serde_json::Value = serde_json::from_str(&output).unwrap();
+            let actions: Vec<_> = (0..3).map(|n| steps[n]["action"].as_str().unwrap()).collect();
+            assert_eq!(actions, ["unchanged", "change", "blocked"]);
+            assert_eq!(steps[2]["changes"][0]["path"], "memory");
+        } else {
+            assert!(!output.contains("web"), "{output}");
+        }
+        assert_ne!(desk.json("port-group show web").await["spec"]["settings"], serde_json::json!({}), "{line}");
+    }
+    // What may change of a VM that runs.
+    write("vm.json", &of_web.replacen('{', "{ \"restart\": \"always\", \"autostart\": true,", 1));
+    let changed = actions(apply.clone()).await;
+    assert_eq!(changed.iter().map(|(_, action)| action.as_str()).collect::<Vec<_>>(), ["unchanged", "change", "change"]);
     assert_eq!(desk.json("port-group show web").await["spec"]["settings"], serde_json::json!({}));
+    write("vm.json", &of_web.replace("2MiB", "4MiB"));
     desk.run("vm stop web1").await.unwrap();
     desk.run(&apply).await.unwrap();
     assert_eq!(actions(apply.clone()).await, all("unchanged"));
