@@ -56,7 +56,7 @@ fn command_lines() {
         "vm delete web1",
         "vm set web1 -f web1.toml --if-match 3",
         "vm patch web1 --memory 1GiB --restart always",
-        "vm edit web1 --autostart false",
+        "vm patch web1 --autostart false",
         "vm rename web1 web2",
         "vm clone web1 web2",
         "vm wait web1 --for rest --timeout 5",
@@ -96,7 +96,10 @@ fn command_lines() {
     check("pf set-vfs eth0 many", Some(ErrorKind::ValueValidation));
     check("port-group set web --mtu 9000", Some(ErrorKind::MissingRequiredArgument));
     check("port-group set web --switch a --mtu 67", Some(ErrorKind::ValueValidation));
-    check("port-group edit web --unset colour", Some(ErrorKind::ValueValidation));
+    check("port-group patch web --unset colour", Some(ErrorKind::ValueValidation));
+    // No editor is opened.
+    check("vm edit web1", Some(ErrorKind::InvalidSubcommand));
+    check("port-group edit web", Some(ErrorKind::InvalidSubcommand));
     check("decisions --verdict maybe", Some(ErrorKind::ValueValidation));
     check("decisions --limit 1001", Some(ErrorKind::ValueValidation));
     check("decisions --since yesterday", Some(ErrorKind::ValueValidation));
@@ -222,7 +225,7 @@ async fn switches_and_port_groups_from_options_and_files() {
     let revision = &desk.json("port-group show web").await["revision"];
     // A part, with what is taken back; then the whole, from a file in each format and an option on top.
     let shown = desk
-        .run(&format!("port-group edit web --mtu 9000 --unset vlan --if-match {revision}"))
+        .run(&format!("port-group patch web --mtu 9000 --unset vlan --if-match {revision}"))
         .await
         .unwrap();
     assert!(shown.contains("mtu:               9000 (by the port group)"), "{shown}");
@@ -252,6 +255,23 @@ async fn switches_and_port_groups_from_options_and_files() {
         desk.json("switch show uplink").await["spec"],
         serde_json::json!({ "kind": "standard", "uplinks": ["eth0"], "settings": { "mtu": 2000 } })
     );
+    // What is not named stays, and what somebody else changes meanwhile, too.
+    let spec = async || desk.json("switch show uplink").await["spec"].take();
+    desk.run("switch set uplink --on-denied silent").await.unwrap();
+    desk.run("switch set uplink --uplink eth0").await.unwrap();
+    let both = serde_json::json!({ "mtu": 2000, "on_denied": "silent" });
+    assert_eq!(
+        spec().await,
+        serde_json::json!({ "kind": "standard", "uplinks": ["eth0"], "settings": both })
+    );
+    let revision = desk.json("switch show uplink").await["revision"].take();
+    desk.run(&format!("switch set uplink --unset on-denied --if-match {revision}")).await.unwrap();
+    assert_eq!(
+        desk.run(&format!("switch set uplink --mtu 68 --if-match {revision}")).await.unwrap_err().0,
+        5
+    );
+    assert_eq!(spec().await["settings"], serde_json::json!({ "mtu": 2000 }));
+    assert_eq!(spec().await["uplinks"], serde_json::json!(["eth0"]));
     let listed = desk.run("switch list").await.unwrap();
     let rows: Vec<_> = listed.lines().map(words).collect();
     assert!(rows.contains(&vec!["uplink", "eth0", "1", "0", "mtu=2000"]), "{listed}");
@@ -446,14 +466,14 @@ async fn each_failure_has_its_exit_code() {
         ("decisions --port web1/eth0", 4, "no port"),
         ("port-group delete no", 4, "no port group no"),
         ("port-group set web --switch default --if-match 9", 5, "not 9"),
-        ("port-group edit web --mtu 9000 --if-match 9", 5, "not 9"),
+        ("port-group patch web --mtu 9000 --if-match 9", 5, "not 9"),
         ("switch delete default", 5, "always there"),
         ("port-group set lan --switch no", 1, "no switch"),
         ("port-group set lan -f /nonexistent/lan.json", 2, "/nonexistent/lan.json"),
         (&format!("port-group set lan -f {odd}"), 2, "is not a port group's specification: colour"),
         (&format!("switch set lan -f {odd}"), 2, "is not a switch's specification"),
-        (&format!("port-group edit web -f {null} --mtu 9000"), 2, "`settings`"),
-        ("port-group edit web", 2, "Nothing is to be changed"),
+        (&format!("port-group patch web -f {null} --mtu 9000"), 2, "`settings`"),
+        ("port-group patch web", 2, "Nothing is to be changed"),
         ("port set web1/eth0", 2, "Nothing is to be changed"),
         ("switch list --socket /nonexistent/api.sock", 3, "No agent listens"),
         ("events --socket /nonexistent/api.sock", 3, "No agent listens"),

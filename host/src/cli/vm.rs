@@ -36,7 +36,6 @@ pub(super) enum VmCommand {
         if_match: Option<u64>,
     },
     /// Changes a part of a VM's specification. Unless it is at rest, only `restart` and `autostart` may change.
-    #[command(visible_alias = "edit")]
     Patch(Box<vm_edit::PatchArgs>),
     /// Gives a VM that is at rest another name.
     Rename {

@@ -22,7 +22,7 @@ async fn vms_are_changed_renamed_and_copied() {
     let restart = shown.lines().find(|line| line.starts_with("restart:")).unwrap();
     assert!(restart.ends_with("on_failure") && shown.contains("autostart:"), "{shown}");
     let patch = desk.file("patch.yaml", "autostart: null");
-    let line = format!("vm edit web1 -f {patch} --cmdline quiet --if-match {}", vm["revision"]);
+    let line = format!("vm patch web1 -f {patch} --cmdline quiet --if-match {}", vm["revision"]);
     desk.run(&line).await.unwrap();
     assert_eq!(desk.run(&line).await.unwrap_err().0, 5, "somebody was faster");
     let spec = &desk.json("vm show web1").await["spec"];
@@ -191,12 +191,19 @@ async fn apply_makes_what_files_say_and_nothing_the_second_time() {
         } else {
             assert!(!output.contains("web"), "{output}");
         }
-        assert_ne!(desk.json("port-group show web").await["spec"]["settings"], serde_json::json!({}), "{line}");
+        assert_ne!(
+            desk.json("port-group show web").await["spec"]["settings"],
+            serde_json::json!({}),
+            "{line}"
+        );
     }
     // What may change of a VM that runs.
     write("vm.json", &of_web.replacen('{', "{ \"restart\": \"always\", \"autostart\": true,", 1));
     let changed = actions(apply.clone()).await;
-    assert_eq!(changed.iter().map(|(_, action)| action.as_str()).collect::<Vec<_>>(), ["unchanged", "change", "change"]);
+    assert_eq!(
+        changed.iter().map(|(_, action)| action.as_str()).collect::<Vec<_>>(),
+        ["unchanged", "change", "change"]
+    );
     assert_eq!(desk.json("port-group show web").await["spec"]["settings"], serde_json::json!({}));
     write("vm.json", &of_web.replace("2MiB", "4MiB"));
     desk.run("vm stop web1").await.unwrap();
@@ -210,10 +217,16 @@ async fn apply_makes_what_files_say_and_nothing_the_second_time() {
     let error = desk.run_into(&apply, &mut output).await.unwrap_err();
     let made = String::from_utf8(output).unwrap();
     assert!(made.contains("/web.yaml") && !made.contains("/web3.yaml"), "{made}");
-    assert_eq!(desk.json("port-group show web").await["spec"]["settings"], serde_json::json!({ "mtu": 2000 }));
+    assert_eq!(
+        desk.json("port-group show web").await["spec"]["settings"],
+        serde_json::json!({ "mtu": 2000 })
+    );
     let told: serde_json::Value = serde_json::from_str(&error.text(Format::Json)).unwrap();
     assert_eq!(told["code"], "switch_not_found");
-    assert!(told["file"].as_str().unwrap().ends_with("/web3.yaml") && told["request_id"].is_string(), "{told}");
+    assert!(
+        told["file"].as_str().unwrap().ends_with("/web3.yaml") && told["request_id"].is_string(),
+        "{told}"
+    );
     let text = error.text(Format::Table);
     for part in ["web3.yaml", "(switch_not_found)", told["request_id"].as_str().unwrap()] {
         assert!(text.contains(part), "{part}: {text}");
