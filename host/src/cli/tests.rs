@@ -54,6 +54,7 @@ fn command_lines() {
         "vm shutdown web1 --wait 600",
         "vm stop web1",
         "vm delete web1",
+        "vm delete web1 --timeout 600",
         "vm set web1 -f web1.toml --if-match 3",
         "vm patch web1 --memory 1GiB --restart always",
         "vm patch web1 --autostart false",
@@ -84,6 +85,7 @@ fn command_lines() {
     check("", Some(ErrorKind::DisplayHelpOnMissingArgumentOrSubcommand));
     check("vm boot", Some(ErrorKind::MissingRequiredArgument));
     check("vm boot web1 --wait 601", Some(ErrorKind::ValueValidation));
+    check("vm delete web1 --wait 601", Some(ErrorKind::ValueValidation));
     check("vm boot web1 --wait -1", Some(ErrorKind::UnknownArgument));
     check("vm patch web1 --restart sometimes", Some(ErrorKind::ValueValidation));
     check("vm rename web1 Web", Some(ErrorKind::ValueValidation));

@@ -62,7 +62,16 @@ async fn an_action_that_takes_longer_than_it_was_given_has_its_own_code() {
     let (code, error) = desk.run("vm shutdown web1 --timeout 1").await.unwrap_err();
     assert!(code == 6 && error.contains("web1 is running after 1 s"), "{error}");
     desk.run("vm shutdown web1 --wait 0").await.unwrap();
-    desk.run("vm stop web1").await.unwrap();
+    desk.host.gates().close("set");
+    let (code, error) = desk.run("vm delete web1 --timeout 1").await.unwrap_err();
+    assert!(code == 6 && error.contains("after 1 s"), "{error}");
+    desk.host.gates().open("set");
+    let gone = async {
+        while desk.client.get_vm("web1").await.is_ok() {
+            tokio::time::sleep(Duration::from_millis(10)).await;
+        }
+    };
+    tokio::time::timeout(PATIENCE, gone).await.expect("the deletion goes on");
 }
 
 #[tokio::test]
