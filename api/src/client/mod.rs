@@ -229,8 +229,19 @@ impl Client {
 
     /// `DELETE /v1/vms/{name}`, only at this revision if there is one.
     pub async fn delete_vm(&self, vm: &str, if_match: Option<u64>) -> Result<(), ClientError> {
+        self.delete_vm_within(vm, if_match, Duration::ZERO).await
+    }
+
+    /// The same, with an answer that may take so much longer than usual.
+    pub async fn delete_vm_within(
+        &self,
+        vm: &str,
+        if_match: Option<u64>,
+        wait: Duration,
+    ) -> Result<(), ClientError> {
         let call = Call::new(Method::DELETE, format!("/v1/vms/{}", segment(vm)));
-        self.send(&Call { if_match, ..call }).await.map(drop)
+        let patience = PATIENCE.saturating_add(wait);
+        self.send(&Call { if_match, patience, ..call }).await.map(drop)
     }
 
     /// `POST /v1/vms/{name}/boot` and so on. The agent takes a wait of at most 600 seconds.

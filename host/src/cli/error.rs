@@ -3,6 +3,7 @@
 use std::{error::Error, io, process::ExitCode};
 
 use api::{ClientError, Problem, RemoteError, types::VmState};
+use serde::Serialize;
 
 use crate::token_file::TokenFileError;
 
@@ -57,8 +58,8 @@ pub(super) enum CliError {
         /// What the system said.
         source: io::Error,
     },
-    /// What a file of `apply` says could not be made so.
-    #[error("What {file} says could not be made")]
+    /// What a file of `apply` says cannot be made so.
+    #[error("What {file} says cannot be made")]
     Apply {
         /// The file.
         file: String,
@@ -74,6 +75,17 @@ pub(super) enum CliError {
         state: VmState,
         /// How long it was waited for, in seconds.
         waited: u64,
+    },
+    /// The VM that `run` was to boot is not at rest.
+    #[error(
+        "The VM {vm} is {state} already, and `run` left it alone: `portcullis console {vm}` shows its console, \
+         `portcullis vm stop {vm}` ends it"
+    )]
+    Up {
+        /// Its name.
+        vm: String,
+        /// Where it is.
+        state: VmState,
     },
     /// The host lacks what `check` looks for.
     #[error("This host lacks {0} of what it takes: see the lines that say FAIL")]
@@ -120,6 +132,7 @@ impl CliError {
             | CliError::Port { .. } => 2,
             CliError::Remote(_) | CliError::Tokens(_) => 2,
             CliError::Apply { source, .. } => source.code(),
+            CliError::Up { .. } => 5,
             CliError::TooSlow { .. } => 6,
             CliError::Write { .. } | CliError::Unfit(_) | CliError::Unwell(_) | CliError::Terminal(_) => 1,
             CliError::VmFailed { .. } | CliError::Demo(_) | CliError::Output(_) | CliError::Runtime(_) => 1,
@@ -135,33 +148,50 @@ impl CliError {
         ExitCode::from(self.code())
     }
 
-    fn text(&self, format: Format) -> String {
+    /// What the agent answered, and the file of `apply` that it is about.
+    fn problem(&self) -> Option<(&Problem, Option<&str>)> {
         match self {
-            CliError::Client(ClientError::Problem(problem)) => {
-                let written = match format {
-                    Format::Json => serde_json::to_string_pretty(problem).ok(),
-                    Format::Yaml => {
-                        yaml_serde::to_string(problem).ok().map(|text| text.trim_end().to_owned())
-                    }
-                    Format::Table => None,
-                };
-                written.unwrap_or_else(|| problem_text(problem))
-            }
-            _ => {
-                let mut text = format!("portcullis: {self}");
-                let mut source = self.source();
-                while let Some(error) = source {
-                    text.push_str(&format!(": {error}"));
-                    source = error.source();
-                }
-                text
-            }
+            CliError::Client(error) => Some((error.problem()?, None)),
+            CliError::Apply { file, source } => Some((source.problem()?.0, Some(file.as_str()))),
+            _ => None,
         }
+    }
+
+    pub(super) fn text(&self, format: Format) -> String {
+        if let Some((problem, file)) = self.problem() {
+            let told = Told { problem, file };
+            let written = match format {
+                Format::Json => serde_json::to_string_pretty(&told).ok(),
+                Format::Yaml => yaml_serde::to_string(&told).ok().map(|text| text.trim_end().to_owned()),
+                Format::Table => None,
+            };
+            return written.unwrap_or_else(|| {
+                let context = file.map(|_| format!("{self}: ")).unwrap_or_default();
+                format!("portcullis: {context}{}", problem_text(problem))
+            });
+        }
+        let mut text = format!("portcullis: {self}");
+        let mut source = self.source();
+        while let Some(error) = source {
+            text.push_str(&format!(": {error}"));
+            source = error.source();
+        }
+        text
     }
 }
 
+/// A problem as programs get it.
+#[derive(Serialize)]
+struct Told<'a> {
+    #[serde(flatten)]
+    problem: &'a Problem,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    file: Option<&'a str>,
+}
+
 fn problem_text(problem: &Problem) -> String {
-    format!("portcullis: {} ({}): {}", problem.title, problem.code, problem.detail)
+    let request = problem.request_id.as_ref().map(|id| format!(" (request {id})")).unwrap_or_default();
+    format!("{} ({}): {}{request}", problem.title, problem.code, problem.detail)
 }
 
 #[cfg(test)]
@@ -192,6 +222,25 @@ mod tests {
             1,
             "portcullis: KVM is not available (kvm_unavailable): Do this.",
         );
+        let problem = Problem {
+            request_id: Some("r-1".into()),
+            ..Problem::new(ProblemCode::PortGroupNotFound, "Do this.")
+        };
+        let applied = CliError::Apply {
+            file: "a.toml".into(),
+            source: Box::new(ClientError::from(Box::new(problem.clone())).into()),
+        };
+        let json: serde_json::Value = serde_json::from_str(&applied.text(Format::Json)).unwrap();
+        let mut whole = serde_json::to_value(&problem).unwrap();
+        whole["file"] = "a.toml".into();
+        assert_eq!(json, whole, "all of the problem, and the file");
+        let yaml = applied.text(Format::Yaml);
+        assert!(yaml.contains("code: port_group_not_found\n") && yaml.ends_with("file: a.toml"), "{yaml}");
+        let text = format!(
+            "portcullis: What a.toml says cannot be made: {} (port_group_not_found): Do this. (request r-1)",
+            problem.title
+        );
+        check(applied, 1, &text);
         let source = io::Error::from(io::ErrorKind::NotFound);
         check(
             ClientError::NoAgent { socket: PathBuf::from("/s"), source },

@@ -68,7 +68,8 @@ pub struct Cli {
 enum Command {
     /// Runs the agent: serves the REST API, starts and supervises VMs.
     Serve(Box<crate::agent::ServeArgs>),
-    /// Shows on a simulated adapter what a guest may change and what not: needs /dev/kvm, and leaves nothing behind.
+    /// Shows on a simulated adapter what a guest may change and what not: needs /dev/kvm, and leaves nothing behind. Exits non-zero if
+    /// anything expected was not observed. As root its processes have user ids from 980000 to 995999.
     Demo(demo::DemoArgs),
     /// Examines this host, without an agent: what VMs with VFs need, and the command that mends what is missing.
     Check(check::CheckArgs),
@@ -89,7 +90,7 @@ enum Command {
 #[derive(Debug, Subcommand)]
 enum Request {
     /// Creates a VM from a file, boots it and attaches its console, until it ends or Ctrl-] detaches. The VM stays; one that is there
-    /// already and is what the file says is booted.
+    /// already, is at rest and is what the file says is booted.
     Run(vm::RunArgs),
     /// Makes switches, port groups and VMs what files say. What no file describes stays as it is.
     Apply(apply::ApplyArgs),

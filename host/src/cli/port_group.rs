@@ -29,7 +29,6 @@ pub(super) enum PortGroupCommand {
     /// Creates a port group, or replaces its whole specification. Running VMs are subject to it at once.
     Set(Box<SetArgs>),
     /// Changes some settings of a port group; the others stay. Running VMs are subject to it at once.
-    #[command(visible_alias = "edit")]
     Patch(Box<PatchArgs>),
     /// Deletes a port group; refused while ports use it.
     Delete {

@@ -70,6 +70,17 @@ pub(super) fn patch(settings: &Settings, unset: &[Setting]) -> Map<String, Value
     patch
 }
 
+/// Leaves settings to the level above.
+pub(super) fn unset(settings: &mut Settings, unset: &[Setting]) {
+    macro_rules! clear {
+        ($($field:ident)*) => {
+            $(if unset.iter().any(|setting| setting.name() == stringify!($field)) { settings.$field = None; })*
+        };
+    }
+    clear!(mac_changes forged_transmits promiscuous vlan multicast_limit unicast_limit vlan_limit mtu rate
+        on_denied blocked);
+}
+
 /// The name of a setting.
 pub(super) fn setting(text: &str) -> Result<Setting, String> {
     word(&text.replace('-', "_"))
@@ -245,6 +256,13 @@ mod tests {
         assert_eq!(settings.present().count(), ALL.len());
         let shown: Vec<_> = ALL.iter().map(|(name, value)| format!("{name}={value}")).collect();
         assert_eq!(brief(&settings), shown.join(" "));
+        for setting in Setting::ALL {
+            let mut others = settings.clone();
+            unset(&mut others, &[*setting]);
+            assert!(
+                others.present().count() == ALL.len() - 1 && others.present().all(|other| other != *setting)
+            );
+        }
         for value in ["none", "100", "100/3", "trunk:1-4094"] {
             assert_eq!(brief(&parse(&format!("--vlan {value}")).unwrap()), format!("vlan={value}"));
         }

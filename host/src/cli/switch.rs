@@ -1,10 +1,11 @@
 //! `portcullis switch …`.
 
 use api::{
-    Client,
+    Client, ProblemCode,
     types::{Switch, SwitchSpec},
 };
 use clap::{Args, Subcommand};
+use netpolicy::Setting;
 
 use super::{
     error::CliError,
@@ -22,7 +23,8 @@ pub(super) enum SwitchCommand {
         /// Its name or id.
         name: String,
     },
-    /// Creates a switch, or replaces its whole specification. Running VMs are subject to it at once.
+    /// Creates a switch, or changes it: what is not named stays. A --file replaces its whole specification. Running VMs are subject to it
+    /// at once.
     Set(Box<SetArgs>),
     /// Deletes a switch; refused while it has port groups.
     Delete {
@@ -41,9 +43,12 @@ pub(super) struct SetArgs {
     /// Its specification: a .toml, .yaml or .json file, or - for JSON from standard input. Options say more, or other.
     #[arg(long, short, value_name = "FILE")]
     file: Option<String>,
-    /// A PF whose VFs its ports get, by its interface's name; may be repeated.
+    /// A PF whose VFs its ports get, by its interface's name, in place of those before; may be repeated.
     #[arg(long = "uplink", value_name = "PF")]
     uplinks: Vec<String>,
+    /// A setting that is as built in again; may be repeated.
+    #[arg(long, value_name = "SETTING", value_parser = settings::setting)]
+    unset: Vec<Setting>,
     /// Only if it is at this revision.
     #[arg(long, value_name = "REVISION")]
     if_match: Option<u64>,
@@ -63,20 +68,30 @@ pub(super) async fn run(
             return Ok(output.table(&switches, header, row)?);
         }
         SwitchCommand::Show { name } => client.get_switch(&name).await?,
-        SwitchCommand::Set(args) => {
-            let mut spec: SwitchSpec = match &args.file {
-                Some(file) => spec_file::read(file, "a switch's specification")?,
-                None => SwitchSpec::default(),
-            };
-            if !args.uplinks.is_empty() {
-                spec.uplinks = args.uplinks.into_iter().collect();
-            }
-            args.settings.apply(&mut spec.settings);
-            client.put_switch(&args.name, &spec, args.if_match).await?.object
-        }
+        SwitchCommand::Set(args) => set(client, *args).await?,
         SwitchCommand::Delete { name, if_match } => return Ok(client.delete_switch(&name, if_match).await?),
     };
     Ok(output.object(&switch, details)?)
+}
+
+async fn set(client: &Client, args: SetArgs) -> Result<Switch, CliError> {
+    let (mut spec, found) = match &args.file {
+        Some(file) => (spec_file::read(file, "a switch's specification")?, None),
+        None => match client.get_switch(&args.name).await {
+            Ok(switch) => (switch.spec, Some(switch.revision)),
+            Err(error) if error.problem().is_some_and(|problem| problem.code == ProblemCode::NotFound) => {
+                (SwitchSpec::default(), None)
+            }
+            Err(error) => return Err(error.into()),
+        },
+    };
+    if !args.uplinks.is_empty() {
+        spec.uplinks = args.uplinks.into_iter().collect();
+    }
+    settings::unset(&mut spec.settings, &args.unset);
+    args.settings.apply(&mut spec.settings);
+    // The API has no patch of a switch: what somebody else has changed since it was read is not to be lost.
+    Ok(client.put_switch(&args.name, &spec, args.if_match.or(found)).await?.object)
 }
 
 fn uplinks(switch: &Switch) -> String {

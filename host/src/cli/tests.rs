@@ -1,14 +1,18 @@
 mod life;
 
 use std::{
-    sync::{Arc, Mutex},
+    sync::{
+        Arc, Mutex,
+        atomic::{AtomicBool, Ordering},
+    },
     time::Duration,
 };
 
 use api::{
-    Backend,
+    Backend, Problem, ProblemCode,
     types::{EventKind, ObjectKind, Subject, VmAction},
 };
+use axum::{extract::Request as HttpRequest, middleware::Next, response::IntoResponse as _};
 use clap::{CommandFactory as _, error::ErrorKind};
 use netpolicy::VmId;
 use passthrough::relay::Notice;
@@ -38,6 +42,7 @@ fn command_lines() {
         "--socket /tmp/s serve --state-dir /tmp/state",
         "run web1.toml",
         "run --rm -",
+        "run web1.toml --timeout 600",
         "vm create web1.yaml",
         "vm create -",
         "vm list --output json",
@@ -49,9 +54,10 @@ fn command_lines() {
         "vm shutdown web1 --wait 600",
         "vm stop web1",
         "vm delete web1",
+        "vm delete web1 --timeout 600",
         "vm set web1 -f web1.toml --if-match 3",
         "vm patch web1 --memory 1GiB --restart always",
-        "vm edit web1 --autostart false",
+        "vm patch web1 --autostart false",
         "vm rename web1 web2",
         "vm clone web1 web2",
         "vm wait web1 --for rest --timeout 5",
@@ -79,6 +85,7 @@ fn command_lines() {
     check("", Some(ErrorKind::DisplayHelpOnMissingArgumentOrSubcommand));
     check("vm boot", Some(ErrorKind::MissingRequiredArgument));
     check("vm boot web1 --wait 601", Some(ErrorKind::ValueValidation));
+    check("vm delete web1 --wait 601", Some(ErrorKind::ValueValidation));
     check("vm boot web1 --wait -1", Some(ErrorKind::UnknownArgument));
     check("vm patch web1 --restart sometimes", Some(ErrorKind::ValueValidation));
     check("vm rename web1 Web", Some(ErrorKind::ValueValidation));
@@ -91,7 +98,10 @@ fn command_lines() {
     check("pf set-vfs eth0 many", Some(ErrorKind::ValueValidation));
     check("port-group set web --mtu 9000", Some(ErrorKind::MissingRequiredArgument));
     check("port-group set web --switch a --mtu 67", Some(ErrorKind::ValueValidation));
-    check("port-group edit web --unset colour", Some(ErrorKind::ValueValidation));
+    check("port-group patch web --unset colour", Some(ErrorKind::ValueValidation));
+    // No editor is opened.
+    check("vm edit web1", Some(ErrorKind::InvalidSubcommand));
+    check("port-group edit web", Some(ErrorKind::InvalidSubcommand));
     check("decisions --verdict maybe", Some(ErrorKind::ValueValidation));
     check("decisions --limit 1001", Some(ErrorKind::ValueValidation));
     check("decisions --since yesterday", Some(ErrorKind::ValueValidation));
@@ -103,6 +113,8 @@ struct Desk {
     host: Host,
     client: Client,
     agent: Arc<Agent>,
+    /// Whether every deletion is refused.
+    deletes_nothing: Arc<AtomicBool>,
 }
 
 impl Desk {
@@ -112,7 +124,22 @@ impl Desk {
         let socket = host.env.run_dir.join("api.sock");
         std::fs::create_dir_all(&host.env.run_dir).unwrap();
         let policy = Arc::new(host.env.policy.clone().unwrap());
-        let router = api::router_with_policy(Arc::clone(&agent) as Arc<dyn Backend>, policy);
+        let deletes_nothing = Arc::new(AtomicBool::new(false));
+        let refuse = Arc::clone(&deletes_nothing);
+        let router = api::router_with_policy(Arc::clone(&agent) as Arc<dyn Backend>, policy).layer(
+            axum::middleware::from_fn(move |request: HttpRequest, next: Next| {
+                let refused = refuse.load(Ordering::SeqCst) && request.method() == "DELETE";
+                async move {
+                    if !refused {
+                        return next.run(request).await;
+                    }
+                    let problem = Problem::new(ProblemCode::DeviceFailed, "The function does not come back.");
+                    let kind = [("content-type", "application/problem+json")];
+                    let text = serde_json::to_string(&problem).unwrap();
+                    (axum::http::StatusCode::CONFLICT, kind, text).into_response()
+                }
+            }),
+        );
         let listener = UnixListener::bind(&socket).unwrap();
         tokio::spawn(api::serve(
             vec![listener.into()],
@@ -120,7 +147,7 @@ impl Desk {
             api::Limits::default(),
             std::future::pending(),
         ));
-        Desk { host, client: Client::new(socket), agent }
+        Desk { host, client: Client::new(socket), agent, deletes_nothing }
     }
 
     /// What a command writes, or its exit code and error.
@@ -200,7 +227,7 @@ async fn switches_and_port_groups_from_options_and_files() {
     let revision = &desk.json("port-group show web").await["revision"];
     // A part, with what is taken back; then the whole, from a file in each format and an option on top.
     let shown = desk
-        .run(&format!("port-group edit web --mtu 9000 --unset vlan --if-match {revision}"))
+        .run(&format!("port-group patch web --mtu 9000 --unset vlan --if-match {revision}"))
         .await
         .unwrap();
     assert!(shown.contains("mtu:               9000 (by the port group)"), "{shown}");
@@ -230,6 +257,23 @@ async fn switches_and_port_groups_from_options_and_files() {
         desk.json("switch show uplink").await["spec"],
         serde_json::json!({ "kind": "standard", "uplinks": ["eth0"], "settings": { "mtu": 2000 } })
     );
+    // What is not named stays, and what somebody else changes meanwhile, too.
+    let spec = async || desk.json("switch show uplink").await["spec"].take();
+    desk.run("switch set uplink --on-denied silent").await.unwrap();
+    desk.run("switch set uplink --uplink eth0").await.unwrap();
+    let both = serde_json::json!({ "mtu": 2000, "on_denied": "silent" });
+    assert_eq!(
+        spec().await,
+        serde_json::json!({ "kind": "standard", "uplinks": ["eth0"], "settings": both })
+    );
+    let revision = desk.json("switch show uplink").await["revision"].take();
+    desk.run(&format!("switch set uplink --unset on-denied --if-match {revision}")).await.unwrap();
+    assert_eq!(
+        desk.run(&format!("switch set uplink --mtu 68 --if-match {revision}")).await.unwrap_err().0,
+        5
+    );
+    assert_eq!(spec().await["settings"], serde_json::json!({ "mtu": 2000 }));
+    assert_eq!(spec().await["uplinks"], serde_json::json!(["eth0"]));
     let listed = desk.run("switch list").await.unwrap();
     let rows: Vec<_> = listed.lines().map(words).collect();
     assert!(rows.contains(&vec!["uplink", "eth0", "1", "0", "mtu=2000"]), "{listed}");
@@ -424,14 +468,14 @@ async fn each_failure_has_its_exit_code() {
         ("decisions --port web1/eth0", 4, "no port"),
         ("port-group delete no", 4, "no port group no"),
         ("port-group set web --switch default --if-match 9", 5, "not 9"),
-        ("port-group edit web --mtu 9000 --if-match 9", 5, "not 9"),
+        ("port-group patch web --mtu 9000 --if-match 9", 5, "not 9"),
         ("switch delete default", 5, "always there"),
         ("port-group set lan --switch no", 1, "no switch"),
         ("port-group set lan -f /nonexistent/lan.json", 2, "/nonexistent/lan.json"),
         (&format!("port-group set lan -f {odd}"), 2, "is not a port group's specification: colour"),
         (&format!("switch set lan -f {odd}"), 2, "is not a switch's specification"),
-        (&format!("port-group edit web -f {null} --mtu 9000"), 2, "`settings`"),
-        ("port-group edit web", 2, "Nothing is to be changed"),
+        (&format!("port-group patch web -f {null} --mtu 9000"), 2, "`settings`"),
+        ("port-group patch web", 2, "Nothing is to be changed"),
         ("port set web1/eth0", 2, "Nothing is to be changed"),
         ("switch list --socket /nonexistent/api.sock", 3, "No agent listens"),
         ("events --socket /nonexistent/api.sock", 3, "No agent listens"),

@@ -36,7 +36,6 @@ pub(super) enum VmCommand {
         if_match: Option<u64>,
     },
     /// Changes a part of a VM's specification. Unless it is at rest, only `restart` and `autostart` may change.
-    #[command(visible_alias = "edit")]
     Patch(Box<vm_edit::PatchArgs>),
     /// Gives a VM that is at rest another name.
     Rename {
@@ -73,6 +72,10 @@ pub(super) enum VmCommand {
         /// Only if it is at this revision.
         #[arg(long, value_name = "REVISION")]
         if_match: Option<u64>,
+        /// Waits at most this many seconds for it to be gone; its deletion goes on if it is not (exit code 6).
+        #[arg(long, visible_alias = "timeout", value_name = "SECONDS", default_value_t = 60,
+            value_parser = clap::value_parser!(u64).range(1..=api::router::MAX_WAIT_SECONDS))]
+        wait: u64,
     },
     /// Shows a VM's counters.
     Stats(VmName),
@@ -99,9 +102,13 @@ pub(super) struct ActionArgs {
 pub(super) struct RunArgs {
     /// The VM's specification: a .toml, .yaml or .json file, or - for JSON from standard input.
     file: String,
-    /// Deletes the VM when it has ended, or could not be booted.
+    /// Deletes the VM when it has ended, or could not be booted, unless it was there before.
     #[arg(long)]
     rm: bool,
+    /// Waits at most this many seconds for it to be booted, whose console is then shown all the same, and with --rm to be deleted.
+    #[arg(long, visible_alias = "timeout", value_name = "SECONDS", default_value_t = 60,
+        value_parser = clap::value_parser!(u64).range(1..=api::router::MAX_WAIT_SECONDS))]
+    wait: u64,
     /// Shows what the guest writes and sends nothing to it, as without a terminal.
     #[arg(long)]
     no_input: bool,
@@ -123,7 +130,7 @@ pub(super) async fn run(
             return Ok(output.table(&vms, header, row)?);
         }
         VmCommand::Show(vm) => return Ok(output.object(&client.get_vm(&vm.name).await?, details)?),
-        VmCommand::Delete { vm, if_match } => return Ok(delete(client, &vm.name, if_match).await?),
+        VmCommand::Delete { vm, if_match, wait } => return delete(client, &vm.name, if_match, wait).await,
         VmCommand::Stats(vm) => return Ok(output.object(&client.stats(&vm.name).await?, counters)?),
         VmCommand::Set { vm, file, if_match } => {
             let vm = client.put_vm(&vm.name, &spec_file::read_vm(&file)?, if_match).await?;
@@ -164,8 +171,22 @@ async fn act(client: &Client, vm: &str, action: VmAction, wait: u64) -> Result<P
     progress::of_vm(client, vm, verb_of(action), request).await
 }
 
-async fn delete(client: &Client, vm: &str, if_match: Option<u64>) -> Result<(), ClientError> {
-    progress::of_vm(client, vm, DELETING, client.delete_vm(vm, if_match)).await
+async fn delete(client: &Client, vm: &str, if_match: Option<u64>, wait: u64) -> Result<(), CliError> {
+    let limit = Duration::from_secs(wait);
+    let request = client.delete_vm_within(vm, if_match, limit);
+    match tokio::time::timeout(limit, progress::of_vm(client, vm, DELETING, request)).await {
+        Ok(done) => Ok(done?),
+        // Deleted or not: the agent goes on with it.
+        Err(_) => match client.get_vm(vm).await {
+            Ok(vm) => {
+                Err(CliError::TooSlow { vm: vm.name.to_string(), state: vm.status.state, waited: wait })
+            }
+            Err(error) if error.problem().is_some_and(|problem| problem.code == ProblemCode::NotFound) => {
+                Ok(())
+            }
+            Err(error) => Err(error.into()),
+        },
+    }
 }
 
 /// Creates and boots a VM and follows its console to its end.
@@ -175,36 +196,52 @@ pub(super) async fn run_file(
     args: RunArgs,
 ) -> Result<(), CliError> {
     let spec = spec_file::read_vm(&args.file)?;
-    let vm = match client.create_vm(&spec).await {
-        Ok(vm) => vm,
-        Err(error) => same_vm(client, &spec, error).await?,
+    let (vm, created) = match client.create_vm(&spec).await {
+        Ok(vm) => (vm, true),
+        Err(error) => (same_vm(client, &spec, error).await?, false),
     };
+    let (name, state) = (vm.name.to_string(), vm.status.state);
+    if !state.is_at_rest() {
+        return Err(CliError::Up { vm: name, state });
+    }
+    // What this command did not make is somebody else's.
+    let remove = args.rm && created;
+    if args.rm && !created {
+        eprintln!("portcullis: the VM {name} was there before: --rm does not delete it");
+    }
     let id = vm.id.to_string();
-    if let Err(error) = act(client, &id, VmAction::Boot, 60).await {
-        match args.rm {
-            true => delete(client, &id, None).await?,
+    if let Err(error) = act(client, &id, VmAction::Boot, args.wait).await {
+        match remove {
+            true => remove_after(client, &name, &id, args.wait).await,
             false => eprintln!(
-                "portcullis: the VM {0} is there all the same: `portcullis vm delete {0}`, or mend it and boot it",
-                vm.name
+                "portcullis: the VM {name} is there all the same: `portcullis vm delete {name}`, or mend it and boot it"
             ),
         }
         return Err(error.into());
     }
-    let end = console::attach(client, output, vm.name.as_str(), &id, args.no_input).await?;
+    let end = console::attach(client, output, &name, &id, args.no_input).await?;
     if end == console::End::Detached {
         // It runs on; what is to be deleted is that of a VM that has ended.
         return Ok(());
     }
     let status = client.get_vm(&id).await?.status;
-    if args.rm {
-        delete(client, &id, None).await?;
-    }
-    match status.state {
-        VmState::Failed => {
-            let why = status.cause.map_or_else(|| "no cause is known".to_owned(), |cause| cause.detail);
-            Err(CliError::VmFailed { vm: vm.name.to_string(), why })
+    if status.state == VmState::Failed {
+        if remove {
+            remove_after(client, &name, &id, args.wait).await;
         }
-        _ => Ok(()),
+        let why = status.cause.map_or_else(|| "no cause is known".to_owned(), |cause| cause.detail);
+        return Err(CliError::VmFailed { vm: name, why });
+    }
+    if remove {
+        delete(client, &id, None, args.wait).await?;
+    }
+    Ok(())
+}
+
+/// Deletes the VM of a command that has failed: why that has is what the command ends with, so that what deleting says is told beside it.
+async fn remove_after(client: &Client, name: &str, id: &str, wait: u64) {
+    if let Err(error) = delete(client, id, None, wait).await {
+        eprintln!("portcullis: the VM {name} is not deleted (`portcullis vm delete {name}`): {error}");
     }
 }
 

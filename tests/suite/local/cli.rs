@@ -81,7 +81,15 @@ fn a_site_is_made_from_a_directory_and_can_be_run() {
 
     let larger = SmallGuest::spec(&agent, "web1", json!([]), "");
     write("30-web1.json", larger.to_string());
+    write("20-web.yaml", group(1200));
+    let blocked = run(&agent, &format!("{apply} --dry-run --output json"));
+    let steps: Value = serde_json::from_slice(&blocked.stdout).unwrap();
+    let problem: Value = serde_json::from_slice(&blocked.stderr).unwrap();
+    assert_eq!((&steps[1]["action"], &steps[2]["action"]), (&json!("change"), &json!("blocked")));
+    assert_eq!((blocked.status.code(), &problem["code"]), (Some(5), &json!("wrong_state")));
     fails(&agent, &apply, 5, "30-web1.json");
+    assert_eq!(json(&agent, "port-group show web")["spec"]["settings"]["mtu"], 1300, "nothing was changed");
+    write("20-web.yaml", group(1300));
     assert!(run(&agent, "vm stop web1").status.success());
     assert_eq!(actions(&apply), ["unchanged", "unchanged", "change", "unchanged"]);
     write("40-odd.toml", "name = 1".into());
@@ -196,6 +204,12 @@ fn a_console_is_attached_both_ways_and_detached_by_its_key() {
     assert_eq!(terminal.ends(), Some(0));
     assert!(!terminal.is_raw());
     assert_eq!(agent.vm("web1").status.state, VmState::Running, "what runs is not deleted");
+    fails(&agent, &format!("run --rm {file}"), 5, "`portcullis console web1`");
+    assert_eq!(
+        agent.vm("web1").status.state,
+        VmState::Running,
+        "what this command did not make is left alone"
+    );
 }
 
 #[test]

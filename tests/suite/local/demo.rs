@@ -1,6 +1,7 @@
 //! `portcullis demo`: what it shows, and that nothing of it stays.
 
 use std::{
+    collections::BTreeSet,
     fs,
     path::Path,
     process::{Command, Stdio},
@@ -11,7 +12,10 @@ use std::{
 use rustix::process::{Pid, Signal, kill_process};
 use tempfile::TempDir;
 
-use crate::fixture::{agent::binary, host};
+use crate::fixture::{
+    agent::{binary, test_binary},
+    host,
+};
 
 fn demo(directory: &Path) -> Command {
     let mut command = Command::new(binary());
@@ -39,6 +43,61 @@ fn it_meets_its_expectations_in_ten_seconds() {
     assert_eq!(report["steps"].as_array().unwrap().len(), 5);
     assert!(took < Duration::from_secs(10), "{took:?}");
     assert_nothing_is_left(directory.path());
+}
+
+/// Its agent grants everything: what it expects of a refusal is not what it sees.
+#[test]
+fn it_fails_if_what_it_expects_does_not_happen() {
+    let directory = TempDir::with_prefix("d").unwrap();
+    let mut command = Command::new(test_binary());
+    command.args(["demo", "--json", "--policy-bypass-for-tests"]).env("TMPDIR", directory.path());
+    let output = command.stdin(Stdio::null()).output().unwrap();
+    let report: serde_json::Value = serde_json::from_slice(&output.stdout).unwrap();
+    assert_eq!((output.status.code(), &report["passed"]), (Some(1), &false.into()), "{report:#}");
+    let checks =
+        report["steps"].as_array().unwrap().iter().flat_map(|step| step["checks"].as_array().unwrap());
+    let failed: Vec<_> = checks.filter(|check| check["passed"] == false).collect();
+    assert!(
+        failed.iter().any(|check| check["expected"] == "nack" && check["observed"] == "ok"),
+        "{report:#}"
+    );
+    let said = String::from_utf8_lossy(&output.stderr);
+    assert!(
+        said.contains(&format!("{} of the demo's expectations were not met", failed.len())),
+        "{output:?}"
+    );
+    assert_nothing_is_left(directory.path());
+}
+
+/// Where they are root's, they are not those of the VMs of an agent of the host.
+#[test]
+fn its_processes_have_users_of_their_own() {
+    if !rustix::process::geteuid().is_root() {
+        return;
+    }
+    let directory = TempDir::with_prefix("d").unwrap();
+    let mut child = demo(directory.path()).stdout(Stdio::null()).spawn().unwrap();
+    let mut users = BTreeSet::new();
+    while child.try_wait().unwrap().is_none() {
+        for agent in host::processes(&[directory.path().to_str().unwrap(), "serve"]) {
+            users.extend(users_of_children(agent));
+        }
+        thread::sleep(Duration::from_millis(5));
+    }
+    // Until they give it up they are root's. Two VMs, and the adapter.
+    users.remove(&0);
+    assert!(users.len() == 3 && users.iter().all(|user| (980_000..=995_999).contains(user)), "{users:?}");
+}
+
+fn users_of_children(parent: u32) -> Vec<u32> {
+    let field = |status: &str, name: &str| -> Option<u32> {
+        let line = status.lines().find_map(|line| line.strip_prefix(name))?;
+        line.split_whitespace().next()?.parse().ok()
+    };
+    let processes = fs::read_dir("/proc").unwrap().flatten();
+    let statuses = processes.filter_map(|entry| fs::read_to_string(entry.path().join("status")).ok());
+    let children = statuses.filter(|status| field(status, "PPid:") == Some(parent));
+    children.filter_map(|status| field(&status, "Uid:")).collect()
 }
 
 /// Nobody is left who could clean up but its agent.

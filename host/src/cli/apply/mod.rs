@@ -5,7 +5,7 @@ mod files;
 
 use std::cell::Cell;
 
-use api::{Client, ClientError};
+use api::{Client, ClientError, Problem, ProblemCode, types::VmState};
 use clap::Args;
 use serde::Serialize;
 
@@ -23,7 +23,8 @@ pub(super) struct ApplyArgs {
     /// of a switch or port group with `object` (`switch` or `port_group`) and `name`.
     #[arg(long = "file", short, value_name = "DIR", required = true)]
     files: Vec<String>,
-    /// Shows what would be made and changed, and changes nothing.
+    /// Shows what would be made and changed, and changes nothing. Fails if apply would: what a file changes of a VM that is not at rest is
+    /// `blocked`, but for `restart` and `autostart` (exit code 5).
     #[arg(long)]
     dry_run: bool,
 }
@@ -34,6 +35,8 @@ pub(super) struct ApplyArgs {
 enum Action {
     Create,
     Change,
+    /// A change that the VM's state does not allow.
+    Blocked,
     Unchanged,
 }
 
@@ -51,23 +54,52 @@ struct Step {
     /// What it was compared with.
     #[serde(skip)]
     revision: Option<u64>,
+    /// What the VM is, if it is one that is there.
+    #[serde(skip)]
+    state: Option<VmState>,
 }
 
 pub(super) async fn run(client: &Client, output: &mut Output<'_>, args: ApplyArgs) -> Result<(), CliError> {
     let steps = plan(client, files::read_all(&args.files)?).await?;
-    if !args.dry_run {
-        let at = Cell::new(0);
-        let doing = async || {
-            let what = steps.get(at.get()).map_or_else(String::new, |step| format!("applying {}", step.file));
-            Doing { what, step: Some((at.get().saturating_add(1), steps.len())) }
-        };
-        if let Err((step, error)) = progress::during(make_all(client, &steps, &at), doing).await {
-            // What was made before it is told: it stays.
-            show(output, steps.get(..at.get()).unwrap_or_default())?;
-            return Err(CliError::Apply { file: step.file.clone(), source: Box::new(error.into()) });
-        }
+    let possible = possible(&steps);
+    if args.dry_run {
+        show(output, &steps)?;
+        return possible;
+    }
+    if possible.is_err() {
+        // Nothing is made, rather than a part.
+        show(output, &[])?;
+        return possible;
+    }
+    let at = Cell::new(0);
+    let doing = async || {
+        let what = steps.get(at.get()).map_or_else(String::new, |step| format!("applying {}", step.file));
+        Doing { what, step: Some((at.get().saturating_add(1), steps.len())) }
+    };
+    if let Err((step, error)) = progress::during(make_all(client, &steps, &at), doing).await {
+        // What was made before it is told: it stays.
+        show(output, steps.get(..at.get()).unwrap_or_default())?;
+        return Err(CliError::Apply { file: step.file.clone(), source: Box::new(error.into()) });
     }
     show(output, &steps)
+}
+
+/// Whether nothing is known to be in the way of a step.
+fn possible(steps: &[Step]) -> Result<(), CliError> {
+    let mut blocked = steps.iter().filter(|step| step.action == Action::Blocked);
+    let Some(Step { name, file, state, .. }) = blocked.next() else { return Ok(()) };
+    let state = state.map_or("not at rest", VmState::as_str);
+    let more = match blocked.count() {
+        0 => "",
+        _ => " It is not the only one: see --dry-run.",
+    };
+    // As the agent would say it of the request.
+    let detail = format!(
+        "The VM {name} is {state}, and only restart and autostart can be changed then: stop it first (`portcullis vm stop {name}`). \
+         Nothing was changed.{more}"
+    );
+    let problem = Box::new(Problem::new(ProblemCode::WrongState, detail));
+    Err(CliError::Apply { file: file.clone(), source: Box::new(ClientError::from(problem).into()) })
 }
 
 fn show(output: &mut Output<'_>, steps: &[Step]) -> Result<(), CliError> {
@@ -75,6 +107,7 @@ fn show(output: &mut Output<'_>, steps: &[Step]) -> Result<(), CliError> {
         let action = match step.action {
             Action::Create => "create",
             Action::Change => "change",
+            Action::Blocked => "blocked",
             Action::Unchanged => "-",
         };
         let changes: Vec<String> = step.changes.iter().map(ToString::to_string).collect();
@@ -90,6 +123,8 @@ async fn plan(client: &Client, wanted: Vec<(String, Wanted)>) -> Result<Vec<Step
     let groups = client.list_port_groups().await?;
     let vms = client.list_vms().await?;
     let step = |(file, wanted): (String, Wanted)| {
+        let mut state = None;
+        let mut blocked = false;
         let found = match &wanted {
             Wanted::Switch(name, spec) => switches
                 .iter()
@@ -99,18 +134,20 @@ async fn plan(client: &Client, wanted: Vec<(String, Wanted)>) -> Result<Vec<Step
                 .iter()
                 .find(|group| group.name == *name)
                 .map(|group| (group.revision, differences(&group.spec, spec))),
-            Wanted::Vm(spec) => vms
-                .iter()
-                .find(|vm| vm.name == spec.name)
-                .map(|vm| (vm.revision, differences(&vm.spec, spec))),
+            Wanted::Vm(spec) => vms.iter().find(|vm| vm.name == spec.name).map(|vm| {
+                state = Some(vm.status.state);
+                blocked = !vm.status.state.is_at_rest() && !spec.same_machine(&vm.spec);
+                (vm.revision, differences(&vm.spec, spec))
+            }),
         };
         let (kind, name) = (wanted.kind(), wanted.name().to_string());
         let (action, revision, changes) = match found {
             None => (Action::Create, None, Vec::new()),
             Some((revision, changes)) if changes.is_empty() => (Action::Unchanged, Some(revision), changes),
+            Some((revision, changes)) if blocked => (Action::Blocked, Some(revision), changes),
             Some((revision, changes)) => (Action::Change, Some(revision), changes),
         };
-        Step { action, kind, name, file, changes, wanted, revision }
+        Step { action, kind, name, file, changes, wanted, revision, state }
     };
     Ok(wanted.into_iter().map(step).collect())
 }

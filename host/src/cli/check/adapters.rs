@@ -28,13 +28,22 @@ pub(super) fn all(host: &Host, pfs: Result<Vec<Pf>, InventoryError>) -> Vec<Find
             "enable SR-IOV in the firmware if there is one, or: portcullis serve --sim-pf sim0=8",
         )];
     }
-    pfs.iter().flat_map(|pf| one(host, pf)).collect()
+    let each: Vec<Vec<Finding>> = pfs.iter().map(|pf| one(host, pf)).collect();
+    let failed = |finding: &Finding| finding.verdict == Verdict::Fail;
+    // While one can be used, a VM with a VF can be booted.
+    let usable = each.iter().any(|findings| !findings.iter().any(failed));
+    let mut findings: Vec<Finding> = each.into_iter().flatten().collect();
+    for finding in findings.iter_mut().filter(|finding| usable && failed(finding)) {
+        finding.verdict = Verdict::Warn;
+    }
+    findings
 }
 
+/// What there is to say of one PF: it fails if no VM can have a VF of it.
 fn one(host: &Host, pf: &Pf) -> Vec<Finding> {
     let name = pf.name();
     let Some(driver) = &pf.device.driver else {
-        let fix = format!("modprobe the adapter's driver; lspci -k -s {} names it", pf.device.bdf);
+        let fix = format!("modprobe \"$(cat /sys/bus/pci/devices/{}/modalias)\"", pf.device.bdf);
         return vec![Finding::wrong(Verdict::Fail, "pf", "it has no driver", fix).of(&name)];
     };
     let mut findings = Vec::new();
@@ -43,17 +52,18 @@ fn one(host: &Host, pf: &Pf) -> Vec<Finding> {
         findings.push(Finding::ok("pf", format!("{} with {driver}, up", pf.device.bdf)));
     } else {
         let found = format!("{} with {driver} is down: its VFs have no link", pf.device.bdf);
-        findings.push(Finding::wrong(Verdict::Warn, "pf", found, format!("ip link set {name} up")));
+        findings.push(Finding::wrong(Verdict::Fail, "pf", found, format!("ip link set {name} up")));
     }
     let found = format!("{} of {} VFs", pf.num_vfs, pf.total_vfs);
     findings.push(match pf.num_vfs {
         0 => {
+            // The second half is for a host whose agent does not run yet.
             let fix = format!(
-                "portcullis pf set-vfs {name} {0}, or without an agent: echo {0} > /sys/bus/pci/devices/{1}/sriov_numvfs",
+                "portcullis pf set-vfs {name} {0} || echo {0} >/sys/bus/pci/devices/{1}/sriov_numvfs",
                 pf.total_vfs.min(4),
                 pf.device.bdf
             );
-            Finding::wrong(Verdict::Warn, "vfs", found, fix)
+            Finding::wrong(Verdict::Fail, "vfs", found, fix)
         }
         _ => vfs(host, pf, found),
     });
@@ -65,35 +75,40 @@ fn one(host: &Host, pf: &Pf) -> Vec<Finding> {
 fn vfs(host: &Host, pf: &Pf, found: String) -> Finding {
     let vfs = match host.sysfs.vfs_of(pf.device.bdf) {
         Ok(vfs) => vfs,
-        Err(error) => return Finding::wrong(Verdict::Warn, "vfs", error.to_string(), "try again"),
-    };
-    let together: Vec<_> = vfs.iter().map(|vf| vf.device.bdf).collect();
-    for vf in &vfs {
-        if Layout::of(vf.device.vendor, vf.device.device).is_none() {
-            let known: Vec<&str> = FAMILIES.iter().map(|layout| layout.driver).collect();
-            let found = format!(
-                "{found}, whose mailbox Portcullis does not speak: they can be `devices`, without policy"
-            );
-            let fix = format!("use an adapter whose VFs are driven by {}", known.join(" or "));
-            return Finding::wrong(Verdict::Warn, "vfs", found, fix);
+        Err(error) => {
+            let fix = format!("ls -l /sys/bus/pci/devices/{}/virtfn*  # and try again", pf.device.bdf);
+            return Finding::wrong(Verdict::Fail, "vfs", error.to_string(), fix);
         }
+    };
+    if vfs.iter().any(|vf| Layout::of(vf.device.vendor, vf.device.device).is_none()) {
+        let known: Vec<&str> = FAMILIES.iter().map(|layout| layout.driver).collect();
+        let found = format!(
+            "{found}, whose mailbox Portcullis does not speak: they can be `devices`, without policy"
+        );
+        let fix = format!("use an adapter whose VFs are driven by {}", known.join(" or "));
+        return Finding::wrong(Verdict::Warn, "vfs", found, fix);
+    }
+    let together: Vec<_> = vfs.iter().map(|vf| vf.device.bdf).collect();
+    let mut barred = Vec::new();
+    for vf in &vfs {
         let Some(group) = vf.device.iommu_group else { continue };
         // Without groups the IOMMU is off, which is told by itself.
-        if let Ok(Some(group_of)) = host.sysfs.iommu_group(vf.device.bdf) {
-            let alien = group_of.members.iter().find(|member| {
-                member.bdf().is_none_or(|bdf| !together.contains(&bdf)) && !member.is_harmless()
-            });
-            if let Some(alien) = alien {
-                let found = format!(
-                    "{found}; IOMMU group {group} of {} has {} of the host in it",
-                    vf.device.bdf, alien.name
-                );
-                let fix = "put the adapter into a slot of its own, or enable ACS in the firmware";
-                return Finding::wrong(Verdict::Fail, "vfs", found, fix);
-            }
-        }
+        let Ok(Some(group_of)) = host.sysfs.iommu_group(vf.device.bdf) else { continue };
+        let alien = group_of
+            .members
+            .iter()
+            .find(|member| member.bdf().is_none_or(|bdf| !together.contains(&bdf)) && !member.is_harmless());
+        barred
+            .extend(alien.map(|alien| format!("IOMMU group {group} of {} has {alien} in it", vf.device.bdf)));
     }
-    Finding::ok("vfs", found)
+    let Some(first) = barred.first() else { return Finding::ok("vfs", found) };
+    let (verdict, many) = match barred.len() == vfs.len() {
+        true => (Verdict::Fail, "none".to_owned()),
+        false => (Verdict::Warn, format!("all but {}", barred.len())),
+    };
+    let found = format!("{found}, of which {many} can be given to a VM: {first}");
+    let fix = "put the adapter into a slot of its own, or enable ACS in the firmware";
+    Finding::wrong(verdict, "vfs", found, fix)
 }
 
 /// What policies can ask of the PF's driver.

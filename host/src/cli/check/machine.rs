@@ -43,11 +43,13 @@ pub(super) fn kvm(host: &Host) -> Finding {
         }
         Err(error) if error.kind() == io::ErrorKind::PermissionDenied => fail(
             "this user may not open /dev/kvm".to_owned(),
-            "usermod -aG kvm \"$USER\", and log in again; or run the agent as root",
+            // The fix is root's to run, the group this user's to get.
+            &format!(
+                "usermod -aG kvm \"$(id -nu {})\"  # then log in again; or run the agent as root",
+                rustix::process::getuid().as_raw()
+            ),
         ),
-        Err(error) => {
-            fail(format!("/dev/kvm cannot be opened ({error})"), "see the kernel's log: dmesg | grep -i kvm")
-        }
+        Err(error) => fail(format!("/dev/kvm cannot be opened ({error})"), "dmesg | grep -i kvm  # says why"),
     }
 }
 
@@ -66,8 +68,8 @@ pub(super) fn iommu(host: &Host, needed: Verdict) -> Finding {
         return Finding::wrong(needed, "iommu", found, "enable the IOMMU (VT-d, AMD-Vi) in the firmware");
     }
     let fix = format!(
-        "sed -i 's/^GRUB_CMDLINE_LINUX=\"/&{option} /' /etc/default/grub && update-grub && reboot, with VT-d or AMD-Vi enabled \
-         in the firmware"
+        "sed -i 's/^GRUB_CMDLINE_LINUX=\"/&{option} /' /etc/default/grub && update-grub && reboot  # with VT-d or \
+         AMD-Vi enabled in the firmware"
     );
     Finding::wrong(needed, "iommu", "no IOMMU group: the IOMMU is off", fix)
 }
@@ -81,28 +83,28 @@ pub(super) fn interrupt_remapping(host: &Host, needed: Verdict) -> Finding {
             Verdict::Warn,
             CHECK,
             "off, and VFIO was told to do without: a guest with a VF can raise any interrupt of the host",
-            "enable it in the firmware (x2APIC, VT-d), then: echo 0 > \
-             /sys/module/vfio_iommu_type1/parameters/allow_unsafe_interrupts",
+            "echo 0 >/sys/module/vfio_iommu_type1/parameters/allow_unsafe_interrupts  # once it is enabled in the firmware \
+             (x2APIC, VT-d)",
         ),
         Ok(InterruptRemapping::Off) => Finding::wrong(
             needed,
             CHECK,
             "off: VFIO refuses VFs",
-            "enable it in the firmware (x2APIC, VT-d); or, where all guests are trusted: echo 1 > \
-             /sys/module/vfio_iommu_type1/parameters/allow_unsafe_interrupts",
+            "enable it in the firmware (x2APIC, VT-d); or, where all guests are trusted: echo 1 \
+             >/sys/module/vfio_iommu_type1/parameters/allow_unsafe_interrupts",
         ),
         Ok(InterruptRemapping::Unknown) => Finding::wrong(
             Verdict::Warn,
             CHECK,
             "the kernel does not show it",
-            "dmesg | grep -e DMAR-IR -e AMD-Vi tells",
+            "dmesg | grep -e DMAR-IR -e AMD-Vi  # tells",
         ),
         Err(error) => Finding::wrong(Verdict::Warn, CHECK, error.to_string(), "mount -t sysfs sysfs /sys"),
     }
 }
 
 pub(super) fn vfio(host: &Host, needed: Verdict) -> Finding {
-    const FIX: &str = "modprobe vfio-pci && echo vfio-pci > /etc/modules-load.d/vfio-pci.conf";
+    const FIX: &str = "modprobe vfio-pci && echo vfio-pci >/etc/modules-load.d/vfio-pci.conf";
     if !host.has("sys/bus/pci/drivers/vfio-pci") {
         return Finding::wrong(needed, "vfio-pci", "the driver vfio-pci is not loaded", FIX);
     }
@@ -119,7 +121,8 @@ pub(super) fn vfio(host: &Host, needed: Verdict) -> Finding {
 
 /// The limit for this process is that of an agent that is started from here, if it is no service.
 pub(super) fn memlock(host: &Host) -> Finding {
-    const FIX: &str = "ulimit -l unlimited before the agent is started; for a service: LimitMEMLOCK=infinity";
+    const FIX: &str =
+        "ulimit -l unlimited  # in the shell that starts the agent; a service has LimitMEMLOCK=infinity";
     let limits = host.text("proc/self/limits").unwrap_or_default();
     let line = limits.lines().find_map(|line| line.strip_prefix("Max locked memory"));
     let mut words = line.unwrap_or_default().split_whitespace();
@@ -147,7 +150,7 @@ pub(super) fn hugepages(host: &Host) -> Finding {
             Verdict::Warn,
             "hugepages",
             "none of 2 MiB: VMs with `hugepages` cannot be booted",
-            "sysctl -w vm.nr_hugepages=512, and the same in /etc/sysctl.d to keep them (512 are 1 GiB)",
+            "sysctl -w vm.nr_hugepages=512 && echo vm.nr_hugepages=512 >/etc/sysctl.d/60-hugepages.conf  # 512 are 1 GiB",
         ),
         (all, free) => Finding::ok(
             "hugepages",

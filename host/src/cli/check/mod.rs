@@ -48,7 +48,7 @@ struct Finding {
     verdict: Verdict,
     /// What was found.
     found: String,
-    /// The command that mends it, as root, or what else does.
+    /// The command that mends it, as root, with what is to be said of it as the shell's comment; or what does where there is no command.
     #[serde(skip_serializing_if = "Option::is_none")]
     fix: Option<String>,
 }

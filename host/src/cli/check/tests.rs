@@ -47,6 +47,14 @@ impl MadeUp {
         if path.is_dir() { fs::remove_dir_all(path).unwrap() } else { fs::remove_file(path).unwrap() }
     }
 
+    /// A device of the host beside a VF of the PF.
+    fn share_group(&self, device: u8, function: u8) {
+        let vf = Bdf::new(0, 1, device, function).unwrap();
+        let group = self.sysfs.sysfs().device(vf).unwrap().iommu_group;
+        let other = Bdf::new(0, 3, function, 0).unwrap();
+        self.sysfs.add_device(other, (0x8086, 0x1234), 0x01_0000, group, Some("ahci"));
+    }
+
     fn findings(&self) -> Vec<Finding> {
         examine(&Host::new(self.directory.path()))
     }
@@ -104,7 +112,7 @@ fn each_thing_that_is_missing_is_told_with_what_mends_it() {
         case("interrupt_remapping", Fail, "allow_unsafe_interrupts", |host| {
             host.sysfs.set_interrupt_chip("PCI-MSI");
         }),
-        case("interrupt_remapping", Warn, "echo 0 >", |host| {
+        case("interrupt_remapping", Warn, "echo 0 >/sys", |host| {
             host.sysfs.set_interrupt_chip("PCI-MSI");
             host.write("sys/module/vfio_iommu_type1/parameters/allow_unsafe_interrupts", "Y\n");
         }),
@@ -116,17 +124,20 @@ fn each_thing_that_is_missing_is_told_with_what_mends_it() {
         case("hugepages", Warn, "sysctl -w vm.nr_hugepages=512", |host| {
             host.write("sys/kernel/mm/hugepages/hugepages-2048kB/nr_hugepages", "0\n");
         }),
-        case("pf", Warn, "ip link set eth0 up", |host| host.sysfs.set_interface_up(PF, "eth0", false)),
-        case("vfs", Warn, "portcullis pf set-vfs eth0 4", |host| {
+        case("pf", Fail, "ip link set eth0 up", |host| host.sysfs.set_interface_up(PF, "eth0", false)),
+        case("pf", Fail, "modprobe \"$(cat /sys/bus/pci/devices/0000:01:00.0/modalias)\"", |host| {
+            host.remove("sys/bus/pci/devices/0000:01:00.0/driver");
+        }),
+        case("vfs", Fail, "portcullis pf set-vfs eth0 4 || echo 4 >/sys", |host| {
             host.sysfs.sysfs().set_num_vfs(PF, 0, None).unwrap();
         }),
         case("vfs", Warn, "driven by igbvf", |host| {
             host.write("sys/bus/pci/devices/0000:01:10.0/device", "0x10ed\n");
         }),
+        case("vfs", Warn, "a slot of its own", |host| host.share_group(0x10, 0)),
         case("vfs", Fail, "a slot of its own", |host| {
-            let group = host.sysfs.sysfs().device(Bdf::new(0, 1, 0x10, 0).unwrap()).unwrap().iommu_group;
-            let other = Bdf::new(0, 3, 0, 0).unwrap();
-            host.sysfs.add_device(other, (0x8086, 0x1234), 0x01_0000, group, Some("ahci"));
+            host.share_group(0x10, 0);
+            host.share_group(0x10, 2);
         }),
     ] {
         let host = MadeUp::new();
@@ -139,6 +150,61 @@ fn each_thing_that_is_missing_is_told_with_what_mends_it() {
             findings.iter().filter(|other| other.check != check && other.verdict != Ok).collect();
         assert!(others.is_empty(), "{fix}: {others:?}");
         assert_eq!(host.verdict().err().map(|error| error.code()), (verdict == Fail).then_some(1), "{fix}");
+        assert_command(text);
+    }
+}
+
+/// A fix is a command that can be pasted, but for what no command does.
+fn assert_command(fix: &str) {
+    if ["enable ", "put the adapter ", "use an adapter "].iter().any(|prose| fix.starts_with(prose)) {
+        return;
+    }
+    let programs = [
+        "dmesg",
+        "echo",
+        "ip",
+        "ls",
+        "modprobe",
+        "mount",
+        "portcullis",
+        "sed",
+        "sysctl",
+        "ulimit",
+        "usermod",
+    ];
+    assert!(programs.contains(&fix.split(' ').next().unwrap()), "{fix}");
+    let checked = std::process::Command::new("bash").args(["-n", "-c", fix]).output().unwrap();
+    assert!(checked.status.success() && checked.stderr.is_empty(), "{fix}: {checked:?}");
+}
+
+#[test]
+fn one_pf_that_can_be_used_is_enough() {
+    let breaks: [fn(&MadeUp); 3] = [
+        |host| host.sysfs.set_interface_up(PF, "eth0", false),
+        |host| host.sysfs.sysfs().set_num_vfs(PF, 0, None).unwrap(),
+        |host| {
+            host.share_group(0x10, 0);
+            host.share_group(0x10, 2);
+        },
+    ];
+    for (n, breaks) in breaks.into_iter().enumerate() {
+        let host = MadeUp::new();
+        breaks(&host);
+        assert!(host.verdict().is_err(), "{n}");
+        let other = Bdf::new(0, 2, 0, 0).unwrap();
+        host.sysfs.add_igb(other, "eth1");
+        assert!(host.verdict().is_err(), "{n}: it has no VFs");
+        host.sysfs.sysfs().set_num_vfs(other, 1, None).unwrap();
+        // The made-up one is in the group of the other PF's VF.
+        host.remove("sys/kernel/iommu_groups/20/devices/0000:02:10.0");
+        host.remove("sys/bus/pci/devices/0000:02:10.0/iommu_group");
+        let findings = host.findings();
+        let wrong: Vec<_> = findings.iter().filter(|finding| finding.verdict != Verdict::Ok).collect();
+        assert!(
+            matches!(wrong.as_slice(), [one] if one.verdict == Verdict::Warn && one.subject.as_deref() == Some("eth0")),
+            "{n}: {wrong:?}"
+        );
+        host.verdict().unwrap();
     }
 }
 

@@ -31,6 +31,21 @@ pub(super) struct DemoArgs {
     /// One JSON object at the end in place of the narration (like --output json).
     #[arg(long)]
     json: bool,
+    /// As of `serve`: shows that the demonstration would notice.
+    #[cfg(feature = "test-support")]
+    #[arg(long)]
+    policy_bypass_for_tests: bool,
+}
+
+impl DemoArgs {
+    /// What its agent is told beside what every demonstration's is.
+    fn options(&self) -> &'static [&'static str] {
+        #[cfg(feature = "test-support")]
+        if self.policy_bypass_for_tests {
+            return &["--policy-bypass-for-tests"];
+        }
+        &[]
+    }
 }
 
 /// Why the demonstration did not come to its end.
@@ -101,7 +116,7 @@ pub(super) fn run(args: &DemoArgs, format: Format) -> ExitCode {
         .enable_all()
         .build()
         .map_err(CliError::Runtime)
-        .and_then(|runtime| runtime.block_on(perform(&mut report)).map_err(CliError::Demo));
+        .and_then(|runtime| runtime.block_on(perform(&mut report, args.options())).map_err(CliError::Demo));
     let told = report.end(result.as_ref().err().map(ToString::to_string));
     match result.and(told.map_err(CliError::Output)) {
         Ok(()) => ExitCode::SUCCESS,
@@ -109,11 +124,11 @@ pub(super) fn run(args: &DemoArgs, format: Format) -> ExitCode {
     }
 }
 
-async fn perform(report: &mut Report) -> Result<(), DemoError> {
+async fn perform(report: &mut Report, options: &[&str]) -> Result<(), DemoError> {
     OpenOptions::new().read(true).write(true).open(KVM).map_err(DemoError::NoKvm)?;
     // Before the agent is started: from now on every end is one that cleans up.
     let interrupted = interrupted().map_err(DemoError::Start)?;
-    let agent = PrivateAgent::start()?;
+    let agent = PrivateAgent::start(options)?;
     let result = tokio::select! {
         result = scenario::play(&agent, report) => result,
         () = interrupted => Err(DemoError::Interrupted),

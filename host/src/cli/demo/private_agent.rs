@@ -3,6 +3,7 @@
 use std::{
     fs::{self, DirBuilder, File},
     io,
+    ops::RangeInclusive,
     os::unix::{fs::DirBuilderExt, process::CommandExt},
     path::{Path, PathBuf},
     process::{Child, Command, ExitStatus, Stdio},
@@ -27,6 +28,12 @@ pub(super) const KERNEL: &str = "small-guest";
 const START: Duration = Duration::from_secs(20);
 const STOP: Duration = Duration::from_secs(20);
 const STEP: Duration = Duration::from_millis(5);
+/// The user ids of demonstrations' processes, where they are root's: not those of the VMs of a host's agent, which are 900000 and the next
+/// unless it is told. Processes of one user may signal each other.
+const USERS: RangeInclusive<u32> = 980_000..=995_999;
+/// What one demonstration has of them: those of its VMs, and then those of its adapters.
+const USERS_OF_ONE: u32 = 16;
+const USERS_OF_VMS: u32 = 8;
 /// Paths of sockets in the directory must stay below 108 bytes (unix(7)).
 const LONGEST_BASE: usize = 40;
 
@@ -38,13 +45,13 @@ pub(super) struct PrivateAgent {
 }
 
 impl PrivateAgent {
-    /// Starts it; it does not serve yet.
-    pub(super) fn start() -> Result<Self, DemoError> {
+    /// Starts it, with more options if there are any; it does not serve yet.
+    pub(super) fn start(options: &[&str]) -> Result<Self, DemoError> {
         let directory = make_directory()?;
-        Self::start_in(&directory).inspect_err(|_| drop(fs::remove_dir_all(&directory)))
+        Self::start_in(&directory, options).inspect_err(|_| drop(fs::remove_dir_all(&directory)))
     }
 
-    fn start_in(directory: &Path) -> Result<Self, DemoError> {
+    fn start_in(directory: &Path, options: &[&str]) -> Result<Self, DemoError> {
         let failed = |path: PathBuf| move |source| DemoError::Directory { path, source };
         let images = directory.join("images");
         fs::create_dir(&images).map_err(failed(images.clone()))?;
@@ -58,6 +65,7 @@ impl PrivateAgent {
         // A demonstration on a host without Landlock, say, is better than none: it has simulated adapters only.
         command.arg("--sandbox-off").arg("unavailable");
         command.arg("--sim-pf").arg(format!("{PF}={VFS}"));
+        command.args(users(std::process::id())).args(options);
         for (option, name) in [("--state-dir", "state"), ("--run-dir", "run"), ("--image-dir", "images")] {
             command.arg(option).arg(directory.join(name));
         }
@@ -121,6 +129,13 @@ impl Drop for PrivateAgent {
     }
 }
 
+/// The options of the agent of a demonstration with this process id: those that are played at once have others, as a rule.
+fn users(pid: u32) -> [String; 2] {
+    let slots = (USERS.end() - USERS.start() + 1) / USERS_OF_ONE;
+    let base = USERS.start() + pid % slots * USERS_OF_ONE;
+    [format!("--vmm-uid-base={base}"), format!("--vmm-uid-count={USERS_OF_VMS}")]
+}
+
 fn log_path(directory: &Path) -> PathBuf {
     directory.join("agent.log")
 }
@@ -136,5 +151,37 @@ fn make_directory() -> Result<PathBuf, DemoError> {
     match made {
         Ok(()) => Ok(path),
         Err(source) => Err(DemoError::Directory { path, source }),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use clap::Parser as _;
+
+    use super::*;
+    use crate::{
+        agent::ServeArgs,
+        cli::{Cli, Command},
+    };
+
+    fn serve(options: &[String]) -> ServeArgs {
+        let line = ["portcullis", "serve"].map(str::to_owned).into_iter().chain(options.iter().cloned());
+        let Command::Serve(args) = Cli::try_parse_from(line).unwrap().command else { panic!("{options:?}") };
+        *args
+    }
+
+    #[test]
+    fn users_are_those_of_no_other_agent() {
+        let hosts = serve(&[]);
+        assert!(hosts.vmm_uid_base + hosts.vmm_uid_count + 1000 < *USERS.start());
+        for pid in [1, 999, 1000, 4_194_304, u32::MAX] {
+            let args = serve(&users(pid));
+            assert!(USERS.contains(&args.vmm_uid_base), "{pid}");
+            // With its adapter's.
+            assert!(USERS.contains(&(args.vmm_uid_base + USERS_OF_ONE - 1)), "{pid}");
+            assert!(args.vmm_uid_count >= u32::from(VFS) && args.vmm_uid_count < USERS_OF_ONE);
+            let next = serve(&users(pid.wrapping_add(1)));
+            assert!(args.vmm_uid_base.abs_diff(next.vmm_uid_base) >= USERS_OF_ONE, "{pid}");
+        }
     }
 }

@@ -124,7 +124,7 @@ impl Stage<'_> {
     }
 
     async fn accepted(&mut self) -> Result<(), DemoError> {
-        self.report.step("The port group accepts changes from now on: the same request is committed");
+        self.report.step("The port group accepts changes from now on: the next request is committed");
         self.edit("mac_changes", "accept").await?;
         let answer = self.ask_for(ACCEPTED, "nack").await?;
         self.report.check("the guest's driver reports", "ok", &answer);

@@ -22,7 +22,7 @@ async fn vms_are_changed_renamed_and_copied() {
     let restart = shown.lines().find(|line| line.starts_with("restart:")).unwrap();
     assert!(restart.ends_with("on_failure") && shown.contains("autostart:"), "{shown}");
     let patch = desk.file("patch.yaml", "autostart: null");
-    let line = format!("vm edit web1 -f {patch} --cmdline quiet --if-match {}", vm["revision"]);
+    let line = format!("vm patch web1 -f {patch} --cmdline quiet --if-match {}", vm["revision"]);
     desk.run(&line).await.unwrap();
     assert_eq!(desk.run(&line).await.unwrap_err().0, 5, "somebody was faster");
     let spec = &desk.json("vm show web1").await["spec"];
@@ -62,7 +62,16 @@ async fn an_action_that_takes_longer_than_it_was_given_has_its_own_code() {
     let (code, error) = desk.run("vm shutdown web1 --timeout 1").await.unwrap_err();
     assert!(code == 6 && error.contains("web1 is running after 1 s"), "{error}");
     desk.run("vm shutdown web1 --wait 0").await.unwrap();
-    desk.run("vm stop web1").await.unwrap();
+    desk.host.gates().close("set");
+    let (code, error) = desk.run("vm delete web1 --timeout 1").await.unwrap_err();
+    assert!(code == 6 && error.contains("after 1 s"), "{error}");
+    desk.host.gates().open("set");
+    let gone = async {
+        while desk.client.get_vm("web1").await.is_ok() {
+            tokio::time::sleep(Duration::from_millis(10)).await;
+        }
+    };
+    tokio::time::timeout(PATIENCE, gone).await.expect("the deletion goes on");
 }
 
 #[tokio::test]
@@ -71,10 +80,14 @@ async fn run_boots_shows_and_deletes_only_if_it_is_told_to() {
     let file = desk.file("web1.json", WEB1);
     for (line, stays) in [
         (format!("run {file}"), true),
-        // The VM of before.
+        // The VM of before, which is not this command's to delete.
         (format!("run {file}"), true),
+        (format!("run --rm {file}"), true),
         (format!("run --rm {file}"), false),
     ] {
+        if !stays {
+            desk.run("vm delete web1").await.unwrap();
+        }
         let scene = async {
             while desk.client.write_console("web1", "print hello").await.is_err() {
                 tokio::time::sleep(Duration::from_millis(10)).await;
@@ -90,7 +103,40 @@ async fn run_boots_shows_and_deletes_only_if_it_is_told_to() {
     assert!(desk.client.get_vm("web1").await.is_ok(), "it can be looked at and mended");
     assert_eq!(desk.run(&format!("run {file}")).await.unwrap_err().0, 5, "another VM has the name");
     assert_eq!(desk.run(&format!("run --rm {wrong}")).await.unwrap_err().0, 1);
+    assert!(desk.client.get_vm("web1").await.is_ok(), "it was there before");
+    desk.run("vm delete web1").await.unwrap();
+    assert_eq!(desk.run(&format!("run --rm {wrong}")).await.unwrap_err().0, 1);
     assert_eq!(desk.run("vm show web1").await.unwrap_err().0, 4);
+}
+
+#[tokio::test]
+async fn run_leaves_a_vm_alone_that_is_not_at_rest() {
+    let desk = Desk::new().await;
+    let file = desk.file("web1.json", WEB1);
+    desk.run(&format!("vm create {file}")).await.unwrap();
+    desk.run("vm boot web1").await.unwrap();
+    for (before, state) in [("vm show web1", "running"), ("vm pause web1", "paused")] {
+        desk.run(before).await.unwrap();
+        for line in ["run --rm", "run"] {
+            let (code, error) = desk.run(&format!("{line} {file}")).await.unwrap_err();
+            assert!(
+                code == 5 && error.contains(&format!("is {state} already")) && error.contains("console web1"),
+                "{line}: {error}"
+            );
+            assert_eq!(desk.client.get_vm("web1").await.unwrap().status.state.as_str(), state, "{line}");
+        }
+    }
+    desk.run("vm stop web1").await.unwrap();
+}
+
+#[tokio::test]
+async fn what_deleting_says_does_not_hide_why_run_failed() {
+    let desk = Desk::new().await;
+    desk.deletes_nothing.store(true, Ordering::SeqCst);
+    let wrong = desk.file("wrong.json", &WEB1.replace("\"kernel\" }", "\"absent\" }"));
+    let (code, error) = desk.run(&format!("run --rm {wrong}")).await.unwrap_err();
+    assert!(code == 1 && error.contains("absent"), "{error}");
+    assert!(desk.client.get_vm("web1").await.is_ok(), "it could not be deleted");
 }
 
 #[tokio::test]
@@ -132,23 +178,69 @@ async fn apply_makes_what_files_say_and_nothing_the_second_time() {
     desk.run(&apply).await.unwrap();
     assert_eq!(actions(apply.clone()).await, all("unchanged"));
 
-    // A VM that runs cannot become what its file says: what comes before it is made.
+    // A VM that runs cannot become what its file says: that is known before anything is made.
     desk.run("vm boot web1").await.unwrap();
-    write(
-        "vm.json",
-        &WEB1.replace("2MiB", "4MiB").replace("\"eth0\" }", "\"eth0\", \"port_group\": \"web\" }"),
-    );
+    let of_web = WEB1.replace("\"eth0\" }", "\"eth0\", \"port_group\": \"web\" }");
+    write("vm.json", &of_web.replace("2MiB", "4MiB"));
     write("web.yaml", "{object: port_group, name: web, switch: lan}");
-    let mut output = Vec::new();
-    let error = desk.run_into(&apply, &mut output).await.unwrap_err();
-    let made = String::from_utf8(output).unwrap();
-    let text = format!("{error}: {}", std::error::Error::source(&error).unwrap());
-    assert!(error.code() == 5 && text.contains("vm.json") && text.contains("stop it first"), "{text}");
-    assert!(made.contains("port group") && !made.contains("web1"), "{made}");
+    for (line, shown) in [(format!("{apply} --dry-run --output json"), true), (apply.clone(), false)] {
+        let mut output = Vec::new();
+        let error = desk.run_into(&line, &mut output).await.unwrap_err();
+        let told: serde_json::Value = serde_json::from_str(&error.text(Format::Json)).unwrap();
+        assert_eq!((error.code(), &told["code"]), (5, &"wrong_state".into()), "{told}");
+        assert!(told["file"].as_str().unwrap().ends_with("/vm.json"), "{told}");
+        let detail = told["detail"].as_str().unwrap();
+        assert!(detail.contains("web1 is running") && detail.contains("stop it first"), "{detail}");
+        let output = String::from_utf8(output).unwrap();
+        if shown {
+            let steps: serde_json::Value = serde_json::from_str(&output).unwrap();
+            let actions: Vec<_> = (0..3).map(|n| steps[n]["action"].as_str().unwrap()).collect();
+            assert_eq!(actions, ["unchanged", "change", "blocked"]);
+            assert_eq!(steps[2]["changes"][0]["path"], "memory");
+        } else {
+            assert!(!output.contains("web"), "{output}");
+        }
+        assert_ne!(
+            desk.json("port-group show web").await["spec"]["settings"],
+            serde_json::json!({}),
+            "{line}"
+        );
+    }
+    // What may change of a VM that runs.
+    write("vm.json", &of_web.replacen('{', "{ \"restart\": \"always\", \"autostart\": true,", 1));
+    let changed = actions(apply.clone()).await;
+    assert_eq!(
+        changed.iter().map(|(_, action)| action.as_str()).collect::<Vec<_>>(),
+        ["unchanged", "change", "change"]
+    );
     assert_eq!(desk.json("port-group show web").await["spec"]["settings"], serde_json::json!({}));
+    write("vm.json", &of_web.replace("2MiB", "4MiB"));
     desk.run("vm stop web1").await.unwrap();
     desk.run(&apply).await.unwrap();
     assert_eq!(actions(apply.clone()).await, all("unchanged"));
+
+    // What the agent refuses is told whole; what comes before it is made.
+    write("web.yaml", "{object: port_group, name: web, switch: lan, settings: {mtu: 2000}}");
+    write("web3.yaml", "{object: port_group, name: web3, switch: nowhere}");
+    let mut output = Vec::new();
+    let error = desk.run_into(&apply, &mut output).await.unwrap_err();
+    let made = String::from_utf8(output).unwrap();
+    assert!(made.contains("/web.yaml") && !made.contains("/web3.yaml"), "{made}");
+    assert_eq!(
+        desk.json("port-group show web").await["spec"]["settings"],
+        serde_json::json!({ "mtu": 2000 })
+    );
+    let told: serde_json::Value = serde_json::from_str(&error.text(Format::Json)).unwrap();
+    assert_eq!(told["code"], "switch_not_found");
+    assert!(
+        told["file"].as_str().unwrap().ends_with("/web3.yaml") && told["request_id"].is_string(),
+        "{told}"
+    );
+    let text = error.text(Format::Table);
+    for part in ["web3.yaml", "(switch_not_found)", told["request_id"].as_str().unwrap()] {
+        assert!(text.contains(part), "{part}: {text}");
+    }
+    std::fs::remove_file(directory.join("web3.yaml")).unwrap();
 
     write("typo.toml", "name = \"web2\"\nmemroy = \"2MiB\"");
     let (code, error) = desk.run(&apply).await.unwrap_err();
