@@ -1,11 +1,12 @@
 //! Adding, changing and removing switches, port groups and ports.
 
-use super::{Corrections, StateError, SwitchState};
+use super::{Corrections, StateError, SwitchState, policy_of};
 use crate::{
     ident::{PortGroupId, PortId, SwitchId, VfRef},
     mac::MacAddress,
     objects::{DeviceState, PfSettings, Port, PortGroup, Switch},
     policy::{Setting, Settings},
+    request::Change,
 };
 
 impl SwitchState {
@@ -105,7 +106,7 @@ impl SwitchState {
     /// Its identity is taken, its group does not exist or does not allow its overrides, its address is no adapter's,
     /// or one of its addresses or its VF belongs to another port. A stored port's overrides are not checked, as its
     /// group may have changed since.
-    pub fn attach(&mut self, port: Port) -> Result<(), StateError> {
+    pub fn attach(&mut self, mut port: Port) -> Result<(), StateError> {
         if self.ports.contains_key(&port.id) {
             return Err(taken("Port", &port.id));
         }
@@ -120,6 +121,14 @@ impl SwitchState {
         }
         for mac in port.addresses() {
             self.check_free(switch, mac, port.id)?;
+        }
+        if port.device.was_trusted.is_none() {
+            // Told from the policy, which may be another soon.
+            let definition = self.switches.get(&switch).ok_or(StateError::NoSwitch(switch))?;
+            let may_be = policy_of(&port, group, definition).unicast_limit.value.get() > 0
+                || !port.device.unicast.is_empty()
+                || port.pending.iter().any(Change::needs_trust);
+            port.device.was_trusted = Some(may_be);
         }
         self.by_mac.extend(port.addresses().map(|mac| ((switch, mac), port.id)));
         self.by_vf.extend(port.vf.clone().map(|vf| (vf, port.id)));
@@ -180,15 +189,21 @@ impl SwitchState {
     /// # Errors
     /// No such port, or it has no VF.
     pub fn restart(&mut self, id: PortId) -> Result<PfSettings, StateError> {
-        if self.lineage(id)?.0.vf.is_none() {
+        let port = self.lineage(id)?.0;
+        if port.vf.is_none() {
             return Err(StateError::NotBound(id));
         }
+        let was_trusted = port.device.was_trusted;
         let baseline = self.baseline(id)?;
         self.start_over(id, &baseline)?;
+        if let Some(port) = self.ports.get_mut(&id) {
+            // Its vmm is the same.
+            port.device.was_trusted = was_trusted;
+        }
         Ok(baseline)
     }
 
-    /// Takes the VF from a port: call it when [`take_back_all`](Self::take_back_all) is done.
+    /// Takes the VF from a port: call it when [`take_back_for_release`](Self::take_back_for_release) is done.
     ///
     /// # Errors
     /// No such port, or it has no VF.
