@@ -1,6 +1,9 @@
+use std::time::Duration;
+
 use api::problem::ProblemCode;
 use netpolicy::{Change, PfCapabilities, Request, VlanId};
 use passthrough::relay::{Forwarded, Notice};
+use tokio::time::timeout;
 
 use super::fixture::{Host, PF, mac, vf, vm};
 use crate::{switch::SwitchError, vm::problem::ToProblem};
@@ -161,4 +164,16 @@ async fn a_vf_has_one_port() {
     let result = host.switch.bind(vm(3), "eth0", vf(1), String::new()).await;
     assert_eq!(code(result.map(drop)), ProblemCode::VfInUse);
     assert_eq!(host.pfs.take_made(PF), []);
+}
+
+#[tokio::test]
+async fn a_pf_that_does_not_answer_keeps_no_vm_from_another() {
+    let mut host = Host::empty().await;
+    host.set("{}").await.unwrap();
+    host.attach(1, Some("web")).await.unwrap();
+    host.pfs.world().hangs = Some("eth1".into());
+    let plan = timeout(Duration::from_secs(8), host.switch.plan(vm(1))).await.expect("a plan").unwrap();
+    assert!(plan[0].pfs.contains(&PF.to_owned()), "{plan:?}");
+    host.power_on(1).await.unwrap();
+    host.pfs.world().hangs = None;
 }
