@@ -177,3 +177,11 @@ async fn a_pf_that_does_not_answer_keeps_no_vm_from_another() {
     host.power_on(1).await.unwrap();
     host.pfs.world().hangs = None;
 }
+
+#[tokio::test]
+async fn an_agent_that_cannot_read_what_a_vf_has_does_not_start_and_says_of_what() {
+    for kind in ["attachment", "port_group"] {
+        let error = crate::vm::problem::chain(&Host::new(TRUNK).await.restart_on_damaged(kind).await);
+        assert!(error.contains(kind), "{error}");
+    }
+}
