@@ -8,10 +8,13 @@ use std::collections::VecDeque;
 
 use api::types::PortCounters;
 use netpolicy::{Change, MacAddress, Reason, Request};
-use passthrough::relay::{Cancelled, Forwarded, Question};
+use passthrough::relay::{Cancelled, Forwarded, MAX_CHANGES, Question};
 use tokio::{sync::oneshot, time::Instant};
 
 use super::command::{Leftover, Reply};
+
+/// More changes than a relay lets wait for its guest's reset. Twice as many, because what it has made may not have been told yet.
+const DEFERRED: usize = 2 * MAX_CHANGES;
 
 /// Something to be done for a port when its turn comes.
 pub(super) enum Work {
@@ -114,6 +117,14 @@ impl Lane {
             _ => {}
         }
         self.queue.push_back(work);
+    }
+
+    /// The relay will make these at the guest's next reset. False if it cannot be: a relay keeps fewer.
+    pub(super) fn defer(&mut self, changes: Vec<Change>) -> bool {
+        if !changes.is_empty() {
+            self.deferred.push_back(changes);
+        }
+        self.deferred.iter().map(Vec::len).sum::<usize>() <= DEFERRED
     }
 
     /// Takes a question that waits out of the lane.

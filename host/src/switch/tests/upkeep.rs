@@ -292,3 +292,20 @@ async fn a_vmm_that_tells_of_resets_for_ever_costs_its_pf_no_more_than_one() {
     assert!(reads < 50, "the PF was read {reads} times");
     assert_eq!(host.addresses(1).await, (mac(1), mac(1)), "it was rebooted");
 }
+
+#[tokio::test]
+async fn a_vmm_that_defers_for_ever_is_stopped() {
+    let vids: Vec<u16> = (100..108).collect();
+    let mut host = joined(&vids).await;
+    host.vmm(1).heard().takes_back = TakesBack::Deferred;
+    host.set(NARROW).await.unwrap();
+    // With each reset, which it did not make, the same is ordered again.
+    for _ in 0..passthrough::relay::MAX_CHANGES / vids.len() {
+        host.ask(1, Request::Reset).await;
+    }
+    assert!(host.vmm(1).heard().stopped.is_empty(), "so much may wait");
+    for _ in 0..passthrough::relay::MAX_CHANGES / vids.len() {
+        host.ask(1, Request::Reset).await;
+    }
+    assert!(!host.vmm(1).heard().stopped.is_empty());
+}
