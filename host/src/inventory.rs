@@ -103,6 +103,19 @@ impl Inventory {
         Ok(pfs)
     }
 
+    /// The names of all PFs that can be used, and whether the interface of each is set up. Waits for no PF.
+    ///
+    /// # Errors
+    /// sysfs is unreadable.
+    pub fn pf_names(&self) -> Result<Vec<(String, bool)>, InventoryError> {
+        let hardware = if self.hardware { self.sysfs.pfs()? } else { Vec::new() };
+        let named = |pf: &Pf| (pf.name(), pf.interface().is_some_and(|interface| interface.admin_up));
+        let mut names: Vec<(String, bool)> = hardware.iter().map(named).collect();
+        // Nobody can take down the interface of a simulated one.
+        names.extend(self.simulated.iter().flat_map(|all| all.names()).map(|name| (name, true)));
+        Ok(names)
+    }
+
     /// Describes a PF.
     ///
     /// # Errors

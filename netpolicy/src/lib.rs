@@ -32,5 +32,5 @@ pub use request::{
     Change, DecidedBy, Denial, Evaluation, LinkState, PromiscuousMode, Reason, Request, Route,
     StandingRefusal, Verdict,
 };
-pub use state::{Correction, Corrections, StateError, SwitchState};
+pub use state::{Correction, Corrections, Entity, StateError, SwitchState};
 pub use vlan::{AccessVlan, Qos, VlanError, VlanId, VlanSet};

@@ -192,6 +192,10 @@ pub struct DeviceState {
     pub promiscuous: PromiscuousMode,
     /// Longest frame in bytes, with header, tag and checksum; `None` until the guest asked for one.
     pub max_frame: Option<u16>,
+    /// Whether the PF's driver may have [trusted](Change::needs_trust) the VF since it was bound: whoever has its mailbox could then give it
+    /// addresses that nobody else was told of, so that `unicast` may lack some. `None` in a record that an older agent wrote.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub was_trusted: Option<bool>,
 }
 
 impl DeviceState {
@@ -212,6 +216,7 @@ impl DeviceState {
             multicast: Vec::new(),
             promiscuous: PromiscuousMode::OFF,
             max_frame: None,
+            was_trusted: Some(false),
         }
     }
 }

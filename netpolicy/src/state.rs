@@ -16,7 +16,7 @@ mod device;
 mod evaluate;
 mod tables;
 
-use std::collections::BTreeMap;
+use std::{collections::BTreeMap, fmt};
 
 use thiserror::Error;
 
@@ -41,6 +41,33 @@ pub struct SwitchState {
     by_vf: BTreeMap<VfRef, PortId>,
 }
 
+/// What there is one of for each name or number.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Entity {
+    /// A switch.
+    Switch,
+    /// A PF that a switch has.
+    Uplink,
+    /// A port group.
+    PortGroup,
+    /// A port.
+    Port,
+    /// A VF.
+    Vf,
+}
+
+impl fmt::Display for Entity {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::Switch => "Switch",
+            Self::Uplink => "Uplink",
+            Self::PortGroup => "Port group",
+            Self::Port => "Port",
+            Self::Vf => "VF",
+        })
+    }
+}
+
 /// Why a change of the tables is refused. The tables are then as they were.
 #[derive(Clone, Debug, PartialEq, Eq, Error)]
 pub enum StateError {
@@ -57,7 +84,7 @@ pub enum StateError {
     #[error("{what} {name} exists already: choose another name")]
     Taken {
         /// The kind of thing.
-        what: &'static str,
+        what: Entity,
         /// Its name.
         name: String,
     },
@@ -65,7 +92,7 @@ pub enum StateError {
     #[error("{what} {name} is used by {user}: remove that first")]
     InUse {
         /// The kind of thing.
-        what: &'static str,
+        what: Entity,
         /// Its name.
         name: String,
         /// What depends on it.

@@ -3,6 +3,8 @@
 use std::{
     collections::BTreeMap,
     sync::{Arc, Mutex, MutexGuard, PoisonError},
+    thread,
+    time::Duration,
 };
 
 use netpolicy::{MacAddress, PfCapabilities};
@@ -18,6 +20,8 @@ pub(crate) struct World {
     pub(crate) reads: u64,
     /// Held by a test: changes wait until it is dropped.
     pub(crate) gate: Arc<tokio::sync::Mutex<()>>,
+    /// A PF that does not answer as long as it is here.
+    pub(crate) hangs: Option<String>,
 }
 
 /// PFs in memory.
@@ -60,11 +64,11 @@ impl FakePfs {
 }
 
 impl Pfs for FakePfs {
-    fn list(&mut self) -> Result<Vec<PfName>, PfError> {
+    fn list(&self) -> Result<Vec<PfName>, PfError> {
         Ok(self.world().pfs.keys().map(|name| PfName { name: name.clone(), up: true }).collect())
     }
 
-    fn open(&mut self, name: &str) -> Result<Box<dyn PfControl>, PfError> {
+    fn open(&self, name: &str) -> Result<Box<dyn PfControl>, PfError> {
         if !self.world().pfs.contains_key(name) {
             return Err(InventoryError::NoSuchInterface(name.to_owned()).into());
         }
@@ -78,7 +82,14 @@ struct One {
 }
 
 impl One {
+    fn wait(&self) {
+        while self.world.world().hangs.as_ref() == Some(&self.name) {
+            thread::sleep(Duration::from_millis(1));
+        }
+    }
+
     fn with<T>(&self, work: impl FnOnce(&mut FakePf) -> Result<T, PfError>) -> Result<T, PfError> {
+        self.wait();
         let mut world = self.world.world();
         let gone = PfError::NoInterface { pf: self.name.clone() };
         work(world.pfs.get_mut(&self.name).ok_or(gone)?)
@@ -91,6 +102,7 @@ impl PfControl for One {
     }
 
     fn capabilities(&mut self) -> Result<PfCapabilities, PfError> {
+        self.wait();
         Ok(self.world.world().capabilities.clone().unwrap_or_else(PfCapabilities::igb_82576))
     }
 

@@ -1,14 +1,16 @@
-//! The way to the host's PFs: one thread that may wait for the kernel, and a handle for those that may not.
+//! The way to the host's PFs: threads that may wait for the kernel, and a handle for those that may not.
 //!
-//! One thread is enough: the kernel makes all changes of network interfaces one after the other anyway. Whoever asks
-//! waits as long as it takes; who has less time lets the answer come later and undoes it then.
+//! Each PF has a thread, which does one thing after the other in the order in which it was asked to. One for all would be enough for
+//! the kernel, which makes all changes of network interfaces one after the other anyway; but the process of a simulated PF may be
+//! in a guest's hands, and must not hold up what is asked of others. Whoever asks waits as long as it takes; who has less time lets
+//! the answer come later and undoes it then.
 
 pub mod watch;
 
 use std::{
     collections::{BTreeMap, HashMap},
-    io,
-    sync::mpsc,
+    fmt, io,
+    sync::{Arc, Mutex, MutexGuard, PoisonError, Weak, mpsc},
     thread,
 };
 
@@ -23,6 +25,9 @@ pub(crate) mod fake;
 #[cfg(test)]
 mod tests;
 
+/// Most PFs that have a thread at a time: more than a host has.
+const MAX_PFS: usize = 256;
+
 /// A PF as the switch knows it.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct PfName {
@@ -32,19 +37,19 @@ pub struct PfName {
     pub up: bool,
 }
 
-/// The PFs of a host. Called on the thread only, where it may block.
-pub trait Pfs: Send + 'static {
-    /// Those that there are now.
+/// The PFs of a host. Called on the threads only, where it may block.
+pub trait Pfs: Send + Sync + 'static {
+    /// Those that there are now. Asks none of them: one may not answer.
     ///
     /// # Errors
     /// The inventory cannot be read.
-    fn list(&mut self) -> Result<Vec<PfName>, PfError>;
+    fn list(&self) -> Result<Vec<PfName>, PfError>;
 
     /// The way to one of them.
     ///
     /// # Errors
     /// There is no such PF, or no way to it.
-    fn open(&mut self, name: &str) -> Result<Box<dyn PfControl>, PfError>;
+    fn open(&self, name: &str) -> Result<Box<dyn PfControl>, PfError>;
 }
 
 /// The PFs of a host and simulated ones, whatever leads to each.
@@ -62,15 +67,12 @@ impl HostPfs {
 }
 
 impl Pfs for HostPfs {
-    fn list(&mut self) -> Result<Vec<PfName>, PfError> {
-        let name = |pf: passthrough::host::Pf| PfName {
-            name: pf.name(),
-            up: pf.interface().is_some_and(|interface| interface.admin_up),
-        };
-        Ok(self.inventory.pfs()?.into_iter().map(name).collect())
+    fn list(&self) -> Result<Vec<PfName>, PfError> {
+        let named = |(name, up)| PfName { name, up };
+        Ok(self.inventory.pf_names()?.into_iter().map(named).collect())
     }
 
-    fn open(&mut self, name: &str) -> Result<Box<dyn PfControl>, PfError> {
+    fn open(&self, name: &str) -> Result<Box<dyn PfControl>, PfError> {
         (self.open)(self.inventory.pf_by_name(name)?.device.bdf)
     }
 }
@@ -84,39 +86,107 @@ pub enum PfFailure {
     /// It did not make the changes; they are undone, as far as the error says.
     #[error(transparent)]
     Apply(#[from] ApplyError),
-    /// The thread has ended.
+    /// It would need one thread more.
+    #[error("More than {MAX_PFS} PFs are being asked at once: try again")]
+    TooMany,
+    /// Its thread cannot be started.
+    #[error("A thread for the PF cannot be started: try again when the host has fewer")]
+    Thread(#[source] io::Error),
+    /// The threads have ended.
     #[error("The agent no longer controls PFs: it is about to end")]
     Closed,
 }
 
 type Reply<T> = oneshot::Sender<Result<T, PfFailure>>;
 
+/// To the thread of a PF.
 enum Command {
-    List { reply: Reply<Vec<PfName>> },
-    Capabilities { pf: String, reply: Reply<PfCapabilities> },
-    Read { pf: String, reply: Reply<BTreeMap<u16, VfSettings>> },
-    Apply { vf: VfRef, changes: Vec<VfChange>, reply: Reply<()> },
+    Capabilities {
+        reply: Reply<PfCapabilities>,
+    },
+    Read {
+        reply: Reply<BTreeMap<u16, VfSettings>>,
+    },
+    Apply {
+        vf: VfRef,
+        changes: Vec<VfChange>,
+        reply: Reply<()>,
+    },
+    /// The PF is gone: the way to it leads nowhere, and its name may be another's soon.
+    Forget,
 }
 
-/// The handle of the thread, which ends with its last handle.
-#[derive(Clone, Debug)]
-pub struct PfHandle(mpsc::Sender<Command>);
+/// The handle of the threads, which end with the last one.
+#[derive(Clone)]
+pub struct PfHandle(Arc<Threads>);
+
+struct Threads {
+    pfs: Arc<dyn Pfs>,
+    lists: mpsc::Sender<Reply<Vec<PfName>>>,
+    /// By the PF's name. A thread is here as long as it has a way to its PF or something to do.
+    of_pfs: Mutex<HashMap<String, mpsc::Sender<Command>>>,
+}
+
+impl fmt::Debug for PfHandle {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("PfHandle").finish_non_exhaustive()
+    }
+}
+
+impl Threads {
+    fn of_pfs(&self) -> MutexGuard<'_, HashMap<String, mpsc::Sender<Command>>> {
+        self.of_pfs.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Gives a command to a PF's thread, which is started if there is none.
+    fn tell(self: &Arc<Self>, pf: &str, command: Command) -> Result<(), PfFailure> {
+        let mut threads = self.of_pfs();
+        let command = match threads.get(pf) {
+            None => command,
+            Some(thread) => match thread.send(command) {
+                Ok(()) => return Ok(()),
+                // It has panicked.
+                Err(mpsc::SendError(command)) => command,
+            },
+        };
+        if threads.len() >= MAX_PFS {
+            return Err(PfFailure::TooMany);
+        }
+        let (commands, inbox) = mpsc::channel();
+        let thread = Thread {
+            pf: pf.to_owned(),
+            pfs: Arc::clone(&self.pfs),
+            threads: Arc::downgrade(self),
+            control: None,
+        };
+        let started = thread::Builder::new().name("pf".into()).spawn(move || thread.run(&inbox));
+        started.map_err(PfFailure::Thread)?;
+        commands.send(command).map_err(|_| PfFailure::Closed)?;
+        threads.insert(pf.to_owned(), commands);
+        Ok(())
+    }
+}
 
 impl PfHandle {
-    /// Starts the thread.
+    /// Ready to start the threads.
     ///
     /// # Errors
     /// Those of starting a thread.
     pub fn start(pfs: impl Pfs) -> io::Result<Self> {
-        let (commands, inbox) = mpsc::channel();
-        let thread = Thread { pfs: Box::new(pfs), open: HashMap::new() };
-        thread::Builder::new().name("pf".into()).spawn(move || thread.run(&inbox))?;
-        Ok(Self(commands))
+        let pfs: Arc<dyn Pfs> = Arc::new(pfs);
+        let (lists, inbox) = mpsc::channel::<Reply<Vec<PfName>>>();
+        let listed = Arc::clone(&pfs);
+        thread::Builder::new().name("pf-list".into()).spawn(move || {
+            while let Ok(reply) = inbox.recv() {
+                drop(reply.send(listed.list().map_err(PfFailure::from)));
+            }
+        })?;
+        Ok(Self(Arc::new(Threads { pfs, lists, of_pfs: Mutex::default() })))
     }
 
-    async fn call<T>(&self, command: impl FnOnce(Reply<T>) -> Command) -> Result<T, PfFailure> {
+    async fn call<T>(&self, pf: &str, command: impl FnOnce(Reply<T>) -> Command) -> Result<T, PfFailure> {
         let (reply, answer) = oneshot::channel();
-        self.0.send(command(reply)).map_err(|_| PfFailure::Closed)?;
+        self.0.tell(pf, command(reply))?;
         answer.await.map_err(|_| PfFailure::Closed)?
     }
 
@@ -125,7 +195,15 @@ impl PfHandle {
     /// # Errors
     /// See [`PfFailure`].
     pub async fn list(&self) -> Result<Vec<PfName>, PfFailure> {
-        self.call(|reply| Command::List { reply }).await
+        let (reply, answer) = oneshot::channel();
+        self.0.lists.send(reply).map_err(|_| PfFailure::Closed)?;
+        let list = answer.await.map_err(|_| PfFailure::Closed)??;
+        for (_, thread) in self.0.of_pfs().iter().filter(|(name, _)| !list.iter().any(|pf| pf.name == **name))
+        {
+            // One that has ended has nothing to forget.
+            drop(thread.send(Command::Forget));
+        }
+        Ok(list)
     }
 
     /// What a PF can enforce.
@@ -133,8 +211,7 @@ impl PfHandle {
     /// # Errors
     /// See [`PfFailure`].
     pub async fn capabilities(&self, pf: &str) -> Result<PfCapabilities, PfFailure> {
-        let pf = pf.to_owned();
-        self.call(|reply| Command::Capabilities { pf, reply }).await
+        self.call(pf, |reply| Command::Capabilities { reply }).await
     }
 
     /// What a PF has set for its VFs.
@@ -142,8 +219,7 @@ impl PfHandle {
     /// # Errors
     /// See [`PfFailure`].
     pub async fn read(&self, pf: &str) -> Result<BTreeMap<u16, VfSettings>, PfFailure> {
-        let pf = pf.to_owned();
-        self.call(|reply| Command::Read { pf, reply }).await
+        self.call(pf, |reply| Command::Read { reply }).await
     }
 
     /// Makes all changes and reads them back, or undoes them: see [`PfControl::apply`]. They are made even if the
@@ -155,44 +231,60 @@ impl PfHandle {
         if changes.is_empty() {
             return Ok(());
         }
+        let pf = vf.pf.clone();
         let vf = vf.clone();
-        self.call(|reply| Command::Apply { vf, changes, reply }).await
+        self.call(&pf, |reply| Command::Apply { vf, changes, reply }).await
     }
 }
 
+/// What the thread of a PF has.
 struct Thread {
-    pfs: Box<dyn Pfs>,
-    open: HashMap<String, Box<dyn PfControl>>,
+    pf: String,
+    pfs: Arc<dyn Pfs>,
+    threads: Weak<Threads>,
+    control: Option<Box<dyn PfControl>>,
 }
 
 impl Thread {
     fn run(mut self, inbox: &mpsc::Receiver<Command>) {
+        let mut next = inbox.recv().ok();
+        while let Some(command) = next {
+            self.obey(command);
+            next = if self.control.is_some() { inbox.recv().ok() } else { self.next_or_end(inbox) };
+        }
+    }
+
+    /// What waits to be done. If nothing does, the thread is not the PF's any more.
+    fn next_or_end(&self, inbox: &mpsc::Receiver<Command>) -> Option<Command> {
+        // Without handles there is no other that could be taken for it.
+        let Some(threads) = self.threads.upgrade() else { return inbox.try_recv().ok() };
+        // Whoever gives commands holds the lock: none is lost.
+        let mut of_pfs = threads.of_pfs();
+        let next = inbox.try_recv().ok();
+        if next.is_none() {
+            of_pfs.remove(&self.pf);
+        }
+        next
+    }
+
+    fn obey(&mut self, command: Command) {
         // A reply that nobody waits for any more is no error.
-        while let Ok(command) = inbox.recv() {
-            match command {
-                Command::List { reply } => {
-                    let list = self.pfs.list().map_err(PfFailure::from);
-                    // Ways to PFs that are gone lead nowhere, and their names may be others' soon.
-                    if let Ok(list) = &list {
-                        self.open.retain(|name, _| list.iter().any(|pf| pf.name == *name));
-                    }
-                    drop(reply.send(list));
-                }
-                Command::Capabilities { pf, reply } => {
-                    drop(reply.send(self.with(&pf, |control| Ok(control.capabilities()?))));
-                }
-                Command::Read { pf, reply } => {
-                    drop(reply.send(self.with(&pf, |control| Ok(control.read_all()?))));
-                }
-                Command::Apply { vf, changes, reply } => {
-                    drop(reply.send(self.apply(&vf, &changes)));
-                }
+        match command {
+            Command::Capabilities { reply } => {
+                drop(reply.send(self.with(|control| Ok(control.capabilities()?))));
             }
+            Command::Read { reply } => {
+                drop(reply.send(self.with(|control| Ok(control.read_all()?))));
+            }
+            Command::Apply { vf, changes, reply } => {
+                drop(reply.send(self.apply(&vf, &changes)));
+            }
+            Command::Forget => self.control = None,
         }
     }
 
     fn apply(&mut self, vf: &VfRef, changes: &[VfChange]) -> Result<(), PfFailure> {
-        self.with(&vf.pf, |control| {
+        self.with(|control| {
             let gone = || PfError::NoVf { pf: vf.pf.clone(), vf: u16::MAX };
             let number = u16::try_from(vf.index).map_err(|_| gone())?;
             Ok(control.apply(number, changes)?)
@@ -201,16 +293,15 @@ impl Thread {
 
     fn with<T>(
         &mut self,
-        pf: &str,
         work: impl FnOnce(&mut dyn PfControl) -> Result<T, PfFailure>,
     ) -> Result<T, PfFailure> {
-        let mut control = match self.open.remove(pf) {
+        let mut control = match self.control.take() {
             Some(control) => control,
-            None => self.pfs.open(pf)?,
+            None => self.pfs.open(&self.pf)?,
         };
         let result = work(&mut *control);
         if !lost(&result) {
-            self.open.insert(pf.to_owned(), control);
+            self.control = Some(control);
         }
         result
     }

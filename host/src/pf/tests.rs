@@ -1,4 +1,8 @@
+use std::time::Duration;
+
+use netpolicy::VfRef;
 use passthrough::host::VfChange;
+use tokio::time::timeout;
 
 use super::{PfFailure, PfHandle, fake::FakePfs};
 
@@ -32,4 +36,54 @@ async fn what_is_not_there_is_told_and_found_again_later() {
     assert!(handle.read("eth0").await.is_err());
     pfs.world().pfs.insert("eth0".into(), gone);
     assert_eq!(handle.read("eth0").await.unwrap().len(), 7);
+}
+
+/// Well below the time in which a relay gives up.
+const SOON: Duration = Duration::from_millis(300);
+
+#[tokio::test]
+async fn a_pf_that_does_not_answer_keeps_nobody_waiting_for_another() {
+    let pfs = FakePfs::new(&["eth0", "eth1"]);
+    let handle = PfHandle::start(pfs.clone()).unwrap();
+    let mac = VfChange::Mac(Some("02:00:00:00:00:11".parse().unwrap()));
+    pfs.world().hangs = Some("eth0".into());
+    let waiting = handle.clone();
+    let stuck = tokio::spawn(async move { waiting.read("eth0").await });
+    let waiting = handle.clone();
+    let behind = tokio::spawn(async move { waiting.apply(&vf(1), vec![mac]).await });
+    tokio::time::sleep(Duration::from_millis(20)).await;
+    let other = VfRef { pf: "eth1".into(), index: 1 };
+    timeout(SOON, handle.apply(&other, vec![mac])).await.expect("at once").unwrap();
+    assert_eq!(timeout(SOON, handle.list()).await.expect("at once").unwrap().len(), 2);
+    assert!(mac.holds(&pfs.vf("eth1", 1)) && !stuck.is_finished() && !behind.is_finished());
+    pfs.world().hangs = None;
+    let read = stuck.await.unwrap().unwrap();
+    assert!(!mac.holds(&read[&1]), "asked first, it was read first");
+    behind.await.unwrap().unwrap();
+    assert!(mac.holds(&pfs.vf("eth0", 1)));
+}
+
+#[tokio::test]
+async fn a_thread_is_there_as_long_as_its_pf() {
+    let pfs = FakePfs::new(&["eth0"]);
+    let handle = PfHandle::start(pfs.clone()).unwrap();
+    let until = async |n| {
+        let so = async {
+            while handle.0.of_pfs().len() != n {
+                tokio::time::sleep(Duration::from_millis(1)).await;
+            }
+        };
+        timeout(Duration::from_secs(10), so).await.expect("so many threads");
+    };
+    handle.read("eth0").await.unwrap();
+    for n in 0..1000 {
+        handle.read(&format!("eth{}", n + 1)).await.unwrap_err();
+    }
+    until(1).await;
+    let gone = pfs.world().pfs.remove("eth0").unwrap();
+    handle.list().await.unwrap();
+    until(0).await;
+    pfs.world().pfs.insert("eth0".into(), gone);
+    handle.read("eth0").await.unwrap();
+    until(1).await;
 }

@@ -346,6 +346,12 @@ impl Simulated {
         self.all().iter().filter_map(|adapter| adapter.describe()).collect()
     }
 
+    /// The names of all PFs, by address. Does not block.
+    #[must_use]
+    pub fn names(&self) -> Vec<String> {
+        self.all().iter().map(|adapter| adapter.name.clone()).collect()
+    }
+
     /// A PF by its name. Does not block.
     #[must_use]
     pub fn by_name(&self, name: &str) -> Option<Bdf> {

@@ -143,7 +143,10 @@ pub enum StoreError {
         source: std::io::Error,
     },
     /// An object does not read as what its kind says.
-    #[error("The stored {kind} {id} cannot be read: it was written by another version or is damaged")]
+    #[error(
+        "The stored {kind} {id} cannot be read, it was written by another version or is damaged: run the portcullis that \
+         wrote it, or restore the database from a backup"
+    )]
     Malformed {
         /// The object's kind.
         kind: String,

@@ -287,10 +287,7 @@ impl Actor {
     fn on_end(&mut self, port: PortId, end: End) {
         let busy = self.lanes.get_mut(&port).and_then(|lane| lane.busy.take());
         match end {
-            End::Asked { id, question, changes, forward, outcome } => {
-                let cancelled = busy.and_then(|busy| busy.cancelled);
-                self.asked(port, id, &question, &changes, forward, outcome, cancelled);
-            }
+            End::Asked(asked) => self.asked(port, asked, busy.and_then(|busy| busy.cancelled)),
             End::Reverted { revert, from, error } => self.reverted(port, &revert, from, error),
             End::Corrected { corrections, leftover, made } => {
                 self.corrected(port, &corrections, &leftover, made);

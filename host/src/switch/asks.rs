@@ -13,7 +13,7 @@ use vmm::control::Answer;
 
 use super::{
     actor::Actor,
-    job::AskOutcome,
+    job::{AskOutcome, Asked},
     lane::{Busy, Granted, Revert, Work},
 };
 
@@ -127,20 +127,11 @@ impl Actor {
     }
 
     /// A question's job has ended.
-    #[allow(clippy::too_many_arguments, reason = "the parts of one message")]
-    pub(super) fn asked(
-        &mut self,
-        port: PortId,
-        id: u64,
-        question: &Question,
-        changes: &[Change],
-        forward: bool,
-        outcome: AskOutcome,
-        cancelled: Option<Cancelled>,
-    ) {
+    pub(super) fn asked(&mut self, port: PortId, asked: Asked, cancelled: Option<Cancelled>) {
+        let Asked { id, question, changes, forward, outcome } = asked;
         let request = &question.request;
         let (made, failure) = match outcome {
-            AskOutcome::Made => (changes.to_vec(), None),
+            AskOutcome::Made => (changes.clone(), None),
             AskOutcome::RefusedByPf { made } => (made, Some((None, "The PF refused the message".to_owned()))),
             AskOutcome::Unanswered { made } => {
                 // The PF may have carried it out: what adds something counts as there, what removes as not done.
@@ -168,11 +159,11 @@ impl Actor {
                 if forward {
                     self.decided(port, question.seq, Outcome::Allowed);
                 } else {
-                    self.grant(port, id, question);
+                    self.grant(port, id, &question);
                     reach(Point::AskAnswered);
                 }
                 self.note_address(port, request);
-                let mut decision = self.allowed(port, request, changes);
+                let mut decision = self.allowed(port, request, &changes);
                 if let (Some(decision), Request::SetMac(_)) = (&mut decision, request) {
                     decision.old = Some(old.to_string());
                 }
@@ -192,7 +183,7 @@ impl Actor {
             (None, Some(_)) => {}
             // Its end was told by the notice that withdrew it.
             (Some(_), Some(_)) => {}
-            (Some((answer, why)), None) => self.not_committed(port, id, question, answer, &why),
+            (Some((answer, why)), None) => self.not_committed(port, id, &question, answer, &why),
         }
         reach(Point::AskRecorded);
         self.save(port);

@@ -9,7 +9,7 @@ use std::{path::PathBuf, sync::Arc, time::Duration};
 use netpolicy::{Change, MacAddress, Route};
 use passthrough::{
     hardware::VfHardware,
-    host::{Bdf, VfChange},
+    host::{Bdf, PfError, VfChange},
     mailbox::{
         bits::ACK_MESSAGE,
         igbvf,
@@ -21,7 +21,11 @@ use passthrough::{
 };
 
 use super::{Leftover, SwitchError};
-use crate::{pf::PfHandle, sim::Simulated, vm::problem::chain};
+use crate::{
+    pf::{PfFailure, PfHandle},
+    sim::Simulated,
+    vm::problem::chain,
+};
 
 /// How long the PF may take for one message.
 const EXCHANGE: Duration = Duration::from_millis(500);
@@ -67,7 +71,7 @@ impl Function {
 /// # Errors
 /// [`SwitchError::NotCleaned`] with the cure. The VF must then stay with its last owner; it may be tried again.
 pub async fn clean(pf: &PfHandle, function: Function, leftover: &Leftover) -> Result<(), SwitchError> {
-    let messages: Vec<Change> =
+    let mut messages: Vec<Change> =
         leftover.changes.iter().filter(|c| c.route() == Route::Mailbox).cloned().collect();
     // The reset alone is done by whoever opens or closes the device.
     if messages.iter().all(|change| *change == Change::Reset) {
@@ -75,10 +79,15 @@ pub async fn clean(pf: &PfHandle, function: Function, leftover: &Leftover) -> Re
     }
     let name = function.name();
     let failed = |why: String| SwitchError::NotCleaned { vf: name.clone(), why };
-    let trust = messages.iter().any(Change::needs_trust);
+    let mut trust = messages.iter().any(Change::needs_trust);
     let set_trust = |on| pf.apply(&leftover.vf, vec![VfChange::Trust(on)]);
-    if trust {
-        set_trust(true).await.map_err(|error| failed(chain(&error)))?;
+    if trust && let Err(error) = set_trust(true).await {
+        if !cannot_trust(&error) {
+            return Err(failed(chain(&error)));
+        }
+        // Nor has it ever: it gave the VF nothing that needs it.
+        messages.retain(|change| !change.needs_trust());
+        trust = false;
     }
     let mac = leftover.effective_mac;
     let sent = tokio::task::spawn_blocking(move || function.send(&messages, mac))
@@ -87,6 +96,11 @@ pub async fn clean(pf: &PfHandle, function: Function, leftover: &Leftover) -> Re
     let distrusted = if trust { set_trust(false).await } else { Ok(()) };
     sent.map_err(failed)?;
     distrusted.map_err(|error| failed(chain(&error)))
+}
+
+/// Whether the PF's driver has no such thing as trust.
+fn cannot_trust(error: &PfFailure) -> bool {
+    matches!(error, PfFailure::Apply(error) if matches!(*error.source, PfError::Unsupported { .. }))
 }
 
 /// Resets the VF and sends the messages. All are tried; the first failure is told.

@@ -1,7 +1,7 @@
 //! What goes wrong at a switch.
 
 use api::problem::{Problem, ProblemCode};
-use netpolicy::{NameError, StateError, Unenforceable};
+use netpolicy::{Entity, NameError, StateError, Unenforceable};
 
 use crate::{
     store::StoreError,
@@ -37,8 +37,8 @@ pub enum SwitchError {
         actual: u64,
     },
     /// The switch or port group that is always there cannot be deleted.
-    #[error("The {0} default is always there: change it, or leave it")]
-    Permanent(&'static str),
+    #[error("{0} default is always there: change it, or leave it")]
+    Permanent(Entity),
     /// A PF cannot hold a port to the policy.
     #[error("Port {port} on PF {pf}: {source}")]
     Unenforceable {
@@ -83,8 +83,7 @@ impl ToProblem for SwitchError {
             Self::NoPortGroup(_) => with(ProblemCode::PortGroupNotFound),
             Self::NoSwitch(_) => with(ProblemCode::SwitchNotFound),
             Self::Revision { expected, actual } => Problem::revision_mismatch(*expected, *actual),
-            Self::Permanent("switch") => with(ProblemCode::SwitchInUse),
-            Self::Permanent(_) => with(ProblemCode::PortGroupInUse),
+            Self::Permanent(what) => with(in_use_code(*what)),
             Self::Unenforceable { .. } => with(ProblemCode::PolicyUnenforceable),
             Self::Name(_) => with(ProblemCode::InvalidRequest),
             Self::Store(error) => error.problem(),
@@ -99,14 +98,20 @@ fn state_code(error: &StateError) -> ProblemCode {
     match error {
         StateError::NoSwitch(_) | StateError::NoPortGroup(_) | StateError::NoPort(_) => ProblemCode::NotFound,
         StateError::Taken { .. } => ProblemCode::NameTaken,
-        StateError::InUse { what: "Port group", .. } => ProblemCode::PortGroupInUse,
-        StateError::InUse { what: "VF", .. } => ProblemCode::VfInUse,
-        StateError::InUse { .. } => ProblemCode::SwitchInUse,
+        StateError::InUse { what, .. } => in_use_code(*what),
         StateError::MacInvalid(_) | StateError::OverrideNotAllowed { .. } | StateError::Immutable(_) => {
             ProblemCode::InvalidRequest
         }
         StateError::MacInUse { .. } => ProblemCode::MacInUse,
         StateError::NotAnUplink { .. } => ProblemCode::VfNotFound,
         StateError::Bound(_) | StateError::NotBound(_) | StateError::Pending(_) => ProblemCode::WrongState,
+    }
+}
+
+fn in_use_code(what: Entity) -> ProblemCode {
+    match what {
+        Entity::PortGroup | Entity::Port => ProblemCode::PortGroupInUse,
+        Entity::Vf => ProblemCode::VfInUse,
+        Entity::Switch | Entity::Uplink => ProblemCode::SwitchInUse,
     }
 }

@@ -38,12 +38,22 @@ pub(super) struct Tools {
 
 /// What became of a job.
 pub(super) enum End {
-    Asked { id: u64, question: Question, changes: Vec<Change>, forward: bool, outcome: AskOutcome },
+    Asked(Asked),
     Reverted { revert: Revert, from: MacAddress, error: Option<String> },
     Corrected { corrections: Corrections, leftover: Vec<Change>, made: Made },
     Repaired { found: Vec<Found> },
     Rebooted { made: Made },
     Recovered { shown: Option<VfSettings> },
+}
+
+/// A question whose job has ended.
+pub(super) struct Asked {
+    pub(super) id: u64,
+    pub(super) question: Question,
+    pub(super) changes: Vec<Change>,
+    /// The guest's message was for the PF: its relay knows the answer.
+    pub(super) forward: bool,
+    pub(super) outcome: AskOutcome,
 }
 
 /// What became of a question that needs changes.
@@ -125,7 +135,7 @@ impl Tools {
         let outcome = self.make_asked(id, pf, mailbox, own, verdict, forwarded).await;
         self.metrics.committed(matches!(outcome, AskOutcome::Made), begun.elapsed());
         reach(Point::AskMade);
-        End::Asked { id, question, changes, forward, outcome }
+        End::Asked(Asked { id, question, changes, forward, outcome })
     }
 
     async fn make_asked(

@@ -8,10 +8,13 @@ use std::collections::VecDeque;
 
 use api::types::PortCounters;
 use netpolicy::{Change, MacAddress, Reason, Request};
-use passthrough::relay::{Cancelled, Forwarded, Question};
+use passthrough::relay::{Cancelled, Forwarded, MAX_CHANGES, Question};
 use tokio::{sync::oneshot, time::Instant};
 
 use super::command::{Leftover, Reply};
+
+/// More changes than a relay lets wait for its guest's reset. Twice as many, because what it has made may not have been told yet.
+const DEFERRED: usize = 2 * MAX_CHANGES;
 
 /// Something to be done for a port when its turn comes.
 pub(super) enum Work {
@@ -91,21 +94,37 @@ pub(super) struct Lane {
 }
 
 impl Lane {
+    /// Queues work behind what waits. A vmm can ask for most of it as often as it likes: what is queued already is not queued
+    /// again, so that a lane is a few items long, whatever its vmm does.
     pub(super) fn push(&mut self, work: Work) {
-        let same = |queued: &Work| {
-            matches!(
-                (queued, &work),
-                (Work::Correct, Work::Correct) | (Work::Repair { .. }, Work::Repair { all: false })
-            )
-        };
-        if self.queue.iter().any(same) {
-            return;
-        }
-        // A guest has one question at a time: an older one is no longer waited for.
-        if matches!(work, Work::Ask { .. }) {
-            self.queue.retain(|queued| !matches!(queued, Work::Ask { .. }));
+        match work {
+            Work::Correct if self.queue.iter().any(|queued| matches!(queued, Work::Correct)) => return,
+            // The one that waits reads the PF when its turn comes: it sees what this one would.
+            Work::Repair { all } => {
+                let waiting = self.queue.iter_mut().find_map(|queued| match queued {
+                    Work::Repair { all } => Some(all),
+                    _ => None,
+                });
+                if let Some(waiting) = waiting {
+                    *waiting |= all;
+                    return;
+                }
+            }
+            // The later one stays: what was queued in between is of the boot that has ended.
+            Work::Reboot => self.queue.retain(|queued| !matches!(queued, Work::Reboot)),
+            // A guest has one question at a time: an older one is no longer waited for.
+            Work::Ask { .. } => self.queue.retain(|queued| !matches!(queued, Work::Ask { .. })),
+            _ => {}
         }
         self.queue.push_back(work);
+    }
+
+    /// The relay will make these at the guest's next reset. False if it cannot be: a relay keeps fewer.
+    pub(super) fn defer(&mut self, changes: Vec<Change>) -> bool {
+        if !changes.is_empty() {
+            self.deferred.push_back(changes);
+        }
+        self.deferred.iter().map(Vec::len).sum::<usize>() <= DEFERRED
     }
 
     /// Takes a question that waits out of the lane.
@@ -118,5 +137,61 @@ impl Lane {
     #[cfg(test)]
     pub(super) fn is_idle(&self) -> bool {
         self.busy.is_none() && self.queue.is_empty()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn names(lane: &Lane) -> Vec<&'static str> {
+        let name = |work: &Work| match work {
+            Work::Ask { .. } => "ask",
+            Work::Correct => "correct",
+            Work::Repair { all: true } => "repair all",
+            Work::Repair { all: false } => "repair",
+            Work::Reboot => "reboot",
+            _ => "other",
+        };
+        lane.queue.iter().map(name).collect()
+    }
+
+    fn ask(seq: u64) -> Work {
+        Work::Ask { id: seq, question: Question { seq, request: Request::Reset } }
+    }
+
+    #[test]
+    fn what_waits_is_queued_once_and_does_all_that_was_wished() {
+        let mut lane = Lane::default();
+        for work in [Work::Repair { all: false }, Work::Correct, Work::Repair { all: true }, Work::Correct] {
+            lane.push(work);
+        }
+        assert_eq!(names(&lane), ["repair all", "correct"]);
+        lane.push(Work::Repair { all: false });
+        assert_eq!(names(&lane), ["repair all", "correct"], "what is lost is made again all the same");
+    }
+
+    #[test]
+    fn what_is_queued_between_two_reboots_is_of_the_boot_that_has_ended() {
+        let mut lane = Lane::default();
+        lane.push(Work::Reboot);
+        lane.push(ask(1));
+        lane.push(Work::Reboot);
+        assert_eq!(names(&lane), ["ask", "reboot"]);
+        lane.push(ask(2));
+        assert_eq!(names(&lane), ["reboot", "ask"], "the guest that has begun again asks");
+    }
+
+    #[test]
+    fn a_vmm_that_says_the_same_for_ever_fills_no_lane() {
+        let mut lane = Lane::default();
+        for seq in 0..10_000 {
+            lane.push(Work::Repair { all: true });
+            lane.push(Work::Reboot);
+            lane.push(Work::Correct);
+            lane.push(ask(seq));
+        }
+        assert_eq!(lane.queue.len(), 4);
+        assert_eq!(names(&lane), ["repair all", "correct", "reboot", "ask"]);
     }
 }

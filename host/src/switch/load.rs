@@ -20,10 +20,7 @@ use super::{
     lane::{Busy, Granted, Lane, Work},
     record::Attachment,
 };
-use crate::{
-    store::{StoreError, Table},
-    vm::problem::chain,
-};
+use crate::{store::Table, vm::problem::chain};
 
 /// The name of the switch and of the port group that are always there.
 pub(super) const DEFAULT: &str = "default";
@@ -49,8 +46,10 @@ pub(super) async fn load(
         actor.state.add_port_group(entry.value.group)?;
     }
     actor.ensure_default_group()?;
+    // One that cannot be read is an error, as with all the others: a port without it would seem to have no VF, and its VF would
+    // go to the next tenant with all that is on it.
     let attachments: BTreeMap<Uuid, Attachment> =
-        list_readable(&attachments).await?.into_iter().map(|entry| (entry.id, entry.value)).collect();
+        attachments.list().await?.into_iter().map(|entry| (entry.id, entry.value)).collect();
     let ports = actor.ports.list().await?;
     // An agent died while it deleted the ports.
     for id in attachments.keys().filter(|id| !ports.iter().any(|port| port.id == **id)) {
@@ -86,13 +85,6 @@ pub(super) async fn load(
         actor.queue(port, Work::Recover);
     }
     Ok(())
-}
-
-/// Without what a port has been given, it starts from nothing; that is better than an agent that does not start.
-async fn list_readable(
-    table: &Table<Attachment>,
-) -> Result<Vec<crate::store::Entry<Attachment>>, StoreError> {
-    table.list().await
 }
 
 impl Actor {

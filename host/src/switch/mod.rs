@@ -3,7 +3,7 @@
 //! ```text
 //!  API ──put, delete──▶ ┌────────┐ ──evaluate──▶ netpolicy::SwitchState
 //!  VM tasks ──attach,   │ switch │
-//!   bind, ask, notice──▶│  task  │ ──job per port──▶ PF thread, vmm, store
+//!   bind, ask, notice──▶│  task  │ ──job per port──▶ PF threads, vmm, store
 //!  PF watch ──hints──▶  └────────┘ ◀──────end─────
 //!                           └──▶ decisions ──▶ database, log, events
 //! ```
@@ -45,7 +45,10 @@ use passthrough::{
     host::{Hint, VfChange},
     relay::{Notice, Question},
 };
-use tokio::sync::{mpsc, oneshot};
+use tokio::{
+    sync::{mpsc, oneshot},
+    time::timeout,
+};
 use tracing::Span;
 
 use self::command::{Command, KnownPf, Reply};
@@ -269,7 +272,7 @@ impl SwitchHandle {
         self.call(|reply| Command::Released { vm, adapter, reply }).await
     }
 
-    /// The thread of PFs.
+    /// The threads of PFs.
     #[must_use]
     pub fn pf(&self) -> &PfHandle {
         &self.pf
@@ -283,13 +286,25 @@ impl SwitchHandle {
     }
 }
 
-/// The host's PFs with what each can do.
+/// A PF may take this long to say what it can do: more than the process of a simulated one may for an answer.
+const CAPABILITIES: Duration = Duration::from_secs(3);
+
+/// The host's PFs with what each can do. One that does not answer is waited for once, whatever else it is asked.
 async fn known(pf: &PfHandle) -> Result<Vec<KnownPf>, SwitchError> {
     let list: Vec<PfName> = pf.list().await.map_err(|error| SwitchError::Pf(chain(&error)))?;
-    let mut known = Vec::with_capacity(list.len());
-    for found in list {
-        let capabilities = pf.capabilities(&found.name).await.ok();
-        known.push(KnownPf { pf: found, capabilities });
+    let asked: Vec<_> = list
+        .into_iter()
+        .map(|found| {
+            let (pf, name) = (pf.clone(), found.name.clone());
+            let capabilities =
+                tokio::spawn(async move { timeout(CAPABILITIES, pf.capabilities(&name)).await });
+            (found, capabilities)
+        })
+        .collect();
+    let mut known = Vec::with_capacity(asked.len());
+    for (pf, capabilities) in asked {
+        let capabilities = capabilities.await.ok().and_then(Result::ok).and_then(Result::ok);
+        known.push(KnownPf { pf, capabilities });
     }
     Ok(known)
 }

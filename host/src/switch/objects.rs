@@ -4,7 +4,7 @@
 //! is refused before anything is stored.
 
 use api::types::{Name, ObjectKind, ObjectRef, PortGroupSpec, PortSpec, SwitchSpec, Timestamp};
-use netpolicy::{Corrections, PortGroup, PortGroupId, PortId, Switch, SwitchId, SwitchState};
+use netpolicy::{Corrections, Entity, PortGroup, PortGroupId, PortId, Switch, SwitchId, SwitchState};
 use uuid::Uuid;
 
 use super::{
@@ -74,7 +74,7 @@ impl Actor {
             .ok_or_else(|| SwitchError::NotFound { what: "switch", name: switch.to_string() })?;
         self.expect(Some(id.0), expect)?;
         if name == DEFAULT {
-            return Err(SwitchError::Permanent("switch"));
+            return Err(SwitchError::Permanent(Entity::Switch));
         }
         let mut trial = self.state.clone();
         trial.remove_switch(id)?;
@@ -137,7 +137,7 @@ impl Actor {
             .ok_or_else(|| SwitchError::NotFound { what: "port group", name: group.to_string() })?;
         self.expect(Some(id.0), expect)?;
         if id == DEFAULT_GROUP || name == DEFAULT {
-            return Err(SwitchError::Permanent("port group"));
+            return Err(SwitchError::Permanent(Entity::PortGroup));
         }
         let mut trial = self.state.clone();
         trial.remove_port_group(id)?;

@@ -75,15 +75,17 @@ impl Actor {
             self.stop(port, &why);
         }
         let unmade = !made.failed.is_empty();
+        let mut credible = true;
         if let Some(lane) = self.lanes.get_mut(&port) {
             lane.owed = unmade;
             lane.leftover.retain(|change| !made.done.contains(change));
             if !unmade && made.deferred.is_empty() {
                 lane.edited_by = None;
             }
-            if !made.deferred.is_empty() {
-                lane.deferred.push_back(made.deferred);
-            }
+            credible = lane.defer(made.deferred);
+        }
+        if !credible {
+            self.stop(port, "It says that more waits for its guest's reset than its relay lets wait");
         }
         self.save(port);
         if unmade {
@@ -259,9 +261,8 @@ impl Actor {
         }
         if let Some(lane) = self.lanes.get_mut(&port) {
             lane.leftover.retain(|change| !made.done.contains(change));
-            if !made.deferred.is_empty() {
-                lane.deferred.push_back(made.deferred);
-            }
+            // Nothing else waits there: the reboot has begun with that.
+            let _ = lane.defer(made.deferred);
             // The comparison tries again what the PF did not take; the rest is tried again at the guest's reset.
             if !made.failed.is_empty() {
                 lane.push(Work::Repair { all: false });

@@ -192,7 +192,7 @@ impl Actor {
         let Some((port, vf)) = self.state.port(id).and_then(|port| Some((port, port.vf.clone()?))) else {
             return Ok(None);
         };
-        let mut changes = self.state.take_back_all(id)?;
+        let mut changes = self.state.take_back_for_release(id)?;
         let earlier = self.lanes.get(&id).map(|lane| lane.leftover.as_slice()).unwrap_or_default();
         let missing: Vec<Change> =
             earlier.iter().filter(|change| !changes.contains(change)).cloned().collect();

@@ -31,7 +31,8 @@ impl SwitchState {
     }
 
     /// The changes are about to be made: from now on no other port is granted their addresses, and
-    /// [`take_back_all`](Self::take_back_all) counts them as made. Ends with [`commit`](Self::commit) or [`abort`](Self::abort).
+    /// [`take_back_all`](Self::take_back_all) counts them as made; if one [needs trust](Change::needs_trust), the VF counts as one that
+    /// was trusted until it is bound again, whatever becomes of them. Ends with [`commit`](Self::commit) or [`abort`](Self::abort).
     ///
     /// # Errors
     /// No such port, changes are under way already, or an address has been granted to another port meanwhile.
@@ -39,7 +40,12 @@ impl SwitchState {
         if !self.lineage(id)?.0.pending.is_empty() {
             return Err(StateError::Pending(id));
         }
-        self.edit(id, |port| port.pending = changes.to_vec())
+        self.edit(id, |port| {
+            port.pending = changes.to_vec();
+            if changes.iter().any(Change::needs_trust) {
+                port.device.was_trusted = Some(true);
+            }
+        })
     }
 
     /// The adapter has these changes: all that were begun, some of them, or [corrections](Corrections). The result is
@@ -78,39 +84,53 @@ impl SwitchState {
         Ok(())
     }
 
-    /// Everything that the VF may have of its tenant, to be taken back in this order before a reboot or a release. The
-    /// reset comes first and always: PF drivers hear nothing else from a VF that was not reset.
+    /// Everything that the VF may have of its tenant, to be taken back in this order before a reboot. The reset comes first
+    /// and always: PF drivers hear nothing else from a VF that was not reset.
     ///
     /// # Errors
     /// No such port.
     pub fn take_back_all(&self, id: PortId) -> Result<Vec<Change>, StateError> {
-        let (port, ..) = self.lineage(id)?;
-        // The reset's own effect is not counted on, and of a pending SetMulticast only that there is one.
-        let mut device = port.device.clone();
-        // Nor is it known whether a pending address has replaced the recorded one: either may be there.
-        let mut foreign = device.pf.mac != port.initial_mac;
-        for change in &port.pending {
-            match change {
-                Change::SetMac(pending) => foreign |= *pending != port.initial_mac,
-                Change::AddUnicast(mac) => drop(device.unicast.insert(*mac)),
-                Change::JoinVlan(vlan) => drop(device.vlans.insert(*vlan)),
-                Change::SetMulticast(hashes) => device.multicast.extend(hashes),
-                Change::SetPromiscuous(mode) => {
-                    device.promiscuous.multicast |= mode.multicast;
-                    device.promiscuous.unicast |= mode.unicast;
-                }
-                _ => {}
-            }
-        }
-        let mut changes = vec![Change::Reset];
-        changes.extend(device.vlans.union(&device.stale_vlans).map(|vlan| Change::LeaveVlan(*vlan)));
-        changes.extend((!device.unicast.is_empty()).then_some(Change::ClearUnicast));
-        changes.extend((!device.multicast.is_empty()).then_some(Change::SetMulticast(Vec::new())));
-        let promiscuous = device.promiscuous != PromiscuousMode::OFF;
-        changes.extend(promiscuous.then_some(Change::SetPromiscuous(PromiscuousMode::OFF)));
-        changes.extend(foreign.then_some(Change::SetMac(port.initial_mac)));
-        Ok(changes)
+        Ok(take_back(self.lineage(id)?.0, false))
     }
+
+    /// The same for another tenant: also what the VF may have been given behind the agent's back. What is on record of a VF that was
+    /// trusted is its vmm's word, and says only what that has told.
+    ///
+    /// # Errors
+    /// No such port.
+    pub fn take_back_for_release(&self, id: PortId) -> Result<Vec<Change>, StateError> {
+        let port = self.lineage(id)?.0;
+        Ok(take_back(port, port.device.was_trusted.unwrap_or(true)))
+    }
+}
+
+/// With `untold`, also further addresses that are not on record.
+fn take_back(port: &Port, untold: bool) -> Vec<Change> {
+    // The reset's own effect is not counted on, and of a pending SetMulticast only that there is one.
+    let mut device = port.device.clone();
+    // Nor is it known whether a pending address has replaced the recorded one: either may be there.
+    let mut foreign = device.pf.mac != port.initial_mac;
+    for change in &port.pending {
+        match change {
+            Change::SetMac(pending) => foreign |= *pending != port.initial_mac,
+            Change::AddUnicast(mac) => drop(device.unicast.insert(*mac)),
+            Change::JoinVlan(vlan) => drop(device.vlans.insert(*vlan)),
+            Change::SetMulticast(hashes) => device.multicast.extend(hashes),
+            Change::SetPromiscuous(mode) => {
+                device.promiscuous.multicast |= mode.multicast;
+                device.promiscuous.unicast |= mode.unicast;
+            }
+            _ => {}
+        }
+    }
+    let mut changes = vec![Change::Reset];
+    changes.extend(device.vlans.union(&device.stale_vlans).map(|vlan| Change::LeaveVlan(*vlan)));
+    changes.extend((untold || !device.unicast.is_empty()).then_some(Change::ClearUnicast));
+    changes.extend((!device.multicast.is_empty()).then_some(Change::SetMulticast(Vec::new())));
+    let promiscuous = device.promiscuous != PromiscuousMode::OFF;
+    changes.extend(promiscuous.then_some(Change::SetPromiscuous(PromiscuousMode::OFF)));
+    changes.extend(foreign.then_some(Change::SetMac(port.initial_mac)));
+    changes
 }
 
 pub(super) fn pf_settings(policy: &EffectivePolicy, mac: MacAddress) -> PfSettings {

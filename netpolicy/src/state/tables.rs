@@ -1,11 +1,12 @@
 //! Adding, changing and removing switches, port groups and ports.
 
-use super::{Corrections, StateError, SwitchState};
+use super::{Corrections, Entity, StateError, SwitchState, policy_of};
 use crate::{
     ident::{PortGroupId, PortId, SwitchId, VfRef},
     mac::MacAddress,
     objects::{DeviceState, PfSettings, Port, PortGroup, Switch},
     policy::{Setting, Settings},
+    request::Change,
 };
 
 impl SwitchState {
@@ -15,7 +16,7 @@ impl SwitchState {
     /// Its identity or name is taken, or an uplink belongs to another switch.
     pub fn add_switch(&mut self, switch: Switch) -> Result<(), StateError> {
         if self.switches.contains_key(&switch.id) {
-            return Err(taken("Switch", &switch.id));
+            return Err(taken(Entity::Switch, &switch.id));
         }
         self.check_switch(&switch)?;
         self.switches.insert(switch.id, switch);
@@ -36,7 +37,7 @@ impl SwitchState {
         let id = switch.id;
         for port in self.ports_of_switch(id) {
             if let Some(vf) = port.vf.as_ref().filter(|vf| !switch.uplinks.contains(&vf.pf)) {
-                return Err(in_use("Uplink", &vf.pf, &format!("port {}", port.id)));
+                return Err(in_use(Entity::Uplink, &vf.pf, &format!("port {}", port.id)));
             }
         }
         self.switches.insert(id, switch);
@@ -51,7 +52,7 @@ impl SwitchState {
     pub fn remove_switch(&mut self, id: SwitchId) -> Result<Switch, StateError> {
         let switch = self.switches.get(&id).ok_or(StateError::NoSwitch(id))?;
         if let Some(group) = self.groups.values().find(|group| group.switch == id) {
-            return Err(in_use("Switch", &switch.name, &format!("port group {}", group.name)));
+            return Err(in_use(Entity::Switch, &switch.name, &format!("port group {}", group.name)));
         }
         self.switches.remove(&id).ok_or(StateError::NoSwitch(id))
     }
@@ -62,7 +63,7 @@ impl SwitchState {
     /// Its identity or name is taken, or its switch does not exist.
     pub fn add_port_group(&mut self, group: PortGroup) -> Result<(), StateError> {
         if self.groups.contains_key(&group.id) {
-            return Err(taken("Port group", &group.id));
+            return Err(taken(Entity::PortGroup, &group.id));
         }
         self.check_port_group(&group)?;
         self.groups.insert(group.id, group);
@@ -81,7 +82,7 @@ impl SwitchState {
         let id = group.id;
         let ports: Vec<_> = self.ports.values().filter(|port| port.group == id).map(|port| port.id).collect();
         if let Some(port) = ports.first().filter(|_| moved) {
-            return Err(in_use("Port group", &group.name, &format!("port {port}")));
+            return Err(in_use(Entity::PortGroup, &group.name, &format!("port {port}")));
         }
         self.groups.insert(id, group);
         Ok(self.corrections_of(ports))
@@ -94,7 +95,11 @@ impl SwitchState {
     pub fn remove_port_group(&mut self, id: PortGroupId) -> Result<PortGroup, StateError> {
         let group = self.groups.get(&id).ok_or(StateError::NoPortGroup(id))?;
         if let Some(port) = self.ports.values().find(|port| port.group == id) {
-            return Err(in_use("Port group", &group.name, &format!("port {} ({})", port.id, port.vm.name)));
+            return Err(in_use(
+                Entity::PortGroup,
+                &group.name,
+                &format!("port {} ({})", port.id, port.vm.name),
+            ));
         }
         self.groups.remove(&id).ok_or(StateError::NoPortGroup(id))
     }
@@ -105,9 +110,9 @@ impl SwitchState {
     /// Its identity is taken, its group does not exist or does not allow its overrides, its address is no adapter's,
     /// or one of its addresses or its VF belongs to another port. A stored port's overrides are not checked, as its
     /// group may have changed since.
-    pub fn attach(&mut self, port: Port) -> Result<(), StateError> {
+    pub fn attach(&mut self, mut port: Port) -> Result<(), StateError> {
         if self.ports.contains_key(&port.id) {
-            return Err(taken("Port", &port.id));
+            return Err(taken(Entity::Port, &port.id));
         }
         let group = self.groups.get(&port.group).ok_or(StateError::NoPortGroup(port.group))?;
         if !port.initial_mac.is_assignable() {
@@ -120,6 +125,14 @@ impl SwitchState {
         }
         for mac in port.addresses() {
             self.check_free(switch, mac, port.id)?;
+        }
+        if port.device.was_trusted.is_none() {
+            // Told from the policy, which may be another soon.
+            let definition = self.switches.get(&switch).ok_or(StateError::NoSwitch(switch))?;
+            let may_be = policy_of(&port, group, definition).unicast_limit.value.get() > 0
+                || !port.device.unicast.is_empty()
+                || port.pending.iter().any(Change::needs_trust);
+            port.device.was_trusted = Some(may_be);
         }
         self.by_mac.extend(port.addresses().map(|mac| ((switch, mac), port.id)));
         self.by_vf.extend(port.vf.clone().map(|vf| (vf, port.id)));
@@ -180,15 +193,21 @@ impl SwitchState {
     /// # Errors
     /// No such port, or it has no VF.
     pub fn restart(&mut self, id: PortId) -> Result<PfSettings, StateError> {
-        if self.lineage(id)?.0.vf.is_none() {
+        let port = self.lineage(id)?.0;
+        if port.vf.is_none() {
             return Err(StateError::NotBound(id));
         }
+        let was_trusted = port.device.was_trusted;
         let baseline = self.baseline(id)?;
         self.start_over(id, &baseline)?;
+        if let Some(port) = self.ports.get_mut(&id) {
+            // Its vmm is the same.
+            port.device.was_trusted = was_trusted;
+        }
         Ok(baseline)
     }
 
-    /// Takes the VF from a port: call it when [`take_back_all`](Self::take_back_all) is done.
+    /// Takes the VF from a port: call it when [`take_back_for_release`](Self::take_back_for_release) is done.
     ///
     /// # Errors
     /// No such port, or it has no VF.
@@ -245,7 +264,7 @@ impl SwitchState {
             return Err(StateError::NotAnUplink { pf: vf.pf.clone(), switch: switch.name.clone() });
         }
         match self.port_of_vf(vf) {
-            Some(other) => Err(in_use("VF", vf, &format!("port {} ({})", other.id, other.vm.name))),
+            Some(other) => Err(in_use(Entity::Vf, vf, &format!("port {} ({})", other.id, other.vm.name))),
             None => Ok(()),
         }
     }
@@ -253,10 +272,10 @@ impl SwitchState {
     fn check_switch(&self, switch: &Switch) -> Result<(), StateError> {
         for other in self.switches.values().filter(|other| other.id != switch.id) {
             if other.name == switch.name {
-                return Err(taken("Switch", &switch.name));
+                return Err(taken(Entity::Switch, &switch.name));
             }
             if let Some(pf) = switch.uplinks.intersection(&other.uplinks).next() {
-                return Err(in_use("Uplink", pf, &format!("switch {}", other.name)));
+                return Err(in_use(Entity::Uplink, pf, &format!("switch {}", other.name)));
             }
         }
         Ok(())
@@ -267,7 +286,7 @@ impl SwitchState {
             return Err(StateError::NoSwitch(group.switch));
         }
         match self.groups.values().find(|other| other.id != group.id && other.name == group.name) {
-            Some(_) => Err(taken("Port group", &group.name)),
+            Some(_) => Err(taken(Entity::PortGroup, &group.name)),
             None => Ok(()),
         }
     }
@@ -295,10 +314,10 @@ fn check_overrides(group: &PortGroup, overrides: &Settings) -> Result<(), StateE
     }
 }
 
-fn taken(what: &'static str, name: &dyn std::fmt::Display) -> StateError {
+fn taken(what: Entity, name: &dyn std::fmt::Display) -> StateError {
     StateError::Taken { what, name: name.to_string() }
 }
 
-fn in_use(what: &'static str, name: &dyn std::fmt::Display, user: &str) -> StateError {
+fn in_use(what: Entity, name: &dyn std::fmt::Display, user: &str) -> StateError {
     StateError::InUse { what, name: name.to_string(), user: user.into() }
 }

@@ -1,8 +1,8 @@
 //! What each policy says to each message.
 
-use netpolicy::{Change, PromiscuousMode, Request};
+use netpolicy::{Change, PromiscuousMode, Request, SwitchState};
 
-use crate::fixture::{ask, evaluate, host, mac, own, port_id, settings, vlan};
+use crate::fixture::{ask, evaluate, host, mac, own, port_id, settings, vf, vlan};
 
 /// `wish` for text: like `mac 02:00:00:00:00:09`, `vlan+ 100`.
 fn request(wish: &str) -> Request {
@@ -272,4 +272,57 @@ fn all_is_taken_back_even_what_is_on_its_way() {
     assert_eq!(all, [vec![Change::Reset, leave(5), leave(6), leave(7)], rest.to_vec()].concat());
     assert_eq!(state.restart(port_id(1)).unwrap().mac, own(1));
     assert_eq!(state.take_back_all(port_id(1)).unwrap(), [Change::Reset]);
+}
+
+/// Addresses that the VF was given by a vmm which said something else.
+#[test]
+fn a_vf_that_was_trusted_is_cleared_for_the_next_tenant_whatever_its_vmm_said() {
+    const UNICAST: &str = r#"{"mac_changes": "accept", "unicast_limit": 1}"#;
+    let add = [Change::AddUnicast(own(9))];
+    let all = |state: &SwitchState| state.take_back_for_release(port_id(1)).unwrap();
+    let mut state = host(UNICAST);
+    assert_eq!(all(&state), [Change::Reset], "nobody has trusted it");
+
+    // "The PF refused it."
+    state.begin(port_id(1), &add).unwrap();
+    assert_eq!(state.commit(port_id(1), &[]).unwrap().list, []);
+    assert_eq!(all(&state), [Change::Reset, Change::ClearUnicast]);
+    assert_eq!(
+        state.take_back_all(port_id(1)).unwrap(),
+        [Change::Reset],
+        "of its own it is not trusted again"
+    );
+
+    // "The PF has cleared it."
+    let mut state = host(UNICAST);
+    for changes in [&add[..], &[Change::ClearUnicast]] {
+        state.begin(port_id(1), changes).unwrap();
+        assert_eq!(state.commit(port_id(1), changes).unwrap().list, []);
+    }
+    assert!(state.port(port_id(1)).unwrap().device.unicast.is_empty());
+    assert_eq!(all(&state), [Change::Reset, Change::ClearUnicast]);
+    state.restart(port_id(1)).unwrap();
+    assert_eq!(all(&state), [Change::Reset, Change::ClearUnicast], "the vmm stays");
+    state.unbind(port_id(1)).unwrap();
+    state.bind(port_id(1), vf(1)).unwrap();
+    assert_eq!(all(&state), [Change::Reset]);
+}
+
+#[test]
+fn a_record_that_does_not_say_whether_its_vf_was_trusted_counts_as_the_policy_says() {
+    for (group, cleared) in [("{}", false), (r#"{"unicast_limit": 1}"#, true)] {
+        let mut state = host(group);
+        let stored = serde_json::to_string(state.port(port_id(1)).unwrap()).unwrap();
+        let older = stored.replace(r#","was_trusted":false"#, "");
+        assert_ne!(stored, older);
+        state.unbind(port_id(1)).unwrap();
+        state.detach(port_id(1)).unwrap();
+        state.attach(serde_json::from_str(&older).unwrap()).unwrap();
+        // An edit makes no difference any more.
+        let mut edited = state.port_group(crate::fixture::GROUP).unwrap().clone();
+        edited.settings = settings("{}");
+        assert_eq!(state.update_port_group(edited).unwrap(), []);
+        let all = state.take_back_for_release(port_id(1)).unwrap();
+        assert_eq!(all.contains(&Change::ClearUnicast), cleared, "{group}");
+    }
 }

@@ -334,43 +334,29 @@ pub trait PfControl: Send {
                 }
             }
         }
-        let after = self.read(vf);
-        if failure.is_none() {
-            failure = match &after {
-                // The last change of each kind counts.
-                Ok(after) => changes
-                    .iter()
-                    .enumerate()
-                    .filter(|(i, c)| {
-                        !changes
-                            .iter()
-                            .skip(i + 1)
-                            .any(|later| std::mem::discriminant(later) == std::mem::discriminant(*c))
-                    })
-                    .find(|(_, c)| !c.holds(after))
-                    .map(|(_, &change)| {
-                        failed(change, PfError::NotTaken { pf: self.name().to_owned(), vf, change })
-                    }),
-                Err(_) => None,
+        let (after, unread) = match self.read(vf) {
+            Ok(after) => (Some(after), None),
+            Err(e) => (None, Some(e)),
+        };
+        let not_taken = after.as_ref().and_then(|after| {
+            // The last change of each kind counts.
+            let counts = |(i, change): &(usize, &VfChange)| {
+                let kind = std::mem::discriminant(*change);
+                !changes.iter().skip(i + 1).any(|later| std::mem::discriminant(later) == kind)
             };
-        }
-        let mut failure = match (failure, &after) {
-            (Some(failure), _) => failure,
-            (None, Ok(_)) => {
-                reach(Point::PfRead);
-                return Ok(());
-            }
-            (None, Err(_)) => failed(
-                first,
-                PfError::Protocol {
-                    pf: self.name().to_owned(),
-                    what: "the VF cannot be read back".to_owned(),
-                },
-            ),
+            let mut counting = changes.iter().enumerate().filter(counts).map(|(_, &change)| change);
+            let change = counting.find(|change| !change.holds(after))?;
+            Some(failed(change, PfError::NotTaken { pf: self.name().to_owned(), vf, change }))
+        });
+        // It is not known what was made: all is undone.
+        let unread = unread.map(|e| failed(first, e));
+        let Some(mut failure) = failure.or(not_taken).or(unread) else {
+            reach(Point::PfRead);
+            return Ok(());
         };
         for change in changes.iter().take(tried).rev() {
             let Some(back) = change.back_to(&before) else { continue };
-            if after.as_ref().is_ok_and(|after| back.holds(after)) {
+            if after.as_ref().is_some_and(|after| back.holds(after)) {
                 continue;
             }
             if let Err(e) = self.set(vf, back) {

@@ -25,7 +25,7 @@ use crate::{
     decisions::{DecisionLog, KEPT, events::EventHub},
     metrics::Metrics,
     pf::{PfHandle, fake::FakePfs},
-    store::{SqliteStore, Table},
+    store::{Expect, ObjectStore as _, SqliteStore, Table},
     switch::{Adapter, Parts, Policy, SwitchError, SwitchHandle, Timing, Vmm, record::Attachment},
     vmm_process::OrderError,
 };
@@ -166,7 +166,11 @@ pub(super) struct Host {
     dir: tempfile::TempDir,
 }
 
-async fn parts(dir: &Path, pfs: &FakePfs, metrics: &Metrics) -> (SwitchHandle, Policy, mpsc::Sender<Hint>) {
+async fn parts(
+    dir: &Path,
+    pfs: &FakePfs,
+    metrics: &Metrics,
+) -> Result<(SwitchHandle, Policy, mpsc::Sender<Hint>), SwitchError> {
     let path = dir.join("test.db");
     let store = Arc::new(SqliteStore::open(&path).unwrap());
     let events = EventHub::default();
@@ -183,8 +187,8 @@ async fn parts(dir: &Path, pfs: &FakePfs, metrics: &Metrics) -> (SwitchHandle, P
         #[cfg(feature = "test-support")]
         bypass: false,
     };
-    let switch = SwitchHandle::start(parts).await.unwrap();
-    (switch.clone(), Policy { switch, decisions, events }, hints)
+    let switch = SwitchHandle::start(parts).await?;
+    Ok((switch.clone(), Policy { switch, decisions, events }, hints))
 }
 
 impl Host {
@@ -192,7 +196,7 @@ impl Host {
     pub(super) async fn empty() -> Self {
         let (dir, pfs) = (tempfile::tempdir().unwrap(), FakePfs::new(&[PF, "eth1"]));
         let metrics = Metrics::default();
-        let (switch, policy, hints) = parts(dir.path(), &pfs, &metrics).await;
+        let (switch, policy, hints) = parts(dir.path(), &pfs, &metrics).await.unwrap();
         let guests = (0..3).map(|_| Guest::new()).collect();
         Self { switch, policy, pfs, metrics, hints, guests, dir }
     }
@@ -215,14 +219,30 @@ impl Host {
 
     /// Like [`restart`](Self::restart); `meanwhile` sees the store while there is no agent.
     pub(super) async fn restart_after(&mut self, meanwhile: impl AsyncFnOnce(Table<Attachment>)) {
+        let store = self.end().await;
+        meanwhile(Table::new(Arc::new(store))).await;
+        (self.switch, self.policy, self.hints) =
+            parts(self.dir.path(), &self.pfs, &self.metrics).await.unwrap();
+    }
+
+    /// Ends the agent.
+    async fn end(&mut self) -> SqliteStore {
         let empty = Self::empty().await;
         // The old task ends with its last handle.
         self.switch = empty.switch;
         self.policy = empty.policy;
         tokio::time::sleep(Duration::from_millis(20)).await;
-        let store = SqliteStore::open(&self.dir.path().join("test.db")).unwrap();
-        meanwhile(Table::new(Arc::new(store))).await;
-        (self.switch, self.policy, self.hints) = parts(self.dir.path(), &self.pfs, &self.metrics).await;
+        SqliteStore::open(&self.dir.path().join("test.db")).unwrap()
+    }
+
+    /// Ends the agent, damages all that is stored of one kind, and tells why no other starts on that.
+    pub(super) async fn restart_on_damaged(&mut self, kind: &str) -> SwitchError {
+        let store = self.end().await;
+        for object in store.list(kind).await.unwrap().objects {
+            let value = serde_json::json!({ "odd": true });
+            store.put(kind, object.id, &object.name, value, Expect::Any).await.unwrap();
+        }
+        parts(self.dir.path(), &self.pfs, &self.metrics).await.err().expect("an error")
     }
 
     /// News, without waiting for what comes of it.

@@ -273,3 +273,39 @@ async fn a_reboot_takes_back_what_a_reset_does_not() {
     assert_eq!(host.pfs.take_made(PF), [(1, VfChange::Trust(true)), (1, VfChange::Trust(false))]);
     assert_eq!(host.ask(1, Request::AddUnicastFilter(mac(10))).await, FORWARD, "there is room again");
 }
+
+#[tokio::test]
+async fn a_vmm_that_tells_of_resets_for_ever_costs_its_pf_no_more_than_one() {
+    let mut host = Host::new(ACCEPT).await;
+    let gate = std::sync::Arc::clone(&host.pfs.world().gate);
+    let held = gate.lock_owned().await;
+    // Its lane is busy with this meanwhile.
+    host.send(1, Request::SetMac(mac(9))).await;
+    for _ in 0..10_000 {
+        host.notice(1, Notice::PfReset).await;
+        host.switch.rebooted(vm(1)).await;
+    }
+    host.pfs.world().reads = 0;
+    drop(held);
+    host.switch.settle().await;
+    let reads = host.pfs.world().reads;
+    assert!(reads < 50, "the PF was read {reads} times");
+    assert_eq!(host.addresses(1).await, (mac(1), mac(1)), "it was rebooted");
+}
+
+#[tokio::test]
+async fn a_vmm_that_defers_for_ever_is_stopped() {
+    let vids: Vec<u16> = (100..108).collect();
+    let mut host = joined(&vids).await;
+    host.vmm(1).heard().takes_back = TakesBack::Deferred;
+    host.set(NARROW).await.unwrap();
+    // With each reset, which it did not make, the same is ordered again.
+    for _ in 0..passthrough::relay::MAX_CHANGES / vids.len() {
+        host.ask(1, Request::Reset).await;
+    }
+    assert!(host.vmm(1).heard().stopped.is_empty(), "so much may wait");
+    for _ in 0..passthrough::relay::MAX_CHANGES / vids.len() {
+        host.ask(1, Request::Reset).await;
+    }
+    assert!(!host.vmm(1).heard().stopped.is_empty());
+}

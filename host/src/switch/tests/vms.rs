@@ -1,5 +1,9 @@
+use std::time::Duration;
+
 use api::problem::ProblemCode;
 use netpolicy::{Change, PfCapabilities, Request, VlanId};
+use passthrough::relay::{Forwarded, Notice};
+use tokio::time::timeout;
 
 use super::fixture::{Host, PF, mac, vf, vm};
 use crate::{switch::SwitchError, vm::problem::ToProblem};
@@ -89,6 +93,54 @@ async fn what_a_tenant_left_is_known_until_it_is_taken_also_by_the_next_agent() 
     assert_eq!(left.changes, [Change::Reset], "a new tenant has nothing of the old one");
 }
 
+/// What is taken from the VF of VM 1 for its next tenant.
+async fn left(host: &Host) -> Vec<Change> {
+    host.switch.release(vm(1), "eth0").await.unwrap().unwrap().changes
+}
+
+#[tokio::test]
+async fn a_vmm_that_lies_about_further_addresses_leaves_none_behind() {
+    // It has sent the message, and says that the PF refused it.
+    let mut host = Host::new(TRUNK).await;
+    let seq = host.send(1, Request::AddUnicastFilter(mac(10))).await;
+    host.answer(1).await;
+    host.notice(1, Notice::Forwarded { seq, outcome: Forwarded::Refused }).await;
+    host.switch.settle().await;
+    host.restart().await;
+    assert_eq!(left(&host).await, [Change::Reset, Change::ClearUnicast], "refused");
+
+    // It has not sent the message, and says that the PF took it.
+    let mut host = Host::new(TRUNK).await;
+    host.ask(1, Request::AddUnicastFilter(mac(10))).await;
+    host.ask(1, Request::ClearUnicastFilters).await;
+    // Without the permission nothing else tells of it.
+    host.set("{}").await.unwrap();
+    host.restart().await;
+    assert_eq!(left(&host).await, [Change::Reset, Change::ClearUnicast], "cleared");
+
+    let mut host = Host::new(TRUNK).await;
+    host.ask(1, Request::SetMulticast { count: 0, hashes: Vec::new() }).await;
+    assert_eq!(left(&host).await, [Change::Reset], "it was never trusted");
+}
+
+#[tokio::test]
+async fn the_record_of_an_older_agent_counts_as_the_policy_says() {
+    for (settings, changes) in
+        [(TRUNK, vec![Change::Reset, Change::ClearUnicast]), ("{}", vec![Change::Reset])]
+    {
+        let mut host = Host::new(settings).await;
+        host.restart_after(async |attachments| {
+            for mut entry in attachments.list().await.unwrap() {
+                entry.value.device.was_trusted = None;
+                let (name, expect) = (entry.name, crate::store::Expect::Any);
+                attachments.put(entry.id, &name, &entry.value, expect).await.unwrap();
+            }
+        })
+        .await;
+        assert_eq!(left(&host).await, changes, "{settings}");
+    }
+}
+
 #[tokio::test]
 async fn ports_go_with_their_vm_and_groups_stay_while_ports_use_them() {
     let host = Host::new("{}").await;
@@ -112,4 +164,24 @@ async fn a_vf_has_one_port() {
     let result = host.switch.bind(vm(3), "eth0", vf(1), String::new()).await;
     assert_eq!(code(result.map(drop)), ProblemCode::VfInUse);
     assert_eq!(host.pfs.take_made(PF), []);
+}
+
+#[tokio::test]
+async fn a_pf_that_does_not_answer_keeps_no_vm_from_another() {
+    let mut host = Host::empty().await;
+    host.set("{}").await.unwrap();
+    host.attach(1, Some("web")).await.unwrap();
+    host.pfs.world().hangs = Some("eth1".into());
+    let plan = timeout(Duration::from_secs(8), host.switch.plan(vm(1))).await.expect("a plan").unwrap();
+    assert!(plan[0].pfs.contains(&PF.to_owned()), "{plan:?}");
+    host.power_on(1).await.unwrap();
+    host.pfs.world().hangs = None;
+}
+
+#[tokio::test]
+async fn an_agent_that_cannot_read_what_a_vf_has_does_not_start_and_says_of_what() {
+    for kind in ["attachment", "port_group"] {
+        let error = crate::vm::problem::chain(&Host::new(TRUNK).await.restart_on_damaged(kind).await);
+        assert!(error.contains(kind), "{error}");
+    }
 }

@@ -1,4 +1,6 @@
-use netpolicy::MacAddress;
+use std::collections::BTreeMap;
+
+use netpolicy::{MacAddress, PfCapabilities};
 use proptest::prelude::*;
 
 use super::*;
@@ -65,6 +67,39 @@ fn a_change_that_does_not_show_is_a_failure() {
     pf.deaf = true;
     let error = pf.apply(0, &[VfChange::Trust(false), VfChange::Mac(Some(A))]).unwrap_err();
     assert!(matches!(*error.source, PfError::NotTaken { change: VfChange::Mac(_), .. }), "{error:?}");
+}
+
+/// A PF whose VFs are taken away while it is configured.
+struct Vanishing {
+    pf: FakePf,
+    reads: u32,
+}
+
+impl PfControl for Vanishing {
+    fn name(&self) -> &str {
+        self.pf.name()
+    }
+
+    fn capabilities(&mut self) -> Result<PfCapabilities, PfError> {
+        self.pf.capabilities()
+    }
+
+    fn read_all(&mut self) -> Result<BTreeMap<u16, VfSettings>, PfError> {
+        self.reads += 1;
+        if self.reads > 1 { Ok(BTreeMap::new()) } else { self.pf.read_all() }
+    }
+
+    fn set(&mut self, vf: u16, change: VfChange) -> Result<(), PfError> {
+        self.pf.set(vf, change)
+    }
+}
+
+#[test]
+fn what_keeps_a_vf_from_being_read_back_is_told() {
+    let mut pf = Vanishing { pf: FakePf::new("pf0", 2), reads: 0 };
+    let error = pf.apply(1, &[VfChange::Trust(true)]).unwrap_err();
+    assert!(matches!(*error.source, PfError::NoVf { vf: 1, .. }), "{error:?}");
+    assert_eq!(pf.pf.made, [(1, VfChange::Trust(true)), (1, VfChange::Trust(false))], "undone");
 }
 
 #[test]
