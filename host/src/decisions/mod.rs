@@ -11,7 +11,11 @@ mod tests;
 
 use std::{
     path::Path,
-    sync::mpsc::{self, Receiver, Sender},
+    sync::{
+        Arc,
+        atomic::{AtomicU64, Ordering},
+        mpsc::{self, Receiver, SyncSender, TrySendError},
+    },
     thread,
     time::Duration,
 };
@@ -30,6 +34,10 @@ pub const KEPT: u32 = 10_000;
 /// Commands that are written in one transaction.
 const BATCH: usize = 256;
 
+/// Commands that wait for the thread. More come only if many processes of VMs have been taken over at once, each of which may cause
+/// no more than `vmm_process` lets it; what is more is counted in the log, and not recorded.
+const WAITING: usize = 16_384;
+
 /// What nobody waits for is written this much later. A guest waits, busily, for the answer to what was decided: the disk and
 /// the log must not be served before it. An agent that crashes in between has answered what it did not record.
 const GATHER: Duration = Duration::from_millis(10);
@@ -46,7 +54,11 @@ enum Command {
 
 /// The handle of the log, whose thread ends with its last handle.
 #[derive(Clone, Debug)]
-pub struct DecisionLog(Sender<Command>);
+pub struct DecisionLog {
+    commands: SyncSender<Command>,
+    /// Decisions for which there was no place, since that was last told.
+    lost: Arc<AtomicU64>,
+}
 
 impl DecisionLog {
     /// Opens the log in the database at `path`, which a [`SqliteStore`](crate::store::SqliteStore) has opened (and so
@@ -56,13 +68,25 @@ impl DecisionLog {
     /// Those of the database, and of starting a thread.
     pub fn open(path: &Path, kept: u32, events: EventHub) -> Result<Self, StoreError> {
         let table = Decisions::open(path, kept)?;
-        let (commands, inbox) = mpsc::channel();
-        let recorder = Recorder { table, events, lines: Lines::default() };
+        let (commands, inbox) = mpsc::sync_channel(WAITING);
+        let lost = Arc::new(AtomicU64::new(0));
+        let recorder = Recorder { table, events, lines: Lines::default(), lost: Arc::clone(&lost) };
         thread::Builder::new()
             .name("decisions".into())
             .spawn(move || recorder.run(&inbox))
             .map_err(|source| StoreError::Open { path: path.to_path_buf(), source })?;
-        Ok(Self(commands))
+        Ok(Self { commands, lost })
+    }
+
+    async fn send(&self, mut command: Command) -> Result<(), StoreError> {
+        loop {
+            command = match self.commands.try_send(command) {
+                Ok(()) => return Ok(()),
+                Err(TrySendError::Full(command)) => command,
+                Err(TrySendError::Disconnected(_)) => return Err(StoreError::Closed),
+            };
+            tokio::time::sleep(GATHER).await;
+        }
     }
 
     /// Records a decision; returns when it is in the database.
@@ -71,15 +95,17 @@ impl DecisionLog {
     /// Those of the database. The line is in the log all the same.
     pub async fn record(&self, decision: Decision) -> Result<(), StoreError> {
         let (reply, done) = oneshot::channel();
-        let command = Command::Record { decision: Box::new(decision), reply: Some(reply) };
-        self.0.send(command).map_err(|_| StoreError::Closed)?;
+        self.send(Command::Record { decision: Box::new(decision), reply: Some(reply) }).await?;
         done.await.map_err(|_| StoreError::Closed)?
     }
 
     /// Records a decision soon: for those who cannot wait for a disk.
     pub fn note(&self, decision: Decision) {
         // Without its thread the agent is about to end.
-        drop(self.0.send(Command::Record { decision: Box::new(decision), reply: None }));
+        let sent = self.commands.try_send(Command::Record { decision: Box::new(decision), reply: None });
+        if let Err(TrySendError::Full(_)) = sent {
+            self.lost.fetch_add(1, Ordering::Relaxed);
+        }
     }
 
     /// Decisions that pass the filter, the latest first.
@@ -88,7 +114,7 @@ impl DecisionLog {
     /// Those of the database.
     pub async fn query(&self, filter: DecisionFilter) -> Result<Vec<Decision>, StoreError> {
         let (reply, answer) = oneshot::channel();
-        self.0.send(Command::Query { filter, reply }).map_err(|_| StoreError::Closed)?;
+        self.send(Command::Query { filter, reply }).await?;
         answer.await.map_err(|_| StoreError::Closed)?
     }
 }
@@ -97,6 +123,7 @@ struct Recorder {
     table: Decisions,
     events: EventHub,
     lines: Lines,
+    lost: Arc<AtomicU64>,
 }
 
 impl Recorder {
@@ -118,6 +145,13 @@ impl Recorder {
                     }
                     Command::Query { filter, reply } => queries.push((filter, reply)),
                 }
+            }
+            let lost = self.lost.swap(0, Ordering::Relaxed);
+            if lost > 0 {
+                tracing::error!(
+                    lost,
+                    "Decisions came faster than they can be written: some are not recorded"
+                );
             }
             self.record(decisions, replies);
             // A query sees what was recorded before it was asked.

@@ -2,7 +2,7 @@ use api::types::{Cursor, DecisionFilter, EventKind, Listed, Timestamp};
 use netpolicy::{Decision, MacAddress, Name, Outcome, Port, PortGroupId, PortId, Reason, VmId, VmRef};
 use uuid::Uuid;
 
-use super::{DecisionLog, events::EventHub};
+use super::{DecisionLog, WAITING, events::EventHub};
 use crate::store::SqliteStore;
 
 fn decision(vm: u128, requested: &str, outcome: Outcome, ms: u64) -> Decision {
@@ -48,6 +48,21 @@ async fn equal_decisions_are_one_record_and_each_an_event() {
         })
         .collect();
     assert_eq!(counts, [1, 2, 3, 4, 5, 1, 6]);
+}
+
+#[tokio::test]
+async fn what_comes_faster_than_it_can_be_written_is_bounded_and_does_not_keep_others_out() {
+    let dir = tempfile::tempdir().unwrap();
+    let (log, _) = open(&dir, 100);
+    let many = 4 * WAITING as u64;
+    for ms in 0..many {
+        log.note(decision(1, "x", Outcome::Denied, ms));
+    }
+    // These wait for a place.
+    log.record(decision(2, "y", Outcome::Denied, many)).await.unwrap();
+    let counts: Vec<u64> = log.query(filter()).await.unwrap().iter().map(|d| d.count).collect();
+    let [1, noted] = counts[..] else { panic!("{counts:?}") };
+    assert!((WAITING as u64..many).contains(&noted), "{noted} of {many}");
 }
 
 #[tokio::test]

@@ -11,6 +11,9 @@ use vmm::control::{ChannelError, Order, Outcome, ToAgent};
 /// Most messages in a [`WINDOW`]. Relays ask for 50 changes a second each, and a console wakes its followers as often.
 const FLOOD: u32 = 10_000;
 
+/// Most questions in a [`WINDOW`]: those of 16 adapters, each of which may have 50 a second behind 64 at once. Each is recorded.
+const ASKS: u32 = 2_000;
+
 const WINDOW: Duration = Duration::from_secs(1);
 
 /// Most orders that were never answered, timed out or not.
@@ -25,6 +28,7 @@ pub(super) struct Conduct {
     ask: u64,
     window: Option<Instant>,
     said: u32,
+    asked: u32,
 }
 
 /// What an order may be answered with.
@@ -63,7 +67,7 @@ impl Conduct {
     /// # Errors
     /// What is wrong with it, behind "it".
     pub(super) fn check(&mut self, message: &ToAgent) -> Result<(), String> {
-        self.count(Instant::now())?;
+        self.count(Instant::now(), matches!(message, ToAgent::Ask { .. }))?;
         match message {
             ToAgent::Hello { .. } | ToAgent::Refused { .. } => Err("it shook hands a second time".into()),
             ToAgent::Done { id, result } => {
@@ -82,18 +86,21 @@ impl Conduct {
         }
     }
 
-    fn count(&mut self, now: Instant) -> Result<(), String> {
+    fn count(&mut self, now: Instant, asks: bool) -> Result<(), String> {
         let begun = *self.window.get_or_insert(now);
         if now.saturating_duration_since(begun) >= WINDOW {
             self.window = Some(now);
-            self.said = 0;
+            (self.said, self.asked) = (0, 0);
         }
         self.said = self.said.saturating_add(1);
+        self.asked = self.asked.saturating_add(asks.into());
         if self.said > FLOOD {
-            Err(format!("it said more than {FLOOD} things within a second"))
-        } else {
-            Ok(())
+            return Err(format!("it said more than {FLOOD} things within a second"));
         }
+        if self.asked > ASKS {
+            return Err(format!("it asked more than {ASKS} questions within a second"));
+        }
+        Ok(())
     }
 }
 
@@ -168,10 +175,12 @@ mod tests {
     fn a_flood_is_noticed_and_a_long_life_is_none() {
         let (mut conduct, start) = (Conduct::default(), Instant::now());
         for n in 0..60 * FLOOD {
-            conduct.count(start + WINDOW * (n / FLOOD)).unwrap();
+            conduct.count(start + WINDOW * (n / FLOOD), n % FLOOD < ASKS).unwrap();
         }
-        let result = (0..=FLOOD).try_for_each(|_| conduct.count(start + WINDOW * 100));
-        assert!(result.is_err());
+        let result = (0..=FLOOD).try_for_each(|_| conduct.count(start + WINDOW * 100, false));
+        assert!(result.unwrap_err().contains("things"));
+        let result = (0..=ASKS).try_for_each(|_| conduct.count(start + WINDOW * 102, true));
+        assert!(result.unwrap_err().contains("questions"));
     }
 
     #[test]
