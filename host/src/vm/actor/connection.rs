@@ -54,6 +54,11 @@ impl Actor {
             Some(why) => self.misbehave(&why).await,
             None => self.disconnected().await,
         }
+        if self.run.state == VmState::Stopping {
+            // It is about to end, or was never told to: another process may have taken the connection's place.
+            let soon = Instant::now().checked_add(LAST_WORDS);
+            self.deadline = self.deadline.into_iter().chain(soon).min();
+        }
     }
 
     /// The process said what no vmm of ours says: its guest has taken it over, or it is broken. Nothing more of it is heard.
