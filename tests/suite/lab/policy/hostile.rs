@@ -107,7 +107,9 @@ fn a_hostile_guest_gets_nothing_and_hurts_nobody() {
     println!("the log grew by {} lines, {} bytes", grown.lines().count(), grown.len());
     assert!(grown.lines().count() < 200, "{grown}");
     got_nothing();
-    assert!(flooded <= 2.0 * quiet + TICK, "p99 {quiet} ms before, {flooded} ms during the flood");
+    // One tick of both at the most, and none where they are lost in what is measured.
+    let limit = (2.0 * quiet + TICK).min(2.0 * quiet.max(5.0));
+    assert!(flooded <= limit, "p99 {quiet} ms before, {flooded} ms during the flood");
 
     assert_eq!(new_complaints(&complaints_before), [] as [String; 0], "the PF's driver is never bothered");
     assert!(decisions(&agent, "denied").len() < 200);
