@@ -2,7 +2,7 @@
 
 use api::types::{RestartPolicy, RestartStatus, VmSpec};
 
-use super::*;
+use super::{booting::NotBuilt, *};
 use crate::{environment::Backoff, vm::record::Asked};
 
 /// When the VM is booted by the agent itself.

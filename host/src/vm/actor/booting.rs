@@ -1,0 +1,209 @@
+//! From a VM at rest to one that runs, or to what is left of a boot that did not come to its end.
+
+use super::*;
+
+/// Why a machine was not built.
+pub(super) enum NotBuilt {
+    Failed(Problem),
+    /// It was stopped or deleted meanwhile, which is under way.
+    Unwanted,
+}
+
+impl From<Problem> for NotBuilt {
+    fn from(problem: Problem) -> Self {
+        Self::Failed(problem)
+    }
+}
+
+/// What ended the wait for a machine.
+enum Waited {
+    Ran(Result<(Connection, mpsc::Receiver<Event>), Problem>),
+    Died(Exit),
+    Unwanted(Sent),
+}
+
+impl Actor {
+    pub(super) async fn boot(&mut self, caller: Caller, begun: Begun, done: Done, completion: Completion) {
+        let files = match self.begin(caller, 0).await {
+            Ok(files) => files,
+            Err(problem) => {
+                self.progress.end();
+                self.publish();
+                return drop(begun.send(Err(problem)));
+            }
+        };
+        drop(begun.send(Ok(completion)));
+        match self.build(files).await {
+            Ok(()) => drop(done.send(Ok(()))),
+            Err(NotBuilt::Failed(problem)) => {
+                self.fail(problem.clone());
+                // Who booted it is told, and need not be helped.
+                self.abandon(false).await;
+                drop(done.send(Err(problem)));
+            }
+            Err(NotBuilt::Unwanted) => {
+                let detail = format!("The VM {} was stopped while it was being booted.", self.name());
+                drop(done.send(Err(Problem::new(ProblemCode::WrongState, detail))));
+            }
+        }
+    }
+
+    /// What can be said at once. Nothing is held after an error. `attempts` is how often the agent has booted it by itself.
+    pub(super) async fn begin(&mut self, caller: Caller, attempts: u32) -> Result<boot::Files, Problem> {
+        self.progress.begin(OperationAction::Boot, progress::boot(&self.vm.value.spec, &self.held));
+        self.progress.enter(Stage::OpeningFiles);
+        let files = boot::open_files(&self.env, caller, &self.vm.value.spec).await?;
+        // What an earlier end could not give back.
+        self.give_back().await?;
+        self.progress.enter(Stage::ClaimingFunctions);
+        self.held = claims::claim(&self.env, self.vm.id, &self.vm.value.spec).await?;
+        if let Err(problem) = self.nothing_off_for_hardware() {
+            self.give_back().await?;
+            return Err(problem);
+        }
+        let user = match &self.env.users {
+            None => None,
+            Some(users) => match users.take() {
+                Some(user) => Some(user),
+                None => {
+                    self.give_back().await?;
+                    let detail = "All user ids for VMs are in use: give the agent more (--vmm-uid-count).";
+                    return Err(Problem::new(ProblemCode::SandboxUnavailable, detail));
+                }
+            },
+        };
+        self.end = None;
+        self.misbehaved = None;
+        self.due = None;
+        self.run = RunRecord {
+            state: VmState::Starting,
+            restart: RestartStatus { attempts, next: None },
+            user,
+            off: Some(self.env.protections_off()),
+            ..RunRecord::default()
+        };
+        if let Err(problem) = self.store().await {
+            self.abandon(false).await;
+            return Err(problem);
+        }
+        self.tell_state();
+        reach(Point::BootBegun);
+        Ok(files)
+    }
+
+    /// With functions of the host, which can do DMA and speak to their PF, a process has every protection.
+    fn nothing_off_for_hardware(&self) -> Result<(), Problem> {
+        let hardware = self.held.iter().map(|claim| claim.value.bdf).find(|bdf| !is_simulated(*bdf));
+        let off: Vec<_> = self.env.sandbox_off.iter().map(|part| part.as_str()).collect();
+        match hardware {
+            Some(bdf) if !off.is_empty() => {
+                let detail = format!(
+                    "The VM {} has the host's function {bdf}, for which no part of the sandbox may be off, and this agent \
+                     leaves {} off: start it without --sandbox-off.",
+                    self.name(),
+                    off.join(", ")
+                );
+                Err(Problem::new(ProblemCode::SandboxUnavailable, detail))
+            }
+            _ => Ok(()),
+        }
+    }
+
+    pub(super) async fn build(&mut self, files: boot::Files) -> Result<(), NotBuilt> {
+        let started = Instant::now();
+        for claim in &mut self.held {
+            claims::prepare(&self.env, claim, |stage| self.progress.enter(stage)).await?;
+        }
+        self.progress.enter(Stage::StartingProcess);
+        let process = boot::start(&self.env, self.vm.id, &self.vm.value.spec, &self.held, &self.directory)?;
+        reach(Point::BootSpawned);
+        self.run.process = Some(process.identity().clone());
+        self.process = Some(process);
+        self.store().await?;
+        reach(Point::BootProcessStored);
+        self.limit().await?;
+        let enter = |stage| self.progress.enter(stage);
+        let run = boot::run(&self.env, &self.vm, &self.directory, files, &self.held, self.run.user, enter);
+        let waited = tokio::select! {
+            result = run => Waited::Ran(result),
+            // A vmm that dies must not be waited for.
+            exit = ended(&mut self.process) => Waited::Died(exit),
+            sent = self.inbox.next_end(self.vm.revision) => Waited::Unwanted(sent),
+        };
+        let (connection, events) = match waited {
+            Waited::Ran(Ok(running)) => running,
+            // Its connection ends a moment before it has: what ended it says more.
+            Waited::Ran(Err(problem)) if problem.code == ProblemCode::VmmFailed => {
+                return Err(match timeout(DYING, ended(&mut self.process)).await {
+                    Ok(exit) => crashed(exit, &self.directory),
+                    Err(_) => problem,
+                }
+                .into());
+            }
+            Waited::Ran(Err(problem)) => return Err(problem.into()),
+            Waited::Died(exit) => return Err(crashed(exit, &self.directory).into()),
+            Waited::Unwanted((span, command)) => {
+                self.end_boot(command).instrument(span).await;
+                return Err(NotBuilt::Unwanted);
+            }
+        };
+        self.adopt(connection, events).await;
+        self.run.boots = 1;
+        self.run.booted = Some(Timestamp::now());
+        self.progress.end();
+        self.step(VmState::Running).await;
+        reach(Point::BootStored);
+        tracing::info!(vm = %self.name(), took = ?started.elapsed(), "booted");
+        Ok(())
+    }
+
+    /// Somebody wants the VM to end that is being booted: its process is killed, and what is held is given back when it has ended.
+    async fn end_boot(&mut self, command: Command) {
+        match command {
+            Command::Act { by, begun, .. } => {
+                let (done, completion) = oneshot::channel();
+                self.stop_for(by, begun, done, completion).await;
+            }
+            Command::Delete { caller, expect, done } => self.delete(caller, expect, done).await,
+            // Not what `Inbox::next_end` gives.
+            Command::Edit { .. } | Command::Leave { .. } => {}
+        }
+    }
+
+    /// Before the process has a thread or memory of the guest.
+    async fn limit(&self) -> Result<(), Problem> {
+        let (Some(limits), Some(process)) = (self.vm.value.spec.limits.clone(), &self.process) else {
+            return Ok(());
+        };
+        let (env, vm, pid) = (Arc::clone(&self.env), self.vm.id, process.identity().pid);
+        let limited =
+            tokio::task::spawn_blocking(move || cgroup::limit(&env.cgroup_parent, vm, &limits, pid)).await;
+        limited.map_err(|error| Problem::new(ProblemCode::Internal, chain(&error)))?.map_err(|error| {
+            let detail =
+                format!("The VM {} has limits, and they cannot be set: {}.", self.name(), chain(&error));
+            Problem::new(ProblemCode::SandboxUnavailable, detail)
+        })
+    }
+
+    /// A boot that failed: ends the process and gives everything back. `again`: it may be tried again.
+    pub(super) async fn abandon(&mut self, again: bool) {
+        if let Some(mut process) = self.process.take() {
+            self.progress.follow_with(self.stages_of_end());
+            self.progress.enter(Stage::EndingProcess);
+            process.kill();
+            if timeout(STOP, process.ended()).await.is_err() {
+                tracing::error!(vm = %self.name(), "its process cannot be killed; what it holds stays claimed");
+                self.process = Some(process);
+                return;
+            }
+        }
+        let (state, cause) = (VmState::Failed, self.run.cause.take());
+        self.rest(state, cause, again).await;
+    }
+
+    /// Notes why the VM is about to be `failed`.
+    pub(super) fn fail(&mut self, problem: Problem) {
+        tracing::error!(vm = %self.name(), code = %problem.code, "cannot be booted: {problem}");
+        self.run.cause = Some(boot_failed(&problem));
+    }
+}
