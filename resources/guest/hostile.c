@@ -194,10 +194,18 @@ static const struct {
     {"memory", false, fuzz_memory},          {"ports", false, fuzz_ports},
 };
 
+static void fuzz_once(unsigned first, unsigned count, u64 seed, u64 steps) {
+  state = seed + 0x9e3779b97f4a7c15ULL;
+  if (!state) state = 1;
+  vf.up = false;
+  for (u64 i = 0; i < steps; i++) targets[first + below(count)].step();
+}
+
 static void run_fuzz(void) {
   const char *what = argument(&current, 1);
-  u64 seed, steps;
-  if (!number_option("seed", 1, &seed) || !number_option("steps", 1000, &steps)) return;
+  u64 seed, steps, runs;
+  if (!number_option("seed", 1, &seed) || !number_option("steps", 1000, &steps) || !number_option("runs", 1, &runs))
+    return;
   unsigned first = 0, count = COUNT(targets);
   if (!same_text(what, "all")) {
     while (first < COUNT(targets) && !same_text(targets[first].name, what)) first++;
@@ -211,17 +219,18 @@ static void run_fuzz(void) {
     result_text("error no VF");
     return;
   }
-  state = seed + 0x9e3779b97f4a7c15ULL;
-  if (!state) state = 1;
-  bool had_vf = vf.present;
-  vf.up = false;
-  for (u64 i = 0; i < steps; i++) targets[first + below(count)].step();
-  /* BARs and vectors may be anywhere now. */
-  if (had_vf) vf_probe(vf.index);
+  bool had_vf = vf.present, lost = false;
+  u64 done = 0;
+  while (done < runs && !lost) {
+    fuzz_once(first, count, seed + done++, steps);
+    /* BARs and vectors may be anywhere now. */
+    if (had_vf) vf_probe(vf.index);
+    lost = had_vf && !vf.present;
+  }
   result();
   put_text("ok steps=");
-  put_decimal(steps);
-  put_text(had_vf && !vf.present ? " lost\n" : "\n");
+  put_decimal(done * steps);
+  put_text(lost ? " lost\n" : "\n");
 }
 
 /* Rings where no memory is, at its end, and across the end of the address space. */
@@ -334,8 +343,8 @@ static void run_babble(void) {
 }
 
 const struct command hostile_commands[] = {
-    {"fuzz", "seed steps", 1, 1, false, run_fuzz,
-     "fuzz mailbox|registers|vectors|descriptors|bars|config|memory|ports|all [seed=N] [steps=N]"},
+    {"fuzz", "seed steps runs", 1, 1, false, run_fuzz,
+     "fuzz mailbox|registers|vectors|descriptors|bars|config|memory|ports|all [seed=N] [steps=N] [runs=N]"},
     {"hostile", "", 1, 1, true, run_hostile,
      "hostile rings|indices|buffers|endless|messages|resets|widths"},
     {"babble", "", 1, 1, false, run_babble, "babble LINES"},
