@@ -55,6 +55,14 @@ pub enum SwitchError {
     /// The store.
     #[error("The switch's state cannot be stored")]
     Store(#[from] StoreError),
+    /// What is stored of a port does not fit to what is stored of the rest.
+    #[error("The stored port {port} does not fit to the rest of the database, restore it from a backup")]
+    Contradiction {
+        /// The port's name.
+        port: String,
+        /// What does not fit.
+        source: StateError,
+    },
     /// A PF that cannot be asked or configured.
     #[error("{0}")]
     Pf(String),
@@ -89,6 +97,8 @@ impl ToProblem for SwitchError {
             Self::Store(error) => error.problem(),
             Self::Pf(_) => with(ProblemCode::PfRefused),
             Self::NotCleaned { .. } => with(ProblemCode::DeviceFailed),
+            // Told by an agent that does not start.
+            Self::Contradiction { .. } => with(ProblemCode::Internal),
             Self::TooMany(_) | Self::Closed => with(ProblemCode::Unavailable),
         }
     }

@@ -65,8 +65,13 @@ pub(super) async fn load(
         if let Some(vf) = &has_vf {
             actor.adopt_uplink(port.group, &vf.pf);
         }
-        if let Err(error) = actor.state.attach(port) {
-            tracing::error!(port = entry.name, "A stored port cannot be taken up: {error}");
+        if let Err(source) = actor.state.attach(port) {
+            let error = SwitchError::Contradiction { port: entry.name, source };
+            if has_vf.is_some() {
+                // As above: its VF would go to the next tenant uncleaned.
+                return Err(error);
+            }
+            tracing::error!("{}", chain(&error));
             continue;
         }
         let lane = Lane {

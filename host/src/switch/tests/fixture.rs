@@ -245,6 +245,15 @@ impl Host {
         parts(self.dir.path(), &self.pfs, &self.metrics).await.err().expect("an error")
     }
 
+    /// As [`restart_on_damaged`](Self::restart_on_damaged), with all of one kind lost.
+    pub(super) async fn restart_without(&mut self, kind: &str) -> SwitchError {
+        let store = self.end().await;
+        for object in store.list(kind).await.unwrap().objects {
+            store.delete(kind, object.id, Expect::Any).await.unwrap();
+        }
+        parts(self.dir.path(), &self.pfs, &self.metrics).await.err().expect("an error")
+    }
+
     /// News, without waiting for what comes of it.
     pub(super) async fn changed_soon(&self) {
         self.hints.send(Hint::Changed { index: 2, name: Some(PF.into()), up: true }).await.unwrap();

@@ -185,3 +185,10 @@ async fn an_agent_that_cannot_read_what_a_vf_has_does_not_start_and_says_of_what
         assert!(error.contains(kind), "{error}");
     }
 }
+
+/// It was passed over, and with it what its VF had: the next tenant would have got that.
+#[tokio::test]
+async fn an_agent_that_cannot_take_up_a_port_with_a_vf_does_not_start_and_says_which() {
+    let error = crate::vm::problem::chain(&Host::new(TRUNK).await.restart_without("port_group").await);
+    assert!(error.contains("port vm1/eth0 ") && error.contains("does not exist"), "{error}");
+}
