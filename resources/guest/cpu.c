@@ -11,7 +11,6 @@
 #define APIC_TIMER_LEFT 0x390
 #define APIC_TIMER_DIVIDE 0x3e0
 #define MASKED 0x10000
-#define SPURIOUS_VECTOR 0xff
 
 #define IOAPIC 0xfec00000ULL
 #define SERIAL_PIN 4

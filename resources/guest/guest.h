@@ -83,6 +83,7 @@ void put_ip(u32 ip);
 /* Numbers in interrupt_counts and, from VECTOR_BASE on, vectors. The first three are the VF's, numbered as igbvf does. */
 enum { IRQ_TRANSMIT, IRQ_RECEIVE, IRQ_MAILBOX, IRQ_SERIAL, IRQ_ACPI, IRQ_TIMER, IRQ_KINDS };
 #define VECTOR_BASE 0x40
+#define SPURIOUS_VECTOR 0xff
 
 extern volatile u32 interrupt_counts[IRQ_KINDS];
 

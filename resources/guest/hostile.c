@@ -18,6 +18,9 @@
 #define CONFIG_ADDRESS 0xcf8
 #define CONFIG_DATA 0xcfc
 
+#define LOCAL_APIC_COMMAND 0xfee00300ULL
+#define APIC_TO_SELF 0x40000
+
 #define RX_QUEUE 0x2800
 #define TX_QUEUE 0x3800
 #define BASE_LOW 0x00
@@ -310,13 +313,16 @@ static void hostile_widths(void) {
   __asm__ volatile("rep movsq" : "+D"(to), "+S"(from), "+c"(count) : : "memory");
 }
 
+/* The vector of spurious interrupts, as an adapter sends it whose vectors were written at random. */
+static void hostile_spurious(void) { mmio_write(LOCAL_APIC_COMMAND, APIC_TO_SELF | SPURIOUS_VECTOR); }
+
 static const struct {
   const char *name;
   void (*run)(void);
 } deeds[] = {
     {"rings", hostile_rings},       {"indices", hostile_indices},   {"buffers", hostile_buffers},
     {"endless", hostile_endless},   {"messages", hostile_messages}, {"resets", hostile_resets},
-    {"widths", hostile_widths},
+    {"widths", hostile_widths},     {"spurious", hostile_spurious},
 };
 
 static void run_hostile(void) {
@@ -328,7 +334,7 @@ static void run_hostile(void) {
     result_text("ok");
     return;
   }
-  result_text("error not rings, indices, buffers, endless, messages, resets or widths");
+  result_text("error not rings, indices, buffers, endless, messages, resets, widths or spurious");
 }
 
 static void run_babble(void) {
@@ -346,7 +352,7 @@ const struct command hostile_commands[] = {
     {"fuzz", "seed steps runs", 1, 1, false, run_fuzz,
      "fuzz mailbox|registers|vectors|descriptors|bars|config|memory|ports|all [seed=N] [steps=N] [runs=N]"},
     {"hostile", "", 1, 1, true, run_hostile,
-     "hostile rings|indices|buffers|endless|messages|resets|widths"},
+     "hostile rings|indices|buffers|endless|messages|resets|widths|spurious"},
     {"babble", "", 1, 1, false, run_babble, "babble LINES"},
     {0},
 };

@@ -25,12 +25,13 @@ const BATCHES: u32 = 10;
 const SEEDS: u32 = 54;
 const STEPS: u32 = 20;
 
-/// How long a batch may take. It takes a fraction of a second on /dev/kvm, many seconds in the lab.
-const PATIENCE: Duration = Duration::from_secs(120);
+/// How long a batch may take. It takes a fraction of a second on /dev/kvm, some seconds in the lab.
+const PATIENCE: Duration = Duration::from_secs(60);
 
 const TARGETS: [&str; 9] =
     ["mailbox", "registers", "vectors", "descriptors", "bars", "config", "memory", "ports", "all"];
-const DEEDS: [&str; 7] = ["rings", "indices", "buffers", "endless", "messages", "resets", "widths"];
+const DEEDS: [&str; 8] =
+    ["rings", "indices", "buffers", "endless", "messages", "resets", "widths", "spurious"];
 
 fn guest<'a>(agent: &'a Agent, name: &str, last: u8) -> SmallGuest<'a> {
     let mac = format!("02:00:00:00:0d:{last:02x}");
@@ -63,7 +64,7 @@ fn assert_nobody_panicked(agent: &Agent) {
     }
 }
 
-/// Whether the guest has come to `mark`, or has ended or reset itself on the way.
+/// Whether the guest has come to `mark`, or has ended, reset or lost itself on the way.
 fn reaches(guest: &mut SmallGuest<'_>, mark: &str, boots: u64) -> bool {
     let agent = guest.guest.agent;
     let deadline = Instant::now() + PATIENCE;
@@ -88,7 +89,18 @@ fn reaches(guest: &mut SmallGuest<'_>, mark: &str, boots: u64) -> bool {
                 return false;
             }
         }
-        assert!(Instant::now() < deadline, "the guest hangs at {mark}: {:?}", guest.guest.unread());
+        if Instant::now() > deadline {
+            // Frames that were received into its own code, say. Its machine must still be in the vmm's hand.
+            println!(
+                "the guest hangs before {mark:?}: {:?}, {:?}",
+                guest.guest.unread(),
+                agent.stats(&guest.guest.name)
+            );
+            for action in [VmAction::Pause, VmAction::Resume] {
+                agent.act(&guest.guest.name, action).unwrap();
+            }
+            return false;
+        }
         thread::sleep(Duration::from_millis(10));
     }
 }
