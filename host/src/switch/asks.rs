@@ -44,17 +44,19 @@ impl Actor {
         if let Some(lane) = self.lanes.get_mut(&port) {
             lane.asked = Some((question.seq, Instant::now()));
         }
-        // A reset has happened already and is noted in its turn; so is what needs changes.
-        if question.request == Request::Reset || !self.answer_now(port, id, &question) {
+        // A reset has happened already and is noted in its turn; so is what needs changes. What is so already may not be any
+        // more when the turn of what waits has come: a guest that begins again wishes for the address that it is about to lose.
+        let settled = self.lanes.get(&port).is_none_or(|lane| lane.busy.is_none() && lane.queue.is_empty());
+        if question.request == Request::Reset || !self.answer_now(port, id, &question, settled) {
             self.queue(port, Work::Ask { id, question });
         }
     }
 
-    /// Answers what needs no change. False if it does.
-    fn answer_now(&mut self, port: PortId, id: u64, question: &Question) -> bool {
+    /// Answers what is refused, and what needs no change if the port is settled. False if that must wait.
+    fn answer_now(&mut self, port: PortId, id: u64, question: &Question, settled: bool) -> bool {
         match self.evaluate(port, &question.request) {
             Decided::Unknown => true,
-            Decided::Changes(changes) if changes.is_empty() => {
+            Decided::Changes(changes) if changes.is_empty() && settled => {
                 self.grant(port, id, question);
                 self.note_address(port, &question.request);
                 let decision = self.allowed(port, &question.request, &[]);
@@ -90,7 +92,7 @@ impl Actor {
         let changes = match self.evaluate(port, &question.request) {
             Decided::Changes(changes) if !changes.is_empty() => changes,
             _ => {
-                self.answer_now(port, id, &question);
+                self.answer_now(port, id, &question, true);
                 return;
             }
         };

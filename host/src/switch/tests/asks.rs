@@ -124,6 +124,18 @@ async fn what_a_relay_refused_is_recorded_as_if_it_had_been_asked() {
     assert!(detail.contains("before its last change") && detail.contains("told"), "{detail}");
 }
 
+/// Its reset was not heard, because the agent was away; it got "done", and then lost the address by the reboot's own work.
+#[tokio::test]
+async fn an_address_that_a_reboot_is_about_to_take_is_given_again() {
+    let mut host = Host::new(ACCEPT).await;
+    host.ask(1, Request::SetMac(mac(9))).await;
+    host.switch.rebooted(vm(1)).await;
+    host.send(1, Request::SetMac(mac(9))).await;
+    assert_eq!(host.answer(1).await.effective_mac, mac(9));
+    host.until("the reboot is over", async |host| host.pf_mac(1) == Some(mac(9))).await;
+    assert_eq!(host.addresses(1).await, (mac(9), mac(9)));
+}
+
 #[tokio::test]
 async fn an_accepted_address_is_on_the_pf_and_survives_reset_and_agent_but_no_reboot() {
     let mut host = Host::new(ACCEPT).await;
