@@ -199,7 +199,7 @@ impl Actor {
             }
             Command::Connected { vm, vmm } => self.connected(vm, vmm),
             Command::Disconnected { vm } => self.disconnected(vm),
-            Command::Rebooted { vm } => self.rebooted(vm),
+            Command::Rebooted { vm, done } => self.rebooted(vm, done),
             Command::Release { vm, adapter, reply } => self.release(vm, adapter, reply),
             Command::Released { vm, adapter, reply } => drop(reply.send(self.released(vm, &adapter).await)),
             Command::Ask { vm, adapter, id, question } => self.ask(vm, adapter, id, question),
@@ -303,7 +303,7 @@ impl Actor {
 
     pub(super) fn attachment(&self, id: PortId) -> Option<Attachment> {
         let (port, lane) = (self.state.port(id)?, self.lanes.get(&id)?);
-        Some(Attachment::of(port, lane.bdf.clone(), lane.counters))
+        Some(Attachment::of(port, lane.bdf.clone(), lane.rebooting, lane.counters))
     }
 
     /// Saves a port soon.

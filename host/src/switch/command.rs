@@ -137,6 +137,7 @@ pub(super) enum Command {
     },
     Rebooted {
         vm: VmId,
+        done: oneshot::Sender<()>,
     },
     Release {
         vm: VmId,

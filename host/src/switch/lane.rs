@@ -78,6 +78,8 @@ pub(super) struct Lane {
     pub(super) deferred: VecDeque<Vec<Change>>,
     /// What an earlier boot of the guest left and is still to be taken back.
     pub(super) leftover: Vec<Change>,
+    /// The guest begins again, and the work of that is not done.
+    pub(super) rebooting: bool,
     /// Something was not confirmed because the vmm was not connected.
     pub(super) owed: bool,
     pub(super) granted: Option<Granted>,

@@ -76,6 +76,7 @@ pub(super) async fn load(
         }
         let lane = Lane {
             recovering: has_vf.is_some(),
+            rebooting: attachment.is_some_and(|attachment| has_vf.is_some() && attachment.rebooting),
             counters: attachment.map(|attachment| attachment.counters).unwrap_or_default(),
             bdf: attachment.and_then(|attachment| attachment.bdf.clone()),
             ..Lane::default()
@@ -220,6 +221,10 @@ impl Actor {
         self.save(id);
         if let Some((request, why)) = given_up {
             self.revert_granted(id, None, &request, why);
+        }
+        // First: what the comparison would make again is what the guest no longer has.
+        if self.lanes.get(&id).is_some_and(|lane| lane.rebooting) {
+            self.queue(id, Work::Reboot);
         }
         self.queue(id, Work::Correct);
         self.queue(id, Work::Repair { all: false });

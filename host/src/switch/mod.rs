@@ -236,9 +236,11 @@ impl SwitchHandle {
         self.tell(Command::Disconnected { vm }).await;
     }
 
-    /// The guest begins again, on the VFs that it has.
+    /// The guest begins again, on the VFs that it has. Returns when that may be forgotten: the next agent would know of it.
     pub async fn rebooted(&self, vm: VmId) {
-        self.tell(Command::Rebooted { vm }).await;
+        let (done, noted) = oneshot::channel();
+        self.tell(Command::Rebooted { vm, done }).await;
+        drop(noted.await);
     }
 
     /// A question of a VM's process; the answer goes to the process that is [connected](Self::connected).

@@ -103,6 +103,9 @@ pub struct Attachment {
     /// What was about to be changed.
     #[serde(default)]
     pub pending: Vec<Change>,
+    /// The guest begins again, and what the boot before it had is not taken back yet.
+    #[serde(default)]
+    pub rebooting: bool,
     /// Requests so far.
     #[serde(default)]
     pub counters: PortCounters,
@@ -115,13 +118,14 @@ impl Record for Attachment {
 impl Attachment {
     /// Of a port.
     #[must_use]
-    pub fn of(port: &Port, bdf: Option<String>, counters: PortCounters) -> Self {
+    pub fn of(port: &Port, bdf: Option<String>, rebooting: bool, counters: PortCounters) -> Self {
         Self {
             guest_mac: port.guest_mac,
             vf: port.vf.clone(),
             bdf,
             device: port.device.clone(),
             pending: port.pending.clone(),
+            rebooting,
             counters,
         }
     }

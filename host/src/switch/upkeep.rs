@@ -5,7 +5,7 @@ use std::sync::Arc;
 use api::types::PfState;
 use netpolicy::{Change, Committed, Correction, DecidedBy, Decision, Outcome, PortId, Request, Route, VmId};
 use passthrough::host::Hint;
-use tokio::time::Instant;
+use tokio::{sync::oneshot, time::Instant};
 use tracing::Span;
 
 use super::{
@@ -212,12 +212,23 @@ impl Actor {
 
     // ---- reboots ----
 
-    pub(super) fn rebooted(&mut self, vm: VmId) {
+    /// `done` is told when the next agent would know of it.
+    pub(super) fn rebooted(&mut self, vm: VmId, done: oneshot::Sender<()>) {
+        let mut saved = Vec::new();
         for port in self.ports_of(vm) {
-            if self.lanes.get(&port).is_some_and(|lane| !lane.closing) {
+            if let Some(lane) = self.lanes.get_mut(&port).filter(|lane| !lane.closing) {
+                lane.rebooting = true;
+                saved.extend(self.attachment(port).map(|attachment| self.writer.save(port, attachment)));
                 self.queue(port, Work::Reboot);
             }
         }
+        tokio::spawn(async move {
+            for saved in saved {
+                // A database that fails must not make the vmm keep it for ever.
+                drop(saved.await);
+            }
+            drop(done.send(()));
+        });
     }
 
     pub(super) fn begin_reboot(&mut self, id: PortId) {
@@ -238,7 +249,7 @@ impl Actor {
         drop(self.state.note_answer(id, &Request::SetMac(initial), true));
         if let Err(error) = self.state.begin(id, &settings) {
             tracing::error!(port = %id, "A reboot cannot begin: {error}");
-            return;
+            return self.reboot_over(id);
         }
         if let Some(lane) = self.lanes.get_mut(&id) {
             lane.granted = None;
@@ -247,8 +258,19 @@ impl Actor {
         }
         match self.tools(id) {
             Some(tools) => self.start(id, Busy::other(), tools.reboot(settings, messages)),
-            None => drop(self.state.abort(id)),
+            None => {
+                drop(self.state.abort(id));
+                self.reboot_over(id);
+            }
         }
+    }
+
+    /// Not to be done again by the next agent, unless the guest has begun again once more.
+    fn reboot_over(&mut self, port: PortId) {
+        if let Some(lane) = self.lanes.get_mut(&port) {
+            lane.rebooting = lane.queue.iter().any(|work| matches!(work, Work::Reboot));
+        }
+        self.save(port);
     }
 
     pub(super) fn reboot_done(&mut self, port: PortId, made: Made) {
@@ -268,7 +290,7 @@ impl Actor {
                 lane.push(Work::Repair { all: false });
             }
         }
-        self.save(port);
+        self.reboot_over(port);
     }
 
     // ---- drift ----

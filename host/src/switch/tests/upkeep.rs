@@ -254,6 +254,32 @@ async fn after_a_reset_of_the_pf_everything_is_set_again_and_the_check_switched_
     assert_eq!(host.decisions(1, Outcome::Repaired).await, [], "nothing was foreign");
 }
 
+/// The old one had told the vmm that it may forget the reboot, and died at the work of it.
+#[tokio::test]
+async fn the_next_agent_does_the_work_of_a_reboot_that_it_finds_noted() {
+    let mut host = Host::new(ACCEPT).await;
+    host.ask(1, Request::SetMac(mac(9))).await;
+    for noted in [false, true] {
+        host.restart_after(async |attachments| {
+            for mut entry in attachments.list().await.unwrap() {
+                assert!(!entry.value.rebooting);
+                entry.value.rebooting = noted;
+                let (name, expect) = (entry.name, crate::store::Expect::Any);
+                attachments.put(entry.id, &name, &entry.value, expect).await.unwrap();
+            }
+        })
+        .await;
+        let address = if noted { mac(1) } else { mac(9) };
+        host.switch.settle().await;
+        assert_eq!((host.pf_mac(1), host.addresses(1).await), (Some(address), (address, address)), "{noted}");
+    }
+    // Once.
+    host.restart_after(async |attachments| {
+        assert!(attachments.list().await.unwrap().iter().all(|entry| !entry.value.rebooting));
+    })
+    .await;
+}
+
 #[tokio::test]
 async fn a_reboot_takes_back_what_a_reset_does_not() {
     let mut host = Host::new(r#"{"mac_changes": "accept", "unicast_limit": 1}"#).await;
