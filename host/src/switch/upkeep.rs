@@ -227,7 +227,7 @@ impl Actor {
                 // A database that fails must not make the vmm keep it for ever.
                 drop(saved.await);
             }
-            drop(done.send(()));
+            let _ = done.send(());
         });
     }
 
