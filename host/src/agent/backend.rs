@@ -19,6 +19,7 @@ use passthrough::{
 };
 use tokio::{
     sync::Mutex,
+    task::JoinSet,
     time::{Instant, timeout, timeout_at},
 };
 use tracing::{Instrument as _, Span};
@@ -103,27 +104,20 @@ impl Agent {
         }
     }
 
-    /// Stops every VM, and waits for that at most `patience`.
+    /// Stops every VM, and waits for that at most `patience`. None is booted from now on, also not by a request that is under way.
     pub async fn stop_all(&self, patience: Duration) {
-        let caller = own();
-        let mut stopping = Vec::new();
+        let mut stopping = JoinSet::new();
+        // Those at rest, too: a boot may have been asked for that their tasks have not begun.
         for vm in self.all().await {
-            // One that somebody has stopped stays so.
-            if vm.state().is_at_rest() && vm.status().run.restart.next.is_none() {
-                continue;
-            }
-            if let Ok(done) = vm.act_for(VmAction::Stop, caller.clone(), Asked::Agent).await {
-                stopping.push((vm, done));
-            }
-        }
-        let all = async {
-            for (vm, done) in stopping {
+            let caller = own();
+            stopping.spawn(async move {
+                let Ok(done) = vm.act_for(VmAction::Stop, caller, Asked::Agent).await else { return };
                 if let Ok(Err(problem)) = done.await {
                     tracing::error!(vm = %vm.name(), "{problem}");
                 }
-            }
-        };
-        if timeout(patience, all).await.is_err() {
+            });
+        }
+        if timeout(patience, async { while stopping.join_next().await.is_some() {} }).await.is_err() {
             tracing::error!("not all VMs have stopped");
         }
     }

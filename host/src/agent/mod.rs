@@ -44,6 +44,9 @@ use crate::{
 /// How long VMs may take to stop once they are not asked any more.
 const STOP_ALL: Duration = Duration::from_secs(60);
 
+/// The database, in the state directory.
+const DATABASE: &str = "portcullis.db";
+
 /// What becomes of VMs when the agent ends.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]
 pub enum OnExit {
@@ -134,8 +137,10 @@ pub fn run(args: ServeArgs, socket: &Path, token_file: Option<&Path>) -> anyhow:
 /// # Errors
 /// What kept it from starting: another agent, the database, the socket.
 pub async fn serve(args: ServeArgs, socket: &Path, token_file: Option<&Path>) -> anyhow::Result<()> {
+    // First: whatever is started below, an end that is asked for is one in order.
+    let told = told_to_end()?;
     let _lock = lock(&args.run_dir)?;
-    let database = args.state_dir.join("portcullis.db");
+    let database = args.state_dir.join(DATABASE);
     let store: Arc<dyn ObjectStore> = Arc::new(SqliteStore::open(&database)?);
     let mut env = Environment::new(Arc::clone(&store), args.run_dir.clone());
     env.image_dirs = image_dirs(&args.image_dirs)?;
@@ -158,23 +163,39 @@ pub async fn serve(args: ServeArgs, socket: &Path, token_file: Option<&Path>) ->
     }
     let simulated = start_simulated(&args, &store, &env).await?;
     env.add_simulated(Arc::clone(&simulated));
-    let policy = start_switch(&args, store, &database, &env).await?;
+    let private = args.private.clone();
+    let served = serve_with(args, socket, token_file, env, store, &simulated, told).await;
+    match (private, &served) {
+        // Whoever started it may do so, too.
+        (Some(directory), Ok(())) => drop(fs::remove_dir_all(directory)),
+        // No other agent would find them. It has not served: nobody has a VF. Its log stays for whoever started it.
+        (Some(_), Err(_)) => simulated.leave(&[]).await,
+        (None, _) => {}
+    }
+    served
+}
+
+/// Runs the agent with its simulated adapters until it is told to end.
+async fn serve_with(
+    args: ServeArgs,
+    socket: &Path,
+    token_file: Option<&Path>,
+    mut env: Environment,
+    store: Arc<dyn ObjectStore>,
+    simulated: &Simulated,
+    told: oneshot::Receiver<()>,
+) -> anyhow::Result<()> {
+    let policy = start_switch(&args, store, &args.state_dir.join(DATABASE), &env).await?;
     env.policy = Some(policy.clone());
     let env = Arc::new(env);
     let agent = Arc::new(Agent::start(Arc::clone(&env)).await?);
     let listeners = listen::all(&args.listen, socket, token_file)?;
-    let mut signals = [signal(SignalKind::terminate())?, signal(SignalKind::interrupt())?];
     let alone = args.private.is_some().then(stdin_ends).transpose()?;
     let end = async move {
         tokio::select! {
-            () = told_to_end(&mut signals) => {}
+            _ = told => {}
             Ok(()) = async { alone.ok_or(())?.await.map_err(drop) } => {}
         }
-        tokio::spawn(async move {
-            told_to_end(&mut signals).await;
-            tracing::warn!("told to end a second time: the agent ends at once, VMs are left as they are");
-            std::process::exit(1);
-        });
     };
     tracing::info!(socket = %socket.display(), "ready");
     let routes = api::router_with_policy(Arc::clone(&agent) as Arc<dyn api::Backend>, Arc::new(policy));
@@ -195,10 +216,6 @@ pub async fn serve(args: ServeArgs, socket: &Path, token_file: Option<&Path>) ->
         let claims: Vec<_> = claims.into_iter().map(|entry| entry.value).collect();
         simulated.leave(&claims).await;
     }
-    if let Some(directory) = &args.private {
-        // Whoever started it may do so, too.
-        drop(fs::remove_dir_all(directory));
-    }
     Ok(())
 }
 
@@ -213,8 +230,21 @@ fn stdin_ends() -> io::Result<oneshot::Receiver<()>> {
     Ok(told)
 }
 
-/// Waits for SIGTERM or SIGINT.
-async fn told_to_end([terminate, interrupt]: &mut [Signal; 2]) {
+/// Tells of the first SIGTERM or SIGINT from now on. The second ends the process at once.
+fn told_to_end() -> io::Result<oneshot::Receiver<()>> {
+    let mut signals = [signal(SignalKind::terminate())?, signal(SignalKind::interrupt())?];
+    let (tell, told) = oneshot::channel();
+    tokio::spawn(async move {
+        one_of(&mut signals).await;
+        let _ = tell.send(());
+        one_of(&mut signals).await;
+        tracing::warn!("told to end a second time: the agent ends at once, VMs are left as they are");
+        std::process::exit(1);
+    });
+    Ok(told)
+}
+
+async fn one_of([terminate, interrupt]: &mut [Signal; 2]) {
     tokio::select! {
         _ = terminate.recv() => {}
         _ = interrupt.recv() => {}

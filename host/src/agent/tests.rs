@@ -192,6 +192,23 @@ async fn an_agent_that_ends_leaves_vms_running_or_stops_them_if_told() {
     host.assert_untouched().await;
 }
 
+/// A request whose client is gone goes on.
+#[tokio::test]
+async fn an_agent_that_stops_its_vms_leaves_none_that_was_about_to_boot() {
+    let host = Host::new();
+    let served = serve(&host, host.env.run_dir.join("api.sock")).await;
+    let agent = &served.agent;
+    let vm = served.client.create_vm(&spec("web1")).await.unwrap();
+    let by = || api::Caller::Token("a test".into());
+    let boot = |wait| agent.act(by(), api::types::ObjectRef::Id(vm.id), VmAction::Boot, wait);
+    // The VM's task has its command, and has not seen it, when the agent looks which VMs run.
+    let (booted, ()) = tokio::join!(biased; boot(PATIENCE), agent.stop_all(PATIENCE));
+    assert_eq!(booted.unwrap_err().code, ProblemCode::WrongState);
+    assert_eq!(served.client.get_vm("web1").await.unwrap().status.state, VmState::Stopped);
+    assert_eq!(boot(PATIENCE).await.unwrap_err().code, ProblemCode::Unavailable);
+    host.assert_untouched().await;
+}
+
 #[tokio::test]
 async fn what_happens_to_vms_and_pfs_is_told() {
     let host = Host::with_switch().await;

@@ -107,6 +107,8 @@ struct Actor {
     resting: Vec<Done>,
     deleting: Vec<Done>,
     deleted_by: Option<String>,
+    /// The agent ends and has stopped the VM, or seen it at rest: it is not booted any more.
+    closed: bool,
     finished: mpsc::Sender<Finished>,
     /// Where the switch says that the VM must not run on.
     expel: mpsc::Sender<String>,
@@ -164,6 +166,7 @@ pub(super) async fn run(
         resting: Vec::new(),
         deleting: Vec::new(),
         deleted_by: None,
+        closed: false,
         finished,
         expel,
     };
@@ -235,6 +238,10 @@ impl Actor {
         };
         let problem = match (action, state) {
             _ if !self.deleting.is_empty() => wrong("it is being deleted"),
+            (VmAction::Boot, state) if state.is_at_rest() && self.closed => {
+                let detail = format!("The agent is about to end and does not boot the VM {}.", self.name());
+                Err(Problem::new(ProblemCode::Unavailable, detail))
+            }
             (VmAction::Boot, state) if state.is_at_rest() => {
                 return self.boot(caller, begun, done, completion).await;
             }
@@ -245,7 +252,11 @@ impl Actor {
                 return;
             }
             (VmAction::Stop | VmAction::Shutdown, state) if state.is_at_rest() => {
-                self.asked_to_end(by).await;
+                self.closed |= action == VmAction::Stop && by == Asked::Agent;
+                // One that somebody has stopped stays so.
+                if by == Asked::User || self.run.restart.next.is_some() {
+                    self.asked_to_end(by).await;
+                }
                 drop(begun.send(Ok(completion)));
                 drop(done.send(Ok(())));
                 return;
@@ -285,6 +296,7 @@ impl Actor {
         drop(begun.send(Ok(completion)));
         self.resting.push(done);
         self.run.asked = Some(by);
+        self.closed |= by == Asked::Agent;
         self.stop().await;
     }
 

@@ -79,6 +79,9 @@ impl Actor {
     /// Boots the VM with the rights of who wrote its specification.
     pub(super) async fn boot_unasked(&mut self) {
         let Some(Due { attempts, .. }) = self.due.take() else { return };
+        if self.closed {
+            return;
+        }
         tracing::info!(vm = %self.name(), attempts, "booted by the agent itself");
         let result = match self.begin(self.vm.value.author(), attempts).await {
             Ok(files) => match self.build(files).await {
