@@ -100,9 +100,9 @@ impl Tools {
         self.pf.apply(&self.vf, changes).await.map_err(|error| chain(&error))
     }
 
-    async fn save(&self) -> Result<(), String> {
-        let saved = self.writer.save(self.port, self.before.clone()).await;
-        if saved == Ok(true) { Ok(()) } else { Err("The change could not be noted in the database".into()) }
+    /// Begins to make `before` durable. To be called by the switch's task, not later by a job: what it saves meanwhile is newer.
+    fn note(&self) -> oneshot::Receiver<bool> {
+        self.writer.save(self.port, self.before.clone())
     }
 
     async fn trust(&self, on: bool) -> Result<(), String> {
@@ -114,14 +114,15 @@ impl Tools {
     }
 
     /// A question's changes: those of the PF's driver first, then messages of our own, at last the guest's.
-    pub(super) async fn ask(
+    pub(super) fn ask(
         self,
         id: u64,
         question: Question,
         changes: Vec<Change>,
         effective_mac: MacAddress,
         forwarded: oneshot::Receiver<Forwarded>,
-    ) -> End {
+    ) -> impl Future<Output = End> + Send + 'static {
+        let noted = self.note();
         let (pf, mut mailbox): (Vec<Change>, Vec<Change>) =
             changes.iter().cloned().partition(|change| change.route() == Route::Pf);
         let own = mailbox.pop();
@@ -132,11 +133,20 @@ impl Tools {
             decision: RelayDecision::Grant { how: How::Forward },
         };
         let begun = Instant::now();
-        let outcome = self.make_asked(id, pf, mailbox, own, verdict, forwarded).await;
-        self.metrics.committed(matches!(outcome, AskOutcome::Made), begun.elapsed());
-        reach(Point::AskMade);
-        End::Asked(Asked { id, question, changes, forward, outcome })
+        async move {
+            let outcome = if noted.await == Ok(true) {
+                self.make_asked(id, pf, mailbox, own, verdict, forwarded).await
+            } else {
+                let why = "The change could not be noted in the database".into();
+                AskOutcome::Failed { made: Vec::new(), why }
+            };
+            self.metrics.committed(matches!(outcome, AskOutcome::Made), begun.elapsed());
+            reach(Point::AskMade);
+            End::Asked(Asked { id, question, changes, forward, outcome })
+        }
     }
+
+    /// What is about to be made is durable.
 
     async fn make_asked(
         &self,
@@ -147,9 +157,6 @@ impl Tools {
         verdict: Verdict,
         forwarded: oneshot::Receiver<Forwarded>,
     ) -> AskOutcome {
-        if let Err(why) = self.save().await {
-            return AskOutcome::Failed { made: Vec::new(), why };
-        }
         reach(Point::AskJournaled);
         #[cfg(feature = "test-support")]
         self.be_late(pf.iter().chain(&own)).await;
@@ -224,16 +231,25 @@ impl Tools {
         }
     }
 
-    pub(super) async fn correct(self, corrections: Corrections, leftover: Vec<Change>) -> End {
-        let made = match self.save().await {
-            // Taking back does not wait for a disk.
-            Ok(()) | Err(_) => self.make([leftover.clone(), corrections.changes()].concat()).await,
-        };
-        if let Some(Change::SetMac(mac)) = made.done.iter().find(|change| matches!(change, Change::SetMac(_)))
-        {
-            self.tell_address(*mac, true).await;
+    pub(super) fn correct(
+        self,
+        corrections: Corrections,
+        leftover: Vec<Change>,
+    ) -> impl Future<Output = End> + Send + 'static {
+        let noted = self.note();
+        async move {
+            // Once it was tried: what must be taken back is, also if the disk is full.
+            drop(noted.await);
+            let made = self.make([leftover.clone(), corrections.changes()].concat()).await;
+            let address = made.done.iter().find_map(|change| match change {
+                Change::SetMac(mac) => Some(*mac),
+                _ => None,
+            });
+            if let Some(mac) = address {
+                self.tell_address(mac, true).await;
+            }
+            End::Corrected { corrections, leftover, made }
         }
-        End::Corrected { corrections, leftover, made }
     }
 
     pub(super) async fn reboot(self, baseline: Vec<Change>, mailbox: Vec<Change>) -> End {

@@ -225,6 +225,13 @@ impl Host {
             parts(self.dir.path(), &self.pfs, &self.metrics).await.unwrap();
     }
 
+    /// What is stored of a VM's port now.
+    pub(super) async fn stored(&self, n: u8) -> Attachment {
+        let store = Arc::new(SqliteStore::open(&self.dir.path().join("test.db")).unwrap());
+        let all = Table::<Attachment>::new(store).list().await.unwrap();
+        all.into_iter().map(|entry| entry.value).find(|port| port.vf == Some(vf(n))).expect("it has its VF")
+    }
+
     /// Ends the agent.
     async fn end(&mut self) -> SqliteStore {
         let empty = Self::empty().await;

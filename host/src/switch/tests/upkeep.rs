@@ -280,6 +280,21 @@ async fn the_next_agent_does_the_work_of_a_reboot_that_it_finds_noted() {
     .await;
 }
 
+/// When the vmm may forget it the next agent has to know, also if work for the boot before is under way.
+#[tokio::test]
+async fn a_reboot_is_noted_before_it_is_forgotten() {
+    let mut host = Host::new(ACCEPT).await;
+    let gate = host.pfs.world().gate.clone();
+    let held = gate.lock().await;
+    host.send(1, Request::SetMac(mac(9))).await;
+    host.switch.rebooted(vm(1)).await;
+    assert!(host.stored(1).await.rebooting);
+    drop(held);
+    host.switch.settle().await;
+    assert_eq!(host.addresses(1).await, (mac(1), mac(1)));
+    host.until("it is over", async |host| !host.stored(1).await.rebooting).await;
+}
+
 #[tokio::test]
 async fn a_reboot_takes_back_what_a_reset_does_not() {
     let mut host = Host::new(r#"{"mac_changes": "accept", "unicast_limit": 1}"#).await;
