@@ -147,7 +147,6 @@ impl Tools {
     }
 
     /// What is about to be made is durable.
-
     async fn make_asked(
         &self,
         id: u64,
