@@ -7,7 +7,7 @@ use api::{
     problem::{Problem, ProblemCode},
     types::{
         Bdf, EventKind, Name, ObjectKind, ObjectRef, Pf, PfSpec, PfStatus, Subject, Timestamp, UnicastMac,
-        Vf, Vm, VmAction, VmSpec, VmState, VmStats, host_id,
+        Vf, Vm, VmAction, VmSpec, VmStats, host_id,
     },
 };
 use async_trait::async_trait;
@@ -86,22 +86,27 @@ impl Agent {
 
     /// Presses the power button of every VM that runs, and waits at most `patience` for their guests to power off.
     pub async fn power_off_all(&self, patience: Duration) {
-        let mut reacting = Vec::new();
-        for vm in self.all().await {
-            if patience.is_zero() || vm.state() != VmState::Running {
-                continue;
-            }
-            match vm.act_for(VmAction::Shutdown, own(), Asked::Agent).await {
-                Ok(done) => reacting.push((vm, done)),
-                Err(problem) => tracing::warn!(vm = %vm.name(), "{problem}"),
-            }
+        if patience.is_zero() {
+            return;
         }
         let deadline = Instant::now() + patience;
-        for (vm, done) in reacting {
-            if timeout_at(deadline, done).await.is_err() {
-                tracing::warn!(vm = %vm.name(), "its guest does not power off");
-            }
+        let mut reacting = JoinSet::new();
+        for vm in self.all().await {
+            reacting.spawn(async move {
+                let reacted = async {
+                    match vm.act_for(VmAction::Shutdown, own(), Asked::Agent).await {
+                        Ok(done) => drop(done.await),
+                        // It does not run.
+                        Err(problem) if problem.code == ProblemCode::WrongState => {}
+                        Err(problem) => tracing::warn!(vm = %vm.name(), "{problem}"),
+                    }
+                };
+                if timeout_at(deadline, reacted).await.is_err() {
+                    tracing::warn!(vm = %vm.name(), "its guest does not power off");
+                }
+            });
         }
+        while reacting.join_next().await.is_some() {}
     }
 
     /// Stops every VM, and waits for that at most `patience`. None is booted from now on, also not by a request that is under way.

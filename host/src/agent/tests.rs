@@ -199,13 +199,18 @@ async fn an_agent_that_stops_its_vms_leaves_none_that_was_about_to_boot() {
     let served = serve(&host, host.env.run_dir.join("api.sock")).await;
     let agent = &served.agent;
     let vm = served.client.create_vm(&spec("web1")).await.unwrap();
+    let mut at_rest = spec("web2");
+    at_rest.adapters.clear();
+    let at_rest = served.client.create_vm(&at_rest).await.unwrap();
     let by = || api::Caller::Token("a test".into());
-    let boot = |wait| agent.act(by(), api::types::ObjectRef::Id(vm.id), VmAction::Boot, wait);
+    let boot = |vm| agent.act(by(), api::types::ObjectRef::Id(vm), VmAction::Boot, PATIENCE);
     // The VM's task has its command, and has not seen it, when the agent looks which VMs run.
-    let (booted, ()) = tokio::join!(biased; boot(PATIENCE), agent.stop_all(PATIENCE));
+    let (booted, ()) = tokio::join!(biased; boot(vm.id), agent.stop_all(PATIENCE));
     assert_eq!(booted.unwrap_err().code, ProblemCode::WrongState);
     assert_eq!(served.client.get_vm("web1").await.unwrap().status.state, VmState::Stopped);
-    assert_eq!(boot(PATIENCE).await.unwrap_err().code, ProblemCode::Unavailable);
+    for vm in [vm.id, at_rest.id] {
+        assert_eq!(boot(vm).await.unwrap_err().code, ProblemCode::Unavailable);
+    }
     host.assert_untouched().await;
 }
 

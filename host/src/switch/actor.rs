@@ -303,7 +303,7 @@ impl Actor {
 
     pub(super) fn attachment(&self, id: PortId) -> Option<Attachment> {
         let (port, lane) = (self.state.port(id)?, self.lanes.get(&id)?);
-        Some(Attachment::of(port, lane.bdf.clone(), lane.rebooting, lane.counters))
+        Some(Attachment::of(port, lane))
     }
 
     /// Saves a port soon.

@@ -176,16 +176,19 @@ impl Actor {
                 }
             }
             (None, Some(why)) if matches!(request, Request::SetMac(_)) => {
-                let revert = Revert::of(why, old, guest);
-                if let Some(lane) = self.lanes.get_mut(&port) {
-                    lane.queue.push_front(Work::Revert(revert));
-                }
+                self.queue_revert(port, Revert { old, guest, why });
             }
             // A message that the PF acknowledged after all; the state says so.
             (None, Some(_)) => {}
             // Its end was told by the notice that withdrew it.
             (Some(_), Some(_)) => {}
             (Some((answer, why)), None) => self.not_committed(port, id, &question, answer, &why),
+        }
+        if let Some(lane) = self.lanes.get_mut(&port)
+            && !lane.queue.iter().any(|work| matches!(work, Work::Revert(_)))
+        {
+            // What was given up was not made.
+            lane.revert = None;
         }
         reach(Point::AskRecorded);
         self.save(port);
@@ -194,6 +197,15 @@ impl Actor {
             && let Some(lane) = self.lanes.get_mut(&port)
         {
             lane.push(Work::Correct);
+        }
+    }
+
+    /// The next thing that is done for the port.
+    pub(super) fn queue_revert(&mut self, port: PortId, revert: Revert) {
+        if let Some(lane) = self.lanes.get_mut(&port) {
+            lane.revert = Some(revert);
+            lane.granted = None;
+            lane.queue.push_front(Work::Revert(revert));
         }
     }
 
@@ -206,6 +218,9 @@ impl Actor {
             revert.old = initial;
             if let Err(error) = self.state.begin(port, &change(initial)) {
                 tracing::error!(%port, "A late change cannot be reverted: {error}");
+                if let Some(lane) = self.lanes.get_mut(&port) {
+                    lane.revert = None;
+                }
                 return;
             }
         }
@@ -229,12 +244,16 @@ impl Actor {
             tracing::error!(%port, "A reverted change cannot be noted: {error}");
         }
         drop(self.state.note_answer(port, &Request::SetMac(revert.guest), true));
+        if let Some(lane) = self.lanes.get_mut(&port) {
+            lane.revert = None;
+        }
+        let (reason, detail) = given_up(revert.why);
         let decision = self.decision(port, "set_mac", Outcome::Reverted).map(|decision| Decision {
-            reason: revert.reason,
+            reason,
             old: Some(from.to_string()),
             requested: Some(revert.old.to_string()),
             committed: if error.is_some() { Committed::Failed } else { Committed::Pf },
-            detail: Some(error.unwrap_or_else(|| revert.detail.to_owned())),
+            detail: Some(error.unwrap_or_else(|| detail.to_owned())),
             ..decision
         });
         self.record(decision);
@@ -365,16 +384,14 @@ enum Decided {
     Unknown,
 }
 
-impl Revert {
-    pub(super) fn of(why: Cancelled, old: MacAddress, guest: MacAddress) -> Self {
-        let (reason, detail) = match why {
-            Cancelled::Deadline => {
-                (Some(Reason::AuthorityUnreachable), "The guest was refused before the change was made")
-            }
-            Cancelled::GuestReset => (None, "The guest reset its VF before it was answered"),
-            Cancelled::Stopped => (None, "The VM ended before it was answered"),
-        };
-        Self { old, guest, reason, detail }
+/// Why a granted address is taken back, for the record.
+fn given_up(why: Cancelled) -> (Option<Reason>, &'static str) {
+    match why {
+        Cancelled::Deadline => {
+            (Some(Reason::AuthorityUnreachable), "The guest was refused before the change was made")
+        }
+        Cancelled::GuestReset => (None, "The guest reset its VF before it was answered"),
+        Cancelled::Stopped => (None, "The VM ended before it was answered"),
     }
 }
 

@@ -7,8 +7,9 @@
 use std::collections::VecDeque;
 
 use api::types::PortCounters;
-use netpolicy::{Change, MacAddress, Reason, Request};
+use netpolicy::{Change, MacAddress, Request};
 use passthrough::relay::{Cancelled, Forwarded, MAX_CHANGES, Question};
+use serde::{Deserialize, Serialize};
 use tokio::{sync::oneshot, time::Instant};
 
 use super::command::{Leftover, Reply};
@@ -36,15 +37,15 @@ pub(super) enum Work {
     Release { reply: Reply<Option<Leftover>> },
 }
 
-/// An address that was granted in vain.
-#[derive(Clone, Debug)]
-pub(super) struct Revert {
+/// An address that was granted in vain, or is being.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Revert {
     /// The address before.
     pub(super) old: MacAddress,
     /// What the guest believed before.
     pub(super) guest: MacAddress,
-    pub(super) reason: Option<Reason>,
-    pub(super) detail: &'static str,
+    /// Why its question was given up.
+    pub(super) why: Cancelled,
 }
 
 /// The question under way.
@@ -83,6 +84,8 @@ pub(super) struct Lane {
     /// Something was not confirmed because the vmm was not connected.
     pub(super) owed: bool,
     pub(super) granted: Option<Granted>,
+    /// What is to be reverted, or will be if it comes to be made. The vmm that told of it has forgotten it.
+    pub(super) revert: Option<Revert>,
     /// Who made the edit that the port is being corrected for.
     pub(super) edited_by: Option<String>,
     /// What became of changes under a former agent is not known yet.

@@ -77,6 +77,7 @@ pub(super) async fn load(
         let lane = Lane {
             recovering: has_vf.is_some(),
             rebooting: attachment.is_some_and(|attachment| has_vf.is_some() && attachment.rebooting),
+            revert: attachment.filter(|_| has_vf.is_some()).and_then(|attachment| attachment.revert),
             counters: attachment.map(|attachment| attachment.counters).unwrap_or_default(),
             bdf: attachment.and_then(|attachment| attachment.bdf.clone()),
             ..Lane::default()
@@ -200,6 +201,7 @@ impl Actor {
             lane.recovering = false;
             lane.given_up.take()
         });
+        let revert = self.lanes.get(&id).and_then(|lane| lane.revert);
         let (old, guest, pending) = (port.effective_mac(), port.guest_mac, port.pending.clone());
         let mut made = Vec::new();
         for change in pending {
@@ -218,10 +220,21 @@ impl Actor {
         if let Err(error) = self.state.commit(id, &made).map(drop) {
             tracing::error!(port = %id, "What was under way cannot be noted: {}", chain(&error));
         }
-        self.save(id);
-        if let Some((request, why)) = given_up {
-            self.revert_granted(id, None, &request, why);
+        match (revert, given_up) {
+            // Made, and reverted perhaps, which was not noted.
+            (Some(revert), _) if [old, self.effective(id)].iter().any(|mac| *mac != revert.old) => {
+                self.queue_revert(id, revert);
+            }
+            // It was not made.
+            (Some(_), _) => {
+                if let Some(lane) = self.lanes.get_mut(&id) {
+                    lane.revert = None;
+                }
+            }
+            (None, Some((request, why))) => self.revert_granted(id, None, &request, why),
+            (None, None) => {}
         }
+        self.save(id);
         // First: what the comparison would make again is what the guest no longer has.
         if self.lanes.get(&id).is_some_and(|lane| lane.rebooting) {
             self.queue(id, Work::Reboot);

@@ -17,8 +17,15 @@ impl Actor {
             // Dropped, which lets the vmm forget it.
             return;
         };
+        let mut saved = None;
         let recorded = match notice {
-            Notice::Cancelled { seq, request, why } => self.cancelled(port, seq, request, why),
+            Notice::Cancelled { seq, request, why } => {
+                let recorded = self.cancelled(port, seq, request, why);
+                // Before the vmm forgets it: the next agent would take the guest for one that has the address.
+                let reverts = self.lanes.get(&port).is_some_and(|lane| lane.revert.is_some());
+                saved = self.attachment(port).filter(|_| reverts);
+                recorded
+            }
             Notice::Forwarded { seq, outcome } => {
                 let busy = self.lanes.get_mut(&port).and_then(|lane| lane.busy.as_mut());
                 let job = busy.filter(|busy| busy.seq == Some(seq)).and_then(|busy| busy.forwarded.take());
@@ -48,25 +55,31 @@ impl Actor {
             // Told as the answer to the order.
             Notice::TakenBack { .. } => None,
         };
-        match recorded {
-            None => {
-                let _ = done.send(());
-            }
-            Some(decision) => {
-                self.count(&decision);
-                self.metrics.decision(&decision);
-                let log = self.decisions.clone();
-                tokio::spawn(async move {
-                    // A database that fails must not make the vmm keep notices for ever: the line is in the log.
-                    drop(log.record(decision).await);
-                    let _ = done.send(());
-                });
-            }
+        let saved = saved.map(|attachment| self.writer.save(port, attachment));
+        if let Some(decision) = &recorded {
+            self.count(decision);
+            self.metrics.decision(decision);
         }
+        if recorded.is_none() && saved.is_none() {
+            let _ = done.send(());
+            return;
+        }
+        let log = self.decisions.clone();
+        tokio::spawn(async move {
+            // A database that fails must not make the vmm keep notices for ever: the line is in the log.
+            if let Some(saved) = saved {
+                drop(saved.await);
+            }
+            if let Some(decision) = recorded {
+                drop(log.record(decision).await);
+            }
+            let _ = done.send(());
+        });
     }
 
     /// A question was given up.
     fn cancelled(&mut self, port: PortId, seq: u64, request: Request, why: Cancelled) -> Option<Decision> {
+        let now = self.state.port(port).map(|port| (port.effective_mac(), port.guest_mac));
         if let Some(lane) = self.lanes.get_mut(&port)
             && !lane.withdraw(seq)
         {
@@ -75,6 +88,9 @@ impl Actor {
                     busy.cancelled = Some(why);
                     // Nobody will say what became of the message: it is not sent.
                     busy.forwarded = None;
+                    if let (Request::SetMac(_), Some((old, guest))) = (&request, now) {
+                        lane.revert = Some(Revert { old, guest, why });
+                    }
                 }
                 _ if lane.recovering => lane.given_up = Some((request.clone(), why)),
                 _ => self.revert_granted(port, Some(seq), &request, why),
@@ -106,7 +122,7 @@ impl Actor {
             (granted.seq.is_none() || granted.seq == seq) && granted.request == *request
         };
         let Some(granted) = lane.granted.take_if(|granted| same(granted)) else { return };
-        lane.queue.push_front(Work::Revert(Revert::of(why, granted.old, granted.guest)));
+        self.queue_revert(port, Revert { old: granted.old, guest: granted.guest, why });
         self.go_on(port);
     }
 

@@ -9,6 +9,7 @@ use netpolicy::{
 };
 use serde::{Deserialize, Serialize};
 
+use super::lane::{Lane, Revert};
 use crate::store::Record;
 
 /// A switch.
@@ -103,6 +104,9 @@ pub struct Attachment {
     /// What was about to be changed.
     #[serde(default)]
     pub pending: Vec<Change>,
+    /// A granted address that is to be taken back, if it was made.
+    #[serde(default)]
+    pub revert: Option<Revert>,
     /// The guest begins again, and what the boot before it had is not taken back yet.
     #[serde(default)]
     pub rebooting: bool,
@@ -118,15 +122,16 @@ impl Record for Attachment {
 impl Attachment {
     /// Of a port.
     #[must_use]
-    pub fn of(port: &Port, bdf: Option<String>, rebooting: bool, counters: PortCounters) -> Self {
+    pub(super) fn of(port: &Port, lane: &Lane) -> Self {
         Self {
             guest_mac: port.guest_mac,
             vf: port.vf.clone(),
-            bdf,
+            bdf: lane.bdf.clone(),
             device: port.device.clone(),
             pending: port.pending.clone(),
-            rebooting,
-            counters,
+            revert: lane.revert,
+            rebooting: lane.rebooting,
+            counters: lane.counters,
         }
     }
 }

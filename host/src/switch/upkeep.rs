@@ -253,6 +253,7 @@ impl Actor {
         }
         if let Some(lane) = self.lanes.get_mut(&id) {
             lane.granted = None;
+            lane.revert = None;
             lane.deferred.clear();
             lane.leftover.clone_from(&messages);
         }

@@ -180,6 +180,7 @@ pub(super) async fn run(
             command = actor.inbox.next() => match command {
                 None => return,
                 Some((_, Command::Leave { done })) => {
+                    actor.leave();
                     network::disconnected(&actor.env, actor.vm.id).await;
                     drop(actor);
                     let _ = done.send(());
@@ -237,7 +238,10 @@ impl Actor {
             Err(Problem::new(ProblemCode::WrongState, detail))
         };
         let problem = match (action, state) {
-            _ if !self.deleting.is_empty() => wrong("it is being deleted"),
+            // An agent that ends waits for that, too.
+            _ if !self.deleting.is_empty() && (by == Asked::User || state.is_at_rest()) => {
+                wrong("it is being deleted")
+            }
             (VmAction::Boot, state) if state.is_at_rest() && self.closed => {
                 let detail = format!("The agent is about to end and does not boot the VM {}.", self.name());
                 Err(Problem::new(ProblemCode::Unavailable, detail))
@@ -289,6 +293,14 @@ impl Actor {
             (action, state) => wrong(cure(action, state)),
         };
         drop(begun.send(problem.map(|()| completion)));
+    }
+
+    /// The agent ends. A VM that it has told to stop is not left to nobody.
+    fn leave(&self) {
+        if let Some(process) = self.process.as_ref().filter(|_| self.closed) {
+            tracing::error!(vm = %self.name(), "its process has not ended in time and is killed");
+            process.kill();
+        }
     }
 
     /// Stops a VM that is not at rest.

@@ -79,11 +79,21 @@ impl Process {
     /// Watches a child that was just started.
     ///
     /// # Errors
-    /// Those of `pidfd_open`.
-    pub fn of_child(child: Child) -> io::Result<Self> {
+    /// Those of `pidfd_open`; the child is killed then.
+    pub fn of_child(mut child: Child) -> io::Result<Self> {
         // Until it is waited for, nobody else can have the child's process id.
-        let pid = i32::try_from(child.id()).map_err(io::Error::other)?;
-        Ok(Self { identity: Identity::of(pid)?, pidfd: open(pid)?, child: Some(child) })
+        let watched = i32::try_from(child.id())
+            .map_err(io::Error::other)
+            .and_then(|pid| Ok((Identity::of(pid)?, open(pid)?)));
+        match watched {
+            Ok((identity, pidfd)) => Ok(Self { identity, pidfd, child: Some(child) }),
+            Err(error) => {
+                // Nobody would hear of its end, nor end it.
+                drop(child.kill());
+                drop(child.wait());
+                Err(error)
+            }
+        }
     }
 
     /// Watches a process that a former agent started; None if it has ended.

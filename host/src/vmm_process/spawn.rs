@@ -95,11 +95,7 @@ pub fn spawn(program: &Program, directory: &VmDirectory, vm: Uuid) -> Result<Pro
     }
     pass(&mut command, &listener);
     let child = command.spawn().map_err(SpawnError::Process)?;
-    let pid = child.id();
-    Process::of_child(child).map_err(|error| {
-        tracing::warn!(pid, %vm, "cannot watch the vmm that was just started: {error}");
-        SpawnError::Process(error)
-    })
+    Process::of_child(child).map_err(SpawnError::Process)
 }
 
 /// Arranges that the child is in a session of its own and has no descriptor but 0, 1 and 2.

@@ -148,3 +148,24 @@ fn interrupted_at_any_time_it_leaves_nothing() {
         assert_nothing_is_left(directory.path());
     }
 }
+
+/// Nobody but it would end its adapter: no other agent has its directory.
+#[test]
+fn its_agent_leaves_nothing_running_if_it_cannot_serve() {
+    let directory = TempDir::with_prefix("d").unwrap();
+    let mut command = Command::new(binary());
+    // Its directory cannot be made there.
+    fs::write(directory.path().join("file"), "").unwrap();
+    command.arg("--socket").arg(directory.path().join("file/api.sock"));
+    command
+        .args(["serve", "--sandbox-off", "unavailable", "--sim-pf", "sim0=2", "--private"])
+        .arg(directory.path());
+    for (option, name) in [("--state-dir", "state"), ("--run-dir", "run")] {
+        command.arg(option).arg(directory.path().join(name));
+    }
+    let output = command.stdin(Stdio::null()).output().unwrap();
+    assert!(!output.status.success(), "{output:?}");
+    let said = String::from_utf8_lossy(&output.stderr);
+    assert!(said.contains("simulated PF started") && said.contains("file/api.sock"), "{said}");
+    assert_eq!(host::processes_of(directory.path()), []);
+}

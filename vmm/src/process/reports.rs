@@ -2,12 +2,15 @@
 
 use std::collections::VecDeque;
 
-use crate::control::Report;
+use passthrough::relay::Notice;
+
+use crate::control::{Report, State};
 
 /// Most reports that are kept while no agent is there: a guest that reboots in a loop must not fill the memory.
 const KEPT: usize = 256;
 
-/// A bounded queue with sequence numbers. Beyond the bound the oldest go, and the loss is counted in the log once.
+/// A bounded queue with sequence numbers. Beyond the bound the oldest go, and the loss is counted in the log once. What a guest can
+/// repeat as often as it likes goes first, and the last reboot stays: the agent has work to do for it.
 #[derive(Debug, Default)]
 pub(super) struct Reports {
     queue: VecDeque<(u64, Report)>,
@@ -20,13 +23,24 @@ impl Reports {
         self.last += 1;
         self.queue.push_back((self.last, report));
         if self.queue.len() > KEPT {
-            self.queue.pop_front();
+            self.evict();
             if self.lost == 0 {
                 tracing::warn!("No agent notes the reports of this VM; the oldest are dropped from here on");
             }
             self.lost += 1;
         }
         self.last
+    }
+
+    fn evict(&mut self) {
+        let refused = |report: &Report| {
+            matches!(report, Report::Relay { notice: Notice::Refused { .. } | Notice::Declined { .. }, .. })
+        };
+        let reboot = |report: &Report| matches!(report, Report::State { state: State::Rebooting, .. });
+        let last_reboot = self.queue.iter().rposition(|(_, report)| reboot(report));
+        let victim = self.queue.iter().position(|(_, report)| refused(report));
+        let oldest = usize::from(last_reboot == Some(0));
+        self.queue.remove(victim.unwrap_or(oldest));
     }
 
     /// Those that were not noted, oldest first.
@@ -47,8 +61,9 @@ impl Reports {
 
 #[cfg(test)]
 mod tests {
+    use netpolicy::Reason;
+
     use super::*;
-    use crate::control::State;
 
     fn report(boots: u64) -> Report {
         Report::State { state: State::Running, boots }
@@ -75,5 +90,26 @@ mod tests {
         }
         assert_eq!(reports.pending().count(), KEPT);
         assert_eq!(reports.pending().next().unwrap().0, 1000 - KEPT as u64 + 1);
+    }
+
+    /// Each of the guests may go on as long as no agent is there.
+    #[test]
+    fn the_last_reboot_outlasts_what_a_guest_repeats() {
+        let refused = || Report::Relay {
+            adapter: "eth0".into(),
+            notice: Notice::Refused { request: None, word: 0, reason: Reason::MacChangesRejected, count: 1 },
+        };
+        let rebooting = || Report::State { state: State::Rebooting, boots: 2 };
+        for repeated in [refused, || report(2)] {
+            let mut reports = Reports::default();
+            reports.push(rebooting());
+            let last = reports.push(rebooting());
+            for _ in 0..3 * KEPT {
+                reports.push(repeated());
+            }
+            assert_eq!(reports.pending().count(), KEPT);
+            assert!(reports.pending().any(|(seq, report)| *seq == last && *report == rebooting()));
+            assert!(reports.pending().map(|(seq, _)| seq).is_sorted());
+        }
     }
 }

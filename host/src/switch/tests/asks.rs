@@ -314,6 +314,45 @@ async fn an_agent_that_dies_during_a_commit_believes_the_vmm_about_what_its_gues
     }
 }
 
+/// The vmm that told of it has forgotten it.
+#[tokio::test]
+async fn an_agent_that_dies_when_it_has_heard_of_a_question_given_up_leaves_its_revert_to_the_next() {
+    for (answered, made) in [(false, false), (false, true), (true, true), (true, false)] {
+        let mut host = Host::new(ACCEPT).await;
+        let gate = host.pfs.world().gate.clone();
+        let request = Request::SetMac(mac(9));
+        let (seq, held) = if answered {
+            let seq = host.send(1, request.clone()).await;
+            host.answer(1).await;
+            host.switch.settle().await;
+            (seq, gate.lock_owned().await)
+        } else {
+            let held = gate.lock_owned().await;
+            (host.send(1, request.clone()).await, held)
+        };
+        host.notice(1, Notice::Cancelled { seq, request, why: Cancelled::Deadline }).await;
+        let noted = host.stored(1).await;
+        drop(held);
+        host.switch.settle().await;
+        let port = host.port(1).await.id;
+        host.until("the revert is over", async |host| host.stored(1).await.revert.is_none()).await;
+
+        // As if it had died with the notice, or at what followed on it.
+        host.pfs.foreign_mac(PF, 1, if made { mac(9) } else { mac(1) });
+        host.restart_after(async |table| {
+            let name = table.get(port).await.unwrap().name;
+            table.put(port, &name, &noted, Expect::Any).await.unwrap();
+        })
+        .await;
+        host.connect(1).await;
+        host.switch.settle().await;
+        let addresses = (host.pf_mac(1), host.addresses(1).await);
+        assert_eq!(addresses, (Some(mac(1)), (mac(1), mac(1))), "{answered} {made}");
+        assert_eq!(host.decisions(1, Outcome::Repaired).await, []);
+        host.until("it is not done again", async |host| host.stored(1).await.revert.is_none()).await;
+    }
+}
+
 #[tokio::test]
 async fn a_vmm_speaks_for_its_own_vm_only() {
     let mut host = Host::new(ACCEPT).await;
