@@ -172,6 +172,7 @@ fn thousands_of_attacks_hurt_neither_the_vmm_nor_a_neighbour() {
     assert!(runs >= BOOTS * BATCHES * SEEDS / 2, "only {runs} runs came to their end");
     // And as good as ever. A guest that this deafens (see its start.S) would have been among those cut short.
     assert_eq!(mallory.ask("hostile spurious"), "ok");
+    assert!(mallory.ask("up").starts_with("ok "));
     assert_eq!(mallory.ask("address 10.0.0.1"), "ok");
     let ping = bob.ask("ping 10.0.0.1 count=5");
     assert!(ping.starts_with("sent=5 received=5 lost=0 "), "{ping}");
