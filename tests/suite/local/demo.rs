@@ -102,7 +102,7 @@ fn users_of_children(parent: u32) -> Vec<u32> {
 
 /// When demos are ended, in milliseconds from about the start of their agent: while it starts, while VMs boot (most of them), and later.
 fn moments() -> impl Iterator<Item = u64> {
-    (0..120).step_by(8).chain([150, 200, 300, 600, 900])
+    (0..120).step_by(20).chain([150, 300, 600])
 }
 
 /// Nobody is left who could clean up but its agent.

@@ -24,6 +24,8 @@ use report::Report;
 
 /// Longer than any step takes on a busy machine; it is there so that nobody waits for ever.
 const PATIENCE: Duration = Duration::from_secs(120);
+/// A decision is recorded after its request was answered.
+const RECORDED: Duration = Duration::from_secs(5);
 const KVM: &str = "/dev/kvm";
 
 #[derive(Debug, Args)]
@@ -91,6 +93,19 @@ pub(super) enum DemoError {
         command: String,
         /// The last lines.
         said: String,
+    },
+    /// A request that the agent does not know of.
+    #[error(
+        "No decision about {mac} is recorded {} s after the guest's driver said {answer:?} to it. The agent's log ends in:\n{log}",
+        RECORDED.as_secs()
+    )]
+    NotRecorded {
+        /// What was asked for.
+        mac: String,
+        /// The driver's outcome.
+        answer: String,
+        /// The last lines of the agent's log.
+        log: String,
     },
     /// SIGINT and its like.
     #[error("Interrupted")]

@@ -83,12 +83,17 @@ impl PrivateAgent {
         let deadline = Instant::now() + START;
         while self.client.health().await.is_err() {
             if Instant::now() >= deadline || self.has_ended() {
-                let log = fs::read(log_path(&self.directory)).unwrap_or_default();
-                return Err(DemoError::NoAgent(tail(&String::from_utf8_lossy(&log), 10)));
+                return Err(DemoError::NoAgent(self.log_tail(10)));
             }
             sleep(STEP).await;
         }
         Ok(())
+    }
+
+    /// The last lines that it has logged.
+    pub(super) fn log_tail(&self, lines: usize) -> String {
+        let log = fs::read(log_path(&self.directory)).unwrap_or_default();
+        tail(&String::from_utf8_lossy(&log), lines)
     }
 
     /// Stops it with its VMs and its adapter, and removes its directory.
