@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: Apache-2.0
+
 //! Builds the small guest (`resources/guest`) with the C compiler that the bundled SQLite needs anyway.
 
 use std::{

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What schemathesis is to do otherwise with the requests that it makes, with the reasons."""
 
 import schemathesis

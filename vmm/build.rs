@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: Apache-2.0
+
 //! Compiles the seccomp filters (`resources/seccomp`) to BPF, so that a process installs them without parsing anything.
 
 use std::{

@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: Apache-2.0
+
 //! What the API needs of the agent behind it.
 
 use std::{

@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: Apache-2.0
+
 //! The REST contract: wire types, router, errors, OpenAPI document, typed client.
 
 pub mod backend;

@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: Apache-2.0
+
 //! What the API answers when it cannot do what was asked: `application/problem+json` (RFC 9457).
 
 use serde::{Deserialize, Deserializer, Serialize, Serializer};

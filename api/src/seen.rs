@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: Apache-2.0
+
 //! What agents have answered to tests (feature `test-support`): `tests/run` sees by it that each code of
 //! `docs/errors.md` was really answered.
 

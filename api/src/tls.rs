@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: Apache-2.0
+
 //! TLS for the API over TCP: version 1.3, from certificates and keys in PEM.
 
 use std::sync::Arc;

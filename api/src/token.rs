@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: Apache-2.0
+
 //! Bearer tokens: who may use the API over TCP.
 
 use std::{fmt, sync::Arc};

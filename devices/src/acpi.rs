@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: Apache-2.0
+
 //! The fixed hardware of a hardware-reduced ACPI machine (ACPI 6.5, 4.1 and 4.8.3.7): sleep control and status, the reset
 //! register, and the status register behind the generic event device (5.6.9), which carries the power button.
 

@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: Apache-2.0
+
 //! Dispatch of port and memory accesses to devices by address.
 
 use std::{collections::BTreeMap, fmt, ops::Range, sync::Arc};

@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: Apache-2.0
+
 //! The one command of the i8042 keyboard controller that kernels still use: pulse the CPU's reset line.
 
 use std::sync::Arc;

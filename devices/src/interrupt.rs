@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: Apache-2.0
+
 //! How a device raises interrupts without knowing who delivers them.
 
 use std::io;

@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: Apache-2.0
+
 //! Buses and devices of a virtual machine.
 //!
 //! This crate knows no KVM: interrupts are eventfds handed to an [`interrupt::MsiRouter`], guest-physical memory

@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: Apache-2.0
+
 //! What a guest can do to its whole machine through a device register.
 
 use std::sync::atomic::{AtomicU8, Ordering};

@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: Apache-2.0
+
 //! How a device puts host memory (pages of a BAR) into the guest's physical address space.
 
 use std::{io, sync::Arc};

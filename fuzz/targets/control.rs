@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: Apache-2.0
+
 //! What a vmm that its guest has taken over can send to the agent, and the other way.
 #![no_main]
 

@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: Apache-2.0
+
 //! What a guest can do to an assigned function: configuration space and BARs.
 #![no_main]
 

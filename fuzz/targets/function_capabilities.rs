@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: Apache-2.0
+
 //! The capability lists of an assigned function, as hardware may have them.
 #![no_main]
 

@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: Apache-2.0
+
 //! Kernel images: headers of bzImage and ELF.
 #![no_main]
 

@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: Apache-2.0
+
 //! The mailbox's registers: any accesses of a guest, and what the relay does meanwhile.
 #![no_main]
 

@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: Apache-2.0
+
 //! The codec of mailbox messages: what a guest can write into its mailbox.
 #![no_main]
 

@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: Apache-2.0
+
 //! Packets between the simulated adapter's VFs and its PF.
 #![no_main]
 

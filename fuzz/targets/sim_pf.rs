@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: Apache-2.0
+
 //! The simulated PF: any messages and frames of its VFs.
 #![no_main]
 

@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: Apache-2.0
+
 //! What a guest can have the simulated VF send: descriptors and the packet that they are about.
 #![no_main]
 

@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: Apache-2.0
+
 //! Time from the start of a VM's process to its guest's first byte, and the process's memory, beside QEMU's microvm in
 //! the same run. Started by `resources/bench/run`, with the paths of the agent's binary and of QEMU:
 //! `start-time PORTCULLIS QEMU [RUNS]`.

@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: Apache-2.0
+
 //! Limits of a VM's process: control groups, version 2 (Documentation/admin-guide/cgroup-v2.rst).
 //!
 //! A process whose VM has limits gets a group of its own, `PARENT/ID`, before it is told what to build; it is removed when

@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: Apache-2.0
+
 //! The console ring: the last MiB that a guest wrote to its serial port.
 //!
 //! A file of a header page, whose first 8 bytes count the bytes ever written (little-endian), and 1 MiB of data: byte

@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: Apache-2.0
+
 //! What all VMs of an agent share: the store, the host's devices, directories, what to start.
 
 use std::{

@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: Apache-2.0
+
 //! Opening the files that a request names: kernels and initramfs.
 //!
 //! The agent is root, its callers need not be. A file is opened if it lies in an image directory, or with the caller's

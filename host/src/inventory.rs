@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: Apache-2.0
+
 //! The functions that VMs of this agent can have: those of the host in sysfs, and simulated ones.
 //!
 //! What differs between them is decided here, by address, so that those who claim, prepare and give back need not ask.

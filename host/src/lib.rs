@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: Apache-2.0
+
 //! The Portcullis agent and its command line.
 
 pub mod agent;

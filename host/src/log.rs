@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: Apache-2.0
+
 //! The agent's log: lines of text or JSON on stderr, for people, files and the journal.
 //!
 //! systemd connects a service's stderr to its journal and says so in `JOURNAL_STREAM`. The journal has a time of its

@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: Apache-2.0
+
 //! `portcullis`: agent, per-VM process, simulated PF and command line in one binary.
 
 use std::process::ExitCode;

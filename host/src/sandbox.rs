@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: Apache-2.0
+
 //! Which protections processes get, and what this host has of them.
 
 use std::{collections::BTreeSet, fs};

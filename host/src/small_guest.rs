@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: Apache-2.0
+
 //! The small guest: a kernel of a few kilobytes that drives a VF by a script (`resources/guest/README.md`). It is the
 //! guest of tests and demonstrations where nothing but KVM is there.
 

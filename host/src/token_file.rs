@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: Apache-2.0
+
 //! Reading tokens for the API over TCP: a file that nobody else may read.
 
 use std::{

@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: Apache-2.0
+
 //! Decisions per second with few and many ports, which must not differ much: `cargo bench -p netpolicy`.
 #![allow(clippy::unwrap_used, clippy::panic, missing_docs)]
 

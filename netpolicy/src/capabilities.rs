@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: Apache-2.0
+
 //! What PF drivers can enforce (Linux 6.12). What one cannot is not promised: the power-on is refused.
 
 use serde::{Deserialize, Serialize};

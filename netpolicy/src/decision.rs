@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: Apache-2.0
+
 //! The recorded outcome of a request, or of something that the agent did by itself.
 
 use serde::{Deserialize, Serialize};

@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: Apache-2.0
+
 //! The switch's brain: port groups, ports, policies, requests, decisions. Pure: no I/O, clock, threads or chance.
 //!
 //! * [`mac`], [`vlan`], [`ident`]: values that cannot be invalid.

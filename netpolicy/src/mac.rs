@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: Apache-2.0
+
 //! Ethernet addresses and patterns of them.
 
 use std::{fmt, str::FromStr};

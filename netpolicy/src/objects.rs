@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: Apache-2.0
+
 //! Switches, port groups and ports.
 
 use std::collections::BTreeSet;

@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: Apache-2.0
+
 //! The settings of a port and where they come from.
 //!
 //! Each level (switch, port group, port) says a part of them ([`Settings`]); what a port ends up with, each with

@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: Apache-2.0
+
 //! What a VF asks for, what is answered, and the changes that follow.
 
 use std::{fmt, num::NonZeroU32};

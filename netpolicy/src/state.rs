@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: Apache-2.0
+
 //! Switches, port groups and ports together.
 //!
 //! A request goes through three calls:

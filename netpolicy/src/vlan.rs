@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: Apache-2.0
+
 //! VLAN numbers and sets of them (IEEE 802.1Q).
 
 use std::{fmt, str::FromStr};

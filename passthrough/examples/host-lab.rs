@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: Apache-2.0
+
 //! The host side against a real kernel and adapter, for the nested lab:
 //! `resources/lab/run --igbvf --vfs 2 -- target/debug/examples/host-lab`.
 //!

@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: Apache-2.0
+
 //! Points at which tests kill or hold the agent or a vmm: whatever a crash there leaves, the next agent must put right, and
 //! what takes its time there must not hold up others.
 //!

@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: Apache-2.0
+
 //! The seam between an assigned function and what is behind it: real hardware through VFIO, or the simulated VF.
 
 use std::{io, sync::Arc};

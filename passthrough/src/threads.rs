@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: Apache-2.0
+
 //! Starting the threads of an assigned function, with what their process wants each to do first.
 
 use std::{

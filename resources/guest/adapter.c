@@ -1,3 +1,4 @@
+/* SPDX-License-Identifier: Apache-2.0 */
 /* Commands that drive the VF, and frames. */
 
 #include "guest.h"

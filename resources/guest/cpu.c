@@ -1,3 +1,4 @@
+/* SPDX-License-Identifier: Apache-2.0 */
 /* Interrupts and time of the boot processor. */
 
 #include "guest.h"

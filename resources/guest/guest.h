@@ -1,3 +1,4 @@
+/* SPDX-License-Identifier: Apache-2.0 */
 /* The small guest: what its parts know of each other. */
 
 #ifndef GUEST_H

@@ -1,3 +1,4 @@
+/* SPDX-License-Identifier: Apache-2.0 */
 /* What a guest does that is not meant well. None of it may hurt anybody but this guest. */
 
 #include "guest.h"

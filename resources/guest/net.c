@@ -1,3 +1,4 @@
+/* SPDX-License-Identifier: Apache-2.0 */
 /* Frames: what is answered (ARP, ICMP echo), what is reported, and ping. */
 
 #include "guest.h"

@@ -1,3 +1,4 @@
+/* SPDX-License-Identifier: Apache-2.0 */
 /* Finding VFs on bus 0, and giving them addresses and vectors. */
 
 #include "guest.h"

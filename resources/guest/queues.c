@@ -1,3 +1,4 @@
+/* SPDX-License-Identifier: Apache-2.0 */
 /* One receive and one transmit queue with advanced descriptors, and the interrupts of the VF. */
 
 #include "guest.h"

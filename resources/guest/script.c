@@ -1,3 +1,4 @@
+/* SPDX-License-Identifier: Apache-2.0 */
 /* The language: splits lines into commands, checks them against the tables, runs them; input from the serial port. */
 
 #include "guest.h"

@@ -1,3 +1,4 @@
+/* SPDX-License-Identifier: Apache-2.0 */
 /* From the PVH entry (32-bit, no paging, start info in EBX) to 64-bit C, and from interrupts to their counters. */
 
 .intel_syntax noprefix

@@ -1,3 +1,4 @@
+/* SPDX-License-Identifier: Apache-2.0 */
 /* Strings, numbers, addresses, and what the compiler takes for granted. */
 
 #include "guest.h"

@@ -1,3 +1,4 @@
+/* SPDX-License-Identifier: Apache-2.0 */
 /* The VF's mailbox and registers, step by step as Linux' igbvf (6.12) uses them, with its bounds and its conclusions. */
 
 #include "guest.h"

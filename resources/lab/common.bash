@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 # shellcheck shell=bash
 # What the lab's scripts share: messages, and where the ingredients (kernel, modules, busybox) are kept.
 # Sourced, never run.
@@ -18,7 +19,7 @@ die() {
 }
 
 # The help of a script is the comment block at its top.
-help_text() { sed -n '2,/^[^#]/ { s/^# \{0,1\}//; t print; d; :print p; }' "$1"; }
+help_text() { sed -n '3,/^[^#]/ { s/^# \{0,1\}//; t print; d; :print p; }' "$1"; }
 
 user_cache() { printf '%s\n' "${XDG_CACHE_HOME:-${HOME:-/nonexistent}/.cache}/portcullis/lab"; }
 

@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: Apache-2.0
+
 //! Speaks to a VF's mailbox by its registers, in place of the VF's driver: what no driver would say, too.
 //!
 //! ```text

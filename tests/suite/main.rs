@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: Apache-2.0
+
 //! Integration tests on the real thing: the agent's own binary, reached through REST alone.
 //!
 //! `local::` needs /dev/kvm, `lab::` the nested lab. `tests/run` starts both and refuses to call a tier green that

@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: Apache-2.0
+
 //! The functions of a machine, hardware or simulated: opened before privileges are dropped, put on the PCI bus
 //! afterwards.
 

@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: Apache-2.0
+
 //! What somebody who has taken over a vmm would try: for tests, in a build of their own (feature `attacks`).
 //!
 //! A kernel command line `attack=WHAT@THREAD` makes a machine try WHAT on the thread whose filter is called THREAD, in the

@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: Apache-2.0
+
 //! How relays reach the agent: their questions and notices travel to the event loop by a channel and an eventfd, and
 //! from there over the control connection.
 

@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: Apache-2.0
+
 //! What a vCPU's accesses reach: four hops from a guest's store to a device (exit handler, board, bus, device).
 
 use std::sync::Arc;

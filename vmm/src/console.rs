@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: Apache-2.0
+
 //! The guest's serial output as a bounded log in a file that outlives agent and vmm.
 //!
 //! A ring: one header page that begins with the count of bytes ever written (little-endian `u64`), then

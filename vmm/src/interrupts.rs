@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: Apache-2.0
+
 //! Interrupt routes of the in-kernel controllers: IOAPIC pins first, then message-signalled vectors.
 
 use std::{

@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: Apache-2.0
+
 //! Where everything lies in the guest's physical address space and on its port bus.
 //!
 //! ```text

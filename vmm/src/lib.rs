@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: Apache-2.0
+
 //! One virtual machine: KVM, memory, boot, vCPUs, interrupt routing, event loop, sandbox, control protocol.
 //!
 //! [`process`] is the per-VM process's `main` and event loop; it owns a [`machine`], which is built from [`memory`],

@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: Apache-2.0
+
 //! One virtual machine: built once, then run, paused, reset and taken down by the process's event loop, its only
 //! owner.
 

@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: Apache-2.0
+
 //! Guest memory and KVM's memory slots.
 
 use std::{

@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: Apache-2.0
+
 //! How the process gives up what it does not need before guest code is loaded.
 //!
 //! ```text

@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: Apache-2.0
+
 //! seccomp: which system calls each thread may make.
 //!
 //! The filters are in `resources/seccomp`, one for each kind of thread, and are compiled at build time. A thread installs

@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: Apache-2.0
+
 //! Requests of somebody else, handed on.
 
 use axum::body::Bytes;

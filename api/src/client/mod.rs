@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: Apache-2.0
+
 //! A typed client of the API over the agent's Unix socket, or TCP.
 //!
 //! One connection for each request: a local connect costs microseconds, and there is no pool to go stale. It is built

@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: Apache-2.0
+
 //! Calls about switches, port groups, ports, decisions and events.
 
 use std::collections::VecDeque;

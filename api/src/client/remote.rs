@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: Apache-2.0
+
 //! An agent that listens on TCP.
 
 use std::{fmt, io, net::IpAddr};

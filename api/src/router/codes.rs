@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: Apache-2.0
+
 //! Which problems each operation answers with, for the document.
 //!
 //! What follows from an operation's parameters and body is not listed again; what the agent itself can fail with

@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: Apache-2.0
+
 //! `/v1/vms/{name}/console`.
 
 use std::{convert::Infallible, pin::Pin, task};

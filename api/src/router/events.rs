@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: Apache-2.0
+
 //! `/v1/events`: server-sent events.
 
 use std::{

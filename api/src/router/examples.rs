@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: Apache-2.0
+
 //! Examples of bodies for the document. They are values of the types that the routes take and give, so none can be
 //! wrong; a test holds that each operation has them.
 

@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: Apache-2.0
+
 //! What handlers take from a request. Whatever is wrong becomes a problem that names the field.
 
 use std::time::Duration;

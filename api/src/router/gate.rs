@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: Apache-2.0
+
 //! Who may come in over TCP.
 //!
 //! A token for each request. Beside it two headers that a browser sets and a page cannot change: `Host`, which tells a name

@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: Apache-2.0
+
 //! `/v1/pfs` and `/v1/vfs`.
 
 use axum::{Json, extract::State, http::StatusCode, response::Response};

@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: Apache-2.0
+
 //! PATCH as a merge (RFC 7396).
 
 use serde::{Serialize, de::DeserializeOwned};

@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: Apache-2.0
+
 //! The API about itself: the OpenAPI document and health.
 
 use axum::{

@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: Apache-2.0
+
 //! The routes, and the OpenAPI document that is generated from them.
 
 mod codes;

@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: Apache-2.0
+
 //! A connection whose peer must take what is sent to it.
 
 use std::{

@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: Apache-2.0
+
 //! `/v1/switches`, `/v1/port-groups`, `/v1/ports`, `/v1/decisions`.
 
 use std::sync::Arc;

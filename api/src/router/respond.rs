@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: Apache-2.0
+
 //! What handlers and the router answer.
 
 use std::time::Instant;

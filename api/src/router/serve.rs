@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: Apache-2.0
+
 //! Serving: Unix sockets and TCP, with a bound on all that a client can hold.
 
 use std::{net::SocketAddr, sync::Arc, time::Duration};

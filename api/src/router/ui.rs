@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: Apache-2.0
+
 //! `/ui`: the page of `portcullis ui`.
 
 use axum::{

@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: Apache-2.0
+
 //! What is said of each cause code: `docs/errors.md` is a copy of it.
 
 use super::CauseCode;

@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: Apache-2.0
+
 //! What happens, as subscribers hear of it.
 
 use std::fmt;

@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: Apache-2.0
+
 //! What the host has: physical and virtual functions.
 
 use serde::{Deserialize, Serialize};

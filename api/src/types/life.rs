@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: Apache-2.0
+
 //! What a VM's life is when nobody watches: when it is booted by itself, and copies of it.
 
 use serde::{Deserialize, Serialize};

@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: Apache-2.0
+
 //! Wire types: what goes over the API as JSON.
 //!
 //! Every object that users make or configure has an immutable `id`, a `name`, a `revision` (one more for each change

@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: Apache-2.0
+
 //! What all objects share.
 
 use std::{convert::Infallible, fmt, str::FromStr};

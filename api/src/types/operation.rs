@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: Apache-2.0
+
 //! An operation on a VM that is under way, and how far it is.
 
 use std::fmt;

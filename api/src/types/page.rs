@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: Apache-2.0
+
 //! Lists in pages.
 //!
 //! A page ends with a cursor, which holds the key of its last item: the next page begins after it, whatever has come

@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: Apache-2.0
+
 //! Switches, port groups, ports, decisions. Policy values are `netpolicy`'s own: one definition of what is valid.
 
 use std::collections::BTreeSet;

@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: Apache-2.0
+
 //! Schemas of values that do not derive them: bytes, and `netpolicy`'s values. That crate knows nothing of OpenAPI; a
 //! test here compares the two.
 

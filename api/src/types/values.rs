@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: Apache-2.0
+
 //! Small values of the wire types that cannot be invalid.
 
 use std::{fmt, str::FromStr, time::Duration};

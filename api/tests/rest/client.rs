@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: Apache-2.0
+
 //! The typed client against the served API.
 
 use std::time::Duration;

@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: Apache-2.0
+
 //! The OpenAPI document.
 
 use std::{fs, path::Path};

@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: Apache-2.0
+
 //! A backend in memory: enough of an agent to try every route.
 
 use std::{

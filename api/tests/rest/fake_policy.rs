@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: Apache-2.0
+
 //! The switches' part of the backend in memory.
 
 use std::{

@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: Apache-2.0
+
 //! The API over a real Unix socket, with a backend in memory.
 
 #![allow(

@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: Apache-2.0
+
 //! Who comes in over TCP, and what one client can take from the others.
 
 use std::{

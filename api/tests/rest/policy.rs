@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: Apache-2.0
+
 //! Switches, port groups, ports, decisions and events.
 
 use api::{ProblemCode, types::*};

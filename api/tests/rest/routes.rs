@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: Apache-2.0
+
 //! Each route: its success and its main errors, as bytes on the wire.
 
 use hyper::Method;

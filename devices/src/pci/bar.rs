@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: Apache-2.0
+
 //! The base address registers of a function (PCI Local Bus 3.0, 6.2.5.1) and what they decode.
 
 use std::{ops::Range, sync::Arc};

@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: Apache-2.0
+
 //! The one PCI bus of the machine: 32 slots with function 0 each, reached by ECAM and by the legacy ports.
 
 use std::sync::{

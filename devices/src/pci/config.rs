@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: Apache-2.0
+
 //! Layout of configuration space (PCI Local Bus 3.0, chapter 6; PCI Express Base 5.0, chapter 7).
 
 /// Bytes of a function's configuration space with its extended part.

@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: Apache-2.0
+
 //! Function 0 of slot 0: the host bridge. It has identity and nothing else.
 
 use super::{PciFunction, config};

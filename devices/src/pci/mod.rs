@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: Apache-2.0
+
 //! PCI: functions, their BARs and configuration space, MSI and MSI-X, and the host bridge that reaches them.
 
 pub mod bar;

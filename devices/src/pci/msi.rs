@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: Apache-2.0
+
 //! The MSI capability (PCI Local Bus 3.0, 6.8.1), emulated: 32 or 64-bit addresses, several messages, masks.
 
 use std::{io, sync::Arc};

@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: Apache-2.0
+
 //! MSI-X (PCI Local Bus 3.0, 6.8.2): the table, the pending bits, and the two masks, emulated.
 
 use std::{io, sync::Arc};

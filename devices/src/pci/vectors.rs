@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: Apache-2.0
+
 //! The eventfds and routes behind the vectors of MSI and MSI-X.
 
 use std::{io, sync::Arc};

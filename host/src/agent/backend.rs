@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: Apache-2.0
+
 //! What the API's routes call.
 
 use std::{collections::BTreeMap, sync::Arc, time::Duration};

@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: Apache-2.0
+
 //! Streaming a VM's console.
 
 use std::sync::Arc;

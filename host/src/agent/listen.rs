@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: Apache-2.0
+
 //! Where the API is served: the Unix socket, and TCP on request.
 
 use std::{

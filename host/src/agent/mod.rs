@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: Apache-2.0
+
 //! `portcullis serve`: one agent per run directory, serving the API on a Unix socket.
 
 mod backend;

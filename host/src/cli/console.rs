@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: Apache-2.0
+
 //! `portcullis console`: a VM's serial console, read or in both directions.
 //!
 //! On a terminal the two are connected as by a cable: keys go to the guest as they are, also Ctrl-C, but for the key that

@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: Apache-2.0
+
 //! What can go wrong on the command line, and the exit codes that scripts rely on.
 
 use std::{error::Error, io, process::ExitCode};

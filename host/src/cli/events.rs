@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: Apache-2.0
+
 //! `portcullis events`, and the stream of events that survives an agent's restart.
 
 use std::time::{Duration, Instant};

@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: Apache-2.0
+
 //! What is made of the command line's definition: completions and man pages.
 
 use std::{

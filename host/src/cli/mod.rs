@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: Apache-2.0
+
 //! The command line: a client of the REST API, and the way to start the agent.
 //!
 //! Exit codes: `EXIT_CODES`.

@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: Apache-2.0
+
 //! Output: aligned columns for people, JSON or YAML for scripts.
 
 use std::io::{self, Write};

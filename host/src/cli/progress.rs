@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: Apache-2.0
+
 //! What a command is at that takes long: one line on the terminal, rewritten in place and erased at the end. It goes to standard
 //! error, so that answers stay what they are, and only if that is a terminal.
 

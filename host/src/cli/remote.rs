@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: Apache-2.0
+
 //! An agent on another host, or one that is to be used over TCP.
 
 use std::{fs, path::PathBuf};

@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: Apache-2.0
+
 //! A policy's settings as options of the command line and as text. What an option takes is what is shown.
 
 use clap::Args;

@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: Apache-2.0
+
 //! Files of specifications: the API's own, as TOML, YAML or JSON.
 
 use std::{

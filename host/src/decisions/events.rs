@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: Apache-2.0
+
 //! Events for those who are connected, and the last of them for those who come back.
 
 use std::{

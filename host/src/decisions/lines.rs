@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: Apache-2.0
+
 //! One log line for each decision, as many as a port's share allows.
 
 use std::{

@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: Apache-2.0
+
 //! What was decided: recorded in the database, said in the log, told to subscribers.
 //!
 //! A guest chooses how often it is refused and what for, so everything here is bounded: equal decisions are counted in

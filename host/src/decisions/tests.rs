@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: Apache-2.0
+
 use api::types::{Cursor, DecisionFilter, EventKind, Listed, Timestamp};
 use netpolicy::{Decision, MacAddress, Name, Outcome, Port, PortGroupId, PortId, Reason, VmId, VmRef};
 use uuid::Uuid;

@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: Apache-2.0
+
 //! What `/metrics` shows: OpenMetrics text, with names and units as Prometheus has them.
 //!
 //! Everything a label can be is from a closed set, or the name of a VM that exists: no guest, vmm or client can make

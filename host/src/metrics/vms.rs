@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: Apache-2.0
+
 //! What is said of each VM, made anew each time from those that there are.
 
 use std::collections::BTreeMap;

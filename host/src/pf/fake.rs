@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: Apache-2.0
+
 //! PFs in memory, shared with the test.
 
 use std::{

@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: Apache-2.0
+
 //! The way to the host's PFs: threads that may wait for the kernel, and a handle for those that may not.
 //!
 //! Each PF has a thread, which does one thing after the other in the order in which it was asked to. One for all would be enough for

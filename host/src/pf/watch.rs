@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: Apache-2.0
+
 //! News about interfaces, as hints that a PF should be read again.
 
 use std::{io, thread, time::Duration};

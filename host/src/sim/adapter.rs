@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: Apache-2.0
+
 //! One simulated PF: its files, and starting and stopping its process.
 
 use std::{

@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: Apache-2.0
+
 //! The agent's way to a simulated PF, across the ends of its process.
 
 use std::{collections::BTreeMap, sync::Arc};

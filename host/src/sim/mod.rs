@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: Apache-2.0
+
 //! Simulated adapters of this host: which there are, and the process of each.
 //!
 //! ```text

@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: Apache-2.0
+
 //! `--sim-pf NAME=COUNT[,tap=IFNAME]`.
 
 use std::str::FromStr;

@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: Apache-2.0
+
 //! The process of a simulated PF: `portcullis sim-pf NAME VFS tap|- SANDBOX`.
 //!
 //! It is started by the agent only. Its standard input is the listening socket that agents connect to, its standard output

@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: Apache-2.0
+
 //! Processes of simulated PFs, each this test program, and VMs of the fake vmm on them.
 
 use std::{process::ExitCode, sync::Arc, time::Duration};

@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: Apache-2.0
+
 //! What the agent remembers: objects with a kind, an id, a name and a revision, as JSON values.
 //!
 //! The shape is that of the shared stores that distributed switches live in: list at a revision, compare-and-swap

@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: Apache-2.0
+
 //! The database's schema as a list of migrations: the file's `user_version` counts those it has seen.
 
 use rusqlite::Connection;

@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: Apache-2.0
+
 //! The store in one SQLite file, owned by one thread.
 
 use std::{

@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: Apache-2.0
+
 //! Typed access to one kind of objects.
 
 use std::{marker::PhantomData, sync::Arc};

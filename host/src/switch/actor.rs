@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: Apache-2.0
+
 //! The task: its state, its loop, and lanes going on.
 
 use std::{

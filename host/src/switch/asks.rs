@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: Apache-2.0
+
 //! Questions: decided here, by the switch's own data, for the VM whose connection they came by.
 
 use netpolicy::{

@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: Apache-2.0
+
 //! What a tenant left on a VF is taken from it before anybody else has it, also after its vmm has crashed.
 //!
 //! VLANs and further addresses outlive the VF's driver, a reset and the process: the PF's driver removes them only when the

@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: Apache-2.0
+
 //! What the switch's task can be told.
 
 use std::sync::Arc;

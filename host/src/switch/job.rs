@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: Apache-2.0
+
 //! What takes time: changes on the PF and through mailboxes, beside the switch's task.
 
 use std::{sync::Arc, time::Duration};

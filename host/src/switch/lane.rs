@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: Apache-2.0
+
 //! One thing after the other for each port.
 //!
 //! Whatever takes time (the PF, the store, messages through the VF's mailbox) is a job beside the switch's task; a port has

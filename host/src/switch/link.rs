@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: Apache-2.0
+
 //! The switch's end of the way to a VM's process.
 
 use std::{

@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: Apache-2.0
+
 //! What is there when the agent starts, and the switch that is always there.
 //!
 //! A host without any definition has the switch `default` with every PF that no other switch has, and its port group

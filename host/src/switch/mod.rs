@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: Apache-2.0
+
 //! The switch: one task that owns the policy and its state, and decides.
 //!
 //! ```text

@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: Apache-2.0
+
 //! What relays tell on their own.
 
 use netpolicy::{Decision, Outcome, PortId, Reason, Request, VmId};

@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: Apache-2.0
+
 //! Switches, port groups and ports as the API edits them.
 //!
 //! An edit is tried on a copy first: what the tables do not allow, or what a PF could not enforce for a running port,

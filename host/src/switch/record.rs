@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: Apache-2.0
+
 //! What the store keeps of switches, port groups and ports.
 //!
 //! A port is two objects: what was asked of it, whose revision clients compare, and what its VF has been given, which

@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: Apache-2.0
+
 //! What the switch does by itself: corrections after a policy changed, drift, reboots.
 
 use std::sync::Arc;

@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: Apache-2.0
+
 //! Switches, port groups and ports as the API shows them.
 
 use api::types::{

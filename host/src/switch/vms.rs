@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: Apache-2.0
+
 //! Ports of VMs: made, given VFs, and taken from them.
 
 use std::collections::BTreeMap;

@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: Apache-2.0
+
 //! Writes what ports have been given, in the order in which it changed, without keeping the switch waiting.
 
 use std::collections::BTreeMap;

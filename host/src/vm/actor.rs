@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: Apache-2.0
+
 //! The task that owns a VM: see the state machine in [`super`].
 
 mod booting;

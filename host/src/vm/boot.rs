@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: Apache-2.0
+
 //! From a specification to a running machine.
 
 use std::{fs::File, os::fd::OwnedFd, sync::Arc, time::Duration};

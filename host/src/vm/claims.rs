@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: Apache-2.0
+
 //! What a VM holds of the host: choosing, claiming, preparing and giving back functions.
 //!
 //! ```text

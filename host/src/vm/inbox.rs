@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: Apache-2.0
+
 //! The commands that wait for a VM's task, and which of them overtake the others.
 
 use std::collections::VecDeque;

@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: Apache-2.0
+
 //! One task per VM owns its life; everybody else sends it commands and reads copies of its status.
 //!
 //! ```text

@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: Apache-2.0
+
 //! A VM's adapters at the switch: what the VM's task and its claims need of it.
 //!
 //! An environment without a switch has adapters under the default policy, whose questions nobody answers: the relay then

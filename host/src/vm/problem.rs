@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: Apache-2.0
+
 //! What goes wrong on this host, in the API's codes.
 
 use std::error::Error;

@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: Apache-2.0
+
 //! What the store keeps of VMs, of what they hold, and of PFs.
 
 use std::collections::BTreeMap;

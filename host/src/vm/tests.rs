@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: Apache-2.0
+
 //! VMs' lives on a host that is made up: sysfs and PF are fakes, the vmm is this test program started again.
 
 mod fake_vmm;

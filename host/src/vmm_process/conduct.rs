@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: Apache-2.0
+
 //! What a vmm may say on its connection. Its guest may have taken it over: what it says is a stranger's input, and what
 //! this protocol does not have, no vmm of ours says.
 

@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: Apache-2.0
+
 //! The control connection: a task per connection between the socket and the agent's side of it.
 
 use std::{

@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: Apache-2.0
+
 //! A VM's directory under the run directory: control socket, console ring, log.
 
 use std::{

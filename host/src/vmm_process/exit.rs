@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: Apache-2.0
+
 //! Who a process is, and when it has ended.
 
 use std::{

@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: Apache-2.0
+
 //! The agent's side of one vmm process: its directory, its start, its control connection, its exit.
 //!
 //! The vmm process belongs to the guest as soon as guest code runs: what comes from it (messages, console file,

@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: Apache-2.0
+
 //! Descriptors that the runtime watches: the one place for tokio's unsafe registration.
 
 use std::{

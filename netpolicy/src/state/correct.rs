@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: Apache-2.0
+
 //! What a port's VF must be given or lose so that it has what its policy says, and nothing that it forbids.
 
 use serde::{Deserialize, Serialize};

@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: Apache-2.0
+
 //! What a port's VF has been given, and what it must have.
 
 use std::num::NonZeroU32;

@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: Apache-2.0
+
 //! The verdict on a request.
 
 use super::{StateError, SwitchState, policy_of};

@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: Apache-2.0
+
 //! Adding, changing and removing switches, port groups and ports.
 
 use super::{Corrections, Entity, StateError, SwitchState, policy_of};

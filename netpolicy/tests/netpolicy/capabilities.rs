@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: Apache-2.0
+
 //! What PF drivers cannot do is named.
 
 use netpolicy::{Change, PfCapabilities, Source};

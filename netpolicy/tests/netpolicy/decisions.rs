@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: Apache-2.0
+
 //! Records.
 
 use netpolicy::{Committed, Decision, Outcome, Reason};

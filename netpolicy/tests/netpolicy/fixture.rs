@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: Apache-2.0
+
 //! A host with one switch, one port group and ports on it.
 
 use netpolicy::{

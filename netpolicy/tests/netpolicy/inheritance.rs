@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: Apache-2.0
+
 //! Switch, port group, port: who decides.
 
 use netpolicy::{MacChanges, Setting, Source, StateError};

@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: Apache-2.0
+
 //! A host with many ports, and decisions on it. For the test of scale, and for `benches/decisions.rs`.
 
 use netpolicy::{

@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: Apache-2.0
+
 //! Whatever guests ask for and administrators change: no VF has what its group forbids.
 //!
 //! The model of the adapter and the oracle here share no code with the crate: policies are read from their JSON.

@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: Apache-2.0
+
 //! 10 000 ports in 100 groups.
 
 use std::time::{Duration, Instant};

@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: Apache-2.0
+
 //! Adding, changing and removing.
 
 use netpolicy::{Change, MacAddress, PortGroupId, Route, StateError, SwitchId, SwitchState, VfRef};

@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: Apache-2.0
+
 //! Values that cannot be invalid.
 
 use netpolicy::{MacAddress, MacPattern, Mtu, Name, Qos, Rate, Settings, VlanId, VlanPolicy, VlanSet};

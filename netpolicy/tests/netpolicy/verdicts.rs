@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: Apache-2.0
+
 //! What each policy says to each message.
 
 use netpolicy::{Change, PromiscuousMode, Request, SwitchState};

@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: Apache-2.0
+
 //! The assigned function: what the bus, the vmm and the guest's vCPUs call.
 
 use std::{

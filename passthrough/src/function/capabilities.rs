@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: Apache-2.0
+
 //! What a function's capability lists hold, and what of them the guest is shown.
 
 use std::ops::Range;

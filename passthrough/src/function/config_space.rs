@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: Apache-2.0
+
 //! The image of configuration space: which bits the guest reads from here, which from the hardware.
 
 use devices::pci::config;

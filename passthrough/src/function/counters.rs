@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: Apache-2.0
+
 //! Exits of a function, counted where they happen.
 
 use std::sync::atomic::{AtomicU64, Ordering};

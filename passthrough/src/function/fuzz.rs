@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: Apache-2.0
+
 //! Bodies of fuzz targets: any bytes in, nothing but the laws asserted. Also run by property tests.
 #![allow(clippy::panic, reason = "a broken law is to end the fuzzer")]
 

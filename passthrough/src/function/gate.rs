@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: Apache-2.0
+
 //! The way to the hardware, which can be closed while it is being reset, and for good.
 
 use std::{

@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: Apache-2.0
+
 //! Which range of a BAR is mapped into the guest and which is trapped.
 
 use std::{ops::Range, sync::Arc};

@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: Apache-2.0
+
 //! The PCI function that a guest sees in place of assigned hardware.
 //!
 //! ```text

@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: Apache-2.0
+
 //! The state of a function that the guest's driver can change: command, BARs, MSI, MSI-X, power.
 
 use std::{ops::Range, sync::Arc};

@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: Apache-2.0
+
 //! The function's own thread: it does what may block.
 
 use std::{

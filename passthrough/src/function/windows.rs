@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: Apache-2.0
+
 //! The windows through which the guest reaches a function's registers without an exit.
 
 use std::{io, ops::Range, sync::Arc};

@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: Apache-2.0
+
 //! The address of a PCI function.
 
 use std::{fmt, str::FromStr};

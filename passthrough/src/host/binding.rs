@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: Apache-2.0
+
 //! Taking a PCI function from its driver for VFIO, and giving it back.
 //!
 //! Each operation is a series of small steps, and each step may be the last one before a crash: repeating the whole

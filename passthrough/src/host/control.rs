@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: Apache-2.0
+
 //! Configuring VFs through their PF: what can be read and set, and changes that are all made or all undone.
 
 use std::{collections::BTreeMap, fmt, io, num::NonZeroU32};

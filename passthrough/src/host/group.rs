@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: Apache-2.0
+
 //! IOMMU groups: which can be given to a guest, and what is in the way of those that cannot.
 
 use std::{collections::BTreeSet, fmt};

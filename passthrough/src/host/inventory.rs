@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: Apache-2.0
+
 //! What the host has: PCI functions, PFs and their interfaces, VFs.
 
 use std::path::Path;

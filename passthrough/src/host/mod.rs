@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: Apache-2.0
+
 //! The host side: inventory of PFs and VFs, driver binding, PF control. Used by the agent only.
 //!
 //! Everything here is synchronous and may wait for the kernel (the rtnl lock, a driver's probe): call it on threads

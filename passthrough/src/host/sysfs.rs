@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: Apache-2.0
+
 //! Reading and writing the attributes of sysfs below a root that tests can replace.
 
 use std::{

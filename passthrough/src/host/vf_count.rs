@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: Apache-2.0
+
 //! Changing the number of a PF's VFs.
 
 use thiserror::Error;

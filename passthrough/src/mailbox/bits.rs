@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: Apache-2.0
+
 //! Bits of the VF's mailbox register and of message word 0, the same for igbvf and ixgbevf.
 
 /// Message ready: interrupts the PF. Write only, self-clearing.

@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: Apache-2.0
+
 //! Messages of 82576 and i350 VFs (Linux igbvf and igb; `e1000_mbx.h`).
 //!
 //! [`decode`] takes what a guest wrote and believes nothing; [`encode`] writes the one form in which a request may

@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: Apache-2.0
+
 //! Where a VF family has its mailbox: one table per family.
 
 use super::words::BUFFER_WORDS;

@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: Apache-2.0
+
 //! Mailbox registers and messages of VF drivers: what the guest sees in place of the real mailbox ([`registers`]),
 //! what the messages mean ([`igbvf`]), and how the real mailbox is used ([`port`]).
 //!

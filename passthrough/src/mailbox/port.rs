@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: Apache-2.0
+
 //! The VF's side of the *real* mailbox.
 //!
 //! It has one owner, the VF's relay thread: reading the mailbox register clears bits. What a read clears is latched

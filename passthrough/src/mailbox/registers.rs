@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: Apache-2.0
+
 //! The mailbox registers that the guest sees: a state machine without I/O, clock or threads.
 //!
 //! ```text

@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: Apache-2.0
+
 //! What the driver will do with its address at its next reset, and which of that must be refused.
 //!
 //! igbvf keeps two addresses: the one it last asked for, and the one of the last reset's reply. After every reset it

@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: Apache-2.0
+
 //! What the relay and its authority (the agent, behind the vmm's control channel) say to each other.
 
 use netpolicy::{Change, MacAddress, OnDenied, Reason, Request};

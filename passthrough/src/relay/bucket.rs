@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: Apache-2.0
+
 //! Token buckets: how much a guest can cause per second.
 
 use std::time::Duration;

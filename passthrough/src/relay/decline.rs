@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: Apache-2.0
+
 //! Refusals without a question: what the authority has said it refuses in any case, a vCPU thread refuses where it is
 //! asked for, if there is a prompt, else the relay's thread. In the first case the guest waits for no other thread.
 //!

@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: Apache-2.0
+
 //! Log lines that a guest can cause, bounded.
 
 use std::time::Duration;

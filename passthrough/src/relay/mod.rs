@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: Apache-2.0
+
 //! The relay: one thread per VF between its mailbox and the authority that decides.
 //!
 //! ```text

@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: Apache-2.0
+
 //! The mailbox page as vCPU threads meet it.
 
 use std::sync::Arc;

@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: Apache-2.0
+
 //! The relay's own refusals, aggregated before they are told: a guest that floods costs one notice a second.
 
 use std::time::Duration;

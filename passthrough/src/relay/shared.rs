@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: Apache-2.0
+
 //! What vCPU threads, the vmm's event loop and the relay thread share: the registers and the relay's inbox.
 //!
 //! One lock, held for register work only. Every slot is bounded: a later reset voids an earlier message, there is one

@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: Apache-2.0
+
 //! Counters of a relay.
 
 use std::{collections::BTreeMap, time::Duration};

@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: Apache-2.0
+
 //! PCI addresses of simulated functions, for whoever lists them beside real ones.
 
 use crate::host::Bdf;

@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: Apache-2.0
+
 //! The agent's way to a simulated PF: a connection to its control socket.
 
 use std::{

@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: Apache-2.0
+
 //! The simulated adapter: an 82576 with VFs for machines that have no SR-IOV hardware.
 //!
 //! ```text

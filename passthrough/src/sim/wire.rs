@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: Apache-2.0
+
 //! What a VF and its PF say to each other: packets with a fixed head of eight bytes, little-endian.
 //!
 //! | byte | |

@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: Apache-2.0
+
 //! One container per VM: the IOMMU domain that all of its devices share.
 
 use std::{fs, io, path::Path, sync::Arc};

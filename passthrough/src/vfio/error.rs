@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: Apache-2.0
+
 //! What goes wrong with VFIO, in words that name the cure.
 
 use std::io;

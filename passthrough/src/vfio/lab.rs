@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: Apache-2.0
+
 //! With a real device: `PORTCULLIS_TEST_VF` names the sysfs directory of a VF that is bound to vfio-pci.
 
 use std::{

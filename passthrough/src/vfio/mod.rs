@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: Apache-2.0
+
 //! Functions behind VFIO: the container of a VM and the devices in it.
 
 mod container;

@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: Apache-2.0
+
 //! A piece of a BAR mapped into this process.
 
 use std::{io, os::fd::BorrowedFd, ptr};

@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: Apache-2.0
+
 //! Boot Linux with a real VF through the REST API.
 
 use serde_json::json;

@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: Apache-2.0
+
 //! Time from "start" to the guest's init, beside QEMU with the same kernel, VF and memory in the same run.
 
 use std::{

@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: Apache-2.0
+
 //! The agent or a vmm is killed at every point of a VM's life, and nothing is lost: VFs of the lab's igb.
 
 use std::{fs, time::Duration};

@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: Apache-2.0
+
 //! Devices that are no network VFs: any MSI-X or MSI function works with its stock driver.
 
 use std::{

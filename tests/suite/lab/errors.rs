@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: Apache-2.0
+
 //! Errors that a user will meet: each has its own message and status, and leaves nothing behind.
 
 use std::{

@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: Apache-2.0
+
 //! Pause, resume, reboot, shut down, delete.
 
 use std::{thread, time::Duration};

@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: Apache-2.0
+
 //! In the nested lab: real VFIO, the real igb PF driver, Debian's kernel with its own igbvf in the guest.
 
 mod boot;

@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: Apache-2.0
+
 //! The sandbox of a VM that has a real VF: all of it is on, and it reaches no other group.
 
 use std::{fs, path::PathBuf, thread, time::Duration};

@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: Apache-2.0
+
 //! Debian's own igbvf on simulated VFs: what the model has to be to it. The small guest's tests (`local`) show the rest.
 
 use serde_json::{Value, json};

@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: Apache-2.0
+
 //! The tables that simulated PFs and VFs are held to, on the lab's adapter and its stock PF driver.
 
 use std::{path::Path, sync::Arc};

@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: Apache-2.0
+
 //! Guests with simulated VFs: the whole way of frames and of requests.
 
 use api::types::{PortGroupSpec, VmAction, VmState};

@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: Apache-2.0
+
 //! The command line as people and scripts have it: processes, their output, their exit codes and their terminal.
 
 use std::{

@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: Apache-2.0
+
 //! `portcullis demo`: what it shows, and that nothing of it stays.
 
 use std::{

@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: Apache-2.0
+
 //! Errors that it takes a host, an agent or a guest for that is not as it should be.
 
 use std::{fs, os::unix::net::UnixStream, thread, time::Duration};

@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: Apache-2.0
+
 //! How the agent ends: VMs run on, or are powered off, and what it holds of the host is given back.
 
 use std::time::{Duration, Instant};

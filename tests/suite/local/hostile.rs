@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: Apache-2.0
+
 //! Thousands of seeded runs of a guest that attacks its VF and its machine.
 //!
 //! A guest may hurt itself: a ring of receive descriptors that lies in its own code ends a boot. What it must not do is

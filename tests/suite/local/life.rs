@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: Apache-2.0
+
 //! What the agent does with VMs by itself: boots them again, and when it starts; and VMs that are changed and copied.
 
 use std::{

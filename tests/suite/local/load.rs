@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: Apache-2.0
+
 //! Two hundred lives of VMs, eight at a time: what is left of them is nothing.
 
 use std::{

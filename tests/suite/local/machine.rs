@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: Apache-2.0
+
 //! What a guest does with its machine, and what the API says of it.
 
 use std::{fs, time::Duration};

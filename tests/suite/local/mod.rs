@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: Apache-2.0
+
 //! Tests that need /dev/kvm and no adapter: VFs are simulated.
 
 mod adapter;

@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: Apache-2.0
+
 //! The agent's own binary over TCP, and clients that are a burden.
 
 use std::{

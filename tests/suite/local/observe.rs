@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: Apache-2.0
+
 //! What an agent shows of itself: metrics, and a log that says for which request.
 
 use std::{

@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: Apache-2.0
+
 //! `portcullis ui`: the page in a browser, with guests behind it.
 
 use std::{

@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: Apache-2.0
+
 //! Operations that take long say how far they are: in a VM's status, and on the terminal.
 
 use std::{

@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: Apache-2.0
+
 //! Every call of the REST API on the agent's own binary, and every answer that its document promises.
 
 use std::{

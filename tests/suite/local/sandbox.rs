@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: Apache-2.0
+
 //! The process of a VM is worthless to whoever takes it over: each layer of its sandbox is attacked by itself.
 
 use std::{fs, thread};

@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: Apache-2.0
+
 //! The process of a simulated PF: what it may, whom it outlives, and what is left of it.
 
 use std::{fs, path::Path, thread, time::Duration};

@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: Apache-2.0
+
 //! ACPI tables: how the guest learns of CPUs, PCI, the serial port and the power button.
 //!
 //! Hardware-reduced ACPI 6.5: no SCI, no PM timer; sleep, reset and the event device are port registers.

@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: Apache-2.0
+
 //! The body of a fuzz target: any bytes in, nothing but the laws asserted. Also run by a property test.
 #![allow(clippy::panic, reason = "a broken law is to end the fuzzer")]
 

@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: Apache-2.0
+
 //! The zero page of Linux' boot protocol (Documentation/arch/x86/zero-page.rst).
 
 use linux_loader::loader::bootparam::{boot_e820_entry, boot_params, setup_header};

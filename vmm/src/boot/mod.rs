@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: Apache-2.0
+
 //! Puts a kernel into guest memory: bzImage by the 64-bit Linux protocol, ELF by PVH or, without a PVH note, like
 //! Linux' 64-bit entry.
 

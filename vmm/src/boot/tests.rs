@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: Apache-2.0
+
 use std::io::Write;
 
 use linux_loader::loader::bootparam::boot_params;

@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: Apache-2.0
+
 //! Bounded, typed packets with file descriptors over a `SOCK_SEQPACKET` Unix socket.
 
 use std::{

@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: Apache-2.0
+
 //! What the agent and a vmm say to each other.
 
 use std::{collections::BTreeMap, ops::RangeInclusive};

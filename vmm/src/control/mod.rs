@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: Apache-2.0
+
 //! The control channel between the agent and one vmm process.
 //!
 //! A `SOCK_SEQPACKET` Unix socket that the agent binds and the vmm listens on: an agent that was restarted or

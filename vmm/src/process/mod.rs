@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: Apache-2.0
+
 //! The per-VM process: `portcullis vmm FD UUID`.
 //!
 //! Starts with a listening control socket and nothing else, is told by the agent what to build, and serves one event

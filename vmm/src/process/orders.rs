@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: Apache-2.0
+
 //! What each order does, and which states allow it.
 
 use std::os::fd::OwnedFd;

@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: Apache-2.0
+
 //! Reports that the agent has not noted yet.
 
 use std::collections::VecDeque;

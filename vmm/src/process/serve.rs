@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: Apache-2.0
+
 //! The event loop's one subscriber: sockets in, orders out to the machine.
 
 use std::{

@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: Apache-2.0
+
 //! The whole process on /dev/kvm, with freestanding guests of a few instructions, seen through the control channel.
 
 use std::{

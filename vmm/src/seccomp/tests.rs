@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: Apache-2.0
+
 //! The files against what they say of themselves.
 
 use std::{collections::BTreeMap, fs, path::Path};

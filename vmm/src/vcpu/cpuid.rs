@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: Apache-2.0
+
 //! CPUID of the guest: what KVM supports on this host, with our topology.
 //!
 //! One socket, one thread a core, as many cores as vCPUs; a vCPU's index is its APIC id.

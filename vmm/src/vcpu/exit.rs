@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: Apache-2.0
+
 //! What an exit of a vCPU means: a function on plain data, no KVM in it.
 
 use std::sync::atomic::{AtomicU64, Ordering};

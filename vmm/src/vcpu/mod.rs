@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: Apache-2.0
+
 //! vCPU threads: each owns its KVM file descriptor and takes orders by messages.
 //!
 //! ```text

@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: Apache-2.0
+
 //! Registers of a vCPU: power-on state, and the state in which a boot protocol hands over.
 
 use kvm_bindings::{

@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: Apache-2.0
+
 //! What differs between a specification that is and one that should be.
 
 use std::collections::BTreeSet;

@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: Apache-2.0
+
 //! The files of `portcullis apply`: what each wants there to be.
 
 use std::{collections::BTreeMap, fs, path::Path};

@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: Apache-2.0
+
 //! `portcullis apply`: switches, port groups and VMs become what files say.
 
 mod diff;

@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: Apache-2.0
+
 //! PFs, and what each can do.
 
 use netpolicy::PfCapabilities;

@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: Apache-2.0
+
 //! KVM, IOMMU, VFIO and memory.
 
 use std::{fs::File, io};

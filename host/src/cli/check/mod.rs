@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: Apache-2.0
+
 //! `portcullis check`: what this host has of what VMs with VFs need. No agent is asked.
 
 mod adapters;

@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: Apache-2.0
+
 use passthrough::host::{Bdf, fake::FakeSysfs};
 
 use super::*;

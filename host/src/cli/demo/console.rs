@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: Apache-2.0
+
 //! A conversation with the small guest on its serial console (`resources/guest/README.md`).
 
 use std::time::Duration;

@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: Apache-2.0
+
 //! `portcullis demo`: an agent of its own with a simulated adapter, two VMs with the small guest, and the path of a guest's
 //! request, step by step. It uses the REST API only, and leaves nothing behind.
 

@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: Apache-2.0
+
 //! An agent on a socket of its own, in a directory of its own, with a simulated adapter.
 
 use std::{

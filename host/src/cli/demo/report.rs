@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: Apache-2.0
+
 //! What the demonstration tells: as it happens for people, at the end for machines.
 
 use std::{io::Write, time::Instant};

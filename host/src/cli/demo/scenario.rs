@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: Apache-2.0
+
 //! What happens in the demonstration.
 
 use std::time::Duration;

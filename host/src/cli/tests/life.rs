@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: Apache-2.0
+
 //! VMs that are changed, waited for, run, and made from directories.
 
 use super::*;

@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: Apache-2.0
+
 //! `portcullis ui`: the agent's page (`/ui`) in a browser of this host.
 //!
 //! The agent lets no web page in. This command is the one way: it serves the page on a loopback port, for whoever has a link

@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: Apache-2.0
+
 //! What is between the page and the agent.
 //!
 //! | from | needs | gets |

@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: Apache-2.0
+
 //! Who gets past the command, with an agent that is a Unix socket which answers anything.
 
 use std::net::SocketAddr;

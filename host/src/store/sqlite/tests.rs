@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: Apache-2.0
+
 use std::{fs, os::unix::fs::PermissionsExt, time::Duration};
 
 use serde_json::json;

@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: Apache-2.0
+
 use netpolicy::{
     Change, Committed, OnDenied, OnDenied::Nack, OnDenied::Silent, Outcome, Reason, Request, Setting, Source,
     VlanId,

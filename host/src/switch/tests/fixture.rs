@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: Apache-2.0
+
 //! A host with one PF, two VMs on its VFs 1 and 2, and their port group `web` on the default switch.
 
 use std::{

@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: Apache-2.0
+
 //! From a VM at rest to one that runs, or to what is left of a boot that did not come to its end.
 
 use super::*;

@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: Apache-2.0
+
 //! The connection to the vmm, and what comes from it.
 
 use passthrough::sim::is_simulated;

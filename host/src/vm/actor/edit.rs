@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: Apache-2.0
+
 //! Another specification for a VM.
 
 use api::types::{ObjectRef, VmSpec};

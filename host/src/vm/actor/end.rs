@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: Apache-2.0
+
 //! The end of a process: stopping, and giving everything back.
 
 use super::*;

@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: Apache-2.0
+
 //! How far an operation is. It is told while it lasts, and not stored: nothing that a boot waits for is added to it.
 
 use api::types::{OperationAction, Stage, Timestamp, VmOperation, VmSpec};

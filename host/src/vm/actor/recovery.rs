@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: Apache-2.0
+
 //! What a former agent left: VMs that run are taken up, the rest is put right.
 
 use super::*;

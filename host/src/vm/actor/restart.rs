@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: Apache-2.0
+
 //! Booting a VM that nobody asked to be booted now: again after its end, or when the agent starts.
 
 use api::types::{RestartPolicy, RestartStatus, VmSpec};

@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: Apache-2.0
+
 //! A vmm without a machine: speaks the control protocol, and does what is typed on its console.
 //!
 //! It is this test program, started by the agent as it starts a vmm: as a test that only does something when it is

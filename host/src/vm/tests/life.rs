@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: Apache-2.0
+
 //! What the agent does with VMs by itself, and VMs that change.
 
 use std::time::Duration;

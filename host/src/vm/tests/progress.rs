@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: Apache-2.0
+
 //! What is shown of an operation while something of it takes its time.
 
 use api::types::{

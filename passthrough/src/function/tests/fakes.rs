@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: Apache-2.0
+
 //! A function made of memory, a router and a mapper that keep records.
 
 use std::{

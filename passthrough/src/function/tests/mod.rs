@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: Apache-2.0
+
 mod fakes;
 mod properties;
 mod reset;

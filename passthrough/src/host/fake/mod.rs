@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: Apache-2.0
+
 //! For tests, also of other crates: a tree that looks and reacts like the kernel's sysfs, and a PF in memory that
 //! answers like igb.
 

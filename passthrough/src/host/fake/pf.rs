@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: Apache-2.0
+
 //! A PF in memory that answers like igb on an 82576.
 
 use std::{collections::BTreeMap, io};

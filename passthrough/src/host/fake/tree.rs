@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: Apache-2.0
+
 //! A directory that looks and reacts like the kernel's sysfs.
 
 use std::{

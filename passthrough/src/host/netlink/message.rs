@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: Apache-2.0
+
 //! The messages of rtnetlink that are used here: built with netlink-packet-route, taken apart by hand.
 //!
 //! By hand, since its parser fails as a whole on any attribute of a link that it does not expect, and since it does not

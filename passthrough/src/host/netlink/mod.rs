@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: Apache-2.0
+
 //! PF control through rtnetlink, and news about interfaces.
 
 mod message;

@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: Apache-2.0
+
 //! News about interfaces: hints that a PF should be read again.
 
 use std::{

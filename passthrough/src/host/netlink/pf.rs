@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: Apache-2.0
+
 //! A PF of the host, configured through rtnetlink.
 
 use std::{collections::BTreeMap, io, thread, time::Duration};

@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: Apache-2.0
+
 //! A netlink socket for requests and their answers.
 
 use std::{

@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: Apache-2.0
+
 use super::*;
 
 fn check(fake: &FakeSysfs, device: &str, together: &[&str]) -> Result<IommuGroup, ViabilityError> {

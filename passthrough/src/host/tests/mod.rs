@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: Apache-2.0
+
 //! Tests of the host side against fakes, by what they are about.
 
 mod binding;

@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: Apache-2.0
+
 use super::*;
 use crate::mailbox::{
     bits::{ACK, ACK_MESSAGE, CONTROL_RST, CTS},

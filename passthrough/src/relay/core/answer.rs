@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: Apache-2.0
+
 //! What the guest is answered, and what is remembered, counted and logged of it.
 
 use netpolicy::{MacAddress, Reason, Request};

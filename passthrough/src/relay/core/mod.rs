@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: Apache-2.0
+
 //! What the relay thread does. It never waits for the authority: [`Core::turn`] takes what came in, does what can be
 //! done and says when it wants to be called again.
 //!

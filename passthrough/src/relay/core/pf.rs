@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: Apache-2.0
+
 //! The relay's dealings with the PF: what is forwarded, taken back and heard.
 
 use std::time::Duration;

@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: Apache-2.0
+
 //! A relay without its thread, in a time that only moves when somebody waits.
 
 use std::{

@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: Apache-2.0
+
 //! The [tables](super::table) on any VF: a simulated one, or an adapter's whose PF driver is the real one.
 //!
 //! Real time passes. The PF must have set [`EFFECTIVE`] as the VF's address and must not trust it. What is wrong is

@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: Apache-2.0
+
 //! The mailbox code of the stock igbvf driver, step by step (Linux 6.12): what it writes, polls and concludes.
 
 use std::time::Duration;

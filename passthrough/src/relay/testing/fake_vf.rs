@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: Apache-2.0
+
 //! A VF in front of a PF driver that behaves as Linux' igb does in its mailbox (6.12): "clear to send", the
 //! administrator's address latch that refuses even the equal address, silence before the first reset.
 

@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: Apache-2.0
+
 //! What must come out for which message: data only, for any implementation.
 
 use netpolicy::{OnDenied, Reason};

@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: Apache-2.0
+
 //! The stock driver's code on one side, a PF that behaves as igb on the other, the relay in between.
 
 use std::time::Duration;

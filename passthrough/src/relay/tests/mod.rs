@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: Apache-2.0
+
 mod guest;
 mod properties;
 mod standing;

@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: Apache-2.0
+
 //! A guest that does anything: the PF must only ever hear what was granted.
 
 use std::{cell::RefCell, rc::Rc, time::Duration};

@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: Apache-2.0
+
 //! Refusals that were given in advance.
 
 use std::time::Duration;

@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: Apache-2.0
+
 //! The tables of `testing::table`, against the relay and against the PF that stands behind it in tests.
 
 use std::{sync::Arc, time::Duration};

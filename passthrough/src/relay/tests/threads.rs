@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: Apache-2.0
+
 //! The relay with its real thread and the machine's clock.
 
 use std::{

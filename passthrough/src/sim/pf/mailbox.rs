@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: Apache-2.0
+
 //! Mailbox messages, as Linux' igb (6.12) answers them.
 
 use std::time::Duration;

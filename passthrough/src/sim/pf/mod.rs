@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: Apache-2.0
+
 //! The simulated PF: how an igb PF driver and an 82576 treat their VFs, without any I/O ([`SimPfState`]), and the
 //! process around it ([`serve`]).
 

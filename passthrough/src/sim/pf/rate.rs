@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: Apache-2.0
+
 //! A VF's highest sending rate.
 
 use std::time::Duration;

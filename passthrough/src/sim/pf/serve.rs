@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: Apache-2.0
+
 //! The process of a simulated PF: one thread that waits for control connections, VFs and the tap.
 
 use std::{

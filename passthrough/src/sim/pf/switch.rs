@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: Apache-2.0
+
 //! Receive filters, checks of what is sent, and the way between VFs and the uplink.
 
 use std::time::Duration;

@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: Apache-2.0
+
 //! A tap device as the simulated adapter's wire.
 
 use std::{

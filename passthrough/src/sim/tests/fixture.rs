@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: Apache-2.0
+
 //! A PF whose loop runs on a thread, and guests with a network driver on its VFs.
 
 use std::{

@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: Apache-2.0
+
 //! Frames from guest to guest: descriptors, offloads, interrupts, filters.
 
 use super::fixture::{Adapter, Guest, eventually, frame, mac, text};

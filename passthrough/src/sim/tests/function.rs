@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: Apache-2.0
+
 //! A simulated VF as the vmm puts it on the guest's bus: function, gate, relay, MSI-X.
 
 use std::{

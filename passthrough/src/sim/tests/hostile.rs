@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: Apache-2.0
+
 //! Guests and vmms that mean harm.
 
 use rustix::net::{SendFlags, send};

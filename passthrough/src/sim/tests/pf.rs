@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: Apache-2.0
+
 //! The PF alone: what its mailbox answers and what its filters let pass.
 
 use std::time::Duration;

@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: Apache-2.0
+
 //! The relay in front of a simulated VF: the same tables as for every other PF.
 
 use std::time::Duration;

@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: Apache-2.0
+
 //! Resets, and the end of either side.
 
 use super::fixture::{Adapter, eventually, frame, mac, text};

@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: Apache-2.0
+
 //! The way out of the adapter. A packet socket pair stands in for the tap device: one read or write is one frame.
 
 use rustix::{

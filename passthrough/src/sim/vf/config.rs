@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: Apache-2.0
+
 //! Configuration space of a simulated 82576 VF.
 
 use devices::pci::config::{self, capability};

@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: Apache-2.0
+
 //! Advanced descriptors, 16 bytes each (`e1000_82575.h`, igbvf's `vf.h`).
 
 use super::offload::{Offload, Transport};

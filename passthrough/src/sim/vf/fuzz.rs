@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: Apache-2.0
+
 //! The body of a fuzz target: see [`crate::sim::fuzz`].
 
 use super::{

@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: Apache-2.0
+
 //! Interrupt causes and the vectors that they are sent by. Nothing is moderated: VTEITR is only kept.
 
 use vmm_sys_util::eventfd::EventFd;

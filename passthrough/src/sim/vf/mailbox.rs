@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: Apache-2.0
+
 //! The VF's end of the mailbox.
 
 use crate::mailbox::{

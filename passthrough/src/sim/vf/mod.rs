@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: Apache-2.0
+
 //! A simulated 82576 VF: registers and queues of what igbvf drives, over a connection to its PF.
 //!
 //! vCPU threads only take the registers' lock, for as long as one access lasts. DMA and sockets belong to the VF's

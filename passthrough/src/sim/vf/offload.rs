@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: Apache-2.0
+
 //! What the adapter does to a frame before it is sent: checksums and segmentation. Pure.
 //!
 //! All lengths come from the guest. A frame for which they make no sense is not sent.

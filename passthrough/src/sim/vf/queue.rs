@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: Apache-2.0
+
 //! The registers of a descriptor ring. Advanced descriptors only, 16 bytes each.
 
 use vm_memory::GuestAddress;

@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: Apache-2.0
+
 //! The receive queue: frames to descriptors.
 
 use std::sync::atomic::Ordering;

@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: Apache-2.0
+
 //! BAR 0: what a register access does. Offsets as in Linux' `igbvf/regs.h`.
 
 use super::{

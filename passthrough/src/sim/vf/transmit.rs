@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: Apache-2.0
+
 //! The transmit queue: descriptors to frames.
 
 use vm_memory::{Bytes, GuestAddress};

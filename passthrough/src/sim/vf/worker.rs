@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: Apache-2.0
+
 //! The VF's thread: DMA, and both directions of the connection to the PF.
 
 use std::{

@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: Apache-2.0
+
 //! Addresses: refused, refused silently, accepted, listed, taken back.
 //!
 //! Each scenario is a function of who decides: `control` runs them again where nobody does.

@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: Apache-2.0
+
 //! Requests that the agent answers late or not at all.
 
 use std::{thread, time::Duration};

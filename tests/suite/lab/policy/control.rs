@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: Apache-2.0
+
 //! The scenarios once more, where every request is granted: each must fail, and for that reason.
 //!
 //! igb refuses much by itself, a changed address first of all. A scenario that passes without a policy shows nothing of ours.

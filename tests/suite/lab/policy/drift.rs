@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: Apache-2.0
+
 //! What others do to the PF.
 
 use std::time::{Duration, Instant};

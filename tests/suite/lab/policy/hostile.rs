@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: Apache-2.0
+
 //! A guest without a driver says to its mailbox whatever it likes.
 
 use std::time::Duration;

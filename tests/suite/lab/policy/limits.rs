@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: Apache-2.0
+
 //! VLANs, frame sizes, multicast.
 
 use serde_json::json;

@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: Apache-2.0
+
 //! The port group decides what the guest's own igbvf driver may configure.
 
 mod address;

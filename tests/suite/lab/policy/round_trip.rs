@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: Apache-2.0
+
 //! How long the guest waits for the answer to a change of its address, beside QEMU, which has no policy.
 
 use std::{

@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: Apache-2.0
+
 //! Nothing outlives a tenant: what a guest had its VF receive is gone when the next one gets the VF.
 
 use api::types::VmState;

@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: Apache-2.0
+
 //! A guest that drives a simulated VF: the same relay and function in front of it as of hardware.
 
 use std::{os::fd::OwnedFd, thread::JoinHandle};
