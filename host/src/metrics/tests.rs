@@ -44,7 +44,7 @@ fn used() -> Metrics {
 fn what_is_counted_is_shown_under_names_with_units() {
     let text = used().text(&[vm("web1", VmState::Running), vm("web2", VmState::Stopped)]).unwrap();
     for line in [
-        "portcullis_build_info{version=\"0.1.0\"} 1",
+        concat!("portcullis_build_info{version=\"", env!("CARGO_PKG_VERSION"), "\"} 1"),
         "portcullis_vms{state=\"running\"} 1",
         "portcullis_vms{state=\"failed\"} 0",
         "portcullis_vm_exits_total{vm=\"web1\",reason=\"io_out\"} 7",

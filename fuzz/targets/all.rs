@@ -1,0 +1,46 @@
+// SPDX-License-Identifier: Apache-2.0
+
+//! Every fuzz target in one libFuzzer program, so that one link serves all of them: `PORTCULLIS_FUZZ_TARGET` names the target.
+
+#![no_main]
+
+use std::sync::LazyLock;
+
+/// The body of a target: any bytes, and laws that must hold for them.
+type Body = fn(&[u8]);
+
+/// The targets. `tests/fuzz` reads their names from the lines of this table.
+const TARGETS: &[(&str, Body)] = &[
+    // The codec of mailbox messages: what a guest can write into its mailbox.
+    ("mailbox_words", passthrough::mailbox::fuzz::fuzz_words),
+    // The mailbox's registers: any accesses of a guest, and what the relay does meanwhile.
+    ("mailbox_registers", passthrough::mailbox::fuzz::fuzz_registers),
+    // What a vmm that its guest has taken over can send to the agent, and the other way.
+    ("control", vmm::control::fuzz::fuzz_packet),
+    // Packets between the simulated adapter's VFs and its PF.
+    ("sim_packets", passthrough::sim::fuzz::fuzz_packet),
+    // The simulated PF: any messages and frames of its VFs.
+    ("sim_pf", passthrough::sim::fuzz::fuzz_pf),
+    // What a guest can have the simulated VF send: descriptors and the packet that they are about.
+    ("sim_transmit", |data| drop(passthrough::sim::fuzz::fuzz_transmit(data))),
+    // What a guest can do to an assigned function: configuration space and BARs.
+    ("function_accesses", passthrough::function::fuzz::fuzz_accesses),
+    // The capability lists of an assigned function, as hardware may have them.
+    ("function_capabilities", passthrough::function::fuzz::fuzz_capabilities),
+    // Kernel images: headers of bzImage and ELF.
+    ("kernel", vmm::boot::fuzz::fuzz_kernel),
+    // What a client of the API can send.
+    ("rest_bodies", api::router::fuzz::fuzz_body),
+];
+
+static BODY: LazyLock<Body> = LazyLock::new(|| {
+    let name = std::env::var("PORTCULLIS_FUZZ_TARGET").unwrap_or_default();
+    let found = TARGETS.iter().find(|(target, _)| *target == name);
+    found
+        .unwrap_or_else(|| {
+            panic!("PORTCULLIS_FUZZ_TARGET names no target: {name:?}; tests/fuzz --list has them")
+        })
+        .1
+});
+
+libfuzzer_sys::fuzz_target!(|data: &[u8]| (*BODY)(data));
