@@ -17,10 +17,16 @@ pub const COM1: u64 = 0x3f8;
 /// Ports that the device takes.
 pub const PORTS: u64 = 8;
 
+const DATA: u8 = 0;
 const IER: u8 = 1;
+const IIR: u8 = 2;
 const LCR: u8 = 3;
 const MCR: u8 = 4;
 const SCR: u8 = 7;
+/// Bytes in the receive FIFO.
+const FIFO: usize = 64;
+/// Received data raises an interrupt.
+const IER_RECEIVED: u8 = 1;
 /// What vm-superio's registers are at power-on: 8 data bits, OUT2 set.
 const LCR_POWER_ON: u8 = 3;
 const LCR_DLAB: u8 = 0x80;
@@ -79,10 +85,24 @@ impl Serial {
         set(MCR, MCR_POWER_ON);
         set(SCR, 0);
         // Reading the data register pops the FIFO, reading IIR clears it; at most 64 bytes are in there.
-        for _ in 0..64 {
-            uart.read(0);
+        for _ in 0..FIFO {
+            uart.read(DATA);
         }
-        uart.read(2);
+        uart.read(IIR);
+    }
+
+    /// "Received data" lasts as long as there is data (16550A datasheet, table of IIR): vm-superio ends it with the first byte that
+    /// is read, and whenever IIR is. Linux reads at most 256 bytes in a row, and then believes IIR.
+    fn keep_received(uart: &mut Uart) {
+        if uart.fifo_capacity() == FIFO || uart.read(LCR) & LCR_DLAB != 0 {
+            return;
+        }
+        let enabled = uart.read(IER);
+        if enabled & IER_RECEIVED != 0 {
+            // A write to IER makes it look at its FIFO. Only received data is meant, so the other bits come second.
+            let _ = uart.write(IER, IER_RECEIVED);
+            let _ = uart.write(IER, enabled);
+        }
     }
 
     fn uart(&self) -> MutexGuard<'_, Uart> {
@@ -94,7 +114,14 @@ impl BusDevice for Serial {
     fn read(&self, offset: u64, data: &mut [u8]) {
         let mut uart = self.uart();
         for (register, byte) in (offset..).zip(data) {
-            *byte = u8::try_from(register).map_or(0xff, |register| uart.read(register));
+            let Ok(register) = u8::try_from(register) else {
+                *byte = 0xff;
+                continue;
+            };
+            *byte = uart.read(register);
+            if matches!(register, DATA | IIR) {
+                Self::keep_received(&mut uart);
+            }
         }
     }
 
@@ -160,6 +187,32 @@ mod tests {
         assert_eq!(read(&serial, 5) & 1, 1, "data ready");
         assert_eq!(read(&serial, 0), b'x');
         assert_eq!(serial.capacity(), 1);
+    }
+
+    #[test]
+    fn received_data_interrupts_until_the_last_byte_is_read() {
+        const IDENTITY: u8 = 0xf;
+        const RECEIVED: u8 = 4;
+        const NONE: u8 = 1;
+        let (_, interrupt, serial) = port();
+        serial.write(IER.into(), &[1]);
+        assert_eq!(serial.enqueue(&[b'x'; 64]), 64);
+        for left in (0..64).rev() {
+            let _ = interrupt.read();
+            assert_eq!(read(&serial, 2) & IDENTITY, RECEIVED, "{left} bytes and one are left");
+            assert_eq!(read(&serial, 2) & IDENTITY, RECEIVED, "reading IIR takes no data away");
+            assert_eq!(read(&serial, 0), b'x');
+            assert!(interrupt.read().is_ok(), "{left}");
+        }
+        assert_eq!(read(&serial, 2) & IDENTITY, NONE);
+        assert!(interrupt.read().is_err());
+        // Not where the guest wants none, and not from behind the divisor.
+        serial.write(IER.into(), &[0]);
+        serial.enqueue(b"ab");
+        assert_eq!([read(&serial, 0), read(&serial, 2) & IDENTITY], [b'a', NONE]);
+        serial.write(LCR.into(), &[LCR_DLAB]);
+        assert_eq!([read(&serial, 0), read(&serial, 1)], DIVISOR_9600);
+        assert!(interrupt.read().is_err());
     }
 
     #[test]
