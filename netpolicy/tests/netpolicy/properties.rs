@@ -144,7 +144,7 @@ fn forbidden(hw: &Hardware, port: &Port, state: &SwitchState) -> Vec<String> {
     must(hw.vlans.iter().all(|vlan| trunk(*vlan)), "VLANs");
     must(hw.vlans.len() as u64 <= number("vlan_limit", 8), "number of VLANs");
     must(hw.multicast as u64 <= number("multicast_limit", 30), "number of multicast hashes");
-    must(u64::from(hw.max_frame) <= number("mtu", 1500) + 22, "frame length");
+    must(u64::from(hw.max_frame) <= number("mtu", 1500) + 26, "frame length");
     must(!hw.promiscuous.unicast || promiscuous == "accept", "unicast promiscuous");
     must(!hw.promiscuous.multicast || promiscuous != "reject", "multicast promiscuous");
     must(hw.spoof_check == (get("forged_transmits", json!("reject")) == "reject"), "spoof check");
@@ -189,7 +189,7 @@ fn a_request() -> BoxedStrategy<Request> {
         }),
         5 => (prop_oneof![0_u16..12, Just(4094), Just(4095), any::<u16>()], prop::bool::weighted(0.8))
             .prop_map(|(vid, add)| Request::SetVlan { vid, add }),
-        2 => prop_oneof![Just(1522_u32), Just(1523), Just(9022), any::<u32>(), 0_u32..9300].prop_map(Request::SetMaxFrame),
+        2 => prop_oneof![Just(1522_u32), Just(1526), Just(1527), Just(9026), any::<u32>(), 0_u32..9300].prop_map(Request::SetMaxFrame),
         2 => (any::<bool>(), any::<bool>())
             .prop_map(|(multicast, unicast)| Request::SetPromiscuous(PromiscuousMode { multicast, unicast })),
         1 => any::<u16>().prop_map(|opcode| Request::Unknown { opcode }),

@@ -153,7 +153,7 @@ fn a_tightened_group_takes_back_in_order() {
         Change::ClearUnicast,
         Change::SetMulticast(vec![1, 2]),
         Change::SetPromiscuous(netpolicy::PromiscuousMode { multicast: true, unicast: false }),
-        Change::SetMaxFrame(1522),
+        Change::SetMaxFrame(1526),
         access.clone(),
     ];
     assert_eq!((first.port, first.changes()), (port_id(1), expect.to_vec()));

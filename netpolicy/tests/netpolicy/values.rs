@@ -48,7 +48,7 @@ fn numbers() {
     assert!([1, 4094].into_iter().all(|id| VlanId::new(id).is_ok()));
     assert!(Qos::new(7).is_ok() && Qos::new(8).is_err());
     assert!([67, 9217, u16::MAX].into_iter().all(|mtu| Mtu::new(mtu).is_err()));
-    assert_eq!(Mtu::new(1500).unwrap().max_frame(), 1522);
+    assert_eq!(Mtu::new(1500).unwrap().max_frame(), 1526);
 }
 
 #[test]
