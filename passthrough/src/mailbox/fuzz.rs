@@ -78,6 +78,8 @@ pub fn fuzz_registers(data: &[u8]) {
     let mut newest = 0;
     // Something was done since the last look that PFACK or PFSTS may tell of.
     let (mut acknowledged, mut sent, mut from_pf) = (false, false, false);
+    // "Clear to send" was withdrawn.
+    let mut must_reset = false;
     for step in data.chunks_exact(8) {
         let [kind, low, high, len, v0, v1, v2, v3] = *step else { return };
         let value = u32::from_le_bytes([v0, v1, v2, v3]);
@@ -127,12 +129,21 @@ pub fn fuzz_registers(data: &[u8]) {
             },
             5 => {
                 let seq = if value & 1 == 0 { newest } else { u64::from(value >> 1) };
-                let done = registers.complete(seq, (value & 2 == 0).then(|| Words::new(&[value])).as_ref());
+                let reply = (value & 2 == 0).then(|| Words::new(&[value]));
+                let done = match &reply {
+                    Some(reply) if value & 4 != 0 => registers.complete_reset(seq, reply),
+                    _ => registers.complete(seq, reply.as_ref()),
+                };
                 assert_eq!(done, in_flight == Some(seq));
                 if done {
                     in_flight = None;
                     acknowledged = true;
-                    sent |= value & 2 == 0;
+                    sent |= reply.is_some();
+                    must_reset &= reply.is_none() || value & 4 == 0;
+                }
+                if done && reply.is_some() && value & 8 != 0 {
+                    let Read::Shadow { value, .. } = registers.read(0x800, 4) else { panic!("no word 0") };
+                    assert!(!must_reset || value & CTS == 0, "clear to send without a reset: {value:#x}");
                 }
             }
             6 => {
@@ -145,6 +156,7 @@ pub fn fuzz_registers(data: &[u8]) {
             }
             _ if value & 1 == 0 => {
                 from_pf = true;
+                must_reset = true;
                 registers.lost_clear_to_send();
             }
             _ => registers.set_pf_resetting(value & 2 != 0),

@@ -18,11 +18,14 @@
 //! * PFU is never shown: a driver that cannot take the buffer for 11 ms gives up without a word. PFACK is never shown
 //!   before the decision: waiting for it is what the driver has a second for.
 //! * The last reply stays in word 0, where the driver's link check looks for "clear to send".
+//! * Once "clear to send" was withdrawn, only the answer to a reset message gives it back. Every other reply lacks it, and
+//!   word 0 asks for a reset again as soon as such a reply was read: a signal that a later reply hides would leave the
+//!   guest with an address, or filters, that its device does not have.
 //! * What the PF says on its own is merged when it cannot be taken for a reply: not while a message is in flight, while
 //!   the guest owns the buffer, or while an answer is unread.
 
 use super::{
-    bits::{self, NACK_MESSAGE, PF_CONTROL, PFACK, PFSTS, REQ, RSTD, RSTI, VFU},
+    bits::{self, CTS, NACK_MESSAGE, PF_CONTROL, PFACK, PFSTS, REQ, RSTD, RSTI, VFU},
     layout::{Layout, Register},
     words::{BUFFER_WORDS, Words},
 };
@@ -82,13 +85,6 @@ pub struct RegisterCounts {
     pub unknown: u64,
 }
 
-/// Something from the PF that waits until it cannot be taken for a reply.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum FromPf {
-    Message(u32),
-    LostClearToSend,
-}
-
 /// The mailbox page as the guest sees it.
 #[derive(Debug)]
 pub struct Registers {
@@ -105,7 +101,12 @@ pub struct Registers {
     resetting: bool,
     /// A reply is in word 0 and was not read.
     unread: bool,
-    waiting: Option<FromPf>,
+    /// A message of the PF that waits until it cannot be taken for a reply.
+    waiting: Option<u32>,
+    /// "Clear to send" was withdrawn, and no reset message of the guest was answered since.
+    must_reset: bool,
+    /// Word 0 is to ask for a reset as soon as nothing in it can be taken for a reply.
+    reset_unsaid: bool,
     seen: [u64; 16],
     counts: RegisterCounts,
 }
@@ -126,6 +127,8 @@ impl Registers {
             resetting: false,
             unread: false,
             waiting: None,
+            must_reset: false,
+            reset_unsaid: false,
             seen: [0; 16],
             counts: RegisterCounts::default(),
         }
@@ -196,11 +199,23 @@ impl Registers {
     }
 
     /// Ends message `seq`: writes the reply (None: acknowledged, but not answered) and raises PFACK and PFSTS
-    /// together. Returns false, and changes nothing, if a reset was faster.
+    /// together. The reply loses "clear to send" while the guest must reset. Returns false, and changes nothing, if a reset
+    /// was faster.
     pub fn complete(&mut self, seq: u64, reply: Option<&Words>) -> bool {
+        self.end(seq, reply, false)
+    }
+
+    /// Ends message `seq`, a reset message that the PF has carried out. The guest need not reset any more.
+    pub fn complete_reset(&mut self, seq: u64, reply: &Words) -> bool {
+        self.end(seq, Some(reply), true)
+    }
+
+    fn end(&mut self, seq: u64, reply: Option<&Words>, was_reset: bool) -> bool {
         if !self.in_flight || seq != self.seq {
             return false;
         }
+        self.must_reset &= !was_reset;
+        self.reset_unsaid = self.must_reset;
         self.in_flight = false;
         self.resetting = false;
         self.pfack = true;
@@ -208,31 +223,34 @@ impl Registers {
             for (to, from) in self.words.iter_mut().zip(reply.as_slice()) {
                 *to = *from;
             }
+            if self.must_reset {
+                self.words[0] &= !CTS;
+            }
             self.pfsts = true;
             self.unread = true;
             // The driver's link check wants no more than a word with "clear to send", which the reply is.
-            if matches!(self.waiting, Some(FromPf::Message(_))) {
-                self.waiting = None;
-            }
+            self.waiting = None;
         }
         self.deliver();
         true
     }
 
-    /// A message that the PF sent on its own, clear to send.
+    /// A message that the PF sent on its own, clear to send. It is dropped while the guest must reset.
     pub fn pf_message(&mut self, word: u32) {
-        if self.waiting != Some(FromPf::LostClearToSend) {
-            self.waiting = Some(FromPf::Message(word));
+        if !self.must_reset {
+            self.waiting = Some(word);
         }
         self.deliver();
     }
 
-    /// The PF no longer listens to this VF: makes the driver reset it. Only its own reset message brings "clear to
-    /// send" back.
+    /// The PF no longer listens to this VF, or its settings have changed under the driver: makes the driver reset it. Only
+    /// the answer to its reset message ([`complete_reset`](Self::complete_reset)) brings "clear to send" back; a reset of the
+    /// device does not.
     pub fn lost_clear_to_send(&mut self) {
         // The driver polls RSTD every 2 s; only then does it look at word 0.
         self.rstd = true;
-        self.waiting = Some(FromPf::LostClearToSend);
+        self.waiting = None;
+        (self.must_reset, self.reset_unsaid) = (true, true);
         self.deliver();
     }
 
@@ -241,11 +259,16 @@ impl Registers {
         self.rsti = resetting;
     }
 
-    /// The device was reset (FLR, reboot): everything as after power-on. Returns the new sequence number.
+    /// The device was reset (FLR, reboot): the registers are as after power-on, and a guest that must reset must still do
+    /// so. Returns the new sequence number.
     pub fn function_reset(&mut self) -> u64 {
-        let (seq, seen, counts) = (self.seq, self.seen, self.counts);
-        *self = Self::new(self.layout);
-        (self.seq, self.seen, self.counts) = (seq.wrapping_add(1), seen, counts);
+        *self = Self {
+            seq: self.seq.wrapping_add(1),
+            must_reset: self.must_reset,
+            seen: self.seen,
+            counts: self.counts,
+            ..Self::new(self.layout)
+        };
         self.seq
     }
 
@@ -299,6 +322,8 @@ impl Registers {
         self.rstd = false;
         self.unread = false;
         self.waiting = None;
+        // The driver would take RSTD for a reset of its PF that goes on, and give up.
+        self.reset_unsaid = false;
         self.resetting = true;
         Effect::Reset(self.seq)
     }
@@ -307,17 +332,14 @@ impl Registers {
         if !self.wants_news() || self.unread {
             return;
         }
-        match self.waiting.take() {
-            Some(FromPf::Message(word)) => {
-                self.words[0] = word;
-                self.pfsts = true;
-            }
-            Some(FromPf::LostClearToSend) => {
-                self.words[0] = RESET_WANTED;
-                self.pfsts = true;
-                self.rstd = true;
-            }
-            None => {}
+        if self.reset_unsaid {
+            self.reset_unsaid = false;
+            self.words[0] = RESET_WANTED;
+            self.pfsts = true;
+            self.rstd = true;
+        } else if let Some(word) = self.waiting.take() {
+            self.words[0] = word;
+            self.pfsts = true;
         }
     }
 

@@ -196,6 +196,46 @@ fn lost_clear_to_send_is_seen_by_the_link_check_even_behind_an_unread_reply() {
 }
 
 #[test]
+fn only_the_answer_to_a_reset_message_gives_clear_to_send_back() {
+    let mut registers = registers();
+    registers.lost_clear_to_send();
+    // Interface down: nobody looks. Whatever the driver asks for first, its reply does not hide that it must reset.
+    for word in [2, 3, 4] {
+        let snapshot = post(&mut registers, &[word]);
+        registers.pf_message(PF_CONTROL | CTS);
+        assert!(registers.complete(snapshot.seq, Some(&Words::new(&[ACK_MESSAGE | CTS | word]))));
+        assert_eq!(read(&mut registers, MAILBOX) & (PFACK | PFSTS), PFACK | PFSTS);
+        assert_eq!(read(&mut registers, BUFFER), ACK_MESSAGE | word, "the reply is not clear to send");
+        registers.pf_message(PF_CONTROL | CTS);
+        assert_eq!(read(&mut registers, MAILBOX) & RSTD, RSTD);
+        assert_eq!(read(&mut registers, BUFFER), RESET_WANTED);
+    }
+    // A reset that the PF does not carry out, and one of the device, change nothing.
+    write(&mut registers, 0, CONTROL_RST);
+    assert_eq!(read(&mut registers, MAILBOX), 0, "the driver would give up its reset");
+    let snapshot = post(&mut registers, &[1]);
+    registers.complete(snapshot.seq, Some(&Words::new(&[RESET_WANTED])));
+    registers.function_reset();
+    assert_eq!(read(&mut registers, MAILBOX), 0);
+    let snapshot = post(&mut registers, &[3]);
+    registers.complete(snapshot.seq, Some(&Words::new(&[ACK_MESSAGE | CTS | 3])));
+    assert_eq!(read(&mut registers, BUFFER), ACK_MESSAGE | 3);
+    assert_eq!(read(&mut registers, BUFFER), RESET_WANTED);
+
+    write(&mut registers, 0, CONTROL_RST);
+    let snapshot = post(&mut registers, &[1]);
+    assert!(registers.complete_reset(snapshot.seq, &Words::new(&[ACK_MESSAGE | 1])));
+    assert_eq!(
+        (read(&mut registers, BUFFER), read(&mut registers, BUFFER)),
+        (ACK_MESSAGE | 1, ACK_MESSAGE | 1)
+    );
+    assert_eq!(read(&mut registers, MAILBOX), PFACK | PFSTS);
+    let snapshot = post(&mut registers, &[2]);
+    registers.complete(snapshot.seq, Some(&Words::new(&[ACK_MESSAGE | CTS | 2])));
+    assert_eq!(read(&mut registers, BUFFER), ACK_MESSAGE | CTS | 2);
+}
+
+#[test]
 fn rsti_is_shown_but_not_while_the_guest_resets() {
     let mut registers = registers();
     registers.set_pf_resetting(true);

@@ -6,7 +6,11 @@ use netpolicy::{MacAddress, Reason, Request};
 
 use super::{Core, Message};
 use crate::{
-    mailbox::{igbvf, registers::RESET_WANTED, words::Words},
+    mailbox::{
+        igbvf,
+        registers::{RESET_WANTED, Registers},
+        words::Words,
+    },
     relay::authority::Notice,
 };
 
@@ -103,7 +107,8 @@ impl Core {
 
     pub(super) fn answer_reset(&mut self, message: &Message, mac: Option<MacAddress>, verdict: &'static str) {
         self.effective = mac.or(self.effective);
-        if self.finish(message, Some(&igbvf::reset_reply(mac)), verdict) {
+        let reply = igbvf::reset_reply(mac);
+        if self.end(message, verdict, |registers| registers.complete_reset(message.seq(), &reply)) {
             self.driver.reset(mac);
         }
     }
@@ -118,9 +123,18 @@ impl Core {
 
     /// Shows the answer to the guest, unless it has reset.
     pub(super) fn finish(&mut self, message: &Message, reply: Option<&Words>, verdict: &'static str) -> bool {
+        self.end(message, verdict, |registers| registers.complete(message.seq(), reply))
+    }
+
+    fn end(
+        &mut self,
+        message: &Message,
+        verdict: &'static str,
+        complete: impl FnOnce(&mut Registers) -> bool,
+    ) -> bool {
         let time = self.now().saturating_sub(message.posted.at);
         let mut state = self.shared.lock();
-        let shown = state.registers.complete(message.seq(), reply);
+        let shown = complete(&mut state.registers);
         state.stats.message(message.name(), if shown { verdict } else { "dropped" });
         if shown {
             state.stats.round_trips.add(time);

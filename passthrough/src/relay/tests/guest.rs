@@ -95,6 +95,31 @@ fn an_address_taken_back_by_the_host_is_learnt_at_the_next_reset() {
 }
 
 #[test]
+fn a_guest_that_goes_on_talking_still_learns_that_it_must_reset() {
+    const CTS: u32 = 0x2000_0000;
+    let (bench, mut driver) = guest();
+    assert!(driver.set_mac(mac(0x22)));
+    bench.vf().set_admin_mac(mac(0x11));
+    bench.0.borrow().relay.set_effective_mac(mac(0x11));
+    bench.policy(|request| Some(if matches!(request, Request::SetMac(_)) { NACK } else { FORWARD }));
+    bench.0.borrow().relay.make_guest_reset();
+    bench.wait(MS);
+    // A multicast join right behind it, granted; another address, denied; a message that means nothing.
+    assert_eq!(driver.call(&[0x0001_0003, 0x230]).map(|word| word & CTS), Ok(0));
+    assert!(!driver.set_mac(mac(0x33)));
+    assert_eq!(driver.call(&[0x77]).map(|word| word & CTS), Ok(0));
+    // Stock drivers do not reset twice within 10 s: their link check must say so until they do.
+    for _ in 0..8 {
+        bench.wait(2000 * MS);
+        assert!(driver.watchdog(), "the link check asks for a reset");
+    }
+    driver.reset().expect("reset");
+    assert_eq!(addresses(&bench, &driver), (mac(0x11), mac(0x11)));
+    assert!(!driver.watchdog());
+    assert_eq!(driver.call(&[0x0001_0003, 0x230]).map(|word| word & CTS), Ok(CTS));
+}
+
+#[test]
 fn what_the_guest_believes_is_told_where_the_authority_cannot_know_it() {
     let (bench, mut driver) = guest();
     bench.policy(|_| Some(SILENT));
