@@ -9,7 +9,7 @@ use std::{path::PathBuf, sync::Arc};
 
 use passthrough::{
     host::{
-        Bdf, BindError, InventoryError, PciDevice, Pf, PreviousBinding, Sysfs, Vf, VfCountError,
+        Bdf, BindError, InventoryError, PciDevice, Pf, PreviousBinding, Sysfs, Usage, Vf, VfCountError,
         ViabilityError,
     },
     sim::is_simulated,
@@ -173,6 +173,18 @@ impl Inventory {
         match self.simulates(bdf) {
             Some(simulated) => simulated.vf(bdf).map(|_| None).map_err(Into::into),
             None => self.sysfs.check_viable(bdf, together).map(|group| Some(group.number)),
+        }
+    }
+
+    /// Who else uses a network function that no VM of this agent has; a simulated one is nobody's. Do not ask while a VM's process
+    /// may open the function.
+    ///
+    /// # Errors
+    /// sysfs is unreadable.
+    pub fn usage(&self, bdf: Bdf) -> Result<Option<Usage>, InventoryError> {
+        match self.simulates(bdf) {
+            Some(_) => Ok(None),
+            None => self.sysfs.usage(bdf),
         }
     }
 

@@ -136,6 +136,7 @@ fn vf() -> Option<Vf> {
         iommu_group: Some(30),
         mac: Some("02:00:00:00:00:11".to_owned()),
         owner: Some(owner()),
+        used_by: None,
     })
 }
 

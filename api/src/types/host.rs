@@ -97,6 +97,10 @@ pub struct Vf {
     pub mac: Option<String>,
     /// The VM that it belongs to, if any.
     pub owner: Option<Owner>,
+    /// What else uses it, for people: an interface that is up, another network namespace, another process. An adapter without
+    /// `vf` does not get it; one that names it gets it only from an interface of the host.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub used_by: Option<String>,
 }
 
 /// The id of a PCI function of this host: a UUID of version 8 that holds the address.

@@ -398,7 +398,8 @@ pub enum CauseCode {
 pub struct AdapterStatus {
     /// The adapter's id.
     pub id: Name,
-    /// The address that the PF has for the VF while the VM holds one, else the one that it will have.
+    /// The initial address: that of the specification, or one that the agent has made up. The status of the adapter's port has
+    /// the effective address.
     pub mac: UnicastMac,
     /// The PF's interface.
     #[serde(default, skip_serializing_if = "Option::is_none")]

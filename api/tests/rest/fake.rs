@@ -259,6 +259,7 @@ impl Backend for Fake {
                 iommu_group: Some(10 + index),
                 mac: None,
                 owner: None,
+                used_by: None,
             }
         };
         Ok((0..self.state().vfs).map(vf).collect())

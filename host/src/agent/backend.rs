@@ -580,7 +580,13 @@ impl Backend for Agent {
     }
 
     async fn list_vfs(&self) -> Result<Vec<Vf>, Problem> {
-        let claims = self.claims().await?;
+        // A VM that is about to open a function has claimed it.
+        let (claims, used) = {
+            let _guard = self.env.claiming.lock().await;
+            let claims = self.claims().await?;
+            let taken: Vec<host::Bdf> = claims.iter().map(|claim| claim.bdf).collect();
+            (claims, self.host(move |inventory| usages(inventory, &taken)).await?)
+        };
         let open = Arc::clone(&self.env.open_pf);
         let mut vfs = self
             .host(move |inventory| {
@@ -588,7 +594,8 @@ impl Backend for Agent {
                 for pf in inventory.pfs().map_err(|e| e.problem())? {
                     let settings = open(pf.device.bdf).and_then(|mut pf| pf.read_all());
                     for vf in inventory.vfs_of(pf.device.bdf).map_err(|e| e.problem())? {
-                        vfs.push(view_vf(&pf, &vf, &settings, &claims)?);
+                        let used_by = used.get(&vf.device.bdf).cloned();
+                        vfs.push(Vf { used_by, ..view_vf(&pf, &vf, &settings, &claims)? });
                     }
                 }
                 Ok(vfs)
@@ -604,6 +611,23 @@ fn pf_name(pf: &ObjectRef) -> String {
         ObjectRef::Id(id) => id.to_string(),
         ObjectRef::Name(name) => name.clone(),
     }
+}
+
+/// What else uses the VFs that no VM has, in words.
+fn usages(inventory: &Inventory, taken: &[host::Bdf]) -> Result<BTreeMap<host::Bdf, String>, Problem> {
+    let mut used = BTreeMap::new();
+    for pf in inventory.pfs().map_err(|e| e.problem())? {
+        for vf in inventory.vfs_of(pf.device.bdf).map_err(|e| e.problem())? {
+            let bdf = vf.device.bdf;
+            if taken.contains(&bdf) {
+                continue;
+            }
+            // One that is removed meanwhile is not used.
+            let usage = inventory.usage(bdf).ok().flatten();
+            used.extend(usage.map(|usage| (bdf, usage.to_string())));
+        }
+    }
+    Ok(used)
 }
 
 fn view_vf(
@@ -625,5 +649,6 @@ fn view_vf(
         iommu_group: vf.device.iommu_group,
         mac: settings.and_then(|settings| settings.mac).map(|mac| mac.to_string()),
         owner: claims.iter().find(|claim| claim.bdf == vf.device.bdf).map(view::owner),
+        used_by: None,
     })
 }

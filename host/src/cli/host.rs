@@ -112,7 +112,7 @@ fn vf_row(vf: &Vf) -> [String; 7] {
         or_dash(vf.iommu_group),
         or_dash(vf.driver.as_ref()),
         or_dash(vf.mac.as_ref()),
-        or_dash(owner),
+        or_dash(owner.or_else(|| vf.used_by.as_ref().map(|usage| format!("({usage})")))),
     ]
 }
 

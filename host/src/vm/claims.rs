@@ -11,7 +11,7 @@
 //! Each step is in the store before it is done, and giving back undoes every step whether it was done or not: so
 //! whatever an agent was doing when it died, the next one puts right.
 
-use std::{fs, thread, time::Duration};
+use std::{thread, time::Duration};
 
 use api::{
     problem::{Problem, ProblemCode},
@@ -184,6 +184,7 @@ fn named_vf(
     }
     require_up(&pf)?;
     fits(&pf)?;
+    check_unused(inventory, bdf, ProblemCode::VfInUse, "VF")?;
     Ok((vf, pf))
 }
 
@@ -219,8 +220,9 @@ fn free_vf(
                 || mine.iter().any(|claim| claim.bdf == bdf)
                 || taken.iter().any(|claim| claim.bdf == bdf)
                 || taken.iter().find(group).is_some()
-                || host_uses(inventory, &vf)
-                || inventory.check_viable(bdf, &[]).is_err();
+                || inventory.check_viable(bdf, &[]).is_err()
+                // Last, since it opens the group. A use that cannot be found out is one.
+                || inventory.usage(bdf).map_or(true, |usage| usage.is_some());
             match &up {
                 _ if used => {}
                 Ok(()) => return Ok((vf, pf)),
@@ -241,15 +243,19 @@ fn free_vf(
     }))
 }
 
-/// Whether the host itself has an interface on the VF that is up.
-fn host_uses(inventory: &Inventory, vf: &Vf) -> bool {
-    vf.device.interfaces.iter().any(|interface| {
-        let flags = inventory.device_dir(vf.device.bdf).join("net").join(interface).join("flags");
-        let flags = fs::read_to_string(flags).unwrap_or_default();
-        let flags = u32::from_str_radix(flags.trim().trim_start_matches("0x"), 16);
-        // IFF_UP. What cannot be read is taken for used.
-        flags.map_or(true, |flags| flags & 1 != 0)
-    })
+/// The problem of a function that something else uses, unseen by the administrator who names it.
+fn check_unused(inventory: &Inventory, bdf: Bdf, code: ProblemCode, what: &str) -> Result<(), Problem> {
+    let usage = inventory.usage(bdf).map_err(|error| Problem::new(ProblemCode::Internal, chain(&error)))?;
+    match usage.filter(|usage| !usage.is_visible()) {
+        None => Ok(()),
+        Some(usage) => {
+            let cure = usage.cure();
+            Err(Problem::new(
+                code,
+                format!("{what} {bdf} is used by {usage}: {cure}, or use another function."),
+            ))
+        }
+    }
 }
 
 fn plain_device(inventory: &Inventory, bdf: Bdf, taken: &[Claim]) -> Result<(), Problem> {
@@ -275,6 +281,9 @@ fn plain_device(inventory: &Inventory, bdf: Bdf, taken: &[Claim]) -> Result<(), 
     }
     if inventory.pf(bdf).is_ok_and(|pf| pf.num_vfs > 0) {
         return unsupported("is a PF with VFs: set their number to 0 first");
+    }
+    if device.is_network() || device.driver.as_deref() == Some(host::VFIO_PCI) {
+        check_unused(inventory, bdf, ProblemCode::DeviceInUse, "Device")?;
     }
     Ok(())
 }
@@ -443,9 +452,12 @@ fn restore(host: &Host, claim: &Claim) -> Result<(), Problem> {
         tracing::debug!(function = %claim.bdf, "no reset: {error}");
     }
     reach(Point::ReleaseReset);
+    let returned = host.inventory.current_binding(claim.bdf).is_ok_and(|now| {
+        now.driver == before.binding.driver && now.driver.is_some_and(|driver| driver != host::VFIO_PCI)
+    });
     let mut first = None;
     if let (Some(vf), Some(settings)) = (&claim.adapter, &before.settings) {
-        first = restore_settings(host, vf, settings).err();
+        first = restore_settings(host, vf, settings, returned).err();
     }
     reach(Point::ReleaseSettings);
     // The driver is put back even if the PF did not take its settings.
@@ -456,13 +468,24 @@ fn restore(host: &Host, claim: &Claim) -> Result<(), Problem> {
     first.map_or(Ok(()), Err)
 }
 
-fn restore_settings(host: &Host, vf: &ClaimedVf, settings: &VfSettings) -> Result<(), Problem> {
+/// Sets what the VF had before. `returned`: the host's driver has the VF again, from an attempt before this one.
+fn restore_settings(
+    host: &Host,
+    vf: &ClaimedVf,
+    settings: &VfSettings,
+    returned: bool,
+) -> Result<(), Problem> {
     let mut pf = match (host.open_pf)(vf.pf) {
         Ok(pf) => pf,
         Err(PfError::NoInterface { .. } | PfError::Inventory(_)) => return Ok(()),
         Err(error) => return Err(error.problem()),
     };
-    match host::restore(&mut *pf, vf.index, settings) {
+    let mut settings = settings.clone();
+    if returned && settings.mac.is_none() {
+        // The driver has chosen an address meanwhile; without it the host's interface would be dead.
+        settings.mac = pf.read(vf.index).map_err(|e| e.problem())?.mac;
+    }
+    match host::restore(&mut *pf, vf.index, &settings) {
         Ok(()) => Ok(()),
         Err(error) if matches!(*error.source, PfError::NoVf { .. }) => Ok(()),
         Err(error) => Err(error.problem()),

@@ -211,6 +211,29 @@ async fn a_vf_and_its_group_have_one_owner() {
     host.assert_untouched().await;
 }
 
+/// A container's, for example. Nothing of it is touched, and it is not the one that is chosen.
+#[tokio::test]
+async fn a_vf_whose_interface_is_in_another_network_namespace_is_not_free() {
+    let host = Host::new();
+    host.sysfs.hide_interfaces(VF0);
+    let before = host.pf.lock().unwrap().read(0).unwrap();
+    let pinned =
+        host.create("pinned", |spec| spec.adapters[0].vf = Some(VF0.to_string().parse().unwrap())).await;
+    let problem = pinned.act(VmAction::Boot, caller()).await.unwrap_err();
+    assert_eq!(problem.code, ProblemCode::VfInUse);
+    let words = [&VF0.to_string(), "igbvf", "network namespace"];
+    assert!(words.iter().all(|word| problem.detail.contains(word)), "{problem}");
+    let any = host.create("any", |_| {}).await;
+    host.act(&any, VmAction::Boot).await.unwrap();
+    assert_eq!(any.status().held[0].value.bdf, VF1);
+    let more = host.create("more", |_| {}).await;
+    assert_eq!(host.act(&more, VmAction::Boot).await.unwrap_err(), ProblemCode::NoFreeVf);
+    assert_eq!(host.driver(VF0), Some("igbvf".into()));
+    assert_eq!(host.pf.lock().unwrap().read(0).unwrap(), before);
+    host.act(&any, VmAction::Stop).await.unwrap();
+    host.assert_untouched().await;
+}
+
 #[tokio::test]
 async fn a_guest_s_end_is_told_apart_from_a_crash() {
     for (input, state, code) in [

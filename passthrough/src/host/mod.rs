@@ -23,6 +23,7 @@ mod group;
 mod inventory;
 mod netlink;
 mod sysfs;
+mod usage;
 mod vf_count;
 
 #[cfg(test)]
@@ -37,4 +38,5 @@ pub use group::{GroupMember, InterruptRemapping, IommuGroup, ViabilityError};
 pub use inventory::{Interface, InventoryError, PciDevice, Pf, Vf};
 pub use netlink::{Hint, Monitor, NetlinkPf};
 pub use sysfs::{AttributeWriter, KernelWriter, Sysfs, SysfsError};
+pub use usage::Usage;
 pub use vf_count::VfCountError;

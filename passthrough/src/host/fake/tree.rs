@@ -107,6 +107,13 @@ impl FakeSysfs {
         self.kernel.file(&format!("{dir}/carrier"), if up { "1\n" } else { "0\n" });
     }
 
+    /// Moves the interfaces of a function to another network namespace: its driver stays, and they are not seen any more.
+    pub fn hide_interfaces(&self, bdf: Bdf) {
+        let net = self.kernel.device(bdf).join("net");
+        fs::remove_dir_all(&net).unwrap();
+        fs::create_dir(net).unwrap();
+    }
+
     /// Removes a device, as when a VF's PF loses its VFs.
     pub fn remove_device(&self, bdf: Bdf) {
         self.kernel.remove_device(bdf);
@@ -194,8 +201,15 @@ impl Kernel {
         };
         let Some(driver) = driver else { return };
         let dir = self.path(&format!("bus/pci/drivers/{driver}"));
-        if dir.exists() {
-            symlink(dir, self.device(bdf).join("driver")).unwrap();
+        if !dir.exists() {
+            return;
+        }
+        symlink(dir, self.device(bdf).join("driver")).unwrap();
+        // A VF's own driver makes an interface, which is down at first.
+        if self.device(bdf).join("physfn").exists() && self.state().natives.get(&bdf) == Some(&driver) {
+            let net = format!("bus/pci/devices/{bdf}/net/vf{}-{}", bdf.device(), bdf.function());
+            self.file(&format!("{net}/ifindex"), "9\n");
+            self.file(&format!("{net}/flags"), "0x1002\n");
         }
     }
 
@@ -262,6 +276,9 @@ impl AttributeWriter for Kernel {
                     != fs::canonicalize(self.device(bdf).join("driver")).ok()
                 {
                     return Err(errno(libc::ENODEV));
+                }
+                if self.device(bdf).join("physfn").exists() {
+                    let _ = fs::remove_dir_all(self.device(bdf).join("net"));
                 }
                 fs::remove_file(self.device(bdf).join("driver"))
             }
