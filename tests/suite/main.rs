@@ -2,7 +2,7 @@
 
 //! Integration tests on the real thing: the agent's own binary, reached through REST alone.
 //!
-//! `local::` needs /dev/kvm, `lab::` the nested lab. `tests/run` starts both and refuses to call a tier green that
+//! `local::` needs /dev/kvm, `lab::` the nested lab, `hardware::` an adapter. `tests/run` starts them, and no tier is green that
 //! did not run.
 
 #![allow(
@@ -15,5 +15,6 @@
 )]
 
 mod fixture;
+mod hardware;
 mod lab;
 mod local;

@@ -4,12 +4,13 @@
 
 use serde_json::json;
 
-use super::{configure, ping, spec};
+use super::{as_debian_does, configure, ping, spec};
 use crate::fixture::{Agent, host};
 
 fn boots_and_pings(cpus: u8) {
     let agent = Agent::start();
     let mut spec = spec(&agent, "web1", host::VF0);
+    as_debian_does(&agent, &mut spec);
     spec["cpus"] = json!(cpus);
     let mut guest = agent.boot(&spec);
     guest.wait_for_shell();
@@ -25,6 +26,11 @@ fn boots_and_pings(cpus: u8) {
     let cores = guest.must("grep -m1 'cpu cores' /proc/cpuinfo");
     assert!(cores.ends_with(&format!(": {cpus}")), "{cores}");
 
+    // Longer than the UART's FIFO, and than what Linux reads from it in one interrupt.
+    for length in [20, 200, 260, 300, 480, 900] {
+        let typed = "x".repeat(length);
+        assert_eq!(guest.must(&format!("typed={typed}; echo ${{#typed}}")), length.to_string());
+    }
     configure(&mut guest, "10.0.2.21");
     ping(&mut guest, host::GATEWAY, 20);
     let interrupts = guest.must("grep eth0- /proc/interrupts");
@@ -67,6 +73,7 @@ fn the_kernel_boots_as_elf_by_pvh_with_huge_pages_and_an_address_of_its_own() {
     let agent = Agent::start();
     std::fs::write("/proc/sys/vm/nr_hugepages", "140").unwrap();
     let mut spec = spec(&agent, "web1", host::VF0);
+    as_debian_does(&agent, &mut spec);
     spec["boot"]["kernel"] = json!(agent.link_image("vmlinux", &host::kernel(true)));
     spec["hugepages"] = json!(true);
     spec["adapters"][0]["mac"] = json!("02:00:00:00:00:11");

@@ -11,7 +11,7 @@ use std::{
 use api::types::VmAction;
 use serde_json::json;
 
-use super::bare_spec;
+use super::{as_debian_does, bare_spec};
 use crate::fixture::{Agent, Guest, host};
 
 const RUNS: usize = 3;
@@ -50,6 +50,7 @@ fn ours(agent: &Agent) -> Duration {
 fn the_guests_init_is_reached_sooner_than_under_qemu() {
     let agent = Agent::start();
     let mut spec = bare_spec(&agent, "web1");
+    as_debian_does(&agent, &mut spec);
     spec["boot"]["cmdline"] = json!("console=ttyS0 quiet panic=-1");
     spec["adapters"] = json!([{ "id": "eth0", "vf": host::VF0 }]);
     agent.create(&spec).unwrap();

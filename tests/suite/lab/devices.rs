@@ -34,6 +34,8 @@ fn with_device(name: &str, bdf: &str) -> (Agent, String) {
     let before = host::driver(bdf);
     let mut spec = bare_spec(&agent, name);
     spec["devices"] = json!([bdf]);
+    let initramfs = host::initramfs_with("disks", &["nvme", "ahci", "sd_mod"], &[]);
+    spec["boot"]["initramfs"] = json!(agent.link_image("initrd-disks", &initramfs));
     agent.create(&spec).unwrap_or_else(|problem| panic!("{problem:?}"));
     (agent, format!("{before:?}"))
 }

@@ -1,44 +1,56 @@
 // SPDX-License-Identifier: Apache-2.0
 
-//! The tables that simulated PFs and VFs are held to, on the lab's adapter and its stock PF driver.
+//! `tests/hardware` on the lab's adapter: its PF driver and the relay answer as the tables say.
 
-use std::{path::Path, sync::Arc};
-
-use passthrough::{
-    relay::testing::{
-        conformance::{pf_differences, relay_differences},
-        table::EFFECTIVE,
-    },
-    vfio::Container,
-};
+use std::{fs, path::Path, process::Command};
 
 use crate::fixture::host;
 
-/// A VF at vfio-pci with the address that the tables assume; as before when it is dropped.
-struct Prepared;
+/// The PF as people have it who run the hardware tier: down and without VFs. As before when it is dropped.
+struct Unused {
+    vfs: usize,
+}
 
-impl Prepared {
+impl Unused {
     fn new() -> Self {
-        let mac = EFFECTIVE.map(|byte| format!("{byte:02x}")).join(":");
-        host::run("ip", &["link", "set", host::PF, "vf", "0", "mac", &mac]);
-        host::bind_vfio(host::VF0);
-        Self
+        let vfs = host::vf_count();
+        Self::set_vfs(0);
+        host::run("ip", &["link", "set", host::PF, "down"]);
+        Self { vfs }
+    }
+
+    fn set_vfs(count: usize) {
+        fs::write(format!("/sys/class/net/{}/device/sriov_numvfs", host::PF), count.to_string()).unwrap();
     }
 }
 
-impl Drop for Prepared {
+impl Drop for Unused {
     fn drop(&mut self) {
-        host::unbind(host::VF0);
-        host::run("ip", &["link", "set", host::PF, "vf", "0", "mac", "00:00:00:00:00:00"]);
+        Self::set_vfs(self.vfs);
+        host::run("ip", &["link", "set", host::PF, "up"]);
+        host::wait_for_carrier();
     }
+}
+
+/// Runs the script; returns its status and all that it prints.
+fn hardware() -> (Option<i32>, String) {
+    let root = Path::new(env!("CARGO_MANIFEST_DIR"));
+    let suite = std::env::current_exe().unwrap();
+    let output = Command::new(root.join("hardware")).arg(host::PF).arg(suite).output().unwrap();
+    let text = [output.stdout, output.stderr].map(|bytes| String::from_utf8_lossy(&bytes).into_owned());
+    (output.status.code(), text.concat())
 }
 
 #[test]
 fn igb_and_the_relay_in_front_of_it_answer_as_the_tables_say() {
-    let _prepared = Prepared::new();
-    let container = Container::new(None).unwrap();
-    let vf = Arc::new(container.open(&Path::new("/sys/bus/pci/devices").join(host::VF0)).unwrap());
-    let none: [String; 0] = [];
-    let [pf, relay] = [pf_differences(vf.clone()), relay_differences(vf)];
-    assert_eq!((pf.as_slice(), relay.as_slice()), (&none[..], &none[..]));
+    let (status, text) = hardware();
+    assert_eq!(status, Some(2), "a PF that is up may be in use: {text}");
+    assert!(text.contains("eth0 is up"), "{text}");
+
+    let unused = Unused::new();
+    let (status, text) = hardware();
+    assert_eq!(status, Some(0), "{text}");
+    assert!(text.contains("1 passed"), "{text}");
+    assert_eq!(host::vf_count(), 0, "it leaves no VF");
+    drop(unused);
 }

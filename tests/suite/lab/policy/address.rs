@@ -183,3 +183,34 @@ pub(super) fn tightened(relay: Relay) {
 fn a_tightened_group_takes_the_address_back_from_a_running_guest() {
     tightened(Relay::Policed);
 }
+
+/// The signal that makes a guest reset its VF is kept until it does: its interface may be down when the address is revoked, or its
+/// driver may ask for something else right then. Stock drivers do not reset twice within 10 s.
+#[test]
+fn a_guest_learns_that_its_address_was_revoked_while_it_was_down_or_busy() {
+    const LEARNT: std::time::Duration = std::time::Duration::from_secs(40);
+    let agent = agent_with(Relay::Policed, &json!({ "mac_changes": "accept" }));
+    let mut guest = guest_in_group(&agent, "web1");
+    let mut revoked = |what: &str, before: &[&str], after: &[&str]| {
+        edit(&agent, &json!({ "mac_changes": "accept" }));
+        guest.must(&format!("ip link set dev eth0 address {X}"));
+        for command in before {
+            guest.must(command);
+        }
+        edit(&agent, &json!({ "mac_changes": "reject" }));
+        for command in after {
+            guest.must(command);
+        }
+        eventually(&agent, LEARNT, &format!("{what}: the guest has the device's address"), || {
+            host::vf_mac(0) == INITIAL && guest_mac(&mut guest) == INITIAL
+        });
+        guest.must(super::WAIT_FOR_LINK);
+        ping(&mut guest, host::GATEWAY, 3);
+        assert_eq!(port(&agent).status.guest_mac.to_string(), INITIAL, "{what}");
+    };
+    revoked("down", &["ip link set eth0 down"], &["sleep 1", "ip link set eth0 up"]);
+    let reset = ["ip link set eth0 down", "ip link set eth0 up", "sleep 1"];
+    revoked("just up", &reset, &["ifconfig eth0 allmulti"]);
+    let other = "for i in $(seq 200); do ip link set dev eth0 address 02:00:00:0b:fe:$(printf %02x $i); done";
+    revoked("busy", &[&format!("({other}) 2>/dev/null & sleep 1")], &["wait"]);
+}

@@ -51,7 +51,7 @@ fn qemu() -> (usize, u64, u64) {
          echo $vf >/sys/class/net/eth0/device/driver/unbind\nvf-mailbox $vf time {COUNT} {X} {Y}\n"
     );
     fs::write(&script, text).unwrap();
-    let initramfs = host::initramfs_with(&[&format!("{}:/bin/time-mailbox", script.display())]);
+    let initramfs = host::initramfs_with("timed", &[], &[&format!("{}:/bin/time-mailbox", script.display())]);
     // An address that its administrator once set is one that igb lets no VF change.
     host::run("ip", &["link", "set", host::PF, "vf", "0", "mac", "00:00:00:00:00:00"]);
     let mut child = Command::new("taskset")

@@ -1,0 +1,135 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a run of the tests has done: its stages with their minutes, its counts, its slowest tests."""
+
+import subprocess
+import sys
+import threading
+import time
+from collections import namedtuple
+
+Stage = namedtuple("Stage", "name seconds passed failed aside")
+
+
+def headline(text):
+    print(f"\n== {text}", flush=True)
+
+
+class Report:
+    """Collects results. `finish` prints the summary and returns the exit status."""
+
+    def __init__(self):
+        self.stages = []
+        self.tests = []
+
+    @property
+    def failed(self):
+        return sum(stage.failed for stage in self.stages)
+
+    def add(self, name, seconds, passed, failed, aside=False):
+        self.stages.append(Stage(name, seconds, passed, failed, aside))
+
+    def check(self, name, *commands, env=None):
+        """Runs commands one after the other; together they pass or fail as one."""
+        headline(name)
+        begun = time.monotonic()
+        try:
+            good = all(subprocess.run(command, env=env, check=False).returncode == 0 for command in commands)
+        except FileNotFoundError as missing:
+            print(f"{missing.filename} is not installed: `tests/run prepare` as root installs it")
+            good = False
+        if not good:
+            print(f"FAILED: {name}", flush=True)
+        self.add(name, time.monotonic() - begun, int(good), int(not good))
+        return good
+
+    def held(self, name, complaints):
+        """A check in this program: it passes if `complaints` finds none."""
+        headline(name)
+        begun = time.monotonic()
+        found = list(complaints())
+        for complaint in found:
+            print(f"FAILED: {complaint}", flush=True)
+        self.add(name, time.monotonic() - begun, int(not found), int(bool(found)))
+
+    def counted(self, name, run):
+        """Runs `run`, which returns (passed, failed, [(seconds, test)]). A stage without any test has failed."""
+        headline(name)
+        begun = time.monotonic()
+        passed, failed, tests = run()
+        if passed + failed == 0:
+            failed = 1
+            print(f"FAILED: {name}: no test ran", flush=True)
+        self.tests += tests
+        self.add(name, time.monotonic() - begun, passed, failed)
+
+    def prepared(self, name, run):
+        """Runs a step that tests nothing. Its failure ends the whole run."""
+        headline(name)
+        begun = time.monotonic()
+        run()
+        self.add(name, time.monotonic() - begun, 0, 0)
+
+    def finish(self):
+        passed = sum(stage.passed for stage in self.stages)
+        print("\nminutes  passed  failed  stage")
+        for stage in self.stages:
+            beside = "  (beside the lab)" if stage.aside else ""
+            print(f"{stage.seconds / 60:7.1f} {stage.passed:7} {stage.failed:7}  {stage.name}{beside}")
+        total = sum(stage.seconds for stage in self.stages if not stage.aside)
+        print(f"{total / 60:7.1f} {passed:7} {self.failed:7}  all")
+        slowest = sorted(self.tests, reverse=True)[:10]
+        if slowest:
+            print("\nseconds  the slowest tests")
+        for seconds, test in slowest:
+            print(f"{seconds:7.1f}  {test}")
+        print(f"\n{passed} passed, {self.failed} failed")
+        return 1 if self.failed or not self.stages else 0
+
+
+class Aside:
+    """Checks that run beside the lab on the processor time it leaves: the kernel's idle class yields at once."""
+
+    def __init__(self):
+        self.todo = []
+        self.done = []
+        self.running = None
+        self.stopped = False
+        self.thread = threading.Thread(target=self._run)
+
+    def check(self, name, *commands, env=None):
+        self.todo.append((name, commands, env))
+
+    def start(self):
+        self.thread.start()
+
+    def _run(self):
+        for name, commands, env in self.todo:
+            begun, output, good = time.monotonic(), [], True
+            for command in commands:
+                if self.stopped:
+                    return
+                self.running = subprocess.Popen(["chrt", "--idle", "0", *command], env=env, stdout=subprocess.PIPE,
+                                                stderr=subprocess.STDOUT, text=True, errors="replace")
+                output.append(self.running.communicate()[0])
+                good = self.running.returncode == 0
+                if not good:
+                    break
+            self.done.append((name, time.monotonic() - begun, good, "".join(output)))
+
+    def stop(self):
+        self.stopped = True
+        if self.running and self.running.poll() is None:
+            self.running.terminate()
+
+    def finish(self, report):
+        """Waits for the checks that are left, and reports all of them."""
+        left = len(self.todo) - len(self.done)
+        if left:
+            report.prepared("waiting for the checks beside the lab", self.thread.join)
+        self.thread.join()
+        for name, seconds, good, output in self.done:
+            headline(f"{name} (beside the lab)")
+            sys.stdout.write(output)
+            if not good:
+                print(f"FAILED: {name}", flush=True)
+            report.add(name, seconds, int(good), int(not good), aside=True)
