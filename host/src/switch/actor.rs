@@ -199,6 +199,7 @@ impl Actor {
             Command::Bind { vm, adapter, vf, bdf, capabilities, reply } => {
                 drop(reply.send(self.bind(vm, &adapter, vf, bdf, capabilities).await));
             }
+            Command::Programmed { vf } => self.programmed(&vf),
             Command::Connected { vm, vmm } => self.connected(vm, vmm),
             Command::Disconnected { vm } => self.disconnected(vm),
             Command::Rebooted { vm, done } => self.rebooted(vm, done),

@@ -130,6 +130,10 @@ pub(super) enum Command {
         capabilities: PfCapabilities,
         reply: Reply<Vec<VfChange>>,
     },
+    /// The PF has what `Bind` has answered.
+    Programmed {
+        vf: VfRef,
+    },
     Connected {
         vm: VmId,
         vmm: Arc<dyn Vmm>,

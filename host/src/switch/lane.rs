@@ -77,6 +77,8 @@ pub(super) struct Lane {
     pub(super) busy: Option<Busy>,
     /// The VM is gone: the guest's wishes no longer count.
     pub(super) closing: bool,
+    /// The VF has just become the port's, and its PF is being programmed: a difference between the two is nobody's change.
+    pub(super) binding: bool,
     /// What the relay makes at the guest's next reset, in the order of the orders.
     pub(super) deferred: VecDeque<Vec<Change>>,
     /// What an earlier boot of the guest left and is still to be taken back.

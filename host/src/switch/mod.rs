@@ -221,7 +221,9 @@ impl SwitchHandle {
                 && shown.is_some_and(|shown| change.holds(shown))
         };
         let changes = changes.into_iter().filter(|change| !off(change)).collect();
-        self.pf.apply(vf, changes).await.map_err(failed)
+        self.pf.apply(vf, changes).await.map_err(failed)?;
+        self.tell(Command::Programmed { vf: vf.clone() }).await;
+        Ok(())
     }
 
     async fn capabilities(&self, pf: &str) -> Result<PfCapabilities, SwitchError> {

@@ -340,7 +340,7 @@ impl Actor {
     }
 
     pub(super) fn begin_repair(&mut self, port: PortId, all: bool) {
-        if self.lanes.get(&port).is_none_or(|lane: &Lane| lane.closing) {
+        if self.lanes.get(&port).is_none_or(|lane: &Lane| lane.closing || lane.binding) {
             return;
         }
         let (Ok(expected), Some(tools)) = (self.state.expected(port), self.tools(port)) else { return };

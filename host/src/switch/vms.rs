@@ -166,12 +166,20 @@ impl Actor {
         let pf = vf.pf.clone();
         let baseline = self.state.bind(id, vf)?;
         let counters = self.lanes.get(&id).map(|lane| lane.counters).unwrap_or_default();
-        self.lanes.insert(id, fresh(counters, Some(bdf)));
+        self.lanes.insert(id, Lane { binding: true, ..fresh(counters, Some(bdf)) });
         self.store_attachment(id).await?;
         let wanted = baseline.changes().into_iter().filter(|change| capabilities.can_make(change));
         let changes = wanted.filter_map(|change| VfChange::of(&change)).collect();
         self.capabilities.insert(pf, capabilities);
         Ok(changes)
+    }
+
+    /// From now on the port is compared with its PF.
+    pub(super) fn programmed(&mut self, vf: &VfRef) {
+        let port = self.state.ports().find(|port| port.vf.as_ref() == Some(vf)).map(|port| port.id);
+        if let Some(lane) = port.and_then(|port| self.lanes.get_mut(&port)) {
+            lane.binding = false;
+        }
     }
 
     pub(super) fn release(&mut self, vm: VmId, adapter: String, reply: Reply<Option<Leftover>>) {

@@ -13,7 +13,7 @@ use passthrough::{
 };
 use vmm::control::Order;
 
-use super::fixture::{FORWARD, Host, LOCAL, PF, TIMING, TakesBack, mac, vm};
+use super::fixture::{FORWARD, Host, LOCAL, PF, TIMING, TakesBack, mac, vf, vm};
 
 const ACCEPT: &str = r#"{"mac_changes": "accept"}"#;
 const TRUNK: &str = r#"{"vlan": {"trunk": ["100-200"]}}"#;
@@ -232,6 +232,27 @@ async fn own_commits_are_no_drift() {
     host.switch.settle().await;
     assert_eq!(host.decisions(1, Outcome::Repaired).await, []);
     assert_eq!(host.pf_mac(1), Some(mac(9)));
+}
+
+/// From the moment at which a VF becomes a port's to the one at which its PF is programmed they differ, by nobody's change.
+#[tokio::test]
+async fn a_port_whose_pf_is_being_programmed_is_not_repaired() {
+    let host = Host::new("{}").await;
+    host.attach(0, Some("web")).await.unwrap();
+    let changes = host.switch.bind(vm(0), "eth0", vf(0), "0000:01:10.0".into()).await.unwrap();
+    let before = host.pf_mac(0);
+    assert_ne!(before, Some(mac(0)));
+    host.changed(true).await;
+    host.changed(false).await;
+    host.changed(true).await;
+    assert_eq!((host.decisions(0, Outcome::Repaired).await, host.pf_mac(0)), (Vec::new(), before));
+    host.switch.program(&vf(0), changes).await.unwrap();
+    host.changed(true).await;
+    assert_eq!((host.decisions(0, Outcome::Repaired).await, host.pf_mac(0)), (Vec::new(), Some(mac(0))));
+    host.pfs.foreign_mac(PF, 0, mac(0x66));
+    host.changed(true).await;
+    assert_eq!(host.decisions(0, Outcome::Repaired).await.len(), 1);
+    assert_eq!(host.pf_mac(0), Some(mac(0)));
 }
 
 #[tokio::test]
