@@ -15,33 +15,37 @@ pub struct Rate {
 
 /// A token bucket in the time its caller gives it.
 #[derive(Clone, Debug)]
-pub(crate) struct Bucket {
+pub struct Bucket {
     rate: Rate,
     /// When the bucket will be full again. In the past: it is full.
     full_at: Duration,
 }
 
 impl Bucket {
-    pub(crate) fn new(rate: Rate) -> Self {
+    /// A full bucket.
+    #[must_use]
+    pub fn new(rate: Rate) -> Self {
         Self { rate, full_at: Duration::ZERO }
     }
 
     /// When the next token can be taken: `now` or later.
-    pub(crate) fn ready_at(&self, now: Duration) -> Duration {
+    #[must_use]
+    pub fn ready_at(&self, now: Duration) -> Duration {
         // A token is there while the bucket lacks at most burst - 1.
         let missing = self.rate.period.saturating_mul(self.rate.burst.saturating_sub(1));
         self.full_at.saturating_sub(missing).max(now)
     }
 
     /// How many tokens can be taken `now`.
-    pub(crate) fn tokens(&self, now: Duration) -> u32 {
+    #[must_use]
+    pub fn tokens(&self, now: Duration) -> u32 {
         let missing =
             self.full_at.saturating_sub(now).as_nanos().div_ceil(self.rate.period.as_nanos().max(1));
         self.rate.burst.saturating_sub(u32::try_from(missing).unwrap_or(u32::MAX))
     }
 
     /// Takes a token if there is one.
-    pub(crate) fn take(&mut self, now: Duration) -> bool {
+    pub fn take(&mut self, now: Duration) -> bool {
         if self.ready_at(now) > now {
             return false;
         }

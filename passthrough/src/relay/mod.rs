@@ -43,7 +43,7 @@ use netpolicy::{Change, MacAddress, StandingRefusal};
 pub use self::{
     address::{DriverAddress, Judgement},
     authority::{Authority, Cancelled, Decision, Forwarded, How, Notice, Question, Unreachable, Verdict},
-    bucket::Rate,
+    bucket::{Bucket, Rate},
     page::MailboxPage,
     stats::{BUCKETS_US, RelayStats, RoundTrips},
 };

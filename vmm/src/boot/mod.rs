@@ -46,6 +46,17 @@ pub enum BootError {
     /// The image contradicts itself or does not fit.
     #[error("The kernel image cannot be loaded: it is damaged or larger than the guest's memory")]
     Load(#[source] loader::Error),
+    /// A bzImage that ends before its kernel does.
+    #[error("The kernel file is cut: it has {size} of {whole} bytes")]
+    Cut {
+        /// Its size.
+        size: u64,
+        /// What its header says.
+        whole: u64,
+    },
+    /// An ELF image for another processor.
+    #[error("The kernel is an ELF image for another processor (machine {0}), not for x86-64 (62)")]
+    OtherMachine(u16),
     /// A bzImage without 64-bit entry.
     #[error("The kernel is a 32-bit bzImage; use an x86-64 one")]
     NotSixtyFourBit,
@@ -159,7 +170,19 @@ fn image_kind(kernel: &mut File) -> Result<Kind, BootError> {
     }
 }
 
+/// `e_machine` of x86-64 (System V ABI, AMD64 supplement, table 4.1), and its place in the header.
+const EM_X86_64: u16 = 62;
+const E_MACHINE: u64 = 18;
+
 fn load_elf(memory: &GuestMemory, payload: &mut Payload) -> Result<Entry, BootError> {
+    let read = |e| BootError::Read("kernel", e);
+    let mut machine = [0; 2];
+    payload.kernel.seek(SeekFrom::Start(E_MACHINE)).map_err(read)?;
+    // An image that is too short for it is too short for all the rest.
+    if payload.kernel.read_exact(&mut machine).is_ok() && u16::from_le_bytes(machine) != EM_X86_64 {
+        return Err(BootError::OtherMachine(u16::from_le_bytes(machine)));
+    }
+    payload.kernel.rewind().map_err(read)?;
     let loaded = Elf::load(memory, None, &mut payload.kernel, Some(GuestAddress(layout::HIGH_RAM)))
         .map_err(BootError::Load)?;
     let limit = low_ram_end(memory);
@@ -183,6 +206,14 @@ fn load_bzimage(memory: &GuestMemory, payload: &mut Payload) -> Result<Entry, Bo
     let header = loaded.setup_header.ok_or(BootError::NotAKernel)?;
     if header.xloadflags & XLF_KERNEL_64 == 0 {
         return Err(BootError::NotSixtyFourBit);
+    }
+    // Sectors of 512 bytes for set-up, the boot sector among them, then paragraphs of 16 bytes (boot.rst, `setup_sects`, `syssize`).
+    let setup = if header.setup_sects == 0 { 4 } else { u64::from(header.setup_sects) };
+    let whole = (setup + 1) * 512 + u64::from(header.syssize) * 16;
+    let size = payload.kernel.seek(SeekFrom::End(0)).map_err(|e| BootError::Read("kernel", e))?;
+    // The last paragraph need not be whole.
+    if size.saturating_add(15) < whole {
+        return Err(BootError::Cut { size, whole });
     }
     // The kernel unpacks itself in place: `init_size` bytes from its load address are its own.
     let kernel_end = loaded.kernel_end.max(loaded.kernel_load.0.saturating_add(u64::from(header.init_size)));

@@ -8,6 +8,7 @@
 
 mod orders;
 mod reports;
+mod resets;
 mod serve;
 #[cfg(test)]
 mod tests;
@@ -76,6 +77,7 @@ fn serve(listener: Listener, vm: Uuid, started: Instant) -> Result<(), ServeErro
     let id = events.add_subscriber(Process::new(listener, vm, started)?);
     loop {
         let process = events.subscriber_mut(id)?;
+        process.make_due_reset();
         if process.finished() {
             process.take_down();
             return Ok(());

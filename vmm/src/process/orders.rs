@@ -2,7 +2,7 @@
 
 //! What each order does, and which states allow it.
 
-use std::os::fd::OwnedFd;
+use std::{os::fd::OwnedFd, time::Instant};
 
 use devices::machine::MachineEvent;
 use event_manager::EventOps;
@@ -12,7 +12,7 @@ use passthrough::{
     relay::Relay,
 };
 
-use super::serve::Process;
+use super::{resets::Reset, serve::Process};
 use crate::{
     control::{Answer, End, Failure, FailureCode, MachineSpec, Order, Outcome, State},
     machine::{Files, Machine, MachineError},
@@ -153,9 +153,12 @@ impl Process {
             State::Ready | State::Paused => {}
             _ => return Err(self.wrong_state("run")),
         }
-        self.machine()?.run().map_err(|e| e.failure())?;
+        if self.reset_due.is_none() {
+            self.machine()?.run().map_err(|e| e.failure())?;
+        }
         if self.state == State::Ready {
             self.boots += 1;
+            self.resets.booted(Instant::now());
         }
         self.enter(State::Running);
         reach(Point::VmmRun);
@@ -191,8 +194,45 @@ impl Process {
         Ok(Outcome::Done)
     }
 
+    /// The guest wants a reset: now, later, or once too often.
+    fn on_guest_reset(&mut self) {
+        match self.resets.wanted(Instant::now()) {
+            Reset::At(at) if at <= Instant::now() => {
+                // Its failure is reported by ending the machine.
+                let _ = self.reboot();
+            }
+            Reset::At(at) => {
+                // Its other vCPUs are of a boot that has ended.
+                match self.machine.as_ref().map_or(Ok(()), Machine::park) {
+                    Ok(()) => self.reset_due = Some(at),
+                    Err(error) => {
+                        self.end(End::Failed {
+                            detail: format!("Cannot reboot: {}", error.failure().detail),
+                        });
+                    }
+                }
+            }
+            Reset::GivenUp(times) => {
+                let detail = format!(
+                    "The guest has reset its machine {times} times in a row, each time within a second of its start: its \
+                     kernel crashes at once"
+                );
+                self.end(End::Failed { detail });
+            }
+        }
+    }
+
+    /// Makes the reset that was put off, once its time has come.
+    pub(super) fn make_due_reset(&mut self) {
+        let due = self.reset_due.is_some_and(|due| due <= Instant::now());
+        if due && self.state == State::Running {
+            let _ = self.reboot();
+        }
+    }
+
     /// Ends the machine if it fails.
     fn reboot(&mut self) -> Result<(), MachineError> {
+        self.reset_due = None;
         self.enter(State::Rebooting);
         let Some(machine) = &mut self.machine else { return Ok(()) };
         let reset = machine.reset();
@@ -202,6 +242,7 @@ impl Process {
         match reset.and_then(|()| machine.run()) {
             Ok(()) => {
                 self.boots += 1;
+                self.resets.booted(Instant::now());
                 self.enter(State::Running);
                 Ok(())
             }
@@ -214,17 +255,14 @@ impl Process {
 
     pub(super) fn on_vcpu_event(&mut self, event: vcpu::Event) {
         // An event that a vCPU raised while the machine was being stopped is answered by that.
-        if !matches!(self.state, State::Running | State::Paused) {
+        if !matches!(self.state, State::Running | State::Paused) || self.reset_due.is_some() {
             return;
         }
         // Not at info: a guest that resets in a loop must not fill the log while no agent bounds it.
         tracing::debug!(vm = %self.vm, ?event, "A vCPU stopped");
         match event {
             vcpu::Event::Machine(MachineEvent::PowerOff) => self.end(End::PoweredOff),
-            vcpu::Event::Machine(MachineEvent::Reset) => {
-                // Its failure is reported by ending the machine.
-                let _ = self.reboot();
-            }
+            vcpu::Event::Machine(MachineEvent::Reset) => self.on_guest_reset(),
             vcpu::Event::Broken { index, what } => {
                 self.end(End::Failed { detail: format!("vCPU {index} cannot go on: {what}") });
             }

@@ -17,7 +17,7 @@ use passthrough::{
     relay::Notice,
 };
 
-use super::reports::Reports;
+use super::{reports::Reports, resets::Resets};
 use crate::{
     authority::{Authorities, Said},
     control::{
@@ -68,6 +68,9 @@ pub(super) struct Process {
     /// What relays say, and where they learn whether an agent is there.
     pub(super) authorities: Authorities,
     asked: u64,
+    pub(super) resets: Resets,
+    /// When the machine, which is parked meanwhile, is reset because its guest wants that.
+    pub(super) reset_due: Option<Instant>,
     ended: Option<Instant>,
     /// The agent ordered the end and knows it already.
     pub(super) dismissed: bool,
@@ -99,6 +102,8 @@ impl Process {
             namespaces: Some(NewNamespaces::begin()?),
             authorities,
             asked: 0,
+            resets: Resets::new(Instant::now()),
+            reset_due: None,
             ended: None,
             dismissed: false,
         })
@@ -110,7 +115,15 @@ impl Process {
     }
 
     pub(super) fn wake_after_ms(&self) -> i32 {
-        if self.ended.is_some() { 1000 } else { -1 }
+        if self.ended.is_some() {
+            return 1000;
+        }
+        // A paused machine is reset when it runs again.
+        let due = self.reset_due.filter(|_| self.state == State::Running);
+        due.map_or(-1, |due| {
+            let left = due.saturating_duration_since(Instant::now()).as_millis();
+            i32::try_from(left).unwrap_or(i32::MAX).saturating_add(1)
+        })
     }
 
     pub(super) fn take_down(&mut self) {
@@ -141,6 +154,7 @@ impl Process {
             End::Stopped => tracing::info!(vm = %self.vm, "Stopped"),
         }
         self.machine = None;
+        self.reset_due = None;
         self.state = State::Ended;
         self.ended = Some(Instant::now());
         reach(Point::VmmStopped);

@@ -1,0 +1,105 @@
+// SPDX-License-Identifier: Apache-2.0
+
+//! How often a guest can reset its machine.
+//!
+//! A reset costs the host: devices and memory are made anew, and the agent stores it. A kernel that crashes at its first instruction
+//! would cause 1500 of them in a second. So they have a rate, and a guest that never gets beyond its start is given up.
+
+use std::time::{Duration, Instant};
+
+use passthrough::relay::{Bucket, Rate};
+
+/// A guest may reset itself a few times in a row, as installers do, and then twice in a second.
+const RATE: Rate = Rate { burst: 8, period: Duration::from_millis(500) };
+
+/// A boot that ends sooner has come to nothing.
+const VAIN: Duration = Duration::from_secs(1);
+
+/// Boots in a row that may come to nothing: at that rate half a minute.
+const MOST_IN_VAIN: u32 = 64;
+
+/// What becomes of a reset that a guest wants.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Reset {
+    /// It is made then, which may be now.
+    At(Instant),
+    /// So many boots in a row have come to nothing: the machine has failed.
+    GivenUp(u32),
+}
+
+/// The resets of one machine.
+#[derive(Debug)]
+pub(super) struct Resets {
+    began: Instant,
+    bucket: Bucket,
+    booted: Instant,
+    in_vain: u32,
+}
+
+impl Resets {
+    pub(super) fn new(now: Instant) -> Self {
+        Self { began: now, bucket: Bucket::new(RATE), booted: now, in_vain: 0 }
+    }
+
+    /// The machine has begun to boot.
+    pub(super) fn booted(&mut self, now: Instant) {
+        self.booted = now;
+    }
+
+    /// The guest wants a reset.
+    pub(super) fn wanted(&mut self, now: Instant) -> Reset {
+        let vain = now.saturating_duration_since(self.booted) < VAIN;
+        self.in_vain = if vain { self.in_vain.saturating_add(1) } else { 0 };
+        if self.in_vain >= MOST_IN_VAIN {
+            return Reset::GivenUp(self.in_vain);
+        }
+        let at = self.bucket.ready_at(now.saturating_duration_since(self.began));
+        self.bucket.take(at);
+        Reset::At(self.began.checked_add(at).unwrap_or(now))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_few_are_made_at_once_and_others_at_their_rate() {
+        let begin = Instant::now();
+        let mut resets = Resets::new(begin);
+        let mut now = begin;
+        let mut delays = Vec::new();
+        for _ in 0..12 {
+            let Reset::At(at) = resets.wanted(now) else { panic!("given up") };
+            delays.push(at.saturating_duration_since(now));
+            now = at;
+            resets.booted(now);
+        }
+        assert_eq!(delays[..8], [Duration::ZERO; 8]);
+        assert_eq!(delays[8..], [RATE.period; 4]);
+    }
+
+    #[test]
+    fn a_guest_that_never_gets_beyond_its_start_is_given_up() {
+        let mut now = Instant::now();
+        let mut resets = Resets::new(now);
+        let mut made = 0;
+        let last = loop {
+            match resets.wanted(now) {
+                Reset::At(at) => (now, made) = (at, made + 1),
+                Reset::GivenUp(count) => break count,
+            }
+            resets.booted(now);
+        };
+        assert_eq!((made, last), (MOST_IN_VAIN - 1, MOST_IN_VAIN));
+
+        // One that runs for a while in between goes on for ever.
+        let mut resets = Resets::new(now);
+        for n in 0..10 * MOST_IN_VAIN {
+            now += if n % 10 == 0 { VAIN } else { Duration::ZERO };
+            let Reset::At(at) = resets.wanted(now) else { panic!("given up at {n}") };
+            now = at;
+            resets.booted(now);
+        }
+    }
+}
