@@ -67,6 +67,12 @@ pub trait Backend: Send + Sync + 'static {
 
     /// Makes a VM; it holds nothing of the host yet. Problems: `name_taken`, `mac_in_use`.
     async fn create_vm(&self, caller: Caller, spec: VmSpec) -> Result<Vm, Problem>;
+
+    /// Defines a VM like another one. The files of the copy stay those of whoever chose them for the original.
+    ///
+    /// # Errors
+    /// `not_found`, and those of [`create_vm`](Self::create_vm).
+    async fn clone_vm(&self, caller: Caller, source: ObjectRef, name: Name) -> Result<Vm, Problem>;
     /// All VMs by name.
     async fn list_vms(&self) -> Result<Vec<Vm>, Problem>;
     /// One VM.

@@ -4,6 +4,7 @@
 
 pub mod backend;
 pub mod client;
+pub mod document;
 pub mod problem;
 pub mod router;
 #[cfg(feature = "test-support")]

@@ -208,7 +208,7 @@ problem_codes! {
         "Let the caller read it, or put it into a directory of `--image-dir`.";
     /// The file is no kernel that can be booted.
     KernelInvalid = "kernel_invalid", 422, "Not a kernel",
-        "The file is neither a bzImage nor an ELF kernel with a PVH entry, is damaged, or does not fit into the guest's memory, with the initramfs or without.",
+        "The file is neither a bzImage nor an ELF kernel for x86-64 (started at its PVH entry, or at its 64-bit entry without one), is cut or damaged, or does not fit into the guest's memory, with the initramfs or without.",
         "Name a kernel for x86-64 (`vmlinuz` of a distribution), or give the VM more memory.";
     /// The initramfs file does not exist.
     InitramfsNotFound = "initramfs_not_found", 422, "No such initramfs file",

@@ -33,16 +33,22 @@ pub enum FileError {
         /// The image directories that were searched; none for an absolute path.
         dirs: Vec<PathBuf>,
     },
-    /// The caller may not read it.
+    /// One of those with whose rights it is opened may not read it.
     #[error(
-        "The caller ({who}) may not read {path}: make it readable for that user, or put it into an image directory \
-         (--image-dir)"
+        "{path} is opened with the rights of {who}, who may not read it: make it readable for that user, or put it into an \
+         image directory (--image-dir)"
     )]
     Unreadable {
         /// As the request names it.
         path: String,
-        /// The caller.
+        /// The caller, or somebody who chose a part of `boot`.
         who: String,
+    },
+    /// Its name led to another file a moment later.
+    #[error("{path} was replaced while it was opened: try again")]
+    Replaced {
+        /// As the request names it.
+        path: String,
     },
     /// It is a directory, device, pipe or socket, or a file of procfs or its like.
     #[error("{path} is not a regular file but {what}")]
@@ -71,6 +77,24 @@ fn list(dirs: &[PathBuf]) -> String {
         return "the image directories (--image-dir)".into();
     }
     dirs.iter().map(|dir| dir.display().to_string()).collect::<Vec<_>>().join(", ")
+}
+
+/// Opens `path` for reading, if each of `callers` may read it; at least one there must be. Blocks: not for async code.
+///
+/// # Errors
+/// See [`FileError`].
+pub fn open_for_all(callers: &[Caller], image_dirs: &[PathBuf], path: &str) -> Result<File, FileError> {
+    let identity = |file: &File| fstat(file).map(|stat| (stat.st_dev, stat.st_ino)).ok();
+    let mut first: Option<File> = None;
+    for caller in callers {
+        let file = open_for(caller, image_dirs, path)?;
+        match &first {
+            None => first = Some(file),
+            Some(first) if identity(first).is_some() && identity(first) == identity(&file) => {}
+            Some(_) => return Err(FileError::Replaced { path: path.to_owned() }),
+        }
+    }
+    first.ok_or_else(|| FileError::Unreadable { path: path.to_owned(), who: "nobody".to_owned() })
 }
 
 /// Opens `path` for reading on behalf of `caller`. Blocks: not for async code.
@@ -266,6 +290,7 @@ mod tests {
             Err(FileError::Unreadable { .. }) => "unreadable".into(),
             Err(FileError::NotRegular { what, .. }) => what.into(),
             Err(FileError::Io { source, .. }) => source.to_string(),
+            Err(FileError::Replaced { .. }) => "replaced".to_owned(),
         };
         assert_eq!(got, expect, "{path} for {caller:?}");
     }

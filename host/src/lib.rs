@@ -13,6 +13,7 @@ pub mod inventory;
 pub mod log;
 pub mod metrics;
 pub mod pf;
+pub mod private_file;
 pub mod sandbox;
 pub mod sim;
 pub mod small_guest;

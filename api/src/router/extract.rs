@@ -14,7 +14,7 @@ use tokio::time::timeout;
 use utoipa::IntoParams;
 
 use super::{BODY_TIME, MAX_BODY, MAX_WAIT_SECONDS};
-use crate::{Caller, Problem, ProblemCode, types::ObjectRef};
+use crate::{Caller, Problem, ProblemCode, document, types::ObjectRef};
 
 /// A body of JSON.
 pub(super) struct Body<T>(pub(super) T);
@@ -27,12 +27,9 @@ impl<S: Send + Sync, T: DeserializeOwned> FromRequest<S> for Body<T> {
             return Err(Problem::new(ProblemCode::UnsupportedMediaType, detail));
         }
         let bytes = read_body(request, state, MAX_BODY).await?;
-        let mut json = serde_json::Deserializer::from_slice(&bytes);
-        let value = serde_path_to_error::deserialize(&mut json).map_err(|error| misread(&error, "body"))?;
-        json.end().map_err(|error| {
-            Problem::invalid("body", format!("The body has more than one value: {error}."))
-        })?;
-        Ok(Body(value))
+        let value = document::json(&bytes)
+            .map_err(|error| Problem::invalid("body", format!("The body is not one JSON value: {error}.")))?;
+        serde_path_to_error::deserialize(value).map(Body).map_err(|error| misread(&error, "body"))
     }
 }
 

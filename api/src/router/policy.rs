@@ -179,8 +179,8 @@ async fn put_port_group(
 
 /// Changes a part of a port group's specification.
 ///
-/// A JSON merge patch (RFC 7396). Without `If-Match` it is made on top of what others change meanwhile. Running VMs are
-/// subject to it at once.
+/// A JSON merge patch (RFC 7396), in which each setting is replaced as a whole. Without `If-Match` it is made on top of what
+/// others change meanwhile. Running VMs are subject to it at once.
 #[utoipa::path(patch, path = "/v1/port-groups/{name}", tag = "policy",
     request_body(content = inline(schema::PortGroupPatch), content_type = "application/merge-patch+json",
         description = "Members of the specification; null leaves a setting to the switch"),
@@ -254,7 +254,7 @@ async fn get_port(State(backend): State<Policy>, Named(port): Named) -> Result<R
 
 /// Changes a part of a port's specification.
 ///
-/// A JSON merge patch (RFC 7396): blocks it, or overrides what its group allows to be overridden. A running VM is subject
+/// A JSON merge patch (RFC 7396), in which each setting is replaced as a whole: blocks it, or overrides what its group allows to be overridden. A running VM is subject
 /// to it at once.
 #[utoipa::path(patch, path = "/v1/ports/{id}", tag = "policy",
     request_body(content = inline(schema::PortPatch), content_type = "application/merge-patch+json",

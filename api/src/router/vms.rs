@@ -153,8 +153,7 @@ async fn clone_vm(
     Named(vm): Named,
     Body(copy): Body<CloneSpec>,
 ) -> Result<Response, Problem> {
-    let source = backend.get_vm(vm).await?;
-    Ok(created(&backend.create_vm(caller, source.spec.cloned_as(copy.name)).await?))
+    Ok(created(&backend.clone_vm(caller, vm, copy.name).await?))
 }
 
 /// Deletes a VM.

@@ -44,7 +44,7 @@ impl CauseCode {
             ),
             CauseCode::MachineFailed => (
                 "machine_failed",
-                "The machine could not go on: the guest did what KVM cannot run, or had a triple fault.",
+                "The machine could not go on: the guest did what KVM cannot run, or reset itself 64 times in a row within a second of each start. (A triple fault resets.)",
                 "Read the console; boot another kernel.",
             ),
             CauseCode::VmmCrashed => (

@@ -157,8 +157,13 @@ impl VmSpec {
         if let Some(initramfs) = &self.boot.initramfs {
             check_path("boot.initramfs", initramfs)?;
         }
-        if self.boot.cmdline.len() > MAX_CMDLINE || self.boot.cmdline.contains('\0') {
-            let detail = format!("A command line has at most {MAX_CMDLINE} bytes and no NUL.");
+        if self.boot.cmdline.len() > MAX_CMDLINE {
+            let detail = format!("A command line has at most {MAX_CMDLINE} bytes.");
+            return Err(Problem::invalid("boot.cmdline", detail));
+        }
+        if self.boot.cmdline.bytes().any(|byte| byte.is_ascii_control()) {
+            let detail = "A command line is one line, without newlines, tabs and other control characters. (A text block of \
+                          YAML ends in a newline: write `>-` in place of `>`.)";
             return Err(Problem::invalid("boot.cmdline", detail));
         }
         self.check_limits()?;

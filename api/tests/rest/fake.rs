@@ -98,6 +98,11 @@ impl Backend for Fake {
         self.state().answered.push(format!("{method} {route} {status}"));
     }
 
+    async fn clone_vm(&self, caller: Caller, source: ObjectRef, name: Name) -> Result<Vm, Problem> {
+        let source = self.get_vm(source).await?;
+        self.create_vm(caller, source.spec.cloned_as(name)).await
+    }
+
     async fn create_vm(&self, caller: Caller, spec: VmSpec) -> Result<Vm, Problem> {
         let mut state = self.state();
         state.callers.push(caller);

@@ -84,6 +84,9 @@ async fn a_wrong_specification_is_refused_with_its_field() {
         (with("/boot/kernel", json!("")), "boot.kernel", "path"),
         (with("/boot/initramfs", json!("a\0b")), "boot.initramfs", "NUL"),
         (with("/boot/cmdline", json!("x".repeat(2048))), "boot.cmdline", "2047"),
+        (with("/boot/cmdline", json!("console=ttyS0 quiet\n")), "boot.cmdline", "newline"),
+        (with("/boot/cmdline", json!("a\tb")), "boot.cmdline", "one line"),
+        (with("/boot/cmdline", json!("a\u{0}b")), "boot.cmdline", "one line"),
         (with("/boot/disk", json!("x")), "boot.disk", "unknown field `disk`"),
         (with("/adapters/0/mac", json!("ff:ff:ff:ff:ff:ff")), "adapters[0].mac", "unicast"),
         (with("/adapters/1/mac", json!("02:00:00:00:00:11")), "adapters[1].mac", "two adapters"),
@@ -100,7 +103,7 @@ async fn a_wrong_specification_is_refused_with_its_field() {
         ),
         (json!({ "name": "a", "memory": 4096 }).to_string(), "body", "missing field `boot`"),
         ("{".to_owned(), "body", "EOF"),
-        (spec("a").to_string() + "{}", "body", "more than one"),
+        (spec("a").to_string() + "{}", "body", "not one JSON value: trailing"),
         (String::new(), "body", "EOF"),
     ] {
         let problem = server.post("/v1/vms", body.clone()).await.problem(400, "invalid_request");

@@ -37,7 +37,7 @@ use crate::{
     vm::{
         VmHandle, network,
         problem::{ToProblem, chain},
-        record::{Asked, Author, Claim, PfRecord, VmRecord, generated_mac, macs},
+        record::{Asked, Claim, PfRecord, VmRecord, generated_mac, macs},
     },
     vmm_process::VmDirectory,
 };
@@ -234,7 +234,12 @@ impl Agent {
         })
     }
 
-    async fn create(self, caller: Caller, spec: VmSpec) -> Result<Vm, Problem> {
+    async fn create(
+        self,
+        caller: Caller,
+        spec: VmSpec,
+        record: impl FnOnce(Timestamp, VmSpec, &Caller) -> VmRecord + Send,
+    ) -> Result<Vm, Problem> {
         let _writing = self.writing.lock().await;
         let taken = self.others(&spec, None).await?;
         let free = |id: &Uuid| {
@@ -246,7 +251,7 @@ impl Agent {
             Problem::new(ProblemCode::MacInUse, "No free address could be made: give the adapters addresses.")
         })?;
         let name = spec.name.to_string();
-        let value = VmRecord { created: Timestamp::now(), spec, author: Some(Author::of(&caller)) };
+        let value = record(Timestamp::now(), spec, &caller);
         reach(Point::CreateBegun);
         let revision = self.env.vms.put(id, &name, &value, Expect::Absent).await.map_err(|e| e.problem())?;
         reach(Point::CreateStored);
@@ -469,7 +474,14 @@ impl Backend for Agent {
     }
 
     async fn create_vm(&self, caller: Caller, spec: VmSpec) -> Result<Vm, Problem> {
-        finish(self.clone().create(caller, spec)).await
+        finish(self.clone().create(caller, spec, VmRecord::new)).await
+    }
+
+    async fn clone_vm(&self, caller: Caller, source: ObjectRef, name: Name) -> Result<Vm, Problem> {
+        let source = self.find(&source).await?.record();
+        let spec = source.value.spec.cloned_as(name);
+        let copied = move |created, spec, by: &Caller| source.value.copied(created, spec, by);
+        finish(self.clone().create(caller, spec, copied)).await
     }
 
     async fn list_vms(&self) -> Result<Vec<Vm>, Problem> {

@@ -5,7 +5,7 @@
 use std::{
     fs, io,
     net::SocketAddr,
-    os::unix::fs::PermissionsExt,
+    os::unix::fs::{FileTypeExt, PermissionsExt},
     path::{Path, PathBuf},
     sync::Arc,
 };
@@ -15,7 +15,10 @@ use api::{Gate, Listener, tls};
 use rustix::fs::Gid;
 use tokio::net::{TcpListener, UnixListener};
 
-use crate::token_file;
+use crate::{
+    private_file::{self, Readers},
+    token_file,
+};
 
 /// Options of where the API is served.
 #[derive(Clone, Debug, clap::Args)]
@@ -65,7 +68,8 @@ fn network(args: &ListenArgs, tokens: Option<&Path>) -> anyhow::Result<Vec<Liste
         (Some(certificates), Some(key)) => {
             let read =
                 |path: &PathBuf| fs::read(path).with_context(|| format!("{} cannot be read", path.display()));
-            let acceptor = tls::acceptor(&read(certificates)?, &read(key)?);
+            let key = private_file::read(key, "The private key (--tls-key)", Readers::GroupOfRoot)?;
+            let acceptor = tls::acceptor(&read(certificates)?, &key);
             Some(acceptor.with_context(|| format!("TLS with {} is not possible", certificates.display()))?)
         }
         _ => None,
@@ -111,6 +115,13 @@ pub(super) fn unix(socket: &Path, mode: u32, group: Option<u32>) -> anyhow::Resu
     let at = || format!("The API's socket {} cannot be made (--socket)", socket.display());
     if let Some(dir) = socket.parent() {
         fs::create_dir_all(dir).with_context(at)?;
+    }
+    match fs::symlink_metadata(socket) {
+        Ok(found) if !found.file_type().is_socket() => bail!(
+            "{} is there and is no socket: remove it, or choose another path with --socket",
+            socket.display()
+        ),
+        _ => {}
     }
     if std::os::unix::net::UnixStream::connect(socket).is_ok() {
         bail!(
@@ -167,6 +178,25 @@ mod tests {
         assert_eq!(fs::read_dir(dir.path()).unwrap().count(), 1, "no other name stays");
     }
 
+    #[tokio::test]
+    async fn only_a_stale_socket_is_replaced() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("notes");
+        fs::write(&path, "precious").unwrap();
+        let link = dir.path().join("link");
+        std::os::unix::fs::symlink(&path, &link).unwrap();
+        for occupied in [&path, &link, &dir.path().to_owned()] {
+            let error = unix(occupied, 0o600, None).unwrap_err().to_string();
+            assert!(error.contains("no socket") && error.contains("--socket"), "{error}");
+        }
+        assert_eq!(fs::read_to_string(&path).unwrap(), "precious");
+        let socket = dir.path().join("api.sock");
+        drop(unix(&socket, 0o600, None).unwrap());
+        let living = unix(&socket, 0o600, None).unwrap();
+        assert!(unix(&socket, 0o600, None).unwrap_err().to_string().contains("Another process"));
+        drop(living);
+    }
+
     #[test]
     fn groups_and_modes_are_read() {
         assert_eq!((group("root").unwrap(), group("42").unwrap()), (0, 42));
@@ -196,5 +226,12 @@ mod tests {
         assert!(error.contains("--token-file"), "{error}");
         let error = network(&args("0.0.0.0:0"), Some(&path)).unwrap_err().to_string();
         assert!(error.contains("--tls-cert"), "{error}");
+
+        let key = dir.path().join("key.pem");
+        fs::write(&key, "a key").unwrap();
+        fs::set_permissions(&key, fs::Permissions::from_mode(0o644)).unwrap();
+        let with_tls = ListenArgs { tls_cert: Some(path.clone()), tls_key: Some(key), ..args("0.0.0.0:0") };
+        let error = network(&with_tls, Some(&path)).unwrap_err().to_string();
+        assert!(error.contains("--tls-key") && error.contains("chmod 600"), "{error}");
     }
 }

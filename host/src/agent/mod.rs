@@ -141,7 +141,9 @@ pub fn run(args: ServeArgs, socket: &Path, token_file: Option<&Path>) -> anyhow:
 pub async fn serve(args: ServeArgs, socket: &Path, token_file: Option<&Path>) -> anyhow::Result<()> {
     // First: whatever is started below, an end that is asked for is one in order.
     let told = told_to_end()?;
-    let _lock = lock(&args.run_dir)?;
+    let _run_lock = lock(&args.run_dir, "run directory", "--run-dir", 0o755)?;
+    // Two agents with one database would each stop the VMs of the other.
+    let _state_lock = lock(&args.state_dir, "state directory", "--state-dir", 0o700)?;
     let database = args.state_dir.join(DATABASE);
     let store: Arc<dyn ObjectStore> = Arc::new(SqliteStore::open(&database)?);
     let mut env = Environment::new(Arc::clone(&store), args.run_dir.clone());
@@ -315,18 +317,19 @@ async fn start_switch(
     Ok(Policy { switch: SwitchHandle::start(parts).await?, decisions, events })
 }
 
-/// Makes sure that this agent is the only one of its run directory, as long as the file is open.
-fn lock(run_dir: &Path) -> anyhow::Result<File> {
-    let at = || format!("The run directory {} cannot be used (--run-dir)", run_dir.display());
-    DirBuilder::new().recursive(true).mode(0o755).create(run_dir).with_context(at)?;
-    let path = run_dir.join("agent.lock");
+/// Makes sure that this agent is the only one of a directory, as long as the file is open. `option` names the directory on the
+/// command line; `mode` is for a directory that is not there yet.
+fn lock(directory: &Path, what: &str, option: &str, mode: u32) -> anyhow::Result<File> {
+    let at = || format!("The {what} {} cannot be used ({option})", directory.display());
+    DirBuilder::new().recursive(true).mode(mode).create(directory).with_context(at)?;
+    let path = directory.join("agent.lock");
     let file = OpenOptions::new().write(true).create(true).truncate(false).mode(0o600).open(&path);
     let file = file.with_context(at)?;
     match flock(&file, FlockOperation::NonBlockingLockExclusive) {
         Ok(()) => Ok(file),
         Err(rustix::io::Errno::WOULDBLOCK) => bail!(
-            "Another agent is running with the run directory {}: stop it, or choose another with --run-dir",
-            run_dir.display()
+            "Another agent is running with the {what} {}: stop it, or choose another with {option}",
+            directory.display()
         ),
         Err(error) => Err(io::Error::from(error)).with_context(at),
     }

@@ -269,11 +269,12 @@ async fn what_happens_to_vms_and_pfs_is_told() {
 #[test]
 fn one_agent_for_a_run_directory_and_one_for_a_socket() {
     let dir = tempfile::tempdir().unwrap();
-    let first = lock(dir.path()).unwrap();
-    let error = lock(dir.path()).unwrap_err().to_string();
+    let own = || lock(dir.path(), "run directory", "--run-dir", 0o755);
+    let first = own().unwrap();
+    let error = own().unwrap_err().to_string();
     assert!(error.contains("Another agent") && error.contains("--run-dir"), "{error}");
     drop(first);
-    lock(dir.path()).unwrap();
+    own().unwrap();
 
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
     let _inside = runtime.enter();

@@ -103,7 +103,10 @@ impl<'a> Output<'a> {
 
     fn structured<T: Serialize + ?Sized>(&mut self, answer: &T) -> io::Result<()> {
         if self.format == Format::Yaml {
-            let text = yaml_serde::to_string(answer).map_err(io::Error::other)?;
+            // By way of JSON: enumerations with a value would become tags, which most readers of YAML refuse.
+            let json = serde_json::to_string(answer).map_err(io::Error::other)?;
+            let value: yaml_serde::Value = serde_json::from_str(&json).map_err(io::Error::other)?;
+            let text = yaml_serde::to_string(&value).map_err(io::Error::other)?;
             return self.to.write_all(text.as_bytes());
         }
         serde_json::to_writer_pretty(&mut *self.to, answer)?;
@@ -160,6 +163,25 @@ mod tests {
             Output::new(format, &mut bytes).table(&[1, 2], ["N"], |n| [n.to_string()]).unwrap();
             assert_eq!(String::from_utf8(bytes).unwrap(), expect);
         }
+    }
+
+    /// A program that reads YAML knows no tags, and a file of this output is to be one that `set -f` takes.
+    #[test]
+    fn yaml_has_no_tags_and_is_read_again() {
+        let json = serde_json::json!({"switch": "lab", "settings": {
+            "vlan": {"access": {"id": 100}}, "mac_changes": {"list": ["02:00:00:00:00:01"]},
+            "rate": {"max_tx_mbit": 100}, "mtu": 1500, "on_denied": "nack"}});
+        let group: api::types::PortGroupSpec = serde_json::from_value(json.clone()).unwrap();
+        let mut bytes = Vec::new();
+        Output::new(Format::Yaml, &mut bytes).object(&group, |_| Vec::new()).unwrap();
+        let text = String::from_utf8(bytes).unwrap();
+        assert!(!text.contains('!') && text.starts_with("switch: lab"), "{text}");
+        let directory = tempfile::tempdir().unwrap();
+        let path = directory.path().join("group.yaml");
+        std::fs::write(&path, &text).unwrap();
+        let again: api::types::PortGroupSpec =
+            crate::cli::spec_file::read(path.to_str().unwrap(), "a port group's specification").unwrap();
+        assert_eq!(again, group, "{text}");
     }
 
     #[test]

@@ -43,7 +43,7 @@ pub(super) struct PortName {
 pub(super) struct SetArgs {
     #[command(flatten)]
     port: PortName,
-    /// Settings to override: a .toml, .yaml or .json file with a port's specification, or - for JSON from standard
+    /// Settings to override: a .toml, .yaml or .json file with a port's specification, or - for standard
     /// input. Options say more, or other.
     #[arg(long, short, value_name = "FILE")]
     file: Option<String>,

@@ -46,7 +46,7 @@ pub(super) enum PortGroupCommand {
 pub(super) struct SetArgs {
     /// Its name, or the id of one that exists.
     name: String,
-    /// Its specification: a .toml, .yaml or .json file, or - for JSON from standard input. Options say more, or other.
+    /// Its specification: a .toml, .yaml or .json file, or - for standard input. Options say more, or other.
     #[arg(long, short, value_name = "FILE")]
     file: Option<String>,
     /// The switch that it belongs to.
@@ -66,7 +66,7 @@ pub(super) struct SetArgs {
 pub(super) struct PatchArgs {
     /// Its name or id.
     name: String,
-    /// A JSON merge patch of its specification: a .toml, .yaml or .json file, or - for JSON from standard input.
+    /// A JSON merge patch of its specification: a .toml, .yaml or .json file, or - for standard input.
     /// Options say more, or other.
     #[arg(long, short, value_name = "FILE")]
     file: Option<String>,

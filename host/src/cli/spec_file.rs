@@ -8,8 +8,10 @@ use std::{
     path::Path,
 };
 
-use api::types::VmSpec;
+use api::{document, types::VmSpec};
 use serde::de::DeserializeOwned;
+use serde_json::Value;
+use serde_path_to_error::Segment;
 
 use super::error::CliError;
 
@@ -19,7 +21,7 @@ const MAX_FILE: u64 = 64 << 10;
 /// What a VM's file is.
 pub(super) const A_VM: &str = "a VM's specification";
 
-/// Reads a VM's specification from a file, by its ending; `-` is JSON from standard input.
+/// Reads a VM's specification from a file, by its ending; `-` is standard input.
 pub(super) fn read_vm(path: &str) -> Result<VmSpec, CliError> {
     let spec: VmSpec = read(path, A_VM)?;
     check(path, &spec)?;
@@ -34,22 +36,136 @@ pub(super) fn check(path: &str, spec: &VmSpec) -> Result<(), CliError> {
     })
 }
 
-/// Reads a value from a file, by its ending; `-` is JSON from standard input. `what` it should be is said in errors.
+/// Reads a value from a file, by its ending; `-` is standard input in any of the formats. `what` it should be is said in errors.
 pub(super) fn read<T: DeserializeOwned>(path: &str, what: &'static str) -> Result<T, CliError> {
     let not_a_spec = |why: String| CliError::NotASpec { path: path.to_owned(), what, why };
     let text = read_text(path).map_err(|source| CliError::Read { path: path.to_owned(), source })?;
     if u64::try_from(text.len()).is_ok_and(|length| length > MAX_FILE) {
         return Err(not_a_spec(format!("it has more than {MAX_FILE} bytes")));
     }
-    let ending =
-        if path == "-" { Some("json") } else { Path::new(path).extension().and_then(|e| e.to_str()) };
-    match ending {
-        Some("json") => from_json(&text),
-        Some("toml") => toml::from_str(&text).map_err(|error| error.to_string().trim_end().to_owned()),
-        Some("yaml" | "yml") => yaml_serde::from_str(&text).map_err(|error| error.to_string()),
+    // Editors of other systems put a byte order mark first.
+    let text = text.strip_prefix('\u{feff}').unwrap_or(&text);
+    let ending = Path::new(path).extension().and_then(|e| e.to_str());
+    let (format, value) = match ending {
+        _ if path == "-" => guessed(text),
+        Some("json") => Format::Json.parse(text).map(|value| (Format::Json, value)),
+        Some("toml") => Format::Toml.parse(text).map(|value| (Format::Toml, value)),
+        Some("yaml" | "yml") => Format::Yaml.parse(text).map(|value| (Format::Yaml, value)),
         _ => Err("its name must end in .toml, .yaml, .yml or .json".to_owned()),
     }
-    .map_err(not_a_spec)
+    .map_err(not_a_spec)?;
+    serde_path_to_error::deserialize(value).map_err(|error| {
+        let line = format.line(text, error.path());
+        let line = line.map(|line| format!(" (line {line})")).unwrap_or_default();
+        not_a_spec(format!("{}{line}", placed(&error)))
+    })
+}
+
+/// A format of files.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Format {
+    Json,
+    Toml,
+    Yaml,
+}
+
+/// What standard input has: JSON begins with a brace or bracket, and no YAML mapping is TOML.
+fn guessed(text: &str) -> Result<(Format, Value), String> {
+    if text.trim_start().starts_with(['{', '[']) {
+        return Format::Json.parse(text).map(|value| (Format::Json, value));
+    }
+    let toml = match Format::Toml.parse(text) {
+        Ok(value) => return Ok((Format::Toml, value)),
+        Err(error) => error,
+    };
+    match Format::Yaml.parse(text) {
+        Ok(value) if value.is_object() => Ok((Format::Yaml, value)),
+        // `name = "web1"` is a text in YAML.
+        Ok(_) => Err(toml),
+        Err(yaml) if text.lines().any(|line| line.contains('=')) => Err(format!("{toml}; as YAML: {yaml}")),
+        Err(yaml) => Err(yaml),
+    }
+}
+
+impl Format {
+    /// The document as one JSON value.
+    fn parse(self, text: &str) -> Result<Value, String> {
+        match self {
+            Self::Json => document::json(text.as_bytes()).map_err(|error| error.to_string()),
+            Self::Toml => toml::Deserializer::parse(text)
+                .and_then(document::value)
+                .map_err(|error| clipped(error.to_string().trim_end())),
+            Self::Yaml => document::value(yaml_serde::Deserializer::from_str(text))
+                .map_err(|error| clipped(&error.to_string())),
+        }
+    }
+
+    /// The line of the value at `path`, from 1, where it can be told.
+    fn line(self, text: &str, path: &serde_path_to_error::Path) -> Option<usize> {
+        match self {
+            // Most JSON comes from programs, and has one line.
+            Self::Json => None,
+            Self::Toml => toml_line(text, path),
+            Self::Yaml => yaml_line(text, path),
+        }
+    }
+}
+
+/// An error's text without the whole of a line that is very long.
+fn clipped(text: &str) -> String {
+    const MOST: usize = 400;
+    if text.chars().count() <= MOST {
+        text.to_owned()
+    } else {
+        text.chars().take(MOST).collect::<String>() + "…"
+    }
+}
+
+fn toml_line(text: &str, path: &serde_path_to_error::Path) -> Option<usize> {
+    let document = toml::de::DeTable::parse(text).ok()?;
+    let mut at = document.span().start;
+    let mut table = Some(document.get_ref());
+    let mut array = None;
+    for segment in path {
+        let value = match segment {
+            Segment::Map { key } => table?.get(key.as_str())?,
+            Segment::Seq { index } => array.and_then(|array: &toml::de::DeArray<'_>| array.get(*index))?,
+            // The form of a value: its member has the place.
+            Segment::Enum { .. } | Segment::Unknown => break,
+        };
+        at = value.span().start;
+        table = value.get_ref().as_table();
+        array = value.get_ref().as_array();
+    }
+    Some(text.get(..at)?.matches('\n').count() + 1)
+}
+
+/// In block style, which people write: a key at the beginning of its line, items after a dash.
+fn yaml_line(text: &str, path: &serde_path_to_error::Path) -> Option<usize> {
+    let lines: Vec<&str> = text.lines().collect();
+    let indent = |line: &str| line.len() - line.trim_start().len();
+    let mut at = None;
+    for segment in path {
+        let from = at.map_or(0, |at: usize| at);
+        let below = lines.iter().enumerate().skip(from);
+        at = match segment {
+            Segment::Map { key } => below
+                .filter(|(_, line)| {
+                    let bare = line.trim_start().trim_start_matches("- ").trim_start();
+                    bare.strip_prefix(key.as_str()).is_some_and(|rest| rest.trim_start().starts_with(':'))
+                })
+                .map(|(number, _)| number)
+                .next(),
+            Segment::Seq { index } => {
+                let mut items = below.filter(|(_, line)| line.trim_start().starts_with('-')).peekable();
+                let first = indent(items.peek()?.1);
+                items.filter(|(_, line)| indent(line) == first).map(|(number, _)| number).nth(*index)
+            }
+            Segment::Enum { .. } | Segment::Unknown => break,
+        };
+        at?;
+    }
+    at.map(|at| at + 1)
 }
 
 fn read_text(path: &str) -> io::Result<String> {
@@ -61,11 +177,6 @@ fn read_text(path: &str) -> io::Result<String> {
         File::open(path)?.take(MAX_FILE + 1).read_to_string(&mut text)?;
     }
     Ok(text)
-}
-
-fn from_json<T: DeserializeOwned>(text: &str) -> Result<T, String> {
-    serde_path_to_error::deserialize(&mut serde_json::Deserializer::from_str(text))
-        .map_err(|error| placed(&error))
 }
 
 /// What is wrong, with its place.
@@ -131,12 +242,18 @@ adapters:
     fn errors_name_the_field() {
         for (name, text, expect) in [
             ("vm.json", JSON.replace("00:11", "00:1g"), "adapters[0].mac"),
-            ("vm.toml", TOML.replace("00:11", "00:1g"), "mac = \"02:00:00:00:00:1g\""),
+            ("vm.toml", TOML.replace("00:11", "00:1g"), "adapters[0].mac"),
+            (
+                "vm.toml",
+                TOML.replace("00:11", "00:1g"),
+                "00:1g\" is not a MAC address such as 02:00:00:00:00:11 (line 9)",
+            ),
             (
                 "vm.yaml",
                 YAML.replace("00:11", "00:1g"),
-                "00:1g\" is not a MAC address such as 02:00:00:00:00:11 at line",
+                "00:1g\" is not a MAC address such as 02:00:00:00:00:11 (line 12)",
             ),
+            ("vm.yaml", YAML.replace("  kernel: vmlinuz", "  kernal: vmlinuz"), "boot.kernal: unknown field"),
             ("vm.json", JSON.replace("\"cpus\": 2", "\"cpus\": 255"), "cpus: 255"),
             ("vm.toml", TOML.replace("cpus", "cpu"), "unknown field `cpu`"),
             ("vm.yaml", YAML.replace("cpus", "cpu"), "unknown field `cpu`"),
@@ -148,5 +265,74 @@ adapters:
             assert!(error.contains(expect), "{name}: {error}");
         }
         assert!(matches!(read_vm("/nonexistent/vm.json"), Err(CliError::Read { .. })));
+    }
+
+    /// Documents that readers of other formats would understand in their own way: each means the same in all three, or nothing.
+    #[test]
+    fn each_format_is_read_by_the_same_rules() {
+        const SETTINGS: &str = "a port group's specification";
+        let read = |name: &str, text: &str| {
+            let directory = tempfile::tempdir().unwrap();
+            let path = directory.path().join(name);
+            std::fs::write(&path, text).unwrap();
+            super::read::<api::types::PortGroupSpec>(path.to_str().unwrap(), SETTINGS)
+                .map_err(|error| error.to_string())
+        };
+        let json = r#"{"switch": "lab", "settings": {"vlan": {"access": {"id": 100, "qos": 3}},
+                       "mac_changes": {"list": ["02:00:00:00:00:01"]}, "rate": {"max_tx_mbit": 100}}}"#;
+        let group = read("g.json", json).unwrap();
+        for (name, text) in [
+            ("g.json", format!("\u{feff}{json}")),
+            ("g.yaml", json.to_owned()),
+            (
+                "g.yaml",
+                "switch: lab\nsettings:\n  vlan: {access: {id: 100, qos: 3}}\n  mac_changes:\n    list: [02:00:00:00:00:01]\n  \
+                 rate: {max_tx_mbit: 100}\n"
+                    .to_owned(),
+            ),
+            (
+                "g.toml",
+                "\u{feff}switch = \"lab\"\n[settings]\nvlan.access = { id = 100, qos = 3 }\nrate.max_tx_mbit = 100\n\
+                 mac_changes.list = [\"02:00:00:00:00:01\"]\n"
+                    .to_owned(),
+            ),
+        ] {
+            assert_eq!(read(name, &text).unwrap_or_else(|error| panic!("{name}: {error}")), group, "{text}");
+        }
+        for (name, text, expect) in [
+            ("g.json", r#"{"switch": "a", "switch": "b"}"#, "duplicate field `switch`"),
+            ("g.yaml", "switch: a\nswitch: b\n", "duplicate"),
+            ("g.toml", "switch = \"a\"\nswitch = \"b\"\n", "duplicate"),
+            ("g.json", r#"{"switch": "a"} {"switch": "b"}"#, "trailing characters"),
+            ("g.yaml", "switch: a\n---\nswitch: b\n", "more than one document"),
+            ("g.json", r#"{"switch": null}"#, "switch: invalid type: null"),
+            ("g.yaml", "switch: ~\n", "switch: invalid type: null"),
+            ("g.yaml", "switch: null\n", "switch: invalid type: null"),
+            ("g.json", r#"{"switch": 4711}"#, "switch: invalid type: integer"),
+            ("g.yaml", "switch: 4711\n", "switch: invalid type: integer"),
+            ("g.toml", "switch = 4711\n", "switch: invalid type: integer"),
+            (
+                "g.yaml",
+                "switch: a\nsettings:\n  vlan: !access {id: 100}\n",
+                "a tag such as !access is not taken",
+            ),
+            ("g.yaml", "switch: a\nsettings:\n  mtu: 1\n", "settings.mtu: "),
+            ("g.yaml", "switch: a\nsettings:\n  mtu: 1\n", "(line 3)"),
+            ("g.toml", "switch = \"a\"\n[settings]\nmtu = 1\n", "(line 3)"),
+        ] {
+            let error = read(name, text).unwrap_err();
+            assert!(error.contains(expect), "{name} {text}: {error}");
+        }
+    }
+
+    #[test]
+    fn standard_input_may_have_any_format() {
+        for (text, format) in [(JSON, Format::Json), (TOML, Format::Toml), (YAML, Format::Yaml)] {
+            assert_eq!(guessed(text).unwrap().0, format);
+        }
+        let error = guessed("name = web1\n").unwrap_err();
+        assert!(error.contains("TOML"), "{error}");
+        assert!(guessed("name: [web1\n").is_err());
+        assert!(guessed("{\"a\": 1,}").unwrap_err().contains("line 1"));
     }
 }

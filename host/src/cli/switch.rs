@@ -42,7 +42,7 @@ pub(super) enum SwitchCommand {
 pub(super) struct SetArgs {
     /// Its name, or the id of one that exists.
     name: String,
-    /// Its specification: a .toml, .yaml or .json file, or - for JSON from standard input. Options say more, or other.
+    /// Its specification: a .toml, .yaml or .json file, or - for standard input. Options say more, or other.
     #[arg(long, short, value_name = "FILE")]
     file: Option<String>,
     /// A PF whose VFs its ports get, by its interface's name, in place of those before; may be repeated.

@@ -19,7 +19,7 @@ use super::{
 pub(super) enum VmCommand {
     /// Creates a VM; it holds nothing of the host until it is booted.
     Create {
-        /// Its specification: a .toml, .yaml or .json file, or - for JSON from standard input.
+        /// Its specification: a .toml, .yaml or .json file, or - for standard input.
         file: String,
     },
     /// Lists the VMs.
@@ -30,7 +30,7 @@ pub(super) enum VmCommand {
     Set {
         #[command(flatten)]
         vm: VmName,
-        /// Its specification: a .toml, .yaml or .json file, or - for JSON from standard input.
+        /// Its specification: a .toml, .yaml or .json file, or - for standard input.
         #[arg(long, short)]
         file: String,
         /// Only if it is at this revision.
@@ -102,7 +102,7 @@ pub(super) struct ActionArgs {
 
 #[derive(Debug, Args)]
 pub(super) struct RunArgs {
-    /// The VM's specification: a .toml, .yaml or .json file, or - for JSON from standard input.
+    /// The VM's specification: a .toml, .yaml or .json file, or - for standard input.
     file: String,
     /// Deletes the VM when it has ended, or could not be booted, unless it was there before.
     #[arg(long)]

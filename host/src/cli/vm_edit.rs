@@ -14,7 +14,7 @@ use super::{error::CliError, progress, spec_file, vm::VmName};
 pub(super) struct PatchArgs {
     #[command(flatten)]
     vm: VmName,
-    /// A JSON merge patch of its specification: a .toml, .yaml or .json file, or - for JSON from standard input. Options say more, or
+    /// A JSON merge patch of its specification: a .toml, .yaml or .json file, or - for standard input. Options say more, or
     /// other.
     #[arg(long, short, value_name = "FILE")]
     file: Option<String>,

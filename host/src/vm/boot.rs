@@ -36,20 +36,24 @@ const CONFIGURE: Duration = Duration::from_secs(120);
 /// How long an order may take that only flips a state.
 pub(super) const PROMPT: Duration = Duration::from_secs(30);
 
-/// The files of a machine, opened with the rights of who boots it.
+/// The files of a machine, opened with the rights of those who chose them and of the caller.
 pub(super) struct Files {
     kvm: File,
     kernel: File,
     initramfs: Option<File>,
 }
 
-/// Opens what the machine needs.
-pub(super) async fn open_files(env: &Environment, caller: Caller, spec: &VmSpec) -> Result<Files, Problem> {
+/// Opens what the machine needs; each file must be open to all of `rights`.
+pub(super) async fn open_files(
+    env: &Environment,
+    rights: Vec<Caller>,
+    spec: &VmSpec,
+) -> Result<Files, Problem> {
     let (kvm, dirs, boot) = (env.kvm.clone(), env.image_dirs.clone(), spec.boot.clone());
     let memory = spec.memory;
     let open = move || {
         let open = |what: BootFile, path: &str| {
-            files::open_for(&caller, &dirs, path).map_err(|error| what.problem(&error))
+            files::open_for_all(&rights, &dirs, path).map_err(|error| what.problem(&error))
         };
         let kernel = open(BootFile::Kernel, &boot.kernel)?;
         let initramfs = match &boot.initramfs {

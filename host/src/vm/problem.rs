@@ -75,7 +75,10 @@ impl BootFile {
         };
         let code = match error {
             FileError::Missing { .. } => missing,
-            FileError::Unreadable { .. } | FileError::NotRegular { .. } | FileError::Io { .. } => unreadable,
+            FileError::Unreadable { .. }
+            | FileError::Replaced { .. }
+            | FileError::NotRegular { .. }
+            | FileError::Io { .. } => unreadable,
         };
         Problem { field: Some(field.into()), ..with(code, error) }
     }

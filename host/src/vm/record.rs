@@ -21,21 +21,66 @@ pub struct VmRecord {
     pub created: Timestamp,
     /// What was asked.
     pub spec: VmSpec,
-    /// Who wrote that; None of an agent that did not note it.
+    /// Who wrote it last; None of an agent that did not note it.
     #[serde(default)]
     pub author: Option<Author>,
+    /// Who chose each part of `boot` as it is, by the part's name. Of an agent that did not note it: `author`.
+    #[serde(default)]
+    pub boot_authors: BTreeMap<String, Author>,
 }
 
+/// The parts of `boot` that decide what of its files a guest can show to somebody.
+const BOOT_PARTS: [&str; 3] = ["kernel", "initramfs", "cmdline"];
+
 impl VmRecord {
-    /// With whose rights the agent boots it by itself: nobody who can write a specification gets at files that they could not boot. If
-    /// it is not known who that was, only image directories are open.
+    /// A new VM. Whoever wrote the specification chose all of `boot`.
     #[must_use]
-    pub fn author(&self) -> Caller {
-        match &self.author {
-            Some(Author::User { uid, gid }) => Caller::User(User { uid: *uid, gid: *gid, pid: None }),
-            Some(Author::Token { name }) => Caller::Token(name.as_str().into()),
-            None => Caller::Token("unknown".into()),
+    pub fn new(created: Timestamp, spec: VmSpec, by: &Caller) -> Self {
+        Self { created, spec, author: Some(Author::of(by)), boot_authors: BTreeMap::new() }.noted()
+    }
+
+    /// A copy, with `spec` made from this one. Its files stay those of whoever chose them.
+    #[must_use]
+    pub fn copied(&self, created: Timestamp, spec: VmSpec, by: &Caller) -> Self {
+        Self { created, spec, author: Some(Author::of(by)), boot_authors: self.clone().noted().boot_authors }
+    }
+
+    /// With another specification. Who changes a part of `boot` has chosen that part; an edit of anything else leaves the rights
+    /// with which files are opened as they are.
+    #[must_use]
+    pub fn edited(&self, spec: VmSpec, by: &Caller) -> Self {
+        let (old, new) = (&self.spec.boot, &spec.boot);
+        let changed = [old.kernel != new.kernel, old.initramfs != new.initramfs, old.cmdline != new.cmdline];
+        let mut boot_authors = self.clone().noted().boot_authors;
+        for (part, _) in BOOT_PARTS.into_iter().zip(changed).filter(|(_, changed)| *changed) {
+            boot_authors.insert(part.to_owned(), Author::of(by));
         }
+        Self { created: self.created, spec, author: Some(Author::of(by)), boot_authors }
+    }
+
+    /// With an author for each part of `boot`.
+    fn noted(mut self) -> Self {
+        let author = self.author.clone().unwrap_or_else(|| Author::Token { name: "unknown".to_owned() });
+        for part in BOOT_PARTS {
+            self.boot_authors.entry(part.to_owned()).or_insert_with(|| author.clone());
+        }
+        self
+    }
+
+    /// Those with whose rights the files of `boot` are opened: each file must be open to all of them, and to `caller`, if somebody
+    /// asked for the boot. A guest can show its files to whoever chose its kernel or command line, so that nobody who can write a
+    /// part of a specification gets at files that they could not read. If it is not known who that was, only image directories are
+    /// open.
+    #[must_use]
+    pub fn boot_rights(&self, caller: Option<Caller>) -> Vec<Caller> {
+        let authors = self.clone().noted().boot_authors;
+        let mut all: Vec<Caller> = Vec::new();
+        for who in authors.values().map(Author::caller).chain(caller) {
+            if !all.iter().any(|other| Author::of(other) == Author::of(&who)) {
+                all.push(who);
+            }
+        }
+        all
     }
 }
 
@@ -64,6 +109,14 @@ impl Author {
         match caller {
             Caller::User(user) => Author::User { uid: user.uid, gid: user.gid },
             Caller::Token(name) => Author::Token { name: name.to_string() },
+        }
+    }
+
+    /// Somebody with their rights.
+    fn caller(&self) -> Caller {
+        match self {
+            Author::User { uid, gid } => Caller::User(User { uid: *uid, gid: *gid, pid: None }),
+            Author::Token { name } => Caller::Token(name.as_str().into()),
         }
     }
 }
@@ -232,6 +285,42 @@ pub fn macs(vm: Uuid, spec: &VmSpec) -> impl Iterator<Item = (&Name, UnicastMac)
 mod tests {
     use super::*;
 
+    fn user(uid: u32) -> Caller {
+        Caller::User(User { uid, gid: uid, pid: None })
+    }
+
+    /// Whoever boots a VM, copies it or edits anything but `boot` lends it no rights.
+    #[test]
+    fn files_are_opened_with_the_rights_of_those_who_chose_them() {
+        let spec: VmSpec = serde_json::from_value(serde_json::json!({
+            "name": "web1", "memory": "2MiB", "boot": { "kernel": "k", "initramfs": "/root/secret" },
+        }))
+        .unwrap();
+        let now = Timestamp::from_unix_ms(0);
+        let vm = VmRecord::new(now, spec.clone(), &user(1000));
+        assert_eq!(vm.boot_rights(None), [user(1000)]);
+        assert_eq!(vm.boot_rights(Some(user(0))), [user(1000), user(0)]);
+        assert_eq!(vm.boot_rights(Some(user(1000))), [user(1000)]);
+
+        let autostart = VmSpec { autostart: true, cpus: 2, ..spec.clone() };
+        let vm = vm.edited(autostart.clone(), &user(0));
+        assert_eq!(vm.boot_rights(None), [user(1000)], "root has changed something else");
+        let copy = vm.copied(now, vm.spec.cloned_as("web2".parse().unwrap()), &user(0));
+        assert_eq!(copy.boot_rights(None), [user(1000)]);
+
+        // A kernel of one's own shows the initramfs of another: both must be able to read both.
+        let mut spec = autostart;
+        spec.boot.kernel = "other".into();
+        let vm = vm.edited(spec.clone(), &user(2000));
+        assert_eq!(vm.boot_rights(None), [user(1000), user(2000)]);
+        spec.boot.initramfs = None;
+        spec.boot.cmdline = "quiet".into();
+        let vm = vm.edited(spec, &user(2000));
+        assert_eq!(vm.boot_rights(None), [user(2000)], "nothing is left of the first one's choice");
+        let stored: VmRecord = serde_json::from_value(serde_json::to_value(&vm).unwrap()).unwrap();
+        assert_eq!(stored, vm);
+    }
+
     #[test]
     fn records_of_older_agents_are_read() {
         let vm: VmRecord = serde_json::from_value(serde_json::json!({
@@ -242,7 +331,8 @@ mod tests {
             },
         }))
         .unwrap();
-        assert_eq!((vm.author.as_ref(), vm.author()), (None, Caller::Token("unknown".into())));
+        assert_eq!(vm.author, None);
+        assert_eq!(vm.boot_rights(None), [Caller::Token("unknown".into())]);
         let run: RunRecord = serde_json::from_value(serde_json::json!({
             "state": "stopped", "since": "2026-01-31T12:00:00.000Z", "cause": null, "boots": 3, "process": null,
             "user": 900_000, "lost": {},

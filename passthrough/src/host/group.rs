@@ -73,8 +73,8 @@ pub enum InterruptRemapping {
 pub enum ViabilityError {
     /// No IOMMU stands between the device and memory.
     #[error(
-        "{0} is in no IOMMU group, so the IOMMU is off: enable it in the firmware (VT-d, AMD-Vi) and boot the host \
-         with intel_iommu=on (Intel) or amd_iommu=on (AMD)"
+        "{0} is in no IOMMU group, so the IOMMU is off: enable it in the firmware (VT-d, AMD-Vi) and, on Intel, boot the \
+         host with intel_iommu=on"
     )]
     NoIommu(Bdf),
     /// Other members of the group are used by the host.

@@ -242,3 +242,125 @@ fn a_script_types_by_a_pipe_and_run_deletes_if_it_is_told_to() {
     assert!(run.wait().unwrap().success());
     fails(&agent, "vm show web1", 4, "not_found");
 }
+
+/// Each would stop the VMs of the other: with one database, whatever their run directories and sockets are.
+#[test]
+fn a_second_agent_with_the_same_state_does_not_start() {
+    let agent = start();
+    let other = TempDir::new().unwrap();
+    let output = Command::new(binary())
+        .arg("--socket")
+        .arg(other.path().join("api.sock"))
+        .args(["serve", "--sandbox-off", "unavailable", "--state-dir"])
+        .arg(agent.directory().join("state"))
+        .arg("--run-dir")
+        .arg(other.path().join("run"))
+        .stdin(Stdio::null())
+        .output()
+        .unwrap();
+    let text = String::from_utf8_lossy(&output.stderr);
+    assert_eq!(output.status.code(), Some(1), "{text}");
+    assert!(text.contains("Another agent") && text.contains("--state-dir"), "{text}");
+}
+
+/// What one command writes another reads, in each format; and standard input takes all of them.
+#[test]
+fn a_policy_is_the_same_in_each_format_and_a_setting_is_replaced_as_a_whole() {
+    let agent = start();
+    let feed = |line: &str, text: &str| {
+        let mut command = command(&agent, line);
+        let mut child =
+            command.stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap();
+        child.stdin.take().unwrap().write_all(text.as_bytes()).unwrap();
+        let output = child.wait_with_output().unwrap();
+        assert!(output.status.success(), "{line}: {output:?}");
+    };
+    let vlan = || json(&agent, "port-group show web")["spec"]["settings"]["vlan"].clone();
+    feed("port-group set web -f -", "switch: default\nsettings: {vlan: {access: {id: 100, qos: 3}}}\n");
+    assert_eq!(vlan(), json!({"access": {"id": 100, "qos": 3}}));
+    for (option, expect) in [
+        ("200", json!({"access": {"id": 200}})),
+        ("100/3", json!({"access": {"id": 100, "qos": 3}})),
+        ("trunk:7", json!({"trunk": [7]})),
+        ("100/0", json!({"access": {"id": 100}})),
+    ] {
+        let output = run(&agent, &format!("port-group patch web --vlan {option}"));
+        assert!(output.status.success(), "{option}: {output:?}");
+        assert_eq!(vlan(), expect, "{option}");
+    }
+    let yaml = run(&agent, "port-group show web --output yaml");
+    let text = String::from_utf8(yaml.stdout).unwrap();
+    assert!(!text.contains(" !"), "no tags: {text}");
+    feed("port-group set web2 -f -", "switch = \"default\"\nsettings.vlan.trunk = [\"7\"]\n");
+    feed("port-group set web3 -f -", r#"{"switch": "default"}"#);
+}
+
+/// The file may be read by root alone. A user of the socket's group names it; root boots, edits or copies the VM, and a later agent
+/// boots it by itself. Whatever root does, the guest never has the file.
+#[test]
+fn a_file_is_opened_with_the_rights_of_whoever_chose_it() {
+    const USER: &str = "65534";
+    let mut agent = Agent::start_with(Options {
+        arguments: ["--socket-mode", "0666"].map(Into::into).into(),
+        ..Options::default()
+    });
+    assert!(rustix::process::geteuid().is_root(), "two users are needed: run it as root");
+    let open = |path: &Path, mode| {
+        fs::set_permissions(path, std::os::unix::fs::PermissionsExt::from_mode(mode)).unwrap()
+    };
+    open(agent.directory(), 0o755);
+    let program = agent.directory().join("portcullis");
+    fs::copy(binary(), &program).unwrap();
+    open(&program, 0o755);
+    let secret = agent.directory().join("secret");
+    fs::write(&secret, "for root alone").unwrap();
+    open(&secret, 0o600);
+    SmallGuest::spec(&agent, "unused", json!([]), "");
+    let as_user = |agent: &Agent, line: &str, text: &str| {
+        let mut child = Command::new("setpriv")
+            .args(["--reuid", USER, "--regid", USER, "--clear-groups"])
+            .arg(&program)
+            .arg("--socket")
+            .arg(agent.directory().join("api.sock"))
+            .args(line.split_whitespace())
+            .stdin(Stdio::piped())
+            .stdout(Stdio::piped())
+            .stderr(Stdio::piped())
+            .spawn()
+            .unwrap();
+        child.stdin.take().unwrap().write_all(text.as_bytes()).unwrap();
+        child.wait_with_output().unwrap()
+    };
+    let refused = |output: &Output| {
+        let text = String::from_utf8_lossy(&output.stderr);
+        assert!(!output.status.success() && text.contains("initramfs_unreadable"), "{output:?}");
+        assert!(text.contains(&format!("uid {USER}")), "it says whose rights: {text}");
+    };
+    let spec = json!({
+        "name": "evil", "memory": "2MiB", "boot": { "kernel": "small-guest", "initramfs": secret },
+    });
+    let created = as_user(&agent, "vm create -", &spec.to_string());
+    assert!(created.status.success(), "{created:?}");
+    refused(&as_user(&agent, "vm boot evil", ""));
+    refused(&run(&agent, "vm boot evil"));
+    for line in ["vm patch evil --cpus 2 --autostart true", "vm clone evil copy"] {
+        let output = run(&agent, line);
+        assert!(output.status.success(), "{line}: {output:?}");
+    }
+    refused(&run(&agent, "vm boot evil"));
+    refused(&run(&agent, "vm boot copy"));
+    // The next agent boots it because of `autostart`.
+    agent.restart();
+    let failed = agent.wait_for_state("evil", VmState::Failed);
+    assert_eq!(failed.status.cause.unwrap().code, api::types::CauseCode::BootFailed);
+    // Root's own choice is root's to make.
+    let own =
+        json!({ "name": "own", "memory": "2MiB", "boot": { "kernel": "small-guest", "initramfs": secret } });
+    agent.create(&own).unwrap();
+    agent.act("own", api::types::VmAction::Boot).unwrap_or_else(|problem| panic!("{problem:?}"));
+    // A kernel of somebody else could show the file to them.
+    agent.act("own", api::types::VmAction::Stop).unwrap();
+    let edited = as_user(&agent, "vm patch own --cmdline dump", "");
+    assert!(edited.status.success(), "{edited:?}");
+    refused(&run(&agent, "vm boot own"));
+}

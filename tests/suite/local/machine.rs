@@ -2,7 +2,7 @@
 
 //! What a guest does with its machine, and what the API says of it.
 
-use std::{fs, time::Duration};
+use std::{fs, thread, time::Duration};
 
 use api::types::{CauseCode, VmAction, VmState};
 use serde_json::json;
@@ -99,6 +99,70 @@ fn every_way_to_reset_boots_again() {
         guest.wait_for_ready();
         agent.wait_for_boots("resets", boots);
     }
+}
+
+/// A kernel whose first instruction is none: a file that was cut, or a kernel for another processor. Its guest resets as fast as
+/// it may, and is not taken for hostile.
+#[test]
+fn a_guest_that_only_crashes_is_slowed_down_and_given_up() {
+    let agent = Agent::start();
+    let kernel = agent.image("ud2", &elf_that_crashes());
+    let spec = json!({ "name": "crashes", "memory": "2MiB", "boot": { "kernel": kernel } });
+    agent.create(&spec).unwrap();
+    agent.act("crashes", VmAction::Boot).unwrap();
+    thread::sleep(Duration::from_secs(3));
+    let boots = agent.vm("crashes").status.boots;
+    assert!((8..20).contains(&boots), "8 at once, then 2 a second: {boots}");
+    // It can be paused, resumed and rebooted meanwhile like others.
+    agent.act("crashes", VmAction::Pause).unwrap();
+    thread::sleep(Duration::from_millis(700));
+    let paused = agent.vm("crashes").status;
+    assert_eq!(paused.state, VmState::Paused);
+    thread::sleep(Duration::from_millis(700));
+    assert_eq!(agent.vm("crashes").status.boots, paused.boots);
+    agent.act("crashes", VmAction::Resume).unwrap();
+    agent.wait_for_boots_at_least("crashes", paused.boots + 1);
+
+    let vm = agent.wait_for_state("crashes", VmState::Failed);
+    let cause = vm.status.cause.unwrap();
+    assert_eq!(cause.code, CauseCode::MachineFailed, "{cause:?}");
+    assert!(cause.detail.contains("64 times in a row"), "{cause:?}");
+    assert!(agent.log().lines().count() < 60, "{}", agent.log());
+}
+
+/// A PVH kernel (Xen's `elfnote.h`, type 18) of one `ud2`.
+fn elf_that_crashes() -> Vec<u8> {
+    const ENTRY: u32 = 0x10_0000;
+    let note: Vec<u8> = [4_u32, 4, 18]
+        .iter()
+        .flat_map(|word| word.to_le_bytes())
+        .chain(*b"Xen\0")
+        .chain(ENTRY.to_le_bytes())
+        .collect();
+    let mut image = vec![0; 0x1000];
+    image[..8].copy_from_slice(&[0x7f, b'E', b'L', b'F', 2, 1, 1, 0]);
+    let mut put = |at: usize, bytes: &[u8]| image[at..at + bytes.len()].copy_from_slice(bytes);
+    // ELF header: executable, x86-64; two program headers of 56 bytes at 64.
+    put(16, &2_u16.to_le_bytes());
+    put(18, &62_u16.to_le_bytes());
+    put(20, &1_u32.to_le_bytes());
+    put(24, &u64::from(ENTRY).to_le_bytes());
+    put(32, &64_u64.to_le_bytes());
+    put(52, &[64, 0, 56, 0, 2, 0, 64, 0]);
+    let length = note.len() as u64;
+    for (at, kind, offset, address, size) in
+        [(64, 4_u32, 0x100_u64, 0x10_0200_u64, length), (120, 1, 0x1000, u64::from(ENTRY), 64)]
+    {
+        put(at, &kind.to_le_bytes());
+        put(at + 4, &7_u32.to_le_bytes());
+        for (n, word) in [offset, address, address, size, size, 4].into_iter().enumerate() {
+            put(at + 8 + 8 * n, &word.to_le_bytes());
+        }
+    }
+    put(0x100, &note);
+    image.extend([0x0f, 0x0b]);
+    image.resize(0x1040, 0x90);
+    image
 }
 
 #[test]

@@ -60,19 +60,22 @@ pub(super) fn iommu(host: &Host, needed: Verdict) -> Finding {
     if groups > 0 {
         return Finding::ok("iommu", format!("{groups} IOMMU groups"));
     }
-    let option = match vendor(host) {
-        Vendor::Amd => "amd_iommu=on",
-        Vendor::Intel | Vendor::Unknown => "intel_iommu=on",
-    };
     let cmdline = host.text("proc/cmdline").unwrap_or_default();
-    if cmdline.split_whitespace().any(|word| word == option) {
-        let found = format!("no IOMMU group, though the kernel was started with {option}");
-        return Finding::wrong(needed, "iommu", found, "enable the IOMMU (VT-d, AMD-Vi) in the firmware");
+    let has = |option: &str| cmdline.split_whitespace().any(|word| word == option);
+    if let Some(option) =
+        ["iommu=off", "intel_iommu=off", "amd_iommu=off"].into_iter().find(|option| has(option))
+    {
+        let found = format!("no IOMMU group: the kernel was started with {option}");
+        let fix = format!("sed -i 's/ *{option}//' /etc/default/grub && update-grub && reboot");
+        return Finding::wrong(needed, "iommu", found, fix);
     }
-    let fix = format!(
-        "sed -i 's/^GRUB_CMDLINE_LINUX=\"/&{option} /' /etc/default/grub && update-grub && reboot  # with VT-d or \
-         AMD-Vi enabled in the firmware"
-    );
+    // Linux uses AMD's without being told to (there is no amd_iommu=on), Intel's only on some distributions.
+    if vendor(host) == Vendor::Amd || has("intel_iommu=on") {
+        let found = "no IOMMU group, though the kernel would use an IOMMU";
+        return Finding::wrong(needed, "iommu", found, "enable the IOMMU (AMD-Vi, VT-d) in the firmware");
+    }
+    let fix = "sed -i 's/^GRUB_CMDLINE_LINUX=\"/&intel_iommu=on /' /etc/default/grub && update-grub && reboot  # with VT-d \
+               enabled in the firmware";
     Finding::wrong(needed, "iommu", "no IOMMU group: the IOMMU is off", fix)
 }
 

@@ -111,6 +111,16 @@ fn each_thing_that_is_missing_is_told_with_what_mends_it() {
             host.remove("sys/kernel/iommu_groups");
             host.write("proc/cmdline", "quiet intel_iommu=on\n");
         }),
+        // Linux has no amd_iommu=on.
+        case("iommu", Fail, "enable the IOMMU (AMD-Vi", |host| {
+            host.remove("sys/kernel/iommu_groups");
+            host.write("proc/cpuinfo", "vendor_id : AuthenticAMD\nflags : svm\n");
+        }),
+        case("iommu", Fail, "sed -i 's/ *amd_iommu=off//'", |host| {
+            host.remove("sys/kernel/iommu_groups");
+            host.write("proc/cpuinfo", "vendor_id : AuthenticAMD\nflags : svm\n");
+            host.write("proc/cmdline", "quiet amd_iommu=off\n");
+        }),
         case("interrupt_remapping", Fail, "allow_unsafe_interrupts", |host| {
             host.sysfs.set_interrupt_chip("PCI-MSI");
         }),

@@ -26,7 +26,7 @@ enum Waited {
 
 impl Actor {
     pub(super) async fn boot(&mut self, caller: Caller, begun: Begun, done: Done, completion: Completion) {
-        let files = match self.begin(caller, 0).await {
+        let files = match self.begin(Some(caller), 0).await {
             Ok(files) => files,
             Err(problem) => {
                 self.progress.end();
@@ -50,11 +50,17 @@ impl Actor {
         }
     }
 
-    /// What can be said at once. Nothing is held after an error. `attempts` is how often the agent has booted it by itself.
-    pub(super) async fn begin(&mut self, caller: Caller, attempts: u32) -> Result<boot::Files, Problem> {
+    /// What can be said at once. Nothing is held after an error. `caller` asked for it, or nobody did; `attempts` is how often the
+    /// agent has booted it by itself.
+    pub(super) async fn begin(
+        &mut self,
+        caller: Option<Caller>,
+        attempts: u32,
+    ) -> Result<boot::Files, Problem> {
         self.progress.begin(OperationAction::Boot, progress::boot(&self.vm.value.spec, &self.held));
         self.progress.enter(Stage::OpeningFiles);
-        let files = boot::open_files(&self.env, caller, &self.vm.value.spec).await?;
+        let rights = self.vm.value.boot_rights(caller);
+        let files = boot::open_files(&self.env, rights, &self.vm.value.spec).await?;
         // What an earlier end could not give back.
         self.give_back().await?;
         self.progress.enter(Stage::ClaimingFunctions);

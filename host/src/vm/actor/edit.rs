@@ -5,7 +5,6 @@
 use api::types::{ObjectRef, VmSpec};
 
 use super::*;
-use crate::vm::record::Author;
 
 impl Actor {
     /// Replaces the specification. After an error it is the old one.
@@ -41,8 +40,8 @@ impl Actor {
             self.give_back().await?;
             network::attach(&self.env, old.id, &spec).await?;
         }
-        let (name, author) = (spec.name.to_string(), Some(Author::of(caller)));
-        let value = VmRecord { spec, author, ..old.value.clone() };
+        let name = spec.name.to_string();
+        let value = old.value.edited(spec, caller);
         let put = self.env.vms.put(old.id, &name, &value, Expect::Revision(old.revision)).await;
         let revision = match put {
             Ok(revision) => revision,

@@ -78,14 +78,14 @@ impl Actor {
         drop(self.store().await);
     }
 
-    /// Boots the VM with the rights of who wrote its specification.
+    /// Boots the VM with the rights of those who chose its files.
     pub(super) async fn boot_unasked(&mut self) {
         let Some(Due { attempts, .. }) = self.due.take() else { return };
         if self.closed {
             return;
         }
         tracing::info!(vm = %self.name(), attempts, "booted by the agent itself");
-        let result = match self.begin(self.vm.value.author(), attempts).await {
+        let result = match self.begin(None, attempts).await {
             Ok(files) => match self.build(files).await {
                 Ok(()) | Err(NotBuilt::Unwanted) => return,
                 Err(NotBuilt::Failed(problem)) => {

@@ -30,10 +30,7 @@ use crate::{
     sim::Simulated,
     store::{Entry, Expect, SqliteStore},
     switch::{Parts, Policy, SwitchHandle, Timing},
-    vm::{
-        VmHandle,
-        record::{Author, VmRecord},
-    },
+    vm::{VmHandle, record::VmRecord},
     vmm_process::Program,
 };
 
@@ -179,10 +176,7 @@ impl Host {
     pub(crate) async fn create(&self, name: &str, change: impl FnOnce(&mut VmSpec)) -> VmHandle {
         let mut spec = spec(name);
         change(&mut spec);
-        let (id, value) = (
-            Uuid::new_v4(),
-            VmRecord { created: Timestamp::now(), spec, author: Some(Author::of(&caller())) },
-        );
+        let (id, value) = (Uuid::new_v4(), VmRecord::new(Timestamp::now(), spec, &caller()));
         let revision = self.env.vms.put(id, name, &value, Expect::Absent).await.unwrap();
         VmHandle::start(Arc::clone(&self.env), Entry { id, name: name.into(), revision, value })
     }
