@@ -136,7 +136,9 @@ async fn a_boot_ends_when_the_vm_is_stopped_or_deleted() {
         if delete {
             vm.delete(caller(), Some(revision)).await.unwrap();
             assert_eq!(edited.await.unwrap().unwrap_err().code, ProblemCode::NotFound);
-            assert_eq!(stale.await.unwrap().unwrap_err().code, ProblemCode::RevisionMismatch);
+            // On a slow machine its turn comes when the VM is gone.
+            let code = stale.await.unwrap().unwrap_err().code;
+            assert!(matches!(code, ProblemCode::RevisionMismatch | ProblemCode::NotFound), "{code:?}");
         } else {
             host.act(&vm, VmAction::Stop).await.unwrap();
             assert_eq!(vm.status().run.cause.unwrap().code, CauseCode::Stopped);
