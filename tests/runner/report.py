@@ -1,17 +1,37 @@
 # SPDX-License-Identifier: Apache-2.0
 """What a run of the tests has done: its stages with their minutes, its counts, its slowest tests."""
 
+import os
 import subprocess
 import sys
 import threading
 import time
-from collections import namedtuple
+from collections import deque, namedtuple
 
 Stage = namedtuple("Stage", "name seconds passed failed aside")
+# Lines of a failed check that the summary repeats.
+REPEATED = 40
 
 
 def headline(text):
     print(f"\n== {text}", flush=True)
+
+
+def stolen():
+    """Time that this machine's processors were ready and their host ran something else, in hundredths of a second (proc(5))."""
+    with open("/proc/stat") as file:
+        return int(file.readline().split()[8])
+
+
+def shown(command, env):
+    """Runs a command and prints what it says; returns its status and its last lines."""
+    last = deque(maxlen=REPEATED)
+    with subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+                          errors="replace") as process:
+        for line in process.stdout:
+            print(line, end="", flush=True)
+            last.append(line)
+    return process.returncode, last
 
 
 class Report:
@@ -20,6 +40,9 @@ class Report:
     def __init__(self):
         self.stages = []
         self.tests = []
+        # Names of failed checks, with the end of their output.
+        self.faults = []
+        self.begun, self.stolen = time.monotonic(), stolen()
 
     @property
     def failed(self):
@@ -32,13 +55,19 @@ class Report:
         """Runs commands one after the other; together they pass or fail as one."""
         headline(name)
         begun = time.monotonic()
-        try:
-            good = all(subprocess.run(command, env=env, check=False).returncode == 0 for command in commands)
-        except FileNotFoundError as missing:
-            print(f"{missing.filename} is not installed: `tests/run prepare` as root installs it")
-            good = False
+        good, last = True, []
+        for command in commands:
+            try:
+                status, last = shown(command, env)
+            except FileNotFoundError as missing:
+                status, last = 1, [f"{missing.filename} is not installed: `tests/run prepare` as root installs it\n"]
+                print(last[0], end="")
+            if status:
+                good = False
+                break
         if not good:
             print(f"FAILED: {name}", flush=True)
+            self.faults.append((name, last))
         self.add(name, time.monotonic() - begun, int(good), int(not good))
         return good
 
@@ -49,6 +78,8 @@ class Report:
         found = list(complaints())
         for complaint in found:
             print(f"FAILED: {complaint}", flush=True)
+        if found:
+            self.faults.append((name, [f"{complaint}\n" for complaint in found[:REPEATED]]))
         self.add(name, time.monotonic() - begun, int(not found), int(bool(found)))
 
     def counted(self, name, run):
@@ -82,6 +113,11 @@ class Report:
             print("\nseconds  the slowest tests")
         for seconds, test in slowest:
             print(f"{seconds:7.1f}  {test}")
+        for name, last in self.faults:
+            print(f"\nFAILED: {name}. Its output ends in:")
+            print("".join(f"  {line}" for line in last), end="")
+        hundredths = (time.monotonic() - self.begun) * 100 * (os.cpu_count() or 1)
+        print(f"\nprocessor time that the machine's own host took away: {(stolen() - self.stolen) / hundredths:.0%}")
         print(f"\n{passed} passed, {self.failed} failed")
         return 1 if self.failed or not self.stages else 0
 
@@ -132,4 +168,5 @@ class Aside:
             sys.stdout.write(output)
             if not good:
                 print(f"FAILED: {name}", flush=True)
+                report.faults.append((name, output.splitlines(keepends=True)[-REPEATED:]))
             report.add(name, seconds, int(good), int(not good), aside=True)
