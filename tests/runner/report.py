@@ -3,12 +3,10 @@
 
 import os
 import subprocess
-import sys
-import threading
 import time
 from collections import deque, namedtuple
 
-Stage = namedtuple("Stage", "name seconds passed failed aside")
+Stage = namedtuple("Stage", "name seconds passed failed")
 # Lines of a failed check that the summary repeats.
 REPEATED = 40
 
@@ -48,8 +46,8 @@ class Report:
     def failed(self):
         return sum(stage.failed for stage in self.stages)
 
-    def add(self, name, seconds, passed, failed, aside=False):
-        self.stages.append(Stage(name, seconds, passed, failed, aside))
+    def add(self, name, seconds, passed, failed):
+        self.stages.append(Stage(name, seconds, passed, failed))
 
     def check(self, name, *commands, env=None):
         """Runs commands one after the other; together they pass or fail as one."""
@@ -104,9 +102,8 @@ class Report:
         passed = sum(stage.passed for stage in self.stages)
         print("\nminutes  passed  failed  stage")
         for stage in self.stages:
-            beside = "  (beside the lab)" if stage.aside else ""
-            print(f"{stage.seconds / 60:7.1f} {stage.passed:7} {stage.failed:7}  {stage.name}{beside}")
-        total = sum(stage.seconds for stage in self.stages if not stage.aside)
+            print(f"{stage.seconds / 60:7.1f} {stage.passed:7} {stage.failed:7}  {stage.name}")
+        total = sum(stage.seconds for stage in self.stages)
         print(f"{total / 60:7.1f} {passed:7} {self.failed:7}  all")
         slowest = sorted(self.tests, reverse=True)[:10]
         if slowest:
@@ -120,53 +117,3 @@ class Report:
         print(f"\nprocessor time that the machine's own host took away: {(stolen() - self.stolen) / hundredths:.0%}")
         print(f"\n{passed} passed, {self.failed} failed")
         return 1 if self.failed or not self.stages else 0
-
-
-class Aside:
-    """Checks that run beside the lab on the processor time it leaves: the kernel's idle class yields at once."""
-
-    def __init__(self):
-        self.todo = []
-        self.done = []
-        self.running = None
-        self.stopped = False
-        self.thread = threading.Thread(target=self._run)
-
-    def check(self, name, *commands, env=None):
-        self.todo.append((name, commands, env))
-
-    def start(self):
-        self.thread.start()
-
-    def _run(self):
-        for name, commands, env in self.todo:
-            begun, output, good = time.monotonic(), [], True
-            for command in commands:
-                if self.stopped:
-                    return
-                self.running = subprocess.Popen(["chrt", "--idle", "0", *command], env=env, stdout=subprocess.PIPE,
-                                                stderr=subprocess.STDOUT, text=True, errors="replace")
-                output.append(self.running.communicate()[0])
-                good = self.running.returncode == 0
-                if not good:
-                    break
-            self.done.append((name, time.monotonic() - begun, good, "".join(output)))
-
-    def stop(self):
-        self.stopped = True
-        if self.running and self.running.poll() is None:
-            self.running.terminate()
-
-    def finish(self, report):
-        """Waits for the checks that are left, and reports all of them."""
-        left = len(self.todo) - len(self.done)
-        if left:
-            report.prepared("waiting for the checks beside the lab", self.thread.join)
-        self.thread.join()
-        for name, seconds, good, output in self.done:
-            headline(f"{name} (beside the lab)")
-            sys.stdout.write(output)
-            if not good:
-                print(f"FAILED: {name}", flush=True)
-                report.faults.append((name, output.splitlines(keepends=True)[-REPEATED:]))
-            report.add(name, seconds, int(good), int(not good), aside=True)
