@@ -19,6 +19,7 @@ pub mod sim;
 pub mod small_guest;
 pub mod store;
 pub mod switch;
+pub mod text;
 pub mod token_file;
 pub mod vm;
 pub mod vmm_process;

@@ -10,9 +10,10 @@ use std::{
     io::{self, IsTerminal as _},
 };
 
-use tracing::{Event, Level, Subscriber};
+use tracing::{Event, Level, Subscriber, field::Field};
 use tracing_subscriber::{
     EnvFilter,
+    field::MakeExt as _,
     filter::LevelFilter,
     fmt::{
         FmtContext, FormatEvent, FormatFields,
@@ -20,6 +21,8 @@ use tracing_subscriber::{
     },
     registry::LookupSpan,
 };
+
+use crate::text::write_line;
 
 /// What lines look like.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]
@@ -40,6 +43,7 @@ pub fn start(format: Format) {
     let journal = stream.is_some_and(|stream| is_stderr(&stream));
     let log = tracing_subscriber::fmt()
         .with_env_filter(filter)
+        .fmt_fields(format::debug_fn(write_field).delimited(" "))
         .with_writer(io::stderr)
         .with_ansi(io::stderr().is_terminal() && !journal);
     // In a test there may be one already.
@@ -52,6 +56,14 @@ pub fn start(format: Format) {
             .event_format(Prioritized(format::format().json().without_time().with_target(false)))
             .try_init(),
     });
+}
+
+/// A field in a line of text. An event is one line, whatever is in its fields.
+fn write_field(writer: &mut Writer<'_>, field: &Field, value: &dyn fmt::Debug) -> fmt::Result {
+    if field.name() != "message" {
+        write!(writer, "{}=", field.name())?;
+    }
+    write_line(writer, format_args!("{value:?}"))
 }
 
 /// Lines of text as the journal wants them.
@@ -123,15 +135,20 @@ mod tests {
             .with_max_level(Level::TRACE)
             .with_writer(move || writer.clone())
             .event_format(journal_text())
+            .fmt_fields(format::debug_fn(write_field).delimited(" "))
             .finish();
         tracing::subscriber::with_default(log, || {
             tracing::error_span!("request", id = "r-1").in_scope(|| tracing::error!(vm = "web1", "it broke"));
             tracing::warn!("odd");
             tracing::info!("well");
             tracing::debug!("inside");
+            let forged = "no\n<6>policy changed by uid 0\x1b[2J";
+            tracing::info!(%forged, forged, "{forged}");
         });
         let text = String::from_utf8(lines.0.lock().unwrap().clone()).unwrap();
         let expect = "<3>request{id=\"r-1\"}: it broke vm=\"web1\"\n<4>odd\n<6>well\n<7>inside\n";
+        let line = "no\\n<6>policy changed by uid 0\\u{1b}[2J";
+        let expect = format!("{expect}<6>{line} forged={line} forged=\"{line}\"\n");
         assert_eq!(text, expect);
     }
 

@@ -7,7 +7,10 @@ use std::{error::Error, io, process::ExitCode};
 use api::{ClientError, Problem, RemoteError, types::VmState};
 use serde::Serialize;
 
-use crate::token_file::TokenFileError;
+use crate::{
+    text::{printable, printable_lines},
+    token_file::TokenFileError,
+};
 
 use super::{demo::DemoError, output::Format};
 
@@ -106,6 +109,12 @@ pub(super) enum CliError {
         /// Its cause.
         why: String,
     },
+    /// A signal ended the command.
+    #[error("Ended by a signal ({signal}); the VM that this command made is deleted with it")]
+    Signalled {
+        /// Its number.
+        signal: i32,
+    },
     /// The demonstration failed.
     #[error(transparent)]
     Demo(#[from] DemoError),
@@ -136,6 +145,8 @@ impl CliError {
             CliError::Apply { source, .. } => source.code(),
             CliError::Up { .. } => 5,
             CliError::TooSlow { .. } => 6,
+            // As shells say it.
+            CliError::Signalled { signal } => u8::try_from(128 + signal).unwrap_or(1),
             CliError::Write { .. } | CliError::Unfit(_) | CliError::Unwell(_) | CliError::Terminal(_) => 1,
             CliError::VmFailed { .. } | CliError::Demo(_) | CliError::Output(_) | CliError::Runtime(_) => 1,
         }
@@ -169,7 +180,7 @@ impl CliError {
             };
             return written.unwrap_or_else(|| {
                 let context = file.map(|_| format!("{self}: ")).unwrap_or_default();
-                format!("portcullis: {context}{}", problem_text(problem))
+                printable(&format!("portcullis: {context}{}", problem_text(problem)))
             });
         }
         let mut text = format!("portcullis: {self}");
@@ -178,7 +189,8 @@ impl CliError {
             text.push_str(&format!(": {error}"));
             source = error.source();
         }
-        text
+        // A log or a place in a file has lines.
+        printable_lines(&text)
     }
 }
 
@@ -207,6 +219,23 @@ mod tests {
     fn check(error: impl Into<CliError>, code: u8, text: &str) {
         let error = error.into();
         assert_eq!((error.code(), error.text(Format::Table).as_str()), (code, text));
+    }
+
+    /// Paths, names and causes in errors are of whoever wrote the specification, or of a guest's process.
+    #[test]
+    fn no_error_controls_the_terminal() {
+        let hostile = "/x\x1b]0;title\x07\x1b[2J\r\nportcullis: all is well";
+        let refused =
+            CliError::from(ClientError::from(Box::new(Problem::new(ProblemCode::NotFound, hostile))));
+        let apply = CliError::Apply { file: hostile.to_owned(), source: Box::new(refused) };
+        let failed = CliError::VmFailed { vm: "web1".into(), why: hostile.to_owned() };
+        let spec = CliError::NotASpec { path: hostile.into(), what: "a file", why: hostile.into() };
+        for error in [apply, failed, spec] {
+            let text = error.text(Format::Table);
+            assert!(!text.contains(|c: char| c.is_control() && c != '\n'), "{text:?}");
+        }
+        let refused = ClientError::from(Box::new(Problem::new(ProblemCode::NotFound, hostile)));
+        assert_eq!(CliError::from(refused).text(Format::Table).lines().count(), 1);
     }
 
     #[test]

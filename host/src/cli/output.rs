@@ -7,6 +7,8 @@ use std::io::{self, Write};
 use clap::ValueEnum;
 use serde::Serialize;
 
+use crate::text::printable;
+
 /// How answers are written.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
 pub(super) enum Format {
@@ -132,10 +134,6 @@ fn aligned<const N: usize>(rows: &[[String; N]]) -> String {
 fn padded<const N: usize>(row: &[String; N], widths: [usize; N]) -> String {
     let line: String = row.iter().zip(widths).map(|(cell, width)| format!("{cell:width$}  ")).collect();
     format!("{}\n", line.trim_end())
-}
-
-pub(super) fn printable(cell: &str) -> String {
-    cell.chars().flat_map(|c| if c.is_control() { c.escape_default().collect() } else { vec![c] }).collect()
 }
 
 /// A value that may be absent.

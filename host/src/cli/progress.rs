@@ -16,7 +16,7 @@ use api::{
 use rustix::termios::tcgetwinsize;
 use tokio::time::{Instant, timeout};
 
-use super::output::printable;
+use crate::text::printable;
 
 /// When a line is written.
 struct Pace {
