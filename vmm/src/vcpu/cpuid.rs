@@ -2,7 +2,8 @@
 
 //! CPUID of the guest: what KVM supports on this host, with our topology.
 //!
-//! One socket, one thread a core, as many cores as vCPUs; a vCPU's index is its APIC id.
+//! One socket, one thread a core, as many cores as vCPUs; a vCPU's index is its APIC id. Nested virtualization and the
+//! performance counters are left out: both are large parts of KVM, and most of its escapes were in the first.
 
 use kvm_bindings::{CpuId, KVM_MAX_CPUID_ENTRIES, kvm_cpuid_entry2};
 use kvm_ioctls::{Cap, Kvm};
@@ -11,6 +12,14 @@ use kvm_ioctls::{Cap, Kvm};
 const TSC_DEADLINE: u32 = 1 << 24;
 /// Leaf 1 ECX: running under a hypervisor.
 const HYPERVISOR: u32 = 1 << 31;
+/// Leaf 1 ECX: VMX, and `IA32_PERF_CAPABILITIES` (Intel SDM vol. 2A, CPUID leaf 01H).
+const VMX: u32 = 1 << 5;
+const PDCM: u32 = 1 << 15;
+/// Fn8000_0001 ECX: SVM, and performance counter extensions of the core, the northbridge and the last cache (AMD APM vol. 3).
+const SVM: u32 = 1 << 2;
+const PERF_CTR: u32 = 1 << 23 | 1 << 24 | 1 << 28;
+/// Leaves about nothing else: performance monitoring of Intel (0xa, 0x23) and AMD (Fn8000_0022), SVM (Fn8000_000A).
+const LEFT_OUT: [u32; 4] = [0xa, 0x23, 0x8000_000a, 0x8000_0022];
 /// Leaf 1 EDX: leaf 1 EBX and leaf 4 describe more than one logical processor.
 const HTT: u32 = 1 << 28;
 /// Address bits when the CPU does not say (leaf `0x8000_0008` absent).
@@ -51,6 +60,7 @@ pub fn of_vcpu(supported: &CpuId, index: u8, count: u8) -> Vec<kvm_cpuid_entry2>
         supported.as_slice().iter().filter(|entry| !matches!(entry.function, 0xb | 0x1f)).copied().collect();
     for entry in &mut entries {
         set_topology(entry, index, count);
+        leave_out(entry);
     }
     // Extended topology leaves say the same again, in the form that current kernels read first.
     let highest = entries.iter().find(|entry| entry.function == 0).map_or(0, |entry| entry.eax);
@@ -60,6 +70,17 @@ pub fn of_vcpu(supported: &CpuId, index: u8, count: u8) -> Vec<kvm_cpuid_entry2>
         }
     }
     entries
+}
+
+fn leave_out(entry: &mut kvm_cpuid_entry2) {
+    match entry.function {
+        1 => entry.ecx &= !(VMX | PDCM),
+        0x8000_0001 => entry.ecx &= !(SVM | PERF_CTR),
+        leaf if LEFT_OUT.contains(&leaf) => {
+            (entry.eax, entry.ebx, entry.ecx, entry.edx) = (0, 0, 0, 0);
+        }
+        _ => {}
+    }
 }
 
 /// Bits of an APIC id that number the core.
@@ -138,7 +159,11 @@ mod tests {
             entry(1, 0, 0),
             entry(4, 0, 1 << 5 | 1),
             entry(4, 1, 3 << 5 | 3),
+            entry(0xa, 0, 77),
             entry(0xb, 0, 77),
+            entry(0x8000_0001, 0, 77),
+            entry(0x8000_000a, 0, 77),
+            entry(0x8000_0022, 0, 77),
             entry(0x8000_0008, 0, 0x3024),
             entry(0x8000_001e, 0, 77),
         ])
@@ -169,6 +194,17 @@ mod tests {
                 assert_eq!(find(&entries, leaf, 1).ebx, u32::from(count));
                 assert_eq!(find(&entries, leaf, 2).ecx >> 8, 0, "end of list");
             }
+        }
+    }
+
+    #[test]
+    fn guests_have_no_nested_virtualization_and_no_performance_counters() {
+        let entries = of_vcpu(&host(), 0, 1);
+        assert_eq!(find(&entries, 1, 0).ecx, !(1 << 5 | 1 << 15));
+        assert_eq!(find(&entries, 0x8000_0001, 0).ecx, !(1 << 2 | 1 << 23 | 1 << 24 | 1 << 28));
+        for leaf in [0xa, 0x8000_000a, 0x8000_0022] {
+            let entry = find(&entries, leaf, 0);
+            assert_eq!([entry.eax, entry.ebx, entry.ecx, entry.edx], [0; 4], "{leaf:#x}");
         }
     }
 
