@@ -76,6 +76,14 @@ pub(super) struct Capabilities {
     pub(super) hidden: Vec<Range<u16>>,
 }
 
+/// Whether this is the first capability of its kind. A function has one (PCI Local Bus 3.0, section 6.7): the guest sees the first,
+/// and that one is emulated.
+fn take_first<T>(place: &mut Option<T>, found: T) -> bool {
+    let is_first = place.is_none();
+    place.get_or_insert(found);
+    is_first
+}
+
 impl Capabilities {
     pub(super) fn scan(hardware: &dyn VfHardware) -> Result<Self, FunctionError> {
         let mut found = Self::default();
@@ -119,14 +127,14 @@ impl Capabilities {
                 Ok(true)
             }
             capability::MSI | capability::MSIX => Ok(false),
-            capability::POWER_MANAGEMENT => Ok(self.power_management.replace(at).is_none()),
+            capability::POWER_MANAGEMENT => Ok(take_first(&mut self.power_management, at)),
             capability::EXPRESS => {
                 let flr = dword(hardware, at + EXPRESS_DEVICE_CAPABILITIES) & EXPRESS_FLR != 0;
-                Ok(self.express.replace((at, flr)).is_none())
+                Ok(take_first(&mut self.express, (at, flr)))
             }
             capability::ADVANCED_FEATURES => {
                 let flr = dword(hardware, at).to_le_bytes()[3] & ADVANCED_FLR != 0;
-                Ok(self.advanced.replace((at, flr)).is_none())
+                Ok(take_first(&mut self.advanced, (at, flr)))
             }
             id => Ok(SHOWN.contains(&id)),
         }

@@ -235,6 +235,7 @@ fn capability_lists_are_filtered_and_bounded() {
     assert_eq!(found, [(0x40, 1), (0x50, 5), (0x70, 0x11), (0xa0, 0x10)]);
     assert_eq!(f.read(0x42, 2), 0x0003, "neither PME nor D1");
     assert_eq!(f.read(0x68, 4), 0, "hidden");
+    assert_eq!([f.read(0xb0, 4), f.read(0xc0, 4)], [0, 0], "the second of a kind is hidden");
     assert_eq!(f.read(0x100, 4), 0x1501_0001, "leads past ARI");
     assert_eq!(f.read(0x140, 4), 0);
     assert_eq!(f.read(0x144, 4), 0);
@@ -244,6 +245,9 @@ fn capability_lists_are_filtered_and_bounded() {
     f.write(0x144, 4, 1);
     f.write(0x68, 4, 1);
     assert_eq!(f.hardware.take_calls(), []);
+    f.write(0x44, 2, 3);
+    assert_eq!(f.read(0x44, 2) & 3, 3, "the first of a kind is the one that is emulated");
+    assert!(!f.hardware.take_calls().iter().any(|call| matches!(call, Call::Config(0x40..0xd0, _))));
 }
 
 #[test]
