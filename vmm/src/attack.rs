@@ -31,7 +31,7 @@ use libc::{c_long, sockaddr_in, sockaddr_nl, sockaddr_un};
 use netpolicy::Request;
 use passthrough::relay::{Notice, Question};
 
-use crate::control::{Ask, Report, ToAgent};
+use crate::control::{Ask, Outcome, Report, ToAgent};
 
 /// What is there to be reached.
 struct Targets {
@@ -140,14 +140,10 @@ const ATTEMPTS: &[(&str, Attempt)] = &[
     }),
     // What a process may do, and its agent must not heed.
     ("forge_messages", |_| forge()),
+    ("pass_descriptor", |_| pass_descriptor()),
     // When the machine has been running for long: what is wrong before is a boot that failed.
-    ("forge_messages_later", |_| {
-        thread::Builder::new().spawn(|| {
-            thread::sleep(Duration::from_secs(2));
-            forge()
-        })?;
-        Ok(())
-    }),
+    ("forge_messages_later", |_| later(forge)),
+    ("pass_descriptor_later", |_| later(pass_descriptor)),
 ];
 
 /// Makes everything ready that the command line's attack is about, if there is one. The process has its privileges still, and
@@ -382,12 +378,34 @@ fn forge() -> io::Result<()> {
     for fd in 4..64 {
         for message in &messages {
             let message = serde_json::to_vec(message)?;
-            let vector = [message.as_ptr() as usize, message.len()];
-            let header = [0, 0, vector.as_ptr() as usize, 1, 0, 0, 0_usize];
-            let flags = libc::MSG_NOSIGNAL | libc::MSG_DONTWAIT;
-            let done = call(libc::SYS_sendmsg, [fd, header.as_ptr() as usize, number(flags), 0, 0, 0]);
+            let flags = number(libc::MSG_NOSIGNAL | libc::MSG_DONTWAIT);
+            let done = call(libc::SYS_sendto, [fd, message.as_ptr() as usize, message.len(), flags, 0, 0]);
             sent += usize::from(done.is_ok());
         }
     }
+    if sent > 0 { Ok(()) } else { Err(io::ErrorKind::NotConnected.into()) }
+}
+
+/// Tries something in two seconds.
+fn later(attempt: fn() -> io::Result<()>) -> io::Result<()> {
+    thread::Builder::new().spawn(move || {
+        thread::sleep(Duration::from_secs(2));
+        attempt()
+    })?;
+    Ok(())
+}
+
+/// Passes a descriptor to the agent, which would close it.
+fn pass_descriptor() -> io::Result<()> {
+    let message = serde_json::to_vec(&ToAgent::Done { id: 0, result: Ok(Outcome::Done) })?;
+    let vector = [message.as_ptr() as usize, message.len()];
+    // struct cmsghdr: its length, SOL_SOCKET and SCM_RIGHTS, then a descriptor: stdin.
+    let rights = [20_usize, 1 | 1 << 32, 0];
+    let control = [rights.as_ptr() as usize, size_of_val(&rights)];
+    let header = [0, 0, vector.as_ptr() as usize, 1, control[0], control[1], 0_usize];
+    let flags = number(libc::MSG_NOSIGNAL | libc::MSG_DONTWAIT);
+    let sent = (4..64)
+        .filter(|fd| call(libc::SYS_sendmsg, [*fd, header.as_ptr() as usize, flags, 0, 0, 0]).is_ok())
+        .count();
     if sent > 0 { Ok(()) } else { Err(io::ErrorKind::NotConnected.into()) }
 }

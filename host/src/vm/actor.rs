@@ -65,6 +65,10 @@ const DYING: Duration = Duration::from_millis(500);
 
 /// Connections to lost vmm processes, logs and lost devices are looked at this often.
 const TICK: Duration = Duration::from_secs(1);
+/// Ticks between two presses of a power button, and how long it is pressed. The button's interrupt is an edge: a guest that is still
+/// booting has it masked, and never hears of that press.
+const PRESS_AGAIN: u32 = 3;
+const PRESSED_FOR: u32 = 60;
 
 /// Followers of a console are woken at most this often.
 const CONSOLE_PACE: Duration = Duration::from_millis(20);
@@ -92,6 +96,8 @@ struct Actor {
     outlets: Outlets,
     progress: Progress,
     run: RunRecord,
+    /// `run` is in the store as it is.
+    stored: bool,
     held: Vec<Held>,
     process: Option<Process>,
     link: Option<Link>,
@@ -101,6 +107,8 @@ struct Actor {
     end: Option<End>,
     /// What it said that no vmm of ours says; it is being killed for it.
     misbehaved: Option<String>,
+    /// For how many ticks the guest has not reacted to its power button.
+    button: Option<u32>,
     /// When the process is killed if it has not ended by then.
     deadline: Option<Instant>,
     /// When the VM is booted without being asked for.
@@ -149,6 +157,7 @@ pub(super) async fn run(
     let (expel, mut expelled) = mpsc::channel(1);
     let directory = VmDirectory::new(&env.run_dir, vm.id);
     let progress = Progress::new(outlets.status.clone());
+    let run = RunRecord::created(vm.value.created);
     let mut actor = Actor {
         env,
         inbox,
@@ -156,11 +165,13 @@ pub(super) async fn run(
         directory,
         outlets,
         progress,
-        run: RunRecord::default(),
+        run,
         held: Vec::new(),
         process: None,
         link: None,
         unreachable: None,
+        stored: false,
+        button: None,
         end: None,
         misbehaved: None,
         deadline: None,
@@ -278,6 +289,7 @@ impl Actor {
                 self.asked_to_end(by).await;
                 let ordered = self.order(action, Order::PowerButton, done);
                 if ordered.is_ok() {
+                    self.button = Some(0);
                     self.show_shutdown();
                 }
                 ordered
@@ -438,6 +450,7 @@ impl Actor {
 
     async fn store(&mut self) -> Result<(), Problem> {
         let put = self.env.runs.put(self.vm.id, self.name(), &self.run, Expect::Any).await;
+        self.stored = put.is_ok();
         self.publish();
         put.map(drop).map_err(|error| {
             tracing::error!(vm = %self.name(), "its state cannot be stored: {}", chain(&error));

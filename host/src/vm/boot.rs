@@ -60,6 +60,7 @@ pub(super) async fn open_files(
             Some(path) => Some(open(BootFile::Initramfs, path)?),
             None => None,
         };
+        fits_the_host(memory.bytes())?;
         // Beside the kernel it may still be too large: the vmm knows where that ends.
         let size = initramfs.as_ref().and_then(|file| file.metadata().ok()).map_or(0, |data| data.len());
         if size > memory.bytes() {
@@ -84,6 +85,32 @@ pub(super) async fn open_files(
     tokio::task::spawn_blocking(open)
         .await
         .map_err(|error| Problem::new(ProblemCode::Internal, chain(&error)))?
+}
+
+/// Memory is reserved page by page: a guest that could never have its memory would be killed in the middle of its work.
+fn fits_the_host(bytes: u64) -> Result<(), Problem> {
+    let Some(host) = std::fs::read_to_string("/proc/meminfo").ok().as_deref().and_then(memory_and_swap)
+    else {
+        return Ok(());
+    };
+    if bytes <= host {
+        return Ok(());
+    }
+    let detail = format!(
+        "The VM has {} MiB of memory, and its host {} MiB with its swap space: give the VM less.",
+        bytes >> 20,
+        host >> 20
+    );
+    Err(Problem { field: Some("memory".into()), ..Problem::new(ProblemCode::MemoryUnavailable, detail) })
+}
+
+/// The bytes of all memory and swap space in the text of `/proc/meminfo` (proc(5)).
+fn memory_and_swap(meminfo: &str) -> Option<u64> {
+    let kib = |name: &str| {
+        let line = meminfo.lines().find_map(|line| line.strip_prefix(name))?;
+        line.trim().strip_suffix("kB")?.trim().parse::<u64>().ok()
+    };
+    Some(kib("MemTotal:")?.saturating_add(kib("SwapTotal:").unwrap_or(0)).saturating_mul(1024))
 }
 
 /// Starts the vmm process. It may lock as much memory as its devices need.
@@ -128,7 +155,9 @@ pub(super) async fn run(
         Problem::new(ProblemCode::VmmFailed, format!("The VM's console file cannot be made ({error})."))
     })?;
     let (connection, greeting, events) =
-        Connection::open(&directory.control(), vm.id).await.map_err(|e| e.problem())?;
+        Connection::open(&directory.control(), vm.id, vm.value.spec.adapters.len())
+            .await
+            .map_err(|e| e.problem())?;
     reach(Point::BootConnected);
     if greeting.state != State::Empty {
         return Err(Problem::new(ProblemCode::VmmFailed, "A new vmm process says that it is not empty."));
@@ -184,5 +213,24 @@ fn machine(
         initramfs,
         devices: held.iter().map(device).collect(),
         sandbox: sandbox::spec(user, off),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn memory_is_what_the_host_has() {
+        let meminfo = "MemTotal:       24604580 kB\nMemFree: 1 kB\nSwapTotal:       1024 kB\n";
+        assert_eq!(memory_and_swap(meminfo), Some((24_604_580 + 1024) * 1024));
+        assert_eq!(memory_and_swap("MemTotal: 7 kB"), Some(7 * 1024));
+        assert_eq!(memory_and_swap("nothing"), None);
+        assert!(fits_the_host(2 << 20).is_ok());
+        let problem = fits_the_host(1 << 60).unwrap_err();
+        assert_eq!(
+            (problem.code, problem.field.as_deref()),
+            (ProblemCode::MemoryUnavailable, Some("memory"))
+        );
     }
 }

@@ -101,7 +101,8 @@ impl VmHandle {
 
     fn spawn(env: Arc<Environment>, record: Entry<VmRecord>, found: bool) -> Self {
         let (commands, inbox) = inbox::new();
-        let (status_out, status) = watch::channel(Status::default());
+        let run = RunRecord::created(record.value.created);
+        let (status_out, status) = watch::channel(Status { run, ..Status::default() });
         let (connection_out, connection) = watch::channel(None);
         let (console_out, console) = watch::channel(0);
         let vm = Arc::new(record);

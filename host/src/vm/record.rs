@@ -174,6 +174,14 @@ pub enum Asked {
     Agent,
 }
 
+impl RunRecord {
+    /// Of a VM about which nothing is stored yet: it is as it was created, at `since`.
+    #[must_use]
+    pub fn created(since: Timestamp) -> Self {
+        Self { since, ..Self::default() }
+    }
+}
+
 impl Default for RunRecord {
     fn default() -> Self {
         Self {

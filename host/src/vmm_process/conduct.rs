@@ -3,34 +3,67 @@
 //! What a vmm may say on its connection. Its guest may have taken it over: what it says is a stranger's input, and what
 //! this protocol does not have, no vmm of ours says.
 
-use std::{
-    collections::HashMap,
-    time::{Duration, Instant},
-};
+use std::{collections::HashMap, time::Instant};
 
-use vmm::control::{ChannelError, Order, Outcome, ToAgent};
+use vmm::control::{ChannelError, Order, Outcome, Report, ToAgent};
 
-/// Most messages in a [`WINDOW`]. Relays ask for 50 changes a second each, and a console wakes its followers as often.
-const FLOOD: u32 = 10_000;
-
-/// Most questions in a [`WINDOW`]: those of 16 adapters, each of which may have 50 a second behind 64 at once. Each is recorded.
-const ASKS: u32 = 2_000;
-
-const WINDOW: Duration = Duration::from_secs(1);
+/// Longest question or report in bytes. The longest of an honest vmm have about 1 KiB.
+const LONGEST: usize = 4096;
 
 /// Most orders that were never answered, timed out or not.
 const UNANSWERED: usize = 1024;
 
 /// What one connection has said, as far as what comes next depends on it.
-#[derive(Debug, Default)]
+///
+/// Each kind of message has a budget of its own, near the highest honest rate of the VM's adapters: a question costs a
+/// decision, a report of the machine a durable write, a notice of a relay a record.
+#[derive(Debug)]
 pub(super) struct Conduct {
     /// Orders without an answer, also those that nobody waits for any more.
     orders: HashMap<u64, Answers>,
     report: u64,
     ask: u64,
-    window: Option<Instant>,
-    said: u32,
-    asked: u32,
+    questions: Budget,
+    notices: Budget,
+    reports: Budget,
+}
+
+/// Messages of one kind: so many at once, and so many in a second after that.
+#[derive(Debug)]
+struct Budget {
+    what: &'static str,
+    at_once: u32,
+    per_second: u32,
+    left: u32,
+    /// Up to when messages were earned.
+    earned: Option<Instant>,
+}
+
+impl Budget {
+    fn new(what: &'static str, at_once: u32, per_second: u32) -> Self {
+        Self { what, at_once, per_second, left: at_once, earned: None }
+    }
+
+    fn spend(&mut self, now: Instant) -> Result<(), String> {
+        let since = *self.earned.get_or_insert(now);
+        let passed = now.saturating_duration_since(since);
+        let more = passed.as_millis().saturating_mul(self.per_second.into()) / 1000;
+        if more > 0 {
+            self.left = self.left.saturating_add(u32::try_from(more).unwrap_or(u32::MAX)).min(self.at_once);
+            self.earned = Some(now);
+        }
+        let Self { what, at_once, per_second, .. } = self;
+        let Some(left) = self.left.checked_sub(1) else {
+            return Err(format!("it sent more than {at_once} {what} at once and {per_second} in a second"));
+        };
+        self.left = left;
+        Ok(())
+    }
+
+    /// One message more, which the agent has caused.
+    fn allow(&mut self) {
+        self.left = self.left.saturating_add(1).min(self.at_once);
+    }
 }
 
 /// What an order may be answered with.
@@ -44,6 +77,22 @@ enum Answers {
 }
 
 impl Conduct {
+    /// A new connection to a VM with so many adapters. A relay takes 50 messages of its guest in a second behind 64 at once
+    /// (`passthrough::relay`), each of which can be a question and a notice. A vmm keeps 256 reports while no agent is there.
+    /// What was said while the agent did not read comes at once, up to the length of a socket's queue.
+    pub(super) fn new(adapters: usize) -> Self {
+        let adapters = u32::try_from(adapters).unwrap_or(u32::MAX).min(16);
+        Self {
+            orders: HashMap::new(),
+            report: 0,
+            ask: 0,
+            questions: Budget::new("questions", 256 + 128 * adapters, 16 + 64 * adapters),
+            notices: Budget::new("notices of relays", 512 + 128 * adapters, 16 + 64 * adapters),
+            // A guest resets itself twice in a second; each time the machine has two states to report.
+            reports: Budget::new("reports", 512, 8),
+        }
+    }
+
     /// An order is sent.
     pub(super) fn ordered(&mut self, id: u64, order: &Order) -> Result<(), String> {
         if self.orders.len() >= UNANSWERED {
@@ -55,6 +104,8 @@ impl Conduct {
             Order::TakeBack { .. } => Answers::TakenBack,
             _ => Answers::Done,
         };
+        // A machine that is paused or resumed reports its new state.
+        self.reports.allow();
         self.orders.insert(id, answers);
         Ok(())
     }
@@ -64,12 +115,28 @@ impl Conduct {
         self.orders.remove(&id);
     }
 
-    /// Whether this may come now.
+    /// Whether this may come now; it has `length` bytes.
     ///
     /// # Errors
     /// What is wrong with it, behind "it".
-    pub(super) fn check(&mut self, message: &ToAgent) -> Result<(), String> {
-        self.count(Instant::now(), matches!(message, ToAgent::Ask { .. }))?;
+    pub(super) fn check(&mut self, message: &ToAgent, length: usize) -> Result<(), String> {
+        self.check_at(message, length, Instant::now())
+    }
+
+    fn check_at(&mut self, message: &ToAgent, length: usize, now: Instant) -> Result<(), String> {
+        let budget = match message {
+            ToAgent::Ask { .. } => Some(&mut self.questions),
+            ToAgent::Report { report: Report::Relay { .. }, .. } => Some(&mut self.notices),
+            ToAgent::Report { .. } => Some(&mut self.reports),
+            // There are no more of these than orders.
+            _ => None,
+        };
+        if let Some(budget) = budget {
+            if length > LONGEST {
+                return Err(format!("it sent a message of {length} bytes, more than {LONGEST}"));
+            }
+            budget.spend(now)?;
+        }
         match message {
             ToAgent::Hello { .. } | ToAgent::Refused { .. } => Err("it shook hands a second time".into()),
             ToAgent::Done { id, result } => {
@@ -86,23 +153,6 @@ impl Conduct {
             ToAgent::Report { seq, .. } => follows(&mut self.report, *seq, "report"),
             ToAgent::Ask { id, .. } => follows(&mut self.ask, *id, "question"),
         }
-    }
-
-    fn count(&mut self, now: Instant, asks: bool) -> Result<(), String> {
-        let begun = *self.window.get_or_insert(now);
-        if now.saturating_duration_since(begun) >= WINDOW {
-            self.window = Some(now);
-            (self.said, self.asked) = (0, 0);
-        }
-        self.said = self.said.saturating_add(1);
-        self.asked = self.asked.saturating_add(asks.into());
-        if self.said > FLOOD {
-            return Err(format!("it said more than {FLOOD} things within a second"));
-        }
-        if self.asked > ASKS {
-            return Err(format!("it asked more than {ASKS} questions within a second"));
-        }
-        Ok(())
     }
 }
 
@@ -127,14 +177,21 @@ fn fits(answers: Answers, outcome: &Outcome) -> bool {
 
 /// Whether a channel failed for what the vmm sent: no vmm of ours does.
 pub(super) fn is_nonsense(error: &ChannelError) -> bool {
-    matches!(error, ChannelError::Oversized | ChannelError::Malformed(_))
+    matches!(error, ChannelError::Oversized | ChannelError::Descriptors | ChannelError::Malformed(_))
 }
 
 #[cfg(test)]
 mod tests {
-    use vmm::control::{Failure, FailureCode, Report, State};
+    use std::time::Duration;
+
+    use passthrough::relay::Notice;
+    use vmm::control::{Ask, DeviceLoss, Failure, FailureCode, State};
 
     use super::*;
+
+    fn check(conduct: &mut Conduct, message: &ToAgent) -> Result<(), String> {
+        conduct.check(message, 100)
+    }
 
     fn done(id: u64, outcome: Outcome) -> ToAgent {
         ToAgent::Done { id, result: Ok(outcome) }
@@ -146,48 +203,101 @@ mod tests {
 
     #[test]
     fn each_order_has_one_answer_of_its_own_kind() {
-        let mut conduct = Conduct::default();
+        let mut conduct = Conduct::new(1);
         let taken = |taken| Outcome::ConsoleTaken { taken };
         for (id, order) in
             [Order::Pause, Order::Stats, Order::ConsoleInput { bytes: vec![0; 3] }].iter().enumerate()
         {
             conduct.ordered(id as u64, order).unwrap();
         }
-        assert!(conduct.check(&done(7, Outcome::Done)).unwrap_err().contains("nobody gave"));
-        assert!(conduct.check(&done(1, Outcome::Done)).unwrap_err().contains("another order's"));
-        conduct.check(&done(2, taken(3))).unwrap();
-        assert!(conduct.check(&done(2, taken(3))).is_err(), "twice");
+        assert!(check(&mut conduct, &done(7, Outcome::Done)).unwrap_err().contains("nobody gave"));
+        assert!(check(&mut conduct, &done(1, Outcome::Done)).unwrap_err().contains("another order's"));
+        check(&mut conduct, &done(2, taken(3))).unwrap();
+        assert!(check(&mut conduct, &done(2, taken(3))).is_err(), "twice");
         let failure = Failure { code: FailureCode::WrongState, detail: String::new() };
-        conduct.check(&ToAgent::Done { id: 0, result: Err(failure) }).unwrap();
+        check(&mut conduct, &ToAgent::Done { id: 0, result: Err(failure) }).unwrap();
         conduct.ordered(9, &Order::ConsoleInput { bytes: vec![0; 3] }).unwrap();
-        assert!(conduct.check(&done(9, taken(4))).is_err(), "more than there was");
+        assert!(check(&mut conduct, &done(9, taken(4))).is_err(), "more than there was");
     }
 
     #[test]
     fn numbers_grow_and_may_be_huge() {
-        let mut conduct = Conduct::default();
-        conduct.check(&report(5)).unwrap();
-        conduct.check(&report(7)).unwrap();
-        assert!(conduct.check(&report(7)).unwrap_err().contains("report 7"));
-        conduct.check(&report(u64::MAX)).unwrap();
-        assert!(conduct.check(&report(1)).is_err());
+        let mut conduct = Conduct::new(1);
+        check(&mut conduct, &report(5)).unwrap();
+        check(&mut conduct, &report(7)).unwrap();
+        assert!(check(&mut conduct, &report(7)).unwrap_err().contains("report 7"));
+        check(&mut conduct, &report(u64::MAX)).unwrap();
+        assert!(check(&mut conduct, &report(1)).is_err());
+    }
+
+    /// Message `n` of a kind.
+    type Kind = fn(u64) -> ToAgent;
+
+    const KINDS: [(&str, Kind, u32); 3] = [
+        (
+            "questions",
+            |id| ToAgent::Ask {
+                id,
+                ask: serde_json::from_value::<Ask>(serde_json::json!({
+                    "ask": "mailbox", "adapter": "eth0", "question": { "seq": 1, "request": "reset" },
+                }))
+                .unwrap(),
+            },
+            // With two adapters.
+            2 * 50,
+        ),
+        (
+            "notices of relays",
+            |seq| ToAgent::Report {
+                seq,
+                report: Report::Relay { adapter: "eth0".into(), notice: Notice::PfReset },
+            },
+            2 * 50,
+        ),
+        (
+            "reports",
+            |seq| ToAgent::Report {
+                seq,
+                report: Report::DeviceLost { bdf: "0000:01:10.0".into(), why: DeviceLoss::Failed },
+            },
+            4,
+        ),
+    ];
+
+    #[test]
+    fn each_kind_may_come_at_its_highest_honest_rate_for_hours_and_not_at_ten_times_that() {
+        for (what, message, rate) in KINDS {
+            let start = Instant::now();
+            let after = |n: u64, rate: u32| start + Duration::from_secs(1) * u32::try_from(n).unwrap() / rate;
+            let mut conduct = Conduct::new(2);
+            for n in 1..u64::from(rate) * 3600 {
+                conduct.check_at(&message(n), 100, after(n, rate)).unwrap();
+            }
+            let mut conduct = Conduct::new(2);
+            let sent = (1..100_000)
+                .take_while(|n| conduct.check_at(&message(*n), 100, after(*n, rate * 10)).is_ok())
+                .count();
+            assert!(sent < 1500, "{sent} {what}");
+            let error = conduct.check_at(&message(100_000), 100, after(sent as u64, rate * 10)).unwrap_err();
+            assert!(error.contains(what), "{error}");
+            let long = Conduct::new(2).check(&message(1), LONGEST + 1).unwrap_err();
+            assert!(long.contains("4097 bytes"), "{long}");
+        }
     }
 
     #[test]
-    fn a_flood_is_noticed_and_a_long_life_is_none() {
-        let (mut conduct, start) = (Conduct::default(), Instant::now());
-        for n in 0..60 * FLOOD {
-            conduct.count(start + WINDOW * (n / FLOOD), n % FLOOD < ASKS).unwrap();
+    fn an_order_may_be_followed_by_a_report() {
+        let (mut conduct, now) = (Conduct::new(0), Instant::now());
+        for n in 1..5000 {
+            conduct.ordered(n, &Order::Pause).unwrap();
+            conduct.check_at(&done(n, Outcome::Done), 100, now).unwrap();
+            conduct.check_at(&report(n), 100, now).unwrap();
         }
-        let result = (0..=FLOOD).try_for_each(|_| conduct.count(start + WINDOW * 100, false));
-        assert!(result.unwrap_err().contains("things"));
-        let result = (0..=ASKS).try_for_each(|_| conduct.count(start + WINDOW * 102, true));
-        assert!(result.unwrap_err().contains("questions"));
     }
 
     #[test]
     fn a_vmm_that_answers_nothing_is_given_up() {
-        let mut conduct = Conduct::default();
+        let mut conduct = Conduct::new(1);
         let result = (0..=UNANSWERED as u64).try_for_each(|id| conduct.ordered(id, &Order::Pause));
         assert!(result.is_err());
     }

@@ -28,9 +28,13 @@ use super::{
     conduct::{Conduct, is_nonsense},
     polled::polled,
 };
+use crate::text::clipped;
 
 /// How long a vmm may take to answer the hello, or to make room in its socket.
 const PATIENCE: Duration = Duration::from_secs(5);
+
+/// Most characters of the reason that a vmm has for refusing a connection.
+const REASON: usize = 200;
 
 /// Most orders under way at once.
 const ORDERS_MAX: usize = 64;
@@ -165,14 +169,15 @@ pub struct Connection {
 }
 
 impl Connection {
-    /// Connects to the vmm of `vm` that listens at `path` and shakes hands. The receiver ends when the connection
-    /// does.
+    /// Connects to the vmm of `vm` that listens at `path` and shakes hands. The more `adapters` the VM has, the more may its
+    /// vmm say. The receiver ends when the connection does.
     ///
     /// # Errors
     /// See [`ConnectError`].
     pub async fn open(
         path: &Path,
         vm: Uuid,
+        adapters: usize,
     ) -> Result<(Self, Greeting, mpsc::Receiver<Event>), ConnectError> {
         let channel = Channel::connect(path).map_err(ConnectError::Socket)?;
         let interest = Interest::READABLE | Interest::WRITABLE;
@@ -181,12 +186,12 @@ impl Connection {
         let hello = ToVmm::Hello { oldest: *offered.start(), newest: *offered.end(), vm };
         send(&channel, &hello, &[]).await.map_err(ConnectError::Channel)?;
         let answer = timeout(PATIENCE, receive(&channel)).await.map_err(|_| ConnectError::Timeout)?;
-        let greeting = match answer.map_err(ConnectError::Channel)? {
+        let greeting = match answer.map_err(ConnectError::Channel)?.0 {
             ToAgent::Hello { version, .. } if !offered.contains(&version) => {
                 return Err(ConnectError::Version(version));
             }
             ToAgent::Hello { version, state, boots } => Greeting { version, state, boots },
-            ToAgent::Refused { reason } => return Err(ConnectError::Refused(reason)),
+            ToAgent::Refused { reason } => return Err(ConnectError::Refused(clipped(&reason, REASON))),
             _ => return Err(ConnectError::Handshake),
         };
         let (requests, inbox) = mpsc::channel(ORDERS_MAX);
@@ -198,7 +203,8 @@ impl Connection {
             Self { requests, standing, channel: Arc::downgrade(&channel), fault: Arc::clone(&fault) };
         let refusals = Refusals::new(refusals, greeting.version);
         tokio::spawn(async move {
-            let end = serve(&channel, inbox, refusals, events, &fault).await;
+            let conduct = Conduct::new(adapters);
+            let end = serve(&channel, inbox, refusals, events, conduct, &fault).await;
             if let Err(error) = end {
                 tracing::info!(%vm, "the control connection ended: {error}");
             }
@@ -305,9 +311,9 @@ async fn serve(
     mut inbox: mpsc::Receiver<Request>,
     mut refusals: Refusals,
     events: mpsc::Sender<Event>,
+    mut conduct: Conduct,
     fault: &OnceLock<String>,
 ) -> Result<(), ChannelError> {
-    let mut conduct = Conduct::default();
     // Set before those who wait for orders hear of the end.
     let nonsense = |why: String| {
         let _ = fault.set(why);
@@ -342,11 +348,11 @@ async fn serve(
                 }
             },
             message = receive(channel) => {
-                let message = match message {
+                let (message, length) = match message {
                     Err(error) if is_nonsense(&error) => return Err(nonsense(crate::vm::problem::chain(&error))),
                     message => message?,
                 };
-                conduct.check(&message).map_err(nonsense)?;
+                conduct.check(&message, length).map_err(nonsense)?;
                 let event = match message {
                     ToAgent::Done { id, result } => {
                         // An answer to an order that nobody waits for any more is dropped.
@@ -393,13 +399,13 @@ async fn send(channel: &AsyncFd<Channel>, message: &ToVmm, fds: &[OwnedFd]) -> R
     timeout(PATIENCE, sent).await.unwrap_or(Err(ChannelError::WouldBlock))
 }
 
-async fn receive(channel: &AsyncFd<Channel>) -> Result<ToAgent, ChannelError> {
+/// A message and its length in bytes.
+async fn receive(channel: &AsyncFd<Channel>) -> Result<(ToAgent, usize), ChannelError> {
     loop {
         let mut ready = channel.readable().await?;
-        match channel.get_ref().receive::<ToAgent>() {
+        match channel.get_ref().receive_alone() {
             Err(ChannelError::WouldBlock) => ready.clear_ready(),
-            // A vmm has no descriptors to give: what it sends is closed here.
-            result => return result.map(|(message, _fds)| message),
+            result => return result,
         }
     }
 }
@@ -455,7 +461,7 @@ mod tests {
             let dir = tempfile::tempdir().unwrap();
             let path = dir.path().join("control.sock");
             let vmm = vmm(Listener::bind(&path).unwrap(), version);
-            let (connection, ..) = Connection::open(&path, Uuid::nil()).await.unwrap();
+            let (connection, ..) = Connection::open(&path, Uuid::nil(), 2).await.unwrap();
             connection.set_standing_refusal("eth1", None);
             connection.set_standing_refusal("eth0", Some(refusal.clone()));
             drop(connection.order(Order::Run, Vec::new(), PATIENCE).await);

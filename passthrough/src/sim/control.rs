@@ -200,7 +200,11 @@ impl SimPf {
         net::send(&self.socket, &bytes, SendFlags::NOSIGNAL).map_err(io)?;
         let mut bytes = vec![0; MAX_MESSAGE];
         let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(1))];
-        let mut control = RecvAncillaryBuffer::new(&mut space);
+        // Only an answer to this has a descriptor; who sends another one may make its close wait.
+        let mut control = match request {
+            Request::Attach { .. } => RecvAncillaryBuffer::new(&mut space),
+            _ => RecvAncillaryBuffer::default(),
+        };
         let got = net::recvmsg(
             &self.socket,
             &mut [io::IoSliceMut::new(&mut bytes)],
@@ -216,6 +220,9 @@ impl SimPf {
         }
         if got.bytes == 0 {
             return Err(io(Errno::CONNRESET));
+        }
+        if got.flags.contains(net::ReturnFlags::CTRUNC) {
+            return Err(protocol("it sent descriptors that were not asked for".to_owned()));
         }
         let answer = serde_json::from_slice(bytes.get(..got.bytes).unwrap_or_default());
         Ok((answer.map_err(|error| protocol(error.to_string()))?, connection))

@@ -4,7 +4,10 @@
 
 use std::{fs, thread, time::Duration};
 
-use api::types::{CauseCode, VmAction, VmState};
+use api::{
+    problem::ProblemCode,
+    types::{CauseCode, VmAction, VmState},
+};
 use serde_json::json;
 
 use crate::fixture::{Agent, SmallGuest, host};
@@ -166,6 +169,29 @@ fn elf_that_crashes() -> Vec<u8> {
     image.extend([0x0f, 0x0b]);
     image.resize(0x1040, 0x90);
     image
+}
+
+/// A guest that has just been started has its button's interrupt masked still.
+#[test]
+fn a_power_button_that_is_pressed_early_is_not_lost() {
+    let agent = Agent::start();
+    agent.create(&SmallGuest::spec(&agent, "early", json!([]), "")).unwrap();
+    for _ in 0..6 {
+        agent.act("early", VmAction::Boot).unwrap();
+        agent.act("early", VmAction::Shutdown).unwrap();
+        let vm = agent.wait_for_state("early", VmState::Stopped);
+        assert_eq!(vm.status.cause.unwrap().code, CauseCode::PoweredOff);
+    }
+}
+
+#[test]
+fn more_memory_than_the_host_has_is_refused() {
+    let agent = Agent::start();
+    let mut spec = SmallGuest::spec(&agent, "huge", json!([]), "");
+    spec["memory"] = json!("1TiB");
+    agent.create(&spec).unwrap();
+    let problem = agent.act("huge", VmAction::Boot).unwrap_err();
+    assert_eq!((problem.code, problem.field.as_deref()), (ProblemCode::MemoryUnavailable, Some("memory")));
 }
 
 #[test]

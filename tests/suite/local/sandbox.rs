@@ -154,6 +154,18 @@ fn messages_about_another_vms_port_change_nothing() {
     );
 }
 
+/// The agent would close it: the last close of a VFIO device or of a VM takes long, on the one thread that serves everybody.
+#[test]
+fn no_vmm_can_pass_a_descriptor_to_its_agent() {
+    assert_eq!(attempt(&agent(FILTERS_ALONE), "pass_descriptor", "main", &json!([])), Outcome::Killed);
+    let without_filters = agent(&["seccomp", "limits"]);
+    let sent = attempt_and_leave(&without_filters, "pass_descriptor_later", "vcpu", &json!([]));
+    assert_eq!(sent, Outcome::Succeeded, "it is going to be sent");
+    let vm = without_filters.wait_for_state("mallory", VmState::Failed);
+    let cause = vm.status.cause.unwrap();
+    assert_eq!(cause.code, CauseCode::VmmMisbehaved, "{cause:?}");
+}
+
 /// Its filters would end it before, and its limits leave it no thread for it.
 #[test]
 fn a_process_that_speaks_for_another_vm_is_killed_and_its_vm_says_so() {

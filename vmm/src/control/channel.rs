@@ -46,6 +46,9 @@ pub enum ChannelError {
     /// The peer sent more than [`FRAME_MAX`] bytes or [`FDS_MAX`] descriptors.
     #[error("The peer sent an oversized control message")]
     Oversized,
+    /// The peer sent descriptors to a side that takes none. The kernel has closed them.
+    #[error("The peer sent file descriptors, and only the agent may")]
+    Descriptors,
     /// The peer sent something that is no message of the protocol.
     #[error("The peer sent a malformed control message")]
     Malformed(#[source] serde_json::Error),
@@ -144,9 +147,14 @@ impl Channel {
         if bytes.len() > FRAME_MAX || fds.len() > FDS_MAX {
             return Err(ChannelError::TooLong(bytes.len()));
         }
+        if fds.is_empty() {
+            // A vmm's filter has no `sendmsg`: whoever takes it over cannot pass its descriptors on.
+            net::send(&self.0, &bytes, SendFlags::NOSIGNAL)?;
+            return Ok(());
+        }
         let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(FDS_MAX))];
         let mut control = SendAncillaryBuffer::new(&mut space);
-        if !fds.is_empty() && !control.push(SendAncillaryMessage::ScmRights(fds)) {
+        if !control.push(SendAncillaryMessage::ScmRights(fds)) {
             return Err(ChannelError::TooLong(bytes.len()));
         }
         net::sendmsg(&self.0, &[IoSlice::new(&bytes)], &mut control, SendFlags::NOSIGNAL)?;
@@ -158,32 +166,50 @@ impl Channel {
     /// # Errors
     /// Every error but [`ChannelError::WouldBlock`] means that the connection is to be dropped.
     pub fn receive<M: DeserializeOwned>(&self) -> Result<(M, Vec<OwnedFd>), ChannelError> {
-        BUFFER.with_borrow_mut(|bytes| {
-            bytes.resize(FRAME_MAX, 0);
-            self.receive_into(bytes)
-        })
-    }
-
-    fn receive_into<M: DeserializeOwned>(&self, bytes: &mut [u8]) -> Result<(M, Vec<OwnedFd>), ChannelError> {
         let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(FDS_MAX))];
         let mut control = RecvAncillaryBuffer::new(&mut space);
-        let got =
-            net::recvmsg(&self.0, &mut [IoSliceMut::new(bytes)], &mut control, RecvFlags::CMSG_CLOEXEC)?;
+        let (message, _, control_truncated) = self.receive_with(&mut control)?;
         let mut fds = Vec::new();
         for message in control.drain() {
             if let RecvAncillaryMessage::ScmRights(rights) = message {
                 fds.extend(rights);
             }
         }
-        if got.flags.intersects(net::ReturnFlags::TRUNC | net::ReturnFlags::CTRUNC) {
-            return Err(ChannelError::Oversized);
+        if control_truncated { Err(ChannelError::Oversized) } else { Ok((message, fds)) }
+    }
+
+    /// Receives one message from a peer that may send no descriptors, with its length in bytes.
+    ///
+    /// The last close of a VFIO device, of its container or of a KVM VM takes from milliseconds to a minute, on the thread
+    /// that closes. No buffer is there for descriptors, so none is installed in this process.
+    ///
+    /// # Errors
+    /// Every error but [`ChannelError::WouldBlock`] means that the connection is to be dropped.
+    pub fn receive_alone<M: DeserializeOwned>(&self) -> Result<(M, usize), ChannelError> {
+        match self.receive_with(&mut RecvAncillaryBuffer::default())? {
+            (_, _, true) => Err(ChannelError::Descriptors),
+            (message, length, false) => Ok((message, length)),
         }
-        if got.bytes == 0 {
-            return Err(ChannelError::Closed);
-        }
-        let message = serde_json::from_slice(bytes.get(..got.bytes).unwrap_or_default())
-            .map_err(ChannelError::Malformed)?;
-        Ok((message, fds))
+    }
+
+    /// A message, its length, and whether `control` had no room for what came beside it.
+    fn receive_with<M: DeserializeOwned>(
+        &self,
+        control: &mut RecvAncillaryBuffer<'_>,
+    ) -> Result<(M, usize, bool), ChannelError> {
+        BUFFER.with_borrow_mut(|bytes| {
+            bytes.resize(FRAME_MAX, 0);
+            let got = net::recvmsg(&self.0, &mut [IoSliceMut::new(bytes)], control, RecvFlags::CMSG_CLOEXEC)?;
+            if got.flags.contains(net::ReturnFlags::TRUNC) {
+                return Err(ChannelError::Oversized);
+            }
+            if got.bytes == 0 {
+                return Err(ChannelError::Closed);
+            }
+            let message = serde_json::from_slice(bytes.get(..got.bytes).unwrap_or_default())
+                .map_err(ChannelError::Malformed)?;
+            Ok((message, got.bytes, got.flags.contains(net::ReturnFlags::CTRUNC)))
+        })
     }
 }
 
@@ -234,6 +260,21 @@ mod tests {
         assert_eq!(got, sent);
         assert_eq!(fds.len(), 2);
         assert!(matches!(far.receive::<ToVmm>(), Err(ChannelError::WouldBlock)));
+    }
+
+    #[test]
+    fn descriptors_to_a_side_that_takes_none_are_closed_and_an_error() {
+        let (_dir, near, far) = pair();
+        let (read, write) = rustix::pipe::pipe().unwrap();
+        near.send(&ToVmm::Noted { upto: 1 }, &[write.as_fd()]).unwrap();
+        drop(write);
+        assert!(matches!(far.receive_alone::<ToVmm>(), Err(ChannelError::Descriptors)));
+        // The other end of the pipe is closed: there is no copy of it in the queue or in this process.
+        assert_eq!(rustix::io::read(&read, &mut [0; 1]).unwrap(), 0);
+        let message = ToVmm::Noted { upto: 2 };
+        near.send(&message, &[]).unwrap();
+        let length = serde_json::to_vec(&message).unwrap().len();
+        assert_eq!(far.receive_alone().unwrap(), (message, length));
     }
 
     #[test]

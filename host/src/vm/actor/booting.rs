@@ -29,8 +29,10 @@ impl Actor {
         let files = match self.begin(Some(caller), 0).await {
             Ok(files) => files,
             Err(problem) => {
+                // Whatever kept it from booting is shown until it boots: who looks later was not there.
+                self.run.cause = Some(boot_failed(&problem));
                 self.progress.end();
-                self.publish();
+                drop(self.store().await);
                 return drop(begun.send(Err(problem)));
             }
         };

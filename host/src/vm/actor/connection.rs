@@ -9,7 +9,8 @@ use super::*;
 
 impl Actor {
     pub(super) async fn connect(&mut self) -> Result<State, Problem> {
-        let opened = Connection::open(&self.directory.control(), self.vm.id).await;
+        let adapters = self.vm.value.spec.adapters.len();
+        let opened = Connection::open(&self.directory.control(), self.vm.id, adapters).await;
         let (connection, greeting, events) = match opened {
             Ok(opened) => opened,
             Err(error) => {
@@ -17,8 +18,8 @@ impl Actor {
                     self.misbehave(&chain(&error)).await;
                 }
                 let problem = error.problem();
-                // Once: it is tried again and again.
-                if self.unreachable.replace(problem.detail.to_string()).as_deref() != Some(&problem.detail) {
+                // Once: it is tried again and again, and a vmm can have another reason each time.
+                if self.unreachable.replace(problem.detail.to_string()).is_none() {
                     tracing::warn!(vm = %self.name(), "its process cannot be talked to, and goes on: {problem}");
                 }
                 return Err(problem);
@@ -102,15 +103,26 @@ impl Actor {
                 }
             }
             Event::Report { seq, report } => {
-                self.on_report(report).await;
+                let known = self.is_known(&report);
+                if !known {
+                    self.on_report(report).await;
+                }
                 // Only what is stored may be forgotten by the vmm.
-                if self.store().await.is_ok()
+                if (known || self.store().await.is_ok())
                     && let Some(link) = &self.link
                 {
                     link.connection.noted(seq).await;
                 }
             }
         }
+    }
+
+    /// Whether a report is a repetition of one that is stored: it costs no write and no line in the log.
+    fn is_known(&self, report: &Report) -> bool {
+        // A vmm can only lose what it was given.
+        let Report::DeviceLost { bdf, .. } = report else { return false };
+        let held = self.held.iter().any(|claim| claim.name == *bdf);
+        !held || self.stored && self.run.lost.contains_key(bdf)
     }
 
     pub(super) async fn on_report(&mut self, report: Report) {
@@ -148,7 +160,6 @@ impl Actor {
     }
 
     pub(super) async fn on_device_lost(&mut self, bdf: &str, why: DeviceLoss) {
-        // A vmm can only lose what it was given.
         let Some(claim) = self.held.iter().find(|claim| claim.name == bdf) else { return };
         let what = match &claim.value.adapter {
             Some(vf) => format!("Adapter {} ({bdf})", vf.id),
@@ -170,14 +181,26 @@ impl Actor {
             }
         };
         tracing::warn!(vm = %self.name(), "{detail}");
-        let known = self.run.lost.insert(bdf.to_owned(), cause(code, &detail)).is_some();
+        self.run.lost.insert(bdf.to_owned(), cause(code, &detail));
         self.release_lost().await;
-        // A vmm that says it again and again is no news.
-        if !known {
-            self.env.tell(EventKind::Changed {
-                object: self.subject(),
-                revision: self.vm.revision,
-                by: None,
+        self.env.tell(EventKind::Changed { object: self.subject(), revision: self.vm.revision, by: None });
+    }
+
+    /// Presses the power button of a guest again that has not reacted.
+    fn press_again(&mut self) {
+        let Some(ticks) = self.button.filter(|_| self.run.state == VmState::Running) else {
+            self.button = None;
+            return;
+        };
+        self.button = Some(ticks.saturating_add(1)).filter(|ticks| *ticks < PRESSED_FOR);
+        if ticks > 0
+            && ticks.is_multiple_of(PRESS_AGAIN)
+            && let Some(link) = &self.link
+        {
+            let connection = link.connection.clone();
+            // The next press, or the end of the wait, follows in any case.
+            tokio::spawn(async move {
+                drop(connection.order(Order::PowerButton, Vec::new(), boot::PROMPT).await);
             });
         }
     }
@@ -212,6 +235,7 @@ impl Actor {
             tracing::info!(vm = %self.name(), "connected again");
         }
         self.directory.bound_log();
+        self.press_again();
         if !self.run.lost.is_empty() {
             self.release_lost().await;
         }
