@@ -19,7 +19,7 @@ use crate::{
     inventory::Inventory,
     metrics::Metrics,
     sim::Simulated,
-    store::{ObjectStore, Table},
+    store::{GOOD_FOR, ObjectStore, Table, WriteProbe},
     switch::Policy,
     vm::record::{Claim, PfRecord, RunRecord, VmRecord},
     vmm_process::{MEMLOCK_SLACK, Program},
@@ -38,6 +38,8 @@ pub struct Environment {
     pub claims: Table<Claim>,
     /// PFs as they were asked for.
     pub pfs: Table<PfRecord>,
+    /// Whether these can be written.
+    pub probe: WriteProbe,
     /// The functions that VMs can have.
     pub inventory: Inventory,
     /// The way to PFs.
@@ -81,7 +83,8 @@ impl Environment {
             vms: Table::new(Arc::clone(&store)),
             runs: Table::new(Arc::clone(&store)),
             claims: Table::new(Arc::clone(&store)),
-            pfs: Table::new(store),
+            pfs: Table::new(Arc::clone(&store)),
+            probe: WriteProbe::new(store, GOOD_FOR),
             open_pf: Arc::new(move |bdf| Ok(Box::new(NetlinkPf::open(&paths, bdf)?))),
             inventory: sysfs.into(),
             run_dir,

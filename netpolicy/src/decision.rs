@@ -86,7 +86,38 @@ pub struct Decision {
     pub last_ms: u64,
 }
 
+/// How much a record says beside others of its VM, see [`Decision::weight`]. Lighter records never displace heavier ones.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub enum Weight {
+    /// Nothing has changed, or only what the guest receives as one of many: refusals, no-ops, multicast addresses, lengths of
+    /// frames. A guest can cause 50 in a second.
+    Light,
+    /// The guest has changed who it is or what reaches it: addresses, VLANs, promiscuous mode.
+    GuestChange,
+    /// The host has changed the adapter: a revocation, a repair, a rollback.
+    HostChange,
+}
+
+impl Weight {
+    /// All, the lightest first.
+    pub const ALL: [Self; 3] = [Self::Light, Self::GuestChange, Self::HostChange];
+}
+
 impl Decision {
+    /// How much this record says beside others of its VM.
+    #[must_use]
+    pub fn weight(&self) -> Weight {
+        match self.outcome {
+            Outcome::TakenBack | Outcome::Repaired | Outcome::Reverted => Weight::HostChange,
+            Outcome::Denied => Weight::Light,
+            Outcome::Allowed if self.committed == Committed::Nothing => Weight::Light,
+            Outcome::Allowed => match self.request.as_str() {
+                "reset" | "set_multicast" | "set_max_frame" => Weight::Light,
+                _ => Weight::GuestChange,
+            },
+        }
+    }
+
     /// A decision about a port, at `now_ms` (milliseconds since 1970); the rest is for the caller to fill in.
     #[must_use]
     pub fn new(id: Uuid, port: &Port, request: impl Into<String>, outcome: Outcome, now_ms: u64) -> Self {

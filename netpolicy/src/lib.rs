@@ -22,7 +22,7 @@ pub mod state;
 pub mod vlan;
 
 pub use capabilities::{PfCapabilities, SIMULATED, Unenforceable};
-pub use decision::{Committed, Decision, Outcome};
+pub use decision::{Committed, Decision, Outcome, Weight};
 pub use ident::{Name, NameError, PortGroupId, PortId, SwitchId, VfRef, VmId};
 pub use mac::{MacAddress, MacError, MacPattern};
 pub use objects::{DeviceState, PfSettings, Port, PortGroup, Switch, SwitchKind, VmRef};

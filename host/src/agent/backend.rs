@@ -448,6 +448,7 @@ impl Backend for Agent {
         if let Err(error) = self.env.vms.list().await {
             complaints.push(chain(&error));
         }
+        complaints.extend(self.env.probe.complaint().await);
         if !self.env.kvm.exists() {
             let kvm = self.env.kvm.display();
             complaints.push(format!("{kvm} does not exist: load kvm_intel or kvm_amd, no VM can be booted"));

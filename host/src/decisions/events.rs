@@ -8,9 +8,10 @@ use std::{
 };
 
 use api::types::{Event, EventKind, Timestamp};
+use netpolicy::{Decision, Weight};
 use tokio::sync::mpsc;
 
-/// Events that are kept for those who come back.
+/// Events of a kind that are kept for those who come back.
 const KEPT: usize = 1024;
 
 /// Events that wait for a subscriber besides those that it missed. One that lets more wait is left behind.
@@ -32,7 +33,10 @@ struct Hub {
     next: u64,
     /// The first id of this start.
     first: u64,
-    kept: VecDeque<Event>,
+    /// Light decisions, of which a guest can cause many, and everything else: neither displaces the other.
+    kept: [VecDeque<Event>; 2],
+    /// The newest id that is no longer kept.
+    dropped: u64,
     subscribers: Vec<mpsc::Sender<Event>>,
 }
 
@@ -45,7 +49,7 @@ impl Default for EventHub {
 impl EventHub {
     fn starting(now: Timestamp) -> Self {
         let first = now.unix_ms().saturating_mul(IDS_PER_MS);
-        let hub = Hub { next: first, first, kept: VecDeque::new(), subscribers: Vec::new() };
+        let hub = Hub { next: first, first, kept: Default::default(), dropped: 0, subscribers: Vec::new() };
         Self(Arc::new(Mutex::new(hub)))
     }
 
@@ -55,14 +59,25 @@ impl EventHub {
 
     /// Tells all subscribers.
     pub fn publish(&self, what: EventKind) {
+        self.publish_as(what, false);
+    }
+
+    /// Tells all subscribers of a decision. One that a guest can cause at will displaces no event but its like.
+    pub fn publish_decision(&self, decision: Decision) {
+        let is_light = decision.weight() == Weight::Light;
+        self.publish_as(EventKind::Decision { decision: Box::new(decision.into()) }, is_light);
+    }
+
+    fn publish_as(&self, what: EventKind, is_light: bool) {
         let mut hub = self.hub();
         let event = Event { id: hub.next, time: Timestamp::now(), what };
         hub.next = hub.next.saturating_add(1);
         hub.subscribers.retain(|subscriber| subscriber.try_send(event.clone()).is_ok());
-        if hub.kept.len() >= KEPT {
-            hub.kept.pop_front();
-        }
-        hub.kept.push_back(event);
+        let [light, others] = &mut hub.kept;
+        let kept = if is_light { light } else { others };
+        let oldest = if kept.len() >= KEPT { kept.pop_front() } else { None };
+        kept.push_back(event);
+        hub.dropped = oldest.map_or(0, |event| event.id).max(hub.dropped);
     }
 
     /// What happens after the event `after` (None: from now on). A [`EventKind::Gap`] comes first if events in between
@@ -74,13 +89,15 @@ impl EventHub {
         if hub.subscribers.len() >= SUBSCRIBERS {
             return None;
         }
-        let after = after.unwrap_or(u64::MAX);
-        let oldest = hub.kept.front().map_or(hub.next, |event| event.id);
-        let missed: Vec<Event> = hub.kept.iter().filter(|event| event.id > after).cloned().collect();
+        // An id that is not used yet is one of a former agent, before the clock was set back.
+        let is_foreign = after.is_some_and(|after| after < hub.first || after >= hub.next);
+        let after = if is_foreign { 0 } else { after.unwrap_or(u64::MAX) };
+        let mut missed: Vec<Event> =
+            hub.kept.iter().flatten().filter(|event| event.id > after).cloned().collect();
+        missed.sort_unstable_by_key(|event| event.id);
         let (sender, receiver) = mpsc::channel(BACKLOG.saturating_add(missed.len()).saturating_add(1));
-        // An id of a former agent, or one that is no longer kept. (An id that is not yet used is taken for "now".)
-        if after.saturating_add(1) < oldest || after < hub.first {
-            let id = oldest.saturating_sub(1);
+        if is_foreign || after < hub.dropped {
+            let id = missed.first().map_or(hub.next, |event| event.id).saturating_sub(1);
             drop(sender.try_send(Event { id, time: Timestamp::now(), what: EventKind::Gap }));
         }
         for event in missed {
@@ -136,6 +153,29 @@ mod tests {
         let newer = EventHub::starting(Timestamp::from_unix_ms(5_000));
         happens(&newer, 7);
         assert_eq!(heard(&mut newer.subscribe(Some(first)).unwrap()), ["gap", "7"]);
+    }
+
+    #[test]
+    fn decisions_of_a_guest_that_repeats_itself_displace_nothing_else() {
+        let hub = EventHub::starting(Timestamp::from_unix_ms(1_000));
+        happens(&hub, 0);
+        for _ in 0..3 * KEPT {
+            hub.publish_decision(crate::decisions::tests::decision(1, "x", netpolicy::Outcome::Denied, 1));
+        }
+        happens(&hub, 1);
+        let heard = heard(&mut hub.subscribe(Some(0)).unwrap());
+        assert_eq!((heard[0].as_str(), heard[1].as_str(), heard.last().unwrap().as_str()), ("gap", "0", "1"));
+        assert_eq!(heard.len(), KEPT + 3);
+    }
+
+    #[test]
+    fn a_subscriber_is_told_of_a_gap_when_the_clock_was_set_back() {
+        let before = EventHub::starting(Timestamp::from_unix_ms(5_000));
+        happens(&before, 0);
+        let last = before.hub().kept[1][0].id;
+        let after = EventHub::starting(Timestamp::from_unix_ms(1_000));
+        happens(&after, 1);
+        assert_eq!(heard(&mut after.subscribe(Some(last)).unwrap()), ["gap", "1"]);
     }
 
     #[test]

@@ -1,26 +1,26 @@
 // SPDX-License-Identifier: Apache-2.0
 
-//! One log line for each decision, as many as a port's share allows.
+//! One log line for each decision, as many as a port's share of that weight allows.
 
 use std::{
     collections::HashMap,
     time::{Duration, Instant},
 };
 
-use netpolicy::{Committed, Decision, Outcome, PortId};
+use netpolicy::{Committed, Decision, Outcome, PortId, Weight};
 
-/// Lines that a port may cause at once.
+/// Lines of one weight that a port may cause at once.
 const BURST: u32 = 20;
 
 /// After that, one line in this time.
 const PERIOD: Duration = Duration::from_secs(1);
 
-/// Ports that are remembered.
-const PORTS: usize = 4096;
+/// Buckets that are remembered: those of 4096 ports.
+const BUCKETS: usize = 3 * 4096;
 
-/// Token buckets by port.
+/// Token buckets by port and weight: what a guest repeats leaves no line out that says what has changed.
 #[derive(Debug, Default)]
-pub(super) struct Lines(HashMap<PortId, Bucket>);
+pub(super) struct Lines(HashMap<(PortId, Weight), Bucket>);
 
 #[derive(Debug)]
 struct Bucket {
@@ -32,18 +32,18 @@ struct Bucket {
 impl Lines {
     /// Writes the line, or counts it for the next one.
     pub(super) fn say(&mut self, decision: &Decision) {
-        if let Some(suppressed) = self.take(decision.port, Instant::now()) {
+        if let Some(suppressed) = self.take((decision.port, decision.weight()), Instant::now()) {
             line(decision, suppressed);
         }
     }
 
     /// The number of lines that were left out before this one; None if this one is to be left out too.
-    fn take(&mut self, port: PortId, now: Instant) -> Option<u64> {
-        if self.0.len() >= PORTS && !self.0.contains_key(&port) {
+    fn take(&mut self, whose: (PortId, Weight), now: Instant) -> Option<u64> {
+        if self.0.len() >= BUCKETS && !self.0.contains_key(&whose) {
             self.0.clear();
         }
         let fresh = || Bucket { tokens: BURST, refilled: now, suppressed: 0 };
-        let bucket = self.0.entry(port).or_insert_with(fresh);
+        let bucket = self.0.entry(whose).or_insert_with(fresh);
         let periods = now.saturating_duration_since(bucket.refilled).as_secs() / PERIOD.as_secs().max(1);
         if periods > 0 {
             let earned = u32::try_from(periods).unwrap_or(u32::MAX);
@@ -110,10 +110,11 @@ mod tests {
     #[test]
     fn a_port_has_its_share_of_lines_and_the_rest_is_counted() {
         let (mut lines, start) = (Lines::default(), Instant::now());
-        let (noisy, quiet) = (PortId(uuid::Uuid::from_u128(1)), PortId(uuid::Uuid::from_u128(2)));
+        let [noisy, quiet] = [1, 2].map(|port| (PortId(uuid::Uuid::from_u128(port)), Weight::Light));
         let said = (0..1000).filter(|_| lines.take(noisy, start).is_some()).count();
         assert_eq!(said, BURST as usize);
         assert_eq!(lines.take(quiet, start), Some(0));
+        assert_eq!(lines.take((noisy.0, Weight::GuestChange), start), Some(0), "what has changed is said");
         let later = start + PERIOD * 2;
         assert_eq!(lines.take(noisy, later), Some(980));
         assert_eq!(lines.take(noisy, later), Some(0));

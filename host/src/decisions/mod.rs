@@ -12,18 +12,19 @@ mod table;
 mod tests;
 
 use std::{
+    collections::HashMap,
     path::Path,
     sync::{
         Arc,
         atomic::{AtomicU64, Ordering},
-        mpsc::{self, Receiver, SyncSender, TrySendError},
+        mpsc::{self, Receiver, RecvTimeoutError, SyncSender, TrySendError},
     },
     thread,
-    time::Duration,
+    time::{Duration, Instant},
 };
 
-use api::types::{DecisionFilter, EventKind};
-use netpolicy::Decision;
+use api::types::{DecisionFilter, PortCounters};
+use netpolicy::{Decision, PortId};
 use rustix::{process::setpriority_process, thread::gettid};
 use tokio::sync::oneshot;
 
@@ -40,9 +41,18 @@ const BATCH: usize = 256;
 /// no more than `vmm_process` lets it; what is more is counted in the log, and not recorded.
 const WAITING: usize = 16_384;
 
-/// What nobody waits for is written this much later. A guest waits, busily, for the answer to what was decided: the disk and
-/// the log must not be served before it. An agent that crashes in between has answered what it did not record.
+/// Records are written this much later. A guest waits, busily, for the answer to what was decided: the disk and the log must
+/// not be served before it. An agent that crashes in between has answered what it did not record.
 const GATHER: Duration = Duration::from_millis(10);
+
+/// Least time between two transactions. Each writes the same pages of the table and its indexes again, about 28 KiB.
+const PACE: Duration = Duration::from_millis(100);
+
+/// Decisions that are kept while they cannot be stored, for example because the disk is full.
+const UNSTORED: usize = 4096;
+
+/// Time between two tries to store them.
+const RETRY: Duration = Duration::from_secs(1);
 
 /// Niceness of the thread, -20 to 19 (`setpriority(2)`).
 const NICE: i32 = 10;
@@ -52,6 +62,8 @@ type Reply<T> = oneshot::Sender<Result<T, StoreError>>;
 enum Command {
     Record { decision: Box<Decision>, reply: Option<Reply<()>> },
     Query { filter: DecisionFilter, reply: Reply<Vec<Decision>> },
+    Counters { reply: Reply<HashMap<PortId, PortCounters>> },
+    Forget { port: PortId },
 }
 
 /// The handle of the log, whose thread ends with its last handle.
@@ -72,7 +84,8 @@ impl DecisionLog {
         let table = Decisions::open(path, kept)?;
         let (commands, inbox) = mpsc::sync_channel(WAITING);
         let lost = Arc::new(AtomicU64::new(0));
-        let recorder = Recorder { table, events, lines: Lines::default(), lost: Arc::clone(&lost) };
+        let (lines, unstored, written) = (Lines::default(), Vec::new(), None);
+        let recorder = Recorder { table, events, lines, lost: Arc::clone(&lost), unstored, written };
         thread::Builder::new()
             .name("decisions".into())
             .spawn(move || recorder.run(&inbox))
@@ -110,6 +123,22 @@ impl DecisionLog {
         }
     }
 
+    /// How many decisions every port has had.
+    ///
+    /// # Errors
+    /// Those of the database.
+    pub async fn counters(&self) -> Result<HashMap<PortId, PortCounters>, StoreError> {
+        let (reply, answer) = oneshot::channel();
+        self.send(Command::Counters { reply }).await?;
+        answer.await.map_err(|_| StoreError::Closed)?
+    }
+
+    /// The port is gone for good: nobody will ask how many decisions it has had. Their records stay.
+    pub async fn forget(&self, port: PortId) {
+        // Left behind it is a row.
+        drop(self.send(Command::Forget { port }).await);
+    }
+
     /// Decisions that pass the filter, the latest first.
     ///
     /// # Errors
@@ -126,19 +155,30 @@ struct Recorder {
     events: EventHub,
     lines: Lines,
     lost: Arc<AtomicU64>,
+    /// What could not be stored yet, in order.
+    unstored: Vec<Decision>,
+    /// When something was stored, or was to be, the last time.
+    written: Option<Instant>,
 }
 
 impl Recorder {
     fn run(mut self, inbox: &Receiver<Command>) {
         // Behind the threads that answer guests, if all want the same processor. Refused, it is only slower.
         let _ = setpriority_process(Some(gettid()), NICE);
-        while let Ok(first) = inbox.recv() {
-            if matches!(first, Command::Record { reply: None, .. }) {
-                thread::sleep(GATHER);
-            }
-            let more = inbox.try_iter().take(BATCH);
+        loop {
+            let first = if self.unstored.is_empty() {
+                inbox.recv().map_err(|_| RecvTimeoutError::Disconnected)
+            } else {
+                inbox.recv_timeout(RETRY)
+            };
+            let commands = match first {
+                Ok(first) => self.gather(first, inbox),
+                Err(RecvTimeoutError::Timeout) => Vec::new(),
+                Err(RecvTimeoutError::Disconnected) => return,
+            };
             let (mut decisions, mut replies, mut queries) = (Vec::new(), Vec::new(), Vec::new());
-            for command in std::iter::once(first).chain(more) {
+            let (mut counters, mut forgotten) = (Vec::new(), Vec::new());
+            for command in commands {
                 match command {
                     Command::Record { decision, reply } => {
                         self.lines.say(&decision);
@@ -146,6 +186,8 @@ impl Recorder {
                         replies.extend(reply);
                     }
                     Command::Query { filter, reply } => queries.push((filter, reply)),
+                    Command::Counters { reply } => counters.push(reply),
+                    Command::Forget { port } => forgotten.push(port),
                 }
             }
             let lost = self.lost.swap(0, Ordering::Relaxed);
@@ -160,30 +202,64 @@ impl Recorder {
             for (filter, reply) in queries {
                 drop(reply.send(self.table.query(&filter)));
             }
+            for reply in counters {
+                drop(reply.send(self.table.counters()));
+            }
+            for port in forgotten {
+                if let Err(error) = self.table.forget(port) {
+                    tracing::warn!(%port, "How many decisions it has had cannot be forgotten: {error}");
+                }
+            }
         }
     }
 
-    fn record(&mut self, decisions: Vec<Decision>, replies: Vec<Reply<()>>) {
+    /// What is written together with `first`: what comes until it is time for a transaction, or until somebody asks for records.
+    fn gather(&self, first: Command, inbox: &Receiver<Command>) -> Vec<Command> {
+        let now = Instant::now();
+        let due = self.written.map_or(now, |written| written + PACE).max(now + GATHER);
+        let mut commands = vec![first];
+        while commands.len() < BATCH && matches!(commands.last(), Some(Command::Record { .. })) {
+            match inbox.recv_timeout(due.saturating_duration_since(Instant::now())) {
+                Ok(command) => commands.push(command),
+                Err(_) => break,
+            }
+        }
+        commands
+    }
+
+    fn record(&mut self, mut decisions: Vec<Decision>, replies: Vec<Reply<()>>) {
+        if !self.unstored.is_empty() {
+            decisions.splice(0..0, self.unstored.drain(..));
+        }
         if decisions.is_empty() {
             return;
         }
-        let result = self.table.record(decisions);
+        let result = self.table.record(&decisions);
+        self.written = Some(Instant::now());
         let error = match result {
             Ok(stored) => {
                 for decision in stored {
-                    self.events.publish(EventKind::Decision { decision: Box::new(decision.into()) });
+                    self.events.publish_decision(decision);
                 }
                 None
             }
             Err(error) => {
-                tracing::error!("Decisions cannot be stored: {error}");
+                let left = decisions.len().saturating_sub(UNSTORED);
+                tracing::error!(
+                    waiting = decisions.len() - left,
+                    left,
+                    "Decisions cannot be stored yet: {error}"
+                );
+                // The newest are the first that are missed: what led to them is there.
+                decisions.truncate(UNSTORED);
+                self.unstored = decisions;
                 Some(error.to_string())
             }
         };
         for reply in replies {
             drop(reply.send(match &error {
                 None => Ok(()),
-                Some(_) => Err(StoreError::Closed),
+                Some(why) => Err(StoreError::NotWritten(why.clone())),
             }));
         }
     }

@@ -8,19 +8,23 @@ use std::{
     time::Duration,
 };
 
-use api::types::{Cursor, DecisionFilter, Timestamp};
-use netpolicy::{Decision, PortId};
+use api::types::{Cursor, DecisionFilter, PortCounters, Timestamp};
+use netpolicy::{Decision, PortId, VmId, Weight};
 use rusqlite::{Connection, Transaction, params};
 
 use crate::store::StoreError;
 
-/// Which part of all records one port may have, so that one guest's noise does not push out what others did.
+/// Which part of all records one VM may have of each weight, so that one guest's noise displaces nothing that others did, nor
+/// what has changed something on its own adapters.
 const SHARE: u32 = 10;
+
+/// Which part of its share a VM may have beside it until the share is looked at again.
+const SURPLUS: u32 = 100;
 
 /// Records of a port that an equal decision may still be counted in.
 const RECENT: usize = 16;
 
-/// Ports whose recent records are remembered.
+/// Ports whose recent records are remembered, and VMs whose new records are counted.
 const PORTS: usize = 4096;
 
 /// How long to wait for the store's own writes to the same file.
@@ -31,6 +35,10 @@ pub(super) struct Decisions {
     connection: Connection,
     kept: u32,
     recent: HashMap<PortId, VecDeque<Decision>>,
+    /// New records since the share of their VM was looked at.
+    added: HashMap<(VmId, Weight), u32>,
+    /// New records since all were counted.
+    added_in_all: u32,
 }
 
 impl Decisions {
@@ -39,45 +47,98 @@ impl Decisions {
         connection.busy_timeout(PATIENCE)?;
         // A power cut may take the last records, never the file: what the agent relies on is in the store.
         connection.pragma_update(None, "synchronous", "NORMAL")?;
-        Ok(Self { connection, kept, recent: HashMap::new() })
+        Ok(Self { connection, kept, recent: HashMap::new(), added: HashMap::new(), added_in_all: kept })
     }
 
     /// Writes decisions, equal ones into one record. Returns the records as they are now.
-    pub(super) fn record(&mut self, decisions: Vec<Decision>) -> Result<Vec<Decision>, StoreError> {
+    pub(super) fn record(&mut self, decisions: &[Decision]) -> Result<Vec<Decision>, StoreError> {
         let mut stored = Vec::with_capacity(decisions.len());
-        let mut ports = Vec::new();
+        let mut counts = HashMap::new();
+        let share = (self.kept / SHARE).max(1);
+        let surplus = share / SURPLUS;
+        if self.added.len() >= PORTS {
+            self.added.clear();
+        }
         let transaction = self.connection.transaction()?;
         for decision in decisions {
             if self.recent.len() >= PORTS && !self.recent.contains_key(&decision.port) {
                 self.recent.clear();
             }
             let recent = self.recent.entry(decision.port).or_default();
-            ports.push(decision.port);
-            stored.push(write(&transaction, recent, decision)?);
+            let count = counts.entry((decision.port, name(&decision.outcome))).or_insert(0_u64);
+            *count = count.saturating_add(decision.count);
+            let (vm, weight) = (decision.vm.id, decision.weight());
+            let (record, is_new) = write(&transaction, recent, decision.clone())?;
+            stored.push(record);
+            if is_new {
+                // A VM that was not counted yet may have a full share already.
+                let added = self.added.entry((vm, weight)).or_insert(surplus);
+                *added = added.saturating_add(1);
+                self.added_in_all = self.added_in_all.saturating_add(1);
+            }
         }
-        ports.sort_unstable();
-        ports.dedup();
-        for port in ports {
-            let share = (self.kept / SHARE).max(1);
+        for ((port, outcome), count) in counts {
             transaction
                 .prepare_cached(
-                    "DELETE FROM decisions WHERE port = ?1 AND seq NOT IN
-                     (SELECT seq FROM decisions WHERE port = ?1 ORDER BY last_ms DESC, seq DESC LIMIT ?2)",
+                    "INSERT INTO decision_counts (port, outcome, count) VALUES (?1, ?2, ?3)
+                     ON CONFLICT DO UPDATE SET count = count + excluded.count",
                 )?
-                .execute(params![port.to_string(), share])?;
+                .execute(params![port.to_string(), outcome, count])?;
         }
-        transaction
-            .prepare_cached(
-                "DELETE FROM decisions WHERE seq IN
-                 (SELECT seq FROM decisions ORDER BY last_ms DESC, seq DESC LIMIT -1 OFFSET ?1)",
-            )?
-            .execute([self.kept])?;
+        for ((vm, weight), added) in &mut self.added {
+            if *added <= surplus {
+                continue;
+            }
+            *added = 0;
+            transaction
+                .prepare_cached(
+                    "DELETE FROM decisions WHERE seq IN
+                     (SELECT seq FROM decisions WHERE vm = ?1 AND weight = ?2
+                      ORDER BY last_ms DESC, seq DESC LIMIT -1 OFFSET ?3)",
+                )?
+                .execute(params![vm.0.to_string(), number(*weight), share])?;
+        }
+        if self.added_in_all > surplus {
+            self.added_in_all = 0;
+            transaction
+                .prepare_cached(
+                    "DELETE FROM decisions WHERE seq IN
+                     (SELECT seq FROM decisions ORDER BY weight > 0 DESC, last_ms DESC, seq DESC LIMIT -1 OFFSET ?1)",
+                )?
+                .execute([self.kept])?;
+        }
         if let Err(error) = transaction.commit() {
             // What is remembered as recent is not in the table.
             self.recent.clear();
             return Err(error.into());
         }
         Ok(stored)
+    }
+
+    /// How many decisions of each outcome every port has had, also those whose records are gone.
+    pub(super) fn counters(&self) -> Result<HashMap<PortId, PortCounters>, StoreError> {
+        let mut query = self.connection.prepare("SELECT port, outcome, count FROM decision_counts")?;
+        let mut rows = query.query([])?;
+        let mut counters: HashMap<PortId, PortCounters> = HashMap::new();
+        while let Some(row) = rows.next()? {
+            let (port, outcome, count): (String, String, u64) = (row.get(0)?, row.get(1)?, row.get(2)?);
+            let Ok(port) = port.parse() else { continue };
+            let counters = counters.entry(PortId(port)).or_default();
+            let counter = match outcome.as_str() {
+                "allowed" => &mut counters.allowed,
+                "denied" => &mut counters.denied,
+                "repaired" => &mut counters.repaired,
+                _ => &mut counters.taken_back,
+            };
+            *counter = counter.saturating_add(count);
+        }
+        Ok(counters)
+    }
+
+    /// Forgets how many decisions a port has had; their records stay.
+    pub(super) fn forget(&self, port: PortId) -> Result<(), StoreError> {
+        self.connection.execute("DELETE FROM decision_counts WHERE port = ?1", [port.to_string()])?;
+        Ok(())
     }
 
     pub(super) fn query(&self, filter: &DecisionFilter) -> Result<Vec<Decision>, StoreError> {
@@ -110,11 +171,12 @@ impl Decisions {
     }
 }
 
+/// The record that a decision is in, and whether it is a new one.
 fn write(
     transaction: &Transaction<'_>,
     recent: &mut VecDeque<Decision>,
     mut decision: Decision,
-) -> Result<Decision, StoreError> {
+) -> Result<(Decision, bool), StoreError> {
     for record in recent.iter_mut() {
         match record.absorb(decision) {
             Ok(()) => {
@@ -125,7 +187,7 @@ fn write(
                 if changed == 0 {
                     insert(transaction, record)?;
                 }
-                return Ok(record.clone());
+                return Ok((record.clone(), changed == 0));
             }
             Err(other) => decision = other,
         }
@@ -135,14 +197,14 @@ fn write(
         recent.pop_front();
     }
     recent.push_back(decision.clone());
-    Ok(decision)
+    Ok((decision, true))
 }
 
 fn insert(transaction: &Transaction<'_>, decision: &Decision) -> Result<(), StoreError> {
     transaction
         .prepare_cached(
-            "INSERT INTO decisions (id, vm, vm_name, port, outcome, last_ms, value)
-             VALUES (?1, ?2, ?3, ?4, ?5, ?6, ?7)",
+            "INSERT INTO decisions (id, vm, vm_name, port, outcome, last_ms, value, weight)
+             VALUES (?1, ?2, ?3, ?4, ?5, ?6, ?7, ?8)",
         )?
         .execute(params![
             decision.id.to_string(),
@@ -152,8 +214,18 @@ fn insert(transaction: &Transaction<'_>, decision: &Decision) -> Result<(), Stor
             name(&decision.outcome),
             decision.last_ms,
             json(decision)?,
+            number(decision.weight()),
         ])?;
     Ok(())
+}
+
+/// As it is in the table, where nothing but its order counts.
+fn number(weight: Weight) -> u8 {
+    match weight {
+        Weight::Light => 0,
+        Weight::GuestChange => 1,
+        Weight::HostChange => 2,
+    }
 }
 
 fn json(decision: &Decision) -> Result<String, StoreError> {

@@ -1,13 +1,18 @@
 // SPDX-License-Identifier: Apache-2.0
 
+use std::time::Instant;
+
 use api::types::{Cursor, DecisionFilter, EventKind, Listed, Timestamp};
-use netpolicy::{Decision, MacAddress, Name, Outcome, Port, PortGroupId, PortId, Reason, VmId, VmRef};
+
+use netpolicy::{
+    Committed, Decision, MacAddress, Name, Outcome, Port, PortGroupId, PortId, Reason, VmId, VmRef, Weight,
+};
 use uuid::Uuid;
 
-use super::{DecisionLog, WAITING, events::EventHub};
+use super::{DecisionLog, GATHER, RETRY, WAITING, events::EventHub};
 use crate::store::SqliteStore;
 
-fn decision(vm: u128, requested: &str, outcome: Outcome, ms: u64) -> Decision {
+pub(super) fn decision(vm: u128, requested: &str, outcome: Outcome, ms: u64) -> Decision {
     let vm = VmRef { id: VmId(Uuid::from_u128(vm)), name: Name::new(format!("vm{vm}")).unwrap() };
     let id = PortId(Uuid::from_u128(vm.id.0.as_u128() + 100));
     let mac = MacAddress::new([2, 0, 0, 0, 0, 1]);
@@ -112,8 +117,57 @@ async fn pages_list_every_record_once() {
     assert_eq!(seen, ["5", "4", "3", "2", "1"]);
 }
 
+/// What has changed something is found after any number of what has not, also on the VM's other adapters.
 #[tokio::test]
-async fn records_are_bounded_and_one_port_has_only_its_share() {
+async fn what_has_changed_something_never_yields_to_what_has_not() {
+    let dir = tempfile::tempdir().unwrap();
+    let (log, _) = open(&dir, 100);
+    let granted = Decision { committed: Committed::Mailbox, ..decision(1, "granted", Outcome::Allowed, 1) };
+    log.note(granted.clone());
+    log.note(decision(1, "revoked", Outcome::TakenBack, 2));
+    for ms in 3..300 {
+        let port = PortId(Uuid::from_u128(u128::from(100 + ms % 16)));
+        log.note(Decision { port, ..decision(1, &ms.to_string(), Outcome::Denied, ms) });
+        let multicast = Decision { request: "set_multicast".into(), ..granted.clone() };
+        log.note(Decision { id: Uuid::new_v4(), port, requested: Some(ms.to_string()), ..multicast });
+        log.note(decision(1, &format!("no change {ms}"), Outcome::Allowed, ms));
+    }
+    for vm in 2..30 {
+        for ms in 0..10 {
+            log.note(decision(vm, &ms.to_string(), Outcome::Denied, 1000 + ms));
+        }
+    }
+    let filter = DecisionFilter { vm: Some("vm1".into()), ..filter() };
+    let all = log.query(filter).await.unwrap();
+    let kept: Vec<_> = all.iter().filter(|d| d.weight() != Weight::Light).collect();
+    assert_eq!(kept.len(), 2, "{all:?}");
+    assert!(all.len() <= 12, "{}", all.len());
+}
+
+/// A disk that is full for a while: what was decided meanwhile is recorded when there is room.
+#[tokio::test]
+async fn what_cannot_be_stored_is_stored_later() {
+    let dir = tempfile::tempdir().unwrap();
+    let (log, _) = open(&dir, 100);
+    let other = rusqlite::Connection::open(dir.path().join("test.db")).unwrap();
+    other.execute_batch("ALTER TABLE decisions RENAME TO gone").unwrap();
+    assert!(log.record(decision(1, "a", Outcome::Denied, 1)).await.is_err());
+    log.note(decision(1, "b", Outcome::Denied, 2));
+    other.execute_batch("ALTER TABLE gone RENAME TO decisions").unwrap();
+    let deadline = Instant::now() + RETRY * 10;
+    loop {
+        let all = log.query(filter()).await.unwrap_or_default();
+        let found: Vec<_> = all.iter().filter_map(|d| d.requested.as_deref()).collect();
+        if found == ["b", "a"] {
+            break;
+        }
+        assert!(Instant::now() < deadline, "{found:?}");
+        tokio::time::sleep(GATHER).await;
+    }
+}
+
+#[tokio::test]
+async fn records_are_bounded_and_one_vm_has_only_its_share() {
     let dir = tempfile::tempdir().unwrap();
     let (log, _) = open(&dir, 100);
     log.note(decision(1, "quiet", Outcome::Denied, 1));
@@ -121,7 +175,7 @@ async fn records_are_bounded_and_one_port_has_only_its_share() {
         log.note(decision(2, &ms.to_string(), Outcome::Denied, ms));
     }
     let all = log.query(filter()).await.unwrap();
-    assert_eq!(all.len(), 11, "ten of the noisy port, one of the quiet one");
+    assert_eq!(all.len(), 11, "ten of the noisy VM, one of the quiet one");
     assert_eq!(all[0].requested.as_deref(), Some("199"));
     assert_eq!(all[10].requested.as_deref(), Some("quiet"));
     for vm in 3..30 {
@@ -141,4 +195,8 @@ async fn records_outlive_the_agent() {
     let (log, _) = open(&dir, 100);
     log.record(decision(1, "a", Outcome::Denied, 2)).await.unwrap();
     assert_eq!(log.query(filter()).await.unwrap().len(), 2);
+    let port = PortId(Uuid::from_u128(101));
+    assert_eq!(log.counters().await.unwrap()[&port].denied, 2);
+    log.forget(port).await;
+    assert_eq!(log.counters().await.unwrap().len(), 0);
 }

@@ -8,6 +8,7 @@
 //! Revisions are the store's own: each change takes the next number, and an object's revision is that of its last
 //! change. So a listing's revision is where a watch goes on without a gap.
 
+mod probe;
 mod schema;
 mod sqlite;
 mod table;
@@ -17,6 +18,7 @@ use std::{future::Future, path::PathBuf, pin::Pin};
 use serde_json::Value;
 use uuid::Uuid;
 
+pub use probe::{GOOD_FOR, WriteProbe};
 pub use sqlite::{SqliteStore, Watch};
 pub use table::{Entry, Record, Table};
 
@@ -125,6 +127,9 @@ pub enum StoreError {
         /// What this build knows.
         known: u32,
     },
+    /// A change was not written, which who writes for several has said.
+    #[error("The database was not written: {0}")]
+    NotWritten(String),
     /// The file is damaged, or is no database of ours.
     #[error(
         "The database {path} is damaged ({detail}): restore it from a backup, or move it away to start empty \

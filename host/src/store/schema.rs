@@ -39,6 +39,18 @@ pub(super) const MIGRATIONS: &[&str] = &[
     ) STRICT;
     CREATE INDEX decisions_time ON decisions (last_ms, seq);
     CREATE INDEX decisions_port ON decisions (port, last_ms, seq);",
+    // 3: each VM has a share of the decisions of each weight (netpolicy::Weight). Old ones count as what their outcome says.
+    "ALTER TABLE decisions ADD COLUMN weight INTEGER NOT NULL DEFAULT 0;
+    UPDATE decisions SET weight = CASE outcome WHEN 'denied' THEN 0 WHEN 'allowed' THEN 1 ELSE 2 END;
+    DROP INDEX decisions_port;
+    CREATE INDEX decisions_share ON decisions (vm, weight, last_ms, seq);
+    CREATE TABLE decision_counts (
+        port TEXT NOT NULL,
+        outcome TEXT NOT NULL,
+        count INTEGER NOT NULL,
+        PRIMARY KEY (port, outcome)
+    ) STRICT, WITHOUT ROWID;
+    INSERT INTO decision_counts SELECT port, outcome, sum(json_extract(value, '$.count')) FROM decisions GROUP BY port, outcome;",
 ];
 
 /// What became of [`migrate`].
