@@ -5,7 +5,11 @@
 //! What differs between them is decided here, by address, so that those who claim, prepare and give back need not ask.
 //! May block, but where it says otherwise.
 
-use std::{path::PathBuf, sync::Arc};
+use std::{
+    collections::BTreeMap,
+    path::PathBuf,
+    sync::{Arc, Mutex, MutexGuard, PoisonError},
+};
 
 use passthrough::{
     host::{
@@ -23,12 +27,14 @@ pub struct Inventory {
     sysfs: Sysfs,
     simulated: Option<Arc<Simulated>>,
     hardware: bool,
+    /// The names by which ports know PFs, see [`keep_names`](Self::keep_names).
+    kept_names: Arc<Mutex<BTreeMap<Bdf, String>>>,
 }
 
 impl From<Sysfs> for Inventory {
     /// The host's functions, and no simulated ones.
     fn from(sysfs: Sysfs) -> Self {
-        Self { sysfs, simulated: None, hardware: true }
+        Self { sysfs, simulated: None, hardware: true, kept_names: Arc::default() }
     }
 }
 
@@ -105,13 +111,48 @@ impl Inventory {
         Ok(pfs)
     }
 
-    /// The names of all PFs that can be used, and whether the interface of each is set up. Waits for no PF.
+    /// Sets which PFs have a name by which ports know them: those with a claimed VF. A PF is its PCI address. Its interface can
+    /// be renamed, or moved to another network namespace, while a VM has a VF of it; another PF can get its name. Switches and
+    /// ports go on with the name that they know until no VF of the PF is claimed.
+    pub fn keep_names(&self, names: impl IntoIterator<Item = (Bdf, String)>) {
+        *self.kept_names() = names.into_iter().collect();
+    }
+
+    fn kept_names(&self) -> MutexGuard<'_, BTreeMap<Bdf, String>> {
+        self.kept_names.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// The name by which ports know a PF, or would: its interface, or its address where that is another PF's name.
+    #[must_use]
+    pub fn name_for_ports(&self, pf: &Pf) -> String {
+        let kept = self.kept_names();
+        match kept.get(&pf.device.bdf) {
+            Some(name) => name.clone(),
+            None if kept.values().any(|name| *name == pf.name()) => pf.device.bdf.to_string(),
+            None => pf.name(),
+        }
+    }
+
+    /// The PF that ports know by this name.
+    ///
+    /// # Errors
+    /// There is none, or sysfs is unreadable.
+    pub fn pf_known_as(&self, name: &str) -> Result<Pf, InventoryError> {
+        let kept = self.kept_names().iter().find(|(_, kept)| *kept == name).map(|(bdf, _)| *bdf);
+        match kept {
+            Some(bdf) => self.pf(bdf),
+            None => self.pf_by_name(name),
+        }
+    }
+
+    /// The names by which ports know the PFs, or would, and whether the interface of each is set up. Waits for no PF.
     ///
     /// # Errors
     /// sysfs is unreadable.
     pub fn pf_names(&self) -> Result<Vec<(String, bool)>, InventoryError> {
         let hardware = if self.hardware { self.sysfs.pfs()? } else { Vec::new() };
-        let named = |pf: &Pf| (pf.name(), pf.interface().is_some_and(|interface| interface.admin_up));
+        let named =
+            |pf: &Pf| (self.name_for_ports(pf), pf.interface().is_some_and(|interface| interface.admin_up));
         let mut names: Vec<(String, bool)> = hardware.iter().map(named).collect();
         // Nobody can take down the interface of a simulated one.
         names.extend(self.simulated.iter().flat_map(|all| all.names()).map(|name| (name, true)));
@@ -240,5 +281,44 @@ impl Inventory {
     /// As [`Sysfs::set_num_vfs`].
     pub fn set_num_vfs(&self, bdf: Bdf, count: u16) -> Result<(), VfCountError> {
         self.sysfs.set_num_vfs(bdf, count, None)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use passthrough::host::fake::FakeSysfs;
+
+    use super::*;
+
+    #[test]
+    fn ports_know_a_pf_by_its_first_name_whatever_its_interface_is_called() {
+        let directory = tempfile::tempdir().unwrap();
+        let sysfs = FakeSysfs::new(directory.path().join("sys"));
+        let [first, second]: [Bdf; 2] = ["0000:01:00.0", "0000:02:00.0"].map(|bdf| bdf.parse().unwrap());
+        sysfs.add_igb(first, "eth0");
+        sysfs.add_igb(second, "eth1");
+        let inventory = Inventory::from(sysfs.sysfs());
+        let names = || inventory.pf_names().unwrap().into_iter().map(|(name, _)| name).collect::<Vec<_>>();
+        let known = |name: &str| inventory.pf_known_as(name).map(|pf| pf.device.bdf).ok();
+        inventory.keep_names([(first, "eth0".to_owned())]);
+
+        // They have changed their names.
+        sysfs.rename_interface(first, "eth0", "lan0");
+        sysfs.rename_interface(second, "eth1", "eth0");
+        assert_eq!(names(), ["eth0", "0000:02:00.0"]);
+        assert_eq!(
+            [known("eth0"), known("lan0"), known("0000:02:00.0")],
+            [Some(first), Some(first), Some(second)]
+        );
+        // People mean what they see.
+        assert_eq!(inventory.pf_by_name("eth0").unwrap().device.bdf, second);
+
+        // In another network namespace it has no interface here, and is the same PF.
+        sysfs.hide_interfaces(first);
+        assert_eq!(known("eth0"), Some(first));
+
+        inventory.keep_names([]);
+        assert_eq!(names(), ["0000:01:00.0", "eth0"]);
+        assert_eq!(known("eth0"), Some(second));
     }
 }

@@ -193,6 +193,7 @@ fn port() -> Option<Port> {
             effective_mac: initial,
             guest_mac: wished,
             policy: EffectivePolicy::of_defaults(),
+            unchecked: None,
             counters: PortCounters { allowed: 3, denied: 1, taken_back: 0, repaired: 0 },
         },
     })

@@ -154,8 +154,20 @@ pub struct PortStatus {
     /// Every setting that it is subject to, with the level that decided it.
     #[schema(value_type = super::schema::EffectivePolicy)]
     pub policy: EffectivePolicy,
+    /// Since when the port cannot be compared with its PF, and why: foreign changes are not repaired meanwhile.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub unchecked: Option<Unchecked>,
     /// Requests since the port was made.
     pub counters: PortCounters,
+}
+
+/// A port whose PF does not say what it has for it.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+pub struct Unchecked {
+    /// The first comparison that failed.
+    pub since: Timestamp,
+    /// Why the last one failed.
+    pub detail: String,
 }
 
 /// Requests of a port by what came out.
@@ -254,7 +266,7 @@ impl From<netpolicy::Decision> for Decision {
 #[serde(deny_unknown_fields)]
 #[into_params(parameter_in = Query)]
 pub struct DecisionFilter {
-    /// Name or id of a VM.
+    /// Name or id of a VM. A name means the VM that has it; if there is none, all that had it.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub vm: Option<String>,
     /// Id of a port.

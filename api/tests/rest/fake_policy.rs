@@ -70,6 +70,7 @@ impl FakePolicy {
             effective_mac: mac,
             guest_mac: mac,
             policy: table.effective_policy(id.into()).unwrap(),
+            unchecked: None,
             counters: PortCounters::default(),
         };
         let (created, spec) = (Timestamp::from_unix_ms(0), PortSpec::default());

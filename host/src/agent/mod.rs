@@ -294,6 +294,8 @@ async fn start_switch(
     if args.policy_bypass_for_tests {
         tracing::error!("EVERY REQUEST OF EVERY GUEST IS GRANTED: this agent is for tests of tests");
     }
+    // Ports know PFs by the names that these had when their VFs were claimed.
+    crate::vm::claims::keep_pf_names(env).await?;
     let parts = Parts {
         store,
         pf: PfHandle::start(HostPfs::new(env.inventory.clone(), Arc::clone(&env.open_pf)))?,

@@ -118,6 +118,9 @@ fn note(port: &Port) -> String {
         // Silently refused: the guest believes in an address that the VF does not have.
         notes.push("GUEST DIFFERS");
     }
+    if status.unchecked.is_some() {
+        notes.push("NOT COMPARED");
+    }
     if status.policy.blocked.value {
         notes.push("BLOCKED");
     }
@@ -153,6 +156,10 @@ fn details(port: &Port) -> Vec<(String, String)> {
             status.guest_mac
         )
     };
+    let unchecked = status.unchecked.as_ref().map(|unchecked| {
+        let text = format!("not compared with its PF since {}: {}", unchecked.since, unchecked.detail);
+        ("drift".to_owned(), text)
+    });
     let counters = &status.counters;
     let mut lines: Vec<(String, String)> = [
         ("name", port.name.clone()),
@@ -176,6 +183,7 @@ fn details(port: &Port) -> Vec<(String, String)> {
     ]
     .map(|(name, value)| (name.to_owned(), value))
     .into();
+    lines.extend(unchecked);
     lines.extend(settings::lines(&status.policy));
     lines
 }

@@ -109,6 +109,7 @@ pub struct Metrics {
     requests: Family<OfRequest, Counter>,
     answered: Histograms<OfRoute>,
     memory: Gauge,
+    unchecked: Gauge,
 }
 
 impl Default for Metrics {
@@ -122,6 +123,7 @@ impl Default for Metrics {
             requests: Family::default(),
             answered: Family::new_with_constructor(Bounds(&REQUEST)),
             memory: Gauge::default(),
+            unchecked: Gauge::default(),
         };
         let mut all = metrics.registry.lock().unwrap_or_else(PoisonError::into_inner);
         all.register_with_unit(
@@ -149,6 +151,11 @@ impl Default for Metrics {
             "What it took to store, make and read back the changes of a granted question",
             Unit::Seconds,
             metrics.committed.clone(),
+        );
+        own.register(
+            "ports_unchecked",
+            "Ports that cannot be compared with their PF, whose drift is not repaired",
+            metrics.unchecked.clone(),
         );
         own.register(
             "drift_repairs",
@@ -200,6 +207,11 @@ impl Metrics {
     pub fn repaired(&self, setting: &'static str, made: bool) {
         let result = Word(if made { "repaired" } else { "failed" });
         self.repairs.get_or_create(&OfRepair { setting: Word(setting), result }).inc();
+    }
+
+    /// So many ports cannot be compared with their PF.
+    pub fn unchecked(&self, ports: usize) {
+        self.unchecked.set(i64::try_from(ports).unwrap_or(i64::MAX));
     }
 
     /// A request of the API was answered.

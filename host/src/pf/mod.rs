@@ -75,7 +75,7 @@ impl Pfs for HostPfs {
     }
 
     fn open(&self, name: &str) -> Result<Box<dyn PfControl>, PfError> {
-        (self.open)(self.inventory.pf_by_name(name)?.device.bdf)
+        (self.open)(self.inventory.pf_known_as(name)?.device.bdf)
     }
 }
 

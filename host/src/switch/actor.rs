@@ -117,7 +117,7 @@ pub(super) async fn start(
         #[cfg(test)]
         settling: Vec::new(),
     };
-    load::load(&mut actor, Table::new(store), pfs).await?;
+    load::load(&mut actor, Table::new(Arc::clone(&store)), Table::new(store), pfs).await?;
     tokio::spawn(run(actor, inbox, ended, hints));
     Ok(())
 }
@@ -295,7 +295,10 @@ impl Actor {
             End::Corrected { corrections, leftover, made } => {
                 self.corrected(port, &corrections, &leftover, made);
             }
-            End::Repaired { found } => self.repaired(port, found),
+            End::Repaired { found } => {
+                self.compared(port, found.as_ref().err());
+                self.repaired(port, found.unwrap_or_default());
+            }
             End::Rebooted { made } => self.reboot_done(port, made),
             End::Recovered { shown } => self.recovered(port, shown),
         }

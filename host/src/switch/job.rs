@@ -43,7 +43,7 @@ pub(super) enum End {
     Asked(Asked),
     Reverted { revert: Revert, from: MacAddress, error: Option<String> },
     Corrected { corrections: Corrections, leftover: Vec<Change>, made: Made },
-    Repaired { found: Vec<Found> },
+    Repaired { found: Result<Vec<Found>, String> },
     Rebooted { made: Made },
     Recovered { shown: Option<VfSettings> },
 }
@@ -103,7 +103,7 @@ impl Tools {
     }
 
     /// Begins to make `before` durable. To be called by the switch's task, not later by a job: what it saves meanwhile is newer.
-    fn note(&self) -> oneshot::Receiver<bool> {
+    fn note(&self) -> oneshot::Receiver<Result<(), String>> {
         self.writer.save(self.port, self.before.clone())
     }
 
@@ -136,7 +136,7 @@ impl Tools {
         };
         let begun = Instant::now();
         async move {
-            let outcome = if noted.await == Ok(true) {
+            let outcome = if matches!(noted.await, Ok(Ok(()))) {
                 self.make_asked(id, pf, mailbox, own, verdict, forwarded).await
             } else {
                 let why = "The change could not be noted in the database".into();
@@ -374,10 +374,7 @@ impl Tools {
     pub(super) async fn repair(self, expected: Vec<Change>, all: bool) -> End {
         let shown = match self.shown().await {
             Ok(shown) => shown,
-            Err(why) => {
-                tracing::warn!(port = %self.port, "The port cannot be compared with its PF: {why}");
-                return End::Repaired { found: Vec::new() };
-            }
+            Err(why) => return End::Repaired { found: Err(why) },
         };
         let mut found = Vec::new();
         for wanted in expected.into_iter().filter(|change| self.can_make(change)) {
@@ -389,7 +386,7 @@ impl Tools {
                 tracing::warn!(port = %self.port, "A setting could not be made again after a reset of the PF: {why}");
             }
         }
-        End::Repaired { found }
+        End::Repaired { found: Ok(found) }
     }
 }
 

@@ -8,7 +8,7 @@
 
 use std::collections::VecDeque;
 
-use api::types::PortCounters;
+use api::types::{PortCounters, Unchecked};
 use netpolicy::{Change, MacAddress, Request};
 use passthrough::relay::{Cancelled, Forwarded, MAX_CHANGES, Question};
 use serde::{Deserialize, Serialize};
@@ -98,6 +98,8 @@ pub(super) struct Lane {
     pub(super) given_up: Option<(Request, Cancelled)>,
     /// When the question under way came, by its number.
     pub(super) asked: Option<(u64, Instant)>,
+    /// The port cannot be compared with its PF.
+    pub(super) unchecked: Option<Unchecked>,
     pub(super) counters: PortCounters,
     pub(super) bdf: Option<String>,
 }

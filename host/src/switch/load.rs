@@ -7,7 +7,7 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 
-use api::types::{PfState, Timestamp};
+use api::types::{PfState, PortCounters, Timestamp};
 use netpolicy::{
     Change, Name, PortGroup, PortGroupId, PortId, Route, Settings, StateError, Switch, SwitchId, SwitchKind,
 };
@@ -20,9 +20,12 @@ use super::{
     command::KnownPf,
     error::SwitchError,
     lane::{Busy, Granted, Lane, Work},
-    record::Attachment,
+    record::{Attachment, FirstStart},
 };
-use crate::{store::Table, vm::problem::chain};
+use crate::{
+    store::{Expect, StoreError, Table},
+    vm::problem::chain,
+};
 
 /// The name of the switch and of the port group that are always there.
 pub(super) const DEFAULT: &str = "default";
@@ -36,18 +39,20 @@ pub(super) const DEFAULT_GROUP: PortGroupId =
 pub(super) async fn load(
     actor: &mut Actor,
     attachments: Table<Attachment>,
+    first_start: Table<FirstStart>,
     pfs: Vec<KnownPf>,
 ) -> Result<(), SwitchError> {
+    let always = always_there_since(&first_start).await?;
     for entry in actor.switches.list().await? {
         actor.meta.insert(entry.id, Meta { created: entry.value.created, revision: entry.revision });
         actor.state.add_switch(entry.value.switch)?;
     }
-    actor.ensure_default_switch()?;
+    actor.ensure_default_switch(always)?;
     for entry in actor.groups.list().await? {
         actor.meta.insert(entry.id, Meta { created: entry.value.created, revision: entry.revision });
         actor.state.add_port_group(entry.value.group)?;
     }
-    actor.ensure_default_group()?;
+    actor.ensure_default_group(always)?;
     // One that cannot be read is an error, as with all the others: a port without it would seem to have no VF, and its VF would
     // go to the next tenant with all that is on it.
     let attachments: BTreeMap<Uuid, Attachment> =
@@ -57,6 +62,7 @@ pub(super) async fn load(
     for id in attachments.keys().filter(|id| !ports.iter().any(|port| port.id == **id)) {
         drop(actor.writer.forget(PortId(*id)));
     }
+    let counted = actor.decisions.counters().await?;
     let mut bound = Vec::new();
     for entry in ports {
         let (id, attachment) = (PortId(entry.id), attachments.get(&entry.id));
@@ -80,7 +86,7 @@ pub(super) async fn load(
             recovering: has_vf.is_some(),
             rebooting: attachment.is_some_and(|attachment| has_vf.is_some() && attachment.rebooting),
             revert: attachment.filter(|_| has_vf.is_some()).and_then(|attachment| attachment.revert),
-            counters: attachment.map(|attachment| attachment.counters).unwrap_or_default(),
+            counters: counters(attachment, counted.get(&id)),
             bdf: attachment.and_then(|attachment| attachment.bdf.clone()),
             ..Lane::default()
         };
@@ -96,13 +102,35 @@ pub(super) async fn load(
     Ok(())
 }
 
+/// When the default switch and group came to be: at the first start with this store.
+async fn always_there_since(table: &Table<FirstStart>) -> Result<Timestamp, StoreError> {
+    if let Some(entry) = table.list().await?.first() {
+        return Ok(entry.value.at);
+    }
+    let now = FirstStart { at: Timestamp::now() };
+    table.put(Uuid::nil(), "first_start", &now, Expect::Absent).await?;
+    Ok(now.at)
+}
+
+/// What a port's decisions were: of its own record, or of theirs, which has refusals too.
+fn counters(attachment: Option<&Attachment>, counted: Option<&PortCounters>) -> PortCounters {
+    let (saved, counted) = (attachment.map(|saved| saved.counters), counted.copied());
+    let (saved, counted) = (saved.unwrap_or_default(), counted.unwrap_or_default());
+    PortCounters {
+        allowed: saved.allowed.max(counted.allowed),
+        denied: saved.denied.max(counted.denied),
+        taken_back: saved.taken_back.max(counted.taken_back),
+        repaired: saved.repaired.max(counted.repaired),
+    }
+}
+
 impl Actor {
-    fn ensure_default_switch(&mut self) -> Result<(), StateError> {
+    fn ensure_default_switch(&mut self, created: Timestamp) -> Result<(), StateError> {
         if self.state.switches().any(|switch| switch.name.as_str() == DEFAULT) {
             return Ok(());
         }
         let Ok(name) = Name::new(DEFAULT) else { return Ok(()) };
-        self.meta.insert(DEFAULT_SWITCH.0, Meta { created: Timestamp::now(), revision: 0 });
+        self.meta.insert(DEFAULT_SWITCH.0, Meta { created, revision: 0 });
         self.state.add_switch(Switch {
             id: DEFAULT_SWITCH,
             name,
@@ -112,7 +140,7 @@ impl Actor {
         })
     }
 
-    fn ensure_default_group(&mut self) -> Result<(), StateError> {
+    fn ensure_default_group(&mut self, created: Timestamp) -> Result<(), StateError> {
         if self.state.port_groups().any(|group| group.name.as_str() == DEFAULT) {
             return Ok(());
         }
@@ -120,7 +148,7 @@ impl Actor {
         let (Ok(name), Some(switch)) = (Name::new(DEFAULT), switch.map(|switch| switch.id)) else {
             return Ok(());
         };
-        self.meta.insert(DEFAULT_GROUP.0, Meta { created: Timestamp::now(), revision: 0 });
+        self.meta.insert(DEFAULT_GROUP.0, Meta { created, revision: 0 });
         self.state.add_port_group(PortGroup {
             id: DEFAULT_GROUP,
             name,
@@ -158,7 +186,13 @@ impl Actor {
     /// They have changed, or may have.
     pub(super) fn pfs_known(&mut self, pfs: Vec<KnownPf>) {
         let before = self.pfs.clone();
+        let are_up: Vec<(String, bool)> =
+            pfs.iter().map(|known| (known.pf.name.clone(), known.pf.up)).collect();
         self.know(pfs);
+        // Ports may know a PF by a name that its interface, which news are about, does not have any more.
+        for (name, up) in are_up.iter().filter(|(name, _)| before.contains(name)) {
+            self.pf_is(name, *up);
+        }
         for pf in before.difference(&self.pfs) {
             self.tell_pf(pf, PfState::Removed);
         }

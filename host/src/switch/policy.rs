@@ -128,7 +128,14 @@ impl PolicyBackend for Policy {
         self.call(|reply| Command::PutPort { port, spec, expect, by, reply }).await
     }
 
-    async fn decisions(&self, filter: DecisionFilter) -> Result<Vec<Decision>, Problem> {
+    async fn decisions(&self, mut filter: DecisionFilter) -> Result<Vec<Decision>, Problem> {
+        // Names are used again: those of the VM that has it now are not mixed with its predecessors'.
+        if let Some(name) = &mut filter.vm
+            && let Some(port) =
+                self.list_ports().await?.iter().find(|port| port.status.owner.name.eq_ignore_ascii_case(name))
+        {
+            *name = port.status.owner.vm.to_string();
+        }
         let found = self.decisions.query(filter).await.map_err(|error| error.problem())?;
         Ok(found.into_iter().map(Decision::from).collect())
     }

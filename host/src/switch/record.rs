@@ -14,6 +14,17 @@ use serde::{Deserialize, Serialize};
 use super::lane::{Lane, Revert};
 use crate::store::Record;
 
+/// When an agent first had this store: what is always there was created then.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct FirstStart {
+    /// That moment.
+    pub at: Timestamp,
+}
+
+impl Record for FirstStart {
+    const KIND: &'static str = "first_start";
+}
+
 /// A switch.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct SwitchRecord {

@@ -4,7 +4,7 @@
 
 use std::sync::Arc;
 
-use api::types::PfState;
+use api::types::{ObjectKind, PfState, Timestamp, Unchecked};
 use netpolicy::{Change, Committed, Correction, DecidedBy, Decision, Outcome, PortId, Request, Route, VmId};
 use passthrough::host::Hint;
 use tokio::{sync::oneshot, time::Instant};
@@ -17,6 +17,7 @@ use super::{
     known,
     lane::{Busy, Lane, Work},
     link::Vmm,
+    record::port_name,
 };
 use netpolicy::Corrections;
 
@@ -301,17 +302,7 @@ impl Actor {
     pub(super) fn on_hint(&mut self, hint: Hint) {
         match hint {
             Hint::Changed { name: Some(name), up, .. } if self.pfs.contains(&name) => {
-                if up && self.down.remove(&name) {
-                    self.tell_pf(&name, PfState::Up);
-                    // Its driver has begun anew and has lost what it does not remember.
-                    let of = |port: &&netpolicy::Port| port.vf.as_ref().is_some_and(|vf| vf.pf == name);
-                    let ports: Vec<PortId> = self.state.ports().filter(of).map(|port| port.id).collect();
-                    for port in ports {
-                        self.queue(port, Work::Repair { all: true });
-                    }
-                } else if !up && self.down.insert(name.clone()) {
-                    self.tell_pf(&name, PfState::Down);
-                }
+                self.pf_is(&name, up);
             }
             Hint::Changed { name: Some(_), .. } if self.pfs.is_empty() => {}
             _ => {
@@ -325,6 +316,21 @@ impl Actor {
             }
         }
         self.compare_at = self.compare_at.or(Instant::now().checked_add(self.timing.gather));
+    }
+
+    /// The interface of a PF is set up, or is not.
+    pub(super) fn pf_is(&mut self, name: &str, up: bool) {
+        if up && self.down.remove(name) {
+            self.tell_pf(name, PfState::Up);
+            // Its driver has begun anew and has lost what it does not remember.
+            let of = |port: &&netpolicy::Port| port.vf.as_ref().is_some_and(|vf| vf.pf == name);
+            let ports: Vec<PortId> = self.state.ports().filter(of).map(|port| port.id).collect();
+            for port in ports {
+                self.queue(port, Work::Repair { all: true });
+            }
+        } else if !up && self.down.insert(name.to_owned()) {
+            self.tell_pf(name, PfState::Down);
+        }
     }
 
     /// Compares every port with its PF, each when nothing else is being done for it.
@@ -345,6 +351,30 @@ impl Actor {
         }
         let (Ok(expected), Some(tools)) = (self.state.expected(port), self.tools(port)) else { return };
         self.start(port, Busy::other(), tools.repair(expected.changes(), all));
+    }
+
+    /// A port was compared with its PF, or could not be. Told when that changes.
+    pub(super) fn compared(&mut self, id: PortId, error: Option<&String>) {
+        let Some(lane) = self.lanes.get_mut(&id) else { return };
+        let before = lane.unchecked.take();
+        lane.unchecked = error.map(|why| Unchecked {
+            since: before.as_ref().map_or_else(Timestamp::now, |unchecked| unchecked.since),
+            detail: why.clone(),
+        });
+        if before.is_some() == lane.unchecked.is_some() {
+            return;
+        }
+        self.count_unchecked();
+        let Some(port) = self.state.port(id) else { return };
+        match error {
+            Some(why) => tracing::warn!(port = %id, "The port cannot be compared with its PF: {why}"),
+            None => tracing::info!(port = %id, "The port can be compared with its PF again"),
+        }
+        self.put(ObjectKind::Port, id.0, &port_name(port), false, None);
+    }
+
+    pub(super) fn count_unchecked(&self) {
+        self.metrics.unchecked(self.lanes.values().filter(|lane| lane.unchecked.is_some()).count());
     }
 
     pub(super) fn repaired(&mut self, port: PortId, found: Vec<Found>) {

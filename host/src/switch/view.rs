@@ -102,6 +102,7 @@ impl Actor {
                 effective_mac: port.effective_mac(),
                 guest_mac: port.guest_mac,
                 policy: self.state.effective_policy(id)?,
+                unchecked: lane.and_then(|lane| lane.unchecked.clone()),
                 counters: lane.map(|lane| lane.counters).unwrap_or_default(),
             },
         })

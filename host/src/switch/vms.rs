@@ -120,11 +120,13 @@ impl Actor {
         let id = port.id;
         self.adapters.remove(&(port.vm.id, port.adapter.clone()));
         self.lanes.remove(&id);
+        self.count_unchecked();
         self.meta.remove(&id.0);
         // The port itself first: what is left of it without that is nothing to anybody.
         self.ports.remove(id.0).await?;
         reach(Point::DeletePort);
         drop(self.writer.forget(id).await);
+        self.decisions.forget(id).await;
         self.deleted(ObjectKind::Port, id.0, &port_name(port), None);
         Ok(())
     }
@@ -218,6 +220,7 @@ impl Actor {
         }
         let counters = self.lanes.get(&id).map(|lane| lane.counters).unwrap_or_default();
         self.lanes.insert(id, fresh(counters, None));
+        self.count_unchecked();
         self.refresh_uplinks();
         self.store_attachment(id).await
     }
@@ -231,8 +234,9 @@ impl Actor {
     async fn store_attachment(&self, id: PortId) -> Result<(), SwitchError> {
         let Some(attachment) = self.attachment(id) else { return Ok(()) };
         match self.writer.save(id, attachment).await {
-            Ok(true) => Ok(()),
-            _ => Err(SwitchError::Store(StoreError::Closed)),
+            Ok(Ok(())) => Ok(()),
+            Ok(Err(why)) => Err(SwitchError::Store(StoreError::NotWritten(why))),
+            Err(_) => Err(SwitchError::Store(StoreError::Closed)),
         }
     }
 }

@@ -8,12 +8,16 @@ use netpolicy::PortId;
 use tokio::sync::{mpsc, oneshot};
 
 use super::record::Attachment;
-use crate::store::{Expect, StoreError, Table};
+use crate::{
+    store::{Expect, StoreError, Table},
+    vm::problem::chain,
+};
 
 /// A port's newest value, or that it is gone.
 type Value = Option<Box<Attachment>>;
 
-type Done = oneshot::Sender<bool>;
+/// Why it is not durable, if it is not.
+type Done = oneshot::Sender<Result<(), String>>;
 
 /// The handle of the task, which ends with its last handle.
 #[derive(Clone, Debug)]
@@ -26,17 +30,17 @@ impl Writer {
         Self(sender)
     }
 
-    /// Saves a port; the receiver hears `true` when that is durable. What waits to be written is one value for each port.
-    pub(super) fn save(&self, port: PortId, value: Attachment) -> oneshot::Receiver<bool> {
+    /// Saves a port; the receiver hears when that is durable. What waits to be written is one value for each port.
+    pub(super) fn save(&self, port: PortId, value: Attachment) -> oneshot::Receiver<Result<(), String>> {
         self.send(port, Some(Box::new(value)))
     }
 
     /// Forgets a port.
-    pub(super) fn forget(&self, port: PortId) -> oneshot::Receiver<bool> {
+    pub(super) fn forget(&self, port: PortId) -> oneshot::Receiver<Result<(), String>> {
         self.send(port, None)
     }
 
-    fn send(&self, port: PortId, value: Value) -> oneshot::Receiver<bool> {
+    fn send(&self, port: PortId, value: Value) -> oneshot::Receiver<Result<(), String>> {
         let (done, receiver) = oneshot::channel();
         // If the task is gone so is `done`, which the receiver sees.
         drop(self.0.send((port, value, done)));
@@ -55,12 +59,12 @@ async fn run(table: Table<Attachment>, mut inbox: mpsc::UnboundedReceiver<(PortI
             next = inbox.try_recv().ok();
         }
         for (port, (value, waiting)) in newest {
-            let written = write(&table, port, value).await;
+            let written = write(&table, port, value).await.map_err(|error| chain(&error));
             if let Err(error) = &written {
                 tracing::error!(%port, "The state of a port cannot be stored: {error}");
             }
             for done in waiting {
-                let _ = done.send(written.is_ok());
+                let _ = done.send(written.clone());
             }
         }
     }

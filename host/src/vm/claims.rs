@@ -69,10 +69,12 @@ pub async fn claim(env: &Environment, vm: Uuid, spec: &VmSpec) -> Result<Vec<Hel
     let taken: Vec<Claim> =
         env.claims.list().await.map_err(|e| e.problem())?.into_iter().map(|entry| entry.value).collect();
     let (inventory, wanted) = (env.inventory.clone(), spec.clone());
-    let chosen =
-        tokio::task::spawn_blocking(move || choose(&inventory, vm, &wanted, &taken, plan.as_deref()))
-            .await
-            .map_err(|error| Problem::new(ProblemCode::Internal, chain(&error)))??;
+    let chosen = tokio::task::spawn_blocking(move || {
+        (choose(&inventory, vm, &wanted, &taken, plan.as_deref()), taken)
+    })
+    .await
+    .map_err(|error| Problem::new(ProblemCode::Internal, chain(&error)))?;
+    let (chosen, taken) = (chosen.0?, chosen.1);
     reach(Point::ClaimChosen);
     let mut held: Vec<Held> = Vec::new();
     for claim in chosen {
@@ -91,7 +93,25 @@ pub async fn claim(env: &Environment, vm: Uuid, spec: &VmSpec) -> Result<Vec<Hel
             }
         }
     }
+    env.inventory.keep_names(pf_names(taken.iter().chain(held.iter().map(|claim| &claim.value))));
     Ok(held)
+}
+
+/// The name of each PF with a claimed VF when the first of them was claimed.
+fn pf_names<'a>(claims: impl IntoIterator<Item = &'a Claim>) -> Vec<(Bdf, String)> {
+    let of_vfs = claims.into_iter().filter_map(|claim| claim.adapter.as_ref());
+    of_vfs.map(|vf| (vf.pf, vf.pf_name.clone())).collect()
+}
+
+/// Has the names of PFs follow the claims that are stored.
+///
+/// # Errors
+/// The store cannot be read.
+pub async fn keep_pf_names(env: &Environment) -> Result<(), Problem> {
+    let _guard = env.claiming.lock().await;
+    let claims = env.claims.list().await.map_err(|e| e.problem())?;
+    env.inventory.keep_names(pf_names(claims.iter().map(|claim| &claim.value)));
+    Ok(())
 }
 
 fn choose(
@@ -107,13 +127,13 @@ fn choose(
     }
     let mut claims: Vec<Claim> = Vec::new();
     for (slot, (adapter, (_, mac))) in spec.adapters.iter().zip(macs(vm, spec)).enumerate() {
-        let fits = |pf: &Pf| network::check_uplink(plan, adapter.id.as_str(), &pf.name());
+        let fits = |pf: &Pf| network::check_uplink(plan, adapter.id.as_str(), &inventory.name_for_ports(pf));
         let (vf, pf) = match adapter.vf {
             Some(bdf) => named_vf(inventory, convert(bdf)?, taken, fits)?,
             None => free_vf(inventory, taken, &claims, &named, fits)?,
         };
-        let adapter =
-            ClaimedVf { id: adapter.id.clone(), pf: vf.pf, pf_name: pf.name(), index: vf.index, mac };
+        let pf_name = inventory.name_for_ports(&pf);
+        let adapter = ClaimedVf { id: adapter.id.clone(), pf: vf.pf, pf_name, index: vf.index, mac };
         claims.push(claim_of(vm, spec, slot, vf.device.bdf, Some(adapter)));
     }
     for (slot, bdf) in (claims.len()..).zip(&spec.devices) {
@@ -438,6 +458,8 @@ async fn give_one_back(
     reach(Point::ReleaseUnbound);
     env.claims.remove(claim.id).await.map_err(|e| e.problem())?;
     reach(Point::ReleaseUnclaimed);
+    // It is given back; a name that is kept for longer does no harm.
+    drop(keep_pf_names(env).await);
     Ok(())
 }
 

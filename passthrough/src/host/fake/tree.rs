@@ -107,6 +107,12 @@ impl FakeSysfs {
         self.kernel.file(&format!("{dir}/carrier"), if up { "1\n" } else { "0\n" });
     }
 
+    /// Renames the interface of a function.
+    pub fn rename_interface(&self, bdf: Bdf, from: &str, to: &str) {
+        let net = self.kernel.device(bdf).join("net");
+        fs::rename(net.join(from), net.join(to)).unwrap();
+    }
+
     /// Moves the interfaces of a function to another network namespace: its driver stays, and they are not seen any more.
     pub fn hide_interfaces(&self, bdf: Bdf) {
         let net = self.kernel.device(bdf).join("net");

@@ -6,7 +6,7 @@ use std::time::{Duration, Instant};
 
 use serde_json::json;
 
-use super::{INITIAL, Relay, X, agent_with, decisions, eventually, guest_in_group, ping};
+use super::{INITIAL, Relay, X, Y, agent_with, decisions, eventually, guest_in_group, ping};
 use crate::fixture::{Agent, agent::PATIENCE, host};
 
 /// How long a repair may take.
@@ -28,6 +28,46 @@ fn somebody_elses_change_on_the_pf_is_repaired_and_recorded() {
     host::run("ip", &["link", "set", host::PF, "vf", "0", "mac", X]);
     is_repaired_and_recorded(&agent);
     ping(&mut guest, host::GATEWAY, 3);
+}
+
+/// A PF is its PCI address: what people call its interface changes nothing for the VMs that have its VFs.
+#[test]
+fn a_pf_that_is_renamed_is_looked_after_as_before() {
+    let mut agent = agent_with(Relay::Policed, &json!({ "mac_changes": "accept" }));
+    let mut guest = guest_in_group(&agent, "web1");
+    host::run("ip", &["link", "set", host::PF, "name", "pf0"]);
+    let has = |mac: &str| host::vf_mac_of("pf0", 0) == mac;
+    host::run("ip", &["link", "set", "pf0", "vf", "0", "mac", X]);
+    eventually(&agent, REPAIR, "a foreign change is repaired", || has(INITIAL));
+    guest.must(&format!("ip link set dev eth0 address {Y}"));
+    assert!(has(Y), "what the policy allows is made");
+    drop(guest);
+    agent.restart();
+    host::run("ip", &["link", "set", "pf0", "vf", "0", "mac", X]);
+    eventually(&agent, REPAIR, "a foreign change is repaired by the next agent", || has(Y));
+
+    // In another network namespace it cannot be asked, which the port says until it is back.
+    let unchecked = || agent.ask(agent.client.list_ports()).unwrap()[0].status.unchecked.clone();
+    assert_eq!(unchecked(), None);
+    host::run("ip", &["netns", "add", "elsewhere"]);
+    host::run("ip", &["link", "set", "pf0", "netns", "elsewhere"]);
+    eventually(&agent, REPAIR, "the port says that it is not compared", || unchecked().is_some());
+    let metrics = agent.ask(agent.client.metrics()).unwrap();
+    assert!(metrics.contains("portcullis_ports_unchecked 1\n"), "{metrics}");
+    host::run("ip", &["-netns", "elsewhere", "link", "set", "pf0", "netns", "1"]);
+    host::run("ip", &["netns", "delete", "elsewhere"]);
+    host::run("ip", &["link", "set", "pf0", "up"]);
+    host::run("ip", &["link", "set", "pf0", "vf", "0", "mac", X]);
+    eventually(&agent, REPAIR, "a foreign change is repaired when it is back", || has(Y));
+    eventually(&agent, PATIENCE, "the port is compared again", || unchecked().is_none());
+
+    agent.delete("web1").unwrap();
+    let names = agent.ask(agent.client.list_pfs()).unwrap();
+    assert!(names.iter().any(|pf| pf.name == "pf0"), "{names:?}");
+    // The interface of the VF, which is the host's again, has taken the name that was free.
+    host::run("ip", &["link", "set", host::PF, "name", "of-vf0"]);
+    host::run("ip", &["link", "set", "pf0", "name", host::PF]);
+    host::wait_for_carrier();
 }
 
 #[test]
