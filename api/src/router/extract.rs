@@ -125,6 +125,12 @@ pub(super) struct IfMatch(pub(super) Option<u64>);
 impl<S: Send + Sync> FromRequestParts<S> for IfMatch {
     type Rejection = Problem;
     async fn from_request_parts(parts: &mut Parts, _state: &S) -> Result<Self, Problem> {
+        // To do what a condition forbids is worse than to refuse it.
+        if let Some(other) = OTHER_CONDITIONS.iter().find(|name| parts.headers.contains_key(*name)) {
+            let detail =
+                format!("Changes know no {other}: use If-Match, or POST to create what must not be there.");
+            return Err(Problem::invalid(other.as_str(), detail));
+        }
         let mut values = parts.headers.get_all(header::IF_MATCH).iter();
         let (Some(value), None) = (values.next(), values.next()) else {
             // More than one is refused below like any other text that is no revision.
@@ -142,6 +148,9 @@ impl<S: Send + Sync> FromRequestParts<S> for IfMatch {
         bare.parse().map(|revision| IfMatch(Some(revision))).map_err(|_| not_a_revision())
     }
 }
+
+/// Conditions of RFC 9110, section 13.1, that this API does not have.
+const OTHER_CONDITIONS: [header::HeaderName; 2] = [header::IF_NONE_MATCH, header::IF_UNMODIFIED_SINCE];
 
 /// Whether `If-Match: *` says that the object must be there, at whatever revision.
 pub(super) struct MustExist(pub(super) bool);

@@ -4,7 +4,7 @@
 
 use std::collections::BTreeMap;
 
-use serde::{Deserialize, Serialize};
+use serde::{Deserialize, Deserializer, Serialize};
 use utoipa::ToSchema;
 use uuid::Uuid;
 
@@ -61,7 +61,7 @@ pub struct VmSpec {
     #[serde(default, skip_serializing_if = "std::ops::Not::not")]
     pub autostart: bool,
     /// What its process may use of the host; without them it may use what is there.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[serde(default, deserialize_with = "limits_if_any", skip_serializing_if = "Option::is_none")]
     pub limits: Option<VmLimits>,
 }
 
@@ -81,6 +81,12 @@ pub struct VmLimits {
     #[serde(default, skip_serializing_if = "Option::is_none")]
     #[schema(example = "1088MiB")]
     pub memory: Option<ByteSize>,
+}
+
+/// Limits that limit nothing are none: no control group is needed for them.
+fn limits_if_any<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Option<VmLimits>, D::Error> {
+    let limits = Option::<VmLimits>::deserialize(deserializer)?;
+    Ok(limits.filter(|limits| *limits != VmLimits::default()))
 }
 
 /// What [`VmLimits::memory`] must leave beside the guest's memory, in bytes: the process, and what the kernel needs for it.

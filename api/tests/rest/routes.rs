@@ -306,6 +306,16 @@ async fn if_match_guards_changes() {
     server.send(Method::DELETE, "/v1/vms/web1", &twice, "").await.problem(400, "invalid_request");
     assert_eq!(server.send(Method::DELETE, "/v1/vms/web1", &[("if-match", "\"3\"")], "").await.status, 204);
 
+    // What is not obeyed is not ignored.
+    for (header, value) in [("if-none-match", "*"), ("if-unmodified-since", "Sun, 29 Nov 2026 00:00:00 GMT")]
+    {
+        for (method, path) in [(Method::PUT, "/v1/port-groups/default"), (Method::DELETE, "/v1/vms/web1")] {
+            let headers = [(header, value), ("content-type", "application/json")];
+            let answer = server.send(method, path, &headers, r#"{"switch": "default"}"#).await;
+            assert_eq!(answer.problem(400, "invalid_request")["field"], header);
+        }
+    }
+
     put_vfs(&server, Some("\"5\""), r#"{"count": 1}"#).await.problem(412, "revision_mismatch");
     assert_eq!(put_vfs(&server, Some("\"0\""), r#"{"count": 1}"#).await.status, 200);
     assert_eq!(put_vfs(&server, Some("*"), r#"{"count": 2}"#).await.status, 200);

@@ -54,6 +54,8 @@ pub(super) enum End {
     Rest,
     /// Somebody detached it, or the input has ended.
     Detached,
+    /// This process was told to end by a signal.
+    Signalled,
 }
 
 pub(super) async fn run(client: &Client, output: &mut Output<'_>, args: ConsoleArgs) -> Result<(), CliError> {
@@ -108,8 +110,9 @@ async fn connect(
     offset: Option<u64>,
 ) -> Result<End, CliError> {
     let mut console = client.read_console(vm, offset, true).await?;
-    let mut ends = [SignalKind::terminate(), SignalKind::hangup()].map(signal);
-    let [Ok(terminate), Ok(hangup)] = &mut ends else {
+    // On a terminal in raw mode Ctrl-C is a key of the guest's; a signal comes from elsewhere, and the terminal must be put right.
+    let mut ends = [SignalKind::terminate(), SignalKind::hangup(), SignalKind::interrupt()].map(signal);
+    let [Ok(terminate), Ok(hangup), Ok(interrupt)] = &mut ends else {
         return Err(CliError::Terminal(std::io::Error::other("signals cannot be handled")));
     };
     let raw = Raw::enter().map_err(CliError::Terminal)?;
@@ -120,13 +123,20 @@ async fn connect(
     let (to_guest, input) = mpsc::channel::<Vec<u8>>(16);
     let sender = tokio::spawn(send(client.clone(), vm.to_owned(), input));
     let mut to_guest = Some(to_guest);
+    // Of a file or a pipe: what the guest has not taken yet keeps neither its output nor signals waiting.
+    let mut waiting: Option<Vec<u8>> = None;
     let end = loop {
         tokio::select! {
             chunk = console.chunk() => match chunk? {
                 Some(bytes) => output.raw(&bytes)?,
                 None => break End::Rest,
             },
-            keys = typed.recv(), if to_guest.is_some() => {
+            permit = room(to_guest.clone()), if waiting.is_some() => match (permit, waiting.take()) {
+                (Some(permit), Some(bytes)) => drop(permit.send(bytes)),
+                // Its console takes nothing any more.
+                _ => to_guest = None,
+            },
+            keys = typed.recv(), if to_guest.is_some() && waiting.is_none() => {
                 let (bytes, detach) = match &keys {
                     Some(keys) => until_detach(keys, raw.is_some()),
                     // The end of a file or of a pipe.
@@ -137,7 +147,7 @@ async fn connect(
                         // A guest that takes nothing loses keys, as behind a real serial port; it must not keep from detaching.
                         let _ = to_guest.try_send(bytes.to_vec());
                     } else {
-                        let _ = to_guest.send(bytes.to_vec()).await;
+                        waiting = Some(bytes.to_vec());
                     }
                 }
                 if detach {
@@ -147,23 +157,29 @@ async fn connect(
                     }
                 }
             }
-            () = told(terminate, hangup) => break End::Detached,
+            () = told(terminate, hangup, interrupt) => break End::Signalled,
         }
     };
     drop(to_guest);
     // What was typed before is sent, unless the guest does not take it.
     let _ = tokio::time::timeout(PAUSE, sender).await;
-    if raw.is_some() && end == End::Detached {
+    if raw.is_some() && end != End::Rest {
         drop(raw);
         eprintln!("\nportcullis: detached from {name}, which runs on");
     }
     Ok(end)
 }
 
-async fn told(terminate: &mut Signal, hangup: &mut Signal) {
+/// A place for what is to be sent; None if nothing can be.
+async fn room(to_guest: Option<mpsc::Sender<Vec<u8>>>) -> Option<mpsc::OwnedPermit<Vec<u8>>> {
+    to_guest?.reserve_owned().await.ok()
+}
+
+async fn told(terminate: &mut Signal, hangup: &mut Signal, interrupt: &mut Signal) {
     tokio::select! {
         _ = terminate.recv() => {}
         _ = hangup.recv() => {}
+        _ = interrupt.recv() => {}
     }
 }
 

@@ -19,7 +19,7 @@ use super::{
 
 #[derive(Debug, Args)]
 pub(super) struct DecisionsArgs {
-    /// Only those of this VM: its name or id.
+    /// Only those of this VM: its name or id. Those of a deleted VM whose name another one has are found by its id.
     #[arg(long, value_name = "VM")]
     vm: Option<String>,
     /// Only those of this port: VM and adapter, as web1/eth0, or the port's id.

@@ -6,6 +6,8 @@ use std::time::Duration;
 
 use api::{Client, ClientError, ProblemCode, Progress, types::*};
 use clap::{Args, Subcommand};
+use rustix::process::Signal as Number;
+use tokio::signal::unix::{Signal, SignalKind, signal};
 
 use super::{
     console,
@@ -74,9 +76,9 @@ pub(super) enum VmCommand {
         /// Only if it is at this revision.
         #[arg(long, value_name = "REVISION")]
         if_match: Option<u64>,
-        /// Waits at most this many seconds for it to be gone; its deletion goes on if it is not (exit code 6).
+        /// Waits at most this many seconds for it to be gone; its deletion goes on if it is not (exit code 6). With 0 it is only begun.
         #[arg(long, visible_alias = "timeout", value_name = "SECONDS", default_value_t = 60,
-            value_parser = clap::value_parser!(u64).range(1..=api::router::MAX_WAIT_SECONDS))]
+            value_parser = clap::value_parser!(u64).range(0..=api::router::MAX_WAIT_SECONDS))]
         wait: u64,
     },
     /// Shows a VM's counters.
@@ -104,7 +106,8 @@ pub(super) struct ActionArgs {
 pub(super) struct RunArgs {
     /// The VM's specification: a .toml, .yaml or .json file, or - for standard input.
     file: String,
-    /// Deletes the VM when it has ended, or could not be booted, unless it was there before.
+    /// Deletes the VM when it has ended, could not be booted, or this command ends by TERM, INT or HUP, unless it was there before. A
+    /// console that is detached by its key leaves it.
     #[arg(long)]
     rm: bool,
     /// Waits at most this many seconds for it to be booted, whose console is then shown all the same, and with --rm to be deleted.
@@ -173,12 +176,16 @@ async fn act(client: &Client, vm: &str, action: VmAction, wait: u64) -> Result<P
     progress::of_vm(client, vm, verb_of(action), request).await
 }
 
+/// How long a deletion that nobody waits for may take to reach the agent.
+const BEGINNING: Duration = Duration::from_secs(1);
+
 async fn delete(client: &Client, vm: &str, if_match: Option<u64>, wait: u64) -> Result<(), CliError> {
-    let limit = Duration::from_secs(wait);
+    let limit = Duration::from_secs(wait).max(BEGINNING);
     let request = client.delete_vm_within(vm, if_match, limit);
     match tokio::time::timeout(limit, progress::of_vm(client, vm, DELETING, request)).await {
         Ok(done) => Ok(done?),
         // Deleted or not: the agent goes on with it.
+        Err(_) if wait == 0 => Ok(()),
         Err(_) => match client.get_vm(vm).await {
             Ok(vm) => {
                 Err(CliError::TooSlow { vm: vm.name.to_string(), state: vm.status.state, waited: wait })
@@ -198,6 +205,8 @@ pub(super) async fn run_file(
     args: RunArgs,
 ) -> Result<(), CliError> {
     let spec = spec_file::read_vm(&args.file)?;
+    // Before there is a VM that must not be left.
+    let signals = if args.rm { Some(Signals::new()?) } else { None };
     let (vm, created) = match client.create_vm(&spec).await {
         Ok(vm) => (vm, true),
         Err(error) => (same_vm(client, &spec, error).await?, false),
@@ -212,30 +221,82 @@ pub(super) async fn run_file(
         eprintln!("portcullis: the VM {name} was there before: --rm does not delete it");
     }
     let id = vm.id.to_string();
-    if let Err(error) = act(client, &id, VmAction::Boot, args.wait).await {
+    let Some(mut signals) = signals.filter(|_| remove) else {
+        return boot_and_follow(client, output, &args, &name, &id, false).await;
+    };
+    let ended = tokio::select! {
+        result = boot_and_follow(client, output, &args, &name, &id, true) => Ok(result),
+        signal = signals.next() => Err(signal),
+    };
+    match ended {
+        Ok(Err(CliError::Signalled { .. })) | Err(_) => {
+            let signal = ended.err().unwrap_or(SIGTERM);
+            remove_after(client, &name, &id, args.wait).await;
+            Err(CliError::Signalled { signal })
+        }
+        Ok(result) => result,
+    }
+}
+
+const SIGTERM: i32 = Number::TERM.as_raw();
+
+/// The signals that end a command in the ordinary way.
+struct Signals([(i32, Signal); 3]);
+
+impl Signals {
+    fn new() -> Result<Self, CliError> {
+        let listen = |kind: SignalKind| signal(kind).map(|signal| (kind.as_raw_value(), signal));
+        let signals = [SignalKind::terminate(), SignalKind::interrupt(), SignalKind::hangup()].map(listen);
+        let [Ok(terminate), Ok(interrupt), Ok(hangup)] = signals else {
+            return Err(CliError::Terminal(std::io::Error::other("signals cannot be handled")));
+        };
+        Ok(Self([terminate, interrupt, hangup]))
+    }
+
+    /// The number of the next one.
+    async fn next(&mut self) -> i32 {
+        let [(terminate, first), (interrupt, second), (hangup, third)] = &mut self.0;
+        tokio::select! {
+            _ = first.recv() => *terminate,
+            _ = second.recv() => *interrupt,
+            _ = third.recv() => *hangup,
+        }
+    }
+}
+
+async fn boot_and_follow(
+    client: &Client,
+    output: &mut Output<'_>,
+    args: &RunArgs,
+    name: &str,
+    id: &str,
+    remove: bool,
+) -> Result<(), CliError> {
+    if let Err(error) = act(client, id, VmAction::Boot, args.wait).await {
         match remove {
-            true => remove_after(client, &name, &id, args.wait).await,
+            true => remove_after(client, name, id, args.wait).await,
             false => eprintln!(
                 "portcullis: the VM {name} is there all the same: `portcullis vm delete {name}`, or mend it and boot it"
             ),
         }
         return Err(error.into());
     }
-    let end = console::attach(client, output, &name, &id, args.no_input).await?;
-    if end == console::End::Detached {
-        // It runs on; what is to be deleted is that of a VM that has ended.
-        return Ok(());
+    match console::attach(client, output, name, id, args.no_input).await? {
+        console::End::Rest => {}
+        console::End::Signalled if remove => return Err(CliError::Signalled { signal: SIGTERM }),
+        // It runs on.
+        console::End::Detached | console::End::Signalled => return Ok(()),
     }
-    let status = client.get_vm(&id).await?.status;
+    let status = client.get_vm(id).await?.status;
     if status.state == VmState::Failed {
         if remove {
-            remove_after(client, &name, &id, args.wait).await;
+            remove_after(client, name, id, args.wait).await;
         }
         let why = status.cause.map_or_else(|| "no cause is known".to_owned(), |cause| cause.detail);
-        return Err(CliError::VmFailed { vm: name, why });
+        return Err(CliError::VmFailed { vm: name.to_owned(), why });
     }
     if remove {
-        delete(client, &id, None, args.wait).await?;
+        delete(client, id, None, args.wait).await?;
     }
     Ok(())
 }

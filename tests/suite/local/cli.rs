@@ -4,14 +4,15 @@
 
 use std::{
     fs,
-    io::Write,
+    io::{Read, Write},
     path::Path,
     process::{Command, Output, Stdio},
     thread,
     time::{Duration, Instant},
 };
 
-use api::types::VmState;
+use api::types::{VmAction, VmState};
+use rustix::process::{Pid, Signal, kill_process};
 use serde_json::{Value, json};
 use tempfile::TempDir;
 
@@ -199,19 +200,93 @@ fn a_console_is_attached_both_ways_and_detached_by_its_key() {
     assert_eq!(agent.wait_for_state("web1", VmState::Stopped).status.pid, None);
 
     // By a signal it is detached, too.
-    let mut terminal = OnTerminal::new(command(&agent, &format!("run --rm {file}")));
-    terminal.shows("ready\n");
-    let pid = rustix::process::Pid::from_child(&terminal.child);
-    rustix::process::kill_process(pid, rustix::process::Signal::TERM).unwrap();
-    assert_eq!(terminal.ends(), Some(0));
-    assert!(!terminal.is_raw());
-    assert_eq!(agent.vm("web1").status.state, VmState::Running, "what runs is not deleted");
+    for signal in [Signal::TERM, Signal::INT, Signal::HUP] {
+        let mut terminal = OnTerminal::new(command(&agent, &format!("run {file}")));
+        terminal.shows("ready\n");
+        kill_process(Pid::from_child(&terminal.child), signal).unwrap();
+        assert_eq!(terminal.ends(), Some(0));
+        assert!(!terminal.is_raw(), "{signal:?}");
+        assert_eq!(agent.vm("web1").status.state, VmState::Running);
+        agent.act("web1", VmAction::Stop).unwrap();
+    }
+    agent.act("web1", VmAction::Boot).unwrap();
     fails(&agent, &format!("run --rm {file}"), 5, "`portcullis console web1`");
     assert_eq!(
         agent.vm("web1").status.state,
         VmState::Running,
         "what this command did not make is left alone"
     );
+}
+
+/// A job that is ended leaves neither its VM nor a VF, so that the next one finds them.
+#[test]
+fn what_run_made_goes_with_it_when_it_is_ended() {
+    let agent = start();
+    let directory = TempDir::with_prefix("vm").unwrap();
+    let file = vm_file(&agent, directory.path());
+    for (signal, on_terminal) in
+        [(Signal::TERM, false), (Signal::INT, false), (Signal::HUP, false), (Signal::TERM, true)]
+    {
+        let mut run = command(&agent, &format!("run --rm {file}"));
+        let code = if on_terminal {
+            let mut terminal = OnTerminal::new(run);
+            terminal.shows("ready\n");
+            kill_process(Pid::from_child(&terminal.child), signal).unwrap();
+            let code = terminal.ends();
+            assert!(!terminal.is_raw());
+            code
+        } else {
+            run.stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::null());
+            let mut run = run.spawn().unwrap();
+            let deadline = Instant::now() + PATIENCE;
+            while !agent.ask(agent.client.get_vm("web1")).is_ok_and(|vm| vm.status.state == VmState::Running)
+            {
+                assert!(Instant::now() < deadline, "it is not booted\n{}", agent.log());
+                thread::sleep(Duration::from_millis(10));
+            }
+            kill_process(Pid::from_child(&run), signal).unwrap();
+            run.wait().unwrap().code()
+        };
+        assert_eq!(code, Some(128 + signal.as_raw()), "{signal:?}");
+        assert_eq!(agent.ask(agent.client.list_vms()).unwrap().len(), 0, "{signal:?}");
+        assert!(agent.vfs().iter().all(|vf| vf.owner.is_none()), "{signal:?}");
+    }
+    // A deletion that is only begun.
+    SmallGuest::boot(&agent, "web1", json!([{"id": "eth0"}]));
+    let begun = Instant::now();
+    let deleted = command(&agent, "vm delete web1 --wait 0").status().unwrap();
+    assert!(deleted.success() && begun.elapsed() < Duration::from_secs(20));
+    let deadline = Instant::now() + PATIENCE;
+    while !agent.ask(agent.client.list_vms()).unwrap().is_empty() {
+        assert!(Instant::now() < deadline, "it is not deleted\n{}", agent.log());
+        thread::sleep(Duration::from_millis(10));
+    }
+}
+
+/// Input that the guest does not take holds up neither its output nor a signal.
+#[test]
+fn a_console_that_is_fed_by_a_pipe_can_be_ended() {
+    let agent = start();
+    let guest = SmallGuest::boot(&agent, "web1", json!([]));
+    guest.guest.type_line("halt");
+    for signal in [Signal::TERM, Signal::HUP, Signal::INT] {
+        let mut console = command(&agent, "console web1 --attach");
+        console.stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::null());
+        let mut console = console.spawn().unwrap();
+        let mut input = console.stdin.take().unwrap();
+        let feeder = thread::spawn(move || while input.write_all(&[b'x'; 4096]).is_ok() {});
+        let mut shown = [0; 64];
+        let count = console.stdout.as_mut().unwrap().read(&mut shown).unwrap();
+        assert!(count > 0, "what the guest has written is shown");
+        thread::sleep(Duration::from_secs(1));
+        kill_process(Pid::from_child(&console), signal).unwrap();
+        let deadline = Instant::now() + PATIENCE;
+        while console.try_wait().unwrap().is_none() {
+            assert!(Instant::now() < deadline, "it goes on after {signal:?}");
+            thread::sleep(Duration::from_millis(10));
+        }
+        feeder.join().unwrap();
+    }
 }
 
 #[test]

@@ -6,9 +6,10 @@ use std::{
     io::{Read, Write},
     os::unix::net::UnixStream,
     thread,
-    time::Duration,
+    time::{Duration, Instant},
 };
 
+use api::types::DecisionFilter;
 use serde_json::{Value, json};
 
 use crate::fixture::{Agent, Options, SmallGuest};
@@ -116,4 +117,46 @@ fn metrics_show_what_guests_and_clients_do() {
     let text = metrics();
     assert!(!text.contains("web1"), "no series of a VM that is gone:\n{text}");
     assert!(text.ends_with("# EOF\n"));
+}
+
+/// A name is used again; what one VM was refused is counted over the agent's restarts, and is not the next one's.
+#[test]
+fn refusals_outlast_the_agent_and_are_not_a_successor_s() {
+    let mut agent = start(&[]);
+    {
+        let mut guest = SmallGuest::boot(&agent, "web1", json!([{"id": "eth0"}]));
+        guest.ask("up");
+        for n in 1..=3 {
+            assert_eq!(guest.ask(&format!("set-mac 02:00:00:00:99:0{n}")), "nack");
+        }
+    }
+    let refused = |agent: &Agent, vm: &str| {
+        let filter = DecisionFilter {
+            vm: Some(vm.to_owned()),
+            verdict: Some(serde_json::from_value(json!("denied")).unwrap()),
+            ..DecisionFilter::default()
+        };
+        agent.ask(agent.client.decisions(&filter)).unwrap().iter().map(|decision| decision.count).sum::<u64>()
+    };
+    let deadline = Instant::now() + Duration::from_secs(20);
+    while refused(&agent, "web1") < 3 {
+        assert!(Instant::now() < deadline, "three refusals are recorded\n{}", agent.log());
+        thread::sleep(Duration::from_millis(20));
+    }
+    agent.create(&SmallGuest::spec(&agent, "defined", json!([]), "")).unwrap();
+    let moments = |agent: &Agent| {
+        let switches = agent.ask(agent.client.list_switches()).unwrap();
+        let groups = agent.ask(agent.client.list_port_groups()).unwrap();
+        (switches[0].created, groups[0].created, agent.vm("defined").status.since)
+    };
+    let before = moments(&agent);
+    agent.restart();
+    assert_eq!(moments(&agent), before);
+    let ports = agent.ask(agent.client.list_ports()).unwrap();
+    assert_eq!(ports[0].status.counters.denied, 3);
+    let old = agent.vm("web1").id.to_string();
+    agent.delete("web1").unwrap();
+    assert_eq!(refused(&agent, "web1"), 3, "nobody else has the name");
+    agent.create(&SmallGuest::spec(&agent, "web1", json!([{"id": "eth0"}]), "")).unwrap();
+    assert_eq!([refused(&agent, "web1"), refused(&agent, &old)], [0, 3]);
 }

@@ -266,5 +266,5 @@ fn it_goes_on_after_an_interruption_and_its_link_works_once() {
     ));
     assert_eq!(framed, "no");
     drop(ui);
-    browser.wait_for_text("#live", "away");
+    browser.wait_for_text("#live", "portcullis ui has ended");
 }

@@ -5,9 +5,12 @@
 mod diff;
 mod files;
 
-use std::cell::Cell;
+use std::{cell::Cell, collections::BTreeSet};
 
-use api::{Client, ClientError, Problem, ProblemCode, types::VmState};
+use api::{
+    Client, ClientError, Problem, ProblemCode,
+    types::{Name, VmState},
+};
 use clap::Args;
 use serde::Serialize;
 
@@ -59,6 +62,16 @@ struct Step {
     /// What the VM is, if it is one that is there.
     #[serde(skip)]
     state: Option<VmState>,
+    /// Another object that it names, and that neither is there nor is made.
+    #[serde(skip)]
+    missing: Option<Missing>,
+}
+
+/// The name of an object that there is not.
+#[derive(Clone, Debug)]
+enum Missing {
+    Switch(Name),
+    PortGroup(Name),
 }
 
 pub(super) async fn run(client: &Client, output: &mut Output<'_>, args: ApplyArgs) -> Result<(), CliError> {
@@ -88,6 +101,18 @@ pub(super) async fn run(client: &Client, output: &mut Output<'_>, args: ApplyArg
 
 /// Whether nothing is known to be in the way of a step.
 fn possible(steps: &[Step]) -> Result<(), CliError> {
+    for step in steps {
+        let Some(missing) = &step.missing else { continue };
+        let (code, what, name) = match missing {
+            Missing::Switch(name) => (ProblemCode::SwitchNotFound, "switch", name),
+            Missing::PortGroup(name) => (ProblemCode::PortGroupNotFound, "port group", name),
+        };
+        let detail = format!(
+            "There is no {what} {name}, and no file makes it: create it, or correct the name. Nothing was changed."
+        );
+        let source = Box::new(ClientError::from(Box::new(Problem::new(code, detail))).into());
+        return Err(CliError::Apply { file: step.file.clone(), source });
+    }
     let mut blocked = steps.iter().filter(|step| step.action == Action::Blocked);
     let Some(Step { name, file, state, .. }) = blocked.next() else { return Ok(()) };
     let state = state.map_or("not at rest", VmState::as_str);
@@ -119,12 +144,45 @@ fn show(output: &mut Output<'_>, steps: &[Step]) -> Result<(), CliError> {
     Ok(output.table(steps, ["ACTION", "KIND", "NAME", "FILE", "CHANGES"], row)?)
 }
 
+/// The names that files can refer to: of what is there, and of what is made.
+struct Names {
+    switches: BTreeSet<Name>,
+    groups: BTreeSet<Name>,
+}
+
+impl Names {
+    fn lacks(&self, wanted: &Wanted) -> Option<Missing> {
+        match wanted {
+            Wanted::Switch(..) => None,
+            Wanted::PortGroup(_, spec) => {
+                (!self.switches.contains(&spec.switch)).then(|| Missing::Switch(spec.switch.clone()))
+            }
+            Wanted::Vm(spec) => {
+                let mut named = spec.adapters.iter().filter_map(|adapter| adapter.port_group.as_ref());
+                named.find(|name| !self.groups.contains(*name)).cloned().map(Missing::PortGroup)
+            }
+        }
+    }
+}
+
 /// Compares what should be with what is.
 async fn plan(client: &Client, wanted: Vec<(String, Wanted)>) -> Result<Vec<Step>, CliError> {
     let switches = client.list_switches().await?;
     let groups = client.list_port_groups().await?;
     let vms = client.list_vms().await?;
+    let mut there = Names {
+        switches: switches.iter().map(|switch| switch.name.clone()).collect(),
+        groups: groups.iter().map(|group| group.name.clone()).collect(),
+    };
+    for (_, wanted) in &wanted {
+        match wanted {
+            Wanted::Switch(name, _) => drop(there.switches.insert(name.clone())),
+            Wanted::PortGroup(name, _) => drop(there.groups.insert(name.clone())),
+            Wanted::Vm(_) => {}
+        }
+    }
     let step = |(file, wanted): (String, Wanted)| {
+        let missing = there.lacks(&wanted);
         let mut state = None;
         let mut blocked = false;
         let found = match &wanted {
@@ -149,7 +207,7 @@ async fn plan(client: &Client, wanted: Vec<(String, Wanted)>) -> Result<Vec<Step
             Some((revision, changes)) if blocked => (Action::Blocked, Some(revision), changes),
             Some((revision, changes)) => (Action::Change, Some(revision), changes),
         };
-        Step { action, kind, name, file, changes, wanted, revision, state }
+        Step { action, kind, name, file, changes, wanted, revision, state, missing }
     };
     Ok(wanted.into_iter().map(step).collect())
 }

@@ -180,6 +180,26 @@ async fn apply_makes_what_files_say_and_nothing_the_second_time() {
     desk.run(&apply).await.unwrap();
     assert_eq!(actions(apply.clone()).await, all("unchanged"));
 
+    // A name that leads nowhere is known before anything is made, too.
+    for (file, text, code) in [
+        ("a.yaml", "{object: port_group, name: aaa, switch: nowhere}", "switch_not_found"),
+        (
+            "a.json",
+            &WEB1.replace("web1", "web2").replace("\"eth0\" }", "\"eth0\", \"port_group\": \"no\" }"),
+            "port_group_not_found",
+        ),
+    ] {
+        write(file, text);
+        for line in [format!("{apply} --dry-run"), apply.clone()] {
+            let error = desk.run_into(&line, &mut Vec::new()).await.unwrap_err();
+            let told: serde_json::Value = serde_json::from_str(&error.text(Format::Json)).unwrap();
+            assert_eq!((error.code(), &told["code"]), (1, &code.into()), "{told}");
+            assert!(told["file"].as_str().unwrap().ends_with(file), "{told}");
+        }
+        std::fs::remove_file(directory.join(file)).unwrap();
+    }
+    assert_eq!(actions(apply.clone()).await, all("unchanged"));
+
     // A VM that runs cannot become what its file says: that is known before anything is made.
     desk.run("vm boot web1").await.unwrap();
     let of_web = WEB1.replace("\"eth0\" }", "\"eth0\", \"port_group\": \"web\" }");
@@ -223,26 +243,32 @@ async fn apply_makes_what_files_say_and_nothing_the_second_time() {
 
     // What the agent refuses is told whole; what comes before it is made.
     write("web.yaml", "{object: port_group, name: web, switch: lan, settings: {mtu: 2000}}");
-    write("web3.yaml", "{object: port_group, name: web3, switch: nowhere}");
+    for name in ["web4", "web5"] {
+        let mac = "\"eth0\", \"mac\": \"02:00:00:00:44:44\" }";
+        write(&format!("{name}.json"), &WEB1.replace("web1", name).replace("\"eth0\" }", mac));
+    }
     let mut output = Vec::new();
     let error = desk.run_into(&apply, &mut output).await.unwrap_err();
     let made = String::from_utf8(output).unwrap();
-    assert!(made.contains("/web.yaml") && !made.contains("/web3.yaml"), "{made}");
+    assert!(made.contains("/web4.json") && !made.contains("/web5.json"), "{made}");
     assert_eq!(
         desk.json("port-group show web").await["spec"]["settings"],
         serde_json::json!({ "mtu": 2000 })
     );
     let told: serde_json::Value = serde_json::from_str(&error.text(Format::Json)).unwrap();
-    assert_eq!(told["code"], "switch_not_found");
+    assert_eq!(told["code"], "mac_in_use");
     assert!(
-        told["file"].as_str().unwrap().ends_with("/web3.yaml") && told["request_id"].is_string(),
+        told["file"].as_str().unwrap().ends_with("/web5.json") && told["request_id"].is_string(),
         "{told}"
     );
     let text = error.text(Format::Table);
-    for part in ["web3.yaml", "(switch_not_found)", told["request_id"].as_str().unwrap()] {
+    for part in ["web5.json", "(mac_in_use)", told["request_id"].as_str().unwrap()] {
         assert!(text.contains(part), "{part}: {text}");
     }
-    std::fs::remove_file(directory.join("web3.yaml")).unwrap();
+    for name in ["web4", "web5"] {
+        std::fs::remove_file(directory.join(format!("{name}.json"))).unwrap();
+    }
+    desk.run("vm delete web4").await.unwrap();
 
     write("typo.toml", "name = \"web2\"\nmemroy = \"2MiB\"");
     let (code, error) = desk.run(&apply).await.unwrap_err();
