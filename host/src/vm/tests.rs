@@ -119,6 +119,17 @@ async fn whatever_fails_during_a_boot_nothing_is_left_behind() {
                 spec.devices.push(VF1.to_string().parse().unwrap());
             },
         ),
+        case(
+            "a bridge",
+            ProblemCode::DeviceUnsupported,
+            |host| {
+                let bridge = Bdf::new(0, 3, 0, 0).unwrap();
+                host.sysfs.add_device(bridge, (0x8086, 0x0953), 0x06_04_00, Some(78), None);
+            },
+            |spec| {
+                spec.devices.push("0000:03:00.0".parse().unwrap());
+            },
+        ),
         case("PF down", ProblemCode::PfDown, |host| host.set_pf_up(false), |_| {}),
         case(
             "no vfio-pci",
@@ -421,6 +432,16 @@ async fn a_device_has_one_owner() {
     let problem = second.act(VmAction::Boot, caller()).await.unwrap_err();
     assert_eq!(problem.code, ProblemCode::DeviceInUse);
     assert!(problem.detail.contains("first"), "{problem}");
+    // What is in its IOMMU group reaches the same memory.
+    let sibling = Bdf::new(0, 2, 0, 1).unwrap();
+    host.sysfs.add_device(sibling, (0x8086, 0x0953), 0x01_08_02, Some(77), None);
+    let third = host.create("third", |spec| {
+        spec.adapters.clear();
+        spec.devices = vec![sibling.to_string().parse().unwrap()];
+    });
+    let problem = third.await.act(VmAction::Boot, caller()).await.unwrap_err();
+    assert_eq!(problem.code, ProblemCode::DeviceInUse);
+    assert!(problem.detail.contains("first") && problem.detail.contains("group 77"), "{problem}");
     host.act(&first, VmAction::Stop).await.unwrap();
 }
 

@@ -1,5 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 
+use std::time::Duration;
+
 use netpolicy::{
     Change, Committed, OnDenied, OnDenied::Nack, OnDenied::Silent, Outcome, Reason, Request, Setting, Source,
     VlanId,
@@ -8,6 +10,7 @@ use passthrough::{
     host::VfChange,
     relay::{Cancelled, Forwarded, Notice, Question},
 };
+use tokio::time::sleep;
 
 use super::fixture::{FORWARD, Host, LOCAL, PF, TIMING, TakesBack, mac, refused, vf, vm};
 use crate::store::Expect;
@@ -131,8 +134,13 @@ async fn what_a_relay_refused_is_recorded_as_if_it_had_been_asked() {
 async fn an_address_that_a_reboot_is_about_to_take_is_given_again() {
     let mut host = Host::new(ACCEPT).await;
     host.ask(1, Request::SetMac(mac(9))).await;
+    let gate = host.pfs.world().gate.clone();
+    // Or the reboot is over before the question comes.
+    let held = gate.lock().await;
     host.switch.rebooted(vm(1)).await;
     host.send(1, Request::SetMac(mac(9))).await;
+    sleep(Duration::from_millis(20)).await;
+    drop(held);
     assert_eq!(host.answer(1).await.effective_mac, mac(9));
     host.until("the reboot is over", async |host| host.pf_mac(1) == Some(mac(9))).await;
     assert_eq!(host.addresses(1).await, (mac(9), mac(9)));

@@ -8,7 +8,7 @@ use netpolicy::{Change, MacAddress, PromiscuousMode, Reason, Request, VlanId};
 
 use super::{FORWARD, LOCAL, NACK, SILENT, mac};
 use crate::relay::{
-    Cancelled, Config, Forwarded, Notice, Rate, Verdict,
+    Cancelled, Config, Forwarded, MAX_CHANGES, Notice, Rate, Verdict,
     testing::{Bench, Bus, Driver, driver::Failed},
 };
 
@@ -287,6 +287,18 @@ fn pings_reach_the_guest() {
     assert_eq!(driver.bus.read(0xc40) & 0x10, 0x10, "what came within that time is found too");
 }
 
+/// The reset bits are cleared by whoever reads them first; the word lasts.
+#[test]
+fn a_word_without_clear_to_send_is_enough_to_know_of_a_reset() {
+    let (bench, mut driver) = guest();
+    driver.watchdog();
+    bench.vf().with_pf(|pf| pf.clear_to_send = false);
+    bench.vf().ping();
+    bench.wait(300 * MS);
+    assert!(bench.notices().contains(&Notice::PfReset));
+    assert_eq!(driver.bus.read(0x800) & 0x2000_0000, 0, "the guest is not clear to send either");
+}
+
 #[test]
 fn after_a_reset_of_the_pf_the_guest_resets_and_runs_again() {
     let (bench, mut driver) = guest();
@@ -410,6 +422,21 @@ fn taking_back_waits_for_a_reset_and_is_done_before_its_answer() {
     }
     assert!(nothing_left(&bench));
     assert_eq!(bench.notices(), [Notice::TakenBack { id: 8, failed: vec![], deferred: false }]);
+}
+
+#[test]
+fn what_waits_for_a_reset_is_bounded() {
+    let (bench, mut driver) = guest();
+    joined(&bench, &mut driver);
+    driver.bus.write(0, 1 << 26);
+    let fits = u64::try_from(MAX_CHANGES / everything().len()).unwrap();
+    for id in 0..=fits {
+        bench.0.borrow().relay.take_back(id, everything());
+        bench.wait(MS);
+        let deferred = id < fits;
+        let failed = if deferred { vec![] } else { everything() };
+        assert_eq!(bench.notices(), [Notice::TakenBack { id, failed, deferred }]);
+    }
 }
 
 #[test]
