@@ -198,6 +198,35 @@ fn a_vm_says_which_parts_of_its_sandbox_are_off() {
     assert!(!filtered);
 }
 
+/// What the kernel says of a VM's process: no right is left that an attack above does not try.
+#[test]
+fn a_vm_process_has_no_right_left() {
+    assert!(geteuid().is_root(), "a process gets a user of its own from root only");
+    let agent = agent(&[]);
+    let vm = SmallGuest::boot(&agent, "web1", json!([])).guest.name;
+    let status = fs::read_to_string(format!("/proc/{}/status", agent.vm(&vm).status.pid.unwrap())).unwrap();
+    let of = |name: &str| {
+        let line = status.lines().find_map(|line| line.strip_prefix(name)?.strip_prefix(':'));
+        line.unwrap_or_else(|| panic!("no {name} in {status}")).split_whitespace().collect::<Vec<_>>()
+    };
+    for (name, expect) in [
+        ("Groups", &[][..]),
+        ("CapInh", &["0000000000000000"]),
+        ("CapPrm", &["0000000000000000"]),
+        ("CapEff", &["0000000000000000"]),
+        ("CapBnd", &["0000000000000000"]),
+        ("CapAmb", &["0000000000000000"]),
+        ("NoNewPrivs", &["1"]),
+        ("Seccomp", &["2"]),
+    ] {
+        assert_eq!(of(name), expect, "{name}");
+    }
+    for name in ["Uid", "Gid"] {
+        let ids = of(name);
+        assert!(ids[0] != "0" && ids.iter().all(|id| *id == ids[0]), "{name}: {ids:?}");
+    }
+}
+
 /// What the host cannot limit is not booted; with a real hierarchy: `lab::sandbox`.
 #[test]
 fn limits_that_the_host_cannot_set_are_an_error_that_says_what_to_do() {

@@ -142,8 +142,8 @@ async fn an_address_that_a_reboot_is_about_to_take_is_given_again() {
     sleep(Duration::from_millis(20)).await;
     drop(held);
     assert_eq!(host.answer(1).await.effective_mac, mac(9));
-    host.until("the reboot is over", async |host| host.pf_mac(1) == Some(mac(9))).await;
-    assert_eq!(host.addresses(1).await, (mac(9), mac(9)));
+    host.switch.settle().await;
+    assert_eq!((host.pf_mac(1), host.addresses(1).await), (Some(mac(9)), (mac(9), mac(9))));
 }
 
 #[tokio::test]
