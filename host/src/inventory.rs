@@ -138,10 +138,21 @@ impl Inventory {
     /// # Errors
     /// There is none, or sysfs is unreadable.
     pub fn pf_known_as(&self, name: &str) -> Result<Pf, InventoryError> {
+        self.pf(self.address_known_as(name)?)
+    }
+
+    /// The address of the PF that ports know by this name. Asks no PF, and looks at nothing for a name that is kept.
+    ///
+    /// # Errors
+    /// There is none, or sysfs is unreadable.
+    pub fn address_known_as(&self, name: &str) -> Result<Bdf, InventoryError> {
         let kept = self.kept_names().iter().find(|(_, kept)| *kept == name).map(|(bdf, _)| *bdf);
-        match kept {
-            Some(bdf) => self.pf(bdf),
-            None => self.pf_by_name(name),
+        if let Some(bdf) = kept.or_else(|| name.parse().ok()) {
+            return Ok(bdf);
+        }
+        match self.simulated.as_ref().and_then(|simulated| simulated.by_name(name)) {
+            Some(bdf) => Ok(bdf),
+            None => Ok(self.sysfs.pf_by_name(name)?.device.bdf),
         }
     }
 

@@ -527,3 +527,22 @@ pub struct VmDeviceStats {
     /// Mailbox messages by name and verdict.
     pub mailbox: BTreeMap<String, u64>,
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn limits_without_a_value_are_none() {
+        let spec = |limits: serde_json::Value| -> VmSpec {
+            let boot = serde_json::json!({ "kernel": "k" });
+            let spec =
+                serde_json::json!({ "name": "web1", "memory": "2MiB", "boot": boot, "limits": limits });
+            serde_json::from_value(spec).unwrap()
+        };
+        assert_eq!(spec(serde_json::json!({})).limits, None);
+        assert_eq!(spec(serde_json::Value::Null).limits, None);
+        let weight = Some(VmLimits { cpu_weight: Some(50), ..VmLimits::default() });
+        assert_eq!(spec(serde_json::json!({ "cpu_weight": 50 })).limits, weight);
+    }
+}

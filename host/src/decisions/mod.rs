@@ -84,8 +84,15 @@ impl DecisionLog {
         let table = Decisions::open(path, kept)?;
         let (commands, inbox) = mpsc::sync_channel(WAITING);
         let lost = Arc::new(AtomicU64::new(0));
-        let (lines, unstored, written) = (Lines::default(), Vec::new(), None);
-        let recorder = Recorder { table, events, lines, lost: Arc::clone(&lost), unstored, written };
+        let recorder = Recorder {
+            table,
+            events,
+            lines: Lines::default(),
+            lost: Arc::clone(&lost),
+            unstored: Vec::new(),
+            dropped: None,
+            written: None,
+        };
         thread::Builder::new()
             .name("decisions".into())
             .spawn(move || recorder.run(&inbox))
@@ -157,6 +164,8 @@ struct Recorder {
     lost: Arc<AtomicU64>,
     /// What could not be stored yet, in order.
     unstored: Vec<Decision>,
+    /// How many there was no place for, while nothing can be stored.
+    dropped: Option<usize>,
     /// When something was stored, or was to be, the last time.
     written: Option<Instant>,
 }
@@ -238,18 +247,20 @@ impl Recorder {
         self.written = Some(Instant::now());
         let error = match result {
             Ok(stored) => {
+                if let Some(missing) = self.dropped.take() {
+                    tracing::warn!(missing, "Decisions can be stored again, and those that waited are");
+                }
                 for decision in stored {
                     self.events.publish_decision(decision);
                 }
                 None
             }
             Err(error) => {
+                if self.dropped.is_none() {
+                    tracing::error!("Decisions cannot be stored, and wait: {error}");
+                }
                 let left = decisions.len().saturating_sub(UNSTORED);
-                tracing::error!(
-                    waiting = decisions.len() - left,
-                    left,
-                    "Decisions cannot be stored yet: {error}"
-                );
+                self.dropped = Some(self.dropped.unwrap_or(0).saturating_add(left));
                 // The newest are the first that are missed: what led to them is there.
                 decisions.truncate(UNSTORED);
                 self.unstored = decisions;

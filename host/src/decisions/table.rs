@@ -50,8 +50,17 @@ impl Decisions {
         Ok(Self { connection, kept, recent: HashMap::new(), added: HashMap::new(), added_in_all: kept })
     }
 
-    /// Writes decisions, equal ones into one record. Returns the records as they are now.
+    /// Writes decisions, equal ones into one record. Returns the records as they are now. After an error nothing is written.
     pub(super) fn record(&mut self, decisions: &[Decision]) -> Result<Vec<Decision>, StoreError> {
+        let result = self.try_record(decisions);
+        if result.is_err() {
+            // What is remembered as recent is not in the table, and would be counted again with the next try.
+            self.recent.clear();
+        }
+        result
+    }
+
+    fn try_record(&mut self, decisions: &[Decision]) -> Result<Vec<Decision>, StoreError> {
         let mut stored = Vec::with_capacity(decisions.len());
         let mut counts = HashMap::new();
         let share = (self.kept / SHARE).max(1);
@@ -107,11 +116,7 @@ impl Decisions {
                 )?
                 .execute([self.kept])?;
         }
-        if let Err(error) = transaction.commit() {
-            // What is remembered as recent is not in the table.
-            self.recent.clear();
-            return Err(error.into());
-        }
+        transaction.commit()?;
         Ok(stored)
     }
 

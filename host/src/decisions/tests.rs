@@ -157,8 +157,8 @@ async fn what_cannot_be_stored_is_stored_later() {
     let deadline = Instant::now() + RETRY * 10;
     loop {
         let all = log.query(filter()).await.unwrap_or_default();
-        let found: Vec<_> = all.iter().filter_map(|d| d.requested.as_deref()).collect();
-        if found == ["b", "a"] {
+        let found: Vec<_> = all.iter().map(|d| (d.requested.as_deref().unwrap(), d.count)).collect();
+        if found == [("b", 1), ("a", 1)] {
             break;
         }
         assert!(Instant::now() < deadline, "{found:?}");

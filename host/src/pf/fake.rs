@@ -10,7 +10,7 @@ use std::{
 };
 
 use netpolicy::{MacAddress, PfCapabilities};
-use passthrough::host::{InventoryError, PfControl, PfError, VfChange, VfSettings, fake::FakePf};
+use passthrough::host::{Bdf, InventoryError, PfControl, PfError, VfChange, VfSettings, fake::FakePf};
 
 use super::{PfName, Pfs};
 
@@ -68,6 +68,14 @@ impl FakePfs {
 impl Pfs for FakePfs {
     fn list(&self) -> Result<Vec<PfName>, PfError> {
         Ok(self.world().pfs.keys().map(|name| PfName { name: name.clone(), up: true }).collect())
+    }
+
+    fn address(&self, name: &str) -> Result<Bdf, PfError> {
+        let number = self.world().pfs.keys().position(|pf| pf == name);
+        let number = number.ok_or_else(|| InventoryError::NoSuchInterface(name.to_owned()))?;
+        format!("0000:{:02x}:00.0", number + 1)
+            .parse()
+            .map_err(|_| PfError::NoInterface { pf: name.to_owned() })
     }
 
     fn open(&self, name: &str) -> Result<Box<dyn PfControl>, PfError> {

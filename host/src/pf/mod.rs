@@ -17,7 +17,7 @@ use std::{
 };
 
 use netpolicy::{PfCapabilities, VfRef};
-use passthrough::host::{ApplyError, InventoryError, PfControl, PfError, VfChange, VfSettings};
+use passthrough::host::{ApplyError, Bdf, InventoryError, PfControl, PfError, VfChange, VfSettings};
 use tokio::sync::oneshot;
 
 use crate::{environment::OpenPf, inventory::Inventory};
@@ -47,6 +47,12 @@ pub trait Pfs: Send + Sync + 'static {
     /// The inventory cannot be read.
     fn list(&self) -> Result<Vec<PfName>, PfError>;
 
+    /// Which of them has this name now: names can change, and come to another one.
+    ///
+    /// # Errors
+    /// There is no such PF.
+    fn address(&self, name: &str) -> Result<Bdf, PfError>;
+
     /// The way to one of them.
     ///
     /// # Errors
@@ -72,6 +78,10 @@ impl Pfs for HostPfs {
     fn list(&self) -> Result<Vec<PfName>, PfError> {
         let named = |(name, up)| PfName { name, up };
         Ok(self.inventory.pf_names()?.into_iter().map(named).collect())
+    }
+
+    fn address(&self, name: &str) -> Result<Bdf, PfError> {
+        Ok(self.inventory.address_known_as(name)?)
     }
 
     fn open(&self, name: &str) -> Result<Box<dyn PfControl>, PfError> {
@@ -244,7 +254,8 @@ struct Thread {
     pf: String,
     pfs: Arc<dyn Pfs>,
     threads: Weak<Threads>,
-    control: Option<Box<dyn PfControl>>,
+    /// The way to the PF, and the PF that it leads to.
+    control: Option<(Bdf, Box<dyn PfControl>)>,
 }
 
 impl Thread {
@@ -297,13 +308,14 @@ impl Thread {
         &mut self,
         work: impl FnOnce(&mut dyn PfControl) -> Result<T, PfFailure>,
     ) -> Result<T, PfFailure> {
+        let address = self.pfs.address(&self.pf)?;
         let mut control = match self.control.take() {
-            Some(control) => control,
-            None => self.pfs.open(&self.pf)?,
+            Some((of, control)) if of == address => control,
+            _ => self.pfs.open(&self.pf)?,
         };
         let result = work(&mut *control);
         if !lost(&result) {
-            self.control = Some(control);
+            self.control = Some((address, control));
         }
         result
     }

@@ -1,12 +1,19 @@
 // SPDX-License-Identifier: Apache-2.0
 
-use std::time::Duration;
+use std::{
+    sync::{Arc, Mutex},
+    time::Duration,
+};
 
 use netpolicy::VfRef;
-use passthrough::host::VfChange;
+use passthrough::host::{
+    Bdf, PfControl, VfChange,
+    fake::{FakePf, FakeSysfs},
+};
 use tokio::time::timeout;
 
-use super::{PfFailure, PfHandle, fake::FakePfs};
+use super::{HostPfs, PfFailure, PfHandle, fake::FakePfs};
+use crate::inventory::Inventory;
 
 fn vf(index: u32) -> netpolicy::VfRef {
     netpolicy::VfRef { pf: "eth0".into(), index }
@@ -38,6 +45,36 @@ async fn what_is_not_there_is_told_and_found_again_later() {
     assert!(handle.read("eth0").await.is_err());
     pfs.world().pfs.insert("eth0".into(), gone);
     assert_eq!(handle.read("eth0").await.unwrap().len(), 7);
+}
+
+#[tokio::test]
+async fn a_name_that_came_to_another_pf_leads_there() {
+    let directory = tempfile::tempdir().unwrap();
+    let sysfs = FakeSysfs::new(directory.path().join("sys"));
+    let [first, second]: [Bdf; 2] = ["0000:01:00.0", "0000:02:00.0"].map(|bdf| bdf.parse().unwrap());
+    sysfs.add_igb(first, "eth0");
+    sysfs.add_igb(second, "eth1");
+    let inventory = Inventory::from(sysfs.sysfs());
+    let opened = Arc::new(Mutex::new(Vec::new()));
+    let note = Arc::clone(&opened);
+    let open = move |bdf: Bdf| {
+        note.lock().unwrap().push(bdf);
+        Ok(Box::new(FakePf::new("a PF", 1)) as Box<dyn PfControl>)
+    };
+    let handle = PfHandle::start(HostPfs::new(inventory.clone(), Arc::new(open))).unwrap();
+    let took = async || {
+        for _ in 0..2 {
+            handle.read("eth0").await.unwrap();
+        }
+        std::mem::take(&mut *opened.lock().unwrap())
+    };
+    assert_eq!(took().await, [first], "the way is kept");
+    inventory.keep_names([(first, "eth0".to_owned())]);
+    sysfs.rename_interface(first, "eth0", "lan0");
+    sysfs.rename_interface(second, "eth1", "eth0");
+    assert_eq!(took().await, [], "while its VFs are claimed");
+    inventory.keep_names([]);
+    assert_eq!(took().await, [second]);
 }
 
 /// Well below the time in which a relay gives up.

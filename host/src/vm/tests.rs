@@ -432,6 +432,8 @@ async fn a_device_has_one_owner() {
     let problem = second.act(VmAction::Boot, caller()).await.unwrap_err();
     assert_eq!(problem.code, ProblemCode::DeviceInUse);
     assert!(problem.detail.contains("first"), "{problem}");
+    let cause = second.status().run.cause.expect("who looks later sees why it was not booted");
+    assert_eq!((second.state(), cause.problem), (VmState::Defined, Some(ProblemCode::DeviceInUse)));
     // What is in its IOMMU group reaches the same memory.
     let sibling = Bdf::new(0, 2, 0, 1).unwrap();
     host.sysfs.add_device(sibling, (0x8086, 0x0953), 0x01_08_02, Some(77), None);

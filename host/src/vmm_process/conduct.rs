@@ -78,7 +78,8 @@ enum Answers {
 
 impl Conduct {
     /// A new connection to a VM with so many adapters. A relay takes 50 messages of its guest in a second behind 64 at once
-    /// (`passthrough::relay`), each of which can be a question and a notice. A vmm keeps 256 reports while no agent is there.
+    /// (`passthrough::relay`). Each can be a question and a notice, or two notices: a silent denial, and the address that the guest
+    /// believes in then. A vmm keeps 256 reports while no agent is there.
     /// What was said while the agent did not read comes at once, up to the length of a socket's queue.
     pub(super) fn new(adapters: usize) -> Self {
         let adapters = u32::try_from(adapters).unwrap_or(u32::MAX).min(16);
@@ -87,7 +88,7 @@ impl Conduct {
             report: 0,
             ask: 0,
             questions: Budget::new("questions", 256 + 128 * adapters, 16 + 64 * adapters),
-            notices: Budget::new("notices of relays", 512 + 128 * adapters, 16 + 64 * adapters),
+            notices: Budget::new("notices of relays", 512 + 256 * adapters, 16 + 128 * adapters),
             // A guest resets itself twice in a second; each time the machine has two states to report.
             reports: Budget::new("reports", 512, 8),
         }
@@ -252,7 +253,7 @@ mod tests {
                 seq,
                 report: Report::Relay { adapter: "eth0".into(), notice: Notice::PfReset },
             },
-            2 * 50,
+            2 * 2 * 50,
         ),
         (
             "reports",
