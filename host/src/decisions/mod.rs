@@ -41,11 +41,12 @@ const BATCH: usize = 256;
 /// no more than `vmm_process` lets it; what is more is counted in the log, and not recorded.
 const WAITING: usize = 16_384;
 
-/// Records are written this much later. A guest waits, busily, for the answer to what was decided: the disk and the log must
-/// not be served before it. An agent that crashes in between has answered what it did not record.
+/// What nobody waits for is written this much later. A guest waits, busily, for the answer to what was decided: the disk and the
+/// log must not be served before it. An agent that crashes in between has answered what it did not record.
 const GATHER: Duration = Duration::from_millis(10);
 
-/// Least time between two transactions. Each writes the same pages of the table and its indexes again, about 28 KiB.
+/// Least time between two transactions of what nobody waits for. Each writes the same pages of the table and its indexes again,
+/// about 28 KiB. A notice of a relay is waited for, and a question of the same VM behind it.
 const PACE: Duration = Duration::from_millis(100);
 
 /// Decisions that are kept while they cannot be stored, for example because the disk is full.
@@ -211,28 +212,29 @@ impl Recorder {
             for (filter, reply) in queries {
                 drop(reply.send(self.table.query(&filter)));
             }
-            for reply in counters {
-                drop(reply.send(self.table.counters()));
-            }
             for port in forgotten {
                 if let Err(error) = self.table.forget(port) {
                     tracing::warn!(%port, "How many decisions it has had cannot be forgotten: {error}");
                 }
             }
+            for reply in counters {
+                drop(reply.send(self.table.counters()));
+            }
         }
     }
 
-    /// What is written together with `first`: what comes until it is time for a transaction, or until somebody asks for records.
+    /// What is written together with `first`: what comes until it is time for a transaction, or until somebody waits for one.
     fn gather(&self, first: Command, inbox: &Receiver<Command>) -> Vec<Command> {
         let now = Instant::now();
         let due = self.written.map_or(now, |written| written + PACE).max(now + GATHER);
         let mut commands = vec![first];
-        while commands.len() < BATCH && matches!(commands.last(), Some(Command::Record { .. })) {
+        while commands.len() < BATCH && matches!(commands.last(), Some(Command::Record { reply: None, .. })) {
             match inbox.recv_timeout(due.saturating_duration_since(Instant::now())) {
                 Ok(command) => commands.push(command),
                 Err(_) => break,
             }
         }
+        commands.extend(inbox.try_iter().take(BATCH.saturating_sub(commands.len())));
         commands
     }
 

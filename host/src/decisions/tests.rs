@@ -9,7 +9,7 @@ use netpolicy::{
 };
 use uuid::Uuid;
 
-use super::{DecisionLog, GATHER, RETRY, WAITING, events::EventHub};
+use super::{DecisionLog, GATHER, PACE, RETRY, WAITING, events::EventHub};
 use crate::store::SqliteStore;
 
 pub(super) fn decision(vm: u128, requested: &str, outcome: Outcome, ms: u64) -> Decision {
@@ -142,6 +142,19 @@ async fn what_has_changed_something_never_yields_to_what_has_not() {
     let kept: Vec<_> = all.iter().filter(|d| d.weight() != Weight::Light).collect();
     assert_eq!(kept.len(), 2, "{all:?}");
     assert!(all.len() <= 12, "{}", all.len());
+}
+
+/// A VM's next question waits behind the notice that is recorded.
+#[tokio::test]
+async fn what_somebody_waits_for_is_written_at_once() {
+    let dir = tempfile::tempdir().unwrap();
+    let (log, _) = open(&dir, 1000);
+    let begun = Instant::now();
+    for ms in 0..50 {
+        log.note(decision(2, &ms.to_string(), Outcome::Denied, ms));
+        log.record(decision(1, &ms.to_string(), Outcome::Denied, ms)).await.unwrap();
+    }
+    assert!(begun.elapsed() < PACE * 25, "{:?} for 50", begun.elapsed());
 }
 
 /// A disk that is full for a while: what was decided meanwhile is recorded when there is room.
