@@ -238,11 +238,27 @@ impl Recorder {
         commands
     }
 
+    /// Keeps decisions that cannot be stored. Without room the newest are dropped: the older ones led to them.
+    fn keep(&mut self, mut decisions: Vec<Decision>) {
+        let surplus = decisions.len().saturating_sub(UNSTORED);
+        self.dropped = Some(self.dropped.unwrap_or(0).saturating_add(surplus));
+        decisions.truncate(UNSTORED);
+        self.unstored = decisions;
+    }
+
     fn record(&mut self, mut decisions: Vec<Decision>, replies: Vec<Reply<()>>) {
         if !self.unstored.is_empty() {
             decisions.splice(0..0, self.unstored.drain(..));
         }
         if decisions.is_empty() {
+            return;
+        }
+        // One try in a while, however many decisions guests cause: each writes all that waits.
+        if self.dropped.is_some() && self.written.is_some_and(|tried| tried.elapsed() < RETRY) {
+            self.keep(decisions);
+            for reply in replies {
+                drop(reply.send(Err(StoreError::NotWritten("earlier decisions wait, too".into()))));
+            }
             return;
         }
         let result = self.table.record(&decisions);
@@ -261,11 +277,7 @@ impl Recorder {
                 if self.dropped.is_none() {
                     tracing::error!("Decisions cannot be stored, and wait: {error}");
                 }
-                let left = decisions.len().saturating_sub(UNSTORED);
-                self.dropped = Some(self.dropped.unwrap_or(0).saturating_add(left));
-                // The newest are the first that are missed: what led to them is there.
-                decisions.truncate(UNSTORED);
-                self.unstored = decisions;
+                self.keep(decisions);
                 Some(error.to_string())
             }
         };

@@ -208,7 +208,7 @@ fn write(
 fn insert(transaction: &Transaction<'_>, decision: &Decision) -> Result<(), StoreError> {
     transaction
         .prepare_cached(
-            "INSERT INTO decisions (id, vm, vm_name, port, outcome, last_ms, value, weight)
+            "INSERT OR REPLACE INTO decisions (id, vm, vm_name, port, outcome, last_ms, value, weight)
              VALUES (?1, ?2, ?3, ?4, ?5, ?6, ?7, ?8)",
         )?
         .execute(params![
