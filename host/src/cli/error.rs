@@ -110,7 +110,7 @@ pub(super) enum CliError {
         why: String,
     },
     /// A signal ended the command.
-    #[error("Ended by a signal ({signal}); the VM that this command made is deleted with it")]
+    #[error("Ended by signal {signal}")]
     Signalled {
         /// Its number.
         signal: i32,

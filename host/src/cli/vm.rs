@@ -6,7 +6,6 @@ use std::time::Duration;
 
 use api::{Client, ClientError, ProblemCode, Progress, types::*};
 use clap::{Args, Subcommand};
-use rustix::process::Signal as Number;
 use tokio::signal::unix::{Signal, SignalKind, signal};
 
 use super::{
@@ -221,24 +220,22 @@ pub(super) async fn run_file(
         eprintln!("portcullis: the VM {name} was there before: --rm does not delete it");
     }
     let id = vm.id.to_string();
-    let Some(mut signals) = signals.filter(|_| remove) else {
+    let Some(mut signals) = signals else {
         return boot_and_follow(client, output, &args, &name, &id, false).await;
     };
-    let ended = tokio::select! {
-        result = boot_and_follow(client, output, &args, &name, &id, true) => Ok(result),
-        signal = signals.next() => Err(signal),
+    let signal = tokio::select! {
+        result = boot_and_follow(client, output, &args, &name, &id, remove) => return result,
+        signal = signals.next() => signal,
     };
-    match ended {
-        Ok(Err(CliError::Signalled { .. })) | Err(_) => {
-            let signal = ended.err().unwrap_or(SIGTERM);
-            remove_after(client, &name, &id, args.wait).await;
-            Err(CliError::Signalled { signal })
+    if remove {
+        // A second signal ends the wait for the deletion, which the agent completes.
+        tokio::select! {
+            () = remove_after(client, &name, &id, args.wait) => {}
+            _ = signals.next() => {}
         }
-        Ok(result) => result,
     }
+    Err(CliError::Signalled { signal })
 }
-
-const SIGTERM: i32 = Number::TERM.as_raw();
 
 /// The signals that end a command in the ordinary way.
 struct Signals([(i32, Signal); 3]);
@@ -283,7 +280,8 @@ async fn boot_and_follow(
     }
     match console::attach(client, output, name, id, args.no_input).await? {
         console::End::Rest => {}
-        console::End::Signalled if remove => return Err(CliError::Signalled { signal: SIGTERM }),
+        // The caller hears the same signal.
+        console::End::Signalled if args.rm => std::future::pending().await,
         // It runs on.
         console::End::Detached | console::End::Signalled => return Ok(()),
     }

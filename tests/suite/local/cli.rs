@@ -251,6 +251,17 @@ fn what_run_made_goes_with_it_when_it_is_ended() {
         assert_eq!(agent.ask(agent.client.list_vms()).unwrap().len(), 0, "{signal:?}");
         assert!(agent.vfs().iter().all(|vf| vf.owner.is_none()), "{signal:?}");
     }
+    // What was there before stays, and the command ends all the same.
+    agent.create(&serde_json::from_str::<Value>(&fs::read_to_string(&file).unwrap()).unwrap()).unwrap();
+    let mut run = command(&agent, &format!("run --rm {file}"));
+    run.stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::null());
+    let mut run = run.spawn().unwrap();
+    agent.wait_for_state("web1", VmState::Running);
+    kill_process(Pid::from_child(&run), Signal::TERM).unwrap();
+    assert_eq!(run.wait().unwrap().code(), Some(143));
+    assert_eq!(agent.vm("web1").status.state, VmState::Running);
+    agent.delete("web1").unwrap();
+
     // A deletion that is only begun.
     SmallGuest::boot(&agent, "web1", json!([{"id": "eth0"}]));
     let begun = Instant::now();
