@@ -321,7 +321,7 @@ mod tests {
             [known("eth0"), known("lan0"), known("0000:02:00.0")],
             [Some(first), Some(first), Some(second)]
         );
-        // People mean what they see.
+        // Requests by people use current interface names.
         assert_eq!(inventory.pf_by_name("eth0").unwrap().device.bdf, second);
 
         // In another network namespace it has no interface here, and is the same PF.

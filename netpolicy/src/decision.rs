@@ -89,10 +89,10 @@ pub struct Decision {
 /// How much a record says beside others of its VM, see [`Decision::weight`]. Lighter records never displace heavier ones.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub enum Weight {
-    /// Nothing has changed, or only what the guest receives as one of many: refusals, no-ops, multicast addresses, lengths of
+    /// No lasting change of the guest's identity: denials, no-ops, multicast addresses, lengths of
     /// frames. A guest can cause 50 in a second.
     Light,
-    /// The guest has changed who it is or what reaches it: addresses, VLANs, promiscuous mode.
+    /// The guest has changed its identity or its reach: addresses, VLANs, promiscuous mode.
     GuestChange,
     /// The host has changed the adapter: a revocation, a repair, a rollback.
     HostChange,

@@ -338,7 +338,7 @@ fn open_kvm(fd: OwnedFd, spec: &MachineSpec) -> Result<Kvm, MachineError> {
     Ok(kvm)
 }
 
-/// AMD's first counters are there whatever CPUID says; only this takes them (Documentation/virt/kvm/api.rst, 8.35). Before the first
+/// CPUID cannot hide the first performance counters of AMD; this capability removes them (Documentation/virt/kvm/api.rst, 8.35). Before the first
 /// vCPU. A kernel older than 5.18 does not know it.
 fn without_performance_counters(vm: &VmFd) {
     let mut capability = kvm_enable_cap { cap: KVM_CAP_PMU_CAPABILITY, ..kvm_enable_cap::default() };

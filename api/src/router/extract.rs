@@ -125,7 +125,7 @@ pub(super) struct IfMatch(pub(super) Option<u64>);
 impl<S: Send + Sync> FromRequestParts<S> for IfMatch {
     type Rejection = Problem;
     async fn from_request_parts(parts: &mut Parts, _state: &S) -> Result<Self, Problem> {
-        // To do what a condition forbids is worse than to refuse it.
+        // An ignored condition would let a forbidden change through.
         if let Some(other) = OTHER_CONDITIONS.iter().find(|name| parts.headers.contains_key(*name)) {
             let detail =
                 format!("Changes know no {other}: use If-Match, or POST to create what must not be there.");

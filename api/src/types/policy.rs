@@ -161,7 +161,7 @@ pub struct PortStatus {
     pub counters: PortCounters,
 }
 
-/// A port whose PF does not say what it has for it.
+/// A failed comparison of a port with its PF.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 pub struct Unchecked {
     /// The first comparison that failed.

@@ -306,7 +306,7 @@ async fn if_match_guards_changes() {
     server.send(Method::DELETE, "/v1/vms/web1", &twice, "").await.problem(400, "invalid_request");
     assert_eq!(server.send(Method::DELETE, "/v1/vms/web1", &[("if-match", "\"3\"")], "").await.status, 204);
 
-    // What is not obeyed is not ignored.
+    // Unsupported conditions are refused.
     for (header, value) in [("if-none-match", "*"), ("if-unmodified-since", "Sun, 29 Nov 2026 00:00:00 GMT")]
     {
         for (method, path) in [(Method::PUT, "/v1/port-groups/default"), (Method::DELETE, "/v1/vms/web1")] {

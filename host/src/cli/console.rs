@@ -54,7 +54,7 @@ pub(super) enum End {
     Rest,
     /// Somebody detached it, or the input has ended.
     Detached,
-    /// This process was told to end by a signal.
+    /// A signal asked this process to end.
     Signalled,
 }
 
@@ -123,7 +123,7 @@ async fn connect(
     let (to_guest, input) = mpsc::channel::<Vec<u8>>(16);
     let sender = tokio::spawn(send(client.clone(), vm.to_owned(), input));
     let mut to_guest = Some(to_guest);
-    // Of a file or a pipe: what the guest has not taken yet keeps neither its output nor signals waiting.
+    // Input of a file or a pipe that the guest has not taken yet. Output and signals do not wait for it.
     let mut waiting: Option<Vec<u8>> = None;
     let end = loop {
         tokio::select! {
@@ -170,7 +170,7 @@ async fn connect(
     Ok(end)
 }
 
-/// A place for what is to be sent; None if nothing can be.
+/// A slot in the send queue; None if the queue is closed.
 async fn room(to_guest: Option<mpsc::Sender<Vec<u8>>>) -> Option<mpsc::OwnedPermit<Vec<u8>>> {
     to_guest?.reserve_owned().await.ok()
 }

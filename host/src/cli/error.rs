@@ -221,7 +221,7 @@ mod tests {
         assert_eq!((error.code(), error.text(Format::Table).as_str()), (code, text));
     }
 
-    /// Paths, names and causes in errors are of whoever wrote the specification, or of a guest's process.
+    /// Paths, names and causes in errors come from specifications and from vmm processes.
     #[test]
     fn no_error_controls_the_terminal() {
         let hostile = "/x\x1b]0;title\x07\x1b[2J\r\nportcullis: all is well";

@@ -175,7 +175,7 @@ async fn act(client: &Client, vm: &str, action: VmAction, wait: u64) -> Result<P
     progress::of_vm(client, vm, verb_of(action), request).await
 }
 
-/// How long a deletion that nobody waits for may take to reach the agent.
+/// The time for a deletion request with `--wait 0` to reach the agent.
 const BEGINNING: Duration = Duration::from_secs(1);
 
 async fn delete(client: &Client, vm: &str, if_match: Option<u64>, wait: u64) -> Result<(), CliError> {

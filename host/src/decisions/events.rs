@@ -11,7 +11,7 @@ use api::types::{Event, EventKind, Timestamp};
 use netpolicy::{Decision, Weight};
 use tokio::sync::mpsc;
 
-/// Events of a kind that are kept for those who come back.
+/// Events kept for returning subscribers, in each of the two rings.
 const KEPT: usize = 1024;
 
 /// Events that wait for a subscriber besides those that it missed. One that lets more wait is left behind.
@@ -62,7 +62,7 @@ impl EventHub {
         self.publish_as(what, false);
     }
 
-    /// Tells all subscribers of a decision. One that a guest can cause at will displaces no event but its like.
+    /// Publishes a decision. Light decisions displace only each other: a guest can cause many.
     pub fn publish_decision(&self, decision: Decision) {
         let is_light = decision.weight() == Weight::Light;
         self.publish_as(EventKind::Decision { decision: Box::new(decision.into()) }, is_light);

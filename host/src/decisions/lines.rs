@@ -18,7 +18,7 @@ const PERIOD: Duration = Duration::from_secs(1);
 /// Buckets that are remembered: those of 4096 ports.
 const BUCKETS: usize = 3 * 4096;
 
-/// Token buckets by port and weight: what a guest repeats leaves no line out that says what has changed.
+/// Token buckets by port and weight: repeated denials suppress no line about a change.
 #[derive(Debug, Default)]
 pub(super) struct Lines(HashMap<(PortId, Weight), Bucket>);
 

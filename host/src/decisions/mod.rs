@@ -45,7 +45,7 @@ const WAITING: usize = 16_384;
 /// log must not be served before it. An agent that crashes in between has answered what it did not record.
 const GATHER: Duration = Duration::from_millis(10);
 
-/// Least time between two transactions of what nobody waits for. Each writes the same pages of the table and its indexes again,
+/// Least time between two transactions of records without a waiting caller. Each writes the same pages of the table and its indexes again,
 /// about 28 KiB. A notice of a relay is waited for, and a question of the same VM behind it.
 const PACE: Duration = Duration::from_millis(100);
 
@@ -141,7 +141,7 @@ impl DecisionLog {
         answer.await.map_err(|_| StoreError::Closed)?
     }
 
-    /// The port is gone for good: nobody will ask how many decisions it has had. Their records stay.
+    /// Deletes the counts of a deleted port. The records of its decisions stay.
     pub async fn forget(&self, port: PortId) {
         // Left behind it is a row.
         drop(self.send(Command::Forget { port }).await);
@@ -163,11 +163,11 @@ struct Recorder {
     events: EventHub,
     lines: Lines,
     lost: Arc<AtomicU64>,
-    /// What could not be stored yet, in order.
+    /// Decisions that could not be stored yet, in order.
     unstored: Vec<Decision>,
-    /// How many there was no place for, while nothing can be stored.
+    /// Decisions dropped for lack of room since storing failed; None while storing works.
     dropped: Option<usize>,
-    /// When something was stored, or was to be, the last time.
+    /// The last attempt to store something.
     written: Option<Instant>,
 }
 
@@ -223,7 +223,7 @@ impl Recorder {
         }
     }
 
-    /// What is written together with `first`: what comes until it is time for a transaction, or until somebody waits for one.
+    /// The commands of one transaction: `first`, and those that arrive until the transaction is due or a command has a waiting caller.
     fn gather(&self, first: Command, inbox: &Receiver<Command>) -> Vec<Command> {
         let now = Instant::now();
         let due = self.written.map_or(now, |written| written + PACE).max(now + GATHER);

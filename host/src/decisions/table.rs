@@ -54,7 +54,7 @@ impl Decisions {
     pub(super) fn record(&mut self, decisions: &[Decision]) -> Result<Vec<Decision>, StoreError> {
         let result = self.try_record(decisions);
         if result.is_err() {
-            // What is remembered as recent is not in the table, and would be counted again with the next try.
+            // The remembered records are not in the table. The next attempt would count them twice.
             self.recent.clear();
         }
         result

@@ -117,7 +117,7 @@ async fn pages_list_every_record_once() {
     assert_eq!(seen, ["5", "4", "3", "2", "1"]);
 }
 
-/// What has changed something is found after any number of what has not, also on the VM's other adapters.
+/// No number of light decisions displaces a change, on any adapter of the VM.
 #[tokio::test]
 async fn what_has_changed_something_never_yields_to_what_has_not() {
     let dir = tempfile::tempdir().unwrap();
@@ -157,7 +157,7 @@ async fn what_somebody_waits_for_is_written_at_once() {
     assert!(begun.elapsed() < PACE * 40, "{:?} for 50", begun.elapsed());
 }
 
-/// A disk that is full for a while: what was decided meanwhile is recorded when there is room.
+/// Decisions made while the disk is full are recorded when there is room.
 #[tokio::test]
 async fn what_cannot_be_stored_is_stored_later() {
     let dir = tempfile::tempdir().unwrap();

@@ -127,7 +127,7 @@ pub enum StoreError {
         /// What this build knows.
         known: u32,
     },
-    /// A change was not written, which who writes for several has said.
+    /// A background writer reports that it could not write.
     #[error("The database was not written: {0}")]
     NotWritten(String),
     /// The file is damaged, or is no database of ours.

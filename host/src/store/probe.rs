@@ -14,10 +14,10 @@ use uuid::Uuid;
 use super::{Expect, ObjectStore, Record, Table};
 use crate::vm::problem::chain;
 
-/// For how long an answer is good. A write is durable, and health can be asked for as often as somebody likes.
+/// The time for which a result is reused: a durable write for each health request would cost too much.
 pub const GOOD_FOR: Duration = Duration::from_secs(10);
 
-/// What is written: the number of the try.
+/// The record of the probe: the number of the attempt.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 struct ProbeRecord {
     tries: u64,

@@ -112,7 +112,7 @@ async fn always_there_since(table: &Table<FirstStart>) -> Result<Timestamp, Stor
     Ok(now.at)
 }
 
-/// What a port's decisions were: of its own record, or of theirs, which has refusals too.
+/// The counters of a port: the larger of those in its own record and in the decisions' database, which counts denials too.
 fn counters(attachment: Option<&Attachment>, counted: Option<&PortCounters>) -> PortCounters {
     let (saved, counted) = (attachment.map(|saved| saved.counters), counted.copied());
     let (saved, counted) = (saved.unwrap_or_default(), counted.unwrap_or_default());

@@ -14,7 +14,7 @@ use serde::{Deserialize, Serialize};
 use super::lane::{Lane, Revert};
 use crate::store::Record;
 
-/// When an agent first had this store: what is always there was created then.
+/// The first start of an agent with this store, which is the creation time of the default switch and group.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct FirstStart {
     /// That moment.

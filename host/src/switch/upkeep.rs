@@ -353,7 +353,7 @@ impl Actor {
         self.start(port, Busy::other(), tools.repair(expected.changes(), all));
     }
 
-    /// A port was compared with its PF, or could not be. Told when that changes.
+    /// Notes the result of a port's comparison with its PF. Log and event follow only a change.
     pub(super) fn compared(&mut self, id: PortId, error: Option<&String>) {
         let Some(lane) = self.lanes.get_mut(&id) else { return };
         let before = lane.unchecked.take();

@@ -80,7 +80,7 @@ impl Conduct {
     /// A new connection to a VM with so many adapters. A relay takes 50 messages of its guest in a second behind 64 at once
     /// (`passthrough::relay`). Each can be a question and a notice, or two notices: a silent denial, and the address that the guest
     /// believes in then. A vmm keeps 256 reports while no agent is there.
-    /// What was said while the agent did not read comes at once, up to the length of a socket's queue.
+    /// A stalled agent then receives the content of a whole socket queue at once.
     pub(super) fn new(adapters: usize) -> Self {
         let adapters = u32::try_from(adapters).unwrap_or(u32::MAX).min(16);
         Self {

@@ -200,7 +200,7 @@ impl SimPf {
         net::send(&self.socket, &bytes, SendFlags::NOSIGNAL).map_err(io)?;
         let mut bytes = vec![0; MAX_MESSAGE];
         let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(1))];
-        // Only an answer to this has a descriptor; who sends another one may make its close wait.
+        // Only the answer to `Attach` has a descriptor. The close of any other one could block this thread.
         let mut control = match request {
             Request::Attach { .. } => RecvAncillaryBuffer::new(&mut space),
             _ => RecvAncillaryBuffer::default(),

@@ -119,7 +119,7 @@ fn metrics_show_what_guests_and_clients_do() {
     assert!(text.ends_with("# EOF\n"));
 }
 
-/// A name is used again; what one VM was refused is counted over the agent's restarts, and is not the next one's.
+/// Counts of denials survive the agent, and do not pass to another VM of the same name.
 #[test]
 fn refusals_outlast_the_agent_and_are_not_a_successor_s() {
     let mut agent = start(&[]);

@@ -148,7 +148,7 @@ impl Channel {
             return Err(ChannelError::TooLong(bytes.len()));
         }
         if fds.is_empty() {
-            // A vmm's filter has no `sendmsg`: whoever takes it over cannot pass its descriptors on.
+            // The filter of a vmm has no `sendmsg`, so that a compromised vmm cannot pass descriptors.
             net::send(&self.0, &bytes, SendFlags::NOSIGNAL)?;
             return Ok(());
         }
@@ -192,7 +192,7 @@ impl Channel {
         }
     }
 
-    /// A message, its length, and whether `control` had no room for what came beside it.
+    /// A message, its length, and whether the kernel dropped descriptors that `control` had no room for.
     fn receive_with<M: DeserializeOwned>(
         &self,
         control: &mut RecvAncillaryBuffer<'_>,

@@ -62,7 +62,7 @@ struct Step {
     /// What the VM is, if it is one that is there.
     #[serde(skip)]
     state: Option<VmState>,
-    /// Another object that it names, and that neither is there nor is made.
+    /// A reference to an object that does not exist and that no file creates.
     #[serde(skip)]
     missing: Option<Missing>,
 }
@@ -144,7 +144,7 @@ fn show(output: &mut Output<'_>, steps: &[Step]) -> Result<(), CliError> {
     Ok(output.table(steps, ["ACTION", "KIND", "NAME", "FILE", "CHANGES"], row)?)
 }
 
-/// The names that files can refer to: of what is there, and of what is made.
+/// The names that files can refer to: existing objects, and those that the files create.
 struct Names {
     switches: BTreeSet<Name>,
     groups: BTreeSet<Name>,

@@ -29,7 +29,7 @@ impl Actor {
         let files = match self.begin(Some(caller), 0).await {
             Ok(files) => files,
             Err(problem) => {
-                // Whatever kept it from booting is shown until it boots: who looks later was not there.
+                // The status shows the cause until the next boot, for callers that did not ask for this one.
                 self.run.cause = Some(boot_failed(&problem));
                 self.progress.end();
                 drop(self.store().await);

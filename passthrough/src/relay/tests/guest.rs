@@ -287,7 +287,7 @@ fn pings_reach_the_guest() {
     assert_eq!(driver.bus.read(0xc40) & 0x10, 0x10, "what came within that time is found too");
 }
 
-/// The reset bits are cleared by whoever reads them first; the word lasts.
+/// The first read clears the reset bits; the word stays.
 #[test]
 fn a_word_without_clear_to_send_is_enough_to_know_of_a_reset() {
     let (bench, mut driver) = guest();

@@ -30,7 +30,7 @@ fn somebody_elses_change_on_the_pf_is_repaired_and_recorded() {
     ping(&mut guest, host::GATEWAY, 3);
 }
 
-/// A PF is its PCI address: what people call its interface changes nothing for the VMs that have its VFs.
+/// The PCI address identifies a PF: the name of its interface does not matter to VMs with its VFs.
 #[test]
 fn a_pf_that_is_renamed_is_looked_after_as_before() {
     let mut agent = agent_with(Relay::Policed, &json!({ "mac_changes": "accept" }));
