@@ -296,18 +296,24 @@ impl Inventory {
 }
 
 #[cfg(test)]
-mod tests {
+pub(crate) mod tests {
     use passthrough::host::fake::FakeSysfs;
 
     use super::*;
 
-    #[test]
-    fn ports_know_a_pf_by_its_first_name_whatever_its_interface_is_called() {
+    /// A host with two PFs, eth0 and eth1.
+    pub(crate) fn two_pfs() -> (tempfile::TempDir, FakeSysfs, [Bdf; 2]) {
         let directory = tempfile::tempdir().unwrap();
         let sysfs = FakeSysfs::new(directory.path().join("sys"));
-        let [first, second]: [Bdf; 2] = ["0000:01:00.0", "0000:02:00.0"].map(|bdf| bdf.parse().unwrap());
-        sysfs.add_igb(first, "eth0");
-        sysfs.add_igb(second, "eth1");
+        let pfs: [Bdf; 2] = ["0000:01:00.0", "0000:02:00.0"].map(|bdf| bdf.parse().unwrap());
+        sysfs.add_igb(pfs[0], "eth0");
+        sysfs.add_igb(pfs[1], "eth1");
+        (directory, sysfs, pfs)
+    }
+
+    #[test]
+    fn ports_know_a_pf_by_its_first_name_whatever_its_interface_is_called() {
+        let (_directory, sysfs, [first, second]) = two_pfs();
         let inventory = Inventory::from(sysfs.sysfs());
         let names = || inventory.pf_names().unwrap().into_iter().map(|(name, _)| name).collect::<Vec<_>>();
         let known = |name: &str| inventory.pf_known_as(name).map(|pf| pf.device.bdf).ok();

@@ -109,12 +109,20 @@ impl Decisions {
         }
         if self.added_in_all > surplus {
             self.added_in_all = 0;
-            transaction
-                .prepare_cached(
+            // By the index of time, from the oldest on: light records first.
+            for condition in ["weight = 0", "TRUE"] {
+                let all: u32 =
+                    transaction.query_row("SELECT count(*) FROM decisions", [], |row| row.get(0))?;
+                let surplus = all.saturating_sub(self.kept);
+                if surplus == 0 {
+                    break;
+                }
+                let oldest = format!(
                     "DELETE FROM decisions WHERE seq IN
-                     (SELECT seq FROM decisions ORDER BY weight > 0 DESC, last_ms DESC, seq DESC LIMIT -1 OFFSET ?1)",
-                )?
-                .execute([self.kept])?;
+                     (SELECT seq FROM decisions WHERE {condition} ORDER BY last_ms, seq LIMIT ?1)"
+                );
+                transaction.prepare_cached(&oldest)?.execute([surplus])?;
+            }
         }
         transaction.commit()?;
         Ok(stored)

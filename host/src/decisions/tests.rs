@@ -198,6 +198,12 @@ async fn records_are_bounded_and_one_vm_has_only_its_share() {
         }
     }
     assert_eq!(log.query(filter()).await.unwrap().len(), 100);
+    for vm in 100..130 {
+        for ms in 0..10 {
+            log.note(decision(vm, &ms.to_string(), Outcome::TakenBack, 2000 + ms));
+        }
+    }
+    assert_eq!(log.query(filter()).await.unwrap().len(), 100, "changes are bounded, too");
 }
 
 #[tokio::test]

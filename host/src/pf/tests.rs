@@ -6,14 +6,11 @@ use std::{
 };
 
 use netpolicy::VfRef;
-use passthrough::host::{
-    Bdf, PfControl, VfChange,
-    fake::{FakePf, FakeSysfs},
-};
+use passthrough::host::{Bdf, PfControl, VfChange, fake::FakePf};
 use tokio::time::timeout;
 
 use super::{HostPfs, PfFailure, PfHandle, fake::FakePfs};
-use crate::inventory::Inventory;
+use crate::inventory::{Inventory, tests::two_pfs};
 
 fn vf(index: u32) -> netpolicy::VfRef {
     netpolicy::VfRef { pf: "eth0".into(), index }
@@ -49,11 +46,7 @@ async fn what_is_not_there_is_told_and_found_again_later() {
 
 #[tokio::test]
 async fn a_name_that_came_to_another_pf_leads_there() {
-    let directory = tempfile::tempdir().unwrap();
-    let sysfs = FakeSysfs::new(directory.path().join("sys"));
-    let [first, second]: [Bdf; 2] = ["0000:01:00.0", "0000:02:00.0"].map(|bdf| bdf.parse().unwrap());
-    sysfs.add_igb(first, "eth0");
-    sysfs.add_igb(second, "eth1");
+    let (_directory, sysfs, [first, second]) = two_pfs();
     let inventory = Inventory::from(sysfs.sysfs());
     let opened = Arc::new(Mutex::new(Vec::new()));
     let note = Arc::clone(&opened);

@@ -19,7 +19,11 @@ use super::{
     link::Vmm,
     record::port_name,
 };
+use crate::text::clipped;
 use netpolicy::Corrections;
+
+/// Most characters of the reason why a port cannot be compared: the process of a simulated PF chooses some of them.
+const DETAIL: usize = 500;
 
 impl Actor {
     // ---- corrections ----
@@ -359,7 +363,7 @@ impl Actor {
         let before = lane.unchecked.take();
         lane.unchecked = error.map(|why| Unchecked {
             since: before.as_ref().map_or_else(Timestamp::now, |unchecked| unchecked.since),
-            detail: why.clone(),
+            detail: clipped(why, DETAIL),
         });
         if before.is_some() == lane.unchecked.is_some() {
             return;
