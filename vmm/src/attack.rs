@@ -31,7 +31,7 @@ use libc::{c_long, sockaddr_in, sockaddr_nl, sockaddr_un};
 use netpolicy::Request;
 use passthrough::relay::{Notice, Question};
 
-use crate::control::{Ask, Outcome, Report, ToAgent};
+use crate::control::{Ask, DeviceLoss, Report, ToAgent};
 
 /// What is there to be reached.
 struct Targets {
@@ -395,9 +395,10 @@ fn later(attempt: fn() -> io::Result<()>) -> io::Result<()> {
     Ok(())
 }
 
-/// Passes a descriptor to the agent, which would close it.
+/// Passes a descriptor to the agent, beside a message that the protocol allows.
 fn pass_descriptor() -> io::Result<()> {
-    let message = serde_json::to_vec(&ToAgent::Done { id: 0, result: Ok(Outcome::Done) })?;
+    let report = Report::DeviceLost { bdf: "0000:00:00.0".to_owned(), why: DeviceLoss::Failed };
+    let message = serde_json::to_vec(&ToAgent::Report { seq: u64::MAX, report })?;
     let vector = [message.as_ptr() as usize, message.len()];
     // struct cmsghdr: its length, SOL_SOCKET and SCM_RIGHTS, then a descriptor: stdin.
     let rights = [20_usize, 1 | 1 << 32, 0];
