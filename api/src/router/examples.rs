@@ -38,6 +38,7 @@ fn vm() -> Option<Vm> {
                 vf_index: Some(0),
                 iommu_group: Some(30),
                 lost: None,
+                unchecked: None,
             }],
             devices: Vec::new(),
             console: ConsoleStatus { start: 0, end: 1234 },

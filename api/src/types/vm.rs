@@ -8,7 +8,9 @@ use serde::{Deserialize, Deserializer, Serialize};
 use utoipa::ToSchema;
 use uuid::Uuid;
 
-use super::{Bdf, ByteSize, Name, RestartPolicy, RestartStatus, Timestamp, UnicastMac, VmOperation};
+use super::{
+    Bdf, ByteSize, Name, RestartPolicy, RestartStatus, Timestamp, Unchecked, UnicastMac, VmOperation,
+};
 use crate::problem::{Problem, ProblemCode};
 
 /// A virtual machine.
@@ -289,7 +291,7 @@ pub struct VmStatus {
     pub state: VmState,
     /// When it got there.
     pub since: Timestamp,
-    /// Why it ended, if it did.
+    /// Why it ended, or why its last boot was refused.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub cause: Option<Cause>,
     /// What is being done with it now, if something is that takes time. No event tells of it: read it again.
@@ -427,6 +429,9 @@ pub struct AdapterStatus {
     /// Why the running guest no longer has it.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub lost: Option<Cause>,
+    /// Since when the adapter's port cannot be compared with its PF, and why: foreign changes are not repaired meanwhile.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub unchecked: Option<Unchecked>,
 }
 
 /// What a device is.

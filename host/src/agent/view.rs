@@ -3,8 +3,8 @@
 //! The agent's objects as the API shows them.
 
 use api::types::{
-    AdapterStatus, ConsoleStatus, DeviceStatus, Owner, Protection, RestartStatus, SandboxStatus, Vm,
-    VmDeviceStats, VmStats, VmStatus,
+    AdapterStatus, ConsoleStatus, DeviceStatus, Owner, Protection, RestartStatus, SandboxStatus, Unchecked,
+    Vm, VmDeviceStats, VmStats, VmStatus,
 };
 
 use crate::{
@@ -16,8 +16,13 @@ use crate::{
     vmm_process::VmDirectory,
 };
 
-/// A VM. `off` are the protections that a process does without that this agent starts.
-pub(super) fn vm(handle: &VmHandle, directory: &VmDirectory, off: &[Protection]) -> Vm {
+/// A VM. `off` are the protections that new processes of this agent lack; `unchecked` looks up an adapter's port.
+pub(super) fn vm(
+    handle: &VmHandle,
+    directory: &VmDirectory,
+    off: &[Protection],
+    unchecked: impl Fn(&str) -> Option<Unchecked>,
+) -> Vm {
     let status = handle.status();
     let record = handle.record();
     let spec = &record.value.spec;
@@ -35,6 +40,7 @@ pub(super) fn vm(handle: &VmHandle, directory: &VmDirectory, off: &[Protection])
             vf_index: held.map(|(_, vf)| u32::from(vf.index)),
             iommu_group: held.and_then(|(claim, _)| claim.group),
             lost: held.and_then(|(claim, _)| lost(&claim.bdf.to_string())).or(named),
+            unchecked: unchecked(id.as_str()),
         }
     });
     let devices = spec.devices.iter().map(|bdf| {

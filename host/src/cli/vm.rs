@@ -393,7 +393,7 @@ fn details(vm: &Vm) -> Vec<(String, String)> {
         };
         lines.push((
             format!("adapter {}", adapter.id),
-            format!("{}{place}{}", adapter.mac, lost(&adapter.lost)),
+            format!("{}{place}{}{}", adapter.mac, lost(&adapter.lost), unchecked(&adapter.unchecked)),
         ));
     }
     for device in &status.devices {
@@ -417,6 +417,13 @@ fn restart(vm: &Vm) -> String {
 
 fn kept(console: ConsoleStatus) -> u64 {
     console.end.saturating_sub(console.start)
+}
+
+fn unchecked(unchecked: &Option<Unchecked>) -> String {
+    let text = |unchecked: &Unchecked| {
+        format!(", not compared with its PF since {}: {}", unchecked.since, unchecked.detail)
+    };
+    unchecked.as_ref().map(text).unwrap_or_default()
 }
 
 fn lost(cause: &Option<Cause>) -> String {

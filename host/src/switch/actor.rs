@@ -12,14 +12,14 @@ use api::types::{EventKind, ObjectKind, PfState, Subject, Timestamp};
 use netpolicy::{Decision, Outcome, PfCapabilities, PortId, SwitchState, VmId};
 use passthrough::host::Hint;
 use tokio::{
-    sync::mpsc,
+    sync::{mpsc, watch},
     time::{Instant, MissedTickBehavior, interval, sleep_until},
 };
 use tracing::{Instrument as _, Span};
 use uuid::Uuid;
 
 use super::{
-    Parts, Timing,
+    Parts, Timing, UncheckedPorts,
     command::{Command, KnownPf},
     error::SwitchError,
     job::{End, Tools},
@@ -72,6 +72,8 @@ pub(super) struct Actor {
     pub(super) timing: Timing,
     pub(super) metrics: Metrics,
     pub(super) bypass: bool,
+    /// The ports that cannot be compared with their PF.
+    pub(super) unchecked: watch::Sender<UncheckedPorts>,
     ends: mpsc::UnboundedSender<(PortId, End)>,
     /// To itself.
     pub(super) own: mpsc::WeakSender<(Span, Command)>,
@@ -86,6 +88,7 @@ pub(super) async fn start(
     pfs: Vec<KnownPf>,
     inbox: mpsc::Receiver<(Span, Command)>,
     own: mpsc::WeakSender<(Span, Command)>,
+    unchecked: watch::Sender<UncheckedPorts>,
 ) -> Result<(), SwitchError> {
     let (ends, ended) = mpsc::unbounded_channel();
     let Parts { store, pf, decisions, events, hints, timing, metrics, .. } = parts;
@@ -111,6 +114,7 @@ pub(super) async fn start(
         bypass: parts.bypass,
         #[cfg(not(feature = "test-support"))]
         bypass: false,
+        unchecked,
         ends,
         own,
         compare_at: None,

@@ -40,15 +40,16 @@ mod view;
 mod vms;
 mod writer;
 
-use std::{sync::Arc, time::Duration};
+use std::{collections::BTreeMap, sync::Arc, time::Duration};
 
+use api::types::Unchecked;
 use netpolicy::{PfCapabilities, VfRef, VmId, VmRef};
 use passthrough::{
     host::{Hint, VfChange},
     relay::{Notice, Question},
 };
 use tokio::{
-    sync::{mpsc, oneshot},
+    sync::{mpsc, oneshot, watch},
     time::timeout,
 };
 use tracing::Span;
@@ -136,7 +137,11 @@ pub struct Parts {
 pub struct SwitchHandle {
     commands: mpsc::Sender<(Span, Command)>,
     pf: PfHandle,
+    unchecked: watch::Receiver<UncheckedPorts>,
 }
+
+/// The ports that cannot be compared with their PF, by VM and adapter.
+pub type UncheckedPorts = BTreeMap<(VmId, String), Unchecked>;
 
 impl SwitchHandle {
     /// Reads what is in the store, puts right what a former agent left undone, and starts the task.
@@ -150,8 +155,20 @@ impl SwitchHandle {
             tracing::error!("The host's PFs cannot be read: {error}");
             Vec::new()
         });
-        actor::start(parts, pfs, inbox, commands.downgrade()).await?;
-        Ok(Self { commands, pf })
+        let (ports, unchecked) = watch::channel(UncheckedPorts::new());
+        actor::start(parts, pfs, inbox, commands.downgrade(), ports).await?;
+        Ok(Self { commands, pf, unchecked })
+    }
+
+    /// Why a port of a VM cannot be compared with its PF; None if it can. Does not wait for the switch.
+    #[must_use]
+    pub fn unchecked(&self, vm: VmId, adapter: &str) -> Option<Unchecked> {
+        let ports = self.unchecked.borrow();
+        // Nearly always empty, and the key is owned.
+        if ports.is_empty() {
+            return None;
+        }
+        ports.get(&(vm, adapter.to_owned())).cloned()
     }
 
     async fn call<T>(&self, command: impl FnOnce(Reply<T>) -> Command) -> Result<T, SwitchError> {

@@ -10,6 +10,7 @@ use passthrough::host::Hint;
 use tokio::{sync::oneshot, time::Instant};
 use tracing::Span;
 
+use super::UncheckedPorts;
 use super::{
     actor::{Actor, Link},
     command::Command,
@@ -365,10 +366,14 @@ impl Actor {
             since: before.as_ref().map_or_else(Timestamp::now, |unchecked| unchecked.since),
             detail: clipped(why, DETAIL),
         });
-        if before.is_some() == lane.unchecked.is_some() {
+        if before == lane.unchecked {
             return;
         }
-        self.count_unchecked();
+        let is_news = before.is_some() != lane.unchecked.is_some();
+        self.publish_unchecked();
+        if !is_news {
+            return;
+        }
         let Some(port) = self.state.port(id) else { return };
         match error {
             Some(why) => tracing::warn!(port = %id, "The port cannot be compared with its PF: {why}"),
@@ -377,8 +382,15 @@ impl Actor {
         self.put(ObjectKind::Port, id.0, &port_name(port), false, None);
     }
 
-    pub(super) fn count_unchecked(&self) {
-        self.metrics.unchecked(self.lanes.values().filter(|lane| lane.unchecked.is_some()).count());
+    /// Shows the ports that cannot be compared, in metrics and in the status of their VMs.
+    pub(super) fn publish_unchecked(&self) {
+        let of = |port: &netpolicy::Port| {
+            let unchecked = self.lanes.get(&port.id)?.unchecked.clone()?;
+            Some(((port.vm.id, port.adapter.clone()), unchecked))
+        };
+        let ports: UncheckedPorts = self.state.ports().filter_map(of).collect();
+        self.metrics.unchecked(ports.len());
+        self.unchecked.send_replace(ports);
     }
 
     pub(super) fn repaired(&mut self, port: PortId, found: Vec<Found>) {

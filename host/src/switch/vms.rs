@@ -120,7 +120,7 @@ impl Actor {
         let id = port.id;
         self.adapters.remove(&(port.vm.id, port.adapter.clone()));
         self.lanes.remove(&id);
-        self.count_unchecked();
+        self.publish_unchecked();
         self.meta.remove(&id.0);
         // The port itself first: what is left of it without that is nothing to anybody.
         self.ports.remove(id.0).await?;
@@ -220,7 +220,7 @@ impl Actor {
         }
         let counters = self.lanes.get(&id).map(|lane| lane.counters).unwrap_or_default();
         self.lanes.insert(id, fresh(counters, None));
-        self.count_unchecked();
+        self.publish_unchecked();
         self.refresh_uplinks();
         self.store_attachment(id).await
     }

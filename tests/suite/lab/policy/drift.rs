@@ -54,12 +54,14 @@ fn a_pf_that_is_renamed_is_looked_after_as_before() {
     eventually(&agent, REPAIR, "the port says that it is not compared", || unchecked().is_some());
     let metrics = agent.ask(agent.client.metrics()).unwrap();
     assert!(metrics.contains("portcullis_ports_unchecked 1\n"), "{metrics}");
+    assert!(agent.vm("web1").status.adapters[0].unchecked.is_some(), "so does the VM");
     host::run("ip", &["-netns", "elsewhere", "link", "set", "pf0", "netns", "1"]);
     host::run("ip", &["netns", "delete", "elsewhere"]);
     host::run("ip", &["link", "set", "pf0", "up"]);
     host::run("ip", &["link", "set", "pf0", "vf", "0", "mac", X]);
     eventually(&agent, REPAIR, "a foreign change is repaired when it is back", || has(Y));
     eventually(&agent, PATIENCE, "the port is compared again", || unchecked().is_none());
+    assert_eq!(agent.vm("web1").status.adapters[0].unchecked, None);
 
     agent.delete("web1").unwrap();
     let names = agent.ask(agent.client.list_pfs()).unwrap();
