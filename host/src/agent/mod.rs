@@ -5,6 +5,7 @@
 mod backend;
 mod console;
 mod listen;
+mod pfs;
 mod view;
 
 use std::{

@@ -1,0 +1,270 @@
+// SPDX-License-Identifier: Apache-2.0
+
+//! PFs and VFs as the API shows them, and the number of a PF's VFs.
+
+use std::{collections::BTreeMap, sync::Arc};
+
+use api::{
+    Caller,
+    problem::{Problem, ProblemCode},
+    types::{Bdf, EventKind, ObjectKind, ObjectRef, Pf, PfSpec, PfStatus, Subject, Timestamp, Vf, host_id},
+};
+use passthrough::{
+    host::{self, PfError, VfSettings},
+    sim::is_simulated,
+};
+use tracing::Span;
+use uuid::Uuid;
+
+use super::{backend::Agent, view};
+use crate::{
+    inventory::Inventory,
+    store::{Entry, Expect, StoreError},
+    vm::{
+        problem::{ToProblem, chain},
+        record::{Claim, PfRecord},
+    },
+};
+
+impl Agent {
+    /// Runs what reads or writes the host's devices where it may block.
+    async fn host<T: Send + 'static>(
+        &self,
+        work: impl FnOnce(&Inventory) -> Result<T, Problem> + Send + 'static,
+    ) -> Result<T, Problem> {
+        let (inventory, span) = (self.env.inventory.clone(), Span::current());
+        tokio::task::spawn_blocking(move || span.in_scope(|| work(&inventory)))
+            .await
+            .map_err(|error| Problem::new(ProblemCode::Internal, chain(&error)))?
+    }
+
+    async fn pf(&self, name: String) -> Result<host::Pf, Problem> {
+        self.host(move |inventory| find_pf(inventory, &name)).await
+    }
+
+    async fn view_pf(&self, pf: host::Pf, claims: &[Claim]) -> Result<Pf, Problem> {
+        let bdf: Bdf = convert(pf.device.bdf)?;
+        let id = host_id(bdf);
+        let entry = match self.env.pfs.get(id).await {
+            Ok(entry) => entry,
+            Err(StoreError::NotFound { .. }) => {
+                let value = PfRecord { created: Timestamp::now(), vfs: u32::from(pf.num_vfs) };
+                let put = self.env.pfs.put(id, &bdf.to_string(), &value, Expect::Absent).await;
+                match put {
+                    Ok(revision) => Entry { id, name: bdf.to_string(), revision, value },
+                    // Another request saw it first.
+                    Err(StoreError::Conflict { .. }) => {
+                        self.env.pfs.get(id).await.map_err(|e| e.problem())?
+                    }
+                    Err(error) => return Err(error.problem()),
+                }
+            }
+            Err(error) => return Err(error.problem()),
+        };
+        let address = pf.interface().and_then(|interface| {
+            let path = self
+                .env
+                .inventory
+                .device_dir(pf.device.bdf)
+                .join("net")
+                .join(&interface.name)
+                .join("address");
+            std::fs::read_to_string(path).ok().map(|text| text.trim().to_owned())
+        });
+        let in_use = |claim: &&Claim| claim.adapter.as_ref().is_some_and(|vf| vf.pf == pf.device.bdf);
+        Ok(Pf {
+            id,
+            name: pf.name(),
+            revision: entry.revision,
+            created: entry.value.created,
+            // A simulated PF has what it was last asked for, be it by the command line.
+            spec: PfSpec {
+                vfs: if is_simulated(pf.device.bdf) { pf.num_vfs.into() } else { entry.value.vfs },
+            },
+            status: PfStatus {
+                bdf,
+                driver: pf.device.driver.clone(),
+                simulated: is_simulated(pf.device.bdf),
+                device: format!("{:04x}:{:04x}", pf.device.vendor, pf.device.device),
+                mac: address,
+                up: pf.interface().is_some_and(|interface| interface.admin_up),
+                carrier: pf
+                    .interface()
+                    .filter(|interface| interface.admin_up)
+                    .map(|interface| interface.carrier),
+                mtu: pf.interface().map(|interface| interface.mtu),
+                vfs: u32::from(pf.num_vfs),
+                vfs_in_use: u32::try_from(claims.iter().filter(in_use).count()).unwrap_or(u32::MAX),
+                max_vfs: u32::from(pf.total_vfs),
+            },
+        })
+    }
+
+    pub(super) async fn show_pfs(&self) -> Result<Vec<Pf>, Problem> {
+        let claims = self.claims().await?;
+        let mut pfs = Vec::new();
+        for pf in self.host(|inventory| inventory.pfs().map_err(|e| e.problem())).await? {
+            pfs.push(self.view_pf(pf, &claims).await?);
+        }
+        pfs.sort_by(|a, b| a.name.cmp(&b.name));
+        Ok(pfs)
+    }
+
+    pub(super) async fn show_pf(&self, pf: &ObjectRef) -> Result<Pf, Problem> {
+        let pf = self.pf(pf_name(pf)).await?;
+        self.view_pf(pf, &self.claims().await?).await
+    }
+
+    pub(super) async fn show_vfs(&self) -> Result<Vec<Vf>, Problem> {
+        // A VM that is about to open a function has claimed it.
+        let (claims, used) = {
+            let _guard = self.env.claiming.lock().await;
+            let claims = self.claims().await?;
+            let taken: Vec<host::Bdf> = claims.iter().map(|claim| claim.bdf).collect();
+            (claims, self.host(move |inventory| usages(inventory, &taken)).await?)
+        };
+        let open = Arc::clone(&self.env.open_pf);
+        let mut vfs = self
+            .host(move |inventory| {
+                let mut vfs = Vec::new();
+                for pf in inventory.pfs().map_err(|e| e.problem())? {
+                    let settings = open(pf.device.bdf).and_then(|mut pf| pf.read_all());
+                    for vf in inventory.vfs_of(pf.device.bdf).map_err(|e| e.problem())? {
+                        let used_by = used.get(&vf.device.bdf).cloned();
+                        vfs.push(Vf { used_by, ..view_vf(&pf, &vf, &settings, &claims)? });
+                    }
+                }
+                Ok(vfs)
+            })
+            .await?;
+        vfs.sort_by(|a, b| (&a.pf, a.index).cmp(&(&b.pf, b.index)));
+        Ok(vfs)
+    }
+
+    pub(super) async fn change_vfs(
+        self,
+        caller: Caller,
+        pf: ObjectRef,
+        count: u32,
+        expect: Option<u64>,
+    ) -> Result<Pf, Problem> {
+        // Held until the count has changed: nobody claims a VF that is about to go.
+        let _guard = self.env.claiming.lock().await;
+        let found = self.pf(pf_name(&pf)).await?;
+        let claims = self.claims().await?;
+        let now = self.view_pf(found.clone(), &claims).await?;
+        if let Some(expected) = expect.filter(|expected| *expected != now.revision) {
+            return Err(Problem::revision_mismatch(expected, now.revision));
+        }
+        let bdf = found.device.bdf;
+        let vfs = self.host(move |inventory| inventory.vfs_of(bdf).map_err(|e| e.problem())).await?;
+        // Also those that VMs hold as plain devices.
+        let holds = |claim: &&Claim| vfs.iter().any(|vf| vf.device.bdf == claim.bdf);
+        if let Some(claim) = claims.iter().find(holds).filter(|_| count != u32::from(found.num_vfs)) {
+            let detail = format!(
+                "VF {} of PF {} belongs to the VM {}: stop the VMs that use its VFs first.",
+                claim.bdf, now.name, claim.vm_name
+            );
+            return Err(Problem::new(ProblemCode::VfsInUse, detail));
+        }
+        let wanted = u16::try_from(count).unwrap_or(u16::MAX);
+        match self.env.inventory.simulated() {
+            Some(simulated) if is_simulated(bdf) => {
+                // As the kernel's attribute takes it; none at all is no PF.
+                if !(1..=found.total_vfs).contains(&wanted) {
+                    let detail = format!(
+                        "The simulated PF {} can have 1 to {} VFs, not {count}.",
+                        now.name, found.total_vfs
+                    );
+                    return Err(Problem::new(ProblemCode::TooManyVfs, detail));
+                }
+                if wanted != found.num_vfs {
+                    simulated.set_vfs(bdf, wanted).await.map_err(|e| e.problem())?;
+                }
+            }
+            _ => {
+                self.host(move |inventory| inventory.set_num_vfs(bdf, wanted).map_err(|e| e.problem()))
+                    .await?
+            }
+        }
+        let value = PfRecord { created: now.created, vfs: count };
+        let name = now.status.bdf.to_string();
+        let put = self.env.pfs.put(now.id, &name, &value, Expect::Revision(now.revision)).await;
+        let revision = put.map_err(|e| e.problem())?;
+        let object = Subject { kind: ObjectKind::Pf, id: now.id, name: now.name.clone() };
+        self.env.tell(EventKind::Changed { object, revision, by: Some(caller.to_string()) });
+        tracing::info!(pf = %now.name, count, by = %caller, "number of VFs changed");
+        let found = self.pf(bdf.to_string()).await?;
+        self.view_pf(found, &claims).await
+    }
+}
+
+fn convert(bdf: host::Bdf) -> Result<Bdf, Problem> {
+    bdf.to_string().parse().map_err(|error: api::types::Invalid| {
+        Problem::new(ProblemCode::Internal, format!("{bdf} is outside of what the API can name: {error}"))
+    })
+}
+
+fn find_pf(inventory: &Inventory, name: &str) -> Result<host::Pf, Problem> {
+    let found = match Uuid::try_parse(name) {
+        Ok(id) => {
+            let pfs = inventory.pfs().map_err(|e| e.problem())?;
+            pfs.into_iter().find(|pf| convert(pf.device.bdf).is_ok_and(|bdf| host_id(bdf) == id))
+        }
+        Err(_) => match inventory.pf_by_name(name) {
+            Ok(pf) => Some(pf),
+            Err(host::InventoryError::Sysfs(error)) => {
+                return Err(Problem::new(ProblemCode::Internal, chain(&error)));
+            }
+            Err(_) => None,
+        },
+    };
+    found.ok_or_else(|| Problem::not_found("PF", &name.escape_debug()))
+}
+
+fn pf_name(pf: &ObjectRef) -> String {
+    match pf {
+        ObjectRef::Id(id) => id.to_string(),
+        ObjectRef::Name(name) => name.clone(),
+    }
+}
+
+/// What else uses the VFs that no VM has, in words.
+fn usages(inventory: &Inventory, taken: &[host::Bdf]) -> Result<BTreeMap<host::Bdf, String>, Problem> {
+    let mut used = BTreeMap::new();
+    for pf in inventory.pfs().map_err(|e| e.problem())? {
+        for vf in inventory.vfs_of(pf.device.bdf).map_err(|e| e.problem())? {
+            let bdf = vf.device.bdf;
+            if taken.contains(&bdf) {
+                continue;
+            }
+            // One that is removed meanwhile is not used.
+            let usage = inventory.usage(bdf).ok().flatten();
+            used.extend(usage.map(|usage| (bdf, usage.to_string())));
+        }
+    }
+    Ok(used)
+}
+
+fn view_vf(
+    pf: &host::Pf,
+    vf: &host::Vf,
+    settings: &Result<BTreeMap<u16, VfSettings>, PfError>,
+    claims: &[Claim],
+) -> Result<Vf, Problem> {
+    let bdf = convert(vf.device.bdf)?;
+    let settings = settings.as_ref().ok().and_then(|all| all.get(&vf.index));
+    Ok(Vf {
+        id: host_id(bdf),
+        bdf,
+        pf: pf.name(),
+        index: u32::from(vf.index),
+        device: format!("{:04x}:{:04x}", vf.device.vendor, vf.device.device),
+        simulated: is_simulated(vf.device.bdf),
+        driver: vf.device.driver.clone(),
+        iommu_group: vf.device.iommu_group,
+        mac: settings.and_then(|settings| settings.mac).map(|mac| mac.to_string()),
+        owner: claims.iter().find(|claim| claim.bdf == vf.device.bdf).map(view::owner),
+        used_by: None,
+    })
+}
