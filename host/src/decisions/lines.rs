@@ -8,54 +8,54 @@ use std::{
 };
 
 use netpolicy::{Committed, Decision, Outcome, PortId, Weight};
+use passthrough::relay::{Bucket, Rate};
 
-/// Lines of one weight that a port may cause at once.
-const BURST: u32 = 20;
+/// The lines of one weight that a port may cause: so many at once, then one in a second.
+const RATE: Rate = Rate { burst: 20, period: Duration::from_secs(1) };
 
-/// After that, one line in this time.
-const PERIOD: Duration = Duration::from_secs(1);
+/// Shares that are remembered: those of 4096 ports.
+const SHARES: usize = 3 * 4096;
 
-/// Buckets that are remembered: those of 4096 ports.
-const BUCKETS: usize = 3 * 4096;
-
-/// Token buckets by port and weight: repeated denials suppress no line about a change.
-#[derive(Debug, Default)]
-pub(super) struct Lines(HashMap<(PortId, Weight), Bucket>);
+/// The lines of each port and weight: repeated denials suppress no line about a change.
+#[derive(Debug)]
+pub(super) struct Lines {
+    began: Instant,
+    shares: HashMap<(PortId, Weight), Share>,
+}
 
 #[derive(Debug)]
-struct Bucket {
-    tokens: u32,
-    refilled: Instant,
+struct Share {
+    bucket: Bucket,
     suppressed: u64,
+}
+
+impl Default for Lines {
+    fn default() -> Self {
+        Self { began: Instant::now(), shares: HashMap::new() }
+    }
 }
 
 impl Lines {
     /// Writes the line, or counts it for the next one.
     pub(super) fn say(&mut self, decision: &Decision) {
-        if let Some(suppressed) = self.take((decision.port, decision.weight()), Instant::now()) {
+        let now = self.began.elapsed();
+        if let Some(suppressed) = self.take((decision.port, decision.weight()), now) {
             line(decision, suppressed);
         }
     }
 
     /// The number of lines that were left out before this one; None if this one is to be left out too.
-    fn take(&mut self, whose: (PortId, Weight), now: Instant) -> Option<u64> {
-        if self.0.len() >= BUCKETS && !self.0.contains_key(&whose) {
-            self.0.clear();
+    fn take(&mut self, whose: (PortId, Weight), now: Duration) -> Option<u64> {
+        if self.shares.len() >= SHARES && !self.shares.contains_key(&whose) {
+            self.shares.clear();
         }
-        let fresh = || Bucket { tokens: BURST, refilled: now, suppressed: 0 };
-        let bucket = self.0.entry(whose).or_insert_with(fresh);
-        let periods = now.saturating_duration_since(bucket.refilled).as_secs() / PERIOD.as_secs().max(1);
-        if periods > 0 {
-            let earned = u32::try_from(periods).unwrap_or(u32::MAX);
-            bucket.tokens = bucket.tokens.saturating_add(earned).min(BURST);
-            bucket.refilled = now;
-        }
-        if bucket.tokens == 0 {
-            bucket.suppressed = bucket.suppressed.saturating_add(1);
+        let fresh = || Share { bucket: Bucket::new(RATE), suppressed: 0 };
+        let share = self.shares.entry(whose).or_insert_with(fresh);
+        if !share.bucket.take(now) {
+            share.suppressed = share.suppressed.saturating_add(1);
             return None;
         }
-        bucket.tokens -= 1;
-        Some(std::mem::take(&mut bucket.suppressed))
+        Some(std::mem::take(&mut share.suppressed))
     }
 }
 
@@ -109,13 +109,13 @@ mod tests {
 
     #[test]
     fn a_port_has_its_share_of_lines_and_the_rest_is_counted() {
-        let (mut lines, start) = (Lines::default(), Instant::now());
+        let (mut lines, start) = (Lines::default(), Duration::from_secs(100));
         let [noisy, quiet] = [1, 2].map(|port| (PortId(uuid::Uuid::from_u128(port)), Weight::Light));
         let said = (0..1000).filter(|_| lines.take(noisy, start).is_some()).count();
-        assert_eq!(said, BURST as usize);
+        assert_eq!(said, RATE.burst as usize);
         assert_eq!(lines.take(quiet, start), Some(0));
         assert_eq!(lines.take((noisy.0, Weight::GuestChange), start), Some(0), "what has changed is said");
-        let later = start + PERIOD * 2;
+        let later = start + RATE.period * 2;
         assert_eq!(lines.take(noisy, later), Some(980));
         assert_eq!(lines.take(noisy, later), Some(0));
         assert_eq!(lines.take(noisy, later), None);

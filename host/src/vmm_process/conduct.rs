@@ -3,8 +3,12 @@
 //! What a vmm may say on its connection. Its guest may have taken it over: what it says is a stranger's input, and what
 //! this protocol does not have, no vmm of ours says.
 
-use std::{collections::HashMap, time::Instant};
+use std::{
+    collections::HashMap,
+    time::{Duration, Instant},
+};
 
+use passthrough::relay::{Bucket, Rate};
 use vmm::control::{ChannelError, Order, Outcome, Report, ToAgent};
 
 /// Longest question or report in bytes. The longest of an honest vmm have about 1 KiB.
@@ -28,41 +32,30 @@ pub(super) struct Conduct {
     reports: Budget,
 }
 
-/// Messages of one kind: so many at once, and so many in a second after that.
+/// The messages of one kind that a vmm may send.
 #[derive(Debug)]
 struct Budget {
     what: &'static str,
-    at_once: u32,
-    per_second: u32,
-    left: u32,
-    /// Up to when messages were earned.
-    earned: Option<Instant>,
+    rate: Rate,
+    bucket: Bucket,
+    /// The time of the first message, from which the bucket counts.
+    began: Option<Instant>,
 }
 
 impl Budget {
+    /// So many messages at once, and so many in a second after that.
     fn new(what: &'static str, at_once: u32, per_second: u32) -> Self {
-        Self { what, at_once, per_second, left: at_once, earned: None }
+        let rate = Rate { burst: at_once, period: Duration::from_secs(1) / per_second };
+        Self { what, rate, bucket: Bucket::new(rate), began: None }
     }
 
     fn spend(&mut self, now: Instant) -> Result<(), String> {
-        let since = *self.earned.get_or_insert(now);
-        let passed = now.saturating_duration_since(since);
-        let more = passed.as_millis().saturating_mul(self.per_second.into()) / 1000;
-        if more > 0 {
-            self.left = self.left.saturating_add(u32::try_from(more).unwrap_or(u32::MAX)).min(self.at_once);
-            self.earned = Some(now);
+        let began = *self.began.get_or_insert(now);
+        if self.bucket.take(now.saturating_duration_since(began)) {
+            return Ok(());
         }
-        let Self { what, at_once, per_second, .. } = self;
-        let Some(left) = self.left.checked_sub(1) else {
-            return Err(format!("it sent more than {at_once} {what} at once and {per_second} in a second"));
-        };
-        self.left = left;
-        Ok(())
-    }
-
-    /// One message more, which the agent has caused.
-    fn allow(&mut self) {
-        self.left = self.left.saturating_add(1).min(self.at_once);
+        let Rate { burst, period } = self.rate;
+        Err(format!("it sent more than {burst} {} at once, and then one in {period:?}", self.what))
     }
 }
 
@@ -106,7 +99,7 @@ impl Conduct {
             _ => Answers::Done,
         };
         // A machine that is paused or resumed reports its new state.
-        self.reports.allow();
+        self.reports.bucket.put_back();
         self.orders.insert(id, answers);
         Ok(())
     }
@@ -183,8 +176,6 @@ pub(super) fn is_nonsense(error: &ChannelError) -> bool {
 
 #[cfg(test)]
 mod tests {
-    use std::time::Duration;
-
     use passthrough::relay::Notice;
     use vmm::control::{Ask, DeviceLoss, Failure, FailureCode, State};
 

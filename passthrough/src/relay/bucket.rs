@@ -52,6 +52,11 @@ impl Bucket {
         self.full_at = self.full_at.max(now).saturating_add(self.rate.period);
         true
     }
+
+    /// Puts a token back, unless the bucket is full.
+    pub fn put_back(&mut self) {
+        self.full_at = self.full_at.saturating_sub(self.rate.period);
+    }
 }
 
 #[cfg(test)]
