@@ -188,6 +188,10 @@ pub struct DeviceState {
     pub stale_vlans: BTreeSet<VlanId>,
     /// Unicast addresses besides the effective one. They outlive a reset.
     pub unicast: BTreeSet<MacAddress>,
+    /// Unicast addresses that the guest asked for while another port had them. Its driver does not ask again: each is added when
+    /// that port gives it up. With `unicast` never more than the unicast limit was when they were asked for.
+    #[serde(default, skip_serializing_if = "BTreeSet::is_empty")]
+    pub wanted_unicast: BTreeSet<MacAddress>,
     /// Multicast hashes.
     pub multicast: Vec<u16>,
     /// Frames not addressed to it.
@@ -215,6 +219,7 @@ impl DeviceState {
             vlans: BTreeSet::new(),
             stale_vlans: BTreeSet::new(),
             unicast: BTreeSet::new(),
+            wanted_unicast: BTreeSet::new(),
             multicast: Vec::new(),
             promiscuous: PromiscuousMode::OFF,
             max_frame: None,

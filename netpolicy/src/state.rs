@@ -18,9 +18,13 @@ mod device;
 mod evaluate;
 mod tables;
 
-use std::{collections::BTreeMap, fmt};
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    fmt,
+};
 
 use thiserror::Error;
+use uuid::Uuid;
 
 use crate::{
     ident::{Name, PortGroupId, PortId, SwitchId, VfRef},
@@ -41,6 +45,10 @@ pub struct SwitchState {
     by_mac: BTreeMap<(SwitchId, MacAddress), PortId>,
     // Exactly `Port::vf` of all ports.
     by_vf: BTreeMap<VfRef, PortId>,
+    // Exactly `DeviceState::wanted_unicast` of all ports.
+    wanted: BTreeSet<(SwitchId, MacAddress, PortId)>,
+    // Addresses that were wanted when their port gave them up, and are not offered yet; true until it was told.
+    freed: BTreeMap<(SwitchId, MacAddress), bool>,
 }
 
 /// What there is one of for each name or number.
@@ -187,6 +195,33 @@ impl SwitchState {
     #[must_use]
     pub fn port_of_mac(&self, switch: SwitchId, mac: MacAddress) -> Option<&Port> {
         self.by_mac.get(&(switch, mac)).and_then(|id| self.ports.get(id))
+    }
+
+    /// Addresses that a port has given up since the last call, and that other ports were refused before. A driver that sets its
+    /// list anew gives all of it up and asks again a moment later: [`offer`](Self::offer) an address after some time.
+    pub fn take_freed(&mut self) -> Vec<(SwitchId, MacAddress)> {
+        let news = self.freed.iter_mut().filter(|(_, news)| **news);
+        news.map(|(freed, news)| {
+            *news = false;
+            *freed
+        })
+        .collect()
+    }
+
+    /// The address may be given to a port that was refused it. Returns the ports that want it, if it is still free: the first
+    /// one has [corrections](Self::corrections) now.
+    pub fn offer(&mut self, switch: SwitchId, mac: MacAddress) -> Vec<PortId> {
+        self.freed.remove(&(switch, mac));
+        if self.by_mac.contains_key(&(switch, mac)) {
+            Vec::new()
+        } else {
+            self.wanting(switch, mac).collect()
+        }
+    }
+
+    fn wanting(&self, switch: SwitchId, mac: MacAddress) -> impl Iterator<Item = PortId> {
+        let all = (switch, mac, PortId(Uuid::nil()))..=(switch, mac, PortId(Uuid::max()));
+        self.wanted.range(all).map(|(_, _, port)| *port)
     }
 
     /// The port that has a VF.

@@ -9,7 +9,7 @@ use std::{
 };
 
 use api::types::{EventKind, ObjectKind, PfState, Subject, Timestamp};
-use netpolicy::{Decision, Outcome, PfCapabilities, PortId, SwitchState, VmId};
+use netpolicy::{Decision, MacAddress, Outcome, PfCapabilities, PortId, SwitchId, SwitchState, VmId};
 use passthrough::host::Hint;
 use tokio::{
     sync::{mpsc, watch},
@@ -79,6 +79,10 @@ pub(super) struct Actor {
     pub(super) own: mpsc::WeakSender<(Span, Command)>,
     /// When everything is compared with the PFs because of a hint.
     pub(super) compare_at: Option<Instant>,
+    /// Addresses that other ports wait for, and the times when their ports gave them up.
+    freed: HashMap<(SwitchId, MacAddress), Instant>,
+    /// When the first of them is offered.
+    offer_at: Option<Instant>,
     #[cfg(test)]
     settling: Vec<tokio::sync::oneshot::Sender<()>>,
 }
@@ -118,6 +122,8 @@ pub(super) async fn start(
         ends,
         own,
         compare_at: None,
+        freed: HashMap::new(),
+        offer_at: None,
         #[cfg(test)]
         settling: Vec::new(),
     };
@@ -135,7 +141,7 @@ async fn run(
     let mut compare = interval(actor.timing.compare);
     compare.set_missed_tick_behavior(MissedTickBehavior::Delay);
     loop {
-        let hinted = actor.compare_at;
+        let (hinted, offered) = (actor.compare_at, actor.offer_at);
         tokio::select! {
             command = inbox.recv() => match command {
                 // What is logged meanwhile is the request's, if there is one.
@@ -152,7 +158,9 @@ async fn run(
             },
             _ = compare.tick() => actor.compare_all(),
             () = at(hinted) => actor.compare_all(),
+            () = at(offered) => actor.offer_freed(),
         }
+        actor.note_freed();
         #[cfg(test)]
         actor.say_settled();
     }
@@ -237,6 +245,27 @@ impl Actor {
         }
     }
 
+    /// Notes addresses that have become free and that guests were refused before.
+    fn note_freed(&mut self) {
+        let now = Instant::now();
+        for freed in self.state.take_freed() {
+            self.freed.insert(freed, now);
+        }
+        let first = self.freed.values().min();
+        self.offer_at = first.and_then(|at| at.checked_add(self.timing.offer));
+    }
+
+    /// Gives addresses that have been free for a while to the ports whose guests asked for them.
+    fn offer_freed(&mut self) {
+        let (now, wait) = (Instant::now(), self.timing.offer);
+        let due: Vec<_> = self.freed.extract_if(|_, at| now.saturating_duration_since(*at) >= wait).collect();
+        for ((switch, mac), _) in due {
+            for port in self.state.offer(switch, mac) {
+                self.queue(port, Work::Correct);
+            }
+        }
+    }
+
     /// Starts what waits in a lane until something takes time.
     pub(super) fn go_on(&mut self, port: PortId) {
         while let Some(lane) = self.lanes.get_mut(&port) {
@@ -251,6 +280,7 @@ impl Actor {
                 Work::Correct => self.begin_correct(port),
                 Work::Repair { all } => self.begin_repair(port, all),
                 Work::Reboot => self.begin_reboot(port),
+                Work::Tell => self.begin_tell(port),
                 Work::Confirmed { done, failed } => self.confirmed(port, &done, &failed),
                 Work::Release { reply } => drop(reply.send(self.leftover(port))),
             }
@@ -304,6 +334,7 @@ impl Actor {
                 self.repaired(port, found.unwrap_or_default());
             }
             End::Rebooted { made } => self.reboot_done(port, made),
+            End::Told => {}
             End::Recovered { shown } => self.recovered(port, shown),
         }
         self.go_on(port);

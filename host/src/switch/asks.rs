@@ -326,6 +326,10 @@ impl Actor {
 
     fn refuse(&mut self, port: PortId, id: u64, question: &Question, denial: Denial, tell: OnDenied) {
         self.answer(port, id, question.seq, relay::Decision::Refuse { tell, reason: denial.reason });
+        if denial.reason == Reason::MacInUse {
+            drop(self.state.note_refusal(port, &question.request, denial.reason));
+            self.save(port);
+        }
         let detail = (tell == OnDenied::Silent).then(|| TOLD.to_owned());
         let decision = self.decision(port, question.request.name(), Outcome::Denied);
         self.record(decision.map(|decision| denied(decision, denial, detail)));

@@ -45,6 +45,7 @@ pub(super) enum End {
     Corrected { corrections: Corrections, leftover: Vec<Change>, made: Made },
     Repaired { found: Result<Vec<Found>, String> },
     Rebooted { made: Made },
+    Told,
     Recovered { shown: Option<VfSettings> },
 }
 
@@ -345,6 +346,11 @@ impl Tools {
                 tracing::warn!(port = %self.port, "The VM was not told its new address: {error}");
             }
         }
+    }
+
+    pub(super) async fn tell(self, mac: MacAddress) -> End {
+        self.tell_address(mac, false).await;
+        End::Told
     }
 
     pub(super) async fn revert(self, revert: Revert, from: MacAddress) -> End {

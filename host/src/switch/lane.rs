@@ -33,6 +33,8 @@ pub(super) enum Work {
     Repair { all: bool },
     /// The guest begins again.
     Reboot,
+    /// The relay may not know the effective address: it was changed while the vmm was not connected.
+    Tell,
     /// What became of messages that waited for the guest's reset.
     Confirmed { done: Vec<Change>, failed: Vec<Change> },
     /// The VM is gone.
@@ -87,6 +89,8 @@ pub(super) struct Lane {
     pub(super) rebooting: bool,
     /// Something was not confirmed because the vmm was not connected.
     pub(super) owed: bool,
+    /// The relay is to be told the effective address when its vmm is connected.
+    pub(super) untold: bool,
     pub(super) granted: Option<Granted>,
     /// What is to be reverted, or will be if it comes to be made. The vmm that told of it has forgotten it.
     pub(super) revert: Option<Revert>,
@@ -121,6 +125,7 @@ impl Lane {
                     return;
                 }
             }
+            Work::Tell if self.queue.iter().any(|queued| matches!(queued, Work::Tell)) => return,
             // The later one stays: what was queued in between is of the boot that has ended.
             Work::Reboot => self.queue.retain(|queued| !matches!(queued, Work::Reboot)),
             // A guest has one question at a time: an older one is no longer waited for.

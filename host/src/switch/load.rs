@@ -84,6 +84,7 @@ pub(super) async fn load(
         }
         let lane = Lane {
             recovering: has_vf.is_some(),
+            untold: has_vf.is_some(),
             rebooting: attachment.is_some_and(|attachment| has_vf.is_some() && attachment.rebooting),
             revert: attachment.filter(|_| has_vf.is_some()).and_then(|attachment| attachment.revert),
             counters: counters(attachment, counted.get(&id)),

@@ -29,6 +29,7 @@ mod job;
 mod lane;
 pub mod link;
 mod load;
+mod made;
 mod notices;
 mod objects;
 mod policy;
@@ -83,6 +84,8 @@ pub struct Timing {
     pub compare: Duration,
     /// Hints are gathered for this long.
     pub gather: Duration,
+    /// An address that a port gives up is kept for it this long, while others wait for it. Its driver may only set its list anew.
+    pub offer: Duration,
     /// What is done late, to show what then happens.
     #[cfg(feature = "test-support")]
     pub late: Late,
@@ -105,6 +108,7 @@ impl Default for Timing {
             forwarded: Duration::from_secs(2),
             compare: Duration::from_secs(30),
             gather: Duration::from_millis(200),
+            offer: Duration::from_secs(2),
             #[cfg(feature = "test-support")]
             late: Late::default(),
         }

@@ -5,7 +5,7 @@
 use std::sync::Arc;
 
 use api::types::{ObjectKind, PfState, Timestamp, Unchecked};
-use netpolicy::{Change, Committed, Correction, DecidedBy, Decision, Outcome, PortId, Request, Route, VmId};
+use netpolicy::{Change, Outcome, PortId, Request, Route, VmId};
 use passthrough::host::Hint;
 use tokio::{sync::oneshot, time::Instant};
 use tracing::Span;
@@ -18,6 +18,7 @@ use super::{
     known,
     lane::{Busy, Lane, Work},
     link::Vmm,
+    made::{MadeChange, committed, name},
     record::port_name,
 };
 use crate::text::clipped;
@@ -63,6 +64,11 @@ impl Actor {
             drop(self.state.abort(port));
             tracing::error!(%port, "Corrections cannot be noted: {error}");
         }
+        for (change, _) in made.failed.iter().filter(|_| !made.offline) {
+            if let Change::AddUnicast(mac) = change {
+                drop(self.state.forget_wanted(port, *mac));
+            }
+        }
         for correction in &corrections.list {
             let failed = made.failed.iter().find(|(change, _)| *change == correction.change);
             if made.done.contains(&correction.change) || failed.is_some() {
@@ -99,18 +105,6 @@ impl Actor {
         if unmade {
             self.owe(port);
         }
-    }
-
-    fn record_correction(&mut self, port: PortId, correction: &Correction, error: Option<String>) {
-        // What is given is no decision of its own, but that it could not be.
-        if !correction.taken_back && error.is_none() {
-            return;
-        }
-        let committed = committed(&correction.change, error.is_some());
-        let (decided_by, old) = (correction.decided_by, Some(correction.old.clone()));
-        let made = Made1 { change: &correction.change, decided_by, old, committed, detail: error };
-        let edited_by = self.lanes.get(&port).and_then(|lane| lane.edited_by.clone());
-        self.record_made(port, Outcome::TakenBack, edited_by, made);
     }
 
     /// Something is still to be made: tried again later, or the VM is stopped.
@@ -192,6 +186,12 @@ impl Actor {
                 let owed = lane.owed || !lost.is_empty();
                 if owed {
                     lane.push(Work::Correct);
+                }
+                let untold = std::mem::take(&mut lane.untold);
+                if untold {
+                    lane.push(Work::Tell);
+                }
+                if owed || untold {
                     self.go_on(port);
                 }
             }
@@ -206,11 +206,18 @@ impl Actor {
         for port in self.ports_of(vm) {
             if let Some(lane) = self.lanes.get_mut(&port) {
                 lane.queue.retain(|work| !matches!(work, Work::Ask { .. }));
+                lane.untold = true;
                 // The relay refuses by itself; its notice says what became of the message.
                 if let Some(busy) = &mut lane.busy {
                     busy.forwarded = None;
                 }
             }
+        }
+    }
+
+    pub(super) fn begin_tell(&mut self, port: PortId) {
+        if let Some(tools) = self.tools(port) {
+            self.start(port, Busy::other(), tools.tell(self.effective(port)));
         }
     }
 
@@ -402,7 +409,7 @@ impl Actor {
                 made.push(wanted.clone());
             }
             let repaired =
-                Made1 { change: &wanted, decided_by: None, old: Some(old), committed, detail: error };
+                MadeChange { change: &wanted, decided_by: None, old: Some(old), committed, detail: error };
             self.record_made(port, Outcome::Repaired, None, repaired);
         }
         if made.is_empty() {
@@ -413,73 +420,4 @@ impl Actor {
         }
         self.save(port);
     }
-
-    fn record_made(&mut self, port: PortId, outcome: Outcome, edited_by: Option<String>, made: Made1<'_>) {
-        let decision = self.decision(port, name(made.change), outcome).map(|decision| Decision {
-            decided_by: made.decided_by,
-            old: made.old,
-            requested: value(made.change),
-            committed: made.committed,
-            detail: made.detail,
-            edited_by,
-            ..decision
-        });
-        self.record(decision);
-    }
-}
-
-/// One change that was made, or not.
-struct Made1<'a> {
-    change: &'a Change,
-    decided_by: Option<DecidedBy>,
-    old: Option<String>,
-    committed: Committed,
-    detail: Option<String>,
-}
-
-fn committed(change: &Change, failed: bool) -> Committed {
-    match change.route() {
-        _ if failed => Committed::Failed,
-        Route::Pf => Committed::Pf,
-        Route::Mailbox => Committed::Mailbox,
-    }
-}
-
-/// A change's name in decisions: as the request that would ask for it, where there is one.
-fn name(change: &Change) -> &'static str {
-    match change {
-        Change::Reset => "reset",
-        Change::SetMac(_) => "set_mac",
-        Change::AddUnicast(_) => "add_unicast_filter",
-        Change::ClearUnicast => "clear_unicast_filters",
-        Change::SetMulticast(_) => "set_multicast",
-        Change::JoinVlan(_) | Change::LeaveVlan(_) => "set_vlan",
-        Change::SetMaxFrame(_) => "set_max_frame",
-        Change::SetPromiscuous(_) => "set_promiscuous",
-        Change::SetPortVlan(_) => "set_port_vlan",
-        Change::SetSpoofCheck(_) => "set_spoof_check",
-        Change::SetTrust(_) => "set_trust",
-        Change::SetMaxTxRate(_) => "set_max_tx_rate",
-        Change::SetLink(_) => "set_link",
-    }
-}
-
-/// What a change leads to, for people.
-fn value(change: &Change) -> Option<String> {
-    let on_off = |on: bool| if on { "on" } else { "off" }.to_owned();
-    Some(match change {
-        Change::Reset | Change::ClearUnicast => return None,
-        Change::SetMac(mac) | Change::AddUnicast(mac) => mac.to_string(),
-        Change::SetMulticast(hashes) => format!("{} hashes", hashes.len()),
-        Change::JoinVlan(vlan) => vlan.to_string(),
-        Change::LeaveVlan(vlan) => format!("leave {vlan}"),
-        Change::SetMaxFrame(bytes) => format!("{bytes} bytes"),
-        Change::SetPromiscuous(mode) => mode.to_string(),
-        Change::SetPortVlan(vlan) => vlan.map_or_else(|| "none".to_owned(), |vlan| vlan.to_string()),
-        Change::SetSpoofCheck(on) | Change::SetTrust(on) => on_off(*on),
-        Change::SetMaxTxRate(rate) => {
-            rate.map_or_else(|| "unlimited".to_owned(), |rate| format!("{rate} Mbit/s"))
-        }
-        Change::SetLink(link) => format!("{link:?}").to_lowercase(),
-    })
 }

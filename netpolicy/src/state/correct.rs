@@ -7,6 +7,7 @@ use serde::{Deserialize, Serialize};
 use super::{StateError, SwitchState, device::pf_settings, policy_of};
 use crate::{
     ident::{PortId, VfRef},
+    mac::MacAddress,
     objects::{DeviceState, Port},
     policy::{EffectivePolicy, Setting},
     request::{Change, DecidedBy, LinkState, PromiscuousMode},
@@ -59,7 +60,9 @@ impl SwitchState {
             let mut corrector = Corrector { port, policy: policy_of(port, group, switch), list: &mut list };
             corrector.pf();
             corrector.vlans();
-            corrector.unicast();
+            let kept = corrector.unicast();
+            let freed = |mac| self.freed.contains_key(&(switch.id, mac));
+            corrector.wanted(kept, |mac| self.check_free(switch.id, mac, id).is_ok() && !freed(mac));
             corrector.others();
             corrector.port_vlan();
         }
@@ -130,20 +133,39 @@ impl<'a> Corrector<'a> {
         }
     }
 
-    fn unicast(&mut self) {
+    /// Returns the number of addresses that stay.
+    fn unicast(&mut self) -> usize {
         let (device, limit) = (self.device(), usize::from(self.policy.unicast_limit.value.get()));
         let allowed = |mac| mac == self.port.initial_mac || self.policy.mac_changes.value.allows(mac);
         let all_allowed = device.unicast.iter().all(|mac| allowed(*mac));
         if all_allowed && device.unicast.len() <= limit {
-            return;
+            return device.unicast.len();
         }
         // There is no message that removes one.
         let keep: Vec<_> = device.unicast.iter().copied().filter(|mac| allowed(*mac)).take(limit).collect();
         let held: Vec<_> = device.unicast.iter().map(ToString::to_string).collect();
         let setting = if all_allowed { Setting::UnicastLimit } else { Setting::MacChanges };
         self.push(Some(setting), true, Change::ClearUnicast, held.join(","));
+        let kept = keep.len();
         for mac in keep {
             self.push(Some(setting), false, Change::AddUnicast(mac), "");
+        }
+        kept
+    }
+
+    /// Adds addresses that the guest asked for and that have become free, besides those that stay.
+    fn wanted(&mut self, kept: usize, may_have: impl Fn(MacAddress) -> bool) {
+        let (device, policy) = (self.device(), &self.policy);
+        let allowed = |mac: &MacAddress| {
+            !policy.blocked.value
+                && policy.mac_changes.value.allows(*mac)
+                && *mac != device.pf.mac
+                && may_have(*mac)
+        };
+        let room = usize::from(policy.unicast_limit.value.get()).saturating_sub(kept);
+        let add: Vec<_> = device.wanted_unicast.iter().copied().filter(allowed).take(room).collect();
+        for mac in add {
+            self.push(None, false, Change::AddUnicast(mac), "");
         }
     }
 

@@ -10,7 +10,7 @@ use crate::{
     mac::MacAddress,
     objects::{PfSettings, Port},
     policy::{EffectivePolicy, ForgedTransmits, Rate},
-    request::{Change, LinkState, PromiscuousMode, Request},
+    request::{Change, LinkState, PromiscuousMode, Reason, Request},
 };
 
 impl SwitchState {
@@ -79,11 +79,44 @@ impl SwitchState {
     /// # Errors
     /// No such port.
     pub fn note_answer(&mut self, id: PortId, request: &Request, success: bool) -> Result<(), StateError> {
-        let port = self.ports.get_mut(&id).ok_or(StateError::NoPort(id))?;
-        if let (Request::SetMac(mac), true) = (request, success) {
-            port.guest_mac = *mac;
+        match request {
+            Request::SetMac(mac) if success => {
+                self.ports.get_mut(&id).ok_or(StateError::NoPort(id))?.guest_mac = *mac;
+                Ok(())
+            }
+            // A driver sets its list anew: it clears it and adds each address.
+            Request::ClearUnicastFilters if success => {
+                self.edit(id, |port| port.device.wanted_unicast.clear())
+            }
+            _ => Ok(()),
         }
-        Ok(())
+    }
+
+    /// The guest was refused. An address that another port has is kept for the time when that port gives it up, as far as
+    /// the unicast limit has room for it.
+    ///
+    /// # Errors
+    /// No such port.
+    pub fn note_refusal(&mut self, id: PortId, request: &Request, reason: Reason) -> Result<(), StateError> {
+        let (Request::AddUnicastFilter(mac), Reason::MacInUse) = (request, reason) else { return Ok(()) };
+        let limit = self.effective_policy(id)?.unicast_limit.value;
+        self.edit(id, |port| {
+            let device = &mut port.device;
+            let held = device.unicast.union(&device.wanted_unicast).count();
+            if limit.allows(held + 1) {
+                device.wanted_unicast.insert(*mac);
+            }
+        })
+    }
+
+    /// The address is not added any more when it becomes free: the adapter refused it.
+    ///
+    /// # Errors
+    /// No such port.
+    pub fn forget_wanted(&mut self, id: PortId, mac: MacAddress) -> Result<(), StateError> {
+        self.edit(id, |port| {
+            port.device.wanted_unicast.remove(&mac);
+        })
     }
 
     /// Everything that the VF may have of its tenant, to be taken back in this order before a reboot. The reset comes first
@@ -161,11 +194,19 @@ fn apply(port: &mut Port, change: &Change) {
             device.stale_vlans.append(&mut device.vlans);
             device.multicast.clear();
             device.promiscuous = PromiscuousMode::OFF;
+            // Its driver asks for them again.
+            device.wanted_unicast.clear();
             // The reply carries it, and the driver adopts it.
             port.guest_mac = device.pf.mac;
         }
-        Change::SetMac(mac) => device.pf.mac = *mac,
-        Change::AddUnicast(mac) => drop(device.unicast.insert(*mac)),
+        Change::SetMac(mac) => {
+            device.wanted_unicast.remove(mac);
+            device.pf.mac = *mac;
+        }
+        Change::AddUnicast(mac) => {
+            device.wanted_unicast.remove(mac);
+            device.unicast.insert(*mac);
+        }
         Change::ClearUnicast => device.unicast.clear(),
         Change::SetMulticast(hashes) => device.multicast.clone_from(hashes),
         Change::JoinVlan(vlan) => {

@@ -136,7 +136,7 @@ impl SwitchState {
                 || port.pending.iter().any(Change::needs_trust);
             port.device.was_trusted = Some(may_be);
         }
-        self.by_mac.extend(port.addresses().map(|mac| ((switch, mac), port.id)));
+        self.enter(switch, &port);
         self.by_vf.extend(port.vf.clone().map(|vf| (vf, port.id)));
         self.ports.insert(port.id, port);
         Ok(())
@@ -151,11 +151,12 @@ impl SwitchState {
         if port.vf.is_some() {
             return Err(StateError::Bound(id));
         }
-        let (switch, macs) = (group.switch, port.addresses().collect::<Vec<_>>());
-        for mac in macs {
-            self.by_mac.remove(&(switch, mac));
-        }
-        self.ports.remove(&id).ok_or(StateError::NoPort(id))
+        let switch = group.switch;
+        let port = port.clone();
+        self.strike(switch, &port);
+        self.ports.remove(&id);
+        self.note_freed(switch, port.addresses());
+        Ok(port)
     }
 
     /// Replaces a port's overrides. The corrections are empty while it has no VF.
@@ -233,7 +234,32 @@ impl SwitchState {
         })
     }
 
-    // Changes a port and keeps the index of addresses exact. Nothing changes if another port has one of its new addresses.
+    // Puts a port's addresses into the indices.
+    fn enter(&mut self, switch: SwitchId, port: &Port) {
+        self.by_mac.extend(port.addresses().map(|mac| ((switch, mac), port.id)));
+        self.wanted.extend(port.device.wanted_unicast.iter().map(|mac| (switch, *mac, port.id)));
+    }
+
+    // Takes a port's addresses out of the indices.
+    fn strike(&mut self, switch: SwitchId, port: &Port) {
+        for mac in port.addresses() {
+            self.by_mac.remove(&(switch, mac));
+        }
+        for mac in &port.device.wanted_unicast {
+            self.wanted.remove(&(switch, *mac, port.id));
+        }
+    }
+
+    // Notes those of these addresses that no port has any more and one wants.
+    fn note_freed(&mut self, switch: SwitchId, macs: impl Iterator<Item = MacAddress>) {
+        for mac in macs.filter(|mac| !self.by_mac.contains_key(&(switch, *mac))) {
+            if self.wanting(switch, mac).next().is_some() {
+                self.freed.insert((switch, mac), true);
+            }
+        }
+    }
+
+    // Changes a port and keeps the indices exact. Nothing changes if another port has one of its new addresses.
     pub(super) fn edit(&mut self, id: PortId, change: impl FnOnce(&mut Port)) -> Result<(), StateError> {
         let (port, group, _) = self.lineage(id)?;
         let switch = group.switch;
@@ -242,12 +268,11 @@ impl SwitchState {
         for mac in edited.addresses() {
             self.check_free(switch, mac, id)?;
         }
-        let old: Vec<_> = port.addresses().collect();
-        for mac in old {
-            self.by_mac.remove(&(switch, mac));
-        }
-        self.by_mac.extend(edited.addresses().map(|mac| ((switch, mac), id)));
+        let old = port.clone();
+        self.strike(switch, &old);
+        self.enter(switch, &edited);
         self.ports.insert(id, edited);
+        self.note_freed(switch, old.addresses());
         Ok(())
     }
 

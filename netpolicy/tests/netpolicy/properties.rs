@@ -321,13 +321,20 @@ impl World {
                 let before = self.hardware[*n as usize].clone();
                 let evaluation = self.state.evaluate(port_id(*n), request).unwrap();
                 self.check_standing(*n, request, &evaluation)?;
-                let Verdict::Allow(changes) = evaluation.verdict else { return Ok(()) };
+                let changes = match evaluation.verdict {
+                    Verdict::Allow(changes) => changes,
+                    Verdict::Deny(denial) => {
+                        self.state.note_refusal(port_id(*n), request, denial.reason).unwrap();
+                        return Ok(());
+                    }
+                };
                 self.state.begin(port_id(*n), &changes).unwrap();
                 if let Some(step) = meanwhile {
                     self.edit(step)?;
                 }
                 self.make(*n, &changes);
                 let corrections = self.state.commit(port_id(*n), &changes).unwrap();
+                self.state.note_answer(port_id(*n), request, true).unwrap();
                 if meanwhile.is_none() {
                     prop_assert_eq!(&corrections.list, &[], "{:?} was allowed, and is corrected", request);
                     let blocked = before.down && *request != Request::Reset;
@@ -407,6 +414,27 @@ impl World {
         Ok(())
     }
 
+    /// Brings each port to what it must have, and offers what was given up.
+    fn settle(&mut self) -> Result<(), TestCaseError> {
+        loop {
+            for n in 0..PORTS {
+                self.correct(n)?;
+            }
+            let freed = self.state.take_freed();
+            if freed.is_empty() {
+                break;
+            }
+            for (switch, mac) in freed {
+                let wanting = self.state.offer(switch, mac);
+                let due = |port: netpolicy::PortId| {
+                    self.state.corrections(port).unwrap().changes().contains(&Change::AddUnicast(mac))
+                };
+                prop_assert!((0..PORTS).map(port_id).all(|port| !due(port) || wanting.contains(&port)));
+            }
+        }
+        Ok(())
+    }
+
     fn check(&self) -> Result<(), TestCaseError> {
         for (n, hw) in (0..PORTS).zip(&self.hardware) {
             let port = self.state.port(port_id(n)).unwrap();
@@ -443,9 +471,7 @@ proptest! {
         world.check()?;
         for step in &steps {
             world.step(step)?;
-            for n in 0..PORTS {
-                world.correct(n)?;
-            }
+            world.settle()?;
             world.check()?;
         }
     }
@@ -455,7 +481,7 @@ proptest! {
         let mut world = World::new(true);
         for step in &steps {
             world.step(step)?;
-            (0..PORTS).try_for_each(|n| world.correct(n))?;
+            world.settle()?;
         }
         let mut restored = SwitchState::new();
         for switch in world.state.switches() {

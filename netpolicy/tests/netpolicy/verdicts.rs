@@ -330,3 +330,70 @@ fn a_record_that_does_not_say_whether_its_vf_was_trusted_counts_as_the_policy_sa
         assert_eq!(all.contains(&Change::ClearUnicast), cleared, "{group}");
     }
 }
+
+/// A driver that asks for a further address does not ask again when it is refused: VRRP's backup would never get the address.
+#[test]
+fn an_address_that_another_port_had_is_added_when_that_port_gives_it_up() {
+    const VIRTUAL: &str = "unicast 00:00:5e:00:01:33";
+    let policy = r#"{"mac_changes": {"list": ["00:00:5e:00:01:00/ff:ff:ff:ff:ff:00"]}, "unicast_limit": 1}"#;
+    let refuse = |state: &mut SwitchState, wish: &str| {
+        let reason = ask(state, 2, &request(wish)).unwrap_err().reason;
+        state.note_refusal(port_id(2), &request(wish), reason).unwrap();
+    };
+    let due = |state: &SwitchState| state.corrections(port_id(2)).unwrap().changes();
+    let offered = |state: &mut SwitchState| -> Vec<_> {
+        let freed = state.take_freed();
+        assert_eq!(state.take_freed(), [], "told once");
+        freed.into_iter().flat_map(|(switch, mac)| state.offer(switch, mac)).collect()
+    };
+    let waiting = || {
+        let mut state = host(policy);
+        ask(&mut state, 1, &request(VIRTUAL)).unwrap();
+        refuse(&mut state, VIRTUAL);
+        // There is room for one.
+        refuse(&mut state, "unicast 02:00:00:00:00:01");
+        assert_eq!((due(&state), offered(&mut state)), (vec![], vec![]), "it is not free");
+        state
+    };
+    let added = [Change::AddUnicast(mac("00:00:5e:00:01:33"))];
+
+    // The other driver gives it up, its VM ends, or its port goes.
+    let mut state = waiting();
+    ask(&mut state, 1, &request("clear")).unwrap();
+    assert_eq!(due(&state), [], "it is not offered yet");
+    assert_eq!((offered(&mut state), due(&state)), (vec![port_id(2)], added.to_vec()));
+    state.begin(port_id(2), &added).unwrap();
+    assert_eq!(state.commit(port_id(2), &added).unwrap().list, []);
+    assert_eq!(state.port(port_id(2)).unwrap().device.wanted_unicast.len(), 0);
+    ask(&mut state, 1, &request(VIRTUAL)).unwrap_err();
+    let mut state = waiting();
+    state.unbind(port_id(1)).unwrap();
+    assert_eq!((offered(&mut state), due(&state)), (vec![port_id(2)], added.to_vec()));
+    state.detach(port_id(1)).unwrap();
+    assert_eq!(due(&state), added);
+
+    // A driver that sets its list anew keeps its addresses.
+    let mut state = waiting();
+    ask(&mut state, 1, &request("clear")).unwrap();
+    ask(&mut state, 1, &request(VIRTUAL)).unwrap();
+    assert_eq!((offered(&mut state), due(&state)), (vec![], vec![]));
+
+    // An address that its driver no longer wants, the policy no longer allows, or the adapter refused is not added.
+    for wish in ["clear", "reset"] {
+        let mut state = waiting();
+        ask(&mut state, 2, &request(wish)).unwrap();
+        ask(&mut state, 1, &request("clear")).unwrap();
+        assert_eq!((offered(&mut state), due(&state)), (vec![], vec![]), "{wish}");
+    }
+    for tighter in [r#"{"mac_changes": "reject"}"#, r#"{"unicast_limit": 0}"#, r#"{"blocked": true}"#] {
+        let mut state = waiting();
+        ask(&mut state, 1, &request("clear")).unwrap();
+        let _ = state.update_port(port_id(2), settings(tighter)).unwrap();
+        assert_eq!(offered(&mut state), [port_id(2)]);
+        assert!(!due(&state).contains(&added[0]), "{tighter}");
+    }
+    let mut state = waiting();
+    state.forget_wanted(port_id(2), mac("00:00:5e:00:01:33")).unwrap();
+    ask(&mut state, 1, &request("clear")).unwrap();
+    assert_eq!((offered(&mut state), due(&state)), (vec![], vec![]));
+}

@@ -245,13 +245,15 @@ impl Registers {
 
     /// The PF no longer listens to this VF, or its settings have changed under the driver: makes the driver reset it. Only
     /// the answer to its reset message ([`complete_reset`](Self::complete_reset)) brings "clear to send" back; a reset of the
-    /// device does not.
-    pub fn lost_clear_to_send(&mut self) {
+    /// device does not. False if the driver has not looked since the last time.
+    pub fn lost_clear_to_send(&mut self) -> bool {
+        let is_news = !self.reset_unsaid;
         // The driver polls RSTD every 2 s; only then does it look at word 0.
         self.rstd = true;
         self.waiting = None;
         (self.must_reset, self.reset_unsaid) = (true, true);
         self.deliver();
+        is_news
     }
 
     /// Whether the PF is being reset at this moment.

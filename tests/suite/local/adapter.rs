@@ -2,6 +2,8 @@
 
 //! Guests with simulated VFs: the whole way of frames and of requests.
 
+use std::time::{Duration, Instant};
+
 use api::types::{PortGroupSpec, VmAction, VmState};
 use serde_json::{Value, json};
 
@@ -153,4 +155,44 @@ fn what_a_hostile_guest_does_to_its_vf_hurts_nobody_else() {
     for vm in ["alice", "bob", "carol"] {
         assert_eq!(agent.vm(vm).status.state, VmState::Running, "{vm}");
     }
+}
+
+/// A virtual router's address: VRRP's backup asks for it at its start, and its driver does not ask again.
+#[test]
+fn an_address_moves_to_the_guest_that_waits_for_it() {
+    const VIRTUAL: &str = "00:00:5e:00:01:33";
+    let agent = start();
+    port_group(
+        &agent,
+        json!({"mac_changes": {"list": ["00:00:5e:00:01:00/ff:ff:ff:ff:ff:00"]}, "unicast_limit": 1}),
+    );
+    let [mut master, mut backup] = pair(&agent);
+    let mut other = guest(&agent, "carol", "02:00:00:00:0c:01", "10.0.0.3");
+    let add = format!("mac-filter add {VIRTUAL}");
+    assert_eq!((master.ask(&add), backup.ask(&add)), ("ok".into(), "nack".into()));
+    let mut arrives = |guest: &mut SmallGuest<'_>| {
+        guest.ask("forget");
+        other.ask(&format!("send dst={VIRTUAL} text=x"));
+        guest.ask("expect 300 text=x") != "none"
+    };
+    // The master's driver sets its list anew, as Linux' does whenever a group is joined: it keeps the address.
+    assert_eq!((master.ask("mac-filter clear"), master.ask(&add)), ("ok".into(), "ok".into()));
+    std::thread::sleep(Duration::from_secs(3));
+    assert_eq!((arrives(&mut master), arrives(&mut backup)), (true, false));
+
+    agent.act("alice", VmAction::Stop).unwrap();
+    let begun = Instant::now();
+    while !arrives(&mut backup) {
+        assert!(begun.elapsed() < Duration::from_secs(20), "the backup never gets the address");
+    }
+    // An address that its driver has given up meanwhile is not added.
+    assert_eq!(backup.ask("mac-filter clear"), "ok");
+    let mut master = guest(&agent, "dave", "02:00:00:00:0d:01", "10.0.0.4");
+    assert_eq!(
+        (master.ask(&add), backup.ask(&add), backup.ask("mac-filter clear")),
+        ("ok".into(), "nack".into(), "ok".into())
+    );
+    agent.act("dave", VmAction::Stop).unwrap();
+    std::thread::sleep(Duration::from_secs(4));
+    assert!(!arrives(&mut backup), "nobody wants the address");
 }

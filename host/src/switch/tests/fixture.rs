@@ -42,6 +42,7 @@ pub(super) const TIMING: Timing = Timing {
     forwarded: Duration::from_millis(500),
     compare: Duration::from_secs(3600),
     gather: Duration::from_millis(10),
+    offer: Duration::from_millis(300),
     #[cfg(feature = "test-support")]
     late: crate::switch::Late { address: Duration::ZERO, multicast: Duration::ZERO },
 };
@@ -269,6 +270,15 @@ impl Host {
     }
 
     /// Replaces the group's settings.
+    /// Sees that the relay of VM `n` is told to make a change, not before `wait` is over.
+    pub(super) async fn changed_after(&self, wait: Duration, n: u8, change: &Change) {
+        let begun = std::time::Instant::now();
+        self.until("a message of the agent's own", async |host| host.vmm(n).taken_back().contains(change))
+            .await;
+        assert!(begun.elapsed() >= wait, "after {:?}", begun.elapsed());
+        self.switch.settle().await;
+    }
+
     pub(super) async fn set(&self, settings: &str) -> Result<(), Problem> {
         let spec = PortGroupSpec {
             switch: "default".parse().unwrap(),

@@ -6,7 +6,7 @@ use api::{
     PolicyBackend as _,
     types::{EventKind, PfState},
 };
-use netpolicy::{Change, Committed, Outcome, Request, Setting, VlanId};
+use netpolicy::{Change, Committed, MacAddress, Outcome, Request, Setting, VlanId};
 use passthrough::{
     host::{Hint, VfChange},
     relay::Notice,
@@ -295,6 +295,10 @@ async fn the_next_agent_does_the_work_of_a_reboot_that_it_finds_noted() {
         let address = if noted { mac(1) } else { mac(9) };
         host.switch.settle().await;
         assert_eq!((host.pf_mac(1), host.addresses(1).await), (Some(address), (address, address)), "{noted}");
+        // Its guest may have begun again meanwhile, with the address that the PF had.
+        host.connect(1).await;
+        host.switch.settle().await;
+        assert_eq!(host.vmm(1).orders(), [Order::EffectiveMac { adapter: "eth0".into(), mac: address }]);
     }
     // Once.
     host.restart_after(async |attachments| {
@@ -372,4 +376,64 @@ async fn a_vmm_that_defers_for_ever_is_stopped() {
         host.ask(1, Request::Reset).await;
     }
     assert!(!host.vmm(1).heard().stopped.is_empty());
+}
+
+/// Two guests that share a virtual router's address: the backup's driver asks for it once, at its start.
+const VIRTUAL: &str =
+    r#"{"mac_changes": {"list": ["00:00:5e:00:01:00/ff:ff:ff:ff:ff:00"]}, "unicast_limit": 1}"#;
+
+async fn a_backup_that_waits() -> (Host, MacAddress) {
+    let address = "00:00:5e:00:01:33".parse().unwrap();
+    let mut host = Host::new(VIRTUAL).await;
+    assert_eq!(host.ask(1, Request::AddUnicastFilter(address)).await, FORWARD);
+    assert_ne!(host.ask(2, Request::AddUnicastFilter(address)).await, FORWARD);
+    host.vmm(2).orders();
+    (host, address)
+}
+
+#[tokio::test]
+async fn an_address_is_given_to_the_guest_that_was_refused_it_when_its_port_gives_it_up() {
+    let (mut host, address) = a_backup_that_waits().await;
+    // A driver sets its list anew: it does not lose the address in between.
+    assert_eq!(host.ask(1, Request::ClearUnicastFilters).await, FORWARD);
+    assert_eq!(host.ask(1, Request::AddUnicastFilter(address)).await, FORWARD);
+    tokio::time::sleep(TIMING.offer * 2).await;
+    assert_eq!(host.vmm(2).taken_back(), []);
+
+    host.ask(1, Request::ClearUnicastFilters).await;
+    host.changed_after(TIMING.offer, 2, &Change::AddUnicast(address)).await;
+    let allowed = host.decisions(2, Outcome::Allowed).await;
+    let last = &allowed[0];
+    assert_eq!(
+        (last.request.as_str(), last.requested.as_deref()),
+        ("add_unicast_filter", Some("00:00:5e:00:01:33"))
+    );
+    assert!(last.detail.as_deref().is_some_and(|detail| detail.starts_with("Refused before")), "{last:?}");
+    assert_ne!(host.ask(1, Request::AddUnicastFilter(address)).await, FORWARD, "it is the other's now");
+}
+
+#[tokio::test]
+async fn an_agent_that_starts_again_knows_which_guest_waits_for_an_address() {
+    let (mut host, address) = a_backup_that_waits().await;
+    host.switch.settle().await;
+    host.restart().await;
+    host.connect(1).await;
+    host.connect(2).await;
+    host.ask(1, Request::ClearUnicastFilters).await;
+    host.changed_after(TIMING.offer, 2, &Change::AddUnicast(address)).await;
+}
+
+#[tokio::test]
+async fn an_address_that_the_pf_refuses_is_not_tried_again_for_a_guest_that_waited() {
+    let (mut host, address) = a_backup_that_waits().await;
+    host.vmm(2).heard().takes_back = TakesBack::Refused;
+    host.ask(1, Request::ClearUnicastFilters).await;
+    host.changed_after(TIMING.offer, 2, &Change::AddUnicast(address)).await;
+    host.switch.settle().await;
+    let denied = host.decisions(2, Outcome::Denied).await;
+    assert_eq!((denied.len(), denied[0].committed), (2, Committed::Failed));
+    host.vmm(2).orders();
+    tokio::time::sleep(TIMING.confirm * 3).await;
+    host.switch.settle().await;
+    assert_eq!((host.vmm(2).taken_back(), host.vmm(2).heard().stopped.len()), (vec![], 0));
 }

@@ -92,7 +92,7 @@ pub(crate) struct Core {
     /// What the guest believes to have, as far as the authority knows.
     guest: Option<MacAddress>,
     driver: DriverAddress,
-    /// The device may have further unicast addresses.
+    /// The device has further unicast addresses, or may come to have some.
     filters: bool,
     reset_due: bool,
     next_look: Duration,
@@ -156,6 +156,8 @@ impl Core {
             self.drop_work(Cancelled::GuestReset);
             self.port.forget();
             (self.cts, self.lost, self.reset_due) = (false, false, false);
+            // Another boot's driver takes the address of its first reset.
+            self.guest = None;
         }
         if inbox.vf_reset {
             self.drop_work(Cancelled::GuestReset);
@@ -277,6 +279,15 @@ impl Core {
         }
     }
 
+    /// Whether the guest's reset message is not answered yet. The answer carries the address.
+    fn is_resetting(&self) -> bool {
+        match &self.work {
+            Work::Idle => false,
+            Work::Queued(message) => message.is_reset(),
+            Work::Asked { request, .. } => *request == Request::Reset,
+        }
+    }
+
     fn drop_work(&mut self, why: Cancelled) {
         if let Work::Asked { message, request, .. } = std::mem::replace(&mut self.work, Work::Idle) {
             self.shared.lock().stats.message(message.name(), "dropped");
@@ -363,6 +374,8 @@ impl Core {
             Decision::Grant { how: How::Local } => self.answer(&message, &request, true, "granted"),
             Decision::Grant { how: How::Forward } => self.forward(&message, &request),
             Decision::Refuse { tell, reason } => {
+                // It may be added later: then the guest's next list begins by clearing it.
+                self.filters |= reason == Reason::MacInUse && matches!(request, Request::AddUnicastFilter(_));
                 let is_address = matches!(request, Request::SetMac(_));
                 let silent = tell == OnDenied::Silent && !(is_address && self.driver.must_tell());
                 // First the answer: a vCPU waits for it, busily.

@@ -94,11 +94,8 @@ impl Core {
 
     pub(super) fn carry_out(&mut self, order: Order) {
         match order {
-            Order::EffectiveMac(mac) => self.effective = Some(mac),
-            Order::MakeGuestReset => {
-                self.shared.lock().registers.lost_clear_to_send();
-                self.port.raise_interrupt();
-            }
+            Order::EffectiveMac(mac) => self.address_is(mac),
+            Order::MakeGuestReset => self.make_guest_reset(),
             Order::TakeBack { id, changes } if self.cts => self.take_back(id, changes),
             Order::TakeBack { id, changes } => {
                 let waiting: usize = self.deferred.iter().map(|(_, changes)| changes.len().max(1)).sum();
@@ -109,6 +106,22 @@ impl Core {
                     self.deferred.push_back((id, changes));
                 }
             }
+        }
+    }
+
+    /// A guest that has another address learns it: an agent that starts again finishes a change that it finds begun, also the
+    /// return to the initial address at a reboot, when the guest may have its address already.
+    fn address_is(&mut self, mac: MacAddress) {
+        let moved = self.effective.replace(mac).is_some_and(|old| old != mac);
+        if moved && self.guest.is_some_and(|guest| guest != mac) && !self.is_resetting() {
+            self.make_guest_reset();
+        }
+    }
+
+    fn make_guest_reset(&mut self) {
+        let is_news = self.shared.lock().registers.lost_clear_to_send();
+        if is_news {
+            self.port.raise_interrupt();
         }
     }
 

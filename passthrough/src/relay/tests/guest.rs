@@ -4,11 +4,11 @@
 
 use std::time::Duration;
 
-use netpolicy::{Change, MacAddress, PromiscuousMode, Reason, Request, VlanId};
+use netpolicy::{Change, MacAddress, OnDenied, PromiscuousMode, Reason, Request, VlanId};
 
 use super::{FORWARD, LOCAL, NACK, SILENT, mac};
 use crate::relay::{
-    Cancelled, Config, Forwarded, MAX_CHANGES, Notice, Rate, Verdict,
+    Cancelled, Config, Decision, Forwarded, MAX_CHANGES, Notice, Rate, Verdict,
     testing::{Bench, Bus, Driver, driver::Failed},
 };
 
@@ -226,6 +226,56 @@ fn filters_are_cleared_with_a_valid_address_and_only_when_there_are_some() {
         bench.questions().iter().filter(|request| **request == Request::ClearUnicastFilters).count(),
         1
     );
+}
+
+/// The agent died at a reboot, and the next one takes the old boot's address from the PF when the new boot has it.
+#[test]
+fn a_guest_learns_an_address_that_is_changed_behind_its_back() {
+    let (bench, mut driver) = guest();
+    let told = |mac| {
+        bench.vf().set_admin_mac(mac);
+        bench.0.borrow().relay.set_effective_mac(mac);
+        bench.wait(MS);
+    };
+    assert!(driver.set_mac(mac(0x22)));
+    bench.0.borrow().relay.hardware_reset();
+    bench.wait(MS);
+    bench.set_away(true);
+    let mut driver = bench.driver();
+    driver.probe();
+    assert_eq!(addresses(&bench, &driver), (mac(0x22), mac(0x22)), "nobody was there to say otherwise");
+    assert!(bench.notices().contains(&Notice::GuestMac { mac: mac(0x22) }));
+    bench.set_away(false);
+    assert!(!driver.watchdog());
+
+    told(mac(0x11));
+    assert!(driver.watchdog(), "the link check asks for a reset");
+    bench.policy(|request| Some(if matches!(request, Request::SetMac(_)) { NACK } else { LOCAL }));
+    driver.reset().expect("reset");
+    assert_eq!(addresses(&bench, &driver), (mac(0x11), mac(0x11)));
+    // A guest that has the address, and one that has none yet, are left in peace.
+    let triggered = bench.vf().pf().triggered;
+    told(mac(0x11));
+    assert!(!driver.watchdog());
+    bench.0.borrow().relay.hardware_reset();
+    told(mac(0x33));
+    assert_eq!(bench.vf().pf().triggered, triggered);
+}
+
+/// An address that another port has is added when that one gives it up: the authority must hear of the driver's next list.
+#[test]
+fn after_an_address_in_use_filters_are_cleared_by_the_authority() {
+    for (reason, asked) in [(Reason::MacInUse, 1), (Reason::LimitExceeded, 0)] {
+        let (bench, mut driver) = guest();
+        bench.policy(move |request| match request {
+            Request::AddUnicastFilter(_) => Some(Decision::Refuse { tell: OnDenied::Nack, reason }),
+            _ => Some(LOCAL),
+        });
+        assert_eq!(driver.call(&[0x2_0002, 0x2, 0x4400]), Ok(0x6002_0002));
+        assert_eq!(driver.call(&[0x1_0002, 0, 0]), Ok(0xa001_0002));
+        let cleared = bench.questions().into_iter().filter(|one| *one == Request::ClearUnicastFilters);
+        assert_eq!(cleared.count(), asked, "{reason}");
+    }
 }
 
 #[test]
