@@ -397,6 +397,7 @@ fn given_up(why: Cancelled) -> (Option<Reason>, &'static str) {
             (Some(Reason::AuthorityUnreachable), "The guest was refused before the change was made")
         }
         Cancelled::GuestReset => (None, "The guest reset its VF before it was answered"),
+        Cancelled::Withdrawn => (None, "Its relay no longer wanted it"),
         Cancelled::Stopped => (None, "The VM ended before it was answered"),
     }
 }

@@ -136,6 +136,9 @@ pub enum Notice {
     },
 }
 
+/// Marks the numbers of questions that a relay asks by itself. Those of a guest's messages count up from zero.
+pub(crate) const OWN_QUESTION: u64 = 1 << 63;
+
 /// Why a question was given up.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
@@ -146,6 +149,8 @@ pub enum Cancelled {
     GuestReset,
     /// The relay ended.
     Stopped,
+    /// Nobody waits for it: the relay had asked by itself, for a guest that was refused in the authority's absence.
+    Withdrawn,
 }
 
 /// What became of a forwarded message.

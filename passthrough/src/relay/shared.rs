@@ -14,7 +14,7 @@ use std::{
 use netpolicy::{Change, MacAddress, OnDenied, Reason, StandingRefusal};
 
 use super::{
-    authority::Verdict,
+    authority::{OWN_QUESTION, Verdict},
     decline::{Declined, MAX_DECLINED, Prompt, counted_as},
     stats::{RelayStats, Stats},
 };
@@ -192,7 +192,8 @@ impl Shared {
 
     pub(crate) fn verdict(&self, verdict: Verdict) {
         let mut state = self.lock();
-        if state.registers.in_flight() && state.registers.seq() == verdict.seq {
+        let in_flight = state.registers.in_flight().then(|| state.registers.seq());
+        if in_flight.map_or(verdict.seq & OWN_QUESTION != 0, |seq| seq == verdict.seq) {
             state.inbox.verdict = Some(verdict);
             drop(state);
             self.wake.notify_one();

@@ -7,7 +7,7 @@ use std::time::{Duration, Instant};
 use api::types::{PortGroupSpec, VmAction, VmState};
 use serde_json::{Value, json};
 
-use crate::fixture::{Agent, Options, SmallGuest};
+use crate::fixture::{Agent, Guest, Options, SmallGuest};
 
 const ALICE: &str = "02:00:00:00:0a:01";
 const BOB: &str = "02:00:00:00:0b:01";
@@ -195,4 +195,36 @@ fn an_address_moves_to_the_guest_that_waits_for_it() {
     agent.act("dave", VmAction::Stop).unwrap();
     std::thread::sleep(Duration::from_secs(4));
     assert!(!arrives(&mut backup), "nobody wants the address");
+}
+
+/// A driver does not look at the answers to its lists, and does not ask again.
+#[test]
+fn lists_that_a_guest_sets_while_the_agent_is_away_are_set_when_it_is_back() {
+    const ANOTHER: &str = "02:00:00:00:0b:02";
+    const GROUP: &str = "01:00:5e:00:37:07";
+    let lists = [format!("mac-filter add {ANOTHER}"), format!("multicast {GROUP}")];
+    let mut agent = start();
+    port_group(&agent, json!({"mac_changes": "accept", "unicast_limit": 1}));
+    {
+        let [_alice, bob] = pair(&agent);
+        bob.guest.type_line(&format!("wait 1000; {}", lists.join("; ")));
+        std::thread::sleep(Duration::from_millis(300));
+    }
+    agent.kill();
+    std::thread::sleep(Duration::from_secs(3));
+    agent.restart();
+    let [mut alice, mut bob] =
+        ["alice", "bob"].map(|name| SmallGuest { guest: Guest::new(&agent, name.to_owned()) });
+    for list in &lists {
+        assert_eq!(bob.result(list), "nack", "{list}");
+    }
+    let begun = Instant::now();
+    for to in [ANOTHER, GROUP] {
+        while seen(&mut alice, &mut bob, &format!("dst={to}")) != "len=60" {
+            assert!(
+                begun.elapsed() < Duration::from_secs(20),
+                "the guest never receives what is sent to {to}"
+            );
+        }
+    }
 }

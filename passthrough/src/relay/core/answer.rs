@@ -41,6 +41,7 @@ impl Core {
             }
             return;
         }
+        self.undecided.keep(request, self.now());
         if let Some(suppressed) = self.log_line() {
             tracing::warn!(
                 adapter = self.config.adapter,
@@ -108,6 +109,7 @@ impl Core {
     pub(super) fn answer_reset(&mut self, message: &Message, mac: Option<MacAddress>, verdict: &'static str) {
         self.effective = mac.or(self.effective);
         let reply = igbvf::reset_reply(mac);
+        self.undecided.forget();
         if self.end(message, verdict, |registers| registers.complete_reset(message.seq(), &reply)) {
             self.driver.reset(mac);
         }

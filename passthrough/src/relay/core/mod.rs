@@ -16,6 +16,7 @@
 //! `cts` ("clear to send") is what the PF thinks of this VF: set by the guest's reset message, lost by every reset of
 //! VF, device or PF. Without it nothing is forwarded but that message.
 
+mod again;
 mod answer;
 mod pf;
 
@@ -76,6 +77,12 @@ enum Work {
         /// For a reset: the address in the PF's reply.
         from_pf: Option<MacAddress>,
     },
+    /// A question of the relay's own.
+    Again {
+        seq: u64,
+        request: Request,
+        deadline: Duration,
+    },
 }
 
 /// The state of one relay.
@@ -94,6 +101,7 @@ pub(crate) struct Core {
     driver: DriverAddress,
     /// The device has further unicast addresses, or may come to have some.
     filters: bool,
+    undecided: again::Undecided,
     reset_due: bool,
     next_look: Duration,
     deferred: VecDeque<(u64, Vec<Change>)>,
@@ -130,6 +138,7 @@ impl Core {
             guest: None,
             driver: DriverAddress::default(),
             filters: false,
+            undecided: again::Undecided::default(),
             reset_due: false,
             deferred: VecDeque::new(),
         }
@@ -158,10 +167,12 @@ impl Core {
             (self.cts, self.lost, self.reset_due) = (false, false, false);
             // Another boot's driver takes the address of its first reset.
             self.guest = None;
+            self.undecided.forget();
         }
         if inbox.vf_reset {
             self.drop_work(Cancelled::GuestReset);
             (self.cts, self.lost, self.reset_due) = (false, false, true);
+            self.undecided.forget();
             let mut state = self.shared.lock();
             state.stats.resets = state.stats.resets.saturating_add(1);
         }
@@ -177,10 +188,12 @@ impl Core {
         }
         self.forward_reset();
         if let Some(posted) = inbox.posted {
+            self.withdraw();
             self.work = Work::Queued(Message { decoded: igbvf::decode(&posted.snapshot.words), posted });
         }
         self.check_times();
         self.look();
+        self.ask_again();
         let now = self.now();
         while let Some(notice) = self.refusals.due(now) {
             self.authority.notice(notice);
@@ -228,10 +241,11 @@ impl Core {
         let work = match &self.work {
             Work::Idle => None,
             Work::Queued(message) => Some(self.ready_at(message, now).min(self.delay_ends(message))),
-            Work::Asked { deadline, .. } => Some(*deadline),
+            Work::Asked { deadline, .. } | Work::Again { deadline, .. } => Some(*deadline),
         };
+        let again = self.undecided.due().filter(|_| self.may_ask_again());
         let reset = self.reset_due.then(|| self.resets.ready_at(now));
-        [work, reset, self.refusals.next()].into_iter().flatten().fold(self.next_look, Duration::min)
+        [work, reset, again, self.refusals.next()].into_iter().flatten().fold(self.next_look, Duration::min)
     }
 
     /// When the message may begin.
@@ -276,19 +290,26 @@ impl Core {
                     self.unreachable(&message, &request, from_pf, "deadline");
                 }
             }
+            again @ Work::Again { deadline, .. } => {
+                self.work = again;
+                if now >= deadline {
+                    self.withdraw();
+                }
+            }
         }
     }
 
     /// Whether the guest's reset message is not answered yet. The answer carries the address.
     fn is_resetting(&self) -> bool {
         match &self.work {
-            Work::Idle => false,
+            Work::Idle | Work::Again { .. } => false,
             Work::Queued(message) => message.is_reset(),
             Work::Asked { request, .. } => *request == Request::Reset,
         }
     }
 
     fn drop_work(&mut self, why: Cancelled) {
+        self.withdraw();
         if let Work::Asked { message, request, .. } = std::mem::replace(&mut self.work, Work::Idle) {
             self.shared.lock().stats.message(message.name(), "dropped");
             self.authority.notice(Notice::Cancelled { seq: message.seq(), request, why });
@@ -336,7 +357,10 @@ impl Core {
                     None => self.ask(message, request, None),
                 },
             },
-            Request::ClearUnicastFilters if !self.filters => self.answer(&message, &request, true, "local"),
+            Request::ClearUnicastFilters if !self.filters => {
+                self.undecided.decided(&request, true);
+                self.answer(&message, &request, true, "local");
+            }
             request => self.ask(message, request, None),
         }
     }
@@ -360,12 +384,17 @@ impl Core {
     fn decided(&mut self, verdict: Verdict) {
         let (message, request) = match std::mem::replace(&mut self.work, Work::Idle) {
             Work::Asked { message, request, .. } if message.seq() == verdict.seq => (message, request),
+            Work::Again { seq, request, .. } if seq == verdict.seq => {
+                self.effective = Some(verdict.effective_mac);
+                return self.decided_again(seq, &request, verdict.decision);
+            }
             other => {
                 self.work = other;
                 return;
             }
         };
         self.effective = Some(verdict.effective_mac);
+        self.undecided.decided(&request, matches!(verdict.decision, Decision::Grant { .. }));
         match verdict.decision {
             _ if request == Request::Reset => {
                 self.guest = Some(verdict.effective_mac);
@@ -374,8 +403,7 @@ impl Core {
             Decision::Grant { how: How::Local } => self.answer(&message, &request, true, "granted"),
             Decision::Grant { how: How::Forward } => self.forward(&message, &request),
             Decision::Refuse { tell, reason } => {
-                // It may be added later: then the guest's next list begins by clearing it.
-                self.filters |= reason == Reason::MacInUse && matches!(request, Request::AddUnicastFilter(_));
+                self.note_in_use(&request, reason);
                 let is_address = matches!(request, Request::SetMac(_));
                 let silent = tell == OnDenied::Silent && !(is_address && self.driver.must_tell());
                 // First the answer: a vCPU waits for it, busily.

@@ -51,14 +51,10 @@ impl Core {
             .effective
             .and_then(|effective| igbvf::encode(request, effective))
             .map_or(Forwarded::Refused, |words| self.send(&words, self.left(message)));
-        match (request, outcome) {
-            (Request::SetMac(mac), Forwarded::Accepted) => self.effective = Some(*mac),
-            (Request::AddUnicastFilter(_), Forwarded::Accepted | Forwarded::Unanswered) => {
-                self.filters = true
-            }
-            (Request::ClearUnicastFilters, Forwarded::Accepted) => self.filters = false,
-            _ => {}
+        if let (Request::SetMac(mac), Forwarded::Accepted) = (request, outcome) {
+            self.effective = Some(*mac);
         }
+        self.note_filters(request, outcome);
         self.authority.notice(Notice::Forwarded { seq: message.seq(), outcome });
         let verdict = match outcome {
             Forwarded::Accepted => "forwarded",
@@ -66,6 +62,16 @@ impl Core {
             Forwarded::Unanswered => "unanswered",
         };
         self.answer(message, request, outcome == Forwarded::Accepted, verdict);
+    }
+
+    pub(super) fn note_filters(&mut self, request: &Request, outcome: Forwarded) {
+        match (request, outcome) {
+            (Request::AddUnicastFilter(_), Forwarded::Accepted | Forwarded::Unanswered) => {
+                self.filters = true
+            }
+            (Request::ClearUnicastFilters, Forwarded::Accepted) => self.filters = false,
+            _ => {}
+        }
     }
 
     /// One message to the PF. If it no longer listens, the guest is made to reset.

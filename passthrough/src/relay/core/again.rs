@@ -1,0 +1,150 @@
+// SPDX-License-Identifier: Apache-2.0
+
+//! Lists that nobody decided about in time, asked again.
+//!
+//! A driver sets its lists of receive addresses and does not look at the answers. A refusal for want of an authority (the agent
+//! starts again, the PF's driver is busy) would leave the guest without them until it sets them anew, which may be never. So the
+//! relay keeps what was asked for and asks again, a request a second at most, until the authority decides. The guest is not told:
+//! it has been, and did not listen.
+
+use std::time::Duration;
+
+use netpolicy::{MacAddress, Reason, Request, UnicastLimit};
+
+use super::{Core, Work};
+use crate::{
+    mailbox::igbvf,
+    relay::authority::{Cancelled, Decision, Forwarded, How, Notice, OWN_QUESTION, Question},
+};
+
+/// Time between two questions.
+const PERIOD: Duration = Duration::from_secs(1);
+
+/// The lists as the guest has asked for them, as far as nobody has decided. At most one request to clear the filters, three
+/// filters and one list of multicast hashes.
+#[derive(Debug, Default)]
+pub(super) struct Undecided {
+    clear: bool,
+    unicast: Vec<MacAddress>,
+    multicast: Option<Request>,
+    /// When the next one is asked for.
+    at: Duration,
+    asked: u64,
+}
+
+impl Undecided {
+    /// Nobody has decided about a request of the guest.
+    pub(super) fn keep(&mut self, request: &Request, now: Duration) {
+        match request {
+            Request::ClearUnicastFilters => {
+                self.clear = true;
+                self.unicast.clear();
+            }
+            Request::AddUnicastFilter(mac) => self.add(*mac),
+            Request::SetMulticast { .. } => self.multicast = Some(request.clone()),
+            _ => return,
+        }
+        self.at = now.saturating_add(PERIOD);
+    }
+
+    /// A request was decided about.
+    pub(super) fn decided(&mut self, request: &Request, granted: bool) {
+        match request {
+            Request::ClearUnicastFilters => {
+                self.clear = false;
+                self.unicast.clear();
+            }
+            // The filters are still to be cleared, and this one then added anew.
+            Request::AddUnicastFilter(mac) if granted && self.clear => self.add(*mac),
+            Request::AddUnicastFilter(mac) => self.unicast.retain(|one| one != mac),
+            Request::SetMulticast { .. } => self.multicast = None,
+            _ => {}
+        }
+    }
+
+    /// The guest begins anew, and sets its lists.
+    pub(super) fn forget(&mut self) {
+        *self = Self { asked: self.asked, ..Self::default() };
+    }
+
+    fn add(&mut self, mac: MacAddress) {
+        if self.unicast.len() < usize::from(UnicastLimit::MAX.get()) && !self.unicast.contains(&mac) {
+            self.unicast.push(mac);
+        }
+    }
+
+    fn next(&self) -> Option<Request> {
+        if self.clear {
+            return Some(Request::ClearUnicastFilters);
+        }
+        let filter = self.unicast.first().copied().map(Request::AddUnicastFilter);
+        filter.or_else(|| self.multicast.clone())
+    }
+
+    /// When something is to be asked for.
+    pub(super) fn due(&self) -> Option<Duration> {
+        self.next().map(|_| self.at)
+    }
+}
+
+impl Core {
+    /// Asks again, if nothing else is under way and the PF listens.
+    pub(super) fn ask_again(&mut self) {
+        let now = self.now();
+        if !self.may_ask_again() || self.undecided.due().is_none_or(|due| now < due) {
+            return;
+        }
+        let Some(request) = self.undecided.next() else { return };
+        self.undecided.at = now.saturating_add(PERIOD);
+        // What a guest may cause counts as its messages do.
+        if !self.messages.take(now) {
+            return;
+        }
+        self.undecided.asked = self.undecided.asked.wrapping_add(1);
+        let seq = OWN_QUESTION | self.undecided.asked;
+        if self.authority.ask(Question { seq, request: request.clone() }).is_ok() {
+            let deadline = now.saturating_add(self.config.ask_limit);
+            self.work = Work::Again { seq, request, deadline };
+        }
+    }
+
+    pub(super) fn may_ask_again(&self) -> bool {
+        matches!(self.work, Work::Idle) && self.cts && !self.reset_due
+    }
+
+    /// The relay's own question is decided.
+    pub(super) fn decided_again(&mut self, seq: u64, request: &Request, decision: Decision) {
+        match request {
+            Request::ClearUnicastFilters => self.undecided.clear = false,
+            Request::AddUnicastFilter(mac) => self.undecided.unicast.retain(|one| one != mac),
+            _ => self.undecided.multicast = None,
+        }
+        // The others need not wait.
+        self.undecided.at = self.now();
+        match decision {
+            Decision::Grant { how: How::Local } => {}
+            Decision::Grant { how: How::Forward } => {
+                let words = self.effective.and_then(|effective| igbvf::encode(request, effective));
+                let outcome =
+                    words.map_or(Forwarded::Refused, |words| self.send(&words, self.config.exchange_limit));
+                self.note_filters(request, outcome);
+                self.authority.notice(Notice::Forwarded { seq, outcome });
+            }
+            Decision::Refuse { reason, .. } => self.note_in_use(request, reason),
+        }
+    }
+
+    /// Gives the relay's own question up, if there is one: the guest goes on, or nobody decides.
+    pub(super) fn withdraw(&mut self) {
+        if let Work::Again { .. } = self.work
+            && let Work::Again { seq, request, .. } = std::mem::replace(&mut self.work, Work::Idle)
+        {
+            self.authority.notice(Notice::Cancelled { seq, request, why: Cancelled::Withdrawn });
+        }
+    }
+
+    /// Another port has the address. It may be added later: then the guest's next list begins by clearing it.
+    pub(super) fn note_in_use(&mut self, request: &Request, reason: Reason) {
+        self.filters |= reason == Reason::MacInUse && matches!(request, Request::AddUnicastFilter(_));
+    }
+}

@@ -1,0 +1,129 @@
+// SPDX-License-Identifier: Apache-2.0
+
+//! Lists of receive addresses that were set while nobody could decide.
+
+use std::time::Duration;
+
+use netpolicy::{OnDenied, Reason, Request};
+
+use super::{FORWARD, LOCAL, mac};
+use crate::relay::{
+    Cancelled, Decision, Notice,
+    testing::{Bench, Driver},
+};
+
+const SECOND: Duration = Duration::from_secs(1);
+const ADD_44: [u32; 3] = [0x2_0002, 0x2, 0x4400];
+const ADD_55: [u32; 3] = [0x2_0002, 0x2, 0x5500];
+const CLEAR: [u32; 3] = [0x1_0002, 0, 0];
+const HASHES: [u32; 2] = [0x2_0003, 0x0222_0111];
+
+/// A guest with one further address, whose authority is then away.
+fn guest() -> (Bench, Driver<Bench>) {
+    let bench = Bench::new(mac(0x11));
+    let mut driver = bench.driver();
+    driver.probe();
+    bench.vf().with_pf(|pf| pf.trusted = true);
+    bench.policy(|_| Some(FORWARD));
+    assert_eq!(driver.call(&ADD_44), Ok(0xa002_0002));
+    bench.set_away(true);
+    bench.notices();
+    (bench, driver)
+}
+
+fn asked(bench: &Bench) -> usize {
+    bench.questions().len()
+}
+
+#[test]
+fn lists_that_nobody_decided_about_are_set_when_the_authority_is_back() {
+    let (bench, mut driver) = guest();
+    // Linux' igbvf does not look at these answers.
+    for message in [&CLEAR[..], &ADD_55, &HASHES] {
+        assert_eq!(driver.call(message).map(|word| word >> 30), Ok(1), "{message:x?} is refused");
+    }
+    bench.wait(5 * SECOND);
+    bench.set_away(false);
+    bench.wait(3 * SECOND / 2);
+    let pf = bench.vf().pf();
+    assert_eq!((pf.filters, pf.multicast), (vec![mac(0x55)], vec![0x111, 0x222]));
+    let before = asked(&bench);
+    bench.wait(60 * SECOND);
+    assert_eq!(asked(&bench), before, "once");
+    assert!(!driver.has_reply(), "nobody waits for an answer");
+}
+
+#[test]
+fn a_filter_that_is_granted_before_the_others_are_cleared_stays() {
+    let (bench, mut driver) = guest();
+    assert_eq!(driver.call(&CLEAR).map(|word| word >> 30), Ok(1));
+    bench.set_away(false);
+    assert_eq!(driver.call(&ADD_55), Ok(0xa002_0002));
+    bench.wait(2 * SECOND);
+    assert_eq!(bench.vf().pf().filters, [mac(0x55)]);
+}
+
+#[test]
+fn a_guest_that_sets_its_lists_itself_is_not_asked_for() {
+    // Once more, in another way, or all anew.
+    let again: [fn(&mut Driver<Bench>); 3] = [
+        |driver| assert!(driver.call(&ADD_55).is_ok()),
+        |driver| assert!(driver.call(&CLEAR).is_ok()),
+        |driver| driver.reset().expect("reset"),
+    ];
+    for set in again {
+        let (bench, mut driver) = guest();
+        assert_eq!(driver.call(&ADD_55).map(|word| word >> 30), Ok(1));
+        bench.set_away(false);
+        set(&mut driver);
+        let before = asked(&bench);
+        bench.wait(10 * SECOND);
+        assert_eq!(asked(&bench), before);
+    }
+}
+
+#[test]
+fn a_refusal_ends_it_and_silence_costs_a_question_a_second() {
+    let (bench, mut driver) = guest();
+    assert_eq!(driver.call(&ADD_55).map(|word| word >> 30), Ok(1));
+    assert_eq!(driver.call(&HASHES).map(|word| word >> 30), Ok(1));
+    bench.set_away(false);
+    bench.policy(|_| None);
+    let before = asked(&bench);
+    bench.wait(20 * SECOND);
+    let silent = asked(&bench) - before;
+    assert!((10..=20).contains(&silent), "{silent} questions in 20 s");
+    let withdrawn = |notice: &Notice| matches!(notice, Notice::Cancelled { why: Cancelled::Withdrawn, .. });
+    let notices = bench.notices();
+    assert!(notices.iter().filter(|notice| withdrawn(notice)).count() + 1 >= silent, "{notices:?}");
+    bench.policy(|_| Some(Decision::Refuse { tell: OnDenied::Nack, reason: Reason::LimitExceeded }));
+    bench.wait(3 * SECOND);
+    let before = asked(&bench);
+    bench.wait(10 * SECOND);
+    assert_eq!(asked(&bench), before);
+    assert_eq!(bench.vf().pf().filters, [mac(0x44)]);
+}
+
+/// The guest's own message does not wait for a question that it does not know of.
+#[test]
+fn a_message_of_the_guest_goes_first() {
+    let (bench, mut driver) = guest();
+    assert_eq!(driver.call(&ADD_55).map(|word| word >> 30), Ok(1));
+    bench.set_away(false);
+    bench.slow_policy(|request| match request {
+        Request::AddUnicastFilter(_) => Some((300 * SECOND / 1000, FORWARD)),
+        _ => Some((Duration::ZERO, LOCAL)),
+    });
+    let own = |bench: &Bench| {
+        bench.questions().iter().filter(|one| **one == Request::AddUnicastFilter(mac(0x55))).count()
+    };
+    let before = own(&bench);
+    while own(&bench) == before {
+        bench.wait(SECOND / 100);
+    }
+    let begun = bench.now();
+    assert_eq!(driver.call(&[5, 1522]), Ok(0xa000_0005));
+    assert!(bench.now() - begun < SECOND / 10, "{:?}", bench.now() - begun);
+    bench.wait(3 * SECOND);
+    assert_eq!(bench.vf().pf().filters, [mac(0x44), mac(0x55)], "and it is asked again");
+}
