@@ -9,8 +9,8 @@ use crate::{
     ident::PortId,
     mac::MacAddress,
     objects::{PfSettings, Port},
-    policy::{EffectivePolicy, ForgedTransmits, Rate},
-    request::{Change, LinkState, PromiscuousMode, Reason, Request},
+    policy::{EffectivePolicy, ForgedTransmits, Mtu, Rate},
+    request::{Change, LinkState, PromiscuousMode, Reason, Request, Route},
 };
 
 impl SwitchState {
@@ -128,14 +128,26 @@ impl SwitchState {
         Ok(take_back(self.lineage(id)?.0, false))
     }
 
-    /// The same for another tenant: also what the VF may have been given behind the agent's back. What is on record of a VF that was
+    /// The same for another tenant, with the longest frame of an MTU of 1500 bytes: no reset shortens it. Also what the VF may have been given behind the agent's back. What is on record of a VF that was
     /// trusted is its vmm's word, and says only what that has told.
     ///
     /// # Errors
     /// No such port.
     pub fn take_back_for_release(&self, id: PortId) -> Result<Vec<Change>, StateError> {
         let port = self.lineage(id)?.0;
-        Ok(take_back(port, port.device.was_trusted.unwrap_or(true)))
+        let mut changes = take_back(port, port.device.was_trusted.unwrap_or(true));
+        let asked = port.pending.iter().filter_map(|change| match change {
+            Change::SetMaxFrame(bytes) => Some(*bytes),
+            _ => None,
+        });
+        let longest = asked.chain(port.device.max_frame).max();
+        // A VF that says something all the same says this, too: its vmm may not have told of it.
+        let speaks =
+            changes.iter().any(|change| change.route() == Route::Mailbox && *change != Change::Reset);
+        if speaks || longest > Some(Mtu::STANDARD.max_frame()) {
+            changes.push(Change::SetMaxFrame(Mtu::STANDARD.max_frame()));
+        }
+        Ok(changes)
     }
 }
 

@@ -163,6 +163,28 @@ fn a_tightened_group_takes_back_in_order() {
     assert_eq!(state.port(port_id(1)).unwrap().guest_mac, own(0x11), "the guest has not been told");
 }
 
+/// No reset shortens the longest frame that a VF receives: the next tenant's policy may allow less.
+#[test]
+fn the_longest_frame_of_a_tenant_goes_with_it() {
+    let long = netpolicy::Request::SetMaxFrame(9022);
+    let mut state = host(r#"{"mtu": 9000, "vlan": {"trunk": ["1-9"]}}"#);
+    let left = |state: &SwitchState| state.take_back_for_release(port_id(1)).unwrap();
+    let short = Change::SetMaxFrame(1526);
+    assert_eq!(left(&state), [Change::Reset]);
+    ask(&mut state, 1, &netpolicy::Request::SetMaxFrame(1518)).unwrap();
+    assert_eq!(left(&state), [Change::Reset], "nothing is left of that");
+    state.begin(port_id(1), &[Change::SetMaxFrame(9022)]).unwrap();
+    assert_eq!(left(&state), [Change::Reset, short.clone()], "it may have been made");
+    state.abort(port_id(1)).unwrap();
+    ask(&mut state, 1, &long).unwrap();
+    assert_eq!(left(&state), [Change::Reset, short.clone()]);
+    assert_eq!(state.take_back_all(port_id(1)).unwrap(), [Change::Reset], "a reboot is the same tenant's");
+    state.unbind(port_id(1)).unwrap();
+    state.bind(port_id(1), vf(1)).unwrap();
+    ask(&mut state, 1, &netpolicy::Request::SetVlan { vid: 5, add: true }).unwrap();
+    assert_eq!(left(&state), [Change::Reset, Change::LeaveVlan(vlan(5)), short]);
+}
+
 #[test]
 fn a_loosened_group_gives() {
     let mut state = host("{}");

@@ -282,6 +282,7 @@ fn all_is_taken_back_even_what_is_on_its_way() {
 #[test]
 fn a_vf_that_was_trusted_is_cleared_for_the_next_tenant_whatever_its_vmm_said() {
     const UNICAST: &str = r#"{"mac_changes": "accept", "unicast_limit": 1}"#;
+    const CLEARED: [Change; 3] = [Change::Reset, Change::ClearUnicast, Change::SetMaxFrame(1526)];
     let add = [Change::AddUnicast(own(9))];
     let all = |state: &SwitchState| state.take_back_for_release(port_id(1)).unwrap();
     let mut state = host(UNICAST);
@@ -290,7 +291,7 @@ fn a_vf_that_was_trusted_is_cleared_for_the_next_tenant_whatever_its_vmm_said() 
     // "The PF refused it."
     state.begin(port_id(1), &add).unwrap();
     assert_eq!(state.commit(port_id(1), &[]).unwrap().list, []);
-    assert_eq!(all(&state), [Change::Reset, Change::ClearUnicast]);
+    assert_eq!(all(&state), CLEARED);
     assert_eq!(
         state.take_back_all(port_id(1)).unwrap(),
         [Change::Reset],
@@ -304,9 +305,9 @@ fn a_vf_that_was_trusted_is_cleared_for_the_next_tenant_whatever_its_vmm_said() 
         assert_eq!(state.commit(port_id(1), changes).unwrap().list, []);
     }
     assert!(state.port(port_id(1)).unwrap().device.unicast.is_empty());
-    assert_eq!(all(&state), [Change::Reset, Change::ClearUnicast]);
+    assert_eq!(all(&state), CLEARED);
     state.restart(port_id(1)).unwrap();
-    assert_eq!(all(&state), [Change::Reset, Change::ClearUnicast], "the vmm stays");
+    assert_eq!(all(&state), CLEARED, "the vmm stays");
     state.unbind(port_id(1)).unwrap();
     state.bind(port_id(1), vf(1)).unwrap();
     assert_eq!(all(&state), [Change::Reset]);

@@ -100,6 +100,9 @@ async fn left(host: &Host) -> Vec<Change> {
     host.switch.release(vm(1), "eth0").await.unwrap().unwrap().changes
 }
 
+/// What is sent for a VF that may have further addresses.
+const CLEARED: [Change; 3] = [Change::Reset, Change::ClearUnicast, Change::SetMaxFrame(1526)];
+
 #[tokio::test]
 async fn a_vmm_that_lies_about_further_addresses_leaves_none_behind() {
     // It has sent the message, and says that the PF refused it.
@@ -109,7 +112,7 @@ async fn a_vmm_that_lies_about_further_addresses_leaves_none_behind() {
     host.notice(1, Notice::Forwarded { seq, outcome: Forwarded::Refused }).await;
     host.switch.settle().await;
     host.restart().await;
-    assert_eq!(left(&host).await, [Change::Reset, Change::ClearUnicast], "refused");
+    assert_eq!(left(&host).await, CLEARED, "refused");
 
     // It has not sent the message, and says that the PF took it.
     let mut host = Host::new(TRUNK).await;
@@ -118,7 +121,7 @@ async fn a_vmm_that_lies_about_further_addresses_leaves_none_behind() {
     // Without the permission nothing else tells of it.
     host.set("{}").await.unwrap();
     host.restart().await;
-    assert_eq!(left(&host).await, [Change::Reset, Change::ClearUnicast], "cleared");
+    assert_eq!(left(&host).await, CLEARED, "cleared");
 
     let mut host = Host::new(TRUNK).await;
     host.ask(1, Request::SetMulticast { count: 0, hashes: Vec::new() }).await;
@@ -127,9 +130,7 @@ async fn a_vmm_that_lies_about_further_addresses_leaves_none_behind() {
 
 #[tokio::test]
 async fn the_record_of_an_older_agent_counts_as_the_policy_says() {
-    for (settings, changes) in
-        [(TRUNK, vec![Change::Reset, Change::ClearUnicast]), ("{}", vec![Change::Reset])]
-    {
+    for (settings, changes) in [(TRUNK, CLEARED.to_vec()), ("{}", vec![Change::Reset])] {
         let mut host = Host::new(settings).await;
         host.restart_after(async |attachments| {
             for mut entry in attachments.list().await.unwrap() {

@@ -121,7 +121,8 @@ impl SimPfState {
 }
 
 impl Vf {
-    /// What igb clears at every reset, whether the adapter or a message tells of it.
+    /// What igb clears at every reset, whether the adapter or a message tells of it. It keeps further addresses (its list of filters)
+    /// and the longest frame (VMOLR.RLPML, which only SET_LPE writes).
     fn forget(&mut self, now: Duration) {
         self.clear_to_send = false;
         self.last_nack = Some(now);
@@ -129,7 +130,6 @@ impl Vf {
         self.multicast.clear();
         self.multicast_count = 0;
         self.promiscuous_multicast = false;
-        self.max_frame = super::DEFAULT_MAX_FRAME;
     }
 
     fn reset_message(&mut self, now: Duration) -> Words {

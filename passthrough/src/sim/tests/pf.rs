@@ -86,6 +86,66 @@ fn an_own_address_ends_with_a_reset_and_filters_do_not() {
     assert_eq!(to(&mut pf, 0x33), [(Port::Uplink, None)]);
 }
 
+/// What the PF keeps for a VF over each kind of reset, so that this one is never kinder than the hardware. igb (Linux 6.12,
+/// `igb_main.c`): `igb_vf_reset` clears VLANs, hashes and flags, `igb_vf_reset_event` also an address that the VF has chosen itself;
+/// filters stay in `vf_macs`, VMOLR.RLPML and the administrator's settings are written by nobody.
+#[test]
+fn each_reset_clears_what_igb_clears_and_nothing_else() {
+    // (setting, kept over the reset message, kept over VTCTRL.RST and FLR)
+    let kept = [
+        ("own address", true, false),
+        ("administrator's address", true, true),
+        ("further address", true, true),
+        ("longest frame", true, true),
+        ("VLAN", false, false),
+        ("multicast hash", false, false),
+        ("all multicast", false, false),
+        ("rate, spoof check and trust", true, true),
+    ];
+    for (setting, over_message, over_reset) in kept {
+        for (name, reset, expect) in [("message", false, over_message), ("reset", true, over_reset)] {
+            let mut pf = SimPfState::new(2);
+            say(&mut pf, 0, &[1]);
+            say(&mut pf, 1, &[1]);
+            pf.set(1, VfChange::SpoofCheck(false)).unwrap();
+            let group = MacAddress::new([1, 0, 0x5e, 0, 0, 0x11]);
+            let (mut to, mut len, mut tag) = (mac(0x22), 64, None);
+            let own = [2, 0x2, 0x2200];
+            match setting {
+                "own address" => drop(say(&mut pf, 0, &own)),
+                "further address" => drop(say(&mut pf, 0, &[0x2_0002, 0x2, 0x2200])),
+                "multicast hash" => (to, _) = (group, say(&mut pf, 0, &[0x1_0003, 0x110])),
+                "all multicast" => (to, _) = (group, say(&mut pf, 0, &[0x2_0006])),
+                _ => pf.set(0, VfChange::Mac(Some(mac(0x22)))).unwrap(),
+            }
+            match setting {
+                "longest frame" => (len, _) = (3000, say(&mut pf, 0, &[5, 9000])),
+                "VLAN" => (tag, _) = (Some(100), say(&mut pf, 0, &[0x1_0004, 100])),
+                "rate, spoof check and trust" => {
+                    pf.set(0, VfChange::TxRate { min: 0, max: 50 }).unwrap();
+                    pf.set(0, VfChange::SpoofCheck(false)).unwrap();
+                    pf.set(0, VfChange::Trust(true)).unwrap();
+                }
+                _ => {}
+            }
+            let has = |pf: &mut SimPfState| {
+                let settings = pf.settings().remove(&0).unwrap();
+                let shown = (settings.max_tx_rate, settings.spoof_check, settings.trust);
+                let bytes = frame(to, mac(9), &"x".repeat(len));
+                let arrives = ports(pf, 1, &bytes, tag).iter().any(|(port, _)| *port == Port::Vf(0));
+                arrives
+                    && (setting != "rate, spoof check and trust" || shown == (50, Some(false), Some(true)))
+            };
+            assert!(has(&mut pf), "{setting} is not set");
+            if reset {
+                pf.vf_reset(0, Duration::ZERO);
+            }
+            say(&mut pf, 0, &[1]);
+            assert_eq!(has(&mut pf), expect, "{setting} over a {name}");
+        }
+    }
+}
+
 #[test]
 fn tables_are_bounded() {
     let mut pf = pf(4);
