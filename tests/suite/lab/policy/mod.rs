@@ -9,6 +9,7 @@ mod drift;
 mod hostile;
 mod limits;
 mod round_trip;
+mod shared;
 mod tenant;
 
 use std::{

@@ -27,7 +27,8 @@ fn tagged_frames(to: &str) {
 }
 
 fn outlives_nothing(end: impl FnOnce(&Agent)) {
-    let settings = json!({ "vlan": { "trunk": ["100-110"] }, "mac_changes": "accept", "unicast_limit": 2 });
+    let settings =
+        json!({ "vlan": { "trunk": ["100-110"] }, "mac_changes": "accept", "unicast_limit": 2, "mtu": 9000 });
     let agent = agent_with(Relay::Policed, &settings);
     let mut tenant = guest_in_group(&agent, "web1");
     host::run("ip", &["addr", "replace", "10.0.2.9/24", "dev", host::PF]);
@@ -47,7 +48,9 @@ fn outlives_nothing(end: impl FnOnce(&Agent)) {
     assert!(raw_granted(&mut tenant, "00010004 69"), "VLAN 105");
     assert!(raw_granted(&mut tenant, &format!("00010003 {GROUP_HASH:08x}")), "a multicast address");
     assert!(raw_granted(&mut tenant, "00020002 00000002 0000020a"), "another address, {Y}");
+    assert!(raw_granted(&mut tenant, "00000005 0000233e"), "frames of 9022 bytes");
     assert_eq!(registers::vlans_of(0), [105]);
+    assert!(registers::max_frame_of(0) >= 9022);
     assert!(registers::multicast_hash(GROUP_HASH));
     let addresses = registers::addresses_of(0);
     assert!(addresses.contains(INITIAL) && addresses.contains(Y), "{addresses:?}");
@@ -56,6 +59,8 @@ fn outlives_nothing(end: impl FnOnce(&Agent)) {
     assert_eq!(registers::vlans_of(0), [] as [u32; 0]);
     assert!(!registers::multicast_hash(GROUP_HASH));
     assert!(!registers::all_multicast(0));
+    let longest = registers::max_frame_of(0);
+    assert!(longest <= 1530, "{longest} bytes: 1526 and a tag");
     let addresses = registers::addresses_of(0);
     assert!(!addresses.contains(Y) && !addresses.contains(INITIAL), "{addresses:?}");
 
