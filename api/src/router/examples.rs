@@ -195,6 +195,7 @@ fn port() -> Option<Port> {
             guest_mac: wished,
             policy: EffectivePolicy::of_defaults(),
             unchecked: None,
+            pending: None,
             counters: PortCounters { allowed: 3, denied: 1, taken_back: 0, repaired: 0 },
         },
     })

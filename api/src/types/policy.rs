@@ -157,8 +157,22 @@ pub struct PortStatus {
     /// Since when the port cannot be compared with its PF, and why: foreign changes are not repaired meanwhile.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub unchecked: Option<Unchecked>,
+    /// Changes that the policy wants and that are not made yet, since the guest's interface is down.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub pending: Option<Pending>,
     /// Requests since the port was made.
     pub counters: PortCounters,
+}
+
+/// Changes of a port that wait for its guest's driver to reset the VF. By the word of the VM's process the VF's queues are off
+/// until then: it sends and receives nothing.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+pub struct Pending {
+    /// The time from which there was something to wait for.
+    pub since: Timestamp,
+    /// The changes, at most 20 of them.
+    #[schema(example = json!(["set_vlan leave 100"]))]
+    pub changes: Vec<String>,
 }
 
 /// A failed comparison of a port with its PF.

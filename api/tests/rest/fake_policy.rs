@@ -71,6 +71,7 @@ impl FakePolicy {
             guest_mac: mac,
             policy: table.effective_policy(id.into()).unwrap(),
             unchecked: None,
+            pending: None,
             counters: PortCounters::default(),
         };
         let (created, spec) = (Timestamp::from_unix_ms(0), PortSpec::default());

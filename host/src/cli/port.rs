@@ -121,6 +121,9 @@ fn note(port: &Port) -> String {
     if status.unchecked.is_some() {
         notes.push("NOT COMPARED");
     }
+    if status.pending.is_some() {
+        notes.push("PENDING");
+    }
     if status.policy.blocked.value {
         notes.push("BLOCKED");
     }
@@ -160,6 +163,11 @@ fn details(port: &Port) -> Vec<(String, String)> {
         let text = format!("not compared with its PF since {}: {}", unchecked.since, unchecked.detail);
         ("drift".to_owned(), text)
     });
+    let pending = status.pending.as_ref().map(|pending| {
+        let text =
+            format!("since {}, until the guest resets its VF: {}", pending.since, pending.changes.join(", "));
+        ("pending".to_owned(), text)
+    });
     let counters = &status.counters;
     let mut lines: Vec<(String, String)> = [
         ("name", port.name.clone()),
@@ -184,6 +192,7 @@ fn details(port: &Port) -> Vec<(String, String)> {
     .map(|(name, value)| (name.to_owned(), value))
     .into();
     lines.extend(unchecked);
+    lines.extend(pending);
     lines.extend(settings::lines(&status.policy));
     lines
 }

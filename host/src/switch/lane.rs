@@ -8,16 +8,22 @@
 
 use std::collections::VecDeque;
 
-use api::types::{PortCounters, Unchecked};
+use api::types::{Pending, PortCounters, Timestamp, Unchecked};
 use netpolicy::{Change, MacAddress, Request};
 use passthrough::relay::{Cancelled, Forwarded, MAX_CHANGES, Question};
 use serde::{Deserialize, Serialize};
 use tokio::{sync::oneshot, time::Instant};
 
-use super::command::{Leftover, Reply};
+use super::{
+    command::{Leftover, Reply},
+    made,
+};
 
 /// More changes than a relay lets wait for its guest's reset. Twice as many, because what it has made may not have been told yet.
 const DEFERRED: usize = 2 * MAX_CHANGES;
+
+/// Changes that a port's status shows at most, of those that wait.
+const SHOWN: usize = 20;
 
 /// Something to be done for a port when its turn comes.
 pub(super) enum Work {
@@ -83,6 +89,8 @@ pub(super) struct Lane {
     pub(super) binding: bool,
     /// What the relay makes at the guest's next reset, in the order of the orders.
     pub(super) deferred: VecDeque<Vec<Change>>,
+    /// When the first of these was ordered. Means nothing without one.
+    pub(super) deferred_since: Option<Timestamp>,
     /// What an earlier boot of the guest left and is still to be taken back.
     pub(super) leftover: Vec<Change>,
     /// The guest begins again, and the work of that is not done.
@@ -138,9 +146,18 @@ impl Lane {
     /// The relay will make these at the guest's next reset. False if it cannot be: a relay keeps fewer.
     pub(super) fn defer(&mut self, changes: Vec<Change>) -> bool {
         if !changes.is_empty() {
+            if self.deferred.is_empty() {
+                self.deferred_since = Some(Timestamp::now());
+            }
             self.deferred.push_back(changes);
         }
         self.deferred.iter().map(Vec::len).sum::<usize>() <= DEFERRED
+    }
+
+    /// The changes that wait for the guest's reset, for people.
+    pub(super) fn pending(&self) -> Option<Pending> {
+        let changes: Vec<String> = self.deferred.iter().flatten().take(SHOWN).map(made::describe).collect();
+        self.deferred_since.filter(|_| !changes.is_empty()).map(|since| Pending { since, changes })
     }
 
     /// Takes a question that waits out of the lane.

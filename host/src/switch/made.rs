@@ -11,6 +11,9 @@ use super::actor::Actor;
 /// Of an address that a guest has after all.
 const FREED: &str = "Refused before, when another port had it";
 
+/// Of a message that only the VF's own mailbox can carry.
+const BY_ITS_WORD: &str = "By the word of the VM's process: the PF does not show it";
+
 impl Actor {
     pub(super) fn record_correction(&mut self, port: PortId, correction: &Correction, error: Option<String>) {
         let committed = committed(&correction.change, error.is_some());
@@ -33,8 +36,9 @@ impl Actor {
         if !correction.taken_back && error.is_none() {
             return;
         }
+        let detail = error.or_else(|| (committed == Committed::Mailbox).then(|| BY_ITS_WORD.to_owned()));
         let (decided_by, old) = (correction.decided_by, Some(correction.old.clone()));
-        let made = MadeChange { change: &correction.change, decided_by, old, committed, detail: error };
+        let made = MadeChange { change: &correction.change, decided_by, old, committed, detail };
         let edited_by = self.lanes.get(&port).and_then(|lane| lane.edited_by.clone());
         self.record_made(port, Outcome::TakenBack, edited_by, made);
     }
@@ -93,6 +97,12 @@ pub(super) fn name(change: &Change) -> &'static str {
         Change::SetMaxTxRate(_) => "set_max_tx_rate",
         Change::SetLink(_) => "set_link",
     }
+}
+
+/// A change as a decision's two columns say it.
+pub(super) fn describe(change: &Change) -> String {
+    let value = value(change);
+    [name(change), value.as_deref().unwrap_or_default()].join(" ").trim_end().to_owned()
 }
 
 /// What a change leads to, for people.

@@ -96,6 +96,9 @@ impl Actor {
             if !unmade && made.deferred.is_empty() {
                 lane.edited_by = None;
             }
+            if !made.deferred.is_empty() && lane.deferred.is_empty() {
+                tracing::info!(%port, "Changes wait for the guest to reset its VF");
+            }
             credible = lane.defer(made.deferred);
         }
         if !credible {

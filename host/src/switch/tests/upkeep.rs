@@ -75,14 +75,19 @@ async fn a_vlan_that_is_no_longer_allowed_is_left_by_message() {
 async fn what_waits_for_the_guests_reset_is_recorded_when_it_is_made() {
     let mut host = joined(&[100]).await;
     host.vmm(1).heard().takes_back = TakesBack::Deferred;
+    assert_eq!(host.port(1).await.status.pending, None);
     host.set(NARROW).await.unwrap();
     host.switch.settle().await;
     assert_eq!(host.decisions(1, Outcome::TakenBack).await, []);
+    let pending = host.port(1).await.status.pending.expect("what waits is shown");
+    assert_eq!(pending.changes, ["set_vlan leave 100"]);
     host.vmm(1).heard().takes_back = TakesBack::Done;
     host.notice(1, Notice::TakenBack { id: 7, failed: Vec::new(), deferred: false }).await;
     assert_eq!(host.ask(1, Request::Reset).await, LOCAL);
     let taken = host.decisions(1, Outcome::TakenBack).await;
     assert_eq!((taken.len(), taken[0].edited_by.as_deref()), (1, Some("uid 0")));
+    assert!(taken[0].detail.as_deref().is_some_and(|detail| detail.starts_with("By the word")), "{taken:?}");
+    assert_eq!(host.port(1).await.status.pending, None);
     assert_eq!(host.vmm(1).taken_back(), [leave(100)], "ordered once");
 
     // If it fails then, it is ordered again.
