@@ -196,6 +196,7 @@ fn port() -> Option<Port> {
             policy: EffectivePolicy::of_defaults(),
             unchecked: None,
             pending: None,
+            unmade: Vec::new(),
             counters: PortCounters { allowed: 3, denied: 1, taken_back: 0, repaired: 0 },
         },
     })

@@ -160,8 +160,21 @@ pub struct PortStatus {
     /// Changes that the policy wants and that are not made yet, since the guest's interface is down.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub pending: Option<Pending>,
+    /// Changes that the policy wants and that could not be made, at most 20. They are tried again.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub unmade: Vec<UnmadeChange>,
     /// Requests since the port was made.
     pub counters: PortCounters,
+}
+
+/// A change of a port that its PF or its VM's relay did not make: `policy` is not in force there.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+pub struct UnmadeChange {
+    /// The change.
+    #[schema(example = "set_max_tx_rate 1001 Mbit/s")]
+    pub change: String,
+    /// The reason, in the PF's words where it gave one.
+    pub detail: String,
 }
 
 /// Changes of a port that wait for its guest's driver to reset the VF. By the word of the VM's process the VF's queues are off

@@ -72,6 +72,7 @@ impl FakePolicy {
             policy: table.effective_policy(id.into()).unwrap(),
             unchecked: None,
             pending: None,
+            unmade: Vec::new(),
             counters: PortCounters::default(),
         };
         let (created, spec) = (Timestamp::from_unix_ms(0), PortSpec::default());

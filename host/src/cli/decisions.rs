@@ -7,7 +7,7 @@ use api::{
     types::{Decision, DecisionFilter, EventKind, MAX_PAGE, Timestamp},
 };
 use clap::Args;
-use netpolicy::Outcome;
+use netpolicy::{Committed, Outcome};
 use uuid::Uuid;
 
 use super::{
@@ -109,7 +109,13 @@ fn passes(filter: &DecisionFilter, decision: &Decision) -> bool {
 const HEADER: [&str; 9] = ["TIME", "PORT", "VF", "REQUEST", "OLD", "REQUESTED", "VERDICT", "REASON", "COUNT"];
 
 /// Of what has no end, and so no widest cell.
-const WIDTHS: [usize; 9] = [24, 16, 8, 14, 17, 17, 10, 20, 5];
+const WIDTHS: [usize; 9] = [24, 16, 8, 14, 17, 17, 18, 20, 5];
+
+/// A change that the PF refused is none.
+fn verdict(decision: &Decision) -> String {
+    let failed = decision.committed == Committed::Failed && decision.verdict != Outcome::Denied;
+    plain(&decision.verdict) + if failed { " (failed)" } else { "" }
+}
 
 fn row(decision: &Decision) -> [String; 9] {
     let vf = match (&decision.pf, decision.vf_index) {
@@ -123,7 +129,7 @@ fn row(decision: &Decision) -> [String; 9] {
         decision.request.clone(),
         or_dash(decision.old.as_ref()),
         or_dash(decision.requested.as_ref()),
-        plain(&decision.verdict),
+        verdict(decision),
         or_dash(decision.reason.map(netpolicy::Reason::name)),
         decision.count.to_string(),
     ]

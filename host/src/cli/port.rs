@@ -4,7 +4,7 @@
 
 use api::{
     Client,
-    types::{Port, PortSpec},
+    types::{Port, PortSpec, UnmadeChange},
 };
 use clap::{Args, Subcommand};
 use netpolicy::Setting;
@@ -121,6 +121,9 @@ fn note(port: &Port) -> String {
     if status.unchecked.is_some() {
         notes.push("NOT COMPARED");
     }
+    if !status.unmade.is_empty() {
+        notes.push("NOT IN FORCE");
+    }
     if status.pending.is_some() {
         notes.push("PENDING");
     }
@@ -193,6 +196,9 @@ fn details(port: &Port) -> Vec<(String, String)> {
     .into();
     lines.extend(unchecked);
     lines.extend(pending);
+    let unmade =
+        |unmade: &UnmadeChange| ("not in force".to_owned(), format!("{}: {}", unmade.change, unmade.detail));
+    lines.extend(status.unmade.iter().map(unmade));
     lines.extend(settings::lines(&status.policy));
     lines
 }

@@ -8,7 +8,7 @@
 
 use std::collections::VecDeque;
 
-use api::types::{Pending, PortCounters, Timestamp, Unchecked};
+use api::types::{Pending, PortCounters, Timestamp, Unchecked, UnmadeChange};
 use netpolicy::{Change, MacAddress, Request};
 use passthrough::relay::{Cancelled, Forwarded, MAX_CHANGES, Question};
 use serde::{Deserialize, Serialize};
@@ -18,12 +18,16 @@ use super::{
     command::{Leftover, Reply},
     made,
 };
+use crate::text::clipped;
 
 /// More changes than a relay lets wait for its guest's reset. Twice as many, because what it has made may not have been told yet.
 const DEFERRED: usize = 2 * MAX_CHANGES;
 
 /// Changes that a port's status shows at most, of those that wait.
 const SHOWN: usize = 20;
+
+/// Most characters of a reason: the process of a simulated PF chooses some of them.
+const DETAIL: usize = 500;
 
 /// Something to be done for a port when its turn comes.
 pub(super) enum Work {
@@ -91,6 +95,8 @@ pub(super) struct Lane {
     pub(super) deferred: VecDeque<Vec<Change>>,
     /// When the first of these was ordered. Means nothing without one.
     pub(super) deferred_since: Option<Timestamp>,
+    /// Changes that the policy wants and that could not be made the last time.
+    pub(super) unmade: Vec<UnmadeChange>,
     /// What an earlier boot of the guest left and is still to be taken back.
     pub(super) leftover: Vec<Change>,
     /// The guest begins again, and the work of that is not done.
@@ -152,6 +158,17 @@ impl Lane {
             self.deferred.push_back(changes);
         }
         self.deferred.iter().map(Vec::len).sum::<usize>() <= DEFERRED
+    }
+
+    /// Notes the changes that could not be made. True if some could not, and those before could.
+    pub(super) fn note_unmade(&mut self, failed: &[(Change, String)]) -> bool {
+        let were_made = self.unmade.is_empty();
+        let unmade = |(change, why): &(Change, String)| {
+            let detail = clipped(why, DETAIL);
+            UnmadeChange { change: made::describe(change), detail }
+        };
+        self.unmade = failed.iter().take(SHOWN).map(unmade).collect();
+        were_made && !self.unmade.is_empty()
     }
 
     /// The changes that wait for the guest's reset, for people.

@@ -39,6 +39,7 @@ impl Actor {
         if corrections.list.is_empty() && leftover.is_empty() {
             if let Some(lane) = self.lanes.get_mut(&port) {
                 lane.owed = false;
+                lane.unmade.clear();
                 lane.edited_by = None;
             }
             return;
@@ -89,9 +90,10 @@ impl Actor {
             self.stop(port, &why);
         }
         let unmade = !made.failed.is_empty();
-        let mut credible = true;
+        let (mut credible, mut is_news) = (true, false);
         if let Some(lane) = self.lanes.get_mut(&port) {
             lane.owed = unmade;
+            is_news = lane.note_unmade(&made.failed);
             lane.leftover.retain(|change| !made.done.contains(change));
             if !unmade && made.deferred.is_empty() {
                 lane.edited_by = None;
@@ -105,6 +107,9 @@ impl Actor {
             self.stop(port, "It says that more waits for its guest's reset than its relay lets wait");
         }
         self.save(port);
+        if is_news && let Some(of) = self.state.port(port) {
+            self.put(ObjectKind::Port, port.0, &port_name(of), false, None);
+        }
         if unmade {
             self.owe(port);
         }

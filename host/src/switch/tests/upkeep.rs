@@ -145,6 +145,21 @@ async fn a_pf_that_does_not_take_an_address_back_is_asked_again() {
     assert_eq!(how, [Committed::Pf, Committed::Failed]);
 }
 
+/// igb refuses every rate while its link is down.
+#[tokio::test]
+async fn a_setting_that_the_pf_refuses_is_not_shown_as_if_it_were_in_force() {
+    let host = Host::new("{}").await;
+    host.pfs.world().pfs.get_mut(PF).unwrap().answers = vec![Some(libc::EINVAL); 2];
+    host.set(r#"{"rate": {"max_tx_mbit": 50}}"#).await.unwrap();
+    host.until("told", async |host| !host.port(1).await.status.unmade.is_empty()).await;
+    let unmade = host.port(1).await.status.unmade;
+    assert_eq!((unmade.len(), unmade[0].change.as_str()), (1, "set_max_tx_rate 50 Mbit/s"));
+    assert!(!unmade[0].detail.is_empty());
+    assert_eq!(host.decisions(1, Outcome::TakenBack).await[0].committed, Committed::Failed);
+    host.until("made", async |host| host.port(1).await.status.unmade.is_empty()).await;
+    assert_eq!(host.pfs.vf(PF, 1).max_tx_rate, 50);
+}
+
 #[tokio::test]
 async fn a_foreign_change_is_repaired_and_recorded_once() {
     let host = Host::new("{}").await;
