@@ -15,7 +15,11 @@ use axum::body::Bytes;
 use futures_core::Stream;
 use tokio::sync::mpsc;
 
-use crate::{problem::Problem, types::*};
+use crate::{
+    problem::{Problem, ProblemCode},
+    router::Source,
+    types::*,
+};
 
 /// Who makes a request. Its text (`uid 1000`, `token ci`) is what records and the log say of who changed what.
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
@@ -115,6 +119,8 @@ pub trait Backend: Send + Sync + 'static {
     async fn metrics(&self) -> Result<String, Problem>;
     /// A request was answered (the head of the answer: a stream goes on). For metrics; must not wait.
     fn answered(&self, answered: &Answered<'_>);
+    /// A request was refused before it had a caller. For the log and metrics; must not wait.
+    fn turned_away(&self, away: &TurnedAway);
 
     /// All PFs by name.
     async fn list_pfs(&self) -> Result<Vec<Pf>, Problem>;
@@ -143,6 +149,15 @@ pub struct Answered<'a> {
     pub status: u16,
     /// From the request's head to the answer's.
     pub elapsed: Duration,
+}
+
+/// A request that was refused before it had a caller.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct TurnedAway {
+    /// The origin.
+    pub source: Source,
+    /// `unauthorized` without a token, `forbidden` for a foreign `Host` or a web page.
+    pub code: ProblemCode,
 }
 
 /// Whether the agent can do its work: nothing in `complaints`.

@@ -13,7 +13,9 @@ pub mod tls;
 pub mod token;
 pub mod types;
 
-pub use backend::{Answered, Backend, Caller, ConsoleRead, Health, PolicyBackend, Progress, Put, User};
+pub use backend::{
+    Answered, Backend, Caller, ConsoleRead, Health, PolicyBackend, Progress, Put, TurnedAway, User,
+};
 pub use client::{Client, ClientError, DEFAULT_SOCKET, Remote, RemoteError};
 pub use problem::{Problem, ProblemCode};
-pub use router::{Gate, Limits, Listener, openapi, router, router_with_policy, serve};
+pub use router::{Gate, Limits, Listener, Source, openapi, router, router_with_policy, serve};

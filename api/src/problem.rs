@@ -170,7 +170,7 @@ problem_codes! {
 
     /// As many clients are connected, or follow a stream, as the agent serves at once.
     TooManyClients = "too_many_clients", 503, "Too many clients",
-        "256 clients are connected to the listener, or 64 follow events or read consoles.",
+        "256 clients are connected to the listener, 64 of them your user's on the socket, or 64 follow events or read consoles.",
         "End some of them, or try again later.";
 
     /// `/dev/kvm` is missing, cannot be opened, or lacks a capability.

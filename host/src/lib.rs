@@ -10,6 +10,7 @@ pub mod decisions;
 pub mod environment;
 pub mod files;
 pub mod inventory;
+mod line_rate;
 pub mod log;
 pub mod metrics;
 pub mod pf;

@@ -13,13 +13,17 @@ use std::{
 };
 
 use axum::{
-    extract::Request,
+    extract::{Request, State},
     http::{HeaderMap, header, request::Parts, uri::Authority},
     middleware::Next,
     response::{IntoResponse, Response},
 };
 
-use crate::{Caller, Problem, ProblemCode, token::Tokens};
+use super::{
+    Shared,
+    places::{Newcomer, Source},
+};
+use crate::{Caller, Problem, ProblemCode, TurnedAway, token::Tokens};
 
 /// What a TCP listener asks of requests.
 #[derive(Clone, Debug)]
@@ -41,11 +45,15 @@ impl Gate {
     /// `forbidden` if its Host is another, `unauthorized` without a token.
     pub fn admit(&self, head: &Parts, local: SocketAddr) -> Result<Caller, Problem> {
         self.check_host(head, local)?;
-        self.token(&head.headers).map(Caller::Token).ok_or_else(|| {
+        let caller = self.token(&head.headers).map(Caller::Token).ok_or_else(|| {
             let detail = "Over TCP each request needs a token of the agent's token file: send authorization: Bearer \
                           TOKEN (--token-file).";
             Problem::new(ProblemCode::Unauthorized, detail)
-        })
+        })?;
+        if let Some(newcomer) = head.extensions.get::<Newcomer>() {
+            newcomer.admitted();
+        }
+        Ok(caller)
     }
 
     /// Whether a request with this head means the agent at `local`.
@@ -101,14 +109,27 @@ pub enum Peer {
         gate: Arc<Gate>,
         /// The agent's own address.
         local: SocketAddr,
+        /// The client's.
+        remote: IpAddr,
     },
 }
 
+impl Peer {
+    /// The origin of the connection; None for a user that the kernel does not name.
+    pub(super) fn source(&self) -> Option<Source> {
+        match self {
+            Peer::Local(Some(Caller::User(user))) => Some(Source::User(Some(user.uid))),
+            Peer::Local(_) => None,
+            Peer::Network { remote, .. } => Some(Source::Address(*remote)),
+        }
+    }
+}
+
 /// Lets a request in, with its caller, or refuses it.
-pub(super) async fn admit(request: Request, next: Next) -> Response {
+pub(super) async fn admit(State(backend): State<Shared>, request: Request, next: Next) -> Response {
     let (mut head, body) = request.into_parts();
     let admitted = check_page(&head.headers).and_then(|()| match head.extensions.get::<Peer>() {
-        Some(Peer::Network { gate, local }) => gate.admit(&head, *local).map(Some),
+        Some(Peer::Network { gate, local, .. }) => gate.admit(&head, *local).map(Some),
         Some(Peer::Local(caller)) => Ok(caller.clone()),
         None => Ok(None),
     });
@@ -120,7 +141,12 @@ pub(super) async fn admit(request: Request, next: Next) -> Response {
             }
             next.run(Request::from_parts(head, body)).await
         }
-        Err(problem) => problem.into_response(),
+        Err(problem) => {
+            if let Some(source) = head.extensions.get::<Peer>().and_then(Peer::source) {
+                backend.turned_away(&TurnedAway { source, code: problem.code });
+            }
+            problem.into_response()
+        }
     }
 }
 

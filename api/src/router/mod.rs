@@ -14,6 +14,7 @@ mod host;
 mod merge;
 mod meta;
 mod patient;
+mod places;
 mod policy;
 mod respond;
 mod serve;
@@ -29,6 +30,7 @@ use utoipa_axum::router::OpenApiRouter;
 
 pub use gate::{Gate, Peer};
 pub use meta::openapi;
+pub use places::Source;
 pub use serve::{Limits, Listener, serve};
 
 use crate::{Backend, PolicyBackend};
@@ -76,7 +78,7 @@ fn assemble(routes: OpenApiRouter, backend: Arc<dyn Backend>) -> Router {
         .method_not_allowed_fallback(respond::no_such_method)
         .layer(Extension(streams::Streams::default()))
         .layer(DefaultBodyLimit::max(MAX_BODY))
-        .layer(middleware::from_fn(gate::admit))
+        .layer(middleware::from_fn_with_state(Arc::clone(&backend), gate::admit))
         .layer(middleware::from_fn_with_state(backend, respond::identify))
 }
 

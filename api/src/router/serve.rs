@@ -22,6 +22,7 @@ use tokio_rustls::TlsAcceptor;
 use super::{
     gate::{Gate, Peer},
     patient::Patient,
+    places::{Bounds, Newcomer, Place, Places, Source},
     respond::RequestId,
 };
 use crate::{Caller, Problem, ProblemCode, User};
@@ -49,11 +50,32 @@ pub struct Limits {
     pub head: Duration,
     /// How long a client may take nothing of what is sent to it.
     pub stall: Duration,
+    /// How long a client over TCP may take until a request with a token has come, TLS included.
+    pub stranger: Duration,
+}
+
+impl Limits {
+    /// Connections of other users than the agent's own, which can always come in. One user has a quarter of all.
+    fn users(&self) -> Bounds {
+        let part = |divisor: usize| (self.connections / divisor).max(1);
+        Bounds { all: self.connections.saturating_sub(part(8)).max(1), each: part(4), displace: false }
+    }
+
+    /// Connections over TCP without a token so far. The other half is for clients with one.
+    fn strangers(&self) -> Bounds {
+        let part = |divisor: usize| (self.connections / divisor).max(1);
+        Bounds { all: part(2), each: part(16), displace: true }
+    }
 }
 
 impl Default for Limits {
     fn default() -> Self {
-        Limits { connections: 256, head: Duration::from_secs(15), stall: Duration::from_secs(30) }
+        Limits {
+            connections: 256,
+            head: Duration::from_secs(15),
+            stall: Duration::from_secs(30),
+            stranger: Duration::from_secs(5),
+        }
     }
 }
 
@@ -98,14 +120,16 @@ pub async fn serve(
     let (told, ending) = watch::channel(false);
     let mut tasks = JoinSet::new();
     for Listener(kind) in listeners {
-        let place = Place {
+        let bounds = if matches!(kind, Kind::Unix(_)) { limits.users() } else { limits.strangers() };
+        let door = Door {
             room: Arc::new(Semaphore::new(limits.connections)),
+            places: Places::new(bounds),
             refusals: Arc::new(Semaphore::new(REFUSALS)),
             router: router.clone(),
             limits,
             ending: ending.clone(),
         };
-        tasks.spawn(place.serve(kind));
+        tasks.spawn(door.serve(kind));
     }
     drop(ending);
     end.await;
@@ -115,8 +139,10 @@ pub async fn serve(
 }
 
 /// A listener's side of its connections.
-struct Place {
+struct Door {
     room: Arc<Semaphore>,
+    /// The shares of users, or of strangers.
+    places: Places,
     /// Room for those that are told that there is none.
     refusals: Arc<Semaphore>,
     router: Router,
@@ -130,7 +156,21 @@ enum Client {
     Tcp(TcpStream, Peer, Option<TlsAcceptor>),
 }
 
-impl Place {
+impl Client {
+    /// The owner of the share that the connection counts in; None for the agent's own user and root.
+    fn source(&self) -> Option<Source> {
+        match self {
+            Client::Unix(_, Peer::Local(Some(Caller::User(user)))) => {
+                let own = user.uid == 0 || user.uid == rustix::process::geteuid().as_raw();
+                (!own).then_some(Source::User(Some(user.uid)))
+            }
+            Client::Unix(..) => Some(Source::User(None)),
+            Client::Tcp(_, peer, _) => peer.source(),
+        }
+    }
+}
+
+impl Door {
     /// Accepts until the end is told; returns when all connections have ended.
     async fn serve(mut self, kind: Kind) {
         let mut connections = JoinSet::new();
@@ -149,11 +189,11 @@ impl Place {
                     continue;
                 }
             };
-            match Arc::clone(&self.room).try_acquire_owned() {
-                Ok(room) => drop(connections.spawn(self.connection(client, room))),
+            match self.enter(&client) {
+                Ok((room, place)) => drop(connections.spawn(self.connection(client, room, place))),
                 // Those beyond that are closed without a word.
-                Err(_) => match Arc::clone(&self.refusals).try_acquire_owned() {
-                    Ok(room) => drop(connections.spawn(refuse(client, room))),
+                Err(detail) => match Arc::clone(&self.refusals).try_acquire_owned() {
+                    Ok(room) => drop(connections.spawn(refuse(client, detail, room))),
                     Err(_) => drop(client),
                 },
             }
@@ -161,23 +201,53 @@ impl Place {
         while connections.join_next().await.is_some() {}
     }
 
+    /// The room for a client and its place among those of its source, or the reason that it has none.
+    fn enter(&self, client: &Client) -> Result<(OwnedSemaphorePermit, Option<Place>), &'static str> {
+        let full = "The agent has as many connections as it serves at once: end some, or try again.";
+        let shared = "Your user, or all users but the agent's own, have as many connections as the agent serves them at \
+                      once: end some, or try again.";
+        let room = Arc::clone(&self.room).try_acquire_owned().map_err(|_| full)?;
+        let place = client.source().map(|source| self.places.take(source).ok_or(shared)).transpose()?;
+        Ok((room, place))
+    }
+
     fn connection(
         &self,
         client: Client,
         room: OwnedSemaphorePermit,
+        place: Option<Place>,
     ) -> impl Future<Output = ()> + Send + 'static {
         let (router, limits, ending) = (self.router.clone(), self.limits, self.ending.clone());
         async move {
             let _room = room;
-            match client {
-                Client::Unix(stream, peer) => exchange(stream, peer, router, limits, ending).await,
-                Client::Tcp(stream, peer, None) => exchange(stream, peer, router, limits, ending).await,
-                Client::Tcp(stream, peer, Some(tls)) => {
-                    match timeout(limits.head, tls.accept(Patient::new(stream, limits.stall))).await {
-                        Ok(Ok(stream)) => exchange(stream, peer, router, limits, ending).await,
-                        Ok(Err(error)) => tracing::debug!("A client of the API fails at TLS: {error}"),
-                        Err(_) => tracing::debug!("A client of the API takes too long for TLS"),
-                    }
+            let (stream, peer, tls) = match client {
+                Client::Unix(stream, peer) => {
+                    let _place = place;
+                    return exchange(stream, peer, None, router, limits, ending).await;
+                }
+                Client::Tcp(stream, peer, tls) => (stream, peer, tls),
+            };
+            let newcomer = place.map(Newcomer::new);
+            let stranger = newcomer.clone();
+            let overstays = async {
+                match stranger {
+                    Some(newcomer) => newcomer.overstays(limits.stranger).await,
+                    None => std::future::pending().await,
+                }
+            };
+            let serve = async {
+                let Some(tls) = tls else {
+                    return exchange(stream, peer, newcomer, router, limits, ending).await;
+                };
+                match tls.accept(Patient::new(stream, limits.stall)).await {
+                    Ok(stream) => exchange(stream, peer, newcomer, router, limits, ending).await,
+                    Err(error) => tracing::debug!("A client of the API fails at TLS: {error}"),
+                }
+            };
+            tokio::select! {
+                () = serve => {}
+                () = overstays => {
+                    tracing::debug!("A client of the API has sent no token in time, or others needed its place");
                 }
             }
         }
@@ -200,11 +270,15 @@ async fn accept(kind: &Kind) -> std::io::Result<Client> {
             Ok(Client::Unix(stream, Peer::Local(user.ok())))
         }
         Kind::Tcp { listener, gate, tls } => {
-            let (stream, _) = listener.accept().await?;
+            let (stream, remote) = listener.accept().await?;
             let local: SocketAddr = stream.local_addr()?;
             // Answers are small and written at once.
             stream.set_nodelay(true)?;
-            Ok(Client::Tcp(stream, Peer::Network { gate: Arc::clone(gate), local }, tls.clone()))
+            Ok(Client::Tcp(
+                stream,
+                Peer::Network { gate: Arc::clone(gate), local, remote: remote.ip() },
+                tls.clone(),
+            ))
         }
     }
 }
@@ -213,6 +287,7 @@ async fn accept(kind: &Kind) -> std::io::Result<Client> {
 async fn exchange<I: AsyncRead + AsyncWrite + Send + Unpin + 'static>(
     stream: I,
     peer: Peer,
+    newcomer: Option<Newcomer>,
     router: Router,
     limits: Limits,
     mut ending: watch::Receiver<bool>,
@@ -220,6 +295,9 @@ async fn exchange<I: AsyncRead + AsyncWrite + Send + Unpin + 'static>(
     let router = TowerToHyperService::new(router);
     let service = service_fn(move |mut request: Request<Incoming>| {
         request.extensions_mut().insert(peer.clone());
+        if let Some(newcomer) = &newcomer {
+            request.extensions_mut().insert(newcomer.clone());
+        }
         hyper::service::Service::call(&router, request)
     });
     let connection = http1::Builder::new()
@@ -242,8 +320,7 @@ async fn exchange<I: AsyncRead + AsyncWrite + Send + Unpin + 'static>(
 }
 
 /// Tells a client that there is no room for it, if it takes that soon.
-async fn refuse(client: Client, _room: OwnedSemaphorePermit) {
-    let detail = "The agent has as many connections as it serves at once: end some, or try again.";
+async fn refuse(client: Client, detail: &'static str, _room: OwnedSemaphorePermit) {
     let id = RequestId::new();
     let request_id = Some(id.as_str().into());
     let problem = Problem { request_id, ..Problem::new(ProblemCode::TooManyClients, detail) };

@@ -8,7 +8,9 @@ use std::{
     time::Duration,
 };
 
-use api::{Answered, Backend, Caller, ConsoleRead, Health, Problem, ProblemCode, Progress, types::*};
+use api::{
+    Answered, Backend, Caller, ConsoleRead, Health, Problem, ProblemCode, Progress, TurnedAway, types::*,
+};
 use async_trait::async_trait;
 use axum::body::Bytes;
 use tokio::sync::mpsc;
@@ -25,6 +27,7 @@ pub(crate) struct State {
     pub(crate) typed: Vec<u8>,
     pub(crate) complaints: Vec<String>,
     pub(crate) answered: Vec<String>,
+    pub(crate) turned_away: Vec<String>,
     /// What every action answers, if not success.
     pub(crate) refuse: Option<Problem>,
     /// Whether actions go on after the answer.
@@ -96,6 +99,10 @@ impl Backend for Fake {
     fn answered(&self, answered: &Answered<'_>) {
         let Answered { route, method, status, .. } = answered;
         self.state().answered.push(format!("{method} {route} {status}"));
+    }
+
+    fn turned_away(&self, away: &TurnedAway) {
+        self.state().turned_away.push(format!("{} {}", away.source, away.code));
     }
 
     async fn clone_vm(&self, caller: Caller, source: ObjectRef, name: Name) -> Result<Vm, Problem> {

@@ -12,7 +12,7 @@ use api::{Caller, Client, ClientError, Gate, Limits, ProblemCode, Remote, Remote
 use axum::body::Bytes;
 use tokio::{
     io::{AsyncReadExt, AsyncWriteExt},
-    net::{TcpListener, TcpStream, UnixStream},
+    net::{TcpListener, TcpSocket, TcpStream, UnixStream},
     time::{sleep, timeout},
 };
 
@@ -37,6 +37,10 @@ fn certificate() -> (String, String) {
 
 /// Serves on TCP; it ends with the test's runtime.
 async fn serve(tls: Option<(&str, &str)>) -> (SocketAddr, Fake) {
+    serve_with(tls, Limits::default()).await
+}
+
+async fn serve_with(tls: Option<(&str, &str)>, limits: Limits) -> (SocketAddr, Fake) {
     let fake = Fake::default();
     let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
     let address = listener.local_addr().unwrap();
@@ -44,7 +48,7 @@ async fn serve(tls: Option<(&str, &str)>) -> (SocketAddr, Fake) {
     let tls = tls.map(|(certificate, key)| tls::acceptor(certificate.as_bytes(), key.as_bytes()).unwrap());
     let router = api::router_with_policy(Arc::new(fake.clone()), Arc::new(FakePolicy::default()));
     let listeners = vec![api::Listener::tcp(listener, gate, tls)];
-    tokio::spawn(api::serve(listeners, router, Limits::default(), std::future::pending()));
+    tokio::spawn(api::serve(listeners, router, limits, std::future::pending()));
     (address, fake)
 }
 
@@ -99,6 +103,127 @@ async fn each_request_over_tcp_needs_a_token() {
     let client = Client::remote(remote);
     client.create_vm(&serde_json::from_value(spec("web1")).unwrap()).await.unwrap();
     assert_eq!(fake.state().callers, [Caller::Token("ci".into())], "the token's name is who did it");
+}
+
+/// Connects from another address of the loopback network.
+async fn connect_from(source: [u8; 4], address: SocketAddr) -> TcpStream {
+    let socket = TcpSocket::new_v4().unwrap();
+    socket.bind((source, 0).into()).unwrap();
+    socket.connect(address).await.unwrap()
+}
+
+#[tokio::test]
+async fn clients_without_a_token_keep_none_with_one_out() {
+    // None of the test's clients comes to its end by time.
+    let long = PATIENCE * 100;
+    let limits = Limits { head: long, stranger: long, ..Limits::default() };
+    let (certificate_pem, key) = certificate();
+    for tls in [None, Some((certificate_pem.as_str(), key.as_str()))] {
+        let (address, _) = serve_with(tls, limits).await;
+        let mut silent = Vec::new();
+        for n in (0..40).cycle().take(300) {
+            silent.push(connect_from([127, 0, 0, 1 + n], address).await);
+        }
+        let url = format!("{}://{address}", if tls.is_some() { "https" } else { "http" });
+        let authority = tls.map(|_| certificate_pem.as_bytes());
+        let client = Client::remote(Remote::new(&url, &tokens(), authority).unwrap());
+        for _ in 0..50 {
+            timeout(PATIENCE, client.list_vms()).await.expect("an answer").unwrap();
+        }
+    }
+    // Of one address too, be it that of the client.
+    let (address, _) = serve_with(None, limits).await;
+    let mut silent = Vec::new();
+    for _ in 0..300 {
+        silent.push(TcpStream::connect(address).await.unwrap());
+    }
+    let headers = format!("host: {address}\r\nauthorization: Bearer {CI}\r\n");
+    assert_eq!(ask(address, "/v1/vms", &headers).await, "200");
+    let last = silent.pop().unwrap();
+    let held = timeout(Duration::from_millis(100), rest(&mut { last })).await;
+    assert!(held.is_err(), "the latest strangers keep their places");
+}
+
+#[tokio::test]
+async fn a_connection_without_a_token_ends_soon() {
+    let stranger = Duration::from_millis(500);
+    let (address, _) = serve_with(None, Limits { stranger, ..Limits::default() }).await;
+    let get = |headers: &str| format!("GET /v1/vms HTTP/1.1\r\nhost: {address}\r\n{headers}\r\n");
+    let token = format!("authorization: Bearer {CI}\r\n");
+    let mut piece = [0; 4096];
+    let mut known = TcpStream::connect(address).await.unwrap();
+    known.write_all(get(&token).as_bytes()).await.unwrap();
+    assert!(known.read(&mut piece).await.unwrap() > 0);
+    let begun = Instant::now();
+    let mut silent = TcpStream::connect(address).await.unwrap();
+    let mut wrong = TcpStream::connect(address).await.unwrap();
+    // It goes on, and each of its requests is refused.
+    let repeat = async {
+        while wrong.write_all(get("").as_bytes()).await.is_ok() {
+            let Ok(1..) = wrong.read(&mut piece).await else { break };
+            sleep(Duration::from_millis(20)).await;
+        }
+    };
+    timeout(PATIENCE, repeat).await.expect("the connection ends");
+    rest(&mut silent).await;
+    assert!(begun.elapsed() < Limits::default().head / 2, "{:?}", begun.elapsed());
+    known.write_all(get(&token).as_bytes()).await.unwrap();
+    assert!(known.read(&mut piece).await.unwrap() > 0, "a client with a token has time");
+}
+
+#[tokio::test]
+async fn a_request_that_is_turned_away_is_told_with_its_source() {
+    let (address, fake) = serve(None).await;
+    let token = format!("authorization: Bearer {CI}\r\n");
+    ask(address, "/v1/vms", &format!("host: {address}\r\n")).await;
+    ask(address, "/v1/vms", &format!("host: elsewhere.example\r\n{token}")).await;
+    ask(address, "/v1/vms", &format!("host: {address}\r\n{token}")).await;
+    assert_eq!(fake.state().turned_away, ["127.0.0.1 unauthorized", "127.0.0.1 forbidden"]);
+    let server = Server::start();
+    server.get("/v1/vms").await;
+    let origin = [("origin", "http://evil.example")];
+    server.send(hyper::Method::GET, "/v1/vms", &origin, "").await;
+    let uid = rustix::process::geteuid().as_raw();
+    assert_eq!(server.fake.state().turned_away, [format!("uid {uid} forbidden")]);
+}
+
+/// Connections to a socket by another user of the host; only root can make them.
+fn connections_of(uid: u32, socket: std::path::PathBuf, count: usize) -> Vec<std::os::unix::net::UnixStream> {
+    let connect = move || {
+        // The kernel knows users by thread.
+        rustix::thread::set_thread_uid(rustix::process::Uid::from_raw(uid)).unwrap();
+        (0..count).map(|_| std::os::unix::net::UnixStream::connect(&socket).unwrap()).collect()
+    };
+    std::thread::spawn(connect).join().unwrap()
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_user_of_the_socket_keeps_no_other_out() {
+    use std::os::unix::fs::PermissionsExt;
+    if !rustix::process::geteuid().is_root() {
+        return;
+    }
+    let server = Server::start_with(Limits { connections: 32, head: PATIENCE * 100, ..Limits::default() });
+    let socket = server.directory.path().join("api.sock");
+    for (path, mode) in [(server.directory.path(), 0o755), (&socket, 0o666)] {
+        std::fs::set_permissions(path, std::fs::Permissions::from_mode(mode)).unwrap();
+    }
+    let mut held = connections_of(65534, socket.clone(), 12);
+    let answer = held.pop().unwrap();
+    answer.set_nonblocking(true).unwrap();
+    let answer = rest(&mut UnixStream::from_std(answer).unwrap()).await;
+    assert!(answer.contains("too_many_clients") && answer.contains("Your user"), "{answer}");
+    let mut other = connections_of(65533, socket.clone(), 1).pop().unwrap();
+    std::io::Write::write_all(&mut other, b"GET /v1/vms HTTP/1.1\r\nhost: x\r\nconnection: close\r\n\r\n")
+        .unwrap();
+    other.set_nonblocking(true).unwrap();
+    let answer = rest(&mut UnixStream::from_std(other).unwrap()).await;
+    assert!(answer.starts_with("HTTP/1.1 200 "), "another user: {answer}");
+    // Many users have less than all.
+    for uid in 65000..65010 {
+        held.extend(connections_of(uid, socket.clone(), 12));
+    }
+    server.client().list_vms().await.unwrap();
 }
 
 #[tokio::test]

@@ -5,7 +5,7 @@
 use std::{collections::BTreeMap, sync::Arc, time::Duration};
 
 use api::{
-    Answered, Backend, Caller, ConsoleRead, Health, Progress, User,
+    Answered, Backend, Caller, ConsoleRead, Health, Progress, TurnedAway, User,
     problem::{Problem, ProblemCode},
     types::{
         EventKind, Name, ObjectKind, ObjectRef, Pf, Subject, Timestamp, UnicastMac, Vf, Vm, VmAction, VmSpec,
@@ -24,7 +24,7 @@ use tracing::Instrument as _;
 use uuid::Uuid;
 use vmm::control::{Order, Outcome};
 
-use super::{console, view};
+use super::{console, strangers::Strangers, view};
 use crate::{
     environment::Environment,
     metrics,
@@ -57,6 +57,8 @@ pub struct Agent {
     vms: Arc<Mutex<BTreeMap<Uuid, VmHandle>>>,
     /// Held while a VM is created or edited: names and addresses have one owner.
     writing: Arc<Mutex<()>>,
+    /// Lines about refused requests.
+    strangers: Arc<Strangers>,
 }
 
 impl Agent {
@@ -78,7 +80,7 @@ impl Agent {
             // What could not be given back is logged, and tried again by the next agent.
             drop(crate::vm::claims::give_back(&env, orphans, |_| {}).await);
         }
-        Ok(Self { env, vms: Arc::new(Mutex::new(vms)), writing: Arc::default() })
+        Ok(Self { env, vms: Arc::new(Mutex::new(vms)), writing: Arc::default(), strangers: Arc::default() })
     }
 
     /// Presses the power button of every VM that runs, and waits at most `patience` for their guests to power off.
@@ -315,6 +317,11 @@ impl Backend for Agent {
 
     fn answered(&self, answered: &Answered<'_>) {
         self.env.metrics.answered(answered);
+    }
+
+    fn turned_away(&self, away: &TurnedAway) {
+        self.env.metrics.turned_away(away);
+        self.strangers.say(away);
     }
 
     async fn create_vm(&self, caller: Caller, spec: VmSpec) -> Result<Vm, Problem> {

@@ -6,6 +6,7 @@ mod backend;
 mod console;
 mod listen;
 mod pfs;
+mod strangers;
 mod view;
 
 use std::{

@@ -2,13 +2,12 @@
 
 //! One log line for each decision, as many as a port's share of that weight allows.
 
-use std::{
-    collections::HashMap,
-    time::{Duration, Instant},
-};
+use std::time::{Duration, Instant};
 
 use netpolicy::{Committed, Decision, Outcome, PortId, Weight};
-use passthrough::relay::{Bucket, Rate};
+use passthrough::relay::Rate;
+
+use crate::line_rate::LineRate;
 
 /// The lines of one weight that a port may cause: so many at once, then one in a second.
 const RATE: Rate = Rate { burst: 20, period: Duration::from_secs(1) };
@@ -20,42 +19,21 @@ const SHARES: usize = 3 * 4096;
 #[derive(Debug)]
 pub(super) struct Lines {
     began: Instant,
-    shares: HashMap<(PortId, Weight), Share>,
-}
-
-#[derive(Debug)]
-struct Share {
-    bucket: Bucket,
-    suppressed: u64,
+    rate: LineRate<(PortId, Weight)>,
 }
 
 impl Default for Lines {
     fn default() -> Self {
-        Self { began: Instant::now(), shares: HashMap::new() }
+        Self { began: Instant::now(), rate: LineRate::new(RATE, SHARES) }
     }
 }
 
 impl Lines {
     /// Writes the line, or counts it for the next one.
     pub(super) fn say(&mut self, decision: &Decision) {
-        let now = self.began.elapsed();
-        if let Some(suppressed) = self.take((decision.port, decision.weight()), now) {
+        if let Some(suppressed) = self.rate.take((decision.port, decision.weight()), self.began.elapsed()) {
             line(decision, suppressed);
         }
-    }
-
-    /// The number of lines that were left out before this one; None if this one is to be left out too.
-    fn take(&mut self, whose: (PortId, Weight), now: Duration) -> Option<u64> {
-        if self.shares.len() >= SHARES && !self.shares.contains_key(&whose) {
-            self.shares.clear();
-        }
-        let fresh = || Share { bucket: Bucket::new(RATE), suppressed: 0 };
-        let share = self.shares.entry(whose).or_insert_with(fresh);
-        if !share.bucket.take(now) {
-            share.suppressed = share.suppressed.saturating_add(1);
-            return None;
-        }
-        Some(std::mem::take(&mut share.suppressed))
     }
 }
 
@@ -109,7 +87,7 @@ mod tests {
 
     #[test]
     fn a_port_has_its_share_of_lines_and_the_rest_is_counted() {
-        let (mut lines, start) = (Lines::default(), Duration::from_secs(100));
+        let (mut lines, start) = (Lines::default().rate, Duration::from_secs(100));
         let [noisy, quiet] = [1, 2].map(|port| (PortId(uuid::Uuid::from_u128(port)), Weight::Light));
         let said = (0..1000).filter(|_| lines.take(noisy, start).is_some()).count();
         assert_eq!(said, RATE.burst as usize);

@@ -13,7 +13,7 @@ use std::{
     time::Duration,
 };
 
-use api::Answered;
+use api::{Answered, ProblemCode, TurnedAway};
 use netpolicy::{Decision, Outcome};
 use prometheus_client::{
     encoding::{
@@ -81,6 +81,11 @@ struct OfRequest {
 }
 
 #[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
+struct OfReason {
+    reason: Word,
+}
+
+#[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
 struct OfRoute {
     route: String,
     method: Word,
@@ -108,6 +113,7 @@ pub struct Metrics {
     repairs: Family<OfRepair, Counter>,
     requests: Family<OfRequest, Counter>,
     answered: Histograms<OfRoute>,
+    turned_away: Family<OfReason, Counter>,
     memory: Gauge,
     unchecked: Gauge,
 }
@@ -122,6 +128,7 @@ impl Default for Metrics {
             repairs: Family::default(),
             requests: Family::default(),
             answered: Family::new_with_constructor(Bounds(&REQUEST)),
+            turned_away: Family::default(),
             memory: Gauge::default(),
             unchecked: Gauge::default(),
         };
@@ -173,6 +180,11 @@ impl Default for Metrics {
             Unit::Seconds,
             metrics.answered.clone(),
         );
+        own.register(
+            "api_turned_away",
+            "Requests that were refused before they had a caller: no token, or a foreign host name or web page",
+            metrics.turned_away.clone(),
+        );
         drop(all);
         metrics
     }
@@ -220,6 +232,12 @@ impl Metrics {
         let labels = OfRequest { route: route.clone(), method: method.clone(), status: answered.status };
         self.requests.get_or_create(&labels).inc();
         self.answered.get_or_create(&OfRoute { route, method }).observe(answered.elapsed.as_secs_f64());
+    }
+
+    /// A request was refused before it had a caller.
+    pub fn turned_away(&self, away: &TurnedAway) {
+        let reason = Word(if away.code == ProblemCode::Unauthorized { "token" } else { "host" });
+        self.turned_away.get_or_create(&OfReason { reason }).inc();
     }
 
     /// All of it as text, with what is to be said of VMs.

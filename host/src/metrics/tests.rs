@@ -37,6 +37,8 @@ fn used() -> Metrics {
     let request =
         Answered { route: "/v1/vms", method: "GET", status: 200, elapsed: Duration::from_millis(3) };
     metrics.answered(&request);
+    let source = api::Source::User(None);
+    metrics.turned_away(&TurnedAway { source, code: ProblemCode::Unauthorized });
     metrics
 }
 
@@ -59,6 +61,7 @@ fn what_is_counted_is_shown_under_names_with_units() {
         "portcullis_drift_repairs_total{setting=\"set_trust\",result=\"repaired\"} 1",
         "portcullis_api_requests_total{route=\"/v1/vms\",method=\"GET\",status=\"200\"} 1",
         "portcullis_api_request_duration_seconds_count{route=\"/v1/vms\",method=\"GET\"} 1",
+        "portcullis_api_turned_away_total{reason=\"token\"} 1",
         "# UNIT portcullis_decision_duration_seconds seconds",
         "# EOF",
     ] {

@@ -78,6 +78,15 @@ fn the_command_line_uses_an_agent_over_tcp_by_its_token() {
     assert_eq!(ask(&format!("host: elsewhere.example\r\n{token}")), ProblemCode::Forbidden);
     let usage = portcullis(&["--url", &url, "vm", "list"]);
     assert_eq!(usage.status.code(), Some(2), "{usage:?}");
+    let turned_away = |code: &str| {
+        agent.log().lines().any(|found| {
+            found.contains("a request of the API was refused")
+                && found.contains("source=127.0.0.1")
+                && found.contains(&format!("code={code}"))
+        })
+    };
+    assert!(turned_away("unauthorized") && turned_away("forbidden"), "{}", agent.log());
+    assert!(!agent.log().contains("3210456789"), "no token is in the log");
     // A token's name is no user: images only.
     let kernel = agent.directory().join("kernel");
     fs::write(&kernel, "x").unwrap();

@@ -112,7 +112,7 @@ async fn check(request: Request, next: Next) -> Response {
 }
 
 fn checked(head: &mut Parts) -> Result<(), Problem> {
-    let Some(Peer::Network { gate, local }) = head.extensions.get::<Peer>().cloned() else {
+    let Some(Peer::Network { gate, local, .. }) = head.extensions.get::<Peer>().cloned() else {
         return Err(Problem::new(ProblemCode::Forbidden, "This page is served over TCP."));
     };
     gate.check_host(head, local)?;
