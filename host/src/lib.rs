@@ -22,5 +22,6 @@ pub mod store;
 pub mod switch;
 pub mod text;
 pub mod token_file;
+pub mod user_ids;
 pub mod vm;
 pub mod vmm_process;

@@ -43,6 +43,7 @@ use crate::{
     sim::{SimPfOption, Simulated, Start},
     store::{ObjectStore, SqliteStore},
     switch::{Parts, Policy, SwitchHandle, Timing},
+    user_ids::{self, UserArgs},
 };
 
 /// How long VMs may take to stop once they are not asked any more.
@@ -72,12 +73,9 @@ pub struct ServeArgs {
     /// A directory with kernels and initramfs that every caller may boot; may be repeated.
     #[arg(long = "image-dir", value_name = "DIR")]
     pub image_dirs: Vec<PathBuf>,
-    /// The first of the user ids that VMs' processes get, each its own (an agent that is root).
-    #[arg(long, value_name = "UID", default_value_t = 900_000, value_parser = clap::value_parser!(u32).range(1000..4_000_000_000))]
-    pub vmm_uid_base: u32,
-    /// How many user ids there are for VMs' processes: the most VMs that can run at once.
-    #[arg(long, value_name = "COUNT", default_value_t = 4096, value_parser = clap::value_parser!(u32).range(1..1_000_000))]
-    pub vmm_uid_count: u32,
+    /// The user ids of VMs' processes.
+    #[command(flatten)]
+    pub users: UserArgs,
     /// Where the control groups (version 2) of VMs with limits are made; it is made itself if it is missing.
     #[arg(long, value_name = "DIR", default_value = "/sys/fs/cgroup/portcullis")]
     pub cgroup_parent: PathBuf,
@@ -153,7 +151,8 @@ pub async fn serve(args: ServeArgs, socket: &Path, token_file: Option<&Path>) ->
     env.cgroup_parent.clone_from(&args.cgroup_parent);
     env.sandbox_off = sandbox::off(&args.sandbox_off)?;
     if geteuid().is_root() {
-        env.users = Some(Users::new(args.vmm_uid_base, args.vmm_uid_count));
+        user_ids::require(Path::new("/"), &args.users.range(args.sim_pfs.len()))?;
+        env.users = Some(Users::new(args.users.vmm_uid_base, args.users.vmm_uid_count));
     } else {
         let off = Protection::OF_ROOT.map(Protection::as_str).join(", ");
         tracing::warn!(
@@ -272,7 +271,7 @@ async fn start_simulated(
         }
     }
     // Beyond those of VMs.
-    let users = args.vmm_uid_base.saturating_add(args.vmm_uid_count);
+    let users = args.users.vmm_uid_base.saturating_add(args.users.vmm_uid_count);
     let start = Start::new(&args.run_dir, env.users.is_some().then_some(users), env.protections_off());
     let simulated = Simulated::load(Arc::clone(store), &args.sim_pfs, start).await?;
     let all = Arc::clone(&simulated);

@@ -182,7 +182,11 @@ fn a_killed_vmm_is_a_failed_vm_and_its_vf_goes_back() {
     assert_eq!(field("CapPrm:"), "0000000000000000");
     assert_eq!(field("CapBnd:"), "0000000000000000");
     assert_eq!(field("NoNewPrivs:"), "1");
-    assert!(field("Uid:").split(' ').all(|uid| uid.parse::<u32>().unwrap() >= 900_000), "{}", field("Uid:"));
+    assert!(
+        field("Uid:").split(' ').all(|uid| uid.parse::<u32>().unwrap() >= 2_100_000_000),
+        "{}",
+        field("Uid:")
+    );
     assert_eq!(std::fs::read_dir(format!("/proc/{pid}/root")).unwrap().count(), 0, "its root is empty");
 
     host::run("kill", &["-9", &pid.to_string()]);

@@ -19,3 +19,4 @@ mod progress;
 mod rest;
 mod sandbox;
 mod simulated_pf;
+mod start;

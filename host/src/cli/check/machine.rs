@@ -7,6 +7,7 @@ use std::{fs::File, io};
 use passthrough::host::InterruptRemapping;
 
 use super::{Finding, Host, Verdict};
+use crate::user_ids::{self, UserArgs};
 
 /// Whose processor it is.
 #[derive(Clone, Copy, PartialEq, Eq)]
@@ -161,5 +162,20 @@ pub(super) fn hugepages(host: &Host) -> Finding {
             "hugepages",
             format!("{free} of {all} of 2 MiB are free: {} MiB", free.saturating_mul(2)),
         ),
+    }
+}
+
+/// Whether the user ids of VMs' processes are nobody else's. An agent that is root does not start otherwise.
+pub(super) fn user_ids(host: &Host, users: &UserArgs) -> Finding {
+    let range = users.range(0);
+    match user_ids::check(&host.root, &range) {
+        Ok(()) => Finding::ok("user_ids", format!("{} to {} are nobody's", range.start(), range.end())),
+        Err(overlap) => {
+            let fix = match overlap.proposed() {
+                Some(base) => format!("portcullis serve --vmm-uid-base {base}"),
+                None => "give the agent other ids (--vmm-uid-base) or fewer (--vmm-uid-count)".to_owned(),
+            };
+            Finding::wrong(Verdict::Fail, "user_ids", overlap.to_string(), fix)
+        }
     }
 }

@@ -19,12 +19,16 @@ use super::{
     error::CliError,
     output::{Format, Output},
 };
+use crate::user_ids::UserArgs;
 
 #[derive(Debug, Args)]
 pub(super) struct CheckArgs {
-    /// Where the host's dev, proc and sys are.
+    /// Where the host's dev, etc, proc and sys are.
     #[arg(long, value_name = "DIR", default_value = "/")]
     root: PathBuf,
+    /// The user ids of VMs' processes: the agent's own options.
+    #[command(flatten)]
+    users: UserArgs,
 }
 
 /// How something is.
@@ -109,7 +113,7 @@ impl Host {
     }
 }
 
-fn examine(host: &Host) -> Vec<Finding> {
+fn examine(host: &Host, users: &UserArgs) -> Vec<Finding> {
     let pfs = host.sysfs.pfs();
     // Without an adapter there are simulated ones only, which need KVM alone.
     let needed = match &pfs {
@@ -122,12 +126,13 @@ fn examine(host: &Host) -> Vec<Finding> {
     findings.push(machine::vfio(host, needed));
     findings.push(machine::memlock(host));
     findings.push(machine::hugepages(host));
+    findings.push(machine::user_ids(host, users));
     findings.extend(adapters::all(host, pfs));
     findings
 }
 
 pub(super) fn run(args: &CheckArgs, format: Format) -> Result<(), CliError> {
-    let findings = examine(&Host::new(&args.root));
+    let findings = examine(&Host::new(&args.root), &args.users);
     let mut stdout = std::io::stdout().lock();
     show(&findings, &mut Output::new(format, &mut stdout))?;
     verdict(&findings)

@@ -58,7 +58,8 @@ impl MadeUp {
     }
 
     fn findings(&self) -> Vec<Finding> {
-        examine(&Host::new(self.directory.path()))
+        let users = UserArgs { vmm_uid_base: 900_000, vmm_uid_count: 4096 };
+        examine(&Host::new(self.directory.path()), &users)
     }
 
     fn verdict(&self) -> Result<(), CliError> {
@@ -73,8 +74,18 @@ fn a_host_with_all_that_there_should_be() {
     let wrong: Vec<_> = findings.iter().filter(|finding| finding.verdict != Verdict::Ok).collect();
     assert!(wrong.is_empty(), "{wrong:?}");
     let checks: Vec<_> = findings.iter().map(|finding| finding.check).collect();
-    let all =
-        ["kvm", "iommu", "interrupt_remapping", "vfio-pci", "memlock", "hugepages", "pf", "vfs", "policy"];
+    let all = [
+        "kvm",
+        "iommu",
+        "interrupt_remapping",
+        "vfio-pci",
+        "memlock",
+        "hugepages",
+        "user_ids",
+        "pf",
+        "vfs",
+        "policy",
+    ];
     assert_eq!(checks, all);
     let policy = &findings.last().unwrap().found;
     assert!(
@@ -135,6 +146,9 @@ fn each_thing_that_is_missing_is_told_with_what_mends_it() {
         }),
         case("hugepages", Warn, "sysctl -w vm.nr_hugepages=512", |host| {
             host.write("sys/kernel/mm/hugepages/hugepages-2048kB/nr_hugepages", "0\n");
+        }),
+        case("user_ids", Fail, "portcullis serve --vmm-uid-base 2100000000", |host| {
+            host.write("etc/subuid", "user1:100000:65536\nuser13:886432:65536\n");
         }),
         case("pf", Fail, "ip link set eth0 up", |host| host.sysfs.set_interface_up(PF, "eth0", false)),
         case("pf", Fail, "modprobe \"$(cat /sys/bus/pci/devices/0000:01:00.0/modalias)\"", |host| {
@@ -257,5 +271,5 @@ fn people_and_programs_are_told() {
         "check": "kvm", "verdict": "fail", "found": "/dev/kvm does not exist", "fix": "modprobe kvm_intel"
     });
     assert_eq!(json[0], kvm);
-    assert_eq!(json[6]["subject"], "eth0");
+    assert_eq!(json[7]["subject"], "eth0");
 }

@@ -18,7 +18,7 @@ use tokio::time::{Instant, sleep};
 use uuid::Uuid;
 
 use super::{DemoError, tail};
-use crate::small_guest;
+use crate::{small_guest, user_ids::DEFAULT_BASE};
 
 /// The simulated PF's name, and its VFs.
 pub(super) const PF: &str = "sim0";
@@ -30,9 +30,9 @@ pub(super) const KERNEL: &str = "small-guest";
 const START: Duration = Duration::from_secs(20);
 const STOP: Duration = Duration::from_secs(20);
 const STEP: Duration = Duration::from_millis(5);
-/// The user ids of demonstrations' processes, where they are root's: not those of the VMs of a host's agent, which are 900000 and the next
-/// unless it is told. Processes of one user may signal each other.
-const USERS: RangeInclusive<u32> = 980_000..=995_999;
+/// The user ids of demonstrations' processes, where they are root's: some way behind those of the VMs of a host's agent.
+/// Processes of one user may signal each other.
+const USERS: RangeInclusive<u32> = DEFAULT_BASE + 100_000..=DEFAULT_BASE + 115_999;
 /// What one demonstration has of them: those of its VMs, and then those of its adapters.
 const USERS_OF_ONE: u32 = 16;
 const USERS_OF_VMS: u32 = 8;
@@ -180,15 +180,15 @@ mod tests {
     #[test]
     fn users_are_those_of_no_other_agent() {
         let hosts = serve(&[]);
-        assert!(hosts.vmm_uid_base + hosts.vmm_uid_count + 1000 < *USERS.start());
+        assert!(hosts.users.vmm_uid_base + hosts.users.vmm_uid_count + 1000 < *USERS.start());
         for pid in [1, 999, 1000, 4_194_304, u32::MAX] {
             let args = serve(&users(pid));
-            assert!(USERS.contains(&args.vmm_uid_base), "{pid}");
+            assert!(USERS.contains(&args.users.vmm_uid_base), "{pid}");
             // With its adapter's.
-            assert!(USERS.contains(&(args.vmm_uid_base + USERS_OF_ONE - 1)), "{pid}");
-            assert!(args.vmm_uid_count >= u32::from(VFS) && args.vmm_uid_count < USERS_OF_ONE);
+            assert!(USERS.contains(&(args.users.vmm_uid_base + USERS_OF_ONE - 1)), "{pid}");
+            assert!(args.users.vmm_uid_count >= u32::from(VFS) && args.users.vmm_uid_count < USERS_OF_ONE);
             let next = serve(&users(pid.wrapping_add(1)));
-            assert!(args.vmm_uid_base.abs_diff(next.vmm_uid_base) >= USERS_OF_ONE, "{pid}");
+            assert!(args.users.vmm_uid_base.abs_diff(next.users.vmm_uid_base) >= USERS_OF_ONE, "{pid}");
         }
     }
 }
