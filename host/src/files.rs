@@ -44,6 +44,26 @@ pub enum FileError {
         /// The caller, or somebody who chose a part of `boot`.
         who: String,
     },
+    /// It is looked up in an image directory, and its name leads out of it.
+    #[error(
+        "{path} leads out of the image directory {} by a link or by .., and only files in it are for everybody: copy the \
+         file into the directory, a link's target too",
+        .dir.display()
+    )]
+    LeadsOut {
+        /// As the request names it.
+        path: String,
+        /// The image directory.
+        dir: PathBuf,
+    },
+    /// Its name leads through too many links, or a magic one.
+    #[error(
+        "{path} leads through a link to itself, through too many links, or a link of procfs: name the file itself"
+    )]
+    Loop {
+        /// As the request names it.
+        path: String,
+    },
     /// Its name led to another file a moment later.
     #[error("{path} was replaced while it was opened: try again")]
     Replaced {
@@ -104,16 +124,19 @@ pub fn open_for_all(callers: &[Caller], image_dirs: &[PathBuf], path: &str) -> R
 /// See [`FileError`].
 pub fn open_for(caller: &Caller, image_dirs: &[PathBuf], path: &str) -> Result<File, FileError> {
     let wanted = Path::new(path);
-    let io = |source: io::Error| FileError::Io { path: path.to_owned(), source };
     if !wanted.is_absolute() {
         for dir in image_dirs {
             match beneath(dir, wanted) {
                 Err(Errno::NOENT | Errno::NOTDIR) => {}
+                Err(Errno::XDEV) => {
+                    return Err(FileError::LeadsOut { path: path.to_owned(), dir: dir.clone() });
+                }
                 found => return finish(found, path, caller),
             }
         }
         return Err(FileError::Missing { path: path.to_owned(), dirs: image_dirs.to_vec() });
     }
+    let mut left = None;
     for dir in image_dirs {
         // With `..` in it, a path only looks as if it were in the directory.
         let inside = wanted.strip_prefix(dir).ok().filter(|rest| {
@@ -121,10 +144,21 @@ pub fn open_for(caller: &Caller, image_dirs: &[PathBuf], path: &str) -> Result<F
         });
         match inside.map(|rest| beneath(dir, rest)) {
             // A link that leads out of the directory is not of the directory: the caller's own rights decide.
-            None | Some(Err(Errno::XDEV)) => {}
+            None => {}
+            Some(Err(Errno::XDEV)) => left = Some(dir),
             Some(found) => return finish(found, path, caller),
         }
     }
+    with_own_rights(caller, wanted, path).map_err(|error| match (error, left) {
+        // The link is the cause: its author expected the directory's rule.
+        (FileError::Unreadable { path, .. }, Some(dir)) => FileError::LeadsOut { path, dir: dir.clone() },
+        (error, _) => error,
+    })
+}
+
+/// Opens an absolute path with the rights of the caller alone.
+fn with_own_rights(caller: &Caller, wanted: &Path, path: &str) -> Result<File, FileError> {
+    let io = |source: io::Error| FileError::Io { path: path.to_owned(), source };
     let Caller::User(user) = caller else {
         return Err(FileError::Unreadable { path: path.to_owned(), who: caller.to_string() });
     };
@@ -199,9 +233,8 @@ fn finish(found: Result<Found, Errno>, path: &str, caller: &Caller) -> Result<Fi
         Ok(Found::File(fd)) => Ok(fd.into()),
         Ok(Found::Other(what)) => Err(FileError::NotRegular { path, what }),
         Err(Errno::NOENT | Errno::NOTDIR) => Err(FileError::Missing { path, dirs: Vec::new() }),
-        Err(Errno::ACCESS | Errno::PERM | Errno::LOOP | Errno::XDEV) => {
-            Err(FileError::Unreadable { path, who: caller.to_string() })
-        }
+        Err(Errno::ACCESS | Errno::PERM) => Err(FileError::Unreadable { path, who: caller.to_string() }),
+        Err(Errno::LOOP) => Err(FileError::Loop { path }),
         Err(error) => Err(FileError::Io { path, source: error.into() }),
     }
 }
@@ -291,6 +324,8 @@ mod tests {
             Err(FileError::NotRegular { what, .. }) => what.into(),
             Err(FileError::Io { source, .. }) => source.to_string(),
             Err(FileError::Replaced { .. }) => "replaced".to_owned(),
+            Err(FileError::LeadsOut { .. }) => "leads out".to_owned(),
+            Err(FileError::Loop { .. }) => "loop".to_owned(),
         };
         assert_eq!(got, expect, "{path} for {caller:?}");
     }
@@ -300,15 +335,26 @@ mod tests {
         let place = place();
         symlink("../secret", place.images.join("out")).unwrap();
         symlink("kernel", place.images.join("in")).unwrap();
+        symlink("../images/kernel", place.images.join("round")).unwrap();
+        symlink("self", place.images.join("self")).unwrap();
         for caller in [me(), STRANGER, Caller::Token("ci".into())] {
             check(&place, &caller, "kernel", "images/kernel");
             check(&place, &caller, "in", "images/kernel");
             check(&place, &caller, "ROOT/images/kernel", "images/kernel");
             check(&place, &caller, "absent", "missing");
             check(&place, &caller, "kernel/x", "missing");
-            check(&place, &caller, "../secret", "unreadable");
-            check(&place, &caller, "out", "unreadable");
+            check(&place, &caller, "../secret", "leads out");
+            check(&place, &caller, "out", "leads out");
+            check(&place, &caller, "round", "leads out");
+            check(&place, &caller, "self", "loop");
+            check(&place, &caller, "ROOT/images/self", "loop");
         }
+        check(&place, &Caller::Token("ci".into()), "ROOT/images/out", "leads out");
+        let error = open_for(&me(), std::slice::from_ref(&place.images), "out").unwrap_err().to_string();
+        assert!(
+            error.contains("link") && error.contains("copy") && !error.contains("may not read"),
+            "{error}"
+        );
     }
 
     #[test]
@@ -328,7 +374,8 @@ mod tests {
         check(&place, &STRANGER, "ROOT/secret", "unreadable");
         check(&place, &STRANGER, "ROOT/images/../secret", "unreadable");
         symlink("../secret", place.images.join("out")).unwrap();
-        check(&place, &STRANGER, "ROOT/images/out", "unreadable");
+        check(&place, &STRANGER, "ROOT/images/out", "leads out");
+        check(&place, &me(), "ROOT/images/out", "secret");
         // The thread that took on the stranger's rights is gone: the agent's own are as before.
         check(&place, &me(), "ROOT/secret", "secret");
         // A group that only root's supplementary groups would open.
@@ -345,7 +392,7 @@ mod tests {
         check(&place, &me(), "ROOT/socket", "a socket");
         check(&place, &me(), "ROOT/pipe", "a pipe");
         check(&place, &me(), "/dev/null", "a device");
-        check(&place, &me(), "/proc/self/fd/0", "unreadable");
+        check(&place, &me(), "/proc/self/fd/0", "loop");
     }
 
     /// A thread that has the caller's rights is still one of the agent's process, and what procfs says of that is not the
@@ -370,11 +417,16 @@ mod tests {
             for path in
                 ["/proc/self/root/etc/passwd", "/proc/self/cwd/Cargo.toml", "/proc/self/exe", "/dev/fd/0"]
             {
-                check(&place, &caller, path, "unreadable");
+                let refused = open_for(&caller, &[], path).unwrap_err();
+                // Which of both comes first is the kernel's choice.
+                assert!(
+                    matches!(refused, FileError::Unreadable { .. } | FileError::Loop { .. }),
+                    "{path}: {refused}"
+                );
             }
         }
         // By a name in an image directory it is not even followed.
-        check(&place, &me(), "maps", "unreadable");
+        check(&place, &me(), "maps", "leads out");
     }
 
     #[test]
@@ -387,10 +439,10 @@ mod tests {
         symlink("../run/console", place.images.join("console")).unwrap();
         let token = Caller::Token("ci".into());
         check(&place, &token, "ROOT/run/console", "unreadable");
-        check(&place, &token, "ROOT/images/console", "unreadable");
+        check(&place, &token, "ROOT/images/console", "leads out");
         if geteuid().is_root() {
             check(&place, &STRANGER, "ROOT/run/console", "unreadable");
-            check(&place, &STRANGER, "ROOT/images/console", "unreadable");
+            check(&place, &STRANGER, "ROOT/images/console", "leads out");
         }
     }
 

@@ -76,6 +76,8 @@ impl BootFile {
         let code = match error {
             FileError::Missing { .. } => missing,
             FileError::Unreadable { .. }
+            | FileError::LeadsOut { .. }
+            | FileError::Loop { .. }
             | FileError::Replaced { .. }
             | FileError::NotRegular { .. }
             | FileError::Io { .. } => unreadable,
