@@ -19,7 +19,7 @@ use passthrough::{
     sim::is_simulated,
 };
 
-use crate::{sim::Simulated, vm::problem::chain};
+use crate::{assignable::AssignableList, sim::Simulated, vm::problem::chain};
 
 /// The functions that there are.
 #[derive(Clone)]
@@ -27,6 +27,7 @@ pub struct Inventory {
     sysfs: Sysfs,
     simulated: Option<Arc<Simulated>>,
     hardware: bool,
+    assignable: Arc<AssignableList>,
     /// The names by which ports know PFs, see [`keep_names`](Self::keep_names).
     kept_names: Arc<Mutex<BTreeMap<Bdf, String>>>,
 }
@@ -34,7 +35,13 @@ pub struct Inventory {
 impl From<Sysfs> for Inventory {
     /// The host's functions, and no simulated ones.
     fn from(sysfs: Sysfs) -> Self {
-        Self { sysfs, simulated: None, hardware: true, kept_names: Arc::default() }
+        Self {
+            sysfs,
+            simulated: None,
+            hardware: true,
+            assignable: Arc::default(),
+            kept_names: Arc::default(),
+        }
     }
 }
 
@@ -47,6 +54,23 @@ impl Inventory {
     /// Without the host's own functions: this agent may not use them.
     pub fn leave_out_hardware(&mut self) {
         self.hardware = false;
+    }
+
+    /// Sets the functions of the host that VMs may have.
+    pub fn set_assignable(&mut self, list: AssignableList) {
+        self.assignable = Arc::new(list);
+    }
+
+    /// The functions of the host that VMs may have.
+    #[must_use]
+    pub fn assignable(&self) -> &AssignableList {
+        &self.assignable
+    }
+
+    /// Whether a function can be reset between tenants.
+    #[must_use]
+    pub fn can_reset(&self, bdf: Bdf) -> bool {
+        self.simulates(bdf).is_some() || self.sysfs.can_reset(bdf)
     }
 
     /// Whether the host's own functions can be used.
@@ -228,7 +252,7 @@ impl Inventory {
         }
     }
 
-    /// Who else uses a network function that no VM of this agent has; a simulated one is nobody's. Do not ask while a VM's process
+    /// Who else uses a function that no VM of this agent has. Do not ask while a VM's process
     /// may open the function.
     ///
     /// # Errors

@@ -3,6 +3,7 @@
 //! The Portcullis agent and its command line.
 
 pub mod agent;
+pub mod assignable;
 pub mod cgroup;
 pub mod cli;
 pub mod console;

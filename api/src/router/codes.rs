@@ -61,6 +61,7 @@ fn own(operation: &str) -> Option<&'static [ProblemCode]> {
             DeviceNotFound,
             DeviceInUse,
             DeviceUnsupported,
+            NotAssignable,
             DeviceFailed,
             GroupNotViable,
             InterruptRemappingOff,

@@ -97,8 +97,7 @@ pub struct Vf {
     pub mac: Option<String>,
     /// The VM that it belongs to, if any.
     pub owner: Option<Owner>,
-    /// What else uses it, for people: an interface that is up, another network namespace, another process. An adapter without
-    /// `vf` does not get it; one that names it gets it only from an interface of the host.
+    /// What else uses it, for people: an interface that is up, another network namespace, another process. No adapter gets it.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub used_by: Option<String>,
 }

@@ -51,7 +51,7 @@ pub struct VmSpec {
     #[serde(default)]
     #[schema(max_items = 16)]
     pub adapters: Vec<AdapterSpec>,
-    /// Other VFIO functions, which get no port.
+    /// Other VFIO functions, which get no port: those that the agent's operator lets VMs have (`serve --assignable`).
     #[serde(default)]
     #[schema(max_items = 16, value_type = std::collections::BTreeSet<super::schema::DeviceBdf>)]
     pub devices: Vec<Bdf>,

@@ -35,6 +35,7 @@ use listen::ListenArgs;
 #[cfg(feature = "test-support")]
 use crate::switch::Late;
 use crate::{
+    assignable::Assignable,
     decisions::{DecisionLog, events::EventHub},
     environment::{Environment, Users},
     log,
@@ -76,6 +77,11 @@ pub struct ServeArgs {
     /// The user ids of VMs' processes.
     #[command(flatten)]
     pub users: UserArgs,
+    /// A function of the host that VMs may have under `devices`: its address, or vendor and device for all of a model, with
+    /// `,no-reset` if it may change its VM without a reset. Without one `devices` gets nothing: whoever uses the API is root on a
+    /// host with an assignable disk. Or a PF: adapters then have VFs of the named PFs only. May be repeated.
+    #[arg(long, value_name = "BDF|VENDOR:DEVICE|PF")]
+    pub assignable: Vec<Assignable>,
     /// Where the control groups (version 2) of VMs with limits are made; it is made itself if it is missing.
     #[arg(long, value_name = "DIR", default_value = "/sys/fs/cgroup/portcullis")]
     pub cgroup_parent: PathBuf,
@@ -149,6 +155,7 @@ pub async fn serve(args: ServeArgs, socket: &Path, token_file: Option<&Path>) ->
     let mut env = Environment::new(Arc::clone(&store), args.run_dir.clone());
     env.image_dirs = image_dirs(&args.image_dirs)?;
     env.cgroup_parent.clone_from(&args.cgroup_parent);
+    env.inventory.set_assignable(args.assignable.clone().into());
     env.sandbox_off = sandbox::off(&args.sandbox_off)?;
     if geteuid().is_root() {
         user_ids::require(Path::new("/"), &args.users.range(args.sim_pfs.len()))?;

@@ -106,7 +106,7 @@ async fn what_the_hardware_lacks_is_answered_to_who_boots() {
 
 #[tokio::test]
 async fn a_device_that_another_vm_has_is_in_use() {
-    let host = Host::new();
+    let host = Host::with_assignable(&["0000:02:00.0"]).await;
     let device = Bdf::new(0, 2, 0, 0).unwrap();
     host.sysfs.add_device(device, (0x8086, 0x0953), 0x01_08_02, Some(77), None);
     let served = serve(&host, host.env.run_dir.join("api.sock")).await;
@@ -120,6 +120,16 @@ async fn a_device_that_another_vm_has_is_in_use() {
     let boot = served.client.act("second", VmAction::Boot, PATIENCE).await;
     assert_eq!(code(boot), ProblemCode::DeviceInUse);
     served.client.act("first", VmAction::Stop, PATIENCE).await.unwrap();
+
+    let host = Host::new();
+    host.sysfs.add_device(device, (0x8086, 0x0953), 0x01_08_02, Some(77), None);
+    let served = serve(&host, host.env.run_dir.join("api.sock")).await;
+    let mut spec = spec("first");
+    spec.adapters.clear();
+    spec.devices = vec![device.to_string().parse().unwrap()];
+    served.client.create_vm(&spec).await.unwrap();
+    let boot = served.client.act("first", VmAction::Boot, PATIENCE).await;
+    assert_eq!(code(boot), ProblemCode::NotAssignable);
 }
 
 #[tokio::test]

@@ -11,6 +11,8 @@
 //! Each step is in the store before it is done, and giving back undoes every step whether it was done or not: so
 //! whatever an agent was doing when it died, the next one puts right.
 
+mod choose;
+
 use std::{thread, time::Duration};
 
 use api::{
@@ -20,21 +22,19 @@ use api::{
 use netpolicy::MacAddress;
 use passthrough::{
     fail::{Point, reach},
-    host::{self, Bdf, BindError, InventoryError, Pf, PfError, PortVlan, Vf, VfChange, VfSettings},
-    sim::is_simulated,
+    host::{self, Bdf, BindError, PfError, PortVlan, VfChange, VfSettings},
 };
 use uuid::Uuid;
 
 use super::{
     network,
     problem::{ToProblem, chain},
-    record::{Before, Claim, ClaimedVf, macs},
+    record::{Before, Claim, ClaimedVf},
 };
 use crate::{
     environment::Environment,
     inventory::Inventory,
     store::{Entry, Expect, StoreError},
-    switch::Uplinks,
 };
 
 /// How often, and how long apart, a PF is asked whether a VF's own address went with its reset.
@@ -70,7 +70,7 @@ pub async fn claim(env: &Environment, vm: Uuid, spec: &VmSpec) -> Result<Vec<Hel
         env.claims.list().await.map_err(|e| e.problem())?.into_iter().map(|entry| entry.value).collect();
     let (inventory, wanted) = (env.inventory.clone(), spec.clone());
     let chosen = tokio::task::spawn_blocking(move || {
-        (choose(&inventory, vm, &wanted, &taken, plan.as_deref()), taken)
+        (choose::choose(&inventory, vm, &wanted, &taken, plan.as_deref()), taken)
     })
     .await
     .map_err(|error| Problem::new(ProblemCode::Internal, chain(&error)))?;
@@ -111,200 +111,6 @@ pub async fn keep_pf_names(env: &Environment) -> Result<(), Problem> {
     let _guard = env.claiming.lock().await;
     let claims = env.claims.list().await.map_err(|e| e.problem())?;
     env.inventory.keep_names(pf_names(claims.iter().map(|claim| &claim.value)));
-    Ok(())
-}
-
-fn choose(
-    inventory: &Inventory,
-    vm: Uuid,
-    spec: &VmSpec,
-    taken: &[Claim],
-    plan: Option<&[Uplinks]>,
-) -> Result<Vec<Claim>, Problem> {
-    let mut named: Vec<Bdf> = Vec::new();
-    for bdf in spec.adapters.iter().filter_map(|adapter| adapter.vf).chain(spec.devices.iter().copied()) {
-        named.push(convert(bdf)?);
-    }
-    let mut claims: Vec<Claim> = Vec::new();
-    for (slot, (adapter, (_, mac))) in spec.adapters.iter().zip(macs(vm, spec)).enumerate() {
-        let fits = |pf: &Pf| network::check_uplink(plan, adapter.id.as_str(), &inventory.name_for_ports(pf));
-        let (vf, pf) = match adapter.vf {
-            Some(bdf) => named_vf(inventory, convert(bdf)?, taken, fits)?,
-            None => free_vf(inventory, taken, &claims, &named, fits)?,
-        };
-        let pf_name = inventory.name_for_ports(&pf);
-        let adapter = ClaimedVf { id: adapter.id.clone(), pf: vf.pf, pf_name, index: vf.index, mac };
-        claims.push(claim_of(vm, spec, slot, vf.device.bdf, Some(adapter)));
-    }
-    for (slot, bdf) in (claims.len()..).zip(&spec.devices) {
-        let bdf = convert(*bdf)?;
-        plain_device(inventory, bdf, taken)?;
-        claims.push(claim_of(vm, spec, slot, bdf, None));
-    }
-    let together: Vec<Bdf> = claims.iter().map(|claim| claim.bdf).collect();
-    for claim in &mut claims {
-        claim.group = inventory.check_viable(claim.bdf, &together).map_err(|e| e.problem())?;
-        let shares = |other: &&Claim| other.group.is_some() && other.group == claim.group && other.vm != vm;
-        if let Some(other) = taken.iter().find(shares) {
-            return Err(in_use(claim.bdf, other, claim.adapter.is_some()));
-        }
-    }
-    Ok(claims)
-}
-
-fn claim_of(vm: Uuid, spec: &VmSpec, slot: usize, bdf: Bdf, adapter: Option<ClaimedVf>) -> Claim {
-    Claim { vm, vm_name: spec.name.to_string(), slot, bdf, group: None, adapter, before: None }
-}
-
-fn convert(bdf: api::types::Bdf) -> Result<Bdf, Problem> {
-    bdf.to_string()
-        .parse()
-        .map_err(|error| Problem::new(ProblemCode::InvalidRequest, chain(&error as &host::InvalidBdf)))
-}
-
-fn in_use(bdf: Bdf, owner: &Claim, is_vf: bool) -> Problem {
-    let (code, what) =
-        if is_vf { (ProblemCode::VfInUse, "VF") } else { (ProblemCode::DeviceInUse, "Device") };
-    let why = match owner.group {
-        Some(group) if owner.bdf != bdf => format!(" by way of {} in its IOMMU group {group}", owner.bdf),
-        _ => String::new(),
-    };
-    Problem::new(
-        code,
-        format!(
-            "{what} {bdf} belongs to the VM {}{why}: stop that VM, or use another function.",
-            owner.vm_name
-        ),
-    )
-}
-
-/// An agent that is not root cannot use the host's own functions.
-fn usable(inventory: &Inventory, bdf: Bdf) -> Result<(), Problem> {
-    if inventory.has_hardware() || is_simulated(bdf) {
-        return Ok(());
-    }
-    let detail = format!(
-        "The agent is not root and cannot use {bdf}, a function of the host: run the agent as root, or use a \
-         simulated VF (--sim-pf)."
-    );
-    Err(Problem::new(ProblemCode::VfioUnavailable, detail))
-}
-
-fn named_vf(
-    inventory: &Inventory,
-    bdf: Bdf,
-    taken: &[Claim],
-    fits: impl Fn(&Pf) -> Result<(), Problem>,
-) -> Result<(Vf, Pf), Problem> {
-    usable(inventory, bdf)?;
-    let vf = inventory.vf(bdf).map_err(|e| e.problem())?;
-    let pf = inventory.pf(vf.pf).map_err(|e| e.problem())?;
-    if let Some(owner) = taken.iter().find(|claim| claim.bdf == bdf) {
-        return Err(in_use(bdf, owner, true));
-    }
-    require_up(&pf)?;
-    fits(&pf)?;
-    check_unused(inventory, bdf, ProblemCode::VfInUse, "VF")?;
-    Ok((vf, pf))
-}
-
-fn require_up(pf: &Pf) -> Result<(), Problem> {
-    let cure = match pf.interface() {
-        Some(interface) if interface.admin_up => return Ok(()),
-        Some(interface) => {
-            format!("is down, so its VFs have no link: run `ip link set {} up`", interface.name)
-        }
-        None => "has no network interface: load its driver".to_owned(),
-    };
-    Err(Problem::new(ProblemCode::PfDown, format!("PF {} {cure}.", pf.name())))
-}
-
-/// A VF that nobody has, no VM and not the host either, of a PF that fits.
-fn free_vf(
-    inventory: &Inventory,
-    taken: &[Claim],
-    mine: &[Claim],
-    named: &[Bdf],
-    fits: impl Fn(&Pf) -> Result<(), Problem>,
-) -> Result<(Vf, Pf), Problem> {
-    let internal = |error: InventoryError| Problem::new(ProblemCode::Internal, chain(&error));
-    let mut down = None;
-    let mut seen = 0;
-    for pf in inventory.pfs().map_err(internal)? {
-        let up = fits(&pf).and_then(|()| require_up(&pf));
-        for vf in inventory.vfs_of(pf.device.bdf).map_err(internal)? {
-            seen += 1;
-            let bdf = vf.device.bdf;
-            let group = |claim: &&Claim| claim.group.is_some() && claim.group == vf.device.iommu_group;
-            let used = named.contains(&bdf)
-                || mine.iter().any(|claim| claim.bdf == bdf)
-                || taken.iter().any(|claim| claim.bdf == bdf)
-                || taken.iter().find(group).is_some()
-                || inventory.check_viable(bdf, &[]).is_err()
-                // Last, since it opens the group. A use that cannot be found out is one.
-                || inventory.usage(bdf).map_or(true, |usage| usage.is_some());
-            match &up {
-                _ if used => {}
-                Ok(()) => return Ok((vf, pf)),
-                Err(problem) => down = Some(problem.clone()),
-            }
-        }
-    }
-    Err(down.unwrap_or_else(|| {
-        let cure = match inventory.has_hardware() {
-            true => {
-                "make more with `portcullis pf set-vfs`, stop a VM, or take down the host's interface of one"
-            }
-            false => {
-                "the agent is not root and uses simulated ones only: stop a VM, or give it more (--sim-pf)"
-            }
-        };
-        Problem::new(ProblemCode::NoFreeVf, format!("None of {seen} VFs is free: {cure}."))
-    }))
-}
-
-/// The problem of a function that something else uses, unseen by the administrator who names it.
-fn check_unused(inventory: &Inventory, bdf: Bdf, code: ProblemCode, what: &str) -> Result<(), Problem> {
-    let usage = inventory.usage(bdf).map_err(|error| Problem::new(ProblemCode::Internal, chain(&error)))?;
-    match usage.filter(|usage| !usage.is_visible()) {
-        None => Ok(()),
-        Some(usage) => {
-            let cure = usage.cure();
-            Err(Problem::new(
-                code,
-                format!("{what} {bdf} is used by {usage}: {cure}, or use another function."),
-            ))
-        }
-    }
-}
-
-fn plain_device(inventory: &Inventory, bdf: Bdf, taken: &[Claim]) -> Result<(), Problem> {
-    let unsupported = |why: &str| Err(Problem::new(ProblemCode::DeviceUnsupported, format!("{bdf} {why}.")));
-    usable(inventory, bdf)?;
-    let device = inventory.device(bdf).map_err(|error| match error {
-        InventoryError::NoDevice(_) => Problem::new(ProblemCode::DeviceNotFound, chain(&error)),
-        other => other.problem(),
-    })?;
-    if let Some(owner) = taken.iter().find(|claim| claim.bdf == bdf) {
-        return Err(in_use(bdf, owner, false));
-    }
-    if device.is_network() && inventory.vf(bdf).is_ok() {
-        return unsupported(
-            "is a network VF and must be under a policy: name it as the \"vf\" of an adapter",
-        );
-    }
-    if device.class >> 16 == 0x06 {
-        return unsupported("is a bridge: name the device behind it");
-    }
-    if is_simulated(bdf) {
-        return unsupported("is simulated: name its VFs as the \"vf\" of an adapter");
-    }
-    if inventory.pf(bdf).is_ok_and(|pf| pf.num_vfs > 0) {
-        return unsupported("is a PF with VFs: set their number to 0 first");
-    }
-    if device.is_network() || device.driver.as_deref() == Some(host::VFIO_PCI) {
-        check_unused(inventory, bdf, ProblemCode::DeviceInUse, "Device")?;
-    }
     Ok(())
 }
 
@@ -471,7 +277,14 @@ fn restore(host: &Host, claim: &Claim) -> Result<(), Problem> {
     // What the tenant left in the function. Where there is no reset the driver's own initialisation must do; a function that
     // has its driver already, or still, had no tenant, or was reset before.
     if let Err(error) = host.inventory.reset(claim.bdf) {
-        tracing::debug!(function = %claim.bdf, "no reset: {error}");
+        match host.inventory.can_reset(claim.bdf) {
+            true => tracing::debug!(function = %claim.bdf, "no reset: {error}"),
+            false => tracing::warn!(
+                function = %claim.bdf,
+                vm = claim.vm_name,
+                "a function without a reset leaves its VM: its next user finds its state and data"
+            ),
+        }
     }
     reach(Point::ReleaseReset);
     let returned = host.inventory.current_binding(claim.bdf).is_ok_and(|now| {

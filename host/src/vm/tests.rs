@@ -2,6 +2,7 @@
 
 //! VMs' lives on a host that is made up: sysfs and PF are fakes, the vmm is this test program started again.
 
+mod assignable;
 mod fake_vmm;
 pub(crate) mod fixture;
 mod life;
@@ -416,35 +417,6 @@ async fn a_vf_that_its_pf_no_longer_has_is_not_booted_with() {
     *host.pf.lock().unwrap() = FakePf::new("eth0", 0);
     assert_eq!(host.act(&vm, VmAction::Boot).await.unwrap_err(), ProblemCode::VfRemoved);
     assert_eq!((vm.state(), host.claims().await), (VmState::Failed, 0));
-}
-
-#[tokio::test]
-async fn a_device_has_one_owner() {
-    let host = Host::new();
-    let device = Bdf::new(0, 2, 0, 0).unwrap();
-    host.sysfs.add_device(device, (0x8086, 0x0953), 0x01_08_02, Some(77), None);
-    let with = |spec: &mut api::types::VmSpec| {
-        spec.adapters.clear();
-        spec.devices = vec![device.to_string().parse().unwrap()];
-    };
-    let (first, second) = (host.create("first", with).await, host.create("second", with).await);
-    host.act(&first, VmAction::Boot).await.unwrap();
-    let problem = second.act(VmAction::Boot, caller()).await.unwrap_err();
-    assert_eq!(problem.code, ProblemCode::DeviceInUse);
-    assert!(problem.detail.contains("first"), "{problem}");
-    let cause = second.status().run.cause.expect("who looks later sees why it was not booted");
-    assert_eq!((second.state(), cause.problem), (VmState::Defined, Some(ProblemCode::DeviceInUse)));
-    // What is in its IOMMU group reaches the same memory.
-    let sibling = Bdf::new(0, 2, 0, 1).unwrap();
-    host.sysfs.add_device(sibling, (0x8086, 0x0953), 0x01_08_02, Some(77), None);
-    let third = host.create("third", |spec| {
-        spec.adapters.clear();
-        spec.devices = vec![sibling.to_string().parse().unwrap()];
-    });
-    let problem = third.await.act(VmAction::Boot, caller()).await.unwrap_err();
-    assert_eq!(problem.code, ProblemCode::DeviceInUse);
-    assert!(problem.detail.contains("first") && problem.detail.contains("group 77"), "{problem}");
-    host.act(&first, VmAction::Stop).await.unwrap();
 }
 
 #[tokio::test]

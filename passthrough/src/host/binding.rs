@@ -139,6 +139,11 @@ impl Sysfs {
         Ok(self.write(&self.device_dir(bdf).join("reset"), "1")?)
     }
 
+    /// Whether the kernel can reset the function: by FLR, by its power state, or by the reset of a bus that it is alone on.
+    pub fn can_reset(&self, bdf: Bdf) -> bool {
+        self.device_dir(bdf).join("reset").exists()
+    }
+
     fn exists(&self, bdf: Bdf) -> Result<(), BindError> {
         if self.has_device(bdf) { Ok(()) } else { Err(BindError::NoDevice(bdf)) }
     }

@@ -104,6 +104,11 @@ impl Sysfs {
         self.dev.join("vfio").join(group)
     }
 
+    /// The device node of a block device; sysfs has `!` for a slash.
+    pub(crate) fn node(&self, block_device: &str) -> PathBuf {
+        self.dev.join(block_device.replace('!', "/"))
+    }
+
     /// The directory of a PCI function. It need not exist.
     pub fn device_dir(&self, bdf: Bdf) -> PathBuf {
         self.path("bus/pci/devices").join(bdf.to_string())

@@ -30,7 +30,7 @@ fn write_and_read(guest: &mut Guest<'_>, disk: &str, interrupt: &str) {
 }
 
 fn with_device(name: &str, bdf: &str) -> (Agent, String) {
-    let agent = Agent::start();
+    let agent = Agent::with_assignable(&[bdf]);
     let before = host::driver(bdf);
     let mut spec = bare_spec(&agent, name);
     spec["devices"] = json!([bdf]);

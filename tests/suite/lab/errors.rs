@@ -59,7 +59,7 @@ fn a_vf_in_use_names_its_owner() {
 
 #[test]
 fn a_device_in_use_names_its_owner() {
-    let agent = Agent::start();
+    let agent = Agent::with_assignable(&[host::NVME]);
     let mut spec = bare_spec(&agent, "owner");
     spec["devices"] = json!([host::NVME]);
     let mut owner = agent.boot(&spec);
@@ -70,7 +70,7 @@ fn a_device_in_use_names_its_owner() {
 
 #[test]
 fn a_group_that_is_not_viable_names_the_members_in_the_way() {
-    let agent = Agent::start();
+    let agent = Agent::with_assignable(&[host::IN_SHARED_GROUP]);
     let mut spec = bare_spec(&agent, "web1");
     spec["devices"] = json!([host::IN_SHARED_GROUP]);
     let words = [host::BESIDE_IT, "e1000"];

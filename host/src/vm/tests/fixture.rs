@@ -24,6 +24,7 @@ use uuid::Uuid;
 use vmm::control::Order;
 
 use crate::{
+    assignable::Assignable,
     decisions::{DecisionLog, KEPT, events::EventHub},
     environment::Environment,
     pf::{HostPfs, PfHandle},
@@ -131,6 +132,12 @@ impl Host {
             env.add_simulated(simulated);
         })
         .await
+    }
+
+    /// With functions that VMs may have under `devices`.
+    pub(crate) async fn with_assignable(words: &[&str]) -> Self {
+        let words: Vec<Assignable> = words.iter().map(|word| word.parse().unwrap()).collect();
+        Self::with_environment(|env| env.inventory.set_assignable(words.into())).await
     }
 
     pub(crate) async fn with_environment(change: impl FnOnce(&mut Environment)) -> Self {

@@ -1,0 +1,247 @@
+// SPDX-License-Identifier: Apache-2.0
+
+//! Choosing the functions of a VM: by name, or the next free VF of a PF that fits.
+
+use api::{
+    problem::{Problem, ProblemCode},
+    types::VmSpec,
+};
+use passthrough::{
+    host::{self, Bdf, InventoryError, Pf, Vf},
+    sim::is_simulated,
+};
+use uuid::Uuid;
+
+use crate::{
+    inventory::Inventory,
+    switch::Uplinks,
+    vm::{
+        network,
+        problem::{ToProblem, chain},
+        record::{Claim, ClaimedVf, macs},
+    },
+};
+
+/// Chooses all functions of a VM, none of which is `taken`.
+///
+/// # Errors
+/// A problem that names the function and what it lacks, or its owner.
+pub(super) fn choose(
+    inventory: &Inventory,
+    vm: Uuid,
+    spec: &VmSpec,
+    taken: &[Claim],
+    plan: Option<&[Uplinks]>,
+) -> Result<Vec<Claim>, Problem> {
+    let mut named: Vec<Bdf> = Vec::new();
+    for bdf in spec.adapters.iter().filter_map(|adapter| adapter.vf).chain(spec.devices.iter().copied()) {
+        named.push(convert(bdf)?);
+    }
+    let mut claims: Vec<Claim> = Vec::new();
+    for (slot, (adapter, (_, mac))) in spec.adapters.iter().zip(macs(vm, spec)).enumerate() {
+        let fits = |pf: &Pf| {
+            let name = inventory.name_for_ports(pf);
+            check_pf(inventory, pf, &name)?;
+            network::check_uplink(plan, adapter.id.as_str(), &name)
+        };
+        let (vf, pf) = match adapter.vf {
+            Some(bdf) => named_vf(inventory, convert(bdf)?, taken, fits)?,
+            None => free_vf(inventory, taken, &claims, &named, fits)?,
+        };
+        let pf_name = inventory.name_for_ports(&pf);
+        let adapter = ClaimedVf { id: adapter.id.clone(), pf: vf.pf, pf_name, index: vf.index, mac };
+        claims.push(claim_of(vm, spec, slot, vf.device.bdf, Some(adapter)));
+    }
+    for (slot, bdf) in (claims.len()..).zip(&spec.devices) {
+        let bdf = convert(*bdf)?;
+        plain_device(inventory, bdf, taken)?;
+        claims.push(claim_of(vm, spec, slot, bdf, None));
+    }
+    let together: Vec<Bdf> = claims.iter().map(|claim| claim.bdf).collect();
+    for claim in &mut claims {
+        claim.group = inventory.check_viable(claim.bdf, &together).map_err(|e| e.problem())?;
+        let shares = |other: &&Claim| other.group.is_some() && other.group == claim.group && other.vm != vm;
+        if let Some(other) = taken.iter().find(shares) {
+            return Err(in_use(claim.bdf, other, claim.adapter.is_some()));
+        }
+    }
+    Ok(claims)
+}
+
+fn claim_of(vm: Uuid, spec: &VmSpec, slot: usize, bdf: Bdf, adapter: Option<ClaimedVf>) -> Claim {
+    Claim { vm, vm_name: spec.name.to_string(), slot, bdf, group: None, adapter, before: None }
+}
+
+fn convert(bdf: api::types::Bdf) -> Result<Bdf, Problem> {
+    bdf.to_string()
+        .parse()
+        .map_err(|error| Problem::new(ProblemCode::InvalidRequest, chain(&error as &host::InvalidBdf)))
+}
+
+fn in_use(bdf: Bdf, owner: &Claim, is_vf: bool) -> Problem {
+    let (code, what) =
+        if is_vf { (ProblemCode::VfInUse, "VF") } else { (ProblemCode::DeviceInUse, "Device") };
+    let why = match owner.group {
+        Some(group) if owner.bdf != bdf => format!(" by way of {} in its IOMMU group {group}", owner.bdf),
+        _ => String::new(),
+    };
+    Problem::new(
+        code,
+        format!(
+            "{what} {bdf} belongs to the VM {}{why}: stop that VM, or use another function.",
+            owner.vm_name
+        ),
+    )
+}
+
+/// An agent that is not root cannot use the host's own functions.
+fn usable(inventory: &Inventory, bdf: Bdf) -> Result<(), Problem> {
+    if inventory.has_hardware() || is_simulated(bdf) {
+        return Ok(());
+    }
+    let detail = format!(
+        "The agent is not root and cannot use {bdf}, a function of the host: run the agent as root, or use a \
+         simulated VF (--sim-pf)."
+    );
+    Err(Problem::new(ProblemCode::VfioUnavailable, detail))
+}
+
+fn named_vf(
+    inventory: &Inventory,
+    bdf: Bdf,
+    taken: &[Claim],
+    fits: impl Fn(&Pf) -> Result<(), Problem>,
+) -> Result<(Vf, Pf), Problem> {
+    usable(inventory, bdf)?;
+    let vf = inventory.vf(bdf).map_err(|e| e.problem())?;
+    let pf = inventory.pf(vf.pf).map_err(|e| e.problem())?;
+    if let Some(owner) = taken.iter().find(|claim| claim.bdf == bdf) {
+        return Err(in_use(bdf, owner, true));
+    }
+    require_up(&pf)?;
+    fits(&pf)?;
+    check_unused(inventory, bdf, ProblemCode::VfInUse, "VF")?;
+    Ok((vf, pf))
+}
+
+/// Whether the host's operator lets VMs have VFs of a PF.
+fn check_pf(inventory: &Inventory, pf: &Pf, name: &str) -> Result<(), Problem> {
+    if inventory.assignable().pf(pf, name) {
+        return Ok(());
+    }
+    let detail = format!(
+        "VFs of PF {name} are not assignable: use a VF of another PF, or start the agent with --assignable {name}."
+    );
+    Err(Problem::new(ProblemCode::NotAssignable, detail))
+}
+
+fn require_up(pf: &Pf) -> Result<(), Problem> {
+    let cure = match pf.interface() {
+        Some(interface) if interface.admin_up => return Ok(()),
+        Some(interface) => {
+            format!("is down, so its VFs have no link: run `ip link set {} up`", interface.name)
+        }
+        None => "has no network interface: load its driver".to_owned(),
+    };
+    Err(Problem::new(ProblemCode::PfDown, format!("PF {} {cure}.", pf.name())))
+}
+
+/// A VF that nobody has, no VM and not the host either, of a PF that fits.
+fn free_vf(
+    inventory: &Inventory,
+    taken: &[Claim],
+    mine: &[Claim],
+    named: &[Bdf],
+    fits: impl Fn(&Pf) -> Result<(), Problem>,
+) -> Result<(Vf, Pf), Problem> {
+    let internal = |error: InventoryError| Problem::new(ProblemCode::Internal, chain(&error));
+    let mut down = None;
+    let mut seen = 0;
+    for pf in inventory.pfs().map_err(internal)? {
+        let up = fits(&pf).and_then(|()| require_up(&pf));
+        for vf in inventory.vfs_of(pf.device.bdf).map_err(internal)? {
+            seen += 1;
+            let bdf = vf.device.bdf;
+            let group = |claim: &&Claim| claim.group.is_some() && claim.group == vf.device.iommu_group;
+            let used = named.contains(&bdf)
+                || mine.iter().any(|claim| claim.bdf == bdf)
+                || taken.iter().any(|claim| claim.bdf == bdf)
+                || taken.iter().find(group).is_some()
+                || inventory.check_viable(bdf, &[]).is_err()
+                // Last, since it opens the group. A use that cannot be found out is one.
+                || inventory.usage(bdf).map_or(true, |usage| usage.is_some());
+            match &up {
+                _ if used => {}
+                Ok(()) => return Ok((vf, pf)),
+                Err(problem) => down = Some(problem.clone()),
+            }
+        }
+    }
+    Err(down.unwrap_or_else(|| {
+        let cure = match inventory.has_hardware() {
+            true => {
+                "make more with `portcullis pf set-vfs`, stop a VM, or take down the host's interface of one"
+            }
+            false => {
+                "the agent is not root and uses simulated ones only: stop a VM, or give it more (--sim-pf)"
+            }
+        };
+        Problem::new(ProblemCode::NoFreeVf, format!("None of {seen} VFs is free: {cure}."))
+    }))
+}
+
+/// The problem of a function that something else on the host uses.
+fn check_unused(inventory: &Inventory, bdf: Bdf, code: ProblemCode, what: &str) -> Result<(), Problem> {
+    let usage = inventory.usage(bdf).map_err(|error| Problem::new(ProblemCode::Internal, chain(&error)))?;
+    match usage {
+        None => Ok(()),
+        Some(usage) => {
+            let cure = usage.cure();
+            Err(Problem::new(
+                code,
+                format!("{what} {bdf} is used by {usage}: {cure}, or use another function."),
+            ))
+        }
+    }
+}
+
+fn plain_device(inventory: &Inventory, bdf: Bdf, taken: &[Claim]) -> Result<(), Problem> {
+    let unsupported = |why: &str| Err(Problem::new(ProblemCode::DeviceUnsupported, format!("{bdf} {why}.")));
+    usable(inventory, bdf)?;
+    let device = inventory.device(bdf).map_err(|error| match error {
+        InventoryError::NoDevice(_) => Problem::new(ProblemCode::DeviceNotFound, chain(&error)),
+        other => other.problem(),
+    })?;
+    if let Some(owner) = taken.iter().find(|claim| claim.bdf == bdf) {
+        return Err(in_use(bdf, owner, false));
+    }
+    if device.is_network() && inventory.vf(bdf).is_ok() {
+        return unsupported(
+            "is a network VF and must be under a policy: name it as the \"vf\" of an adapter",
+        );
+    }
+    if device.class >> 16 == 0x06 {
+        return unsupported("is a bridge: name the device behind it");
+    }
+    if is_simulated(bdf) {
+        return unsupported("is simulated: name its VFs as the \"vf\" of an adapter");
+    }
+    if inventory.pf(bdf).is_ok_and(|pf| pf.num_vfs > 0) {
+        return unsupported("is a PF with VFs: set their number to 0 first");
+    }
+    let Some(no_reset) = inventory.assignable().device(&device) else {
+        let detail = format!(
+            "Device {bdf} ({:04x}:{:04x}) is not assignable: use a function that is, or start the agent with --assignable \
+             {bdf}.",
+            device.vendor, device.device
+        );
+        return Err(Problem::new(ProblemCode::NotAssignable, detail));
+    };
+    if !no_reset && !inventory.can_reset(bdf) {
+        return unsupported(&format!(
+            "has no reset (its directory in sysfs has no file reset), so that its next user finds the state and the data of \
+             the last: use another one, or start the agent with --assignable {bdf},no-reset"
+        ));
+    }
+    check_unused(inventory, bdf, ProblemCode::DeviceInUse, "Device")
+}

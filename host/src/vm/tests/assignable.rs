@@ -1,0 +1,135 @@
+// SPDX-License-Identifier: Apache-2.0
+
+//! Functions that VMs may have, and functions that the host uses.
+
+use api::{
+    problem::ProblemCode,
+    types::{VmAction, VmState},
+};
+use passthrough::host::Bdf;
+
+use super::fixture::{Host, VF0, caller};
+
+/// Boots a VM with a function of this kind under `devices`, on a host whose operator has said these words.
+async fn boot_with_device(words: &[&str], change: impl FnOnce(&Host, Bdf)) -> Result<(), api::Problem> {
+    let host = Host::with_assignable(words).await;
+    let device = Bdf::new(0, 2, 0, 0).unwrap();
+    host.sysfs.add_device(device, (0x8086, 0x0953), 0x01_08_02, Some(77), Some("nvme"));
+    change(&host, device);
+    let vm = host.create("web1", |spec| {
+        spec.adapters.clear();
+        spec.devices = vec![device.to_string().parse().unwrap()];
+    });
+    let vm = vm.await;
+    let booted = vm.act(VmAction::Boot, caller()).await?.await.unwrap().map(drop);
+    if booted.is_ok() {
+        host.act(&vm, VmAction::Stop).await.unwrap();
+    } else {
+        assert_eq!(host.claims().await, 0);
+    }
+    booted
+}
+
+#[tokio::test]
+async fn devices_has_functions_by_the_operator_s_word_only() {
+    let here = "0000:02:00.0";
+    for words in [&[here][..], &["8086:0953"], &["0000:09:00.0", "eth0", here]] {
+        boot_with_device(words, |_, _| {}).await.unwrap();
+    }
+    for words in [&[][..], &["0000:02:00.1"], &["8086:0954", "eth0"]] {
+        let problem = boot_with_device(words, |_, _| {}).await.unwrap_err();
+        assert_eq!(problem.code, ProblemCode::NotAssignable, "{words:?}");
+        assert!(problem.detail.contains("--assignable 0000:02:00.0."), "{problem}");
+    }
+}
+
+#[tokio::test]
+async fn a_device_without_a_reset_needs_a_word_of_its_own() {
+    let no_reset = |host: &Host, device: Bdf| {
+        std::fs::remove_file(host.env.inventory.device_dir(device).join("reset")).unwrap();
+    };
+    let problem = boot_with_device(&["8086:0953"], no_reset).await.unwrap_err();
+    assert_eq!(problem.code, ProblemCode::DeviceUnsupported);
+    for part in ["0000:02:00.0", "no reset", "--assignable 0000:02:00.0,no-reset"] {
+        assert!(problem.detail.contains(part), "{problem}");
+    }
+    boot_with_device(&["8086:0953,no-reset"], no_reset).await.unwrap();
+}
+
+#[tokio::test]
+async fn a_device_that_the_host_uses_is_refused_by_name() {
+    let mounted = |host: &Host, device: Bdf| {
+        let dir = host.env.inventory.device_dir(device);
+        let sys = dir.ancestors().nth(4).unwrap();
+        let disk = dir.join("nvme/nvme0/nvme0n1");
+        std::fs::create_dir_all(disk.join("holders/dm-0")).unwrap();
+        std::fs::create_dir_all(sys.join("class/block")).unwrap();
+        std::os::unix::fs::symlink(&disk, sys.join("class/block/nvme0n1")).unwrap();
+    };
+    let problem = boot_with_device(&["8086:0953"], mounted).await.unwrap_err();
+    assert_eq!(problem.code, ProblemCode::DeviceInUse);
+    assert!(problem.detail.contains("nvme0n1") && problem.detail.contains("unmount"), "{problem}");
+}
+
+#[tokio::test]
+async fn a_vf_whose_interface_is_up_is_refused_by_name() {
+    let host = Host::new();
+    let vm = host.create("web1", |spec| spec.adapters[0].vf = Some(VF0.to_string().parse().unwrap())).await;
+    let net = host.env.inventory.device_dir(VF0).join("net");
+    let name = std::fs::read_dir(&net).unwrap().next().unwrap().unwrap().file_name().into_string().unwrap();
+    host.sysfs.set_interface_up(VF0, &name, true);
+    let problem = vm.act(VmAction::Boot, caller()).await.unwrap_err();
+    assert_eq!(problem.code, ProblemCode::VfInUse);
+    assert!(
+        problem.detail.contains(&name) && problem.detail.contains("take the interface down"),
+        "{problem}"
+    );
+    host.sysfs.set_interface_up(VF0, &name, false);
+    host.act(&vm, VmAction::Boot).await.unwrap();
+    host.act(&vm, VmAction::Stop).await.unwrap();
+}
+
+#[tokio::test]
+async fn adapters_have_vfs_of_the_named_pfs() {
+    let host = Host::with_assignable(&["eth1"]).await;
+    for vf in [Some(VF0.to_string().parse().unwrap()), None] {
+        let vm = host.create("web1", |spec| spec.adapters[0].vf = vf).await;
+        let problem = vm.act(VmAction::Boot, caller()).await.unwrap_err();
+        assert_eq!(problem.code, ProblemCode::NotAssignable);
+        assert!(problem.detail.contains("--assignable eth0"), "{problem}");
+        vm.delete(caller(), None).await.unwrap();
+    }
+    let host = Host::with_assignable(&["eth1", "eth0"]).await;
+    let vm = host.create("web1", |_| {}).await;
+    host.act(&vm, VmAction::Boot).await.unwrap();
+    host.act(&vm, VmAction::Stop).await.unwrap();
+}
+
+#[tokio::test]
+async fn a_device_has_one_owner() {
+    let host = Host::with_assignable(&["8086:0953"]).await;
+    let device = Bdf::new(0, 2, 0, 0).unwrap();
+    host.sysfs.add_device(device, (0x8086, 0x0953), 0x01_08_02, Some(77), None);
+    let with = |spec: &mut api::types::VmSpec| {
+        spec.adapters.clear();
+        spec.devices = vec![device.to_string().parse().unwrap()];
+    };
+    let (first, second) = (host.create("first", with).await, host.create("second", with).await);
+    host.act(&first, VmAction::Boot).await.unwrap();
+    let problem = second.act(VmAction::Boot, caller()).await.unwrap_err();
+    assert_eq!(problem.code, ProblemCode::DeviceInUse);
+    assert!(problem.detail.contains("first"), "{problem}");
+    let cause = second.status().run.cause.expect("who looks later sees why it was not booted");
+    assert_eq!((second.state(), cause.problem), (VmState::Defined, Some(ProblemCode::DeviceInUse)));
+    // What is in its IOMMU group reaches the same memory.
+    let sibling = Bdf::new(0, 2, 0, 1).unwrap();
+    host.sysfs.add_device(sibling, (0x8086, 0x0953), 0x01_08_02, Some(77), None);
+    let third = host.create("third", |spec| {
+        spec.adapters.clear();
+        spec.devices = vec![sibling.to_string().parse().unwrap()];
+    });
+    let problem = third.await.act(VmAction::Boot, caller()).await.unwrap_err();
+    assert_eq!(problem.code, ProblemCode::DeviceInUse);
+    assert!(problem.detail.contains("first") && problem.detail.contains("group 77"), "{problem}");
+    host.act(&first, VmAction::Stop).await.unwrap();
+}
