@@ -259,7 +259,8 @@ impl Inventory {
     /// sysfs is unreadable.
     pub fn usage(&self, bdf: Bdf) -> Result<Option<Usage>, InventoryError> {
         match self.simulates(bdf) {
-            Some(_) => Ok(None),
+            // A PF that does not answer has no VF to give either.
+            Some(simulated) => Ok(simulated.is_attached(bdf).unwrap_or(false).then_some(Usage::Simulated)),
             None => self.sysfs.usage(bdf),
         }
     }

@@ -2,7 +2,11 @@
 
 //! What the API's routes call.
 
-use std::{collections::BTreeMap, sync::Arc, time::Duration};
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    sync::Arc,
+    time::Duration,
+};
 
 use api::{
     Answered, Backend, Caller, ConsoleRead, Health, Progress, TurnedAway, User,
@@ -67,13 +71,16 @@ impl Agent {
     /// # Errors
     /// The store cannot be read.
     pub async fn start(env: Arc<Environment>) -> Result<Self, StoreError> {
-        let vms: BTreeMap<Uuid, VmHandle> = env
-            .vms
-            .list()
-            .await?
-            .into_iter()
-            .map(|entry| (entry.id, VmHandle::find(Arc::clone(&env), entry)))
-            .collect();
+        let all = env.vms.list().await?;
+        let ids: BTreeSet<Uuid> = all.iter().map(|entry| entry.id).collect();
+        let runs = env.runs.list().await?.into_iter();
+        let runs = runs.filter(|run| run.value.process.is_some() || !run.value.state.is_at_rest());
+        let (run_dir, known) =
+            (env.run_dir.clone(), runs.map(|run| run.id).filter(|vm| ids.contains(vm)).collect());
+        // Before a VM's task can start a process.
+        drop(tokio::task::spawn_blocking(move || crate::vm::unknown::tell(&run_dir, &known)).await);
+        let vms: BTreeMap<Uuid, VmHandle> =
+            all.into_iter().map(|entry| (entry.id, VmHandle::find(Arc::clone(&env), entry))).collect();
         let orphans: Vec<Entry<Claim>> =
             env.claims.list().await?.into_iter().filter(|claim| !vms.contains_key(&claim.value.vm)).collect();
         if !orphans.is_empty() {

@@ -401,6 +401,15 @@ impl Simulated {
         }
     }
 
+    /// Whether a process has a VF: no VM's of this agent, if none of them has claimed it.
+    ///
+    /// # Errors
+    /// The PF's process does not answer.
+    pub fn is_attached(&self, vf: Bdf) -> Result<bool, PfError> {
+        let (pf, index) = self.open_of(vf)?;
+        Ok(pf.about().attached.contains(&index))
+    }
+
     /// Whether there is a function of this address. Does not block.
     #[must_use]
     pub fn has(&self, bdf: Bdf) -> bool {

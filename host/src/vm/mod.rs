@@ -26,6 +26,7 @@ mod inbox;
 pub mod network;
 pub mod problem;
 pub mod record;
+pub mod unknown;
 
 use std::sync::Arc;
 

@@ -75,6 +75,9 @@ pub struct About {
     pub link_up: bool,
     /// Its process.
     pub pid: u32,
+    /// The VFs that a process has. Processes up to version 0.2 do not say.
+    #[serde(default)]
+    pub attached: Vec<u16>,
 }
 
 /// The way to a simulated PF. Any number of them may lead to the same.
@@ -95,7 +98,8 @@ impl SimPf {
         let name = path.display().to_string();
         let failed = |source: io::Error| PfError::Io { pf: name.clone(), source };
         let socket = connect(path).map_err(failed)?;
-        let nobody = About { name: name.clone(), vfs: 0, uplink: false, link_up: false, pid: 0 };
+        let nobody =
+            About { name: name.clone(), vfs: 0, uplink: false, link_up: false, pid: 0, attached: Vec::new() };
         let mut pf = Self { socket, path: path.to_owned(), about: nobody };
         match pf.call(&Request::Hello { version: VERSION })? {
             (Answer::Hello { version: VERSION, about }, _) => pf.about = about,

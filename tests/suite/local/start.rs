@@ -2,12 +2,25 @@
 
 //! An agent's start on a host, and on the work of an agent with other options.
 
-use std::{fs, path::Path, process::Command};
+use std::{
+    fs,
+    path::Path,
+    process::Command,
+    thread,
+    time::{Duration, Instant},
+};
 
-use api::types::VmState;
+use api::{
+    problem::ProblemCode,
+    types::{VmAction, VmState},
+};
 use serde_json::json;
 
-use crate::fixture::{Agent, Options, SmallGuest, agent::binary};
+use crate::fixture::{
+    Agent, Options, SmallGuest,
+    agent::{PATIENCE, binary},
+    host,
+};
 
 fn arguments(words: &[&str]) -> Vec<String> {
     ["--sim-pf", "sim0=2"].iter().chain(words).map(ToString::to_string).collect()
@@ -47,6 +60,42 @@ fn user_ids_of_an_account_are_refused_with_others_that_are_free() {
     let text = refused(directory.path(), &["--vmm-uid-base", "65000", "--vmm-uid-count", "1000"]);
     for part in ["65000 to 65999", "65534", "nobody", "/etc/passwd", "--vmm-uid-base "] {
         assert!(text.contains(part), "{part} in {text}");
+    }
+}
+
+#[test]
+fn a_vm_that_the_database_does_not_have_is_named_and_keeps_its_vf() {
+    let arguments = ["--sim-pf", "sim0=1"].map(ToString::to_string).into();
+    let mut agent = Agent::start_with(Options { arguments, ..Options::default() });
+    drop(SmallGuest::boot(&agent, "lost", json!([{"id": "eth0"}])));
+    let lost = agent.vm("lost");
+    let (pid, vf) = (lost.status.pid.unwrap(), lost.status.adapters[0].vf.unwrap().to_string());
+    agent.kill();
+    fs::remove_dir_all(agent.directory().join("state")).unwrap();
+    agent.restart();
+    let line = |line: &&str| line.contains("ERROR") && line.contains("database does not have");
+    let log = agent.log();
+    assert!(log.lines().find(line).is_some_and(|line| line.contains(&lost.id.to_string())), "{log}");
+    let used_by = agent.vfs()[0].used_by.clone();
+    assert!(used_by.as_ref().is_some_and(|usage| usage.contains("does not know")), "{used_by:?}");
+
+    let spec = |name: &str, vf: Option<&str>| {
+        let adapter = json!({"id": "eth0", "vf": vf});
+        SmallGuest::spec(&agent, name, json!([adapter]), "")
+    };
+    for (name, vf, code) in
+        [("any", None, ProblemCode::NoFreeVf), ("named", Some(vf.as_str()), ProblemCode::VfInUse)]
+    {
+        agent.create(&spec(name, vf)).unwrap();
+        assert_eq!(agent.act(name, VmAction::Boot).unwrap_err().code, code);
+    }
+    assert!(fs::metadata(format!("/proc/{pid}")).is_ok(), "the VM runs on");
+
+    host::run("kill", &["-KILL", &pid.to_string()]);
+    let deadline = Instant::now() + PATIENCE;
+    while agent.act("any", VmAction::Boot).is_err() {
+        assert!(Instant::now() < deadline, "its VF stays in use:\n{}", agent.log());
+        thread::sleep(Duration::from_millis(20));
     }
 }
 

@@ -235,6 +235,10 @@ impl Process {
                     uplink: self.links.tap.is_some(),
                     link_up: self.state.link_up(),
                     pid: std::process::id(),
+                    attached: (0..)
+                        .zip(&self.links.vfs)
+                        .filter_map(|(vf, link)| link.as_ref().map(|_| vf))
+                        .collect(),
                 };
                 Answer::Hello { version: VERSION, about }
             }
