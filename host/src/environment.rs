@@ -5,7 +5,7 @@
 use std::{
     collections::BTreeSet,
     path::PathBuf,
-    sync::{Arc, Mutex, PoisonError},
+    sync::{Arc, Mutex, PoisonError, atomic::AtomicBool},
     time::Duration,
 };
 
@@ -58,6 +58,8 @@ pub struct Environment {
     pub sandbox_off: BTreeSet<Protection>,
     /// Where groups of processes with limits are made.
     pub cgroup_parent: PathBuf,
+    /// Whether the log has said that this host sets no default limits.
+    pub told_unlimited: AtomicBool,
     /// When VMs are booted again that have ended.
     pub backoff: Backoff,
     /// The host's boot: what was in another one has ended with it.
@@ -94,6 +96,7 @@ impl Environment {
             kvm: "/dev/kvm".into(),
             sandbox_off: BTreeSet::new(),
             cgroup_parent: "/sys/fs/cgroup/portcullis".into(),
+            told_unlimited: AtomicBool::new(false),
             backoff: Backoff::default(),
             boot_id: std::fs::read_to_string("/proc/sys/kernel/random/boot_id")
                 .map(|id| id.trim().to_owned())

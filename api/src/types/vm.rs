@@ -62,7 +62,8 @@ pub struct VmSpec {
     /// It may be changed while the VM runs.
     #[serde(default, skip_serializing_if = "std::ops::Not::not")]
     pub autostart: bool,
-    /// What its process may use of the host; without them it may use what is there.
+    /// What its process may use of the host. Without them it may use the processor time that is there, and memory to a default:
+    /// the guest's and a sixteenth of it, 64 MiB, 1 MiB for each CPU, and 4 MiB for each function.
     #[serde(default, deserialize_with = "limits_if_any", skip_serializing_if = "Option::is_none")]
     pub limits: Option<VmLimits>,
 }
@@ -79,7 +80,8 @@ pub struct VmLimits {
     #[serde(default, skip_serializing_if = "Option::is_none")]
     #[schema(minimum = 1, maximum = 10_000, example = 50)]
     pub cpu_weight: Option<u16>,
-    /// Most memory, with the guest's (`memory.max`): at least the guest's and 32 MiB. A process that needs more is killed.
+    /// Most memory, with the guest's (`memory.max`): at least the guest's and 32 MiB. A process that needs more is killed. Without
+    /// it there is a default, see [`VmSpec::limits`].
     #[serde(default, skip_serializing_if = "Option::is_none")]
     #[schema(example = "1088MiB")]
     pub memory: Option<ByteSize>,

@@ -75,6 +75,21 @@ fn processor_time(pid: u32) -> f64 {
     (ticks(14) + ticks(15)) / 100.0
 }
 
+#[test]
+fn a_vm_without_limits_has_a_default_of_memory() {
+    let agent = Agent::start();
+    let spec = bare_spec(&agent, "web1");
+    let mut guest = agent.boot(&spec);
+    guest.wait_for_shell();
+    let vm = agent.vm("web1");
+    let group = PathBuf::from("/sys/fs/cgroup/portcullis").join(vm.id.to_string());
+    let limit: u64 = fs::read_to_string(group.join("memory.max")).unwrap().trim().parse().unwrap();
+    let guest_memory = vm.spec.memory.bytes();
+    assert!(limit > guest_memory + (64 << 20) && limit < guest_memory * 2 + (128 << 20), "{limit}");
+    agent.delete("web1").unwrap();
+    assert!(!group.exists());
+}
+
 /// A guest that computes all the time gets what it may and no more, and one that needs more memory than it may ends with
 /// that cause. Nothing is left of a group.
 #[test]

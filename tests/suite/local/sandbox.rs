@@ -248,4 +248,10 @@ fn limits_that_the_host_cannot_set_are_an_error_that_says_what_to_do() {
     let vm = agent.vm("web1");
     assert_eq!((vm.status.state, vm.status.pid), (VmState::Failed, None));
     assert_eq!(host::processes(&["vmm", &vm.id.to_string()]), [] as [u32; 0]);
+    // A default is one where it can be set.
+    for name in ["web2", "web3"] {
+        drop(SmallGuest::boot(&agent, name, json!([])));
+    }
+    let said = agent.log().lines().filter(|line| line.contains("no default limit of memory")).count();
+    assert_eq!(said, 1, "{}", agent.log());
 }

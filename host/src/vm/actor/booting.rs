@@ -2,6 +2,10 @@
 
 //! From a VM at rest to one that runs, or to what is left of a boot that did not come to its end.
 
+use std::sync::atomic::Ordering;
+
+use api::types::VmLimits;
+
 use super::*;
 
 /// Why a machine was not built.
@@ -182,12 +186,29 @@ impl Actor {
 
     /// Before the process has a thread or memory of the guest.
     async fn limit(&self) -> Result<(), Problem> {
-        let (Some(limits), Some(process)) = (self.vm.value.spec.limits.clone(), &self.process) else {
-            return Ok(());
-        };
+        let Some(process) = &self.process else { return Ok(()) };
         let (env, vm, pid) = (Arc::clone(&self.env), self.vm.id, process.identity().pid);
-        let limited =
-            tokio::task::spawn_blocking(move || cgroup::limit(&env.cgroup_parent, vm, &limits, pid)).await;
+        let asked = self.vm.value.spec.limits.clone();
+        let default = cgroup::default_memory(&self.vm.value.spec);
+        let set = move || {
+            let limit = |limits: &VmLimits| cgroup::limit(&env.cgroup_parent, vm, limits, pid);
+            let limits = asked.clone().unwrap_or_default();
+            if limits.memory.is_some() {
+                return limit(&limits);
+            }
+            let Err(error) = limit(&VmLimits { memory: Some(default), ..limits }) else { return Ok(()) };
+            // The limits that the VM has must be set all the same.
+            asked.as_ref().map_or(Ok(()), limit)?;
+            if !env.told_unlimited.swap(true, Ordering::Relaxed) {
+                tracing::warn!(
+                    "VMs without limits.memory have no default limit of memory, and a process that its guest takes over can \
+                     take all of the host's: {}",
+                    chain(&error)
+                );
+            }
+            Ok(())
+        };
+        let limited = tokio::task::spawn_blocking(set).await;
         limited.map_err(|error| Problem::new(ProblemCode::Internal, chain(&error)))?.map_err(|error| {
             let detail =
                 format!("The VM {} has limits, and they cannot be set: {}.", self.name(), chain(&error));

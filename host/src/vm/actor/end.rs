@@ -4,7 +4,8 @@
 
 use super::*;
 
-const OUT_OF_MEMORY: &str = "It had reached its limits.memory: raise it, or give the guest less.";
+const OUT_OF_MEMORY: &str =
+    "It had reached its limits.memory, or the default without one: raise it, or give the guest less.";
 
 impl Actor {
     pub(super) async fn stop(&mut self) {
