@@ -46,8 +46,8 @@ const WAITING: usize = 16_384;
 const GATHER: Duration = Duration::from_millis(10);
 
 /// Least time between two transactions of records without a waiting caller. Each writes the same pages of the table and its indexes again,
-/// about 28 KiB. A notice of a relay is waited for, and a question of the same VM behind it.
-const PACE: Duration = Duration::from_millis(100);
+/// 28 KiB and more. A notice of a relay about a change is waited for, and a question of the same VM behind it.
+const PACE: Duration = Duration::from_millis(250);
 
 /// Decisions that are kept while they cannot be stored, for example because the disk is full.
 const UNSTORED: usize = 4096;

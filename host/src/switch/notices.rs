@@ -2,7 +2,7 @@
 
 //! What relays tell on their own.
 
-use netpolicy::{Decision, Outcome, PortId, Reason, Request, VmId};
+use netpolicy::{Decision, Outcome, PortId, Reason, Request, VmId, Weight};
 use passthrough::relay::{Cancelled, Notice};
 use tokio::sync::oneshot;
 
@@ -20,7 +20,7 @@ impl Actor {
             return;
         };
         let mut saved = None;
-        let recorded = match notice {
+        let mut recorded = match notice {
             Notice::Cancelled { seq, request, why } => {
                 let recorded = self.cancelled(port, seq, request, why);
                 // Before the vmm forgets it: the next agent would take the guest for one that has the address.
@@ -58,6 +58,11 @@ impl Actor {
             Notice::TakenBack { .. } => None,
         };
         let saved = saved.map(|attachment| self.writer.save(port, attachment));
+        // A guest causes such records at its pleasure: they share transactions, and nothing waits for the disk. As with an answered
+        // question, an agent that crashes in between does not have the last ones.
+        if recorded.as_ref().is_some_and(|decision| decision.weight() == Weight::Light) {
+            self.record(recorded.take());
+        }
         if let Some(decision) = &recorded {
             self.count(decision);
             self.metrics.decision(decision);

@@ -119,6 +119,47 @@ fn metrics_show_what_guests_and_clients_do() {
     assert!(text.ends_with("# EOF\n"));
 }
 
+/// What the agent's process has written to files, in bytes.
+fn written(agent: &Agent) -> u64 {
+    let text = std::fs::read_to_string(format!("/proc/{}/io", agent.pid())).unwrap();
+    let line = text.lines().find_map(|line| line.strip_prefix("wchar: ")).unwrap();
+    line.parse().unwrap()
+}
+
+/// A guest repeats refused messages as fast as its relay lets it. Each alone would write the pages of the table and of its
+/// indexes anew, 28 KiB and more.
+#[test]
+fn a_refused_message_costs_the_disk_little() {
+    const REFUSALS: u64 = 300;
+    let agent = start(&[]);
+    let mut guest = SmallGuest::boot(&agent, "web1", json!([{"id": "eth0"}]));
+    guest.ask("up");
+    let denied = || agent.ask(agent.client.list_ports()).unwrap()[0].status.counters.denied;
+    let (before, began) = (written(&agent), Instant::now());
+    // Each another address, so that each is another record.
+    for n in 0..REFUSALS {
+        assert_eq!(guest.ask(&format!("set-mac 02:00:00:00:{:02x}:{:02x}", 0x90 + n / 256, n % 256)), "nack");
+    }
+    let deadline = Instant::now() + Duration::from_secs(20);
+    while denied() < REFUSALS && Instant::now() < deadline {
+        thread::sleep(Duration::from_millis(20));
+    }
+    let took = began.elapsed();
+    let each = (written(&agent) - before) / REFUSALS;
+    println!("{each} bytes for each of {REFUSALS} refusals in {took:?}");
+    assert_eq!(denied(), REFUSALS);
+    let seconds = took.as_secs() + 1;
+    assert!(each < 8192 || each * REFUSALS / seconds < 320 << 10, "{each} bytes for each, in {took:?}");
+    // All of them are recorded in the end.
+    let filter = DecisionFilter { vm: Some("web1".to_owned()), ..DecisionFilter::default() };
+    let recorded =
+        || agent.ask(agent.client.decisions(&filter)).unwrap().iter().map(|one| one.count).sum::<u64>();
+    while recorded() < 100 && Instant::now() < deadline {
+        thread::sleep(Duration::from_millis(20));
+    }
+    assert!(recorded() >= 100, "{}", recorded());
+}
+
 /// Counts of denials survive the agent, and do not pass to another VM of the same name.
 #[test]
 fn refusals_outlast_the_agent_and_are_not_a_successor_s() {
