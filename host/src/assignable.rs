@@ -7,7 +7,7 @@
 
 use std::{fmt, str::FromStr};
 
-use passthrough::host::{Bdf, PciDevice, Pf};
+use passthrough::host::{Bdf, InventoryError, PciDevice, Pf, Sysfs};
 
 /// The suffix for functions without a reset.
 const NO_RESET: &str = ",no-reset";
@@ -94,6 +94,36 @@ impl AssignableList {
             What::Pf(_) => false,
         };
         self.0.iter().filter(named).map(|word| word.no_reset).reduce(|a, b| a || b)
+    }
+
+    /// The functions of the host that `devices` may have, each with whether it may lack a reset.
+    ///
+    /// # Errors
+    /// sysfs is unreadable.
+    pub fn devices(&self, sysfs: &Sysfs) -> Result<Vec<(PciDevice, bool)>, InventoryError> {
+        if self.0.is_empty() {
+            return Ok(Vec::new());
+        }
+        let with_word = |device: PciDevice| self.device(&device).map(|no_reset| (device, no_reset));
+        Ok(sysfs.devices()?.into_iter().filter_map(with_word).collect())
+    }
+
+    /// Says in the log which of these functions have no reset.
+    pub fn warn(&self, sysfs: &Sysfs) {
+        let found = self.devices(sysfs).unwrap_or_default();
+        for (device, no_reset) in found.iter().filter(|(device, _)| !sysfs.can_reset(device.bdf)) {
+            let function = device.bdf;
+            match no_reset {
+                true => tracing::warn!(
+                    %function,
+                    "an assignable function has no reset: each VM that gets it finds the state and data of the last"
+                ),
+                false => tracing::warn!(
+                    %function,
+                    "an assignable function has no reset, and no VM gets it: allow it with --assignable {function},no-reset"
+                ),
+            }
+        }
     }
 
     /// Whether adapters may have VFs of a PF that ports know by `name`: of any, unless PFs are named.

@@ -156,6 +156,7 @@ pub async fn serve(args: ServeArgs, socket: &Path, token_file: Option<&Path>) ->
     env.image_dirs = image_dirs(&args.image_dirs)?;
     env.cgroup_parent.clone_from(&args.cgroup_parent);
     env.inventory.set_assignable(args.assignable.clone().into());
+    env.inventory.assignable().warn(env.inventory.sysfs());
     env.sandbox_off = sandbox::off(&args.sandbox_off)?;
     if geteuid().is_root() {
         user_ids::require(Path::new("/"), &args.users.range(args.sim_pfs.len()))?;

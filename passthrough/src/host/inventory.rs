@@ -164,6 +164,14 @@ impl Sysfs {
         Ok(text.filter(|name| !name.is_empty() && name != "(null)"))
     }
 
+    /// All PCI functions of the host, by address.
+    ///
+    /// # Errors
+    /// sysfs is unreadable.
+    pub fn devices(&self) -> Result<Vec<PciDevice>, InventoryError> {
+        self.all(Self::device)
+    }
+
     /// All PFs of the host, by address.
     ///
     /// # Errors

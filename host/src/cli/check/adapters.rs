@@ -4,11 +4,12 @@
 
 use netpolicy::PfCapabilities;
 use passthrough::{
-    host::{InventoryError, Pf},
+    host::{InventoryError, PciDevice, Pf},
     mailbox::layout::{FAMILIES, Layout},
 };
 
 use super::{Finding, Host, Verdict};
+use crate::assignable::AssignableList;
 
 pub(super) fn all(host: &Host, pfs: Result<Vec<Pf>, InventoryError>) -> Vec<Finding> {
     let pfs = match pfs {
@@ -131,4 +132,39 @@ fn enforces(can: &PfCapabilities) -> Finding {
         "policy",
         format!("{} enforces {}; not {}", can.driver, of(true).join(", "), of(false).join(", ")),
     )
+}
+
+/// The functions of the host that the operator lets VMs have: used by the host, or without a reset between two VMs.
+pub(super) fn assignable(host: &Host, list: &AssignableList) -> Vec<Finding> {
+    let one = |(device, no_reset): (PciDevice, bool)| {
+        let bdf = device.bdf;
+        let finding = match (host.sysfs.usage(bdf), host.sysfs.can_reset(bdf), no_reset) {
+            (Ok(Some(usage)), ..) => {
+                let fix = format!("{} before a VM gets it", usage.cure());
+                Finding::wrong(Verdict::Warn, "assignable", format!("it is used by {usage}"), fix)
+            }
+            (Err(error), ..) => {
+                let fix = format!("ls -l /sys/bus/pci/devices/{bdf}/  # and try again");
+                Finding::wrong(Verdict::Warn, "assignable", error.to_string(), fix)
+            }
+            (Ok(None), true, _) => Finding::ok("assignable", "VMs can have it, and it is reset between them"),
+            (Ok(None), false, true) => {
+                let found = "it has no reset: each VM that gets it finds the state and data of the last";
+                Finding::wrong(
+                    Verdict::Warn,
+                    "assignable",
+                    found,
+                    "use another function if VMs must not trust each other",
+                )
+            }
+            (Ok(None), false, false) => {
+                let fix =
+                    format!("portcullis serve --assignable {bdf},no-reset  # its state passes from VM to VM");
+                Finding::wrong(Verdict::Warn, "assignable", "it has no reset, so that no VM gets it", fix)
+            }
+        };
+        finding.of(&bdf.to_string())
+    };
+    // An unreadable sysfs is told with the PFs.
+    list.devices(&host.sysfs).unwrap_or_default().into_iter().map(one).collect()
 }

@@ -19,7 +19,10 @@ use super::{
     error::CliError,
     output::{Format, Output},
 };
-use crate::user_ids::UserArgs;
+use crate::{
+    assignable::{Assignable, AssignableList},
+    user_ids::UserArgs,
+};
 
 #[derive(Debug, Args)]
 pub(super) struct CheckArgs {
@@ -29,6 +32,9 @@ pub(super) struct CheckArgs {
     /// The user ids of VMs' processes: the agent's own options.
     #[command(flatten)]
     users: UserArgs,
+    /// A function that VMs may have: the agent's own options.
+    #[arg(long, value_name = "BDF|VENDOR:DEVICE|PF")]
+    assignable: Vec<Assignable>,
 }
 
 /// How something is.
@@ -113,7 +119,7 @@ impl Host {
     }
 }
 
-fn examine(host: &Host, users: &UserArgs) -> Vec<Finding> {
+fn examine(host: &Host, users: &UserArgs, assignable: &AssignableList) -> Vec<Finding> {
     let pfs = host.sysfs.pfs();
     // Without an adapter there are simulated ones only, which need KVM alone.
     let needed = match &pfs {
@@ -128,11 +134,12 @@ fn examine(host: &Host, users: &UserArgs) -> Vec<Finding> {
     findings.push(machine::hugepages(host));
     findings.push(machine::user_ids(host, users));
     findings.extend(adapters::all(host, pfs));
+    findings.extend(adapters::assignable(host, assignable));
     findings
 }
 
 pub(super) fn run(args: &CheckArgs, format: Format) -> Result<(), CliError> {
-    let findings = examine(&Host::new(&args.root), &args.users);
+    let findings = examine(&Host::new(&args.root), &args.users, &args.assignable.clone().into());
     let mut stdout = std::io::stdout().lock();
     show(&findings, &mut Output::new(format, &mut stdout))?;
     verdict(&findings)

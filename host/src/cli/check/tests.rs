@@ -59,7 +59,7 @@ impl MadeUp {
 
     fn findings(&self) -> Vec<Finding> {
         let users = UserArgs { vmm_uid_base: 900_000, vmm_uid_count: 4096 };
-        examine(&Host::new(self.directory.path()), &users)
+        examine(&Host::new(self.directory.path()), &users, &AssignableList::default())
     }
 
     fn verdict(&self) -> Result<(), CliError> {
@@ -201,6 +201,29 @@ fn assert_command(fix: &str) {
     assert!(programs.contains(&fix.split(' ').next().unwrap()), "{fix}");
     let checked = std::process::Command::new("bash").args(["-n", "-c", fix]).output().unwrap();
     assert!(checked.status.success() && checked.stderr.is_empty(), "{fix}: {checked:?}");
+}
+
+#[test]
+fn an_assignable_function_is_told_with_its_reset_and_its_use() {
+    let host = MadeUp::new();
+    let device = Bdf::new(0, 5, 0, 0).unwrap();
+    host.sysfs.add_device(device, (0x1b36, 0x0010), 0x01_0802, Some(9), Some("nvme"));
+    let found = |word: &str| {
+        let list: AssignableList = vec![word.parse::<Assignable>().unwrap()].into();
+        let users = UserArgs { vmm_uid_base: 900_000, vmm_uid_count: 4096 };
+        let findings = examine(&Host::new(host.directory.path()), &users, &list);
+        findings.into_iter().find(|finding| finding.check == "assignable")
+    };
+    assert_eq!(found("0000:06:00.0"), None);
+    assert_eq!(found("1b36:0010").unwrap().verdict, Verdict::Ok);
+    host.remove("sys/bus/pci/devices/0000:05:00.0/reset");
+    let refused = found("1b36:0010").unwrap();
+    assert_eq!((refused.verdict, refused.subject.as_deref()), (Verdict::Warn, Some("0000:05:00.0")));
+    assert_command(&refused.fix.unwrap());
+    let allowed = found("0000:05:00.0,no-reset").unwrap();
+    assert!(allowed.verdict == Verdict::Warn && allowed.found.contains("state and data"), "{allowed:?}");
+    host.write("sys/bus/pci/devices/0000:05:00.0/net/eth5/flags", "0x1003\n");
+    assert!(found("1b36:0010").unwrap().found.contains("eth5"), "the host uses it");
 }
 
 #[test]
