@@ -20,6 +20,7 @@ use std::{
 
 use anyhow::{Context, bail};
 use api::{Limits, types::Protection};
+use passthrough::sim::MAX_PFS;
 use rustix::{
     fs::{FlockOperation, flock},
     process::geteuid,
@@ -159,7 +160,9 @@ pub async fn serve(args: ServeArgs, socket: &Path, token_file: Option<&Path>) ->
     env.inventory.assignable().warn(env.inventory.sysfs());
     env.sandbox_off = sandbox::off(&args.sandbox_off)?;
     if geteuid().is_root() {
-        user_ids::require(Path::new("/"), &args.users.range(args.sim_pfs.len()))?;
+        // A simulated PF has the user of its number.
+        let adapters = if args.sim_pfs.is_empty() { 0 } else { usize::from(MAX_PFS) };
+        user_ids::require(Path::new("/"), &args.users.range(adapters))?;
         env.users = Some(Users::new(args.users.vmm_uid_base, args.users.vmm_uid_count));
     } else {
         let off = Protection::OF_ROOT.map(Protection::as_str).join(", ");

@@ -21,7 +21,7 @@ pub mod process;
 mod tests;
 
 use std::{
-    collections::BTreeMap,
+    collections::{BTreeMap, BTreeSet},
     fs::DirBuilder,
     io,
     os::{fd::OwnedFd, unix::fs::DirBuilderExt},
@@ -176,18 +176,19 @@ impl Simulated {
             .create(&dir)
             .map_err(|source| SimError::Directory { path: dir, source })?;
         let in_use = |number| in_use(&claims, number);
-        // Before numbers are given: those of PFs that are gone are free again.
+        // The records of PFs that are gone stay: a VM that names a VF by its address must not get that of another PF.
+        let mut gone = BTreeSet::new();
         let mut unwanted = Vec::new();
         known.retain(|entry| {
             let keep = wanted.iter().any(|option| option.name == entry.name) || in_use(entry.value.number);
             if !keep {
-                unwanted.push((entry.id, Adapter::new(&start, &entry.name, &entry.value)));
+                gone.insert(entry.value.number);
+                unwanted.push(Adapter::new(&start, &entry.name, &entry.value));
             }
             keep
         });
-        for (id, adapter) in unwanted {
+        for adapter in unwanted {
             blocking(move || adapter.stop()).await;
-            records.remove(id).await?;
         }
         for (n, option) in wanted.iter().enumerate() {
             if wanted.iter().take(n).any(|other| other.name == option.name) {
@@ -200,7 +201,9 @@ impl Simulated {
                         known.iter().any(|entry| entry.value.number == *number)
                             || adapters.contains_key(number)
                     };
-                    let number = (0..MAX_PFS).find(|number| !taken(number));
+                    let free = || (0..MAX_PFS).filter(|number| !taken(number));
+                    // Once all numbers have had a PF, the lowest of one that is gone.
+                    let number = free().find(|number| !gone.contains(number)).or_else(|| free().next());
                     let number = number.ok_or_else(|| SimError::TooMany(option.name.clone()))?;
                     SimPfRecord { number, vfs: option.vfs, tap: option.tap.clone() }
                 }

@@ -12,7 +12,7 @@ use api::{
 use netpolicy::{Change, MacAddress, VfRef};
 use passthrough::{
     host::{Bdf, VfChange},
-    sim::{pf_bdf, vf_bdf},
+    sim::{MAX_PFS, pf_bdf, vf_bdf},
 };
 use rustix::process::{Pid, Signal, kill_process};
 
@@ -155,6 +155,26 @@ async fn a_pf_keeps_its_process_and_its_address_across_agents() {
 }
 
 #[tokio::test]
+async fn a_pf_that_was_gone_gets_its_address_again_and_no_other_does() {
+    let mut host = Sims::new();
+    host.load(&["sima=2"]).await.unwrap();
+    let without = host.load(&["simb=2"]).await.unwrap();
+    assert_eq!(list(&without), [pf(1, "simb", 2)]);
+    let again = host.load(&["simc=1", "sima=1"]).await.unwrap();
+    assert_eq!(list(&again), [pf(0, "sima", 1), pf(2, "simc", 1)]);
+    again.leave(&[]).await;
+    // When every number has had a PF, the lowest of one that is gone is given again.
+    let records = Table::<SimPfRecord>::new(Arc::clone(&host.store));
+    for number in 3..MAX_PFS {
+        let record = SimPfRecord { number, vfs: 1, tap: None };
+        records.put(id_of(number), &format!("old{number}"), &record, Expect::Any).await.unwrap();
+    }
+    let full = host.load(&["simc=1", "new=1"]).await.unwrap();
+    assert_eq!(list(&full), [pf(0, "new", 1), pf(2, "simc", 1)]);
+    full.leave(&[]).await;
+}
+
+#[tokio::test]
 async fn what_nobody_wants_ends_unless_a_vm_uses_it() {
     let mut host = Sims::new();
     let first = host.load(&["sim0=2", "sim1=1"]).await.unwrap();
@@ -163,16 +183,16 @@ async fn what_nobody_wants_ends_unless_a_vm_uses_it() {
     // Neither left out nor with another number: its VFs are in use.
     for options in [&["other=1"][..], &["other=1", "sim0=4"]] {
         let next = host.load(options).await.unwrap();
-        assert_eq!(list(&next), [pf(0, "sim0", 2), pf(1, "other", 1)]);
+        assert_eq!(list(&next), [pf(0, "sim0", 2), pf(2, "other", 1)]);
         assert_eq!(pid(&next, 0), used);
         assert!(!runs(unused).await);
     }
     let agent = host.now.clone().unwrap();
-    let other = pid(&agent, 1);
+    let other = pid(&agent, 2);
     let claims = Table::<Claim>::new(Arc::clone(&host.store)).list().await.unwrap();
     agent.leave(&claims.into_iter().map(|entry: Entry<Claim>| entry.value).collect::<Vec<_>>()).await;
     assert!(!runs(other).await);
-    assert!(agent.open(pf_bdf(1).unwrap()).is_err(), "an agent that leaves starts none again");
+    assert!(agent.open(pf_bdf(2).unwrap()).is_err(), "an agent that leaves starts none again");
     assert_eq!(pid(&agent, 0), used);
     host.unclaim(claim).await;
     let last = host.load(&["sim0=4"]).await.unwrap();

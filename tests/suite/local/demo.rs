@@ -88,7 +88,10 @@ fn its_processes_have_users_of_their_own() {
     }
     // Until they give it up they are root's. Two VMs, and the adapter.
     users.remove(&0);
-    assert!(users.len() == 3 && users.iter().all(|user| (2_100_100_000..=2_100_115_999).contains(user)), "{users:?}");
+    assert!(
+        users.len() == 3 && users.iter().all(|user| (2_100_100_000..=2_100_115_999).contains(user)),
+        "{users:?}"
+    );
 }
 
 fn users_of_children(parent: u32) -> Vec<u32> {
