@@ -245,7 +245,7 @@ problem_codes! {
         "List them with `lspci -D` and correct the address.";
     /// The device belongs to another VM or user.
     DeviceInUse = "device_in_use", 409, "The device is in use",
-        "Another VM has the function, the host uses it (an interface that is up, a mounted disk), or its driver does not let it go.",
+        "Another VM or the host uses the function (an interface that is up, a mounted disk), or its driver keeps it.",
         "Stop that VM, or whatever uses the function on the host.";
     /// The host's operator does not let VMs have the function.
     NotAssignable = "not_assignable", 403, "The function is not assignable",
@@ -253,8 +253,8 @@ problem_codes! {
         "Use a function that is named, or start the agent with `--assignable` and the name in the problem's detail.";
     /// The device cannot be given to a guest (for instance: it has neither MSI nor MSI-X).
     DeviceUnsupported = "device_unsupported", 422, "The device cannot be assigned",
-        "The function cannot be given to a guest: it has neither MSI nor MSI-X, has no reset between tenants, or is of another kind.",
-        "Name another function; VFs of network adapters belong under `adapters`, and `serve --assignable BDF,no-reset` allows one without a reset.";
+        "The function cannot be given to a guest: it has no MSI or MSI-X, or no reset, or is of another kind.",
+        "VFs of network adapters belong under `adapters`; `serve --assignable BDF,no-reset` allows one without reset.";
     /// The device failed while it was in use.
     DeviceFailed = "device_failed", 409, "The device failed",
         "The function reported an error or could not be cleaned of its last tenant; it stays claimed until it is.",

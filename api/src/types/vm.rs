@@ -80,8 +80,8 @@ pub struct VmLimits {
     #[serde(default, skip_serializing_if = "Option::is_none")]
     #[schema(minimum = 1, maximum = 10_000, example = 50)]
     pub cpu_weight: Option<u16>,
-    /// Most memory, with the guest's (`memory.max`): at least the guest's and 32 MiB. A process that needs more is killed. Without
-    /// it there is a default, see [`VmSpec::limits`].
+    /// Most memory, with the guest's (`memory.max`): at least the guest's and 32 MiB. A process that needs more is killed.
+    /// Without it there is a default, that of a VM without limits.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     #[schema(example = "1088MiB")]
     pub memory: Option<ByteSize>,

@@ -58,8 +58,8 @@ impl Actor {
             Notice::TakenBack { .. } => None,
         };
         let saved = saved.map(|attachment| self.writer.save(port, attachment));
-        // A guest causes such records at its pleasure: they share transactions, and nothing waits for the disk. As with an answered
-        // question, an agent that crashes in between does not have the last ones.
+        // A guest causes such records at its pleasure: they share transactions, and nothing waits for the disk. As with an
+        // answered question, an agent that crashes in between does not have the last ones.
         if recorded.as_ref().is_some_and(|decision| decision.weight() == Weight::Light) {
             self.record(recorded.take());
         }
