@@ -6,10 +6,14 @@
 //! ways is none: so it is an error here, at whatever depth. Every document becomes a JSON value first, and only that is given a
 //! type: a file means the same in each format, and the same as a request with its content.
 
+mod typed;
+
 use std::fmt;
 
 use serde::de::{DeserializeSeed, Deserializer, EnumAccess, Error, MapAccess, SeqAccess, Visitor};
 use serde_json::{Map, Number, Value};
+
+pub use typed::read;
 
 /// Reads one JSON value, and nothing behind it. The depth is bounded by the parser (128).
 ///

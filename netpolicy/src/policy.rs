@@ -137,7 +137,7 @@ impl From<Mtu> for u16 {
 /// Whether the guest may change its effective address, and ask for further unicast addresses.
 /// Its initial address is always allowed. In JSON `"reject"`, `"accept"` or `{"list": ["02:00:00:00:00:01", …]}`.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(rename_all = "snake_case")]
+#[serde(rename_all = "snake_case", expecting = r#""reject", "accept" or {"list": ["02:00:00:00:00:01"]}"#)]
 pub enum MacChanges {
     /// No other address than the initial one.
     #[default]
@@ -233,7 +233,10 @@ impl Promiscuous {
 /// Which VLANs the port is in, and who tags.
 /// In JSON `"none"`, `{"access": {"id": 10, "qos": 3}}` or `{"trunk": [7, "100-200"]}`.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(rename_all = "snake_case")]
+#[serde(
+    rename_all = "snake_case",
+    expecting = r#""none", {"access": {"id": 100}} or {"trunk": [7, "100-200"]}"#
+)]
 pub enum VlanPolicy {
     /// Untagged; the guest may join no VLAN.
     #[default]
@@ -260,7 +263,7 @@ impl VlanPolicy {
 
 /// How fast the VF may send. In JSON `"unlimited"` or `{"max_tx_mbit": 100}`.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(rename_all = "snake_case")]
+#[serde(rename_all = "snake_case", expecting = r#""unlimited" or {"max_tx_mbit": 100}"#)]
 pub enum Rate {
     /// As fast as the link is.
     #[default]

@@ -29,7 +29,7 @@ impl<S: Send + Sync, T: DeserializeOwned> FromRequest<S> for Body<T> {
         let bytes = read_body(request, state, MAX_BODY).await?;
         let value = document::json(&bytes)
             .map_err(|error| Problem::invalid("body", format!("The body is not one JSON value: {error}.")))?;
-        serde_path_to_error::deserialize(value).map(Body).map_err(|error| misread(&error, "body"))
+        document::read(value).map(Body).map_err(|error| misread(&error, "body"))
     }
 }
 

@@ -9,7 +9,7 @@ use serde::{Serialize, de::DeserializeOwned};
 use serde_json::{Map, Value};
 
 use super::extract::misread;
-use crate::{Problem, ProblemCode};
+use crate::{Problem, ProblemCode, document};
 
 /// How often a PATCH without `If-Match` is tried against others that change the same object.
 pub(super) const TRIES: u32 = 5;
@@ -26,7 +26,7 @@ pub(super) fn merged<T: Serialize + DeserializeOwned>(spec: &T, patch: &Value) -
         Problem::new(ProblemCode::Internal, format!("A specification cannot be written: {error}."))
     })?;
     merge(&mut value, patch);
-    serde_path_to_error::deserialize(value).map_err(|error| misread(&error, "body"))
+    document::read(value).map_err(|error| misread(&error, "body"))
 }
 
 /// The member of a specification whose own members are settings.

@@ -13,6 +13,7 @@ mod client;
 mod document;
 mod fake;
 mod fake_policy;
+mod forms;
 mod network;
 mod policy;
 mod routes;

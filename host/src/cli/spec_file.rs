@@ -54,7 +54,7 @@ pub(super) fn read<T: DeserializeOwned>(path: &str, what: &'static str) -> Resul
         _ => Err("its name must end in .toml, .yaml, .yml or .json".to_owned()),
     }
     .map_err(not_a_spec)?;
-    serde_path_to_error::deserialize(value).map_err(|error| {
+    document::read(value).map_err(|error| {
         let line = format.line(text, error.path());
         let line = line.map(|line| format!(" (line {line})")).unwrap_or_default();
         not_a_spec(format!("{}{line}", placed(&error)))

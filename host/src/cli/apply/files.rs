@@ -4,7 +4,10 @@
 
 use std::{collections::BTreeMap, fs, path::Path};
 
-use api::types::{Name, PortGroupSpec, SwitchSpec, VmSpec};
+use api::{
+    document,
+    types::{Name, PortGroupSpec, SwitchSpec, VmSpec},
+};
 use serde::de::DeserializeOwned;
 use serde_json::Value;
 
@@ -126,7 +129,7 @@ pub(super) fn read(file: &str) -> Result<Wanted, CliError> {
 }
 
 fn typed<T: DeserializeOwned>(value: Value) -> Result<T, String> {
-    serde_path_to_error::deserialize(value).map_err(|error| spec_file::placed(&error))
+    document::read(value).map_err(|error| spec_file::placed(&error))
 }
 
 #[cfg(test)]
@@ -170,6 +173,86 @@ mod tests {
         ] {
             let error = parse("wrong.json", text).unwrap_err();
             assert!(error.contains("wrong.json is not") && error.contains(expect), "{error}");
+        }
+    }
+
+    /// Each object of each kind of file, written as a list of its values, in each format.
+    #[test]
+    fn a_list_in_place_of_an_object_is_refused_in_every_format() {
+        let documents = [
+            serde_json::json!({
+                "name": "web1", "memory": "2MiB", "boot": { "kernel": "k" },
+                "adapters": [{ "id": "eth0", "port_group": "web" }], "limits": { "cpu_percent": 150 },
+            }),
+            serde_json::json!({
+                "object": "switch", "name": "lab", "uplinks": ["eth0"],
+                "settings": { "vlan": { "access": { "id": 100, "qos": 3 } }, "rate": { "max_tx_mbit": 100 } },
+            }),
+            serde_json::json!({
+                "object": "port_group", "name": "web", "switch": "lab",
+                "settings": { "mac_changes": { "list": ["02:00:00:00:00:01"] }, "vlan": { "trunk": [7] } },
+            }),
+        ];
+        let mut refused = 0;
+        for document in documents {
+            let mut places = Vec::new();
+            objects(&document, "", &mut places);
+            for name in ["a.json", "a.yaml", "a.toml"] {
+                let text = |value: &Value| if name == "a.toml" { toml_of(value) } else { value.to_string() };
+                parse(name, &text(&document)).unwrap();
+                // TOML has no list in place of the whole document.
+                for (pointer, field) in places.iter().filter(|place| name != "a.toml" || !place.0.is_empty())
+                {
+                    let mut wrong = document.clone();
+                    let place = wrong.pointer_mut(pointer).unwrap();
+                    *place = place.as_object().unwrap().values().cloned().collect();
+                    let error = parse(name, &text(&wrong)).expect_err(&text(&wrong));
+                    let expect = if field.is_empty() { "it has no members" } else { "list, expected " };
+                    assert!(
+                        error.contains(&format!("{field}: ")) && error.contains(expect),
+                        "{wrong}: {error}"
+                    );
+                    refused += 1;
+                }
+            }
+        }
+        assert_eq!(refused, 3 * 13 - 3);
+    }
+
+    /// A document as TOML.
+    fn toml_of(document: &Value) -> String {
+        fn inline(value: &Value) -> String {
+            match value {
+                Value::Object(_) => format!("{{ {} }}", members(value).join(", ")),
+                Value::Array(items) => {
+                    format!("[{}]", items.iter().map(inline).collect::<Vec<_>>().join(", "))
+                }
+                scalar => scalar.to_string(),
+            }
+        }
+        fn members(value: &Value) -> Vec<String> {
+            value
+                .as_object()
+                .unwrap()
+                .iter()
+                .map(|(name, value)| format!("{name} = {}", inline(value)))
+                .collect()
+        }
+        members(document).join("\n")
+    }
+
+    /// Every object of a document: its JSON pointer and its name in errors.
+    fn objects(value: &Value, at: &str, all: &mut Vec<(String, String)>) {
+        match value {
+            Value::Object(members) => {
+                let field = at.trim_start_matches('/').replace("/0", "[0]").replace('/', ".");
+                all.push((at.to_owned(), field));
+                members.iter().for_each(|(name, value)| objects(value, &format!("{at}/{name}"), all));
+            }
+            Value::Array(items) => {
+                items.iter().enumerate().for_each(|(n, item)| objects(item, &format!("{at}/{n}"), all));
+            }
+            _ => {}
         }
     }
 
