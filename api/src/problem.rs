@@ -5,7 +5,8 @@
 use serde::{Deserialize, Deserializer, Serialize, Serializer};
 use utoipa::ToSchema;
 
-/// A refusal or failure, as it goes over the wire. (Boxed texts keep it small enough to be returned by value.)
+// Boxed texts keep it small enough to be returned by value.
+/// A refusal or failure, as it goes over the wire.
 ///
 /// `code` is for programs and never changes its meaning; `detail` is for people and names the thing, the cause
 /// and the cure.

@@ -8,7 +8,7 @@
 use std::collections::BTreeMap;
 
 use utoipa::openapi::{
-    ContentBuilder, ObjectBuilder, Ref, RefOr, Response, ResponseBuilder, Type,
+    Components, ContentBuilder, ObjectBuilder, Ref, RefOr, Response, ResponseBuilder, Type,
     example::ExampleBuilder,
     header::HeaderBuilder,
     path::{Operation, ParameterIn},
@@ -137,17 +137,28 @@ pub(super) fn add(operation: &mut Operation) {
     for (status, codes) in by_status {
         let listed: Vec<String> =
             codes.iter().map(|code| format!("`{}`: {}", code.as_str(), code.title())).collect();
-        responses.insert(status.to_string(), RefOr::T(problem(&(listed.join("; ") + "."), &codes)));
+        responses.insert(status.to_string(), RefOr::T(problem(&listed.join("; "), &codes)));
     }
     responses.insert("default".to_owned(), RefOr::T(problem("The request was refused or failed.", &[])));
     for response in responses.values_mut() {
         if let RefOr::T(response) = response {
-            let described = HeaderBuilder::new()
-                .schema(Some(ObjectBuilder::new().schema_type(Type::String)))
-                .description(Some("The request's id: the caller's own if it sent one that is fit for a log"));
-            response.headers.insert("x-request-id".to_owned(), RefOr::T(described.build()));
+            response.headers.insert(REQUEST_ID.to_owned(), RefOr::Ref(Ref::new(REQUEST_ID_HEADER)));
         }
     }
+}
+
+/// The header that each answer has.
+const REQUEST_ID: &str = "x-request-id";
+
+/// The component that describes it.
+const REQUEST_ID_HEADER: &str = "#/components/headers/x-request-id";
+
+/// Adds the header that each answer has.
+pub(super) fn add_header(components: &mut Components) {
+    let header = HeaderBuilder::new()
+        .schema(Some(ObjectBuilder::new().schema_type(Type::String)))
+        .description(Some("The request's id: the caller's own if it sent one that is fit for a log"));
+    components.headers.insert(REQUEST_ID.to_owned(), RefOr::T(header.build()));
 }
 
 /// The answer that is a problem of one of these codes, with an example of each.

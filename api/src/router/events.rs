@@ -32,11 +32,11 @@ pub(super) fn routes() -> OpenApiRouter<Policy> {
 
 /// Streams what happens, as server-sent events.
 ///
-/// `event:` is the kind, `data:` an `Event` as JSON. After a break, send the last `id:` as `Last-Event-ID` and nothing is
+/// `event:` is the kind, `data:` an `Event` as JSON on one line. After a break, send the last `id:` as `Last-Event-ID` and nothing is
 /// missed; `gap` says that too much has happened meanwhile, and that objects are to be read again.
 #[utoipa::path(get, path = "/v1/events", tag = "policy",
     params(("last-event-id" = u64, Header, description = "Goes on after this event")),
-    responses((status = 200, body = Event, content_type = "text/event-stream")))]
+    responses((status = 200, body = String, content_type = "text/event-stream")))]
 async fn events(
     State(backend): State<Policy>,
     Extension(streams): Extension<Streams>,

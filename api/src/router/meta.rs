@@ -8,15 +8,16 @@ use axum::{
     response::{IntoResponse, Response},
 };
 use utoipa::{
-    OpenApi,
+    Modify, OpenApi,
     openapi::{
         RefOr, Required,
         path::{ParameterBuilder, ParameterIn},
+        security::{HttpAuthScheme, HttpBuilder, SecurityScheme},
     },
 };
 
-use super::{Shared, codes, examples};
-use crate::Problem;
+use super::{Shared, codes, examples, shared};
+use crate::{Problem, types::Event};
 
 #[derive(OpenApi)]
 #[openapi(
@@ -26,7 +27,9 @@ use crate::Problem;
         version = "1"
     ),
     servers((url = "/")),
-    components(schemas(Problem)),
+    components(schemas(Problem, Event)),
+    security((), ("token" = [])),
+    modifiers(&Token),
     tags(
         (name = "vms", description = "Virtual machines"),
         (name = "host", description = "Physical and virtual functions of the host"),
@@ -34,6 +37,19 @@ use crate::Problem;
     )
 )]
 pub(super) struct Document;
+
+/// Describes how a client shows who it is.
+struct Token;
+
+impl Modify for Token {
+    fn modify(&self, document: &mut utoipa::openapi::OpenApi) {
+        let description = "Over TCP: a token of the agent's token file (`--token-file`). The Unix socket takes none: there \
+                           the kernel tells whose process it is.";
+        let scheme = HttpBuilder::new().scheme(HttpAuthScheme::Bearer).description(Some(description)).build();
+        let components = document.components.get_or_insert_default();
+        components.add_security_scheme("token", SecurityScheme::Http(scheme));
+    }
+}
 
 /// The OpenAPI document of the whole API, [`router_with_policy`](super::router_with_policy).
 pub fn openapi() -> utoipa::openapi::OpenApi {
@@ -60,6 +76,8 @@ pub(super) fn complete(document: &mut utoipa::openapi::OpenApi) {
             }
         }
     }
+    codes::add_header(document.components.get_or_insert_default());
+    shared::refer(document);
 }
 
 /// `GET /v1/openapi.json`.

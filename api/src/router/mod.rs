@@ -18,6 +18,7 @@ mod places;
 mod policy;
 mod respond;
 mod serve;
+mod shared;
 mod streams;
 mod ui;
 mod vms;

@@ -182,7 +182,7 @@ async fn put_port_group(
 /// A JSON merge patch (RFC 7396), in which each setting is replaced as a whole. Without `If-Match` it is made on top of what
 /// others change meanwhile. Running VMs are subject to it at once.
 #[utoipa::path(patch, path = "/v1/port-groups/{name}", tag = "policy",
-    request_body(content = inline(schema::PortGroupPatch), content_type = "application/merge-patch+json",
+    request_body(content = schema::PortGroupPatch, content_type = "application/merge-patch+json",
         description = "Members of the specification; null leaves a setting to the switch"),
     params(
         ("name" = String, Path, description = "Name or id"),
@@ -257,7 +257,7 @@ async fn get_port(State(backend): State<Policy>, Named(port): Named) -> Result<R
 /// A JSON merge patch (RFC 7396), in which each setting is replaced as a whole: blocks it, or overrides what its group allows to be overridden. A running VM is subject
 /// to it at once.
 #[utoipa::path(patch, path = "/v1/ports/{id}", tag = "policy",
-    request_body(content = inline(schema::PortPatch), content_type = "application/merge-patch+json",
+    request_body(content = schema::PortPatch, content_type = "application/merge-patch+json",
         description = "Members of the specification; null leaves a setting to the port group"),
     params(
         ("id" = String, Path, description = "Id, or name with its slash as %2F"),

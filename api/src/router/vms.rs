@@ -111,7 +111,7 @@ async fn put_vm(
 /// A JSON merge patch (RFC 7396), for which the same holds as for PUT. Lists are replaced as a whole. Without `If-Match` it is made on
 /// top of what others change meanwhile.
 #[utoipa::path(patch, path = "/v1/vms/{name}", tag = "vms",
-    request_body(content = inline(schema::VmPatch), content_type = "application/merge-patch+json",
+    request_body(content = schema::VmPatch, content_type = "application/merge-patch+json",
         description = "Members of the specification; null takes one back to its default"),
     params(
         ("name" = String, Path, description = "Name or id"),

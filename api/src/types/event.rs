@@ -5,13 +5,16 @@
 use std::fmt;
 
 use serde::{Deserialize, Serialize};
-use utoipa::ToSchema;
+use utoipa::{
+    PartialSchema, ToSchema,
+    openapi::{RefOr, Schema},
+};
 use uuid::Uuid;
 
 use super::{Cause, Decision, Owner, Timestamp, VmState};
 
 /// Something that happened.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Event {
     /// One more for each event of the agent's store: `Last-Event-ID` goes on after it.
     pub id: u64,
@@ -23,7 +26,7 @@ pub struct Event {
 }
 
 /// What happened; `event` names it and is the type of the server-sent event.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(tag = "event", rename_all = "snake_case")]
 pub enum EventKind {
     /// A VM's state changed.
@@ -85,7 +88,8 @@ pub enum EventKind {
 pub struct Subject {
     /// What it is.
     pub kind: ObjectKind,
-    /// Its id. (Beside the event's own, and so not in the event itself.)
+    // An event has an id of its own, so this one cannot be a member of the event.
+    /// Its id.
     pub id: Uuid,
     /// Its name.
     pub name: String,
@@ -154,6 +158,83 @@ impl EventKind {
     }
 }
 
+// The schema of an `Event`: one object with the members of every kind. Generators of clients drop or split a choice of objects
+// with common members, and a client of a later agent must take kinds that it does not know.
+/// Something that happened.
+#[derive(ToSchema)]
+#[cfg_attr(test, derive(Deserialize), serde(deny_unknown_fields))]
+#[allow(dead_code, reason = "only its schema is used")]
+struct AnyEvent {
+    /// One more for each event of the agent's store: `Last-Event-ID` goes on after it.
+    id: u64,
+    /// When it happened.
+    time: Timestamp,
+    /// What happened: it says which other members there are.
+    event: EventName,
+    /// `vm_state`: the VM.
+    vm: Option<Owner>,
+    /// `vm_state`: the VM's new state. `pf_state`: what became of the PF.
+    state: Option<NewState>,
+    /// `vm_state`: why the VM ended, if it did.
+    cause: Option<Cause>,
+    /// `decision`: the record, as it is after this.
+    decision: Option<Box<Decision>>,
+    /// `created`, `changed`, `deleted`: the object.
+    object: Option<Subject>,
+    /// `created`, `changed`: the object's revision now.
+    revision: Option<u64>,
+    /// `created`, `changed`, `deleted`: who did it, such as `uid 0` or `token ci`; absent if the agent did it by itself.
+    by: Option<String>,
+    /// `pf_state`: the PF's interface.
+    pf: Option<String>,
+}
+
+/// Kinds of events.
+#[derive(ToSchema)]
+#[cfg_attr(test, derive(Debug, PartialEq, Deserialize))]
+#[allow(dead_code, reason = "only its schema is used")]
+#[serde(rename_all = "snake_case")]
+enum EventName {
+    /// A VM's state changed.
+    VmState,
+    /// A request was decided, or the agent did something by itself.
+    Decision,
+    /// An object was created.
+    Created,
+    /// An object's specification was changed, or a VM lost a device.
+    Changed,
+    /// An object was deleted.
+    Deleted,
+    /// A PF went up or down, came or went.
+    PfState,
+    /// Events between the one asked for and the next one are no longer kept: read the objects again.
+    Gap,
+}
+
+/// The state of a VM or PF.
+#[derive(ToSchema)]
+#[cfg_attr(test, derive(Deserialize))]
+#[allow(dead_code, reason = "only its schema is used")]
+#[serde(untagged)]
+enum NewState {
+    /// Of a VM.
+    Vm(VmState),
+    /// Of a PF.
+    Pf(PfState),
+}
+
+impl PartialSchema for Event {
+    fn schema() -> RefOr<Schema> {
+        AnyEvent::schema()
+    }
+}
+
+impl ToSchema for Event {
+    fn schemas(schemas: &mut Vec<(String, RefOr<Schema>)>) {
+        AnyEvent::schemas(schemas);
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -176,6 +257,11 @@ mod tests {
             assert_eq!(json["event"], event.what.name());
             let text = serde_json::to_string(&event).unwrap();
             assert_eq!(serde_json::from_str::<Event>(&text).unwrap(), event, "{text}");
+            // It has no member that its schema does not have.
+            let described: AnyEvent =
+                serde_json::from_str(&text).unwrap_or_else(|error| panic!("{text}: {error}"));
+            let name: EventName = serde_json::from_value(event.what.name().into()).unwrap();
+            assert_eq!((described.id, described.time, described.event), (event.id, event.time, name));
         }
     }
 }

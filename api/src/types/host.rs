@@ -11,7 +11,7 @@ use super::{Bdf, Owner, Timestamp};
 /// A physical function: an SR-IOV network adapter of the host.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 pub struct Pf {
-    /// Made from the PCI address ([`host_id`]), so it survives renaming and restarts.
+    /// Made from the PCI address, so it survives renaming and restarts.
     pub id: Uuid,
     /// The network interface's name, `enp1s0`.
     #[schema(example = "enp1s0")]
@@ -59,7 +59,7 @@ pub struct PfStatus {
     pub mac: Option<String>,
     /// Whether it is administratively up.
     pub up: bool,
-    /// Whether it has a link; None if that cannot be told.
+    /// Whether it has a link; null if that cannot be told.
     pub carrier: Option<bool>,
     /// The interface's MTU in bytes.
     pub mtu: Option<u32>,
@@ -74,7 +74,7 @@ pub struct PfStatus {
 /// A virtual function. It has no specification of its own: the host makes it, a VM's adapter configures it.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 pub struct Vf {
-    /// Made from the PCI address ([`host_id`]).
+    /// Made from the PCI address.
     pub id: Uuid,
     /// The host's PCI address.
     pub bdf: Bdf,
@@ -88,9 +88,9 @@ pub struct Vf {
     /// Whether it is one of a simulated PF.
     #[serde(default)]
     pub simulated: bool,
-    /// The host driver that holds it; None if there is none.
+    /// The host driver that holds it; null if there is none.
     pub driver: Option<String>,
-    /// Its IOMMU group; None without an IOMMU.
+    /// Its IOMMU group; null without an IOMMU.
     pub iommu_group: Option<u32>,
     /// The address that the PF has for it, if it has one.
     #[schema(example = "02:00:00:00:00:11")]

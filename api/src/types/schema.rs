@@ -29,29 +29,58 @@ fn only(name: &str, value: impl Into<RefOr<Schema>>) -> ObjectBuilder {
     object.property(name, value).required(name)
 }
 
-/// The schema of each setting by its name; a test holds it against `netpolicy::Setting::ALL`.
-fn settings() -> Vec<(&'static str, RefOr<Schema>)> {
+/// The schema of each setting by its name, and the name of the schema if it has one; a test holds it against
+/// `netpolicy::Setting::ALL`.
+fn described() -> Vec<(&'static str, Option<&'static str>, RefOr<Schema>)> {
     let patterns = ArrayBuilder::new().items(text("00:00:5e:00:01:00/ff:ff:ff:ff:ff:00")).max_items(Some(64));
     let mac_changes = OneOfBuilder::new().item(words(&["reject", "accept"])).item(only("list", patterns));
-    let access = only("id", number(1, 4094)).property("qos", number(0, 7));
     let range = OneOfBuilder::new().item(number(1, 4094)).item(text("100-200"));
     let trunk = ArrayBuilder::new().items(range).min_items(Some(1));
-    let vlan =
-        OneOfBuilder::new().item(words(&["none"])).item(only("access", access)).item(only("trunk", trunk));
+    let vlan = OneOfBuilder::new()
+        .item(words(&["none"]))
+        .item(only("access", Ref::from_schema_name(ACCESS)))
+        .item(only("trunk", trunk));
     let rate = OneOfBuilder::new().item(words(&["unlimited"])).item(only("max_tx_mbit", number(1, u32::MAX)));
     vec![
-        ("mac_changes", mac_changes.into()),
-        ("forged_transmits", words(&["reject", "accept"]).into()),
-        ("promiscuous", words(&["reject", "multicast", "accept"]).into()),
-        ("vlan", vlan.into()),
-        ("multicast_limit", number(0, 30).into()),
-        ("unicast_limit", number(0, 3).into()),
-        ("vlan_limit", number(0, 32).into()),
-        ("mtu", number(68, 9216).into()),
-        ("rate", rate.into()),
-        ("on_denied", words(&["nack", "silent"]).into()),
-        ("blocked", ObjectBuilder::new().schema_type(Type::Boolean).into()),
+        ("mac_changes", Some("MacChanges"), mac_changes.into()),
+        ("forged_transmits", Some("ForgedTransmits"), words(&["reject", "accept"]).into()),
+        ("promiscuous", Some("Promiscuous"), words(&["reject", "multicast", "accept"]).into()),
+        ("vlan", Some("Vlan"), vlan.into()),
+        ("multicast_limit", None, number(0, 30).into()),
+        ("unicast_limit", None, number(0, 3).into()),
+        ("vlan_limit", None, number(0, 32).into()),
+        ("mtu", None, number(68, 9216).into()),
+        ("rate", Some("Rate"), rate.into()),
+        ("on_denied", Some("OnDenied"), words(&["nack", "silent"]).into()),
+        ("blocked", None, ObjectBuilder::new().schema_type(Type::Boolean).into()),
     ]
+}
+
+/// Each setting by its name: a reference to its schema if that has a name.
+fn settings() -> Vec<(&'static str, RefOr<Schema>)> {
+    let referred = |(setting, name, schema): (_, Option<&str>, _)| {
+        (setting, name.map_or(schema, |name| Ref::from_schema_name(name).into()))
+    };
+    described().into_iter().map(referred).collect()
+}
+
+/// Adds the schemas that [`settings`] refers to.
+fn add_settings(schemas: &mut Vec<(String, RefOr<Schema>)>) {
+    schemas.extend(described().into_iter().filter_map(|(_, name, schema)| Some((name?.to_owned(), schema))));
+    let access = only("id", number(1, 4094)).property("qos", number(0, 7));
+    let access = access.description(Some("The VLAN of an access port, and the priority in the tag."));
+    schemas.push((ACCESS.to_owned(), access.into()));
+}
+
+/// The schema's name of an access port's VLAN.
+const ACCESS: &str = "AccessVlan";
+
+/// The schema's name of [`source`].
+const SOURCE: &str = "SettingSource";
+
+/// The level that decided a setting.
+fn source() -> RefOr<Schema> {
+    words(&["default", "switch", "port_group", "port"]).into()
 }
 
 /// What one level (switch, port group, port) decides; what it leaves out is left to the level above.
@@ -71,7 +100,11 @@ impl PartialSchema for Settings {
     }
 }
 
-impl ToSchema for Settings {}
+impl ToSchema for Settings {
+    fn schemas(schemas: &mut Vec<(String, RefOr<Schema>)>) {
+        add_settings(schemas);
+    }
+}
 
 /// A merge patch of these members of a specification.
 fn patch(members: Vec<(&str, RefOr<Schema>)>) -> RefOr<Schema> {
@@ -91,7 +124,7 @@ pub(crate) struct PortGroupPatch;
 
 impl PartialSchema for PortGroupPatch {
     fn schema() -> RefOr<Schema> {
-        let names = ArrayBuilder::new().items(SettingName::schema());
+        let names = ArrayBuilder::new().items(Ref::from_schema_name("SettingName"));
         let names = OneOfBuilder::new().item(ObjectBuilder::new().schema_type(Type::Null)).item(names);
         patch(vec![
             ("switch", Ref::from_schema_name("Name").into()),
@@ -189,7 +222,7 @@ impl PartialSchema for EffectivePolicy {
             ObjectBuilder::new()
                 .property("value", schema)
                 .required("value")
-                .property("source", words(&["default", "switch", "port_group", "port"]))
+                .property("source", Ref::from_schema_name(SOURCE))
                 .required("source")
         };
         let with = |object: ObjectBuilder, (name, schema): (&str, _)| {
@@ -199,24 +232,33 @@ impl PartialSchema for EffectivePolicy {
     }
 }
 
-impl ToSchema for EffectivePolicy {}
+impl ToSchema for EffectivePolicy {
+    fn schemas(schemas: &mut Vec<(String, RefOr<Schema>)>) {
+        add_settings(schemas);
+        schemas.push((SOURCE.to_owned(), source()));
+    }
+}
 
 /// The setting that decided, and its level.
 pub(super) struct DecidedBy;
 
 impl PartialSchema for DecidedBy {
     fn schema() -> RefOr<Schema> {
-        let names: Vec<_> = settings().iter().map(|(name, _)| *name).collect();
         ObjectBuilder::new()
-            .property("setting", words(&names))
+            .property("setting", Ref::from_schema_name("SettingName"))
             .required("setting")
-            .property("source", words(&["default", "switch", "port_group", "port"]))
+            .property("source", Ref::from_schema_name(SOURCE))
             .required("source")
             .into()
     }
 }
 
-impl ToSchema for DecidedBy {}
+impl ToSchema for DecidedBy {
+    fn schemas(schemas: &mut Vec<(String, RefOr<Schema>)>) {
+        schemas.push((SOURCE.to_owned(), source()));
+        schemas.push(("SettingName".to_owned(), SettingName::schema()));
+    }
+}
 
 /// The revision of `If-Match`.
 pub(crate) struct Etag;

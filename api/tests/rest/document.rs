@@ -45,10 +45,11 @@ async fn the_served_document_describes_what_is_served() {
                 .await;
             let of_fallback = String::from_utf8_lossy(&answer.body).contains("/v1/openapi.json");
             assert!(answer.status != 405 && !of_fallback, "{method} {path}");
-            let problem =
-                &operation["responses"]["default"]["content"]["application/problem+json"]["schema"]["$ref"];
+            let default = resolved(&document, &operation["responses"]["default"]);
+            let problem = &default["content"]["application/problem+json"]["schema"]["$ref"];
             assert_eq!(problem, "#/components/schemas/Problem", "{method} {path}");
             for (status, response) in operation["responses"].as_object().unwrap() {
+                let response = resolved(&document, response);
                 assert!(response["description"].is_string(), "{method} {path}: {status}");
             }
             examples(&document, operation, &format!("{method} {path}"));
@@ -65,12 +66,89 @@ async fn the_served_document_describes_what_is_served() {
 
     // No reference without its target.
     let text = document.to_string();
-    for reference in text.split("\"#/components/schemas/").skip(1) {
+    for reference in text.split("\"#/components/").skip(1) {
         let name = reference.split('"').next().unwrap();
         assert!(
-            document["components"]["schemas"].get(name).is_some(),
+            document.pointer(&format!("/components/{name}")).is_some(),
             "{name} is referred to, but not there"
         );
+    }
+}
+
+/// What a reference refers to, or the value itself.
+fn resolved<'a>(document: &'a Value, value: &'a Value) -> &'a Value {
+    let reference = value["$ref"].as_str().and_then(|reference| reference.strip_prefix('#'));
+    reference.map_or(value, |pointer| document.pointer(pointer).unwrap())
+}
+
+/// Generators make a type of each component, and another one of each schema that is written out in place of a reference.
+#[test]
+fn the_document_is_one_that_clients_can_be_generated_from() {
+    let document = serde_json::to_value(api::openapi()).unwrap();
+    let schemas = document["components"]["schemas"].as_object().unwrap();
+    let mut lists = 0;
+    for (name, schema) in schemas {
+        if let Some(item) = name.strip_prefix("List_") {
+            let items = &schema["properties"]["items"]["items"];
+            assert_eq!(items["$ref"], format!("#/components/schemas/{item}"), "{name}");
+            lists += 1;
+        }
+    }
+    assert_eq!(lists, 7);
+
+    // An object, not a choice or a sum of objects.
+    let event = &schemas["Event"];
+    assert_eq!((&event["type"], event.get("allOf"), event.get("oneOf")), (&"object".into(), None, None));
+    assert_eq!(event["required"], serde_json::json!(["id", "time", "event"]));
+
+    assert_eq!(document["components"]["securitySchemes"]["token"]["scheme"], "bearer");
+    assert_eq!(document["security"], serde_json::json!([{}, { "token": [] }]));
+
+    // Problems are components, each there once.
+    let responses = document["components"]["responses"].as_object().unwrap();
+    for (name, response) in responses {
+        assert_eq!(responses.values().filter(|other| *other == response).count(), 1, "{name}");
+    }
+    for (path, item) in document["paths"].as_object().unwrap() {
+        for (method, operation) in item.as_object().unwrap() {
+            for (status, response) in operation["responses"].as_object().unwrap() {
+                let what = format!("{method} {path} {status}");
+                assert_eq!(status.starts_with('2'), response.get("$ref").is_none(), "{what}");
+            }
+            if method == "patch" {
+                let body = &operation["requestBody"]["content"]["application/merge-patch+json"]["schema"];
+                assert!(body["$ref"].as_str().is_some_and(|name| name.ends_with("Patch")), "{path}: {body}");
+            }
+        }
+    }
+    let length = api::openapi().to_pretty_json().unwrap().len();
+    assert!(length < 300_000, "{length} bytes: what is repeated?");
+}
+
+/// Descriptions are for users of the API: no links of rustdoc, no names of Rust's types, no notes on the code.
+#[test]
+fn descriptions_are_not_notes_on_the_code() {
+    fn texts<'a>(value: &'a Value, found: &mut Vec<&'a str>) {
+        match value {
+            Value::Object(members) => members.iter().for_each(|(name, value)| match value {
+                Value::String(text) if ["description", "summary", "title"].contains(&&**name) => {
+                    found.push(text)
+                }
+                _ => texts(value, found),
+            }),
+            Value::Array(items) => items.iter().for_each(|item| texts(item, found)),
+            _ => {}
+        }
+    }
+    let document = serde_json::to_value(api::openapi()).unwrap();
+    let mut found = Vec::new();
+    texts(&document, &mut found);
+    assert!(found.len() > 300, "{}", found.len());
+    for text in found {
+        for wrong in ["[`", "::", "None", "Some(", "Boxed", " struct", " enum", "Option", "serde", "?.", ".."]
+        {
+            assert!(!text.contains(wrong), "{wrong:?} in a public text: {text}");
+        }
     }
 }
 
@@ -83,7 +161,9 @@ fn examples(document: &Value, operation: &Value, what: &str) {
         }
     }
     for (status, response) in operation["responses"].as_object().unwrap() {
-        assert!(response["headers"]["x-request-id"]["schema"].is_object(), "{what}: {status}");
+        let response = resolved(document, response);
+        let header = resolved(document, &response["headers"]["x-request-id"]);
+        assert!(header["schema"].is_object(), "{what}: {status}");
         for (kind, content) in response["content"].as_object().into_iter().flatten() {
             if kind != "application/problem+json" {
                 assert!(!content["example"].is_null(), "{what} has no example of {status}");
@@ -193,7 +273,12 @@ pub(crate) fn knows(method: &hyper::Method, path: &str, answer: &Answer) {
         _ => return,
     };
     let Some(operation) = operation else { return };
+    let responses = &document.components.as_ref().unwrap().responses;
     let known = match operation.responses.responses.get(&answer.status.to_string()) {
+        Some(RefOr::Ref(reference)) => responses.get(reference.ref_location.rsplit('/').next().unwrap()),
+        other => other,
+    };
+    let known = match known {
         Some(RefOr::T(response)) => response.description.as_str(),
         _ => "",
     };
