@@ -40,6 +40,15 @@ id!(PortGroupId, "a port group");
 id!(PortId, "a port");
 id!(VmId, "a virtual machine");
 
+/// A text of others in a message: at most so many characters, and a sign where something was cut off.
+#[must_use]
+pub fn clipped(text: &str, most: usize) -> String {
+    match text.char_indices().nth(most) {
+        Some((end, _)) => format!("{}…", text.get(..end).unwrap_or_default()),
+        None => text.to_owned(),
+    }
+}
+
 /// A name for people: `[a-z0-9][a-z0-9_.-]{0,62}`.
 #[derive(Clone, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
 #[serde(try_from = "String", into = "String")]
@@ -67,7 +76,7 @@ impl Name {
         if starts && text.len() <= Self::MAX_LEN && text.bytes().all(|b| plain(b) || b"-_.".contains(&b)) {
             Ok(Self(text))
         } else {
-            Err(NameError(text.chars().take(80).collect()))
+            Err(NameError(clipped(&text, 80)))
         }
     }
 

@@ -23,7 +23,7 @@ pub mod vlan;
 
 pub use capabilities::{PfCapabilities, SIMULATED, Unenforceable};
 pub use decision::{Committed, Decision, Outcome, Weight};
-pub use ident::{Name, NameError, PortGroupId, PortId, SwitchId, VfRef, VmId};
+pub use ident::{Name, NameError, PortGroupId, PortId, SwitchId, VfRef, VmId, clipped};
 pub use mac::{MacAddress, MacError, MacPattern};
 pub use objects::{DeviceState, PfSettings, Port, PortGroup, Switch, SwitchKind, VmRef};
 pub use policy::{

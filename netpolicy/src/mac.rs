@@ -7,6 +7,8 @@ use std::{fmt, str::FromStr};
 use serde::{Deserialize, Serialize};
 use thiserror::Error;
 
+use crate::clipped;
+
 /// A 48-bit Ethernet address in transmission order. Written `02:00:00:00:00:11`.
 #[derive(Clone, Copy, Default, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
 #[serde(try_from = "String", into = "String")]
@@ -89,7 +91,7 @@ impl FromStr for MacAddress {
     type Err = MacError;
 
     fn from_str(text: &str) -> Result<Self, MacError> {
-        let error = || MacError::Syntax(text.chars().take(40).collect());
+        let error = || MacError::Syntax(clipped(text, 40));
         let mut bytes = [0; 6];
         let mut parts = text.split(':');
         for byte in &mut bytes {

@@ -20,14 +20,14 @@ use crate::{
 #[derive(Clone, Debug, PartialEq, Eq, Error)]
 #[error("{value} is out of range: use {min} to {max}")]
 pub struct RangeError {
-    value: u64,
-    min: u64,
-    max: u64,
+    value: i64,
+    min: i64,
+    max: i64,
 }
 
 /// A number of things of which a VF may have 0 to `MAX`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
-#[serde(try_from = "u16", into = "u16")]
+#[serde(try_from = "i64", into = "u16")]
 pub struct Limit<const MAX: u16>(u16);
 
 impl<const MAX: u16> Limit<MAX> {
@@ -39,11 +39,11 @@ impl<const MAX: u16> Limit<MAX> {
     /// # Errors
     /// [`RangeError`] above `MAX`.
     pub const fn new(value: u16) -> Result<Self, RangeError> {
-        if value <= MAX {
-            Ok(Self(value))
-        } else {
-            Err(RangeError { value: value as u64, min: 0, max: MAX as u64 })
-        }
+        if value <= MAX { Ok(Self(value)) } else { Err(Self::outside(value as i64)) }
+    }
+
+    const fn outside(value: i64) -> RangeError {
+        RangeError { value, min: 0, max: MAX as i64 }
     }
 
     /// The number.
@@ -57,11 +57,11 @@ impl<const MAX: u16> Limit<MAX> {
     }
 }
 
-impl<const MAX: u16> TryFrom<u16> for Limit<MAX> {
+impl<const MAX: u16> TryFrom<i64> for Limit<MAX> {
     type Error = RangeError;
 
-    fn try_from(value: u16) -> Result<Self, RangeError> {
-        Self::new(value)
+    fn try_from(value: i64) -> Result<Self, RangeError> {
+        u16::try_from(value).map_or(Err(Self::outside(value)), Self::new)
     }
 }
 
@@ -80,7 +80,7 @@ pub type VlanLimit = Limit<32>;
 
 /// A maximum transmission unit in bytes, 68 (RFC 791) to 9216 (igb's largest).
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
-#[serde(try_from = "u16", into = "u16")]
+#[serde(try_from = "i64", into = "u16")]
 pub struct Mtu(u16);
 
 impl Mtu {
@@ -103,8 +103,12 @@ impl Mtu {
         if bytes >= Self::MIN.0 && bytes <= Self::MAX.0 {
             Ok(Self(bytes))
         } else {
-            Err(RangeError { value: bytes as u64, min: Self::MIN.0 as u64, max: Self::MAX.0 as u64 })
+            Err(Self::outside(bytes as i64))
         }
+    }
+
+    const fn outside(value: i64) -> RangeError {
+        RangeError { value, min: Self::MIN.0 as i64, max: Self::MAX.0 as i64 }
     }
 
     /// Bytes.
@@ -120,11 +124,11 @@ impl Mtu {
     }
 }
 
-impl TryFrom<u16> for Mtu {
+impl TryFrom<i64> for Mtu {
     type Error = RangeError;
 
-    fn try_from(bytes: u16) -> Result<Self, RangeError> {
-        Self::new(bytes)
+    fn try_from(bytes: i64) -> Result<Self, RangeError> {
+        u16::try_from(bytes).map_or(Err(Self::outside(bytes)), Self::new)
     }
 }
 
@@ -183,7 +187,8 @@ impl TryFrom<Vec<MacPattern>> for MacPatterns {
         if patterns.len() <= Self::MAX_LEN {
             Ok(Self(patterns))
         } else {
-            Err(RangeError { value: patterns.len() as u64, min: 0, max: Self::MAX_LEN as u64 })
+            let number = |count| i64::try_from(count).unwrap_or(i64::MAX);
+            Err(RangeError { value: number(patterns.len()), min: 0, max: number(Self::MAX_LEN) })
         }
     }
 }

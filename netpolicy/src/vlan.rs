@@ -7,9 +7,11 @@ use std::{fmt, str::FromStr};
 use serde::{Deserialize, Deserializer, Serialize, de};
 use thiserror::Error;
 
+use crate::clipped;
+
 /// A VLAN: 1 to 4094. 0 means "priority tag only" on the wire, 4095 is reserved: neither is a VLAN.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
-#[serde(try_from = "u16", into = "u16")]
+#[serde(try_from = "i64", into = "u16")]
 pub struct VlanId(u16);
 
 /// Why something is no VLAN, priority or set of VLANs.
@@ -17,10 +19,10 @@ pub struct VlanId(u16);
 pub enum VlanError {
     /// Outside of 1 to 4094.
     #[error("VLAN {0} does not exist: use 1 to 4094")]
-    Id(u16),
+    Id(i64),
     /// Outside of 0 to 7.
     #[error("VLAN priority {0} does not exist: use 0 to 7")]
-    Qos(u8),
+    Qos(i64),
     /// Not a number, nor two numbers with a dash.
     #[error("{0:?} is not a range of VLANs: write a number or a range like 100-200")]
     Syntax(String),
@@ -46,7 +48,7 @@ impl VlanId {
     /// # Errors
     /// [`VlanError::Id`] outside of 1 to 4094.
     pub const fn new(id: u16) -> Result<Self, VlanError> {
-        if id >= Self::MIN.0 && id <= Self::MAX.0 { Ok(Self(id)) } else { Err(VlanError::Id(id)) }
+        if id >= Self::MIN.0 && id <= Self::MAX.0 { Ok(Self(id)) } else { Err(VlanError::Id(id as i64)) }
     }
 
     /// The number, 1 to 4094.
@@ -56,11 +58,11 @@ impl VlanId {
     }
 }
 
-impl TryFrom<u16> for VlanId {
+impl TryFrom<i64> for VlanId {
     type Error = VlanError;
 
-    fn try_from(id: u16) -> Result<Self, VlanError> {
-        Self::new(id)
+    fn try_from(id: i64) -> Result<Self, VlanError> {
+        u16::try_from(id).map_or(Err(VlanError::Id(id)), Self::new)
     }
 }
 
@@ -78,7 +80,7 @@ impl fmt::Display for VlanId {
 
 /// The priority code point of a VLAN tag: 0 to 7, 0 by default.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
-#[serde(try_from = "u8", into = "u8")]
+#[serde(try_from = "i64", into = "u8")]
 pub struct Qos(u8);
 
 impl Qos {
@@ -87,7 +89,7 @@ impl Qos {
     /// # Errors
     /// [`VlanError::Qos`] above 7.
     pub const fn new(priority: u8) -> Result<Self, VlanError> {
-        if priority <= 7 { Ok(Self(priority)) } else { Err(VlanError::Qos(priority)) }
+        if priority <= 7 { Ok(Self(priority)) } else { Err(VlanError::Qos(priority as i64)) }
     }
 
     /// The number, 0 to 7.
@@ -101,11 +103,11 @@ impl Qos {
     }
 }
 
-impl TryFrom<u8> for Qos {
+impl TryFrom<i64> for Qos {
     type Error = VlanError;
 
-    fn try_from(priority: u8) -> Result<Self, VlanError> {
-        Self::new(priority)
+    fn try_from(priority: i64) -> Result<Self, VlanError> {
+        u8::try_from(priority).map_or(Err(VlanError::Qos(priority)), Self::new)
     }
 }
 
@@ -218,7 +220,7 @@ fn parse_range(text: &str) -> Result<(VlanId, VlanId), VlanError> {
     let text = text.trim();
     let (first, last) = text.split_once('-').unwrap_or((text, text));
     let id = |part: &str| {
-        let number = part.trim().parse().map_err(|_| VlanError::Syntax(text.chars().take(40).collect()));
+        let number = part.trim().parse().map_err(|_| VlanError::Syntax(clipped(text, 40)));
         VlanId::new(number?)
     };
     Ok((id(first)?, id(last)?))
@@ -228,7 +230,7 @@ fn parse_range(text: &str) -> Result<(VlanId, VlanId), VlanError> {
 #[derive(Serialize, Deserialize)]
 #[serde(untagged, expecting = "expected a VLAN number or a range like \"100-200\"")]
 enum RangeText {
-    Number(u16),
+    Number(i64),
     Text(String),
 }
 
@@ -236,7 +238,7 @@ impl From<VlanSet> for Vec<RangeText> {
     fn from(set: VlanSet) -> Self {
         let item = |(first, last): &(VlanId, VlanId)| {
             if first == last {
-                RangeText::Number(first.0)
+                RangeText::Number(first.0.into())
             } else {
                 RangeText::Text(format!("{first}-{last}"))
             }
@@ -249,7 +251,7 @@ impl<'de> Deserialize<'de> for VlanSet {
     fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
         let items = Vec::<RangeText>::deserialize(deserializer)?;
         let ranges = items.iter().map(|item| match item {
-            RangeText::Number(id) => VlanId::new(*id).map(|id| (id, id)),
+            RangeText::Number(id) => VlanId::try_from(*id).map(|id| (id, id)),
             RangeText::Text(text) => parse_range(text),
         });
         let ranges = ranges.collect::<Result<Vec<_>, _>>().map_err(de::Error::custom)?;

@@ -13,6 +13,7 @@ mod object;
 mod operation;
 mod page;
 mod policy;
+mod ranges;
 pub(crate) mod schema;
 mod values;
 mod vm;

@@ -30,6 +30,16 @@ impl ObjectRef {
     }
 }
 
+impl ObjectRef {
+    /// The text of it, whatever that is: not for messages.
+    pub fn text(&self) -> String {
+        match self {
+            ObjectRef::Id(id) => id.to_string(),
+            ObjectRef::Name(name) => name.clone(),
+        }
+    }
+}
+
 impl From<String> for ObjectRef {
     fn from(text: String) -> Self {
         match Uuid::try_parse(&text) {
@@ -51,7 +61,7 @@ impl fmt::Display for ObjectRef {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
             ObjectRef::Id(id) => id.fmt(f),
-            ObjectRef::Name(name) => name.chars().take(64).collect::<String>().escape_debug().fmt(f),
+            ObjectRef::Name(name) => netpolicy::clipped(name, 64).escape_debug().fmt(f),
         }
     }
 }

@@ -325,9 +325,9 @@ impl fmt::Display for Timestamp {
 
 as_string!(Timestamp, pattern r"^\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d(\.\d+)?Z$", example "2026-01-31T12:00:00.250Z");
 
-/// The first bytes of a text that somebody else chose, for an error message.
-fn clipped(text: &str) -> &str {
-    text.get(..text.floor_char_boundary(80)).unwrap_or_default()
+/// A text of others in a message.
+fn clipped(text: &str) -> String {
+    netpolicy::clipped(text, 80)
 }
 
 #[cfg(test)]

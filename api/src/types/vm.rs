@@ -9,7 +9,7 @@ use utoipa::ToSchema;
 use uuid::Uuid;
 
 use super::{
-    Bdf, ByteSize, Name, RestartPolicy, RestartStatus, Timestamp, Unchecked, UnicastMac, VmOperation,
+    Bdf, ByteSize, Name, RestartPolicy, RestartStatus, Timestamp, Unchecked, UnicastMac, VmOperation, ranges,
 };
 use crate::problem::{Problem, ProblemCode};
 
@@ -37,7 +37,7 @@ pub struct VmSpec {
     /// Unique among the VMs that exist.
     pub name: Name,
     /// vCPUs.
-    #[serde(default = "one_cpu")]
+    #[serde(default = "one_cpu", deserialize_with = "ranges::cpus")]
     #[schema(minimum = 1, maximum = 254, default = 1)]
     pub cpus: u8,
     /// Guest memory: at least 2 MiB, a multiple of 2 MiB.
@@ -73,11 +73,11 @@ pub struct VmSpec {
 #[serde(deny_unknown_fields)]
 pub struct VmLimits {
     /// Most processor time, in percent of one CPU (`cpu.max`).
-    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[serde(default, deserialize_with = "ranges::cpu_percent", skip_serializing_if = "Option::is_none")]
     #[schema(minimum = 1, maximum = 100_000, example = 150)]
     pub cpu_percent: Option<u32>,
     /// Its share of the processor time that not all can have: others have 100 (`cpu.weight`).
-    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[serde(default, deserialize_with = "ranges::cpu_weight", skip_serializing_if = "Option::is_none")]
     #[schema(minimum = 1, maximum = 10_000, example = 50)]
     pub cpu_weight: Option<u16>,
     /// Most memory, with the guest's (`memory.max`): at least the guest's and 32 MiB. A process that needs more is killed.

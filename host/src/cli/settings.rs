@@ -93,8 +93,8 @@ pub(super) fn word<T: DeserializeOwned>(text: &str) -> Result<T, String> {
     serde_json::from_value(Value::from(text)).map_err(|error| error.to_string())
 }
 
-fn number<T: TryFrom<u16, Error: ToString>>(text: &str) -> Result<T, String> {
-    let number: u16 = text.parse().map_err(|error: std::num::ParseIntError| error.to_string())?;
+fn number<T: TryFrom<i64, Error: ToString>>(text: &str) -> Result<T, String> {
+    let number: i64 = text.parse().map_err(|_| format!("{text:?} is not a number"))?;
     T::try_from(number).map_err(|error| error.to_string())
 }
 
@@ -119,10 +119,16 @@ fn vlan(text: &str) -> Result<VlanPolicy, String> {
     if let Some(trunk) = text.strip_prefix("trunk:") {
         return trunk.parse().map(VlanPolicy::Trunk).map_err(|error| format!("{error}"));
     }
-    let not_a_vlan = || format!("{text:?} is none of none, a VLAN such as 100 or 100/3, and trunk:7,100-200");
+    let not_a_vlan = || {
+        format!(
+            "{text:?} is no VLAN policy: write none, a VLAN such as 100 or 100/3, or a trunk such as trunk:7,100-200"
+        )
+    };
     let (id, qos) = text.split_once('/').unwrap_or((text, "0"));
-    let id = VlanId::new(id.parse().map_err(|_| not_a_vlan())?).map_err(|error| error.to_string())?;
-    let qos = Qos::new(qos.parse().map_err(|_| not_a_vlan())?).map_err(|error| error.to_string())?;
+    let id =
+        VlanId::try_from(id.parse::<i64>().map_err(|_| not_a_vlan())?).map_err(|error| error.to_string())?;
+    let qos =
+        Qos::try_from(qos.parse::<i64>().map_err(|_| not_a_vlan())?).map_err(|error| error.to_string())?;
     Ok(VlanPolicy::Access(AccessVlan { id, qos }))
 }
 
@@ -290,7 +296,13 @@ mod tests {
             ("--forged-transmits list", "`reject` or `accept`"),
             ("--vlan 4095", "use 1 to 4094"),
             ("--vlan 100/8", "use 0 to 7"),
-            ("--vlan trunk", "trunk:7,100-200"),
+            (
+                "--vlan trunk",
+                "\"trunk\" is no VLAN policy: write none, a VLAN such as 100 or 100/3, or a trunk",
+            ),
+            ("--vlan 70000", "VLAN 70000 does not exist: use 1 to 4094"),
+            ("--mtu 70000", "70000 is out of range: use 68 to 9216"),
+            ("--mtu large", "\"large\" is not a number"),
             ("--vlan trunk:200-100", "ends before it starts"),
             ("--mtu 67", "use 68 to 9216"),
             ("--vlan-limit 33", "use 0 to 32"),

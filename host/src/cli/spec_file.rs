@@ -94,7 +94,7 @@ impl Format {
             Self::Json => document::json(text.as_bytes()).map_err(|error| error.to_string()),
             Self::Toml => toml::Deserializer::parse(text)
                 .and_then(document::value)
-                .map_err(|error| clipped(error.to_string().trim_end())),
+                .map_err(|error| toml_error(text, &error)),
             Self::Yaml => document::value(yaml_serde::Deserializer::from_str(text))
                 .map_err(|error| clipped(&error.to_string())),
         }
@@ -111,14 +111,21 @@ impl Format {
     }
 }
 
+/// An error of TOML with its place. Its own text shows the whole line, however long that is.
+fn toml_error(text: &str, error: &toml::de::Error) -> String {
+    let before = error.span().and_then(|span| text.get(..span.start));
+    let place = before.map(|before| {
+        let line = before.matches('\n').count() + 1;
+        let column = before.rsplit('\n').next().unwrap_or_default().chars().count() + 1;
+        format!(" (line {line}, column {column})")
+    });
+    format!("as TOML: {}{}", clipped(error.message()), place.unwrap_or_default())
+}
+
 /// An error's text without the whole of a line that is very long.
 fn clipped(text: &str) -> String {
     const MOST: usize = 400;
-    if text.chars().count() <= MOST {
-        text.to_owned()
-    } else {
-        text.chars().take(MOST).collect::<String>() + "…"
-    }
+    netpolicy::clipped(text, MOST)
 }
 
 fn toml_line(text: &str, path: &serde_path_to_error::Path) -> Option<usize> {
@@ -258,11 +265,17 @@ adapters:
             ("vm.toml", TOML.replace("cpus", "cpu"), "unknown field `cpu`"),
             ("vm.yaml", YAML.replace("cpus", "cpu"), "unknown field `cpu`"),
             ("vm.yaml", YAML.replace("memory: 536870912", "memory: 1000"), "memory: 1000"),
+            ("vm.toml", TOML.replace("cpus = 2", "cpus = = 2"), "(line 3, column 16)"),
+            (
+                "vm.toml",
+                format!("name = \"{}\nmemory = 3", "x".repeat(20_000)),
+                "as TOML: invalid basic string, expected `\"` (line 1, column 20009)",
+            ),
             ("vm.ini", String::new(), ".toml, .yaml, .yml or .json"),
             ("vm.json", " ".repeat(70_000), "more than 65536 bytes"),
         ] {
             let error = parse(name, &text).unwrap_err();
-            assert!(error.contains(expect), "{name}: {error}");
+            assert!(error.contains(expect) && error.len() < 1000, "{name}: {error}");
         }
         assert!(matches!(read_vm("/nonexistent/vm.json"), Err(CliError::Read { .. })));
     }

@@ -79,6 +79,10 @@ fn files(path: &str) -> Result<Vec<String>, CliError> {
     let mut files = Vec::new();
     for entry in fs::read_dir(path).map_err(unreadable)? {
         let file = entry.map_err(unreadable)?.path();
+        // Editors and file systems keep copies under such names.
+        if entry_is_hidden(&file) {
+            continue;
+        }
         let ending = file.extension().and_then(|ending| ending.to_str());
         if matches!(ending, Some("toml" | "yaml" | "yml" | "json")) && file.is_file() {
             files.push(file.to_string_lossy().into_owned());
@@ -95,6 +99,11 @@ fn files(path: &str) -> Result<Vec<String>, CliError> {
     }
     files.sort();
     Ok(files)
+}
+
+/// Whether a file's name begins with a dot.
+fn entry_is_hidden(file: &Path) -> bool {
+    file.file_name().is_some_and(|name| name.as_encoded_bytes().starts_with(b"."))
 }
 
 /// Reads one file: a VM's specification, or with `object` and `name` a switch's or port group's.
@@ -264,6 +273,8 @@ mod tests {
         write("2.json", r#"{"object": "port_group", "name": "web", "switch": "lab"}"#);
         write("3.yml", "{object: switch, name: lab}");
         write("README.md", "no such thing");
+        write(".web2.yaml", "{name: web2, memory: 2MiB, boot: {kernel: k}}");
+        write(".1.json.swp.json", "no such thing");
         let path = [directory.path().to_str().unwrap().to_owned()];
         let kinds: Vec<_> = read_all(&path).unwrap().iter().map(|(_, wanted)| wanted.kind()).collect();
         assert_eq!(kinds, ["switch", "port_group", "vm"]);
