@@ -5,6 +5,7 @@
 pub mod backend;
 pub mod client;
 pub mod document;
+pub mod missing;
 pub mod problem;
 pub mod router;
 #[cfg(feature = "test-support")]
@@ -17,5 +18,6 @@ pub use backend::{
     Answered, Backend, Caller, ConsoleRead, Health, PolicyBackend, Progress, Put, TurnedAway, User,
 };
 pub use client::{Client, ClientError, DEFAULT_SOCKET, Remote, RemoteError};
+pub use missing::Missing;
 pub use problem::{Problem, ProblemCode};
 pub use router::{Gate, Limits, Listener, Source, openapi, router, router_with_policy, serve};

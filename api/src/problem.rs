@@ -5,6 +5,8 @@
 use serde::{Deserialize, Deserializer, Serialize, Serializer};
 use utoipa::ToSchema;
 
+use crate::Missing;
+
 // Boxed texts keep it small enough to be returned by value.
 /// A refusal or failure, as it goes over the wire.
 ///
@@ -55,12 +57,9 @@ impl Problem {
         Problem { field: Some(field.into()), ..Problem::new(ProblemCode::InvalidRequest, detail) }
     }
 
-    /// Nothing of this kind has this name or id.
-    pub fn not_found(kind: &str, name: &dyn std::fmt::Display) -> Self {
-        Problem::new(
-            ProblemCode::NotFound,
-            format!("There is no {kind} {name}; list them to see which there are."),
-        )
+    /// The object that a path names does not exist.
+    pub fn not_found(missing: &Missing) -> Self {
+        Problem::new(ProblemCode::NotFound, format!("{missing}."))
     }
 
     /// The object has changed since the caller read it.

@@ -7,7 +7,7 @@
 //! call, so that there is no moment between a check and its use.
 
 use std::{
-    fs::File,
+    fs::{self, File},
     io,
     os::fd::OwnedFd,
     path::{Component, Path, PathBuf},
@@ -26,12 +26,17 @@ use api::{Caller, User};
 #[derive(Debug, thiserror::Error)]
 pub enum FileError {
     /// It is not there (or not in any image directory, for a relative path).
-    #[error("There is no file {path}{}: check the path; relative ones are looked up in {}", at(.dirs), list(.dirs))]
+    #[error(
+        "There is no file {path}{}: {}check the path; relative ones are looked up in {}",
+        at(.dirs), meant(.near), list(.dirs)
+    )]
     Missing {
         /// As the request names it.
         path: String,
         /// The image directories that were searched; none for an absolute path.
         dirs: Vec<PathBuf>,
+        /// Images whose names are nearly the same.
+        near: Vec<String>,
     },
     /// One of those with whose rights it is opened may not read it.
     #[error(
@@ -92,6 +97,27 @@ fn at(dirs: &[PathBuf]) -> &'static str {
     if dirs.is_empty() { "" } else { " in any image directory" }
 }
 
+fn meant(near: &[String]) -> String {
+    if near.is_empty() {
+        String::new()
+    } else {
+        format!("did you mean {}? Otherwise ", api::missing::or(near))
+    }
+}
+
+/// The most entries of each image directory that are read for a message.
+const MOST_IMAGES: usize = 1000;
+
+/// The images with nearly this name. Every caller may boot what is in the image directories, so that their names disclose
+/// nothing; of other directories none are read.
+fn near_images(dirs: &[PathBuf], path: &str) -> Vec<String> {
+    let entries =
+        dirs.iter().filter_map(|dir| fs::read_dir(dir).ok()).flat_map(|entries| entries.take(MOST_IMAGES));
+    let files = entries.flatten().filter(|entry| entry.file_type().is_ok_and(|kind| kind.is_file()));
+    let names = files.filter_map(|entry| entry.file_name().into_string().ok());
+    api::missing::near(path, names.filter(|name| !name.starts_with('.')))
+}
+
 fn list(dirs: &[PathBuf]) -> String {
     if dirs.is_empty() {
         return "the image directories (--image-dir)".into();
@@ -134,7 +160,11 @@ pub fn open_for(caller: &Caller, image_dirs: &[PathBuf], path: &str) -> Result<F
                 found => return finish(found, path, caller),
             }
         }
-        return Err(FileError::Missing { path: path.to_owned(), dirs: image_dirs.to_vec() });
+        return Err(FileError::Missing {
+            path: path.to_owned(),
+            dirs: image_dirs.to_vec(),
+            near: near_images(image_dirs, path),
+        });
     }
     let mut left = None;
     for dir in image_dirs {
@@ -232,7 +262,9 @@ fn finish(found: Result<Found, Errno>, path: &str, caller: &Caller) -> Result<Fi
     match found {
         Ok(Found::File(fd)) => Ok(fd.into()),
         Ok(Found::Other(what)) => Err(FileError::NotRegular { path, what }),
-        Err(Errno::NOENT | Errno::NOTDIR) => Err(FileError::Missing { path, dirs: Vec::new() }),
+        Err(Errno::NOENT | Errno::NOTDIR) => {
+            Err(FileError::Missing { path, dirs: Vec::new(), near: Vec::new() })
+        }
         Err(Errno::ACCESS | Errno::PERM) => Err(FileError::Unreadable { path, who: caller.to_string() }),
         Err(Errno::LOOP) => Err(FileError::Loop { path }),
         Err(error) => Err(FileError::Io { path, source: error.into() }),

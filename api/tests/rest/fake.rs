@@ -9,7 +9,8 @@ use std::{
 };
 
 use api::{
-    Answered, Backend, Caller, ConsoleRead, Health, Problem, ProblemCode, Progress, TurnedAway, types::*,
+    Answered, Backend, Caller, ConsoleRead, Health, Missing, Problem, ProblemCode, Progress, TurnedAway,
+    types::*,
 };
 use async_trait::async_trait;
 use axum::body::Bytes;
@@ -50,7 +51,7 @@ impl Fake {
 
     fn vm(&self, vm: &ObjectRef) -> Result<Vm, Problem> {
         let found = self.state().vms.values().find(|known| vm.means(known.id, known.name.as_str())).cloned();
-        found.ok_or_else(|| Problem::not_found("VM", vm))
+        found.ok_or_else(|| Problem::not_found(&Missing::new("VM", vm)))
     }
 
     fn pf(&self) -> Pf {
@@ -236,7 +237,11 @@ impl Backend for Fake {
 
     async fn get_pf(&self, pf: ObjectRef) -> Result<Pf, Problem> {
         let known = self.pf();
-        if pf.means(known.id, &known.name) { Ok(known) } else { Err(Problem::not_found("PF", &pf)) }
+        if pf.means(known.id, &known.name) {
+            Ok(known)
+        } else {
+            Err(Problem::not_found(&Missing::new("PF", &pf)))
+        }
     }
 
     async fn set_vfs(

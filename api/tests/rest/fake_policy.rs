@@ -7,7 +7,7 @@ use std::{
     sync::{Arc, Mutex, MutexGuard},
 };
 
-use api::{Caller, PolicyBackend, Problem, ProblemCode, Put, types::*};
+use api::{Caller, Missing, PolicyBackend, Problem, ProblemCode, Put, types::*};
 use async_trait::async_trait;
 use netpolicy as np;
 use tokio::sync::mpsc;
@@ -97,7 +97,7 @@ impl PolicyBackend for FakePolicy {
 
     async fn get_switch(&self, switch: ObjectRef) -> Result<Switch, Problem> {
         let found = self.state().switches.values().find(|s| switch.means(s.id, s.name.as_str())).cloned();
-        found.ok_or_else(|| Problem::not_found("switch", &switch))
+        found.ok_or_else(|| Problem::not_found(&Missing::new("switch", &switch)))
     }
 
     async fn put_switch(
@@ -135,7 +135,7 @@ impl PolicyBackend for FakePolicy {
 
     async fn get_port_group(&self, group: ObjectRef) -> Result<PortGroup, Problem> {
         let found = self.state().groups.values().find(|g| group.means(g.id, g.name.as_str())).cloned();
-        found.ok_or_else(|| Problem::not_found("port group", &group))
+        found.ok_or_else(|| Problem::not_found(&Missing::new("port group", &group)))
     }
 
     async fn put_port_group(
@@ -181,7 +181,7 @@ impl PolicyBackend for FakePolicy {
 
     async fn get_port(&self, port: ObjectRef) -> Result<Port, Problem> {
         let found = self.state().ports.iter().find(|p| port.means(p.id, &p.name)).cloned();
-        found.ok_or_else(|| Problem::not_found("port", &port))
+        found.ok_or_else(|| Problem::not_found(&Missing::new("port", &port)))
     }
 
     async fn put_port(
@@ -193,7 +193,7 @@ impl PolicyBackend for FakePolicy {
     ) -> Result<Port, Problem> {
         let mut state = self.state();
         let found = state.ports.iter_mut().find(|p| port.means(p.id, &p.name));
-        let found = found.ok_or_else(|| Problem::not_found("port", &port))?;
+        let found = found.ok_or_else(|| Problem::not_found(&Missing::new("port", &port)))?;
         at(expect, found.revision)?;
         (found.spec, found.revision) = (spec, found.revision + 1);
         Ok(found.clone())

@@ -9,7 +9,7 @@ use std::{
 };
 
 use api::{
-    Answered, Backend, Caller, ConsoleRead, Health, Progress, TurnedAway, User,
+    Answered, Backend, Caller, ConsoleRead, Health, Missing, Progress, TurnedAway, User,
     problem::{Problem, ProblemCode},
     types::{
         EventKind, Name, ObjectKind, ObjectRef, Pf, Subject, Timestamp, UnicastMac, Vf, Vm, VmAction, VmSpec,
@@ -149,7 +149,10 @@ impl Agent {
     async fn find(&self, vm: &ObjectRef) -> Result<VmHandle, Problem> {
         let vms = self.vms.lock().await;
         let found = vms.values().find(|handle| vm.means(handle.id, handle.name().as_str()));
-        found.cloned().ok_or_else(|| Problem::not_found("VM", vm))
+        found.cloned().ok_or_else(|| {
+            let names = vms.values().map(|handle| handle.name().to_string());
+            Problem::not_found(&Missing::among("VM", vm.text(), names))
+        })
     }
 
     fn directory(&self, vm: &VmHandle) -> VmDirectory {
@@ -377,7 +380,7 @@ impl Backend for Agent {
         let complete = match timeout(wait, done).await {
             Ok(Ok(result)) => result.map(|()| true)?,
             // The VM's task has ended: it was deleted meanwhile.
-            Ok(Err(_)) => return Err(Problem::not_found("VM", &handle.name())),
+            Ok(Err(_)) => return Err(Problem::not_found(&Missing::new("VM", handle.name()))),
             Err(_) => false,
         };
         Ok(Progress { vm: self.view(&handle), complete })

@@ -5,7 +5,7 @@
 use std::{collections::BTreeMap, sync::Arc};
 
 use api::{
-    Caller,
+    Caller, Missing,
     problem::{Problem, ProblemCode},
     types::{Bdf, EventKind, ObjectKind, ObjectRef, Pf, PfSpec, PfStatus, Subject, Timestamp, Vf, host_id},
 };
@@ -219,7 +219,10 @@ fn find_pf(inventory: &Inventory, name: &str) -> Result<host::Pf, Problem> {
             Err(_) => None,
         },
     };
-    found.ok_or_else(|| Problem::not_found("PF", &name.escape_debug()))
+    found.ok_or_else(|| {
+        let pfs = inventory.pfs().unwrap_or_default();
+        Problem::not_found(&Missing::among("PF", name, pfs.iter().map(host::Pf::name)))
+    })
 }
 
 fn pf_name(pf: &ObjectRef) -> String {

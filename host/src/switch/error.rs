@@ -2,7 +2,7 @@
 
 //! What goes wrong at a switch.
 
-use api::problem::{Problem, ProblemCode};
+use api::{Missing, Problem, ProblemCode};
 use netpolicy::{Entity, NameError, StateError, Unenforceable};
 
 use crate::{
@@ -16,20 +16,15 @@ pub enum SwitchError {
     /// The tables do not allow it.
     #[error(transparent)]
     State(#[from] StateError),
-    /// There is none.
-    #[error("There is no {what} {name}")]
-    NotFound {
-        /// The kind of thing.
-        what: &'static str,
-        /// Its name or id.
-        name: String,
-    },
+    /// The object that a request is about does not exist.
+    #[error("{0}")]
+    NotFound(Missing),
     /// The port group that an adapter names does not exist.
-    #[error("There is no port group {0}: `portcullis port-group list` shows them")]
-    NoPortGroup(String),
+    #[error("{0}")]
+    NoPortGroup(Missing),
     /// The switch that a port group names does not exist.
-    #[error("There is no switch {0}: `portcullis switch list` shows them")]
-    NoSwitch(String),
+    #[error("{0}")]
+    NoSwitch(Missing),
     /// It was changed meanwhile.
     #[error("It has revision {actual} by now, not {expected}")]
     Revision {
@@ -89,7 +84,7 @@ impl ToProblem for SwitchError {
         let with = |code| Problem::new(code, chain(self));
         match self {
             Self::State(error) => with(state_code(error)),
-            Self::NotFound { what, name } => Problem::not_found(what, name),
+            Self::NotFound(missing) => Problem::not_found(missing),
             Self::NoPortGroup(_) => with(ProblemCode::PortGroupNotFound),
             Self::NoSwitch(_) => with(ProblemCode::SwitchNotFound),
             Self::Revision { expected, actual } => Problem::revision_mismatch(*expected, *actual),

@@ -5,7 +5,10 @@
 //! An edit is tried on a copy first: what the tables do not allow, or what a PF could not enforce for a running port,
 //! is refused before anything is stored.
 
-use api::types::{Name, ObjectKind, ObjectRef, PortGroupSpec, PortSpec, SwitchSpec, Timestamp};
+use api::{
+    Missing,
+    types::{Name, ObjectKind, ObjectRef, PortGroupSpec, PortSpec, SwitchSpec, Timestamp},
+};
 use netpolicy::{Corrections, Entity, PortGroup, PortGroupId, PortId, Switch, SwitchId, SwitchState};
 use uuid::Uuid;
 
@@ -71,9 +74,10 @@ impl Actor {
         by: String,
     ) -> Result<(), SwitchError> {
         let found = self.state.switches().find(|found| switch.means(found.id.0, found.name.as_str()));
-        let (id, name) = found
-            .map(|switch| (switch.id, switch.name.to_string()))
-            .ok_or_else(|| SwitchError::NotFound { what: "switch", name: switch.to_string() })?;
+        let (id, name) = found.map(|switch| (switch.id, switch.name.to_string())).ok_or_else(|| {
+            let names = self.state.switches().map(|switch| switch.name.as_str());
+            SwitchError::NotFound(Missing::among("switch", switch.text(), names))
+        })?;
         self.expect(Some(id.0), expect)?;
         if name == DEFAULT {
             return Err(SwitchError::Permanent(Entity::Switch));
@@ -99,8 +103,10 @@ impl Actor {
         let id = found.map(|group| group.id);
         let meta = self.expect(id.map(|id| id.0), expect)?;
         let switch = self.state.switches().find(|switch| switch.name.as_str() == spec.switch.as_str());
-        let switch =
-            switch.map(|switch| switch.id).ok_or_else(|| SwitchError::NoSwitch(spec.switch.to_string()))?;
+        let switch = switch.map(|switch| switch.id).ok_or_else(|| {
+            let names = self.state.switches().map(|switch| switch.name.as_str());
+            SwitchError::NoSwitch(Missing::among("switch", &spec.switch, names))
+        })?;
         let group = PortGroup {
             id: id.unwrap_or_else(|| PortGroupId(Uuid::new_v4())),
             name: netpolicy::Name::new(name.as_str())?,
@@ -134,9 +140,10 @@ impl Actor {
         by: String,
     ) -> Result<(), SwitchError> {
         let found = self.state.port_groups().find(|found| group.means(found.id.0, found.name.as_str()));
-        let (id, name) = found
-            .map(|group| (group.id, group.name.to_string()))
-            .ok_or_else(|| SwitchError::NotFound { what: "port group", name: group.to_string() })?;
+        let (id, name) = found.map(|group| (group.id, group.name.to_string())).ok_or_else(|| {
+            let names = self.state.port_groups().map(|group| group.name.as_str());
+            SwitchError::NotFound(Missing::among("port group", group.text(), names))
+        })?;
         self.expect(Some(id.0), expect)?;
         if id == DEFAULT_GROUP || name == DEFAULT {
             return Err(SwitchError::Permanent(Entity::PortGroup));
@@ -174,9 +181,9 @@ impl Actor {
 
     pub(super) fn find_port(&self, port: &ObjectRef) -> Result<PortId, SwitchError> {
         let found = self.state.ports().find(|found| port.means(found.id.0, &port_name(found)));
-        found
-            .map(|port| port.id)
-            .ok_or_else(|| SwitchError::NotFound { what: "port", name: port.to_string() })
+        found.map(|port| port.id).ok_or_else(|| {
+            SwitchError::NotFound(Missing::among("port", port.text(), self.state.ports().map(port_name)))
+        })
     }
 
     /// What is known of an object, if `expect` is its revision or nothing.

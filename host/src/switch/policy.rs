@@ -3,17 +3,17 @@
 //! The switch behind the API's routes.
 
 use api::{
-    Caller, PolicyBackend, Put,
+    Caller, Missing, PolicyBackend, Put,
     problem::{Problem, ProblemCode},
     types::{
-        Decision, DecisionFilter, Event, Name, ObjectRef, Port, PortGroup, PortGroupSpec, PortSpec, Switch,
-        SwitchSpec,
+        Decision, DecisionFilter, Event, Listed, Name, ObjectRef, Port, PortGroup, PortGroupSpec, PortSpec,
+        Switch, SwitchSpec,
     },
 };
 use async_trait::async_trait;
 use tokio::sync::mpsc;
 
-use super::{SwitchHandle, command::Command, error::SwitchError};
+use super::{SwitchHandle, command::Command};
 use crate::{
     decisions::{DecisionLog, events::EventHub},
     vm::problem::ToProblem,
@@ -36,14 +36,16 @@ impl Policy {
     }
 }
 
-fn one<T>(
-    all: Vec<T>,
+fn one<T: Listed>(
+    mut all: Vec<T>,
     what: &'static str,
     name: &ObjectRef,
     means: impl Fn(&T) -> bool,
 ) -> Result<T, Problem> {
-    let missing = || SwitchError::NotFound { what, name: name.to_string() }.problem();
-    all.into_iter().find(means).ok_or_else(missing)
+    match all.iter().position(means) {
+        Some(found) => Ok(all.swap_remove(found)),
+        None => Err(Problem::not_found(&Missing::among(what, name.text(), all.iter().map(Listed::key)))),
+    }
 }
 
 #[async_trait]

@@ -2,8 +2,12 @@
 
 //! Switches, port groups and ports as the API shows them.
 
-use api::types::{
-    Name, Owner, PortGroupSpec, PortGroupStatus, PortSpec, PortStatus, SwitchSpec, SwitchStatus, Timestamp,
+use api::{
+    Missing,
+    types::{
+        Name, Owner, PortGroupSpec, PortGroupStatus, PortSpec, PortStatus, SwitchSpec, SwitchStatus,
+        Timestamp,
+    },
 };
 use netpolicy::{PortGroupId, PortId, SwitchId};
 use uuid::Uuid;
@@ -117,7 +121,7 @@ impl Actor {
 
 /// A name as the API has it: the two kinds of names differ only in texts that read as ids.
 fn shown(name: &netpolicy::Name) -> Result<Name, SwitchError> {
-    let odd = |_| SwitchError::NotFound { what: "name that the API can show for", name: name.to_string() };
+    let odd = |_| SwitchError::NotFound(Missing::new("name that the API can show for", name));
     name.as_str().parse().map_err(odd)
 }
 

@@ -4,7 +4,10 @@
 
 use std::collections::BTreeMap;
 
-use api::types::{ObjectKind, PortCounters, Timestamp};
+use api::{
+    Missing,
+    types::{ObjectKind, PortCounters, Timestamp},
+};
 use netpolicy::{Change, PfCapabilities, Port, PortId, VfRef, VmId, VmRef};
 use passthrough::{
     fail::{Point, reach},
@@ -38,8 +41,10 @@ impl Actor {
         for Adapter { id, group, mac } in adapters {
             let name = group.as_deref().unwrap_or(DEFAULT);
             let found = trial.port_groups().find(|group| group.name.as_str() == name);
-            let group =
-                found.map(|group| group.id).ok_or_else(|| SwitchError::NoPortGroup(name.to_owned()))?;
+            let group = found.map(|group| group.id).ok_or_else(|| {
+                let names = trial.port_groups().map(|group| group.name.as_str());
+                SwitchError::NoPortGroup(Missing::among("port group", name, names))
+            })?;
             let old = old.remove(&id);
             if old.as_ref().is_some_and(|old| (old.group, old.initial_mac, &old.vm) == (group, mac, vm)) {
                 continue;
@@ -226,7 +231,7 @@ impl Actor {
     }
 
     fn adapter(&self, vm: VmId, adapter: &str) -> Result<PortId, SwitchError> {
-        let missing = || SwitchError::NotFound { what: "port of adapter", name: adapter.to_owned() };
+        let missing = || SwitchError::NotFound(Missing::new("port of adapter", adapter));
         self.port_of(vm, adapter).ok_or_else(missing)
     }
 

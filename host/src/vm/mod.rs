@@ -31,7 +31,7 @@ pub mod unknown;
 use std::sync::Arc;
 
 use api::{
-    Caller,
+    Caller, Missing,
     problem::{Problem, ProblemCode},
     types::{Name, VmAction, VmOperation, VmSpec, VmState},
 };
@@ -224,7 +224,7 @@ impl VmHandle {
     }
 
     fn gone(&self) -> Problem {
-        Problem::not_found("VM", &self.name())
+        Problem::not_found(&Missing::new("VM", self.name()))
     }
 }
 

@@ -161,7 +161,7 @@ pub(super) async fn unbind(env: &Environment, held: &Held) -> Result<(), Problem
     match policy.switch.released(VmId(held.value.vm), claimed.id.as_str()).await {
         Ok(()) => Ok(()),
         // Claimed and never attached, or its VM was forgotten: nothing is bound.
-        Err(crate::switch::SwitchError::NotFound { .. }) => Ok(()),
+        Err(crate::switch::SwitchError::NotFound(_)) => Ok(()),
         Err(error) => Err(error.problem()),
     }
 }

@@ -4,7 +4,7 @@
 
 use std::error::Error;
 
-use api::problem::{Problem, ProblemCode};
+use api::{Missing, Problem, ProblemCode};
 use passthrough::host::{ApplyError, BindError, InventoryError, PfError, VfCountError, ViabilityError};
 use vmm::control::FailureCode;
 
@@ -47,7 +47,7 @@ impl ToProblem for StoreError {
             Self::Conflict { expected, actual: Some(actual), .. } => {
                 Problem::revision_mismatch(*expected, *actual)
             }
-            Self::NotFound { kind, id } => Problem::not_found(kind, id),
+            Self::NotFound { kind, id } => Problem::not_found(&Missing::new(kind.clone(), id)),
             Self::NameTaken { .. } => with(ProblemCode::NameTaken, self),
             _ => with(ProblemCode::Unavailable, self),
         }

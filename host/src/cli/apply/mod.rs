@@ -8,7 +8,7 @@ mod files;
 use std::{cell::Cell, collections::BTreeSet};
 
 use api::{
-    Client, ClientError, Problem, ProblemCode,
+    Client, ClientError, Missing, Problem, ProblemCode,
     types::{Name, VmState},
 };
 use clap::Args;
@@ -64,14 +64,7 @@ struct Step {
     state: Option<VmState>,
     /// A reference to an object that does not exist and that no file creates.
     #[serde(skip)]
-    missing: Option<Missing>,
-}
-
-/// The name of an object that there is not.
-#[derive(Clone, Debug)]
-enum Missing {
-    Switch(Name),
-    PortGroup(Name),
+    missing: Option<(ProblemCode, Missing)>,
 }
 
 pub(super) async fn run(client: &Client, output: &mut Output<'_>, args: ApplyArgs) -> Result<(), CliError> {
@@ -102,15 +95,10 @@ pub(super) async fn run(client: &Client, output: &mut Output<'_>, args: ApplyArg
 /// Whether nothing is known to be in the way of a step.
 fn possible(steps: &[Step]) -> Result<(), CliError> {
     for step in steps {
-        let Some(missing) = &step.missing else { continue };
-        let (code, what, name) = match missing {
-            Missing::Switch(name) => (ProblemCode::SwitchNotFound, "switch", name),
-            Missing::PortGroup(name) => (ProblemCode::PortGroupNotFound, "port group", name),
-        };
-        let detail = format!(
-            "There is no {what} {name}, and no file makes it: create it, or correct the name. Nothing was changed."
-        );
-        let source = Box::new(ClientError::from(Box::new(Problem::new(code, detail))).into());
+        let Some((code, missing)) = &step.missing else { continue };
+        let detail =
+            format!("{missing}. No file makes it: create it, or correct the name. Nothing was changed.");
+        let source = Box::new(ClientError::from(Box::new(Problem::new(*code, detail))).into());
         return Err(CliError::Apply { file: step.file.clone(), source });
     }
     let mut blocked = steps.iter().filter(|step| step.action == Action::Blocked);
@@ -151,15 +139,19 @@ struct Names {
 }
 
 impl Names {
-    fn lacks(&self, wanted: &Wanted) -> Option<Missing> {
+    fn lacks(&self, wanted: &Wanted) -> Option<(ProblemCode, Missing)> {
         match wanted {
             Wanted::Switch(..) => None,
             Wanted::PortGroup(_, spec) => {
-                (!self.switches.contains(&spec.switch)).then(|| Missing::Switch(spec.switch.clone()))
+                let names = self.switches.iter().map(Name::as_str);
+                (!self.switches.contains(&spec.switch))
+                    .then(|| (ProblemCode::SwitchNotFound, Missing::among("switch", &spec.switch, names)))
             }
             Wanted::Vm(spec) => {
                 let mut named = spec.adapters.iter().filter_map(|adapter| adapter.port_group.as_ref());
-                named.find(|name| !self.groups.contains(*name)).cloned().map(Missing::PortGroup)
+                let name = named.find(|name| !self.groups.contains(*name))?;
+                let names = self.groups.iter().map(Name::as_str);
+                Some((ProblemCode::PortGroupNotFound, Missing::among("port group", name, names)))
             }
         }
     }

@@ -2,7 +2,7 @@
 
 //! Another specification for a VM.
 
-use api::types::{ObjectRef, VmSpec};
+use api::types::VmSpec;
 
 use super::*;
 
@@ -15,7 +15,7 @@ impl Actor {
         expect: Option<u64>,
     ) -> Result<(), Problem> {
         if !self.deleting.is_empty() {
-            return Err(Problem::not_found("VM", &ObjectRef::Id(self.vm.id)));
+            return Err(Problem::not_found(&api::Missing::new("VM", self.vm.id)));
         }
         let old = Arc::clone(&self.vm);
         if let Some(expected) = expect.filter(|expected| *expected != old.revision) {
