@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 
+mod addresses;
 mod life;
 mod names;
 

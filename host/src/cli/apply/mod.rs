@@ -2,6 +2,7 @@
 
 //! `portcullis apply`: switches, port groups and VMs become what files say.
 
+mod addresses;
 mod diff;
 mod files;
 
@@ -19,6 +20,7 @@ use super::{
     output::Output,
     progress::{self, Doing},
 };
+use addresses::Addresses;
 use diff::{Difference, differences};
 use files::Wanted;
 
@@ -28,8 +30,8 @@ pub(super) struct ApplyArgs {
     /// of a switch or port group with `object` (`switch` or `port_group`) and `name`.
     #[arg(long = "file", short, value_name = "DIR", required = true)]
     files: Vec<String>,
-    /// Shows what would be made and changed, and changes nothing. Fails if apply would: what a file changes of a VM that is not at rest is
-    /// `blocked`, but for `restart` and `autostart` (exit code 5).
+    /// Shows what would be made and changed, and changes nothing. Fails as apply would: what a file changes of a VM that is
+    /// not at rest is `blocked`, but for `restart` and `autostart`, and no two VMs may have one address (exit code 5).
     #[arg(long)]
     dry_run: bool,
 }
@@ -62,9 +64,10 @@ struct Step {
     /// What the VM is, if it is one that is there.
     #[serde(skip)]
     state: Option<VmState>,
-    /// A reference to an object that does not exist and that no file creates.
+    /// What the agent would refuse it with: a reference to an object that does not exist and that no file creates, or an
+    /// address that another VM has.
     #[serde(skip)]
-    missing: Option<(ProblemCode, Missing)>,
+    refusal: Option<Problem>,
 }
 
 pub(super) async fn run(client: &Client, output: &mut Output<'_>, args: ApplyArgs) -> Result<(), CliError> {
@@ -95,10 +98,8 @@ pub(super) async fn run(client: &Client, output: &mut Output<'_>, args: ApplyArg
 /// Whether nothing is known to be in the way of a step.
 fn possible(steps: &[Step]) -> Result<(), CliError> {
     for step in steps {
-        let Some((code, missing)) = &step.missing else { continue };
-        let detail =
-            format!("{missing}. No file makes it: create it, or correct the name. Nothing was changed.");
-        let source = Box::new(ClientError::from(Box::new(Problem::new(*code, detail))).into());
+        let Some(refusal) = &step.refusal else { continue };
+        let source = Box::new(ClientError::from(Box::new(refusal.clone())).into());
         return Err(CliError::Apply { file: step.file.clone(), source });
     }
     let mut blocked = steps.iter().filter(|step| step.action == Action::Blocked);
@@ -139,19 +140,25 @@ struct Names {
 }
 
 impl Names {
-    fn lacks(&self, wanted: &Wanted) -> Option<(ProblemCode, Missing)> {
+    fn lacks(&self, wanted: &Wanted) -> Option<Problem> {
+        let problem = |code, missing: Missing| {
+            let detail =
+                format!("{missing}. No file makes it: create it, or correct the name. Nothing was changed.");
+            Problem::new(code, detail)
+        };
         match wanted {
             Wanted::Switch(..) => None,
             Wanted::PortGroup(_, spec) => {
                 let names = self.switches.iter().map(Name::as_str);
+                let missing = || Missing::among("switch", &spec.switch, names);
                 (!self.switches.contains(&spec.switch))
-                    .then(|| (ProblemCode::SwitchNotFound, Missing::among("switch", &spec.switch, names)))
+                    .then(|| problem(ProblemCode::SwitchNotFound, missing()))
             }
             Wanted::Vm(spec) => {
                 let mut named = spec.adapters.iter().filter_map(|adapter| adapter.port_group.as_ref());
                 let name = named.find(|name| !self.groups.contains(*name))?;
                 let names = self.groups.iter().map(Name::as_str);
-                Some((ProblemCode::PortGroupNotFound, Missing::among("port group", name, names)))
+                Some(problem(ProblemCode::PortGroupNotFound, Missing::among("port group", name, names)))
             }
         }
     }
@@ -162,6 +169,7 @@ async fn plan(client: &Client, wanted: Vec<(String, Wanted)>) -> Result<Vec<Step
     let switches = client.list_switches().await?;
     let groups = client.list_port_groups().await?;
     let vms = client.list_vms().await?;
+    let mut addresses = Addresses::new(&vms, &client.list_ports().await?, &groups, &wanted);
     let mut there = Names {
         switches: switches.iter().map(|switch| switch.name.clone()).collect(),
         groups: groups.iter().map(|group| group.name.clone()).collect(),
@@ -173,8 +181,9 @@ async fn plan(client: &Client, wanted: Vec<(String, Wanted)>) -> Result<Vec<Step
             Wanted::Vm(_) => {}
         }
     }
+    // In the order in which they are made.
     let step = |(file, wanted): (String, Wanted)| {
-        let missing = there.lacks(&wanted);
+        let mut refusal = there.lacks(&wanted);
         let mut state = None;
         let mut blocked = false;
         let found = match &wanted {
@@ -199,7 +208,14 @@ async fn plan(client: &Client, wanted: Vec<(String, Wanted)>) -> Result<Vec<Step
             Some((revision, changes)) if blocked => (Action::Blocked, Some(revision), changes),
             Some((revision, changes)) => (Action::Change, Some(revision), changes),
         };
-        Step { action, kind, name, file, changes, wanted, revision, state, missing }
+        if let (Wanted::Vm(spec), Action::Create | Action::Change) = (&wanted, action) {
+            if let Some(vm) = vms.iter().find(|vm| vm.name == spec.name) {
+                addresses.release(vm, spec);
+            }
+            let taken = addresses.take(spec).err();
+            refusal = refusal.or(taken);
+        }
+        Step { action, kind, name, file, changes, wanted, revision, state, refusal }
     };
     Ok(wanted.into_iter().map(step).collect())
 }

@@ -242,33 +242,25 @@ async fn apply_makes_what_files_say_and_nothing_the_second_time() {
     assert_eq!(actions(apply.clone()).await, all("unchanged"));
 
     // What the agent refuses is told whole; what comes before it is made.
-    write("web.yaml", "{object: port_group, name: web, switch: lan, settings: {mtu: 2000}}");
-    for name in ["web4", "web5"] {
-        let mac = "\"eth0\", \"mac\": \"02:00:00:00:44:44\" }";
-        write(&format!("{name}.json"), &WEB1.replace("web1", name).replace("\"eth0\" }", mac));
+    for name in ["s1", "s2"] {
+        write(&format!("{name}.yaml"), &format!("{{object: switch, name: {name}, uplinks: [eth7]}}"));
     }
     let mut output = Vec::new();
     let error = desk.run_into(&apply, &mut output).await.unwrap_err();
     let made = String::from_utf8(output).unwrap();
-    assert!(made.contains("/web4.json") && !made.contains("/web5.json"), "{made}");
-    assert_eq!(
-        desk.json("port-group show web").await["spec"]["settings"],
-        serde_json::json!({ "mtu": 2000 })
-    );
+    assert!(made.contains("/s1.yaml") && !made.contains("/s2.yaml"), "{made}");
+    assert_eq!(desk.json("switch show s1").await["spec"]["uplinks"], serde_json::json!(["eth7"]));
     let told: serde_json::Value = serde_json::from_str(&error.text(Format::Json)).unwrap();
-    assert_eq!(told["code"], "mac_in_use");
-    assert!(
-        told["file"].as_str().unwrap().ends_with("/web5.json") && told["request_id"].is_string(),
-        "{told}"
-    );
+    assert_eq!(told["code"], "switch_in_use");
+    assert!(told["file"].as_str().unwrap().ends_with("/s2.yaml") && told["request_id"].is_string(), "{told}");
     let text = error.text(Format::Table);
-    for part in ["web5.json", "(mac_in_use)", told["request_id"].as_str().unwrap()] {
+    for part in ["s2.yaml", "(switch_in_use)", told["request_id"].as_str().unwrap()] {
         assert!(text.contains(part), "{part}: {text}");
     }
-    for name in ["web4", "web5"] {
-        std::fs::remove_file(directory.join(format!("{name}.json"))).unwrap();
+    for name in ["s1", "s2"] {
+        std::fs::remove_file(directory.join(format!("{name}.yaml"))).unwrap();
     }
-    desk.run("vm delete web4").await.unwrap();
+    desk.run("switch delete s1").await.unwrap();
 
     write("typo.toml", "name = \"web2\"\nmemroy = \"2MiB\"");
     let (code, error) = desk.run(&apply).await.unwrap_err();

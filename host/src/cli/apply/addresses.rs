@@ -1,0 +1,90 @@
+// SPDX-License-Identifier: Apache-2.0
+
+//! Addresses that files give to adapters, and those that adapters have: the agent refuses one that is there twice.
+
+use std::collections::BTreeMap;
+
+use api::{
+    Problem, ProblemCode,
+    types::{Name, Port, PortGroup, Vm, VmSpec},
+};
+use netpolicy::MacAddress;
+
+use super::files::Wanted;
+
+/// The port group of an adapter that names none.
+const DEFAULT: &str = "default";
+
+/// Who has which address, as the agent would see it after each step.
+pub(super) struct Addresses {
+    /// The VM of each configured address, on whatever switch.
+    configured: BTreeMap<String, Name>,
+    /// The VM of each address that a port has at the moment, by switch: its guest may have taken another one.
+    ports: BTreeMap<(String, String), String>,
+    /// The switch of each port group.
+    switches: BTreeMap<String, String>,
+}
+
+impl Addresses {
+    pub(super) fn new(vms: &[Vm], ports: &[Port], groups: &[PortGroup], wanted: &[(String, Wanted)]) -> Self {
+        let adapters = vms.iter().flat_map(|vm| vm.status.adapters.iter().map(move |adapter| (vm, adapter)));
+        let of_files = wanted.iter().filter_map(|(_, wanted)| match wanted {
+            Wanted::PortGroup(name, spec) => Some((name.to_string(), spec.switch.to_string())),
+            _ => None,
+        });
+        let of_agent = groups.iter().map(|group| (group.name.to_string(), group.spec.switch.to_string()));
+        let has = |port: &Port, mac: MacAddress| {
+            ((port.status.switch.to_string(), mac.to_string()), port.status.owner.name.clone())
+        };
+        Addresses {
+            configured: adapters.map(|(vm, adapter)| (adapter.mac.to_string(), vm.name.clone())).collect(),
+            ports: ports
+                .iter()
+                .flat_map(|port| [has(port, port.status.initial_mac), has(port, port.status.effective_mac)])
+                .collect(),
+            // A file's group replaces that of the agent.
+            switches: of_agent.chain(of_files).collect(),
+        }
+    }
+
+    /// Gives a VM the addresses of its file.
+    ///
+    /// # Errors
+    /// The problem that the agent would answer with: another VM has one of them.
+    pub(super) fn take(&mut self, spec: &VmSpec) -> Result<(), Problem> {
+        let fixed =
+            || spec.adapters.iter().enumerate().filter_map(|(n, adapter)| Some((n, adapter, adapter.mac?)));
+        for (n, adapter, mac) in fixed() {
+            let mac = mac.to_string();
+            let group = adapter.port_group.as_ref().map_or(DEFAULT, Name::as_str);
+            let on_switch =
+                self.switches.get(group).and_then(|switch| self.ports.get(&(switch.clone(), mac.clone())));
+            let owner =
+                self.configured.get(&mac).map(Name::as_str).filter(|owner| *owner != spec.name.as_str());
+            let owner = owner.or(on_switch.map(String::as_str).filter(|owner| *owner != spec.name.as_str()));
+            if let Some(owner) = owner {
+                let detail = format!(
+                    "The address {mac} belongs to an adapter of the VM {owner}: choose another. Nothing was changed."
+                );
+                let field = Some(format!("adapters[{n}].mac").into());
+                return Err(Problem { field, ..Problem::new(ProblemCode::MacInUse, detail) });
+            }
+        }
+        // Those of adapters that have no address of a file stay: the agent makes them from the VM and the adapter.
+        let own: Vec<_> = fixed().map(|(.., mac)| (mac.to_string(), spec.name.clone())).collect();
+        self.configured.extend(own);
+        Ok(())
+    }
+
+    /// Takes a VM's addresses from it, before it gets those of its file.
+    pub(super) fn release(&mut self, vm: &Vm, spec: &VmSpec) {
+        let keeps = |mac: &str| {
+            vm.spec.adapters.iter().zip(&vm.status.adapters).any(|(adapter, status)| {
+                let still = spec.adapters.iter().any(|new| new.id == adapter.id && new.mac.is_none());
+                status.mac.to_string() == mac && adapter.mac.is_none() && still
+            })
+        };
+        self.configured.retain(|mac, owner| *owner != vm.name || keeps(mac));
+        self.ports.retain(|(_, mac), owner| owner.as_str() != vm.name.as_str() || keeps(mac));
+    }
+}
