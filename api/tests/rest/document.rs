@@ -2,7 +2,7 @@
 
 //! The OpenAPI document.
 
-use std::{fs, path::Path};
+use std::{fs, path::Path, sync::LazyLock};
 
 use serde_json::Value;
 use utoipa::openapi::RefOr;
@@ -256,7 +256,9 @@ fn the_errors_in_the_docs_are_those_of_the_code() {
 /// against it.
 pub(crate) fn knows(method: &hyper::Method, path: &str, answer: &Answer) {
     let Ok(problem) = serde_json::from_slice::<api::Problem>(&answer.body) else { return };
-    let document = api::openapi();
+    // It takes long to make, and some tests have a hundred requests.
+    static DOCUMENT: LazyLock<utoipa::openapi::OpenApi> = LazyLock::new(api::openapi);
+    let document = &*DOCUMENT;
     let parts: Vec<&str> = path.split('?').next().unwrap().split('/').collect();
     let same = |template: &str| {
         let template: Vec<&str> = template.split('/').collect();
