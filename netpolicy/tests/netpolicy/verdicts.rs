@@ -352,7 +352,9 @@ fn an_address_that_another_port_had_is_added_when_that_port_gives_it_up() {
         ask(&mut state, 1, &request(VIRTUAL)).unwrap();
         refuse(&mut state, VIRTUAL);
         // There is room for one.
-        refuse(&mut state, "unicast 02:00:00:00:00:01");
+        ask(&mut state, 1, &request("mac 00:00:5e:00:01:07")).unwrap();
+        refuse(&mut state, "unicast 00:00:5e:00:01:07");
+        assert_eq!(state.port(port_id(2)).unwrap().device.wanted_unicast.len(), 1);
         assert_eq!((due(&state), offered(&mut state)), (vec![], vec![]), "it is not free");
         state
     };

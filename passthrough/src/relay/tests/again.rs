@@ -124,6 +124,12 @@ fn a_message_of_the_guest_goes_first() {
     let begun = bench.now();
     assert_eq!(driver.call(&[5, 1522]), Ok(0xa000_0005));
     assert!(bench.now() - begun < SECOND / 10, "{:?}", bench.now() - begun);
+    let withdrawn = |notice: &Notice| matches!(notice, Notice::Cancelled { why: Cancelled::Withdrawn, .. });
+    assert_eq!(
+        bench.notices().iter().filter(|notice| withdrawn(notice)).count(),
+        1,
+        "its answer is for nobody"
+    );
     bench.wait(3 * SECOND);
     assert_eq!(bench.vf().pf().filters, [mac(0x44), mac(0x55)], "and it is asked again");
 }
