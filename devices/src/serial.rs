@@ -58,10 +58,17 @@ impl Serial {
         Self { uart: Mutex::new(Uart::new(Interrupt(interrupt), out)) }
     }
 
-    /// Puts bytes into the receive FIFO (64 bytes); how many fitted.
+    /// Puts bytes into the receive FIFO (64 bytes); how many fitted. A full FIFO signals its interrupt again: on hardware the line
+    /// is still high, and a guest that has missed the edge would never read.
     pub fn enqueue(&self, input: &[u8]) -> usize {
         let mut uart = self.uart();
         let fits = input.len().min(uart.fifo_capacity());
+        if fits == 0 && !input.is_empty() {
+            if uart.read(LCR) & LCR_DLAB == 0 && uart.read(IER) & IER_RECEIVED != 0 {
+                let _ = uart.interrupt_evt().trigger();
+            }
+            return 0;
+        }
         // An interrupt that cannot be signalled is not a byte lost: the guest may poll.
         uart.enqueue_raw_bytes(input.get(..fits).unwrap_or_default()).unwrap_or(fits)
     }
@@ -182,8 +189,12 @@ mod tests {
         let (_, interrupt, serial) = port();
         serial.write(IER.into(), &[1]);
         assert_eq!(serial.enqueue(&[b'x'; 100]), 64);
-        assert_eq!(serial.enqueue(b"y"), 0);
         assert!(interrupt.read().is_ok());
+        assert!(interrupt.read().is_err());
+        assert_eq!(serial.enqueue(b"y"), 0);
+        assert!(interrupt.read().is_ok(), "the guest has missed it, perhaps");
+        assert_eq!(serial.enqueue(b""), 0);
+        assert!(interrupt.read().is_err());
         assert_eq!(read(&serial, 5) & 1, 1, "data ready");
         assert_eq!(read(&serial, 0), b'x');
         assert_eq!(serial.capacity(), 1);
