@@ -26,7 +26,49 @@ pub(super) fn merged<T: Serialize + DeserializeOwned>(spec: &T, patch: &Value) -
         Problem::new(ProblemCode::Internal, format!("A specification cannot be written: {error}."))
     })?;
     merge(&mut value, patch);
+    check_removed::<T>(&value, patch)?;
     document::read(value).map_err(|error| misread(&error, "body"))
+}
+
+/// Members that one patch removes at most: each is looked for in a copy of the whole.
+const MOST_REMOVED: usize = 64;
+
+/// Refuses to remove a member that no specification has: a wrong name would pass unseen.
+fn check_removed<T: DeserializeOwned>(merged: &Value, patch: &Value) -> Result<(), Problem> {
+    let mut removed = Vec::new();
+    note_removed(patch, &mut Vec::new(), &mut removed);
+    if removed.len() > MOST_REMOVED {
+        let detail = format!("A patch removes at most {MOST_REMOVED} members (null): use more than one.");
+        return Err(Problem::invalid("body", detail));
+    }
+    for (path, name) in removed {
+        let mut with_it = merged.clone();
+        let place = path.iter().try_fold(&mut with_it, |value, name| value.get_mut(*name));
+        let Some(Value::Object(members)) = place else { continue };
+        members.insert(name.to_owned(), Value::Null);
+        if let Err(error) = document::read::<T>(with_it)
+            && error.inner().to_string().starts_with("unknown field")
+        {
+            return Err(misread(&error, "body"));
+        }
+    }
+    Ok(())
+}
+
+/// Collects the members of a patch that are null, each behind the names of the objects around it.
+fn note_removed<'a>(patch: &'a Value, path: &mut Vec<&'a str>, removed: &mut Vec<(Vec<&'a str>, &'a str)>) {
+    for (name, value) in patch.as_object().into_iter().flatten() {
+        if value.is_null() {
+            removed.push((path.clone(), name));
+        } else {
+            path.push(name);
+            note_removed(value, path, removed);
+            path.pop();
+        }
+        if removed.len() > MOST_REMOVED {
+            return;
+        }
+    }
 }
 
 /// The member of a specification whose own members are settings.
@@ -97,6 +139,35 @@ mod tests {
             let mut merged = target;
             merge(&mut merged, &patch);
             assert_eq!(merged, expect);
+        }
+    }
+
+    #[test]
+    fn a_member_that_no_specification_has_is_not_removed_without_a_word() {
+        let spec: crate::types::VmSpec =
+            serde_json::from_value(json!({"name": "web1", "memory": "2MiB", "boot": {"kernel": "vmlinuz"}}))
+                .unwrap();
+        for known in [
+            json!({"limits": null, "cpus": null}),
+            json!({"boot": {"initramfs": null}}),
+            json!({"adapters": null}),
+        ] {
+            assert!(merged(&spec, &known).is_ok(), "{known}");
+        }
+        let many: serde_json::Map<_, _> = (0..100).map(|n| (format!("m{n}"), Value::Null)).collect();
+        for (wrong, field) in [
+            (json!({"": null}), "body"),
+            (json!({"cpus": null, "limts": null}), "limts"),
+            (json!({"boot": {"kernal": null}}), "boot.kernal"),
+            (json!({"boot": {"cmdline": "x", "initrd": null}, "limits": null}), "boot.initrd"),
+            (Value::Object(many), "body"),
+        ] {
+            let problem = merged(&spec, &wrong).unwrap_err();
+            assert_eq!(
+                (problem.code, problem.field.as_deref()),
+                (ProblemCode::InvalidRequest, Some(field)),
+                "{wrong}"
+            );
         }
     }
 

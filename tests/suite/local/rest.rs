@@ -41,7 +41,16 @@ impl Caller {
                 .filter(|(_, call)| call["responses"].is_object())
                 .map(|(method, call)| ((method.to_uppercase(), path.clone()), call.clone()))
         });
-        let operations = operations.collect();
+        let mut operations: BTreeMap<_, Value> = operations.collect();
+        for answer in
+            operations.values_mut().flat_map(|call| call["responses"].as_object_mut().unwrap().values_mut())
+        {
+            if let Some(name) =
+                answer["$ref"].as_str().and_then(|place| place.strip_prefix("#/components/responses/"))
+            {
+                *answer = document["components"]["responses"][name].clone();
+            }
+        }
         Self {
             socket: agent.directory().join("api.sock"),
             operations,
