@@ -326,8 +326,10 @@ impl Actor {
 
     fn refuse(&mut self, port: PortId, id: u64, question: &Question, denial: Denial, tell: OnDenied) {
         self.answer(port, id, question.seq, relay::Decision::Refuse { tell, reason: denial.reason });
-        if denial.reason == Reason::MacInUse {
-            drop(self.state.note_refusal(port, &question.request, denial.reason));
+        // A guest may repeat it: only news are stored.
+        let before = self.wanted(port);
+        drop(self.state.note_refusal(port, &question.request, denial.reason));
+        if self.wanted(port) != before {
             self.save(port);
         }
         let detail = (tell == OnDenied::Silent).then(|| TOLD.to_owned());
@@ -356,7 +358,17 @@ impl Actor {
     }
 
     fn note_address(&mut self, port: PortId, request: &Request) {
+        let before = self.wanted(port);
         drop(self.state.note_answer(port, request, true));
+        // Else the next agent would add what the guest no longer wants.
+        if self.wanted(port) != before {
+            self.save(port);
+        }
+    }
+
+    /// The number of addresses that a port waits for.
+    fn wanted(&self, port: PortId) -> usize {
+        self.state.port(port).map_or(0, |port| port.device.wanted_unicast.len())
     }
 
     fn allowed(&self, port: PortId, request: &Request, changes: &[Change]) -> Option<Decision> {

@@ -90,6 +90,8 @@ impl Actor {
             self.stop(port, &why);
         }
         let unmade = !made.failed.is_empty();
+        // A guest that is only to get something may wait for its vmm: the next connection begins with it.
+        let can_wait = made.offline && !made.failed.iter().any(|(change, _)| must(change));
         let (mut credible, mut is_news) = (true, false);
         if let Some(lane) = self.lanes.get_mut(&port) {
             lane.owed = unmade;
@@ -110,7 +112,7 @@ impl Actor {
         if is_news && let Some(of) = self.state.port(port) {
             self.put(ObjectKind::Port, port.0, &port_name(of), false, None);
         }
-        if unmade {
+        if unmade && !can_wait {
             self.owe(port);
         }
     }

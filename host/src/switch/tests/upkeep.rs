@@ -457,3 +457,22 @@ async fn an_address_that_the_pf_refuses_is_not_tried_again_for_a_guest_that_wait
     host.switch.settle().await;
     assert_eq!((host.vmm(2).taken_back(), host.vmm(2).heard().stopped.len()), (vec![], 0));
 }
+
+#[tokio::test]
+async fn a_vm_whose_vmm_is_away_is_not_stopped_for_an_address_that_it_only_gets() {
+    let (mut host, address) = a_backup_that_waits().await;
+    host.switch.disconnected(vm(2)).await;
+    host.ask(1, Request::ClearUnicastFilters).await;
+    tokio::time::sleep(TIMING.offer + TIMING.confirm * 3).await;
+    assert_eq!((host.vmm(2).taken_back(), host.vmm(2).heard().stopped.len()), (vec![], 0));
+    host.connect(2).await;
+    host.changed_after(Duration::ZERO, 2, &Change::AddUnicast(address)).await;
+}
+
+#[tokio::test]
+async fn the_next_agent_adds_nothing_that_the_guest_no_longer_wants() {
+    let (mut host, address) = a_backup_that_waits().await;
+    host.until("kept", async |host| host.stored(2).await.device.wanted_unicast == [address].into()).await;
+    host.ask(2, Request::ClearUnicastFilters).await;
+    host.until("stored", async |host| host.stored(2).await.device.wanted_unicast.is_empty()).await;
+}
