@@ -19,7 +19,7 @@ use crate::{
     inventory::Inventory,
     metrics::Metrics,
     sim::Simulated,
-    store::{GOOD_FOR, ObjectStore, Table, WriteProbe},
+    store::{GOOD_FOR, Stores, Table, WriteProbe},
     switch::Policy,
     vm::record::{Claim, PfRecord, RunRecord, VmRecord},
     vmm_process::{MEMLOCK_SLACK, Program},
@@ -78,15 +78,15 @@ pub struct Environment {
 impl Environment {
     /// The environment of a real host, with what differs between hosts set to its default.
     #[must_use]
-    pub fn new(store: Arc<dyn ObjectStore>, run_dir: PathBuf) -> Self {
+    pub fn new(stores: &Stores, run_dir: PathBuf) -> Self {
         let sysfs = Sysfs::default();
         let paths = sysfs.clone();
         Self {
-            vms: Table::new(Arc::clone(&store)),
-            runs: Table::new(Arc::clone(&store)),
-            claims: Table::new(Arc::clone(&store)),
-            pfs: Table::new(Arc::clone(&store)),
-            probe: WriteProbe::new(store, GOOD_FOR),
+            vms: Table::new(stores),
+            runs: Table::new(stores),
+            claims: Table::new(stores),
+            pfs: Table::new(stores),
+            probe: WriteProbe::new(stores, GOOD_FOR),
             open_pf: Arc::new(move |bdf| Ok(Box::new(NetlinkPf::open(&paths, bdf)?))),
             inventory: sysfs.into(),
             run_dir,

@@ -43,7 +43,7 @@ use crate::{
     pf::{HostPfs, PfHandle, watch},
     sandbox,
     sim::{SimPfOption, Simulated, Start},
-    store::{ObjectStore, SqliteStore},
+    store::{SqliteStore, Stores},
     switch::{Parts, Policy, SwitchHandle, Timing},
     user_ids::{self, UserArgs},
 };
@@ -152,8 +152,8 @@ pub async fn serve(args: ServeArgs, socket: &Path, token_file: Option<&Path>) ->
     // Two agents with one database would each stop the VMs of the other.
     let _state_lock = lock(&args.state_dir, "state directory", "--state-dir", 0o700)?;
     let database = args.state_dir.join(DATABASE);
-    let store: Arc<dyn ObjectStore> = Arc::new(SqliteStore::open(&database)?);
-    let mut env = Environment::new(Arc::clone(&store), args.run_dir.clone());
+    let stores = Stores::on_one_host(Arc::new(SqliteStore::open(&database)?));
+    let mut env = Environment::new(&stores, args.run_dir.clone());
     env.image_dirs = image_dirs(&args.image_dirs)?;
     env.cgroup_parent.clone_from(&args.cgroup_parent);
     env.inventory.set_assignable(args.assignable.clone().into());
@@ -177,10 +177,10 @@ pub async fn serve(args: ServeArgs, socket: &Path, token_file: Option<&Path>) ->
         // A demonstration takes no function of the host.
         env.inventory.leave_out_hardware();
     }
-    let simulated = start_simulated(&args, &store, &env).await?;
+    let simulated = start_simulated(&args, &stores, &env).await?;
     env.add_simulated(Arc::clone(&simulated));
     let private = args.private.clone();
-    let served = serve_with(args, socket, token_file, env, store, &simulated, told).await;
+    let served = serve_with(args, socket, token_file, env, stores, &simulated, told).await;
     match (private, &served) {
         // Whoever started it may do so, too.
         (Some(directory), Ok(())) => drop(fs::remove_dir_all(directory)),
@@ -197,11 +197,11 @@ async fn serve_with(
     socket: &Path,
     token_file: Option<&Path>,
     mut env: Environment,
-    store: Arc<dyn ObjectStore>,
+    stores: Stores,
     simulated: &Simulated,
     told: oneshot::Receiver<()>,
 ) -> anyhow::Result<()> {
-    let policy = start_switch(&args, store, &args.state_dir.join(DATABASE), &env).await?;
+    let policy = start_switch(&args, stores, &args.state_dir.join(DATABASE), &env).await?;
     env.policy = Some(policy.clone());
     let env = Arc::new(env);
     let agent = Arc::new(Agent::start(Arc::clone(&env)).await?);
@@ -270,7 +270,7 @@ async fn one_of([terminate, interrupt]: &mut [Signal; 2]) {
 /// Starts simulated adapters, or finds those of a former agent.
 async fn start_simulated(
     args: &ServeArgs,
-    store: &Arc<dyn ObjectStore>,
+    stores: &Stores,
     env: &Environment,
 ) -> anyhow::Result<Arc<Simulated>> {
     for option in &args.sim_pfs {
@@ -284,7 +284,7 @@ async fn start_simulated(
     // Beyond those of VMs.
     let users = args.users.vmm_uid_base.saturating_add(args.users.vmm_uid_count);
     let start = Start::new(&args.run_dir, env.users.is_some().then_some(users), env.protections_off());
-    let simulated = Simulated::load(Arc::clone(store), &args.sim_pfs, start).await?;
+    let simulated = Simulated::load(stores, &args.sim_pfs, start).await?;
     let all = Arc::clone(&simulated);
     tokio::task::spawn_blocking(move || all.start_all()).await??;
     Ok(simulated)
@@ -293,7 +293,7 @@ async fn start_simulated(
 /// Starts the switch and all that it works with.
 async fn start_switch(
     args: &ServeArgs,
-    store: Arc<dyn ObjectStore>,
+    stores: Stores,
     database: &Path,
     env: &Environment,
 ) -> anyhow::Result<Policy> {
@@ -309,7 +309,7 @@ async fn start_switch(
     // Ports know PFs by the names that these had when their VFs were claimed.
     crate::vm::claims::keep_pf_names(env).await?;
     let parts = Parts {
-        store,
+        store: stores,
         pf: PfHandle::start(HostPfs::new(env.inventory.clone(), Arc::clone(&env.open_pf)))?,
         decisions: decisions.clone(),
         events: events.clone(),

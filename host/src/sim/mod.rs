@@ -41,7 +41,7 @@ use uuid::Uuid;
 pub use self::options::SimPfOption;
 use self::{adapter::Adapter, link::Link};
 use crate::{
-    store::{Expect, ObjectStore, Record, StoreError, Table},
+    store::{Expect, Record, StoreError, Stores, Table},
     vm::{problem::chain, record::Claim},
     vmm_process::Program,
 };
@@ -159,14 +159,10 @@ impl Simulated {
     ///
     /// # Errors
     /// See [`SimError`].
-    pub async fn load(
-        store: Arc<dyn ObjectStore>,
-        wanted: &[SimPfOption],
-        start: Start,
-    ) -> Result<Arc<Self>, SimError> {
+    pub async fn load(stores: &Stores, wanted: &[SimPfOption], start: Start) -> Result<Arc<Self>, SimError> {
         let claims: Vec<Claim> =
-            Table::<Claim>::new(Arc::clone(&store)).list().await?.into_iter().map(|e| e.value).collect();
-        let records = Table::<SimPfRecord>::new(store);
+            Table::<Claim>::new(stores).list().await?.into_iter().map(|e| e.value).collect();
+        let records = Table::<SimPfRecord>::new(stores);
         let mut adapters: BTreeMap<u16, Arc<Adapter>> = BTreeMap::new();
         let mut known = records.list().await?;
         let dir = start.dir.clone();

@@ -50,7 +50,7 @@ fn start(dir: &std::path::Path) -> Start {
 
 /// A host's store and run directory. Its processes end with it.
 struct Sims {
-    store: Arc<dyn ObjectStore>,
+    store: Stores,
     dir: tempfile::TempDir,
     now: Option<Arc<Simulated>>,
 }
@@ -58,14 +58,15 @@ struct Sims {
 impl Sims {
     fn new() -> Self {
         let dir = tempfile::tempdir().unwrap();
-        let store = Arc::new(SqliteStore::open(&dir.path().join("portcullis.db")).unwrap());
+        let store = SqliteStore::open(&dir.path().join("portcullis.db")).unwrap();
+        let store = Stores::on_one_host(Arc::new(store));
         Self { store, dir, now: None }
     }
 
     /// What an agent that starts with these options has.
     async fn load(&mut self, options: &[&str]) -> Result<Arc<Simulated>, SimError> {
         let options: Vec<SimPfOption> = options.iter().map(|option| option.parse().unwrap()).collect();
-        let simulated = Simulated::load(Arc::clone(&self.store), &options, start(self.dir.path())).await?;
+        let simulated = Simulated::load(&self.store, &options, start(self.dir.path())).await?;
         simulated.start_all()?;
         self.now = Some(Arc::clone(&simulated));
         Ok(simulated)
@@ -89,13 +90,13 @@ impl Sims {
             before: None,
         };
         let id = Uuid::new_v4();
-        let table = Table::<Claim>::new(Arc::clone(&self.store));
+        let table = Table::<Claim>::new(&self.store);
         table.put(id, &claim.bdf.to_string(), &claim, Expect::Absent).await.unwrap();
         id
     }
 
     async fn unclaim(&self, claim: Uuid) {
-        Table::<Claim>::new(Arc::clone(&self.store)).remove(claim).await.unwrap();
+        Table::<Claim>::new(&self.store).remove(claim).await.unwrap();
     }
 }
 
@@ -164,7 +165,7 @@ async fn a_pf_that_was_gone_gets_its_address_again_and_no_other_does() {
     assert_eq!(list(&again), [pf(0, "sima", 1), pf(2, "simc", 1)]);
     again.leave(&[]).await;
     // When every number has had a PF, the lowest of one that is gone is given again.
-    let records = Table::<SimPfRecord>::new(Arc::clone(&host.store));
+    let records = Table::<SimPfRecord>::new(&host.store);
     for number in 3..MAX_PFS {
         let record = SimPfRecord { number, vfs: 1, tap: None };
         records.put(id_of(number), &format!("old{number}"), &record, Expect::Any).await.unwrap();
@@ -189,7 +190,7 @@ async fn what_nobody_wants_ends_unless_a_vm_uses_it() {
     }
     let agent = host.now.clone().unwrap();
     let other = pid(&agent, 2);
-    let claims = Table::<Claim>::new(Arc::clone(&host.store)).list().await.unwrap();
+    let claims = Table::<Claim>::new(&host.store).list().await.unwrap();
     agent.leave(&claims.into_iter().map(|entry: Entry<Claim>| entry.value).collect::<Vec<_>>()).await;
     assert!(!runs(other).await);
     assert!(agent.open(pf_bdf(2).unwrap()).is_err(), "an agent that leaves starts none again");
@@ -242,7 +243,7 @@ async fn what_a_tenant_left_is_taken_back_through_the_simulated_mailbox() {
     let simulated = host.load(&["sim0=1"]).await.unwrap();
     let mac = MacAddress::new([2, 0, 0, 0, 0, 7]);
     simulated.open(pf_bdf(0).unwrap()).unwrap().set(0, VfChange::Mac(Some(mac))).unwrap();
-    let mut env = Environment::new(Arc::clone(&host.store), host.dir.path().into());
+    let mut env = Environment::new(&host.store, host.dir.path().into());
     env.inventory.leave_out_hardware();
     env.add_simulated(Arc::clone(&simulated));
     let handle = PfHandle::start(HostPfs::new(env.inventory.clone(), env.open_pf)).unwrap();

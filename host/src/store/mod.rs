@@ -1,66 +1,116 @@
 // SPDX-License-Identifier: Apache-2.0
 
-//! What the agent remembers: objects with a kind, an id, a name and a revision, as JSON values.
+//! The agent's memory: objects with a kind, an id, a name and a revision, as JSON values.
 //!
-//! The shape is that of the shared stores that distributed switches live in: list at a revision, compare-and-swap
-//! put, watch from a revision. [`SqliteStore`] keeps it in one file on this host.
+//! [`ObjectStore`] is the seam. Its shape is that of the shared stores of distributed switches: list at a revision,
+//! compare-and-swap in a transaction, watch from a revision. [`SqliteStore`] keeps the objects in one file of this host.
+//! `MemoryStore` (tests only) keeps them in the process. The laws in `tests/laws.rs` hold for both.
 //!
-//! Revisions are the store's own: each change takes the next number, and an object's revision is that of its last
-//! change. So a listing's revision is where a watch goes on without a gap.
+//! Revisions belong to the store: each change takes the next number, and the revision of an object is that of its last
+//! change. So a watch from the revision of a listing has no gap.
+//!
+//! A [`Record`] says whether its kind is shared by all hosts of a switch or belongs to this host. [`Stores`] has a store
+//! for each of the two scopes; an agent without a cluster uses one store for both.
 
+mod error;
+#[cfg(test)]
+mod memory;
 mod probe;
 mod schema;
 mod sqlite;
 mod table;
+#[cfg(test)]
+mod tests;
 
-use std::{future::Future, path::PathBuf, pin::Pin};
+use std::{collections::HashSet, future::Future, pin::Pin, sync::Arc};
 
 use serde_json::Value;
 use uuid::Uuid;
 
+pub use error::StoreError;
+#[cfg(test)]
+pub use memory::MemoryStore;
 pub use probe::{GOOD_FOR, WriteProbe};
-pub use sqlite::{SqliteStore, Watch};
-pub use table::{Entry, Record, Table};
+pub use sqlite::SqliteStore;
+pub use table::{Entry, Record, Scope, Table};
 
-/// A boxed future: what lets the store be a trait object.
+/// A boxed future, which makes a trait with asynchronous methods usable as an object.
 pub type BoxFuture<'a, T> = Pin<Box<dyn Future<Output = T> + Send + 'a>>;
+
+/// The largest number of operations in one commit. etcd's default limit is the same.
+pub const MAX_OPERATIONS: usize = 128;
 
 /// One stored object.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Object {
-    /// What it is: `vm`, `claim`, …
+    /// The kind: `vm`, `claim`, …
     pub kind: String,
-    /// Its immutable id.
+    /// The immutable id.
     pub id: Uuid,
-    /// Its name, unique among the living objects of its kind.
+    /// The name, unique among the living objects of the kind.
     pub name: String,
-    /// The revision of its last change.
+    /// The revision of the last change.
     pub revision: u64,
-    /// The object itself.
+    /// The content.
     pub value: Value,
 }
 
 /// All objects of a kind at one moment.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Listing {
-    /// The store's revision at that moment: where a watch goes on.
+    /// The store's revision at that moment. A watch from it has no gap.
     pub revision: u64,
     /// The objects, by name.
     pub objects: Vec<Object>,
 }
 
-/// What a write requires of the object that is there.
+/// The condition of an operation on the object that is there.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Expect {
-    /// There is none.
+    /// There is no object.
     Absent,
-    /// It has this revision.
+    /// The object has this revision.
     Revision(u64),
-    /// Nothing: whatever is there is overwritten.
+    /// No condition: a put replaces the object, a deletion of an absent object changes nothing.
     Any,
 }
 
-/// One change, as a watch tells it.
+/// One operation of a commit.
+#[derive(Clone, Debug, PartialEq)]
+pub enum Operation {
+    /// Writes an object.
+    Put {
+        /// The kind.
+        kind: &'static str,
+        /// The id.
+        id: Uuid,
+        /// The name.
+        name: String,
+        /// The content.
+        value: Value,
+        /// The condition.
+        expect: Expect,
+    },
+    /// Deletes an object.
+    Delete {
+        /// The kind.
+        kind: &'static str,
+        /// The id.
+        id: Uuid,
+        /// The condition.
+        expect: Expect,
+    },
+}
+
+impl Operation {
+    fn key(&self) -> (&'static str, Uuid) {
+        match self {
+            Self::Put { kind, id, .. } | Self::Delete { kind, id, .. } => (kind, *id),
+        }
+    }
+}
+
+/// One change, as a watch reports it.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Change {
     /// The store's revision of this change.
@@ -69,128 +119,76 @@ pub struct Change {
     pub kind: String,
     /// The object's id.
     pub id: Uuid,
-    /// The object as it became; None: it was deleted.
+    /// The object after the change; None after its deletion.
     pub object: Option<Object>,
 }
 
-/// Why the store cannot do it.
-#[derive(Debug, thiserror::Error)]
-pub enum StoreError {
-    /// There is no such object.
-    #[error("There is no {kind} {id}")]
-    NotFound {
-        /// The kind that was asked for.
-        kind: String,
-        /// The id that was asked for.
-        id: Uuid,
-    },
-    /// Someone else changed the object first: read it again.
-    #[error(
-        "The {kind} {id} has revision {actual:?} by now, not {expected}: read it again and repeat the change"
-    )]
-    Conflict {
-        /// The object's kind.
-        kind: String,
-        /// The object's id.
-        id: Uuid,
-        /// What the caller believed; 0 for absent.
-        expected: u64,
-        /// What it is; None if there is none.
-        actual: Option<u64>,
-    },
-    /// Another living object of this kind has the name.
-    #[error("The name {name:?} is taken by another {kind}")]
-    NameTaken {
-        /// The object's kind.
-        kind: String,
-        /// The name.
-        name: String,
-    },
-    /// The changes after the given revision are no longer kept: list again.
-    #[error("The changes after revision {from} are no longer kept (the oldest is {oldest}): list again")]
-    Compacted {
-        /// Where the watch wanted to go on.
-        from: u64,
-        /// The oldest change that is kept.
-        oldest: u64,
-    },
-    /// The file was written by a newer version of this program.
-    #[error(
-        "The database {path} has schema version {found}, and this portcullis knows versions up to {known}: \
-         run the newer portcullis, or move the file away to start empty"
-    )]
-    Newer {
-        /// The file.
-        path: PathBuf,
-        /// Its version.
-        found: u32,
-        /// What this build knows.
-        known: u32,
-    },
-    /// A background writer reports that it could not write.
-    #[error("The database was not written: {0}")]
-    NotWritten(String),
-    /// The file is damaged, or is no database of ours.
-    #[error(
-        "The database {path} is damaged ({detail}): restore it from a backup, or move it away to start empty \
-         (bound devices must then be released by hand)"
-    )]
-    Corrupt {
-        /// The file.
-        path: PathBuf,
-        /// What was found.
-        detail: String,
-    },
-    /// The file or its directory cannot be had.
-    #[error("The database {path} cannot be opened")]
-    Open {
-        /// The file.
-        path: PathBuf,
-        /// Why.
-        source: std::io::Error,
-    },
-    /// An object does not read as what its kind says.
-    #[error(
-        "The stored {kind} {id} cannot be read, it was written by another version or is damaged: run the portcullis that \
-         wrote it, or restore the database from a backup"
-    )]
-    Malformed {
-        /// The object's kind.
-        kind: String,
-        /// The object's id.
-        id: Uuid,
-        /// The reader's words.
-        source: serde_json::Error,
-    },
-    /// SQLite failed.
-    #[error("The database failed")]
-    Sqlite(#[from] rusqlite::Error),
-    /// The store's thread has ended.
-    #[error("The database is closed")]
-    Closed,
-}
-
-/// A store of objects. Cheap to share; every call is one atomic, durable step.
+/// A store of objects. It is cheap to share.
 pub trait ObjectStore: Send + Sync + 'static {
-    /// All objects of a kind, and the revision to watch from.
+    /// All objects of a kind, with the revision for a watch.
     fn list(&self, kind: &str) -> BoxFuture<'_, Result<Listing, StoreError>>;
 
-    /// One object.
+    /// One object. Fails with [`StoreError::NotFound`].
     fn get(&self, kind: &str, id: Uuid) -> BoxFuture<'_, Result<Object, StoreError>>;
 
-    /// Writes an object if `expect` holds, and returns it with its new revision.
-    fn put(
-        &self,
-        kind: &str,
-        id: Uuid,
-        name: &str,
-        value: Value,
-        expect: Expect,
-    ) -> BoxFuture<'_, Result<Object, StoreError>>;
+    /// Carries out all operations in their order, or none of them, in one durable step. Returns the revision of each.
+    /// A deletion that finds no object has the revision of the store.
+    ///
+    /// The commit has 1 to [`MAX_OPERATIONS`] operations, at most one for each object. It fails with
+    /// [`StoreError::Conflict`] or [`StoreError::NameTaken`] for the first operation that is not possible.
+    fn commit(&self, operations: Vec<Operation>) -> BoxFuture<'_, Result<Vec<u64>, StoreError>>;
 
-    /// Deletes an object if `expect` holds, and returns the revision of the deletion.
-    fn delete(&self, kind: &str, id: Uuid, expect: Expect) -> BoxFuture<'_, Result<u64, StoreError>>;
+    /// The changes of all kinds after `revision`, in order and without a gap.
+    fn watch(&self, revision: u64) -> Box<dyn Watch>;
+}
 
-    /// Every change of every kind after `revision`, in order and without a gap.
-    fn watch(&self, revision: u64) -> Watch;
+/// A stream of changes.
+pub trait Watch: Send {
+    /// Waits for the next change. A call that is dropped loses no change.
+    ///
+    /// Fails with [`StoreError::Compacted`] if the watch is too far behind: list again and start a new watch.
+    fn next(&mut self) -> BoxFuture<'_, Result<Change, StoreError>>;
+}
+
+/// Refuses a commit that [`ObjectStore::commit`] does not take.
+fn check_commit(operations: &[Operation]) -> Result<(), StoreError> {
+    if operations.is_empty() {
+        return Err(StoreError::Commit("it has no operation"));
+    }
+    if operations.len() > MAX_OPERATIONS {
+        return Err(StoreError::Commit("it has more than 128 operations"));
+    }
+    let mut keys = HashSet::new();
+    if operations.iter().all(|operation| keys.insert(operation.key())) {
+        return Ok(());
+    }
+    Err(StoreError::Commit("it has two operations for one object"))
+}
+
+/// The stores of an agent, by scope.
+#[derive(Clone)]
+pub struct Stores {
+    shared: Arc<dyn ObjectStore>,
+    local: Arc<dyn ObjectStore>,
+}
+
+impl Stores {
+    /// One store for both scopes: an agent without a cluster.
+    #[must_use]
+    pub fn on_one_host(store: Arc<dyn ObjectStore>) -> Self {
+        Self { shared: Arc::clone(&store), local: store }
+    }
+
+    /// A store for each scope.
+    #[must_use]
+    pub fn new(shared: Arc<dyn ObjectStore>, local: Arc<dyn ObjectStore>) -> Self {
+        Self { shared, local }
+    }
+
+    fn of(&self, scope: Scope) -> &Arc<dyn ObjectStore> {
+        match scope {
+            Scope::Shared => &self.shared,
+            Scope::Local => &self.local,
+        }
+    }
 }

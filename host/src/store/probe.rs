@@ -2,16 +2,13 @@
 
 //! Whether the store can be written, found out by writing: a database on a full disk can be read.
 
-use std::{
-    sync::Arc,
-    time::{Duration, Instant},
-};
+use std::time::{Duration, Instant};
 
 use serde::{Deserialize, Serialize};
 use tokio::sync::Mutex;
 use uuid::Uuid;
 
-use super::{Expect, ObjectStore, Record, Table};
+use super::{Expect, Record, Stores, Table};
 use crate::vm::problem::chain;
 
 /// The time for which a result is reused: a durable write for each health request would cost too much.
@@ -44,8 +41,8 @@ struct Last {
 impl WriteProbe {
     /// A probe whose answers are good for so long.
     #[must_use]
-    pub fn new(store: Arc<dyn ObjectStore>, good_for: Duration) -> Self {
-        Self { table: Table::new(store), good_for, last: Mutex::default() }
+    pub fn new(stores: &Stores, good_for: Duration) -> Self {
+        Self { table: Table::new(stores), good_for, last: Mutex::default() }
     }
 
     /// Why the store cannot be written; None if it can.
@@ -64,6 +61,8 @@ impl WriteProbe {
 
 #[cfg(test)]
 mod tests {
+    use std::sync::Arc;
+
     use super::*;
     use crate::store::SqliteStore;
 
@@ -71,9 +70,8 @@ mod tests {
     async fn a_store_that_can_only_be_read_is_complained_about_until_it_can_be_written() {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("test.db");
-        let store = Arc::new(SqliteStore::open(&path).unwrap());
-        let (probe, lazy) =
-            (WriteProbe::new(store.clone(), Duration::ZERO), WriteProbe::new(store, GOOD_FOR));
+        let stores = Stores::on_one_host(Arc::new(SqliteStore::open(&path).unwrap()));
+        let (probe, lazy) = (WriteProbe::new(&stores, Duration::ZERO), WriteProbe::new(&stores, GOOD_FOR));
         assert_eq!((probe.complaint().await, lazy.complaint().await), (None, None));
         let other = rusqlite::Connection::open(&path).unwrap();
         let full =

@@ -12,12 +12,11 @@ use std::{
 };
 
 use rusqlite::{Connection, OptionalExtension, Transaction, TransactionBehavior, params};
-use serde_json::Value;
 use tokio::sync::{oneshot, watch};
 use uuid::Uuid;
 
 use super::{
-    BoxFuture, Change, Expect, Listing, Object, ObjectStore, StoreError,
+    BoxFuture, Change, Expect, Listing, Object, ObjectStore, Operation, StoreError, Watch, check_commit,
     schema::{self, APPLICATION_ID, MIGRATIONS, Migrated},
 };
 
@@ -32,8 +31,7 @@ type Reply<T> = oneshot::Sender<Result<T, StoreError>>;
 enum Command {
     List { kind: String, reply: Reply<Listing> },
     Get { kind: String, id: Uuid, reply: Reply<Object> },
-    Put { object: Object, expect: Expect, reply: Reply<Object> },
-    Delete { kind: String, id: Uuid, expect: Expect, reply: Reply<u64> },
+    Commit { operations: Vec<Operation>, reply: Reply<Vec<u64>> },
     Changes { after: u64, reply: Reply<Vec<Change>> },
 }
 
@@ -79,58 +77,49 @@ impl ObjectStore for SqliteStore {
         Box::pin(self.call(move |reply| Command::Get { kind, id, reply }))
     }
 
-    fn put(
-        &self,
-        kind: &str,
-        id: Uuid,
-        name: &str,
-        value: Value,
-        expect: Expect,
-    ) -> BoxFuture<'_, Result<Object, StoreError>> {
-        let object = Object { kind: kind.to_owned(), id, name: name.to_owned(), revision: 0, value };
-        Box::pin(self.call(move |reply| Command::Put { object, expect, reply }))
+    fn commit(&self, operations: Vec<Operation>) -> BoxFuture<'_, Result<Vec<u64>, StoreError>> {
+        Box::pin(self.call(move |reply| Command::Commit { operations, reply }))
     }
 
-    fn delete(&self, kind: &str, id: Uuid, expect: Expect) -> BoxFuture<'_, Result<u64, StoreError>> {
-        let kind = kind.to_owned();
-        Box::pin(self.call(move |reply| Command::Delete { kind, id, expect, reply }))
-    }
-
-    fn watch(&self, revision: u64) -> Watch {
-        Watch {
+    fn watch(&self, revision: u64) -> Box<dyn Watch> {
+        Box::new(Changes {
             store: self.clone(),
             newest: self.newest.clone(),
             seen: revision,
             pending: Vec::new().into_iter(),
-        }
+        })
     }
 }
 
-/// Follows the changes of a store.
+/// A watch: it reads the log of changes whenever the store has a newer revision.
 #[derive(Debug)]
-pub struct Watch {
+struct Changes {
     store: SqliteStore,
     newest: watch::Receiver<u64>,
     seen: u64,
     pending: std::vec::IntoIter<Change>,
 }
 
-impl Watch {
-    /// The next change; waits for it. Cancel-safe.
-    ///
-    /// # Errors
-    /// [`StoreError::Compacted`] if it lagged too far behind: list again and start a new watch.
-    pub async fn next(&mut self) -> Result<Change, StoreError> {
-        loop {
-            if let Some(change) = self.pending.next() {
-                self.seen = change.revision;
-                return Ok(change);
+impl Watch for Changes {
+    fn next(&mut self) -> BoxFuture<'_, Result<Change, StoreError>> {
+        Box::pin(async {
+            loop {
+                if let Some(change) = self.pending.next() {
+                    self.seen = change.revision;
+                    return Ok(change);
+                }
+                let seen = self.seen;
+                self.newest.wait_for(|newest| *newest > seen).await.map_err(|_| StoreError::Closed)?;
+                let batch = self.store.call(move |reply| Command::Changes { after: seen, reply }).await?;
+                self.pending = batch.into_iter();
             }
-            let seen = self.seen;
-            self.newest.wait_for(|newest| *newest > seen).await.map_err(|_| StoreError::Closed)?;
-            let batch = self.store.call(move |reply| Command::Changes { after: seen, reply }).await?;
-            self.pending = batch.into_iter();
-        }
+        })
+    }
+}
+
+impl From<rusqlite::Error> for StoreError {
+    fn from(error: rusqlite::Error) -> Self {
+        Self::Failed(Box::new(error))
     }
 }
 
@@ -142,10 +131,7 @@ fn open(path: &Path) -> Result<Connection, StoreError> {
     // SQLite gives its journal files the mode of the database, which therefore must exist first.
     OpenOptions::new().append(true).create(true).mode(0o600).open(path).map_err(cannot)?;
     let mut connection = Connection::open(path).map_err(|error| cannot(io::Error::other(error)))?;
-    prepare(&mut connection, path).map_err(|error| match error {
-        StoreError::Sqlite(error) => describe(error, path),
-        other => other,
-    })?;
+    prepare(&mut connection, path).map_err(|error| describe(error, path))?;
     Ok(connection)
 }
 
@@ -179,36 +165,32 @@ fn prepare(connection: &mut Connection, path: &Path) -> Result<(), StoreError> {
     }
 }
 
-fn describe(error: rusqlite::Error, path: &Path) -> StoreError {
+/// Names the file in an error that is about the file.
+fn describe(error: StoreError, path: &Path) -> StoreError {
     use rusqlite::ErrorCode::{CannotOpen, DatabaseCorrupt, NotADatabase, PermissionDenied, ReadOnly};
+    let StoreError::Failed(source) = error else { return error };
+    let code = source.downcast_ref().and_then(rusqlite::Error::sqlite_error_code);
     let path = PathBuf::from(path);
-    match error.sqlite_error_code() {
-        Some(DatabaseCorrupt | NotADatabase) => StoreError::Corrupt { path, detail: error.to_string() },
+    match code {
+        Some(DatabaseCorrupt | NotADatabase) => StoreError::Corrupt { path, detail: source.to_string() },
         Some(CannotOpen | PermissionDenied | ReadOnly) => {
-            StoreError::Open { path, source: io::Error::other(error) }
+            StoreError::Open { path, source: io::Error::other(source) }
         }
-        _ => StoreError::Sqlite(error),
+        _ => StoreError::Failed(source),
     }
 }
 
 fn run(mut connection: Connection, inbox: &mpsc::Receiver<Command>, tell: &watch::Sender<u64>) {
-    // A reply that nobody waits for any more is not an error: the step was done all the same.
+    // A dropped receiver is no error: the step is done all the same.
     while let Ok(command) = inbox.recv() {
         match command {
             Command::List { kind, reply } => drop(reply.send(list(&mut connection, &kind))),
             Command::Get { kind, id, reply } => drop(reply.send(get(&connection, &kind, id))),
             Command::Changes { after, reply } => drop(reply.send(changes(&connection, after))),
-            Command::Put { object, expect, reply } => {
-                let result = put(&mut connection, object, expect);
-                if let Ok(object) = &result {
-                    tell.send_replace(object.revision);
-                }
-                drop(reply.send(result));
-            }
-            Command::Delete { kind, id, expect, reply } => {
-                let result = delete(&mut connection, &kind, id, expect);
-                if let Ok(revision) = &result {
-                    tell.send_replace(*revision);
+            Command::Commit { operations, reply } => {
+                let result = commit(&mut connection, operations);
+                if let Some(revision) = result.as_ref().ok().and_then(|revisions| revisions.iter().max()) {
+                    tell.send_if_modified(|newest| std::mem::replace(newest, *revision) != *revision);
                 }
                 drop(reply.send(result));
             }
@@ -281,40 +263,55 @@ fn check(
     Err(StoreError::Conflict { kind: kind.to_owned(), id, expected: expected.unwrap_or(0), actual })
 }
 
-fn put(connection: &mut Connection, mut object: Object, expect: Expect) -> Result<Object, StoreError> {
+fn commit(connection: &mut Connection, operations: Vec<Operation>) -> Result<Vec<u64>, StoreError> {
+    check_commit(&operations)?;
     let transaction = connection.transaction_with_behavior(TransactionBehavior::Immediate)?;
-    let id = object.id.to_string();
-    check(&transaction, &object.kind, object.id, expect)?;
-    let taken: Option<String> = transaction
-        .query_row(
-            "SELECT id FROM objects WHERE kind = ?1 AND name = ?2 AND id <> ?3",
-            params![object.kind, object.name, id],
-            |row| row.get(0),
-        )
-        .optional()?;
-    if taken.is_some() {
-        return Err(StoreError::NameTaken { kind: object.kind, name: object.name });
+    let mut revisions = Vec::with_capacity(operations.len());
+    for operation in operations {
+        revisions.push(match operation {
+            Operation::Put { kind, id, name, value, expect } => {
+                check(&transaction, kind, id, expect)?;
+                put(&transaction, kind, id, &name, &value.to_string())?
+            }
+            Operation::Delete { kind, id, expect } => match check(&transaction, kind, id, expect)? {
+                Some(_) => delete(&transaction, kind, id)?,
+                None => newest(&transaction)?,
+            },
+        });
     }
-    let value = object.value.to_string();
-    object.revision = log(&transaction, &object.kind, &id, Some((&object.name, &value)))?;
-    transaction.execute(
-        "INSERT INTO objects (kind, id, name, revision, value) VALUES (?1, ?2, ?3, ?4, ?5)
-         ON CONFLICT (kind, id) DO UPDATE SET name = ?3, revision = ?4, value = ?5",
-        params![object.kind, id, object.name, object.revision, value],
-    )?;
     transaction.commit()?;
-    Ok(object)
+    Ok(revisions)
 }
 
-fn delete(connection: &mut Connection, kind: &str, id: Uuid, expect: Expect) -> Result<u64, StoreError> {
-    let transaction = connection.transaction_with_behavior(TransactionBehavior::Immediate)?;
-    if check(&transaction, kind, id, expect)?.is_none() {
-        return Err(StoreError::NotFound { kind: kind.to_owned(), id });
+fn put(
+    transaction: &Transaction<'_>,
+    kind: &str,
+    id: Uuid,
+    name: &str,
+    value: &str,
+) -> Result<u64, StoreError> {
+    let id = id.to_string();
+    let taken: Option<String> = transaction
+        .prepare_cached("SELECT id FROM objects WHERE kind = ?1 AND name = ?2 AND id <> ?3")?
+        .query_row(params![kind, name, id], |row| row.get(0))
+        .optional()?;
+    if taken.is_some() {
+        return Err(StoreError::NameTaken { kind: kind.to_owned(), name: name.to_owned() });
     }
-    transaction.execute("DELETE FROM objects WHERE kind = ?1 AND id = ?2", params![kind, id.to_string()])?;
-    let revision = log(&transaction, kind, &id.to_string(), None)?;
-    transaction.commit()?;
+    let revision = log(transaction, kind, &id, Some((name, value)))?;
+    transaction
+        .prepare_cached(
+            "INSERT INTO objects (kind, id, name, revision, value) VALUES (?1, ?2, ?3, ?4, ?5)
+             ON CONFLICT (kind, id) DO UPDATE SET name = ?3, revision = ?4, value = ?5",
+        )?
+        .execute(params![kind, id, name, revision, value])?;
     Ok(revision)
+}
+
+fn delete(transaction: &Transaction<'_>, kind: &str, id: Uuid) -> Result<u64, StoreError> {
+    let id = id.to_string();
+    transaction.execute("DELETE FROM objects WHERE kind = ?1 AND id = ?2", params![kind, id])?;
+    log(transaction, kind, &id, None)
 }
 
 /// Appends to the log of changes, forgets the oldest, and returns the new revision.
@@ -356,6 +353,3 @@ fn changes(connection: &Connection, after: u64) -> Result<Vec<Change>, StoreErro
     }
     Ok(found)
 }
-
-#[cfg(test)]
-mod tests;

@@ -7,22 +7,33 @@ use std::{marker::PhantomData, sync::Arc};
 use serde::{Serialize, de::DeserializeOwned};
 use uuid::Uuid;
 
-use super::{Expect, Object, ObjectStore, StoreError};
+use super::{Expect, MAX_OPERATIONS, Object, ObjectStore, Operation, StoreError, Stores};
+
+/// The hosts to which the objects of a kind belong.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Scope {
+    /// All hosts that share a switch: its definition, its port groups and its ports.
+    Shared,
+    /// This host alone: claims, processes, the state of VFs.
+    Local,
+}
 
 /// A type that is stored as one kind of objects.
 pub trait Record: Serialize + DeserializeOwned + Send {
     /// The kind's name.
     const KIND: &'static str;
+    /// The store that has the kind.
+    const SCOPE: Scope = Scope::Local;
 }
 
 /// One stored record.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Entry<T> {
-    /// Its immutable id.
+    /// The immutable id.
     pub id: Uuid,
-    /// Its name.
+    /// The name.
     pub name: String,
-    /// The revision of its last change.
+    /// The revision of the last change.
     pub revision: u64,
     /// The record.
     pub value: T,
@@ -41,10 +52,10 @@ impl<T> Clone for Table<T> {
 }
 
 impl<T: Record> Table<T> {
-    /// The records of kind `T::KIND` in `store`.
+    /// The records of kind `T::KIND` in the store of their scope.
     #[must_use]
-    pub fn new(store: Arc<dyn ObjectStore>) -> Self {
-        Self { store, kind: PhantomData }
+    pub fn new(stores: &Stores) -> Self {
+        Self { store: Arc::clone(stores.of(T::SCOPE)), kind: PhantomData }
     }
 
     /// All records, by name.
@@ -63,29 +74,52 @@ impl<T: Record> Table<T> {
         entry(self.store.get(T::KIND, id).await?)
     }
 
-    /// Writes a record if `expect` holds.
+    /// Writes a record if `expect` holds, and returns its revision.
     ///
     /// # Errors
     /// Those of the store.
     pub async fn put(&self, id: Uuid, name: &str, value: &T, expect: Expect) -> Result<u64, StoreError> {
-        let value = serde_json::to_value(value).map_err(|source| StoreError::Malformed {
-            kind: T::KIND.to_owned(),
-            id,
-            source,
-        })?;
-        Ok(self.store.put(T::KIND, id, name, value, expect).await?.revision)
+        let revisions = self.store.commit(vec![operation(id, name, Some(value), expect)?]).await?;
+        Ok(revisions.first().copied().unwrap_or_default())
     }
 
-    /// Deletes a record; that there is none is no error.
+    /// Deletes a record. An absent record is no error.
     ///
     /// # Errors
     /// Those of the store.
     pub async fn remove(&self, id: Uuid) -> Result<(), StoreError> {
-        match self.store.delete(T::KIND, id, Expect::Any).await {
-            Ok(_) | Err(StoreError::NotFound { .. }) => Ok(()),
-            Err(error) => Err(error),
-        }
+        self.store.commit(vec![operation::<T>(id, "", None, Expect::Any)?]).await.map(drop)
     }
+
+    /// Writes (`Some`) and deletes (`None`) records without a condition, at most [`MAX_OPERATIONS`] in one durable step. Ids are
+    /// the records' names, too.
+    ///
+    /// # Errors
+    /// Those of the store. The steps before the failed one are done.
+    pub async fn write(&self, records: &[(Uuid, Option<&T>)]) -> Result<(), StoreError> {
+        for step in records.chunks(MAX_OPERATIONS) {
+            let operations: Result<Vec<_>, _> =
+                step.iter().map(|(id, value)| operation(*id, &id.to_string(), *value, Expect::Any)).collect();
+            self.store.commit(operations?).await?;
+        }
+        Ok(())
+    }
+}
+
+fn operation<T: Record>(
+    id: Uuid,
+    name: &str,
+    value: Option<&T>,
+    expect: Expect,
+) -> Result<Operation, StoreError> {
+    let kind = T::KIND;
+    let Some(value) = value else { return Ok(Operation::Delete { kind, id, expect }) };
+    let value = serde_json::to_value(value).map_err(|source| StoreError::Malformed {
+        kind: kind.to_owned(),
+        id,
+        source,
+    })?;
+    Ok(Operation::Put { kind, id, name: name.to_owned(), value, expect })
 }
 
 fn entry<T: Record>(object: Object) -> Result<Entry<T>, StoreError> {

@@ -105,10 +105,10 @@ pub(super) async fn start(
         pfs: BTreeSet::new(),
         capabilities: HashMap::new(),
         down: BTreeSet::new(),
-        switches: Table::new(Arc::clone(&store)),
-        groups: Table::new(Arc::clone(&store)),
-        ports: Table::new(Arc::clone(&store)),
-        writer: Writer::start(Table::new(Arc::clone(&store))),
+        switches: Table::new(&store),
+        groups: Table::new(&store),
+        ports: Table::new(&store),
+        writer: Writer::start(Table::new(&store)),
         pf,
         decisions,
         events,
@@ -127,7 +127,7 @@ pub(super) async fn start(
         #[cfg(test)]
         settling: Vec::new(),
     };
-    load::load(&mut actor, Table::new(Arc::clone(&store)), Table::new(store), pfs).await?;
+    load::load(&mut actor, Table::new(&store), Table::new(&store), pfs).await?;
     tokio::spawn(run(actor, inbox, ended, hints));
     Ok(())
 }

@@ -66,7 +66,7 @@ use crate::{
     decisions::{DecisionLog, events::EventHub},
     metrics::Metrics,
     pf::{PfHandle, PfName},
-    store::ObjectStore,
+    store::Stores,
     vm::problem::chain,
 };
 
@@ -117,8 +117,8 @@ impl Default for Timing {
 
 /// What the switch works with.
 pub struct Parts {
-    /// Where its objects are.
-    pub store: Arc<dyn ObjectStore>,
+    /// The stores of its objects.
+    pub store: Stores,
     /// The way to PFs.
     pub pf: PfHandle,
     /// Where decisions are recorded.

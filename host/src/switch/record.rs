@@ -12,7 +12,7 @@ use netpolicy::{
 use serde::{Deserialize, Serialize};
 
 use super::lane::{Lane, Revert};
-use crate::store::Record;
+use crate::store::{Record, Scope};
 
 /// The first start of an agent with this store, which is the creation time of the default switch and group.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
@@ -36,6 +36,7 @@ pub struct SwitchRecord {
 
 impl Record for SwitchRecord {
     const KIND: &'static str = "switch";
+    const SCOPE: Scope = Scope::Shared;
 }
 
 /// A port group.
@@ -49,6 +50,7 @@ pub struct GroupRecord {
 
 impl Record for GroupRecord {
     const KIND: &'static str = "port_group";
+    const SCOPE: Scope = Scope::Shared;
 }
 
 /// A port as it was asked for.
@@ -71,6 +73,7 @@ pub struct PortRecord {
 
 impl Record for PortRecord {
     const KIND: &'static str = "port";
+    const SCOPE: Scope = Scope::Shared;
 }
 
 impl PortRecord {

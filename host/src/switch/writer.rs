@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 
-//! Writes what ports have been given, in the order in which it changed, without keeping the switch waiting.
+//! Writes the state of ports without a wait of the switch. States that change while a write is under way share the next
+//! one: an edit that reaches a hundred ports costs one durable write.
 
 use std::collections::BTreeMap;
 
@@ -8,10 +9,7 @@ use netpolicy::PortId;
 use tokio::sync::{mpsc, oneshot};
 
 use super::record::Attachment;
-use crate::{
-    store::{Expect, StoreError, Table},
-    vm::problem::chain,
-};
+use crate::{store::Table, vm::problem::chain};
 
 /// A port's newest value, or that it is gone.
 type Value = Option<Box<Attachment>>;
@@ -58,21 +56,13 @@ async fn run(table: Table<Attachment>, mut inbox: mpsc::UnboundedReceiver<(PortI
             entry.1.push(done);
             next = inbox.try_recv().ok();
         }
-        for (port, (value, waiting)) in newest {
-            let written = write(&table, port, value).await.map_err(|error| chain(&error));
-            if let Err(error) = &written {
-                tracing::error!(%port, "The state of a port cannot be stored: {error}");
-            }
-            for done in waiting {
-                let _ = done.send(written.clone());
-            }
+        let records: Vec<_> = newest.iter().map(|(port, (value, _))| (port.0, value.as_deref())).collect();
+        let written = table.write(&records).await.map_err(|error| chain(&error));
+        if let Err(error) = &written {
+            tracing::error!(ports = records.len(), "The state of ports cannot be stored: {error}");
         }
-    }
-}
-
-async fn write(table: &Table<Attachment>, port: PortId, value: Value) -> Result<(), StoreError> {
-    match value {
-        Some(value) => table.put(port.0, &port.to_string(), &value, Expect::Any).await.map(drop),
-        None => table.remove(port.0).await,
+        for done in newest.into_values().flat_map(|(_, waiting)| waiting) {
+            let _ = done.send(written.clone());
+        }
     }
 }

@@ -27,7 +27,7 @@ use crate::{
     decisions::{DecisionLog, KEPT, events::EventHub},
     metrics::Metrics,
     pf::{PfHandle, fake::FakePfs},
-    store::{Expect, ObjectStore as _, SqliteStore, Table},
+    store::{Expect, ObjectStore as _, Operation, SqliteStore, Stores, Table},
     switch::{Adapter, Parts, Policy, SwitchError, SwitchHandle, Timing, Vmm, record::Attachment},
     vmm_process::OrderError,
 };
@@ -181,7 +181,7 @@ async fn parts(
     let (hints, hinted) = mpsc::channel(8);
     let parts = Parts {
         metrics: metrics.clone(),
-        store,
+        store: Stores::on_one_host(store),
         pf: PfHandle::start(pfs.clone()).unwrap(),
         decisions: decisions.clone(),
         events: events.clone(),
@@ -223,7 +223,7 @@ impl Host {
     /// Like [`restart`](Self::restart); `meanwhile` sees the store while there is no agent.
     pub(super) async fn restart_after(&mut self, meanwhile: impl AsyncFnOnce(Table<Attachment>)) {
         let store = self.end().await;
-        meanwhile(Table::new(Arc::new(store))).await;
+        meanwhile(Table::new(&Stores::on_one_host(Arc::new(store)))).await;
         (self.switch, self.policy, self.hints) =
             parts(self.dir.path(), &self.pfs, &self.metrics).await.unwrap();
     }
@@ -231,7 +231,7 @@ impl Host {
     /// What is stored of a VM's port now.
     pub(super) async fn stored(&self, n: u8) -> Attachment {
         let store = Arc::new(SqliteStore::open(&self.dir.path().join("test.db")).unwrap());
-        let all = Table::<Attachment>::new(store).list().await.unwrap();
+        let all = Table::<Attachment>::new(&Stores::on_one_host(store)).list().await.unwrap();
         all.into_iter().map(|entry| entry.value).find(|port| port.vf == Some(vf(n))).expect("it has its VF")
     }
 
@@ -246,20 +246,22 @@ impl Host {
     }
 
     /// Ends the agent, damages all that is stored of one kind, and tells why no other starts on that.
-    pub(super) async fn restart_on_damaged(&mut self, kind: &str) -> SwitchError {
+    pub(super) async fn restart_on_damaged(&mut self, kind: &'static str) -> SwitchError {
         let store = self.end().await;
         for object in store.list(kind).await.unwrap().objects {
-            let value = serde_json::json!({ "odd": true });
-            store.put(kind, object.id, &object.name, value, Expect::Any).await.unwrap();
+            let (id, name, value) = (object.id, object.name, serde_json::json!({ "odd": true }));
+            let put = Operation::Put { kind, id, name, value, expect: Expect::Any };
+            store.commit(vec![put]).await.unwrap();
         }
         parts(self.dir.path(), &self.pfs, &self.metrics).await.err().expect("an error")
     }
 
     /// As [`restart_on_damaged`](Self::restart_on_damaged), with all of one kind lost.
-    pub(super) async fn restart_without(&mut self, kind: &str) -> SwitchError {
+    pub(super) async fn restart_without(&mut self, kind: &'static str) -> SwitchError {
         let store = self.end().await;
         for object in store.list(kind).await.unwrap().objects {
-            store.delete(kind, object.id, Expect::Any).await.unwrap();
+            let delete = Operation::Delete { kind, id: object.id, expect: Expect::Any };
+            store.commit(vec![delete]).await.unwrap();
         }
         parts(self.dir.path(), &self.pfs, &self.metrics).await.err().expect("an error")
     }

@@ -29,7 +29,7 @@ use crate::{
     environment::Environment,
     pf::{HostPfs, PfHandle},
     sim::Simulated,
-    store::{Entry, Expect, SqliteStore},
+    store::{Entry, Expect, SqliteStore, Stores},
     switch::{Parts, Policy, SwitchHandle, Timing},
     vm::{VmHandle, record::VmRecord},
     vmm_process::Program,
@@ -155,7 +155,7 @@ impl Host {
         let decisions = DecisionLog::open(&path, KEPT, events.clone()).unwrap();
         let parts = Parts {
             metrics: env.metrics.clone(),
-            store: Arc::new(SqliteStore::open(&path).unwrap()),
+            store: Stores::on_one_host(Arc::new(SqliteStore::open(&path).unwrap())),
             pf: PfHandle::start(HostPfs::new(env.inventory.clone(), Arc::clone(&env.open_pf))).unwrap(),
             decisions: decisions.clone(),
             events: events.clone(),
@@ -287,7 +287,7 @@ fn environment(dir: &Path, sysfs: &Sysfs, pf: &Arc<Mutex<FakePf>>) -> Environmen
                 passed.into(),
             ],
         },
-        ..Environment::new(Arc::new(store), dir.join("run"))
+        ..Environment::new(&Stores::on_one_host(Arc::new(store)), dir.join("run"))
     }
 }
 

@@ -1,0 +1,183 @@
+// SPDX-License-Identifier: Apache-2.0
+
+//! The laws of [`ObjectStore`]. A new store is a line in [`stores`].
+
+use std::time::Duration;
+
+use serde_json::json;
+use tokio::time::timeout;
+
+use super::super::*;
+
+/// An empty store of each kind, with the directory that it may need.
+fn stores() -> Vec<(tempfile::TempDir, Arc<dyn ObjectStore>)> {
+    let dirs = || tempfile::tempdir().unwrap();
+    let (file, memory) = (dirs(), dirs());
+    let sqlite = SqliteStore::open(&file.path().join("portcullis.db")).unwrap();
+    vec![(file, Arc::new(sqlite)), (memory, Arc::new(MemoryStore::default()))]
+}
+
+fn put(kind: &'static str, id: Uuid, name: &str, value: Value, expect: Expect) -> Operation {
+    Operation::Put { kind, id, name: name.to_owned(), value, expect }
+}
+
+fn delete(kind: &'static str, id: Uuid, expect: Expect) -> Operation {
+    Operation::Delete { kind, id, expect }
+}
+
+/// Commits one operation, and returns its revision.
+async fn one(store: &dyn ObjectStore, operation: Operation) -> Result<u64, StoreError> {
+    store.commit(vec![operation]).await.map(|revisions| revisions[0])
+}
+
+#[tokio::test]
+async fn compare_and_swap_admits_exactly_one_of_two_writers() {
+    for (_dir, store) in stores() {
+        let (store, id) = (store.as_ref(), Uuid::new_v4());
+        let first = one(store, put("vm", id, "a", json!(1), Expect::Absent)).await.unwrap();
+        let again = one(store, put("vm", id, "a", json!(1), Expect::Absent)).await;
+        assert!(matches!(again, Err(StoreError::Conflict { actual: Some(_), .. })));
+        let won = one(store, put("vm", id, "a", json!(2), Expect::Revision(first))).await.unwrap();
+        let lost = one(store, put("vm", id, "a", json!(3), Expect::Revision(first))).await;
+        assert!(matches!(lost, Err(StoreError::Conflict { actual, .. }) if actual == Some(won)));
+        let object = store.get("vm", id).await.unwrap();
+        assert_eq!((object.value, object.revision), (json!(2), won));
+        let lost = one(store, delete("vm", id, Expect::Revision(first))).await;
+        assert!(matches!(lost, Err(StoreError::Conflict { .. })));
+        one(store, delete("vm", id, Expect::Revision(won))).await.unwrap();
+        assert!(matches!(store.get("vm", id).await, Err(StoreError::NotFound { .. })));
+    }
+}
+
+#[tokio::test]
+async fn a_deletion_of_an_absent_object_changes_nothing() {
+    for (_dir, store) in stores() {
+        let (store, id) = (store.as_ref(), Uuid::new_v4());
+        let before = one(store, put("vm", Uuid::new_v4(), "a", json!(0), Expect::Absent)).await.unwrap();
+        assert_eq!(one(store, delete("vm", id, Expect::Any)).await.unwrap(), before);
+        let lost = one(store, delete("vm", id, Expect::Revision(before))).await;
+        assert!(matches!(lost, Err(StoreError::Conflict { actual: None, .. })));
+        assert_eq!(store.list("vm").await.unwrap().revision, before);
+    }
+}
+
+#[tokio::test]
+async fn names_are_unique_among_the_living_of_a_kind() {
+    for (_dir, store) in stores() {
+        let store = store.as_ref();
+        let (first, second) = (Uuid::new_v4(), Uuid::new_v4());
+        one(store, put("claim", first, "0000:01:10.0", json!({}), Expect::Absent)).await.unwrap();
+        let taken = one(store, put("claim", second, "0000:01:10.0", json!({}), Expect::Absent)).await;
+        assert!(matches!(taken, Err(StoreError::NameTaken { .. })));
+        one(store, put("vm", second, "0000:01:10.0", json!({}), Expect::Absent)).await.unwrap();
+        one(store, delete("claim", first, Expect::Any)).await.unwrap();
+        one(store, put("claim", second, "0000:01:10.0", json!({}), Expect::Absent)).await.unwrap();
+    }
+}
+
+#[tokio::test]
+async fn a_commit_is_done_as_a_whole_or_not_at_all() {
+    for (_dir, store) in stores() {
+        let store = store.as_ref();
+        let (first, second, third) = (Uuid::new_v4(), Uuid::new_v4(), Uuid::new_v4());
+        let both = vec![
+            put("port", first, "a", json!(1), Expect::Absent),
+            put("mac", second, "b", json!(2), Expect::Absent),
+        ];
+        let revisions = store.commit(both).await.unwrap();
+        assert_eq!(revisions[0] + 1, revisions[1]);
+        let mut watch = store.watch(revisions[1]);
+        for impossible in [
+            put("mac", third, "b", json!(3), Expect::Absent),
+            delete("mac", second, Expect::Revision(revisions[0])),
+        ] {
+            let failed = store.commit(vec![delete("port", first, Expect::Any), impossible]).await;
+            assert!(failed.is_err());
+        }
+        assert_eq!(store.get("port", first).await.unwrap().value, json!(1));
+        assert_eq!(store.list("port").await.unwrap().revision, revisions[1]);
+        assert!(timeout(Duration::from_millis(50), watch.next()).await.is_err(), "nothing has changed");
+        // A name that one operation gives up is free for the next one.
+        let moved =
+            vec![delete("mac", second, Expect::Any), put("mac", third, "b", json!(3), Expect::Absent)];
+        store.commit(moved).await.unwrap();
+        assert_eq!(watch.next().await.unwrap().id, second);
+        assert_eq!(watch.next().await.unwrap().object.unwrap().id, third);
+    }
+}
+
+#[tokio::test]
+async fn a_commit_has_bounds() {
+    for (_dir, store) in stores() {
+        let operations = |count: usize| -> Vec<Operation> {
+            (0..count).map(|n| put("vm", Uuid::new_v4(), &n.to_string(), json!(n), Expect::Absent)).collect()
+        };
+        assert!(matches!(store.commit(Vec::new()).await, Err(StoreError::Commit(_))));
+        assert!(matches!(store.commit(operations(MAX_OPERATIONS + 1)).await, Err(StoreError::Commit(_))));
+        let twice = delete("vm", Uuid::nil(), Expect::Any);
+        assert!(matches!(store.commit(vec![twice.clone(), twice]).await, Err(StoreError::Commit(_))));
+        assert_eq!(store.commit(operations(MAX_OPERATIONS)).await.unwrap().len(), MAX_OPERATIONS);
+    }
+}
+
+#[tokio::test]
+async fn a_watch_from_a_listing_misses_nothing_and_repeats_nothing() {
+    for (_dir, store) in stores() {
+        let store = store.as_ref();
+        let ids: Vec<Uuid> = (0..3).map(|_| Uuid::new_v4()).collect();
+        one(store, put("vm", ids[0], "before", json!(0), Expect::Absent)).await.unwrap();
+        let listing = store.list("vm").await.unwrap();
+        let mut watch = store.watch(listing.revision);
+        assert!(timeout(Duration::from_millis(50), watch.next()).await.is_err(), "nothing has happened yet");
+        // More than a store reads at once, so that the second read goes on from the end of the first.
+        for n in 0..600 {
+            one(store, put("vm", ids[1], "b", json!(n), Expect::Any)).await.unwrap();
+        }
+        one(store, delete("vm", ids[1], Expect::Any)).await.unwrap();
+        for n in 0..600 {
+            let change = watch.next().await.unwrap();
+            assert_eq!(change.object.unwrap().value, json!(n));
+            assert_eq!(change.revision, listing.revision + 1 + n);
+        }
+        assert_eq!(watch.next().await.unwrap().object, None);
+        one(store, put("port", ids[2], "c", json!(1), Expect::Absent)).await.unwrap();
+        assert_eq!(watch.next().await.unwrap().kind, "port");
+    }
+}
+
+/// Records of the two scopes.
+#[derive(serde::Serialize, serde::Deserialize)]
+struct Everybodys(u8);
+impl Record for Everybodys {
+    const KIND: &'static str = "everybodys";
+    const SCOPE: Scope = Scope::Shared;
+}
+#[derive(serde::Serialize, serde::Deserialize)]
+struct Own(u8);
+impl Record for Own {
+    const KIND: &'static str = "own";
+}
+
+#[tokio::test]
+async fn a_record_is_in_the_store_of_its_scope() {
+    let (shared, local) = (Arc::new(MemoryStore::default()), Arc::new(MemoryStore::default()));
+    let stores = Stores::new(shared.clone(), local.clone());
+    let id = Uuid::new_v4();
+    Table::new(&stores).put(id, "a", &Everybodys(1), Expect::Absent).await.unwrap();
+    Table::new(&stores).put(id, "a", &Own(2), Expect::Absent).await.unwrap();
+    assert!(shared.get("everybodys", id).await.is_ok() && shared.get("own", id).await.is_err());
+    assert!(local.get("own", id).await.is_ok() && local.get("everybodys", id).await.is_err());
+}
+
+#[tokio::test]
+async fn many_records_are_written_in_few_steps() {
+    let store = Arc::new(MemoryStore::default());
+    let table = Table::<Own>::new(&Stores::on_one_host(store.clone()));
+    let records: Vec<(Uuid, Own)> = (0..200).map(|n| (Uuid::new_v4(), Own(n))).collect();
+    let written: Vec<_> = records.iter().map(|(id, record)| (*id, Some(record))).collect();
+    table.write(&written).await.unwrap();
+    assert_eq!(table.list().await.unwrap().len(), 200);
+    table.write(&written.iter().map(|(id, _)| (*id, None)).collect::<Vec<_>>()).await.unwrap();
+    assert_eq!(table.list().await.unwrap().len(), 0);
+    table.write(&[]).await.unwrap();
+}
