@@ -201,12 +201,12 @@ impl PartialSchema for DeviceBdf {
 
 impl ToSchema for DeviceBdf {}
 
-/// The kind of a switch.
+/// The kind of a switch. `distributed` is for a later release: the agent refuses it by name.
 pub(super) struct Kind;
 
 impl PartialSchema for Kind {
     fn schema() -> RefOr<Schema> {
-        words(&["standard", "distributed"]).into()
+        words(&["standard"]).into()
     }
 }
 

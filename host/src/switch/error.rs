@@ -71,6 +71,9 @@ pub enum SwitchError {
         /// Why, and the cure.
         why: String,
     },
+    /// A new switch is to be distributed, and this release has no shared store for its definition.
+    #[error("A switch of kind distributed needs a store that hosts share, which this release does not have: use standard")]
+    Distributed,
     /// A limit of this agent.
     #[error("{0}")]
     TooMany(&'static str),
@@ -96,6 +99,7 @@ impl ToProblem for SwitchError {
             Self::NotCleaned { .. } => with(ProblemCode::DeviceFailed),
             // Told by an agent that does not start.
             Self::Contradiction { .. } => with(ProblemCode::Internal),
+            Self::Distributed => Problem::invalid("kind", chain(self)),
             Self::TooMany(_) | Self::Closed => with(ProblemCode::Unavailable),
         }
     }

@@ -9,7 +9,7 @@ use api::{
     Missing,
     types::{Name, ObjectKind, ObjectRef, PortGroupSpec, PortSpec, SwitchSpec, Timestamp},
 };
-use netpolicy::{Corrections, Entity, PortGroup, PortGroupId, PortId, Switch, SwitchId, SwitchState};
+use netpolicy::{Corrections, Entity, PortGroup, PortGroupId, PortId, Switch, SwitchId, SwitchKind, SwitchState};
 use uuid::Uuid;
 
 use super::{
@@ -32,6 +32,10 @@ impl Actor {
         let found = self.state.switches().find(|switch| switch.name.as_str() == name.as_str());
         let id = found.map(|switch| switch.id);
         let meta = self.expect(id.map(|id| id.0), expect)?;
+        // Releases before 0.2.0 stored the word and gave it no meaning. Those switches stay what they are.
+        if id.is_none() && spec.kind == SwitchKind::Distributed {
+            return Err(SwitchError::Distributed);
+        }
         let mut trial = self.state.clone();
         // PFs that nobody named belong to the default switch; naming them moves them.
         if self.default_is_implicit()

@@ -53,6 +53,26 @@ async fn the_default_switch_has_what_no_other_has_until_it_is_edited() {
 }
 
 #[tokio::test]
+async fn a_distributed_switch_is_refused_by_name() {
+    let host = Host::empty().await;
+    let kind = netpolicy::SwitchKind::Distributed;
+    let put = |name: &str, kind| {
+        host.policy.put_switch(
+            caller(),
+            name.parse().unwrap(),
+            SwitchSpec { kind, ..SwitchSpec::default() },
+            None,
+        )
+    };
+    let problem = put("prod", kind).await.unwrap_err();
+    assert_eq!((problem.code, problem.field.as_deref()), (ProblemCode::InvalidRequest, Some("kind")));
+    assert!(problem.detail.contains("distributed"), "{problem}");
+    put("prod", netpolicy::SwitchKind::Standard).await.unwrap();
+    // The kind of a switch is for good.
+    assert_eq!(put("prod", kind).await.unwrap_err().code, ProblemCode::InvalidRequest);
+}
+
+#[tokio::test]
 async fn a_port_group_has_a_switch_that_exists() {
     let host = Host::empty().await;
     let spec = PortGroupSpec {
