@@ -11,7 +11,6 @@ use std::{path::PathBuf, sync::Arc, time::Duration};
 use netpolicy::{Change, MacAddress, Route};
 use passthrough::{
     hardware::VfHardware,
-    host::{Bdf, PfError, VfChange},
     mailbox::{
         bits::ACK_MESSAGE,
         igbvf,
@@ -19,6 +18,7 @@ use passthrough::{
         port::{Clock, Port, PortError, SystemClock},
         words::Words,
     },
+    sriov::{Bdf, PfError, VfChange},
     vfio::Container,
 };
 

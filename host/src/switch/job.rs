@@ -7,8 +7,8 @@ use std::{sync::Arc, time::Duration};
 use netpolicy::{Change, Corrections, MacAddress, PfCapabilities, PortId, Route, VfRef};
 use passthrough::{
     fail::{Point, reach},
-    host::{VfChange, VfSettings},
     relay::{Decision as RelayDecision, Forwarded, How, Question, Verdict},
+    sriov::{VfChange, VfSettings},
 };
 use tokio::{
     sync::oneshot,

@@ -11,7 +11,7 @@ use api::{
 use netpolicy::{Change, PfCapabilities, Port, PortId, VfRef, VmId, VmRef};
 use passthrough::{
     fail::{Point, reach},
-    host::VfChange,
+    sriov::VfChange,
 };
 use uuid::Uuid;
 

@@ -11,8 +11,8 @@ use api::{
 };
 use passthrough::{
     fail::{Point, reach},
-    host::{Bdf, PfError},
     sim::is_simulated,
+    sriov::{Bdf, PfError},
 };
 use tokio::sync::mpsc;
 use uuid::Uuid;

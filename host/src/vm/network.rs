@@ -14,9 +14,9 @@ use api::{
 use netpolicy::{MacAddress, Name, VfRef, VmId, VmRef};
 use passthrough::{
     fail::{Point, reach},
-    host::VfChange,
     relay::Notice,
     sim::is_simulated,
+    sriov::VfChange,
 };
 use tokio::sync::mpsc;
 use uuid::Uuid;

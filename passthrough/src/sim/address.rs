@@ -2,7 +2,7 @@
 
 //! PCI addresses of simulated functions, for whoever lists them beside real ones.
 
-use crate::host::Bdf;
+use crate::sriov::Bdf;
 
 /// Domains that no host has: ACPI segments have 16 bits, those of Intel's VMD follow from 0x10000.
 const FIRST_DOMAIN: u32 = 0xf51a_0000;

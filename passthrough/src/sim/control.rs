@@ -23,7 +23,7 @@ use rustix::{
 use serde::{Deserialize, Serialize};
 
 use super::pf::VfCounters;
-use crate::host::{PfControl, PfError, VfChange, VfSettings};
+use crate::sriov::{PfControl, PfError, VfChange, VfSettings};
 
 /// Version of the requests and answers below.
 pub(super) const VERSION: u32 = 1;

@@ -12,8 +12,8 @@ use std::{
 use api::types::{VmAction, VmState};
 use passthrough::{
     fail::{Point, Victim},
-    host::{PfControl, VfChange},
     sim::SimPf,
+    sriov::{PfControl, VfChange},
 };
 use serde_json::{Value, json};
 

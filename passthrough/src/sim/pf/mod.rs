@@ -25,7 +25,7 @@ pub use self::{
 };
 use super::address::MAX_VFS;
 pub use super::wire::Frame;
-use crate::host::{PortVlan, TagProtocol, VfChange, VfLink, VfSettings};
+use crate::sriov::{PortVlan, TagProtocol, VfChange, VfLink, VfSettings};
 
 /// Entries of the adapter's address table (RAL/RAH); those that its VFs can share for further addresses are what
 /// igb leaves over.

@@ -16,12 +16,12 @@ use vmm_sys_util::eventfd::EventFd;
 
 use crate::{
     hardware::{IrqKind, VfHardware},
-    host::{PfControl, VfChange},
     relay::testing::{Bus, Driver, conformance::Direct},
     sim::{
         SimPf, SimVf,
         pf::{Options, VfCounters, listen, serve},
     },
+    sriov::{PfControl, VfChange},
     threads::ThreadStart,
 };
 

@@ -5,8 +5,8 @@
 use super::fixture::{Adapter, Guest, eventually, frame, mac, text};
 use crate::{
     hardware::VfHardware,
-    host::{PortVlan, VfChange},
     relay::testing::Bus,
+    sriov::{PortVlan, VfChange},
 };
 
 fn pair() -> (Adapter, Guest, Guest) {

@@ -8,11 +8,11 @@ use netpolicy::MacAddress;
 
 use super::fixture::{Adapter, frame, mac};
 use crate::{
-    host::{PfControl, PfError, PortVlan, TagProtocol, VfChange, VfLink},
     sim::{
         SimPfState,
         pf::{Frame, Port},
     },
+    sriov::{PfControl, PfError, PortVlan, TagProtocol, VfChange, VfLink},
 };
 
 const BROADCAST: MacAddress = MacAddress::new([0xff; 6]);

@@ -8,7 +8,6 @@ use netpolicy::MacAddress;
 
 use super::fixture::{Adapter, mac};
 use crate::{
-    host::VfChange,
     relay::{
         Config,
         testing::{
@@ -17,6 +16,7 @@ use crate::{
             table::EFFECTIVE,
         },
     },
+    sriov::VfChange,
 };
 
 #[test]

@@ -8,7 +8,7 @@ use rustix::{
 };
 
 use super::fixture::{Adapter, eventually, frame, mac, text};
-use crate::host::{PortVlan, VfChange};
+use crate::sriov::{PortVlan, VfChange};
 
 #[test]
 fn frames_reach_the_wire_with_their_tags_and_come_back() {

@@ -10,7 +10,7 @@ use std::{
     sync::{Arc, Mutex, MutexGuard, PoisonError},
 };
 
-use crate::host::{AttributeWriter, Bdf, Sysfs};
+use crate::sriov::{AttributeWriter, Bdf, Sysfs};
 
 /// A fake sysfs below a directory that the test owns, with the kernel's reactions to what is written through
 /// [`sysfs`](Self::sysfs).

@@ -162,7 +162,7 @@ mod tests {
     use std::{cell::RefCell, os::unix::fs::symlink};
 
     use super::*;
-    use crate::host::fake::FakeSysfs;
+    use crate::sriov::fake::FakeSysfs;
 
     const NVME: Bdf = Bdf::new(0, 3, 0, 0).unwrap();
 
