@@ -6,7 +6,7 @@ use std::{sync::Arc, time::Duration};
 
 use netpolicy::{Change, Corrections, MacAddress, PfCapabilities, PortId, Route, VfRef};
 use passthrough::{
-    fail::{Point, reach},
+    failpoints::{Point, reach},
     relay::{Decision as RelayDecision, Forwarded, How, Question, Verdict},
     sriov::{VfChange, VfSettings},
 };

@@ -10,7 +10,7 @@ use api::{
 };
 use netpolicy::{Change, PfCapabilities, Port, PortId, VfRef, VmId, VmRef};
 use passthrough::{
-    fail::{Point, reach},
+    failpoints::{Point, reach},
     sriov::VfChange,
 };
 use uuid::Uuid;

@@ -10,7 +10,7 @@ use api::{
     types::{Protection, Stage, VmSpec},
 };
 use passthrough::{
-    fail::{Point, reach},
+    failpoints::{Point, reach},
     sim::is_simulated,
     sriov::{Bdf, PfError},
 };

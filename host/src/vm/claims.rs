@@ -21,7 +21,7 @@ use api::{
 };
 use netpolicy::MacAddress;
 use passthrough::{
-    fail::{Point, reach},
+    failpoints::{Point, reach},
     sriov::{self, Bdf, BindError, PfError, PortVlan, VfChange, VfSettings},
 };
 use uuid::Uuid;

@@ -13,7 +13,7 @@ use api::{
 };
 use netpolicy::{MacAddress, Name, VfRef, VmId, VmRef};
 use passthrough::{
-    fail::{Point, reach},
+    failpoints::{Point, reach},
     relay::Notice,
     sim::is_simulated,
     sriov::VfChange,

@@ -18,7 +18,7 @@ use serde::{Deserialize, Serialize};
 use thiserror::Error;
 
 use super::{Bdf, Sysfs, sysfs::SysfsError};
-use crate::fail::{Point, reach};
+use crate::failpoints::{Point, reach};
 
 /// The driver that gives functions to user space.
 pub const VFIO_PCI: &str = "vfio-pci";

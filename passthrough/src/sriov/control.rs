@@ -8,7 +8,7 @@ use netpolicy::{Change, LinkState, MacAddress, PfCapabilities};
 use serde::{Deserialize, Serialize};
 use thiserror::Error;
 
-use crate::fail::{Point, reach};
+use crate::failpoints::{Point, reach};
 
 /// The Ethernet type of a VLAN tag.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]

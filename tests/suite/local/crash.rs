@@ -11,7 +11,7 @@ use std::{
 
 use api::types::{VmAction, VmState};
 use passthrough::{
-    fail::{Point, Victim},
+    failpoints::{Point, Victim},
     sim::SimPf,
     sriov::{PfControl, VfChange},
 };

@@ -11,7 +11,7 @@
 //! agent only answers meanwhile if the point is reached where it may block, and a vmm only sees the path before it is confined.
 //!
 //! ```
-//! use passthrough::fail::{Point, reach};
+//! use passthrough::failpoints::{Point, reach};
 //! reach(Point::ClaimStored);
 //! assert_eq!(Point::ClaimStored.name(), "claim.stored");
 //! ```
