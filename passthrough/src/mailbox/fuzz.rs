@@ -6,11 +6,11 @@
 use netpolicy::{MacAddress, Request};
 
 use super::{
-    bits::{ACK_MESSAGE, CONTROL_RST, CTS, NACK_MESSAGE, PFACK, PFSTS, PFU, REQ},
     igbvf,
     layout::IGBVF,
+    message::{BUFFER_WORDS, Words},
+    register_bits::{ACK_MESSAGE, CONTROL_RST, CTS, NACK_MESSAGE, PFACK, PFSTS, PFU, REQ},
     registers::{Effect, Read, Registers},
-    words::{BUFFER_WORDS, Words},
 };
 
 /// The codec: what is decoded is encoded canonically, and means the same when it is decoded again.

@@ -8,8 +8,8 @@
 use netpolicy::{Change, MacAddress, PromiscuousMode, Request, VlanId};
 
 use super::{
-    bits::{ACK_MESSAGE, CTS, NACK_MESSAGE, REQUEST_MASK},
-    words::{BUFFER_WORDS, Words},
+    message::{BUFFER_WORDS, Words},
+    register_bits::{ACK_MESSAGE, CTS, NACK_MESSAGE, REQUEST_MASK},
 };
 
 const RESET: u16 = 0x01;

@@ -2,7 +2,7 @@
 
 //! Where a VF family has its mailbox: one table per family.
 
-use super::words::BUFFER_WORDS;
+use super::message::BUFFER_WORDS;
 
 /// Bytes of the page that holds the mailbox.
 pub const PAGE_SIZE: u64 = 4096;

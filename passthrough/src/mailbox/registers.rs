@@ -25,9 +25,9 @@
 //!   the guest owns the buffer, or while an answer is unread.
 
 use super::{
-    bits::{self, CTS, NACK_MESSAGE, PF_CONTROL, PFACK, PFSTS, REQ, RSTD, RSTI, VFU},
     layout::{Layout, Register},
-    words::{BUFFER_WORDS, Words},
+    message::{BUFFER_WORDS, Words},
+    register_bits::{self, CTS, NACK_MESSAGE, PF_CONTROL, PFACK, PFSTS, REQ, RSTD, RSTI, VFU},
 };
 
 /// Word 0 that makes the driver's link check schedule a reset: refused, and not clear to send.
@@ -181,7 +181,7 @@ impl Registers {
             return (Effect::None, false);
         }
         match self.layout.register(offset) {
-            Register::Control if value & bits::CONTROL_RST != 0 => (self.vf_reset(), false),
+            Register::Control if value & register_bits::CONTROL_RST != 0 => (self.vf_reset(), false),
             Register::Mailbox => (self.write_mailbox(value), false),
             Register::Buffer(_) if self.in_flight => {
                 count(&mut self.counts.dropped_writes);

@@ -7,7 +7,7 @@
 //!  MailboxPage ──ring, reset──▶ Shared ──▶ Core ──Question──▶ Authority ═══════════▶ policy
 //!      ▲      (registers, inbox:  ▲         │  ▲                                       │
 //!      └──reads── one small lock) └─reply───┘  └──────── Relay::verdict ◀═════════════┘
-//!                                           │ Port: forwarded messages, looks
+//!                                           │ VfMailbox: forwarded messages, looks
 //!                                           ▼
 //!                                  the real mailbox (one reader and writer: this thread)
 //! ```
@@ -56,7 +56,7 @@ use crate::{
     hardware::VfHardware,
     mailbox::{
         layout::{Layout, PAGE_SIZE},
-        port::{Clock, SystemClock},
+        vf_mailbox::{Clock, SystemClock},
     },
     threads::{ThreadKind, ThreadStart},
 };

@@ -20,8 +20,8 @@ use super::{
 };
 use crate::mailbox::{
     layout::Layout,
-    port::Clock,
     registers::{Effect, Read, Registers, Snapshot},
+    vf_mailbox::Clock,
 };
 
 /// Orders that wait for the relay thread.

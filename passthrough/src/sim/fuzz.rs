@@ -12,7 +12,7 @@ use super::{
     pf::{Frame, Port, SimPfState},
     wire::{self, MAX_FRAME, Packet},
 };
-use crate::{mailbox::words::BUFFER_WORDS, sriov::VfChange};
+use crate::{mailbox::message::BUFFER_WORDS, sriov::VfChange};
 
 /// A packet between a VF and its PF: what is read means the same when it is written and read again.
 pub fn fuzz_packet(data: &[u8]) {

@@ -10,7 +10,7 @@
 //! | 4-7 | sequence number of a message; 0 for what the PF says on its own |
 //! | 8- | words, or the frame without tag and checksum |
 
-use crate::mailbox::words::{BUFFER_WORDS, Words};
+use crate::mailbox::message::{BUFFER_WORDS, Words};
 
 /// Longest frame in bytes, without tag and checksum (`MAX_JUMBO_FRAME_SIZE` of igb).
 pub(super) const MAX_FRAME: usize = 9728;

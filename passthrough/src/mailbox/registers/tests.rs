@@ -2,8 +2,8 @@
 
 use super::*;
 use crate::mailbox::{
-    bits::{ACK, ACK_MESSAGE, CONTROL_RST, CTS},
     layout::IGBVF,
+    register_bits::{ACK, ACK_MESSAGE, CONTROL_RST, CTS},
 };
 
 const MAILBOX: u64 = 0x0c40;

@@ -8,8 +8,8 @@ use super::{Core, Message};
 use crate::{
     mailbox::{
         igbvf,
+        message::Words,
         registers::{RESET_WANTED, Registers},
-        words::Words,
     },
     relay::authority::Notice,
 };

@@ -39,7 +39,7 @@ use crate::{
     mailbox::{
         igbvf::{self, Malformed},
         layout::Layout,
-        port::Port,
+        vf_mailbox::VfMailbox,
     },
 };
 
@@ -90,7 +90,7 @@ pub(crate) struct Core {
     config: Config,
     shared: Arc<Shared>,
     authority: Arc<dyn Authority>,
-    port: Port,
+    mailbox: VfMailbox,
     work: Work,
     cts: bool,
     /// The PF has forgotten this VF and the guest does not know yet; told when the PF's reset is over.
@@ -121,7 +121,7 @@ impl Core {
         shared: Arc<Shared>,
     ) -> Self {
         Self {
-            port: Port::new(hardware, layout, shared.clock().clone()),
+            mailbox: VfMailbox::new(hardware, layout, shared.clock().clone()),
             messages: Bucket::new(config.messages),
             resets: Bucket::new(config.resets),
             reset_messages: Bucket::new(config.resets),
@@ -163,7 +163,7 @@ impl Core {
         }
         if inbox.function_reset {
             self.drop_work(Cancelled::GuestReset);
-            self.port.forget();
+            self.mailbox.forget();
             (self.cts, self.lost, self.reset_due) = (false, false, false);
             // Another boot's driver takes the address of its first reset.
             self.guest = None;

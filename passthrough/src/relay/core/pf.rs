@@ -9,10 +9,10 @@ use netpolicy::{Change, MacAddress, Request};
 use super::{Core, Message};
 use crate::{
     mailbox::{
-        bits::{ACK_MESSAGE, CTS},
         igbvf,
-        port::PortError,
-        words::Words,
+        message::Words,
+        register_bits::{ACK_MESSAGE, CTS},
+        vf_mailbox::VfMailboxError,
     },
     relay::{
         MAX_CHANGES,
@@ -26,14 +26,17 @@ impl Core {
     pub(super) fn forward_reset(&mut self) {
         if self.reset_due && self.resets.take(self.now()) {
             self.reset_due = false;
-            self.port.reset_vf();
+            self.mailbox.reset_vf();
         }
     }
 
     /// The guest's reset message: always forwarded, only the PF's driver turns the queues on again.
     pub(super) fn reset(&mut self, message: Message) {
-        let reply =
-            self.port.exchange(&Words::new(&[message.word()]), igbvf::RESET_REPLY_WORDS, self.left(&message));
+        let reply = self.mailbox.exchange(
+            &Words::new(&[message.word()]),
+            igbvf::RESET_REPLY_WORDS,
+            self.left(&message),
+        );
         match reply.map(|reply| igbvf::parse_reset_reply(&reply)) {
             Ok(Some(mac)) => {
                 (self.cts, self.lost) = (true, false);
@@ -76,7 +79,7 @@ impl Core {
 
     /// One message to the PF. If it no longer listens, the guest is made to reset.
     pub(super) fn send(&mut self, words: &Words, limit: Duration) -> Forwarded {
-        match self.port.exchange(words, 1, limit) {
+        match self.mailbox.exchange(words, 1, limit) {
             Ok(reply) => {
                 if reply.first() & CTS == 0 {
                     self.lose();
@@ -87,7 +90,7 @@ impl Core {
                 if let Some(suppressed) = self.log_line() {
                     tracing::warn!(adapter = self.config.adapter, %error, suppressed, "Message not forwarded to the PF");
                 }
-                if error == PortError::Gone {
+                if error == VfMailboxError::Gone {
                     // Not the PF's doing: the device was removed, or is being reset.
                     self.cts = false;
                 } else {
@@ -127,7 +130,7 @@ impl Core {
     fn make_guest_reset(&mut self) {
         let is_news = self.shared.lock().registers.lost_clear_to_send();
         if is_news {
-            self.port.raise_interrupt();
+            self.mailbox.raise_interrupt();
         }
     }
 
@@ -165,7 +168,7 @@ impl Core {
         }
         self.next_look = now.saturating_add(self.config.look_period);
         self.shared.looking(now);
-        let seen = self.port.poll();
+        let seen = self.mailbox.poll();
         if seen.gone {
             return;
         }
@@ -186,7 +189,7 @@ impl Core {
         drop(state);
         if tell {
             self.lost = false;
-            self.port.raise_interrupt();
+            self.mailbox.raise_interrupt();
         }
     }
 

@@ -17,7 +17,7 @@ use super::{
 };
 use crate::{
     function::BarHandler,
-    mailbox::{layout::IGBVF, port::Clock},
+    mailbox::{layout::IGBVF, vf_mailbox::Clock},
     relay::{
         Authority, Config, Decision, How, MailboxPage, Notice, Question, Relay, Unreachable, Verdict,
         core::Core,

@@ -23,9 +23,9 @@ use crate::{
     function::BarHandler,
     hardware::{BarInfo, IrqKind, VfHardware},
     mailbox::{
-        bits::{CONTROL_RST, REQ},
         layout::{IGBVF, Register},
-        words::BUFFER_WORDS,
+        message::BUFFER_WORDS,
+        register_bits::{CONTROL_RST, REQ},
     },
     relay::{
         Authority, Config, Decision, How, MailboxPage, Notice, Question, Rate, Relay, Unreachable, Verdict,

@@ -17,13 +17,13 @@ use vmm_sys_util::eventfd::EventFd;
 use crate::{
     hardware::{BarInfo, IrqKind, VfHardware},
     mailbox::{
-        bits::{
+        layout::{IGBVF, Register},
+        message::BUFFER_WORDS,
+        register_bits::{
             ACK, ACK_MESSAGE, CONTROL_RST, CTS, NACK_MESSAGE, PF_CONTROL, PFACK, PFSTS, PFU, READ_TO_CLEAR,
             REQ, RSTD, RSTI, VFU,
         },
-        layout::{IGBVF, Register},
-        port::Clock,
-        words::BUFFER_WORDS,
+        vf_mailbox::Clock,
     },
 };
 

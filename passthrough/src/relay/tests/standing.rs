@@ -9,7 +9,7 @@ use netpolicy::{MacAddress, OnDenied, Reason, Request, StandingRefusal};
 use super::{LOCAL, mac};
 use crate::{
     function::BarHandler,
-    mailbox::bits::{ACK_MESSAGE, NACK_MESSAGE, PFACK, PFSTS, REQ},
+    mailbox::register_bits::{ACK_MESSAGE, NACK_MESSAGE, PFACK, PFSTS, REQ},
     relay::{
         Notice,
         testing::{Bench, Driver},

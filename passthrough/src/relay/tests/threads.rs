@@ -15,7 +15,7 @@ use netpolicy::Request;
 use super::{FORWARD, LOCAL, NACK, mac};
 use crate::{
     function::BarHandler,
-    mailbox::{fuzz::assert_canonical, layout::IGBVF, port::SystemClock},
+    mailbox::{fuzz::assert_canonical, layout::IGBVF, vf_mailbox::SystemClock},
     relay::{
         Authority, Cancelled, Config, MailboxPage, Notice, Question, Rate, Relay, Unreachable, Verdict,
         testing::{Bus, Driver, FakeVf},

@@ -8,8 +8,8 @@ use netpolicy::MacAddress;
 
 use super::{SimPfState, Vf};
 use crate::mailbox::{
-    bits::{ACK_MESSAGE, CTS, NACK_MESSAGE, PF_CONTROL},
-    words::{BUFFER_WORDS, Words},
+    message::{BUFFER_WORDS, Words},
+    register_bits::{ACK_MESSAGE, CTS, NACK_MESSAGE, PF_CONTROL},
 };
 
 const RESET: u32 = 0x01;

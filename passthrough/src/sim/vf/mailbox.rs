@@ -3,8 +3,8 @@
 //! The VF's end of the mailbox.
 
 use crate::mailbox::{
-    bits::{PFACK, PFSTS, READ_TO_CLEAR, REQ, VFU},
-    words::{BUFFER_WORDS, Words},
+    message::{BUFFER_WORDS, Words},
+    register_bits::{PFACK, PFSTS, READ_TO_CLEAR, REQ, VFU},
 };
 
 /// The mailbox registers, and what is to be told to the PF. Nobody else holds the buffer for longer than it takes to

@@ -8,8 +8,8 @@ use super::{
     queue::Queue,
 };
 use crate::mailbox::{
-    bits::CONTROL_RST,
     layout::{IGBVF, Register},
+    register_bits::CONTROL_RST,
 };
 
 const STATUS: u16 = 0x0008;

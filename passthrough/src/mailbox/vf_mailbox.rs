@@ -12,10 +12,10 @@ use std::{
 };
 
 use super::{
-    bits::{self, ACK, PFACK, PFSTS, PFU, READ_TO_CLEAR, REQ, RSTD, RSTI, VFU},
     igbvf,
     layout::Layout,
-    words::{BUFFER_WORDS, Words},
+    message::{BUFFER_WORDS, Words},
+    register_bits::{self, ACK, PFACK, PFSTS, PFU, READ_TO_CLEAR, REQ, RSTD, RSTI, VFU},
 };
 use crate::hardware::VfHardware;
 
@@ -50,7 +50,7 @@ impl Clock for SystemClock {
 
 /// Why an exchange with the PF failed.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
-pub enum PortError {
+pub enum VfMailboxError {
     /// VFU was not granted.
     #[error("The PF driver holds the mailbox buffer: it hangs or is being removed")]
     Busy,
@@ -84,7 +84,7 @@ pub struct Observed {
 }
 
 /// The real mailbox.
-pub struct Port {
+pub struct VfMailbox {
     hardware: Arc<dyn VfHardware>,
     clock: Arc<dyn Clock>,
     layout: &'static Layout,
@@ -99,7 +99,7 @@ const VFU_PAUSE: Duration = Duration::from_millis(1);
 const FIRST_PAUSE: Duration = Duration::from_micros(20);
 const LAST_PAUSE: Duration = Duration::from_micros(500);
 
-impl Port {
+impl VfMailbox {
     /// The mailbox of this VF. Nothing is written yet.
     pub fn new(hardware: Arc<dyn VfHardware>, layout: &'static Layout, clock: Arc<dyn Clock>) -> Self {
         Self { hardware, clock, layout, latched: 0, message: None }
@@ -107,7 +107,7 @@ impl Port {
 
     /// Resets the VF (VTCTRL.RST): queues off, and the PF listens no more until the next reset message.
     pub fn reset_vf(&mut self) {
-        self.write(self.layout.control, bits::CONTROL_RST);
+        self.write(self.layout.control, register_bits::CONTROL_RST);
         self.forget();
     }
 
@@ -136,13 +136,13 @@ impl Port {
     /// Sends a message and waits for its reply of `reply_words` words.
     ///
     /// # Errors
-    /// [`PortError`], after `limit` at the latest (and the 11 ms that VFU may take).
+    /// [`VfMailboxError`], after `limit` at the latest (and the 11 ms that VFU may take).
     pub fn exchange(
         &mut self,
         message: &Words,
         reply_words: usize,
         limit: Duration,
-    ) -> Result<Words, PortError> {
+    ) -> Result<Words, VfMailboxError> {
         let deadline = self.clock.now().saturating_add(limit);
         self.wait_for_pf(deadline)?;
         self.take_buffer()?;
@@ -157,9 +157,9 @@ impl Port {
         self.latched &= !(PFSTS | PFACK);
         self.put(message);
         self.write(self.layout.mailbox, REQ);
-        self.wait_for(PFACK, deadline).map_err(|error| error.unwrap_or(PortError::NotTaken))?;
+        self.wait_for(PFACK, deadline).map_err(|error| error.unwrap_or(VfMailboxError::NotTaken))?;
         loop {
-            self.wait_for(PFSTS, deadline).map_err(|error| error.unwrap_or(PortError::NoReply))?;
+            self.wait_for(PFSTS, deadline).map_err(|error| error.unwrap_or(VfMailboxError::NoReply))?;
             let reply = self.get(reply_words)?;
             if igbvf::answers(reply.first(), message.first()) {
                 return Ok(reply);
@@ -176,23 +176,23 @@ impl Port {
         }
     }
 
-    fn wait_for_pf(&mut self, deadline: Duration) -> Result<(), PortError> {
+    fn wait_for_pf(&mut self, deadline: Duration) -> Result<(), VfMailboxError> {
         loop {
             let status = self.status();
             if status == u32::MAX {
-                return Err(PortError::Gone);
+                return Err(VfMailboxError::Gone);
             }
             if status & RSTI == 0 {
                 return Ok(());
             }
             if self.clock.now() >= deadline {
-                return Err(PortError::PfResetting);
+                return Err(VfMailboxError::PfResetting);
             }
             self.clock.sleep(VFU_PAUSE);
         }
     }
 
-    fn take_buffer(&mut self) -> Result<(), PortError> {
+    fn take_buffer(&mut self) -> Result<(), VfMailboxError> {
         for attempt in 0..VFU_TRIES {
             if attempt > 0 {
                 self.clock.sleep(VFU_PAUSE);
@@ -200,22 +200,22 @@ impl Port {
             self.write(self.layout.mailbox, VFU);
             let status = self.status();
             if status == u32::MAX {
-                return Err(PortError::Gone);
+                return Err(VfMailboxError::Gone);
             }
             if status & VFU != 0 && status & PFU == 0 {
                 return Ok(());
             }
         }
         self.write(self.layout.mailbox, 0);
-        Err(PortError::Busy)
+        Err(VfMailboxError::Busy)
     }
 
     /// Waits until `bit` is latched, and takes it. `Err(None)` is the deadline.
-    fn wait_for(&mut self, bit: u32, deadline: Duration) -> Result<(), Option<PortError>> {
+    fn wait_for(&mut self, bit: u32, deadline: Duration) -> Result<(), Option<VfMailboxError>> {
         let mut pause = FIRST_PAUSE;
         loop {
             if self.latched & bit == 0 && self.status() == u32::MAX {
-                return Err(Some(PortError::Gone));
+                return Err(Some(VfMailboxError::Gone));
             }
             if self.latched & bit != 0 {
                 self.latched &= !bit;
@@ -236,7 +236,7 @@ impl Port {
         }
     }
 
-    fn get(&mut self, words: usize) -> Result<Words, PortError> {
+    fn get(&mut self, words: usize) -> Result<Words, VfMailboxError> {
         self.take_buffer()?;
         let words = words.clamp(1, BUFFER_WORDS);
         let mut reply = [0; BUFFER_WORDS];
@@ -257,7 +257,7 @@ impl Port {
 
     /// Keeps what the PF says on its own; replies to messages that were given up are dropped.
     fn keep_message(&mut self, word: u32) {
-        if word & 0xffff == bits::PF_CONTROL {
+        if word & 0xffff == register_bits::PF_CONTROL {
             self.message = Some(word);
         }
     }
