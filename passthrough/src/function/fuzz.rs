@@ -18,7 +18,7 @@ use devices::{
 };
 use vmm_sys_util::eventfd::EventFd;
 
-use super::{AssignedFunction, BarHandler, FunctionError, Gate, TrappedRange};
+use super::{AssignedFunction, BarHandler, FunctionError, HardwareAccess, TrappedRange};
 use crate::hardware::{BarInfo, IrqKind, VfHardware};
 
 /// Where BARs may be.
@@ -230,10 +230,10 @@ struct Bench {
 impl Bench {
     fn new(hardware: Hardware, traps: &[TrappedRange]) -> Result<Self, FunctionError> {
         let (mapper, router) = (Arc::new(Mapper::default()), Arc::new(Router::default()));
-        let gate = Gate::new(Arc::new(hardware));
+        let access = HardwareAccess::new(Arc::new(hardware));
         let function = AssignedFunction::new(
             "fuzz",
-            gate,
+            access,
             Arc::from(WINDOWS),
             traps,
             mapper.clone(),

@@ -13,7 +13,7 @@
 //!   Closed: all-ones for good, no windows, no irqs, the hardware let go of
 //! ```
 //!
-//! `gate` holds that state and is the only way to the hardware, for vCPUs and for the relay alike. `config_space`
+//! `hardware_access` holds that state and is the only way to the hardware, for vCPUs and for the relay alike. `config_space`
 //! is what the guest's driver sees of configuration space, `layout` says which range of a BAR is mapped and which
 //! trapped, `windows` keeps the guest's windows in line with the BARs, `thread` does what may block.
 //!
@@ -26,7 +26,7 @@ mod config_space;
 mod counters;
 #[cfg(any(test, feature = "test-support"))]
 pub mod fuzz;
-mod gate;
+mod hardware_access;
 mod layout;
 mod registers;
 #[cfg(test)]
@@ -40,7 +40,7 @@ use std::{collections::BTreeMap, io, ops::Range, sync::Arc};
 
 pub use assigned::AssignedFunction;
 use devices::pci::bar::BarError;
-pub use gate::Gate;
+pub use hardware_access::HardwareAccess;
 
 /// Emulates a range of a BAR. Called on vCPU threads: it must not wait.
 pub trait BarHandler: Send + Sync {

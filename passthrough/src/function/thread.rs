@@ -12,7 +12,7 @@ use std::{
     time::{Duration, Instant},
 };
 
-use super::{ResetError, assigned::Shared, gate::Begin};
+use super::{ResetError, assigned::Shared, hardware_access::Begin};
 use crate::hardware::VfHardware;
 
 /// A guest's resets: so many in a period are carried out at once, later ones end no earlier than the period allows. A
@@ -59,12 +59,12 @@ impl Worker {
                         continue;
                     }
                     self.slow_down();
-                    self.shared.gate().end_reset();
+                    self.shared.access().end_reset();
                 }
                 Command::PowerOn(done) => {
                     let result = self.reset(true);
                     if result.is_ok() {
-                        self.shared.gate().end_reset();
+                        self.shared.access().end_reset();
                     }
                     // Nobody waits any more if it took too long.
                     let _ = done.try_send(result);
@@ -81,10 +81,10 @@ impl Worker {
     /// Resets the hardware; the gate stays closed, for the caller to open.
     fn reset(&self, power_on: bool) -> Result<(), ResetError> {
         let shared = &self.shared;
-        if shared.gate().begin_reset() == Begin::Gone {
+        if shared.access().begin_reset() == Begin::Gone {
             return Err(ResetError::Gone);
         }
-        let hardware = shared.gate().resetting().ok_or(ResetError::Gone)?;
+        let hardware = shared.access().resetting().ok_or(ResetError::Gone)?;
         for handler in shared.layout().handlers() {
             handler.before_reset();
         }

@@ -19,7 +19,7 @@ use vmm_sys_util::eventfd::EventFd;
 
 use super::{Container, Error};
 use crate::{
-    function::{AssignedFunction, Gate},
+    function::{AssignedFunction, HardwareAccess},
     hardware::{IrqKind, VfHardware},
     threads::ThreadStart,
 };
@@ -100,10 +100,10 @@ fn a_real_vf_is_opened_mapped_reset_and_let_go() {
 
     let windows = Arc::new(Windows::default());
     let pci: Arc<[std::ops::Range<u64>]> = std::iter::once(0xc000_0000..0xd000_0000).collect();
-    let gate = Gate::new(Arc::new(vf));
+    let access = HardwareAccess::new(Arc::new(vf));
     let function = AssignedFunction::new(
         "vf",
-        gate,
+        access,
         pci,
         &[],
         windows.clone(),

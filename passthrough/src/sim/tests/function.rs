@@ -18,7 +18,7 @@ use vmm_sys_util::eventfd::EventFd;
 
 use super::fixture::{Adapter, eventually, mac};
 use crate::{
-    function::{AssignedFunction, Gate},
+    function::{AssignedFunction, HardwareAccess},
     mailbox::layout::IGBVF,
     relay::{
         Authority, Config, Decision, How, Notice, Question, Relay, Unreachable, Verdict,
@@ -100,10 +100,10 @@ impl Bus for Cpu {
 fn a_guest_drives_it_through_its_pci_function() {
     let mut adapter = Adapter::new(1);
     let (vf, _memory) = adapter.vf(0, mac(0x10));
-    let gate = Gate::new(vf);
+    let access = HardwareAccess::new(vf);
     let agent = Arc::new(Agent::default());
     let relay = Arc::new(
-        Relay::start(Config::default(), &IGBVF, gate.clone(), agent.clone(), &ThreadStart::default())
+        Relay::start(Config::default(), &IGBVF, access.clone(), agent.clone(), &ThreadStart::default())
             .unwrap(),
     );
     *agent.0.lock().unwrap() = Some(Arc::downgrade(&relay));
@@ -112,7 +112,7 @@ fn a_guest_drives_it_through_its_pci_function() {
     let traps = [relay.trapped_range()];
     let function = AssignedFunction::new(
         "sim",
-        gate,
+        access,
         windows,
         &traps,
         Arc::new(NoWindows),

@@ -14,7 +14,7 @@ use crate::hardware::{BarInfo, IrqKind, VfHardware};
 
 /// Hardware behind a gate. Whoever reaches the function through it (vCPUs, the relay) sees all-ones while it is
 /// being reset, and forever once it is gone; nobody else holds the hardware, so that closing the gate lets go of it.
-pub struct Gate {
+pub struct HardwareAccess {
     state: RwLock<State>,
     bars: [BarInfo; BARS],
     msi: u32,
@@ -41,7 +41,7 @@ pub(super) enum Begin {
     Gone,
 }
 
-impl Gate {
+impl HardwareAccess {
     /// An open gate before `hardware`.
     #[must_use]
     pub fn new(hardware: Arc<dyn VfHardware>) -> Arc<Self> {
@@ -54,7 +54,7 @@ impl Gate {
     }
 
     /// Runs `access` if the gate is open; it cannot close meanwhile, so `access` must be short.
-    pub(super) fn open<T>(&self, access: impl FnOnce(&dyn VfHardware) -> T) -> Option<T> {
+    pub(super) fn with<T>(&self, access: impl FnOnce(&dyn VfHardware) -> T) -> Option<T> {
         match &*self.read() {
             State::Open(hardware) => Some(access(hardware.as_ref())),
             State::Resetting(_) | State::Closed => None,
@@ -128,15 +128,15 @@ fn closed() -> io::Error {
     io::Error::new(io::ErrorKind::NotConnected, "PCI function is being reset or gone")
 }
 
-impl VfHardware for Gate {
+impl VfHardware for HardwareAccess {
     fn config_read(&self, offset: u16, data: &mut [u8]) {
-        if self.open(|hardware| hardware.config_read(offset, data)).is_none() {
+        if self.with(|hardware| hardware.config_read(offset, data)).is_none() {
             data.fill(0xff);
         }
     }
 
     fn config_write(&self, offset: u16, data: &[u8]) {
-        self.open(|hardware| hardware.config_write(offset, data));
+        self.with(|hardware| hardware.config_write(offset, data));
     }
 
     fn bar(&self, index: usize) -> BarInfo {
@@ -144,21 +144,21 @@ impl VfHardware for Gate {
     }
 
     fn bar_read(&self, index: usize, offset: u64, data: &mut [u8]) {
-        if self.open(|hardware| hardware.bar_read(index, offset, data)).is_none() {
+        if self.with(|hardware| hardware.bar_read(index, offset, data)).is_none() {
             data.fill(0xff);
         }
     }
 
     fn bar_write(&self, index: usize, offset: u64, data: &[u8]) {
-        self.open(|hardware| hardware.bar_write(index, offset, data));
+        self.with(|hardware| hardware.bar_write(index, offset, data));
     }
 
     fn map_bar(&self, index: usize, offset: u64, len: u64) -> io::Result<Arc<dyn HostMemory>> {
-        self.open(|hardware| hardware.map_bar(index, offset, len)).unwrap_or_else(|| Err(closed()))
+        self.with(|hardware| hardware.map_bar(index, offset, len)).unwrap_or_else(|| Err(closed()))
     }
 
     fn bar_address(&self, index: usize) -> Option<u64> {
-        self.open(|hardware| hardware.bar_address(index)).flatten()
+        self.with(|hardware| hardware.bar_address(index)).flatten()
     }
 
     fn irq_count(&self, kind: IrqKind) -> u32 {
@@ -169,11 +169,11 @@ impl VfHardware for Gate {
     }
 
     fn enable_irqs(&self, kind: IrqKind, triggers: &[EventFd]) -> io::Result<()> {
-        self.open(|hardware| hardware.enable_irqs(kind, triggers)).unwrap_or_else(|| Err(closed()))
+        self.with(|hardware| hardware.enable_irqs(kind, triggers)).unwrap_or_else(|| Err(closed()))
     }
 
     fn disable_irqs(&self, kind: IrqKind) -> io::Result<()> {
-        self.open(|hardware| hardware.disable_irqs(kind)).unwrap_or_else(|| Err(closed()))
+        self.with(|hardware| hardware.disable_irqs(kind)).unwrap_or_else(|| Err(closed()))
     }
 
     /// Never through the gate: a reset belongs to the function's thread.
