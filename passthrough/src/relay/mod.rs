@@ -4,7 +4,7 @@
 //!
 //! ```text
 //!  vCPU threads                     relay thread                                    agent
-//!  MailboxPage ──ring, reset──▶ Shared ──▶ Core ──Question──▶ Authority ═══════════▶ policy
+//!  MailboxPage ──ring, reset──▶ Shared ──▶ StateMachine ──Question──▶ Authority ═══════════▶ policy
 //!      ▲      (registers, inbox:  ▲         │  ▲                                       │
 //!      └──reads── one small lock) └─reply───┘  └──────── Relay::verdict ◀═════════════┘
 //!                                           │ VfMailbox: forwarded messages, looks
@@ -18,18 +18,18 @@
 
 mod address;
 mod authority;
-mod bucket;
-mod core;
-mod decline;
-mod limited;
-mod page;
-mod refusals;
+mod denial_summary;
+mod fast_deny;
+mod log_limit;
+mod mmio;
 mod shared;
+mod state_machine;
 mod stats;
 #[cfg(any(test, feature = "test-support"))]
 pub mod testing;
 #[cfg(test)]
 mod tests;
+mod token_bucket;
 
 use std::{
     io,
@@ -43,13 +43,13 @@ use netpolicy::{Change, MacAddress, StandingRefusal};
 pub use self::{
     address::{DriverAddress, Judgement},
     authority::{Authority, Cancelled, Decision, Forwarded, How, Notice, Question, Unreachable, Verdict},
-    bucket::{Bucket, Rate},
-    page::MailboxPage,
+    mmio::MailboxPage,
     stats::{BUCKETS_US, RelayStats, RoundTrips},
+    token_bucket::{Rate, TokenBucket},
 };
 use self::{
-    core::Core,
-    shared::{Order, Shared},
+    shared::{RelayCommand, Shared},
+    state_machine::StateMachine,
 };
 use crate::{
     function::TrappedRange,
@@ -131,9 +131,9 @@ impl Relay {
         authority: Arc<dyn Authority>,
         threads: &ThreadStart,
     ) -> io::Result<Self> {
-        let (relay, core) =
+        let (relay, machine) =
             Self::assemble(config, layout, hardware, authority, Arc::new(SystemClock::default()));
-        let thread = threads.spawn(ThreadKind::Relay, "relay".into(), move || core.run())?;
+        let thread = threads.spawn(ThreadKind::Relay, "relay".into(), move || machine.run())?;
         *relay.thread.lock().unwrap_or_else(PoisonError::into_inner) = Some(thread);
         Ok(relay)
     }
@@ -144,11 +144,11 @@ impl Relay {
         hardware: Arc<dyn VfHardware>,
         authority: Arc<dyn Authority>,
         clock: Arc<dyn Clock>,
-    ) -> (Self, Core) {
+    ) -> (Self, StateMachine) {
         let shared = Arc::new(Shared::new(layout, clock, config.look_gap));
         let page = Arc::new(MailboxPage::new(shared.clone(), hardware.clone(), layout));
-        let core = Core::new(config, layout, hardware, authority.clone(), shared.clone());
-        (Self { shared, page, authority, layout, thread: Mutex::new(None) }, core)
+        let machine = StateMachine::new(config, layout, hardware, authority.clone(), shared.clone());
+        (Self { shared, page, authority, layout, thread: Mutex::new(None) }, machine)
     }
 
     /// The mailbox page as the guest sees it: the handler of the trapped page.
@@ -169,7 +169,7 @@ impl Relay {
     /// The host has changed the VF's effective address without a question, or has reverted a commit that was made for a
     /// cancelled one.
     pub fn set_effective_mac(&self, mac: MacAddress) {
-        self.shared.order(Order::EffectiveMac(mac));
+        self.shared.send(RelayCommand::EffectiveMac(mac));
     }
 
     /// What the authority refuses in any case from now on: asked for that, the relay refuses without a question, and
@@ -184,8 +184,8 @@ impl Relay {
         let refused = if changes.len() > MAX_CHANGES {
             Some((id, changes))
         } else {
-            match self.shared.order(Order::TakeBack { id, changes }) {
-                Some(Order::TakeBack { id, changes }) => Some((id, changes)),
+            match self.shared.send(RelayCommand::TakeBack { id, changes }) {
+                Some(RelayCommand::TakeBack { id, changes }) => Some((id, changes)),
                 _ => None,
             }
         };
@@ -197,7 +197,7 @@ impl Relay {
     /// Makes the guest's driver reset its VF (within about two seconds, if its link is up): it then learns the
     /// effective address.
     pub fn make_guest_reset(&self) {
-        self.shared.order(Order::MakeGuestReset);
+        self.shared.send(RelayCommand::MakeGuestReset);
     }
 
     /// The device was reset (FLR, reboot): the message in flight is void, and nothing is heard by the PF until the

@@ -15,7 +15,7 @@ use netpolicy::{Change, MacAddress, OnDenied, Reason, StandingRefusal};
 
 use super::{
     authority::{OWN_QUESTION, Verdict},
-    decline::{Declined, MAX_DECLINED, Prompt, counted_as},
+    fast_deny::{FastDenial, MAX_DENIALS, Permit, counted_as},
     stats::{RelayStats, Stats},
 };
 use crate::mailbox::{
@@ -25,11 +25,11 @@ use crate::mailbox::{
 };
 
 /// Orders that wait for the relay thread.
-const MAX_ORDERS: usize = 64;
+const MAX_COMMANDS: usize = 64;
 
 /// What the vmm wants of the relay thread.
 #[derive(Debug)]
-pub(crate) enum Order {
+pub(crate) enum RelayCommand {
     EffectiveMac(MacAddress),
     TakeBack { id: u64, changes: Vec<Change> },
     MakeGuestReset,
@@ -46,13 +46,13 @@ pub(crate) struct Posted {
 /// the message in it.
 #[derive(Debug, Default)]
 pub(crate) struct Inbox {
-    pub(crate) declined: Vec<Declined>,
+    pub(crate) denials: Vec<FastDenial>,
     pub(crate) posted: Option<Posted>,
     pub(crate) vf_reset: bool,
     pub(crate) function_reset: bool,
     pub(crate) hint: bool,
     pub(crate) verdict: Option<Verdict>,
-    pub(crate) orders: VecDeque<Order>,
+    pub(crate) commands: VecDeque<RelayCommand>,
     pub(crate) stop: bool,
 }
 
@@ -67,7 +67,7 @@ impl Inbox {
         self.posted.is_none()
             && !(self.vf_reset || self.function_reset)
             && self.verdict.is_none()
-            && self.orders.is_empty()
+            && self.commands.is_empty()
     }
 }
 
@@ -79,7 +79,7 @@ pub(crate) struct State {
     /// What the authority refuses in any case.
     standing: Option<StandingRefusal>,
     /// For the next message.
-    prompt: Option<Prompt>,
+    permit: Option<Permit>,
     /// Until then the real mailbox was looked at just now, or is about to be: the guest's reads are no hints, and wake nobody.
     hints_from: Duration,
 }
@@ -87,20 +87,20 @@ pub(crate) struct State {
 impl State {
     /// A message has come: refused at once, or left to the relay thread. Returns whether that has to be woken for it.
     fn posted(&mut self, posted: Posted) -> bool {
-        let declined = match (&mut self.prompt, &self.standing) {
-            (Some(prompt), Some(standing)) if self.inbox.declined.len() < MAX_DECLINED => {
-                prompt.decline(&posted, standing, &mut self.registers)
+        let denial = match (&mut self.permit, &self.standing) {
+            (Some(permit), Some(standing)) if self.inbox.denials.len() < MAX_DENIALS => {
+                permit.deny(&posted, standing, &mut self.registers)
             }
             _ => None,
         };
-        let Some(declined) = declined else {
-            self.prompt = None;
+        let Some(denial) = denial else {
+            self.permit = None;
             self.inbox.posted = Some(posted);
             return true;
         };
-        self.stats.message("set_mac", counted_as(declined.silent));
+        self.stats.message("set_mac", counted_as(denial.silent));
         self.stats.round_trips.add(Duration::ZERO);
-        self.inbox.declined.push(declined);
+        self.inbox.denials.push(denial);
         false
     }
 }
@@ -120,7 +120,7 @@ impl Shared {
             stats: Stats::default(),
             inbox: Inbox::default(),
             standing: None,
-            prompt: None,
+            permit: None,
             hints_from: Duration::ZERO,
         };
         Self { state: Mutex::new(state), wake: Condvar::new(), clock, look_gap }
@@ -167,7 +167,7 @@ impl Shared {
                 }
             }
             Effect::Reset(_) => {
-                state.prompt = None;
+                state.permit = None;
                 state.inbox.posted = None;
                 state.inbox.verdict = None;
                 state.inbox.vf_reset = true;
@@ -182,7 +182,7 @@ impl Shared {
     pub(crate) fn function_reset(&self) {
         let mut state = self.lock();
         state.registers.function_reset();
-        state.prompt = None;
+        state.permit = None;
         state.inbox.posted = None;
         state.inbox.verdict = None;
         state.inbox.vf_reset = false;
@@ -201,14 +201,14 @@ impl Shared {
     }
 
     /// Gives the order back if too many wait.
-    pub(crate) fn order(&self, order: Order) -> Option<Order> {
+    pub(crate) fn send(&self, command: RelayCommand) -> Option<RelayCommand> {
         let mut state = self.lock();
-        if state.inbox.orders.len() >= MAX_ORDERS || state.inbox.stop {
-            return Some(order);
+        if state.inbox.commands.len() >= MAX_COMMANDS || state.inbox.stop {
+            return Some(command);
         }
         // It may change what the prompt says.
-        state.prompt = None;
-        state.inbox.orders.push_back(order);
+        state.permit = None;
+        state.inbox.commands.push_back(command);
         self.wake.notify_one();
         None
     }
@@ -225,10 +225,10 @@ impl Shared {
     }
 
     /// The next message may be refused by who writes it, until something else comes in. None: it may not.
-    pub(crate) fn prompt(&self, prompt: Option<Prompt>) {
+    pub(crate) fn set_permit(&self, permit: Option<Permit>) {
         let mut state = self.lock();
         // What was declined meanwhile is not in it.
-        state.prompt = prompt.filter(|_| state.inbox.is_calm() && state.inbox.declined.is_empty());
+        state.permit = permit.filter(|_| state.inbox.is_calm() && state.inbox.denials.is_empty());
     }
 
     pub(crate) fn stop(&self) {

@@ -20,7 +20,7 @@ use crate::{
     mailbox::{layout::IGBVF, vf_mailbox::Clock},
     relay::{
         Authority, Config, Decision, How, MailboxPage, Notice, Question, Relay, Unreachable, Verdict,
-        core::Core,
+        state_machine::StateMachine,
     },
 };
 
@@ -70,7 +70,7 @@ pub struct World {
     pub vf: Arc<FakeVf>,
     pub authority: Arc<ScriptedAuthority>,
     pub clock: Arc<FakeClock>,
-    core: Core,
+    machine: StateMachine,
     policy: Policy,
     answered: usize,
     pending: Vec<(Duration, Verdict)>,
@@ -94,14 +94,14 @@ impl Bench {
         clock.sleep(Duration::from_secs(1000));
         let vf = FakeVf::new(mac, clock.clone());
         let authority = Arc::new(ScriptedAuthority::default());
-        let (relay, core) = Relay::assemble(config, &IGBVF, vf.clone(), authority.clone(), clock.clone());
+        let (relay, machine) = Relay::assemble(config, &IGBVF, vf.clone(), authority.clone(), clock.clone());
         let world = World {
             page: relay.page(),
             relay,
             vf,
             authority,
             clock,
-            core,
+            machine,
             policy: Box::new(|_| Some((Duration::ZERO, Decision::Grant { how: How::Local }))),
             answered: 0,
             pending: Vec::new(),
@@ -164,7 +164,7 @@ impl World {
     /// Runs the relay and the authority until neither has anything to do now.
     pub fn settle(&mut self) {
         loop {
-            self.next_turn = self.core.turn().unwrap_or(Duration::MAX);
+            self.next_turn = self.machine.turn().unwrap_or(Duration::MAX);
             let questions = self.authority.questions.lock().unwrap();
             let new: Vec<Question> = questions[self.answered..].to_vec();
             self.answered = questions.len();

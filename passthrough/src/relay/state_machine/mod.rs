@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 
-//! What the relay thread does. It never waits for the authority: [`Core::turn`] takes what came in, does what can be
+//! What the relay thread does. It never waits for the authority: [`StateMachine::turn`] takes what came in, does what can be
 //! done and says when it wants to be called again.
 //!
 //! ```text
@@ -16,9 +16,9 @@
 //! `cts` ("clear to send") is what the PF thinks of this VF: set by the guest's reset message, lost by every reset of
 //! VF, device or PF. Without it nothing is forwarded but that message.
 
-mod again;
 mod answer;
 mod pf;
+mod retry;
 
 use std::{collections::VecDeque, sync::Arc, time::Duration};
 
@@ -28,11 +28,11 @@ use super::{
     Config,
     address::{DriverAddress, Judgement},
     authority::{Authority, Cancelled, Decision, How, Notice, Question, Verdict},
-    bucket::Bucket,
-    decline::{Declined, Prompt, counted_as},
-    limited::LogLimit,
-    refusals::Refusals,
+    denial_summary::DenialSummary,
+    fast_deny::{FastDenial, Permit, counted_as},
+    log_limit::LogLimit,
     shared::{Posted, Shared},
+    token_bucket::TokenBucket,
 };
 use crate::{
     hardware::VfHardware,
@@ -78,7 +78,7 @@ enum Work {
         from_pf: Option<MacAddress>,
     },
     /// A question of the relay's own.
-    Again {
+    Retry {
         seq: u64,
         request: Request,
         deadline: Duration,
@@ -86,7 +86,7 @@ enum Work {
 }
 
 /// The state of one relay.
-pub(crate) struct Core {
+pub(crate) struct StateMachine {
     config: Config,
     shared: Arc<Shared>,
     authority: Arc<dyn Authority>,
@@ -101,18 +101,18 @@ pub(crate) struct Core {
     driver: DriverAddress,
     /// The device has further unicast addresses, or may come to have some.
     filters: bool,
-    undecided: again::Undecided,
+    undecided: retry::Undecided,
     reset_due: bool,
     next_look: Duration,
     deferred: VecDeque<(u64, Vec<Change>)>,
-    messages: Bucket,
-    resets: Bucket,
-    reset_messages: Bucket,
+    messages: TokenBucket,
+    resets: TokenBucket,
+    reset_messages: TokenBucket,
     log: LogLimit,
-    refusals: Refusals,
+    refusals: DenialSummary,
 }
 
-impl Core {
+impl StateMachine {
     pub(crate) fn new(
         config: Config,
         layout: &'static Layout,
@@ -122,11 +122,11 @@ impl Core {
     ) -> Self {
         Self {
             mailbox: VfMailbox::new(hardware, layout, shared.clock().clone()),
-            messages: Bucket::new(config.messages),
-            resets: Bucket::new(config.resets),
-            reset_messages: Bucket::new(config.resets),
+            messages: TokenBucket::new(config.messages),
+            resets: TokenBucket::new(config.resets),
+            reset_messages: TokenBucket::new(config.resets),
             log: LogLimit::new(config.log_lines),
-            refusals: Refusals::new(config.refusal_period),
+            refusals: DenialSummary::new(config.refusal_period),
             next_look: shared.clock().now(),
             config,
             shared,
@@ -138,7 +138,7 @@ impl Core {
             guest: None,
             driver: DriverAddress::default(),
             filters: false,
-            undecided: again::Undecided::default(),
+            undecided: retry::Undecided::default(),
             reset_due: false,
             deferred: VecDeque::new(),
         }
@@ -154,8 +154,8 @@ impl Core {
     /// Does what can be done now. Returns when to be called again if nothing comes in before; None at the end.
     pub(crate) fn turn(&mut self) -> Option<Duration> {
         let inbox = self.shared.take();
-        for declined in inbox.declined {
-            self.declined(declined);
+        for denial in inbox.denials {
+            self.note_denial(denial);
         }
         if inbox.stop {
             self.drop_work(Cancelled::Stopped);
@@ -183,8 +183,8 @@ impl Core {
         if let Some(verdict) = inbox.verdict {
             self.decided(verdict);
         }
-        for order in inbox.orders {
-            self.carry_out(order);
+        for command in inbox.commands {
+            self.handle(command);
         }
         self.forward_reset();
         if let Some(posted) = inbox.posted {
@@ -193,41 +193,41 @@ impl Core {
         }
         self.check_times();
         self.look();
-        self.ask_again();
+        self.retry_undecided();
         let now = self.now();
         while let Some(notice) = self.refusals.due(now) {
             self.authority.notice(notice);
         }
-        self.shared.prompt(self.prompt());
+        self.shared.set_permit(self.permit());
         Some(self.next_turn())
     }
 
     /// What the next message may be refused with before it comes here.
-    fn prompt(&self) -> Option<Prompt> {
+    fn permit(&self) -> Option<Permit> {
         let now = self.now();
         let ready = matches!(self.work, Work::Idle) && self.cts && !self.reset_due;
         let tokens = self.messages.tokens(now);
-        self.effective.filter(|_| ready).map(|effective| Prompt { effective, driver: self.driver, tokens })
+        self.effective.filter(|_| ready).map(|effective| Permit { effective, driver: self.driver, tokens })
     }
 
     /// A message was refused where it was written.
-    fn declined(&mut self, Declined { mac, silent, reason }: Declined) {
+    fn note_denial(&mut self, FastDenial { mac, silent, reason }: FastDenial) {
         self.messages.take(self.now());
         self.driver.answered(silent);
         if silent {
-            self.believes(mac);
+            self.note_guest_mac(mac);
         }
-        self.tell_declined(mac, reason, silent);
+        self.report_denial(mac, reason, silent);
     }
 
     /// Refuses what the authority refuses in any case, but what came when there was no prompt.
-    fn decline(&mut self, message: &Message, mac: MacAddress, reason: Reason, on_denied: OnDenied) {
+    fn deny_standing(&mut self, message: &Message, mac: MacAddress, reason: Reason, on_denied: OnDenied) {
         let silent = on_denied == OnDenied::Silent && !self.driver.must_tell();
         self.answer(message, &Request::SetMac(mac), silent, counted_as(silent));
-        self.tell_declined(mac, reason, silent);
+        self.report_denial(mac, reason, silent);
     }
 
-    fn tell_declined(&mut self, mac: MacAddress, reason: Reason, silent: bool) {
+    fn report_denial(&mut self, mac: MacAddress, reason: Reason, silent: bool) {
         self.authority.notice(Notice::Declined { mac, reason, silent });
         self.log_refusal(Request::SetMac(mac).name(), reason, silent);
     }
@@ -241,11 +241,11 @@ impl Core {
         let work = match &self.work {
             Work::Idle => None,
             Work::Queued(message) => Some(self.ready_at(message, now).min(self.delay_ends(message))),
-            Work::Asked { deadline, .. } | Work::Again { deadline, .. } => Some(*deadline),
+            Work::Asked { deadline, .. } | Work::Retry { deadline, .. } => Some(*deadline),
         };
-        let again = self.undecided.due().filter(|_| self.may_ask_again());
+        let retry = self.undecided.due().filter(|_| self.may_retry());
         let reset = self.reset_due.then(|| self.resets.ready_at(now));
-        [work, reset, again, self.refusals.next()].into_iter().flatten().fold(self.next_look, Duration::min)
+        [work, reset, retry, self.refusals.next()].into_iter().flatten().fold(self.next_look, Duration::min)
     }
 
     /// When the message may begin.
@@ -290,8 +290,8 @@ impl Core {
                     self.unreachable(&message, &request, from_pf, "deadline");
                 }
             }
-            again @ Work::Again { deadline, .. } => {
-                self.work = again;
+            retry @ Work::Retry { deadline, .. } => {
+                self.work = retry;
                 if now >= deadline {
                     self.withdraw();
                 }
@@ -302,7 +302,7 @@ impl Core {
     /// Whether the guest's reset message is not answered yet. The answer carries the address.
     fn is_resetting(&self) -> bool {
         match &self.work {
-            Work::Idle | Work::Again { .. } => false,
+            Work::Idle | Work::Retry { .. } => false,
             Work::Queued(message) => message.is_reset(),
             Work::Asked { request, .. } => *request == Request::Reset,
         }
@@ -346,14 +346,14 @@ impl Core {
             Request::SetMac(mac) => match self.driver.judge(mac, self.effective) {
                 Judgement::Equal => {
                     self.answer(&message, &request, true, "equal");
-                    self.believes(mac);
+                    self.note_guest_mac(mac);
                 }
                 Judgement::Stale => {
                     tracing::debug!(adapter = self.config.adapter, %mac, "Stale address of a guest's reset refused");
                     self.answer(&message, &request, false, "stale");
                 }
                 Judgement::Ask => match self.shared.refusal_of(mac) {
-                    Some((reason, on_denied)) => self.decline(&message, mac, reason, on_denied),
+                    Some((reason, on_denied)) => self.deny_standing(&message, mac, reason, on_denied),
                     None => self.ask(message, request, None),
                 },
             },
@@ -384,9 +384,9 @@ impl Core {
     fn decided(&mut self, verdict: Verdict) {
         let (message, request) = match std::mem::replace(&mut self.work, Work::Idle) {
             Work::Asked { message, request, .. } if message.seq() == verdict.seq => (message, request),
-            Work::Again { seq, request, .. } if seq == verdict.seq => {
+            Work::Retry { seq, request, .. } if seq == verdict.seq => {
                 self.effective = Some(verdict.effective_mac);
-                return self.decided_again(seq, &request, verdict.decision);
+                return self.retry_decided(seq, &request, verdict.decision);
             }
             other => {
                 self.work = other;

@@ -4,7 +4,7 @@
 
 use netpolicy::{MacAddress, Reason, Request};
 
-use super::{Core, Message};
+use super::{Message, StateMachine};
 use crate::{
     mailbox::{
         igbvf,
@@ -14,7 +14,7 @@ use crate::{
     relay::authority::Notice,
 };
 
-impl Core {
+impl StateMachine {
     /// The driver keeps its address, says "PF still resetting" and tries again after its next link check. (A refused
     /// reset would make it forget its address.)
     pub(super) fn reset_failed(&mut self, message: &Message, cause: &str) {
@@ -37,7 +37,7 @@ impl Core {
             let known = from_pf.or(self.effective);
             self.answer_reset(message, known, verdict);
             if let Some(mac) = known {
-                self.believes(mac);
+                self.note_guest_mac(mac);
             }
             return;
         }
@@ -99,7 +99,7 @@ impl Core {
                 // Told by a notice of its own.
                 "equal" => {}
                 // The authority cannot know which silent refusal the guest is told of all the same.
-                "refused_silently" => self.believes(*mac),
+                "refused_silently" => self.note_guest_mac(*mac),
                 _ if accepted => self.guest = Some(*mac),
                 _ => {}
             }
@@ -116,7 +116,7 @@ impl Core {
     }
 
     /// The relay acknowledged an address that the authority was not asked for.
-    pub(super) fn believes(&mut self, mac: MacAddress) {
+    pub(super) fn note_guest_mac(&mut self, mac: MacAddress) {
         if self.guest != Some(mac) {
             self.guest = Some(mac);
             self.authority.notice(Notice::GuestMac { mac });

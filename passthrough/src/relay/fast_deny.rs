@@ -23,12 +23,12 @@ use super::{
 use crate::mailbox::{igbvf, registers::Registers};
 
 /// Messages that may wait to be noticed.
-pub(crate) const MAX_DECLINED: usize = 16;
+pub(crate) const MAX_DENIALS: usize = 16;
 
 /// What must be known to refuse the next messages, as long as they are changes of the address. Whoever has one may: the PF
 /// listens to the VF ("clear to send") and nothing is under way.
 #[derive(Clone, Copy, Debug)]
-pub(crate) struct Prompt {
+pub(crate) struct Permit {
     pub(crate) effective: MacAddress,
     pub(crate) driver: DriverAddress,
     /// Tokens in the guest's bucket.
@@ -37,7 +37,7 @@ pub(crate) struct Prompt {
 
 /// A change of the address that was refused where it was asked for.
 #[derive(Clone, Copy, Debug)]
-pub(crate) struct Declined {
+pub(crate) struct FastDenial {
     pub(crate) mac: MacAddress,
     /// The guest was told that it succeeded.
     pub(crate) silent: bool,
@@ -49,14 +49,14 @@ pub(crate) fn counted_as(silent: bool) -> &'static str {
     if silent { "refused_silently" } else { "refused" }
 }
 
-impl Prompt {
+impl Permit {
     /// Answers `posted` if it is refused in any case.
-    pub(crate) fn decline(
+    pub(crate) fn deny(
         &mut self,
         posted: &Posted,
         standing: &StandingRefusal,
         registers: &mut Registers,
-    ) -> Option<Declined> {
+    ) -> Option<FastDenial> {
         let words = &posted.snapshot.words;
         let Ok(Request::SetMac(mac)) = igbvf::decode(words) else { return None };
         self.tokens = self.tokens.checked_sub(1)?;
@@ -68,6 +68,6 @@ impl Prompt {
         let reply = igbvf::reply(words[0], silent, true);
         let shown = registers.complete(posted.snapshot.seq, Some(&reply));
         self.driver.answered(silent);
-        shown.then_some(Declined { mac, silent, reason: standing.reason })
+        shown.then_some(FastDenial { mac, silent, reason: standing.reason })
     }
 }

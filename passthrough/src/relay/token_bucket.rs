@@ -15,13 +15,13 @@ pub struct Rate {
 
 /// A token bucket in the time its caller gives it.
 #[derive(Clone, Debug)]
-pub struct Bucket {
+pub struct TokenBucket {
     rate: Rate,
     /// When the bucket will be full again. In the past: it is full.
     full_at: Duration,
 }
 
-impl Bucket {
+impl TokenBucket {
     /// A full bucket.
     #[must_use]
     pub fn new(rate: Rate) -> Self {
@@ -63,18 +63,18 @@ impl Bucket {
 mod tests {
     use super::*;
 
-    fn bucket() -> Bucket {
-        Bucket::new(Rate { burst: 3, period: Duration::from_millis(100) })
+    fn bucket() -> TokenBucket {
+        TokenBucket::new(Rate { burst: 3, period: Duration::from_millis(100) })
     }
 
-    fn taken(bucket: &mut Bucket, at_ms: u64, tries: usize) -> usize {
+    fn taken(bucket: &mut TokenBucket, at_ms: u64, tries: usize) -> usize {
         (0..tries).filter(|_| bucket.take(Duration::from_millis(at_ms))).count()
     }
 
     #[test]
     fn a_burst_then_the_rate() {
         let mut bucket = bucket();
-        let tokens = |bucket: &Bucket, at_ms| bucket.tokens(Duration::from_millis(at_ms));
+        let tokens = |bucket: &TokenBucket, at_ms| bucket.tokens(Duration::from_millis(at_ms));
         assert_eq!(tokens(&bucket, 1000), 3);
         assert_eq!(taken(&mut bucket, 1000, 10), 3);
         assert_eq!([1000, 1099, 1100, 1299, 1300, 9000].map(|at| tokens(&bucket, at)), [0, 0, 1, 2, 3, 3]);

@@ -6,7 +6,7 @@ use std::time::Duration;
 
 use netpolicy::{Change, MacAddress, Request};
 
-use super::{Core, Message};
+use super::{Message, StateMachine};
 use crate::{
     mailbox::{
         igbvf,
@@ -17,11 +17,11 @@ use crate::{
     relay::{
         MAX_CHANGES,
         authority::{Forwarded, Notice},
-        shared::Order,
+        shared::RelayCommand,
     },
 };
 
-impl Core {
+impl StateMachine {
     /// Forwards the guest's VTCTRL.RST, at its rate.
     pub(super) fn forward_reset(&mut self) {
         if self.reset_due && self.resets.take(self.now()) {
@@ -101,12 +101,12 @@ impl Core {
         }
     }
 
-    pub(super) fn carry_out(&mut self, order: Order) {
-        match order {
-            Order::EffectiveMac(mac) => self.address_is(mac),
-            Order::MakeGuestReset => self.make_guest_reset(),
-            Order::TakeBack { id, changes } if self.cts => self.take_back(id, changes),
-            Order::TakeBack { id, changes } => {
+    pub(super) fn handle(&mut self, command: RelayCommand) {
+        match command {
+            RelayCommand::EffectiveMac(mac) => self.address_is(mac),
+            RelayCommand::MakeGuestReset => self.make_guest_reset(),
+            RelayCommand::TakeBack { id, changes } if self.cts => self.take_back(id, changes),
+            RelayCommand::TakeBack { id, changes } => {
                 let waiting: usize = self.deferred.iter().map(|(_, changes)| changes.len().max(1)).sum();
                 if waiting.saturating_add(changes.len()) > MAX_CHANGES {
                     self.authority.notice(Notice::TakenBack { id, failed: changes, deferred: false });
@@ -199,7 +199,7 @@ impl Core {
             return;
         }
         (self.cts, self.lost) = (false, true);
-        self.shared.prompt(None);
+        self.shared.set_permit(None);
         self.next_look = self.now();
         if let Some(suppressed) = self.log_line() {
             tracing::warn!(

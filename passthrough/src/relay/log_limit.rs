@@ -4,18 +4,18 @@
 
 use std::time::Duration;
 
-use super::bucket::{Bucket, Rate};
+use super::token_bucket::{Rate, TokenBucket};
 
 /// Lets a bounded number of log lines through and counts the others.
 #[derive(Debug)]
 pub(crate) struct LogLimit {
-    bucket: Bucket,
+    bucket: TokenBucket,
     suppressed: u64,
 }
 
 impl LogLimit {
     pub(crate) fn new(rate: Rate) -> Self {
-        Self { bucket: Bucket::new(rate), suppressed: 0 }
+        Self { bucket: TokenBucket::new(rate), suppressed: 0 }
     }
 
     /// Some if a line may be written now, with the number of those that were not since the last one.

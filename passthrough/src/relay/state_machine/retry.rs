@@ -11,7 +11,7 @@ use std::time::Duration;
 
 use netpolicy::{MacAddress, Reason, Request, UnicastLimit};
 
-use super::{Core, Work};
+use super::{StateMachine, Work};
 use crate::{
     mailbox::igbvf,
     relay::authority::{Cancelled, Decision, Forwarded, How, Notice, OWN_QUESTION, Question},
@@ -87,11 +87,11 @@ impl Undecided {
     }
 }
 
-impl Core {
+impl StateMachine {
     /// Asks again, if nothing else is under way and the PF listens.
-    pub(super) fn ask_again(&mut self) {
+    pub(super) fn retry_undecided(&mut self) {
         let now = self.now();
-        if !self.may_ask_again() || self.undecided.due().is_none_or(|due| now < due) {
+        if !self.may_retry() || self.undecided.due().is_none_or(|due| now < due) {
             return;
         }
         let Some(request) = self.undecided.next() else { return };
@@ -104,16 +104,16 @@ impl Core {
         let seq = OWN_QUESTION | self.undecided.asked;
         if self.authority.ask(Question { seq, request: request.clone() }).is_ok() {
             let deadline = now.saturating_add(self.config.ask_limit);
-            self.work = Work::Again { seq, request, deadline };
+            self.work = Work::Retry { seq, request, deadline };
         }
     }
 
-    pub(super) fn may_ask_again(&self) -> bool {
+    pub(super) fn may_retry(&self) -> bool {
         matches!(self.work, Work::Idle) && self.cts && !self.reset_due
     }
 
     /// The relay's own question is decided.
-    pub(super) fn decided_again(&mut self, seq: u64, request: &Request, decision: Decision) {
+    pub(super) fn retry_decided(&mut self, seq: u64, request: &Request, decision: Decision) {
         match request {
             Request::ClearUnicastFilters => self.undecided.clear = false,
             Request::AddUnicastFilter(mac) => self.undecided.unicast.retain(|one| one != mac),
@@ -136,8 +136,8 @@ impl Core {
 
     /// Gives the relay's own question up, if there is one: the guest goes on, or nobody decides.
     pub(super) fn withdraw(&mut self) {
-        if let Work::Again { .. } = self.work
-            && let Work::Again { seq, request, .. } = std::mem::replace(&mut self.work, Work::Idle)
+        if let Work::Retry { .. } = self.work
+            && let Work::Retry { seq, request, .. } = std::mem::replace(&mut self.work, Work::Idle)
         {
             self.authority.notice(Notice::Cancelled { seq, request, why: Cancelled::Withdrawn });
         }
