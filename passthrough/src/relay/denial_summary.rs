@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 
-//! The relay's own refusals, aggregated before they are told: a guest that floods costs one notice a second.
+//! Aggregation of the relay's own denials before it reports them: a flooding guest costs one notice a
+//! second.
 
 use std::time::Duration;
 
@@ -16,7 +17,7 @@ struct Entry {
     told_at: Option<Duration>,
 }
 
-/// Refusals by reason. Bounded by the number of reasons.
+/// Denials by reason, bounded by the number of reasons.
 pub(crate) struct DenialSummary {
     period: Duration,
     entries: Vec<Entry>,
@@ -48,7 +49,7 @@ impl DenialSummary {
         Some(Notice::Refused { request: entry.request.take(), word: entry.word, reason: entry.reason, count })
     }
 
-    /// When the next one is due.
+    /// The time at which the next notice is due.
     pub(crate) fn next(&self) -> Option<Duration> {
         self.entries.iter().filter_map(|entry| entry.due_at(self.period)).min()
     }

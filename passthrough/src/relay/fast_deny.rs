@@ -1,18 +1,18 @@
 // SPDX-License-Identifier: Apache-2.0
 
-//! Refusals without a question: what the authority has said it refuses in any case, a vCPU thread refuses where it is
-//! asked for, if there is a prompt, else the relay's thread. In the first case the guest waits for no other thread.
+//! Denial without a question, of the changes that the authority has denied in advance. A vCPU thread denies them if it
+//! has a permit, so that the guest waits for no other thread; otherwise the relay's thread does.
 //!
 //! ```text
-//!  relay thread, idle ──Prompt──▶ Shared ◀──StandingRefusal── authority
+//!  relay thread, idle ──Permit──▶ Shared ◀──StandingRefusal── authority
 //!                                   │ the next messages are answered by both
 //!                                   ▼
-//!  relay thread ◀──── Declined ── vCPU: answered at once
+//!  relay thread ◀─── FastDenial ── vCPU: answered at once
 //! ```
 //!
-//! Nothing is woken for it: the thread takes notice when it looks at the mailbox next, within a quarter of a second, or when
-//! anything else wakes it. Until then a prompt is good for as many messages as the guest's bucket had tokens, and as
-//! may wait to be noticed.
+//! A fast denial wakes no thread. The relay's thread notes it at its next poll of the mailbox, within a quarter of a
+//! second, or at another wake-up. Until then a permit covers as many messages as the guest's bucket had tokens, up to
+//! the number of denials that may wait.
 
 use netpolicy::{MacAddress, OnDenied, Reason, Request, StandingRefusal};
 
@@ -22,11 +22,11 @@ use super::{
 };
 use crate::mailbox::{igbvf, registers::Registers};
 
-/// Messages that may wait to be noticed.
+/// The most denials that wait for the relay's thread.
 pub(crate) const MAX_DENIALS: usize = 16;
 
-/// What must be known to refuse the next messages, as long as they are changes of the address. Whoever has one may: the PF
-/// listens to the VF ("clear to send") and nothing is under way.
+/// The state that a thread needs to deny the next messages, as long as they are changes of the address. The relay
+/// issues it only while the PF listens to the VF ("clear to send") and no request is under way.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Permit {
     pub(crate) effective: MacAddress,
@@ -35,22 +35,22 @@ pub(crate) struct Permit {
     pub(crate) tokens: u32,
 }
 
-/// A change of the address that was refused where it was asked for.
+/// A change of the address that a vCPU thread denied.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct FastDenial {
     pub(crate) mac: MacAddress,
-    /// The guest was told that it succeeded.
+    /// Whether the guest was shown success.
     pub(crate) silent: bool,
     pub(crate) reason: Reason,
 }
 
-/// What a refusal is called in the relay's counters.
+/// The name of a denial in the relay's counters.
 pub(crate) fn counted_as(silent: bool) -> &'static str {
     if silent { "refused_silently" } else { "refused" }
 }
 
 impl Permit {
-    /// Answers `posted` if it is refused in any case.
+    /// Answers `posted` if the authority has denied it in advance.
     pub(crate) fn deny(
         &mut self,
         posted: &Posted,

@@ -1,12 +1,12 @@
 // SPDX-License-Identifier: Apache-2.0
 
-//! Log lines that a guest can cause, bounded.
+//! A bound for the log lines that a guest can cause.
 
 use std::time::Duration;
 
 use super::token_bucket::{Rate, TokenBucket};
 
-/// Lets a bounded number of log lines through and counts the others.
+/// Admits a bounded number of log lines and counts the others.
 #[derive(Debug)]
 pub(crate) struct LogLimit {
     bucket: TokenBucket,
@@ -18,7 +18,8 @@ impl LogLimit {
         Self { bucket: TokenBucket::new(rate), suppressed: 0 }
     }
 
-    /// Some if a line may be written now, with the number of those that were not since the last one.
+    /// Returns `Some` if a line may be written now, with the number of lines suppressed since the
+    /// last one.
     pub(crate) fn allow(&mut self, now: Duration) -> Option<u64> {
         if self.bucket.take(now) {
             Some(std::mem::take(&mut self.suppressed))

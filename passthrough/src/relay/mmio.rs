@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 
-//! The mailbox page as vCPU threads meet it.
+//! The handler of a vCPU's accesses to the trapped mailbox page.
 
 use std::sync::Arc;
 
@@ -11,8 +11,8 @@ use crate::{
     mailbox::{layout::Layout, registers::Read},
 };
 
-/// Handles a guest's accesses to the trapped mailbox page. Takes the registers' lock and, for status and statistics,
-/// reads one register of the hardware; waits for nothing else.
+/// Handles a guest's accesses to the trapped mailbox page. It takes the registers' lock and, for status and
+/// statistics, reads one register of the hardware. It waits for nothing else.
 pub struct MailboxPage {
     shared: Arc<Shared>,
     hardware: Arc<dyn VfHardware>,
@@ -24,7 +24,7 @@ impl MailboxPage {
         Self { shared, hardware, layout }
     }
 
-    /// At most once for each register of the page.
+    /// Logs the first access to each unknown register of the page.
     fn log_unknown(&self, first: bool, offset: u64) {
         if first {
             tracing::debug!(

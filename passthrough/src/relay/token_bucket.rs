@@ -1,42 +1,42 @@
 // SPDX-License-Identifier: Apache-2.0
 
-//! Token buckets: how much a guest can cause per second.
+//! Token buckets, which bound the work that a guest can cause per second.
 
 use std::time::Duration;
 
-/// How much is allowed: `burst` at once, then one for each `period`.
+/// An allowed rate: `burst` at once, then one for each `period`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Rate {
-    /// Tokens of a full bucket.
+    /// Tokens in a full bucket.
     pub burst: u32,
-    /// Time until a taken token is back.
+    /// Time until a taken token is replaced.
     pub period: Duration,
 }
 
-/// A token bucket in the time its caller gives it.
+/// A token bucket. The caller supplies the time.
 #[derive(Clone, Debug)]
 pub struct TokenBucket {
     rate: Rate,
-    /// When the bucket will be full again. In the past: it is full.
+    /// The time at which the bucket is full again. A time in the past means that it is full.
     full_at: Duration,
 }
 
 impl TokenBucket {
-    /// A full bucket.
+    /// Returns a full bucket.
     #[must_use]
     pub fn new(rate: Rate) -> Self {
         Self { rate, full_at: Duration::ZERO }
     }
 
-    /// When the next token can be taken: `now` or later.
+    /// The time at which the next token is available: `now` or later.
     #[must_use]
     pub fn ready_at(&self, now: Duration) -> Duration {
-        // A token is there while the bucket lacks at most burst - 1.
+        // A token is available while at most burst - 1 are missing.
         let missing = self.rate.period.saturating_mul(self.rate.burst.saturating_sub(1));
         self.full_at.saturating_sub(missing).max(now)
     }
 
-    /// How many tokens can be taken `now`.
+    /// The number of tokens available `now`.
     #[must_use]
     pub fn tokens(&self, now: Duration) -> u32 {
         let missing =
@@ -44,7 +44,7 @@ impl TokenBucket {
         self.rate.burst.saturating_sub(u32::try_from(missing).unwrap_or(u32::MAX))
     }
 
-    /// Takes a token if there is one.
+    /// Takes a token. Returns false if there is none.
     pub fn take(&mut self, now: Duration) -> bool {
         if self.ready_at(now) > now {
             return false;

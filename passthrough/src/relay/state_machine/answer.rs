@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 
-//! What the guest is answered, and what is remembered, counted and logged of it.
+//! The guest's answers, and the records, counters and log lines that go with them.
 
 use netpolicy::{MacAddress, Reason, Request};
 
@@ -15,8 +15,8 @@ use crate::{
 };
 
 impl StateMachine {
-    /// The driver keeps its address, says "PF still resetting" and tries again after its next link check. (A refused
-    /// reset would make it forget its address.)
+    /// Makes the driver keep its address, log "PF still resetting" and try again after its next link check. (A
+    /// refused reset would make it forget its address.)
     pub(super) fn reset_failed(&mut self, message: &Message, cause: &str) {
         if let Some(suppressed) = self.log_line() {
             tracing::warn!(adapter = self.config.adapter, cause, suppressed, "VF reset not completed");
@@ -25,7 +25,8 @@ impl StateMachine {
         self.finish(message, Some(&Words::new(&[RESET_WANTED])), "failed");
     }
 
-    /// Nobody decides: refused. A reset is not: it was carried out, and the PF has said which address it has.
+    /// Refuses a request because the authority is away. A reset succeeds: it was carried out, and the PF's reply has
+    /// the address.
     pub(super) fn unreachable(
         &mut self,
         message: &Message,
@@ -54,7 +55,7 @@ impl StateMachine {
         self.answer(message, request, false, verdict);
     }
 
-    /// Refused by the relay itself, in the authority's absence or for lack of meaning.
+    /// Refuses a message without a question: the authority is away, or the message has no meaning.
     pub(super) fn refuse(
         &mut self,
         message: &Message,
@@ -84,7 +85,7 @@ impl StateMachine {
         }
     }
 
-    /// Answers anything but a reset.
+    /// Answers any message but a reset.
     pub(super) fn answer(
         &mut self,
         message: &Message,
@@ -96,9 +97,9 @@ impl StateMachine {
         if let (true, Request::SetMac(mac)) = (shown, request) {
             self.driver.answered(accepted);
             match verdict {
-                // Told by a notice of its own.
+                // The caller sends a notice of its own.
                 "equal" => {}
-                // The authority cannot know which silent refusal the guest is told of all the same.
+                // The authority cannot know which silent refusals the guest sees as such.
                 "refused_silently" => self.note_guest_mac(*mac),
                 _ if accepted => self.guest = Some(*mac),
                 _ => {}
@@ -115,7 +116,7 @@ impl StateMachine {
         }
     }
 
-    /// The relay acknowledged an address that the authority was not asked for.
+    /// Notes an acknowledged address about which the relay did not ask the authority.
     pub(super) fn note_guest_mac(&mut self, mac: MacAddress) {
         if self.guest != Some(mac) {
             self.guest = Some(mac);
@@ -123,7 +124,7 @@ impl StateMachine {
         }
     }
 
-    /// Shows the answer to the guest, unless it has reset.
+    /// Gives the answer to the guest, unless the guest has reset.
     pub(super) fn finish(&mut self, message: &Message, reply: Option<&Words>, verdict: &'static str) -> bool {
         self.end(message, verdict, |registers| registers.complete(message.seq(), reply))
     }

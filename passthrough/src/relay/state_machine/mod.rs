@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 
-//! What the relay thread does. It never waits for the authority: [`StateMachine::turn`] takes what came in, does what can be
-//! done and says when it wants to be called again.
+//! The relay thread's state machine. It never waits for the authority: [`StateMachine::turn`] takes the input, does the
+//! work that is possible now and returns the time of the next call.
 //!
 //! ```text
 //!            ring               bucket has a token        not local
@@ -13,8 +13,8 @@
 //!   VTCTRL.RST, FLR: from any state to Idle, without an answer; a question is cancelled.
 //! ```
 //!
-//! `cts` ("clear to send") is what the PF thinks of this VF: set by the guest's reset message, lost by every reset of
-//! VF, device or PF. Without it nothing is forwarded but that message.
+//! `cts` ("clear to send") is the PF's view of this VF: the guest's reset message sets it, and every reset of VF,
+//! device or PF clears it. Without it the relay forwards only that message.
 
 mod answer;
 mod pf;
@@ -43,7 +43,7 @@ use crate::{
     },
 };
 
-/// A message that is not yet answered.
+/// A message without an answer yet.
 struct Message {
     posted: Posted,
     decoded: Result<Request, Malformed>,
@@ -74,10 +74,10 @@ enum Work {
         message: Message,
         request: Request,
         deadline: Duration,
-        /// For a reset: the address in the PF's reply.
+        /// The address in the PF's reply to a reset.
         from_pf: Option<MacAddress>,
     },
-    /// A question of the relay's own.
+    /// A question that the relay asks by itself.
     Retry {
         seq: u64,
         request: Request,
@@ -93,13 +93,13 @@ pub(crate) struct StateMachine {
     mailbox: VfMailbox,
     work: Work,
     cts: bool,
-    /// The PF has forgotten this VF and the guest does not know yet; told when the PF's reset is over.
+    /// The PF has forgotten this VF and the guest does not know yet. The relay signals it when the PF's reset is over.
     lost: bool,
     effective: Option<MacAddress>,
-    /// What the guest believes to have, as far as the authority knows.
+    /// The address that the guest uses, as far as the authority knows.
     guest: Option<MacAddress>,
     driver: DriverAddress,
-    /// The device has further unicast addresses, or may come to have some.
+    /// The device has further unicast addresses, or may get some.
     filters: bool,
     undecided: retry::Undecided,
     reset_due: bool,
@@ -144,14 +144,15 @@ impl StateMachine {
         }
     }
 
-    /// The relay thread.
+    /// The body of the relay thread.
     pub(crate) fn run(mut self) {
         while let Some(next) = self.turn() {
             self.shared.wait(next);
         }
     }
 
-    /// Does what can be done now. Returns when to be called again if nothing comes in before; None at the end.
+    /// Does the work that is possible now. Returns the time of the next call, which new input brings forward; None at
+    /// the end.
     pub(crate) fn turn(&mut self) -> Option<Duration> {
         let inbox = self.shared.take();
         for denial in inbox.denials {
@@ -165,7 +166,7 @@ impl StateMachine {
             self.drop_work(Cancelled::GuestReset);
             self.mailbox.forget();
             (self.cts, self.lost, self.reset_due) = (false, false, false);
-            // Another boot's driver takes the address of its first reset.
+            // The driver of the next boot takes the address of its first reset.
             self.guest = None;
             self.undecided.forget();
         }
@@ -179,7 +180,7 @@ impl StateMachine {
         if inbox.hint {
             self.next_look = self.now();
         }
-        // The verdict first: what it grants was granted before what the orders take back.
+        // The verdict comes before the commands: its grant is older than the changes that they revoke.
         if let Some(verdict) = inbox.verdict {
             self.decided(verdict);
         }
@@ -202,7 +203,7 @@ impl StateMachine {
         Some(self.next_turn())
     }
 
-    /// What the next message may be refused with before it comes here.
+    /// The permit for a vCPU thread to deny the next message.
     fn permit(&self) -> Option<Permit> {
         let now = self.now();
         let ready = matches!(self.work, Work::Idle) && self.cts && !self.reset_due;
@@ -210,7 +211,7 @@ impl StateMachine {
         self.effective.filter(|_| ready).map(|effective| Permit { effective, driver: self.driver, tokens })
     }
 
-    /// A message was refused where it was written.
+    /// Notes a denial by a vCPU thread.
     fn note_denial(&mut self, FastDenial { mac, silent, reason }: FastDenial) {
         self.messages.take(self.now());
         self.driver.answered(silent);
@@ -220,7 +221,7 @@ impl StateMachine {
         self.report_denial(mac, reason, silent);
     }
 
-    /// Refuses what the authority refuses in any case, but what came when there was no prompt.
+    /// Denies a request that the authority has denied in advance, but for which no vCPU thread had a permit.
     fn deny_standing(&mut self, message: &Message, mac: MacAddress, reason: Reason, on_denied: OnDenied) {
         let silent = on_denied == OnDenied::Silent && !self.driver.must_tell();
         self.answer(message, &Request::SetMac(mac), silent, counted_as(silent));
@@ -248,7 +249,7 @@ impl StateMachine {
         [work, reset, retry, self.refusals.next()].into_iter().flatten().fold(self.next_look, Duration::min)
     }
 
-    /// When the message may begin.
+    /// The time at which processing of the message may begin.
     fn ready_at(&self, message: &Message, now: Duration) -> Duration {
         let mut ready = self.messages.ready_at(now);
         if message.is_reset() {
@@ -299,7 +300,7 @@ impl StateMachine {
         }
     }
 
-    /// Whether the guest's reset message is not answered yet. The answer carries the address.
+    /// Whether the guest's reset message has no answer yet. The answer carries the address.
     fn is_resetting(&self) -> bool {
         match &self.work {
             Work::Idle | Work::Retry { .. } => false,
@@ -316,12 +317,12 @@ impl StateMachine {
         }
     }
 
-    /// A message's turn has come.
+    /// Processes a message that has passed the rate limits.
     fn begin(&mut self, message: Message) {
         let request = match &message.decoded {
             Ok(request) => request.clone(),
             Err(Malformed::Answer(_)) => {
-                // As the PF does: acknowledged, not answered.
+                // As the PF does: acknowledge it, send no reply.
                 self.refusals.add(Reason::MalformedMessage, message.word(), None);
                 self.finish(&message, None, "malformed");
                 return;
@@ -338,7 +339,7 @@ impl StateMachine {
         };
         match request {
             Request::Reset => self.reset(message),
-            // The guest must reset first: word 0 without "clear to send" tells its driver so.
+            // The guest must reset first. Word 0 without "clear to send" makes its driver do so.
             _ if !self.cts => self.answer(&message, &request, false, "not_reset"),
             Request::Unknown { .. } => {
                 self.refuse(&message, Some(request), Reason::UnknownMessage, "unknown")
@@ -372,7 +373,7 @@ impl StateMachine {
             self.unreachable(&message, &request, from_pf, "unreachable");
             return;
         }
-        // What it grants may have to be forwarded, within what the driver waits.
+        // Leave time to forward a granted message before the driver gives up.
         let latest = message
             .posted
             .at
@@ -406,14 +407,14 @@ impl StateMachine {
                 self.note_in_use(&request, reason);
                 let is_address = matches!(request, Request::SetMac(_));
                 let silent = tell == OnDenied::Silent && !(is_address && self.driver.must_tell());
-                // First the answer: a vCPU waits for it, busily.
+                // Answer before logging: a vCPU is busy-waiting.
                 self.answer(&message, &request, silent, counted_as(silent));
                 self.log_refusal(request.name(), reason, silent);
             }
         }
     }
 
-    /// Time left for an exchange with the PF.
+    /// The time left for an exchange with the PF.
     fn left(&self, message: &Message) -> Duration {
         let end = message.posted.at.saturating_add(self.config.message_limit);
         end.saturating_sub(self.now()).min(self.config.exchange_limit)

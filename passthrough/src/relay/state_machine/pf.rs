@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 
-//! The relay's dealings with the PF: what is forwarded, taken back and heard.
+//! The relay's dealings with the PF: forwarding messages, revoking changes, polling the mailbox.
 
 use std::time::Duration;
 
@@ -22,7 +22,7 @@ use crate::{
 };
 
 impl StateMachine {
-    /// Forwards the guest's VTCTRL.RST, at its rate.
+    /// Forwards the guest's VTCTRL.RST, within the rate limit.
     pub(super) fn forward_reset(&mut self) {
         if self.reset_due && self.resets.take(self.now()) {
             self.reset_due = false;
@@ -30,7 +30,7 @@ impl StateMachine {
         }
     }
 
-    /// The guest's reset message: always forwarded, only the PF's driver turns the queues on again.
+    /// Forwards the guest's reset message, always: only the PF's driver turns the queues on again.
     pub(super) fn reset(&mut self, message: Message) {
         let reply = self.mailbox.exchange(
             &Words::new(&[message.word()]),
@@ -77,7 +77,7 @@ impl StateMachine {
         }
     }
 
-    /// One message to the PF. If it no longer listens, the guest is made to reset.
+    /// Sends one message to the PF. If the PF no longer listens, makes the guest reset.
     pub(super) fn send(&mut self, words: &Words, limit: Duration) -> Forwarded {
         match self.mailbox.exchange(words, 1, limit) {
             Ok(reply) => {
@@ -91,7 +91,7 @@ impl StateMachine {
                     tracing::warn!(adapter = self.config.adapter, %error, suppressed, "Message not forwarded to the PF");
                 }
                 if error == VfMailboxError::Gone {
-                    // Not the PF's doing: the device was removed, or is being reset.
+                    // The PF is not the cause: the device was removed, or is being reset.
                     self.cts = false;
                 } else {
                     self.lose();
@@ -118,8 +118,8 @@ impl StateMachine {
         }
     }
 
-    /// A guest that has another address learns it: an agent that starts again finishes a change that it finds begun, also the
-    /// return to the initial address at a reboot, when the guest may have its address already.
+    /// Makes a guest with another address learn the new one. A restarting agent also repeats changes that it finds
+    /// begun, such as the return to the initial address at a reboot, when the guest may already have that address.
     fn address_is(&mut self, mac: MacAddress) {
         let moved = self.effective.replace(mac).is_some_and(|old| old != mac);
         if moved && self.guest.is_some_and(|guest| guest != mac) && !self.is_resetting() {
@@ -144,7 +144,7 @@ impl StateMachine {
     pub(super) fn take_back(&mut self, id: u64, changes: Vec<Change>) {
         let mut failed = Vec::new();
         for change in changes {
-            // Once the PF does not answer, waiting for each of the others would only stall the guest.
+            // Once the PF does not answer, waiting for the remaining changes would only stall the guest.
             let words =
                 self.effective.filter(|_| self.cts).and_then(|mac| igbvf::encode_change(&change, mac));
             let outcome =
@@ -183,7 +183,7 @@ impl StateMachine {
         }
         let tell = self.lost && !seen.resetting;
         if tell {
-            // Only now: a reset of the guest before the end of the PF's would fail.
+            // Not earlier: a guest's reset before the end of the PF's reset would fail.
             state.registers.lost_clear_to_send();
         }
         drop(state);
@@ -193,7 +193,7 @@ impl StateMachine {
         }
     }
 
-    /// The PF has forgotten this VF.
+    /// Notes that the PF has forgotten this VF.
     pub(super) fn lose(&mut self) {
         if !self.cts {
             return;

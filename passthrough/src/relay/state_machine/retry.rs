@@ -1,11 +1,11 @@
 // SPDX-License-Identifier: Apache-2.0
 
-//! Lists that nobody decided about in time, asked again.
+//! Retries of receive lists that had no verdict in time.
 //!
-//! A driver sets its lists of receive addresses and does not look at the answers. A refusal for want of an authority (the agent
-//! starts again, the PF's driver is busy) would leave the guest without them until it sets them anew, which may be never. So the
-//! relay keeps what was asked for and asks again, a request a second at most, until the authority decides. The guest is not told:
-//! it has been, and did not listen.
+//! A driver sets its lists of receive addresses and ignores the answers. A refusal for want of an authority (the agent
+//! restarts, the PF's driver is busy) would leave the guest without them until it sets them again, perhaps never. So
+//! the relay keeps the requests and repeats them, at most one a second, until the authority decides. It does not inform
+//! the guest, which has ignored the first answer.
 
 use std::time::Duration;
 
@@ -20,20 +20,20 @@ use crate::{
 /// Time between two questions.
 const PERIOD: Duration = Duration::from_secs(1);
 
-/// The lists as the guest has asked for them, as far as nobody has decided. At most one request to clear the filters, three
-/// filters and one list of multicast hashes.
+/// The guest's lists as far as they have no verdict. They hold at most one request to clear the filters, three filters
+/// and one list of multicast hashes.
 #[derive(Debug, Default)]
 pub(super) struct Undecided {
     clear: bool,
     unicast: Vec<MacAddress>,
     multicast: Option<Request>,
-    /// When the next one is asked for.
+    /// The time of the next question.
     at: Duration,
     asked: u64,
 }
 
 impl Undecided {
-    /// Nobody has decided about a request of the guest.
+    /// Keeps a request of the guest that has no verdict.
     pub(super) fn keep(&mut self, request: &Request, now: Duration) {
         match request {
             Request::ClearUnicastFilters => {
@@ -47,14 +47,14 @@ impl Undecided {
         self.at = now.saturating_add(PERIOD);
     }
 
-    /// A request was decided about.
+    /// Drops a request that has a verdict.
     pub(super) fn decided(&mut self, request: &Request, granted: bool) {
         match request {
             Request::ClearUnicastFilters => {
                 self.clear = false;
                 self.unicast.clear();
             }
-            // The filters are still to be cleared, and this one then added anew.
+            // The pending clear will remove this granted filter: add it again afterwards.
             Request::AddUnicastFilter(mac) if granted && self.clear => self.add(*mac),
             Request::AddUnicastFilter(mac) => self.unicast.retain(|one| one != mac),
             Request::SetMulticast { .. } => self.multicast = None,
@@ -62,7 +62,7 @@ impl Undecided {
         }
     }
 
-    /// The guest begins anew, and sets its lists.
+    /// Forgets everything: the guest starts over and sets its lists.
     pub(super) fn forget(&mut self) {
         *self = Self { asked: self.asked, ..Self::default() };
     }
@@ -81,14 +81,14 @@ impl Undecided {
         filter.or_else(|| self.multicast.clone())
     }
 
-    /// When something is to be asked for.
+    /// The time at which a question is due.
     pub(super) fn due(&self) -> Option<Duration> {
         self.next().map(|_| self.at)
     }
 }
 
 impl StateMachine {
-    /// Asks again, if nothing else is under way and the PF listens.
+    /// Repeats a request, if no other work is under way and the PF listens.
     pub(super) fn retry_undecided(&mut self) {
         let now = self.now();
         if !self.may_retry() || self.undecided.due().is_none_or(|due| now < due) {
@@ -96,7 +96,7 @@ impl StateMachine {
         }
         let Some(request) = self.undecided.next() else { return };
         self.undecided.at = now.saturating_add(PERIOD);
-        // What a guest may cause counts as its messages do.
+        // A retry takes a token of the guest's messages, like any work that the guest causes.
         if !self.messages.take(now) {
             return;
         }
@@ -112,14 +112,14 @@ impl StateMachine {
         matches!(self.work, Work::Idle) && self.cts && !self.reset_due
     }
 
-    /// The relay's own question is decided.
+    /// Carries out the verdict on the relay's own question.
     pub(super) fn retry_decided(&mut self, seq: u64, request: &Request, decision: Decision) {
         match request {
             Request::ClearUnicastFilters => self.undecided.clear = false,
             Request::AddUnicastFilter(mac) => self.undecided.unicast.retain(|one| one != mac),
             _ => self.undecided.multicast = None,
         }
-        // The others need not wait.
+        // The remaining requests need not wait.
         self.undecided.at = self.now();
         match decision {
             Decision::Grant { how: How::Local } => {}
@@ -134,7 +134,7 @@ impl StateMachine {
         }
     }
 
-    /// Gives the relay's own question up, if there is one: the guest goes on, or nobody decides.
+    /// Gives up the relay's own question, if there is one: the guest has a new message, or no verdict came.
     pub(super) fn withdraw(&mut self) {
         if let Work::Retry { .. } = self.work
             && let Work::Retry { seq, request, .. } = std::mem::replace(&mut self.work, Work::Idle)
@@ -143,7 +143,7 @@ impl StateMachine {
         }
     }
 
-    /// Another port has the address. It may be added later: then the guest's next list begins by clearing it.
+    /// Another port has the address and may release it later: the guest's next list must then begin with a clear.
     pub(super) fn note_in_use(&mut self, request: &Request, reason: Reason) {
         self.filters |= reason == Reason::MacInUse && matches!(request, Request::AddUnicastFilter(_));
     }

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 
-//! The tables of `testing::table`, against the relay and against the PF that stands behind it in tests.
+//! The tables of `testing::table`, against the relay and against the PF double behind it.
 
 use std::{sync::Arc, time::Duration};
 
@@ -15,7 +15,7 @@ use crate::{
     },
 };
 
-/// What came of a message.
+/// The result of a message.
 #[derive(Debug, PartialEq)]
 struct Outcome {
     asked: bool,
