@@ -5,7 +5,7 @@
 /// Words in a mailbox buffer.
 pub const BUFFER_WORDS: usize = 16;
 
-/// One message: 1 to 16 words; those beyond its length are zero.
+/// One message: 1 to 16 words. Words beyond its length are zero.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Words {
     words: [u32; BUFFER_WORDS],
@@ -13,7 +13,7 @@ pub struct Words {
 }
 
 impl Words {
-    /// A message of these words. Beyond 16 they are cut off; none counts as one zero word.
+    /// A message of these words. Words beyond 16 are cut off; an empty slice makes one zero word.
     pub fn new(words: &[u32]) -> Self {
         let mut message = Self { words: [0; BUFFER_WORDS], len: 1 };
         for (to, from) in message.words.iter_mut().zip(words) {
@@ -33,7 +33,7 @@ impl Words {
         self.words.get(..usize::from(self.len)).unwrap_or(&self.words)
     }
 
-    /// All 16 words, zeros behind the message.
+    /// All 16 words, with zeros after the message.
     pub fn padded(&self) -> &[u32; BUFFER_WORDS] {
         &self.words
     }

@@ -14,7 +14,7 @@ pub const PFU: u32 = 1 << 3;
 pub const PFSTS: u32 = 1 << 4;
 /// The PF consumed the VF's message. Read only, cleared by reading.
 pub const PFACK: u32 = 1 << 5;
-/// The PF is being reset. Read only.
+/// A reset of the PF is under way. Read only.
 pub const RSTI: u32 = 1 << 6;
 /// The PF's reset is done. Read only, cleared by reading.
 pub const RSTD: u32 = 1 << 7;

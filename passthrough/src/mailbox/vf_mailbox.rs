@@ -2,9 +2,9 @@
 
 //! The VF's side of the *real* mailbox.
 //!
-//! It has one owner, the VF's relay thread: reading the mailbox register clears bits. What a read clears is latched
-//! here until somebody asks for it. The buffer is owned (VFU) only while words are copied: the PF's driver would wait
-//! for it with interrupts off.
+//! It has one owner, the VF's relay thread, because reading the mailbox register clears bits. The owner latches the
+//! cleared bits until it needs them. It owns the buffer (VFU) only while it copies words: the PF's driver would wait
+//! for the buffer with interrupts off.
 
 use std::{
     sync::Arc,
@@ -19,12 +19,12 @@ use super::{
 };
 use crate::hardware::VfHardware;
 
-/// Time as the relay sees it; tests have their own.
+/// The relay's clock. Tests have their own.
 pub trait Clock: Send + Sync {
     /// Monotonic time since some fixed moment.
     fn now(&self) -> Duration;
 
-    /// Waits.
+    /// Sleeps for `time`.
     fn sleep(&self, time: Duration);
 }
 
@@ -48,36 +48,36 @@ impl Clock for SystemClock {
     }
 }
 
-/// Why an exchange with the PF failed.
+/// The reason why an exchange with the PF failed.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum VfMailboxError {
-    /// VFU was not granted.
+    /// The VF did not get VFU.
     #[error("The PF driver holds the mailbox buffer: it hangs or is being removed")]
     Busy,
-    /// No PFACK.
+    /// PFACK did not come.
     #[error("The PF driver did not take the message: is its interface up on the host?")]
     NotTaken,
-    /// No PFSTS, or none that answers this message.
+    /// PFSTS did not come, or only for another message.
     #[error(
         "The PF driver took the message and did not answer: it does so before it has seen the VF's reset"
     )]
     NoReply,
-    /// RSTI for all of the time.
+    /// RSTI was set all the time.
     #[error("The PF is being reset: is its interface up on the host?")]
     PfResetting,
-    /// All-ones.
+    /// The mailbox register read as all-ones.
     #[error("The VF does not answer: it was removed from the host or is being reset")]
     Gone,
 }
 
-/// What the PF did on its own since the last look.
+/// Events of the PF's own since the last poll.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Observed {
-    /// The PF is being reset at this moment.
+    /// A reset of the PF is under way.
     pub resetting: bool,
     /// A reset of the PF ended.
     pub reset_done: bool,
-    /// Word 0 of the last message that it sent on its own.
+    /// Word 0 of the last unsolicited message.
     pub message: Option<u32>,
     /// The VF does not answer at all.
     pub gone: bool,
@@ -92,10 +92,10 @@ pub struct VfMailbox {
     message: Option<u32>,
 }
 
-/// How often VFU is tried before a message is given up, a millisecond apart, as igbvf does.
+/// Attempts to get VFU before a message is given up, a millisecond apart, as in igbvf.
 const VFU_TRIES: u32 = 11;
 const VFU_PAUSE: Duration = Duration::from_millis(1);
-/// The PF's driver answers in its interrupt handler: usually within some 10 µs.
+/// The PF's driver answers in its interrupt handler, usually within some 10 µs.
 const FIRST_PAUSE: Duration = Duration::from_micros(20);
 const LAST_PAUSE: Duration = Duration::from_micros(500);
 
@@ -105,19 +105,19 @@ impl VfMailbox {
         Self { hardware, clock, layout, latched: 0, message: None }
     }
 
-    /// Resets the VF (VTCTRL.RST): queues off, and the PF listens no more until the next reset message.
+    /// Resets the VF (VTCTRL.RST): its queues are off, and the PF does not listen until the next reset message.
     pub fn reset_vf(&mut self) {
         self.write(self.layout.control, register_bits::CONTROL_RST);
         self.forget();
     }
 
-    /// The device was reset behind our back: nothing that was latched is true any more.
+    /// Drops the latched state after a reset of the device from elsewhere.
     pub fn forget(&mut self) {
         self.latched = 0;
         self.message = None;
     }
 
-    /// Looks for what the PF did on its own: one register read when there is nothing.
+    /// Polls for events of the PF's own. This costs one register read if there is none.
     pub fn poll(&mut self) -> Observed {
         let status = self.status();
         if status == u32::MAX {
@@ -133,7 +133,7 @@ impl VfMailbox {
         Observed { resetting: status & RSTI != 0, reset_done, message: self.message.take(), gone: false }
     }
 
-    /// Sends a message and waits for its reply of `reply_words` words.
+    /// Sends a message and waits for the reply of `reply_words` words.
     ///
     /// # Errors
     /// [`VfMailboxError`], after `limit` at the latest (and the 11 ms that VFU may take).
@@ -146,11 +146,11 @@ impl VfMailbox {
         let deadline = self.clock.now().saturating_add(limit);
         self.wait_for_pf(deadline)?;
         self.take_buffer()?;
-        // Two reads, as the driver does: the first clears what the second would still show.
+        // Read twice, as the driver does: the first read clears bits that the second would otherwise show.
         self.status();
         self.status();
         if self.latched & PFSTS != 0 {
-            // Something the PF said on its own: it would be overwritten.
+            // Save an unsolicited message of the PF, which the new message would overwrite.
             let word = self.word(0);
             self.keep_message(word);
         }
@@ -210,7 +210,7 @@ impl VfMailbox {
         Err(VfMailboxError::Busy)
     }
 
-    /// Waits until `bit` is latched, and takes it. `Err(None)` is the deadline.
+    /// Waits until `bit` is latched, and clears it. `Err(None)` means that the deadline has passed.
     fn wait_for(&mut self, bit: u32, deadline: Duration) -> Result<(), Option<VfMailboxError>> {
         let mut pause = FIRST_PAUSE;
         loop {
@@ -229,7 +229,8 @@ impl VfMailbox {
         }
     }
 
-    /// All 16 words: those behind the message may be left from another one, or from the PF's late reply to it.
+    /// Writes all 16 words: those after the message may be left from another message, or from the PF's late reply to
+    /// it.
     fn put(&self, message: &Words) {
         for (index, word) in message.padded().iter().enumerate() {
             self.write(self.buffer(index), *word);
@@ -250,19 +251,19 @@ impl VfMailbox {
     fn fetch_message(&mut self) {
         match self.get(1) {
             Ok(message) => self.keep_message(message.first()),
-            // The PF is writing again: it will raise PFSTS again.
+            // The PF is writing again and will raise PFSTS again.
             Err(error) => tracing::debug!(%error, "Message of the PF not read"),
         }
     }
 
-    /// Keeps what the PF says on its own; replies to messages that were given up are dropped.
+    /// Keeps an unsolicited message of the PF. Drops replies to messages that were given up.
     fn keep_message(&mut self, word: u32) {
         if word & 0xffff == register_bits::PF_CONTROL {
             self.message = Some(word);
         }
     }
 
-    /// Reads the mailbox register and latches what that clears.
+    /// Reads the mailbox register and latches the bits that the read clears.
     fn status(&mut self) -> u32 {
         let status = self.read(self.layout.mailbox);
         if status != u32::MAX {
