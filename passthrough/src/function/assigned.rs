@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 
-//! The assigned function: what the bus, the vmm and the guest's vCPUs call.
+//! The assigned function: the calls of the bus, the vmm and the guest's vCPUs.
 
 use std::{
     ops::Range,
@@ -33,7 +33,7 @@ use crate::{
     threads::{ThreadKind, ThreadStart},
 };
 
-/// What vCPUs and the function's thread share.
+/// State shared by vCPUs and the function's thread.
 pub(super) struct Shared {
     name: String,
     access: Arc<HardwareAccess>,
@@ -72,10 +72,10 @@ pub struct AssignedFunction {
 }
 
 impl AssignedFunction {
-    /// Puts a function before the hardware behind `gate`, and starts its thread.
+    /// Puts a function in front of the hardware behind `access`, and starts its thread.
     ///
-    /// `name` (the host's PCI address) is for log lines. BARs decode inside of `windows` only, guest-physical ranges
-    /// without guest memory. `traps` are the ranges that never become windows, besides those of MSI-X.
+    /// `name` (the host's PCI address) is for log lines. BARs decode only inside of `windows`, guest-physical ranges
+    /// without guest memory. `traps` and the MSI-X ranges never become windows.
     ///
     /// # Errors
     /// [`FunctionError`].
@@ -93,7 +93,7 @@ impl AssignedFunction {
         if capabilities.msi.is_none() && capabilities.msix.is_none() {
             return Err(FunctionError::NoInterrupts);
         }
-        // I/O BARs are not offered: a function that needs them in a guest is older than MSI-X.
+        // I/O BARs are hidden: a function that needs them in a guest is older than MSI-X.
         let infos =
             std::array::from_fn(|bar| Some(hardware.bar(bar)).filter(|bar| !bar.io).unwrap_or_default());
         let layouts = infos.map(|info: crate::hardware::BarInfo| {
@@ -129,7 +129,7 @@ impl AssignedFunction {
         Ok(Self { shared, commands, thread: Mutex::new(Some(thread)) })
     }
 
-    /// The memory BARs, for whoever assigns their addresses.
+    /// The memory BARs, for the code that assigns their addresses.
     #[must_use]
     pub fn bars(&self) -> Vec<(usize, BarLayout)> {
         self.shared.registers().bars.layouts().collect()
@@ -138,12 +138,12 @@ impl AssignedFunction {
     /// Assigns the address that a BAR has at power-on, before the vCPUs run.
     ///
     /// # Errors
-    /// [`BarError`] for an address where it could not decode.
+    /// [`BarError`] for an address at which it cannot decode.
     pub fn assign_bar(&self, bar: usize, address: u64) -> Result<(), BarError> {
         self.shared.registers().assign_bar(bar, address)
     }
 
-    /// The gate to the hardware, for the relay.
+    /// The access to the hardware, for the relay.
     #[must_use]
     pub fn access(&self) -> Arc<HardwareAccess> {
         self.shared.access.clone()
@@ -156,16 +156,16 @@ impl AssignedFunction {
     }
 
     /// Starts a function reset, as the guest's FLR does: BARs and command are 0 afterwards. Returns at once; all
-    /// reads are all-ones until it has ended. Nothing happens while one is under way.
+    /// reads are all-ones until the reset ends. Does nothing while one is under way.
     pub fn request_reset(&self) {
         if self.shared.access.begin_reset() == Begin::Begun {
-            // It fails when the thread has ended, and then the gate is closed for good.
+            // Sending fails only after the thread has ended, and then the access is closed for good.
             let _ = self.commands.send(Command::GuestReset);
         }
     }
 
-    /// Resets function and registers to the state at power-on, BARs at their assigned addresses, and waits. Not for
-    /// vCPU threads. No DMA of the old boot happens once it has returned `Ok`.
+    /// Resets function and registers to the state at power-on, with the BARs at their assigned addresses, and waits.
+    /// Not for vCPU threads. After `Ok`, no DMA of the old boot happens.
     ///
     /// # Errors
     /// [`ResetError`]; guest memory must then not be reused while the function is open.
@@ -180,15 +180,15 @@ impl AssignedFunction {
         }
     }
 
-    /// The hardware is gone or wanted back by its host: from now on the function reads all-ones, has no windows and
-    /// raises no interrupts. The hardware itself is closed soon after, on the function's thread.
+    /// Gives up the hardware, which is gone or which its host wants back. From now on the function reads all-ones,
+    /// has no windows and raises no interrupts. The function's thread closes the hardware itself soon after.
     pub fn lose(&self) {
         let hardware = self.shared.access.close();
         let mut registers = self.shared.registers();
         if let Err(error) = registers.windows.close() {
             tracing::error!(device = self.shared.name, %error, "Window of a lost PCI function cannot be taken away");
         }
-        // Closing the device ends its interrupts; what matters here is that none reaches the guest any more.
+        // Closing the device ends its interrupts. This only keeps them from the guest at once.
         registers.reset(false);
         drop(registers);
         let _ = self.commands.send(Command::Release(hardware));
@@ -200,7 +200,7 @@ impl AssignedFunction {
         self.shared.access.is_closed()
     }
 
-    /// [`lose`](Self::lose), and waits for the thread: as long as a reset takes that is under way.
+    /// Calls [`lose`](Self::lose) and waits for the thread, at most until a reset under way ends.
     pub fn shutdown(&self) {
         self.lose();
         let thread = self.thread.lock().unwrap_or_else(PoisonError::into_inner).take();
@@ -209,7 +209,7 @@ impl AssignedFunction {
         }
     }
 
-    /// The range that answers an access of `len` bytes at `gpa`: BAR, offset in it.
+    /// The BAR, and the offset in it, of an access of `len` bytes at `gpa`.
     fn decode(&self, gpa: u64, len: usize) -> Option<(usize, u64)> {
         let (bar, offset) = self.shared.registers().bars.decode(gpa, len)?;
         self.shared.counters.bar(bar, offset);
@@ -246,7 +246,7 @@ impl PciFunction for AssignedFunction {
         let inside = offset - found.range.start;
         match &found.target {
             Target::Hardware { .. } => self.shared.access.bar_read(bar, offset, data),
-            // Not under the gate: the handler may come back to it.
+            // Not inside the access: the handler may use it itself.
             Target::Handler(handler) => {
                 if self.shared.access.is_open() {
                     handler.read(inside, data);

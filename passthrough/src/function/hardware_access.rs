@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 
-//! The way to the hardware, which can be closed while it is being reset, and for good.
+//! Access to the hardware, which closes while it is being reset, and for good after removal.
 
 use std::{
     io,
@@ -12,8 +12,9 @@ use vmm_sys_util::eventfd::EventFd;
 
 use crate::hardware::{BarInfo, IrqKind, VfHardware};
 
-/// Hardware behind a gate. Whoever reaches the function through it (vCPUs, the relay) sees all-ones while it is
-/// being reset, and forever once it is gone; nobody else holds the hardware, so that closing the gate lets go of it.
+/// The one access to the hardware of a function. While it is closed, vCPUs and the relay read all-ones: during a
+/// reset, and for good once the function is gone. No other code holds the hardware, so closing it for good releases
+/// the hardware.
 pub struct HardwareAccess {
     state: RwLock<State>,
     bars: [BarInfo; BARS],
@@ -25,15 +26,15 @@ const BARS: usize = 6;
 
 enum State {
     Open(Arc<dyn VfHardware>),
-    /// The function's thread resets it.
+    /// The function's thread is resetting it.
     Resetting(Arc<dyn VfHardware>),
     Closed,
 }
 
-/// What asking for a reset led to.
+/// The result of a request for a reset.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Begin {
-    /// The gate was open and is not any more: the caller has to see to the reset.
+    /// The access was open and is now closed: the caller must have the reset done.
     Begun,
     /// A reset was already under way.
     UnderWay,
@@ -42,7 +43,7 @@ pub(super) enum Begin {
 }
 
 impl HardwareAccess {
-    /// An open gate before `hardware`.
+    /// Opens the access to `hardware`.
     #[must_use]
     pub fn new(hardware: Arc<dyn VfHardware>) -> Arc<Self> {
         Arc::new(Self {
@@ -53,7 +54,7 @@ impl HardwareAccess {
         })
     }
 
-    /// Runs `access` if the gate is open; it cannot close meanwhile, so `access` must be short.
+    /// Runs `access` if the access is open. It cannot close meanwhile, so `access` must be short.
     pub(super) fn with<T>(&self, access: impl FnOnce(&dyn VfHardware) -> T) -> Option<T> {
         match &*self.read() {
             State::Open(hardware) => Some(access(hardware.as_ref())),
@@ -84,7 +85,7 @@ impl HardwareAccess {
         }
     }
 
-    /// Opens the gate after a reset; false if it was closed for good meanwhile.
+    /// Reopens the access after a reset. Returns false if it was closed for good meanwhile.
     pub(super) fn end_reset(&self) -> bool {
         let mut state = self.write();
         match std::mem::replace(&mut *state, State::Closed) {
@@ -96,7 +97,7 @@ impl HardwareAccess {
         }
     }
 
-    /// Closes the gate for good. The hardware is returned if it was there: for its last orders.
+    /// Closes the access for good. Returns the hardware, if it was there, for its last commands.
     pub(super) fn close(&self) -> Option<Arc<dyn VfHardware>> {
         match std::mem::replace(&mut *self.write(), State::Closed) {
             State::Open(hardware) | State::Resetting(hardware) => Some(hardware),
@@ -104,12 +105,12 @@ impl HardwareAccess {
         }
     }
 
-    /// Whether the hardware can be reached now.
+    /// Whether the hardware is reachable now.
     pub(super) fn is_open(&self) -> bool {
         matches!(&*self.read(), State::Open(_))
     }
 
-    /// Whether the gate is closed for good.
+    /// Whether the access is closed for good.
     #[must_use]
     pub fn is_closed(&self) -> bool {
         matches!(&*self.read(), State::Closed)
@@ -176,7 +177,7 @@ impl VfHardware for HardwareAccess {
         self.with(|hardware| hardware.disable_irqs(kind)).unwrap_or_else(|| Err(closed()))
     }
 
-    /// Never through the gate: a reset belongs to the function's thread.
+    /// Unsupported: only the function's thread resets the hardware.
     fn reset(&self) -> io::Result<()> {
         Err(io::ErrorKind::Unsupported.into())
     }

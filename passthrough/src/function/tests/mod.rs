@@ -22,7 +22,7 @@ const BAR3: u64 = 0x40_0000_0000;
 const BAR5: u64 = 0xc010_0000;
 const PBA: u64 = 0x2000;
 
-/// What the mailbox page was asked.
+/// Accesses to the mailbox page.
 #[derive(Default)]
 struct Page(Mutex<Vec<String>>);
 
