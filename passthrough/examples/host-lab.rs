@@ -1,10 +1,10 @@
 // SPDX-License-Identifier: Apache-2.0
 
-//! The host side against a real kernel and adapter, for the nested lab:
-//! `resources/lab/run --igbvf --vfs 2 -- target/debug/examples/host-lab`.
+//! The host side against a real kernel and adapter, for the nested lab: `resources/lab/run --igbvf --vfs 2 --
+//! target/debug/examples/host-lab`.
 //!
-//! Prints one line per check and ends with status 1 if any failed. It takes VFs away and the PF down: run it nowhere
-//! else.
+//! Prints one line per check and ends with status 1 if any failed. It removes VFs and takes the PF down: run it only
+//! in the lab.
 
 #![allow(clippy::print_stdout, clippy::expect_used)] // A program for people, whose failures may stop it.
 
@@ -22,7 +22,7 @@ use passthrough::sriov::{
 };
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 
-/// Counts what failed.
+/// Counts failures.
 struct Checks {
     failed: u32,
 }
@@ -52,7 +52,7 @@ impl Checks {
 
 fn main() -> ExitCode {
     let mut checks = Checks { failed: 0 };
-    // With the address of a VF that some process has open through VFIO.
+    // The argument is the address of a VF that a process has open through VFIO.
     if let Some(bdf) = std::env::args().nth(1) {
         let bdf = bdf.parse().expect("a PCI address");
         let started = Instant::now();
@@ -111,7 +111,7 @@ fn run(checks: &mut Checks) -> Result<(), Box<dyn Error>> {
     checks.that("the VF's settings", expected, &remembered);
     println!("       {}", vf_line(0));
 
-    // The second VF gets an address from the administrator, so that both cases are seen.
+    // The second VF gets an address from the administrator, so that both cases are tested.
     let pinned = MacAddress::new([2, 0, 0, 0, 0, 0x22]);
     control.apply(1, &[VfChange::Mac(Some(pinned))])?;
     for (bdf, index) in [(vf_bdf, 0), (second, 1)] {
@@ -196,7 +196,7 @@ fn run(checks: &mut Checks) -> Result<(), Box<dyn Error>> {
         std::thread::sleep(Duration::from_millis(100));
     }
 
-    // Nobody reads the news while they pile up.
+    // No events are read while they pile up.
     let batch = "link set dev lo mtu 60000\nlink set dev lo mtu 65536\n".repeat(1000);
     std::fs::write("/tmp/host-lab.batch", batch)?;
     ip("-batch /tmp/host-lab.batch");

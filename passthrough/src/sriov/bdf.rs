@@ -82,7 +82,7 @@ impl FromStr for Bdf {
             }
             Self::new(domain(first)?, hex(bus, 2)?, hex(device, 2)?, hex(function, 1)?)
         };
-        // The text may come from an API client: what is repeated of it is bounded.
+        // The text may come from an API client: bound its copy in the error.
         parse().ok_or_else(|| InvalidBdf(text.chars().take(40).collect()))
     }
 }

@@ -1,10 +1,10 @@
 // SPDX-License-Identifier: Apache-2.0
 
-//! Taking a PCI function from its driver for VFIO, and giving it back.
+//! Moving a PCI function from its driver to VFIO, and back.
 //!
-//! Each operation is a series of small steps, and each step may be the last one before a crash: repeating the whole
-//! operation always completes it. What must be known for the way back is therefore read
-//! ([`Sysfs::current_binding`]) and stored by the caller before [`Sysfs::bind_vfio`] changes anything.
+//! Each operation is a series of small steps, and a crash may follow any of them: repeating the whole operation always
+//! completes it. The caller therefore reads the former state ([`Sysfs::current_binding`]) and stores it before
+//! [`Sysfs::bind_vfio`] changes anything.
 
 use std::{
     fs, io,
@@ -23,11 +23,11 @@ use crate::failpoints::{Point, reach};
 /// The driver that gives functions to user space.
 pub const VFIO_PCI: &str = "vfio-pci";
 
-/// How long a driver may take to let go of a device, or to take it. vfio-pci holds on as long as a process has the
-/// device open.
+/// The time that a driver has to release a device, or to take it. vfio-pci keeps it as long as a process has the device
+/// open.
 const PATIENCE: Duration = Duration::from_secs(10);
 
-/// How a function was bound before it was taken.
+/// The former binding of a function.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct PreviousBinding {
     /// Its driver.
@@ -36,13 +36,13 @@ pub struct PreviousBinding {
     pub driver_override: Option<String>,
 }
 
-/// Why a function cannot be bound.
+/// The reason why a function cannot be bound.
 #[derive(Debug, Error)]
 pub enum BindError {
-    /// There is no such function. To restore the binding of a function that is gone is nothing to worry about.
+    /// There is no such function. While restoring a binding, this is no problem.
     #[error("There is no PCI device {0}: it may have been removed, or its PF's VFs were")]
     NoDevice(Bdf),
-    /// The driver is not there.
+    /// The driver does not exist.
     #[error("The driver {driver} for {bdf} is not loaded: run `modprobe {driver}`")]
     NoDriver {
         /// The function.
@@ -50,7 +50,7 @@ pub enum BindError {
         /// The driver.
         driver: String,
     },
-    /// The current driver does not let go.
+    /// The current driver does not release the function.
     #[error("The driver {driver} did not release {bdf} within {} s: end the process that uses the device", PATIENCE.as_secs())]
     NotReleased {
         /// The function.
@@ -73,7 +73,7 @@ pub enum BindError {
         /// The kernel's answer, if it gave one.
         source: Option<io::Error>,
     },
-    /// The function has a driver of the host, whose business a reset is.
+    /// The function has a driver of the host, which alone may reset it.
     #[error("{bdf} is not reset: the host's driver {driver} has it")]
     HasDriver {
         /// The function.
@@ -81,7 +81,7 @@ pub enum BindError {
         /// The driver.
         driver: String,
     },
-    /// Nothing waits for the kernel: no thread could be started.
+    /// The thread that waits for the kernel could not be started.
     #[error("Cannot start a thread that waits for the kernel")]
     Thread(#[source] io::Error),
     /// sysfs cannot be read or written.
@@ -90,7 +90,7 @@ pub enum BindError {
 }
 
 impl Sysfs {
-    /// How the function is bound now: what [`restore`](Self::restore) needs later. Store it before
+    /// The present binding of the function, for a later [`restore`](Self::restore). Store it before
     /// [`bind_vfio`](Self::bind_vfio).
     ///
     /// # Errors
@@ -100,8 +100,8 @@ impl Sysfs {
         Ok(PreviousBinding { driver: self.driver(bdf)?, driver_override: self.driver_override(bdf)? })
     }
 
-    /// Binds the function to vfio-pci and says how it was bound before this call (after a crash that is not how it was
-    /// bound at first: see [`current_binding`](Self::current_binding)). May be repeated.
+    /// Binds the function to vfio-pci and returns its binding before this call (after a crash that is not the original
+    /// one: see [`current_binding`](Self::current_binding)). May be repeated.
     ///
     /// # Errors
     /// See [`BindError`]. The function may be left with no driver: [`restore`](Self::restore) it.
@@ -111,7 +111,7 @@ impl Sysfs {
         Ok(previous)
     }
 
-    /// Binds the function as it was. May be repeated. The process that used it must have ended.
+    /// Restores the function's binding. May be repeated. The process that used the function must have ended.
     ///
     /// # Errors
     /// See [`BindError`]. [`BindError::NoDevice`] means that there is nothing left to restore.
@@ -121,12 +121,13 @@ impl Sysfs {
             Some(driver) => self.bind(bdf, driver)?,
             None => self.unbind(bdf)?,
         }
-        // Last: `bind` needs the override for itself, and a driver that is bound is not disturbed by it.
+        // Last: `bind` needs the override for itself, and it does not affect a bound driver.
         self.set_override(bdf, previous.driver_override.as_deref())
     }
 
-    /// Resets the function (FLR, where it has one) through sysfs. It must not be open through VFIO, and have no driver but
-    /// vfio-pci: the kernel asks the driver to prepare, and igbvf (6.12) waits for ever then while its interface is down.
+    /// Resets the function (FLR, if it has one) through sysfs. It must not be open through VFIO, and its only driver
+    /// may be vfio-pci: the kernel asks the driver to prepare, and igbvf (6.12) then waits for ever while its interface
+    /// is down.
     ///
     /// # Errors
     /// [`BindError::NoDevice`], [`BindError::HasDriver`], or the kernel's answer: a function without a reset has no such
@@ -139,7 +140,8 @@ impl Sysfs {
         Ok(self.write(&self.device_dir(bdf).join("reset"), "1")?)
     }
 
-    /// Whether the kernel can reset the function: by FLR, by its power state, or by the reset of a bus that it is alone on.
+    /// Whether the kernel can reset the function: by FLR, by its power state, or by the reset of a bus that has no
+    /// other function.
     pub fn can_reset(&self, bdf: Bdf) -> bool {
         self.device_dir(bdf).join("reset").exists()
     }
@@ -156,12 +158,12 @@ impl Sysfs {
         if self.driver(bdf)?.as_deref() == Some(driver) {
             return Ok(());
         }
-        // Before the old driver is taken away.
+        // Check before the old driver loses the function.
         if !self.path("bus/pci/drivers").join(driver).exists() {
             return Err(BindError::NoDriver { bdf, driver: driver.to_owned() });
         }
-        // Even a driver that knows the device needs the override: where a PF's VFs are not to be probed
-        // (sriov_drivers_autoprobe), only the driver named in it is.
+        // Even a driver that knows the device needs the override: on a PF that does not probe its VFs
+        // (sriov_drivers_autoprobe), the kernel probes only the driver in the override.
         self.set_override(bdf, Some(driver))?;
         reach(Point::BindOverridden);
         self.unbind(bdf)?;
@@ -171,7 +173,7 @@ impl Sysfs {
             Err(SysfsError::Write { source, .. }) => Some(source),
             Err(e) => return Err(e.into()),
         };
-        // The driver's own link is the truth, whatever the answer was: someone else may have bound it meanwhile.
+        // Trust the driver link, whatever the answer was: another program may have bound the function meanwhile.
         let has = match &answer {
             None => self.await_driver(bdf, |has| has == Some(driver))?,
             Some(_) => self.driver(bdf)?,
@@ -191,7 +193,7 @@ impl Sysfs {
         let path = self.device_dir(bdf).join("driver/unbind");
         match self.write_with_patience(path, bdf.to_string())? {
             Some(Ok(())) => {}
-            // Someone was faster.
+            // Another program was faster.
             Some(Err(e)) if self.driver(bdf)?.as_ref() == Some(&driver) => return Err(e.into()),
             Some(Err(_)) => {}
             None => return Err(BindError::NotReleased { bdf, driver }),
@@ -202,14 +204,14 @@ impl Sysfs {
         }
     }
 
-    /// Waits for the function's group to be closed by everybody; false if it is still open. To unbind a function that is
-    /// open through VFIO would hang without a way to give up: not even the process that tries could end.
+    /// Waits until every process has closed the function's group; false if it is still open. Unbinding a function that
+    /// is open through VFIO would hang beyond recovery: not even the unbinding process could end.
     fn await_closed(&self, bdf: Bdf) -> Result<bool, SysfsError> {
         let Some(group) = self.link_name(&self.device_dir(bdf).join("iommu_group"))? else { return Ok(true) };
         let node = self.group_node(&group);
         let deadline = Instant::now() + PATIENCE;
         loop {
-            // A group can be open once; whoever has a device of it open has the group open too.
+            // A group can be open only once, and a process with one of its devices has the group open.
             match fs::OpenOptions::new().read(true).write(true).open(&node) {
                 Err(e) if e.raw_os_error() == Some(libc::EBUSY) => {}
                 _ => return Ok(true),
@@ -230,7 +232,7 @@ impl Sysfs {
         Ok(self.write(&self.device_dir(bdf).join("driver_override"), &value)?)
     }
 
-    /// Waits a moment for the driver to be as wanted and returns what it is.
+    /// Waits a moment for the wanted driver and returns the actual one.
     fn await_driver(
         &self,
         bdf: Bdf,
@@ -247,8 +249,8 @@ impl Sysfs {
         }
     }
 
-    /// A write that may wait for other processes. `None` if it is not done in time; it then goes on in its thread, which
-    /// nothing can interrupt.
+    /// A write that may wait for other processes. `None` if it does not end in time; it then continues in its thread,
+    /// which nothing can interrupt.
     fn write_with_patience(
         &self,
         path: PathBuf,

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 
-//! Configuring VFs through their PF: what can be read and set, and changes that are all made or all undone.
+//! Configuration of VFs through their PF: readable and writable settings, and changes that are made or undone together.
 
 use std::{collections::BTreeMap, fmt, io, num::NonZeroU32};
 
@@ -22,7 +22,7 @@ pub enum TagProtocol {
     Dot1Ad,
 }
 
-/// The tag that the adapter adds to what a VF sends and strips from what it receives.
+/// The tag that the adapter adds to frames from a VF and strips from frames to it.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct PortVlan {
     /// The VLAN, 1 to 4094; 0 for no tag.
@@ -35,22 +35,22 @@ pub struct PortVlan {
     pub protocol: TagProtocol,
 }
 
-/// The link as a VF sees it.
+/// The link state that a VF sees.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum VfLink {
-    /// As the PF's.
+    /// The same as the PF's.
     Auto,
-    /// Up, whatever the PF's is.
+    /// Up, independent of the PF's.
     Enable,
     /// Down.
     Disable,
 }
 
-/// What a PF has set for one VF. `None` where its driver does not say, except for the address.
+/// A PF's settings for one VF. `None` if the driver does not show them; for the address it means none.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct VfSettings {
-    /// The address that the adapter has programmed, whether the administrator or the VF chose it; `None` for none.
+    /// The programmed address, chosen by the administrator or the VF; `None` for none.
     pub mac: Option<MacAddress>,
     /// The port VLAN.
     pub vlan: PortVlan,
@@ -62,14 +62,14 @@ pub struct VfSettings {
     pub min_tx_rate: u32,
     /// Highest sending rate in Mbit/s; 0 for no bound.
     pub max_tx_rate: u32,
-    /// The link state. Drivers that cannot set it are seen to say `Auto`.
+    /// The link state. Drivers that cannot set it show `Auto`.
     pub link_state: Option<VfLink>,
 }
 
-/// One thing to set for a VF.
+/// A change of one setting of a VF.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub enum VfChange {
-    /// The administrative address, which most drivers then keep the VF from changing; `None` removes it.
+    /// The administrative address, which most drivers then prevent the VF from changing; `None` removes it.
     Mac(Option<MacAddress>),
     /// The port VLAN.
     Vlan(PortVlan),
@@ -89,7 +89,7 @@ pub enum VfChange {
 }
 
 impl VfChange {
-    /// The change of the PF that a change of the switch asks for; `None` for those that go by the VF's mailbox.
+    /// The change on the PF for a change of the switch; `None` for changes that go by the VF's mailbox.
     pub fn of(change: &Change) -> Option<Self> {
         Some(match change {
             Change::SetMac(mac) => Self::Mac((!mac.is_zero()).then_some(*mac)),
@@ -107,11 +107,11 @@ impl VfChange {
         })
     }
 
-    /// Whether `settings` are as this change wants them.
+    /// Whether `settings` agree with this change.
     pub fn holds(&self, settings: &VfSettings) -> bool {
         match *self {
             Self::Mac(mac) => settings.mac == mac,
-            // Without a tag its protocol means nothing; VLAN 0 with a priority is a tag.
+            // Without a tag its protocol is irrelevant; VLAN 0 with a priority is a tag.
             Self::Vlan(vlan) => {
                 let untagged = |vlan: PortVlan| (vlan.id, vlan.qos) == (0, 0);
                 settings.vlan == vlan || (untagged(vlan) && untagged(settings.vlan))
@@ -123,7 +123,7 @@ impl VfChange {
         }
     }
 
-    /// The change of the same kind that leads to `settings`; `None` if those do not say.
+    /// The change of the same kind that leads back to `settings`; `None` if they do not show this setting.
     pub fn back_to(&self, settings: &VfSettings) -> Option<Self> {
         Some(match self {
             Self::Mac(_) => Self::Mac(settings.mac),
@@ -160,7 +160,7 @@ impl fmt::Display for VfChange {
     }
 }
 
-/// Why a PF cannot be read or does not make a change. `pf` is the name by which people know it.
+/// The reason why a PF cannot be read or does not make a change. `pf` is its name for users.
 #[derive(Debug, Error)]
 pub enum PfError {
     /// The PF has no network interface, or no longer exists.
@@ -177,7 +177,7 @@ pub enum PfError {
         /// The VF.
         vf: u16,
     },
-    /// The PF's driver has no such function.
+    /// The PF's driver does not support the change.
     #[error(
         "PF {pf} cannot {change} for VF {vf}: its driver does not support it; use another setting or adapter"
     )]
@@ -186,7 +186,7 @@ pub enum PfError {
         pf: String,
         /// The VF.
         vf: u16,
-        /// What was asked for.
+        /// The requested change.
         change: VfChange,
     },
     /// The driver refused.
@@ -196,23 +196,23 @@ pub enum PfError {
         pf: String,
         /// The VF.
         vf: u16,
-        /// What was asked for.
+        /// The requested change.
         change: VfChange,
-        /// What the kernel says beyond the error number.
+        /// The kernel's message beyond the error number.
         message: Option<String>,
-        /// What can be done.
+        /// The cure.
         cure: &'static str,
         /// The error number.
         source: io::Error,
     },
-    /// The driver agreed, but what it shows afterwards is something else.
+    /// The driver agreed, but shows another setting afterwards.
     #[error("PF {pf} agreed to {change} for VF {vf} but does not show it: its driver ignores the setting")]
     NotTaken {
         /// The PF.
         pf: String,
         /// The VF.
         vf: u16,
-        /// What was asked for.
+        /// The requested change.
         change: VfChange,
     },
     /// The process may not configure interfaces.
@@ -223,7 +223,7 @@ pub enum PfError {
         /// The PF.
         pf: String,
     },
-    /// There was no answer in time. Whether a change was made is open: read the VF.
+    /// No answer came in time. The change may or may not have been made: read the VF.
     #[error(
         "PF {pf} did not answer in time: the kernel's network configuration is held up (see its log), or the process of a \
          simulated PF is"
@@ -232,20 +232,20 @@ pub enum PfError {
         /// The PF.
         pf: String,
     },
-    /// An answer that makes no sense.
+    /// The answer makes no sense.
     #[error("PF {pf} gave an answer that cannot be used: {what}")]
     Protocol {
         /// The PF.
         pf: String,
-        /// What is wrong with it.
+        /// The fault in the answer.
         what: String,
     },
-    /// The way to the PF failed.
+    /// The connection to the PF failed.
     #[error("Cannot talk to PF {pf}")]
     Io {
         /// The PF.
         pf: String,
-        /// Why.
+        /// The cause.
         source: io::Error,
     },
     /// The PF cannot be found.
@@ -257,7 +257,7 @@ fn said(message: &Option<String>) -> String {
     message.as_deref().map(|text| format!(" (\"{text}\")")).unwrap_or_default()
 }
 
-/// Why a series of changes was not made, and what remains of it.
+/// The reason why a series of changes was not made, and its remains.
 #[derive(Debug, Error)]
 #[error("Cannot {change} for VF {vf}; {}", remains(not_undone))]
 pub struct ApplyError {
@@ -265,9 +265,9 @@ pub struct ApplyError {
     pub vf: u16,
     /// The change that failed.
     pub change: VfChange,
-    /// Why.
+    /// The reason.
     pub source: Box<PfError>,
-    /// The changes back to the former state that failed too: these settings are not as they were.
+    /// The changes back to the former state that failed too: these settings differ from before.
     pub not_undone: Vec<(VfChange, Box<PfError>)>,
 }
 
@@ -280,12 +280,12 @@ fn remains(not_undone: &[(VfChange, Box<PfError>)]) -> String {
     format!("undoing what was done failed too, {}", failures.join("; "))
 }
 
-/// The way to one PF: how its VFs are configured.
+/// Access to one PF, for the configuration of its VFs.
 pub trait PfControl: Send {
-    /// The name by which people know the PF.
+    /// The PF's name for users.
     fn name(&self) -> &str;
 
-    /// What the PF and its driver can do.
+    /// The abilities of the PF and its driver.
     ///
     /// # Errors
     /// The PF cannot be found.
@@ -297,7 +297,7 @@ pub trait PfControl: Send {
     /// The PF does not answer.
     fn read_all(&mut self) -> Result<BTreeMap<u16, VfSettings>, PfError>;
 
-    /// Makes one change. Whether it took effect shows only when it is read: see [`apply`](Self::apply).
+    /// Makes one change. Only reading it back shows whether it took effect: see [`apply`](Self::apply).
     ///
     /// # Errors
     /// The driver's refusal. After [`PfError::Timeout`] the change may or may not have been made.
@@ -312,12 +312,12 @@ pub trait PfControl: Send {
         found.ok_or_else(|| PfError::NoVf { pf: self.name().to_owned(), vf })
     }
 
-    /// Makes all `changes` in their order, or none: the settings are read back at the end, and if anything failed,
-    /// what had been changed is undone in reverse order. Changes that seem to hold already are made as well: an
-    /// address may be the VF's own choice until the administrator sets it.
+    /// Makes all `changes` in their order, or none: it reads the settings back at the end, and after any failure undoes
+    /// the changes in reverse order. It also makes changes that seem to hold already: an address may be the VF's own
+    /// choice until the administrator sets it.
     ///
     /// # Errors
-    /// The first failure, and what could not be undone.
+    /// The first failure, and the changes that could not be undone.
     fn apply(&mut self, vf: u16, changes: &[VfChange]) -> Result<(), ApplyError> {
         let Some(&first) = changes.first() else { return Ok(()) };
         let failed =
@@ -328,7 +328,7 @@ pub trait PfControl: Send {
         for &change in changes {
             tried += 1;
             match self.set(vf, change) {
-                // It is read below, like all that were made.
+                // Read back below, like all changes.
                 Ok(()) | Err(PfError::Timeout { .. }) => reach(Point::PfSet),
                 Err(e) => {
                     failure = Some(failed(change, e));
@@ -341,7 +341,7 @@ pub trait PfControl: Send {
             Err(e) => (None, Some(e)),
         };
         let not_taken = after.as_ref().and_then(|after| {
-            // The last change of each kind counts.
+            // Only the last change of each kind counts.
             let counts = |(i, change): &(usize, &VfChange)| {
                 let kind = std::mem::discriminant(*change);
                 !changes.iter().skip(i + 1).any(|later| std::mem::discriminant(later) == kind)
@@ -350,7 +350,7 @@ pub trait PfControl: Send {
             let change = counting.find(|change| !change.holds(after))?;
             Some(failed(change, PfError::NotTaken { pf: self.name().to_owned(), vf, change }))
         });
-        // It is not known what was made: all is undone.
+        // The made changes are unknown: undo all.
         let unread = unread.map(|e| failed(first, e));
         let Some(mut failure) = failure.or(not_taken).or(unread) else {
             reach(Point::PfRead);
@@ -369,11 +369,11 @@ pub trait PfControl: Send {
     }
 }
 
-/// Puts a VF back to the settings that it had when they were [read](PfControl::read), after its tenant is gone.
+/// Restores the settings that a VF had when they were [read](PfControl::read), after its tenant is gone.
 ///
-/// Each setting is tried, whatever happens to the others. An address that was there is set again; where there was none,
-/// the tenant's is removed. See [`VfSettings::without_own_mac`] for the difference between an address that the
-/// administrator had set and one that the VF's own driver had chosen.
+/// Each setting is tried, even after others failed. A former address is set again; if there was none, the tenant's is
+/// removed. See [`VfSettings::without_own_mac`] for the difference between an address that the administrator had set
+/// and one that the VF's own driver had chosen.
 ///
 /// # Errors
 /// The first failure, with the further ones as `not_undone`. The operation may be repeated.
@@ -385,7 +385,7 @@ pub fn restore(pf: &mut dyn PfControl, vf: u16, remembered: &VfSettings) -> Resu
         not_undone: Vec::new(),
     };
     let now = pf.read(vf).map_err(unread)?;
-    // Trust first: nothing that is still running may profit from what follows.
+    // Trust first: no code that still runs may profit from the later steps.
     let kinds = [
         VfChange::Trust(false),
         VfChange::SpoofCheck(true),
@@ -410,12 +410,12 @@ pub fn restore(pf: &mut dyn PfControl, vf: u16, remembered: &VfSettings) -> Resu
 }
 
 impl VfSettings {
-    /// What is to be remembered of a VF whose address may have been its own driver's choice, which PF drivers of Intel's
-    /// igb and ixgbe show like one that the administrator set. `after_reset` are the settings after the VF was taken
-    /// from its driver and reset: the reset removes an address of the VF's own choice and keeps the administrator's.
+    /// The settings to remember of a VF whose address may have been its own driver's choice: the PF drivers igb and
+    /// ixgbe show it like one that the administrator set. `after_reset` are the settings after the VF was taken from
+    /// its driver and reset: the reset removes an address of the VF's own choice and keeps the administrator's.
     ///
-    /// To set such an address again would pin it: the VF's driver could never change it again, which it could before.
-    /// So it is not remembered, and its driver chooses one again when it is bound.
+    /// Setting such an address again would pin it: the VF's driver, which could change it before, never could again. So
+    /// it is not remembered, and the driver chooses one again when it is bound.
     #[must_use]
     pub fn without_own_mac(self, after_reset: &Self) -> Self {
         Self { mac: self.mac.filter(|_| after_reset.mac.is_some()), ..self }

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 
-//! IOMMU groups: which can be given to a guest, and what is in the way of those that cannot.
+//! IOMMU groups: whether a group can be given to a guest, and otherwise the members that prevent it.
 
 use std::{collections::BTreeSet, fmt};
 
@@ -11,8 +11,8 @@ use super::{
     sysfs::{SysfsError, malformed},
 };
 
-/// Drivers that do no DMA on behalf of the host (`driver_managed_dma` in the kernel): a group whose other members have
-/// one of these, or none, can be owned by user space. VFIO's variant drivers have "vfio" in their names.
+/// Drivers that do no DMA on behalf of the host (`driver_managed_dma` in the kernel). User space can own a group whose
+/// other members have one of these, or none. VFIO's variant drivers have "vfio" in their names.
 const DRIVERS_WITHOUT_DMA: [&str; 2] = ["pcieport", "pci-stub"];
 
 /// One device of an IOMMU group.
@@ -30,7 +30,7 @@ impl GroupMember {
         self.name.parse().ok()
     }
 
-    /// Whether the kernel lets user space own the group while this member is as it is.
+    /// Whether the kernel lets user space own the group with this member in its present state.
     pub fn is_harmless(&self) -> bool {
         self.driver
             .as_deref()
@@ -47,7 +47,7 @@ impl fmt::Display for GroupMember {
     }
 }
 
-/// Devices that the IOMMU cannot tell apart: they can only be given away together.
+/// Devices that the IOMMU cannot distinguish: they can only be assigned together.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct IommuGroup {
     /// Its number, as in `/dev/vfio/NUMBER`.
@@ -56,8 +56,8 @@ pub struct IommuGroup {
     pub members: Vec<GroupMember>,
 }
 
-/// Whether interrupts of devices are checked by the IOMMU. Without that a device given to a guest can raise any
-/// interrupt of the host.
+/// Whether the IOMMU checks interrupts of devices. Without the check, a device in a guest can raise any interrupt of
+/// the host.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum InterruptRemapping {
     /// In use.
@@ -68,7 +68,7 @@ pub enum InterruptRemapping {
     Unknown,
 }
 
-/// Why a device cannot be given to a guest.
+/// The reason why a device cannot be given to a guest.
 #[derive(Debug, Error)]
 pub enum ViabilityError {
     /// No IOMMU stands between the device and memory.
@@ -77,7 +77,7 @@ pub enum ViabilityError {
          host with intel_iommu=on"
     )]
     NoIommu(Bdf),
-    /// Other members of the group are used by the host.
+    /// The host uses other members of the group.
     #[error(
         "IOMMU group {group} of {bdf} is not viable: {} used by the host; its members are {}. Bind those in the way to \
          vfio-pci or to no driver, or put the adapter into a slot that has a group of its own",
@@ -85,13 +85,13 @@ pub enum ViabilityError {
         list(members)
     )]
     NotViable {
-        /// The device that was asked for.
+        /// The requested device.
         bdf: Bdf,
         /// The number of its group.
         group: u32,
         /// All members of the group.
         members: Vec<GroupMember>,
-        /// Those whose drivers are in the way.
+        /// The members whose drivers prevent it.
         blocking: Vec<GroupMember>,
     },
     /// The host's interrupts are not protected.
@@ -137,15 +137,15 @@ impl Sysfs {
         Ok(Some(IommuGroup { number, members }))
     }
 
-    /// Checks, before anything is changed, that VFIO will hand out the device: it has an IOMMU group, no other member
-    /// of which is used by a driver of the host. `together` are the devices that the same VM gets: they will be bound
-    /// to vfio-pci as well (the device itself need not be among them).
+    /// Checks, before any change, that VFIO will hand out the device: it has an IOMMU group, and no driver of the host
+    /// uses another member. `together` are all devices of the same VM, which will be bound to vfio-pci as well (the
+    /// device itself need not be among them).
     ///
     /// The rule is the kernel's (`iommu_group_claim_dma_owner`): a driver in the group that may do DMA for the host
-    /// is in the way.
+    /// prevents it.
     ///
     /// # Errors
-    /// What is in the way, with the cure.
+    /// The reason, with the cure.
     pub fn check_viable(&self, bdf: Bdf, together: &[Bdf]) -> Result<IommuGroup, ViabilityError> {
         let group = self.iommu_group(bdf)?.ok_or(ViabilityError::NoIommu(bdf))?;
         let given: BTreeSet<Bdf> = together.iter().copied().chain([bdf]).collect();
@@ -169,9 +169,9 @@ impl Sysfs {
         Ok(group)
     }
 
-    /// Whether interrupt remapping is in use, as far as it can be known: the names of the interrupt controllers of
-    /// x86 begin with "IR-" then. Where no message-signalled interrupt is in use, or on other architectures, it is
-    /// unknown, and VFIO has the last word.
+    /// Whether interrupt remapping is in use, as far as sysfs shows it: the names of x86 interrupt controllers then
+    /// begin with "IR-". Without message-signalled interrupts in use, or on other architectures, it is unknown, and
+    /// VFIO decides.
     ///
     /// # Errors
     /// sysfs is unreadable.
@@ -188,7 +188,7 @@ impl Sysfs {
         Ok(if plain { InterruptRemapping::Off } else { InterruptRemapping::Unknown })
     }
 
-    /// Whether the administrator accepted devices without interrupt remapping.
+    /// Whether the administrator has allowed devices without interrupt remapping.
     ///
     /// # Errors
     /// sysfs is unreadable.

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 
-//! What the host has: PCI functions, PFs and their interfaces, VFs.
+//! The host's PCI functions, PFs with their interfaces, and VFs.
 
 use std::path::Path;
 
@@ -11,7 +11,7 @@ use super::{
     sysfs::{SysfsError, malformed},
 };
 
-/// Why something cannot be found or described.
+/// The reason why a function cannot be found or described.
 #[derive(Debug, Error)]
 pub enum InventoryError {
     /// There is no such PCI function.
@@ -33,7 +33,7 @@ pub enum InventoryError {
     Orphan {
         /// The VF.
         vf: Bdf,
-        /// What it names as its PF.
+        /// The PF named by the VF.
         pf: Bdf,
     },
     /// sysfs cannot be read.
@@ -74,9 +74,9 @@ impl PciDevice {
 pub struct Interface {
     /// Its name.
     pub name: String,
-    /// Its index, as netlink names it. It changes when the driver is bound again.
+    /// Its index in netlink. It changes when the driver is bound again.
     pub index: u32,
-    /// Whether it is set up (`ip link set … up`).
+    /// Whether it is administratively up (`ip link set … up`).
     pub admin_up: bool,
     /// Whether it has a carrier. False while it is down.
     pub carrier: bool,
@@ -89,13 +89,13 @@ pub struct Interface {
 pub struct Pf {
     /// The PCI function.
     pub device: PciDevice,
-    /// Its network interfaces, sorted by name; none without a driver. Adapters with one interface per PF have one.
+    /// Its network interfaces, sorted by name; none without a driver. Most adapters have one interface per PF.
     pub interfaces: Vec<Interface>,
-    /// How many VFs it can have.
+    /// The most VFs that it can have.
     pub total_vfs: u16,
-    /// How many VFs it has.
+    /// The number of its VFs.
     pub num_vfs: u16,
-    /// Whether drivers of the host bind new VFs by themselves; `None` on kernels that do not say.
+    /// Whether the host's drivers bind new VFs automatically; `None` on kernels that do not show it.
     pub autoprobe: Option<bool>,
 }
 
@@ -105,7 +105,7 @@ impl Pf {
         self.interfaces.first()
     }
 
-    /// The name by which people know it: its interface's, or its address where it has none.
+    /// Its name for users: the name of its interface, or its address if it has none.
     pub fn name(&self) -> String {
         self.interface().map_or_else(|| self.device.bdf.to_string(), |i| i.name.clone())
     }
@@ -123,7 +123,7 @@ pub struct Vf {
     pub device: PciDevice,
     /// Its PF.
     pub pf: Bdf,
-    /// Its number, from the PF's own links, as netlink means it.
+    /// Its number, from the PF's own links, as netlink uses it.
     pub index: u16,
 }
 
@@ -188,7 +188,8 @@ impl Sysfs {
         self.all(Self::vf)
     }
 
-    /// Describes what `describe` takes for its kind. Others, and devices that vanish meanwhile, are left out.
+    /// Describes all functions that `describe` accepts. Other functions, and devices that vanish meanwhile, are left
+    /// out.
     fn all<T>(
         &self,
         describe: fn(&Self, Bdf) -> Result<T, InventoryError>,
@@ -247,7 +248,7 @@ impl Sysfs {
         if self.is_representor(&dir) {
             return Ok(None);
         }
-        // The carrier of an interface that is down cannot be read: EINVAL.
+        // Reading the carrier of an interface that is down fails with EINVAL.
         let carrier = matches!(self.flag(&dir.join("carrier")), Ok(Some(true)));
         Ok(Some(Interface {
             name: name.to_owned(),
@@ -258,7 +259,7 @@ impl Sysfs {
         }))
     }
 
-    /// The name and index of the interface through which the PF's VFs are configured, without reading all the rest.
+    /// The name and index of the interface through which the PF's VFs are configured. Reads nothing else.
     pub(crate) fn first_interface(&self, bdf: Bdf) -> Result<Option<(String, u32)>, SysfsError> {
         let net = self.device_dir(bdf).join("net");
         for name in self.names(&net)? {
@@ -271,14 +272,14 @@ impl Sysfs {
         Ok(None)
     }
 
-    /// Switchdev adapters hang their VFs' representors ("pf0vf1") below the PF too. Most drivers have no such name, and
+    /// Switchdev adapters have their VFs' representors ("pf0vf1") below the PF too. Most drivers have no such name, and
     /// reading it fails.
     fn is_representor(&self, interface: &Path) -> bool {
         let port = self.text(&interface.join("phys_port_name")).ok().flatten().unwrap_or_default();
         port.contains("vf") || port.contains("sf")
     }
 
-    /// The PF that has an interface of this name, or that has this address.
+    /// The PF with an interface of this name, or with this address.
     ///
     /// # Errors
     /// [`InventoryError::NoSuchInterface`], [`InventoryError::NotPf`], or sysfs is unreadable.
@@ -292,8 +293,8 @@ impl Sysfs {
             .ok_or_else(|| InventoryError::NoSuchInterface(name.chars().take(40).collect()))
     }
 
-    /// Describes a VF. Its number comes from the links of its PF and from nowhere else: whoever got that wrong would
-    /// configure another tenant's VF.
+    /// Describes a VF. Its number comes only from the links of its PF: a wrong number would mean configuring another
+    /// tenant's VF.
     ///
     /// # Errors
     /// [`InventoryError::NotVf`], [`InventoryError::NoDevice`], [`InventoryError::Orphan`], or sysfs is unreadable.

@@ -1,17 +1,17 @@
 // SPDX-License-Identifier: Apache-2.0
 
-//! The host side: inventory of PFs and VFs, driver binding, PF control. Used by the agent only.
+//! The host side: inventory of PFs and VFs, driver binding, PF control. Only the agent uses it.
 //!
 //! Everything here is synchronous and may wait for the kernel (the rtnl lock, a driver's probe): call it on threads
 //! that may block, never on a thread that serves a guest.
 //!
-//! A VF is taken in this order, each value stored before the next step changes what it describes:
+//! The agent takes a VF in this order, and stores each value before the next step changes the state that it describes:
 //!
 //! 1. [`Sysfs::check_viable`], [`Sysfs::current_binding`], [`PfControl::read`];
 //! 2. [`Sysfs::bind_vfio`], [`Sysfs::reset`], and [`PfControl::read`] again for [`VfSettings::without_own_mac`];
 //! 3. [`PfControl::apply`] for the guest's address and policy.
 //!
-//! It is given back, when no process has it open any more, by [`Sysfs::reset`], [`restore`] and [`Sysfs::restore`]. Each
+//! The agent returns the VF, once no process has it open, by [`Sysfs::reset`], [`restore`] and [`Sysfs::restore`]. Each
 //! step may be repeated after a crash.
 
 mod bdf;

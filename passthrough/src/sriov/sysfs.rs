@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 
-//! Reading and writing the attributes of sysfs below a root that tests can replace.
+//! Access to the attributes of sysfs, below a root that tests can replace.
 
 use std::{
     fs, io,
@@ -13,10 +13,10 @@ use thiserror::Error;
 
 use super::Bdf;
 
-/// No attribute that is read here is longer.
+/// Longer than any attribute that is read here.
 const LONGEST_ATTRIBUTE: u64 = 4096;
 
-/// What goes wrong with sysfs itself.
+/// An error of sysfs itself.
 #[derive(Debug, Error)]
 pub enum SysfsError {
     /// A file cannot be read.
@@ -24,7 +24,7 @@ pub enum SysfsError {
     Read {
         /// The file.
         path: PathBuf,
-        /// Why.
+        /// The kernel's error.
         source: io::Error,
     },
     /// The kernel refused a write.
@@ -32,24 +32,24 @@ pub enum SysfsError {
     Write {
         /// The file.
         path: PathBuf,
-        /// What was to be written.
+        /// The value.
         value: String,
-        /// Why.
+        /// The kernel's error.
         source: io::Error,
     },
-    /// A file does not hold what it should.
+    /// A file has unexpected content.
     #[error("{} holds \"{value}\" where {expected} is expected", path.display())]
     Malformed {
         /// The file.
         path: PathBuf,
-        /// What it holds, shortened.
+        /// Its content, shortened.
         value: String,
-        /// What it should hold.
+        /// The expected content.
         expected: &'static str,
     },
 }
 
-/// How attributes are written: the kernel's sysfs, or a fake that shows the kernel's reactions.
+/// The way to write attributes: the kernel's sysfs, or a fake that simulates the kernel's reactions.
 pub trait AttributeWriter: Send + Sync {
     /// Writes `value` to the attribute at `path` with one `write`.
     ///
@@ -64,14 +64,14 @@ pub struct KernelWriter;
 
 impl AttributeWriter for KernelWriter {
     fn write(&self, path: &Path, value: &str) -> io::Result<()> {
-        // Not created: a missing attribute must be an error in a fake tree as well.
+        // Do not create the file: a missing attribute must be an error in a fake tree too.
         fs::OpenOptions::new().write(true).open(path)?.write_all(value.as_bytes())
     }
 }
 
-/// The host's sysfs: where PFs, VFs, IOMMU groups and drivers are found and changed.
+/// The host's sysfs, with its PFs, VFs, IOMMU groups and drivers.
 ///
-/// Every answer is read afresh; nothing is cached, since other programs change the same things.
+/// Every call reads afresh. Nothing is cached, because other programs change the same state.
 #[derive(Clone)]
 pub struct Sysfs {
     root: PathBuf,
@@ -91,7 +91,7 @@ impl Sysfs {
         Self::with_writer(root, Arc::new(KernelWriter))
     }
 
-    /// The tree at `root` with its own way to write. Device nodes are those of the host for `/sys`, else those in `dev`
+    /// The tree at `root` with its own writer. Device nodes are those of the host for `/sys`, otherwise those in `dev`
     /// below the root.
     pub fn with_writer(root: impl Into<PathBuf>, writer: Arc<dyn AttributeWriter>) -> Self {
         let root = root.into();
@@ -104,7 +104,7 @@ impl Sysfs {
         self.dev.join("vfio").join(group)
     }
 
-    /// The device node of a block device; sysfs has `!` for a slash.
+    /// The device node of a block device. Its name in sysfs has `!` for a slash.
     pub(crate) fn node(&self, block_device: &str) -> PathBuf {
         self.dev.join(block_device.replace('!', "/"))
     }

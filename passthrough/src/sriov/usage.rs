@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 
-//! Who else uses a function of the host, found out without touching it.
+//! Detection of other users of a host's function, without touching the function.
 
 use std::{fmt, fs, os::unix::fs::OpenOptionsExt, path::Path};
 
@@ -9,10 +9,10 @@ use super::{
     sysfs::{SysfsError, malformed},
 };
 
-/// Drivers that a function may have without being used by anybody.
+/// Drivers of a function that is not in use.
 const IDLE_DRIVERS: [&str; 2] = [VFIO_PCI, "pci-stub"];
 
-/// A use of a function that is not a VM's of this agent.
+/// A use of a function by anything but a VM of this agent.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Usage {
     /// An interface of the host that is up.
@@ -26,20 +26,20 @@ pub enum Usage {
     },
     /// A block device with a file system, swap space or volume in use.
     Disk(String),
-    /// A driver without an interface in sight: the interface is in another network namespace (a container's), or the driver
-    /// serves a program of user space (DPDK).
+    /// A driver without a visible interface: the interface is in another network namespace (a container's), or the
+    /// driver serves a program of user space (DPDK).
     Driver(String),
     /// A process has the function's IOMMU group open through VFIO: QEMU, another agent, a VM that this agent has forgotten.
     Vfio {
         /// The number of the group.
         group: u32,
     },
-    /// A process has the simulated VF: that of a VM which the agent's database does not have.
+    /// A process has the simulated VF: the process of a VM that is missing in the agent's database.
     Simulated,
 }
 
 impl Usage {
-    /// How the use is ended, for an error.
+    /// The way to end the use, for an error.
     #[must_use]
     pub fn cure(&self) -> &'static str {
         match self {
@@ -76,8 +76,8 @@ impl fmt::Display for Usage {
 }
 
 impl Sysfs {
-    /// Who uses a function; None if nobody does. A VM of this agent counts as well: ask only for functions that none of
-    /// them has, and while none of them is about to open its own. The group is opened for a moment.
+    /// The user of a function; None if there is none. A VM of this agent counts as well: call this only for functions
+    /// that none of them has, and while none of them is about to open its own. The group is opened for a moment.
     ///
     /// # Errors
     /// sysfs is unreadable.
@@ -90,7 +90,7 @@ impl Sysfs {
         }
         let net = self.device_dir(bdf).join("net");
         for interface in &device.interfaces {
-            // An interface that vanishes meanwhile is on its way to somewhere else.
+            // An interface that vanishes meanwhile is moving to another namespace.
             let flags = self.number(&net.join(interface).join("flags"))?;
             if flags.is_none_or(|flags| u64::from(flags) & IFF_UP != 0) {
                 return Ok(Some(Usage::Interface(interface.clone())));
@@ -107,7 +107,8 @@ impl Sysfs {
         Ok(unseen.then_some(Usage::Driver(driver)))
     }
 
-    /// A block device behind a function, at any distance, that the kernel or a program uses. `is_claimed` looks at a node.
+    /// A block device behind a function, at any distance, that the kernel or a program uses. `is_claimed` checks a
+    /// device node.
     fn disk_in_use(
         &self,
         bdf: Bdf,
@@ -115,7 +116,7 @@ impl Sysfs {
     ) -> Result<Option<String>, SysfsError> {
         let (class, function) = (self.path("class/block"), bdf.to_string());
         for name in self.names(&class)? {
-            // One that vanishes meanwhile is not used.
+            // A device that vanishes meanwhile is not in use.
             let Ok(place) = fs::canonicalize(class.join(&name)) else { continue };
             if !place.components().any(|part| part.as_os_str() == function.as_str()) {
                 continue;
@@ -129,7 +130,7 @@ impl Sysfs {
         Ok(None)
     }
 
-    /// The group of a function if a process has it open. A group can be open once.
+    /// The group of a function if a process has it open. A group can be open only once.
     fn open_group(&self, bdf: Bdf) -> Result<Option<u32>, SysfsError> {
         let link = self.device_dir(bdf).join("iommu_group");
         let Some(name) = self.link_name(&link)? else { return Ok(None) };
@@ -141,15 +142,15 @@ impl Sysfs {
     }
 }
 
-/// Whether a block device is in use: mounted in any namespace, swap space, or part of a volume. An exclusive opening conflicts
-/// with all of them, and with a use of a partition (`O_EXCL`, open(2)).
+/// Whether a block device is in use: mounted in any namespace, swap space, or part of a volume. An exclusive open
+/// conflicts with all of them, and with a use of a partition (`O_EXCL`, open(2)).
 fn is_claimed(node: &Path) -> bool {
     let flags = libc::O_EXCL | libc::O_NONBLOCK | libc::O_CLOEXEC;
     let opened = fs::OpenOptions::new().read(true).custom_flags(flags).open(node);
     opened.is_err_and(|error| error.raw_os_error() == Some(libc::EBUSY))
 }
 
-/// The disk of a path to it: NVMe shows `nvme0c1n2` behind a function where several may lead to `nvme0n2`.
+/// The disk behind a path name: NVMe shows `nvme0c1n2` behind a function when several paths may lead to `nvme0n2`.
 fn multipath(name: &str) -> Option<String> {
     let (subsystem, rest) = name.strip_prefix("nvme")?.split_once('c')?;
     let (controller, namespace) = rest.split_once('n')?;

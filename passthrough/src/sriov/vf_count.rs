@@ -6,27 +6,27 @@ use thiserror::Error;
 
 use super::{Bdf, InventoryError, Sysfs, sysfs::SysfsError};
 
-/// Why the number of VFs cannot be changed.
+/// The reason why the number of VFs cannot be changed.
 #[derive(Debug, Error)]
 pub enum VfCountError {
-    /// More than the adapter has.
+    /// The number exceeds the adapter's.
     #[error("{pf} can have at most {total} VFs, not {count}")]
     TooMany {
         /// The PF.
         pf: Bdf,
-        /// What was asked for.
+        /// The requested number.
         count: u16,
-        /// What it can have.
+        /// The most VFs that it can have.
         total: u16,
     },
-    /// The kernel only goes from none to some and back.
+    /// The kernel changes the number only from or to zero.
     #[error(
         "{pf} has {current} VFs and the kernel changes their number only from or to 0: set it to 0 first"
     )]
     NotZero {
         /// The PF.
         pf: Bdf,
-        /// How many there are.
+        /// The current number.
         current: u16,
     },
     /// The PF has no driver.
@@ -44,22 +44,22 @@ pub enum VfCountError {
         /// Its driver.
         driver: String,
     },
-    /// Someone else is using the VFs, or changing their number.
+    /// Another program uses the VFs, or is changing their number.
     #[error("The driver of {0} says that it is busy: stop whatever uses its VFs and try again")]
     Busy(Bdf),
-    /// The kernel accepted the number, and yet it is another.
+    /// The kernel accepted the number but made another one.
     #[error(
         "{pf} has {current} VFs after {count} were asked for: see the kernel's log for what its driver says"
     )]
     NotTaken {
         /// The PF.
         pf: Bdf,
-        /// What was asked for.
+        /// The requested number.
         count: u16,
-        /// What it has.
+        /// The current number.
         current: u16,
     },
-    /// The PF is not there or no PF.
+    /// The PF does not exist or is no PF.
     #[error(transparent)]
     Inventory(#[from] InventoryError),
     /// sysfs cannot be read, or the kernel refuses for another reason.
@@ -68,13 +68,13 @@ pub enum VfCountError {
 }
 
 impl Sysfs {
-    /// Gives the PF `count` VFs. Nothing happens when it has that many. `autoprobe` sets whether drivers of the host
-    /// take the new VFs by themselves (`None` leaves that as it is); it stays so, as the kernel keeps it per PF.
+    /// Gives the PF `count` VFs. Does nothing if it has that many. `autoprobe` sets whether drivers of the host bind
+    /// the new VFs automatically (`None` leaves that unchanged). The kernel keeps this setting per PF.
     ///
-    /// Removing VFs takes them away from whoever uses them: check first.
+    /// Removing VFs takes them away from their users: check first.
     ///
     /// # Errors
-    /// See [`VfCountError`]. The state is as before then, except for `autoprobe` and [`VfCountError::NotTaken`].
+    /// See [`VfCountError`]. The state is then unchanged, except for `autoprobe` and [`VfCountError::NotTaken`].
     pub fn set_num_vfs(&self, bdf: Bdf, count: u16, autoprobe: Option<bool>) -> Result<(), VfCountError> {
         let pf = self.pf(bdf)?;
         if count > pf.total_vfs {
@@ -103,7 +103,7 @@ impl Sysfs {
             },
             _ => e.into(),
         })?;
-        // A driver may make fewer than asked for.
+        // A driver may make fewer VFs than requested.
         let current = self.pf(bdf)?.num_vfs;
         if current == count { Ok(()) } else { Err(VfCountError::NotTaken { pf: bdf, count, current }) }
     }

@@ -15,11 +15,11 @@ pub struct FakePf {
     vfs: BTreeMap<u16, VfSettings>,
     /// Every change that was made.
     pub made: Vec<(u16, VfChange)>,
-    /// The answer to each of the next changes: `Some` fails with this error number, `None` lets it pass.
+    /// The result of each of the next changes: `Some` fails with this error number, `None` lets it pass.
     pub answers: Vec<Option<i32>>,
-    /// Changes are acknowledged and not made.
+    /// Acknowledges changes without making them.
     pub deaf: bool,
-    /// Nothing is answered.
+    /// Answers nothing.
     pub silent: bool,
 }
 

@@ -12,7 +12,7 @@ use std::{
 
 use crate::sriov::{AttributeWriter, Bdf, Sysfs};
 
-/// A fake sysfs below a directory that the test owns, with the kernel's reactions to what is written through
+/// A fake sysfs below a directory that the test owns. It reacts like the kernel to writes through
 /// [`sysfs`](Self::sysfs).
 #[derive(Clone)]
 pub struct FakeSysfs {
@@ -28,11 +28,11 @@ struct Kernel {
 struct State {
     /// The driver that binds a device without an override.
     natives: BTreeMap<Bdf, String>,
-    /// What the VFs of a PF will be: device number and driver.
+    /// Device number and driver of the future VFs of a PF.
     vf_kinds: BTreeMap<Bdf, (u16, String)>,
     /// Answers to the next writes to attributes of these names.
     failures: VecDeque<(String, i32)>,
-    /// What was written: the path below the root and the value.
+    /// The writes: the path below the root and the value.
     writes: Vec<(String, String)>,
 }
 
@@ -52,12 +52,12 @@ impl FakeSysfs {
         fake
     }
 
-    /// The tree as the code under test sees it.
+    /// The tree for the code under test.
     pub fn sysfs(&self) -> Sysfs {
         Sysfs::with_writer(self.kernel.root.clone(), self.kernel.clone())
     }
 
-    /// Makes a driver known.
+    /// Adds a driver.
     pub fn load_driver(&self, driver: &str) {
         self.kernel.file(&format!("bus/pci/drivers/{driver}/unbind"), "");
     }
@@ -67,7 +67,7 @@ impl FakeSysfs {
         fs::remove_dir_all(self.kernel.path(&format!("bus/pci/drivers/{driver}"))).unwrap();
     }
 
-    /// The name of the one interrupt's controller.
+    /// Sets the name of the one interrupt's controller.
     pub fn set_interrupt_chip(&self, chip: &str) {
         self.kernel.file("kernel/irq/24/chip_name", &format!("{chip}\n"));
     }
@@ -113,7 +113,7 @@ impl FakeSysfs {
         fs::rename(net.join(from), net.join(to)).unwrap();
     }
 
-    /// Moves the interfaces of a function to another network namespace: its driver stays, and they are not seen any more.
+    /// Moves the interfaces of a function to another network namespace: its driver stays, and they disappear.
     pub fn hide_interfaces(&self, bdf: Bdf) {
         let net = self.kernel.device(bdf).join("net");
         fs::remove_dir_all(&net).unwrap();
@@ -130,7 +130,7 @@ impl FakeSysfs {
         self.kernel.state().failures.push_back((attribute.to_owned(), number));
     }
 
-    /// What was written since the last call: paths below the root, and values.
+    /// The writes since the last call: paths below the root, and values.
     pub fn take_writes(&self) -> Vec<(String, String)> {
         std::mem::take(&mut self.kernel.state().writes)
     }
@@ -189,7 +189,7 @@ impl Kernel {
         fs::remove_dir_all(self.device(bdf)).unwrap();
     }
 
-    /// What the kernel does to find a driver for a device that has none.
+    /// Finds a driver for a device without one, as the kernel does.
     fn probe(&self, bdf: Bdf) {
         if self.driver(bdf).is_some() {
             return;

@@ -1,9 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0
 
-//! The messages of rtnetlink that are used here: built with netlink-packet-route, taken apart by hand.
+//! The messages of rtnetlink that are used here: built with netlink-packet-route, parsed by hand.
 //!
-//! By hand, since its parser fails as a whole on any attribute of a link that it does not expect, and since it does not
-//! tell "off" from "not supported" (all ones) in a VF's switches.
+//! That crate's parser fails as a whole on any unexpected attribute of a link, and it does not distinguish "off" from
+//! "not supported" (all ones) in a VF's switches.
 
 use std::collections::BTreeMap;
 
@@ -44,33 +44,33 @@ const IFLA_VF_VLAN_INFO: u16 = 1;
 const ETH_P_8021AD: u16 = 0x88a8;
 const IFF_UP: u32 = 1;
 
-/// No PF has more VFs: routing IDs have 16 bits, and real adapters at most 256.
+/// More VFs than any PF has: routing IDs have 16 bits, and real adapters at most 256.
 const MOST_VFS: usize = 4096;
 
-/// A message that the kernel sends.
+/// A message from the kernel.
 #[derive(Debug, PartialEq, Eq)]
 pub(super) enum Message {
-    /// The answer to a request that asked for one: an error number, 0 for success, and the kernel's words.
+    /// The requested acknowledgement: an error number, 0 for success, and the kernel's message.
     Ack { sequence: u32, errno: i32, text: Option<String> },
-    /// A link: an answer, or news (sequence 0).
+    /// A link: an answer, or an event (sequence 0).
     Link { sequence: u32, link: Link },
-    /// A link that is gone.
+    /// A removed link.
     LinkGone { index: u32 },
     /// The kernel lost messages.
     Overrun,
-    /// The end of an answer of several parts.
+    /// The end of an answer in several parts.
     Done { sequence: u32 },
-    /// Something else.
+    /// Any other message.
     Other,
 }
 
-/// What is read of a link.
+/// The attributes of a link that are read.
 #[derive(Debug, Default, PartialEq, Eq)]
 pub(super) struct Link {
     pub index: u32,
     pub name: Option<String>,
     pub up: bool,
-    /// By number; `None` for a message without a list (news, or an interface that is no PF).
+    /// By number; `None` for a message without a list (an event, or an interface that is no PF).
     pub vfs: Option<BTreeMap<u16, VfSettings>>,
 }
 
@@ -84,7 +84,7 @@ fn request(message: RouteNetlinkMessage, sequence: u32, ack: bool) -> Vec<u8> {
     bytes
 }
 
-/// RTM_GETLINK for one interface with its VFs but without their counters, which would overflow the list of an adapter
+/// RTM_GETLINK for one interface with its VFs. Their counters are left out: they would overflow the list of an adapter
 /// with many VFs (an attribute has at most 64 KiB).
 pub(super) fn get_link(index: u32, sequence: u32) -> Vec<u8> {
     let mut link = LinkMessage::default();
@@ -93,8 +93,8 @@ pub(super) fn get_link(index: u32, sequence: u32) -> Vec<u8> {
     request(RouteNetlinkMessage::GetLink(link), sequence, false)
 }
 
-/// RTM_SETLINK for one change of one VF: the kernel makes several changes of one message one by one and stops at the
-/// first error without undoing.
+/// RTM_SETLINK for one change of one VF: the kernel makes several changes in one message one by one and stops at the
+/// first error without undoing them.
 pub(super) fn set_vf(index: u32, vf: u16, change: VfChange, sequence: u32) -> Vec<u8> {
     let vf = u32::from(vf);
     let info = match change {
@@ -124,13 +124,13 @@ pub(super) fn set_vf(index: u32, vf: u16, change: VfChange, sequence: u32) -> Ve
     request(RouteNetlinkMessage::SetLink(link), sequence, true)
 }
 
-/// Takes a datagram apart into its messages.
+/// Splits a datagram into its messages.
 pub(super) fn parse(mut datagram: &[u8]) -> Result<Vec<Message>, String> {
     let mut messages = Vec::new();
     while !datagram.is_empty() {
         let buffer = NetlinkBuffer::new_checked(datagram).map_err(|e| e.to_string())?;
         messages.push(message(&buffer)?);
-        // `new_checked` made sure that the length is at least the header's and at most the datagram's.
+        // `new_checked` has checked that the length is at least the header's and at most the datagram's.
         let length = datagram.len().min((buffer.length() as usize).next_multiple_of(4));
         datagram = datagram.get(length..).unwrap_or_default();
     }
@@ -153,8 +153,8 @@ fn message(buffer: &NetlinkBuffer<&[u8]>) -> Result<Message, String> {
     })
 }
 
-/// The kernel's words in an error: attributes behind the request's header, which is followed by the request itself
-/// where the answer is not capped.
+/// The kernel's message in an error. It is an attribute after the header of the request, or after the whole request if
+/// the answer is not capped.
 fn extended_ack(flags: u16, payload: &[u8]) -> Option<String> {
     const ERRNO_AND_HEADER: usize = 4 + 16;
     if flags & NLM_F_ACK_TLVS == 0 {
@@ -225,7 +225,7 @@ fn vf(info: &[u8]) -> Result<(u16, VfSettings), String> {
                     }
                 }
             }
-            // Kernels since 3.16 tell both rates; the older attribute repeats the higher.
+            // Kernels since 3.16 show both rates; the older attribute repeats the higher one.
             IFLA_VF_TX_RATE if settings.max_tx_rate == 0 => settings.max_tx_rate = field(1)?,
             IFLA_VF_RATE => {
                 settings.min_tx_rate = field(1)?;

@@ -77,7 +77,7 @@ fn captured_acknowledgements() {
     };
     check("2400000002000001500000009de039da0000000050000000130005005000000000000000", 0x50, 0);
     check("24000000020000014f0000009de039daa1ffffff34000000130005004f00000000000000", 0x4f, libc::EOPNOTSUPP);
-    // Not capped: the request is repeated.
+    // The answer is not capped, so it repeats the request.
     check(
         "44000000020000004e000000c0000000deffffff30000000130005004e00000000000000\
          00000000020000000000000000000000100016000c0001000800010000000000",
@@ -158,13 +158,13 @@ fn one_vf(attributes: &[Vec<u8>]) -> Result<VfSettings, String> {
     }
 }
 
-/// "Not supported" is no "off": a port group that wants the spoof check on must not be told that it can be.
+/// "Not supported" is not "off": a port group that requires the spoof check must not see it as possible.
 #[test]
 fn what_a_driver_does_not_say() {
     let settings =
         one_vf(&[attribute(4, &words(&[0, u32::MAX])), attribute(9, &words(&[0, u32::MAX]))]).unwrap();
     assert_eq!((settings.spoof_check, settings.trust, settings.link_state), (None, None, None));
-    // An old kernel knows one rate; a newer one's is not overwritten by it.
+    // An old kernel has one rate. A newer one's rates are not overwritten by it.
     let tx_rate = attribute(3, &words(&[0, 70]));
     assert_eq!(one_vf(std::slice::from_ref(&tx_rate)).unwrap().max_tx_rate, 70);
     let rate = attribute(6, &words(&[0, 5, 80]));
@@ -218,7 +218,7 @@ proptest! {
         let _ = parse(&bytes);
     }
 
-    /// What is sent for a change, put into an answer, reads as the change holding.
+    /// A change's request, read as an answer, holds the change.
     #[test]
     fn there_and_back(mac: [u8; 6], id in 0..4095u16, qos in 0..8u8, on: bool, min: u32, max: u32) {
         let mac = MacAddress::new(mac);

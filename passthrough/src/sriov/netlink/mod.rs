@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 
-//! PF control through rtnetlink, and news about interfaces.
+//! PF control through rtnetlink, and events of interfaces.
 
 mod message;
 #[cfg(test)]

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 
-//! News about interfaces: hints that a PF should be read again.
+//! Events of interfaces: hints that a PF should be read again.
 
 use std::{
     io,
@@ -13,16 +13,17 @@ use super::message::{Message, parse};
 
 const RTNLGRP_LINK: u32 = 1;
 
-/// Room for a burst of news, for example when a bridge with many ports goes down.
+/// Room for a burst of events, for example when a bridge with many ports goes down.
 const BACKLOG: usize = 1 << 20;
 
-/// News has no list of VFs: a few KiB.
+/// The longest event: without a list of VFs it has a few KiB.
 const LONGEST_NEWS: usize = 64 * 1024;
 
-/// Datagrams that are read in one call: whoever changes interfaces without pause cannot keep the caller in it.
+/// The most datagrams that one call reads: a program that changes interfaces without pause cannot keep the caller in
+/// it.
 const MOST_NEWS: usize = 256;
 
-/// Something may have changed. News never says what changed of a VF, and is sent only for interfaces that are up:
+/// A possible change. Events never tell which setting of a VF changed, and are sent only for interfaces that are up:
 /// read the PF.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Hint {
@@ -32,7 +33,7 @@ pub enum Hint {
         index: u32,
         /// Its name.
         name: Option<String>,
-        /// Whether it is set up.
+        /// Whether it is administratively up.
         up: bool,
     },
     /// An interface is gone.
@@ -40,11 +41,11 @@ pub enum Hint {
         /// Its index.
         index: u32,
     },
-    /// News was lost: anything may have changed.
+    /// Events were lost: anything may have changed.
     All,
 }
 
-/// A subscription to the kernel's news about interfaces. It never blocks: wait with `poll` for its file descriptor to be
+/// A subscription to the kernel's events of interfaces. It never blocks: wait with `poll` until its file descriptor is
 /// readable, then call [`hints`](Self::hints).
 #[derive(Debug)]
 pub struct Monitor {
@@ -62,16 +63,17 @@ impl Monitor {
         socket.bind_auto()?;
         socket.add_membership(RTNLGRP_LINK)?;
         socket.set_non_blocking(true)?;
-        // Without the privilege for more it stays at the system's default: news is lost earlier, which is told.
+        // Without the privilege for more, the system's default stays: events are lost earlier, and the loss is
+        // reported.
         let _ = socket.set_rx_buf_sz(i32::try_from(BACKLOG).unwrap_or(i32::MAX));
         Ok(Self { socket, buffer: Vec::with_capacity(LONGEST_NEWS) })
     }
 
-    /// The hints that have arrived, none if there is no news. After so many that it returns early, the file descriptor
-    /// stays readable.
+    /// The hints that have arrived, empty without events. When it returns early because there are so many, the file
+    /// descriptor stays readable.
     ///
     /// # Errors
-    /// Those of the socket. Lost news is no error but [`Hint::All`].
+    /// Those of the socket. Lost events are no error but [`Hint::All`].
     pub fn hints(&mut self) -> io::Result<Vec<Hint>> {
         let mut hints = Vec::new();
         for _ in 0..MOST_NEWS {

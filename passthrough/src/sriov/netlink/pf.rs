@@ -15,17 +15,17 @@ use crate::sriov::{
     control::{PfControl, PfError, VfChange, VfSettings},
 };
 
-/// How long an answer may take once the kernel handled the request.
+/// The time that an answer may take once the kernel has handled the request.
 const PATIENCE: Duration = Duration::from_secs(2);
 
-/// Drivers that reset a VF to configure it (i40e) refuse while that lasts.
+/// Drivers that reset a VF to configure it (i40e) refuse other changes meanwhile.
 const BUSY_RETRIES: u32 = 5;
 const BUSY_PAUSE: Duration = Duration::from_millis(100);
 
-/// The way to a PF through the kernel's rtnetlink. Needs CAP_NET_ADMIN in the PF's network namespace.
+/// Access to a PF through the kernel's rtnetlink. Needs CAP_NET_ADMIN in the PF's network namespace.
 ///
-/// The PF is meant by its PCI address: its interface is looked up for every operation, since names and indices change
-/// when drivers are loaded again or interfaces renamed.
+/// The PCI address identifies the PF. Its interface is looked up for every operation, because names and indices
+/// change when drivers are loaded again or interfaces renamed.
 pub struct NetlinkPf {
     sysfs: Sysfs,
     bdf: Bdf,
@@ -34,10 +34,10 @@ pub struct NetlinkPf {
 }
 
 impl NetlinkPf {
-    /// The way to the PF at `bdf`.
+    /// Opens the access to the PF at `bdf`.
     ///
     /// # Errors
-    /// It is no PF, it has no interface, or there is no netlink socket to be had.
+    /// The function is no PF, it has no interface, or there is no netlink socket.
     pub fn open(sysfs: &Sysfs, bdf: Bdf) -> Result<Self, PfError> {
         let pf = sysfs.pf(bdf)?;
         let name = pf.name();
@@ -90,7 +90,7 @@ impl NetlinkPf {
     }
 }
 
-/// What people can do when a driver refuses.
+/// The user's cure after a driver's refusal.
 fn cure(change: VfChange, errno: i32) -> &'static str {
     match (change, errno) {
         (VfChange::TxRate { .. }, libc::EINVAL) => {

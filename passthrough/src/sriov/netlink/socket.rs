@@ -12,16 +12,16 @@ use rustix::event::{PollFd, PollFlags, Timespec, poll};
 
 use super::message::{Link, Message, parse};
 
-/// Longer than any answer: an attribute has at most 64 KiB, and the VFs are by far the largest.
+/// Longer than any answer: an attribute has at most 64 KiB, and the list of VFs is by far the largest.
 const LONGEST_ANSWER: usize = 256 * 1024;
 
 /// Datagrams of other requests that are skipped before an answer is given up.
 const MOST_STRAYS: usize = 64;
 
-/// What becomes of a request.
+/// The reason why a request failed.
 #[derive(Debug)]
 pub(super) enum Failure {
-    /// The kernel's error number and words.
+    /// The kernel's error number and message.
     Refused { errno: i32, text: Option<String> },
     /// No answer before the deadline.
     Timeout,
@@ -33,7 +33,8 @@ pub(super) enum Failure {
 
 impl From<io::Error> for Failure {
     fn from(e: io::Error) -> Self {
-        // The answer was made, but there was no memory for it: a request can be repeated, a change must be read.
+        // The answer was made, but there was no memory for it. A request can be repeated; after a change, read the
+        // state.
         if e.raw_os_error() == Some(libc::ENOBUFS) { Self::Timeout } else { Self::Io(e) }
     }
 }
@@ -50,10 +51,11 @@ impl Connection {
     pub(super) fn open(patience: Duration) -> io::Result<Self> {
         let mut socket = Socket::new(NETLINK_ROUTE)?;
         socket.bind_auto()?;
-        // From nobody but the kernel.
+        // Receive from the kernel only.
         socket.connect(&SocketAddr::new(0, 0))?;
         socket.set_non_blocking(true)?;
-        // Words with the error numbers, without the request repeated. Old kernels lack both: no loss.
+        // Messages with the error numbers, without a repetition of the request. Old kernels lack both, which does no
+        // harm.
         let _ = socket.set_ext_ack(true);
         let _ = socket.set_cap_ack(true);
         Ok(Self { socket, sequence: 0, patience, buffer: Vec::with_capacity(LONGEST_ANSWER) })
@@ -69,14 +71,14 @@ impl Connection {
         self.exchange(request, told)
     }
 
-    /// The kernel handles a request inside of `send`, under its lock for all network configuration: that wait has no
-    /// bound, and the deadline is for the answer alone.
+    /// Sends a request and waits for its answer. The kernel handles a request inside of `send`, under its lock for
+    /// all network configuration: that wait has no bound, and the deadline covers the answer alone.
     fn exchange<T>(
         &mut self,
         request: impl FnOnce(u32) -> Vec<u8>,
         answer: impl Fn(Message, u32) -> Option<Result<T, Failure>>,
     ) -> Result<T, Failure> {
-        // 0 marks news. An answer to a request that was given up has another number and is skipped.
+        // 0 marks events. An answer to a request that was given up has another number and is skipped.
         self.sequence = self.sequence.wrapping_add(1).max(1);
         let expected = self.sequence;
         self.socket.send(&request(expected), 0)?;
@@ -92,7 +94,7 @@ impl Connection {
     fn receive(&mut self, deadline: Instant) -> Result<Vec<Message>, Failure> {
         loop {
             self.buffer.clear();
-            // With MSG_TRUNC the length is the datagram's, even if it does not fit.
+            // With MSG_TRUNC the result is the datagram's length, even if it does not fit.
             match self.socket.recv(&mut self.buffer, libc::MSG_TRUNC) {
                 Ok(length) if length > self.buffer.len() => {
                     return Err(Failure::Protocol(format!("it has {length} bytes, too many")));
@@ -123,7 +125,7 @@ fn told(message: Message, expected: u32) -> Option<Result<Link, Failure>> {
     }
 }
 
-/// What the messages say about the request with the number `expected`; `None` if nothing.
+/// The result for the request with the number `expected` among the messages; `None` if there is none.
 fn pick<T>(
     messages: Vec<Message>,
     expected: u32,
@@ -180,7 +182,7 @@ mod tests {
         assert_eq!(told(vec![ack(5, 0), link(5, 3)]), None);
     }
 
-    /// The loopback interface is everywhere, and reading it needs no privilege.
+    /// The loopback interface exists everywhere, and reading it needs no privilege.
     #[test]
     fn the_kernel_answers() {
         let mut connection = Connection::open(Duration::from_secs(5)).unwrap();

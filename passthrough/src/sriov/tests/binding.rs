@@ -23,7 +23,7 @@ fn to_vfio_and_back() {
     assert_eq!(binding(&fake), before);
 }
 
-/// Where the PF's VFs are not probed, a driver only takes a VF whose override names it.
+/// If the PF's VFs are not probed, a driver only takes a VF whose override names it.
 #[test]
 fn back_to_a_driver_where_vfs_are_not_probed() {
     let (_dir, fake) = machine(0);
@@ -47,7 +47,8 @@ fn what_holds_already_is_left_alone() {
     assert_eq!(fake.take_writes(), []);
 }
 
-/// Every step may be the last before a crash (here: it fails): the whole can be repeated, or given up.
+/// A crash may follow every step (here: the next step fails). The whole operation can be repeated, or
+/// undone.
 #[test]
 fn each_step_may_be_the_last() {
     for attribute in ["driver_override", "unbind", "drivers_probe"] {
@@ -97,7 +98,7 @@ fn a_driver_that_does_not_take_the_device() {
     assert!(error.to_string().contains("has no driver"), "{error}");
 }
 
-/// The kernel asks a function's driver to prepare for its reset, and igbvf can wait for ever then.
+/// The kernel asks a function's driver to prepare for its reset, and igbvf can then wait for ever.
 #[test]
 fn only_a_function_that_no_driver_of_the_host_has_is_reset() {
     let (_dir, fake) = machine(1);

@@ -24,7 +24,7 @@ fn all_changes_are_made() {
     assert_eq!((settings.mac, settings.vlan.id), (Some(A), 6));
     assert_eq!((settings.spoof_check, settings.trust), (Some(false), Some(true)));
     assert_eq!(pf.read(0).unwrap(), FakePf::new("", 1).read(0).unwrap(), "the other VF is as it was");
-    // Equal ones too: an address may be the VF's own choice until it is set.
+    // Equal settings too: an address may be the VF's own choice until it is set.
     pf.made.clear();
     pf.apply(1, &changes).unwrap();
     assert_eq!(pf.made.len(), changes.len());
@@ -173,7 +173,7 @@ fn any_change() -> impl Strategy<Value = VfChange> {
 }
 
 proptest! {
-    /// All or nothing, whatever is asked for and whatever the driver refuses.
+    /// All or nothing, for any changes and any refusal of the driver.
     #[test]
     fn all_or_nothing(
         first in proptest::collection::vec(any_change(), 0..4),

@@ -68,7 +68,7 @@ fn other_devices_are_told_apart() {
     assert_eq!(sysfs.pf_by_name("0000:01:00.0").unwrap().name(), "eth0");
 }
 
-/// Switchdev adapters hang their VFs' representors below the PF too.
+/// Switchdev adapters have their VFs' representors below the PF too.
 #[test]
 fn representors_are_no_interfaces_of_a_pf() {
     let (dir, fake) = machine(0);

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 
-//! Tests of the host side against fakes, by what they are about.
+//! Tests of the host side against fakes, by topic.
 
 mod binding;
 mod control;
