@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 
-//! With a real device: `PORTCULLIS_TEST_VF` names the sysfs directory of a VF that is bound to vfio-pci.
+//! Tests with a real device: `PORTCULLIS_TEST_VF` names the sysfs directory of a VF that is bound to
+//! vfio-pci.
 
 use std::{
     io,
@@ -74,7 +75,7 @@ fn memory() -> GuestMemoryMmap {
     GuestMemoryMmap::from_ranges(&[(GuestAddress(0), 32 << 20)]).unwrap()
 }
 
-/// One test, since a group can be open once.
+/// One test, because a group can be open only once.
 #[test]
 #[ignore = "needs a VF bound to vfio-pci"]
 fn a_real_vf_is_opened_mapped_reset_and_let_go() {
@@ -160,7 +161,7 @@ fn a_real_vf_is_opened_mapped_reset_and_let_go() {
     assert!(open.is_empty(), "still open: {open:?}");
 }
 
-/// To be run without CAP_IPC_LOCK and with a small RLIMIT_MEMLOCK.
+/// Run it without CAP_IPC_LOCK and with a small RLIMIT_MEMLOCK.
 #[test]
 #[ignore = "needs a VF bound to vfio-pci, and a memory lock limit below 32 MiB"]
 fn a_small_memory_lock_limit_is_named() {
