@@ -1,10 +1,10 @@
 // SPDX-License-Identifier: Apache-2.0
 
-//! A VF's highest sending rate.
+//! The bound of a VF's sending rate.
 
 use std::time::Duration;
 
-/// What may be sent at once after a pause, in bits: some frames of the greatest length.
+/// The largest burst after a pause, in bits: some frames of the greatest length.
 const BURST: u64 = 8 * 64 * 1024;
 
 /// Tokens of one bit each.
