@@ -54,7 +54,7 @@ impl HardwareAccess {
         })
     }
 
-    /// Runs `access` if the access is open. It cannot close meanwhile, so `access` must be short.
+    /// Runs `access` if the hardware is reachable. It stays so meanwhile, so `access` must be short.
     pub(super) fn with<T>(&self, access: impl FnOnce(&dyn VfHardware) -> T) -> Option<T> {
         match &*self.read() {
             State::Open(hardware) => Some(access(hardware.as_ref())),

@@ -1,7 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 
-//! Aggregation of the relay's own denials before it reports them: a flooding guest costs one notice a
-//! second.
+//! Aggregation of the relay's own rejections: a guest that floods it causes one notice a second.
 
 use std::time::Duration;
 
@@ -17,7 +16,7 @@ struct Entry {
     told_at: Option<Duration>,
 }
 
-/// Denials by reason, bounded by the number of reasons.
+/// Rejections by reason, bounded by the number of reasons.
 pub(crate) struct DenialSummary {
     period: Duration,
     entries: Vec<Entry>,

@@ -14,8 +14,7 @@
 //!
 //! vCPU threads take only the lock of the registers. Under that lock they deny by themselves the requests that the
 //! authority has denied in advance (`fast_deny`), without waiting for another thread. A guest's work is bounded: one
-//! message in flight, token buckets for messages, resets and log lines, and denials aggregated before the relay reports
-//! them.
+//! message in flight, token buckets for messages, resets and log lines, and one notice a second about rejections.
 
 mod address;
 mod authority;

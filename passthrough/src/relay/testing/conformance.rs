@@ -2,8 +2,8 @@
 
 //! The [tables](super::table) on any VF: a simulated one, or one of an adapter with the real PF driver.
 //!
-//! Real time passes. The PF must have set [`EFFECTIVE`] as the VF's address and must not trust it. The result is a
-//! text with all differences: a run of the lab is too expensive to stop at the first one.
+//! Real time passes. The PF must have set [`EFFECTIVE`] as the VF's address and must not trust it. The result
+//! lists all differences in words: a run of the lab is too expensive to stop at the first one.
 
 use std::{
     io,

@@ -25,7 +25,7 @@ const PROMISC_MULTICAST: u8 = 2;
 
 /// The most hashes that igb keeps of a multicast message.
 const MAX_MULTICAST: u8 = 30;
-/// The time during which igb does not answer a VF before it has seen its reset.
+/// The interval between two NACKs to a VF before its reset message. In between igb is silent.
 const SILENCE: Duration = Duration::from_secs(2);
 /// VMOLR.RLPML has 14 bits.
 const MAX_FRAME_MASK: u32 = 0x3fff;
