@@ -18,10 +18,10 @@
 
 mod address;
 mod authority;
-mod denial_summary;
 mod fast_deny;
 mod log_limit;
 mod mmio;
+mod rejection_summary;
 mod shared;
 mod state_machine;
 mod stats;

@@ -23,7 +23,7 @@ impl Container {
     /// # Errors
     /// [`Error::Container`], [`Error::NoIommuDriver`].
     pub fn new(kvm: Option<KvmVfioDevice>) -> Result<Self, Error> {
-        let closing = if kvm.is_some() { Closing::DeviceOnly } else { Closing::LetGo };
+        let closing = if kvm.is_some() { Closing::DeviceOnly } else { Closing::Everything };
         let container = VfioContainer::new(kvm.map(Arc::new)).map_err(|error| match error {
             VfioError::OpenContainer(source) => Error::Container(source),
             other => Error::NoIommuDriver(other),

@@ -297,14 +297,14 @@ struct OpenDevice {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Closing {
     /// Group and container too, because this process lives on.
-    LetGo,
+    Everything,
     /// The device only: group and container stay until this process ends.
     DeviceOnly,
 }
 
 impl Drop for OpenDevice {
     fn drop(&mut self) {
-        if self.closing == Closing::LetGo && self.path.join("iommu_group").read_link().is_ok() {
+        if self.closing == Closing::Everything && self.path.join("iommu_group").read_link().is_ok() {
             // This is the agent, which opens a VF to scrub it and lives on.
             // SAFETY: nothing uses the device after this; vfio-ioctls finds the group link that it looks up.
             unsafe { ManuallyDrop::drop(&mut self.inner) };

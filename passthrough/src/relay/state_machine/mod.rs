@@ -28,9 +28,9 @@ use super::{
     Config,
     address::{DriverAddress, Judgement},
     authority::{Authority, Cancelled, Decision, How, Notice, Question, Verdict},
-    denial_summary::DenialSummary,
     fast_deny::{FastDenial, Permit, counted_as},
     log_limit::LogLimit,
+    rejection_summary::RejectionSummary,
     shared::{Posted, Shared},
     token_bucket::TokenBucket,
 };
@@ -109,7 +109,7 @@ pub(crate) struct StateMachine {
     resets: TokenBucket,
     reset_messages: TokenBucket,
     log: LogLimit,
-    refusals: DenialSummary,
+    refusals: RejectionSummary,
 }
 
 impl StateMachine {
@@ -126,7 +126,7 @@ impl StateMachine {
             resets: TokenBucket::new(config.resets),
             reset_messages: TokenBucket::new(config.resets),
             log: LogLimit::new(config.log_lines),
-            refusals: DenialSummary::new(config.refusal_period),
+            refusals: RejectionSummary::new(config.refusal_period),
             next_look: shared.clock().now(),
             config,
             shared,

@@ -17,7 +17,7 @@ use std::{
 use netpolicy::MacAddress;
 use serde::{Deserialize, Serialize};
 
-use self::rate::TokenBucket;
+use self::rate::TxRateLimit;
 pub use self::{
     serve::{Options, listen, serve},
     switch::Port,
@@ -73,7 +73,7 @@ struct Vf {
     port_vlan: PortVlan,
     /// Highest sending rate in Mbit/s, 0 for none.
     max_tx_rate: u32,
-    bucket: TokenBucket,
+    bucket: TxRateLimit,
     /// A reset was answered: queues are enabled, and the PF listens to messages.
     clear_to_send: bool,
     last_nack: Option<Duration>,
@@ -97,7 +97,7 @@ impl Default for Vf {
             spoof_check: true,
             port_vlan: PortVlan::default(),
             max_tx_rate: 0,
-            bucket: TokenBucket::default(),
+            bucket: TxRateLimit::default(),
             clear_to_send: false,
             last_nack: None,
             multicast_count: 0,
@@ -197,7 +197,7 @@ impl SimPfState {
             }
             VfChange::TxRate { max, .. } => {
                 vf.max_tx_rate = max;
-                vf.bucket = TokenBucket::default();
+                vf.bucket = TxRateLimit::default();
             }
             VfChange::Link(_) => return Err(libc::EOPNOTSUPP),
         }

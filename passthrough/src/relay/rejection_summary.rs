@@ -17,12 +17,12 @@ struct Entry {
 }
 
 /// Rejections by reason, bounded by the number of reasons.
-pub(crate) struct DenialSummary {
+pub(crate) struct RejectionSummary {
     period: Duration,
     entries: Vec<Entry>,
 }
 
-impl DenialSummary {
+impl RejectionSummary {
     pub(crate) fn new(period: Duration) -> Self {
         Self { period, entries: Vec::new() }
     }
@@ -66,7 +66,7 @@ mod tests {
 
     #[test]
     fn the_first_is_told_at_once_and_the_others_are_counted() {
-        let mut refusals = DenialSummary::new(Duration::from_secs(1));
+        let mut refusals = RejectionSummary::new(Duration::from_secs(1));
         let mut told = Vec::new();
         for ms in [0, 10, 20, 999, 1000, 1001, 2500] {
             refusals.add(Reason::UnknownMessage, ms, None);
@@ -82,7 +82,7 @@ mod tests {
 
     #[test]
     fn reasons_are_apart() {
-        let mut refusals = DenialSummary::new(Duration::from_secs(1));
+        let mut refusals = RejectionSummary::new(Duration::from_secs(1));
         refusals.add(Reason::UnknownMessage, 7, None);
         refusals.add(Reason::MacInvalid, 2, None);
         let reasons: Vec<_> = std::iter::from_fn(|| refusals.due(Duration::ZERO)).collect();
