@@ -200,7 +200,7 @@ fn run(checks: &mut Checks) -> Result<(), Box<dyn Error>> {
     let batch = "link set dev lo mtu 60000\nlink set dev lo mtu 65536\n".repeat(1000);
     std::fs::write("/tmp/host-lab.batch", batch)?;
     ip("-batch /tmp/host-lab.batch");
-    checks.that("lost news is told", monitor.hints()? == [Hint::All], ());
+    checks.that("lost events are reported", monitor.hints()? == [Hint::All], ());
     ip("link set dev lo mtu 65535");
     let seen = monitor_saw(&mut monitor, |hint| matches!(hint, Hint::Changed { index: 1, .. }));
     checks.that("and the next news come again", seen.is_some(), seen);
@@ -236,10 +236,10 @@ fn run(checks: &mut Checks) -> Result<(), Box<dyn Error>> {
     checks.error("8 VFs", sysfs.set_num_vfs(pf_bdf, 8, None), |e| matches!(e, VfCountError::TooMany { .. }));
     sysfs.bind_vfio(vf_bdf)?;
     sysfs.set_num_vfs(pf_bdf, 0, None)?;
-    checks.error("restoring what is gone", sysfs.restore(vf_bdf, &igbvf), |e| {
+    checks.error("restoring a missing VF", sysfs.restore(vf_bdf, &igbvf), |e| {
         matches!(e, BindError::NoDevice(_))
     });
-    checks.error("reading what is gone", control.read(0), |e| matches!(e, PfError::NoVf { .. }));
+    checks.error("reading a missing VF", control.read(0), |e| matches!(e, PfError::NoVf { .. }));
     sysfs.set_num_vfs(pf_bdf, 3, Some(false))?;
     let drivers: Vec<_> = sysfs.vfs()?.into_iter().map(|vf| vf.device.driver).collect();
     checks.that("3 VFs without drivers", drivers == [None, None, None], &drivers);

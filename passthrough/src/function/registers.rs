@@ -184,7 +184,7 @@ impl Registers {
     /// Removes all paths to and from the hardware: windows, interrupts, DMA.
     ///
     /// # Errors
-    /// When a window stays; the rest is done all the same.
+    /// When a window stays; the rest is still done.
     pub(super) fn quiesce(&mut self, hardware: &dyn VfHardware) -> std::io::Result<()> {
         let result = self.windows.clear();
         self.stop_irqs(hardware);

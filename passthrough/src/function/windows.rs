@@ -71,7 +71,7 @@ impl Windows {
     /// Removes every window.
     ///
     /// # Errors
-    /// The kernel's first refusal; the other windows are tried all the same.
+    /// The kernel's first refusal; the other windows are still tried.
     pub(super) fn clear(&mut self) -> io::Result<()> {
         let mut result = Ok(());
         for piece in &mut self.pieces {

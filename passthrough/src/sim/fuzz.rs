@@ -39,8 +39,8 @@ fn own(vf: u16) -> MacAddress {
     MacAddress::new([2, 0, 0, 0, 0, low])
 }
 
-/// The PF: whatever VFs send, a VF whose address the administrator set keeps it, sends under no other, and does not
-/// hear itself.
+/// The PF, for any packets from VFs: a VF keeps the address that the administrator set, sends under no other, and does
+/// not hear itself.
 pub fn fuzz_pf(data: &[u8]) {
     let mut pf = SimPfState::new(VFS);
     for vf in 0..VFS {
@@ -84,7 +84,7 @@ pub fn fuzz_pf(data: &[u8]) {
                 });
             }
         }
-        assert_eq!(pf.settings(), before, "no VF changes what the administrator set");
+        assert_eq!(pf.settings(), before, "no VF changes the administrator's settings");
     }
 }
 

@@ -132,7 +132,7 @@ fn a_real_vf_is_opened_mapped_reset_and_let_go() {
     let express = found.iter().find(|(_, id)| *id == 0x10).expect("PCI Express").0;
 
     function.config_write(config::COMMAND, &[6, 0]);
-    assert!(windows.count() >= 2, "BAR 0 whole, of BAR 3 what is neither table nor pending bits");
+    assert!(windows.count() >= 2, "BAR 0 whole, and BAR 3 without table and pending bits");
     function.config_write(msix + 2, &[0, 0x80]);
     assert_eq!(read(msix + 2, 2), 0x8002);
 

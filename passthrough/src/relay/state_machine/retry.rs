@@ -2,8 +2,8 @@
 
 //! Retries of receive lists that had no verdict in time.
 //!
-//! A driver sets its lists of receive addresses and ignores the answers. A refusal for want of an authority (the agent
-//! restarts, the PF's driver is busy) would leave the guest without them until it sets them again, perhaps never. So
+//! A driver sets its lists of receive addresses and ignores the answers. A refusal because the authority is away (the
+//! agent restarts, the PF's driver is busy) would leave the guest without them until it sets them again, perhaps never. So
 //! the relay keeps the requests and repeats them, at most one a second, until the authority decides. It does not inform
 //! the guest, which has ignored the first answer.
 

@@ -86,7 +86,7 @@ pub fn pf_differences(vf: Arc<dyn VfHardware>) -> Vec<String> {
             continue;
         }
         if driver.perm != MacAddress::new(EFFECTIVE) {
-            differences.push(format!("{}: the reset before it tells {}", case.name, driver.perm));
+            differences.push(format!("{}: the reset reply before it has {}", case.name, driver.perm));
         }
         let reply = exchange(&mut driver, case.words, case.reply.is_some());
         let expected = Ok(case.reply);

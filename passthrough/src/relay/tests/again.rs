@@ -50,7 +50,7 @@ fn lists_that_nobody_decided_about_are_set_when_the_authority_is_back() {
     let before = asked(&bench);
     bench.wait(60 * SECOND);
     assert_eq!(asked(&bench), before, "once");
-    assert!(!driver.has_reply(), "nobody waits for an answer");
+    assert!(!driver.has_reply(), "the guest gets no reply to a retry");
 }
 
 #[test]
@@ -128,7 +128,7 @@ fn a_message_of_the_guest_goes_first() {
     assert_eq!(
         bench.notices().iter().filter(|notice| withdrawn(notice)).count(),
         1,
-        "its answer is for nobody"
+        "the relay's question is withdrawn once"
     );
     bench.wait(3 * SECOND);
     assert_eq!(bench.vf().pf().filters, [mac(0x44), mac(0x55)], "and it is asked again");

@@ -108,7 +108,7 @@ fn a_guest_that_goes_on_talking_still_learns_that_it_must_reset() {
     assert_eq!(driver.call(&[0x0001_0003, 0x230]).map(|word| word & CTS), Ok(0));
     assert!(!driver.set_mac(mac(0x33)));
     assert_eq!(driver.call(&[0x77]).map(|word| word & CTS), Ok(0));
-    // Stock drivers do not reset twice within 10 s: their link check must say so until they do.
+    // Stock drivers do not reset twice within 10 s: their link check must ask until they do.
     for _ in 0..8 {
         bench.wait(2000 * MS);
         assert!(driver.watchdog(), "the link check asks for a reset");
@@ -165,7 +165,7 @@ fn an_authority_that_is_away_costs_the_guest_nothing_and_is_told_in_bounded_noti
     for _ in 0..10 {
         assert!(!driver.set_mac(mac(0x22)));
     }
-    driver.reset().expect("a reset needs nobody's leave");
+    driver.reset().expect("a reset needs no verdict");
     assert!(bench.now() - before < 100 * MS);
     bench.wait(1000 * MS);
     let counts: Vec<_> = bench
@@ -192,7 +192,7 @@ fn a_verdict_after_a_reset_answers_nothing() {
     bench.wait(10 * MS);
     assert!(matches!(&bench.notices()[..], [Notice::Cancelled { why: Cancelled::GuestReset, .. }]));
     bench.wait(200 * MS);
-    assert_eq!(driver.bus.read(0xc40), 0, "no answer to what the reset voided");
+    assert_eq!(driver.bus.read(0xc40), 0, "no answer to the voided message");
     driver.reset().expect("reset");
 }
 
@@ -243,7 +243,7 @@ fn a_guest_learns_an_address_that_is_changed_behind_its_back() {
     bench.set_away(true);
     let mut driver = bench.driver();
     driver.probe();
-    assert_eq!(addresses(&bench, &driver), (mac(0x22), mac(0x22)), "nobody was there to say otherwise");
+    assert_eq!(addresses(&bench, &driver), (mac(0x22), mac(0x22)), "the authority was away");
     assert!(bench.notices().contains(&Notice::GuestMac { mac: mac(0x22) }));
     bench.set_away(false);
     assert!(!driver.watchdog());
@@ -334,7 +334,7 @@ fn pings_reach_the_guest() {
     bench.wait(3 * MS);
     assert_eq!(driver.bus.read(0xc40) & 0x10, 0, "it has just looked");
     bench.wait(300 * MS);
-    assert_eq!(driver.bus.read(0xc40) & 0x10, 0x10, "what came within that time is found too");
+    assert_eq!(driver.bus.read(0xc40) & 0x10, 0x10, "a message within that time is found too");
 }
 
 /// The first read clears the reset bits; the word stays.

@@ -110,7 +110,7 @@ fn the_guest_sees_what_it_sees_of_every_refusal() {
     assert_eq!((driver.netdev, bench.vf().pf().mac), (mac(0x22), mac(0x11)), "guest and device differ");
     assert_eq!(bench.notices(), [Notice::GuestMac { mac: mac(0x22) }, declined(0x22, true)]);
     driver.down_up();
-    assert_eq!((driver.netdev, bench.vf().pf().mac), (mac(0x11), mac(0x11)), "the restore is told");
+    assert_eq!((driver.netdev, bench.vf().pf().mac), (mac(0x11), mac(0x11)), "the restore is refused openly");
     assert!(bench.notices().contains(&declined(0x22, false)));
     assert!(driver.set_mac(mac(0x33)), "silent again");
 }
@@ -120,7 +120,7 @@ fn what_it_does_not_cover_is_asked() {
     let (bench, mut driver) = guest(OnDenied::Nack);
     let questions = || bench.questions().len();
     let before = questions();
-    assert!(driver.set_mac(mac(0x11)), "the effective one is nobody's question");
+    assert!(driver.set_mac(mac(0x11)), "the effective address needs no question");
     assert_eq!(questions(), before);
     assert!(driver.set_mac(mac(0x44)), "an exception");
     assert_eq!(questions(), before + 1);
@@ -156,7 +156,7 @@ fn an_order_comes_before_the_next_message() {
 
 #[test]
 fn it_needs_a_pf_that_listens_and_a_token() {
-    // The VF was not reset since the device was: word 0 must say so.
+    // The VF was not reset since the device was: word 0 must show it.
     let (bench, mut driver) = guest(OnDenied::Nack);
     bench.0.borrow().relay.hardware_reset();
     bench.0.borrow_mut().settle();

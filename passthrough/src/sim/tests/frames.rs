@@ -165,7 +165,7 @@ fn jumbo_frames_take_several_buffers_and_split_headers() {
     assert_eq!(right.driver.call(&[5, 9728]), Ok(0xa000_0005));
     left.send(&long);
     assert_eq!(right.receive().bytes, long);
-    // As in igbvf with a great MTU: header split always, 128 bytes, pieces of 2 KiB.
+    // As in igbvf with a large MTU: header split always, 128 bytes, pieces of 2 KiB.
     right.write(0x2828, 0);
     right.open(0x0a00_0202);
     left.send(&long);

@@ -108,7 +108,7 @@ fn thousands_of_seeded_runs_leave_the_vf_alive_and_its_neighbours_alone() {
             assert!(found, "seed {seed}");
         }
     }
-    assert!(hostile.vf.dma_errors() > 0, "the runs did reach for what is not there");
+    assert!(hostile.vf.dma_errors() > 0, "the runs did access missing memory");
 }
 
 #[test]

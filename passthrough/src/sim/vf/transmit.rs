@@ -163,7 +163,7 @@ impl Transmitter {
             });
         }
         self.packet.clear();
-        // Release the memory of one great packet.
+        // Release the memory of a large packet.
         self.packet.shrink_to(MAX_FRAME);
     }
 }
