@@ -26,12 +26,12 @@ pub const SLEEP_CONTROL: u64 = 4;
 pub const SLEEP_STATUS: u64 = 5;
 /// Offset of the reset register (1 byte), for the FADT.
 pub const RESET: u64 = 6;
-/// Bytes that the registers take.
+/// Length of the registers in bytes.
 pub const LEN: u64 = 8;
 
 /// Bit of the event status: the power button was pressed.
 pub const EVENT_POWER_BUTTON: u32 = 1;
-/// The value that the FADT names for the reset register.
+/// The reset register's value in the FADT.
 pub const RESET_VALUE: u8 = 1;
 /// The sleep type of `\_S5`, for the DSDT.
 pub const SLEEP_TYPE_S5: u8 = 5;
@@ -40,7 +40,7 @@ const SLEEP_ENABLE: u8 = 1 << 5;
 const SLEEP_TYPE_SHIFT: u32 = 2;
 const SLEEP_TYPE_MASK: u8 = 7;
 
-/// The registers, on ports or in memory as the vmm likes.
+/// The registers, on ports or in memory: the vmm chooses.
 pub struct AcpiRegisters {
     events: Arc<dyn MachineEvents>,
     interrupt: EventFd,
@@ -64,7 +64,7 @@ impl AcpiRegisters {
         self.interrupt.write(1)
     }
 
-    /// Back to the state at power-on.
+    /// Resets the registers to their state at power-on.
     pub fn reset(&self) {
         self.status.store(0, Ordering::Release);
     }

@@ -6,35 +6,35 @@ use std::{collections::BTreeMap, fmt, ops::Range, sync::Arc};
 
 /// A device with registers on a [`Bus`].
 pub trait BusDevice: Send + Sync {
-    /// Reads registers at `offset` from the start of the device's range. `data` is 1 to 8 bytes inside of the range; it
-    /// arrives filled with ones, which is what a register that does not exist reads as.
+    /// Reads registers at `offset` from the start of the device's range. `data` is 1 to 8 bytes inside of the range. It
+    /// arrives filled with ones, the value of a register that does not exist.
     fn read(&self, offset: u64, data: &mut [u8]);
 
     /// Writes registers; same rules.
     fn write(&self, offset: u64, data: &[u8]);
 }
 
-/// Why a range cannot be inserted.
+/// The reason why a range cannot be inserted.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub enum BusError {
-    /// A range without addresses.
+    /// The range has no addresses.
     #[error("Range {0:#x?} of a device is empty: give it at least one address")]
     Empty(Range<u64>),
     /// Two devices claim one address.
     #[error("Range {new:#x?} of a device overlaps {old:#x?} of another: move one of them")]
     Overlap {
-        /// The range that was to be inserted.
+        /// The new range.
         new: Range<u64>,
-        /// The one in its way.
+        /// The existing range.
         old: Range<u64>,
     },
 }
 
-/// Port or memory addresses of a machine, each owned by at most one device. Built before the vCPUs run and not
-/// changed afterwards, so that an access takes no lock here.
+/// Port or memory addresses of a machine, each owned by at most one device. The bus is built before the vCPUs run and
+/// does not change afterwards, so that an access takes no lock here.
 #[derive(Default)]
 pub struct Bus {
-    /// By start address; the value is the end (exclusive) and the device.
+    /// By start address. The value is the end (exclusive) and the device.
     ranges: BTreeMap<u64, (u64, Arc<dyn BusDevice>)>,
 }
 
@@ -48,7 +48,7 @@ impl Bus {
     /// Gives the addresses of `range` to `device`.
     ///
     /// # Errors
-    /// [`BusError`]; the bus is unchanged then.
+    /// [`BusError`]; the bus is then unchanged.
     pub fn insert(&mut self, range: Range<u64>, device: Arc<dyn BusDevice>) -> Result<(), BusError> {
         if range.is_empty() {
             return Err(BusError::Empty(range));
@@ -64,7 +64,7 @@ impl Bus {
     }
 
     /// Reads at `address`; false if no device is there or the access leaves its range. `data` is filled with ones
-    /// before the device sees it, and where there is none.
+    /// first, also if there is no device.
     pub fn read(&self, address: u64, data: &mut [u8]) -> bool {
         data.fill(0xff);
         let Some((device, offset)) = self.find(address, data.len()) else { return false };

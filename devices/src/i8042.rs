@@ -11,14 +11,14 @@ use crate::{
 
 /// First port of the controller.
 pub const PORT: u64 = 0x60;
-/// Ports it takes: data at 0x60, command and status at 0x64.
+/// Number of its ports: data at 0x60, command and status at 0x64.
 pub const PORTS: u64 = 5;
 
 const COMMAND: u64 = 4;
 const PULSE_RESET: u8 = 0xfe;
 
-/// A controller without keyboard or mouse. Its status reads as zero (input buffer empty), or Linux would
-/// wait for it before it writes the reset command.
+/// A controller without keyboard or mouse. Its status reads as zero (input buffer empty); otherwise
+/// Linux would wait before it writes the reset command.
 pub struct I8042 {
     events: Arc<dyn MachineEvents>,
 }

@@ -1,17 +1,17 @@
 // SPDX-License-Identifier: Apache-2.0
 
-//! How a device raises interrupts without knowing who delivers them.
+//! The interface through which a device raises interrupts, without knowledge of their delivery.
 
 use std::io;
 
 use vmm_sys_util::eventfd::EventFd;
 
-/// A message-signalled interrupt: the write that a PCI function does to raise it (PCI Local Bus 3.0, 6.8).
+/// A message-signalled interrupt: the write by which a PCI function raises it (PCI Local Bus 3.0, 6.8).
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
 pub struct MsiMessage {
     /// Guest-physical address of the write, in the local APIC's window on x86.
     pub address: u64,
-    /// The datum written.
+    /// The data written.
     pub data: u32,
 }
 
@@ -21,8 +21,8 @@ pub struct RouteId(pub u32);
 
 /// Turns signals of an eventfd into message-signalled interrupts of the guest.
 ///
-/// Implemented by the vmm over `KVM_IRQFD` and `KVM_SET_GSI_ROUTING`; by a recorder in tests. Every call may come
-/// from a vCPU thread: implementations do not wait for anything but their own short lock.
+/// The vmm implements it over `KVM_IRQFD` and `KVM_SET_GSI_ROUTING`, tests by a recorder. Every call may come
+/// from a vCPU thread: implementations wait only for their own short lock.
 pub trait MsiRouter: Send + Sync {
     /// Reserves a route for one vector. It delivers nothing until [`connect`](Self::connect).
     ///
@@ -30,19 +30,20 @@ pub trait MsiRouter: Send + Sync {
     /// When no route is left (`OutOfMemory`).
     fn allocate(&self) -> io::Result<RouteId>;
 
-    /// From now on a signal of `trigger` delivers `message`. A signal that is already pending in `trigger` is
-    /// delivered at once. Connecting a connected route changes its message.
+    /// Makes a signal of `trigger` deliver `message` from now on. A signal that is already pending in `trigger`
+    /// is delivered at once. Connecting a connected route changes its message.
     ///
     /// # Errors
     /// Those of the kernel.
     fn connect(&self, route: RouteId, trigger: &EventFd, message: MsiMessage) -> io::Result<()>;
 
-    /// Signals of `trigger` stay pending in it until the route is connected again. Harmless if not connected.
+    /// Keeps signals of `trigger` pending in it until the route is connected again. Harmless if it is not
+    /// connected.
     ///
     /// # Errors
     /// Those of the kernel.
     fn disconnect(&self, route: RouteId, trigger: &EventFd) -> io::Result<()>;
 
-    /// Gives the route back. It must be disconnected.
+    /// Releases the route, which must be disconnected.
     fn release(&self, route: RouteId);
 }

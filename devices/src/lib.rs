@@ -2,10 +2,11 @@
 
 //! Buses and devices of a virtual machine.
 //!
-//! This crate knows no KVM: interrupts are eventfds handed to an [`interrupt::MsiRouter`], guest-physical memory
-//! is reached through [`memory::GuestMapper`]. It has no `unsafe` code but the [`memory::HostMemory`] contract.
+//! This crate does not know KVM: devices give eventfds to an [`interrupt::MsiRouter`] for interrupts, and map
+//! guest-physical memory through [`memory::GuestMapper`]. Its only `unsafe` code is the [`memory::HostMemory`]
+//! contract.
 //!
-//! Every device is `&self`, called from any vCPU thread, with a lock as small as its registers.
+//! Every device is called by `&self` from any vCPU thread, with a lock as small as its registers.
 
 pub mod acpi;
 pub mod bus;

@@ -1,27 +1,27 @@
 // SPDX-License-Identifier: Apache-2.0
 
-//! What a guest can do to its whole machine through a device register.
+//! Events of the whole machine that a guest causes through a device register.
 
 use std::sync::atomic::{AtomicU8, Ordering};
 
-/// The guest ended this boot.
+/// The end of a boot, by the guest.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum MachineEvent {
-    /// ACPI S5: the machine is to be switched off.
+    /// ACPI S5: switch the machine off.
     PowerOff,
-    /// The machine is to be reset (i8042 command 0xfe, ACPI reset register).
+    /// Reset the machine (i8042 command 0xfe, ACPI reset register).
     Reset,
 }
 
-/// Where devices report a [`MachineEvent`]. Called on the vCPU thread that wrote the register, before its exit handler
+/// A receiver of [`MachineEvent`]s. Called on the vCPU thread that wrote the register, before its exit handler
 /// returns.
 pub trait MachineEvents: Send + Sync {
     /// Reports the event. It must not wait.
     fn raise(&self, event: MachineEvent);
 }
 
-/// Keeps the first event until it is taken: the exit handler looks here after each access to a device. The first
-/// one wins, since what a dying kernel writes to other reset registers afterwards is the same wish once more.
+/// Keeps the first event until the exit handler takes it after an access to a device. The first event wins: a dying
+/// kernel writes to other reset registers afterwards, with the same intent.
 #[derive(Debug, Default)]
 pub struct EventLatch(AtomicU8);
 
@@ -36,13 +36,13 @@ impl EventLatch {
         Self::default()
     }
 
-    /// The event, if there was one; leaves it in place.
+    /// The event, if there is one; leaves it in place.
     #[must_use]
     pub fn peek(&self) -> Option<MachineEvent> {
         decode(self.0.load(Ordering::Acquire))
     }
 
-    /// Takes the event out: the machine handles it.
+    /// Takes the event, for the machine to handle.
     pub fn take(&self) -> Option<MachineEvent> {
         decode(self.0.swap(NONE, Ordering::AcqRel))
     }
@@ -54,7 +54,7 @@ impl MachineEvents for EventLatch {
             MachineEvent::PowerOff => POWER_OFF,
             MachineEvent::Reset => RESET,
         };
-        // A failed exchange means that an earlier event is still there: it wins.
+        // A failed exchange means that an earlier event is still there, and it wins.
         let _ = self.0.compare_exchange(NONE, code, Ordering::AcqRel, Ordering::Acquire);
     }
 }

@@ -1,16 +1,16 @@
 // SPDX-License-Identifier: Apache-2.0
 
-//! How a device puts host memory (pages of a BAR) into the guest's physical address space.
+//! Mapping of host memory (pages of a BAR) into the guest's physical address space.
 
 use std::{io, sync::Arc};
 
-/// Host memory that stays mapped, at one address, for as long as the object lives.
+/// Host memory that stays mapped, at one address, for the life of the object.
 ///
 /// # Safety
 /// `address()..address() + len()` is a valid mapping of this process until the object is dropped, both are
 /// multiples of the page size, and nothing in this process holds Rust references into it.
 pub unsafe trait HostMemory: Send + Sync {
-    /// Where the mapping starts in this process.
+    /// The start of the mapping in this process.
     fn address(&self) -> u64;
     /// Its length in bytes.
     fn len(&self) -> u64;
@@ -24,24 +24,25 @@ pub unsafe trait HostMemory: Send + Sync {
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub struct MappingId(pub u32);
 
-/// Makes and removes windows of the guest's physical address space that reach host memory without an exit.
+/// Makes and removes windows in the guest's physical address space. The guest reaches host memory through them
+/// without an exit.
 ///
-/// Implemented by the vmm over `KVM_SET_USER_MEMORY_REGION`. The vmm refuses a window that overlaps guest memory,
-/// another window, or a range that some device declared as trapped ([`GuestMapper::forbid`]).
+/// The vmm implements it over `KVM_SET_USER_MEMORY_REGION`. It refuses a window that overlaps guest memory,
+/// another window, or a range that a device has declared as trapped ([`GuestMapper::forbid`]).
 pub trait GuestMapper: Send + Sync {
-    /// Shows `memory` to the guest at `gpa` (page aligned).
+    /// Maps `memory` into the guest at `gpa` (page aligned).
     ///
     /// # Errors
-    /// `InvalidInput` for a window that is refused; else those of the kernel.
+    /// `InvalidInput` for a refused window, otherwise those of the kernel.
     fn map(&self, gpa: u64, memory: Arc<dyn HostMemory>) -> io::Result<MappingId>;
 
-    /// Removes a window; when this returns no vCPU can reach the memory through it any more.
+    /// Removes a window. After the return no vCPU can reach the memory through it.
     ///
     /// # Errors
     /// Those of the kernel.
     fn unmap(&self, id: MappingId) -> io::Result<()>;
 
     /// Declares host memory addresses `[start, start + len)` as never to be mapped: the mailbox page of a VF.
-    /// `map` checks against it, so that a mistake elsewhere cannot show that page to the guest.
+    /// `map` checks against them, so that a mistake elsewhere cannot expose that page to the guest.
     fn forbid(&self, start: u64, len: u64);
 }

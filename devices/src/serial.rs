@@ -14,7 +14,7 @@ use crate::bus::BusDevice;
 
 /// First port of COM1, whose interrupt is IRQ 4.
 pub const COM1: u64 = 0x3f8;
-/// Ports that the device takes.
+/// Number of the device's ports.
 pub const PORTS: u64 = 8;
 
 const DATA: u8 = 0;
@@ -27,7 +27,7 @@ const SCR: u8 = 7;
 const FIFO: usize = 64;
 /// Received data raises an interrupt.
 const IER_RECEIVED: u8 = 1;
-/// What vm-superio's registers are at power-on: 8 data bits, OUT2 set.
+/// vm-superio's registers at power-on: 8 data bits, OUT2 set.
 const LCR_POWER_ON: u8 = 3;
 const LCR_DLAB: u8 = 0x80;
 const MCR_POWER_ON: u8 = 8;
@@ -45,8 +45,8 @@ impl Trigger for Interrupt {
 
 type Uart = vm_superio::Serial<Interrupt, NoEvents, Box<dyn Write + Send>>;
 
-/// A serial port. What the guest sends goes to a sink byte by byte on the vCPU's thread: the sink must not wait, and
-/// what it refuses is lost, as on a line without a reader.
+/// A serial port. The guest's output goes to a sink byte by byte on the vCPU's thread: the sink must not wait, and
+/// bytes that it refuses are lost, as on a line without a reader.
 pub struct Serial {
     uart: Mutex<Uart>,
 }
@@ -58,8 +58,8 @@ impl Serial {
         Self { uart: Mutex::new(Uart::new(Interrupt(interrupt), out)) }
     }
 
-    /// Puts bytes into the receive FIFO (64 bytes); how many fitted. A full FIFO signals its interrupt again: on hardware the line
-    /// is still high, and a guest that has missed the edge would never read.
+    /// Puts bytes into the receive FIFO (64 bytes) and returns how many fitted. A full FIFO signals its interrupt
+    /// again: on hardware the line is still high, and a guest that has missed the edge would never read.
     pub fn enqueue(&self, input: &[u8]) -> usize {
         let mut uart = self.uart();
         let fits = input.len().min(uart.fifo_capacity());
@@ -69,16 +69,16 @@ impl Serial {
             }
             return 0;
         }
-        // An interrupt that cannot be signalled is not a byte lost: the guest may poll.
+        // A failed interrupt signal loses no byte: the guest may poll.
         uart.enqueue_raw_bytes(input.get(..fits).unwrap_or_default()).unwrap_or(fits)
     }
 
-    /// How many bytes the receive FIFO can take now.
+    /// The free bytes in the receive FIFO.
     pub fn capacity(&self) -> usize {
         self.uart().fifo_capacity()
     }
 
-    /// Back to the state at power-on; what was received and not read is gone.
+    /// Resets the port to its state at power-on. Unread received bytes are lost.
     pub fn reset(&self) {
         let mut uart = self.uart();
         let mut set = |offset, value| {
@@ -91,22 +91,24 @@ impl Serial {
         set(IER, 0);
         set(MCR, MCR_POWER_ON);
         set(SCR, 0);
-        // Reading the data register pops the FIFO, reading IIR clears it; at most 64 bytes are in there.
+        // Reading the data register pops the FIFO of at most 64 bytes, and reading IIR clears it.
         for _ in 0..FIFO {
             uart.read(DATA);
         }
         uart.read(IIR);
     }
 
-    /// "Received data" lasts as long as there is data (16550A datasheet, table of IIR): vm-superio ends it with the first byte that
-    /// is read, and whenever IIR is. Linux reads at most 256 bytes in a row, and then believes IIR.
+    /// Restores the "received data" interrupt, which lasts as long as there is data (16550A datasheet, table of IIR):
+    /// vm-superio ends it with the first byte that is read, and with each read of IIR. Linux reads at most 256 bytes in
+    /// a row, and then relies on IIR.
     fn keep_received(uart: &mut Uart) {
         if uart.fifo_capacity() == FIFO || uart.read(LCR) & LCR_DLAB != 0 {
             return;
         }
         let enabled = uart.read(IER);
         if enabled & IER_RECEIVED != 0 {
-            // A write to IER makes it look at its FIFO. Only received data is meant, so the other bits come second.
+            // A write to IER makes vm-superio check its FIFO. Only received data is meant, so the other bits come
+            // second.
             let _ = uart.write(IER, IER_RECEIVED);
             let _ = uart.write(IER, enabled);
         }
@@ -136,7 +138,7 @@ impl BusDevice for Serial {
         let mut uart = self.uart();
         for (register, byte) in (offset..).zip(data) {
             if let Ok(register) = u8::try_from(register) {
-                // The sink's errors are the reader's business, not the guest's.
+                // The guest cannot act on the sink's errors.
                 let _ = uart.write(register, *byte);
             }
         }
@@ -217,7 +219,7 @@ mod tests {
         }
         assert_eq!(read(&serial, 2) & IDENTITY, NONE);
         assert!(interrupt.read().is_err());
-        // Not where the guest wants none, and not from behind the divisor.
+        // Not if the guest has disabled the interrupt, and not through the divisor's register.
         serial.write(IER.into(), &[0]);
         serial.enqueue(b"ab");
         assert_eq!([read(&serial, 0), read(&serial, 2) & IDENTITY], [b'a', NONE]);

@@ -11,8 +11,8 @@ use std::{
 
 use api::types::{EventKind, Protection};
 use passthrough::{
-    host::{Bdf, NetlinkPf, PfControl, PfError, Sysfs},
     sim::is_simulated,
+    sriov::{Bdf, NetlinkPf, PfControl, PfError, Sysfs},
 };
 
 use crate::{

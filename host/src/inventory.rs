@@ -12,11 +12,11 @@ use std::{
 };
 
 use passthrough::{
-    host::{
+    sim::is_simulated,
+    sriov::{
         Bdf, BindError, InventoryError, PciDevice, Pf, PreviousBinding, Sysfs, Usage, Vf, VfCountError,
         ViabilityError,
     },
-    sim::is_simulated,
 };
 
 use crate::{assignable::AssignableList, sim::Simulated, vm::problem::chain};
@@ -322,7 +322,7 @@ impl Inventory {
 
 #[cfg(test)]
 pub(crate) mod tests {
-    use passthrough::host::fake::FakeSysfs;
+    use passthrough::sriov::fake::FakeSysfs;
 
     use super::*;
 

@@ -4,7 +4,7 @@
 
 use std::{collections::HashMap, hash::Hash, time::Duration};
 
-use passthrough::relay::{Bucket, Rate};
+use passthrough::relay::{Rate, TokenBucket};
 
 /// A bucket of lines for each key. A line that its bucket suppresses is counted for the next one of the key.
 #[derive(Debug)]
@@ -17,7 +17,7 @@ pub(crate) struct LineRate<K> {
 
 #[derive(Debug)]
 struct Share {
-    bucket: Bucket,
+    bucket: TokenBucket,
     suppressed: u64,
 }
 
@@ -37,7 +37,7 @@ impl<K: Copy + Eq + Hash> LineRate<K> {
         if self.shares.len() >= self.keys && !self.shares.contains_key(&key) {
             self.shares.clear();
         }
-        let fresh = || Share { bucket: Bucket::new(self.rate), suppressed: 0 };
+        let fresh = || Share { bucket: TokenBucket::new(self.rate), suppressed: 0 };
         let share = self.shares.entry(key).or_insert_with(fresh);
         if !share.bucket.take(now) {
             share.suppressed = share.suppressed.saturating_add(1);

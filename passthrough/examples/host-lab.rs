@@ -1,10 +1,10 @@
 // SPDX-License-Identifier: Apache-2.0
 
-//! The host side against a real kernel and adapter, for the nested lab:
-//! `resources/lab/run --igbvf --vfs 2 -- target/debug/examples/host-lab`.
+//! The host side against a real kernel and adapter, for the nested lab: `resources/lab/run --igbvf --vfs 2 --
+//! target/debug/examples/host-lab`.
 //!
-//! Prints one line per check and ends with status 1 if any failed. It takes VFs away and the PF down: run it nowhere
-//! else.
+//! Prints one line per check and ends with status 1 if any failed. It removes VFs and takes the PF down: run it only
+//! in the lab.
 
 #![allow(clippy::print_stdout, clippy::expect_used)] // A program for people, whose failures may stop it.
 
@@ -16,13 +16,13 @@ use std::{
 };
 
 use netpolicy::MacAddress;
-use passthrough::host::{
+use passthrough::sriov::{
     BindError, Hint, InterruptRemapping, Monitor, NetlinkPf, PfControl, PfError, PortVlan, PreviousBinding,
     Sysfs, TagProtocol, VfChange, VfCountError, VfLink, ViabilityError, restore,
 };
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 
-/// Counts what failed.
+/// Counts failures.
 struct Checks {
     failed: u32,
 }
@@ -52,7 +52,7 @@ impl Checks {
 
 fn main() -> ExitCode {
     let mut checks = Checks { failed: 0 };
-    // With the address of a VF that some process has open through VFIO.
+    // The argument is the address of a VF that a process has open through VFIO.
     if let Some(bdf) = std::env::args().nth(1) {
         let bdf = bdf.parse().expect("a PCI address");
         let started = Instant::now();
@@ -95,7 +95,7 @@ fn run(checks: &mut Checks) -> Result<(), Box<dyn Error>> {
     let group = sysfs.check_viable(vf_bdf, &[])?;
     checks.that("the VF's group", group.members.len() == 1, &group);
     let e1000: Vec<_> = (0..=0xff)
-        .filter_map(|bus| passthrough::host::Bdf::new(0, bus, 1, 0))
+        .filter_map(|bus| passthrough::sriov::Bdf::new(0, bus, 1, 0))
         .filter(|bdf| sysfs.device(*bdf).is_ok_and(|d| d.device == 0x100e))
         .collect();
     for bdf in e1000 {
@@ -111,7 +111,7 @@ fn run(checks: &mut Checks) -> Result<(), Box<dyn Error>> {
     checks.that("the VF's settings", expected, &remembered);
     println!("       {}", vf_line(0));
 
-    // The second VF gets an address from the administrator, so that both cases are seen.
+    // The second VF gets an address from the administrator, so that both cases are tested.
     let pinned = MacAddress::new([2, 0, 0, 0, 0, 0x22]);
     control.apply(1, &[VfChange::Mac(Some(pinned))])?;
     for (bdf, index) in [(vf_bdf, 0), (second, 1)] {
@@ -196,11 +196,11 @@ fn run(checks: &mut Checks) -> Result<(), Box<dyn Error>> {
         std::thread::sleep(Duration::from_millis(100));
     }
 
-    // Nobody reads the news while they pile up.
+    // No events are read while they pile up.
     let batch = "link set dev lo mtu 60000\nlink set dev lo mtu 65536\n".repeat(1000);
     std::fs::write("/tmp/host-lab.batch", batch)?;
     ip("-batch /tmp/host-lab.batch");
-    checks.that("lost news is told", monitor.hints()? == [Hint::All], ());
+    checks.that("lost events are reported", monitor.hints()? == [Hint::All], ());
     ip("link set dev lo mtu 65535");
     let seen = monitor_saw(&mut monitor, |hint| matches!(hint, Hint::Changed { index: 1, .. }));
     checks.that("and the next news come again", seen.is_some(), seen);
@@ -236,10 +236,10 @@ fn run(checks: &mut Checks) -> Result<(), Box<dyn Error>> {
     checks.error("8 VFs", sysfs.set_num_vfs(pf_bdf, 8, None), |e| matches!(e, VfCountError::TooMany { .. }));
     sysfs.bind_vfio(vf_bdf)?;
     sysfs.set_num_vfs(pf_bdf, 0, None)?;
-    checks.error("restoring what is gone", sysfs.restore(vf_bdf, &igbvf), |e| {
+    checks.error("restoring a missing VF", sysfs.restore(vf_bdf, &igbvf), |e| {
         matches!(e, BindError::NoDevice(_))
     });
-    checks.error("reading what is gone", control.read(0), |e| matches!(e, PfError::NoVf { .. }));
+    checks.error("reading a missing VF", control.read(0), |e| matches!(e, PfError::NoVf { .. }));
     sysfs.set_num_vfs(pf_bdf, 3, Some(false))?;
     let drivers: Vec<_> = sysfs.vfs()?.into_iter().map(|vf| vf.device.driver).collect();
     checks.that("3 VFs without drivers", drivers == [None, None, None], &drivers);

@@ -4,14 +4,15 @@
 //!
 //! In the vmm: [`hardware`] is the seam to VFIO ([`vfio`]) or the simulator, [`function`] the PCI function that the
 //! guest sees, [`mailbox`] the trapped registers and messages of VF drivers, [`relay`] the thread between them and the
-//! agent's verdicts. In the agent: [`host`] finds PFs and VFs, binds them and programs the PF. In both: [`fail`], where tests kill them.
+//! agent's verdicts. In the agent: [`sriov`] finds PFs and VFs, binds them and programs the PF. In both:
+//! [`failpoints`], at which tests kill them. In a process of its own: [`sim`], the simulated adapter's PF.
 
-pub mod fail;
+pub mod failpoints;
 pub mod function;
 pub mod hardware;
-pub mod host;
 pub mod mailbox;
 pub mod relay;
 pub mod sim;
+pub mod sriov;
 pub mod threads;
 pub mod vfio;

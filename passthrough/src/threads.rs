@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 
-//! Starting the threads of an assigned function, with what their process wants each to do first.
+//! The start of an assigned function's threads, with a first action chosen by their process.
 
 use std::{
     io,
@@ -8,26 +8,26 @@ use std::{
     thread::{Builder, JoinHandle},
 };
 
-/// What a thread is for.
+/// The purpose of a thread.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum ThreadKind {
     /// A mailbox relay.
     Relay,
-    /// A function's own, which does what may block.
+    /// A function's own thread, for work that may block.
     Function,
     /// A simulated VF.
     SimulatedVf,
 }
 
-/// What a new thread does before anything else.
+/// The first action of a new thread.
 pub type First = Box<dyn FnOnce() + Send>;
 
-/// What threads do before anything else: a vmm confines each of them to the system calls of its kind. The default is nothing.
+/// The first action of each thread: a vmm confines it to the system calls of its kind. The default is nothing.
 #[derive(Clone, Default)]
 pub struct ThreadStart(Option<Arc<dyn Fn(ThreadKind) -> First + Send + Sync>>);
 
 impl ThreadStart {
-    /// `prepare` is called before a thread is started, by whoever starts it; the thread then calls what it gave.
+    /// Calls `prepare` on the starting thread before each new thread; the new thread then runs the returned action.
     pub fn new(prepare: impl Fn(ThreadKind) -> First + Send + Sync + 'static) -> Self {
         Self(Some(Arc::new(prepare)))
     }

@@ -20,7 +20,7 @@ use devices::{
 use kvm_bindings::{kvm_create_device, kvm_device_type_KVM_DEV_TYPE_VFIO};
 use kvm_ioctls::VmFd;
 use passthrough::{
-    function::{AssignedFunction, FunctionError, Gate, ResetError, TrappedRange},
+    function::{AssignedFunction, FunctionError, HardwareAccess, ResetError, TrappedRange},
     hardware::VfHardware,
     mailbox::layout::{Layout, PAGE_SIZE},
     relay::{self, Relay},
@@ -360,13 +360,20 @@ impl Opened {
         for (spec, hardware) in self.devices {
             let bdf = || spec.bdf.clone();
             let (hardware, signals) = hardware.start(&spec.bdf, memory, threads)?;
-            let gate = Gate::new(hardware);
-            let relay = start_relay(&spec, &gate, authorities, threads)?;
+            let access = HardwareAccess::new(hardware);
+            let relay = start_relay(&spec, &access, authorities, threads)?;
             let traps: Vec<TrappedRange> = relay.iter().map(mailbox_trap).collect();
             let (mapper, router) = (Arc::clone(mapper), Arc::clone(router));
-            let function =
-                AssignedFunction::new(&spec.bdf, gate, Arc::clone(&windows), &traps, mapper, router, threads)
-                    .map_err(|source| AssignedError::Function { bdf: bdf(), source })?;
+            let function = AssignedFunction::new(
+                &spec.bdf,
+                access,
+                Arc::clone(&windows),
+                &traps,
+                mapper,
+                router,
+                threads,
+            )
+            .map_err(|source| AssignedError::Function { bdf: bdf(), source })?;
             for (index, bar) in function.bars() {
                 let address =
                     places.take(bar).ok_or_else(|| AssignedError::NoRoom { bdf: bdf(), size: bar.size })?;
@@ -393,13 +400,13 @@ fn container(vm: &VmFd) -> Result<Container, AssignedError> {
 /// A network VF gets a relay, a plain device none.
 fn start_relay(
     spec: &DeviceSpec,
-    gate: &Arc<Gate>,
+    access: &Arc<HardwareAccess>,
     authorities: &Authorities,
     threads: &ThreadStart,
 ) -> Result<Option<Relay>, AssignedError> {
     let Some(adapter) = &spec.adapter else { return Ok(None) };
     let mut ids = [0; 4];
-    gate.config_read(0, &mut ids);
+    access.config_read(0, &mut ids);
     let [vendor_low, vendor_high, device_low, device_high] = ids;
     let vendor = u16::from_le_bytes([vendor_low, vendor_high]);
     let device = u16::from_le_bytes([device_low, device_high]);
@@ -409,7 +416,7 @@ fn start_relay(
         device,
     })?;
     let config = relay::Config { adapter: adapter.clone(), ..relay::Config::default() };
-    let relay = Relay::start(config, family, gate.clone(), Arc::new(authorities.of(adapter)), threads)
+    let relay = Relay::start(config, family, access.clone(), Arc::new(authorities.of(adapter)), threads)
         .map_err(|source| AssignedError::Relay { bdf: spec.bdf.clone(), source })?;
     Ok(Some(relay))
 }

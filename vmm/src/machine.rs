@@ -188,10 +188,10 @@ impl Machine {
 
         let root = sandbox::private_root(&spec.sandbox, &spec.devices, namespaces)?;
         let opened = Assigned::open(&vm, &spec.devices, files.connections)?;
-        passthrough::fail::reach(passthrough::fail::Point::VmmOpened);
+        passthrough::failpoints::reach(passthrough::failpoints::Point::VmmOpened);
         sandbox::empty_root(&spec.sandbox, root)?;
         sandbox::drop_privileges(&spec.sandbox)?;
-        passthrough::fail::reach(passthrough::fail::Point::VmmConfined);
+        passthrough::failpoints::reach(passthrough::failpoints::Point::VmmConfined);
 
         let confinement = Confinement::new(spec.sandbox.seccomp);
         let routes = Arc::new(Routes::new(Arc::clone(&vm)));

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 
-//! The base address registers of a function (PCI Local Bus 3.0, 6.2.5.1) and what they decode.
+//! The base address registers of a function (PCI Local Bus 3.0, 6.2.5.1) and the ranges that they decode.
 
 use std::{ops::Range, sync::Arc};
 
@@ -14,10 +14,10 @@ const MIN_SIZE: u64 = 16;
 /// The largest BAR that a 32-bit register can describe.
 const MAX_SIZE_32: u64 = 1 << 31;
 
-/// What one memory BAR is.
+/// The properties of one memory BAR.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct BarLayout {
-    /// Bytes: a power of two of at least 16.
+    /// Length in bytes: a power of two of at least 16.
     pub size: u64,
     /// Whether it takes the next register too.
     pub is_64bit: bool,
@@ -25,7 +25,7 @@ pub struct BarLayout {
     pub prefetchable: bool,
 }
 
-/// Why BARs cannot be what was asked.
+/// The reason why a BAR or its address is impossible.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum BarError {
     /// The size is no power of two, below 16, or above 2 GiB in a 32-bit register.
@@ -62,8 +62,8 @@ pub enum BarError {
 
 /// The BAR registers of one function, and the guest-physical ranges that they decode.
 ///
-/// A BAR decodes while memory is enabled and all of it lies in one of the windows given at construction: wherever
-/// else a guest moves it (guest memory, the local APIC), it answers nowhere.
+/// A BAR decodes while memory is enabled and all of it lies in one of the windows given at construction. If a guest
+/// moves it elsewhere (guest memory, the local APIC), it decodes nothing.
 #[derive(Clone, Debug)]
 pub struct Bars {
     layouts: [Option<BarLayout>; BARS],
@@ -75,7 +75,7 @@ pub struct Bars {
 }
 
 impl Bars {
-    /// BARs at address 0, memory disabled. `windows` are the guest-physical ranges where BARs may be.
+    /// Makes BARs at address 0, with memory disabled. `windows` are the guest-physical ranges where BARs may be.
     ///
     /// # Errors
     /// [`BarError`] for sizes that no BAR can have.
@@ -92,7 +92,7 @@ impl Bars {
         Ok(Self { layouts, addresses: [0; BARS], power_on: [0; BARS], windows, memory_enabled: false })
     }
 
-    /// What BAR `bar` is; None for an absent one and for an upper half.
+    /// The layout of BAR `bar`; None for an absent one and for an upper half.
     #[must_use]
     pub fn layout(&self, bar: usize) -> Option<BarLayout> {
         self.layouts.get(bar).copied().flatten()
@@ -103,10 +103,10 @@ impl Bars {
         self.layouts.iter().enumerate().filter_map(|(bar, layout)| Some((bar, (*layout)?)))
     }
 
-    /// Assigns an address as firmware would; [`power_on`](Self::power_on) comes back to it.
+    /// Assigns an address, as firmware would. [`power_on`](Self::power_on) restores it.
     ///
     /// # Errors
-    /// [`BarError`] for an address where the BAR could not decode.
+    /// [`BarError`] for an address at which the BAR could not decode.
     pub fn assign(&mut self, bar: usize, address: u64) -> Result<(), BarError> {
         let layout = self.layout(bar).ok_or(BarError::Absent { bar })?;
         let fits = layout.is_64bit || u32::try_from(address).is_ok();
@@ -120,13 +120,13 @@ impl Bars {
         Ok(())
     }
 
-    /// The state after a machine reset: assigned addresses, memory disabled.
+    /// Restores the state after a machine reset: assigned addresses, memory disabled.
     pub fn power_on(&mut self) {
         self.addresses = self.power_on;
         self.memory_enabled = false;
     }
 
-    /// The state after a function reset: all addresses 0, memory disabled.
+    /// Restores the state after a function reset: all addresses 0, memory disabled.
     pub fn clear(&mut self) {
         self.addresses = [0; BARS];
         self.memory_enabled = false;
@@ -154,7 +154,7 @@ impl Bars {
         self.set_register(at / 4, u32::from_le_bytes(bytes));
     }
 
-    /// Where BAR `bar` answers now.
+    /// The range that BAR `bar` decodes now.
     #[must_use]
     pub fn decoded(&self, bar: usize) -> Option<Range<u64>> {
         let layout = self.layout(bar).filter(|_| self.memory_enabled)?;
@@ -162,7 +162,7 @@ impl Bars {
         self.inside(address, layout.size).then(|| address..address + layout.size)
     }
 
-    /// The BAR that answers all of `[gpa, gpa + len)`, and the offset in it. Where BARs overlap the first one answers.
+    /// The BAR that decodes all of `[gpa, gpa + len)`, and the offset in it. Where BARs overlap, the first one counts.
     #[must_use]
     pub fn decode(&self, gpa: u64, len: usize) -> Option<(usize, u64)> {
         let end = gpa.checked_add(u64::try_from(len).ok()?)?;
@@ -177,7 +177,7 @@ impl Bars {
         self.windows.iter().any(|window| window.start <= address && end <= window.end)
     }
 
-    /// The BAR that register `index` belongs to, and whether it is its upper half.
+    /// The BAR of register `index`, and whether the register is its upper half.
     fn owner(&self, index: usize) -> Option<(usize, BarLayout, bool)> {
         if let Some(layout) = self.layout(index) {
             return Some((index, layout, false));

@@ -21,13 +21,13 @@ pub const CONFIG_PORTS: u16 = 8;
 const DATA_PORT: u16 = 0xcfc;
 const ADDRESS_ENABLE: u32 = 1 << 31;
 
-/// Why a function cannot be put into a slot.
+/// The reason why a function cannot be put into a slot.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
 pub enum SlotError {
     /// The bus has slots 0 to 31.
     #[error("PCI slot {0} does not exist: use 1 to 31")]
     NoSuchSlot(u8),
-    /// Another function is there.
+    /// Another function has the slot.
     #[error("PCI slot {0} is taken: use another one")]
     Taken(u8),
     /// Every slot is taken.
@@ -37,10 +37,10 @@ pub enum SlotError {
 
 type Slots = [Option<Arc<dyn PciFunction>>; SLOTS as usize];
 
-/// Bus 0. The host bridge sits in slot 0.
+/// Bus 0. The host bridge is in slot 0.
 ///
-/// Accesses work on a snapshot of the slots, so that a function can be removed while vCPUs run: an access that
-/// has begun finishes on the old snapshot.
+/// Accesses work on a snapshot of the slots, so that a function can be removed while vCPUs run: a running access
+/// finishes on the old snapshot.
 pub struct PciBus {
     slots: RwLock<Arc<Slots>>,
     /// The legacy mechanism's CONFIG_ADDRESS register.
@@ -54,7 +54,7 @@ impl Default for PciBus {
 }
 
 impl PciBus {
-    /// A bus with nothing but the host bridge.
+    /// A bus with only the host bridge.
     #[must_use]
     pub fn new() -> Self {
         let mut slots: Slots = std::array::from_fn(|_| None);
@@ -77,7 +77,7 @@ impl PciBus {
         })
     }
 
-    /// Puts a function into the first free slot, and says which.
+    /// Puts a function into the first free slot. Returns its number.
     ///
     /// # Errors
     /// [`SlotError::Full`].
@@ -90,7 +90,7 @@ impl PciBus {
         })
     }
 
-    /// Takes a function out, while vCPUs run if need be. From then on its slot reads all-ones.
+    /// Removes a function, even while vCPUs run. From then on its slot reads all-ones.
     pub fn remove(&self, slot: u8) -> Option<Arc<dyn PciFunction>> {
         self.change(|slots| slots.get_mut(usize::from(slot))?.take())
     }
@@ -114,8 +114,8 @@ impl PciBus {
         }
     }
 
-    /// Reads one of the ports 0xcf8 to 0xcff. Only a dword at 0xcf8 is the address register; bytes and words there
-    /// belong to others (0xcf9 is a chipset's reset control) and read all-ones.
+    /// Reads one of the ports 0xcf8 to 0xcff. Only a dword at 0xcf8 is the address register. Bytes and words there
+    /// belong to other devices (0xcf9 is a chipset's reset control) and read all-ones.
     pub fn port_read(&self, port: u16, data: &mut [u8]) {
         data.fill(0xff);
         if port == CONFIG_PORT {
@@ -146,18 +146,18 @@ impl PciBus {
         }
     }
 
-    /// Reads memory that some function's BAR decodes; false (and all-ones) if none does.
+    /// Reads memory that a function's BAR decodes; false (and all-ones) if none does.
     pub fn mmio_read(&self, gpa: u64, data: &mut [u8]) -> bool {
         data.fill(0xff);
         self.snapshot().iter().flatten().any(|function| function.mmio_read(gpa, data))
     }
 
-    /// Writes memory that some function's BAR decodes; false if none does.
+    /// Writes memory that a function's BAR decodes; false if none does.
     pub fn mmio_write(&self, gpa: u64, data: &[u8]) -> bool {
         self.snapshot().iter().flatten().any(|function| function.mmio_write(gpa, data))
     }
 
-    /// Back to the state at power-on: the address register is 0. Functions are reset by their owners.
+    /// Resets the address register to 0, its state at power-on. The owners of functions reset those.
     pub fn reset(&self) {
         self.address.store(0, Ordering::Release);
     }

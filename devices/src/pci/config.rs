@@ -4,7 +4,7 @@
 
 /// Bytes of a function's configuration space with its extended part.
 pub const SPACE: usize = 4096;
-/// Bytes of the part that legacy mechanisms reach.
+/// Bytes of the part that legacy mechanisms can address.
 pub const LEGACY_SPACE: u16 = 256;
 
 /// Vendor id, 2 bytes.

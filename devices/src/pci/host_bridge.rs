@@ -1,11 +1,11 @@
 // SPDX-License-Identifier: Apache-2.0
 
-//! Function 0 of slot 0: the host bridge. It has identity and nothing else.
+//! Function 0 of slot 0: the host bridge. It only has an identity.
 
 use super::{PciFunction, config};
 
 const VENDOR_INTEL: u16 = 0x8086;
-/// The id that other minimal machines use; no driver binds to it.
+/// The id that other minimal machines use. No driver binds to it.
 const DEVICE_VIRTUAL_HOST_BRIDGE: u16 = 0x0d57;
 const CLASS_HOST_BRIDGE: u32 = 0x0600_0000;
 

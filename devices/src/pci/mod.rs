@@ -10,7 +10,7 @@ pub mod msi;
 pub mod msix;
 pub mod vectors;
 
-/// One PCI function, as the bus sees it. Every call comes from a vCPU thread and must not wait: no reset, no
+/// The bus's view of a PCI function. Every call comes from a vCPU thread and must not wait: no reset, no
 /// hardware that may block, no other process.
 pub trait PciFunction: Send + Sync {
     /// Reads configuration space. `data` is 1, 2 or 4 bytes, naturally aligned, inside of 4096 bytes.
@@ -19,8 +19,8 @@ pub trait PciFunction: Send + Sync {
     /// Writes configuration space; same rules.
     fn config_write(&self, offset: u16, data: &[u8]);
 
-    /// Reads guest-physical memory at `gpa` if one of this function's BARs decodes it; false if none does (then
-    /// `data` is untouched). `data` is 1 to 8 bytes.
+    /// Reads guest-physical memory at `gpa` if one of this function's BARs decodes it; otherwise returns false
+    /// and leaves `data` untouched. `data` is 1 to 8 bytes.
     fn mmio_read(&self, gpa: u64, data: &mut [u8]) -> bool;
 
     /// Writes guest-physical memory at `gpa` if one of this function's BARs decodes it; false if none does.

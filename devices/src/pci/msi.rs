@@ -15,13 +15,13 @@ const MULTIPLE_ENABLE_SHIFT: u32 = 4;
 const MULTIPLE_MASK: u16 = 7;
 const IS_64BIT: u16 = 1 << 7;
 const PER_VECTOR_MASK: u16 = 1 << 8;
-/// log2 of the most messages: 32.
+/// log2 of the largest number of messages, 32.
 const MAX_LOG2: u16 = 5;
 
-/// What the function's MSI capability can do: the read-only bits of message control.
+/// The abilities of the function's MSI capability: the read-only bits of message control.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct MsiShape {
-    /// log2 of the messages that the function can have, 0 to 5.
+    /// log2 of the largest number of messages, 0 to 5.
     pub messages_log2: u16,
     /// Whether it has an upper address register.
     pub is_64bit: bool,
@@ -30,7 +30,7 @@ pub struct MsiShape {
 }
 
 impl MsiShape {
-    /// The shape that a message control register tells. Reserved message counts become 32.
+    /// The shape in a message control register. Reserved message counts become 32.
     #[must_use]
     pub fn from_control(control: u16) -> Self {
         Self {
@@ -60,7 +60,7 @@ pub struct Msi {
 }
 
 impl Msi {
-    /// Disabled, with as many vectors as the shape allows.
+    /// Makes a disabled MSI state, with as many vectors as the shape allows.
     ///
     /// # Errors
     /// Those of making the eventfds.
@@ -76,7 +76,7 @@ impl Msi {
         self.shape
     }
 
-    /// The eventfds that the hardware is to signal; of them the first [`Transition::Enabled`] count.
+    /// The eventfds for the hardware to signal. The first [`Transition::Enabled`] count of them are in use.
     #[must_use]
     pub fn triggers(&self) -> &[EventFd] {
         self.vectors.triggers()
@@ -120,7 +120,7 @@ impl Msi {
         }
     }
 
-    /// The state after a reset. The caller stops the hardware first.
+    /// Resets the state. The caller stops the hardware first.
     pub fn reset(&mut self) {
         (self.control, self.address, self.data, self.mask) = (0, 0, 0, 0);
         self.vectors.clear();
@@ -158,7 +158,7 @@ impl Msi {
         image
     }
 
-    /// Takes over what software may write.
+    /// Takes the writable fields from `image`.
     fn take(&mut self, image: &[u8; 24]) {
         let word = |offset: usize| {
             let byte = |at: usize| u16::from(image.get(at).copied().unwrap_or(0));
@@ -188,7 +188,7 @@ impl Msi {
         let count = self.enabled_messages();
         for vector in 0..self.vectors.triggers().len() {
             let masked = self.mask & (1 << vector) != 0;
-            // Of several messages the low bits of the data tell which (6.8.1.6).
+            // With several messages, the low bits of the data identify the vector (6.8.1.6).
             let number = u16::try_from(vector).unwrap_or(0);
             let low = u16::try_from(count - 1).unwrap_or(0);
             let data = u32::from((self.data & !low) | number);

@@ -19,10 +19,10 @@ pub const FUNCTION_MASK: u16 = 1 << 14;
 
 const VECTOR_MASK: u32 = 1;
 
-/// What a write to message control changed, for the owner of the hardware's interrupts.
+/// The effect of a write to message control, for the owner of the hardware's interrupts.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Transition {
-    /// Nothing that matters to the hardware.
+    /// Nothing for the hardware.
     None,
     /// Interrupts are on now, with this many vectors.
     Enabled(usize),
@@ -40,7 +40,7 @@ pub struct Msix {
 }
 
 impl Msix {
-    /// `count` vectors (1 to 2048, clamped), disabled, every vector masked.
+    /// Makes `count` vectors (1 to 2048, clamped), disabled and masked.
     ///
     /// # Errors
     /// Those of making the eventfds.
@@ -54,7 +54,7 @@ impl Msix {
         })
     }
 
-    /// The eventfds that the hardware is to signal, one per vector.
+    /// The eventfds for the hardware to signal, one per vector.
     #[must_use]
     pub fn triggers(&self) -> &[EventFd] {
         self.vectors.triggers()
@@ -82,7 +82,7 @@ impl Msix {
     }
 
     /// Writes the message control register. On [`Transition::Enabled`] the caller makes the hardware signal
-    /// [`triggers`](Self::triggers), on [`Transition::Disabled`] it stops it.
+    /// [`triggers`](Self::triggers), on [`Transition::Disabled`] the caller stops the hardware.
     pub fn write_control(&mut self, value: u16) -> Transition {
         let was = self.enabled;
         self.enabled = value & ENABLE != 0;
@@ -103,7 +103,7 @@ impl Msix {
         }
     }
 
-    /// Reads the table: aligned dwords or quadwords, as the specification demands; others read all-ones.
+    /// Reads the table: aligned dwords or quadwords, as the specification requires. Other reads yield all-ones.
     pub fn table_read(&self, offset: u64, data: &mut [u8]) {
         data.fill(0xff);
         if !well_formed(offset, data.len()) {
@@ -117,7 +117,7 @@ impl Msix {
         }
     }
 
-    /// Writes the table: aligned dwords or quadwords; others are ignored.
+    /// Writes the table: aligned dwords or quadwords. Other writes are ignored.
     pub fn table_write(&mut self, offset: u64, data: &[u8]) {
         if !well_formed(offset, data.len()) {
             return;
@@ -128,19 +128,19 @@ impl Msix {
                 continue;
             };
             let value = u32::from_le_bytes(*dword);
-            // Of the control dword only the mask bit exists.
+            // Only the mask bit of the control dword exists.
             *place = if field == 3 { value & VECTOR_MASK } else { value };
             self.sync(entry);
         }
     }
 
-    /// Reads the pending bit array; writes to it are ignored (the specification leaves them undefined).
+    /// Reads the pending bit array. Writes to it are ignored (the specification leaves them undefined).
     pub fn pba_read(&self, offset: u64, data: &mut [u8]) {
         data.fill(0);
         for (at, byte) in (offset..).zip(data) {
             let Ok(first) = usize::try_from(at.saturating_mul(8)) else { continue };
             for bit in 0..8 {
-                // Without MSI-X nothing is pending: signals of a disabled function are forgotten.
+                // Without MSI-X nothing is pending: signals of a disabled function are dropped.
                 if self.enabled && self.vectors.pending(first.saturating_add(bit)) {
                     *byte |= 1 << bit;
                 }
@@ -154,7 +154,8 @@ impl Msix {
         self.enabled
     }
 
-    /// The state after a reset: disabled, every vector masked, nothing pending. The caller stops the hardware first.
+    /// Restores the state after a reset: disabled, every vector masked, nothing pending. The caller stops the
+    /// hardware first.
     pub fn reset(&mut self) {
         self.enabled = false;
         self.function_masked = false;

@@ -11,12 +11,12 @@ use vmm_sys_util::{
 
 use crate::interrupt::{MsiMessage, MsiRouter, RouteId};
 
-/// How many failures of the router are logged before the rest is only counted.
+/// The most router failures to log; the rest is only counted.
 const LOGGED_FAILURES: u64 = 8;
 
-/// One trigger eventfd per vector, each connected to the guest or not.
+/// One trigger eventfd per vector, connected to the guest or not.
 ///
-/// A masked vector is one that is not connected: its signals stay in the eventfd, which is the vector's pending bit.
+/// A masked vector is disconnected: its signals stay in the eventfd, which is the vector's pending bit.
 pub struct Vectors {
     triggers: Vec<EventFd>,
     routes: Vec<Option<Route>>,
@@ -30,7 +30,7 @@ struct Route {
 }
 
 impl Vectors {
-    /// `count` vectors, none connected.
+    /// Makes `count` vectors, none connected.
     ///
     /// # Errors
     /// Those of making eventfds: too many open files.
@@ -46,7 +46,7 @@ impl Vectors {
         &self.triggers
     }
 
-    /// How often the router refused.
+    /// The number of refusals by the router.
     #[must_use]
     pub fn failures(&self) -> u64 {
         self.failures
@@ -88,7 +88,7 @@ impl Vectors {
         Ok(())
     }
 
-    /// Whether a vector that is not connected has a signal waiting. Reading it does not consume it.
+    /// Whether a disconnected vector has a pending signal. The check does not consume it.
     #[must_use]
     pub fn pending(&self, vector: usize) -> bool {
         let connected =
@@ -103,13 +103,13 @@ impl Vectors {
         readable().unwrap_or(false)
     }
 
-    /// Disconnects every vector and forgets its signals.
+    /// Disconnects every vector and drops its signals.
     pub fn clear(&mut self) {
         for vector in 0..self.triggers.len() {
             self.set(vector, None);
         }
         for trigger in &self.triggers {
-            // Not readable is what is wanted.
+            // The read fails without a signal, which is fine.
             let _ = trigger.read();
         }
     }

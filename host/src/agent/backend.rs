@@ -18,7 +18,7 @@ use api::{
 };
 use async_trait::async_trait;
 use axum::body::Bytes;
-use passthrough::fail::{Point, reach};
+use passthrough::failpoints::{Point, reach};
 use tokio::{
     sync::Mutex,
     task::JoinSet,

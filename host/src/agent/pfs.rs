@@ -10,8 +10,8 @@ use api::{
     types::{Bdf, EventKind, ObjectKind, ObjectRef, Pf, PfSpec, PfStatus, Subject, Timestamp, Vf, host_id},
 };
 use passthrough::{
-    host::{self, PfError, VfSettings},
     sim::is_simulated,
+    sriov::{self, PfError, VfSettings},
 };
 use tracing::Span;
 use uuid::Uuid;
@@ -38,11 +38,11 @@ impl Agent {
             .map_err(|error| Problem::new(ProblemCode::Internal, chain(&error)))?
     }
 
-    async fn pf(&self, name: String) -> Result<host::Pf, Problem> {
+    async fn pf(&self, name: String) -> Result<sriov::Pf, Problem> {
         self.host(move |inventory| find_pf(inventory, &name)).await
     }
 
-    async fn view_pf(&self, pf: host::Pf, claims: &[Claim]) -> Result<Pf, Problem> {
+    async fn view_pf(&self, pf: sriov::Pf, claims: &[Claim]) -> Result<Pf, Problem> {
         let bdf: Bdf = convert(pf.device.bdf)?;
         let id = host_id(bdf);
         let entry = match self.env.pfs.get(id).await {
@@ -120,7 +120,7 @@ impl Agent {
         let (claims, used) = {
             let _guard = self.env.claiming.lock().await;
             let claims = self.claims().await?;
-            let taken: Vec<host::Bdf> = claims.iter().map(|claim| claim.bdf).collect();
+            let taken: Vec<sriov::Bdf> = claims.iter().map(|claim| claim.bdf).collect();
             (claims, self.host(move |inventory| usages(inventory, &taken)).await?)
         };
         let open = Arc::clone(&self.env.open_pf);
@@ -199,13 +199,13 @@ impl Agent {
     }
 }
 
-fn convert(bdf: host::Bdf) -> Result<Bdf, Problem> {
+fn convert(bdf: sriov::Bdf) -> Result<Bdf, Problem> {
     bdf.to_string().parse().map_err(|error: api::types::Invalid| {
         Problem::new(ProblemCode::Internal, format!("{bdf} is outside of what the API can name: {error}"))
     })
 }
 
-fn find_pf(inventory: &Inventory, name: &str) -> Result<host::Pf, Problem> {
+fn find_pf(inventory: &Inventory, name: &str) -> Result<sriov::Pf, Problem> {
     let found = match Uuid::try_parse(name) {
         Ok(id) => {
             let pfs = inventory.pfs().map_err(|e| e.problem())?;
@@ -213,7 +213,7 @@ fn find_pf(inventory: &Inventory, name: &str) -> Result<host::Pf, Problem> {
         }
         Err(_) => match inventory.pf_by_name(name) {
             Ok(pf) => Some(pf),
-            Err(host::InventoryError::Sysfs(error)) => {
+            Err(sriov::InventoryError::Sysfs(error)) => {
                 return Err(Problem::new(ProblemCode::Internal, chain(&error)));
             }
             Err(_) => None,
@@ -221,7 +221,7 @@ fn find_pf(inventory: &Inventory, name: &str) -> Result<host::Pf, Problem> {
     };
     found.ok_or_else(|| {
         let pfs = inventory.pfs().unwrap_or_default();
-        Problem::not_found(&Missing::among("PF", name, pfs.iter().map(host::Pf::name)))
+        Problem::not_found(&Missing::among("PF", name, pfs.iter().map(sriov::Pf::name)))
     })
 }
 
@@ -233,7 +233,7 @@ fn pf_name(pf: &ObjectRef) -> String {
 }
 
 /// What else uses the VFs that no VM has, in words.
-fn usages(inventory: &Inventory, taken: &[host::Bdf]) -> Result<BTreeMap<host::Bdf, String>, Problem> {
+fn usages(inventory: &Inventory, taken: &[sriov::Bdf]) -> Result<BTreeMap<sriov::Bdf, String>, Problem> {
     let mut used = BTreeMap::new();
     for pf in inventory.pfs().map_err(|e| e.problem())? {
         for vf in inventory.vfs_of(pf.device.bdf).map_err(|e| e.problem())? {
@@ -250,8 +250,8 @@ fn usages(inventory: &Inventory, taken: &[host::Bdf]) -> Result<BTreeMap<host::B
 }
 
 fn view_vf(
-    pf: &host::Pf,
-    vf: &host::Vf,
+    pf: &sriov::Pf,
+    vf: &sriov::Vf,
     settings: &Result<BTreeMap<u16, VfSettings>, PfError>,
     claims: &[Claim],
 ) -> Result<Vf, Problem> {

@@ -8,7 +8,7 @@ use std::{
 };
 
 use api::{ProblemCode, Source, TurnedAway};
-use passthrough::relay::{Bucket, Rate};
+use passthrough::relay::{Rate, TokenBucket};
 
 use crate::line_rate::LineRate;
 
@@ -25,12 +25,12 @@ const SOURCES: usize = 1024;
 #[derive(Debug)]
 pub(super) struct Strangers {
     began: Instant,
-    rates: Mutex<(LineRate<(Source, ProblemCode)>, Bucket)>,
+    rates: Mutex<(LineRate<(Source, ProblemCode)>, TokenBucket)>,
 }
 
 impl Default for Strangers {
     fn default() -> Self {
-        let rates = (LineRate::new(EACH, SOURCES), Bucket::new(ALL));
+        let rates = (LineRate::new(EACH, SOURCES), TokenBucket::new(ALL));
         Self { began: Instant::now(), rates: Mutex::new(rates) }
     }
 }

@@ -9,7 +9,7 @@ use api::{
     problem::ProblemCode,
     types::{EventKind, ObjectKind, VmAction, VmState},
 };
-use passthrough::host::{Bdf, fake::FakePf};
+use passthrough::sriov::{Bdf, fake::FakePf};
 use tokio::sync::oneshot;
 
 use super::*;

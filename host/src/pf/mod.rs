@@ -17,7 +17,7 @@ use std::{
 };
 
 use netpolicy::{PfCapabilities, VfRef};
-use passthrough::host::{ApplyError, Bdf, InventoryError, PfControl, PfError, VfChange, VfSettings};
+use passthrough::sriov::{ApplyError, Bdf, InventoryError, PfControl, PfError, VfChange, VfSettings};
 use tokio::sync::oneshot;
 
 use crate::{environment::OpenPf, inventory::Inventory};

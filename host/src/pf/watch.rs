@@ -4,7 +4,7 @@
 
 use std::{io, thread, time::Duration};
 
-use passthrough::host::{Hint, Monitor};
+use passthrough::sriov::{Hint, Monitor};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use tokio::sync::mpsc;
 

@@ -17,8 +17,8 @@ use std::{
 };
 
 use passthrough::{
-    host::PfError,
     sim::{SimPf, pf},
+    sriov::PfError,
 };
 
 use super::{SimError, SimPfRecord, Start};

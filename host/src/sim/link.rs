@@ -6,8 +6,8 @@ use std::{collections::BTreeMap, sync::Arc};
 
 use netpolicy::PfCapabilities;
 use passthrough::{
-    host::{Bdf, PfControl, PfError, VfChange, VfSettings},
     sim::SimPf,
+    sriov::{Bdf, PfControl, PfError, VfChange, VfSettings},
 };
 
 use super::Simulated;

@@ -32,8 +32,8 @@ use std::{
 use api::types::Protection;
 use netpolicy::SIMULATED;
 use passthrough::{
-    host::{Bdf, Interface, InventoryError, PciDevice, Pf, PfControl, PfError, Vf},
     sim::{self, MAX_PFS, MAX_VFS, SimPf, SimVf},
+    sriov::{Bdf, Interface, InventoryError, PciDevice, Pf, PfControl, PfError, Vf},
 };
 use serde::{Deserialize, Serialize};
 use uuid::Uuid;

@@ -4,7 +4,7 @@
 
 use std::str::FromStr;
 
-use passthrough::{host::Bdf, sim::MAX_VFS};
+use passthrough::{sim::MAX_VFS, sriov::Bdf};
 
 /// Longest name in bytes: that of an interface.
 const NAME: usize = 15;

@@ -11,8 +11,8 @@ use api::{
 };
 use netpolicy::{Change, MacAddress, VfRef};
 use passthrough::{
-    host::{Bdf, VfChange},
     sim::{MAX_PFS, pf_bdf, vf_bdf},
+    sriov::{Bdf, VfChange},
 };
 use rustix::process::{Pid, Signal, kill_process};
 

@@ -10,7 +10,7 @@ use std::{
 
 use api::types::{EventKind, ObjectKind, PfState, Subject, Timestamp};
 use netpolicy::{Decision, MacAddress, Outcome, PfCapabilities, PortId, SwitchId, SwitchState, VmId};
-use passthrough::host::Hint;
+use passthrough::sriov::Hint;
 use tokio::{
     sync::{mpsc, watch},
     time::{Instant, MissedTickBehavior, interval, sleep_until},

@@ -7,7 +7,7 @@ use netpolicy::{
     Verdict, VmId,
 };
 use passthrough::{
-    fail::{Point, reach},
+    failpoints::{Point, reach},
     relay::{self, Cancelled, How, Question},
 };
 use tokio::{sync::oneshot, time::Instant};

@@ -11,14 +11,14 @@ use std::{path::PathBuf, sync::Arc, time::Duration};
 use netpolicy::{Change, MacAddress, Route};
 use passthrough::{
     hardware::VfHardware,
-    host::{Bdf, PfError, VfChange},
     mailbox::{
-        bits::ACK_MESSAGE,
         igbvf,
         layout::{IGBVF, Layout},
-        port::{Clock, Port, PortError, SystemClock},
-        words::Words,
+        message::Words,
+        register_bits::ACK_MESSAGE,
+        vf_mailbox::{Clock, SystemClock, VfMailbox, VfMailboxError},
     },
+    sriov::{Bdf, PfError, VfChange},
     vfio::Container,
 };
 
@@ -117,7 +117,7 @@ fn send(
     let [a, b, c, d] = id;
     // VFs may read all-ones there (PCI SR-IOV 3.4.1.1); VFIO fills in what they are. The families that there are agree.
     let layout = Layout::of(u16::from_le_bytes([a, b]), u16::from_le_bytes([c, d])).unwrap_or(&IGBVF);
-    let mut port = Port::new(vf, layout, Arc::clone(&clock));
+    let mut port = VfMailbox::new(vf, layout, Arc::clone(&clock));
     reset(&mut port, &*clock)?;
     let mut failure = None;
     for change in messages {
@@ -134,8 +134,8 @@ fn send(
     failure.map_or(Ok(()), Err)
 }
 
-fn reset(port: &mut Port, clock: &dyn Clock) -> Result<(), String> {
-    let mut last = PortError::NoReply;
+fn reset(port: &mut VfMailbox, clock: &dyn Clock) -> Result<(), String> {
+    let mut last = VfMailboxError::NoReply;
     for attempt in 0..RESETS {
         if attempt > 0 {
             clock.sleep(EXCHANGE / 5);

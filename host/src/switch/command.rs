@@ -7,8 +7,8 @@ use std::sync::Arc;
 use api::types::{Name, ObjectRef, PortGroupSpec, PortSpec, SwitchSpec};
 use netpolicy::{Change, MacAddress, PfCapabilities, PortId, VfRef, VmId, VmRef};
 use passthrough::{
-    host::VfChange,
     relay::{Notice, Question},
+    sriov::VfChange,
 };
 use tokio::sync::oneshot;
 

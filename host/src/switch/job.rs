@@ -6,9 +6,9 @@ use std::{sync::Arc, time::Duration};
 
 use netpolicy::{Change, Corrections, MacAddress, PfCapabilities, PortId, Route, VfRef};
 use passthrough::{
-    fail::{Point, reach},
-    host::{VfChange, VfSettings},
+    failpoints::{Point, reach},
     relay::{Decision as RelayDecision, Forwarded, How, Question, Verdict},
+    sriov::{VfChange, VfSettings},
 };
 use tokio::{
     sync::oneshot,

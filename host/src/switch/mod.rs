@@ -46,8 +46,8 @@ use std::{collections::BTreeMap, sync::Arc, time::Duration};
 use api::types::Unchecked;
 use netpolicy::{PfCapabilities, VfRef, VmId, VmRef};
 use passthrough::{
-    host::{Hint, VfChange},
     relay::{Notice, Question},
+    sriov::{Hint, VfChange},
 };
 use tokio::{
     sync::{mpsc, oneshot, watch},

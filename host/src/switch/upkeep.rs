@@ -6,7 +6,7 @@ use std::sync::Arc;
 
 use api::types::{ObjectKind, PfState, Timestamp, Unchecked};
 use netpolicy::{Change, Outcome, PortId, Request, Route, VmId};
-use passthrough::host::Hint;
+use passthrough::sriov::Hint;
 use tokio::{sync::oneshot, time::Instant};
 use tracing::Span;
 

@@ -10,8 +10,8 @@ use api::{
 };
 use netpolicy::{Change, PfCapabilities, Port, PortId, VfRef, VmId, VmRef};
 use passthrough::{
-    fail::{Point, reach},
-    host::VfChange,
+    failpoints::{Point, reach},
+    sriov::VfChange,
 };
 use uuid::Uuid;
 

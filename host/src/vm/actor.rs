@@ -25,7 +25,7 @@ use api::{
     },
 };
 use passthrough::{
-    fail::{Point, reach},
+    failpoints::{Point, reach},
     sim::is_simulated,
 };
 use tokio::{

@@ -10,9 +10,9 @@ use api::{
     types::{Protection, Stage, VmSpec},
 };
 use passthrough::{
-    fail::{Point, reach},
-    host::{Bdf, PfError},
+    failpoints::{Point, reach},
     sim::is_simulated,
+    sriov::{Bdf, PfError},
 };
 use tokio::sync::mpsc;
 use uuid::Uuid;

@@ -21,8 +21,8 @@ use api::{
 };
 use netpolicy::MacAddress;
 use passthrough::{
-    fail::{Point, reach},
-    host::{self, Bdf, BindError, PfError, PortVlan, VfChange, VfSettings},
+    failpoints::{Point, reach},
+    sriov::{self, Bdf, BindError, PfError, PortVlan, VfChange, VfSettings},
 };
 use uuid::Uuid;
 
@@ -288,7 +288,7 @@ fn restore(host: &Host, claim: &Claim) -> Result<(), Problem> {
     }
     reach(Point::ReleaseReset);
     let returned = host.inventory.current_binding(claim.bdf).is_ok_and(|now| {
-        now.driver == before.binding.driver && now.driver.is_some_and(|driver| driver != host::VFIO_PCI)
+        now.driver == before.binding.driver && now.driver.is_some_and(|driver| driver != sriov::VFIO_PCI)
     });
     let mut first = None;
     if let (Some(vf), Some(settings)) = (&claim.adapter, &before.settings) {
@@ -320,7 +320,7 @@ fn restore_settings(
         // The driver has chosen an address meanwhile; without it the host's interface would be dead.
         settings.mac = pf.read(vf.index).map_err(|e| e.problem())?.mac;
     }
-    match host::restore(&mut *pf, vf.index, &settings) {
+    match sriov::restore(&mut *pf, vf.index, &settings) {
         Ok(()) => Ok(()),
         Err(error) if matches!(*error.source, PfError::NoVf { .. }) => Ok(()),
         Err(error) => Err(error.problem()),

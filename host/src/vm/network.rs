@@ -13,10 +13,10 @@ use api::{
 };
 use netpolicy::{MacAddress, Name, VfRef, VmId, VmRef};
 use passthrough::{
-    fail::{Point, reach},
-    host::VfChange,
+    failpoints::{Point, reach},
     relay::Notice,
     sim::is_simulated,
+    sriov::VfChange,
 };
 use tokio::sync::mpsc;
 use uuid::Uuid;

@@ -5,7 +5,7 @@
 use std::error::Error;
 
 use api::{Missing, Problem, ProblemCode};
-use passthrough::host::{ApplyError, BindError, InventoryError, PfError, VfCountError, ViabilityError};
+use passthrough::sriov::{ApplyError, BindError, InventoryError, PfError, VfCountError, ViabilityError};
 use vmm::control::FailureCode;
 
 use crate::{

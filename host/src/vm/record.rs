@@ -8,7 +8,7 @@ use api::{
     Caller, User,
     types::{Cause, Name, Protection, RestartStatus, Timestamp, UnicastMac, VmSpec, VmState},
 };
-use passthrough::host::{Bdf, PreviousBinding, VfSettings};
+use passthrough::sriov::{Bdf, PreviousBinding, VfSettings};
 use serde::{Deserialize, Serialize};
 use uuid::Uuid;
 

@@ -13,7 +13,7 @@ use api::{
     problem::ProblemCode,
     types::{CauseCode, VmAction, VmState},
 };
-use passthrough::host::{Bdf, PfControl, PreviousBinding, VfChange, fake::FakePf};
+use passthrough::sriov::{Bdf, PfControl, PreviousBinding, VfChange, fake::FakePf};
 
 use self::fixture::{Host, VF0, VF1, caller};
 use crate::{

@@ -8,7 +8,7 @@ use std::{
     time::{Duration, Instant},
 };
 
-use passthrough::relay::{Bucket, Rate};
+use passthrough::relay::{Rate, TokenBucket};
 use vmm::control::{ChannelError, Order, Outcome, Report, ToAgent};
 
 /// Longest question or report in bytes. The longest of an honest vmm have about 1 KiB.
@@ -37,7 +37,7 @@ pub(super) struct Conduct {
 struct Budget {
     what: &'static str,
     rate: Rate,
-    bucket: Bucket,
+    bucket: TokenBucket,
     /// The time of the first message, from which the bucket counts.
     began: Option<Instant>,
 }
@@ -46,7 +46,7 @@ impl Budget {
     /// So many messages at once, and so many in a second after that.
     fn new(what: &'static str, at_once: u32, per_second: u32) -> Self {
         let rate = Rate { burst: at_once, period: Duration::from_secs(1) / per_second };
-        Self { what, rate, bucket: Bucket::new(rate), began: None }
+        Self { what, rate, bucket: TokenBucket::new(rate), began: None }
     }
 
     fn spend(&mut self, now: Instant) -> Result<(), String> {

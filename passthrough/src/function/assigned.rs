@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 
-//! The assigned function: what the bus, the vmm and the guest's vCPUs call.
+//! The assigned function: the calls of the bus, the vmm and the guest's vCPUs.
 
 use std::{
     ops::Range,
@@ -19,10 +19,10 @@ use devices::{
 };
 
 use super::{
-    FunctionError, FunctionStats, Gate, ResetError, TrappedRange,
+    FunctionError, FunctionStats, HardwareAccess, ResetError, TrappedRange,
     capabilities::Capabilities,
     counters::Counters,
-    gate::Begin,
+    hardware_access::Begin,
     layout::{Layout, Target},
     registers::{Effect, Registers},
     thread::{Command, Commands, Worker},
@@ -33,10 +33,10 @@ use crate::{
     threads::{ThreadKind, ThreadStart},
 };
 
-/// What vCPUs and the function's thread share.
+/// State shared by vCPUs and the function's thread.
 pub(super) struct Shared {
     name: String,
-    gate: Arc<Gate>,
+    access: Arc<HardwareAccess>,
     layout: Layout,
     registers: Mutex<Registers>,
     counters: Counters,
@@ -47,8 +47,8 @@ impl Shared {
         &self.name
     }
 
-    pub(super) fn gate(&self) -> &Gate {
-        &self.gate
+    pub(super) fn access(&self) -> &HardwareAccess {
+        &self.access
     }
 
     pub(super) fn layout(&self) -> &Layout {
@@ -72,28 +72,28 @@ pub struct AssignedFunction {
 }
 
 impl AssignedFunction {
-    /// Puts a function before the hardware behind `gate`, and starts its thread.
+    /// Puts a function in front of the hardware behind `access`, and starts its thread.
     ///
-    /// `name` (the host's PCI address) is for log lines. BARs decode inside of `windows` only, guest-physical ranges
-    /// without guest memory. `traps` are the ranges that never become windows, besides those of MSI-X.
+    /// `name` (the host's PCI address) is for log lines. BARs decode only inside of `windows`, guest-physical ranges
+    /// without guest memory. `traps` and the MSI-X ranges never become windows.
     ///
     /// # Errors
     /// [`FunctionError`].
     pub fn new(
         name: &str,
-        gate: Arc<Gate>,
+        access: Arc<HardwareAccess>,
         windows: Arc<[Range<u64>]>,
         traps: &[TrappedRange],
         mapper: Arc<dyn GuestMapper>,
         router: Arc<dyn MsiRouter>,
         threads: &ThreadStart,
     ) -> Result<Self, FunctionError> {
-        let hardware = gate.as_ref();
+        let hardware = access.as_ref();
         let capabilities = Capabilities::scan(hardware)?;
         if capabilities.msi.is_none() && capabilities.msix.is_none() {
             return Err(FunctionError::NoInterrupts);
         }
-        // I/O BARs are not offered: a function that needs them in a guest is older than MSI-X.
+        // I/O BARs are hidden: a function that needs them in a guest is older than MSI-X.
         let infos =
             std::array::from_fn(|bar| Some(hardware.bar(bar)).filter(|bar| !bar.io).unwrap_or_default());
         let layouts = infos.map(|info: crate::hardware::BarInfo| {
@@ -118,7 +118,7 @@ impl AssignedFunction {
         let registers = Registers::new(hardware, capabilities, bars, Windows::new(mapper, pieces), &router)?;
         let counters = Counters::new(hardware);
         let shared =
-            Shared { name: name.to_owned(), gate, layout, registers: Mutex::new(registers), counters };
+            Shared { name: name.to_owned(), access, layout, registers: Mutex::new(registers), counters };
         let shared = Arc::new(shared);
         let (commands, receiver) = mpsc::channel();
         let worker = Worker::new(shared.clone(), receiver);
@@ -129,7 +129,7 @@ impl AssignedFunction {
         Ok(Self { shared, commands, thread: Mutex::new(Some(thread)) })
     }
 
-    /// The memory BARs, for whoever assigns their addresses.
+    /// The memory BARs, for the code that assigns their addresses.
     #[must_use]
     pub fn bars(&self) -> Vec<(usize, BarLayout)> {
         self.shared.registers().bars.layouts().collect()
@@ -138,15 +138,15 @@ impl AssignedFunction {
     /// Assigns the address that a BAR has at power-on, before the vCPUs run.
     ///
     /// # Errors
-    /// [`BarError`] for an address where it could not decode.
+    /// [`BarError`] for an address at which it cannot decode.
     pub fn assign_bar(&self, bar: usize, address: u64) -> Result<(), BarError> {
         self.shared.registers().assign_bar(bar, address)
     }
 
-    /// The gate to the hardware, for the relay.
+    /// The access to the hardware, for the relay.
     #[must_use]
-    pub fn gate(&self) -> Arc<Gate> {
-        self.shared.gate.clone()
+    pub fn access(&self) -> Arc<HardwareAccess> {
+        self.shared.access.clone()
     }
 
     /// Counters.
@@ -156,21 +156,21 @@ impl AssignedFunction {
     }
 
     /// Starts a function reset, as the guest's FLR does: BARs and command are 0 afterwards. Returns at once; all
-    /// reads are all-ones until it has ended. Nothing happens while one is under way.
+    /// reads are all-ones until the reset ends. Does nothing while one is under way.
     pub fn request_reset(&self) {
-        if self.shared.gate.begin_reset() == Begin::Begun {
-            // It fails when the thread has ended, and then the gate is closed for good.
+        if self.shared.access.begin_reset() == Begin::Begun {
+            // Sending fails only after the thread has ended, and then the access is closed for good.
             let _ = self.commands.send(Command::GuestReset);
         }
     }
 
-    /// Resets function and registers to the state at power-on, BARs at their assigned addresses, and waits. Not for
-    /// vCPU threads. No DMA of the old boot happens once it has returned `Ok`.
+    /// Resets function and registers to the state at power-on, with the BARs at their assigned addresses, and waits.
+    /// Not for vCPU threads. After `Ok`, no DMA of the old boot happens.
     ///
     /// # Errors
     /// [`ResetError`]; guest memory must then not be reused while the function is open.
     pub fn reset_and_wait(&self, timeout: Duration) -> Result<(), ResetError> {
-        self.shared.gate.begin_reset();
+        self.shared.access.begin_reset();
         let (done, outcome) = mpsc::sync_channel(1);
         self.commands.send(Command::PowerOn(done)).map_err(|_| ResetError::Gone)?;
         match outcome.recv_timeout(timeout) {
@@ -180,15 +180,15 @@ impl AssignedFunction {
         }
     }
 
-    /// The hardware is gone or wanted back by its host: from now on the function reads all-ones, has no windows and
-    /// raises no interrupts. The hardware itself is closed soon after, on the function's thread.
+    /// Gives up the hardware, which is gone or which its host wants back. From now on the function reads all-ones,
+    /// has no windows and raises no interrupts. The function's thread closes the hardware itself soon after.
     pub fn lose(&self) {
-        let hardware = self.shared.gate.close();
+        let hardware = self.shared.access.close();
         let mut registers = self.shared.registers();
         if let Err(error) = registers.windows.close() {
             tracing::error!(device = self.shared.name, %error, "Window of a lost PCI function cannot be taken away");
         }
-        // Closing the device ends its interrupts; what matters here is that none reaches the guest any more.
+        // Closing the device ends its interrupts. This only keeps them from the guest at once.
         registers.reset(false);
         drop(registers);
         let _ = self.commands.send(Command::Release(hardware));
@@ -197,10 +197,10 @@ impl AssignedFunction {
     /// Whether the function was lost or shut down.
     #[must_use]
     pub fn is_lost(&self) -> bool {
-        self.shared.gate.is_closed()
+        self.shared.access.is_closed()
     }
 
-    /// [`lose`](Self::lose), and waits for the thread: as long as a reset takes that is under way.
+    /// Calls [`lose`](Self::lose) and waits for the thread, at most until a reset under way ends.
     pub fn shutdown(&self) {
         self.lose();
         let thread = self.thread.lock().unwrap_or_else(PoisonError::into_inner).take();
@@ -209,7 +209,7 @@ impl AssignedFunction {
         }
     }
 
-    /// The range that answers an access of `len` bytes at `gpa`: BAR, offset in it.
+    /// The BAR, and the offset in it, of an access of `len` bytes at `gpa`.
     fn decode(&self, gpa: u64, len: usize) -> Option<(usize, u64)> {
         let (bar, offset) = self.shared.registers().bars.decode(gpa, len)?;
         self.shared.counters.bar(bar, offset);
@@ -227,13 +227,13 @@ impl PciFunction for AssignedFunction {
     fn config_read(&self, offset: u16, data: &mut [u8]) {
         self.shared.counters.config();
         data.fill(0xff);
-        self.shared.gate.open(|hardware| self.shared.registers().config_read(hardware, offset, data));
+        self.shared.access.with(|hardware| self.shared.registers().config_read(hardware, offset, data));
     }
 
     fn config_write(&self, offset: u16, data: &[u8]) {
         self.shared.counters.config();
         let effect =
-            self.shared.gate.open(|hardware| self.shared.registers().config_write(hardware, offset, data));
+            self.shared.access.with(|hardware| self.shared.registers().config_write(hardware, offset, data));
         if effect == Some(Effect::Reset) {
             self.request_reset();
         }
@@ -245,16 +245,16 @@ impl PciFunction for AssignedFunction {
         let Some(found) = self.shared.layout.find(bar, offset, data.len()) else { return true };
         let inside = offset - found.range.start;
         match &found.target {
-            Target::Hardware { .. } => self.shared.gate.bar_read(bar, offset, data),
-            // Not under the gate: the handler may come back to it.
+            Target::Hardware { .. } => self.shared.access.bar_read(bar, offset, data),
+            // Not inside the access: the handler may use it itself.
             Target::Handler(handler) => {
-                if self.shared.gate.is_open() {
+                if self.shared.access.is_open() {
                     handler.read(inside, data);
                 }
             }
             Target::MsixTable | Target::MsixPending => {
                 let pending = matches!(found.target, Target::MsixPending);
-                self.shared.gate.open(|_| match &self.shared.registers().msix {
+                self.shared.access.with(|_| match &self.shared.registers().msix {
                     Some(msix) if pending => msix.pba_read(inside, data),
                     Some(msix) => msix.table_read(inside, data),
                     None => {}
@@ -269,14 +269,14 @@ impl PciFunction for AssignedFunction {
         let Some(found) = self.shared.layout.find(bar, offset, data.len()) else { return true };
         let inside = offset - found.range.start;
         match &found.target {
-            Target::Hardware { .. } => self.shared.gate.bar_write(bar, offset, data),
+            Target::Hardware { .. } => self.shared.access.bar_write(bar, offset, data),
             Target::Handler(handler) => {
-                if self.shared.gate.is_open() {
+                if self.shared.access.is_open() {
                     handler.write(inside, data);
                 }
             }
             Target::MsixTable => {
-                self.shared.gate.open(|_| {
+                self.shared.access.with(|_| {
                     if let Some(msix) = &mut self.shared.registers().msix {
                         msix.table_write(inside, data);
                     }

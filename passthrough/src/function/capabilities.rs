@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 
-//! What a function's capability lists hold, and what of them the guest is shown.
+//! A function's capability lists, and the part of them that the guest sees.
 
 use std::ops::Range;
 
@@ -13,13 +13,13 @@ use devices::pci::{
 use super::FunctionError;
 use crate::hardware::{IrqKind, VfHardware};
 
-/// More capabilities than fit into 192 bytes at 4 each: the bound of the walk.
+/// Bound of the walk: more capabilities than fit into 192 bytes at 4 each.
 const MAX_CAPABILITIES: usize = 48;
-/// Likewise for extended ones, of 8 bytes at least.
+/// The same for extended capabilities, of 8 bytes at least.
 const MAX_EXTENDED: usize = 480;
 
-/// Extended capabilities that the guest may see: error reporting, serial number, vendor specific. Not: SR-IOV and ARI
-/// (there is one function on the guest's bus), resizable BARs (they are emulated at one size), ATS, PRI and PASID
+/// Extended capabilities that the guest may see: error reporting, serial number, vendor specific. Hidden are SR-IOV and
+/// ARI (there is one function on the guest's bus), resizable BARs (they are emulated at one size), ATS, PRI and PASID
 /// (the guest has no IOMMU).
 const SHOWN_EXTENDED: [u16; 3] = [0x0001, 0x0003, 0x000b];
 const SHOWN: [u8; 5] = [
@@ -37,12 +37,12 @@ const EXPRESS_DEVICE_CAPABILITIES: u16 = 4;
 const EXPRESS_FLR: u32 = 1 << 28;
 const ADVANCED_FLR: u8 = 1 << 1;
 
-/// Where the MSI-X structures are: index of the BAR and offset in it.
+/// The place of the MSI-X structures: index of the BAR and offset in it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) struct MsixLocation {
     pub(super) capability: u16,
     pub(super) vectors: u16,
-    /// What the hardware's own table takes: the guest may be shown fewer vectors.
+    /// Vectors in the hardware's own table: the guest may see fewer.
     hardware_vectors: u16,
     pub(super) table: (usize, u64),
     pub(super) pending: (usize, u64),
@@ -58,7 +58,7 @@ impl MsixLocation {
     }
 }
 
-/// What was found.
+/// The capabilities of a function.
 #[derive(Clone, Debug, Default)]
 pub(super) struct Capabilities {
     pub(super) msi: Option<(u16, MsiShape)>,
@@ -66,18 +66,18 @@ pub(super) struct Capabilities {
     pub(super) power_management: Option<u16>,
     /// PCI Express, and whether it offers function level reset.
     pub(super) express: Option<(u16, bool)>,
-    /// Advanced features, likewise.
+    /// Advanced features, and whether they offer function level reset.
     pub(super) advanced: Option<(u16, bool)>,
-    /// Offset of each capability shown, and of the next one (0 at the end).
+    /// Offset of each visible capability, and of the next one (0 at the end).
     pub(super) chain: Vec<(u16, u8)>,
     /// Extended capability headers as the guest reads them.
     pub(super) extended: Vec<(u16, u32)>,
-    /// Bytes that read as zero and take no writes.
+    /// Bytes that read as zero and ignore writes.
     pub(super) hidden: Vec<Range<u16>>,
 }
 
-/// Whether this is the first capability of its kind. A function has one (PCI Local Bus 3.0, section 6.7): the guest sees the first,
-/// and that one is emulated.
+/// Whether this is the first capability of its kind. A function has only one (PCI Local Bus 3.0, section 6.7): the
+/// guest sees the first, which is emulated.
 fn take_first<T>(place: &mut Option<T>, found: T) -> bool {
     let is_first = place.is_none();
     place.get_or_insert(found);
@@ -102,12 +102,12 @@ impl Capabilities {
         Ok(found)
     }
 
-    /// Where the list begins, 0 for an empty one.
+    /// The start of the list, 0 if it is empty.
     pub(super) fn first(&self) -> u8 {
         self.chain.first().map_or(0, |(offset, _)| u8::try_from(*offset).unwrap_or(0))
     }
 
-    /// Looks at one capability; whether the guest sees it.
+    /// Notes one capability. Returns whether the guest sees it.
     fn take(&mut self, hardware: &dyn VfHardware, at: u16, id: u8) -> Result<bool, FunctionError> {
         match id {
             capability::MSI if hardware.irq_count(IrqKind::Msi) > 0 && self.msi.is_none() => {
@@ -160,7 +160,7 @@ impl Capabilities {
         self.hide(&offsets, &visible, 4096);
         let mut headers = Vec::new();
         if visible.first() != Some(&first) {
-            // The list begins at a fixed offset: a null capability leads to the first that is shown.
+            // The list begins at a fixed offset: a null capability leads to the first visible one.
             let next = visible.first().copied().unwrap_or(0);
             headers.push((first, u32::from(next) << 20));
         }
@@ -190,7 +190,7 @@ fn dword(hardware: &dyn VfHardware, offset: u16) -> u32 {
     u32::from_le_bytes(data)
 }
 
-/// Offsets and ids of the standard list, as far as it makes sense.
+/// Offsets and ids of the standard list, up to the first entry that makes no sense.
 fn standard_list(hardware: &dyn VfHardware) -> Vec<(u16, u8)> {
     let mut found: Vec<(u16, u8)> = Vec::new();
     let mut next = dword(hardware, config::CAPABILITIES).to_le_bytes()[0] & !3;
@@ -209,7 +209,8 @@ fn standard_list(hardware: &dyn VfHardware) -> Vec<(u16, u8)> {
     found
 }
 
-/// Without what lies in an MSI-X capability: broken hardware, whose guest would be shown the table elsewhere than it is.
+/// Drops capabilities inside an MSI-X capability: with such broken hardware, the guest would see the table in the wrong
+/// place.
 fn apart_from_msix(mut all: Vec<(u16, u8)>) -> Vec<(u16, u8)> {
     if let Some(at) = all.iter().find(|(_, id)| *id == capability::MSIX).map(|(offset, _)| *offset) {
         all.retain(|(offset, _)| *offset <= at || *offset >= at.saturating_add(MSIX_SIZE));
@@ -217,7 +218,7 @@ fn apart_from_msix(mut all: Vec<(u16, u8)>) -> Vec<(u16, u8)> {
     all
 }
 
-/// Offsets and headers of the extended list, as far as it makes sense.
+/// Offsets and headers of the extended list, up to the first entry that makes no sense.
 fn extended_list(hardware: &dyn VfHardware) -> Vec<(u16, u32)> {
     let mut found: Vec<(u16, u32)> = Vec::new();
     let mut offset = config::EXTENDED_CAPABILITIES;

@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 
-//! The image of configuration space: which bits the guest reads from here, which from the hardware.
+//! The image of configuration space: the bytes that the guest reads from here instead of the
+//! hardware.
 
 use devices::pci::config;
 
@@ -9,14 +10,14 @@ use crate::hardware::VfHardware;
 
 const HEADER_TYPE_MASK: u8 = 0x7f;
 
-/// Bytes of the image that are emulated, and their values. Emulated is a whole byte or nothing.
+/// The emulated bytes and their values. A byte is emulated as a whole or not at all.
 pub(super) struct ConfigSpace {
     emulated: Box<[bool; config::SPACE]>,
     image: Box<[u8; config::SPACE]>,
 }
 
 impl ConfigSpace {
-    /// The image of a function with these capabilities, before anything is written to it.
+    /// The image of a function with these capabilities, before the first write.
     pub(super) fn new(hardware: &dyn VfHardware, capabilities: &Capabilities) -> Result<Self, FunctionError> {
         let mut space =
             Self { emulated: Box::new([false; config::SPACE]), image: Box::new([0; config::SPACE]) };
@@ -50,7 +51,7 @@ impl ConfigSpace {
         Ok(space)
     }
 
-    /// From now on these bytes are emulated, with these values.
+    /// Emulates these bytes from now on, with these values.
     pub(super) fn set(&mut self, offset: u16, data: &[u8]) {
         let start = usize::from(offset);
         let places = self.emulated.iter_mut().zip(self.image.iter_mut()).skip(start);
@@ -64,7 +65,7 @@ impl ConfigSpace {
         self.emulated.get(usize::from(offset)).copied().unwrap_or(true)
     }
 
-    /// Reads: from the hardware only if some byte has to come from there.
+    /// Reads, from the hardware only if some byte comes from there.
     pub(super) fn read(&self, hardware: &dyn VfHardware, offset: u16, data: &mut [u8]) {
         let last = offset.saturating_add(u16::try_from(data.len()).unwrap_or(u16::MAX));
         if (offset..last).any(|offset| !self.is_emulated(offset)) {
@@ -79,7 +80,7 @@ impl ConfigSpace {
         }
     }
 
-    /// Writes what is not emulated to the hardware: in one piece if possible.
+    /// Writes the other bytes to the hardware, in one piece if possible.
     pub(super) fn forward(&self, hardware: &dyn VfHardware, offset: u16, data: &[u8]) {
         let bytes = || (offset..).zip(data);
         if bytes().all(|(offset, _)| !self.is_emulated(offset)) {

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 
-//! Exits of a function, counted where they happen.
+//! Counters of a function's exits.
 
 use std::sync::atomic::{AtomicU64, Ordering};
 
@@ -10,7 +10,7 @@ use super::FunctionStats;
 use crate::hardware::VfHardware;
 
 const PAGE: u64 = 4096;
-/// Pages of a BAR with a counter of their own; those after them share one.
+/// Pages of a BAR with a counter of their own. Later pages share one.
 const COUNTED_PAGES: u64 = 1024;
 
 pub(super) struct Counters {

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 
-//! Bodies of fuzz targets: any bytes in, nothing but the laws asserted. Also run by property tests.
+//! Bodies of fuzz targets, which take any bytes and assert laws. Property tests run them too.
 #![allow(clippy::panic, reason = "a broken law is to end the fuzzer")]
 
 use std::{
@@ -18,17 +18,17 @@ use devices::{
 };
 use vmm_sys_util::eventfd::EventFd;
 
-use super::{AssignedFunction, BarHandler, FunctionError, Gate, TrappedRange};
+use super::{AssignedFunction, BarHandler, FunctionError, HardwareAccess, TrappedRange};
 use crate::hardware::{BarInfo, IrqKind, VfHardware};
 
-/// Where BARs may be.
+/// Ranges for BARs.
 const WINDOWS: [Range<u64>; 2] = [0xc000_0000..0xe000_0000, 0x40_0000_0000..0x80_0000_0000];
 const PAGE: u64 = 0x1000;
-/// BAR `n` is at this "host address" times n + 1. Above every size of a BAR.
+/// BAR `n` is at this "host address" times n + 1, above every size of a BAR.
 const HOST: u64 = 1 << 40;
-/// What the relay has of BAR 0.
+/// The relay's range of BAR 0.
 const MAILBOX: Range<u64> = 0..PAGE;
-/// No step takes as long.
+/// Longer than any step takes.
 const PATIENCE: Duration = Duration::from_secs(5);
 
 /// Capabilities of [`Hardware::new`].
@@ -41,7 +41,7 @@ fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
-/// A function made of memory, which knows what must never reach it.
+/// A function made of memory that checks for forbidden writes.
 struct Hardware {
     config: Vec<u8>,
     bars: [BarInfo; 6],
@@ -52,8 +52,8 @@ struct Hardware {
 }
 
 impl Hardware {
-    /// A VF like an 82576's: registers in BAR 0, MSI-X in BAR 3 among other things, a little BAR 5, and capabilities that a
-    /// guest is shown and those that it is not.
+    /// A VF like an 82576's: registers in BAR 0, MSI-X in BAR 3 among other things, a small BAR 5, and both visible and
+    /// hidden capabilities.
     fn new() -> Self {
         let wide = BarInfo { size: 0x4000, is_64bit: true, mappable: true, ..BarInfo::default() };
         let mut bars = [BarInfo::default(); 6];
@@ -138,7 +138,7 @@ impl VfHardware for Hardware {
     }
 }
 
-/// Not memory: an address that nobody touches here.
+/// Not memory: an address that is never accessed here.
 struct Piece {
     address: u64,
     len: u64,
@@ -154,7 +154,7 @@ unsafe impl HostMemory for Piece {
     }
 }
 
-/// A window: where the guest has it, and where it is in the host.
+/// A window: its guest-physical address, and its host address range.
 type Window = (u64, Range<u64>);
 
 /// Windows, and the last id.
@@ -209,7 +209,7 @@ impl MsiRouter for Router {
     }
 }
 
-/// The relay's page: only what is its own comes to it.
+/// The relay's page, which gets only its own accesses.
 struct Page;
 
 impl BarHandler for Page {
@@ -230,10 +230,10 @@ struct Bench {
 impl Bench {
     fn new(hardware: Hardware, traps: &[TrappedRange]) -> Result<Self, FunctionError> {
         let (mapper, router) = (Arc::new(Mapper::default()), Arc::new(Router::default()));
-        let gate = Gate::new(Arc::new(hardware));
+        let access = HardwareAccess::new(Arc::new(hardware));
         let function = AssignedFunction::new(
             "fuzz",
-            gate,
+            access,
             Arc::from(WINDOWS),
             traps,
             mapper.clone(),
@@ -249,7 +249,8 @@ impl Bench {
         u32::from_le_bytes(data)
     }
 
-    /// Every window is one of a BAR where the registers say that it is, while memory is enabled, and of nothing trapped.
+    /// Asserts that every window belongs to a BAR at the address in the registers, while memory is enabled, and to no
+    /// trapped range.
     fn check_windows(&self, bars: &[BarInfo; 6], trapped: &[(usize, Range<u64>)]) {
         let windows = self.mapper.windows();
         assert!(
@@ -273,8 +274,8 @@ impl Bench {
     }
 }
 
-/// A guest's accesses to configuration space and BARs: whatever it writes, nothing is mapped that must stay trapped, and
-/// nothing reaches the hardware that is not the guest's to write.
+/// A guest's accesses to configuration space and BARs. Whatever the guest writes, no trapped range is mapped, and no
+/// forbidden write reaches the hardware.
 pub fn fuzz_accesses(data: &[u8]) {
     let hardware = Hardware::new();
     let (bars, guarded) = (hardware.bars, hardware.guarded.clone());
@@ -288,13 +289,13 @@ pub fn fuzz_accesses(data: &[u8]) {
             panic!("{error}");
         }
     }
-    // Each is checked against all windows: many say no more than some.
+    // Each step is checked against all windows. More steps would find no more.
     for step in data.chunks_exact(8).take(512) {
         let [kind, low, high, size, v0, v1, v2, v3] = *step else { return };
         let value = u32::from_le_bytes([v0, v1, v2, v3]);
         let len = 1 << (size % 4);
         match kind % 8 {
-            // Mostly registers that do something, and addresses that are near each other.
+            // Mostly effective registers, and addresses close to each other.
             0..=3 => {
                 let offset = match low % 4 {
                     0 => config::COMMAND,
@@ -306,7 +307,7 @@ pub fn fuzz_accesses(data: &[u8]) {
                 let offset = offset & !(u16::try_from(len).unwrap_or(4) - 1);
                 let near = 0xc000_0000 | (value & 0x0001_f00f);
                 let value = if kind >= 128 && low % 4 == 1 { near } else { value };
-                // A reset by the guest takes its own time; `6` is one that is waited for.
+                // The end of a guest's reset has no fixed time. Kind `6` is a reset that is waited for.
                 let value = if (EXPRESS + 8..EXPRESS + 12).contains(&(offset & !3)) { 0 } else { value };
                 bench.function.config_write(offset, &value.to_le_bytes()[..len]);
                 bench.read(offset, len);
@@ -335,8 +336,8 @@ pub fn fuzz_accesses(data: &[u8]) {
     assert_eq!((bench.mapper.windows().len(), bench.read(0, 4)), (0, u32::MAX), "lost");
 }
 
-/// The configuration space of hardware, with any capability lists: what the guest is shown of them ends, and what must stay
-/// trapped is.
+/// Hardware with any capability lists in its configuration space: the guest's view of them ends, and trapped ranges
+/// stay trapped.
 pub fn fuzz_capabilities(data: &[u8]) {
     let mut hardware = Hardware::new();
     hardware.guarded_config.clear();
@@ -344,7 +345,7 @@ pub fn fuzz_capabilities(data: &[u8]) {
     let Some((&[vectors, kinds, sizes], patches)) = data.split_first_chunk() else { return };
     hardware.vectors = u32::from(vectors);
     for (index, bar) in hardware.bars.iter_mut().enumerate() {
-        // One size for all makes no difference that the lists could see.
+        // The lists cannot see the sizes, so one for all is enough.
         let size = 0x10 << (sizes % 20);
         if kinds >> index & 1 != 0 {
             *bar = BarInfo { size, mappable: size >= PAGE, ..BarInfo::default() };
@@ -359,7 +360,7 @@ pub fn fuzz_capabilities(data: &[u8]) {
     }
     let bars = hardware.bars;
     let Ok(bench) = Bench::new(hardware, &[]) else { return };
-    // As a guest's driver walks them.
+    // Walk the list as a guest's driver does.
     let (mut at, mut seen) = (bench.read(0x34, 1) & 0xfc, 0);
     let mut msix = None;
     while at != 0 {

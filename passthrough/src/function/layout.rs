@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 
-//! Which range of a BAR is mapped into the guest and which is trapped.
+//! The division of BARs into ranges that are mapped into the guest and ranges that are trapped.
 
 use std::{ops::Range, sync::Arc};
 
@@ -11,10 +11,10 @@ use crate::hardware::BarInfo;
 
 const PAGE: u64 = 4096;
 
-/// Who answers for a range of a BAR when the guest's access exits.
+/// The target of an access to a range of a BAR that exits.
 #[derive(Clone)]
 pub(super) enum Target {
-    /// The hardware's registers. `mapped`: while the BAR decodes, the guest reaches them without an exit.
+    /// The hardware's registers. If `mapped`, the guest reaches them without an exit while the BAR decodes.
     Hardware {
         mapped: bool,
     },
@@ -36,7 +36,8 @@ pub(super) struct Layout {
 }
 
 impl Layout {
-    /// Mappable BARs are mapped page by page where nothing is trapped, all else goes to the hardware by exits.
+    /// Maps mappable BARs page by page where nothing is trapped. All other accesses reach the hardware by
+    /// exits.
     pub(super) fn new(
         bars: &[BarInfo; BARS],
         msix: Option<&MsixLocation>,
@@ -69,7 +70,7 @@ impl Layout {
         Ok(layout)
     }
 
-    /// The range that holds all of an access; None if the access crosses from one to the next.
+    /// The range that holds the whole access; None if the access crosses into the next range.
     pub(super) fn find(&self, bar: usize, offset: u64, len: usize) -> Option<&BarRange> {
         let ranges = self.bars.get(bar)?;
         let at = ranges.partition_point(|range| range.range.end <= offset);
@@ -119,7 +120,7 @@ fn split(info: &BarInfo, traps: Vec<BarRange>) -> Vec<BarRange> {
     ranges
 }
 
-/// Of a gap only whole pages can be mapped: the pages at its ends may hold a piece of a trap.
+/// Maps only whole pages of a gap: the pages at its ends may hold a piece of a trap.
 fn fill(ranges: &mut Vec<BarRange>, mappable: bool, gap: Range<u64>) {
     let mut push = |range: Range<u64>, mapped| {
         if !range.is_empty() {

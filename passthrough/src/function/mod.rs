@@ -5,20 +5,20 @@
 //! ```text
 //!             request_reset (guest's FLR), reset_and_wait (reboot)
 //!   Open ───────────────────────────────────────────────────────▶ Resetting
-//!    ▲    a vCPU or the event loop closes the gate; from now on      │ the function's thread: windows away, irqs and
+//!    ▲    a vCPU or the event loop closes the access; from now on    │ the function's thread: windows away, irqs and
 //!    │    all reads are all-ones                                     │ DMA off, hardware.reset(), registers to their
-//!    └───────────────────────────────────────────────────────────────┘ reset state, handlers told
+//!    └───────────────────────────────────────────────────────────────┘ reset state, handlers called
 //!    │ lose, shutdown (also out of Resetting)
 //!    ▼
-//!   Closed: all-ones for good, no windows, no irqs, the hardware let go of
+//!   Closed: all-ones for good, no windows, no irqs, the hardware released
 //! ```
 //!
-//! `gate` holds that state and is the only way to the hardware, for vCPUs and for the relay alike. `config_space`
-//! is what the guest's driver sees of configuration space, `layout` says which range of a BAR is mapped and which
-//! trapped, `windows` keeps the guest's windows in line with the BARs, `thread` does what may block.
+//! `hardware_access` holds that state and is the only way to the hardware, for vCPUs and for the relay alike.
+//! `config_space` is the guest's view of configuration space, `layout` decides which range of a BAR is mapped and which
+//! trapped, `windows` keeps the guest's windows in line with the BARs, and `thread` does the work that may block.
 //!
-//! Locks, in the order in which they are taken: gate (shared, for as long as one access lasts), registers. The gate is
-//! only taken exclusively to change its state, never while the hardware is being reset.
+//! Lock order: hardware access (shared, for the duration of one access), then registers. The access is taken
+//! exclusively only to change its state, never during a reset of the hardware.
 
 mod assigned;
 mod capabilities;
@@ -26,7 +26,7 @@ mod config_space;
 mod counters;
 #[cfg(any(test, feature = "test-support"))]
 pub mod fuzz;
-mod gate;
+mod hardware_access;
 mod layout;
 mod registers;
 #[cfg(test)]
@@ -40,7 +40,7 @@ use std::{collections::BTreeMap, io, ops::Range, sync::Arc};
 
 pub use assigned::AssignedFunction;
 use devices::pci::bar::BarError;
-pub use gate::Gate;
+pub use hardware_access::HardwareAccess;
 
 /// Emulates a range of a BAR. Called on vCPU threads: it must not wait.
 pub trait BarHandler: Send + Sync {
@@ -50,10 +50,10 @@ pub trait BarHandler: Send + Sync {
     /// Writes at `offset` from the start of the range.
     fn write(&self, offset: u64, data: &[u8]);
 
-    /// The hardware is about to be reset; the guest sees all-ones from now on. Called on the function's thread.
+    /// Prepares for a reset of the hardware: the guest sees all-ones from now on. Called on the function's thread.
     fn before_reset(&self) {}
 
-    /// The hardware was reset and is about to be shown to the guest again. Called on the function's thread.
+    /// Notes that the hardware was reset; the guest is about to see it again. Called on the function's thread.
     fn after_reset(&self) {}
 }
 
@@ -62,10 +62,10 @@ pub trait BarHandler: Send + Sync {
 pub struct TrappedRange {
     /// Index of the BAR.
     pub bar: usize,
-    /// Bytes in the BAR. Every page that it touches stays unmapped; of such a page, what is outside of
-    /// the range goes to the hardware register by register.
+    /// Bytes in the BAR. Every page that the range touches stays unmapped. The rest of such a page goes to the hardware
+    /// register by register.
     pub range: Range<u64>,
-    /// Who answers.
+    /// The handler of the guest's accesses.
     pub handler: Arc<dyn BarHandler>,
 }
 
@@ -77,23 +77,23 @@ pub struct FunctionStats {
     pub bar_exits: BTreeMap<String, u64>,
     /// Configuration space accesses.
     pub config_exits: u64,
-    /// Resets of the hardware, whoever asked.
+    /// Resets of the hardware, by the guest or the vmm.
     pub resets: u64,
 }
 
-/// Why a function cannot be assigned.
+/// The reason why a function cannot be assigned.
 #[derive(Debug, thiserror::Error)]
 pub enum FunctionError {
-    /// A bridge or something unknown.
+    /// The function is a bridge or of an unknown type.
     #[error("PCI function has header type {0:#x}: only endpoints (type 0) can be assigned")]
     NotEndpoint(u8),
-    /// A BAR of impossible size.
+    /// A BAR has an impossible size.
     #[error("PCI function has a BAR that cannot be emulated")]
     Bar(#[from] BarError),
-    /// The function can neither do MSI nor MSI-X.
+    /// The function has neither MSI nor MSI-X.
     #[error("PCI function has neither MSI nor MSI-X: functions that only have INTx cannot be assigned")]
     NoInterrupts,
-    /// The MSI-X table or its pending bits are not inside of a memory BAR.
+    /// The MSI-X table or its pending bits are outside of the memory BARs.
     #[error(
         "PCI function's MSI-X capability points outside of its BARs ({what} in BAR {bar}, offset {offset:#x})"
     )]
@@ -115,35 +115,35 @@ pub enum FunctionError {
         /// The range.
         range: Range<u64>,
     },
-    /// Eventfds for the vectors.
+    /// Eventfds for the vectors cannot be made.
     #[error(
         "Interrupt vectors of a PCI function cannot be made: raise the limit of open files (LimitNOFILE=)"
     )]
     Vectors(#[source] io::Error),
-    /// Mapping a BAR into this process.
+    /// A BAR cannot be mapped into this process.
     #[error("BAR {bar} of a PCI function cannot be mapped")]
     MapBar {
         /// Index of the BAR.
         bar: usize,
-        /// What the kernel said.
+        /// The kernel's error.
         #[source]
         source: io::Error,
     },
-    /// The function's thread.
+    /// The function's thread cannot be started.
     #[error("Thread of a PCI function cannot be started")]
     Thread(#[source] io::Error),
 }
 
-/// Why a reset did not happen.
+/// The reason why a reset did not happen.
 #[derive(Debug, thiserror::Error)]
 pub enum ResetError {
-    /// It was lost or shut down.
+    /// The function was lost or shut down.
     #[error("PCI function is gone: it cannot be reset")]
     Gone,
-    /// It takes longer than the caller would wait; the function answers nothing until it ends.
+    /// The reset takes longer than the caller waits; the function reads all-ones until it ends.
     #[error("PCI function's reset takes longer than {0:?}: the device or its driver on the host hangs")]
     Timeout(std::time::Duration),
-    /// The hardware refused. The function stays closed: its state is unknown.
+    /// The hardware refused the reset. The function stays closed, because its state is unknown.
     #[error("PCI function cannot be reset: the guest must not reuse its memory")]
     Failed(#[source] io::Error),
 }

@@ -17,7 +17,7 @@ use devices::{
 use super::{FunctionError, capabilities::Capabilities, config_space::ConfigSpace, windows::Windows};
 use crate::hardware::{IrqKind, VfHardware};
 
-/// The command bits that exist for the guest. I/O space does not: there are no I/O BARs.
+/// The command bits that the guest can set. I/O space is not among them: there are no I/O BARs.
 const COMMAND_BITS: u16 = config::COMMAND_MEMORY
     | config::COMMAND_BUS_MASTER
     | config::COMMAND_PARITY
@@ -28,16 +28,16 @@ const COMMAND_BITS: u16 = config::COMMAND_MEMORY
 const PM_CONTROL: u16 = 4;
 const PM_CAPABILITIES: u16 = 0x01ff;
 const PM_STATE: u16 = 3;
-/// The function keeps its registers from D3hot to D0: true of a state that is only emulated.
+/// The function keeps its registers from D3hot to D0, because the power state is only emulated.
 const PM_NO_SOFT_RESET: u16 = 1 << 3;
 const EXPRESS_DEVICE_CONTROL: u16 = 8;
 const EXPRESS_FLR: u16 = 1 << 15;
 const ADVANCED_CONTROL: u16 = 4;
 const ADVANCED_FLR: u8 = 1;
-/// How many failures of the hardware's interrupts are logged before the rest is dropped.
+/// The most interrupt failures of the hardware to log.
 const LOGGED_FAILURES: u64 = 8;
 
-/// What a configuration write asks of the function.
+/// The function's work after a configuration write.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Effect {
     None,
@@ -53,9 +53,9 @@ pub(super) struct Registers {
     pub(super) msix: Option<Msix>,
     pub(super) windows: Windows,
     command: u16,
-    /// 0 for D0, 3 for D3hot. Only emulated: in D3hot nothing is decoded, the hardware stays on.
+    /// 0 for D0, 3 for D3hot. Only emulated: in D3hot nothing is decoded, but the hardware stays on.
     power_state: u16,
-    /// Interrupts that the hardware signals now.
+    /// The kind of interrupts that the hardware signals now.
     irqs: Option<IrqKind>,
     failures: u64,
 }
@@ -84,7 +84,7 @@ impl Registers {
             capabilities,
         };
         if let Some(at) = registers.capabilities.power_management {
-            // Neither PME, which nobody could deliver, nor D1 and D2.
+            // Hide PME, which nothing could deliver, and D1 and D2.
             let mut data = [0; 2];
             hardware.config_read(at + 2, &mut data);
             registers.space.set(at + 2, &(u16::from_le_bytes(data) & PM_CAPABILITIES).to_le_bytes());
@@ -151,7 +151,7 @@ impl Registers {
             && touches(control, 1)
         {
             let asked = self.space.merged_word(control, offset, data) & PM_STATE;
-            // D1 and D2 are optional; asking for a state that is not there changes nothing.
+            // D1 and D2 are optional: a request for a missing state changes nothing.
             if matches!(asked, 0 | 3) {
                 self.power_state = asked;
                 self.follow_decode();
@@ -181,10 +181,10 @@ impl Registers {
         effect
     }
 
-    /// Takes away what reaches the hardware or comes from it: windows, interrupts, DMA.
+    /// Removes all paths to and from the hardware: windows, interrupts, DMA.
     ///
     /// # Errors
-    /// When a window stays; the rest is done all the same.
+    /// When a window stays; the rest is still done.
     pub(super) fn quiesce(&mut self, hardware: &dyn VfHardware) -> std::io::Result<()> {
         let result = self.windows.clear();
         self.stop_irqs(hardware);
@@ -192,7 +192,7 @@ impl Registers {
         result
     }
 
-    /// The state after a reset of the function, or with `power_on` of the machine.
+    /// Restores the state after a reset of the function or, with `power_on`, of the machine.
     pub(super) fn reset(&mut self, power_on: bool) {
         if power_on {
             self.bars.power_on();
@@ -218,7 +218,7 @@ impl Registers {
         }
     }
 
-    /// Assigns the address that a BAR has at power-on.
+    /// Assigns the power-on address of a BAR.
     pub(super) fn assign_bar(&mut self, bar: usize, address: u64) -> Result<(), BarError> {
         self.bars.assign(bar, address)?;
         self.sync_windows();
@@ -230,8 +230,8 @@ impl Registers {
         let value = value & COMMAND_BITS;
         let was = std::mem::replace(&mut self.command, value);
         let gone = was & !value & config::COMMAND_MEMORY != 0;
-        // Windows go before the hardware stops to decode and come after it decodes: in between KVM would find
-        // pages that fault.
+        // Remove windows before the hardware stops decoding, and make them after it decodes: in between, KVM
+        // would find pages that fault.
         if gone {
             self.follow_decode();
         }
@@ -261,7 +261,7 @@ impl Registers {
         if touched.start >= body.end || touched.end <= body.start {
             return;
         }
-        // A dword at the capability's start reaches its header too, which takes no writes.
+        // A dword at the capability's start also covers its header, which ignores writes.
         let offset = touched.start.saturating_sub(at);
         if let Some(transition) = self.msi.as_mut().map(|msi| msi.write(offset, data)) {
             self.follow(hardware, IrqKind::Msi, transition);
@@ -277,7 +277,7 @@ impl Registers {
                 }
             }
             Transition::Enabled(count) => {
-                // One kind at a time, and a changed count means a new set of vectors.
+                // One kind is on at a time, and a changed count means a new set of vectors.
                 self.stop_irqs(hardware);
                 let triggers = match kind {
                     IrqKind::Msi => self.msi.as_ref().map(Msi::triggers),
@@ -327,7 +327,7 @@ impl Registers {
     }
 }
 
-/// The byte of a write at `offset` that goes to `target`.
+/// The byte of a write at `offset` that addresses `target`.
 fn byte_at(data: &mut [u8], offset: u16, target: u16) -> Option<&mut u8> {
     data.get_mut(usize::from(target.checked_sub(offset)?))
 }

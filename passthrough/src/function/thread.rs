@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 
-//! The function's own thread: it does what may block.
+//! The function's own thread, which does the work that may block.
 
 use std::{
     collections::VecDeque,
@@ -12,34 +12,35 @@ use std::{
     time::{Duration, Instant},
 };
 
-use super::{ResetError, assigned::Shared, gate::Begin};
+use super::{ResetError, assigned::Shared, hardware_access::Begin};
 use crate::hardware::VfHardware;
 
-/// A guest's resets: so many in a period are carried out at once, later ones end no earlier than the period allows. A
-/// reset of a VF costs the host (its PF driver writes filters anew), so a guest that resets in a loop is slowed down.
+/// Guest resets that are carried out at once within a period. Later ones end no earlier than the period allows: a
+/// reset of a VF costs the host work (its PF driver rewrites filters), so a guest that resets in a loop is slowed
+/// down.
 const GUEST_RESETS: usize = 8;
 const GUEST_RESET_PERIOD: Duration = Duration::from_secs(4);
 
-/// The kernel refuses a reset while somebody else holds the device's lock: it is tried again.
+/// Attempts at a reset, which the kernel refuses while another process holds the device's lock.
 const TRIES: u32 = 10;
 const TRY_AGAIN_AFTER: Duration = Duration::from_millis(50);
 
 pub(super) enum Command {
-    /// The guest asked for a reset; the gate is closed for it already.
+    /// The guest requested a reset; the access is already closed for it.
     GuestReset,
-    /// Reset to the state at power-on, tell the outcome.
+    /// Reset to the state at power-on, and send the result.
     PowerOn(SyncSender<Result<(), ResetError>>),
-    /// The function was closed: let go of the hardware, and end.
+    /// The function was closed: release the hardware, and end.
     Release(Option<Arc<dyn VfHardware>>),
 }
 
-/// Commands are few: a guest's resets are one at a time, the others come from the vmm.
+/// The queue is unbounded but short: a guest has one reset at a time, and the vmm sends the other commands.
 pub(super) type Commands = Sender<Command>;
 
 pub(super) struct Worker {
     shared: Arc<Shared>,
     commands: Receiver<Command>,
-    /// When the last guest resets ended.
+    /// End times of the last guest resets.
     recent: VecDeque<Instant>,
     next: Option<Command>,
 }
@@ -54,23 +55,23 @@ impl Worker {
             match command {
                 Command::GuestReset => {
                     if let Err(error) = self.reset(false) {
-                        // The guest sees all-ones; the next reset of the machine tries again.
+                        // The guest sees all-ones. The next reset of the machine tries again.
                         tracing::error!(device = self.shared.name(), %error, "Reset asked by the guest failed");
                         continue;
                     }
                     self.slow_down();
-                    self.shared.gate().end_reset();
+                    self.shared.access().end_reset();
                 }
                 Command::PowerOn(done) => {
                     let result = self.reset(true);
                     if result.is_ok() {
-                        self.shared.gate().end_reset();
+                        self.shared.access().end_reset();
                     }
-                    // Nobody waits any more if it took too long.
+                    // The receiver is gone if the reset took too long.
                     let _ = done.try_send(result);
                 }
                 Command::Release(hardware) => {
-                    // The last reference closes the device, which waits for one more reset in the kernel.
+                    // Dropping the last reference closes the device, which waits for one more reset in the kernel.
                     drop(hardware);
                     return;
                 }
@@ -78,17 +79,17 @@ impl Worker {
         }
     }
 
-    /// Resets the hardware; the gate stays closed, for the caller to open.
+    /// Resets the hardware. The access stays closed; the caller opens it.
     fn reset(&self, power_on: bool) -> Result<(), ResetError> {
         let shared = &self.shared;
-        if shared.gate().begin_reset() == Begin::Gone {
+        if shared.access().begin_reset() == Begin::Gone {
             return Err(ResetError::Gone);
         }
-        let hardware = shared.gate().resetting().ok_or(ResetError::Gone)?;
+        let hardware = shared.access().resetting().ok_or(ResetError::Gone)?;
         for handler in shared.layout().handlers() {
             handler.before_reset();
         }
-        // With a window left a vCPU could wait in the kernel for the end of the reset.
+        // With a window left, a vCPU could wait in the kernel for the end of the reset.
         shared.registers().quiesce(hardware.as_ref()).map_err(ResetError::Failed)?;
         reset_hardware(hardware.as_ref()).map_err(ResetError::Failed)?;
         shared.counters().reset();
@@ -99,8 +100,7 @@ impl Worker {
         Ok(())
     }
 
-    /// Keeps the end of a guest's reset from the guest for as long as it resets too often. A command of the vmm
-    /// ends the wait.
+    /// Delays the end of the reset for a guest that resets too often. A command of the vmm ends the delay.
     fn slow_down(&mut self) {
         if self.recent.len() >= GUEST_RESETS
             && let Some(oldest) = self.recent.pop_front()

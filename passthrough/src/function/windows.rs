@@ -10,15 +10,15 @@ use devices::{
 };
 
 const PAGE: u64 = 4096;
-/// How many refusals are logged: a guest causes them by putting BARs on top of each other.
+/// The most refusals to log: a guest causes them by overlapping BARs.
 const LOGGED_REFUSALS: u64 = 4;
 
-/// Pages of a BAR that can be shown to the guest.
+/// Pages of a BAR that can be mapped into the guest.
 struct Piece {
     bar: usize,
     offset: u64,
     memory: Arc<dyn HostMemory>,
-    /// Where the guest has it now.
+    /// The current place in the guest.
     shown: Option<(u64, MappingId)>,
 }
 
@@ -38,10 +38,10 @@ impl Windows {
         Self { mapper, pieces: pieces.into_iter().map(piece).collect(), refusals: 0 }
     }
 
-    /// Brings the windows in line with what the BARs decode: what is no longer there goes first.
+    /// Brings the windows in line with the decoded BARs. Obsolete windows go first.
     ///
     /// # Errors
-    /// When a window cannot be taken away. (One that cannot be made is no error: its accesses exit.)
+    /// When a window cannot be removed. (A window that cannot be made is no error: its accesses exit.)
     pub(super) fn sync(&mut self, bars: &Bars) -> io::Result<()> {
         let wanted: Vec<Option<u64>> = self.pieces.iter().map(|piece| place(bars, piece)).collect();
         let mapper = &self.mapper;
@@ -68,10 +68,10 @@ impl Windows {
         Ok(())
     }
 
-    /// Takes every window away.
+    /// Removes every window.
     ///
     /// # Errors
-    /// The first refusal of the kernel; the others are tried all the same.
+    /// The kernel's first refusal; the other windows are still tried.
     pub(super) fn clear(&mut self) -> io::Result<()> {
         let mut result = Ok(());
         for piece in &mut self.pieces {
@@ -84,7 +84,7 @@ impl Windows {
         result
     }
 
-    /// Takes every window away and lets go of the hardware's memory.
+    /// Removes every window and releases the hardware's memory.
     pub(super) fn close(&mut self) -> io::Result<()> {
         let result = self.clear();
         self.pieces.retain(|piece| piece.shown.is_some());
@@ -92,8 +92,8 @@ impl Windows {
     }
 }
 
-/// Where a piece belongs now: nowhere if its BAR does not decode, or if an earlier BAR, which answers first, decodes
-/// something in the same pages.
+/// The guest-physical address of a piece. None if its BAR does not decode, or if an earlier BAR, which takes
+/// precedence, decodes in the same pages.
 fn place(bars: &Bars, piece: &Piece) -> Option<u64> {
     let bar = bars.decoded(piece.bar)?;
     let gpa = bar.start.checked_add(piece.offset)?;

@@ -1,19 +1,20 @@
 // SPDX-License-Identifier: Apache-2.0
 
-//! Bodies of fuzz targets: any bytes in, nothing but the laws asserted. Also run by property tests.
+//! Bodies of fuzz targets, which take any bytes and assert laws. Property tests run them too.
 #![allow(clippy::panic, reason = "a broken law is to end the fuzzer")]
 
 use netpolicy::{MacAddress, Request};
 
 use super::{
-    bits::{ACK_MESSAGE, CONTROL_RST, CTS, NACK_MESSAGE, PFACK, PFSTS, PFU, REQ},
     igbvf,
     layout::IGBVF,
+    message::{BUFFER_WORDS, Words},
+    register_bits::{ACK_MESSAGE, CONTROL_RST, CTS, NACK_MESSAGE, PFACK, PFSTS, PFU, REQ},
     registers::{Effect, Read, Registers},
-    words::{BUFFER_WORDS, Words},
 };
 
-/// The codec: what is decoded is encoded canonically, and means the same when it is decoded again.
+/// The codec: a decoded message is encoded canonically, and has the same meaning when decoded
+/// again.
 pub fn fuzz_words(data: &[u8]) {
     let mut words = [0; BUFFER_WORDS];
     for (word, bytes) in words.iter_mut().zip(data.chunks_exact(4)) {
@@ -29,7 +30,7 @@ pub fn fuzz_words(data: &[u8]) {
     assert_canonical(encoded.padded());
     let again = igbvf::decode(encoded.padded());
     match (request, again) {
-        // More than the message can carry is claimed, and cut.
+        // The message claims more hashes than it can carry; the codec cuts the rest.
         (
             Request::SetMulticast { count, hashes },
             Ok(Request::SetMulticast { count: kept, hashes: same }),
@@ -41,7 +42,7 @@ pub fn fuzz_words(data: &[u8]) {
     }
 }
 
-/// Asserts what is true of every message that may reach the PF. Written without the codec.
+/// Asserts the properties of every message that may reach the PF. Written without the codec.
 pub fn assert_canonical(words: &[u32; BUFFER_WORDS]) {
     let (opcode, argument) = (words[0] & 0xffff, words[0] >> 16);
     let used = match (opcode, argument) {
@@ -71,19 +72,19 @@ pub fn assert_canonical(words: &[u32; BUFFER_WORDS]) {
     assert!(words[used..].iter().all(|word| *word == 0), "unused words {words:x?}");
 }
 
-/// The registers: any accesses of the guest, interleaved with what the relay does.
+/// The registers: any accesses of the guest, interleaved with the relay's actions.
 pub fn fuzz_registers(data: &[u8]) {
     let mut registers = Registers::new(&IGBVF);
     let mut in_flight: Option<u64> = None;
     let mut newest = 0;
-    // Something was done since the last look that PFACK or PFSTS may tell of.
+    // Events since the last read that PFACK or PFSTS may announce.
     let (mut acknowledged, mut sent, mut from_pf) = (false, false, false);
     // "Clear to send" was withdrawn.
     let mut must_reset = false;
     for step in data.chunks_exact(8) {
         let [kind, low, high, len, v0, v1, v2, v3] = *step else { return };
         let value = u32::from_le_bytes([v0, v1, v2, v3]);
-        // Mostly the registers that matter.
+        // Mostly the relevant registers.
         let offset = match low % 8 {
             0..=2 => 0xc40,
             3 => 0,

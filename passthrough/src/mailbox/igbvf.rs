@@ -2,14 +2,14 @@
 
 //! Messages of 82576 and i350 VFs (Linux igbvf and igb; `e1000_mbx.h`).
 //!
-//! [`decode`] takes what a guest wrote and believes nothing; [`encode`] writes the one form in which a request may
-//! reach the real mailbox: fixed length for each opcode, unused bits and words zero.
+//! [`decode`] reads a guest's words without trust. [`encode`] writes the only form in which a request may reach the
+//! real mailbox: a fixed length for each opcode, unused bits and words zero.
 
 use netpolicy::{Change, MacAddress, PromiscuousMode, Request, VlanId};
 
 use super::{
-    bits::{ACK_MESSAGE, CTS, NACK_MESSAGE, REQUEST_MASK},
-    words::{BUFFER_WORDS, Words},
+    message::{BUFFER_WORDS, Words},
+    register_bits::{ACK_MESSAGE, CTS, NACK_MESSAGE, REQUEST_MASK},
 };
 
 const RESET: u16 = 0x01;
@@ -26,45 +26,46 @@ const FILTER_ADD: u8 = 2;
 const PROMISC_UNICAST: u8 = 1;
 const PROMISC_MULTICAST: u8 = 2;
 
-/// Multicast hashes in one message: 15 words of two. igb turns on all-multicast for a count above it.
+/// Multicast hashes in one message: 15 words of two. igb turns on all-multicast for a higher count.
 pub const MAX_MULTICAST: usize = 30;
-/// Shortest and longest frame in bytes that igb takes (`ETH_MIN_MTU` with header and checksum, `MAX_JUMBO_FRAME_SIZE`).
+/// Shortest and longest frame in bytes that igb accepts (`ETH_MIN_MTU` with header and checksum,
+/// `MAX_JUMBO_FRAME_SIZE`).
 pub const FRAME_SIZES: std::ops::RangeInclusive<u32> = 68..=9728;
-/// Words of the reply to a reset; all others have one.
+/// Words of the reply to a reset. All other replies have one.
 pub const RESET_REPLY_WORDS: usize = 3;
 
-/// Why a message has no meaning. The PF never hears of it.
+/// The reason why a message has no meaning. The PF never hears such a message.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum Malformed {
-    /// Word 0 says that it is an answer. PFs acknowledge such a message and do not answer.
+    /// Word 0 is marked as an answer. PFs acknowledge such a message and send no reply.
     #[error("Message {0:#010x} is marked as an answer")]
     Answer(u32),
-    /// Word 0 claims "clear to send", which only the PF may.
+    /// Word 0 claims "clear to send", a bit that only the PF may set.
     #[error("Message {0:#010x} is marked as clear to send")]
     ClearToSend(u32),
-    /// The argument (bits 23:16, with 28:24 zero) is none of the opcode's.
+    /// The opcode has no such argument (bits 23:16; bits 28:24 must be zero).
     #[error("Message {0:#010x} has an argument that its opcode does not know")]
     Argument(u32),
-    /// A group address or zero.
+    /// The address is a group address or zero.
     #[error("{mac} cannot be an adapter's address")]
     Mac {
         /// The address.
         mac: MacAddress,
-        /// Whether it was to be a further address.
+        /// Whether it was meant as a further unicast address.
         filter: bool,
     },
-    /// Above 4094.
+    /// The VLAN is above 4094.
     #[error("VLAN {0} does not exist")]
     Vlan(u32),
-    /// Outside of [`FRAME_SIZES`].
+    /// The frame size is outside of [`FRAME_SIZES`].
     #[error("Frames of {0} bytes do not exist")]
     Frame(u32),
 }
 
-/// What the guest asks for.
+/// Decodes the guest's request.
 ///
 /// # Errors
-/// [`Malformed`]. An opcode that is not known is not malformed but [`Request::Unknown`].
+/// [`Malformed`]. An unknown opcode is not malformed but [`Request::Unknown`].
 pub fn decode(words: &[u32; BUFFER_WORDS]) -> Result<Request, Malformed> {
     let [word, first, second, ..] = *words;
     if word & (ACK_MESSAGE | NACK_MESSAGE) != 0 {
@@ -83,7 +84,7 @@ pub fn decode(words: &[u32; BUFFER_WORDS]) -> Result<Request, Malformed> {
         SET_MAC => {
             only(&[0, FILTER_CLEAR, FILTER_ADD])?;
             if argument == FILTER_CLEAR {
-                // igbvf sends zeros here; whatever it is has no meaning.
+                // igbvf sends zeros here. An address would have no meaning.
                 return Ok(Request::ClearUnicastFilters);
             }
             let mac = mac_from([first, second]);
@@ -129,8 +130,8 @@ pub fn decode(words: &[u32; BUFFER_WORDS]) -> Result<Request, Malformed> {
     }
 }
 
-/// A request as it may be forwarded; None for what has no such form. `effective` is a valid address for the message
-/// that clears the unicast filters: igb refuses it with the zeros that igbvf puts there.
+/// Encodes a request for the real mailbox; None for a request without a canonical form. `effective` is the valid
+/// address in the message that clears the unicast filters: igb refuses the zeros that igbvf puts there.
 pub fn encode(request: &Request, effective: MacAddress) -> Option<Words> {
     Some(match request {
         Request::Reset => Words::new(&[u32::from(RESET)]),
@@ -153,8 +154,8 @@ pub fn encode(request: &Request, effective: MacAddress) -> Option<Words> {
     })
 }
 
-/// The message that makes a change which has a message (see [`Change::route`]); None for the others and for a reset,
-/// which is the guest's alone.
+/// Encodes a change that a message makes (see [`Change::route`]); None for other changes and for a reset, which only
+/// the guest requests.
 pub fn encode_change(change: &Change, effective: MacAddress) -> Option<Words> {
     let request = match change {
         Change::AddUnicast(mac) => Request::AddUnicastFilter(*mac),
@@ -175,15 +176,15 @@ pub fn reply(request_word: u32, accepted: bool, clear_to_send: bool) -> Words {
     let cts = if clear_to_send { CTS } else { 0 };
     let mut echo = echo(request_word);
     if !accepted && echo & OPCODE_MASK == u32::from(SET_VLAN) {
-        // igbvf compares with the bare opcode (drivers/net/ethernet/intel/igbvf/vf.c, e1000_set_vfta_vf): with the
-        // argument echoed, as the PF does, a refused VLAN would look joined.
+        // igbvf compares with the bare opcode (drivers/net/ethernet/intel/igbvf/vf.c, e1000_set_vfta_vf): if the reply
+        // echoed the argument, as the PF does, a refused VLAN would look joined.
         echo = u32::from(SET_VLAN);
     }
     Words::new(&[echo | verdict | cts])
 }
 
-/// What igb's answer repeats of a message's word 0: opcode and argument, but for what it takes out when it has made it
-/// (drivers/net/ethernet/intel/igb/igb_main.c, igb_set_vf_promisc).
+/// The part of word 0 that igb's answer repeats: opcode and argument, without the bits that igb clears after it has
+/// carried out the message (drivers/net/ethernet/intel/igb/igb_main.c, igb_set_vf_promisc).
 pub fn echo(request_word: u32) -> u32 {
     let echo = request_word & REQUEST_MASK;
     if echo & OPCODE_MASK == u32::from(SET_PROMISC) { echo & !word0(0, PROMISC_MULTICAST) } else { echo }
@@ -192,13 +193,13 @@ pub fn echo(request_word: u32) -> u32 {
 /// Whether `reply` is the PF's answer to the message with this word 0.
 pub fn answers(reply: u32, request_word: u32) -> bool {
     let repeated = reply & REQUEST_MASK;
-    // A PF that does not listen refuses a message as it is.
+    // A PF that does not listen refuses a message and repeats it unchanged.
     let same = repeated == echo(request_word) || repeated == request_word & REQUEST_MASK;
     same && reply & (ACK_MESSAGE | NACK_MESSAGE) != 0
 }
 
-/// The reply to a reset. The driver compares word 0 exactly: no "clear to send" in it. Without an address it makes up
-/// one.
+/// The reply to a reset. The driver compares word 0 exactly, so it lacks "clear to send". Without an address the driver
+/// makes one up.
 pub fn reset_reply(effective: Option<MacAddress>) -> Words {
     match effective {
         Some(mac) => {
@@ -209,7 +210,8 @@ pub fn reset_reply(effective: Option<MacAddress>) -> Words {
     }
 }
 
-/// The address in the PF's reply to a reset: `Some(None)` if it has none for this VF, None if that is no such reply.
+/// The address in the PF's reply to a reset: `Some(None)` if the PF has none for this VF, None if `reply` is not such a
+/// reply.
 pub fn parse_reset_reply(reply: &Words) -> Option<Option<MacAddress>> {
     let &[word, first, second, ..] = reply.padded();
     if word & !CTS == u32::from(RESET) | ACK_MESSAGE {
@@ -245,7 +247,7 @@ fn multicast(hashes: &[u16]) -> Words {
     Words::new(&words)
 }
 
-/// Addresses are in memory order, in little-endian words: 02:aa:bb:cc:dd:01 is 0xccbbaa02, 0x000001dd.
+/// Addresses are in memory order in little-endian words: 02:aa:bb:cc:dd:01 is 0xccbbaa02, 0x000001dd.
 fn mac_words(mac: MacAddress) -> [u32; 2] {
     let [a, b, c, d, e, f] = mac.bytes();
     [u32::from_le_bytes([a, b, c, d]), u32::from_le_bytes([e, f, 0, 0])]

@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 
-//! Where a VF family has its mailbox: one table per family.
+//! The registers of each VF family's mailbox: one table per family.
 
-use super::words::BUFFER_WORDS;
+use super::message::BUFFER_WORDS;
 
 /// Bytes of the page that holds the mailbox.
 pub const PAGE_SIZE: u64 = 4096;
@@ -14,7 +14,7 @@ pub struct Layout {
     pub driver: &'static str,
     /// PCI vendor and device ids of its VFs.
     pub ids: &'static [(u16, u16)],
-    /// The BAR that everything below is in.
+    /// The BAR of all registers below.
     pub bar: usize,
     /// VF control (bit 26 is the VF's reset).
     pub control: u16,
@@ -22,9 +22,11 @@ pub struct Layout {
     pub mailbox: u16,
     /// The mailbox buffer's first word.
     pub buffer: u16,
-    /// Registers of the mailbox page whose reads go to the hardware; writes to them are ignored.
+    /// Registers of the mailbox page that the guest reads from the hardware. Writes to them are
+    /// ignored.
     pub passed_reads: &'static [u16],
-    /// Triggers vectors of the VF by mask. On another page: the guest writes it directly too.
+    /// Triggers the VF's vectors by mask. It is on another page, which the guest also writes
+    /// directly.
     pub trigger: u16,
     /// The vector of the mailbox interrupt: bit 7 valid, bits 1:0 the vector.
     pub mailbox_vector: u16,
@@ -54,10 +56,10 @@ pub static IGBVF: Layout = Layout {
     mailbox_vector: 0x1740,
 };
 
-/// The layouts that a relay exists for.
+/// The layouts that the relay supports.
 pub static FAMILIES: &[&Layout] = &[&IGBVF];
 
-/// What a trapped offset is.
+/// The kind of register at a trapped offset.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Register {
     /// VF control.
@@ -66,19 +68,19 @@ pub enum Register {
     Mailbox,
     /// A word of the mailbox buffer, 0 to 15.
     Buffer(usize),
-    /// Read from the hardware, not written.
+    /// Read from the hardware; writes are ignored.
     PassedRead,
     /// Not emulated: reads as zero, ignores writes.
     Unknown,
 }
 
 impl Layout {
-    /// The layout of a VF, if it is of a family that the relay knows.
+    /// The layout of a VF, if the relay supports its family.
     pub fn of(vendor: u16, device: u16) -> Option<&'static Self> {
         FAMILIES.iter().copied().find(|layout| layout.ids.contains(&(vendor, device)))
     }
 
-    /// What is at an offset of the mailbox page.
+    /// The register at an offset of the mailbox page.
     pub fn register(&self, offset: u64) -> Register {
         let Ok(offset) = u16::try_from(offset) else { return Register::Unknown };
         let in_buffer = usize::from(offset.wrapping_sub(self.buffer) / 4);

@@ -1,15 +1,15 @@
 // SPDX-License-Identifier: Apache-2.0
 
-//! Mailbox registers and messages of VF drivers: what the guest sees in place of the real mailbox ([`registers`]),
-//! what the messages mean ([`igbvf`]), and how the real mailbox is used ([`port`]).
+//! Mailbox registers and messages of VF drivers: the registers that the guest sees in place of the real mailbox
+//! ([`registers`]), the meaning of the messages ([`igbvf`]), and access to the real mailbox ([`vf_mailbox`]).
 //!
 //! Nothing here decides. The [relay](crate::relay) owns the real mailbox and waits for verdicts.
 
-pub mod bits;
 #[cfg(any(test, feature = "test-support"))]
 pub mod fuzz;
 pub mod igbvf;
 pub mod layout;
-pub mod port;
+pub mod message;
+pub mod register_bits;
 pub mod registers;
-pub mod words;
+pub mod vf_mailbox;

@@ -15,67 +15,67 @@
 //!
 //! * The guest moves it by REQ and VTCTRL.RST, the relay by [`complete`](Registers::complete), the device's reset by
 //!   [`function_reset`](Registers::function_reset).
-//! * PFU is never shown: a driver that cannot take the buffer for 11 ms gives up without a word. PFACK is never shown
-//!   before the decision: waiting for it is what the driver has a second for.
+//! * PFU is never shown: a driver that cannot take the buffer for 11 ms gives up silently. PFACK is never shown before
+//!   the decision: the driver waits a second for it.
 //! * The last reply stays in word 0, where the driver's link check looks for "clear to send".
-//! * Once "clear to send" was withdrawn, only the answer to a reset message gives it back. Every other reply lacks it, and
-//!   word 0 asks for a reset again as soon as such a reply was read: a signal that a later reply hides would leave the
-//!   guest with an address, or filters, that its device does not have.
-//! * What the PF says on its own is merged when it cannot be taken for a reply: not while a message is in flight, while
-//!   the guest owns the buffer, or while an answer is unread.
+//! * Once "clear to send" was withdrawn, only the answer to a reset message restores it. Every other reply lacks it,
+//!   and word 0 asks for a reset again as soon as the guest has read such a reply: if a later reply hid the request,
+//!   the guest would keep an address, or filters, that its device does not have.
+//! * An unsolicited message of the PF is delivered only when the guest cannot take it for a reply: not while a message
+//!   is in flight, while the guest owns the buffer, or while an answer is unread.
 
 use super::{
-    bits::{self, CTS, NACK_MESSAGE, PF_CONTROL, PFACK, PFSTS, REQ, RSTD, RSTI, VFU},
     layout::{Layout, Register},
-    words::{BUFFER_WORDS, Words},
+    message::{BUFFER_WORDS, Words},
+    register_bits::{self, CTS, NACK_MESSAGE, PF_CONTROL, PFACK, PFSTS, REQ, RSTD, RSTI, VFU},
 };
 
 /// Word 0 that makes the driver's link check schedule a reset: refused, and not clear to send.
 pub const RESET_WANTED: u32 = PF_CONTROL | NACK_MESSAGE;
 
-/// The 16 words as they were when the guest set REQ.
+/// The 16 words at the moment when the guest set REQ.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Snapshot {
-    /// Names this message: grows with every message and reset of this VF, never repeats.
+    /// Number of this message: grows with every message and reset of this VF, never repeats.
     pub seq: u64,
     /// The buffer.
     pub words: [u32; BUFFER_WORDS],
 }
 
-/// What a write asks of the relay.
+/// The relay's work after a write.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Effect {
     /// Nothing.
     None,
-    /// A message was posted.
+    /// The guest posted a message.
     Ring(Snapshot),
     /// The guest reset its VF; messages up to this sequence number are void.
     Reset(u64),
 }
 
-/// What a read yields.
+/// The result of a read.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Read {
-    /// This value. `hint`: the guest looks for news, the relay should look at the real mailbox.
+    /// This value. With `hint`, the guest polls for events, and the relay should poll the real mailbox.
     Shadow {
         /// The register's value.
         value: u32,
-        /// Whether the real mailbox is worth a look.
+        /// Whether the real mailbox is worth a poll.
         hint: bool,
     },
     /// The hardware's register at the same offset.
     Hardware,
-    /// Nothing is there (reads as zero).
+    /// No register: reads as zero.
     Unknown {
-        /// Whether this register is touched for the first time.
+        /// Whether this is the first access to this register.
         first: bool,
     },
 }
 
-/// What was ignored, since the VF was assigned.
+/// Accesses ignored since the VF was assigned.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct RegisterCounts {
-    /// REQ while a message was in flight.
+    /// REQs while a message was in flight.
     pub dropped_requests: u64,
     /// Buffer writes while a message was in flight.
     pub dropped_writes: u64,
@@ -97,15 +97,15 @@ pub struct Registers {
     pfack: bool,
     rsti: bool,
     rstd: bool,
-    /// From VTCTRL.RST to the next answer RSTI is hidden: the driver would give up its reset after 1 ms.
+    /// From VTCTRL.RST to the next answer, RSTI is hidden: the driver would give up its reset after 1 ms.
     resetting: bool,
-    /// A reply is in word 0 and was not read.
+    /// Word 0 has a reply that the guest has not read.
     unread: bool,
-    /// A message of the PF that waits until it cannot be taken for a reply.
+    /// An unsolicited message of the PF, held until the guest cannot take it for a reply.
     waiting: Option<u32>,
-    /// "Clear to send" was withdrawn, and no reset message of the guest was answered since.
+    /// "Clear to send" was withdrawn, and the guest has had no answer to a reset message since.
     must_reset: bool,
-    /// Word 0 is to ask for a reset as soon as nothing in it can be taken for a reply.
+    /// Word 0 must ask for a reset as soon as the guest cannot take that for a reply.
     reset_unsaid: bool,
     seen: [u64; 16],
     counts: RegisterCounts,
@@ -144,7 +144,7 @@ impl Registers {
         self.in_flight
     }
 
-    /// What was ignored so far.
+    /// The accesses ignored so far.
     pub fn counts(&self) -> RegisterCounts {
         self.counts
     }
@@ -173,15 +173,15 @@ impl Registers {
         }
     }
 
-    /// A write of `len` bytes by the guest; `value` holds them in its low bytes. Returns what to do, and whether an
-    /// unknown register was touched for the first time.
+    /// Handles a write of `len` bytes by the guest; `value` holds them in its low bytes. Returns the effect, and
+    /// whether it was the first touch of an unknown register.
     pub fn write(&mut self, offset: u64, len: usize, value: u32) -> (Effect, bool) {
         if len != 4 || !offset.is_multiple_of(4) {
             count(&mut self.counts.bad_width);
             return (Effect::None, false);
         }
         match self.layout.register(offset) {
-            Register::Control if value & bits::CONTROL_RST != 0 => (self.vf_reset(), false),
+            Register::Control if value & register_bits::CONTROL_RST != 0 => (self.vf_reset(), false),
             Register::Mailbox => (self.write_mailbox(value), false),
             Register::Buffer(_) if self.in_flight => {
                 count(&mut self.counts.dropped_writes);
@@ -198,14 +198,14 @@ impl Registers {
         }
     }
 
-    /// Ends message `seq`: writes the reply (None: acknowledged, but not answered) and raises PFACK and PFSTS
-    /// together. The reply loses "clear to send" while the guest must reset. Returns false, and changes nothing, if a reset
-    /// was faster.
+    /// Ends message `seq`: writes the reply (None: acknowledged, but without a reply) and raises PFACK and PFSTS
+    /// together. The reply lacks "clear to send" while the guest must reset. Returns false, and changes nothing, if a
+    /// reset came first.
     pub fn complete(&mut self, seq: u64, reply: Option<&Words>) -> bool {
         self.end(seq, reply, false)
     }
 
-    /// Ends message `seq`, a reset message that the PF has carried out. The guest need not reset any more.
+    /// Ends message `seq`, a reset message that the PF has carried out. The guest then need not reset any more.
     pub fn complete_reset(&mut self, seq: u64, reply: &Words) -> bool {
         self.end(seq, Some(reply), true)
     }
@@ -228,14 +228,14 @@ impl Registers {
             }
             self.pfsts = true;
             self.unread = true;
-            // The driver's link check wants no more than a word with "clear to send", which the reply is.
+            // The driver's link check needs only a word with "clear to send", and the reply is one.
             self.waiting = None;
         }
         self.deliver();
         true
     }
 
-    /// A message that the PF sent on its own, clear to send. It is dropped while the guest must reset.
+    /// Holds an unsolicited message of the PF, with "clear to send". Drops it while the guest must reset.
     pub fn pf_message(&mut self, word: u32) {
         if !self.must_reset {
             self.waiting = Some(word);
@@ -243,12 +243,12 @@ impl Registers {
         self.deliver();
     }
 
-    /// The PF no longer listens to this VF, or its settings have changed under the driver: makes the driver reset it. Only
-    /// the answer to its reset message ([`complete_reset`](Self::complete_reset)) brings "clear to send" back; a reset of the
-    /// device does not. False if the driver has not looked since the last time.
+    /// Makes the driver reset its VF, because the PF no longer listens or has changed settings behind the driver's
+    /// back. Only the answer to the reset message ([`complete_reset`](Self::complete_reset)) restores "clear to send";
+    /// a reset of the device does not. Returns false if the driver has not seen the last request yet.
     pub fn lost_clear_to_send(&mut self) -> bool {
         let is_news = !self.reset_unsaid;
-        // The driver polls RSTD every 2 s; only then does it look at word 0.
+        // The driver polls RSTD every 2 s, and looks at word 0 only then.
         self.rstd = true;
         self.waiting = None;
         (self.must_reset, self.reset_unsaid) = (true, true);
@@ -256,13 +256,13 @@ impl Registers {
         is_news
     }
 
-    /// Whether the PF is being reset at this moment.
+    /// Sets whether a reset of the PF is under way.
     pub fn set_pf_resetting(&mut self, resetting: bool) {
         self.rsti = resetting;
     }
 
-    /// The device was reset (FLR, reboot): the registers are as after power-on, and a guest that must reset must still do
-    /// so. Returns the new sequence number.
+    /// Resets the registers after a reset of the device (FLR, reboot). They are as after power-on, but a guest that had
+    /// to reset its VF still must. Returns the new sequence number.
     pub fn function_reset(&mut self) -> u64 {
         *self = Self {
             seq: self.seq.wrapping_add(1),
@@ -274,8 +274,8 @@ impl Registers {
         self.seq
     }
 
-    /// Whether a guest that reads now could be told something new. What a driver reads while it owns the buffer is part of
-    /// its message, and nothing is delivered before it gives it back.
+    /// Whether a read by the guest may deliver an event. A read while the driver owns the buffer belongs to its
+    /// message: nothing is delivered before it releases the buffer.
     fn wants_news(&self) -> bool {
         !(self.in_flight || self.vfu)
     }
@@ -324,7 +324,7 @@ impl Registers {
         self.rstd = false;
         self.unread = false;
         self.waiting = None;
-        // The driver would take RSTD for a reset of its PF that goes on, and give up.
+        // The driver would take RSTD for a continuing reset of the PF, and give up.
         self.reset_unsaid = false;
         self.resetting = true;
         Effect::Reset(self.seq)

@@ -1,48 +1,50 @@
 // SPDX-License-Identifier: Apache-2.0
 
-//! What the driver will do with its address at its next reset, and which of that must be refused.
+//! The address that the driver requests at its next reset, and which of these requests the relay must refuse.
 //!
-//! igbvf keeps two addresses: the one it last asked for, and the one of the last reset's reply. After every reset it
-//! asks for the former again ("restore"); refused, it takes the latter. Two rules follow, in both ways of refusing:
+//! igbvf keeps two addresses: the one that it last requested, and the one in the last reset reply. After every reset
+//! it requests the former again (a "restore"); if that is refused, it takes the latter. Two rules follow, whether
+//! refusals are silent or not:
 //!
-//! * *fresh*: a refusal that the guest must not see (silent) is told all the same when it answers a restore.
-//!   Acknowledged, the driver would keep an address that the device does not have, across all resets.
-//! * *stale restore*: a refusal makes the driver go back to the address of the last reset's reply. If it was granted
-//!   another one in between, its next restore asks for an address that nobody wants any more, and a policy that
-//!   accepts it would undo the granted one. So that one is refused.
+//! * *fresh*: if the refused request is a restore, the relay refuses it openly even where the policy asks for
+//!   silence. After an acknowledgement, the driver would keep an address that the device does not have, across all
+//!   resets.
+//! * *stale restore*: after a refusal the driver goes back to the address of the last reset reply. If another
+//!   address was granted in between, the next restore requests an obsolete address, and a policy that accepts it
+//!   would undo the grant. The relay therefore refuses it.
 
 use netpolicy::MacAddress;
 
-/// What is known of the driver's two addresses.
+/// The relay's knowledge of the driver's two addresses.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct DriverAddress {
-    /// No address was asked for since the last reset.
+    /// The driver has requested no address since the last reset.
     fresh: bool,
-    /// Of the last reset's reply.
+    /// The address in the last reset reply.
     from_reset: Option<MacAddress>,
-    /// A refusal made the driver go back to this address, and nothing was acknowledged since.
+    /// The address that the driver went back to after a refusal; None after an acknowledgement.
     fallen_back: Option<MacAddress>,
 }
 
-/// What to do with a request for an address before anybody is asked.
+/// First decision about a requested address, before the relay asks the authority.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Judgement {
-    /// It is the effective one: acknowledge, forward nothing (igb refuses even that).
+    /// The address is the effective one: acknowledge it and forward nothing (igb refuses even that).
     Equal,
     /// A stale restore: refuse.
     Stale,
-    /// The authority decides.
+    /// The authority must decide.
     Ask,
 }
 
 impl DriverAddress {
-    /// A reset was answered with this address.
+    /// Notes a reset reply with this address.
     pub fn reset(&mut self, reply: Option<MacAddress>) {
         self.fresh = true;
         self.from_reset = reply.or(self.from_reset);
     }
 
-    /// The guest asks for `mac` while `effective` is programmed.
+    /// Judges a request for `mac` while `effective` is programmed.
     pub fn judge(&self, mac: MacAddress, effective: Option<MacAddress>) -> Judgement {
         if effective == Some(mac) {
             Judgement::Equal
@@ -53,12 +55,12 @@ impl DriverAddress {
         }
     }
 
-    /// Whether a refusal that is meant to be silent must be told.
+    /// Whether the driver must see a refusal that the policy wants silent.
     pub fn must_tell(&self) -> bool {
         self.fresh
     }
 
-    /// A request for an address was answered.
+    /// Notes the answer to a request for an address.
     pub fn answered(&mut self, acknowledged: bool) {
         self.fresh = false;
         self.fallen_back = if acknowledged { None } else { self.from_reset };
@@ -78,11 +80,11 @@ mod tests {
     }
 
     enum Step {
-        /// Reset, answered with the effective address.
+        /// A reset, answered with the effective address.
         Reset,
-        /// Asked for; granted by the authority if it comes to that.
+        /// A request; the authority grants it if the relay asks.
         Granted(u8, Judgement),
-        /// Asked for; refused by the authority if it comes to that. `told`: the driver sees it.
+        /// A request; the authority denies it if the relay asks. `told`: the driver sees the refusal.
         Refused { mac: u8, judgement: Judgement, silent: bool, told: bool },
         /// The host changes the effective address.
         Host(u8),
@@ -154,12 +156,12 @@ mod tests {
         let refused = || Refused { mac: Z, judgement: Ask, silent: false, told: true };
         // Not a restore: no reset in between.
         assert_eq!(play(&[Reset, Granted(A, Equal), Granted(Y, Ask), refused(), Granted(A, Ask)]), A);
-        // The driver is told once, then knows Y.
+        // The driver sees one refusal, then knows Y.
         let steps = [Reset, Granted(Y, Ask), refused(), Reset, Granted(A, Stale), Granted(A, Ask)];
         assert_eq!(play(&steps), A);
-        // No refusal: what it restores is what it last asked for.
+        // Without a refusal, the driver restores the address that it last requested.
         assert_eq!(play(&[Reset, Granted(Y, Ask), Host(A), Reset, Granted(Y, Ask)]), Y);
-        // An acknowledgement after the refusal: likewise.
+        // The same holds after an acknowledgement that follows the refusal.
         assert_eq!(
             play(&[Reset, Granted(Y, Ask), refused(), Granted(A, Ask), Host(Y), Reset, Granted(A, Ask)]),
             A

@@ -1,43 +1,43 @@
 // SPDX-License-Identifier: Apache-2.0
 
-//! What the relay and its authority (the agent, behind the vmm's control channel) say to each other.
+//! The messages between the relay and its authority (the agent, behind the vmm's control channel).
 
 use netpolicy::{Change, MacAddress, OnDenied, Reason, Request};
 use serde::{Deserialize, Serialize};
 
-/// Who decides. Neither call may block: they come from the relay's thread (a notice also from the caller of
-/// [`Relay::take_back`](super::Relay::take_back)).
+/// The authority that decides about a guest's requests. Neither call may block: the relay's thread makes them (and the
+/// caller of [`Relay::take_back`](super::Relay::take_back) sends notices too).
 pub trait Authority: Send + Sync {
-    /// Passes a question on. The answer comes by [`Relay::verdict`](super::Relay::verdict).
+    /// Passes a question on. The verdict comes by [`Relay::verdict`](super::Relay::verdict).
     ///
     /// # Errors
-    /// [`Unreachable`] if nobody is there to be asked: the request is refused at once.
+    /// [`Unreachable`] if the authority is away: the relay refuses the request at once.
     fn ask(&self, question: Question) -> Result<(), Unreachable>;
 
-    /// Takes a notice. It must reach the agent, if need be after it is back; the number of notices per second is
-    /// bounded by the relay.
+    /// Takes a notice. It must reach the agent, if need be after the agent is back. The relay bounds the number of
+    /// notices per second.
     fn notice(&self, notice: Notice);
 }
 
-/// The authority is away.
+/// The authority is not connected.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
 #[error("The agent is not connected: requests are refused until it is back")]
 pub struct Unreachable;
 
-/// May this VF do that?
+/// A question to the authority: may this VF do that?
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Question {
-    /// Names this message of this VF; grows, never repeats while the VF is assigned.
+    /// Number of this message of this VF. It grows and never repeats while the VF is assigned.
     pub seq: u64,
-    /// What the guest asks for. For [`Request::Reset`] (which is always forwarded, and was) the verdict's effective
-    /// address is what counts.
+    /// The guest's request. A [`Request::Reset`] has already been forwarded, as always: only the effective address in
+    /// its verdict matters.
     pub request: Request,
 }
 
-/// The answer to a [`Question`].
+/// The authority's answer to a [`Question`].
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Verdict {
-    /// Of the question.
+    /// Number of the question.
     pub seq: u64,
     /// The VF's effective address *after* this decision.
     pub effective_mac: MacAddress,
@@ -45,115 +45,116 @@ pub struct Verdict {
     pub decision: Decision,
 }
 
-/// What to do with a message.
+/// The action that the relay takes on a message.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Decision {
-    /// Acknowledge it.
+    /// Acknowledge the message.
     Grant {
-        /// Whether the PF must hear it.
+        /// Whether the PF must hear the message.
         how: How,
     },
-    /// Refuse it. The PF does not hear of it.
+    /// Refuse the message. The PF does not hear it.
     Refuse {
-        /// Whether the guest's driver is to report an error.
+        /// Whether the guest's driver sees an error.
         tell: OnDenied,
-        /// Why, for log lines.
+        /// The reason, for log lines.
         reason: Reason,
     },
 }
 
-/// How a granted message is carried out.
+/// The way in which a granted message takes effect.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum How {
-    /// It is (by netlink), or nothing is to do: only acknowledge it.
+    /// It has taken effect by netlink, or needs no change: only acknowledge it.
     Local,
-    /// Send it, re-encoded, to the real mailbox, and answer as the PF does. [`Notice::Forwarded`] follows.
+    /// Send it, re-encoded, to the real mailbox, and give the PF's answer to the guest. [`Notice::Forwarded`] follows.
     Forward,
 }
 
-/// Something the agent must know. Kept by the vmm until the agent has it.
+/// News that the agent must have. The vmm keeps it until the agent confirms it.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(tag = "notice", rename_all = "snake_case")]
 pub enum Notice {
-    /// The question `seq` was given up; the guest was refused or has reset. A commit that was or will be made for it
-    /// is to be reverted.
+    /// The relay gave up the question `seq`, because the guest was refused or has reset. The agent must revert a commit
+    /// that it made or will make for it.
     Cancelled {
-        /// Of the question.
+        /// Number of the question.
         seq: u64,
-        /// What was asked.
+        /// The request in the question.
         request: Request,
-        /// Why.
+        /// The reason for giving up.
         why: Cancelled,
     },
-    /// A granted message was sent to the PF.
+    /// The relay sent a granted message to the PF.
     Forwarded {
-        /// Of the question.
+        /// Number of the question.
         seq: u64,
-        /// What the PF said.
+        /// The PF's answer.
         outcome: Forwarded,
     },
     /// The relay itself refused messages, without a question.
     Refused {
-        /// What the last of them asked; None where it had no meaning.
+        /// The last refused request; None if the message had no meaning.
         request: Option<Request>,
-        /// Word 0 of the last of them.
+        /// Word 0 of the last refused message.
         word: u32,
-        /// Why.
+        /// The reason.
         reason: Reason,
-        /// How many since the last notice with this reason.
+        /// Number of refusals since the last notice with this reason.
         count: u64,
     },
-    /// The relay refused a change of the address without a question, by the authority's
-    /// [standing refusal](super::Relay::set_standing_refusal).
+    /// The relay denied a change of the address without a question, by the authority's [standing
+    /// refusal](super::Relay::set_standing_refusal).
     Declined {
-        /// The address that was asked for.
+        /// The requested address.
         mac: MacAddress,
-        /// As the refusal said.
+        /// The reason in the standing refusal.
         reason: Reason,
-        /// The guest was told that it succeeded.
+        /// Whether the relay pretended success to the guest.
         silent: bool,
     },
-    /// The guest now believes in this address: the relay acknowledged it without a question (it is the effective one), or
-    /// told of the success that a silent refusal pretends, which it does not always.
+    /// The guest now uses this address: the relay acknowledged it without a question (it is the effective one), or a
+    /// silent refusal pretended success, which not every silent refusal does.
     GuestMac {
         /// The address.
         mac: MacAddress,
     },
-    /// The PF was reset, went down or no longer answers: its VFs have lost what it does not remember. The guest is made
-    /// to reset.
+    /// The PF was reset, went down or no longer answers: its VFs have lost the settings that it does not remember. The
+    /// relay makes the guest reset.
     PfReset,
-    /// Outcome of [`Relay::take_back`](super::Relay::take_back).
+    /// The result of [`Relay::take_back`](super::Relay::take_back).
     TakenBack {
         /// The caller's number.
         id: u64,
-        /// What the PF did not confirm; empty if all was taken back.
+        /// Changes that the PF did not confirm; empty after success.
         failed: Vec<Change>,
-        /// The PF does not listen to this VF at the moment, whose queues are off. The changes are made right after
-        /// the guest's next reset message, before it is answered; another notice with this id follows then.
+        /// The PF does not listen to this VF at the moment, and the VF's queues are off. The relay makes the changes
+        /// right after the guest's next reset message, before it answers it. Another notice with this id then follows.
         deferred: bool,
     },
 }
 
-/// Marks the numbers of questions that a relay asks by itself. Those of a guest's messages count up from zero.
+/// Marks the numbers of questions that a relay asks by itself. The numbers of a guest's messages count up from zero.
 pub(crate) const OWN_QUESTION: u64 = 1 << 63;
 
-/// Why a question was given up.
+/// The reason why the relay gave up a question.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Cancelled {
-    /// No verdict in time: refused as [`Reason::AuthorityUnreachable`].
+    /// No verdict came in time: refused as [`Reason::AuthorityUnreachable`].
     Deadline,
     /// The guest reset its VF meanwhile.
     GuestReset,
     /// The relay ended.
     Stopped,
-    /// Nobody waits for it: the relay had asked by itself, for a guest that was refused in the authority's absence.
+    /// The relay no longer needs the verdict: it had asked by itself, for a guest whose request it refused in the
+    /// authority's absence.
     Withdrawn,
 }
 
-/// What became of a forwarded message.
+/// The result of a forwarded message.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Forwarded {
@@ -161,6 +162,6 @@ pub enum Forwarded {
     Accepted,
     /// The PF refused it.
     Refused,
-    /// The PF did not answer: it may have carried it out. The guest was refused and must reset.
+    /// The PF did not answer and may have carried it out. The relay refused the guest, which must reset.
     Unanswered,
 }

@@ -4,32 +4,32 @@
 //!
 //! ```text
 //!  vCPU threads                     relay thread                                    agent
-//!  MailboxPage ──ring, reset──▶ Shared ──▶ Core ──Question──▶ Authority ═══════════▶ policy
+//!  MailboxPage ──ring, reset──▶ Shared ──▶ StateMachine ──Question──▶ Authority ═══════════▶ policy
 //!      ▲      (registers, inbox:  ▲         │  ▲                                       │
 //!      └──reads── one small lock) └─reply───┘  └──────── Relay::verdict ◀═════════════┘
-//!                                           │ Port: forwarded messages, looks
+//!                                           │ VfMailbox: forwarded messages, looks
 //!                                           ▼
 //!                                  the real mailbox (one reader and writer: this thread)
 //! ```
 //!
-//! vCPU threads only ever take the lock of the registers. What the authority refuses in any case they refuse themselves
-//! under that lock (`decline`), and nobody's turn is waited for. What a guest can cause is bounded: one message in flight,
-//! token buckets for messages, resets and log lines, refusals aggregated before they are told.
+//! vCPU threads take only the lock of the registers. Under that lock they deny by themselves the requests that the
+//! authority has denied in advance (`fast_deny`), without waiting for another thread. A guest's work is bounded: one
+//! message in flight, token buckets for messages, resets and log lines, and one notice a second about rejections.
 
 mod address;
 mod authority;
-mod bucket;
-mod core;
-mod decline;
-mod limited;
-mod page;
-mod refusals;
+mod fast_deny;
+mod log_limit;
+mod mmio;
+mod rejection_summary;
 mod shared;
+mod state_machine;
 mod stats;
 #[cfg(any(test, feature = "test-support"))]
 pub mod testing;
 #[cfg(test)]
 mod tests;
+mod token_bucket;
 
 use std::{
     io,
@@ -43,20 +43,20 @@ use netpolicy::{Change, MacAddress, StandingRefusal};
 pub use self::{
     address::{DriverAddress, Judgement},
     authority::{Authority, Cancelled, Decision, Forwarded, How, Notice, Question, Unreachable, Verdict},
-    bucket::{Bucket, Rate},
-    page::MailboxPage,
+    mmio::MailboxPage,
     stats::{BUCKETS_US, RelayStats, RoundTrips},
+    token_bucket::{Rate, TokenBucket},
 };
 use self::{
-    core::Core,
-    shared::{Order, Shared},
+    shared::{RelayCommand, Shared},
+    state_machine::StateMachine,
 };
 use crate::{
     function::TrappedRange,
     hardware::VfHardware,
     mailbox::{
         layout::{Layout, PAGE_SIZE},
-        port::{Clock, SystemClock},
+        vf_mailbox::{Clock, SystemClock},
     },
     threads::{ThreadKind, ThreadStart},
 };
@@ -66,25 +66,26 @@ use crate::{
 pub struct Config {
     /// The adapter's name, for log lines.
     pub adapter: String,
-    /// How long the authority may take.
+    /// The time that the authority has for its verdict.
     pub ask_limit: Duration,
-    /// How long a message may take in all, from REQ to the answer.
+    /// The longest time from REQ to the response.
     pub message_limit: Duration,
-    /// How long the PF may take for a forwarded message.
+    /// The time that the PF has to answer a forwarded message.
     pub exchange_limit: Duration,
-    /// How often the real mailbox is looked at when nothing hints at news.
+    /// Interval between polls of the real mailbox when no guest read triggers one.
     pub look_period: Duration,
-    /// How long a look lasts: what the guest reads within that time gives no reason for another one.
+    /// Duration of one poll: guest reads within this time do not trigger another one.
     pub look_gap: Duration,
-    /// Messages of the guest. Those above it are delayed.
+    /// Rate of the guest's messages. The relay delays messages above it.
     pub messages: Rate,
-    /// Resets of the guest (VTCTRL.RST, and separately the reset message). Those above it are delayed.
+    /// Rate of the guest's resets (VTCTRL.RST, and separately the reset message). The relay delays resets above it.
     pub resets: Rate,
-    /// Messages that would have to be delayed for longer are refused.
+    /// The relay refuses messages that it would have to delay for longer.
     pub longest_delay: Duration,
-    /// Log lines that the guest can cause.
+    /// Rate of log lines that the guest can cause.
     pub log_lines: Rate,
-    /// How often refusals for one reason are told to the authority; those in between are counted.
+    /// Interval between two notices to the authority about refusals with the same reason. The relay counts those in
+    /// between.
     pub refusal_period: Duration,
 }
 
@@ -98,7 +99,7 @@ impl Default for Config {
             look_period: Duration::from_millis(250),
             look_gap: Duration::from_millis(20),
             messages: Rate { burst: 64, period: Duration::from_millis(20) },
-            // Two per second: a guest that resets one time after the other is slowed down, never refused.
+            // Two per second: a guest that resets repeatedly is slowed down, never refused.
             resets: Rate { burst: 8, period: Duration::from_millis(500) },
             longest_delay: Duration::from_millis(500),
             log_lines: Rate { burst: 20, period: Duration::from_secs(1) },
@@ -107,7 +108,7 @@ impl Default for Config {
     }
 }
 
-/// Changes that one [`Relay::take_back`] may have, and that may wait for the guest's next reset.
+/// The most changes in one [`Relay::take_back`], and the most that wait for the guest's next reset.
 pub const MAX_CHANGES: usize = 256;
 
 /// The relay of one VF.
@@ -120,7 +121,7 @@ pub struct Relay {
 }
 
 impl Relay {
-    /// Starts the relay's thread. From now on nobody else may touch the real mailbox.
+    /// Starts the relay's thread. From then on no other code may access the real mailbox.
     ///
     /// # Errors
     /// Those of starting a thread.
@@ -131,9 +132,9 @@ impl Relay {
         authority: Arc<dyn Authority>,
         threads: &ThreadStart,
     ) -> io::Result<Self> {
-        let (relay, core) =
+        let (relay, machine) =
             Self::assemble(config, layout, hardware, authority, Arc::new(SystemClock::default()));
-        let thread = threads.spawn(ThreadKind::Relay, "relay".into(), move || core.run())?;
+        let thread = threads.spawn(ThreadKind::Relay, "relay".into(), move || machine.run())?;
         *relay.thread.lock().unwrap_or_else(PoisonError::into_inner) = Some(thread);
         Ok(relay)
     }
@@ -144,11 +145,11 @@ impl Relay {
         hardware: Arc<dyn VfHardware>,
         authority: Arc<dyn Authority>,
         clock: Arc<dyn Clock>,
-    ) -> (Self, Core) {
+    ) -> (Self, StateMachine) {
         let shared = Arc::new(Shared::new(layout, clock, config.look_gap));
         let page = Arc::new(MailboxPage::new(shared.clone(), hardware.clone(), layout));
-        let core = Core::new(config, layout, hardware, authority.clone(), shared.clone());
-        (Self { shared, page, authority, layout, thread: Mutex::new(None) }, core)
+        let machine = StateMachine::new(config, layout, hardware, authority.clone(), shared.clone());
+        (Self { shared, page, authority, layout, thread: Mutex::new(None) }, machine)
     }
 
     /// The mailbox page as the guest sees it: the handler of the trapped page.
@@ -161,31 +162,31 @@ impl Relay {
         TrappedRange { bar: self.layout.bar, range: 0..PAGE_SIZE, handler: self.page.clone() }
     }
 
-    /// The authority's answer. One that comes too late changes nothing.
+    /// Hands over the authority's verdict. A verdict that comes too late changes nothing.
     pub fn verdict(&self, verdict: Verdict) {
         self.shared.verdict(verdict);
     }
 
-    /// The host has changed the VF's effective address without a question, or has reverted a commit that was made for a
-    /// cancelled one.
+    /// Hands over a new effective address that no question has set: the host has changed it, or has reverted the commit
+    /// of a cancelled question.
     pub fn set_effective_mac(&self, mac: MacAddress) {
-        self.shared.order(Order::EffectiveMac(mac));
+        self.shared.send(RelayCommand::EffectiveMac(mac));
     }
 
-    /// What the authority refuses in any case from now on: asked for that, the relay refuses without a question, and
-    /// [`Notice::Declined`] follows. None: nothing.
+    /// Sets the changes that the authority denies in advance. The relay denies them without a question and sends
+    /// [`Notice::Declined`]. `None` lifts the denial.
     pub fn set_standing_refusal(&self, standing: Option<StandingRefusal>) {
         self.shared.standing_refusal(standing);
     }
 
-    /// Takes back, or sets to what is still allowed, what only messages can change: those changes whose
-    /// [`route`](Change::route) is the mailbox, a reset excepted. [`Notice::TakenBack`] with this `id` follows.
+    /// Revokes, or reduces to the part that is still allowed, the changes that only messages can make: those with the
+    /// mailbox as their [`route`](Change::route), except for a reset. [`Notice::TakenBack`] with this `id` follows.
     pub fn take_back(&self, id: u64, changes: Vec<Change>) {
         let refused = if changes.len() > MAX_CHANGES {
             Some((id, changes))
         } else {
-            match self.shared.order(Order::TakeBack { id, changes }) {
-                Some(Order::TakeBack { id, changes }) => Some((id, changes)),
+            match self.shared.send(RelayCommand::TakeBack { id, changes }) {
+                Some(RelayCommand::TakeBack { id, changes }) => Some((id, changes)),
                 _ => None,
             }
         };
@@ -197,11 +198,11 @@ impl Relay {
     /// Makes the guest's driver reset its VF (within about two seconds, if its link is up): it then learns the
     /// effective address.
     pub fn make_guest_reset(&self) {
-        self.shared.order(Order::MakeGuestReset);
+        self.shared.send(RelayCommand::MakeGuestReset);
     }
 
-    /// The device was reset (FLR, reboot): the message in flight is void, and nothing is heard by the PF until the
-    /// guest's next reset message. The page, as a [`BarHandler`](crate::function::BarHandler), does it by itself.
+    /// Notes that the device was reset (FLR, reboot): the message in flight is void, and the PF hears nothing until the
+    /// guest's next reset message. The page calls this itself, as a [`BarHandler`](crate::function::BarHandler).
     pub fn hardware_reset(&self) {
         self.shared.function_reset();
     }
@@ -211,7 +212,7 @@ impl Relay {
         self.shared.stats()
     }
 
-    /// Ends the thread and waits for it: at most for as long as one exchange with the PF takes.
+    /// Ends the thread and waits for it, at most for the duration of one exchange with the PF.
     pub fn stop(&self) {
         self.shared.stop();
         let thread = self.thread.lock().unwrap_or_else(PoisonError::into_inner).take();

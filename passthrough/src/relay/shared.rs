@@ -1,9 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0
 
-//! What vCPU threads, the vmm's event loop and the relay thread share: the registers and the relay's inbox.
+//! The state that vCPU threads, the vmm's event loop and the relay thread share: the registers and the relay's inbox.
 //!
-//! One lock, held for register work only. Every slot is bounded: a later reset voids an earlier message, there is one
-//! message in flight and so one verdict that counts.
+//! One lock guards it, held for register work only. Every slot is bounded: a later reset voids an earlier message, and
+//! with one message in flight only one verdict counts.
 
 use std::{
     collections::VecDeque,
@@ -15,92 +15,93 @@ use netpolicy::{Change, MacAddress, OnDenied, Reason, StandingRefusal};
 
 use super::{
     authority::{OWN_QUESTION, Verdict},
-    decline::{Declined, MAX_DECLINED, Prompt, counted_as},
+    fast_deny::{FastDenial, MAX_DENIALS, Permit, counted_as},
     stats::{RelayStats, Stats},
 };
 use crate::mailbox::{
     layout::Layout,
-    port::Clock,
     registers::{Effect, Read, Registers, Snapshot},
+    vf_mailbox::Clock,
 };
 
-/// Orders that wait for the relay thread.
-const MAX_ORDERS: usize = 64;
+/// The most commands that wait for the relay thread.
+const MAX_COMMANDS: usize = 64;
 
-/// What the vmm wants of the relay thread.
+/// A command of the vmm to the relay thread.
 #[derive(Debug)]
-pub(crate) enum Order {
+pub(crate) enum RelayCommand {
     EffectiveMac(MacAddress),
     TakeBack { id: u64, changes: Vec<Change> },
     MakeGuestReset,
 }
 
-/// A message and when it was posted.
+/// A message and the time at which the guest posted it.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Posted {
     pub(crate) snapshot: Snapshot,
     pub(crate) at: Duration,
 }
 
-/// What came in since the relay thread last looked. What was declined in it is older than a reset in it, and that than
-/// the message in it.
+/// Input since the relay thread's last turn. The denials in it are older than a reset in it, and the reset is older
+/// than the message in it.
 #[derive(Debug, Default)]
 pub(crate) struct Inbox {
-    pub(crate) declined: Vec<Declined>,
+    pub(crate) denials: Vec<FastDenial>,
     pub(crate) posted: Option<Posted>,
     pub(crate) vf_reset: bool,
     pub(crate) function_reset: bool,
     pub(crate) hint: bool,
     pub(crate) verdict: Option<Verdict>,
-    pub(crate) orders: VecDeque<Order>,
+    pub(crate) commands: VecDeque<RelayCommand>,
     pub(crate) stop: bool,
 }
 
 impl Inbox {
-    /// Whether nothing in it is worth waking for.
+    /// Whether nothing in it is worth waking the relay thread.
     fn is_quiet(&self) -> bool {
         self.is_calm() && !(self.hint || self.stop)
     }
 
-    /// Whether nothing in it changes what the next message means.
+    /// Whether nothing in it changes the meaning of the next message.
     fn is_calm(&self) -> bool {
         self.posted.is_none()
             && !(self.vf_reset || self.function_reset)
             && self.verdict.is_none()
-            && self.orders.is_empty()
+            && self.commands.is_empty()
     }
 }
 
-/// Behind the lock.
+/// The state behind the lock.
 pub(crate) struct State {
     pub(crate) registers: Registers,
     pub(crate) stats: Stats,
     inbox: Inbox,
-    /// What the authority refuses in any case.
+    /// The changes that the authority denies in advance.
     standing: Option<StandingRefusal>,
-    /// For the next message.
-    prompt: Option<Prompt>,
-    /// Until then the real mailbox was looked at just now, or is about to be: the guest's reads are no hints, and wake nobody.
+    /// Lets a vCPU thread deny the next message.
+    permit: Option<Permit>,
+    /// Before this time, guest reads do not trigger a poll of the real mailbox: one has just happened, or is about to.
     hints_from: Duration,
 }
 
 impl State {
-    /// A message has come: refused at once, or left to the relay thread. Returns whether that has to be woken for it.
+    /// Denies a new message at once, or leaves it to the relay thread. Returns whether the relay thread must wake for
+    /// it.
     fn posted(&mut self, posted: Posted) -> bool {
-        let declined = match (&mut self.prompt, &self.standing) {
-            (Some(prompt), Some(standing)) if self.inbox.declined.len() < MAX_DECLINED => {
-                prompt.decline(&posted, standing, &mut self.registers)
+        let denial = match (&mut self.permit, &self.standing) {
+            (Some(permit), Some(standing)) if self.inbox.denials.len() < MAX_DENIALS => {
+                permit.deny(&posted, standing, &mut self.registers)
             }
             _ => None,
         };
-        let Some(declined) = declined else {
-            self.prompt = None;
+        let Some(denial) = denial else {
+            self.permit = None;
             self.inbox.posted = Some(posted);
             return true;
         };
-        self.stats.message("set_mac", counted_as(declined.silent));
+        self.stats.message("set_mac", counted_as(denial.silent));
         self.stats.round_trips.add(Duration::ZERO);
-        self.inbox.declined.push(declined);
+        self.inbox.denials.push(denial);
         false
     }
 }
@@ -120,7 +121,7 @@ impl Shared {
             stats: Stats::default(),
             inbox: Inbox::default(),
             standing: None,
-            prompt: None,
+            permit: None,
             hints_from: Duration::ZERO,
         };
         Self { state: Mutex::new(state), wake: Condvar::new(), clock, look_gap }
@@ -130,12 +131,12 @@ impl Shared {
         &self.clock
     }
 
-    /// Nothing behind the lock can be left half done by a panic that matters to the next owner.
+    /// Ignores poisoning: a panic leaves nothing half done behind the lock that matters to the next owner.
     pub(crate) fn lock(&self) -> MutexGuard<'_, State> {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// A read by the guest, on a vCPU thread.
+    /// Handles a read by the guest, on a vCPU thread.
     pub(crate) fn read(&self, offset: u64, len: usize) -> Read {
         let now = self.clock.now();
         let mut state = self.lock();
@@ -152,7 +153,7 @@ impl Shared {
         read
     }
 
-    /// A write by the guest, on a vCPU thread. Returns whether it was the first touch of an unknown register.
+    /// Handles a write by the guest, on a vCPU thread. Returns whether it was the first touch of an unknown register.
     pub(crate) fn write(&self, offset: u64, len: usize, value: u32) -> bool {
         let at = self.clock.now();
         let mut state = self.lock();
@@ -161,19 +162,19 @@ impl Shared {
             Effect::None => return first,
             Effect::Ring(snapshot) => {
                 if !state.posted(Posted { snapshot, at }) {
-                    // What the guest reads now is its answer.
+                    // The guest's next reads fetch its answer.
                     state.hints_from = at.saturating_add(self.look_gap);
                     return first;
                 }
             }
             Effect::Reset(_) => {
-                state.prompt = None;
+                state.permit = None;
                 state.inbox.posted = None;
                 state.inbox.verdict = None;
                 state.inbox.vf_reset = true;
             }
         }
-        // Woken with the lock held, the relay would only wait for it: here and below.
+        // Unlock before the wake-up, here and below: otherwise the relay would wake only to wait for the lock.
         drop(state);
         self.wake.notify_one();
         first
@@ -182,7 +183,7 @@ impl Shared {
     pub(crate) fn function_reset(&self) {
         let mut state = self.lock();
         state.registers.function_reset();
-        state.prompt = None;
+        state.permit = None;
         state.inbox.posted = None;
         state.inbox.verdict = None;
         state.inbox.vf_reset = false;
@@ -200,15 +201,15 @@ impl Shared {
         }
     }
 
-    /// Gives the order back if too many wait.
-    pub(crate) fn order(&self, order: Order) -> Option<Order> {
+    /// Returns the command if too many are waiting.
+    pub(crate) fn send(&self, command: RelayCommand) -> Option<RelayCommand> {
         let mut state = self.lock();
-        if state.inbox.orders.len() >= MAX_ORDERS || state.inbox.stop {
-            return Some(order);
+        if state.inbox.commands.len() >= MAX_COMMANDS || state.inbox.stop {
+            return Some(command);
         }
-        // It may change what the prompt says.
-        state.prompt = None;
-        state.inbox.orders.push_back(order);
+        // The command may change the state that the permit relies on.
+        state.permit = None;
+        state.inbox.commands.push_back(command);
         self.wake.notify_one();
         None
     }
@@ -217,18 +218,18 @@ impl Shared {
         self.lock().standing = standing;
     }
 
-    /// Why and how a change to `mac` is refused in any case, if it is.
+    /// The reason and manner of denying a change to `mac`, if the authority has denied it in advance.
     pub(crate) fn refusal_of(&self, mac: MacAddress) -> Option<(Reason, OnDenied)> {
         let state = self.lock();
         let standing = state.standing.as_ref().filter(|standing| standing.covers(mac))?;
         Some((standing.reason, standing.on_denied))
     }
 
-    /// The next message may be refused by who writes it, until something else comes in. None: it may not.
-    pub(crate) fn prompt(&self, prompt: Option<Prompt>) {
+    /// Permits vCPU threads to deny the next messages, until other input arrives. `None` forbids it.
+    pub(crate) fn set_permit(&self, permit: Option<Permit>) {
         let mut state = self.lock();
-        // What was declined meanwhile is not in it.
-        state.prompt = prompt.filter(|_| state.inbox.is_calm() && state.inbox.declined.is_empty());
+        // The permit does not account for denials since it was issued.
+        state.permit = permit.filter(|_| state.inbox.is_calm() && state.inbox.denials.is_empty());
     }
 
     pub(crate) fn stop(&self) {
@@ -241,19 +242,19 @@ impl Shared {
         state.stats.snapshot(state.registers.counts())
     }
 
-    /// Takes what came in. An order to stop stays.
+    /// Takes the input. A request to stop stays in the inbox.
     pub(crate) fn take(&self) -> Inbox {
         let mut state = self.lock();
         let stop = state.inbox.stop;
         std::mem::replace(&mut state.inbox, Inbox { stop, ..Inbox::default() })
     }
 
-    /// The real mailbox is looked at, at `now`.
+    /// Notes a poll of the real mailbox at `now`.
     pub(crate) fn looking(&self, now: Duration) {
         self.lock().hints_from = now.saturating_add(self.look_gap);
     }
 
-    /// Waits for something to come in, until `time` at the latest.
+    /// Waits for input, until `time` at the latest.
     pub(crate) fn wait(&self, time: Duration) {
         let mut state = self.lock();
         while state.inbox.is_quiet() {

@@ -15,15 +15,15 @@ pub const BUCKETS_US: [u64; 11] =
 /// Counters of one relay since its start.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct RelayStats {
-    /// Messages by `opcode:verdict`, for instance `set_mac:refused`.
+    /// Messages by `opcode:outcome`, for instance `set_mac:refused`.
     pub messages: BTreeMap<String, u64>,
-    /// From REQ to the answer, for all answered messages.
+    /// Times from REQ to the response, for all messages that got one.
     pub round_trips: RoundTrips,
-    /// REQ while a message was in flight: dropped.
+    /// REQs dropped because a message was in flight.
     pub dropped_requests: u64,
-    /// Buffer writes while a message was in flight: dropped.
+    /// Buffer writes dropped because a message was in flight.
     pub dropped_writes: u64,
-    /// Accesses that are not aligned and 32 bit wide: ignored.
+    /// Ignored accesses: not aligned, or not 32 bit wide.
     pub bad_width: u64,
     /// Accesses to registers that are not emulated.
     pub unknown_registers: u64,
@@ -36,13 +36,13 @@ pub struct RelayStats {
 /// A histogram of times.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct RoundTrips {
-    /// Number of them.
+    /// Number of times added.
     pub count: u64,
-    /// Their sum in microseconds.
+    /// Sum in microseconds.
     pub sum_us: u64,
-    /// The longest in microseconds.
+    /// Maximum in microseconds.
     pub max_us: u64,
-    /// Numbers by bucket (not cumulative): see [`BUCKETS_US`], and one more for those above.
+    /// Numbers by bucket (not cumulative): see [`BUCKETS_US`], and one more bucket above them.
     pub buckets: [u64; BUCKETS_US.len() + 1],
 }
 

@@ -1,15 +1,15 @@
 // SPDX-License-Identifier: Apache-2.0
 
-//! PCI addresses of simulated functions, for whoever lists them beside real ones.
+//! PCI addresses of simulated functions, which appear beside real ones in lists.
 
-use crate::host::Bdf;
+use crate::sriov::Bdf;
 
-/// Domains that no host has: ACPI segments have 16 bits, those of Intel's VMD follow from 0x10000.
+/// Domains that no host has: ACPI segments have 16 bits, and Intel's VMD takes domains from 0x10000 on.
 const FIRST_DOMAIN: u32 = 0xf51a_0000;
 
-/// Simulated PFs of one host.
+/// The most simulated PFs of one host.
 pub const MAX_PFS: u16 = 256;
-/// VFs of one simulated PF. An 82576 has 8, of which igb leaves one to the PF.
+/// The most VFs of one simulated PF. An 82576 has 8, of which igb leaves one to the PF.
 pub const MAX_VFS: u16 = 64;
 
 /// The address of simulated PF `pf`; None from [`MAX_PFS`] on.

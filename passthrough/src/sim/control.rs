@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 
-//! The agent's way to a simulated PF: a connection to its control socket.
+//! The agent's connection to the control socket of a simulated PF.
 
 use std::{
     collections::BTreeMap,
@@ -23,16 +23,16 @@ use rustix::{
 use serde::{Deserialize, Serialize};
 
 use super::pf::VfCounters;
-use crate::host::{PfControl, PfError, VfChange, VfSettings};
+use crate::sriov::{PfControl, PfError, VfChange, VfSettings};
 
 /// Version of the requests and answers below.
 pub(super) const VERSION: u32 = 1;
 /// Longest request or answer in bytes.
 pub(super) const MAX_MESSAGE: usize = 64 * 1024;
-/// How long the process may take for an answer: it never waits itself.
+/// The time that the process has to answer. It never waits itself.
 const PATIENCE: Duration = Duration::from_secs(2);
 
-/// What the agent asks of the process.
+/// A request of the agent to the process.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub(super) enum Request {
     Hello { version: u32 },
@@ -45,7 +45,7 @@ pub(super) enum Request {
     Stop,
 }
 
-/// What it answers.
+/// The process's answer.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub(super) enum Answer {
     Hello {
@@ -54,7 +54,7 @@ pub(super) enum Answer {
     },
     Settings(BTreeMap<u16, VfSettings>),
     Counters(BTreeMap<u16, VfCounters>),
-    /// Done; for [`Request::Attach`] with the VF's connection beside it.
+    /// Success. For [`Request::Attach`], the VF's connection comes with it.
     Done,
     /// An error number.
     Refused {
@@ -62,25 +62,25 @@ pub(super) enum Answer {
     },
 }
 
-/// What a simulated PF is.
+/// The description of a simulated PF.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct About {
     /// Its name.
     pub name: String,
-    /// How many VFs it has.
+    /// The number of its VFs.
     pub vfs: u16,
     /// Whether a tap device is its uplink.
     pub uplink: bool,
     /// Whether its link is up.
     pub link_up: bool,
-    /// Its process.
+    /// Its process id.
     pub pid: u32,
-    /// The VFs that a process has. Processes up to version 0.2 do not say.
+    /// The VFs that a process is connected to. Processes up to version 0.2 do not list them.
     #[serde(default)]
     pub attached: Vec<u16>,
 }
 
-/// The way to a simulated PF. Any number of them may lead to the same.
+/// A connection to a simulated PF. Several connections to the same PF are possible.
 #[derive(Debug)]
 pub struct SimPf {
     socket: OwnedFd,
@@ -113,20 +113,20 @@ impl SimPf {
         Ok(pf)
     }
 
-    /// What was found when it was connected.
+    /// The description at the time of the connection.
     #[must_use]
     pub fn about(&self) -> &About {
         &self.about
     }
 
-    /// Where it listens.
+    /// The path of its control socket.
     #[must_use]
     pub fn path(&self) -> &Path {
         &self.path
     }
 
-    /// A new connection of VF `vf`, for [`SimVf::new`](super::SimVf::new). An earlier one is closed: who had it sees
-    /// its VF fail.
+    /// Makes a new connection of VF `vf`, for [`SimVf::new`](super::SimVf::new). An earlier one is closed: the VF of
+    /// its holder fails.
     ///
     /// # Errors
     /// [`PfError::NoVf`], or the process does not answer.
@@ -138,8 +138,8 @@ impl SimPf {
         }
     }
 
-    /// Closes the connection of a VF, if it has one: its adapter fails. The VF is reset; what the administrator set
-    /// stays, and so do its further addresses, as on hardware.
+    /// Closes the connection of a VF, if it has one: its adapter fails. The VF is reset. As on hardware, the
+    /// administrator's settings and the VF's further addresses stay.
     ///
     /// # Errors
     /// [`PfError::NoVf`], or the process does not answer.
@@ -159,7 +159,7 @@ impl SimPf {
         }
     }
 
-    /// Plugs the cable of the PF in or out.
+    /// Connects or disconnects the cable of the PF.
     ///
     /// # Errors
     /// The process does not answer.
@@ -204,7 +204,7 @@ impl SimPf {
         net::send(&self.socket, &bytes, SendFlags::NOSIGNAL).map_err(io)?;
         let mut bytes = vec![0; MAX_MESSAGE];
         let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(1))];
-        // Only the answer to `Attach` has a descriptor. The close of any other one could block this thread.
+        // Only the answer to `Attach` has a descriptor. Closing any other one could block this thread.
         let mut control = match request {
             Request::Attach { .. } => RecvAncillaryBuffer::new(&mut space),
             _ => RecvAncillaryBuffer::default(),

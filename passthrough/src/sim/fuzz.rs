@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 
-//! Bodies of fuzz targets: any bytes in, nothing but the laws asserted. Also run by property tests.
+//! Bodies of fuzz targets, which take any bytes and assert laws. Property tests run them too.
 #![allow(clippy::panic, reason = "a broken law is to end the fuzzer")]
 
 use std::time::Duration;
@@ -12,9 +12,9 @@ use super::{
     pf::{Frame, Port, SimPfState},
     wire::{self, MAX_FRAME, Packet},
 };
-use crate::{host::VfChange, mailbox::words::BUFFER_WORDS};
+use crate::{mailbox::message::BUFFER_WORDS, sriov::VfChange};
 
-/// A packet between a VF and its PF: what is read means the same when it is written and read again.
+/// A packet between a VF and its PF: a decoded packet is the same after it is encoded and decoded again.
 pub fn fuzz_packet(data: &[u8]) {
     let Some(packet) = wire::decode(data) else { return };
     let mut written = Vec::new();
@@ -25,7 +25,7 @@ pub fn fuzz_packet(data: &[u8]) {
     }
 }
 
-/// VFs of the PF below.
+/// The number of VFs of the PF below.
 const VFS: u16 = 3;
 
 const RESET: [u32; BUFFER_WORDS] = {
@@ -39,19 +39,19 @@ fn own(vf: u16) -> MacAddress {
     MacAddress::new([2, 0, 0, 0, 0, low])
 }
 
-/// The PF: whatever VFs say and send, one whose address the administrator set keeps it, sends under no other, and does
+/// The PF, for any packets from VFs: a VF keeps the address that the administrator set, sends under no other, and does
 /// not hear itself.
 pub fn fuzz_pf(data: &[u8]) {
     let mut pf = SimPfState::new(VFS);
     for vf in 0..VFS {
         assert_eq!(pf.set(vf, VfChange::Mac(Some(own(vf)))), Ok(()));
-        // Its driver has begun.
+        // Its driver has started.
         assert!(pf.message(vf, &RESET, Duration::ZERO).is_some());
     }
     let before = pf.settings();
     let (mut now, mut rest) = (Duration::ZERO, data);
     while let Some((&[kind, vf, len, at], body)) = rest.split_first_chunk() {
-        // One that is not there, too.
+        // Include a VF that does not exist.
         let vf = u16::from(vf) % (VFS + 1);
         let (body, after) = body.split_at(usize::from(len).min(body.len()));
         rest = after;
@@ -71,7 +71,7 @@ pub fn fuzz_pf(data: &[u8]) {
                 let tag = (kind >= 128).then(|| u16::from_be_bytes([kind, at]));
                 let mut bytes = body.to_vec();
                 if let (6, Some(addresses)) = (kind % 8, bytes.first_chunk_mut::<12>()) {
-                    // Mostly addresses that mean something.
+                    // Mostly addresses in use.
                     let to =
                         if at & 1 == 0 { MacAddress::new([0xff; 6]) } else { own(u16::from(at >> 1) % VFS) };
                     let (front, back) = addresses.split_at_mut(6);
@@ -84,14 +84,14 @@ pub fn fuzz_pf(data: &[u8]) {
                 });
             }
         }
-        assert_eq!(pf.settings(), before, "no VF changes what the administrator set");
+        assert_eq!(pf.settings(), before, "no VF changes the administrator's settings");
     }
 }
 
-/// What is true of every frame that is delivered.
+/// Asserts the properties of every delivered frame.
 fn check(sender: u16, port: Port, frame: Frame<'_>) {
     assert!(port != Port::Vf(sender), "a VF does not hear itself");
-    // With the tag, which the uplink gets within.
+    // The uplink gets the tag inside the frame.
     assert!((60..=MAX_FRAME + 4).contains(&frame.bytes.len()), "{}", frame.bytes.len());
 }
 
@@ -107,7 +107,7 @@ mod tests {
             fuzz_packet(&data);
             fuzz_pf(&data);
             let mut transmit = data;
-            // Mostly descriptors that exist.
+            // Mostly existing kinds of descriptors.
             if let (true, Some(head)) = (dext, transmit.first_chunk_mut::<32>()) {
                 (head[10], head[11]) = (0x20, 0x20);
                 (head[26], head[27]) = (0x30, head[27] | 0x20);
@@ -116,7 +116,7 @@ mod tests {
         }
     }
 
-    /// What the body makes of bytes is what it seems.
+    /// The body finds a real packet in its bytes.
     #[test]
     fn a_segmented_packet_is_sent_whole() {
         let mut data = vec![0; 32 + 14 + 20 + 20 + 1000];

@@ -10,9 +10,9 @@
 //!                                                  └─ tap (optional uplink)
 //! ```
 //!
-//! The PF process trusts nobody but the agent: what arrives from a VF is a packet of bounded length that is parsed once
-//! (`wire`), and a VF that does not read loses its own frames. It outlives the agent; the connection of a VF is made
-//! by it ([`control::SimPf::attach`]) and given to the vmm as a file descriptor.
+//! The PF process trusts only the agent. Input from a VF is a packet of bounded length that is parsed once (`wire`),
+//! and a VF that does not read loses only its own frames. The process outlives the agent. It makes a VF's connection
+//! ([`control::SimPf::attach`]), which the vmm gets as a file descriptor.
 
 mod address;
 pub mod control;

@@ -1,16 +1,16 @@
 // SPDX-License-Identifier: Apache-2.0
 
-//! What a VF and its PF say to each other: packets with a fixed head of eight bytes, little-endian.
+//! The packets between a VF and its PF, with a fixed head of eight bytes, little-endian.
 //!
 //! | byte | |
 //! |---|---|
 //! | 0 | kind |
 //! | 1 | flags: 1 tagged, 2 sent by a VF of the same adapter, 4 link up |
 //! | 2-3 | the tag (TCI) of a tagged frame |
-//! | 4-7 | sequence number of a message; 0 for what the PF says on its own |
+//! | 4-7 | sequence number of a message; 0 for an unsolicited message of the PF |
 //! | 8- | words, or the frame without tag and checksum |
 
-use crate::mailbox::words::{BUFFER_WORDS, Words};
+use crate::mailbox::message::{BUFFER_WORDS, Words};
 
 /// Longest frame in bytes, without tag and checksum (`MAX_JUMBO_FRAME_SIZE` of igb).
 pub(super) const MAX_FRAME: usize = 9728;
@@ -31,7 +31,7 @@ const TAKEN: u8 = 4;
 const POST: u8 = 5;
 const LINK: u8 = 6;
 
-/// A frame whose outermost 802.1Q tag, if it has one, was taken out.
+/// A frame without its outermost 802.1Q tag, which is separate.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Frame<'a> {
     /// Priority and VLAN (TCI).
@@ -44,20 +44,21 @@ pub struct Frame<'a> {
 pub(super) enum Packet<'a> {
     /// VF to PF: VTCTRL.RST or a function level reset.
     Reset,
-    /// VF to PF: REQ was written.
+    /// VF to PF: the guest wrote REQ.
     Message { seq: u32, words: [u32; BUFFER_WORDS] },
-    /// PF to VF: the message was taken (PFACK), there is no answer.
+    /// PF to VF: the PF took the message (PFACK) and has no answer.
     Taken { seq: u32 },
-    /// PF to VF: words for the mailbox (PFSTS); with the number of a message, it was taken too (PFACK).
+    /// PF to VF: words for the mailbox (PFSTS). With the number of a message, the PF took that too
+    /// (PFACK).
     Post { seq: u32, words: Words },
     /// PF to VF: the link.
     Link { up: bool },
-    /// Either direction. `looped`: it was sent by a VF of the same adapter.
+    /// Either direction. `looped`: the sender is a VF of the same adapter.
     Frame { frame: Frame<'a>, looped: bool },
 }
 
 impl Packet<'_> {
-    /// The packet in place of what is in `buffer`.
+    /// Replaces the content of `buffer` with the packet.
     pub(super) fn encode(&self, buffer: &mut Vec<u8>) {
         buffer.clear();
         let mut head = |kind, flags, tag: u16, seq: u32| {
@@ -87,7 +88,7 @@ impl Packet<'_> {
     }
 }
 
-/// The packet in these bytes; None for what is none.
+/// The packet in these bytes; None if they are no packet.
 pub(super) fn decode(bytes: &[u8]) -> Option<Packet<'_>> {
     let (&[kind, flags, tag_low, tag_high, s0, s1, s2, s3], body) = bytes.split_first_chunk::<HEAD>()?;
     let seq = u32::from_le_bytes([s0, s1, s2, s3]);

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 
-//! One container per VM: the IOMMU domain that all of its devices share.
+//! The container of a VM: the IOMMU domain that all of its devices share.
 
 use std::{fs, io, path::Path, sync::Arc};
 
@@ -17,14 +17,13 @@ pub struct Container {
 }
 
 impl Container {
-    /// Opens `/dev/vfio/vfio`. With `kvm`, a KVM device of type VFIO, KVM learns of the groups (devices that
-    /// need to know, for instance for cache coherency, then do): that is a vmm, whose devices leave group and container
-    /// to its end when they are closed.
+    /// Opens `/dev/vfio/vfio`. With `kvm`, a KVM device of type VFIO, KVM learns of the groups, for instance for cache
+    /// coherency. Only a vmm passes `kvm`: when its devices close, group and container stay until the process ends.
     ///
     /// # Errors
     /// [`Error::Container`], [`Error::NoIommuDriver`].
     pub fn new(kvm: Option<KvmVfioDevice>) -> Result<Self, Error> {
-        let closing = if kvm.is_some() { Closing::DeviceOnly } else { Closing::LetGo };
+        let closing = if kvm.is_some() { Closing::DeviceOnly } else { Closing::Everything };
         let container = VfioContainer::new(kvm.map(Arc::new)).map_err(|error| match error {
             VfioError::OpenContainer(source) => Error::Container(source),
             other => Error::NoIommuDriver(other),
@@ -46,9 +45,9 @@ impl Container {
         VfioVf::new(device, path, bdf, self.closing)
     }
 
-    /// Maps all of the guest's memory for DMA at its guest-physical addresses. To be called once, after the first
-    /// device is open (before that the container has no IOMMU) and before any vCPU runs. The mappings live as
-    /// long as the container.
+    /// Maps all of the guest's memory for DMA at its guest-physical addresses. Call it once, after the first device is
+    /// open (the container has no IOMMU before that) and before any vCPU runs. The mappings live as long as the
+    /// container.
     ///
     /// # Errors
     /// [`Error::Memlock`], [`Error::Map`].
@@ -62,7 +61,7 @@ impl Container {
             // still reaches these pages and no others.
             unsafe { self.container.vfio_dma_map(address, size, region.as_ptr()) }.map_err(|source| {
                 match &source {
-                    // The kernel says ENOMEM for a limit and for want of memory; of both the limit is likely.
+                    // The kernel reports ENOMEM both for the limit and for lack of memory; the limit is more likely.
                     VfioError::IommuDmaMap(errno) if errno.errno() == libc::ENOMEM => {
                         Error::Memlock { needed, limit: memlock_limit(), source }
                     }

@@ -38,7 +38,7 @@ ioctl_io_nr!(VFIO_DEVICE_RESET, VFIO_TYPE as u32, VFIO_BASE + 11);
 
 const PAGE: u64 = 4096;
 const BARS: usize = 6;
-/// How many failed accesses are logged before the rest is only counted: a guest can cause them.
+/// The most failed accesses to log; the rest is only counted. A guest can cause them.
 const LOGGED_FAILURES: u64 = 8;
 
 const BAR_IO: u32 = 1;
@@ -55,7 +55,7 @@ struct Region {
 }
 
 impl Region {
-    /// Where `[offset, offset + len)` of the region is in the file; None if it is not all inside.
+    /// The place of `[offset, offset + len)` in the file; None if it is not all inside the region.
     fn place(&self, offset: u64, len: usize) -> Option<u64> {
         let end = offset.checked_add(u64::try_from(len).ok()?)?;
         (end <= self.size).then(|| self.offset.checked_add(offset)).flatten()
@@ -64,12 +64,12 @@ impl Region {
 
 /// A PCI function opened through VFIO.
 ///
-/// vfio-ioctls opens it and sets its interrupts; region accesses and the reset go past that crate, which swallows
-/// their errors and whose region numbers shift when one cannot be read.
+/// vfio-ioctls opens it and sets its interrupts. Region accesses and the reset bypass that crate, which swallows their
+/// errors and shifts its region numbers when a region cannot be read.
 pub struct VfioVf {
     bdf: String,
-    /// A second descriptor of the same open device. Closed before `device`: the group leaves its container only when
-    /// no descriptor of its device is open.
+    /// A second descriptor of the same open device. It is closed before `device`: the group leaves its container only
+    /// when no descriptor of its device is open.
     file: File,
     device: OpenDevice,
     config: Region,
@@ -111,8 +111,9 @@ impl VfioVf {
         Ok(this)
     }
 
-    /// The kernel claims a BAR for vfio-pci when it is first touched, without a lock (`vfio_pci_core_mmap`,
-    /// `vfio_pci_core_setup_barmap`, Linux 6.12): of two threads that are first at the same time, one gets EBUSY. Here is but one.
+    /// Touches each BAR once on this thread. The kernel claims a BAR for vfio-pci at its first use, without a lock
+    /// (`vfio_pci_core_mmap`, `vfio_pci_core_setup_barmap`, Linux 6.12): of two threads that come first together, one
+    /// gets EBUSY.
     fn touch_bars(&self) -> Result<(), Error> {
         for (index, _) in self.bars.iter().enumerate().filter(|(_, bar)| bar.mappable) {
             let touched = self.map_bar(index, 0, PAGE);
@@ -138,7 +139,7 @@ impl VfioVf {
     }
 
     /// An eventfd that is signalled when the host wants the device back (its driver is being unbound, or the VF
-    /// removed; repeated until the device is closed). None where the kernel does not tell.
+    /// removed; repeated until the device is closed). None if the kernel does not support it.
     ///
     /// # Errors
     /// [`Error::DeviceCall`].
@@ -146,8 +147,8 @@ impl VfioVf {
         self.event(VFIO_PCI_REQ_IRQ_INDEX, "Enabling its request event")
     }
 
-    /// An eventfd that is signalled when the device reports an unrecoverable error. None where the kernel or
-    /// the device (it takes PCI Express error reporting) does not tell.
+    /// An eventfd that is signalled when the device reports an unrecoverable error. None if the kernel or the device
+    /// does not support it (it takes PCI Express error reporting).
     ///
     /// # Errors
     /// [`Error::DeviceCall`].
@@ -258,7 +259,7 @@ impl VfHardware for VfioVf {
         if triggers.is_empty() || triggers.len() > count {
             return Err(io::ErrorKind::InvalidInput.into());
         }
-        // vfio-ioctls drops the error number; it is still the thread's last one.
+        // vfio-ioctls drops the error number, which is still the thread's last one.
         self.device
             .inner
             .enable_irq(irq_index(kind), triggers.iter().collect())
@@ -278,40 +279,40 @@ impl VfHardware for VfioVf {
             return Ok(());
         }
         let error = io::Error::last_os_error();
-        // The kernel's answer for a function that has no reset of its own.
+        // The kernel's answer for a function without a reset of its own.
         let none = error.raw_os_error() == Some(libc::EINVAL);
         Err(if none { io::ErrorKind::Unsupported.into() } else { error })
     }
 }
 
-/// An open device whose `Drop` in vfio-ioctls must not run in a vmm: it looks the device up in sysfs and panics where
-/// that is gone, as it is in the sandbox; and there the thread may not even look.
+/// An open device whose `Drop` in vfio-ioctls must not run in a vmm: it looks the device up in sysfs and panics if it
+/// is missing, as in the sandbox, where the thread may not even make the lookup.
 struct OpenDevice {
     inner: ManuallyDrop<VfioDevice>,
     path: PathBuf,
     closing: Closing,
 }
 
-/// What is done when a device is closed.
+/// The resources to release when a device is closed.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Closing {
-    /// Group and container are let go of, too: this process lives on.
-    LetGo,
-    /// They stay until this process ends, which has nothing else to do.
+    /// Group and container too, because this process lives on.
+    Everything,
+    /// The device only: group and container stay until this process ends.
     DeviceOnly,
 }
 
 impl Drop for OpenDevice {
     fn drop(&mut self) {
-        if self.closing == Closing::LetGo && self.path.join("iommu_group").read_link().is_ok() {
-            // The agent, which opens a VF to clean it and lives on.
+        if self.closing == Closing::Everything && self.path.join("iommu_group").read_link().is_ok() {
+            // This is the agent, which opens a VF to scrub it and lives on.
             // SAFETY: nothing uses the device after this; vfio-ioctls finds the group link that it looks up.
             unsafe { ManuallyDrop::drop(&mut self.inner) };
             return;
         }
-        // SAFETY: the descriptor is the one that the inner device owns, open until here; that device is never used
-        // or dropped afterwards. (What leaks with it is a few hundred bytes, and the container and the group until
-        // the process ends. The kernel gives the device back to its host once its last descriptor and mapping go.)
+        // SAFETY: the descriptor is the one that the inner device owns, open until here; that device is never used or
+        // dropped afterwards. (A few hundred bytes leak with it, and the container and the group until the process
+        // ends. The kernel returns the device to its host once its last descriptor and mapping are gone.)
         drop(unsafe { OwnedFd::from_raw_fd(self.inner.as_raw_fd()) });
     }
 }
@@ -319,7 +320,7 @@ impl Drop for OpenDevice {
 fn region_info(file: &File, index: u32) -> io::Result<Region> {
     let argsz = u32::try_from(size_of::<vfio_region_info>()).unwrap_or(0);
     let mut info = vfio_region_info { argsz, index, ..Default::default() };
-    // SAFETY: the descriptor is an open VFIO device, the structure is what the request takes and says its size.
+    // SAFETY: the descriptor is an open VFIO device, and the structure matches the request and states its own size.
     if unsafe { ioctl_with_mut_ref(file, VFIO_DEVICE_GET_REGION_INFO(), &mut info) } != 0 {
         return Err(io::Error::last_os_error());
     }

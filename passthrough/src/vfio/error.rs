@@ -1,12 +1,12 @@
 // SPDX-License-Identifier: Apache-2.0
 
-//! What goes wrong with VFIO, in words that name the cure.
+//! Errors of VFIO, with messages that name the cure.
 
 use std::io;
 
 use vfio_ioctls::VfioError;
 
-/// Why a VFIO container or device cannot be used.
+/// The reason why a VFIO container or device cannot be used.
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
     /// `/dev/vfio/vfio` does not exist or may not be opened.
@@ -24,7 +24,7 @@ pub enum Error {
     NoGroup {
         /// The host's PCI address.
         bdf: String,
-        /// What reading the link said.
+        /// The error of reading the link.
         #[source]
         source: io::Error,
     },
@@ -37,11 +37,11 @@ pub enum Error {
         bdf: String,
         /// Number of the group.
         group: u32,
-        /// What opening said.
+        /// The error of opening.
         #[source]
         source: io::Error,
     },
-    /// Somebody else has the group open.
+    /// Another process has the group open.
     #[error("IOMMU group {group} of PCI device {bdf} is in use by another process: stop that process or VM")]
     GroupBusy {
         /// The host's PCI address.
@@ -59,7 +59,7 @@ pub enum Error {
         /// Number of the group.
         group: u32,
     },
-    /// Attaching the group was refused for want of interrupt remapping.
+    /// The group cannot be attached because interrupt remapping is off.
     #[error(
         "IOMMU group {group} of PCI device {bdf} cannot be attached: interrupt remapping is off; enable it in firmware and on the kernel command line (intel_iommu=on, intremap=on)"
     )]
@@ -76,18 +76,18 @@ pub enum Error {
         bdf: String,
         /// Number of the group.
         group: u32,
-        /// What the kernel said.
+        /// The error from vfio-ioctls.
         #[source]
         source: VfioError,
     },
-    /// The group does not give the device out.
+    /// The group does not hand out the device.
     #[error(
         "PCI device {bdf} cannot be opened through VFIO: check that it is bound to vfio-pci and that nothing else uses it"
     )]
     Device {
         /// The host's PCI address.
         bdf: String,
-        /// What the kernel said.
+        /// The error from vfio-ioctls.
         #[source]
         source: VfioError,
     },
@@ -96,7 +96,7 @@ pub enum Error {
     Unusable {
         /// The host's PCI address.
         bdf: String,
-        /// What is wrong.
+        /// The fault.
         what: &'static str,
     },
     /// A system call on the open device failed.
@@ -104,13 +104,13 @@ pub enum Error {
     DeviceCall {
         /// The host's PCI address.
         bdf: String,
-        /// What was tried.
+        /// The failed action.
         what: &'static str,
-        /// What the kernel said.
+        /// The kernel's error.
         #[source]
         source: io::Error,
     },
-    /// RLIMIT_MEMLOCK.
+    /// RLIMIT_MEMLOCK is too small.
     #[error(
         "Guest memory of {needed} bytes cannot be locked for DMA: RLIMIT_MEMLOCK is {limit}; raise it above {needed} (LimitMEMLOCK= of the service, ulimit -l)"
     )]
@@ -119,7 +119,7 @@ pub enum Error {
         needed: u64,
         /// The limit as text: bytes or `unlimited`.
         limit: String,
-        /// What the kernel said.
+        /// The error from vfio-ioctls.
         #[source]
         source: VfioError,
     },
@@ -130,7 +130,7 @@ pub enum Error {
         address: u64,
         /// Bytes.
         len: u64,
-        /// What the kernel said.
+        /// The error from vfio-ioctls.
         #[source]
         source: VfioError,
     },

@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 
-//! With a real device: `PORTCULLIS_TEST_VF` names the sysfs directory of a VF that is bound to vfio-pci.
+//! Tests with a real device: `PORTCULLIS_TEST_VF` names the sysfs directory of a VF that is bound to
+//! vfio-pci.
 
 use std::{
     io,
@@ -19,7 +20,7 @@ use vmm_sys_util::eventfd::EventFd;
 
 use super::{Container, Error};
 use crate::{
-    function::{AssignedFunction, Gate},
+    function::{AssignedFunction, HardwareAccess},
     hardware::{IrqKind, VfHardware},
     threads::ThreadStart,
 };
@@ -74,7 +75,7 @@ fn memory() -> GuestMemoryMmap {
     GuestMemoryMmap::from_ranges(&[(GuestAddress(0), 32 << 20)]).unwrap()
 }
 
-/// One test, since a group can be open once.
+/// One test, because a group can be open only once.
 #[test]
 #[ignore = "needs a VF bound to vfio-pci"]
 fn a_real_vf_is_opened_mapped_reset_and_let_go() {
@@ -100,10 +101,10 @@ fn a_real_vf_is_opened_mapped_reset_and_let_go() {
 
     let windows = Arc::new(Windows::default());
     let pci: Arc<[std::ops::Range<u64>]> = std::iter::once(0xc000_0000..0xd000_0000).collect();
-    let gate = Gate::new(Arc::new(vf));
+    let access = HardwareAccess::new(Arc::new(vf));
     let function = AssignedFunction::new(
         "vf",
-        gate,
+        access,
         pci,
         &[],
         windows.clone(),
@@ -131,7 +132,7 @@ fn a_real_vf_is_opened_mapped_reset_and_let_go() {
     let express = found.iter().find(|(_, id)| *id == 0x10).expect("PCI Express").0;
 
     function.config_write(config::COMMAND, &[6, 0]);
-    assert!(windows.count() >= 2, "BAR 0 whole, of BAR 3 what is neither table nor pending bits");
+    assert!(windows.count() >= 2, "BAR 0 whole, and BAR 3 without table and pending bits");
     function.config_write(msix + 2, &[0, 0x80]);
     assert_eq!(read(msix + 2, 2), 0x8002);
 
@@ -160,7 +161,7 @@ fn a_real_vf_is_opened_mapped_reset_and_let_go() {
     assert!(open.is_empty(), "still open: {open:?}");
 }
 
-/// To be run without CAP_IPC_LOCK and with a small RLIMIT_MEMLOCK.
+/// Run it without CAP_IPC_LOCK and with a small RLIMIT_MEMLOCK.
 #[test]
 #[ignore = "needs a VF bound to vfio-pci, and a memory lock limit below 32 MiB"]
 fn a_small_memory_lock_limit_is_named() {

@@ -13,7 +13,7 @@ pub(super) struct Window {
     len: usize,
 }
 
-// SAFETY: the pointer is only an address here: nothing of this process reads or writes through it.
+// SAFETY: the pointer is only an address here: this process neither reads nor writes through it.
 unsafe impl Send for Window {}
 // SAFETY: as above.
 unsafe impl Sync for Window {}
@@ -31,14 +31,14 @@ impl Window {
 
 impl Drop for Window {
     fn drop(&mut self) {
-        // SAFETY: the mapping is ours, made in `new`, and by the contract of `HostMemory` who used its address
-        // holds this object.
+        // SAFETY: the mapping is ours, made in `new`, and by the contract of `HostMemory` every user of its
+        // address holds this object.
         let _ = unsafe { munmap(self.address, self.len) };
     }
 }
 
-// SAFETY: mapped in `new`, unmapped in `drop`; mmap works on whole pages, and `len` was checked to be such; no
-// references are made into it.
+// SAFETY: mapped in `new`, unmapped in `drop`. mmap works on whole pages, and `len` was checked to be a
+// multiple of them. No references are made into it.
 unsafe impl HostMemory for Window {
     fn address(&self) -> u64 {
         self.address as u64

@@ -11,9 +11,9 @@ use std::{
 
 use api::types::{VmAction, VmState};
 use passthrough::{
-    fail::{Point, Victim},
-    host::{PfControl, VfChange},
+    failpoints::{Point, Victim},
     sim::SimPf,
+    sriov::{PfControl, VfChange},
 };
 use serde_json::{Value, json};
 

@@ -20,7 +20,7 @@ use std::{
 };
 
 use event_manager::{EventManager, SubscriberOps};
-use passthrough::fail::{Point, reach};
+use passthrough::failpoints::{Point, reach};
 use uuid::Uuid;
 
 use self::serve::Process;

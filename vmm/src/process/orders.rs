@@ -8,7 +8,7 @@ use devices::machine::MachineEvent;
 use event_manager::EventOps;
 use netpolicy::StandingRefusal;
 use passthrough::{
-    fail::{Point, reach},
+    failpoints::{Point, reach},
     relay::Relay,
 };
 

@@ -7,7 +7,7 @@
 
 use std::time::{Duration, Instant};
 
-use passthrough::relay::{Bucket, Rate};
+use passthrough::relay::{Rate, TokenBucket};
 
 /// A guest may reset itself a few times in a row, as installers do, and then twice in a second.
 const RATE: Rate = Rate { burst: 8, period: Duration::from_millis(500) };
@@ -31,14 +31,14 @@ pub(super) enum Reset {
 #[derive(Debug)]
 pub(super) struct Resets {
     began: Instant,
-    bucket: Bucket,
+    bucket: TokenBucket,
     booted: Instant,
     in_vain: u32,
 }
 
 impl Resets {
     pub(super) fn new(now: Instant) -> Self {
-        Self { began: now, bucket: Bucket::new(RATE), booted: now, in_vain: 0 }
+        Self { began: now, bucket: TokenBucket::new(RATE), booted: now, in_vain: 0 }
     }
 
     /// The machine has begun to boot.

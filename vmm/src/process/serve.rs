@@ -13,7 +13,7 @@ use netpolicy::StandingRefusal;
 use uuid::Uuid;
 
 use passthrough::{
-    fail::{Point, reach},
+    failpoints::{Point, reach},
     relay::Notice,
 };
 

@@ -100,7 +100,7 @@ fn legacy_ports_follow_the_address_register() {
         bus.port_read(port, &mut data);
         data
     };
-    // What Linux does to probe mechanism 1: the byte must not touch the address register.
+    // Linux' probe of mechanism 1: the byte must not change the address register.
     bus.port_write(0xcf8, &0x8000_0000u32.to_le_bytes());
     bus.port_write(0xcfb, &[1]);
     bus.port_write(0xcf9, &[6]);

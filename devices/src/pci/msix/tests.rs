@@ -5,7 +5,7 @@ use std::sync::Mutex;
 use super::*;
 use crate::interrupt::RouteId;
 
-/// Which message each route delivers.
+/// The message of each route.
 #[derive(Default)]
 struct Router {
     routes: Mutex<Vec<Option<MsiMessage>>>,
@@ -36,7 +36,7 @@ impl MsiRouter for Router {
 }
 
 impl Router {
-    /// The data of the messages that are delivered now.
+    /// The data of the currently connected messages.
     fn delivered(&self) -> Vec<u32> {
         self.routes.lock().unwrap().iter().flatten().map(|message| message.data).collect()
     }

@@ -4,8 +4,8 @@
 
 use netpolicy::PfCapabilities;
 use passthrough::{
-    host::{InventoryError, PciDevice, Pf},
     mailbox::layout::{FAMILIES, Layout},
+    sriov::{InventoryError, PciDevice, Pf},
 };
 
 use super::{Finding, Host, Verdict};

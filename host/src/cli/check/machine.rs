@@ -4,7 +4,7 @@
 
 use std::{fs::File, io};
 
-use passthrough::host::InterruptRemapping;
+use passthrough::sriov::InterruptRemapping;
 
 use super::{Finding, Host, Verdict};
 use crate::user_ids::{self, UserArgs};

@@ -12,7 +12,7 @@ use std::{
 };
 
 use clap::Args;
-use passthrough::host::Sysfs;
+use passthrough::sriov::Sysfs;
 use serde::Serialize;
 
 use super::{

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 
-use passthrough::host::{Bdf, fake::FakeSysfs};
+use passthrough::sriov::{Bdf, fake::FakeSysfs};
 
 use super::*;
 

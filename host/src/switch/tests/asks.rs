@@ -7,8 +7,8 @@ use netpolicy::{
     VlanId,
 };
 use passthrough::{
-    host::VfChange,
     relay::{Cancelled, Forwarded, Notice, Question},
+    sriov::VfChange,
 };
 use tokio::time::sleep;
 

@@ -16,8 +16,8 @@ use api::{
 use async_trait::async_trait;
 use netpolicy::{Change, Decision, MacAddress, Name, Outcome, Request, StandingRefusal, VfRef, VmId, VmRef};
 use passthrough::{
-    host::Hint,
     relay::{self, Forwarded, How, Notice, Question, Verdict},
+    sriov::Hint,
 };
 use tokio::{sync::mpsc, time::timeout};
 use uuid::Uuid;

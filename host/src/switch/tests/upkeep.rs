@@ -8,8 +8,8 @@ use api::{
 };
 use netpolicy::{Change, Committed, MacAddress, Outcome, Request, Setting, VlanId};
 use passthrough::{
-    host::{Hint, VfChange},
     relay::Notice,
+    sriov::{Hint, VfChange},
 };
 use vmm::control::Order;
 
@@ -190,7 +190,7 @@ async fn what_becomes_of_a_pf_is_told_once() {
     }
     let new = || Hint::Changed { index: 9, name: Some("eth9".into()), up: true };
     host.hint(new()).await;
-    host.pfs.world().pfs.insert("eth9".into(), passthrough::host::fake::FakePf::new("eth9", 7));
+    host.pfs.world().pfs.insert("eth9".into(), passthrough::sriov::fake::FakePf::new("eth9", 7));
     host.hint(new()).await;
     let told = async |events: &mut tokio::sync::mpsc::Receiver<api::types::Event>| match tokio::time::timeout(
         Duration::from_secs(10),

@@ -7,8 +7,8 @@ use api::{
     types::VmSpec,
 };
 use passthrough::{
-    host::{self, Bdf, InventoryError, Pf, Vf},
     sim::is_simulated,
+    sriov::{self, Bdf, InventoryError, Pf, Vf},
 };
 use uuid::Uuid;
 
@@ -75,7 +75,7 @@ fn claim_of(vm: Uuid, spec: &VmSpec, slot: usize, bdf: Bdf, adapter: Option<Clai
 fn convert(bdf: api::types::Bdf) -> Result<Bdf, Problem> {
     bdf.to_string()
         .parse()
-        .map_err(|error| Problem::new(ProblemCode::InvalidRequest, chain(&error as &host::InvalidBdf)))
+        .map_err(|error| Problem::new(ProblemCode::InvalidRequest, chain(&error as &sriov::InvalidBdf)))
 }
 
 fn in_use(bdf: Bdf, owner: &Claim, is_vf: bool) -> Problem {

@@ -6,7 +6,7 @@ use api::{
     problem::ProblemCode,
     types::{VmAction, VmState},
 };
-use passthrough::host::Bdf;
+use passthrough::sriov::Bdf;
 
 use super::fixture::{Host, VF0, caller};
 

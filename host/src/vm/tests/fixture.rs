@@ -15,7 +15,7 @@ use api::{
     types::{Timestamp, VmAction, VmSpec, VmState},
 };
 use netpolicy::PfCapabilities;
-use passthrough::host::{
+use passthrough::sriov::{
     Bdf, PfControl, PfError, Sysfs, VfChange, VfSettings,
     fake::{FakePf, FakeSysfs},
 };

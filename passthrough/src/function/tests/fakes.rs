@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 
-//! A function made of memory, a router and a mapper that keep records.
+//! A function made of memory, and a router and a mapper that keep records.
 
 use std::{
     collections::BTreeMap,
@@ -31,7 +31,7 @@ pub(super) enum Call {
     BarWrite(usize, u64, Vec<u8>),
     Enable(IrqKind, usize),
     Disable(IrqKind),
-    /// With how many windows there were at that moment.
+    /// A reset, with the number of windows at that moment.
     Reset(usize),
 }
 
@@ -43,7 +43,7 @@ pub(super) struct Fake {
     pub(super) refuse_reset: Mutex<Option<io::ErrorKind>>,
     pub(super) mapper: Arc<Mapper>,
     pub(super) map_calls: Mutex<Vec<(usize, Range<u64>)>>,
-    /// Memory enable as the hardware was told.
+    /// The memory enable bit of the hardware.
     decoding: AtomicBool,
 }
 
@@ -74,7 +74,7 @@ pub(super) fn config() -> Vec<u8> {
     put(0x68, &[0x06, 0x70, 0x55, 0x55]);
     put(0x70, &[0x11, 0xa0, 2, 0, 3, 0, 0, 0, 3, 0x20, 0, 0]);
     put(0xa0, &[0x10, 0xb0, 2, 0, 0, 0, 0, 0x10]);
-    // A second power management, a second Express without FLR: no function has them.
+    // A second power management, a second Express without FLR: real functions have neither.
     put(0xb0, &[0x01, 0xc0, 0x03, 0xfa, 0, 0, 0, 0]);
     put(0xc0, &[0x10, 0x40, 2, 0, 0, 0, 0, 0]);
     // Error reporting → ARI → serial number → SR-IOV.
@@ -105,7 +105,7 @@ impl Fake {
         self.calls.lock().unwrap().push(call);
     }
 
-    /// What happened since the last time somebody asked.
+    /// The calls since the last time.
     pub(super) fn take_calls(&self) -> Vec<Call> {
         std::mem::take(&mut self.calls.lock().unwrap())
     }
@@ -118,7 +118,7 @@ impl VfHardware for Fake {
     }
     fn config_write(&self, offset: u16, data: &[u8]) {
         if offset == 4 {
-            // Windows go before memory is disabled and come after it is enabled.
+            // Windows must go before memory is disabled and come after it is enabled.
             let decoding = self.decoding.swap(data[0] & 2 != 0, Ordering::SeqCst);
             let changed = decoding != (data[0] & 2 != 0);
             assert!(
@@ -169,7 +169,7 @@ impl VfHardware for Fake {
     }
 }
 
-/// Not memory: an address that nobody touches in these tests.
+/// Not memory: an address that is never accessed in these tests.
 struct Piece {
     address: u64,
     len: u64,
@@ -187,7 +187,7 @@ unsafe impl HostMemory for Piece {
 
 type Window = (u64, Arc<dyn HostMemory>);
 
-/// Windows by guest-physical address, with the host addresses behind.
+/// Windows by guest-physical address, with their host addresses.
 #[derive(Default)]
 pub(super) struct Mapper {
     state: Mutex<(u32, BTreeMap<MappingId, Window>)>,

@@ -13,7 +13,7 @@ use std::{
 use devices::pci::{PciFunction, config};
 
 use self::fakes::{Call, Fake, HOST, Mapper, Router, VECTORS};
-use super::{AssignedFunction, BarHandler, Gate, TrappedRange};
+use super::{AssignedFunction, BarHandler, HardwareAccess, TrappedRange};
 use crate::{hardware::IrqKind, threads::ThreadStart};
 
 const WINDOWS: [Range<u64>; 2] = [0xc000_0000..0xe000_0000, 0x40_0000_0000..0x80_0000_0000];
@@ -22,7 +22,7 @@ const BAR3: u64 = 0x40_0000_0000;
 const BAR5: u64 = 0xc010_0000;
 const PBA: u64 = 0x2000;
 
-/// What the mailbox page was asked.
+/// Accesses to the mailbox page.
 #[derive(Default)]
 struct Page(Mutex<Vec<String>>);
 
@@ -64,7 +64,7 @@ fn with(reset_time: Duration) -> Fixture {
     let traps = [TrappedRange { bar: 0, range: 0..0x1000, handler: page.clone() }];
     let function = AssignedFunction::new(
         "test",
-        Gate::new(hardware.clone()),
+        HardwareAccess::new(hardware.clone()),
         Arc::from(WINDOWS),
         &traps,
         mapper.clone(),

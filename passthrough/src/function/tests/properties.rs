@@ -11,7 +11,7 @@ enum Step {
 }
 
 fn step() -> impl Strategy<Value = Step> {
-    // Registers that do something are written more often than others, BARs with addresses close to each other.
+    // Effective registers are written more often than others, BARs with addresses close to each other.
     let offset = prop_oneof![
         3 => Just(4u16), 6 => 0x10u16..0x28, 1 => 0u16..0x100, 2 => 0x50u16..0x80, 1 => Just(0x44u16), 1 => 0u16..4096
     ];
@@ -25,7 +25,7 @@ fn step() -> impl Strategy<Value = Step> {
     ];
     let gpa = prop_oneof![BAR0..BAR0 + 0x2_0000, BAR3..BAR3 + 0x5000, any::<u64>()];
     let config = (offset, 0usize..3, value.clone()).prop_map(|(offset, size, value)| {
-        // The guest's own reset would make the rest of the sequence depend on time.
+        // A guest's reset would make the rest of the sequence depend on time.
         let value = if (0xa8..0xac).contains(&(offset & !3)) { 0 } else { value };
         Step::Config(offset & !((1 << size) - 1), 1 << size, value)
     });
@@ -62,7 +62,7 @@ proptest! {
                     _ => &[],
                 };
                 prop_assert!(allowed.iter().any(|a| a.start <= offset && offset + len <= a.end));
-                // A window shows what the registers say.
+                // A window lies where the registers say.
                 let low = u64::from(f.read(config::BAR0 + bar as u16 * 4, 4) & !0xf);
                 let high = u64::from(f.read(config::BAR0 + bar as u16 * 4 + 4, 4));
                 prop_assert_eq!(gpa, (high << 32 | low) + offset);

@@ -122,7 +122,7 @@ fn a_lost_function_reads_all_ones_and_lets_go_of_everything() {
     f.enable_memory();
     f.program(0, 40);
     f.write(0x72, 2, 0x8000);
-    let gate = f.function.gate();
+    let access = f.function.access();
     f.function.lose();
     assert!(f.all_ones() && f.function.is_lost());
     assert_eq!(f.mapper.windows(), []);
@@ -131,7 +131,7 @@ fn a_lost_function_reads_all_ones_and_lets_go_of_everything() {
     f.enable_memory();
     assert_eq!(f.mapper.windows(), []);
     assert!(matches!(f.function.reset_and_wait(LONG), Err(ResetError::Gone)));
-    assert!(gate.is_closed());
+    assert!(access.is_closed());
     f.function.shutdown();
     f.function.lose();
 }

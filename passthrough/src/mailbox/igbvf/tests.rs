@@ -126,7 +126,7 @@ proptest! {
     fn the_codec_keeps_its_laws(words in proptest::collection::vec(any::<u32>(), 16), opcode in 0u32..8, argument in 0u32..40) {
         let bytes = |words: &[u32]| words.iter().flat_map(|word| word.to_le_bytes()).collect::<Vec<u8>>();
         fuzz::fuzz_words(&bytes(&words));
-        // Mostly known opcodes, else most is thrown away.
+        // Mostly known opcodes; otherwise most inputs are rejected.
         let mut likely = words;
         likely[0] = opcode | argument << 16;
         fuzz::fuzz_words(&bytes(&likely));

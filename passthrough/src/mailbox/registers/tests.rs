@@ -2,8 +2,8 @@
 
 use super::*;
 use crate::mailbox::{
-    bits::{ACK, ACK_MESSAGE, CONTROL_RST, CTS},
     layout::IGBVF,
+    register_bits::{ACK, ACK_MESSAGE, CONTROL_RST, CTS},
 };
 
 const MAILBOX: u64 = 0x0c40;
@@ -180,7 +180,7 @@ fn lost_clear_to_send_is_seen_by_the_link_check_even_behind_an_unread_reply() {
     registers.complete(snapshot.seq, Some(&Words::new(&[0xa000_0003])));
     read(&mut registers, MAILBOX);
     registers.lost_clear_to_send();
-    // A late ping does not hide it.
+    // A late ping does not hide the request.
     registers.pf_message(PF_CONTROL | CTS);
     // First watchdog: RSTD makes it look at word 0, which still is the reply.
     assert_eq!(read(&mut registers, MAILBOX) & RSTD, RSTD);
@@ -199,7 +199,8 @@ fn lost_clear_to_send_is_seen_by_the_link_check_even_behind_an_unread_reply() {
 fn only_the_answer_to_a_reset_message_gives_clear_to_send_back() {
     let mut registers = registers();
     registers.lost_clear_to_send();
-    // Interface down: nobody looks. Whatever the driver asks for first, its reply does not hide that it must reset.
+    // The interface is down: the driver runs no link check. Whatever it requests first, the reply does not hide
+    // that it must reset.
     for word in [2, 3, 4] {
         let snapshot = post(&mut registers, &[word]);
         registers.pf_message(PF_CONTROL | CTS);
@@ -210,7 +211,7 @@ fn only_the_answer_to_a_reset_message_gives_clear_to_send_back() {
         assert_eq!(read(&mut registers, MAILBOX) & RSTD, RSTD);
         assert_eq!(read(&mut registers, BUFFER), RESET_WANTED);
     }
-    // A reset that the PF does not carry out, and one of the device, change nothing.
+    // A reset that the PF does not carry out, or one of the device, changes nothing.
     write(&mut registers, 0, CONTROL_RST);
     assert_eq!(read(&mut registers, MAILBOX), 0, "the driver would give up its reset");
     let snapshot = post(&mut registers, &[1]);

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 
-//! A relay without its thread, in a time that only moves when somebody waits.
+//! A relay without its thread, in a time that advances only when the bench or the driver waits.
 
 use std::{
     cell::RefCell,
@@ -17,14 +17,14 @@ use super::{
 };
 use crate::{
     function::BarHandler,
-    mailbox::{layout::IGBVF, port::Clock},
+    mailbox::{layout::IGBVF, vf_mailbox::Clock},
     relay::{
         Authority, Config, Decision, How, MailboxPage, Notice, Question, Relay, Unreachable, Verdict,
-        core::Core,
+        state_machine::StateMachine,
     },
 };
 
-/// Time that only moves when somebody sleeps.
+/// A clock that advances only during sleeps.
 #[derive(Default)]
 pub struct FakeClock(Mutex<Duration>);
 
@@ -38,7 +38,7 @@ impl Clock for FakeClock {
     }
 }
 
-/// An authority that writes everything down; the bench answers for it.
+/// An authority that records everything. The bench answers for it.
 #[derive(Default)]
 pub struct ScriptedAuthority {
     pub away: Mutex<bool>,
@@ -60,17 +60,17 @@ impl Authority for ScriptedAuthority {
     }
 }
 
-/// What is answered, and when: None never.
+/// The delay and decision for a request; None for no answer.
 pub type Policy = Box<dyn FnMut(&Request) -> Option<(Duration, Decision)>>;
 
-/// The relay, what is on both sides of it, and time.
+/// The relay, both of its sides, and the clock.
 pub struct World {
     pub relay: Relay,
     pub page: Arc<MailboxPage>,
     pub vf: Arc<FakeVf>,
     pub authority: Arc<ScriptedAuthority>,
     pub clock: Arc<FakeClock>,
-    core: Core,
+    machine: StateMachine,
     policy: Policy,
     answered: usize,
     pending: Vec<(Duration, Verdict)>,
@@ -90,18 +90,18 @@ impl Bench {
 
     pub fn with(mac: MacAddress, config: Config) -> Self {
         let clock = Arc::new(FakeClock::default());
-        // Not at zero: nothing may depend on it.
+        // The clock must not start at zero: no code may depend on it.
         clock.sleep(Duration::from_secs(1000));
         let vf = FakeVf::new(mac, clock.clone());
         let authority = Arc::new(ScriptedAuthority::default());
-        let (relay, core) = Relay::assemble(config, &IGBVF, vf.clone(), authority.clone(), clock.clone());
+        let (relay, machine) = Relay::assemble(config, &IGBVF, vf.clone(), authority.clone(), clock.clone());
         let world = World {
             page: relay.page(),
             relay,
             vf,
             authority,
             clock,
-            core,
+            machine,
             policy: Box::new(|_| Some((Duration::ZERO, Decision::Grant { how: How::Local }))),
             answered: 0,
             pending: Vec::new(),
@@ -111,7 +111,7 @@ impl Bench {
         Self(Rc::new(RefCell::new(world)))
     }
 
-    /// From now on requests (resets excepted, which are granted) are decided so.
+    /// Sets the decisions on requests from now on (resets excepted, which are granted).
     pub fn policy(&self, decide: impl Fn(&Request) -> Option<Decision> + 'static) {
         self.slow_policy(move |request| decide(request).map(|decision| (Duration::ZERO, decision)));
     }
@@ -129,7 +129,7 @@ impl Bench {
         self.0.borrow().vf.clone()
     }
 
-    /// Takes the notices so far.
+    /// Takes the notices received so far.
     pub fn notices(&self) -> Vec<Notice> {
         std::mem::take(&mut self.0.borrow().authority.notices.lock().unwrap())
     }
@@ -161,10 +161,10 @@ impl Bench {
 }
 
 impl World {
-    /// Runs the relay and the authority until neither has anything to do now.
+    /// Runs the relay and the authority until both are idle.
     pub fn settle(&mut self) {
         loop {
-            self.next_turn = self.core.turn().unwrap_or(Duration::MAX);
+            self.next_turn = self.machine.turn().unwrap_or(Duration::MAX);
             let questions = self.authority.questions.lock().unwrap();
             let new: Vec<Question> = questions[self.answered..].to_vec();
             self.answered = questions.len();

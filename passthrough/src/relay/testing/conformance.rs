@@ -1,9 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0
 
-//! The [tables](super::table) on any VF: a simulated one, or an adapter's whose PF driver is the real one.
+//! The [tables](super::table) on any VF: a simulated one, or one of an adapter with the real PF driver.
 //!
-//! Real time passes. The PF must have set [`EFFECTIVE`] as the VF's address and must not trust it. What is wrong is
-//! returned in words, all of it: a run of the lab is too dear for the first difference alone.
+//! Real time passes. The PF must have set [`EFFECTIVE`] as the VF's address and must not trust it. The result
+//! lists all differences in words: a run of the lab is too expensive to stop at the first one.
 
 use std::{
     io,
@@ -23,9 +23,9 @@ use crate::{
     function::BarHandler,
     hardware::{BarInfo, IrqKind, VfHardware},
     mailbox::{
-        bits::{CONTROL_RST, REQ},
         layout::{IGBVF, Register},
-        words::BUFFER_WORDS,
+        message::BUFFER_WORDS,
+        register_bits::{CONTROL_RST, REQ},
     },
     relay::{
         Authority, Config, Decision, How, MailboxPage, Notice, Question, Rate, Relay, Unreachable, Verdict,
@@ -33,13 +33,13 @@ use crate::{
     threads::ThreadStart,
 };
 
-/// In which a PF that means to answer has done so.
+/// Long enough for a PF's answer to arrive.
 const SILENCE: Duration = Duration::from_millis(50);
 
-/// What a relay in front of `vf` does other than [`RELAY_CASES`] say.
+/// Differences between the behaviour of a relay in front of `vf` and [`RELAY_CASES`].
 pub fn relay_differences(vf: Arc<dyn VfHardware>) -> Vec<String> {
     let witness = Arc::new(Witness { hardware: vf, words: Mutex::default(), sent: Mutex::default() });
-    // The table is longer than what a guest may say at once.
+    // The table is longer than a guest's burst of messages.
     let unthrottled = Rate { burst: 100_000, period: Duration::from_nanos(1) };
     let config = Config { messages: unthrottled, resets: unthrottled, ..Config::default() };
     let (relay, agent) = Agent::with_relay(config, witness.clone());
@@ -75,7 +75,8 @@ fn relay_case(case: &RelayCase, relay: &Relay, witness: &Witness, agent: &Agent)
     differences
 }
 
-/// What the PF of `vf` answers other than [`PF_CASES`] say, and whether it is silent where no reset was.
+/// Differences between the answers of `vf`'s PF and [`PF_CASES`], and its answer before a reset, where it must be
+/// silent.
 pub fn pf_differences(vf: Arc<dyn VfHardware>) -> Vec<String> {
     let mut differences = Vec::new();
     let mut driver = Driver::new(Direct(vf));
@@ -85,7 +86,7 @@ pub fn pf_differences(vf: Arc<dyn VfHardware>) -> Vec<String> {
             continue;
         }
         if driver.perm != MacAddress::new(EFFECTIVE) {
-            differences.push(format!("{}: the reset before it tells {}", case.name, driver.perm));
+            differences.push(format!("{}: the reset reply before it has {}", case.name, driver.perm));
         }
         let reply = exchange(&mut driver, case.words, case.reply.is_some());
         let expected = Ok(case.reply);
@@ -101,7 +102,7 @@ pub fn pf_differences(vf: Arc<dyn VfHardware>) -> Vec<String> {
     differences
 }
 
-/// Word 0 of what is answered. Where an answer is expected it may take its time.
+/// Word 0 of the answer. An expected answer may take its time.
 fn exchange(driver: &mut Driver<Direct>, words: &[u32], expected: bool) -> Result<Option<u32>, String> {
     driver.post(words).map_err(|error| format!("{error:?}"))?;
     if !expected {
@@ -115,10 +116,10 @@ fn exchange(driver: &mut Driver<Direct>, words: &[u32], expected: bool) -> Resul
     Ok(Some(word))
 }
 
-/// Answers at once, always the same but for resets, which it grants.
+/// Answers at once, always with the same decision except for resets, which it grants.
 pub struct Agent {
     relay: Mutex<Weak<Relay>>,
-    /// The answer; None for none.
+    /// The decision; None for no answer.
     pub decision: Mutex<Option<Decision>>,
     /// The VF's address.
     pub effective: Mutex<MacAddress>,
@@ -126,7 +127,7 @@ pub struct Agent {
 }
 
 impl Agent {
-    /// A relay in front of this VF, and the agent that it asks.
+    /// Puts a relay in front of this VF, with an agent that answers it.
     pub fn with_relay(config: Config, vf: Arc<dyn VfHardware>) -> (Arc<Relay>, Arc<Self>) {
         let agent = Arc::new(Self {
             relay: Mutex::default(),
@@ -159,7 +160,7 @@ impl Authority for Agent {
     fn notice(&self, _notice: Notice) {}
 }
 
-/// The page as the guest has it.
+/// The page as the guest reaches it.
 pub struct Page(pub Arc<MailboxPage>);
 
 impl Bus for Page {
@@ -197,7 +198,7 @@ impl Bus for Direct {
     }
 }
 
-/// A VF, and what was sent by its mailbox: each message up to its last word that is not zero.
+/// A VF, and the messages sent by its mailbox: each up to its last word that is not zero.
 struct Witness {
     hardware: Arc<dyn VfHardware>,
     words: Mutex<[u32; BUFFER_WORDS]>,

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 
-//! The mailbox code of the stock igbvf driver, step by step (Linux 6.12): what it writes, polls and concludes.
+//! The mailbox code of the stock igbvf driver, step by step (Linux 6.12): its writes, polls and conclusions.
 
 use std::time::Duration;
 
@@ -16,7 +16,7 @@ const CTS: u32 = 0x2000_0000;
 const NACK: u32 = 0x4000_0000;
 const ACK: u32 = 0x8000_0000;
 
-/// How the driver reaches its VF.
+/// The driver's access to its VF.
 pub trait Bus {
     fn read(&mut self, offset: u64) -> u32;
     fn write(&mut self, offset: u64, value: u32);
@@ -24,14 +24,14 @@ pub trait Bus {
     fn delay(&mut self, time: Duration);
 }
 
-/// Why a mailbox operation failed (`-E1000_ERR_MBX`).
+/// The reason why a mailbox operation failed (`-E1000_ERR_MBX`).
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Failed {
-    /// The buffer could not be taken: nothing was sent, nobody is told.
+    /// The driver did not get the buffer: it sent nothing and reports nothing.
     NotSent,
     /// No PFACK within 1 s: the mailbox is dead until the next reset.
     NoAck,
-    /// No PFSTS within 1 s: likewise.
+    /// No PFSTS within 1 s: the mailbox is dead until the next reset.
     NoReply,
     /// "PF still resetting".
     StillResetting,
@@ -40,11 +40,11 @@ pub enum Failed {
 /// The driver's state.
 pub struct Driver<B> {
     pub bus: B,
-    /// `hw.mac.addr`: what it last asked for.
+    /// `hw.mac.addr`: the address that it last requested.
     pub mac: MacAddress,
-    /// `hw.mac.perm_addr`: of the last reset's reply.
+    /// `hw.mac.perm_addr`: the address in the last reset reply.
     pub perm: MacAddress,
-    /// What `ip link` shows.
+    /// The address that `ip link` shows.
     pub netdev: MacAddress,
     cached: u32,
     timeout: u32,
@@ -69,7 +69,7 @@ impl<B: Bus> Driver<B> {
         set
     }
 
-    /// Whether a reply has come that was not read.
+    /// Whether there is an unread reply.
     pub fn has_reply(&mut self) -> bool {
         self.check(0x10)
     }
@@ -156,7 +156,7 @@ impl<B: Bus> Driver<B> {
         Ok(())
     }
 
-    /// `igbvf_reset`: reset, restore the address, adopt what came out of it.
+    /// `igbvf_reset`: reset, restore the address, adopt the result.
     pub fn reset(&mut self) -> Result<(), Failed> {
         let result = self.reset_hw();
         self.rar_set(self.mac);
@@ -202,7 +202,7 @@ impl<B: Bus> Driver<B> {
         let _ = self.reset();
     }
 
-    /// What happens every two seconds: the link check. True if it schedules a reset.
+    /// The link check, every two seconds. True if it schedules a reset.
     pub fn watchdog(&mut self) -> bool {
         if self.check(0xc0) || self.timeout == 0 {
             self.link_wanted = true;

@@ -17,20 +17,20 @@ use vmm_sys_util::eventfd::EventFd;
 use crate::{
     hardware::{BarInfo, IrqKind, VfHardware},
     mailbox::{
-        bits::{
+        layout::{IGBVF, Register},
+        message::BUFFER_WORDS,
+        register_bits::{
             ACK, ACK_MESSAGE, CONTROL_RST, CTS, NACK_MESSAGE, PF_CONTROL, PFACK, PFSTS, PFU, READ_TO_CLEAR,
             REQ, RSTD, RSTI, VFU,
         },
-        layout::{IGBVF, Register},
-        port::Clock,
-        words::BUFFER_WORDS,
+        vf_mailbox::Clock,
     },
 };
 
-/// Messages that are kept.
+/// The most messages to keep.
 const MAX_RECEIVED: usize = 100_000;
 
-/// What the PF has for this VF, and what it has seen of it.
+/// The PF's state of this VF, and its record of events.
 #[derive(Clone, Debug, Default)]
 pub struct Pf {
     /// Programmed address; zero for none.
@@ -53,7 +53,7 @@ pub struct Pf {
     pub warnings: u64,
     /// VTCTRL.RST writes.
     pub vf_resets: u64,
-    /// Mailbox interrupts that somebody triggered by VTEICS: the masks.
+    /// The masks by which mailbox interrupts were triggered in VTEICS.
     pub triggered: Vec<u32>,
     /// The interface is down: no message is taken.
     pub down: bool,
@@ -98,17 +98,17 @@ impl FakeVf {
         self.state.lock().unwrap()
     }
 
-    /// What the PF has.
+    /// A copy of the PF's state.
     pub fn pf(&self) -> Pf {
         self.lock().pf.clone()
     }
 
-    /// Changes what the PF has.
+    /// Changes the PF's state.
     pub fn with_pf(&self, change: impl FnOnce(&mut Pf)) {
         change(&mut self.lock().pf);
     }
 
-    /// IFLA_VF_MAC: programmed at once, the VF is not told.
+    /// IFLA_VF_MAC: the address is programmed at once, without an event for the VF.
     pub fn set_admin_mac(&self, mac: MacAddress) {
         self.with_pf(|pf| (pf.mac, pf.mac_latched) = (mac, !mac.is_zero()));
     }
@@ -133,7 +133,7 @@ impl FakeVf {
         self.ping();
     }
 
-    /// A reset of the PF that is over before anybody looks, and whose ping got lost.
+    /// A reset of the PF that is over before the next poll, and whose ping got lost.
     pub fn pf_reset_at_once(&self) {
         self.pf_reset_begins();
         self.lock().bits &= !PFSTS;
@@ -153,12 +153,12 @@ impl FakeVf {
         state.bits |= RSTD;
     }
 
-    /// From now on messages are taken, and answered by [`answer_late`](Self::answer_late).
+    /// From now on the PF takes messages, and answers them in [`answer_late`](Self::answer_late).
     pub fn hold(&self) {
         self.lock().held = Some(Vec::new());
     }
 
-    /// Answers what was held, and holds no more.
+    /// Answers the held messages, and holds no more.
     pub fn answer_late(&self) {
         let mut state = self.lock();
         for words in state.held.take().unwrap_or_default() {
@@ -216,7 +216,7 @@ impl State {
             return;
         }
         let accepted = self.pf.handle(&words);
-        // Promiscuous multicast is taken out of the argument when it is made.
+        // igb clears promiscuous multicast in the argument once it is on.
         let repeated = if word & 0xffff == 6 { word & !0x2_0000 } else { word };
         self.reply(&[repeated | CTS | if accepted { ACK_MESSAGE } else { NACK_MESSAGE }]);
     }
@@ -262,7 +262,7 @@ impl Pf {
                 accepted
             }
             (3, count) => {
-                // The count is stored as it is; above 30 means all-multicast.
+                // igb stores any count; above 30 it means all-multicast.
                 self.all_multicast |= count > 30;
                 let hashes = words[1..].iter().flat_map(|word| {
                     let [a, b, c, d] = word.to_le_bytes();
@@ -283,7 +283,7 @@ impl Pf {
                 !self.port_vlan
             }
             (5, _) => {
-                // Whatever it is.
+                // igb accepts any size.
                 self.max_frame = words[1];
                 true
             }
@@ -330,7 +330,7 @@ impl VfHardware for FakeVf {
             Register::Buffer(word) => state.words[word],
             // STATUS: link up, full duplex, 1000 Mbit/s.
             Register::PassedRead if offset == 8 => 0x83,
-            // What it is says where it was read.
+            // The value tells the offset of the read.
             Register::PassedRead => 0x5a5a_0000 | u32::try_from(offset).unwrap(),
             // VTIVAR_MISC: vector 2.
             _ if offset == u64::from(IGBVF.mailbox_vector) => 0x82,

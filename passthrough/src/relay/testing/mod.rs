@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 
 //! Doubles for tests: a VF whose PF answers as igb does, the stock driver's mailbox code, an authority with a script,
-//! the tables that any implementation of either side must satisfy, and what checks one by them.
+//! the tables that any implementation of either side must satisfy, and the check of an implementation against them.
 #![allow(missing_docs, clippy::unwrap_used, clippy::expect_used, clippy::panic, reason = "test support only")]
 
 pub mod bench;

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 
-//! What must come out for which message: data only, for any implementation.
+//! The required result for each message: data only, for any implementation.
 
 use netpolicy::{OnDenied, Reason};
 
@@ -9,17 +9,17 @@ use crate::relay::{Decision, How};
 /// The address that the VF has in all cases: 02:00:00:00:00:11.
 pub const EFFECTIVE: [u8; 6] = [2, 0, 0, 0, 0, 0x11];
 
-/// A message to a relay whose VF was reset and asked for its own address once, so that it is not "fresh".
+/// A message to a relay whose VF was reset and then requested its own address once, so that it is not "fresh".
 #[derive(Clone, Copy, Debug)]
 pub struct RelayCase {
     pub name: &'static str,
-    /// What the guest writes before REQ; the other words hold rubbish.
+    /// The guest's words before REQ; the other words hold rubbish.
     pub words: &'static [u32],
-    /// What the authority says; None if it must not be asked.
+    /// The authority's decision; None if the relay must not ask.
     pub decision: Option<Decision>,
     /// Word 0 as the guest reads it; None for an acknowledgement without a reply.
     pub reply: Option<u32>,
-    /// What the PF must have received, up to its last word that is not zero; None for nothing.
+    /// The message that the PF must have received, up to its last word that is not zero; None for nothing.
     pub forwarded: Option<&'static [u32]>,
 }
 
@@ -102,7 +102,7 @@ macro_rules! pf_cases {
     };
 }
 
-/// What igb (Linux 6.12) answers, and every PF that stands in for it. Each message follows a reset.
+/// The answers of igb (Linux 6.12), and of every PF that stands in for it. Each message follows a reset.
 pub const PF_CASES: &[PfCase] = pf_cases! {
     "equal address": [2, 0x2, 0x1100] => Some(0x6000_0002);
     "other address": [2, 0x2, 0x2200] => Some(0x6000_0002);

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 
-//! Lists of receive addresses that were set while nobody could decide.
+//! Lists of receive addresses that the guest set while the authority was away.
 
 use std::time::Duration;
 
@@ -18,7 +18,7 @@ const ADD_55: [u32; 3] = [0x2_0002, 0x2, 0x5500];
 const CLEAR: [u32; 3] = [0x1_0002, 0, 0];
 const HASHES: [u32; 2] = [0x2_0003, 0x0222_0111];
 
-/// A guest with one further address, whose authority is then away.
+/// A guest with one further address, and then without an authority.
 fn guest() -> (Bench, Driver<Bench>) {
     let bench = Bench::new(mac(0x11));
     let mut driver = bench.driver();
@@ -38,7 +38,7 @@ fn asked(bench: &Bench) -> usize {
 #[test]
 fn lists_that_nobody_decided_about_are_set_when_the_authority_is_back() {
     let (bench, mut driver) = guest();
-    // Linux' igbvf does not look at these answers.
+    // Linux' igbvf ignores these answers.
     for message in [&CLEAR[..], &ADD_55, &HASHES] {
         assert_eq!(driver.call(message).map(|word| word >> 30), Ok(1), "{message:x?} is refused");
     }
@@ -50,7 +50,7 @@ fn lists_that_nobody_decided_about_are_set_when_the_authority_is_back() {
     let before = asked(&bench);
     bench.wait(60 * SECOND);
     assert_eq!(asked(&bench), before, "once");
-    assert!(!driver.has_reply(), "nobody waits for an answer");
+    assert!(!driver.has_reply(), "the guest gets no reply to a retry");
 }
 
 #[test]
@@ -65,7 +65,7 @@ fn a_filter_that_is_granted_before_the_others_are_cleared_stays() {
 
 #[test]
 fn a_guest_that_sets_its_lists_itself_is_not_asked_for() {
-    // Once more, in another way, or all anew.
+    // The same address again, a clear, or a reset.
     let again: [fn(&mut Driver<Bench>); 3] = [
         |driver| assert!(driver.call(&ADD_55).is_ok()),
         |driver| assert!(driver.call(&CLEAR).is_ok()),
@@ -104,7 +104,7 @@ fn a_refusal_ends_it_and_silence_costs_a_question_a_second() {
     assert_eq!(bench.vf().pf().filters, [mac(0x44)]);
 }
 
-/// The guest's own message does not wait for a question that it does not know of.
+/// The guest's own message does not wait for a question that it does not know.
 #[test]
 fn a_message_of_the_guest_goes_first() {
     let (bench, mut driver) = guest();
@@ -128,7 +128,7 @@ fn a_message_of_the_guest_goes_first() {
     assert_eq!(
         bench.notices().iter().filter(|notice| withdrawn(notice)).count(),
         1,
-        "its answer is for nobody"
+        "the relay's question is withdrawn once"
     );
     bench.wait(3 * SECOND);
     assert_eq!(bench.vf().pf().filters, [mac(0x44), mac(0x55)], "and it is asked again");

@@ -63,7 +63,7 @@ fn an_accepted_address_survives_resets_and_later_refusals() {
     driver.down_up();
     assert_eq!(addresses(&bench, &driver), (mac(0x22), mac(0x22)));
 
-    // Only that order leaves the driver with a stale address to fall back to: accepted without a reset, then refused.
+    // Only this order leaves the driver with a stale address to fall back to: accepted without a reset, then refused.
     for refusal in [NACK, SILENT] {
         let (bench, mut driver) = guest();
         bench.policy(move |request| {
@@ -104,11 +104,11 @@ fn a_guest_that_goes_on_talking_still_learns_that_it_must_reset() {
     bench.policy(|request| Some(if matches!(request, Request::SetMac(_)) { NACK } else { FORWARD }));
     bench.0.borrow().relay.make_guest_reset();
     bench.wait(MS);
-    // A multicast join right behind it, granted; another address, denied; a message that means nothing.
+    // A multicast join right behind it, granted; another address, denied; a message without a meaning.
     assert_eq!(driver.call(&[0x0001_0003, 0x230]).map(|word| word & CTS), Ok(0));
     assert!(!driver.set_mac(mac(0x33)));
     assert_eq!(driver.call(&[0x77]).map(|word| word & CTS), Ok(0));
-    // Stock drivers do not reset twice within 10 s: their link check must say so until they do.
+    // Stock drivers do not reset twice within 10 s: their link check must ask until they do.
     for _ in 0..8 {
         bench.wait(2000 * MS);
         assert!(driver.watchdog(), "the link check asks for a reset");
@@ -125,7 +125,7 @@ fn what_the_guest_believes_is_told_where_the_authority_cannot_know_it() {
     bench.policy(|_| Some(SILENT));
     assert!(driver.set_mac(mac(0x22)));
     let questions = bench.questions().len();
-    // The guest believed in another one before the refusal.
+    // The guest used another address before the refusal.
     assert!(driver.set_mac(mac(0x11)) && driver.set_mac(mac(0x11)));
     assert_eq!(bench.questions().len(), questions);
     let told = |last| Notice::GuestMac { mac: mac(last) };
@@ -134,7 +134,7 @@ fn what_the_guest_believes_is_told_where_the_authority_cannot_know_it() {
         [told(0x22), told(0x11)],
         "the silently refused one, then the equal one, once"
     );
-    // A restore that is refused is told to the driver, which does not believe in it.
+    // The driver sees the refusal of a restore, and does not use that address.
     assert!(driver.set_mac(mac(0x33)));
     driver.down_up();
     assert_eq!(bench.notices().last(), Some(&told(0x33)));
@@ -152,7 +152,7 @@ fn no_verdict_is_a_refusal_within_what_the_driver_waits() {
     assert!(
         matches!(&bench.notices()[..], [Notice::Cancelled { request: asked, why: Cancelled::Deadline, .. }] if *asked == request)
     );
-    // A reset works all the same: the PF's own reply says the address.
+    // A reset still succeeds: the PF's own reply has the address.
     driver.down_up();
     assert_eq!(addresses(&bench, &driver), (mac(0x11), mac(0x11)));
 }
@@ -165,7 +165,7 @@ fn an_authority_that_is_away_costs_the_guest_nothing_and_is_told_in_bounded_noti
     for _ in 0..10 {
         assert!(!driver.set_mac(mac(0x22)));
     }
-    driver.reset().expect("a reset needs nobody's leave");
+    driver.reset().expect("a reset needs no verdict");
     assert!(bench.now() - before < 100 * MS);
     bench.wait(1000 * MS);
     let counts: Vec<_> = bench
@@ -192,7 +192,7 @@ fn a_verdict_after_a_reset_answers_nothing() {
     bench.wait(10 * MS);
     assert!(matches!(&bench.notices()[..], [Notice::Cancelled { why: Cancelled::GuestReset, .. }]));
     bench.wait(200 * MS);
-    assert_eq!(driver.bus.read(0xc40), 0, "no answer to what the reset voided");
+    assert_eq!(driver.bus.read(0xc40), 0, "no answer to the voided message");
     driver.reset().expect("reset");
 }
 
@@ -228,7 +228,7 @@ fn filters_are_cleared_with_a_valid_address_and_only_when_there_are_some() {
     );
 }
 
-/// The agent died at a reboot, and the next one takes the old boot's address from the PF when the new boot has it.
+/// The agent died at a reboot, and its successor removes the old boot's address from the PF while the new boot uses it.
 #[test]
 fn a_guest_learns_an_address_that_is_changed_behind_its_back() {
     let (bench, mut driver) = guest();
@@ -243,7 +243,7 @@ fn a_guest_learns_an_address_that_is_changed_behind_its_back() {
     bench.set_away(true);
     let mut driver = bench.driver();
     driver.probe();
-    assert_eq!(addresses(&bench, &driver), (mac(0x22), mac(0x22)), "nobody was there to say otherwise");
+    assert_eq!(addresses(&bench, &driver), (mac(0x22), mac(0x22)), "the authority was away");
     assert!(bench.notices().contains(&Notice::GuestMac { mac: mac(0x22) }));
     bench.set_away(false);
     assert!(!driver.watchdog());
@@ -253,7 +253,7 @@ fn a_guest_learns_an_address_that_is_changed_behind_its_back() {
     bench.policy(|request| Some(if matches!(request, Request::SetMac(_)) { NACK } else { LOCAL }));
     driver.reset().expect("reset");
     assert_eq!(addresses(&bench, &driver), (mac(0x11), mac(0x11)));
-    // A guest that has the address, and one that has none yet, are left in peace.
+    // A guest that has the address, and one without an address yet, get no event.
     let triggered = bench.vf().pf().triggered;
     told(mac(0x11));
     assert!(!driver.watchdog());
@@ -262,7 +262,7 @@ fn a_guest_learns_an_address_that_is_changed_behind_its_back() {
     assert_eq!(bench.vf().pf().triggered, triggered);
 }
 
-/// An address that another port has is added when that one gives it up: the authority must hear of the driver's next list.
+/// Another port has the address and releases it later: the authority must then see the driver's next list.
 #[test]
 fn after_an_address_in_use_filters_are_cleared_by_the_authority() {
     for (reason, asked) in [(Reason::MacInUse, 1), (Reason::LimitExceeded, 0)] {
@@ -322,7 +322,7 @@ fn pings_reach_the_guest() {
     bench.wait(300 * MS);
     assert_eq!(driver.bus.read(0xc40) & 0x10, 0x10, "without the guest's help");
     assert_eq!(driver.bus.read(0x800), 0x2000_0100);
-    // Looking is enough to hear of it soon, unless the relay has just looked.
+    // A guest's read triggers a poll, unless the relay has just polled.
     bench.wait(30 * MS);
     bench.vf().ping();
     driver.bus.read(0xc40);
@@ -334,7 +334,7 @@ fn pings_reach_the_guest() {
     bench.wait(3 * MS);
     assert_eq!(driver.bus.read(0xc40) & 0x10, 0, "it has just looked");
     bench.wait(300 * MS);
-    assert_eq!(driver.bus.read(0xc40) & 0x10, 0x10, "what came within that time is found too");
+    assert_eq!(driver.bus.read(0xc40) & 0x10, 0x10, "a message within that time is found too");
 }
 
 /// The first read clears the reset bits; the word stays.
@@ -443,7 +443,7 @@ fn what_is_granted_and_then_taken_back_is_not_there() {
     driver.bus.write(0x804, 100);
     driver.bus.write(0xc40, 1);
     {
-        // Both arrive while the relay does something else.
+        // Both arrive while the relay is busy.
         let world = bench.0.borrow();
         let seq = world.authority.questions.lock().unwrap().last().expect("asked").seq;
         world.relay.verdict(Verdict { seq, effective_mac: mac(0x11), decision: FORWARD });
@@ -495,7 +495,7 @@ fn what_cannot_be_taken_back_is_said() {
     joined(&bench, &mut driver);
     bench.vf().with_pf(|pf| pf.trusted = false);
     let mut changes = everything();
-    // Not the relay's: an address is programmed by netlink, a reset is the guest's.
+    // These are not the relay's: netlink programs an address, and only the guest resets.
     changes.extend([Change::SetMac(mac(0x55)), Change::Reset]);
     bench.0.borrow().relay.take_back(9, changes);
     bench.wait(MS);
@@ -532,7 +532,7 @@ fn resets_are_slowed_down_and_reach_the_device_at_their_rate() {
     let took = bench.now() - before;
     assert!(took > 5000 * MS, "{took:?}");
     assert_eq!(bench.vf().pf().vf_resets - resets, 20, "each reached the device");
-    // Without the driver's waiting: thousands of writes, a few resets.
+    // Without the driver's waiting times: thousands of writes, a few resets.
     for _ in 0..5000 {
         driver.bus.write(0, 1 << 26);
     }

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 
-//! A guest that does anything: the PF must only ever hear what was granted.
+//! A guest with arbitrary behaviour: the PF must only ever hear granted messages.
 
 use std::{cell::RefCell, rc::Rc, time::Duration};
 
@@ -106,7 +106,7 @@ fn run(steps: Vec<Step>, verdicts: Vec<u8>) {
         if words[0] == 1 {
             continue;
         }
-        // Each was granted, in the order of the grants; grants may be skipped (resets), never used twice.
+        // Each was granted, in the order of the grants. Grants may be skipped (resets), never used twice.
         let same = |request: &Request| {
             // Which valid address a "clear" carries does not matter.
             let clear = matches!(request, Request::ClearUnicastFilters) && words[0] == 0x1_0002;
@@ -115,7 +115,7 @@ fn run(steps: Vec<Step>, verdicts: Vec<u8>) {
         assert!(granted.any(same), "{words:x?} was not granted");
     }
     assert_eq!(world.vf.pf().unhandled, 0);
-    // What was forwarded is told, and nothing else.
+    // The relay reports forwarded messages, and no others.
     let told = world.authority.notices.lock().unwrap();
     let forwarded = told.iter().filter(|notice| matches!(notice, Notice::Forwarded { .. })).count();
     assert!(forwarded <= world.granted.len());

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 
-//! Refusals that were given in advance.
+//! Denials that the authority has given in advance.
 
 use std::time::Duration;
 
@@ -9,7 +9,7 @@ use netpolicy::{MacAddress, OnDenied, Reason, Request, StandingRefusal};
 use super::{LOCAL, mac};
 use crate::{
     function::BarHandler,
-    mailbox::bits::{ACK_MESSAGE, NACK_MESSAGE, PFACK, PFSTS, REQ},
+    mailbox::register_bits::{ACK_MESSAGE, NACK_MESSAGE, PFACK, PFSTS, REQ},
     relay::{
         Notice,
         testing::{Bench, Driver},
@@ -26,7 +26,7 @@ fn refusal(on_denied: OnDenied) -> Option<StandingRefusal> {
 
 fn guest(on_denied: OnDenied) -> (Bench, Driver<Bench>) {
     let bench = Bench::new(mac(0x11));
-    // Whoever asks is granted: a refusal is none of the authority's.
+    // The authority grants every question: a denial is not its own.
     bench.policy(|_| Some(LOCAL));
     bench.0.borrow().relay.set_standing_refusal(refusal(on_denied));
     let mut driver = bench.driver();
@@ -72,7 +72,7 @@ fn it_is_given_by_who_asks_without_another_threads_turn() {
         assert!(answered && word & NACK_MESSAGE != 0 && word & ACK_MESSAGE == 0, "{last:#x}: {word:#x}");
     }
     assert_eq!(bench.notices(), [], "the thread had no turn");
-    // No more than that wait to be noticed.
+    // No more denials may wait for the relay's thread.
     post(&bench, mac(0x99));
     assert!(!answer(&bench).0, "in flight");
     bench.0.borrow_mut().settle();
@@ -110,7 +110,7 @@ fn the_guest_sees_what_it_sees_of_every_refusal() {
     assert_eq!((driver.netdev, bench.vf().pf().mac), (mac(0x22), mac(0x11)), "guest and device differ");
     assert_eq!(bench.notices(), [Notice::GuestMac { mac: mac(0x22) }, declined(0x22, true)]);
     driver.down_up();
-    assert_eq!((driver.netdev, bench.vf().pf().mac), (mac(0x11), mac(0x11)), "the restore is told");
+    assert_eq!((driver.netdev, bench.vf().pf().mac), (mac(0x11), mac(0x11)), "the restore is refused openly");
     assert!(bench.notices().contains(&declined(0x22, false)));
     assert!(driver.set_mac(mac(0x33)), "silent again");
 }
@@ -120,11 +120,12 @@ fn what_it_does_not_cover_is_asked() {
     let (bench, mut driver) = guest(OnDenied::Nack);
     let questions = || bench.questions().len();
     let before = questions();
-    assert!(driver.set_mac(mac(0x11)), "the effective one is nobody's question");
+    assert!(driver.set_mac(mac(0x11)), "the effective address needs no question");
     assert_eq!(questions(), before);
     assert!(driver.set_mac(mac(0x44)), "an exception");
     assert_eq!(questions(), before + 1);
-    // It is effective now. Refused, the driver goes back to the address of its last reset, and that restore is stale.
+    // The address is effective now. After a refusal the driver goes back to the address of its last reset, and that
+    // restore is stale.
     assert!(!driver.set_mac(mac(0x22)));
     driver.down_up();
     assert_eq!((driver.netdev, bench.vf().pf().mac), (mac(0x44), mac(0x44)));
@@ -132,7 +133,7 @@ fn what_it_does_not_cover_is_asked() {
     bench.0.borrow().relay.set_standing_refusal(None);
     assert!(driver.set_mac(mac(0x22)), "it is withdrawn");
     assert_eq!(bench.vf().pf().mac, mac(0x22));
-    // What is effective is not refused, by whichever thread, although the policy would not grant it any more.
+    // No thread denies the effective address, although the policy would no longer grant it.
     bench.0.borrow().relay.set_standing_refusal(refusal(OnDenied::Nack));
     let before = questions();
     assert!(driver.set_mac(mac(0x22)));
@@ -155,7 +156,7 @@ fn an_order_comes_before_the_next_message() {
 
 #[test]
 fn it_needs_a_pf_that_listens_and_a_token() {
-    // Not reset since the device was: word 0 must say so.
+    // The VF was not reset since the device was: word 0 must show it.
     let (bench, mut driver) = guest(OnDenied::Nack);
     bench.0.borrow().relay.hardware_reset();
     bench.0.borrow_mut().settle();

@@ -1,13 +1,13 @@
 // SPDX-License-Identifier: Apache-2.0
 
-//! The tables of `testing::table`, against the relay and against the PF that stands behind it in tests.
+//! The tables of `testing::table`, against the relay and against the PF double behind it.
 
 use std::{sync::Arc, time::Duration};
 
 use netpolicy::MacAddress;
 
 use crate::{
-    mailbox::port::Clock,
+    mailbox::vf_mailbox::Clock,
     relay::testing::{
         Bench, Bus, FakeClock, FakeVf,
         conformance::{pf_differences, relay_differences},
@@ -15,7 +15,7 @@ use crate::{
     },
 };
 
-/// What came of a message.
+/// The result of a message.
 #[derive(Debug, PartialEq)]
 struct Outcome {
     asked: bool,

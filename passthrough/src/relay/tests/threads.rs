@@ -15,7 +15,7 @@ use netpolicy::Request;
 use super::{FORWARD, LOCAL, NACK, mac};
 use crate::{
     function::BarHandler,
-    mailbox::{fuzz::assert_canonical, layout::IGBVF, port::SystemClock},
+    mailbox::{fuzz::assert_canonical, layout::IGBVF, vf_mailbox::SystemClock},
     relay::{
         Authority, Cancelled, Config, MailboxPage, Notice, Question, Rate, Relay, Unreachable, Verdict,
         testing::{Bus, Driver, FakeVf},
@@ -69,7 +69,7 @@ fn start(config: Config) -> (Arc<Relay>, Arc<FakeVf>, Arc<Agent>) {
     (relay, vf, agent)
 }
 
-/// The page, and real waiting.
+/// The page, with real waiting.
 struct Guest(Arc<MailboxPage>);
 
 impl Bus for Guest {
@@ -142,7 +142,7 @@ fn a_vcpu_never_waits_for_the_authority_or_the_pf() {
     let mut driver = Driver::new(Guest(relay.page()));
     driver.probe();
     agent.mute.store(true, Ordering::Relaxed);
-    // A message that nobody answers, and then a device that holds the relay's thread in an exchange.
+    // A message without an answer, and then a device that holds the relay's thread in an exchange.
     driver.bus.write(0x800, 4);
     let mut slowest = Duration::ZERO;
     for round in 0..2 {

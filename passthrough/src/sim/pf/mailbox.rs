@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 
-//! Mailbox messages, as Linux' igb (6.12) answers them.
+//! Answers to mailbox messages, as Linux' igb (6.12) gives them.
 
 use std::time::Duration;
 
@@ -8,8 +8,8 @@ use netpolicy::MacAddress;
 
 use super::{SimPfState, Vf};
 use crate::mailbox::{
-    bits::{ACK_MESSAGE, CTS, NACK_MESSAGE, PF_CONTROL},
-    words::{BUFFER_WORDS, Words},
+    message::{BUFFER_WORDS, Words},
+    register_bits::{ACK_MESSAGE, CTS, NACK_MESSAGE, PF_CONTROL},
 };
 
 const RESET: u32 = 0x01;
@@ -23,15 +23,16 @@ const FILTER_CLEAR: u8 = 1;
 const FILTER_ADD: u8 = 2;
 const PROMISC_MULTICAST: u8 = 2;
 
-/// Hashes that igb keeps of a multicast message.
+/// The most hashes that igb keeps of a multicast message.
 const MAX_MULTICAST: u8 = 30;
-/// For so long igb does not answer a VF whose reset it has not seen.
+/// The interval between two NACKs to a VF before its reset message. In between igb is silent.
 const SILENCE: Duration = Duration::from_secs(2);
 /// VMOLR.RLPML has 14 bits.
 const MAX_FRAME_MASK: u32 = 0x3fff;
 
 impl SimPfState {
-    /// The VF was reset (VTCTRL.RST or FLR): an address of its own choice is forgotten, its queues are off.
+    /// Notes a reset of the VF (VTCTRL.RST or FLR): the PF forgets an address of its own choice and turns its queues
+    /// off.
     pub fn vf_reset(&mut self, vf: u16, now: Duration) {
         let Some(vf) = self.vf(vf) else { return };
         vf.counters.resets = vf.counters.resets.saturating_add(1);
@@ -41,7 +42,7 @@ impl SimPfState {
         vf.forget(now);
     }
 
-    /// A message of the VF. None for one that is acknowledged and not answered.
+    /// Handles a message of the VF. Returns None for a message that is acknowledged without an answer.
     pub fn message(&mut self, index: u16, words: &[u32; BUFFER_WORDS], now: Duration) -> Option<Words> {
         let vf = self.vf(index)?;
         vf.counters.messages = vf.counters.messages.saturating_add(1);
@@ -68,7 +69,7 @@ impl SimPfState {
         Some(Words::new(&[repeated(word) | CTS | verdict]))
     }
 
-    /// What the PF posts on its own when its link changes.
+    /// The PF's message after a change of its link.
     #[must_use]
     pub fn ping(&self, vf: u16) -> Option<Words> {
         let vf = self.vfs.get(usize::from(vf))?;
@@ -93,9 +94,9 @@ impl SimPfState {
                 vf.multicast = hashes.take(argument.min(MAX_MULTICAST).into()).collect();
                 true
             }
-            // The administrator's tag is not to be escaped.
+            // A VF cannot escape the administrator's tag.
             SET_VLAN if vf.port_vlan.id != 0 => false,
-            // VLAN 0 has a place of its own in the table.
+            // VLAN 0 has an entry of its own in the table.
             SET_VLAN if vid == 0 => true,
             SET_VLAN if argument == 0 => {
                 vf.vlans.remove(&vid);
@@ -121,8 +122,8 @@ impl SimPfState {
 }
 
 impl Vf {
-    /// What igb clears at every reset, whether the adapter or a message tells of it. It keeps further addresses (its list of filters)
-    /// and the longest frame (VMOLR.RLPML, which only SET_LPE writes).
+    /// Clears the state that igb clears at every reset, whether the adapter or a message reports it. igb keeps further
+    /// addresses (its list of filters) and the longest frame (VMOLR.RLPML, which only SET_LPE writes).
     fn forget(&mut self, now: Duration) {
         self.clear_to_send = false;
         self.last_nack = Some(now);
@@ -144,7 +145,7 @@ impl Vf {
     }
 
     fn set_mac(&mut self, argument: u8, mac: MacAddress, room: bool) -> bool {
-        // Not even the equal address.
+        // igb refuses even the equal address.
         if (self.mac_latched && !self.trusted) || !mac.is_assignable() {
             return false;
         }
@@ -158,7 +159,7 @@ impl Vf {
     }
 }
 
-/// What igb's answer repeats of word 0: promiscuous multicast is taken out once it is set.
+/// The part of word 0 that igb's answer repeats: igb clears promiscuous multicast once it is set.
 fn repeated(word: u32) -> u32 {
     if word & 0xffff == SET_PROMISC { word & !(u32::from(PROMISC_MULTICAST) << 16) } else { word }
 }

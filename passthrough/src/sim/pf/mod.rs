@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 
-//! The simulated PF: how an igb PF driver and an 82576 treat their VFs, without any I/O ([`SimPfState`]), and the
-//! process around it ([`serve`]).
+//! The simulated PF: the behaviour of an igb PF driver and an 82576 towards VFs, without any I/O
+//! ([`SimPfState`]), and the process around it ([`serve`]).
 
 mod mailbox;
 mod rate;
@@ -17,7 +17,7 @@ use std::{
 use netpolicy::MacAddress;
 use serde::{Deserialize, Serialize};
 
-use self::rate::TokenBucket;
+use self::rate::TxRateLimit;
 pub use self::{
     serve::{Options, listen, serve},
     switch::Port,
@@ -25,43 +25,43 @@ pub use self::{
 };
 use super::address::MAX_VFS;
 pub use super::wire::Frame;
-use crate::host::{PortVlan, TagProtocol, VfChange, VfLink, VfSettings};
+use crate::sriov::{PortVlan, TagProtocol, VfChange, VfLink, VfSettings};
 
-/// Entries of the adapter's address table (RAL/RAH); those that its VFs can share for further addresses are what
-/// igb leaves over.
+/// Entries of the adapter's address table (RAL/RAH). Its VFs share the entries that igb leaves over for further
+/// addresses.
 const ADDRESS_TABLE: usize = 24;
 const RESERVED_ADDRESSES: usize = 4;
-/// Further addresses for all VFs together that there are at least.
+/// The fewest further addresses for all VFs together.
 const MIN_FILTERS: usize = 3;
 /// VLANs that all VFs can join together (VLVF).
 const VLAN_TABLE: usize = 32;
-/// Frames in bytes that a VF receives before it has said how long they may be: 1518 and a tag.
+/// The longest frame in bytes that a VF receives before it has set the length: 1518 and a tag.
 const DEFAULT_MAX_FRAME: u32 = 1522;
 /// Speed of the link in Mbit/s.
 pub const LINK_SPEED: u32 = 1000;
 
-/// What happened at one VF since the PF's start.
+/// Events of one VF since the PF's start.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct VfCounters {
     /// Mailbox messages taken.
     pub messages: u64,
-    /// Of these, those that were answered with a NACK.
+    /// Messages answered with a NACK.
     pub refused: u64,
     /// Resets (VTCTRL.RST and function level).
     pub resets: u64,
-    /// Frames that the VF sent and the adapter forwarded.
+    /// Frames from the VF that the adapter forwarded.
     pub sent: u64,
-    /// Frames that the VF sent with a source address or VLAN that is not its own: dropped.
+    /// Dropped frames from the VF: the source address or VLAN was not its own.
     pub spoofed: u64,
-    /// Frames that the VF sent and that were dropped for another reason: not enabled, above its rate, malformed.
+    /// Frames from the VF dropped for another reason: not enabled, above its rate, malformed.
     pub not_sent: u64,
     /// Frames delivered to the VF.
     pub received: u64,
-    /// Frames for the VF that were dropped since it did not take them.
+    /// Frames for the VF dropped because it did not read them.
     pub lost: u64,
 }
 
-/// What the PF has for one VF.
+/// The PF's state of one VF.
 #[derive(Clone, Debug)]
 struct Vf {
     /// Programmed address; zero for none.
@@ -73,11 +73,11 @@ struct Vf {
     port_vlan: PortVlan,
     /// Highest sending rate in Mbit/s, 0 for none.
     max_tx_rate: u32,
-    bucket: TokenBucket,
-    /// Reset was answered: queues enabled, messages are listened to.
+    bucket: TxRateLimit,
+    /// A reset was answered: queues are enabled, and the PF listens to messages.
     clear_to_send: bool,
     last_nack: Option<Duration>,
-    /// As the VF said it: igb does not bound it.
+    /// The VF's own number: igb does not bound it.
     multicast_count: u8,
     multicast: Vec<u16>,
     promiscuous_multicast: bool,
@@ -97,7 +97,7 @@ impl Default for Vf {
             spoof_check: true,
             port_vlan: PortVlan::default(),
             max_tx_rate: 0,
-            bucket: TokenBucket::default(),
+            bucket: TxRateLimit::default(),
             clear_to_send: false,
             last_nack: None,
             multicast_count: 0,
@@ -111,7 +111,7 @@ impl Default for Vf {
     }
 }
 
-/// The PF's state. Time is given by the caller: monotonic, since some fixed moment.
+/// The PF's state. The caller supplies the time: monotonic, since some fixed moment.
 #[derive(Clone, Debug)]
 pub struct SimPfState {
     vfs: Vec<Vf>,
@@ -127,7 +127,7 @@ impl SimPfState {
         Self { vfs: vec![Vf::default(); count], link_up: true, scratch: Vec::new() }
     }
 
-    /// How many VFs there are.
+    /// The number of VFs.
     #[must_use]
     pub fn vf_count(&self) -> u16 {
         u16::try_from(self.vfs.len()).unwrap_or(MAX_VFS)
@@ -139,7 +139,7 @@ impl SimPfState {
         self.link_up
     }
 
-    /// Takes the link up or down. VFs are to be told, and [pinged](Self::ping).
+    /// Takes the link up or down. The caller must send the VFs the link state and a [ping](Self::ping).
     pub fn set_link(&mut self, up: bool) {
         self.link_up = up;
     }
@@ -165,7 +165,7 @@ impl SimPfState {
         (0..).zip(self.vfs.iter().map(|vf| vf.counters)).collect()
     }
 
-    /// A frame for the VF could not be handed over.
+    /// Notes that a frame for the VF could not be handed over.
     pub fn lost(&mut self, vf: u16) {
         if let Some(vf) = self.vf(vf) {
             vf.counters.received = vf.counters.received.saturating_sub(1);
@@ -173,17 +173,17 @@ impl SimPfState {
         }
     }
 
-    /// What an administrator sets.
+    /// Makes a change of the administrator.
     ///
     /// # Errors
-    /// The error number that igb's functions return: `ENODEV` without such a VF (as netlink says it),
-    /// `EINVAL`, `EOPNOTSUPP`, `EPROTONOSUPPORT`.
+    /// The error number of igb's functions: `ENODEV` without such a VF (as in netlink), `EINVAL`, `EOPNOTSUPP`,
+    /// `EPROTONOSUPPORT`.
     pub fn set(&mut self, vf: u16, change: VfChange) -> Result<(), i32> {
         let link_up = self.link_up;
         let vf = self.vf(vf).ok_or(libc::ENODEV)?;
         match change {
             VfChange::Mac(Some(mac)) if !mac.is_assignable() => return Err(libc::EINVAL),
-            // Programmed at once; the VF is neither told nor reset.
+            // Programmed at once. The VF gets neither an event nor a reset.
             VfChange::Mac(Some(mac)) => (vf.mac, vf.mac_latched) = (mac, true),
             VfChange::Mac(None) => (vf.mac, vf.mac_latched) = (MacAddress::ZERO, false),
             VfChange::Vlan(vlan) if vlan.protocol != TagProtocol::Dot1Q => return Err(libc::EPROTONOSUPPORT),
@@ -197,7 +197,7 @@ impl SimPfState {
             }
             VfChange::TxRate { max, .. } => {
                 vf.max_tx_rate = max;
-                vf.bucket = TokenBucket::default();
+                vf.bucket = TxRateLimit::default();
             }
             VfChange::Link(_) => return Err(libc::EOPNOTSUPP),
         }
@@ -208,7 +208,7 @@ impl SimPfState {
         self.vfs.get_mut(usize::from(vf))
     }
 
-    /// Further addresses that all VFs can have together.
+    /// The most further addresses of all VFs together.
     fn filter_room(&self) -> usize {
         (ADDRESS_TABLE - RESERVED_ADDRESSES).saturating_sub(self.vfs.len()).max(MIN_FILTERS)
     }

@@ -1,26 +1,26 @@
 // SPDX-License-Identifier: Apache-2.0
 
-//! A VF's highest sending rate.
+//! The bound of a VF's sending rate.
 
 use std::time::Duration;
 
-/// What may be sent at once after a pause, in bits: some frames of the greatest length.
+/// The largest burst after a pause, in bits: some frames of the greatest length.
 const BURST: u64 = 8 * 64 * 1024;
 
 /// Tokens of one bit each.
 #[derive(Clone, Debug)]
-pub(super) struct TokenBucket {
+pub(super) struct TxRateLimit {
     tokens: u64,
     filled: Duration,
 }
 
-impl Default for TokenBucket {
+impl Default for TxRateLimit {
     fn default() -> Self {
         Self { tokens: BURST, filled: Duration::ZERO }
     }
 }
 
-impl TokenBucket {
+impl TxRateLimit {
     /// Whether a frame of `bytes` fits into `rate` Mbit/s (0 for no bound).
     pub(super) fn take(&mut self, rate: u32, bytes: usize, now: Duration) -> bool {
         if rate == 0 {
@@ -48,7 +48,7 @@ mod tests {
 
     #[test]
     fn a_second_holds_what_the_rate_says_and_one_burst() {
-        let mut bucket = TokenBucket::default();
+        let mut bucket = TxRateLimit::default();
         let mut passed = 0;
         for micros in 0..1_000_000 {
             passed += u64::from(bucket.take(10, 1250, Duration::from_micros(micros)));

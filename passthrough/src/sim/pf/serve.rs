@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 
-//! The process of a simulated PF: one thread that waits for control connections, VFs and the tap.
+//! The process of a simulated PF: one thread that serves control connections, VFs and the tap.
 
 use std::{
     collections::VecDeque,
@@ -26,30 +26,30 @@ use crate::sim::{
     wire::{self, MAX_PACKET, Packet},
 };
 
-/// Connections of agents at a time: one, another while it restarts, and people's tools.
+/// The most connections of agents at a time: one, another while it restarts, and tools of users.
 const MAX_AGENTS: usize = 8;
 const BACKLOG: i32 = 8;
-/// Packets taken from one VF or the tap before the others have their turn.
+/// Packets taken from one VF or the tap before the others get their turn.
 const BATCH: usize = 32;
-/// Packets that are no frames and that wait for a VF to read: one answers a message, the rest is about the link.
+/// The most packets other than frames that wait for a VF to read: one answer to a message, and link events.
 const MAX_WAITING: usize = 8;
 
-/// What a simulated PF is made of.
+/// The parts of a simulated PF.
 #[derive(Debug)]
 pub struct Options {
     /// The PF's name.
     pub name: String,
     /// Its VFs, [`MAX_VFS`](crate::sim::MAX_VFS) at most.
     pub vfs: u16,
-    /// Where agents connect: see [`listen`]. Who can connect there controls the PF.
+    /// The socket for agents: see [`listen`]. A process that can connect there controls the PF.
     pub listener: OwnedFd,
     /// A tap device as uplink: see [`open_tap`](super::open_tap).
     pub tap: Option<OwnedFd>,
-    /// End when for so long there is neither an agent nor a VF. None: only when told.
+    /// Ends the process after this time without an agent or a VF. None: only an agent ends it.
     pub linger: Option<Duration>,
 }
 
-/// A control socket at `path`, which must not exist. Its directory is to be closed to everybody but the agent.
+/// Makes a control socket at `path`, which must not exist. Only the agent may have access to its directory.
 ///
 /// # Errors
 /// Those of `socket`, `bind` and `listen`.
@@ -64,7 +64,7 @@ pub fn listen(path: &Path) -> io::Result<OwnedFd> {
 /// Runs the PF until an agent stops it (or see [`Options::linger`]).
 ///
 /// # Errors
-/// `poll` or the listening socket fails; nothing that a VF can cause.
+/// `poll` or the listening socket fails. A VF can cause neither.
 pub fn serve(options: Options) -> io::Result<()> {
     rustix::io::ioctl_fionbio(&options.listener, true)?;
     if let Some(tap) = &options.tap {
@@ -101,20 +101,20 @@ struct Process {
     stopped: bool,
 }
 
-/// The ways out.
+/// The outputs.
 struct Links {
     vfs: Vec<Option<VfLink>>,
     tap: Option<OwnedFd>,
     buffer: Vec<u8>,
 }
 
-/// A VF's connection. While something waits that is no frame, nothing more is read from the VF.
+/// A VF's connection. While a packet other than a frame waits, the VF's packets are not read.
 struct VfLink {
     socket: OwnedFd,
     waiting: VecDeque<Vec<u8>>,
 }
 
-/// Who has something to say.
+/// A source of input.
 #[derive(Clone, Copy)]
 enum Source {
     Listener,
@@ -182,14 +182,14 @@ impl Process {
 
     fn timeout(&self) -> Option<Timespec> {
         let left = self.linger?.saturating_sub(self.idle_since.elapsed());
-        // Never zero: the moment itself must have passed.
+        // Never zero: the deadline itself must have passed.
         Timespec::try_from(left + Duration::from_millis(1)).ok()
     }
 
     fn accept(&mut self) -> io::Result<()> {
         match net::accept_with(&self.listener, SocketFlags::CLOEXEC | SocketFlags::NONBLOCK) {
             Ok(agent) if self.agents.len() < MAX_AGENTS => self.agents.push(agent),
-            // The newest is let go of: the agent's own connections are older.
+            // Drop the newest connection: the agent's own are older.
             Ok(_) => tracing::warn!(pf = self.name, "Too many control connections"),
             Err(Errno::AGAIN | Errno::INTR | Errno::CONNABORTED | Errno::MFILE | Errno::NFILE) => {}
             Err(errno) => return Err(errno.into()),
@@ -197,7 +197,7 @@ impl Process {
         Ok(())
     }
 
-    /// Answers an agent; false when its connection has ended.
+    /// Answers an agent; returns false when its connection has ended.
     fn agent(&mut self, index: usize) -> bool {
         let Some(agent) = self.agents.get(index) else { return false };
         let mut bytes = vec![0; MAX_MESSAGE];
@@ -217,7 +217,7 @@ impl Process {
         if connection.is_some() && !control.push(SendAncillaryMessage::ScmRights(&rights)) {
             return false;
         }
-        // One request, one answer: there is room for it, or the agent does not read.
+        // One request, one answer: the socket has room for it, unless the agent does not read.
         net::sendmsg(agent, &[io::IoSlice::new(&bytes)], &mut control, SendFlags::NOSIGNAL).is_ok()
     }
 
@@ -227,7 +227,7 @@ impl Process {
             Err(errno) => Answer::Refused { errno },
         };
         let answer = match request {
-            // Whoever asks compares the versions.
+            // The caller compares the versions.
             Request::Hello { .. } => {
                 let about = About {
                     name: self.name.clone(),
@@ -310,7 +310,7 @@ impl Process {
                     });
                     lost.into_iter().for_each(|vf| self.state.lost(vf));
                 }
-                // EBADFD once the interface was deleted.
+                // EBADFD after the interface was deleted.
                 result => {
                     tracing::warn!(pf = self.name, ?result, "The tap device of a simulated PF is gone");
                     self.links.tap = None;
@@ -335,7 +335,7 @@ impl Process {
                 Err(Errno::AGAIN | Errno::INTR) => return,
                 Err(_) => return self.end(index),
             };
-            // What is no packet is the fault of a vmm that its guest took over.
+            // A malformed packet comes from a vmm that its guest has taken over: drop it.
             if let Some(packet) = wire::decode(bytes.get(..len).unwrap_or_default()) {
                 self.packet(index, &packet);
             }
@@ -362,22 +362,22 @@ impl Process {
                 });
                 lost.into_iter().for_each(|vf| self.state.lost(vf));
             }
-            // Only the PF says these.
+            // Only the PF sends these.
             Packet::Taken { .. } | Packet::Post { .. } | Packet::Link { .. } => {}
         }
     }
 
-    /// The VF's vmm has ended.
+    /// Notes that the VF's vmm has ended.
     fn end(&mut self, index: usize) {
         if let Ok(vf) = u16::try_from(index) {
-            // It exists: it had a connection.
+            // The VF exists, because it had a connection.
             let _ = self.detach(vf);
         }
     }
 }
 
 impl Links {
-    /// Hands a frame over; the VF that did not take it.
+    /// Hands a frame over. Returns the VF that did not take it.
     fn deliver(&mut self, port: Port, frame: Frame<'_>, looped: bool) -> Option<u16> {
         match port {
             Port::Uplink => {
@@ -397,21 +397,22 @@ impl Links {
         }
     }
 
-    /// Sends what must not be lost, as soon as the VF reads.
+    /// Sends a packet that must not be lost, as soon as the VF reads.
     fn post(&mut self, index: usize, packet: &Packet<'_>) {
         if let Some(link) = self.vfs.get_mut(index).and_then(Option::as_mut) {
-            // A VF that does not read gets no more messages answered; what is over is news of the link.
+            // A VF that does not read gets no more answers, so packets beyond the limit are link events: drop
+            // them.
             if link.waiting.len() < MAX_WAITING {
                 let mut bytes = Vec::new();
                 packet.encode(&mut bytes);
                 link.waiting.push_back(bytes);
             }
         }
-        // An error shows when the socket is read.
+        // An error appears at the next read of the socket.
         self.flush(index);
     }
 
-    /// Sends what waits; false when the connection has ended.
+    /// Sends the waiting packets; returns false when the connection has ended.
     fn flush(&mut self, index: usize) -> bool {
         let Some(link) = self.vfs.get_mut(index).and_then(Option::as_mut) else { return true };
         while let Some(bytes) = link.waiting.front() {

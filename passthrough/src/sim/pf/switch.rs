@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 
-//! Receive filters, checks of what is sent, and the way between VFs and the uplink.
+//! Receive filters, checks of sent frames, and forwarding between VFs and the uplink.
 
 use std::time::Duration;
 
@@ -9,10 +9,10 @@ use netpolicy::MacAddress;
 use super::{Frame, SimPfState, Vf};
 use crate::sim::wire::{MAX_FRAME, MIN_FRAME};
 
-/// Where a frame goes.
+/// The destination of a frame.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Port {
-    /// A VF of this number.
+    /// The VF of this number.
     Vf(u16),
     /// The wire.
     Uplink,
@@ -22,14 +22,14 @@ const TAG_TYPE: [u8; 2] = [0x81, 0x00];
 const TAG: usize = 4;
 const ADDRESSES: usize = 12;
 const CHECKSUM: usize = 4;
-/// What is shorter is filled up on the wire.
+/// Shorter frames are padded on the wire.
 const SHORTEST: usize = 60;
 const VLAN_MASK: u16 = 0xfff;
-/// More hashes than igb stores: it then lets all multicast pass.
+/// More hashes than igb stores: igb then lets all multicast pass.
 const ALL_MULTICAST: u8 = 31;
 
 impl SimPfState {
-    /// A frame that a VF sends. `deliver` is called for each port that gets it; for the uplink, the bytes hold the tag.
+    /// Forwards a frame from a VF. Calls `deliver` for each destination; for the uplink, the bytes include the tag.
     pub fn transmit(
         &mut self,
         vf: u16,
@@ -42,7 +42,7 @@ impl SimPfState {
         self.scratch = buffer;
     }
 
-    /// A frame from the wire.
+    /// Forwards a frame from the wire.
     pub fn receive(&mut self, bytes: &[u8], deliver: &mut dyn FnMut(Port, Frame<'_>)) {
         let mut buffer = std::mem::take(&mut self.scratch);
         if self.link_up
@@ -91,7 +91,7 @@ impl SimPfState {
         }
     }
 
-    /// Delivers to all VFs whose filters match; whether there is one.
+    /// Delivers to all VFs with a matching filter. Returns whether there is one.
     fn deliver_to_vfs(
         &mut self,
         sender: Option<u16>,
@@ -101,7 +101,7 @@ impl SimPfState {
     ) -> bool {
         let Some((to, _)) = addresses(bytes) else { return false };
         let vlan = tag.unwrap_or(0) & VLAN_MASK;
-        // The hash table is one for all: what one VF asked for, all that asked for anything get.
+        // All VFs share one hash table: a hash that one VF set lets the frame through to every VF with any hash.
         let hash = hash(to);
         let hash_set = self.vfs.iter().any(|vf| vf.multicast.contains(&hash));
         let mut found = false;
@@ -124,7 +124,7 @@ impl Vf {
         (!mac.is_zero() && self.mac == mac) || self.filters.contains(&mac)
     }
 
-    /// The tag that a frame of this VF gets; None if it may not be sent.
+    /// The tag that a frame of this VF gets; None if the VF may not send it.
     #[expect(clippy::option_option, reason = "the frame is dropped, has no tag, or has one")]
     fn checked(&self, from: MacAddress, tag: Option<u16>) -> Option<Option<u16>> {
         if self.spoof_check && !self.has_address(from) {
@@ -157,15 +157,15 @@ impl Vf {
         self.clear_to_send && in_vlan && addressed
     }
 
-    /// The longest frame that it receives, without checksum and tag.
+    /// The longest frame for this VF, without checksum and tag.
     fn longest(&self, tag: Option<u16>) -> usize {
-        // The limit that the VF sets counts the checksum and its own tag; the port's tag comes on top.
+        // The VF's limit includes the checksum and its own tag; the port's tag comes on top.
         let own_tag = if tag.is_some() && self.port_vlan.id == 0 { TAG } else { 0 };
         usize::try_from(self.max_frame).unwrap_or(usize::MAX).saturating_sub(CHECKSUM + own_tag)
     }
 }
 
-/// The multicast hash of an address: its bits 47:36 as igb's `MTA` is indexed.
+/// The multicast hash of an address: its bits 47:36, the index into igb's `MTA`.
 fn hash(mac: MacAddress) -> u16 {
     let [.., e, f] = mac.bytes();
     (u16::from(e) >> 4 | u16::from(f) << 4) & 0xfff
@@ -177,7 +177,8 @@ fn addresses(bytes: &[u8]) -> Option<(MacAddress, MacAddress)> {
     Some((MacAddress::new(*to), MacAddress::new(*from)))
 }
 
-/// Puts the frame into `buffer` without its tag, filled up to the shortest length; the tag. None if it is no frame.
+/// Puts the frame into `buffer` without its tag, padded to the shortest length. Returns the tag; None if it is no
+/// frame.
 #[expect(clippy::option_option, reason = "no frame, a frame without a tag, or one with it")]
 fn normalise(frame: Frame<'_>, buffer: &mut Vec<u8>) -> Option<Option<u16>> {
     buffer.clear();

@@ -21,12 +21,13 @@ struct Request {
     rest: [u8; 22],
 }
 
-/// Opens tap device `name`, which is made if it does not exist and then lives as long as it is open. Its frames have
-/// no packet information. It is neither set up nor given addresses here.
+/// Opens tap device `name`. It is made if it does not exist, and then lives as long as it is open. Its frames have no
+/// packet information. This function neither sets it up nor gives it addresses.
 ///
 /// # Errors
-/// `InvalidInput` for a name that no interface can have. `PermissionDenied`: to make one needs CAP_NET_ADMIN, to open
-/// one that exists its owner. `ResourceBusy` while another has it open. `NotFound` without `/dev/net/tun`.
+/// `InvalidInput` for a name that no interface can have. `PermissionDenied`: making one needs CAP_NET_ADMIN, and only
+/// its owner can open an existing one. `ResourceBusy` while another process has it open. `NotFound` without
+/// `/dev/net/tun`.
 pub fn open_tap(name: &str) -> io::Result<OwnedFd> {
     let mut request = Request { name: [0; NAME], flags: 0, rest: [0; 22] };
     let allowed = |byte: u8| byte.is_ascii_graphic() && byte != b'/' && byte != b'%';
@@ -67,13 +68,13 @@ mod tests {
             Ok(tap) => {
                 assert!(std::path::Path::new("/sys/class/net/pctest0").exists());
                 assert!(open_tap("pctest0").is_err(), "it is open");
-                // It is down: that must not keep a process busy that waits for frames.
+                // It is down: `poll` must not keep a process busy that waits for frames.
                 let mut fds = [PollFd::new(&tap, PollFlags::IN)];
                 assert_eq!(poll(&mut fds, Some(&Timespec { tv_sec: 0, tv_nsec: 0 })), Ok(0));
                 assert!(write(&tap, &[0; 60]).is_err());
                 drop(tap);
             }
-            // No device node, or no right to make one.
+            // No device node, or no permission to make one.
             Err(error) => assert!(
                 matches!(error.kind(), io::ErrorKind::NotFound | io::ErrorKind::PermissionDenied)
                     || error.raw_os_error() == Some(libc::ENODEV),

@@ -16,12 +16,12 @@ use vmm_sys_util::eventfd::EventFd;
 
 use crate::{
     hardware::{IrqKind, VfHardware},
-    host::{PfControl, VfChange},
     relay::testing::{Bus, Driver, conformance::Direct},
     sim::{
         SimPf, SimVf,
         pf::{Options, VfCounters, listen, serve},
     },
+    sriov::{PfControl, VfChange},
     threads::ThreadStart,
 };
 
@@ -30,7 +30,7 @@ const RECEIVE_RING: u64 = 0x1000;
 const TRANSMIT_RING: u64 = 0x2000;
 const RECEIVE_BUFFERS: u64 = 0x1_0000;
 const TRANSMIT_BUFFER: u64 = 0x8_0000;
-/// Descriptors of each ring.
+/// Number of descriptors of each ring.
 pub(super) const RING: u32 = 32;
 const BUFFER: u64 = 2048;
 const ENABLE: u32 = 1 << 25;
@@ -39,7 +39,7 @@ pub(super) fn mac(last: u8) -> MacAddress {
     MacAddress::new([2, 0, 0, 0, 0, last])
 }
 
-/// Waits for what other threads do.
+/// Waits for the work of other threads.
 pub(super) fn eventually(mut holds: impl FnMut() -> bool) -> bool {
     let end = Instant::now() + Duration::from_secs(5);
     while Instant::now() < end {
@@ -80,7 +80,7 @@ impl Adapter {
         self.pf.counters().unwrap()[&vf]
     }
 
-    /// A VF with this address set by the administrator.
+    /// A VF with this address, set by the administrator.
     pub(super) fn vf(&mut self, vf: u16, mac: MacAddress) -> (Arc<SimVf>, GuestMemoryMmap) {
         self.apply(vf, VfChange::Mac(Some(mac)));
         let memory = guarded_memory();
@@ -110,10 +110,10 @@ impl Drop for Adapter {
     }
 }
 
-/// Guest memory between pages that nobody may touch: whoever does kills the test. Never unmapped.
+/// Guest memory between forbidden pages: an access to them kills the test. Never unmapped.
 fn guarded_memory() -> GuestMemoryMmap {
     const GUARD: usize = 1 << 16;
-    // SAFETY: a new mapping, wherever the kernel likes.
+    // SAFETY: a new mapping, at an address that the kernel chooses.
     let start = unsafe {
         mmap_anonymous(ptr::null_mut(), MEMORY + 2 * GUARD, ProtFlags::empty(), MapFlags::PRIVATE).unwrap()
     };
@@ -121,19 +121,19 @@ fn guarded_memory() -> GuestMemoryMmap {
     // SAFETY: inside of that mapping, to which nothing else refers.
     unsafe { mprotect(inside, MEMORY, MprotectFlags::READ | MprotectFlags::WRITE).unwrap() };
     let prot = libc::PROT_READ | libc::PROT_WRITE;
-    // SAFETY: the range was mapped above and stays so.
+    // SAFETY: the range was mapped above and stays mapped.
     let region = unsafe { MmapRegion::build_raw(inside.cast(), MEMORY, prot, libc::MAP_PRIVATE) }.unwrap();
     GuestMemoryMmap::from_regions(vec![GuestRegionMmap::new(region, GuestAddress(0)).unwrap()]).unwrap()
 }
 
-/// A frame as the guest received it.
+/// A frame that the guest received.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(super) struct Received {
     pub(super) bytes: Vec<u8>,
     pub(super) tag: Option<u16>,
 }
 
-/// A guest: igbvf's mailbox code, and queues and interrupts set up as igbvf does.
+/// A guest with igbvf's mailbox code, and with queues and interrupts set up as in igbvf.
 pub(super) struct Guest {
     pub(super) vf: Arc<SimVf>,
     pub(super) memory: GuestMemoryMmap,
@@ -153,7 +153,7 @@ impl Guest {
 
     /// Probe and open.
     pub(super) fn probe(&mut self) {
-        // As the function before the VF does it.
+        // Enable memory and bus mastering, as the function in front of the VF does.
         self.vf.config_write(4, &[6, 0]);
         self.vf.enable_irqs(IrqKind::Msix, &self.vectors).unwrap();
         self.driver.probe();
@@ -196,12 +196,12 @@ impl Guest {
         self.write(registers + 0x18, 0);
     }
 
-    /// Hands receive buffer `index` over.
+    /// Hands over receive buffer `index`.
     fn supply(&mut self, index: u32) {
         let buffer = RECEIVE_BUFFERS + u64::from(index) * BUFFER;
         let at = GuestAddress(RECEIVE_RING + u64::from(index) * 16);
         self.memory.write_obj(buffer.to_le(), at).unwrap();
-        // The header buffer is at the end of the page that nobody else uses.
+        // The header buffer is at the end of an otherwise unused page.
         let header = 0x6_0000 + u64::from(index) * 128;
         self.memory.write_obj(header.to_le(), GuestAddress(at.0 + 8)).unwrap();
         self.write(0x2818, (index + 1) % RING);
@@ -220,7 +220,7 @@ impl Guest {
         self.write(0x3818, tail);
     }
 
-    /// Waits until the last descriptor handed over is reported.
+    /// Waits for the report of the last descriptor.
     pub(super) fn reported(&mut self) -> bool {
         let last = (self.next_sent + RING - 1) % RING;
         let status = GuestAddress(TRANSMIT_RING + u64::from(last) * 16 + 12);
@@ -244,7 +244,7 @@ impl Guest {
         assert!(self.reported());
     }
 
-    /// Sends a frame with a tag by descriptor.
+    /// Sends a frame with the tag in the descriptor.
     pub(super) fn send_tagged(&mut self, bytes: &[u8], tag: u16) {
         self.fill(bytes);
         let context = [u32::from(tag) << 16, 0, 0x2020_0000, 0];
@@ -252,7 +252,7 @@ impl Guest {
         assert!(self.reported());
     }
 
-    /// The next frame, which must come.
+    /// The next frame, which must arrive.
     pub(super) fn receive(&mut self) -> Received {
         let mut received = Received { bytes: Vec::new(), tag: None };
         loop {
@@ -272,7 +272,7 @@ impl Guest {
             self.memory.read_slice(&mut bytes, GuestAddress(buffer)).unwrap();
             received.bytes.extend(bytes);
             self.next_received = (index + 1) % RING;
-            // One descriptor is always the adapter's to stop at: give back the one before.
+            // The adapter always needs one free descriptor to stop at: return the one before.
             self.memory.write_obj(0u64, GuestAddress(at + 8)).unwrap();
             self.supply((index + RING - 1) % RING);
             if status & 2 != 0 {
@@ -283,7 +283,7 @@ impl Guest {
     }
 }
 
-/// A frame of some kind that says where it comes from.
+/// A test frame with a text.
 pub(super) fn frame(to: MacAddress, from: MacAddress, text: &str) -> Vec<u8> {
     let mut frame = [to.bytes(), from.bytes()].concat();
     frame.extend([0x88, 0xb5]);
@@ -292,7 +292,7 @@ pub(super) fn frame(to: MacAddress, from: MacAddress, text: &str) -> Vec<u8> {
     frame
 }
 
-/// What `frame` was made of.
+/// The text of a frame made by `frame`.
 pub(super) fn text(received: &Received) -> &str {
     std::str::from_utf8(&received.bytes[14..]).unwrap().trim_end_matches('\0')
 }

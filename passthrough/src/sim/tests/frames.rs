@@ -5,8 +5,8 @@
 use super::fixture::{Adapter, Guest, eventually, frame, mac, text};
 use crate::{
     hardware::VfHardware,
-    host::{PortVlan, VfChange},
     relay::testing::Bus,
+    sriov::{PortVlan, VfChange},
 };
 
 fn pair() -> (Adapter, Guest, Guest) {
@@ -37,7 +37,7 @@ fn frames_go_both_ways_many_times_around_the_rings() {
 fn interrupts_come_on_the_vectors_that_the_driver_chose() {
     let (mut adapter, mut left, mut right) = pair();
     let fired = |guest: &Guest, vector: usize| eventually(|| guest.vectors[vector].read().is_ok());
-    // Whatever the probe raised; enabled again, as a handler does.
+    // Clear interrupts of the probe and enable them again, as a handler does.
     for guest in [&mut left, &mut right] {
         guest.vectors.iter().for_each(|vector| drop(vector.read()));
         guest.write(0x1524, 7);
@@ -45,13 +45,13 @@ fn interrupts_come_on_the_vectors_that_the_driver_chose() {
     left.send(&frame(mac(0x11), mac(0x10), "one"));
     assert!(fired(&left, 0) && fired(&right, 1));
     right.receive();
-    // Masked by the message until the driver enables it.
+    // The last message masked the interrupt until the driver enables it.
     left.send(&frame(mac(0x11), mac(0x10), "two"));
     right.receive();
     assert!(right.vectors[1].read().is_err());
     right.write(0x1524, 2);
     assert!(fired(&right, 1));
-    // The PF's link changes: a message on the mailbox's vector, and the link's state.
+    // A change of the PF's link: a message on the mailbox's vector, and the link's state.
     adapter.pf.set_link(false).unwrap();
     assert!(fired(&right, 2));
     assert_eq!(right.read(8) & 2, 0);
@@ -70,7 +70,7 @@ fn forged_frames_do_not_arrive() {
     adapter.apply(0, VfChange::SpoofCheck(false));
     left.send(&frame(mac(0x11), mac(0x99), "forged"));
     assert_eq!(text(&right.receive()), "forged");
-    // The device's address, not the one that the guest believes in, is what it receives for.
+    // The guest receives for the device's address, not for the one that its driver uses.
     adapter.apply(1, VfChange::Mac(Some(mac(0x22))));
     left.send(&frame(mac(0x11), mac(0x10), "lost"));
     left.send(&frame(mac(0x22), mac(0x10), "found"));
@@ -110,7 +110,7 @@ fn tags_of_the_guest_and_of_its_port() {
     assert_eq!(text(&right.receive()), "same VLAN");
 }
 
-/// Ethernet, IPv4, TCP, with the pseudo header's sum as Linux leaves it for segmentation.
+/// Ethernet, IPv4, TCP, with the pseudo header's sum that Linux leaves for segmentation.
 fn tcp(payload: usize) -> Vec<u8> {
     let mut packet = frame(mac(0x11), mac(0x10), "");
     packet.truncate(12);
@@ -165,7 +165,7 @@ fn jumbo_frames_take_several_buffers_and_split_headers() {
     assert_eq!(right.driver.call(&[5, 9728]), Ok(0xa000_0005));
     left.send(&long);
     assert_eq!(right.receive().bytes, long);
-    // As igbvf does with a great MTU: header split always, 128 bytes, pieces of 2 KiB.
+    // As in igbvf with a large MTU: header split always, 128 bytes, pieces of 2 KiB.
     right.write(0x2828, 0);
     right.open(0x0a00_0202);
     left.send(&long);

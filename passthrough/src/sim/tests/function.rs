@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 
-//! A simulated VF as the vmm puts it on the guest's bus: function, gate, relay, MSI-X.
+//! A simulated VF as the vmm puts it on the guest's bus: function, hardware access, relay, MSI-X.
 
 use std::{
     io,
@@ -18,7 +18,7 @@ use vmm_sys_util::eventfd::EventFd;
 
 use super::fixture::{Adapter, eventually, mac};
 use crate::{
-    function::{AssignedFunction, Gate},
+    function::{AssignedFunction, HardwareAccess},
     mailbox::layout::IGBVF,
     relay::{
         Authority, Config, Decision, How, Notice, Question, Relay, Unreachable, Verdict,
@@ -100,10 +100,10 @@ impl Bus for Cpu {
 fn a_guest_drives_it_through_its_pci_function() {
     let mut adapter = Adapter::new(1);
     let (vf, _memory) = adapter.vf(0, mac(0x10));
-    let gate = Gate::new(vf);
+    let access = HardwareAccess::new(vf);
     let agent = Arc::new(Agent::default());
     let relay = Arc::new(
-        Relay::start(Config::default(), &IGBVF, gate.clone(), agent.clone(), &ThreadStart::default())
+        Relay::start(Config::default(), &IGBVF, access.clone(), agent.clone(), &ThreadStart::default())
             .unwrap(),
     );
     *agent.0.lock().unwrap() = Some(Arc::downgrade(&relay));
@@ -112,7 +112,7 @@ fn a_guest_drives_it_through_its_pci_function() {
     let traps = [relay.trapped_range()];
     let function = AssignedFunction::new(
         "sim",
-        gate,
+        access,
         windows,
         &traps,
         Arc::new(NoWindows),
@@ -129,7 +129,7 @@ fn a_guest_drives_it_through_its_pci_function() {
         function.config_write(0x10, &(BAR0 as u32).to_le_bytes());
         function.config_write(0x1c, &(BAR3 as u32).to_le_bytes());
         function.config_write(4, &[6, 0]);
-        // Vector n says n; then MSI-X on.
+        // Vector n has data n; then MSI-X is switched on.
         for vector in 0..3u8 {
             for (offset, value) in [(0, 0xfee0_0000), (4, 0), (8, u32::from(vector)), (12, 0)] {
                 assert!(
@@ -159,7 +159,7 @@ fn a_guest_drives_it_through_its_pci_function() {
     };
     assert!((0..3).all(|vector| fires(&mut driver, vector)));
 
-    // The guest's FLR: all-ones until its end, and then a new start.
+    // The guest's FLR: all-ones until its end, then a fresh start.
     let resets = function.stats().resets;
     function.config_write(0xa8, &[0, 0x80]);
     assert!(eventually(|| function.stats().resets > resets));

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 
-//! Guests and vmms that mean harm.
+//! Hostile guests and vmms.
 
 use rustix::net::{SendFlags, send};
 use vm_memory::{Bytes, GuestAddress};
@@ -8,7 +8,7 @@ use vm_memory::{Bytes, GuestAddress};
 use super::fixture::{Adapter, Guest, MEMORY, eventually, frame, mac, text};
 use crate::hardware::VfHardware;
 
-/// Seeded, so that what was found once is found again.
+/// Seeded, so that a failure can be reproduced.
 struct Random(u64);
 
 impl Random {
@@ -46,7 +46,7 @@ const HOT: [u64; 24] = [
     0x280c, 0x2810, 0x2818, 0x2828, 0x3800, 0x3804, 0x3808, 0x3810, 0x3818, 0x3828, 0x0008,
 ];
 
-/// Descriptors of all kinds, good and bad, all over the memory.
+/// Writes descriptors of all kinds, good and bad, all over the memory.
 fn litter(guest: &Guest, random: &mut Random) {
     for _ in 0..64 {
         let at = random.below(MEMORY as u64 / 16) * 16;
@@ -91,7 +91,7 @@ fn thousands_of_seeded_runs_leave_the_vf_alive_and_its_neighbours_alone() {
         litter(&hostile, &mut random);
         misbehave(&hostile, &mut random);
         if seed % 500 == 0 {
-            // The neighbours go on; whatever the other one sends to everybody is not theirs to answer for.
+            // The neighbours continue. They need not answer the hostile guest's broadcasts.
             left.send(&frame(mac(0x12), mac(0x11), &format!("seed {seed}")));
             let expected = format!("seed {seed}");
             let found = (0..200).any(|_| {
@@ -99,7 +99,7 @@ fn thousands_of_seeded_runs_leave_the_vf_alive_and_its_neighbours_alone() {
                 received.bytes[6..12] == mac(0x11).bytes() && text(&received) == expected
             });
             assert!(found, "seed {seed}");
-            // And the VF itself is as new after a reset.
+            // The VF itself is like new after a reset.
             hostile.vf.reset().unwrap();
             hostile.probe();
             assert_eq!(hostile.driver.netdev, mac(0x10), "seed {seed}");
@@ -108,14 +108,14 @@ fn thousands_of_seeded_runs_leave_the_vf_alive_and_its_neighbours_alone() {
             assert!(found, "seed {seed}");
         }
     }
-    assert!(hostile.vf.dma_errors() > 0, "the runs did reach for what is not there");
+    assert!(hostile.vf.dma_errors() > 0, "the runs did access missing memory");
 }
 
 #[test]
 fn rings_outside_of_memory_and_endless_packets() {
     let mut adapter = Adapter::new(2);
     let (mut guest, mut other) = (adapter.guest(0), adapter.guest(1));
-    // A ring behind the memory stops, and is counted.
+    // A ring outside of the memory stops, and the error is counted.
     for (base, high) in [(MEMORY as u32, 0), (0xffff_ff80, u32::MAX), (0, 1)] {
         guest.write(0x3800, base);
         guest.write(0x3804, high);
@@ -126,7 +126,7 @@ fn rings_outside_of_memory_and_endless_packets() {
         assert!(eventually(|| guest.vf.dma_errors() > before));
         assert!(eventually(|| guest.read(0x3828) == 0), "stopped");
     }
-    // A ring full of pieces of one packet that never ends: it is walked once, and grows to no more than its bound.
+    // A ring full of pieces of one endless packet: it is walked once, and the packet stays within its bound.
     guest.driver.reset().unwrap();
     guest.open(0x0200_0002);
     let mut endless = Guest::data(0xffff, 0, 0);
@@ -136,7 +136,7 @@ fn rings_outside_of_memory_and_endless_packets() {
         guest.put(&[endless; 31]);
         assert!(guest.reported());
     }
-    // Its end comes: it is not sent, the next one is.
+    // At its end the endless packet is dropped, and the next one is sent.
     guest.put(&[Guest::data(60, 0, 0)]);
     assert!(guest.reported());
     guest.send(&frame(mac(0x11), mac(0x10), "after"));
@@ -164,7 +164,7 @@ fn a_vmm_that_was_taken_over_harms_nobody_else() {
     let mut random = Random(0x1234_5678_9abc_def1);
     let mut message = vec![2u8, 0, 0, 0, 1, 0, 0, 0];
     message.resize(8 + 64, 0);
-    // It never reads what it is told.
+    // This vmm never reads its connection.
     for round in 0..20_000u32 {
         let mut packet = message.clone();
         if round % 2 == 0 {
@@ -182,7 +182,7 @@ fn a_vmm_that_was_taken_over_harms_nobody_else() {
     let found = (0..200).any(|_| text_of(&right.receive().bytes).contains("still here"));
     assert!(found);
     assert!(adapter.counters(2).messages > 0);
-    // Once it is taken away, the VF works for the next one.
+    // After a new attachment, the VF works for its next holder.
     let (vf, memory) = adapter.vf(2, mac(0x12));
     let mut next = Guest::new(vf, memory);
     next.probe();

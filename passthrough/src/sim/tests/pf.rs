@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 
-//! The PF alone: what its mailbox answers and what its filters let pass.
+//! The PF alone: the answers of its mailbox and the effects of its filters.
 
 use std::time::Duration;
 
@@ -8,11 +8,11 @@ use netpolicy::MacAddress;
 
 use super::fixture::{Adapter, frame, mac};
 use crate::{
-    host::{PfControl, PfError, PortVlan, TagProtocol, VfChange, VfLink},
     sim::{
         SimPfState,
         pf::{Frame, Port},
     },
+    sriov::{PfControl, PfError, PortVlan, TagProtocol, VfChange, VfLink},
 };
 
 const BROADCAST: MacAddress = MacAddress::new([0xff; 6]);
@@ -23,7 +23,7 @@ fn words(message: &[u32]) -> [u32; 16] {
     words
 }
 
-/// A PF whose VFs have the addresses 02:…:10, 02:…:11 and so on, set by the administrator, and are reset.
+/// A PF with VFs that have the addresses 02:…:10, 02:…:11 and so on, set by the administrator, and are reset.
 fn pf(vfs: u16) -> SimPfState {
     let mut pf = SimPfState::new(vfs);
     for vf in 0..vfs {
@@ -37,7 +37,7 @@ fn say(pf: &mut SimPfState, vf: u16, message: &[u32]) -> Option<u32> {
     pf.message(vf, &words(message), Duration::from_secs(10)).map(|reply| reply.first())
 }
 
-/// Where a frame goes.
+/// The destinations of a frame.
 fn ports(pf: &mut SimPfState, vf: u16, bytes: &[u8], tag: Option<u16>) -> Vec<(Port, Option<u16>)> {
     let mut ports = Vec::new();
     pf.transmit(vf, Frame { tag, bytes }, Duration::ZERO, &mut |port, frame| ports.push((port, frame.tag)));
@@ -86,9 +86,10 @@ fn an_own_address_ends_with_a_reset_and_filters_do_not() {
     assert_eq!(to(&mut pf, 0x33), [(Port::Uplink, None)]);
 }
 
-/// What the PF keeps for a VF over each kind of reset, so that this one is never kinder than the hardware. igb (Linux 6.12,
-/// `igb_main.c`): `igb_vf_reset` clears VLANs, hashes and flags, `igb_vf_reset_event` also an address that the VF has chosen itself;
-/// filters stay in `vf_macs`, VMOLR.RLPML and the administrator's settings are written by nobody.
+/// The state that the PF keeps for a VF over each kind of reset, so that the simulation is never kinder than the
+/// hardware. In igb (Linux 6.12, `igb_main.c`), `igb_vf_reset` clears VLANs, hashes and flags, `igb_vf_reset_event`
+/// also an address that the VF chose itself. Filters stay in `vf_macs`, and no reset writes VMOLR.RLPML or the
+/// administrator's settings.
 #[test]
 fn each_reset_clears_what_igb_clears_and_nothing_else() {
     // (setting, kept over the reset message, kept over VTCTRL.RST and FLR)
@@ -187,7 +188,7 @@ fn who_gets_a_frame() {
     // The hash of 01:00:5e:00:00:11 is 0x110.
     check(&[(2, &[0x1_0003, 0x110])], None, group(0x11), &[two, wire]);
     check(&[(2, &[0x1_0003, 0x110])], None, group(0x12), &[wire]);
-    // The hash table is one for all.
+    // All VFs share one hash table.
     check(&[(2, &[0x1_0003, 0x110]), (1, &[0x1_0003, 0x999])], None, group(0x11), &[one, two, wire]);
     check(&[(2, &[0x1_0003, 0x110]), (2, &[3])], None, group(0x11), &[wire]);
     check(&[(1, &[0x1f_0003])], None, group(0x11), &[one, wire]);
@@ -223,7 +224,7 @@ fn tags_are_put_in_and_taken_out_for_access_ports_only() {
     pf.receive(&wire, &mut |port, frame| got.push((port, frame.tag, frame.bytes.to_vec())));
     let expect = [(0, None), (1, None), (2, Some(0x6007))];
     assert_eq!(got, expect.map(|(vf, tag)| (Port::Vf(vf), tag, bytes.clone())));
-    // Untagged from the wire is not for access ports, and a tag of its own does not get a VF out of its VLAN.
+    // Untagged frames from the wire do not reach access ports, and a tag of its own does not get a VF out of its VLAN.
     let mut got = Vec::new();
     pf.receive(&bytes, &mut |port, _| got.push(port));
     assert_eq!(got, [Port::Vf(2)]);
@@ -290,7 +291,7 @@ fn the_agent_gets_the_answers_of_igb() {
     assert!(no_vf(pf.read(2).unwrap_err()));
     assert!(no_vf(pf.attach(2).unwrap_err()));
     assert!(no_vf(pf.detach(2).unwrap_err()));
-    // An agent that comes back finds everything as it was.
+    // A returning agent finds everything unchanged.
     let mut again = crate::sim::SimPf::connect(pf.path()).unwrap();
     assert_eq!(again.read_all().unwrap(), pf.read_all().unwrap());
 }

@@ -8,7 +8,6 @@ use netpolicy::MacAddress;
 
 use super::fixture::{Adapter, mac};
 use crate::{
-    host::VfChange,
     relay::{
         Config,
         testing::{
@@ -17,6 +16,7 @@ use crate::{
             table::EFFECTIVE,
         },
     },
+    sriov::VfChange,
 };
 
 #[test]
@@ -41,7 +41,7 @@ fn the_guest_hears_of_the_link_and_of_a_new_address() {
     adapter.pf.set_link(true).unwrap();
     std::thread::sleep(Duration::from_millis(20));
     assert_eq!(driver.bus.read(8) & 2, 2);
-    // Committed by the administrator: seen at the next reset.
+    // The administrator's commit appears at the next reset.
     adapter.apply(0, VfChange::Mac(Some(mac(0x22))));
     *agent.effective.lock().unwrap() = mac(0x22);
     relay.set_effective_mac(mac(0x22));

@@ -13,7 +13,7 @@ fn after_a_function_reset_there_is_no_dma_until_the_driver_is_back() {
     let mut adapter = Adapter::new(2);
     let (mut left, mut right) = (adapter.guest(0), adapter.guest(1));
     right.vf.reset().unwrap();
-    // A boot reuses the memory: no byte of it may change.
+    // A new boot reuses the memory: no byte of it may change.
     let snapshot = |guest: &super::fixture::Guest| {
         use vm_memory::{Bytes, GuestAddress};
         let mut bytes = vec![0; super::fixture::MEMORY];
@@ -27,7 +27,7 @@ fn after_a_function_reset_there_is_no_dma_until_the_driver_is_back() {
     }
     assert_eq!((right.read(0x2828), right.read(0x1524), right.read(0x2800)), (0, 0, 0));
     assert!(snapshot(&right) == before);
-    // Deaf until the reset message, whatever its queues are.
+    // The VF receives nothing until the reset message, whatever the state of its queues.
     right.probe();
     assert_eq!(right.driver.netdev, mac(0x11));
     left.send(&frame(mac(0x11), mac(0x10), "new"));
@@ -66,13 +66,13 @@ fn a_vf_without_its_pf_has_no_link_and_says_so() {
     let mut guest = adapter.guest(0);
     let failed = guest.vf.error_event().unwrap();
     assert!(failed.read().is_err() && guest.read(8) & 2 != 0);
-    // The VF is given to another: the first one's guest has lost it.
+    // Another holder gets the VF: the first one's guest loses it.
     let resets = adapter.counters(0).resets;
     let (_other, _) = adapter.vf(0, mac(0x10));
     assert!(adapter.counters(0).resets > resets);
     assert!(eventually(|| failed.read().is_ok()));
     assert_eq!(guest.read(8) & 2, 0);
-    // It does not hang: frames go nowhere, messages are not answered.
+    // The guest does not hang: frames are lost, and messages have no answer.
     guest.send(&frame(mac(0x11), mac(0x10), "nowhere"));
     guest.write(0x800, 5);
     guest.write(0xc40, 1);

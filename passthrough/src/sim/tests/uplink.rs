@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 
-//! The way out of the adapter. A packet socket pair stands in for the tap device: one read or write is one frame.
+//! The adapter's uplink. A packet socket pair stands in for the tap device: one read or write is one frame.
 
 use rustix::{
     io::{read, write},
@@ -8,7 +8,7 @@ use rustix::{
 };
 
 use super::fixture::{Adapter, eventually, frame, mac, text};
-use crate::host::{PortVlan, VfChange};
+use crate::sriov::{PortVlan, VfChange};
 
 #[test]
 fn frames_reach_the_wire_with_their_tags_and_come_back() {
@@ -24,7 +24,7 @@ fn frames_reach_the_wire_with_their_tags_and_come_back() {
         bytes.truncate(len);
         bytes
     };
-    // Between VFs nothing is seen outside; broadcast and what nobody here has is.
+    // Frames between VFs stay inside; broadcasts and frames to unknown addresses go out.
     left.send(&frame(mac(0x11), mac(0x10), "inside"));
     let outside = frame(mac(0x99), mac(0x10), "outside");
     left.send(&outside);
@@ -47,7 +47,7 @@ fn frames_reach_the_wire_with_their_tags_and_come_back() {
     }
     write(&wire, &frame(mac(0x11), mac(0x99), "to the other")).unwrap();
     assert_eq!(text(&right.receive()), "to the other");
-    // Without a link nothing passes in either direction.
+    // Without a link no frame passes in either direction.
     adapter.pf.set_link(false).unwrap();
     write(&wire, &frame(mac(0x11), mac(0x99), "lost")).unwrap();
     right.send(&frame(mac(0x99), mac(0x11), "lost too"));
@@ -55,7 +55,7 @@ fn frames_reach_the_wire_with_their_tags_and_come_back() {
     adapter.pf.set_link(true).unwrap();
     write(&wire, &frame(mac(0x11), mac(0x99), "back")).unwrap();
     assert_eq!(text(&right.receive()), "back");
-    // The device is deleted: the VFs go on among themselves.
+    // The tap device is deleted: the VFs still reach each other.
     drop(wire);
     adapter.apply(0, VfChange::Vlan(PortVlan::default()));
     left.send(&frame(mac(0x11), mac(0x10), "alone"));

@@ -17,11 +17,11 @@ const EXPRESS: u16 = 0xa0;
 const EXPRESS_CONTROL: u16 = EXPRESS + 8;
 /// Version 2, endpoint.
 const EXPRESS_HEADER: u16 = 0x0002;
-/// Payloads of 512 bytes, role based error reporting, function level reset.
+/// Payloads of 512 bytes, role-based error reporting, function level reset.
 const EXPRESS_CAPABILITIES: u32 = 1 << 28 | 1 << 15 | 2;
 const FLR: u8 = 1 << 7;
 
-/// Configuration space, and which bits a write changes.
+/// Configuration space, and the bits that a write changes.
 pub(super) struct ConfigSpace {
     bytes: Box<[u8; config::SPACE]>,
     writable: Box<[u8; config::SPACE]>,
@@ -40,7 +40,7 @@ impl ConfigSpace {
         space.set(config::CAPABILITIES, &MSIX.to_le_bytes());
         space.set(MSIX, &(u16::from(capability::MSIX) | EXPRESS << 8).to_le_bytes());
         space.set(MSIX + 2, &(VECTORS - 1).to_le_bytes());
-        // Tables are at multiples of 8: the low bits name the BAR.
+        // Tables are at multiples of 8: the low bits hold the BAR.
         space.set(MSIX + 4, &MSIX_BAR.to_le_bytes());
         space.set(MSIX + 8, &(MSIX_PENDING | MSIX_BAR).to_le_bytes());
         space.set(EXPRESS, &u16::from(capability::EXPRESS).to_le_bytes());
@@ -81,7 +81,7 @@ impl ConfigSpace {
         }
     }
 
-    /// Writes; whether it asks for a function level reset.
+    /// Writes; returns whether the write requests a function level reset.
     pub(super) fn write(&mut self, offset: u16, data: &[u8]) -> bool {
         let places = self.bytes.iter_mut().zip(self.writable.iter()).skip(offset.into());
         for ((place, mask), byte) in places.zip(data) {
@@ -91,7 +91,7 @@ impl ConfigSpace {
         control.and_then(|at| data.get(at)).is_some_and(|byte| byte & FLR != 0)
     }
 
-    /// Whether the function may reach memory.
+    /// Whether the function may access memory.
     pub(super) fn bus_master(&self) -> bool {
         let mut command = [0; 2];
         self.read(config::COMMAND, &mut command);

@@ -16,12 +16,12 @@ const IXSM: u32 = 1 << 8;
 const TXSM: u32 = 1 << 9;
 const IPV4: u32 = 1 << 10;
 
-/// Status of a used descriptor: done, and the last of its frame.
+/// Status of a used descriptor: done, and the last one of its frame.
 pub(super) const DONE: u32 = 1;
 const LAST: u32 = 1 << 1;
 const TAGGED: u32 = 1 << 3;
 
-/// What the driver wants sent.
+/// A transmit descriptor.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Transmit {
     /// Replaces the context of this index.
@@ -30,13 +30,13 @@ pub(super) enum Transmit {
         context: Context,
     },
     Data(Data),
-    /// Of a kind that does not exist here. It is used up; what it was a part of is not sent.
+    /// A kind that does not exist here. It is used up, and its packet is not sent.
     Unknown {
         report: bool,
     },
 }
 
-/// A context: what later packets refer to.
+/// A context, to which later packets refer.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub(super) struct Context {
     tag: u16,
@@ -44,7 +44,7 @@ pub(super) struct Context {
     segment: usize,
 }
 
-/// A piece of a packet. The commands of its first piece count, apart from `end` and `report`.
+/// A piece of a packet. The command of the first piece counts, apart from `end` and `report`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) struct Data {
     pub(super) address: u64,
@@ -54,7 +54,7 @@ pub(super) struct Data {
     pub(super) command: Command,
 }
 
-/// What is to be done with a packet.
+/// The work on a packet.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub(super) struct Command {
     context: usize,
@@ -107,7 +107,7 @@ impl Transmit {
 }
 
 impl Command {
-    /// The tag and the work, by the contexts of the queue.
+    /// The tag and the offload work, from the contexts of the queue.
     pub(super) fn resolve(&self, contexts: &[Context; 2]) -> (Option<u16>, Offload) {
         let [first, second] = contexts;
         let context = if self.context == 0 { first } else { second };
@@ -126,7 +126,7 @@ fn context_index(status: u32) -> usize {
     (status >> 4 & 1) as usize
 }
 
-/// Where the driver wants a frame received.
+/// The buffers for a received frame.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) struct Buffers {
     pub(super) packet: u64,
@@ -141,28 +141,28 @@ impl Buffers {
     }
 }
 
-/// A used receive descriptor: its two halves. The second one, with the status, is to be written last.
+/// A used receive descriptor: its two halves. Write the second one, with the status, last.
 pub(super) fn received(header_len: usize, len: usize, tag: Option<u16>, last: bool) -> (u64, u64) {
-    // Bits 5 to 14, and that the header is apart.
+    // Bits 5 to 14 are the header's length, bit 15 says that the header is separate.
     let split = if header_len > 0 { (header_len as u64 & 0x3ff) << 5 | 1 << 15 } else { 0 };
     let (tag, tagged) = tag.filter(|_| last).map_or((0, 0), |tag| (u64::from(tag), TAGGED));
     let status = DONE | tagged | if last { LAST } else { 0 };
     (split << 16, u64::from(status) | (len as u64 & 0xffff) << 32 | tag << 48)
 }
 
-/// How received frames are cut to pieces (SRRCTL).
+/// The division of received frames into pieces (SRRCTL).
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) struct Cut {
-    /// Of the first piece, in its header buffer; 0 for none.
+    /// Length of the first piece, in its header buffer; 0 for none.
     pub(super) header: usize,
-    /// Of every piece, in its packet buffer.
+    /// Length of every piece, in its packet buffer.
     pub(super) packet: usize,
 }
 
 impl Cut {
     pub(super) fn of(split: u32) -> Self {
         let packet = match (split & 0x7f) as usize * 1024 {
-            // As at power-on.
+            // The size at power-on.
             0 => 2048,
             size => size,
         };
@@ -171,7 +171,7 @@ impl Cut {
         Self { header: header.min(0x3ff), packet }
     }
 
-    /// Descriptors for a frame.
+    /// The number of descriptors for a frame.
     pub(super) fn pieces(&self, len: usize) -> usize {
         len.saturating_sub(self.header).div_ceil(self.packet).max(1)
     }

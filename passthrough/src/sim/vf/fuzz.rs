@@ -7,8 +7,8 @@ use super::{
     offload::{self, MAX_SEGMENTS},
 };
 
-/// A context and a data descriptor, and the packet that they are about: nothing longer than the packet is sent, not more
-/// often than there may be segments, and all of the payload if it is said to be sent. Returns how many frames were sent.
+/// A context and a data descriptor, and their packet: no sent frame is longer than the packet, there are no more frames
+/// than segments allowed, and a success sends all of the payload. Returns the number of frames sent.
 pub fn fuzz_transmit(data: &[u8]) -> usize {
     let Some((context, rest)) = data.split_first_chunk() else { return 0 };
     let Some((piece, packet)) = rest.split_first_chunk() else { return 0 };

@@ -1,17 +1,17 @@
 // SPDX-License-Identifier: Apache-2.0
 
-//! Interrupt causes and the vectors that they are sent by. Nothing is moderated: VTEITR is only kept.
+//! Interrupt causes and their vectors. Nothing is moderated: VTEITR is only stored.
 
 use vmm_sys_util::eventfd::EventFd;
 
 use super::VECTORS;
 
 const CAUSES: u32 = (1 << VECTORS) - 1;
-/// Of an entry of VTIVAR: it counts; the vector.
+/// Fields of a VTIVAR entry: the valid bit, and the vector.
 const VALID: u8 = 0x80;
 const VECTOR: u8 = 3;
 
-/// What raises an interrupt: the byte of VTIVAR, or VTIVAR_MISC.
+/// The event that raises an interrupt, with its byte in VTIVAR or VTIVAR_MISC.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Event {
     Received,
@@ -25,9 +25,9 @@ pub(super) struct Interrupts {
     causes: u32,
     /// VTEIMS.
     enabled: u32,
-    /// VTEIAC: causes that a message clears.
+    /// VTEIAC: causes that sending a message clears.
     auto_clear: u32,
-    /// VTEIAM: causes that a message disables.
+    /// VTEIAM: causes that sending a message disables.
     auto_mask: u32,
     throttle: [u32; VECTORS as usize],
     vectors: u32,
@@ -76,7 +76,7 @@ impl Interrupts {
         }
     }
 
-    /// Something happened.
+    /// Raises the cause of an event.
     pub(super) fn raise(&mut self, event: Event) {
         let [received, transmitted, ..] = self.vectors.to_le_bytes();
         let entry = match event {
@@ -89,17 +89,17 @@ impl Interrupts {
         }
     }
 
-    /// From now on vector *n* is `triggers[n]`.
+    /// Connects vector *n* to `triggers[n]` from now on.
     pub(super) fn connect(&mut self, triggers: Vec<EventFd>) {
         self.triggers = triggers;
     }
 
-    /// All registers as at power-on; the vectors lead nowhere.
+    /// Resets all registers to their state at power-on, and disconnects the vectors.
     pub(super) fn function_reset(&mut self) {
         *self = Self::default();
     }
 
-    /// VTCTRL.RST: the registers, not the vectors, which belong to configuration space.
+    /// VTCTRL.RST: resets the registers, not the vectors, which belong to configuration space.
     pub(super) fn reset(&mut self) {
         *self = Self { triggers: std::mem::take(&mut self.triggers), ..Self::default() };
     }
@@ -113,7 +113,7 @@ impl Interrupts {
         let sent = causes & self.enabled;
         for (vector, trigger) in self.triggers.iter().enumerate() {
             if sent & 1 << vector != 0 {
-                // It fails only when nobody has read it 2^64 times.
+                // It fails only after 2^64 writes without a read.
                 let _ = trigger.write(1);
             }
         }
@@ -139,7 +139,7 @@ mod tests {
         assert_eq!(count(), 0);
         interrupts.write(0x1524, 2);
         assert_eq!((count(), interrupts.read(0x1580), interrupts.read(0x1580)), (1, Some(2), Some(0)));
-        // As igbvf has it: a message clears the cause and disables it.
+        // As igbvf configures it: a message clears the cause and disables it.
         interrupts.write(0x152c, 7);
         interrupts.write(0x1530, 7);
         interrupts.raise(Event::Received);

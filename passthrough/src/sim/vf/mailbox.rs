@@ -3,23 +3,23 @@
 //! The VF's end of the mailbox.
 
 use crate::mailbox::{
-    bits::{PFACK, PFSTS, READ_TO_CLEAR, REQ, VFU},
-    words::{BUFFER_WORDS, Words},
+    message::{BUFFER_WORDS, Words},
+    register_bits::{PFACK, PFSTS, READ_TO_CLEAR, REQ, VFU},
 };
 
-/// The mailbox registers, and what is to be told to the PF. Nobody else holds the buffer for longer than it takes to
-/// write it: PFU is never seen.
+/// The mailbox registers, and the pending messages to the PF. The PF holds the buffer only while it writes it, so
+/// PFU is never visible.
 #[derive(Default)]
 pub(super) struct Mailbox {
     pub(super) words: [u32; BUFFER_WORDS],
     vfu: bool,
     status: u32,
-    /// Of the last message, never 0 once there was one.
+    /// Number of the last message, never 0 after the first one.
     seq: u32,
-    /// REQ was written. A second one before the first is sent takes its place, as in the adapter's memory.
+    /// The words at REQ. A second REQ before the first is sent replaces it, as in the adapter's memory.
     request: Option<[u32; BUFFER_WORDS]>,
     reset: bool,
-    /// What the PF has written while the VF held the buffer.
+    /// The PF's words, written while the VF held the buffer.
     waiting: Option<(u32, Words)>,
 }
 
@@ -30,7 +30,7 @@ impl Mailbox {
         value
     }
 
-    /// Whether there is something to be told to the PF; and whether the mailbox interrupt is raised.
+    /// Returns whether there is a message for the PF, and whether to raise the mailbox interrupt.
     pub(super) fn write(&mut self, value: u32) -> (bool, bool) {
         self.vfu = value & VFU != 0;
         let request = value & REQ != 0;
@@ -42,20 +42,20 @@ impl Mailbox {
         (request, waiting.is_some_and(|(seq, words)| self.post(seq, &words)))
     }
 
-    /// VTCTRL.RST, FLR: what was on its way is void. The buffer keeps its words.
+    /// VTCTRL.RST, FLR: voids messages under way. The buffer keeps its words.
     pub(super) fn reset(&mut self) {
         self.next();
         (self.vfu, self.status, self.request, self.waiting) = (false, 0, None, None);
         self.reset = true;
     }
 
-    /// Takes what is to be told: a reset before a message.
+    /// Takes the pending reset and message, in this order for the PF.
     pub(super) fn take(&mut self) -> (bool, Option<(u32, [u32; BUFFER_WORDS])>) {
         let request = self.request.take().map(|words| (self.seq, words));
         (std::mem::take(&mut self.reset), request)
     }
 
-    /// The PF has taken a message; whether that raises the mailbox interrupt.
+    /// Notes that the PF has taken a message. Returns whether to raise the mailbox interrupt.
     pub(super) fn taken(&mut self, seq: u32) -> bool {
         let current = seq == self.seq && seq != 0;
         if current {
@@ -64,11 +64,11 @@ impl Mailbox {
         current
     }
 
-    /// The PF writes into the buffer; whether that raises the mailbox interrupt.
+    /// Writes the PF's words into the buffer. Returns whether to raise the mailbox interrupt.
     pub(super) fn post(&mut self, seq: u32, words: &Words) -> bool {
         let taken = self.taken(seq);
         if seq != 0 && !taken {
-            // The answer to a message before a reset, or before the one that took its place.
+            // The answer to a message before a reset, or to a replaced one.
             return false;
         }
         if self.vfu {

@@ -1,13 +1,13 @@
 // SPDX-License-Identifier: Apache-2.0
 
-//! A simulated 82576 VF: registers and queues of what igbvf drives, over a connection to its PF.
+//! A simulated 82576 VF: the registers and queues that igbvf drives, over a connection to its PF.
 //!
-//! vCPU threads only take the registers' lock, for as long as one access lasts. DMA and sockets belong to the VF's
-//! thread (`worker`), which holds the DMA lock while it touches guest memory: a function reset takes that lock too,
-//! so that no DMA follows it. Locks, in the order in which they are taken: DMA, configuration space, registers.
+//! vCPU threads take only the registers' lock, for the duration of one access. DMA and sockets belong to the VF's
+//! thread (`worker`), which holds the DMA lock while it accesses guest memory. A function reset takes that lock too,
+//! so that no DMA follows it. Lock order: DMA, configuration space, registers.
 //!
-//! What igbvf does not use is not there: legacy descriptors, the second queue, receive side scaling, moderation (EITR
-//! is kept and has no effect), receive checksums (frames are marked as not checked).
+//! Features that igbvf does not use are missing: legacy descriptors, the second queue, receive side scaling,
+//! moderation (EITR is stored without effect), receive checksums (frames are marked as not checked).
 
 mod config;
 mod descriptor;
@@ -46,7 +46,7 @@ use crate::{
     threads::{ThreadKind, ThreadStart},
 };
 
-/// Both BARs, as on an 82576.
+/// Size of both BARs, as on an 82576.
 const BAR_SIZE: u32 = 0x4000;
 const REGISTERS_BAR: usize = 0;
 const MSIX_BAR: u32 = 3;
@@ -63,14 +63,14 @@ struct Shared {
     memory: GuestMemoryMmap,
     registers: Mutex<Registers>,
     config: Mutex<ConfigSpace>,
-    /// Held while guest memory is touched.
+    /// Held during accesses to guest memory.
     dma: Mutex<()>,
-    /// An eventfd, which only this module and the thread know.
+    /// An eventfd, known only to this module and the thread.
     wake: OwnedFd,
     /// Signalled once the PF is gone.
     failed: EventFd,
     stopped: AtomicBool,
-    /// Accesses to guest memory that failed: rings and buffers that the guest put elsewhere.
+    /// Failed accesses to guest memory: rings and buffers that the guest put elsewhere.
     dma_errors: AtomicU64,
 }
 
@@ -92,14 +92,14 @@ impl Shared {
     }
 
     fn wake(&self) {
-        // It fails only when the thread has not read it 2^64 times.
+        // It fails only after 2^64 writes without a read by the thread.
         let _ = rustix::io::write(&self.wake, &1u64.to_ne_bytes());
     }
 }
 
 impl SimVf {
-    /// A VF at its PF's end of `connection` ([`SimPf::attach`](super::SimPf::attach)), with DMA into all of `memory`.
-    /// Starts its thread, as `threads` says.
+    /// Puts a VF at its PF's end of `connection` ([`SimPf::attach`](super::SimPf::attach)), with DMA into all of
+    /// `memory`. Starts its thread with `threads`.
     ///
     /// # Errors
     /// Those of `fcntl`, of making eventfds and of starting a thread.
@@ -120,7 +120,7 @@ impl SimVf {
         Ok(Self { shared, thread: Mutex::new(Some(thread)) })
     }
 
-    /// A VF without memory to reach: for whoever only says something in its mailbox.
+    /// A VF without memory, for code that only sends mailbox messages.
     ///
     /// # Errors
     /// As [`SimVf::new`].
@@ -128,8 +128,8 @@ impl SimVf {
         Self::new(connection, GuestMemoryMmap::new(), &ThreadStart::default())
     }
 
-    /// An eventfd that is signalled once the PF has ended the connection or its process is gone. The VF stays as one
-    /// without a link.
+    /// An eventfd that is signalled once the PF has ended the connection or its process is gone. The VF then stays as
+    /// one without a link.
     ///
     /// # Errors
     /// Those of duplicating a file descriptor.
@@ -137,7 +137,7 @@ impl SimVf {
         self.shared.failed.try_clone()
     }
 
-    /// Accesses of the device to guest memory that failed, since the start.
+    /// Failed accesses of the device to guest memory, since the start.
     #[must_use]
     pub fn dma_errors(&self) -> u64 {
         self.shared.dma_errors.load(Ordering::Relaxed)
@@ -171,7 +171,7 @@ impl VfHardware for SimVf {
         if flr {
             self.shared.function_reset();
         } else {
-            // It may be allowed to reach memory now.
+            // The write may have allowed access to memory.
             self.shared.wake();
         }
     }
@@ -200,7 +200,7 @@ impl VfHardware for SimVf {
     }
 
     fn map_bar(&self, _index: usize, _offset: u64, _len: u64) -> io::Result<Arc<dyn HostMemory>> {
-        // Every access has an effect: nothing of it is memory.
+        // Every access has an effect, so nothing of it is memory.
         Err(io::ErrorKind::Unsupported.into())
     }
 
@@ -227,7 +227,7 @@ impl VfHardware for SimVf {
         Ok(())
     }
 
-    /// Waits for the DMA of one frame at most.
+    /// Waits for the DMA of at most one frame.
     fn reset(&self) -> io::Result<()> {
         self.shared.function_reset();
         Ok(())

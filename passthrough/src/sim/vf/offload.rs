@@ -1,10 +1,10 @@
 // SPDX-License-Identifier: Apache-2.0
 
-//! What the adapter does to a frame before it is sent: checksums and segmentation. Pure.
+//! The adapter's work on a frame before it is sent: checksums and segmentation. Pure.
 //!
-//! All lengths come from the guest. A frame for which they make no sense is not sent.
+//! All lengths come from the guest. A frame with impossible lengths is not sent.
 
-/// Segments of one packet: 64 KiB in the smallest ones that any stack sends.
+/// The most segments of one packet: 64 KiB in the smallest segments of any stack.
 pub(super) const MAX_SEGMENTS: usize = 1024;
 const IPV6_HEADER: usize = 40;
 const IPV4_HEADER: usize = 20;
@@ -18,7 +18,7 @@ pub(super) enum Transport {
     Sctp,
 }
 
-/// What a context descriptor and the first data descriptor of a packet say.
+/// The work in a context descriptor and the first data descriptor of a packet.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub(super) struct Offload {
     /// Bytes before the IP header.
@@ -33,7 +33,8 @@ pub(super) struct Offload {
     pub(super) segment: Option<usize>,
 }
 
-/// Calls `send` for each frame that the packet becomes. None if it makes no sense; some may have been sent then.
+/// Calls `send` for each frame of the packet. None if the lengths are impossible; some frames may have been sent by
+/// then.
 pub(super) fn frames(packet: &mut [u8], offload: &Offload, send: &mut dyn FnMut(&[u8])) -> Option<()> {
     let Some(size) = offload.segment else {
         finish(packet, offload, 0)?;
@@ -52,7 +53,7 @@ pub(super) fn frames(packet: &mut [u8], offload: &Offload, send: &mut dyn FnMut(
     }
     let last = payload.len().div_ceil(size).saturating_sub(1);
     let mut frame = Vec::with_capacity(header_len + size.min(payload.len()));
-    // Without payload there is one segment all the same.
+    // Without payload there is still one segment.
     for index in 0..=last {
         let start = index * size;
         let body = payload.get(start..payload.len().min(start + size))?;
@@ -73,7 +74,7 @@ impl Offload {
     }
 }
 
-/// Lengths, numbers and flags of one segment.
+/// Sets lengths, numbers and flags of one segment.
 fn number(frame: &mut [u8], offload: &Offload, index: usize, start: usize, last: bool) -> Option<()> {
     let ip_start = offload.mac_len;
     let transport = offload.transport_start();
@@ -95,22 +96,22 @@ fn number(frame: &mut [u8], offload: &Offload, index: usize, start: usize, last:
     *number = u32::from_be_bytes(*number).wrapping_add(u32::try_from(start).ok()?).to_be_bytes();
     let flags = frame.get_mut(transport + 13)?;
     if !last {
-        // FIN and PSH belong to the end.
+        // FIN and PSH belong to the last segment.
         *flags &= !0x09;
     }
     if index > 0 {
-        // CWR was for the first.
+        // CWR belongs to the first segment.
         *flags &= !0x80;
     }
     Some(())
 }
 
-/// Checksums. `length` is what the driver left out of the pseudo header's sum.
+/// Sets checksums. `length` is the length that the driver left out of the pseudo header's sum.
 fn finish(frame: &mut [u8], offload: &Offload, length: u32) -> Option<()> {
     if offload.ip_checksum && offload.ipv4 {
         (offload.ip_len >= IPV4_HEADER).then_some(())?;
         let header = frame.get(offload.mac_len..offload.transport_start())?;
-        // The field counts: drivers leave 0 there, or what makes up for headers in between.
+        // The field counts: drivers leave 0 there, or a value that compensates for headers in between.
         let sum = fold(sum(header));
         put(frame, offload.mac_len + 10, !sum)?;
     }
@@ -129,7 +130,7 @@ fn finish(frame: &mut [u8], offload: &Offload, length: u32) -> Option<()> {
             }
             Transport::Udp => {
                 let sum = !fold(sum(body).saturating_add(length));
-                // Zero would mean that there is none.
+                // Zero would mean that there is no checksum.
                 put(frame, start + 6, if sum == 0 { u16::MAX } else { sum })?;
             }
         }
@@ -146,7 +147,7 @@ fn put(frame: &mut [u8], at: usize, value: u16) -> Option<()> {
     Some(())
 }
 
-/// The sum of big-endian words; at most 64 KiB of them fit.
+/// The sum of big-endian words. It has room for 64 KiB of them.
 fn sum(bytes: &[u8]) -> u32 {
     let (words, rest) = bytes.as_chunks::<2>();
     let sum = words.iter().fold(0u32, |sum, word| sum.wrapping_add(u16::from_be_bytes(*word).into()));
@@ -178,8 +179,8 @@ mod tests {
 
     use super::*;
 
-    /// Ethernet, IPv4 and TCP as a driver hands them over: no IP checksum, the pseudo header's sum (without length if
-    /// `segmented`) in TCP's.
+    /// Ethernet, IPv4 and TCP as a driver passes them: no IP checksum, and in TCP's the pseudo header's sum (without
+    /// length if `segmented`).
     fn tcp(payload: usize, segmented: bool) -> Vec<u8> {
         let mut packet = vec![2, 0, 0, 0, 0, 1, 2, 0, 0, 0, 0, 2, 8, 0];
         let total = if segmented { 0 } else { u16::try_from(40 + payload).unwrap() };
@@ -216,7 +217,7 @@ mod tests {
         Some(sent)
     }
 
-    /// As a receiver checks it.
+    /// Checks a frame like a receiver.
     fn verify(frame: &[u8]) {
         let ip = &frame[14..34];
         assert_eq!(fold(sum(ip)), 0xffff, "IP checksum");
@@ -271,7 +272,7 @@ mod tests {
 
     #[test]
     fn udp_ipv6_and_sctp() {
-        // UDP over IPv6: the sum that comes out as zero is sent as all ones.
+        // UDP over IPv6: a sum of zero is sent as all ones.
         let mut packet = vec![0; 14 + 40 + 8];
         packet[54 + 6..54 + 8].copy_from_slice(&[0xff, 0xff]);
         let udp = Offload { mac_len: 14, ip_len: 40, transport_checksum: true, ..Offload::default() };

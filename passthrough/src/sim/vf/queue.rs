@@ -10,7 +10,7 @@ pub(super) const DESCRIPTOR: usize = 16;
 const ENABLE: u32 = 1 << 25;
 /// RDLEN and TDLEN: bits 19:7.
 const LENGTH_MASK: u32 = 0x000f_ff80;
-/// Bases are at multiples of 128; what an unaligned one means is up to us.
+/// Bases are at multiples of 128. The low bits of an unaligned one are ignored.
 const BASE_MASK: u64 = !0x7f;
 const INDEX_MASK: u32 = 0xffff;
 
@@ -25,7 +25,7 @@ pub(super) struct Queue {
     control: u32,
 }
 
-/// A ring that is enabled, with an index of the descriptor to be used next.
+/// An enabled ring, with the index of the next descriptor to use.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) struct Ring {
     base: u64,
@@ -50,7 +50,7 @@ impl Queue {
         })
     }
 
-    /// Whether there may be something to do now.
+    /// Returns whether there may be work now.
     pub(super) fn write(&mut self, offset: u16, value: u32) -> bool {
         match offset {
             0x00 => self.base = (self.base & !0xffff_ffff) | u64::from(value),
@@ -78,24 +78,25 @@ impl Queue {
         sound.then_some(Ring { base: self.base & BASE_MASK, count, head: self.head, tail: self.tail })
     }
 
-    /// The descriptors before `head` are used.
+    /// Marks the descriptors before `head` as used.
     pub(super) fn used(&mut self, head: u32) {
         self.head = head;
     }
 
-    /// What it points to cannot be reached: it stops until the driver enables it again.
+    /// Stops the queue, because its memory cannot be accessed, until the driver enables it again.
     pub(super) fn disable(&mut self) {
         self.control &= !ENABLE;
     }
 }
 
 impl Ring {
-    /// How many descriptors the driver has handed over.
+    /// The number of descriptors that the driver has handed over.
     pub(super) fn available(&self) -> u32 {
         if self.tail >= self.head { self.tail - self.head } else { self.count - self.head + self.tail }
     }
 
-    /// The next descriptor, which is then used; None if the driver has handed over no more, or it has no address.
+    /// The next descriptor, which is then used; None if the driver has handed over no more, or if its address
+    /// overflows.
     pub(super) fn advance(&mut self) -> Option<GuestAddress> {
         if self.head == self.tail {
             return None;

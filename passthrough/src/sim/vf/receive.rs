@@ -14,11 +14,12 @@ use super::{
 };
 use crate::sim::wire::Frame;
 
-/// Where the half with the status is in a descriptor.
+/// Offset of the half with the status in a descriptor.
 const SECOND_HALF: u64 = 8;
 
 impl Shared {
-    /// Puts a frame into the guest's buffers. Without enough of them it is dropped, as by a queue with SRRCTL.DROP_EN.
+    /// Puts a frame into the guest's buffers. Without enough of them the frame is dropped, as by a queue with
+    /// SRRCTL.DROP_EN.
     pub(super) fn receive(&self, frame: Frame<'_>, looped: bool) {
         let dma = self.dma();
         if !self.config().bus_master() {
@@ -59,7 +60,7 @@ impl Shared {
         drop(dma);
     }
 
-    /// None if ring or buffers cannot be reached.
+    /// Stores a frame; None if ring or buffers cannot be accessed.
     fn store(&self, ring: &mut Ring, cut: Cut, frame: Frame<'_>, pieces: usize) -> Option<()> {
         let mut rest = frame.bytes;
         let mut header_room = cut.header;

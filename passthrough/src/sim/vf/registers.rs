@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 
-//! BAR 0: what a register access does. Offsets as in Linux' `igbvf/regs.h`.
+//! BAR 0: the effects of a register access. Offsets as in Linux' `igbvf/regs.h`.
 
 use super::{
     interrupts::{Event, Interrupts},
@@ -8,8 +8,8 @@ use super::{
     queue::Queue,
 };
 use crate::mailbox::{
-    bits::CONTROL_RST,
     layout::{IGBVF, Register},
+    register_bits::CONTROL_RST,
 };
 
 const STATUS: u16 = 0x0008;
@@ -21,7 +21,7 @@ const RECEIVE: u16 = 0x2800;
 const TRANSMIT: u16 = 0x3800;
 const QUEUE_REGISTERS: u16 = 0x100;
 
-/// What the driver reads every two seconds. They wrap, and a reset leaves them alone.
+/// The counters that the driver reads every two seconds. They wrap, and a reset does not change them.
 #[derive(Clone, Copy, Debug, Default)]
 pub(super) struct Statistics {
     pub(super) received: u32,
@@ -42,7 +42,7 @@ pub(super) struct Registers {
     pub(super) transmit: Queue,
     pub(super) statistics: Statistics,
     pub(super) link_up: bool,
-    /// Of the queues: a reset begins a new one, and what was on its way for an old one comes to nothing.
+    /// Generation of the queues: a reset begins a new one, and work for an old one is dropped.
     pub(super) generation: u64,
 }
 
@@ -73,7 +73,7 @@ impl Registers {
         }
     }
 
-    /// Whether the VF's thread has something to do.
+    /// Returns whether the VF's thread has work.
     pub(super) fn write(&mut self, offset: u16, value: u32) -> bool {
         match IGBVF.register(offset.into()) {
             Register::Mailbox => {
@@ -103,7 +103,7 @@ impl Registers {
             return false;
         }
         if let Some(at) = in_queue(offset, RECEIVE) {
-            // Frames are not kept for descriptors: nothing to do.
+            // Frames do not wait for descriptors, so there is no work.
             self.receive.write(at, value);
             return false;
         }
@@ -126,7 +126,7 @@ impl Registers {
     }
 }
 
-/// The second queue of an 82576 VF, behind the first one's registers, does not exist here; igbvf uses one.
+/// The second queue of an 82576 VF, after the first one's registers, does not exist here; igbvf uses one.
 fn in_queue(offset: u16, base: u16) -> Option<u16> {
     offset.checked_sub(base).filter(|at| *at < QUEUE_REGISTERS)
 }

@@ -13,14 +13,14 @@ use super::{
 };
 use crate::sim::wire::{Frame, MAX_FRAME, MIN_FRAME, Packet};
 
-/// Longest packet before segmentation: the largest of IP, with room for headers.
+/// Longest packet before segmentation: the largest IP packet, with room for headers.
 const MAX_PACKET: usize = 0x1_0000 + 512;
-/// Descriptors looked at before others have their turn.
+/// Descriptors processed before others get their turn.
 const BATCH: usize = 64;
-/// Where the status is in a descriptor.
+/// Offset of the status in a descriptor.
 const STATUS: u64 = 12;
 
-/// A packet in the making, and the contexts of the queue.
+/// An incomplete packet, and the contexts of the queue.
 #[derive(Default)]
 pub(super) struct Transmitter {
     generation: u64,
@@ -30,7 +30,7 @@ pub(super) struct Transmitter {
     bad: bool,
 }
 
-/// What came of a round.
+/// The result of a round.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Round {
     /// There are no descriptors.
@@ -85,7 +85,7 @@ impl Transmitter {
         Round::More
     }
 
-    /// None if the ring cannot be reached.
+    /// Takes descriptors; None if the ring cannot be accessed.
     fn take(
         &mut self,
         shared: &Shared,
@@ -150,7 +150,7 @@ impl Transmitter {
         let command = self.command.take().unwrap_or_default();
         let (tag, offload) = command.resolve(&self.contexts);
         if !std::mem::take(&mut self.bad) {
-            // A packet for which the driver's lengths make no sense is dropped.
+            // A packet with impossible lengths is dropped.
             let _ = offload::frames(&mut self.packet, &offload, &mut |bytes| {
                 if !(MIN_FRAME..=MAX_FRAME).contains(&bytes.len()) {
                     return;
@@ -163,7 +163,7 @@ impl Transmitter {
             });
         }
         self.packet.clear();
-        // What one great packet took is not kept for ever.
+        // Release the memory of a large packet.
         self.packet.shrink_to(MAX_FRAME);
     }
 }

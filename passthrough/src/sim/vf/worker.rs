@@ -21,7 +21,7 @@ use super::{
 };
 use crate::sim::wire::{self, MAX_PACKET, Packet};
 
-/// Packets taken from either side before the other has its turn.
+/// Packets taken from either side before the other gets its turn.
 const BATCH: usize = 64;
 const NOW: Timespec = Timespec { tv_sec: 0, tv_nsec: 0 };
 
@@ -57,7 +57,7 @@ impl Worker {
         }
     }
 
-    /// Whether there is more to do at once.
+    /// Returns whether there is more work at once.
     fn turn(&mut self) -> bool {
         self.tell_pf();
         self.flush();
@@ -78,15 +78,15 @@ impl Worker {
             Ok(_) | Err(Errno::INTR) => {}
             Err(errno) => return Err(errno),
         }
-        // Before the work is looked for: what comes later wakes again.
+        // Read before looking for work: later events wake the thread again.
         let _ = rustix::io::read(&self.shared.wake, &mut [0; 8]);
         Ok(())
     }
 
-    /// Takes what the registers have for the PF.
+    /// Takes the registers' pending messages for the PF.
     fn tell_pf(&mut self) {
         if self.control.len() > 2 {
-            // The PF does not read: the mailbox keeps the latest, as it would on hardware.
+            // The PF does not read: the mailbox keeps the latest message, as it would on hardware.
             return;
         }
         let (reset, message) = self.shared.registers().mailbox.take();
@@ -165,12 +165,12 @@ impl Worker {
             Packet::Taken { seq } => mailbox(&|mailbox| mailbox.taken(*seq)),
             Packet::Post { seq, words } => mailbox(&|mailbox| mailbox.post(*seq, words)),
             Packet::Link { up } => self.shared.registers().link_up = *up,
-            // Only VFs say these.
+            // Only VFs send these.
             Packet::Reset | Packet::Message { .. } => {}
         }
     }
 
-    /// The PF is gone: no link from now on, and nobody answers messages.
+    /// Notes that the PF is gone: no link and no answers from now on.
     fn lose(&mut self) {
         if self.connection.take().is_some() {
             tracing::warn!(

@@ -6,13 +6,13 @@ use std::{os::fd::OwnedFd, thread::JoinHandle};
 
 use netpolicy::{MacAddress, OnDenied, Reason, Request, StandingRefusal};
 use passthrough::{
-    host::{PfControl, VfChange},
     relay::{Decision, How, Notice, Verdict},
     sim::{
         SimPf,
         pf::{Options, listen, serve},
         vf_bdf,
     },
+    sriov::{PfControl, VfChange},
 };
 
 use super::*;

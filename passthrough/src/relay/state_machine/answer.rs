@@ -1,0 +1,163 @@
+// SPDX-License-Identifier: Apache-2.0
+
+//! The guest's answers, and the records, counters and log lines that go with them.
+
+use netpolicy::{MacAddress, Reason, Request};
+
+use super::{Message, StateMachine};
+use crate::{
+    mailbox::{
+        igbvf,
+        message::Words,
+        registers::{RESET_WANTED, Registers},
+    },
+    relay::authority::Notice,
+};
+
+impl StateMachine {
+    /// Makes the driver keep its address, log "PF still resetting" and try again after its next link check. (A
+    /// refused reset would make it forget its address.)
+    pub(super) fn reset_failed(&mut self, message: &Message, cause: &str) {
+        if let Some(suppressed) = self.log_line() {
+            tracing::warn!(adapter = self.config.adapter, cause, suppressed, "VF reset not completed");
+        }
+        self.cts = false;
+        self.finish(message, Some(&Words::new(&[RESET_WANTED])), "failed");
+    }
+
+    /// Refuses a request because the authority is away. A reset succeeds: it was carried out, and the PF's reply has
+    /// the address.
+    pub(super) fn unreachable(
+        &mut self,
+        message: &Message,
+        request: &Request,
+        from_pf: Option<MacAddress>,
+        verdict: &'static str,
+    ) {
+        if *request == Request::Reset {
+            let known = from_pf.or(self.effective);
+            self.answer_reset(message, known, verdict);
+            if let Some(mac) = known {
+                self.note_guest_mac(mac);
+            }
+            return;
+        }
+        self.undecided.keep(request, self.now());
+        if let Some(suppressed) = self.log_line() {
+            tracing::warn!(
+                adapter = self.config.adapter,
+                request = request.name(),
+                reason = %Reason::AuthorityUnreachable,
+                suppressed,
+                "VF request refused"
+            );
+        }
+        self.answer(message, request, false, verdict);
+    }
+
+    /// Refuses a message without a question: the authority is away, or the message has no meaning.
+    pub(super) fn refuse(
+        &mut self,
+        message: &Message,
+        request: Option<Request>,
+        reason: Reason,
+        verdict: &'static str,
+    ) {
+        if let Some(suppressed) = self.log_line() {
+            let word = format_args!("{:#010x}", message.word());
+            tracing::info!(adapter = self.config.adapter, %word, %reason, suppressed, "VF message refused");
+        }
+        self.refusals.add(reason, message.word(), request.clone());
+        match request {
+            Some(request) => self.answer(message, &request, false, verdict),
+            None => {
+                self.finish(message, Some(&igbvf::reply(message.word(), false, self.cts)), verdict);
+            }
+        }
+    }
+
+    pub(super) fn refuse_locally(&mut self, message: &Message, reason: Reason, verdict: &'static str) {
+        if message.is_reset() {
+            self.refusals.add(reason, message.word(), Some(Request::Reset));
+            self.reset_failed(message, "too many resets");
+        } else {
+            self.refuse(message, message.decoded.clone().ok(), reason, verdict);
+        }
+    }
+
+    /// Answers any message but a reset.
+    pub(super) fn answer(
+        &mut self,
+        message: &Message,
+        request: &Request,
+        accepted: bool,
+        verdict: &'static str,
+    ) {
+        let shown = self.finish(message, Some(&igbvf::reply(message.word(), accepted, self.cts)), verdict);
+        if let (true, Request::SetMac(mac)) = (shown, request) {
+            self.driver.answered(accepted);
+            match verdict {
+                // The caller sends a notice of its own.
+                "equal" => {}
+                // The authority cannot know which silent refusals the guest sees as such.
+                "refused_silently" => self.note_guest_mac(*mac),
+                _ if accepted => self.guest = Some(*mac),
+                _ => {}
+            }
+        }
+    }
+
+    pub(super) fn answer_reset(&mut self, message: &Message, mac: Option<MacAddress>, verdict: &'static str) {
+        self.effective = mac.or(self.effective);
+        let reply = igbvf::reset_reply(mac);
+        self.undecided.forget();
+        if self.end(message, verdict, |registers| registers.complete_reset(message.seq(), &reply)) {
+            self.driver.reset(mac);
+        }
+    }
+
+    /// Notes an acknowledged address about which the relay did not ask the authority.
+    pub(super) fn note_guest_mac(&mut self, mac: MacAddress) {
+        if self.guest != Some(mac) {
+            self.guest = Some(mac);
+            self.authority.notice(Notice::GuestMac { mac });
+        }
+    }
+
+    /// Gives the answer to the guest, unless the guest has reset.
+    pub(super) fn finish(&mut self, message: &Message, reply: Option<&Words>, verdict: &'static str) -> bool {
+        self.end(message, verdict, |registers| registers.complete(message.seq(), reply))
+    }
+
+    fn end(
+        &mut self,
+        message: &Message,
+        verdict: &'static str,
+        complete: impl FnOnce(&mut Registers) -> bool,
+    ) -> bool {
+        let time = self.now().saturating_sub(message.posted.at);
+        let mut state = self.shared.lock();
+        let shown = complete(&mut state.registers);
+        state.stats.message(message.name(), if shown { verdict } else { "dropped" });
+        if shown {
+            state.stats.round_trips.add(time);
+        }
+        shown
+    }
+
+    pub(super) fn log_refusal(&mut self, request: &str, reason: Reason, silent: bool) {
+        if let Some(suppressed) = self.log_line() {
+            let adapter = &self.config.adapter;
+            tracing::info!(adapter, request, %reason, silent, suppressed, "VF request refused");
+        }
+    }
+
+    pub(super) fn log_line(&mut self) -> Option<u64> {
+        let allowed = self.log.allow(self.now());
+        if allowed.is_none() {
+            let mut state = self.shared.lock();
+            state.stats.suppressed = state.stats.suppressed.saturating_add(1);
+        }
+        allowed
+    }
+}
