@@ -21,8 +21,7 @@ use kvm_ioctls::{Cap, Kvm, VmFd};
 use vmm_sys_util::eventfd::EventFd;
 
 use crate::{
-    assigned::{Assigned, AssignedError, Surroundings},
-    authority::Authorities,
+    agent_client::RelayReceiver,
     board::Board,
     boot::{self, BootError, Payload, acpi::Description},
     console::{self, Console},
@@ -30,6 +29,7 @@ use crate::{
     interrupts::Routes,
     layout,
     memory::{self, GuestMemory, MemoryError, Slots},
+    passthrough_devices::{DeviceError, MachineParts, PassthroughDevices},
     sandbox::{self, NewNamespaces, SandboxError},
     seccomp::{self, Confinement, SeccompError},
     vcpu::{self, VcpuError, Vcpus, cpuid, exit::Counters, state},
@@ -63,7 +63,7 @@ pub enum MachineError {
     Vcpu(#[from] VcpuError),
     /// Assigned devices.
     #[error(transparent)]
-    Device(#[from] AssignedError),
+    Device(#[from] DeviceError),
     /// The sandbox.
     #[error(transparent)]
     Sandbox(#[from] SandboxError),
@@ -122,7 +122,7 @@ pub struct Machine {
     // The order is the order of taking down: vCPUs first, then what they use, memory last.
     vcpus: Vcpus,
     /// The assigned functions.
-    pub assigned: Assigned,
+    pub devices: PassthroughDevices,
     /// Devices and buses.
     pub board: Arc<Board>,
     payload: Payload,
@@ -168,7 +168,7 @@ impl Machine {
     pub fn build(
         spec: &MachineSpec,
         files: Files,
-        authorities: &Authorities,
+        relays: &RelayReceiver,
         namespaces: NewNamespaces,
     ) -> Result<(Self, Signals), MachineError> {
         #[cfg(feature = "attacks")]
@@ -187,7 +187,7 @@ impl Machine {
         let fds = create_vcpus(&kvm, &vm, &cpuid, spec.cpus)?;
 
         let root = sandbox::private_root(&spec.sandbox, &spec.devices, namespaces)?;
-        let opened = Assigned::open(&vm, &spec.devices, files.connections)?;
+        let opened = PassthroughDevices::open(&vm, &spec.devices, files.connections)?;
         passthrough::fail::reach(passthrough::fail::Point::VmmOpened);
         sandbox::empty_root(&spec.sandbox, root)?;
         sandbox::drop_privileges(&spec.sandbox)?;
@@ -210,13 +210,13 @@ impl Machine {
             pci_window_64: layout::pci_window_64(spec.memory, cpuid::physical_bits(&cpuid)),
         };
         let router: Arc<dyn MsiRouter> = routes;
-        let assigned = opened.assemble(&Surroundings {
+        let devices = opened.assemble(&MachineParts {
             memory: &memory,
             router: &router,
             mapper: &slots,
             bus: &board.pci,
             pci_window_64: &description.pci_window_64,
-            authorities,
+            relays,
             threads: &confinement.of_functions(),
         })?;
 
@@ -243,7 +243,7 @@ impl Machine {
         sandbox::forbid_threads(&spec.sandbox)?;
         let machine = Self {
             vcpus,
-            assigned,
+            devices,
             board,
             payload,
             description,
@@ -280,7 +280,7 @@ impl Machine {
     /// See [`MachineError`]; the machine cannot go on then.
     pub fn reset(&mut self) -> Result<(), MachineError> {
         self.vcpus.park()?;
-        self.assigned.reset()?;
+        self.devices.reset()?;
         self.board.reset();
         for chip in &self.power_on.chips {
             self.vm.set_irqchip(chip).map_err(|e| MachineError::Kvm("reset an interrupt controller", e))?;
@@ -303,7 +303,7 @@ impl Machine {
             memory: self.size,
             boots,
             first_entry_ns,
-            devices: self.assigned.stats(),
+            devices: self.devices.stats(),
             ..Stats::default()
         };
         self.counters.report(&mut stats);

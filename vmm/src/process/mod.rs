@@ -6,10 +6,10 @@
 //! loop (event-manager) until the machine has ended. The loop owns the machine; vCPUs and the relay talk to it by
 //! messages.
 
-mod orders;
+mod commands;
+mod event_loop;
 mod reports;
 mod resets;
-mod serve;
 #[cfg(test)]
 mod tests;
 
@@ -23,7 +23,7 @@ use event_manager::{EventManager, SubscriberOps};
 use passthrough::fail::{Point, reach};
 use uuid::Uuid;
 
-use self::serve::Process;
+use self::event_loop::Process;
 use crate::control::Listener;
 
 /// The word on the command line that makes `portcullis` this process.

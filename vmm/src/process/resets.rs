@@ -13,10 +13,10 @@ use passthrough::relay::{Bucket, Rate};
 const RATE: Rate = Rate { burst: 8, period: Duration::from_millis(500) };
 
 /// A boot that ends sooner has come to nothing.
-const VAIN: Duration = Duration::from_secs(1);
+const SHORTEST_BOOT: Duration = Duration::from_secs(1);
 
 /// Boots in a row that may come to nothing: at that rate half a minute.
-const MOST_IN_VAIN: u32 = 64;
+const MAX_FAILED_BOOTS: u32 = 64;
 
 /// What becomes of a reset that a guest wants.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -33,12 +33,12 @@ pub(super) struct Resets {
     began: Instant,
     bucket: Bucket,
     booted: Instant,
-    in_vain: u32,
+    failed_boots: u32,
 }
 
 impl Resets {
     pub(super) fn new(now: Instant) -> Self {
-        Self { began: now, bucket: Bucket::new(RATE), booted: now, in_vain: 0 }
+        Self { began: now, bucket: Bucket::new(RATE), booted: now, failed_boots: 0 }
     }
 
     /// The machine has begun to boot.
@@ -47,11 +47,11 @@ impl Resets {
     }
 
     /// The guest wants a reset.
-    pub(super) fn wanted(&mut self, now: Instant) -> Reset {
-        let vain = now.saturating_duration_since(self.booted) < VAIN;
-        self.in_vain = if vain { self.in_vain.saturating_add(1) } else { 0 };
-        if self.in_vain >= MOST_IN_VAIN {
-            return Reset::GivenUp(self.in_vain);
+    pub(super) fn request(&mut self, now: Instant) -> Reset {
+        let failed = now.saturating_duration_since(self.booted) < SHORTEST_BOOT;
+        self.failed_boots = if failed { self.failed_boots.saturating_add(1) } else { 0 };
+        if self.failed_boots >= MAX_FAILED_BOOTS {
+            return Reset::GivenUp(self.failed_boots);
         }
         let at = self.bucket.ready_at(now.saturating_duration_since(self.began));
         self.bucket.take(at);
@@ -70,7 +70,7 @@ mod tests {
         let mut now = begin;
         let mut delays = Vec::new();
         for _ in 0..12 {
-            let Reset::At(at) = resets.wanted(now) else { panic!("given up") };
+            let Reset::At(at) = resets.request(now) else { panic!("given up") };
             delays.push(at.saturating_duration_since(now));
             now = at;
             resets.booted(now);
@@ -85,19 +85,19 @@ mod tests {
         let mut resets = Resets::new(now);
         let mut made = 0;
         let last = loop {
-            match resets.wanted(now) {
+            match resets.request(now) {
                 Reset::At(at) => (now, made) = (at, made + 1),
                 Reset::GivenUp(count) => break count,
             }
             resets.booted(now);
         };
-        assert_eq!((made, last), (MOST_IN_VAIN - 1, MOST_IN_VAIN));
+        assert_eq!((made, last), (MAX_FAILED_BOOTS - 1, MAX_FAILED_BOOTS));
 
         // One that runs for a while in between goes on for ever.
         let mut resets = Resets::new(now);
-        for n in 0..10 * MOST_IN_VAIN {
-            now += if n % 10 == 0 { VAIN } else { Duration::ZERO };
-            let Reset::At(at) = resets.wanted(now) else { panic!("given up at {n}") };
+        for n in 0..10 * MAX_FAILED_BOOTS {
+            now += if n % 10 == 0 { SHORTEST_BOOT } else { Duration::ZERO };
+            let Reset::At(at) = resets.request(now) else { panic!("given up at {n}") };
             now = at;
             resets.booted(now);
         }

@@ -17,7 +17,7 @@ use vmm_sys_util::eventfd::EventFd;
 
 /// What a relay says.
 #[derive(Debug)]
-pub enum Said {
+pub enum RelayMessage {
     /// To be asked of the agent.
     Question(Question),
     /// To be reported to the agent, now or when it is back.
@@ -26,24 +26,24 @@ pub enum Said {
 
 /// The event loop's end.
 #[derive(Debug)]
-pub struct Authorities {
-    receiver: Receiver<(String, Said)>,
-    sender: Sender<(String, Said)>,
+pub struct RelayReceiver {
+    receiver: Receiver<(String, RelayMessage)>,
+    sender: Sender<(String, RelayMessage)>,
     signal: Arc<EventFd>,
     connected: Arc<AtomicBool>,
 }
 
 /// One relay's end.
 #[derive(Debug)]
-pub struct AgentAuthority {
+pub struct AgentClient {
     adapter: String,
     /// A lock only because the trait wants to be shared; one relay thread uses it.
-    sender: Mutex<Sender<(String, Said)>>,
+    sender: Mutex<Sender<(String, RelayMessage)>>,
     signal: Arc<EventFd>,
     connected: Arc<AtomicBool>,
 }
 
-impl Authorities {
+impl RelayReceiver {
     /// An end without an agent.
     ///
     /// # Errors
@@ -66,7 +66,7 @@ impl Authorities {
     }
 
     /// What relays said since the last call, by adapter. The number is bounded by the relays' own rates.
-    pub fn drain(&self) -> Vec<(String, Said)> {
+    pub fn drain(&self) -> Vec<(String, RelayMessage)> {
         // The eventfd first: the other order could lose a wake-up.
         let _ = self.signal.read();
         self.receiver.try_iter().collect()
@@ -74,8 +74,8 @@ impl Authorities {
 
     /// The end for the relay of `adapter`.
     #[must_use]
-    pub fn of(&self, adapter: &str) -> AgentAuthority {
-        AgentAuthority {
+    pub fn client_for(&self, adapter: &str) -> AgentClient {
+        AgentClient {
             adapter: adapter.to_owned(),
             sender: Mutex::new(self.sender.clone()),
             signal: Arc::clone(&self.signal),
@@ -84,27 +84,27 @@ impl Authorities {
     }
 }
 
-impl AgentAuthority {
-    fn say(&self, said: Said) {
+impl AgentClient {
+    fn send(&self, message: RelayMessage) {
         let sender = self.sender.lock().unwrap_or_else(PoisonError::into_inner);
-        if sender.send((self.adapter.clone(), said)).is_ok() {
+        if sender.send((self.adapter.clone(), message)).is_ok() {
             // A full counter means that the loop has been told.
             let _ = self.signal.write(1);
         }
     }
 }
 
-impl Authority for AgentAuthority {
+impl Authority for AgentClient {
     fn ask(&self, question: Question) -> Result<(), Unreachable> {
         if !self.connected.load(Ordering::Acquire) {
             return Err(Unreachable);
         }
-        self.say(Said::Question(question));
+        self.send(RelayMessage::Question(question));
         Ok(())
     }
 
     fn notice(&self, notice: Notice) {
-        self.say(Said::Notice(notice));
+        self.send(RelayMessage::Notice(notice));
     }
 }
 
@@ -116,17 +116,17 @@ mod tests {
 
     #[test]
     fn questions_need_an_agent_and_notices_do_not() {
-        let authorities = Authorities::new().unwrap();
-        let relay = authorities.of("eth0");
+        let relays = RelayReceiver::new().unwrap();
+        let relay = relays.client_for("eth0");
         let question = Question { seq: 1, request: Request::Reset };
         assert_eq!(relay.ask(question.clone()), Err(Unreachable));
         relay.notice(Notice::PfReset);
-        authorities.set_connected(true);
+        relays.set_connected(true);
         relay.ask(question.clone()).unwrap();
-        let said = authorities.drain();
-        assert!(matches!(&said[0], (adapter, Said::Notice(Notice::PfReset)) if adapter == "eth0"));
-        assert!(matches!(&said[1], (_, Said::Question(asked)) if *asked == question));
-        assert!(authorities.signal().read().is_err(), "the signal is consumed with what it stood for");
-        assert!(authorities.drain().is_empty());
+        let message = relays.drain();
+        assert!(matches!(&message[0], (adapter, RelayMessage::Notice(Notice::PfReset)) if adapter == "eth0"));
+        assert!(matches!(&message[1], (_, RelayMessage::Question(asked)) if *asked == question));
+        assert!(relays.signal().read().is_err(), "the signal is consumed with what it stood for");
+        assert!(relays.drain().is_empty());
     }
 }

@@ -32,7 +32,7 @@ use vm_allocator::{AddressAllocator, AllocPolicy};
 use vmm_sys_util::eventfd::EventFd;
 
 use crate::{
-    authority::Authorities,
+    agent_client::RelayReceiver,
     control::{DeviceBackend, DeviceLoss, DeviceSpec, DeviceStats, FailureCode},
     layout,
     memory::GuestMemory,
@@ -45,7 +45,7 @@ const RESET: Duration = Duration::from_secs(10);
 
 /// Why an assigned device cannot be used.
 #[derive(Debug, thiserror::Error)]
-pub enum AssignedError {
+pub enum DeviceError {
     /// VFIO refused.
     #[error(transparent)]
     Vfio(#[from] vfio::Error),
@@ -129,7 +129,7 @@ pub enum AssignedError {
     },
 }
 
-impl AssignedError {
+impl DeviceError {
     /// Stable code for the control channel.
     #[must_use]
     pub fn code(&self) -> FailureCode {
@@ -142,7 +142,7 @@ impl AssignedError {
 }
 
 /// Functions that are open but not yet in a machine.
-pub struct Opened {
+pub struct OpenedDevices {
     container: Option<Container>,
     devices: Vec<(DeviceSpec, Hardware)>,
 }
@@ -155,17 +155,22 @@ enum Hardware {
 }
 
 /// A function's registers, and the eventfds that say when the host wants it back and when it has failed.
-type Live = (Arc<dyn VfHardware>, [Option<EventFd>; 2]);
+type StartedHardware = (Arc<dyn VfHardware>, [Option<EventFd>; 2]);
 
 impl Hardware {
-    fn start(self, bdf: &str, memory: &GuestMemory, threads: &ThreadStart) -> Result<Live, AssignedError> {
+    fn start(
+        self,
+        bdf: &str,
+        memory: &GuestMemory,
+        threads: &ThreadStart,
+    ) -> Result<StartedHardware, DeviceError> {
         Ok(match self {
             Self::Vfio(vf) => {
                 let signals = [vf.request_event()?, vf.error_event()?];
                 (vf, signals)
             }
             Self::Simulated(connection) => {
-                let failed = |source| AssignedError::Simulated { bdf: bdf.to_owned(), source };
+                let failed = |source| DeviceError::Simulated { bdf: bdf.to_owned(), source };
                 let vf = SimVf::new(connection, memory.clone(), threads).map_err(failed)?;
                 let error = vf.error_event().map_err(failed)?;
                 (Arc::new(vf), [None, Some(error)])
@@ -186,14 +191,14 @@ struct Function {
 }
 
 /// A machine's functions.
-pub struct Assigned {
+pub struct PassthroughDevices {
     functions: Vec<Function>,
     /// Keeps the DMA mappings until the functions are gone.
     _container: Option<Container>,
 }
 
 /// A device that was taken away.
-pub struct Loss {
+pub struct LostDevice {
     /// The host's PCI address.
     pub bdf: String,
     /// Why.
@@ -204,18 +209,18 @@ pub struct Loss {
     pub signals: [Option<EventFd>; 2],
 }
 
-impl Assigned {
+impl PassthroughDevices {
     /// Opens all functions, those of VFIO in one container; `connections` are those of the simulated ones, in their
     /// order. The process still has its privileges.
     ///
     /// # Errors
-    /// See [`AssignedError`].
+    /// See [`DeviceError`].
     pub fn open(
         vm: &VmFd,
         devices: &[DeviceSpec],
         connections: Vec<OwnedFd>,
-    ) -> Result<Opened, AssignedError> {
-        let mut opened = Opened { container: None, devices: Vec::new() };
+    ) -> Result<OpenedDevices, DeviceError> {
+        let mut opened = OpenedDevices { container: None, devices: Vec::new() };
         let mut connections = connections.into_iter();
         for spec in devices {
             let hardware = match spec.backend {
@@ -229,7 +234,7 @@ impl Assigned {
                     Hardware::Vfio(Arc::new(vf?))
                 }
                 DeviceBackend::Simulated => {
-                    let missing = || AssignedError::NotConnected { bdf: spec.bdf.clone() };
+                    let missing = || DeviceError::NotConnected { bdf: spec.bdf.clone() };
                     Hardware::Simulated(connections.next().ok_or_else(missing)?)
                 }
             };
@@ -241,21 +246,21 @@ impl Assigned {
     /// Resets all functions and puts them into power-on state. Waits; not for vCPU threads.
     ///
     /// # Errors
-    /// See [`AssignedError`].
-    pub fn reset(&self) -> Result<(), AssignedError> {
+    /// See [`DeviceError`].
+    pub fn reset(&self) -> Result<(), DeviceError> {
         for Function { spec, function, .. } in &self.functions {
             match function.reset_and_wait(RESET) {
                 // One that was lost does no DMA any more.
                 Err(ResetError::Gone) if function.is_lost() => {}
                 result => {
-                    result.map_err(|source| AssignedError::Reset { bdf: spec.bdf.clone(), source })?;
+                    result.map_err(|source| DeviceError::Reset { bdf: spec.bdf.clone(), source })?;
                 }
             }
         }
         Ok(())
     }
 
-    /// The request and error eventfds with the number that [`Assigned::lost`] takes.
+    /// The request and error eventfds with the number that [`PassthroughDevices::lost`] takes.
     pub fn loss_signals(&self) -> Vec<(usize, RawFd)> {
         let signals = self.functions.iter().flat_map(|function| &function.signals);
         let with_number = signals.enumerate();
@@ -263,14 +268,14 @@ impl Assigned {
     }
 
     /// Signal `number` is readable: takes the function out of the machine, once.
-    pub fn lost(&mut self, number: usize) -> Option<Loss> {
+    pub fn lost(&mut self, number: usize) -> Option<LostDevice> {
         let function = self.functions.get_mut(number / 2)?;
         function.signals.get(number % 2)?.as_ref()?;
         if let Some(relay) = function.relay.take() {
             relay.stop();
         }
         function.function.lose();
-        Some(Loss {
+        Some(LostDevice {
             bdf: function.spec.bdf.clone(),
             why: if number.is_multiple_of(2) { DeviceLoss::Requested } else { DeviceLoss::Failed },
             slot: function.slot,
@@ -301,12 +306,12 @@ impl Assigned {
 }
 
 /// Guest-physical addresses for BARs at power-on. The guest may move them.
-struct Places {
+struct BarAllocator {
     low: Option<AddressAllocator>,
     high: Option<AddressAllocator>,
 }
 
-impl Places {
+impl BarAllocator {
     fn new(pci_window_64: &Range<u64>) -> Self {
         let allocator = |range: &Range<u64>| {
             AddressAllocator::new(range.start, range.end.saturating_sub(range.start)).ok()
@@ -327,7 +332,7 @@ impl Places {
 }
 
 /// What functions are put into.
-pub struct Surroundings<'a> {
+pub struct MachineParts<'a> {
     /// Guest memory.
     pub memory: &'a GuestMemory,
     /// Interrupt routes.
@@ -339,54 +344,54 @@ pub struct Surroundings<'a> {
     /// Guest-physical addresses for BARs above 4 GiB.
     pub pci_window_64: &'a Range<u64>,
     /// Where relays ask.
-    pub authorities: &'a Authorities,
+    pub relays: &'a RelayReceiver,
     /// How the functions' threads are started.
     pub threads: &'a ThreadStart,
 }
 
-impl Opened {
+impl OpenedDevices {
     /// Maps guest memory for DMA and puts the functions on the bus.
     ///
     /// # Errors
-    /// See [`AssignedError`].
-    pub fn assemble(self, machine: &Surroundings<'_>) -> Result<Assigned, AssignedError> {
-        let Surroundings { memory, router, mapper, bus, pci_window_64, authorities, threads } = machine;
+    /// See [`DeviceError`].
+    pub fn assemble(self, machine: &MachineParts<'_>) -> Result<PassthroughDevices, DeviceError> {
+        let MachineParts { memory, router, mapper, bus, pci_window_64, relays, threads } = machine;
         if let Some(container) = &self.container {
             container.map_memory(memory)?;
         }
-        let mut places = Places::new(pci_window_64);
+        let mut bars = BarAllocator::new(pci_window_64);
         let windows: Arc<[Range<u64>]> = [layout::PCI_WINDOW_32, (*pci_window_64).clone()].into();
         let mut functions = Vec::new();
         for (spec, hardware) in self.devices {
             let bdf = || spec.bdf.clone();
             let (hardware, signals) = hardware.start(&spec.bdf, memory, threads)?;
             let gate = Gate::new(hardware);
-            let relay = start_relay(&spec, &gate, authorities, threads)?;
+            let relay = start_relay(&spec, &gate, relays, threads)?;
             let traps: Vec<TrappedRange> = relay.iter().map(mailbox_trap).collect();
             let (mapper, router) = (Arc::clone(mapper), Arc::clone(router));
             let function =
                 AssignedFunction::new(&spec.bdf, gate, Arc::clone(&windows), &traps, mapper, router, threads)
-                    .map_err(|source| AssignedError::Function { bdf: bdf(), source })?;
+                    .map_err(|source| DeviceError::Function { bdf: bdf(), source })?;
             for (index, bar) in function.bars() {
                 let address =
-                    places.take(bar).ok_or_else(|| AssignedError::NoRoom { bdf: bdf(), size: bar.size })?;
+                    bars.take(bar).ok_or_else(|| DeviceError::NoRoom { bdf: bdf(), size: bar.size })?;
                 function
                     .assign_bar(index, address)
-                    .map_err(|source| AssignedError::Bar { bdf: bdf(), source })?;
+                    .map_err(|source| DeviceError::Bar { bdf: bdf(), source })?;
             }
             let function = Arc::new(function);
             let slot =
-                bus.add(function.clone()).map_err(|source| AssignedError::Slot { bdf: bdf(), source })?;
+                bus.add(function.clone()).map_err(|source| DeviceError::Slot { bdf: bdf(), source })?;
             functions.push(Function { spec, relay, function, slot, signals });
         }
-        Ok(Assigned { functions, _container: self.container })
+        Ok(PassthroughDevices { functions, _container: self.container })
     }
 }
 
 /// The IOMMU domain of a machine, known to KVM.
-fn container(vm: &VmFd) -> Result<Container, AssignedError> {
+fn container(vm: &VmFd) -> Result<Container, DeviceError> {
     let mut device = kvm_create_device { type_: kvm_device_type_KVM_DEV_TYPE_VFIO, fd: 0, flags: 0 };
-    let kvm = vm.create_device(&mut device).map_err(AssignedError::KvmDevice)?;
+    let kvm = vm.create_device(&mut device).map_err(DeviceError::KvmDevice)?;
     Ok(Container::new(Some(KvmVfioDevice::new_from_kvm(kvm)))?)
 }
 
@@ -394,23 +399,23 @@ fn container(vm: &VmFd) -> Result<Container, AssignedError> {
 fn start_relay(
     spec: &DeviceSpec,
     gate: &Arc<Gate>,
-    authorities: &Authorities,
+    relays: &RelayReceiver,
     threads: &ThreadStart,
-) -> Result<Option<Relay>, AssignedError> {
+) -> Result<Option<Relay>, DeviceError> {
     let Some(adapter) = &spec.adapter else { return Ok(None) };
     let mut ids = [0; 4];
     gate.config_read(0, &mut ids);
     let [vendor_low, vendor_high, device_low, device_high] = ids;
     let vendor = u16::from_le_bytes([vendor_low, vendor_high]);
     let device = u16::from_le_bytes([device_low, device_high]);
-    let family = Layout::of(vendor, device).ok_or_else(|| AssignedError::Family {
+    let family = Layout::of(vendor, device).ok_or_else(|| DeviceError::Family {
         bdf: spec.bdf.clone(),
         vendor,
         device,
     })?;
     let config = relay::Config { adapter: adapter.clone(), ..relay::Config::default() };
-    let relay = Relay::start(config, family, gate.clone(), Arc::new(authorities.of(adapter)), threads)
-        .map_err(|source| AssignedError::Relay { bdf: spec.bdf.clone(), source })?;
+    let relay = Relay::start(config, family, gate.clone(), Arc::new(relays.client_for(adapter)), threads)
+        .map_err(|source| DeviceError::Relay { bdf: spec.bdf.clone(), source })?;
     Ok(Some(relay))
 }
 
@@ -425,14 +430,14 @@ mod tests {
 
     #[test]
     fn bars_get_addresses_of_their_own_in_the_window_that_they_can_reach() {
-        let mut places = Places::new(&(1 << 32..1 << 33));
+        let mut bars = BarAllocator::new(&(1 << 32..1 << 33));
         let bar = |size, is_64bit| BarLayout { size, is_64bit, prefetchable: false };
-        assert_eq!(places.take(bar(0x4000, true)), Some(1 << 32));
-        assert_eq!(places.take(bar(0x4000, true)), Some((1 << 32) + 0x4000));
-        assert_eq!(places.take(bar(0x10, false)), Some(0xc000_0000));
-        assert_eq!(places.take(bar(0x2000, false)), Some(0xc000_2000));
-        assert_eq!(places.take(bar(1 << 34, true)), None);
-        let mut no_upper_window = Places::new(&(0..0));
+        assert_eq!(bars.take(bar(0x4000, true)), Some(1 << 32));
+        assert_eq!(bars.take(bar(0x4000, true)), Some((1 << 32) + 0x4000));
+        assert_eq!(bars.take(bar(0x10, false)), Some(0xc000_0000));
+        assert_eq!(bars.take(bar(0x2000, false)), Some(0xc000_2000));
+        assert_eq!(bars.take(bar(1 << 34, true)), None);
+        let mut no_upper_window = BarAllocator::new(&(0..0));
         assert_eq!(no_upper_window.take(bar(0x4000, true)), Some(0xc000_0000));
     }
 }

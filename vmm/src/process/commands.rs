@@ -12,7 +12,7 @@ use passthrough::{
     relay::Relay,
 };
 
-use super::{resets::Reset, serve::Process};
+use super::{event_loop::Process, resets::Reset};
 use crate::{
     control::{Answer, End, Failure, FailureCode, MachineSpec, Order, Outcome, State},
     machine::{Files, Machine, MachineError},
@@ -27,7 +27,7 @@ fn failure(code: FailureCode, detail: impl Into<String>) -> Failure {
 }
 
 impl Process {
-    pub(super) fn obey(&mut self, id: u64, order: Order, fds: Vec<OwnedFd>, ops: &mut EventOps<'_>) {
+    pub(super) fn handle_order(&mut self, id: u64, order: Order, fds: Vec<OwnedFd>, ops: &mut EventOps<'_>) {
         let result = match order {
             Order::Configure { spec } => self.configure(&spec, fds, ops),
             Order::Run => self.run(),
@@ -87,7 +87,7 @@ impl Process {
             .namespaces
             .take()
             .ok_or_else(|| failure(FailureCode::Invalid, "It was configured before"))?;
-        match Machine::build(spec, files, &self.authorities, made) {
+        match Machine::build(spec, files, &self.relays, made) {
             Ok((machine, signals)) => {
                 self.machine = Some(machine);
                 for (adapter, refusal) in &self.standing {
@@ -114,7 +114,7 @@ impl Process {
     }
 
     fn relay(&self, adapter: &str) -> Result<&Relay, Failure> {
-        self.machine()?.assigned.relay(adapter).ok_or_else(|| {
+        self.machine()?.devices.relay(adapter).ok_or_else(|| {
             failure(FailureCode::Invalid, format!("The VM has no adapter {adapter} under policy"))
         })
     }
@@ -196,7 +196,7 @@ impl Process {
 
     /// The guest wants a reset: now, later, or once too often.
     fn on_guest_reset(&mut self) {
-        match self.resets.wanted(Instant::now()) {
+        match self.resets.request(Instant::now()) {
             Reset::At(at) if at <= Instant::now() => {
                 // Its failure is reported by ending the machine.
                 let _ = self.reboot();

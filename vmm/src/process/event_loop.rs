@@ -19,7 +19,7 @@ use passthrough::{
 
 use super::{reports::Reports, resets::Resets};
 use crate::{
-    authority::{Authorities, Said},
+    agent_client::{RelayMessage, RelayReceiver},
     control::{
         Ask, Channel, ChannelError, End, Failure, Listener, Outcome, Report, SPOKEN, State, ToAgent, ToVmm,
     },
@@ -40,7 +40,7 @@ const BATCH: usize = 32;
 /// How long an ended process stays to tell the agent how it ended.
 const LINGER: Duration = Duration::from_secs(600);
 /// Most waiters for console output.
-const WAITERS: usize = 16;
+const CONSOLE_WAITERS: usize = 16;
 
 /// The process's whole state.
 pub(super) struct Process {
@@ -51,14 +51,14 @@ pub(super) struct Process {
     owner: u32,
     channel: Option<Connection>,
     /// Connections that are over but still known to epoll.
-    dead: Vec<Connection>,
+    closed: Vec<Connection>,
     pub(super) machine: Option<Machine>,
     signals: Option<Signals>,
     pub(super) state: State,
     pub(super) boots: u64,
     reports: Reports,
     /// Orders that wait for console output beyond an offset.
-    waiters: Vec<(u64, u64)>,
+    console_waiters: Vec<(u64, u64)>,
     /// Orders to take something back that a relay works on.
     take_backs: Vec<u64>,
     /// What the agent refuses in any case, by adapter.
@@ -66,7 +66,7 @@ pub(super) struct Process {
     /// For the machine's process.
     pub(super) namespaces: Option<NewNamespaces>,
     /// What relays say, and where they learn whether an agent is there.
-    pub(super) authorities: Authorities,
+    pub(super) relays: RelayReceiver,
     asked: u64,
     pub(super) resets: Resets,
     /// When the machine, which is parked meanwhile, is reset because its guest wants that.
@@ -83,24 +83,24 @@ struct Connection {
 
 impl Process {
     pub(super) fn new(listener: Listener, vm: Uuid, started: Instant) -> std::io::Result<Self> {
-        let authorities = Authorities::new()?;
+        let relays = RelayReceiver::new()?;
         Ok(Self {
             vm,
             started,
             listener,
             owner: rustix::process::getuid().as_raw(),
             channel: None,
-            dead: Vec::new(),
+            closed: Vec::new(),
             machine: None,
             signals: None,
             state: State::Empty,
             boots: 0,
             reports: Reports::default(),
-            waiters: Vec::new(),
+            console_waiters: Vec::new(),
             take_backs: Vec::new(),
             standing: BTreeMap::new(),
             namespaces: Some(NewNamespaces::begin()?),
-            authorities,
+            relays,
             asked: 0,
             resets: Resets::new(Instant::now()),
             reset_due: None,
@@ -159,7 +159,7 @@ impl Process {
         self.ended = Some(Instant::now());
         reach(Point::VmmStopped);
         self.report(Report::Ended { end });
-        for (id, _) in std::mem::take(&mut self.waiters) {
+        for (id, _) in std::mem::take(&mut self.console_waiters) {
             self.done(id, Ok(Outcome::Done));
         }
     }
@@ -179,16 +179,16 @@ impl Process {
 
     /// Ends the connection, if there is one.
     fn disconnect(&mut self) {
-        self.authorities.set_connected(false);
-        self.waiters.clear();
+        self.relays.set_connected(false);
+        self.console_waiters.clear();
         self.take_backs.clear();
         self.forget_standing();
-        self.dead.extend(self.channel.take());
+        self.closed.extend(self.channel.take());
     }
 
     /// The event manager must forget a descriptor before its number is used again.
-    fn bury_connections(&mut self, ops: &mut EventOps<'_>) {
-        for connection in self.dead.drain(..) {
+    fn forget_closed_connections(&mut self, ops: &mut EventOps<'_>) {
+        for connection in self.closed.drain(..) {
             let _ = ops.remove(Events::empty(&connection.channel));
         }
     }
@@ -197,7 +197,7 @@ impl Process {
     pub(super) fn listen_to(&mut self, signals: Signals, ops: &mut EventOps<'_>) {
         let console = signals.console.event().as_raw_fd();
         let sources = [(signals.vcpu_signal.as_raw_fd(), VCPUS), (console, CONSOLE)];
-        let devices = self.machine.iter().flat_map(|machine| machine.assigned.loss_signals());
+        let devices = self.machine.iter().flat_map(|machine| machine.devices.loss_signals());
         let devices =
             devices.filter_map(|(number, fd)| Some((fd, DEVICES.checked_add(u32::try_from(number).ok()?)?)));
         for (fd, token) in sources.into_iter().chain(devices) {
@@ -214,10 +214,10 @@ impl Process {
         };
         signals.console.want();
         // Looked at after the wish: output between the two is not missed.
-        if signals.console.written() > offset || self.waiters.len() >= WAITERS {
+        if signals.console.written() > offset || self.console_waiters.len() >= CONSOLE_WAITERS {
             return self.done(id, Ok(Outcome::Done));
         }
-        self.waiters.push((id, offset));
+        self.console_waiters.push((id, offset));
     }
 
     fn on_console(&mut self) {
@@ -225,9 +225,9 @@ impl Process {
         let _ = signals.console.event().read();
         let written = signals.console.written();
         let (ready, rest) =
-            std::mem::take(&mut self.waiters).into_iter().partition(|(_, offset)| written > *offset);
-        self.waiters = rest;
-        if !self.waiters.is_empty()
+            std::mem::take(&mut self.console_waiters).into_iter().partition(|(_, offset)| written > *offset);
+        self.console_waiters = rest;
+        if !self.console_waiters.is_empty()
             && let Some(signals) = &self.signals
         {
             signals.console.want();
@@ -259,18 +259,20 @@ impl Process {
     }
 
     fn on_relays(&mut self) {
-        for (adapter, said) in self.authorities.drain() {
-            match said {
-                Said::Question(question) => {
+        for (adapter, message) in self.relays.drain() {
+            match message {
+                RelayMessage::Question(question) => {
                     reach(Point::VmmAsking);
                     self.asked += 1;
                     self.send(&ToAgent::Ask { id: self.asked, ask: Ask::Mailbox { adapter, question } });
                 }
-                Said::Notice(Notice::TakenBack { id, failed, deferred }) if self.take_backs.contains(&id) => {
+                RelayMessage::Notice(Notice::TakenBack { id, failed, deferred })
+                    if self.take_backs.contains(&id) =>
+                {
                     self.take_backs.retain(|waiting| *waiting != id);
                     self.done(id, Ok(Outcome::TakenBack { failed, deferred }));
                 }
-                Said::Notice(notice) => self.report(Report::Relay { adapter, notice }),
+                RelayMessage::Notice(notice) => self.report(Report::Relay { adapter, notice }),
             }
         }
     }
@@ -289,7 +291,7 @@ impl Process {
             return;
         }
         self.disconnect();
-        self.bury_connections(ops);
+        self.forget_closed_connections(ops);
         if let Err(error) = ops.add(Events::with_data_raw(channel.as_raw_fd(), CHANNEL, EventSet::IN)) {
             tracing::error!(vm = %self.vm, "Cannot listen to the control connection: {error:?}");
             return;
@@ -321,7 +323,7 @@ impl Process {
                 tracing::warn!(vm = %self.vm, "The control connection is dropped: it began without a hello");
                 self.disconnect();
             }
-            ToVmm::Order { id, order } => self.obey(id, order, fds, ops),
+            ToVmm::Order { id, order } => self.handle_order(id, order, fds, ops),
             ToVmm::Answer { answer, .. } => self.on_answer(answer),
             ToVmm::Standing { adapter, refusal } => self.on_standing(adapter, refusal),
             ToVmm::Noted { upto } => self.reports.noted(upto),
@@ -350,7 +352,7 @@ impl Process {
         reach(Point::VmmGreeted);
         if let Some(connection) = &mut self.channel {
             connection.greeted = true;
-            self.authorities.set_connected(true);
+            self.relays.set_connected(true);
         }
         let pending: Vec<_> = self.reports.pending().cloned().collect();
         for (seq, report) in pending {
@@ -360,7 +362,7 @@ impl Process {
 
     fn on_device_signal(&mut self, index: usize, ops: &mut EventOps<'_>) {
         let Some(machine) = &mut self.machine else { return };
-        let Some(loss) = machine.assigned.lost(index) else { return };
+        let Some(loss) = machine.devices.lost(index) else { return };
         for signal in loss.signals.iter().flatten() {
             // Before it is closed with `loss`, or its number would stay known to the event manager.
             let _ = ops.remove(Events::empty(signal));
@@ -373,8 +375,7 @@ impl Process {
 
 impl MutEventSubscriber for Process {
     fn init(&mut self, ops: &mut EventOps<'_>) {
-        let sources =
-            [(self.listener.as_raw_fd(), LISTENER), (self.authorities.signal().as_raw_fd(), RELAYS)];
+        let sources = [(self.listener.as_raw_fd(), LISTENER), (self.relays.signal().as_raw_fd(), RELAYS)];
         for (fd, token) in sources {
             if let Err(error) = ops.add(Events::with_data_raw(fd, token, EventSet::IN)) {
                 tracing::error!(vm = %self.vm, "Cannot listen to the control socket: {error:?}");
@@ -397,6 +398,6 @@ impl MutEventSubscriber for Process {
                 }
             }
         }
-        self.bury_connections(ops);
+        self.forget_closed_connections(ops);
     }
 }
