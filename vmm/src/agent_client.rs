@@ -1,7 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0
 
-//! How relays reach the agent: their questions and notices travel to the event loop by a channel and an eventfd, and
-//! from there over the control connection.
+//! The relays' way to the agent. Relays send their questions and events over a channel and an eventfd to the event
+//! loop, which passes them on over the control connection.
+//!
+//! Apart from the event loop because relay threads use it and must never wait for the loop.
 
 use std::{
     io,
@@ -15,16 +17,16 @@ use std::{
 use passthrough::relay::{Authority, Notice, Question, Unreachable};
 use vmm_sys_util::eventfd::EventFd;
 
-/// What a relay says.
+/// A message of a relay.
 #[derive(Debug)]
 pub enum RelayMessage {
-    /// To be asked of the agent.
+    /// The agent decides it.
     Question(Question),
-    /// To be reported to the agent, now or when it is back.
+    /// The agent records it, now or when it is back.
     Notice(Notice),
 }
 
-/// The event loop's end.
+/// The event loop's end, for the messages of all relays.
 #[derive(Debug)]
 pub struct RelayReceiver {
     receiver: Receiver<(String, RelayMessage)>,
@@ -37,14 +39,14 @@ pub struct RelayReceiver {
 #[derive(Debug)]
 pub struct AgentClient {
     adapter: String,
-    /// A lock only because the trait wants to be shared; one relay thread uses it.
+    /// Locked only because the trait is `Sync`; one relay thread uses it.
     sender: Mutex<Sender<(String, RelayMessage)>>,
     signal: Arc<EventFd>,
     connected: Arc<AtomicBool>,
 }
 
 impl RelayReceiver {
-    /// An end without an agent.
+    /// Makes the receiving end. No agent is connected yet.
     ///
     /// # Errors
     /// Those of `eventfd`.
@@ -54,25 +56,25 @@ impl RelayReceiver {
         Ok(Self { receiver, sender, signal, connected: Arc::default() })
     }
 
-    /// Whether an agent is there to be asked.
+    /// Sets whether an agent is connected. While none is, relays get [`Unreachable`] for their questions.
     pub fn set_connected(&self, connected: bool) {
         self.connected.store(connected, Ordering::Release);
     }
 
-    /// Readable when relays may have said something.
+    /// Becomes readable when relays have sent messages.
     #[must_use]
     pub fn signal(&self) -> &EventFd {
         &self.signal
     }
 
-    /// What relays said since the last call, by adapter. The number is bounded by the relays' own rates.
+    /// The relays' messages since the last call, by adapter. The relays' own rates bound their number.
     pub fn drain(&self) -> Vec<(String, RelayMessage)> {
-        // The eventfd first: the other order could lose a wake-up.
+        // Read the eventfd first: the other order could lose a wake-up.
         let _ = self.signal.read();
         self.receiver.try_iter().collect()
     }
 
-    /// The end for the relay of `adapter`.
+    /// Makes the end for the relay of `adapter`.
     #[must_use]
     pub fn client_for(&self, adapter: &str) -> AgentClient {
         AgentClient {
@@ -88,7 +90,7 @@ impl AgentClient {
     fn send(&self, message: RelayMessage) {
         let sender = self.sender.lock().unwrap_or_else(PoisonError::into_inner);
         if sender.send((self.adapter.clone(), message)).is_ok() {
-            // A full counter means that the loop has been told.
+            // If the counter is full, the loop's wake-up is already pending.
             let _ = self.signal.write(1);
         }
     }

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 
-//! The functions of a machine, hardware or simulated: opened before privileges are dropped, put on the PCI bus
-//! afterwards.
+//! The passthrough devices of a machine, VFIO functions or simulated ones: opened before the process drops its
+//! privileges, put on the PCI bus afterwards.
 
 use std::{
     collections::BTreeMap,
@@ -39,39 +39,39 @@ use crate::{
     sandbox,
 };
 
-/// How long a function may take to reset: VFIO's own FLR waits 100 ms, a slow device is given a second by the PCI
-/// core, an emulated one under load more.
+/// The time limit of a function's reset. VFIO's own FLR waits 100 ms, the PCI core gives a slow device a second, and
+/// an emulated device under load needs more.
 const RESET: Duration = Duration::from_secs(10);
 
-/// Why an assigned device cannot be used.
+/// Errors of passthrough devices.
 #[derive(Debug, thiserror::Error)]
 pub enum DeviceError {
-    /// VFIO refused.
+    /// VFIO refused the device.
     #[error(transparent)]
     Vfio(#[from] vfio::Error),
-    /// The agent gave no connection for it.
+    /// The agent passed no connection for it.
     #[error("The connection of simulated device {bdf} to its PF is missing: a bug of Portcullis")]
     NotConnected {
         /// The host's PCI address.
         bdf: String,
     },
-    /// A simulated VF cannot be had.
+    /// The simulated VF did not start.
     #[error("Simulated device {bdf} cannot be started")]
     Simulated {
         /// The host's PCI address.
         bdf: String,
-        /// Why.
+        /// The cause.
         source: std::io::Error,
     },
     /// KVM has no VFIO device.
     #[error("KVM refused to create its VFIO device")]
     KvmDevice(#[source] kvm_ioctls::Error),
-    /// The function cannot be shown to a guest.
+    /// A guest cannot be given this function.
     #[error("Device {bdf} cannot be assigned")]
     Function {
         /// The host's PCI address.
         bdf: String,
-        /// Why.
+        /// The cause.
         source: FunctionError,
     },
     /// The function does not reset.
@@ -79,7 +79,7 @@ pub enum DeviceError {
     Reset {
         /// The host's PCI address.
         bdf: String,
-        /// Why.
+        /// The cause.
         source: ResetError,
     },
     /// Its BARs do not fit.
@@ -95,10 +95,10 @@ pub enum DeviceError {
     Bar {
         /// The host's PCI address.
         bdf: String,
-        /// Why.
+        /// The cause.
         source: BarError,
     },
-    /// No codec for its mailbox.
+    /// No mailbox family matches its PCI ids.
     #[error(
         "Device {bdf} ({vendor:04x}:{device:04x}) is no VF whose mailbox Portcullis can mediate: use an 82576 or \
          i350 VF for adapters, or list the device under `devices`, without a port group"
@@ -111,12 +111,12 @@ pub enum DeviceError {
         /// PCI device.
         device: u16,
     },
-    /// The relay's thread.
+    /// The relay's thread did not start.
     #[error("Cannot start the mailbox relay of device {bdf}")]
     Relay {
         /// The host's PCI address.
         bdf: String,
-        /// Why.
+        /// The cause.
         source: std::io::Error,
     },
     /// The bus is full.
@@ -124,13 +124,13 @@ pub enum DeviceError {
     Slot {
         /// The host's PCI address.
         bdf: String,
-        /// Why.
+        /// The cause.
         source: SlotError,
     },
 }
 
 impl DeviceError {
-    /// Stable code for the control channel.
+    /// The stable code for the control channel.
     #[must_use]
     pub fn code(&self) -> FailureCode {
         match self {
@@ -147,14 +147,14 @@ pub struct OpenedDevices {
     devices: Vec<(DeviceSpec, Hardware)>,
 }
 
-/// What is behind a function that is not yet in a machine.
+/// A function that is not yet in a machine.
 enum Hardware {
     Vfio(Arc<VfioVf>),
-    /// Its connection to its PF. It needs guest memory to become more.
+    /// The connection to its PF. It becomes a VF once there is guest memory.
     Simulated(OwnedFd),
 }
 
-/// A function's registers, and the eventfds that say when the host wants it back and when it has failed.
+/// A function's registers, and its request and error eventfds.
 type StartedHardware = (Arc<dyn VfHardware>, [Option<EventFd>; 2]);
 
 impl Hardware {
@@ -182,36 +182,36 @@ impl Hardware {
 /// One function in the machine.
 struct Function {
     spec: DeviceSpec,
-    /// Before the function: it must not touch hardware that is being closed.
+    /// Dropped before the function: the relay must not touch hardware that is being closed.
     relay: Option<Relay>,
     function: Arc<AssignedFunction>,
     slot: u8,
-    /// Signalled when the host wants the device back, and when it has failed.
+    /// The request eventfd (the host wants the device back) and the error eventfd (it has failed).
     signals: [Option<EventFd>; 2],
 }
 
-/// A machine's functions.
+/// The passthrough devices of one machine.
 pub struct PassthroughDevices {
     functions: Vec<Function>,
     /// Keeps the DMA mappings until the functions are gone.
     _container: Option<Container>,
 }
 
-/// A device that was taken away.
+/// A device that the machine has lost.
 pub struct LostDevice {
     /// The host's PCI address.
     pub bdf: String,
-    /// Why.
+    /// The cause.
     pub why: DeviceLoss,
     /// Its slot on the guest's bus.
     pub slot: u8,
-    /// The eventfds that nobody needs to listen to any more.
+    /// Its eventfds, which need no listener any more.
     pub signals: [Option<EventFd>; 2],
 }
 
 impl PassthroughDevices {
-    /// Opens all functions, those of VFIO in one container; `connections` are those of the simulated ones, in their
-    /// order. The process still has its privileges.
+    /// Opens all functions, those of VFIO in one container. `connections` are those of the simulated functions, in
+    /// their sequence. The process still has its privileges.
     ///
     /// # Errors
     /// See [`DeviceError`].
@@ -243,14 +243,14 @@ impl PassthroughDevices {
         Ok(opened)
     }
 
-    /// Resets all functions and puts them into power-on state. Waits; not for vCPU threads.
+    /// Resets all functions to their power-on state. Blocks, so it must not run on a vCPU thread.
     ///
     /// # Errors
     /// See [`DeviceError`].
     pub fn reset(&self) -> Result<(), DeviceError> {
         for Function { spec, function, .. } in &self.functions {
             match function.reset_and_wait(RESET) {
-                // One that was lost does no DMA any more.
+                // A lost function does no more DMA.
                 Err(ResetError::Gone) if function.is_lost() => {}
                 result => {
                     result.map_err(|source| DeviceError::Reset { bdf: spec.bdf.clone(), source })?;
@@ -260,14 +260,14 @@ impl PassthroughDevices {
         Ok(())
     }
 
-    /// The request and error eventfds with the number that [`PassthroughDevices::lost`] takes.
+    /// The request and error eventfds, each with the number that [`PassthroughDevices::lost`] takes.
     pub fn loss_signals(&self) -> Vec<(usize, RawFd)> {
         let signals = self.functions.iter().flat_map(|function| &function.signals);
         let with_number = signals.enumerate();
         with_number.filter_map(|(number, signal)| Some((number, signal.as_ref()?.as_raw_fd()))).collect()
     }
 
-    /// Signal `number` is readable: takes the function out of the machine, once.
+    /// Takes the function with signal `number` out of the machine, once.
     pub fn lost(&mut self, number: usize) -> Option<LostDevice> {
         let function = self.functions.get_mut(number / 2)?;
         function.signals.get(number % 2)?.as_ref()?;
@@ -305,7 +305,7 @@ impl PassthroughDevices {
     }
 }
 
-/// Guest-physical addresses for BARs at power-on. The guest may move them.
+/// Allocates guest-physical addresses for BARs at power-on. The guest may move the BARs.
 struct BarAllocator {
     low: Option<AddressAllocator>,
     high: Option<AddressAllocator>,
@@ -321,7 +321,7 @@ impl BarAllocator {
 
     fn take(&mut self, layout: BarLayout) -> Option<u64> {
         let from = |allocator: &mut Option<AddressAllocator>| {
-            // BARs smaller than a page get one of their own, so that no two share a window.
+            // Give a BAR that is smaller than a page its own page, so that no two share a window.
             let size = layout.size.max(4096);
             let range = allocator.as_mut()?.allocate(size, size, AllocPolicy::FirstMatch).ok()?;
             Some(range.start())
@@ -331,7 +331,7 @@ impl BarAllocator {
     }
 }
 
-/// What functions are put into.
+/// The parts of a machine that its functions are connected to.
 pub struct MachineParts<'a> {
     /// Guest memory.
     pub memory: &'a GuestMemory,
@@ -343,9 +343,9 @@ pub struct MachineParts<'a> {
     pub bus: &'a PciBus,
     /// Guest-physical addresses for BARs above 4 GiB.
     pub pci_window_64: &'a Range<u64>,
-    /// Where relays ask.
+    /// Receives the relays' messages.
     pub relays: &'a RelayReceiver,
-    /// How the functions' threads are started.
+    /// The start routine of the functions' threads.
     pub threads: &'a ThreadStart,
 }
 
@@ -395,7 +395,7 @@ fn container(vm: &VmFd) -> Result<Container, DeviceError> {
     Ok(Container::new(Some(KvmVfioDevice::new_from_kvm(kvm)))?)
 }
 
-/// A network VF gets a relay, a plain device none.
+/// Starts the relay of a network VF. A plain device gets none.
 fn start_relay(
     spec: &DeviceSpec,
     gate: &Arc<Gate>,
@@ -419,7 +419,7 @@ fn start_relay(
     Ok(Some(relay))
 }
 
-/// The page that is never shown to the guest: the mailbox's.
+/// The page that no guest sees: the mailbox's.
 fn mailbox_trap(relay: &Relay) -> TrappedRange {
     TrappedRange { bar: 0, range: 0..PAGE_SIZE, handler: relay.page() }
 }

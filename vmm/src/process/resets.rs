@@ -1,29 +1,30 @@
 // SPDX-License-Identifier: Apache-2.0
 
-//! How often a guest can reset its machine.
+//! The rate of a guest's resets.
 //!
-//! A reset costs the host: devices and memory are made anew, and the agent stores it. A kernel that crashes at its first instruction
-//! would cause 1500 of them in a second. So they have a rate, and a guest that never gets beyond its start is given up.
+//! A reset costs the host: it builds devices and memory anew, and the agent stores it. A kernel that crashes at its
+//! first instruction would cause 1500 resets in a second. So resets have a rate, and a guest that never gets beyond
+//! its start is given up.
 
 use std::time::{Duration, Instant};
 
 use passthrough::relay::{Bucket, Rate};
 
-/// A guest may reset itself a few times in a row, as installers do, and then twice in a second.
+/// A guest may reset itself eight times in a row, as installers do, and then twice in a second.
 const RATE: Rate = Rate { burst: 8, period: Duration::from_millis(500) };
 
-/// A boot that ends sooner has come to nothing.
+/// A shorter boot counts as failed.
 const SHORTEST_BOOT: Duration = Duration::from_secs(1);
 
-/// Boots in a row that may come to nothing: at that rate half a minute.
+/// The most failed boots in a row: half a minute at the above rate.
 const MAX_FAILED_BOOTS: u32 = 64;
 
-/// What becomes of a reset that a guest wants.
+/// The decision about a guest's reset.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Reset {
-    /// It is made then, which may be now.
+    /// Make it at this time, which may be now.
     At(Instant),
-    /// So many boots in a row have come to nothing: the machine has failed.
+    /// This many boots in a row have failed: end the machine.
     GivenUp(u32),
 }
 
@@ -46,7 +47,7 @@ impl Resets {
         self.booted = now;
     }
 
-    /// The guest wants a reset.
+    /// The guest requests a reset.
     pub(super) fn request(&mut self, now: Instant) -> Reset {
         let failed = now.saturating_duration_since(self.booted) < SHORTEST_BOOT;
         self.failed_boots = if failed { self.failed_boots.saturating_add(1) } else { 0 };
@@ -93,7 +94,7 @@ mod tests {
         };
         assert_eq!((made, last), (MAX_FAILED_BOOTS - 1, MAX_FAILED_BOOTS));
 
-        // One that runs for a while in between goes on for ever.
+        // A guest that runs for a while in between may go on for ever.
         let mut resets = Resets::new(now);
         for n in 0..10 * MAX_FAILED_BOOTS {
             now += if n % 10 == 0 { SHORTEST_BOOT } else { Duration::ZERO };
