@@ -217,7 +217,7 @@ impl Machine {
             bus: &board.pci,
             pci_window_64: &description.pci_window_64,
             relays,
-            threads: &confinement.of_functions(),
+            threads: &confinement.for_functions(),
         })?;
 
         let (events, vcpu_events, vcpu_signal) =

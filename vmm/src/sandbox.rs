@@ -102,10 +102,10 @@ const NAMESPACE_FILES: [(&str, LinkNameSpaceType); 3] = [
 /// sandbox (0.4 to 0.7 ms for a network namespace alone). So a thread makes them while the process waits for the
 /// agent's specification and sets up KVM.
 #[derive(Debug)]
-pub struct NewNamespaces(JoinHandle<Made>);
+pub struct NewNamespaces(JoinHandle<NewParts>);
 
 #[derive(Debug)]
-struct Made {
+struct NewParts {
     namespaces: io::Result<Vec<(fs::File, LinkNameSpaceType)>>,
     root: Result<fs::File, SandboxError>,
 }
@@ -120,7 +120,7 @@ impl NewNamespaces {
     /// # Errors
     /// The thread cannot be started.
     pub fn begin() -> io::Result<Self> {
-        let make = || Made { namespaces: new_namespaces(), root: new_root() };
+        let make = || NewParts { namespaces: new_namespaces(), root: new_root() };
         Ok(Self(std::thread::Builder::new().name("namespaces".into()).spawn(make)?))
     }
 }

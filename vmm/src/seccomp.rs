@@ -57,7 +57,7 @@ pub enum Thread {
     /// A vCPU's.
     Vcpu,
     /// A thread of a passthrough function.
-    Of(ThreadKind),
+    Function(ThreadKind),
     /// The process of a simulated PF.
     SimulatedPf,
 }
@@ -69,9 +69,9 @@ impl Thread {
         match self {
             Self::Main => "main",
             Self::Vcpu => "vcpu",
-            Self::Of(ThreadKind::Relay) => "relay",
-            Self::Of(ThreadKind::Function) => "function-thread",
-            Self::Of(ThreadKind::SimulatedVf) => "simulated-vf",
+            Self::Function(ThreadKind::Relay) => "relay",
+            Self::Function(ThreadKind::Function) => "function-thread",
+            Self::Function(ThreadKind::SimulatedVf) => "simulated-vf",
             Self::SimulatedPf => "simulated-pf",
         }
     }
@@ -80,9 +80,9 @@ impl Thread {
         match self {
             Self::Main => compiled::MAIN,
             Self::Vcpu => compiled::VCPU,
-            Self::Of(ThreadKind::Relay) => compiled::RELAY,
-            Self::Of(ThreadKind::Function) => compiled::FUNCTION,
-            Self::Of(ThreadKind::SimulatedVf) => compiled::SIMULATED_VF,
+            Self::Function(ThreadKind::Relay) => compiled::RELAY,
+            Self::Function(ThreadKind::Function) => compiled::FUNCTION,
+            Self::Function(ThreadKind::SimulatedVf) => compiled::SIMULATED_VF,
             Self::SimulatedPf => compiled::SIMULATED_PF,
         }
     }
@@ -127,11 +127,11 @@ impl Confinement {
 
     /// Returns the same for the threads of passthrough functions.
     #[must_use]
-    pub fn of_functions(&self) -> ThreadStart {
+    pub fn for_functions(&self) -> ThreadStart {
         let (on, expected, sender) = (self.on, Arc::clone(&self.expected), Mutex::new(self.sender.clone()));
         ThreadStart::new(move |kind| {
             let sender = sender.lock().unwrap_or_else(PoisonError::into_inner).clone();
-            Box::new(prepare(on, &expected, sender, Thread::Of(kind)))
+            Box::new(prepare(on, &expected, sender, Thread::Function(kind)))
         })
     }
 

@@ -57,7 +57,7 @@ impl Process {
             Order::Stop => {
                 reach(Point::VmmStopping);
                 self.end(End::Stopped);
-                self.dismissed = true;
+                self.stop_ordered = true;
                 Ok(Outcome::Done)
             }
         };

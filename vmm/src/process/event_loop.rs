@@ -74,7 +74,7 @@ pub(super) struct Process {
     pub(super) reset_due: Option<Instant>,
     ended: Option<Instant>,
     /// The agent has ordered the end: there is no need to wait until it reads the report.
-    pub(super) dismissed: bool,
+    pub(super) stop_ordered: bool,
 }
 
 struct Connection {
@@ -106,13 +106,13 @@ impl Process {
             resets: Resets::new(Instant::now()),
             reset_due: None,
             ended: None,
-            dismissed: false,
+            stop_ordered: false,
         })
     }
 
     /// Whether the process may exit: the machine has ended, and the agent has noted it or the time to do so is over.
     pub(super) fn finished(&self) -> bool {
-        self.ended.is_some_and(|at| self.dismissed || self.reports.is_empty() || at.elapsed() > LINGER)
+        self.ended.is_some_and(|at| self.stop_ordered || self.reports.is_empty() || at.elapsed() > LINGER)
     }
 
     pub(super) fn wake_after_ms(&self) -> i32 {
@@ -383,7 +383,7 @@ impl MutEventSubscriber for Process {
             if let Err(error) = ops.add(Events::with_data_raw(fd, token, EventSet::IN)) {
                 tracing::error!(vm = %self.vm, "Cannot listen to the control socket: {error:?}");
                 self.ended = Some(self.started);
-                self.dismissed = true;
+                self.stop_ordered = true;
             }
         }
     }

@@ -12,9 +12,9 @@ use super::*;
 const THREADS: [Thread; 6] = [
     Thread::Main,
     Thread::Vcpu,
-    Thread::Of(ThreadKind::Relay),
-    Thread::Of(ThreadKind::Function),
-    Thread::Of(ThreadKind::SimulatedVf),
+    Thread::Function(ThreadKind::Relay),
+    Thread::Function(ThreadKind::Function),
+    Thread::Function(ThreadKind::SimulatedVf),
     Thread::SimulatedPf,
 ];
 

@@ -60,7 +60,7 @@ pub enum VcpuError {
 }
 
 /// Commands to one vCPU thread.
-enum Order {
+enum VcpuCommand {
     Run,
     Park,
     /// Enter and leave KVM_RUN once, without an instruction of the guest.
@@ -116,7 +116,7 @@ impl Events {
 /// The machine's end of one vCPU's thread.
 struct Handle {
     index: u8,
-    orders: Sender<Order>,
+    commands: Sender<VcpuCommand>,
     acknowledged: Receiver<Result<(), kvm_ioctls::Error>>,
     thread: Option<thread::JoinHandle<()>>,
 }
@@ -144,7 +144,7 @@ impl Vcpus {
             .map_err(|e| VcpuError::Thread(0, std::io::Error::from_raw_os_error(e.errno())))?;
         let mut vcpus = Self(Vec::with_capacity(fds.len()));
         for (index, (fd, power_on)) in (0_u8..).zip(fds) {
-            let (orders, inbox) = mpsc::channel();
+            let (commands, inbox) = mpsc::channel();
             let (acknowledge, acknowledged) = mpsc::channel();
             let vcpu = Vcpu {
                 index,
@@ -163,7 +163,7 @@ impl Vcpus {
                     vcpu.serve(&inbox, &acknowledge);
                 })
                 .map_err(|e| VcpuError::Thread(index, e))?;
-            vcpus.0.push(Handle { index, orders, acknowledged, thread: Some(thread) });
+            vcpus.0.push(Handle { index, commands, acknowledged, thread: Some(thread) });
         }
         Ok(vcpus)
     }
@@ -173,7 +173,7 @@ impl Vcpus {
     /// # Errors
     /// [`VcpuError::Silent`].
     pub fn run(&self) -> Result<(), VcpuError> {
-        self.all(|| Order::Run)
+        self.all(|| VcpuCommand::Run)
     }
 
     /// Stops all at an instruction boundary.
@@ -181,7 +181,7 @@ impl Vcpus {
     /// # Errors
     /// [`VcpuError::Silent`].
     pub fn park(&self) -> Result<(), VcpuError> {
-        self.all(|| Order::Park)
+        self.all(|| VcpuCommand::Park)
     }
 
     /// Puts all (parked) vCPUs into power-on state. After it KVM has no registered place in guest memory (clock,
@@ -190,7 +190,7 @@ impl Vcpus {
     /// # Errors
     /// See [`VcpuError`].
     pub fn power_on(&self) -> Result<(), VcpuError> {
-        self.all(|| Order::PowerOn)
+        self.all(|| VcpuCommand::PowerOn)
     }
 
     /// Begins to take each vCPU through KVM_RUN, without an instruction of the guest; [`Self::wait`] ends it.
@@ -198,7 +198,7 @@ impl Vcpus {
     /// # Errors
     /// [`VcpuError::Silent`].
     pub fn begin_first_run(&self) -> Result<(), VcpuError> {
-        self.0.iter().try_for_each(|handle| handle.order(Order::FirstRun))
+        self.0.iter().try_for_each(|handle| handle.send(VcpuCommand::FirstRun))
     }
 
     /// Waits until all vCPUs have acknowledged.
@@ -215,15 +215,15 @@ impl Vcpus {
     /// # Errors
     /// [`VcpuError::Silent`].
     pub fn enter(&self, entry: Entry) -> Result<(), VcpuError> {
-        self.0.first().map_or(Ok(()), |first| first.order(Order::Enter(entry)))
+        self.0.first().map_or(Ok(()), |first| first.send(VcpuCommand::Enter(entry)))
     }
 
-    fn all(&self, order: impl Fn() -> Order) -> Result<(), VcpuError> {
+    fn all(&self, command: impl Fn() -> VcpuCommand) -> Result<(), VcpuError> {
         for handle in &self.0 {
-            let order = order();
+            let command = command();
             // Only parking finds a vCPU in the guest.
-            let running = matches!(order, Order::Park);
-            handle.order(order)?;
+            let running = matches!(command, VcpuCommand::Park);
+            handle.send(command)?;
             if running {
                 handle.kick();
             }
@@ -237,7 +237,7 @@ impl Drop for Vcpus {
         for handle in &mut self.0 {
             // Closing the channel ends the thread at its next check.
             let (closed, _) = mpsc::channel();
-            handle.orders = closed;
+            handle.commands = closed;
         }
         for handle in &mut self.0 {
             let deadline = Instant::now() + ACKNOWLEDGE;
@@ -257,8 +257,8 @@ impl Drop for Vcpus {
 }
 
 impl Handle {
-    fn order(&self, order: Order) -> Result<(), VcpuError> {
-        self.orders.send(order).map_err(|_| VcpuError::Silent(self.index))
+    fn send(&self, command: VcpuCommand) -> Result<(), VcpuError> {
+        self.commands.send(command).map_err(|_| VcpuError::Silent(self.index))
     }
 
     fn kick(&self) {
@@ -293,48 +293,52 @@ struct Vcpu {
 }
 
 impl Vcpu {
-    fn serve(mut self, orders: &Receiver<Order>, acknowledge: &Sender<Result<(), kvm_ioctls::Error>>) {
+    fn serve(
+        mut self,
+        commands: &Receiver<VcpuCommand>,
+        acknowledge: &Sender<Result<(), kvm_ioctls::Error>>,
+    ) {
         let mut running = false;
         let mut refused = None;
         loop {
-            let order = if running {
-                match orders.try_recv() {
-                    Ok(order) => Some(order),
+            let command = if running {
+                match commands.try_recv() {
+                    Ok(command) => Some(command),
                     Err(TryRecvError::Empty) => None,
                     Err(TryRecvError::Disconnected) => return,
                 }
             } else {
-                match orders.recv() {
-                    Ok(order) => Some(order),
+                match commands.recv() {
+                    Ok(command) => Some(command),
                     Err(_) => return,
                 }
             };
-            if let Some(order) = order {
-                let result = match (order, refused.take()) {
-                    (Order::Enter(entry), _) => {
+            if let Some(command) = command {
+                let result = match (command, refused.take()) {
+                    (VcpuCommand::Enter(entry), _) => {
                         refused = state::enter(&self.fd, entry).err();
                         continue;
                     }
                     (_, Some(error)) => Err(error),
-                    (Order::Run, None) => {
+                    (VcpuCommand::Run, None) => {
                         running = true;
                         #[cfg(feature = "attacks")]
                         crate::attack::strike("vcpu");
                         self.first_entry.get_or_init(Instant::now);
                         Ok(())
                     }
-                    (Order::Park, None) => {
+                    (VcpuCommand::Park, None) => {
                         running = false;
                         // Keeps the guest's watchdogs from counting the pause. Fails in a guest without kvmclock,
                         // which has none.
                         let _ = self.fd.kvmclock_ctrl();
                         Ok(())
                     }
-                    (Order::FirstRun, None) => {
+                    (VcpuCommand::FirstRun, None) => {
                         self.complete_access();
                         Ok(())
                     }
-                    (Order::PowerOn, None) => {
+                    (VcpuCommand::PowerOn, None) => {
                         self.complete_access();
                         self.power_on.restore(&self.fd)
                     }
