@@ -104,7 +104,11 @@ fn by_number(rules: &[Value], arch: TargetArch) -> Result<Parts, String> {
                     (JUMP_IF_EQUAL, _, _, number),
                 ],
             ) => *number,
-            _ => return Err(format!("{name}: seccompiler's filters are not what they were")),
+            _ => {
+                return Err(format!(
+                    "{name}: seccompiler builds filters in another way than this script expects"
+                ));
+            }
         };
         let (before, call) = instructions.split_at(PRELUDE);
         prelude = before.to_vec();
@@ -148,7 +152,9 @@ fn check(file: &str, rules: &[Value]) -> Result<(), String> {
         let commented = |value: &Value| value["comment"].as_str().is_some_and(|comment| !comment.is_empty());
         let args = rule["args"].as_array();
         if !commented(rule) || !args.into_iter().flatten().all(commented) {
-            return Err(format!("{file}: a rule or a condition for {name} does not say who needs it"));
+            return Err(format!(
+                "{file}: a rule or a condition for {name} has no comment that names its caller"
+            ));
         }
         let new = if args.is_some() {
             conditional.insert(name);

@@ -34,7 +34,7 @@ pub struct Switch {
     pub id: SwitchId,
     /// Unique among switches.
     pub name: Name,
-    /// Where the definition lives.
+    /// The place of its definition.
     #[serde(default)]
     pub kind: SwitchKind,
     /// The names of its PFs: its ports get VFs of these. A PF is an uplink of at most one switch.

@@ -284,10 +284,10 @@ pub enum Rate {
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum OnDenied {
-    /// Its driver reports an error.
+    /// The guest's driver reports an error.
     #[default]
     Nack,
-    /// Its driver reports success; guest and device now differ.
+    /// The guest's driver reports success; guest and device now differ.
     Silent,
 }
 

@@ -147,7 +147,7 @@ mod tests {
         let mut console = Console::new(file).unwrap();
         let watch = console.watch();
         console.write_all(b"x").unwrap();
-        assert!(watch.event().read().is_err(), "nobody asked");
+        assert!(watch.event().read().is_err(), "no signal was requested");
         watch.want();
         console.write_all(b"yz").unwrap();
         console.write_all(b"!").unwrap();

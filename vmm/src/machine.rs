@@ -38,13 +38,13 @@ use crate::{
 /// Errors of building or resetting a machine.
 #[derive(Debug, thiserror::Error)]
 pub enum MachineError {
-    /// No KVM.
+    /// KVM is missing, or lacks a capability.
     #[error("{0}")]
     NoKvm(&'static str),
-    /// KVM refused something.
+    /// KVM refused a call.
     #[error("KVM refused to {0}")]
     Kvm(&'static str, #[source] kvm_ioctls::Error),
-    /// More vCPUs than KVM has.
+    /// The VM has more vCPUs than KVM supports.
     #[error("KVM on this host has at most {max} vCPUs, the VM wants {wanted}")]
     TooManyCpus {
         /// vCPUs of the specification.
@@ -52,28 +52,28 @@ pub enum MachineError {
         /// KVM's limit.
         max: usize,
     },
-    /// Guest memory.
+    /// Guest memory cannot be set up.
     #[error(transparent)]
     Memory(#[from] MemoryError),
-    /// Kernel, initramfs or command line.
+    /// The kernel, the initramfs or the command line cannot be used.
     #[error(transparent)]
     Boot(#[from] BootError),
-    /// vCPUs.
+    /// A vCPU failed.
     #[error(transparent)]
     Vcpu(#[from] VcpuError),
-    /// Assigned devices.
+    /// A passthrough device failed.
     #[error(transparent)]
     Device(#[from] DeviceError),
-    /// The sandbox.
+    /// The sandbox cannot be built.
     #[error(transparent)]
     Sandbox(#[from] SandboxError),
-    /// seccomp filters.
+    /// A seccomp filter cannot be installed.
     #[error(transparent)]
     Seccomp(#[from] SeccompError),
-    /// An eventfd or another file descriptor.
+    /// An eventfd or another file descriptor cannot be made.
     #[error("Cannot {0}")]
     Io(&'static str, #[source] std::io::Error),
-    /// Devices overlap.
+    /// Devices overlap: a bug.
     #[error("The machine's layout is contradictory; this is a bug of Portcullis")]
     Layout(#[from] devices::bus::BusError),
 }

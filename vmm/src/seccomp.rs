@@ -52,9 +52,9 @@ pub enum SeccompError {
 /// The kinds of confined threads.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Thread {
-    /// The event loop's.
+    /// The event loop's thread.
     Main,
-    /// A vCPU's.
+    /// A vCPU's thread.
     Vcpu,
     /// A thread of a passthrough function.
     Function(ThreadKind),

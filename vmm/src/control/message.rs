@@ -318,6 +318,8 @@ impl SandboxSpec {
 ///                                      Rebooting      Stop, guest power-off, fatal error
 ///                                        └──────────▶ Ended ◀─────┘
 /// ```
+///
+/// A paused machine can reboot, too. [`Order::Stop`], and a failed [`Order::Configure`], end a vmm that has not run.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum State {

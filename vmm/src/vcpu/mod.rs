@@ -6,7 +6,7 @@
 //!             Run                 exit that stops it (reset, power-off, failure)
 //!   Parked ─────────▶ Running ───────────────────────────────────────▶ Parked
 //!     ▲  ◀───────────────│ Park
-//!     └── PowerOn, Enter(entry) (registers only)           Exit: the thread ends
+//!     └── PowerOn, Enter(entry) (registers only)           closed channel: the thread ends
 //! ```
 //!
 //! Only the machine ([`crate::machine`]) moves a vCPU between states. A running vCPU sees a command after a signal
@@ -168,7 +168,7 @@ impl Vcpus {
         Ok(vcpus)
     }
 
-    /// Lets all run.
+    /// Lets all vCPUs run.
     ///
     /// # Errors
     /// [`VcpuError::Silent`].
@@ -176,7 +176,7 @@ impl Vcpus {
         self.all(|| VcpuCommand::Run)
     }
 
-    /// Stops all at an instruction boundary.
+    /// Stops all vCPUs at an instruction boundary.
     ///
     /// # Errors
     /// [`VcpuError::Silent`].
