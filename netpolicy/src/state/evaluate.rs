@@ -20,7 +20,8 @@ const MIN_FRAME: u32 = 64;
 impl SwitchState {
     /// Evaluates a request of a port by its policy. Changes nothing. The time is logarithmic in the number of ports.
     ///
-    /// * A return to the initial address, the removal of addresses and VLANs, and a reset are always allowed.
+    /// * A return to the initial address is allowed by every `mac_changes`, but not on a blocked port.
+    /// * A reset is always allowed, and so is giving up further addresses, VLANs and promiscuous mode.
     /// * A request for a state that the device has already is allowed without a change, except where a PF may have
     ///   forgotten it.
     /// * VLAN 0 is no VLAN but the tag that carries only a priority: a request for it succeeds, and changes nothing.
