@@ -64,7 +64,7 @@ fn rules(root: &Path, file: &str) -> Result<Vec<Value>, Box<dyn Error>> {
 /// An instruction: code, jt, jf, k.
 type Instruction = (u16, u8, u8, u32);
 
-/// What comes first, and what is done for each system call, by its number.
+/// The instructions that begin the filter, and the instructions for each system call, by its number.
 type Parts = (Vec<Instruction>, BTreeMap<u32, Vec<Instruction>>);
 
 // linux/bpf_common.h, linux/seccomp.h
@@ -75,10 +75,11 @@ const JUMP_IF_EQUAL: u16 = 0x15;
 const RETURN: u16 = 0x06;
 const KILL_PROCESS: u32 = 0x8000_0000;
 const ALLOW: u32 = 0x7fff_0000;
-/// What seccompiler begins a filter with: load the architecture, compare it, kill, load the number.
+/// The length of seccompiler's prelude: load the architecture, compare it, kill, load the number.
 const PRELUDE: usize = 4;
 
-/// What is done for each system call, by its number: seccompiler's instructions, which end in a verdict.
+/// Compiles the rules of each system call with seccompiler: instructions by the call's number, which end in a
+/// verdict.
 fn by_number(rules: &[Value], arch: TargetArch) -> Result<Parts, String> {
     let mut by_name: BTreeMap<&str, Vec<&Value>> = BTreeMap::new();
     for rule in rules {
@@ -103,20 +104,26 @@ fn by_number(rules: &[Value], arch: TargetArch) -> Result<Parts, String> {
                     (JUMP_IF_EQUAL, _, _, number),
                 ],
             ) => *number,
-            _ => return Err(format!("{name}: seccompiler's filters are not what they were")),
+            _ => {
+                return Err(format!(
+                    "{name}: seccompiler builds filters in another way than this script expects"
+                ));
+            }
         };
         let (before, call) = instructions.split_at(PRELUDE);
         prelude = before.to_vec();
         let plain = rules.iter().all(|rule| rule["args"].is_null());
-        // What seccompiler makes of it is twice as long, and the kernel translates it at each start of a thread.
+        // Replace seccompiler's code, which is twice as long: the kernel translates it at each start of a thread.
         let short = [(JUMP_IF_EQUAL, 0, 1, number), (RETURN, 0, 0, ALLOW), (RETURN, 0, 0, KILL_PROCESS)];
         calls.insert(number, if plain { short.to_vec() } else { call.to_vec() });
     }
     Ok((prelude, calls))
 }
 
-/// One filter of all. seccompiler itself would compare the number with one after the other; the kernel does that for every
-/// system call there is when a filter is installed, which took 0.2 ms of each start of a thread. So the number is looked for by halves.
+/// Joins all filters to one, with a binary search for the system call's number.
+///
+/// seccompiler itself would compare the number with one after the other. The kernel runs a new filter for every
+/// system call that exists, which took 0.2 ms of each start of a thread.
 fn program((prelude, calls): &Parts) -> Vec<Instruction> {
     let calls: Vec<_> = calls.iter().collect();
     [prelude.clone(), halves(&calls)].concat()
@@ -136,8 +143,8 @@ fn halves(calls: &[(&u32, &Vec<Instruction>)]) -> Vec<Instruction> {
     }
 }
 
-/// Each rule says who needs it, and none hides another: for seccompiler a system call with one rule that has conditions and
-/// one that has none is a system call with conditions.
+/// Checks that each rule and condition has a comment, which names its caller, and that no rule hides another.
+/// seccompiler treats a system call that has one rule with conditions and one without as a call with conditions.
 fn check(file: &str, rules: &[Value]) -> Result<(), String> {
     let (mut plain, mut conditional) = (BTreeSet::new(), BTreeSet::new());
     for rule in rules {
@@ -145,7 +152,9 @@ fn check(file: &str, rules: &[Value]) -> Result<(), String> {
         let commented = |value: &Value| value["comment"].as_str().is_some_and(|comment| !comment.is_empty());
         let args = rule["args"].as_array();
         if !commented(rule) || !args.into_iter().flatten().all(commented) {
-            return Err(format!("{file}: a rule or a condition for {name} does not say who needs it"));
+            return Err(format!(
+                "{file}: a rule or a condition for {name} has no comment that names its caller"
+            ));
         }
         let new = if args.is_some() {
             conditional.insert(name);

@@ -6,30 +6,30 @@
 
 use std::sync::LazyLock;
 
-/// The body of a target: any bytes, and laws that must hold for them.
+/// The body of a target: takes any bytes, and asserts laws that must hold for them.
 type Body = fn(&[u8]);
 
 /// The targets. `tests/fuzz` reads their names from the lines of this table.
 const TARGETS: &[(&str, Body)] = &[
-    // The codec of mailbox messages: what a guest can write into its mailbox.
+    // The codec of mailbox messages: a guest's writes into its mailbox.
     ("mailbox_words", passthrough::mailbox::fuzz::fuzz_words),
-    // The mailbox's registers: any accesses of a guest, and what the relay does meanwhile.
+    // The mailbox's registers: any accesses of a guest, and the relay's work between them.
     ("mailbox_registers", passthrough::mailbox::fuzz::fuzz_registers),
-    // What a vmm that its guest has taken over can send to the agent, and the other way.
+    // Packets that a taken-over vmm can send to the agent, and packets of the agent.
     ("control", vmm::control::fuzz::fuzz_packet),
     // Packets between the simulated adapter's VFs and its PF.
     ("sim_packets", passthrough::sim::fuzz::fuzz_packet),
     // The simulated PF: any messages and frames of its VFs.
     ("sim_pf", passthrough::sim::fuzz::fuzz_pf),
-    // What a guest can have the simulated VF send: descriptors and the packet that they are about.
+    // The descriptors and packets that a guest can give the simulated VF to send.
     ("sim_transmit", |data| drop(passthrough::sim::fuzz::fuzz_transmit(data))),
-    // What a guest can do to an assigned function: configuration space and BARs.
+    // A guest's accesses to an assigned function: configuration space and BARs.
     ("function_accesses", passthrough::function::fuzz::fuzz_accesses),
     // The capability lists of an assigned function, as hardware may have them.
     ("function_capabilities", passthrough::function::fuzz::fuzz_capabilities),
     // Kernel images: headers of bzImage and ELF.
     ("kernel", vmm::boot::fuzz::fuzz_kernel),
-    // What a client of the API can send.
+    // Request bodies of a client of the API.
     ("rest_bodies", api::router::fuzz::fuzz_body),
 ];
 

@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 
-//! What PF drivers can enforce (Linux 6.12). What one cannot is not promised: the power-on is refused.
+//! The settings that PF drivers can enforce (Linux 6.12). If a PF cannot enforce a setting, a VM that needs it does
+//! not boot on it.
 
 use serde::{Deserialize, Serialize};
 use thiserror::Error;
@@ -10,17 +11,17 @@ use crate::{
     request::Change,
 };
 
-/// The driver's name of simulated PFs: they have none in `/sys`.
+/// The driver name of simulated PFs, which have no driver in `/sys`.
 pub const SIMULATED: &str = "portcullis-sim";
 
-/// What a PF and its driver can do for a VF.
+/// The abilities of a PF and its driver for a VF.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct PfCapabilities {
     /// The driver's name, as in `/sys`.
     pub driver: String,
     /// Spoof check can be switched.
     pub spoof_check: bool,
-    /// Spoof check drops frames of VLANs that were not joined too.
+    /// The spoof check also drops frames of VLANs that the VF has not joined.
     pub spoof_check_covers_vlans: bool,
     /// Trust can be switched.
     pub trust: bool,
@@ -28,7 +29,7 @@ pub struct PfCapabilities {
     pub access_vlan: bool,
     /// The adapter can tag with 802.1ad.
     pub access_vlan_8021ad: bool,
-    /// VLANs that all VFs can join together; 0 where a guest's joining cannot be decided by its mailbox.
+    /// The VLANs that all VFs can join together; 0 where the mailbox does not decide about a guest's joining.
     pub trunk_vlans: u16,
     /// The highest sending rate can be set.
     pub max_tx_rate: bool,
@@ -54,13 +55,13 @@ pub struct Unenforceable {
     pub source_level: Source,
     /// The PF's driver.
     pub driver: String,
-    /// What is missing, and the cure.
+    /// The missing ability, and the cure.
     pub why: String,
 }
 
 impl PfCapabilities {
-    /// Of a driver, and where it matters the PF's PCI device number. An unknown driver is trusted with nothing but
-    /// address, spoof check, trust and tag, which `iproute2` expects of all.
+    /// Looks up a driver and, where it matters, the PF's PCI device number. An unknown driver can only set address,
+    /// spoof check, trust and tag, which `iproute2` expects of all.
     #[must_use]
     pub fn of(driver: &str, device: u16) -> Self {
         match driver {
@@ -100,8 +101,8 @@ impl PfCapabilities {
         Self { max_tx_rate: false, ..Self::igb_82576() }
     }
 
-    /// ixgbe: rate and link state; further addresses switch the spoof check off behind netlink's back, promiscuous
-    /// modes need a trusted VF and a promiscuous PF.
+    /// ixgbe: rate and link state. Further addresses switch the spoof check off, which netlink does not show;
+    /// promiscuous modes need a trusted VF and a promiscuous PF.
     #[must_use]
     pub fn ixgbe() -> Self {
         Self {
@@ -114,7 +115,7 @@ impl PfCapabilities {
         }
     }
 
-    /// i40e: as far as its VFs' control path, which is not a mailbox, leaves it.
+    /// i40e: as far as its VFs' control path allows, which is not a mailbox.
     #[must_use]
     pub fn i40e() -> Self {
         Self {
@@ -139,7 +140,7 @@ impl PfCapabilities {
         Self { driver: SIMULATED.into(), ..Self::igb_82576() }
     }
 
-    /// A driver about which nothing is known.
+    /// A driver that Portcullis does not know.
     #[must_use]
     pub fn unknown(driver: &str) -> Self {
         Self {
@@ -154,8 +155,8 @@ impl PfCapabilities {
         }
     }
 
-    /// Whether the PF can make a change. Where it cannot, a change to "unlimited" or "link as the PF's" is what its
-    /// VFs have anyway and is to be left out; any other is refused by [`check`](Self::check) before a guest starts.
+    /// Whether the PF can make a change. If it cannot, leave out a change to "unlimited" or "link as the PF's", which
+    /// its VFs have anyway; [`check`](Self::check) refuses any other before a guest starts.
     #[must_use]
     pub fn can_make(&self, change: &Change) -> bool {
         match change {
@@ -173,10 +174,10 @@ impl PfCapabilities {
         }
     }
 
-    /// Whether the PF can hold a port to a policy.
+    /// Checks that the PF can enforce a policy.
     ///
     /// # Errors
-    /// [`Unenforceable`] for the first setting that it cannot.
+    /// [`Unenforceable`] for the first setting that it cannot enforce.
     pub fn check(&self, policy: &EffectivePolicy) -> Result<(), Unenforceable> {
         let fail = |setting: Setting, why: &str| {
             let source_level = policy.source(setting);

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 
-//! The recorded outcome of a request, or of something that the agent did by itself.
+//! The record of a decision on a request, or of an action of the agent's own.
 
 use serde::{Deserialize, Serialize};
 use uuid::Uuid;
@@ -12,27 +12,27 @@ use crate::{
     request::{DecidedBy, Reason},
 };
 
-/// What came out.
+/// The outcome of a decision.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Outcome {
-    /// Asked for, allowed and made.
+    /// Requested, allowed and made.
     Allowed,
-    /// Asked for and refused.
+    /// Requested and denied.
     Denied,
-    /// Given earlier, taken back because the policy changed.
+    /// Granted earlier, and revoked because the policy changed.
     TakenBack,
-    /// Someone else changed the adapter; put right again.
+    /// Changed by another program on the host, and restored.
     Repaired,
-    /// A change that landed after its refusal by deadline; undone.
+    /// Made after the request was denied for its deadline, and rolled back.
     Reverted,
 }
 
-/// How the outcome reached the adapter.
+/// The way of the change to the adapter.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Committed {
-    /// Nothing had to be changed.
+    /// There was nothing to change.
     Nothing,
     /// Through the PF's driver (netlink).
     Pf,
@@ -40,11 +40,11 @@ pub enum Committed {
     Mailbox,
     /// Both.
     Both,
-    /// It should have been changed, but that failed.
+    /// The change failed.
     Failed,
 }
 
-/// One decision. Equal ones are counted in one record: see [`absorb`](Self::absorb).
+/// The record of one decision. Equal decisions are counted in one record: see [`absorb`](Self::absorb).
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Decision {
     /// Identity of the record.
@@ -57,36 +57,37 @@ pub struct Decision {
     pub port: PortId,
     /// The VF, if it was known.
     pub vf: Option<VfRef>,
-    /// What was asked for or done: a request's name like `set_mac`.
+    /// The request or action: a name like `set_mac`.
     pub request: String,
-    /// What came out.
+    /// The outcome.
     pub outcome: Outcome,
-    /// Why it was not allowed.
+    /// The reason of a denial.
     pub reason: Option<Reason>,
-    /// By which setting, and its level.
+    /// The setting that decided, and its level.
     pub decided_by: Option<DecidedBy>,
-    /// What the device had.
+    /// The value that the device had.
     pub old: Option<String>,
-    /// What was asked for.
+    /// The value that the guest requested.
     pub requested: Option<String>,
     /// The effective address afterwards.
     pub effective_mac: MacAddress,
-    /// How it reached the adapter.
+    /// The way of the change to the adapter.
     pub committed: Committed,
-    /// For people: a failure's text, for example.
+    /// A text for users, for example of a failure.
     pub detail: Option<String>,
-    /// Who edited the policy, if it follows from an edit: `uid 0`, `token ci`.
+    /// The user of the policy's edit that led to it: `uid 0`, `token ci`.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub edited_by: Option<String>,
-    /// How often it happened.
+    /// The number of equal decisions.
     pub count: u64,
-    /// First time, in milliseconds since 1970.
+    /// The time of the first, in milliseconds since 1970.
     pub first_ms: u64,
-    /// Last time, in milliseconds since 1970.
+    /// The time of the last, in milliseconds since 1970.
     pub last_ms: u64,
 }
 
-/// How much a record says beside others of its VM, see [`Decision::weight`]. Lighter records never displace heavier ones.
+/// The value of a record beside others of its VM, see [`Decision::weight`]. Lighter records never displace heavier
+/// ones.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub enum Weight {
     /// No lasting change of the guest's identity: denials, no-ops, multicast addresses, lengths of
@@ -99,12 +100,12 @@ pub enum Weight {
 }
 
 impl Weight {
-    /// All, the lightest first.
+    /// All weights, the lightest first.
     pub const ALL: [Self; 3] = [Self::Light, Self::GuestChange, Self::HostChange];
 }
 
 impl Decision {
-    /// How much this record says beside others of its VM.
+    /// The value of this record beside others of its VM.
     #[must_use]
     pub fn weight(&self) -> Weight {
         match self.outcome {
@@ -118,7 +119,7 @@ impl Decision {
         }
     }
 
-    /// A decision about a port, at `now_ms` (milliseconds since 1970); the rest is for the caller to fill in.
+    /// Makes a record about a port, at `now_ms` (milliseconds since 1970); the caller fills in the rest.
     #[must_use]
     pub fn new(id: Uuid, port: &Port, request: impl Into<String>, outcome: Outcome, now_ms: u64) -> Self {
         Self {
@@ -143,10 +144,10 @@ impl Decision {
         }
     }
 
-    /// Counts `other` in this record, if they differ in identity, count and time only.
+    /// Counts `other` in this record, if they differ only in identity, count and time.
     ///
     /// # Errors
-    /// Gives `other` back when they differ in more.
+    /// Returns `other` when they differ in more.
     #[allow(clippy::result_large_err)] // It is the argument, handed back.
     pub fn absorb(&mut self, other: Self) -> Result<(), Self> {
         let twin = Self {

@@ -40,7 +40,7 @@ id!(PortGroupId, "a port group");
 id!(PortId, "a port");
 id!(VmId, "a virtual machine");
 
-/// A text of others in a message: at most so many characters, and a sign where something was cut off.
+/// Clips foreign text for a message to `most` characters, and marks the cut.
 #[must_use]
 pub fn clipped(text: &str, most: usize) -> String {
     match text.char_indices().nth(most) {
@@ -54,7 +54,7 @@ pub fn clipped(text: &str, most: usize) -> String {
 #[serde(try_from = "String", into = "String")]
 pub struct Name(String);
 
-/// A text that is no [`Name`].
+/// A text that is not a [`Name`].
 #[derive(Clone, Debug, PartialEq, Eq, Error)]
 #[error(
     "{0:?} is not a name: use 1 to 63 lower-case letters, digits, dashes, dots and underscores, the first a letter or digit"
@@ -62,13 +62,13 @@ pub struct Name(String);
 pub struct NameError(String);
 
 impl Name {
-    /// Bytes that a name may have at most.
+    /// The most bytes of a name.
     pub const MAX_LEN: usize = 63;
 
-    /// From text.
+    /// Makes a name of text.
     ///
     /// # Errors
-    /// [`NameError`] when the text is no name.
+    /// [`NameError`] when the text is not a name.
     pub fn new(text: impl Into<String>) -> Result<Self, NameError> {
         let text = text.into();
         let plain = |b: u8| b.is_ascii_lowercase() || b.is_ascii_digit();

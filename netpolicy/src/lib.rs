@@ -1,14 +1,14 @@
 // SPDX-License-Identifier: Apache-2.0
 
-//! The switch's brain: port groups, ports, policies, requests, decisions. Pure: no I/O, clock, threads or chance.
+//! The switch's policy: port groups, ports, settings, requests, verdicts. Pure: no I/O, clock, threads or randomness.
 //!
 //! * [`mac`], [`vlan`], [`ident`]: values that cannot be invalid.
 //! * [`policy`]: the settings, and how switch, port group and port inherit them.
-//! * [`objects`]: switches, port groups, ports, and what a port's VF has been given.
-//! * [`request`]: what a VF asks for, and what is answered.
+//! * [`objects`]: switches, port groups, ports, and the state that a port's VF has been given.
+//! * [`request`]: a VF's requests, the verdicts on them, and the changes that follow.
 //! * [`state`]: all of them together, [`SwitchState`]: the agent's switch actor owns one.
-//! * [`capabilities`]: what PF drivers can enforce.
-//! * [`decision`]: what is recorded.
+//! * [`capabilities`]: the settings that PF drivers can enforce.
+//! * [`decision`]: the records of decisions.
 #![forbid(unsafe_code)]
 
 pub mod capabilities;

@@ -14,7 +14,7 @@ use crate::clipped;
 #[serde(try_from = "String", into = "String")]
 pub struct MacAddress([u8; 6]);
 
-/// Why a text is no Ethernet address or pattern.
+/// Errors of parsing an Ethernet address or pattern.
 #[derive(Clone, Debug, PartialEq, Eq, Error)]
 pub enum MacError {
     /// Not six pairs of hexadecimal digits.
@@ -31,7 +31,7 @@ impl MacAddress {
     /// The all-zero address: "none" to PF drivers.
     pub const ZERO: Self = Self([0; 6]);
 
-    /// From six bytes in transmission order.
+    /// Makes an address of six bytes in transmission order.
     #[must_use]
     pub const fn new(bytes: [u8; 6]) -> Self {
         Self(bytes)
@@ -55,7 +55,7 @@ impl MacAddress {
         self == Self::ZERO
     }
 
-    /// Whether the address was made up by an administrator and not by a vendor (bit 1 of the first byte).
+    /// Whether an administrator assigned the address, and not a vendor (bit 1 of the first byte).
     #[must_use]
     pub const fn is_locally_administered(self) -> bool {
         self.0[0] & 2 != 0
@@ -96,7 +96,7 @@ impl FromStr for MacAddress {
         let mut parts = text.split(':');
         for byte in &mut bytes {
             let part = parts.next().ok_or_else(error)?;
-            // from_str_radix alone would take a sign.
+            // from_str_radix alone would accept a sign.
             if part.len() != 2 || !part.bytes().all(|b| b.is_ascii_hexdigit()) {
                 return Err(error());
             }
@@ -130,7 +130,7 @@ pub struct MacPattern {
 }
 
 impl MacPattern {
-    /// The addresses that equal `address` in the bits of `mask`.
+    /// Makes the set of addresses that equal `address` in the bits of `mask`.
     ///
     /// # Errors
     /// [`MacError::OutsideMask`] if `address` has bits that `mask` ignores: most likely a typing error.

@@ -14,7 +14,7 @@ use crate::{
     vlan::{AccessVlan, VlanId},
 };
 
-/// Where a switch's definition lives.
+/// The place of a switch's definition.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 #[non_exhaustive]
@@ -26,7 +26,7 @@ pub enum SwitchKind {
     Distributed,
 }
 
-/// The authority over some uplinks and their port groups.
+/// Decides for its uplinks and port groups.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Switch {
@@ -34,13 +34,13 @@ pub struct Switch {
     pub id: SwitchId,
     /// Unique among switches.
     pub name: Name,
-    /// Where the definition lives.
+    /// The place of its definition.
     #[serde(default)]
     pub kind: SwitchKind,
-    /// Names of the PFs whose VFs its ports get. A PF is an uplink of one switch only.
+    /// The names of its PFs: its ports get VFs of these. A PF is an uplink of at most one switch.
     #[serde(default)]
     pub uplinks: BTreeSet<String>,
-    /// What its port groups start from.
+    /// The settings that its port groups inherit.
     #[serde(default)]
     pub settings: Settings,
 }
@@ -53,22 +53,22 @@ pub struct PortGroup {
     pub id: PortGroupId,
     /// Unique among the port groups of all switches.
     pub name: Name,
-    /// The switch that it belongs to.
+    /// The switch that owns it.
     pub switch: SwitchId,
-    /// What it decides instead of the switch.
+    /// The settings that it decides instead of the switch.
     #[serde(default)]
     pub settings: Settings,
-    /// What its ports may decide instead of it.
+    /// The settings that its ports may decide instead of it.
     #[serde(default)]
     pub port_overrides: BTreeSet<Setting>,
 }
 
-/// A virtual machine as far as a switch knows it.
+/// A virtual machine, as far as a switch knows it.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct VmRef {
     /// Identity.
     pub id: VmId,
-    /// Name at the time.
+    /// Its name at the time of the record.
     pub name: Name,
 }
 
@@ -83,17 +83,18 @@ pub struct Port {
     pub adapter: String,
     /// The port group.
     pub group: PortGroupId,
-    /// What the port decides instead of its group, as far as the group allows it; more is ignored.
+    /// The settings that the port decides instead of its group. Those that the group does not allow are ignored.
     #[serde(default)]
     pub overrides: Settings,
     /// The address that the adapter was configured with.
     pub initial_mac: MacAddress,
-    /// The address that the guest last had an answer of success for, or took from a reset.
+    /// The address in the guest's belief: the last one that a request for it succeeded with, or that a reset's reply
+    /// carried.
     pub guest_mac: MacAddress,
     /// The VF, while the VM runs.
     #[serde(default)]
     pub vf: Option<VfRef>,
-    /// What the VF has been given.
+    /// The state that the VF has been given.
     pub device: DeviceState,
     /// Changes that were begun and neither committed nor aborted: the device may have them.
     #[serde(default)]
@@ -101,7 +102,7 @@ pub struct Port {
 }
 
 impl Port {
-    /// A port that has no VF yet.
+    /// Makes a port that has no VF yet.
     #[must_use]
     pub fn new(
         id: PortId,
@@ -130,8 +131,8 @@ impl Port {
         self.device.pf.mac
     }
 
-    /// The addresses that no other port of the switch may have while this one is there: the initial one (a take-back
-    /// returns to it), the effective one, further ones, and what is on its way.
+    /// The addresses that this port keeps from the other ports of the switch: the initial one (a revocation returns
+    /// to it), the effective one, further ones, and those of pending changes.
     pub fn addresses(&self) -> impl Iterator<Item = MacAddress> {
         let pending = self.pending.iter().filter_map(|change| match change {
             Change::SetMac(mac) | Change::AddUnicast(mac) => Some(*mac),
@@ -144,26 +145,26 @@ impl Port {
     }
 }
 
-/// What the PF's driver keeps for a VF: set and read back through the PF.
+/// The settings that the PF's driver keeps for a VF: set and read back through the PF.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct PfSettings {
     /// The effective address.
     pub mac: MacAddress,
     /// The tag that the adapter adds and strips.
     pub port_vlan: Option<AccessVlan>,
-    /// Whether sent frames of other source addresses are dropped.
+    /// Whether the adapter drops frames that the VF sends from other source addresses.
     pub spoof_check: bool,
-    /// Whether the driver believes the VF. Always off, but around a message that needs it.
+    /// Whether the driver trusts the VF. Always off, except around a message that needs it.
     pub trust: bool,
-    /// Highest sending rate in Mbit/s.
+    /// The highest sending rate in Mbit/s.
     pub max_tx_rate: Option<std::num::NonZeroU32>,
     /// The link as the VF sees it.
     pub link: LinkState,
 }
 
 impl PfSettings {
-    /// The changes that bring a VF of unknown settings to these. Leave out those that the PF
-    /// [does not need](crate::PfCapabilities::can_make).
+    /// The changes that bring a VF from unknown settings to these. Leave out those that the PF [does not
+    /// need](crate::PfCapabilities::can_make).
     #[must_use]
     pub fn changes(&self) -> Vec<Change> {
         vec![
@@ -177,29 +178,32 @@ impl PfSettings {
     }
 }
 
-/// What a VF has been given. Where a driver's behaviour is unclear it names what the device may still have.
+/// The state that a VF has been given. Where a driver's behaviour is unclear, it lists all that the device may still
+/// have.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct DeviceState {
-    /// What the PF's driver keeps for it.
+    /// The settings that the PF's driver keeps.
     pub pf: PfSettings,
-    /// VLANs that the guest joined.
+    /// VLANs that the guest has joined.
     pub vlans: BTreeSet<VlanId>,
     /// VLANs joined before the last reset: the PF may or may not have kept them.
     pub stale_vlans: BTreeSet<VlanId>,
     /// Unicast addresses besides the effective one. They outlive a reset.
     pub unicast: BTreeSet<MacAddress>,
-    /// Unicast addresses that the guest asked for while another port had them. Its driver does not ask again: each is added when
-    /// that port gives it up. With `unicast` never more than the unicast limit was when they were asked for.
+    /// Unicast addresses that the guest requested while another port had them. Its driver does not repeat the
+    /// request: each is added when that port gives it up. With `unicast` never more than the unicast limit at the
+    /// time of the request.
     #[serde(default, skip_serializing_if = "BTreeSet::is_empty")]
     pub wanted_unicast: BTreeSet<MacAddress>,
     /// Multicast hashes.
     pub multicast: Vec<u16>,
-    /// Frames not addressed to it.
+    /// The reception of frames that are not addressed to the VF.
     pub promiscuous: PromiscuousMode,
-    /// Longest frame in bytes, with header, tag and checksum; `None` until the guest asked for one.
+    /// The longest frame in bytes, with header, tag and checksum; `None` until the guest requests one.
     pub max_frame: Option<u16>,
-    /// Whether the PF's driver may have [trusted](Change::needs_trust) the VF since it was bound: whoever has its mailbox could then give it
-    /// addresses that nobody else was told of, so that `unicast` may lack some. `None` in a record that an older agent wrote.
+    /// Whether the PF's driver may have [trusted](Change::needs_trust) the VF since it was bound. If so, the code in
+    /// control of its mailbox could give it addresses without the agent's knowledge, and `unicast` may lack some.
+    /// `None` in a record that an older agent wrote.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub was_trusted: Option<bool>,
 }

@@ -1,9 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0
 
-//! The settings of a port and where they come from.
+//! The settings of a port and their sources.
 //!
-//! Each level (switch, port group, port) says a part of them ([`Settings`]); what a port ends up with, each with
-//! the level that decided, is an [`EffectivePolicy`].
+//! Each level (switch, port group, port) decides a part of them ([`Settings`]). An [`EffectivePolicy`] has the
+//! resulting settings of a port, each with the level that decided it.
 
 use std::{fmt, num::NonZeroU32};
 
@@ -25,16 +25,16 @@ pub struct RangeError {
     max: i64,
 }
 
-/// A number of things of which a VF may have 0 to `MAX`.
+/// A limit on a VF's number of things, from 0 to `MAX`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
 #[serde(try_from = "i64", into = "u16")]
 pub struct Limit<const MAX: u16>(u16);
 
 impl<const MAX: u16> Limit<MAX> {
-    /// The highest limit there is.
+    /// The highest limit.
     pub const MAX: Self = Self(MAX);
 
-    /// From a number.
+    /// Makes a limit of a number.
     ///
     /// # Errors
     /// [`RangeError`] above `MAX`.
@@ -71,9 +71,10 @@ impl<const MAX: u16> From<Limit<MAX>> for u16 {
     }
 }
 
-/// Multicast hashes of a VF. The mailbox carries 30, and igb turns all-multicast on above that.
+/// Multicast hashes of a VF. The mailbox carries 30; above that igb turns all-multicast on.
 pub type MulticastLimit = Limit<30>;
-/// Unicast addresses of a VF besides its own. igbvf asks for three at most, and all VFs share the adapter's 24 (82576).
+/// Unicast addresses of a VF besides its own. igbvf requests at most three, and all VFs share the adapter's 24
+/// (82576).
 pub type UnicastLimit = Limit<3>;
 /// VLANs of a trunk port. All VFs of an 82576 share 32 entries.
 pub type VlanLimit = Limit<32>;
@@ -84,18 +85,20 @@ pub type VlanLimit = Limit<32>;
 pub struct Mtu(u16);
 
 impl Mtu {
-    /// The smallest one.
+    /// The smallest MTU.
     pub const MIN: Self = Self(68);
-    /// Ethernet's usual one.
+    /// Ethernet's usual MTU.
     pub const STANDARD: Self = Self(1500);
-    /// The largest one.
+    /// The largest MTU.
     pub const MAX: Self = Self(9216);
-    /// Bytes of a frame around its payload: header 14, two VLAN tags 8, checksum 4. Drivers add their own count of these to the
-    /// MTU when they ask for a frame length: igbvf one tag, DPDK's `net_e1000_igb_vf` two. A driver that counts fewer can
-    /// receive a few bytes more than its MTU, which is harmless.
+    /// The bytes of a frame around its payload: header 14, two VLAN tags 8, checksum 4.
+    ///
+    /// Drivers add their own count of these to the MTU when they request a frame length: igbvf one tag, DPDK's
+    /// `net_e1000_igb_vf` two. A driver that counts fewer can receive a few bytes more than its MTU, which is
+    /// harmless.
     pub const OVERHEAD: u16 = 26;
 
-    /// From bytes.
+    /// Makes an MTU of bytes.
     ///
     /// # Errors
     /// [`RangeError`] outside of 68 to 9216.
@@ -111,7 +114,7 @@ impl Mtu {
         RangeError { value, min: Self::MIN.0 as i64, max: Self::MAX.0 as i64 }
     }
 
-    /// Bytes.
+    /// The MTU in bytes.
     #[must_use]
     pub const fn get(self) -> u16 {
         self.0
@@ -138,8 +141,8 @@ impl From<Mtu> for u16 {
     }
 }
 
-/// Whether the guest may change its effective address, and ask for further unicast addresses.
-/// Its initial address is always allowed. In JSON `"reject"`, `"accept"` or `{"list": ["02:00:00:00:00:01", …]}`.
+/// Whether the guest may change its effective address, and request further unicast addresses. Its initial address is
+/// always allowed. In JSON `"reject"`, `"accept"` or `{"list": ["02:00:00:00:00:01", …]}`.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case", expecting = r#""reject", "accept" or {"list": ["02:00:00:00:00:01"]}"#)]
 pub enum MacChanges {
@@ -170,7 +173,7 @@ impl MacChanges {
 pub struct MacPatterns(Vec<MacPattern>);
 
 impl MacPatterns {
-    /// Patterns that a list may have at most.
+    /// The most patterns of a list.
     pub const MAX_LEN: usize = 64;
 
     /// The patterns.
@@ -217,7 +220,7 @@ pub enum Promiscuous {
     /// Only frames addressed to the adapter.
     #[default]
     Reject,
-    /// Besides those, all multicast frames. What igb can do at most.
+    /// Those frames and all multicast frames: the most that igb can do.
     Multicast,
     /// All frames that the port's VLAN policy allows.
     Accept,
@@ -235,8 +238,8 @@ impl Promiscuous {
     }
 }
 
-/// Which VLANs the port is in, and who tags.
-/// In JSON `"none"`, `{"access": {"id": 10, "qos": 3}}` or `{"trunk": [7, "100-200"]}`.
+/// The port's VLANs, and whether adapter or guest tags. In JSON `"none"`, `{"access": {"id": 10, "qos": 3}}` or
+/// `{"trunk": [7, "100-200"]}`.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(
     rename_all = "snake_case",
@@ -266,25 +269,25 @@ impl VlanPolicy {
     }
 }
 
-/// How fast the VF may send. In JSON `"unlimited"` or `{"max_tx_mbit": 100}`.
+/// The sending rate of the VF. In JSON `"unlimited"` or `{"max_tx_mbit": 100}`.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case", expecting = r#""unlimited" or {"max_tx_mbit": 100}"#)]
 pub enum Rate {
     /// As fast as the link is.
     #[default]
     Unlimited,
-    /// At most so many Mbit/s.
+    /// At most this many Mbit/s.
     MaxTxMbit(NonZeroU32),
 }
 
-/// How the guest is told of a refusal.
+/// The response to a guest whose request is denied.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum OnDenied {
-    /// Its driver reports an error.
+    /// The guest's driver reports an error.
     #[default]
     Nack,
-    /// Its driver reports success; guest and device now differ.
+    /// The guest's driver reports success; guest and device now differ.
     Silent,
 }
 
@@ -298,7 +301,7 @@ macro_rules! settings {
         }
 
         impl Setting {
-            /// All of them.
+            /// All settings.
             pub const ALL: &[Self] = &[$(Self::$variant,)*];
 
             /// Its name in JSON and messages.
@@ -308,7 +311,7 @@ macro_rules! settings {
             }
         }
 
-        /// What one level says: `None` leaves a setting to the level above.
+        /// The settings of one level: `None` leaves a setting to the level above.
         #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
         #[serde(default, deny_unknown_fields)]
         pub struct Settings {
@@ -321,31 +324,31 @@ macro_rules! settings {
                 [$(self.$field.is_some().then_some(Setting::$variant),)*].into_iter().flatten()
             }
 
-            /// Leaves only the settings that `keep` is true for.
+            /// Keeps only the settings for which `keep` is true.
             pub(crate) fn retain(&mut self, keep: impl Fn(Setting) -> bool) {
                 $(if !keep(Setting::$variant) { self.$field = None; })*
             }
         }
 
-        /// Every setting that a port is subject to, with the level that decided it.
+        /// All settings of a port, each with the level that decided it.
         #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
         pub struct EffectivePolicy {
             $(#[doc = $doc] pub $field: Sourced<$type>,)*
         }
 
         impl EffectivePolicy {
-            /// What the levels say together; a later one decides over an earlier one.
+            /// Combines the levels; a later one overrides an earlier one.
             pub(crate) fn resolve(levels: &[(Source, &Settings)]) -> Self {
                 Self { $($field: Sourced::resolve($default, levels.iter().map(|(s, level)| (*s, &level.$field))),)* }
             }
 
-            /// What holds where no level decides anything.
+            /// The policy when no level decides anything.
             #[must_use]
             pub fn of_defaults() -> Self {
                 Self::resolve(&[])
             }
 
-            /// Which level decided a setting.
+            /// The level that decided a setting.
             #[must_use]
             pub fn source(&self, setting: Setting) -> Source {
                 match setting { $(Setting::$variant => self.$field.source,)* }
@@ -381,7 +384,7 @@ impl fmt::Display for Setting {
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Source {
-    /// None did: it is what Portcullis starts from.
+    /// No level: the default of Portcullis.
     Default,
     /// The switch.
     Switch,

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 
-//! What a VF asks for, what is answered, and the changes that follow.
+//! A VF's requests, the verdicts on them, and the changes that follow.
 
 use std::{fmt, num::NonZeroU32};
 
@@ -12,37 +12,38 @@ use crate::{
     vlan::{AccessVlan, VlanId},
 };
 
-/// What a VF's driver asks for in its mailbox, decoded but not yet believed.
+/// A request from a VF driver's mailbox message, decoded but not yet trusted.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Request {
     /// VF_RESET: the driver starts over and takes the effective address from the reply.
     Reset,
-    /// Another effective address.
+    /// Set another effective address.
     SetMac(MacAddress),
-    /// Forget all further unicast addresses.
+    /// Remove all further unicast addresses.
     ClearUnicastFilters,
-    /// A further unicast address.
+    /// Add a further unicast address.
     AddUnicastFilter(MacAddress),
-    /// The multicast addresses to receive, instead of those before.
+    /// Receive these multicast addresses in place of those before.
     SetMulticast {
-        /// How many the message claims.
+        /// The count that the message claims.
         count: u16,
-        /// The hashes that it carries (82576: 12 bits each).
+        /// The hashes that the message carries (82576: 12 bits each).
         hashes: Vec<u16>,
     },
     /// Join or leave a VLAN.
     SetVlan {
-        /// As in the message; 0 is the priority tag.
+        /// The number in the message; 0 is the priority tag.
         vid: u16,
-        /// Join, else leave.
+        /// True to join, false to leave.
         add: bool,
     },
-    /// The longest frame to receive, in bytes with header, tag and checksum: see [`Mtu::max_frame`](crate::Mtu::max_frame).
+    /// Receive frames up to this length in bytes, with header, tag and checksum: see
+    /// [`Mtu::max_frame`](crate::Mtu::max_frame).
     SetMaxFrame(u32),
-    /// Frames that are not addressed to the VF.
+    /// Receive frames that are not addressed to the VF.
     SetPromiscuous(PromiscuousMode),
-    /// A message that has no meaning here.
+    /// A message without a meaning here.
     Unknown {
         /// Bits 15:0 of the first word.
         opcode: u16,
@@ -67,7 +68,7 @@ impl Request {
     }
 }
 
-/// Frames received though they are not addressed to the VF.
+/// The reception of frames that are not addressed to the VF.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct PromiscuousMode {
     /// All multicast frames.
@@ -77,7 +78,7 @@ pub struct PromiscuousMode {
 }
 
 impl PromiscuousMode {
-    /// Only what is addressed to the VF.
+    /// Only frames that are addressed to the VF.
     pub const OFF: Self = Self { multicast: false, unicast: false };
 }
 
@@ -98,7 +99,7 @@ impl fmt::Display for PromiscuousMode {
 pub enum Change {
     /// Reset the VF's queues.
     Reset,
-    /// The effective address.
+    /// Set the effective address.
     SetMac(MacAddress),
     /// Add a further unicast address.
     AddUnicast(MacAddress),
@@ -108,25 +109,25 @@ pub enum Change {
     SetMulticast(Vec<u16>),
     /// Join a VLAN.
     JoinVlan(VlanId),
-    /// Leave a VLAN. Harmless when it was not joined.
+    /// Leave a VLAN. Harmless if the VF has not joined it.
     LeaveVlan(VlanId),
-    /// The longest frame to receive in bytes, with header, tag and checksum.
+    /// Receive frames up to this length in bytes, with header, tag and checksum.
     SetMaxFrame(u16),
-    /// Frames that are not addressed to the VF.
+    /// Receive frames that are not addressed to the VF.
     SetPromiscuous(PromiscuousMode),
-    /// The tag that the adapter adds and strips; `None` for no tag.
+    /// Set the tag that the adapter adds and strips; `None` for no tag.
     SetPortVlan(Option<AccessVlan>),
-    /// Drop sent frames of other source addresses.
+    /// Drop frames that the VF sends from other source addresses.
     SetSpoofCheck(bool),
-    /// Let the PF driver believe the VF.
+    /// Let the PF driver trust the VF.
     SetTrust(bool),
-    /// Highest sending rate in Mbit/s; `None` for no bound.
+    /// Set the highest sending rate in Mbit/s; `None` for no limit.
     SetMaxTxRate(Option<NonZeroU32>),
-    /// The link as the VF sees it.
+    /// Set the link as the VF sees it.
     SetLink(LinkState),
 }
 
-/// Who makes a [`Change`].
+/// The component that makes a [`Change`].
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Route {
@@ -137,7 +138,7 @@ pub enum Route {
 }
 
 impl Change {
-    /// Who makes it: PF drivers offer no other way.
+    /// The component that makes the change: PF drivers offer no other way.
     #[must_use]
     pub const fn route(&self) -> Route {
         match self {
@@ -158,8 +159,8 @@ impl Change {
         }
     }
 
-    /// Whether PF drivers take the message only from a trusted VF (one whose address the administrator set, as
-    /// always here): the agent switches trust on around it.
+    /// Whether PF drivers accept the message only from a trusted VF, since the administrator has set the VF's
+    /// address, as here always. The agent switches trust on around it.
     #[must_use]
     pub const fn needs_trust(&self) -> bool {
         match self {
@@ -181,35 +182,35 @@ pub enum LinkState {
     Down,
 }
 
-/// Why a request is refused. The names are stable.
+/// The reason of a denial. The names are stable.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Reason {
     /// The policy rejects every change of the address.
     MacChangesRejected,
-    /// The policy's list does not have the address.
+    /// The policy's list does not contain the address.
     MacNotAllowed,
     /// Another port of the switch has the address.
     MacInUse,
     /// A group address or zero.
     MacInvalid,
-    /// The policy does not have the VLAN.
+    /// The policy does not contain the VLAN.
     VlanNotAllowed,
-    /// The policy rejects it.
+    /// The policy rejects promiscuous mode.
     PromiscuousRejected,
-    /// More than the policy's number.
+    /// The request exceeds a limit of the policy.
     LimitExceeded,
-    /// Longer frames than the policy's MTU.
+    /// The frames are longer than the policy's MTU allows.
     MtuExceeded,
-    /// A message that has no meaning here.
+    /// A message without a meaning here.
     UnknownMessage,
     /// A known message with impossible contents.
     MalformedMessage,
-    /// Too many messages.
+    /// Too many messages in a time.
     RateLimited,
     /// The port is blocked.
     PortBlocked,
-    /// Allowed, but the adapter refused.
+    /// The policy allows it, but the adapter refused.
     CommitFailed,
     /// The agent did not answer in time.
     AuthorityUnreachable,
@@ -244,7 +245,7 @@ impl fmt::Display for Reason {
     }
 }
 
-/// The setting that decided and the level it comes from.
+/// The setting that decided, and its level.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct DecidedBy {
     /// The setting.
@@ -253,58 +254,59 @@ pub struct DecidedBy {
     pub source: Source,
 }
 
-/// A refusal.
+/// A denial.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Denial {
-    /// Why.
+    /// The reason.
     pub reason: Reason,
-    /// By which setting; none for what no policy allows.
+    /// The setting that decided; none if no policy allows the request.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub decided_by: Option<DecidedBy>,
-    /// What the device has.
+    /// The value that the device has.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub old: Option<String>,
-    /// What was asked for.
+    /// The value that the guest requested.
     pub requested: String,
 }
 
-/// The answer to a change of the address that does not depend on anything but the address: whoever knows it can refuse
-/// without asking, and must still tell. It is valid until another one, or none, takes its place.
+/// The verdict on changes of the address that depends on nothing but the address. A relay that has it can deny such a
+/// request without asking, and must still report it. It is valid until another one, or none, replaces it.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct StandingRefusal {
-    /// Addresses about which somebody has to be asked. The effective one never needs to be in it.
+    /// The addresses that need a question. The effective one is never needed here.
     pub unless: Vec<MacPattern>,
-    /// Why all others are refused.
+    /// The reason of the denial of all others.
     pub reason: Reason,
-    /// How the guest is told.
+    /// The response to the guest.
     pub on_denied: OnDenied,
 }
 
 impl StandingRefusal {
-    /// Whether a change to `mac`, which is not the effective address, is refused in any case.
+    /// Whether a change to `mac`, which is not the effective address, is denied in any case.
     #[must_use]
     pub fn covers(&self, mac: MacAddress) -> bool {
         !self.unless.iter().any(|pattern| pattern.matches(mac))
     }
 }
 
-/// What the policy says to a request.
+/// The policy's verdict on a request.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Verdict {
-    /// Make these changes, in this order; none if the device has it already. Then [`commit`](crate::SwitchState::commit).
+    /// Make these changes, in this order; none if the device has the state already. Then
+    /// [`commit`](crate::SwitchState::commit).
     Allow(Vec<Change>),
     /// Change nothing.
     Deny(Denial),
 }
 
-/// A verdict with what the relay needs to answer.
+/// A verdict, with the facts that the relay needs for its response.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Evaluation {
     /// The verdict.
     pub verdict: Verdict,
-    /// How the guest is told of a refusal.
+    /// The response to the guest after a denial.
     pub on_denied: OnDenied,
-    /// The effective address before the changes: the reply to a reset carries it.
+    /// The effective address before the changes: the response to a reset carries it.
     pub effective_mac: MacAddress,
 }

@@ -5,13 +5,14 @@
 //! A request goes through three calls:
 //!
 //! ```text
-//! evaluate ──Deny──▶ (tell the guest) ──▶ note_answer
+//! evaluate ──Deny──▶ (respond to the guest) ──▶ note_answer
 //!     └─Allow(changes)─▶ begin ──▶ (PF, mailbox) ─done──▶ commit ──▶ note_answer
 //!                                       └─failed, undone─▶ abort ──▶ note_answer
 //! ```
 //!
-//! `evaluate` only reads. `begin` reserves addresses, so that two ports cannot be granted the same one while the PF is
-//! being programmed. `commit` returns what the policy, which may have changed meanwhile, wants corrected at once.
+//! `evaluate` only reads. `begin` reserves addresses, so that two ports cannot be granted the same one while the PF
+//! is being programmed. `commit` returns the corrections that must follow at once if the policy has changed
+//! meanwhile.
 
 mod correct;
 mod device;
@@ -35,7 +36,7 @@ use crate::{
 
 pub use correct::{Correction, Corrections};
 
-/// All switches of a host. A value: whoever owns it decides alone.
+/// All switches of a host. A value without locks: its owner decides alone.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct SwitchState {
     switches: BTreeMap<SwitchId, Switch>,
@@ -47,11 +48,12 @@ pub struct SwitchState {
     by_vf: BTreeMap<VfRef, PortId>,
     // Exactly `DeviceState::wanted_unicast` of all ports.
     wanted: BTreeSet<(SwitchId, MacAddress, PortId)>,
-    // Addresses that were wanted when their port gave them up, and are not offered yet; true until it was told.
+    // Addresses that another port wanted when their port gave them up, and that are not offered yet; true until
+    // `take_freed` returns them.
     freed: BTreeMap<(SwitchId, MacAddress), bool>,
 }
 
-/// What there is one of for each name or number.
+/// The kinds of objects that names and numbers identify.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Entity {
     /// A switch.
@@ -78,34 +80,34 @@ impl fmt::Display for Entity {
     }
 }
 
-/// Why a change of the tables is refused. The tables are then as they were.
+/// Errors of changing the tables. The tables are then unchanged.
 #[derive(Clone, Debug, PartialEq, Eq, Error)]
 pub enum StateError {
-    /// No such switch.
+    /// There is no such switch.
     #[error("Switch {0} does not exist")]
     NoSwitch(SwitchId),
-    /// No such port group.
+    /// There is no such port group.
     #[error("Port group {0} does not exist")]
     NoPortGroup(PortGroupId),
-    /// No such port.
+    /// There is no such port.
     #[error("Port {0} does not exist")]
     NoPort(PortId),
-    /// The identity or name is taken.
+    /// Another object has the identity or name.
     #[error("{what} {name} exists already: choose another name")]
     Taken {
-        /// The kind of thing.
+        /// The kind of object.
         what: Entity,
         /// Its name.
         name: String,
     },
-    /// Something still depends on it.
+    /// Another object depends on it.
     #[error("{what} {name} is used by {user}: remove that first")]
     InUse {
-        /// The kind of thing.
+        /// The kind of object.
         what: Entity,
         /// Its name.
         name: String,
-        /// What depends on it.
+        /// The object that depends on it.
         user: String,
     },
     /// The address cannot be an adapter's.
@@ -121,7 +123,7 @@ pub enum StateError {
         /// That port's VM.
         vm: Name,
     },
-    /// The group does not let its ports decide a setting.
+    /// The group does not let its ports decide the setting.
     #[error("Port group {group} does not let its ports override {setting}: allow it there, or leave it out")]
     OverrideNotAllowed {
         /// The group.
@@ -137,7 +139,7 @@ pub enum StateError {
         /// The switch.
         switch: Name,
     },
-    /// Something that never changes was to be changed.
+    /// The edit would change a property that is fixed.
     #[error("The {0} cannot be changed: create another")]
     Immutable(&'static str),
     /// The port has a VF already.
@@ -152,13 +154,13 @@ pub enum StateError {
 }
 
 impl SwitchState {
-    /// A host without a switch.
+    /// Makes a host without a switch.
     #[must_use]
     pub fn new() -> Self {
         Self::default()
     }
 
-    /// A switch.
+    /// Looks up a switch.
     #[must_use]
     pub fn switch(&self, id: SwitchId) -> Option<&Switch> {
         self.switches.get(&id)
@@ -169,7 +171,7 @@ impl SwitchState {
         self.switches.values()
     }
 
-    /// A port group.
+    /// Looks up a port group.
     #[must_use]
     pub fn port_group(&self, id: PortGroupId) -> Option<&PortGroup> {
         self.groups.get(&id)
@@ -180,7 +182,7 @@ impl SwitchState {
         self.groups.values()
     }
 
-    /// A port.
+    /// Looks up a port.
     #[must_use]
     pub fn port(&self, id: PortId) -> Option<&Port> {
         self.ports.get(&id)
@@ -191,14 +193,15 @@ impl SwitchState {
         self.ports.values()
     }
 
-    /// The port that holds an address on a switch: as initial, effective or further one, or is being given it.
+    /// The port that holds an address on a switch: as its initial, effective or further one, or in a pending change.
     #[must_use]
     pub fn port_of_mac(&self, switch: SwitchId, mac: MacAddress) -> Option<&Port> {
         self.by_mac.get(&(switch, mac)).and_then(|id| self.ports.get(id))
     }
 
-    /// Addresses that a port has given up since the last call, and that other ports were refused before. A driver that sets its
-    /// list anew gives all of it up and asks again a moment later: [`offer`](Self::offer) an address after some time.
+    /// Takes the addresses that a port has given up since the last call, and that other ports were denied before. A
+    /// driver that rewrites its list gives all of it up and requests it again a moment later: wait a while before you
+    /// [`offer`](Self::offer) an address.
     pub fn take_freed(&mut self) -> Vec<(SwitchId, MacAddress)> {
         let news = self.freed.iter_mut().filter(|(_, news)| **news);
         news.map(|(freed, news)| {
@@ -208,8 +211,8 @@ impl SwitchState {
         .collect()
     }
 
-    /// The address may be given to a port that was refused it. Returns the ports that want it, if it is still free: the first
-    /// one has [corrections](Self::corrections) now.
+    /// Offers an address to the ports that were denied it. Returns these ports if the address is still free: the
+    /// first one has [corrections](Self::corrections) now.
     pub fn offer(&mut self, switch: SwitchId, mac: MacAddress) -> Vec<PortId> {
         self.freed.remove(&(switch, mac));
         if self.by_mac.contains_key(&(switch, mac)) {
@@ -230,7 +233,7 @@ impl SwitchState {
         self.by_vf.get(vf).and_then(|id| self.ports.get(id))
     }
 
-    /// What a port is subject to, and where each setting comes from.
+    /// The settings of a port, each with its source.
     ///
     /// # Errors
     /// No such port.
@@ -239,7 +242,7 @@ impl SwitchState {
         Ok(policy_of(port, group, switch))
     }
 
-    /// What a port group's ports are subject to that override nothing.
+    /// The settings of a port group's ports without overrides.
     ///
     /// # Errors
     /// No such port group.
@@ -252,7 +255,7 @@ impl SwitchState {
         ]))
     }
 
-    // A port with what it inherits from.
+    // A port with the levels that it inherits from.
     fn lineage(&self, id: PortId) -> Result<(&Port, &PortGroup, &Switch), StateError> {
         let port = self.ports.get(&id).ok_or(StateError::NoPort(id))?;
         let group = self.groups.get(&port.group).ok_or(StateError::NoPortGroup(port.group))?;
@@ -263,7 +266,8 @@ impl SwitchState {
 
 fn policy_of(port: &Port, group: &PortGroup, switch: &Switch) -> EffectivePolicy {
     let mut own = port.overrides.clone();
-    // A group that withdraws its permission has its way at once, and the port its own again with the permission.
+    // A group that withdraws its permission takes effect at once. The port's override counts again with the
+    // permission.
     let blocks = own.blocked == Some(true);
     own.retain(|setting| group.port_overrides.contains(&setting) || (setting == Setting::Blocked && blocks));
     EffectivePolicy::resolve(&[

@@ -14,7 +14,7 @@ use crate::clipped;
 #[serde(try_from = "i64", into = "u16")]
 pub struct VlanId(u16);
 
-/// Why something is no VLAN, priority or set of VLANs.
+/// Errors of VLANs, priorities and sets of VLANs.
 #[derive(Clone, Debug, PartialEq, Eq, Error)]
 pub enum VlanError {
     /// Outside of 1 to 4094.
@@ -23,16 +23,16 @@ pub enum VlanError {
     /// Outside of 0 to 7.
     #[error("VLAN priority {0} does not exist: use 0 to 7")]
     Qos(i64),
-    /// Not a number, nor two numbers with a dash.
+    /// Neither a number nor two numbers with a dash.
     #[error("{0:?} is not a range of VLANs: write a number or a range like 100-200")]
     Syntax(String),
     /// A range that ends before it starts.
     #[error("VLAN range {0}-{1} ends before it starts: swap its ends")]
     Reversed(u16, u16),
-    /// A set of no VLAN.
+    /// A set without a VLAN.
     #[error("A trunk needs at least one VLAN: list some, or use none")]
     Empty,
-    /// More separate ranges than are stored.
+    /// More separate ranges than a set stores.
     #[error("{0} separate ranges of VLANs are too many: at most {max}", max = VlanSet::MAX_RANGES)]
     TooManyRanges(usize),
 }
@@ -43,7 +43,7 @@ impl VlanId {
     /// The highest VLAN.
     pub const MAX: Self = Self(4094);
 
-    /// From a number.
+    /// Makes a VLAN of its number.
     ///
     /// # Errors
     /// [`VlanError::Id`] outside of 1 to 4094.
@@ -84,7 +84,7 @@ impl fmt::Display for VlanId {
 pub struct Qos(u8);
 
 impl Qos {
-    /// From a number.
+    /// Makes a priority of its number.
     ///
     /// # Errors
     /// [`VlanError::Qos`] above 7.
@@ -144,13 +144,13 @@ pub struct VlanSet {
 }
 
 impl VlanSet {
-    /// Separate ranges that a set may have at most.
+    /// The most separate ranges of a set.
     pub const MAX_RANGES: usize = 128;
 
-    /// The union of inclusive ranges.
+    /// Makes the union of inclusive ranges.
     ///
     /// # Errors
-    /// A range that ends before it starts, no range at all, more than [`MAX_RANGES`](Self::MAX_RANGES) of them.
+    /// A range ends before it starts, there is no range, or there are more than [`MAX_RANGES`](Self::MAX_RANGES).
     pub fn new(ranges: impl IntoIterator<Item = (VlanId, VlanId)>) -> Result<Self, VlanError> {
         let mut sorted: Vec<_> = ranges.into_iter().collect();
         sorted.sort_unstable();
@@ -210,7 +210,7 @@ impl fmt::Debug for VlanSet {
 impl FromStr for VlanSet {
     type Err = VlanError;
 
-    /// Numbers and ranges, separated by commas: `7,100-200`.
+    /// Parses numbers and ranges, separated by commas: `7,100-200`.
     fn from_str(text: &str) -> Result<Self, VlanError> {
         Self::new(text.split(',').map(parse_range).collect::<Result<Vec<_>, _>>()?)
     }
@@ -226,7 +226,7 @@ fn parse_range(text: &str) -> Result<(VlanId, VlanId), VlanError> {
     Ok((id(first)?, id(last)?))
 }
 
-// One member of the list in JSON: a number, or a range as text (a number as text is taken too).
+// One member of the list in JSON: a number, or a range as text (a number as text is accepted, too).
 #[derive(Serialize, Deserialize)]
 #[serde(untagged, expecting = "expected a VLAN number or a range like \"100-200\"")]
 enum RangeText {

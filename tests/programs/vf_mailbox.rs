@@ -1,21 +1,21 @@
 // SPDX-License-Identifier: Apache-2.0
 
-//! Speaks to a VF's mailbox by its registers, in place of the VF's driver: what no driver would say, too.
+//! Drives a VF's mailbox by its registers, in place of the VF's driver, also with messages that no driver sends.
 //!
 //! ```text
 //! vf-mailbox BDF read OFFSET...       registers of BAR 0, in hexadecimal, one line each
-//! vf-mailbox BDF reset                device reset, then the RESET message: prints the address that the PF told
+//! vf-mailbox BDF reset                device reset, then the RESET message: prints the address in the PF's reply
 //! vf-mailbox BDF send WORD...         one message (words in hexadecimal): prints the reply's first word
-//! vf-mailbox BDF sweep                opcodes, lengths, counts and flag bits: prints what was not refused
+//! vf-mailbox BDF sweep                opcodes, lengths, counts and flag bits: prints the granted messages
 //! vf-mailbox BDF flood SECONDS        requests one after the other, without waiting
 //! vf-mailbox BDF race SECONDS         the same from two threads at once
 //! vf-mailbox BDF abort COUNT          device resets while a message is in flight
 //! vf-mailbox BDF time COUNT MAC MAC   round trips of SET_MAC with the two addresses in turn: median and 99th percentile
-//! vf-mailbox BDF late WORD... -- WORD...  two messages; of the first only the acknowledgement is waited for, as igbvf does
+//! vf-mailbox BDF late WORD... -- WORD...  two messages, the second right after the first's acknowledgement (igbvf)
 //! ```
 //!
-//! The function must have no driver, or one that does not use it at that moment. Offsets and handshake as in Linux'
-//! `igbvf/regs.h` and `igbvf/mbx.c`. The tests start it in guests and, for `read`, on the lab's host.
+//! The function must have no driver, or one that does not use it at that moment. Offsets and handshake are those of
+//! Linux' `igbvf/regs.h` and `igbvf/mbx.c`. The tests run the program in guests and, for `read`, on the lab's host.
 
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, clippy::print_stdout)]
 
@@ -45,7 +45,7 @@ const ACK: u32 = 0x8000_0000;
 const NACK: u32 = 0x4000_0000;
 const CTS: u32 = 0x2000_0000;
 
-/// igbvf's: 2000 polls, 500 us apart, for each of acknowledgement and reply.
+/// igbvf's timeout: 2000 polls, 500 us apart, for each of acknowledgement and reply.
 const POLL: Duration = Duration::from_micros(500);
 const PATIENCE: Duration = Duration::from_secs(1);
 
@@ -59,7 +59,7 @@ unsafe impl Send for Bar {}
 impl Bar {
     fn open(bdf: &str) -> Self {
         let device = format!("/sys/bus/pci/devices/{bdf}");
-        // Memory decoding; fails where a driver has switched it on already.
+        // Turns memory decoding on; fails if a driver has done so already.
         let _ = std::fs::write(format!("{device}/enable"), "1");
         let path = format!("{device}/resource0");
         let file: File =
@@ -100,7 +100,7 @@ impl Bar {
         })
     }
 
-    /// Posts a message; false if the buffer could not be had.
+    /// Posts a message; false if the buffer is not free in time.
     fn post(self, words: &[u32]) -> bool {
         if !self.take_buffer() {
             return false;
@@ -114,7 +114,7 @@ impl Bar {
         true
     }
 
-    /// Waits for bits of the mailbox register; `seen` gathers those that reading clears.
+    /// Waits for bits of the mailbox register; `seen` gathers bits that reading clears.
     fn wait(self, bit: u32, seen: &mut u32) -> bool {
         let deadline = Instant::now() + PATIENCE;
         loop {
@@ -132,7 +132,7 @@ impl Bar {
         }
     }
 
-    /// One message and its reply.
+    /// Sends a message and waits for its reply.
     fn exchange(self, words: &[u32]) -> Option<[u32; 3]> {
         let mut seen = 0;
         if !self.post(words) || !self.wait(PF_ACKNOWLEDGE, &mut seen) || !self.wait(PF_STATUS, &mut seen) {
@@ -144,7 +144,7 @@ impl Bar {
         Some(reply)
     }
 
-    /// As igbvf resets: the device, 10 ms, the message.
+    /// Resets as igbvf does: the device, 10 ms, the message.
     fn reset(self) -> Option<[u8; 6]> {
         self.write(CONTROL, CONTROL_RESET);
         let deadline = Instant::now() + PATIENCE;
@@ -176,7 +176,7 @@ fn hex(words: &[String]) -> Vec<u32> {
     words.iter().map(|word| u32::from_str_radix(word.trim_start_matches("0x"), 16).unwrap()).collect()
 }
 
-/// What a PF must refuse to a VF that may do nothing, and what it must survive.
+/// Sends all messages that a PF must refuse to a VF without rights, and must survive.
 fn sweep(bar: Bar) {
     bar.must_reset();
     let mut sent = 0;
@@ -195,7 +195,7 @@ fn sweep(bar: Bar) {
         words[0] = word;
         words
     };
-    // Each opcode with each argument that means something to some driver. The reset message alone may be granted.
+    // Each opcode with each argument that has a meaning to a driver. Only the reset message may be granted.
     for opcode in (0u32..=0x10).chain([0x1f, 0x20, 0x7f, 0xff, 0x0100, 0x0101, 0x8000, 0xffff]) {
         for argument in [0u32, 1, 2, 3, 0xff] {
             if (opcode, argument) != (1, 0) {
@@ -203,17 +203,17 @@ fn sweep(bar: Bar) {
             }
         }
     }
-    // Counts of multicast hashes above what fits.
+    // Counts of multicast hashes above those that fit.
     for count in [31u32, 32, 64, 127, 128, 255] {
         try_out(&with(3 | (count << 16)));
     }
-    // Flags that only the PF sets, on everything.
+    // Flags that only the PF sets, on all opcodes.
     for flags in [ACK, NACK, CTS, ACK | NACK, ACK | CTS, NACK | CTS, ACK | NACK | CTS] {
         for opcode in 1u32..=6 {
             try_out(&with(opcode | flags));
         }
     }
-    // One word where three belong: what the last message left is not to be taken for this one's.
+    // One word in place of three: the PF must not read the last message's words as this one's.
     bar.write(BUFFER + 4, 0x0a00_0002);
     bar.write(BUFFER + 8, 0x0000_0a00);
     try_out(&[2]);
@@ -221,7 +221,7 @@ fn sweep(bar: Bar) {
     println!("sweep: address {}", address(bar.must_reset()));
 }
 
-/// Requests without waiting for anything.
+/// Sends requests without waiting for anything.
 fn flood(bar: Bar, seconds: u64) -> u64 {
     let end = Instant::now() + Duration::from_secs(seconds);
     let refused = set_mac("02:00:00:00:0a:01");
@@ -252,7 +252,7 @@ fn abort(bar: Bar, count: u32) {
 }
 
 fn time(bar: Bar, count: usize, macs: [&str; 2]) {
-    // A VF without an address of its own is told so, and may go on.
+    // A VF without an address of its own gets a NACK, and may go on.
     bar.reset();
     let (mut times, mut granted) = (Vec::new(), 0);
     for index in 0..count {
@@ -269,7 +269,7 @@ fn time(bar: Bar, count: usize, macs: [&str; 2]) {
     println!("time: {count} messages, {granted} granted, median {} us, p99 {} us", at(50), at(99));
 }
 
-/// igbvf sends the next message as soon as the last one is acknowledged, and reads not every reply.
+/// Sends as igbvf does: the next message follows the acknowledgement of the last, and not every reply is read.
 fn late(bar: Bar, words: &[String]) {
     let mut messages = words.split(|word| word == "--");
     let (first, second) = (hex(messages.next().unwrap()), hex(messages.next().expect("-- WORD...")));

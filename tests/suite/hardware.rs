@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 
-//! The tables that simulated PFs and VFs are held to, on an adapter and its stock PF driver: the lab's, or the one of a host.
+//! Runs the tables that simulated PFs and VFs must pass on an adapter and its stock PF driver: the lab's, or a
+//! host's.
 //!
 //! `tests/hardware` prepares the adapter and names it in the environment.
 
@@ -16,7 +17,7 @@ use passthrough::{
 
 use crate::fixture::host;
 
-/// A VF at vfio-pci with the address that the tables assume; as before when it is dropped.
+/// A VF at vfio-pci with the address that the tables assume. Dropping it restores the VF.
 struct Prepared {
     pf: String,
     vf: String,

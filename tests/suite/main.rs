@@ -1,9 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0
 
-//! Integration tests on the real thing: the agent's own binary, reached through REST alone.
+//! Integration tests of the agent's own binary, over REST alone.
 //!
-//! `local::` needs /dev/kvm, `lab::` the nested lab, `hardware::` an adapter. `tests/run` starts them, and no tier is green that
-//! did not run.
+//! `local::` needs /dev/kvm, `lab::` the nested lab, `hardware::` an adapter. `tests/run` starts them; a tier that
+//! did not run is not green.
 
 #![allow(
     clippy::unwrap_used,

@@ -1,14 +1,16 @@
 // SPDX-License-Identifier: Apache-2.0
 
-//! What somebody who has taken over a vmm would try: for tests, in a build of their own (feature `attacks`).
+//! Attacks from a vmm that its guest has taken over: for tests, in a build of their own (feature `attacks`).
 //!
-//! A kernel command line `attack=WHAT@THREAD` makes a machine try WHAT on the thread whose filter is called THREAD, in the
-//! place of the code that faces the guest: after its filter is installed, before it does anything else; on a vCPU when it is to run
-//! for the first time. The process of a simulated PF takes the same word from its environment, [`VARIABLE`]. What became of it is a
-//! line in the process's log, `ATTACK WHAT@THREAD: succeeded` or `… failed: CAUSE`, unless the kernel has ended the process.
+//! A kernel command line `attack=NAME@THREAD` makes a machine try the attack NAME on the thread whose filter is
+//! called THREAD. The attack takes the place of the code that faces the guest: it runs after the thread's filter is
+//! installed and before anything else, on a vCPU at its first run. The process of a simulated PF takes the same word
+//! from its environment, [`VARIABLE`]. The result is a line in the process's log, `ATTACK NAME@THREAD: succeeded` or
+//! `… failed: CAUSE`, unless the kernel has ended the process.
 //!
-//! An attempt succeeds if it reaches what is not the process's own: what its sandbox leaves harmless (a socket in an empty network)
-//! is no success. What is tried lies ready before the process gives up its privileges, so that without a sandbox each succeeds.
+//! An attack succeeds if it reaches something outside of the process. Something that the sandbox leaves harmless (a
+//! socket in an empty network) is no success. The targets are prepared before the process gives up its privileges, so
+//! that without a sandbox each attack succeeds.
 
 use std::{
     ffi::{CStr, CString},
@@ -33,7 +35,7 @@ use passthrough::relay::{Notice, Question};
 
 use crate::control::{Ask, DeviceLoss, Report, ToAgent};
 
-/// What is there to be reached.
+/// The targets of attacks.
 struct Targets {
     what: String,
     thread: String,
@@ -45,18 +47,18 @@ struct Targets {
     port: u16,
     /// A name in the host's abstract sockets.
     name: Vec<u8>,
-    /// Where this process listens, as any process of the host would find it.
+    /// The path where this process listens, as other processes of the host see it.
     control: Vec<u8>,
     /// A piece of System V shared memory.
     shared: usize,
     host_name: Vec<u8>,
-    /// A group of VFIO that is nobody's, if there is one.
+    /// A VFIO group that no process has opened, if there is one.
     group: Option<CString>,
-    /// A file that there is not, in a directory that anybody may write to.
+    /// A file that does not exist, in a directory that any user may write to.
     file: CString,
 }
 
-/// The environment variable that has the attack's word where there is no command line of a guest.
+/// The environment variable with the attack's word, for a process that has no guest's command line.
 pub const VARIABLE: &str = "PORTCULLIS_ATTACK_FOR_TESTS";
 
 static TARGETS: OnceLock<Targets> = OnceLock::new();
@@ -65,12 +67,12 @@ const KEY: &CStr = c"portcullis-attack";
 const KEY_TYPE: &CStr = c"user";
 /// `KEY_SPEC_SESSION_KEYRING`.
 const SESSION: usize = -3_isize as usize;
-/// What a child of an attempt exits with.
+/// The exit status of an attack's child.
 const CHILD: usize = 0;
 
 type Attempt = fn(&Targets) -> io::Result<()>;
 
-/// Every attempt.
+/// All attacks.
 const ATTEMPTS: &[(&str, Attempt)] = &[
     ("open_file", |_| open(c"/etc/passwd", libc::O_RDONLY)),
     ("create_file", |targets| {
@@ -121,7 +123,7 @@ const ATTEMPTS: &[(&str, Attempt)] = &[
         const SEARCH: usize = 10;
         call(libc::SYS_keyctl, [SEARCH, SESSION, pointer(KEY_TYPE), pointer(KEY), 0, 0]).map(drop)
     }),
-    // What only the filters stop: it reaches nothing that is not the process's own, but makes an attacker's life easier.
+    // Only the filters stop these. They reach nothing outside of the process, but help an attacker.
     ("map_code", |_| {
         let (protection, flags) =
             (libc::PROT_READ | libc::PROT_EXEC, libc::MAP_PRIVATE | libc::MAP_ANONYMOUS);
@@ -138,19 +140,19 @@ const ATTEMPTS: &[(&str, Attempt)] = &[
             [number(libc::AF_UNIX), number(libc::SOCK_STREAM), 0, pair.as_mut_ptr() as usize, 0, 0];
         call(libc::SYS_socketpair, arguments).map(drop)
     }),
-    // What a process may do, and its agent must not heed.
+    // The process may do these, and the agent must ignore them.
     ("forge_messages", |_| forge()),
     ("pass_descriptor", |_| pass_descriptor()),
-    // When the machine has been running for long: what is wrong before is a boot that failed.
+    // The same on a machine that has run for long: an error before that is a failed boot.
     ("forge_messages_later", |_| later(forge)),
     ("pass_descriptor_later", |_| later(pass_descriptor)),
 ];
 
-/// Makes everything ready that the command line's attack is about, if there is one. The process has its privileges still, and
-/// listens at the descriptor `listener`.
+/// Prepares the targets of the attack that the command line names, if it names one. The process still has its
+/// privileges, and listens at the descriptor `listener`.
 ///
 /// # Errors
-/// What cannot be made ready.
+/// A target that cannot be prepared.
 pub fn arm(cmdline: &str, listener: RawFd) -> io::Result<()> {
     let Some(word) = cmdline.split_ascii_whitespace().find_map(|word| word.strip_prefix("attack=")) else {
         return Ok(());
@@ -171,7 +173,7 @@ pub fn arm(cmdline: &str, listener: RawFd) -> io::Result<()> {
     let key = [pointer(KEY_TYPE), pointer(KEY), payload.as_ptr() as usize, payload.len(), SESSION, 0];
     call(libc::SYS_add_key, key)?;
     let shared = call(libc::SYS_shmget, [number(libc::IPC_PRIVATE), 4096, 0o1600, 0, 0, 0])?;
-    // It goes with the process, which keeps it until then.
+    // Keep the segment attached and marked for removal: it goes with the process.
     call(libc::SYS_shmat, [shared, 0, 0, 0, 0, 0])?;
     call(libc::SYS_shmctl, [shared, number(libc::IPC_RMID), 0, 0, 0, 0])?;
     let targets = Targets {
@@ -197,7 +199,7 @@ fn free_group() -> Option<CString> {
     let numbered = |path: &PathBuf| {
         path.file_name().is_some_and(|name| name.as_encoded_bytes().iter().all(u8::is_ascii_digit))
     };
-    // One that somebody has is busy.
+    // A group in use is busy.
     let free = |path: &PathBuf| fs::File::options().read(true).write(true).open(path).is_ok();
     let group = groups.filter(numbered).find(free)?;
     CString::new(group.into_os_string().into_encoded_bytes()).ok()
@@ -212,7 +214,7 @@ fn path_of(listener: RawFd) -> io::Result<Vec<u8>> {
     Ok(path.iter().copied().take_while(|byte| *byte != 0).collect())
 }
 
-/// If the attack is for this thread: tries it, and says what became of it.
+/// Tries the attack if it is for this thread, and logs the result.
 pub fn strike(thread: &str) {
     let Some(targets) = TARGETS.get().filter(|targets| targets.thread == thread) else { return };
     let attempt = ATTEMPTS.iter().find(|(name, _)| *name == targets.what);
@@ -221,12 +223,12 @@ pub fn strike(thread: &str) {
         Some(Ok(())) => "succeeded".to_owned(),
         Some(Err(error)) => format!("failed: {error}"),
     };
-    // What cannot be said is missed by the test.
+    // The test misses a line that cannot be written.
     let _ = writeln!(io::stderr(), "ATTACK {}@{thread}: {outcome}", targets.what);
 }
 
-/// Without signals: the event loop, which waits for a vCPU, kicks it by one now and then. That would interrupt a call that waits,
-/// and be the end of a program that has taken the vCPU's place and does not know it.
+/// Runs an attack with signals blocked. The event loop, which waits for the vCPU, kicks it by a signal now and then:
+/// that would interrupt a blocking call, and end a program that has taken the vCPU's place without a handler for it.
 fn undisturbed(attempt: impl FnOnce() -> io::Result<()>) -> io::Result<()> {
     let mask = |how: i32, new: &u64, old: &mut u64| {
         let (new, old) = (std::ptr::from_ref(new) as usize, std::ptr::from_mut(old) as usize);
@@ -248,10 +250,10 @@ fn pointer(text: &CStr) -> usize {
     text.as_ptr() as usize
 }
 
-/// One system call, not by a library that might make others in its place.
+/// Makes one system call. A library might make others in its place.
 fn call(what: c_long, a: [usize; 6]) -> io::Result<usize> {
-    // SAFETY: none that the kernel would not give: addresses are of live objects of the right size, and what the calls that
-    // succeed do to this process is undone by its end. It is for tests, which attack their own process.
+    // SAFETY: none that the kernel would not give: addresses are of live objects of the right size, and the effects
+    // of successful calls on this process are undone by its end. It is for tests, which attack their own process.
     let result = unsafe { libc::syscall(what, a[0], a[1], a[2], a[3], a[4], a[5]) };
     usize::try_from(result).map_err(|_| io::Error::last_os_error())
 }
@@ -285,7 +287,7 @@ fn connect_unix(kind: i32, name: &[u8]) -> io::Result<()> {
     call(libc::SYS_connect, [socket, address.as_ptr() as usize, address.len(), 0, 0, 0]).map(drop)
 }
 
-/// Sets the loopback interface's length of its queue to what it is: harmless, and a change all the same.
+/// Sets the queue length of the loopback interface to its present value: harmless, and still a change.
 fn netlink(_: &Targets) -> io::Result<()> {
     let socket = socket(libc::AF_NETLINK, libc::SOCK_RAW, 0)?;
     // RTM_NEWLINK with an acknowledgement, for interface 1; IFLA_TXQLEN (13) of 1000.
@@ -318,7 +320,7 @@ fn read_agent_memory(targets: &Targets) -> io::Result<()> {
     call(libc::SYS_process_vm_readv, arguments).map(drop)
 }
 
-/// A child, which ends at once.
+/// Starts a child, which ends at once.
 fn fork(flags: i32) -> io::Result<()> {
     let child = call(libc::SYS_clone, [number(flags | libc::SIGCHLD), 0, 0, 0, 0, 0])?;
     if child == 0 {
@@ -327,7 +329,7 @@ fn fork(flags: i32) -> io::Result<()> {
     Ok(())
 }
 
-/// Another program, which says that it is there.
+/// Runs another program, which prints that it runs.
 fn exec() -> io::Result<()> {
     let targets = TARGETS.get().map(|targets| targets.thread.as_str()).unwrap_or_default();
     let script = format!("echo 'ATTACK exec@{targets}: succeeded' >&2\0");
@@ -337,7 +339,7 @@ fn exec() -> io::Result<()> {
     call(libc::SYS_execve, all).map(drop)
 }
 
-/// A program for a network interface: `r0 = 0; exit`.
+/// Loads a program for a network interface: `r0 = 0; exit`.
 fn bpf() -> io::Result<()> {
     const PROG_LOAD: usize = 5;
     const SCHED_CLS: u32 = 3;
@@ -356,7 +358,7 @@ fn bpf() -> io::Result<()> {
     call(libc::SYS_bpf, [PROG_LOAD, attributes.as_ptr() as usize, attributes.len(), 0, 0, 0]).map(drop)
 }
 
-/// Counts on a CPU, whoever runs on it.
+/// Counts events of all processes on a CPU.
 fn perf() -> io::Result<()> {
     let mut attributes = [0_u32; 32];
     // PERF_TYPE_SOFTWARE, the structure's size; PERF_COUNT_SW_CPU_CLOCK is 0.
@@ -365,7 +367,7 @@ fn perf() -> io::Result<()> {
     call(libc::SYS_perf_event_open, [attributes.as_ptr() as usize, usize::MAX, 0, usize::MAX, 0, 0]).map(drop)
 }
 
-/// Says over this VM's own connection what another VM's adapter, `victim`, wants and has got.
+/// Claims over this VM's own connection that another VM's adapter, `victim`, asks and has been granted.
 fn forge() -> io::Result<()> {
     let adapter = || "victim".to_owned();
     let address = "02:00:00:00:00:99".parse().map_err(io::Error::other)?;
@@ -386,7 +388,7 @@ fn forge() -> io::Result<()> {
     if sent > 0 { Ok(()) } else { Err(io::ErrorKind::NotConnected.into()) }
 }
 
-/// Tries something in two seconds.
+/// Tries an attack in two seconds.
 fn later(attempt: fn() -> io::Result<()>) -> io::Result<()> {
     thread::Builder::new().spawn(move || {
         thread::sleep(Duration::from_secs(2));

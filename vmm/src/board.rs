@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 
-//! What a vCPU's accesses reach: four hops from a guest's store to a device (exit handler, board, bus, device).
+//! The machine's buses: four hops from a guest's store to a device (exit handler, board, bus, device).
 
 use std::sync::Arc;
 
@@ -15,8 +15,8 @@ use devices::{
 
 use crate::{layout, vcpu::exit::Ports};
 
-/// The machine's devices and the buses they are on. Fixed before the first vCPU runs; functions come and go inside of
-/// the PCI bus.
+/// The machine's devices and their buses. Fixed before the first vCPU runs, except that functions come and go on the
+/// PCI bus.
 pub struct Board {
     /// The serial port.
     pub serial: Arc<Serial>,
@@ -29,7 +29,7 @@ pub struct Board {
 }
 
 impl Board {
-    /// Puts the devices in their places.
+    /// Puts the devices at their addresses.
     ///
     /// # Errors
     /// Overlapping ranges: a bug in [`layout`].
@@ -50,12 +50,12 @@ impl Board {
         Ok(Self { serial, acpi, pci: Arc::new(pci), ports, latch })
     }
 
-    /// Devices back to their power-on state. PCI functions are reset by the machine, since that takes time.
+    /// Resets the devices to their power-on state. The machine resets PCI functions, since that takes time.
     pub fn reset(&self) {
         self.serial.reset();
         self.acpi.reset();
         self.pci.reset();
-        // Whatever a second vCPU asked for while the machine was already being reset is answered by the reset.
+        // Drop an event that a second vCPU raised during the reset: the reset answers it.
         self.latch.take();
     }
 }

@@ -23,11 +23,11 @@ pub const HEADER: u64 = 4096;
 /// Bytes of output that are kept.
 pub const RING: u64 = 1 << 20;
 
-/// Where the event loop learns that the console has grown.
+/// Signals the event loop that the console has grown.
 #[derive(Debug)]
 pub struct Watch {
     written: AtomicU64,
-    /// Whether anybody waits: signals that nobody waits for would cost a system call a character.
+    /// Whether the event loop waits. A signal without a waiter would cost a system call per character.
     wanted: AtomicBool,
     grown: EventFd,
 }
@@ -39,19 +39,19 @@ impl Watch {
         self.written.load(Ordering::Acquire)
     }
 
-    /// Asks for one signal of [`Watch::event`] at the next output.
+    /// Requests one signal of [`Watch::event`] at the next output.
     pub fn want(&self) {
         self.wanted.store(true, Ordering::SeqCst);
     }
 
-    /// Readable after output that somebody wanted to know of.
+    /// Becomes readable after the output that [`Watch::want`] requested.
     #[must_use]
     pub fn event(&self) -> &EventFd {
         &self.grown
     }
 }
 
-/// The writing end; belongs to the serial port.
+/// The writing end. The serial port owns it.
 pub struct Console {
     file: File,
     watch: Arc<Watch>,
@@ -59,7 +59,7 @@ pub struct Console {
 }
 
 impl Console {
-    /// A console on `file`, which the agent has made with its full size.
+    /// Makes a console on `file`, which the agent has given its full size.
     ///
     /// # Errors
     /// Those of `eventfd`.
@@ -91,7 +91,8 @@ impl Write for Console {
                     at += chunk.len() as u64;
                     self.file.write_all_at(&at.to_le_bytes(), 0)
                 });
-            // The guest goes on without a log; it cannot be told, and must not be able to fill the host's log.
+            // The guest goes on without a log. It has no way to learn of the error, and must not be able to fill the
+            // host's log.
             if let Err(error) = result
                 && !std::mem::replace(&mut self.failed, true)
             {
@@ -100,7 +101,7 @@ impl Write for Console {
         }
         self.watch.written.store(at, Ordering::Release);
         if self.watch.wanted.swap(false, Ordering::SeqCst) {
-            // A full counter means that the event loop has been told often enough.
+            // If the counter is full, the event loop's wake-up is already pending.
             let _ = self.watch.grown.write(1);
         }
         Ok(bytes.len())
@@ -146,7 +147,7 @@ mod tests {
         let mut console = Console::new(file).unwrap();
         let watch = console.watch();
         console.write_all(b"x").unwrap();
-        assert!(watch.event().read().is_err(), "nobody asked");
+        assert!(watch.event().read().is_err(), "no signal was requested");
         watch.want();
         console.write_all(b"yz").unwrap();
         console.write_all(b"!").unwrap();

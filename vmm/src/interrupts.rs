@@ -19,7 +19,7 @@ use vmm_sys_util::eventfd::EventFd;
 
 use crate::layout::IOAPIC_PINS;
 
-/// KVM's limit is 4096 routes; a machine of ours needs far fewer.
+/// KVM's limit. Our machines need far fewer routes.
 const ROUTES_MAX: u32 = 4096;
 
 /// Routes of one machine. Implements [`MsiRouter`] over irqfds.
@@ -33,12 +33,12 @@ pub struct Routes {
 struct State {
     allocated: BTreeSet<u32>,
     messages: BTreeMap<u32, MsiMessage>,
-    /// Triggers with an irqfd, by route: an eventfd's number is enough to know it again.
+    /// Routes whose trigger has an irqfd. The eventfd's number identifies the trigger.
     connected: BTreeMap<u32, i32>,
 }
 
 impl Routes {
-    /// Routes for a VM whose irqchip exists.
+    /// Makes the routes of a VM that has its irqchip.
     #[must_use]
     pub fn new(vm: Arc<VmFd>) -> Self {
         Self { vm, state: Mutex::new(State::default()) }
@@ -60,7 +60,7 @@ impl Routes {
     }
 }
 
-/// The whole routing table: KVM replaces it as one.
+/// Builds the whole routing table: KVM replaces it as one.
 fn table(messages: &BTreeMap<u32, MsiMessage>) -> Vec<kvm_irq_routing_entry> {
     let mut entries = Vec::with_capacity(IOAPIC_PINS as usize + 16 + messages.len());
     for pin in 0..IOAPIC_PINS {
@@ -136,7 +136,7 @@ impl MsiRouter for Routes {
     fn release(&self, route: RouteId) {
         let mut state = self.state.lock().unwrap_or_else(PoisonError::into_inner);
         state.allocated.remove(&route.0);
-        // The table entry goes with the next change: an unused route does no harm, an ioctl here would.
+        // The table keeps the entry until its next change: an unused route does no harm, an ioctl here would.
         state.messages.remove(&route.0);
     }
 }

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 
-//! Where everything lies in the guest's physical address space and on its port bus.
+//! The layout of the guest's physical address space and of its port bus.
 //!
 //! ```text
 //! 0x0000_0000  page tables, GDT, boot parameters, command line (below 640 KiB)
@@ -30,9 +30,9 @@ pub const CMDLINE: u64 = 0x2_0000;
 pub const CMDLINE_MAX: usize = 2048;
 /// End of the conventional memory that the guest may use.
 pub const LOW_RAM_END: u64 = 0xa_0000;
-/// ACPI tables; the root pointer is the first of them (searched on 16-byte borders by the guest).
+/// ACPI tables. The root pointer is the first of them; the guest searches it at 16-byte boundaries.
 pub const ACPI: Range<u64> = 0xe_0000..0x10_0000;
-/// Where a real-mode processor starts after a reset; ACPI tables end below.
+/// The address at which a real-mode processor starts after a reset; ACPI tables end below.
 pub const RESET_VECTOR: u64 = 0xf_fff0;
 /// Kernels are loaded here or above.
 pub const HIGH_RAM: u64 = 0x10_0000;
@@ -49,26 +49,26 @@ pub const LOCAL_APIC: u32 = 0xfee0_0000;
 pub const KVM_IDENTITY_MAP: u64 = 0xfffb_c000;
 /// See [`KVM_IDENTITY_MAP`].
 pub const KVM_TSS: usize = 0xfffb_d000;
-/// RAM goes on here when it does not fit below the PCI window.
+/// The continuation of RAM that does not fit below the PCI window.
 pub const RAM_64: u64 = 0x1_0000_0000;
 
 /// First serial port.
 pub const SERIAL_PORT: u16 = 0x3f8;
 /// Its interrupt.
 pub const SERIAL_GSI: u32 = 4;
-/// Registers of [`devices::acpi`].
+/// The registers of [`devices::acpi`].
 pub const ACPI_PORT: u16 = 0x600;
 /// Interrupt of the ACPI event device.
 pub const ACPI_EVENT_GSI: u32 = 16;
 /// PCI configuration address and data ports.
 pub const PCI_CONFIG_PORT: u16 = 0xcf8;
 
-/// Pins of the IOAPIC; message-signalled routes get numbers from here on.
+/// The pins of the IOAPIC; message-signalled routes get numbers from here on.
 pub const IOAPIC_PINS: u32 = 24;
 
-/// Smallest guest: the kernel alone needs more, but small test guests do not.
+/// The smallest guest memory in bytes: too little for a Linux kernel, but enough for small test guests.
 pub const MEMORY_MIN: u64 = 2 << 20;
-/// Guest memory is a multiple of this, so that huge pages fit.
+/// The unit of guest memory in bytes: whole huge pages.
 pub const MEMORY_STEP: u64 = 2 << 20;
 
 /// RAM as ranges of guest-physical addresses, for `memory` bytes.
@@ -89,7 +89,7 @@ pub fn ram(memory: u64) -> Vec<Range<u64>> {
 pub fn pci_window_64(memory: u64, physical_bits: u8) -> Range<u64> {
     const GIB: u64 = 1 << 30;
     let ram_end = ram(memory).last().map_or(RAM_64, |range| range.end).max(RAM_64);
-    // 46 bits are what KVM's shadow paging handles everywhere, and more than any BAR here needs.
+    // KVM's shadow paging handles 46 bits everywhere, and no BAR here needs more.
     let end = 1_u64 << physical_bits.clamp(32, 46);
     let start = ram_end.checked_next_multiple_of(GIB).unwrap_or(end);
     start.min(end)..end

@@ -2,14 +2,17 @@
 
 //! One virtual machine: KVM, memory, boot, vCPUs, interrupt routing, event loop, sandbox, control protocol.
 //!
-//! [`process`] is the per-VM process's `main` and event loop; it owns a [`machine`], which is built from [`memory`],
-//! [`interrupts`], a [`board`] with its devices, [`assigned`] VFIO functions, a kernel put in place by [`boot`], and
-//! [`vcpu`] threads. The agent uses nothing but [`control`] and [`console`]'s file format.
+//! [`process`] is the `main` and the event loop of the process of one VM. It owns a [`machine`], which is built from
+//! [`memory`], [`interrupts`], a [`board`] with its devices, [`passthrough_devices`], a kernel that [`boot`] puts in
+//! place, and [`vcpu`] threads. [`agent_client`] carries relays' requests to the agent.
+//!
+//! The agent knows [`control`], the format of [`console`]'s file and, of [`sandbox`], whether the host has Landlock.
+//! It dispatches to [`process::main`] before any of its own code runs. The process of a simulated PF confines itself
+//! with [`sandbox`] and [`seccomp`].
 
-pub mod assigned;
+pub mod agent_client;
 #[cfg(feature = "attacks")]
 pub mod attack;
-pub mod authority;
 pub mod board;
 pub mod boot;
 pub mod console;
@@ -18,6 +21,7 @@ pub mod interrupts;
 pub mod layout;
 pub mod machine;
 pub mod memory;
+pub mod passthrough_devices;
 pub mod process;
 pub mod sandbox;
 pub mod seccomp;

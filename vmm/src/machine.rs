@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 
-//! One virtual machine: built once, then run, paused, reset and taken down by the process's event loop, its only
-//! owner.
+//! One virtual machine. The process's event loop, its only owner, builds it once, then runs, pauses, resets and drops
+//! it.
 
 use std::{
     fs::File,
@@ -21,8 +21,7 @@ use kvm_ioctls::{Cap, Kvm, VmFd};
 use vmm_sys_util::eventfd::EventFd;
 
 use crate::{
-    assigned::{Assigned, AssignedError, Surroundings},
-    authority::Authorities,
+    agent_client::RelayReceiver,
     board::Board,
     boot::{self, BootError, Payload, acpi::Description},
     console::{self, Console},
@@ -30,56 +29,57 @@ use crate::{
     interrupts::Routes,
     layout,
     memory::{self, GuestMemory, MemoryError, Slots},
+    passthrough_devices::{DeviceError, MachineParts, PassthroughDevices},
     sandbox::{self, NewNamespaces, SandboxError},
     seccomp::{self, Confinement, SeccompError},
     vcpu::{self, VcpuError, Vcpus, cpuid, exit::Counters, state},
 };
 
-/// Why a machine cannot be built or reset.
+/// Errors of building or resetting a machine.
 #[derive(Debug, thiserror::Error)]
 pub enum MachineError {
-    /// No KVM.
+    /// KVM is missing, or lacks a capability.
     #[error("{0}")]
     NoKvm(&'static str),
-    /// KVM refused something.
+    /// KVM refused a call.
     #[error("KVM refused to {0}")]
     Kvm(&'static str, #[source] kvm_ioctls::Error),
-    /// More vCPUs than KVM has.
+    /// The VM has more vCPUs than KVM supports.
     #[error("KVM on this host has at most {max} vCPUs, the VM wants {wanted}")]
     TooManyCpus {
-        /// Asked for.
+        /// vCPUs of the specification.
         wanted: u8,
         /// KVM's limit.
         max: usize,
     },
-    /// Guest memory.
+    /// Guest memory cannot be set up.
     #[error(transparent)]
     Memory(#[from] MemoryError),
-    /// Kernel, initramfs or command line.
+    /// The kernel, the initramfs or the command line cannot be used.
     #[error(transparent)]
     Boot(#[from] BootError),
-    /// vCPUs.
+    /// A vCPU failed.
     #[error(transparent)]
     Vcpu(#[from] VcpuError),
-    /// Assigned devices.
+    /// A passthrough device failed.
     #[error(transparent)]
-    Device(#[from] AssignedError),
-    /// The sandbox.
+    Device(#[from] DeviceError),
+    /// The sandbox cannot be built.
     #[error(transparent)]
     Sandbox(#[from] SandboxError),
-    /// seccomp filters.
+    /// A seccomp filter cannot be installed.
     #[error(transparent)]
     Seccomp(#[from] SeccompError),
-    /// An eventfd or another file descriptor.
+    /// An eventfd or another file descriptor cannot be made.
     #[error("Cannot {0}")]
     Io(&'static str, #[source] std::io::Error),
-    /// Devices overlap.
+    /// Devices overlap: a bug.
     #[error("The machine's layout is contradictory; this is a bug of Portcullis")]
     Layout(#[from] devices::bus::BusError),
 }
 
 impl MachineError {
-    /// For the control channel: the whole chain of causes in one sentence.
+    /// The failure for the control channel: the whole chain of causes in one sentence.
     #[must_use]
     pub fn failure(&self) -> Failure {
         let code = match self {
@@ -94,7 +94,7 @@ impl MachineError {
     }
 }
 
-/// An error and its sources on one line.
+/// Joins an error and its sources on one line.
 #[must_use]
 pub fn chain(error: &dyn std::error::Error) -> String {
     let mut text = error.to_string();
@@ -111,7 +111,7 @@ pub fn chain(error: &dyn std::error::Error) -> String {
     text
 }
 
-/// State of the interrupt controllers after their creation, to come back to at a reset.
+/// The state of the interrupt controllers right after their creation, which a reset restores.
 struct PowerOn {
     chips: [kvm_irqchip; 3],
     pit: kvm_pit_state2,
@@ -119,10 +119,10 @@ struct PowerOn {
 
 /// A built machine.
 pub struct Machine {
-    // The order is the order of taking down: vCPUs first, then what they use, memory last.
+    // The fields are dropped in this order: vCPUs first, then the parts that they use, memory last.
     vcpus: Vcpus,
-    /// The assigned functions.
-    pub assigned: Assigned,
+    /// The passthrough devices.
+    pub devices: PassthroughDevices,
     /// Devices and buses.
     pub board: Arc<Board>,
     payload: Payload,
@@ -135,11 +135,11 @@ pub struct Machine {
     size: u64,
 }
 
-/// What the event loop listens to.
+/// The machine's signals to the event loop.
 pub struct Signals {
-    /// vCPUs' events: the eventfd is read first, then the channel is drained.
+    /// The vCPUs' events. Read the eventfd first, then drain the channel.
     pub vcpu_events: Receiver<vcpu::Event>,
-    /// Readable when `vcpu_events` may have something.
+    /// Becomes readable when `vcpu_events` may have an event.
     pub vcpu_signal: EventFd,
     /// Console output.
     pub console: Arc<console::Watch>,
@@ -155,7 +155,7 @@ pub struct Files {
     pub kernel: OwnedFd,
     /// The initramfs.
     pub initramfs: Option<OwnedFd>,
-    /// Of simulated functions to their PFs, in the functions' order.
+    /// The connections of simulated functions to their PFs, in the functions' order.
     pub connections: Vec<OwnedFd>,
 }
 
@@ -164,11 +164,11 @@ impl Machine {
     /// first instruction.
     ///
     /// # Errors
-    /// See [`MachineError`]. The process's privileges may be gone then: it cannot try again.
+    /// See [`MachineError`]. The process may have lost its privileges by then: it cannot try again.
     pub fn build(
         spec: &MachineSpec,
         files: Files,
-        authorities: &Authorities,
+        relays: &RelayReceiver,
         namespaces: NewNamespaces,
     ) -> Result<(Self, Signals), MachineError> {
         #[cfg(feature = "attacks")]
@@ -177,17 +177,17 @@ impl Machine {
         let vm = kvm.create_vm().map_err(|e| MachineError::Kvm("create a VM", e))?;
         without_performance_counters(&vm);
         let vm = Arc::new(vm);
-        // What of KVM no guest has a say in, while a thread makes the namespaces.
+        // Set up the parts of KVM that no guest influences while a thread makes the namespaces.
         let cpuid = cpuid::supported(&kvm).map_err(|e| MachineError::Kvm("list its CPU features", e))?;
-        // Memory first: after the chips the same call takes 4 to 9 ms, before them 0.1 ms (kernel 6.12). Presumably each of
-        // their ports begins a grace period, which this one has to wait for.
+        // Memory first: after the chips the same call takes 4 to 9 ms, before them 0.1 ms (kernel 6.12). Presumably
+        // each of their ports begins a grace period, and the call waits for its end.
         let memory = memory::reserve(spec.memory, spec.hugepages)?;
         let slots: Arc<dyn GuestMapper> = Arc::new(Slots::new(Arc::clone(&vm), &memory)?);
         let power_on = create_chips(&vm)?;
         let fds = create_vcpus(&kvm, &vm, &cpuid, spec.cpus)?;
 
         let root = sandbox::private_root(&spec.sandbox, &spec.devices, namespaces)?;
-        let opened = Assigned::open(&vm, &spec.devices, files.connections)?;
+        let opened = PassthroughDevices::open(&vm, &spec.devices, files.connections)?;
         passthrough::failpoints::reach(passthrough::failpoints::Point::VmmOpened);
         sandbox::empty_root(&spec.sandbox, root)?;
         sandbox::drop_privileges(&spec.sandbox)?;
@@ -210,14 +210,14 @@ impl Machine {
             pci_window_64: layout::pci_window_64(spec.memory, cpuid::physical_bits(&cpuid)),
         };
         let router: Arc<dyn MsiRouter> = routes;
-        let assigned = opened.assemble(&Surroundings {
+        let devices = opened.assemble(&MachineParts {
             memory: &memory,
             router: &router,
             mapper: &slots,
             bus: &board.pci,
             pci_window_64: &description.pci_window_64,
-            authorities,
-            threads: &confinement.of_functions(),
+            relays,
+            threads: &confinement.for_functions(),
         })?;
 
         let (events, vcpu_events, vcpu_signal) =
@@ -226,10 +226,11 @@ impl Machine {
         let first_entry = Arc::new(OnceLock::new());
         let ports: Arc<dyn vcpu::exit::Ports> = board.clone();
         let vcpus = Vcpus::start(fds, &ports, &counters, &Arc::new(events), &first_entry, &confinement)?;
-        // Done while the kernel is read: threads are forbidden only after it.
+        // The first run overlaps the reading of the kernel: only `forbid_threads` must come after it.
         vcpus.begin_first_run()?;
         sandbox::limit_files(&spec.sandbox)?;
-        // All threads are there. What comes from the guest's owner is read with no more than what a reboot needs.
+        // All threads exist now. The kernel image comes from the guest's owner: read it with no more rights than a
+        // reboot has.
         confinement.confine(seccomp::Thread::Main)?;
         let mut payload = Payload {
             kernel: File::from(files.kernel),
@@ -243,7 +244,7 @@ impl Machine {
         sandbox::forbid_threads(&spec.sandbox)?;
         let machine = Self {
             vcpus,
-            assigned,
+            devices,
             board,
             payload,
             description,
@@ -260,7 +261,7 @@ impl Machine {
     /// Lets the vCPUs run.
     ///
     /// # Errors
-    /// A vCPU that does not answer.
+    /// A vCPU does not answer.
     pub fn run(&self) -> Result<(), MachineError> {
         Ok(self.vcpus.run()?)
     }
@@ -268,31 +269,31 @@ impl Machine {
     /// Stops the vCPUs at an instruction boundary.
     ///
     /// # Errors
-    /// A vCPU that does not answer.
+    /// A vCPU does not answer.
     pub fn park(&self) -> Result<(), MachineError> {
         Ok(self.vcpus.park()?)
     }
 
-    /// Back to the kernel's first instruction: devices are reset before memory is used again, or DMA of the last
-    /// boot would write into this one. Leaves the vCPUs parked.
+    /// Goes back to the kernel's first instruction and leaves the vCPUs parked. Devices are reset before memory is
+    /// used again, or DMA of the last boot would write into this one.
     ///
     /// # Errors
     /// See [`MachineError`]; the machine cannot go on then.
     pub fn reset(&mut self) -> Result<(), MachineError> {
         self.vcpus.park()?;
-        self.assigned.reset()?;
+        self.devices.reset()?;
         self.board.reset();
         for chip in &self.power_on.chips {
             self.vm.set_irqchip(chip).map_err(|e| MachineError::Kvm("reset an interrupt controller", e))?;
         }
         self.vm.set_pit2(&self.power_on.pit).map_err(|e| MachineError::Kvm("reset the timer", e))?;
-        // Before memory is loaded: KVM keeps the last boot's clocks and steal times in it until then.
+        // Before loading memory: until then KVM keeps writing the last boot's clocks and steal times into it.
         self.vcpus.power_on()?;
         let entry = boot::load(&self.memory, &mut self.payload, &self.description)?;
         Ok(self.vcpus.enter(entry)?)
     }
 
-    /// Counters. `started` is when the process began.
+    /// Reads the counters. `started` is the start of the process.
     #[must_use]
     pub fn stats(&self, started: Instant, boots: u64) -> Stats {
         let first_entry_ns = self
@@ -303,7 +304,7 @@ impl Machine {
             memory: self.size,
             boots,
             first_entry_ns,
-            devices: self.assigned.stats(),
+            devices: self.devices.stats(),
             ..Stats::default()
         };
         self.counters.report(&mut stats);
@@ -316,7 +317,7 @@ fn io(what: &'static str) -> impl FnOnce(std::io::Error) -> MachineError {
 }
 
 fn open_kvm(fd: OwnedFd, spec: &MachineSpec) -> Result<Kvm, MachineError> {
-    // SAFETY: the descriptor is owned and given away here; whether it is /dev/kvm is asked next.
+    // SAFETY: the descriptor is owned and given away here; the next call checks that it is /dev/kvm.
     let kvm = unsafe { Kvm::from_raw_fd(fd.into_raw_fd()) };
     if u32::try_from(kvm.get_api_version()) != Ok(KVM_API_VERSION) {
         return Err(MachineError::NoKvm("The file given as /dev/kvm is not KVM; load kvm_intel or kvm_amd"));
@@ -338,13 +339,13 @@ fn open_kvm(fd: OwnedFd, spec: &MachineSpec) -> Result<Kvm, MachineError> {
     Ok(kvm)
 }
 
-/// CPUID cannot hide the first performance counters of AMD; this capability removes them (Documentation/virt/kvm/api.rst, 8.35). Before the first
-/// vCPU. A kernel older than 5.18 does not know it.
+/// Removes performance counters, the first of which CPUID cannot hide on AMD (Documentation/virt/kvm/api.rst, 8.35).
+/// Must come before the first vCPU. A kernel older than 5.18 does not know the capability.
 fn without_performance_counters(vm: &VmFd) {
     let mut capability = kvm_enable_cap { cap: KVM_CAP_PMU_CAPABILITY, ..kvm_enable_cap::default() };
     capability.args[0] = KVM_PMU_CAP_DISABLE.into();
     if let Err(error) = vm.enable_cap(&capability) {
-        tracing::debug!("the guest has what performance counters CPUID does not tell of: {error}");
+        tracing::debug!("The guest keeps the performance counters that CPUID cannot hide: {error}");
     }
 }
 
@@ -384,7 +385,7 @@ fn create_vcpus(
         .collect()
 }
 
-/// An eventfd whose signals raise a pin of the IOAPIC.
+/// Makes an eventfd whose signals raise a pin of the IOAPIC.
 fn pin(routes: &Routes, gsi: u32) -> Result<EventFd, MachineError> {
     let trigger = EventFd::new(libc::EFD_NONBLOCK | libc::EFD_CLOEXEC).map_err(io("make an eventfd"))?;
     routes.connect_pin(gsi, &trigger).map_err(io("connect an interrupt"))?;

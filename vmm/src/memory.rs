@@ -16,12 +16,12 @@ use vm_memory::{GuestAddress, GuestMemoryBackend, GuestMemoryMmap, GuestRegionMm
 
 use crate::layout;
 
-/// Guest memory as it is used here: anonymous mappings, no dirty bitmap.
+/// Guest memory: anonymous mappings, no dirty bitmap.
 pub type GuestMemory = GuestMemoryMmap<()>;
 
 const PAGE: u64 = 4096;
 
-/// Why guest memory cannot be had.
+/// Errors of guest memory.
 #[derive(Debug, thiserror::Error)]
 pub enum MemoryError {
     /// Not a multiple of 2 MiB, or too small.
@@ -49,7 +49,7 @@ pub enum MemoryError {
     },
 }
 
-/// Reserves guest memory. Pages are given by the host's kernel on first touch.
+/// Reserves guest memory. The host's kernel allocates pages on first touch.
 ///
 /// # Errors
 /// See [`MemoryError`].
@@ -73,7 +73,7 @@ pub fn reserve(size: u64, hugepages: bool) -> Result<GuestMemory, MemoryError> {
     GuestMemory::from_regions(regions).map_err(MemoryError::Regions)
 }
 
-/// A crash of this process must not write a guest's memory to the host's disk.
+/// Keeps a crash of this process from writing a guest's memory to the host's disk.
 fn keep_out_of_core_dumps(region: &MmapRegion) {
     // SAFETY: the range is a mapping that `region` owns; MADV_DONTDUMP does not change its contents.
     let result = unsafe {
@@ -86,12 +86,12 @@ fn keep_out_of_core_dumps(region: &MmapRegion) {
 
 /// KVM's memory slots: guest memory first, then windows into devices.
 ///
-/// A window is refused if it overlaps RAM, another window, the machine's own devices, or host memory that some
-/// device declared forbidden. This is the one place where memory becomes visible to the guest.
+/// Refuses a window that overlaps RAM, another window, the machine's own devices, or host memory that a device has
+/// forbidden. No other code makes memory visible to the guest.
 pub struct Slots {
     vm: Arc<VmFd>,
     ram: Vec<Range<u64>>,
-    /// Windows of devices. Held for a few instructions and one ioctl; every caller may be a vCPU thread.
+    /// The devices' windows. The lock is held for a few instructions and one ioctl; any caller may be a vCPU thread.
     state: Mutex<State>,
 }
 
@@ -111,7 +111,7 @@ struct Window {
 }
 
 impl Slots {
-    /// Gives all of `memory` to the guest.
+    /// Maps all of `memory` into the guest.
     ///
     /// # Errors
     /// [`MemoryError::Slot`].
@@ -159,7 +159,7 @@ fn refused(why: &str) -> io::Error {
     io::Error::new(io::ErrorKind::InvalidInput, why.to_owned())
 }
 
-/// The rules for a window, apart from KVM so that they can be tested.
+/// Checks a window, apart from KVM so that tests can call it.
 fn check(
     gpa: &Range<u64>,
     host: &Range<u64>,

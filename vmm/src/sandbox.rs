@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 
-//! How the process gives up what it does not need before guest code is loaded.
+//! The process gives up its privileges here, before it loads guest code.
 //!
 //! ```text
 //!   root of the host ──private_root──▶ only /dev/vfio/vfio, /dev/vfio/N, device links
@@ -9,12 +9,13 @@
 //!    a thread makes it in advance ──▶ empty, read-only root ──drop_privileges──▶ own uid, no capability, Landlock
 //! ```
 //!
-//! Called while the process has one thread; threads that are started later inherit the result. Once all are there,
-//! [`limit_files`] and [`forbid_threads`] take away what none of them needs, and [`crate::seccomp`] confines each to its system calls.
+//! All of it runs while the process has one thread; later threads inherit the result. Once all threads are there,
+//! [`limit_files`] and [`forbid_threads`] remove rights that none of them needs, and [`crate::seccomp`] confines each
+//! to its system calls.
 //!
-//! There is no PID namespace: a process cannot enter one, only its children do, so that the agent would have to start
-//! each vmm by a `clone3` of its own in place of the standard library's fork and exec. What it would hide, other processes' ids,
-//! is of no use without a right to do something to them.
+//! There is no PID namespace. A process cannot enter one, only its children do, so the agent would have to start each
+//! vmm by its own `clone3` in place of the standard library's fork and exec. It would hide only the ids of other
+//! processes, which are of no use without a right over those processes.
 
 use std::{
     fs, io,
@@ -44,33 +45,33 @@ use vmm_sys_util::signal::register_signal_handler;
 
 use crate::control::{DeviceBackend, DeviceSpec, SandboxSpec};
 
-/// Where the new root is mounted: any directory that every host has. Only this process sees the mount.
+/// The mount point of the new root: any directory that every host has. Only this process sees the mount.
 const STAGE: &str = "/tmp";
-/// The directory that is the root in the end, in the root of its mount namespace.
+/// The directory that is the final root, in the root of its mount namespace.
 const EMPTY: &str = "root";
-/// Where `vfio-ioctls` finds a device's group, inside of the private root.
+/// The directory in which `vfio-ioctls` finds a device's group, inside of the private root.
 const DEVICES: &str = "/devices";
 
 /// Room for files that are opened later: connections of agents, and three eventfds for each simulated function whose
 /// interrupts the guest turns on.
 const MORE_FILES: u64 = 128;
-/// The longest file that it may write, in bytes: the console's ring is shorter, and its log is cut by the agent.
+/// The longest file in bytes that the process may write. The console's ring is shorter, and the agent cuts the log.
 const FILE_MAX: u64 = 16 << 20;
-/// The newest kernel interface whose restrictions are asked for; what the host's kernel does not know of them is left out.
+/// The newest Landlock interface to use. An older kernel on the host applies the restrictions that it knows.
 const LANDLOCK: ABI = ABI::V10;
 
-/// Why the sandbox cannot be built.
+/// Errors of building the sandbox.
 #[derive(Debug, thiserror::Error)]
 pub enum SandboxError {
-    /// A step that needs privileges or a kernel's part.
+    /// A step that needs privileges or a feature of the kernel.
     #[error("Cannot {what}; the vmm needs a kernel with namespaces and an agent with CAP_SYS_ADMIN")]
     Step {
-        /// Which.
+        /// The step.
         what: String,
-        /// Why.
+        /// The cause.
         source: io::Error,
     },
-    /// Landlock.
+    /// Landlock refused.
     #[error(
         "Cannot confine itself by Landlock: the host needs a kernel of version 5.13 or newer with CONFIG_SECURITY_LANDLOCK, \
          and `landlock` in its list of security modules (the boot parameter lsm=)"
@@ -82,7 +83,7 @@ fn failed<T>(result: Result<T, impl Into<io::Error>>, what: impl Into<String>) -
     result.map_err(|e| SandboxError::Step { what: what.into(), source: e.into() })
 }
 
-/// Where a device's sysfs-like directory lies in the private root.
+/// The path of a device's sysfs-like directory in the private root.
 #[must_use]
 pub fn device_path(bdf: &str) -> PathBuf {
     Path::new(DEVICES).join(bdf)
@@ -90,20 +91,21 @@ pub fn device_path(bdf: &str) -> PathBuf {
 
 const NAMESPACES: UnshareFlags = UnshareFlags::NEWNET.union(UnshareFlags::NEWIPC).union(UnshareFlags::NEWUTS);
 
-/// Where a thread finds its namespaces of [`NAMESPACES`] (proc(5)).
+/// The files of a thread's [`NAMESPACES`] (proc(5)).
 const NAMESPACE_FILES: [(&str, LinkNameSpaceType); 3] = [
     ("net", LinkNameSpaceType::Network),
     ("ipc", LinkNameSpaceType::InterProcessCommunication),
     ("uts", LinkNameSpaceType::HostNameAndNISDomainName),
 ];
 
-/// Namespaces that are being made, and the empty root. That takes the kernel longer than all the rest of the sandbox (a network
-/// namespace alone 0.4 to 0.7 ms): a thread does it while the agent says what to build, and while KVM is set up.
+/// Namespaces and the empty root, in the making. The kernel takes longer for them than for all the rest of the
+/// sandbox (0.4 to 0.7 ms for a network namespace alone). So a thread makes them while the process waits for the
+/// agent's specification and sets up KVM.
 #[derive(Debug)]
-pub struct NewNamespaces(JoinHandle<Made>);
+pub struct NewNamespaces(JoinHandle<NewParts>);
 
 #[derive(Debug)]
-struct Made {
+struct NewParts {
     namespaces: io::Result<Vec<(fs::File, LinkNameSpaceType)>>,
     root: Result<fs::File, SandboxError>,
 }
@@ -113,12 +115,12 @@ struct Made {
 pub struct EmptyRoot(Result<fs::File, SandboxError>);
 
 impl NewNamespaces {
-    /// Begins. What cannot be made is told by [`private_root`] and [`empty_root`], if it is wanted.
+    /// Begins. [`private_root`] and [`empty_root`] return errors of the making, if the sandbox includes the part.
     ///
     /// # Errors
-    /// No thread.
+    /// The thread cannot be started.
     pub fn begin() -> io::Result<Self> {
-        let make = || Made { namespaces: new_namespaces(), root: new_root() };
+        let make = || NewParts { namespaces: new_namespaces(), root: new_root() };
         Ok(Self(std::thread::Builder::new().name("namespaces".into()).spawn(make)?))
     }
 }
@@ -130,7 +132,7 @@ fn new_namespaces() -> io::Result<Vec<(fs::File, LinkNameSpaceType)>> {
     NAMESPACE_FILES.into_iter().map(open).collect()
 }
 
-/// A mount namespace of its own whose root is empty and read-only, but for an empty directory.
+/// Makes a mount namespace whose root is empty and read-only, but for an empty directory.
 fn new_root() -> Result<fs::File, SandboxError> {
     own_mounts()?;
     let namespace = failed(fs::File::open("/proc/thread-self/ns/mnt"), "open a mount namespace of its own")?;
@@ -146,7 +148,7 @@ fn new_root() -> Result<fs::File, SandboxError> {
     Ok(namespace)
 }
 
-/// Enters a mount namespace of its own, whose mounts concern nobody else.
+/// Enters a new mount namespace, whose mounts no other process sees.
 fn own_mounts() -> Result<(), SandboxError> {
     // SAFETY: as in `new_namespaces`.
     failed(unsafe { thread::unshare_unsafe(UnshareFlags::NEWNS) }, "enter a mount namespace of its own")?;
@@ -154,8 +156,8 @@ fn own_mounts() -> Result<(), SandboxError> {
     failed(mount_change("/", private), "make its mounts private")
 }
 
-/// Moves into namespaces of its own and, if there are VFIO devices, a root that holds their nodes and nothing else, as far as
-/// `spec` says so. `namespaces` are those that it enters; the root of the rest of its life is returned.
+/// Moves into the new `namespaces` and, if there are VFIO devices, a root that holds their nodes and nothing else, as
+/// far as `spec` includes these parts. Returns the final root.
 ///
 /// # Errors
 /// [`SandboxError`] naming the step.
@@ -164,7 +166,7 @@ pub fn private_root(
     devices: &[DeviceSpec],
     namespaces: NewNamespaces,
 ) -> Result<EmptyRoot, SandboxError> {
-    // Nobody is to be there who has no filter: its end is waited for in any case.
+    // Wait for the thread's end in any case: no thread without a filter may be left.
     let joined = namespaces.0.join().map_err(|_| io::Error::other("the thread that makes them panicked"));
     let made = failed(joined, "make namespaces of its own")?;
     if spec.namespaces {
@@ -216,10 +218,10 @@ fn bind_node(name: &str, into: &Path) -> Result<(), SandboxError> {
     failed(mount_bind(&source, &target), format!("bind {}", source.display()))
 }
 
-/// Makes `new_root` (a mount point) the root and lets go of the old one.
+/// Makes `new_root` (a mount point) the root and detaches the old one.
 fn pivot(new_root: &Path) -> Result<(), SandboxError> {
     failed(chdir(new_root), "enter its new root")?;
-    // Stacks the old root on the new one; the unmount then takes the old one away (pivot_root(2), NOTES).
+    // Stacks the old root on the new one; the unmount then removes the old one (pivot_root(2), NOTES).
     failed(pivot_root(".", "."), "pivot into its new root")?;
     failed(unmount(".", UnmountFlags::DETACH), "let go of its old root")?;
     failed(chdir("/"), "enter its new root")
@@ -227,8 +229,9 @@ fn pivot(new_root: &Path) -> Result<(), SandboxError> {
 
 /// Moves on to the empty, read-only root.
 ///
-/// It is a directory of the root of its mount namespace, not that root itself, which is as empty: the kernel refuses a user
-/// namespace, in which it would have capabilities again, to a process whose root is changed so (`current_chrooted`).
+/// It is a directory of its mount namespace's root, not that root itself, which is as empty: for a process with a
+/// changed root the kernel refuses to make a user namespace (`current_chrooted`), in which the process would have
+/// capabilities again.
 ///
 /// # Errors
 /// [`SandboxError`] naming the step.
@@ -242,13 +245,13 @@ pub fn empty_root(spec: &SandboxSpec, root: EmptyRoot) -> Result<(), SandboxErro
     failed(chdir("/"), enter)
 }
 
-/// Becomes the unprivileged user of `spec`, without any capability and without a way to get one, and lets Landlock forbid what
-/// Landlock can.
+/// Becomes the unprivileged user of `spec`, without any capability and without a way to get one, and applies
+/// Landlock.
 ///
 /// # Errors
 /// [`SandboxError`] naming the step.
 pub fn drop_privileges(spec: &SandboxSpec) -> Result<(), SandboxError> {
-    // A core file would hold what the guest may not leak: devices' registers, this process's secrets.
+    // A core file would hold data that must not leak: devices' registers, this process's secrets.
     failed(setrlimit(Resource::Core, Rlimit { current: Some(0), maximum: Some(0) }), "forbid core files")?;
     if let (Some(uid), Some(gid)) = (spec.uid, spec.gid) {
         drop_bounding_set()?;
@@ -266,7 +269,7 @@ pub fn drop_privileges(spec: &SandboxSpec) -> Result<(), SandboxError> {
     if spec.landlock { landlock().map_err(SandboxError::Landlock) } else { Ok(()) }
 }
 
-/// Also those that an agent without root was given.
+/// Drops also the capabilities of an agent that runs without root.
 fn drop_capabilities() -> Result<(), SandboxError> {
     let none = thread::CapabilitySets {
         effective: thread::CapabilitySet::empty(),
@@ -276,16 +279,17 @@ fn drop_capabilities() -> Result<(), SandboxError> {
     failed(thread::set_capabilities(None, none), "drop its capabilities")
 }
 
-/// Whoever shares a session keyring possesses its keys, whatever its user: the agent's is left for an empty one.
+/// Leaves the agent's session keyring for an empty one: all members of a session keyring possess its keys, whatever
+/// their user.
 fn leave_session_keyring() -> Result<(), SandboxError> {
     let anonymous: *const libc::c_char = std::ptr::null();
-    // SAFETY: the operation takes a name or null, and changes nothing but which keyring this thread has.
+    // SAFETY: the operation takes a name or null, and changes only the keyring of this thread.
     let joined = unsafe { libc::syscall(libc::SYS_keyctl, libc::KEYCTL_JOIN_SESSION_KEYRING, anonymous) };
     if joined >= 0 {
         return Ok(());
     }
     let error = io::Error::last_os_error();
-    // A kernel without keys.
+    // A kernel without keys has none to leave.
     if error.raw_os_error() == Some(libc::ENOSYS) {
         Ok(())
     } else {
@@ -304,28 +308,30 @@ fn ruleset() -> Result<RulesetCreated, RulesetError> {
         .create()
 }
 
-/// Denies the calling thread, and those that it starts, every file that is not open yet, TCP ports, abstract sockets and
-/// signals to others: what of it the kernel knows.
+/// Denies the calling thread, and the threads that it starts, all new files, TCP ports, abstract sockets and signals
+/// to other processes, as far as the kernel can.
 fn landlock() -> Result<(), RulesetError> {
-    // Without a rule nothing is allowed.
+    // A ruleset without rules allows nothing.
     ruleset()?.restrict_self().map(drop)
 }
 
-/// Whether this host's kernel has Landlock.
+/// Checks that this host's kernel has Landlock.
 ///
 /// # Errors
-/// [`SandboxError::Landlock`] if not, with the cure.
+/// [`SandboxError::Landlock`], with the cure, if it has not.
 pub fn landlock_available() -> Result<(), SandboxError> {
     ruleset().map(drop).map_err(SandboxError::Landlock)
 }
 
-/// Lets malloc have one heap for all threads. Shrinking another thread's own heap makes glibc read
-/// `/proc/sys/vm/overcommit_memory`, at some time in the life of the process, and no thread may open files then. (It also
-/// saves memory: there are few threads, and each has a cache before the heap.) To be called before threads are started.
+/// Gives malloc one heap for all threads. Call it before the first thread starts.
+///
+/// When glibc shrinks the heap of another thread, at some time in the life of the process, it reads
+/// `/proc/sys/vm/overcommit_memory`, and no thread may open files then. (One heap also saves memory: there are few
+/// threads, and each has a cache before the heap.)
 pub fn one_heap() {
     // SAFETY: sets a number in the allocator, under its own lock.
     unsafe { libc::mallopt(libc::M_ARENA_MAX, 1) };
-    // In a test the process's threads have heaps of their own already: these are not shrunk.
+    // In a test the process's threads already have their own heaps: do not shrink these.
     #[cfg(test)]
     // SAFETY: as above.
     unsafe {
@@ -333,7 +339,7 @@ pub fn one_heap() {
     };
 }
 
-/// Limits what a process needs little of once its threads are there: few files more, and short ones.
+/// Lowers the limits of a process whose threads are all there: few new files, and short ones.
 ///
 /// # Errors
 /// [`SandboxError`] naming the step.
@@ -341,7 +347,7 @@ pub fn limit_files(spec: &SandboxSpec) -> Result<(), SandboxError> {
     if !spec.limits {
         return Ok(());
     }
-    // Writing more is an error then, not the end.
+    // A write beyond the limit fails then, and does not end the process.
     failed(
         register_signal_handler(SIGXFSZ, no_more).map_err(|e| io::Error::from_raw_os_error(e.errno())),
         "ignore a file that is too long",
@@ -352,8 +358,8 @@ pub fn limit_files(spec: &SandboxSpec) -> Result<(), SandboxError> {
     lower(Resource::Fsize, FILE_MAX, "limit the length of files")
 }
 
-/// Forbids new threads and processes, also to a process without a seccomp filter. Not before its vCPUs have been in KVM_RUN once:
-/// kernels from 6.13 on start a worker of the VM there, which counts as a thread of this process.
+/// Forbids new threads and processes, also to a process without a seccomp filter. Call it after the vCPUs' first
+/// KVM_RUN: there kernels from 6.13 on start a worker of the VM, which counts as a thread of this process.
 ///
 /// # Errors
 /// [`SandboxError`] naming the step.

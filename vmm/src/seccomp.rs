@@ -1,11 +1,11 @@
 // SPDX-License-Identifier: Apache-2.0
 
-//! seccomp: which system calls each thread may make.
+//! seccomp: the system calls that each thread may make.
 //!
-//! The filters are in `resources/seccomp`, one for each kind of thread, and are compiled at build time. A thread installs
-//! its own before it does anything else; the event loop's thread, which starts all others, does it once they are there
-//! and before it reads the kernel image. No filter lets a thread start a thread or a program. What a filter does not
-//! allow ends the whole process by SIGSYS.
+//! `resources/seccomp` has one filter for each kind of thread; the build compiles them. A thread installs its own
+//! before it does anything else. The event loop's thread starts all others, so it installs its own once they are
+//! there, and before it reads the kernel image. No filter lets a thread start a thread or a program. A forbidden
+//! system call ends the whole process by SIGSYS.
 
 use std::{
     sync::{
@@ -24,13 +24,14 @@ mod compiled {
     include!(concat!(env!("OUT_DIR"), "/seccomp.rs"));
 }
 
-/// Where a filter wants the process's own id, which is known only now: no process can have this one (`PID_MAX_LIMIT`).
+/// The placeholder for the process's own id, which is known only at run time. No process can have this id
+/// (`PID_MAX_LIMIT`).
 const OWN_PID: u32 = 0x7fff_ffff;
 
-/// How long a thread may take to install its filter.
+/// The longest time that a thread may take to install its filter.
 const PATIENCE: Duration = Duration::from_secs(10);
 
-/// Why a filter cannot be installed.
+/// Errors of installing filters.
 #[derive(Debug, thiserror::Error)]
 pub enum SeccompError {
     /// The kernel refused.
@@ -38,25 +39,25 @@ pub enum SeccompError {
         "Cannot install the seccomp filter of thread {thread}; the host's kernel needs CONFIG_SECCOMP_FILTER"
     )]
     Refused {
-        /// Which.
+        /// The thread's name.
         thread: &'static str,
-        /// Why.
+        /// The cause.
         source: seccompiler::Error,
     },
-    /// A thread has not said that its filter is there.
+    /// A thread has not confirmed its filter.
     #[error("A thread has not installed its seccomp filter in time")]
     Silent,
 }
 
-/// Who is confined.
+/// The kinds of confined threads.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Thread {
-    /// The event loop's.
+    /// The event loop's thread.
     Main,
-    /// A vCPU's.
+    /// A vCPU's thread.
     Vcpu,
-    /// One of an assigned function.
-    Of(ThreadKind),
+    /// A thread of a passthrough function.
+    Function(ThreadKind),
     /// The process of a simulated PF.
     SimulatedPf,
 }
@@ -68,9 +69,9 @@ impl Thread {
         match self {
             Self::Main => "main",
             Self::Vcpu => "vcpu",
-            Self::Of(ThreadKind::Relay) => "relay",
-            Self::Of(ThreadKind::Function) => "function-thread",
-            Self::Of(ThreadKind::SimulatedVf) => "simulated-vf",
+            Self::Function(ThreadKind::Relay) => "relay",
+            Self::Function(ThreadKind::Function) => "function-thread",
+            Self::Function(ThreadKind::SimulatedVf) => "simulated-vf",
             Self::SimulatedPf => "simulated-pf",
         }
     }
@@ -79,9 +80,9 @@ impl Thread {
         match self {
             Self::Main => compiled::MAIN,
             Self::Vcpu => compiled::VCPU,
-            Self::Of(ThreadKind::Relay) => compiled::RELAY,
-            Self::Of(ThreadKind::Function) => compiled::FUNCTION,
-            Self::Of(ThreadKind::SimulatedVf) => compiled::SIMULATED_VF,
+            Self::Function(ThreadKind::Relay) => compiled::RELAY,
+            Self::Function(ThreadKind::Function) => compiled::FUNCTION,
+            Self::Function(ThreadKind::SimulatedVf) => compiled::SIMULATED_VF,
             Self::SimulatedPf => compiled::SIMULATED_PF,
         }
     }
@@ -103,7 +104,7 @@ impl Thread {
     }
 }
 
-/// Confines the threads of a machine as they start, and knows when all are.
+/// Confines the threads of a machine as they start, and waits until all are confined.
 pub struct Confinement {
     on: bool,
     expected: Arc<AtomicUsize>,
@@ -112,32 +113,32 @@ pub struct Confinement {
 }
 
 impl Confinement {
-    /// Threads get filters if `on`.
+    /// Confines threads only if `on`.
     #[must_use]
     pub fn new(on: bool) -> Self {
         let (sender, results) = mpsc::channel();
         Self { on, expected: Arc::default(), sender, results }
     }
 
-    /// What a thread that is about to be started does first.
+    /// Returns the first work of a thread that is about to start: it confines the thread.
     pub fn prepare(&self, thread: Thread) -> impl FnOnce() + Send + 'static {
         prepare(self.on, &self.expected, self.sender.clone(), thread)
     }
 
-    /// The same for threads of assigned functions.
+    /// Returns the same for the threads of passthrough functions.
     #[must_use]
-    pub fn of_functions(&self) -> ThreadStart {
+    pub fn for_functions(&self) -> ThreadStart {
         let (on, expected, sender) = (self.on, Arc::clone(&self.expected), Mutex::new(self.sender.clone()));
         ThreadStart::new(move |kind| {
             let sender = sender.lock().unwrap_or_else(PoisonError::into_inner).clone();
-            Box::new(prepare(on, &expected, sender, Thread::Of(kind)))
+            Box::new(prepare(on, &expected, sender, Thread::Function(kind)))
         })
     }
 
     /// Waits until every thread that was started is confined.
     ///
     /// # Errors
-    /// The first thread's that could not be.
+    /// The first failure of a thread.
     pub fn wait(&self) -> Result<(), SeccompError> {
         for _ in 0..self.expected.swap(0, Ordering::AcqRel) {
             self.results.recv_timeout(PATIENCE).map_err(|_| SeccompError::Silent)??;
@@ -145,7 +146,7 @@ impl Confinement {
         Ok(())
     }
 
-    /// Confines the calling thread, which starts no other from now on.
+    /// Confines the calling thread, which must start no other from now on.
     ///
     /// # Errors
     /// [`SeccompError::Refused`].
@@ -170,13 +171,13 @@ fn prepare(
     }
     move || {
         let result = if on { thread.confine() } else { Ok(()) };
-        // A vCPU's has its place when it is to run.
+        // A vCPU's attack runs at its first run.
         #[cfg(feature = "attacks")]
         if thread != Thread::Vcpu {
             crate::attack::strike(thread.name());
         }
         if on {
-            // Nobody waits any more if the machine could not be built.
+            // If the machine could not be built, there is no receiver any more.
             let _ = sender.send(result);
         }
     }

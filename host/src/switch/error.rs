@@ -72,7 +72,9 @@ pub enum SwitchError {
         why: String,
     },
     /// A new switch is to be distributed, and this release has no shared store for its definition.
-    #[error("A switch of kind distributed needs a store that hosts share, which this release does not have: use standard")]
+    #[error(
+        "A switch of kind distributed needs a store that hosts share, which this release does not have: use standard"
+    )]
     Distributed,
     /// A limit of this agent.
     #[error("{0}")]

@@ -9,7 +9,9 @@ use api::{
     Missing,
     types::{Name, ObjectKind, ObjectRef, PortGroupSpec, PortSpec, SwitchSpec, Timestamp},
 };
-use netpolicy::{Corrections, Entity, PortGroup, PortGroupId, PortId, Switch, SwitchId, SwitchKind, SwitchState};
+use netpolicy::{
+    Corrections, Entity, PortGroup, PortGroupId, PortId, Switch, SwitchId, SwitchKind, SwitchState,
+};
 use uuid::Uuid;
 
 use super::{

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 
-//! What a port's VF must be given or lose so that it has what its policy says, and nothing that it forbids.
+//! The corrections that bring a port's VF to its policy, no more and no less.
 
 use serde::{Deserialize, Serialize};
 
@@ -17,13 +17,13 @@ use crate::{
 /// One step towards the policy.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Correction {
-    /// What to change.
+    /// The change.
     pub change: Change,
-    /// The setting that wants it; none for what is never left on.
+    /// The setting that requires it; none for a state that is never left on.
     pub decided_by: Option<DecidedBy>,
-    /// Whether the guest loses something by it, which is to be recorded; else it is given, or only re-adjusted.
+    /// Whether it revokes something from the guest, which is recorded. Else it grants or only re-adjusts.
     pub taken_back: bool,
-    /// What the device has.
+    /// The value that the device has.
     pub old: String,
 }
 
@@ -35,8 +35,8 @@ pub struct Corrections {
     pub port: PortId,
     /// Its VF.
     pub vf: Option<VfRef>,
-    /// The steps. What the PF does by itself, and cuts most off, comes first; the port VLAN last, as PF drivers hear
-    /// nothing of VLANs from a VF that has one.
+    /// The steps. Changes that the PF makes by itself, and that cut off most, come first. The port VLAN comes last,
+    /// as PF drivers ignore VLAN messages of a VF that has one.
     pub list: Vec<Correction>,
 }
 
@@ -49,7 +49,7 @@ impl Corrections {
 }
 
 impl SwitchState {
-    /// What a port's VF must be given or lose now. Empty without a VF, and after the corrections were committed.
+    /// The corrections that a port's VF needs now. Empty without a VF, and after the corrections were committed.
     ///
     /// # Errors
     /// No such port.
@@ -116,7 +116,7 @@ impl<'a> Corrector<'a> {
 
     fn vlans(&mut self) {
         let (device, limit) = (self.device(), usize::from(self.policy.vlan_limit.value.get()));
-        // What is kept at most: the guest's own before stale ones, lower ones first.
+        // Keep as many as allowed: the guest's own before stale ones, lower ones first.
         let mut kept = 0;
         let mut leave: Vec<(VlanId, Setting)> = Vec::new();
         for vlan in device.vlans.iter().chain(device.stale_vlans.difference(&device.vlans)) {
@@ -141,7 +141,7 @@ impl<'a> Corrector<'a> {
         if all_allowed && device.unicast.len() <= limit {
             return device.unicast.len();
         }
-        // There is no message that removes one.
+        // No message removes a single address.
         let keep: Vec<_> = device.unicast.iter().copied().filter(|mac| allowed(*mac)).take(limit).collect();
         let held: Vec<_> = device.unicast.iter().map(ToString::to_string).collect();
         let setting = if all_allowed { Setting::UnicastLimit } else { Setting::MacChanges };
@@ -153,7 +153,7 @@ impl<'a> Corrector<'a> {
         kept
     }
 
-    /// Adds addresses that the guest asked for and that have become free, besides those that stay.
+    /// Adds addresses that the guest requested and that have become free, besides those that stay.
     fn wanted(&mut self, kept: usize, may_have: impl Fn(MacAddress) -> bool) {
         let (device, policy) = (self.device(), &self.policy);
         let allowed = |mac: &MacAddress| {

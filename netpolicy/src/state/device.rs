@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 
-//! What a port's VF has been given, and what it must have.
+//! The state that a port's VF has been given, and the state that it must have.
 
 use std::num::NonZeroU32;
 
@@ -14,7 +14,7 @@ use crate::{
 };
 
 impl SwitchState {
-    /// What the PF must be programmed to before the guest starts: the initial address and what the policy says.
+    /// The settings that the PF must have before the guest starts: the initial address and the policy.
     ///
     /// # Errors
     /// No such port.
@@ -23,7 +23,7 @@ impl SwitchState {
         Ok(pf_settings(&self.effective_policy(port)?, initial))
     }
 
-    /// What the PF must show now, with the effective address: what is read from it and differs is drift.
+    /// The settings that the PF must have now, with the effective address. A difference from them is drift.
     ///
     /// # Errors
     /// No such port.
@@ -32,12 +32,13 @@ impl SwitchState {
         Ok(pf_settings(&self.effective_policy(port)?, effective))
     }
 
-    /// The changes are about to be made: from now on no other port is granted their addresses, and
-    /// [`take_back_all`](Self::take_back_all) counts them as made; if one [needs trust](Change::needs_trust), the VF counts as one that
-    /// was trusted until it is bound again, whatever becomes of them. Ends with [`commit`](Self::commit) or [`abort`](Self::abort).
+    /// Begins changes. From now on no other port is granted their addresses, and
+    /// [`take_back_all`](Self::take_back_all) counts them as made. If one [needs trust](Change::needs_trust), the VF
+    /// counts as trusted until it is bound again, even if the change fails. Ends with [`commit`](Self::commit) or
+    /// [`abort`](Self::abort).
     ///
     /// # Errors
-    /// No such port, changes are under way already, or an address has been granted to another port meanwhile.
+    /// No such port, changes are pending already, or an address has been granted to another port meanwhile.
     pub fn begin(&mut self, id: PortId, changes: &[Change]) -> Result<(), StateError> {
         if !self.lineage(id)?.0.pending.is_empty() {
             return Err(StateError::Pending(id));
@@ -50,11 +51,12 @@ impl SwitchState {
         })
     }
 
-    /// The adapter has these changes: all that were begun, some of them, or [corrections](Corrections). The result is
-    /// what must follow at once because the policy changed meanwhile.
+    /// Records changes that the adapter has: all or some of those begun, or [corrections](Corrections). Returns the
+    /// corrections that must follow at once if the policy has changed meanwhile.
     ///
     /// # Errors
-    /// No such port, or an address that is another port's (which `begin` would have told): nothing is recorded, undo it.
+    /// No such port, or an address that is another port's (which `begin` would have found): nothing is recorded, undo
+    /// the changes.
     pub fn commit(&mut self, id: PortId, changes: &[Change]) -> Result<Corrections, StateError> {
         self.edit(id, |port| {
             port.pending.clear();
@@ -65,7 +67,7 @@ impl SwitchState {
         self.corrections(id)
     }
 
-    /// The changes that were begun have not been made, or have been undone.
+    /// Ends begun changes that were not made, or have been undone.
     ///
     /// # Errors
     /// No such port.
@@ -73,8 +75,8 @@ impl SwitchState {
         self.edit(id, |port| port.pending.clear())
     }
 
-    /// The guest has been answered: after a success it believes that it has the address that it asked for, granted or
-    /// silently refused.
+    /// Records a response to the guest. After a success the guest believes that it has the requested address, granted
+    /// or silently denied.
     ///
     /// # Errors
     /// No such port.
@@ -84,7 +86,7 @@ impl SwitchState {
                 self.ports.get_mut(&id).ok_or(StateError::NoPort(id))?.guest_mac = *mac;
                 Ok(())
             }
-            // A driver sets its list anew: it clears it and adds each address.
+            // A driver rewrites its list by clearing it and adding each address.
             Request::ClearUnicastFilters if success => {
                 self.edit(id, |port| port.device.wanted_unicast.clear())
             }
@@ -92,7 +94,7 @@ impl SwitchState {
         }
     }
 
-    /// The guest was refused. An address that another port has is kept for the time when that port gives it up, as far as
+    /// Records a denial. An address that another port has is kept for the time when that port gives it up, as far as
     /// the unicast limit has room for it.
     ///
     /// # Errors
@@ -109,7 +111,7 @@ impl SwitchState {
         })
     }
 
-    /// The address is not added any more when it becomes free: the adapter refused it.
+    /// Forgets a wanted address that the adapter refused, so that it is not added when it becomes free.
     ///
     /// # Errors
     /// No such port.
@@ -119,8 +121,8 @@ impl SwitchState {
         })
     }
 
-    /// Everything that the VF may have of its tenant, to be taken back in this order before a reboot. The reset comes first
-    /// and always: PF drivers hear nothing else from a VF that was not reset.
+    /// All that the VF may have of its tenant, to be revoked in this order before a reboot. The reset always comes
+    /// first: PF drivers ignore all other messages of a VF that was not reset.
     ///
     /// # Errors
     /// No such port.
@@ -128,8 +130,11 @@ impl SwitchState {
         Ok(take_back(self.lineage(id)?.0, false))
     }
 
-    /// The same for another tenant, with the longest frame of an MTU of 1500 bytes: no reset shortens it. Also what the VF may have been given behind the agent's back. What is on record of a VF that was
-    /// trusted is its vmm's word, and says only what that has told.
+    /// The same for another tenant, with two additions.
+    ///
+    /// The longest frame goes back to that of an MTU of 1500 bytes, since no reset shortens it. Addresses that the VF
+    /// may have been given without the agent's knowledge are removed: the record of a VF that was trusted is only as
+    /// true as its vmm's reports.
     ///
     /// # Errors
     /// No such port.
@@ -141,7 +146,7 @@ impl SwitchState {
             _ => None,
         });
         let longest = asked.chain(port.device.max_frame).max();
-        // A VF that says something all the same says this, too: its vmm may not have told of it.
+        // If the VF needs a message anyway, set the frame length, too: its vmm may have concealed a change of it.
         let speaks =
             changes.iter().any(|change| change.route() == Route::Mailbox && *change != Change::Reset);
         if speaks || longest > Some(Mtu::STANDARD.max_frame()) {
@@ -151,11 +156,11 @@ impl SwitchState {
     }
 }
 
-/// With `untold`, also further addresses that are not on record.
+/// With `untold`, also removes further addresses that are not on record.
 fn take_back(port: &Port, untold: bool) -> Vec<Change> {
-    // The reset's own effect is not counted on, and of a pending SetMulticast only that there is one.
+    // Does not rely on the reset's own effect. Of a pending SetMulticast only its existence is known.
     let mut device = port.device.clone();
-    // Nor is it known whether a pending address has replaced the recorded one: either may be there.
+    // A pending address may or may not have replaced the recorded one.
     let mut foreign = device.pf.mac != port.initial_mac;
     for change in &port.pending {
         match change {
@@ -202,13 +207,13 @@ fn apply(port: &mut Port, change: &Change) {
     let device = &mut port.device;
     match change {
         Change::Reset => {
-            // igb forgets these; further unicast addresses outlive a reset, VLANs and the frame length may.
+            // igb forgets these. Further unicast addresses outlive a reset; VLANs and the frame length may.
             device.stale_vlans.append(&mut device.vlans);
             device.multicast.clear();
             device.promiscuous = PromiscuousMode::OFF;
-            // Its driver asks for them again.
+            // The guest's driver requests them again.
             device.wanted_unicast.clear();
-            // The reply carries it, and the driver adopts it.
+            // The reply carries the address, and the driver adopts it.
             port.guest_mac = device.pf.mac;
         }
         Change::SetMac(mac) => {

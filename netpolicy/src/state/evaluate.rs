@@ -18,11 +18,13 @@ use crate::{
 const MIN_FRAME: u32 = 64;
 
 impl SwitchState {
-    /// What the policy says to a request of a port. Changes nothing, in time logarithmic in the number of ports.
+    /// Evaluates a request of a port by its policy. Changes nothing. The time is logarithmic in the number of ports.
     ///
-    /// * Going back to the initial address, giving something up and a reset are always allowed.
-    /// * What the device has already is allowed without a change, except where a PF may have forgotten it.
-    /// * VLAN 0 is no VLAN but the tag that carries a priority alone: asking for it is answered, and changes nothing.
+    /// * A return to the initial address is allowed by every `mac_changes`, but not on a blocked port.
+    /// * A reset is always allowed, and so is giving up further addresses, VLANs and promiscuous mode.
+    /// * A request for a state that the device has already is allowed without a change, except where a PF may have
+    ///   forgotten it.
+    /// * VLAN 0 is no VLAN but the tag that carries only a priority: a request for it succeeds, and changes nothing.
     ///
     /// # Errors
     /// No such port.
@@ -37,8 +39,8 @@ impl SwitchState {
         Ok(Evaluation { verdict, on_denied, effective_mac: port.effective_mac() })
     }
 
-    /// What [`evaluate`](Self::evaluate) says to every change of the address but to those of its exceptions; None if there
-    /// is no such answer.
+    /// The verdict of [`evaluate`](Self::evaluate) on all changes of the address except those in its exceptions. None
+    /// if there is no such verdict.
     ///
     /// # Errors
     /// No such port.
@@ -181,8 +183,8 @@ impl Evaluator<'_> {
         if !limit.allows(own) {
             return Err(self.deny(Reason::LimitExceeded, Setting::VlanLimit, old(), vid.to_string()));
         }
-        // VLANs from before the last reset make room, so that they do not count against the guest, nor stay beyond
-        // the limit if the PF has kept them.
+        // VLANs from before the last reset make room, so that they do not count against the guest, nor exceed the
+        // limit if the PF has kept them.
         let stale = device.stale_vlans.iter().filter(|stale| **stale != vlan);
         let room = usize::from(limit.get()).saturating_sub(own);
         let leave = stale.clone().count().saturating_sub(room);

@@ -28,8 +28,8 @@ impl SwitchState {
     /// Replaces a switch. The corrections are for the ports that have a VF.
     ///
     /// # Errors
-    /// No such switch, its kind differs, its name is taken, an uplink belongs to another switch, or one that is left
-    /// out has a VF in use.
+    /// No such switch, its kind differs, its name is taken, an uplink belongs to another switch, or a removed uplink
+    /// has a VF in use.
     pub fn update_switch(&mut self, switch: Switch) -> Result<Vec<Corrections>, StateError> {
         let old = self.switches.get(&switch.id).ok_or(StateError::NoSwitch(switch.id))?;
         if old.kind != switch.kind {
@@ -72,8 +72,8 @@ impl SwitchState {
         Ok(())
     }
 
-    /// Replaces a port group. The corrections are for its ports that have a VF. Overrides that its ports have and
-    /// that it no longer allows count no more.
+    /// Replaces a port group. The corrections are for its ports that have a VF. Overrides of its ports that it no
+    /// longer allows lose their effect.
     ///
     /// # Errors
     /// No such port group, its name is taken, or its switch differs while it has ports.
@@ -106,12 +106,12 @@ impl SwitchState {
         self.groups.remove(&id).ok_or(StateError::NoPortGroup(id))
     }
 
-    /// Adds a port: a [new](Port::new) one, or a stored one with all that its VF has.
+    /// Adds a port: a [new](Port::new) one, or a stored one with the state of its VF.
     ///
     /// # Errors
-    /// Its identity is taken, its group does not exist or does not allow its overrides, its address is no adapter's,
-    /// or one of its addresses or its VF belongs to another port. A stored port's overrides are not checked, as its
-    /// group may have changed since.
+    /// Its identity is taken, its group does not exist or does not allow its overrides, its address cannot be an
+    /// adapter's, or one of its addresses or its VF belongs to another port. A stored port's overrides are not
+    /// checked, as its group may have changed since.
     pub fn attach(&mut self, mut port: Port) -> Result<(), StateError> {
         if self.ports.contains_key(&port.id) {
             return Err(taken(Entity::Port, &port.id));
@@ -129,7 +129,7 @@ impl SwitchState {
             self.check_free(switch, mac, port.id)?;
         }
         if port.device.was_trusted.is_none() {
-            // Told from the policy, which may be another soon.
+            // Derived from the present policy, which may change.
             let definition = self.switches.get(&switch).ok_or(StateError::NoSwitch(switch))?;
             let may_be = policy_of(&port, group, definition).unicast_limit.value.get() > 0
                 || !port.device.unicast.is_empty()
@@ -142,7 +142,7 @@ impl SwitchState {
         Ok(())
     }
 
-    /// Removes a port and gives it back.
+    /// Removes a port and returns it.
     ///
     /// # Errors
     /// No such port, or it has a VF.
@@ -170,7 +170,7 @@ impl SwitchState {
         self.corrections(id)
     }
 
-    /// Gives a port a VF that has nothing of an earlier tenant, and returns what the PF must be programmed to before
+    /// Gives a port a VF that has no state of an earlier tenant. Returns the settings that the PF must have before
     /// the guest starts: [`baseline`](Self::baseline). Address and policy start from the initial ones.
     ///
     /// # Errors
@@ -190,8 +190,8 @@ impl SwitchState {
         Ok(baseline)
     }
 
-    /// The VM is started again on the same VF: call it when [`take_back_all`](Self::take_back_all) is done, and program the PF
-    /// to the result.
+    /// Prepares a new boot of the VM on the same VF. Call it after [`take_back_all`](Self::take_back_all) is done,
+    /// and program the PF with the result.
     ///
     /// # Errors
     /// No such port, or it has no VF.
@@ -204,13 +204,13 @@ impl SwitchState {
         let baseline = self.baseline(id)?;
         self.start_over(id, &baseline)?;
         if let Some(port) = self.ports.get_mut(&id) {
-            // Its vmm is the same.
+            // A new boot keeps the vmm, and with it the doubt.
             port.device.was_trusted = was_trusted;
         }
         Ok(baseline)
     }
 
-    /// Takes the VF from a port: call it when [`take_back_for_release`](Self::take_back_for_release) is done.
+    /// Takes the VF from a port. Call it after [`take_back_for_release`](Self::take_back_for_release) is done.
     ///
     /// # Errors
     /// No such port, or it has no VF.
@@ -250,7 +250,7 @@ impl SwitchState {
         }
     }
 
-    // Notes those of these addresses that no port has any more and one wants.
+    // Notes those of these addresses that no port has any more and another port wants.
     fn note_freed(&mut self, switch: SwitchId, macs: impl Iterator<Item = MacAddress>) {
         for mac in macs.filter(|mac| !self.by_mac.contains_key(&(switch, *mac))) {
             if self.wanting(switch, mac).next().is_some() {

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 
-//! What PF drivers cannot do is named.
+//! PF drivers, and the settings that they cannot enforce.
 
 use netpolicy::{Change, PfCapabilities, Source};
 

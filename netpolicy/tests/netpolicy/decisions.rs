@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 
-//! Records.
+//! Records of decisions.
 
 use netpolicy::{Committed, Decision, Outcome, Reason};
 use uuid::Uuid;

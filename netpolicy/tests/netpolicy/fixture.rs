@@ -81,7 +81,7 @@ pub(crate) fn evaluate(state: &SwitchState, port: u32, request: &Request) -> Res
     }
 }
 
-/// Evaluates, commits and answers like an agent whose adapter never fails.
+/// Evaluates, commits and records like an agent whose adapter never fails.
 pub(crate) fn ask(state: &mut SwitchState, port: u32, request: &Request) -> Result<Vec<Change>, Denial> {
     let decided = evaluate(state, port, request);
     if let Ok(changes) = &decided {

@@ -1,12 +1,13 @@
 // SPDX-License-Identifier: Apache-2.0
 
-//! Switch, port group, port: who decides.
+//! Inheritance from switch to port group to port.
 
 use netpolicy::{MacChanges, Setting, Source, StateError};
 
 use crate::fixture::{GROUP, SWITCH, host, port_id, settings};
 
-/// mac_changes of port 1 and its source, when each level says this and the port may override it or not.
+/// Checks mac_changes of port 1 and its source, with these settings of the levels and with or without permission to
+/// override.
 fn check(levels: [Option<&str>; 3], may_override: bool, expect: (MacChanges, Source)) {
     let level = |value: Option<&str>| {
         value.map_or(settings("{}"), |v| settings(&format!(r#"{{"mac_changes": "{v}"}}"#)))
@@ -15,7 +16,7 @@ fn check(levels: [Option<&str>; 3], may_override: bool, expect: (MacChanges, Sou
     let mut switch = state.switch(SWITCH).unwrap().clone();
     switch.settings = level(levels[0]);
     let _ = state.update_switch(switch).unwrap();
-    // The override is made while it is allowed; then the permission is perhaps withdrawn.
+    // The override is made while it is allowed. Then some cases withdraw the permission.
     let _ = state.update_port(port_id(1), level(levels[2])).unwrap();
     let mut group = state.port_group(GROUP).unwrap().clone();
     group.settings = level(levels[1]);

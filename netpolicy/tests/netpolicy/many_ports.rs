@@ -10,10 +10,10 @@ use uuid::Uuid;
 
 const SWITCH: SwitchId = SwitchId(Uuid::from_u128(0x5));
 
-/// Ports of one group.
+/// The number of ports in one group.
 const GROUP: u32 = 100;
 
-/// A host whose ports ask in turn.
+/// A host with ports that send requests in turn.
 #[derive(Debug)]
 pub(crate) struct Host {
     state: SwitchState,
@@ -35,7 +35,7 @@ fn name(text: String) -> Name {
 }
 
 impl Host {
-    /// A host with so many ports, all with a VF, in groups of 100 that let them change their address.
+    /// Makes a host with this many ports, all with a VF, in groups of 100 that let them change their address.
     pub(crate) fn new(ports: u32) -> Self {
         let settings: Settings = serde_json::from_str(r#"{"mac_changes": "accept"}"#).unwrap();
         let mut state = SwitchState::new();
@@ -66,7 +66,7 @@ impl Host {
         Self { state, ports, round: 0 }
     }
 
-    /// Another port than the last times, from all over the tables.
+    /// Chooses another port than the last times, from all over the tables.
     fn next(&mut self) -> u32 {
         self.round = self.round.wrapping_add(1);
         self.round.wrapping_mul(7919) % self.ports
@@ -76,14 +76,14 @@ impl Host {
         self.state.evaluate(port_id(port), request).unwrap().verdict
     }
 
-    /// A port asks for its neighbour's address, in vain.
+    /// Requests the address of a port's neighbour, which is denied.
     pub(crate) fn refuse(&mut self) {
         let port = self.next();
         let verdict = self.decide(port, &Request::SetMac(address((port + 1) % self.ports)));
         assert!(matches!(verdict, Verdict::Deny(denial) if denial.reason == Reason::MacInUse));
     }
 
-    /// A port asks for an address that is free, and gets it: all of the switch's part in it.
+    /// Requests a free address, with all of the switch's part in granting it.
     pub(crate) fn change(&mut self) {
         let port = self.next();
         let free = address(0x00ff_0000 | self.round & 0xffff);

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 
-//! Whatever guests ask for and administrators change: no VF has what its group forbids.
+//! No sequence of guests' requests and administrators' edits gives a VF a state that its group forbids.
 //!
 //! The model of the adapter and the oracle here share no code with the crate: policies are read from their JSON.
 
@@ -27,7 +27,7 @@ fn home(port: u32) -> usize {
     usize::from(port == 3)
 }
 
-/// The adapter as it is, not as it is recorded.
+/// The true state of the adapter, in contrast to the recorded one.
 #[derive(Clone, Debug)]
 struct Hardware {
     mac: MacAddress,
@@ -89,7 +89,7 @@ impl Hardware {
     }
 }
 
-/// What a setting is for a port: the last level that says something, as JSON.
+/// The value of a setting for a port, as JSON: the last level that decides it wins.
 fn setting(levels: &[Value; 3], overrides: &BTreeSet<Setting>, name: &str, default: Value) -> Value {
     let may = overrides.iter().any(|setting| setting.name() == name)
         || (name == "blocked" && levels[2][name] == json!(true));
@@ -97,7 +97,7 @@ fn setting(levels: &[Value; 3], overrides: &BTreeSet<Setting>, name: &str, defau
     port.or(levels[1].get(name)).or(levels[0].get(name)).cloned().unwrap_or(default)
 }
 
-/// What the adapter gives a port against its policy.
+/// The state that the adapter gives a port against its policy.
 fn forbidden(hw: &Hardware, port: &Port, state: &SwitchState) -> Vec<String> {
     let group = state.port_group(port.group).unwrap();
     let levels = [&state.switch(group.switch).unwrap().settings, &group.settings, &port.overrides]
@@ -156,9 +156,9 @@ fn forbidden(hw: &Hardware, port: &Port, state: &SwitchState) -> Vec<String> {
 
 #[derive(Clone, Debug)]
 enum Step {
-    /// A guest asks; the policy may change before the adapter has it.
+    /// A guest sends a request; the policy may change before the adapter has the change.
     Ask(u32, Request, Option<Box<Step>>),
-    /// The adapter fails after so many changes, and the VM is started again.
+    /// The adapter fails after this many changes, and the VM is started again.
     Crash(u32, Request, usize),
     Switch(usize, Settings),
     Group(usize, Settings, BTreeSet<Setting>),
@@ -166,7 +166,7 @@ enum Step {
     Restart(u32),
 }
 
-/// Few addresses, so that they clash: the ports' own, two of a pattern, some that are none.
+/// Few addresses, so that they clash: the ports' own, two of a pattern, some that are no adapter's.
 fn an_address() -> BoxedStrategy<MacAddress> {
     prop_oneof![
         8 => (0_u8..8).prop_map(own),
@@ -309,7 +309,7 @@ impl World {
         let initial = self.state.port(port_id(n)).unwrap().initial_mac;
         prop_assert_eq!(left, (0, 0, 0, PromiscuousMode::OFF, initial), "something outlives the tenant");
         let baseline = self.state.restart(port_id(n)).unwrap();
-        // The longest frame is the next driver's to set, and harmless until then.
+        // The next driver sets the longest frame, which is harmless until then.
         self.hardware[n as usize].max_frame = 64;
         self.make(n, &baseline.changes());
         Ok(())
@@ -367,7 +367,8 @@ impl World {
         Ok(())
     }
 
-    /// What is refused without a question is what is refused to one, in the same words, and is all that can be.
+    /// A standing refusal must deny what a question would be denied, with the same reason, and must cover all such
+    /// requests.
     fn check_standing(&self, n: u32, request: &Request, asked: &Evaluation) -> Result<(), TestCaseError> {
         let standing = self.state.standing_refusal(port_id(n)).unwrap();
         let Request::SetMac(mac) = request else { return Ok(()) };
@@ -414,7 +415,7 @@ impl World {
         Ok(())
     }
 
-    /// Brings each port to what it must have, and offers what was given up.
+    /// Brings each port to its policy, and offers the addresses that were given up.
     fn settle(&mut self) -> Result<(), TestCaseError> {
         loop {
             for n in 0..PORTS {
@@ -444,7 +445,7 @@ impl World {
                 port.device.vlans.union(&port.device.stale_vlans).map(|vlan| vlan.get()).collect();
             prop_assert!(hw.vlans.is_subset(&known), "VLANs that are not recorded");
         }
-        // Addresses, counted without the index. `own(0..8)` and the pattern's are all there are.
+        // Count addresses without the index. `own(0..8)` and the pattern's are all that exist.
         let all = (0..8).map(own).chain((0..4).map(|n| MacAddress::new([0, 0, 0x5e, 0, 1, n])));
         for mac in all {
             for (s, (switch, _)) in ID.iter().enumerate() {

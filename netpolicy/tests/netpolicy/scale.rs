@@ -6,7 +6,7 @@ use std::time::{Duration, Instant};
 
 use crate::many_ports::Host;
 
-/// Pairs of measurements: the median of their ratios does not mind what else the machine does in a few of them.
+/// Pairs of measurements. The median of their ratios ignores other load of the machine during a few of them.
 const PAIRS: usize = 31;
 
 /// Decisions in one measurement: a few milliseconds.
@@ -29,7 +29,7 @@ fn check(what: &str, decide: fn(&mut Host)) {
     pairs.sort_by(|a, b| a.0.total_cmp(&b.0));
     let (ratio, few, many) = pairs[PAIRS / 2];
     println!("{ROUNDS} {what}: {few:?} with 100 ports, {many:?} with 10 000, {ratio:.2} times as long");
-    // Trees are twice as deep. A scan would cost a hundred times as much.
+    // The trees are twice as deep. A scan would cost a hundred times as much.
     assert!(ratio < 3.0, "{what}: {few:?} with 100 ports, but {many:?} with 10 000");
 }
 

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 
-//! Adding, changing and removing.
+//! Adding, changing and removing switches, groups and ports.
 
 use netpolicy::{Change, MacAddress, PortGroupId, Route, StateError, SwitchId, SwitchState, VfRef};
 use uuid::Uuid;
@@ -10,7 +10,7 @@ use crate::fixture::{GROUP, SWITCH, ask, group, host, own, port, port_id, settin
 const OTHER_SWITCH: SwitchId = SwitchId(Uuid::from_u128(0x55));
 const OTHER_GROUP: PortGroupId = PortGroupId(Uuid::from_u128(0x66));
 
-/// A change of the tables that is refused leaves them as they were.
+/// A refused change leaves the tables unchanged.
 fn refused<T: std::fmt::Debug>(change: impl FnOnce(&mut SwitchState) -> Result<T, StateError>) -> String {
     let mut state = host("{}");
     state.add_switch(switch(OTHER_SWITCH, "other", "pf1")).unwrap();

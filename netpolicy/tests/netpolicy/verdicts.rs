@@ -1,12 +1,12 @@
 // SPDX-License-Identifier: Apache-2.0
 
-//! What each policy says to each message.
+//! The verdict of each policy on each message.
 
 use netpolicy::{Change, PromiscuousMode, Request, SwitchState};
 
 use crate::fixture::{ask, evaluate, host, mac, own, port_id, settings, vf, vlan};
 
-/// `wish` for text: like `mac 02:00:00:00:00:09`, `vlan+ 100`.
+/// Parses a request like `mac 02:00:00:00:00:09` or `vlan+ 100`.
 fn request(wish: &str) -> Request {
     let (kind, value) = wish.split_once(' ').unwrap_or((wish, ""));
     let number = || value.parse::<u16>().unwrap();
@@ -28,7 +28,7 @@ fn request(wish: &str) -> Request {
     }
 }
 
-/// The verdict of port 1 for text: `ok` and the changes, or reason and setting.
+/// The verdict of port 1 on a request: `ok` and the changes, or reason and setting.
 fn verdict(state: &netpolicy::SwitchState, wish: &str) -> String {
     match evaluate(state, 1, &request(wish)) {
         Ok(changes) if changes.is_empty() => "ok".into(),
@@ -106,7 +106,7 @@ fn multicast() {
     check(DEFAULT, &[], "multicast 31", "limit_exceeded multicast_limit");
     check(r#"{"multicast_limit": 1}"#, &[], "multicast 2", "limit_exceeded multicast_limit");
     check(r#"{"multicast_limit": 0}"#, &[], "multicast 0", "ok [{set_multicast:[]}]");
-    // Even accepted promiscuous mode is asked for by its own message.
+    // Promiscuous mode has its own message, even where the policy accepts it.
     check(r#"{"promiscuous": "accept"}"#, &[], "multicast 31", "limit_exceeded multicast_limit");
     check(BLOCKED, &[], "multicast 1", "port_blocked blocked");
     check(BLOCKED, &[], "multicast 0", "ok [{set_multicast:[]}]");
@@ -140,7 +140,7 @@ fn vlans() {
     {
         check(trunk, &[], outside, "vlan_not_allowed vlan");
     }
-    // Said again it is forwarded again: the PF may have forgotten it.
+    // A repeated join is forwarded again: the PF may have forgotten it.
     check(trunk, &["vlan+ 100"], "vlan+ 100", "ok [{join_vlan:100}]");
     check(trunk, &["vlan+ 100"], "vlan- 100", "ok [{leave_vlan:100}]");
     check(trunk, &["vlan+ 100", "vlan+ 101"], "vlan+ 102", "limit_exceeded vlan_limit");
@@ -278,7 +278,7 @@ fn all_is_taken_back_even_what_is_on_its_way() {
     assert_eq!(state.take_back_all(port_id(1)).unwrap(), [Change::Reset]);
 }
 
-/// Addresses that the VF was given by a vmm which said something else.
+/// The VF may have addresses that its vmm concealed.
 #[test]
 fn a_vf_that_was_trusted_is_cleared_for_the_next_tenant_whatever_its_vmm_said() {
     const UNICAST: &str = r#"{"mac_changes": "accept", "unicast_limit": 1}"#;
@@ -288,7 +288,7 @@ fn a_vf_that_was_trusted_is_cleared_for_the_next_tenant_whatever_its_vmm_said() 
     let mut state = host(UNICAST);
     assert_eq!(all(&state), [Change::Reset], "nobody has trusted it");
 
-    // "The PF refused it."
+    // The vmm reports that the PF refused it.
     state.begin(port_id(1), &add).unwrap();
     assert_eq!(state.commit(port_id(1), &[]).unwrap().list, []);
     assert_eq!(all(&state), CLEARED);
@@ -298,7 +298,7 @@ fn a_vf_that_was_trusted_is_cleared_for_the_next_tenant_whatever_its_vmm_said() 
         "of its own it is not trusted again"
     );
 
-    // "The PF has cleared it."
+    // The vmm reports that the PF has cleared it.
     let mut state = host(UNICAST);
     for changes in [&add[..], &[Change::ClearUnicast]] {
         state.begin(port_id(1), changes).unwrap();
@@ -323,7 +323,7 @@ fn a_record_that_does_not_say_whether_its_vf_was_trusted_counts_as_the_policy_sa
         state.unbind(port_id(1)).unwrap();
         state.detach(port_id(1)).unwrap();
         state.attach(serde_json::from_str(&older).unwrap()).unwrap();
-        // An edit makes no difference any more.
+        // A later edit makes no difference.
         let mut edited = state.port_group(crate::fixture::GROUP).unwrap().clone();
         edited.settings = settings("{}");
         assert_eq!(state.update_port_group(edited).unwrap(), []);
@@ -332,7 +332,8 @@ fn a_record_that_does_not_say_whether_its_vf_was_trusted_counts_as_the_policy_sa
     }
 }
 
-/// A driver that asks for a further address does not ask again when it is refused: VRRP's backup would never get the address.
+/// A driver whose request for a further address is denied does not repeat it: VRRP's backup would never get the
+/// address.
 #[test]
 fn an_address_that_another_port_had_is_added_when_that_port_gives_it_up() {
     const VIRTUAL: &str = "unicast 00:00:5e:00:01:33";
@@ -351,7 +352,7 @@ fn an_address_that_another_port_had_is_added_when_that_port_gives_it_up() {
         let mut state = host(policy);
         ask(&mut state, 1, &request(VIRTUAL)).unwrap();
         refuse(&mut state, VIRTUAL);
-        // There is room for one.
+        // The limit has room for one address.
         ask(&mut state, 1, &request("mac 00:00:5e:00:01:07")).unwrap();
         refuse(&mut state, "unicast 00:00:5e:00:01:07");
         assert_eq!(state.port(port_id(2)).unwrap().device.wanted_unicast.len(), 1);
@@ -375,13 +376,14 @@ fn an_address_that_another_port_had_is_added_when_that_port_gives_it_up() {
     state.detach(port_id(1)).unwrap();
     assert_eq!(due(&state), added);
 
-    // A driver that sets its list anew keeps its addresses.
+    // A driver that rewrites its list keeps its addresses.
     let mut state = waiting();
     ask(&mut state, 1, &request("clear")).unwrap();
     ask(&mut state, 1, &request(VIRTUAL)).unwrap();
     assert_eq!((offered(&mut state), due(&state)), (vec![], vec![]));
 
-    // An address that its driver no longer wants, the policy no longer allows, or the adapter refused is not added.
+    // An address is not added if its driver no longer wants it, the policy no longer allows it, or the adapter
+    // refused it.
     for wish in ["clear", "reset"] {
         let mut state = waiting();
         ask(&mut state, 2, &request(wish)).unwrap();

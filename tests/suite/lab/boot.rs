@@ -26,7 +26,7 @@ fn boots_and_pings(cpus: u8) {
     let cores = guest.must("grep -m1 'cpu cores' /proc/cpuinfo");
     assert!(cores.ends_with(&format!(": {cpus}")), "{cores}");
 
-    // Longer than the UART's FIFO, and than what Linux reads from it in one interrupt.
+    // Longer than the UART's FIFO, and than Linux' reads from it in one interrupt.
     for length in [20, 200, 260, 300, 480, 900] {
         let typed = "x".repeat(length);
         assert_eq!(guest.must(&format!("typed={typed}; echo ${{#typed}}")), length.to_string());

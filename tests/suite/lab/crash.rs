@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 
-//! The agent or a vmm is killed at every point of a VM's life, and nothing is lost: VFs of the lab's igb.
+//! Kills the agent or a vmm at every point of a VM's life; nothing may be lost. VFs of the lab's igb.
 
 use std::{fs, time::Duration};
 
@@ -14,8 +14,8 @@ use crate::fixture::{
     small_story::{SmallStory, wait_for_script},
 };
 
-/// VFs have the addresses of an administrator: the stock driver would choose another one each time that it is bound, and that
-/// it is as before could not be told.
+/// Gives VFs addresses of an administrator. The stock driver would choose another address each time that it is bound,
+/// and the checker could not recognize the former state.
 struct Addressed;
 
 impl Addressed {
@@ -37,7 +37,8 @@ impl Drop for Addressed {
     }
 }
 
-/// Kills at the points whose names begin so, each time that one is reached but `most` times at most.
+/// Kills at the points with these beginnings of their names, each time that the story reaches one, but at most `most`
+/// times.
 fn die_at(groups: &[&str], most: u32) {
     let _addressed = Addressed::new();
     let agent = Agent::start_with(Options::for_tests(&[]));
@@ -46,7 +47,7 @@ fn die_at(groups: &[&str], most: u32) {
     Matrix::new(agent, story).die_at(Point::ALL.iter().filter(of_group).copied(), most);
 }
 
-/// What nothing above would be without.
+/// Proves that the checker sees the differences that the tests above rely on.
 #[test]
 fn the_checker_sees_what_is_wrong_with_a_vf() {
     let _addressed = Addressed::new();
@@ -55,11 +56,11 @@ fn the_checker_sees_what_is_wrong_with_a_vf() {
     drop(agent.boot(&SmallStory::spec_for(&agent)));
     wait_for_script(&agent, "web1", 1).unwrap();
     checker.assert_settled("before anything is planted", Duration::from_secs(20));
-    // VF 0 is the VM's, nobody has VF 1.
+    // The VM has VF 0; VF 1 has no owner.
     let used = agent.vfs().into_iter().find(|vf| vf.owner.is_some()).unwrap();
     assert_eq!(used.bdf.to_string(), host::VF0);
     let mac = host::vf_mac(0);
-    // It could put things right.
+    // A running agent could repair the differences.
     agent.kill();
     let set = |vf: &str, setting: &[&str]| {
         host::run("ip", &[&["link", "set", host::PF, "vf", vf], setting].concat());
@@ -110,7 +111,7 @@ fn an_agent_that_dies_while_it_makes_a_vm_leaves_nothing_wrong() {
     die_at(&["create", "claim", "baseline", "boot"], 1);
 }
 
-/// To vfio-pci, and back to the driver that the VF had.
+/// Binding to vfio-pci, and back to the VF's former driver.
 #[test]
 fn an_agent_that_dies_while_it_binds_leaves_nothing_wrong() {
     let hardware = |point: &&Point| point.victim() == Victim::AgentWithHardware;

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 
-//! Devices that are no network VFs: any MSI-X or MSI function works with its stock driver.
+//! Devices other than network VFs: any MSI-X or MSI function works with its stock driver.
 
 use std::{
     path::Path,
@@ -14,7 +14,7 @@ use serde_json::json;
 use super::bare_spec;
 use crate::fixture::{Agent, Guest, host};
 
-/// Writes a pattern to a disk, reads it back past the page cache, and sees its interrupts counted.
+/// Writes a pattern to a disk, reads it back past the page cache, and checks that its interrupts count.
 fn write_and_read(guest: &mut Guest<'_>, disk: &str, interrupt: &str) {
     guest.wait_for_shell();
     guest.must(&format!("for i in $(seq 200); do [ -b {disk} ] && break; sleep 0.05; done; [ -b {disk} ]"));
@@ -61,8 +61,8 @@ fn a_controller_with_msi_only_reads_and_writes_with_its_stock_driver() {
     device_works(host::AHCI, "/dev/sda", "ahci");
 }
 
-/// As the relay's thread and the one that builds the machine do. The kernel claims a BAR when it is first touched, and does
-/// not expect two.
+/// The relay's thread and the thread that builds the machine do this. The kernel claims a BAR at its first access,
+/// and does not expect two at once.
 #[test]
 fn two_threads_that_touch_a_bar_first_at_the_same_time_both_get_it() {
     host::bind_vfio(host::VF0);

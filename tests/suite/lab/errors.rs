@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 
-//! Errors that a user will meet: each has its own message and status, and leaves nothing behind.
+//! Errors that a user will meet: each has its own message and status, and leaves no state behind.
 
 use std::{
     fs,
@@ -19,7 +19,7 @@ use serde_json::{Value, json};
 use super::{bare_spec, configure, ping, spec};
 use crate::fixture::{Agent, Options, agent, host};
 
-/// Boots what must not boot: the problem has this code, its text these words, and nothing is left behind.
+/// Boots a specification that must fail with this code and these words, and leave no state behind.
 fn refused(agent: &Agent, spec: &Value, code: ProblemCode, words: &[&str]) -> Problem {
     let before = host::snapshot(host::VF0, 0);
     let name = spec["name"].as_str().unwrap();
@@ -104,7 +104,7 @@ fn a_kernel_that_the_caller_may_not_read() {
     let secret = std::env::temp_dir().join("portcullis-secret-kernel");
     fs::write(&secret, "secret").unwrap();
     fs::set_permissions(&secret, fs::Permissions::from_mode(0o600)).unwrap();
-    // The administrator lets everybody reach the agent; it still reads nothing for others.
+    // The administrator lets all users reach the agent; it still reads no files for others.
     let socket = agent.directory().join("api.sock");
     fs::set_permissions(agent.directory(), fs::Permissions::from_mode(0o755)).unwrap();
     fs::set_permissions(&socket, fs::Permissions::from_mode(0o666)).unwrap();
@@ -173,7 +173,7 @@ fn a_vf_that_its_host_takes_away_ends_the_adapter_and_not_the_guest() {
     configure(&mut guest, "10.0.2.21");
     ping(&mut guest, host::GATEWAY, 3);
 
-    // Blocks until the vmm has let go of the device.
+    // Blocks until the vmm has closed the device.
     let unbind = thread::spawn(|| {
         let begun = Instant::now();
         fs::write("/sys/bus/pci/drivers/vfio-pci/unbind", host::VF0).unwrap();

@@ -28,10 +28,11 @@ fn pause_stops_the_guests_work_and_resume_continues_it() {
     assert!(guest.unread().len() > unread, "a resumed guest goes on");
 }
 
-/// Traffic flows until the moment of each reboot: DMA of the old boot must not reach the memory of the next. Twenty reboots
-/// in all: in four tests, since the lab breaks about once in twenty of them and a test that it broke runs again as a whole.
+/// Reboots a guest in the middle of traffic: DMA of the old boot must not reach the memory of the next.
 ///
-/// Every boot counts: a triple fault, which would boot the guest once more, fails the test.
+/// There are twenty reboots in all, in four tests, since the lab breaks about once in twenty of them, and a broken
+/// test runs again as a whole. Every boot counts: a triple fault, which would boot the guest once more, fails the
+/// test.
 fn reboots_under_traffic(by_guest: [bool; 5]) {
     let agent = Agent::start();
     let mut guest = agent.boot(&spec(&agent, "web1", host::VF0));
@@ -41,7 +42,7 @@ fn reboots_under_traffic(by_guest: [bool; 5]) {
         ping(&mut guest, host::GATEWAY, 2);
         let log = guest.must("dmesg | grep -icE 'corrupt|BUG:|Oops|bad page|general protection' || true");
         assert_eq!(log, "0", "boot {boot}");
-        // A flood that is answered: the adapter receives until it is reset.
+        // An answered flood: the adapter receives until it is reset.
         guest.type_line(&format!(
             "ping -q -s 1400 -i 0.001 {} >/dev/null & sleep 0.3; echo flooding",
             host::GATEWAY
@@ -82,15 +83,16 @@ fn reboots_under_traffic_by_both_in_turn_never_corrupt_the_next_boot() {
     reboots_under_traffic([true, false, true, false, true]);
 }
 
-/// Frames that reach the adapter between a reset and the next boot's driver must reach no memory: what the last boot told the
-/// adapter about its buffers holds no more. Looked for in the process's memory, where frames of a live interface are found.
+/// Frames that reach the adapter between a reset and the next boot's driver must reach no memory: the last boot's
+/// receive rings are no longer valid. The test searches the process's memory, where it finds frames of a live
+/// interface.
 #[test]
 fn nothing_that_comes_after_a_reset_is_written_by_the_last_boots_rings() {
     let agent = Agent::start();
     let mut guest = agent.boot(&spec(&agent, "web1", host::VF0));
     let id = agent.vm("web1").id.to_string();
     let mac = host::vf_mac(0);
-    // Not a byte that memory or a frame is filled with otherwise; another one for each boot.
+    // A byte that fills neither memory nor frames otherwise; another one for each boot.
     for (boot, by_guest, before, after) in [(1, false, "a7", "b9"), (2, true, "c7", "d9")] {
         guest.wait_for_shell();
         configure(&mut guest, "10.0.2.21");
@@ -119,7 +121,7 @@ fn the_power_button_shuts_a_guest_down_that_listens() {
     let vm = agent.act("web1", VmAction::Shutdown).unwrap();
     assert_eq!(vm.status.state, VmState::Stopped, "{:?}", vm.status);
     assert_eq!(host::processes(&["vmm", &vm.id.to_string()]), [] as [u32; 0]);
-    // What has stopped can be booted again.
+    // A stopped VM can be booted again.
     agent.act("web1", VmAction::Boot).unwrap();
     guest.begin_anew();
     guest.wait_for_shell();

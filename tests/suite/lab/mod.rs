@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 
-//! In the nested lab: real VFIO, the real igb PF driver, Debian's kernel with its own igbvf in the guest.
+//! Tests in the nested lab: real VFIO, the real igb PF driver, Debian's kernel with its own igbvf in the guest.
 
 mod boot;
 mod boot_time;
@@ -20,11 +20,11 @@ use crate::fixture::{Agent, Guest, host};
 
 const CMDLINE: &str = "console=ttyS0 quiet panic=-1 portcullis.noecho";
 
-/// For tests that are not about booting. An emulated processor spends a quarter of a guest's boot on decompressing its kernel, on
-/// moving it to a random address and on mitigations of faults that it does not have.
+/// For tests of other things than the boot. An emulated processor spends a quarter of a guest's boot on decompressing
+/// its kernel, on moving it to a random address and on mitigations of faults that it does not have.
 const FAST: &str = "mitigations=off nokaslr";
 
-/// A VM that boots Debian's kernel into busybox, without any device, soon.
+/// A VM that boots Debian's kernel into busybox, without any device, fast.
 fn bare_spec(agent: &Agent, name: &str) -> Value {
     json!({
         "name": name,
@@ -38,7 +38,7 @@ fn bare_spec(agent: &Agent, name: &str) -> Value {
     })
 }
 
-/// The VM of a specification boots as Debian's does: from the compressed kernel, with its defaults.
+/// Makes the VM of a specification boot as Debian's does: from the compressed kernel, with its defaults.
 fn as_debian_does(agent: &Agent, spec: &mut Value) {
     spec["boot"]["kernel"] = json!(agent.link_image("vmlinuz", &host::kernel(false)));
     spec["boot"]["cmdline"] = json!(CMDLINE);
@@ -61,7 +61,7 @@ fn configure(guest: &mut Guest<'_>, address: &str) {
     guest.must(WAIT_FOR_LINK);
 }
 
-/// Sees that pings lose nothing.
+/// Checks that no ping is lost.
 fn ping(guest: &mut Guest<'_>, target: &str, count: u32) {
     let text = guest.must(&format!("ping -q -c {count} -i 0.05 -W 5 {target}"));
     assert!(text.contains(" 0% packet loss"), "{text}");

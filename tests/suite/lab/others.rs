@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 
-//! VFs that others on the host use, a container or another VMM: they are found out before anything is touched.
+//! VFs in use by another program on the host, a container or another VMM: the agent detects the use before it touches
+//! the VF.
 
 use std::{
     fs,
@@ -15,11 +16,11 @@ use serde_json::json;
 use super::{bare_spec, spec};
 use crate::fixture::{Agent, agent::PATIENCE, host};
 
-/// Where the other one answers, and the PF asks.
+/// The other program's address, which the PF pings.
 const OTHER: &str = "10.0.2.31";
 const HOST: &str = "10.0.2.9/24";
 
-/// Somebody else on VF 0. Ends when it is dropped.
+/// Another program on VF 0. Ends when it is dropped.
 struct Other(Child);
 
 impl Other {
@@ -43,7 +44,8 @@ impl Drop for Other {
     }
 }
 
-/// The VF is refused to a VM that names it, another one is taken for a VM that names none, and its user goes on.
+/// Checks that a VM that names the VF is refused, that a VM that names none gets another, and that the VF's user goes
+/// on.
 fn is_left_alone(used_by: &str) {
     let agent = Agent::start();
     let deadline = Instant::now() + PATIENCE;
@@ -67,7 +69,7 @@ fn is_left_alone(used_by: &str) {
         let vm = agent.act(name, VmAction::Boot).unwrap_or_else(|problem| panic!("{problem:?}"));
         assert_ne!(vm.status.adapters[0].vf.unwrap().to_string(), host::VF0);
     }
-    // Nothing is left: the one that is used is not taken.
+    // No VF is left: the agent does not take the one in use.
     let mut spec = bare_spec(&agent, "web3");
     spec["adapters"] = json!([{ "id": "eth0" }]);
     agent.create(&spec).unwrap();

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 
-//! The sandbox of a VM that has a real VF: all of it is on, and it reaches no other group.
+//! The sandbox of a VM with a real VF: all of it is on, and it reaches no other group.
 
 use std::{fs, path::PathBuf, thread, time::Duration};
 
@@ -19,7 +19,7 @@ use crate::fixture::{
 
 #[test]
 fn with_a_real_vf_nothing_is_off_and_every_thread_is_confined() {
-    // A group that is nobody's.
+    // A VFIO group without an owner.
     host::bind_vfio(host::VF1);
     let agent = Agent::start_with(Options::for_tests(&[]));
     let adapters = json!([{ "id": "eth0", "vf": host::VF0 }]);
@@ -48,7 +48,7 @@ fn with_a_real_vf_nothing_is_off_and_every_thread_is_confined() {
 fn each_layer_alone_keeps_vfio_from_a_vm() {
     let filters = ["own_user", "namespaces", "empty_root", "limits", "landlock"];
     let nothing = ["own_user", "namespaces", "empty_root", "limits", "landlock", "seccomp"];
-    // Its group is there, and nobody has it.
+    // The group exists, and no process has it.
     host::bind_vfio(host::VF1);
     for (layers, off) in [
         ("whole sandbox", &[][..]),
@@ -57,7 +57,7 @@ fn each_layer_alone_keeps_vfio_from_a_vm() {
         ("no sandbox", &nothing),
     ] {
         let agent = agent(off);
-        // No real VF: an agent that leaves something off gives none.
+        // No real VF: an agent that leaves a layer off gives none.
         for what in ["open_vfio", "open_vfio_group"] {
             let outcome = attempt(&agent, what, "vcpu", &json!([]));
             report(&format!("{what:16}{layers:28}{outcome}"));
@@ -90,8 +90,8 @@ fn a_vm_without_limits_has_a_default_of_memory() {
     assert!(!group.exists());
 }
 
-/// A guest that computes all the time gets what it may and no more, and one that needs more memory than it may ends with
-/// that cause. Nothing is left of a group.
+/// A busy guest gets its share of the processor and no more. A guest that exceeds its memory limit ends with that
+/// cause. No control group is left.
 #[test]
 fn a_vm_has_no_more_of_its_host_than_its_limits() {
     let mut agent = Agent::start();
@@ -114,14 +114,14 @@ fn a_vm_has_no_more_of_its_host_than_its_limits() {
     report(&format!("a guest that may have 0.40 of a processor and computes has {used:.2}"));
     assert!((0.2..0.5).contains(&used), "{used}");
 
-    // As if the guest's memory had grown: less than it has already.
+    // The effect of a growing guest: a limit below its present memory.
     fs::write(group.join("memory.max"), "16M").unwrap();
     let vm = agent.wait_for_state("web1", VmState::Failed);
     let cause = vm.status.cause.unwrap();
     assert!(cause.detail.contains("limits.memory"), "{cause:?}");
     assert!(!group.exists());
 
-    // Also of one that an agent did not end itself.
+    // Also the group of a VM that an agent did not end itself.
     agent.act("web1", VmAction::Boot).unwrap();
     assert!(group.exists());
     agent.kill();

@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 
-//! Debian's own igbvf on simulated VFs: what the model has to be to it. The small guest's tests (`local`) show the rest.
+//! Debian's own igbvf on simulated VFs: the parts of the model that it needs. The test guest's tests (`local`) show
+//! the rest.
 
 use serde_json::{Value, json};
 
@@ -71,7 +72,7 @@ fn the_stock_driver_probes_talks_and_is_bound_again() {
     ping(&mut alice, HOST, 10);
     host::ping(BOB.ip);
 
-    // Long packets are cut by the adapter, and their checksums made by it.
+    // The adapter cuts long packets, and computes their checksums.
     alice.must("mkdir /run/www; dd if=/dev/urandom of=/run/www/file bs=64k count=16 2>/dev/null");
     alice.must("httpd -h /run/www");
     let sum = alice.must("md5sum /run/www/file").split(' ').next().unwrap().to_owned();
@@ -120,7 +121,7 @@ fn an_address_is_accepted_refused_and_forged_in_vain() {
         agent.ask(agent.client.patch_port_group("sim", &edit, None)).unwrap();
     };
     edit(json!({ "mac_changes": "reject" }));
-    // The address is taken back, and the guest is made to reset its VF.
+    // The address is revoked, and the guest is made to reset its VF.
     eventually(&agent, PATIENCE, "the guest has its first address", || mac(&mut alice) == ALICE.mac);
     let output = alice.run(&set);
     assert!(output.status != 0 && output.text.contains("Cannot assign requested address"), "{output:?}");
@@ -128,7 +129,8 @@ fn an_address_is_accepted_refused_and_forged_in_vain() {
     bob.must("ip neigh flush dev eth0");
     ping(&mut bob, ALICE.ip, 5);
 
-    // The guest believes in its new address, and its frames are forged: the emulated adapter of the lab lets such pass.
+    // The guest believes in its new address, and its frames are forged: the lab's emulated adapter lets such frames
+    // pass.
     edit(json!({ "on_denied": "silent" }));
     alice.must(&set);
     assert_eq!(mac(&mut alice), OTHER);

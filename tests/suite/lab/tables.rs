@@ -1,12 +1,12 @@
 // SPDX-License-Identifier: Apache-2.0
 
-//! `tests/hardware` on the lab's adapter: its PF driver and the relay answer as the tables say.
+//! Runs `tests/hardware` on the lab's adapter: its PF driver and the relay must answer as the tables say.
 
 use std::{fs, path::Path, process::Command};
 
 use crate::fixture::host;
 
-/// The PF as people have it who run the hardware tier: down and without VFs. As before when it is dropped.
+/// The PF as users of the hardware tier have it: down and without VFs. Dropping it restores the PF.
 struct Unused {
     vfs: usize,
 }
@@ -32,7 +32,7 @@ impl Drop for Unused {
     }
 }
 
-/// Runs the script; returns its status and all that it prints.
+/// Runs the script; returns its status and all of its output.
 fn hardware() -> (Option<i32>, String) {
     let root = Path::new(env!("CARGO_MANIFEST_DIR"));
     let suite = std::env::current_exe().unwrap();

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 
-//! Guests with simulated VFs: the whole way of frames and of requests.
+//! Guests with simulated VFs: the whole path of frames and of requests.
 
 use std::time::{Duration, Instant};
 
@@ -52,7 +52,7 @@ fn two_guests_talk_and_interrupts_wake_them() {
     assert_eq!(alice.ask("link"), "up");
     assert_talks(&mut alice, "10.0.0.2");
     assert_talks(&mut bob, "10.0.0.1");
-    // Vectors are routed as igbvf numbers them.
+    // Vectors are routed by igbvf's numbering.
     let interrupts = alice.ask("interrupts");
     for kind in ["transmit", "receive", "mailbox"] {
         assert!(!interrupts.contains(&format!("{kind}=0")), "{interrupts}");
@@ -74,7 +74,7 @@ fn frames_reach_those_who_may_have_them() {
     port_group(&agent, json!({"vlan": {"trunk": ["100-200"]}}));
     let [mut alice, mut bob] = pair(&agent);
     let cases = [
-        // To whom, before and after bob has asked for groups and VLANs.
+        // The destination, and the result before and after bob has requested groups and VLANs.
         ("dst=02:00:00:00:0c:01", "none", "none"),
         ("dst=01:00:5e:00:37:07", "none", "len=60"),
         ("dst=01:00:5e:00:57:07", "none", "none"),
@@ -103,7 +103,7 @@ fn frames_reach_those_who_may_have_them() {
     }
 }
 
-/// What bob sees of a frame that alice sends: its tag, else its length.
+/// Bob's view of a frame that alice sends: its tag, else its length.
 fn seen(alice: &mut SmallGuest<'_>, bob: &mut SmallGuest<'_>, send: &str) -> String {
     bob.ask("forget");
     assert_eq!(alice.ask(&format!("send {send} text=x")), "ok sent=1");
@@ -121,7 +121,7 @@ fn an_adapter_works_again_after_every_kind_of_reset() {
         assert_eq!(alice.ask("set-mac 02:00:00:00:0a:99"), "ok");
         assert_eq!(alice.ask(way), "ok");
         alice.wait_for_ready();
-        // A boot begins with the address that the adapter was configured with.
+        // A boot begins with the address of the adapter's specification.
         bring_up(&mut alice, ALICE, "10.0.0.1");
         assert_talks(&mut bob, "10.0.0.1");
     }
@@ -148,7 +148,7 @@ fn what_a_hostile_guest_does_to_its_vf_hurts_nobody_else() {
         assert_eq!(result, "ok steps=1000", "{what}");
         assert_talks(&mut carol, "10.0.0.2");
     }
-    // Throttled it is, and then as good as ever.
+    // The guest was throttled, and then works as before.
     assert_eq!(mallory.ask("wait 1500"), "ok");
     assert_eq!(mallory.ask("down-up"), format!("ok mac={ALICE} reply={ALICE}"));
     assert_talks(&mut bob, "10.0.0.1");
@@ -157,7 +157,7 @@ fn what_a_hostile_guest_does_to_its_vf_hurts_nobody_else() {
     }
 }
 
-/// A virtual router's address: VRRP's backup asks for it at its start, and its driver does not ask again.
+/// A virtual router's address: VRRP's backup requests it at its start, and its driver does not repeat the request.
 #[test]
 fn an_address_moves_to_the_guest_that_waits_for_it() {
     const VIRTUAL: &str = "00:00:5e:00:01:33";
@@ -175,7 +175,7 @@ fn an_address_moves_to_the_guest_that_waits_for_it() {
         other.ask(&format!("send dst={VIRTUAL} text=x"));
         guest.ask("expect 300 text=x") != "none"
     };
-    // The master's driver sets its list anew, as Linux' does whenever a group is joined: it keeps the address.
+    // The master's driver rewrites its list, as Linux' does whenever a group is joined: it keeps the address.
     assert_eq!((master.ask("mac-filter clear"), master.ask(&add)), ("ok".into(), "ok".into()));
     std::thread::sleep(Duration::from_secs(3));
     assert_eq!((arrives(&mut master), arrives(&mut backup)), (true, false));
@@ -197,7 +197,7 @@ fn an_address_moves_to_the_guest_that_waits_for_it() {
     assert!(!arrives(&mut backup), "nobody wants the address");
 }
 
-/// A driver does not look at the answers to its lists, and does not ask again.
+/// A driver ignores the answers to its lists, and does not repeat them.
 #[test]
 fn lists_that_a_guest_sets_while_the_agent_is_away_are_set_when_it_is_back() {
     const ANOTHER: &str = "02:00:00:00:0b:02";

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 
-//! The command line as people and scripts have it: processes, their output, their exit codes and their terminal.
+//! The command line as users and scripts see it: processes, their output, their exit codes and their terminal.
 
 use std::{
     fs,
@@ -180,7 +180,7 @@ fn a_console_is_attached_both_ways_and_detached_by_its_key() {
     terminal.shows("attached to web1, Ctrl-] detaches");
     terminal.shows("ready\n");
     assert!(terminal.is_raw());
-    // Keys are the guest's, Ctrl-C too: as a word that it does not know.
+    // All keys go to the guest, Ctrl-C too: it reads it as an unknown word.
     terminal.type_keys(b"echo from the terminal\n");
     terminal.shows("from the terminal\n");
     terminal.type_keys(b"\x03\n");
@@ -191,7 +191,7 @@ fn a_console_is_attached_both_ways_and_detached_by_its_key() {
     assert!(!terminal.is_raw(), "the terminal is as it was");
     assert_eq!(agent.vm("web1").status.state, VmState::Running);
 
-    // Again; this time the guest ends it.
+    // Again; this time the guest ends the session.
     let mut terminal = OnTerminal::new(command(&agent, "console web1"));
     terminal.shows("from the terminal");
     terminal.type_keys(b"poweroff\n");
@@ -199,7 +199,7 @@ fn a_console_is_attached_both_ways_and_detached_by_its_key() {
     assert!(!terminal.is_raw());
     assert_eq!(agent.wait_for_state("web1", VmState::Stopped).status.pid, None);
 
-    // By a signal it is detached, too.
+    // A signal detaches the terminal, too.
     for signal in [Signal::TERM, Signal::INT, Signal::HUP] {
         let mut terminal = OnTerminal::new(command(&agent, &format!("run {file}")));
         terminal.shows("ready\n");
@@ -218,7 +218,7 @@ fn a_console_is_attached_both_ways_and_detached_by_its_key() {
     );
 }
 
-/// A job that is ended leaves neither its VM nor a VF, so that the next one finds them.
+/// An ended job leaves neither its VM nor a VF, so that the next one finds them.
 #[test]
 fn what_run_made_goes_with_it_when_it_is_ended() {
     let agent = start();
@@ -251,7 +251,7 @@ fn what_run_made_goes_with_it_when_it_is_ended() {
         assert_eq!(agent.ask(agent.client.list_vms()).unwrap().len(), 0, "{signal:?}");
         assert!(agent.vfs().iter().all(|vf| vf.owner.is_none()), "{signal:?}");
     }
-    // What was there before stays, and the command ends all the same.
+    // A VM that existed before stays, and the command still ends.
     agent.create(&serde_json::from_str::<Value>(&fs::read_to_string(&file).unwrap()).unwrap()).unwrap();
     let mut run = command(&agent, &format!("run --rm {file}"));
     run.stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::null());
@@ -262,7 +262,7 @@ fn what_run_made_goes_with_it_when_it_is_ended() {
     assert_eq!(agent.vm("web1").status.state, VmState::Running);
     agent.delete("web1").unwrap();
 
-    // A deletion that is only begun.
+    // A deletion that has only begun.
     SmallGuest::boot(&agent, "web1", json!([{"id": "eth0"}]));
     let begun = Instant::now();
     let deleted = command(&agent, "vm delete web1 --wait 0").status().unwrap();
@@ -274,7 +274,7 @@ fn what_run_made_goes_with_it_when_it_is_ended() {
     }
 }
 
-/// Input that the guest does not take holds up neither its output nor a signal.
+/// Input that the guest does not read delays neither its output nor a signal.
 #[test]
 fn a_console_that_is_fed_by_a_pipe_can_be_ended() {
     let agent = start();
@@ -329,7 +329,7 @@ fn a_script_types_by_a_pipe_and_run_deletes_if_it_is_told_to() {
     fails(&agent, "vm show web1", 4, "not_found");
 }
 
-/// Each would stop the VMs of the other: with one database, whatever their run directories and sockets are.
+/// Each would stop the other's VMs, if they share a database, even with other run directories and sockets.
 #[test]
 fn a_second_agent_with_the_same_state_does_not_start() {
     let agent = start();
@@ -349,7 +349,7 @@ fn a_second_agent_with_the_same_state_does_not_start() {
     assert!(text.contains("Another agent") && text.contains("--state-dir"), "{text}");
 }
 
-/// What one command writes another reads, in each format; and standard input takes all of them.
+/// Each command reads another's output, in each format; and standard input takes all formats.
 #[test]
 fn a_policy_is_the_same_in_each_format_and_a_setting_is_replaced_as_a_whole() {
     let agent = start();
@@ -381,8 +381,8 @@ fn a_policy_is_the_same_in_each_format_and_a_setting_is_replaced_as_a_whole() {
     feed("port-group set web3 -f -", r#"{"switch": "default"}"#);
 }
 
-/// The file may be read by root alone. A user of the socket's group names it; root boots, edits or copies the VM, and a later agent
-/// boots it by itself. Whatever root does, the guest never has the file.
+/// Only root may read the file. A user of the socket's group names it; root boots, edits or copies the VM, and a
+/// later agent boots it by itself. No action of root gives the file to the guest.
 #[test]
 fn a_file_is_opened_with_the_rights_of_whoever_chose_it() {
     const USER: &str = "65534";
@@ -439,12 +439,12 @@ fn a_file_is_opened_with_the_rights_of_whoever_chose_it() {
     agent.restart();
     let failed = agent.wait_for_state("evil", VmState::Failed);
     assert_eq!(failed.status.cause.unwrap().code, api::types::CauseCode::BootFailed);
-    // Root's own choice is root's to make.
+    // Root may choose the file itself.
     let own =
         json!({ "name": "own", "memory": "2MiB", "boot": { "kernel": "small-guest", "initramfs": secret } });
     agent.create(&own).unwrap();
     agent.act("own", api::types::VmAction::Boot).unwrap_or_else(|problem| panic!("{problem:?}"));
-    // A kernel of somebody else could show the file to them.
+    // Another user's kernel could show the file to that user.
     agent.act("own", api::types::VmAction::Stop).unwrap();
     let edited = as_user(&agent, "vm patch own --cmdline dump", "");
     assert!(edited.status.success(), "{edited:?}");

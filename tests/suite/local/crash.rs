@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 
-//! The agent or a vmm is killed at every point of a VM's life, and nothing is lost: simulated VFs.
+//! Kills the agent or a vmm at every point of a VM's life; nothing may be lost. Simulated VFs.
 
 use std::{
     fs,
@@ -25,7 +25,7 @@ use crate::fixture::{
     small_story::{SmallStory, wait_for_script},
 };
 
-/// The points by what the VM does there: each group is a test.
+/// The points by the VM's phase: each group is a test.
 const GROUPS: [&[&str]; 4] =
     [&["create", "claim", "baseline", "boot"], &["pf", "ask"], &["stop", "release", "delete"], &["vmm"]];
 
@@ -85,7 +85,7 @@ fn impostor(agent: &Agent, vm: &str) -> Child {
     let mut command = Command::new("sh");
     command.args(["-c", "read x", "vmm", "3", vm]).stdin(Stdio::piped()).stderr(log);
     let child = command.spawn().unwrap();
-    // It is started a moment before it has its command line.
+    // The process exists a moment before its command line.
     while !host::processes(&["vmm 3", vm]).contains(&child.id()) {
         thread::sleep(Duration::from_millis(1));
     }
@@ -106,7 +106,7 @@ fn the_checker_sees_what_is_wrong() {
     wait_for_script(&agent, "web1", 1).unwrap();
     let vm = agent.vm("web1").id.to_string();
     checker.assert_settled("before anything is planted", SETTLE);
-    // It could put things right.
+    // A running agent could repair the differences.
     agent.kill();
     let directory = agent.directory().to_owned();
     let mut pf = SimPf::connect(&directory.join("run/sim/0.sock")).unwrap();
@@ -180,8 +180,8 @@ fn the_checker_sees_what_is_wrong() {
     agent.restart();
 }
 
-/// The former agent's VMs run on under one that offers more than they know, and under one with which they have nothing in
-/// common, which says so.
+/// The former agent's VMs run on under an agent that offers more versions than they know, and under an agent without
+/// a common version, which reports that.
 #[test]
 fn an_agent_of_a_newer_protocol_takes_vms_up_or_says_why_not() {
     const OFFER: &str = "PORTCULLIS_PROTOCOL_FOR_TESTS";
@@ -218,7 +218,7 @@ fn an_agent_of_a_newer_protocol_takes_vms_up_or_says_why_not() {
     checker.assert_settled("under an agent that speaks another protocol", SETTLE);
     assert_eq!(agent.vm("web1").status.pid, pid, "it runs on");
 
-    // What it cannot talk to it can still end. The former one would have gone on with it.
+    // An agent can end a VM that it cannot talk to. The former agent would have gone on with it.
     agent.restart();
     agent.act("web1", VmAction::Reboot).unwrap();
     wait_for_script(&agent, "web1", 3).unwrap();
@@ -229,7 +229,7 @@ fn an_agent_of_a_newer_protocol_takes_vms_up_or_says_why_not() {
     checker.assert_settled("an agent ended a VM that it could not talk to", SETTLE);
 }
 
-/// The newest version that this build's vmms speak, as they say it to an agent of the far future.
+/// The newest version that this build's vmms speak, from their refusal of an agent of the far future.
 fn protocol(agent: &mut Agent, offer: &str) -> u32 {
     agent.restart_with(&[(offer, "1000-1001")]);
     for _ in 0..250 {

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 
-//! `portcullis demo`: what it shows, and that nothing of it stays.
+//! `portcullis demo`: its output, and its cleaning up.
 
 use std::{
     collections::BTreeSet,
@@ -47,7 +47,7 @@ fn it_meets_its_expectations_in_ten_seconds() {
     assert_nothing_is_left(directory.path());
 }
 
-/// Its agent grants everything: what it expects of a refusal is not what it sees.
+/// This demo's agent grants everything, so its expectations of denials fail.
 #[test]
 fn it_fails_if_what_it_expects_does_not_happen() {
     let directory = TempDir::with_prefix("d").unwrap();
@@ -71,7 +71,7 @@ fn it_fails_if_what_it_expects_does_not_happen() {
     assert_nothing_is_left(directory.path());
 }
 
-/// Where they are root's, they are not those of the VMs of an agent of the host.
+/// If the demo runs as root, its processes have other users than the VMs of the host's agent.
 #[test]
 fn its_processes_have_users_of_their_own() {
     if !rustix::process::geteuid().is_root() {
@@ -86,7 +86,7 @@ fn its_processes_have_users_of_their_own() {
         }
         thread::sleep(Duration::from_millis(5));
     }
-    // Until they give it up they are root's. Two VMs, and the adapter.
+    // Until they drop it, their user is root. Two VMs, and the adapter.
     users.remove(&0);
     assert!(
         users.len() == 3 && users.iter().all(|user| (2_100_100_000..=2_100_115_999).contains(user)),
@@ -105,12 +105,13 @@ fn users_of_children(parent: u32) -> Vec<u32> {
     children.filter_map(|status| field(&status, "Uid:")).collect()
 }
 
-/// When demos are ended, in milliseconds from about the start of their agent: while it starts, while VMs boot (most of them), and later.
+/// The times of the demo's end, in milliseconds from about the start of its agent: during the start, while VMs boot
+/// (most of them), and later.
 fn moments() -> impl Iterator<Item = u64> {
     (0..120).step_by(20).chain([150, 300, 600])
 }
 
-/// Nobody is left who could clean up but its agent.
+/// After the demo's death only its agent can clean up.
 #[test]
 fn killed_at_any_time_it_leaves_nothing_but_for_a_moment() {
     for delay in moments() {
@@ -154,12 +155,12 @@ fn interrupted_at_any_time_it_leaves_nothing() {
     }
 }
 
-/// Nobody but it would end its adapter: no other agent has its directory.
+/// Only the demo's agent can end its adapter: no other agent has its directory.
 #[test]
 fn its_agent_leaves_nothing_running_if_it_cannot_serve() {
     let directory = TempDir::with_prefix("d").unwrap();
     let mut command = Command::new(binary());
-    // Its directory cannot be made there.
+    // The directory cannot be made there.
     fs::write(directory.path().join("file"), "").unwrap();
     command.arg("--socket").arg(directory.path().join("file/api.sock"));
     command

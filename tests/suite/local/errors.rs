@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 
-//! Errors that it takes a host, an agent or a guest for that is not as it should be.
+//! Errors that need a faulty host, agent or guest.
 
 use std::{fs, os::unix::net::UnixStream, thread, time::Duration};
 
@@ -36,7 +36,7 @@ fn what_cannot_be_booted_says_why_and_leaves_nothing() {
         (json!({"boot": {"initramfs": "no-such-file"}}), ProblemCode::InitramfsNotFound),
         (json!({"boot": {"initramfs": "/dev/null"}}), ProblemCode::InitramfsUnreadable),
         (json!({"boot": {"initramfs": large}}), ProblemCode::InitramfsInvalid),
-        // No host has so many huge pages that nobody uses.
+        // No host has so many unused huge pages.
         (json!({"memory": "64GiB", "hugepages": true}), ProblemCode::MemoryUnavailable),
         (json!({"adapters": [{"id": "eth0", "vf": "0000:ff:1f.7"}]}), ProblemCode::VfNotFound),
         (json!({"adapters": [{"id": "eth0", "vf": taken}]}), ProblemCode::VfInUse),
@@ -49,7 +49,7 @@ fn what_cannot_be_booted_says_why_and_leaves_nothing() {
         let problem = agent.act("web1", VmAction::Boot).unwrap_err();
         assert_eq!(problem.code, code, "{change}: {problem:?}");
         let status = agent.vm("web1").status;
-        // Its files are opened before it is begun.
+        // The agent opens the files before the operation begins.
         if status.state != VmState::Defined {
             let cause = status.cause.unwrap();
             assert_eq!((cause.code, cause.problem), (CauseCode::BootFailed, Some(code)));
@@ -65,7 +65,7 @@ fn what_cannot_be_booted_says_why_and_leaves_nothing() {
     drop(owner);
 }
 
-/// As a merge patch, one level deep.
+/// Applies a merge patch, one level deep.
 fn merge(spec: &mut Value, change: &Value) {
     for (name, value) in change.as_object().unwrap() {
         match value.as_object() {
@@ -115,7 +115,7 @@ fn what_the_agent_cannot_read_or_store_is_its_own_error() {
     agent.create(&spec).unwrap();
 }
 
-/// It is there and says nothing: its VFs can neither be given nor cleaned, until it goes on.
+/// The PF is present and silent: its VFs can be neither assigned nor scrubbed until it goes on.
 #[test]
 fn a_pf_that_does_not_answer_refuses_and_keeps_what_it_has_not_cleaned() {
     let agent = start("mute0");
@@ -145,7 +145,7 @@ fn a_pf_that_does_not_answer_refuses_and_keeps_what_it_has_not_cleaned() {
 
 #[test]
 fn a_guest_that_kvm_cannot_run_is_the_machines_failure() {
-    /// `mov eax, 0xfed00000; jmp eax`: where there is no memory.
+    /// `mov eax, 0xfed00000; jmp eax`: an address without memory.
     const AWAY: [u8; 7] = [0xb8, 0x00, 0x00, 0xd0, 0xfe, 0xff, 0xe0];
     let agent = start("sim0");
     let kernel = agent.image("away", &image::pvh(&AWAY));
@@ -161,7 +161,7 @@ fn a_vm_that_ran_before_the_host_was_restarted_says_so() {
     agent.boot(&SmallGuest::spec(&agent, "web1", json!([{"id": "eth0"}]), ""));
     let vm = agent.vm("web1");
     agent.kill();
-    // As it would be then: no process, and another boot of the kernel.
+    // The state after a host's crash: no process, and another boot of the kernel.
     host::run("kill", &["-KILL", &vm.status.pid.unwrap().to_string()]);
     while !host::processes(&["vmm", &vm.id.to_string()]).is_empty() {
         thread::sleep(Duration::from_millis(5));

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 
-//! How the agent ends: VMs run on, or are powered off, and what it holds of the host is given back.
+//! The agent's end: VMs run on, or are powered off, and the agent releases the host's resources.
 
 use std::time::{Duration, Instant};
 
@@ -22,7 +22,7 @@ fn boot(agent: &Agent, name: &str, script: &str) {
     }
 }
 
-/// Whether a process is there and not only waited for.
+/// Whether a process exists and is no zombie.
 fn lives(pid: u32) -> bool {
     let stat = std::fs::read_to_string(format!("/proc/{pid}/stat")).unwrap_or_default();
     stat.rsplit(')').next().is_some_and(|rest| !rest.trim_start().starts_with(['Z', 'X']) && !rest.is_empty())

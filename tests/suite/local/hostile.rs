@@ -2,8 +2,8 @@
 
 //! Thousands of seeded runs of a guest that attacks its VF and its machine.
 //!
-//! A guest may hurt itself: a ring of receive descriptors that lies in its own code ends a boot. What it must not do is
-//! to make its vmm panic, hang or go deaf, nor to hurt a neighbour.
+//! A guest may harm itself: a ring of receive descriptors in its own code ends a boot. It must not make its vmm
+//! panic, hang or stop responding, nor harm a neighbour.
 
 use std::{
     fs,
@@ -23,11 +23,11 @@ use crate::fixture::{Agent, Options, SmallGuest, wire};
 
 const BOOTS: u32 = 4;
 const BATCHES: u32 = 10;
-/// Runs of one batch, each with a seed of its own.
+/// The runs of one batch, each with its own seed.
 const SEEDS: u32 = 54;
 const STEPS: u32 = 20;
 
-/// How long a batch may take. It takes a fraction of a second on /dev/kvm, some seconds in the lab.
+/// The longest time of a batch. It takes a fraction of a second on /dev/kvm, some seconds in the lab.
 const PATIENCE: Duration = Duration::from_secs(60);
 
 const TARGETS: [&str; 9] =
@@ -44,7 +44,7 @@ fn guest<'a>(agent: &'a Agent, name: &str, last: u8) -> SmallGuest<'a> {
     guest
 }
 
-/// Everything that any process of the agent's wrote into its log.
+/// All logs of the agent's processes.
 fn logs(directory: &Path) -> String {
     let mut text = String::new();
     for entry in fs::read_dir(directory).into_iter().flatten().flatten() {
@@ -66,7 +66,7 @@ fn assert_nobody_panicked(agent: &Agent) {
     }
 }
 
-/// Whether the guest has come to `mark`, or has ended, reset or lost itself on the way.
+/// Whether the guest reaches `mark`. It may also end, reset or hang on the way.
 fn reaches(guest: &mut SmallGuest<'_>, mark: &str, boots: u64) -> bool {
     let agent = guest.guest.agent;
     let deadline = Instant::now() + PATIENCE;
@@ -81,7 +81,7 @@ fn reaches(guest: &mut SmallGuest<'_>, mark: &str, boots: u64) -> bool {
             VmState::Running | VmState::Starting | VmState::Rebooting => return false,
             _ => {
                 let cause = status.cause.unwrap();
-                // KVM's emulator does not know all that may lie where a guest jumps to by mistake.
+                // A guest may jump by mistake to an instruction that KVM's emulator does not know.
                 let own = match cause.code {
                     CauseCode::PoweredOff => true,
                     CauseCode::MachineFailed => cause.detail.contains("KVM cannot emulate"),
@@ -92,7 +92,7 @@ fn reaches(guest: &mut SmallGuest<'_>, mark: &str, boots: u64) -> bool {
             }
         }
         if Instant::now() > deadline {
-            // Frames that were received into its own code, say. Its machine must still be in the vmm's hand.
+            // For example, it received frames into its own code. The vmm must still control its machine.
             println!(
                 "the guest hangs before {mark:?}: {:?}, {:?}",
                 guest.guest.unread(),
@@ -107,7 +107,7 @@ fn reaches(guest: &mut SmallGuest<'_>, mark: &str, boots: u64) -> bool {
     }
 }
 
-/// Ends whatever is left of the VM's boot, and boots it again with its queues up.
+/// Ends the VM's boot, and boots it again with its queues up.
 fn begin_anew(guest: &mut SmallGuest<'_>) {
     let agent = guest.guest.agent;
     let name = guest.guest.name.clone();
@@ -127,7 +127,7 @@ fn thousands_of_attacks_hurt_neither_the_vmm_nor_a_neighbour() {
     let mut bob = guest(&agent, "bob", 2);
     let _carol = guest(&agent, "carol", 3);
     let mut mallory = guest(&agent, "mallory", 1);
-    // A client, too, that is answered while the guest is at it: its body does not come.
+    // A slow client, served during the attack: its body does not arrive.
     let mut slow = wire::connect(&agent.directory().join("api.sock"));
     slow.write_all(b"POST /v1/vms HTTP/1.1\r\nhost: x\r\nconnection: close\r\ncontent-length: 9\r\n\r\n{")
         .unwrap();
@@ -138,10 +138,10 @@ fn thousands_of_attacks_hurt_neither_the_vmm_nor_a_neighbour() {
             let number = boot * BATCHES + batch;
             let target = TARGETS[number as usize % TARGETS.len()];
             let deed = DEEDS[number as usize % DEEDS.len()];
-            // Not as the guest repeats it when a command is wrong.
+            // In another form than the guest's echo of a wrong command.
             let mark = format!("\nend of batch {number}\n");
             let boots = agent.vm("mallory").status.boots;
-            // From a VF whose queues work, if the relay, which has heard much of this guest, lets it have them.
+            // On a VF with working queues, if the relay, which may still throttle this guest, lets it have them.
             mallory.guest.type_line("down-up");
             mallory
                 .guest
@@ -153,7 +153,7 @@ fn thousands_of_attacks_hurt_neither_the_vmm_nor_a_neighbour() {
                 cut_short += 1;
                 begin_anew(&mut mallory);
             }
-            // The vmm answers, and what the guest may have is still there.
+            // The vmm answers, and the guest's resources are still there.
             agent.stats("mallory");
             assert_eq!(agent.vm("mallory").status.adapters[0].lost, None);
             assert_nobody_panicked(&agent);
@@ -172,7 +172,8 @@ fn thousands_of_attacks_hurt_neither_the_vmm_nor_a_neighbour() {
         started.elapsed()
     );
     assert!(runs >= BOOTS * BATCHES * SEEDS / 2, "only {runs} runs came to their end");
-    // And as good as ever. A guest that this deafens (see its start.S) would have been among those cut short.
+    // The guest works as before. A guest that a spurious interrupt deafens (see its start.S) would count as cut
+    // short.
     assert_eq!(mallory.ask("hostile spurious"), "ok");
     assert!(mallory.ask("up").starts_with("ok "));
     assert_eq!(mallory.ask("address 10.0.0.1"), "ok");

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 
-//! What the agent does with VMs by itself: boots them again, and when it starts; and VMs that are changed and copied.
+//! The agent's own actions: restarts of VMs, and autostart; and VMs that are edited and copied.
 
 use std::{
     thread,
@@ -62,7 +62,7 @@ fn a_vm_whose_process_dies_is_booted_again_later_each_time() {
         assert!(again.status.adapters[0].vf.is_some());
     }
     assert!((900..=1000).contains(&waits[0]) && (1900..=2000).contains(&waits[1]), "{waits:?}");
-    // Cancelled while it waits, it stays at rest.
+    // A VM that is cancelled while it waits stays stopped.
     kill(&agent.vm("web1"));
     until(&agent, "web1", |vm| vm.status.state == VmState::Failed);
     let vm = agent.act("web1", VmAction::Stop).unwrap();

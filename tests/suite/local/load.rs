@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 
-//! Two hundred lives of VMs, eight at a time: what is left of them is nothing.
+//! Two hundred lives of VMs, eight at a time: they leave nothing.
 
 use std::{
     collections::BTreeSet,
@@ -18,26 +18,26 @@ use crate::fixture::{Agent, Options, SmallGuest};
 
 const AT_ONCE: usize = 8;
 const ROUNDS: usize = 25;
-/// After these the agent has its threads, and most of what its allocator holds back.
+/// Rounds after which the agent has its threads, and most of its allocator's reserve.
 const WARM: usize = 5;
 
-/// How much the agent may grow after that, in KiB. 20 rounds are 160 lives, 5 KiB each, until the database's pages fill their
-/// caches and the events those that are kept (at about 400 lives); what is known of one VM is 12 KiB.
+/// The most growth of the agent after that, in KiB. 20 rounds are 160 lives, 5 KiB each, until the database's pages
+/// fill their caches and the events their bound (at about 400 lives); the agent's state of one VM is 12 KiB.
 const GROWTH: u64 = 2048;
 
-/// VMs that are left, to show that a leak of as many would be seen.
+/// VMs that are left on purpose, to show that the test sees a leak of as many.
 const LEFT: usize = 250;
 
-/// What is to be seen of an agent and its VMs from outside.
+/// The visible state of an agent and its VMs from outside.
 #[derive(Clone, Debug, PartialEq, Eq)]
 struct Seen {
     /// Processes of VMs.
     vmms: usize,
     /// Open files of the agent, and of its simulated PFs.
     fds: [usize; 2],
-    /// Everything in the run directory, but for what grows with the log.
+    /// All files of the run directory, except those that grow with the log.
     files: BTreeSet<PathBuf>,
-    /// VFs that somebody has, ports, VMs.
+    /// Claimed VFs, ports, VMs.
     objects: [usize; 3],
 }
 
@@ -59,7 +59,8 @@ impl Seen {
         }
     }
 
-    /// The same, with as many descriptors as `other` if it has fewer: a connection of a client that was open then may be closed now.
+    /// The same, with as many descriptors as `other` if it has fewer: a client's connection may have been closed
+    /// meanwhile.
     fn or_as_many_descriptors_as(self, other: &Self) -> Self {
         let [agent, pfs] = self.fds;
         Self { fds: [agent.max(other.fds[0]), pfs.max(other.fds[1])], ..self }
@@ -91,8 +92,8 @@ fn fds(pid: u32) -> usize {
     fs::read_dir(format!("/proc/{pid}/fd")).unwrap().count()
 }
 
-/// The agent's own memory in KiB: anonymous pages (`smaps_rollup`, proc(5)). Pages of its program are not counted: how much of
-/// them is its own depends on how many processes of it there are.
+/// The agent's own memory in KiB: anonymous pages (`smaps_rollup`, proc(5)). Pages of its program do not count: the
+/// number of its processes decides how many of them are its own.
 fn memory(agent: &Agent) -> u64 {
     let text = fs::read_to_string(format!("/proc/{}/smaps_rollup", agent.pid())).unwrap();
     let line = text.lines().find_map(|line| line.strip_prefix("Pss_Anon:")).unwrap();
@@ -111,7 +112,7 @@ enum Part {
     Both,
 }
 
-/// VMs side by side: made and booted, or ended, or one after the other.
+/// Runs a part of the VMs' lives side by side: create and boot, or end, or both in turn.
 fn live(agent: &Agent, specs: &[VmSpec], part: Part) {
     agent
         .wait_on(async {
@@ -140,7 +141,7 @@ fn live(agent: &Agent, specs: &[VmSpec], part: Part) {
 
 #[test]
 fn two_hundred_lives_leave_nothing_behind() {
-    // As many user ids as VMs: one that is not given back is missed.
+    // As many user ids as VMs: the next VM would lack one that is not released.
     let count = AT_ONCE.to_string();
     let arguments = ["--sim-pf", "sim0=7", "--sim-pf", "sim1=1", "--vmm-uid-count", &count];
     let arguments = arguments.map(ToString::to_string).into();
@@ -153,7 +154,7 @@ fn two_hundred_lives_leave_nothing_behind() {
     let (before, memory_before) = (Seen::of(&agent), memory(&agent));
     assert_eq!((before.vmms, before.objects), (0, [0, 0, 0]), "{before:?}");
 
-    // What is looked at below shows VMs while they are there.
+    // The state below shows VMs while they exist.
     live(&agent, &specs, Part::Begin);
     let during = Seen::of(&agent);
     assert_eq!((during.vmms, during.objects), (AT_ONCE, [AT_ONCE; 3]), "{during:?}");
@@ -165,7 +166,7 @@ fn two_hundred_lives_leave_nothing_behind() {
         live(&agent, &specs, Part::Both);
     }
     let took = begun.elapsed();
-    // The last connections of the client may not have been closed yet.
+    // The last connections of the client may still be open.
     let deadline = Instant::now() + Duration::from_secs(5);
     while Seen::of(&agent).or_as_many_descriptors_as(&before) != before && Instant::now() < deadline {
         thread::sleep(Duration::from_millis(50));
@@ -182,7 +183,7 @@ fn two_hundred_lives_leave_nothing_behind() {
         "the agent has grown from {memory_before} KiB to {memory_after} KiB"
     );
 
-    // A leak is seen: VMs that nobody deletes are one.
+    // The test sees a leak: VMs that are not deleted are one.
     let left: Vec<VmSpec> =
         (0..LEFT).map(|n| VmSpec { name: format!("left{n}").parse().unwrap(), ..specs[0].clone() }).collect();
     left.iter().for_each(|spec| drop(agent.ask(agent.client.create_vm(spec)).unwrap()));

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 
-//! What a guest does with its machine, and what the API says of it.
+//! A guest's use of its machine, and the API's view of it.
 
 use std::{fs, thread, time::Duration};
 
@@ -42,7 +42,7 @@ fn the_serial_port_takes_whole_lines_and_interrupts_a_sleeping_guest() {
     assert_eq!(guest.ask("frobnicate"), "error unknown command; try help");
     assert_eq!(guest.ask("wait"), "error usage: wait MS");
     assert_eq!(guest.ask("in 0x3fd colour=red"), "error usage: in PORT [width=8|16|32]");
-    // Without an interrupt the guest would look at its port every 4 s only.
+    // Without an interrupt the guest would read its port only every 4 s.
     let started = std::time::Instant::now();
     guest.ask("time");
     assert!(started.elapsed() < Duration::from_secs(2), "{:?}", started.elapsed());
@@ -70,7 +70,7 @@ fn the_guests_clock_is_that_of_the_host() {
     let end: u64 = guest.ask("time").parse().unwrap();
     let (guest_took, host_took) = (Duration::from_micros(end - begin), started.elapsed());
     assert!(guest_took >= Duration::from_secs(1), "{guest_took:?}");
-    // The host's time has the calls in it.
+    // The host's time includes the calls.
     assert!(guest_took < host_took + Duration::from_millis(100), "{guest_took:?} of {host_took:?}");
 }
 
@@ -104,8 +104,8 @@ fn every_way_to_reset_boots_again() {
     }
 }
 
-/// A kernel whose first instruction is none: a file that was cut, or a kernel for another processor. Its guest resets as fast as
-/// it may, and is not taken for hostile.
+/// A kernel with an invalid first instruction: a cut file, or a kernel for another processor. Its guest resets as
+/// fast as it may, and does not count as hostile.
 #[test]
 fn a_guest_that_only_crashes_is_slowed_down_and_given_up() {
     let agent = Agent::start();
@@ -116,7 +116,7 @@ fn a_guest_that_only_crashes_is_slowed_down_and_given_up() {
     thread::sleep(Duration::from_secs(3));
     let boots = agent.vm("crashes").status.boots;
     assert!((8..20).contains(&boots), "8 at once, then 2 a second: {boots}");
-    // It can be paused and resumed meanwhile like others, but for the milliseconds in which it reboots.
+    // It can be paused and resumed like others meanwhile, except for the milliseconds of a reboot.
     while let Err(problem) = agent.act("crashes", VmAction::Pause) {
         assert!(problem.detail.contains("is rebooting"), "{problem:?}");
         thread::sleep(Duration::from_millis(20));
@@ -171,7 +171,7 @@ fn elf_that_crashes() -> Vec<u8> {
     image
 }
 
-/// A guest that has just been started has its button's interrupt masked still.
+/// A guest that has just been started still masks its button's interrupt.
 #[test]
 fn a_power_button_that_is_pressed_early_is_not_lost() {
     let agent = Agent::start();

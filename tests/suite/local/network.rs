@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 
-//! The agent's own binary over TCP, and clients that are a burden.
+//! The agent's own binary over TCP, and demanding clients.
 
 use std::{
     fs,
@@ -62,7 +62,7 @@ fn the_command_line_uses_an_agent_over_tcp_by_its_token() {
     assert!(done.status.success(), "{done:?}");
     assert!(agent.log().contains("policy made by token ops"), "{}", agent.log());
     let event = agent.wait_on(async { agent.client.events(Some(0)).await?.next().await }).unwrap();
-    // The first is the gap before this start of the agent.
+    // The first event is the gap before this start of the agent.
     assert!(event.is_some_and(|event| event.what == EventKind::Gap));
 
     let (_other_directory, other) = token_file(&TOKENS.replace("0123", "3210"));
@@ -87,7 +87,7 @@ fn the_command_line_uses_an_agent_over_tcp_by_its_token() {
     };
     assert!(turned_away("unauthorized") && turned_away("forbidden"), "{}", agent.log());
     assert!(!agent.log().contains("3210456789"), "no token is in the log");
-    // A token's name is no user: images only.
+    // A token's name is no user of the host: only images may be booted.
     let kernel = agent.directory().join("kernel");
     fs::write(&kernel, "x").unwrap();
     let vm = agent.directory().join("vm.json");
@@ -99,7 +99,7 @@ fn the_command_line_uses_an_agent_over_tcp_by_its_token() {
     let said = String::from_utf8_lossy(&booted.stderr).into_owned();
     assert!(said.contains("kernel_unreadable") && said.contains("token ops"), "{said}");
 
-    // What would send tokens over the network in clear does not start.
+    // An agent that would send tokens in clear over the network does not start.
     agent.kill();
     let directory = agent.directory().to_owned();
     let refused = Command::new(binary())
@@ -130,7 +130,7 @@ fn idle_clients_and_one_that_does_not_read_harm_nobody() {
     let begun = Instant::now();
     let mut guest = SmallGuest::boot(&agent, "busy", json!([{"id": "eth0"}]));
     assert!(guest.ask("up").starts_with("ok "));
-    // More than a subscriber may let wait, twice over.
+    // Twice the number of events that a subscriber may leave unread.
     for _ in 0..300 {
         for (action, then) in [(VmAction::Pause, VmState::Paused), (VmAction::Resume, VmState::Running)] {
             agent.act("busy", action).unwrap();

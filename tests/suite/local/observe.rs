@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 
-//! What an agent shows of itself: metrics, and a log that says for which request.
+//! The agent's metrics, and the request ids in its log.
 
 use std::{
     io::{Read, Write},
@@ -19,7 +19,7 @@ fn start(arguments: &[&str]) -> Agent {
     Agent::start_with(Options { arguments, ..Options::default() })
 }
 
-/// Sends a request that its caller calls by a name; returns the answer.
+/// Sends a request with an id of its caller's; returns the response.
 fn call(agent: &Agent, id: &str, method: &str, path: &str, body: &Value) -> String {
     let mut socket = UnixStream::connect(agent.directory().join("api.sock")).unwrap();
     let body = if body.is_null() { String::new() } else { body.to_string() };
@@ -80,7 +80,7 @@ fn metrics_show_what_guests_and_clients_do() {
     let refused = guest.ask("set-mac 02:00:00:00:99:99");
     assert_ne!(granted, refused);
 
-    // What the relay refused without a question, it tells with its next look.
+    // The relay reports its own denials at its next report.
     let denied = "portcullis_decisions_total{request=\"set_mac\",verdict=\"denied\"} 1";
     let mut text = metrics();
     for _ in 0..200 {
@@ -104,7 +104,7 @@ fn metrics_show_what_guests_and_clients_do() {
         let series = format!("portcullis_decisions_total{{request=\"set_mac\",verdict=\"{verdict}\"}}");
         assert_eq!(value(&text, &series), 1.0);
     }
-    // Of a refusal in advance nobody was asked.
+    // A standing refusal needs no question.
     assert!(value(&text, "portcullis_decision_duration_seconds_count{verdict=\"allowed\"}") >= 1.0);
     let sum = value(&text, "portcullis_commit_duration_seconds_sum{result=\"made\"}");
     assert!(sum > 0.0 && sum < 10.0, "{sum}");
@@ -119,15 +119,15 @@ fn metrics_show_what_guests_and_clients_do() {
     assert!(text.ends_with("# EOF\n"));
 }
 
-/// What the agent's process has written to files, in bytes.
+/// The bytes that the agent's process has written to files.
 fn written(agent: &Agent) -> u64 {
     let text = std::fs::read_to_string(format!("/proc/{}/io", agent.pid())).unwrap();
     let line = text.lines().find_map(|line| line.strip_prefix("wchar: ")).unwrap();
     line.parse().unwrap()
 }
 
-/// A guest repeats refused messages as fast as its relay lets it. Each alone would write the pages of the table and of its
-/// indexes anew, 28 KiB and more.
+/// A guest repeats denied messages as fast as its relay lets it. A write for each would rewrite the pages of the
+/// table and of its indexes, 28 KiB and more.
 #[test]
 fn a_refused_message_costs_the_disk_little() {
     const REFUSALS: u64 = 300;
@@ -136,7 +136,7 @@ fn a_refused_message_costs_the_disk_little() {
     guest.ask("up");
     let denied = || agent.ask(agent.client.list_ports()).unwrap()[0].status.counters.denied;
     let (before, began) = (written(&agent), Instant::now());
-    // Each another address, so that each is another record.
+    // Each with another address, so that each is another record.
     for n in 0..REFUSALS {
         assert_eq!(guest.ask(&format!("set-mac 02:00:00:00:{:02x}:{:02x}", 0x90 + n / 256, n % 256)), "nack");
     }
@@ -150,7 +150,7 @@ fn a_refused_message_costs_the_disk_little() {
     assert_eq!(denied(), REFUSALS);
     let seconds = took.as_secs() + 1;
     assert!(each < 8192 || each * REFUSALS / seconds < 320 << 10, "{each} bytes for each, in {took:?}");
-    // All of them are recorded in the end.
+    // In the end all of them are recorded.
     let filter = DecisionFilter { vm: Some("web1".to_owned()), ..DecisionFilter::default() };
     let recorded =
         || agent.ask(agent.client.decisions(&filter)).unwrap().iter().map(|one| one.count).sum::<u64>();

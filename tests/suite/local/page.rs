@@ -90,7 +90,7 @@ fn a_click_on_accept_lets_the_next_request_through() {
     assert_eq!(browser.value("location.hash"), "", "the link's token does not stay in the address");
     assert_eq!(browser.text("#summary"), "2 of 3 VMs running\n2 ports\n0 MAC mismatches");
 
-    // Decisions come as they are made.
+    // Decisions appear as they are made.
     assert_eq!(alice.ask("set-mac 02:00:00:00:0a:02"), "nack");
     browser.wait_for_text("#decisions", "02:00:00:00:0a:02");
     let first = browser.text("#decisions > li");
@@ -98,7 +98,7 @@ fn a_click_on_accept_lets_the_next_request_through() {
         assert!(first.contains(part), "{part}: {first}");
     }
 
-    // A guest that was refused silently believes in what its device does not have.
+    // A guest after a silent denial believes in an address that its device does not have.
     assert_eq!(bob.ask("set-mac 02:00:00:00:0b:77"), "ok");
     browser.wait_for(&format!("document.querySelector({:?}).className === 'mismatch'", row("bob/eth0")));
     browser.wait_for_text(&row("bob/eth0"), "not what the VF has");
@@ -118,7 +118,7 @@ fn a_click_on_accept_lets_the_next_request_through() {
         "nothing is wider than the screen"
     );
 
-    // Where each value comes from.
+    // The source of each value.
     browser.picture("wide", 1440, "dark");
     assert!(browser.text(&setting("demo", "mac_changes")).contains("port group demo"));
     assert!(browser.text(&setting("demo", "mtu")).contains("built in"));
@@ -139,7 +139,7 @@ fn a_click_on_accept_lets_the_next_request_through() {
     browser.wait_for_text(&row("alice/eth0"), "changed by the guest");
     browser.wait_for_text("#decisions > li", "allowed");
 
-    // The guest takes its interface down and up: it has the effective address again, and the page says so by itself.
+    // The guest takes its interface down and up: it has the effective address again, and the page updates by itself.
     bob.ask("down-up");
     browser.wait_for("document.querySelector('#alert').hidden");
     agent.act("bob", VmAction::Stop).unwrap();
@@ -195,7 +195,7 @@ fn an_edit_is_never_lost_and_everything_can_be_done_with_keys() {
     browser.press("ArrowDown");
     assert_eq!(browser.value("document.activeElement.id"), "choice-silent");
 
-    // Somebody else is faster.
+    // Another user edits first.
     group(&agent, "demo", json!({"mtu": 9000, "on_denied": "nack"}));
     let theirs = revision();
     browser.press("Enter");
@@ -212,7 +212,7 @@ fn an_edit_is_never_lost_and_everything_can_be_done_with_keys() {
 
     let ours = revision();
 
-    // What the agent refuses is said in its words, and as a text whatever is in them; Escape leaves all as it was.
+    // The page shows the agent's refusal in its words, and any content as text; Escape discards the edit.
     browser.click(&format!("{} button", setting("demo", "vlan")));
     browser.click("#choice-trunk");
     let hostile = "<img/src=x/onerror=document.title=1>";
@@ -254,7 +254,7 @@ fn it_goes_on_after_an_interruption_and_its_link_works_once() {
     assert!(!other.value("document.body.innerText").as_str().unwrap().contains("later"));
     other.picture("closed", 1000, "light");
 
-    // No page of another site can show it, or read from it, even with a token.
+    // No page of another site can frame it, or read from it, even with a token.
     let (origin, _) = ui.url.split_once("/#").unwrap();
     other.open("about:blank");
     let asked = other.value(&format!("fetch('{origin}/v1/vms', {{headers: {{authorization: 'Bearer x'}}}}).then((a) => a.status, () => 'no')"));

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 
-//! Operations that take long say how far they are: in a VM's status, and on the terminal.
+//! Long operations report their progress: in a VM's status, and on the terminal.
 
 use std::{
     process::{Command, Stdio},
@@ -25,7 +25,7 @@ fn start(held: &Held) -> Agent {
     agent
 }
 
-/// Begins an action, and answers at once.
+/// Begins an action without waiting for its end.
 fn begin(agent: &Agent, action: VmAction) {
     assert!(!agent.ask(agent.client.act("web1", action, Duration::ZERO)).unwrap().complete);
 }
@@ -60,7 +60,7 @@ fn a_boot_that_waits_for_the_pf_says_so_and_stores_nothing_of_it() {
     begin(&agent, VmAction::Boot);
     let operation = wait_for_stage(&agent, Stage::SettingPolicy);
     assert_eq!(place(operation), (OperationAction::Boot, 4, 7));
-    // It stays there, and the agent answers others.
+    // The operation stays there, and the agent answers other requests.
     thread::sleep(Duration::from_millis(300));
     let vm = agent.vm("web1");
     assert_eq!((vm.status.state, vm.status.operation), (VmState::Starting, Some(operation)));
@@ -92,7 +92,7 @@ fn a_terminal_shows_it_in_a_line_that_is_gone_at_the_end() {
     let agent = start(&held);
     held.close();
     let mut boot = command(&agent, "vm boot web1");
-    // Whatever the tests are run on.
+    // Independent of the terminal that runs the tests.
     boot.env("TERM", "xterm");
     let mut terminal = OnTerminal::new(boot);
     terminal.shows("\rbooting web1: building machine (6/7, ");

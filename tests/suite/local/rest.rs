@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 
-//! Every call of the REST API on the agent's own binary, and every answer that its document promises.
+//! Every call of the REST API on the agent's own binary, and every response that its document promises.
 
 use std::{
     collections::{BTreeMap, BTreeSet},
@@ -16,19 +16,19 @@ use crate::fixture::{
 
 const DOCUMENT: &str = include_str!("../../../resources/openapi.json");
 
-/// Answers that no caller can bring about here: other users' calls and files, a host or an agent that fails, actions that
-/// take longer than a caller waits for them, clients without a token or that are slow.
+/// Responses that no caller can cause here: other users' calls and files, a failing host or agent, actions that take
+/// longer than the caller's wait, clients that are slow or lack a token.
 const NOT_HERE: [&str; 6] = ["202", "401", "403", "408", "500", "503"];
-/// Likewise, of one call: a device that fails while it is given back, and a VM that is between two states.
+/// The same for one call: a device that fails during its release, and a VM between two states.
 const NOT_OF_THESE: [(&str, &str, &str); 2] =
     [("DELETE", "/v1/vms/{name}", "409"), ("POST", "/v1/vms/{name}/stop", "409")];
 
-/// A caller that writes down what it called and what came.
+/// A caller that records its calls and their responses.
 struct Caller {
     socket: PathBuf,
     operations: BTreeMap<(String, String), Value>,
     seen: BTreeSet<(String, String, String)>,
-    /// Answers that the document does not have.
+    /// Responses that the document does not have.
     undocumented: Vec<String>,
 }
 
@@ -59,7 +59,7 @@ impl Caller {
         }
     }
 
-    /// The path in the document that this one is of.
+    /// The document's path that matches this one.
     fn template(&self, method: &str, path: &str) -> Option<String> {
         let path = path.split('?').next().unwrap();
         let of = |template: &str| {
@@ -80,7 +80,7 @@ impl Caller {
         answer
     }
 
-    /// Compares the answer with the document.
+    /// Compares the response with the document.
     fn note(&mut self, method: &str, path: &str, answer: &Answer) {
         let Some(template) = self.template(method, path) else { return };
         let status = answer.status.to_string();
@@ -112,8 +112,8 @@ impl Caller {
         self.expect(200, "GET", path, &Value::Null)
     }
 
-    /// What the document says of all calls alike: no such object, a name that is none, an older revision, a body that is
-    /// too long or of another kind.
+    /// The errors that the document gives for all calls alike: no such object, a malformed name, an older revision, a
+    /// body that is too long or of another kind.
     fn general_errors(&mut self, existing: &dyn Fn(&str) -> String) {
         let operations: Vec<_> =
             self.operations.iter().map(|(key, call)| (key.clone(), call.clone())).collect();
@@ -148,7 +148,7 @@ impl Caller {
         }
     }
 
-    /// What the document promises and nobody saw.
+    /// Responses that the document promises and no call has had.
     fn missing(&self) -> Vec<String> {
         let mut missing = Vec::new();
         for ((method, template), call) in &self.operations {
@@ -165,7 +165,7 @@ impl Caller {
     }
 }
 
-/// A body that such a call takes.
+/// A valid body for such a call.
 fn body(method: &str, template: &str) -> Value {
     match (method, template) {
         ("PUT", "/v1/pfs/{name}/vfs") => json!({"count": 1}),
@@ -220,7 +220,7 @@ fn every_call_gives_every_answer_that_its_document_promises() {
     rest.expect(422, "POST", "/v1/vms/web2/boot?wait=60", &nothing);
     rest.expect(204, "DELETE", "/v1/vms/web2", &nothing);
 
-    // Changes of one that is at rest.
+    // Edits of a stopped VM.
     rest.expect(201, "POST", "/v1/vms/web1/clone", &json!({"name": "web2"}));
     rest.expect(409, "POST", "/v1/vms/web1/clone", &json!({"name": "web2"}));
     rest.expect(409, "PATCH", "/v1/vms/web2", &json!({"name": "web1"}));
@@ -241,7 +241,7 @@ fn every_call_gives_every_answer_that_its_document_promises() {
     rest.expect(409, "GET", "/v1/vms/web1/stats", &nothing);
     rest.expect(409, "POST", "/v1/vms/web1/console", &json!("x"));
 
-    // A VM that runs.
+    // A running VM.
     rest.expect(200, "POST", "/v1/vms/web1/boot?wait=60", &nothing);
     rest.expect(409, "POST", "/v1/vms/web1/boot", &nothing);
     assert_eq!(rest.get("/v1/vms/web1")["status"]["state"], "running");

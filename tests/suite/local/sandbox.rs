@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 
-//! The process of a VM is worthless to whoever takes it over: each layer of its sandbox is attacked by itself.
+//! A taken-over process of a VM is worthless: the tests attack each layer of its sandbox alone.
 
 use std::{fs, thread};
 
@@ -19,7 +19,7 @@ use crate::fixture::{
     host,
 };
 
-/// What must fail under the filters alone, and under namespaces, user and limits alone.
+/// Attacks that must fail under the filters alone, and under namespaces, user and limits alone.
 const ATTEMPTS: [&str; 24] = [
     "open_file",
     "create_file",
@@ -47,7 +47,7 @@ const ATTEMPTS: [&str; 24] = [
     "keyring",
 ];
 
-/// What reaches nothing that is not the process's own: the filters alone stop it.
+/// Attacks that reach nothing outside of the process: only the filters stop them.
 const CONVENIENCES: [&str; 4] = ["map_code", "memory_file", "io_uring", "socket_pair"];
 
 /// The sandbox without one of its layers, or with one alone.
@@ -56,12 +56,12 @@ const USER_ALONE: &[&str] = &["seccomp", "landlock"];
 const LANDLOCK_ALONE: &[&str] = &["own_user", "namespaces", "empty_root", "limits", "seccomp"];
 const NOTHING: &[&str] = &["own_user", "namespaces", "empty_root", "limits", "seccomp", "landlock"];
 
-/// The outcomes of `what` in the whole sandbox, under the filters alone, under all but filters and Landlock, under Landlock alone, and
-/// without any.
+/// Whether the outcomes of `what` are right: in the whole sandbox, under the filters alone, under all but filters and
+/// Landlock, under Landlock alone, and without any layer.
 fn as_they_should_be(what: &str, outcomes: &[Outcome; 5]) -> bool {
     let [in_all, by_filters, by_user, by_landlock, by_nothing] = outcomes;
     let convenience = CONVENIENCES.contains(&what);
-    // What Landlock is there for: an agent without root has nothing else that hides its files.
+    // The purpose of Landlock: an agent without root has no other layer that hides its files.
     let a_file = what.ends_with("_file") && !convenience;
     *in_all == Outcome::Killed
         && *by_filters == Outcome::Killed
@@ -93,8 +93,8 @@ fn each_layer_alone_stops_every_attack_and_without_layers_each_succeeds() {
     assert!(wrong.is_empty(), "not as they should be: {wrong:?}");
 }
 
-/// It parses guests' frames. Its sandbox and each layer of it are those of a VM's process, but for the pair of sockets that is the
-/// connection of a VF.
+/// The process of a simulated PF parses guests' frames. Its sandbox has the layers of a VM's process, except for the
+/// pair of sockets that is the connection of a VF.
 #[test]
 fn each_layer_alone_stops_every_attack_by_a_simulated_pf() {
     assert!(geteuid().is_root(), "namespaces and users need root: run tests/run as root");
@@ -154,7 +154,8 @@ fn messages_about_another_vms_port_change_nothing() {
     );
 }
 
-/// The agent would close it: the last close of a VFIO device or of a VM takes long, on the one thread that serves everybody.
+/// The agent would close it, and the last close of a VFIO device or of a VM takes long, on the one thread that serves
+/// all.
 #[test]
 fn no_vmm_can_pass_a_descriptor_to_its_agent() {
     assert_eq!(attempt(&agent(FILTERS_ALONE), "pass_descriptor", "main", &json!([])), Outcome::Killed);
@@ -166,7 +167,7 @@ fn no_vmm_can_pass_a_descriptor_to_its_agent() {
     assert_eq!(cause.code, CauseCode::VmmMisbehaved, "{cause:?}");
 }
 
-/// Its filters would end it before, and its limits leave it no thread for it.
+/// Its filters would end it before, and its limits leave it no thread for this.
 #[test]
 fn a_process_that_speaks_for_another_vm_is_killed_and_its_vm_says_so() {
     let agent = agent(&["seccomp", "limits"]);
@@ -198,7 +199,7 @@ fn a_vm_says_which_parts_of_its_sandbox_are_off() {
     assert!(!filtered);
 }
 
-/// What the kernel says of a VM's process: no right is left that an attack above does not try.
+/// The kernel's view of a VM's process: it has no right that an attack above does not try.
 #[test]
 fn a_vm_process_has_no_right_left() {
     assert!(geteuid().is_root(), "a process gets a user of its own from root only");
@@ -227,7 +228,7 @@ fn a_vm_process_has_no_right_left() {
     }
 }
 
-/// What the host cannot limit is not booted; with a real hierarchy: `lab::sandbox`.
+/// The agent does not boot a VM with limits that the host cannot enforce; `lab::sandbox` has a real hierarchy.
 #[test]
 fn limits_that_the_host_cannot_set_are_an_error_that_says_what_to_do() {
     let agent = Agent::start_with(Options {
@@ -248,7 +249,7 @@ fn limits_that_the_host_cannot_set_are_an_error_that_says_what_to_do() {
     let vm = agent.vm("web1");
     assert_eq!((vm.status.state, vm.status.pid), (VmState::Failed, None));
     assert_eq!(host::processes(&["vmm", &vm.id.to_string()]), [] as [u32; 0]);
-    // A default is one where it can be set.
+    // A default limit applies only if the host can enforce it.
     for name in ["web2", "web3"] {
         drop(SmallGuest::boot(&agent, name, json!([])));
     }

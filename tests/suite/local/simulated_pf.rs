@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 
-//! The process of a simulated PF: what it may, whom it outlives, and what is left of it.
+//! The process of a simulated PF: its rights, its life time, and its traces.
 
 use std::{fs, path::Path, thread, time::Duration};
 
@@ -123,10 +123,10 @@ fn a_switch_takes_it_as_an_uplink_and_its_vfs_can_be_more() {
 #[test]
 fn an_agent_without_root_runs_vms_and_says_what_holds_them_not() {
     if !geteuid().is_root() {
-        // Then all agents of these tests are such agents.
+        // In this case all agents of these tests run without root.
         return;
     }
-    // Its own files, and a /dev/kvm of its own that it may open.
+    // The agent's own files, and its own /dev/kvm that it may open.
     let script = r#"set -e; dir=$(dirname "$3"); cp "$1" "$dir/portcullis"; shift; mkdir "$dir/dev"
         mount -t tmpfs none "$dir/dev"; mknod -m 666 "$dir/dev/kvm" c 10 232; mount --bind "$dir/dev/kvm" /dev/kvm
         chown -R 65534:65534 "$dir"/*; chown 65534:65534 "$dir"

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 
-//! An agent's start on a host, and on the work of an agent with other options.
+//! The start of an agent on a host, and with the state of an agent with other options.
 
 use std::{
     fs,
@@ -56,7 +56,7 @@ fn user_ids_of_an_account_are_refused_with_others_that_are_free() {
         return;
     }
     let directory = tempfile::tempdir().unwrap();
-    // The account nobody is 65534 everywhere.
+    // The account `nobody` is 65534 on every distribution.
     let text = refused(directory.path(), &["--vmm-uid-base", "65000", "--vmm-uid-count", "1000"]);
     for part in ["65000 to 65999", "65534", "nobody", "/etc/passwd", "--vmm-uid-base "] {
         assert!(text.contains(part), "{part} in {text}");

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 
-//! ACPI tables: how the guest learns of CPUs, PCI, the serial port and the power button.
+//! ACPI tables, which describe CPUs, PCI, the serial port and the power button to the guest.
 //!
 //! Hardware-reduced ACPI 6.5: no SCI, no PM timer; sleep, reset and the event device are port registers.
 
@@ -34,7 +34,7 @@ const HEADER: u32 = 36;
 /// FADT IAPC_BOOT_ARCH (ACPI 6.5, 5.2.9.3): no VGA, no CMOS clock. Linux would wait for the clock for seconds.
 const BOOT_ARCHITECTURE: u16 = 1 << 2 | 1 << 5;
 
-/// What the tables describe.
+/// The machine's properties that the tables describe.
 #[derive(Clone, Debug)]
 pub struct Description {
     /// vCPUs; a vCPU's index is its APIC id.
@@ -43,7 +43,7 @@ pub struct Description {
     pub pci_window_64: Range<u64>,
 }
 
-/// All tables as bytes for [`layout::ACPI`]; the root pointer comes first.
+/// Builds all tables as bytes for [`layout::ACPI`]; the root pointer comes first.
 #[must_use]
 pub fn tables(description: &Description) -> Vec<u8> {
     let mut bytes = vec![0; Rsdp::len()];
@@ -97,7 +97,7 @@ fn madt(cpus: u8) -> MADT {
     for cpu in 0..cpus {
         madt.add_structure(ProcessorLocalApic::new(cpu, cpu, EnabledStatus::Enabled));
     }
-    // 255 is no vCPU's APIC id: KVM's own IOAPIC has id 0 there, which Linux changes as it likes.
+    // KVM's own IOAPIC has id 0, which Linux changes at will. No vCPU has APIC id 255.
     madt.add_structure(IoApic::new(0, layout::IOAPIC, 0));
     madt
 }

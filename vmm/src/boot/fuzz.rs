@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 
-//! The body of a fuzz target: any bytes in, nothing but the laws asserted. Also run by a property test.
+//! The body of a fuzz target: it takes any bytes and asserts only laws. A property test runs it, too.
 #![allow(clippy::panic, reason = "a broken law is to end the fuzzer")]
 
 use std::{fs::File, io::Write, os::fd::OwnedFd};
@@ -16,13 +16,13 @@ use crate::{
     vcpu::state::Entry,
 };
 
-/// Memory of the guest.
+/// The guest's memory in bytes.
 const MEMORY: u64 = 4 << 20;
 
 const CMDLINE: &str = "console=ttyS0";
 
 thread_local! {
-    /// One for all: mapping it anew would be most of the work. What a run leaves is nothing that the next one reads.
+    /// One mapping for all runs: a new one would be most of the work. No run reads the rest of an earlier one.
     static GUEST: GuestMemory = memory::reserve(MEMORY, false).unwrap_or_else(|error| panic!("{error}"));
 }
 
@@ -33,8 +33,8 @@ fn file(bytes: &[u8]) -> File {
     written.unwrap_or_else(|error| panic!("{error}"))
 }
 
-/// A kernel image, and an initramfs of some pages if the first byte says so: it is loaded or refused, and what the machine
-/// puts beside it is whole.
+/// Takes a kernel image, and an initramfs of some pages if the first byte says so. The loader must load or refuse it,
+/// and leave its own tables intact.
 pub fn fuzz_kernel(data: &[u8]) {
     let Some((pages, kernel)) = data.split_first() else { return };
     let initramfs = vec![0xa5; usize::from(*pages) * 4096 + 1];
@@ -68,7 +68,7 @@ pub fn fuzz_kernel(data: &[u8]) {
                 );
             }
         }
-        // Booted again, it is the same.
+        // A second boot must load the same image.
         assert!(load(guest, &mut payload, &machine).is_ok(), "a second boot");
     });
 }
@@ -79,7 +79,7 @@ mod tests {
 
     use super::*;
 
-    /// Images that are well formed, or nearly.
+    /// Images that are well-formed, or nearly.
     fn seeds() -> Vec<Vec<u8>> {
         let dir = std::path::Path::new(env!("CARGO_MANIFEST_DIR")).join("../fuzz/seeds/kernel");
         std::fs::read_dir(dir).unwrap().map(|entry| std::fs::read(entry.unwrap().path()).unwrap()).collect()

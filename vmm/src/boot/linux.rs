@@ -10,12 +10,12 @@ use crate::{layout, memory::GuestMemory};
 
 const E820_RAM: u32 = 1;
 const E820_RESERVED: u32 = 2;
-/// Loader without a number of its own.
+/// The type of a loader without an assigned number.
 const LOADER_UNDEFINED: u8 = 0xff;
 const BOOT_FLAG: u16 = 0xaa55;
 const HEADER_MAGIC: u32 = 0x5372_6448;
 
-/// Writes it; `header` is the kernel's own, or None for an ELF image.
+/// Writes the zero page. `header` is the kernel's own, or None for an ELF image.
 pub(super) fn write_zero_page(
     memory: &GuestMemory,
     header: Option<setup_header>,

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 
-//! Puts a kernel into guest memory: bzImage by the 64-bit Linux protocol, ELF by PVH or, without a PVH note, like
+//! Loads a kernel into guest memory: bzImage by the 64-bit Linux protocol, ELF by PVH or, without a PVH note, like
 //! Linux' 64-bit entry.
 
 pub mod acpi;
@@ -31,13 +31,13 @@ use crate::{
 const ENTRY_64: u64 = 0x200;
 /// `xloadflags` bit 0: the kernel has that entry.
 const XLF_KERNEL_64: u16 = 1;
-/// Linux on hardware-reduced ACPI wants to reboot by EFI and, finding none, jumps to the BIOS in real mode. There it
+/// Linux on hardware-reduced ACPI tries to reboot by EFI and, finding none, jumps to the BIOS in real mode. There it
 /// finds `mov al, 0xfe; out 0x64, al; hlt; jmp` back to the `hlt`: the keyboard controller's reset.
 const RESET_STUB: [u8; 7] = [0xb0, 0xfe, 0xe6, 0x64, 0xf4, 0xeb, 0xfd];
 /// Page size, for the place of the initramfs.
 const PAGE: u64 = 4096;
 
-/// Why a kernel cannot be booted.
+/// Errors of loading a kernel.
 #[derive(Debug, thiserror::Error)]
 pub enum BootError {
     /// Neither ELF nor bzImage.
@@ -51,7 +51,7 @@ pub enum BootError {
     Cut {
         /// Its size.
         size: u64,
-        /// What its header says.
+        /// The size in its header.
         whole: u64,
     },
     /// An ELF image for another processor.
@@ -82,12 +82,12 @@ pub enum BootError {
     /// The command line has a NUL or a newline in it.
     #[error("The kernel command line contains a control character")]
     CmdlineCharacter,
-    /// Guest memory is too small for what has to be in it.
+    /// Guest memory is too small for the kernel and the tables.
     #[error("The guest's memory is too small to boot; give it at least 2 MiB")]
     Memory(#[source] vm_memory::GuestMemoryError),
 }
 
-/// What is booted. Kept open for reboots.
+/// The files of a boot, kept open for reboots.
 #[derive(Debug)]
 pub struct Payload {
     /// The kernel image.
@@ -105,7 +105,7 @@ struct Placed {
     size: u64,
 }
 
-/// Loads everything that the first instruction needs and says where it is.
+/// Loads the kernel, the initramfs and all tables. Returns the entry of the boot processor.
 ///
 /// # Errors
 /// See [`BootError`].
@@ -178,7 +178,7 @@ fn load_elf(memory: &GuestMemory, payload: &mut Payload) -> Result<Entry, BootEr
     let read = |e| BootError::Read("kernel", e);
     let mut machine = [0; 2];
     payload.kernel.seek(SeekFrom::Start(E_MACHINE)).map_err(read)?;
-    // An image that is too short for it is too short for all the rest.
+    // Leave an image that is too short for this header to the loader, which refuses it.
     if payload.kernel.read_exact(&mut machine).is_ok() && u16::from_le_bytes(machine) != EM_X86_64 {
         return Err(BootError::OtherMachine(u16::from_le_bytes(machine)));
     }
@@ -207,11 +207,12 @@ fn load_bzimage(memory: &GuestMemory, payload: &mut Payload) -> Result<Entry, Bo
     if header.xloadflags & XLF_KERNEL_64 == 0 {
         return Err(BootError::NotSixtyFourBit);
     }
-    // Sectors of 512 bytes for set-up, the boot sector among them, then paragraphs of 16 bytes (boot.rst, `setup_sects`, `syssize`).
+    // The header counts sectors of 512 bytes for set-up, without the boot sector, and then paragraphs of 16 bytes
+    // (boot.rst, `setup_sects`, `syssize`).
     let setup = if header.setup_sects == 0 { 4 } else { u64::from(header.setup_sects) };
     let whole = (setup + 1) * 512 + u64::from(header.syssize) * 16;
     let size = payload.kernel.seek(SeekFrom::End(0)).map_err(|e| BootError::Read("kernel", e))?;
-    // The last paragraph need not be whole.
+    // The last paragraph may be incomplete.
     if size.saturating_add(15) < whole {
         return Err(BootError::Cut { size, whole });
     }
@@ -227,7 +228,7 @@ fn low_ram_end(memory: &GuestMemory) -> u64 {
     memory.last_addr().0.saturating_add(1).min(layout::PCI_WINDOW_32.start)
 }
 
-/// As high as it may be: the kernel's own early allocations begin below.
+/// Loads the initramfs as high as possible: the kernel's own early allocations begin below.
 fn place_initramfs(
     memory: &GuestMemory,
     payload: &mut Payload,
@@ -250,7 +251,7 @@ fn place_initramfs(
     Ok(Some(Placed { address, size }))
 }
 
-/// RAM as the guest may use it, apart from what [`crate::layout`] keeps.
+/// The RAM that the guest may use, without the parts that [`crate::layout`] reserves.
 fn usable_ram(memory: &GuestMemory) -> Vec<Range<u64>> {
     #[expect(clippy::single_range_in_vec_init, reason = "a list of ranges that starts with one")]
     let mut ranges = vec![0..layout::LOW_RAM_END];
@@ -265,7 +266,7 @@ fn memory_size(memory: &GuestMemory) -> u64 {
     memory.iter().map(GuestMemoryRegion::len).sum()
 }
 
-/// 2 MiB pages for the first 4 GiB, as the 64-bit entry wants them.
+/// Maps the first 4 GiB with 2 MiB pages, as the 64-bit entry requires.
 fn identity_map(memory: &GuestMemory) -> Result<(), BootError> {
     const PRESENT_WRITABLE: u64 = 0x3;
     const LARGE: u64 = 0x80;

@@ -89,7 +89,7 @@ fn kernels_are_told_apart() {
     let mut other = elf(true, &[0xf4]);
     other[18..20].copy_from_slice(&183_u16.to_le_bytes());
     assert!(matches!(entry(&other), Err(BootError::OtherMachine(183))));
-    // 40 paragraphs behind two sectors, and one byte that is not there.
+    // 40 paragraphs behind two sectors, without the last byte.
     let mut whole = bzimage(1, 0x1000, &[0xf4; 640]);
     whole[0x1f4..0x1f8].copy_from_slice(&40_u32.to_le_bytes());
     assert_eq!(entry(&whole).unwrap(), Entry::Linux64 { rip: 0x10_0200 });

@@ -19,25 +19,26 @@ use rustix::{
 };
 use serde::{Serialize, de::DeserializeOwned};
 
-/// Longest packet in bytes. The kernel's default socket buffer holds several.
+/// The longest packet in bytes. The kernel's default socket buffer holds several.
 pub const FRAME_MAX: usize = 64 * 1024;
 
-/// Most file descriptors beside one packet: four files of a machine, and a connection for each function that a VM can
-/// have if all are simulated.
+/// The most file descriptors beside one packet: four files of a machine, and a connection for each function of a VM,
+/// all of which may be simulated.
 pub const FDS_MAX: usize = 4 + 16;
 
 thread_local! {
-    /// What packets are received into: a new one each time would be cleared each time, on a path where a guest waits.
+    /// The receive buffer. It is reused: a new one for each packet would be zeroed each time, on a path where a guest
+    /// waits.
     static BUFFER: RefCell<Vec<u8>> = const { RefCell::new(Vec::new()) };
 }
 
-/// Longest queue of connections that nobody accepted yet.
+/// The longest queue of connections that are not yet accepted.
 const BACKLOG: i32 = 4;
 
-/// What can go wrong on a control channel. All but [`ChannelError::WouldBlock`] end the connection.
+/// Errors of a control channel. All but [`ChannelError::WouldBlock`] end the connection.
 #[derive(Debug, thiserror::Error)]
 pub enum ChannelError {
-    /// Non-blocking socket: nothing to read, or no room to write. Try again when the socket is ready.
+    /// The non-blocking socket has nothing to read, or no room to write. Try again once it is ready.
     #[error("The control socket is not ready")]
     WouldBlock,
     /// The peer closed the connection.
@@ -46,13 +47,13 @@ pub enum ChannelError {
     /// The peer sent more than [`FRAME_MAX`] bytes or [`FDS_MAX`] descriptors.
     #[error("The peer sent an oversized control message")]
     Oversized,
-    /// The peer sent descriptors to a side that takes none. The kernel has closed them.
+    /// The peer sent descriptors to a side that accepts none. The kernel has closed them.
     #[error("The peer sent file descriptors, and only the agent may")]
     Descriptors,
-    /// The peer sent something that is no message of the protocol.
+    /// The peer sent a packet that is no message of the protocol.
     #[error("The peer sent a malformed control message")]
     Malformed(#[source] serde_json::Error),
-    /// Our own message does not fit: a bug or a specification out of bounds.
+    /// Our own message does not fit: a bug, or a specification out of bounds.
     #[error("A control message of {0} bytes is too long to be sent")]
     TooLong(usize),
     /// The socket failed.
@@ -70,7 +71,7 @@ impl From<Errno> for ChannelError {
     }
 }
 
-/// The listening end, bound by the agent and kept by the vmm.
+/// The listening end. The agent binds it and the vmm keeps it.
 #[derive(Debug)]
 pub struct Listener(OwnedFd);
 
@@ -92,7 +93,7 @@ impl Listener {
         Self(fd)
     }
 
-    /// The next connection.
+    /// Accepts the next connection.
     ///
     /// # Errors
     /// [`ChannelError::WouldBlock`] if there is none.
@@ -129,7 +130,7 @@ impl Channel {
         Ok(Self(fd))
     }
 
-    /// Process, user and group id of the peer at the time of `connect` (or `listen`, on the connecting side).
+    /// The peer's process, user and group id at the time of `connect` (or of `listen`, on the connecting side).
     ///
     /// # Errors
     /// Those of `getsockopt(SO_PEERCRED)`.
@@ -137,11 +138,10 @@ impl Channel {
         Ok(net::sockopt::socket_peercred(&self.0)?)
     }
 
-    /// Sends one message and descriptors beside it.
+    /// Sends one message with descriptors beside it.
     ///
     /// # Errors
-    /// [`ChannelError::TooLong`] leaves the connection usable, as does [`ChannelError::WouldBlock`]: nothing was
-    /// sent.
+    /// [`ChannelError::TooLong`] and [`ChannelError::WouldBlock`] send nothing and leave the connection usable.
     pub fn send<M: Serialize>(&self, message: &M, fds: &[BorrowedFd<'_>]) -> Result<(), ChannelError> {
         let bytes = serde_json::to_vec(message).map_err(ChannelError::Malformed)?;
         if bytes.len() > FRAME_MAX || fds.len() > FDS_MAX {
@@ -164,7 +164,7 @@ impl Channel {
     /// Receives one message and the descriptors beside it (close-on-exec).
     ///
     /// # Errors
-    /// Every error but [`ChannelError::WouldBlock`] means that the connection is to be dropped.
+    /// Drop the connection after every error but [`ChannelError::WouldBlock`].
     pub fn receive<M: DeserializeOwned>(&self) -> Result<(M, Vec<OwnedFd>), ChannelError> {
         let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(FDS_MAX))];
         let mut control = RecvAncillaryBuffer::new(&mut space);
@@ -178,13 +178,14 @@ impl Channel {
         if control_truncated { Err(ChannelError::Oversized) } else { Ok((message, fds)) }
     }
 
-    /// Receives one message from a peer that may send no descriptors, with its length in bytes.
+    /// Receives one message from a peer that must not send descriptors, with the message's length in bytes.
     ///
-    /// The last close of a VFIO device, of its container or of a KVM VM takes from milliseconds to a minute, on the thread
-    /// that closes. No buffer is there for descriptors, so none is installed in this process.
+    /// The last close of a VFIO device, of its container or of a KVM VM takes from milliseconds to a minute, on the
+    /// closing thread. This call gives the kernel no buffer for descriptors, so the kernel installs none in this
+    /// process.
     ///
     /// # Errors
-    /// Every error but [`ChannelError::WouldBlock`] means that the connection is to be dropped.
+    /// Drop the connection after every error but [`ChannelError::WouldBlock`].
     pub fn receive_alone<M: DeserializeOwned>(&self) -> Result<(M, usize), ChannelError> {
         match self.receive_with(&mut RecvAncillaryBuffer::default())? {
             (_, _, true) => Err(ChannelError::Descriptors),
@@ -192,7 +193,7 @@ impl Channel {
         }
     }
 
-    /// A message, its length, and whether the kernel dropped descriptors that `control` had no room for.
+    /// Receives a message. Returns its length, and whether the kernel dropped descriptors that did not fit `control`.
     fn receive_with<M: DeserializeOwned>(
         &self,
         control: &mut RecvAncillaryBuffer<'_>,
@@ -269,7 +270,7 @@ mod tests {
         near.send(&ToVmm::Noted { upto: 1 }, &[write.as_fd()]).unwrap();
         drop(write);
         assert!(matches!(far.receive_alone::<ToVmm>(), Err(ChannelError::Descriptors)));
-        // The other end of the pipe is closed: there is no copy of it in the queue or in this process.
+        // The other end of the pipe is closed: neither the queue nor this process has a copy of it.
         assert_eq!(rustix::io::read(&read, &mut [0; 1]).unwrap(), 0);
         let message = ToVmm::Noted { upto: 2 };
         near.send(&message, &[]).unwrap();

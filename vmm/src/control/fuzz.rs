@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 
-//! The body of a fuzz target: any bytes in, nothing but the laws asserted. Also run by a property test.
+//! The body of a fuzz target: it takes any bytes and asserts only laws. A property test runs it, too.
 #![allow(clippy::panic, reason = "a broken law is to end the fuzzer")]
 
 use std::fmt::Debug;
@@ -9,7 +9,7 @@ use serde::{Serialize, de::DeserializeOwned};
 
 use super::{FRAME_MAX, ToAgent, ToVmm};
 
-/// A packet from either side: what is read means the same when it is written and read again.
+/// Takes a packet from either side: a message that parses must mean the same after it is written and read again.
 pub fn fuzz_packet(data: &[u8]) {
     let data = data.get(..data.len().min(FRAME_MAX)).unwrap_or_default();
     again::<ToAgent>(data);

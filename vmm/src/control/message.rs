@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 
-//! What the agent and a vmm say to each other.
+//! The messages between the agent and a vmm.
 
 use std::{collections::BTreeMap, ops::RangeInclusive};
 
@@ -11,9 +11,9 @@ use uuid::Uuid;
 
 /// The protocol version of this build.
 ///
-/// | version | brought |
+/// | version | added |
 /// |---|---|
-/// | 1 | everything else |
+/// | 1 | all other messages |
 /// | 2 | [`DeviceBackend::Simulated`] |
 /// | 3 | [`ToVmm::Standing`], and with it [`Notice::Declined`] |
 pub const VERSION: u32 = 3;
@@ -21,27 +21,27 @@ pub const VERSION: u32 = 3;
 /// The oldest version with [`ToVmm::Standing`].
 pub const STANDING_SINCE: u32 = 3;
 
-/// The versions that this build still speaks.
+/// The versions that this build speaks.
 pub const SPOKEN: RangeInclusive<u32> = 1..=VERSION;
 
-/// From the agent to the vmm.
+/// Messages from the agent to the vmm.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(tag = "type", rename_all = "snake_case")]
 pub enum ToVmm {
-    /// First message on a connection.
+    /// The first message on a connection.
     Hello {
-        /// Oldest version that the agent speaks.
+        /// The oldest version that the agent speaks.
         oldest: u32,
-        /// Newest version that the agent speaks.
+        /// The newest version that the agent speaks.
         newest: u32,
-        /// The VM that the agent believes to be behind this socket.
+        /// The VM that the agent expects behind this socket.
         vm: Uuid,
     },
-    /// Something to do; answered by [`ToAgent::Done`] with the same id.
+    /// A command. The vmm completes it by [`ToAgent::Done`] with the same id.
     Order {
         /// Chosen by the agent, unique on this connection.
         id: u64,
-        /// What to do.
+        /// The command.
         order: Order,
     },
     /// Reply to a [`ToAgent::Ask`].
@@ -51,63 +51,63 @@ pub enum ToVmm {
         /// The answer.
         answer: Answer,
     },
-    /// What the relay of an adapter refuses without a question, from now to the next such message, or the end of the
-    /// connection. May come before the machine is configured.
+    /// Requests that the relay of an adapter denies without asking. Holds until the next such message for the
+    /// adapter, or the end of the connection. May come before the machine is configured.
     Standing {
         /// The adapter's name in the machine's specification.
         adapter: String,
-        /// None: nothing.
+        /// None: the relay asks about every request.
         refusal: Option<StandingRefusal>,
     },
-    /// Reports up to this sequence number are stored; the vmm may forget them.
+    /// The agent has stored the reports up to this sequence number; the vmm may forget them.
     Noted {
-        /// Sequence number of the last stored report.
+        /// The sequence number of the last stored report.
         upto: u64,
     },
 }
 
-/// From the vmm to the agent.
+/// Messages from the vmm to the agent.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(tag = "type", rename_all = "snake_case")]
 pub enum ToAgent {
-    /// Answer to the agent's hello.
+    /// The response to the agent's hello.
     Hello {
-        /// The version both speak from now on: the newest common one.
+        /// The version that both sides speak from now on: the newest common one.
         version: u32,
-        /// The state at this moment; reports tell of later changes.
+        /// The state at this moment; reports carry later changes.
         state: State,
         /// The boot counter: 0 before the first boot, then one more for each boot and reboot.
         boots: u64,
     },
-    /// The agent's hello cannot be served; the connection ends.
+    /// The vmm cannot serve the agent's hello; the connection ends.
     Refused {
-        /// Why: no common version, or another VM.
+        /// The cause: no common version, or another VM.
         reason: String,
     },
-    /// An order was carried out, or not.
+    /// An order is complete, or has failed.
     Done {
         /// The order's id.
         id: u64,
-        /// Its outcome.
+        /// The outcome, or the failure.
         result: Result<Outcome, Failure>,
     },
-    /// A question that the vmm cannot decide itself (the relay's requests come this way).
+    /// A question that only the agent can decide: a request of a guest's VF driver.
     Ask {
-        /// Chosen by the vmm, unique for the process's life.
+        /// Chosen by the vmm, unique for the life of its process.
         id: u64,
         /// The question.
         ask: Ask,
     },
-    /// Something happened. Kept and sent again after a reconnection until [`ToVmm::Noted`].
+    /// An event. The vmm keeps it, and sends it again after a reconnection, until [`ToVmm::Noted`].
     Report {
-        /// One more for each report of this process.
+        /// A sequence number: one more for each report of this process.
         seq: u64,
-        /// What happened.
+        /// The event.
         report: Report,
     },
 }
 
-/// What the agent can order.
+/// Commands of the agent.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(tag = "order", rename_all = "snake_case")]
 pub enum Order {
@@ -126,100 +126,101 @@ pub enum Order {
     PowerButton,
     /// Resets devices and machine and boots the kernel again. → [`Outcome::Done`] once the new boot runs
     Reboot,
-    /// Stops the vCPUs, resets and closes the devices and ends the process. → [`Outcome::Done`], then the
-    /// process exits with status 0
+    /// Stops the vCPUs, resets and closes the devices and ends the process. → [`Outcome::Done`], then the process
+    /// exits with status 0
     Stop,
-    /// Counters. → [`Outcome::Stats`]
+    /// Reads the counters. → [`Outcome::Stats`]
     Stats,
-    /// Bytes for the guest's serial port. → [`Outcome::ConsoleTaken`]
+    /// Types bytes into the guest's serial port. → [`Outcome::ConsoleTaken`]
     ConsoleInput {
-        /// At most 1024 bytes, as text; what does not fit the receive FIFO is not taken.
+        /// At most 1024 bytes. The port takes only as many as fit its receive FIFO.
         bytes: Vec<u8>,
     },
-    /// → [`Outcome::Done`] as soon as the console file has grown beyond this offset (or the connection ends).
+    /// Waits until the console file has grown beyond this offset. → [`Outcome::Done`] then, or at once if too many
+    /// orders wait. The end of the connection ends the wait.
     ConsoleWait {
-        /// Count of bytes ever written that the asker has seen.
+        /// The count of bytes ever written that the agent has read.
         offset: u64,
     },
-    /// Makes changes on a VF that only mailbox messages can make: taking back what was granted.
-    /// → [`Outcome::TakenBack`]
+    /// Makes changes on a VF that only mailbox messages can make, to revoke granted requests. →
+    /// [`Outcome::TakenBack`]
     TakeBack {
         /// The adapter's name in the machine's specification.
         adapter: String,
         /// Changes whose route is the mailbox.
         changes: Vec<Change>,
     },
-    /// The agent has changed a VF's effective address without having been asked. → [`Outcome::Done`]
+    /// The agent has changed a VF's effective address without a request of the guest. → [`Outcome::Done`]
     EffectiveMac {
         /// The adapter's name in the machine's specification.
         adapter: String,
         /// The address that the PF has now.
         mac: MacAddress,
     },
-    /// Makes the guest's driver reset its VF, so that it learns the effective address. → [`Outcome::Done`] (it
-    /// happens within about two seconds)
+    /// Makes the guest's driver reset its VF, so that the driver learns the effective address. → [`Outcome::Done`]
+    /// (the reset happens within about two seconds)
     MakeGuestReset {
         /// The adapter's name in the machine's specification.
         adapter: String,
     },
 }
 
-/// What an order yields.
+/// The result of an order that has succeeded.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(tag = "outcome", rename_all = "snake_case")]
 pub enum Outcome {
-    /// Nothing more to say.
+    /// The order has no further result.
     Done,
-    /// How many bytes the serial port took.
+    /// The serial port took these bytes of the input.
     ConsoleTaken {
-        /// Bytes.
+        /// The count of bytes.
         taken: usize,
     },
     /// Counters.
     Stats(Box<Stats>),
-    /// What became of changes by mailbox messages.
+    /// The result of changes by mailbox messages.
     TakenBack {
-        /// What the PF did not confirm; empty if all was done.
+        /// Changes that the PF did not confirm; empty if it confirmed all.
         failed: Vec<Change>,
-        /// The PF does not listen to the VF now; the changes are made right after the guest's next reset message, and
-        /// a report follows then.
+        /// The PF does not read the VF's messages at present. The relay makes the changes right after the guest's
+        /// next reset message, and a report follows.
         deferred: bool,
     },
 }
 
-/// Why an order failed.
+/// The failure of an order.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, thiserror::Error)]
 #[error("{detail}")]
 pub struct Failure {
-    /// Stable code.
+    /// A stable code.
     pub code: FailureCode,
-    /// The thing, the cause and the cure, in one sentence or two.
+    /// The thing, the cause and the cure, in one or two sentences.
     pub detail: String,
 }
 
-/// Stable reasons for failures of a vmm.
+/// Stable causes of a vmm's failures.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum FailureCode {
-    /// The order does not fit the state (for instance: pause before run).
+    /// The state does not allow the order (for instance: pause before run).
     WrongState,
     /// `/dev/kvm` cannot be used, or lacks a capability.
     Kvm,
-    /// Guest memory cannot be had.
+    /// The host cannot provide the guest's memory.
     Memory,
-    /// The kernel or the initramfs is not one, or does not fit.
+    /// The kernel or the initramfs is malformed, or does not fit.
     Kernel,
     /// Memory for DMA cannot be locked: RLIMIT_MEMLOCK.
     Memlock,
     /// A VFIO group is not viable.
     GroupNotViable,
-    /// A VFIO device cannot be opened or used.
+    /// The vmm cannot open or use a VFIO device.
     Device,
-    /// The sandbox cannot be built on this host.
+    /// The vmm cannot build the sandbox on this host.
     Sandbox,
-    /// The order itself makes no sense (sizes, names).
+    /// The order is malformed (sizes, names).
     Invalid,
-    /// Something that should not happen; `detail` is for a bug report.
+    /// A bug of Portcullis; `detail` is for a bug report.
     Internal,
 }
 
@@ -238,11 +239,11 @@ pub struct MachineSpec {
     pub hugepages: bool,
     /// The kernel command line as the user gave it.
     pub cmdline: String,
-    /// Whether an initramfs comes beside the order.
+    /// Whether the descriptor of an initramfs comes beside the order.
     pub initramfs: bool,
     /// Functions, in the order of their slots on the guest's bus.
     pub devices: Vec<DeviceSpec>,
-    /// What the process becomes after it has opened its devices.
+    /// The sandbox that the process enters after it has opened its devices.
     pub sandbox: SandboxSpec,
 }
 
@@ -251,48 +252,48 @@ pub struct MachineSpec {
 pub struct DeviceSpec {
     /// The host's PCI address, `dddd:bb:dd.f`.
     pub bdf: String,
-    /// What is behind it.
+    /// Hardware or a simulated VF.
     pub backend: DeviceBackend,
-    /// The adapter that this is, if it is a network VF under policy: its mailbox is then in the relay's hands. None
-    /// for plain devices.
+    /// The name of the adapter, if the function is a network VF under policy: then a relay stands in for its mailbox.
+    /// None for plain devices.
     pub adapter: Option<String>,
 }
 
-/// What is behind a function.
+/// The other side of a function.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum DeviceBackend {
-    /// Hardware, through VFIO.
+    /// Hardware, by VFIO.
     Vfio {
         /// The IOMMU group's number (`/dev/vfio/N`).
         group: u32,
     },
-    /// A simulated VF, whose connection to its PF comes beside the order.
+    /// A simulated VF. Its connection to its PF comes beside the order.
     Simulated,
 }
 
-/// How the process gives up its privileges.
+/// The steps by which the process gives up its privileges.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct SandboxSpec {
-    /// User id to become; None to stay (an agent without root).
+    /// The user id to become. None keeps the present one (an agent without root).
     pub uid: Option<u32>,
-    /// Group id to become.
+    /// The group id to become.
     pub gid: Option<u32>,
-    /// Limits on what it may use: open files, threads, sizes of files.
+    /// Limits on the process: open files, threads, sizes of files.
     pub limits: bool,
-    /// Namespaces of its own: network, IPC, host name.
+    /// The process has its own namespaces: network, IPC, host name.
     pub namespaces: bool,
-    /// An empty root, in a mount namespace of its own.
+    /// An empty root, in a mount namespace of the process's own.
     pub empty_root: bool,
     /// A seccomp filter for each thread.
     pub seccomp: bool,
-    /// No file, no TCP port, no abstract socket, no signal to others, by Landlock.
+    /// Landlock: no file, no TCP port, no abstract socket, no signal to other processes.
     pub landlock: bool,
 }
 
 impl SandboxSpec {
-    /// What needs no privilege and holds for threads: a process that stays the user it is and sees what it saw, with
-    /// its seccomp filters and Landlock.
+    /// The parts that need no privilege and act on single threads: seccomp filters and Landlock. The process keeps
+    /// its user, namespaces and root.
     #[must_use]
     pub fn of_threads() -> Self {
         Self {
@@ -307,7 +308,7 @@ impl SandboxSpec {
     }
 }
 
-/// Where a vmm is in its life.
+/// The states of a vmm.
 ///
 /// ```text
 ///  Empty ──Configure──▶ Ready ──Run──▶ Running ◀──Run/Pause──▶ Paused
@@ -317,25 +318,27 @@ impl SandboxSpec {
 ///                                      Rebooting      Stop, guest power-off, fatal error
 ///                                        └──────────▶ Ended ◀─────┘
 /// ```
+///
+/// A paused machine can reboot, too. [`Order::Stop`], and a failed [`Order::Configure`], end a vmm that has not run.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum State {
     /// No machine yet.
     Empty,
-    /// The machine is built, no vCPU has run.
+    /// The machine is built. No vCPU has run yet.
     Ready,
-    /// vCPUs run.
+    /// The vCPUs run.
     Running,
-    /// vCPUs are stopped and can go on.
+    /// The vCPUs are stopped and can go on.
     Paused,
     /// Devices are being reset before the next boot.
     Rebooting,
-    /// vCPUs will never run again; the process is about to exit.
+    /// The vCPUs will never run again; the process is about to exit.
     Ended,
 }
 
 impl State {
-    /// The state as a word for people.
+    /// The state in words, for messages to users.
     #[must_use]
     pub fn name(self) -> &'static str {
         match self {
@@ -349,59 +352,60 @@ impl State {
     }
 }
 
-/// Something that happened in a vmm.
+/// An event in a vmm.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(tag = "report", rename_all = "snake_case")]
 pub enum Report {
-    /// The state changed.
+    /// The state has changed.
     State {
         /// The new state.
         state: State,
         /// The boot counter.
         boots: u64,
     },
-    /// The machine ended.
+    /// The machine has ended.
     Ended {
-        /// How.
+        /// The cause of the end.
         end: End,
     },
-    /// An adapter or device was lost while the guest ran.
+    /// The guest has lost an adapter or device while it ran.
     DeviceLost {
         /// The host's PCI address.
         bdf: String,
-        /// Whether the host asked for it (VFIO's request eventfd) or it failed (error eventfd; a simulated PF that is gone).
+        /// Whether the host requested the function (VFIO's request eventfd) or it failed (error eventfd; the end of a
+        /// simulated PF).
         why: DeviceLoss,
     },
-    /// A relay has something to say.
+    /// A relay's event.
     Relay {
         /// The adapter's name in the machine's specification.
         adapter: String,
-        /// What.
+        /// The event.
         notice: Notice,
     },
 }
 
-/// Why a device went away.
+/// The cause of a device's loss.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum DeviceLoss {
-    /// The host wants it back: its driver is being unbound or the VF removed.
+    /// The host requests it: an administrator unbinds its driver or removes the VF.
     Requested,
-    /// It reported an unrecoverable error.
+    /// The device reported an unrecoverable error.
     Failed,
 }
 
-/// How a machine ended.
+/// The cause of a machine's end.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(tag = "end", rename_all = "snake_case")]
 pub enum End {
     /// The guest powered off (ACPI S5).
     PoweredOff,
-    /// The agent ordered it.
+    /// The agent ordered it to stop.
     Stopped,
     /// The machine cannot go on.
     Failed {
-        /// What happened, for the user.
+        /// The failure, in words for the user.
         detail: String,
     },
 }
@@ -433,28 +437,28 @@ pub struct DeviceStats {
     pub relay: Option<RelayStats>,
 }
 
-/// A question of the vmm.
+/// A question to the agent.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(tag = "ask", rename_all = "snake_case")]
 pub enum Ask {
-    /// A guest's VF driver wants something of the PF.
+    /// A guest's VF driver requests a change or a reset of the PF.
     Mailbox {
         /// The adapter's name in the machine's specification.
         adapter: String,
-        /// What it wants.
+        /// The request.
         question: Question,
     },
 }
 
-/// The agent's answer.
+/// The agent's answer to a question.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(tag = "answer", rename_all = "snake_case")]
 pub enum Answer {
-    /// To [`Ask::Mailbox`].
+    /// Answers [`Ask::Mailbox`].
     Mailbox {
         /// The adapter's name in the machine's specification.
         adapter: String,
-        /// The decision.
+        /// The verdict.
         verdict: Verdict,
     },
 }

@@ -2,14 +2,14 @@
 
 //! The per-VM process: `portcullis vmm FD UUID`.
 //!
-//! Starts with a listening control socket and nothing else, is told by the agent what to build, and serves one event
-//! loop (event-manager) until the machine has ended. The loop owns the machine; vCPUs and the relay talk to it by
-//! messages.
+//! The process starts with a listening control socket and nothing else. The agent sends it the machine's
+//! specification. It serves one event loop (event-manager) until the machine has ended. The loop owns the machine;
+//! vCPUs and relays send it messages.
 
-mod orders;
+mod commands;
+mod event_loop;
 mod reports;
 mod resets;
-mod serve;
 #[cfg(test)]
 mod tests;
 
@@ -23,13 +23,13 @@ use event_manager::{EventManager, SubscriberOps};
 use passthrough::failpoints::{Point, reach};
 use uuid::Uuid;
 
-use self::serve::Process;
+use self::event_loop::Process;
 use crate::control::Listener;
 
-/// The word on the command line that makes `portcullis` this process.
+/// The subcommand of `portcullis` that runs this process.
 pub const SUBCOMMAND: &str = "vmm";
 
-/// Exit status of a process that was called wrongly.
+/// The exit status after wrong arguments.
 const USAGE: u8 = 2;
 
 /// Runs the process. `arguments` are those after [`SUBCOMMAND`]: the number of the inherited listening socket, and
@@ -56,14 +56,14 @@ fn parse(arguments: &[String]) -> Option<(OwnedFd, Uuid)> {
     let [fd, vm] = arguments else { return None };
     let fd: RawFd = fd.parse().ok().filter(|fd| *fd > 2)?;
     let vm = vm.parse().ok()?;
-    // SAFETY: by contract with the agent the descriptor was inherited for this purpose and nobody else owns it; a
-    // number that is no descriptor makes the first system call on it fail, no more.
+    // SAFETY: by contract with the agent, this process inherited the descriptor for this purpose and has no other
+    // owner of it; if the number is no descriptor, the first system call on it fails, no more.
     let fd = unsafe { OwnedFd::from_raw_fd(fd) };
     rustix::io::fcntl_setfd(&fd, rustix::io::FdFlags::CLOEXEC).ok()?;
     Some((fd, vm))
 }
 
-/// Why the process cannot serve.
+/// Errors of the process's set-up and of its event loop.
 #[derive(Debug, thiserror::Error)]
 enum ServeError {
     #[error("Cannot make an eventfd")]

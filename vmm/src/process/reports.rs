@@ -8,11 +8,13 @@ use passthrough::relay::Notice;
 
 use crate::control::{Report, State};
 
-/// Most reports that are kept while no agent is there: a guest that reboots in a loop must not fill the memory.
+/// The most reports to keep while no agent is connected: a guest that reboots in a loop must not fill the memory.
 const KEPT: usize = 256;
 
-/// A bounded queue with sequence numbers. Beyond the bound the oldest go, and the loss is counted in the log once. What a guest can
-/// repeat as often as it likes goes first, and the last reboot stays: the agent has work to do for it.
+/// A bounded queue with sequence numbers.
+///
+/// Beyond the bound it drops the oldest report, and logs that once. Reports that a guest can repeat at will go first.
+/// The last reboot stays, because the agent must act on it.
 #[derive(Debug, Default)]
 pub(super) struct Reports {
     queue: VecDeque<(u64, Report)>,
@@ -45,7 +47,7 @@ impl Reports {
         self.queue.remove(victim.unwrap_or(oldest));
     }
 
-    /// Those that were not noted, oldest first.
+    /// The reports that the agent has not noted, oldest first.
     pub(super) fn pending(&self) -> impl Iterator<Item = &(u64, Report)> {
         self.queue.iter()
     }
@@ -94,7 +96,7 @@ mod tests {
         assert_eq!(reports.pending().next().unwrap().0, 1000 - KEPT as u64 + 1);
     }
 
-    /// Each of the guests may go on as long as no agent is there.
+    /// Each of the two guests repeats its report for as long as no agent is connected.
     #[test]
     fn the_last_reboot_outlasts_what_a_guest_repeats() {
         let refused = || Report::Relay {

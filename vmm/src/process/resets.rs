@@ -1,29 +1,30 @@
 // SPDX-License-Identifier: Apache-2.0
 
-//! How often a guest can reset its machine.
+//! The rate of a guest's resets.
 //!
-//! A reset costs the host: devices and memory are made anew, and the agent stores it. A kernel that crashes at its first instruction
-//! would cause 1500 of them in a second. So they have a rate, and a guest that never gets beyond its start is given up.
+//! A reset costs the host: it builds devices and memory anew, and the agent stores it. A kernel that crashes at its
+//! first instruction would cause 1500 resets in a second. So resets have a rate, and a guest that never gets beyond
+//! its start is given up.
 
 use std::time::{Duration, Instant};
 
 use passthrough::relay::{Rate, TokenBucket};
 
-/// A guest may reset itself a few times in a row, as installers do, and then twice in a second.
+/// A guest may reset itself eight times in a row, as installers do, and then twice in a second.
 const RATE: Rate = Rate { burst: 8, period: Duration::from_millis(500) };
 
-/// A boot that ends sooner has come to nothing.
-const VAIN: Duration = Duration::from_secs(1);
+/// A shorter boot counts as failed.
+const SHORTEST_BOOT: Duration = Duration::from_secs(1);
 
-/// Boots in a row that may come to nothing: at that rate half a minute.
-const MOST_IN_VAIN: u32 = 64;
+/// The most failed boots in a row: half a minute at the above rate.
+const MAX_FAILED_BOOTS: u32 = 64;
 
-/// What becomes of a reset that a guest wants.
+/// The decision about a guest's reset.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Reset {
-    /// It is made then, which may be now.
+    /// Make it at this time, which may be now.
     At(Instant),
-    /// So many boots in a row have come to nothing: the machine has failed.
+    /// This many boots in a row have failed: end the machine.
     GivenUp(u32),
 }
 
@@ -33,12 +34,12 @@ pub(super) struct Resets {
     began: Instant,
     bucket: TokenBucket,
     booted: Instant,
-    in_vain: u32,
+    failed_boots: u32,
 }
 
 impl Resets {
     pub(super) fn new(now: Instant) -> Self {
-        Self { began: now, bucket: TokenBucket::new(RATE), booted: now, in_vain: 0 }
+        Self { began: now, bucket: TokenBucket::new(RATE), booted: now, failed_boots: 0 }
     }
 
     /// The machine has begun to boot.
@@ -46,12 +47,12 @@ impl Resets {
         self.booted = now;
     }
 
-    /// The guest wants a reset.
-    pub(super) fn wanted(&mut self, now: Instant) -> Reset {
-        let vain = now.saturating_duration_since(self.booted) < VAIN;
-        self.in_vain = if vain { self.in_vain.saturating_add(1) } else { 0 };
-        if self.in_vain >= MOST_IN_VAIN {
-            return Reset::GivenUp(self.in_vain);
+    /// The guest requests a reset.
+    pub(super) fn request(&mut self, now: Instant) -> Reset {
+        let failed = now.saturating_duration_since(self.booted) < SHORTEST_BOOT;
+        self.failed_boots = if failed { self.failed_boots.saturating_add(1) } else { 0 };
+        if self.failed_boots >= MAX_FAILED_BOOTS {
+            return Reset::GivenUp(self.failed_boots);
         }
         let at = self.bucket.ready_at(now.saturating_duration_since(self.began));
         self.bucket.take(at);
@@ -70,7 +71,7 @@ mod tests {
         let mut now = begin;
         let mut delays = Vec::new();
         for _ in 0..12 {
-            let Reset::At(at) = resets.wanted(now) else { panic!("given up") };
+            let Reset::At(at) = resets.request(now) else { panic!("given up") };
             delays.push(at.saturating_duration_since(now));
             now = at;
             resets.booted(now);
@@ -85,19 +86,19 @@ mod tests {
         let mut resets = Resets::new(now);
         let mut made = 0;
         let last = loop {
-            match resets.wanted(now) {
+            match resets.request(now) {
                 Reset::At(at) => (now, made) = (at, made + 1),
                 Reset::GivenUp(count) => break count,
             }
             resets.booted(now);
         };
-        assert_eq!((made, last), (MOST_IN_VAIN - 1, MOST_IN_VAIN));
+        assert_eq!((made, last), (MAX_FAILED_BOOTS - 1, MAX_FAILED_BOOTS));
 
-        // One that runs for a while in between goes on for ever.
+        // A guest that runs for a while in between may go on for ever.
         let mut resets = Resets::new(now);
-        for n in 0..10 * MOST_IN_VAIN {
-            now += if n % 10 == 0 { VAIN } else { Duration::ZERO };
-            let Reset::At(at) = resets.wanted(now) else { panic!("given up at {n}") };
+        for n in 0..10 * MAX_FAILED_BOOTS {
+            now += if n % 10 == 0 { SHORTEST_BOOT } else { Duration::ZERO };
+            let Reset::At(at) = resets.request(now) else { panic!("given up at {n}") };
             now = at;
             resets.booted(now);
         }

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 
-//! The whole process on /dev/kvm, with freestanding guests of a few instructions, seen through the control channel.
+//! The whole process on /dev/kvm, with freestanding guests of a few instructions. The tests use its control channel.
 
 use std::{
     fs::File,
@@ -43,8 +43,8 @@ core::arch::global_asm!(
     "1: hlt",
     "  jmp 1b",
     "guest_hello_end:",
-    // First boot: marks memory and resets through the keyboard controller. Second boot: says so and spins, printing a
-    // dot now and then; 'q' on the serial port powers off.
+    // First boot: marks memory and resets through the keyboard controller. Second boot: prints B and spins, printing
+    // a dot now and then; 'q' on the serial port powers off.
     ".globl guest_reset, guest_reset_end",
     "guest_reset:",
     "  mov ebx, 0x180000",
@@ -92,8 +92,8 @@ core::arch::global_asm!(
     "5: hlt",
     "  jmp 5b",
     "guest_reset_end:",
-    // Prints whether KVM keeps a clock in its memory (MSR_KVM_SYSTEM_TIME_NEW, Documentation/virt/kvm/x86/msr.rst). First
-    // boot: has it do so and resets. Second boot: powers off.
+    // Prints whether KVM keeps a clock in guest memory (MSR_KVM_SYSTEM_TIME_NEW, Documentation/virt/kvm/x86/msr.rst).
+    // First boot: turns the clock on and resets. Second boot: powers off.
     ".globl guest_clock, guest_clock_end",
     "guest_clock:",
     "  mov ecx, 0x4b564d01",
@@ -315,7 +315,7 @@ fn a_guest_resets_pauses_resumes_and_is_reached_by_a_second_agent() {
     vm.exit();
 }
 
-/// Memory that KVM writes to for the last boot is the next one's.
+/// KVM must not write the last boot's clock into the memory of the next boot.
 #[test]
 fn a_reset_takes_kvms_clock_out_of_memory() {
     let mut vm = Fixture::new();

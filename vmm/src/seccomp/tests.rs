@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 
-//! The files against what they say of themselves.
+//! Compares the compiled filters with their files.
 
 use std::{collections::BTreeMap, fs, path::Path};
 
@@ -12,13 +12,13 @@ use super::*;
 const THREADS: [Thread; 6] = [
     Thread::Main,
     Thread::Vcpu,
-    Thread::Of(ThreadKind::Relay),
-    Thread::Of(ThreadKind::Function),
-    Thread::Of(ThreadKind::SimulatedVf),
+    Thread::Function(ThreadKind::Relay),
+    Thread::Function(ThreadKind::Function),
+    Thread::Function(ThreadKind::SimulatedVf),
     Thread::SimulatedPf,
 ];
 
-/// Request numbers as `asm-generic/ioctl.h` puts them together.
+/// Builds request numbers as `asm-generic/ioctl.h` does.
 fn number(direction: u64, kind: u64, number: u64, size: usize) -> u64 {
     direction << 30 | (size as u64) << 16 | kind << 8 | number
 }
@@ -32,7 +32,7 @@ fn requests() -> BTreeMap<&'static str, u64> {
         ("KVM_RUN", number(none, KVM, 0x80, 0)),
         ("KVM_KVMCLOCK_CTRL", number(none, KVM, 0xad, 0)),
         ("KVM_SET_USER_MEMORY_REGION", number(write, KVM, 0x46, size_of::<kvm_userspace_memory_region>())),
-        // Its direction is wrong in the kernel, and will stay so.
+        // The kernel declares the wrong direction, and keeps it.
         ("KVM_SET_IRQCHIP", number(read, KVM, 0x63, size_of::<kvm_irqchip>())),
         ("KVM_SET_GSI_ROUTING", number(write, KVM, 0x6a, size_of::<kvm_irq_routing>())),
         ("KVM_IRQFD", number(write, KVM, 0x76, size_of::<kvm_irqfd>())),
@@ -53,7 +53,7 @@ fn requests() -> BTreeMap<&'static str, u64> {
     ])
 }
 
-/// What a filter says: the kernel's interpreter, as far as filters use it.
+/// The verdict of a filter: the kernel's interpreter, as far as filters use it.
 fn verdict(filter: &[(u16, u8, u8, u32)], number: u32, arguments: [u64; 6]) -> u32 {
     let data = |offset: u32| match offset {
         0 => number,
@@ -103,7 +103,7 @@ fn holds(condition: &Value, arguments: [u64; 6]) -> bool {
 
 #[test]
 fn each_filter_allows_what_its_file_says_and_nothing_else() {
-    // Of `libc`, those that the files name.
+    // The system calls of `libc` that the files name.
     let numbers: BTreeMap<&str, i64> = BTreeMap::from([
         ("read", libc::SYS_read),
         ("ioctl", libc::SYS_ioctl),
@@ -120,7 +120,7 @@ fn each_filter_allows_what_its_file_says_and_nothing_else() {
     ]);
     for thread in THREADS {
         let rules = rules_of(thread.name());
-        // Every value that some rule compares an argument with, and others.
+        // Every value that a rule compares an argument with, and others.
         let mut values: Vec<u64> = rules
             .iter()
             .flat_map(|rule| rule["args"].as_array().into_iter().flatten())
@@ -233,7 +233,7 @@ fn nothing_that_makes_code_processes_or_ways_out_is_allowed() {
             let (mask, value) = (&prot["op"]["masked_eq"], &prot["val"]);
             assert_eq!((prot["index"].as_u64(), mask.as_u64(), value.as_u64()), (Some(2), Some(4), Some(0)));
         }
-        // Descriptors go to the agent from a simulated PF alone.
+        // Only a simulated PF passes descriptors to the agent.
         assert!(name != "sendmsg" || path.ends_with("simulated-pf.json"), "{path}");
         if name == "tgkill" {
             assert_eq!(

@@ -1,9 +1,10 @@
 // SPDX-License-Identifier: Apache-2.0
 
-//! CPUID of the guest: what KVM supports on this host, with our topology.
+//! The guest's CPUID: the features that KVM supports on this host, with our topology.
 //!
-//! One socket, one thread a core, as many cores as vCPUs; a vCPU's index is its APIC id. Nested virtualization and the
-//! performance counters are left out: both are large parts of KVM, and most of its escapes were in the first.
+//! The topology is one socket, one thread a core, as many cores as vCPUs; a vCPU's index is its APIC id. Nested
+//! virtualization and performance counters are left out: both are large parts of KVM, and most of its escapes were in
+//! the first.
 
 use kvm_bindings::{CpuId, KVM_MAX_CPUID_ENTRIES, kvm_cpuid_entry2};
 use kvm_ioctls::{Cap, Kvm};
@@ -18,14 +19,15 @@ const PDCM: u32 = 1 << 15;
 /// Fn8000_0001 ECX: SVM, and performance counter extensions of the core, the northbridge and the last cache (AMD APM vol. 3).
 const SVM: u32 = 1 << 2;
 const PERF_CTR: u32 = 1 << 23 | 1 << 24 | 1 << 28;
-/// Leaves about nothing else: performance monitoring of Intel (0xa, 0x23) and AMD (Fn8000_0022), SVM (Fn8000_000A).
+/// Leaves that describe only left-out features: performance monitoring of Intel (0xa, 0x23) and AMD (Fn8000_0022),
+/// SVM (Fn8000_000A).
 const LEFT_OUT: [u32; 4] = [0xa, 0x23, 0x8000_000a, 0x8000_0022];
 /// Leaf 1 EDX: leaf 1 EBX and leaf 4 describe more than one logical processor.
 const HTT: u32 = 1 << 28;
-/// Address bits when the CPU does not say (leaf `0x8000_0008` absent).
+/// The address bits of a CPU without leaf `0x8000_0008`.
 const DEFAULT_PHYSICAL_BITS: u8 = 36;
 
-/// What KVM can offer to guests on this host.
+/// Reads the CPUID that KVM supports on this host.
 ///
 /// # Errors
 /// Those of `KVM_GET_SUPPORTED_CPUID`.
@@ -43,7 +45,7 @@ pub fn supported(kvm: &Kvm) -> Result<CpuId, kvm_ioctls::Error> {
     Ok(cpuid)
 }
 
-/// Physical address bits of the guest's CPUs.
+/// The physical address bits of the guest's CPUs.
 #[must_use]
 pub fn physical_bits(cpuid: &CpuId) -> u8 {
     cpuid
@@ -53,7 +55,7 @@ pub fn physical_bits(cpuid: &CpuId) -> u8 {
         .map_or(DEFAULT_PHYSICAL_BITS, |entry| entry.eax.to_le_bytes()[0])
 }
 
-/// The CPUID of vCPU `index` of `count`.
+/// Builds the CPUID of vCPU `index` of `count`.
 #[must_use]
 pub fn of_vcpu(supported: &CpuId, index: u8, count: u8) -> Vec<kvm_cpuid_entry2> {
     let mut entries: Vec<kvm_cpuid_entry2> =
@@ -62,7 +64,7 @@ pub fn of_vcpu(supported: &CpuId, index: u8, count: u8) -> Vec<kvm_cpuid_entry2>
         set_topology(entry, index, count);
         leave_out(entry);
     }
-    // Extended topology leaves say the same again, in the form that current kernels read first.
+    // Extended topology leaves repeat the topology in the form that current kernels read first.
     let highest = entries.iter().find(|entry| entry.function == 0).map_or(0, |entry| entry.eax);
     for function in [0xb, 0x1f] {
         if function <= highest {
@@ -83,7 +85,7 @@ fn leave_out(entry: &mut kvm_cpuid_entry2) {
     }
 }
 
-/// Bits of an APIC id that number the core.
+/// The bits of an APIC id that number the core.
 fn core_bits(count: u8) -> u32 {
     u32::from(count).next_power_of_two().trailing_zeros()
 }

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 
-//! What an exit of a vCPU means: a function on plain data, no KVM in it.
+//! The effect of a vCPU's exit: a function on plain data, without KVM.
 
 use std::sync::atomic::{AtomicU64, Ordering};
 
@@ -12,24 +12,24 @@ use crate::control::Stats;
 pub trait Ports: Send + Sync {
     /// Reads a port; false if no device is there.
     fn port_read(&self, port: u16, data: &mut [u8]) -> bool;
-    /// Writes a port; what the machine has to do about it, if anything.
+    /// Writes a port. Returns the machine's event, if the access caused one.
     fn port_write(&self, port: u16, data: &[u8]) -> Option<MachineEvent>;
     /// Reads guest-physical memory outside of RAM; false if no device is there.
     fn mmio_read(&self, gpa: u64, data: &mut [u8]) -> bool;
-    /// Writes guest-physical memory outside of RAM.
+    /// Writes guest-physical memory outside of RAM. Returns the machine's event, if the access caused one.
     fn mmio_write(&self, gpa: u64, data: &[u8]) -> Option<MachineEvent>;
 }
 
 /// An exit, without KVM's types.
 #[derive(Debug)]
 pub enum Exit<'a> {
-    /// IN, or INS: as many accesses of `width` bytes as fit, all of them to the same port.
+    /// IN, or INS: `data` holds several accesses of `width` bytes, all of them to the same port.
     PortRead {
         /// The port.
         port: u16,
         /// Bytes of one access: 1, 2 or 4.
         width: usize,
-        /// What the guest gets.
+        /// The buffer that the guest reads.
         data: &'a mut [u8],
     },
     /// OUT, or OUTS.
@@ -38,12 +38,12 @@ pub enum Exit<'a> {
         port: u16,
         /// Bytes of one access: 1, 2 or 4.
         width: usize,
-        /// What the guest wrote.
+        /// The bytes that the guest wrote.
         data: &'a [u8],
     },
-    /// Load from a device.
+    /// A load from a device.
     MmioRead(u64, &'a mut [u8]),
-    /// Store to a device.
+    /// A store to a device.
     MmioWrite(u64, &'a [u8]),
     /// Triple fault.
     Shutdown,
@@ -51,22 +51,22 @@ pub enum Exit<'a> {
     SystemEvent(u32),
     /// A signal, or nothing to do.
     Interrupted,
-    /// KVM cannot run this guest any further; what it says.
+    /// KVM cannot run this guest any further, with KVM's reason.
     Broken(String),
 }
 
-/// What the vCPU thread does next.
+/// The next step of the vCPU thread.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Step {
     /// Enters the guest again.
     Continue,
-    /// Stops this vCPU and tells the event loop.
+    /// Stops this vCPU and sends the event to the event loop.
     Event(MachineEvent),
     /// Stops this vCPU for good.
     Broken(String),
 }
 
-/// Exits by reason, for one machine. Relaxed: each is only ever added up.
+/// Exits by reason, for one machine. The ordering is relaxed: counts are only added up.
 #[derive(Debug, Default)]
 pub struct Counters {
     io_in: AtomicU64,
@@ -129,7 +129,7 @@ pub fn handle(exit: Exit<'_>, ports: &dyn Ports, counters: &Counters) -> Step {
             }
             None
         }
-        // What follows an event comes too late.
+        // Drop the accesses after an event: they come too late.
         Exit::PortWrite { port, width, data } => {
             data.chunks(width.max(1)).find_map(|data| ports.port_write(port, data))
         }
@@ -177,7 +177,7 @@ mod tests {
         Exit::PortWrite { port, width, data }
     }
 
-    /// Counts accesses: each reads its number, and what is written is kept.
+    /// Counts accesses: a read returns its number, and written bytes are kept.
     #[derive(Default)]
     struct Counting(std::sync::Mutex<(u8, Vec<Vec<u8>>)>);
 

@@ -1,17 +1,17 @@
 // SPDX-License-Identifier: Apache-2.0
 
-//! vCPU threads: each owns its KVM file descriptor and takes orders by messages.
+//! vCPU threads: each owns its KVM file descriptor and receives commands over a channel.
 //!
 //! ```text
 //!             Run                 exit that stops it (reset, power-off, failure)
 //!   Parked ─────────▶ Running ───────────────────────────────────────▶ Parked
 //!     ▲  ◀───────────────│ Park
-//!     └── PowerOn, Enter(entry) (registers only)           Exit: the thread ends
+//!     └── PowerOn, Enter(entry) (registers only)           closed channel: the thread ends
 //! ```
 //!
-//! The machine ([`crate::machine`]) alone moves it. A running vCPU sees an order after a signal has taken it out of
-//! the guest; the sender repeats the signal until the order is acknowledged, which closes the race between "look for
-//! orders" and "enter the guest".
+//! Only the machine ([`crate::machine`]) moves a vCPU between states. A running vCPU sees a command after a signal
+//! has taken it out of the guest. The sender repeats the signal until the vCPU acknowledges: this closes the race
+//! between "check for commands" and "enter the guest".
 
 pub mod cpuid;
 pub mod exit;
@@ -40,9 +40,9 @@ use self::{
 };
 use crate::seccomp::{self, Confinement};
 
-/// How long a vCPU may take to acknowledge. Only a bug in KVM could keep it longer.
+/// The longest time to an acknowledgement. Only a bug in KVM could exceed it.
 const ACKNOWLEDGE: Duration = Duration::from_secs(10);
-/// How often the signal is repeated.
+/// The interval of repeated signals.
 const KICK_AGAIN: Duration = Duration::from_millis(2);
 
 /// Errors of vCPUs.
@@ -51,36 +51,36 @@ pub enum VcpuError {
     /// An ioctl failed.
     #[error("KVM refused to set up vCPU {0}")]
     Kvm(u8, #[source] kvm_ioctls::Error),
-    /// No thread, or no signal handler.
+    /// The thread or the signal handler could not be set up.
     #[error("Cannot start the thread of vCPU {0}")]
     Thread(u8, #[source] std::io::Error),
-    /// A thread did not answer.
+    /// A thread does not acknowledge.
     #[error("vCPU {0} does not answer; this is a bug of Portcullis or KVM")]
     Silent(u8),
 }
 
-/// Orders for one vCPU thread.
-enum Order {
+/// Commands to one vCPU thread.
+enum VcpuCommand {
     Run,
     Park,
-    /// In and out of KVM_RUN, before anything else.
+    /// Enter and leave KVM_RUN once, without an instruction of the guest.
     FirstRun,
-    /// Power-on state.
+    /// Restore the power-on state.
     PowerOn,
-    /// The boot protocol's state, from power-on state.
+    /// Set the boot protocol's registers, from power-on state.
     Enter(Entry),
 }
 
-/// What a vCPU tells the event loop; it is parked then.
+/// A vCPU's event for the event loop. The vCPU is parked then.
 #[derive(Debug)]
 pub enum Event {
-    /// The guest asked for something.
+    /// The guest requests it.
     Machine(MachineEvent),
     /// The vCPU cannot go on.
     Broken {
-        /// Which.
+        /// The vCPU's index.
         index: u8,
-        /// What KVM says.
+        /// KVM's reason.
         what: String,
     },
 }
@@ -93,7 +93,8 @@ pub struct Events {
 }
 
 impl Events {
-    /// Both ends: the sender for vCPUs, and what the event loop reads (the eventfd first, then the channel).
+    /// Makes both ends: the sender for vCPUs, and the receiver for the event loop (read the eventfd first, then the
+    /// channel).
     ///
     /// # Errors
     /// Those of `eventfd`.
@@ -106,16 +107,16 @@ impl Events {
 
     fn send(&self, event: Event) {
         if self.sender.send(event).is_ok() {
-            // Fails only when the counter is full: the loop has been told then.
+            // Fails only if the counter is full: then the loop's wake-up is already pending.
             let _ = self.signal.write(1);
         }
     }
 }
 
-/// One vCPU's thread, as the machine holds it.
+/// The machine's end of one vCPU's thread.
 struct Handle {
     index: u8,
-    orders: Sender<Order>,
+    commands: Sender<VcpuCommand>,
     acknowledged: Receiver<Result<(), kvm_ioctls::Error>>,
     thread: Option<thread::JoinHandle<()>>,
 }
@@ -126,7 +127,7 @@ pub struct Vcpus(Vec<Handle>);
 extern "C" fn leave_guest(_: libc::c_int, _: *mut libc::siginfo_t, _: *mut libc::c_void) {}
 
 impl Vcpus {
-    /// Starts the threads, parked, in power-on state. `fds` have not run, and come with their state.
+    /// Starts the threads, parked, in power-on state. `fds` must not have run, and come with their state.
     ///
     /// # Errors
     /// See [`VcpuError`].
@@ -138,12 +139,12 @@ impl Vcpus {
         first_entry: &Arc<std::sync::OnceLock<Instant>>,
         confinement: &Confinement,
     ) -> Result<Self, VcpuError> {
-        // The handler does nothing: the signal's arrival is what takes a vCPU out of KVM_RUN.
+        // The handler does nothing: the arrival of the signal takes a vCPU out of KVM_RUN.
         register_signal_handler(SIGRTMIN(), leave_guest)
             .map_err(|e| VcpuError::Thread(0, std::io::Error::from_raw_os_error(e.errno())))?;
         let mut vcpus = Self(Vec::with_capacity(fds.len()));
         for (index, (fd, power_on)) in (0_u8..).zip(fds) {
-            let (orders, inbox) = mpsc::channel();
+            let (commands, inbox) = mpsc::channel();
             let (acknowledge, acknowledged) = mpsc::channel();
             let vcpu = Vcpu {
                 index,
@@ -162,45 +163,45 @@ impl Vcpus {
                     vcpu.serve(&inbox, &acknowledge);
                 })
                 .map_err(|e| VcpuError::Thread(index, e))?;
-            vcpus.0.push(Handle { index, orders, acknowledged, thread: Some(thread) });
+            vcpus.0.push(Handle { index, commands, acknowledged, thread: Some(thread) });
         }
         Ok(vcpus)
     }
 
-    /// Lets all run.
+    /// Lets all vCPUs run.
     ///
     /// # Errors
     /// [`VcpuError::Silent`].
     pub fn run(&self) -> Result<(), VcpuError> {
-        self.all(|| Order::Run)
+        self.all(|| VcpuCommand::Run)
     }
 
-    /// Stops all at an instruction boundary.
+    /// Stops all vCPUs at an instruction boundary.
     ///
     /// # Errors
     /// [`VcpuError::Silent`].
     pub fn park(&self) -> Result<(), VcpuError> {
-        self.all(|| Order::Park)
+        self.all(|| VcpuCommand::Park)
     }
 
-    /// Puts all (parked) into power-on state. KVM knows of no place in guest memory any more afterwards (clock, steal time,
-    /// end of interrupt) and writes to none.
+    /// Puts all (parked) vCPUs into power-on state. After it KVM has no registered place in guest memory (clock,
+    /// steal time, end of interrupt), and writes to none.
     ///
     /// # Errors
     /// See [`VcpuError`].
     pub fn power_on(&self) -> Result<(), VcpuError> {
-        self.all(|| Order::PowerOn)
+        self.all(|| VcpuCommand::PowerOn)
     }
 
-    /// Begins to take each through KVM_RUN, without an instruction of the guest; [`Self::wait`] ends it.
+    /// Begins to take each vCPU through KVM_RUN, without an instruction of the guest; [`Self::wait`] ends it.
     ///
     /// # Errors
     /// [`VcpuError::Silent`].
     pub fn begin_first_run(&self) -> Result<(), VcpuError> {
-        self.0.iter().try_for_each(|handle| handle.order(Order::FirstRun))
+        self.0.iter().try_for_each(|handle| handle.send(VcpuCommand::FirstRun))
     }
 
-    /// Waits until all have done what they were told.
+    /// Waits until all vCPUs have acknowledged.
     ///
     /// # Errors
     /// See [`VcpuError`].
@@ -208,21 +209,21 @@ impl Vcpus {
         self.0.iter().try_for_each(Handle::wait)
     }
 
-    /// Puts the boot processor (parked, in power-on state) at `entry`. Not waited for, which saves the time of two wake-ups: what
-    /// KVM refuses is told with the next order.
+    /// Puts the boot processor (parked, in power-on state) at `entry`. Does not wait, which saves two wake-ups: the
+    /// next command returns an error of KVM.
     ///
     /// # Errors
     /// [`VcpuError::Silent`].
     pub fn enter(&self, entry: Entry) -> Result<(), VcpuError> {
-        self.0.first().map_or(Ok(()), |first| first.order(Order::Enter(entry)))
+        self.0.first().map_or(Ok(()), |first| first.send(VcpuCommand::Enter(entry)))
     }
 
-    fn all(&self, order: impl Fn() -> Order) -> Result<(), VcpuError> {
+    fn all(&self, command: impl Fn() -> VcpuCommand) -> Result<(), VcpuError> {
         for handle in &self.0 {
-            let order = order();
-            // Only that finds a vCPU in the guest.
-            let running = matches!(order, Order::Park);
-            handle.order(order)?;
+            let command = command();
+            // Only parking finds a vCPU in the guest.
+            let running = matches!(command, VcpuCommand::Park);
+            handle.send(command)?;
             if running {
                 handle.kick();
             }
@@ -234,9 +235,9 @@ impl Vcpus {
 impl Drop for Vcpus {
     fn drop(&mut self) {
         for handle in &mut self.0 {
-            // Closing the channel ends the thread once it looks.
+            // Closing the channel ends the thread at its next check.
             let (closed, _) = mpsc::channel();
-            handle.orders = closed;
+            handle.commands = closed;
         }
         for handle in &mut self.0 {
             let deadline = Instant::now() + ACKNOWLEDGE;
@@ -256,8 +257,8 @@ impl Drop for Vcpus {
 }
 
 impl Handle {
-    fn order(&self, order: Order) -> Result<(), VcpuError> {
-        self.orders.send(order).map_err(|_| VcpuError::Silent(self.index))
+    fn send(&self, command: VcpuCommand) -> Result<(), VcpuError> {
+        self.commands.send(command).map_err(|_| VcpuError::Silent(self.index))
     }
 
     fn kick(&self) {
@@ -280,7 +281,7 @@ impl Handle {
     }
 }
 
-/// The thread's own side.
+/// The state of the vCPU's own thread.
 struct Vcpu {
     index: u8,
     fd: VcpuFd,
@@ -292,47 +293,52 @@ struct Vcpu {
 }
 
 impl Vcpu {
-    fn serve(mut self, orders: &Receiver<Order>, acknowledge: &Sender<Result<(), kvm_ioctls::Error>>) {
+    fn serve(
+        mut self,
+        commands: &Receiver<VcpuCommand>,
+        acknowledge: &Sender<Result<(), kvm_ioctls::Error>>,
+    ) {
         let mut running = false;
         let mut refused = None;
         loop {
-            let order = if running {
-                match orders.try_recv() {
-                    Ok(order) => Some(order),
+            let command = if running {
+                match commands.try_recv() {
+                    Ok(command) => Some(command),
                     Err(TryRecvError::Empty) => None,
                     Err(TryRecvError::Disconnected) => return,
                 }
             } else {
-                match orders.recv() {
-                    Ok(order) => Some(order),
+                match commands.recv() {
+                    Ok(command) => Some(command),
                     Err(_) => return,
                 }
             };
-            if let Some(order) = order {
-                let result = match (order, refused.take()) {
-                    (Order::Enter(entry), _) => {
+            if let Some(command) = command {
+                let result = match (command, refused.take()) {
+                    (VcpuCommand::Enter(entry), _) => {
                         refused = state::enter(&self.fd, entry).err();
                         continue;
                     }
                     (_, Some(error)) => Err(error),
-                    (Order::Run, None) => {
+                    (VcpuCommand::Run, None) => {
                         running = true;
                         #[cfg(feature = "attacks")]
                         crate::attack::strike("vcpu");
                         self.first_entry.get_or_init(Instant::now);
                         Ok(())
                     }
-                    (Order::Park, None) => {
+                    (VcpuCommand::Park, None) => {
                         running = false;
-                        // Tells the guest's watchdogs that it did not run; a guest without kvmclock has none to tell.
+                        // Keeps the guest's watchdogs from counting the pause. Fails in a guest without kvmclock,
+                        // which has none.
                         let _ = self.fd.kvmclock_ctrl();
                         Ok(())
                     }
-                    (Order::FirstRun, None) => {
+                    (VcpuCommand::FirstRun, None) => {
                         self.complete_access();
                         Ok(())
                     }
-                    (Order::PowerOn, None) => {
+                    (VcpuCommand::PowerOn, None) => {
                         self.complete_access();
                         self.power_on.restore(&self.fd)
                     }
@@ -357,14 +363,16 @@ impl Vcpu {
         }
     }
 
-    /// Finishes a port or MMIO access that the guest was in (KVM would complete it into new registers), and runs nothing.
+    /// Completes a port or MMIO access of the guest, which KVM would otherwise complete into new registers. Runs
+    /// nothing.
     fn complete_access(&mut self) {
         self.fd.set_kvm_immediate_exit(1);
         let _ = self.fd.run();
         self.fd.set_kvm_immediate_exit(0);
     }
 
-    /// Bytes of one access of the port exit that is being served: kvm-ioctls tells only all bytes of a string instruction.
+    /// The bytes of one access of the port exit in progress: kvm-ioctls returns only all bytes of a string
+    /// instruction.
     fn port_width(&mut self) -> usize {
         // SAFETY: a plain number in every variant of the union, filled in by the kernel for this exit.
         let io = unsafe { self.fd.get_kvm_run().__bindgen_anon_1.io };
@@ -376,8 +384,9 @@ impl Vcpu {
             Ok(VcpuExit::IoIn(port, data)) => {
                 let data = std::ptr::from_mut(data);
                 let width = self.port_width();
-                // SAFETY: it lies in the page that KVM shares, behind `kvm_run`, as long as the vCPU's descriptor is open;
-                // the borrow of the descriptor that it came from has ended, and nothing else refers to these bytes.
+                // SAFETY: it lies in the page that KVM shares, behind `kvm_run`, as long as the vCPU's descriptor is
+                // open; the borrow of the descriptor that it came from has ended, and nothing else refers to these
+                // bytes.
                 Exit::PortRead { port, width, data: unsafe { &mut *data } }
             }
             Ok(VcpuExit::IoOut(port, data)) => {

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 
-//! Registers of a vCPU: power-on state, and the state in which a boot protocol hands over.
+//! A vCPU's registers: power-on state, and the state at the boot protocol's entry.
 
 use kvm_bindings::{
     Msrs, kvm_debugregs, kvm_dtable, kvm_fpu, kvm_lapic_state, kvm_mp_state, kvm_msr_entry, kvm_regs,
@@ -10,7 +10,7 @@ use kvm_ioctls::{Kvm, VcpuFd};
 
 use crate::layout;
 
-/// How the boot processor starts.
+/// The boot processor's entry.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Entry {
     /// 64-bit Linux entry (Documentation/arch/x86/boot.rst): long mode, identity paging, zero page in RSI.
@@ -37,7 +37,7 @@ const EFER_LMA: u64 = 1 << 10;
 /// RFLAGS bit 1 always reads as one.
 const RFLAGS: u64 = 2;
 
-/// The state of a vCPU right after its creation, to come back to at a reset.
+/// The state of a vCPU right after its creation, which a reset restores.
 pub(crate) struct PowerOn {
     regs: kvm_regs,
     sregs: kvm_sregs,
@@ -63,7 +63,7 @@ impl PowerOn {
         while let Ok(mut some) = Msrs::from_entries(&wanted)
             && !wanted.is_empty()
         {
-            // KVM stops at the first that this vCPU does not have: go on behind it.
+            // KVM stops at the first register that this vCPU lacks: go on behind it.
             let count = fd.get_msrs(&mut some)?;
             msrs.extend(some.as_slice().iter().take(count));
             wanted.drain(..wanted.len().min(count.saturating_add(1)));
@@ -81,7 +81,7 @@ impl PowerOn {
         })
     }
 
-    /// Writes it back.
+    /// Restores the state.
     pub(crate) fn restore(&self, fd: &VcpuFd) -> Result<(), kvm_ioctls::Error> {
         fd.set_mp_state(self.mp)?;
         fd.set_regs(&self.regs)?;
@@ -92,7 +92,7 @@ impl PowerOn {
         }
         for entry in &self.msrs {
             if let Ok(one) = Msrs::from_entries(std::slice::from_ref(entry)) {
-                // Some are read-only; those need no setting back.
+                // Read-only registers refuse the write, and need none.
                 let _ = fd.set_msrs(&one);
             }
         }
@@ -118,7 +118,7 @@ fn flat(type_: u8, selector: u16, long: bool) -> kvm_segment {
     }
 }
 
-/// Descriptors as the guest finds them at [`layout::GDT`]: null, unused, code (0x10), data (0x18), TSS (0x20).
+/// The guest's descriptors at [`layout::GDT`]: null, unused, code (0x10), data (0x18), TSS (0x20).
 #[must_use]
 pub fn gdt(entry: Entry) -> [u64; 5] {
     let code = match entry {
@@ -163,7 +163,7 @@ pub(crate) fn enter(fd: &VcpuFd, entry: Entry) -> Result<(), kvm_ioctls::Error> 
     let msrs =
         [kvm_msr_entry { index: MSR_IA32_MISC_ENABLE, data: MISC_ENABLE_FAST_STRING, ..Default::default() }];
     if let Ok(msrs) = Msrs::from_entries(&msrs) {
-        // AMD has no such register; KVM accepts it there, and nothing depends on it.
+        // AMD has no such register. KVM accepts it there, and nothing depends on it.
         let _ = fd.set_msrs(&msrs);
     }
     Ok(())

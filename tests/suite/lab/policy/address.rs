@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 
-//! Addresses: refused, refused silently, accepted, listed, taken back.
+//! Addresses: denied, denied silently, accepted, listed, revoked.
 //!
-//! Each scenario is a function of who decides: `control` runs them again where nobody does.
+//! Each scenario is a function of the relay. `control` runs it again with a relay that grants everything.
 
 use api::types::{EventKind, VmAction};
 use serde_json::json;
@@ -39,7 +39,7 @@ pub(super) fn refused(relay: Relay) {
     assert_eq!(decision.port, port(&agent).id);
     assert_eq!((decision.pf.as_deref(), decision.vf_index), (Some(host::PF), Some(0)));
 
-    // The subscriber is told the same.
+    // The subscriber gets the same decision.
     let told = loop {
         let event = agent.wait_on(events.next()).unwrap().expect("events go on");
         if let EventKind::Decision { decision } = event.what
@@ -78,7 +78,7 @@ pub(super) fn refused_silently(relay: Relay) {
     let status = port(&agent).status;
     assert_eq!((status.effective_mac.to_string(), status.guest_mac.to_string()), (INITIAL.into(), X.into()));
 
-    // Frames for X are sent by the PF's side and do not arrive at the VF.
+    // The PF's side sends frames for X, and they do not arrive at the VF.
     host::run("ip", &["addr", "replace", "10.0.2.9/24", "dev", host::PF]);
     host::run("ip", &["neigh", "replace", "10.0.2.21", "lladdr", X, "dev", host::PF, "nud", "permanent"]);
     let received = |guest: &mut Guest<'_>| -> u64 {
@@ -119,7 +119,7 @@ fn an_accepted_address_is_committed_and_lasts_until_the_next_boot() {
     assert_eq!(guest_mac(&mut guest), X);
     ping(&mut guest, host::GATEWAY, 3);
 
-    // Accept Y, then refuse Z, then down and up: the guest has Y.
+    // Accept Y, then deny Z, then down and up: the guest has Y.
     guest.must(&format!("ip link set dev eth0 address {Y}"));
     edit(&agent, &json!({ "mac_changes": { "list": [Y] } }));
     assert_ne!(guest.run(&format!("ip link set dev eth0 address {Z}")).status, 0);
@@ -170,7 +170,7 @@ pub(super) fn tightened(relay: Relay) {
     guest.must(&format!("ip link set dev eth0 address {X}"));
     assert_eq!(host::vf_mac(0), X);
     edit(&agent, &json!({ "mac_changes": "reject" }));
-    // Taking back takes a moment; where nobody takes back, a short wait is enough to see it.
+    // A revocation takes a moment. Without a policy a short wait is enough to see that there is none.
     let patience = if relay == Relay::Policed { PATIENCE } else { std::time::Duration::from_secs(5) };
     eventually(&agent, patience, "BY POLICY: the address is taken back", || host::vf_mac(0) == INITIAL);
     assert!(!decisions(&agent, "taken_back").is_empty());
@@ -184,8 +184,9 @@ fn a_tightened_group_takes_the_address_back_from_a_running_guest() {
     tightened(Relay::Policed);
 }
 
-/// The signal that makes a guest reset its VF is kept until it does: its interface may be down when the address is revoked, or its
-/// driver may ask for something else right then. Stock drivers do not reset twice within 10 s.
+/// The signal that makes a guest reset its VF is kept until the reset: the guest's interface may be down when the
+/// address is revoked, or its driver may send another request right then. Stock drivers do not reset twice within 10
+/// s.
 #[test]
 fn a_guest_learns_that_its_address_was_revoked_while_it_was_down_or_busy() {
     const LEARNT: std::time::Duration = std::time::Duration::from_secs(40);

@@ -35,7 +35,7 @@ fn without_an_agent_requests_are_refused_and_the_guest_goes_on() {
     assert_eq!(host::vf_mac(0), X);
 }
 
-/// What the policy refuses in any case, the relay refuses by itself; the agent learns it when it can.
+/// The relay denies by itself the requests that the policy denies in any case. The agent learns it later.
 #[test]
 fn an_agent_that_hangs_delays_no_refusal_that_needs_no_question() {
     let agent = agent_with(Relay::Policed, &json!({ "mac_changes": "reject" }));
@@ -57,7 +57,7 @@ fn an_agent_that_hangs_delays_no_refusal_that_needs_no_question() {
     ping(&mut guest, host::GATEWAY, 3);
 }
 
-/// The relay waits 400 ms for the agent; this one makes the change on the PF after 700 ms.
+/// The relay waits 400 ms for the agent, which makes the change on the PF after 700 ms.
 #[test]
 fn a_change_that_lands_after_the_refusal_is_reverted() {
     let agent = Agent::start_with(Options::for_tests(&["--late-address-for-tests", "700"]));

@@ -1,8 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0
 
-//! The scenarios once more, where every request is granted: each must fail, and for that reason.
+//! Repeats the scenarios with a relay that grants every request: each must fail, and for that reason.
 //!
-//! igb refuses much by itself, a changed address first of all. A scenario that passes without a policy shows nothing of ours.
+//! igb itself refuses much, above all a changed address. A scenario that passes without a policy proves nothing about
+//! ours.
 
 use std::panic::{AssertUnwindSafe, catch_unwind};
 

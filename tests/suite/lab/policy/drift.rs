@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 
-//! What others do to the PF.
+//! Changes of the PF by other programs.
 
 use std::time::{Duration, Instant};
 
@@ -9,7 +9,7 @@ use serde_json::json;
 use super::{INITIAL, Relay, X, Y, agent_with, decisions, eventually, guest_in_group, ping};
 use crate::fixture::{Agent, agent::PATIENCE, host};
 
-/// How long a repair may take.
+/// The longest time of a repair.
 const REPAIR: Duration = Duration::from_secs(30);
 
 fn is_repaired_and_recorded(agent: &Agent) {
@@ -30,7 +30,7 @@ fn somebody_elses_change_on_the_pf_is_repaired_and_recorded() {
     ping(&mut guest, host::GATEWAY, 3);
 }
 
-/// The PCI address identifies a PF: the name of its interface does not matter to VMs with its VFs.
+/// The PCI address identifies a PF: VMs with its VFs do not depend on the name of its interface.
 #[test]
 fn a_pf_that_is_renamed_is_looked_after_as_before() {
     let mut agent = agent_with(Relay::Policed, &json!({ "mac_changes": "accept" }));
@@ -46,7 +46,7 @@ fn a_pf_that_is_renamed_is_looked_after_as_before() {
     host::run("ip", &["link", "set", "pf0", "vf", "0", "mac", X]);
     eventually(&agent, REPAIR, "a foreign change is repaired by the next agent", || has(Y));
 
-    // In another network namespace it cannot be asked, which the port says until it is back.
+    // In another network namespace the PF cannot be read. The port shows that until the PF is back.
     let unchecked = || agent.ask(agent.client.list_ports()).unwrap()[0].status.unchecked.clone();
     assert_eq!(unchecked(), None);
     host::run("ip", &["netns", "add", "elsewhere"]);
@@ -66,7 +66,7 @@ fn a_pf_that_is_renamed_is_looked_after_as_before() {
     agent.delete("web1").unwrap();
     let names = agent.ask(agent.client.list_pfs()).unwrap();
     assert!(names.iter().any(|pf| pf.name == "pf0"), "{names:?}");
-    // The interface of the VF, which is the host's again, has taken the name that was free.
+    // The VF's interface belongs to the host again, and has taken the free name.
     host::run("ip", &["link", "set", host::PF, "name", "of-vf0"]);
     host::run("ip", &["link", "set", "pf0", "name", host::PF]);
     host::wait_for_carrier();
@@ -85,7 +85,7 @@ fn somebody_elses_change_while_the_pf_is_down_is_repaired_and_recorded() {
     assert_eq!(host::vf_mac(0), INITIAL);
 }
 
-/// Without anything done in the guest.
+/// Waits for pings, without any action in the guest.
 fn pings_again(guest: &mut crate::fixture::Guest<'_>) {
     let begun = Instant::now();
     while guest.run(&format!("ping -q -c 1 -W 1 {}", host::GATEWAY)).status != 0 {

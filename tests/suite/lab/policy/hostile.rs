@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 
-//! A guest without a driver says to its mailbox whatever it likes.
+//! A guest without a driver sends any messages to its mailbox.
 
 use std::time::Duration;
 
@@ -12,10 +12,10 @@ use super::{
 };
 use crate::fixture::{Agent, Guest, Options, host, registers};
 
-/// The ticks of the emulated host are so far apart, ms: what is measured is late by up to one.
+/// The interval of the emulated host's ticks in ms: a measurement is late by up to one.
 const TICK: f64 = 4.0;
 
-/// What igb says of a message that it did not expect.
+/// igb's complaints about unexpected messages.
 fn complaints() -> Vec<String> {
     host::run("dmesg", &[])
         .lines()
@@ -33,7 +33,7 @@ fn new_complaints(before: &[String]) -> Vec<String> {
     complaints().into_iter().filter(|line| !before.contains(line)).collect()
 }
 
-/// A guest on VF 0 whose driver has let go of it.
+/// A guest on VF 0 that has unbound its driver.
 fn hostile_guest(agent: &Agent, cpus: u8) -> Guest<'_> {
     let mut spec = spec_in_group(agent, "web1");
     spec["cpus"] = json!(cpus);
@@ -55,7 +55,7 @@ fn percentile(text: &str, percent: usize) -> f64 {
     times[times.len() * percent / 100]
 }
 
-/// The slowest but one percent of many pings of the neighbour, in ms.
+/// The 99th percentile of many pings of the neighbour, in ms.
 fn neighbours_p99(neighbour: &mut Guest<'_>) -> f64 {
     let text = neighbour
         .run_quietly(&format!("ping -c 300 -i 0.02 -W 5 {}", host::GATEWAY), Duration::from_secs(8))
@@ -73,8 +73,8 @@ fn a_hostile_guest_gets_nothing_and_hurts_nobody() {
     neighbour.wait_for_shell();
     configure(&mut neighbour, "10.0.2.22");
     let mut guest = hostile_guest(&agent, 1);
-    // A CPU for each, as for guests that matter to somebody. And the lab's emulated processor confuses two guests that take
-    // turns on one CPU thousands of times a second: either of them then dies of a triple fault.
+    // A CPU for each, as important guests have. Besides, the lab's emulated processor confuses two guests that take
+    // turns on one CPU thousands of times a second: one of them then dies of a triple fault.
     host::pin(&agent.vm("web2").id.to_string(), "0");
     host::pin(&agent.vm("web1").id.to_string(), "1");
     let complaints_before = complaints();
@@ -84,7 +84,7 @@ fn a_hostile_guest_gets_nothing_and_hurts_nobody() {
     println!("{swept}");
     let granted = swept.split("granted: ").nth(1).unwrap().lines().next().unwrap();
     for word in granted.split_whitespace() {
-        // Multicast lists within the limit, giving up filters, and giving up promiscuity.
+        // Multicast lists within the limit, removing filters, and leaving promiscuous mode.
         let harmless = ["00000003", "00010003", "00020003", "00030003", "00010002", "00000006"];
         assert!(harmless.contains(&word), "{BY_POLICY}: {word} is granted");
     }
@@ -109,14 +109,14 @@ fn a_hostile_guest_gets_nothing_and_hurts_nobody() {
     println!("the log grew by {} lines, {} bytes", grown.lines().count(), grown.len());
     assert!(grown.lines().count() < 200, "{grown}");
     got_nothing();
-    // One tick of both at the most, and none where they are lost in what is measured.
+    // Allow at most one tick, and none if ticks are small beside the measurement.
     let limit = (2.0 * quiet + TICK).min(2.0 * quiet.max(5.0));
     assert!(flooded <= limit, "p99 {quiet} ms before, {flooded} ms during the flood");
 
     assert_eq!(new_complaints(&complaints_before), [] as [String; 0], "the PF's driver is never bothered");
     assert!(decisions(&agent, "denied").len() < 200);
 
-    // All is well afterwards.
+    // The VF works afterwards.
     let text = raw(&mut guest, "reset");
     assert!(text.contains(INITIAL), "{text}");
     guest.must("cat /run/vf > /sys/bus/pci/drivers/igbvf/bind; sleep 1");
@@ -150,7 +150,8 @@ fn got_nothing() {
     assert!(!registers::all_multicast(0));
 }
 
-/// igbvf does not read the answer to a multicast list, and sends its next message as soon as the list is acknowledged.
+/// igbvf does not read the answer to a multicast list, and sends its next message as soon as the list is
+/// acknowledged.
 #[test]
 fn a_message_right_behind_a_late_answer_arrives() {
     let agent = Agent::start_with(Options::for_tests(&["--late-multicast-for-tests", "100"]));

@@ -16,8 +16,8 @@ pub(super) fn access_vlan(relay: Relay) {
     guest.wait_for_shell();
     assert_eq!(host::vf(0)["vlan_list"][0]["vlan"], json!(100), "{}", host::vf(0));
     configure(&mut guest, "10.0.2.21");
-    // igb itself refuses filters to a VF with a tag: that it was not asked is seen by the reason.
-    // busybox's ip says nothing of the kernel's refusal: what counts is that there is no such interface.
+    // igb itself refuses filters to a VF with a tag: the reason shows that the policy denied it. busybox's ip does
+    // not report the kernel's refusal: check that the interface does not exist.
     guest.run("ip link add link eth0 name v200 type vlan id 200");
     by_policy(guest.run("[ -e /sys/class/net/v200 ]").status != 0, "the guest's filter is refused");
     let decision = wait_for_decision(&agent, "denied", "200");
@@ -49,7 +49,7 @@ fn trunks_accept_vlans_in_range_and_refuse_others() {
 pub(super) fn frames_and_multicast(relay: Relay) {
     let agent = agent_with(relay, &json!({ "mtu": 2000, "multicast_limit": 2 }));
     let mut guest = guest_in_group(&agent, "web1");
-    // igbvf ignores the refusal: what the adapter lets through decides. 4 bytes of checksum, 4 of a tag.
+    // igbvf ignores the denial: the adapter's limit decides. 4 bytes of checksum, 4 of a tag.
     guest.must("ip link set eth0 mtu 1900");
     guest.must(super::WAIT_FOR_LINK);
     let allowed = registers::max_frame_of(0);

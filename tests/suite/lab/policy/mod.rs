@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 
-//! The port group decides what the guest's own igbvf driver may configure.
+//! The port group decides about the requests of the guest's own igbvf driver.
 
 mod address;
 mod agent_away;
@@ -28,16 +28,16 @@ const Y: &str = "02:00:00:00:0a:02";
 const Z: &str = "02:00:00:00:0a:03";
 const INITIAL: &str = "02:00:00:00:00:11";
 
-/// What the message of a failed [`by_policy`] begins with.
+/// The beginning of a failed [`by_policy`]'s message.
 const BY_POLICY: &str = "BY POLICY";
 
-/// What only the policy brings about: must be seen, and must not be when every request is granted (see `control`).
+/// Checks an effect of the policy: it must be seen, and must not be seen if every request is granted (see `control`).
 #[track_caller]
 fn by_policy(seen: bool, what: &str) {
     assert!(seen, "{BY_POLICY}: {what}");
 }
 
-/// Who decides in a scenario.
+/// The relay of a scenario.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Relay {
     Policed,
@@ -88,14 +88,14 @@ fn guest_in_group<'a>(agent: &'a Agent, name: &str) -> Guest<'a> {
     guest
 }
 
-/// Takes the VF from the guest's driver: what follows speaks to its registers, by [`raw`].
+/// Unbinds the guest's driver from the VF, so that [`raw`] can use its registers.
 fn without_driver(guest: &mut Guest<'_>) -> String {
     guest.must("basename $(readlink -f /sys/class/net/eth0/device) >/run/vf; ip link set eth0 down");
     guest.must("cat /run/vf > /sys/class/net/eth0/device/driver/unbind");
     guest.must("cat /run/vf")
 }
 
-/// Has the guest's mailbox program do something.
+/// Runs the mailbox program in the guest.
 fn raw(guest: &mut Guest<'_>, arguments: &str) -> String {
     guest.must(&format!("vf-mailbox $(cat /run/vf) {arguments}"))
 }
@@ -124,7 +124,7 @@ fn decisions(agent: &Agent, verdict: &str) -> Vec<Decision> {
     agent.ask(agent.client.decisions(&filter)).unwrap()
 }
 
-/// Waits until something is so.
+/// Waits until a condition holds.
 pub(super) fn eventually(agent: &Agent, patience: Duration, what: &str, mut so: impl FnMut() -> bool) {
     let deadline = Instant::now() + patience;
     while !so() {
@@ -157,7 +157,7 @@ fn guest_mac(guest: &mut Guest<'_>) -> String {
     guest.must("cat /sys/class/net/eth0/address")
 }
 
-/// What a person does when the addresses of guest and device have come apart.
+/// Takes the interface down and up, as a person does when the addresses of guest and device differ.
 pub(super) fn down_up(guest: &mut Guest<'_>) {
     guest.must("ip link set eth0 down");
     guest.must("ip link set eth0 up");

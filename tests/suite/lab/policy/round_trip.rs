@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 
-//! How long the guest waits for the answer to a change of its address, beside QEMU, which has no policy.
+//! The time until a guest has the answer to a change of its address, beside QEMU, which has no policy.
 
 use std::{
     fs,
@@ -20,11 +20,11 @@ use crate::fixture::{
 
 /// Messages in each series.
 const COUNT: usize = 200;
-/// Series of refusals, of which the best counts: the machine under the lab takes its processors away for milliseconds, now
-/// and then for tens of them, which is nobody's refusal.
+/// Series of denials, of which the best counts: the machine under the lab takes its processors away for milliseconds,
+/// sometimes for tens of them, which is no property of the denial.
 const SERIES: usize = 3;
 
-/// QEMU's median on a machine that has nothing else to do, us.
+/// QEMU's median on an otherwise idle machine, in us.
 const USUAL: u64 = 300;
 
 /// The figures in a line of `vf-mailbox time`: granted, median in us, 99th percentile in us.
@@ -52,7 +52,7 @@ fn qemu() -> (usize, u64, u64) {
     );
     fs::write(&script, text).unwrap();
     let initramfs = host::initramfs_with("timed", &[], &[&format!("{}:/bin/time-mailbox", script.display())]);
-    // An address that its administrator once set is one that igb lets no VF change.
+    // igb lets no VF change an address that an administrator has set.
     host::run("ip", &["link", "set", host::PF, "vf", "0", "mac", "00:00:00:00:00:00"]);
     let mut child = Command::new("taskset")
         .args(["-c", "1"])
@@ -116,7 +116,7 @@ fn refusals_are_timed_beside_qemu() {
     );
     println!("refused here : answered under QEMU, medians: {:.2}", median as f64 / peer.1 as f64);
     assert_eq!(peer.0, COUNT, "igb grants every change");
-    // Also here, where every instruction is emulated twice. A machine that is slower today is so for both.
+    // The bound holds also here, where every instruction is emulated twice. A slower machine slows both.
     let limit = 10_000 * peer.1.max(USUAL) / USUAL;
     assert!(p99 < limit, "the 99th percentile of a refusal is {p99} us, of {limit} at most");
 }

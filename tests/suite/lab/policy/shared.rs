@@ -46,7 +46,7 @@ fn a_shared_address_moves_to_the_backup_when_the_master_is_gone() {
     eventually(&agent, PATIENCE, "the backup is refused", in_use);
     assert_eq!((has_it(0), has_it(1)), (true, false));
 
-    // igbvf sets its whole list anew at each change of it: the address is nobody's for a moment.
+    // igbvf rewrites its whole list at each change of it: for a moment the address has no owner.
     for _ in 0..5 {
         master.must("ip link set eth0 promisc on; ip link set eth0 promisc off");
         thread::sleep(Duration::from_millis(600));

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 
-//! Nothing outlives a tenant: what a guest had its VF receive is gone when the next one gets the VF.
+//! No state outlives a tenant: the filters that a guest had set on its VF are gone when the next one gets the VF.
 
 use api::types::VmState;
 use serde_json::json;
@@ -20,7 +20,7 @@ fn received(guest: &mut Guest<'_>) -> u64 {
     guest.must("cat /sys/class/net/eth0/statistics/rx_packets").parse().unwrap()
 }
 
-/// The guest's own address, frames to which the PF's side sends in VLAN 105.
+/// Sends frames to the guest's own address from the PF's side, in VLAN 105.
 fn tagged_frames(to: &str) {
     host::run("ip", &["neigh", "replace", "10.105.0.21", "lladdr", to, "dev", TAGGED, "nud", "permanent"]);
     host::try_ping("10.105.0.21", 20);
@@ -42,7 +42,7 @@ fn outlives_nothing(end: impl FnOnce(&Agent)) {
     tagged_frames(INITIAL);
     assert!(received(&mut tenant) >= before + 20, "frames in its VLAN reach the tenant");
 
-    // All that a VF can ask for, by messages of its own: the driver asks for less.
+    // All that a VF can request, by raw messages: the driver requests less.
     without_driver(&mut tenant);
     assert!(raw(&mut tenant, "reset").contains(INITIAL));
     assert!(raw_granted(&mut tenant, "00010004 69"), "VLAN 105");
@@ -64,7 +64,7 @@ fn outlives_nothing(end: impl FnOnce(&Agent)) {
     let addresses = registers::addresses_of(0);
     assert!(!addresses.contains(Y) && !addresses.contains(INITIAL), "{addresses:?}");
 
-    // The next one is given nothing of it. It has the same address, so the former specification must go.
+    // The next tenant gets none of it. It has the same address, so the former specification must go.
     let _ = agent.delete("web1");
     let mut spec = spec_in_group(&agent, "web2");
     agent
@@ -117,7 +117,7 @@ fn of_a_killed_vmm() {
         assert_eq!(pids.len(), 1, "{pids:?}");
         host::run("kill", &["-9", &pids[0].to_string()]);
         agent.wait_for_state("web1", VmState::Failed);
-        // Given back already: what is seen below is what the end of the process has left.
+        // The VF is already released: the checks below see the state that the end of the process has left.
         let owner = agent.vfs().into_iter().find(|vf| vf.bdf.to_string() == host::VF0).unwrap().owner;
         assert!(owner.is_none(), "{owner:?}");
     });

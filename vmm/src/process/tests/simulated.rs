@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 
-//! A guest that drives a simulated VF: the same relay and function in front of it as of hardware.
+//! A guest that drives a simulated VF, behind the same relay and function as hardware.
 
 use std::{os::fd::OwnedFd, thread::JoinHandle};
 
@@ -17,8 +17,8 @@ use passthrough::{
 
 use super::*;
 
-// Finds the VF in slot 1, resets it and says RESET, prints the address in the reply in hexadecimal; asks for another
-// address (SET_MAC) and prints the highest byte of the answer; then powers off.
+// Finds the VF in slot 1, resets it and sends RESET, prints the address from the reply in hexadecimal; requests
+// another address (SET_MAC) and prints the highest byte of the reply; then powers off.
 core::arch::global_asm!(
     ".pushsection .rodata",
     ".code32",
@@ -65,7 +65,7 @@ core::arch::global_asm!(
     "  test al, 4",
     "  jz 20b",
     "  ret",
-    // Sends what is in the buffer and waits for the reply.
+    // Sends the message in the buffer and waits for the reply.
     "30:",
     "  mov dword ptr [ebx + 0xc40], 1",
     "31: mov eax, [ebx + 0xc40]",
@@ -100,7 +100,7 @@ core::arch::global_asm!(
 const MAC: MacAddress = MacAddress::new([2, 0, 0, 0, 0, 0x11]);
 const OTHER: MacAddress = MacAddress::new([2, 0, 0, 0, 0, 0x99]);
 
-/// A PF's process, and the connection of its VF 0.
+/// The process of a PF, here a thread.
 struct Adapter {
     pf: SimPf,
     thread: Option<JoinHandle<std::io::Result<()>>>,
@@ -148,16 +148,17 @@ fn what_the_agent_refuses_in_any_case_is_not_asked() {
     let (asked, declined) = refused_address(refusal.clone(), false);
     assert_eq!(asked, [Request::Reset]);
     assert_eq!(declined, [Notice::Declined { mac: OTHER, reason, silent: false }]);
-    // It ends with the connection that it came by.
+    // The refusal ends with the connection that brought it.
     let (asked, declined) = refused_address(refusal, true);
     assert!(asked.contains(&Request::SetMac(OTHER)) && declined.is_empty(), "{asked:?} {declined:?}");
 }
 
-/// A guest asks for another address and is refused. Returns what the agent was asked, and told to have been refused.
+/// A guest requests another address and is denied. Returns the requests that the agent was asked about, and the
+/// notices.
 fn refused_address(refusal: Option<StandingRefusal>, connect_again: bool) -> (Vec<Request>, Vec<Notice>) {
     let (mut adapter, connection) = Adapter::new();
     let mut vm = Fixture::new();
-    // Before there is a relay, as the agent does.
+    // The agent sends it before a relay exists, too.
     vm.channel.send(&ToVmm::Standing { adapter: "eth0".into(), refusal }, &[]).unwrap();
     if connect_again {
         vm.reconnect();
@@ -167,7 +168,7 @@ fn refused_address(refusal: Option<StandingRefusal>, connect_again: bool) -> (Ve
     vm.order(Order::Run, &[]).unwrap();
     let (mut asked, mut declined) = (Vec::new(), Vec::new());
     let mut ended = false;
-    // What a relay had to say at the end may come after it.
+    // A relay's last notice may arrive after the machine's end.
     while !ended || (asked.len() + declined.len() < 2) {
         match vm.receive() {
             ToAgent::Ask { id, ask: Ask::Mailbox { adapter, question } } => {
@@ -191,7 +192,7 @@ fn refused_address(refusal: Option<StandingRefusal>, connect_again: bool) -> (Ve
             other => panic!("{other:?}"),
         }
     }
-    // The address, then the answer to SET_MAC: NACK and clear to send.
+    // The address, then the reply to SET_MAC: NACK and clear to send.
     assert_eq!(vm.output(), "02000000001160");
     let counters = adapter.pf.counters().unwrap()[&0];
     assert_eq!((counters.messages, counters.refused), (1, 0), "the PF hears of the reset only");

@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 
-//! What each order does, and which states allow it.
+//! Handlers of the agent's commands, answers and standing refusals: which states allow a command, and its effect on
+//! the machine. The guest's resets are here, too, since they share the code of the agent's.
 
 use std::{os::fd::OwnedFd, time::Instant};
 
@@ -12,14 +13,14 @@ use passthrough::{
     relay::Relay,
 };
 
-use super::{resets::Reset, serve::Process};
+use super::{event_loop::Process, resets::Reset};
 use crate::{
     control::{Answer, End, Failure, FailureCode, MachineSpec, Order, Outcome, State},
     machine::{Files, Machine, MachineError},
     vcpu,
 };
 
-/// Most bytes of one [`Order::ConsoleInput`].
+/// The most bytes that one [`Order::ConsoleInput`] can type.
 const INPUT_MAX: usize = 1024;
 
 fn failure(code: FailureCode, detail: impl Into<String>) -> Failure {
@@ -27,7 +28,7 @@ fn failure(code: FailureCode, detail: impl Into<String>) -> Failure {
 }
 
 impl Process {
-    pub(super) fn obey(&mut self, id: u64, order: Order, fds: Vec<OwnedFd>, ops: &mut EventOps<'_>) {
+    pub(super) fn handle_order(&mut self, id: u64, order: Order, fds: Vec<OwnedFd>, ops: &mut EventOps<'_>) {
         let result = match order {
             Order::Configure { spec } => self.configure(&spec, fds, ops),
             Order::Run => self.run(),
@@ -38,7 +39,7 @@ impl Process {
             Order::ConsoleInput { bytes } => self.console_input(&bytes),
             Order::ConsoleWait { offset } => return self.wait_for_console(id, offset),
             Order::TakeBack { adapter, changes } => match self.relay(&adapter) {
-                // Done when the relay says what became of it.
+                // Completed by the relay's notice (`TakenBack`).
                 Ok(relay) => {
                     relay.take_back(id, changes);
                     return self.await_take_back(id);
@@ -56,7 +57,7 @@ impl Process {
             Order::Stop => {
                 reach(Point::VmmStopping);
                 self.end(End::Stopped);
-                self.dismissed = true;
+                self.stop_ordered = true;
                 Ok(Outcome::Done)
             }
         };
@@ -87,7 +88,7 @@ impl Process {
             .namespaces
             .take()
             .ok_or_else(|| failure(FailureCode::Invalid, "It was configured before"))?;
-        match Machine::build(spec, files, &self.authorities, made) {
+        match Machine::build(spec, files, &self.relays, made) {
             Ok((machine, signals)) => {
                 self.machine = Some(machine);
                 for (adapter, refusal) in &self.standing {
@@ -101,7 +102,7 @@ impl Process {
                 Ok(Outcome::Done)
             }
             Err(error) => {
-                // The process's privileges may be gone: it is of no more use.
+                // The process may already have lost its privileges, so it cannot try again.
                 let failure = error.failure();
                 self.end(End::Failed { detail: failure.detail.clone() });
                 Err(failure)
@@ -114,7 +115,7 @@ impl Process {
     }
 
     fn relay(&self, adapter: &str) -> Result<&Relay, Failure> {
-        self.machine()?.assigned.relay(adapter).ok_or_else(|| {
+        self.machine()?.devices.relay(adapter).ok_or_else(|| {
             failure(FailureCode::Invalid, format!("The VM has no adapter {adapter} under policy"))
         })
     }
@@ -129,7 +130,7 @@ impl Process {
         }
     }
 
-    /// Relays ask again: what was said on a connection ends with it.
+    /// Clears all standing refusals, which hold only as long as the connection that brought them. Relays ask again.
     pub(super) fn forget_standing(&mut self) {
         for (adapter, _) in std::mem::take(&mut self.standing) {
             if let Ok(relay) = self.relay(&adapter) {
@@ -141,7 +142,7 @@ impl Process {
     pub(super) fn on_answer(&self, answer: Answer) {
         let Answer::Mailbox { adapter, verdict } = answer;
         reach(Point::VmmAnswered);
-        // An answer for an adapter that is gone meanwhile is for nobody.
+        // Drop an answer for an adapter that was lost meanwhile.
         if let Ok(relay) = self.relay(&adapter) {
             relay.verdict(verdict);
         }
@@ -194,15 +195,15 @@ impl Process {
         Ok(Outcome::Done)
     }
 
-    /// The guest wants a reset: now, later, or once too often.
+    /// Handles a reset by the guest: makes it now, delays it to keep the rate, or gives the guest up.
     fn on_guest_reset(&mut self) {
-        match self.resets.wanted(Instant::now()) {
+        match self.resets.request(Instant::now()) {
             Reset::At(at) if at <= Instant::now() => {
-                // Its failure is reported by ending the machine.
+                // A failed reboot has already ended the machine, which reports it.
                 let _ = self.reboot();
             }
             Reset::At(at) => {
-                // Its other vCPUs are of a boot that has ended.
+                // The other vCPUs still run the boot that has ended: park them until the reset.
                 match self.machine.as_ref().map_or(Ok(()), Machine::park) {
                     Ok(()) => self.reset_due = Some(at),
                     Err(error) => {
@@ -222,7 +223,7 @@ impl Process {
         }
     }
 
-    /// Makes the reset that was put off, once its time has come.
+    /// Makes a delayed reset once its time has come.
     pub(super) fn make_due_reset(&mut self) {
         let due = self.reset_due.is_some_and(|due| due <= Instant::now());
         if due && self.state == State::Running {
@@ -230,7 +231,7 @@ impl Process {
         }
     }
 
-    /// Ends the machine if it fails.
+    /// Resets the machine and runs it again. A failure ends the machine.
     fn reboot(&mut self) -> Result<(), MachineError> {
         self.reset_due = None;
         self.enter(State::Rebooting);
@@ -254,11 +255,11 @@ impl Process {
     }
 
     pub(super) fn on_vcpu_event(&mut self, event: vcpu::Event) {
-        // An event that a vCPU raised while the machine was being stopped is answered by that.
+        // Drop events from before the machine was stopped or parked for a reset: that stop or reset answers them.
         if !matches!(self.state, State::Running | State::Paused) || self.reset_due.is_some() {
             return;
         }
-        // Not at info: a guest that resets in a loop must not fill the log while no agent bounds it.
+        // Not at info: a guest that resets in a loop must not fill the log while no agent limits it.
         tracing::debug!(vm = %self.vm, ?event, "A vCPU stopped");
         match event {
             vcpu::Event::Machine(MachineEvent::PowerOff) => self.end(End::PoweredOff),

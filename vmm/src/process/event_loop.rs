@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 
-//! The event loop's one subscriber: sockets in, orders out to the machine.
+//! The event loop's one subscriber: it reads the sockets and eventfds, and hands commands to the machine and messages
+//! to the agent. It owns all of the process's mutable state.
 
 use std::{
     collections::BTreeMap,
@@ -19,7 +20,7 @@ use passthrough::{
 
 use super::{reports::Reports, resets::Resets};
 use crate::{
-    authority::{Authorities, Said},
+    agent_client::{RelayMessage, RelayReceiver},
     control::{
         Ask, Channel, ChannelError, End, Failure, Listener, Outcome, Report, SPOKEN, State, ToAgent, ToVmm,
     },
@@ -32,48 +33,48 @@ const CHANNEL: u32 = 1;
 const VCPUS: u32 = 2;
 const CONSOLE: u32 = 3;
 const RELAYS: u32 = 4;
-/// Assigned devices: request and error eventfds, two numbers each from here on.
+/// The first number of passthrough devices: each has two, for its request and its error eventfd.
 const DEVICES: u32 = 16;
 
-/// Messages read before the loop looks at its other sources again.
+/// The most messages read before the loop serves its other sources again.
 const BATCH: usize = 32;
-/// How long an ended process stays to tell the agent how it ended.
+/// The longest time that an ended process stays, for the agent to read the cause of the end.
 const LINGER: Duration = Duration::from_secs(600);
-/// Most waiters for console output.
-const WAITERS: usize = 16;
+/// The most orders that may wait for console output.
+const CONSOLE_WAITERS: usize = 16;
 
-/// The process's whole state.
+/// The state of the whole process.
 pub(super) struct Process {
     pub(super) vm: Uuid,
     pub(super) started: Instant,
     listener: Listener,
-    /// The user that may control this process: the one that started it.
+    /// The user id that may control this process: its own.
     owner: u32,
     channel: Option<Connection>,
-    /// Connections that are over but still known to epoll.
-    dead: Vec<Connection>,
+    /// Connections that have ended, and that epoll still knows.
+    closed: Vec<Connection>,
     pub(super) machine: Option<Machine>,
     signals: Option<Signals>,
     pub(super) state: State,
     pub(super) boots: u64,
     reports: Reports,
-    /// Orders that wait for console output beyond an offset.
-    waiters: Vec<(u64, u64)>,
-    /// Orders to take something back that a relay works on.
+    /// Orders that wait for console output: their id, and the offset that the output must pass.
+    console_waiters: Vec<(u64, u64)>,
+    /// Ids of [`Order::TakeBack`](crate::control::Order::TakeBack) that a relay works on.
     take_backs: Vec<u64>,
-    /// What the agent refuses in any case, by adapter.
+    /// Standing refusals of the agent, by adapter.
     pub(super) standing: BTreeMap<String, StandingRefusal>,
-    /// For the machine's process.
+    /// Namespaces in the making, for the machine's sandbox. None once a machine has been configured.
     pub(super) namespaces: Option<NewNamespaces>,
-    /// What relays say, and where they learn whether an agent is there.
-    pub(super) authorities: Authorities,
+    /// Receives the relays' messages, and holds whether an agent is connected.
+    pub(super) relays: RelayReceiver,
     asked: u64,
     pub(super) resets: Resets,
-    /// When the machine, which is parked meanwhile, is reset because its guest wants that.
+    /// When to make a delayed reset of the guest. The vCPUs are parked until then.
     pub(super) reset_due: Option<Instant>,
     ended: Option<Instant>,
-    /// The agent ordered the end and knows it already.
-    pub(super) dismissed: bool,
+    /// The agent has ordered the end: there is no need to wait until it reads the report.
+    pub(super) stop_ordered: bool,
 }
 
 struct Connection {
@@ -83,42 +84,42 @@ struct Connection {
 
 impl Process {
     pub(super) fn new(listener: Listener, vm: Uuid, started: Instant) -> std::io::Result<Self> {
-        let authorities = Authorities::new()?;
+        let relays = RelayReceiver::new()?;
         Ok(Self {
             vm,
             started,
             listener,
             owner: rustix::process::getuid().as_raw(),
             channel: None,
-            dead: Vec::new(),
+            closed: Vec::new(),
             machine: None,
             signals: None,
             state: State::Empty,
             boots: 0,
             reports: Reports::default(),
-            waiters: Vec::new(),
+            console_waiters: Vec::new(),
             take_backs: Vec::new(),
             standing: BTreeMap::new(),
             namespaces: Some(NewNamespaces::begin()?),
-            authorities,
+            relays,
             asked: 0,
             resets: Resets::new(Instant::now()),
             reset_due: None,
             ended: None,
-            dismissed: false,
+            stop_ordered: false,
         })
     }
 
-    /// Whether the process may exit: the machine has ended and the agent knows, or never asked.
+    /// Whether the process may exit: the machine has ended, and the agent has noted it or the time to do so is over.
     pub(super) fn finished(&self) -> bool {
-        self.ended.is_some_and(|at| self.dismissed || self.reports.is_empty() || at.elapsed() > LINGER)
+        self.ended.is_some_and(|at| self.stop_ordered || self.reports.is_empty() || at.elapsed() > LINGER)
     }
 
     pub(super) fn wake_after_ms(&self) -> i32 {
         if self.ended.is_some() {
             return 1000;
         }
-        // A paused machine is reset when it runs again.
+        // A paused machine keeps its delayed reset until it runs again.
         let due = self.reset_due.filter(|_| self.state == State::Running);
         due.map_or(-1, |due| {
             let left = due.saturating_duration_since(Instant::now()).as_millis();
@@ -130,7 +131,7 @@ impl Process {
         self.machine = None;
     }
 
-    /// Changes the state and tells the agent.
+    /// Changes the state and reports it to the agent.
     pub(super) fn enter(&mut self, state: State) {
         self.state = state;
         self.report(Report::State { state, boots: self.boots });
@@ -143,7 +144,7 @@ impl Process {
         }
     }
 
-    /// The machine will never run again.
+    /// Ends the machine for good.
     pub(super) fn end(&mut self, end: End) {
         if self.ended.is_some() {
             return;
@@ -159,7 +160,7 @@ impl Process {
         self.ended = Some(Instant::now());
         reach(Point::VmmStopped);
         self.report(Report::Ended { end });
-        for (id, _) in std::mem::take(&mut self.waiters) {
+        for (id, _) in std::mem::take(&mut self.console_waiters) {
             self.done(id, Ok(Outcome::Done));
         }
     }
@@ -171,33 +172,33 @@ impl Process {
     fn send(&mut self, message: &ToAgent) {
         let Some(connection) = &self.channel else { return };
         if let Err(error) = connection.channel.send(message, &[]) {
-            // An agent that does not read is as good as gone; it gets the reports when it connects again.
+            // Treat an agent that does not read as gone; it gets the reports when it connects again.
             tracing::warn!(vm = %self.vm, "The control connection is dropped: {}", chain(&error));
             self.disconnect();
         }
     }
 
-    /// Ends the connection, if there is one.
+    /// Ends the connection, if there is one, with everything that holds only as long as it.
     fn disconnect(&mut self) {
-        self.authorities.set_connected(false);
-        self.waiters.clear();
+        self.relays.set_connected(false);
+        self.console_waiters.clear();
         self.take_backs.clear();
         self.forget_standing();
-        self.dead.extend(self.channel.take());
+        self.closed.extend(self.channel.take());
     }
 
-    /// The event manager must forget a descriptor before its number is used again.
-    fn bury_connections(&mut self, ops: &mut EventOps<'_>) {
-        for connection in self.dead.drain(..) {
+    /// Unregisters ended connections before the kernel reuses their descriptors' numbers.
+    fn forget_closed_connections(&mut self, ops: &mut EventOps<'_>) {
+        for connection in self.closed.drain(..) {
             let _ = ops.remove(Events::empty(&connection.channel));
         }
     }
 
-    /// Registers `signals` of a machine that was just built.
+    /// Registers the `signals` of a new machine.
     pub(super) fn listen_to(&mut self, signals: Signals, ops: &mut EventOps<'_>) {
         let console = signals.console.event().as_raw_fd();
         let sources = [(signals.vcpu_signal.as_raw_fd(), VCPUS), (console, CONSOLE)];
-        let devices = self.machine.iter().flat_map(|machine| machine.assigned.loss_signals());
+        let devices = self.machine.iter().flat_map(|machine| machine.devices.loss_signals());
         let devices =
             devices.filter_map(|(number, fd)| Some((fd, DEVICES.checked_add(u32::try_from(number).ok()?)?)));
         for (fd, token) in sources.into_iter().chain(devices) {
@@ -213,11 +214,11 @@ impl Process {
             return self.done(id, Ok(Outcome::Done));
         };
         signals.console.want();
-        // Looked at after the wish: output between the two is not missed.
-        if signals.console.written() > offset || self.waiters.len() >= WAITERS {
+        // Check only after `want`: output between the two would be missed.
+        if signals.console.written() > offset || self.console_waiters.len() >= CONSOLE_WAITERS {
             return self.done(id, Ok(Outcome::Done));
         }
-        self.waiters.push((id, offset));
+        self.console_waiters.push((id, offset));
     }
 
     fn on_console(&mut self) {
@@ -225,9 +226,9 @@ impl Process {
         let _ = signals.console.event().read();
         let written = signals.console.written();
         let (ready, rest) =
-            std::mem::take(&mut self.waiters).into_iter().partition(|(_, offset)| written > *offset);
-        self.waiters = rest;
-        if !self.waiters.is_empty()
+            std::mem::take(&mut self.console_waiters).into_iter().partition(|(_, offset)| written > *offset);
+        self.console_waiters = rest;
+        if !self.console_waiters.is_empty()
             && let Some(signals) = &self.signals
         {
             signals.console.want();
@@ -242,12 +243,14 @@ impl Process {
         let Some(signals) = &self.signals else { return };
         let _ = signals.vcpu_signal.read();
         let Ok(event) = signals.vcpu_events.try_recv() else { return };
-        // Others in their turn: what this one leads to may make them void, and whoever raises one after the other holds up nobody.
+        // Handle one event at a time, and leave the rest for the next turn: this one may make them void, and a vCPU
+        // that raises one after another must not starve the other sources.
         let _ = signals.vcpu_signal.write(1);
         self.on_vcpu_event(event);
     }
 
-    /// What vCPUs raised before they were parked for a reset is answered by it, and must not end or reset the next boot.
+    /// Drops the events that vCPUs raised before they were parked for a reset. The reset answers them; they must not
+    /// end or reset the next boot.
     pub(super) fn forget_vcpu_events(&mut self) {
         if let Some(signals) = &self.signals {
             signals.vcpu_events.try_iter().for_each(drop);
@@ -259,18 +262,20 @@ impl Process {
     }
 
     fn on_relays(&mut self) {
-        for (adapter, said) in self.authorities.drain() {
-            match said {
-                Said::Question(question) => {
+        for (adapter, message) in self.relays.drain() {
+            match message {
+                RelayMessage::Question(question) => {
                     reach(Point::VmmAsking);
                     self.asked += 1;
                     self.send(&ToAgent::Ask { id: self.asked, ask: Ask::Mailbox { adapter, question } });
                 }
-                Said::Notice(Notice::TakenBack { id, failed, deferred }) if self.take_backs.contains(&id) => {
+                RelayMessage::Notice(Notice::TakenBack { id, failed, deferred })
+                    if self.take_backs.contains(&id) =>
+                {
                     self.take_backs.retain(|waiting| *waiting != id);
                     self.done(id, Ok(Outcome::TakenBack { failed, deferred }));
                 }
-                Said::Notice(notice) => self.report(Report::Relay { adapter, notice }),
+                RelayMessage::Notice(notice) => self.report(Report::Relay { adapter, notice }),
             }
         }
     }
@@ -289,7 +294,7 @@ impl Process {
             return;
         }
         self.disconnect();
-        self.bury_connections(ops);
+        self.forget_closed_connections(ops);
         if let Err(error) = ops.add(Events::with_data_raw(channel.as_raw_fd(), CHANNEL, EventSet::IN)) {
             tracing::error!(vm = %self.vm, "Cannot listen to the control connection: {error:?}");
             return;
@@ -321,7 +326,7 @@ impl Process {
                 tracing::warn!(vm = %self.vm, "The control connection is dropped: it began without a hello");
                 self.disconnect();
             }
-            ToVmm::Order { id, order } => self.obey(id, order, fds, ops),
+            ToVmm::Order { id, order } => self.handle_order(id, order, fds, ops),
             ToVmm::Answer { answer, .. } => self.on_answer(answer),
             ToVmm::Standing { adapter, refusal } => self.on_standing(adapter, refusal),
             ToVmm::Noted { upto } => self.reports.noted(upto),
@@ -350,7 +355,7 @@ impl Process {
         reach(Point::VmmGreeted);
         if let Some(connection) = &mut self.channel {
             connection.greeted = true;
-            self.authorities.set_connected(true);
+            self.relays.set_connected(true);
         }
         let pending: Vec<_> = self.reports.pending().cloned().collect();
         for (seq, report) in pending {
@@ -360,9 +365,9 @@ impl Process {
 
     fn on_device_signal(&mut self, index: usize, ops: &mut EventOps<'_>) {
         let Some(machine) = &mut self.machine else { return };
-        let Some(loss) = machine.assigned.lost(index) else { return };
+        let Some(loss) = machine.devices.lost(index) else { return };
         for signal in loss.signals.iter().flatten() {
-            // Before it is closed with `loss`, or its number would stay known to the event manager.
+            // Unregister before `loss` closes it, or the event manager keeps its number.
             let _ = ops.remove(Events::empty(signal));
         }
         machine.board.pci.remove(loss.slot);
@@ -373,13 +378,12 @@ impl Process {
 
 impl MutEventSubscriber for Process {
     fn init(&mut self, ops: &mut EventOps<'_>) {
-        let sources =
-            [(self.listener.as_raw_fd(), LISTENER), (self.authorities.signal().as_raw_fd(), RELAYS)];
+        let sources = [(self.listener.as_raw_fd(), LISTENER), (self.relays.signal().as_raw_fd(), RELAYS)];
         for (fd, token) in sources {
             if let Err(error) = ops.add(Events::with_data_raw(fd, token, EventSet::IN)) {
                 tracing::error!(vm = %self.vm, "Cannot listen to the control socket: {error:?}");
                 self.ended = Some(self.started);
-                self.dismissed = true;
+                self.stop_ordered = true;
             }
         }
     }
@@ -397,6 +401,6 @@ impl MutEventSubscriber for Process {
                 }
             }
         }
-        self.bury_connections(ops);
+        self.forget_closed_connections(ops);
     }
 }

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 
-//! The functions of a machine, hardware or simulated: opened before privileges are dropped, put on the PCI bus
-//! afterwards.
+//! The passthrough devices of a machine, VFIO functions or simulated ones: opened before the process drops its
+//! privileges, put on the PCI bus afterwards.
 
 use std::{
     collections::BTreeMap,
@@ -32,46 +32,46 @@ use vm_allocator::{AddressAllocator, AllocPolicy};
 use vmm_sys_util::eventfd::EventFd;
 
 use crate::{
-    authority::Authorities,
+    agent_client::RelayReceiver,
     control::{DeviceBackend, DeviceLoss, DeviceSpec, DeviceStats, FailureCode},
     layout,
     memory::GuestMemory,
     sandbox,
 };
 
-/// How long a function may take to reset: VFIO's own FLR waits 100 ms, a slow device is given a second by the PCI
-/// core, an emulated one under load more.
+/// The time limit of a function's reset. VFIO's own FLR waits 100 ms, the PCI core gives a slow device a second, and
+/// an emulated device under load needs more.
 const RESET: Duration = Duration::from_secs(10);
 
-/// Why an assigned device cannot be used.
+/// Errors of passthrough devices.
 #[derive(Debug, thiserror::Error)]
-pub enum AssignedError {
-    /// VFIO refused.
+pub enum DeviceError {
+    /// VFIO refused the device.
     #[error(transparent)]
     Vfio(#[from] vfio::Error),
-    /// The agent gave no connection for it.
+    /// The agent passed no connection for it.
     #[error("The connection of simulated device {bdf} to its PF is missing: a bug of Portcullis")]
     NotConnected {
         /// The host's PCI address.
         bdf: String,
     },
-    /// A simulated VF cannot be had.
+    /// The simulated VF did not start.
     #[error("Simulated device {bdf} cannot be started")]
     Simulated {
         /// The host's PCI address.
         bdf: String,
-        /// Why.
+        /// The cause.
         source: std::io::Error,
     },
     /// KVM has no VFIO device.
     #[error("KVM refused to create its VFIO device")]
     KvmDevice(#[source] kvm_ioctls::Error),
-    /// The function cannot be shown to a guest.
+    /// A guest cannot be given this function.
     #[error("Device {bdf} cannot be assigned")]
     Function {
         /// The host's PCI address.
         bdf: String,
-        /// Why.
+        /// The cause.
         source: FunctionError,
     },
     /// The function does not reset.
@@ -79,7 +79,7 @@ pub enum AssignedError {
     Reset {
         /// The host's PCI address.
         bdf: String,
-        /// Why.
+        /// The cause.
         source: ResetError,
     },
     /// Its BARs do not fit.
@@ -95,10 +95,10 @@ pub enum AssignedError {
     Bar {
         /// The host's PCI address.
         bdf: String,
-        /// Why.
+        /// The cause.
         source: BarError,
     },
-    /// No codec for its mailbox.
+    /// No mailbox family matches its PCI ids.
     #[error(
         "Device {bdf} ({vendor:04x}:{device:04x}) is no VF whose mailbox Portcullis can mediate: use an 82576 or \
          i350 VF for adapters, or list the device under `devices`, without a port group"
@@ -111,12 +111,12 @@ pub enum AssignedError {
         /// PCI device.
         device: u16,
     },
-    /// The relay's thread.
+    /// The relay's thread did not start.
     #[error("Cannot start the mailbox relay of device {bdf}")]
     Relay {
         /// The host's PCI address.
         bdf: String,
-        /// Why.
+        /// The cause.
         source: std::io::Error,
     },
     /// The bus is full.
@@ -124,13 +124,13 @@ pub enum AssignedError {
     Slot {
         /// The host's PCI address.
         bdf: String,
-        /// Why.
+        /// The cause.
         source: SlotError,
     },
 }
 
-impl AssignedError {
-    /// Stable code for the control channel.
+impl DeviceError {
+    /// The stable code for the control channel.
     #[must_use]
     pub fn code(&self) -> FailureCode {
         match self {
@@ -142,30 +142,35 @@ impl AssignedError {
 }
 
 /// Functions that are open but not yet in a machine.
-pub struct Opened {
+pub struct OpenedDevices {
     container: Option<Container>,
     devices: Vec<(DeviceSpec, Hardware)>,
 }
 
-/// What is behind a function that is not yet in a machine.
+/// A function that is not yet in a machine.
 enum Hardware {
     Vfio(Arc<VfioVf>),
-    /// Its connection to its PF. It needs guest memory to become more.
+    /// The connection to its PF. It becomes a VF once there is guest memory.
     Simulated(OwnedFd),
 }
 
-/// A function's registers, and the eventfds that say when the host wants it back and when it has failed.
-type Live = (Arc<dyn VfHardware>, [Option<EventFd>; 2]);
+/// A function's registers, and its request and error eventfds.
+type StartedHardware = (Arc<dyn VfHardware>, [Option<EventFd>; 2]);
 
 impl Hardware {
-    fn start(self, bdf: &str, memory: &GuestMemory, threads: &ThreadStart) -> Result<Live, AssignedError> {
+    fn start(
+        self,
+        bdf: &str,
+        memory: &GuestMemory,
+        threads: &ThreadStart,
+    ) -> Result<StartedHardware, DeviceError> {
         Ok(match self {
             Self::Vfio(vf) => {
                 let signals = [vf.request_event()?, vf.error_event()?];
                 (vf, signals)
             }
             Self::Simulated(connection) => {
-                let failed = |source| AssignedError::Simulated { bdf: bdf.to_owned(), source };
+                let failed = |source| DeviceError::Simulated { bdf: bdf.to_owned(), source };
                 let vf = SimVf::new(connection, memory.clone(), threads).map_err(failed)?;
                 let error = vf.error_event().map_err(failed)?;
                 (Arc::new(vf), [None, Some(error)])
@@ -177,45 +182,45 @@ impl Hardware {
 /// One function in the machine.
 struct Function {
     spec: DeviceSpec,
-    /// Before the function: it must not touch hardware that is being closed.
+    /// Dropped before the function: the relay must not touch hardware that is being closed.
     relay: Option<Relay>,
     function: Arc<AssignedFunction>,
     slot: u8,
-    /// Signalled when the host wants the device back, and when it has failed.
+    /// The request eventfd (the host wants the device back) and the error eventfd (it has failed).
     signals: [Option<EventFd>; 2],
 }
 
-/// A machine's functions.
-pub struct Assigned {
+/// The passthrough devices of one machine.
+pub struct PassthroughDevices {
     functions: Vec<Function>,
     /// Keeps the DMA mappings until the functions are gone.
     _container: Option<Container>,
 }
 
-/// A device that was taken away.
-pub struct Loss {
+/// A device that the machine has lost.
+pub struct LostDevice {
     /// The host's PCI address.
     pub bdf: String,
-    /// Why.
+    /// The cause.
     pub why: DeviceLoss,
     /// Its slot on the guest's bus.
     pub slot: u8,
-    /// The eventfds that nobody needs to listen to any more.
+    /// Its eventfds, which need no listener any more.
     pub signals: [Option<EventFd>; 2],
 }
 
-impl Assigned {
-    /// Opens all functions, those of VFIO in one container; `connections` are those of the simulated ones, in their
-    /// order. The process still has its privileges.
+impl PassthroughDevices {
+    /// Opens all functions, those of VFIO in one container. `connections` are those of the simulated functions, in
+    /// their sequence. The process still has its privileges.
     ///
     /// # Errors
-    /// See [`AssignedError`].
+    /// See [`DeviceError`].
     pub fn open(
         vm: &VmFd,
         devices: &[DeviceSpec],
         connections: Vec<OwnedFd>,
-    ) -> Result<Opened, AssignedError> {
-        let mut opened = Opened { container: None, devices: Vec::new() };
+    ) -> Result<OpenedDevices, DeviceError> {
+        let mut opened = OpenedDevices { container: None, devices: Vec::new() };
         let mut connections = connections.into_iter();
         for spec in devices {
             let hardware = match spec.backend {
@@ -229,7 +234,7 @@ impl Assigned {
                     Hardware::Vfio(Arc::new(vf?))
                 }
                 DeviceBackend::Simulated => {
-                    let missing = || AssignedError::NotConnected { bdf: spec.bdf.clone() };
+                    let missing = || DeviceError::NotConnected { bdf: spec.bdf.clone() };
                     Hardware::Simulated(connections.next().ok_or_else(missing)?)
                 }
             };
@@ -238,39 +243,39 @@ impl Assigned {
         Ok(opened)
     }
 
-    /// Resets all functions and puts them into power-on state. Waits; not for vCPU threads.
+    /// Resets all functions to their power-on state. Blocks, so it must not run on a vCPU thread.
     ///
     /// # Errors
-    /// See [`AssignedError`].
-    pub fn reset(&self) -> Result<(), AssignedError> {
+    /// See [`DeviceError`].
+    pub fn reset(&self) -> Result<(), DeviceError> {
         for Function { spec, function, .. } in &self.functions {
             match function.reset_and_wait(RESET) {
-                // One that was lost does no DMA any more.
+                // A lost function does no more DMA.
                 Err(ResetError::Gone) if function.is_lost() => {}
                 result => {
-                    result.map_err(|source| AssignedError::Reset { bdf: spec.bdf.clone(), source })?;
+                    result.map_err(|source| DeviceError::Reset { bdf: spec.bdf.clone(), source })?;
                 }
             }
         }
         Ok(())
     }
 
-    /// The request and error eventfds with the number that [`Assigned::lost`] takes.
+    /// The request and error eventfds, each with the number that [`PassthroughDevices::lost`] takes.
     pub fn loss_signals(&self) -> Vec<(usize, RawFd)> {
         let signals = self.functions.iter().flat_map(|function| &function.signals);
         let with_number = signals.enumerate();
         with_number.filter_map(|(number, signal)| Some((number, signal.as_ref()?.as_raw_fd()))).collect()
     }
 
-    /// Signal `number` is readable: takes the function out of the machine, once.
-    pub fn lost(&mut self, number: usize) -> Option<Loss> {
+    /// Takes the function with signal `number` out of the machine, once.
+    pub fn lost(&mut self, number: usize) -> Option<LostDevice> {
         let function = self.functions.get_mut(number / 2)?;
         function.signals.get(number % 2)?.as_ref()?;
         if let Some(relay) = function.relay.take() {
             relay.stop();
         }
         function.function.lose();
-        Some(Loss {
+        Some(LostDevice {
             bdf: function.spec.bdf.clone(),
             why: if number.is_multiple_of(2) { DeviceLoss::Requested } else { DeviceLoss::Failed },
             slot: function.slot,
@@ -300,13 +305,13 @@ impl Assigned {
     }
 }
 
-/// Guest-physical addresses for BARs at power-on. The guest may move them.
-struct Places {
+/// Allocates guest-physical addresses for BARs at power-on. The guest may move the BARs.
+struct BarAllocator {
     low: Option<AddressAllocator>,
     high: Option<AddressAllocator>,
 }
 
-impl Places {
+impl BarAllocator {
     fn new(pci_window_64: &Range<u64>) -> Self {
         let allocator = |range: &Range<u64>| {
             AddressAllocator::new(range.start, range.end.saturating_sub(range.start)).ok()
@@ -316,7 +321,7 @@ impl Places {
 
     fn take(&mut self, layout: BarLayout) -> Option<u64> {
         let from = |allocator: &mut Option<AddressAllocator>| {
-            // BARs smaller than a page get one of their own, so that no two share a window.
+            // Give a BAR that is smaller than a page its own page, so that no two share a window.
             let size = layout.size.max(4096);
             let range = allocator.as_mut()?.allocate(size, size, AllocPolicy::FirstMatch).ok()?;
             Some(range.start())
@@ -326,8 +331,8 @@ impl Places {
     }
 }
 
-/// What functions are put into.
-pub struct Surroundings<'a> {
+/// The parts of a machine that its functions are connected to.
+pub struct MachineParts<'a> {
     /// Guest memory.
     pub memory: &'a GuestMemory,
     /// Interrupt routes.
@@ -338,30 +343,30 @@ pub struct Surroundings<'a> {
     pub bus: &'a PciBus,
     /// Guest-physical addresses for BARs above 4 GiB.
     pub pci_window_64: &'a Range<u64>,
-    /// Where relays ask.
-    pub authorities: &'a Authorities,
-    /// How the functions' threads are started.
+    /// Receives the relays' messages.
+    pub relays: &'a RelayReceiver,
+    /// The start routine of the functions' threads.
     pub threads: &'a ThreadStart,
 }
 
-impl Opened {
+impl OpenedDevices {
     /// Maps guest memory for DMA and puts the functions on the bus.
     ///
     /// # Errors
-    /// See [`AssignedError`].
-    pub fn assemble(self, machine: &Surroundings<'_>) -> Result<Assigned, AssignedError> {
-        let Surroundings { memory, router, mapper, bus, pci_window_64, authorities, threads } = machine;
+    /// See [`DeviceError`].
+    pub fn assemble(self, machine: &MachineParts<'_>) -> Result<PassthroughDevices, DeviceError> {
+        let MachineParts { memory, router, mapper, bus, pci_window_64, relays, threads } = machine;
         if let Some(container) = &self.container {
             container.map_memory(memory)?;
         }
-        let mut places = Places::new(pci_window_64);
+        let mut bars = BarAllocator::new(pci_window_64);
         let windows: Arc<[Range<u64>]> = [layout::PCI_WINDOW_32, (*pci_window_64).clone()].into();
         let mut functions = Vec::new();
         for (spec, hardware) in self.devices {
             let bdf = || spec.bdf.clone();
             let (hardware, signals) = hardware.start(&spec.bdf, memory, threads)?;
             let access = HardwareAccess::new(hardware);
-            let relay = start_relay(&spec, &access, authorities, threads)?;
+            let relay = start_relay(&spec, &access, relays, threads)?;
             let traps: Vec<TrappedRange> = relay.iter().map(mailbox_trap).collect();
             let (mapper, router) = (Arc::clone(mapper), Arc::clone(router));
             let function = AssignedFunction::new(
@@ -373,55 +378,55 @@ impl Opened {
                 router,
                 threads,
             )
-            .map_err(|source| AssignedError::Function { bdf: bdf(), source })?;
+            .map_err(|source| DeviceError::Function { bdf: bdf(), source })?;
             for (index, bar) in function.bars() {
                 let address =
-                    places.take(bar).ok_or_else(|| AssignedError::NoRoom { bdf: bdf(), size: bar.size })?;
+                    bars.take(bar).ok_or_else(|| DeviceError::NoRoom { bdf: bdf(), size: bar.size })?;
                 function
                     .assign_bar(index, address)
-                    .map_err(|source| AssignedError::Bar { bdf: bdf(), source })?;
+                    .map_err(|source| DeviceError::Bar { bdf: bdf(), source })?;
             }
             let function = Arc::new(function);
             let slot =
-                bus.add(function.clone()).map_err(|source| AssignedError::Slot { bdf: bdf(), source })?;
+                bus.add(function.clone()).map_err(|source| DeviceError::Slot { bdf: bdf(), source })?;
             functions.push(Function { spec, relay, function, slot, signals });
         }
-        Ok(Assigned { functions, _container: self.container })
+        Ok(PassthroughDevices { functions, _container: self.container })
     }
 }
 
 /// The IOMMU domain of a machine, known to KVM.
-fn container(vm: &VmFd) -> Result<Container, AssignedError> {
+fn container(vm: &VmFd) -> Result<Container, DeviceError> {
     let mut device = kvm_create_device { type_: kvm_device_type_KVM_DEV_TYPE_VFIO, fd: 0, flags: 0 };
-    let kvm = vm.create_device(&mut device).map_err(AssignedError::KvmDevice)?;
+    let kvm = vm.create_device(&mut device).map_err(DeviceError::KvmDevice)?;
     Ok(Container::new(Some(KvmVfioDevice::new_from_kvm(kvm)))?)
 }
 
-/// A network VF gets a relay, a plain device none.
+/// Starts the relay of a network VF. A plain device gets none.
 fn start_relay(
     spec: &DeviceSpec,
     access: &Arc<HardwareAccess>,
-    authorities: &Authorities,
+    relays: &RelayReceiver,
     threads: &ThreadStart,
-) -> Result<Option<Relay>, AssignedError> {
+) -> Result<Option<Relay>, DeviceError> {
     let Some(adapter) = &spec.adapter else { return Ok(None) };
     let mut ids = [0; 4];
     access.config_read(0, &mut ids);
     let [vendor_low, vendor_high, device_low, device_high] = ids;
     let vendor = u16::from_le_bytes([vendor_low, vendor_high]);
     let device = u16::from_le_bytes([device_low, device_high]);
-    let family = Layout::of(vendor, device).ok_or_else(|| AssignedError::Family {
+    let family = Layout::of(vendor, device).ok_or_else(|| DeviceError::Family {
         bdf: spec.bdf.clone(),
         vendor,
         device,
     })?;
     let config = relay::Config { adapter: adapter.clone(), ..relay::Config::default() };
-    let relay = Relay::start(config, family, access.clone(), Arc::new(authorities.of(adapter)), threads)
-        .map_err(|source| AssignedError::Relay { bdf: spec.bdf.clone(), source })?;
+    let relay = Relay::start(config, family, access.clone(), Arc::new(relays.client_for(adapter)), threads)
+        .map_err(|source| DeviceError::Relay { bdf: spec.bdf.clone(), source })?;
     Ok(Some(relay))
 }
 
-/// The page that is never shown to the guest: the mailbox's.
+/// The page that no guest sees: the mailbox's.
 fn mailbox_trap(relay: &Relay) -> TrappedRange {
     TrappedRange { bar: 0, range: 0..PAGE_SIZE, handler: relay.page() }
 }
@@ -432,14 +437,14 @@ mod tests {
 
     #[test]
     fn bars_get_addresses_of_their_own_in_the_window_that_they_can_reach() {
-        let mut places = Places::new(&(1 << 32..1 << 33));
+        let mut bars = BarAllocator::new(&(1 << 32..1 << 33));
         let bar = |size, is_64bit| BarLayout { size, is_64bit, prefetchable: false };
-        assert_eq!(places.take(bar(0x4000, true)), Some(1 << 32));
-        assert_eq!(places.take(bar(0x4000, true)), Some((1 << 32) + 0x4000));
-        assert_eq!(places.take(bar(0x10, false)), Some(0xc000_0000));
-        assert_eq!(places.take(bar(0x2000, false)), Some(0xc000_2000));
-        assert_eq!(places.take(bar(1 << 34, true)), None);
-        let mut no_upper_window = Places::new(&(0..0));
+        assert_eq!(bars.take(bar(0x4000, true)), Some(1 << 32));
+        assert_eq!(bars.take(bar(0x4000, true)), Some((1 << 32) + 0x4000));
+        assert_eq!(bars.take(bar(0x10, false)), Some(0xc000_0000));
+        assert_eq!(bars.take(bar(0x2000, false)), Some(0xc000_2000));
+        assert_eq!(bars.take(bar(1 << 34, true)), None);
+        let mut no_upper_window = BarAllocator::new(&(0..0));
         assert_eq!(no_upper_window.take(bar(0x4000, true)), Some(0xc000_0000));
     }
 }
