@@ -71,7 +71,7 @@ enum Command {
     Forget { port: PortId },
 }
 
-/// The handle of the log, whose thread ends with its last handle.
+/// The handle of the log. The log's thread ends with the last handle.
 #[derive(Clone, Debug)]
 pub struct DecisionLog {
     commands: SyncSender<Command>,

@@ -25,7 +25,7 @@ const SURPLUS: u32 = 100;
 /// The latest records of a port in which an equal decision may still be counted.
 const RECENT: usize = 16;
 
-/// Ports whose recent records are remembered, and VMs whose new records are counted.
+/// The most ports with remembered records, and the most VMs with counted new records.
 const PORTS: usize = 4096;
 
 /// The longest wait for the store's own writes to the same file.
@@ -132,7 +132,7 @@ impl Decisions {
         Ok(stored)
     }
 
-    /// The number of decisions of each port and outcome, including those whose records are deleted.
+    /// The number of decisions of each port and outcome, including those without a record now.
     pub(super) fn counters(&self) -> Result<HashMap<PortId, PortCounters>, StoreError> {
         let mut query = self.connection.prepare("SELECT port, outcome, count FROM decision_counts")?;
         let mut rows = query.query([])?;

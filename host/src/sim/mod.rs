@@ -260,7 +260,7 @@ impl Simulated {
         Ok(())
     }
 
-    /// Opens control of a PF, whose process is started whenever it does not run.
+    /// Opens control of a PF. Its process is started whenever it does not run.
     ///
     /// # Errors
     /// There is no such PF, or it cannot be started.

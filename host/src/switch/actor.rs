@@ -60,7 +60,7 @@ pub(super) struct Actor {
     /// The host's PFs.
     pub(super) pfs: BTreeSet<String>,
     pub(super) capabilities: HashMap<String, PfCapabilities>,
-    /// PFs whose interface is down.
+    /// PFs with an interface that is down.
     pub(super) down: BTreeSet<String>,
     pub(super) switches: Table<SwitchRecord>,
     pub(super) groups: Table<GroupRecord>,

@@ -167,7 +167,8 @@ impl SwitchHandle {
         Ok(Self { commands, pf, unchecked })
     }
 
-    /// Why a port of a VM cannot be compared with its PF; None if it can. Does not wait for the switch.
+    /// The reason why a port of a VM cannot be compared with its PF; None if it can. Does not wait
+    /// for the switch.
     #[must_use]
     pub fn unchecked(&self, vm: VmId, adapter: &str) -> Option<Unchecked> {
         let ports = self.unchecked.borrow();

@@ -14,7 +14,8 @@ use serde::{Deserialize, Serialize};
 use super::lane::{Lane, Revert};
 use crate::store::{Record, Scope};
 
-/// The first start of an agent with this store, which is the creation time of the default switch and group.
+/// The first start of an agent with this store. It is the creation time of the default switch and
+/// group.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct FirstStart {
     /// The time of that start.
