@@ -68,7 +68,7 @@ impl Record for SimPfRecord {
 /// Why simulated adapters are not available.
 #[derive(Debug, thiserror::Error)]
 pub enum SimError {
-    /// The store.
+    /// The store failed.
     #[error(transparent)]
     Store(#[from] StoreError),
     /// There are too many.

@@ -23,13 +23,13 @@ pub struct SimPfOption {
 /// Why an option is not valid.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum InvalidOption {
-    /// The form.
+    /// The form is wrong.
     #[error("write NAME=COUNT or NAME=COUNT,tap=IFNAME, like sim0=8")]
     Form,
-    /// The PF's or the tap's name.
+    /// The name of the PF or of the tap is not allowed.
     #[error("{0:?} is no name: use 1 to {NAME} letters, digits, `_`, `-` and `.`, and no PCI address")]
     Name(String),
-    /// The number of VFs.
+    /// The number of VFs is out of range.
     #[error("{0:?} is no number of VFs: a simulated PF has 1 to {MAX_VFS}")]
     Count(String),
 }

@@ -5,7 +5,7 @@
 //! ```text
 //!  free ──claim──▶ claimed ──remember──▶ remembered ──bind, baseline──▶ in use
 //!    ▲                │                       │                           │
-//!    └────────────────┴───────── give back (after the process ended) ─────┘
+//!    └────────────────┴────────── release (after the process ended) ──────┘
 //! ```
 //!
 //! Each step is stored before it is done, and the release undoes every step, whether it was done or

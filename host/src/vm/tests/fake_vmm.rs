@@ -3,8 +3,8 @@
 //! A vmm without a machine: it speaks the control protocol, and obeys the words typed on its
 //! console.
 //!
-//! It is this test program, which the agent starts like a vmm: a test that acts only when it is
-//! called with a descriptor and an id.
+//! The agent starts this test program like a vmm, as a test that acts only when it is called with a
+//! descriptor and an id.
 
 use std::{
     collections::VecDeque,

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 
-//! A made-up host.
+//! A made-up host for the tests of VMs.
 
 use std::{
     collections::BTreeMap,
