@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 
-//! Events for those who are connected, and the last of them for those who come back.
+//! Publishes events to connected subscribers, and keeps the latest ones for those that reconnect.
 
 use std::{
     collections::VecDeque,
@@ -14,26 +14,28 @@ use tokio::sync::mpsc;
 /// Events kept for returning subscribers, in each of the two rings.
 const KEPT: usize = 1024;
 
-/// Events that wait for a subscriber besides those that it missed. One that lets more wait is left behind.
+/// Events that may wait for a subscriber, besides those that it missed. The hub drops a subscriber
+/// with more.
 const BACKLOG: usize = 256;
 
 /// Most subscribers at once.
 const SUBSCRIBERS: usize = 256;
 
-/// Ids of one start of the agent. They begin with the time, so that they grow over restarts of the agent: an id of a former
-/// one is before all that are kept.
+/// Ids for each millisecond since the epoch. Ids begin with the time of the agent's start, so that
+/// they grow over restarts: an id of a former agent is lower than all kept ones.
 const IDS_PER_MS: u64 = 1000;
 
-/// Where events are told and heard. Nobody who tells waits for somebody who hears.
+/// The hub that publishes events. A publisher never waits for a subscriber.
 #[derive(Clone, Debug)]
 pub struct EventHub(Arc<Mutex<Hub>>);
 
 #[derive(Debug)]
 struct Hub {
     next: u64,
-    /// The first id of this start.
+    /// The first id of this agent.
     first: u64,
-    /// Light decisions, of which a guest can cause many, and everything else: neither displaces the other.
+    /// Light decisions, of which a guest can cause many, and all other events. Neither ring
+    /// displaces the other.
     kept: [VecDeque<Event>; 2],
     /// The newest id that is no longer kept.
     dropped: u64,
@@ -57,12 +59,13 @@ impl EventHub {
         self.0.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Tells all subscribers.
+    /// Publishes an event to all subscribers.
     pub fn publish(&self, what: EventKind) {
         self.publish_as(what, false);
     }
 
-    /// Publishes a decision. Light decisions displace only each other: a guest can cause many.
+    /// Publishes a decision. Light decisions displace only each other, because a guest can cause
+    /// many.
     pub fn publish_decision(&self, decision: Decision) {
         let is_light = decision.weight() == Weight::Light;
         self.publish_as(EventKind::Decision { decision: Box::new(decision.into()) }, is_light);
@@ -80,8 +83,9 @@ impl EventHub {
         hub.dropped = oldest.map_or(0, |event| event.id).max(hub.dropped);
     }
 
-    /// What happens after the event `after` (None: from now on). A [`EventKind::Gap`] comes first if events in between
-    /// are no longer kept. The channel ends for a subscriber that is too slow; None if there are too many.
+    /// Subscribes to the events after the id `after`; None: from now on. A [`EventKind::Gap`] comes
+    /// first if some of them are no longer kept. The channel closes for a subscriber that reads too
+    /// slowly. Returns None when there are too many subscribers.
     #[must_use]
     pub fn subscribe(&self, after: Option<u64>) -> Option<mpsc::Receiver<Event>> {
         let mut hub = self.hub();
@@ -89,7 +93,7 @@ impl EventHub {
         if hub.subscribers.len() >= SUBSCRIBERS {
             return None;
         }
-        // An id that is not used yet is one of a former agent, before the clock was set back.
+        // An id that is not used yet comes from a former agent, before the clock was set back.
         let is_foreign = after.is_some_and(|after| after < hub.first || after >= hub.next);
         let after = if is_foreign { 0 } else { after.unwrap_or(u64::MAX) };
         let mut missed: Vec<Event> =
@@ -122,7 +126,7 @@ mod tests {
         });
     }
 
-    /// Names of what is waiting; "gap" for a gap.
+    /// The names of the waiting events; "gap" for a gap.
     fn heard(receiver: &mut mpsc::Receiver<Event>) -> Vec<String> {
         let mut heard = Vec::new();
         while let Ok(event) = receiver.try_recv() {

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 
-//! One log line for each decision, as many as a port's share of that weight allows.
+//! One log line for each decision, limited for each port and weight.
 
 use std::time::{Duration, Instant};
 
@@ -9,13 +9,14 @@ use passthrough::relay::Rate;
 
 use crate::line_rate::LineRate;
 
-/// The lines of one weight that a port may cause: so many at once, then one in a second.
+/// The lines that a port may cause for each weight: a burst, then one each second.
 const RATE: Rate = Rate { burst: 20, period: Duration::from_secs(1) };
 
-/// Shares that are remembered: those of 4096 ports.
+/// Rates that are remembered: three weights of 4096 ports.
 const SHARES: usize = 3 * 4096;
 
-/// The lines of each port and weight: repeated denials suppress no line about a change.
+/// The line rates of each port and weight. Repeated denials therefore suppress no line about a
+/// change.
 #[derive(Debug)]
 pub(super) struct Lines {
     began: Instant,
@@ -29,7 +30,7 @@ impl Default for Lines {
 }
 
 impl Lines {
-    /// Writes the line, or counts it for the next one.
+    /// Writes the line, or counts it as suppressed for the next line.
     pub(super) fn say(&mut self, decision: &Decision) {
         if let Some(suppressed) = self.rate.take((decision.port, decision.weight()), self.began.elapsed()) {
             line(decision, suppressed);

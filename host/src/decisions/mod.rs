@@ -1,9 +1,10 @@
 // SPDX-License-Identifier: Apache-2.0
 
-//! What was decided: recorded in the database, said in the log, told to subscribers.
+//! Records decisions in the database, writes them to the log and publishes them as events.
 //!
-//! A guest chooses how often it is refused and what for, so everything here is bounded: equal decisions are counted in
-//! one record, a port has a share of the records and of the log lines, and subscribers that do not read are left behind.
+//! A guest chooses how often and for which requests it is denied, so everything here is bounded.
+//! Equal decisions share one record with a count. Records are limited for each VM, log lines for
+//! each port. The event hub drops subscribers that do not read.
 
 pub mod events;
 mod lines;
@@ -31,28 +32,31 @@ use tokio::sync::oneshot;
 use self::{events::EventHub, lines::Lines, table::Decisions};
 use crate::store::StoreError;
 
-/// Records that are kept in all, the oldest go first.
+/// Records that are kept in all. The oldest go first.
 pub const KEPT: u32 = 10_000;
 
 /// Commands that are written in one transaction.
 const BATCH: usize = 256;
 
-/// Commands that wait for the thread. More come only if many processes of VMs have been taken over at once, each of which may cause
-/// no more than `vmm_process` lets it; what is more is counted in the log, and not recorded.
+/// Commands that wait for the thread. `vmm_process` limits each process of a VM, so this bound is
+/// reached only if many processes have been taken over at once. Further decisions are counted in
+/// the log and not recorded.
 const WAITING: usize = 16_384;
 
-/// What nobody waits for is written this much later. A guest waits, busily, for the answer to what was decided: the disk and the
-/// log must not be served before it. An agent that crashes in between has answered what it did not record.
+/// The delay before records without a waiting caller are written. A guest busy-waits for the
+/// response to its request, so disk and log must not come first. An agent that crashes in between
+/// has answered requests that it did not record.
 const GATHER: Duration = Duration::from_millis(10);
 
-/// Least time between two transactions of records without a waiting caller. Each writes the same pages of the table and its indexes again,
-/// 28 KiB and more. A notice of a relay about a change is waited for, and a question of the same VM behind it.
+/// Minimum time between two transactions of records without a waiting caller. Each transaction
+/// writes the same pages of the table and its indexes again, 28 KiB and more. The event of a relay
+/// about a change has a waiting caller, and the next request of that VM waits behind it.
 const PACE: Duration = Duration::from_millis(250);
 
 /// Decisions that are kept while they cannot be stored, for example because the disk is full.
 const UNSTORED: usize = 4096;
 
-/// Time between two tries to store them.
+/// Time between two attempts to store them.
 const RETRY: Duration = Duration::from_secs(1);
 
 /// Niceness of the thread, -20 to 19 (`setpriority(2)`).
@@ -67,17 +71,18 @@ enum Command {
     Forget { port: PortId },
 }
 
-/// The handle of the log, whose thread ends with its last handle.
+/// The handle of the log. The log's thread ends with the last handle.
 #[derive(Clone, Debug)]
 pub struct DecisionLog {
     commands: SyncSender<Command>,
-    /// Decisions for which there was no place, since that was last told.
+    /// Decisions dropped because the queue was full, since the last log line about that.
     lost: Arc<AtomicU64>,
 }
 
 impl DecisionLog {
-    /// Opens the log in the database at `path`, which a [`SqliteStore`](crate::store::SqliteStore) has opened (and so
-    /// migrated) before, and starts its thread. At most `kept` records stay.
+    /// Opens the log in the database at `path` and starts its thread. A
+    /// [`SqliteStore`](crate::store::SqliteStore) must have opened the database, and so migrated
+    /// it, before. At most `kept` records stay.
     ///
     /// # Errors
     /// Those of the database, and of starting a thread.
@@ -115,23 +120,23 @@ impl DecisionLog {
     /// Records a decision; returns when it is in the database.
     ///
     /// # Errors
-    /// Those of the database. The line is in the log all the same.
+    /// Those of the database. The log has the line all the same.
     pub async fn record(&self, decision: Decision) -> Result<(), StoreError> {
         let (reply, done) = oneshot::channel();
         self.send(Command::Record { decision: Box::new(decision), reply: Some(reply) }).await?;
         done.await.map_err(|_| StoreError::Closed)?
     }
 
-    /// Records a decision soon: for those who cannot wait for a disk.
+    /// Records a decision soon, for callers that must not wait for a disk.
     pub fn note(&self, decision: Decision) {
-        // Without its thread the agent is about to end.
+        // A closed channel needs no handling: without its thread the agent is about to end.
         let sent = self.commands.try_send(Command::Record { decision: Box::new(decision), reply: None });
         if let Err(TrySendError::Full(_)) = sent {
             self.lost.fetch_add(1, Ordering::Relaxed);
         }
     }
 
-    /// How many decisions every port has had.
+    /// The number of decisions of every port.
     ///
     /// # Errors
     /// Those of the database.
@@ -143,7 +148,7 @@ impl DecisionLog {
 
     /// Deletes the counts of a deleted port. The records of its decisions stay.
     pub async fn forget(&self, port: PortId) {
-        // Left behind it is a row.
+        // A row left behind does no harm.
         drop(self.send(Command::Forget { port }).await);
     }
 
@@ -167,13 +172,14 @@ struct Recorder {
     unstored: Vec<Decision>,
     /// Decisions dropped for lack of room since storing failed; None while storing works.
     dropped: Option<usize>,
-    /// The last attempt to store something.
+    /// The time of the last attempt to store records.
     written: Option<Instant>,
 }
 
 impl Recorder {
     fn run(mut self, inbox: &Receiver<Command>) {
-        // Behind the threads that answer guests, if all want the same processor. Refused, it is only slower.
+        // Threads that answer guests go first when all want the same processor. If the kernel
+        // refuses, they are only slower.
         let _ = setpriority_process(Some(gettid()), NICE);
         loop {
             let first = if self.unstored.is_empty() {
@@ -208,7 +214,7 @@ impl Recorder {
                 );
             }
             self.record(decisions, replies);
-            // A query sees what was recorded before it was asked.
+            // A query sees the decisions recorded before it.
             for (filter, reply) in queries {
                 drop(reply.send(self.table.query(&filter)));
             }
@@ -223,7 +229,8 @@ impl Recorder {
         }
     }
 
-    /// The commands of one transaction: `first`, and those that arrive until the transaction is due or a command has a waiting caller.
+    /// The commands of one transaction: `first`, and those that arrive until the transaction is due
+    /// or a command has a waiting caller.
     fn gather(&self, first: Command, inbox: &Receiver<Command>) -> Vec<Command> {
         let now = Instant::now();
         let due = self.written.map_or(now, |written| written + PACE).max(now + GATHER);
@@ -238,7 +245,8 @@ impl Recorder {
         commands
     }
 
-    /// Keeps decisions that cannot be stored. Without room the newest are dropped: the older ones led to them.
+    /// Keeps decisions that cannot be stored. Without room the newest are dropped, because the
+    /// older ones led to them.
     fn keep(&mut self, mut decisions: Vec<Decision>) {
         let surplus = decisions.len().saturating_sub(UNSTORED);
         self.dropped = Some(self.dropped.unwrap_or(0).saturating_add(surplus));
@@ -253,7 +261,8 @@ impl Recorder {
         if decisions.is_empty() {
             return;
         }
-        // One try in a while, however many decisions guests cause: each writes all that waits.
+        // Retry at most once each RETRY, however many decisions guests cause: each attempt writes
+        // all waiting ones.
         if self.dropped.is_some() && self.written.is_some_and(|tried| tried.elapsed() < RETRY) {
             self.keep(decisions);
             for reply in replies {

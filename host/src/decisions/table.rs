@@ -14,20 +14,21 @@ use rusqlite::{Connection, Transaction, params};
 
 use crate::store::StoreError;
 
-/// Which part of all records one VM may have of each weight, so that one guest's noise displaces nothing that others did, nor
-/// what has changed something on its own adapters.
+/// The divisor for the share of one VM in all records, for each weight. One guest's noise therefore
+/// displaces neither the records of other VMs nor those of changes on its own adapters.
 const SHARE: u32 = 10;
 
-/// Which part of its share a VM may have beside it until the share is looked at again.
+/// The divisor for the records that a VM may add beyond its share until the share is enforced
+/// again.
 const SURPLUS: u32 = 100;
 
-/// Records of a port that an equal decision may still be counted in.
+/// The latest records of a port in which an equal decision may still be counted.
 const RECENT: usize = 16;
 
-/// Ports whose recent records are remembered, and VMs whose new records are counted.
+/// The most ports with remembered records, and the most VMs with counted new records.
 const PORTS: usize = 4096;
 
-/// How long to wait for the store's own writes to the same file.
+/// The longest wait for the store's own writes to the same file.
 const PATIENCE: Duration = Duration::from_secs(10);
 
 /// The table, through a connection of its own.
@@ -35,9 +36,9 @@ pub(super) struct Decisions {
     connection: Connection,
     kept: u32,
     recent: HashMap<PortId, VecDeque<Decision>>,
-    /// New records since the share of their VM was looked at.
+    /// New records since the share of their VM was enforced.
     added: HashMap<(VmId, Weight), u32>,
-    /// New records since all were counted.
+    /// New records since the last count of all.
     added_in_all: u32,
 }
 
@@ -45,16 +46,19 @@ impl Decisions {
     pub(super) fn open(path: &Path, kept: u32) -> Result<Self, StoreError> {
         let connection = Connection::open(path)?;
         connection.busy_timeout(PATIENCE)?;
-        // A power cut may take the last records, never the file: what the agent relies on is in the store.
+        // A power cut may lose the last records, never damage the file: the agent relies only on
+        // the store.
         connection.pragma_update(None, "synchronous", "NORMAL")?;
         Ok(Self { connection, kept, recent: HashMap::new(), added: HashMap::new(), added_in_all: kept })
     }
 
-    /// Writes decisions, equal ones into one record. Returns the records as they are now. After an error nothing is written.
+    /// Writes decisions, equal ones into one record, and returns the records as they are now. After
+    /// an error nothing is written.
     pub(super) fn record(&mut self, decisions: &[Decision]) -> Result<Vec<Decision>, StoreError> {
         let result = self.try_record(decisions);
         if result.is_err() {
-            // The remembered records are not in the table. The next attempt would count them twice.
+            // The remembered records are not in the table, and the next attempt would count them
+            // twice.
             self.recent.clear();
         }
         result
@@ -80,7 +84,7 @@ impl Decisions {
             let (record, is_new) = write(&transaction, recent, decision.clone())?;
             stored.push(record);
             if is_new {
-                // A VM that was not counted yet may have a full share already.
+                // A VM that was not counted yet may already have a full share.
                 let added = self.added.entry((vm, weight)).or_insert(surplus);
                 *added = added.saturating_add(1);
                 self.added_in_all = self.added_in_all.saturating_add(1);
@@ -109,7 +113,7 @@ impl Decisions {
         }
         if self.added_in_all > surplus {
             self.added_in_all = 0;
-            // By the index of time, from the oldest on: light records first.
+            // Through the index of time, from the oldest on. Light records go first.
             for condition in ["weight = 0", "TRUE"] {
                 let all: u32 =
                     transaction.query_row("SELECT count(*) FROM decisions", [], |row| row.get(0))?;
@@ -128,7 +132,7 @@ impl Decisions {
         Ok(stored)
     }
 
-    /// How many decisions of each outcome every port has had, also those whose records are gone.
+    /// The number of decisions of each port and outcome, including those without a record now.
     pub(super) fn counters(&self) -> Result<HashMap<PortId, PortCounters>, StoreError> {
         let mut query = self.connection.prepare("SELECT port, outcome, count FROM decision_counts")?;
         let mut rows = query.query([])?;
@@ -148,7 +152,7 @@ impl Decisions {
         Ok(counters)
     }
 
-    /// Forgets how many decisions a port has had; their records stay.
+    /// Deletes the counts of a port. Its records stay.
     pub(super) fn forget(&self, port: PortId) -> Result<(), StoreError> {
         self.connection.execute("DELETE FROM decision_counts WHERE port = ?1", [port.to_string()])?;
         Ok(())
@@ -167,7 +171,8 @@ impl Decisions {
         )?;
         let port = filter.port.map(|port| port.to_string());
         let vm = filter.vm.as_ref().map(|vm| vm.to_lowercase());
-        // A record that has been counted on since then is on a page before; one that is gone had all of its moment.
+        // A record that was counted again since then is on an earlier page. If the cursor's record
+        // is deleted, all records of its time count as read.
         let (before, id) = filter.cursor.as_ref().and_then(Cursor::decision).unzip();
         let (before, id) = (before.map(Timestamp::unix_ms), id.map(|id| id.to_string()));
         let mut rows = query.query(params![vm, port, verdict, since, filter.limit, before, id])?;
@@ -184,7 +189,7 @@ impl Decisions {
     }
 }
 
-/// The record that a decision is in, and whether it is a new one.
+/// Writes a decision; returns its record and whether the record is new.
 fn write(
     transaction: &Transaction<'_>,
     recent: &mut VecDeque<Decision>,
@@ -196,7 +201,7 @@ fn write(
                 let changed = transaction
                     .prepare_cached("UPDATE decisions SET last_ms = ?2, value = ?3 WHERE id = ?1")?
                     .execute(params![record.id.to_string(), record.last_ms, json(record)?])?;
-                // It may have been pushed out meanwhile.
+                // The record may have been displaced meanwhile.
                 if changed == 0 {
                     insert(transaction, record)?;
                 }
@@ -232,7 +237,7 @@ fn insert(transaction: &Transaction<'_>, decision: &Decision) -> Result<(), Stor
     Ok(())
 }
 
-/// As it is in the table, where nothing but its order counts.
+/// The weight as the table stores it. Only the order of the numbers matters.
 fn number(weight: Weight) -> u8 {
     match weight {
         Weight::Light => 0,

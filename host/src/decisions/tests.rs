@@ -65,7 +65,7 @@ async fn what_comes_faster_than_it_can_be_written_is_bounded_and_does_not_keep_o
     for ms in 0..many {
         log.note(decision(1, "x", Outcome::Denied, ms));
     }
-    // These wait for a place.
+    // This call waits for a place in the queue.
     log.record(decision(2, "y", Outcome::Denied, many)).await.unwrap();
     let counts: Vec<u64> = log.query(filter()).await.unwrap().iter().map(|d| d.count).collect();
     let [1, noted] = counts[..] else { panic!("{counts:?}") };
@@ -98,7 +98,7 @@ async fn filters_say_what_is_listed() {
 async fn pages_list_every_record_once() {
     let dir = tempfile::tempdir().unwrap();
     let (log, _) = open(&dir, 100);
-    // Several of the same moment.
+    // Several records have the same time.
     for (n, ms) in [1, 2, 2, 2, 3, 3].into_iter().enumerate() {
         log.record(decision(1, &n.to_string(), Outcome::Denied, ms)).await.unwrap();
     }
@@ -109,7 +109,8 @@ async fn pages_list_every_record_once() {
         cursor = Some(Cursor::after(api::types::Decision::from(last.clone()).key()));
         seen.extend(page.into_iter().filter_map(|decision| decision.requested));
         if seen.len() == 2 {
-            // A record that is counted on moves to a page that was read, a new one is before it; no other moves.
+            // A record that is counted again moves to a page already read, and a new record is
+            // before that page. No other record moves.
             log.record(decision(1, "0", Outcome::Denied, 9)).await.unwrap();
             log.record(decision(1, "new", Outcome::Denied, 8)).await.unwrap();
         }
@@ -144,7 +145,7 @@ async fn what_has_changed_something_never_yields_to_what_has_not() {
     assert!(all.len() <= 12, "{}", all.len());
 }
 
-/// A VM's next question waits behind the notice that is recorded.
+/// A waiting caller is served at once, because the next request of its VM waits behind it.
 #[tokio::test]
 async fn what_somebody_waits_for_is_written_at_once() {
     let dir = tempfile::tempdir().unwrap();

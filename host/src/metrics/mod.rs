@@ -1,9 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0
 
-//! What `/metrics` shows: OpenMetrics text, with names and units as Prometheus has them.
+//! The text of `/metrics`: OpenMetrics, with names and units by the conventions of Prometheus.
 //!
-//! Everything a label can be is from a closed set, or the name of a VM that exists: no guest, vmm or client can make
-//! new series. What VMs count is asked of their processes when somebody looks (`vms`).
+//! Each label's value is from a closed set, or the name of an existing VM: no guest, vmm or client
+//! can make new series. The counters of VMs are read from their processes at each scrape (`vms`).
 
 mod vms;
 
@@ -32,13 +32,14 @@ use prometheus_client::{
 
 pub use vms::Vm;
 
-/// What all metrics' names begin with, but those about processes, which every exporter names alike.
+/// The prefix of all metrics except those about processes, which have the same names in every
+/// exporter.
 pub(crate) const PREFIX: &str = "portcullis";
 
-/// Bounds in seconds of what guests wait for, busily.
+/// Buckets, in seconds, of times for which a guest busy-waits.
 const QUICK: [f64; 12] = [0.00005, 0.0001, 0.00025, 0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.1, 0.4, 1.0];
 
-/// Bounds in seconds of what people and programs wait for.
+/// Buckets, in seconds, of times for which people and programs wait.
 const REQUEST: [f64; 10] = [0.0005, 0.001, 0.005, 0.025, 0.1, 0.5, 1.0, 5.0, 30.0, 120.0];
 
 /// A label's value from a closed set.
@@ -103,7 +104,7 @@ impl MetricConstructor<Histogram> for Bounds {
 
 type Histograms<L> = Family<L, Histogram, Bounds>;
 
-/// What the agent counts. Clones count the same.
+/// The metrics of the agent. Clones share all counters.
 #[derive(Clone)]
 pub struct Metrics {
     registry: Arc<Mutex<Registry>>,
@@ -197,36 +198,36 @@ impl fmt::Debug for Metrics {
 }
 
 impl Metrics {
-    /// A decision was recorded.
+    /// Counts a recorded decision.
     pub fn decision(&self, decision: &Decision) {
-        // Requests have names from a closed set.
+        // The names of requests are a closed set.
         let labels = OfDecision { request: decision.request.clone(), verdict: verdict(decision.outcome) };
         self.decisions.get_or_create(&labels).inc_by(decision.count);
     }
 
-    /// A question was answered.
+    /// Counts a verdict and the time that it took.
     pub fn decided(&self, outcome: Outcome, elapsed: Duration) {
         self.decided.get_or_create(&OfVerdict { verdict: verdict(outcome) }).observe(elapsed.as_secs_f64());
     }
 
-    /// The changes of a granted question were made, or not.
+    /// Counts the commit of a granted request, and whether it succeeded.
     pub fn committed(&self, made: bool, elapsed: Duration) {
         let result = Word(if made { "made" } else { "failed" });
         self.committed.get_or_create(&OfResult { result }).observe(elapsed.as_secs_f64());
     }
 
-    /// A setting was not as it should be.
+    /// Counts a correction of a setting on the PF that differed from the policy.
     pub fn repaired(&self, setting: &'static str, made: bool) {
         let result = Word(if made { "repaired" } else { "failed" });
         self.repairs.get_or_create(&OfRepair { setting: Word(setting), result }).inc();
     }
 
-    /// So many ports cannot be compared with their PF.
+    /// Sets the number of ports that cannot be compared with their PF.
     pub fn unchecked(&self, ports: usize) {
         self.unchecked.set(i64::try_from(ports).unwrap_or(i64::MAX));
     }
 
-    /// A request of the API was answered.
+    /// Counts a call of the API that was answered.
     pub fn answered(&self, answered: &Answered<'_>) {
         let (route, method) = (answered.route.to_owned(), Word(answered.method));
         let labels = OfRequest { route: route.clone(), method: method.clone(), status: answered.status };
@@ -234,16 +235,16 @@ impl Metrics {
         self.answered.get_or_create(&OfRoute { route, method }).observe(answered.elapsed.as_secs_f64());
     }
 
-    /// A request was refused before it had a caller.
+    /// Counts a call of the API that was turned away before it had a caller.
     pub fn turned_away(&self, away: &TurnedAway) {
         let reason = Word(if away.code == ProblemCode::Unauthorized { "token" } else { "host" });
         self.turned_away.get_or_create(&OfReason { reason }).inc();
     }
 
-    /// All of it as text, with what is to be said of VMs.
+    /// All metrics as text, with those of VMs.
     ///
     /// # Errors
-    /// None that a `String` can have.
+    /// None: writing to a `String` does not fail.
     pub fn text(&self, vms: &[Vm]) -> Result<String, fmt::Error> {
         let memory = resident("self").and_then(|bytes| i64::try_from(bytes).ok());
         self.memory.set(memory.unwrap_or_default());
@@ -265,7 +266,8 @@ fn verdict(outcome: Outcome) -> Word {
     })
 }
 
-/// The resident memory in bytes of a process, by its directory in /proc; None if there is no such process.
+/// The resident memory in bytes of a process, by its directory in /proc; None if there is no such
+/// process.
 pub(crate) fn resident(process: &str) -> Option<u64> {
     let text = std::fs::read_to_string(format!("/proc/{process}/statm")).ok()?;
     let pages: u64 = text.split(' ').nth(1)?.parse().ok()?;

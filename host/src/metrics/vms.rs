@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 
-//! What is said of each VM, made anew each time from those that there are.
+//! The metrics of each VM, built anew at each scrape from the VMs that exist.
 
 use std::collections::BTreeMap;
 
@@ -13,11 +13,11 @@ use prometheus_client::{
 
 use super::{PREFIX, Word};
 
-/// The most reasons, or kinds of messages, that a VM's process is believed to have. Ours has fewer; one that its guest
-/// has taken over may say anything.
+/// The most exit reasons, or kinds of messages, that a VM's process may name. Ours names fewer; a
+/// process that its guest has taken over may name anything.
 const KINDS: usize = 64;
 
-/// What they are counted under that are beyond that, or have odd names.
+/// The name under which counts beyond that, or with odd names, are summed.
 const OTHER: &str = "other";
 
 /// A VM as metrics show it.
@@ -27,9 +27,9 @@ pub struct Vm {
     pub name: String,
     /// Its state.
     pub state: VmState,
-    /// Resident memory of its process in bytes, guest memory included, if it has one.
+    /// Resident memory of its process in bytes, guest memory included; None without a process.
     pub resident: Option<u64>,
-    /// What its process counts, if it answers.
+    /// The counters of its process; None if it does not answer.
     pub stats: Option<VmStats>,
 }
 
@@ -56,7 +56,7 @@ struct OfMessage {
     verdict: String,
 }
 
-/// Every state, so that each has a series also while no VM is in it.
+/// Every state, so that each has a series while no VM is in it, too.
 const STATES: [VmState; 8] = [
     VmState::Defined,
     VmState::Starting,
@@ -116,7 +116,7 @@ pub(super) fn registry(vms: &[Vm]) -> Registry {
     registry
 }
 
-/// What a process counts, under names that a closed set of ours could have.
+/// The counts of a process, under names that could be from a closed set of ours.
 fn bounded(counts: &BTreeMap<String, u64>) -> BTreeMap<String, u64> {
     let plain = |name: &str| {
         (1..=48).contains(&name.len())

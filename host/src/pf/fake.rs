@@ -14,15 +14,15 @@ use passthrough::sriov::{Bdf, InventoryError, PfControl, PfError, VfChange, VfSe
 
 use super::{PfName, Pfs};
 
-/// What the test and the thread share.
+/// The state that the test and the threads share.
 #[derive(Default)]
 pub(crate) struct World {
     pub(crate) pfs: BTreeMap<String, FakePf>,
     pub(crate) capabilities: Option<PfCapabilities>,
     pub(crate) reads: u64,
-    /// Held by a test: changes wait until it is dropped.
+    /// A gate for the test: changes wait while it is locked.
     pub(crate) gate: Arc<tokio::sync::Mutex<()>>,
-    /// A PF that does not answer as long as it is here.
+    /// The name of a PF that does not answer while it is set.
     pub(crate) hangs: Option<String>,
 }
 
@@ -47,7 +47,7 @@ impl FakePfs {
         self.world().pfs.get_mut(pf).unwrap().read(vf).unwrap()
     }
 
-    /// Somebody else changes the adapter.
+    /// Changes the adapter as another program would.
     pub(crate) fn foreign(&self, pf: &str, vf: u16, change: VfChange) {
         let mut world = self.world();
         let pf = world.pfs.get_mut(pf).unwrap();

@@ -1,11 +1,13 @@
 // SPDX-License-Identifier: Apache-2.0
 
-//! The way to the host's PFs: threads that may wait for the kernel, and a handle for those that may not.
+//! Access to the host's PFs: threads that may wait for the kernel, and a handle for callers that
+//! may not.
 //!
-//! Each PF has a thread, which does one thing after the other in the order in which it was asked to. One for all would be enough for
-//! the kernel, which makes all changes of network interfaces one after the other anyway; but the process of a simulated PF may be
-//! in a guest's hands, and must not hold up what is asked of others. Whoever asks waits as long as it takes; who has less time lets
-//! the answer come later and undoes it then.
+//! Each PF has a thread that executes its commands in order. The kernel makes all changes of
+//! network interfaces one after the other, so one thread would be enough for it. But the process of
+//! a simulated PF may be in a guest's hands, and must not hold up the commands for other PFs.
+//!
+//! Calls have no timeout. Callers with a deadline must roll back late successes.
 
 pub mod watch;
 
@@ -27,7 +29,7 @@ pub(crate) mod fake;
 #[cfg(test)]
 mod tests;
 
-/// Most PFs that have a thread at a time: more than a host has.
+/// Most PFs that have a thread at the same time: more than a host has.
 const MAX_PFS: usize = 256;
 
 /// A PF as the switch knows it.
@@ -39,28 +41,28 @@ pub struct PfName {
     pub up: bool,
 }
 
-/// The PFs of a host. Called on the threads only, where it may block.
+/// The PFs of a host. Only the threads call it, where it may block.
 pub trait Pfs: Send + Sync + 'static {
-    /// Those that there are now. Asks none of them: one may not answer.
+    /// The PFs that exist now. Does not ask them, because one may not answer.
     ///
     /// # Errors
     /// The inventory cannot be read.
     fn list(&self) -> Result<Vec<PfName>, PfError>;
 
-    /// Which of them has this name now: names can change, and come to another one.
+    /// The address of the PF that has this name now. Names can change, and move to another PF.
     ///
     /// # Errors
     /// There is no such PF.
     fn address(&self, name: &str) -> Result<Bdf, PfError>;
 
-    /// The way to one of them.
+    /// Opens control of a PF.
     ///
     /// # Errors
-    /// There is no such PF, or no way to it.
+    /// There is no such PF, or it cannot be opened.
     fn open(&self, name: &str) -> Result<Box<dyn PfControl>, PfError>;
 }
 
-/// The PFs of a host and simulated ones, whatever leads to each.
+/// The real and simulated PFs of a host, each opened in its own way.
 pub struct HostPfs {
     inventory: Inventory,
     open: OpenPf,
@@ -89,16 +91,16 @@ impl Pfs for HostPfs {
     }
 }
 
-/// Why a PF did not do it.
+/// Why a PF did not complete a command.
 #[derive(Debug, thiserror::Error)]
 pub enum PfFailure {
-    /// It cannot be asked or read.
+    /// The PF cannot be asked or read.
     #[error(transparent)]
     Pf(#[from] PfError),
-    /// It did not make the changes; they are undone, as far as the error says.
+    /// The PF did not make the changes. They are rolled back, as far as the error says.
     #[error(transparent)]
     Apply(#[from] ApplyError),
-    /// It would need one thread more.
+    /// The PF would need a thread beyond the limit.
     #[error("More than {MAX_PFS} PFs are being asked at once: try again")]
     TooMany,
     /// Its thread cannot be started.
@@ -111,7 +113,7 @@ pub enum PfFailure {
 
 type Reply<T> = oneshot::Sender<Result<T, PfFailure>>;
 
-/// To the thread of a PF.
+/// A command to the thread of a PF.
 enum Command {
     Capabilities {
         reply: Reply<PfCapabilities>,
@@ -124,18 +126,18 @@ enum Command {
         changes: Vec<VfChange>,
         reply: Reply<()>,
     },
-    /// The PF is gone: the way to it leads nowhere, and its name may be another's soon.
+    /// The PF is gone. The open control is useless, and another PF may soon have its name.
     Forget,
 }
 
-/// The handle of the threads, which end with the last one.
+/// The handle of the threads, which end with the last handle.
 #[derive(Clone)]
 pub struct PfHandle(Arc<Threads>);
 
 struct Threads {
     pfs: Arc<dyn Pfs>,
     lists: mpsc::Sender<Reply<Vec<PfName>>>,
-    /// By the PF's name. A thread is here as long as it has a way to its PF or something to do.
+    /// By the PF's name. A thread is here while it has open control of its PF or commands.
     of_pfs: Mutex<HashMap<String, mpsc::Sender<Command>>>,
 }
 
@@ -150,14 +152,14 @@ impl Threads {
         self.of_pfs.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Gives a command to a PF's thread, which is started if there is none.
+    /// Sends a command to a PF's thread, and starts the thread if there is none.
     fn tell(self: &Arc<Self>, pf: &str, command: Command) -> Result<(), PfFailure> {
         let mut threads = self.of_pfs();
         let command = match threads.get(pf) {
             None => command,
             Some(thread) => match thread.send(command) {
                 Ok(()) => return Ok(()),
-                // It has panicked.
+                // The thread has panicked.
                 Err(mpsc::SendError(command)) => command,
             },
         };
@@ -180,7 +182,7 @@ impl Threads {
 }
 
 impl PfHandle {
-    /// Ready to start the threads.
+    /// Starts the thread that lists PFs. Those of single PFs start when they are needed.
     ///
     /// # Errors
     /// Those of starting a thread.
@@ -202,7 +204,7 @@ impl PfHandle {
         answer.await.map_err(|_| PfFailure::Closed)?
     }
 
-    /// The PFs that there are now.
+    /// The PFs that exist now. Threads of other PFs close them.
     ///
     /// # Errors
     /// See [`PfFailure`].
@@ -212,13 +214,13 @@ impl PfHandle {
         let list = answer.await.map_err(|_| PfFailure::Closed)??;
         for (_, thread) in self.0.of_pfs().iter().filter(|(name, _)| !list.iter().any(|pf| pf.name == **name))
         {
-            // One that has ended has nothing to forget.
+            // A thread that has ended has nothing to close.
             drop(thread.send(Command::Forget));
         }
         Ok(list)
     }
 
-    /// What a PF can enforce.
+    /// The settings that a PF can enforce.
     ///
     /// # Errors
     /// See [`PfFailure`].
@@ -226,7 +228,7 @@ impl PfHandle {
         self.call(pf, |reply| Command::Capabilities { reply }).await
     }
 
-    /// What a PF has set for its VFs.
+    /// The settings that a PF has for its VFs.
     ///
     /// # Errors
     /// See [`PfFailure`].
@@ -234,8 +236,8 @@ impl PfHandle {
         self.call(pf, |reply| Command::Read { reply }).await
     }
 
-    /// Makes all changes and reads them back, or undoes them: see [`PfControl::apply`]. They are made even if the
-    /// caller no longer waits.
+    /// Makes all changes and reads them back, or rolls them back: see [`PfControl::apply`]. The
+    /// changes are made even if the caller no longer waits.
     ///
     /// # Errors
     /// See [`PfFailure`].
@@ -249,12 +251,12 @@ impl PfHandle {
     }
 }
 
-/// What the thread of a PF has.
+/// The state of a PF's thread.
 struct Thread {
     pf: String,
     pfs: Arc<dyn Pfs>,
     threads: Weak<Threads>,
-    /// The way to the PF, and the PF that it leads to.
+    /// The open control of the PF, with the address of that PF.
     control: Option<(Bdf, Box<dyn PfControl>)>,
 }
 
@@ -267,11 +269,11 @@ impl Thread {
         }
     }
 
-    /// What waits to be done. If nothing does, the thread is not the PF's any more.
+    /// The next command. Without one, the thread removes itself from the PF's entry and ends.
     fn next_or_end(&self, inbox: &mpsc::Receiver<Command>) -> Option<Command> {
-        // Without handles there is no other that could be taken for it.
+        // Without handles no other thread can get this PF's commands.
         let Some(threads) = self.threads.upgrade() else { return inbox.try_recv().ok() };
-        // Whoever gives commands holds the lock: none is lost.
+        // A sender of commands holds the lock, so no command is lost.
         let mut of_pfs = threads.of_pfs();
         let next = inbox.try_recv().ok();
         if next.is_none() {
@@ -281,7 +283,7 @@ impl Thread {
     }
 
     fn obey(&mut self, command: Command) {
-        // A reply that nobody waits for any more is no error.
+        // A dropped receiver of the reply is no error.
         match command {
             Command::Capabilities { reply } => {
                 drop(reply.send(self.with(|control| Ok(control.capabilities()?))));
@@ -321,7 +323,7 @@ impl Thread {
     }
 }
 
-/// Whether the way to the PF must be found again.
+/// Whether control of the PF must be opened again.
 fn lost<T>(result: &Result<T, PfFailure>) -> bool {
     let error = match result {
         Err(PfFailure::Pf(error)) => error,

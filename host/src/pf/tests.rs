@@ -70,7 +70,7 @@ async fn a_name_that_came_to_another_pf_leads_there() {
     assert_eq!(took().await, [second]);
 }
 
-/// Well below the time in which a relay gives up.
+/// Far less than the deadline of a relay.
 const SOON: Duration = Duration::from_millis(300);
 
 #[tokio::test]

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 
-//! News about interfaces, as hints that a PF should be read again.
+//! Events of interfaces, as hints to read a PF again.
 
 use std::{io, thread, time::Duration};
 
@@ -8,16 +8,16 @@ use passthrough::sriov::{Hint, Monitor};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use tokio::sync::mpsc;
 
-/// Hints that wait. When there are more, everything is read again.
+/// Hints that may wait. When there are more, all PFs are read again.
 const BACKLOG: usize = 64;
 
-/// How soon the thread sees that nobody listens any more.
+/// The longest time until the thread sees that its receiver is gone.
 const LOOK: Timespec = Timespec { tv_sec: 1, tv_nsec: 0 };
 
-/// After an error of the socket.
+/// The pause after an error of the socket.
 const PAUSE: Duration = Duration::from_secs(1);
 
-/// Starts the thread that listens to the kernel; it ends when the receiver is gone.
+/// Starts the thread that listens to the kernel. It ends when the receiver is gone.
 ///
 /// # Errors
 /// Those of opening the subscription and of starting a thread.

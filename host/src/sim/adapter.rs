@@ -24,7 +24,7 @@ use passthrough::{
 use super::{SimError, SimPfRecord, Start};
 use crate::{sandbox, vmm_process::isolate};
 
-/// How long a process that was told to stop may take.
+/// The longest time that a process may take to stop.
 const STOP: Duration = Duration::from_secs(2);
 
 /// A simulated PF.
@@ -35,12 +35,12 @@ pub(super) struct Adapter {
     process: Mutex<Running>,
 }
 
-/// Held while the process is started or stopped.
+/// Locked while the process is started or stopped.
 #[derive(Default)]
 struct Running {
-    /// Whoever waits for the process knows that it was told to end.
+    /// Says to the thread that waits for the process that its end was ordered.
     told: Arc<AtomicBool>,
-    /// Stopped for good: others have its place.
+    /// Stopped for good: another `Adapter` may have its place.
     retired: bool,
 }
 
@@ -58,7 +58,8 @@ impl Adapter {
         self.process.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Where its process listens. Named by number: a name may be longer than what a socket's path has left.
+    /// The path of its process's socket. The number names it, because the PF's name may be too long
+    /// for a socket's path.
     pub(super) fn socket(&self) -> PathBuf {
         self.start.dir.join(format!("{}.sock", self.record.number))
     }
@@ -121,7 +122,7 @@ impl Adapter {
         let told = Arc::new(AtomicBool::new(false));
         let started = command.spawn().and_then(|mut child| {
             let (name, told) = (self.name.clone(), Arc::clone(&told));
-            // Nobody else waits for it.
+            // This thread alone waits for the process.
             thread::Builder::new().name("sim-pf-end".into()).spawn(move || match child.wait() {
                 Ok(_) if told.load(Ordering::Acquire) => tracing::info!(pf = name, "simulated PF stopped"),
                 Ok(status) => tracing::error!(
@@ -141,7 +142,7 @@ impl Adapter {
         }
     }
 
-    /// Ends the process, if there is one, removes its files, and starts none any more.
+    /// Ends the process, if there is one, and removes its files. No process is started afterwards.
     pub(super) fn stop(&self) {
         let mut process = self.process();
         process.retired = true;
@@ -168,7 +169,7 @@ fn nobody_listens(error: &PfError) -> bool {
         if matches!(source.kind(), io::ErrorKind::NotFound | io::ErrorKind::ConnectionRefused))
 }
 
-/// Waits until nobody listens at `socket` any more; false if somebody still does.
+/// Waits until no process listens at `socket`; false if one still does after `STOP`.
 fn gone(socket: &Path) -> bool {
     let end = Instant::now() + STOP;
     while Instant::now() < end {

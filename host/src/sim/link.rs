@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 
-//! The agent's way to a simulated PF, across the ends of its process.
+//! The agent's control of a simulated PF, which survives the end of the PF's process.
 
 use std::{collections::BTreeMap, sync::Arc};
 
@@ -12,13 +12,14 @@ use passthrough::{
 
 use super::Simulated;
 
-/// A `PfControl` that connects again when the process it was connected to is gone: netlink never has to. What it asks for
-/// can be asked for twice.
+/// A `PfControl` that connects again when the process of its PF has ended, which netlink never has
+/// to do. All calls may be repeated.
 pub(super) struct Link {
     simulated: Arc<Simulated>,
     bdf: Bdf,
     name: String,
-    /// None after an answer that did not come: it would be taken for that to the next question.
+    /// None after a response that did not come: a late one would be taken for that of the next
+    /// call.
     pf: Option<SimPf>,
 }
 

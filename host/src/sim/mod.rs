@@ -1,16 +1,17 @@
 // SPDX-License-Identifier: Apache-2.0
 
-//! Simulated adapters of this host: which there are, and the process of each.
+//! Simulated adapters of this host: their records, and the process of each.
 //!
 //! ```text
-//!                  agent starts it, or finds it
-//!   not running ───────────────────────────────▶ running ──▶ stopped by an agent that ends or has another wish,
-//!        ▲                                          │        and no VM uses its VFs
-//!        └── crashed: started again when it is asked┘
+//!                 agent starts or finds it
+//!   not running ────────────────────────────▶ running ──▶ stopped, while no VM uses its VFs, by an
+//!        ▲                                       │        agent that ends or is configured anew
+//!        └─ crashed: started again when needed ──┘
 //! ```
 //!
-//! The processes outlive the agent, as those of VMs do. Each PF has a number, kept in the store, from which the addresses
-//! of its functions follow: claims stay right whatever order the command line has.
+//! The processes outlive the agent, as those of VMs do. Each PF has a number in the store, from
+//! which the addresses of its functions follow. So claims stay right in whatever order the command
+//! line names the PFs.
 
 mod adapter;
 mod link;
@@ -46,7 +47,7 @@ use crate::{
     vmm_process::Program,
 };
 
-/// PCI numbers of an 82576 and its class.
+/// PCI ids of an 82576, and its class.
 const VENDOR: u16 = 0x8086;
 const DEVICE: u16 = 0x10c9;
 const ETHERNET: u32 = 0x02_0000;
@@ -64,21 +65,21 @@ impl Record for SimPfRecord {
     const KIND: &'static str = "sim_pf";
 }
 
-/// Why simulated adapters cannot be had.
+/// Why simulated adapters are not available.
 #[derive(Debug, thiserror::Error)]
 pub enum SimError {
-    /// The store.
+    /// The store failed.
     #[error(transparent)]
     Store(#[from] StoreError),
-    /// Too many.
+    /// There are too many.
     #[error(
         "A host has at most {MAX_PFS} simulated PFs, and {0:?} would be one more: leave out another --sim-pf"
     )]
     TooMany(String),
-    /// The same name twice.
+    /// Two have the same name.
     #[error("There are two --sim-pf of the name {0:?}: give each a name of its own")]
     Twice(String),
-    /// A process.
+    /// The process cannot be started.
     #[error("The simulated PF {name} cannot be started")]
     Start {
         /// Its name.
@@ -86,7 +87,7 @@ pub enum SimError {
         /// Why.
         source: PfError,
     },
-    /// A process that a former agent started.
+    /// A former agent started the process, and it cannot be used.
     #[error("The process of the simulated PF {name} runs and cannot be used")]
     Unusable {
         /// Its name.
@@ -94,13 +95,13 @@ pub enum SimError {
         /// Why.
         source: PfError,
     },
-    /// Stopped for good.
+    /// The PF was stopped for good.
     #[error("The simulated PF {name} is being stopped or gets another number of VFs: try again")]
     Retired {
         /// Its name.
         name: String,
     },
-    /// Its uplink.
+    /// Its uplink cannot be opened.
     #[error(
         "The tap device {tap} for the simulated PF {name} cannot be opened: create it for this user with \
          `ip tuntap add {tap} mode tap user USER`, or be root; no other process may have it open"
@@ -113,22 +114,22 @@ pub enum SimError {
         /// Why.
         source: io::Error,
     },
-    /// A directory or file.
+    /// A directory or file cannot be prepared.
     #[error("{} cannot be prepared for simulated PFs (--run-dir)", path.display())]
     Directory {
-        /// Where.
+        /// Its path.
         path: PathBuf,
         /// Why.
         source: io::Error,
     },
 }
 
-/// How processes of simulated PFs are started.
+/// The way to start processes of simulated PFs.
 #[derive(Clone, Debug)]
 pub struct Start {
-    /// What is started.
+    /// The program.
     pub program: Program,
-    /// Where their sockets and logs are.
+    /// The directory of their sockets and logs.
     pub dir: PathBuf,
     /// The user of PF 0; the others follow. None for an agent that cannot change users.
     pub first_user: Option<u32>,
@@ -145,7 +146,8 @@ impl Start {
     }
 }
 
-/// The simulated adapters of a host. What is not async may wait for a process, but where it says otherwise.
+/// The simulated adapters of a host. Methods that are not async may wait for a process, unless they
+/// say otherwise.
 pub struct Simulated {
     start: Start,
     /// By number. The lock is held for look-ups only.
@@ -154,8 +156,8 @@ pub struct Simulated {
 }
 
 impl Simulated {
-    /// Those that `wanted` asks for, and those of former agents that VMs still use. Starts no process;
-    /// stops those that nobody wants any more.
+    /// Loads the PFs in `wanted`, and those of former agents that VMs still use. Starts no process;
+    /// stops the processes of all other PFs.
     ///
     /// # Errors
     /// See [`SimError`].
@@ -172,7 +174,8 @@ impl Simulated {
             .create(&dir)
             .map_err(|source| SimError::Directory { path: dir, source })?;
         let in_use = |number| in_use(&claims, number);
-        // The records of PFs that are gone stay: a VM that names a VF by its address must not get that of another PF.
+        // The numbers of PFs that are gone stay reserved: a VM that names a VF by its address must
+        // not get a VF of another PF.
         let mut gone = BTreeSet::new();
         let mut unwanted = Vec::new();
         known.retain(|entry| {
@@ -198,7 +201,7 @@ impl Simulated {
                             || adapters.contains_key(number)
                     };
                     let free = || (0..MAX_PFS).filter(|number| !taken(number));
-                    // Once all numbers have had a PF, the lowest of one that is gone.
+                    // Once all numbers have had a PF, reuse the lowest number of a PF that is gone.
                     let number = free().find(|number| !gone.contains(number)).or_else(|| free().next());
                     let number = number.ok_or_else(|| SimError::TooMany(option.name.clone()))?;
                     SimPfRecord { number, vfs: option.vfs, tap: option.tap.clone() }
@@ -241,7 +244,7 @@ impl Simulated {
         self.adapters.read().unwrap_or_else(PoisonError::into_inner).get(&number).cloned()
     }
 
-    /// Starts all processes that do not run, so that what keeps one from it is known at once.
+    /// Starts all processes that do not run, so that an obstacle to a start is known at once.
     ///
     /// # Errors
     /// See [`SimError`].
@@ -249,7 +252,7 @@ impl Simulated {
         for adapter in self.all() {
             match adapter.open() {
                 Ok(_) => {}
-                // Without an agent its VMs could not even be stopped.
+                // Do not fail here: without an agent the VMs on this PF could not even be stopped.
                 Err(error @ SimError::Unusable { .. }) => tracing::error!("{}", chain(&error)),
                 Err(error) => return Err(error),
             }
@@ -257,7 +260,7 @@ impl Simulated {
         Ok(())
     }
 
-    /// The way to a PF, whose process is started whenever it does not run.
+    /// Opens control of a PF. Its process is started whenever it does not run.
     ///
     /// # Errors
     /// There is no such PF, or it cannot be started.
@@ -275,7 +278,7 @@ impl Simulated {
         })
     }
 
-    /// A connection of a VF, for a vmm. Whoever had the VF loses it.
+    /// Connects a VF for a vmm. A former user of the VF loses it.
     ///
     /// # Errors
     /// As [`Simulated::open`], and there is no such VF.
@@ -284,7 +287,7 @@ impl Simulated {
         pf.attach(index)
     }
 
-    /// A VF for whoever only uses its mailbox.
+    /// Opens a VF for its mailbox alone.
     ///
     /// # Errors
     /// As [`Simulated::attach`].
@@ -294,7 +297,7 @@ impl Simulated {
         SimVf::without_memory(connection).map_err(failed)
     }
 
-    /// Resets a VF, and takes it from whoever has it.
+    /// Resets a VF, and disconnects its user.
     ///
     /// # Errors
     /// As [`Simulated::attach`].
@@ -310,10 +313,12 @@ impl Simulated {
         Ok((self.connect(pf)?, index))
     }
 
-    /// Gives a PF another number of VFs, by starting it anew. Nobody may use one, nor claim one meanwhile.
+    /// Changes the number of VFs of a PF, by a restart of its process. No VF may be in use, and
+    /// none may be claimed meanwhile.
     ///
     /// # Errors
-    /// See [`SimError`]. The number is as wanted then, and the process is started when it is needed.
+    /// See [`SimError`]. Unless the store failed, the number is changed, and the process starts
+    /// when it is needed.
     pub async fn set_vfs(self: &Arc<Self>, pf: Bdf, vfs: u16) -> Result<(), SimError> {
         let Some(old) = sim::numbers(pf).and_then(|(number, _)| self.get(number)) else { return Ok(()) };
         let record = SimPfRecord { vfs, ..old.record.clone() };
@@ -330,7 +335,7 @@ impl Simulated {
         blocking(change).await.unwrap_or(Ok(()))
     }
 
-    /// Ends the processes of PFs none of whose VFs is claimed; the others stay for the next agent.
+    /// Ends the processes of PFs without a claimed VF. The others stay for the next agent.
     pub async fn leave(&self, claims: &[Claim]) {
         for adapter in self.all() {
             if !in_use(claims, adapter.record.number) {
@@ -400,7 +405,8 @@ impl Simulated {
         }
     }
 
-    /// Whether a process has a VF: no VM's of this agent, if none of them has claimed it.
+    /// Whether a process is connected to a VF. If no VM of this agent has claimed the VF, the
+    /// process is a stranger's.
     ///
     /// # Errors
     /// The PF's process does not answer.
@@ -409,7 +415,7 @@ impl Simulated {
         Ok(pf.about().attached.contains(&index))
     }
 
-    /// Whether there is a function of this address. Does not block.
+    /// Whether a function with this address exists. Does not block.
     #[must_use]
     pub fn has(&self, bdf: Bdf) -> bool {
         let Some((number, vf)) = sim::numbers(bdf) else { return false };
@@ -423,7 +429,7 @@ impl Adapter {
         device.driver = Some(SIMULATED.into());
         device.interfaces = vec![self.name.clone()];
         let carrier = SimPf::connect(&self.socket()).is_ok_and(|pf| pf.about().link_up);
-        // No interface of the host's: the kernel gives none this index.
+        // The host has no such interface: the kernel gives none the index 0.
         let interface = Interface { name: self.name.clone(), index: 0, admin_up: true, carrier, mtu: 1500 };
         Some(Pf {
             device,
@@ -453,14 +459,14 @@ fn function(bdf: Bdf, device: u16) -> PciDevice {
     }
 }
 
-/// Of a PF's record: a UUID of version 8 that holds its number.
+/// The id of a PF's record: a UUID of version 8 that holds the PF's number.
 fn id_of(number: u16) -> Uuid {
     let [high, low] = number.to_be_bytes();
     uuid::Builder::from_custom_bytes([0, 0, 0, 0, 0, 0, b's', b'i', b'm', 0, 0, 0, 0, 0, high, low])
         .into_uuid()
 }
 
-/// Runs what may block; None if it panicked.
+/// Runs `work` on a thread that may block; None if it panicked.
 async fn blocking<T: Send + 'static>(work: impl FnOnce() -> T + Send + 'static) -> Option<T> {
     match tokio::task::spawn_blocking(work).await {
         Ok(result) => Some(result),

@@ -9,27 +9,27 @@ use passthrough::{sim::MAX_VFS, sriov::Bdf};
 /// Longest name in bytes: that of an interface.
 const NAME: usize = 15;
 
-/// A simulated PF as the command line asks for it.
+/// A simulated PF as the command line specifies it.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct SimPfOption {
-    /// Its name, where real PFs have their interface's.
+    /// Its name, in place of the interface's name of a real PF.
     pub name: String,
-    /// Its VFs.
+    /// Its number of VFs.
     pub vfs: u16,
     /// The tap device that is its uplink.
     pub tap: Option<String>,
 }
 
-/// What is wrong with such an option.
+/// Why an option is not valid.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum InvalidOption {
-    /// The form.
+    /// The form is wrong.
     #[error("write NAME=COUNT or NAME=COUNT,tap=IFNAME, like sim0=8")]
     Form,
-    /// The PF's or the tap's name.
+    /// The name of the PF or of the tap is not allowed.
     #[error("{0:?} is no name: use 1 to {NAME} letters, digits, `_`, `-` and `.`, and no PCI address")]
     Name(String),
-    /// The number of VFs.
+    /// The number of VFs is out of range.
     #[error("{0:?} is no number of VFs: a simulated PF has 1 to {MAX_VFS}")]
     Count(String),
 }
@@ -38,7 +38,8 @@ fn name(text: &str) -> Result<String, InvalidOption> {
     let allowed = |byte: u8| byte.is_ascii_alphanumeric() || b"_-.".contains(&byte);
     let right = (1..=NAME).contains(&text.len())
         && text.bytes().all(allowed)
-        // Those would be paths; and a name that begins like an option is one to programs.
+        // A leading dot would be special in a path, and a leading dash would be an option to
+        // programs.
         && !text.starts_with(['.', '-'])
         && text.parse::<Bdf>().is_err();
     if right { Ok(text.to_owned()) } else { Err(InvalidOption::Name(text.chars().take(40).collect())) }

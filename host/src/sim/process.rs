@@ -2,9 +2,9 @@
 
 //! The process of a simulated PF: `portcullis sim-pf NAME VFS tap|- SANDBOX`.
 //!
-//! It is started by the agent only. Its standard input is the listening socket that agents connect to, its standard output
-//! the tap device, if it has one. It parses frames of guests, so it gives up what it does not need before the first of
-//! them can reach it: what its SANDBOX says (a [`SandboxSpec`] as JSON).
+//! Only the agent starts it. Its standard input is the listening socket to which agents connect.
+//! Its standard output is the tap device, if it has one. It parses frames of guests, so it drops
+//! its privileges before the first frame can reach it, as SANDBOX says (a [`SandboxSpec`] as JSON).
 
 use std::{io, os::fd::AsFd, process::ExitCode, time::Duration};
 
@@ -20,10 +20,11 @@ use crate::vm::problem::chain;
 /// The word on the command line that makes `portcullis` this process.
 pub const SUBCOMMAND: &str = "sim-pf";
 
-/// Exit status of a process that was called wrongly.
+/// Exit status of a process with wrong arguments.
 const USAGE: u8 = 2;
 
-/// How long it stays when it has neither an agent nor a VF: one whose agent died ends by itself when the last VM has.
+/// The time for which the process stays without an agent and without a used VF. If its agent has
+/// died, it ends by itself after the last VM.
 const LINGER: Duration = Duration::from_secs(30);
 
 /// Runs the process. `arguments` are those after [`SUBCOMMAND`].

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 
-//! Processes of simulated PFs, each this test program, and VMs of the fake vmm on them.
+//! Processes of simulated PFs, each of them this test program, and VMs of the fake vmm on them.
 
 use std::{process::ExitCode, sync::Arc, time::Duration};
 
@@ -63,7 +63,7 @@ impl Sims {
         Self { store, dir, now: None }
     }
 
-    /// What an agent that starts with these options has.
+    /// The adapters of an agent that starts with these options.
     async fn load(&mut self, options: &[&str]) -> Result<Arc<Simulated>, SimError> {
         let options: Vec<SimPfOption> = options.iter().map(|option| option.parse().unwrap()).collect();
         let simulated = Simulated::load(&self.store, &options, start(self.dir.path())).await?;
@@ -112,7 +112,7 @@ fn pid(simulated: &Simulated, pf: u16) -> u32 {
     simulated.connect(pf_bdf(pf).unwrap()).unwrap().about().pid
 }
 
-/// Name, address and number of VFs.
+/// Name, address and number of VFs of each PF.
 fn list(simulated: &Simulated) -> Vec<(String, Bdf, u16)> {
     simulated.pfs().iter().map(|pf| (pf.name(), pf.device.bdf, pf.num_vfs)).collect()
 }
@@ -131,7 +131,7 @@ async fn runs(pid: u32) -> bool {
     true
 }
 
-/// All of its threads.
+/// Whether all threads of a process are stopped.
 fn is_stopped(process: Pid) -> bool {
     let tasks = std::fs::read_dir(format!("/proc/{}/task", process.as_raw_nonzero())).unwrap();
     let mut states = tasks.map(|task| std::fs::read_to_string(task.unwrap().path().join("stat")).unwrap());
@@ -147,7 +147,7 @@ async fn a_pf_keeps_its_process_and_its_address_across_agents() {
     let mac = Some(MacAddress::new([2, 0, 0, 0, 0, 7]));
     first.open(pf_bdf(0).unwrap()).unwrap().set(1, VfChange::Mac(mac)).unwrap();
 
-    // Another order, and one that is new: none gets another's address.
+    // Neither another order nor a new PF changes an address.
     let second = host.load(&["new=3", "sim1=1", "sim0=2"]).await.unwrap();
     assert_eq!(list(&second), [pf(0, "sim0", 2), pf(1, "sim1", 1), pf(2, "new", 3)]);
     assert_eq!(pid(&second, 0), process, "found, not started anew");
@@ -164,7 +164,7 @@ async fn a_pf_that_was_gone_gets_its_address_again_and_no_other_does() {
     let again = host.load(&["simc=1", "sima=1"]).await.unwrap();
     assert_eq!(list(&again), [pf(0, "sima", 1), pf(2, "simc", 1)]);
     again.leave(&[]).await;
-    // When every number has had a PF, the lowest of one that is gone is given again.
+    // When every number has had a PF, the lowest number of a PF that is gone is used again.
     let records = Table::<SimPfRecord>::new(&host.store);
     for number in 3..MAX_PFS {
         let record = SimPfRecord { number, vfs: 1, tap: None };
@@ -181,7 +181,7 @@ async fn what_nobody_wants_ends_unless_a_vm_uses_it() {
     let first = host.load(&["sim0=2", "sim1=1"]).await.unwrap();
     let (used, unused) = (pid(&first, 0), pid(&first, 1));
     let claim = host.claim(0).await;
-    // Neither left out nor with another number: its VFs are in use.
+    // A PF with used VFs stays as it was, whether it is left out or given another number of VFs.
     for options in [&["other=1"][..], &["other=1", "sim0=4"]] {
         let next = host.load(options).await.unwrap();
         assert_eq!(list(&next), [pf(0, "sim0", 2), pf(2, "other", 1)]);
@@ -321,7 +321,7 @@ async fn an_agent_without_root_gives_simulated_vfs_only() {
         spec.devices = vec![VF0.to_string().parse().unwrap()];
     });
     assert_eq!(host.act(&device.await, VmAction::Boot).await.unwrap_err(), ProblemCode::VfioUnavailable);
-    // Its choice is among simulated ones.
+    // Without a named VF, the VM gets a simulated one.
     let any = host.create("web3", |_| {}).await;
     host.act(&any, VmAction::Boot).await.unwrap();
     assert_eq!(any.status().held[0].value.bdf, vf_bdf(0, 0).unwrap());

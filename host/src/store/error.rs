@@ -6,18 +6,18 @@ use std::path::PathBuf;
 
 use uuid::Uuid;
 
-/// Why the store cannot do it.
+/// Why the store refuses or fails.
 #[derive(Debug, thiserror::Error)]
 pub enum StoreError {
     /// There is no such object.
     #[error("There is no {kind} {id}")]
     NotFound {
-        /// The kind that was asked for.
+        /// The kind in the call.
         kind: String,
-        /// The id that was asked for.
+        /// The id in the call.
         id: Uuid,
     },
-    /// Someone else changed the object first: read it again.
+    /// Another change of the object came first: read it again.
     #[error(
         "The {kind} {id} has revision {actual:?} by now, not {expected}: read it again and repeat the change"
     )]
@@ -26,9 +26,9 @@ pub enum StoreError {
         kind: String,
         /// The object's id.
         id: Uuid,
-        /// What the caller believed; 0 for absent.
+        /// The revision that the caller expected; 0 for absent.
         expected: u64,
-        /// What it is; None if there is none.
+        /// The present revision; None if there is no object.
         actual: Option<u64>,
     },
     /// Another living object of this kind has the name.
@@ -42,7 +42,7 @@ pub enum StoreError {
     /// The changes after the given revision are no longer kept: list again.
     #[error("The changes after revision {from} are no longer kept (the oldest is {oldest}): list again")]
     Compacted {
-        /// Where the watch wanted to go on.
+        /// The revision from which the watch would continue.
         from: u64,
         /// The oldest change that is kept.
         oldest: u64,
@@ -57,7 +57,7 @@ pub enum StoreError {
         path: PathBuf,
         /// Its version.
         found: u32,
-        /// What this build knows.
+        /// The newest version that this build knows.
         known: u32,
     },
     /// A background writer reports that it could not write.
@@ -71,10 +71,10 @@ pub enum StoreError {
     Corrupt {
         /// The file.
         path: PathBuf,
-        /// What was found.
+        /// The damage that was found.
         detail: String,
     },
-    /// The file or its directory cannot be had.
+    /// The file or its directory cannot be opened.
     #[error("The database {path} cannot be opened")]
     Open {
         /// The file.
@@ -82,7 +82,7 @@ pub enum StoreError {
         /// Why.
         source: std::io::Error,
     },
-    /// An object does not read as what its kind says.
+    /// An object does not parse as its kind.
     #[error(
         "The stored {kind} {id} cannot be read, it was written by another version or is damaged: run the portcullis that \
          wrote it, or restore the database from a backup"
@@ -92,10 +92,11 @@ pub enum StoreError {
         kind: String,
         /// The object's id.
         id: Uuid,
-        /// The reader's words.
+        /// The error of the parser.
         source: serde_json::Error,
     },
-    /// A commit has no operation, more than [`MAX_OPERATIONS`](super::MAX_OPERATIONS), or two for one object.
+    /// A commit without an operation, with more than [`MAX_OPERATIONS`](super::MAX_OPERATIONS), or
+    /// with two for one object.
     #[error("The database does not take this commit: {0}")]
     Commit(&'static str),
     /// The store itself failed: the disk is full, for example.

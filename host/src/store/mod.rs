@@ -2,15 +2,17 @@
 
 //! The agent's memory: objects with a kind, an id, a name and a revision, as JSON values.
 //!
-//! [`ObjectStore`] is the seam. Its shape is that of the shared stores of distributed switches: list at a revision,
-//! compare-and-swap in a transaction, watch from a revision. [`SqliteStore`] keeps the objects in one file of this host.
-//! `MemoryStore` (tests only) keeps them in the process. The laws in `tests/laws.rs` hold for both.
+//! [`ObjectStore`] is the seam. Its shape is that of the shared stores of distributed switches:
+//! list at a revision, compare-and-swap in a transaction, watch from a revision. [`SqliteStore`]
+//! keeps the objects in one file of this host. `MemoryStore` (tests only) keeps them in the
+//! process. The laws in `tests/laws.rs` hold for both.
 //!
-//! Revisions belong to the store: each change takes the next number, and the revision of an object is that of its last
-//! change. So a watch from the revision of a listing has no gap.
+//! Revisions belong to the store: each change takes the next number, and the revision of an object
+//! is that of its last change. So a watch from the revision of a listing has no gap.
 //!
-//! A [`Record`] says whether its kind is shared by all hosts of a switch or belongs to this host. [`Stores`] has a store
-//! for each of the two scopes; an agent without a cluster uses one store for both.
+//! A [`Record`] says whether its kind is shared by all hosts of a switch or belongs to this host.
+//! [`Stores`] has a store for each of the two scopes; an agent without a cluster uses one store for
+//! both.
 
 mod error;
 #[cfg(test)]
@@ -131,11 +133,12 @@ pub trait ObjectStore: Send + Sync + 'static {
     /// One object. Fails with [`StoreError::NotFound`].
     fn get(&self, kind: &str, id: Uuid) -> BoxFuture<'_, Result<Object, StoreError>>;
 
-    /// Carries out all operations in their order, or none of them, in one durable step. Returns the revision of each.
-    /// A deletion that finds no object has the revision of the store.
+    /// Carries out all operations in their order, or none of them, in one durable step. Returns the
+    /// revision of each. A deletion that finds no object has the revision of the store.
     ///
-    /// The commit has 1 to [`MAX_OPERATIONS`] operations, at most one for each object. It fails with
-    /// [`StoreError::Conflict`] or [`StoreError::NameTaken`] for the first operation that is not possible.
+    /// The commit has 1 to [`MAX_OPERATIONS`] operations, at most one for each object. It fails
+    /// with [`StoreError::Conflict`] or [`StoreError::NameTaken`] for the first operation that is
+    /// not possible.
     fn commit(&self, operations: Vec<Operation>) -> BoxFuture<'_, Result<Vec<u64>, StoreError>>;
 
     /// The changes of all kinds after `revision`, in order and without a gap.
@@ -146,7 +149,8 @@ pub trait ObjectStore: Send + Sync + 'static {
 pub trait Watch: Send {
     /// Waits for the next change. A call that is dropped loses no change.
     ///
-    /// Fails with [`StoreError::Compacted`] if the watch is too far behind: list again and start a new watch.
+    /// Fails with [`StoreError::Compacted`] if the watch is too far behind: list again and start a
+    /// new watch.
     fn next(&mut self) -> BoxFuture<'_, Result<Change, StoreError>>;
 }
 

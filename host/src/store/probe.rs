@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 
-//! Whether the store can be written, found out by writing: a database on a full disk can be read.
+//! Finds out by a write whether the store can be written: a database on a full disk can still be
+//! read.
 
 use std::time::{Duration, Instant};
 
@@ -11,7 +12,8 @@ use uuid::Uuid;
 use super::{Expect, Record, Stores, Table};
 use crate::vm::problem::chain;
 
-/// The time for which a result is reused: a durable write for each health request would cost too much.
+/// The time for which a result is reused. A durable write for each health request would cost too
+/// much.
 pub const GOOD_FOR: Duration = Duration::from_secs(10);
 
 /// The record of the probe: the number of the attempt.
@@ -39,7 +41,7 @@ struct Last {
 }
 
 impl WriteProbe {
-    /// A probe whose answers are good for so long.
+    /// A probe with results that are valid for `good_for`.
     #[must_use]
     pub fn new(stores: &Stores, good_for: Duration) -> Self {
         Self { table: Table::new(stores), good_for, last: Mutex::default() }

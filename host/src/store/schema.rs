@@ -1,13 +1,15 @@
 // SPDX-License-Identifier: Apache-2.0
 
-//! The database's schema as a list of migrations: the file's `user_version` counts those it has seen.
+//! The database's schema as a list of migrations. The file's `user_version` counts the applied
+//! ones.
 
 use rusqlite::Connection;
 
-/// "Port" in ASCII: tells our files from other programs' databases.
+/// "Port" in ASCII: distinguishes our files from other programs' databases.
 pub(super) const APPLICATION_ID: i32 = 0x506f_7274;
 
-/// Migration *n* leads from version *n* to *n* + 1. Released ones are never edited: only appended to.
+/// Migration *n* leads from version *n* to *n* + 1. Released ones are never edited, new ones are
+/// appended.
 pub(super) const MIGRATIONS: &[&str] = &[
     // 1: objects, and the log of changes that watches read.
     "CREATE TABLE objects (
@@ -26,7 +28,7 @@ pub(super) const MIGRATIONS: &[&str] = &[
         name TEXT,
         value TEXT
     ) STRICT;",
-    // 2: decisions. `value` is the whole record, the other columns are what is searched for.
+    // 2: decisions. `value` is the whole record, the other columns serve queries.
     "CREATE TABLE decisions (
         seq INTEGER PRIMARY KEY AUTOINCREMENT,
         id TEXT NOT NULL UNIQUE,
@@ -39,7 +41,8 @@ pub(super) const MIGRATIONS: &[&str] = &[
     ) STRICT;
     CREATE INDEX decisions_time ON decisions (last_ms, seq);
     CREATE INDEX decisions_port ON decisions (port, last_ms, seq);",
-    // 3: each VM has a share of the decisions of each weight (netpolicy::Weight). Old ones count as what their outcome says.
+    // 3: each VM has a share of the decisions of each weight (netpolicy::Weight). Old decisions get
+    // the weight that their outcome implies.
     "ALTER TABLE decisions ADD COLUMN weight INTEGER NOT NULL DEFAULT 0;
     UPDATE decisions SET weight = CASE outcome WHEN 'denied' THEN 0 WHEN 'allowed' THEN 1 ELSE 2 END;
     DROP INDEX decisions_port;
@@ -53,7 +56,7 @@ pub(super) const MIGRATIONS: &[&str] = &[
     INSERT INTO decision_counts SELECT port, outcome, sum(json_extract(value, '$.count')) FROM decisions GROUP BY port, outcome;",
 ];
 
-/// What became of [`migrate`].
+/// The result of [`migrate`].
 #[derive(Debug, PartialEq, Eq)]
 pub(super) enum Migrated {
     /// The schema is now the newest.

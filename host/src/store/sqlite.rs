@@ -20,10 +20,10 @@ use super::{
     schema::{self, APPLICATION_ID, MIGRATIONS, Migrated},
 };
 
-/// How many changes are kept for watches that go on.
+/// The number of changes that are kept for watches.
 const CHANGES_KEPT: u64 = 10_000;
 
-/// How many changes a watch reads at once.
+/// The number of changes that a watch reads at once.
 const BATCH: u32 = 256;
 
 type Reply<T> = oneshot::Sender<Result<T, StoreError>>;
@@ -35,7 +35,7 @@ enum Command {
     Changes { after: u64, reply: Reply<Vec<Change>> },
 }
 
-/// The handle of a store whose thread ends with the last handle.
+/// The handle of a store. The store's thread ends with the last handle.
 #[derive(Clone, Debug)]
 pub struct SqliteStore {
     commands: mpsc::Sender<Command>,
@@ -43,7 +43,8 @@ pub struct SqliteStore {
 }
 
 impl SqliteStore {
-    /// Opens or creates the database (mode 0600, its directory 0700), migrates it and starts its thread.
+    /// Opens or creates the database (mode 0600, its directory 0700), migrates it and starts its
+    /// thread.
     ///
     /// # Errors
     /// [`StoreError::Open`], [`StoreError::Corrupt`], [`StoreError::Newer`].
@@ -181,7 +182,7 @@ fn describe(error: StoreError, path: &Path) -> StoreError {
 }
 
 fn run(mut connection: Connection, inbox: &mpsc::Receiver<Command>, tell: &watch::Sender<u64>) {
-    // A dropped receiver is no error: the step is done all the same.
+    // A dropped receiver is no error: the command is carried out all the same.
     while let Ok(command) = inbox.recv() {
         match command {
             Command::List { kind, reply } => drop(reply.send(list(&mut connection, &kind))),

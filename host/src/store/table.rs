@@ -91,8 +91,8 @@ impl<T: Record> Table<T> {
         self.store.commit(vec![operation::<T>(id, "", None, Expect::Any)?]).await.map(drop)
     }
 
-    /// Writes (`Some`) and deletes (`None`) records without a condition, at most [`MAX_OPERATIONS`] in one durable step. Ids are
-    /// the records' names, too.
+    /// Writes (`Some`) and deletes (`None`) records without a condition, at most [`MAX_OPERATIONS`]
+    /// in one durable step. A record's id is its name, too.
     ///
     /// # Errors
     /// Those of the store. The steps before the failed one are done.

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 
-//! The task: its state, its loop, and lanes going on.
+//! The switch's task: its state, its loop, and the progress of lanes.
 
 use std::{
     collections::{BTreeSet, HashMap},
@@ -36,20 +36,20 @@ use crate::{
     store::Table,
 };
 
-/// What the API shows of every object.
+/// The data that the API shows of every object.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Meta {
     pub(super) created: Timestamp,
     pub(super) revision: u64,
 }
 
-/// The way to a VM's process.
+/// The connection to a VM's process.
 pub(super) struct Link {
     pub(super) vmm: Arc<dyn Vmm>,
     pub(super) online: bool,
 }
 
-/// What the task owns.
+/// The state that the task owns.
 pub(super) struct Actor {
     pub(super) state: SwitchState,
     pub(super) meta: HashMap<Uuid, Meta>,
@@ -60,7 +60,7 @@ pub(super) struct Actor {
     /// The host's PFs.
     pub(super) pfs: BTreeSet<String>,
     pub(super) capabilities: HashMap<String, PfCapabilities>,
-    /// PFs whose interface is down.
+    /// PFs with an interface that is down.
     pub(super) down: BTreeSet<String>,
     pub(super) switches: Table<SwitchRecord>,
     pub(super) groups: Table<GroupRecord>,
@@ -75,13 +75,13 @@ pub(super) struct Actor {
     /// The ports that cannot be compared with their PF.
     pub(super) unchecked: watch::Sender<UncheckedPorts>,
     ends: mpsc::UnboundedSender<(PortId, End)>,
-    /// To itself.
+    /// A sender to the task itself.
     pub(super) own: mpsc::WeakSender<(Span, Command)>,
-    /// When everything is compared with the PFs because of a hint.
+    /// The time at which a hint makes the task compare all ports with the PFs.
     pub(super) compare_at: Option<Instant>,
-    /// Addresses that other ports wait for, and the times when their ports gave them up.
+    /// Addresses that other ports wait for, with the times at which their ports gave them up.
     freed: HashMap<(SwitchId, MacAddress), Instant>,
-    /// When the first of them is offered.
+    /// The time at which the first of them is offered.
     offer_at: Option<Instant>,
     #[cfg(test)]
     settling: Vec<tokio::sync::oneshot::Sender<()>>,
@@ -144,7 +144,7 @@ async fn run(
         let (hinted, offered) = (actor.compare_at, actor.offer_at);
         tokio::select! {
             command = inbox.recv() => match command {
-                // What is logged meanwhile is the request's, if there is one.
+                // Log lines meanwhile belong to the request, if there is one.
                 Some((span, command)) => actor.obey(command).instrument(span).await,
                 None => return,
             },
@@ -182,7 +182,7 @@ async fn at(moment: Option<Instant>) {
 
 impl Actor {
     async fn obey(&mut self, command: Command) {
-        // A client that went away meanwhile misses nothing but the answer.
+        // A client that went away meanwhile misses only the response.
         match command {
             Command::ListSwitches { reply } => drop(reply.send(self.view_switches())),
             Command::PutSwitch { name, spec, expect, by, reply } => {
@@ -237,7 +237,7 @@ impl Actor {
 
     // ---- lanes ----
 
-    /// Queues work for a port and goes on if it can.
+    /// Queues work for a port, and starts it if the lane is free.
     pub(super) fn queue(&mut self, port: PortId, work: Work) {
         if let Some(lane) = self.lanes.get_mut(&port) {
             lane.push(work);
@@ -245,7 +245,7 @@ impl Actor {
         }
     }
 
-    /// Notes addresses that have become free and that guests were refused before.
+    /// Notes addresses that became free, and that the policy denied to other guests before.
     fn note_freed(&mut self) {
         let now = Instant::now();
         for freed in self.state.take_freed() {
@@ -255,7 +255,7 @@ impl Actor {
         self.offer_at = first.and_then(|at| at.checked_add(self.timing.offer));
     }
 
-    /// Gives addresses that have been free for a while to the ports whose guests asked for them.
+    /// Offers addresses that have been free for a while to the ports whose guests requested them.
     fn offer_freed(&mut self) {
         let (now, wait) = (Instant::now(), self.timing.offer);
         let due: Vec<_> = self.freed.extract_if(|_, at| now.saturating_duration_since(*at) >= wait).collect();
@@ -266,7 +266,7 @@ impl Actor {
         }
     }
 
-    /// Starts what waits in a lane until something takes time.
+    /// Starts waiting work of a lane until a job is under way.
     pub(super) fn go_on(&mut self, port: PortId) {
         while let Some(lane) = self.lanes.get_mut(&port) {
             if lane.busy.is_some() {
@@ -302,7 +302,7 @@ impl Actor {
         });
     }
 
-    /// What a job of a port works with; None if the port has no VF.
+    /// The tools of a port's job; None if the port has no VF.
     pub(super) fn tools(&self, id: PortId) -> Option<Tools> {
         let port = self.state.port(id)?;
         let vf = port.vf.clone()?;
@@ -340,7 +340,7 @@ impl Actor {
         self.go_on(port);
     }
 
-    // ---- what is remembered ----
+    // ---- state, decisions and events ----
 
     pub(super) fn attachment(&self, id: PortId) -> Option<Attachment> {
         let (port, lane) = (self.state.port(id)?, self.lanes.get(&id)?);
@@ -381,7 +381,7 @@ impl Actor {
         *counter = counter.saturating_add(decision.count);
     }
 
-    /// Tells that an object was made or changed, and who did it.
+    /// Publishes that an object was created or changed, with the author of the change.
     pub(super) fn put(&self, kind: ObjectKind, id: Uuid, name: &str, created: bool, by: Option<String>) {
         let revision = self.meta.get(&id).map_or(0, |meta| meta.revision);
         let object = Subject { kind, id, name: name.to_owned() };

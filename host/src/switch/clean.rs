@@ -1,10 +1,11 @@
 // SPDX-License-Identifier: Apache-2.0
 
-//! What a tenant left on a VF is taken from it before anybody else has it, also after its vmm has crashed.
+//! Scrubs a VF between two tenants, also after its vmm has crashed.
 //!
-//! VLANs and further addresses outlive the VF's driver, a reset and the process: the PF's driver removes them only when the
-//! VF itself asks. So the agent takes the vmm's place for a moment: the VF is still bound to vfio-pci (or simulated), nobody
-//! else has it open, and the agent says in its mailbox what the relay would have said.
+//! VLANs and further addresses outlive the VF's driver, a reset and the process: the PF's driver
+//! removes them only at a request of the VF itself. So the agent takes the vmm's place for a
+//! moment. The VF is still bound to vfio-pci (or simulated), no other process has it open, and the
+//! agent sends the messages that the relay would have sent.
 
 use std::{path::PathBuf, sync::Arc, time::Duration};
 
@@ -29,17 +30,18 @@ use crate::{
     vm::problem::chain,
 };
 
-/// How long the PF may take for one message.
+/// The longest wait for the PF's response to one message.
 const EXCHANGE: Duration = Duration::from_millis(500);
 
-/// The PF's driver hears of a reset by an interrupt, and is silent to what comes before: the message is sent again.
+/// Attempts to reset the VF. The PF's driver learns of a reset by an interrupt and ignores earlier
+/// messages, so the message is sent again.
 const RESETS: u32 = 6;
 
-/// A VF to be cleaned.
+/// A VF to be scrubbed.
 pub enum Function {
     /// Hardware, by its directory in sysfs.
     Vfio(PathBuf),
-    /// A simulated one.
+    /// A simulated VF.
     Simulated(Arc<Simulated>, Bdf),
 }
 
@@ -55,7 +57,7 @@ impl Function {
         let clock = Arc::new(SystemClock::default());
         match self {
             Self::Vfio(path) => {
-                // Outlives the VF.
+                // The container must outlive the VF.
                 let container = Container::new(None).map_err(|error| chain(&error))?;
                 let vf = container.open(&path).map_err(|error| chain(&error))?;
                 send(Arc::new(vf), clock, messages, mac)
@@ -68,14 +70,15 @@ impl Function {
     }
 }
 
-/// Takes from a VF what its tenant left. Nobody else may have it open.
+/// Removes a tenant's leftovers from a VF. No other process may have it open.
 ///
 /// # Errors
-/// [`SwitchError::NotCleaned`] with the cure. The VF must then stay with its last owner; it may be tried again.
+/// [`SwitchError::NotCleaned`] with the cure. The VF must then stay with its last owner; the call
+/// may be repeated.
 pub async fn clean(pf: &PfHandle, function: Function, leftover: &Leftover) -> Result<(), SwitchError> {
     let mut messages: Vec<Change> =
         leftover.changes.iter().filter(|c| c.route() == Route::Mailbox).cloned().collect();
-    // The reset alone is done by whoever opens or closes the device.
+    // A reset alone needs no message: opening or closing the device does it.
     if messages.iter().all(|change| *change == Change::Reset) {
         return Ok(());
     }
@@ -87,7 +90,7 @@ pub async fn clean(pf: &PfHandle, function: Function, leftover: &Leftover) -> Re
         if !cannot_trust(&error) {
             return Err(failed(chain(&error)));
         }
-        // Nor has it ever: it gave the VF nothing that needs it.
+        // Such a driver never granted the VF a setting that needs trust.
         messages.retain(|change| !change.needs_trust());
         trust = false;
     }
@@ -100,12 +103,12 @@ pub async fn clean(pf: &PfHandle, function: Function, leftover: &Leftover) -> Re
     distrusted.map_err(|error| failed(chain(&error)))
 }
 
-/// Whether the PF's driver has no such thing as trust.
+/// Whether the PF's driver has no setting for trust.
 fn cannot_trust(error: &PfFailure) -> bool {
     matches!(error, PfFailure::Apply(error) if matches!(*error.source, PfError::Unsupported { .. }))
 }
 
-/// Resets the VF and sends the messages. All are tried; the first failure is told.
+/// Resets the VF and sends all messages, even after a failure. Returns the first failure.
 fn send(
     vf: Arc<dyn VfHardware>,
     clock: Arc<dyn Clock>,
@@ -115,7 +118,8 @@ fn send(
     let mut id = [0xff; 4];
     vf.config_read(0, &mut id);
     let [a, b, c, d] = id;
-    // VFs may read all-ones there (PCI SR-IOV 3.4.1.1); VFIO fills in what they are. The families that there are agree.
+    // The ids of a VF may read as all-ones (PCI SR-IOV 3.4.1.1); VFIO fills in the real ones. The
+    // only family so far is igbvf, so its layout fits in any case.
     let layout = Layout::of(u16::from_le_bytes([a, b]), u16::from_le_bytes([c, d])).unwrap_or(&IGBVF);
     let mut port = VfMailbox::new(vf, layout, Arc::clone(&clock));
     reset(&mut port, &*clock)?;
@@ -129,7 +133,7 @@ fn send(
         };
         failure = failure.or(result.err());
     }
-    // Queues off again: nothing is received for nobody.
+    // Disable the queues again, because no driver reads them now.
     port.reset_vf();
     failure.map_or(Ok(()), Err)
 }
@@ -158,7 +162,7 @@ mod tests {
 
     use super::*;
 
-    /// A VF as a guest left it, and what takes all of it away.
+    /// A VF as a guest left it, and the changes that remove all leftovers.
     fn left() -> (Arc<FakeVf>, Arc<FakeClock>, Vec<Change>) {
         let clock = Arc::new(FakeClock::default());
         let mac = MacAddress::new([2, 0, 0, 0, 0, 1]);

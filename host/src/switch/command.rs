@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 
-//! What the switch's task can be told.
+//! The commands to the switch's task.
 
 use std::sync::Arc;
 
@@ -28,12 +28,12 @@ pub struct Adapter {
     pub mac: MacAddress,
 }
 
-/// A PF and what it can do.
+/// A PF and its capabilities.
 #[derive(Clone, Debug)]
 pub struct KnownPf {
     /// The PF.
     pub pf: PfName,
-    /// What it can enforce; None if it cannot be asked.
+    /// The settings that it can enforce; None if the PF does not say.
     pub capabilities: Option<PfCapabilities>,
 }
 
@@ -50,7 +50,7 @@ pub struct Uplinks {
     pub unfit: Vec<(String, String)>,
 }
 
-/// What must be taken from a VF before anybody else has it.
+/// The leftovers to scrub from a VF before its next tenant.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Leftover {
     /// The adapter.
@@ -59,12 +59,12 @@ pub struct Leftover {
     pub vf: VfRef,
     /// The address that the PF has for it.
     pub effective_mac: MacAddress,
-    /// In this order. The first is the VF's reset.
+    /// The changes, in their order. The first is the VF's reset.
     pub changes: Vec<Change>,
 }
 
 pub(super) enum Command {
-    // Objects. `by` is who asks, as records have it.
+    // Objects. `by` is the caller, as records name it.
     ListSwitches {
         reply: Reply<Vec<api::types::Switch>>,
     },
@@ -130,7 +130,7 @@ pub(super) enum Command {
         capabilities: PfCapabilities,
         reply: Reply<Vec<VfChange>>,
     },
-    /// The PF has what `Bind` has answered.
+    /// The PF now has the changes that `Bind` returned.
     Programmed {
         vf: VfRef,
     },

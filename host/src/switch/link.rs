@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 
-//! The switch's end of the way to a VM's process.
+//! The switch's interface to a VM's process.
 
 use std::{
     sync::{Mutex, PoisonError},
@@ -17,35 +17,37 @@ use crate::vmm_process::{Connection, OrderError};
 /// A vmm process as the switch needs it.
 #[async_trait]
 pub trait Vmm: Send + Sync + 'static {
-    /// Orders something and waits for its outcome.
+    /// Sends a command and waits for its completion.
     ///
     /// # Errors
     /// See [`OrderError`].
     async fn order(&self, order: Order, patience: Duration) -> Result<Outcome, OrderError>;
 
-    /// Answers a question, at once. What a vmm does not take is lost.
+    /// Sends the response to a request, without a wait. A response that the vmm does not take is
+    /// lost.
     fn answer(&self, id: u64, answer: Answer);
 
-    /// Has the relay of an adapter refuse without a question what is refused in any case; None: it asks. At once.
+    /// Sets the standing denial of an adapter's relay, without a wait. The relay denies the
+    /// requests that it covers without the agent; None: the relay sends them to the agent.
     fn set_standing_refusal(&self, adapter: &str, refusal: Option<StandingRefusal>);
 
-    /// The connection is over: it is not used, nor kept open, any more.
+    /// Closes the connection: the switch neither uses it nor keeps it open.
     fn close(&self);
 
-    /// Has the VM stopped: its process does not do what it must. Does not wait.
+    /// Has the VM stopped, because its process did not fulfil a command. Does not wait.
     fn stop(&self, why: &str);
 }
 
 /// A vmm process behind its control connection.
 #[derive(Debug)]
 pub struct VmLink {
-    /// A lock that is held to copy the handle only.
+    /// The lock is held only to copy the handle.
     connection: Mutex<Option<Connection>>,
     stop: mpsc::Sender<String>,
 }
 
 impl VmLink {
-    /// The way to the process at the other end of `connection`. Who listens to `stop` kills it and cleans up.
+    /// Wraps `connection` to a process. The receiver of `stop` must kill the process and clean up.
     #[must_use]
     pub fn new(connection: Connection, stop: mpsc::Sender<String>) -> Self {
         Self { connection: Mutex::new(Some(connection)), stop }
@@ -82,7 +84,7 @@ impl Vmm for VmLink {
     }
 
     fn stop(&self, why: &str) {
-        // A full channel means that it has been told.
+        // A full channel means that a stop is already requested.
         drop(self.stop.try_send(why.to_owned()));
     }
 }

@@ -1,9 +1,10 @@
 // SPDX-License-Identifier: Apache-2.0
 
-//! What is there when the agent starts, and the switch that is always there.
+//! Loads the state at the agent's start, and adds the default switch.
 //!
-//! A host without any definition has the switch `default` with every PF that no other switch has, and its port group
-//! `default` with the default policy: all that guests could ask for is rejected. Both are stored once they are edited.
+//! A host without definitions has the switch `default`, with every PF that no other switch has, and
+//! its port group `default`, whose default policy denies all that guests may request. Both are
+//! stored once they are edited.
 
 use std::collections::{BTreeMap, BTreeSet};
 
@@ -27,7 +28,7 @@ use crate::{
     vm::problem::chain,
 };
 
-/// The name of the switch and of the port group that are always there.
+/// The name of the default switch and of its port group.
 pub(super) const DEFAULT: &str = "default";
 
 /// Their ids, the same on every host and for ever.
@@ -53,8 +54,8 @@ pub(super) async fn load(
         actor.state.add_port_group(entry.value.group)?;
     }
     actor.ensure_default_group(always)?;
-    // One that cannot be read is an error, as with all the others: a port without it would seem to have no VF, and its VF would
-    // go to the next tenant with all that is on it.
+    // An unreadable attachment is an error, as with all other records. Without it, the port would
+    // seem to have no VF, and the VF would go to the next tenant with all its leftovers.
     let attachments: BTreeMap<Uuid, Attachment> =
         attachments.list().await?.into_iter().map(|entry| (entry.id, entry.value)).collect();
     let ports = actor.ports.list().await?;
@@ -69,14 +70,14 @@ pub(super) async fn load(
         let meta = Meta { created: entry.value.created, revision: entry.revision };
         let port = entry.value.port(id, attachment);
         let (key, has_vf) = ((port.vm.id, port.adapter.clone()), port.vf.clone());
-        // A VF of the default switch belongs to it as long as it is bound.
+        // A PF with a bound VF of the default switch stays an uplink of that switch.
         if let Some(vf) = &has_vf {
             actor.adopt_uplink(port.group, &vf.pf);
         }
         if let Err(source) = actor.state.attach(port) {
             let error = SwitchError::Contradiction { port: entry.name, source };
             if has_vf.is_some() {
-                // As above: its VF would go to the next tenant uncleaned.
+                // As above: the VF would go to the next tenant with its leftovers.
                 return Err(error);
             }
             tracing::error!("{}", chain(&error));
@@ -103,7 +104,7 @@ pub(super) async fn load(
     Ok(())
 }
 
-/// When the default switch and group came to be: at the first start with this store.
+/// The creation time of the default switch and group: the first start with this store.
 async fn always_there_since(table: &Table<FirstStart>) -> Result<Timestamp, StoreError> {
     if let Some(entry) = table.list().await?.first() {
         return Ok(entry.value.at);
@@ -113,7 +114,8 @@ async fn always_there_since(table: &Table<FirstStart>) -> Result<Timestamp, Stor
     Ok(now.at)
 }
 
-/// The counters of a port: the larger of those in its own record and in the decisions' database, which counts denials too.
+/// The counters of a port. Each is the larger one of its own record and of the decisions' database,
+/// which counts denials, too.
 fn counters(attachment: Option<&Attachment>, counted: Option<&PortCounters>) -> PortCounters {
     let (saved, counted) = (attachment.map(|saved| saved.counters), counted.copied());
     let (saved, counted) = (saved.unwrap_or_default(), counted.unwrap_or_default());
@@ -159,7 +161,8 @@ impl Actor {
         })
     }
 
-    /// Whether the default switch takes all PFs that no other switch has: nobody has edited it.
+    /// Whether the default switch takes all PFs that no other switch has, because it was never
+    /// edited.
     pub(super) fn default_is_implicit(&self) -> bool {
         self.meta.get(&DEFAULT_SWITCH.0).is_some_and(|meta| meta.revision == 0)
     }
@@ -172,7 +175,7 @@ impl Actor {
         }
     }
 
-    /// The host's PFs, as they are now.
+    /// Adopts the host's PFs as they are now.
     pub(super) fn know(&mut self, pfs: Vec<KnownPf>) {
         self.pfs = pfs.iter().map(|known| known.pf.name.clone()).collect();
         for known in pfs {
@@ -184,13 +187,13 @@ impl Actor {
         self.refresh_uplinks();
     }
 
-    /// They have changed, or may have.
+    /// Adopts the host's PFs after a possible change, and publishes the differences.
     pub(super) fn pfs_known(&mut self, pfs: Vec<KnownPf>) {
         let before = self.pfs.clone();
         let are_up: Vec<(String, bool)> =
             pfs.iter().map(|known| (known.pf.name.clone(), known.pf.up)).collect();
         self.know(pfs);
-        // Ports may know a PF by a name that its interface, which news are about, does not have any more.
+        // Ports may know a PF by a former name of its interface. Events use the present one.
         for (name, up) in are_up.iter().filter(|(name, _)| before.contains(name)) {
             self.pf_is(name, *up);
         }
@@ -230,8 +233,9 @@ impl Actor {
         }
     }
 
-    /// An address that the PF shows was made, and stays unless the vmm says that its guest has not heard of it. Of
-    /// messages it is not known: what they add counts as made, what they remove does not.
+    /// Completes changes that were under way when the former agent ended. A pending address that
+    /// the PF shows was set; it stays unless the vmm reports that its guest got no response. The
+    /// results of mailbox messages are unknown: additions count as made, removals do not.
     pub(super) fn recovered(&mut self, id: PortId, shown: Option<VfSettings>) {
         let Some(port) = self.state.port(id) else { return };
         let given_up = self.lanes.get_mut(&id).and_then(|lane| {
@@ -258,11 +262,11 @@ impl Actor {
             tracing::error!(port = %id, "What was under way cannot be noted: {}", chain(&error));
         }
         match (revert, given_up) {
-            // Made, and reverted perhaps, which was not noted.
+            // The address was set. It may have been reverted, too, without a record of that.
             (Some(revert), _) if [old, self.effective(id)].iter().any(|mac| *mac != revert.old) => {
                 self.queue_revert(id, revert);
             }
-            // It was not made.
+            // The address was not set.
             (Some(_), _) => {
                 if let Some(lane) = self.lanes.get_mut(&id) {
                     lane.revert = None;
@@ -272,7 +276,8 @@ impl Actor {
             (None, None) => {}
         }
         self.save(id);
-        // First: what the comparison would make again is what the guest no longer has.
+        // The reboot goes first: the comparison would otherwise restore settings that the guest no
+        // longer has.
         if self.lanes.get(&id).is_some_and(|lane| lane.rebooting) {
             self.queue(id, Work::Reboot);
         }

@@ -8,10 +8,10 @@ use netpolicy::{
 
 use super::actor::Actor;
 
-/// Of an address that a guest has after all.
+/// The detail of an address that a guest got after an earlier denial.
 const FREED: &str = "Refused before, when another port had it";
 
-/// Of a message that only the VF's own mailbox can carry.
+/// The detail of a change that only the VF's own mailbox can carry.
 const BY_ITS_WORD: &str = "By the word of the VM's process: the PF does not show it";
 
 impl Actor {
@@ -32,7 +32,7 @@ impl Actor {
                 });
             return self.record(decision);
         }
-        // What is given is no decision of its own, but that it could not be.
+        // A correction that grants is no decision of its own, unless it failed.
         if !correction.taken_back && error.is_none() {
             return;
         }
@@ -63,7 +63,7 @@ impl Actor {
     }
 }
 
-/// One change that was made, or not.
+/// One change that was made, or that failed.
 pub(super) struct MadeChange<'a> {
     pub(super) change: &'a Change,
     pub(super) decided_by: Option<DecidedBy>,
@@ -80,7 +80,7 @@ pub(super) fn committed(change: &Change, failed: bool) -> Committed {
     }
 }
 
-/// A change's name in decisions: as the request that would ask for it, where there is one.
+/// The name of a change in decisions: that of the corresponding request, where there is one.
 pub(super) fn name(change: &Change) -> &'static str {
     match change {
         Change::Reset => "reset",
@@ -99,13 +99,13 @@ pub(super) fn name(change: &Change) -> &'static str {
     }
 }
 
-/// A change as a decision's two columns say it.
+/// A change as one text, from its name and value in a decision.
 pub(super) fn describe(change: &Change) -> String {
     let value = value(change);
     [name(change), value.as_deref().unwrap_or_default()].join(" ").trim_end().to_owned()
 }
 
-/// What a change leads to, for people.
+/// The value of a change, for people.
 fn value(change: &Change) -> Option<String> {
     let on_off = |on: bool| if on { "on" } else { "off" }.to_owned();
     Some(match change {

@@ -10,14 +10,14 @@
 //!                           └──▶ decisions ──▶ database, log, events
 //! ```
 //!
-//! The task never waits for the PF, a vmm or a disk on a guest's behalf: what takes time is a job in the port's
-//! `lane`, refusals are answered at once. It believes no vmm: a question is answered for the VM that the
-//! connection belongs to, by the switch's own data; what a vmm reports moves nothing but what its own guest is believed
-//! to have.
+//! The task never waits for the PF, a vmm or a disk on a guest's behalf. Slow work is a job in the
+//! port's `lane`; denials are answered at once. The task trusts no vmm. A request counts for the VM
+//! of its connection, and the switch's own data decide it. An event changes only the guest address
+//! of its own VM, or makes the switch roll back.
 //!
-//! * `objects`: switches, port groups, ports as the API edits them. `view`: as it shows them.
-//! * `vms`: attaching, binding to VFs, releasing. `clean`: what is taken from a VF of a VM that is gone.
-//! * `asks`: questions, and what becomes of them. `notices`: what relays tell.
+//! * `objects`: switches, port groups and ports as the API edits them. `view`: as it shows them.
+//! * `vms`: attaching, binding to VFs, releasing. `clean`: scrubbing the VF of a VM that has ended.
+//! * `asks`: requests and their completion. `notices`: events from relays.
 //! * `upkeep`: corrections after policy changes, drift, reboots.
 
 mod actor;
@@ -73,31 +73,32 @@ use crate::{
 /// Commands that wait for the task.
 const QUEUE: usize = 256;
 
-/// How long things may take.
+/// The time limits of the switch.
 #[derive(Clone, Copy, Debug)]
 pub struct Timing {
-    /// A vmm may take this long to confirm what was ordered; then its VM is stopped.
+    /// The longest wait for a vmm to confirm a command. Then its VM is stopped.
     pub confirm: Duration,
-    /// A relay may take this long to say what became of a forwarded message.
+    /// The longest wait for a relay's report about a forwarded message.
     pub forwarded: Duration,
-    /// All ports are compared with their PFs this often.
+    /// The interval between comparisons of all ports with their PFs.
     pub compare: Duration,
-    /// Hints are gathered for this long.
+    /// The time for which hints are gathered.
     pub gather: Duration,
-    /// An address that a port gives up is kept for it this long, while others wait for it. Its driver may only set its list anew.
+    /// The time for which an address that a port gives up stays reserved for it, while others wait
+    /// for it. Its driver may only set its list anew.
     pub offer: Duration,
-    /// What is done late, to show what then happens.
+    /// Delays of work, to show the effects of late work.
     #[cfg(feature = "test-support")]
     pub late: Late,
 }
 
-/// What an agent for tests does late.
+/// Delays in an agent for tests.
 #[cfg(feature = "test-support")]
 #[derive(Clone, Copy, Debug, Default)]
 pub struct Late {
-    /// A guest's change of its address is made on the PF after this time.
+    /// The delay of a guest's address change on the PF.
     pub address: Duration,
-    /// A guest's multicast list is granted after this time.
+    /// The delay before a guest's multicast list is granted.
     pub multicast: Duration,
 }
 
@@ -115,23 +116,24 @@ impl Default for Timing {
     }
 }
 
-/// What the switch works with.
+/// The parts with which the switch works.
 pub struct Parts {
     /// The stores of its objects.
     pub store: Stores,
-    /// The way to PFs.
+    /// The handle of the PFs.
     pub pf: PfHandle,
-    /// Where decisions are recorded.
+    /// The log of decisions.
     pub decisions: DecisionLog,
-    /// Where changes of objects are told.
+    /// The hub for events about objects.
     pub events: EventHub,
-    /// News about interfaces, if they can be had; without them only the regular comparison finds drift.
+    /// Events of interfaces, if available. Without them only the regular comparison finds drift.
     pub hints: Option<mpsc::Receiver<Hint>>,
-    /// How long things may take.
+    /// The time limits.
     pub timing: Timing,
-    /// Where it is counted.
+    /// The metrics that count its work.
     pub metrics: Metrics,
-    /// Every request is granted, as if every policy accepted: shows what tests prove.
+    /// Grants every request, as if every policy accepted it. This proves that tests detect a
+    /// missing check.
     #[cfg(feature = "test-support")]
     pub bypass: bool,
 }
@@ -148,7 +150,8 @@ pub struct SwitchHandle {
 pub type UncheckedPorts = BTreeMap<(VmId, String), Unchecked>;
 
 impl SwitchHandle {
-    /// Reads what is in the store, puts right what a former agent left undone, and starts the task.
+    /// Loads the state from the store, completes work that a former agent left, and starts the
+    /// task.
     ///
     /// # Errors
     /// Those of the store.
@@ -164,11 +167,12 @@ impl SwitchHandle {
         Ok(Self { commands, pf, unchecked })
     }
 
-    /// Why a port of a VM cannot be compared with its PF; None if it can. Does not wait for the switch.
+    /// The reason why a port of a VM cannot be compared with its PF; None if it can. Does not wait
+    /// for the switch.
     #[must_use]
     pub fn unchecked(&self, vm: VmId, adapter: &str) -> Option<Unchecked> {
         let ports = self.unchecked.borrow();
-        // Nearly always empty, and the key is owned.
+        // The map is nearly always empty, and a look-up needs an owned key.
         if ports.is_empty() {
             return None;
         }
@@ -182,19 +186,20 @@ impl SwitchHandle {
     }
 
     async fn tell(&self, command: Command) {
-        // Whoever waits for an answer sees that there is none.
+        // If the task has ended, the caller sees that its reply channel is closed.
         drop(self.commands.send((Span::current(), command)).await);
     }
 
-    /// A VM's adapters get ports. Those that have one keep it.
+    /// Gives ports to a VM's adapters. An adapter that already has a port keeps it.
     ///
     /// # Errors
-    /// No such port group, an address is in use, or the store fails: none of the VM's new ports is there then.
+    /// No such port group, an address is in use, or the store fails. The VM then gets none of the
+    /// new ports.
     pub async fn attach(&self, vm: VmRef, adapters: Vec<Adapter>) -> Result<(), SwitchError> {
         self.call(|reply| Command::Attach { vm, adapters, reply }).await
     }
 
-    /// A VM is gone: its ports too. Its VFs have been released.
+    /// Deletes the ports of a VM that is gone. Its VFs must have been released.
     ///
     /// # Errors
     /// A port has a VF, or the store fails.
@@ -202,7 +207,7 @@ impl SwitchHandle {
         self.call(|reply| Command::Detach { vm, reply }).await
     }
 
-    /// From which PFs the VFs of an attached VM's adapters may come.
+    /// The PFs from which the VFs of an attached VM's adapters may come.
     ///
     /// # Errors
     /// The PFs cannot be read.
@@ -211,11 +216,12 @@ impl SwitchHandle {
         self.call(|reply| Command::Plan { vm, pfs, reply }).await
     }
 
-    /// An adapter gets a VF, which has nothing of an earlier tenant. Returns what the PF must be programmed to before the guest
-    /// starts: [`program`](Self::program) does it.
+    /// Gives an adapter a VF, which must have no leftovers of an earlier tenant. Returns the
+    /// changes that [`program`](Self::program) must make on the PF before the guest starts.
     ///
     /// # Errors
-    /// No such port, the VF is another port's, its PF no uplink of the port's switch, or it cannot enforce the policy.
+    /// No such port, another port has the VF, its PF is no uplink of the port's switch, or its PF
+    /// cannot enforce the policy.
     pub async fn bind(
         &self,
         vm: VmId,
@@ -228,11 +234,11 @@ impl SwitchHandle {
         self.call(|reply| Command::Bind { vm, adapter, vf, bdf, capabilities, reply }).await
     }
 
-    /// Makes changes on the PF, all or none. What is off and shall be stays untouched: drivers refuse even to be told
-    /// that there is no rate limit while their link is down.
+    /// Makes changes on the PF, all or none. Settings that are off and shall be off are left alone:
+    /// while the link is down, drivers refuse even a command that sets no rate limit.
     ///
     /// # Errors
-    /// The PF's.
+    /// Those of the PF.
     pub async fn program(&self, vf: &VfRef, changes: Vec<VfChange>) -> Result<(), SwitchError> {
         let failed = |error| SwitchError::Pf(chain(&error));
         let shown = self.pf.read(&vf.pf).await.map_err(failed)?;
@@ -251,37 +257,40 @@ impl SwitchHandle {
         self.pf.capabilities(pf).await.map_err(|error| SwitchError::Pf(chain(&error)))
     }
 
-    /// The VM's process can be talked to. Before any of its questions and notices.
+    /// The VM's process is connected. Call this before any of its requests and events.
     pub async fn connected(&self, vm: VmId, vmm: Arc<dyn Vmm>) {
         self.tell(Command::Connected { vm, vmm }).await;
     }
 
-    /// The VM's process cannot be talked to for now.
+    /// The VM's process is disconnected for now.
     pub async fn disconnected(&self, vm: VmId) {
         self.tell(Command::Disconnected { vm }).await;
     }
 
-    /// The guest begins again, on the VFs that it has. Returns when that may be forgotten: the next agent would know of it.
+    /// The guest reboots on its present VFs. Returns when the vmm may forget that, because the next
+    /// agent would know of it.
     pub async fn rebooted(&self, vm: VmId) {
         let (done, noted) = oneshot::channel();
         self.tell(Command::Rebooted { vm, done }).await;
         drop(noted.await);
     }
 
-    /// A question of a VM's process; the answer goes to the process that is [connected](Self::connected).
+    /// A request of a VM's process. The response goes to the process that is
+    /// [connected](Self::connected).
     pub async fn ask(&self, vm: VmId, adapter: String, id: u64, question: Question) {
         self.tell(Command::Ask { vm, adapter, id, question }).await;
     }
 
-    /// A notice of a VM's process. Returns when it may be forgotten there.
+    /// An event of a VM's process. Returns when the vmm may forget it.
     pub async fn notice(&self, vm: VmId, adapter: String, notice: Notice) {
         let (done, recorded) = oneshot::channel();
         self.tell(Command::Notice { vm, adapter, notice, done }).await;
         drop(recorded.await);
     }
 
-    /// The VM's process has ended: what must be taken from the adapter's VF; None if the port has none. From now on nothing
-    /// is changed for the guest. Ends with [`released`](Self::released).
+    /// The VM's process has ended. Returns the leftovers to scrub from the adapter's VF; None if
+    /// the port has no VF. The switch makes no changes for the guest from now on.
+    /// [`released`](Self::released) ends this state.
     ///
     /// # Errors
     /// The task has ended.
@@ -290,7 +299,7 @@ impl SwitchHandle {
         self.call(|reply| Command::Release { vm, adapter, reply }).await
     }
 
-    /// The adapter's VF is clean and its port has it no more.
+    /// The adapter's VF is scrubbed, and its port no longer has it.
     ///
     /// # Errors
     /// The store fails.
@@ -299,7 +308,7 @@ impl SwitchHandle {
         self.call(|reply| Command::Released { vm, adapter, reply }).await
     }
 
-    /// The threads of PFs.
+    /// The handle of the PFs' threads.
     #[must_use]
     pub fn pf(&self) -> &PfHandle {
         &self.pf
@@ -313,10 +322,12 @@ impl SwitchHandle {
     }
 }
 
-/// A PF may take this long to say what it can do: more than the process of a simulated one may for an answer.
+/// The longest wait for a PF's capabilities: more than the process of a simulated PF may take to
+/// respond.
 const CAPABILITIES: Duration = Duration::from_secs(3);
 
-/// The host's PFs with what each can do. One that does not answer is waited for once, whatever else it is asked.
+/// The host's PFs with their capabilities. PFs are asked concurrently, so all silent ones together
+/// cost one timeout.
 async fn known(pf: &PfHandle) -> Result<Vec<KnownPf>, SwitchError> {
     let list: Vec<PfName> = pf.list().await.map_err(|error| SwitchError::Pf(chain(&error)))?;
     let asked: Vec<_> = list

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 
-//! What relays tell on their own.
+//! Events that relays report on their own.
 
 use netpolicy::{Decision, Outcome, PortId, Reason, Request, VmId, Weight};
 use passthrough::relay::{Cancelled, Notice};
@@ -16,14 +16,15 @@ impl Actor {
     pub(super) fn notice(&mut self, vm: VmId, adapter: String, notice: Notice, done: oneshot::Sender<()>) {
         let Some(port) = self.port_of(vm, &adapter) else {
             tracing::debug!(%vm, "A vmm told of an adapter that its VM does not have");
-            // Dropped, which lets the vmm forget it.
+            // Dropping `done` lets the vmm forget the event.
             return;
         };
         let mut saved = None;
         let mut recorded = match notice {
             Notice::Cancelled { seq, request, why } => {
                 let recorded = self.cancelled(port, seq, request, why);
-                // Before the vmm forgets it: the next agent would take the guest for one that has the address.
+                // Save this before the vmm forgets the event. Otherwise the next agent would
+                // believe that the guest has the address.
                 let reverts = self.lanes.get(&port).is_some_and(|lane| lane.revert.is_some());
                 saved = self.attachment(port).filter(|_| reverts);
                 recorded
@@ -31,7 +32,8 @@ impl Actor {
             Notice::Forwarded { seq, outcome } => {
                 let busy = self.lanes.get_mut(&port).and_then(|lane| lane.busy.as_mut());
                 let job = busy.filter(|busy| busy.seq == Some(seq)).and_then(|busy| busy.forwarded.take());
-                // A former agent's question: its changes were counted as made when this one started.
+                // A request of a former agent has no job: its changes counted as made when this
+                // agent started.
                 if let Some(job) = job {
                     let _ = job.send(outcome);
                 }
@@ -54,12 +56,13 @@ impl Actor {
                 self.deferred_done(port, &failed);
                 None
             }
-            // Told as the answer to the order.
+            // The completion of the command reports this one.
             Notice::TakenBack { .. } => None,
         };
         let saved = saved.map(|attachment| self.writer.save(port, attachment));
-        // A guest causes such records at its pleasure: they share transactions, and nothing waits for the disk. As with an
-        // answered question, an agent that crashes in between does not have the last ones.
+        // A guest can cause such records at will, so they share transactions and nothing waits for
+        // the disk. An agent that crashes in between loses the last ones, as it does for answered
+        // requests.
         if recorded.as_ref().is_some_and(|decision| decision.weight() == Weight::Light) {
             self.record(recorded.take());
         }
@@ -73,7 +76,7 @@ impl Actor {
         }
         let log = self.decisions.clone();
         tokio::spawn(async move {
-            // A database that fails must not make the vmm keep notices for ever: the line is in the log.
+            // A failing database must not make the vmm keep events for ever. The log has the line.
             if let Some(saved) = saved {
                 drop(saved.await);
             }
@@ -84,7 +87,7 @@ impl Actor {
         });
     }
 
-    /// A question was given up.
+    /// A relay cancelled a request.
     fn cancelled(&mut self, port: PortId, seq: u64, request: Request, why: Cancelled) -> Option<Decision> {
         let now = self.state.port(port).map(|port| (port.effective_mac(), port.guest_mac));
         if let Some(lane) = self.lanes.get_mut(&port)
@@ -93,7 +96,7 @@ impl Actor {
             match &mut lane.busy {
                 Some(busy) if busy.seq == Some(seq) => {
                     busy.cancelled = Some(why);
-                    // Nobody will say what became of the message: it is not sent.
+                    // The message is not sent, so no report about it will come.
                     busy.forwarded = None;
                     if let (Request::SetMac(_), Some((old, guest))) = (&request, now) {
                         lane.revert = Some(Revert { old, guest, why });
@@ -116,7 +119,7 @@ impl Actor {
         })
     }
 
-    /// Takes back an address that was granted to a question that was given up.
+    /// Rolls back an address that was granted to a cancelled request.
     pub(super) fn revert_granted(
         &mut self,
         port: PortId,
@@ -147,7 +150,7 @@ impl Actor {
         Some(Decision {
             reason: Some(reason),
             requested: asked.or_else(|| Some(format!("message {word:#010x}"))),
-            // A vmm may say what it likes, once.
+            // A taken-over vmm may report any count.
             count: count.clamp(1, 1_000_000),
             detail: Some("Refused by the VM's relay".into()),
             ..decision

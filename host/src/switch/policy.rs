@@ -19,14 +19,14 @@ use crate::{
     vm::problem::ToProblem,
 };
 
-/// What the API's routes of switches call.
+/// The backend of the API's routes of switches.
 #[derive(Clone)]
 pub struct Policy {
     /// The switch.
     pub switch: SwitchHandle,
-    /// What was decided.
+    /// The log of decisions.
     pub decisions: DecisionLog,
-    /// What happens.
+    /// The hub of events.
     pub events: EventHub,
 }
 
@@ -131,7 +131,8 @@ impl PolicyBackend for Policy {
     }
 
     async fn decisions(&self, mut filter: DecisionFilter) -> Result<Vec<Decision>, Problem> {
-        // Names are used again: those of the VM that has it now are not mixed with its predecessors'.
+        // VMs may reuse a name. The filter takes the id of its present owner, so that decisions of
+        // earlier owners stay out.
         if let Some(name) = &mut filter.vm
             && let Some(port) =
                 self.list_ports().await?.iter().find(|port| port.status.owner.name.eq_ignore_ascii_case(name))

@@ -1,9 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0
 
-//! What the store keeps of switches, port groups and ports.
+//! The stored form of switches, port groups and ports.
 //!
-//! A port is two objects: what was asked of it, whose revision clients compare, and what its VF has been given, which
-//! changes with every request of the guest.
+//! A port is two objects. One is its configuration, whose revision clients compare. The other is
+//! the state of its VF, which changes with every request of the guest.
 
 use api::types::{PortCounters, Timestamp};
 use netpolicy::{
@@ -14,10 +14,11 @@ use serde::{Deserialize, Serialize};
 use super::lane::{Lane, Revert};
 use crate::store::{Record, Scope};
 
-/// The first start of an agent with this store, which is the creation time of the default switch and group.
+/// The first start of an agent with this store. It is the creation time of the default switch and
+/// group.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct FirstStart {
-    /// That moment.
+    /// The time of that start.
     pub at: Timestamp,
 }
 
@@ -28,7 +29,7 @@ impl Record for FirstStart {
 /// A switch.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct SwitchRecord {
-    /// When it was created.
+    /// The time of its creation.
     pub created: Timestamp,
     /// The switch.
     pub switch: Switch,
@@ -42,7 +43,7 @@ impl Record for SwitchRecord {
 /// A port group.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct GroupRecord {
-    /// When it was created.
+    /// The time of its creation.
     pub created: Timestamp,
     /// The port group.
     pub group: PortGroup,
@@ -53,10 +54,10 @@ impl Record for GroupRecord {
     const SCOPE: Scope = Scope::Shared;
 }
 
-/// A port as it was asked for.
+/// The configuration of a port.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct PortRecord {
-    /// When it was made.
+    /// The time of its creation.
     pub created: Timestamp,
     /// The VM.
     pub vm: VmRef,
@@ -64,10 +65,10 @@ pub struct PortRecord {
     pub adapter: String,
     /// The port group.
     pub group: PortGroupId,
-    /// What it decides in place of its group.
+    /// The settings that override those of its group.
     #[serde(default)]
     pub overrides: Settings,
-    /// The address that the adapter was configured with.
+    /// The address with which the adapter was configured.
     pub initial_mac: MacAddress,
 }
 
@@ -77,7 +78,7 @@ impl Record for PortRecord {
 }
 
 impl PortRecord {
-    /// Of a port.
+    /// The record of a port.
     #[must_use]
     pub fn of(port: &Port, created: Timestamp) -> Self {
         Self {
@@ -90,7 +91,7 @@ impl PortRecord {
         }
     }
 
-    /// The port, with what its VF has.
+    /// The port, with the state of its VF.
     #[must_use]
     pub fn port(self, id: PortId, attachment: Option<&Attachment>) -> Port {
         let mut port = Port::new(id, self.vm, self.adapter, self.group, self.initial_mac);
@@ -105,7 +106,7 @@ impl PortRecord {
     }
 }
 
-/// What a port's VF has been given. Its id is the port's.
+/// The state of a port's VF. Its id is the port's.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct Attachment {
     /// The address that the guest believes to have.
@@ -115,18 +116,18 @@ pub struct Attachment {
     /// The VF's PCI address.
     #[serde(default)]
     pub bdf: Option<String>,
-    /// What the adapter has.
+    /// The settings that the adapter has.
     pub device: DeviceState,
-    /// What was about to be changed.
+    /// The changes under way.
     #[serde(default)]
     pub pending: Vec<Change>,
-    /// A granted address that is to be taken back, if it was made.
+    /// A granted address that must be rolled back, if it was set.
     #[serde(default)]
     pub revert: Option<Revert>,
-    /// The guest begins again, and what the boot before it had is not taken back yet.
+    /// The guest reboots, and the settings of the boot before it are not revoked yet.
     #[serde(default)]
     pub rebooting: bool,
-    /// Requests so far.
+    /// The counts of decisions so far.
     #[serde(default)]
     pub counters: PortCounters,
 }
@@ -136,7 +137,7 @@ impl Record for Attachment {
 }
 
 impl Attachment {
-    /// Of a port.
+    /// The attachment of a port.
     #[must_use]
     pub(super) fn of(port: &Port, lane: &Lane) -> Self {
         Self {

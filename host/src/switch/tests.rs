@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 
-//! The switch's task with a PF in memory and vmms that do what the test says.
+//! The switch's task with a PF in memory, and vmms that follow the test's script.
 
 mod asks;
 mod fixture;

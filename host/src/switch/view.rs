@@ -119,7 +119,7 @@ impl Actor {
     }
 }
 
-/// A name as the API has it: the two kinds of names differ only in texts that read as ids.
+/// A name as the API has it. Only texts that read as ids are no names in the API.
 fn shown(name: &netpolicy::Name) -> Result<Name, SwitchError> {
     let odd = |_| SwitchError::NotFound(Missing::new("name that the API can show for", name));
     name.as_str().parse().map_err(odd)

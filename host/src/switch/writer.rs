@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 
-//! Writes the state of ports without a wait of the switch. States that change while a write is under way share the next
-//! one: an edit that reaches a hundred ports costs one durable write.
+//! Writes the state of ports, so that the switch need not wait. States that change while a write is
+//! under way share the next one: an edit that reaches a hundred ports costs one durable write.
 
 use std::collections::BTreeMap;
 
@@ -11,10 +11,10 @@ use tokio::sync::{mpsc, oneshot};
 use super::record::Attachment;
 use crate::{store::Table, vm::problem::chain};
 
-/// A port's newest value, or that it is gone.
+/// A port's newest value; None if the port is deleted.
 type Value = Option<Box<Attachment>>;
 
-/// Why it is not durable, if it is not.
+/// The result of the write: the reason if the value is not durable.
 type Done = oneshot::Sender<Result<(), String>>;
 
 /// The handle of the task, which ends with its last handle.
@@ -28,7 +28,8 @@ impl Writer {
         Self(sender)
     }
 
-    /// Saves a port; the receiver hears when that is durable. What waits to be written is one value for each port.
+    /// Saves a port; the receiver gets the result of the durable write. Values of one port that
+    /// wait together are written once, as the newest.
     pub(super) fn save(&self, port: PortId, value: Attachment) -> oneshot::Receiver<Result<(), String>> {
         self.send(port, Some(Box::new(value)))
     }
@@ -40,7 +41,7 @@ impl Writer {
 
     fn send(&self, port: PortId, value: Value) -> oneshot::Receiver<Result<(), String>> {
         let (done, receiver) = oneshot::channel();
-        // If the task is gone so is `done`, which the receiver sees.
+        // If the task is gone, so is `done`, which the receiver sees.
         drop(self.0.send((port, value, done)));
         receiver
     }

@@ -1,15 +1,15 @@
 // SPDX-License-Identifier: Apache-2.0
 
-//! What a VM holds of the host: choosing, claiming, preparing and giving back functions.
+//! The functions of the host that a VM holds: choosing, claiming, preparing and releasing them.
 //!
 //! ```text
 //!  free ──claim──▶ claimed ──remember──▶ remembered ──bind, baseline──▶ in use
 //!    ▲                │                       │                           │
-//!    └────────────────┴───────── give back (after the process ended) ─────┘
+//!    └────────────────┴────────── release (after the process ended) ──────┘
 //! ```
 //!
-//! Each step is in the store before it is done, and giving back undoes every step whether it was done or not: so
-//! whatever an agent was doing when it died, the next one puts right.
+//! Each step is stored before it is done, and the release undoes every step, whether it was done or
+//! not. So the next agent can clean up, at whichever step the former one died.
 
 mod choose;
 
@@ -37,7 +37,7 @@ use crate::{
     store::{Entry, Expect, StoreError},
 };
 
-/// How often, and how long apart, a PF is asked whether a VF's own address went with its reset.
+/// Reads of a PF, and the time between them, to see whether a reset removed the VF's own address.
 const RESET_POLLS: u32 = 10;
 const RESET_POLL: Duration = Duration::from_millis(50);
 
@@ -58,7 +58,7 @@ pub async fn of_vm(env: &Environment, vm: Uuid) -> Result<Vec<Held>, StoreError>
 /// Chooses and claims all functions of a VM, or none.
 ///
 /// # Errors
-/// A problem that names the function and who has it, or what it lacks.
+/// A problem that names the function, and its owner or the property that it lacks.
 pub async fn claim(env: &Environment, vm: Uuid, spec: &VmSpec) -> Result<Vec<Held>, Problem> {
     network::attach(env, vm, spec).await?;
     if spec.adapters.is_empty() && spec.devices.is_empty() {
@@ -86,7 +86,7 @@ pub async fn claim(env: &Environment, vm: Uuid, spec: &VmSpec) -> Result<Vec<Hel
             }
             Err(error) => {
                 for claim in held {
-                    // What cannot be deleted now is given back when the agent starts again.
+                    // A claim that cannot be deleted now is released when the agent starts again.
                     drop(env.claims.remove(claim.id).await);
                 }
                 return Err(error.problem());
@@ -97,13 +97,13 @@ pub async fn claim(env: &Environment, vm: Uuid, spec: &VmSpec) -> Result<Vec<Hel
     Ok(held)
 }
 
-/// The name of each PF with a claimed VF when the first of them was claimed.
+/// The name that each PF had when the first of its claimed VFs was claimed.
 fn pf_names<'a>(claims: impl IntoIterator<Item = &'a Claim>) -> Vec<(Bdf, String)> {
     let of_vfs = claims.into_iter().filter_map(|claim| claim.adapter.as_ref());
     of_vfs.map(|vf| (vf.pf, vf.pf_name.clone())).collect()
 }
 
-/// Has the names of PFs follow the claims that are stored.
+/// Makes the inventory keep the PF names of the stored claims.
 ///
 /// # Errors
 /// The store cannot be read.
@@ -114,10 +114,10 @@ pub async fn keep_pf_names(env: &Environment) -> Result<(), Problem> {
     Ok(())
 }
 
-/// Remembers what the function is, binds it to vfio-pci and sets its baseline on the PF.
+/// Stores the present state of the function, binds it to vfio-pci and sets its baseline on the PF.
 ///
 /// # Errors
-/// The function may be anywhere between before and after: give it back.
+/// The function may be in any state between before and after: release it with [`give_back`].
 pub async fn prepare(
     env: &Environment,
     held: &mut Held,
@@ -148,7 +148,7 @@ async fn store_before(env: &Environment, held: &mut Held, before: Before) -> Res
     Ok(())
 }
 
-/// Runs `step` where it may block.
+/// Runs `step` on a thread that may block.
 async fn blocking<T: Send + 'static>(
     env: &Environment,
     held: &Held,
@@ -190,7 +190,8 @@ fn bind(host: &Host, claim: &Claim) -> Result<Before, Problem> {
         before.settings = Some(settings);
         return Ok(before);
     }
-    // Whose choice the address was shows when the VF is reset. The PF's driver learns of that by an interrupt.
+    // A reset shows the origin of the address: the VF's own choice goes with it. The PF's driver
+    // learns of the reset by an interrupt.
     let mut after = settings.clone();
     if host.inventory.reset(claim.bdf).is_ok() {
         for _ in 0..RESET_POLLS {
@@ -210,7 +211,7 @@ fn baseline(host: &Host, claim: &Claim) -> Result<(), Problem> {
     let mut pf = (host.open_pf)(vf.pf).map_err(|e| e.problem())?;
     let now = pf.read(vf.index).map_err(|e| e.problem())?;
     let mut changes = Vec::new();
-    // A driver that knows no trust gives none.
+    // A driver without trust never grants it.
     if now.trust.is_some() {
         changes.push(VfChange::Trust(false));
     }
@@ -226,15 +227,15 @@ fn address(mac: UnicastMac) -> MacAddress {
     MacAddress::new(mac.octets())
 }
 
-/// Gives back what a VM holds; its process must have ended. Returns what could not be given back: those claims stay,
-/// and are tried again at the VM's next boot or deletion and when the agent starts.
+/// Releases the claims of a VM; its process must have ended. Returns the claims that failed. They
+/// stay, and are tried again at the VM's next boot or deletion and when the agent starts.
 pub async fn give_back(
     env: &Environment,
     held: Vec<Held>,
     mut enter: impl FnMut(Stage) + Send,
 ) -> Vec<(Held, Problem)> {
     let mut kept = Vec::new();
-    // The last one first, as they were taken.
+    // In the reverse order of claiming.
     for claim in held.into_iter().rev() {
         let done = give_one_back(env, &claim, &mut enter).await;
         if let Err(problem) = done {
@@ -253,7 +254,7 @@ async fn give_one_back(
     if claim.value.adapter.is_some() {
         enter(Stage::CleaningFunction);
     }
-    // Before anything else: it is still bound to vfio-pci, which cleaning needs.
+    // Scrub first: that needs the binding to vfio-pci.
     network::clean_vf(env, claim).await?;
     reach(Point::ReleaseCleaned);
     enter(Stage::ReturningFunction);
@@ -264,7 +265,7 @@ async fn give_one_back(
     reach(Point::ReleaseUnbound);
     env.claims.remove(claim.id).await.map_err(|e| e.problem())?;
     reach(Point::ReleaseUnclaimed);
-    // It is given back; a name that is kept for longer does no harm.
+    // The claim is released. A name that is kept for longer does no harm.
     drop(keep_pf_names(env).await);
     Ok(())
 }
@@ -274,8 +275,9 @@ fn restore(host: &Host, claim: &Claim) -> Result<(), Problem> {
     if !host.inventory.has_device(claim.bdf) {
         return Ok(());
     }
-    // What the tenant left in the function. Where there is no reset the driver's own initialisation must do; a function that
-    // has its driver already, or still, had no tenant, or was reset before.
+    // Reset the function, because its tenant may have left state in it. Where there is no reset,
+    // the driver's own initialisation must do. A function that already has its driver, or still has
+    // it, had no tenant or was reset before.
     if let Err(error) = host.inventory.reset(claim.bdf) {
         match host.inventory.can_reset(claim.bdf) {
             true => tracing::debug!(function = %claim.bdf, "no reset: {error}"),
@@ -295,7 +297,7 @@ fn restore(host: &Host, claim: &Claim) -> Result<(), Problem> {
         first = restore_settings(host, vf, settings, returned).err();
     }
     reach(Point::ReleaseSettings);
-    // The driver is put back even if the PF did not take its settings.
+    // Restore the driver even if the PF did not take the settings.
     match host.inventory.restore(claim.bdf, &before.binding) {
         Ok(()) | Err(BindError::NoDevice(_)) => reach(Point::ReleaseRestored),
         Err(error) => first = first.or(Some(error.problem())),
@@ -303,7 +305,8 @@ fn restore(host: &Host, claim: &Claim) -> Result<(), Problem> {
     first.map_or(Ok(()), Err)
 }
 
-/// Sets what the VF had before. `returned`: the host's driver has the VF again, from an attempt before this one.
+/// Restores the VF's former settings. `returned`: the host's driver already has the VF again, from
+/// an earlier attempt.
 fn restore_settings(
     host: &Host,
     vf: &ClaimedVf,
@@ -317,7 +320,8 @@ fn restore_settings(
     };
     let mut settings = settings.clone();
     if returned && settings.mac.is_none() {
-        // The driver has chosen an address meanwhile; without it the host's interface would be dead.
+        // The driver has chosen an address meanwhile. Without it the host's interface would be
+        // dead.
         settings.mac = pf.read(vf.index).map_err(|e| e.problem())?.mac;
     }
     match sriov::restore(&mut *pf, vf.index, &settings) {

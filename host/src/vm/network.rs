@@ -1,9 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0
 
-//! A VM's adapters at the switch: what the VM's task and its claims need of it.
+//! A VM's adapters at the switch, for the VM's task and its claims.
 //!
-//! An environment without a switch has adapters under the default policy, whose questions nobody answers: the relay then
-//! refuses them all.
+//! In an environment without a switch, adapters have the default policy. No request is answered
+//! there, so relays deny all requests.
 
 use std::sync::Arc;
 
@@ -36,7 +36,7 @@ use crate::{
     vmm_process::Connection,
 };
 
-/// The VM's ports become those of its adapters: made, changed or removed where they differ.
+/// Makes the VM's ports match its adapters: creates, changes and removes those that differ.
 ///
 /// # Errors
 /// No such port group, or an address is in use.
@@ -54,7 +54,7 @@ pub async fn attach(env: &Environment, vm: Uuid, spec: &VmSpec) -> Result<(), Pr
     policy.switch.attach(vm, adapters).await.map_err(|error| error.problem())
 }
 
-/// The VM is deleted: its ports too.
+/// Deletes the ports of a deleted VM.
 ///
 /// # Errors
 /// A port still has a VF, or the store fails.
@@ -63,7 +63,7 @@ pub async fn detach(env: &Environment, vm: Uuid) -> Result<(), Problem> {
     policy.switch.detach(VmId(vm)).await.map_err(|error| error.problem())
 }
 
-/// Where the VFs of an attached VM's adapters may come from; None: from anywhere.
+/// The PFs from which the VFs of an attached VM's adapters may come; None: any PF.
 ///
 /// # Errors
 /// The PFs cannot be read.
@@ -72,10 +72,10 @@ pub async fn plan(env: &Environment, vm: Uuid) -> Result<Option<Vec<Uplinks>>, P
     policy.switch.plan(VmId(vm)).await.map(Some).map_err(|error| error.problem())
 }
 
-/// Whether a PF may give an adapter its VF.
+/// Whether an adapter may have a VF of a PF.
 ///
 /// # Errors
-/// A problem that says why not, naming the setting if the PF cannot enforce one.
+/// A problem with the reason, and the setting's name if the PF cannot enforce one.
 pub(super) fn check_uplink(plan: Option<&[Uplinks]>, adapter: &str, pf: &str) -> Result<(), Problem> {
     let Some(uplinks) = plan.and_then(|plan| plan.iter().find(|uplinks| uplinks.adapter == adapter)) else {
         return Ok(());
@@ -120,10 +120,10 @@ pub(super) async fn bind(env: &Environment, held: &Held, claimed: &ClaimedVf) ->
     Ok(true)
 }
 
-/// Takes from a VF what its tenant left, before it is unbound. Its process must have ended.
+/// Scrubs a VF before it is unbound. The process of its tenant must have ended.
 ///
 /// # Errors
-/// The PF did not confirm it: nobody else may have the VF.
+/// The PF did not confirm the scrub: the VF must get no other tenant.
 pub(super) async fn clean_vf(env: &Environment, held: &Held) -> Result<(), Problem> {
     let (Some(policy), Some(claimed)) = (&env.policy, &held.value.adapter) else { return Ok(()) };
     let left = policy.switch.release(VmId(held.value.vm), claimed.id.as_str()).await;
@@ -132,8 +132,8 @@ pub(super) async fn clean_vf(env: &Environment, held: &Held) -> Result<(), Probl
     if !inventory.has_device(bdf) {
         return Ok(());
     }
-    // A VF that its host took away while the guest ran has no driver: cleaning needs vfio-pci. One that the host
-    // has given to another driver is in that driver's hands.
+    // A VF that the host took away while the guest ran has no driver, and scrubbing needs vfio-pci.
+    // A VF that the host has bound to another driver is in that driver's hands.
     let bindings = inventory.clone();
     let bound = tokio::task::spawn_blocking(move || match bindings.current_binding(bdf) {
         Ok(binding) if binding.driver.is_none() => bindings.bind_vfio(bdf).map(|()| true),
@@ -152,7 +152,7 @@ pub(super) async fn clean_vf(env: &Environment, held: &Held) -> Result<(), Probl
     clean(policy.switch.pf(), function, &left).await.map_err(|error| error.problem())
 }
 
-/// The VF is given back.
+/// Reports that a VF is released.
 ///
 /// # Errors
 /// The store fails.
@@ -160,13 +160,13 @@ pub(super) async fn unbind(env: &Environment, held: &Held) -> Result<(), Problem
     let (Some(policy), Some(claimed)) = (&env.policy, &held.value.adapter) else { return Ok(()) };
     match policy.switch.released(VmId(held.value.vm), claimed.id.as_str()).await {
         Ok(()) => Ok(()),
-        // Claimed and never attached, or its VM was forgotten: nothing is bound.
+        // The claim was never attached, or its VM was forgotten: no VF is bound.
         Err(crate::switch::SwitchError::NotFound(_)) => Ok(()),
         Err(error) => Err(error.problem()),
     }
 }
 
-/// The VM's process can be talked to. What must not go on is told by `stop`.
+/// The VM's process is connected. The switch sends a reason to `stop` if the VM must not go on.
 pub(super) async fn connected(
     env: &Environment,
     vm: Uuid,
@@ -179,14 +179,14 @@ pub(super) async fn connected(
     }
 }
 
-/// The VM's process cannot be talked to.
+/// The VM's process is disconnected.
 pub(super) async fn disconnected(env: &Environment, vm: Uuid) {
     if let Some(policy) = &env.policy {
         policy.switch.disconnected(VmId(vm)).await;
     }
 }
 
-/// A question of the VM's process.
+/// A request of the VM's process.
 pub(super) async fn ask(env: &Environment, vm: Uuid, id: u64, ask: Ask) {
     let Ask::Mailbox { adapter, question } = ask;
     if let Some(policy) = &env.policy {
@@ -194,14 +194,14 @@ pub(super) async fn ask(env: &Environment, vm: Uuid, id: u64, ask: Ask) {
     }
 }
 
-/// A notice of one of the VM's relays. Returns when it may be forgotten there.
+/// An event of one of the VM's relays. Returns when the vmm may forget it.
 pub(super) async fn notice(env: &Environment, vm: Uuid, adapter: String, notice: Notice) {
     if let Some(policy) = &env.policy {
         policy.switch.notice(VmId(vm), adapter, notice).await;
     }
 }
 
-/// The guest begins again.
+/// The guest reboots.
 pub(super) async fn rebooted(env: &Environment, vm: Uuid) {
     if let Some(policy) = &env.policy {
         policy.switch.rebooted(VmId(vm)).await;

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 
-//! What goes wrong on this host, in the API's codes.
+//! The errors of this host as problems of the API.
 
 use std::error::Error;
 
@@ -37,7 +37,7 @@ fn with(code: ProblemCode, error: &dyn Error) -> Problem {
 
 /// Errors that have a problem code.
 pub trait ToProblem {
-    /// The problem that this error is.
+    /// The problem of this error.
     fn problem(&self) -> Problem;
 }
 
@@ -64,7 +64,7 @@ pub enum BootFile {
 }
 
 impl BootFile {
-    /// What opening it came to.
+    /// The problem of an error at opening the file.
     #[must_use]
     pub fn problem(self, error: &FileError) -> Problem {
         let (missing, unreadable, field) = match self {
@@ -192,7 +192,7 @@ impl ToProblem for OrderError {
             FailureCode::Invalid => ProblemCode::InvalidRequest,
             _ => ProblemCode::Internal,
         };
-        // The vmm is not trusted with the length of what it says.
+        // The vmm is not trusted with the length of its text.
         Problem::new(code, failure.detail.chars().take(2000).collect::<String>())
     }
 }

@@ -1,9 +1,10 @@
 // SPDX-License-Identifier: Apache-2.0
 
-//! Processes of VMs that run and that the database does not have: it was replaced by an older copy, or removed.
+//! Processes of VMs that run and that the database does not have: it was replaced by an older copy,
+//! or removed.
 //!
-//! Such a VM runs on unmanaged, with its VFs. Nobody gets these: VFIO says that a group is open, a simulated PF that a VF is
-//! attached.
+//! Such a VM runs on unmanaged, with its VFs. No other VM gets these: VFIO reports an open group, a
+//! simulated PF an attached VF.
 
 use std::{collections::BTreeSet, fs, path::Path};
 
@@ -12,10 +13,10 @@ use vmm::control::Channel;
 
 use crate::vmm_process::VmDirectory;
 
-/// The most lines of the log.
+/// The most lines in the log.
 const LINES: usize = 32;
 
-/// The VMs in the run directory whose processes listen and that are not `known` to run.
+/// The VMs in the run directory with a listening process that are not `known` to run.
 fn unknown(run_dir: &Path, known: &BTreeSet<Uuid>) -> Vec<Uuid> {
     let entries = fs::read_dir(run_dir.join("vms")).into_iter().flatten().flatten();
     let ids = entries.filter_map(|entry| entry.file_name().to_str()?.parse::<Uuid>().ok());

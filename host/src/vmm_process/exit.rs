@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 
-//! Who a process is, and when it has ended.
+//! The identity of a process, and its end.
 
 use std::{
     fs, io,
@@ -15,7 +15,7 @@ use uuid::Uuid;
 
 use super::{polled::polled, spawn::CONTROL_FD};
 
-/// Names one process for ever: a process id alone is reused.
+/// Identifies one process for ever: a process id alone is reused.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Identity {
     /// Process id.
@@ -27,14 +27,14 @@ pub struct Identity {
 }
 
 impl Identity {
-    /// Who has this process id now.
+    /// The identity of the process that has this id now.
     ///
     /// # Errors
-    /// `NotFound` if nobody has.
+    /// `NotFound` if there is no such process.
     pub fn of(pid: i32) -> io::Result<Self> {
         let stat = fs::read_to_string(format!("/proc/{pid}/stat"))?;
         let boot_id = fs::read_to_string("/proc/sys/kernel/random/boot_id")?.trim().to_owned();
-        // The second field is the command's name in parentheses, which may hold anything.
+        // The second field is the command's name in parentheses, which may hold any character.
         let start_time = stat
             .rsplit_once(')')
             .and_then(|(_, rest)| rest.split_ascii_whitespace().nth(19))
@@ -44,14 +44,14 @@ impl Identity {
     }
 }
 
-/// How a process ended.
+/// The way in which a process ended.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Exit {
     /// With an exit code.
     Code(i32),
     /// By a signal.
     Signal(i32),
-    /// It was started by a former agent: nobody can say.
+    /// Unknown, because a former agent started the process.
     Unknown,
 }
 
@@ -83,14 +83,14 @@ impl Process {
     /// # Errors
     /// Those of `pidfd_open`; the child is killed then.
     pub fn of_child(mut child: Child) -> io::Result<Self> {
-        // Until it is waited for, nobody else can have the child's process id.
+        // Until it is waited for, no other process can get the child's process id.
         let watched = i32::try_from(child.id())
             .map_err(io::Error::other)
             .and_then(|pid| Ok((Identity::of(pid)?, open(pid)?)));
         match watched {
             Ok((identity, pidfd)) => Ok(Self { identity, pidfd, child: Some(child) }),
             Err(error) => {
-                // Nobody would hear of its end, nor end it.
+                // Without a pidfd the agent could neither watch nor end the child.
                 drop(child.kill());
                 drop(child.wait());
                 Err(error)
@@ -101,24 +101,27 @@ impl Process {
     /// Watches a process that a former agent started; None if it has ended.
     ///
     /// # Errors
-    /// Those of `pidfd_open` other than that there is no such process.
+    /// Those of `pidfd_open`, other than that there is no such process.
     pub fn find(identity: &Identity) -> io::Result<Option<Self>> {
         let pidfd = match open(identity.pid) {
             Ok(pidfd) => pidfd,
             Err(error) if error.raw_os_error() == Some(libc::ESRCH) => return Ok(None),
             Err(error) => return Err(error),
         };
-        // Asked after the descriptor is held: if it is the same process now, the descriptor is its.
+        // Compare after the descriptor is open: if the identity is still the same, the descriptor
+        // belongs to this process.
         match Identity::of(identity.pid) {
             Ok(now) if now == *identity => Ok(Some(Self { identity: identity.clone(), pidfd, child: None })),
             _ => Ok(None),
         }
     }
 
-    /// The vmm that an agent started for `vm` and died before it had noted which process that is; None if there is none.
+    /// Finds the vmm of an agent that died between starting it for `vm` and storing its identity;
+    /// None if there is none.
     ///
-    /// It is known by its arguments, those of [`spawn`](super::spawn()), and by its user: anybody can give a process any
-    /// arguments, but not the agent's user, which a vmm has until it is told what to build.
+    /// The vmm is known by its arguments, those of [`spawn`](super::spawn()), and by its user. Any
+    /// user can give a process any arguments, but not the agent's user, which a vmm has until it
+    /// gets its configuration.
     ///
     /// # Errors
     /// Those of reading `/proc` and of `pidfd_open`.
@@ -127,7 +130,8 @@ impl Process {
         let is_it = |pid: i32| {
             let Ok(status) = fs::read_to_string(format!("/proc/{pid}/status")) else { return false };
             let users = status.lines().find_map(|line| line.strip_prefix("Uid:")).unwrap_or_default();
-            // First: a stranger's arguments may lie in memory whose reading takes as long as the stranger likes (FUSE).
+            // Check the user first: another user's arguments may lie in memory (FUSE) that delays a
+            // read for as long as that user likes.
             if !users.split_ascii_whitespace().all(|user| user.parse() == Ok(own)) {
                 return false;
             }
@@ -140,7 +144,7 @@ impl Process {
         for entry in fs::read_dir("/proc")? {
             let name = entry?.file_name();
             let Some(pid) = name.to_str().and_then(|name| name.parse().ok()) else { continue };
-            // One that ends meanwhile is nobody any more.
+            // A process that ends meanwhile is skipped.
             if is_it(pid)
                 && let Ok(identity) = Identity::of(pid)
                 && let Some(process) = Self::find(&identity)?
@@ -152,7 +156,7 @@ impl Process {
         Ok(None)
     }
 
-    /// Who it is.
+    /// The identity of the process.
     #[must_use]
     pub fn identity(&self) -> &Identity {
         &self.identity
@@ -160,7 +164,8 @@ impl Process {
 
     /// Waits for its end. Cancel-safe.
     pub async fn ended(&mut self) -> Exit {
-        // An error here means that the descriptor cannot be polled: asking the child is all that remains.
+        // An error here means that the descriptor cannot be polled. Waiting for the child is all
+        // that remains.
         drop(self.pidfd.readable().await);
         let status = self.child.as_mut().and_then(|child| child.wait().ok());
         match status {
@@ -173,7 +178,7 @@ impl Process {
         }
     }
 
-    /// Kills it. That it has ended already is no error.
+    /// Kills the process. It is no error if it has already ended.
     pub fn kill(&self) {
         let _ = pidfd_send_signal(self.pidfd.get_ref(), Signal::KILL);
     }

@@ -19,16 +19,16 @@ use vmm::control::Listener;
 
 use super::{Process, VmDirectory};
 
-/// The descriptor that the vmm finds its listening socket at.
+/// The descriptor at which the vmm finds its listening socket.
 pub(super) const CONTROL_FD: i32 = 3;
 
-/// `linux/close_range.h`: mark, do not close.
+/// `linux/close_range.h`: marks descriptors as close-on-exec instead of closing them.
 const CLOSE_RANGE_CLOEXEC: u32 = 4;
 
-/// What a vmm may lock beyond guest memory: device windows, rings of the kernel.
+/// Bytes that a vmm may lock beyond guest memory: device windows, rings of the kernel.
 pub const MEMLOCK_SLACK: u64 = 64 * 1024 * 1024;
 
-/// What to start as a vmm.
+/// The program that is started as a vmm.
 #[derive(Clone, Debug)]
 pub struct Program {
     /// The executable.
@@ -47,13 +47,13 @@ impl Default for Program {
 /// Why a vmm process could not be started.
 #[derive(Debug, thiserror::Error)]
 pub enum SpawnError {
-    /// The VM's directory, socket or log.
+    /// The VM's directory, socket or log cannot be prepared.
     #[error("The VM's directory under the run directory cannot be prepared")]
     Directory(#[source] io::Error),
-    /// fork, exec, pidfd.
+    /// `fork`, `exec` or `pidfd_open` failed.
     #[error("The vmm process cannot be started")]
     Process(#[source] io::Error),
-    /// The limit of lockable memory.
+    /// The limit of lockable memory is too low.
     #[error(
         "The VM needs {need} bytes of lockable memory for device DMA, and the limit is {limit} bytes: set \
          LimitMEMLOCK=infinity in the agent's service, or `ulimit -l unlimited` before it starts"
@@ -66,8 +66,8 @@ pub enum SpawnError {
     },
 }
 
-/// Starts a vmm in `directory`, which exists, listening on its control socket. It inherits that socket and nothing
-/// else, is in a session of its own, and outlives the agent.
+/// Starts a vmm in `directory`, which exists, with a listening control socket. The vmm inherits
+/// that socket and nothing else, has a session of its own, and outlives the agent.
 ///
 /// # Errors
 /// Nothing is left running after an error.
@@ -75,8 +75,8 @@ pub fn spawn(program: &Program, directory: &VmDirectory, vm: Uuid) -> Result<Pro
     let listener = directory.bind().map_err(SpawnError::Directory)?;
     let log = directory.create_log().map_err(SpawnError::Directory)?;
     let errors = log.try_clone().map_err(SpawnError::Directory)?;
-    // The child's end of the pipe that tells us of a failed exec must not be number 3 when the socket goes there:
-    // whatever is the lowest free number, from here on 3 is taken.
+    // Occupy number 3, if it is free. Otherwise the child's end of the pipe that reports a failed
+    // exec could get it, and the socket would replace that end.
     let _taken = File::open("/dev/null").map_err(SpawnError::Process)?;
     let mut command = Command::new(&program.path);
     command
@@ -100,11 +100,12 @@ pub fn spawn(program: &Program, directory: &VmDirectory, vm: Uuid) -> Result<Pro
     Process::of_child(child).map_err(SpawnError::Process)
 }
 
-/// Arranges that the child is in a session of its own and has no descriptor but 0, 1 and 2.
+/// Gives the child a session of its own, and no descriptors but 0, 1 and 2.
 pub fn isolate(command: &mut Command) {
     let prepare = || {
         rustix::process::setsid()?;
-        // The agent's own descriptors are close-on-exec; those that it inherited from whoever started it need not be.
+        // The agent's own descriptors are close-on-exec. Those that it inherited from its parent
+        // need not be.
         // SAFETY: plain system call on numbers; it marks descriptors of this child and closes none.
         let marked =
             unsafe { libc::syscall(libc::SYS_close_range, CONTROL_FD, u32::MAX, CLOSE_RANGE_CLOEXEC) };
@@ -114,9 +115,10 @@ pub fn isolate(command: &mut Command) {
     unsafe { command.pre_exec(prepare) };
 }
 
-/// Arranges that the child has `listener` as descriptor 3, and is isolated otherwise.
+/// Gives the child `listener` as descriptor 3, and isolates it otherwise.
 fn pass(command: &mut Command, listener: &Listener) {
-    // First: what is marked there is what the next step leaves.
+    // Isolate first: that marks all descriptors from 3 on as close-on-exec, and the next step
+    // clears the mark of 3.
     isolate(command);
     let socket = listener.as_raw_fd();
     let prepare = move || {
@@ -137,7 +139,8 @@ fn pass(command: &mut Command, listener: &Listener) {
     unsafe { command.pre_exec(prepare) };
 }
 
-/// Lets `process` lock `need` bytes of memory and no more: the vmm has no CAP_IPC_LOCK when it maps them for DMA.
+/// Lets `process` lock `need` bytes of memory and no more: the vmm has no CAP_IPC_LOCK when it maps
+/// them for DMA.
 ///
 /// # Errors
 /// [`SpawnError::Memlock`] if the hard limit is lower and this process may not raise it.
@@ -182,7 +185,7 @@ mod tests {
         let (_run, directory, vm) = directory();
         let script =
             "echo $1 $2; readlink /proc/$$/fd/3; cut -d' ' -f6 /proc/$$/stat; echo $$; exec ls /proc/self/fd";
-        // What the agent's own parent left open must not get to the vmm either.
+        // A descriptor that the agent's own parent left open must not reach the vmm either.
         let leak = rustix::io::fcntl_dupfd_cloexec(File::open("/dev/null").unwrap(), 200).unwrap();
         rustix::io::fcntl_setfd(&leak, rustix::io::FdFlags::empty()).unwrap();
         let mut process = spawn(&shell(script), &directory, vm).unwrap();
@@ -216,7 +219,7 @@ mod tests {
         let (_run, directory, vm) = directory();
         assert!(Process::of_vm(vm).unwrap().is_none());
         let mut process = spawn(&shell("kill -STOP $$"), &directory, vm).unwrap();
-        // Until its exec it is a copy of this test.
+        // Until its exec the child is a copy of this test.
         let deadline = Instant::now() + Duration::from_secs(5);
         let mut found = loop {
             match Process::of_vm(vm).unwrap() {

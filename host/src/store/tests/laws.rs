@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 
-//! The laws of [`ObjectStore`]. A new store is a line in [`stores`].
+//! The laws of [`ObjectStore`]. A new store adds a line to [`stores`].
 
 use std::time::Duration;
 
@@ -129,7 +129,7 @@ async fn a_watch_from_a_listing_misses_nothing_and_repeats_nothing() {
         let listing = store.list("vm").await.unwrap();
         let mut watch = store.watch(listing.revision);
         assert!(timeout(Duration::from_millis(50), watch.next()).await.is_err(), "nothing has happened yet");
-        // More than a store reads at once, so that the second read goes on from the end of the first.
+        // More changes than a store reads at once, so that a second read continues after the first.
         for n in 0..600 {
             one(store, put("vm", ids[1], "b", json!(n), Expect::Any)).await.unwrap();
         }

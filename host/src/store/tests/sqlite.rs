@@ -20,7 +20,7 @@ fn scratch() -> (tempfile::TempDir, PathBuf) {
     (dir, path)
 }
 
-/// What version 1 of this program wrote, word for word: every later version must read it.
+/// A database of version 1 of this program, word for word. Every later version must read it.
 const VERSION_1: &str = r#"
     PRAGMA application_id = 1349481076;
     CREATE TABLE objects (kind TEXT NOT NULL, id TEXT NOT NULL, name TEXT NOT NULL, revision INTEGER NOT NULL,

@@ -74,7 +74,8 @@ async fn a_silent_refusal_leaves_guest_and_device_differing_until_the_guest_rese
     assert_eq!(host.addresses(1).await, (mac(1), mac(1)));
 }
 
-/// What VM 1's relay refuses without a question: whether there is such a thing, and how and why 9 is.
+/// The standing denial of VM 1's relay, if it has one, and how and why it denies address 9, if it
+/// does.
 fn standing(host: &Host) -> Option<Option<(OnDenied, Reason)>> {
     let standing = host.vmm(1).heard().standing.clone()?;
     assert!(!standing.covers(mac(1)), "the initial address needs a question");
@@ -91,7 +92,7 @@ async fn relays_know_at_once_what_is_refused_in_any_case() {
     assert_eq!(standing(&host), None, "when the edit's answer is there, not some time later");
     host.set(r#"{"mac_changes": {"list": ["02:00:00:00:00:09"]}}"#).await.unwrap();
     assert_eq!(standing(&host), Some(None), "a listed one is asked for");
-    // To a vmm that is connected again.
+    // A vmm that reconnects gets the standing denial, too.
     host.switch.disconnected(vm(1)).await;
     host.set("{}").await.unwrap();
     host.connect(1).await;
@@ -120,7 +121,8 @@ async fn what_a_relay_refused_is_recorded_as_if_it_had_been_asked() {
     assert!(told.detail.as_ref().unwrap().contains("told"));
     assert_eq!(host.port(1).await.status.counters.denied, 2);
 
-    // It crossed an edit: the vmm's word for the reason, and nothing is said of a setting.
+    // The denial crossed an edit of the policy: the record has the vmm's reason and names no
+    // setting.
     host.set(ACCEPT).await.unwrap();
     host.notice(1, Notice::Declined { mac: mac(8), reason: Reason::MacChangesRejected, silent: true }).await;
     let decision = &host.decisions(1, Outcome::Denied).await[0];
@@ -129,13 +131,14 @@ async fn what_a_relay_refused_is_recorded_as_if_it_had_been_asked() {
     assert!(detail.contains("before its last change") && detail.contains("told"), "{detail}");
 }
 
-/// Its reset was not heard, because the agent was away; it got "done", and then lost the address by the reboot's own work.
+/// The agent was away during the guest's reset. The guest must not get "done" for an address that
+/// the reboot's own work then revokes.
 #[tokio::test]
 async fn an_address_that_a_reboot_is_about_to_take_is_given_again() {
     let mut host = Host::new(ACCEPT).await;
     host.ask(1, Request::SetMac(mac(9))).await;
     let gate = host.pfs.world().gate.clone();
-    // Or the reboot is over before the question comes.
+    // Without the gate, the reboot would be over before the request comes.
     let held = gate.lock().await;
     host.switch.rebooted(vm(1)).await;
     host.send(1, Request::SetMac(mac(9))).await;
@@ -207,7 +210,7 @@ async fn vlans_are_forwarded_in_range_and_older_ones_make_room() {
     assert_eq!(host.ask(1, join(102)).await, refused(Nack, Reason::LimitExceeded));
     assert_eq!(host.ask(1, Request::Reset).await, LOCAL);
     host.vmm(1).orders();
-    // What the PF may still have from before the reset.
+    // The PF may still have the VLANs from before the reset.
     for (new, old) in [(102, 100), (103, 101)] {
         assert_eq!(host.ask(1, join(new)).await, FORWARD);
         assert_eq!(host.vmm(1).taken_back(), [Change::LeaveVlan(vlan(old))]);
@@ -225,7 +228,7 @@ async fn trust_is_on_only_around_messages_that_need_it() {
     host.switch.settle().await;
     assert_eq!(host.pfs.take_made(PF), [(1, VfChange::Trust(true)), (1, VfChange::Trust(false))]);
 
-    // A vmm that says nothing: the filter may be there, trust is not.
+    // If the vmm reports nothing, the filter may be set, and trust is off again.
     host.send(1, Request::AddUnicastFilter(mac(10))).await;
     host.answer(1).await;
     tokio::time::sleep(TIMING.forwarded).await;
@@ -269,13 +272,13 @@ async fn a_commit_that_lands_after_the_deadline_is_reverted() {
         assert_eq!(decisions[0].reason, Some(Reason::AuthorityUnreachable));
     }
 
-    // The same when the answer was on its way already.
+    // The same with a response that was already on its way.
     let seq = host.send(1, request.clone()).await;
     assert_eq!(host.answer(1).await.decision, LOCAL);
     host.notice(1, Notice::Cancelled { seq, request, why: Cancelled::Deadline }).await;
     host.switch.settle().await;
     assert_eq!((host.pf_mac(1), host.addresses(1).await), (Some(mac(1)), (mac(1), mac(1))));
-    // Once.
+    // A repeated event reverts nothing more.
     host.notice(1, cancelled).await;
     host.switch.settle().await;
     assert_eq!(host.decisions(1, Outcome::Reverted).await[0].count, 2);
@@ -286,7 +289,7 @@ async fn a_question_that_is_given_up_before_its_turn_changes_nothing() {
     let mut host = Host::new(TRUNK).await;
     host.vmm(1).heard().takes_back = TakesBack::Never;
     host.ask(1, join(100)).await;
-    // A correction is under way while the guest asks.
+    // A correction is under way while the guest sends its request.
     host.set(r#"{"vlan": {"trunk": ["101-200"]}, "mac_changes": "accept"}"#).await.unwrap();
     let request = Request::SetMac(mac(9));
     let seq = host.send(1, request.clone()).await;
@@ -324,7 +327,7 @@ async fn an_agent_that_dies_during_a_commit_believes_the_vmm_about_what_its_gues
     }
 }
 
-/// The vmm that told of it has forgotten it.
+/// The vmm has forgotten the cancelled request after it reported it.
 #[tokio::test]
 async fn an_agent_that_dies_when_it_has_heard_of_a_question_given_up_leaves_its_revert_to_the_next() {
     for (answered, made) in [(false, false), (false, true), (true, true), (true, false)] {
@@ -347,7 +350,7 @@ async fn an_agent_that_dies_when_it_has_heard_of_a_question_given_up_leaves_its_
         let port = host.port(1).await.id;
         host.until("the revert is over", async |host| host.stored(1).await.revert.is_none()).await;
 
-        // As if it had died with the notice, or at what followed on it.
+        // Restart as if the agent had died right after the event, or during the work that followed.
         host.pfs.foreign_mac(PF, 1, if made { mac(9) } else { mac(1) });
         host.restart_after(async |table| {
             let name = table.get(port).await.unwrap().name;

@@ -68,7 +68,7 @@ async fn a_distributed_switch_is_refused_by_name() {
     assert_eq!((problem.code, problem.field.as_deref()), (ProblemCode::InvalidRequest, Some("kind")));
     assert!(problem.detail.contains("distributed"), "{problem}");
     put("prod", netpolicy::SwitchKind::Standard).await.unwrap();
-    // The kind of a switch is for good.
+    // The kind of a switch never changes.
     assert_eq!(put("prod", kind).await.unwrap_err().code, ProblemCode::InvalidRequest);
 }
 

@@ -90,7 +90,7 @@ async fn what_waits_for_the_guests_reset_is_recorded_when_it_is_made() {
     assert_eq!(host.port(1).await.status.pending, None);
     assert_eq!(host.vmm(1).taken_back(), [leave(100)], "ordered once");
 
-    // If it fails then, it is ordered again.
+    // If the correction fails at the reset, it is ordered again.
     host.set(TRUNK).await.unwrap();
     host.ask(1, Request::SetVlan { vid: 101, add: true }).await;
     host.vmm(1).heard().takes_back = TakesBack::Deferred;
@@ -228,7 +228,7 @@ async fn what_the_switch_does_is_counted() {
         "portcullis_decisions_total{request=\"set_mac\",verdict=\"allowed\"} 1",
         "portcullis_decisions_total{request=\"set_mac\",verdict=\"denied\"} 1",
         "portcullis_decisions_total{request=\"set_vlan\",verdict=\"allowed\"} 1",
-        // One answered by the agent, one by the PF, one refused.
+        // The agent granted one request, the PF another, and one was denied.
         "portcullis_decision_duration_seconds_count{verdict=\"allowed\"} 2",
         "portcullis_decision_duration_seconds_count{verdict=\"denied\"} 1",
         "portcullis_commit_duration_seconds_count{result=\"made\"} 2",
@@ -254,7 +254,7 @@ async fn own_commits_are_no_drift() {
     assert_eq!(host.pf_mac(1), Some(mac(9)));
 }
 
-/// From the moment at which a VF becomes a port's to the one at which its PF is programmed they differ, by nobody's change.
+/// Between binding a VF to a port and programming its PF, port and PF differ without any drift.
 #[tokio::test]
 async fn a_port_whose_pf_is_being_programmed_is_not_repaired() {
     let host = Host::new("{}").await;
@@ -297,7 +297,7 @@ async fn after_a_reset_of_the_pf_everything_is_set_again_and_the_check_switched_
     assert_eq!(host.decisions(1, Outcome::Repaired).await, [], "nothing was foreign");
 }
 
-/// The old one had told the vmm that it may forget the reboot, and died at the work of it.
+/// The former agent let the vmm forget the reboot, and died before it did the work of it.
 #[tokio::test]
 async fn the_next_agent_does_the_work_of_a_reboot_that_it_finds_noted() {
     let mut host = Host::new(ACCEPT).await;
@@ -315,19 +315,20 @@ async fn the_next_agent_does_the_work_of_a_reboot_that_it_finds_noted() {
         let address = if noted { mac(1) } else { mac(9) };
         host.switch.settle().await;
         assert_eq!((host.pf_mac(1), host.addresses(1).await), (Some(address), (address, address)), "{noted}");
-        // Its guest may have begun again meanwhile, with the address that the PF had.
+        // The guest may have rebooted meanwhile, with the former address of the PF.
         host.connect(1).await;
         host.switch.settle().await;
         assert_eq!(host.vmm(1).orders(), [Order::EffectiveMac { adapter: "eth0".into(), mac: address }]);
     }
-    // Once.
+    // The work is done once.
     host.restart_after(async |attachments| {
         assert!(attachments.list().await.unwrap().iter().all(|entry| !entry.value.rebooting));
     })
     .await;
 }
 
-/// When the vmm may forget it the next agent has to know, also if work for the boot before is under way.
+/// The reboot is stored before the vmm may forget it, even while work for the boot before is under
+/// way.
 #[tokio::test]
 async fn a_reboot_is_noted_before_it_is_forgotten() {
     let mut host = Host::new(ACCEPT).await;
@@ -347,12 +348,12 @@ async fn a_reboot_takes_back_what_a_reset_does_not() {
     let mut host = Host::new(r#"{"mac_changes": "accept", "unicast_limit": 1}"#).await;
     host.ask(1, Request::AddUnicastFilter(mac(9))).await;
     host.pfs.take_made(PF);
-    // The device was reset: the PF listens to messages after the next one only.
+    // The device was reset, so the PF ignores messages until the guest's next reset message.
     host.vmm(1).heard().takes_back = TakesBack::Deferred;
     host.switch.rebooted(vm(1)).await;
     host.switch.settle().await;
     assert_eq!(host.vmm(1).taken_back(), [Change::ClearUnicast]);
-    // It is refused there, for want of trust.
+    // The PF denies the deferred change, for want of trust.
     host.vmm(1).heard().takes_back = TakesBack::Done;
     host.pfs.take_made(PF);
     host.notice(1, Notice::TakenBack { id: 1, failed: vec![Change::ClearUnicast], deferred: false }).await;
@@ -367,7 +368,7 @@ async fn a_vmm_that_tells_of_resets_for_ever_costs_its_pf_no_more_than_one() {
     let mut host = Host::new(ACCEPT).await;
     let gate = std::sync::Arc::clone(&host.pfs.world().gate);
     let held = gate.lock_owned().await;
-    // Its lane is busy with this meanwhile.
+    // This request keeps the port's lane busy meanwhile.
     host.send(1, Request::SetMac(mac(9))).await;
     for _ in 0..10_000 {
         host.notice(1, Notice::PfReset).await;
@@ -387,7 +388,7 @@ async fn a_vmm_that_defers_for_ever_is_stopped() {
     let mut host = joined(&vids).await;
     host.vmm(1).heard().takes_back = TakesBack::Deferred;
     host.set(NARROW).await.unwrap();
-    // With each reset, which it did not make, the same is ordered again.
+    // Each reset orders the same changes again, because the one before did not make them.
     for _ in 0..passthrough::relay::MAX_CHANGES / vids.len() {
         host.ask(1, Request::Reset).await;
     }
@@ -398,7 +399,7 @@ async fn a_vmm_that_defers_for_ever_is_stopped() {
     assert!(!host.vmm(1).heard().stopped.is_empty());
 }
 
-/// Two guests that share a virtual router's address: the backup's driver asks for it once, at its start.
+/// Two guests share a virtual router's address. The backup's driver requests it once, at its start.
 const VIRTUAL: &str =
     r#"{"mac_changes": {"list": ["00:00:5e:00:01:00/ff:ff:ff:ff:ff:00"]}, "unicast_limit": 1}"#;
 
@@ -414,7 +415,7 @@ async fn a_backup_that_waits() -> (Host, MacAddress) {
 #[tokio::test]
 async fn an_address_is_given_to_the_guest_that_was_refused_it_when_its_port_gives_it_up() {
     let (mut host, address) = a_backup_that_waits().await;
-    // A driver sets its list anew: it does not lose the address in between.
+    // A driver that sets its list anew does not lose the address in between.
     assert_eq!(host.ask(1, Request::ClearUnicastFilters).await, FORWARD);
     assert_eq!(host.ask(1, Request::AddUnicastFilter(address)).await, FORWARD);
     tokio::time::sleep(TIMING.offer * 2).await;

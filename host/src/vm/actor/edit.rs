@@ -1,13 +1,13 @@
 // SPDX-License-Identifier: Apache-2.0
 
-//! Another specification for a VM.
+//! Edits of a VM's specification.
 
 use api::types::VmSpec;
 
 use super::*;
 
 impl Actor {
-    /// Replaces the specification. After an error it is the old one.
+    /// Replaces the specification. After an error the old one stays.
     pub(super) async fn edit(
         &mut self,
         caller: &Caller,
@@ -36,7 +36,7 @@ impl Actor {
                 );
                 return Err(Problem::new(ProblemCode::WrongState, detail));
             }
-            // Claims are of the adapters that there are now.
+            // Release the claims first: they belong to the adapters of the old specification.
             self.give_back().await?;
             network::attach(&self.env, old.id, &spec).await?;
         }
@@ -47,7 +47,7 @@ impl Actor {
             Ok(revision) => revision,
             Err(error) => {
                 if let Err(also) = network::attach(&self.env, old.id, &old.value.spec).await {
-                    // They become what the specification says at the next boot.
+                    // The next boot makes the ports match the specification.
                     tracing::error!(vm = %self.name(), "its ports are not as they were: {also}");
                 }
                 return Err(error.problem());
@@ -58,7 +58,7 @@ impl Actor {
         if !same_machine || self.vm.value.spec.restart != old.value.spec.restart {
             self.cancel_restart();
         }
-        // Under its new name; if that fails, its next state does it.
+        // Store the state under the new name. If that fails, the next change of the state does it.
         drop(self.store().await);
         let by = Some(caller.to_string());
         self.env.tell(EventKind::Changed { object: self.subject(), revision, by });

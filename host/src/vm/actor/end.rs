@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 
-//! The end of a process: stopping, and giving everything back.
+//! The end of a process: stopping it, and releasing all that the VM holds.
 
 use super::*;
 
@@ -13,7 +13,7 @@ impl Actor {
             true => OperationAction::Stop,
             false => OperationAction::Delete,
         };
-        // Asked twice, it goes on.
+        // A repeated stop continues the one under way.
         if self.progress.action() != Some(action) {
             self.progress.begin(action, self.stages_of_end());
             self.progress.enter(Stage::EndingProcess);
@@ -35,7 +35,7 @@ impl Actor {
         }
     }
 
-    /// The switch cannot hold the VM to its policy any more.
+    /// Kills the process, because the switch can no longer hold the VM to its policy.
     pub(super) fn expel(&mut self, why: String) {
         if let Some(process) = &self.process {
             process.kill();
@@ -45,12 +45,12 @@ impl Actor {
 
     pub(super) async fn on_exit(&mut self, exit: Exit) {
         self.process = None;
-        // How it ended may still be on its way.
+        // The report of the end may still be on its way.
         let words = async {
             while let Some(link) = &mut self.link {
                 match link.events.recv().await {
                     Some(Event::Report { report: Report::Ended { end }, .. }) => self.end = Some(end),
-                    // What its relays said last is recorded too.
+                    // The last events of its relays are recorded, too.
                     Some(Event::Report { report: Report::Relay { adapter, notice }, .. }) => {
                         network::notice(&self.env, self.vm.id, adapter, notice).await;
                     }
@@ -87,7 +87,8 @@ impl Actor {
         self.rest(state, cause, true).await;
     }
 
-    /// Removes the process's control group, and says what it has to say about its end.
+    /// Removes the process's control group. Extends the cause of the end if the group ran out of
+    /// memory.
     async fn unlimit(&self, cause: Option<Cause>) -> Option<Cause> {
         let (env, vm) = (Arc::clone(&self.env), self.vm.id);
         let removed = tokio::task::spawn_blocking(move || cgroup::remove(&env.cgroup_parent, vm)).await;
@@ -103,7 +104,8 @@ impl Actor {
         }
     }
 
-    /// The process is gone: gives everything back, and says so. `again`: the VM may be booted again by itself.
+    /// Releases all that the VM holds after the end of its process, and publishes its state.
+    /// `again`: the restart policy may boot the VM.
     pub(super) async fn rest(&mut self, state: VmState, cause: Option<Cause>, again: bool) {
         self.disconnected().await;
         self.deadline = None;
@@ -150,7 +152,7 @@ impl Actor {
         problem.map_or(Ok(()), Err)
     }
 
-    /// What follows on the end of the process.
+    /// The stages after the end of the process.
     pub(super) fn release_stages(&self) -> Vec<Stage> {
         let mut stages = progress::release(&self.held);
         if !self.deleting.is_empty() {
@@ -159,14 +161,14 @@ impl Actor {
         stages
     }
 
-    /// The end of a process that is there.
+    /// The stages of ending a process that runs.
     pub(super) fn stages_of_end(&self) -> Vec<Stage> {
         let mut stages = vec![Stage::EndingProcess];
         stages.extend(self.release_stages());
         stages
     }
 
-    /// The guest has been asked to power off, if it was not before.
+    /// Shows that the guest is asked to power off, unless that is shown already.
     pub(super) fn show_shutdown(&mut self) {
         if self.progress.action() != Some(OperationAction::Shutdown) {
             let mut stages = vec![Stage::AskingGuest];

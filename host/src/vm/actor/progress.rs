@@ -1,13 +1,14 @@
 // SPDX-License-Identifier: Apache-2.0
 
-//! How far an operation is. It is told while it lasts, and not stored: nothing that a boot waits for is added to it.
+//! The progress of an operation. It is published while the operation lasts, and not stored, so that
+//! a boot waits for nothing more.
 
 use api::types::{OperationAction, Stage, Timestamp, VmOperation, VmSpec};
 use tokio::sync::watch;
 
 use crate::vm::{Status, claims::Held};
 
-/// The operation that is under way, if one is.
+/// The operation under way, if there is one.
 pub(super) struct Progress {
     status: watch::Sender<Status>,
     now: Option<UnderWay>,
@@ -15,7 +16,7 @@ pub(super) struct Progress {
 
 struct UnderWay {
     action: OperationAction,
-    /// Those that have been entered, and those that are expected.
+    /// The stages that were entered, followed by the expected ones.
     stages: Vec<Stage>,
     entered: usize,
     since: Timestamp,
@@ -30,12 +31,14 @@ impl Progress {
         self.now.as_ref().map(|now| now.action)
     }
 
-    /// Another operation, in place of one that it overtakes. It is shown from its first stage on.
+    /// Begins an operation, in place of one that it overtakes. The operation is shown from its
+    /// first stage on.
     pub(super) fn begin(&mut self, action: OperationAction, stages: Vec<Stage>) {
         self.now = Some(UnderWay { action, stages, entered: 0, since: Timestamp::now() });
     }
 
-    /// These follow on the present stage, whatever else was expected. Without an operation they are one: the VM has ended by itself.
+    /// Replaces the expected stages after the present one. Without an operation the stages become
+    /// one, because the VM has ended by itself.
     pub(super) fn follow_with(&mut self, stages: Vec<Stage>) {
         match &mut self.now {
             None => self.begin(OperationAction::Release, stages),
@@ -46,7 +49,8 @@ impl Progress {
         }
     }
 
-    /// The next stage of this name is begun, and shown. One that is not expected is a part of the present one.
+    /// Enters the next expected stage of this name, and shows it. A stage that is not expected is a
+    /// part of the present one.
     pub(super) fn enter(&mut self, stage: Stage) {
         let Some(now) = &mut self.now else { return };
         let expected = now.stages.iter().skip(now.entered).position(|next| *next == stage);
@@ -57,7 +61,7 @@ impl Progress {
         self.status.send_modify(|status| status.operation = shown);
     }
 
-    /// It is done, or given up. What is published next says so.
+    /// Ends the operation, completed or not. The next published status shows that.
     pub(super) fn end(&mut self) {
         self.now = None;
     }
@@ -71,7 +75,8 @@ impl Progress {
     }
 }
 
-/// From files to a guest that runs. What an earlier end left is given back first.
+/// The stages from opening files to a running guest. Claims that an earlier end left are released
+/// first.
 pub(super) fn boot(spec: &VmSpec, left: &[Held]) -> Vec<Stage> {
     let mut stages = vec![Stage::OpeningFiles];
     stages.extend(release(left));
@@ -86,7 +91,7 @@ pub(super) fn boot(spec: &VmSpec, left: &[Held]) -> Vec<Stage> {
     stages
 }
 
-/// Giving everything back, in the order in which that is done.
+/// The stages of releasing all claims, in the order of the release.
 pub(super) fn release(held: &[Held]) -> Vec<Stage> {
     let of = |claim: &Held| {
         let clean = claim.value.adapter.is_some().then_some(Stage::CleaningFunction);
@@ -120,7 +125,7 @@ mod tests {
             (BindingFunction, (BindingFunction, 2)),
             (ClaimingFunctions, (BindingFunction, 2)),
             (Forgetting, (BindingFunction, 2)),
-            // The one after it is left out.
+            // The stage between the two is skipped.
             (BindingFunction, (BindingFunction, 4)),
             (SettingPolicy, (BindingFunction, 4)),
             (StartingVcpus, (StartingVcpus, 5)),
@@ -128,7 +133,7 @@ mod tests {
             progress.enter(stage);
             assert_eq!(shown(&progress), Some((Boot, expect.0, expect.1, 5)), "{stage}");
         }
-        // It fails there: the rest of its way is another one.
+        // The boot fails at this stage, so other stages follow.
         progress.follow_with(vec![EndingProcess, ReturningFunction]);
         progress.enter(EndingProcess);
         assert_eq!(shown(&progress), Some((Boot, EndingProcess, 6, 7)));

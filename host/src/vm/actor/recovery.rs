@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 
-//! What a former agent left: VMs that run are taken up, the rest is put right.
+//! Recovery after a former agent: running VMs are adopted, all others are cleaned up.
 
 use super::*;
 
@@ -37,19 +37,20 @@ impl Actor {
         self.publish();
     }
 
-    /// The process is there: goes on with it.
+    /// Adopts the running process.
     pub(super) async fn take_up(&mut self) {
         self.publish();
         match self.connect().await {
             Ok(State::Empty | State::Ready) => {
-                // The former agent was about to build the machine, with files that nobody has any more.
+                // The former agent was about to build the machine, and the files that it had opened
+                // are gone.
                 self.fail(Problem::new(ProblemCode::VmmFailed, "The agent was restarted during the boot."));
                 if let Some(process) = &self.process {
                     process.kill();
                 }
             }
             Ok(state) => tracing::info!(vm = %self.name(), ?state, "found running"),
-            // It is logged, and a later tick tries again.
+            // The error is logged, and a later tick tries again.
             Err(_) => {}
         }
         if self.run.state == VmState::Stopping {
@@ -57,11 +58,11 @@ impl Actor {
         }
     }
 
-    /// The process is not there, and the VM is not at rest or holds something.
+    /// Cleans up without a process: the VM is not at rest, or holds claims.
     pub(super) async fn put_right(&mut self) {
         let (state, known) = (self.run.state, self.run.process.take());
         if known.is_none() && !state.is_at_rest() {
-            // It may have been started just before the former agent died.
+            // The process may have been started just before the former agent died.
             match Process::of_vm(self.vm.id) {
                 Ok(Some(mut process)) => {
                     process.kill();
@@ -99,7 +100,7 @@ impl Actor {
             VmState::Stopping => VmState::Stopped,
             _ => VmState::Failed,
         };
-        // What was at rest stays as it was, and what has ended meanwhile may be booted again.
+        // A VM at rest stays as it was. A VM that has ended meanwhile may be restarted.
         let (again, planned) = (!state.is_at_rest(), self.run.restart.next);
         self.rest(rest, cause, again).await;
         if !again {

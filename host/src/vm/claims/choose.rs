@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 
-//! Choosing the functions of a VM: by name, or the next free VF of a PF that fits.
+//! Chooses the functions of a VM: the named one, or the next free VF of a PF that fits.
 
 use api::{
     problem::{Problem, ProblemCode},
@@ -22,10 +22,10 @@ use crate::{
     },
 };
 
-/// Chooses all functions of a VM, none of which is `taken`.
+/// Chooses all functions of a VM, none of them `taken`.
 ///
 /// # Errors
-/// A problem that names the function and what it lacks, or its owner.
+/// A problem that names the function, and its owner or the property that it lacks.
 pub(super) fn choose(
     inventory: &Inventory,
     vm: Uuid,
@@ -94,7 +94,7 @@ fn in_use(bdf: Bdf, owner: &Claim, is_vf: bool) -> Problem {
     )
 }
 
-/// An agent that is not root cannot use the host's own functions.
+/// Whether the agent can use a function. Without root it cannot use those of the host.
 fn usable(inventory: &Inventory, bdf: Bdf) -> Result<(), Problem> {
     if inventory.has_hardware() || is_simulated(bdf) {
         return Ok(());
@@ -146,7 +146,7 @@ fn require_up(pf: &Pf) -> Result<(), Problem> {
     Err(Problem::new(ProblemCode::PfDown, format!("PF {} {cure}.", pf.name())))
 }
 
-/// A VF that nobody has, no VM and not the host either, of a PF that fits.
+/// A VF that neither a VM nor the host uses, of a PF that fits.
 fn free_vf(
     inventory: &Inventory,
     taken: &[Claim],
@@ -168,7 +168,7 @@ fn free_vf(
                 || taken.iter().any(|claim| claim.bdf == bdf)
                 || taken.iter().find(group).is_some()
                 || inventory.check_viable(bdf, &[]).is_err()
-                // Last, since it opens the group. A use that cannot be found out is one.
+                // The last check, because it opens the group. An unknown use counts as one.
                 || inventory.usage(bdf).map_or(true, |usage| usage.is_some());
             match &up {
                 _ if used => {}
@@ -190,7 +190,7 @@ fn free_vf(
     }))
 }
 
-/// The problem of a function that something else on the host uses.
+/// The problem of a function that is in use elsewhere on the host.
 fn check_unused(inventory: &Inventory, bdf: Bdf, code: ProblemCode, what: &str) -> Result<(), Problem> {
     let usage = inventory.usage(bdf).map_err(|error| Problem::new(ProblemCode::Internal, chain(&error)))?;
     match usage {

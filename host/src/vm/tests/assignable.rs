@@ -10,7 +10,7 @@ use passthrough::sriov::Bdf;
 
 use super::fixture::{Host, VF0, caller};
 
-/// Boots a VM with a function of this kind under `devices`, on a host whose operator has said these words.
+/// Boots a VM with an NVMe function under `devices`, on a host with these words of `--assignable`.
 async fn boot_with_device(words: &[&str], change: impl FnOnce(&Host, Bdf)) -> Result<(), api::Problem> {
     let host = Host::with_assignable(words).await;
     let device = Bdf::new(0, 2, 0, 0).unwrap();
@@ -121,7 +121,7 @@ async fn a_device_has_one_owner() {
     assert!(problem.detail.contains("first"), "{problem}");
     let cause = second.status().run.cause.expect("who looks later sees why it was not booted");
     assert_eq!((second.state(), cause.problem), (VmState::Defined, Some(ProblemCode::DeviceInUse)));
-    // What is in its IOMMU group reaches the same memory.
+    // A function in the same IOMMU group reaches the same memory.
     let sibling = Bdf::new(0, 2, 0, 1).unwrap();
     host.sysfs.add_device(sibling, (0x8086, 0x0953), 0x01_08_02, Some(77), None);
     let third = host.create("third", |spec| {

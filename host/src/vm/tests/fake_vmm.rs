@@ -1,9 +1,10 @@
 // SPDX-License-Identifier: Apache-2.0
 
-//! A vmm without a machine: speaks the control protocol, and does what is typed on its console.
+//! A vmm without a machine: it speaks the control protocol, and obeys the words typed on its
+//! console.
 //!
-//! It is this test program, started by the agent as it starts a vmm: as a test that only does something when it is
-//! called with a descriptor and an id.
+//! The agent starts this test program like a vmm, as a test that acts only when it is called with a
+//! descriptor and an id.
 
 use std::{
     collections::VecDeque,
@@ -28,7 +29,8 @@ use super::fixture::Gates;
 /// The name of the test that is the vmm.
 pub(crate) const NAME: &str = "vm::tests::fake_vmm::fake_vmm";
 
-/// One that nobody talks to ends: a failed test leaves nothing behind.
+/// The time after which a fake without an agent ends, so that a failed test leaves no process
+/// behind.
 const LONELY: Duration = Duration::from_secs(20);
 
 #[test]
@@ -76,7 +78,7 @@ struct Fake {
     later: Option<(Instant, String)>,
     ended: bool,
     asked: u64,
-    /// Answers with another order's outcome.
+    /// Completes commands with the outcome of another one.
     confused: bool,
     /// Does not react to its power button.
     deaf: bool,
@@ -147,11 +149,11 @@ impl Fake {
                     self.say(&ToAgent::Report { seq, report });
                 }
             }
-            // It asks all the same.
+            // The fake sends its requests in spite of a standing denial.
             ToVmm::Standing { .. } => {}
             ToVmm::Noted { upto } => self.reports.retain(|(seq, _)| *seq > upto),
             ToVmm::Answer { answer: Answer::Mailbox { adapter, verdict }, .. } => {
-                // Its PF acknowledges whatever is forwarded.
+                // Its PF acknowledges every forwarded message.
                 if let Decision::Grant { how: How::Forward } = verdict.decision {
                     let notice = Notice::Forwarded { seq: verdict.seq, outcome: Forwarded::Accepted };
                     self.report(Report::Relay { adapter, notice });
@@ -278,7 +280,7 @@ impl Fake {
         }
     }
 
-    /// Says what no vmm of ours says.
+    /// Sends messages that no real vmm sends.
     fn talk_nonsense(&mut self, kind: &str) {
         let raw = |bytes: &[u8]| {
             rustix::net::send(self.channel.as_ref().unwrap(), bytes, rustix::net::SendFlags::NOSIGNAL)

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 
-//! A made-up host.
+//! A made-up host for the tests of VMs.
 
 use std::{
     collections::BTreeMap,
@@ -42,7 +42,7 @@ pub(crate) const VF1: Bdf = Bdf::new(0, 1, 0x10, 2).unwrap();
 /// No step of a test takes longer.
 pub(crate) const PATIENCE: Duration = Duration::from_secs(20);
 
-/// A place at which tests hold what they have made up: it is closed while its file is there.
+/// Gates at which tests hold the fakes. A gate is closed while its file exists.
 #[derive(Clone)]
 pub(crate) struct Gates(pub(crate) PathBuf);
 
@@ -65,7 +65,7 @@ impl Gates {
     }
 }
 
-/// One PF that many handles configure, as the kernel's.
+/// One PF that many handles configure, like a PF of the kernel.
 struct SharedPf(Arc<Mutex<FakePf>>, Gates);
 
 impl PfControl for SharedPf {
@@ -97,7 +97,7 @@ pub(crate) struct Host {
 }
 
 impl Host {
-    /// A PF with two VFs that igbvf has, and a kernel file.
+    /// A host with a PF, two VFs bound to igbvf, and a kernel file.
     pub(crate) fn new() -> Self {
         let dir = tempfile::tempdir().unwrap();
         let path = |name: &str| {
@@ -115,17 +115,17 @@ impl Host {
         Self { env, sysfs, pf, fresh, dir }
     }
 
-    /// With a switch, as every agent has one outside of tests.
+    /// A host with a switch, as every agent has one outside of tests.
     pub(crate) async fn with_switch() -> Self {
         Self::with_environment(|_| {}).await
     }
 
-    /// With simulated adapters beside its own.
+    /// A host with simulated adapters beside its own.
     pub(crate) async fn with_simulated(simulated: Arc<Simulated>) -> Self {
         Self::with_environment(|env| env.add_simulated(simulated)).await
     }
 
-    /// As an agent without root sees it.
+    /// A host as an agent without root sees it.
     pub(crate) async fn with_simulated_only(simulated: Arc<Simulated>) -> Self {
         Self::with_environment(|env| {
             env.inventory.leave_out_hardware();
@@ -134,7 +134,7 @@ impl Host {
         .await
     }
 
-    /// With functions that VMs may have under `devices`.
+    /// A host with functions that VMs may have under `devices`.
     pub(crate) async fn with_assignable(words: &[&str]) -> Self {
         let words: Vec<Assignable> = words.iter().map(|word| word.parse().unwrap()).collect();
         Self::with_environment(|env| env.inventory.set_assignable(words.into())).await
@@ -146,7 +146,7 @@ impl Host {
         host
     }
 
-    /// What another agent on this host would have, which has a switch.
+    /// The environment of another agent on this host, with a switch.
     pub(crate) async fn another_agent(&self, change: impl FnOnce(&mut Environment)) -> Arc<Environment> {
         let mut env = environment(self.dir.path(), &self.sysfs.sysfs(), &self.pf);
         change(&mut env);
@@ -169,7 +169,7 @@ impl Host {
         Arc::new(env)
     }
 
-    /// What a new agent on this host begins with.
+    /// Gives the host the environment of a new agent.
     pub(crate) fn new_agent(&mut self) {
         self.new_agent_with(|_| {});
     }
@@ -192,7 +192,7 @@ impl Host {
         VmHandle::find(Arc::clone(&self.env), self.env.vms.get(id).await.unwrap())
     }
 
-    /// Does it and waits for its end.
+    /// Starts an action and waits for its completion.
     pub(crate) async fn act(&self, vm: &VmHandle, action: VmAction) -> Result<(), ProblemCode> {
         let done = timeout(PATIENCE, vm.act(action, caller())).await.unwrap().map_err(|p| p.code)?;
         timeout(PATIENCE, done).await.unwrap().unwrap().map_err(|p| p.code)
@@ -201,7 +201,7 @@ impl Host {
     /// Types a word that the fake vmm obeys.
     pub(crate) async fn tell(&self, vm: &VmHandle, word: &str) {
         let order = Order::ConsoleInput { bytes: word.into() };
-        // One that dies of it does not answer.
+        // A fake that dies of the word does not answer.
         drop(vm.connection().unwrap().order(order, Vec::new(), PATIENCE).await);
     }
 
@@ -211,7 +211,7 @@ impl Host {
         assert!(found.is_ok(), "{} in place of {state}", vm.state());
     }
 
-    /// Waits for the VM to be at rest, after what a former agent left was looked at.
+    /// Waits for the VM to be at rest, after the recovery from a former agent.
     pub(crate) async fn at_rest(&self, vm: &VmHandle) {
         let mut status = vm.follow();
         let rest = status.wait_for(|status| {
@@ -223,7 +223,7 @@ impl Host {
         assert!(found.is_ok(), "{} and not at rest", vm.state());
     }
 
-    /// Asserts that nothing on the host tells that there was a VM.
+    /// Asserts that the host has no trace of a VM.
     pub(crate) async fn assert_untouched(&self) {
         assert_eq!(self.claims().await, 0);
         for (index, vf) in [(0, VF0), (1, VF1)] {
@@ -274,12 +274,12 @@ fn environment(dir: &Path, sysfs: &Sysfs, pf: &Arc<Mutex<FakePf>>) -> Environmen
         inventory: sysfs.clone().into(),
         open_pf: Arc::new(move |_| Ok(Box::new(SharedPf(Arc::clone(&pf), gates.clone())))),
         image_dirs: vec![dir.join("images")],
-        // A test machine's own limit is 8 MiB at times.
+        // A test machine's own limit may be only 8 MiB.
         memlock_slack: 0,
         kvm: "/dev/null".into(),
         program: Program {
             path: std::env::current_exe().unwrap().into(),
-            // The last one is the fake's: there is no test of this name.
+            // The last argument is for the fake. No test has its name.
             arguments: vec![
                 "--exact".into(),
                 "--nocapture".into(),

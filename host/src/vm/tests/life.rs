@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 
-//! What the agent does with VMs by itself, and VMs that change.
+//! Restarts and boots by the agent itself, and edits of VMs.
 
 use std::time::Duration;
 
@@ -17,7 +17,7 @@ use crate::{
     vm::{Status, VmHandle, record::Asked},
 };
 
-/// Long enough for a boot that must not come.
+/// Long enough to see an unwanted boot.
 const SOON: Duration = Duration::from_millis(600);
 
 const BACKOFF: Backoff = Backoff {
@@ -26,7 +26,7 @@ const BACKOFF: Backoff = Backoff {
     reset: Duration::from_secs(3600),
 };
 
-/// Nothing of it happens during a test.
+/// No attempt with these delays happens during a test.
 const SLOW: Backoff =
     Backoff { first: Duration::from_secs(3600), most: Duration::from_secs(7200), ..BACKOFF };
 
@@ -68,7 +68,7 @@ async fn one_that_crashes_is_booted_again_and_one_that_powers_off_is_not() {
     host.tell(&vm, "poweroff").await;
     host.reaches(&vm, VmState::Stopped).await;
     stays(&vm, VmState::Stopped).await;
-    // Somebody boots it: it begins anew.
+    // A boot by a caller starts the count of attempts anew.
     host.act(&vm, VmAction::Boot).await.unwrap();
     assert_eq!(vm.status().run.restart.attempts, 0);
     host.act(&vm, VmAction::Stop).await.unwrap();
@@ -93,7 +93,7 @@ async fn always_is_until_somebody_asks_for_the_end() {
     host.act(&vm, VmAction::Boot).await.unwrap();
     host.tell(&vm, "poweroff").await;
     runs_again(&vm, 1).await;
-    // Its guest does what it is asked for.
+    // The guest obeys the request to power off.
     host.act(&vm, VmAction::Shutdown).await.unwrap();
     stays(&vm, VmState::Stopped).await;
 }
@@ -124,7 +124,7 @@ async fn a_boot_ends_when_the_vm_is_stopped_or_deleted() {
             status.operation.as_ref().is_some_and(|operation| operation.stage == Stage::BuildingMachine)
         };
         until(&vm, "it is built", builds).await;
-        // These wait for their turn.
+        // The edit and the deletion wait for their turn.
         let (other, another) = (vm.clone(), vm.clone());
         let edited =
             tokio::spawn(
@@ -142,7 +142,7 @@ async fn a_boot_ends_when_the_vm_is_stopped_or_deleted() {
         } else {
             host.act(&vm, VmAction::Stop).await.unwrap();
             assert_eq!(vm.status().run.cause.unwrap().code, CauseCode::Stopped);
-            // Its turn may come when the VM is not at rest yet.
+            // Its turn may come before the VM is at rest.
             if let Err(problem) = edited.await.unwrap() {
                 assert!(problem.detail.contains("wait until it is stopped"), "{problem}");
             }
@@ -219,7 +219,7 @@ async fn what_is_planned_is_shown_and_can_be_cancelled() {
 async fn an_attempt_that_fails_is_followed_by_others() {
     let host = host(BACKOFF).await;
     let vm = host.create("web1", |spec| spec.restart = RestartPolicy::OnFailure).await;
-    // Who boots it is told, and does not get a VM that boots later.
+    // The caller gets the error, and no later boot is scheduled.
     host.set_pf_up(false);
     assert_eq!(host.act(&vm, VmAction::Boot).await, Err(ProblemCode::PfDown));
     stays(&vm, vm.state()).await;
@@ -277,7 +277,7 @@ async fn autostart_is_at_the_agent_s_start_unless_the_vm_was_stopped_on_this_boo
         vm.leave().await;
         host.new_agent();
         let vm = host.load(vm.id).await;
-        // It was never booted.
+        // Autostart boots a VM that was never booted.
         host.reaches(&vm, VmState::Running).await;
         match how {
             "stop" => host.act(&vm, VmAction::Stop).await.unwrap(),
@@ -309,14 +309,14 @@ async fn what_nobody_asked_for_is_booted_with_the_author_s_rights() {
     let vm = host.create("web1", |_| {}).await;
     vm.leave().await;
     let mut entry = host.env.vms.get(vm.id).await.unwrap();
-    // The agent's own user could open it.
+    // The agent's own user could open this kernel.
     let kernel = host.env.run_dir.join("kernel");
     std::fs::create_dir_all(&host.env.run_dir).unwrap();
     std::fs::write(&kernel, "not really").unwrap();
     entry.value.spec.boot.kernel = kernel.to_str().unwrap().into();
     entry.value.spec.autostart = true;
     for (author, state) in [(None, VmState::Failed), (entry.value.author.clone(), VmState::Running)] {
-        // As of an agent that noted no more than that.
+        // As stored by an agent that noted only the author of the specification.
         entry.value.author = author;
         entry.value.boot_authors.clear();
         host.env.vms.put(vm.id, "web1", &entry.value, Expect::Any).await.unwrap();
@@ -339,7 +339,7 @@ async fn a_vm_at_rest_can_be_changed_and_its_ports_with_it() {
     let group = serde_json::from_value(serde_json::json!({ "switch": "default" })).unwrap();
     policy.put_port_group(caller(), "web".parse().unwrap(), group, None).await.unwrap();
     let vm = host.create("web1", |_| {}).await;
-    // As the agent does when it creates one.
+    // The agent does this when it creates a VM.
     crate::vm::network::attach(&host.env, vm.id, &vm.record().value.spec).await.unwrap();
     let port = async |name: &str| policy.get_port(ObjectRef::Name(name.into())).await;
     let first = port("web1/eth0").await.unwrap();
@@ -364,14 +364,14 @@ async fn a_vm_at_rest_can_be_changed_and_its_ports_with_it() {
     assert_eq!((now.id, now.status.port_group.as_str()), (first.id, "web"));
     assert_eq!(now.status.effective_mac.to_string(), "02:00:00:00:00:77");
     assert!(port("web2/eth1").await.is_ok() && port("web1/eth0").await.is_err());
-    // The same once more changes nothing.
+    // A repeated edit changes nothing.
     let revision = vm.record().revision;
     vm.edit(caller(), spec.clone(), None).await.unwrap();
     assert_eq!(vm.record().revision, revision);
     host.act(&vm, VmAction::Boot).await.unwrap();
     assert_eq!(host.settings(0).mac.unwrap().to_string(), "02:00:00:00:00:77");
 
-    // While it runs, only what the agent does with it.
+    // While the VM runs, only the agent's own actions on it can be edited.
     let problem = vm.edit(caller(), base, None).await.unwrap_err();
     assert_eq!(problem.code, ProblemCode::WrongState);
     assert!(
@@ -402,7 +402,7 @@ async fn two_adapters_can_change_their_addresses() {
     let [a, b] = addresses;
     let spec = VmSpec { adapters: adapters([b, a]), ..vm.record().value.spec.clone() };
     vm.edit(caller(), spec, None).await.unwrap();
-    // And so they are for an agent that reads them from the store.
+    // An agent that loads the ports from the store sees the same addresses.
     vm.leave().await;
     let again = host.another_agent(|_| {}).await;
     for (name, mac) in [("web1/eth0", b), ("web1/eth1", a)] {

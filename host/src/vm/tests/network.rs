@@ -30,7 +30,7 @@ impl Host {
         self.policy().get_port(ObjectRef::Name("web1/eth0".into())).await.unwrap()
     }
 
-    /// The VM asks; waits for the decision.
+    /// Makes the VM send a request, and waits for the decision.
     async fn asks(&self, vm: &VmHandle, request: &str, verdict: Outcome) -> api::types::Decision {
         self.tell(vm, &format!("ask {request}")).await;
         let filter = DecisionFilter { verdict: Some(verdict), limit: 1, ..DecisionFilter::default() };
@@ -93,13 +93,13 @@ async fn a_vm_that_keeps_what_is_taken_back_is_killed_and_its_vf_is_nobodys_unti
     let vm = host.create("web1", |spec| spec.adapters[0].port_group = Some("web".parse().unwrap())).await;
     host.act(&vm, VmAction::Boot).await.unwrap();
     host.asks(&vm, r#"{"set_vlan": {"vid": 100, "add": true}}"#, Outcome::Allowed).await;
-    // The fake vmm takes nothing back.
+    // The fake vmm revokes nothing.
     host.put_group("web", "{}").await;
     host.at_rest(&vm).await;
     let cause = vm.status().run.cause.unwrap();
     assert_eq!((vm.state(), cause.code), (VmState::Failed, CauseCode::MachineFailed));
     assert!(cause.detail.contains("set_vlan"), "{}", cause.detail);
-    // There is no VFIO in this test: the VLAN cannot be left, and nobody else gets the VF.
+    // There is no VFIO in this test, so the VLAN cannot be left, and no other VM may get the VF.
     assert_eq!(host.claims().await, 1);
     assert_eq!(host.act(&vm, VmAction::Boot).await.unwrap_err(), ProblemCode::DeviceFailed);
     assert_eq!(host.port().await.status.vf_index, Some(0));

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 
-//! What is shown of an operation while something of it takes its time.
+//! The progress that an operation shows while one of its stages is held.
 
 use api::types::{
     OperationAction::{self, Boot, Delete, Reboot, Release, Shutdown, Stop},
@@ -12,7 +12,7 @@ use tokio::time::timeout;
 use super::fixture::{Gates, Host, PATIENCE, caller};
 use crate::vm::{Completion, VmHandle};
 
-/// A VM whose operations are looked at.
+/// A VM with gates to hold its operations.
 struct Watched {
     host: Host,
     vm: VmHandle,
@@ -40,7 +40,7 @@ impl Watched {
         assert!(found.is_ok(), "{:?} in place of {expect:?}", self.vm.status());
     }
 
-    /// The operation is done: its stage is gone, at the moment at which the state is there.
+    /// Waits for the completion. The stage must be gone when the state is there.
     async fn ends(&self, done: Completion, state: VmState) {
         timeout(PATIENCE, done).await.unwrap().unwrap().unwrap();
         let status = self.vm.status();
@@ -55,7 +55,7 @@ async fn a_boot_and_a_stop_show_each_stage_while_it_lasts() {
         it.gates.close(gate);
     }
     let claiming = it.host.env.claiming.lock().await;
-    // It answers when the functions are claimed.
+    // The call is answered when the functions are claimed.
     let (vm, by) = (it.vm.clone(), caller());
     let begun = tokio::spawn(async move { vm.act(VmAction::Boot, by).await });
     it.shows(Boot, ClaimingFunctions, 2, 7).await;
@@ -85,7 +85,7 @@ async fn a_boot_and_a_stop_show_each_stage_while_it_lasts() {
     let done = it.begin(VmAction::Stop).await;
     it.shows(Stop, EndingProcess, 1, 3).await;
     let since = it.vm.status().operation.unwrap().since;
-    // Asked again it goes on.
+    // A repeated stop continues the one under way.
     let again = it.begin(VmAction::Stop).await;
     assert_eq!(it.vm.status().operation.unwrap().since, since);
     it.gates.open("stop");
@@ -110,7 +110,7 @@ async fn a_boot_that_fails_goes_on_with_giving_back() {
     let status = it.vm.status();
     assert_eq!((status.run.state, status.operation), (VmState::Failed, None));
 
-    // What is refused at once is under way no more when it is answered.
+    // A boot that is refused at once is no longer shown when the call is answered.
     it.host.set_pf_up(false);
     it.vm.act(VmAction::Boot, caller()).await.unwrap_err();
     assert_eq!(it.vm.status().operation, None);
@@ -131,7 +131,7 @@ async fn a_guest_that_does_not_react_is_waited_for_until_another_operation_takes
     it.gates.close("stop");
     let stopped = it.begin(VmAction::Stop).await;
     it.shows(Stop, EndingProcess, 1, 3).await;
-    // The VM is to go altogether.
+    // Delete the VM during the stop.
     let vm = it.vm.clone();
     let deleted = tokio::spawn(async move { vm.delete(caller(), None).await });
     it.shows(Delete, EndingProcess, 1, 4).await;
@@ -165,7 +165,7 @@ async fn an_end_that_nobody_asked_for_shows_what_is_given_back() {
 async fn what_a_former_agent_left_is_given_back_before_the_next_boot() {
     let it = Watched::new("").await;
     it.host.act(&it.vm, VmAction::Boot).await.unwrap();
-    // The PF takes nothing back.
+    // The PF refuses to restore the VF's settings.
     it.host.pf_answers(&[Some(5); 4]);
     it.host.act(&it.vm, VmAction::Stop).await.unwrap_err();
     assert_eq!((it.host.claims().await, it.vm.status().operation), (1, None));
