@@ -9,7 +9,7 @@ use std::{
     process::Command,
 };
 
-/// Freestanding, without what KVM's instruction emulator does not know: no vectors, no x87.
+/// Freestanding, without the instructions that KVM's emulator does not know: no vectors, no x87.
 const FLAGS: [&str; 20] = [
     "-std=gnu11",
     "-Os",
@@ -38,7 +38,7 @@ const CURE: &str = "install GCC (Debian's package gcc), or name a compiler by CC
 fn main() -> Result<(), Box<dyn Error>> {
     let root = Path::new(&env::var("CARGO_MANIFEST_DIR")?).join("../resources/guest");
     let image = PathBuf::from(env::var("OUT_DIR")?).join("small-guest.elf");
-    // The directory too: a file that is added counts.
+    // The directory too, because a file may be added.
     println!("cargo::rerun-if-changed={}", root.display());
     let mut sources = Vec::new();
     for entry in root.read_dir()? {
@@ -62,7 +62,7 @@ fn main() -> Result<(), Box<dyn Error>> {
         let compiler = compiler.display();
         return Err(format!("{compiler} cannot build the small guest ({}):\n{said}", output.status).into());
     }
-    // A segment that is all of writable and executable is what a guest without a loader of its own has.
+    // A guest without a loader of its own needs a segment that is readable, writable and executable.
     for line in said.lines().filter(|line| line.contains("warning:") && !line.contains("RWX")) {
         println!("cargo::warning={line}");
     }

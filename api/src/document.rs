@@ -1,10 +1,10 @@
 // SPDX-License-Identifier: Apache-2.0
 
-//! Documents, read strictly: request bodies, and files of the command line in whatever format.
+//! Strict readers of documents: request bodies, and the command line's files in any format.
 //!
-//! RFC 8259 leaves open what a member means that is there twice. Readers differ, and a policy that two of them understand in two
-//! ways is none: so it is an error here, at whatever depth. Every document becomes a JSON value first, and only that is given a
-//! type: a file means the same in each format, and the same as a request with its content.
+//! RFC 8259 does not define the meaning of a repeated member. Readers differ, and a policy must not have two readings, so a
+//! repeated member is an error at any depth. Each document becomes a JSON value first, and a typed value from that: a file
+//! means the same in each format, and the same as a request with its content.
 
 mod typed;
 
@@ -15,10 +15,10 @@ use serde_json::{Map, Number, Value};
 
 pub use typed::read;
 
-/// Reads one JSON value, and nothing behind it. The depth is bounded by the parser (128).
+/// Reads one JSON value, and rejects anything behind it. The parser bounds the depth (128).
 ///
 /// # Errors
-/// No JSON, a member that is there twice, or more than one value.
+/// The text is not JSON, repeats a member, or has more than one value.
 pub fn json(text: &[u8]) -> Result<Value, serde_json::Error> {
     let mut parser = serde_json::Deserializer::from_slice(text);
     let value = value(&mut parser)?;
@@ -29,12 +29,12 @@ pub fn json(text: &[u8]) -> Result<Value, serde_json::Error> {
 /// Reads a value from a document of any format.
 ///
 /// # Errors
-/// A member that is there twice, or something that JSON does not have.
+/// The document repeats a member, or has a value that JSON lacks.
 pub fn value<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Value, D::Error> {
     Strict.deserialize(deserializer)
 }
 
-/// Takes any value whose objects have each member once.
+/// Accepts any value without repeated members.
 struct Strict;
 
 impl<'de> DeserializeSeed<'de> for Strict {

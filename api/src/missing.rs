@@ -1,12 +1,12 @@
 // SPDX-License-Identifier: Apache-2.0
 
-//! Objects that do not exist: the message, with names that were perhaps meant.
+//! Objects that do not exist: the message, with names that the caller may have meant.
 
 use std::{borrow::Cow, collections::BTreeSet, fmt};
 
-/// An object that does not exist. Its text is a whole message: near names, and the command that lists what there is.
+/// An object that does not exist. Its text is a whole message: near names, and the command that lists the existing objects.
 ///
-/// Callers give the names that exist. Every caller of the API may list those, so that a near name discloses nothing.
+/// Callers supply the existing names. Every caller of the API may list those, so that a near name discloses nothing.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Missing {
     kind: Cow<'static, str>,
@@ -17,22 +17,22 @@ pub struct Missing {
 /// The most near names in a message.
 const MOST_NEAR: usize = 3;
 
-/// The most names that are compared: a message is worth no more.
+/// The most names to compare: a message is worth no more work.
 const MOST_NAMES: usize = 10_000;
 
-/// The longest name in bytes that is compared: that of a port, VM and adapter.
+/// The longest name to compare, in bytes: a port's, with VM and adapter.
 const LONGEST: usize = 127;
 
-/// The characters of a name that a message has.
+/// The most characters of a name in a message.
 const SHOWN: usize = 80;
 
 impl Missing {
-    /// An object of this kind (`VM`, `port group`) and name, where no other names are known.
+    /// An object of this kind (`VM`, `port group`) and name, without near names.
     pub fn new(kind: impl Into<Cow<'static, str>>, name: impl fmt::Display) -> Self {
         Missing { kind: kind.into(), name: name.to_string(), near: Vec::new() }
     }
 
-    /// An object of this kind and name among those that exist.
+    /// An object of this kind and name, with near names among the existing ones.
     pub fn among<N: AsRef<str>>(
         kind: impl Into<Cow<'static, str>>,
         name: impl fmt::Display,
@@ -79,13 +79,13 @@ pub fn or(names: &[String]) -> String {
     }
 }
 
-/// A name in a message: printable, and not longer than a line.
+/// A name for a message: printable, and not longer than a line.
 fn shown(name: &str) -> String {
     netpolicy::clipped(name, SHOWN).escape_debug().to_string()
 }
 
-/// The names that are nearest to `name`: at most three, the nearest first. They differ by letters of another case, by at most
-/// two edits, or, as the ports of a VM do, by what follows a slash. The work is linear in the number of names.
+/// The names nearest to `name`: at most three, the nearest first. A near name differs in case, by at most two edits, or, as a
+/// VM's ports do, by a slash and more behind it. The work is linear in the number of names.
 pub fn near<N: AsRef<str>>(name: &str, names: impl IntoIterator<Item = N>) -> Vec<String> {
     if name.is_empty() || name.len() > LONGEST {
         return Vec::new();
@@ -115,8 +115,8 @@ pub fn near<N: AsRef<str>>(name: &str, names: impl IntoIterator<Item = N>) -> Ve
     nearest.into_iter().map(|(_, name)| name).collect()
 }
 
-/// How many edits lead from one text to the other, if at most `most` do: a character more, less or another one, or two
-/// neighbours exchanged.
+/// The number of edits from one text to the other; None if there are more than `most`. An edit inserts, deletes or replaces a
+/// character, or swaps two neighbours.
 fn distance(from: &str, to: &str, most: usize) -> Option<usize> {
     let (from, to): (Vec<char>, Vec<char>) = (from.chars().collect(), to.chars().collect());
     if from.len().abs_diff(to.len()) > most {
@@ -186,7 +186,7 @@ mod tests {
         assert!(hostile.contains("eth\\u{7}"), "{hostile}");
     }
 
-    /// A long name and many names cost little: neither of them is bounded by the caller.
+    /// Long names and many names cost little, although the caller bounds neither.
     #[test]
     fn the_work_is_bounded() {
         let names = (0..1_000_000).map(|n| {
@@ -198,7 +198,7 @@ mod tests {
     }
 
     proptest::proptest! {
-        // At most four bytes a character: none is too long to be compared.
+        // At most four bytes a character: no name is too long to compare.
         #[test]
         fn no_name_panics_and_each_is_near_to_itself(name in ".{1,31}", other in ".{0,60}") {
             let _ = Missing::among("VM", &name, [&other]).to_string();

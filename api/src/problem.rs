@@ -1,13 +1,13 @@
 // SPDX-License-Identifier: Apache-2.0
 
-//! What the API answers when it cannot do what was asked: `application/problem+json` (RFC 9457).
+//! Refusals and failures of the API: `application/problem+json` (RFC 9457).
 
 use serde::{Deserialize, Deserializer, Serialize, Serializer};
 use utoipa::ToSchema;
 
 use crate::Missing;
 
-// Boxed texts keep it small enough to be returned by value.
+// Boxed texts keep the type small enough to be returned by value.
 /// A refusal or failure, as it goes over the wire.
 ///
 /// `code` is for programs and never changes its meaning; `detail` is for people and names the thing, the cause
@@ -52,7 +52,7 @@ impl Problem {
         }
     }
 
-    /// Something in the request is not as it must be; `field` says where.
+    /// A part of the request is not valid; `field` names it.
     pub fn invalid(field: impl Into<Box<str>>, detail: impl Into<String>) -> Self {
         Problem { field: Some(field.into()), ..Problem::new(ProblemCode::InvalidRequest, detail) }
     }
@@ -73,7 +73,7 @@ impl Problem {
     }
 }
 
-/// Makes the enum, its wire names, statuses, titles, causes and cures from one table, of which `docs/errors.md` is a copy.
+/// Makes the enum, its wire names, statuses, titles, causes and cures from one table, which `docs/errors.md` copies.
 macro_rules! problem_codes {
     ($($(#[$doc:meta])* $variant:ident = $name:literal, $status:literal, $title:literal, $cause:literal, $cure:literal;)*) => {
         /// Stable codes of problems.
@@ -101,12 +101,12 @@ macro_rules! problem_codes {
                 match self { $(ProblemCode::$variant => $title,)* }
             }
 
-            /// What brings it about, in general; a problem's `detail` says what did.
+            /// The usual cause. A problem's `detail` has the actual one.
             pub fn cause(self) -> &'static str {
                 match self { $(ProblemCode::$variant => $cause,)* }
             }
 
-            /// What helps, in general.
+            /// The usual cure.
             pub fn cure(self) -> &'static str {
                 match self { $(ProblemCode::$variant => $cure,)* }
             }
@@ -115,11 +115,11 @@ macro_rules! problem_codes {
 }
 
 problem_codes! {
-    /// A field, parameter or header is not as it must be; `field` says which.
+    /// A field, parameter or header is not valid; `field` names it.
     InvalidRequest = "invalid_request", 400, "The request is not valid",
         "A field of the body, a parameter or a header has a value that it cannot have, is missing, or is not known.",
         "Correct what `field` names; `detail` says what it takes, `/v1/openapi.json` has every type.";
-    /// No token, or none that the agent knows.
+    /// The token is missing or unknown.
     Unauthorized = "unauthorized", 401, "Who is asking?",
         "A request over TCP has no token, or one that is not in the agent's token file.",
         "Send `authorization: Bearer TOKEN` (`--token-file`); after a change of the file restart the agent.";
@@ -155,11 +155,11 @@ problem_codes! {
     BodyTooLarge = "body_too_large", 413, "The body is too large",
         "The body has more than 64 KiB, or input for a console more than 4096 bytes.",
         "Send less at once.";
-    /// The body's type is none that the API takes.
+    /// The API does not take the body's type.
     UnsupportedMediaType = "unsupported_media_type", 415, "Unsupported media type",
         "The body's content type is not JSON.",
         "Send `content-type: application/json`, or `application/merge-patch+json` with PATCH.";
-    /// Something that should not happen; `detail` is for a bug report.
+    /// An unexpected failure; `detail` is for a bug report.
     Internal = "internal", 500, "Internal error",
         "The agent met something that it does not know, or it is broken; sysfs could not be read, for example.",
         "Look for the request's id in the agent's log, and report it with that.";
@@ -168,7 +168,7 @@ problem_codes! {
         "The agent is about to end, its database cannot be used, or it has as many objects as it manages.",
         "Try again; if it stays so, look at the agent's log and at the space on the disk of `--state-dir`.";
 
-    /// As many clients are connected, or follow a stream, as the agent serves at once.
+    /// The agent already serves as many clients or streams as it can at once.
     TooManyClients = "too_many_clients", 503, "Too many clients",
         "256 clients are connected to the listener, 64 of them your user's on the socket, or 64 follow events or read consoles.",
         "End some of them, or try again later.";
@@ -181,11 +181,11 @@ problem_codes! {
     VfioUnavailable = "vfio_unavailable", 503, "VFIO is not available",
         "`vfio-pci` is not loaded, or the device has no IOMMU.",
         "Load `vfio-pci`; turn the IOMMU on in the firmware and with `intel_iommu=on` on the kernel's command line.";
-    /// RLIMIT_MEMLOCK is below what the VM's DMA needs.
+    /// RLIMIT_MEMLOCK is too low for the VM's DMA.
     MemlockTooSmall = "memlock_too_small", 503, "Not enough lockable memory",
         "The agent's limit for locked memory is below what DMA of this guest needs.",
         "Raise it: `LimitMEMLOCK=infinity` in the agent's unit, or `ulimit -l unlimited`.";
-    /// Guest memory cannot be had (huge pages included).
+    /// Guest memory is not available (huge pages included).
     MemoryUnavailable = "memory_unavailable", 503, "Not enough memory",
         "The host does not have the memory that the guest is to get, or not as huge pages.",
         "Stop other VMs, give the VM less memory, or reserve huge pages (`/proc/sys/vm/nr_hugepages`).";
@@ -206,7 +206,7 @@ problem_codes! {
     KernelUnreadable = "kernel_unreadable", 403, "The kernel file cannot be read",
         "The caller's user may not read the kernel, or it is no regular file.",
         "Let the caller read it, or put it into a directory of `--image-dir`.";
-    /// The file is no kernel that can be booted.
+    /// The file is not a bootable kernel.
     KernelInvalid = "kernel_invalid", 422, "Not a kernel",
         "The file is neither a bzImage nor an ELF kernel for x86-64 (started at its PVH entry, or at its 64-bit entry without one), is cut or damaged, or does not fit into the guest's memory, with the initramfs or without.",
         "Name a kernel for x86-64 (`vmlinuz` of a distribution), or give the VM more memory.";
@@ -247,7 +247,7 @@ problem_codes! {
     DeviceInUse = "device_in_use", 409, "The device is in use",
         "Another VM or the host uses the function (an interface that is up, a mounted disk), or its driver keeps it.",
         "Stop that VM, or whatever uses the function on the host.";
-    /// The host's operator does not let VMs have the function.
+    /// The host's operator does not allow VMs to have the function.
     NotAssignable = "not_assignable", 403, "The function is not assignable",
         "The agent's operator has not named the function of `devices`, or has named PFs and not that of the VF.",
         "Use a function that is named, or start the agent with `--assignable` and the name in the problem's detail.";
@@ -305,7 +305,7 @@ problem_codes! {
     SwitchInUse = "switch_in_use", 409, "The switch is in use",
         "The switch has port groups, is the one called `default`, or the PF is an uplink of another switch.",
         "Delete its port groups, or take the PF from the other switch first.";
-    /// The PF cannot do what the port group asks for.
+    /// The PF cannot enforce the port group's policy.
     PolicyUnenforceable = "policy_unenforceable", 409, "The PF cannot enforce the policy",
         "The PF's driver cannot hold a VF to a setting of the policy, or has no room for it.",
         "Change the setting that `detail` names, or use a PF that can.";
@@ -326,7 +326,7 @@ impl Serialize for ProblemCode {
 impl<'de> Deserialize<'de> for ProblemCode {
     fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
         let name = String::deserialize(deserializer)?;
-        // A newer agent may know codes that this build does not: its status and detail still tell the user.
+        // A newer agent may have codes that this build lacks: their status and detail still inform the user.
         Ok(Self::ALL.iter().copied().find(|code| code.as_str() == name).unwrap_or(ProblemCode::Internal))
     }
 }

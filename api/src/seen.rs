@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 
-//! What agents have answered to tests (feature `test-support`): `tests/run` sees by it that each code of
-//! `docs/errors.md` was really answered.
+//! Codes that agents have returned to tests (feature `test-support`): `tests/run` checks by them that a
+//! test has met each code of `docs/errors.md`.
 
 use std::{
     collections::BTreeSet,
@@ -17,15 +17,15 @@ use crate::{
     types::{Cause, Vm},
 };
 
-/// Names the directory that has a file for each code, with a line for each test that was answered with it.
+/// Names the directory with a file for each code. A file has a line for each test that received the code.
 const DIRECTORY: &str = "PORTCULLIS_SEEN_CODES";
 
-/// Notes a problem that an agent has answered with.
+/// Notes a problem in an agent's response.
 pub fn problem(problem: &Problem) {
     note(&format!("problem.{}", problem.code));
 }
 
-/// Notes the causes that a VM's status tells.
+/// Notes the causes in a VM's status.
 pub fn causes(vm: &Vm) {
     let status = &vm.status;
     let adapters = status.adapters.iter().filter_map(|adapter| adapter.lost.as_ref());
@@ -35,7 +35,7 @@ pub fn causes(vm: &Vm) {
     });
 }
 
-/// What cannot be written is missing, and `tests/run` says so.
+/// Writes a line. A line that cannot be written is missing, and `tests/run` reports that.
 fn note(name: &str) {
     static WRITTEN: Mutex<BTreeSet<String>> = Mutex::new(BTreeSet::new());
     let Some(directory) = env::var_os(DIRECTORY) else { return };

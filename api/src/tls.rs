@@ -15,18 +15,18 @@ use tokio_rustls::{TlsAcceptor, TlsConnector};
 /// Why certificates or a key cannot be used.
 #[derive(Debug, thiserror::Error)]
 pub enum TlsError {
-    /// There is no certificate in it.
+    /// The text has no certificate.
     #[error("there is no certificate in it (PEM, BEGIN CERTIFICATE)")]
     NoCertificate,
-    /// There is no key in it.
+    /// The text has no key.
     #[error("there is no private key in it (PEM, PKCS#8, SEC1 or PKCS#1)")]
     NoKey,
-    /// They do not fit each other, or are of a kind that TLS 1.3 does not have.
+    /// Certificates and key do not fit each other, or are of a kind that TLS 1.3 does not have.
     #[error("the certificates or the key cannot be used")]
     Unusable(#[source] rustls::Error),
 }
 
-/// The server's side: its certificate, those between it and an authority, and its key.
+/// The server's side: its certificate, the ones between it and an authority, and its key.
 ///
 /// # Errors
 /// See [`TlsError`].

@@ -1,15 +1,15 @@
 // SPDX-License-Identifier: Apache-2.0
 
-//! Bearer tokens: who may use the API over TCP.
+//! Bearer tokens, which admit clients to the API over TCP.
 
 use std::{fmt, sync::Arc};
 
 use subtle::{Choice, ConstantTimeEq};
 
-/// The fewest characters of a token: what is shorter can be guessed.
+/// The fewest characters of a token: a shorter one can be guessed.
 pub const MIN_TOKEN: usize = 32;
 
-/// The most.
+/// The most characters of a token.
 const MAX_TOKEN: usize = 256;
 
 /// The most tokens of a file.
@@ -18,32 +18,32 @@ const MAX_TOKENS: usize = 64;
 /// The longest name.
 const MAX_NAME: usize = 63;
 
-/// Why a text has no tokens. It never says what a token is.
+/// Why a text has no valid tokens. It never discloses a token.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum TokenError {
-    /// A line is not as it must be.
+    /// A line is malformed.
     #[error(
         "line {0} is not NAME:TOKEN, with a name of letters, digits, '-', '_' and '.', and a token of {MIN_TOKEN} to \
          {MAX_TOKEN} visible characters (`openssl rand -hex 32` makes one)"
     )]
     Line(usize),
-    /// A name comes twice.
+    /// A name is repeated.
     #[error("line {0} has the name of an earlier line")]
     Twice(usize),
-    /// There is none.
+    /// There is no token.
     #[error("it has no line NAME:TOKEN")]
     Empty,
-    /// There are too many.
+    /// There are too many tokens.
     #[error("it has more than {MAX_TOKENS} tokens")]
     TooMany,
 }
 
-/// Tokens, each with the name that records have for whoever uses it.
+/// Tokens, each with a name for its user in records.
 #[derive(Clone)]
 pub struct Tokens(Vec<(Arc<str>, Box<str>)>);
 
 impl Tokens {
-    /// Reads lines `NAME:TOKEN`; empty ones and those that begin with `#` are passed over.
+    /// Reads lines `NAME:TOKEN`; skips empty ones and those that begin with `#`.
     ///
     /// # Errors
     /// See [`TokenError`].
@@ -74,11 +74,11 @@ impl Tokens {
         if tokens.is_empty() { Err(TokenError::Empty) } else { Ok(Tokens(tokens)) }
     }
 
-    /// The name of a token. How long it takes depends on lengths only, not on how much of a guess is right.
+    /// The name of a token. The time depends on lengths only, not on the correct part of a guess.
     #[must_use]
     pub fn name_of(&self, token: &[u8]) -> Option<Arc<str>> {
         let mut found = None;
-        // All of them, whatever the first says.
+        // Compare all tokens: the time must not depend on the first match.
         for (name, known) in &self.0 {
             let same: Choice = known.as_bytes().ct_eq(token);
             if same.into() {
@@ -88,7 +88,7 @@ impl Tokens {
         found
     }
 
-    /// The first one, which a client uses.
+    /// The first token, which a client uses.
     #[must_use]
     pub fn first(&self) -> &str {
         self.0.first().map_or("", |(_, token)| token)

@@ -1,13 +1,13 @@
 // SPDX-License-Identifier: Apache-2.0
 
-//! Time from the start of a VM's process to its guest's first byte, and the process's memory, beside QEMU's microvm in
-//! the same run. Started by `resources/bench/run`, with the paths of the agent's binary and of QEMU:
+//! Time from the start of a VM's process to its guest's first byte, and the process's memory, beside QEMU's microvm in the same
+//! run. `resources/bench/run` starts this program, with the paths of the agent's binary and of QEMU:
 //! `start-time PORTCULLIS QEMU [RUNS]`.
 //!
-//! The guest is two dozen bytes that write one to the serial port and sleep. Runs are interleaved, so that what else the
-//! machine does hits both alike, and medians are compared.
+//! The guest's code has 11 bytes: it writes one byte to the serial port and sleeps. Runs are interleaved, so that other load on
+//! the machine hits both alike, and medians are compared.
 
-// A program for people, whose failures may stop it: its script sees to it that nothing is left running.
+// A program for people, which may stop at a failure: its script leaves nothing running.
 #![allow(clippy::print_stdout, clippy::expect_used, clippy::unwrap_used, clippy::panic)]
 
 use std::{
@@ -34,21 +34,21 @@ use tokio::runtime::Runtime;
 use uuid::Uuid;
 use vmm::control::{Channel, ChannelError, MachineSpec, Order, ToAgent, ToVmm, VERSION};
 
-/// Unlike any other mapping's size, so that guest memory is known in `/proc/PID/smaps`.
+/// Unlike any other mapping's size, so that guest memory is recognized in `/proc/PID/smaps`.
 const GUEST_MIB: u64 = 130;
 
-/// Where the guest is loaded.
+/// The load address of the guest.
 const START: u64 = 0x10_0000;
 
-/// What our vmm may take of QEMU's time and memory. Machines differ in the share: with one program 0.08 to 0.10 was seen on one kind, and
-/// 0.116 to 0.128 on another, on which QEMU starts in 30 ms in place of 39.
+/// The most of QEMU's time and memory that our vmm may take. The share depends on the machine: the same program took 0.08 to
+/// 0.10 on one kind, and 0.116 to 0.128 on another, where QEMU starts in 30 ms instead of 39.
 const GOAL_TIME: f64 = 4.5 / 32.0;
 const GOAL_MEMORY: f64 = 2.5 / 24.0;
 
-/// How long anything may take.
+/// The most time for each step.
 const PATIENCE: Duration = Duration::from_secs(20);
 
-/// VMs beside which the agent's memory is looked at.
+/// The number of VMs beside which the agent's memory is measured.
 const VMS: usize = 4;
 
 /// An ELF image with a PVH note.
@@ -92,7 +92,7 @@ fn memory(pid: u32) -> u64 {
     sum
 }
 
-/// Waits for the first byte in a console ring that may not be there yet. Looks often: sleeping would be measured.
+/// Waits for the first byte in a console ring that may not be there yet. Polls often: a long sleep would be measured, too.
 fn wait_for_byte(console: &Path) {
     let deadline = Instant::now() + PATIENCE;
     loop {
@@ -104,14 +104,14 @@ fn wait_for_byte(console: &Path) {
     }
 }
 
-/// What one start took.
+/// Time and memory of one start.
 #[derive(Clone, Copy)]
 struct Sample {
     time: Duration,
     memory: u64,
 }
 
-/// The vmm as the agent starts it, without the agent.
+/// Starts the vmm as the agent does, without the agent.
 fn ours(runtime: &Runtime, portcullis: &Path, kernel: &Path, run_dir: &Path) -> Sample {
     let vm = Uuid::new_v4();
     let directory = VmDirectory::new(run_dir, vm);
@@ -144,7 +144,7 @@ fn ours(runtime: &Runtime, portcullis: &Path, kernel: &Path, run_dir: &Path) -> 
         spawn(&program, &directory, vm).unwrap()
     };
     let channel = Channel::connect(&directory.control()).unwrap();
-    // The vmm reads one after the other: nobody has to wait for the answers to give the next order.
+    // The vmm reads one order after the other: the next one need not wait for a response.
     channel.send(&ToVmm::Hello { oldest: VERSION, newest: VERSION, vm }, &[]).unwrap();
     channel.send(&ToVmm::Order { id: 1, order: Order::Configure { spec: Box::new(spec) } }, &files).unwrap();
     channel.send(&ToVmm::Order { id: 2, order: Order::Run }, &[]).unwrap();
@@ -167,8 +167,8 @@ fn ours(runtime: &Runtime, portcullis: &Path, kernel: &Path, run_dir: &Path) -> 
     Sample { time, memory }
 }
 
-/// As fast as Debian's QEMU is: without ACPI it takes qboot instead of SeaBIOS. Some hosts offer IA32_ARCH_CAPABILITIES with
-/// bits that they then refuse to have set (MSR 0x10a), and QEMU gives up.
+/// Starts QEMU as fast as Debian's is: without ACPI it takes qboot instead of SeaBIOS. Some hosts offer IA32_ARCH_CAPABILITIES
+/// with bits that they then refuse to have set (MSR 0x10a), and QEMU gives up.
 fn qemu(qemu: &Path, kernel: &Path) -> Sample {
     let begun = Instant::now();
     let mut child = Command::new(qemu)
@@ -278,7 +278,7 @@ fn mib(kib: u64) -> f64 {
     kib as f64 / 1024.0
 }
 
-/// Prints a goal, and says whether it is met.
+/// Prints a goal, and returns whether it is met.
 fn goal(what: &str, ours: f64, theirs: f64, share: f64) -> bool {
     let met = ours <= theirs * share;
     let word = if met { "met" } else { "MISSED" };

@@ -1,9 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0
 
-//! The functions of the host that VMs may have, by the word of the host's operator (`serve --assignable`).
+//! The functions of the host that VMs may have, as the host's operator allows (`serve --assignable`).
 //!
 //! A guest with a function of the host has the hardware behind it. With a disk's controller a user of the API reads and
-//! writes that disk, so `devices` gets nothing without the operator's word.
+//! writes that disk, so `devices` gets no function that the operator has not named.
 
 use std::{fmt, str::FromStr};
 
@@ -12,7 +12,7 @@ use passthrough::sriov::{Bdf, InventoryError, PciDevice, Pf, Sysfs};
 /// The suffix for functions without a reset.
 const NO_RESET: &str = ",no-reset";
 
-/// A word of `serve --assignable`.
+/// A value of `serve --assignable`.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Assignable {
     what: What,
@@ -74,7 +74,7 @@ impl fmt::Display for Assignable {
     }
 }
 
-/// All words of `serve --assignable`.
+/// All values of `serve --assignable`.
 #[derive(Clone, Debug, Default)]
 pub struct AssignableList(Vec<Assignable>);
 
@@ -108,7 +108,7 @@ impl AssignableList {
         Ok(sysfs.devices()?.into_iter().filter_map(with_word).collect())
     }
 
-    /// Says in the log which of these functions have no reset.
+    /// Logs a warning for each of these functions that has no reset.
     pub fn warn(&self, sysfs: &Sysfs) {
         let found = self.devices(sysfs).unwrap_or_default();
         for (device, no_reset) in found.iter().filter(|(device, _)| !sysfs.can_reset(device.bdf)) {
@@ -126,7 +126,7 @@ impl AssignableList {
         }
     }
 
-    /// Whether adapters may have VFs of a PF that ports know by `name`: of any, unless PFs are named.
+    /// Whether adapters may have VFs of a PF that ports know by `name`. If none names a PF, all PFs are allowed.
     #[must_use]
     pub fn pf(&self, pf: &Pf, name: &str) -> bool {
         let mut named = self.0.iter().filter_map(|word| match &word.what {

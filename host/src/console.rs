@@ -2,9 +2,10 @@
 
 //! The console ring: the last MiB that a guest wrote to its serial port.
 //!
-//! A file of a header page, whose first 8 bytes count the bytes ever written (little-endian), and 1 MiB of data: byte
-//! *n* lies at `4096 + n % 1 MiB`. The vmm writes data first, then the count. The reader trusts neither: a count is only
-//! a number to clamp with, and what is overwritten while it is read is noticed by reading the count again.
+//! The file has a header page and 1 MiB of data. The first 8 bytes of the header count the bytes ever written
+//! (little-endian), and byte *n* lies at `4096 + n % 1 MiB`. The vmm writes data first, then the count. The reader
+//! trusts neither: a count is only a number to clamp with, and a second read of the count shows how much was overwritten
+//! during the read.
 
 use std::{fs::File, io, os::unix::fs::FileExt, path::Path};
 
@@ -17,7 +18,7 @@ pub const CAPACITY: u64 = 1024 * 1024;
 /// Length of the file.
 pub const FILE_LEN: u64 = HEADER + CAPACITY;
 
-/// Most bytes of one [`Reader::read`].
+/// The most bytes of one [`Reader::read`].
 pub const CHUNK: usize = 64 * 1024;
 
 /// Reads a console ring.
@@ -27,8 +28,8 @@ pub struct Reader(File);
 /// A piece of console output.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Piece {
-    /// Offset of the first byte, counted from the console's beginning: beyond the one asked for if older bytes are
-    /// no longer kept.
+    /// Offset of the first byte, counted from the console's beginning: beyond the requested one if older bytes are no
+    /// longer kept.
     pub offset: u64,
     /// The bytes; empty at the console's end.
     pub bytes: Vec<u8>,
@@ -75,7 +76,7 @@ impl Reader {
         let (head, tail) = bytes.split_at_mut(first);
         self.0.read_exact_at(head, HEADER + start)?;
         self.0.read_exact_at(tail, HEADER)?;
-        // What the guest wrote meanwhile has replaced the oldest bytes.
+        // Output of the guest during the read has replaced the oldest bytes.
         let lost = self.count()?.saturating_sub(CAPACITY).saturating_sub(offset).min(len as u64);
         bytes.drain(..usize::try_from(lost).unwrap_or(len));
         Ok(Piece { offset: offset + lost, bytes })

@@ -1,10 +1,10 @@
 // SPDX-License-Identifier: Apache-2.0
 
-//! Opening the files that a request names: kernels and initramfs.
+//! Opens the files that a request names: kernels and initramfs.
 //!
-//! The agent is root, its callers need not be. A file is opened if it lies in an image directory, or with the caller's
-//! own rights: by a thread that takes on the caller's file system user and group (and no supplementary group) for the one
-//! call, so that there is no moment between a check and its use.
+//! The agent is root, its callers need not be. The agent opens a file if it lies in an image directory, or with the caller's
+//! own rights: a thread takes on the caller's file system user and group (and no supplementary group) for the one call, so
+//! that there is no moment between a check and its use.
 
 use std::{
     fs::{self, File},
@@ -25,70 +25,70 @@ use api::{Caller, User};
 /// Why a file cannot be opened.
 #[derive(Debug, thiserror::Error)]
 pub enum FileError {
-    /// It is not there (or not in any image directory, for a relative path).
+    /// The file does not exist (or not in any image directory, for a relative path).
     #[error(
         "There is no file {path}{}: {}check the path; relative ones are looked up in {}",
         at(.dirs), meant(.near), list(.dirs)
     )]
     Missing {
-        /// As the request names it.
+        /// The path in the request.
         path: String,
         /// The image directories that were searched; none for an absolute path.
         dirs: Vec<PathBuf>,
-        /// Images whose names are nearly the same.
+        /// Images with nearly this name.
         near: Vec<String>,
     },
-    /// One of those with whose rights it is opened may not read it.
+    /// The file is opened with the rights of a user that may not read it.
     #[error(
         "{path} is opened with the rights of {who}, who may not read it: make it readable for that user, or put it into an \
          image directory (--image-dir)"
     )]
     Unreadable {
-        /// As the request names it.
+        /// The path in the request.
         path: String,
-        /// The caller, or somebody who chose a part of `boot`.
+        /// The caller, or the author of a part of `boot`.
         who: String,
     },
-    /// It is looked up in an image directory, and its name leads out of it.
+    /// The file is looked up in an image directory, and its name leads out of it.
     #[error(
         "{path} leads out of the image directory {} by a link or by .., and only files in it are for everybody: copy the \
          file into the directory, a link's target too",
         .dir.display()
     )]
     LeadsOut {
-        /// As the request names it.
+        /// The path in the request.
         path: String,
         /// The image directory.
         dir: PathBuf,
     },
-    /// Its name leads through too many links, or a magic one.
+    /// The path leads through too many links, or a magic one.
     #[error(
         "{path} leads through a link to itself, through too many links, or a link of procfs: name the file itself"
     )]
     Loop {
-        /// As the request names it.
+        /// The path in the request.
         path: String,
     },
-    /// Its name led to another file a moment later.
+    /// The path led to another file a moment later.
     #[error("{path} was replaced while it was opened: try again")]
     Replaced {
-        /// As the request names it.
+        /// The path in the request.
         path: String,
     },
-    /// It is a directory, device, pipe or socket, or a file of procfs or its like.
+    /// The path leads to a directory, device, pipe or socket, or to a file of procfs or its like.
     #[error("{path} is not a regular file but {what}")]
     NotRegular {
-        /// As the request names it.
+        /// The path in the request.
         path: String,
-        /// What it is.
+        /// The kind of file, in words.
         what: &'static str,
     },
-    /// Anything else.
+    /// Another error.
     #[error("{path} cannot be opened")]
     Io {
-        /// As the request names it.
+        /// The path in the request.
         path: String,
-        /// Why.
+        /// The cause.
         source: io::Error,
     },
 }
@@ -105,11 +105,10 @@ fn meant(near: &[String]) -> String {
     }
 }
 
-/// The most entries of each image directory that are read for a message.
+/// The most entries of each image directory to read for a message.
 const MOST_IMAGES: usize = 1000;
 
-/// The images with nearly this name. Every caller may boot what is in the image directories, so that their names disclose
-/// nothing; of other directories none are read.
+/// Images with nearly this name. Every caller may boot them, so their names disclose nothing. Other directories are not read.
 fn near_images(dirs: &[PathBuf], path: &str) -> Vec<String> {
     let entries =
         dirs.iter().filter_map(|dir| fs::read_dir(dir).ok()).flat_map(|entries| entries.take(MOST_IMAGES));
@@ -125,7 +124,7 @@ fn list(dirs: &[PathBuf]) -> String {
     dirs.iter().map(|dir| dir.display().to_string()).collect::<Vec<_>>().join(", ")
 }
 
-/// Opens `path` for reading, if each of `callers` may read it; at least one there must be. Blocks: not for async code.
+/// Opens `path` for reading, if each of `callers` may read it; there must be at least one caller. Blocks: not for async code.
 ///
 /// # Errors
 /// See [`FileError`].
@@ -144,7 +143,7 @@ pub fn open_for_all(callers: &[Caller], image_dirs: &[PathBuf], path: &str) -> R
 }
 
 /// Opens `path` for reading on behalf of `caller`. Blocks: not for async code.
-/// Whoever comes by a token is no user of this host, and gets image directories only.
+/// A caller with a token is not a user of this host, and gets files of image directories only.
 ///
 /// # Errors
 /// See [`FileError`].
@@ -168,12 +167,12 @@ pub fn open_for(caller: &Caller, image_dirs: &[PathBuf], path: &str) -> Result<F
     }
     let mut left = None;
     for dir in image_dirs {
-        // With `..` in it, a path only looks as if it were in the directory.
+        // A path with `..` only seems to lie in the directory.
         let inside = wanted.strip_prefix(dir).ok().filter(|rest| {
             !rest.as_os_str().is_empty() && rest.components().all(|part| matches!(part, Component::Normal(_)))
         });
         match inside.map(|rest| beneath(dir, rest)) {
-            // A link that leads out of the directory is not of the directory: the caller's own rights decide.
+            // A link that leads out of the directory does not belong to it: the caller's own rights decide.
             None => {}
             Some(Err(Errno::XDEV)) => left = Some(dir),
             Some(found) => return finish(found, path, caller),
@@ -208,7 +207,7 @@ fn with_own_rights(caller: &Caller, wanted: &Path, path: &str) -> Result<File, F
     finish(found, path, caller)
 }
 
-/// What was found at a path.
+/// The file at a path.
 enum Found {
     File(OwnedFd),
     Other(&'static str),
@@ -219,9 +218,9 @@ fn beneath(dir: &Path, path: &Path) -> Result<Found, Errno> {
     regular(dir, path, ResolveFlags::BENEATH | ResolveFlags::NO_MAGICLINKS)
 }
 
-/// File systems (`statfs(2)`) whose regular files are no files: reading one asks the kernel, about the process that opened it
-/// as often as not, and that would be the agent. procfs, sysfs, debugfs, tracefs, cgroup 1 and 2, securityfs, configfs, bpf,
-/// pstore, efivarfs, binfmt_misc, SELinux.
+/// File systems (`statfs(2)`) with regular files that are no files: a read asks the kernel, as often as not about the process
+/// that opened the file, and that would be the agent. procfs, sysfs, debugfs, tracefs, cgroup 1 and 2, securityfs, configfs,
+/// bpf, pstore, efivarfs, binfmt_misc, SELinux.
 const PSEUDO: [u32; 13] = [
     0x9fa0,
     0x6265_6572,
@@ -238,8 +237,8 @@ const PSEUDO: [u32; 13] = [
     0xf97c_ff8c,
 ];
 
-/// Opens a regular file. What it is is known before it is opened for reading: opening a pipe waits for its writer, and
-/// opening a device may do anything.
+/// Opens a regular file. Its kind is checked before it is opened for reading, because opening a pipe waits for its writer,
+/// and opening a device may do anything.
 fn regular(dir: impl std::os::fd::AsFd, path: &Path, resolve: ResolveFlags) -> Result<Found, Errno> {
     let found = openat2(dir, path, OFlags::PATH | OFlags::CLOEXEC, Mode::empty(), resolve)?;
     let kind = FileType::from_raw_mode(fstat(&found)?.st_mode);
@@ -250,9 +249,9 @@ fn regular(dir: impl std::os::fd::AsFd, path: &Path, resolve: ResolveFlags) -> R
     if PSEUDO.iter().any(|pseudo| i64::from(*pseudo) == system) {
         return Ok(Found::Other("a view of the kernel"));
     }
-    // The very file that was looked at, whatever its name leads to by now. Its permissions are checked here.
+    // The very file that was checked, even if its name leads to another one by now. The kernel checks its permissions here.
     let name = format!("/proc/thread-self/fd/{}", std::os::fd::AsRawFd::as_raw_fd(&found));
-    // Not waiting for one who has a lease on it (fcntl(2)).
+    // Does not wait for a process with a lease on the file (fcntl(2)).
     let flags = OFlags::RDONLY | OFlags::CLOEXEC | OFlags::NOCTTY | OFlags::NONBLOCK;
     open(name, flags, Mode::empty()).map(Found::File)
 }
@@ -283,7 +282,7 @@ fn describe(kind: FileType) -> &'static str {
 
 /// Gives the calling thread the caller's rights on files, and no more. The thread must end afterwards.
 ///
-/// The file system ids, not the real or effective ones: with those the caller could signal the thread, and so end the
+/// Sets the file system ids, not the real or effective ones: with those the caller could signal the thread, and so end the
 /// agent. Changing them from 0 also takes CAP_DAC_OVERRIDE and its like from the thread (capabilities(7)).
 fn become_for_files(caller: User) -> Result<(), Errno> {
     if geteuid().is_root() {
@@ -295,7 +294,7 @@ fn become_for_files(caller: User) -> Result<(), Errno> {
     unsafe { libc::setfsgid(caller.gid) };
     // SAFETY: as above.
     unsafe { libc::setfsuid(caller.uid) };
-    // They report nothing; asking with an impossible id tells what is set.
+    // The calls report no error; a call with an impossible id returns the id that is set.
     // SAFETY: as above.
     let gid = unsafe { libc::setfsgid(libc::gid_t::MAX) };
     // SAFETY: as above.
@@ -342,7 +341,7 @@ mod tests {
 
     const STRANGER: Caller = Caller::User(User { uid: 65_534, gid: 65_534, pid: None });
 
-    /// What opening yields: the file's text, or the name of the error.
+    /// Checks the result of opening: the file's text, or the name of the error.
     fn check(place: &Place, caller: &Caller, path: &str, expect: &str) {
         let path = path.replace("ROOT", place.root.to_str().unwrap());
         let got = match open_for(caller, std::slice::from_ref(&place.images), &path) {
@@ -395,7 +394,7 @@ mod tests {
         check(&place, &me(), "ROOT/secret", "secret");
         check(&place, &me(), "ROOT/absent", "missing");
         check(&place, &me(), "ROOT/public", "public");
-        // Nobody on this host.
+        // A token is not a user of this host.
         check(&place, &Caller::Token("ci".into()), "ROOT/public", "unreadable");
         if !geteuid().is_root() {
             check(&place, &STRANGER, "ROOT/public", "unreadable");
@@ -408,9 +407,9 @@ mod tests {
         symlink("../secret", place.images.join("out")).unwrap();
         check(&place, &STRANGER, "ROOT/images/out", "leads out");
         check(&place, &me(), "ROOT/images/out", "secret");
-        // The thread that took on the stranger's rights is gone: the agent's own are as before.
+        // The thread with the stranger's rights is gone: the agent's own are as before.
         check(&place, &me(), "ROOT/secret", "secret");
-        // A group that only root's supplementary groups would open.
+        // Only root's supplementary groups would give access.
         fs::set_permissions(place.root.join("secret"), fs::Permissions::from_mode(0o040)).unwrap();
         check(&place, &STRANGER, "ROOT/secret", "unreadable");
     }
@@ -427,8 +426,7 @@ mod tests {
         check(&place, &me(), "/proc/self/fd/0", "loop");
     }
 
-    /// A thread that has the caller's rights is still one of the agent's process, and what procfs says of that is not the
-    /// caller's to read.
+    /// A thread with the caller's rights is still the agent's: the caller may not read procfs's view of the agent.
     #[test]
     fn nothing_of_the_agent_itself_is_opened() {
         let place = place();
@@ -450,14 +448,14 @@ mod tests {
                 ["/proc/self/root/etc/passwd", "/proc/self/cwd/Cargo.toml", "/proc/self/exe", "/dev/fd/0"]
             {
                 let refused = open_for(&caller, &[], path).unwrap_err();
-                // Which of both comes first is the kernel's choice.
+                // The kernel decides which of both comes first.
                 assert!(
                     matches!(refused, FileError::Unreadable { .. } | FileError::Loop { .. }),
                     "{path}: {refused}"
                 );
             }
         }
-        // By a name in an image directory it is not even followed.
+        // A name in an image directory is not even followed.
         check(&place, &me(), "maps", "leads out");
     }
 

@@ -2,8 +2,8 @@
 
 //! The functions that VMs of this agent can have: those of the host in sysfs, and simulated ones.
 //!
-//! What differs between them is decided here, by address, so that those who claim, prepare and give back need not ask.
-//! May block, but where it says otherwise.
+//! This is the one place that separates hardware from simulation, by address: code that claims, prepares and returns functions
+//! need not distinguish them. Methods may block, unless they say otherwise.
 
 use std::{
     collections::BTreeMap,
@@ -21,7 +21,7 @@ use passthrough::{
 
 use crate::{assignable::AssignableList, sim::Simulated, vm::problem::chain};
 
-/// The functions that there are.
+/// The functions of the host, and simulated ones.
 #[derive(Clone)]
 pub struct Inventory {
     sysfs: Sysfs,
@@ -46,12 +46,12 @@ impl From<Sysfs> for Inventory {
 }
 
 impl Inventory {
-    /// With simulated adapters beside the host's.
+    /// Adds simulated adapters to the host's.
     pub fn add_simulated(&mut self, simulated: Arc<Simulated>) {
         self.simulated = Some(simulated);
     }
 
-    /// Without the host's own functions: this agent may not use them.
+    /// Leaves out the host's own functions: this agent may not use them.
     pub fn leave_out_hardware(&mut self) {
         self.hardware = false;
     }
@@ -96,13 +96,13 @@ impl Inventory {
         &self.sysfs
     }
 
-    /// Where a function of the host lies in sysfs; a simulated one lies nowhere.
+    /// The directory of a function of the host in sysfs; a simulated one has none.
     #[must_use]
     pub fn device_dir(&self, bdf: Bdf) -> PathBuf {
         self.sysfs.device_dir(bdf)
     }
 
-    /// Whether there is such a function. Does not block for long: it looks at sysfs at most.
+    /// Whether the function exists. Does not block for long: it looks at sysfs at most.
     #[must_use]
     pub fn has_device(&self, bdf: Bdf) -> bool {
         match self.simulates(bdf) {
@@ -135,9 +135,9 @@ impl Inventory {
         Ok(pfs)
     }
 
-    /// Sets which PFs have a name by which ports know them: those with a claimed VF. A PF is its PCI address. Its interface can
-    /// be renamed, or moved to another network namespace, while a VM has a VF of it; another PF can get its name. Switches and
-    /// ports go on with the name that they know until no VF of the PF is claimed.
+    /// Sets the names by which ports know PFs with a claimed VF. A PF is its PCI address. Its interface can be renamed, or
+    /// moved to another network namespace, while a VM has a VF of it, and another PF can get its name. Switches and ports go on
+    /// with the name that they know until no VF of the PF is claimed.
     pub fn keep_names(&self, names: impl IntoIterator<Item = (Bdf, String)>) {
         *self.kept_names() = names.into_iter().collect();
     }
@@ -146,7 +146,7 @@ impl Inventory {
         self.kept_names.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// The name by which ports know a PF, or would: its interface, or its address where that is another PF's name.
+    /// The name by which ports know a PF, or would: its interface, or its address if that is another PF's name.
     #[must_use]
     pub fn name_for_ports(&self, pf: &Pf) -> String {
         let kept = self.kept_names();
@@ -165,7 +165,7 @@ impl Inventory {
         self.pf(self.address_known_as(name)?)
     }
 
-    /// The address of the PF that ports know by this name. Asks no PF, and looks at nothing for a name that is kept.
+    /// The address of the PF that ports know by this name. Asks no PF, and reads nothing for a name that is kept.
     ///
     /// # Errors
     /// There is none, or sysfs is unreadable.
@@ -189,7 +189,7 @@ impl Inventory {
         let named =
             |pf: &Pf| (self.name_for_ports(pf), pf.interface().is_some_and(|interface| interface.admin_up));
         let mut names: Vec<(String, bool)> = hardware.iter().map(named).collect();
-        // Nobody can take down the interface of a simulated one.
+        // The interface of a simulated PF cannot be taken down.
         names.extend(self.simulated.iter().flat_map(|all| all.names()).map(|name| (name, true)));
         Ok(names)
     }
@@ -241,10 +241,10 @@ impl Inventory {
         }
     }
 
-    /// The IOMMU group of a function that may be given to a VM together with others; a simulated one has none.
+    /// The IOMMU group of a function that a VM may have together with these others; a simulated one has none.
     ///
     /// # Errors
-    /// What is in the way.
+    /// The obstacle, see [`ViabilityError`].
     pub fn check_viable(&self, bdf: Bdf, together: &[Bdf]) -> Result<Option<u32>, ViabilityError> {
         match self.simulates(bdf) {
             Some(simulated) => simulated.vf(bdf).map(|_| None).map_err(Into::into),
@@ -252,8 +252,7 @@ impl Inventory {
         }
     }
 
-    /// Who else uses a function that no VM of this agent has. Do not ask while a VM's process
-    /// may open the function.
+    /// The user of a function that no VM of this agent has. Do not call this while a VM's process may open the function.
     ///
     /// # Errors
     /// sysfs is unreadable.
@@ -265,7 +264,7 @@ impl Inventory {
         }
     }
 
-    /// How a function is bound; a simulated one is bound to nothing.
+    /// The binding of a function; a simulated one is bound to nothing.
     ///
     /// # Errors
     /// There is no such function, or sysfs is unreadable.
@@ -277,7 +276,7 @@ impl Inventory {
         }
     }
 
-    /// Takes a function for VFIO; nothing is to be done for a simulated one.
+    /// Takes a function for VFIO; a simulated one needs no step.
     ///
     /// # Errors
     /// As [`Sysfs::bind_vfio`].
@@ -289,7 +288,7 @@ impl Inventory {
         }
     }
 
-    /// Puts a function's binding back.
+    /// Restores a function's binding.
     ///
     /// # Errors
     /// As [`Sysfs::restore`].
@@ -300,10 +299,10 @@ impl Inventory {
         }
     }
 
-    /// Resets a function that nobody uses.
+    /// Resets a function that is not in use.
     ///
     /// # Errors
-    /// Why it was not reset, in words.
+    /// The reason that it was not reset, in words.
     pub fn reset(&self, bdf: Bdf) -> Result<(), String> {
         match self.simulates(bdf) {
             Some(simulated) => simulated.reset(bdf).map_err(|error| chain(&error)),
@@ -344,7 +343,7 @@ pub(crate) mod tests {
         let known = |name: &str| inventory.pf_known_as(name).map(|pf| pf.device.bdf).ok();
         inventory.keep_names([(first, "eth0".to_owned())]);
 
-        // They have changed their names.
+        // The interfaces have changed their names.
         sysfs.rename_interface(first, "eth0", "lan0");
         sysfs.rename_interface(second, "eth1", "eth0");
         assert_eq!(names(), ["eth0", "0000:02:00.0"]);
@@ -355,7 +354,7 @@ pub(crate) mod tests {
         // Requests by people use current interface names.
         assert_eq!(inventory.pf_by_name("eth0").unwrap().device.bdf, second);
 
-        // In another network namespace it has no interface here, and is the same PF.
+        // In another network namespace the PF has no interface here, and is the same PF.
         sysfs.hide_interfaces(first);
         assert_eq!(known("eth0"), Some(first));
 

@@ -7,7 +7,7 @@ use std::process::ExitCode;
 use clap::Parser as _;
 
 fn main() -> ExitCode {
-    // The per-VM process first: its start time and memory are a goal, so neither parser nor runtime is touched.
+    // The per-VM process first: its start time and memory are a goal, so it touches neither parser nor runtime.
     let mut arguments = std::env::args_os().skip(1);
     let first = arguments.next();
     let is = |subcommand| first.as_ref().is_some_and(|first| first == subcommand);
@@ -19,7 +19,7 @@ fn main() -> ExitCode {
         None
     };
     if let Some(process) = process {
-        // What is not UTF-8 is no descriptor and no id either: the process itself refuses it.
+        // An argument that is not UTF-8 is no descriptor and no id either: the process itself refuses it.
         let arguments: Vec<String> =
             arguments.map(|argument| argument.to_string_lossy().into_owned()).collect();
         // Into the process's log file, which the agent bounds.

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 
-//! Reading secrets, tokens and private keys, from files that nobody else may read or change.
+//! Reads secrets, tokens and private keys, from files that no other user may read or change.
 
 use std::{
     fs::File,
@@ -17,23 +17,23 @@ const MAX: u64 = 64 << 10;
 /// Why a file is not read.
 #[derive(Debug, thiserror::Error)]
 pub enum PrivateFileError {
-    /// It cannot be read.
+    /// The file cannot be read.
     #[error("{what} {} cannot be read", .path.display())]
     Read {
-        /// What it should hold, and the option that names it.
+        /// The expected content, and the option that names the file.
         what: &'static str,
         /// The file.
         path: PathBuf,
-        /// Why.
+        /// The cause.
         source: io::Error,
     },
-    /// Others can read it, or change it.
+    /// Other users can read the file, or change it.
     #[error(
         "{what} {} is not this user's alone (owner {owner}, mode {mode:04o}): chown it, and chmod 600 it",
         .path.display()
     )]
     Open {
-        /// What it should hold, and the option that names it.
+        /// The expected content, and the option that names the file.
         what: &'static str,
         /// The file.
         path: PathBuf,
@@ -44,23 +44,23 @@ pub enum PrivateFileError {
     },
 }
 
-/// Who may read a file beside its owner.
+/// Readers of a file beside its owner.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Readers {
-    /// Nobody.
+    /// No other user.
     Owner,
-    /// The file's group, if root owns the file: Debian keeps keys so, for the group `ssl-cert`.
+    /// The file's group, if root owns the file: Debian keeps keys this way, for the group `ssl-cert`.
     GroupOfRoot,
 }
 
-/// Reads a private file: a regular one of this user or root, of at most 64 KiB, that nobody else may change. `what` begins an
-/// error.
+/// Reads a private file: a regular one of this user or root, of at most 64 KiB, that no other user may change. Errors begin
+/// with the second argument.
 ///
 /// # Errors
 /// See [`PrivateFileError`].
 pub fn read(path: &Path, what: &'static str, readers: Readers) -> Result<Vec<u8>, PrivateFileError> {
     let failed = |source| PrivateFileError::Read { what, path: path.to_owned(), source };
-    // Not waiting for a writer, should it be a pipe.
+    // Does not wait for a writer if the file is a pipe.
     let nonblock = i32::try_from(rustix::fs::OFlags::NONBLOCK.bits()).unwrap_or_default();
     let file = File::options().read(true).custom_flags(nonblock).open(path).map_err(failed)?;
     let metadata = file.metadata().map_err(failed)?;

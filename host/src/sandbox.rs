@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 
-//! Which protections processes get, and what this host has of them.
+//! The protections of processes without privileges, and the ones that this host lacks.
 
 use std::{collections::BTreeSet, fs};
 
@@ -8,12 +8,12 @@ use anyhow::bail;
 use api::types::Protection;
 use vmm::{control::SandboxSpec, sandbox};
 
-/// A word of `serve --sandbox-off`.
+/// A value of `serve --sandbox-off`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Off {
     /// A protection.
     Part(Protection),
-    /// Whatever this host cannot do.
+    /// All protections that this host lacks.
     Unavailable,
 }
 
@@ -32,7 +32,7 @@ impl std::str::FromStr for Off {
     }
 }
 
-/// The protections to leave off: those that were named, which this host may then lack.
+/// The protections to leave off: the named ones, and with `unavailable` those that this host lacks.
 ///
 /// # Errors
 /// A protection that the host cannot give and that was not named.
@@ -58,7 +58,8 @@ pub fn off(words: &[Off]) -> anyhow::Result<BTreeSet<Protection>> {
     Ok(off)
 }
 
-/// What this host lacks, with cause and cure. Namespaces are not asked for: to try them takes a process.
+/// The protections that this host lacks, with cause and cure. Namespaces are not checked: to try them
+/// takes a process.
 fn unavailable() -> Vec<(Protection, String)> {
     const ACTIONS: &str = "/proc/sys/kernel/seccomp/actions_avail";
     let mut missing = Vec::new();
@@ -75,7 +76,7 @@ fn unavailable() -> Vec<(Protection, String)> {
     missing
 }
 
-/// What a process becomes: `user` if it is to have its own, and all protections but those that are `off`.
+/// The sandbox of a process: `user` if it has its own, and all protections except those that are `off`.
 #[must_use]
 pub fn spec(user: Option<u32>, off: &[Protection]) -> SandboxSpec {
     let on = |part| !off.contains(&part);

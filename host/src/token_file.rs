@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 
-//! Reading tokens for the API over TCP: a file that nobody else may read.
+//! Reads tokens for the API over TCP, from a file that no other user may read.
 
 use std::path::{Path, PathBuf};
 
@@ -11,18 +11,18 @@ use crate::private_file::{self, PrivateFileError, Readers};
 /// Why a file has no tokens.
 #[derive(Debug, thiserror::Error)]
 pub enum TokenFileError {
-    /// It cannot be read, or others can.
+    /// The file cannot be read, or other users can read it.
     #[error(transparent)]
     File(#[from] PrivateFileError),
-    /// Its content is not as it must be.
+    /// The content is malformed.
     #[error("The token file {} cannot be used (--token-file)", .path.display())]
     Content {
         /// The file.
         path: PathBuf,
-        /// Why.
+        /// The cause.
         source: TokenError,
     },
-    /// It is no text.
+    /// The file is not text.
     #[error("The token file {} is no text (--token-file)", .path.display())]
     NotText {
         /// The file.
@@ -30,7 +30,7 @@ pub enum TokenFileError {
     },
 }
 
-/// Reads a token file: a regular one of this user (or root), which nobody else may read.
+/// Reads a token file: a regular one of this user (or root), which no other user may read.
 ///
 /// # Errors
 /// See [`TokenFileError`].

@@ -2,8 +2,8 @@
 
 //! The user ids of processes without privileges, and their other owners on this host.
 //!
-//! Each such process has a user and a group of its own, with the same number. Processes of one user may signal each other,
-//! so that nobody else may have these numbers: neither an account, nor a user namespace by its subordinate ids.
+//! Each such process has a user and a group of its own, with the same number. Processes of one user may signal each other, so
+//! these numbers must have no other owner: neither an account, nor a user namespace by its subordinate ids.
 
 use std::{
     fmt,
@@ -15,15 +15,15 @@ use std::{
 
 use crate::text::printable;
 
-/// The first id unless the agent is told otherwise. It is beyond the default ranges of subordinate ids (to 600 100 000 on
-/// Debian), of systemd's containers (to 1 879 048 191) and of directory services (SSSD: to 2 000 200 000), and below 2^31, from
-/// where on programs take an id for a negative number.
+/// The first id, unless an option sets another. It is beyond the default ranges of subordinate ids (to 600 100 000 on Debian),
+/// of systemd's containers (to 1 879 048 191) and of directory services (SSSD: to 2 000 200 000), and below 2^31, because some
+/// programs read higher ids as negative numbers.
 pub const DEFAULT_BASE: u32 = 2_100_000_000;
 
 /// The last id that [`free_from`] proposes.
 const LAST: u32 = i32::MAX.cast_unsigned();
 
-/// The most bytes of a file that are read.
+/// The most bytes to read of a file.
 const MAX: u64 = 4 << 20;
 
 /// The owner and the ids in a line of a file; None for another line.
@@ -40,7 +40,7 @@ const FILES: [(&str, ReadLine, &str); 4] = [
 /// The options with the user ids of processes without privileges.
 #[derive(Clone, Copy, Debug, clap::Args)]
 pub struct UserArgs {
-    /// The first of the user ids that VMs' processes get, each its own (an agent that is root). They must be nobody else's:
+    /// The first of the user ids that VMs' processes get, each its own (an agent that is root). They must have no other owner:
     /// neither accounts nor subordinate ids (/etc/subuid).
     #[arg(long, value_name = "UID", default_value_t = DEFAULT_BASE, value_parser = clap::value_parser!(u32).range(1000..4_000_000_000))]
     pub vmm_uid_base: u32,
@@ -60,7 +60,7 @@ impl UserArgs {
     }
 }
 
-/// The ids have another owner.
+/// The ids have another owner, at least one of them.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Overlap {
     wanted: RangeInclusive<u32>,
@@ -72,7 +72,7 @@ pub struct Overlap {
 }
 
 impl Overlap {
-    /// A first id from which on as many ids are nobody's, if there is one.
+    /// A first id from which on as many ids have no owner, if there is one.
     #[must_use]
     pub fn proposed(&self) -> Option<u32> {
         self.proposed
@@ -98,7 +98,7 @@ impl fmt::Display for Overlap {
     }
 }
 
-/// The ids, or the reason that they cannot be had and the cure.
+/// Requires that the ids have no other owner; the error has the cause and the cure.
 ///
 /// # Errors
 /// As [`check`], with the option that sets the ids.
@@ -115,7 +115,7 @@ pub fn require(root: &Path, wanted: &RangeInclusive<u32>) -> anyhow::Result<()> 
 /// Looks for other owners of these ids in the files below `root`.
 ///
 /// # Errors
-/// The first owner. A file that cannot be read, or has more than 4 MiB, is a line in the log.
+/// The first owner. A file that cannot be read, or has more than 4 MiB, only causes a line in the log.
 pub fn check(root: &Path, wanted: &RangeInclusive<u32>) -> Result<(), Overlap> {
     let overlap =
         |other: &RangeInclusive<u32>| other.start() <= wanted.end() && wanted.start() <= other.end();
@@ -132,7 +132,7 @@ pub fn check(root: &Path, wanted: &RangeInclusive<u32>) -> Result<(), Overlap> {
     Err(Overlap { wanted: wanted.clone(), kind, owner, owned, file: file.clone(), proposed })
 }
 
-/// The first id from `base` on that begins `count` + 1 ids of nobody.
+/// The first id from `base` on that begins `count` + 1 ids without an owner.
 fn free_from(mut base: u32, count: u32, mut owned: Vec<RangeInclusive<u32>>) -> Option<u32> {
     owned.sort_unstable_by_key(|range| *range.start());
     for range in owned {
@@ -165,7 +165,7 @@ fn text(path: &Path) -> String {
 fn subordinate(line: &str) -> Option<(&str, RangeInclusive<u32>)> {
     let mut fields = line.trim().split(':');
     let (owner, first, count) = (fields.next()?, fields.next()?.parse::<u32>().ok()?, fields.next()?);
-    // More ids than there are end with the last one.
+    // A range beyond the last id ends with the last id.
     let count = u32::try_from(count.parse::<u64>().ok()?).unwrap_or(u32::MAX);
     Some((owner, first..=first.saturating_add(count.checked_sub(1)?)))
 }

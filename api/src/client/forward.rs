@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 
-//! Requests of somebody else, handed on.
+//! Forwards the requests of another client, such as a browser, in this client's name.
 
 use axum::body::Bytes;
 use http_body_util::Full;
@@ -13,15 +13,16 @@ use tokio::time::timeout;
 
 use super::{Client, ClientError, PATIENCE};
 
-/// The headers that are handed on. What a browser says of itself (`origin`, `cookie`, `sec-fetch-site`) is not.
+/// The headers to forward. Headers in which a browser describes itself (`origin`, `cookie`, `sec-fetch-site`) stay out.
 const HANDED_ON: [HeaderName; 3] = [CONTENT_TYPE, IF_MATCH, HeaderName::from_static("last-event-id")];
 
 impl Client {
-    /// Sends somebody else's request in this client's name, and returns the answer as it begins: a refusal is one, too.
-    /// Of the headers only those go along that the API reads. `path` is one of this API, with its query.
+    /// Sends another client's request in this client's name. Returns the response with its body still to come; a
+    /// refusal is a response, too. Forwards only the headers that the API reads. `path` belongs to this API, and has
+    /// its query.
     ///
     /// # Errors
-    /// The agent cannot be reached, or does not begin an answer within a minute.
+    /// The agent cannot be reached, or does not start to respond within a minute.
     pub async fn forward(
         &self,
         method: Method,

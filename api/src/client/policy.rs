@@ -98,7 +98,7 @@ impl Client {
         self.patch(format!("/v1/ports/{}", segment(port)), patch, if_match).await
     }
 
-    /// `GET /v1/decisions`: as many as the filter's limit says, which may be more than a page.
+    /// `GET /v1/decisions`: as many decisions as the filter's limit, from several pages if necessary.
     pub async fn decisions(&self, filter: &DecisionFilter) -> Result<Vec<Decision>, ClientError> {
         let (mut part, mut decisions) = (filter.clone(), Vec::new());
         let wanted = usize::try_from(filter.limit).unwrap_or(usize::MAX);
@@ -118,7 +118,7 @@ impl Client {
         }
     }
 
-    /// `GET /v1/events`: what happens after the event of this id, or from now on.
+    /// `GET /v1/events`: the events after the event of this id, or from now on without one.
     pub async fn events(&self, after: Option<u64>) -> Result<Events, ClientError> {
         let call = Call { last_event: after, ..Call::get("/v1/events".to_owned()) };
         let body = self.send(&call).await?.into_body();
@@ -153,13 +153,13 @@ pub struct Events {
     client: Client,
     call: Call,
     body: Incoming,
-    /// The line that is not complete yet.
+    /// The line received so far.
     line: Vec<u8>,
     ready: VecDeque<Event>,
 }
 
 impl Events {
-    /// The next event; None when the agent ends the stream: ask again with the last one's id.
+    /// The next event; None when the agent ends the stream. Call `events` again with the last event's id then.
     pub async fn next(&mut self) -> Result<Option<Event>, ClientError> {
         loop {
             if let Some(event) = self.ready.pop_front() {
@@ -173,7 +173,8 @@ impl Events {
         }
     }
 
-    /// This API writes each event's data on one line, with its id and kind in it; comments keep the line open.
+    /// Takes a byte of the stream. This API writes the data of each event on one line, with id and kind in it;
+    /// comments only keep the connection open.
     fn take(&mut self, byte: u8) -> Result<(), ClientError> {
         if byte != b'\n' {
             self.line.push(byte);

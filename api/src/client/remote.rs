@@ -18,23 +18,23 @@ use crate::{
 /// Why an address cannot be used.
 #[derive(Debug, thiserror::Error)]
 pub enum RemoteError {
-    /// It is no address of an agent.
+    /// The URL is not an agent's address.
     #[error("{0} is not an agent's address: it is https://HOST:PORT, or http://HOST:PORT on this host")]
     NotAUrl(String),
-    /// The token would go over a network that anybody can listen to.
+    /// The token would cross a network without encryption.
     #[error(
         "{0} has no TLS, and the token would go over the network in clear: use https, or an address of this host"
     )]
     Clear(String),
-    /// There is nothing to know the agent by.
+    /// An `https` address without certificates of authorities that could vouch for the agent.
     #[error("{0} needs the certificates of the authorities that it is trusted by: name them with --ca-file")]
     NoAuthority(String),
-    /// They cannot be used.
+    /// The certificates of the authorities cannot be used.
     #[error("The certificates of the authorities cannot be used")]
     Tls(#[source] TlsError),
 }
 
-/// An agent's address, with what it takes to use it.
+/// An agent's address, with credentials and TLS for it.
 pub struct Remote {
     url: String,
     /// The Host header.
@@ -46,7 +46,8 @@ pub struct Remote {
 }
 
 impl Remote {
-    /// The agent at `url`, as the first of these tokens, trusted for a certificate of these authorities (PEM).
+    /// A `Remote` for the agent at `url`, with the first of these tokens. Over `https`, one of these
+    /// authorities (PEM) must have issued the agent's certificate.
     ///
     /// # Errors
     /// See [`RemoteError`].

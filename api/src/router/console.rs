@@ -31,14 +31,14 @@ pub(super) fn routes() -> OpenApiRouter<Shared> {
     OpenApiRouter::new().routes(routes!(read_console, write_console))
 }
 
-/// What part of a console's log is read.
+/// The part of a console's log to read.
 #[derive(Deserialize, IntoParams)]
 #[serde(deny_unknown_fields)]
 #[into_params(parameter_in = Query)]
 struct Part {
     /// The first byte; the oldest one that is kept if it is absent or no longer kept.
     offset: Option<u64>,
-    /// Stays and streams what comes, until the VM ends.
+    /// Keeps the stream open for new output, until the VM ends.
     #[serde(default)]
     #[param(default = false)]
     follow: bool,
@@ -46,7 +46,7 @@ struct Part {
 
 /// Reads a VM's serial console.
 ///
-/// A bounded log of all that the guest wrote, which outlives its process.
+/// A bounded log of the guest's output, which outlives the VM's process.
 #[utoipa::path(get, path = "/v1/vms/{name}/console", tag = "vms",
     params(("name" = String, Path, description = "Name or id"), Part),
     responses((status = 200, body = inline(schema::Binary), content_type = "application/octet-stream",
@@ -85,7 +85,7 @@ async fn write_console(
     Ok(Json(ConsoleTaken { taken }))
 }
 
-/// The stream as a body wants it.
+/// A console's bytes as the stream of a response body.
 struct Chunks(ConsoleRead);
 
 impl Stream for Chunks {

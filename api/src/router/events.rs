@@ -30,10 +30,10 @@ pub(super) fn routes() -> OpenApiRouter<Policy> {
     OpenApiRouter::new().routes(routes!(events))
 }
 
-/// Streams what happens, as server-sent events.
+/// Streams the agent's events, as server-sent events.
 ///
-/// `event:` is the kind, `data:` an `Event` as JSON on one line. After a break, send the last `id:` as `Last-Event-ID` and nothing is
-/// missed; `gap` says that too much has happened meanwhile, and that objects are to be read again.
+/// `event:` is the kind, `data:` an `Event` as JSON on one line. After a break, send the last `id:` as `Last-Event-ID` to miss
+/// nothing. The event `gap` says that too many events have passed meanwhile: read the objects again.
 #[utoipa::path(get, path = "/v1/events", tag = "policy",
     params(("last-event-id" = u64, Header, description = "Goes on after this event")),
     responses((status = 200, body = String, content_type = "text/event-stream")))]
@@ -56,7 +56,7 @@ async fn events(
     Ok(Sse::new(stream).keep_alive(KeepAlive::default()).into_response())
 }
 
-/// The events as the stream wants them.
+/// Events as the stream of a response.
 struct Events(mpsc::Receiver<Event>);
 
 impl Stream for Events {

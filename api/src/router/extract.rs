@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 
-//! What handlers take from a request. Whatever is wrong becomes a problem that names the field.
+//! Extractors of the handlers. Each fault of a request becomes a problem that names the field.
 
 use std::time::Duration;
 
@@ -33,7 +33,7 @@ impl<S: Send + Sync, T: DeserializeOwned> FromRequest<S> for Body<T> {
     }
 }
 
-/// The problem of a text that does not read; `whole` is its field where no part of it is to blame.
+/// The problem of a text that cannot be read. Its field is `whole` if no part of the text is at fault.
 pub(super) fn misread<E: std::fmt::Display>(error: &serde_path_to_error::Error<E>, whole: &str) -> Problem {
     // The path ends in "?" where the input ended before the place had a name.
     let path = error.path().to_string();
@@ -44,7 +44,7 @@ pub(super) fn misread<E: std::fmt::Display>(error: &serde_path_to_error::Error<E
     Problem::invalid(field, format!("{field}: {}.", error.inner()))
 }
 
-/// Whether the body's type is JSON, or not said.
+/// Whether the body's type is JSON, or missing.
 fn takes_json(headers: &HeaderMap) -> bool {
     let Some(kind) = headers.get(header::CONTENT_TYPE) else { return true };
     let kind = kind.to_str().unwrap_or_default().split(';').next().unwrap_or_default().trim();
@@ -133,7 +133,7 @@ impl<S: Send + Sync> FromRequestParts<S> for IfMatch {
         }
         let mut values = parts.headers.get_all(header::IF_MATCH).iter();
         let (Some(value), None) = (values.next(), values.next()) else {
-            // More than one is refused below like any other text that is no revision.
+            // Several headers are refused like any other text that is not a revision.
             return if parts.headers.contains_key(header::IF_MATCH) {
                 Err(not_a_revision())
             } else {
@@ -152,7 +152,7 @@ impl<S: Send + Sync> FromRequestParts<S> for IfMatch {
 /// Conditions of RFC 9110, section 13.1, that this API does not have.
 const OTHER_CONDITIONS: [header::HeaderName; 2] = [header::IF_NONE_MATCH, header::IF_UNMODIFIED_SINCE];
 
-/// Whether `If-Match: *` says that the object must be there, at whatever revision.
+/// Whether `If-Match: *` requires the object to exist, at any revision.
 pub(super) struct MustExist(pub(super) bool);
 
 impl<S: Send + Sync> FromRequestParts<S> for MustExist {

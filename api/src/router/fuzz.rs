@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 
-//! The body of a fuzz target: any bytes in, nothing but the laws asserted. Also run by a property test.
+//! The body of a fuzz target: takes any bytes and only asserts laws. A property test runs it, too.
 #![allow(clippy::panic, reason = "a broken law is to end the fuzzer")]
 
 use std::fmt::Debug;
@@ -11,8 +11,8 @@ use serde_json::Value;
 use super::{MAX_BODY, merge::merged};
 use crate::types::{DecisionFilter, PfSpec, PortGroupSpec, PortSpec, SwitchSpec, VfCount, VmSpec};
 
-/// A request's body (the first byte says which) as a handler reads it: what is taken means the same when it is written and
-/// read again, and a specification that was checked is in its bounds.
+/// Reads a request's body as a handler does; the first byte selects the type. An accepted body means the same when it is
+/// written and read again, and a checked specification is within its bounds.
 pub fn fuzz_body(data: &[u8]) {
     let Some((kind, body)) = data.split_first() else { return };
     let body = body.get(..body.len().min(MAX_BODY)).unwrap_or_default();
@@ -55,7 +55,7 @@ fn check_vm(body: &[u8]) {
     if spec.check().is_err() {
         return;
     }
-    // What the agent makes of it needs no further look.
+    // The agent relies on these bounds without further checks.
     assert!((1..=254).contains(&spec.cpus), "{}", spec.cpus);
     assert!(spec.memory.bytes() > 0 && spec.memory.bytes() % (2 << 20) == 0, "{:?}", spec.memory);
     assert!(spec.adapters.len() + spec.devices.len() <= 16);
@@ -73,7 +73,7 @@ fn check_vm(body: &[u8]) {
     assert!(!spec.boot.cmdline.bytes().any(|byte| byte == 0), "{:?}", spec.boot.cmdline);
 }
 
-/// A patch is taken as a whole, and once: it changes nothing more when it comes again.
+/// A patch is applied as a whole, and is idempotent.
 fn patch_of<T: Serialize + DeserializeOwned + PartialEq + Debug>(spec: &T, patch: &Value) {
     let Ok(once) = merged(spec, patch) else { return };
     assert_eq!(merged(&once, patch).ok().as_ref(), Some(&once), "{patch}");
@@ -85,7 +85,7 @@ mod tests {
 
     use super::*;
 
-    /// Bodies that are taken.
+    /// Bodies that handlers accept.
     fn seeds() -> Vec<(String, Vec<u8>)> {
         let dir = std::path::Path::new(env!("CARGO_MANIFEST_DIR")).join("../fuzz/seeds/rest_bodies");
         let seed = |entry: std::io::Result<std::fs::DirEntry>| {

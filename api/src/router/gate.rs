@@ -1,10 +1,10 @@
 // SPDX-License-Identifier: Apache-2.0
 
-//! Who may come in over TCP.
+//! The admission of requests over TCP.
 //!
-//! A token for each request. Beside it two headers that a browser sets and a page cannot change: `Host`, which tells a name
-//! that somebody pointed at this agent (DNS rebinding), and `Origin` with `Sec-Fetch-Site`, which tell that a page of another
-//! site asks. No answer has CORS headers, so that no page could read it either.
+//! Each request needs a token. The gate also checks headers that a browser sets and a page cannot change. `Host` shows a
+//! foreign name that was pointed at this agent (DNS rebinding). `Origin` and `Sec-Fetch-Site` show a request of another site's
+//! page. No response has CORS headers, so that no page could read it either.
 
 use std::{
     collections::BTreeSet,
@@ -25,7 +25,7 @@ use super::{
 };
 use crate::{Caller, Problem, ProblemCode, TurnedAway, token::Tokens};
 
-/// What a TCP listener asks of requests.
+/// The admission rules of a TCP listener.
 #[derive(Clone, Debug)]
 pub struct Gate {
     tokens: Tokens,
@@ -33,16 +33,16 @@ pub struct Gate {
 }
 
 impl Gate {
-    /// Lets in who has one of these tokens, and names the agent by the address that it is connected by, `localhost`, or one of
-    /// `hosts`.
+    /// Admits requests that have one of these tokens, and a `Host` that is the agent's address of the connection, `localhost`,
+    /// or one of `hosts`.
     pub fn new(tokens: Tokens, hosts: impl IntoIterator<Item = String>) -> Self {
         Gate { tokens, hosts: hosts.into_iter().map(|host| host.to_ascii_lowercase()).collect() }
     }
 
-    /// Lets in a request with this head that came to the agent's address `local`, and says by which token.
+    /// Admits a request with this head that came to the agent's address `local`, and returns its token's name as the caller.
     ///
     /// # Errors
-    /// `forbidden` if its Host is another, `unauthorized` without a token.
+    /// `forbidden` with a foreign `Host`, `unauthorized` without a known token.
     pub fn admit(&self, head: &Parts, local: SocketAddr) -> Result<Caller, Problem> {
         self.check_host(head, local)?;
         let caller = self.token(&head.headers).map(Caller::Token).ok_or_else(|| {
@@ -56,17 +56,17 @@ impl Gate {
         Ok(caller)
     }
 
-    /// Whether a request with this head means the agent at `local`.
+    /// Checks that a request with this head is meant for the agent at `local`.
     ///
     /// # Errors
-    /// `forbidden` if not: somebody may have pointed a name at it.
+    /// `forbidden` if not: a foreign name may have been pointed at the agent.
     pub fn check_host(&self, head: &Parts, local: SocketAddr) -> Result<(), Problem> {
         let mut hosts = head.headers.get_all(header::HOST).iter();
         let named = match (hosts.next(), hosts.next()) {
             (Some(host), None) => host.to_str().ok(),
             _ => None,
         };
-        // A request may name its target twice: then both must be right.
+        // A request may name its target twice, in its URI and in `Host`. Both must be right then.
         let named = named.and_then(|host| host.parse::<Authority>().ok());
         let whole = head.uri.authority().is_none_or(|authority| self.is_here(authority, local));
         if !whole || !named.is_some_and(|host| self.is_here(&host, local)) {
@@ -79,7 +79,7 @@ impl Gate {
 
     fn is_here(&self, authority: &Authority, local: SocketAddr) -> bool {
         let host = authority.host().to_ascii_lowercase();
-        // `user@host` is a way to disguise one.
+        // `user@host` is a way to disguise a host.
         if authority.as_str().contains('@') {
             return false;
         }
@@ -98,18 +98,18 @@ impl Gate {
     }
 }
 
-/// What a connection came by.
+/// The listener that a connection came through, with its peer.
 #[derive(Clone, Debug)]
 pub enum Peer {
-    /// The Unix socket, and the process at the other end; None if the kernel did not tell.
+    /// The Unix socket, with the process at the other end; None if the kernel does not name it.
     Local(Option<Caller>),
-    /// TCP: each request says who it is, by its token.
+    /// TCP: the token of each request names its caller.
     Network {
-        /// What is asked of it.
+        /// The admission rules for its requests.
         gate: Arc<Gate>,
         /// The agent's own address.
         local: SocketAddr,
-        /// The client's.
+        /// The client's address.
         remote: IpAddr,
     },
 }
@@ -125,7 +125,7 @@ impl Peer {
     }
 }
 
-/// Lets a request in, with its caller, or refuses it.
+/// Admits a request and notes its caller, or refuses it.
 pub(super) async fn admit(State(backend): State<Shared>, request: Request, next: Next) -> Response {
     let (mut head, body) = request.into_parts();
     let admitted = check_page(&head.headers).and_then(|()| match head.extensions.get::<Peer>() {
@@ -150,7 +150,8 @@ pub(super) async fn admit(State(backend): State<Shared>, request: Request, next:
     }
 }
 
-/// The agent's own page asks through `portcullis ui`, which leaves these headers out: whatever page asks here is of somebody else.
+/// Refuses requests of web pages. The agent's own page sends its requests through `portcullis ui`, which leaves these headers
+/// out, so that any other page is a foreign one.
 fn check_page(headers: &HeaderMap) -> Result<(), Problem> {
     let site = headers.get("sec-fetch-site").is_some_and(|site| site != "none");
     if headers.contains_key(header::ORIGIN) || site {

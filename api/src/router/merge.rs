@@ -1,9 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0
 
-//! PATCH as a merge (RFC 7396), but for settings of a policy: each is replaced as a whole.
+//! PATCH as a merge (RFC 7396), except that settings of a policy are replaced as a whole.
 //!
-//! A setting's value is one of several forms (`{"access": …}`, `{"trunk": …}`). A merge of two of them is neither, and a member that
-//! a form leaves out where it has its default would stay as it was.
+//! A setting's value has one of several forms (`{"access": …}`, `{"trunk": …}`). A merge of two forms is neither, and a member
+//! that a form omits for its default would keep its old value.
 
 use serde::{Serialize, de::DeserializeOwned};
 use serde_json::{Map, Value};
@@ -11,7 +11,7 @@ use serde_json::{Map, Value};
 use super::extract::misread;
 use crate::{Problem, ProblemCode, document};
 
-/// How often a PATCH without `If-Match` is tried against others that change the same object.
+/// The most tries of a PATCH without `If-Match`, when others change the same object meanwhile.
 pub(super) const TRIES: u32 = 5;
 
 /// A specification with a patch merged into it.
@@ -30,10 +30,10 @@ pub(super) fn merged<T: Serialize + DeserializeOwned>(spec: &T, patch: &Value) -
     document::read(value).map_err(|error| misread(&error, "body"))
 }
 
-/// Members that one patch removes at most: each is looked for in a copy of the whole.
+/// The most members that one patch removes: the check of each copies the whole specification.
 const MOST_REMOVED: usize = 64;
 
-/// Refuses to remove a member that no specification has: a wrong name would pass unseen.
+/// Refuses to remove a member that no specification has: a misspelled name would pass unnoticed.
 fn check_removed<T: DeserializeOwned>(merged: &Value, patch: &Value) -> Result<(), Problem> {
     let mut removed = Vec::new();
     note_removed(patch, &mut Vec::new(), &mut removed);
@@ -55,7 +55,7 @@ fn check_removed<T: DeserializeOwned>(merged: &Value, patch: &Value) -> Result<(
     Ok(())
 }
 
-/// Collects the members of a patch that are null, each behind the names of the objects around it.
+/// Collects the members of a patch that are null, each with the names of the objects around it.
 fn note_removed<'a>(patch: &'a Value, path: &mut Vec<&'a str>, removed: &mut Vec<(Vec<&'a str>, &'a str)>) {
     for (name, value) in patch.as_object().into_iter().flatten() {
         if value.is_null() {
@@ -71,10 +71,10 @@ fn note_removed<'a>(patch: &'a Value, path: &mut Vec<&'a str>, removed: &mut Vec
     }
 }
 
-/// The member of a specification whose own members are settings.
+/// The name of the member that holds settings.
 const SETTINGS: &str = "settings";
 
-/// RFC 7396, section 2. The depth is bounded by that of the body's parser.
+/// RFC 7396, section 2. The body's parser bounds the depth.
 fn merge(target: &mut Value, patch: &Value) {
     let Value::Object(patch) = patch else {
         *target = patch.clone();
@@ -97,7 +97,7 @@ fn merge(target: &mut Value, patch: &Value) {
     }
 }
 
-/// Replaces each member that is named as a whole; null removes it.
+/// Replaces each named member as a whole; null removes it.
 fn replace(target: &mut Value, patch: &Map<String, Value>) {
     if !target.is_object() {
         *target = Value::Object(Map::new());
@@ -184,7 +184,7 @@ mod tests {
             merge(&mut merged, &json!({"settings": {"vlan": vlan}}));
             assert_eq!(merged["settings"], json!({"vlan": expect, "mtu": 9000}));
             assert_eq!(merged["switch"], "default");
-            // And back, from any of them.
+            // And back to the original, from each form.
             merge(&mut merged, &json!({"settings": {"vlan": {"access": {"id": 100, "qos": 3}}}}));
             assert_eq!(merged, before);
         }

@@ -38,7 +38,7 @@ use crate::{Problem, types::Event};
 )]
 pub(super) struct Document;
 
-/// Describes how a client shows who it is.
+/// Describes the authentication of clients.
 struct Token;
 
 impl Modify for Token {
@@ -59,7 +59,7 @@ pub fn openapi() -> utoipa::openapi::OpenApi {
     document
 }
 
-/// Adds what follows for each operation: the problems that it answers with, examples, and the header that each answer has.
+/// Adds the derived parts of each operation: its problems, examples, and the header that each response has.
 pub(super) fn complete(document: &mut utoipa::openapi::OpenApi) {
     for (template, path) in &mut document.paths.paths {
         let all = [&mut path.get, &mut path.put, &mut path.post, &mut path.patch, &mut path.delete];

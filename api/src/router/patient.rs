@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 
-//! A connection whose peer must take what is sent to it.
+//! A connection that ends if its peer takes no data.
 
 use std::{
     io,
@@ -14,7 +14,7 @@ use tokio::{
     time::{Sleep, sleep},
 };
 
-/// Fails when the peer has taken nothing for a while. (How long the peer may take to say something, HTTP knows better.)
+/// Fails when the peer has taken nothing for a while. HTTP itself bounds the time of a silent peer.
 pub(super) struct Patient<I> {
     io: I,
     patience: Duration,
@@ -27,7 +27,7 @@ impl<I> Patient<I> {
         Self { io, patience, stalled: None }
     }
 
-    /// Counts the time in which nothing is taken.
+    /// Measures the time in which the peer takes nothing.
     fn check<T>(&mut self, polled: Poll<io::Result<T>>, context: &mut Context<'_>) -> Poll<io::Result<T>> {
         if polled.is_ready() {
             self.stalled = None;

@@ -60,7 +60,7 @@ pub(super) struct Bounds {
     pub(super) all: usize,
     /// Places of one source.
     pub(super) each: usize,
-    /// Whether one connection too many displaces another one, in place of being refused.
+    /// Whether one connection too many displaces another one, instead of being refused.
     pub(super) displace: bool,
 }
 
@@ -80,7 +80,7 @@ struct Held {
 }
 
 impl Held {
-    /// Forgets a connection of a source: the one with this number, or the oldest.
+    /// Removes a connection of a source: the one with this number, or the oldest.
     fn forget(&mut self, source: Source, number: Option<u64>) -> Option<watch::Sender<bool>> {
         let own = self.of.get_mut(&source)?;
         let at = number.map_or(Some(0), |number| own.iter().position(|(known, _)| *known == number))?;
@@ -98,7 +98,8 @@ impl Places {
         Self { bounds, held: Arc::default() }
     }
 
-    /// A place for a connection of this source; None if it, or all sources together, have no more.
+    /// Takes a place for a connection of this source. If this source or all sources have none left, displaces another
+    /// connection, or returns None without `displace`.
     pub(super) fn take(&self, source: Source) -> Option<Place> {
         let source = source.share();
         let mut held = self.held.lock().unwrap_or_else(PoisonError::into_inner);
@@ -107,7 +108,7 @@ impl Places {
             if !self.bounds.displace {
                 return None;
             }
-            // A client that has its token ready needs its place for a moment only, and gets it even beside silent ones.
+            // A client with a token needs its place for a moment only, and gets it even beside silent ones.
             let largest = held.of.iter().max_by_key(|(_, own)| own.len()).map(|(source, _)| *source);
             held.forget(if has_all { source } else { largest? }, None)?.send_replace(true);
         }
@@ -136,7 +137,7 @@ impl Drop for Place {
     }
 }
 
-/// A connection over TCP, which is a stranger's until a request with a token comes.
+/// A connection over TCP, a stranger until its first request with a token.
 #[derive(Clone, Debug)]
 pub(super) struct Newcomer(Arc<(Mutex<Option<Place>>, watch::Sender<bool>)>);
 
@@ -145,14 +146,15 @@ impl Newcomer {
         Newcomer(Arc::new((Mutex::new(Some(place)), watch::Sender::new(false))))
     }
 
-    /// A request with a token has come: the connection leaves its place to another stranger.
+    /// Ends the connection's time as a stranger, after a request with a token: its place is free for another one.
     pub(super) fn admitted(&self) {
         let (place, admitted) = &*self.0;
         drop(place.lock().unwrap_or_else(PoisonError::into_inner).take());
         admitted.send_replace(true);
     }
 
-    /// Completes when a stranger must go: displaced, or without a token for this time. Never for an admitted connection.
+    /// Completes when a stranger must go: displaced, or without a token for this time. Never completes for an admitted
+    /// connection.
     pub(super) async fn overstays(self, patience: Duration) {
         let until = Instant::now() + patience;
         let (place, admitted) = &*self.0;
@@ -166,7 +168,7 @@ impl Newcomer {
             timeout_at(until, admitted.wait_for(|admitted| *admitted)).await.is_ok_and(|seen| seen.is_ok())
         };
         let displaced = async {
-            // Without a place there is no stranger: an admission has given it back.
+            // An admission has released the place: nothing can displace this connection.
             match place {
                 Some(mut place) => place.wait_for(|displaced| *displaced).await.is_ok(),
                 None => false,

@@ -40,7 +40,7 @@ fn name_of(text: &str) -> Result<Name, Problem> {
     text.parse().map_err(|error| Problem::invalid("name", format!("name: {error}.")))
 }
 
-/// The revision that a change of an object at `found` must expect; `expect` is that of `If-Match`.
+/// The revision that a change must expect of an object at `found`; `expect` is the revision of `If-Match`.
 pub(super) fn at(found: u64, expect: Option<u64>) -> Result<Option<u64>, Problem> {
     match expect {
         Some(expect) if expect != found => Err(Problem::revision_mismatch(expect, found)),
@@ -73,8 +73,8 @@ async fn get_switch(State(backend): State<Policy>, Named(switch): Named) -> Resu
 
 /// Creates a switch or replaces its specification.
 ///
-/// Running VMs are subject to it at once: what its ports no longer may have is taken back. A PF is an uplink of one
-/// switch only; naming one moves it from the switch `default`, as long as nobody has edited that one.
+/// Running VMs are subject to it at once: the agent revokes all that its ports may no longer have. A PF is an uplink of one
+/// switch only: naming a PF moves it from the switch `default`, unless that one has been edited.
 #[utoipa::path(put, path = "/v1/switches/{name}", tag = "policy", request_body = SwitchSpec,
     params(
         ("name" = Name, Path, description = "Name, or id of one that exists"),
@@ -147,7 +147,7 @@ async fn get_port_group(State(backend): State<Policy>, Named(group): Named) -> R
 
 /// Creates a port group or replaces its specification.
 ///
-/// Running VMs are subject to it at once: what their guests no longer may have is taken back. Refused if the PF of a
+/// Running VMs are subject to it at once: the agent revokes all that their guests may no longer have. Refused if the PF of a
 /// running VM cannot enforce it. The switch of a group never changes.
 #[utoipa::path(put, path = "/v1/port-groups/{name}", tag = "policy", request_body = PortGroupSpec,
     params(
@@ -179,8 +179,8 @@ async fn put_port_group(
 
 /// Changes a part of a port group's specification.
 ///
-/// A JSON merge patch (RFC 7396), in which each setting is replaced as a whole. Without `If-Match` it is made on top of what
-/// others change meanwhile. Running VMs are subject to it at once.
+/// A JSON merge patch (RFC 7396), in which each setting is replaced as a whole. Without `If-Match` it applies on top of
+/// concurrent changes. Running VMs are subject to it at once.
 #[utoipa::path(patch, path = "/v1/port-groups/{name}", tag = "policy",
     request_body(content = schema::PortGroupPatch, content_type = "application/merge-patch+json",
         description = "Members of the specification; null leaves a setting to the switch"),
@@ -202,7 +202,7 @@ async fn patch_port_group(
         let revision = at(found.revision, expect)?;
         let spec = merged(&found.spec, &patch)?;
         match backend.put_port_group(caller.clone(), found.name, spec, revision).await {
-            // Somebody else was faster: their change is kept, and this one made on top of it.
+            // Another caller's change came first: it stays, and this one applies on top of it.
             Err(problem) if problem.code == ProblemCode::RevisionMismatch && tries < TRIES => tries += 1,
             done => return done.map(|done| put(&done, done.object.revision)),
         }
@@ -242,7 +242,7 @@ async fn list_ports(
 
 /// Shows a port.
 ///
-/// The initial address is the adapter's own, the effective one is what the PF has programmed, the guest's is what it
+/// The initial address is the adapter's own, the effective one is the PF's setting, and the guest's is the one that the guest
 /// believes to have: they differ after a silent refusal.
 #[utoipa::path(get, path = "/v1/ports/{id}", tag = "policy",
     params(("id" = String, Path, description = "Id, or name with its slash as %2F")),
@@ -254,8 +254,8 @@ async fn get_port(State(backend): State<Policy>, Named(port): Named) -> Result<R
 
 /// Changes a part of a port's specification.
 ///
-/// A JSON merge patch (RFC 7396), in which each setting is replaced as a whole: blocks it, or overrides what its group allows to be overridden. A running VM is subject
-/// to it at once.
+/// A JSON merge patch (RFC 7396), in which each setting is replaced as a whole. It blocks the port, or overrides settings where
+/// its group allows that. A running VM is subject to it at once.
 #[utoipa::path(patch, path = "/v1/ports/{id}", tag = "policy",
     request_body(content = schema::PortPatch, content_type = "application/merge-patch+json",
         description = "Members of the specification; null leaves a setting to the port group"),
@@ -276,7 +276,7 @@ async fn patch_port(
         let found = backend.get_port(port.clone()).await?;
         let revision = at(found.revision, expect)?;
         let spec = merged(&found.spec, &patch)?;
-        // By id: between the two calls the name could come to mean another port.
+        // By id: between the two calls the name could become another port's.
         match backend.put_port(caller.clone(), ObjectRef::Id(found.id), spec, revision).await {
             Err(problem) if problem.code == ProblemCode::RevisionMismatch && tries < TRIES => tries += 1,
             done => return done.map(|port| revisioned(StatusCode::OK, port.revision, &port)),
@@ -286,7 +286,7 @@ async fn patch_port(
 
 /// Lists decisions, the latest first.
 ///
-/// A decision is what came of a guest's request, or of what the agent did by itself. Equal ones are counted in one
+/// A decision is the record of a guest's request, or of an action of the agent itself. Equal decisions are counted in one
 /// record, the oldest records go first, and no port can push out those of others.
 #[utoipa::path(get, path = "/v1/decisions", tag = "policy", params(DecisionFilter),
     responses((status = 200, body = List<Decision>)))]

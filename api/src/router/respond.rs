@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 
-//! What handlers and the router answer.
+//! Responses of the handlers and the router.
 
 use std::time::Instant;
 
@@ -31,7 +31,7 @@ impl IntoResponse for Problem {
         if self.code == ProblemCode::Unauthorized {
             response.headers_mut().insert(header::WWW_AUTHENTICATE, HeaderValue::from_static("Bearer"));
         }
-        // `identify` writes it once more with the request's id.
+        // `identify` writes it once more, with the request's id.
         response.extensions_mut().insert(self);
         response
     }
@@ -46,7 +46,7 @@ pub(super) fn revisioned<T: Serialize>(status: StatusCode, revision: u64, object
     response
 }
 
-/// The page that was asked for, of all objects.
+/// The requested page, out of all objects.
 pub(super) fn page<T: Listed>(mut items: Vec<T>, page: &Page) -> Result<Json<List<T>>, Problem> {
     let limit = page.limit.unwrap_or(MAX_PAGE);
     check_limit(limit)?;
@@ -64,7 +64,7 @@ pub(super) fn check_limit(limit: u32) -> Result<(), Problem> {
     Err(Problem::invalid("limit", format!("limit: {limit} is not a number from 1 to {MAX_PAGE}.")))
 }
 
-/// The first of these items, and where the next page begins if there are more.
+/// The first of these items, with a cursor to the next page if there are more.
 pub(super) fn cut<T: Listed>(mut items: Vec<T>, limit: u32) -> Json<List<T>> {
     let limit = usize::try_from(limit).unwrap_or(usize::MAX);
     let more = items.len() > limit;
@@ -73,11 +73,11 @@ pub(super) fn cut<T: Listed>(mut items: Vec<T>, limit: u32) -> Json<List<T>> {
     Json(List { items, next })
 }
 
-/// What a request is called: by the caller if it has a name that is fit for a log, else a UUID.
+/// A request's id: the caller's own if it is fit for a log, else a UUID.
 #[derive(Clone)]
 pub(super) struct RequestId(HeaderValue, Box<str>);
 
-/// The longest that a caller may choose.
+/// The longest id that a caller may choose, in bytes.
 const MAX_REQUEST_ID: usize = 128;
 
 impl RequestId {
@@ -94,7 +94,7 @@ impl RequestId {
         Some(RequestId(HeaderValue::from_str(text).ok()?, text.into()))
     }
 
-    /// That of a request. More than one is none.
+    /// The id of a request with these headers. Several ids count as none.
     fn of(headers: &HeaderMap) -> Self {
         let mut given = headers.get_all(REQUEST_ID).iter();
         let only = match (given.next(), given.next()) {
@@ -109,10 +109,10 @@ impl RequestId {
     }
 }
 
-/// Gives each request an id, which the answer, its problem and every line that it causes in the log carry.
+/// Gives each request an id. The response, its problem and all its lines in the log carry the id.
 pub(super) async fn identify(State(backend): State<Shared>, request: Request, next: Next) -> Response {
     let id = RequestId::of(request.headers());
-    // Of the highest level: whatever is logged says for whom.
+    // A span of the highest level: every line of the log names its request.
     let span = tracing::error_span!("request", id = id.as_str());
     answer(id, request, next, &*backend).instrument(span).await
 }
@@ -127,7 +127,7 @@ async fn answer(id: RequestId, request: Request, next: Next, backend: &dyn Backe
         if problem.status >= 500 {
             tracing::warn!(%method, ?path, code = %problem.code, detail = %problem.detail, "request failed");
         }
-        // Written anew: the length has changed, and what the router added (`allow`) must stay.
+        // Written again: the length has changed, and headers of the router (`allow`) must stay.
         let kept = std::mem::take(response.headers_mut());
         response = problem.into_response();
         for (name, value) in &kept {
@@ -145,7 +145,7 @@ async fn answer(id: RequestId, request: Request, next: Next, backend: &dyn Backe
     response
 }
 
-/// The name of a method. Callers may make up others.
+/// The name of a method; `OTHER` for names that callers make up.
 fn known(method: &Method) -> &'static str {
     let all = ["GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"];
     all.into_iter().find(|name| method.as_str() == *name).unwrap_or("OTHER")

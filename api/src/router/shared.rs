@@ -1,15 +1,16 @@
 // SPDX-License-Identifier: Apache-2.0
 
-//! Parts of the document that it has once. What is written out at each place becomes a type of its own in generated clients.
+//! Moves repeated parts of the document into components. A generated client has a separate type for each part that is
+//! written out in place.
 
 use std::collections::{BTreeMap, BTreeSet};
 
 use utoipa::openapi::{OpenApi, Ref, RefOr, Response, Schema, path::Operation, schema::ArrayItems};
 
-/// The type of bodies that are problems.
+/// The content type of problems.
 const PROBLEM: &str = "application/problem+json";
 
-/// Puts references in the place of what is a component, or becomes one.
+/// Replaces each part that is a component, or becomes one, by a reference.
 pub(super) fn refer(document: &mut OpenApi) {
     items(document);
     problems(document);
@@ -28,8 +29,8 @@ fn items(document: &mut OpenApi) {
     }
 }
 
-/// Answers that are problems: few differ. Each is named after its status, and after the first operation that has it if the
-/// status has another one already.
+/// Responses that are problems: few differ. Each is named after its status, and also after the first operation that has it
+/// if another response has the status's name.
 fn problems(document: &mut OpenApi) {
     let mut known: BTreeMap<String, Vec<(String, Response)>> = BTreeMap::new();
     for (operation, status, response) in answers(document) {
@@ -56,7 +57,7 @@ fn problems(document: &mut OpenApi) {
         .extend(known.into_values().flatten().map(|(name, response)| (name, RefOr::T(response))));
 }
 
-/// Every answer of every operation, with the operation's id and the status.
+/// Every response of every operation, with the operation's id and the status.
 fn answers(document: &mut OpenApi) -> impl Iterator<Item = (String, &str, &mut RefOr<Response>)> {
     document
         .paths

@@ -8,13 +8,13 @@ use axum::{
 };
 use uuid::Uuid;
 
-/// The page. Each answer has its own nonce in place of [`NONCE`].
+/// The page. Each response has its own nonce in place of [`NONCE`].
 const PAGE: &str = include_str!("../../ui/index.html");
 
 const NONCE: &str = "nonce=\"NONCE\"";
 
-/// `GET /ui`. Only its own script and styles run, it connects to where it came from, no page can frame it, and nothing that
-/// is not a text node can be made of what the agent says (Trusted Types).
+/// `GET /ui`. Only the page's own script and styles run, it connects to its own origin only, no page can frame it, and
+/// texts of the agent can become text nodes only (Trusted Types).
 pub(super) async fn page() -> Response {
     let nonce = Uuid::new_v4().simple();
     let policy = format!(
@@ -60,7 +60,7 @@ mod tests {
         ] {
             assert!(!PAGE.contains(word), "{word}");
         }
-        // A name of XML is no address that is fetched.
+        // The name of an XML namespace is not an address to fetch.
         let addresses = PAGE.replace("http://www.w3.org/2000/svg", "");
         assert!(!addresses.contains("http:") && !addresses.contains("https:"));
     }

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 
-//! What is said of each cause code: `docs/errors.md` is a copy of it.
+//! The texts of each cause code: `docs/errors.md` is a copy of them.
 
 use super::CauseCode;
 
@@ -23,12 +23,12 @@ impl CauseCode {
         self.texts().0
     }
 
-    /// What has happened.
+    /// The meaning, as a sentence.
     pub fn meaning(self) -> &'static str {
         self.texts().1
     }
 
-    /// What to do about it.
+    /// The cure, as a sentence.
     pub fn cure(self) -> &'static str {
         self.texts().2
     }

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 
-//! What happens, as subscribers hear of it.
+//! Events, for the subscribers of the API.
 
 use std::fmt;
 
@@ -13,19 +13,19 @@ use uuid::Uuid;
 
 use super::{Cause, Decision, Owner, Timestamp, VmState};
 
-/// Something that happened.
+/// An event: a change or a decision.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Event {
     /// One more for each event of the agent's store: `Last-Event-ID` goes on after it.
     pub id: u64,
     /// When it happened.
     pub time: Timestamp,
-    /// What happened.
+    /// The kind, with its own members.
     #[serde(flatten)]
     pub what: EventKind,
 }
 
-/// What happened; `event` names it and is the type of the server-sent event.
+/// The kind of an event; `event` names it and is the type of the server-sent event.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(tag = "event", rename_all = "snake_case")]
 pub enum EventKind {
@@ -35,40 +35,40 @@ pub enum EventKind {
         vm: Owner,
         /// Its new state.
         state: VmState,
-        /// Why, if it ended.
+        /// The cause, if it ended.
         #[serde(default, skip_serializing_if = "Option::is_none")]
         cause: Option<Cause>,
     },
-    /// A request was decided, or the agent did something by itself.
+    /// A request was decided, or the agent acted by itself.
     Decision {
         /// The record, as it is after this.
         decision: Box<Decision>,
     },
     /// An object was created.
     Created {
-        /// It.
+        /// The object.
         object: Subject,
         /// Its revision.
         revision: u64,
-        /// Who did it: `uid 0`, `token ci`; absent if the agent did it by itself.
+        /// The caller: `uid 0`, `token ci`; absent if the agent acted by itself.
         #[serde(default, skip_serializing_if = "Option::is_none")]
         by: Option<String>,
     },
     /// An object's specification was changed, or a VM lost a device.
     Changed {
-        /// It.
+        /// The object.
         object: Subject,
         /// Its revision now.
         revision: u64,
-        /// Who did it: `uid 0`, `token ci`; absent if the agent did it by itself.
+        /// The caller: `uid 0`, `token ci`; absent if the agent acted by itself.
         #[serde(default, skip_serializing_if = "Option::is_none")]
         by: Option<String>,
     },
     /// An object was deleted.
     Deleted {
-        /// What it was.
+        /// The former object.
         object: Subject,
-        /// Who did it: `uid 0`, `token ci`; absent if the agent did it by itself.
+        /// The caller: `uid 0`, `token ci`; absent if the agent acted by itself.
         #[serde(default, skip_serializing_if = "Option::is_none")]
         by: Option<String>,
     },
@@ -76,17 +76,17 @@ pub enum EventKind {
     PfState {
         /// Its interface's name.
         pf: String,
-        /// What became of it.
+        /// Its new state.
         state: PfState,
     },
-    /// Events between the one asked for and the next one are no longer kept: read the objects again.
+    /// Events between the requested one and the next one are no longer kept: read the objects again.
     Gap,
 }
 
 /// An object that an event is about.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 pub struct Subject {
-    /// What it is.
+    /// The kind of object.
     pub kind: ObjectKind,
     // An event has an id of its own, so this one cannot be a member of the event.
     /// Its id.
@@ -129,7 +129,7 @@ impl fmt::Display for ObjectKind {
     }
 }
 
-/// What became of a PF.
+/// The new state of a PF.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 #[serde(rename_all = "snake_case")]
 pub enum PfState {
@@ -160,7 +160,7 @@ impl EventKind {
 
 // The schema of an `Event`: one object with the members of every kind. Generators of clients drop or split a choice of objects
 // with common members, and a client of a later agent must take kinds that it does not know.
-/// Something that happened.
+/// An event: a change or a decision.
 #[derive(ToSchema)]
 #[cfg_attr(test, derive(Deserialize), serde(deny_unknown_fields))]
 #[allow(dead_code, reason = "only its schema is used")]
@@ -169,11 +169,11 @@ struct AnyEvent {
     id: u64,
     /// When it happened.
     time: Timestamp,
-    /// What happened: it says which other members there are.
+    /// The kind of event, on which the other members depend.
     event: EventName,
     /// `vm_state`: the VM.
     vm: Option<Owner>,
-    /// `vm_state`: the VM's new state. `pf_state`: what became of the PF.
+    /// `vm_state`: the VM's new state. `pf_state`: the PF's new state.
     state: Option<NewState>,
     /// `vm_state`: why the VM ended, if it did.
     cause: Option<Cause>,
@@ -183,7 +183,7 @@ struct AnyEvent {
     object: Option<Subject>,
     /// `created`, `changed`: the object's revision now.
     revision: Option<u64>,
-    /// `created`, `changed`, `deleted`: who did it, such as `uid 0` or `token ci`; absent if the agent did it by itself.
+    /// `created`, `changed`, `deleted`: the caller, such as `uid 0` or `token ci`; absent if the agent acted by itself.
     by: Option<String>,
     /// `pf_state`: the PF's interface.
     pf: Option<String>,
@@ -197,7 +197,7 @@ struct AnyEvent {
 enum EventName {
     /// A VM's state changed.
     VmState,
-    /// A request was decided, or the agent did something by itself.
+    /// A request was decided, or the agent acted by itself.
     Decision,
     /// An object was created.
     Created,
@@ -207,7 +207,7 @@ enum EventName {
     Deleted,
     /// A PF went up or down, came or went.
     PfState,
-    /// Events between the one asked for and the next one are no longer kept: read the objects again.
+    /// Events between the requested one and the next one are no longer kept: read the objects again.
     Gap,
 }
 
@@ -239,7 +239,7 @@ impl ToSchema for Event {
 mod tests {
     use super::*;
 
-    /// The kind's members lie beside the event's own: none may have the name of another.
+    /// The kind's members lie beside the event's own: no two may have the same name.
     #[test]
     fn every_kind_is_read_as_it_is_written() {
         let owner = Owner { vm: Uuid::nil(), name: "web1".to_owned(), adapter: None };
@@ -257,7 +257,7 @@ mod tests {
             assert_eq!(json["event"], event.what.name());
             let text = serde_json::to_string(&event).unwrap();
             assert_eq!(serde_json::from_str::<Event>(&text).unwrap(), event, "{text}");
-            // It has no member that its schema does not have.
+            // It has only members of its schema.
             let described: AnyEvent =
                 serde_json::from_str(&text).unwrap_or_else(|error| panic!("{text}: {error}"));
             let name: EventName = serde_json::from_value(event.what.name().into()).unwrap();

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 
-//! What the host has: physical and virtual functions.
+//! Physical and virtual functions of the host.
 
 use serde::{Deserialize, Serialize};
 use utoipa::ToSchema;
@@ -20,13 +20,13 @@ pub struct Pf {
     pub revision: u64,
     /// When the agent first saw it.
     pub created: Timestamp,
-    /// What was asked.
+    /// The requested state.
     pub spec: PfSpec,
-    /// What is.
+    /// The actual state.
     pub status: PfStatus,
 }
 
-/// What is asked of a PF.
+/// The requested state of a PF.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 #[serde(deny_unknown_fields)]
 pub struct PfSpec {
@@ -42,14 +42,14 @@ pub struct VfCount {
     pub count: u32,
 }
 
-/// What a PF is.
+/// The actual state of a PF.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 pub struct PfStatus {
     /// The host's PCI address.
     pub bdf: Bdf,
     /// Its driver, `igb`; `portcullis-sim` for a simulated one.
     pub driver: Option<String>,
-    /// Whether there is no such hardware: the agent was told to simulate it.
+    /// Whether the agent simulates the adapter, without hardware.
     #[serde(default)]
     pub simulated: bool,
     /// PCI vendor and device, `8086:10c9`.
@@ -59,7 +59,7 @@ pub struct PfStatus {
     pub mac: Option<String>,
     /// Whether it is administratively up.
     pub up: bool,
-    /// Whether it has a link; null if that cannot be told.
+    /// Whether it has a link; null if that is unknown.
     pub carrier: Option<bool>,
     /// The interface's MTU in bytes.
     pub mtu: Option<u32>,
@@ -97,7 +97,8 @@ pub struct Vf {
     pub mac: Option<String>,
     /// The VM that it belongs to, if any.
     pub owner: Option<Owner>,
-    /// What else uses it, for people: an interface that is up, another network namespace, another process. No adapter gets it.
+    /// Another user of the VF, for people: an interface that is up, another network namespace, another process. No adapter
+    /// gets such a VF.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub used_by: Option<String>,
 }

@@ -1,9 +1,10 @@
 // SPDX-License-Identifier: Apache-2.0
 
-//! Wire types: what goes over the API as JSON.
+//! Wire types: the JSON of the API.
 //!
 //! Every object that users make or configure has an immutable `id`, a `name`, a `revision` (one more for each change
-//! of its specification; the ETag), when it was `created`, a `spec` (what was asked) and a `status` (what is).
+//! of its specification; the ETag), the time when it was `created`, a `spec` (the requested state) and a `status`
+//! (the actual state).
 
 mod cause;
 mod event;

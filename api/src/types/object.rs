@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 
-//! What all objects share.
+//! Parts that all objects share.
 
 use std::{convert::Infallible, fmt, str::FromStr};
 
@@ -10,18 +10,18 @@ use uuid::Uuid;
 
 use super::Cursor;
 
-/// What a path names an object by: its id or its name.
+/// A path's reference to an object: its id or its name.
 #[derive(Clone, Debug, PartialEq, Eq, Hash, Deserialize)]
 #[serde(from = "String")]
 pub enum ObjectRef {
     /// The immutable id.
     Id(Uuid),
-    /// The name, as the caller wrote it: it may be none that an object can have.
+    /// The name, as the caller wrote it: it may be invalid.
     Name(String),
 }
 
 impl ObjectRef {
-    /// Whether an object of this id and name is meant.
+    /// Whether this refers to an object of this id and name.
     pub fn means(&self, id: Uuid, name: &str) -> bool {
         match self {
             ObjectRef::Id(wanted) => *wanted == id,
@@ -31,7 +31,7 @@ impl ObjectRef {
 }
 
 impl ObjectRef {
-    /// The text of it, whatever that is: not for messages.
+    /// The text, without escapes or a bound: not for messages.
     pub fn text(&self) -> String {
         match self {
             ObjectRef::Id(id) => id.to_string(),
@@ -57,7 +57,7 @@ impl FromStr for ObjectRef {
 }
 
 impl fmt::Display for ObjectRef {
-    /// Escapes what is not printable and clips, so that it can go into messages and logs.
+    /// Escapes unprintable characters and clips, so that the text can go into messages and logs.
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
             ObjectRef::Id(id) => id.fmt(f),

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 
-//! An operation on a VM that is under way, and how far it is.
+//! An operation on a VM that is under way, and its progress.
 
 use std::fmt;
 
@@ -12,16 +12,16 @@ use super::Timestamp;
 /// An operation on a VM that is under way.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 pub struct VmOperation {
-    /// What is being done.
+    /// The action under way.
     pub action: OperationAction,
-    /// What of it the agent does, or waits for, now.
+    /// The current stage of it, which the agent carries out or waits for.
     pub stage: Stage,
-    /// When that was begun.
+    /// The start of the stage.
     pub since: Timestamp,
     /// The stage's number among all, from 1.
     #[schema(minimum = 1)]
     pub step: u32,
-    /// Stages that there are with what is known now: one that fails is followed by those that give everything back.
+    /// The number of stages, as far as known now: a failed stage is followed by those that give everything back.
     #[schema(minimum = 1)]
     pub steps: u32,
 }
@@ -54,7 +54,7 @@ macro_rules! named {
 }
 
 named! {
-    /// What is being done with a VM.
+    /// An action on a VM.
     OperationAction {
         /// It is booted: by a request, or by the agent itself.
         Boot = "boot",
@@ -66,17 +66,17 @@ named! {
         Reboot = "reboot",
         /// It is ended and forgotten.
         Delete = "delete",
-        /// It has ended by itself, and what it holds is given back.
+        /// It has ended by itself, and its resources are released.
         Release = "release",
     }
 
-    /// A part of an operation. Those of functions come once for each function.
+    /// A part of an operation. Stages of functions come once for each function.
     Stage {
-        /// The kernel, the initramfs and `/dev/kvm` are opened with the rights of who boots.
+        /// The kernel, the initramfs and `/dev/kvm` are opened with the rights of the user that boots.
         OpeningFiles = "opening_files",
         /// Functions that fit the policy are chosen, and claimed.
         ClaimingFunctions = "claiming_functions",
-        /// What the function was is noted, and it is bound to vfio-pci.
+        /// The function's driver and settings are noted, and it is bound to vfio-pci.
         BindingFunction = "binding_function",
         /// The adapter's policy is set on its PF.
         SettingPolicy = "setting_policy",
@@ -92,7 +92,7 @@ named! {
         ResettingMachine = "resetting_machine",
         /// The VM's process resets its devices and ends.
         EndingProcess = "ending_process",
-        /// What the guest left on the adapter's VF is taken back.
+        /// The guest's leftovers on the adapter's VF are removed.
         CleaningFunction = "cleaning_function",
         /// The function is reset, and has its former driver and settings again.
         ReturningFunction = "returning_function",

@@ -2,8 +2,8 @@
 
 //! Lists in pages.
 //!
-//! A page ends with a cursor, which holds the key of its last item: the next page begins after it, whatever has come
-//! or gone meanwhile. What was there all the time is listed once.
+//! A page ends with a cursor, which holds the key of its last item. The next page begins after that key, even if
+//! objects have come or gone meanwhile. An object that is there all the time is listed once.
 
 use std::{fmt, str::FromStr};
 
@@ -13,13 +13,13 @@ use uuid::Uuid;
 
 use super::{Decision, Invalid, Pf, Port, PortGroup, Switch, Timestamp, Vf, Vm};
 
-/// The most items that one answer lists.
+/// The most items in one response.
 pub const MAX_PAGE: u32 = 1000;
 
 /// The longest key in bytes: a port's name is shorter.
 const MAX_KEY: usize = 256;
 
-/// Where a page ends. For clients it is a text to be sent back as it is; an empty one is the list's beginning.
+/// The end of a page. Clients send this text back unchanged; an empty one is the list's beginning.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(try_from = "String", into = "String")]
 pub struct Cursor(String);
@@ -37,7 +37,7 @@ impl Cursor {
 }
 
 impl fmt::Display for Cursor {
-    /// The key's bytes in hexadecimal: safe in every query, and nothing to be taken for a name.
+    /// The key's bytes in hexadecimal: safe in every query, and not to be mistaken for a name.
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         self.0.bytes().try_for_each(|byte| write!(f, "{byte:02x}"))
     }
@@ -86,7 +86,7 @@ impl PartialSchema for Cursor {
 
 impl ToSchema for Cursor {}
 
-/// Which part of a list is asked for.
+/// The requested part of a list.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize, IntoParams)]
 #[serde(deny_unknown_fields)]
 #[into_params(parameter_in = Query)]
@@ -100,7 +100,7 @@ pub struct Page {
     pub cursor: Option<Cursor>,
 }
 
-/// What can be listed.
+/// An object in lists.
 pub trait Listed {
     /// The key that lists are ordered by: unique in a list, and the same as long as the object is there.
     fn key(&self) -> String;
@@ -121,7 +121,7 @@ by_name!(Vm, Pf, Switch, PortGroup, Port);
 
 impl Listed for Vf {
     fn key(&self) -> String {
-        // A number's digits in the order of numbers. No name has a NUL.
+        // Padded digits sort like the numbers. No name has a NUL.
         format!("{}\0{:010}", self.pf, self.index)
     }
 }
@@ -133,7 +133,7 @@ impl Listed for Decision {
 }
 
 impl Cursor {
-    /// The time and id of the decision that a page of decisions ends with; None if this is the end of another list.
+    /// The time and id of the last decision on a page of decisions; None if this is a cursor of another list.
     pub fn decision(&self) -> Option<(Timestamp, Uuid)> {
         let (time, id) = self.0.split_once('/')?;
         Some((Timestamp::from_unix_ms(time.parse().ok()?), Uuid::try_parse(id).ok()?))

@@ -1,10 +1,10 @@
 // SPDX-License-Identifier: Apache-2.0
 
-//! Readers of numbers whose range is not that of their type.
+//! Readers of numbers with a narrower range than their type.
 
 use serde::{Deserialize, Deserializer, de::Error};
 
-/// A number of a range. All numbers outside have the same message, whether the type could hold them or not.
+/// A number of a range. All numbers outside have the same message, even those that the type could not hold.
 fn within<T: TryFrom<i64>, E: Error>(number: i64, least: i64, most: i64, of: &str) -> Result<T, E> {
     let within = Some(number).filter(|number| (least..=most).contains(number));
     within.and_then(|number| T::try_from(number).ok()).ok_or_else(|| {

@@ -15,7 +15,7 @@ use utoipa::{
 #[error("{0}")]
 pub struct Invalid(pub String);
 
-/// Gives a type that parses from and prints as text its conversions to and from `String` for serde, and its schema.
+/// Gives a type that parses from and prints as text the conversions to and from `String` for serde, and its schema.
 macro_rules! as_string {
     ($type:ident, pattern $pattern:literal, example $example:literal) => {
         impl TryFrom<String> for $type {
@@ -41,7 +41,7 @@ macro_rules! as_string {
 
 /// A name: lower case letters, digits, `-`, `_`, `.`; 1 to 63 bytes; begins with a letter or digit.
 ///
-/// What reads as a UUID is no name, so that `{name}` in a path can be a name or an id.
+/// A UUID is not a name, so that `{name}` in a path can be a name or an id.
 #[derive(Clone, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
 #[serde(try_from = "String", into = "String")]
 pub struct Name(String);
@@ -128,7 +128,7 @@ impl fmt::Display for UnicastMac {
 
 as_string!(UnicastMac, pattern "^[0-9a-f]{2}(:[0-9a-f]{2}){5}$", example "02:00:00:00:00:11");
 
-/// A PCI function of the host, `dddd:bb:dd.f` in hexadecimal. `bb:dd.f` is read as of domain 0000.
+/// A PCI function of the host, `dddd:bb:dd.f` in hexadecimal. `bb:dd.f` is in domain 0000.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
 #[serde(try_from = "String", into = "String")]
 pub struct Bdf {
@@ -157,7 +157,7 @@ impl FromStr for Bdf {
             let (front, function) = text.rsplit_once('.')?;
             let (front, device) = front.rsplit_once(':')?;
             let (domain, bus) = front.split_once(':').unwrap_or(("0000", front));
-            // Domains that software made up have up to eight digits, as the kernel prints them.
+            // Domains made up by software have up to eight digits, as the kernel prints them.
             let made_up = (5..=8).contains(&domain.len()) && !domain.starts_with('0');
             let high = if made_up { hex(domain.get(..domain.len() - 4)?, domain.len() - 4)? } else { 0 };
             let low = hex(if made_up { domain.get(domain.len() - 4..)? } else { domain }, 4)?;
@@ -315,7 +315,7 @@ impl FromStr for Timestamp {
 
 impl fmt::Display for Timestamp {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        // In range by construction; `checked_add` because SystemTime's own range is the platform's affair.
+        // In range by construction; `checked_add` because SystemTime's own range depends on the platform.
         match std::time::UNIX_EPOCH.checked_add(Duration::from_millis(self.0)) {
             Some(time) => humantime::format_rfc3339_millis(time).fmt(f),
             None => f.write_str("9999-12-31T23:59:59.999Z"),
@@ -325,7 +325,7 @@ impl fmt::Display for Timestamp {
 
 as_string!(Timestamp, pattern r"^\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d(\.\d+)?Z$", example "2026-01-31T12:00:00.250Z");
 
-/// A text of others in a message.
+/// A foreign text, clipped for a message.
 fn clipped(text: &str) -> String {
     netpolicy::clipped(text, 80)
 }

@@ -31,7 +31,7 @@ async fn the_served_document_describes_what_is_served() {
     let document = answer.json();
     assert_eq!(document, serde_json::to_value(api::openapi()).unwrap());
 
-    // Every operation: exists (no answer of the fallbacks) and says that it can answer with a problem.
+    // Every operation exists (no response of the fallbacks) and has a problem among its responses.
     let mut operations = 0;
     for (path, item) in document["paths"].as_object().unwrap() {
         for (method, operation) in item.as_object().unwrap() {
@@ -64,7 +64,7 @@ async fn the_served_document_describes_what_is_served() {
     }
     assert!(operations >= 30, "{operations}");
 
-    // No reference without its target.
+    // Each reference has a target.
     let text = document.to_string();
     for reference in text.split("\"#/components/").skip(1) {
         let name = reference.split('"').next().unwrap();
@@ -75,7 +75,7 @@ async fn the_served_document_describes_what_is_served() {
     }
 }
 
-/// What a reference refers to, or the value itself.
+/// The target of a reference, or the value itself.
 fn resolved<'a>(document: &'a Value, value: &'a Value) -> &'a Value {
     let reference = value["$ref"].as_str().and_then(|reference| reference.strip_prefix('#'));
     reference.map_or(value, |pointer| document.pointer(pointer).unwrap())
@@ -205,7 +205,7 @@ fn has_members(document: &Value, schema: &Value, example: &Value, what: &str) {
     }
 }
 
-/// `docs/errors.md` is what the code says of each code. `BLESS=1 cargo test -p api` writes it.
+/// `docs/errors.md` has the texts of the code. `BLESS=1 cargo test -p api` writes it.
 #[test]
 fn the_errors_in_the_docs_are_those_of_the_code() {
     let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("../docs/errors.md");
@@ -252,11 +252,10 @@ fn the_errors_in_the_docs_are_those_of_the_code() {
     );
 }
 
-/// Asserts that a problem is one of those that the document has for this operation. Every answer in these tests is held
-/// against it.
+/// Asserts that the document has the problem for this operation. These tests check every response with it.
 pub(crate) fn knows(method: &hyper::Method, path: &str, answer: &Answer) {
     let Ok(problem) = serde_json::from_slice::<api::Problem>(&answer.body) else { return };
-    // It takes long to make, and some tests have a hundred requests.
+    // The document takes long to make, and some tests have a hundred requests.
     static DOCUMENT: LazyLock<utoipa::openapi::OpenApi> = LazyLock::new(api::openapi);
     let document = &*DOCUMENT;
     let parts: Vec<&str> = path.split('?').next().unwrap().split('/').collect();

@@ -21,7 +21,7 @@ pub(crate) struct State {
     pub(crate) filters: Vec<DecisionFilter>,
     pub(crate) decisions: Vec<Decision>,
     pub(crate) subscribers: Vec<(Option<u64>, mpsc::Sender<Event>)>,
-    /// How many puts find that somebody else was faster.
+    /// The number of puts that lose to a concurrent change.
     pub(crate) races: u32,
 }
 

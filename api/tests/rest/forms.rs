@@ -39,7 +39,7 @@ fn settings() -> Vec<Value> {
     ]
 }
 
-/// Each request with a body, with documents that it takes. They have every object that such a document can have.
+/// Each request with a body, with valid documents. They have every object that such a document can have.
 fn requests(port: &str) -> Vec<(Method, String, Vec<Value>)> {
     let mut vm = spec("web2");
     vm["limits"] = json!({ "cpu_percent": 150, "cpu_weight": 50, "memory": "1088MiB" });
@@ -73,8 +73,8 @@ fn requests(port: &str) -> Vec<(Method, String, Vec<Value>)> {
     ]
 }
 
-/// Serde reads an object of Rust from a list, too: its values by the order of the members. The document of the API has no such
-/// form, and another member would change what it means.
+/// Serde reads a struct from a list, too: its values in the order of the members. The API's document has no such form, and a
+/// new member would change the list's meaning.
 #[tokio::test]
 async fn a_list_in_place_of_an_object_is_refused_with_its_field() {
     let server = Server::start();

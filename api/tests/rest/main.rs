@@ -96,7 +96,7 @@ impl Server {
         self.send(Method::POST, path, &[("content-type", "application/json")], body).await
     }
 
-    /// Sends a request; a problem must be one that the document has for it.
+    /// Sends a request. If the response is a problem, the document must list it for the request.
     async fn send(
         &self,
         method: Method,

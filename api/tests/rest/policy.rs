@@ -134,7 +134,7 @@ async fn decisions_are_filtered() {
     };
     server.client().decisions(&expect).await.unwrap();
     server.client().decisions(&DecisionFilter::default()).await.unwrap();
-    // One more than asked for, to know whether there is another page.
+    // One more than requested, to know whether there is another page.
     let asked = [expect.clone(), expect, DecisionFilter::default()];
     let asked = asked.map(|filter| DecisionFilter { limit: filter.limit + 1, ..filter });
     assert_eq!(server.policy.state().filters, asked);

@@ -161,7 +161,7 @@ async fn a_patch_is_made_on_top_of_what_others_change() {
     let patch = json!({ "cpus": 2 }).to_string();
     let answer = server.exchange(Method::PATCH, "/v1/vms/web1", &[], patch).await;
     answer.problem(412, "revision_mismatch");
-    // As often as is tried: in vain here, as somebody else is faster for ever.
+    // The handler uses all its tries: in this test another change always comes first.
     assert_eq!(server.fake.state().callers.len(), 1 + 5);
 }
 
@@ -416,7 +416,7 @@ async fn lists_come_in_pages() {
     }
     assert_eq!(pages(&server, "/v1/vms", 2).await, [vec!["a", "b"], vec!["c", "d"], vec!["e"]]);
     assert_eq!(pages(&server, "/v1/vms", 5).await, [["a", "b", "c", "d", "e"]]);
-    // What comes and goes between two pages does not move the others.
+    // Objects that come and go between two pages do not move the others.
     let first = server.get("/v1/vms?limit=2").await.json();
     server.send(Method::DELETE, "/v1/vms/b", &[], "").await;
     server.vm("aa").await;

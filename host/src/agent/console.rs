@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 
-//! Streaming a VM's console.
+//! Streams a VM's console.
 
 use std::sync::Arc;
 
@@ -13,10 +13,10 @@ use tokio::sync::mpsc;
 
 use crate::{console::Reader, vm::VmHandle, vmm_process::VmDirectory};
 
-/// Pieces that may wait for a slow client.
+/// The most pieces that wait for a slow client.
 const PIECES: usize = 4;
 
-/// The console from `offset` on, and what comes if `follow`.
+/// Reads the console from `offset` on, and with `follow` also new output.
 pub(super) async fn read(
     vm: VmHandle,
     directory: VmDirectory,
@@ -24,7 +24,7 @@ pub(super) async fn read(
     follow: bool,
 ) -> Result<ConsoleRead, Problem> {
     let (sender, receiver) = mpsc::channel(PIECES);
-    // Looked at first: growth after this is noticed.
+    // Subscribed before the first read, so that no growth after it is missed.
     let mut growth = vm.console_growth();
     let mut status = vm.follow();
     growth.mark_unchanged();
@@ -48,7 +48,7 @@ pub(super) async fn read(
                 }
                 tokio::select! {
                     grown = growth.changed() => if grown.is_err() { return },
-                    // At the end of the VM the ring is looked at once more.
+                    // At the end of the VM the ring is read once more.
                     changed = status.changed() => if changed.is_err() { return },
                     () = sender.closed() => return,
                 }

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 
-//! Where the API is served: the Unix socket, and TCP on request.
+//! The listeners of the API: the Unix socket, and TCP on request.
 
 use std::{
     fs, io,
@@ -23,13 +23,13 @@ use crate::{
 /// Options of where the API is served.
 #[derive(Clone, Debug, clap::Args)]
 pub struct ListenArgs {
-    /// The permissions of the API's socket, octal: who may connect may do everything.
+    /// The permissions of the API's socket, octal: a user with access to it may do everything.
     #[arg(long, value_name = "MODE", default_value = "0600", value_parser = mode)]
     pub socket_mode: u32,
     /// The group of the API's socket, by name or number; to be used with --socket-mode 0660.
     #[arg(long, value_name = "GROUP")]
     pub socket_group: Option<String>,
-    /// Serves on TCP too, to those who have a token (--token-file); with TLS, unless it is a loopback address. May be repeated.
+    /// Serves on TCP too, to clients with a token (--token-file); with TLS, unless it is a loopback address. May be repeated.
     #[arg(long = "listen", value_name = "ADDRESS:PORT")]
     pub listen: Vec<SocketAddr>,
     /// The certificate for TCP, and those between it and an authority (PEM).
@@ -51,10 +51,10 @@ fn mode(text: &str) -> Result<u32, String> {
     }
 }
 
-/// Binds all of them.
+/// Binds all listeners.
 pub(super) fn all(args: &ListenArgs, socket: &Path, tokens: Option<&Path>) -> anyhow::Result<Vec<Listener>> {
     let mut listeners = network(args, tokens)?;
-    // Last: who can connect to the socket finds all of them.
+    // Last, so that a client of the socket finds all listeners.
     let group = args.socket_group.as_deref().map(group).transpose()?;
     listeners.push(unix(socket, args.socket_mode, group)?.into());
     Ok(listeners)
@@ -97,7 +97,7 @@ fn network(args: &ListenArgs, tokens: Option<&Path>) -> anyhow::Result<Vec<Liste
     Ok(listeners)
 }
 
-/// A group's number. Names are those of /etc/group: the agent is not to wait for a directory service.
+/// A group's number. Names come from /etc/group only: the agent must not wait for a directory service.
 fn group(name: &str) -> anyhow::Result<u32> {
     if let Ok(number) = name.parse() {
         return Ok(number);
@@ -110,7 +110,7 @@ fn group(name: &str) -> anyhow::Result<u32> {
     found.with_context(|| format!("There is no group {name} in /etc/group (--socket-group)"))
 }
 
-/// Binds the API's socket, with its permissions from its first moment. A stale one is replaced, a living one is not.
+/// Binds the API's socket, with its permissions from its first moment. Replaces a stale socket, but not a live one.
 pub(super) fn unix(socket: &Path, mode: u32, group: Option<u32>) -> anyhow::Result<UnixListener> {
     let at = || format!("The API's socket {} cannot be made (--socket)", socket.display());
     if let Some(dir) = socket.parent() {
@@ -129,8 +129,8 @@ pub(super) fn unix(socket: &Path, mode: u32, group: Option<u32>) -> anyhow::Resu
             socket.display()
         );
     }
-    // Made under a name of its own, then moved: there is no moment at which others could connect. The group comes before
-    // the mode, which would give it to the agent's own.
+    // Made under a name of its own, then moved, so that no other user can connect before. The group comes before the mode,
+    // which would otherwise admit the agent's own group.
     let fresh = socket.with_extension(format!("{}.new", std::process::id()));
     drop(fs::remove_file(&fresh));
     let listener = bind_private(&fresh).with_context(at)?;
@@ -147,7 +147,7 @@ pub(super) fn unix(socket: &Path, mode: u32, group: Option<u32>) -> anyhow::Resu
     Ok(listener)
 }
 
-/// Binds a socket that nobody else may use yet, under a name that nobody knows.
+/// Binds a socket that only the agent may use yet, under a name that no client knows.
 fn bind_private(path: &Path) -> io::Result<UnixListener> {
     let listener = UnixListener::bind(path)?;
     fs::set_permissions(path, fs::Permissions::from_mode(0o600))?;

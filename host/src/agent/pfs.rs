@@ -27,7 +27,7 @@ use crate::{
 };
 
 impl Agent {
-    /// Runs what reads or writes the host's devices where it may block.
+    /// Runs work on the host's devices on a thread that may block.
     async fn host<T: Send + 'static>(
         &self,
         work: impl FnOnce(&Inventory) -> Result<T, Problem> + Send + 'static,
@@ -52,7 +52,7 @@ impl Agent {
                 let put = self.env.pfs.put(id, &bdf.to_string(), &value, Expect::Absent).await;
                 match put {
                     Ok(revision) => Entry { id, name: bdf.to_string(), revision, value },
-                    // Another request saw it first.
+                    // Another request has stored it first.
                     Err(StoreError::Conflict { .. }) => {
                         self.env.pfs.get(id).await.map_err(|e| e.problem())?
                     }
@@ -77,7 +77,7 @@ impl Agent {
             name: pf.name(),
             revision: entry.revision,
             created: entry.value.created,
-            // A simulated PF has what it was last asked for, be it by the command line.
+            // A simulated PF has the number last set, by the API or the command line.
             spec: PfSpec {
                 vfs: if is_simulated(pf.device.bdf) { pf.num_vfs.into() } else { entry.value.vfs },
             },
@@ -148,7 +148,7 @@ impl Agent {
         count: u32,
         expect: Option<u64>,
     ) -> Result<Pf, Problem> {
-        // Held until the count has changed: nobody claims a VF that is about to go.
+        // Held until the count has changed, so that no VM claims a VF that is about to go.
         let _guard = self.env.claiming.lock().await;
         let found = self.pf(pf_name(&pf)).await?;
         let claims = self.claims().await?;
@@ -158,7 +158,7 @@ impl Agent {
         }
         let bdf = found.device.bdf;
         let vfs = self.host(move |inventory| inventory.vfs_of(bdf).map_err(|e| e.problem())).await?;
-        // Also those that VMs hold as plain devices.
+        // Includes VFs that VMs hold as plain devices.
         let holds = |claim: &&Claim| vfs.iter().any(|vf| vf.device.bdf == claim.bdf);
         if let Some(claim) = claims.iter().find(holds).filter(|_| count != u32::from(found.num_vfs)) {
             let detail = format!(
@@ -170,7 +170,7 @@ impl Agent {
         let wanted = u16::try_from(count).unwrap_or(u16::MAX);
         match self.env.inventory.simulated() {
             Some(simulated) if is_simulated(bdf) => {
-                // As the kernel's attribute takes it; none at all is no PF.
+                // As the kernel's attribute, but not 0: a simulated PF without VFs is none.
                 if !(1..=found.total_vfs).contains(&wanted) {
                     let detail = format!(
                         "The simulated PF {} can have 1 to {} VFs, not {count}.",
@@ -232,7 +232,7 @@ fn pf_name(pf: &ObjectRef) -> String {
     }
 }
 
-/// What else uses the VFs that no VM has, in words.
+/// The other users of VFs that no VM has, in words.
 fn usages(inventory: &Inventory, taken: &[sriov::Bdf]) -> Result<BTreeMap<sriov::Bdf, String>, Problem> {
     let mut used = BTreeMap::new();
     for pf in inventory.pfs().map_err(|e| e.problem())? {
@@ -241,7 +241,7 @@ fn usages(inventory: &Inventory, taken: &[sriov::Bdf]) -> Result<BTreeMap<sriov:
             if taken.contains(&bdf) {
                 continue;
             }
-            // One that is removed meanwhile is not used.
+            // A VF that is removed meanwhile is not in use.
             let usage = inventory.usage(bdf).ok().flatten();
             used.extend(usage.map(|usage| (bdf, usage.to_string())));
         }

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 
-//! Log lines about requests that were refused before they had a caller.
+//! Log lines about requests that were refused before their caller was known.
 
 use std::{
     sync::{Mutex, PoisonError},
@@ -12,13 +12,13 @@ use passthrough::relay::{Rate, TokenBucket};
 
 use crate::line_rate::LineRate;
 
-/// Lines about one source.
+/// The rate of lines about one source.
 const EACH: Rate = Rate { burst: 5, period: Duration::from_secs(10) };
 
-/// Lines about all sources together: addresses can be many.
+/// The rate of lines about all sources together: there may be many addresses.
 const ALL: Rate = Rate { burst: 50, period: Duration::from_secs(1) };
 
-/// Sources in memory.
+/// The most sources in memory.
 const SOURCES: usize = 1024;
 
 /// The rates of these lines.
@@ -36,7 +36,7 @@ impl Default for Strangers {
 }
 
 impl Strangers {
-    /// Writes a line, or counts it for the next one. It never has a token, right or wrong.
+    /// Writes a line, or counts it for the next one. A line never has a token, right or wrong.
     pub(super) fn say(&self, away: &TurnedAway) {
         let TurnedAway { source, code } = *away;
         let Some(suppressed) = self.take(away, self.began.elapsed()) else { return };

@@ -19,7 +19,8 @@ use super::{
 
 #[derive(Debug, Args)]
 pub(super) struct DecisionsArgs {
-    /// Only those of this VM: its name or id. Those of a deleted VM whose name another one has are found by its id.
+    /// Only those of this VM: its name or id. If another VM has the name of a deleted one, the id finds the
+    /// decisions of the deleted one.
     #[arg(long, value_name = "VM")]
     vm: Option<String>,
     /// Only those of this port: VM and adapter, as web1/eth0, or the port's id.
@@ -35,12 +36,12 @@ pub(super) struct DecisionsArgs {
     #[arg(long, value_name = "COUNT", default_value_t = DecisionFilter::default().limit,
         value_parser = clap::value_parser!(u32).range(1..=i64::from(MAX_PAGE)))]
     limit: u32,
-    /// Goes on with what is decided from now on. The earliest comes first, and --output json writes a line for each.
+    /// Goes on with new decisions. The earliest comes first, and --output json writes a line for each.
     #[arg(long, short)]
     follow: bool,
 }
 
-/// A time, or how long ago.
+/// A time, or a time span before now.
 fn since(text: &str) -> Result<Timestamp, String> {
     if let Ok(ago) = humantime::parse_duration(text) {
         let ago = u64::try_from(ago.as_millis()).unwrap_or(u64::MAX);
@@ -77,9 +78,9 @@ pub(super) async fn run(
     follow(client, output, &filter).await
 }
 
-/// Lists what there is, then what comes.
+/// Lists the stored decisions, then new ones.
 async fn follow(client: &Client, output: &mut Output<'_>, filter: &DecisionFilter) -> Result<(), CliError> {
-    // Subscribed first: what is decided between the two calls comes twice, and not never.
+    // Subscribed first: a decision between the two calls is seen twice, rather than never.
     let mut stream = Stream::open(client, None).await?;
     let mut listed = client.decisions(filter).await?;
     listed.reverse();
@@ -96,7 +97,7 @@ async fn follow(client: &Client, output: &mut Output<'_>, filter: &DecisionFilte
     }
 }
 
-/// The filter as the agent applies it to what is stored. What comes is later than any `since`.
+/// The agent's filter of stored decisions, for new ones: a new decision is later than any `since`.
 fn passes(filter: &DecisionFilter, decision: &Decision) -> bool {
     let vm = |vm: &String| {
         vm.eq_ignore_ascii_case(&decision.owner.name) || *vm.to_lowercase() == decision.owner.vm.to_string()
@@ -108,10 +109,10 @@ fn passes(filter: &DecisionFilter, decision: &Decision) -> bool {
 
 const HEADER: [&str; 9] = ["TIME", "PORT", "VF", "REQUEST", "OLD", "REQUESTED", "VERDICT", "REASON", "COUNT"];
 
-/// Of what has no end, and so no widest cell.
+/// For a table without end, and so without a widest cell.
 const WIDTHS: [usize; 9] = [24, 16, 8, 14, 17, 17, 18, 20, 5];
 
-/// A change that the PF refused is none.
+/// A change that the PF refused is marked as failed.
 fn verdict(decision: &Decision) -> String {
     let failed = decision.committed == Committed::Failed && decision.verdict != Outcome::Denied;
     plain(&decision.verdict) + if failed { " (failed)" } else { "" }

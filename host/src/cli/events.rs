@@ -22,7 +22,7 @@ pub(super) struct EventsArgs {
     /// Begins after the event of this id, with those that the agent still keeps (0: all of them), in place of now.
     #[arg(long, value_name = "ID")]
     since: Option<u64>,
-    /// Goes on until it is interrupted; so it does without this, unless there is a --limit.
+    /// Goes on until it is interrupted; this is the default without --limit.
     #[arg(long, short, conflicts_with = "limit")]
     follow: bool,
     /// Ends after this many events.
@@ -42,13 +42,13 @@ pub(super) async fn run(client: &Client, output: &mut Output<'_>, args: EventsAr
     Ok(())
 }
 
-/// How long an agent may be away (it restarts) before the stream fails.
+/// The longest absence of the agent (it restarts) before the stream fails.
 const PATIENCE: Duration = Duration::from_secs(10);
 
-/// Between two tries to find it again.
+/// The pause between two tries to reach the agent again.
 const PAUSE: Duration = Duration::from_millis(250);
 
-/// Events without end: where the agent ends the stream, it is taken up after the last event.
+/// Events without end: if the agent ends the stream, it is resumed after the last event.
 pub(super) struct Stream<'a> {
     client: &'a Client,
     events: Events,

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 
-//! What is made of the command line's definition: completions and man pages.
+//! Generates completions and man pages from the command line's definition.
 
 use std::{
     fs,
@@ -26,7 +26,7 @@ pub(super) struct ManArgs {
     directory: PathBuf,
 }
 
-/// Writes what the shell has to read.
+/// Writes the completion script of the shell.
 pub(super) fn completions(args: &CompletionsArgs, to: &mut dyn Write) -> Result<(), CliError> {
     let mut script = Vec::new();
     clap_complete::generate(args.shell, &mut Cli::command(), "portcullis", &mut script);

@@ -46,7 +46,8 @@ pub(super) enum PortGroupCommand {
 pub(super) struct SetArgs {
     /// Its name, or the id of one that exists.
     name: String,
-    /// Its specification: a .toml, .yaml or .json file, or - for standard input. Options say more, or other.
+    /// Its specification: a .toml, .yaml or .json file, or - for standard input. Options add to it, or
+    /// override it.
     #[arg(long, short, value_name = "FILE")]
     file: Option<String>,
     /// The switch that it belongs to.
@@ -67,7 +68,7 @@ pub(super) struct PatchArgs {
     /// Its name or id.
     name: String,
     /// A JSON merge patch of its specification: a .toml, .yaml or .json file, or - for standard input.
-    /// Options say more, or other.
+    /// Options add to it, or override it.
     #[arg(long, short, value_name = "FILE")]
     file: Option<String>,
     /// A setting that is left to the switch again; may be repeated.

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 
-//! What a command is at that takes long: one line on the terminal, rewritten in place and erased at the end. It goes to standard
-//! error, so that answers stay what they are, and only if that is a terminal.
+//! Progress of a command that takes long: one line on the terminal, rewritten in place and erased at the end. It goes to
+//! standard error, so that responses on standard output stay unchanged, and only if standard error is a terminal.
 
 use std::{
     io::{self, IsTerminal as _, Write},
@@ -18,36 +18,36 @@ use tokio::time::{Instant, timeout};
 
 use crate::text::printable;
 
-/// When a line is written.
+/// The times of a line.
 struct Pace {
-    /// What is done by then is not worth one.
+    /// A command that ends before this time gets no line.
     quiet: Duration,
-    /// Between two looks.
+    /// The time between two looks.
     between: Duration,
 }
 
 const PACE: Pace = Pace { quiet: Duration::from_millis(500), between: Duration::from_millis(200) };
 
-/// Columns of a terminal that does not say how many it has.
+/// Columns of a terminal that does not report its size.
 const COLUMNS: usize = 80;
 
-/// What is being done, and which step of how many that is.
+/// The current activity, with its step and the number of steps.
 pub(super) struct Doing {
     pub(super) what: String,
     pub(super) step: Option<(usize, usize)>,
 }
 
-/// Waits for the end of `work`, a request about a VM. `verb` is what it does as long as the VM itself says nothing.
+/// Waits for the end of `work`, a request about a VM. `verb` describes it while the VM itself reports nothing.
 pub(super) async fn of_vm<T>(client: &Client, vm: &str, verb: &str, work: impl Future<Output = T>) -> T {
     let look = async || match client.get_vm(vm).await {
         Ok(vm) => doing(&vm, verb),
-        // It may be gone by now, or the agent: the request's answer tells.
+        // The VM may be gone by now, or the agent: the request's response has the reason.
         Err(_) => Doing { what: format!("{verb} {vm}"), step: None },
     };
     during(work, look).await
 }
 
-/// Waits for the end of `work`, and shows what `look` says meanwhile.
+/// Waits for the end of `work`, and shows the results of `look` meanwhile.
 pub(super) async fn during<T>(work: impl Future<Output = T>, look: impl AsyncFnMut() -> Doing) -> T {
     match Line::of_terminal() {
         Some(line) => show(line, PACE, work, look).await,
@@ -97,10 +97,10 @@ fn doing(vm: &Vm, verb: &str) -> Doing {
     }
 }
 
-/// As [`verb_of`] an action.
+/// The verb of a deletion, as [`verb_of`] gives for actions.
 pub(super) const DELETING: &str = "deleting";
 
-/// What is done by an action.
+/// The verb for an action under way.
 pub(super) fn verb_of(action: VmAction) -> &'static str {
     match action {
         VmAction::Boot => "booting",
@@ -117,7 +117,7 @@ fn text(doing: &Doing, since: Duration) -> String {
     format!("{} ({step}{:.1} s)", doing.what, since.as_secs_f64())
 }
 
-/// The last line of a terminal. It is empty again when this is dropped.
+/// The last line of a terminal. Dropping this erases it.
 struct Line<W: Write> {
     to: W,
     columns: fn() -> usize,
@@ -125,7 +125,7 @@ struct Line<W: Write> {
 }
 
 impl Line<io::Stderr> {
-    /// None where a line cannot be rewritten.
+    /// None if the terminal cannot rewrite a line.
     fn of_terminal() -> Option<Self> {
         let able = io::stderr().is_terminal() && std::env::var_os("TERM").is_none_or(|term| term != "dumb");
         let columns = || match tcgetwinsize(io::stderr()) {
@@ -138,7 +138,7 @@ impl Line<io::Stderr> {
 
 impl<W: Write> Line<W> {
     fn write(&mut self, text: &str) {
-        // One that is longer would become two, of which only the second is erased.
+        // A longer line would become two, of which only the second is erased.
         let room = (self.columns)().saturating_sub(1);
         let text: String = printable(text).chars().take(room).collect();
         self.used = true;
@@ -146,7 +146,7 @@ impl<W: Write> Line<W> {
     }
 
     fn put(&mut self, bytes: &str) {
-        // Who does not see it misses nothing that is not in the answer.
+        // A line that cannot be shown loses nothing: the response has it all.
         let _ = self.to.write_all(bytes.as_bytes()).and_then(|()| self.to.flush());
     }
 }
@@ -165,7 +165,7 @@ mod tests {
 
     use super::*;
 
-    /// What is written while work goes on that ends after so many looks.
+    /// The output during work that ends after this many looks.
     async fn written(looks: usize) -> String {
         let mut bytes = Vec::new();
         let enough = Notify::new();

@@ -15,8 +15,8 @@ pub(super) struct RemoteArgs {
     /// The agent's address, in place of its socket: https://HOST:PORT.
     #[arg(long, global = true, value_name = "URL", env = "PORTCULLIS_URL")]
     url: Option<String>,
-    /// A file with the token that goes with --url, a line NAME:TOKEN as in the agent's own; nobody else may read it. For
-    /// `serve`: the tokens of those who may use --listen.
+    /// A file with the token that goes with --url, a line NAME:TOKEN as in the agent's own; no other user may read it.
+    /// For `serve`: the tokens of clients of --listen.
     #[arg(long, global = true, value_name = "FILE", env = "PORTCULLIS_TOKEN_FILE")]
     pub(super) token_file: Option<PathBuf>,
     /// The certificates (PEM) that the agent at an https --url is trusted by.

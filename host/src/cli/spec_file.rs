@@ -15,10 +15,10 @@ use serde_path_to_error::Segment;
 
 use super::error::CliError;
 
-/// The most bytes of a file that are read: as much as the API takes.
+/// The most bytes to read of a file: as many as the API takes.
 const MAX_FILE: u64 = 64 << 10;
 
-/// What a VM's file is.
+/// The kind of a VM's file, for errors.
 pub(super) const A_VM: &str = "a VM's specification";
 
 /// Reads a VM's specification from a file, by its ending; `-` is standard input.
@@ -28,7 +28,7 @@ pub(super) fn read_vm(path: &str) -> Result<VmSpec, CliError> {
     Ok(spec)
 }
 
-/// Checks what types cannot hold. The agent does it again; here the user learns it without one.
+/// Checks rules that types cannot express. The agent checks them again; here the user learns of a fault without an agent.
 pub(super) fn check(path: &str, spec: &VmSpec) -> Result<(), CliError> {
     spec.check().map_err(|problem| {
         let field = problem.field.map(|field| format!("{field}: ")).unwrap_or_default();
@@ -36,7 +36,8 @@ pub(super) fn check(path: &str, spec: &VmSpec) -> Result<(), CliError> {
     })
 }
 
-/// Reads a value from a file, by its ending; `-` is standard input in any of the formats. `what` it should be is said in errors.
+/// Reads a value from a file, by its ending; `-` is standard input in any of the formats. The second argument is the expected
+/// kind of file, for errors.
 pub(super) fn read<T: DeserializeOwned>(path: &str, what: &'static str) -> Result<T, CliError> {
     let not_a_spec = |why: String| CliError::NotASpec { path: path.to_owned(), what, why };
     let text = read_text(path).map_err(|source| CliError::Read { path: path.to_owned(), source })?;
@@ -69,7 +70,7 @@ enum Format {
     Yaml,
 }
 
-/// What standard input has: JSON begins with a brace or bracket, and no YAML mapping is TOML.
+/// Guesses the format of standard input: JSON begins with a brace or bracket, and no YAML mapping is TOML.
 fn guessed(text: &str) -> Result<(Format, Value), String> {
     if text.trim_start().starts_with(['{', '[']) {
         return Format::Json.parse(text).map(|value| (Format::Json, value));
@@ -100,7 +101,7 @@ impl Format {
         }
     }
 
-    /// The line of the value at `path`, from 1, where it can be told.
+    /// The line of the value at `path`, from 1, if it can be found.
     fn line(self, text: &str, path: &serde_path_to_error::Path) -> Option<usize> {
         match self {
             // Most JSON comes from programs, and has one line.
@@ -111,7 +112,7 @@ impl Format {
     }
 }
 
-/// An error of TOML with its place. Its own text shows the whole line, however long that is.
+/// An error of TOML with its place. Its own text would show the whole line, of any length.
 fn toml_error(text: &str, error: &toml::de::Error) -> String {
     let before = error.span().and_then(|span| text.get(..span.start));
     let place = before.map(|before| {
@@ -122,7 +123,7 @@ fn toml_error(text: &str, error: &toml::de::Error) -> String {
     format!("as TOML: {}{}", clipped(error.message()), place.unwrap_or_default())
 }
 
-/// An error's text without the whole of a line that is very long.
+/// An error's text, clipped because it may quote a very long line.
 fn clipped(text: &str) -> String {
     const MOST: usize = 400;
     netpolicy::clipped(text, MOST)
@@ -137,7 +138,7 @@ fn toml_line(text: &str, path: &serde_path_to_error::Path) -> Option<usize> {
         let value = match segment {
             Segment::Map { key } => table?.get(key.as_str())?,
             Segment::Seq { index } => array.and_then(|array: &toml::de::DeArray<'_>| array.get(*index))?,
-            // The form of a value: its member has the place.
+            // A value's form has no place of its own: take its member's.
             Segment::Enum { .. } | Segment::Unknown => break,
         };
         at = value.span().start;
@@ -147,7 +148,7 @@ fn toml_line(text: &str, path: &serde_path_to_error::Path) -> Option<usize> {
     Some(text.get(..at)?.matches('\n').count() + 1)
 }
 
-/// In block style, which people write: a key at the beginning of its line, items after a dash.
+/// The line in block style, as people write it: a key at the beginning of its line, items after a dash.
 fn yaml_line(text: &str, path: &serde_path_to_error::Path) -> Option<usize> {
     let lines: Vec<&str> = text.lines().collect();
     let indent = |line: &str| line.len() - line.trim_start().len();
@@ -177,7 +178,7 @@ fn yaml_line(text: &str, path: &serde_path_to_error::Path) -> Option<usize> {
 
 fn read_text(path: &str) -> io::Result<String> {
     let mut text = String::new();
-    // One byte more than is allowed tells that there is more.
+    // One byte more than is allowed shows that there is more.
     if path == "-" {
         io::stdin().lock().take(MAX_FILE + 1).read_to_string(&mut text)?;
     } else {
@@ -186,7 +187,7 @@ fn read_text(path: &str) -> io::Result<String> {
     Ok(text)
 }
 
-/// What is wrong, with its place.
+/// The fault, with its place.
 pub(super) fn placed<E: std::fmt::Display>(error: &serde_path_to_error::Error<E>) -> String {
     let path = error.path().to_string();
     match path.trim_end_matches(['?', '.']) {
@@ -280,7 +281,8 @@ adapters:
         assert!(matches!(read_vm("/nonexistent/vm.json"), Err(CliError::Read { .. })));
     }
 
-    /// Documents that readers of other formats would understand in their own way: each means the same in all three, or nothing.
+    /// Documents that readers of other formats would understand in their own way: each has the same meaning in all three, or
+    /// none.
     #[test]
     fn each_format_is_read_by_the_same_rules() {
         const SETTINGS: &str = "a port group's specification";

@@ -25,8 +25,8 @@ pub(super) enum SwitchCommand {
         /// Its name or id.
         name: String,
     },
-    /// Creates a switch, or changes it: what is not named stays. A --file replaces its whole specification. Running VMs are subject to it
-    /// at once.
+    /// Creates a switch, or changes it; a part without an option stays. A --file replaces its whole specification. Running VMs
+    /// are subject to it at once.
     Set(Box<SetArgs>),
     /// Deletes a switch; refused while it has port groups.
     Delete {
@@ -42,10 +42,10 @@ pub(super) enum SwitchCommand {
 pub(super) struct SetArgs {
     /// Its name, or the id of one that exists.
     name: String,
-    /// Its specification: a .toml, .yaml or .json file, or - for standard input. Options say more, or other.
+    /// Its specification: a .toml, .yaml or .json file, or - for standard input. Options add to it, or override it.
     #[arg(long, short, value_name = "FILE")]
     file: Option<String>,
-    /// A PF whose VFs its ports get, by its interface's name, in place of those before; may be repeated.
+    /// A PF with VFs for its ports, by the name of the PF's interface, in place of those before; may be repeated.
     #[arg(long = "uplink", value_name = "PF")]
     uplinks: Vec<String>,
     /// A setting that is as built in again; may be repeated.
@@ -92,7 +92,7 @@ async fn set(client: &Client, args: SetArgs) -> Result<Switch, CliError> {
     }
     settings::unset(&mut spec.settings, &args.unset);
     args.settings.apply(&mut spec.settings);
-    // The API has no patch of a switch: what somebody else has changed since it was read is not to be lost.
+    // The API has no patch of a switch: the revision keeps concurrent changes of other callers from being lost.
     Ok(client.put_switch(&args.name, &spec, args.if_match.or(found)).await?.object)
 }
 

@@ -154,7 +154,7 @@ impl Desk {
         Desk { host, client: Client::new(socket), agent, deletes_nothing }
     }
 
-    /// What a command writes, or its exit code and error.
+    /// The output of a command, or its exit code and error.
     async fn run(&self, line: &str) -> Result<String, (u8, String)> {
         let mut bytes = Vec::new();
         let result = self.run_into(line, &mut bytes).await;
@@ -188,7 +188,7 @@ impl Desk {
         self.client.act(name, VmAction::Boot, PATIENCE).await.unwrap();
     }
 
-    /// The guest asks; returns when the port has counted the answer.
+    /// Sends a request of the guest; returns when the port has counted the response.
     async fn asks(&self, vm: &str, request: &str, answers: u64) {
         self.client.write_console(vm, format!("ask {request}")).await.unwrap();
         let answered = async {
@@ -204,7 +204,7 @@ impl Desk {
     }
 }
 
-/// Columns of a row, however wide.
+/// The cells of a row, of any width.
 fn words(line: &str) -> Vec<&str> {
     line.split("  ").map(str::trim).filter(|cell| !cell.is_empty()).collect()
 }
@@ -229,7 +229,7 @@ async fn switches_and_port_groups_from_options_and_files() {
     assert_eq!(desk.run("port-group show web").await.unwrap(), shown);
 
     let revision = &desk.json("port-group show web").await["revision"];
-    // A part, with what is taken back; then the whole, from a file in each format and an option on top.
+    // A part, with one setting unset; then the whole, from a file in each format and an option on top.
     let shown = desk
         .run(&format!("port-group patch web --mtu 9000 --unset vlan --if-match {revision}"))
         .await
@@ -261,7 +261,7 @@ async fn switches_and_port_groups_from_options_and_files() {
         desk.json("switch show uplink").await["spec"],
         serde_json::json!({ "kind": "standard", "uplinks": ["eth0"], "settings": { "mtu": 2000 } })
     );
-    // What is not named stays, and what somebody else changes meanwhile, too.
+    // A part without an option stays, and so do concurrent changes of other callers.
     let spec = async || desk.json("switch show uplink").await["spec"].take();
     desk.run("switch set uplink --on-denied silent").await.unwrap();
     desk.run("switch set uplink --uplink eth0").await.unwrap();
@@ -293,7 +293,7 @@ async fn ports_show_a_guest_that_believes_otherwise_and_can_be_blocked() {
     desk.run("port-group set web --switch default --on-denied silent --port-override mtu").await.unwrap();
     desk.boot("web1", "web").await;
     desk.asks("web1", r#"{"set_mac": "02:00:00:00:00:09"}"#, 1).await;
-    // The relay, which a fake vmm does not have, tells what the guest was made to believe.
+    // A fake vmm has no relay: report in its place the address that the guest was made to believe.
     let vm = desk.client.get_vm("web1").await.unwrap().id;
     let notice = Notice::GuestMac { mac: "02:00:00:00:00:09".parse().unwrap() };
     desk.host.env.policy.as_ref().unwrap().switch.notice(VmId(vm), "eth0".to_owned(), notice).await;
@@ -328,7 +328,7 @@ async fn ports_show_a_guest_that_believes_otherwise_and_can_be_blocked() {
     assert_eq!(code, 5, "in use");
 }
 
-/// What a command that has no end has written so far.
+/// The output so far of a command without end.
 #[derive(Clone, Default)]
 struct Written(Arc<Mutex<Vec<u8>>>);
 
@@ -399,7 +399,7 @@ async fn decisions_are_followed_each_once() {
     let (table, json) = (Written::default(), Written::default());
     let (mut to_table, mut to_json) = (table.clone(), json.clone());
     let scene = async {
-        // The header and what there is; then what comes, but for what the filter leaves out.
+        // The header and the stored decisions; then new ones, except those that the filter drops.
         assert_eq!(words(&table.has(2).await[1])[1..], DENIED);
         json.has(1).await;
         desk.asks("web1", r#"{"set_mac": "02:00:00:00:00:11"}"#, 2).await;
@@ -444,7 +444,7 @@ async fn a_stream_that_the_agent_ends_goes_on_after_its_last_event() {
     let desk = Desk::new().await;
     let hub = &desk.host.env.policy.as_ref().unwrap().events;
     let mut stream = events::Stream::open(&desk.client, None).await.unwrap();
-    // More at once than wait for a subscriber: it is left behind.
+    // More at once than a subscriber's queue holds: it is left behind.
     for n in 0..600 {
         let (kind, id) = (ObjectKind::Vm, uuid::Uuid::from_u128(n));
         hub.publish(EventKind::Deleted { object: Subject { kind, id, name: n.to_string() }, by: None });

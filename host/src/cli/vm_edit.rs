@@ -14,8 +14,8 @@ use super::{error::CliError, progress, spec_file, vm::VmName};
 pub(super) struct PatchArgs {
     #[command(flatten)]
     vm: VmName,
-    /// A JSON merge patch of its specification: a .toml, .yaml or .json file, or - for standard input. Options say more, or
-    /// other.
+    /// A JSON merge patch of its specification: a .toml, .yaml or .json file, or - for standard input. Options add to it,
+    /// or override it.
     #[arg(long, short, value_name = "FILE")]
     file: Option<String>,
     /// vCPUs.
@@ -27,7 +27,7 @@ pub(super) struct PatchArgs {
     /// The kernel's command line.
     #[arg(long, value_name = "TEXT")]
     cmdline: Option<String>,
-    /// What becomes of it when it has ended.
+    /// Whether it is booted again when it has ended: never, on-failure or always.
     #[arg(long, value_name = "POLICY", value_parser = restart_policy)]
     restart: Option<RestartPolicy>,
     /// Whether it is booted when the agent starts.
@@ -83,7 +83,7 @@ pub(super) struct WaitArgs {
     timeout: u64,
 }
 
-/// What a VM is waited for to be.
+/// The awaited state of a VM.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Goal {
     State(VmState),
@@ -98,7 +98,7 @@ fn goal(text: &str) -> Result<Goal, String> {
     state.map(Goal::State)
 }
 
-/// Between two looks.
+/// The pause between two looks.
 const PAUSE: Duration = Duration::from_millis(100);
 
 pub(super) async fn wait(client: &Client, args: WaitArgs) -> Result<Vm, CliError> {

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 
-//! Addresses that files give to adapters, and those that adapters have: the agent refuses one that is there twice.
+//! Addresses of adapters, in files and at the agent: the agent refuses an address that is there twice.
 
 use std::collections::BTreeMap;
 
@@ -15,11 +15,11 @@ use super::files::Wanted;
 /// The port group of an adapter that names none.
 const DEFAULT: &str = "default";
 
-/// Who has which address, as the agent would see it after each step.
+/// The owner of each address, as the agent would see it after each step.
 pub(super) struct Addresses {
-    /// The VM of each configured address, on whatever switch.
+    /// The VM of each configured address, on any switch.
     configured: BTreeMap<String, Name>,
-    /// The VM of each address that a port has at the moment, by switch: its guest may have taken another one.
+    /// The VM of each address that a port has at the moment, by switch: its guest may have changed the address.
     ports: BTreeMap<(String, String), String>,
     /// The switch of each port group.
     switches: BTreeMap<String, String>,
@@ -50,7 +50,7 @@ impl Addresses {
     /// Gives a VM the addresses of its file.
     ///
     /// # Errors
-    /// The problem that the agent would answer with: another VM has one of them.
+    /// The agent's problem for an address that another VM has.
     pub(super) fn take(&mut self, spec: &VmSpec) -> Result<(), Problem> {
         let fixed =
             || spec.adapters.iter().enumerate().filter_map(|(n, adapter)| Some((n, adapter, adapter.mac?)));
@@ -70,13 +70,13 @@ impl Addresses {
                 return Err(Problem { field, ..Problem::new(ProblemCode::MacInUse, detail) });
             }
         }
-        // Those of adapters that have no address of a file stay: the agent makes them from the VM and the adapter.
+        // An adapter without an address in the file keeps its own: the agent makes it from the VM and the adapter.
         let own: Vec<_> = fixed().map(|(.., mac)| (mac.to_string(), spec.name.clone())).collect();
         self.configured.extend(own);
         Ok(())
     }
 
-    /// Takes a VM's addresses from it, before it gets those of its file.
+    /// Takes a VM's addresses away, before the VM gets those of its file.
     pub(super) fn release(&mut self, vm: &Vm, spec: &VmSpec) {
         let keeps = |mac: &str| {
             vm.spec.adapters.iter().zip(&vm.status.adapters).any(|(adapter, status)| {

@@ -1,20 +1,20 @@
 // SPDX-License-Identifier: Apache-2.0
 
-//! What differs between a specification that is and one that should be.
+//! Differences between an existing specification and a wanted one.
 
 use std::collections::BTreeSet;
 
 use serde::Serialize;
 use serde_json::Value;
 
-/// One member that differs.
+/// A member that differs.
 #[derive(Clone, Debug, PartialEq, Serialize)]
 pub(super) struct Difference {
     /// Its place, as `settings.mtu` or `adapters[0].mac`.
     path: String,
-    /// What it is; null if it is not there.
+    /// The existing value; null if there is none.
     from: Value,
-    /// What it should be.
+    /// The wanted value.
     to: Value,
 }
 
@@ -29,10 +29,10 @@ impl std::fmt::Display for Difference {
     }
 }
 
-/// The members of two specifications that differ, by place. The depth is that of specifications.
+/// The members of two specifications that differ, by place. Specifications bound the depth.
 pub(super) fn differences<T: Serialize>(from: &T, to: &T) -> Vec<Difference> {
     let mut found = Vec::new();
-    // What the API has sent can be written again.
+    // A specification from the API can be written again.
     let value = |spec: &T| serde_json::to_value(spec).unwrap_or_default();
     compare(String::new(), &value(from), &value(to), &mut found);
     found

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 
-//! The files of `portcullis apply`: what each wants there to be.
+//! The files of `portcullis apply`, and the objects that they describe.
 
 use std::{collections::BTreeMap, fs, path::Path};
 
@@ -13,10 +13,10 @@ use serde_json::Value;
 
 use crate::cli::{error::CliError, spec_file};
 
-/// The most files of a directory that are read.
+/// The most files to read from a directory.
 const MAX_FILES: usize = 10_000;
 
-/// What an object should be.
+/// An object that a file describes.
 #[derive(Clone, Debug, PartialEq)]
 pub(super) enum Wanted {
     Switch(Name, SwitchSpec),
@@ -25,7 +25,7 @@ pub(super) enum Wanted {
 }
 
 impl Wanted {
-    /// The kind in words, in the order in which they are made.
+    /// The kind in words; the kinds are in the order of creation.
     pub(super) fn kind(&self) -> &'static str {
         match self {
             Wanted::Switch(..) => "switch",
@@ -50,7 +50,7 @@ impl Wanted {
     }
 }
 
-/// Reads all files: switches first, then port groups, then VMs, each by name, with the file that wants it.
+/// Reads all files: switches first, then port groups, then VMs, each by name, with its file.
 pub(super) fn read_all(paths: &[String]) -> Result<Vec<(String, Wanted)>, CliError> {
     let mut wanted: Vec<(String, Wanted)> = Vec::new();
     for path in paths {
@@ -70,7 +70,7 @@ pub(super) fn read_all(paths: &[String]) -> Result<Vec<(String, Wanted)>, CliErr
     Ok(wanted)
 }
 
-/// The files that a path means: itself, or those of a directory whose endings are known.
+/// The files that a path means: the path itself, or a directory's files with known endings.
 fn files(path: &str) -> Result<Vec<String>, CliError> {
     let unreadable = |source| CliError::Read { path: path.to_owned(), source };
     if path == "-" || !Path::new(path).is_dir() {
@@ -79,7 +79,7 @@ fn files(path: &str) -> Result<Vec<String>, CliError> {
     let mut files = Vec::new();
     for entry in fs::read_dir(path).map_err(unreadable)? {
         let file = entry.map_err(unreadable)?.path();
-        // Editors and file systems keep copies under such names.
+        // Editors and file systems keep copies under hidden names.
         if entry_is_hidden(&file) {
             continue;
         }

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 
-//! `portcullis apply`: switches, port groups and VMs become what files say.
+//! `portcullis apply`: makes switches, port groups and VMs as files describe them.
 
 mod addresses;
 mod diff;
@@ -26,17 +26,17 @@ use files::Wanted;
 
 #[derive(Debug, Args)]
 pub(super) struct ApplyArgs {
-    /// A directory, whose .toml, .yaml, .yml and .json files are read, or a file; may be repeated. A file is a VM's specification, or that
-    /// of a switch or port group with `object` (`switch` or `port_group`) and `name`.
+    /// A file, or a directory with .toml, .yaml, .yml and .json files; may be repeated. A file is the specification of a VM, or
+    /// with `object` (`switch` or `port_group`) and `name` that of a switch or port group.
     #[arg(long = "file", short, value_name = "DIR", required = true)]
     files: Vec<String>,
-    /// Shows what would be made and changed, and changes nothing. Fails as apply would: what a file changes of a VM that is
-    /// not at rest is `blocked`, but for `restart` and `autostart`, and no two VMs may have one address (exit code 5).
+    /// Shows the objects to create and change, and changes nothing. Fails as apply would: a change of a VM that is not at rest
+    /// is `blocked`, except of `restart` and `autostart`, and no two VMs may have one address (exit code 5).
     #[arg(long)]
     dry_run: bool,
 }
 
-/// What is done with an object.
+/// The action on an object.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "snake_case")]
 enum Action {
@@ -47,25 +47,25 @@ enum Action {
     Unchanged,
 }
 
-/// What there is to do about a file.
+/// The step for a file.
 #[derive(Debug, Serialize)]
 struct Step {
     action: Action,
     kind: &'static str,
     name: String,
     file: String,
-    /// What differs from what is; of an object that is new, nothing.
+    /// The differences from the existing object; none for a new one.
     changes: Vec<Difference>,
     #[serde(skip)]
     wanted: Wanted,
-    /// What it was compared with.
+    /// The revision of the existing object.
     #[serde(skip)]
     revision: Option<u64>,
-    /// What the VM is, if it is one that is there.
+    /// The state of the existing VM.
     #[serde(skip)]
     state: Option<VmState>,
-    /// What the agent would refuse it with: a reference to an object that does not exist and that no file creates, or an
-    /// address that another VM has.
+    /// The expected refusal of the agent: a reference to an object that does not exist and that no file creates, or an address
+    /// that another VM has.
     #[serde(skip)]
     refusal: Option<Problem>,
 }
@@ -78,7 +78,7 @@ pub(super) async fn run(client: &Client, output: &mut Output<'_>, args: ApplyArg
         return possible;
     }
     if possible.is_err() {
-        // Nothing is made, rather than a part.
+        // All or nothing: do not make a part.
         show(output, &[])?;
         return possible;
     }
@@ -88,14 +88,14 @@ pub(super) async fn run(client: &Client, output: &mut Output<'_>, args: ApplyArg
         Doing { what, step: Some((at.get().saturating_add(1), steps.len())) }
     };
     if let Err((step, error)) = progress::during(make_all(client, &steps, &at), doing).await {
-        // What was made before it is told: it stays.
+        // Objects made before the failure stay: show them.
         show(output, steps.get(..at.get()).unwrap_or_default())?;
         return Err(CliError::Apply { file: step.file.clone(), source: Box::new(error.into()) });
     }
     show(output, &steps)
 }
 
-/// Whether nothing is known to be in the way of a step.
+/// Checks that no known obstacle is in the way of a step.
 fn possible(steps: &[Step]) -> Result<(), CliError> {
     for step in steps {
         let Some(refusal) = &step.refusal else { continue };
@@ -109,7 +109,7 @@ fn possible(steps: &[Step]) -> Result<(), CliError> {
         0 => "",
         _ => " It is not the only one: see --dry-run.",
     };
-    // As the agent would say it of the request.
+    // In the words of the agent's own refusal.
     let detail = format!(
         "The VM {name} is {state}, and only restart and autostart can be changed then: stop it first (`portcullis vm stop {name}`). \
          Nothing was changed.{more}"
@@ -164,7 +164,7 @@ impl Names {
     }
 }
 
-/// Compares what should be with what is.
+/// Compares the wanted objects with the existing ones.
 async fn plan(client: &Client, wanted: Vec<(String, Wanted)>) -> Result<Vec<Step>, CliError> {
     let switches = client.list_switches().await?;
     let groups = client.list_port_groups().await?;
@@ -181,7 +181,7 @@ async fn plan(client: &Client, wanted: Vec<(String, Wanted)>) -> Result<Vec<Step
             Wanted::Vm(_) => {}
         }
     }
-    // In the order in which they are made.
+    // In the order of creation.
     let step = |(file, wanted): (String, Wanted)| {
         let mut refusal = there.lacks(&wanted);
         let mut state = None;
@@ -220,7 +220,7 @@ async fn plan(client: &Client, wanted: Vec<(String, Wanted)>) -> Result<Vec<Step
     Ok(wanted.into_iter().map(step).collect())
 }
 
-/// Makes one after the other; `at` is the number of the one that is being made.
+/// Makes one object after the other; `at` is the number of the current one.
 async fn make_all<'a>(
     client: &Client,
     steps: &'a [Step],
@@ -233,7 +233,7 @@ async fn make_all<'a>(
     Ok(())
 }
 
-/// Makes it so, if it is still what it was compared with.
+/// Makes the object, if it is still at the revision of the comparison.
 async fn make(client: &Client, step: &Step) -> Result<(), ClientError> {
     if step.action == Action::Unchanged {
         return Ok(());

@@ -10,13 +10,13 @@ use std::{
 use rustix::termios::{OptionalActions, Termios, tcgetattr, tcsetattr};
 use tokio::sync::mpsc;
 
-/// A terminal that gives keys as they are typed; as it was before when this is dropped.
+/// A terminal that delivers keys as they are typed. Dropping this restores its former settings.
 pub(super) struct Raw {
     before: Termios,
 }
 
 impl Raw {
-    /// The terminal of standard input; None if that is none.
+    /// The terminal of standard input; None if standard input is not a terminal.
     pub(super) fn enter() -> io::Result<Option<Self>> {
         let stdin = io::stdin();
         if !stdin.is_terminal() {
@@ -32,12 +32,12 @@ impl Raw {
 
 impl Drop for Raw {
     fn drop(&mut self) {
-        // A terminal that is gone needs nothing.
+        // A terminal that is gone needs no restoring.
         let _ = tcsetattr(io::stdin(), OptionalActions::Now, &self.before);
     }
 }
 
-/// What comes from standard input, until its end. Read by a thread that nobody waits for: it may be in a `read` for ever.
+/// Keys from standard input, until its end. Nothing joins the thread that reads them: it may stay in `read` for ever.
 pub(super) fn keys() -> mpsc::Receiver<Vec<u8>> {
     let (sender, receiver) = mpsc::channel(16);
     thread::spawn(move || {

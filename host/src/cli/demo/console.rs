@@ -9,19 +9,19 @@ use tokio::time::{Instant, sleep, timeout_at};
 
 use super::{DemoError, tail};
 
-/// For one answer. A guest whose mailbox is dead says so after 2 s.
+/// The time for a response. A guest with a dead mailbox reports it after 2 s.
 const ANSWER: Duration = Duration::from_secs(20);
-/// Between two tries to type what the guest did not take.
+/// The pause before typing the rest of a command that the guest took only in part.
 const AGAIN: Duration = Duration::from_millis(5);
-/// Of what the guest said, kept for messages and for answers in the making.
+/// The most output of the guest that is kept, for messages and for incomplete responses.
 const KEPT: usize = 64 << 10;
 
-/// A guest, from the beginning of its console on.
+/// A guest, with its console from the beginning on.
 pub(super) struct Guest {
     client: Client,
     vm: String,
     console: Console,
-    /// What it said and nobody asked for yet.
+    /// Output of the guest that no command has used yet.
     said: String,
 }
 
@@ -31,7 +31,7 @@ impl Guest {
         Ok(Self { client: client.clone(), vm: vm.to_owned(), console, said: String::new() })
     }
 
-    /// Waits until it takes commands.
+    /// Waits until the guest takes commands.
     pub(super) async fn ready(&mut self) -> Result<(), DemoError> {
         self.line("start", |line| (line == "ready").then(String::new)).await.map(drop)
     }
@@ -56,7 +56,7 @@ impl Guest {
         self.line(command, |line| line.strip_prefix(&prefix).map(str::to_owned)).await
     }
 
-    /// The first line that `wanted` makes something of; those before it go.
+    /// The first line from which `wanted` makes a result; lines before it are dropped.
     async fn line(
         &mut self,
         command: &str,
@@ -75,7 +75,7 @@ impl Guest {
                     self.said.push_str(&String::from_utf8_lossy(&bytes));
                 }
                 Ok(Err(error)) => return Err(error.into()),
-                // The end of the console, of our patience, or a line without end.
+                // The console has ended, the time is over, or a line has no end.
                 _ => return Err(self.silent(command)),
             }
         }

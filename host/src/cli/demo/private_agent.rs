@@ -26,14 +26,14 @@ pub(super) const VFS: u16 = 2;
 /// The image's name for VMs' specifications.
 pub(super) const KERNEL: &str = "small-guest";
 
-/// For the agent to serve, and for it to stop.
+/// The time for the agent to start serving, and to stop.
 const START: Duration = Duration::from_secs(20);
 const STOP: Duration = Duration::from_secs(20);
 const STEP: Duration = Duration::from_millis(5);
-/// The user ids of demonstrations' processes, where they are root's: some way behind those of the VMs of a host's agent.
-/// Processes of one user may signal each other.
+/// The user ids of demonstrations' processes under root: some way behind those of the VMs of a host's agent, because
+/// processes of one user may signal each other.
 const USERS: RangeInclusive<u32> = DEFAULT_BASE + 100_000..=DEFAULT_BASE + 115_999;
-/// What one demonstration has of them: those of its VMs, and then those of its adapters.
+/// The user ids of one demonstration: those of its VMs, and then those of its adapters.
 const USERS_OF_ONE: u32 = 16;
 const USERS_OF_VMS: u32 = 8;
 /// Paths of sockets in the directory must stay below 108 bytes (unix(7)).
@@ -47,7 +47,7 @@ pub(super) struct PrivateAgent {
 }
 
 impl PrivateAgent {
-    /// Starts it, with more options if there are any; it does not serve yet.
+    /// Starts the agent, with these further options; it does not serve yet.
     pub(super) fn start(options: &[&str]) -> Result<Self, DemoError> {
         let directory = make_directory()?;
         Self::start_in(&directory, options).inspect_err(|_| drop(fs::remove_dir_all(&directory)))
@@ -64,23 +64,23 @@ impl PrivateAgent {
         let socket = directory.join("api.sock");
         let mut command = Command::new(std::env::current_exe().map_err(DemoError::Start)?);
         command.arg("--socket").arg(&socket).arg("serve").args(["--on-exit", "stop", "--exit-timeout", "0"]);
-        // A demonstration on a host without Landlock, say, is better than none: it has simulated adapters only.
+        // On a host without Landlock, for example, a demonstration does without it: it has simulated adapters only.
         command.arg("--sandbox-off").arg("unavailable");
         command.arg("--sim-pf").arg(format!("{PF}={VFS}"));
         command.args(users(std::process::id())).args(options);
         for (option, name) in [("--state-dir", "state"), ("--run-dir", "run"), ("--image-dir", "images")] {
             command.arg(option).arg(directory.join(name));
         }
-        // If this process is killed, the agent's standard input ends, and with it the agent and all that is its.
+        // If this process is killed, the agent's standard input ends; the agent then ends with all its processes.
         command.arg("--private").arg(directory);
-        // A group of its own: Ctrl-C on a terminal is for the demo, which then stops the agent in order.
+        // A process group of its own: Ctrl-C on a terminal is for the demo, which then stops the agent in order.
         command.stdin(Stdio::piped()).stdout(Stdio::null()).stderr(log).process_group(0);
         command.env_remove("PORTCULLIS_LOG");
         let child = command.spawn().map_err(DemoError::Start)?;
         Ok(Self { directory: directory.to_owned(), child, client: Client::new(socket) })
     }
 
-    /// Waits until it serves.
+    /// Waits until the agent serves.
     pub(super) async fn ready(&self) -> Result<(), DemoError> {
         let deadline = Instant::now() + START;
         while self.client.health().await.is_err() {
@@ -92,16 +92,16 @@ impl PrivateAgent {
         Ok(())
     }
 
-    /// The last lines that it has logged.
+    /// The last lines of the agent's log.
     pub(super) fn log_tail(&self, lines: usize) -> String {
         let log = fs::read(log_path(&self.directory)).unwrap_or_default();
         tail(&String::from_utf8_lossy(&log), lines)
     }
 
-    /// Stops it with its VMs and its adapter, and removes its directory.
+    /// Stops the agent with its VMs and its adapter, and removes its directory.
     pub(super) async fn stop(mut self) {
         let deadline = Instant::now() + STOP;
-        // It fails when it has ended by itself: then it is reaped below.
+        // Fails if the agent has ended by itself: it is reaped below then.
         let _ = kill_process(Pid::from_child(&self.child), Signal::TERM);
         while Instant::now() < deadline {
             if self.reaped().is_some() {
@@ -109,14 +109,14 @@ impl PrivateAgent {
             }
             sleep(STEP).await;
         }
-        // What is dropped is killed.
+        // Dropping `self` kills an agent that is left.
     }
 
     fn reaped(&mut self) -> Option<ExitStatus> {
         self.child.try_wait().ok().flatten()
     }
 
-    /// Whether it is a zombie, or gone. It is not reaped: whoever stops it does that.
+    /// Whether the agent is a zombie, or gone. Does not reap it: `stop` and `drop` do that.
     fn has_ended(&self) -> bool {
         let stat = fs::read_to_string(format!("/proc/{}/stat", self.child.id())).unwrap_or_default();
         // The state is behind the name, which is in parentheses.
@@ -136,7 +136,7 @@ impl Drop for PrivateAgent {
     }
 }
 
-/// The options of the agent of a demonstration with this process id: those that are played at once have others, as a rule.
+/// The options of the agent of a demonstration with this process id: demonstrations at one time usually differ.
 fn users(pid: u32) -> [String; 2] {
     let slots = (USERS.end() - USERS.start() + 1) / USERS_OF_ONE;
     let base = USERS.start() + pid % slots * USERS_OF_ONE;
@@ -147,13 +147,13 @@ fn log_path(directory: &Path) -> PathBuf {
     directory.join("agent.log")
 }
 
-/// A directory that only this user can write, and that was not there.
+/// Makes a new directory that only this user can write.
 fn make_directory() -> Result<PathBuf, DemoError> {
     let base = std::env::temp_dir();
     let base = if base.as_os_str().len() > LONGEST_BASE { PathBuf::from("/tmp") } else { base };
     let (unique, ..) = Uuid::new_v4().as_fields();
     let path = base.join(format!("portcullis-demo-{unique:08x}"));
-    // Processes of VMs have other users than the agent, and sockets in there.
+    // Processes of VMs have other users than the agent, and sockets in the directory.
     let made: io::Result<()> = DirBuilder::new().mode(0o711).create(&path);
     match made {
         Ok(()) => Ok(path),
@@ -184,7 +184,7 @@ mod tests {
         for pid in [1, 999, 1000, 4_194_304, u32::MAX] {
             let args = serve(&users(pid));
             assert!(USERS.contains(&args.users.vmm_uid_base), "{pid}");
-            // With its adapter's.
+            // With the ids of its adapters.
             assert!(USERS.contains(&(args.users.vmm_uid_base + USERS_OF_ONE - 1)), "{pid}");
             assert!(args.users.vmm_uid_count >= u32::from(VFS) && args.users.vmm_uid_count < USERS_OF_ONE);
             let next = serve(&users(pid.wrapping_add(1)));

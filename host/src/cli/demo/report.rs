@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 
-//! What the demonstration tells: as it happens for people, at the end for machines.
+//! The report of the demonstration: for people as it happens, for machines at the end.
 
 use std::{io::Write, time::Instant};
 
@@ -27,11 +27,11 @@ pub(super) struct Report {
     started: Instant,
     steps: Vec<Step>,
     decisions: Vec<Decision>,
-    /// Writing failed: the reader is gone.
+    /// The error of a write that failed: the reader is gone.
     broken: Option<std::io::Error>,
 }
 
-/// A step and what was seen in it.
+/// A step with its observations.
 #[derive(Debug, Serialize)]
 struct Step {
     title: String,
@@ -60,7 +60,7 @@ impl Report {
         Self { to, format, colour, started: Instant::now(), steps, decisions, broken: None }
     }
 
-    /// Prose before the first step.
+    /// Writes prose before the first step.
     pub(super) fn introduce(&mut self, text: &str) {
         self.tell(&format!("{text}\n"));
     }
@@ -73,7 +73,7 @@ impl Report {
         self.steps.push(Step { title: title.to_owned(), path: Vec::new(), checks: Vec::new() });
     }
 
-    /// Tells a stage of the way that a request takes.
+    /// Reports a stage of a request's way.
     pub(super) fn stage(&mut self, stage: &str, what: String) {
         let text = format!("   {} {what}\n", self.painted(FAINT, &format!("{stage:<8}")));
         self.tell(&text);
@@ -82,7 +82,7 @@ impl Report {
         }
     }
 
-    /// Compares what was seen with what had to be.
+    /// Compares an observed value with the expected one.
     pub(super) fn check(&mut self, what: &str, expected: &str, observed: &str) {
         let passed = expected == observed;
         let text = if passed {
@@ -97,7 +97,7 @@ impl Report {
         }
     }
 
-    /// What the agent recorded.
+    /// Reports the decisions that the agent recorded.
     pub(super) fn decisions(&mut self, decisions: Vec<Decision>) {
         let title = self.painted(BOLD, "What the agent recorded (/v1/decisions)");
         self.tell(&format!("\n{title}\n"));
@@ -113,12 +113,12 @@ impl Report {
         self.decisions = decisions;
     }
 
-    /// How many checks did not pass.
+    /// The number of checks that did not pass.
     pub(super) fn failures(&self) -> usize {
         self.steps.iter().flat_map(|step| &step.checks).filter(|check| !check.passed).count()
     }
 
-    /// The last word. `error` is what kept the demonstration from its end.
+    /// Ends the report. `error` is the reason if the demonstration did not reach its end.
     pub(super) fn end(mut self, error: Option<String>) -> std::io::Result<()> {
         let took = self.started.elapsed();
         match self.format {

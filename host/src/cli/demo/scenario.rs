@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 
-//! What happens in the demonstration.
+//! The steps of the demonstration.
 
 use std::time::Duration;
 
@@ -20,7 +20,7 @@ const ALICE: &str = "alice";
 const BOB: &str = "bob";
 const ALICE_MAC: &str = "02:00:00:00:0a:01";
 const BOB_MAC: &str = "02:00:00:00:0b:01";
-/// Addresses that alice asks for: one in each step, so that each has a decision of its own.
+/// Addresses that alice requests: one in each step, so that each has a decision of its own.
 const REFUSED: &str = "02:00:00:00:0a:02";
 const REFUSED_SILENTLY: &str = "02:00:00:00:0a:03";
 const ACCEPTED: &str = "02:00:00:00:0a:04";
@@ -28,13 +28,13 @@ const FORGED: &str = "02:00:00:00:0a:66";
 const BOB_IP: &str = "10.0.0.2";
 
 const NO_ANSWER: &str = "0 of 3";
-/// How long a guest waits for what must not come, and for what must, on a slow machine too.
+/// The time that a guest waits for packets that must not come, and for those that must, on a slow machine too.
 const ABSENCE_MS: u32 = 200;
 const PRESENCE_MS: u32 = 3000;
 const BOOT: Duration = Duration::from_secs(30);
 const AGAIN: Duration = Duration::from_millis(5);
 
-/// Plays all of it.
+/// Plays all steps.
 pub(super) async fn play(agent: &PrivateAgent, report: &mut Report) -> Result<(), DemoError> {
     report.introduce(&format!(
         "An agent of the demo's own, with a simulated 82576 adapter ({PF}). What a guest may configure on its VF is\n\
@@ -51,7 +51,7 @@ pub(super) async fn play(agent: &PrivateAgent, report: &mut Report) -> Result<()
     stage.refused_silently().await?;
     stage.accepted().await?;
     stage.forged().await?;
-    // The latest first, as the API lists them; the story is told the other way round.
+    // The API lists the latest first; the story begins with the earliest.
     let mut decisions = client.decisions(&DecisionFilter::default()).await?;
     decisions.reverse();
     report.decisions(decisions);
@@ -88,7 +88,7 @@ fn typed<T: serde::de::DeserializeOwned>(value: Value) -> Result<T, DemoError> {
     })
 }
 
-/// Everybody on it.
+/// All participants.
 struct Stage<'a> {
     agent: &'a PrivateAgent,
     client: &'a Client,
@@ -147,7 +147,7 @@ impl Stage<'_> {
         Ok(())
     }
 
-    /// The way of a request for another address; what the guest's driver said in the end.
+    /// Reports the way of a request for another address, and returns the final result of the guest's driver.
     async fn ask_for(&mut self, mac: &str, on_denied: &str) -> Result<String, DemoError> {
         self.report
             .stage("guest", format!("{ALICE}'s driver writes SET_MAC {mac} into the mailbox of its VF"));
@@ -187,8 +187,9 @@ impl Stage<'_> {
         Ok(answer)
     }
 
-    /// What alice's driver says in the end. If its PF did not answer an earlier message in time, on a machine that is too busy, its
-    /// relay hears nothing before the VF is reset: Linux' driver sees that by itself, soon; the small guest is told to.
+    /// Requests an address, and returns the final result of alice's driver. On a busy machine the PF may not answer an earlier
+    /// message in time, and the relay then hears nothing before the VF is reset. Linux' driver soon notices that by itself; the
+    /// small guest needs a command.
     async fn set_mac(&mut self, mac: &str) -> Result<String, DemoError> {
         let command = format!("set-mac {mac}");
         let before = self.unheard().await?;
@@ -200,14 +201,14 @@ impl Stage<'_> {
         self.alice.ask(&command).await
     }
 
-    /// Requests of alice for an address that came when her VF had to be reset first.
+    /// The number of alice's requests for an address that came when her VF had to be reset first.
     async fn unheard(&self) -> Result<u64, DemoError> {
         let stats = self.client.stats(ALICE).await?;
         let messages = stats.devices.values().flat_map(|device| &device.mailbox);
         Ok(messages.filter(|(name, _)| *name == "set_mac:not_reset").map(|(_, count)| *count).sum())
     }
 
-    /// What alice's relay has counted of messages whose name begins so.
+    /// The relay's counts of alice's messages with this prefix of their name.
     async fn relayed(&self, prefix: &str) -> Result<String, DemoError> {
         let stats = self.client.stats(ALICE).await?;
         let messages = stats.devices.values().flat_map(|device| &device.mailbox);
@@ -215,7 +216,7 @@ impl Stage<'_> {
         Ok(some.map(|(name, count)| format!("{count} {name}")).collect::<Vec<_>>().join(", "))
     }
 
-    /// The record of a request for an address, to which its driver said `answer`.
+    /// The record of a request for an address, to which the guest's driver said `answer`.
     async fn decision(&self, mac: &str, answer: &str) -> Result<Decision, DemoError> {
         let filter = DecisionFilter { vm: Some(ALICE.to_owned()), ..DecisionFilter::default() };
         let deadline = Instant::now() + RECORDED;
@@ -251,11 +252,11 @@ impl Stage<'_> {
         Ok(())
     }
 
-    /// What the guest believes, what the PF has, and that the agent knows of both.
+    /// Checks the address that the guest believes to have, the PF's address, and the agent's knowledge of both.
     async fn check_addresses(&mut self, guest: &str, device: &str) -> Result<(), DemoError> {
         let believed = self.alice.ask("mac").await?;
         self.report.check("the guest believes to have", guest, &believed);
-        // What the relay tells of the guest arrives after the answer.
+        // The relay's event about the guest address arrives after the response.
         let deadline = Instant::now() + RECORDED;
         let mut status = self.port().await?.status;
         while status.guest_mac.to_string() != guest && Instant::now() < deadline {

@@ -15,7 +15,7 @@ fn vm(name: &str, mac: &str) -> String {
 const A: &str = "02:00:00:00:44:0a";
 const B: &str = "02:00:00:00:44:0b";
 
-/// What an address is in the way of is known before anything is made, and a dry run says it.
+/// An address in use is found before anything is made, and a dry run reports it.
 #[tokio::test]
 async fn apply_foresees_addresses_that_are_in_use() {
     let desk = Desk::new().await;
@@ -30,7 +30,8 @@ async fn apply_foresees_addresses_that_are_in_use() {
     let directory = tempfile::tempdir().unwrap();
     let apply = format!("apply -f {}", directory.path().display());
     for (files, refused) in [
-        // Two files, a VM that there is with an address of its file or of the agent, and one whose guest has it.
+        // Two files; an existing VM with an address of its file or of the agent, and one with a guest that has
+        // taken the address.
         (vec![("x", B), ("y", B)], Some(("y", "x"))),
         (vec![("x", A)], Some(("x", "there"))),
         (vec![("x", &*made)], Some(("x", "made"))),
@@ -62,7 +63,7 @@ async fn apply_foresees_addresses_that_are_in_use() {
                 assert_eq!(desk.json("vm list").await, before, "{files:?}: nothing of it was made");
             }
         }
-        // As before, for the next ones.
+        // Restores the VMs for the next case.
         for (name, _) in &files {
             std::fs::remove_file(directory.path().join(format!("{name}.json"))).unwrap();
             if !["there", "made"].contains(name) && refused.is_none() {

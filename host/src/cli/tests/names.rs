@@ -1,10 +1,11 @@
 // SPDX-License-Identifier: Apache-2.0
 
-//! Names that lead to nothing.
+//! Names of objects that do not exist.
 
 use super::*;
 
-/// Whatever does not exist: the message has the name, names that were perhaps meant, and the command that lists the others.
+/// The message about any missing object has its name, near names that the user may have meant, and the command that lists
+/// the others.
 #[tokio::test]
 async fn a_name_of_nothing_is_answered_with_near_names_and_the_command_that_lists_them() {
     let desk = Desk::new().await;
@@ -57,7 +58,7 @@ async fn a_name_of_nothing_is_answered_with_near_names_and_the_command_that_list
     let (_, error) = desk.run(&format!("pf show {pf}x")).await.unwrap_err();
     assert!(error.contains(&format!("did you mean {pf}? `portcullis pf list` shows all.")), "{error}");
 
-    // An image of an image directory; other files are nobody's affair.
+    // An image of an image directory is proposed, and no other file.
     let images = desk.host.env.image_dirs[0].clone();
     std::fs::create_dir_all(&images).unwrap();
     std::fs::write(images.join("vmlinuz-6.1"), "").unwrap();

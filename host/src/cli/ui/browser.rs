@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 
-//! Opening a browser.
+//! Opens a browser.
 
 use std::{
     fs::{self, File},
@@ -12,7 +12,7 @@ use std::{
 
 use uuid::Uuid;
 
-/// A file that leads to the link. It goes with this value.
+/// A file that leads to the link. Dropping this removes it.
 #[derive(Debug)]
 pub(super) struct Way(PathBuf);
 
@@ -22,8 +22,8 @@ impl Drop for Way {
     }
 }
 
-/// Opens a browser where there is a display, and not for root: browsers refuse that, for good reasons. The link itself is
-/// not on its command line, which every user of this host can read, but in a file of this user's.
+/// Opens a browser where there is a display, and not for root: browsers refuse that, for good reasons. The browser's
+/// command line has a file of this user, and not the link itself, because every user of this host can read command lines.
 pub(super) fn open(url: &str) -> Option<Way> {
     let display = ["DISPLAY", "WAYLAND_DISPLAY"].iter().any(|name| std::env::var_os(name).is_some());
     if !display || rustix::process::geteuid().is_root() {
@@ -33,17 +33,17 @@ pub(super) fn open(url: &str) -> Option<Way> {
     let mut command = Command::new("xdg-open");
     command.arg(&way.0).stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::null());
     let mut child = command.spawn().ok()?;
-    // It ends once the browser is told; reaped so that it does not stay as a zombie.
+    // `xdg-open` ends once the browser has the file; reaped so that it does not stay as a zombie.
     std::thread::spawn(move || drop(child.wait()));
     Some(way)
 }
 
-/// Writes the file, in a directory that goes with the user's session if there is one.
+/// Writes the file, in a directory that is removed with the user's session if there is one.
 fn write(url: &str) -> io::Result<Way> {
     let directory = std::env::var_os("XDG_RUNTIME_DIR").map_or_else(std::env::temp_dir, PathBuf::from);
     let way = Way(directory.join(format!("portcullis-ui-{}.html", Uuid::new_v4().simple())));
     let mut file = File::options().write(true).create_new(true).mode(0o600).open(&way.0)?;
-    // The address is digits, dots and hexadecimal: nothing that HTML would read otherwise.
+    // The address has digits, dots and hexadecimal only, so that HTML needs no escapes.
     writeln!(
         file,
         "<!doctype html><meta http-equiv=\"refresh\" content=\"0;url={url}\"><title>Portcullis</title>"

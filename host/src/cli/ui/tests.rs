@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 
-//! Who gets past the command, with an agent that is a Unix socket which answers anything.
+//! Access through the command's proxy. The agent is a Unix socket that answers anything.
 
 use std::net::SocketAddr;
 
@@ -12,7 +12,7 @@ use tokio::{
 
 use super::proxy::Proxy;
 
-/// A command's proxy before an agent that answers with what it was asked.
+/// A command's proxy before an agent that echoes its requests.
 struct Page {
     address: SocketAddr,
     link: String,
@@ -72,7 +72,7 @@ async fn a_link_is_good_for_one_session() {
     let headers = format!("host: HOST\r\nauthorization: Bearer {}\r\n", page.link);
     let (status, body) = page.ask("POST /session", &headers).await;
     assert!(status == 401 && body.contains("works once"), "{status} {body}");
-    // Neither token does what is the other's.
+    // Neither token works in place of the other.
     assert_eq!(page.ask("GET /v1/vms", &headers).await.0, 401);
     let headers = format!("host: HOST\r\nauthorization: Bearer {session}\r\n");
     assert_eq!(page.ask("POST /session", &headers).await.0, 401);
@@ -123,7 +123,7 @@ async fn pages_and_names_of_others_do_not_get_in() {
         let (status, body) = page.ask(line, &format!("{headers}{session}")).await;
         assert_eq!(status, expect, "{line} {headers}: {body}");
     }
-    // Without the session, or with a wrong one, nothing of the agent's.
+    // Without the session, or with a wrong one, there is no response of the agent.
     for headers in ["", "authorization: Bearer 0123456789abcdef0123456789abcdef\r\n", "cookie: session=x\r\n"]
     {
         let (status, body) = page.ask("GET /v1/vms", &format!("host: HOST\r\n{headers}")).await;
