@@ -8,6 +8,7 @@ mod crash;
 mod demo;
 mod errors;
 mod exit;
+mod flood;
 mod hostile;
 mod life;
 mod load;
