@@ -21,3 +21,4 @@ mod rest;
 mod sandbox;
 mod simulated_pf;
 mod start;
+mod text;
