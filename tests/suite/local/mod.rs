@@ -18,6 +18,7 @@ mod observe;
 mod page;
 mod progress;
 mod rest;
+mod rights;
 mod sandbox;
 mod simulated_pf;
 mod start;
