@@ -2,9 +2,33 @@
 
 //! Shares of the log for causes that repeat.
 
-use std::{collections::HashMap, hash::Hash, time::Duration};
+use std::{
+    collections::HashMap,
+    hash::Hash,
+    sync::{LazyLock, Mutex, PoisonError},
+    time::{Duration, Instant},
+};
 
+use netpolicy::PortId;
 use passthrough::relay::{Rate, TokenBucket};
+
+/// The lines that jobs write about one port: so many at once, then one in a second.
+const OF_PORT: Rate = Rate { burst: 20, period: Duration::from_secs(1) };
+
+/// Ports that are remembered.
+const PORTS: usize = 4096;
+
+/// Writes a line about a job of a port, or counts it for the port's next line. A guest repeats most jobs at its pleasure, and its
+/// vmm can make them fail. `say` gets the number of suppressed lines.
+pub(crate) fn say_of_port(port: PortId, say: impl FnOnce(u64)) {
+    static LINES: LazyLock<(Instant, Mutex<LineRate<PortId>>)> =
+        LazyLock::new(|| (Instant::now(), Mutex::new(LineRate::new(OF_PORT, PORTS))));
+    let (began, lines) = &*LINES;
+    let taken = lines.lock().unwrap_or_else(PoisonError::into_inner).take(port, began.elapsed());
+    if let Some(suppressed) = taken {
+        say(suppressed);
+    }
+}
 
 /// A bucket of lines for each key. A line that its bucket suppresses is counted for the next one of the key.
 #[derive(Debug)]

@@ -22,7 +22,7 @@ use tracing_subscriber::{
     registry::LookupSpan,
 };
 
-use crate::text::write_line;
+use crate::text::{printable_json, write_line};
 
 /// What lines look like.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]
@@ -50,11 +50,10 @@ pub fn start(format: Format) {
     drop(match (format, journal) {
         (Format::Text, false) => log.with_target(false).try_init(),
         (Format::Text, true) => log.event_format(journal_text()).try_init(),
-        (Format::Json, false) => log.json().with_target(false).try_init(),
-        (Format::Json, true) => log
-            .json()
-            .event_format(Prioritized(format::format().json().without_time().with_target(false)))
-            .try_init(),
+        (Format::Json, false) => {
+            log.json().event_format(Escaped(format::format().json().with_target(false))).try_init()
+        }
+        (Format::Json, true) => log.json().event_format(Prioritized(journal_json())).try_init(),
     });
 }
 
@@ -69,6 +68,32 @@ fn write_field(writer: &mut Writer<'_>, field: &Field, value: &dyn fmt::Debug) -
 /// Lines of text as the journal wants them.
 fn journal_text() -> Prioritized<format::Format<format::Full, ()>> {
     Prioritized(format::format().without_time().with_level(false).with_target(false).with_ansi(false))
+}
+
+/// Lines of JSON as the journal wants them.
+fn journal_json() -> Escaped<format::Format<format::Json, ()>> {
+    Escaped(format::format().json().without_time().with_target(false))
+}
+
+/// Lines of JSON in which characters are escaped that a terminal acts on: JSON itself escapes C0 alone.
+struct Escaped<F>(F);
+
+impl<S, N, F> FormatEvent<S, N> for Escaped<F>
+where
+    S: Subscriber + for<'a> LookupSpan<'a>,
+    N: for<'a> FormatFields<'a> + 'static,
+    F: FormatEvent<S, N>,
+{
+    fn format_event(
+        &self,
+        context: &FmtContext<'_, S, N>,
+        mut writer: Writer<'_>,
+        event: &Event<'_>,
+    ) -> fmt::Result {
+        let mut line = String::new();
+        self.0.format_event(context, Writer::new(&mut line), event)?;
+        writer.write_str(&printable_json(&line))
+    }
 }
 
 /// Whether stderr is this stream, `DEVICE:INODE` (systemd.exec(5)). The variable is inherited, a redirection is not seen in it.
@@ -112,6 +137,7 @@ mod tests {
     use std::sync::{Arc, Mutex};
 
     use super::*;
+    use crate::text::is_printable;
 
     #[derive(Clone, Default)]
     struct Lines(Arc<Mutex<Vec<u8>>>);
@@ -150,6 +176,23 @@ mod tests {
         let line = "no\\n<6>policy changed by uid 0\\u{1b}[2J";
         let expect = format!("{expect}<6>{line} forged={line} forged=\"{line}\"\n");
         assert_eq!(text, expect);
+    }
+
+    #[test]
+    fn lines_of_json_control_no_terminal() {
+        let lines = Lines::default();
+        let writer = lines.clone();
+        let log =
+            tracing_subscriber::fmt().json().with_writer(move || writer.clone()).event_format(journal_json());
+        let hostile = "x\x1b[2J\u{9b}2J\x7f\u{202e}\ny";
+        tracing::subscriber::with_default(log.finish(), || {
+            tracing::error_span!("request", id = hostile).in_scope(|| tracing::warn!(hostile, "{hostile}"));
+        });
+        let text = String::from_utf8(lines.0.lock().unwrap().clone()).unwrap();
+        assert!(is_printable(&text) && text.lines().count() == 1, "{text:?}");
+        let line: serde_json::Value = serde_json::from_str(&text).unwrap();
+        let said = [&line["fields"]["message"], &line["fields"]["hostile"], &line["span"]["id"]];
+        assert_eq!(said, [hostile; 3]);
     }
 
     #[test]

@@ -4,8 +4,6 @@
 
 use std::process::ExitCode;
 
-use clap::Parser as _;
-
 fn main() -> ExitCode {
     // The per-VM process first: its start time and memory are a goal, so it touches neither parser nor runtime.
     let mut arguments = std::env::args_os().skip(1);
@@ -26,5 +24,5 @@ fn main() -> ExitCode {
         tracing_subscriber::fmt().with_ansi(false).with_target(false).with_writer(std::io::stderr).init();
         return process(&arguments);
     }
-    host::cli::run(host::cli::Cli::parse())
+    host::cli::run(host::cli::parse())
 }

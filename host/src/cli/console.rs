@@ -16,7 +16,10 @@ use tokio::{
     sync::mpsc,
 };
 
-use super::{error::CliError, output::Output};
+use super::{
+    error::CliError,
+    output::{Output, warn, warn_raw},
+};
 use terminal::{Raw, keys};
 
 /// Ctrl-], as of telnet and virsh.
@@ -117,7 +120,7 @@ async fn connect(
     };
     let raw = Raw::enter().map_err(CliError::Terminal)?;
     if raw.is_some() {
-        eprint!("portcullis: attached to {name}, Ctrl-] detaches\r\n");
+        warn_raw(format_args!("portcullis: attached to {name}, Ctrl-] detaches"));
     }
     let mut typed = keys();
     let (to_guest, input) = mpsc::channel::<Vec<u8>>(16);
@@ -165,7 +168,7 @@ async fn connect(
     let _ = tokio::time::timeout(PAUSE, sender).await;
     if raw.is_some() && end != End::Rest {
         drop(raw);
-        eprintln!("\nportcullis: detached from {name}, which runs on");
+        warn(format_args!("\nportcullis: detached from {name}, which runs on"));
     }
     Ok(end)
 }
@@ -226,7 +229,10 @@ async fn type_line(client: &Client, vm: &str, text: &str) -> Result<(), CliError
         }
     }
     if !rest.is_empty() {
-        eprintln!("portcullis: the guest does not read its console: {} bytes were not taken", rest.len());
+        warn(format_args!(
+            "portcullis: the guest does not read its console: {} bytes were not taken",
+            rest.len()
+        ));
     }
     Ok(())
 }

@@ -12,7 +12,10 @@ use crate::{
     token_file::TokenFileError,
 };
 
-use super::{demo::DemoError, output::Format};
+use super::{
+    demo::DemoError,
+    output::{self, Format, warn},
+};
 
 /// Why a command failed.
 #[derive(Debug, thiserror::Error)]
@@ -157,7 +160,7 @@ impl CliError {
         if matches!(self, CliError::Output(error) if error.kind() == io::ErrorKind::BrokenPipe) {
             return ExitCode::SUCCESS;
         }
-        eprintln!("{}", self.text(format));
+        warn(self.text(format));
         ExitCode::from(self.code())
     }
 
@@ -174,11 +177,11 @@ impl CliError {
         if let Some((problem, file)) = self.problem() {
             let told = Told { problem, file };
             let written = match format {
-                Format::Json => serde_json::to_string_pretty(&told).ok(),
-                Format::Yaml => yaml_serde::to_string(&told).ok().map(|text| text.trim_end().to_owned()),
+                Format::Json => output::json(&told).ok(),
+                Format::Yaml => output::yaml(&told).ok(),
                 Format::Table => None,
             };
-            return written.unwrap_or_else(|| {
+            return written.map(|text| text.trim_end().to_owned()).unwrap_or_else(|| {
                 let context = file.map(|_| format!("{self}: ")).unwrap_or_default();
                 printable(&format!("portcullis: {context}{}", problem_text(problem)))
             });
@@ -189,8 +192,8 @@ impl CliError {
             text.push_str(&format!(": {error}"));
             source = error.source();
         }
-        // A log or a place in a file has lines.
-        printable_lines(&text)
+        // A log or a place in a file has lines. None of them looks like one of this program's own.
+        printable_lines(&text).replace('\n', "\n    ")
     }
 }
 
@@ -215,6 +218,7 @@ mod tests {
     use api::ProblemCode;
 
     use super::*;
+    use crate::text::is_printable;
 
     fn check(error: impl Into<CliError>, code: u8, text: &str) {
         let error = error.into();
@@ -224,7 +228,7 @@ mod tests {
     /// Paths, names and causes in errors come from specifications and from vmm processes.
     #[test]
     fn no_error_controls_the_terminal() {
-        let hostile = "/x\x1b]0;title\x07\x1b[2J\r\nportcullis: all is well";
+        let hostile = "/x\x1b]0;title\x07\x1b[2J\u{9b}2J\u{202e}\r\nportcullis: all is well";
         let refused =
             CliError::from(ClientError::from(Box::new(Problem::new(ProblemCode::NotFound, hostile))));
         let apply = CliError::Apply { file: hostile.to_owned(), source: Box::new(refused) };
@@ -232,10 +236,15 @@ mod tests {
         let spec = CliError::NotASpec { path: hostile.into(), what: "a file", why: hostile.into() };
         for error in [apply, failed, spec] {
             let text = error.text(Format::Table);
-            assert!(!text.contains(|c: char| c.is_control() && c != '\n'), "{text:?}");
+            assert!(is_printable(&text), "{text:?}");
+            assert!(text.lines().skip(1).all(|line| line.starts_with("    ")), "{text:?}");
         }
         let refused = ClientError::from(Box::new(Problem::new(ProblemCode::NotFound, hostile)));
-        assert_eq!(CliError::from(refused).text(Format::Table).lines().count(), 1);
+        let refused = CliError::from(refused);
+        assert_eq!(refused.text(Format::Table).lines().count(), 1);
+        for format in [Format::Json, Format::Yaml] {
+            assert!(is_printable(&refused.text(format)), "{format:?}");
+        }
     }
 
     #[test]

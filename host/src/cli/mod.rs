@@ -36,8 +36,9 @@ use std::{
 use api::Client;
 use clap::{Parser, Subcommand};
 
+use crate::text::{is_active, printable};
 use error::CliError;
-use output::{Format, Output};
+use output::{Format, Output, warn};
 
 /// What scripts can rely on.
 const EXIT_CODES: &str = "\
@@ -126,6 +127,20 @@ enum Request {
     Ui(ui::UiArgs),
 }
 
+/// Reads the command line; ends the process if it is none. The parser prints wrong arguments as they are, and scripts pass names of
+/// files and VMs that others chose: with such an argument, its text becomes one escaped line.
+#[must_use]
+pub fn parse() -> Cli {
+    Cli::try_parse().unwrap_or_else(|error| {
+        let active = std::env::args_os().any(|word| word.to_string_lossy().contains(is_active));
+        if !active || !error.use_stderr() {
+            error.exit();
+        }
+        warn(printable(error.render().to_string().trim_end()));
+        std::process::exit(error.exit_code())
+    })
+}
+
 /// Does what the command line says.
 pub fn run(cli: Cli) -> ExitCode {
     let command = match cli.command {
@@ -133,7 +148,7 @@ pub fn run(cli: Cli) -> ExitCode {
             return match crate::agent::run(*args, &cli.socket, cli.remote.token_file.as_deref()) {
                 Ok(()) => ExitCode::SUCCESS,
                 Err(error) => {
-                    eprintln!("portcullis: {error:#}");
+                    warn(printable(&format!("portcullis: {error:#}")));
                     ExitCode::FAILURE
                 }
             };

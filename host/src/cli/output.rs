@@ -2,12 +2,15 @@
 
 //! Output: aligned columns for people, JSON or YAML for scripts.
 
-use std::io::{self, Write};
+use std::{
+    fmt::Display,
+    io::{self, Write},
+};
 
 use clap::ValueEnum;
 use serde::Serialize;
 
-use crate::text::printable;
+use crate::text::{is_printable, printable, printable_json, printable_lines};
 
 /// How answers are written.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
@@ -85,8 +88,8 @@ impl<'a> Output<'a> {
     ) -> io::Result<()> {
         match self.format {
             Format::Json => {
-                serde_json::to_writer(&mut *self.to, answer)?;
-                self.raw(b"\n")
+                let json = serde_json::to_string(answer).map_err(io::Error::other)?;
+                self.raw(format!("{}\n", printable_json(&json)).as_bytes())
             }
             Format::Yaml => {
                 self.to.write_all(b"---\n")?;
@@ -104,16 +107,25 @@ impl<'a> Output<'a> {
     }
 
     fn structured<T: Serialize + ?Sized>(&mut self, answer: &T) -> io::Result<()> {
-        if self.format == Format::Yaml {
-            // By way of JSON: enumerations with a value would become tags, which most readers of YAML refuse.
-            let json = serde_json::to_string(answer).map_err(io::Error::other)?;
-            let value: yaml_serde::Value = serde_json::from_str(&json).map_err(io::Error::other)?;
-            let text = yaml_serde::to_string(&value).map_err(io::Error::other)?;
-            return self.to.write_all(text.as_bytes());
-        }
-        serde_json::to_writer_pretty(&mut *self.to, answer)?;
-        self.to.write_all(b"\n")
+        let text = if self.format == Format::Yaml { yaml(answer)? } else { json(answer)? };
+        self.to.write_all(text.as_bytes())
     }
+}
+
+/// JSON in lines, for terminals and programs.
+pub(super) fn json<T: Serialize + ?Sized>(value: &T) -> io::Result<String> {
+    let json = serde_json::to_string_pretty(value).map_err(io::Error::other)?;
+    Ok(format!("{}\n", printable_json(&json)))
+}
+
+/// YAML, for terminals and programs.
+pub(super) fn yaml<T: Serialize + ?Sized>(value: &T) -> io::Result<String> {
+    // By way of JSON: enumerations with a value would become tags, which most readers of YAML refuse.
+    let text = serde_json::to_string(value).map_err(io::Error::other)?;
+    let plain: yaml_serde::Value = serde_json::from_str(&text).map_err(io::Error::other)?;
+    let text = yaml_serde::to_string(&plain).map_err(io::Error::other)?;
+    // YAML lets some active characters stand as they are, and the writer has no choice of quotes. JSON is YAML, too.
+    if is_printable(&text) { Ok(text) } else { json(value) }
 }
 
 /// Rows with columns two blanks apart. What is not printable is escaped: names of kernels and causes of failures can
@@ -134,6 +146,19 @@ fn aligned<const N: usize>(rows: &[[String; N]]) -> String {
 fn padded<const N: usize>(row: &[String; N], widths: [usize; N]) -> String {
     let line: String = row.iter().zip(widths).map(|(cell, width)| format!("{cell:width$}  ")).collect();
     format!("{}\n", line.trim_end())
+}
+
+/// Writes lines for people to stderr, where no part of them controls the terminal. The command line writes there by this function
+/// alone.
+#[allow(clippy::print_stderr, reason = "the one place")]
+pub(super) fn warn(text: impl Display) {
+    eprintln!("{}", printable_lines(&text.to_string()));
+}
+
+/// The same of one line, on a terminal in raw mode.
+#[allow(clippy::print_stderr, reason = "beside the one place")]
+pub(super) fn warn_raw(text: impl Display) {
+    eprint!("{}\r\n", printable(&text.to_string()));
 }
 
 /// A value that may be absent.
@@ -180,6 +205,25 @@ mod tests {
         let again: api::types::PortGroupSpec =
             crate::cli::spec_file::read(path.to_str().unwrap(), "a port group's specification").unwrap();
         assert_eq!(again, group, "{text}");
+    }
+
+    /// Files and causes are other people's texts. JSON escapes C0 alone, YAML shows the order of writing.
+    #[test]
+    fn no_format_controls_the_terminal_and_programs_read_the_same() {
+        let hostile = "\x1b[2J\r\nx\x07\x7f\u{85}\u{9b}2J\u{2028}\u{202e}y";
+        for format in [Format::Table, Format::Json, Format::Yaml] {
+            let mut all = Vec::new();
+            let mut output = Output::new(format, &mut all);
+            output.object(&hostile, |text| vec![("why".into(), (*text).to_owned())]).unwrap();
+            output.table(&[hostile], ["WHY"], |text| [(*text).to_owned()]).unwrap();
+            output.entry(&hostile, [hostile.to_owned()], [3]).unwrap();
+            let text = String::from_utf8(all).unwrap();
+            assert!(is_printable(&text), "{format:?}: {text:?}");
+        }
+        let read = |text: String| yaml_serde::from_str::<Vec<String>>(&text).unwrap();
+        assert_eq!(read(yaml(&[hostile]).unwrap()), [hostile]);
+        assert_eq!(serde_json::from_str::<Vec<String>>(&json(&[hostile]).unwrap()).unwrap(), [hostile]);
+        assert_eq!(yaml(&["x"]).unwrap(), "- x\n");
     }
 
     #[test]

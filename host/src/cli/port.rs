@@ -12,7 +12,7 @@ use serde_json::json;
 
 use super::{
     error::CliError,
-    output::{Output, or_dash},
+    output::{Output, or_dash, warn},
     settings::{self, SettingsArgs},
     spec_file,
 };
@@ -84,7 +84,7 @@ pub(super) async fn run(
             let port = block(client, &args, None).await?;
             if port.status.policy.blocked.value {
                 let (name, by) = (&port.name, port.status.policy.blocked.source);
-                eprintln!("portcullis: {name} is still blocked by its {by}");
+                warn(format_args!("portcullis: {name} is still blocked by its {by}"));
             }
             port
         }

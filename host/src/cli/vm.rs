@@ -11,10 +11,11 @@ use tokio::signal::unix::{Signal, SignalKind, signal};
 use super::{
     console,
     error::CliError,
-    output::{Output, or_dash},
+    output::{Output, or_dash, warn},
     progress::{self, DELETING, verb_of},
     spec_file, vm_edit,
 };
+use crate::text::printable;
 
 #[derive(Debug, Subcommand)]
 pub(super) enum VmCommand {
@@ -217,7 +218,7 @@ pub(super) async fn run_file(
     // What this command did not make is somebody else's.
     let remove = args.rm && created;
     if args.rm && !created {
-        eprintln!("portcullis: the VM {name} was there before: --rm does not delete it");
+        warn(format_args!("portcullis: the VM {name} was there before: --rm does not delete it"));
     }
     let id = vm.id.to_string();
     let Some(mut signals) = signals else {
@@ -272,9 +273,9 @@ async fn boot_and_follow(
     if let Err(error) = act(client, id, VmAction::Boot, args.wait).await {
         match remove {
             true => remove_after(client, name, id, args.wait).await,
-            false => eprintln!(
+            false => warn(format_args!(
                 "portcullis: the VM {name} is there all the same: `portcullis vm delete {name}`, or mend it and boot it"
-            ),
+            )),
         }
         return Err(error.into());
     }
@@ -302,7 +303,9 @@ async fn boot_and_follow(
 /// Deletes the VM of a command that has failed: why that has is what the command ends with, so that what deleting says is told beside it.
 async fn remove_after(client: &Client, name: &str, id: &str, wait: u64) {
     if let Err(error) = delete(client, id, None, wait).await {
-        eprintln!("portcullis: the VM {name} is not deleted (`portcullis vm delete {name}`): {error}");
+        warn(printable(&format!(
+            "portcullis: the VM {name} is not deleted (`portcullis vm delete {name}`): {error}"
+        )));
     }
 }
 

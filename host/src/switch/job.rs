@@ -17,7 +17,9 @@ use tokio::{
 use vmm::control::{Answer, Order, Outcome};
 
 use super::{Timing, lane::Revert, link::Vmm, record::Attachment, writer::Writer};
-use crate::{metrics::Metrics, pf::PfHandle, vm::problem::chain, vmm_process::OrderError};
+use crate::{
+    line_rate::say_of_port, metrics::Metrics, pf::PfHandle, vm::problem::chain, vmm_process::OrderError,
+};
 
 /// How often what the relay could not do is ordered again, and how long apart.
 const ATTEMPTS: u32 = 3;
@@ -174,7 +176,10 @@ impl Tools {
         let outcome = self.exchange(id, &mut made, mailbox, verdict, forwarded).await;
         if trust && let Err(why) = self.trust(false).await {
             // The next comparison with the PF finds it and tries again.
-            tracing::error!(port = %self.port, "Trust could not be switched off after a message: {why}");
+            say_of_port(
+                self.port,
+                |suppressed| tracing::error!(port = %self.port, suppressed, "Trust could not be switched off after a message: {why}"),
+            );
         }
         match outcome {
             Ok(Some(Forwarded::Accepted)) => AskOutcome::Made,
@@ -331,7 +336,10 @@ impl Tools {
         }
         made.failed.extend(messages.into_iter().map(|change| (change, why.clone())));
         if trust && let Err(why) = self.trust(false).await {
-            tracing::error!(port = %self.port, "Trust could not be switched off after a message: {why}");
+            say_of_port(
+                self.port,
+                |suppressed| tracing::error!(port = %self.port, suppressed, "Trust could not be switched off after a message: {why}"),
+            );
         }
     }
 
@@ -343,7 +351,10 @@ impl Tools {
         for order in orders {
             if let Err(error) = vmm.order(order, self.timing.confirm).await {
                 // The guest learns the address at its next reset all the same: the reply to that carries it.
-                tracing::warn!(port = %self.port, "The VM was not told its new address: {error}");
+                say_of_port(
+                    self.port,
+                    |suppressed| tracing::warn!(port = %self.port, suppressed, "The VM was not told its new address: {error}"),
+                );
             }
         }
     }
@@ -370,7 +381,10 @@ impl Tools {
     pub(super) async fn recover(self) -> End {
         let shown = self.shown().await;
         if let Err(why) = &shown {
-            tracing::warn!(port = %self.port, "What the PF has cannot be read: {why}");
+            say_of_port(
+                self.port,
+                |suppressed| tracing::warn!(port = %self.port, suppressed, "What the PF has cannot be read: {why}"),
+            );
         }
         End::Recovered { shown: shown.ok() }
     }
@@ -389,7 +403,10 @@ impl Tools {
             if let Some(old) = differs(&change, &shown) {
                 found.push(Found { wanted, old, error: self.set(vec![change]).await.err() });
             } else if all && let Err(why) = self.set(again(change)).await {
-                tracing::warn!(port = %self.port, "A setting could not be made again after a reset of the PF: {why}");
+                say_of_port(
+                    self.port,
+                    |suppressed| tracing::warn!(port = %self.port, suppressed, "A setting could not be made again after a reset of the PF: {why}"),
+                );
             }
         }
         End::Repaired { found: Ok(found) }

@@ -21,7 +21,7 @@ use super::{
     made::{MadeChange, committed, name},
     record::port_name,
 };
-use crate::text::clipped;
+use crate::{line_rate::say_of_port, text::clipped};
 use netpolicy::Corrections;
 
 /// Most characters of the reason why a port cannot be compared: the process of a simulated PF chooses some of them.
@@ -101,7 +101,9 @@ impl Actor {
                 lane.edited_by = None;
             }
             if !made.deferred.is_empty() && lane.deferred.is_empty() {
-                tracing::info!(%port, "Changes wait for the guest to reset its VF");
+                say_of_port(port, |suppressed| {
+                    tracing::info!(%port, suppressed, "Changes wait for the guest to reset its VF");
+                });
             }
             credible = lane.defer(made.deferred);
         }
@@ -305,7 +307,9 @@ impl Actor {
             tracing::error!(%port, "A reboot cannot be noted: {error}");
         }
         for (change, why) in &made.failed {
-            tracing::warn!(%port, "{} could not be made at a reboot: {why}", name(change));
+            say_of_port(port, |suppressed| {
+                tracing::warn!(%port, suppressed, "{} could not be made at a reboot: {why}", name(change));
+            });
         }
         if let Some(lane) = self.lanes.get_mut(&port) {
             lane.leftover.retain(|change| !made.done.contains(change));

@@ -51,7 +51,7 @@ use crate::{
     cgroup, console,
     environment::Environment,
     store::{Entry, Expect, StoreError},
-    vmm_process::{Connection, Event, Exit, OrderError, Process, VmDirectory},
+    vmm_process::{Allowance, Connection, Event, Exit, OrderError, Process, VmDirectory},
 };
 
 /// How long a vmm may take to end after it was told to; it resets its devices meanwhile.
@@ -101,6 +101,8 @@ struct Actor {
     held: Vec<Held>,
     process: Option<Process>,
     link: Option<Link>,
+    /// What the process may still say.
+    allowance: Allowance,
     /// Why the process that is there cannot be talked to.
     unreachable: Option<String>,
     /// How the machine said that it ended.
@@ -155,17 +157,16 @@ pub(super) async fn run(
 ) {
     let (finished, mut orders) = mpsc::channel(8);
     let (expel, mut expelled) = mpsc::channel(1);
-    let directory = VmDirectory::new(&env.run_dir, vm.id);
     let progress = Progress::new(outlets.status.clone());
-    let run = RunRecord::created(vm.value.created);
     let mut actor = Actor {
+        allowance: Allowance::new(vm.value.spec.adapters.len()),
+        directory: VmDirectory::new(&env.run_dir, vm.id),
+        run: RunRecord::created(vm.value.created),
         env,
         inbox,
         vm,
-        directory,
         outlets,
         progress,
-        run,
         held: Vec::new(),
         process: None,
         link: None,

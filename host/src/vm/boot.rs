@@ -27,7 +27,7 @@ use crate::{
     files, sandbox,
     store::Entry,
     vm::record::VmRecord,
-    vmm_process::{Connection, Event, Process, VmDirectory, limit_memlock, spawn},
+    vmm_process::{Allowance, Connection, Event, Process, VmDirectory, limit_memlock, spawn},
 };
 
 /// How long building a machine may take: much memory must be locked, and hardware reset.
@@ -141,23 +141,31 @@ pub(super) fn start(
     Ok(process)
 }
 
+/// A process that has been started for a machine.
+pub(super) struct NewProcess<'a> {
+    /// Its directory, in which it listens.
+    pub(super) directory: &'a VmDirectory,
+    /// The user that it is to become; None to stay.
+    pub(super) user: Option<u32>,
+    /// What it may say.
+    pub(super) allowance: &'a Allowance,
+}
+
 /// Builds the machine in the process and runs it.
 pub(super) async fn run(
     env: &Environment,
     vm: &Entry<VmRecord>,
-    directory: &VmDirectory,
     files: Files,
     held: &[Held],
-    user: Option<u32>,
+    process: NewProcess<'_>,
     mut enter: impl FnMut(Stage) + Send,
 ) -> Result<(Connection, mpsc::Receiver<Event>), Problem> {
+    let NewProcess { directory, user, allowance } = process;
     let console = directory.create_console().map_err(|error| {
         Problem::new(ProblemCode::VmmFailed, format!("The VM's console file cannot be made ({error})."))
     })?;
     let (connection, greeting, events) =
-        Connection::open(&directory.control(), vm.id, vm.value.spec.adapters.len())
-            .await
-            .map_err(|e| e.problem())?;
+        Connection::open(&directory.control(), vm.id, allowance).await.map_err(|e| e.problem())?;
     reach(Point::BootConnected);
     if greeting.state != State::Empty {
         return Err(Problem::new(ProblemCode::VmmFailed, "A new vmm process says that it is not empty."));

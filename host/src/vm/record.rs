@@ -291,6 +291,8 @@ pub fn macs(vm: Uuid, spec: &VmSpec) -> impl Iterator<Item = (&Name, UnicastMac)
 
 #[cfg(test)]
 mod tests {
+    use api::types::BootSpec;
+
     use super::*;
 
     fn user(uid: u32) -> Caller {
@@ -327,6 +329,79 @@ mod tests {
         assert_eq!(vm.boot_rights(None), [user(2000)], "nothing is left of the first one's choice");
         let stored: VmRecord = serde_json::from_value(serde_json::to_value(&vm).unwrap()).unwrap();
         assert_eq!(stored, vm);
+    }
+
+    /// A part of `boot` without an author would be opened with the rights of others.
+    #[test]
+    fn each_part_of_boot_has_an_author() {
+        // All fields: a new one does not compile here.
+        let all = BootSpec { kernel: "k".into(), initramfs: Some("i".into()), cmdline: "c".into() };
+        let fields: Vec<String> =
+            serde_json::to_value(&all).unwrap().as_object().unwrap().keys().cloned().collect();
+        let mut parts = BOOT_PARTS.map(str::to_owned).to_vec();
+        parts.sort();
+        assert_eq!(fields, parts);
+    }
+
+    /// Who wrote `boot`, who acted later, and by which verb: the file is never opened without the rights of its author, nor with more
+    /// than those if the agent boots by itself.
+    #[test]
+    fn no_verb_of_another_lends_rights_to_an_author() {
+        let spec: VmSpec = serde_json::from_value(serde_json::json!({
+            "name": "web1", "memory": "2MiB", "boot": { "kernel": "k", "initramfs": "/secret", "cmdline": "c" },
+        }))
+        .unwrap();
+        let now = Timestamp::from_unix_ms(0);
+        let everybody =
+            [user(0), user(1000), user(2000), Caller::Token("a".into()), Caller::Token("b".into())];
+        type Verb = fn(&VmRecord, &Caller) -> VmRecord;
+        let verbs: [(&str, Verb); 6] = [
+            ("boot", |vm, _| vm.clone()),
+            ("autostart", |vm, by| vm.edited(VmSpec { autostart: true, ..vm.spec.clone() }, by)),
+            ("another size", |vm, by| vm.edited(VmSpec { cpus: 3, ..vm.spec.clone() }, by)),
+            ("another name", |vm, by| {
+                vm.edited(VmSpec { name: "x".parse().unwrap(), ..vm.spec.clone() }, by)
+            }),
+            ("the same again", |vm, by| vm.edited(vm.spec.clone(), by)),
+            ("copy", |vm, by| vm.copied(vm.created, vm.spec.cloned_as("y".parse().unwrap()), by)),
+        ];
+        for writer in &everybody {
+            let written = VmRecord::new(now, spec.clone(), writer);
+            for actor in &everybody {
+                for (first, one) in &verbs {
+                    for (second, other) in &verbs {
+                        let vm = other(&one(&written, actor), actor);
+                        let what = format!("{writer:?}, {actor:?}, {first}, {second}");
+                        assert_eq!(vm.boot_rights(None), std::slice::from_ref(writer), "{what}");
+                        let rights = vm.boot_rights(Some(actor.clone()));
+                        assert!(rights.contains(writer) && rights.contains(actor), "{what}: {rights:?}");
+                    }
+                }
+            }
+        }
+    }
+
+    /// Whoever changes one part could have the guest show the others: all must be able to read all.
+    #[test]
+    fn a_change_of_one_part_adds_rights_that_are_needed() {
+        let spec: VmSpec = serde_json::from_value(serde_json::json!({
+            "name": "web1", "memory": "2MiB", "boot": { "kernel": "k", "initramfs": "/secret", "cmdline": "c" },
+        }))
+        .unwrap();
+        let changes: [fn(&mut VmSpec); 4] = [
+            |spec| spec.boot.kernel = "other".into(),
+            |spec| spec.boot.initramfs = Some("/other".into()),
+            |spec| spec.boot.initramfs = None,
+            |spec| spec.boot.cmdline = "dump".into(),
+        ];
+        for change in changes {
+            let mut changed = spec.clone();
+            change(&mut changed);
+            let vm = VmRecord::new(Timestamp::from_unix_ms(0), spec.clone(), &user(0));
+            let mut rights = vm.edited(changed, &user(1000)).boot_rights(None);
+            rights.sort_by_key(|who| format!("{who:?}"));
+            assert_eq!(rights, [user(0), user(1000)]);
+        }
     }
 
     #[test]

@@ -5,6 +5,7 @@
 
 use std::{
     collections::HashMap,
+    sync::{Arc, Mutex, PoisonError},
     time::{Duration, Instant},
 };
 
@@ -14,22 +15,71 @@ use vmm::control::{ChannelError, Order, Outcome, Report, ToAgent};
 /// Longest question or report in bytes. The longest of an honest vmm have about 1 KiB.
 const LONGEST: usize = 4096;
 
+/// Connections to one process at once.
+const CONNECTIONS: u32 = 8;
+
 /// Most orders that were never answered, timed out or not.
 const UNANSWERED: usize = 1024;
 
-/// What one connection has said, as far as what comes next depends on it.
+/// The cost that one vmm process may cause, on all of its connections together: a vmm chooses when a connection ends, and the
+/// agent opens another one.
 ///
 /// Each kind of message has a budget of its own, near the highest honest rate of the VM's adapters: a question costs a
 /// decision, a report of the machine a durable write, a notice of a relay a record.
+///
+/// Shared between the VM's task, which opens connections, and the task of the connection that there is. There is one of those at a
+/// time, so that neither waits.
+#[derive(Clone, Debug)]
+pub struct Allowance(Arc<Mutex<Budgets>>);
+
+#[derive(Debug)]
+struct Budgets {
+    questions: Budget,
+    notices: Budget,
+    reports: Budget,
+    connections: Budget,
+}
+
+impl Allowance {
+    /// The allowance of a new process with so many adapters. A relay takes 50 messages of its guest in a second behind 64 at
+    /// once (`passthrough::relay`). Each can be a question and a notice, or two notices: a silent denial, and the address that
+    /// the guest believes in then. A vmm keeps 256 reports while no agent is there.
+    /// A stalled agent then receives the content of a whole socket queue at once.
+    #[must_use]
+    pub fn new(adapters: usize) -> Self {
+        let adapters = u32::try_from(adapters).unwrap_or(u32::MAX).min(16);
+        Self(Arc::new(Mutex::new(Budgets {
+            questions: Budget::new("questions", 256 + 128 * adapters, 16 + 64 * adapters),
+            notices: Budget::new("notices of relays", 512 + 256 * adapters, 16 + 128 * adapters),
+            // A guest resets itself twice in a second; each time the machine has two states to report.
+            reports: Budget::new("reports", 512, 8),
+            // A vmm ends a connection only when its agent reads nothing.
+            connections: Budget::of(
+                "connections",
+                Rate { burst: CONNECTIONS, period: Duration::from_secs(10) },
+            ),
+        })))
+    }
+
+    /// Whether another connection to the process may be opened now. Each costs lines in the log and work of the switch.
+    #[must_use]
+    pub fn connect(&self) -> bool {
+        self.spend(|budgets| &mut budgets.connections, Instant::now()).is_ok()
+    }
+
+    fn spend(&self, of: impl Fn(&mut Budgets) -> &mut Budget, now: Instant) -> Result<(), String> {
+        of(&mut self.0.lock().unwrap_or_else(PoisonError::into_inner)).spend(now)
+    }
+}
+
+/// What one connection has said, as far as what comes next depends on it.
 #[derive(Debug)]
 pub(super) struct Conduct {
     /// Orders without an answer, also those that nobody waits for any more.
     orders: HashMap<u64, Answers>,
     report: u64,
     ask: u64,
-    questions: Budget,
-    notices: Budget,
-    reports: Budget,
+    allowance: Allowance,
 }
 
 /// The messages of one kind that a vmm may send.
@@ -45,7 +95,10 @@ struct Budget {
 impl Budget {
     /// So many messages at once, and so many in a second after that.
     fn new(what: &'static str, at_once: u32, per_second: u32) -> Self {
-        let rate = Rate { burst: at_once, period: Duration::from_secs(1) / per_second };
+        Self::of(what, Rate { burst: at_once, period: Duration::from_secs(1) / per_second })
+    }
+
+    fn of(what: &'static str, rate: Rate) -> Self {
         Self { what, rate, bucket: TokenBucket::new(rate), began: None }
     }
 
@@ -70,21 +123,9 @@ enum Answers {
 }
 
 impl Conduct {
-    /// A new connection to a VM with so many adapters. A relay takes 50 messages of its guest in a second behind 64 at once
-    /// (`passthrough::relay`). Each can be a question and a notice, or two notices: a silent denial, and the address that the guest
-    /// believes in then. A vmm keeps 256 reports while no agent is there.
-    /// A stalled agent then receives the content of a whole socket queue at once.
-    pub(super) fn new(adapters: usize) -> Self {
-        let adapters = u32::try_from(adapters).unwrap_or(u32::MAX).min(16);
-        Self {
-            orders: HashMap::new(),
-            report: 0,
-            ask: 0,
-            questions: Budget::new("questions", 256 + 128 * adapters, 16 + 64 * adapters),
-            notices: Budget::new("notices of relays", 512 + 256 * adapters, 16 + 128 * adapters),
-            // A guest resets itself twice in a second; each time the machine has two states to report.
-            reports: Budget::new("reports", 512, 8),
-        }
+    /// A new connection to a process.
+    pub(super) fn new(allowance: Allowance) -> Self {
+        Self { orders: HashMap::new(), report: 0, ask: 0, allowance }
     }
 
     /// An order is sent.
@@ -99,7 +140,7 @@ impl Conduct {
             _ => Answers::Done,
         };
         // A machine that is paused or resumed reports its new state.
-        self.reports.bucket.put_back();
+        self.allowance.0.lock().unwrap_or_else(PoisonError::into_inner).reports.bucket.put_back();
         self.orders.insert(id, answers);
         Ok(())
     }
@@ -118,10 +159,10 @@ impl Conduct {
     }
 
     fn check_at(&mut self, message: &ToAgent, length: usize, now: Instant) -> Result<(), String> {
-        let budget = match message {
-            ToAgent::Ask { .. } => Some(&mut self.questions),
-            ToAgent::Report { report: Report::Relay { .. }, .. } => Some(&mut self.notices),
-            ToAgent::Report { .. } => Some(&mut self.reports),
+        let budget: Option<fn(&mut Budgets) -> &mut Budget> = match message {
+            ToAgent::Ask { .. } => Some(|budgets| &mut budgets.questions),
+            ToAgent::Report { report: Report::Relay { .. }, .. } => Some(|budgets| &mut budgets.notices),
+            ToAgent::Report { .. } => Some(|budgets| &mut budgets.reports),
             // There are no more of these than orders.
             _ => None,
         };
@@ -129,7 +170,7 @@ impl Conduct {
             if length > LONGEST {
                 return Err(format!("it sent a message of {length} bytes, more than {LONGEST}"));
             }
-            budget.spend(now)?;
+            self.allowance.spend(budget, now)?;
         }
         match message {
             ToAgent::Hello { .. } | ToAgent::Refused { .. } => Err("it shook hands a second time".into()),
@@ -195,7 +236,7 @@ mod tests {
 
     #[test]
     fn each_order_has_one_answer_of_its_own_kind() {
-        let mut conduct = Conduct::new(1);
+        let mut conduct = Conduct::new(Allowance::new(1));
         let taken = |taken| Outcome::ConsoleTaken { taken };
         for (id, order) in
             [Order::Pause, Order::Stats, Order::ConsoleInput { bytes: vec![0; 3] }].iter().enumerate()
@@ -214,7 +255,7 @@ mod tests {
 
     #[test]
     fn numbers_grow_and_may_be_huge() {
-        let mut conduct = Conduct::new(1);
+        let mut conduct = Conduct::new(Allowance::new(1));
         check(&mut conduct, &report(5)).unwrap();
         check(&mut conduct, &report(7)).unwrap();
         assert!(check(&mut conduct, &report(7)).unwrap_err().contains("report 7"));
@@ -261,25 +302,42 @@ mod tests {
         for (what, message, rate) in KINDS {
             let start = Instant::now();
             let after = |n: u64, rate: u32| start + Duration::from_secs(1) * u32::try_from(n).unwrap() / rate;
-            let mut conduct = Conduct::new(2);
+            let mut conduct = Conduct::new(Allowance::new(2));
             for n in 1..u64::from(rate) * 3600 {
                 conduct.check_at(&message(n), 100, after(n, rate)).unwrap();
             }
-            let mut conduct = Conduct::new(2);
+            let mut conduct = Conduct::new(Allowance::new(2));
             let sent = (1..100_000)
                 .take_while(|n| conduct.check_at(&message(*n), 100, after(*n, rate * 10)).is_ok())
                 .count();
             assert!(sent < 1500, "{sent} {what}");
             let error = conduct.check_at(&message(100_000), 100, after(sent as u64, rate * 10)).unwrap_err();
             assert!(error.contains(what), "{error}");
-            let long = Conduct::new(2).check(&message(1), LONGEST + 1).unwrap_err();
+            let long = Conduct::new(Allowance::new(2)).check(&message(1), LONGEST + 1).unwrap_err();
             assert!(long.contains("4097 bytes"), "{long}");
         }
     }
 
+    /// It chooses when a connection ends: what it has spent is spent.
+    #[test]
+    fn another_connection_has_no_new_budgets() {
+        for (what, message, _) in KINDS {
+            let (allowance, now) = (Allowance::new(2), Instant::now());
+            let connect = |_| {
+                let mut conduct = Conduct::new(allowance.clone());
+                (1..300).map_while(|n| conduct.check_at(&message(n), 100, now).ok()).count()
+            };
+            let sent: usize = (0..100).map(connect).sum();
+            assert!(sent <= 1024, "{sent} {what}");
+        }
+        let allowance = Allowance::new(2);
+        let opened = (0..100).filter(|_| allowance.connect()).count();
+        assert_eq!(opened, CONNECTIONS as usize);
+    }
+
     #[test]
     fn an_order_may_be_followed_by_a_report() {
-        let (mut conduct, now) = (Conduct::new(0), Instant::now());
+        let (mut conduct, now) = (Conduct::new(Allowance::new(0)), Instant::now());
         for n in 1..5000 {
             conduct.ordered(n, &Order::Pause).unwrap();
             conduct.check_at(&done(n, Outcome::Done), 100, now).unwrap();
@@ -289,7 +347,7 @@ mod tests {
 
     #[test]
     fn a_vmm_that_answers_nothing_is_given_up() {
-        let mut conduct = Conduct::new(1);
+        let mut conduct = Conduct::new(Allowance::new(1));
         let result = (0..=UNANSWERED as u64).try_for_each(|id| conduct.ordered(id, &Order::Pause));
         assert!(result.is_err());
     }

@@ -25,7 +25,7 @@ use vmm::control::{
 };
 
 use super::{
-    conduct::{Conduct, is_nonsense},
+    conduct::{Allowance, Conduct, is_nonsense},
     polled::polled,
 };
 use crate::text::clipped;
@@ -169,15 +169,15 @@ pub struct Connection {
 }
 
 impl Connection {
-    /// Connects to the vmm of `vm` that listens at `path` and shakes hands. The more `adapters` the VM has, the more may its
-    /// vmm say. The receiver ends when the connection does.
+    /// Connects to the vmm of `vm` that listens at `path` and shakes hands. What the vmm says is limited by the `allowance` of its
+    /// process. The receiver ends when the connection does.
     ///
     /// # Errors
     /// See [`ConnectError`].
     pub async fn open(
         path: &Path,
         vm: Uuid,
-        adapters: usize,
+        allowance: &Allowance,
     ) -> Result<(Self, Greeting, mpsc::Receiver<Event>), ConnectError> {
         let channel = Channel::connect(path).map_err(ConnectError::Socket)?;
         let interest = Interest::READABLE | Interest::WRITABLE;
@@ -202,8 +202,8 @@ impl Connection {
         let handle =
             Self { requests, standing, channel: Arc::downgrade(&channel), fault: Arc::clone(&fault) };
         let refusals = Refusals::new(refusals, greeting.version);
+        let conduct = Conduct::new(allowance.clone());
         tokio::spawn(async move {
-            let conduct = Conduct::new(adapters);
             let end = serve(&channel, inbox, refusals, events, conduct, &fault).await;
             if let Err(error) = end {
                 tracing::info!(%vm, "the control connection ended: {error}");
@@ -461,7 +461,7 @@ mod tests {
             let dir = tempfile::tempdir().unwrap();
             let path = dir.path().join("control.sock");
             let vmm = vmm(Listener::bind(&path).unwrap(), version);
-            let (connection, ..) = Connection::open(&path, Uuid::nil(), 2).await.unwrap();
+            let (connection, ..) = Connection::open(&path, Uuid::nil(), &Allowance::new(2)).await.unwrap();
             connection.set_standing_refusal("eth1", None);
             connection.set_standing_refusal("eth0", Some(refusal.clone()));
             drop(connection.order(Order::Run, Vec::new(), PATIENCE).await);

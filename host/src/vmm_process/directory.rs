@@ -12,7 +12,7 @@ use std::{
 use uuid::Uuid;
 use vmm::control::Listener;
 
-use crate::console;
+use crate::{console, text::is_active};
 
 /// The log is cut when it has grown beyond this many bytes.
 const LOG_MAX: u64 = 256 * 1024;
@@ -103,7 +103,7 @@ impl VmDirectory {
             Ok(bytes)
         };
         let text = String::from_utf8_lossy(&read().unwrap_or_default()).into_owned();
-        text.trim().replace(|c: char| c.is_control() && c != '\n', " ")
+        text.trim().replace(|c: char| is_active(c) && c != '\n', " ")
     }
 
     /// Removes the socket: nobody connects again.

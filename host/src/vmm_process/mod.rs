@@ -12,6 +12,7 @@ mod exit;
 mod polled;
 mod spawn;
 
+pub use conduct::Allowance;
 pub use connection::{ConnectError, Connection, Event, Greeting, OrderError};
 pub use directory::VmDirectory;
 pub use exit::{Exit, Identity, Process};

@@ -21,6 +21,7 @@ use clap::Args;
 use tokio::signal::unix::{SignalKind, signal};
 
 use super::{error::CliError, output::Format};
+use crate::text::is_active;
 use private_agent::PrivateAgent;
 use report::Report;
 
@@ -189,7 +190,7 @@ fn interrupted() -> io::Result<impl Future<Output = ()>> {
 fn tail(text: &str, lines: usize) -> String {
     let all: Vec<&str> = text.lines().collect();
     let last = all.get(all.len().saturating_sub(lines)..).unwrap_or_default();
-    last.join("\n").chars().filter(|c| *c == '\n' || !c.is_control()).collect()
+    last.join("\n").chars().filter(|c| *c == '\n' || !is_active(*c)).collect()
 }
 
 /// Writes what may fail without consequence: the narration goes on when its reader is gone.

@@ -20,7 +20,10 @@ use api::{Client, Limits, Listener};
 use clap::Args;
 use tokio::net::TcpListener;
 
-use super::{error::CliError, output::Output};
+use super::{
+    error::CliError,
+    output::{Output, warn},
+};
 use proxy::Proxy;
 
 #[derive(Debug, Args)]
@@ -53,10 +56,10 @@ pub(super) async fn run(client: &Client, output: &mut Output<'_>, args: UiArgs) 
     let browser = (!args.no_browser).then(|| browser::open(&url)).flatten();
     let opened = browser.is_some();
     output.object(&Link { url: url.clone() }, |link| vec![("Open".to_owned(), link.url.clone())])?;
-    eprintln!(
+    warn(format_args!(
         "{}The link works once. Ctrl-C ends the page.",
         if opened { "A browser is being opened. " } else { "" }
-    );
+    ));
     let gate = proxy.gate();
     let listeners = vec![Listener::tcp(listener, gate, None)];
     api::serve(listeners, proxy.router(browser), Limits::default(), interrupted()).await;

@@ -34,7 +34,7 @@ use axum::{
 use uuid::Uuid;
 
 use super::browser::Way;
-use crate::cli::error::CliError;
+use crate::cli::{error::CliError, output::warn};
 
 /// The names of the two tokens.
 const LINK: &str = "link";
@@ -159,9 +159,9 @@ async fn begin(State(serving): State<Arc<Serving>>, request: Request) -> Result<
     }
     if serving.used.swap(true, Ordering::SeqCst) {
         if !serving.warned.swap(true, Ordering::SeqCst) {
-            eprintln!(
+            warn(format_args!(
                 "portcullis: The link was opened a second time, and refused. If the first time was not you, end this command."
-            );
+            ));
         }
         return Err(unauthorized(
             "This link has been used: it works once. If that was not you, end the command portcullis ui; for another page, start \

@@ -137,7 +137,10 @@ impl Actor {
         reach(Point::BootProcessStored);
         self.limit().await?;
         let enter = |stage| self.progress.enter(stage);
-        let run = boot::run(&self.env, &self.vm, &self.directory, files, &self.held, self.run.user, enter);
+        self.allowance = Allowance::new(self.vm.value.spec.adapters.len());
+        let new =
+            boot::NewProcess { directory: &self.directory, user: self.run.user, allowance: &self.allowance };
+        let run = boot::run(&self.env, &self.vm, files, &self.held, new, enter);
         let waited = tokio::select! {
             result = run => Waited::Ran(result),
             // A vmm that dies must not be waited for.

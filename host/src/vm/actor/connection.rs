@@ -9,8 +9,7 @@ use super::*;
 
 impl Actor {
     pub(super) async fn connect(&mut self) -> Result<State, Problem> {
-        let adapters = self.vm.value.spec.adapters.len();
-        let opened = Connection::open(&self.directory.control(), self.vm.id, adapters).await;
+        let opened = Connection::open(&self.directory.control(), self.vm.id, &self.allowance).await;
         let (connection, greeting, events) = match opened {
             Ok(opened) => opened,
             Err(error) => {
@@ -231,7 +230,9 @@ impl Actor {
             process.kill();
             self.deadline = None;
         }
-        if self.link.is_none() && self.misbehaved.is_none() && self.connect().await.is_ok() {
+        let lost = self.link.is_none() && self.misbehaved.is_none();
+        // A process that ends its connection again and again is connected to less often.
+        if lost && self.allowance.connect() && self.connect().await.is_ok() {
             tracing::info!(vm = %self.name(), "connected again");
         }
         self.directory.bound_log();
