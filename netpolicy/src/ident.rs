@@ -40,7 +40,8 @@ id!(PortGroupId, "a port group");
 id!(PortId, "a port");
 id!(VmId, "a virtual machine");
 
-/// A text of others in a message: at most so many characters, and a sign where something was cut off.
+/// At most `most` characters of a text of others, and `…` in place of the rest. Control characters stay: who prints the text
+/// escapes it.
 #[must_use]
 pub fn clipped(text: &str, most: usize) -> String {
     match text.char_indices().nth(most) {
@@ -131,5 +132,19 @@ pub struct VfRef {
 impl fmt::Display for VfRef {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(f, "{} vf {}", self.pf, self.index)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_text_that_is_cut_off_shows_it() {
+        for (text, most, expect) in
+            [("", 0, ""), ("a", 0, "…"), ("äöü", 3, "äöü"), ("äöü", 2, "äö…"), ("a\n", 2, "a\n")]
+        {
+            assert_eq!(clipped(text, most), expect);
+        }
     }
 }
