@@ -63,6 +63,8 @@ pub struct Environment {
     /// When VMs are booted again that have ended.
     pub backoff: Backoff,
     /// The host's boot: what was in another one has ended with it.
+    /// Whether the log has said that this host sets no limit of huge pages.
+    pub told_unlimited_huge_pages: AtomicBool,
     pub boot_id: String,
     /// Users for vmm processes; None for an agent that cannot change users.
     pub users: Option<Users>,
@@ -105,6 +107,7 @@ impl Environment {
             policy: None,
             metrics: Metrics::default(),
             claiming: tokio::sync::Mutex::new(()),
+            told_unlimited_huge_pages: AtomicBool::new(false),
         }
     }
 
