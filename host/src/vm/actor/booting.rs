@@ -28,6 +28,7 @@ enum Waited {
     Ran(Result<(Connection, mpsc::Receiver<Event>), Problem>),
     Died(Exit),
     Unwanted(Sent),
+    Lapsed,
 }
 
 impl Actor {
@@ -96,6 +97,7 @@ impl Actor {
             restart: RestartStatus { attempts, next: None },
             user,
             off: Some(self.env.protections_off()),
+            leased: self.run.leased,
             ..RunRecord::default()
         };
         if let Err(problem) = self.store().await {
@@ -145,6 +147,7 @@ impl Actor {
             // A vmm that dies must not be waited for.
             exit = ended(&mut self.process) => Waited::Died(exit),
             sent = self.inbox.next_end(self.vm.revision) => Waited::Unwanted(sent),
+            () = self.tenancy.lapses(&self.env.ending) => Waited::Lapsed,
         };
         let (connection, events) = match waited {
             Waited::Ran(Ok(running)) => running,
@@ -160,6 +163,10 @@ impl Actor {
             Waited::Died(exit) => return Err(crashed(exit, &self.directory).into()),
             Waited::Unwanted((span, command)) => {
                 self.end_boot(command).instrument(span).await;
+                return Err(NotBuilt::Unwanted);
+            }
+            Waited::Lapsed => {
+                self.lapse().await;
                 return Err(NotBuilt::Unwanted);
             }
         };
@@ -182,7 +189,10 @@ impl Actor {
             }
             Command::Delete { caller, expect, done } => self.delete(caller, expect, done).await,
             // Not what `Inbox::next_end` gives.
-            Command::Edit { .. } | Command::Leave { .. } => {}
+            Command::Edit { .. }
+            | Command::Lease { .. }
+            | Command::EndLease { .. }
+            | Command::Leave { .. } => {}
         }
     }
 
@@ -192,14 +202,14 @@ impl Actor {
         let (env, vm, pid) = (Arc::clone(&self.env), self.vm.id, process.identity().pid);
         let asked = self.vm.value.spec.limits.clone();
         let default = cgroup::default_memory(&self.vm.value.spec);
+        let spec = &self.vm.value.spec;
+        let huge_pages = if spec.hugepages { spec.memory.bytes() } else { 0 };
         let set = move || {
             limit_memory(&env, vm, asked, default, pid)?;
             let limited = cgroup::limit_huge_pages(&env.cgroup_parent, vm, huge_pages, pid);
             if let Err(error) = limited
                 && !env.told_unlimited_huge_pages.swap(true, Ordering::Relaxed)
             {
-        let spec = &self.vm.value.spec;
-        let huge_pages = if spec.hugepages { spec.memory.bytes() } else { 0 };
                 tracing::warn!(
                     "VMs have no limit of huge pages, and a process that its guest takes over can take all that are free: {}",
                     chain(&error)
