@@ -9,6 +9,7 @@ mod demo;
 mod errors;
 mod exit;
 mod hostile;
+mod lease;
 mod life;
 mod load;
 mod machine;
