@@ -166,26 +166,6 @@ async fn a_boot_ends_with_its_client() {
     host.gates().open("configure");
 }
 
-/// What the PF does not give back now, it may give back later; without a client nobody else asks for it.
-#[tokio::test]
-async fn a_vm_without_a_client_that_cannot_be_deleted_is_tried_again() {
-    let mut host = Host::new();
-    host.new_agent_with(|env| env.lease_grace = GRACE);
-    let vm = host.create("web1", |_| {}).await;
-    let lease = vm.lease().await.unwrap();
-    host.act(&vm, VmAction::Boot).await.unwrap();
-    host.pf_answers(&[Some(5); 4096]);
-    drop(lease);
-    let mut status = vm.follow();
-    let waits = status.wait_for(|status| {
-        status.run.state.is_at_rest() && status.lease.is_some_and(|lease| lease.until.is_some())
-    });
-    timeout(PATIENCE, waits).await.expect("it waits").unwrap();
-    assert_eq!(host.claims().await, 1);
-    host.pf_answers(&[]);
-    is_gone(&host, &vm).await;
-}
-
 /// Records of agents that know no leases are of VMs without one.
 #[test]
 fn an_old_record_has_no_lease() {
