@@ -69,8 +69,9 @@ pub trait Backend: Send + Sync + 'static {
     /// Whether the agent can do its work.
     async fn health(&self) -> Health;
 
-    /// Makes a VM; it holds nothing of the host yet. Problems: `name_taken`, `mac_in_use`.
-    async fn create_vm(&self, caller: Caller, spec: VmSpec) -> Result<Vm, Problem>;
+    /// Makes a VM; it holds nothing of the host yet. A `leased` one waits for the first client of its lease, for as long as it
+    /// waits for a client after the agent's start. Problems: `name_taken`, `mac_in_use`.
+    async fn create_vm(&self, caller: Caller, spec: VmSpec, leased: bool) -> Result<Vm, Problem>;
 
     /// Defines a VM like another one. The files of the copy stay those of whoever chose them for the original.
     ///
@@ -101,6 +102,10 @@ pub trait Backend: Send + Sync + 'static {
         action: VmAction,
         wait: Duration,
     ) -> Result<Progress, Problem>;
+    /// Takes the lease of a VM, which lives by it from now on: when all clients have dropped theirs, it is stopped and deleted.
+    async fn lease_vm(&self, caller: Caller, vm: ObjectRef) -> Result<Lease, Problem>;
+    /// Ends the lease of a VM, which lives on. Nothing is done to a VM without one.
+    async fn end_lease(&self, caller: Caller, vm: ObjectRef) -> Result<(), Problem>;
     /// Counters; `wrong_state` while the VM has no process.
     async fn stats(&self, vm: ObjectRef) -> Result<VmStats, Problem>;
     /// The console's log from `offset` on (None: the oldest byte kept; beyond the end: the end), and what comes if
@@ -165,6 +170,23 @@ pub struct TurnedAway {
 pub struct Health {
     /// What is wrong, a line each, with its cure.
     pub complaints: Vec<String>,
+}
+
+/// One client's hold on a VM that lives by a lease. To drop it is the end of the client.
+pub struct Lease(Pin<Box<dyn Future<Output = ()> + Send>>);
+
+impl Lease {
+    /// A lease that ends when `ended` completes: the VM is gone, or lives without a lease.
+    pub fn new(ended: impl Future<Output = ()> + Send + 'static) -> Self {
+        Lease(Box::pin(ended))
+    }
+}
+
+impl Future for Lease {
+    type Output = ();
+    fn poll(mut self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<()> {
+        self.0.as_mut().poll(context)
+    }
 }
 
 /// A part of a console's log.

@@ -4,7 +4,8 @@
 //!
 //! A process gets a group of its own, `PARENT/ID`, before it is told what to build; the group is removed when the process has
 //! ended. The limits of a VM must be set. Without one of memory the process gets a default, where the host can set it: a guest
-//! that takes its process over does not take the memory of the host.
+//! that takes its process over does not take the memory of the host. The same holds for huge pages, of which the process gets
+//! the guest's memory if that is in huge pages, and none otherwise.
 
 use std::{
     fs,
@@ -36,6 +37,9 @@ const BASE: u64 = 64 << 20;
 const PER_CPU: u64 = 1 << 20;
 const PER_FUNCTION: u64 = 4 << 20;
 const PART: u64 = 16;
+
+/// The huge pages of guest memory, as the controller `hugetlb` names their size.
+const GUEST_PAGES: &str = "2MB";
 
 /// The most of `/proc/self/mountinfo` that is read.
 const MOUNTS: u64 = 4 << 20;
@@ -104,18 +108,52 @@ pub fn limit(parent: &Path, vm: Uuid, limits: &VmLimits, pid: i32) -> Result<(),
     let settings = settings(limits);
     let mut controllers: Vec<&'static str> = settings.iter().map(|(controller, ..)| *controller).collect();
     controllers.dedup();
+    let group = make_for(parent, vm, &controllers)?;
+    for (_, file, value) in settings {
+        write(&group.join(file), &value)?;
+    }
+    enter(&group, pid)
+}
+
+/// Puts a process into its group with a limit of huge pages: `bytes` of guest memory in those of 2 MiB, and none of another size. The
+/// pool is the administrator's, and no limit of memory counts it.
+///
+/// # Errors
+/// [`CgroupError`]; the process can take what is left of the pools.
+pub fn limit_huge_pages(parent: &Path, vm: Uuid, bytes: u64, pid: i32) -> Result<(), CgroupError> {
+    let group = make_for(parent, vm, &["hugetlb"])?;
+    let listed = fs::read_dir(&group).map_err(|source| CgroupError::File { path: group.clone(), source })?;
+    for name in listed.flatten().filter_map(|entry| entry.file_name().into_string().ok()) {
+        if let Some(most) = of_huge_pages(&name, bytes) {
+            write(&group.join(&name), &most.to_string())?;
+        }
+    }
+    enter(&group, pid)
+}
+
+/// The bytes for a file of a group that limits huge pages, or their reservation (`hugetlb.2MB.max`, `hugetlb.1GB.rsvd.max`); None for
+/// any other file.
+fn of_huge_pages(file: &str, bytes: u64) -> Option<u64> {
+    let limit = file.strip_prefix("hugetlb.")?.strip_suffix(".max")?;
+    let size = limit.strip_suffix(".rsvd").unwrap_or(limit);
+    Some(if size == GUEST_PAGES { bytes } else { 0 })
+}
+
+/// Makes the group of a VM, which has these controllers.
+fn make_for(parent: &Path, vm: Uuid, controllers: &[&'static str]) -> Result<PathBuf, CgroupError> {
     make(parent)?;
     // From the hierarchy's root, or what this process sees of it (cgroup_namespaces(7)), down to the parent.
     let is_group = |path: &&Path| path.join("cgroup.controllers").exists();
     let groups: Vec<&Path> = parent.ancestors().take_while(is_group).collect();
     for group in groups.into_iter().rev() {
-        enable(group, &controllers)?;
+        enable(group, controllers)?;
     }
     let group = parent.join(vm.to_string());
     make(&group)?;
-    for (_, file, value) in settings {
-        write(&group.join(file), &value)?;
-    }
+    Ok(group)
+}
+
+fn enter(group: &Path, pid: i32) -> Result<(), CgroupError> {
     write(&group.join("cgroup.procs"), &pid.to_string())
 }
 
@@ -207,6 +245,22 @@ mod tests {
     }
 
     #[test]
+    fn huge_pages_are_limited_for_each_size() {
+        for (file, most) in [
+            ("hugetlb.2MB.max", Some(512)),
+            ("hugetlb.2MB.rsvd.max", Some(512)),
+            ("hugetlb.1GB.max", Some(0)),
+            ("hugetlb.1GB.rsvd.max", Some(0)),
+            ("hugetlb.64KB.max", Some(0)),
+            ("hugetlb.2MB.current", None),
+            ("hugetlb.2MB.events", None),
+            ("memory.max", None),
+        ] {
+            assert_eq!(of_huge_pages(file, 512), most, "{file}");
+        }
+    }
+
+    #[test]
     fn a_default_leaves_room_for_what_a_process_needs() {
         let spec = |cpus: u8, memory: &str, adapters: usize| -> VmSpec {
             let adapters: Vec<_> =
@@ -231,6 +285,7 @@ mod tests {
         let limits = VmLimits { cpu_percent: Some(50), ..VmLimits::default() };
         let error = limit(&parent, Uuid::new_v4(), &limits, 1).unwrap_err().to_string();
         assert!(error.contains("cgroup v2") && error.contains("--cgroup-parent"), "{error}");
+        assert!(limit_huge_pages(&parent, Uuid::new_v4(), 0, 1).is_err());
         assert!(!parent.exists());
         assert!(!remove(&parent, Uuid::new_v4()).unwrap(), "that there is none is no error");
     }

@@ -28,6 +28,9 @@ use crate::{
 /// Opens the way to a PF. Called on threads that may block.
 pub type OpenPf = Arc<dyn Fn(Bdf) -> Result<Box<dyn PfControl>, PfError> + Send + Sync>;
 
+/// The wait for the client of a VM's lease, as the API's document says it.
+const LEASE_GRACE: Duration = Duration::from_secs(60);
+
 /// What all VMs of an agent share.
 pub struct Environment {
     /// VMs as they were asked for.
@@ -60,8 +63,15 @@ pub struct Environment {
     pub cgroup_parent: PathBuf,
     /// Whether the log has said that this host sets no default limits.
     pub told_unlimited: AtomicBool,
+    /// Whether the log has said that this host sets no limit of huge pages.
+    pub told_unlimited_huge_pages: AtomicBool,
     /// When VMs are booted again that have ended.
     pub backoff: Backoff,
+    /// The wait for the client of a VM that lives by a lease: after the VM's creation, after the agent's start, and between two
+    /// attempts to delete the VM.
+    pub lease_grace: Duration,
+    /// The agent ends: connections that it closes are not the ends of their clients.
+    pub ending: AtomicBool,
     /// The host's boot: what was in another one has ended with it.
     pub boot_id: String,
     /// Users for vmm processes; None for an agent that cannot change users.
@@ -97,7 +107,10 @@ impl Environment {
             sandbox_off: BTreeSet::new(),
             cgroup_parent: "/sys/fs/cgroup/portcullis".into(),
             told_unlimited: AtomicBool::new(false),
+            told_unlimited_huge_pages: AtomicBool::new(false),
             backoff: Backoff::default(),
+            lease_grace: LEASE_GRACE,
+            ending: AtomicBool::new(false),
             boot_id: std::fs::read_to_string("/proc/sys/kernel/random/boot_id")
                 .map(|id| id.trim().to_owned())
                 .unwrap_or_default(),

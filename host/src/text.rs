@@ -65,16 +65,6 @@ fn escaped(text: &str, must: impl Fn(char) -> bool) -> String {
     escaped
 }
 
-/// Text in one line of at most `most` characters.
-#[must_use]
-pub fn clipped(text: &str, most: usize) -> String {
-    let mut end = text.char_indices().skip(most);
-    match end.next() {
-        None => printable(text),
-        Some((end, _)) => format!("{}…", printable(text.get(..end).unwrap_or_default())),
-    }
-}
-
 /// Writes a value in one line that is not too long, whatever it contains.
 pub(crate) fn write_line(out: &mut dyn fmt::Write, value: fmt::Arguments<'_>) -> fmt::Result {
     struct OneLine<'a> {
@@ -133,8 +123,6 @@ mod tests {
         let text = "a\x1b]0;title\x07\r\n\u{9b}2Jä";
         assert_eq!(printable(text), "a\\u{1b}]0;title\\u{7}\\r\\n\\u{9b}2Jä");
         assert_eq!(printable_lines(text), "a\\u{1b}]0;title\\u{7}\\r\n\\u{9b}2Jä");
-        assert_eq!(clipped(text, 1), "a…");
-        assert_eq!(clipped("äöü", 3), "äöü");
         let mut line = String::new();
         write_line(&mut line, format_args!("{}{}", text, "x".repeat(10 * LONGEST))).unwrap();
         assert!(!line.contains(char::is_control) && line.ends_with("x…"), "{line}");

@@ -31,8 +31,8 @@ pub struct PfCapabilities {
     pub access_vlan_8021ad: bool,
     /// The VLANs that all VFs can join together; 0 where the mailbox does not decide about a guest's joining.
     pub trunk_vlans: u16,
-    /// The highest sending rate can be set.
-    pub max_tx_rate: bool,
+    /// The highest sending rates that can be set; None if none can.
+    pub max_tx_rate: Option<Rates>,
     /// The link can be taken down.
     pub link_state: bool,
     /// A VF can be given all multicast frames.
@@ -43,6 +43,15 @@ pub struct PfCapabilities {
     pub unicast_filters: u16,
     /// Further unicast addresses leave the spoof check on.
     pub unicast_filters_keep_spoof_check: bool,
+}
+
+/// Sending rates that a PF takes, whatever its link does now.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Rates {
+    /// The lowest, in Mbit/s.
+    pub least: u32,
+    /// The highest, in Mbit/s: the fastest link of the adapter.
+    pub most: u32,
 }
 
 /// A setting that a PF cannot enforce.
@@ -75,7 +84,7 @@ impl PfCapabilities {
         }
     }
 
-    /// igb on an 82576: rate (while the link is up), no link state, multicast promiscuous only.
+    /// igb on an 82576: rate (while the link is up, and at most that of the link: `igb_ndo_set_vf_bw`), no link state, multicast promiscuous only.
     #[must_use]
     pub fn igb_82576() -> Self {
         Self {
@@ -86,7 +95,7 @@ impl PfCapabilities {
             access_vlan: true,
             access_vlan_8021ad: false,
             trunk_vlans: 32,
-            max_tx_rate: true,
+            max_tx_rate: Some(Rates { least: 1, most: 1000 }),
             link_state: false,
             multicast_promiscuous: true,
             unicast_promiscuous: false,
@@ -98,16 +107,18 @@ impl PfCapabilities {
     /// igb on an i350: as the 82576, but no rate.
     #[must_use]
     pub fn igb_i350() -> Self {
-        Self { max_tx_rate: false, ..Self::igb_82576() }
+        Self { max_tx_rate: None, ..Self::igb_82576() }
     }
 
-    /// ixgbe: rate and link state. Further addresses switch the spoof check off, which netlink does not show;
-    /// promiscuous modes need a trusted VF and a promiscuous PF.
+    /// ixgbe: link state, and rates from 11 Mbit/s on a link of 10 Gbit/s (`ixgbe_ndo_set_vf_bw`). Further
+    /// addresses switch the spoof check off, which netlink does not show; promiscuous modes need a trusted VF and a
+    /// promiscuous PF.
     #[must_use]
     pub fn ixgbe() -> Self {
         Self {
             driver: "ixgbe".into(),
             trunk_vlans: 64,
+            max_tx_rate: Some(Rates { least: 11, most: 10_000 }),
             link_state: true,
             multicast_promiscuous: false,
             unicast_filters_keep_spoof_check: false,
@@ -115,12 +126,14 @@ impl PfCapabilities {
         }
     }
 
-    /// i40e: as far as its VFs' control path allows, which is not a mailbox.
+    /// i40e: as far as its VFs' control path allows, which is not a mailbox. It raises a rate below 50 Mbit/s to that
+    /// (`i40e_set_bw_limit`).
     #[must_use]
     pub fn i40e() -> Self {
         Self {
             driver: "i40e".into(),
             trunk_vlans: 0,
+            max_tx_rate: Some(Rates { least: 50, most: 40_000 }),
             link_state: true,
             multicast_promiscuous: false,
             unicast_filters: 0,
@@ -131,7 +144,8 @@ impl PfCapabilities {
     /// ice: as i40e, with 802.1ad.
     #[must_use]
     pub fn ice() -> Self {
-        Self { driver: "ice".into(), access_vlan_8021ad: true, ..Self::i40e() }
+        let max_tx_rate = Some(Rates { least: 1, most: 100_000 });
+        Self { driver: "ice".into(), access_vlan_8021ad: true, max_tx_rate, ..Self::i40e() }
     }
 
     /// The simulated adapter: an 82576.
@@ -147,7 +161,7 @@ impl PfCapabilities {
             driver: driver.into(),
             spoof_check_covers_vlans: false,
             trunk_vlans: 0,
-            max_tx_rate: false,
+            max_tx_rate: None,
             multicast_promiscuous: false,
             unicast_filters: 0,
             unicast_filters_keep_spoof_check: false,
@@ -163,7 +177,7 @@ impl PfCapabilities {
             Change::SetSpoofCheck(_) => self.spoof_check,
             Change::SetTrust(_) => self.trust,
             Change::SetPortVlan(_) => self.access_vlan,
-            Change::SetMaxTxRate(_) => self.max_tx_rate,
+            Change::SetMaxTxRate(_) => self.max_tx_rate.is_some(),
             Change::SetLink(_) => self.link_state,
             Change::SetPromiscuous(mode) => {
                 (!mode.multicast || self.multicast_promiscuous) && (!mode.unicast || self.unicast_promiscuous)
@@ -231,8 +245,17 @@ impl PfCapabilities {
                 "a further address switches its spoof check off; set the limit to 0 or accept forged transmits",
             );
         }
-        if policy.rate.value != Rate::Unlimited && !self.max_tx_rate {
-            return fail(Setting::Rate, "it has no rate limit; use unlimited");
+        match (policy.rate.value, self.max_tx_rate) {
+            (Rate::Unlimited, _) => {}
+            (Rate::MaxTxMbit(_), None) => return fail(Setting::Rate, "it has no rate limit; use unlimited"),
+            (Rate::MaxTxMbit(rate), Some(Rates { least, most })) => {
+                if !(least..=most).contains(&rate.get()) {
+                    let why = format!(
+                        "it takes {least} to {most} Mbit/s, not {rate}; use one of them, or unlimited"
+                    );
+                    return fail(Setting::Rate, &why);
+                }
+            }
         }
         if policy.blocked.value && !self.link_state {
             return fail(Setting::Blocked, "it cannot take a VF's link down; stop the VM instead");

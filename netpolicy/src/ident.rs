@@ -40,7 +40,7 @@ id!(PortGroupId, "a port group");
 id!(PortId, "a port");
 id!(VmId, "a virtual machine");
 
-/// Clips foreign text for a message to `most` characters, and marks the cut.
+/// Clips foreign text to `most` characters, and marks the cut with `…`. Control characters stay: printing escapes them.
 #[must_use]
 pub fn clipped(text: &str, most: usize) -> String {
     match text.char_indices().nth(most) {
@@ -131,5 +131,19 @@ pub struct VfRef {
 impl fmt::Display for VfRef {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(f, "{} vf {}", self.pf, self.index)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_text_that_is_cut_off_shows_it() {
+        for (text, most, expect) in
+            [("", 0, ""), ("a", 0, "…"), ("äöü", 3, "äöü"), ("äöü", 2, "äö…"), ("a\n", 2, "a\n")]
+        {
+            assert_eq!(clipped(text, most), expect);
+        }
     }
 }

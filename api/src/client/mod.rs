@@ -6,6 +6,7 @@
 //! on hyper, which the server needs anyway; common HTTP clients cannot speak over Unix sockets.
 
 mod forward;
+mod lease;
 mod policy;
 mod remote;
 
@@ -27,6 +28,7 @@ use tokio::{
     time::timeout,
 };
 
+pub use lease::Lease;
 pub use policy::Events;
 pub use remote::{Remote, RemoteError};
 

@@ -85,6 +85,12 @@ fn described<'de, V: Visitor<'de>>(visitor: &V) -> String {
     (visitor as &dyn Expected).to_string()
 }
 
+/// The words of a visitor for what it takes; those of `form` for one that has only its type's name, `derived`.
+fn expectation<'de, V: Visitor<'de>>(visitor: &V, derived: &str, form: impl FnOnce() -> String) -> String {
+    let own = described(visitor);
+    if own == derived { form() } else { own }
+}
+
 /// Names as a list: `a`, `b` or `c`.
 fn listed(names: &[&str]) -> String {
     let quoted: Vec<_> = names.iter().map(|name| format!("`{name}`")).collect();
@@ -166,10 +172,8 @@ impl<'de> Deserializer<'de> for Typed {
         if self.0.is_object() {
             return self.deserialize_any(visitor);
         }
-        let expected = match described(&visitor) {
-            own if own != format!("struct {name}") => own,
-            _ => format!("an object (its members: {})", members.join(", ")),
-        };
+        let form = || format!("an object (its members: {})", members.join(", "));
+        let expected = expectation(&visitor, &format!("struct {name}"), form);
         Err(self.not(&expected))
     }
 
@@ -179,10 +183,7 @@ impl<'de> Deserializer<'de> for Typed {
         words: &'static [&'static str],
         visitor: V,
     ) -> Result<V::Value, Error> {
-        let expected = match described(&visitor) {
-            own if own != format!("enum {name}") => own,
-            _ => listed(words),
-        };
+        let expected = expectation(&visitor, &format!("enum {name}"), || listed(words));
         match self.0 {
             Value::String(word) => visitor.visit_enum(Form { word, content: None }),
             Value::Object(members) if members.len() == 1 => match members.into_iter().next() {

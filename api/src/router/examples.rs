@@ -30,6 +30,7 @@ fn vm() -> Option<Vm> {
             pid: Some(4711),
             boots: 1,
             restart: None,
+            lease: None,
             adapters: vec![AdapterStatus {
                 id: "eth0".parse().ok()?,
                 mac: "02:00:00:00:00:11".parse().ok()?,
@@ -271,6 +272,7 @@ fn answer(operation: &str) -> Option<Value> {
         "boot_vm" | "pause_vm" | "resume_vm" | "reboot_vm" | "shutdown_vm" | "stop_vm" => value(vm()),
         "list_vms" => list(vm()),
         "vm_stats" => value(stats()),
+        "lease_vm" => value("\n"),
         "read_console" => value("[    0.000000] Linux version 6.1.0\r\n"),
         "write_console" => value(ConsoleTaken { taken: 3 }),
         "list_pfs" => list(pf()),

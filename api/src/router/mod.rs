@@ -11,6 +11,7 @@ mod extract;
 pub mod fuzz;
 mod gate;
 mod host;
+mod lease;
 mod merge;
 mod meta;
 mod patient;
@@ -30,6 +31,7 @@ use utoipa::OpenApi;
 use utoipa_axum::router::OpenApiRouter;
 
 pub use gate::{Gate, Peer};
+pub(crate) use lease::LEASE_BEAT;
 pub use meta::openapi;
 pub use places::Source;
 pub use serve::{Limits, Listener, serve};
@@ -88,6 +90,7 @@ fn routes() -> OpenApiRouter<Shared> {
     OpenApiRouter::with_openapi(meta::Document::openapi())
         .merge(vms::routes())
         .merge(console::routes())
+        .merge(lease::routes())
         .merge(host::routes())
 }
 

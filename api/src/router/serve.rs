@@ -56,7 +56,7 @@ pub struct Limits {
 
 impl Limits {
     /// Connections of other users than the agent's own, which can always come in. One user has a quarter of all.
-    fn users(&self) -> Bounds {
+    pub(super) fn users(&self) -> Bounds {
         let part = |divisor: usize| (self.connections / divisor).max(1);
         Bounds { all: self.connections.saturating_sub(part(8)).max(1), each: part(4), displace: false }
     }
@@ -179,7 +179,7 @@ impl Door {
                 () = told(&mut self.ending) => break,
                 // Those that have ended are forgotten.
                 Some(_) = connections.join_next() => continue,
-                accepted = accept(&kind) => accepted,
+                accepted = accept(&kind, self.limits.stall) => accepted,
             };
             let client = match accepted {
                 Ok(client) => client,
@@ -259,7 +259,9 @@ async fn told(ending: &mut watch::Receiver<bool>) {
     drop(ending.wait_for(|ending| *ending).await);
 }
 
-async fn accept(kind: &Kind) -> std::io::Result<Client> {
+/// Accepts a client. One over TCP that acknowledges nothing for `stall` is cut off: without that, a stream to a host that is gone
+/// ends after a quarter of an hour.
+async fn accept(kind: &Kind, stall: Duration) -> std::io::Result<Client> {
     match kind {
         Kind::Unix(listener) => {
             let (stream, _) = listener.accept().await?;
@@ -274,6 +276,8 @@ async fn accept(kind: &Kind) -> std::io::Result<Client> {
             let local: SocketAddr = stream.local_addr()?;
             // Answers are small and written at once.
             stream.set_nodelay(true)?;
+            let milliseconds = u32::try_from(stall.as_millis()).unwrap_or(u32::MAX);
+            rustix::net::sockopt::set_tcp_user_timeout(&stream, milliseconds)?;
             Ok(Client::Tcp(
                 stream,
                 Peer::Network { gate: Arc::clone(gate), local, remote: remote.ip() },

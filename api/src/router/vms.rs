@@ -8,7 +8,9 @@ use axum::{
     http::{HeaderValue, StatusCode, header},
     response::{IntoResponse, Response},
 };
+use serde::Deserialize;
 use serde_json::Value;
+use utoipa::IntoParams;
 use utoipa_axum::{router::OpenApiRouter, routes};
 
 use super::{
@@ -49,19 +51,31 @@ async fn list_vms(
     page(backend.list_vms().await?, &part)
 }
 
+/// `?leased=true`.
+#[derive(Deserialize, IntoParams)]
+#[serde(deny_unknown_fields)]
+#[into_params(parameter_in = Query)]
+struct Creation {
+    /// Has the VM live by a lease from the beginning: it is deleted unless a client takes the lease within 60 s.
+    #[serde(default)]
+    #[param(default = false)]
+    leased: bool,
+}
+
 /// Creates a VM.
 ///
 /// It holds nothing of the host until it is booted. Each of its adapters is a port from now on.
-#[utoipa::path(post, path = "/v1/vms", tag = "vms", request_body = VmSpec, responses(
+#[utoipa::path(post, path = "/v1/vms", tag = "vms", request_body = VmSpec, params(Creation), responses(
     (status = 201, body = Vm, headers(("etag" = String, description = "The revision"), ("location" = String)))
 ))]
 async fn create_vm(
     State(backend): State<Shared>,
     caller: Caller,
+    Query(creation): Query<Creation>,
     Body(spec): Body<VmSpec>,
 ) -> Result<Response, Problem> {
     spec.check()?;
-    Ok(created(&backend.create_vm(caller, spec).await?))
+    Ok(created(&backend.create_vm(caller, spec, creation.leased).await?))
 }
 
 fn created(vm: &Vm) -> Response {

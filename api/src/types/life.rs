@@ -71,6 +71,14 @@ impl VmSpec {
     }
 }
 
+/// The lease of a VM that lives no longer than its client.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+pub struct VmLease {
+    /// The end of the wait for the client, when the VM is stopped and deleted; absent while a client holds the lease.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub until: Option<Timestamp>,
+}
+
 #[cfg(test)]
 mod tests {
     use serde_json::json;

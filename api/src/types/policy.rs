@@ -171,7 +171,7 @@ pub struct PortStatus {
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 pub struct UnmadeChange {
     /// The change.
-    #[schema(example = "set_max_tx_rate 1001 Mbit/s")]
+    #[schema(example = "set_max_tx_rate 500 Mbit/s")]
     pub change: String,
     /// The reason, in the PF's words where it gave one.
     pub detail: String,

@@ -9,7 +9,8 @@ use utoipa::ToSchema;
 use uuid::Uuid;
 
 use super::{
-    Bdf, ByteSize, Name, RestartPolicy, RestartStatus, Timestamp, Unchecked, UnicastMac, VmOperation, ranges,
+    Bdf, ByteSize, Name, RestartPolicy, RestartStatus, Timestamp, Unchecked, UnicastMac, VmLease,
+    VmOperation, ranges,
 };
 use crate::problem::{Problem, ProblemCode};
 
@@ -307,6 +308,9 @@ pub struct VmStatus {
     /// What the agent does, or has done, to keep it running.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub restart: Option<RestartStatus>,
+    /// The lease that it lives by; absent for a VM without one.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub lease: Option<VmLease>,
     /// Adapters, in the specification's order.
     pub adapters: Vec<AdapterStatus>,
     /// Devices, in the specification's order.

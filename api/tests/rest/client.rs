@@ -6,6 +6,7 @@ use std::time::Duration;
 
 use api::{Client, ClientError, ProblemCode, types::*};
 use axum::body::Bytes;
+use tokio::{sync::oneshot, task::JoinHandle};
 
 use crate::{Server, spec};
 
@@ -94,6 +95,42 @@ async fn a_client_that_goes_away_ends_its_stream() {
     tokio::time::timeout(Duration::from_secs(10), sender.closed()).await.expect("the receiver is dropped");
 }
 
+/// A client that is killed sends nothing: the end of its connection alone must end its hold.
+#[tokio::test]
+async fn a_lease_is_held_until_its_client_drops_it_or_somebody_ends_it() {
+    let server = Server::start();
+    let client = server.client();
+    let vm = client.create_leased_vm(&vm_spec()).await.unwrap();
+    assert_eq!(vm.status.lease, Some(VmLease::default()));
+    let patience = Duration::from_secs(10);
+    let lease = client.lease_vm("web1").await.unwrap();
+    let holder = server.fake.state().leases.pop().unwrap();
+    assert!(!holder.is_closed());
+    drop(lease);
+    tokio::time::timeout(patience, holder.closed()).await.expect("the agent learns that the client is gone");
+
+    let mut lease = client.lease_vm("web1").await.unwrap();
+    let short = Duration::from_millis(100);
+    assert!(tokio::time::timeout(short, lease.ended()).await.is_err(), "it has no end of its own");
+    client.end_lease("web1").await.unwrap();
+    tokio::time::timeout(patience, lease.ended()).await.expect("the client hears of the end").unwrap();
+    let code = |error: ClientError| error.problem().unwrap().code;
+    assert_eq!(client.lease_vm("web9").await.map(drop).map_err(code), Err(ProblemCode::NotFound));
+    assert_eq!(client.end_lease("web9").await.map_err(code), Err(ProblemCode::NotFound));
+}
+
+/// An agent that dies is not the end of a lease: its client must take it again.
+#[tokio::test]
+async fn a_client_tells_the_end_of_the_agent_from_that_of_its_lease() {
+    let (client, served, end, _directory) = served_until_told();
+    client.create_vm(&vm_spec()).await.unwrap();
+    let mut lease = client.lease_vm("web1").await.unwrap();
+    end.send(()).unwrap();
+    tokio::time::timeout(Duration::from_secs(10), served).await.expect("a lease does not keep it").unwrap();
+    let ended = tokio::time::timeout(Duration::from_secs(10), lease.ended()).await.expect("it is noticed");
+    assert!(matches!(ended, Err(ClientError::Broken { .. })), "{ended:?}");
+}
+
 #[tokio::test]
 async fn an_agent_that_is_away_is_named_with_the_cure() {
     let directory = tempfile::tempdir().unwrap();
@@ -110,19 +147,21 @@ async fn an_agent_that_is_away_is_named_with_the_cure() {
 
 #[tokio::test]
 async fn serving_ends_although_a_console_is_followed() {
-    let directory = tempfile::tempdir().unwrap();
-    let socket = directory.path().join("api.sock");
-    let fake = crate::fake::Fake::default();
-    let listener = tokio::net::UnixListener::bind(&socket).unwrap();
-    let (end, ended) = tokio::sync::oneshot::channel::<()>();
-    let router = api::router(std::sync::Arc::new(fake.clone()));
-    let served =
-        tokio::spawn(api::serve(vec![listener.into()], router, api::Limits::default(), async move {
-            drop(ended.await)
-        }));
-    let client = Client::new(&socket);
+    let (client, served, end, _directory) = served_until_told();
     client.create_vm(&vm_spec()).await.unwrap();
     let _console = client.read_console("web1", None, true).await.unwrap();
     end.send(()).unwrap();
     tokio::time::timeout(Duration::from_secs(10), served).await.expect("it ends").unwrap();
+}
+
+/// An API that is served until it is told to end.
+fn served_until_told() -> (Client, JoinHandle<()>, oneshot::Sender<()>, tempfile::TempDir) {
+    let directory = tempfile::tempdir().unwrap();
+    let socket = directory.path().join("api.sock");
+    let listener = tokio::net::UnixListener::bind(&socket).unwrap();
+    let (end, ended) = oneshot::channel::<()>();
+    let router = api::router(std::sync::Arc::new(crate::fake::Fake::default()));
+    let until = async move { drop(ended.await) };
+    let served = tokio::spawn(api::serve(vec![listener.into()], router, api::Limits::default(), until));
+    (Client::new(&socket), served, end, directory)
 }

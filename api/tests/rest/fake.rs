@@ -9,12 +9,12 @@ use std::{
 };
 
 use api::{
-    Answered, Backend, Caller, ConsoleRead, Health, Missing, Problem, ProblemCode, Progress, TurnedAway,
-    types::*,
+    Answered, Backend, Caller, ConsoleRead, Health, Lease, Missing, Problem, ProblemCode, Progress,
+    TurnedAway, types::*,
 };
 use async_trait::async_trait;
 use axum::body::Bytes;
-use tokio::sync::mpsc;
+use tokio::sync::{mpsc, watch};
 use uuid::Uuid;
 
 /// What was asked of the backend that its answers do not show.
@@ -35,6 +35,8 @@ pub(crate) struct State {
     pub(crate) slow: bool,
     /// Senders of consoles that are followed.
     pub(crate) consoles: Vec<mpsc::Sender<Bytes>>,
+    /// Leases that are held.
+    pub(crate) leases: Vec<watch::Sender<()>>,
 }
 
 #[derive(Clone, Default)]
@@ -108,10 +110,10 @@ impl Backend for Fake {
 
     async fn clone_vm(&self, caller: Caller, source: ObjectRef, name: Name) -> Result<Vm, Problem> {
         let source = self.get_vm(source).await?;
-        self.create_vm(caller, source.spec.cloned_as(name)).await
+        self.create_vm(caller, source.spec.cloned_as(name), false).await
     }
 
-    async fn create_vm(&self, caller: Caller, spec: VmSpec) -> Result<Vm, Problem> {
+    async fn create_vm(&self, caller: Caller, spec: VmSpec, leased: bool) -> Result<Vm, Problem> {
         let mut state = self.state();
         state.callers.push(caller);
         if state.vms.contains_key(&spec.name) {
@@ -128,6 +130,7 @@ impl Backend for Fake {
             pid: None,
             boots: 0,
             restart: None,
+            lease: leased.then(VmLease::default),
             adapters: Vec::new(),
             devices: Vec::new(),
             console: ConsoleStatus { start: LOG_START, end: 10 },
@@ -194,6 +197,23 @@ impl Backend for Fake {
         };
         state.vms.insert(vm.name.clone(), vm.clone());
         Ok(Progress { vm, complete: !state.slow })
+    }
+
+    async fn lease_vm(&self, caller: Caller, vm: ObjectRef) -> Result<Lease, Problem> {
+        self.vm(&vm)?;
+        let (holder, mut ended) = watch::channel(());
+        let mut state = self.state();
+        state.callers.push(caller);
+        state.leases.push(holder);
+        Ok(Lease::new(async move { while ended.changed().await.is_ok() {} }))
+    }
+
+    async fn end_lease(&self, caller: Caller, vm: ObjectRef) -> Result<(), Problem> {
+        self.vm(&vm)?;
+        let mut state = self.state();
+        state.callers.push(caller);
+        state.leases.clear();
+        Ok(())
     }
 
     async fn stats(&self, vm: ObjectRef) -> Result<VmStats, Problem> {

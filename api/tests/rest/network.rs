@@ -425,6 +425,17 @@ async fn streams_leave_room_for_requests() {
         }
     }
     assert_eq!(consoles.len(), 64);
+    let mut leases = Vec::new();
+    while leases.len() < 200 {
+        match client.lease_vm("web1").await {
+            Ok(lease) => leases.push(lease),
+            Err(error) => {
+                assert_eq!(code(error), ProblemCode::TooManyClients);
+                break;
+            }
+        }
+    }
+    assert_eq!(leases.len(), 48, "of one user");
     client.list_vms().await.unwrap();
     consoles.pop();
     timeout(PATIENCE, async {

@@ -9,7 +9,7 @@ use std::{
 };
 
 use api::{
-    Answered, Backend, Caller, ConsoleRead, Health, Missing, Progress, TurnedAway, User,
+    Answered, Backend, Caller, ConsoleRead, Health, Lease, Missing, Progress, TurnedAway, User,
     problem::{Problem, ProblemCode},
     types::{
         EventKind, Name, ObjectKind, ObjectRef, Pf, Subject, Timestamp, UnicastMac, Vf, Vm, VmAction, VmSpec,
@@ -20,7 +20,7 @@ use async_trait::async_trait;
 use axum::body::Bytes;
 use passthrough::failpoints::{Point, reach};
 use tokio::{
-    sync::Mutex,
+    sync::{Mutex, MutexGuard},
     task::JoinSet,
     time::{Instant, timeout, timeout_at},
 };
@@ -36,7 +36,7 @@ use crate::{
     vm::{
         VmHandle, network,
         problem::{ToProblem, chain},
-        record::{Asked, Claim, VmRecord, generated_mac, macs},
+        record::{Asked, Claim, RunRecord, VmRecord, generated_mac, macs},
     },
     vmm_process::VmDirectory,
 };
@@ -57,7 +57,7 @@ const DRAWS: usize = 8;
 #[derive(Clone)]
 pub struct Agent {
     pub(super) env: Arc<Environment>,
-    /// By id. Held only for look-ups.
+    /// By id, also of VMs that have just been deleted. Held only for look-ups.
     vms: Arc<Mutex<BTreeMap<Uuid, VmHandle>>>,
     /// Held while a VM is created or edited: names and addresses have one owner.
     writing: Arc<Mutex<()>>,
@@ -140,14 +140,21 @@ impl Agent {
         }
     }
 
+    /// The VMs. One whose lease has ended was deleted by its own task, and is forgotten here.
+    async fn known(&self) -> MutexGuard<'_, BTreeMap<Uuid, VmHandle>> {
+        let mut vms = self.vms.lock().await;
+        vms.retain(|_, vm| !vm.has_ended());
+        vms
+    }
+
     async fn all(&self) -> Vec<VmHandle> {
-        let mut all: Vec<VmHandle> = self.vms.lock().await.values().cloned().collect();
+        let mut all: Vec<VmHandle> = self.known().await.values().cloned().collect();
         all.sort_by_key(VmHandle::name);
         all
     }
 
     async fn find(&self, vm: &ObjectRef) -> Result<VmHandle, Problem> {
-        let vms = self.vms.lock().await;
+        let vms = self.known().await;
         let found = vms.values().find(|handle| vm.means(handle.id, handle.name().as_str()));
         found.cloned().ok_or_else(|| {
             let names = vms.values().map(|handle| handle.name().to_string());
@@ -173,6 +180,7 @@ impl Agent {
         self,
         caller: Caller,
         spec: VmSpec,
+        leased: bool,
         record: impl FnOnce(Timestamp, VmSpec, &Caller) -> VmRecord + Send,
     ) -> Result<Vm, Problem> {
         let _writing = self.writing.lock().await;
@@ -195,9 +203,19 @@ impl Agent {
             return Err(problem);
         }
         reach(Point::CreateAttached);
+        if leased {
+            let run = RunRecord { leased, ..RunRecord::created(value.created) };
+            if let Err(error) = self.env.runs.put(id, &name, &run, Expect::Any).await {
+                network::detach(&self.env, id).await?;
+                self.env.vms.remove(id).await.map_err(|e| e.problem())?;
+                return Err(error.problem());
+            }
+        }
         let object = Subject { kind: ObjectKind::Vm, id, name: name.clone() };
         self.env.tell(EventKind::Created { object, revision, by: Some(caller.to_string()) });
-        let handle = VmHandle::start(Arc::clone(&self.env), Entry { id, name, revision, value });
+        let (env, entry) = (Arc::clone(&self.env), Entry { id, name, revision, value });
+        let start = if leased { VmHandle::start_leased } else { VmHandle::start };
+        let handle = start(env, entry);
         tracing::info!(vm = %handle.name(), %id, by = %caller, "created");
         let vm = self.view(&handle);
         self.vms.lock().await.insert(id, handle);
@@ -207,7 +225,7 @@ impl Agent {
     /// The addresses of all VMs but `own`, with their names. A problem if one of them is in the specification.
     async fn others(&self, spec: &VmSpec, own: Option<Uuid>) -> Result<Vec<(UnicastMac, Name)>, Problem> {
         let mut taken = Vec::new();
-        for vm in self.vms.lock().await.values().filter(|vm| Some(vm.id) != own) {
+        for vm in self.known().await.values().filter(|vm| Some(vm.id) != own) {
             let record = vm.record();
             taken.extend(macs(vm.id, &record.value.spec).map(|(_, mac)| (mac, vm.name())));
         }
@@ -334,15 +352,15 @@ impl Backend for Agent {
         self.strangers.say(away);
     }
 
-    async fn create_vm(&self, caller: Caller, spec: VmSpec) -> Result<Vm, Problem> {
-        finish(self.clone().create(caller, spec, VmRecord::new)).await
+    async fn create_vm(&self, caller: Caller, spec: VmSpec, leased: bool) -> Result<Vm, Problem> {
+        finish(self.clone().create(caller, spec, leased, VmRecord::new)).await
     }
 
     async fn clone_vm(&self, caller: Caller, source: ObjectRef, name: Name) -> Result<Vm, Problem> {
         let source = self.find(&source).await?.record();
         let spec = source.value.spec.cloned_as(name);
         let copied = move |created, spec, by: &Caller| source.value.copied(created, spec, by);
-        finish(self.clone().create(caller, spec, copied)).await
+        finish(self.clone().create(caller, spec, false, copied)).await
     }
 
     async fn list_vms(&self) -> Result<Vec<Vm>, Problem> {
@@ -384,6 +402,20 @@ impl Backend for Agent {
             Err(_) => false,
         };
         Ok(Progress { vm: self.view(&handle), complete })
+    }
+
+    async fn lease_vm(&self, caller: Caller, vm: ObjectRef) -> Result<Lease, Problem> {
+        let vm = self.find(&vm).await?;
+        let lease = vm.lease().await?;
+        tracing::info!(vm = %vm.name(), by = %caller, "leased");
+        Ok(lease)
+    }
+
+    async fn end_lease(&self, caller: Caller, vm: ObjectRef) -> Result<(), Problem> {
+        let vm = self.find(&vm).await?;
+        vm.end_lease().await?;
+        tracing::info!(vm = %vm.name(), by = %caller, "lives without a lease");
+        Ok(())
     }
 
     async fn stats(&self, vm: ObjectRef) -> Result<VmStats, Problem> {

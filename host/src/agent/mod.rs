@@ -14,7 +14,7 @@ use std::{
     io,
     os::unix::fs::{DirBuilderExt, OpenOptionsExt},
     path::{Path, PathBuf},
-    sync::Arc,
+    sync::{Arc, atomic::Ordering},
     time::Duration,
 };
 
@@ -101,6 +101,10 @@ pub struct ServeArgs {
     #[cfg(feature = "test-support")]
     #[arg(long, value_name = "MS", default_value_t = 0)]
     pub late_multicast_for_tests: u64,
+    /// Wait for the clients of leases only for this time.
+    #[cfg(feature = "test-support")]
+    #[arg(long, value_name = "MS")]
+    pub lease_grace_for_tests: Option<u64>,
     /// A simulated adapter: an 82576 called NAME with COUNT VFs, and a tap device as its uplink if one is named. May be
     /// repeated.
     #[arg(long = "sim-pf", value_name = "NAME=COUNT[,tap=IFNAME]")]
@@ -159,6 +163,10 @@ pub async fn serve(args: ServeArgs, socket: &Path, token_file: Option<&Path>) ->
     env.inventory.set_assignable(args.assignable.clone().into());
     env.inventory.assignable().warn(env.inventory.sysfs());
     env.sandbox_off = sandbox::off(&args.sandbox_off)?;
+    #[cfg(feature = "test-support")]
+    if let Some(grace) = args.lease_grace_for_tests {
+        env.lease_grace = Duration::from_millis(grace);
+    }
     if geteuid().is_root() {
         // A simulated PF has the user of its number.
         let adapters = if args.sim_pfs.is_empty() { 0 } else { usize::from(MAX_PFS) };
@@ -207,11 +215,14 @@ async fn serve_with(
     let agent = Arc::new(Agent::start(Arc::clone(&env)).await?);
     let listeners = listen::all(&args.listen, socket, token_file)?;
     let alone = args.private.is_some().then(stdin_ends).transpose()?;
+    let ending = Arc::clone(&env);
     let end = async move {
         tokio::select! {
             _ = told => {}
             Ok(()) = async { alone.ok_or(())?.await.map_err(drop) } => {}
         }
+        // Before the first connection is closed.
+        ending.ending.store(true, Ordering::SeqCst);
     };
     tracing::info!(socket = %socket.display(), "ready");
     let routes = api::router_with_policy(Arc::clone(&agent) as Arc<dyn api::Backend>, Arc::new(policy));

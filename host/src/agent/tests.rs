@@ -7,7 +7,7 @@ use std::{os::unix::fs::PermissionsExt, path::PathBuf, sync::Arc, time::Duration
 use api::{
     Backend, Client, ClientError, Limits,
     problem::ProblemCode,
-    types::{EventKind, ObjectKind, VmAction, VmState},
+    types::{EventKind, ObjectKind, VmAction, VmLease, VmState},
 };
 use passthrough::sriov::{Bdf, fake::FakePf};
 use tokio::sync::oneshot;
@@ -274,6 +274,39 @@ async fn what_happens_to_vms_and_pfs_is_told() {
             "deleted VM web1",
         ]
     );
+}
+
+/// Its name and its VF are free for the next VM when its client is gone, though nobody has asked for that.
+#[tokio::test]
+async fn a_vm_whose_client_is_gone_is_gone() {
+    let host = Host::with_environment(|env| env.lease_grace = Duration::from_millis(300)).await;
+    let served = serve(&host, host.env.run_dir.join("api.sock")).await;
+    let client = &served.client;
+    let gone = async || {
+        let gone = async {
+            while client.get_vm("web1").await.is_ok() {
+                tokio::time::sleep(Duration::from_millis(10)).await;
+            }
+        };
+        tokio::time::timeout(PATIENCE, gone).await.expect("it is deleted");
+        assert!(client.list_vms().await.unwrap().is_empty());
+    };
+    client.create_leased_vm(&spec("web1")).await.unwrap();
+    let lease = client.lease_vm("web1").await.unwrap();
+    client.act("web1", VmAction::Boot, PATIENCE).await.unwrap();
+    assert_eq!(client.get_vm("web1").await.unwrap().status.lease, Some(VmLease { until: None }));
+    drop(lease);
+    gone().await;
+    host.assert_untouched().await;
+    // The client is killed before it takes the lease.
+    let vm = client.create_leased_vm(&spec("web1")).await.unwrap();
+    assert!(host.env.runs.get(vm.id).await.unwrap().value.leased, "the next agent knows it, too");
+    gone().await;
+    client.create_vm(&spec("web1")).await.unwrap();
+    let mut lease = client.lease_vm("web1").await.unwrap();
+    client.end_lease("web1").await.unwrap();
+    lease.ended().await.unwrap();
+    assert_eq!(client.get_vm("web1").await.unwrap().status.lease, None);
 }
 
 #[test]

@@ -80,6 +80,7 @@ pub(super) fn vm(
             pid: status.run.process.as_ref().and_then(|process| u32::try_from(process.pid).ok()),
             boots: status.run.boots,
             restart: Some(status.run.restart).filter(|restart| *restart != RestartStatus::default()),
+            lease: status.lease,
             adapters: adapters.collect(),
             devices: devices.collect(),
             console: console.map_or_else(

@@ -5,9 +5,10 @@
 //! On a terminal the two are connected as by a cable: keys go to the guest as they are, also Ctrl-C, but for the key that
 //! takes the cable out.
 
+mod follow;
 mod terminal;
 
-use std::io::IsTerminal as _;
+use std::{io::IsTerminal as _, time::Duration};
 
 use api::Client;
 use clap::Args;
@@ -20,6 +21,7 @@ use super::{
     error::CliError,
     output::{Output, warn, warn_raw},
 };
+use follow::Followed;
 use terminal::{Raw, keys};
 
 /// Ctrl-], as of telnet and virsh.
@@ -67,27 +69,29 @@ pub(super) async fn run(client: &Client, output: &mut Output<'_>, args: ConsoleA
     }
     let plain = !args.follow && args.offset.is_none() && args.send.is_none();
     if args.attach || (plain && on_terminal()) {
-        return connect(client, output, &args.name, &args.name, args.offset).await.map(drop);
+        return connect(client, output, &args.name, &args.name, args.offset, Duration::ZERO).await.map(drop);
     }
-    show(client, output, &args.name, args.offset, args.follow).await
+    show(client, output, &args.name, args.offset, args.follow, Duration::ZERO).await
 }
 
 fn on_terminal() -> bool {
     std::io::stdin().is_terminal() && std::io::stdout().is_terminal()
 }
 
-/// Shows all that is kept and all that comes until the VM ends; on a terminal in both directions, unless there is to be `no_input`.
+/// Shows all that is kept and all that comes until the VM ends; on a terminal in both directions, unless there is to be `no_input`. An
+/// agent that is away is waited for, at most for `patience`.
 pub(super) async fn attach(
     client: &Client,
     output: &mut Output<'_>,
     name: &str,
     id: &str,
     no_input: bool,
+    patience: Duration,
 ) -> Result<End, CliError> {
     if !no_input && on_terminal() {
-        return connect(client, output, name, id, None).await;
+        return connect(client, output, name, id, None, patience).await;
     }
-    show(client, output, id, None, true).await.map(|()| End::Rest)
+    show(client, output, id, None, true, patience).await.map(|()| End::Rest)
 }
 
 async fn show(
@@ -96,8 +100,9 @@ async fn show(
     vm: &str,
     offset: Option<u64>,
     follow: bool,
+    patience: Duration,
 ) -> Result<(), CliError> {
-    let mut console = client.read_console(vm, offset, follow).await?;
+    let mut console = Followed::open(client, vm, offset, follow, patience).await?;
     while let Some(bytes) = console.chunk().await? {
         output.raw(&bytes)?;
     }
@@ -111,8 +116,9 @@ async fn connect(
     name: &str,
     vm: &str,
     offset: Option<u64>,
+    patience: Duration,
 ) -> Result<End, CliError> {
-    let mut console = client.read_console(vm, offset, true).await?;
+    let mut console = Followed::open(client, vm, offset, true, patience).await?;
     // On a terminal in raw mode Ctrl-C is a key of the guest's; a signal comes from elsewhere, and the terminal must be put right.
     let mut ends = [SignalKind::terminate(), SignalKind::hangup(), SignalKind::interrupt()].map(signal);
     let [Ok(terminate), Ok(hangup), Ok(interrupt)] = &mut ends else {
@@ -200,8 +206,8 @@ async fn send(client: Client, vm: String, mut input: mpsc::Receiver<Vec<u8>>) {
         let mut rest = bytes.as_slice();
         while !rest.is_empty() {
             let piece = rest.get(..rest.len().min(PIECE)).unwrap_or_default();
-            // That the VM has ended is told by its output's end.
-            let Ok(taken) = client.write_console(&vm, piece.to_vec()).await else { return };
+            // The end of the output tells the end of the VM. An agent that is away loses what is typed, as a cable does.
+            let Ok(taken) = client.write_console(&vm, piece.to_vec()).await else { break };
             rest = rest.get(taken.min(rest.len())..).unwrap_or_default();
             if !rest.is_empty() {
                 tokio::time::sleep(PAUSE).await;
@@ -212,7 +218,7 @@ async fn send(client: Client, vm: String, mut input: mpsc::Receiver<Vec<u8>>) {
 
 /// How often a guest that takes nothing is asked again, and how long it is waited for in between.
 const TRIES: u32 = 100;
-const PAUSE: std::time::Duration = std::time::Duration::from_millis(50);
+const PAUSE: Duration = Duration::from_millis(50);
 
 async fn type_line(client: &Client, vm: &str, text: &str) -> Result<(), CliError> {
     let line = format!("{text}\n");

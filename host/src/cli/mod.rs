@@ -13,11 +13,13 @@ mod error;
 mod events;
 mod generate;
 mod host;
+mod lease;
 mod output;
 mod port;
 mod port_group;
 mod progress;
 mod remote;
+mod run;
 mod settings;
 mod spec_file;
 mod switch;
@@ -94,7 +96,7 @@ enum Command {
 enum Request {
     /// Creates a VM from a file, boots it and attaches its console, until it ends or Ctrl-] detaches. The VM stays; one that is there
     /// already, is at rest and is what the file says is booted.
-    Run(vm::RunArgs),
+    Run(run::RunArgs),
     /// Makes switches, port groups and VMs what files say. What no file describes stays as it is.
     Apply(apply::ApplyArgs),
     /// Tells whether the agent can do its work.
@@ -189,7 +191,7 @@ fn ended(result: Result<(), CliError>, format: Format) -> ExitCode {
 
 async fn request(client: &Client, output: &mut Output<'_>, command: Request) -> Result<(), CliError> {
     match command {
-        Request::Run(args) => vm::run_file(client, output, args).await,
+        Request::Run(args) => run::run_file(client, output, args).await,
         Request::Apply(args) => apply::run(client, output, args).await,
         Request::Health => health(client, output).await,
         Request::Vm(command) => vm::run(client, output, command).await,

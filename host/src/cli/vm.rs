@@ -1,15 +1,13 @@
 // SPDX-License-Identifier: Apache-2.0
 
-//! `portcullis vm …` and `portcullis run`.
+//! `portcullis vm …`.
 
 use std::time::Duration;
 
 use api::{Client, ClientError, ProblemCode, Progress, types::*};
 use clap::{Args, Subcommand};
-use tokio::signal::unix::{Signal, SignalKind, signal};
 
 use super::{
-    console,
     error::CliError,
     output::{Output, or_dash, warn},
     progress::{self, DELETING, verb_of},
@@ -102,23 +100,6 @@ pub(super) struct ActionArgs {
     wait: u64,
 }
 
-#[derive(Debug, Args)]
-pub(super) struct RunArgs {
-    /// The VM's specification: a .toml, .yaml or .json file, or - for standard input.
-    file: String,
-    /// Deletes the VM when it has ended, could not be booted, or this command ends by TERM, INT or HUP, unless it was there before. A
-    /// console that is detached by its key leaves it.
-    #[arg(long)]
-    rm: bool,
-    /// Waits at most this many seconds for it to be booted, whose console is then shown all the same, and with --rm to be deleted.
-    #[arg(long, visible_alias = "timeout", value_name = "SECONDS", default_value_t = 60,
-        value_parser = clap::value_parser!(u64).range(1..=api::router::MAX_WAIT_SECONDS))]
-    wait: u64,
-    /// Shows what the guest writes and sends nothing to it, as without a terminal.
-    #[arg(long)]
-    no_input: bool,
-}
-
 pub(super) async fn run(
     client: &Client,
     output: &mut Output<'_>,
@@ -171,7 +152,12 @@ pub(super) async fn run(
     Err(CliError::TooSlow { vm, state, waited: args.wait })
 }
 
-async fn act(client: &Client, vm: &str, action: VmAction, wait: u64) -> Result<Progress, ClientError> {
+pub(super) async fn act(
+    client: &Client,
+    vm: &str,
+    action: VmAction,
+    wait: u64,
+) -> Result<Progress, ClientError> {
     let request = client.act(vm, action, Duration::from_secs(wait));
     progress::of_vm(client, vm, verb_of(action), request).await
 }
@@ -179,7 +165,12 @@ async fn act(client: &Client, vm: &str, action: VmAction, wait: u64) -> Result<P
 /// The time for a deletion request with `--wait 0` to reach the agent.
 const BEGINNING: Duration = Duration::from_secs(1);
 
-async fn delete(client: &Client, vm: &str, if_match: Option<u64>, wait: u64) -> Result<(), CliError> {
+pub(super) async fn delete(
+    client: &Client,
+    vm: &str,
+    if_match: Option<u64>,
+    wait: u64,
+) -> Result<(), CliError> {
     let limit = Duration::from_secs(wait).max(BEGINNING);
     let request = client.delete_vm_within(vm, if_match, limit);
     match tokio::time::timeout(limit, progress::of_vm(client, vm, DELETING, request)).await {
@@ -195,128 +186,6 @@ async fn delete(client: &Client, vm: &str, if_match: Option<u64>, wait: u64) -> 
             }
             Err(error) => Err(error.into()),
         },
-    }
-}
-
-/// Creates and boots a VM and follows its console to its end.
-pub(super) async fn run_file(
-    client: &Client,
-    output: &mut Output<'_>,
-    args: RunArgs,
-) -> Result<(), CliError> {
-    let spec = spec_file::read_vm(&args.file)?;
-    // Before there is a VM that must not be left.
-    let signals = if args.rm { Some(Signals::new()?) } else { None };
-    let (vm, created) = match client.create_vm(&spec).await {
-        Ok(vm) => (vm, true),
-        Err(error) => (same_vm(client, &spec, error).await?, false),
-    };
-    let (name, state) = (vm.name.to_string(), vm.status.state);
-    if !state.is_at_rest() {
-        return Err(CliError::Up { vm: name, state });
-    }
-    // What this command did not make is somebody else's.
-    let remove = args.rm && created;
-    if args.rm && !created {
-        warn(format_args!("portcullis: the VM {name} was there before: --rm does not delete it"));
-    }
-    let id = vm.id.to_string();
-    let Some(mut signals) = signals else {
-        return boot_and_follow(client, output, &args, &name, &id, false).await;
-    };
-    let signal = tokio::select! {
-        result = boot_and_follow(client, output, &args, &name, &id, remove) => return result,
-        signal = signals.next() => signal,
-    };
-    if remove {
-        // A second signal ends the wait for the deletion, which the agent completes.
-        tokio::select! {
-            () = remove_after(client, &name, &id, args.wait) => {}
-            _ = signals.next() => {}
-        }
-    }
-    Err(CliError::Signalled { signal })
-}
-
-/// The signals that end a command in the ordinary way.
-struct Signals([(i32, Signal); 3]);
-
-impl Signals {
-    fn new() -> Result<Self, CliError> {
-        let listen = |kind: SignalKind| signal(kind).map(|signal| (kind.as_raw_value(), signal));
-        let signals = [SignalKind::terminate(), SignalKind::interrupt(), SignalKind::hangup()].map(listen);
-        let [Ok(terminate), Ok(interrupt), Ok(hangup)] = signals else {
-            return Err(CliError::Terminal(std::io::Error::other("signals cannot be handled")));
-        };
-        Ok(Self([terminate, interrupt, hangup]))
-    }
-
-    /// The number of the next one.
-    async fn next(&mut self) -> i32 {
-        let [(terminate, first), (interrupt, second), (hangup, third)] = &mut self.0;
-        tokio::select! {
-            _ = first.recv() => *terminate,
-            _ = second.recv() => *interrupt,
-            _ = third.recv() => *hangup,
-        }
-    }
-}
-
-async fn boot_and_follow(
-    client: &Client,
-    output: &mut Output<'_>,
-    args: &RunArgs,
-    name: &str,
-    id: &str,
-    remove: bool,
-) -> Result<(), CliError> {
-    if let Err(error) = act(client, id, VmAction::Boot, args.wait).await {
-        match remove {
-            true => remove_after(client, name, id, args.wait).await,
-            false => warn(format_args!(
-                "portcullis: the VM {name} is there all the same: `portcullis vm delete {name}`, or mend it and boot it"
-            )),
-        }
-        return Err(error.into());
-    }
-    match console::attach(client, output, name, id, args.no_input).await? {
-        console::End::Rest => {}
-        // The caller hears the same signal.
-        console::End::Signalled if args.rm => std::future::pending().await,
-        // It runs on.
-        console::End::Detached | console::End::Signalled => return Ok(()),
-    }
-    let status = client.get_vm(id).await?.status;
-    if status.state == VmState::Failed {
-        if remove {
-            remove_after(client, name, id, args.wait).await;
-        }
-        let why = status.cause.map_or_else(|| "no cause is known".to_owned(), |cause| cause.detail);
-        return Err(CliError::VmFailed { vm: name.to_owned(), why });
-    }
-    if remove {
-        delete(client, id, None, args.wait).await?;
-    }
-    Ok(())
-}
-
-/// Deletes the VM of a command that has failed: why that has is what the command ends with, so that what deleting says is told beside it.
-async fn remove_after(client: &Client, name: &str, id: &str, wait: u64) {
-    if let Err(error) = delete(client, id, None, wait).await {
-        warn(printable(&format!(
-            "portcullis: the VM {name} is not deleted (`portcullis vm delete {name}`): {error}"
-        )));
-    }
-}
-
-/// The VM of an earlier run with the same file, whose name is taken; else the error.
-async fn same_vm(client: &Client, spec: &VmSpec, error: ClientError) -> Result<Vm, CliError> {
-    if error.problem().is_none_or(|problem| problem.code != ProblemCode::NameTaken) {
-        return Err(error.into());
-    }
-    match client.get_vm(spec.name.as_str()).await {
-        Ok(vm) if vm.spec == *spec => Ok(vm),
-        _ => Err(error.into()),
     }
 }
 
@@ -369,6 +238,7 @@ fn details(vm: &Vm) -> Vec<(String, String)> {
             ("pid", status.pid.map(|pid| pid.to_string()).unwrap_or_default()),
             ("boots", status.boots.to_string()),
             ("restart", restart(vm)),
+            ("lease", lease(status.lease)),
             ("autostart", if spec.autostart { "yes" } else { "" }.to_owned()),
             ("cpus", spec.cpus.to_string()),
             ("memory", format!("{}{}", spec.memory, if spec.hugepages { " in huge pages" } else { "" })),
@@ -416,6 +286,15 @@ fn restart(vm: &Vm) -> String {
     let Some(restart) = &vm.status.restart else { return policy.to_owned() };
     let next = restart.next.map(|next| format!(", next at {next}")).unwrap_or_default();
     format!("{policy}, {} so far{next}", restart.attempts)
+}
+
+/// Empty for a VM without a lease.
+fn lease(lease: Option<VmLease>) -> String {
+    match lease {
+        None => String::new(),
+        Some(VmLease { until: None }) => "held: the VM is deleted with its client".to_owned(),
+        Some(VmLease { until: Some(until) }) => format!("without a client: the VM is deleted at {until}"),
+    }
 }
 
 fn kept(console: ConsoleStatus) -> u64 {

@@ -37,12 +37,14 @@ pub enum SwitchError {
     #[error("{0} default is always there: change it, or leave it")]
     Permanent(Entity),
     /// A PF cannot hold a port to the policy.
-    #[error("Port {port} on PF {pf}: {source}")]
+    #[error("Port {port} on PF {pf}{}: {source}", and_others(*.others))]
     Unenforceable {
         /// VM and adapter.
         port: String,
         /// The PF.
         pf: String,
+        /// Further ports that cannot be held to it.
+        others: usize,
         /// What it cannot.
         source: Unenforceable,
     },
@@ -82,6 +84,14 @@ pub enum SwitchError {
     /// The task has ended.
     #[error("The switch has ended with the agent")]
     Closed,
+}
+
+fn and_others(others: usize) -> String {
+    match others {
+        0 => String::new(),
+        1 => " (and 1 other port)".to_owned(),
+        _ => format!(" (and {others} other ports)"),
+    }
 }
 
 impl ToProblem for SwitchError {

@@ -9,7 +9,7 @@
 use std::collections::VecDeque;
 
 use api::types::{Pending, PortCounters, Timestamp, Unchecked, UnmadeChange};
-use netpolicy::{Change, MacAddress, Request};
+use netpolicy::{Change, MacAddress, Request, clipped};
 use passthrough::relay::{Cancelled, Forwarded, MAX_CHANGES, Question};
 use serde::{Deserialize, Serialize};
 use tokio::{sync::oneshot, time::Instant};
@@ -18,7 +18,7 @@ use super::{
     command::{Leftover, Reply},
     made,
 };
-use crate::text::clipped;
+use crate::text::printable;
 
 /// More changes than a relay lets wait for its guest's reset. Twice as many, because what it has made may not have been told yet.
 const DEFERRED: usize = 2 * MAX_CHANGES;
@@ -164,7 +164,7 @@ impl Lane {
     pub(super) fn note_unmade(&mut self, failed: &[(Change, String)]) -> bool {
         let were_made = self.unmade.is_empty();
         let unmade = |(change, why): &(Change, String)| {
-            let detail = clipped(why, DETAIL);
+            let detail = printable(&clipped(why, DETAIL));
             UnmadeChange { change: made::describe(change), detail }
         };
         self.unmade = failed.iter().take(SHOWN).map(unmade).collect();

@@ -202,8 +202,10 @@ impl Actor {
         }
     }
 
-    /// Whether every port that has a VF, and whose policy would change, can be held to the new one.
+    /// Whether every port that has a VF, and whose policy would change, can be held to the new one. The error names the first port
+    /// by name, and counts the others.
     fn check_enforceable(&self, trial: &SwitchState) -> Result<(), SwitchError> {
+        let mut refused = Vec::new();
         for port in trial.ports() {
             let Some(vf) = &port.vf else { continue };
             let Some(capabilities) = self.capabilities.get(&vf.pf) else { continue };
@@ -211,13 +213,15 @@ impl Actor {
             if self.state.effective_policy(port.id).is_ok_and(|old| old == policy) {
                 continue;
             }
-            capabilities.check(&policy).map_err(|source| SwitchError::Unenforceable {
-                port: port_name(port),
-                pf: vf.pf.clone(),
-                source,
-            })?;
+            if let Err(source) = capabilities.check(&policy) {
+                refused.push((port_name(port), vf.pf.clone(), source));
+            }
         }
-        Ok(())
+        let others = refused.len().saturating_sub(1);
+        match refused.into_iter().min_by(|(one, ..), (other, ..)| one.cmp(other)) {
+            None => Ok(()),
+            Some((port, pf, source)) => Err(SwitchError::Unenforceable { port, pf, others, source }),
+        }
     }
 
     /// From now on the new policy holds, and what it no longer allows is taken back.

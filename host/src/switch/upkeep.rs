@@ -5,7 +5,7 @@
 use std::sync::Arc;
 
 use api::types::{ObjectKind, PfState, Timestamp, Unchecked};
-use netpolicy::{Change, Outcome, PortId, Request, Route, VmId};
+use netpolicy::{Change, Outcome, PortId, Request, Route, VmId, clipped};
 use passthrough::sriov::Hint;
 use tokio::{sync::oneshot, time::Instant};
 use tracing::Span;
@@ -21,7 +21,7 @@ use super::{
     made::{MadeChange, committed, name},
     record::port_name,
 };
-use crate::{line_rate::say_of_port, text::clipped};
+use crate::{line_rate::say_of_port, text::printable};
 use netpolicy::Corrections;
 
 /// Most characters of the reason why a port cannot be compared: the process of a simulated PF chooses some of them.
@@ -385,7 +385,7 @@ impl Actor {
         let before = lane.unchecked.take();
         lane.unchecked = error.map(|why| Unchecked {
             since: before.as_ref().map_or_else(Timestamp::now, |unchecked| unchecked.since),
-            detail: clipped(why, DETAIL),
+            detail: printable(&clipped(why, DETAIL)),
         });
         if before == lane.unchecked {
             return;

@@ -168,7 +168,7 @@ impl Actor {
         let id = self.adapter(vm, adapter)?;
         let policy = self.state.effective_policy(id)?;
         if let (Err(source), Some(port)) = (capabilities.check(&policy), self.state.port(id)) {
-            return Err(SwitchError::Unenforceable { port: port_name(port), pf: vf.pf, source });
+            return Err(SwitchError::Unenforceable { port: port_name(port), pf: vf.pf, others: 0, source });
         }
         let pf = vf.pf.clone();
         let baseline = self.state.bind(id, vf)?;

@@ -4,8 +4,10 @@
 
 mod booting;
 mod connection;
+mod deletion;
 mod edit;
 mod end;
+mod lease;
 mod progress;
 mod recovery;
 mod restart;
@@ -36,10 +38,11 @@ use tokio::{
 use tracing::Instrument as _;
 use vmm::control::{DeviceLoss, End, Order, Report, State};
 
+use lease::Tenancy;
 use progress::Progress;
 
 use super::{
-    Command, Completion, Status,
+    Command, Completion, Origin, Status,
     boot::{self, PROMPT},
     claims::{self, Held},
     inbox::{Inbox, Sent},
@@ -119,6 +122,8 @@ struct Actor {
     resting: Vec<Done>,
     deleting: Vec<Done>,
     deleted_by: Option<String>,
+    /// The clients that the VM lives by.
+    tenancy: Tenancy,
     /// The agent ends and has stopped the VM, or seen it at rest: it is not booted any more.
     closed: bool,
     finished: mpsc::Sender<Finished>,
@@ -147,11 +152,11 @@ struct Finished {
     done: Done,
 }
 
-/// Runs the task of one VM until it is deleted or left alone. `found`: the agent has just started.
+/// Runs the task of one VM until it is deleted or left alone.
 pub(super) async fn run(
     env: Arc<Environment>,
     vm: Arc<Entry<VmRecord>>,
-    found: bool,
+    origin: Origin,
     inbox: Inbox,
     outlets: Outlets,
 ) {
@@ -180,12 +185,18 @@ pub(super) async fn run(
         resting: Vec::new(),
         deleting: Vec::new(),
         deleted_by: None,
+        tenancy: Tenancy::default(),
         closed: false,
         finished,
         expel,
     };
-    if found {
-        actor.recover().await;
+    match origin {
+        Origin::Created => {}
+        Origin::CreatedLeased => actor.run.leased = true,
+        Origin::Found => actor.recover().await,
+    }
+    if actor.run.leased {
+        actor.await_client();
     }
     let mut tick = interval(TICK);
     tick.set_missed_tick_behavior(MissedTickBehavior::Delay);
@@ -207,6 +218,12 @@ pub(super) async fn run(
                 Some((span, Command::Edit { caller, spec, expect, done })) => {
                     drop(done.send(actor.edit(&caller, *spec, expect).instrument(span).await));
                 }
+                Some((span, Command::Lease { done })) => {
+                    drop(done.send(actor.take_lease().instrument(span).await));
+                }
+                Some((span, Command::EndLease { done })) => {
+                    drop(done.send(actor.end_lease().instrument(span).await));
+                }
                 Some((span, Command::Delete { caller, expect, done })) => {
                     actor.delete(caller, expect, done).instrument(span).await;
                 }
@@ -219,6 +236,7 @@ pub(super) async fn run(
             Some(why) = expelled.recv() => actor.expel(why),
             Some(finished) = orders.recv() => actor.on_finished(finished).await,
             () = restart::due(&actor.due) => actor.boot_unasked().await,
+            () = actor.tenancy.lapses(&actor.env.ending) => actor.lapse().await,
             _ = tick.tick() => actor.on_tick().await,
         }
         if actor.forget().await {
@@ -374,63 +392,6 @@ impl Actor {
         drop(done.send(Ok(())));
     }
 
-    async fn delete(&mut self, caller: Caller, expect: Option<u64>, done: Done) {
-        let revision = self.vm.revision;
-        if let Some(expected) = expect.filter(|expected| *expected != revision) {
-            return drop(done.send(Err(Problem::revision_mismatch(expected, revision))));
-        }
-        self.deleted_by = Some(caller.to_string());
-        self.deleting.push(done);
-        self.cancel_restart();
-        if !self.run.state.is_at_rest() {
-            self.stop().await;
-        } else {
-            self.progress.begin(OperationAction::Delete, self.release_stages());
-        }
-    }
-
-    /// If the VM is to be deleted and at rest: forgets it.
-    async fn forget(&mut self) -> bool {
-        if self.deleting.is_empty() || !self.run.state.is_at_rest() {
-            return false;
-        }
-        if let Err(problem) = self.give_back().await {
-            self.progress.end();
-            self.publish();
-            for done in self.deleting.drain(..) {
-                drop(done.send(Err(problem.clone())));
-            }
-            return false;
-        }
-        self.progress.enter(Stage::Forgetting);
-        let removed = async {
-            reach(Point::DeleteBegun);
-            network::detach(&self.env, self.vm.id).await?;
-            reach(Point::DeleteDetached);
-            if let Err(error) = self.directory.remove() {
-                tracing::warn!(vm = %self.name(), "its run directory cannot be removed: {error}");
-            }
-            // The VM last: as long as it is there, the next agent finds the rest.
-            self.env.runs.remove(self.vm.id).await.map_err(|e| e.problem())?;
-            reach(Point::DeleteRun);
-            self.env.vms.remove(self.vm.id).await.map_err(|e| e.problem())?;
-            reach(Point::DeleteStored);
-            Ok(())
-        };
-        let result = removed.await;
-        let forgotten = result.is_ok();
-        if forgotten {
-            self.env.tell(EventKind::Deleted { object: self.subject(), by: self.deleted_by.take() });
-        } else {
-            self.progress.end();
-            self.publish();
-        }
-        for done in self.deleting.drain(..) {
-            drop(done.send(result.clone()));
-        }
-        forgotten
-    }
-
     // ---- state ----
 
     /// Enters a state: stores and publishes it.
@@ -461,7 +422,8 @@ impl Actor {
 
     fn publish(&self) {
         let (run, held, operation) = (self.run.clone(), self.held.clone(), self.progress.shown());
-        self.outlets.status.send_replace(Status { run, held, operation });
+        let lease = run.leased.then(|| self.tenancy.shown());
+        self.outlets.status.send_replace(Status { run, held, operation, lease });
     }
 
     fn subject(&self) -> Subject {

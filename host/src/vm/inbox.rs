@@ -57,6 +57,8 @@ fn ends(command: &Command, revision: u64) -> bool {
         Command::Act { action, .. } => *action == VmAction::Stop,
         // One of another revision is refused in its turn.
         Command::Delete { expect, .. } => expect.is_none_or(|expected| expected == revision),
-        Command::Edit { .. } | Command::Leave { .. } => false,
+        Command::Edit { .. } | Command::Lease { .. } | Command::EndLease { .. } | Command::Leave { .. } => {
+            false
+        }
     }
 }

@@ -31,9 +31,9 @@ pub mod unknown;
 use std::sync::Arc;
 
 use api::{
-    Caller, Missing,
+    Caller, Lease, Missing,
     problem::{Problem, ProblemCode},
-    types::{Name, VmAction, VmOperation, VmSpec, VmState},
+    types::{Name, VmAction, VmLease, VmOperation, VmSpec, VmState},
 };
 use tokio::sync::{mpsc, oneshot, watch};
 use tracing::Span;
@@ -59,10 +59,25 @@ enum Command {
         expect: Option<u64>,
         done: oneshot::Sender<Result<(), Problem>>,
     },
+    /// The VM lives by a lease, which this client holds.
+    Lease { done: oneshot::Sender<Result<Lease, Problem>> },
+    /// It lives without a lease.
+    EndLease { done: oneshot::Sender<Result<(), Problem>> },
     /// Stop, give back, forget, if the VM is at this revision. The task ends.
     Delete { caller: Caller, expect: Option<u64>, done: oneshot::Sender<Result<(), Problem>> },
     /// The agent ends; the VM runs on. The task ends.
     Leave { done: oneshot::Sender<()> },
+}
+
+/// The origin of a VM that a task begins with.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Origin {
+    /// It has just been stored.
+    Created,
+    /// The same, and it lives by a lease.
+    CreatedLeased,
+    /// The agent has just started.
+    Found,
 }
 
 /// A VM at one moment.
@@ -74,6 +89,8 @@ pub struct Status {
     pub held: Vec<Held>,
     /// What its task does that takes time.
     pub operation: Option<VmOperation>,
+    /// The lease that it lives by.
+    pub lease: Option<VmLease>,
 }
 
 /// The handle of a VM's task.
@@ -91,16 +108,21 @@ pub struct VmHandle {
 impl VmHandle {
     /// Starts the task of a VM that has just been stored.
     pub fn start(env: Arc<Environment>, record: Entry<VmRecord>) -> Self {
-        Self::spawn(env, record, false)
+        Self::spawn(env, record, Origin::Created)
+    }
+
+    /// The same for one that lives by a lease, whose client is still to come.
+    pub fn start_leased(env: Arc<Environment>, record: Entry<VmRecord>) -> Self {
+        Self::spawn(env, record, Origin::CreatedLeased)
     }
 
     /// Starts the task of a VM that an agent which starts has found in the store. What a former agent was doing with it is taken up
     /// or put right before the first command; it may be booted.
     pub fn find(env: Arc<Environment>, record: Entry<VmRecord>) -> Self {
-        Self::spawn(env, record, true)
+        Self::spawn(env, record, Origin::Found)
     }
 
-    fn spawn(env: Arc<Environment>, record: Entry<VmRecord>, found: bool) -> Self {
+    fn spawn(env: Arc<Environment>, record: Entry<VmRecord>, origin: Origin) -> Self {
         let (commands, inbox) = inbox::new();
         let run = RunRecord::created(record.value.created);
         let (status_out, status) = watch::channel(Status { run, ..Status::default() });
@@ -115,7 +137,7 @@ impl VmHandle {
             console: Arc::new(console_out),
         };
         let id = vm.id;
-        tokio::spawn(actor::run(env, vm, found, inbox, outlets));
+        tokio::spawn(actor::run(env, vm, origin, inbox, outlets));
         Self { id, commands, status, record, connection, console }
     }
 
@@ -199,6 +221,32 @@ impl VmHandle {
         let (done, answer) = oneshot::channel();
         self.send(Command::Edit { caller, spec: Box::new(spec), expect, done }).await?;
         answer.await.map_err(|_| self.gone())?
+    }
+
+    /// Takes the VM's lease, by which it lives from now on: once all leases of it have been dropped, it is stopped and deleted.
+    ///
+    /// # Errors
+    /// A problem; the VM lives on as before.
+    pub async fn lease(&self) -> Result<Lease, Problem> {
+        let (done, answer) = oneshot::channel();
+        self.send(Command::Lease { done }).await?;
+        answer.await.map_err(|_| self.gone())?
+    }
+
+    /// Ends the VM's lease: it lives on without one.
+    ///
+    /// # Errors
+    /// A problem; the VM lives by its lease as before.
+    pub async fn end_lease(&self) -> Result<(), Problem> {
+        let (done, answer) = oneshot::channel();
+        self.send(Command::EndLease { done }).await?;
+        answer.await.map_err(|_| self.gone())?
+    }
+
+    /// Whether its task has ended, which may have been the VM's end.
+    #[must_use]
+    pub fn has_ended(&self) -> bool {
+        self.commands.is_closed()
     }
 
     /// Stops the VM, gives back what it holds, and forgets it, if it is at this revision.

@@ -162,6 +162,9 @@ pub struct RunRecord {
     /// The boot of the host in which it came to rest.
     #[serde(default)]
     pub rested_in: Option<String>,
+    /// It lives by a lease: without a client it is stopped and deleted.
+    #[serde(default)]
+    pub leased: bool,
 }
 
 /// Who asked a VM to end.
@@ -197,6 +200,7 @@ impl Default for RunRecord {
             restart: RestartStatus::default(),
             asked: None,
             rested_in: None,
+            leased: false,
         }
     }
 }

@@ -5,6 +5,7 @@
 mod assignable;
 mod fake_vmm;
 pub(crate) mod fixture;
+mod lease;
 mod life;
 mod network;
 mod progress;

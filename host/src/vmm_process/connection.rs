@@ -12,7 +12,7 @@ use std::{
     time::Duration,
 };
 
-use netpolicy::StandingRefusal;
+use netpolicy::{StandingRefusal, clipped};
 use tokio::{
     io::{Interest, unix::AsyncFd},
     sync::{mpsc, oneshot, watch},
@@ -28,7 +28,7 @@ use super::{
     conduct::{Allowance, Conduct, is_nonsense},
     polled::polled,
 };
-use crate::text::clipped;
+use crate::text::printable;
 
 /// How long a vmm may take to answer the hello, or to make room in its socket.
 const PATIENCE: Duration = Duration::from_secs(5);
@@ -191,7 +191,9 @@ impl Connection {
                 return Err(ConnectError::Version(version));
             }
             ToAgent::Hello { version, state, boots } => Greeting { version, state, boots },
-            ToAgent::Refused { reason } => return Err(ConnectError::Refused(clipped(&reason, REASON))),
+            ToAgent::Refused { reason } => {
+                return Err(ConnectError::Refused(printable(&clipped(&reason, REASON))));
+            }
             _ => return Err(ConnectError::Handshake),
         };
         let (requests, inbox) = mpsc::channel(ORDERS_MAX);

@@ -85,6 +85,13 @@ fn the_kernel_boots_as_elf_by_pvh_with_huge_pages_and_an_address_of_its_own() {
     ping(&mut guest, host::GATEWAY, 3);
     let free = std::fs::read_to_string("/sys/kernel/mm/hugepages/hugepages-2048kB/free_hugepages").unwrap();
     assert_eq!(free.trim(), "12", "128 of 140 huge pages hold the guest");
+    // Its process cannot take the other twelve, whatever the guest makes of it.
+    let vm = agent.vm("web1");
+    let group = std::path::Path::new("/sys/fs/cgroup/portcullis").join(vm.id.to_string());
+    for limit in ["hugetlb.2MB.max", "hugetlb.2MB.rsvd.max"] {
+        let most = std::fs::read_to_string(group.join(limit)).unwrap();
+        assert_eq!(most.trim(), vm.spec.memory.bytes().to_string(), "{limit}");
+    }
     agent.delete("web1").unwrap();
     std::fs::write("/proc/sys/vm/nr_hugepages", "0").unwrap();
 }

@@ -10,6 +10,7 @@ mod errors;
 mod exit;
 mod flood;
 mod hostile;
+mod lease;
 mod life;
 mod load;
 mod machine;

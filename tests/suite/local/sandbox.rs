@@ -2,7 +2,7 @@
 
 //! A taken-over process of a VM is worthless: the tests attack each layer of its sandbox alone.
 
-use std::{fs, thread};
+use std::{fs, path::Path, thread};
 
 use api::{
     problem::ProblemCode,
@@ -255,4 +255,42 @@ fn limits_that_the_host_cannot_set_are_an_error_that_says_what_to_do() {
     }
     let said = agent.log().lines().filter(|line| line.contains("no default limit of memory")).count();
     assert_eq!(said, 1, "{}", agent.log());
+}
+
+/// The pool of huge pages is the administrator's, and no other limit counts it. A guest that is in them: `lab::boot`.
+#[test]
+fn the_process_of_a_vm_without_huge_pages_gets_none() {
+    let mounts = fs::read_to_string("/proc/self/mounts").unwrap();
+    let version_2 = mounts.lines().find(|line| line.split(' ').nth(2) == Some("cgroup2"));
+    let parent = version_2
+        .and_then(|line| line.split(' ').nth(1))
+        .map_or("/proc/nowhere".into(), |root| Path::new(root).join("portcullis-test-huge-pages"));
+    let controllers = parent.parent().map(|root| root.join("cgroup.controllers"));
+    let available = controllers.and_then(|file| fs::read_to_string(file).ok()).unwrap_or_default();
+    let agent = Agent::start_with(Options {
+        arguments: ["--sandbox-off", "unavailable", "--cgroup-parent", &parent.display().to_string()]
+            .map(Into::into)
+            .into(),
+        ..Options::default()
+    });
+    drop(SmallGuest::boot(&agent, "web1", json!([])));
+    let group = parent.join(agent.vm("web1").id.to_string());
+    let said = agent.log().lines().filter(|line| line.contains("no limit of huge pages")).count();
+    if !available.split_whitespace().any(|controller| controller == "hugetlb") {
+        assert_eq!(said, 1, "{}", agent.log());
+        return;
+    }
+    assert_eq!(said, 0, "{}", agent.log());
+    let limits: Vec<(String, String)> = fs::read_dir(&group)
+        .unwrap()
+        .map(|entry| entry.unwrap().file_name().into_string().unwrap())
+        .filter(|name| name.starts_with("hugetlb.") && name.ends_with(".max"))
+        .map(|name| (name.clone(), fs::read_to_string(group.join(name)).unwrap()))
+        .collect();
+    assert!(!limits.is_empty() && limits.iter().all(|(_, most)| most.trim() == "0"), "{limits:?}");
+    let members = fs::read_to_string(group.join("cgroup.procs")).unwrap();
+    assert_eq!(members.trim(), agent.vm("web1").status.pid.unwrap().to_string());
+    agent.delete("web1").unwrap();
+    assert!(!group.exists());
+    fs::remove_dir(&parent).unwrap();
 }

@@ -137,6 +137,7 @@ macro_rules! guest {
     }};
 }
 
+mod counters;
 mod simulated;
 
 /// A vmm process in a thread, and the agent's end of its control channel.

@@ -120,7 +120,7 @@ fn enforces(can: &PfCapabilities) -> Finding {
         (can.spoof_check, "forged_transmits=reject"),
         (can.access_vlan, "vlan=access"),
         (can.trunk_vlans > 0, "vlan=trunk"),
-        (can.max_tx_rate, "rate"),
+        (can.max_tx_rate.is_some(), "rate"),
         (can.link_state, "blocked"),
         (can.multicast_promiscuous, "promiscuous=multicast"),
         (can.unicast_promiscuous, "promiscuous=accept"),

@@ -165,6 +165,32 @@ pub(super) fn hugepages(host: &Host) -> Finding {
     }
 }
 
+/// The controllers of version 2 that limit VMs' processes, and the loss without each.
+const CONTROLLERS: [(&str, &str); 3] = [
+    ("cpu", "VMs with limits of processor time cannot be booted"),
+    ("memory", "a VM's process that its guest takes over can take all memory"),
+    ("hugetlb", "a VM's process that its guest takes over can take all free huge pages"),
+];
+
+pub(super) fn control_groups(host: &Host) -> Finding {
+    const CHECK: &str = "cgroup";
+    let warn = |found: String, fix: &str| Finding::wrong(Verdict::Warn, CHECK, found, fix);
+    let Some(available) = host.text("sys/fs/cgroup/cgroup.controllers") else {
+        let found = "no control groups of version 2 at /sys/fs/cgroup: VMs with limits cannot be booted, and the others have none";
+        let fix = "enable version 2 (kernel option systemd.unified_cgroup_hierarchy=1), or name its place: serve --cgroup-parent DIR";
+        return warn(found.to_owned(), fix);
+    };
+    let has = |controller: &str| available.split_ascii_whitespace().any(|word| word == controller);
+    let missing: Vec<_> = CONTROLLERS.iter().filter(|(controller, _)| !has(controller)).collect();
+    if missing.is_empty() {
+        return Finding::ok(CHECK, "processor time, memory and huge pages of VMs' processes can be limited");
+    }
+    let found: Vec<_> = missing.iter().map(|(controller, loss)| format!("no {controller}: {loss}")).collect();
+    let fix =
+        "enable them in the kernel, and take them from hierarchies of version 1 (/proc/cgroups shows both)";
+    warn(found.join("; "), fix)
+}
+
 /// Whether the user ids of VMs' processes are nobody else's. An agent that is root does not start otherwise.
 pub(super) fn user_ids(host: &Host, users: &UserArgs) -> Finding {
     let range = users.range(0);

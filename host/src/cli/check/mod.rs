@@ -132,6 +132,7 @@ fn examine(host: &Host, users: &UserArgs, assignable: &AssignableList) -> Vec<Fi
     findings.push(machine::vfio(host, needed));
     findings.push(machine::memlock(host));
     findings.push(machine::hugepages(host));
+    findings.push(machine::control_groups(host));
     findings.push(machine::user_ids(host, users));
     findings.extend(adapters::all(host, pfs));
     findings.extend(adapters::assignable(host, assignable));

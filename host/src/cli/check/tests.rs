@@ -32,6 +32,7 @@ impl MadeUp {
             ),
             ("sys/kernel/mm/hugepages/hugepages-2048kB/nr_hugepages", "512\n"),
             ("sys/kernel/mm/hugepages/hugepages-2048kB/free_hugepages", "500\n"),
+            ("sys/fs/cgroup/cgroup.controllers", "cpuset cpu io memory hugetlb pids\n"),
         ] {
             made_up.write(path, text);
         }
@@ -81,6 +82,7 @@ fn a_host_with_all_that_there_should_be() {
         "vfio-pci",
         "memlock",
         "hugepages",
+        "cgroup",
         "user_ids",
         "pf",
         "vfs",
@@ -114,6 +116,10 @@ fn each_thing_that_is_missing_is_told_with_what_mends_it() {
         case("kvm", Fail, "enable virtualization", |host| {
             host.remove("dev/kvm");
             host.write("proc/cpuinfo", "vendor_id : GenuineIntel\nflags : fpu\n");
+        }),
+        case("cgroup", Warn, "systemd.unified_cgroup_hierarchy=1", |host| host.remove("sys/fs/cgroup")),
+        case("cgroup", Warn, "hierarchies of version 1", |host| {
+            host.write("sys/fs/cgroup/cgroup.controllers", "cpu memory pids\n");
         }),
         case("iommu", Fail, "intel_iommu=on /' /etc/default/grub && update-grub", |host| {
             host.remove("sys/kernel/iommu_groups");
@@ -294,5 +300,5 @@ fn people_and_programs_are_told() {
         "check": "kvm", "verdict": "fail", "found": "/dev/kvm does not exist", "fix": "modprobe kvm_intel"
     });
     assert_eq!(json[0], kvm);
-    assert_eq!(json[7]["subject"], "eth0");
+    assert_eq!(json[8]["subject"], "eth0");
 }

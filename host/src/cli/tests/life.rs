@@ -111,6 +111,34 @@ async fn run_boots_shows_and_deletes_only_if_it_is_told_to() {
     assert_eq!(desk.run("vm show web1").await.unwrap_err().0, 4);
 }
 
+/// The agent has not deleted yet what a command left that was killed before it had the lease.
+#[tokio::test]
+async fn run_takes_over_a_vm_that_waits_for_its_client() {
+    let desk = Desk::new().await;
+    let file = desk.file("web1.json", WEB1);
+    let spec = serde_json::from_str(WEB1).unwrap();
+    for (line, stays) in [(format!("run --rm {file}"), false), (format!("run {file}"), true)] {
+        desk.client.create_leased_vm(&spec).await.unwrap();
+        let scene = async {
+            while desk.client.write_console("web1", "poweroff").await.is_err() {
+                tokio::time::sleep(Duration::from_millis(10)).await;
+            }
+        };
+        let (shown, ()) = tokio::join!(desk.run(&line), scene);
+        shown.unwrap();
+        let left = desk.client.get_vm("web1").await;
+        assert_eq!(left.is_ok(), stays, "{line}");
+        assert!(left.is_err() || left.unwrap().status.lease.is_none(), "{line}: it is not deleted later");
+    }
+    desk.run("vm delete web1").await.unwrap();
+    // One that has a client is that client's.
+    desk.client.create_leased_vm(&spec).await.unwrap();
+    let _lease = desk.client.lease_vm("web1").await.unwrap();
+    let (code, error) = desk.run(&format!("run --rm {file}")).await.unwrap_err();
+    assert!(code == 5 && error.contains("is taken"), "{error}");
+    assert!(desk.client.get_vm("web1").await.is_ok());
+}
+
 #[tokio::test]
 async fn run_leaves_a_vm_alone_that_is_not_at_rest() {
     let desk = Desk::new().await;

@@ -228,6 +228,16 @@ impl Host {
             parts(self.dir.path(), &self.pfs, &self.metrics).await.unwrap();
     }
 
+    /// The database, beside the agent.
+    pub(super) fn database(&self) -> rusqlite::Connection {
+        rusqlite::Connection::open(self.dir.path().join("test.db")).unwrap()
+    }
+
+    /// The group that the VMs are in.
+    pub(super) async fn group(&self) -> api::types::PortGroup {
+        self.policy.get_port_group(ObjectRef::Name("web".into())).await.unwrap()
+    }
+
     /// What is stored of a VM's port now.
     pub(super) async fn stored(&self, n: u8) -> Attachment {
         let store = Arc::new(SqliteStore::open(&self.dir.path().join("test.db")).unwrap());

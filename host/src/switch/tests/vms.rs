@@ -2,12 +2,16 @@
 
 use std::time::Duration;
 
-use api::problem::ProblemCode;
+use api::{
+    PolicyBackend as _,
+    problem::ProblemCode,
+    types::{ObjectRef, PortSpec},
+};
 use netpolicy::{Change, PfCapabilities, Request, VlanId};
 use passthrough::relay::{Forwarded, Notice};
 use tokio::time::timeout;
 
-use super::fixture::{Host, PF, mac, vf, vm};
+use super::fixture::{Host, PF, caller, mac, vf, vm};
 use crate::{switch::SwitchError, vm::problem::ToProblem};
 
 const TRUNK: &str = r#"{"vlan": {"trunk": ["100-200"]}, "mac_changes": "accept", "unicast_limit": 1}"#;
@@ -59,6 +63,58 @@ async fn what_a_pf_cannot_enforce_is_refused_naming_the_setting() {
     host.pfs.world().capabilities = Some(PfCapabilities { link_state: true, ..PfCapabilities::igb_82576() });
     host.switch.plan(vm(1)).await.unwrap();
     host.set(r#"{"blocked": true}"#).await.unwrap();
+}
+
+/// A PF that can limit rates takes some of them only: one beyond those would be accepted, and never be in force.
+#[tokio::test]
+async fn a_rate_that_no_pf_takes_is_refused_at_the_edit_and_at_the_boot() {
+    let host = Host::new("{}").await;
+    let rate = |mbit: u32| format!(r#"{{"rate": {{"max_tx_mbit": {mbit}}}}}"#);
+    let revision = host.group().await.revision;
+    let problem = host.set(&rate(1001)).await.unwrap_err();
+    assert_eq!(problem.code, ProblemCode::PolicyUnenforceable);
+    for part in ["vm1/eth0", "and 1 other port", "rate", "1 to 1000 Mbit/s", "not 1001"] {
+        assert!(problem.detail.contains(part), "{part}: {}", problem.detail);
+    }
+    assert_eq!(host.group().await.revision, revision, "nothing is stored");
+    let port = host.port(1).await;
+    let spec = PortSpec { settings: serde_json::from_str(&rate(1001)).unwrap() };
+    let refused = host.policy.put_port(caller(), ObjectRef::Id(port.id), spec, None).await.unwrap_err();
+    assert_eq!(refused.code, ProblemCode::PolicyUnenforceable);
+    assert!(!refused.detail.contains("other port"), "{}", refused.detail);
+    host.switch.settle().await;
+    assert!(host.port(1).await.status.unmade.is_empty());
+    assert_eq!(host.pfs.take_made(PF), [], "the PF is not asked");
+
+    host.set(&rate(1000)).await.unwrap();
+    host.until("made", async |host| host.pfs.vf(PF, 1).max_tx_rate == 1000).await;
+    // Without a VF, no PF has to hold it: a boot is refused then.
+    let mut host = Host::empty().await;
+    host.set(&rate(1001)).await.unwrap();
+    let error = host.power_on(1).await.unwrap_err().problem();
+    assert_eq!(error.code, ProblemCode::PolicyUnenforceable);
+    assert!(error.detail.contains("not 1001"), "{}", error.detail);
+}
+
+/// The cause of a failure is the disk: a database that is told to be closed has users look for a dead agent.
+#[tokio::test]
+async fn a_full_disk_is_told_as_such() {
+    let host = Host::new("{}").await;
+    host.attach(0, Some("web")).await.unwrap();
+    let other = host.database();
+    for event in ["INSERT", "UPDATE", "DELETE"] {
+        let trigger = format!(
+            "CREATE TRIGGER full_{event} BEFORE {event} ON objects BEGIN SELECT RAISE(ABORT, 'disk is full'); END"
+        );
+        other.execute_batch(&trigger).unwrap();
+    }
+    let bound = host.switch.bind(vm(0), "eth0", vf(0), "0000:01:10.0".into()).await.map(drop);
+    let released = host.switch.released(vm(1), "eth0").await;
+    let edited = host.set(r#"{"mtu": 1400}"#).await;
+    for problem in [bound.unwrap_err().problem(), released.unwrap_err().problem(), edited.unwrap_err()] {
+        let detail = &problem.detail;
+        assert!(detail.contains("disk is full") && !detail.contains("closed"), "{detail}");
+    }
 }
 
 #[tokio::test]

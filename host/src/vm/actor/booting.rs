@@ -4,9 +4,11 @@
 
 use std::sync::atomic::Ordering;
 
-use api::types::VmLimits;
+use api::types::{ByteSize, VmLimits};
+use uuid::Uuid;
 
 use super::*;
+use crate::cgroup::CgroupError;
 
 /// Why a machine was not built.
 pub(super) enum NotBuilt {
@@ -26,6 +28,7 @@ enum Waited {
     Ran(Result<(Connection, mpsc::Receiver<Event>), Problem>),
     Died(Exit),
     Unwanted(Sent),
+    Lapsed,
 }
 
 impl Actor {
@@ -94,6 +97,7 @@ impl Actor {
             restart: RestartStatus { attempts, next: None },
             user,
             off: Some(self.env.protections_off()),
+            leased: self.run.leased,
             ..RunRecord::default()
         };
         if let Err(problem) = self.store().await {
@@ -146,6 +150,7 @@ impl Actor {
             // A vmm that dies must not be waited for.
             exit = ended(&mut self.process) => Waited::Died(exit),
             sent = self.inbox.next_end(self.vm.revision) => Waited::Unwanted(sent),
+            () = self.tenancy.lapses(&self.env.ending) => Waited::Lapsed,
         };
         let (connection, events) = match waited {
             Waited::Ran(Ok(running)) => running,
@@ -161,6 +166,10 @@ impl Actor {
             Waited::Died(exit) => return Err(crashed(exit, &self.directory).into()),
             Waited::Unwanted((span, command)) => {
                 self.end_boot(command).instrument(span).await;
+                return Err(NotBuilt::Unwanted);
+            }
+            Waited::Lapsed => {
+                self.lapse().await;
                 return Err(NotBuilt::Unwanted);
             }
         };
@@ -183,7 +192,10 @@ impl Actor {
             }
             Command::Delete { caller, expect, done } => self.delete(caller, expect, done).await,
             // Not what `Inbox::next_end` gives.
-            Command::Edit { .. } | Command::Leave { .. } => {}
+            Command::Edit { .. }
+            | Command::Lease { .. }
+            | Command::EndLease { .. }
+            | Command::Leave { .. } => {}
         }
     }
 
@@ -193,23 +205,20 @@ impl Actor {
         let (env, vm, pid) = (Arc::clone(&self.env), self.vm.id, process.identity().pid);
         let asked = self.vm.value.spec.limits.clone();
         let default = cgroup::default_memory(&self.vm.value.spec);
+        let spec = &self.vm.value.spec;
+        let huge_pages = if spec.hugepages { spec.memory.bytes() } else { 0 };
         let set = move || {
-            let limit = |limits: &VmLimits| cgroup::limit(&env.cgroup_parent, vm, limits, pid);
-            let limits = asked.clone().unwrap_or_default();
-            if limits.memory.is_some() {
-                return limit(&limits);
-            }
-            let Err(error) = limit(&VmLimits { memory: Some(default), ..limits }) else { return Ok(()) };
-            // The limits that the VM has must be set all the same.
-            asked.as_ref().map_or(Ok(()), limit)?;
-            if !env.told_unlimited.swap(true, Ordering::Relaxed) {
+            limit_memory(&env, vm, asked, default, pid)?;
+            let limited = cgroup::limit_huge_pages(&env.cgroup_parent, vm, huge_pages, pid);
+            if let Err(error) = limited
+                && !env.told_unlimited_huge_pages.swap(true, Ordering::Relaxed)
+            {
                 tracing::warn!(
-                    "VMs without limits.memory have no default limit of memory, and a process that its guest takes over can \
-                     take all of the host's: {}",
+                    "VMs have no limit of huge pages, and a process that its guest takes over can take all that are free: {}",
                     chain(&error)
                 );
             }
-            Ok(())
+            Ok::<_, CgroupError>(())
         };
         let limited = tokio::task::spawn_blocking(set).await;
         limited.map_err(|error| Problem::new(ProblemCode::Internal, chain(&error)))?.map_err(|error| {
@@ -240,4 +249,30 @@ impl Actor {
         tracing::error!(vm = %self.name(), code = %problem.code, "cannot be booted: {problem}");
         self.run.cause = Some(boot_failed(&problem));
     }
+}
+
+/// Sets the limits that were `asked` for, or `default` for the memory if the host can set it.
+fn limit_memory(
+    env: &Environment,
+    vm: Uuid,
+    asked: Option<VmLimits>,
+    default: ByteSize,
+    pid: i32,
+) -> Result<(), CgroupError> {
+    let limit = |limits: &VmLimits| cgroup::limit(&env.cgroup_parent, vm, limits, pid);
+    let limits = asked.clone().unwrap_or_default();
+    if limits.memory.is_some() {
+        return limit(&limits);
+    }
+    let Err(error) = limit(&VmLimits { memory: Some(default), ..limits }) else { return Ok(()) };
+    // The limits that the VM has must be set all the same.
+    asked.as_ref().map_or(Ok(()), limit)?;
+    if !env.told_unlimited.swap(true, Ordering::Relaxed) {
+        tracing::warn!(
+            "VMs without limits.memory have no default limit of memory, and a process that its guest takes over can \
+             take all of the host's: {}",
+            chain(&error)
+        );
+    }
+    Ok(())
 }

@@ -108,7 +108,7 @@ impl Actor {
     }
 }
 
-fn later(delay: Duration) -> Timestamp {
+pub(super) fn later(delay: Duration) -> Timestamp {
     let ms = u64::try_from(delay.as_millis()).unwrap_or(u64::MAX);
     Timestamp::from_unix_ms(Timestamp::now().unix_ms().saturating_add(ms))
 }

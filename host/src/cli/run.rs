@@ -1,0 +1,189 @@
+// SPDX-License-Identifier: Apache-2.0
+
+//! `portcullis run`.
+
+use std::time::Duration;
+
+use api::{Client, ClientError, ProblemCode, types::*};
+use clap::Args;
+use tokio::signal::unix::{Signal, SignalKind, signal};
+
+use super::{
+    console,
+    error::CliError,
+    lease::Kept,
+    output::Output,
+    spec_file,
+    vm::{act, delete},
+};
+
+/// The wait for an agent that is restarted while it has the VM of `run --rm`: as long as that agent waits for this command.
+const AGENT_AWAY: Duration = Duration::from_secs(60);
+
+#[derive(Debug, Args)]
+pub(super) struct RunArgs {
+    /// The VM's specification: a .toml, .yaml or .json file, or - for standard input.
+    file: String,
+    /// Deletes the VM when it has ended, could not be booted, or this command ends, also if it is killed or its connection is lost,
+    /// unless the VM was there before. A console that is detached by its key leaves the VM. A restart of the agent is no end: the
+    /// command waits 60 s for the agent, and the agent for the command.
+    #[arg(long)]
+    rm: bool,
+    /// Waits at most this many seconds for it to be booted, whose console is then shown all the same, and with --rm to be deleted.
+    #[arg(long, visible_alias = "timeout", value_name = "SECONDS", default_value_t = 60,
+        value_parser = clap::value_parser!(u64).range(1..=api::router::MAX_WAIT_SECONDS))]
+    wait: u64,
+    /// Shows what the guest writes and sends nothing to it, as without a terminal.
+    #[arg(long)]
+    no_input: bool,
+}
+
+/// Creates and boots a VM and follows its console to its end.
+pub(super) async fn run_file(
+    client: &Client,
+    output: &mut Output<'_>,
+    args: RunArgs,
+) -> Result<(), CliError> {
+    let spec = spec_file::read_vm(&args.file)?;
+    // Before there is a VM that must not be left.
+    let signals = if args.rm { Some(Signals::new()?) } else { None };
+    let create = async {
+        match args.rm {
+            // Deleted by the agent if this process ends before it has the lease.
+            true => client.create_leased_vm(&spec).await,
+            false => client.create_vm(&spec).await,
+        }
+    };
+    let (vm, created) = match create.await {
+        Ok(vm) => (vm, true),
+        Err(error) => (same_vm(client, &spec, error).await?, false),
+    };
+    let (name, state) = (vm.name.to_string(), vm.status.state);
+    if !state.is_at_rest() {
+        return Err(CliError::Up { vm: name, state });
+    }
+    let id = vm.id.to_string();
+    // The agent is about to delete the VM of a command that was killed: this one takes it over.
+    let abandoned = vm.status.lease.is_some();
+    if abandoned && !args.rm {
+        client.end_lease(&id).await?;
+    }
+    // What this command did not make is somebody else's.
+    let remove = args.rm && (created || abandoned);
+    if args.rm && !remove {
+        eprintln!("portcullis: the VM {name} was there before: --rm does not delete it");
+    }
+    let _lease = if remove { hold(client, &name, &id).await } else { None };
+    let Some(mut signals) = signals else {
+        return boot_and_follow(client, output, &args, &name, &id, false).await;
+    };
+    let signal = tokio::select! {
+        result = boot_and_follow(client, output, &args, &name, &id, remove) => return result,
+        signal = signals.next() => signal,
+    };
+    if remove {
+        // A second signal ends the wait for the deletion, which the agent completes.
+        tokio::select! {
+            () = remove_after(client, &name, &id, args.wait) => {}
+            _ = signals.next() => {}
+        }
+    }
+    Err(CliError::Signalled { signal })
+}
+
+/// The lease of a VM that this command has made. Without it the VM is left if the command is killed, which is no reason not to run
+/// it.
+async fn hold(client: &Client, name: &str, id: &str) -> Option<Kept> {
+    match Kept::take(client, id.to_owned()).await {
+        Ok(lease) => Some(lease),
+        Err(error) => {
+            eprintln!("portcullis: the VM {name} is not deleted if this command is killed: {error}");
+            // The agent would delete it for want of a client.
+            drop(client.end_lease(id).await);
+            None
+        }
+    }
+}
+
+/// The signals that end a command in the ordinary way.
+struct Signals([(i32, Signal); 3]);
+
+impl Signals {
+    fn new() -> Result<Self, CliError> {
+        let listen = |kind: SignalKind| signal(kind).map(|signal| (kind.as_raw_value(), signal));
+        let signals = [SignalKind::terminate(), SignalKind::interrupt(), SignalKind::hangup()].map(listen);
+        let [Ok(terminate), Ok(interrupt), Ok(hangup)] = signals else {
+            return Err(CliError::Terminal(std::io::Error::other("signals cannot be handled")));
+        };
+        Ok(Self([terminate, interrupt, hangup]))
+    }
+
+    /// The number of the next one.
+    async fn next(&mut self) -> i32 {
+        let [(terminate, first), (interrupt, second), (hangup, third)] = &mut self.0;
+        tokio::select! {
+            _ = first.recv() => *terminate,
+            _ = second.recv() => *interrupt,
+            _ = third.recv() => *hangup,
+        }
+    }
+}
+
+async fn boot_and_follow(
+    client: &Client,
+    output: &mut Output<'_>,
+    args: &RunArgs,
+    name: &str,
+    id: &str,
+    remove: bool,
+) -> Result<(), CliError> {
+    if let Err(error) = act(client, id, VmAction::Boot, args.wait).await {
+        match remove {
+            true => remove_after(client, name, id, args.wait).await,
+            false => eprintln!(
+                "portcullis: the VM {name} is there all the same: `portcullis vm delete {name}`, or mend it and boot it"
+            ),
+        }
+        return Err(error.into());
+    }
+    let patience = if remove { AGENT_AWAY } else { Duration::ZERO };
+    match console::attach(client, output, name, id, args.no_input, patience).await? {
+        console::End::Rest => {}
+        // The caller hears the same signal.
+        console::End::Signalled if args.rm => std::future::pending().await,
+        console::End::Detached if remove => return Ok(client.end_lease(id).await?),
+        // It runs on.
+        console::End::Detached | console::End::Signalled => return Ok(()),
+    }
+    let status = client.get_vm(id).await?.status;
+    if status.state == VmState::Failed {
+        if remove {
+            remove_after(client, name, id, args.wait).await;
+        }
+        let why = status.cause.map_or_else(|| "no cause is known".to_owned(), |cause| cause.detail);
+        return Err(CliError::VmFailed { vm: name.to_owned(), why });
+    }
+    if remove {
+        delete(client, id, None, args.wait).await?;
+    }
+    Ok(())
+}
+
+/// Deletes the VM of a command that has failed: why that has is what the command ends with, so that what deleting says is told beside it.
+async fn remove_after(client: &Client, name: &str, id: &str, wait: u64) {
+    if let Err(error) = delete(client, id, None, wait).await {
+        eprintln!("portcullis: the VM {name} is not deleted (`portcullis vm delete {name}`): {error}");
+    }
+}
+
+/// The VM of an earlier run with the same file, whose name is taken; else the error. A VM that lives by the lease of another command
+/// is that command's.
+async fn same_vm(client: &Client, spec: &VmSpec, error: ClientError) -> Result<Vm, CliError> {
+    if error.problem().is_none_or(|problem| problem.code != ProblemCode::NameTaken) {
+        return Err(error.into());
+    }
+    match client.get_vm(spec.name.as_str()).await {
+        Ok(vm) if vm.spec == *spec && vm.status.lease.is_none_or(|lease| lease.until.is_some()) => Ok(vm),
+        _ => Err(error.into()),
+    }
+}

@@ -1,0 +1,140 @@
+// SPDX-License-Identifier: Apache-2.0
+
+//! VMs that live by a lease: without a client they are stopped and deleted.
+//!
+//! The mark `leased` of the run record outlives the agent, and the clients' connections do not: an agent that starts waits for
+//! some time until a client takes the lease again.
+
+use std::{
+    convert::Infallible,
+    sync::atomic::{AtomicBool, Ordering},
+};
+
+use api::{Lease, types::VmLease};
+use tokio::time::{Instant, sleep_until};
+
+use super::{restart::later, *};
+
+/// The clients that a VM lives by.
+#[derive(Default)]
+pub(super) struct Tenancy {
+    held: Option<Clients>,
+    /// The end of the wait for a client, also as users see it.
+    until: Option<(Instant, Timestamp)>,
+}
+
+/// At least one client, as long as the channel is open.
+struct Clients {
+    /// Nothing comes from it but its end, when the last client has dropped its sender.
+    gone: mpsc::Receiver<Infallible>,
+    client: mpsc::WeakSender<Infallible>,
+    /// Dropped at the end of the lease.
+    lease: watch::Sender<()>,
+}
+
+impl Tenancy {
+    /// Completes when the VM must end: its last client is gone, or none has come in time. Never while the agent is `ending`: it
+    /// closes the connections of its clients, and they take their leases of the next agent.
+    pub(super) async fn lapses(&mut self, ending: &AtomicBool) {
+        let Self { held, until } = self;
+        let gone = async {
+            match held {
+                Some(clients) => drop(clients.gone.recv().await),
+                None => pending().await,
+            }
+        };
+        let late = async {
+            match until {
+                Some((until, _)) => sleep_until(*until).await,
+                None => pending().await,
+            }
+        };
+        tokio::select! {
+            () = gone => {}
+            () = late => {}
+        }
+        if ending.load(Ordering::SeqCst) {
+            pending().await
+        }
+    }
+
+    /// The lease of a further client.
+    fn admit(&mut self) -> Lease {
+        self.until = None;
+        let known =
+            self.held.as_ref().and_then(|held| Some((held.client.upgrade()?, held.lease.subscribe())));
+        let (client, mut lease) = known.unwrap_or_else(|| {
+            let (client, gone) = mpsc::channel(1);
+            let (lease, ended) = watch::channel(());
+            self.held = Some(Clients { gone, client: client.downgrade(), lease });
+            (client, ended)
+        });
+        Lease::new(async move {
+            let _client = client;
+            while lease.changed().await.is_ok() {}
+        })
+    }
+
+    /// The lease as users see it.
+    pub(super) fn shown(&self) -> VmLease {
+        VmLease { until: self.until.map(|(_, until)| until) }
+    }
+}
+
+impl Actor {
+    pub(super) async fn take_lease(&mut self) -> Result<Lease, Problem> {
+        if !self.deleting.is_empty() {
+            return Err(Problem::not_found(&api::Missing::new("VM", self.vm.id)));
+        }
+        self.set_leased(true).await?;
+        let lease = self.tenancy.admit();
+        self.publish();
+        Ok(lease)
+    }
+
+    pub(super) async fn end_lease(&mut self) -> Result<(), Problem> {
+        self.set_leased(false).await?;
+        self.tenancy = Tenancy::default();
+        self.publish();
+        Ok(())
+    }
+
+    /// Stores whether the VM lives by a lease: a mark that the next agent does not find would leave it, or end it.
+    async fn set_leased(&mut self, leased: bool) -> Result<(), Problem> {
+        if self.run.leased == leased {
+            return Ok(());
+        }
+        self.run.leased = leased;
+        let stored = self.store().await;
+        if stored.is_err() {
+            self.run.leased = !leased;
+        }
+        stored
+    }
+
+    /// Begins the wait for a client, if the VM needs one and has none.
+    pub(super) fn await_client(&mut self) {
+        let delay = self.env.lease_grace;
+        if self.run.leased && self.tenancy.held.is_none() {
+            self.tenancy.until = Instant::now().checked_add(delay).map(|until| (until, later(delay)));
+            self.publish();
+        }
+    }
+
+    /// The VM has no client any more: stops and deletes it. If it cannot be deleted, that is tried again.
+    pub(super) async fn lapse(&mut self) {
+        self.tenancy = Tenancy::default();
+        if !self.deleting.is_empty() {
+            return;
+        }
+        tracing::info!(vm = %self.name(), id = %self.vm.id, "the client of its lease is gone: it is stopped and deleted");
+        let (done, result) = oneshot::channel();
+        let (name, again) = (self.vm.name.clone(), self.env.lease_grace);
+        tokio::spawn(async move {
+            if let Ok(Err(problem)) = result.await {
+                tracing::error!(vm = %name, "it has no client and cannot be deleted, which is tried again in {again:?}: {problem}");
+            }
+        });
+        self.begin_deletion(done).await;
+    }
+}

@@ -1,0 +1,177 @@
+// SPDX-License-Identifier: Apache-2.0
+
+//! VMs that live by a lease.
+
+use std::{sync::atomic::Ordering, time::Duration};
+
+use api::{
+    problem::ProblemCode,
+    types::{EventKind, Stage, VmAction, VmState},
+};
+use tokio::time::{sleep, timeout};
+use uuid::Uuid;
+
+use super::fixture::{Host, PATIENCE, caller};
+use crate::{
+    store::{Entry, Expect, StoreError},
+    vm::{
+        VmHandle,
+        record::{RunRecord, VmRecord},
+    },
+};
+
+/// The wait for a client in these tests.
+const GRACE: Duration = Duration::from_millis(800);
+
+/// Long enough for an end that must not come.
+const SOON: Duration = Duration::from_millis(400);
+
+async fn host(grace: Duration) -> Host {
+    Host::with_environment(|env| env.lease_grace = grace).await
+}
+
+/// Waits until nothing is left of the VM.
+async fn is_gone(host: &Host, vm: &VmHandle) {
+    let ended = async {
+        while !vm.has_ended() {
+            sleep(Duration::from_millis(5)).await;
+        }
+    };
+    timeout(PATIENCE, ended).await.unwrap_or_else(|_| panic!("it stays: {:?}", vm.status()));
+    assert!(matches!(host.env.vms.get(vm.id).await, Err(StoreError::NotFound { .. })));
+    assert!(matches!(host.env.runs.get(vm.id).await, Err(StoreError::NotFound { .. })));
+    host.assert_untouched().await;
+}
+
+async fn lives_on(vm: &VmHandle, state: VmState) {
+    sleep(SOON).await;
+    assert_eq!((vm.has_ended(), vm.state()), (false, state));
+}
+
+#[tokio::test]
+async fn a_vm_ends_with_the_last_client_of_its_lease() {
+    let host = host(Duration::from_secs(3600)).await;
+    let mut events = host.env.policy.as_ref().unwrap().events.subscribe(None).unwrap();
+    let vm = host.create("web1", |_| {}).await;
+    assert_eq!(vm.status().lease, None);
+    let first = vm.lease().await.unwrap();
+    host.act(&vm, VmAction::Boot).await.unwrap();
+    assert_eq!(vm.status().lease.unwrap().until, None);
+    // A client whose connection is slow to end has come again by another.
+    let second = vm.lease().await.unwrap();
+    drop(first);
+    lives_on(&vm, VmState::Running).await;
+    assert_eq!(host.claims().await, 1);
+    drop(second);
+    is_gone(&host, &vm).await;
+    let mut by = None;
+    while let Ok(event) = events.try_recv() {
+        if let EventKind::Deleted { object, by: who } = event.what
+            && object.id == vm.id
+        {
+            by = Some(who);
+        }
+    }
+    assert_eq!(by, Some(None), "the agent did it by itself");
+    assert_eq!(vm.lease().await.map(drop).unwrap_err().code, ProblemCode::NotFound);
+}
+
+#[tokio::test]
+async fn a_vm_whose_lease_is_ended_lives_on() {
+    let host = host(GRACE).await;
+    let vm = host.create("web1", |_| {}).await;
+    let lease = vm.lease().await.unwrap();
+    host.act(&vm, VmAction::Boot).await.unwrap();
+    vm.end_lease().await.unwrap();
+    timeout(PATIENCE, lease).await.expect("the client hears of it");
+    lives_on(&vm, VmState::Running).await;
+    assert_eq!(vm.status().lease, None);
+    assert!(!host.env.runs.get(vm.id).await.unwrap().value.leased, "also after the agent's end");
+    vm.end_lease().await.unwrap();
+    // A VM that is deleted by somebody else ends the lease, too.
+    let lease = vm.lease().await.unwrap();
+    vm.delete(caller(), None).await.unwrap();
+    timeout(PATIENCE, lease).await.expect("the client hears of it");
+    is_gone(&host, &vm).await;
+}
+
+/// A VM that has just been created has a client soon, or never.
+#[tokio::test]
+async fn a_vm_that_is_created_with_a_lease_waits_for_its_client() {
+    let host = host(GRACE).await;
+    for comes in [true, false] {
+        let spec = super::fixture::spec("web1");
+        let (id, value) = (Uuid::new_v4(), VmRecord::new(api::types::Timestamp::now(), spec, &caller()));
+        let revision = host.env.vms.put(id, "web1", &value, Expect::Absent).await.unwrap();
+        let entry = Entry { id, name: "web1".into(), revision, value };
+        let vm = VmHandle::start_leased(host.env.clone(), entry);
+        let mut status = vm.follow();
+        let waits = status.wait_for(|status| status.lease.is_some_and(|lease| lease.until.is_some()));
+        timeout(PATIENCE, waits).await.expect("it says how long it waits").unwrap();
+        if comes {
+            let lease = vm.lease().await.unwrap();
+            sleep(GRACE).await;
+            lives_on(&vm, VmState::Defined).await;
+            drop(lease);
+        }
+        is_gone(&host, &vm).await;
+    }
+}
+
+/// An agent that ends closes the connections of its clients, and is not their end. The next one waits for them.
+#[tokio::test]
+async fn the_next_agent_waits_for_the_client_for_a_time() {
+    for comes in [true, false] {
+        let mut host = host(GRACE).await;
+        let vm = host.create("web1", |_| {}).await;
+        let lease = vm.lease().await.unwrap();
+        host.act(&vm, VmAction::Boot).await.unwrap();
+        host.env.ending.store(true, Ordering::SeqCst);
+        drop(lease);
+        lives_on(&vm, VmState::Running).await;
+        vm.leave().await;
+        host.env = host.another_agent(|env| env.lease_grace = GRACE).await;
+        let vm = host.load(vm.id).await;
+        host.reaches(&vm, VmState::Running).await;
+        let mut status = vm.follow();
+        let waits = status.wait_for(|status| status.lease.is_some_and(|lease| lease.until.is_some()));
+        timeout(PATIENCE, waits).await.expect("it says how long it waits").unwrap();
+        assert_eq!(host.claims().await, 1);
+        if comes {
+            let lease = vm.lease().await.unwrap();
+            sleep(GRACE).await;
+            lives_on(&vm, VmState::Running).await;
+            assert_eq!(vm.status().lease.unwrap().until, None);
+            drop(lease);
+        }
+        is_gone(&host, &vm).await;
+    }
+}
+
+#[tokio::test]
+async fn a_boot_ends_with_its_client() {
+    let host = host(GRACE).await;
+    let vm = host.create("web1", |_| {}).await;
+    let lease = vm.lease().await.unwrap();
+    host.gates().close("configure");
+    let booted = vm.act(VmAction::Boot, caller()).await.unwrap();
+    let mut status = vm.follow();
+    let builds = status.wait_for(|status| {
+        status.operation.as_ref().is_some_and(|operation| operation.stage == Stage::BuildingMachine)
+    });
+    timeout(PATIENCE, builds).await.expect("it is built").unwrap();
+    drop(lease);
+    is_gone(&host, &vm).await;
+    assert_eq!(booted.await.unwrap().unwrap_err().code, ProblemCode::WrongState);
+    host.gates().open("configure");
+}
+
+/// Records of agents that know no leases are of VMs without one.
+#[test]
+fn an_old_record_has_no_lease() {
+    let run: RunRecord = serde_json::from_value(
+        serde_json::json!({ "state": "stopped", "since": "2026-01-31T12:00:00.000Z" }),
+    )
+    .unwrap();
+    assert!(!run.leased);
+}

@@ -1,0 +1,39 @@
+// SPDX-License-Identifier: Apache-2.0
+
+//! Performance counters that a guest would have without a bit of CPUID.
+
+use kvm_bindings::{Msrs, kvm_msr_entry};
+use kvm_ioctls::{Kvm, VmFd};
+
+use crate::{machine, vcpu::cpuid};
+
+/// Event selectors: the first of AMD (APM vol. 2, 13.2), which is there whatever CPUID says, and the first of Intel.
+const SELECTORS: [u32; 2] = [0xc001_0000, 0x186];
+
+/// An event, cycles, without the bit that has it counted.
+const CYCLES: u64 = 0x76;
+
+/// The selectors that keep what is written to them.
+fn kept(kvm: &Kvm, vm: &VmFd) -> Vec<u32> {
+    let vcpu = vm.create_vcpu(0).unwrap();
+    // All of the host's, counters among them: not CPUID is tried here.
+    vcpu.set_cpuid2(&cpuid::supported(kvm).unwrap()).unwrap();
+    let keeps = |selector: &u32| {
+        let entry = |data| kvm_msr_entry { index: *selector, data, ..kvm_msr_entry::default() };
+        let mut read = Msrs::from_entries(&[entry(0)]).unwrap();
+        vcpu.set_msrs(&Msrs::from_entries(&[entry(CYCLES)]).unwrap()).is_ok_and(|count| count == 1)
+            && vcpu.get_msrs(&mut read).is_ok_and(|count| count == 1)
+            && read.as_slice()[0].data == CYCLES
+    };
+    SELECTORS.into_iter().filter(keeps).collect()
+}
+
+/// On a host whose KVM has counters (`kvm.enable_pmu`), a VM of ours has none all the same.
+#[test]
+fn a_vm_has_no_performance_counters() {
+    let kvm = Kvm::new().expect("/dev/kvm is needed");
+    let others = kept(&kvm, &kvm.create_vm().unwrap());
+    let ours = kept(&kvm, &machine::create_vm(&kvm).unwrap());
+    println!("a VM has the selectors {others:#x?}, one of ours {ours:#x?}");
+    assert!(ours.is_empty(), "{ours:#x?}, of {others:#x?}");
+}
