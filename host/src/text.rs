@@ -100,7 +100,7 @@ mod tests {
         let escaped = "a\\u{202e}b\\u{2066}c\\u{2028}d";
         assert_eq!(printable(text), escaped);
         assert_eq!(printable_lines(text), escaped);
-        assert_eq!(clipped(text, 2), "a\\u{202e}…");
+        assert_eq!(printable(&netpolicy::clipped(text, 2)), "a\\u{202e}…");
         let mut line = String::new();
         write_line(&mut line, format_args!("{text}")).unwrap();
         assert_eq!(line, escaped);

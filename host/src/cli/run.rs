@@ -12,10 +12,11 @@ use super::{
     console,
     error::CliError,
     lease::Kept,
-    output::Output,
+    output::{Output, warn},
     spec_file,
     vm::{act, delete},
 };
+use crate::text::printable;
 
 /// The wait for an agent that is restarted while it has the VM of `run --rm`: as long as that agent waits for this command.
 const AGENT_AWAY: Duration = Duration::from_secs(60);
@@ -71,7 +72,7 @@ pub(super) async fn run_file(
     // What this command did not make is somebody else's.
     let remove = args.rm && (created || abandoned);
     if args.rm && !remove {
-        eprintln!("portcullis: the VM {name} was there before: --rm does not delete it");
+        warn(format_args!("portcullis: the VM {name} was there before: --rm does not delete it"));
     }
     let _lease = if remove { hold(client, &name, &id).await } else { None };
     let Some(mut signals) = signals else {
@@ -97,7 +98,9 @@ async fn hold(client: &Client, name: &str, id: &str) -> Option<Kept> {
     match Kept::take(client, id.to_owned()).await {
         Ok(lease) => Some(lease),
         Err(error) => {
-            eprintln!("portcullis: the VM {name} is not deleted if this command is killed: {error}");
+            warn(printable(&format!(
+                "portcullis: the VM {name} is not deleted if this command is killed: {error}"
+            )));
             // The agent would delete it for want of a client.
             drop(client.end_lease(id).await);
             None
@@ -140,9 +143,9 @@ async fn boot_and_follow(
     if let Err(error) = act(client, id, VmAction::Boot, args.wait).await {
         match remove {
             true => remove_after(client, name, id, args.wait).await,
-            false => eprintln!(
+            false => warn(format_args!(
                 "portcullis: the VM {name} is there all the same: `portcullis vm delete {name}`, or mend it and boot it"
-            ),
+            )),
         }
         return Err(error.into());
     }
@@ -172,7 +175,9 @@ async fn boot_and_follow(
 /// Deletes the VM of a command that has failed: why that has is what the command ends with, so that what deleting says is told beside it.
 async fn remove_after(client: &Client, name: &str, id: &str, wait: u64) {
     if let Err(error) = delete(client, id, None, wait).await {
-        eprintln!("portcullis: the VM {name} is not deleted (`portcullis vm delete {name}`): {error}");
+        warn(printable(&format!(
+            "portcullis: the VM {name} is not deleted (`portcullis vm delete {name}`): {error}"
+        )));
     }
 }
 

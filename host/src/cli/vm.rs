@@ -9,11 +9,10 @@ use clap::{Args, Subcommand};
 
 use super::{
     error::CliError,
-    output::{Output, or_dash, warn},
+    output::{Output, or_dash},
     progress::{self, DELETING, verb_of},
     spec_file, vm_edit,
 };
-use crate::text::printable;
 
 #[derive(Debug, Subcommand)]
 pub(super) enum VmCommand {

@@ -64,7 +64,7 @@ impl ObjectStore for MemoryStore {
             let mut state = self.state();
             let mut next = state.clone();
             let revisions = operations.into_iter().map(|operation| next.apply(operation)).collect();
-            if let Ok(_) = &revisions {
+            if revisions.is_ok() {
                 *state = next;
                 self.newest.send_replace(state.revision);
             }

@@ -8,7 +8,10 @@ use api::{Client, ClientError, ProblemCode, client::Console, types::VmState};
 use axum::body::Bytes;
 use tokio::time::sleep;
 
-use super::super::lease::{AGAIN, is_away};
+use super::super::{
+    lease::{AGAIN, is_away},
+    output::warn_raw,
+};
 
 /// The output of a VM's console.
 pub(super) struct Followed<'a> {
@@ -54,7 +57,7 @@ impl<'a> Followed<'a> {
                 Err(error) if self.patience.is_zero() || !is_away(&error) => return Err(error),
                 Ok(None) | Err(_) => {
                     if self.away.is_none() {
-                        eprint!("portcullis: the agent is away: this command waits for it\r\n");
+                        warn_raw("portcullis: the agent is away: this command waits for it");
                     }
                     self.console = None;
                     self.away = Some(Instant::now());
