@@ -266,6 +266,9 @@ pub struct Denial {
     pub old: Option<String>,
     /// What was asked for.
     pub requested: String,
+    /// For people: the port that has the address, for example.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub detail: Option<String>,
 }
 
 /// The answer to a change of the address that does not depend on anything but the address: whoever knows it can refuse
