@@ -27,8 +27,9 @@ pub use ident::{Name, NameError, PortGroupId, PortId, SwitchId, VfRef, VmId, cli
 pub use mac::{MacAddress, MacError, MacPattern};
 pub use objects::{DeviceState, PfSettings, Port, PortGroup, Switch, SwitchKind, VmRef};
 pub use policy::{
-    EffectivePolicy, ForgedTransmits, Limit, MacChanges, MacPatterns, Mtu, MulticastLimit, OnDenied,
-    Promiscuous, RangeError, Rate, Setting, Settings, Source, Sourced, UnicastLimit, VlanLimit, VlanPolicy,
+    EffectivePolicy, ForgedTransmits, Limit, MacChanges, MacPatterns, MacSharing, Mtu, MulticastLimit,
+    OnDenied, Promiscuous, RangeError, Rate, Setting, Settings, Source, Sourced, UnicastLimit, VlanLimit,
+    VlanPolicy,
 };
 pub use request::{
     Change, DecidedBy, Denial, Evaluation, LinkState, PromiscuousMode, Reason, Request, Route,

@@ -202,6 +202,18 @@ impl From<MacPatterns> for Vec<MacPattern> {
     }
 }
 
+/// Whether a port may have an address that another port has. In JSON `"reject"` or `"same_vm"`.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum MacSharing {
+    /// An address belongs to one port of the switch at a time.
+    #[default]
+    Reject,
+    /// Ports of one VM may have the same address, if their VFs are of different PFs. Each may have the initial addresses of the
+    /// others without a word of `mac_changes`: they are the VM's own.
+    SameVm,
+}
+
 /// Whether the guest may send frames from other addresses than its effective one.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
@@ -359,6 +371,8 @@ macro_rules! settings {
 
 settings! {
     mac_changes MacChanges MacChanges = MacChanges::Reject, "Changes of the effective address. Rejected by default.";
+    mac_sharing MacSharing MacSharing = MacSharing::Reject,
+        "Addresses that two ports of one VM have, each on another PF, as a bond's. Rejected by default.";
     forged_transmits ForgedTransmits ForgedTransmits = ForgedTransmits::Reject,
         "Frames from other addresses. Rejected by default.";
     promiscuous Promiscuous Promiscuous = Promiscuous::Reject, "Frames to other addresses. Rejected by default.";

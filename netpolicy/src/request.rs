@@ -267,6 +267,9 @@ pub struct Denial {
     pub old: Option<String>,
     /// The value that the guest requested.
     pub requested: String,
+    /// For people: the port that has the address, for example.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub detail: Option<String>,
 }
 
 /// The verdict on changes of the address that depends on nothing but the address. A relay that has it can deny such a

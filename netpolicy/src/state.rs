@@ -17,6 +17,7 @@
 mod correct;
 mod device;
 mod evaluate;
+mod sharing;
 mod tables;
 
 use std::{
@@ -28,7 +29,7 @@ use thiserror::Error;
 use uuid::Uuid;
 
 use crate::{
-    ident::{Name, PortGroupId, PortId, SwitchId, VfRef},
+    ident::{Name, PortGroupId, PortId, SwitchId, VfRef, VmId},
     mac::MacAddress,
     objects::{Port, PortGroup, Switch},
     policy::{EffectivePolicy, Setting, Source},
@@ -42,8 +43,10 @@ pub struct SwitchState {
     switches: BTreeMap<SwitchId, Switch>,
     groups: BTreeMap<PortGroupId, PortGroup>,
     ports: BTreeMap<PortId, Port>,
-    // Exactly `Port::addresses` of all ports.
-    by_mac: BTreeMap<(SwitchId, MacAddress), PortId>,
+    // Exactly `Port::addresses` of all ports. Those that have the same one are of one VM.
+    by_mac: BTreeSet<(SwitchId, MacAddress, PortId)>,
+    // Exactly `Port::vm` of all ports.
+    by_vm: BTreeSet<(VmId, PortId)>,
     // Exactly `Port::vf` of all ports.
     by_vf: BTreeMap<VfRef, PortId>,
     // Exactly `DeviceState::wanted_unicast` of all ports.
@@ -193,10 +196,15 @@ impl SwitchState {
         self.ports.values()
     }
 
-    /// The port that holds an address on a switch: as its initial, effective or further one, or in a pending change.
-    #[must_use]
-    pub fn port_of_mac(&self, switch: SwitchId, mac: MacAddress) -> Option<&Port> {
-        self.by_mac.get(&(switch, mac)).and_then(|id| self.ports.get(id))
+    /// The ports that hold an address on a switch: as their initial, effective or further one, or in a pending change. All
+    /// belong to one VM.
+    pub fn ports_of_mac(&self, switch: SwitchId, mac: MacAddress) -> impl Iterator<Item = &Port> {
+        let holders = (switch, mac, PortId(Uuid::nil()))..=(switch, mac, PortId(Uuid::max()));
+        self.by_mac.range(holders).filter_map(|(_, _, id)| self.ports.get(id))
+    }
+
+    fn is_free(&self, switch: SwitchId, mac: MacAddress) -> bool {
+        self.ports_of_mac(switch, mac).next().is_none()
     }
 
     /// Takes the addresses that a port has given up since the last call, and that other ports were denied before. A
@@ -215,11 +223,7 @@ impl SwitchState {
     /// first one has [corrections](Self::corrections) now.
     pub fn offer(&mut self, switch: SwitchId, mac: MacAddress) -> Vec<PortId> {
         self.freed.remove(&(switch, mac));
-        if self.by_mac.contains_key(&(switch, mac)) {
-            Vec::new()
-        } else {
-            self.wanting(switch, mac).collect()
-        }
+        if self.is_free(switch, mac) { self.wanting(switch, mac).collect() } else { Vec::new() }
     }
 
     fn wanting(&self, switch: SwitchId, mac: MacAddress) -> impl Iterator<Item = PortId> {

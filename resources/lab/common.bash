@@ -83,6 +83,13 @@ use_emulator() {
   emulator=$emulator/qemu-system-x86_64
 }
 
+# Sets `programs` to where the archives of programs for guests are, or ends with the way to get them.
+use_programs() {
+  programs=$(cache_to_use)/programs
+  missing_ingredients "$programs" >/dev/null ||
+    die "the lab's programs for guests are not complete: $lab_dir/prepare --check tells what is missing"
+}
+
 # Prints the files of the modules named, with what they depend on, in the order in which they must be inserted.
 # Needs modules_root and release. Built-in modules are skipped.
 module_files() {

@@ -43,6 +43,7 @@ fn described() -> Vec<(&'static str, Option<&'static str>, RefOr<Schema>)> {
     let rate = OneOfBuilder::new().item(words(&["unlimited"])).item(only("max_tx_mbit", number(1, u32::MAX)));
     vec![
         ("mac_changes", Some("MacChanges"), mac_changes.into()),
+        ("mac_sharing", Some("MacSharing"), words(&["reject", "same_vm"]).into()),
         ("forged_transmits", Some("ForgedTransmits"), words(&["reject", "accept"]).into()),
         ("promiscuous", Some("Promiscuous"), words(&["reject", "multicast", "accept"]).into()),
         ("vlan", Some("Vlan"), vlan.into()),

@@ -4,8 +4,8 @@
 
 use clap::Args;
 use netpolicy::{
-    AccessVlan, EffectivePolicy, ForgedTransmits, MacChanges, MacPatterns, Mtu, MulticastLimit, OnDenied,
-    Promiscuous, Qos, Rate, Setting, Settings, Source, UnicastLimit, VlanId, VlanLimit, VlanPolicy,
+    AccessVlan, EffectivePolicy, ForgedTransmits, MacChanges, MacPatterns, MacSharing, Mtu, MulticastLimit,
+    OnDenied, Promiscuous, Qos, Rate, Setting, Settings, Source, UnicastLimit, VlanId, VlanLimit, VlanPolicy,
 };
 use serde::{Serialize, de::DeserializeOwned};
 use serde_json::{Map, Value};
@@ -18,6 +18,9 @@ pub(super) struct SettingsArgs {
     /// (02:00:00:00:00:01,00:00:5e:00:01:00/ff:ff:ff:ff:ff:00).
     #[arg(long, value_name = "POLICY", value_parser = mac_changes)]
     mac_changes: Option<MacChanges>,
+    /// Addresses that two ports of one VM have, each on another PF: reject or same_vm.
+    #[arg(long, value_name = "POLICY", value_parser = word::<MacSharing>)]
+    mac_sharing: Option<MacSharing>,
     /// Frames from other addresses than the effective one: reject or accept.
     #[arg(long, value_name = "POLICY", value_parser = word::<ForgedTransmits>)]
     forged_transmits: Option<ForgedTransmits>,
@@ -56,7 +59,7 @@ impl SettingsArgs {
         macro_rules! put {
             ($($field:ident)*) => { $(if self.$field.is_some() { settings.$field = self.$field; })* };
         }
-        put!(mac_changes forged_transmits promiscuous vlan multicast_limit unicast_limit vlan_limit mtu rate
+        put!(mac_changes mac_sharing forged_transmits promiscuous vlan multicast_limit unicast_limit vlan_limit mtu rate
             on_denied blocked);
     }
 }
@@ -79,7 +82,7 @@ pub(super) fn unset(settings: &mut Settings, unset: &[Setting]) {
             $(if unset.iter().any(|setting| setting.name() == stringify!($field)) { settings.$field = None; })*
         };
     }
-    clear!(mac_changes forged_transmits promiscuous vlan multicast_limit unicast_limit vlan_limit mtu rate
+    clear!(mac_changes mac_sharing forged_transmits promiscuous vlan multicast_limit unicast_limit vlan_limit mtu rate
         on_denied blocked);
 }
 
@@ -187,8 +190,8 @@ pub(super) fn brief(settings: &Settings) -> String {
         };
     }
     part! {
-        mac_changes show_mac_changes; forged_transmits plain; promiscuous plain; vlan show_vlan;
-        multicast_limit plain; unicast_limit plain; vlan_limit plain; mtu plain; rate show_rate; on_denied plain;
+        mac_changes show_mac_changes; mac_sharing plain; forged_transmits plain; promiscuous plain;
+        vlan show_vlan; multicast_limit plain; unicast_limit plain; vlan_limit plain; mtu plain; rate show_rate; on_denied plain;
         blocked plain;
     }
     parts.join(" ")
@@ -202,8 +205,8 @@ pub(super) fn lines(policy: &EffectivePolicy) -> Vec<(String, String)> {
         };
     }
     let lines: Vec<(&str, String, Source)> = line! {
-        mac_changes show_mac_changes; forged_transmits plain; promiscuous plain; vlan show_vlan;
-        multicast_limit plain; unicast_limit plain; vlan_limit plain; mtu plain; rate show_rate; on_denied plain;
+        mac_changes show_mac_changes; mac_sharing plain; forged_transmits plain; promiscuous plain;
+        vlan show_vlan; multicast_limit plain; unicast_limit plain; vlan_limit plain; mtu plain; rate show_rate; on_denied plain;
         blocked plain;
     };
     lines
@@ -240,8 +243,9 @@ mod tests {
     }
 
     /// One of each setting, as its option takes it.
-    const ALL: [(&str, &str); 11] = [
+    const ALL: [(&str, &str); 12] = [
         ("mac_changes", "02:00:00:00:00:01,00:00:5e:00:01:00/ff:ff:ff:ff:ff:00"),
+        ("mac_sharing", "same_vm"),
         ("forged_transmits", "accept"),
         ("promiscuous", "multicast"),
         ("vlan", "trunk:7,100-200"),

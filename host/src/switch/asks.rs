@@ -292,10 +292,9 @@ impl Actor {
             decided_by: None,
             old: Some(self.effective(port).to_string()),
             requested: mac.to_string(),
+            detail: None,
         });
-        let details: Vec<&str> = crossed.into_iter().chain(silent.then_some(TOLD)).collect();
-        let detail = (!details.is_empty()).then(|| details.join(". "));
-        Some(denied(decision, denial, detail))
+        Some(denied(decision, denial, crossed.into_iter().chain(silent.then_some(TOLD))))
     }
 
     pub(super) fn effective(&self, port: PortId) -> MacAddress {
@@ -332,9 +331,9 @@ impl Actor {
         if self.wanted(port) != before {
             self.save(port);
         }
-        let detail = (tell == OnDenied::Silent).then(|| TOLD.to_owned());
+        let told = (tell == OnDenied::Silent).then_some(TOLD);
         let decision = self.decision(port, question.request.name(), Outcome::Denied);
-        self.record(decision.map(|decision| denied(decision, denial, detail)));
+        self.record(decision.map(|decision| denied(decision, denial, told)));
     }
 
     /// Allowed, but not made. With `answer`, the guest's message still waits.
@@ -389,9 +388,11 @@ const TOLD: &str = "The guest was told that it succeeded";
 /// An edit and a guest's request that its relay refused.
 const CROSSED: &str = "Refused by the policy as it was before its last change";
 
-/// A decision to deny, filled in.
-fn denied(decision: Decision, denial: Denial, detail: Option<String>) -> Decision {
-    let Denial { reason, decided_by, old, requested } = denial;
+/// A decision to deny, filled in; its details are the denial's and `more`.
+fn denied(decision: Decision, denial: Denial, more: impl IntoIterator<Item = &'static str>) -> Decision {
+    let Denial { reason, decided_by, old, requested, detail } = denial;
+    let details: Vec<String> = detail.into_iter().chain(more.into_iter().map(str::to_owned)).collect();
+    let detail = (!details.is_empty()).then(|| details.join(". "));
     Decision { reason: Some(reason), decided_by, old, requested: Some(requested), detail, ..decision }
 }
 

@@ -6,10 +6,10 @@ use serde::{Deserialize, Serialize};
 
 use super::{StateError, SwitchState, device::pf_settings, policy_of};
 use crate::{
-    ident::{PortId, VfRef},
+    ident::{PortId, SwitchId, VfRef},
     mac::MacAddress,
     objects::{DeviceState, Port},
-    policy::{EffectivePolicy, Setting},
+    policy::{EffectivePolicy, MacSharing, Setting},
     request::{Change, DecidedBy, LinkState, PromiscuousMode},
     vlan::VlanId,
 };
@@ -57,12 +57,12 @@ impl SwitchState {
         let (port, group, switch) = self.lineage(id)?;
         let mut list = Vec::new();
         if port.vf.is_some() {
-            let mut corrector = Corrector { port, policy: policy_of(port, group, switch), list: &mut list };
+            let policy = policy_of(port, group, switch);
+            let mut corrector = Corrector { state: self, port, switch: switch.id, policy, list: &mut list };
             corrector.pf();
             corrector.vlans();
             let kept = corrector.unicast();
-            let freed = |mac| self.freed.contains_key(&(switch.id, mac));
-            corrector.wanted(kept, |mac| self.check_free(switch.id, mac, id).is_ok() && !freed(mac));
+            corrector.wanted(kept);
             corrector.others();
             corrector.port_vlan();
         }
@@ -71,7 +71,9 @@ impl SwitchState {
 }
 
 struct Corrector<'a> {
+    state: &'a SwitchState,
     port: &'a Port,
+    switch: SwitchId,
     policy: EffectivePolicy,
     list: &'a mut Vec<Correction>,
 }
@@ -89,8 +91,8 @@ impl<'a> Corrector<'a> {
     fn pf(&mut self) {
         let (has, initial) = (&self.device().pf, self.port.initial_mac);
         let wants = pf_settings(&self.policy, has.mac);
-        if has.mac != initial && !self.policy.mac_changes.value.allows(has.mac) {
-            self.push(Some(Setting::MacChanges), true, Change::SetMac(initial), has.mac);
+        if let Some(setting) = self.forbids(has.mac) {
+            self.push(Some(setting), true, Change::SetMac(initial), has.mac);
         }
         if has.spoof_check != wants.spoof_check {
             let change = Change::SetSpoofCheck(wants.spoof_check);
@@ -136,15 +138,15 @@ impl<'a> Corrector<'a> {
     /// Returns the number of addresses that stay.
     fn unicast(&mut self) -> usize {
         let (device, limit) = (self.device(), usize::from(self.policy.unicast_limit.value.get()));
-        let allowed = |mac| mac == self.port.initial_mac || self.policy.mac_changes.value.allows(mac);
-        let all_allowed = device.unicast.iter().all(|mac| allowed(*mac));
-        if all_allowed && device.unicast.len() <= limit {
+        let forbidden = device.unicast.iter().find_map(|mac| self.forbids(*mac));
+        if forbidden.is_none() && device.unicast.len() <= limit {
             return device.unicast.len();
         }
         // No message removes a single address.
-        let keep: Vec<_> = device.unicast.iter().copied().filter(|mac| allowed(*mac)).take(limit).collect();
+        let allowed = device.unicast.iter().copied().filter(|mac| self.forbids(*mac).is_none());
+        let keep: Vec<_> = allowed.take(limit).collect();
         let held: Vec<_> = device.unicast.iter().map(ToString::to_string).collect();
-        let setting = if all_allowed { Setting::UnicastLimit } else { Setting::MacChanges };
+        let setting = forbidden.unwrap_or(Setting::UnicastLimit);
         self.push(Some(setting), true, Change::ClearUnicast, held.join(","));
         let kept = keep.len();
         for mac in keep {
@@ -153,14 +155,24 @@ impl<'a> Corrector<'a> {
         kept
     }
 
+    /// The setting because of which the port loses an address that it has.
+    fn forbids(&self, mac: MacAddress) -> Option<Setting> {
+        if !self.state.allows_mac(&self.policy, mac, self.port) {
+            return Some(Setting::MacChanges);
+        }
+        let kept = self.policy.mac_sharing.value == MacSharing::SameVm;
+        (!kept && self.state.is_shared(self.switch, mac, self.port)).then_some(Setting::MacSharing)
+    }
+
     /// Adds addresses that the guest requested and that have become free, besides those that stay.
-    fn wanted(&mut self, kept: usize, may_have: impl Fn(MacAddress) -> bool) {
-        let (device, policy) = (self.device(), &self.policy);
+    fn wanted(&mut self, kept: usize) {
+        let (device, policy, state) = (self.device(), &self.policy, self.state);
         let allowed = |mac: &MacAddress| {
             !policy.blocked.value
-                && policy.mac_changes.value.allows(*mac)
+                && state.allows_mac(policy, *mac, self.port)
                 && *mac != device.pf.mac
-                && may_have(*mac)
+                && state.is_free(self.switch, *mac)
+                && !state.freed.contains_key(&(self.switch, *mac))
         };
         let room = usize::from(policy.unicast_limit.value.get()).saturating_sub(kept);
         let add: Vec<_> = device.wanted_unicast.iter().copied().filter(allowed).take(room).collect();

@@ -2,7 +2,7 @@
 
 //! The verdict on a request.
 
-use super::{StateError, SwitchState, policy_of};
+use super::{StateError, SwitchState, policy_of, sharing::NotShared};
 use crate::{
     ident::PortId,
     mac::MacAddress,
@@ -56,7 +56,8 @@ impl SwitchState {
             MacChanges::Reject => (Reason::MacChangesRejected, [].as_slice()),
             MacChanges::List(patterns) => (Reason::MacNotAllowed, patterns.as_slice()),
         };
-        let unless = listed.iter().copied().chain([port.initial_mac.into()]).collect();
+        let shared = self.initials_to_share(&policy, port).map(Into::into);
+        let unless = listed.iter().copied().chain([port.initial_mac.into()]).chain(shared).collect();
         Ok(Some(StandingRefusal { unless, reason, on_denied }))
     }
 }
@@ -127,13 +128,13 @@ impl Evaluator<'_> {
         let requested = mac.to_string();
         self.check_open(Some(old.to_string()), &requested)?;
         let changes = &self.policy.mac_changes.value;
-        let reason = if mac == self.port.initial_mac || changes.allows(mac) {
-            match self.state.port_of_mac(self.switch.id, mac) {
-                Some(other) if other.id != self.port.id => {
-                    return Err(deny(Reason::MacInUse, None, Some(old.to_string()), requested));
-                }
-                _ => return Ok(()),
-            }
+        let reason = if self.state.allows_mac(&self.policy, mac, self.port) {
+            let Some(conflict) = self.state.conflict(self.switch.id, mac, self.port) else { return Ok(()) };
+            let setting = Setting::MacSharing;
+            let decided_by = (conflict.why == NotShared::Rejected)
+                .then(|| DecidedBy { setting, source: self.policy.source(setting) });
+            let denial = deny(Reason::MacInUse, decided_by, Some(old.to_string()), requested);
+            return Err(Denial { detail: Some(conflict.detail()), ..denial });
         } else if matches!(changes, MacChanges::List(_)) {
             Reason::MacNotAllowed
         } else {
@@ -233,5 +234,5 @@ impl Evaluator<'_> {
 }
 
 fn deny(reason: Reason, decided_by: Option<DecidedBy>, old: Option<String>, requested: String) -> Denial {
-    Denial { reason, decided_by, old, requested }
+    Denial { reason, decided_by, old, requested, detail: None }
 }

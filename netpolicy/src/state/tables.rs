@@ -110,8 +110,9 @@ impl SwitchState {
     ///
     /// # Errors
     /// Its identity is taken, its group does not exist or does not allow its overrides, its address cannot be an
-    /// adapter's, or one of its addresses or its VF belongs to another port. A stored port's overrides are not
-    /// checked, as its group may have changed since.
+    /// adapter's, one of its addresses belongs to a port of another VM or is the initial one of a port of its own VM, or its VF
+    /// belongs to another port. The overrides of a stored port and its right to share an address are not checked, as its
+    /// group may have changed since.
     pub fn attach(&mut self, mut port: Port) -> Result<(), StateError> {
         if self.ports.contains_key(&port.id) {
             return Err(taken(Entity::Port, &port.id));
@@ -126,7 +127,7 @@ impl SwitchState {
             Some(vf) => self.check_vf(switch, vf)?,
         }
         for mac in port.addresses() {
-            self.check_free(switch, mac, port.id)?;
+            self.check_attached(switch, mac, &port)?;
         }
         if port.device.was_trusted.is_none() {
             // Derived from the present policy, which may change.
@@ -138,6 +139,7 @@ impl SwitchState {
         }
         self.enter(switch, &port);
         self.by_vf.extend(port.vf.clone().map(|vf| (vf, port.id)));
+        self.by_vm.insert((port.vm.id, port.id));
         self.ports.insert(port.id, port);
         Ok(())
     }
@@ -154,6 +156,7 @@ impl SwitchState {
         let switch = group.switch;
         let port = port.clone();
         self.strike(switch, &port);
+        self.by_vm.remove(&(port.vm.id, id));
         self.ports.remove(&id);
         self.note_freed(switch, port.addresses());
         Ok(port)
@@ -236,14 +239,14 @@ impl SwitchState {
 
     // Puts a port's addresses into the indices.
     fn enter(&mut self, switch: SwitchId, port: &Port) {
-        self.by_mac.extend(port.addresses().map(|mac| ((switch, mac), port.id)));
+        self.by_mac.extend(port.addresses().map(|mac| (switch, mac, port.id)));
         self.wanted.extend(port.device.wanted_unicast.iter().map(|mac| (switch, *mac, port.id)));
     }
 
     // Takes a port's addresses out of the indices.
     fn strike(&mut self, switch: SwitchId, port: &Port) {
         for mac in port.addresses() {
-            self.by_mac.remove(&(switch, mac));
+            self.by_mac.remove(&(switch, mac, port.id));
         }
         for mac in &port.device.wanted_unicast {
             self.wanted.remove(&(switch, *mac, port.id));
@@ -252,21 +255,21 @@ impl SwitchState {
 
     // Notes those of these addresses that no port has any more and another port wants.
     fn note_freed(&mut self, switch: SwitchId, macs: impl Iterator<Item = MacAddress>) {
-        for mac in macs.filter(|mac| !self.by_mac.contains_key(&(switch, *mac))) {
-            if self.wanting(switch, mac).next().is_some() {
+        for mac in macs {
+            if self.is_free(switch, mac) && self.wanting(switch, mac).next().is_some() {
                 self.freed.insert((switch, mac), true);
             }
         }
     }
 
-    // Changes a port and keeps the indices exact. Nothing changes if another port has one of its new addresses.
+    // Changes a port and keeps the indices exact. Nothing changes if another port has one of its new addresses and does not share it.
     pub(super) fn edit(&mut self, id: PortId, change: impl FnOnce(&mut Port)) -> Result<(), StateError> {
         let (port, group, _) = self.lineage(id)?;
         let switch = group.switch;
         let mut edited = port.clone();
         change(&mut edited);
-        for mac in edited.addresses() {
-            self.check_free(switch, mac, id)?;
+        for mac in edited.addresses().filter(|mac| !port.addresses().any(|old| old == *mac)) {
+            self.check_free(switch, mac, &edited)?;
         }
         let old = port.clone();
         self.strike(switch, &old);
@@ -276,12 +279,20 @@ impl SwitchState {
         Ok(())
     }
 
-    pub(super) fn check_free(&self, switch: SwitchId, mac: MacAddress, id: PortId) -> Result<(), StateError> {
-        match self.port_of_mac(switch, mac) {
-            Some(other) if other.id != id => {
-                Err(StateError::MacInUse { mac, port: other.id, vm: other.vm.name.clone() })
-            }
-            _ => Ok(()),
+    fn check_free(&self, switch: SwitchId, mac: MacAddress, port: &Port) -> Result<(), StateError> {
+        match self.conflict(switch, mac, port) {
+            Some(conflict) => Err(mac_in_use(mac, conflict.other)),
+            None => Ok(()),
+        }
+    }
+
+    fn check_attached(&self, switch: SwitchId, mac: MacAddress, port: &Port) -> Result<(), StateError> {
+        let in_the_way = |other: &&Port| {
+            other.vm.id != port.vm.id || (mac == port.initial_mac && mac == other.initial_mac)
+        };
+        match self.ports_of_mac(switch, mac).find(in_the_way) {
+            Some(other) => Err(mac_in_use(mac, other)),
+            None => Ok(()),
         }
     }
 
@@ -339,6 +350,10 @@ fn check_overrides(group: &PortGroup, overrides: &Settings) -> Result<(), StateE
         Some(setting) => Err(StateError::OverrideNotAllowed { group: group.name.clone(), setting }),
         None => Ok(()),
     }
+}
+
+fn mac_in_use(mac: MacAddress, other: &Port) -> StateError {
+    StateError::MacInUse { mac, port: other.id, vm: other.vm.name.clone() }
 }
 
 fn taken(what: Entity, name: &dyn std::fmt::Display) -> StateError {

@@ -10,6 +10,7 @@ mod inheritance;
 mod many_ports;
 mod properties;
 mod scale;
+mod sharing;
 mod tables;
 mod values;
 mod verdicts;

@@ -7,8 +7,8 @@
 use std::collections::BTreeSet;
 
 use netpolicy::{
-    Change, Evaluation, MacAddress, Port, PortGroupId, PromiscuousMode, Reason, Request, Setting, Settings,
-    SwitchId, SwitchState, Verdict,
+    Change, Evaluation, MacAddress, MacSharing, Port, PortGroupId, PromiscuousMode, Reason, Request, Setting,
+    Settings, SwitchId, SwitchState, Verdict,
 };
 use proptest::prelude::*;
 use serde_json::{Value, json};
@@ -25,6 +25,16 @@ const ID: [(SwitchId, PortGroupId); 2] = [
 /// Ports 0, 1 and 2 are on the first switch, port 3 is on the second.
 fn home(port: u32) -> usize {
     usize::from(port == 3)
+}
+
+/// Ports 0, 1 and 3 are of one VM, port 2 is of another.
+fn owner(port: u32) -> u32 {
+    u32::from(port == 2)
+}
+
+/// Ports 0 and 2 have VFs of one PF, each other port has one of its own.
+fn uplink(port: u32) -> String {
+    format!("pf{}", port % 3 % 2 + 2 * u32::from(port == 3))
 }
 
 /// The true state of the adapter, in contrast to the recorded one.
@@ -119,7 +129,15 @@ fn forbidden(hw: &Hardware, port: &Port, state: &SwitchState) -> Vec<String> {
             })
         })
     };
-    let may_have = |mac: MacAddress| mac == port.initial_mac || changes == json!("accept") || listed(mac);
+    let shares = get("mac_sharing", json!("reject")) == "same_vm";
+    let of_vm = |mac: MacAddress| {
+        state
+            .ports()
+            .any(|other| other.vm.id == port.vm.id && other.id != port.id && other.initial_mac == mac)
+    };
+    let may_have = |mac: MacAddress| {
+        mac == port.initial_mac || changes == json!("accept") || listed(mac) || (shares && of_vm(mac))
+    };
     let real = |mac: MacAddress| mac.bytes() != [0; 6] && mac.bytes()[0] & 1 == 0;
     let vlans = get("vlan", json!("none"));
     let trunk = |vlan: u16| {
@@ -210,7 +228,10 @@ fn some_settings() -> BoxedStrategy<Settings> {
                 json!({"list": ["00:00:5e:00:01:00/ff:ff:ff:ff:ff:fe", "02:00:00:00:00:05"]}),
             ],
         ),
-        one("forged_transmits", vec![json!("reject"), json!("accept")]),
+        (
+            one("mac_sharing", vec![json!("reject"), json!("same_vm")]),
+            one("forged_transmits", vec![json!("reject"), json!("accept")]),
+        ),
         one("promiscuous", vec![json!("reject"), json!("multicast"), json!("accept")]),
         one(
             "vlan",
@@ -228,8 +249,9 @@ fn some_settings() -> BoxedStrategy<Settings> {
         one("rate", vec![json!("unlimited"), json!({"max_tx_mbit": 5})]),
         (one("on_denied", vec![json!("nack"), json!("silent")]), prop::option::weighted(0.2, any::<bool>())),
     )
-        .prop_map(|(a, b, c, d, e, f, g, h, i, (j, blocked))| {
-            let named = [a, b, c, d, e, f, g, h, i, j, ("blocked", blocked.map(|on| json!(on)))].into_iter();
+        .prop_map(|(a, (sharing, b), c, d, e, f, g, h, i, (j, blocked))| {
+            let blocked = ("blocked", blocked.map(|on| json!(on)));
+            let named = [a, sharing, b, c, d, e, f, g, h, i, j, blocked].into_iter();
             let object =
                 named.filter_map(|(name, value)| value.map(|value| (name.to_string(), value))).collect();
             serde_json::from_value(Value::Object(object)).unwrap()
@@ -271,17 +293,21 @@ impl World {
     fn new(forgets: bool) -> Self {
         let mut state = SwitchState::new();
         for (n, (switch_id, group_id)) in ID.into_iter().enumerate() {
-            state.add_switch(switch(switch_id, &format!("switch{n}"), &format!("pf{n}"))).unwrap();
-            let open =
-                settings(r#"{"mac_changes": "accept", "unicast_limit": 3, "vlan": {"trunk": ["1-4094"]}}"#);
+            let mut new = switch(switch_id, &format!("switch{n}"), "pf9");
+            new.uplinks = (0..PORTS).filter(|port| home(*port) == n).map(uplink).collect();
+            state.add_switch(new).unwrap();
+            let open = settings(
+                r#"{"mac_changes": "accept", "mac_sharing": "same_vm", "unicast_limit": 3, "vlan": {"trunk": ["1-4094"]}}"#,
+            );
             state.add_port_group(group(group_id, &format!("group{n}"), switch_id, open)).unwrap();
         }
         let mut hardware = Vec::new();
         for n in 0..PORTS {
             // Port 3 has the address of port 0, on the other switch.
             let mac = own(u8::try_from(n % 3).unwrap());
-            state.attach(port(n, ID[home(n)].1, mac)).unwrap();
-            let vf = netpolicy::VfRef { pf: format!("pf{}", home(n)), index: n };
+            let vm = port(owner(n), ID[home(n)].1, mac).vm;
+            state.attach(Port { vm, ..port(n, ID[home(n)].1, mac) }).unwrap();
+            let vf = netpolicy::VfRef { pf: uplink(n), index: n };
             let baseline = state.bind(port_id(n), vf).unwrap();
             hardware.push(Hardware::new(mac, forgets));
             baseline.changes().iter().for_each(|change| hardware[n as usize].make(change));
@@ -453,11 +479,32 @@ impl World {
                     let initial = self.state.port(port_id(*n)).unwrap().initial_mac;
                     home(*n) == s && (hw.mac == mac || hw.unicast.contains(&mac) || initial == mac)
                 });
-                let holders: Vec<_> = holders.map(|(n, _)| port_id(n)).collect();
-                prop_assert!(holders.len() <= 1, "{} is held by {:?}", mac, holders);
-                let indexed = self.state.port_of_mac(*switch, mac).map(|port| port.id);
-                prop_assert_eq!(indexed, holders.first().copied(), "index of {}", mac);
+                let holders: Vec<_> = holders.map(|(n, _)| n).collect();
+                self.check_holders(mac, &holders)?;
+                let indexed: Vec<_> = self.state.ports_of_mac(*switch, mac).map(|port| port.id).collect();
+                let expect: Vec<_> = holders.into_iter().map(port_id).collect();
+                prop_assert_eq!(indexed, expect, "index of {}", mac);
             }
+        }
+        Ok(())
+    }
+}
+
+impl World {
+    /// Ports of one switch with the same address are of one VM and on different PFs, and all but one that has it as its initial
+    /// address share it by their policies.
+    fn check_holders(&self, mac: MacAddress, holders: &[u32]) -> Result<(), TestCaseError> {
+        if holders.len() < 2 {
+            return Ok(());
+        }
+        let different =
+            |of: &dyn Fn(u32) -> String| holders.iter().map(|n| of(*n)).collect::<BTreeSet<_>>().len();
+        prop_assert_eq!(different(&|n| owner(n).to_string()), 1, "{} is held by {:?}", mac, holders);
+        prop_assert_eq!(different(&uplink), holders.len(), "{} is held by {:?} on one PF", mac, holders);
+        for n in holders {
+            let sharing = self.state.effective_policy(port_id(*n)).unwrap().mac_sharing.value;
+            let initial = self.state.port(port_id(*n)).unwrap().initial_mac == mac;
+            prop_assert!(initial || sharing == MacSharing::SameVm, "{} is held by {:?}", mac, holders);
         }
         Ok(())
     }

@@ -63,7 +63,7 @@ fn names() {
 
 #[test]
 fn settings_in_json() {
-    let text = r#"{"mac_changes":{"list":["00:00:5e:00:01:00/ff:ff:ff:ff:ff:00"]},"forged_transmits":"accept","promiscuous":"multicast","vlan":{"trunk":[7,"100-200"]},"multicast_limit":10,"unicast_limit":3,"vlan_limit":32,"mtu":9000,"rate":{"max_tx_mbit":100},"on_denied":"silent","blocked":false}"#;
+    let text = r#"{"mac_changes":{"list":["00:00:5e:00:01:00/ff:ff:ff:ff:ff:00"]},"mac_sharing":"same_vm","forged_transmits":"accept","promiscuous":"multicast","vlan":{"trunk":[7,"100-200"]},"multicast_limit":10,"unicast_limit":3,"vlan_limit":32,"mtu":9000,"rate":{"max_tx_mbit":100},"on_denied":"silent","blocked":false}"#;
     let settings: Settings = serde_json::from_str(text).unwrap();
     assert_eq!(serde_json::to_string(&settings).unwrap(), text);
     assert_eq!(settings.present().count(), netpolicy::Setting::ALL.len());

@@ -28,12 +28,6 @@ impl Other {
         host::run("ip", &["addr", "replace", HOST, "dev", host::PF]);
         Self(command.stdin(Stdio::null()).stdout(Stdio::null()).spawn().unwrap())
     }
-
-    fn answers() -> bool {
-        let busybox = std::env::var("PORTCULLIS_LAB_BUSYBOX").expect("set by the lab");
-        let ping = Command::new(busybox).args(["ping", "-q", "-c", "1", "-W", "1", OTHER]).output().unwrap();
-        ping.status.success()
-    }
 }
 
 impl Drop for Other {
@@ -49,7 +43,7 @@ impl Drop for Other {
 fn is_left_alone(used_by: &str) {
     let agent = Agent::start();
     let deadline = Instant::now() + PATIENCE;
-    while !Other::answers() {
+    while !host::answers(OTHER) {
         assert!(Instant::now() < deadline, "the other one never answers");
         thread::sleep(Duration::from_millis(200));
     }

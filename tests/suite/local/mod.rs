@@ -3,6 +3,7 @@
 //! Tests that need /dev/kvm and no adapter: VFs are simulated.
 
 mod adapter;
+mod bonded;
 mod cli;
 mod crash;
 mod demo;

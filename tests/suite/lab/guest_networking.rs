@@ -1,0 +1,106 @@
+// SPDX-License-Identifier: Apache-2.0
+
+//! What guests make of their VFs: bonds and macvlan, as `docs/guest-networking.md` says. VRRP is in `policy/shared.rs`.
+
+use std::time::Duration;
+
+use serde_json::json;
+
+use super::{bare_spec, page, ping, policy::eventually};
+use crate::fixture::{Agent, Guest, Options, agent::PATIENCE, host, registers};
+
+const TAP: &str = "simtap0";
+/// The host behind the simulated PF, and on the PF.
+const BEHIND_SIMULATED: &str = "10.9.0.1";
+const BEHIND_PF: &str = "10.0.2.9";
+const FIRST: &str = "02:00:00:00:00:11";
+const SECOND: &str = "02:00:00:00:00:12";
+
+/// An agent whose switch has a real and a simulated PF.
+fn agent() -> Agent {
+    let arguments = ["--sim-pf".to_owned(), format!("sim0=1,tap={TAP}")].into();
+    let agent = Agent::start_with(Options { arguments, ..Options::default() });
+    host::run("ip", &["addr", "add", &format!("{BEHIND_SIMULATED}/24"), "dev", TAP]);
+    host::run("ip", &["link", "set", TAP, "up"]);
+    host::run("ip", &["addr", "replace", &format!("{BEHIND_PF}/24"), "dev", host::PF]);
+    let switch = serde_json::from_value(json!({ "uplinks": [host::PF, "sim0"] })).unwrap();
+    agent.ask(agent.client.put_switch("uplink", &switch, None)).unwrap();
+    let group = serde_json::from_value(json!({ "switch": "uplink" })).unwrap();
+    agent.ask(agent.client.put_port_group("web", &group, None)).unwrap();
+    agent
+}
+
+fn guest(agent: &Agent) -> Guest<'_> {
+    let simulated = agent.vfs().into_iter().find(|vf| vf.simulated).unwrap().bdf.to_string();
+    let mut spec = bare_spec(agent, "web1");
+    let modules = ["bonding", "macvlan"];
+    let initramfs = host::initramfs_of_programs("networking", &modules, &["ip"], &[]);
+    spec["boot"]["initramfs"] = json!(agent.link_image("networking", &initramfs));
+    spec["adapters"] = json!([
+        { "id": "eth0", "port_group": "web", "mac": FIRST, "vf": host::VF0 },
+        { "id": "eth1", "port_group": "web", "mac": SECOND, "vf": simulated },
+    ]);
+    let mut guest = agent.boot(&spec);
+    guest.wait_for_shell();
+    // Its shell prefers the applet of its own.
+    guest.must("ip() { /bin/ip \"$@\"; }");
+    guest
+}
+
+/// The addresses that the PFs have for the two VFs.
+fn addresses(agent: &Agent) -> [String; 2] {
+    let ports = agent.ask(agent.client.list_ports()).unwrap();
+    let second = ports.into_iter().find(|port| port.name == "web1/eth1").unwrap();
+    [host::vf_mac(0), second.status.effective_mac.to_string()]
+}
+
+/// Makes a VF the active one, and sees that frames to the bond's address pass by it.
+fn talks_by(guest: &mut Guest<'_>, active: &str, target: &str) {
+    guest.must(&format!("ip link set bond0 type bond active_slave {active}"));
+    let answered = format!("for i in $(seq 100); do ping -q -c 1 -W 1 {target} && break; done >/dev/null");
+    guest.must(&answered);
+    ping(guest, target, 5);
+}
+
+fn bond(agent: &Agent, guest: &mut Guest<'_>) {
+    // The module makes one when it is loaded, unless its options say otherwise, as systemd's do.
+    guest.must("ip link del bond0");
+    // Without the setting the second VF cannot join.
+    guest.must("ip link add bond0 type bond mode active-backup fail_over_mac none miimon 100");
+    guest.must("ip link set eth0 down; ip link set eth1 down; ip link set eth0 master bond0");
+    assert_ne!(guest.run("ip link set eth1 master bond0").status, 0, "an address has one holder by default");
+    guest.must("ip link del bond0");
+
+    page::follow_on_host(agent, "Bonds");
+    page::follow_in_guest(guest, "Bonds", &[]);
+    assert_eq!(addresses(agent), [FIRST, FIRST], "both have the bond's address");
+    guest.must("ip addr add 10.0.2.21/24 dev bond0; ip addr add 10.9.0.21/24 dev bond0");
+    talks_by(guest, "eth0", host::GATEWAY);
+    talks_by(guest, "eth1", BEHIND_SIMULATED);
+    guest.must("ip link del bond0");
+    assert_eq!(addresses(agent), [FIRST, SECOND], "each has its own again");
+
+    page::follow_in_guest(guest, "Bonds", &[("fail_over_mac none", "fail_over_mac follow")]);
+    guest.must("ip addr add 10.0.2.21/24 dev bond0; ip addr add 10.9.0.21/24 dev bond0");
+    talks_by(guest, "eth0", host::GATEWAY);
+    assert_eq!(addresses(agent), [FIRST, SECOND]);
+    talks_by(guest, "eth1", BEHIND_SIMULATED);
+    assert_eq!(addresses(agent), [SECOND, FIRST], "the address has moved");
+    guest.must("ip link del bond0");
+}
+
+#[test]
+fn bonds_and_macvlans_work_as_the_page_says() {
+    let agent = agent();
+    let mut guest = guest(&agent);
+    bond(&agent, &mut guest);
+
+    guest.must("ip link set eth0 up");
+    page::follow_on_host(&agent, "macvlan");
+    page::follow_in_guest(&mut guest, "macvlan", &[]);
+    guest.must("ip addr add 10.0.2.31/24 dev mv0");
+    let has = |mac: &str| registers::addresses_of(0).contains(mac);
+    eventually(&agent, PATIENCE, "the macvlan's filter", || has("02:00:5e:10:00:01"));
+    eventually(&agent, Duration::from_secs(20), "the macvlan answers", || host::answers("10.0.2.31"));
+    guest.must("ip link del mv0");
+}
