@@ -63,7 +63,8 @@ impl ObjectStore for MemoryStore {
         let result = check_commit(&operations).and_then(|()| {
             let mut state = self.state();
             let mut next = state.clone();
-            let revisions = operations.into_iter().map(|operation| next.apply(operation)).collect();
+            let revisions: Result<Vec<u64>, _> =
+                operations.into_iter().map(|operation| next.apply(operation)).collect();
             if revisions.is_ok() {
                 *state = next;
                 self.newest.send_replace(state.revision);
