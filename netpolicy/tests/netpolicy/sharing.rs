@@ -87,7 +87,7 @@ fn ports_that_may_not_share_any_more_go_back() {
     let mut state = bonded(SHARING);
     ask(&mut state, 2, &Request::SetMac(own(1))).unwrap();
     let back = (2, vec![Change::SetMac(own(2))]);
-    assert_eq!(set_group(&mut state.clone(), "{}"), [back.clone()]);
+    assert_eq!(set_group(&mut state.clone(), "{}"), std::slice::from_ref(&back));
     // Also where any free address is allowed.
     assert_eq!(set_group(&mut state, r#"{"mac_changes": "accept"}"#), [back]);
     assert_eq!(
