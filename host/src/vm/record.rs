@@ -142,7 +142,7 @@ pub struct RunRecord {
     /// Its process, while it has one.
     #[serde(default)]
     pub process: Option<Identity>,
-    /// The user id of its process; None if the process keeps the agent's user.
+    /// The user id of its process; None without a process, and if the process keeps the agent's user.
     #[serde(default)]
     pub user: Option<u32>,
     /// The protections that are off for its process; None before the first boot, and in a record of an older agent.
@@ -253,7 +253,7 @@ pub struct ClaimedVf {
 pub struct Before {
     /// Its driver.
     pub binding: PreviousBinding,
-    /// The PF's settings for it; None for a function without settings.
+    /// The PF's settings for it; None for a device.
     pub settings: Option<VfSettings>,
 }
 
