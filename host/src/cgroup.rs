@@ -2,10 +2,10 @@
 
 //! Limits of a VM's process: control groups, version 2 (Documentation/admin-guide/cgroup-v2.rst).
 //!
-//! A process gets a group of its own, `PARENT/ID`, before it is told what to build; the group is removed when the process has
-//! ended. The limits of a VM must be set. Without one of memory the process gets a default, where the host can set it: a guest
-//! that takes its process over does not take the memory of the host. The same holds for huge pages, of which the process gets
-//! the guest's memory if that is in huge pages, and none otherwise.
+//! A process gets a group of its own, `PARENT/ID`, before it learns which machine to build. The agent removes the group
+//! after the end of the process. The limits of a VM's specification must be set. Without a limit of memory the process
+//! gets a default, where the host can set it: a guest that takes over its process does not take the memory of the host.
+//! The same holds for huge pages: the process gets the guest's memory if that is in huge pages, and none otherwise.
 
 use std::{
     fs,
@@ -25,14 +25,14 @@ const CGROUP2: u64 = 0x6367_7270;
 /// The period of `cpu.max` in microseconds, the kernel's default.
 const PERIOD_US: u64 = 100_000;
 
-/// The kernel counts a process a moment longer than it can be waited for: how often its group is tried to remove.
+/// The number of attempts to remove a group. The kernel counts a process a moment longer than it can be waited for.
 const TRIES: u32 = 50;
 const TRY_AGAIN_AFTER: Duration = Duration::from_millis(10);
 
-/// The default limit of memory beside the guest's own: for the process with its console and log (1 and 16 MiB, on a file system
-/// in memory, perhaps), for each vCPU, for each function, and the part of the guest's memory that page tables of the process,
-/// of KVM and of the IOMMU take. The process of a small guest with 254 vCPUs and 16 simulated functions, unoptimized, has 54 MiB
-/// in all, of which the kernel has 36.
+/// The default limit of memory beside the guest's own: for the process with its console and log (1 and 16 MiB, perhaps
+/// on a file system in memory), for each vCPU, for each function, and the part of the guest's memory that page tables
+/// of the process, of KVM and of the IOMMU take. The unoptimized process of a small guest with 254 vCPUs and 16
+/// simulated functions has 54 MiB in all, of which the kernel has 36.
 const BASE: u64 = 64 << 20;
 const PER_CPU: u64 = 1 << 20;
 const PER_FUNCTION: u64 = 4 << 20;
@@ -47,7 +47,7 @@ const MOUNTS: u64 = 4 << 20;
 /// The default of [`VmLimits::memory`] for a VM.
 #[must_use]
 pub fn default_memory(spec: &VmSpec) -> ByteSize {
-    // Huge pages come from a pool of the administrator's, and count here only if the hierarchy is mounted so.
+    // Huge pages come from the administrator's pool, and count here only if the hierarchy is mounted with that option.
     let counted = !spec.hugepages || counts_huge_pages();
     memory_of(spec, counted)
 }
@@ -70,16 +70,16 @@ fn counts_huge_pages() -> bool {
     read.is_err() || mounts.contains("memory_hugetlb_accounting")
 }
 
-/// Why a process cannot be limited.
+/// The reason why a process cannot be limited.
 #[derive(Debug, thiserror::Error)]
 pub enum CgroupError {
-    /// No hierarchy of version 2.
+    /// The parent is in no hierarchy of version 2.
     #[error(
         "{0} is not in a cgroup v2 file system: mount one (systemd does with systemd.unified_cgroup_hierarchy=1), or name a \
          directory in one with serve --cgroup-parent"
     )]
     NotVersion2(PathBuf),
-    /// A controller that the host does not give.
+    /// A controller that the host does not offer.
     #[error(
         "the cgroup {group} has no controller {controller} (cgroup.controllers): it is not built into the kernel, is used by a \
          hierarchy of version 1, or is not delegated"
@@ -87,15 +87,15 @@ pub enum CgroupError {
     Controller {
         /// The highest group that lacks it.
         group: PathBuf,
-        /// Which.
+        /// The controller's name.
         controller: &'static str,
     },
-    /// A file.
+    /// A file that cannot be written.
     #[error("{path} cannot be written ({source})")]
     File {
-        /// Which.
+        /// The file's path.
         path: PathBuf,
-        /// Why.
+        /// The system's error.
         source: io::Error,
     },
 }
@@ -139,10 +139,10 @@ fn of_huge_pages(file: &str, bytes: u64) -> Option<u64> {
     Some(if size == GUEST_PAGES { bytes } else { 0 })
 }
 
-/// Makes the group of a VM, which has these controllers.
+/// Makes the group of a VM with these controllers.
 fn make_for(parent: &Path, vm: Uuid, controllers: &[&'static str]) -> Result<PathBuf, CgroupError> {
     make(parent)?;
-    // From the hierarchy's root, or what this process sees of it (cgroup_namespaces(7)), down to the parent.
+    // From the hierarchy's root, or the part that this process sees (cgroup_namespaces(7)), down to the parent.
     let is_group = |path: &&Path| path.join("cgroup.controllers").exists();
     let groups: Vec<&Path> = parent.ancestors().take_while(is_group).collect();
     for group in groups.into_iter().rev() {
@@ -157,8 +157,8 @@ fn enter(group: &Path, pid: i32) -> Result<(), CgroupError> {
     write(&group.join("cgroup.procs"), &pid.to_string())
 }
 
-/// Removes the group of a VM whose process has ended, if it has one. Tells whether the kernel killed the process for the
-/// group's memory.
+/// Removes the group of a VM after the end of its process, if it has one. Returns whether the kernel killed the process
+/// for the group's memory.
 ///
 /// # Errors
 /// Those of `rmdir`.
@@ -176,7 +176,7 @@ pub fn remove(parent: &Path, vm: Uuid) -> io::Result<bool> {
     fs::remove_dir(&group).map(|()| killed)
 }
 
-/// Controllers, files and what is written to them.
+/// Controllers, their files, and the values to write.
 fn settings(limits: &VmLimits) -> Vec<(&'static str, &'static str, String)> {
     let mut settings = Vec::new();
     if let Some(percent) = limits.cpu_percent {

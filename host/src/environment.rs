@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 
-//! What all VMs of an agent share: the store, the host's devices, directories, what to start.
+//! The things that all VMs of an agent share: the store, the host's devices, directories, the vmm's program.
 
 use std::{
     collections::BTreeSet,
@@ -25,68 +25,68 @@ use crate::{
     vmm_process::{MEMLOCK_SLACK, Program},
 };
 
-/// Opens the way to a PF. Called on threads that may block.
+/// Opens the control of a PF. Called on threads that may block.
 pub type OpenPf = Arc<dyn Fn(Bdf) -> Result<Box<dyn PfControl>, PfError> + Send + Sync>;
 
 /// The wait for the client of a VM's lease, as the API's document says it.
 const LEASE_GRACE: Duration = Duration::from_secs(60);
 
-/// What all VMs of an agent share.
+/// The things that all VMs of an agent share.
 pub struct Environment {
-    /// VMs as they were asked for.
+    /// The specifications of VMs.
     pub vms: Table<VmRecord>,
-    /// VMs as they run.
+    /// The states of VMs.
     pub runs: Table<RunRecord>,
     /// Functions that VMs hold.
     pub claims: Table<Claim>,
-    /// PFs as they were asked for.
+    /// PFs, and the numbers of VFs that they should have.
     pub pfs: Table<PfRecord>,
-    /// Whether these can be written.
+    /// The check whether the store can be written.
     pub probe: WriteProbe,
     /// The functions that VMs can have.
     pub inventory: Inventory,
-    /// The way to PFs.
+    /// Opens the control of a PF.
     pub open_pf: OpenPf,
-    /// Where sockets, console rings and logs are.
+    /// The directory of sockets, console rings and logs.
     pub run_dir: PathBuf,
-    /// Where files lie that every caller may boot.
+    /// The directories with files that every caller may boot.
     pub image_dirs: Vec<PathBuf>,
-    /// What to start as a vmm.
+    /// The program of a vmm.
     pub program: Program,
-    /// What a vmm with devices may lock beyond guest memory, in bytes.
+    /// The memory that a vmm with functions of the host may lock beyond guest memory, in bytes.
     pub memlock_slack: u64,
     /// `/dev/kvm`.
     pub kvm: PathBuf,
     /// Protections that are off though this agent could set them up, for processes without functions of the host.
     pub sandbox_off: BTreeSet<Protection>,
-    /// Where groups of processes with limits are made.
+    /// The parent of the control groups of VMs' processes.
     pub cgroup_parent: PathBuf,
     /// Whether the log has said that this host sets no default limits.
     pub told_unlimited: AtomicBool,
     /// Whether the log has said that this host sets no limit of huge pages.
     pub told_unlimited_huge_pages: AtomicBool,
-    /// When VMs are booted again that have ended.
+    /// The times between the ends of VMs and their next boots by the restart policy.
     pub backoff: Backoff,
     /// The wait for the client of a VM that lives by a lease: after the VM's creation, after the agent's start, and between two
     /// attempts to delete the VM.
     pub lease_grace: Duration,
-    /// The agent ends: connections that it closes are not the ends of their clients.
+    /// The agent is about to end: if it closes a connection, the client may still be there.
     pub ending: AtomicBool,
-    /// The host's boot: what was in another one has ended with it.
+    /// The boot id of the host. Processes of another boot have ended with that boot.
     pub boot_id: String,
     /// Users for vmm processes; None for an agent that cannot change users.
     pub users: Option<Users>,
-    /// The switch that decides for adapters; None where there is none (tests of the rest): they are then under the default
-    /// policy, and the requests of their guests are refused.
+    /// The switch that decides for adapters; None in tests of other parts. Adapters are then under the default policy,
+    /// and the requests of their guests are denied.
     pub policy: Option<Policy>,
-    /// What is counted.
+    /// The agent's metrics.
     pub metrics: Metrics,
     /// Held while functions are chosen and claimed, or the number of VFs changes.
     pub claiming: tokio::sync::Mutex<()>,
 }
 
 impl Environment {
-    /// The environment of a real host, with what differs between hosts set to its default.
+    /// The environment of a real host, with defaults for the settings that differ between hosts.
     #[must_use]
     pub fn new(stores: &Stores, run_dir: PathBuf) -> Self {
         let sysfs = Sysfs::default();
@@ -121,8 +121,8 @@ impl Environment {
         }
     }
 
-    /// The protections that are off for a process that is started now: those that the agent was told to leave off, and,
-    /// if it is not root, those that need root.
+    /// The protections that are off for a process that is started now: those of `sandbox_off` and, if the agent is not
+    /// root, those that need root.
     #[must_use]
     pub fn protections_off(&self) -> Vec<Protection> {
         let missing = if self.users.is_some() { &[][..] } else { &Protection::OF_ROOT };
@@ -130,7 +130,7 @@ impl Environment {
         Protection::ALL.into_iter().filter(off).collect()
     }
 
-    /// Tells those who follow events.
+    /// Publishes an event.
     pub fn tell(&self, what: EventKind) {
         if let Some(policy) = &self.policy {
             policy.events.publish(what);
@@ -148,11 +148,11 @@ impl Environment {
 /// The time between attempts to keep a VM running: it doubles with each.
 #[derive(Clone, Copy, Debug)]
 pub struct Backoff {
-    /// Before the first.
+    /// The time before the first attempt.
     pub first: Duration,
-    /// At most.
+    /// The longest time.
     pub most: Duration,
-    /// A VM that ran for this long begins with the first again.
+    /// After a run of this length, the next attempt counts as the first again.
     pub reset: Duration,
 }
 
@@ -190,12 +190,12 @@ impl Users {
         Some(free)
     }
 
-    /// An id that a process of a former agent has.
+    /// Marks an id as used, because a process of a former agent has it.
     pub fn keep(&self, id: u32) {
         self.used.lock().unwrap_or_else(PoisonError::into_inner).insert(id);
     }
 
-    /// Gives an id back.
+    /// Releases an id.
     pub fn give_back(&self, id: u32) {
         self.used.lock().unwrap_or_else(PoisonError::into_inner).remove(&id);
     }

@@ -24,7 +24,7 @@ use tracing_subscriber::{
 
 use crate::text::{printable_json, write_line};
 
-/// What lines look like.
+/// The format of lines.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]
 pub enum Format {
     /// For people.
@@ -33,7 +33,7 @@ pub enum Format {
     Json,
 }
 
-/// Starts the log of this process. `PORTCULLIS_LOG` says what is in it (`debug`, `host=debug,info`).
+/// Starts the log of this process. `PORTCULLIS_LOG` selects its lines (`debug`, `host=debug,info`).
 pub fn start(format: Format) {
     let filter = EnvFilter::builder()
         .with_env_var("PORTCULLIS_LOG")
@@ -57,7 +57,7 @@ pub fn start(format: Format) {
     });
 }
 
-/// A field in a line of text. An event is one line, whatever is in its fields.
+/// Writes a field in a line of text. An event is one line for any content of its fields.
 fn write_field(writer: &mut Writer<'_>, field: &Field, value: &dyn fmt::Debug) -> fmt::Result {
     if field.name() != "message" {
         write!(writer, "{}=", field.name())?;
@@ -65,12 +65,12 @@ fn write_field(writer: &mut Writer<'_>, field: &Field, value: &dyn fmt::Debug) -
     write_line(writer, format_args!("{value:?}"))
 }
 
-/// Lines of text as the journal wants them.
+/// Lines of text in the format of the journal.
 fn journal_text() -> Prioritized<format::Format<format::Full, ()>> {
     Prioritized(format::format().without_time().with_level(false).with_target(false).with_ansi(false))
 }
 
-/// Lines of JSON as the journal wants them.
+/// Lines of JSON in the format of the journal.
 fn journal_json() -> Escaped<format::Format<format::Json, ()>> {
     Escaped(format::format().json().without_time().with_target(false))
 }
@@ -96,7 +96,8 @@ where
     }
 }
 
-/// Whether stderr is this stream, `DEVICE:INODE` (systemd.exec(5)). The variable is inherited, a redirection is not seen in it.
+/// Whether stderr is this stream, `DEVICE:INODE` (systemd.exec(5)). The variable is inherited and does not show a later
+/// redirection.
 fn is_stderr(stream: &str) -> bool {
     let Ok(stat) = rustix::fs::fstat(io::stderr()) else { return false };
     stream == format!("{}:{}", stat.st_dev, stat.st_ino)

@@ -48,13 +48,13 @@ use crate::{
     user_ids::{self, UserArgs},
 };
 
-/// How long VMs may take to stop once they are not asked any more.
+/// How long all VMs may take to stop, after the time that their guests have to power off.
 const STOP_ALL: Duration = Duration::from_secs(60);
 
 /// The database, in the state directory.
 const DATABASE: &str = "portcullis.db";
 
-/// What becomes of VMs when the agent ends.
+/// The treatment of VMs at the agent's end.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]
 pub enum OnExit {
     /// They run on, and the next agent finds them.
@@ -78,9 +78,10 @@ pub struct ServeArgs {
     /// The user ids of VMs' processes.
     #[command(flatten)]
     pub users: UserArgs,
-    /// A function of the host that VMs may have under `devices`: its address, or vendor and device for all of a model, with
-    /// `,no-reset` if it may change its VM without a reset. Without one `devices` gets nothing: whoever uses the API is root on a
-    /// host with an assignable disk. Or a PF: adapters then have VFs of the named PFs only. May be repeated.
+    /// A function of the host that VMs may have under `devices`: its address, or vendor and device for all of a model,
+    /// with `,no-reset` if it may change its VM without a reset. Without this option VMs get no devices: a user of the
+    /// API is root on a host with an assignable disk. Or a PF: adapters then have VFs of the named PFs only. May be
+    /// repeated.
     #[arg(long, value_name = "BDF|VENDOR:DEVICE|PF")]
     pub assignable: Vec<Assignable>,
     /// Where the control groups (version 2) of VMs with limits are made; it is made itself if it is missing.
@@ -114,17 +115,18 @@ pub struct ServeArgs {
     /// functions of the host; the parts are in each VM's status.
     #[arg(long, value_name = "PART[,PART]", value_delimiter = ',')]
     pub sandbox_off: Vec<sandbox::Off>,
-    /// What becomes of VMs when the agent ends (SIGTERM, SIGINT). A second signal ends it at once, and leaves them as they are.
+    /// Whether VMs run on or are stopped when the agent ends (SIGTERM, SIGINT). A second signal ends the agent at once,
+    /// and leaves VMs as they are.
     #[arg(long, value_enum, default_value_t = OnExit::Leave)]
     pub on_exit: OnExit,
     /// How many seconds guests have to power off with --on-exit stop; with 0 they are not asked.
     #[arg(long, value_name = "SECONDS", default_value_t = 30, value_parser = clap::value_parser!(u32).range(0..=3600))]
     pub exit_timeout: u32,
-    /// The agent is somebody's own, and has simulated adapters only: it ends when its standard input does, with whoever holds the other end, and removes this
-    /// directory, in which everything of it is.
+    /// The agent belongs to the process at the other end of its standard input, and has simulated adapters only. It
+    /// ends with its standard input, and removes this directory, which has all of its files.
     #[arg(long, value_name = "DIR", hide = true)]
     pub private: Option<PathBuf>,
-    /// What lines of the log look like. What goes to the journal has its priority, and leaves the time to it.
+    /// The format of the log. Lines for the journal have a priority and no time, because the journal adds its own.
     #[arg(long, value_enum, default_value_t = log::Format::Text)]
     pub log_format: log::Format,
     /// Where the API is served.
@@ -132,15 +134,15 @@ pub struct ServeArgs {
     pub listen: ListenArgs,
 }
 
-/// Starts the runtime and the log, and runs the agent. `socket` is where it serves the API, and
-/// `token_file` has the tokens of those who may use it over TCP.
+/// Starts the runtime and the log, and runs the agent. It serves the API on `socket`; `token_file` has the tokens of
+/// clients over TCP.
 ///
 /// # Errors
 /// As [`serve`].
 pub fn run(args: ServeArgs, socket: &Path, token_file: Option<&Path>) -> anyhow::Result<()> {
     log::start(args.log_format);
-    // One worker: what blocks has threads of its own, and a guest that waits for an answer would pay for each hand-over of a
-    // task from one worker to another.
+    // One worker: blocking work has threads of its own, and each hand-over of a task from one worker to another would
+    // delay the response to a waiting guest.
     let mut runtime = tokio::runtime::Builder::new_multi_thread();
     runtime.worker_threads(1).enable_all().build()?.block_on(serve(args, socket, token_file))
 }
@@ -148,9 +150,9 @@ pub fn run(args: ServeArgs, socket: &Path, token_file: Option<&Path>) -> anyhow:
 /// Runs the agent until SIGTERM or SIGINT.
 ///
 /// # Errors
-/// What kept it from starting: another agent, the database, the socket.
+/// The agent cannot start: another agent runs, or the database or the socket cannot be used.
 pub async fn serve(args: ServeArgs, socket: &Path, token_file: Option<&Path>) -> anyhow::Result<()> {
-    // First: whatever is started below, an end that is asked for is one in order.
+    // First, so that a signal during the start below leads to an orderly end, too.
     let told = told_to_end()?;
     let _run_lock = lock(&args.run_dir, "run directory", "--run-dir", 0o755)?;
     // Two agents with one database would each stop the VMs of the other.
@@ -190,16 +192,17 @@ pub async fn serve(args: ServeArgs, socket: &Path, token_file: Option<&Path>) ->
     let private = args.private.clone();
     let served = serve_with(args, socket, token_file, env, stores, &simulated, told).await;
     match (private, &served) {
-        // Whoever started it may do so, too.
+        // The process that started the agent may remove it, too.
         (Some(directory), Ok(())) => drop(fs::remove_dir_all(directory)),
-        // No other agent would find them. It has not served: nobody has a VF. Its log stays for whoever started it.
+        // No other agent would find the simulated adapters. This one has not served, so no VM has a VF. The directory
+        // stays: the process that started the agent reads the log in it.
         (Some(_), Err(_)) => simulated.leave(&[]).await,
         (None, _) => {}
     }
     served
 }
 
-/// Runs the agent with its simulated adapters until it is told to end.
+/// Runs the agent with its simulated adapters until a signal or the end of standard input.
 async fn serve_with(
     args: ServeArgs,
     socket: &Path,
@@ -221,13 +224,13 @@ async fn serve_with(
             _ = told => {}
             Ok(()) = async { alone.ok_or(())?.await.map_err(drop) } => {}
         }
-        // Before the first connection is closed.
+        // Set before the first connection is closed, so that no lease ends with it.
         ending.ending.store(true, Ordering::SeqCst);
     };
     tracing::info!(socket = %socket.display(), "ready");
     let routes = api::router_with_policy(Arc::clone(&agent) as Arc<dyn api::Backend>, Arc::new(policy));
     api::serve(listeners, routes, Limits::default(), end).await;
-    // Nobody connects to an agent that is gone. What is removed is ours: the lock is still held.
+    // No client should connect to an agent that is gone. The socket is this agent's own: the lock is still held.
     drop(fs::remove_file(socket));
     match args.on_exit {
         OnExit::Leave => tracing::info!("ends; VMs run on"),
@@ -238,7 +241,7 @@ async fn serve_with(
         }
     }
     agent.leave().await;
-    // What cannot be read counts as used.
+    // If the claims cannot be read, all simulated PFs count as used.
     if let Ok(claims) = env.claims.list().await {
         let claims: Vec<_> = claims.into_iter().map(|entry| entry.value).collect();
         simulated.leave(&claims).await;
@@ -246,10 +249,10 @@ async fn serve_with(
     Ok(())
 }
 
-/// Tells when standard input has ended. Nothing is expected to come from it.
+/// A receiver that completes at the end of standard input. All input is ignored.
 fn stdin_ends() -> io::Result<oneshot::Receiver<()>> {
     let (ended, told) = oneshot::channel();
-    // Not a task of the runtime, whose end would wait for it.
+    // Not a task of the runtime, because the runtime's end would wait for it.
     std::thread::Builder::new().name("stdin".into()).spawn(move || {
         drop(io::copy(&mut io::stdin(), &mut io::sink()));
         let _ = ended.send(());
@@ -257,7 +260,7 @@ fn stdin_ends() -> io::Result<oneshot::Receiver<()>> {
     Ok(told)
 }
 
-/// Tells of the first SIGTERM or SIGINT from now on. The second ends the process at once.
+/// A receiver that completes at the first SIGTERM or SIGINT from now on. The second ends the process at once.
 fn told_to_end() -> io::Result<oneshot::Receiver<()>> {
     let mut signals = [signal(SignalKind::terminate())?, signal(SignalKind::interrupt())?];
     let (tell, told) = oneshot::channel();
@@ -292,7 +295,7 @@ async fn start_simulated(
             );
         }
     }
-    // Beyond those of VMs.
+    // The user ids after those of VMs.
     let users = args.users.vmm_uid_base.saturating_add(args.users.vmm_uid_count);
     let start = Start::new(&args.run_dir, env.users.is_some().then_some(users), env.protections_off());
     let simulated = Simulated::load(stores, &args.sim_pfs, start).await?;
@@ -301,7 +304,7 @@ async fn start_simulated(
     Ok(simulated)
 }
 
-/// Starts the switch and all that it works with.
+/// Starts the switch, and the event hub, decision log and PF control that it works with.
 async fn start_switch(
     args: &ServeArgs,
     stores: Stores,

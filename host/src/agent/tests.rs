@@ -89,14 +89,14 @@ async fn what_the_hardware_lacks_is_answered_to_who_boots() {
     let cases: [(_, fn(&Host)); 3] = [
         (ProblemCode::VfioUnavailable, |host| host.sysfs.unload_driver("vfio-pci")),
         (ProblemCode::InterruptRemappingOff, |host| host.sysfs.set_interrupt_chip("PCI-MSI")),
-        // Sysfs has it still.
+        // Sysfs still has the VF.
         (ProblemCode::VfRemoved, |host| *host.pf.lock().unwrap() = FakePf::new("eth0", 0)),
     ];
     for (expect, breaks) in cases {
         let host = Host::new();
         let served = serve(&host, host.env.run_dir.join("api.sock")).await;
         let mut spec = spec("web1");
-        // One that is not named would be looked for elsewhere.
+        // Named, because in place of an unnamed VF the agent would look for another one.
         spec.adapters[0].vf = Some(VF0.to_string().parse().unwrap());
         served.client.create_vm(&spec).await.unwrap();
         breaks(&host);
@@ -204,7 +204,7 @@ async fn an_agent_that_ends_leaves_vms_running_or_stops_them_if_told() {
     host.assert_untouched().await;
 }
 
-/// A request whose client is gone goes on.
+/// A call of the API goes on after its client has gone.
 #[tokio::test]
 async fn an_agent_that_stops_its_vms_leaves_none_that_was_about_to_boot() {
     let host = Host::new();
@@ -216,7 +216,7 @@ async fn an_agent_that_stops_its_vms_leaves_none_that_was_about_to_boot() {
     let at_rest = served.client.create_vm(&at_rest).await.unwrap();
     let by = || api::Caller::Token("a test".into());
     let boot = |vm| agent.act(by(), api::types::ObjectRef::Id(vm), VmAction::Boot, PATIENCE);
-    // The VM's task has its command, and has not seen it, when the agent looks which VMs run.
+    // The command is in the queue of the VM's task, still unread, when the agent looks for running VMs.
     let (booted, ()) = tokio::join!(biased; boot(vm.id), agent.stop_all(PATIENCE));
     assert_eq!(booted.unwrap_err().code, ProblemCode::WrongState);
     assert_eq!(served.client.get_vm("web1").await.unwrap().status.state, VmState::Stopped);
@@ -276,7 +276,7 @@ async fn what_happens_to_vms_and_pfs_is_told() {
     );
 }
 
-/// Its name and its VF are free for the next VM when its client is gone, though nobody has asked for that.
+/// A leased VM's name and VF are free for the next VM once its client is gone, without a request for that.
 #[tokio::test]
 async fn a_vm_whose_client_is_gone_is_gone() {
     let host = Host::with_environment(|env| env.lease_grace = Duration::from_millis(300)).await;

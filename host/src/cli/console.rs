@@ -2,8 +2,8 @@
 
 //! `portcullis console`: a VM's serial console, read or in both directions.
 //!
-//! On a terminal the two are connected as by a cable: keys go to the guest as they are, also Ctrl-C, but for the key that
-//! takes the cable out.
+//! A terminal and the console are connected as by a cable: all keys go to the guest, also Ctrl-C, except for the key
+//! that detaches.
 
 mod follow;
 mod terminal;
@@ -37,11 +37,11 @@ const PIECE: usize = 1024;
 pub(super) struct ConsoleArgs {
     /// The VM's name or id.
     name: String,
-    /// Goes on with what comes, until the VM ends, and sends nothing.
+    /// Goes on with new output until the VM ends, and sends nothing.
     #[arg(long, short)]
     follow: bool,
-    /// Sends what is typed, until Ctrl-] or the end of the input or of the VM. This is what is done on a terminal without other options;
-    /// it can be asked for where the input is none.
+    /// Sends the input to the guest, until Ctrl-] or the end of the input or of the VM. This is the default on a
+    /// terminal without other options, and can be chosen where the input is no terminal.
     #[arg(long, short, conflicts_with = "follow")]
     attach: bool,
     /// Begins at this byte in place of the oldest one that is kept.
@@ -57,7 +57,7 @@ pub(super) struct ConsoleArgs {
 pub(super) enum End {
     /// The VM is at rest.
     Rest,
-    /// Somebody detached it, or the input has ended.
+    /// The key that detaches was pressed, or the input has ended.
     Detached,
     /// A signal asked this process to end.
     Signalled,
@@ -78,8 +78,8 @@ fn on_terminal() -> bool {
     std::io::stdin().is_terminal() && std::io::stdout().is_terminal()
 }
 
-/// Shows all that is kept and all that comes until the VM ends; on a terminal in both directions, unless there is to be `no_input`. An
-/// agent that is away is waited for, at most for `patience`.
+/// Shows the kept and all further output until the VM ends; on a terminal in both directions, except with `no_input`.
+/// Waits for an agent that is away, at most for `patience`.
 pub(super) async fn attach(
     client: &Client,
     output: &mut Output<'_>,
@@ -109,7 +109,7 @@ async fn show(
     Ok(())
 }
 
-/// Both directions.
+/// Connects input and output to the console until one of the [`End`]s.
 async fn connect(
     client: &Client,
     output: &mut Output<'_>,
@@ -119,7 +119,8 @@ async fn connect(
     patience: Duration,
 ) -> Result<End, CliError> {
     let mut console = Followed::open(client, vm, offset, true, patience).await?;
-    // On a terminal in raw mode Ctrl-C is a key of the guest's; a signal comes from elsewhere, and the terminal must be put right.
+    // On a terminal in raw mode Ctrl-C is a key for the guest. A signal comes from elsewhere, and the terminal must be
+    // restored.
     let mut ends = [SignalKind::terminate(), SignalKind::hangup(), SignalKind::interrupt()].map(signal);
     let [Ok(terminate), Ok(hangup), Ok(interrupt)] = &mut ends else {
         return Err(CliError::Terminal(std::io::Error::other("signals cannot be handled")));
@@ -142,7 +143,7 @@ async fn connect(
             },
             permit = room(to_guest.clone()), if waiting.is_some() => match (permit, waiting.take()) {
                 (Some(permit), Some(bytes)) => drop(permit.send(bytes)),
-                // Its console takes nothing any more.
+                // The sender has ended: the console takes no more input.
                 _ => to_guest = None,
             },
             keys = typed.recv(), if to_guest.is_some() && waiting.is_none() => {
@@ -153,7 +154,8 @@ async fn connect(
                 };
                 if let Some(to_guest) = to_guest.as_ref().filter(|_| !bytes.is_empty()) {
                     if raw.is_some() {
-                        // A guest that takes nothing loses keys, as behind a real serial port; it must not keep from detaching.
+                        // A guest that takes no input loses keys, as behind a real serial port. It must not prevent
+                        // detaching.
                         let _ = to_guest.try_send(bytes.to_vec());
                     } else {
                         waiting = Some(bytes.to_vec());
@@ -170,7 +172,7 @@ async fn connect(
         }
     };
     drop(to_guest);
-    // What was typed before is sent, unless the guest does not take it.
+    // The input before the end is sent, unless the guest does not take it.
     let _ = tokio::time::timeout(PAUSE, sender).await;
     if raw.is_some() && end != End::Rest {
         drop(raw);
@@ -192,7 +194,8 @@ async fn told(terminate: &mut Signal, hangup: &mut Signal, interrupt: &mut Signa
     }
 }
 
-/// What is before the key that detaches, and whether it is there. Where the input is no terminal there is no such key.
+/// The keys before the one that detaches, and whether that one is among them. Input that is no terminal has no such
+/// key.
 fn until_detach(keys: &[u8], is_terminal: bool) -> (&[u8], bool) {
     match keys.iter().position(|key| is_terminal && *key == DETACH) {
         Some(at) => (keys.get(..at).unwrap_or_default(), true),
@@ -200,13 +203,13 @@ fn until_detach(keys: &[u8], is_terminal: bool) -> (&[u8], bool) {
     }
 }
 
-/// Sends what is typed, in its order, as fast as the guest takes it, until it cannot be sent.
+/// Sends input in its order, as fast as the guest takes it. After an error the rest of its piece of input is lost.
 async fn send(client: Client, vm: String, mut input: mpsc::Receiver<Vec<u8>>) {
     while let Some(bytes) = input.recv().await {
         let mut rest = bytes.as_slice();
         while !rest.is_empty() {
             let piece = rest.get(..rest.len().min(PIECE)).unwrap_or_default();
-            // The end of the output tells the end of the VM. An agent that is away loses what is typed, as a cable does.
+            // The end of the output shows the end of the VM. While the agent is away input is lost, as on a cable.
             let Ok(taken) = client.write_console(&vm, piece.to_vec()).await else { break };
             rest = rest.get(taken.min(rest.len())..).unwrap_or_default();
             if !rest.is_empty() {
@@ -216,7 +219,7 @@ async fn send(client: Client, vm: String, mut input: mpsc::Receiver<Vec<u8>>) {
     }
 }
 
-/// How often a guest that takes nothing is asked again, and how long it is waited for in between.
+/// The number of successive attempts with a guest that takes no input, and the pause between two.
 const TRIES: u32 = 100;
 const PAUSE: Duration = Duration::from_millis(50);
 

@@ -42,7 +42,7 @@ use crate::text::{is_active, printable};
 use error::CliError;
 use output::{Format, Output, warn};
 
-/// What scripts can rely on.
+/// The exit codes, on which scripts can rely.
 const EXIT_CODES: &str = "\
 Exit codes:
   0  done
@@ -73,10 +73,11 @@ pub struct Cli {
 enum Command {
     /// Runs the agent: serves the REST API, starts and supervises VMs.
     Serve(Box<crate::agent::ServeArgs>),
-    /// Shows on a simulated adapter what a guest may change and what not: needs /dev/kvm, and leaves nothing behind. Exits non-zero if
-    /// anything expected was not observed. As root its processes have user ids from 980000 to 995999.
+    /// Shows on a simulated adapter which changes of a guest the policy allows and which it denies: needs /dev/kvm, and
+    /// leaves nothing behind. Exits non-zero if anything expected was not observed. As root its processes have user ids
+    /// from 980000 to 995999.
     Demo(demo::DemoArgs),
-    /// Examines this host, without an agent: what VMs with VFs need, and the command that mends what is missing.
+    /// Examines this host, without an agent, for all that VMs with VFs need. Shows a command that mends each fault.
     Check(check::CheckArgs),
     /// Writes completions for a shell to standard output.
     #[command(visible_alias = "completion")]
@@ -91,15 +92,15 @@ enum Command {
     Client(Request),
 }
 
-/// What is asked of an agent.
+/// Commands that call an agent.
 #[derive(Debug, Subcommand)]
 enum Request {
-    /// Creates a VM from a file, boots it and attaches its console, until it ends or Ctrl-] detaches. The VM stays; one that is there
-    /// already, is at rest and is what the file says is booted.
+    /// Creates a VM from a file, boots it and attaches its console, until it ends or Ctrl-] detaches. The VM stays. A
+    /// VM that exists already, does not run and agrees with the file is booted.
     Run(run::RunArgs),
-    /// Makes switches, port groups and VMs what files say. What no file describes stays as it is.
+    /// Makes switches, port groups and VMs agree with files. Objects that no file describes stay as they are.
     Apply(apply::ApplyArgs),
-    /// Tells whether the agent can do its work.
+    /// Shows whether the agent can do its work.
     Health,
     /// Virtual machines.
     #[command(subcommand)]
@@ -112,25 +113,26 @@ enum Request {
     /// Virtual functions.
     #[command(subcommand)]
     Vf(host::VfCommand),
-    /// Switches: uplinks, and what port groups start from.
+    /// Switches: uplinks, and the settings that port groups start from.
     #[command(subcommand)]
     Switch(switch::SwitchCommand),
-    /// Port groups: what guests may do with their VFs.
+    /// Port groups: the policies for guests' VFs.
     #[command(subcommand)]
     PortGroup(port_group::PortGroupCommand),
     /// Ports: the adapters of VMs in their port groups.
     #[command(subcommand)]
     Port(port::PortCommand),
-    /// Lists what guests asked for and what came out, the latest first.
+    /// Lists the requests of guests and the decisions on them, the latest first.
     Decisions(decisions::DecisionsArgs),
-    /// Shows what happens: VMs' states, decisions, objects that change.
+    /// Shows events: states of VMs, decisions, changes of objects.
     Events(events::EventsArgs),
-    /// Serves a page about all of it to a browser of this host, until it is interrupted.
+    /// Serves a page about all of this to a browser of this host, until it is interrupted.
     Ui(ui::UiArgs),
 }
 
-/// Reads the command line; ends the process if it is none. The parser prints wrong arguments as they are, and scripts pass names of
-/// files and VMs that others chose: with such an argument, its text becomes one escaped line.
+/// Reads the command line; ends the process if it is invalid. The parser prints wrong arguments as they are, and
+/// scripts pass names of files and VMs that others chose. If an argument has characters on which a terminal acts, the
+/// parser's text becomes one escaped line.
 #[must_use]
 pub fn parse() -> Cli {
     Cli::try_parse().unwrap_or_else(|error| {
@@ -143,7 +145,7 @@ pub fn parse() -> Cli {
     })
 }
 
-/// Does what the command line says.
+/// Runs the command.
 pub fn run(cli: Cli) -> ExitCode {
     let command = match cli.command {
         Command::Serve(args) => {

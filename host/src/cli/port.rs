@@ -28,7 +28,7 @@ pub(super) enum PortCommand {
     /// Cuts a port off: its link is down, and its guest may change nothing. Refused while a VM runs on it whose PF
     /// cannot cut it off (igb).
     Block(BlockArgs),
-    /// Takes a port's own block back; one of its group stays.
+    /// Removes a port's own block; a block by its group stays.
     Unblock(BlockArgs),
 }
 
@@ -43,8 +43,8 @@ pub(super) struct PortName {
 pub(super) struct SetArgs {
     #[command(flatten)]
     port: PortName,
-    /// Settings to override: a .toml, .yaml or .json file with a port's specification, or - for standard
-    /// input. Options say more, or other.
+    /// Settings to override: a .toml, .yaml or .json file with a port's specification, or - for standard input. Options
+    /// take precedence over it.
     #[arg(long, short, value_name = "FILE")]
     file: Option<String>,
     /// A setting that is left to the group again; may be repeated.
@@ -110,12 +110,12 @@ async fn block(client: &Client, args: &BlockArgs, blocked: Option<bool>) -> Resu
     Ok(client.patch_port(&args.port.name, &patch, args.if_match).await?)
 }
 
-/// What deserves a second look.
+/// The warnings about a port, for the list.
 fn note(port: &Port) -> String {
     let status = &port.status;
     let mut notes = Vec::new();
     if status.guest_mac != status.effective_mac {
-        // Silently refused: the guest believes in an address that the VF does not have.
+        // Silently denied: the guest believes that it has an address that the VF does not have.
         notes.push("GUEST DIFFERS");
     }
     if status.unchecked.is_some() {

@@ -18,7 +18,7 @@ use super::{
 };
 use crate::text::printable;
 
-/// The wait for an agent that is restarted while it has the VM of `run --rm`: as long as that agent waits for this command.
+/// The wait of `run --rm` for an agent that is restarted: as long as the agent waits for this command.
 const AGENT_AWAY: Duration = Duration::from_secs(60);
 
 #[derive(Debug, Args)]
@@ -30,11 +30,12 @@ pub(super) struct RunArgs {
     /// command waits 60 s for the agent, and the agent for the command.
     #[arg(long)]
     rm: bool,
-    /// Waits at most this many seconds for it to be booted, whose console is then shown all the same, and with --rm to be deleted.
+    /// Waits at most this many seconds for the VM's boot, and with --rm for its deletion. The console is shown even if
+    /// the boot takes longer.
     #[arg(long, visible_alias = "timeout", value_name = "SECONDS", default_value_t = 60,
         value_parser = clap::value_parser!(u64).range(1..=api::router::MAX_WAIT_SECONDS))]
     wait: u64,
-    /// Shows what the guest writes and sends nothing to it, as without a terminal.
+    /// Shows the guest's output and sends nothing to the guest, as without a terminal.
     #[arg(long)]
     no_input: bool,
 }
@@ -46,11 +47,11 @@ pub(super) async fn run_file(
     args: RunArgs,
 ) -> Result<(), CliError> {
     let spec = spec_file::read_vm(&args.file)?;
-    // Before there is a VM that must not be left.
+    // Before the VM's creation, so that no signal leaves the VM behind.
     let signals = if args.rm { Some(Signals::new()?) } else { None };
     let create = async {
         match args.rm {
-            // Deleted by the agent if this process ends before it has the lease.
+            // The agent deletes the VM if this process ends before it has the lease.
             true => client.create_leased_vm(&spec).await,
             false => client.create_vm(&spec).await,
         }
@@ -69,7 +70,7 @@ pub(super) async fn run_file(
     if abandoned && !args.rm {
         client.end_lease(&id).await?;
     }
-    // What this command did not make is somebody else's.
+    // This command deletes only a VM that it has made or taken over.
     let remove = args.rm && (created || abandoned);
     if args.rm && !remove {
         warn(format_args!("portcullis: the VM {name} was there before: --rm does not delete it"));
@@ -92,8 +93,8 @@ pub(super) async fn run_file(
     Err(CliError::Signalled { signal })
 }
 
-/// The lease of a VM that this command has made. Without it the VM is left if the command is killed, which is no reason not to run
-/// it.
+/// Takes the lease of a VM that this command is to delete. None after a failure: a killed command then leaves the VM,
+/// which is no reason not to run it.
 async fn hold(client: &Client, name: &str, id: &str) -> Option<Kept> {
     match Kept::take(client, id.to_owned()).await {
         Ok(lease) => Some(lease),
@@ -101,7 +102,7 @@ async fn hold(client: &Client, name: &str, id: &str) -> Option<Kept> {
             warn(printable(&format!(
                 "portcullis: the VM {name} is not deleted if this command is killed: {error}"
             )));
-            // The agent would delete it for want of a client.
+            // Otherwise the agent would delete the VM for want of a client.
             drop(client.end_lease(id).await);
             None
         }
@@ -121,7 +122,7 @@ impl Signals {
         Ok(Self([terminate, interrupt, hangup]))
     }
 
-    /// The number of the next one.
+    /// Waits for the next signal and returns its number.
     async fn next(&mut self) -> i32 {
         let [(terminate, first), (interrupt, second), (hangup, third)] = &mut self.0;
         tokio::select! {
@@ -152,10 +153,10 @@ async fn boot_and_follow(
     let patience = if remove { AGENT_AWAY } else { Duration::ZERO };
     match console::attach(client, output, name, id, args.no_input, patience).await? {
         console::End::Rest => {}
-        // The caller hears the same signal.
+        // The caller gets the same signal.
         console::End::Signalled if args.rm => std::future::pending().await,
         console::End::Detached if remove => return Ok(client.end_lease(id).await?),
-        // It runs on.
+        // The VM runs on.
         console::End::Detached | console::End::Signalled => return Ok(()),
     }
     let status = client.get_vm(id).await?.status;
@@ -172,7 +173,7 @@ async fn boot_and_follow(
     Ok(())
 }
 
-/// Deletes the VM of a command that has failed: why that has is what the command ends with, so that what deleting says is told beside it.
+/// Deletes the VM of a failed command. The command ends with its first error, so an error of the deletion is a warning.
 async fn remove_after(client: &Client, name: &str, id: &str, wait: u64) {
     if let Err(error) = delete(client, id, None, wait).await {
         warn(printable(&format!(
@@ -181,8 +182,8 @@ async fn remove_after(client: &Client, name: &str, id: &str, wait: u64) {
     }
 }
 
-/// The VM of an earlier run with the same file, whose name is taken; else the error. A VM that lives by the lease of another command
-/// is that command's.
+/// The VM of an earlier run with the same file, if `error` says that its name is taken; else `error`. A VM that lives
+/// by the lease of another command belongs to that command.
 async fn same_vm(client: &Client, spec: &VmSpec, error: ClientError) -> Result<Vm, CliError> {
     if error.problem().is_none_or(|problem| problem.code != ProblemCode::NameTaken) {
         return Err(error.into());

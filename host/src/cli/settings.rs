@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 
-//! A policy's settings as options of the command line and as text. What an option takes is what is shown.
+//! A policy's settings as options of the command line and as text. A value has the same text in both.
 
 use clap::Args;
 use netpolicy::{
@@ -45,7 +45,7 @@ pub(super) struct SettingsArgs {
     /// Sending rate: unlimited, or Mbit/s.
     #[arg(long, value_name = "MBIT", value_parser = rate)]
     rate: Option<Rate>,
-    /// How the guest is told of a refusal: nack (its driver reports an error) or silent.
+    /// The response to a denied request: nack (the guest's driver reports an error) or silent.
     #[arg(long, value_name = "HOW", value_parser = word::<OnDenied>)]
     on_denied: Option<OnDenied>,
     /// Cuts ports off: true or false.
@@ -54,7 +54,7 @@ pub(super) struct SettingsArgs {
 }
 
 impl SettingsArgs {
-    /// Puts what was named in place of what `settings` say.
+    /// Replaces the settings that options name.
     pub(super) fn apply(self, settings: &mut Settings) {
         macro_rules! put {
             ($($field:ident)*) => { $(if self.$field.is_some() { settings.$field = self.$field; })* };
@@ -179,7 +179,7 @@ fn show_rate(value: &Rate) -> String {
     }
 }
 
-/// What a level decides, as `name=value`.
+/// The settings that a level decides, as `name=value`.
 pub(super) fn brief(settings: &Settings) -> String {
     let mut parts = Vec::new();
     macro_rules! part {

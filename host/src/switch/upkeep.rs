@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 
-//! What the switch does by itself: corrections after a policy changed, drift, reboots.
+//! The switch's work without a guest's request: corrections after an edit of a policy, connections of vmms, reboots,
+//! drift.
 
 use std::sync::Arc;
 
@@ -90,7 +91,7 @@ impl Actor {
             self.stop(port, &why);
         }
         let unmade = !made.failed.is_empty();
-        // A guest that is only to get something may wait for its vmm: the next connection begins with it.
+        // Changes that revoke nothing may wait for the vmm: the next connection begins with them.
         let can_wait = made.offline && !made.failed.iter().any(|(change, _)| must(change));
         let (mut credible, mut is_news) = (true, false);
         if let Some(lane) = self.lanes.get_mut(&port) {
@@ -119,7 +120,8 @@ impl Actor {
         }
     }
 
-    /// Something is still to be made: tried again later, or the VM is stopped.
+    /// A correction is pending: after `timing.confirm` it is tried again, or the VM is stopped if its vmm is not
+    /// connected.
     fn owe(&mut self, port: PortId) {
         if let Some(lane) = self.lanes.get_mut(&port) {
             lane.owed = true;
@@ -144,7 +146,7 @@ impl Actor {
                 self.stop(port, why);
             }
             Some(_) => self.queue(port, Work::Correct),
-            // A former agent's VM: when it is connected, or found to be gone.
+            // A VM of a former agent: its correction waits for the connection, or for the end of its process.
             None => {}
         }
     }
@@ -157,11 +159,11 @@ impl Actor {
         }
     }
 
-    /// The relay has made what waited for the guest's reset.
+    /// The relay has made the changes that waited for the guest's reset, except for the `failed` ones.
     pub(super) fn deferred_done(&mut self, port: PortId, failed: &[Change]) {
         let Some(lane) = self.lanes.get_mut(&port) else { return };
         let Some(sent) = lane.deferred.pop_front() else { return };
-        // Only what was ordered counts, whatever the vmm says.
+        // Only changes that were ordered count, because the vmm may lie.
         let (failed, done) = sent.into_iter().partition(|change| failed.contains(change));
         self.queue(port, Work::Confirmed { done, failed });
     }
@@ -177,7 +179,8 @@ impl Actor {
         if let Some(lane) = self.lanes.get_mut(&port) {
             lane.leftover.retain(|change| !done.contains(change));
             if !failed.is_empty() {
-                // The PF listens now: again, and with trust where that is needed. Before the guest's reset is answered.
+                // The PF takes messages now: correct again before the response to the guest's reset, and with trust if
+                // it is needed.
                 lane.queue.push_front(Work::Correct);
             } else if lane.deferred.is_empty() {
                 lane.edited_by = None;
@@ -193,7 +196,7 @@ impl Actor {
         for port in self.ports_of(vm) {
             self.tell_standing(port);
             if let Some(lane) = self.lanes.get_mut(&port) {
-                // The connection's end lost the answers to what was deferred; it is ordered again.
+                // The answers to the deferred changes were lost with the connection. The changes are ordered again.
                 let lost: Vec<Change> = lane.deferred.drain(..).flatten().collect();
                 let owed = lane.owed || !lost.is_empty();
                 if owed {
@@ -219,7 +222,7 @@ impl Actor {
             if let Some(lane) = self.lanes.get_mut(&port) {
                 lane.queue.retain(|work| !matches!(work, Work::Ask { .. }));
                 lane.untold = true;
-                // The relay refuses by itself; its notice says what became of the message.
+                // The relay denies the request by itself. Its notice has the result of the message.
                 if let Some(busy) = &mut lane.busy {
                     busy.forwarded = None;
                 }
@@ -239,7 +242,7 @@ impl Actor {
 
     // ---- reboots ----
 
-    /// `done` is told when the next agent would know of it.
+    /// `done` completes when the next agent would know of the reboot, or when the store has failed.
     pub(super) fn rebooted(&mut self, vm: VmId, done: oneshot::Sender<()>) {
         let mut saved = Vec::new();
         for port in self.ports_of(vm) {
@@ -251,7 +254,7 @@ impl Actor {
         }
         tokio::spawn(async move {
             for saved in saved {
-                // A database that fails must not make the vmm keep it for ever.
+                // A database that fails must not make the vmm keep the report for ever.
                 drop(saved.await);
             }
             let _ = done.send(());
@@ -269,7 +272,7 @@ impl Actor {
             .into_iter()
             .filter(|change| matches!(change, Change::SetMac(_)) || !has.changes().contains(change))
             .collect();
-        // The device was reset; what the PF keeps beyond that is in `messages`.
+        // The device was reset. `messages` remove the state that the PF keeps beyond that.
         if let Err(error) = self.state.commit(id, &[Change::Reset]) {
             tracing::error!(port = %id, "A reboot cannot be noted: {error}");
         }
@@ -293,7 +296,8 @@ impl Actor {
         }
     }
 
-    /// Not to be done again by the next agent, unless the guest has begun again once more.
+    /// Notes that the reboot is over, so that the next agent does not repeat it, unless the guest has rebooted once
+    /// more.
     fn reboot_over(&mut self, port: PortId) {
         if let Some(lane) = self.lanes.get_mut(&port) {
             lane.rebooting = lane.queue.iter().any(|work| matches!(work, Work::Reboot));
@@ -313,9 +317,9 @@ impl Actor {
         }
         if let Some(lane) = self.lanes.get_mut(&port) {
             lane.leftover.retain(|change| !made.done.contains(change));
-            // Nothing else waits there: the reboot has begun with that.
+            // No other changes are deferred: the reboot began by clearing that list.
             let _ = lane.defer(made.deferred);
-            // The comparison tries again what the PF did not take; the rest is tried again at the guest's reset.
+            // The comparison retries the settings that the PF did not take; the rest is retried at the guest's reset.
             if !made.failed.is_empty() {
                 lane.push(Work::Repair { all: false });
             }
@@ -332,7 +336,7 @@ impl Actor {
             }
             Hint::Changed { name: Some(_), .. } if self.pfs.is_empty() => {}
             _ => {
-                // Perhaps a PF that is new, gone, or has another name.
+                // The hint may mean a PF that is new, gone, or has another name.
                 let (pf, own) = (self.pf.clone(), self.own.clone());
                 tokio::spawn(async move {
                     if let (Ok(pfs), Some(own)) = (known(&pf).await, own.upgrade()) {
@@ -344,11 +348,11 @@ impl Actor {
         self.compare_at = self.compare_at.or(Instant::now().checked_add(self.timing.gather));
     }
 
-    /// The interface of a PF is set up, or is not.
+    /// Notes whether the interface of a PF is up.
     pub(super) fn pf_is(&mut self, name: &str, up: bool) {
         if up && self.down.remove(name) {
             self.tell_pf(name, PfState::Up);
-            // Its driver has begun anew and has lost what it does not remember.
+            // Its driver has begun anew, without the settings that it does not remember.
             let of = |port: &&netpolicy::Port| port.vf.as_ref().is_some_and(|vf| vf.pf == name);
             let ports: Vec<PortId> = self.state.ports().filter(of).map(|port| port.id).collect();
             for port in ports {
@@ -359,7 +363,7 @@ impl Actor {
         }
     }
 
-    /// Compares every port with its PF, each when nothing else is being done for it.
+    /// Queues a comparison of every port with its PF, behind the other work for that port.
     pub(super) fn compare_all(&mut self) {
         self.compare_at = None;
         let bound: Vec<PortId> =

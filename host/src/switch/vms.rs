@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 
-//! Ports of VMs: made, given VFs, and taken from them.
+//! The ports of VMs: their creation, their VFs, the release of those, and their deletion.
 
 use std::collections::BTreeMap;
 
@@ -26,8 +26,8 @@ use super::{
 use crate::store::{Expect, StoreError};
 
 impl Actor {
-    /// The VM's ports become those of its adapters. One whose adapter stays is the same port, also under another name of the VM; what it
-    /// overrides is its group's affair, and goes with that.
+    /// Makes the VM's ports those of its adapters. A port with an adapter that stays is the same port, also under
+    /// another name of the VM. Its overrides belong to its group, and end with a change of the group.
     pub(super) async fn attach(&mut self, vm: &VmRef, adapters: Vec<Adapter>) -> Result<(), SwitchError> {
         let mut trial = self.state.clone();
         let of_vm = self.ports_of(vm.id);
@@ -36,7 +36,7 @@ impl Actor {
             .filter_map(|id| self.state.port(id))
             .map(|port| (port.adapter.clone(), port.clone()))
             .collect();
-        // (what it was, what it will be)
+        // (the port before, the port after)
         let mut changed: Vec<(Option<Port>, Port)> = Vec::new();
         for Adapter { id, group, mac } in adapters {
             let name = group.as_deref().unwrap_or(DEFAULT);
@@ -57,7 +57,7 @@ impl Actor {
             changed.push((old, port));
         }
         let gone: Vec<PortId> = old.values().map(|port| port.id).collect();
-        // All that go first: what is new may have their addresses.
+        // All removals first: new ports may have the addresses of old ones.
         for id in gone.iter().copied().chain(changed.iter().filter_map(|(old, _)| Some(old.as_ref()?.id))) {
             trial.detach(id)?;
         }
@@ -81,7 +81,7 @@ impl Actor {
         Ok(())
     }
 
-    /// Stores ports, all or none. Returns when each was made, and its revision.
+    /// Stores ports, all or none. Returns the time of each port's creation, and its revision.
     async fn store_ports(
         &self,
         changed: &[(Option<Port>, Port)],
@@ -127,7 +127,7 @@ impl Actor {
         self.lanes.remove(&id);
         self.publish_unchecked();
         self.meta.remove(&id.0);
-        // The port itself first: what is left of it without that is nothing to anybody.
+        // The port itself first: the records that are left without it have no effect.
         self.ports.remove(id.0).await?;
         reach(Point::DeletePort);
         drop(self.writer.forget(id).await);
@@ -181,7 +181,7 @@ impl Actor {
         Ok(changes)
     }
 
-    /// From now on the port is compared with its PF.
+    /// The VF's baseline is on its PF: from now on the port is compared with the PF.
     pub(super) fn programmed(&mut self, vf: &VfRef) {
         let port = self.state.ports().find(|port| port.vf.as_ref() == Some(vf)).map(|port| port.id);
         if let Some(lane) = port.and_then(|port| self.lanes.get_mut(&port)) {
@@ -204,7 +204,7 @@ impl Actor {
         self.queue(port, Work::Release { reply });
     }
 
-    /// What is on the VF of a port for which nothing is under way.
+    /// The leftovers on the VF of a port without work under way.
     pub(super) fn leftover(&self, id: PortId) -> Result<Option<Leftover>, SwitchError> {
         let Some((port, vf)) = self.state.port(id).and_then(|port| Some((port, port.vf.clone()?))) else {
             return Ok(None);
@@ -235,7 +235,7 @@ impl Actor {
         self.port_of(vm, adapter).ok_or_else(missing)
     }
 
-    /// Durable when it returns.
+    /// Stores the port's attachment, durably when it returns.
     async fn store_attachment(&self, id: PortId) -> Result<(), SwitchError> {
         let Some(attachment) = self.attachment(id) else { return Ok(()) };
         match self.writer.save(id, attachment).await {

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 
-//! From a specification to a running machine.
+//! Builds a machine from a VM's specification and runs it.
 
 use std::{fs::File, os::fd::OwnedFd, sync::Arc, time::Duration};
 
@@ -33,17 +33,17 @@ use crate::{
 /// How long building a machine may take: much memory must be locked, and hardware reset.
 const CONFIGURE: Duration = Duration::from_secs(120);
 
-/// How long an order may take that only flips a state.
+/// How long an order may take that only changes a state.
 pub(super) const PROMPT: Duration = Duration::from_secs(30);
 
-/// The files of a machine, opened with the rights of those who chose them and of the caller.
+/// The files of a machine, opened with the rights of their authors and of the caller.
 pub(super) struct Files {
     kvm: File,
     kernel: File,
     initramfs: Option<File>,
 }
 
-/// Opens what the machine needs; each file must be open to all of `rights`.
+/// Opens the files of the machine. All of `rights` must be able to read each boot file.
 pub(super) async fn open_files(
     env: &Environment,
     rights: Vec<Caller>,
@@ -61,7 +61,7 @@ pub(super) async fn open_files(
             None => None,
         };
         fits_the_host(memory.bytes())?;
-        // Beside the kernel it may still be too large: the vmm knows where that ends.
+        // Together with the kernel it may still be too large: only the vmm knows the end of the kernel.
         let size = initramfs.as_ref().and_then(|file| file.metadata().ok()).map_or(0, |data| data.len());
         if size > memory.bytes() {
             let detail = format!(
@@ -87,7 +87,8 @@ pub(super) async fn open_files(
         .map_err(|error| Problem::new(ProblemCode::Internal, chain(&error)))?
 }
 
-/// Memory is reserved page by page: a guest that could never have its memory would be killed in the middle of its work.
+/// Checks that the host has so much memory and swap space. Memory is reserved page by page: a guest that could never
+/// have all of it would be killed in the middle of its work.
 fn fits_the_host(bytes: u64) -> Result<(), Problem> {
     let Some(host) = std::fs::read_to_string("/proc/meminfo").ok().as_deref().and_then(memory_and_swap)
     else {
@@ -126,7 +127,7 @@ pub(super) fn start(
         Problem::new(ProblemCode::VmmFailed, detail)
     })?;
     let process = spawn(&env.program, directory, vm).map_err(|e| e.problem())?;
-    // Simulated functions reach guest memory as the process does: nothing is locked for them.
+    // Simulated functions access guest memory as the process does: nothing is locked for them.
     let lockable = if held.iter().any(|claim| !is_simulated(claim.value.bdf)) {
         Some(spec.memory.bytes().saturating_add(env.memlock_slack))
     } else {
@@ -145,9 +146,9 @@ pub(super) fn start(
 pub(super) struct NewProcess<'a> {
     /// Its directory, in which it listens.
     pub(super) directory: &'a VmDirectory,
-    /// The user that it is to become; None to stay.
+    /// The user id that it changes to; None to keep the agent's user.
     pub(super) user: Option<u32>,
-    /// What it may say.
+    /// The limits of its messages.
     pub(super) allowance: &'a Allowance,
 }
 
@@ -184,7 +185,7 @@ pub(super) async fn run(
     Ok((connection, events))
 }
 
-/// Of simulated functions to their PFs.
+/// Opens the connections of simulated functions to their PFs.
 async fn connections(env: &Environment, held: &[Held]) -> Result<Vec<OwnedFd>, Problem> {
     let Some(simulated) = env.inventory.simulated().map(Arc::clone) else { return Ok(Vec::new()) };
     let vfs: Vec<Bdf> = held.iter().map(|claim| claim.value.bdf).filter(|bdf| is_simulated(*bdf)).collect();

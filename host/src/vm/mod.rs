@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 
-//! One task per VM owns its life; everybody else sends it commands and reads copies of its status.
+//! One task per VM owns its life. All other parts send it commands and read copies of its status.
 //!
 //! ```text
 //!             boot
@@ -11,13 +11,13 @@
 //!  Failed ◀────────────│─┴── crash, machine failure ──┤                  │
 //!    └────boot──▶      └──────────────────────┐       ▼                  │
 //!  Stopped ◀──────────────────── Stopping ◀───┴ stop ─┴──────────────────┘
-//!             process gone, functions given back; guest power-off likewise
+//!             process gone, functions released; guest power-off likewise
 //! ```
 //!
-//! A VM at rest is booted by its task itself, too: some time after its end (`restart`), or when the agent starts (`autostart`).
+//! The task also boots a VM by itself: some time after the VM's end (`restart`), or at the agent's start (`autostart`).
 //!
-//! Who may move it: `actor` only, told by commands (the API), by reports (the vmm, which the guest may have taken
-//! over: reports move it between Running, Paused and Rebooting, or to its end, never back) and by the process's exit.
+//! Only `actor` changes the state. Its causes are commands (the API), reports (the vmm, which the guest may have taken
+//! over: reports move a VM between Running, Paused and Rebooting, or to its end, never back) and the process's exit.
 
 mod actor;
 mod boot;
@@ -45,25 +45,25 @@ use self::{
 };
 use crate::{environment::Environment, store::Entry, vmm_process::Connection};
 
-/// The end of an action: completes when it is done, or could not be.
+/// The completion of an action, with its success or its failure.
 pub type Completion = oneshot::Receiver<Result<(), Problem>>;
 
-/// What a VM's task can be told.
+/// A command to a VM's task.
 enum Command {
-    /// Do it. The first answer says whether it was begun.
+    /// Begin an action. `begun` receives whether the task has begun it.
     Act { action: VmAction, caller: Caller, by: Asked, begun: oneshot::Sender<Result<Completion, Problem>> },
-    /// Another specification.
+    /// Replace the specification, if the VM is at this revision.
     Edit {
         caller: Caller,
         spec: Box<VmSpec>,
         expect: Option<u64>,
         done: oneshot::Sender<Result<(), Problem>>,
     },
-    /// The VM lives by a lease, which this client holds.
+    /// Give the VM's lease to a client: the VM lives by it from now on.
     Lease { done: oneshot::Sender<Result<Lease, Problem>> },
-    /// It lives without a lease.
+    /// End the lease: the VM lives on without one.
     EndLease { done: oneshot::Sender<Result<(), Problem>> },
-    /// Stop, give back, forget, if the VM is at this revision. The task ends.
+    /// Stop the VM, release its functions and delete it, if it is at this revision. The task ends.
     Delete { caller: Caller, expect: Option<u64>, done: oneshot::Sender<Result<(), Problem>> },
     /// The agent ends; the VM runs on. The task ends.
     Leave { done: oneshot::Sender<()> },
@@ -74,7 +74,7 @@ enum Command {
 enum Origin {
     /// It has just been stored.
     Created,
-    /// The same, and it lives by a lease.
+    /// It has just been stored, and lives by a lease.
     CreatedLeased,
     /// The agent has just started.
     Found,
@@ -85,9 +85,9 @@ enum Origin {
 pub struct Status {
     /// Its state, as stored.
     pub run: RunRecord,
-    /// What it holds.
+    /// The functions that it holds.
     pub held: Vec<Held>,
-    /// What its task does that takes time.
+    /// The long operation of its task, if one is under way.
     pub operation: Option<VmOperation>,
     /// The lease that it lives by.
     pub lease: Option<VmLease>,
@@ -111,13 +111,13 @@ impl VmHandle {
         Self::spawn(env, record, Origin::Created)
     }
 
-    /// The same for one that lives by a lease, whose client is still to come.
+    /// Starts the task of a VM that has just been stored and lives by a lease. No client has taken the lease yet.
     pub fn start_leased(env: Arc<Environment>, record: Entry<VmRecord>) -> Self {
         Self::spawn(env, record, Origin::CreatedLeased)
     }
 
-    /// Starts the task of a VM that an agent which starts has found in the store. What a former agent was doing with it is taken up
-    /// or put right before the first command; it may be booted.
+    /// Starts the task of a VM that a starting agent has found in the store. Before the first command, the task
+    /// continues or corrects the work that a former agent left unfinished. It may boot the VM.
     pub fn find(env: Arc<Environment>, record: Entry<VmRecord>) -> Self {
         Self::spawn(env, record, Origin::Found)
     }
@@ -141,37 +141,37 @@ impl VmHandle {
         Self { id, commands, status, record, connection, console }
     }
 
-    /// The VM as it was asked for.
+    /// The VM's stored specification.
     #[must_use]
     pub fn record(&self) -> Arc<Entry<VmRecord>> {
         Arc::clone(&self.record.borrow())
     }
 
-    /// Its name now.
+    /// Its present name.
     #[must_use]
     pub fn name(&self) -> Name {
         self.record.borrow().value.spec.name.clone()
     }
 
-    /// Where it is now.
+    /// A copy of its present status.
     #[must_use]
     pub fn status(&self) -> Status {
         self.status.borrow().clone()
     }
 
-    /// Its state now.
+    /// Its present state.
     #[must_use]
     pub fn state(&self) -> VmState {
         self.status.borrow().run.state
     }
 
-    /// Status changes.
+    /// A receiver of the changes of its status.
     #[must_use]
     pub fn follow(&self) -> watch::Receiver<Status> {
         self.status.clone()
     }
 
-    /// Changes whenever the console has grown.
+    /// A receiver that changes whenever the console has grown.
     #[must_use]
     pub fn console_growth(&self) -> watch::Receiver<u64> {
         self.console.clone()
@@ -180,7 +180,7 @@ impl VmHandle {
     /// The connection to its process.
     ///
     /// # Errors
-    /// `wrong_state` of a VM that does not run, `vmm_failed` while its process cannot be talked to.
+    /// `wrong_state` if the VM does not run, `vmm_failed` while the agent has no connection to its process.
     pub fn connection(&self) -> Result<Connection, Problem> {
         self.connection.borrow().clone().ok_or_else(|| {
             let (name, state) = (self.name(), self.state());
@@ -195,7 +195,7 @@ impl VmHandle {
         })
     }
 
-    /// Begins an action. What can be said at once is the error; the completion tells the rest.
+    /// Begins an action. The error is a failure to begin it; later failures arrive with the completion.
     ///
     /// # Errors
     /// A problem; nothing was begun.
@@ -203,10 +203,10 @@ impl VmHandle {
         self.act_for(action, caller, Asked::User).await
     }
 
-    /// The same; the agent that is about to end asks for it, too.
+    /// Begins an action for a client of the API or, before the agent's end, for the agent itself.
     ///
     /// # Errors
-    /// As of [`Self::act`].
+    /// See [`Self::act`].
     pub async fn act_for(&self, action: VmAction, caller: Caller, by: Asked) -> Result<Completion, Problem> {
         let (begun, answer) = oneshot::channel();
         self.send(Command::Act { action, caller, by, begun }).await?;
@@ -223,7 +223,8 @@ impl VmHandle {
         answer.await.map_err(|_| self.gone())?
     }
 
-    /// Takes the VM's lease, by which it lives from now on: once all leases of it have been dropped, it is stopped and deleted.
+    /// Takes the VM's lease, by which it lives from now on: once all its leases have been dropped, the task stops and
+    /// deletes it.
     ///
     /// # Errors
     /// A problem; the VM lives on as before.
@@ -243,16 +244,16 @@ impl VmHandle {
         answer.await.map_err(|_| self.gone())?
     }
 
-    /// Whether its task has ended, which may have been the VM's end.
+    /// Whether its task has ended, perhaps because the VM was deleted.
     #[must_use]
     pub fn has_ended(&self) -> bool {
         self.commands.is_closed()
     }
 
-    /// Stops the VM, gives back what it holds, and forgets it, if it is at this revision.
+    /// Stops the VM, releases its functions and deletes it, if it is at this revision.
     ///
     /// # Errors
-    /// A problem: another revision, or what could not be given back. The VM is still there then.
+    /// A problem: another revision, or a function that could not be released. The VM still exists then.
     pub async fn delete(&self, caller: Caller, expect: Option<u64>) -> Result<(), Problem> {
         let (done, answer) = oneshot::channel();
         self.send(Command::Delete { caller, expect, done }).await?;

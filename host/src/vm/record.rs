@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 
-//! What the store keeps of VMs, of what they hold, and of PFs.
+//! The store's records of VMs, of the functions that they hold, and of PFs.
 
 use std::collections::BTreeMap;
 
@@ -14,39 +14,40 @@ use uuid::Uuid;
 
 use crate::{store::Record, vmm_process::Identity};
 
-/// A VM as it was asked for.
+/// A VM's specification and its authors. Their rights limit the files that its boot opens.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct VmRecord {
-    /// When it was created.
+    /// The time of its creation.
     pub created: Timestamp,
-    /// What was asked.
+    /// The specification.
     pub spec: VmSpec,
-    /// Who wrote it last; None of an agent that did not note it.
+    /// The author of the last write; None in a record of an older agent, which did not store it.
     #[serde(default)]
     pub author: Option<Author>,
-    /// Who chose each part of `boot` as it is, by the part's name. Of an agent that did not note it: `author`.
+    /// The author of each part of `boot`, by the part's name. In a record of an older agent, `author` stands for all of
+    /// them.
     #[serde(default)]
     pub boot_authors: BTreeMap<String, Author>,
 }
 
-/// The parts of `boot` that decide what of its files a guest can show to somebody.
+/// The parts of `boot` that decide which contents of its files a guest can reveal.
 const BOOT_PARTS: [&str; 3] = ["kernel", "initramfs", "cmdline"];
 
 impl VmRecord {
-    /// A new VM. Whoever wrote the specification chose all of `boot`.
+    /// A new VM. The writer of the specification is the author of all parts of `boot`.
     #[must_use]
     pub fn new(created: Timestamp, spec: VmSpec, by: &Caller) -> Self {
         Self { created, spec, author: Some(Author::of(by)), boot_authors: BTreeMap::new() }.noted()
     }
 
-    /// A copy, with `spec` made from this one. Its files stay those of whoever chose them.
+    /// A copy, with `spec` made from this one. Its parts of `boot` keep their authors.
     #[must_use]
     pub fn copied(&self, created: Timestamp, spec: VmSpec, by: &Caller) -> Self {
         Self { created, spec, author: Some(Author::of(by)), boot_authors: self.clone().noted().boot_authors }
     }
 
-    /// With another specification. Who changes a part of `boot` has chosen that part; an edit of anything else leaves the rights
-    /// with which files are opened as they are.
+    /// The record with another specification. `by` becomes the author of the parts of `boot` that the edit changes. An
+    /// edit of anything else leaves the rights with which files are opened as they are.
     #[must_use]
     pub fn edited(&self, spec: VmSpec, by: &Caller) -> Self {
         let (old, new) = (&self.spec.boot, &spec.boot);
@@ -58,7 +59,7 @@ impl VmRecord {
         Self { created: self.created, spec, author: Some(Author::of(by)), boot_authors }
     }
 
-    /// With an author for each part of `boot`.
+    /// The record with an author for each part of `boot`.
     fn noted(mut self) -> Self {
         let author = self.author.clone().unwrap_or_else(|| Author::Token { name: "unknown".to_owned() });
         for part in BOOT_PARTS {
@@ -67,10 +68,10 @@ impl VmRecord {
         self
     }
 
-    /// Those with whose rights the files of `boot` are opened: each file must be open to all of them, and to `caller`, if somebody
-    /// asked for the boot. A guest can show its files to whoever chose its kernel or command line, so that nobody who can write a
-    /// part of a specification gets at files that they could not read. If it is not known who that was, only image directories are
-    /// open.
+    /// The callers that must all be able to read each file of `boot`: the authors of its parts and, if a request leads
+    /// to the boot, its `caller`. A guest can reveal its files to the author of its kernel or command line. So no
+    /// author of one part gets at a file that this author could not read. While the authors are unknown, only image
+    /// directories are open.
     #[must_use]
     pub fn boot_rights(&self, caller: Option<Caller>) -> Vec<Caller> {
         let authors = self.clone().noted().boot_authors;
@@ -84,7 +85,7 @@ impl VmRecord {
     }
 }
 
-/// Who wrote a specification.
+/// The author of a specification, or of a part of it.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Author {
@@ -95,7 +96,7 @@ pub enum Author {
         /// Group id.
         gid: u32,
     },
-    /// Somebody with a token.
+    /// A client with a token.
     Token {
         /// The token's name.
         name: String,
@@ -103,7 +104,7 @@ pub enum Author {
 }
 
 impl Author {
-    /// A caller.
+    /// The author that a caller becomes.
     #[must_use]
     pub fn of(caller: &Caller) -> Self {
         match caller {
@@ -112,7 +113,7 @@ impl Author {
         }
     }
 
-    /// Somebody with their rights.
+    /// A caller with the author's rights.
     fn caller(&self) -> Caller {
         match self {
             Author::User { uid, gid } => Caller::User(User { uid: *uid, gid: *gid, pid: None }),
@@ -125,60 +126,60 @@ impl Record for VmRecord {
     const KIND: &'static str = "vm";
 }
 
-/// A VM as it is. Its id is the VM's.
+/// The state of a VM. The record's id is the VM's.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct RunRecord {
-    /// Where it is in its life.
+    /// The state in the VM's life.
     pub state: VmState,
-    /// Since when.
+    /// The time since which it has this state.
     pub since: Timestamp,
-    /// Why it ended.
+    /// The cause of its end, or of the failure of its last boot.
     #[serde(default)]
     pub cause: Option<Cause>,
-    /// Boots of its process.
+    /// The boots of the guest in its process.
     #[serde(default)]
     pub boots: u64,
     /// Its process, while it has one.
     #[serde(default)]
     pub process: Option<Identity>,
-    /// The user that its process runs as, if it is one of its own.
+    /// The user id of its process; None without a process, and if the process keeps the agent's user.
     #[serde(default)]
     pub user: Option<u32>,
-    /// The protections that its process does without; None for one of an agent that did not say so.
+    /// The protections that are off for its process; None before the first boot, and in a record of an older agent.
     #[serde(default)]
     pub off: Option<Vec<Protection>>,
-    /// Functions that the running guest lost, by address.
+    /// The functions that the running guest lost, and the causes, by PCI address.
     #[serde(default)]
     pub lost: BTreeMap<String, Cause>,
-    /// When its guest was started; None while it was not.
+    /// The time at which its guest was started; None if it was not.
     #[serde(default)]
     pub booted: Option<Timestamp>,
-    /// What the agent does to keep it running.
+    /// The agent's attempts to keep it running.
     #[serde(default)]
     pub restart: RestartStatus,
-    /// Who asked it to end, since it was booted.
+    /// The origin of the last request since its boot to end it.
     #[serde(default)]
     pub asked: Option<Asked>,
-    /// The boot of the host in which it came to rest.
+    /// The boot id of the host in which it came to rest.
     #[serde(default)]
     pub rested_in: Option<String>,
-    /// It lives by a lease: without a client it is stopped and deleted.
+    /// The VM lives by a lease: without a client the agent stops and deletes it.
     #[serde(default)]
     pub leased: bool,
 }
 
-/// Who asked a VM to end.
+/// The origin of a request to end a VM.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Asked {
-    /// A request.
+    /// A call of the API.
     User,
-    /// The agent, which was about to end itself.
+    /// The agent, before its own end.
     Agent,
 }
 
 impl RunRecord {
-    /// Of a VM about which nothing is stored yet: it is as it was created, at `since`.
+    /// The record of a VM that has none in the store yet: created at `since`, and not booted since.
     #[must_use]
     pub fn created(since: Timestamp) -> Self {
         Self { since, ..Self::default() }
@@ -209,7 +210,7 @@ impl Record for RunRecord {
     const KIND: &'static str = "run";
 }
 
-/// A function that a VM holds. Stored under its PCI address, so that it has one owner.
+/// A function that a VM holds. It is stored under its PCI address, so that it has one owner.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct Claim {
     /// The VM.
@@ -222,9 +223,9 @@ pub struct Claim {
     pub bdf: Bdf,
     /// Its IOMMU group; None for a simulated one.
     pub group: Option<u32>,
-    /// What makes it a network adapter; None for a plain device.
+    /// The VF under policy; None for a device.
     pub adapter: Option<ClaimedVf>,
-    /// What it was before; None as long as nothing has been changed.
+    /// Its state before the claim; None as long as nothing has been changed.
     pub before: Option<Before>,
 }
 
@@ -247,21 +248,21 @@ pub struct ClaimedVf {
     pub mac: UnicastMac,
 }
 
-/// What a function was before it was claimed.
+/// The state of a function before its claim.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Before {
     /// Its driver.
     pub binding: PreviousBinding,
-    /// What the PF had set for it.
+    /// The PF's settings for it; None for a device.
     pub settings: Option<VfSettings>,
 }
 
 /// A PF as the agent knows it. Its id is made from its address.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct PfRecord {
-    /// When the agent first saw it.
+    /// The time at which the agent first saw it.
     pub created: Timestamp,
-    /// How many VFs it should have.
+    /// The number of VFs that it should have.
     pub vfs: u32,
 }
 
@@ -269,7 +270,7 @@ impl Record for PfRecord {
     const KIND: &'static str = "pf";
 }
 
-/// The address of an adapter that was not given one: locally administered, and the same for ever.
+/// The address of an adapter without one in its specification: locally administered, and for ever the same.
 #[must_use]
 pub fn generated_mac(vm: Uuid, adapter: &Name) -> UnicastMac {
     // FNV-1a, 64 bits: spelled out here because the address must never change with a library.
@@ -303,7 +304,7 @@ mod tests {
         Caller::User(User { uid, gid: uid, pid: None })
     }
 
-    /// Whoever boots a VM, copies it or edits anything but `boot` lends it no rights.
+    /// A boot, a copy, or an edit of anything but `boot` does not lend the VM the rights of its caller.
     #[test]
     fn files_are_opened_with_the_rights_of_those_who_chose_them() {
         let spec: VmSpec = serde_json::from_value(serde_json::json!({
@@ -322,7 +323,7 @@ mod tests {
         let copy = vm.copied(now, vm.spec.cloned_as("web2".parse().unwrap()), &user(0));
         assert_eq!(copy.boot_rights(None), [user(1000)]);
 
-        // A kernel of one's own shows the initramfs of another: both must be able to read both.
+        // The kernel of one author can reveal the initramfs of the other: both authors must be able to read both files.
         let mut spec = autostart;
         spec.boot.kernel = "other".into();
         let vm = vm.edited(spec.clone(), &user(2000));
@@ -338,7 +339,7 @@ mod tests {
     /// A part of `boot` without an author would be opened with the rights of others.
     #[test]
     fn each_part_of_boot_has_an_author() {
-        // All fields: a new one does not compile here.
+        // All fields are listed, so that a new one does not compile here.
         let all = BootSpec { kernel: "k".into(), initramfs: Some("i".into()), cmdline: "c".into() };
         let fields: Vec<String> =
             serde_json::to_value(&all).unwrap().as_object().unwrap().keys().cloned().collect();
@@ -347,8 +348,8 @@ mod tests {
         assert_eq!(fields, parts);
     }
 
-    /// Who wrote `boot`, who acted later, and by which verb: the file is never opened without the rights of its author, nor with more
-    /// than those if the agent boots by itself.
+    /// For each author of `boot`, later caller and verbs of that caller: a file is never opened without the rights of
+    /// its author, nor with more than those if the agent boots by itself.
     #[test]
     fn no_verb_of_another_lends_rights_to_an_author() {
         let spec: VmSpec = serde_json::from_value(serde_json::json!({
@@ -385,7 +386,7 @@ mod tests {
         }
     }
 
-    /// Whoever changes one part could have the guest show the others: all must be able to read all.
+    /// The author of one part could have the guest reveal the others: all authors must be able to read all files.
     #[test]
     fn a_change_of_one_part_adds_rights_that_are_needed() {
         let spec: VmSpec = serde_json::from_value(serde_json::json!({

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 
-//! The control connection: a task per connection between the socket and the agent's side of it.
+//! The agent's end of a control connection: a task per connection carries messages between the socket and the handles.
 
 use std::{
     collections::{BTreeMap, HashMap},
@@ -39,14 +39,14 @@ const REASON: usize = 200;
 /// Most orders under way at once.
 const ORDERS_MAX: usize = 64;
 
-/// Most reports and questions that wait to be handled. More means a vmm that floods: one of ours keeps 256 reports while no
-/// agent is there, and has one question for each adapter.
+/// Most reports and questions that wait to be handled. A vmm with more floods the agent: an honest one keeps 256
+/// reports while no agent is connected, and has one question for each adapter.
 const EVENTS_MAX: usize = 1024;
 
-/// Why no connection came about.
+/// The reason why a connection was not made.
 #[derive(Debug, thiserror::Error)]
 pub enum ConnectError {
-    /// The socket.
+    /// The socket cannot be connected.
     #[error("The vmm's control socket cannot be connected")]
     Socket(#[source] io::Error),
     /// The vmm does not speak the protocol.
@@ -55,19 +55,19 @@ pub enum ConnectError {
     /// The vmm refused.
     #[error("The vmm refused the connection: {0}")]
     Refused(String),
-    /// The vmm answered something else than hello.
+    /// The vmm's first message is not a hello.
     #[error("The vmm did not answer the handshake with one")]
     Handshake,
     /// The vmm chose a version that was not offered.
     #[error("The vmm wants protocol version {0}, which was not offered")]
     Version(u32),
-    /// No answer.
+    /// The vmm's hello did not arrive in time.
     #[error("The vmm did not answer the handshake within {} s", PATIENCE.as_secs())]
     Timeout,
 }
 
 impl ConnectError {
-    /// Whether the vmm said what the protocol does not have.
+    /// Whether the vmm violated the protocol.
     #[must_use]
     pub fn is_nonsense(&self) -> bool {
         match self {
@@ -78,13 +78,13 @@ impl ConnectError {
     }
 }
 
-/// Why an order was not carried out.
+/// The reason why an order was not carried out.
 #[derive(Clone, Debug, thiserror::Error)]
 pub enum OrderError {
-    /// The vmm says why.
+    /// The vmm reports a failure.
     #[error(transparent)]
     Failed(#[from] Failure),
-    /// The vmm said what the protocol does not have.
+    /// The vmm violated the protocol.
     #[error("The vmm does not speak as the protocol says: {0}")]
     Nonsense(String),
     /// The connection ended before the answer.
@@ -101,7 +101,7 @@ pub enum OrderError {
     TooLong,
 }
 
-/// What a vmm said about itself.
+/// The hello of a vmm.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Greeting {
     /// Protocol version.
@@ -112,17 +112,17 @@ pub struct Greeting {
     pub boots: u64,
 }
 
-/// What a vmm says on its own.
+/// A message that a vmm sends without an order.
 #[derive(Clone, Debug, PartialEq)]
 pub enum Event {
-    /// Something happened. To be acknowledged by [`Connection::noted`] once it is stored.
+    /// An event in the vmm. The agent acknowledges it by [`Connection::noted`] once it is stored.
     Report {
         /// The report's number.
         seq: u64,
-        /// What happened.
+        /// The event.
         report: Report,
     },
-    /// A question, to be answered by [`Connection::answer`].
+    /// A question, which the agent answers by [`Connection::answer`].
     Ask {
         /// The question's number.
         id: u64,
@@ -146,31 +146,31 @@ fn offered() -> RangeInclusive<u32> {
     SPOKEN
 }
 
-/// `OLDEST-NEWEST`: what a build of another time would offer.
+/// `OLDEST-NEWEST`: the versions that an older or newer build would offer.
 #[cfg(feature = "test-support")]
 fn versions(text: &str) -> Option<RangeInclusive<u32>> {
     let (oldest, newest) = text.split_once('-')?;
     Some(oldest.parse().ok()?..=newest.parse().ok()?)
 }
 
-/// What the relays of a VM refuse without a question, by adapter.
+/// The standing denials of a VM's relays, by adapter.
 type Standing = BTreeMap<String, Option<StandingRefusal>>;
 
-/// The handle of a connection, which ends with its last handle.
+/// A handle of a connection, which ends with its last handle.
 #[derive(Clone, Debug)]
 pub struct Connection {
     requests: mpsc::Sender<Request>,
-    /// The newest counts, and is never lost.
+    /// The relays' standing denials. Only the newest value counts, and it is never lost.
     standing: watch::Sender<Standing>,
-    /// The task of the connection owns it: a connection that has ended is closed, whoever has a handle.
+    /// The connection's task owns the socket, so that the end of the connection closes it even while handles exist.
     channel: Weak<AsyncFd<Channel>>,
-    /// What the vmm said that the protocol does not have. The connection has ended then.
+    /// The vmm's violation of the protocol, which has ended the connection.
     fault: Arc<OnceLock<String>>,
 }
 
 impl Connection {
-    /// Connects to the vmm of `vm` that listens at `path` and shakes hands. What the vmm says is limited by the `allowance` of its
-    /// process. The receiver ends when the connection does.
+    /// Connects to the vmm of `vm` that listens at `path` and shakes hands. The `allowance` of its process limits the
+    /// messages of the vmm. The receiver ends with the connection.
     ///
     /// # Errors
     /// See [`ConnectError`].
@@ -214,7 +214,7 @@ impl Connection {
         Ok((handle, greeting, receiver))
     }
 
-    /// Orders something, with descriptors beside it, and waits up to `patience` for the outcome.
+    /// Sends an order, with descriptors beside it, and waits up to `patience` for the outcome.
     ///
     /// # Errors
     /// See [`OrderError`]. After a timeout the order may still be carried out.
@@ -237,14 +237,14 @@ impl Connection {
         }
     }
 
-    /// What the vmm said that the protocol does not have, if it did: it is not to be trusted any more.
+    /// The vmm's violation of the protocol, if there was one. The vmm is not to be trusted any more then.
     #[must_use]
     pub fn fault(&self) -> Option<String> {
         self.fault.get().cloned()
     }
 
-    /// Tells what the relay of an adapter refuses without a question from now on, before any later order. A vmm that is
-    /// too old for it goes on to ask.
+    /// Sets the standing denial of an adapter's relay; None removes it. The vmm receives it before any later order. A
+    /// vmm that is too old for standing denials goes on to ask.
     pub fn set_standing_refusal(&self, adapter: &str, refusal: Option<StandingRefusal>) {
         self.standing.send_if_modified(|standing| match standing.get(adapter) {
             Some(old) if *old == refusal => false,
@@ -256,14 +256,15 @@ impl Connection {
         });
     }
 
-    /// Tells the vmm that it may forget its reports up to `seq`.
+    /// Acknowledges the vmm's reports up to `seq`. The vmm may forget them.
     pub async fn noted(&self, seq: u64) {
         // If the connection has ended, the vmm reports again on the next one.
         drop(self.requests.send(Request::Noted(seq)).await);
     }
 
-    /// Answers a question, at once: a guest's vCPU waits for it, so it takes no turn behind other tasks. It is lost if
-    /// the connection has ended, or if the vmm leaves its socket full: then it refuses on its own.
+    /// Answers a question at once, without a detour over the connection's task, because a guest's driver waits for it.
+    /// The answer is lost if the connection has ended, or if the vmm leaves its socket full: the relay then denies the
+    /// request by itself.
     pub fn answer(&self, id: u64, answer: Answer) {
         let Some(channel) = self.channel.upgrade() else { return };
         if let Err(error) = channel.get_ref().send(&ToVmm::Answer { id, answer }, &[]) {
@@ -272,11 +273,11 @@ impl Connection {
     }
 }
 
-/// What is to be told of refusals that need no question, and what was.
+/// The standing denials that the vmm should have, and those that it was sent.
 struct Refusals {
     wanted: watch::Receiver<Standing>,
     told: Standing,
-    /// The vmm understands them.
+    /// The vmm's version of the protocol has standing denials.
     understood: bool,
 }
 
@@ -285,14 +286,14 @@ impl Refusals {
         Self { wanted, told: Standing::new(), understood: version >= STANDING_SINCE }
     }
 
-    /// Waits for news; for ever if there can be none.
+    /// Waits for a change; for ever if there can be none.
     async fn changed(&mut self) {
         if !self.understood || self.wanted.changed().await.is_err() {
             std::future::pending::<()>().await;
         }
     }
 
-    /// What must be told now.
+    /// The messages for the changes since the last call.
     fn news(&mut self) -> Vec<ToVmm> {
         if !self.understood {
             return Vec::new();
@@ -307,7 +308,7 @@ impl Refusals {
     }
 }
 
-/// Carries messages until the vmm closes, misbehaves, or the last handle is gone.
+/// Carries messages until the vmm closes the connection or violates the protocol, or the last handle is dropped.
 async fn serve(
     channel: &AsyncFd<Channel>,
     mut inbox: mpsc::Receiver<Request>,
@@ -316,7 +317,7 @@ async fn serve(
     mut conduct: Conduct,
     fault: &OnceLock<String>,
 ) -> Result<(), ChannelError> {
-    // Set before those who wait for orders hear of the end.
+    // Set before the waiting callers of orders learn of the end.
     let nonsense = |why: String| {
         let _ = fault.set(why);
         ChannelError::Closed
@@ -336,7 +337,7 @@ async fn serve(
                         continue;
                     }
                     last += 1;
-                    // What was said before an order must be heard before it.
+                    // A standing denial that was set before an order must arrive before it.
                     tell(channel, refusals.news()).await?;
                     conduct.ordered(last, &order).map_err(nonsense)?;
                     match send(channel, &ToVmm::Order { id: last, order }, &fds).await {
@@ -357,7 +358,7 @@ async fn serve(
                 conduct.check(&message, length).map_err(nonsense)?;
                 let event = match message {
                     ToAgent::Done { id, result } => {
-                        // An answer to an order that nobody waits for any more is dropped.
+                        // If the caller has stopped waiting for the order, its result is dropped.
                         if let Some(reply) = waiting.remove(&id) {
                             drop(reply.send(result.map_err(OrderError::Failed)));
                         }
@@ -367,7 +368,7 @@ async fn serve(
                     ToAgent::Ask { id, ask } => Event::Ask { id, ask },
                     ToAgent::Hello { .. } | ToAgent::Refused { .. } => continue,
                 };
-                // Waiting here for a slow reader would keep the answers to its own orders from it.
+                // To wait here for a slow reader would block the results of the reader's own orders.
                 match events.try_send(event) {
                     Ok(()) => {}
                     Err(mpsc::error::TrySendError::Full(_)) => {
@@ -401,7 +402,7 @@ async fn send(channel: &AsyncFd<Channel>, message: &ToVmm, fds: &[OwnedFd]) -> R
     timeout(PATIENCE, sent).await.unwrap_or(Err(ChannelError::WouldBlock))
 }
 
-/// A message and its length in bytes.
+/// Receives a message. Returns it with its length in bytes.
 async fn receive(channel: &AsyncFd<Channel>) -> Result<(ToAgent, usize), ChannelError> {
     loop {
         let mut ready = channel.readable().await?;
@@ -424,7 +425,7 @@ mod tests {
 
     use super::*;
 
-    /// A vmm that speaks `version` and does not answer an order; what it heard up to that order.
+    /// A vmm that speaks `version` and does not answer an order. Returns its messages up to and with the first order.
     fn vmm(listener: Listener, version: u32) -> thread::JoinHandle<Vec<ToVmm>> {
         thread::spawn(move || {
             let deadline = Instant::now() + PATIENCE;
@@ -458,7 +459,7 @@ mod tests {
     async fn a_refusal_without_a_question_is_heard_before_a_later_order_by_those_who_understand_it() {
         let refusal =
             StandingRefusal { unless: vec![], reason: Reason::PortBlocked, on_denied: OnDenied::Nack };
-        // Often: a select takes whichever is ready.
+        // Repeated, because `select!` takes a random one of the ready branches.
         for version in [STANDING_SINCE - 1].into_iter().chain([STANDING_SINCE; 20]) {
             let dir = tempfile::tempdir().unwrap();
             let path = dir.path().join("control.sock");

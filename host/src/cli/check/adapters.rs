@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 
-//! PFs, and what each can do.
+//! The findings about PFs, their VFs and their drivers, and about assignable functions.
 
 use netpolicy::PfCapabilities;
 use passthrough::{
@@ -33,7 +33,7 @@ pub(super) fn all(host: &Host, pfs: Result<Vec<Pf>, InventoryError>) -> Vec<Find
     }
     let each: Vec<Vec<Finding>> = pfs.iter().map(|pf| one(host, pf)).collect();
     let failed = |finding: &Finding| finding.verdict == Verdict::Fail;
-    // While one can be used, a VM with a VF can be booted.
+    // While one PF can be used, a VM with a VF can be booted.
     let usable = each.iter().any(|findings| !findings.iter().any(failed));
     let mut findings: Vec<Finding> = each.into_iter().flatten().collect();
     for finding in findings.iter_mut().filter(|finding| usable && failed(finding)) {
@@ -42,7 +42,7 @@ pub(super) fn all(host: &Host, pfs: Result<Vec<Pf>, InventoryError>) -> Vec<Find
     findings
 }
 
-/// What there is to say of one PF: it fails if no VM can have a VF of it.
+/// The findings about one PF: a failure if no VM can have a VF of it.
 fn one(host: &Host, pf: &Pf) -> Vec<Finding> {
     let name = pf.name();
     let Some(driver) = &pf.device.driver else {
@@ -60,7 +60,7 @@ fn one(host: &Host, pf: &Pf) -> Vec<Finding> {
     let found = format!("{} of {} VFs", pf.num_vfs, pf.total_vfs);
     findings.push(match pf.num_vfs {
         0 => {
-            // The second half is for a host whose agent does not run yet.
+            // The second half is for a host on which no agent runs yet.
             let fix = format!(
                 "portcullis pf set-vfs {name} {0} || echo {0} >/sys/bus/pci/devices/{1}/sriov_numvfs",
                 pf.total_vfs.min(4),
@@ -95,7 +95,7 @@ fn vfs(host: &Host, pf: &Pf, found: String) -> Finding {
     let mut barred = Vec::new();
     for vf in &vfs {
         let Some(group) = vf.device.iommu_group else { continue };
-        // Without groups the IOMMU is off, which is told by itself.
+        // Without groups the IOMMU is off, which is a finding of its own.
         let Ok(Some(group_of)) = host.sysfs.iommu_group(vf.device.bdf) else { continue };
         let alien = group_of
             .members
@@ -114,7 +114,7 @@ fn vfs(host: &Host, pf: &Pf, found: String) -> Finding {
     Finding::wrong(verdict, "vfs", found, fix)
 }
 
-/// What policies can ask of the PF's driver.
+/// The settings of policies that the PF's driver can enforce.
 fn enforces(can: &PfCapabilities) -> Finding {
     let all = [
         (can.spoof_check, "forged_transmits=reject"),
@@ -134,7 +134,8 @@ fn enforces(can: &PfCapabilities) -> Finding {
     )
 }
 
-/// The functions of the host that the operator lets VMs have: used by the host, or without a reset between two VMs.
+/// The findings about the functions of the host that VMs may have: use by the host, and a missing reset between two
+/// VMs.
 pub(super) fn assignable(host: &Host, list: &AssignableList) -> Vec<Finding> {
     let one = |(device, no_reset): (PciDevice, bool)| {
         let bdf = device.bdf;
@@ -165,6 +166,6 @@ pub(super) fn assignable(host: &Host, list: &AssignableList) -> Vec<Finding> {
         };
         finding.of(&bdf.to_string())
     };
-    // An unreadable sysfs is told with the PFs.
+    // The findings about PFs report an unreadable sysfs.
     list.devices(&host.sysfs).unwrap_or_default().into_iter().map(one).collect()
 }

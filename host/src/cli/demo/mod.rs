@@ -25,9 +25,9 @@ use crate::text::is_active;
 use private_agent::PrivateAgent;
 use report::Report;
 
-/// Longer than any step takes on a busy machine; it is there so that nobody waits for ever.
+/// The time limit of the whole demonstration, longer than it takes on a busy machine.
 const PATIENCE: Duration = Duration::from_secs(120);
-/// A decision is recorded after its request was answered.
+/// How long to wait for the record of a decision, which follows the response to its request.
 const RECORDED: Duration = Duration::from_secs(5);
 const KVM: &str = "/dev/kvm";
 
@@ -36,14 +36,14 @@ pub(super) struct DemoArgs {
     /// One JSON object at the end in place of the narration (like --output json).
     #[arg(long)]
     json: bool,
-    /// As of `serve`: shows that the demonstration would notice.
+    /// As of `serve`: shows that the demonstration would notice it.
     #[cfg(feature = "test-support")]
     #[arg(long)]
     policy_bypass_for_tests: bool,
 }
 
 impl DemoArgs {
-    /// What its agent is told beside what every demonstration's is.
+    /// The options of its agent beside those of every demonstration.
     fn options(&self) -> &'static [&'static str] {
         #[cfg(feature = "test-support")]
         if self.policy_bypass_for_tests {
@@ -53,7 +53,7 @@ impl DemoArgs {
     }
 }
 
-/// Why the demonstration did not come to its end.
+/// The reason why the demonstration failed.
 #[derive(Debug, thiserror::Error)]
 pub(super) enum DemoError {
     /// There is no KVM for this user.
@@ -62,7 +62,7 @@ pub(super) enum DemoError {
          the lab, which brings its own KVM: resources/lab/run -- target/release/portcullis demo"
     )]
     NoKvm(io::Error),
-    /// KVM is there, and does not do.
+    /// KVM is there, but cannot run the VMs.
     #[error(
         "KVM of this machine cannot run the demo's VMs ({0}). Run the demo in the lab, which brings its own KVM: \
          resources/lab/run -- target/release/portcullis demo"
@@ -73,50 +73,50 @@ pub(super) enum DemoError {
         "The directory {path} for the demo's agent cannot be made: set TMPDIR to a directory that can be written"
     )]
     Directory {
-        /// Where.
+        /// The directory.
         path: PathBuf,
-        /// What the system said.
+        /// The system's error.
         source: io::Error,
     },
     /// The agent's process.
     #[error("The demo's agent cannot be started")]
     Start(#[source] io::Error),
-    /// It ended, or never served.
+    /// The agent ended, or never served its API.
     #[error("The demo's agent does not serve its API. Its log ends in:\n{0}")]
     NoAgent(String),
-    /// A request was refused, or the agent is gone.
+    /// A call of the API was refused, or the agent is gone.
     #[error(transparent)]
     Client(#[from] ClientError),
-    /// A guest that says nothing.
+    /// A guest does not respond.
     #[error("The guest of {vm} does not answer {command:?}. Its console ends in:\n{said}")]
     Silent {
         /// The VM.
         vm: String,
-        /// What it was told.
+        /// The command.
         command: String,
-        /// The last lines.
+        /// The last lines of its console.
         said: String,
     },
-    /// A request that the agent does not know of.
+    /// The agent has no record of a request.
     #[error(
         "No decision about {mac} is recorded {} s after the guest's driver said {answer:?} to it. The agent's log ends in:\n{log}",
         RECORDED.as_secs()
     )]
     NotRecorded {
-        /// What was asked for.
+        /// The requested address.
         mac: String,
         /// The driver's outcome.
         answer: String,
         /// The last lines of the agent's log.
         log: String,
     },
-    /// SIGINT and its like.
+    /// SIGINT, SIGTERM or SIGHUP.
     #[error("Interrupted")]
     Interrupted,
-    /// All of it took too long.
+    /// The whole demonstration took too long.
     #[error("The demo did not end within {} s; the machine may be overloaded", PATIENCE.as_secs())]
     TooLong,
-    /// Something was seen that should not be.
+    /// Some expectations were not met.
     #[error("{0} of the demo's expectations were not met")]
     NotAsExpected(usize),
 }
@@ -144,7 +144,7 @@ pub(super) fn run(args: &DemoArgs, format: Format) -> ExitCode {
 
 async fn perform(report: &mut Report, options: &[&str]) -> Result<(), DemoError> {
     OpenOptions::new().read(true).write(true).open(KVM).map_err(DemoError::NoKvm)?;
-    // Before the agent is started: from now on every end is one that cleans up.
+    // Before the agent's start, so that a signal from now on leads to the clean-up.
     let interrupted = interrupted().map_err(DemoError::Start)?;
     let agent = PrivateAgent::start(options)?;
     let result = tokio::select! {
@@ -159,7 +159,7 @@ async fn perform(report: &mut Report, options: &[&str]) -> Result<(), DemoError>
     }
 }
 
-/// What the API says of KVM, with what to do about it here.
+/// Gives the API's problem with KVM the cure for a demonstration.
 fn unfit(error: DemoError) -> DemoError {
     match &error {
         DemoError::Client(client) => match client.problem() {
@@ -186,14 +186,14 @@ fn interrupted() -> io::Result<impl Future<Output = ()>> {
     })
 }
 
-/// The last lines of a text that somebody else wrote, without what terminals would obey.
+/// The last lines of an untrusted text, without the characters on which a terminal acts.
 fn tail(text: &str, lines: usize) -> String {
     let all: Vec<&str> = text.lines().collect();
     let last = all.get(all.len().saturating_sub(lines)..).unwrap_or_default();
     last.join("\n").chars().filter(|c| *c == '\n' || !is_active(*c)).collect()
 }
 
-/// Writes what may fail without consequence: the narration goes on when its reader is gone.
+/// Writes a text and flushes it. The demonstration goes on after an error, which means that its reader is gone.
 fn say(to: &mut dyn Write, text: &str) -> io::Result<()> {
     to.write_all(text.as_bytes())?;
     to.flush()

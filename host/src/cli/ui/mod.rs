@@ -2,9 +2,9 @@
 
 //! `portcullis ui`: the agent's page (`/ui`) in a browser of this host.
 //!
-//! The agent lets no web page in. This command is the one way: it serves the page on a loopback port, for whoever has a link
-//! that works once, and hands on what the page asks, in the name of the user who runs it. The agent needs to listen nowhere
-//! else, and nothing is left once the command ends.
+//! The agent lets no web page in. This command is the one way: it serves the page on a loopback port to a browser with
+//! a link that works once, and forwards the page's requests in the name of its own user. The agent needs to listen
+//! nowhere else, and nothing is left once the command ends.
 
 mod browser;
 mod proxy;
@@ -36,14 +36,14 @@ pub(super) struct UiArgs {
     no_browser: bool,
 }
 
-/// What the command line shows.
+/// The output of the command.
 #[derive(serde::Serialize)]
 struct Link {
     url: String,
 }
 
 pub(super) async fn run(client: &Client, output: &mut Output<'_>, args: UiArgs) -> Result<(), CliError> {
-    // Whether there is an agent is to be known before anybody opens a page.
+    // An agent that cannot be reached is an error before a browser opens the page.
     client.health().await?;
     let bound = async {
         let listener = TcpListener::bind((Ipv4Addr::LOCALHOST, args.port)).await?;

@@ -57,7 +57,7 @@ async fn what_a_pf_cannot_enforce_is_refused_naming_the_setting() {
     assert_eq!(host.port(1).await.status.vf, None);
     host.set("{}").await.unwrap();
     host.power_on(1).await.unwrap();
-    // And while it runs.
+    // An edit while it runs is refused, too.
     let problem = host.set(r#"{"blocked": true}"#).await.unwrap_err();
     assert_eq!(problem.code, ProblemCode::PolicyUnenforceable);
     host.pfs.world().capabilities = Some(PfCapabilities { link_state: true, ..PfCapabilities::igb_82576() });
@@ -65,7 +65,7 @@ async fn what_a_pf_cannot_enforce_is_refused_naming_the_setting() {
     host.set(r#"{"blocked": true}"#).await.unwrap();
 }
 
-/// A PF that can limit rates takes some of them only: one beyond those would be accepted, and never be in force.
+/// A PF that can limit rates takes a range of them only: a rate beyond that would be accepted, and never be in force.
 #[tokio::test]
 async fn a_rate_that_no_pf_takes_is_refused_at_the_edit_and_at_the_boot() {
     let host = Host::new("{}").await;
@@ -88,7 +88,7 @@ async fn a_rate_that_no_pf_takes_is_refused_at_the_edit_and_at_the_boot() {
 
     host.set(&rate(1000)).await.unwrap();
     host.until("made", async |host| host.pfs.vf(PF, 1).max_tx_rate == 1000).await;
-    // Without a VF, no PF has to hold it: a boot is refused then.
+    // Without a VF, no PF has to enforce the rate: the boot is refused.
     let mut host = Host::empty().await;
     host.set(&rate(1001)).await.unwrap();
     let error = host.power_on(1).await.unwrap_err().problem();
@@ -96,7 +96,7 @@ async fn a_rate_that_no_pf_takes_is_refused_at_the_edit_and_at_the_boot() {
     assert!(error.detail.contains("not 1001"), "{}", error.detail);
 }
 
-/// The cause of a failure is the disk: a database that is told to be closed has users look for a dead agent.
+/// The cause of the failure is the disk: an error about a closed database would have users look for a dead agent.
 #[tokio::test]
 async fn a_full_disk_is_told_as_such() {
     let host = Host::new("{}").await;
@@ -132,7 +132,7 @@ async fn what_a_tenant_left_is_known_until_it_is_taken_also_by_the_next_agent() 
         assert!(left.changes.contains(&change), "{change:?} is missing in {:?}", left.changes);
     }
     assert_eq!(left.changes[0], Change::Reset);
-    // The guest's last wishes come too late.
+    // The guest's last requests come too late.
     host.connect(1).await;
     host.send(1, Request::SetMac(mac(11))).await;
     assert_eq!(host.switch.release(vm(1), "eth0").await.unwrap().unwrap(), left, "asked again");
@@ -151,17 +151,17 @@ async fn what_a_tenant_left_is_known_until_it_is_taken_also_by_the_next_agent() 
     assert_eq!(left.changes, [Change::Reset], "a new tenant has nothing of the old one");
 }
 
-/// What is taken from the VF of VM 1 for its next tenant.
+/// The changes that scrub the VF of VM 1 for its next tenant.
 async fn left(host: &Host) -> Vec<Change> {
     host.switch.release(vm(1), "eth0").await.unwrap().unwrap().changes
 }
 
-/// What is sent for a VF that may have further addresses.
+/// The changes that scrub a VF that may have further addresses.
 const CLEARED: [Change; 3] = [Change::Reset, Change::ClearUnicast, Change::SetMaxFrame(1526)];
 
 #[tokio::test]
 async fn a_vmm_that_lies_about_further_addresses_leaves_none_behind() {
-    // It has sent the message, and says that the PF refused it.
+    // The vmm has sent the message, and reports that the PF refused it.
     let mut host = Host::new(TRUNK).await;
     let seq = host.send(1, Request::AddUnicastFilter(mac(10))).await;
     host.answer(1).await;
@@ -170,11 +170,11 @@ async fn a_vmm_that_lies_about_further_addresses_leaves_none_behind() {
     host.restart().await;
     assert_eq!(left(&host).await, CLEARED, "refused");
 
-    // It has not sent the message, and says that the PF took it.
+    // The vmm has not sent the message, and reports that the PF took it.
     let mut host = Host::new(TRUNK).await;
     host.ask(1, Request::AddUnicastFilter(mac(10))).await;
     host.ask(1, Request::ClearUnicastFilters).await;
-    // Without the permission nothing else tells of it.
+    // Without the permission, nothing else shows that the VF may have the address.
     host.set("{}").await.unwrap();
     host.restart().await;
     assert_eq!(left(&host).await, CLEARED, "cleared");
@@ -245,7 +245,7 @@ async fn an_agent_that_cannot_read_what_a_vf_has_does_not_start_and_says_of_what
     }
 }
 
-/// It was passed over, and with it what its VF had: the next tenant would have got that.
+/// Such a port was once skipped, and with it the leftovers of its VF: the next tenant would have got them.
 #[tokio::test]
 async fn an_agent_that_cannot_take_up_a_port_with_a_vf_does_not_start_and_says_which() {
     let error = crate::vm::problem::chain(&Host::new(TRUNK).await.restart_without("port_group").await);

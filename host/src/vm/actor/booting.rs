@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 
-//! From a VM at rest to one that runs, or to what is left of a boot that did not come to its end.
+//! Boots a VM, and cleans up after a boot that did not complete.
 
 use std::sync::atomic::Ordering;
 
@@ -10,10 +10,10 @@ use uuid::Uuid;
 use super::*;
 use crate::cgroup::CgroupError;
 
-/// Why a machine was not built.
+/// The reason why a machine was not built.
 pub(super) enum NotBuilt {
     Failed(Problem),
-    /// It was stopped or deleted meanwhile, which is under way.
+    /// A command to stop or delete the VM came meanwhile, or its lease lapsed; that is under way.
     Unwanted,
 }
 
@@ -23,7 +23,7 @@ impl From<Problem> for NotBuilt {
     }
 }
 
-/// What ended the wait for a machine.
+/// The end of the wait for a machine.
 enum Waited {
     Ran(Result<(Connection, mpsc::Receiver<Event>), Problem>),
     Died(Exit),
@@ -48,7 +48,7 @@ impl Actor {
             Ok(()) => drop(done.send(Ok(()))),
             Err(NotBuilt::Failed(problem)) => {
                 self.fail(problem.clone());
-                // Who booted it is told, and need not be helped.
+                // The caller gets the error; do not schedule a restart.
                 self.abandon(false).await;
                 drop(done.send(Err(problem)));
             }
@@ -59,8 +59,8 @@ impl Actor {
         }
     }
 
-    /// What can be said at once. Nothing is held after an error. `caller` asked for it, or nobody did; `attempts` is how often the
-    /// agent has booted it by itself.
+    /// The first part of a boot, up to the response to its caller. After an error the VM holds nothing. `caller` is
+    /// None if the agent boots the VM by itself; `attempts` is how often it has done so.
     pub(super) async fn begin(
         &mut self,
         caller: Option<Caller>,
@@ -70,7 +70,7 @@ impl Actor {
         self.progress.enter(Stage::OpeningFiles);
         let rights = self.vm.value.boot_rights(caller);
         let files = boot::open_files(&self.env, rights, &self.vm.value.spec).await?;
-        // What an earlier end could not give back.
+        // Functions that could not be released at an earlier end.
         self.give_back().await?;
         self.progress.enter(Stage::ClaimingFunctions);
         self.held = claims::claim(&self.env, self.vm.id, &self.vm.value.spec).await?;
@@ -109,7 +109,7 @@ impl Actor {
         Ok(files)
     }
 
-    /// With functions of the host, which can do DMA and speak to their PF, a process has every protection.
+    /// Refuses functions of the host if a part of the sandbox is off: they can do DMA and send messages to their PF.
     fn nothing_off_for_hardware(&self) -> Result<(), Problem> {
         let hardware = self.held.iter().map(|claim| claim.value.bdf).find(|bdf| !is_simulated(*bdf));
         let off: Vec<_> = self.env.sandbox_off.iter().map(|part| part.as_str()).collect();
@@ -147,14 +147,14 @@ impl Actor {
         let run = boot::run(&self.env, &self.vm, files, &self.held, new, enter);
         let waited = tokio::select! {
             result = run => Waited::Ran(result),
-            // A vmm that dies must not be waited for.
+            // The death of the vmm ends the wait.
             exit = ended(&mut self.process) => Waited::Died(exit),
             sent = self.inbox.next_end(self.vm.revision) => Waited::Unwanted(sent),
             () = self.tenancy.lapses(&self.env.ending) => Waited::Lapsed,
         };
         let (connection, events) = match waited {
             Waited::Ran(Ok(running)) => running,
-            // Its connection ends a moment before it has: what ended it says more.
+            // The connection of a dying vmm ends just before its process does: the exit has the better cause.
             Waited::Ran(Err(problem)) if problem.code == ProblemCode::VmmFailed => {
                 return Err(match timeout(DYING, ended(&mut self.process)).await {
                     Ok(exit) => crashed(exit, &self.directory),
@@ -183,7 +183,8 @@ impl Actor {
         Ok(())
     }
 
-    /// Somebody wants the VM to end that is being booted: its process is killed, and what is held is given back when it has ended.
+    /// Carries out a command that ends the VM during its boot: kills the process, and releases the functions after its
+    /// end.
     async fn end_boot(&mut self, command: Command) {
         match command {
             Command::Act { by, begun, .. } => {
@@ -191,7 +192,7 @@ impl Actor {
                 self.stop_for(by, begun, done, completion).await;
             }
             Command::Delete { caller, expect, done } => self.delete(caller, expect, done).await,
-            // Not what `Inbox::next_end` gives.
+            // `Inbox::next_end` never returns these.
             Command::Edit { .. }
             | Command::Lease { .. }
             | Command::EndLease { .. }
@@ -199,7 +200,7 @@ impl Actor {
         }
     }
 
-    /// Before the process has a thread or memory of the guest.
+    /// Sets the limits of the process, before it has a thread or memory of the guest.
     async fn limit(&self) -> Result<(), Problem> {
         let Some(process) = &self.process else { return Ok(()) };
         let (env, vm, pid) = (Arc::clone(&self.env), self.vm.id, process.identity().pid);
@@ -228,7 +229,8 @@ impl Actor {
         })
     }
 
-    /// A boot that failed: ends the process and gives everything back. `again`: it may be tried again.
+    /// Cleans up after a failed boot: ends the process and releases all that the VM holds. `again`: the restart policy
+    /// may boot the VM.
     pub(super) async fn abandon(&mut self, again: bool) {
         if let Some(mut process) = self.process.take() {
             self.progress.follow_with(self.stages_of_end());
@@ -244,14 +246,14 @@ impl Actor {
         self.rest(state, cause, again).await;
     }
 
-    /// Notes why the VM is about to be `failed`.
+    /// Notes the cause before the VM becomes `failed`.
     pub(super) fn fail(&mut self, problem: Problem) {
         tracing::error!(vm = %self.name(), code = %problem.code, "cannot be booted: {problem}");
         self.run.cause = Some(boot_failed(&problem));
     }
 }
 
-/// Sets the limits that were `asked` for, or `default` for the memory if the host can set it.
+/// Sets the limits of the specification (`asked`), and `default` for the memory if it has none and the host can set it.
 fn limit_memory(
     env: &Environment,
     vm: Uuid,
@@ -265,7 +267,7 @@ fn limit_memory(
         return limit(&limits);
     }
     let Err(error) = limit(&VmLimits { memory: Some(default), ..limits }) else { return Ok(()) };
-    // The limits that the VM has must be set all the same.
+    // The limits of the specification must be set all the same.
     asked.as_ref().map_or(Ok(()), limit)?;
     if !env.told_unlimited.swap(true, Ordering::Relaxed) {
         tracing::warn!(
