@@ -38,7 +38,7 @@ pub struct SwitchSpec {
     /// The place of its definition: `standard` on this host.
     #[schema(value_type = super::schema::Kind, example = "standard")]
     pub kind: SwitchKind,
-    /// The PFs whose VFs its ports get, by interface name. A PF is an uplink of one switch only.
+    /// The PFs that its ports get VFs of, by interface name. A PF is an uplink of one switch only.
     #[schema(value_type = Vec<String>, example = json!(["enp1s0"]))]
     pub uplinks: BTreeSet<String>,
     /// The settings that its port groups inherit.

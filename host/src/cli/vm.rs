@@ -45,7 +45,7 @@ pub(super) enum VmCommand {
         /// Its new name.
         new_name: Name,
     },
-    /// Creates a VM like another one, whose adapters have addresses and VFs of their own.
+    /// Creates a VM like another one. Its adapters have addresses and VFs of their own.
     Clone {
         #[command(flatten)]
         vm: VmName,

@@ -122,7 +122,7 @@ struct Actor {
     resting: Vec<Done>,
     deleting: Vec<Done>,
     deleted_by: Option<String>,
-    /// The clients whose lease keeps the VM.
+    /// The clients that keep the VM by their leases.
     tenancy: Tenancy,
     /// The agent ends, and has stopped the VM or found it at rest: the VM is not booted any more.
     closed: bool,
