@@ -228,7 +228,8 @@ impl Tools {
         }
     }
 
-    /// Has the relay revoke changes. Returns those that failed, and whether all are deferred to the guest's next reset.
+    /// Has the relay make changes by messages. Returns those that failed, and whether all are deferred to the guest's next
+    /// reset.
     async fn take_back(&self, changes: Vec<Change>) -> Result<(Vec<Change>, bool), OrderError> {
         let vmm = self.vmm.as_ref().ok_or(OrderError::Lost)?;
         let order = Order::TakeBack { adapter: self.adapter(), changes: changes.clone() };
