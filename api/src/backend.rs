@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 
-//! What the API needs of the agent behind it.
+//! The API's demands on the agent behind it.
 
 use std::{
     fmt,
@@ -21,12 +21,12 @@ use crate::{
     types::*,
 };
 
-/// Who makes a request. Its text (`uid 1000`, `token ci`) is what records and the log say of who changed what.
+/// The author of a request. Its text (`uid 1000`, `token ci`) names the author of changes in records and the log.
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub enum Caller {
     /// The process at the other end of the Unix socket (SO_PEERCRED, as of when it connected).
     User(User),
-    /// Whoever has this token, over TCP. No user of the host: it opens no file outside of image directories.
+    /// A holder of this token, over TCP. No user of the host: it opens no file outside of image directories.
     Token(Arc<str>),
 }
 
@@ -55,25 +55,25 @@ impl fmt::Display for Caller {
 pub struct Progress {
     /// The VM now.
     pub vm: Vm,
-    /// Whether the action is complete; if not it goes on, and the answer is 202 in place of 200.
+    /// Whether the action is complete; if not it goes on, and the response is 202 in place of 200.
     pub complete: bool,
 }
 
 /// The agent, as the REST routes see it.
 ///
-/// Requests have been checked ([`VmSpec::check`]) before they come here. `expect` is the revision of `If-Match`: the
-/// object must be at it, or the answer is [`Problem::revision_mismatch`]. A method may be dropped at any await when the
-/// client goes away: what must be finished belongs into a task of the agent's own.
+/// Requests have been checked ([`VmSpec::check`]) before they come here. `expect` is the revision of `If-Match`: if the object
+/// is at another one, the response is [`Problem::revision_mismatch`]. A method may be dropped at any await when the client goes
+/// away, so work that must be completed belongs into a task of the agent's own.
 #[async_trait]
 pub trait Backend: Send + Sync + 'static {
     /// Whether the agent can do its work.
     async fn health(&self) -> Health;
 
-    /// Makes a VM; it holds nothing of the host yet. A `leased` one waits for the first client of its lease, for as long as it
-    /// waits for a client after the agent's start. Problems: `name_taken`, `mac_in_use`.
+    /// Creates a VM; it holds nothing of the host yet. A `leased` one waits for the first client of its lease, for as long as
+    /// it waits for a client after the agent's start. Problems: `name_taken`, `mac_in_use`.
     async fn create_vm(&self, caller: Caller, spec: VmSpec, leased: bool) -> Result<Vm, Problem>;
 
-    /// Defines a VM like another one. The files of the copy stay those of whoever chose them for the original.
+    /// Creates a VM like another one. The files of the copy count as the choice of the original's authors.
     ///
     /// # Errors
     /// `not_found`, and those of [`create_vm`](Self::create_vm).
@@ -91,10 +91,10 @@ pub trait Backend: Send + Sync + 'static {
         spec: VmSpec,
         expect: Option<u64>,
     ) -> Result<Vm, Problem>;
-    /// Stops the VM if it runs, gives back what it holds, forgets it. Answers when that is done.
+    /// Stops the VM if it runs, releases its functions, forgets it. Returns when that is done.
     async fn delete_vm(&self, caller: Caller, vm: ObjectRef, expect: Option<u64>) -> Result<(), Problem>;
-    /// Begins an action and waits at most `wait` for it to complete. What can be said at once is (a VF in use, a
-    /// missing kernel), even if `wait` is zero; an action that fails while it is waited for is a problem.
+    /// Begins an action and waits at most `wait` for it to complete. Problems that are known at once (a VF in use, a missing
+    /// kernel) are returned even if `wait` is zero; so is a failure of the action during the wait.
     async fn act(
         &self,
         caller: Caller,
@@ -102,14 +102,14 @@ pub trait Backend: Send + Sync + 'static {
         action: VmAction,
         wait: Duration,
     ) -> Result<Progress, Problem>;
-    /// Takes the lease of a VM, which lives by it from now on: when all clients have dropped theirs, it is stopped and deleted.
+    /// Takes the lease of a VM, which then lives by the lease: when all clients have dropped theirs, it is stopped and deleted.
     async fn lease_vm(&self, caller: Caller, vm: ObjectRef) -> Result<Lease, Problem>;
-    /// Ends the lease of a VM, which lives on. Nothing is done to a VM without one.
+    /// Ends the lease of a VM, which lives on. Has no effect on a VM without one.
     async fn end_lease(&self, caller: Caller, vm: ObjectRef) -> Result<(), Problem>;
     /// Counters; `wrong_state` while the VM has no process.
     async fn stats(&self, vm: ObjectRef) -> Result<VmStats, Problem>;
-    /// The console's log from `offset` on (None: the oldest byte kept; beyond the end: the end), and what comes if
-    /// `follow`. The stream ends at the end of the log, or with `follow` when the VM is deleted or at rest.
+    /// The console's log from `offset` on (None: the oldest byte kept; beyond the end: the end), and with `follow` its later
+    /// output. The stream ends at the end of the log, or with `follow` when the VM is deleted or at rest.
     async fn read_console(
         &self,
         vm: ObjectRef,
@@ -120,11 +120,11 @@ pub trait Backend: Send + Sync + 'static {
     /// no process.
     async fn write_console(&self, caller: Caller, vm: ObjectRef, bytes: Bytes) -> Result<usize, Problem>;
 
-    /// What `/metrics` shows, as OpenMetrics text.
+    /// The content of `/metrics`, as OpenMetrics text.
     async fn metrics(&self) -> Result<String, Problem>;
-    /// A request was answered (the head of the answer: a stream goes on). For metrics; must not wait.
+    /// Notes a response to a request (the head of the response: a stream goes on). For metrics; must not wait.
     fn answered(&self, answered: &Answered<'_>);
-    /// A request was refused before it had a caller. For the log and metrics; must not wait.
+    /// Notes a request that was refused before it had a caller. For the log and metrics; must not wait.
     fn turned_away(&self, away: &TurnedAway);
 
     /// All PFs by name.
@@ -143,7 +143,7 @@ pub trait Backend: Send + Sync + 'static {
     async fn list_vfs(&self) -> Result<Vec<Vf>, Problem>;
 }
 
-/// A request that was answered, in words of which there are few.
+/// A request that got its response, in a bounded set of words.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Answered<'a> {
     /// The route's path in the document (`/v1/vms/{name}`), empty if no route has the request's.
@@ -168,11 +168,11 @@ pub struct TurnedAway {
 /// Whether the agent can do its work: nothing in `complaints`.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Health {
-    /// What is wrong, a line each, with its cure.
+    /// The faults, a line each, with their cures.
     pub complaints: Vec<String>,
 }
 
-/// One client's hold on a VM that lives by a lease. To drop it is the end of the client.
+/// One client's hold on a VM that lives by a lease. Dropping it is the end of the client.
 pub struct Lease(Pin<Box<dyn Future<Output = ()> + Send>>);
 
 impl Lease {
@@ -198,7 +198,7 @@ pub struct ConsoleRead {
 }
 
 impl ConsoleRead {
-    /// A read that yields what a channel yields, until its sender is dropped.
+    /// A read that yields the items of a channel, until its sender is dropped.
     pub fn from_channel(start: u64, receiver: mpsc::Receiver<Bytes>) -> Self {
         ConsoleRead { start, bytes: Box::pin(Received(receiver)) }
     }
@@ -221,7 +221,7 @@ pub trait PolicyBackend: Send + Sync + 'static {
     async fn list_switches(&self) -> Result<Vec<Switch>, Problem>;
     /// One switch.
     async fn get_switch(&self, switch: ObjectRef) -> Result<Switch, Problem>;
-    /// Creates the switch or replaces its specification; what running ports no longer may have is taken back.
+    /// Creates the switch or replaces its specification. Running ports lose the values that it no longer allows.
     async fn put_switch(
         &self,
         caller: Caller,
@@ -241,7 +241,7 @@ pub trait PolicyBackend: Send + Sync + 'static {
     async fn list_port_groups(&self) -> Result<Vec<PortGroup>, Problem>;
     /// One port group.
     async fn get_port_group(&self, group: ObjectRef) -> Result<PortGroup, Problem>;
-    /// Creates the port group or replaces its specification; what running ports no longer may have is taken back.
+    /// Creates the port group or replaces its specification. Running ports lose the values that it no longer allows.
     async fn put_port_group(
         &self,
         caller: Caller,
@@ -273,8 +273,8 @@ pub trait PolicyBackend: Send + Sync + 'static {
     /// Decisions that pass the filter, the latest first. The filter's cursor, if there is one, is of a decision; its limit is at
     /// most one above [`MAX_PAGE`].
     async fn decisions(&self, filter: DecisionFilter) -> Result<Vec<Decision>, Problem>;
-    /// What happens after the event of this id (None: from now on). Begins with [`EventKind::Gap`] if events in
-    /// between are no longer kept; ends when the subscriber is too slow, who then asks again.
+    /// The events after the one of this id (None: from now on). Begins with [`EventKind::Gap`] if events in between are no
+    /// longer kept; ends when the subscriber is too slow; it then subscribes again.
     async fn events(&self, after: Option<u64>) -> Result<mpsc::Receiver<Event>, Problem>;
 }
 

@@ -390,7 +390,7 @@ fn create_vcpus(
         .collect()
 }
 
-/// Makes an eventfd whose signals raise a pin of the IOAPIC.
+/// Makes an eventfd that raises a pin of the IOAPIC.
 fn pin(routes: &Routes, gsi: u32) -> Result<EventFd, MachineError> {
     let trigger = EventFd::new(libc::EFD_NONBLOCK | libc::EFD_CLOEXEC).map_err(io("make an eventfd"))?;
     routes.connect_pin(gsi, &trigger).map_err(io("connect an interrupt"))?;
@@ -401,13 +401,13 @@ fn pin(routes: &Routes, gsi: u32) -> Result<EventFd, MachineError> {
 mod tests {
     use super::*;
 
-    /// Counters that CPUID does not tell of: the first four of AMD are there without a bit of it.
+    /// CPUID cannot hide all counters: AMD's first four exist without a bit of it.
     #[test]
     fn a_vm_asks_kvm_for_no_performance_counters() {
         let mut asked = Vec::new();
         without_performance_counters(|capability| {
             asked.push((capability.cap, capability.args, capability.flags));
-            // As a kernel before 5.18, or one without counters, answers: the VM is made all the same.
+            // As a kernel before 5.18, or one without counters, responds: the VM is made all the same.
             Err(kvm_ioctls::Error::new(libc::EINVAL))
         });
         assert_eq!(asked, [(KVM_CAP_PMU_CAPABILITY, [u64::from(KVM_PMU_CAP_DISABLE), 0, 0, 0], 0)]);

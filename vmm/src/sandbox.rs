@@ -52,8 +52,8 @@ const EMPTY: &str = "root";
 /// The directory in which `vfio-ioctls` finds a device's group, inside of the private root.
 const DEVICES: &str = "/devices";
 
-/// Room for files that are opened later: connections of agents, and three eventfds for each simulated function whose
-/// interrupts the guest turns on.
+/// Room for files that are opened later: connections of agents, and three eventfds for each simulated function with
+/// interrupts that the guest turns on.
 const MORE_FILES: u64 = 128;
 /// The longest file in bytes that the process may write. The console's ring is shorter, and the agent cuts the log.
 const FILE_MAX: u64 = 16 << 20;
@@ -132,7 +132,7 @@ fn new_namespaces() -> io::Result<Vec<(fs::File, LinkNameSpaceType)>> {
     NAMESPACE_FILES.into_iter().map(open).collect()
 }
 
-/// Makes a mount namespace whose root is empty and read-only, but for an empty directory.
+/// Makes a mount namespace with an empty, read-only root, except for an empty directory in it.
 fn new_root() -> Result<fs::File, SandboxError> {
     own_mounts()?;
     let namespace = failed(fs::File::open("/proc/thread-self/ns/mnt"), "open a mount namespace of its own")?;
@@ -148,7 +148,7 @@ fn new_root() -> Result<fs::File, SandboxError> {
     Ok(namespace)
 }
 
-/// Enters a new mount namespace, whose mounts no other process sees.
+/// Enters a new mount namespace. Its mounts are invisible to other processes.
 fn own_mounts() -> Result<(), SandboxError> {
     // SAFETY: as in `new_namespaces`.
     failed(unsafe { thread::unshare_unsafe(UnshareFlags::NEWNS) }, "enter a mount namespace of its own")?;
@@ -339,7 +339,7 @@ pub fn one_heap() {
     };
 }
 
-/// Lowers the limits of a process whose threads are all there: few new files, and short ones.
+/// Lowers the limits of a process that has all its threads: few new files, and short ones.
 ///
 /// # Errors
 /// [`SandboxError`] naming the step.

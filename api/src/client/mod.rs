@@ -34,19 +34,19 @@ pub use remote::{Remote, RemoteError};
 
 use crate::{Problem, Progress, types::*};
 
-/// Where the agent listens unless told otherwise.
+/// The agent's socket by default.
 pub const DEFAULT_SOCKET: &str = "/run/portcullis/api.sock";
 
-/// The most bytes of an answer that are read.
+/// The most bytes of a response that are read.
 const MAX_ANSWER: usize = 64 << 20;
 
-/// How long the agent may take to answer, beside the time that a request asks it to wait.
+/// The longest time for the agent's response, beside the time that a request asks the agent to wait.
 const PATIENCE: Duration = Duration::from_secs(60);
 
-/// Why a request did not get its answer.
+/// The reason that a request failed.
 #[derive(Debug, thiserror::Error)]
 pub enum ClientError {
-    /// Nobody listens.
+    /// No agent listens.
     #[error(
         "No agent listens on {}: start one with `portcullis serve`, or name its socket with --socket",
         .socket.display()
@@ -54,7 +54,7 @@ pub enum ClientError {
     NoAgent {
         /// The socket.
         socket: PathBuf,
-        /// What connecting to it said.
+        /// The cause.
         source: io::Error,
     },
     /// The user may not connect.
@@ -62,17 +62,17 @@ pub enum ClientError {
     NotAllowed {
         /// The socket.
         socket: PathBuf,
-        /// What connecting to it said.
+        /// The cause.
         source: io::Error,
     },
-    /// Nobody answers over TCP, or not with a certificate that can be trusted.
+    /// No agent responds over TCP, or its certificate cannot be trusted.
     #[error(
         "The agent at {url} cannot be reached: check the address, and the certificates of --ca-file for https"
     )]
     Unreachable {
         /// As the user named it.
         url: String,
-        /// What connecting to it, or TLS, said.
+        /// The cause, from connecting or TLS.
         source: io::Error,
     },
     /// The connection broke.
@@ -80,10 +80,10 @@ pub enum ClientError {
     Broken {
         /// Its socket or address.
         agent: String,
-        /// What HTTP said.
+        /// The cause, from HTTP.
         source: hyper::Error,
     },
-    /// The agent did not answer in time.
+    /// The agent did not respond in time.
     #[error("The agent on {agent} did not answer within {} s: see its log", .waited.as_secs())]
     TimedOut {
         /// Its socket or address.
@@ -94,20 +94,20 @@ pub enum ClientError {
     /// The request was refused or failed.
     #[error(transparent)]
     Problem(#[from] Box<Problem>),
-    /// What came back is not what this API answers.
+    /// The response is not one of this API.
     #[error(
         "The answer to {request} is not one of Portcullis ({what}): is this its socket, and of this version?"
     )]
     Strange {
         /// Method and path.
         request: String,
-        /// What is strange.
+        /// The fault.
         what: String,
     },
 }
 
 impl ClientError {
-    /// The problem, if the agent answered with one.
+    /// The problem, if the agent responded with one.
     pub fn problem(&self) -> Option<&Problem> {
         match self {
             ClientError::Problem(problem) => Some(problem),
@@ -122,7 +122,7 @@ pub struct Client {
     agent: Agent,
 }
 
-/// Where the agent is.
+/// The agent's address.
 #[derive(Clone, Debug)]
 enum Agent {
     Socket(PathBuf),
@@ -138,7 +138,7 @@ impl std::fmt::Display for Agent {
     }
 }
 
-/// What a connection is.
+/// A connection's byte stream.
 trait Stream: AsyncRead + AsyncWrite + Send + Unpin {}
 
 impl<S: AsyncRead + AsyncWrite + Send + Unpin> Stream for S {}
@@ -236,7 +236,7 @@ impl Client {
         self.delete_vm_within(vm, if_match, Duration::ZERO).await
     }
 
-    /// The same, with an answer that may take so much longer than usual.
+    /// The same, with this much more time for the response.
     pub async fn delete_vm_within(
         &self,
         vm: &str,
@@ -331,7 +331,7 @@ impl Client {
         let mut items = std::mem::take(&mut page.items);
         while let Some(cursor) = page.next.take() {
             page = self.page(&format!("{path}?cursor={cursor}")).await?;
-            // An agent that always knows a next page must say something new on it.
+            // An agent that always names a next page must not keep this loop alive with empty ones.
             if page.items.is_empty() {
                 break;
             }
@@ -349,7 +349,7 @@ impl Client {
         self.parse(&call, response).await
     }
 
-    /// Sends the request; an answer that is no success becomes an error.
+    /// Sends the request; a response without success becomes an error.
     async fn send(&self, call: &Call) -> Result<Response<Incoming>, ClientError> {
         let response = self.exchange(call).await?;
         let status = response.status();
@@ -384,12 +384,12 @@ impl Client {
         self.transmit(request).await
     }
 
-    /// Sends a request on a connection of its own, with what tells the agent who sends it.
+    /// Sends a request on a connection of its own, with the data that identifies its author to the agent.
     async fn transmit(&self, mut request: Request<Full<Bytes>>) -> Result<Response<Incoming>, ClientError> {
         let stream = self.connect().await?;
         let (mut sender, connection) =
             http1::handshake(TokioIo::new(stream)).await.map_err(|source| self.broken(source))?;
-        // Ends when the answer has been read or dropped; what it says of errors, the answer says too.
+        // Ends when the response has been read or dropped; its errors are also those of the response.
         tokio::spawn(connection);
         match &self.agent {
             Agent::Socket(_) => {

@@ -1,15 +1,15 @@
 // SPDX-License-Identifier: Apache-2.0
 
-//! From a JSON value to a type, without the liberties of serde's readers.
+//! The reader from a JSON value to a type, stricter than serde's derived readers.
 //!
-//! A derived reader takes a list in place of an object, its values in the order of the type's members, and an object in place
-//! of a word. Neither is in the OpenAPI document, unknown members are not seen in a list, and a new member in the middle would
-//! change the meaning of the rest. Here a struct is read from an object only, and a word from a text only. Messages say this in
-//! terms of JSON: the names of Rust's types mean nothing to a client.
+//! A derived reader also accepts a list in place of an object, with values in the order of the type's members, and an object in
+//! place of a word. Neither is in the OpenAPI document. A list also hides unknown members, and a new member in the middle would
+//! change the meaning of the rest. Here a struct is read from an object only, and a word from a text only. Messages describe
+//! faults in terms of JSON: the names of Rust's types mean nothing to a client.
 //!
-//! Serde buffers what it reads for enums that are untagged or have an internal tag, and for flattened members: what is
-//! inside of them is not checked here. No type of a request has such parts but for numbers and texts; a test in
-//! `api/tests/rest` sends a list in place of each object.
+//! Serde buffers the content of enums that are untagged or have an internal tag, and of flattened members, so their content is
+//! not checked here. No request type has such parts except for numbers and texts; a test in `api/tests/rest` sends a list in
+//! place of each object.
 
 use serde::{
     de::{
@@ -21,15 +21,15 @@ use serde::{
 };
 use serde_json::{Error, Value};
 
-/// Gives a document its type.
+/// Reads a document as its type.
 ///
 /// # Errors
-/// It has another form than the type; with the path of the member that is wrong.
+/// The document has another form than the type; with the path of the wrong member.
 pub fn read<T: DeserializeOwned>(value: Value) -> Result<T, serde_path_to_error::Error<Error>> {
     serde_path_to_error::deserialize(Typed(value))
 }
 
-/// Reads a value as JSON has it.
+/// Reads a value strictly in its JSON form.
 struct Typed(Value);
 
 impl Typed {
@@ -62,7 +62,7 @@ impl Typed {
         most: impl Into<i128>,
         visitor: V,
     ) -> Result<V::Value, Error> {
-        // The readers of `NonZero` say so.
+        // The readers of `NonZero` describe themselves so.
         let least = if described(&visitor).starts_with("a nonzero") { 1 } else { least.into() };
         let most = most.into();
         let number = match &self.0 {
@@ -80,12 +80,12 @@ impl Typed {
 
 const WHOLE_NUMBER: &str = "a whole number";
 
-/// What a visitor says that it takes.
+/// A visitor's description of the value that it expects.
 fn described<'de, V: Visitor<'de>>(visitor: &V) -> String {
     (visitor as &dyn Expected).to_string()
 }
 
-/// The words of a visitor for what it takes; those of `form` for one that has only its type's name, `derived`.
+/// A visitor's own description of its value; that of `form` if the visitor has only its type's name, `derived`.
 fn expectation<'de, V: Visitor<'de>>(visitor: &V, derived: &str, form: impl FnOnce() -> String) -> String {
     let own = described(visitor);
     if own == derived { form() } else { own }
@@ -228,7 +228,7 @@ impl<'de> EnumAccess<'de> for Form {
     }
 }
 
-/// What a form has beside its word.
+/// The content of a form, beside its word.
 struct Content {
     word: String,
     content: Option<Value>,

@@ -1,9 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0
 
-//! Which problems each operation answers with, for the document.
+//! The problems of each operation, for the document.
 //!
-//! What follows from an operation's parameters and body is not listed again; what the agent itself can fail with
-//! (`internal`, `unavailable`) any operation can. The API's tests compare every problem that they are given.
+//! Problems that follow from an operation's parameters and body are not listed again; any operation can fail by the
+//! agent's own problems (`internal`, `unavailable`). The API's tests compare every problem that they receive.
 
 use std::collections::BTreeMap;
 
@@ -19,11 +19,12 @@ use crate::{
     ProblemCode::{self, *},
 };
 
-/// What a function of the host that is being given back can be in the way of.
+/// The problems of releasing a function of the host.
 const GIVING_BACK: [ProblemCode; 6] =
     [DeviceFailed, DeviceInUse, PfDown, PfRefused, VfRemoved, VfioUnavailable];
 
-/// Whether the operation ends with functions being given back, or begins with what an earlier one could not.
+/// Whether the operation ends with the release of functions, or begins with a release that an earlier operation could not
+/// complete.
 fn gives_back(operation: &str) -> bool {
     matches!(operation, "put_vm" | "patch_vm" | "delete_vm" | "boot_vm" | "shutdown_vm" | "stop_vm")
 }
@@ -38,7 +39,7 @@ fn own(operation: &str) -> Option<&'static [ProblemCode]> {
         "list_ports" | "get_port" | "list_decisions" => &[],
         "create_vm" => &[NameTaken, MacInUse, PortGroupNotFound],
         "put_vm" | "patch_vm" => &[WrongState, NameTaken, MacInUse, PortGroupNotFound],
-        // Unlike what a PUT names, what is copied must be there.
+        // Unlike the object of a PUT, the original of a copy must exist.
         "clone_vm" => &[NotFound, NameTaken, MacInUse],
         "delete_vm" => &[WrongState],
         "boot_vm" => &[
@@ -85,20 +86,20 @@ fn own(operation: &str) -> Option<&'static [ProblemCode]> {
     })
 }
 
-/// Every code that an operation answers with; None if the operation is not known here.
+/// Every problem code of an operation; None if the operation is not known here.
 fn codes(operation: &Operation) -> Option<Vec<ProblemCode>> {
     let id = operation.operation_id.as_deref()?;
     let mut codes = own(id)?.to_vec();
     if gives_back(id) {
         codes.extend(GIVING_BACK);
     }
-    // A request over TCP, or of a web page, may be refused whatever it is.
+    // Any request over TCP, or of a web page, may be refused.
     codes.extend([Internal, Unavailable, Unauthorized, Forbidden]);
     for parameter in operation.parameters.iter().flatten() {
         let RefOr::T(parameter) = parameter else { continue };
         codes.push(InvalidRequest);
         match parameter.parameter_in {
-            // What a PUT names may be new.
+            // The object of a PUT may be new.
             ParameterIn::Path if !operation_creates(operation) => codes.push(NotFound),
             ParameterIn::Header if parameter.name == "if-match" => codes.push(RevisionMismatch),
             _ => {}
@@ -119,8 +120,8 @@ fn operation_creates(operation: &Operation) -> bool {
     operation.responses.responses.contains_key("201")
 }
 
-/// Adds to an operation the answers that are problems: one for each status with its codes, and `default` for what a newer
-/// agent may say.
+/// Adds the problem responses to an operation: one for each status with its codes, and `default` for the codes of a newer
+/// agent.
 pub(super) fn add(operation: &mut Operation) {
     let mut by_status: BTreeMap<u16, Vec<ProblemCode>> = BTreeMap::new();
     for code in codes(operation).unwrap_or_default() {
@@ -131,7 +132,7 @@ pub(super) fn add(operation: &mut Operation) {
         if let RefOr::T(response) = response
             && response.description.is_empty()
         {
-            // OpenAPI wants one for each.
+            // OpenAPI requires a description for each.
             response.description = if status == "201" { "Created." } else { "Done." }.to_owned();
         }
     }
@@ -148,13 +149,13 @@ pub(super) fn add(operation: &mut Operation) {
     }
 }
 
-/// The header that each answer has.
+/// The header of every response.
 const REQUEST_ID: &str = "x-request-id";
 
 /// The component that describes it.
 const REQUEST_ID_HEADER: &str = "#/components/headers/x-request-id";
 
-/// Adds the header that each answer has.
+/// Adds the header of every response.
 pub(super) fn add_header(components: &mut Components) {
     let header = HeaderBuilder::new()
         .schema(Some(ObjectBuilder::new().schema_type(Type::String)))
@@ -162,7 +163,7 @@ pub(super) fn add_header(components: &mut Components) {
     components.headers.insert(REQUEST_ID.to_owned(), RefOr::T(header.build()));
 }
 
-/// The answer that is a problem of one of these codes, with an example of each.
+/// The problem response with one of these codes, with an example of each.
 fn problem(description: &str, codes: &[ProblemCode]) -> Response {
     let examples = codes.iter().map(|code| {
         let detail = format!("{} {}", code.cause(), code.cure());

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 
-//! Examples of bodies for the document. They are values of the types that the routes take and give, so none can be
-//! wrong; a test holds that each operation has them.
+//! Examples of bodies for the document. They are values of the types that the routes take and return, so none can
+//! be wrong; a test asserts that each operation has them.
 
 use std::collections::BTreeMap;
 
@@ -48,7 +48,7 @@ fn vm() -> Option<Vm> {
     })
 }
 
-/// The same while an action goes on, if it is one that takes time.
+/// The same while an action goes on, if the action takes time.
 fn going_on(id: &str) -> Option<Vm> {
     let (state, action, stage, step, steps) = match id {
         "boot_vm" => (VmState::Starting, OperationAction::Boot, Stage::BuildingMachine, 6, 7),
@@ -230,18 +230,18 @@ fn owner() -> Owner {
     Owner { vm: id(1), name: "web1".to_owned(), adapter: Some("eth0".to_owned()) }
 }
 
-/// Ids that are told apart at a glance.
+/// Ids that people can distinguish at a glance.
 fn id(n: u128) -> Uuid {
     Uuid::from_u128(0x8a6e_0804_2bd0_4672_b79d_d970_27f9_0000 + n)
 }
 
-/// Some seconds after the morning on which these things happened.
+/// The time this number of seconds after the morning of the examples.
 fn moment(seconds: u64) -> Timestamp {
     Timestamp::from_unix_ms(1_767_254_400_000 + seconds * 1000)
 }
 
 fn value(example: impl Serialize) -> Option<Value> {
-    // `None` of an example that could not be made is no example.
+    // An example that could not be made (`None`) is no example.
     serde_json::to_value(example).ok().filter(|value| !value.is_null())
 }
 
@@ -249,7 +249,7 @@ fn list(example: impl Serialize) -> Option<Value> {
     Some(json!({ "items": [value(example)?] }))
 }
 
-/// The body that an operation takes.
+/// An example of an operation's request body.
 fn request(operation: &str) -> Option<Value> {
     match operation {
         "create_vm" | "put_vm" => value(spec()),
@@ -265,7 +265,7 @@ fn request(operation: &str) -> Option<Value> {
     }
 }
 
-/// The body that an operation answers with when it has done it.
+/// An example of the response body of a completed operation.
 fn answer(operation: &str) -> Option<Value> {
     match operation {
         "create_vm" | "get_vm" | "put_vm" | "patch_vm" | "clone_vm" => value(vm()),
@@ -295,7 +295,7 @@ fn answer(operation: &str) -> Option<Value> {
     }
 }
 
-/// What a path names, as in the other examples.
+/// The name in a path, as in the other examples.
 pub(super) fn parameter(template: &str, name: &str) -> Option<Value> {
     let object = match template.split('/').nth(2)? {
         "vms" => "web1",
@@ -307,7 +307,7 @@ pub(super) fn parameter(template: &str, name: &str) -> Option<Value> {
     (name == "name").then(|| json!(object))
 }
 
-/// Adds them to an operation.
+/// Adds the examples to an operation.
 pub(super) fn add(operation: &mut Operation) {
     let Some(id) = operation.operation_id.clone() else { return };
     if let (Some(RefOr::T(body)), Some(example)) = (&mut operation.request_body, request(&id)) {

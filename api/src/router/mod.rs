@@ -44,18 +44,19 @@ pub const MAX_BODY: usize = 64 << 10;
 /// The most bytes that can be typed on a console in one request.
 pub const MAX_CONSOLE_INPUT: usize = 4 << 10;
 
-/// How long a request's body may take to arrive.
+/// The longest time for a request's body to arrive.
 const BODY_TIME: Duration = Duration::from_secs(20);
 
-/// The longest time in seconds that `?wait=` takes.
+/// The longest wait in seconds that `?wait=` takes.
 pub const MAX_WAIT_SECONDS: u64 = 600;
 
-/// What handlers get as state.
+/// The handlers' state.
 type Shared = Arc<dyn Backend>;
 
 /// The API of VMs and the host on top of a backend.
 ///
-/// It expects a [`Peer`] in each request's extensions: [`serve`] puts it there. Without one nothing can be changed.
+/// It expects a [`Peer`] in each request's extensions: [`serve`] puts it there. Without one it refuses every
+/// change.
 pub fn router(backend: Arc<dyn Backend>) -> Router {
     assemble(routes().with_state(backend.clone()), backend)
 }
@@ -66,11 +67,11 @@ pub fn router_with_policy(backend: Arc<dyn Backend>, policy: Arc<dyn PolicyBacke
     assemble(routes, backend)
 }
 
-/// Adds what is beside the documented routes, and around all of them.
+/// Adds the routes outside of the document, and the layers around all routes.
 fn assemble(routes: OpenApiRouter, backend: Arc<dyn Backend>) -> Router {
     let (routes, mut document) = routes.split_for_parts();
     meta::complete(&mut document);
-    // The document is made of literals; if it could not be written, its route alone would be empty.
+    // The document consists of literals; if it could not be written, its route alone would be empty.
     let text = document.to_pretty_json().unwrap_or_default();
     routes
         .route("/v1/openapi.json", get(move || meta::serve_document(text)))

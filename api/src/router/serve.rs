@@ -27,30 +27,30 @@ use super::{
 };
 use crate::{Caller, Problem, ProblemCode, User};
 
-/// How long requests may go on after the order to end (console streams would go on for ever).
+/// The longest time for open requests after the signal to end (console streams would go on for ever).
 const GRACE: Duration = Duration::from_secs(2);
 
-/// After an error of `accept` (no more descriptors, as a rule), until it is tried again.
+/// The pause after an error of `accept` (no more descriptors, as a rule).
 const PAUSE: Duration = Duration::from_millis(200);
 
-/// How long somebody may take to hear that there is no room, and how many are told at once.
+/// The longest time to send a client the refusal that there is no room, and the most refusals at once.
 const REFUSAL: Duration = Duration::from_secs(1);
 const REFUSALS: usize = 16;
 
-/// The most bytes of a request's head, and the most headers. Beyond it the answer is 431 without a body.
+/// The most bytes of a request's head, and the most headers. Beyond it the response is 431 without a body.
 const MAX_HEAD: usize = 16 << 10;
 const MAX_HEADERS: usize = 64;
 
-/// What clients can hold at once, by listener, and how long they may take.
+/// Bounds on the resources of clients, by listener, and on the time that clients may take.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Limits {
-    /// Connections. One more is told so (TLS: closed) and closed.
+    /// Connections. One more is refused in words (TLS: without) and closed.
     pub connections: usize,
     /// How long a client may take to send a request's head; an idle connection is closed after it, too.
     pub head: Duration,
-    /// How long a client may take nothing of what is sent to it.
+    /// The longest time in which a client may take nothing of the data sent to it.
     pub stall: Duration,
-    /// How long a client over TCP may take until a request with a token has come, TLS included.
+    /// The longest time for a client over TCP until a request with a token has come, TLS included.
     pub stranger: Duration,
 }
 
@@ -104,7 +104,7 @@ impl From<UnixListener> for Listener {
 }
 
 impl Listener {
-    /// A TCP listener: what the gate asks of requests, and TLS unless all that can connect is this host.
+    /// A TCP listener: the gate checks requests. Pass `tls` unless only this host can connect.
     pub fn tcp(listener: TcpListener, gate: Arc<Gate>, tls: Option<TlsAcceptor>) -> Self {
         Listener(Kind::Tcp { listener, gate, tls })
     }
@@ -134,7 +134,7 @@ pub async fn serve(
     drop(ending);
     end.await;
     let _ = told.send(true);
-    // What does not end by then ends with its task.
+    // A connection that does not end by then ends with its task.
     drop(timeout(GRACE, async { while tasks.join_next().await.is_some() {} }).await);
 }
 
@@ -143,7 +143,7 @@ struct Door {
     room: Arc<Semaphore>,
     /// The shares of users, or of strangers.
     places: Places,
-    /// Room for those that are told that there is none.
+    /// Room for clients that are refused for lack of room.
     refusals: Arc<Semaphore>,
     router: Router,
     limits: Limits,
@@ -171,13 +171,13 @@ impl Client {
 }
 
 impl Door {
-    /// Accepts until the end is told; returns when all connections have ended.
+    /// Accepts until the end is signalled; returns when all connections have ended.
     async fn serve(mut self, kind: Kind) {
         let mut connections = JoinSet::new();
         loop {
             let accepted = tokio::select! {
                 () = told(&mut self.ending) => break,
-                // Those that have ended are forgotten.
+                // Forget ended connections.
                 Some(_) = connections.join_next() => continue,
                 accepted = accept(&kind, self.limits.stall) => accepted,
             };
@@ -191,7 +191,7 @@ impl Door {
             };
             match self.enter(&client) {
                 Ok((room, place)) => drop(connections.spawn(self.connection(client, room, place))),
-                // Those beyond that are closed without a word.
+                // Without room for a refusal, close the connection without a word.
                 Err(detail) => match Arc::clone(&self.refusals).try_acquire_owned() {
                     Ok(room) => drop(connections.spawn(refuse(client, detail, room))),
                     Err(_) => drop(client),
@@ -254,7 +254,7 @@ impl Door {
     }
 }
 
-/// Waits until the end is told.
+/// Waits until the end is signalled.
 async fn told(ending: &mut watch::Receiver<bool>) {
     drop(ending.wait_for(|ending| *ending).await);
 }
@@ -274,7 +274,7 @@ async fn accept(kind: &Kind, stall: Duration) -> std::io::Result<Client> {
         Kind::Tcp { listener, gate, tls } => {
             let (stream, remote) = listener.accept().await?;
             let local: SocketAddr = stream.local_addr()?;
-            // Answers are small and written at once.
+            // Responses are small and written at once.
             stream.set_nodelay(true)?;
             let milliseconds = u32::try_from(stall.as_millis()).unwrap_or(u32::MAX);
             rustix::net::sockopt::set_tcp_user_timeout(&stream, milliseconds)?;
@@ -287,7 +287,7 @@ async fn accept(kind: &Kind, stall: Duration) -> std::io::Result<Client> {
     }
 }
 
-/// Carries requests and answers until either side ends it.
+/// Carries requests and responses until either side ends the connection.
 async fn exchange<I: AsyncRead + AsyncWrite + Send + Unpin + 'static>(
     stream: I,
     peer: Peer,
@@ -323,7 +323,7 @@ async fn exchange<I: AsyncRead + AsyncWrite + Send + Unpin + 'static>(
     }
 }
 
-/// Tells a client that there is no room for it, if it takes that soon.
+/// Refuses a client for lack of room, if it takes the refusal soon.
 async fn refuse(client: Client, detail: &'static str, _room: OwnedSemaphorePermit) {
     let id = RequestId::new();
     let request_id = Some(id.as_str().into());
@@ -339,7 +339,7 @@ async fn refuse(client: Client, detail: &'static str, _room: OwnedSemaphorePermi
     let written = match client {
         Client::Unix(mut stream, _) => timeout(REFUSAL, stream.write_all(answer.as_bytes())).await,
         Client::Tcp(mut stream, _, None) => timeout(REFUSAL, stream.write_all(answer.as_bytes())).await,
-        // It would have to be encrypted.
+        // The refusal would have to be encrypted.
         Client::Tcp(_, _, Some(_)) => return,
     };
     if let Ok(Err(error)) = written {

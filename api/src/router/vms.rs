@@ -88,8 +88,8 @@ fn created(vm: &Vm) -> Response {
 
 /// Shows a VM.
 ///
-/// `status` has its state, the cause of its end, the VFs and devices that it holds, and while something takes time how far that is
-/// (`operation`).
+/// `status` has its state, the cause of its end, the VFs and devices that it holds, and while an operation takes time, its
+/// progress (`operation`).
 #[utoipa::path(get, path = "/v1/vms/{name}", tag = "vms",
     params(("name" = String, Path, description = "Name or id")),
     responses((status = 200, body = Vm, headers(("etag" = String, description = "The revision")))))]
@@ -100,8 +100,8 @@ async fn get_vm(State(backend): State<Shared>, Named(vm): Named) -> Result<Respo
 
 /// Replaces a VM's specification.
 ///
-/// Another name renames it. Refused unless the VM is at rest; only `restart` and `autostart` may change while it runs. Its ports keep
-/// their ids, and what they override as long as they stay in their port group.
+/// Another name renames it. Refused unless the VM is at rest; only `restart` and `autostart` may change while it runs. Its
+/// ports keep their ids, and keep their overrides as long as they stay in their port group.
 #[utoipa::path(put, path = "/v1/vms/{name}", tag = "vms", request_body = VmSpec,
     params(
         ("name" = String, Path, description = "Name or id"),
@@ -122,8 +122,8 @@ async fn put_vm(
 
 /// Changes a part of a VM's specification.
 ///
-/// A JSON merge patch (RFC 7396), for which the same holds as for PUT. Lists are replaced as a whole. Without `If-Match` it is made on
-/// top of what others change meanwhile.
+/// A JSON merge patch (RFC 7396), for which the same holds as for PUT. Lists are replaced as a whole. Without `If-Match` the
+/// patch is applied on top of concurrent changes.
 #[utoipa::path(patch, path = "/v1/vms/{name}", tag = "vms",
     request_body(content = schema::VmPatch, content_type = "application/merge-patch+json",
         description = "Members of the specification; null takes one back to its default"),
@@ -147,7 +147,7 @@ async fn patch_vm(
         spec.check()?;
         // By id: between the two calls the name could come to mean another VM.
         match backend.put_vm(caller.clone(), ObjectRef::Id(found.id), spec, revision).await {
-            // Somebody else was faster: their change is kept, and this one made on top of it.
+            // Another request was faster: keep its change, and make this one on top of it.
             Err(problem) if problem.code == ProblemCode::RevisionMismatch && tries < TRIES => tries += 1,
             done => return done.map(|vm| revisioned(StatusCode::OK, vm.revision, &vm)),
         }
@@ -156,8 +156,8 @@ async fn patch_vm(
 
 /// Creates a VM like another one.
 ///
-/// It has an id and a name of its own, and its adapters have addresses and VFs that the agent chooses. The VM may run meanwhile; what
-/// its guest has written anywhere is not copied.
+/// It has an id and a name of its own, and its adapters have addresses and VFs that the agent chooses. The VM may run
+/// meanwhile; data that its guest has written anywhere is not copied.
 #[utoipa::path(post, path = "/v1/vms/{name}/clone", tag = "vms", request_body = CloneSpec,
     params(("name" = String, Path, description = "Name or id of the VM to copy")),
     responses((status = 201, body = Vm, headers(("etag" = String, description = "The revision"), ("location" = String)))))]
@@ -172,7 +172,7 @@ async fn clone_vm(
 
 /// Deletes a VM.
 ///
-/// Stops it if it runs and gives back what it holds. Answers when that is done.
+/// Stops it if it runs and releases its functions. Responds when that is done.
 #[utoipa::path(delete, path = "/v1/vms/{name}", tag = "vms",
     params(
         ("name" = String, Path, description = "Name or id"),
@@ -225,7 +225,7 @@ actions! {
     resume_vm = "/v1/vms/{name}/resume", Resume;
     /// Resets a VM and boots it again.
     ///
-    /// The guest is not asked. Its adapters have their initial addresses again.
+    /// The reset needs no consent of the guest. Its adapters have their initial addresses again.
     reboot_vm = "/v1/vms/{name}/reboot", Reboot;
     /// Presses a VM's power button.
     ///

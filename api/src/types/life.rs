@@ -1,13 +1,13 @@
 // SPDX-License-Identifier: Apache-2.0
 
-//! What a VM's life is when nobody watches: when it is booted by itself, and copies of it.
+//! A VM's life without requests: its boots by the agent itself, its lease; and copies of VMs.
 
 use serde::{Deserialize, Serialize};
 use utoipa::ToSchema;
 
 use super::{Name, Timestamp, VmSpec};
 
-/// What becomes of a VM that has ended, unless a request ended it.
+/// The reaction to the end of a VM, unless a request ended it.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash, Serialize, Deserialize, ToSchema)]
 #[serde(rename_all = "snake_case")]
 pub enum RestartPolicy {
@@ -38,15 +38,15 @@ impl RestartPolicy {
 /// A VM that the agent boots again by itself.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 pub struct RestartStatus {
-    /// How often it was, since somebody booted it or it last ran for ten minutes.
+    /// The number of boots by the agent since the last one by a request, or since the VM last ran for ten minutes.
     pub attempts: u32,
-    /// When it will be next, if that is to come: the time between two attempts doubles from 1 s to at most 5 minutes. Stopping
-    /// or deleting the VM, or changing what it is, cancels it.
+    /// The time of the next boot by the agent, if one is planned: the time between two attempts doubles from 1 s to at most
+    /// 5 minutes. Stopping or deleting the VM, or changing its machine, cancels it.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub next: Option<Timestamp>,
 }
 
-/// What a copy of a VM differs in.
+/// The differences of a copy from its original.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 #[serde(deny_unknown_fields)]
 pub struct CloneSpec {
@@ -55,8 +55,8 @@ pub struct CloneSpec {
 }
 
 impl VmSpec {
-    /// A copy under another name. Addresses and VFs of its adapters are left to the agent: they can be one VM's only. Devices stay,
-    /// so that the two cannot run at once if there are any.
+    /// A copy under another name. The agent chooses its adapters' addresses and VFs, since two VMs cannot share them. Devices
+    /// stay, so that the two cannot run at once if there are any.
     pub fn cloned_as(&self, name: Name) -> Self {
         let mut spec = VmSpec { name, ..self.clone() };
         for adapter in &mut spec.adapters {
@@ -65,7 +65,7 @@ impl VmSpec {
         spec
     }
 
-    /// Whether the two differ in nothing that a running machine is made of: such a change needs no rest.
+    /// Whether the two describe the same running machine: a change between them is possible without a stop.
     pub fn same_machine(&self, other: &Self) -> bool {
         *self == VmSpec { restart: self.restart, autostart: self.autostart, ..other.clone() }
     }

@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 
-//! Switches, port groups, ports, decisions. Policy values are `netpolicy`'s own: one definition of what is valid.
+//! Switches, port groups, ports, decisions. Policy values are those of `netpolicy`, so that one definition says which are
+//! valid.
 
 use std::collections::BTreeSet;
 
@@ -24,33 +25,33 @@ pub struct Switch {
     pub revision: u64,
     /// When it was created.
     pub created: Timestamp,
-    /// What was asked.
+    /// The requested state.
     pub spec: SwitchSpec,
-    /// What is.
+    /// The actual state.
     pub status: SwitchStatus,
 }
 
-/// What is asked of a switch.
+/// The requested state of a switch.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 #[serde(deny_unknown_fields, default)]
 pub struct SwitchSpec {
-    /// Where its definition lives: `standard` on this host.
+    /// The place of its definition: `standard` on this host.
     #[schema(value_type = super::schema::Kind, example = "standard")]
     pub kind: SwitchKind,
-    /// The PFs whose VFs its ports get, by interface name. A PF is an uplink of one switch only.
+    /// The PFs that its ports get VFs of, by interface name. A PF is an uplink of one switch only.
     #[schema(value_type = Vec<String>, example = json!(["enp1s0"]))]
     pub uplinks: BTreeSet<String>,
-    /// What its port groups start from.
+    /// The settings that its port groups inherit.
     #[schema(value_type = super::schema::Settings)]
     pub settings: Settings,
 }
 
-/// What a switch is.
+/// The actual state of a switch.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 pub struct SwitchStatus {
-    /// How many port groups it has.
+    /// The number of its port groups.
     pub port_groups: u64,
-    /// How many ports these have.
+    /// The number of ports of these.
     pub ports: u64,
 }
 
@@ -65,19 +66,19 @@ pub struct PortGroup {
     pub revision: u64,
     /// When it was created.
     pub created: Timestamp,
-    /// What was asked.
+    /// The requested state.
     pub spec: PortGroupSpec,
-    /// What is.
+    /// The actual state.
     pub status: PortGroupStatus,
 }
 
-/// What is asked of a port group.
+/// The requested state of a port group.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 #[serde(deny_unknown_fields)]
 pub struct PortGroupSpec {
     /// The switch; it cannot be changed.
     pub switch: Name,
-    /// What it decides in place of the switch.
+    /// The settings that it decides in place of the switch.
     #[serde(default)]
     #[schema(value_type = super::schema::Settings)]
     pub settings: Settings,
@@ -87,10 +88,10 @@ pub struct PortGroupSpec {
     pub port_overrides: BTreeSet<Setting>,
 }
 
-/// What a port group is.
+/// The actual state of a port group.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 pub struct PortGroupStatus {
-    /// How many ports it has.
+    /// The number of its ports.
     pub ports: u64,
     /// Every setting that a port without overrides is subject to, with the level that decided it.
     #[schema(value_type = super::schema::EffectivePolicy)]
@@ -109,22 +110,22 @@ pub struct Port {
     pub revision: u64,
     /// When it was created.
     pub created: Timestamp,
-    /// What was asked.
+    /// The requested state.
     pub spec: PortSpec,
-    /// What is.
+    /// The actual state.
     pub status: PortStatus,
 }
 
-/// What is asked of a port.
+/// The requested state of a port.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 #[serde(deny_unknown_fields, default)]
 pub struct PortSpec {
-    /// What it decides in place of its group, where that allows it. `blocked` is always allowed.
+    /// The settings that it decides in place of its group, where the group allows that. `blocked` is always allowed.
     #[schema(value_type = super::schema::Settings)]
     pub settings: Settings,
 }
 
-/// What a port is.
+/// The actual state of a port.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 pub struct PortStatus {
     /// The VM and its adapter.
@@ -145,22 +146,23 @@ pub struct PortStatus {
     /// The address that the adapter was configured with.
     #[schema(value_type = String, example = "02:00:00:00:00:11")]
     pub initial_mac: MacAddress,
-    /// The address that the PF has programmed: the truth.
+    /// The address that the PF lets the VF use.
     #[schema(value_type = String, example = "02:00:00:00:00:11")]
     pub effective_mac: MacAddress,
-    /// The address that the guest last asked for and believes it has.
+    /// The address that the guest last requested and believes it has.
     #[schema(value_type = String, example = "02:00:00:00:00:11")]
     pub guest_mac: MacAddress,
     /// Every setting that it is subject to, with the level that decided it.
     #[schema(value_type = super::schema::EffectivePolicy)]
     pub policy: EffectivePolicy,
-    /// Since when the port cannot be compared with its PF, and why: foreign changes are not repaired meanwhile.
+    /// The time since which the port cannot be compared with its PF, and the reason: foreign changes are not repaired
+    /// meanwhile.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub unchecked: Option<Unchecked>,
-    /// Changes that the policy wants and that are not made yet, since the guest's interface is down.
+    /// Changes that the policy requires and that are not made yet, since the guest's interface is down.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub pending: Option<Pending>,
-    /// Changes that the policy wants and that could not be made, at most 20. They are tried again.
+    /// Changes that the policy requires and that failed, at most 20. The agent tries them again.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub unmade: Vec<UnmadeChange>,
     /// Requests since the port was made.
@@ -181,7 +183,7 @@ pub struct UnmadeChange {
 /// until then: it sends and receives nothing.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 pub struct Pending {
-    /// The time from which there was something to wait for.
+    /// The time since which changes wait.
     pub since: Timestamp,
     /// The changes, at most 20 of them.
     #[schema(example = json!(["set_vlan leave 100"]))]
@@ -193,24 +195,24 @@ pub struct Pending {
 pub struct Unchecked {
     /// The first comparison that failed.
     pub since: Timestamp,
-    /// Why the last one failed.
+    /// The reason that the last one failed.
     pub detail: String,
 }
 
-/// Requests of a port by what came out.
+/// The results of a port's requests and corrections.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 pub struct PortCounters {
-    /// Asked for, allowed and made.
+    /// Requests that were allowed and made.
     pub allowed: u64,
-    /// Asked for and refused.
+    /// Requests that were denied, or allowed and not made.
     pub denied: u64,
-    /// Given earlier, taken back.
+    /// Changes that were revoked or rolled back.
     pub taken_back: u64,
-    /// Put right after somebody else's change.
+    /// Changes that the agent corrected after a foreign change.
     pub repaired: u64,
 }
 
-/// The recorded outcome of a request, or of what the agent did by itself. Repeated ones are counted in one record.
+/// The recorded result of a request, or of a change that the agent made by itself. Repetitions are counted in one record.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 pub struct Decision {
     /// Identity of the record.
@@ -223,34 +225,34 @@ pub struct Decision {
     pub pf: Option<String>,
     /// The VF's number on its PF, if it was known.
     pub vf_index: Option<u32>,
-    /// What was asked for or done, `set_mac`.
+    /// The name of the request or change, `set_mac`.
     #[schema(example = "set_mac")]
     pub request: String,
-    /// What came out: `allowed`, `denied`, `taken_back`, `repaired`, `reverted`.
+    /// The result: `allowed`, `denied`, `taken_back`, `repaired`, `reverted`.
     #[schema(value_type = super::schema::Verdict, example = "denied")]
     pub verdict: Outcome,
-    /// Why it was not allowed.
+    /// The reason that it was not allowed.
     #[schema(value_type = Option<String>, example = "mac_changes_rejected")]
     pub reason: Option<Reason>,
     /// The setting that decided.
     #[schema(value_type = Option<super::schema::DecidedBy>)]
     pub decided_by: Option<DecidedBy>,
-    /// What the device had.
+    /// The device's value before.
     pub old: Option<String>,
-    /// What was asked for.
+    /// The requested value.
     pub requested: Option<String>,
     /// The effective address afterwards.
     #[schema(value_type = String, example = "02:00:00:00:00:11")]
     pub effective_mac: MacAddress,
-    /// How it reached the adapter: `nothing`, `pf`, `mailbox`, `both`, `failed`.
+    /// The way by which the change reached the adapter: `nothing`, `pf`, `mailbox`, `both`, `failed`.
     #[schema(value_type = String, example = "nothing")]
     pub committed: Committed,
-    /// For people: a failure's text, for example.
+    /// Details for people: a failure's text, for example.
     pub detail: Option<String>,
-    /// Who edited the policy, if it follows from an edit: `uid 0`, `token ci`.
+    /// The author of the policy's edit, if the change follows from one: `uid 0`, `token ci`.
     #[schema(example = "uid 0")]
     pub edited_by: Option<String>,
-    /// How often it happened.
+    /// The number of times that it happened.
     pub count: u64,
     /// The first time.
     pub first: Timestamp,
@@ -288,7 +290,7 @@ impl From<netpolicy::Decision> for Decision {
     }
 }
 
-/// Which decisions are listed: those that pass every filter, the latest first.
+/// The decisions to list: those that pass every filter, the latest first.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, IntoParams)]
 #[serde(deny_unknown_fields)]
 #[into_params(parameter_in = Query)]

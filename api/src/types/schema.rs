@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 
-//! Schemas of values that do not derive them: bytes, and `netpolicy`'s values. That crate knows nothing of OpenAPI; a
+//! Schemas of values that do not derive them: bytes, and `netpolicy`'s values. That crate does not use OpenAPI; a
 //! test here compares the two.
 
 use utoipa::{
@@ -29,7 +29,7 @@ fn only(name: &str, value: impl Into<RefOr<Schema>>) -> ObjectBuilder {
     object.property(name, value).required(name)
 }
 
-/// The schema of each setting by its name, and the name of the schema if it has one; a test holds it against
+/// The schema of each setting by its name, and the name of the schema if it has one; a test compares the names with
 /// `netpolicy::Setting::ALL`.
 fn described() -> Vec<(&'static str, Option<&'static str>, RefOr<Schema>)> {
     let patterns = ArrayBuilder::new().items(text("00:00:5e:00:01:00/ff:ff:ff:ff:ff:00")).max_items(Some(64));
@@ -84,7 +84,7 @@ fn source() -> RefOr<Schema> {
     words(&["default", "switch", "port_group", "port"]).into()
 }
 
-/// What one level (switch, port group, port) decides; what it leaves out is left to the level above.
+/// The settings that one level (switch, port group, port) decides; the level above decides the others.
 pub(super) struct Settings;
 
 impl PartialSchema for Settings {
@@ -167,7 +167,7 @@ impl PartialSchema for VmPatch {
 
 impl ToSchema for VmPatch {}
 
-/// The members of an object in a merge patch: null takes one that need not be there back to its default.
+/// The members of an object in a merge patch: null takes an optional one back to its default.
 fn patch_of<T: PartialSchema>() -> Vec<(String, RefOr<Schema>)> {
     let RefOr::T(Schema::Object(object)) = T::schema() else { return Vec::new() };
     let required = object.required;
@@ -181,11 +181,11 @@ fn patch_members(members: Vec<(String, RefOr<Schema>)>) -> RefOr<Schema> {
 }
 
 fn or_null(schema: RefOr<Schema>) -> RefOr<Schema> {
-    // Not one of: what is optional may be null by itself.
+    // Any of, not one of: the schema of an optional value may itself allow null.
     AnyOfBuilder::new().item(ObjectBuilder::new().schema_type(Type::Null)).item(schema).into()
 }
 
-/// The address of a function that is no VF, with another example than a VF's: no function is named twice.
+/// The address of a function that is no VF. Its example is not that of a VF, so that no function is named twice.
 pub(super) struct DeviceBdf;
 
 impl PartialSchema for DeviceBdf {
@@ -284,7 +284,7 @@ impl PartialSchema for SettingName {
 
 impl ToSchema for SettingName {}
 
-/// What came out of a request.
+/// The result of a request.
 pub(super) struct Verdict;
 
 impl PartialSchema for Verdict {
@@ -295,7 +295,7 @@ impl PartialSchema for Verdict {
 
 impl ToSchema for Verdict {}
 
-/// Bytes that are no text.
+/// Bytes, not text.
 pub(crate) struct Binary;
 
 impl PartialSchema for Binary {
@@ -326,7 +326,7 @@ mod tests {
         }
     }
 
-    /// The forms that the schemas describe are those that are read.
+    /// The readers accept exactly the forms that the schemas describe.
     #[test]
     fn the_described_forms_are_read() {
         for (json, valid) in [

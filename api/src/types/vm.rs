@@ -25,9 +25,9 @@ pub struct Vm {
     pub revision: u64,
     /// When it was created.
     pub created: Timestamp,
-    /// What was asked.
+    /// The requested state.
     pub spec: VmSpec,
-    /// What is.
+    /// The actual state.
     pub status: VmStatus,
 }
 
@@ -46,7 +46,7 @@ pub struct VmSpec {
     /// Backs guest memory with huge pages of 2 MiB.
     #[serde(default)]
     pub hugepages: bool,
-    /// What to boot.
+    /// The files that it boots, and the kernel's command line.
     pub boot: BootSpec,
     /// Network adapters: VFs under policy. At most 16 together with `devices`.
     #[serde(default)]
@@ -56,20 +56,20 @@ pub struct VmSpec {
     #[serde(default)]
     #[schema(max_items = 16, value_type = std::collections::BTreeSet<super::schema::DeviceBdf>)]
     pub devices: Vec<Bdf>,
-    /// What becomes of it when it has ended, unless a request ended it. It may be changed while the VM runs.
+    /// The reaction to its end, unless a request ended it. It may be changed while the VM runs.
     #[serde(default, skip_serializing_if = "RestartPolicy::is_default")]
     pub restart: RestartPolicy,
-    /// It is booted when the agent starts, unless it runs, or was stopped since the host was started: by a request, or by its guest.
-    /// It may be changed while the VM runs.
+    /// It is booted when the agent starts, unless it runs, or was stopped by a request or by its guest since the host was
+    /// started. It may be changed while the VM runs.
     #[serde(default, skip_serializing_if = "std::ops::Not::not")]
     pub autostart: bool,
-    /// What its process may use of the host. Without them it may use the processor time that is there, and memory to a default:
-    /// the guest's and a sixteenth of it, 64 MiB, 1 MiB for each CPU, and 4 MiB for each function.
+    /// The limits of its process on the host. Without them it may use all free processor time, and memory up to a default: the
+    /// guest's and a sixteenth of it, 64 MiB, 1 MiB for each CPU, and 4 MiB for each function.
     #[serde(default, deserialize_with = "limits_if_any", skip_serializing_if = "Option::is_none")]
     pub limits: Option<VmLimits>,
 }
 
-/// What the process of a VM may use of its host (control groups, version 2).
+/// Limits of a VM's process on its host (control groups, version 2).
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 #[serde(deny_unknown_fields)]
 pub struct VmLimits {
@@ -77,7 +77,7 @@ pub struct VmLimits {
     #[serde(default, deserialize_with = "ranges::cpu_percent", skip_serializing_if = "Option::is_none")]
     #[schema(minimum = 1, maximum = 100_000, example = 150)]
     pub cpu_percent: Option<u32>,
-    /// Its share of the processor time that not all can have: others have 100 (`cpu.weight`).
+    /// Its share of the processor time when that does not suffice for all: others have 100 (`cpu.weight`).
     #[serde(default, deserialize_with = "ranges::cpu_weight", skip_serializing_if = "Option::is_none")]
     #[schema(minimum = 1, maximum = 10_000, example = 50)]
     pub cpu_weight: Option<u16>,
@@ -94,14 +94,15 @@ fn limits_if_any<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Option<Vm
     Ok(limits.filter(|limits| *limits != VmLimits::default()))
 }
 
-/// What [`VmLimits::memory`] must leave beside the guest's memory, in bytes: the process, and what the kernel needs for it.
+/// The bytes that [`VmLimits::memory`] must leave beside the guest's memory, for the process and for the kernel's data about
+/// it.
 const BESIDE_MEMORY: u64 = 32 << 20;
 
 fn one_cpu() -> u8 {
     1
 }
 
-/// What a VM boots.
+/// The files that a VM boots, and the kernel's command line.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 #[serde(deny_unknown_fields)]
 pub struct BootSpec {
@@ -126,7 +127,7 @@ pub struct AdapterSpec {
     /// Unique within the VM.
     #[schema(example = "eth0")]
     pub id: Name,
-    /// The port group that decides.
+    /// The port group of its policy.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub port_group: Option<Name>,
     /// The initial address; the agent makes a stable locally administered one if there is none.
@@ -238,7 +239,7 @@ fn check_path(field: &str, path: &str) -> Result<(), Problem> {
     Ok(())
 }
 
-/// Where a VM is in its life.
+/// The states of a VM's life.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize, ToSchema)]
 #[serde(rename_all = "snake_case")]
 pub enum VmState {
@@ -287,17 +288,17 @@ impl std::fmt::Display for VmState {
     }
 }
 
-/// What a VM is.
+/// The actual state of a VM.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize, ToSchema)]
 pub struct VmStatus {
-    /// Where it is in its life.
+    /// The state in its life.
     pub state: VmState,
-    /// When it got there.
+    /// The time at which it entered this state.
     pub since: Timestamp,
-    /// Why it ended, or why its last boot was refused.
+    /// The reason for its end, or for the refusal of its last boot.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub cause: Option<Cause>,
-    /// What is being done with it now, if something is that takes time. No event tells of it: read it again.
+    /// The operation that is under way, if it takes time. No event reports its progress: read it again.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub operation: Option<VmOperation>,
     /// Its process, while there is one.
@@ -305,7 +306,7 @@ pub struct VmStatus {
     pub pid: Option<u32>,
     /// Boots and reboots of the process that is running, or ran last.
     pub boots: u64,
-    /// What the agent does, or has done, to keep it running.
+    /// The agent's restarts of it, past and planned.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub restart: Option<RestartStatus>,
     /// The lease that it lives by; absent for a VM without one.
@@ -317,15 +318,15 @@ pub struct VmStatus {
     pub devices: Vec<DeviceStatus>,
     /// The console log.
     pub console: ConsoleStatus,
-    /// What keeps its process from the host.
+    /// The protections of the host from its process.
     #[serde(default)]
     pub sandbox: SandboxStatus,
 }
 
-/// What keeps a VM's process from the host.
+/// The protections of the host from a VM's process.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 pub struct SandboxStatus {
-    /// Protections that are off: since the agent is not root and cannot set them up, or since it was told to leave them off
+    /// Protections that are off: since the agent is not root and cannot set them up, or since an option turned them off
     /// (`serve --sandbox-off`). With functions of the host none are off.
     pub off: Vec<Protection>,
 }
@@ -334,8 +335,8 @@ pub struct SandboxStatus {
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize, ToSchema)]
 #[serde(rename_all = "snake_case")]
 pub enum Protection {
-    /// A user of its own, without capabilities. Without it the process has the agent's, and can do what the agent can: to its files, and to the
-    /// processes of other VMs.
+    /// A user of its own, without capabilities. Without it the process has the rights of the agent's user: over the agent's
+    /// files, and over the processes of other VMs.
     OwnUser,
     /// Network, IPC and host name namespaces of its own. Without them the process can use the host's network.
     Namespaces,
@@ -376,7 +377,7 @@ impl Protection {
     }
 }
 
-/// Why a VM ended or a device was lost.
+/// The cause of a VM's end or of a device's loss.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 pub struct Cause {
     /// Stable code.
@@ -396,13 +397,14 @@ pub enum CauseCode {
     PoweredOff,
     /// A request stopped it.
     Stopped,
-    /// It could not be booted; `problem` says why.
+    /// It could not be booted; `problem` has the cause.
     BootFailed,
     /// The machine could not go on (for instance: an instruction that KVM cannot run).
     MachineFailed,
-    /// The VM's process ended without saying why.
+    /// The VM's process ended without a report.
     VmmCrashed,
-    /// The VM's process said to the agent what none says that its guest has not taken over, and was killed for it.
+    /// The VM's process violated its protocol with the agent, as only a process does that its guest has taken over, and was
+    /// killed for it.
     VmmMisbehaved,
     /// The host took a device back.
     VfRemoved,
@@ -412,13 +414,13 @@ pub enum CauseCode {
     HostRestarted,
 }
 
-/// What an adapter is. Fields of the VF are there while the VM holds one.
+/// The actual state of an adapter. Fields of the VF are present while the VM holds one.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 pub struct AdapterStatus {
     /// The adapter's id.
     pub id: Name,
-    /// The initial address: that of the specification, or one that the agent has made up. The status of the adapter's port has
-    /// the effective address.
+    /// The initial address: that of the specification, or one that the agent chose. The status of the adapter's port has the
+    /// effective address.
     pub mac: UnicastMac,
     /// The PF's interface.
     #[serde(default, skip_serializing_if = "Option::is_none")]
@@ -432,15 +434,16 @@ pub struct AdapterStatus {
     /// The VF's IOMMU group.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub iommu_group: Option<u32>,
-    /// Why the running guest no longer has it.
+    /// The cause, if the running guest has lost it.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub lost: Option<Cause>,
-    /// Since when the adapter's port cannot be compared with its PF, and why: foreign changes are not repaired meanwhile.
+    /// The time since which the adapter's port cannot be compared with its PF, and the reason: foreign changes are not repaired
+    /// meanwhile.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub unchecked: Option<Unchecked>,
 }
 
-/// What a device is.
+/// The actual state of a device.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 pub struct DeviceStatus {
     /// The host's PCI address.
@@ -448,7 +451,7 @@ pub struct DeviceStatus {
     /// Its IOMMU group, while the VM holds it.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub iommu_group: Option<u32>,
-    /// Why the running guest no longer has it.
+    /// The cause, if the running guest has lost it.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub lost: Option<Cause>,
 }
@@ -462,14 +465,14 @@ pub struct ConsoleStatus {
     pub end: u64,
 }
 
-/// How many bytes the guest's serial port took.
+/// The number of bytes that the guest's serial port took.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 pub struct ConsoleTaken {
     /// Bytes, from the front of those that were sent.
     pub taken: usize,
 }
 
-/// What can be done to a VM.
+/// The actions on a VM.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum VmAction {
     /// Claims devices, builds the machine, runs it.

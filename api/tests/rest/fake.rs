@@ -17,7 +17,7 @@ use axum::body::Bytes;
 use tokio::sync::{mpsc, watch};
 use uuid::Uuid;
 
-/// What was asked of the backend that its answers do not show.
+/// The fake's data, and a record of its calls.
 #[derive(Default)]
 pub(crate) struct State {
     pub(crate) vms: BTreeMap<Name, Vm>,
@@ -29,13 +29,13 @@ pub(crate) struct State {
     pub(crate) complaints: Vec<String>,
     pub(crate) answered: Vec<String>,
     pub(crate) turned_away: Vec<String>,
-    /// What every action answers, if not success.
+    /// The response to every action, if not success.
     pub(crate) refuse: Option<Problem>,
-    /// Whether actions go on after the answer.
+    /// Whether actions go on after the response.
     pub(crate) slow: bool,
-    /// Senders of consoles that are followed.
+    /// Senders of the consoles that clients follow.
     pub(crate) consoles: Vec<mpsc::Sender<Bytes>>,
-    /// Leases that are held.
+    /// Leases that clients hold.
     pub(crate) leases: Vec<watch::Sender<()>>,
 }
 

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 
-//! Who comes in over TCP, and what one client can take from the others.
+//! Access over TCP, and bounds on the resources that one client can take from the others.
 
 use std::{
     net::SocketAddr,
@@ -35,7 +35,7 @@ fn certificate() -> (String, String) {
     (made.cert.pem(), made.signing_key.serialize_pem())
 }
 
-/// Serves on TCP; it ends with the test's runtime.
+/// Serves on TCP; the server ends with the test's runtime.
 async fn serve(tls: Option<(&str, &str)>) -> (SocketAddr, Fake) {
     serve_with(tls, Limits::default()).await
 }
@@ -52,9 +52,10 @@ async fn serve_with(tls: Option<(&str, &str)>, limits: Limits) -> (SocketAddr, F
     (address, fake)
 }
 
-/// Sends text and returns all that comes until the connection ends; a head without `connection: close` does not end.
+/// Sends text and returns all bytes that come until the connection ends; a head without `connection: close` does not
+/// end it.
 async fn raw(stream: &mut (impl AsyncReadExt + AsyncWriteExt + Unpin), text: &str) -> String {
-    // It may be closed before it has read all.
+    // The server may close the connection before it has read all.
     let _ = stream.write_all(text.as_bytes()).await;
     rest(stream).await
 }
@@ -114,7 +115,7 @@ async fn connect_from(source: [u8; 4], address: SocketAddr) -> TcpStream {
 
 #[tokio::test]
 async fn clients_without_a_token_keep_none_with_one_out() {
-    // None of the test's clients comes to its end by time.
+    // No client of the test reaches a time limit.
     let long = PATIENCE * 100;
     let limits = Limits { head: long, stranger: long, ..Limits::default() };
     let (certificate_pem, key) = certificate();
@@ -131,7 +132,7 @@ async fn clients_without_a_token_keep_none_with_one_out() {
             timeout(PATIENCE, client.list_vms()).await.expect("an answer").unwrap();
         }
     }
-    // Of one address too, be it that of the client.
+    // The same with clients of one address, even if it is that of the client with a token.
     let (address, _) = serve_with(None, limits).await;
     let mut silent = Vec::new();
     for _ in 0..300 {
@@ -157,7 +158,7 @@ async fn a_connection_without_a_token_ends_soon() {
     let begun = Instant::now();
     let mut silent = TcpStream::connect(address).await.unwrap();
     let mut wrong = TcpStream::connect(address).await.unwrap();
-    // It goes on, and each of its requests is refused.
+    // The client goes on, and each of its requests is refused.
     let repeat = async {
         while wrong.write_all(get("").as_bytes()).await.is_ok() {
             let Ok(1..) = wrong.read(&mut piece).await else { break };
@@ -190,7 +191,7 @@ async fn a_request_that_is_turned_away_is_told_with_its_source() {
 /// Connections to a socket by another user of the host; only root can make them.
 fn connections_of(uid: u32, socket: std::path::PathBuf, count: usize) -> Vec<std::os::unix::net::UnixStream> {
     let connect = move || {
-        // The kernel knows users by thread.
+        // The kernel keeps user ids by thread.
         rustix::thread::set_thread_uid(rustix::process::Uid::from_raw(uid)).unwrap();
         (0..count).map(|_| std::os::unix::net::UnixStream::connect(&socket).unwrap()).collect()
     };
@@ -219,7 +220,7 @@ async fn a_user_of_the_socket_keeps_no_other_out() {
     other.set_nonblocking(true).unwrap();
     let answer = rest(&mut UnixStream::from_std(other).unwrap()).await;
     assert!(answer.starts_with("HTTP/1.1 200 "), "another user: {answer}");
-    // Many users have less than all.
+    // Many users together have less than all connections.
     for uid in 65000..65010 {
         held.extend(connections_of(uid, socket.clone(), 12));
     }
@@ -281,7 +282,7 @@ async fn tls_is_trusted_for_the_right_certificate_only() {
     let error = client(&certificate().0).list_vms().await.unwrap_err();
     assert!(matches!(error, ClientError::Unreachable { .. }), "{error:?}");
     assert!(error.to_string().contains("--ca-file"), "{error}");
-    // In clear there is nothing.
+    // Without TLS there is no response.
     let mut stream = TcpStream::connect(address).await.unwrap();
     let answer = raw(&mut stream, &format!("GET /healthz HTTP/1.1\r\nhost: {address}\r\n\r\n")).await;
     assert!(!answer.contains("HTTP"), "{answer:?}");
@@ -315,7 +316,7 @@ async fn idle_connections_take_nothing_from_others_and_are_closed() {
     let mut idle = Vec::new();
     for n in 0..100 {
         let mut stream = UnixStream::connect(&socket).await.unwrap();
-        // Some have begun a request.
+        // Some clients have begun a request.
         if n % 2 == 0 {
             stream.write_all(b"GET /v1/vms HTTP/1.1\r\nhost:").await.unwrap();
         }
@@ -371,7 +372,7 @@ async fn heads_have_a_bound() {
     assert!(answer.is_empty() || answer.starts_with("HTTP/1.1 4"), "{answer}");
 }
 
-/// The clock runs when there is nothing else to do.
+/// Tokio's paused clock advances when no task can run.
 #[tokio::test(start_paused = true)]
 async fn a_body_that_does_not_come_is_not_waited_for() {
     let server = Server::start();
@@ -399,7 +400,7 @@ async fn who_takes_nothing_is_cut_off() {
     let sender = server.fake.state().consoles.pop().unwrap();
     let flood = async { while sender.send(Bytes::from(vec![0; 64 << 10])).await.is_ok() {} };
     timeout(PATIENCE, flood).await.expect("the connection is given up");
-    // A stream that has nothing to say is not one that takes nothing.
+    // A stream without data is not a stalled one.
     let mut quiet = client.read_console("web1", None, true).await.unwrap();
     assert!(quiet.chunk().await.unwrap().is_some(), "what the console has had");
     let sender = server.fake.state().consoles.pop().unwrap();

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 
-//! What the API's routes call.
+//! The agent's side of the API's routes.
 
 use std::{
     collections::{BTreeMap, BTreeSet},
@@ -41,19 +41,19 @@ use crate::{
     vmm_process::VmDirectory,
 };
 
-/// How long a vmm may take to answer what costs it nothing.
+/// The longest time for a vmm to respond to a command that costs it nothing.
 const PROMPT: Duration = Duration::from_secs(5);
 
 /// The same for metrics, whose reader waits for all VMs.
 const MEASURED: Duration = Duration::from_secs(1);
 
-/// Bytes that one order types on a console.
+/// The most bytes that one command types on a console.
 const TYPED: usize = 1024;
 
-/// How often a new VM's id is drawn again because an address made from it is taken.
+/// The most draws of a new VM's id, while an address made from it is taken.
 const DRAWS: usize = 8;
 
-/// The agent: its VMs, and what they share. Clones are the same agent.
+/// The agent: its VMs, and their shared environment. Clones are the same agent.
 #[derive(Clone)]
 pub struct Agent {
     pub(super) env: Arc<Environment>,
@@ -66,7 +66,7 @@ pub struct Agent {
 }
 
 impl Agent {
-    /// Takes up what is in the store: VMs that run are found again, what a former agent left undone is put right.
+    /// Resumes from the store: finds running VMs again, and completes the work that a former agent left undone.
     ///
     /// # Errors
     /// The store cannot be read.
@@ -77,20 +77,20 @@ impl Agent {
         let runs = runs.filter(|run| run.value.process.is_some() || !run.value.state.is_at_rest());
         let (run_dir, known) =
             (env.run_dir.clone(), runs.map(|run| run.id).filter(|vm| ids.contains(vm)).collect());
-        // Before a VM's task can start a process.
+        // Before any VM's task can start a process.
         drop(tokio::task::spawn_blocking(move || crate::vm::unknown::tell(&run_dir, &known)).await);
         let vms: BTreeMap<Uuid, VmHandle> =
             all.into_iter().map(|entry| (entry.id, VmHandle::find(Arc::clone(&env), entry))).collect();
         let orphans: Vec<Entry<Claim>> =
             env.claims.list().await?.into_iter().filter(|claim| !vms.contains_key(&claim.value.vm)).collect();
         if !orphans.is_empty() {
-            // What could not be given back is logged, and tried again by the next agent.
+            // Functions that could not be released are logged, and the next agent tries again.
             drop(crate::vm::claims::give_back(&env, orphans, |_| {}).await);
         }
         Ok(Self { env, vms: Arc::new(Mutex::new(vms)), writing: Arc::default(), strangers: Arc::default() })
     }
 
-    /// Presses the power button of every VM that runs, and waits at most `patience` for their guests to power off.
+    /// Presses the power button of every running VM, and waits at most `patience` for the guests to power off.
     pub async fn power_off_all(&self, patience: Duration) {
         if patience.is_zero() {
             return;
@@ -102,7 +102,7 @@ impl Agent {
                 let reacted = async {
                     match vm.act_for(VmAction::Shutdown, own(), Asked::Agent).await {
                         Ok(done) => drop(done.await),
-                        // It does not run.
+                        // The VM does not run.
                         Err(problem) if problem.code == ProblemCode::WrongState => {}
                         Err(problem) => tracing::warn!(vm = %vm.name(), "{problem}"),
                     }
@@ -115,10 +115,11 @@ impl Agent {
         while reacting.join_next().await.is_some() {}
     }
 
-    /// Stops every VM, and waits for that at most `patience`. None is booted from now on, also not by a request that is under way.
+    /// Stops every VM, and waits at most `patience` for that. No VM is booted from now on, also not by a request that is under
+    /// way.
     pub async fn stop_all(&self, patience: Duration) {
         let mut stopping = JoinSet::new();
-        // Those at rest, too: a boot may have been asked for that their tasks have not begun.
+        // Stopped VMs, too: their tasks may not have begun a requested boot yet.
         for vm in self.all().await {
             let caller = own();
             stopping.spawn(async move {
@@ -140,7 +141,7 @@ impl Agent {
         }
     }
 
-    /// The VMs. One whose lease has ended was deleted by its own task, and is forgotten here.
+    /// The VMs. The task of a VM deletes it at the end of its lease; this removes it from the map.
     async fn known(&self) -> MutexGuard<'_, BTreeMap<Uuid, VmHandle>> {
         let mut vms = self.vms.lock().await;
         vms.retain(|_, vm| !vm.has_ended());
@@ -280,7 +281,7 @@ impl Agent {
     }
 }
 
-/// What metrics show of a VM. One whose process does not answer is shown without what that counts.
+/// The data of a VM in the metrics. Without a response of its process, the data that the process counts is absent.
 async fn measure(handle: VmHandle) -> metrics::Vm {
     let status = handle.status();
     let process = status.run.process.as_ref().map(|process| process.pid.to_string());
@@ -305,7 +306,7 @@ fn own() -> Caller {
     Caller::User(User { uid, gid, pid: None })
 }
 
-/// Does it to its end even if the client goes away.
+/// Completes the work even if the client goes away.
 async fn finish<T: Send + 'static>(
     work: impl Future<Output = Result<T, Problem>> + Send + 'static,
 ) -> Result<T, Problem> {
@@ -333,7 +334,7 @@ impl Backend for Agent {
         let all = self.all().await;
         let counted = all.into_iter().map(|vm| tokio::spawn(measure(vm).in_current_span()));
         let mut vms = Vec::new();
-        // At once: each may be waited for.
+        // At once: each may have to be waited for.
         for vm in counted.collect::<Vec<_>>() {
             vms.extend(vm.await.ok());
         }

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 
-//! What can go wrong on the command line, and the exit codes that scripts rely on.
+//! The errors of the command line, and the exit codes that scripts rely on.
 
 use std::{error::Error, io, process::ExitCode};
 
@@ -17,10 +17,10 @@ use super::{
     output::{self, Format, warn},
 };
 
-/// Why a command failed.
+/// The reason that a command failed.
 #[derive(Debug, thiserror::Error)]
 pub(super) enum CliError {
-    /// The agent cannot be reached, or refused.
+    /// The agent cannot be reached, or refused the request.
     #[error(transparent)]
     Client(#[from] ClientError),
     /// A file cannot be read.
@@ -28,18 +28,18 @@ pub(super) enum CliError {
     Read {
         /// As the user wrote it.
         path: String,
-        /// What reading said.
+        /// The cause.
         source: io::Error,
     },
     /// A file cannot be written.
     #[error("Cannot write {path}")]
     Write {
-        /// Where.
+        /// The path.
         path: String,
-        /// What writing said.
+        /// The cause.
         source: io::Error,
     },
-    /// The agent's address, or what it takes to use it, cannot be used.
+    /// The agent's address, or a file for its use, is invalid.
     #[error(transparent)]
     Remote(#[from] RemoteError),
     /// The tokens cannot be read.
@@ -48,43 +48,43 @@ pub(super) enum CliError {
     /// The command line says too little, or contradicts itself, in a way that its parser does not see.
     #[error("{0}")]
     Usage(String),
-    /// A file's content is not what it should be.
+    /// A file's content has the wrong form.
     #[error("{path} is not {what}: {why}")]
     NotASpec {
         /// As the user wrote it.
         path: String,
-        /// What it should be, as `a VM's specification`.
+        /// The expected content, such as `a VM's specification`.
         what: &'static str,
-        /// What is wrong, with its place.
+        /// The fault, with its place.
         why: String,
     },
-    /// The page's port cannot be had.
+    /// The page cannot listen on its port.
     #[error("Port {port} of 127.0.0.1 cannot be listened on: choose another one (--port)")]
     Port {
         /// As the user wrote it; 0 is any.
         port: u16,
-        /// What the system said.
+        /// The cause.
         source: io::Error,
     },
-    /// What a file of `apply` says cannot be made so.
+    /// An object in a file of `apply` cannot be made as the file describes it.
     #[error("What {file} says cannot be made")]
     Apply {
         /// The file.
         file: String,
-        /// Why not.
+        /// The cause.
         source: Box<CliError>,
     },
-    /// The VM did not get where it was waited for.
+    /// The VM did not reach the awaited state in time.
     #[error("The VM {vm} is {state} after {waited} s: `portcullis vm show {vm}`")]
     TooSlow {
         /// Its name.
         vm: String,
-        /// Where it is.
+        /// Its state.
         state: VmState,
-        /// How long it was waited for, in seconds.
+        /// The length of the wait in seconds.
         waited: u64,
     },
-    /// The VM that `run` was to boot is not at rest.
+    /// `run` was to boot a VM that is not at rest.
     #[error(
         "The VM {vm} is {state} already, and `run` left it alone: `portcullis console {vm}` shows its console, \
          `portcullis vm stop {vm}` ends it"
@@ -92,10 +92,10 @@ pub(super) enum CliError {
     Up {
         /// Its name.
         vm: String,
-        /// Where it is.
+        /// Its state.
         state: VmState,
     },
-    /// The host lacks what `check` looks for.
+    /// `check` found that the host lacks something.
     #[error("This host lacks {0} of what it takes: see the lines that say FAIL")]
     Unfit(usize),
     /// The agent cannot do its work.
@@ -121,16 +121,16 @@ pub(super) enum CliError {
     /// The demonstration failed.
     #[error(transparent)]
     Demo(#[from] DemoError),
-    /// The output went away.
+    /// The output cannot be written.
     #[error("Cannot write the output")]
     Output(#[from] io::Error),
-    /// There is no async runtime.
+    /// The async runtime cannot be started.
     #[error("Cannot start")]
     Runtime(#[source] io::Error),
 }
 
 impl CliError {
-    /// 1 failed, 2 usage, 3 agent unreachable, 4 not found, 5 conflict, 6 not done in time.
+    /// 1 failure, 2 usage, 3 agent unreachable, 4 not found, 5 conflict, 6 timeout.
     pub(super) fn code(&self) -> u8 {
         match self {
             CliError::Client(ClientError::Problem(problem)) => match problem.status {
@@ -148,14 +148,14 @@ impl CliError {
             CliError::Apply { source, .. } => source.code(),
             CliError::Up { .. } => 5,
             CliError::TooSlow { .. } => 6,
-            // As shells say it.
+            // As shells do it.
             CliError::Signalled { signal } => u8::try_from(128 + signal).unwrap_or(1),
             CliError::Write { .. } | CliError::Unfit(_) | CliError::Unwell(_) | CliError::Terminal(_) => 1,
             CliError::VmFailed { .. } | CliError::Demo(_) | CliError::Output(_) | CliError::Runtime(_) => 1,
         }
     }
 
-    /// Tells the user on stderr; returns the exit code. A closed pipe (`| head`) is no failure.
+    /// Writes the error to stderr and returns the exit code. A closed pipe (`| head`) is no failure.
     pub(super) fn report(&self, format: Format) -> ExitCode {
         if matches!(self, CliError::Output(error) if error.kind() == io::ErrorKind::BrokenPipe) {
             return ExitCode::SUCCESS;
@@ -164,7 +164,7 @@ impl CliError {
         ExitCode::from(self.code())
     }
 
-    /// What the agent answered, and the file of `apply` that it is about.
+    /// The agent's problem, and the file of `apply` that it is about.
     fn problem(&self) -> Option<(&Problem, Option<&str>)> {
         match self {
             CliError::Client(error) => Some((error.problem()?, None)),
@@ -192,12 +192,12 @@ impl CliError {
             text.push_str(&format!(": {error}"));
             source = error.source();
         }
-        // A log or a place in a file has lines. None of them looks like one of this program's own.
+        // A log or a place in a file has lines. None of them looks like a line of this program's own.
         printable_lines(&text).replace('\n', "\n    ")
     }
 }
 
-/// A problem as programs get it.
+/// A problem in the form for programs.
 #[derive(Serialize)]
 struct Told<'a> {
     #[serde(flatten)]

@@ -12,7 +12,7 @@ use serde::Serialize;
 
 use crate::text::{is_printable, printable, printable_json, printable_lines};
 
-/// How answers are written.
+/// The form of output.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
 pub(super) enum Format {
     /// Aligned columns, for people.
@@ -23,7 +23,7 @@ pub(super) enum Format {
     Yaml,
 }
 
-/// Where answers go.
+/// The destination of output, and its form.
 pub(super) struct Output<'a> {
     format: Format,
     to: &'a mut (dyn Write + 'a),
@@ -34,7 +34,7 @@ impl<'a> Output<'a> {
         Output { format, to }
     }
 
-    /// An answer: as JSON or YAML, or as the rows that `rows` makes of it, under a header.
+    /// Writes a list: as JSON or YAML, or as the rows that `rows` makes of it, under a header.
     pub(super) fn table<T: Serialize, const N: usize>(
         &mut self,
         answer: &[T],
@@ -51,7 +51,7 @@ impl<'a> Output<'a> {
         }
     }
 
-    /// One object: as JSON or YAML, or as lines of a name and a value; empty values are left out.
+    /// Writes one object: as JSON or YAML, or as lines of a name and a value; empty values are left out.
     pub(super) fn object<T: Serialize>(
         &mut self,
         answer: &T,
@@ -67,7 +67,7 @@ impl<'a> Output<'a> {
         }
     }
 
-    /// The header of a table whose end is not known; none in JSON and YAML.
+    /// Writes the header of a table of unknown length; nothing in JSON and YAML.
     pub(super) fn heading<const N: usize>(
         &mut self,
         header: [&str; N],
@@ -79,7 +79,7 @@ impl<'a> Output<'a> {
         }
     }
 
-    /// One of many answers that come one after the other: a line of JSON, a YAML document, or a row with columns at least this wide.
+    /// Writes one of a sequence of objects: a line of JSON, a YAML document, or a row with columns at least this wide.
     pub(super) fn entry<T: Serialize, const N: usize>(
         &mut self,
         answer: &T,
@@ -100,7 +100,7 @@ impl<'a> Output<'a> {
         }
     }
 
-    /// Bytes as they are.
+    /// Writes bytes unchanged.
     pub(super) fn raw(&mut self, bytes: &[u8]) -> io::Result<()> {
         self.to.write_all(bytes)?;
         self.to.flush()
@@ -120,16 +120,16 @@ pub(super) fn json<T: Serialize + ?Sized>(value: &T) -> io::Result<String> {
 
 /// YAML, for terminals and programs.
 pub(super) fn yaml<T: Serialize + ?Sized>(value: &T) -> io::Result<String> {
-    // By way of JSON: enumerations with a value would become tags, which most readers of YAML refuse.
+    // Through JSON: enumerations with a value would become tags, which most readers of YAML refuse.
     let text = serde_json::to_string(value).map_err(io::Error::other)?;
     let plain: yaml_serde::Value = serde_json::from_str(&text).map_err(io::Error::other)?;
     let text = yaml_serde::to_string(&plain).map_err(io::Error::other)?;
-    // YAML lets some active characters stand as they are, and the writer has no choice of quotes. JSON is YAML, too.
+    // YAML leaves some control characters unescaped, and the writer has no choice of quotes. JSON is YAML, too.
     if is_printable(&text) { Ok(text) } else { json(value) }
 }
 
-/// Rows with columns two blanks apart. What is not printable is escaped: names of kernels and causes of failures can
-/// come from guests.
+/// Rows with columns two blanks apart. Characters that are not printable are escaped: names of kernels and causes of failures
+/// can come from guests.
 fn aligned<const N: usize>(rows: &[[String; N]]) -> String {
     let rows: Vec<[String; N]> = rows.iter().map(|row| row.each_ref().map(|cell| printable(cell))).collect();
     let width = |column: usize| {
@@ -148,20 +148,20 @@ fn padded<const N: usize>(row: &[String; N], widths: [usize; N]) -> String {
     format!("{}\n", line.trim_end())
 }
 
-/// Writes lines for people to stderr, where no part of them controls the terminal. The command line writes there by this function
-/// alone.
+/// Writes lines for people to stderr, with all characters escaped that control a terminal. The command line writes to stderr by
+/// this function alone.
 #[allow(clippy::print_stderr, reason = "the one place")]
 pub(super) fn warn(text: impl Display) {
     eprintln!("{}", printable_lines(&text.to_string()));
 }
 
-/// The same of one line, on a terminal in raw mode.
+/// Writes one line, likewise, on a terminal in raw mode.
 #[allow(clippy::print_stderr, reason = "beside the one place")]
 pub(super) fn warn_raw(text: impl Display) {
     eprint!("{}\r\n", printable(&text.to_string()));
 }
 
-/// A value that may be absent.
+/// The value, or `-` if it is absent.
 pub(super) fn or_dash<T: ToString>(value: Option<T>) -> String {
     value.map_or_else(|| "-".to_owned(), |value| value.to_string())
 }
@@ -188,7 +188,7 @@ mod tests {
         }
     }
 
-    /// A program that reads YAML knows no tags, and a file of this output is to be one that `set -f` takes.
+    /// A program that reads YAML knows no tags, and `set -f` must accept a file of this output.
     #[test]
     fn yaml_has_no_tags_and_is_read_again() {
         let json = serde_json::json!({"switch": "lab", "settings": {
@@ -207,7 +207,7 @@ mod tests {
         assert_eq!(again, group, "{text}");
     }
 
-    /// Files and causes are other people's texts. JSON escapes C0 alone, YAML shows the order of writing.
+    /// Files and causes are untrusted texts. JSON escapes C0 alone, YAML shows characters that reorder text.
     #[test]
     fn no_format_controls_the_terminal_and_programs_read_the_same() {
         let hostile = "\x1b[2J\r\nx\x07\x7f\u{85}\u{9b}2J\u{2028}\u{202e}y";

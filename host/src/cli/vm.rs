@@ -45,7 +45,7 @@ pub(super) enum VmCommand {
         /// Its new name.
         new_name: Name,
     },
-    /// Creates a VM like another one, whose adapters have addresses and VFs of their own.
+    /// Creates a VM like another one. Its adapters have addresses and VFs of their own.
     Clone {
         #[command(flatten)]
         vm: VmName,
@@ -174,7 +174,7 @@ pub(super) async fn delete(
     let request = client.delete_vm_within(vm, if_match, limit);
     match tokio::time::timeout(limit, progress::of_vm(client, vm, DELETING, request)).await {
         Ok(done) => Ok(done?),
-        // Deleted or not: the agent goes on with it.
+        // The agent completes it, whether or not it has begun.
         Err(_) if wait == 0 => Ok(()),
         Err(_) => match client.get_vm(vm).await {
             Ok(vm) => {
@@ -276,7 +276,7 @@ fn details(vm: &Vm) -> Vec<(String, String)> {
     lines
 }
 
-/// The policy, unless it is that of all, and what the agent does by it.
+/// The restart policy, unless it is the default, and the agent's restarts by it.
 fn restart(vm: &Vm) -> String {
     let policy = match (vm.spec.restart, &vm.status.restart) {
         (RestartPolicy::Never, None) => return String::new(),
@@ -287,7 +287,7 @@ fn restart(vm: &Vm) -> String {
     format!("{policy}, {} so far{next}", restart.attempts)
 }
 
-/// Empty for a VM without a lease.
+/// The state of the lease; empty for a VM without one.
 fn lease(lease: Option<VmLease>) -> String {
     match lease {
         None => String::new(),

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 
-//! Questions: decided here, by the switch's own data, for the VM whose connection they came by.
+//! Guests' requests, decided here by the switch's own data, for the VM whose connection they came by.
 
 use netpolicy::{
     Change, Committed, Decision, Denial, MacAddress, OnDenied, Outcome, PortId, Reason, Request, Route,
@@ -20,16 +20,16 @@ use super::{
 };
 
 impl Busy {
-    /// A job that is not a question's.
+    /// A job that no request caused.
     pub(super) fn other() -> Self {
         Self { seq: None, cancelled: None, forwarded: None }
     }
 }
 
 impl Actor {
-    /// The port of a VM's adapter. A name that the VM does not have is for nobody.
+    /// The port of a VM's adapter; None for a name that the VM does not have.
     pub(super) fn port_of(&self, vm: VmId, adapter: &str) -> Option<PortId> {
-        // The key is owned, and what a vmm sends may be long.
+        // The key is owned, and a name from a vmm may be long.
         let found = (adapter.len() <= 64).then(|| self.adapters.get(&(vm, adapter.to_owned())).copied());
         found.flatten()
     }
@@ -46,15 +46,15 @@ impl Actor {
         if let Some(lane) = self.lanes.get_mut(&port) {
             lane.asked = Some((question.seq, Instant::now()));
         }
-        // A reset has happened already and is noted in its turn; so is what needs changes. What is so already may not be any
-        // more when the turn of what waits has come: a guest that begins again wishes for the address that it is about to lose.
+        // A reset has happened already and is noted in its turn, like a request that needs changes. A no-op is not granted
+        // while work is queued: a rebooting guest may request the very address that the pending reboot revokes.
         let settled = self.lanes.get(&port).is_none_or(|lane| lane.busy.is_none() && lane.queue.is_empty());
         if question.request == Request::Reset || !self.answer_now(port, id, &question, settled) {
             self.queue(port, Work::Ask { id, question });
         }
     }
 
-    /// Answers what is refused, and what needs no change if the port is settled. False if that must wait.
+    /// Denies, or grants a request that needs no change if the port is settled. False if the request must wait.
     fn answer_now(&mut self, port: PortId, id: u64, question: &Question, settled: bool) -> bool {
         match self.evaluate(port, &question.request) {
             Decided::Unknown => true,
@@ -112,7 +112,7 @@ impl Actor {
         self.start(port, busy, tools.ask(id, question, changes, mac, heard));
     }
 
-    /// The guest's reset, which was carried out already.
+    /// Notes the guest's reset, which was carried out already.
     fn reset(&mut self, port: PortId, id: u64, question: &Question) {
         match self.state.commit(port, &[Change::Reset]) {
             Ok(corrections) if !corrections.list.is_empty() && !self.bypass => {
@@ -130,7 +130,7 @@ impl Actor {
         self.grant(port, id, question);
     }
 
-    /// A question's job has ended.
+    /// Handles the end of a request's job.
     pub(super) fn asked(&mut self, port: PortId, asked: Asked, cancelled: Option<Cancelled>) {
         let Asked { id, question, changes, forward, outcome } = asked;
         let request = &question.request;
@@ -138,7 +138,7 @@ impl Actor {
             AskOutcome::Made => (changes.clone(), None),
             AskOutcome::RefusedByPf { made } => (made, Some((None, "The PF refused the message".to_owned()))),
             AskOutcome::Unanswered { made } => {
-                // The PF may have carried it out: what adds something counts as there, what removes as not done.
+                // The PF may have carried it out: changes that add something count as made, those that remove as not made.
                 let adds = |change: &&Change| adds(change) && !made.contains(change);
                 let added: Vec<Change> = changes.iter().filter(adds).cloned().collect();
                 let why = "The PF did not answer: it may have carried it out".to_owned();
@@ -180,16 +180,16 @@ impl Actor {
             (None, Some(why)) if matches!(request, Request::SetMac(_)) => {
                 self.queue_revert(port, Revert { old, guest, why });
             }
-            // A message that the PF acknowledged after all; the state says so.
+            // The PF acknowledged the message after all; the state says so.
             (None, Some(_)) => {}
-            // Its end was told by the notice that withdrew it.
+            // The event that cancelled it has reported its end.
             (Some(_), Some(_)) => {}
             (Some((answer, why)), None) => self.not_committed(port, id, &question, answer, &why),
         }
         if let Some(lane) = self.lanes.get_mut(&port)
             && !lane.queue.iter().any(|work| matches!(work, Work::Revert(_)))
         {
-            // What was given up was not made.
+            // A cancelled change was not made.
             lane.revert = None;
         }
         reach(Point::AskRecorded);
@@ -202,7 +202,7 @@ impl Actor {
         }
     }
 
-    /// The next thing that is done for the port.
+    /// Queues a rollback before all other work of the port.
     pub(super) fn queue_revert(&mut self, port: PortId, revert: Revert) {
         if let Some(lane) = self.lanes.get_mut(&port) {
             lane.revert = Some(revert);
@@ -215,7 +215,7 @@ impl Actor {
         let from = self.effective(port);
         let change = |mac| [Change::SetMac(mac)];
         if self.state.begin(port, &change(revert.old)).is_err() {
-            // Another port has got it meanwhile; the initial one is always kept.
+            // Another port has the address meanwhile; the initial one is always kept.
             let Some(initial) = self.state.port(port).map(|port| port.initial_mac) else { return };
             revert.old = initial;
             if let Err(error) = self.state.begin(port, &change(initial)) {
@@ -262,9 +262,9 @@ impl Actor {
         self.save(port);
     }
 
-    // ---- answers ----
+    // ---- responses ----
 
-    /// Tells the relay of a port what is refused in any case, if its vmm is there.
+    /// Sends the relay of a port its standing denial, if its vmm is connected.
     pub(super) fn tell_standing(&self, id: PortId) {
         let Some(port) = self.state.port(id) else { return };
         let Some(link) = self.links.get(&port.vm.id).filter(|link| link.online) else { return };
@@ -272,7 +272,7 @@ impl Actor {
         link.vmm.set_standing_refusal(&port.adapter, refusal);
     }
 
-    /// The relay refused a change of the address as it was told to.
+    /// Records that the relay denied a change of the address by its standing denial.
     pub(super) fn declined(
         &self,
         port: PortId,
@@ -301,7 +301,7 @@ impl Actor {
         self.state.port(port).map_or(MacAddress::ZERO, netpolicy::Port::effective_mac)
     }
 
-    /// Counts how long a question took.
+    /// Counts the time that a request took.
     fn decided(&self, port: PortId, seq: u64, outcome: Outcome) {
         let asked = self.lanes.get(&port).and_then(|lane| lane.asked).filter(|(of, _)| *of == seq);
         if let Some((_, at)) = asked {
@@ -325,7 +325,7 @@ impl Actor {
 
     fn refuse(&mut self, port: PortId, id: u64, question: &Question, denial: Denial, tell: OnDenied) {
         self.answer(port, id, question.seq, relay::Decision::Refuse { tell, reason: denial.reason });
-        // A guest may repeat it: only news are stored.
+        // The guest may repeat the request: only news is stored.
         let before = self.wanted(port);
         drop(self.state.note_refusal(port, &question.request, denial.reason));
         if self.wanted(port) != before {
@@ -336,13 +336,13 @@ impl Actor {
         self.record(decision.map(|decision| denied(decision, denial, told)));
     }
 
-    /// Allowed, but not made. With `answer`, the guest's message still waits.
+    /// Records a request that was allowed and not committed. With `answer`, the guest's message still waits.
     fn not_committed(&mut self, port: PortId, id: u64, question: &Question, answer: Option<u64>, why: &str) {
         if answer.is_some() {
             let reason = Reason::CommitFailed;
             self.answer(port, id, question.seq, relay::Decision::Refuse { tell: OnDenied::Nack, reason });
         } else if why.is_empty() {
-            // Withdrawn: its notice says the rest.
+            // Cancelled: the event says the rest.
             return;
         }
         let decision =
@@ -359,7 +359,7 @@ impl Actor {
     fn note_address(&mut self, port: PortId, request: &Request) {
         let before = self.wanted(port);
         drop(self.state.note_answer(port, request, true));
-        // Else the next agent would add what the guest no longer wants.
+        // Otherwise the next agent would add an address that the guest no longer wants.
         if self.wanted(port) != before {
             self.save(port);
         }
@@ -383,9 +383,9 @@ impl Actor {
     }
 }
 
-/// The guest believes in what was refused.
+/// The guest believes that a denied request succeeded.
 const TOLD: &str = "The guest was told that it succeeded";
-/// An edit and a guest's request that its relay refused.
+/// An edit crossed a guest's request that its relay denied.
 const CROSSED: &str = "Refused by the policy as it was before its last change";
 
 /// A decision to deny, filled in; its details are the denial's and `more`.
@@ -403,7 +403,7 @@ enum Decided {
     Unknown,
 }
 
-/// Why a granted address is taken back, for the record.
+/// The reason to revoke a granted address, for the record.
 fn given_up(why: Cancelled) -> (Option<Reason>, &'static str) {
     match why {
         Cancelled::Deadline => {
@@ -415,7 +415,7 @@ fn given_up(why: Cancelled) -> (Option<Reason>, &'static str) {
     }
 }
 
-/// Whether the adapter has more afterwards.
+/// Whether the change gives the adapter more.
 pub(super) fn adds(change: &Change) -> bool {
     match change {
         Change::AddUnicast(_) | Change::JoinVlan(_) | Change::SetMaxFrame(_) => true,
@@ -425,7 +425,7 @@ pub(super) fn adds(change: &Change) -> bool {
     }
 }
 
-/// What a request asks for, for people.
+/// The value that a request names, for people.
 pub(super) fn describe(request: &Request) -> Option<String> {
     match request {
         Request::SetMac(mac) | Request::AddUnicastFilter(mac) => Some(mac.to_string()),
@@ -438,7 +438,7 @@ pub(super) fn describe(request: &Request) -> Option<String> {
     }
 }
 
-/// What a request comes to where no policy is asked.
+/// The changes for a request where no policy decides.
 fn unpoliced(request: &Request) -> Vec<Change> {
     let vlan = |vid: u16| netpolicy::VlanId::new(vid).ok();
     match request {

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 
-//! What goes wrong at a switch.
+//! Errors of a switch.
 
 use api::{Missing, Problem, ProblemCode};
 use netpolicy::{Entity, NameError, StateError, Unenforceable};
@@ -10,7 +10,7 @@ use crate::{
     vm::problem::{ToProblem, chain},
 };
 
-/// Why a switch does not do it.
+/// The reason that a switch does not carry out a request.
 #[derive(Debug, thiserror::Error)]
 pub enum SwitchError {
     /// The tables do not allow it.
@@ -25,12 +25,12 @@ pub enum SwitchError {
     /// The switch that a port group names does not exist.
     #[error("{0}")]
     NoSwitch(Missing),
-    /// It was changed meanwhile.
+    /// The object was changed meanwhile.
     #[error("It has revision {actual} by now, not {expected}")]
     Revision {
-        /// What the caller believed.
+        /// The revision that the caller named.
         expected: u64,
-        /// What it is.
+        /// The present revision.
         actual: u64,
     },
     /// The switch or port group that is always there cannot be deleted.
@@ -45,7 +45,7 @@ pub enum SwitchError {
         pf: String,
         /// Further ports that cannot be held to it.
         others: usize,
-        /// What it cannot.
+        /// The part of the policy that the PF cannot enforce.
         source: Unenforceable,
     },
     /// Not a name.
@@ -54,18 +54,18 @@ pub enum SwitchError {
     /// The store.
     #[error("The switch's state cannot be stored")]
     Store(#[from] StoreError),
-    /// What is stored of a port does not fit to what is stored of the rest.
+    /// The stored data of a port contradicts the rest of the database.
     #[error("The stored port {port} does not fit to the rest of the database, restore it from a backup")]
     Contradiction {
         /// The port's name.
         port: String,
-        /// What does not fit.
+        /// The contradiction.
         source: StateError,
     },
-    /// A PF that cannot be asked or configured.
+    /// A PF that cannot be read or configured.
     #[error("{0}")]
     Pf(String),
-    /// The VF still has something of its last tenant.
+    /// The VF still has settings of its last tenant.
     #[error("{vf} could not be cleaned of what its last tenant had: {why}")]
     NotCleaned {
         /// The VF's PCI address.
@@ -109,7 +109,7 @@ impl ToProblem for SwitchError {
             Self::Store(error) => error.problem(),
             Self::Pf(_) => with(ProblemCode::PfRefused),
             Self::NotCleaned { .. } => with(ProblemCode::DeviceFailed),
-            // Told by an agent that does not start.
+            // An agent that does not start reports it.
             Self::Contradiction { .. } => with(ProblemCode::Internal),
             Self::Distributed => Problem::invalid("kind", chain(self)),
             Self::TooMany(_) | Self::Closed => with(ProblemCode::Unavailable),

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 
-//! What takes time: changes on the PF and through mailboxes, beside the switch's task.
+//! Jobs: changes on the PF and through mailboxes. They take time, so they run beside the switch's task.
 
 use std::{sync::Arc, time::Duration};
 
@@ -21,11 +21,11 @@ use crate::{
     line_rate::say_of_port, metrics::Metrics, pf::PfHandle, vm::problem::chain, vmm_process::OrderError,
 };
 
-/// How often what the relay could not do is ordered again, and how long apart.
+/// Attempts at changes that the relay could not make, and the pause between two.
 const ATTEMPTS: u32 = 3;
 const PAUSE: Duration = Duration::from_millis(300);
 
-/// What a job works with.
+/// The context of a job.
 pub(super) struct Tools {
     pub(super) pf: PfHandle,
     pub(super) writer: Writer,
@@ -36,11 +36,11 @@ pub(super) struct Tools {
     pub(super) adapter: String,
     pub(super) vf: VfRef,
     pub(super) capabilities: Option<PfCapabilities>,
-    /// What is to be durable before anything is changed.
+    /// The port's record that must be durable before the first change.
     pub(super) before: Attachment,
 }
 
-/// What became of a job.
+/// The result of a job.
 pub(super) enum End {
     Asked(Asked),
     Reverted { revert: Revert, from: MacAddress, error: Option<String> },
@@ -51,41 +51,41 @@ pub(super) enum End {
     Recovered { shown: Option<VfSettings> },
 }
 
-/// A question whose job has ended.
+/// A request whose job has ended.
 pub(super) struct Asked {
     pub(super) id: u64,
     pub(super) question: Question,
     pub(super) changes: Vec<Change>,
-    /// The guest's message was for the PF: its relay knows the answer.
+    /// The guest's message was for the PF: its relay knows the response.
     pub(super) forward: bool,
     pub(super) outcome: AskOutcome,
 }
 
-/// What became of a question that needs changes.
+/// The result of a request that needs changes.
 #[derive(Debug)]
 pub(super) enum AskOutcome {
     /// All changes are made.
     Made,
-    /// The PF refused the forwarded message. What went before it is made.
+    /// The PF refused the forwarded message. The changes before it are made.
     RefusedByPf { made: Vec<Change> },
-    /// The PF did not answer: what adds something counts as made.
+    /// The PF did not respond: changes that add something count as made.
     Unanswered { made: Vec<Change> },
-    /// The question was given up before the message was sent.
+    /// The request was cancelled before the message was sent.
     Withdrawn { made: Vec<Change> },
     /// Something failed before the guest's message was answered.
     Failed { made: Vec<Change>, why: String },
 }
 
-/// A setting of the PF that was not as it should be.
+/// A setting of the PF that was found to be wrong.
 #[derive(Clone, Debug)]
 pub(super) struct Found {
     pub(super) wanted: Change,
     pub(super) old: String,
-    /// Why it still is not.
+    /// The reason that it could not be corrected.
     pub(super) error: Option<String>,
 }
 
-/// What became of a list of changes that are independent of each other.
+/// The results of changes that are independent of each other.
 #[derive(Debug, Default)]
 pub(super) struct Made {
     pub(super) done: Vec<Change>,
@@ -105,7 +105,8 @@ impl Tools {
         self.pf.apply(&self.vf, changes).await.map_err(|error| chain(&error))
     }
 
-    /// Begins to make `before` durable. To be called by the switch's task, not later by a job: what it saves meanwhile is newer.
+    /// Begins to make `before` durable. Only the switch's task calls this, never a running job: the task saves newer records
+    /// meanwhile.
     fn note(&self) -> oneshot::Receiver<Result<(), String>> {
         self.writer.save(self.port, self.before.clone())
     }
@@ -118,7 +119,7 @@ impl Tools {
         self.capabilities.as_ref().is_none_or(|capabilities| capabilities.can_make(change))
     }
 
-    /// A question's changes: those of the PF's driver first, then messages of our own, at last the guest's.
+    /// Makes a request's changes: first those by the PF's driver, then messages of the agent's own, last the guest's message.
     pub(super) fn ask(
         self,
         id: u64,
@@ -151,7 +152,7 @@ impl Tools {
         }
     }
 
-    /// What is about to be made is durable.
+    /// Makes the changes of a request, which are in the store by now.
     async fn make_asked(
         &self,
         id: u64,
@@ -201,7 +202,7 @@ impl Tools {
         sleep(late.unwrap_or_default()).await;
     }
 
-    /// `Ok(None)` if the question was given up.
+    /// Sends the messages. `Ok(None)` if the request was cancelled, or the vmm is not connected.
     async fn exchange(
         &self,
         id: u64,
@@ -222,18 +223,19 @@ impl Tools {
         match timeout(self.timing.forwarded, forwarded).await {
             Ok(Ok(outcome)) => Ok(Some(outcome)),
             Ok(Err(_)) => Ok(None),
-            // A vmm that says nothing may have sent it.
+            // A vmm that reports nothing may have sent it.
             Err(_) => Ok(Some(Forwarded::Unanswered)),
         }
     }
 
-    /// What failed, and whether all is deferred to the guest's next reset.
+    /// Has the relay make changes by messages. Returns those that failed, and whether all are deferred to the guest's next
+    /// reset.
     async fn take_back(&self, changes: Vec<Change>) -> Result<(Vec<Change>, bool), OrderError> {
         let vmm = self.vmm.as_ref().ok_or(OrderError::Lost)?;
         let order = Order::TakeBack { adapter: self.adapter(), changes: changes.clone() };
         match vmm.order(order, self.timing.confirm).await? {
             Outcome::TakenBack { failed, deferred } => Ok((failed, deferred)),
-            // An answer to something else confirms nothing.
+            // The response to another command confirms nothing.
             _ => Ok((changes, false)),
         }
     }
@@ -245,7 +247,7 @@ impl Tools {
     ) -> impl Future<Output = End> + Send + 'static {
         let noted = self.note();
         async move {
-            // Once it was tried: what must be taken back is, also if the disk is full.
+            // The attempt alone is awaited: a full disk must not prevent revoking.
             drop(noted.await);
             let made = self.make([leftover.clone(), corrections.changes()].concat()).await;
             let address = made.done.iter().find_map(|change| match change {
@@ -271,7 +273,7 @@ impl Tools {
         End::Rebooted { made }
     }
 
-    /// Makes independent changes in their order, whatever becomes of each.
+    /// Makes independent changes in their order; a failed one does not stop the others.
     async fn make(&self, changes: Vec<Change>) -> Made {
         let mut made = Made::default();
         let mut messages: Vec<Change> = Vec::new();
@@ -343,7 +345,7 @@ impl Tools {
         }
     }
 
-    /// Tells the relay of an address that the guest has not asked for.
+    /// Sends the relay an address that the guest did not request.
     async fn tell_address(&self, mac: MacAddress, reset: bool) {
         let Some(vmm) = &self.vmm else { return };
         let mut orders = vec![Order::EffectiveMac { adapter: self.adapter(), mac }];
@@ -389,8 +391,8 @@ impl Tools {
         End::Recovered { shown: shown.ok() }
     }
 
-    /// Compares with the PF and puts right what differs; with `all`, sets what a reset of the PF may have lost although its
-    /// driver shows it.
+    /// Compares with the PF and corrects differences; with `all`, repeats settings that a reset of the PF may have lost
+    /// although its driver shows them.
     pub(super) async fn repair(self, expected: Vec<Change>, all: bool) -> End {
         let shown = match self.shown().await {
             Ok(shown) => shown,
@@ -399,7 +401,7 @@ impl Tools {
         let mut found = Vec::new();
         for wanted in expected.into_iter().filter(|change| self.can_make(change)) {
             let Some(change) = VfChange::of(&wanted) else { continue };
-            // One by one: what the PF refuses must not keep the others from being put right.
+            // One by one: a setting that the PF refuses must not prevent the others.
             if let Some(old) = differs(&change, &shown) {
                 found.push(Found { wanted, old, error: self.set(vec![change]).await.err() });
             } else if all && let Err(why) = self.set(again(change)).await {
@@ -413,7 +415,7 @@ impl Tools {
     }
 }
 
-/// What makes a setting again that a reset of the PF may have lost.
+/// The changes that repeat a setting that a reset of the PF may have lost.
 fn again(change: VfChange) -> Vec<VfChange> {
     match change {
         // A reset switches igb's check on in hardware, and its driver still shows it off.
@@ -425,7 +427,7 @@ fn again(change: VfChange) -> Vec<VfChange> {
     }
 }
 
-/// What is shown in place of what `change` wants; None if that is so, or the driver does not say.
+/// The PF's value in place of that of `change`; None if they agree, or the driver does not show it.
 fn differs(change: &VfChange, shown: &VfSettings) -> Option<String> {
     if change.holds(shown) {
         return None;

@@ -1,10 +1,10 @@
 // SPDX-License-Identifier: Apache-2.0
 
-//! One thing after the other for each port.
+//! The queue of one port: its jobs run one after the other.
 //!
-//! Whatever takes time (the PF, the store, messages through the VF's mailbox) is a job beside the switch's task; a port has
-//! at most one. What else is to be done for the port waits in its lane. So nothing that the switch compares with the adapter
-//! is ever in the middle of a change, and refusals, which need no job, wait for nobody.
+//! Work that takes time (on the PF, in the store, through the VF's mailbox) is a job beside the switch's task. A port has at
+//! most one job; its other work waits in its lane. So the switch never compares an adapter in the middle of a change, and a
+//! denial, which needs no job, never waits.
 
 use std::collections::VecDeque;
 
@@ -20,101 +20,104 @@ use super::{
 };
 use crate::text::printable;
 
-/// More changes than a relay lets wait for its guest's reset. Twice as many, because what it has made may not have been told yet.
+/// More changes than a relay defers to its guest's reset: twice as many, because the confirmation of those that it has made may
+/// still be on its way.
 const DEFERRED: usize = 2 * MAX_CHANGES;
 
-/// Changes that a port's status shows at most, of those that wait.
+/// Most waiting changes that a port's status shows.
 const SHOWN: usize = 20;
 
 /// Most characters of a reason: the process of a simulated PF chooses some of them.
 const DETAIL: usize = 500;
 
-/// Something to be done for a port when its turn comes.
+/// Work for a port, done when its turn comes.
 pub(super) enum Work {
-    /// After a restart of the agent: what became of changes that were under way.
+    /// After a restart of the agent: find out the result of changes that were under way.
     Recover,
-    /// A question that needs changes.
+    /// A request that needs changes.
     Ask { id: u64, question: Question },
-    /// A granted address whose question was cancelled.
+    /// A granted address whose request was cancelled.
     Revert(Revert),
-    /// What the policy no longer allows, and what an earlier boot left.
+    /// Revoke changes that the policy no longer allows, and those that an earlier boot left.
     Correct,
-    /// Compare with the PF and put right; `all` if the PF was reset and its driver may show what is not so.
+    /// Compare with the PF and correct differences; with `all`, also repeat settings that a reset of the PF may have lost
+    /// although its driver shows them.
     Repair { all: bool },
-    /// The guest begins again.
+    /// The guest reboots.
     Reboot,
     /// The relay may not know the effective address: it was changed while the vmm was not connected.
     Tell,
-    /// What became of messages that waited for the guest's reset.
+    /// The results of messages that waited for the guest's reset.
     Confirmed { done: Vec<Change>, failed: Vec<Change> },
     /// The VM is gone.
     Release { reply: Reply<Option<Leftover>> },
 }
 
-/// An address that was granted in vain, or is being.
+/// A MAC change to roll back, because its request was cancelled.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Revert {
-    /// The address before.
+    /// The effective address before the change.
     pub(super) old: MacAddress,
-    /// What the guest believed before.
+    /// The guest address before the change.
     pub(super) guest: MacAddress,
-    /// Why its question was given up.
+    /// The reason for the cancellation.
     pub(super) why: Cancelled,
 }
 
-/// The question under way.
+/// The job under way.
 pub(super) struct Busy {
-    /// Its number, if the job is a question's.
+    /// The number of the request, if the job is one's.
     pub(super) seq: Option<u64>,
-    /// It was given up meanwhile.
+    /// The reason, if the request was cancelled meanwhile.
     pub(super) cancelled: Option<Cancelled>,
-    /// Where the job waits to hear what the PF said.
+    /// The sender by which the job receives the PF's response.
     pub(super) forwarded: Option<oneshot::Sender<Forwarded>>,
 }
 
-/// The last granted address: it is taken back if the guest turns out not to have heard of it.
+/// The last granted address: it is revoked if the guest turns out not to have received the grant.
 #[derive(Clone, Debug)]
 pub(super) struct Granted {
-    /// The question; None if it was asked of a former agent.
+    /// The number of the request; None if it came to a former agent.
     pub(super) seq: Option<u64>,
     pub(super) request: Request,
     pub(super) old: MacAddress,
     pub(super) guest: MacAddress,
 }
 
-/// A port's lane, and what the switch remembers of the port besides its policy and adapter.
+/// A port's lane, and the switch's data about the port besides its policy and adapter.
 #[derive(Default)]
 pub(super) struct Lane {
     pub(super) queue: VecDeque<Work>,
     pub(super) busy: Option<Busy>,
-    /// The VM is gone: the guest's wishes no longer count.
+    /// The VM is gone: the guest's requests no longer count.
     pub(super) closing: bool,
-    /// The VF has just become the port's, and its PF is being programmed: a difference between the two is nobody's change.
+    /// The VF has just been bound to the port, and its PF is being programmed: a difference between the two is no foreign
+    /// change.
     pub(super) binding: bool,
-    /// What the relay makes at the guest's next reset, in the order of the orders.
+    /// Changes that the relay makes at the guest's next reset, in the order of their commands.
     pub(super) deferred: VecDeque<Vec<Change>>,
-    /// When the first of these was ordered. Means nothing without one.
+    /// The time of the first of these commands. Means nothing without one.
     pub(super) deferred_since: Option<Timestamp>,
-    /// Changes that the policy wants and that could not be made the last time.
+    /// Changes that the policy requires and that failed the last time.
     pub(super) unmade: Vec<UnmadeChange>,
-    /// What an earlier boot of the guest left and is still to be taken back.
+    /// Changes of an earlier boot of the guest that are still to be revoked.
     pub(super) leftover: Vec<Change>,
-    /// The guest begins again, and the work of that is not done.
+    /// The guest reboots, and the work for that is not finished.
     pub(super) rebooting: bool,
-    /// Something was not confirmed because the vmm was not connected.
+    /// A correction is pending until the vmm reconnects.
     pub(super) owed: bool,
-    /// The relay is to be told the effective address when its vmm is connected.
+    /// The relay is to receive the effective address when its vmm is connected.
     pub(super) untold: bool,
     pub(super) granted: Option<Granted>,
-    /// What is to be reverted, or will be if it comes to be made. The vmm that told of it has forgotten it.
+    /// The MAC change to roll back, now or once its job has made it. The vmm that cancelled the request has forgotten it.
     pub(super) revert: Option<Revert>,
-    /// Who made the edit that the port is being corrected for.
+    /// The author of the edit that the port is being corrected for.
     pub(super) edited_by: Option<String>,
-    /// What became of changes under a former agent is not known yet.
+    /// The result of a former agent's changes is not known yet.
     pub(super) recovering: bool,
-    /// A question to a former agent that was given up.
+    /// A cancelled request to a former agent.
     pub(super) given_up: Option<(Request, Cancelled)>,
-    /// When the question under way came, by its number.
+    /// The number of the request under way, and the time at which it came.
     pub(super) asked: Option<(u64, Instant)>,
     /// The port cannot be compared with its PF.
     pub(super) unchecked: Option<Unchecked>,
@@ -123,12 +126,12 @@ pub(super) struct Lane {
 }
 
 impl Lane {
-    /// Queues work behind what waits. A vmm can ask for most of it as often as it likes: what is queued already is not queued
-    /// again, so that a lane is a few items long, whatever its vmm does.
+    /// Queues work behind the waiting work. A vmm can cause most kinds as often as it likes, so work that is queued already is
+    /// not queued again: a lane stays a few items long, whatever its vmm does.
     pub(super) fn push(&mut self, work: Work) {
         match work {
             Work::Correct if self.queue.iter().any(|queued| matches!(queued, Work::Correct)) => return,
-            // The one that waits reads the PF when its turn comes: it sees what this one would.
+            // The waiting comparison reads the PF when its turn comes, so it covers this one.
             Work::Repair { all } => {
                 let waiting = self.queue.iter_mut().find_map(|queued| match queued {
                     Work::Repair { all } => Some(all),
@@ -140,16 +143,16 @@ impl Lane {
                 }
             }
             Work::Tell if self.queue.iter().any(|queued| matches!(queued, Work::Tell)) => return,
-            // The later one stays: what was queued in between is of the boot that has ended.
+            // The later one stays: work queued in between belongs to the boot that has ended.
             Work::Reboot => self.queue.retain(|queued| !matches!(queued, Work::Reboot)),
-            // A guest has one question at a time: an older one is no longer waited for.
+            // A guest has one request at a time: an older one needs no response any more.
             Work::Ask { .. } => self.queue.retain(|queued| !matches!(queued, Work::Ask { .. })),
             _ => {}
         }
         self.queue.push_back(work);
     }
 
-    /// The relay will make these at the guest's next reset. False if it cannot be: a relay keeps fewer.
+    /// Notes changes that the relay makes at the guest's next reset. False if there are more than a relay keeps.
     pub(super) fn defer(&mut self, changes: Vec<Change>) -> bool {
         if !changes.is_empty() {
             if self.deferred.is_empty() {
@@ -160,7 +163,7 @@ impl Lane {
         self.deferred.iter().map(Vec::len).sum::<usize>() <= DEFERRED
     }
 
-    /// Notes the changes that could not be made. True if some could not, and those before could.
+    /// Notes the failed changes. True if some failed, and none had failed the time before.
     pub(super) fn note_unmade(&mut self, failed: &[(Change, String)]) -> bool {
         let were_made = self.unmade.is_empty();
         let unmade = |(change, why): &(Change, String)| {
@@ -177,7 +180,7 @@ impl Lane {
         self.deferred_since.filter(|_| !changes.is_empty()).map(|since| Pending { since, changes })
     }
 
-    /// Takes a question that waits out of the lane.
+    /// Removes a waiting request from the lane.
     pub(super) fn withdraw(&mut self, seq: u64) -> bool {
         let before = self.queue.len();
         self.queue.retain(|work| !matches!(work, Work::Ask { question, .. } if question.seq == seq));

@@ -2,7 +2,7 @@
 
 //! Switches, port groups and ports as the API edits them.
 //!
-//! An edit is tried on a copy first: what the tables do not allow, or what a PF could not enforce for a running port,
+//! An edit is tried on a copy first. An edit that the tables do not allow, or that a PF could not enforce for a running port,
 //! is refused before anything is stored.
 
 use api::{
@@ -34,12 +34,12 @@ impl Actor {
         let found = self.state.switches().find(|switch| switch.name.as_str() == name.as_str());
         let id = found.map(|switch| switch.id);
         let meta = self.expect(id.map(|id| id.0), expect)?;
-        // Releases before 0.2.0 stored the word and gave it no meaning. Those switches stay what they are.
+        // Releases before 0.2.0 stored the word and gave it no meaning. Their switches keep it.
         if id.is_none() && spec.kind == SwitchKind::Distributed {
             return Err(SwitchError::Distributed);
         }
         let mut trial = self.state.clone();
-        // PFs that nobody named belong to the default switch; naming them moves them.
+        // PFs that no switch names belong to the default switch; naming them moves them.
         if self.default_is_implicit()
             && id != Some(DEFAULT_SWITCH)
             && let Some(mut default) = trial.switch(DEFAULT_SWITCH).cloned()
@@ -192,7 +192,7 @@ impl Actor {
         })
     }
 
-    /// What is known of an object, if `expect` is its revision or nothing.
+    /// The data about an object, provided that `expect` is its revision or None.
     fn expect(&self, id: Option<Uuid>, expect: Option<u64>) -> Result<Option<Meta>, SwitchError> {
         let meta = id.and_then(|id| self.meta.get(&id)).copied();
         let actual = meta.map_or(0, |meta| meta.revision);
@@ -202,8 +202,8 @@ impl Actor {
         }
     }
 
-    /// Whether every port that has a VF, and whose policy would change, can be held to the new one. The error names the first port
-    /// by name, and counts the others.
+    /// Checks that every port that has a VF, and whose policy would change, can be held to the new one. The error names the
+    /// first port by name, and counts the others.
     fn check_enforceable(&self, trial: &SwitchState) -> Result<(), SwitchError> {
         let mut refused = Vec::new();
         for port in trial.ports() {
@@ -224,10 +224,10 @@ impl Actor {
         }
     }
 
-    /// From now on the new policy holds, and what it no longer allows is taken back.
+    /// Puts the new policy in force, and revokes changes that it no longer allows.
     fn adopt(&mut self, trial: SwitchState, corrections: Vec<Corrections>, by: &str) {
         self.state = trial;
-        // All of them: most are told what they know, which is nothing to tell.
+        // All ports: for most of them the standing denial is unchanged, and nothing is sent.
         let ports: Vec<PortId> = self.state.ports().map(|port| port.id).collect();
         for port in ports {
             self.tell_standing(port);
@@ -241,7 +241,7 @@ impl Actor {
     }
 }
 
-/// What the store must have.
+/// The revision that the store must have.
 fn revision(meta: Meta) -> Expect {
     if meta.revision == 0 { Expect::Absent } else { Expect::Revision(meta.revision) }
 }

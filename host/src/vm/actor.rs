@@ -57,33 +57,33 @@ use crate::{
     vmm_process::{Allowance, Connection, Event, Exit, OrderError, Process, VmDirectory},
 };
 
-/// How long a vmm may take to end after it was told to; it resets its devices meanwhile.
+/// The longest time from the command to stop to the end of a vmm; it resets its devices meanwhile.
 const STOP: Duration = Duration::from_secs(15);
 
-/// How long the last reports of a process that has ended may take to be read.
+/// The longest time to read the last reports of a process that has ended.
 const LAST_WORDS: Duration = Duration::from_secs(2);
 
-/// How long a process may take to end whose connection has ended.
+/// The longest time from the end of a process's connection to the end of the process.
 const DYING: Duration = Duration::from_millis(500);
 
-/// Connections to lost vmm processes, logs and lost devices are looked at this often.
+/// The period of the checks for lost vmm processes, long logs and lost devices.
 const TICK: Duration = Duration::from_secs(1);
-/// Ticks between two presses of a power button, and how long it is pressed. The button's interrupt is an edge: a guest that is still
-/// booting has it masked, and never hears of that press.
+/// Ticks between two presses of a power button, and the ticks after which the agent gives up. The button's interrupt is an
+/// edge: a guest that is still booting has it masked, and never sees that press.
 const PRESS_AGAIN: u32 = 3;
 const PRESSED_FOR: u32 = 60;
 
-/// Followers of a console are woken at most this often.
+/// The shortest time between two wake-ups of a console's followers.
 const CONSOLE_PACE: Duration = Duration::from_millis(20);
 
-/// One wish for console output; renewed when it ends.
+/// The longest wait of one command for console output; the agent sends it again then.
 const CONSOLE_WAIT: Duration = Duration::from_secs(3600);
 
 type Done = oneshot::Sender<Result<(), Problem>>;
 
 type Begun = oneshot::Sender<Result<Completion, Problem>>;
 
-/// Where the task publishes.
+/// The channels on which the task publishes.
 pub(super) struct Outlets {
     pub(super) status: watch::Sender<Status>,
     pub(super) record: watch::Sender<Arc<Entry<VmRecord>>>,
@@ -99,39 +99,39 @@ struct Actor {
     outlets: Outlets,
     progress: Progress,
     run: RunRecord,
-    /// `run` is in the store as it is.
+    /// Whether `run` is in the store as it is.
     stored: bool,
     held: Vec<Held>,
     process: Option<Process>,
     link: Option<Link>,
-    /// What the process may still say.
+    /// The messages that the process may still send.
     allowance: Allowance,
-    /// Why the process that is there cannot be talked to.
+    /// The reason that the agent cannot talk to the process.
     unreachable: Option<String>,
-    /// How the machine said that it ended.
+    /// The end that the machine reported.
     end: Option<End>,
-    /// What it said that no vmm of ours says; it is being killed for it.
+    /// The protocol violation of the process, which is being killed for it.
     misbehaved: Option<String>,
-    /// For how many ticks the guest has not reacted to its power button.
+    /// The number of ticks for which the guest has not reacted to its power button.
     button: Option<u32>,
-    /// When the process is killed if it has not ended by then.
+    /// The time at which the process is killed if it has not ended.
     deadline: Option<Instant>,
-    /// When the VM is booted without being asked for.
+    /// The next boot by the agent itself.
     due: Option<restart::Due>,
-    /// Those who wait for the VM to be at rest.
+    /// Requests that complete when the VM is at rest.
     resting: Vec<Done>,
     deleting: Vec<Done>,
     deleted_by: Option<String>,
-    /// The clients that the VM lives by.
+    /// The clients that keep the VM by their leases.
     tenancy: Tenancy,
-    /// The agent ends and has stopped the VM, or seen it at rest: it is not booted any more.
+    /// The agent ends, and has stopped the VM or found it at rest: the VM is not booted any more.
     closed: bool,
     finished: mpsc::Sender<Finished>,
-    /// Where the switch says that the VM must not run on.
+    /// The sender by which the switch demands that the VM stop.
     expel: mpsc::Sender<String>,
 }
 
-/// A connection and what comes from it.
+/// A connection, and the events that it delivers.
 struct Link {
     connection: Connection,
     events: mpsc::Receiver<Event>,
@@ -140,19 +140,19 @@ struct Link {
 
 impl Drop for Link {
     fn drop(&mut self) {
-        // It holds a handle of the connection, which is to end now.
+        // The task holds a handle of the connection, which is to end now.
         self.console.abort();
     }
 }
 
-/// An order that was carried out, or not.
+/// The completion of a command.
 struct Finished {
     action: VmAction,
     result: Result<(), OrderError>,
     done: Done,
 }
 
-/// Runs the task of one VM until it is deleted or left alone.
+/// Runs the task of one VM until the VM is deleted or the agent leaves it.
 pub(super) async fn run(
     env: Arc<Environment>,
     vm: Arc<Entry<VmRecord>>,
@@ -211,7 +211,7 @@ pub(super) async fn run(
                     let _ = done.send(());
                     return;
                 }
-                // What is logged meanwhile is the request's.
+                // Log lines meanwhile belong to the request.
                 Some((span, Command::Act { action, caller, by, begun })) => {
                     actor.act(action, caller, by, begun).instrument(span).await;
                 }
@@ -270,7 +270,7 @@ impl Actor {
             Err(Problem::new(ProblemCode::WrongState, detail))
         };
         let problem = match (action, state) {
-            // An agent that ends waits for that, too.
+            // The stop by an agent that ends waits for the deletion, too.
             _ if !self.deleting.is_empty() && (by == Asked::User || state.is_at_rest()) => {
                 wrong("it is being deleted")
             }
@@ -281,7 +281,7 @@ impl Actor {
             (VmAction::Boot, state) if state.is_at_rest() => {
                 return self.boot(caller, begun, done, completion).await;
             }
-            // What is so already is done.
+            // The VM is in that state already.
             (VmAction::Pause, VmState::Paused) | (VmAction::Resume, VmState::Running) => {
                 drop(begun.send(Ok(completion)));
                 drop(done.send(Ok(())));
@@ -289,7 +289,7 @@ impl Actor {
             }
             (VmAction::Stop | VmAction::Shutdown, state) if state.is_at_rest() => {
                 self.closed |= action == VmAction::Stop && by == Asked::Agent;
-                // One that somebody has stopped stays so.
+                // A VM that a request has stopped stays stopped.
                 if by == Asked::User || self.run.restart.next.is_some() {
                     self.asked_to_end(by).await;
                 }
@@ -304,7 +304,7 @@ impl Actor {
                 return;
             }
             (VmAction::Shutdown, VmState::Running) => {
-                // Known before the guest can react.
+                // Stored before the guest can react.
                 self.asked_to_end(by).await;
                 let ordered = self.order(action, Order::PowerButton, done);
                 if ordered.is_ok() {
@@ -328,7 +328,7 @@ impl Actor {
         drop(begun.send(problem.map(|()| completion)));
     }
 
-    /// The agent ends. A VM that it has told to stop is not left to nobody.
+    /// The agent ends. A VM that it has begun to stop does not outlive it.
     fn leave(&self) {
         if let Some(process) = self.process.as_ref().filter(|_| self.closed) {
             tracing::error!(vm = %self.name(), "its process has not ended in time and is killed");
@@ -345,7 +345,7 @@ impl Actor {
         self.stop().await;
     }
 
-    /// Sends an order; [`Self::on_finished`] hears of its end.
+    /// Sends a command; [`Self::on_finished`] handles its completion.
     fn order(&self, action: VmAction, order: Order, done: Done) -> Result<(), Problem> {
         let Some(link) = &self.link else {
             let why = self.unreachable.as_deref().unwrap_or("the connection has just ended.");
@@ -371,20 +371,20 @@ impl Actor {
             VmAction::Shutdown if result.is_err() => Some(OperationAction::Shutdown),
             _ => None,
         };
-        // Another operation may have overtaken it.
+        // Another operation may have replaced it.
         if over.is_some() && over == self.progress.action() {
             self.progress.end();
             self.publish();
         }
         if let Err(error) = result {
-            // Whether it ended meanwhile, or would not do it: the state says.
+            // The VM may have ended meanwhile, or the vmm may have failed to do it: the state shows that.
             drop(done.send(Err(error.problem())));
             return;
         }
         match action {
-            // Done when the guest has reacted.
+            // Complete when the guest has reacted.
             VmAction::Shutdown if !self.run.state.is_at_rest() => return self.resting.push(done),
-            // The vmm reports it too, before or after this; and the VM may have ended meanwhile.
+            // The vmm reports it too, before or after this; the VM may have ended meanwhile.
             VmAction::Pause => self.on_state(State::Paused).await,
             VmAction::Resume | VmAction::Reboot => self.on_state(State::Running).await,
             _ => {}
@@ -400,7 +400,7 @@ impl Actor {
         self.run.state = state;
         self.run.since = Timestamp::now();
         self.tell_state();
-        // It is told all the same: what is true does not wait for the disk, and the next step stores it.
+        // Publish despite a failed write: the state is true without the disk, and the next step stores it.
         drop(self.store().await);
     }
 
@@ -435,7 +435,7 @@ impl Actor {
     }
 }
 
-/// What to do about an action that cannot be done in this state.
+/// The cure for an action that is impossible in this state.
 fn cure(action: VmAction, state: VmState) -> &'static str {
     match (action, state) {
         (VmAction::Boot, VmState::Running | VmState::Paused) => "it has been booted; `reboot` boots it again",

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 
-//! The commands that wait for a VM's task, and which of them overtake the others.
+//! The commands that wait for a VM's task, and the order in which it takes them.
 
 use std::collections::VecDeque;
 
@@ -10,27 +10,27 @@ use tracing::Span;
 
 use super::Command;
 
-/// Commands that wait for a VM's task before their senders have to.
+/// The most commands that wait for a VM's task before their senders have to wait.
 const QUEUE: usize = 32;
 
-/// A command, and whose it is.
+/// A command, and the span of its request.
 pub(super) type Sent = (Span, Command);
 
-/// A VM's inbox, and how commands get there.
+/// A VM's inbox, and the sender of its commands.
 pub(super) fn new() -> (mpsc::Sender<Sent>, Inbox) {
     let (sender, commands) = mpsc::channel(QUEUE);
     (sender, Inbox { commands, passed: VecDeque::new() })
 }
 
-/// Commands in the order in which they came, but for those that end what cannot wait for its end.
+/// Commands in the order in which they came, except that a command to end the VM overtakes the others during a boot.
 pub(super) struct Inbox {
     commands: mpsc::Receiver<Sent>,
-    /// Came before one that ends the VM was looked for. No more than [`QUEUE`].
+    /// Commands that came before one that ends the VM. No more than [`QUEUE`].
     passed: VecDeque<Sent>,
 }
 
 impl Inbox {
-    /// The next command; None when nobody can send one any more. Nothing is lost if it is not awaited to its end.
+    /// The next command; None when all senders are gone. Cancel-safe: a dropped future loses no command.
     pub(super) async fn next(&mut self) -> Option<Sent> {
         match self.passed.pop_front() {
             Some(sent) => Some(sent),
@@ -38,8 +38,8 @@ impl Inbox {
         }
     }
 
-    /// The next command that ends the VM at `revision`, for which a boot does not go on: `stop` or a deletion. Those before it stay
-    /// in their order. Nothing is lost if it is not awaited to its end.
+    /// The next command that ends the VM at `revision`, for which a boot is abandoned: `stop` or a deletion. The commands
+    /// before it stay in their order. Cancel-safe, too.
     pub(super) async fn next_end(&mut self, revision: u64) -> Sent {
         while self.passed.len() < QUEUE {
             match self.commands.recv().await {
@@ -55,7 +55,7 @@ impl Inbox {
 fn ends(command: &Command, revision: u64) -> bool {
     match command {
         Command::Act { action, .. } => *action == VmAction::Stop,
-        // One of another revision is refused in its turn.
+        // A deletion at another revision is refused in its turn.
         Command::Delete { expect, .. } => expect.is_none_or(|expected| expected == revision),
         Command::Edit { .. } | Command::Lease { .. } | Command::EndLease { .. } | Command::Leave { .. } => {
             false

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 
-//! What a vmm may say on its connection. Its guest may have taken it over: what it says is a stranger's input, and what
-//! this protocol does not have, no vmm of ours says.
+//! The protocol checks of a vmm's connection. The guest may have taken the vmm over, so its messages are hostile input. An
+//! honest vmm never violates this protocol.
 
 use std::{
     collections::HashMap,
@@ -12,23 +12,23 @@ use std::{
 use passthrough::relay::{Rate, TokenBucket};
 use vmm::control::{ChannelError, Order, Outcome, Report, ToAgent};
 
-/// Longest question or report in bytes. The longest of an honest vmm have about 1 KiB.
+/// Longest request or report in bytes. The longest of an honest vmm have about 1 KiB.
 const LONGEST: usize = 4096;
 
 /// Connections to one process at once.
 const CONNECTIONS: u32 = 8;
 
-/// Most orders that were never answered, timed out or not.
+/// Most commands without a response, timed out or not.
 const UNANSWERED: usize = 1024;
 
 /// The cost that one vmm process may cause, on all of its connections together: a vmm chooses when a connection ends, and the
 /// agent opens another one.
 ///
-/// Each kind of message has a budget of its own, near the highest honest rate of the VM's adapters: a question costs a
-/// decision, a report of the machine a durable write, a notice of a relay a record.
+/// Each kind of message has a budget of its own, near the highest honest rate of the VM's adapters: a request costs a decision,
+/// a report of the machine a durable write, a relay's event a record.
 ///
-/// Shared between the VM's task, which opens connections, and the task of the connection that there is. There is one of those at a
-/// time, so that neither waits.
+/// Shared between the VM's task, which opens connections, and the task of the present connection. There is only one connection
+/// at a time, so neither task waits for the lock.
 #[derive(Clone, Debug)]
 pub struct Allowance(Arc<Mutex<Budgets>>);
 
@@ -41,17 +41,17 @@ struct Budgets {
 }
 
 impl Allowance {
-    /// The allowance of a new process with so many adapters. A relay takes 50 messages of its guest in a second behind 64 at
-    /// once (`passthrough::relay`). Each can be a question and a notice, or two notices: a silent denial, and the address that
-    /// the guest believes in then. A vmm keeps 256 reports while no agent is there.
-    /// A stalled agent then receives the content of a whole socket queue at once.
+    /// The allowance of a new process with this number of adapters. A relay takes 50 messages of its guest per second, after 64
+    /// at once (`passthrough::relay`). Each can cause a request and an event, or two events: a silent denial, and the new guest
+    /// address. A vmm keeps 256 reports while no agent is connected. An agent that stalled then receives the content of a whole
+    /// socket queue at once.
     #[must_use]
     pub fn new(adapters: usize) -> Self {
         let adapters = u32::try_from(adapters).unwrap_or(u32::MAX).min(16);
         Self(Arc::new(Mutex::new(Budgets {
             questions: Budget::new("questions", 256 + 128 * adapters, 16 + 64 * adapters),
             notices: Budget::new("notices of relays", 512 + 256 * adapters, 16 + 128 * adapters),
-            // A guest resets itself twice in a second; each time the machine has two states to report.
+            // A guest resets itself twice per second; each time the machine has two states to report.
             reports: Budget::new("reports", 512, 8),
             // A vmm ends a connection only when its agent reads nothing.
             connections: Budget::of(
@@ -61,7 +61,7 @@ impl Allowance {
         })))
     }
 
-    /// Whether another connection to the process may be opened now. Each costs lines in the log and work of the switch.
+    /// Whether another connection to the process may be opened now. Each costs log lines and work of the switch.
     #[must_use]
     pub fn connect(&self) -> bool {
         self.spend(|budgets| &mut budgets.connections, Instant::now()).is_ok()
@@ -72,10 +72,10 @@ impl Allowance {
     }
 }
 
-/// What one connection has said, as far as what comes next depends on it.
+/// The state of one connection on which the checks of its next messages depend.
 #[derive(Debug)]
 pub(super) struct Conduct {
-    /// Orders without an answer, also those that nobody waits for any more.
+    /// Commands without a response, also those that timed out.
     orders: HashMap<u64, Answers>,
     report: u64,
     ask: u64,
@@ -93,7 +93,7 @@ struct Budget {
 }
 
 impl Budget {
-    /// So many messages at once, and so many in a second after that.
+    /// This number of messages at once, and this number per second after that.
     fn new(what: &'static str, at_once: u32, per_second: u32) -> Self {
         Self::of(what, Rate { burst: at_once, period: Duration::from_secs(1) / per_second })
     }
@@ -112,12 +112,12 @@ impl Budget {
     }
 }
 
-/// What an order may be answered with.
+/// The responses that a command may have.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Answers {
     Done,
     Stats,
-    /// At most so many bytes.
+    /// At most this number of bytes.
     ConsoleTaken(usize),
     TakenBack,
 }
@@ -128,7 +128,7 @@ impl Conduct {
         Self { orders: HashMap::new(), report: 0, ask: 0, allowance }
     }
 
-    /// An order is sent.
+    /// Notes a command that is about to be sent.
     pub(super) fn ordered(&mut self, id: u64, order: &Order) -> Result<(), String> {
         if self.orders.len() >= UNANSWERED {
             return Err(format!("it has not answered {UNANSWERED} orders"));
@@ -145,15 +145,15 @@ impl Conduct {
         Ok(())
     }
 
-    /// An order could not be sent.
+    /// Forgets a command that could not be sent.
     pub(super) fn withdrawn(&mut self, id: u64) {
         self.orders.remove(&id);
     }
 
-    /// Whether this may come now; it has `length` bytes.
+    /// Checks whether the message, of `length` bytes, may come now.
     ///
     /// # Errors
-    /// What is wrong with it, behind "it".
+    /// The violation, as a clause about the process: `it sent …`.
     pub(super) fn check(&mut self, message: &ToAgent, length: usize) -> Result<(), String> {
         self.check_at(message, length, Instant::now())
     }
@@ -163,7 +163,7 @@ impl Conduct {
             ToAgent::Ask { .. } => Some(|budgets| &mut budgets.questions),
             ToAgent::Report { report: Report::Relay { .. }, .. } => Some(|budgets| &mut budgets.notices),
             ToAgent::Report { .. } => Some(|budgets| &mut budgets.reports),
-            // There are no more of these than orders.
+            // The number of commands bounds these.
             _ => None,
         };
         if let Some(budget) = budget {
@@ -191,7 +191,7 @@ impl Conduct {
     }
 }
 
-/// Numbers grow. (Not by one: a vmm without an agent drops its oldest reports.)
+/// Numbers increase. (Not by one: a vmm without an agent drops its oldest reports.)
 fn follows(last: &mut u64, number: u64, what: &str) -> Result<(), String> {
     if number <= *last {
         return Err(format!("its {what} {number} came after {last}", last = *last));
@@ -210,7 +210,7 @@ fn fits(answers: Answers, outcome: &Outcome) -> bool {
     }
 }
 
-/// Whether a channel failed for what the vmm sent: no vmm of ours does.
+/// Whether a channel failed because of a message that no honest vmm sends.
 pub(super) fn is_nonsense(error: &ChannelError) -> bool {
     matches!(error, ChannelError::Oversized | ChannelError::Descriptors | ChannelError::Malformed(_))
 }
@@ -318,7 +318,7 @@ mod tests {
         }
     }
 
-    /// It chooses when a connection ends: what it has spent is spent.
+    /// A vmm chooses when a connection ends, so a new one must not refill its budgets.
     #[test]
     fn another_connection_has_no_new_budgets() {
         for (what, message, _) in KINDS {

@@ -14,10 +14,10 @@ use vmm::control::Listener;
 
 use crate::{console, text::is_active};
 
-/// The log is cut when it has grown beyond this many bytes.
+/// The size in bytes beyond which the log is cut.
 const LOG_MAX: u64 = 256 * 1024;
 
-/// How much of the log's end is shown to people.
+/// The most bytes of the log's end that are shown.
 const TAIL: u64 = 2048;
 
 /// `RUN_DIR/vms/ID`, mode 0700 and root's: the vmm gets descriptors, never a path.
@@ -31,7 +31,7 @@ impl VmDirectory {
         Self(run_dir.join("vms").join(vm.to_string()))
     }
 
-    /// Creates it, or cleans what a former process of this VM left there.
+    /// Creates the directory, or cleans it of the socket of a former process of this VM.
     ///
     /// # Errors
     /// Those of `mkdir` and `unlink`.
@@ -59,7 +59,7 @@ impl VmDirectory {
     /// # Errors
     /// Those of `open` and `ftruncate`.
     pub fn create_console(&self) -> io::Result<File> {
-        // A new file, not a truncated one: whoever still reads the old one keeps it whole.
+        // A new file, not a truncated one: a reader of the old one keeps it whole.
         absent_is_fine(fs::remove_file(self.console()))?;
         let file =
             OpenOptions::new().read(true).write(true).create_new(true).mode(0o600).open(self.console())?;
@@ -73,7 +73,7 @@ impl VmDirectory {
         self.0.join("console")
     }
 
-    /// Opens the log for a new process; what former ones wrote is gone.
+    /// Opens the log for a new process, and removes the text of former ones.
     ///
     /// # Errors
     /// Those of `open`.
@@ -86,12 +86,12 @@ impl VmDirectory {
     pub fn bound_log(&self) {
         let long = fs::metadata(self.log()).is_ok_and(|meta| meta.len() > LOG_MAX);
         if long && let Ok(file) = OpenOptions::new().write(true).open(self.log()) {
-            // Failing to cut is tried again at the next tick.
+            // The next tick tries a failed cut again.
             drop(file.set_len(0));
         }
     }
 
-    /// The last lines of the log: what a process that died has to say.
+    /// The end of the log, with the last words of a process that died.
     #[must_use]
     pub fn log_tail(&self) -> String {
         let read = || -> io::Result<Vec<u8>> {
@@ -106,18 +106,18 @@ impl VmDirectory {
         text.trim().replace(|c: char| is_active(c) && c != '\n', " ")
     }
 
-    /// Removes the socket: nobody connects again.
+    /// Removes the socket: no new connection is possible.
     ///
     /// # Errors
-    /// Those of `unlink`; that it is gone is none.
+    /// Those of `unlink`; a missing socket is no error.
     pub fn close(&self) -> io::Result<()> {
         absent_is_fine(fs::remove_file(self.control()))
     }
 
-    /// Removes the directory and all that is in it.
+    /// Removes the directory and its content.
     ///
     /// # Errors
-    /// Those of `unlink`; that it is gone is none.
+    /// Those of `unlink`; a missing directory is no error.
     pub fn remove(&self) -> io::Result<()> {
         absent_is_fine(fs::remove_dir_all(&self.0))
     }

@@ -11,8 +11,8 @@ use super::{
     sysfs::{SysfsError, malformed},
 };
 
-/// Drivers that do no DMA on behalf of the host (`driver_managed_dma` in the kernel). User space can own a group whose
-/// other members have one of these, or none. VFIO's variant drivers have "vfio" in their names.
+/// Drivers that do no DMA on behalf of the host (`driver_managed_dma` in the kernel). User space can own a group if
+/// each of its other members has one of these, or none. VFIO's variant drivers have "vfio" in their names.
 const DRIVERS_WITHOUT_DMA: [&str; 2] = ["pcieport", "pci-stub"];
 
 /// One device of an IOMMU group.
@@ -91,7 +91,7 @@ pub enum ViabilityError {
         group: u32,
         /// All members of the group.
         members: Vec<GroupMember>,
-        /// The members whose drivers prevent it.
+        /// The members with drivers that prevent it.
         blocking: Vec<GroupMember>,
     },
     /// The host's interrupts are not protected.

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 
-//! What guests make of their VFs: bonds and macvlan, as `docs/guest-networking.md` says. VRRP is in `policy/shared.rs`.
+//! Guests' uses of their VFs: bonds and macvlan, as in `docs/guest-networking.md`. VRRP is in `policy/shared.rs`.
 
 use std::time::Duration;
 
@@ -10,13 +10,13 @@ use super::{bare_spec, page, ping, policy::eventually};
 use crate::fixture::{Agent, Guest, Options, agent::PATIENCE, host, registers};
 
 const TAP: &str = "simtap0";
-/// The host behind the simulated PF, and on the PF.
+/// The host's addresses behind the simulated PF and on the PF.
 const BEHIND_SIMULATED: &str = "10.9.0.1";
 const BEHIND_PF: &str = "10.0.2.9";
 const FIRST: &str = "02:00:00:00:00:11";
 const SECOND: &str = "02:00:00:00:00:12";
 
-/// An agent whose switch has a real and a simulated PF.
+/// An agent with a switch that has a real and a simulated PF.
 fn agent() -> Agent {
     let arguments = ["--sim-pf".to_owned(), format!("sim0=1,tap={TAP}")].into();
     let agent = Agent::start_with(Options { arguments, ..Options::default() });
@@ -42,7 +42,7 @@ fn guest(agent: &Agent) -> Guest<'_> {
     ]);
     let mut guest = agent.boot(&spec);
     guest.wait_for_shell();
-    // Its shell prefers the applet of its own.
+    // The guest's shell prefers its own applet.
     guest.must("ip() { /bin/ip \"$@\"; }");
     guest
 }
@@ -54,7 +54,7 @@ fn addresses(agent: &Agent) -> [String; 2] {
     [host::vf_mac(0), second.status.effective_mac.to_string()]
 }
 
-/// Makes a VF the active one, and sees that frames to the bond's address pass by it.
+/// Makes a VF the active one, and asserts that frames to the bond's address pass by it.
 fn talks_by(guest: &mut Guest<'_>, active: &str, target: &str) {
     guest.must(&format!("ip link set bond0 type bond active_slave {active}"));
     let answered = format!("for i in $(seq 100); do ping -q -c 1 -W 1 {target} && break; done >/dev/null");
@@ -63,7 +63,7 @@ fn talks_by(guest: &mut Guest<'_>, active: &str, target: &str) {
 }
 
 fn bond(agent: &Agent, guest: &mut Guest<'_>) {
-    // The module makes one when it is loaded, unless its options say otherwise, as systemd's do.
+    // The module makes a bond when it is loaded, unless its options forbid that, as systemd's do.
     guest.must("ip link del bond0");
     // Without the setting the second VF cannot join.
     guest.must("ip link add bond0 type bond mode active-backup fail_over_mac none miimon 100");

@@ -29,7 +29,7 @@ fn adapter(agent: &Agent, id: &str, mac: &str, pf: &str, index: u32) -> Value {
     json!({"id": id, "port_group": "tests", "mac": mac, "vf": vf.bdf.to_string()})
 }
 
-/// What the PF has for a port of the VM `alice`.
+/// The effective address of an adapter's port of the VM `alice`.
 fn effective(agent: &Agent, adapter: &str) -> String {
     let name = format!("alice/{adapter}");
     let ports = agent.ask(agent.client.list_ports()).unwrap();
@@ -43,7 +43,7 @@ fn details_of_refusals(agent: &Agent) -> Vec<String> {
     decisions.into_iter().filter_map(|decision| decision.detail).collect()
 }
 
-/// Has the guest drive another of its VFs from now on. The one before keeps what it has.
+/// Has the guest drive another of its VFs from now on. The former VF keeps its settings.
 fn use_vf(guest: &mut SmallGuest<'_>, index: u32) {
     assert!(guest.ask(&format!("probe {index}")).starts_with("8086:10ca "));
     assert!(guest.ask("up").starts_with("ok "));
@@ -68,7 +68,7 @@ fn ports_of_one_vm_share_an_address_on_two_pfs_only_and_give_it_back() {
         assert_eq!(alice.ask(&format!("set-mac {A}")), "nack", "one holder by default");
         settings(&agent, json!({ "mac_sharing": "same_vm" }));
 
-        // As a bond with `fail_over_mac=none` does: both have the address of the first.
+        // As a bond with `fail_over_mac=none` does: both adapters have the address of the first.
         assert_eq!(alice.ask(&format!("set-mac {A}")), "ok");
         assert_eq!(alice.ask("down-up"), format!("ok mac={A} reply={A}"));
         assert_eq!([effective(&agent, "eth0"), effective(&agent, "eth1")], [A, A]);
@@ -83,14 +83,14 @@ fn ports_of_one_vm_share_an_address_on_two_pfs_only_and_give_it_back() {
         let details = details_of_refusals(&agent);
         assert!(details.iter().any(|detail| detail.starts_with(same_pf)), "{details:?}");
 
-        // As `follow` does: the old port takes the address of the new one.
+        // As `follow` does: the old port takes over the address of the new one.
         use_vf(&mut alice, 0);
         assert_eq!(alice.ask(&format!("set-mac {B}")), "ok");
     }
 
     agent.kill_and_restart();
     assert_eq!([effective(&agent, "eth0"), effective(&agent, "eth1")], [B, A], "the next agent knows it");
-    // An edit takes it back, also where each address by itself is allowed.
+    // An edit revokes it, also where each address by itself is allowed.
     settings(&agent, json!({ "mac_changes": "accept" }));
     let deadline = Instant::now() + Duration::from_secs(10);
     while [effective(&agent, "eth0"), effective(&agent, "eth1")] != [A, B] {

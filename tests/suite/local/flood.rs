@@ -2,9 +2,10 @@
 
 //! A vmm that has been taken over repeats each kind of message of the control protocol.
 //!
-//! At the highest honest rate nothing is killed and nothing is lost. At ten times that rate the process is ended, and up to then the
-//! agent's processor time, writes, log and memory stay below bounds, and so does the time in which it answers its clients. No bound
-//! depends on an idle machine: costs are counted, and times are compared with those of the same client without a flood.
+//! At the highest honest rate nothing is killed and nothing is lost. At ten times that rate the process is killed. Until then
+//! the agent's processor time, writes, log and memory stay below bounds, and so does the time in which it responds to its
+//! clients. No bound depends on an idle machine: costs are counted, and times are compared with those of the same client
+//! without a flood.
 
 mod kinds;
 
@@ -38,7 +39,7 @@ impl Vm {
         }
     }
 
-    /// Says a kind of message `per_second`, until `until` or the end of the connection.
+    /// Sends messages of one kind at a rate of `per_second`, until `until` or the end of the connection.
     fn repeat(&self, says: Says, per_second: u32, until: Duration) -> u64 {
         let begun = Instant::now();
         let mut sent = 0;
@@ -56,7 +57,7 @@ impl Vm {
     }
 }
 
-/// An agent with VMs that the test plays, as many as `names`.
+/// An agent with a VM for each of `names`. The test plays their vmms.
 fn stage(names: &[String]) -> (Agent, Vec<Vm>) {
     // An 82576 has seven VFs.
     let pfs = (0..names.len().div_ceil(7)).flat_map(|n| ["--sim-pf".to_owned(), format!("sim{n}=7")]);
@@ -82,7 +83,7 @@ fn stage(names: &[String]) -> (Agent, Vec<Vm>) {
     (agent, vms)
 }
 
-/// What an agent has cost so far.
+/// The cost of an agent since its start.
 #[derive(Clone, Copy, Debug)]
 struct Cost {
     /// Processor time of all its threads, utime and stime of proc_pid_stat(5).
@@ -127,7 +128,7 @@ impl Cost {
     }
 }
 
-/// The time in which 99 of 100 requests of a client were answered while `work` went on.
+/// Runs `work` with a client beside it. Returns also the time within which 99 of 100 of the client's requests got responses.
 fn with_client<T>(agent: &Agent, work: impl FnOnce() -> T) -> (T, Duration) {
     let over = AtomicBool::new(false);
     let socket = agent.directory().join("api.sock");
@@ -150,30 +151,30 @@ fn with_client<T>(agent: &Agent, work: impl FnOnce() -> T) -> (T, Duration) {
     })
 }
 
-/// How long each kind is repeated at its honest rate.
+/// The time for which each kind is repeated at its honest rate.
 const HONEST: Duration = Duration::from_millis(1500);
 
-/// How long a flood may go on before the process is ended. The largest budget has 768 messages at once.
+/// The longest time of a flood before the process is killed. The largest budget has 768 messages at once.
 const FLOOD: Duration = Duration::from_secs(20);
 
-/// The least flood, in messages per second: budgets of rare messages would last too long for a test.
+/// The lowest rate of a flood in messages per second: budgets of rare messages would last too long for a test.
 const LEAST: u32 = 500;
 
 /// Bounds of one flood from its first message to the end of the process. At most some 1000 messages are handled.
 const MOST: Cost = Cost {
     // 3 ms each, on the development profile.
     cpu: Duration::from_secs(3),
-    // Of a record that shares its transaction some KiB are written, of a state of the machine 12 KiB; with a transaction of its own
-    // each record would take 18 to 28 KiB.
+    // A record that shares its transaction writes some KiB, a state of the machine 12 KiB; with a transaction of its own each
+    // record would write 18 to 28 KiB.
     written: 16 << 20,
-    // A port may write 20 lines of each weight at once and then one a second; the end of a VM has less than ten.
+    // A port may write 20 lines of each weight at once and then one per second; the end of a VM has less than ten.
     lines: 60,
     line_bytes: 30_000,
-    // 1024 messages may wait, each of 4 KiB and some times as much once it is read.
+    // 1024 messages may wait, each of 4 KiB, and of a few times as much once it is decoded.
     memory: 32 * 1024,
 };
 
-/// The least time that counts as slow for a client, where the machine does other things as well.
+/// The shortest time that counts as slow for a client on a busy machine.
 const SLOW: Duration = Duration::from_secs(1);
 
 fn assert_bounded(what: &str, cost: Cost, p99: Duration, usual: Duration) {
@@ -183,19 +184,19 @@ fn assert_bounded(what: &str, cost: Cost, p99: Duration, usual: Duration) {
     assert!(p99 <= SLOW.max(usual * 20), "{what}: {p99:?}, without it {usual:?}");
 }
 
-/// Waits until the process has been ended for what it said.
+/// Waits until the process has been killed for its messages.
 fn assert_ended_for_it(agent: &Agent, vm: &Vm, what: &str) {
     let cause = agent.wait_for_state(&vm.name, VmState::Failed).status.cause.unwrap();
     assert_eq!(cause.code, CauseCode::VmmMisbehaved, "{what}: {cause:?}");
 }
 
-/// Whether all that was said has been heard.
+/// Whether the agent has handled all messages.
 fn is_heard(vm: &Vm) -> bool {
     let heard = vm.played.heard();
     heard.answers.load(SeqCst) >= vm.played.asked() && heard.noted.load(SeqCst) >= vm.played.reported()
 }
 
-/// A relay asks its next question when it has the answer to the one before.
+/// Sends requests as a relay does: the next one after the response to the last.
 fn ask_in_turn(vm: &Vm, rate: u32, says: Says) -> u64 {
     let begun = Instant::now();
     let mut sent = 0;
@@ -297,7 +298,7 @@ fn a_vmm_that_hangs_up_has_no_new_budgets() {
             thread::sleep(Duration::from_millis(20));
             continue;
         }
-        // Below each budget of a connection.
+        // Fewer than each budget of a connection.
         for kind in ["report/state", "report/relay/declined", "ask/mailbox/set_mac"] {
             sent += (0..250).filter(|n| vm.say(*n, says(kind))).count();
         }
@@ -307,12 +308,13 @@ fn a_vmm_that_hangs_up_has_no_new_budgets() {
     let cost = Cost::of(&agent).since(before);
     println!("{sent} messages on {} connections: {cost:?}", played.heard().connections.load(SeqCst));
     assert!(sent <= 3000, "{sent} messages were taken");
-    // All three budgets at once, and lines of two weights and of the port's jobs.
+    // The bursts of all three budgets, and lines of two weights and of the port's jobs.
     let lines = 3 * (20 + usize::try_from(TIME.as_secs()).unwrap());
     assert!(cost.lines <= lines && cost.written <= 2 * MOST.written, "{cost:?}\n{}", agent.log());
 }
 
-/// Nothing but the end of its connection, again and again: its VM is not ended for it, since a slow agent loses connections, too.
+/// The vmm ends its connection again and again, and does nothing else. Its VM is not ended for it, since a slow agent loses
+/// connections, too.
 #[test]
 fn a_vmm_that_only_hangs_up_is_connected_to_less_and_less_often() {
     let (agent, vms) = stage(&["fickle".into(), "bystander".into()]);
@@ -325,13 +327,13 @@ fn a_vmm_that_only_hangs_up_is_connected_to_less_and_less_often() {
     }
     let cost = Cost::of(&agent).since(before);
     let connections = played.heard().connections.load(SeqCst);
-    // One at the agent's start, eight at once, and one in ten seconds.
+    // One at the agent's start, a burst of eight, and one per ten seconds.
     assert!((5..=12).contains(&connections), "{connections}: {cost:?}");
     assert!(cost.lines <= 40, "{cost:?}\n{}", agent.log());
     assert_eq!(agent.vm("fickle").status.cause, None);
 }
 
-/// What the protocol does not have.
+/// Bytes that are no message of the protocol.
 #[test]
 fn what_is_no_message_ends_the_process_at_a_bounded_cost() {
     type Sent = fn(&Vm) -> bool;
@@ -369,6 +371,6 @@ fn what_is_no_message_ends_the_process_at_a_bounded_cost() {
         println!("{what:30} {said:5} messages, p99 {p99:9.2?}, {cost:?}");
         assert_bounded(what, cost, p99, usual);
     }
-    // The connections of the VMs are over, and nothing else has come.
+    // The connections of the VMs are over, and no other descriptors were added.
     assert!(descriptors() <= had, "{} descriptors, {had} before", descriptors());
 }

@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 
-//! Two callers in one story: a user of the API's socket names a file that root alone may read, and root does everyday things to that VM.
+//! Two callers in one story: a user of the API's socket names a file that root alone may read, and root does everyday work on
+//! that VM.
 
 use std::{
     fs,
@@ -24,7 +25,7 @@ fn open(path: &Path, mode: u32) {
     fs::set_permissions(path, PermissionsExt::from_mode(mode)).unwrap();
 }
 
-/// An agent that two users talk to.
+/// An agent with two users.
 struct Site {
     agent: Agent,
     program: PathBuf,
@@ -40,7 +41,7 @@ impl Site {
         open(agent.directory(), 0o755);
         fs::copy(binary(), &program).unwrap();
         open(&program, 0o755);
-        // The small guest is a kernel, so that each part of `boot` could be this file.
+        // The small guest is a kernel, so this file could be any part of `boot`.
         SmallGuest::spec(&agent, "unused", json!([]), "");
         let mut content = fs::read(agent.directory().join("images/small-guest")).unwrap();
         content.extend_from_slice(SECRET.as_bytes());
@@ -69,7 +70,7 @@ impl Site {
         assert!(output.status.success(), "{line}: {output:?}");
     }
 
-    /// The boot is refused, for the rights of the user, and no process has the file.
+    /// Asserts that the boot is refused for lack of the user's rights, and that the VM has no process.
     #[track_caller]
     fn refused(&self, root: bool, line: &str, vm: &str, part: &str) {
         let output = self.run(root, line, "");
@@ -88,14 +89,14 @@ impl Site {
         assert!(status.state.is_at_rest() && status.pid.is_none(), "{vm}: {status:?}");
     }
 
-    /// The VM `name` with the file as a `part` of `boot`.
+    /// A specification of the VM `name` with the file as a `part` of `boot`.
     fn spec(&self, name: &str, part: &str) -> Value {
         let mut spec = json!({ "name": name, "memory": "2MiB", "boot": { "kernel": "small-guest" } });
         spec["boot"][part] = self.secret.to_str().unwrap().into();
         spec
     }
 
-    /// No console of any VM has a byte of it.
+    /// Asserts that no VM's console has a byte of it.
     fn assert_kept(&self) {
         for vm in self.agent.ask(self.agent.client.list_vms()).unwrap() {
             let output = self.run(true, &format!("console {}", vm.name), "");
@@ -104,7 +105,7 @@ impl Site {
     }
 }
 
-/// What root does to the VM `{vm}`, and the VM that is booted then. Files are specifications on standard input.
+/// Root's commands on the VM `{vm}`, and the VM that is booted then. Files are specifications on standard input.
 const VERBS: [(&str, &[&str], &str); 9] = [
     ("boot", &[], "{vm}"),
     ("size", &["vm patch {vm} --cpus 2"], "{vm}"),
@@ -127,7 +128,7 @@ fn whatever_root_does_a_file_is_opened_with_its_authors_rights() {
             let spec = site.spec(&vm, part);
             site.succeeds(false, "vm create -", &spec.to_string());
             site.refused(false, &format!("vm boot {vm}"), &vm, part);
-            // As root would write it who copies the user's file, and changes another part of it.
+            // Root copies the user's file, and changes another part of it.
             let mut own = spec.clone();
             own["cpus"] = 2.into();
             if verb == "applied" {
@@ -146,7 +147,7 @@ fn whatever_root_does_a_file_is_opened_with_its_authors_rights() {
             }
         }
     }
-    // The next agent boots what starts by itself.
+    // The next agent boots VMs with `autostart`.
     site.agent.restart();
     for vm in unasked {
         let status = site.agent.wait_for_state(&vm, VmState::Failed).status;
@@ -156,7 +157,7 @@ fn whatever_root_does_a_file_is_opened_with_its_authors_rights() {
     site.assert_kept();
 }
 
-/// The other way round: root's own VM, of which the user changes a part. A kernel or a command line can show the initramfs.
+/// The reverse: the user changes a part of root's own VM. A kernel or a command line can show the initramfs.
 #[test]
 fn a_user_who_changes_a_part_must_be_able_to_read_the_others() {
     let site = Site::start();
@@ -169,14 +170,14 @@ fn a_user_who_changes_a_part_must_be_able_to_read_the_others() {
         )
         .unwrap();
         site.agent.create(&site.spec(&vm, "initramfs")).unwrap();
-        // Root's own choice is root's to make.
+        // Root may boot the VM with its own choice of files.
         site.agent.act(&vm, VmAction::Boot).unwrap_or_else(|problem| panic!("{problem:?}"));
         site.agent.act(&vm, VmAction::Stop).unwrap();
         let patch = site.agent.directory().join("patch.json");
         fs::write(&patch, edit.to_string()).unwrap();
         site.succeeds(false, &format!("vm patch {vm} -f {}", patch.display()), "");
         site.refused(true, &format!("vm boot {vm}"), &vm, "initramfs");
-        // So is a copy of it.
+        // The boot of a copy is refused, too.
         site.succeeds(true, &format!("vm clone {vm} {vm}-copy"), "");
         site.refused(true, &format!("vm boot {vm}-copy"), &format!("{vm}-copy"), "initramfs");
     }

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 
-//! Text from outside reaches terminals and the log without what they act on.
+//! Text from outside reaches terminals and the log without control characters.
 //!
 //! The table: each kind of text (a specification, a request, a file, a vmm's words and log, the database) against each path on which
 //! text is printed (tables, JSON, YAML, errors, the log of the agent).
@@ -18,23 +18,23 @@ use tempfile::TempDir;
 
 use crate::fixture::{Agent, Options, SmallGuest, agent::binary, host, played::Played, wire};
 
-/// Clears a screen, forges a line of the log, rings, and shows what follows in another order; U+009B is ESC [ in one character.
+/// Clears a screen, forges a line of the log, rings, and reorders the text after it; U+009B is ESC [ in one character.
 const HOSTILE: &str = "x\u{1b}[2J\r\n2000-01-01T00:00:00.000000Z  INFO forged\u{7}\u{9b}2J\u{202e}y\u{2028}z";
 
 /// The characters of it that nothing may print.
 const ACTIVE: [char; 6] = ['\u{1b}', '\r', '\u{7}', '\u{9b}', '\u{202e}', '\u{2028}'];
 
-/// A word that `HOSTILE` leaves wherever it has been printed.
+/// A word of `HOSTILE` that remains wherever the text has been printed.
 const TRACE: &str = "forged";
 
 #[track_caller]
 fn assert_harmless(what: &str, text: &str) {
     assert!(!text.contains(ACTIVE), "{what}: {text:?}");
-    // Lines of the agent begin with the time of this century.
+    // The agent's own lines have present times, not ones of the year 2000.
     assert!(!text.lines().any(|line| line.starts_with("2000-01-01T")), "{what}: {text:?}");
 }
 
-/// What a command has printed, on both streams.
+/// The output of a command, on both streams.
 fn printed(agent: &Agent, words: &[&str]) -> String {
     // Events have no end.
     let mut command = Command::new(if words[0] == "events" { "timeout".into() } else { binary() });
@@ -49,7 +49,7 @@ fn printed(agent: &Agent, words: &[&str]) -> String {
     text
 }
 
-/// Prints all that there is in each format. Each format must show the trace: a table that it does not reach shows nothing.
+/// Prints every list and object in each format. Each format must show the trace: a table without it would prove nothing.
 #[track_caller]
 fn print_all(agent: &Agent, what: &str) {
     for format in ["table", "json", "yaml"] {
@@ -97,7 +97,7 @@ fn texts_of_clients_control_no_terminal_and_forge_no_line() {
     }
     print_all(&agent, "the cause of a boot that failed");
 
-    // A file's name, its keys and its values, in each language of files.
+    // A file's name, its keys and its values, in each file format.
     let site = TempDir::with_prefix("site").unwrap();
     let quoted = serde_json::to_string(HOSTILE).unwrap();
     let files = [
@@ -116,7 +116,7 @@ fn texts_of_clients_control_no_terminal_and_forge_no_line() {
         fs::remove_file(path).unwrap();
     }
 
-    // Requests that no client of ours sends.
+    // Requests that no honest client sends.
     let encoded: String = HOSTILE.bytes().map(|byte| format!("%{byte:02x}")).collect();
     let header: String = HOSTILE.chars().filter(|c| !matches!(c, '\r' | '\n')).collect();
     for request in [
@@ -128,7 +128,7 @@ fn texts_of_clients_control_no_terminal_and_forge_no_line() {
     ] {
         let stream = wire::connect(&agent.directory().join("api.sock"));
         let answer = wire::exchange(stream, &format!("{request}connection: close\r\n\r\n"));
-        // JSON is for programs. The head of an answer may be shown by them as it is.
+        // JSON is for programs. Programs may show the head of a response as it is.
         assert_harmless(&request, &answer.head.replace('\r', ""));
     }
     assert_harmless("the log", &agent.log());
@@ -171,7 +171,7 @@ fn texts_of_a_vmm_control_no_terminal_and_forge_no_line() {
     assert_harmless("the log", &agent.log());
 }
 
-/// Somebody has edited the database.
+/// The database was edited by hand.
 #[test]
 fn texts_of_the_store_control_no_terminal_and_forge_no_line() {
     let mut agent = start();
@@ -186,7 +186,7 @@ fn texts_of_the_store_control_no_terminal_and_forge_no_line() {
     edit(&agent, "UPDATE objects SET value = json_set(value, '$.cause.detail', ?1) WHERE kind = 'run'");
     agent.restart();
     print_all(&agent, "a stored cause");
-    // What is no name is not shown at all, or the agent does not start; either way the log says so in one line.
+    // An invalid name is either not shown at all, or the agent does not start; both ways the log reports it in one line.
     agent.kill();
     edit(
         &agent,

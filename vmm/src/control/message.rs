@@ -44,19 +44,19 @@ pub enum ToVmm {
         /// The command.
         order: Order,
     },
-    /// Reply to a [`ToAgent::Ask`].
+    /// The response to a [`ToAgent::Ask`].
     Answer {
-        /// The id of the question.
+        /// The id of the request.
         id: u64,
-        /// The answer.
+        /// The response.
         answer: Answer,
     },
-    /// Requests that the relay of an adapter denies without asking. Holds until the next such message for the
-    /// adapter, or the end of the connection. May come before the machine is configured.
+    /// Requests that the relay of an adapter denies without a request to the agent. Holds until the next such message
+    /// for the adapter, or the end of the connection. May come before the machine is configured.
     Standing {
         /// The adapter's name in the machine's specification.
         adapter: String,
-        /// None: the relay asks about every request.
+        /// None: the relay forwards every request to the agent.
         refusal: Option<StandingRefusal>,
     },
     /// The agent has stored the reports up to this sequence number; the vmm may forget them.
@@ -84,18 +84,18 @@ pub enum ToAgent {
         /// The cause: no common version, or another VM.
         reason: String,
     },
-    /// An order is complete, or has failed.
+    /// A command is complete, or has failed.
     Done {
-        /// The order's id.
+        /// The command's id.
         id: u64,
-        /// The outcome, or the failure.
+        /// The result, or the failure.
         result: Result<Outcome, Failure>,
     },
-    /// A question that only the agent can decide: a request of a guest's VF driver.
+    /// A request that only the agent can decide: one of a guest's VF driver.
     Ask {
         /// Chosen by the vmm, unique for the life of its process.
         id: u64,
-        /// The question.
+        /// The request.
         ask: Ask,
     },
     /// An event. The vmm keeps it, and sends it again after a reconnection, until [`ToVmm::Noted`].
@@ -122,7 +122,7 @@ pub enum Order {
     Run,
     /// Stops all vCPUs at an instruction boundary. Devices keep their state. → [`Outcome::Done`]
     Pause,
-    /// Presses the ACPI power button. → [`Outcome::Done`] (the guest decides what follows)
+    /// Presses the ACPI power button. → [`Outcome::Done`] (the reaction is the guest's)
     PowerButton,
     /// Resets devices and machine and boots the kernel again. → [`Outcome::Done`] once the new boot runs
     Reboot,
@@ -137,7 +137,7 @@ pub enum Order {
         bytes: Vec<u8>,
     },
     /// Waits until the console file has grown beyond this offset. → [`Outcome::Done`] then, or at once if too many
-    /// orders wait. The end of the connection ends the wait.
+    /// commands wait. The end of the connection ends the wait.
     ConsoleWait {
         /// The count of bytes ever written that the agent has read.
         offset: u64,
@@ -165,11 +165,11 @@ pub enum Order {
     },
 }
 
-/// The result of an order that has succeeded.
+/// The result of a command that has succeeded.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(tag = "outcome", rename_all = "snake_case")]
 pub enum Outcome {
-    /// The order has no further result.
+    /// The command has no further result.
     Done,
     /// The serial port took these bytes of the input.
     ConsoleTaken {
@@ -188,7 +188,7 @@ pub enum Outcome {
     },
 }
 
-/// The failure of an order.
+/// The failure of a command.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, thiserror::Error)]
 #[error("{detail}")]
 pub struct Failure {
@@ -202,7 +202,7 @@ pub struct Failure {
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum FailureCode {
-    /// The state does not allow the order (for instance: pause before run).
+    /// The state does not allow the command (for instance: pause before run).
     WrongState,
     /// `/dev/kvm` cannot be used, or lacks a capability.
     Kvm,
@@ -218,7 +218,7 @@ pub enum FailureCode {
     Device,
     /// The vmm cannot build the sandbox on this host.
     Sandbox,
-    /// The order is malformed (sizes, names).
+    /// The command is malformed (sizes, names).
     Invalid,
     /// A bug of Portcullis; `detail` is for a bug report.
     Internal,
@@ -239,7 +239,7 @@ pub struct MachineSpec {
     pub hugepages: bool,
     /// The kernel command line as the user gave it.
     pub cmdline: String,
-    /// Whether the descriptor of an initramfs comes beside the order.
+    /// Whether the descriptor of an initramfs comes beside the command.
     pub initramfs: bool,
     /// Functions, in the order of their slots on the guest's bus.
     pub devices: Vec<DeviceSpec>,
@@ -268,7 +268,7 @@ pub enum DeviceBackend {
         /// The IOMMU group's number (`/dev/vfio/N`).
         group: u32,
     },
-    /// A simulated VF. Its connection to its PF comes beside the order.
+    /// A simulated VF. Its connection to its PF comes beside the command.
     Simulated,
 }
 
@@ -401,7 +401,7 @@ pub enum DeviceLoss {
 pub enum End {
     /// The guest powered off (ACPI S5).
     PoweredOff,
-    /// The agent ordered it to stop.
+    /// The agent commanded it to stop.
     Stopped,
     /// The machine cannot go on.
     Failed {
@@ -437,7 +437,7 @@ pub struct DeviceStats {
     pub relay: Option<RelayStats>,
 }
 
-/// A question to the agent.
+/// A request to the agent.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(tag = "ask", rename_all = "snake_case")]
 pub enum Ask {
@@ -450,11 +450,11 @@ pub enum Ask {
     },
 }
 
-/// The agent's answer to a question.
+/// The agent's response to a request.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(tag = "answer", rename_all = "snake_case")]
 pub enum Answer {
-    /// Answers [`Ask::Mailbox`].
+    /// The response to [`Ask::Mailbox`].
     Mailbox {
         /// The adapter's name in the machine's specification.
         adapter: String,

@@ -9,7 +9,7 @@ use passthrough::sriov::InterruptRemapping;
 use super::{Finding, Host, Verdict};
 use crate::user_ids::{self, UserArgs};
 
-/// Whose processor it is.
+/// The processor's vendor.
 #[derive(Clone, Copy, PartialEq, Eq)]
 enum Vendor {
     Intel,
@@ -46,7 +46,7 @@ pub(super) fn kvm(host: &Host) -> Finding {
         }
         Err(error) if error.kind() == io::ErrorKind::PermissionDenied => fail(
             "this user may not open /dev/kvm".to_owned(),
-            // The fix is root's to run, the group this user's to get.
+            // Root runs the fix; this user joins the group.
             &format!(
                 "usermod -aG kvm \"$(id -nu {})\"  # then log in again; or run the agent as root",
                 rustix::process::getuid().as_raw()
@@ -70,7 +70,7 @@ pub(super) fn iommu(host: &Host, needed: Verdict) -> Finding {
         let fix = format!("sed -i 's/ *{option}//' /etc/default/grub && update-grub && reboot");
         return Finding::wrong(needed, "iommu", found, fix);
     }
-    // Linux uses AMD's without being told to (there is no amd_iommu=on), Intel's only on some distributions.
+    // Linux uses AMD's by default (there is no amd_iommu=on), Intel's only on some distributions.
     if vendor(host) == Vendor::Amd || has("intel_iommu=on") {
         let found = "no IOMMU group, though the kernel would use an IOMMU";
         return Finding::wrong(needed, "iommu", found, "enable the IOMMU (AMD-Vi, VT-d) in the firmware");
@@ -125,7 +125,7 @@ pub(super) fn vfio(host: &Host, needed: Verdict) -> Finding {
     Finding::ok("vfio-pci", "loaded")
 }
 
-/// The limit for this process is that of an agent that is started from here, if it is no service.
+/// The limit of this process is also that of an agent started from here, unless the agent is a service.
 pub(super) fn memlock(host: &Host) -> Finding {
     const FIX: &str =
         "ulimit -l unlimited  # in the shell that starts the agent; a service has LimitMEMLOCK=infinity";
@@ -191,7 +191,8 @@ pub(super) fn control_groups(host: &Host) -> Finding {
     warn(found.join("; "), fix)
 }
 
-/// Whether the user ids of VMs' processes are nobody else's. An agent that is root does not start otherwise.
+/// Whether the user ids of VMs' processes belong to no other user. An agent that is root does not start
+/// otherwise.
 pub(super) fn user_ids(host: &Host, users: &UserArgs) -> Finding {
     let range = users.range(0);
     match user_ids::check(&host.root, &range) {

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 
-//! `portcullis check`: what this host has of what VMs with VFs need. No agent is asked.
+//! `portcullis check`: compares this host with the needs of VMs with VFs. It runs without an agent.
 
 mod adapters;
 mod machine;
@@ -37,11 +37,11 @@ pub(super) struct CheckArgs {
     assignable: Vec<Assignable>,
 }
 
-/// How something is.
+/// The state of a requirement.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "snake_case")]
 enum Verdict {
-    /// As it should be.
+    /// Fulfilled.
     Ok,
     /// Some VMs, or some of their settings, will not work.
     Warn,
@@ -49,18 +49,18 @@ enum Verdict {
     Fail,
 }
 
-/// What was found out.
+/// The result of one check.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize)]
 struct Finding {
-    /// What was looked at; stable.
+    /// The stable name of the check.
     check: &'static str,
-    /// The PF, where there is one for each.
+    /// The PF, if the check runs for each PF.
     #[serde(skip_serializing_if = "Option::is_none")]
     subject: Option<String>,
     verdict: Verdict,
-    /// What was found.
+    /// The fact that the check found.
     found: String,
-    /// The command that mends it, as root, with what is to be said of it as the shell's comment; or what does where there is no command.
+    /// A command that mends it, run as root, with remarks as the shell's comment; or the cure in words where no command exists.
     #[serde(skip_serializing_if = "Option::is_none")]
     fix: Option<String>,
 }
@@ -121,7 +121,7 @@ impl Host {
 
 fn examine(host: &Host, users: &UserArgs, assignable: &AssignableList) -> Vec<Finding> {
     let pfs = host.sysfs.pfs();
-    // Without an adapter there are simulated ones only, which need KVM alone.
+    // Without an adapter only simulated ones are possible, which need KVM alone.
     let needed = match &pfs {
         Ok(pfs) if pfs.is_empty() => Verdict::Warn,
         _ => Verdict::Fail,

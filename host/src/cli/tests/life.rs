@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 
-//! VMs that are changed, waited for, run, and made from directories.
+//! VMs that are changed, awaited, run, and made from directories.
 
 use super::*;
 
@@ -59,7 +59,7 @@ async fn an_action_that_takes_longer_than_it_was_given_has_its_own_code() {
     desk.boot("web1", "default").await;
     desk.run("vm pause web1").await.unwrap();
     desk.run("vm resume web1").await.unwrap();
-    // The fake guest powers off at once; one that is deaf does not.
+    // The fake guest powers off at once, unless it is deaf.
     desk.client.write_console("web1", "deaf").await.unwrap();
     let (code, error) = desk.run("vm shutdown web1 --timeout 1").await.unwrap_err();
     assert!(code == 6 && error.contains("web1 is running after 1 s"), "{error}");
@@ -82,7 +82,7 @@ async fn run_boots_shows_and_deletes_only_if_it_is_told_to() {
     let file = desk.file("web1.json", WEB1);
     for (line, stays) in [
         (format!("run {file}"), true),
-        // The VM of before, which is not this command's to delete.
+        // An earlier command's VM, which this one may not delete.
         (format!("run {file}"), true),
         (format!("run --rm {file}"), true),
         (format!("run --rm {file}"), false),
@@ -111,7 +111,8 @@ async fn run_boots_shows_and_deletes_only_if_it_is_told_to() {
     assert_eq!(desk.run("vm show web1").await.unwrap_err().0, 4);
 }
 
-/// The agent has not deleted yet what a command left that was killed before it had the lease.
+/// A command was killed before it held the lease of its VM, and the agent has not deleted the VM
+/// yet.
 #[tokio::test]
 async fn run_takes_over_a_vm_that_waits_for_its_client() {
     let desk = Desk::new().await;
@@ -131,7 +132,7 @@ async fn run_takes_over_a_vm_that_waits_for_its_client() {
         assert!(left.is_err() || left.unwrap().status.lease.is_none(), "{line}: it is not deleted later");
     }
     desk.run("vm delete web1").await.unwrap();
-    // One that has a client is that client's.
+    // While a client holds the lease, the VM is that client's.
     desk.client.create_leased_vm(&spec).await.unwrap();
     let _lease = desk.client.lease_vm("web1").await.unwrap();
     let (code, error) = desk.run(&format!("run --rm {file}")).await.unwrap_err();
@@ -208,7 +209,7 @@ async fn apply_makes_what_files_say_and_nothing_the_second_time() {
     desk.run(&apply).await.unwrap();
     assert_eq!(actions(apply.clone()).await, all("unchanged"));
 
-    // A name that leads nowhere is known before anything is made, too.
+    // An unknown name in a file is found before anything is made, too.
     for (file, text, code) in [
         ("a.yaml", "{object: port_group, name: aaa, switch: nowhere}", "switch_not_found"),
         (
@@ -228,7 +229,8 @@ async fn apply_makes_what_files_say_and_nothing_the_second_time() {
     }
     assert_eq!(actions(apply.clone()).await, all("unchanged"));
 
-    // A VM that runs cannot become what its file says: that is known before anything is made.
+    // A running VM cannot take over its file's specification; the command finds this before
+    // anything is made.
     desk.run("vm boot web1").await.unwrap();
     let of_web = WEB1.replace("\"eth0\" }", "\"eth0\", \"port_group\": \"web\" }");
     write("vm.json", &of_web.replace("2MiB", "4MiB"));
@@ -256,7 +258,7 @@ async fn apply_makes_what_files_say_and_nothing_the_second_time() {
             "{line}"
         );
     }
-    // What may change of a VM that runs.
+    // Members that may change while the VM runs.
     write("vm.json", &of_web.replacen('{', "{ \"restart\": \"always\", \"autostart\": true,", 1));
     let changed = actions(apply.clone()).await;
     assert_eq!(
@@ -269,7 +271,7 @@ async fn apply_makes_what_files_say_and_nothing_the_second_time() {
     desk.run(&apply).await.unwrap();
     assert_eq!(actions(apply.clone()).await, all("unchanged"));
 
-    // What the agent refuses is told whole; what comes before it is made.
+    // The agent's refusal is shown in full; the objects before it are made.
     for name in ["s1", "s2"] {
         write(&format!("{name}.yaml"), &format!("{{object: switch, name: {name}, uplinks: [eth7]}}"));
     }

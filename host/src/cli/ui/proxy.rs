@@ -1,15 +1,15 @@
 // SPDX-License-Identifier: Apache-2.0
 
-//! What is between the page and the agent.
+//! The proxy between the page and the agent.
 //!
 //! | from | needs | gets |
 //! |---|---|---|
-//! | `/` | nothing | the page: a text that is the same for everybody |
+//! | `/` | nothing | the page: a text without secrets, the same for every client |
 //! | `POST /session` | the link's token, once | the session's token |
-//! | `/v1/…` | the session's token | what the agent answers |
+//! | `/v1/…` | the session's token | the agent's response |
 //!
-//! Tokens come in the `authorization` header. A browser sends that for no page but the one that has the token: there is no
-//! cookie that a stranger's page, or another service on another port of this host, could make use of. `Host`, `Origin` and
+//! Tokens come in the `authorization` header. A browser sends it for no page but the one that has the token: there is no
+//! cookie that another site's page, or another service on another port of this host, could exploit. `Host`, `Origin` and
 //! `Sec-Fetch-Site` are checked all the same.
 
 use std::sync::{
@@ -40,10 +40,10 @@ use crate::cli::{error::CliError, output::warn};
 const LINK: &str = "link";
 const SESSION: &str = "session";
 
-/// How long the body of a request may take.
+/// The longest time for the body of a request to arrive.
 const BODY_TIME: std::time::Duration = std::time::Duration::from_secs(20);
 
-/// What the page is served by.
+/// The proxy before it serves.
 pub(super) struct Proxy {
     client: Client,
     link: String,
@@ -51,7 +51,7 @@ pub(super) struct Proxy {
     gate: Arc<Gate>,
 }
 
-/// The same while it serves.
+/// The proxy while it serves.
 struct Serving {
     client: Client,
     session: String,
@@ -63,7 +63,7 @@ struct Serving {
 impl Proxy {
     pub(super) fn new(client: Client) -> Result<Self, CliError> {
         let (link, session) = (secret(), secret());
-        // Compared in constant time there.
+        // The gate compares them in constant time.
         let tokens = Tokens::parse(&format!("{LINK}:{link}\n{SESSION}:{session}\n"))
             .map_err(|error| CliError::Usage(error.to_string()))?;
         Ok(Self { client, link, session, gate: Arc::new(Gate::new(tokens, [])) })
@@ -102,7 +102,7 @@ fn secret() -> String {
     format!("{}{}", Uuid::new_v4().simple(), Uuid::new_v4().simple())
 }
 
-/// Refuses what a page of somebody else asks, and names that somebody has pointed here.
+/// Refuses requests from other sites' pages, and foreign host names that resolve to this host.
 async fn check(request: Request, next: Next) -> Response {
     let (mut head, body) = request.into_parts();
     match checked(&mut head) {
@@ -116,7 +116,7 @@ fn checked(head: &mut Parts) -> Result<(), Problem> {
         return Err(Problem::new(ProblemCode::Forbidden, "This page is served over TCP."));
     };
     gate.check_host(head, local)?;
-    // Following a link to the page is no harm: without the token in it, it shows nothing.
+    // Following a link to the page is harmless: without the link's token the page shows nothing.
     let opens = head.uri.path() == "/" && head.method == Method::GET;
     if !opens && !is_own(&head.headers) {
         let detail = "The request comes from a page of another site (Origin, Sec-Fetch-Site), and none may use this one.";
@@ -128,7 +128,7 @@ fn checked(head: &mut Parts) -> Result<(), Problem> {
     Ok(())
 }
 
-/// Whether the page itself asks, or no page at all.
+/// Whether the request comes from the page itself, or from no page at all.
 fn is_own(headers: &HeaderMap) -> bool {
     let text = |value: &header::HeaderValue| value.to_str().unwrap_or_default().to_owned();
     let host = headers.get(header::HOST).map(text).unwrap_or_default();
@@ -138,7 +138,7 @@ fn is_own(headers: &HeaderMap) -> bool {
         && sites.all(|site| site == "same-origin" || site == "none")
 }
 
-/// The name of the token that a request has.
+/// The name of the token in a request.
 #[derive(Clone)]
 struct Token(Arc<str>);
 
@@ -151,7 +151,7 @@ async fn page(State(serving): State<Arc<Serving>>) -> Response {
     answer(&serving.client, Method::GET, "/ui", &HeaderMap::new(), axum::body::Bytes::new()).await
 }
 
-/// `POST /session`: the link's token for the session's.
+/// `POST /session`: exchanges the link's token for the session's.
 async fn begin(State(serving): State<Arc<Serving>>, request: Request) -> Result<Response, Problem> {
     let (head, _) = request.into_parts();
     if !has(&head, LINK) {
@@ -173,7 +173,7 @@ async fn begin(State(serving): State<Arc<Serving>>, request: Request) -> Result<
     Ok((kept, Json(serde_json::json!({ "session": serving.session }))).into_response())
 }
 
-/// `/v1/…`: what the page asks of the agent.
+/// `/v1/…`: forwards the page's requests to the agent.
 async fn forward(State(serving): State<Arc<Serving>>, request: Request) -> Result<Response, Problem> {
     let (head, body) = request.into_parts();
     if !has(&head, SESSION) {
@@ -190,7 +190,7 @@ async fn forward(State(serving): State<Arc<Serving>>, request: Request) -> Resul
     Ok(answer(&serving.client, head.method, path, &head.headers, body).await)
 }
 
-/// What the agent answers, or that it does not.
+/// The agent's response, or the problem of reaching it.
 async fn answer(
     client: &Client,
     method: Method,
@@ -201,7 +201,7 @@ async fn answer(
     match client.forward(method, path, headers, body).await {
         Ok(answer) => {
             let (mut head, body) = answer.into_parts();
-            // About the connection to the agent, not about this one.
+            // These headers describe the connection to the agent, not this one.
             for name in [header::CONNECTION, header::TRANSFER_ENCODING] {
                 head.headers.remove(name);
             }

@@ -64,14 +64,14 @@ pub(super) fn vf(n: u8) -> VfRef {
     VfRef { pf: PF.into(), index: n.into() }
 }
 
-/// How a vmm takes orders to take something back.
+/// How a vmm carries out commands to revoke changes.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub(super) enum TakesBack {
     #[default]
     Done,
     Deferred,
     Refused,
-    /// No answer.
+    /// No response.
     Never,
 }
 
@@ -86,7 +86,7 @@ pub(super) struct Heard {
     pub(super) orders: Vec<Order>,
     pub(super) stopped: Vec<String>,
     pub(super) takes_back: TakesBack,
-    /// What it refuses without a question.
+    /// The standing denial.
     pub(super) standing: Option<StandingRefusal>,
 }
 
@@ -95,12 +95,12 @@ impl FakeVmm {
         self.heard.lock().unwrap()
     }
 
-    /// The orders since the last call.
+    /// The commands since the last call.
     pub(super) fn orders(&self) -> Vec<Order> {
         std::mem::take(&mut self.heard().orders)
     }
 
-    /// What was ordered to be taken back since the last call.
+    /// The changes that it was commanded to revoke since the last call.
     pub(super) fn taken_back(&self) -> Vec<Change> {
         let taken = |order| match order {
             Order::TakeBack { changes, .. } => changes,
@@ -215,7 +215,7 @@ impl Host {
         host
     }
 
-    /// Ends the agent, and starts another one on what is left.
+    /// Ends the agent, and starts another one on the same database.
     pub(super) async fn restart(&mut self) {
         self.restart_after(async |_| {}).await;
     }
@@ -238,7 +238,7 @@ impl Host {
         self.policy.get_port_group(ObjectRef::Name("web".into())).await.unwrap()
     }
 
-    /// What is stored of a VM's port now.
+    /// The stored record of a VM's port.
     pub(super) async fn stored(&self, n: u8) -> Attachment {
         let store = Arc::new(SqliteStore::open(&self.dir.path().join("test.db")).unwrap());
         let all = Table::<Attachment>::new(&Stores::on_one_host(store)).list().await.unwrap();
@@ -255,7 +255,8 @@ impl Host {
         SqliteStore::open(&self.dir.path().join("test.db")).unwrap()
     }
 
-    /// Ends the agent, damages all that is stored of one kind, and tells why no other starts on that.
+    /// Ends the agent, damages all stored objects of one kind, and returns the error of the next
+    /// start.
     pub(super) async fn restart_on_damaged(&mut self, kind: &'static str) -> SwitchError {
         let store = self.end().await;
         for object in store.list(kind).await.unwrap().objects {
@@ -266,7 +267,7 @@ impl Host {
         parts(self.dir.path(), &self.pfs, &self.metrics).await.err().expect("an error")
     }
 
-    /// As [`restart_on_damaged`](Self::restart_on_damaged), with all of one kind lost.
+    /// As [`restart_on_damaged`](Self::restart_on_damaged), with all objects of one kind lost.
     pub(super) async fn restart_without(&mut self, kind: &'static str) -> SwitchError {
         let store = self.end().await;
         for object in store.list(kind).await.unwrap().objects {
@@ -276,13 +277,12 @@ impl Host {
         parts(self.dir.path(), &self.pfs, &self.metrics).await.err().expect("an error")
     }
 
-    /// News, without waiting for what comes of it.
+    /// Sends a hint of a change, and does not wait for its effect.
     pub(super) async fn changed_soon(&self) {
         self.hints.send(Hint::Changed { index: 2, name: Some(PF.into()), up: true }).await.unwrap();
     }
 
-    /// Replaces the group's settings.
-    /// Sees that the relay of VM `n` is told to make a change, not before `wait` is over.
+    /// Waits until the relay of VM `n` is commanded to make a change, and asserts that `wait` is over by then.
     pub(super) async fn changed_after(&self, wait: Duration, n: u8, change: &Change) {
         let begun = std::time::Instant::now();
         self.until("a message of the agent's own", async |host| host.vmm(n).taken_back().contains(change))
@@ -291,6 +291,7 @@ impl Host {
         self.switch.settle().await;
     }
 
+    /// Creates the group, or replaces its settings.
     pub(super) async fn set(&self, settings: &str) -> Result<(), Problem> {
         let spec = PortGroupSpec {
             switch: "default".parse().unwrap(),
@@ -323,7 +324,7 @@ impl Host {
         Arc::clone(&self.guests[usize::from(n)].vmm)
     }
 
-    /// Asks, and does not wait for the answer. Returns the question's number.
+    /// Sends a request, and does not wait for the response. Returns its number.
     pub(super) async fn send(&mut self, n: u8, request: Request) -> u64 {
         let guest = &mut self.guests[usize::from(n)];
         guest.asked += 1;
@@ -343,7 +344,8 @@ impl Host {
         !self.guests[usize::from(n)].answers.is_empty()
     }
 
-    /// Asks like a guest whose PF acknowledges what is forwarded. True if it is granted in the end.
+    /// Sends a request as a guest whose PF acknowledges forwarded messages. Returns the final
+    /// decision.
     pub(super) async fn ask(&mut self, n: u8, request: Request) -> relay::Decision {
         let seq = self.send(n, request).await;
         let verdict = self.answer(n).await;
@@ -360,7 +362,7 @@ impl Host {
 
     pub(super) async fn hint(&self, hint: Hint) {
         self.hints.send(hint).await.unwrap();
-        // It is in the task's hands when it is gone from the channel.
+        // The task has taken it when the channel is empty again.
         while self.hints.capacity() < self.hints.max_capacity() {
             tokio::time::sleep(Duration::from_millis(1)).await;
         }
@@ -375,7 +377,7 @@ impl Host {
         self.policy.get_port(ObjectRef::Name(format!("vm{n}/eth0"))).await.unwrap()
     }
 
-    /// Effective and guest's address.
+    /// The effective and the guest address.
     pub(super) async fn addresses(&self, n: u8) -> (MacAddress, MacAddress) {
         let status = self.port(n).await.status;
         (status.effective_mac, status.guest_mac)
@@ -397,7 +399,7 @@ impl Host {
         self.policy.decisions.query(filter).await.unwrap()
     }
 
-    /// Waits until it is so.
+    /// Waits until the condition holds.
     pub(super) async fn until(&self, what: &str, mut so: impl AsyncFnMut(&Self) -> bool) {
         let wait = async {
             while !so(self).await {

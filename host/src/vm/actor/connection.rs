@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 
-//! The connection to the vmm, and what comes from it.
+//! The connection to the vmm, and its events.
 
 use passthrough::sim::is_simulated;
 use vmm::control::Ask;
@@ -17,7 +17,7 @@ impl Actor {
                     self.misbehave(&chain(&error)).await;
                 }
                 let problem = error.problem();
-                // Once: it is tried again and again, and a vmm can have another reason each time.
+                // Log once: the agent tries again and again, and a vmm can give another reason each time.
                 if self.unreachable.replace(problem.detail.to_string()).is_none() {
                     tracing::warn!(vm = %self.name(), "its process cannot be talked to, and goes on: {problem}");
                 }
@@ -45,7 +45,7 @@ impl Actor {
     pub(super) async fn disconnected(&mut self) {
         self.link = None;
         network::disconnected(&self.env, self.vm.id).await;
-        // Its followers have nothing more to wait for.
+        // The console's followers have nothing more to wait for.
         self.outlets.console.send_modify(|n| *n = n.wrapping_add(1));
         self.outlets.connection.send_replace(None);
     }
@@ -57,13 +57,15 @@ impl Actor {
             None => self.disconnected().await,
         }
         if self.run.state == VmState::Stopping {
-            // It is about to end, or was never told to: another process may have taken the connection's place.
+            // The process is about to end, or never received the command: another process may have taken the connection's
+            // place.
             let soon = Instant::now().checked_add(LAST_WORDS);
             self.deadline = self.deadline.into_iter().chain(soon).min();
         }
     }
 
-    /// The process said what no vmm of ours says: its guest has taken it over, or it is broken. Nothing more of it is heard.
+    /// Kills a process that violated the protocol: its guest has taken it over, or it is broken. Its later messages are
+    /// ignored.
     async fn misbehave(&mut self, why: &str) {
         tracing::error!(vm = %self.name(), "its process is killed, for what it said to the agent: {why}");
         self.misbehaved = Some(format!("Its process was killed, for what it said to the agent: {why}."));
@@ -73,10 +75,10 @@ impl Actor {
         self.disconnected().await;
     }
 
-    /// What is wrong with something that the process said: an adapter that the VM does not have.
+    /// The fault of an event: it names an adapter that the VM does not have.
     fn wrong(&self, event: &Event) -> Option<String> {
         if let Some(why) = self.link.as_ref().and_then(|link| link.connection.fault()) {
-            // Said before it, and not to be trusted any more than that.
+            // The process sent it before the violation, and it deserves no more trust.
             return Some(why);
         }
         let adapter = match event {
@@ -94,7 +96,7 @@ impl Actor {
         }
         match event {
             Event::Ask { id, ask } => network::ask(&self.env, self.vm.id, id, ask).await,
-            // The switch keeps what is to be kept of it.
+            // The switch keeps the parts that must be kept.
             Event::Report { seq, report: Report::Relay { adapter, notice } } => {
                 network::notice(&self.env, self.vm.id, adapter, notice).await;
                 if let Some(link) = &self.link {
@@ -106,7 +108,7 @@ impl Actor {
                 if !known {
                     self.on_report(report).await;
                 }
-                // Only what is stored may be forgotten by the vmm.
+                // The vmm may forget only a stored report.
                 if (known || self.store().await.is_ok())
                     && let Some(link) = &self.link
                 {
@@ -116,9 +118,9 @@ impl Actor {
         }
     }
 
-    /// Whether a report is a repetition of one that is stored: it costs no write and no line in the log.
+    /// Whether a report repeats a stored one: such a report costs no write and no line in the log.
     fn is_known(&self, report: &Report) -> bool {
-        // A vmm can only lose what it was given.
+        // A vmm can only lose a device that it was given.
         let Report::DeviceLost { bdf, .. } = report else { return false };
         let held = self.held.iter().any(|claim| claim.name == *bdf);
         !held || self.stored && self.run.lost.contains_key(bdf)
@@ -136,7 +138,7 @@ impl Actor {
             Report::Ended { end } => {
                 self.end = Some(end);
                 self.progress.enter(Stage::EndingProcess);
-                // It ends by itself now; it is not waited for without bound.
+                // The process ends by itself now; bound the wait for it.
                 self.deadline = self.deadline.or(Instant::now().checked_add(STOP));
             }
             Report::DeviceLost { bdf, why } => self.on_device_lost(&bdf, why).await,
@@ -150,7 +152,7 @@ impl Actor {
             State::Running => VmState::Running,
             State::Paused => VmState::Paused,
             State::Rebooting => VmState::Rebooting,
-            // Ends are told by their own report, beginnings by the agent itself.
+            // An end has a report of its own, and the agent itself causes beginnings.
             State::Empty | State::Ready | State::Ended => return,
         };
         if self.run.state != state && !self.run.state.is_at_rest() && self.run.state != VmState::Stopping {
@@ -185,7 +187,7 @@ impl Actor {
         self.env.tell(EventKind::Changed { object: self.subject(), revision: self.vm.revision, by: None });
     }
 
-    /// Presses the power button of a guest again that has not reacted.
+    /// Presses the power button again if the guest has not reacted.
     fn press_again(&mut self) {
         let Some(ticks) = self.button.filter(|_| self.run.state == VmState::Running) else {
             self.button = None;
@@ -204,7 +206,7 @@ impl Actor {
         }
     }
 
-    /// Forgets claims on functions that the guest lost and that are no longer there.
+    /// Releases claims on functions that the guest lost and that are no longer there.
     pub(super) async fn release_lost(&mut self) {
         let gone = |claim: &Held| {
             self.run.lost.contains_key(&claim.name) && !self.env.inventory.has_device(claim.value.bdf)
@@ -231,7 +233,7 @@ impl Actor {
             self.deadline = None;
         }
         let lost = self.link.is_none() && self.misbehaved.is_none();
-        // A process that ends its connection again and again is connected to less often.
+        // The agent reconnects less often to a process that ends its connection again and again.
         if lost && self.allowance.connect() && self.connect().await.is_ok() {
             tracing::info!(vm = %self.name(), "connected again");
         }
@@ -243,7 +245,7 @@ impl Actor {
     }
 }
 
-/// Wakes those who follow the console, until the connection ends.
+/// Wakes the console's followers, until the connection ends.
 async fn watch_console(connection: Connection, directory: VmDirectory, grown: Arc<watch::Sender<u64>>) {
     let Ok(ring) = console::Reader::open(&directory.console()) else { return };
     let mut offset = 0;
@@ -254,7 +256,7 @@ async fn watch_console(connection: Connection, directory: VmDirectory, grown: Ar
         }
         offset = ring.count().unwrap_or(offset);
         grown.send_modify(|n| *n = n.wrapping_add(1));
-        // The count is the guest's: however it moves, this loop is slow.
+        // The guest chooses the count: however it moves, this loop is slow.
         sleep(CONSOLE_PACE).await;
     }
 }

@@ -1,20 +1,20 @@
 // SPDX-License-Identifier: Apache-2.0
 
-//! Booting a VM that nobody asked to be booted now: again after its end, or when the agent starts.
+//! Boots without a request: again after an end, or when the agent starts.
 
 use api::types::{RestartPolicy, RestartStatus, VmSpec};
 
 use super::{booting::NotBuilt, *};
 use crate::{environment::Backoff, vm::record::Asked};
 
-/// When the VM is booted by the agent itself.
+/// The next boot of a VM by the agent itself.
 pub(super) struct Due {
     at: tokio::time::Instant,
-    /// What its status will say.
+    /// The number of attempts that the status will show.
     attempts: u32,
 }
 
-/// Completes when the VM is to be booted.
+/// Completes at the time of the next boot; never without one.
 pub(super) async fn due(due: &Option<Due>) {
     match due {
         Some(due) => tokio::time::sleep_until(due.at).await,
@@ -23,7 +23,7 @@ pub(super) async fn due(due: &Option<Due>) {
 }
 
 impl Actor {
-    /// The VM ends with this: decides whether it is booted again, and when. To be called before its state says that it is at rest.
+    /// Decides at the end of a VM whether and when it is booted again. Call it before the state shows that the VM is at rest.
     pub(super) fn plan_restart(&mut self, state: VmState, cause: Option<&Cause>) {
         self.cancel_restart();
         if !self.deleting.is_empty() || !restarts(self.vm.value.spec.restart, &self.run, state, cause) {
@@ -50,7 +50,7 @@ impl Actor {
         self.due = tokio::time::Instant::now().checked_add(delay).map(|at| Due { at, attempts });
     }
 
-    /// The agent has started, and the VM is at rest: takes up what the former agent had planned.
+    /// Resumes the plan of the former agent. Called at the agent's start for a VM at rest.
     pub(super) fn resume_restart(&mut self) {
         let boot = self.env.boot_id.as_str();
         if autostarts(&self.vm.value.spec, &self.run, boot) {
@@ -62,12 +62,12 @@ impl Actor {
                 // The clock may have been set meanwhile.
                 self.arm(delay.min(self.env.backoff.most), self.run.restart.attempts.saturating_add(1));
             }
-            // What was to be kept running ended with the host; `autostart` is for that.
+            // The host's restart ended a VM that was to be kept running; `autostart` is for that.
             _ => self.cancel_restart(),
         }
     }
 
-    /// Somebody wants the VM to end, or it is at rest and should stay there.
+    /// Notes that a caller wants the VM to end, or to stay at rest.
     pub(super) async fn asked_to_end(&mut self, by: Asked) {
         let at_rest = self.run.state.is_at_rest();
         self.cancel_restart();
@@ -78,7 +78,7 @@ impl Actor {
         drop(self.store().await);
     }
 
-    /// Boots the VM with the rights of those who chose its files.
+    /// Boots the VM with the rights of the users that chose its files.
     pub(super) async fn boot_unasked(&mut self) {
         let Some(Due { attempts, .. }) = self.due.take() else { return };
         if self.closed {
@@ -96,7 +96,7 @@ impl Actor {
             },
             Err(problem) => problem,
         };
-        // Nothing was begun: the VM is at rest, for another reason now.
+        // No boot was begun: the VM is still at rest, for another reason now.
         self.progress.end();
         self.fail(result);
         self.run.restart = RestartStatus { attempts, next: None };
@@ -113,12 +113,12 @@ pub(super) fn later(delay: Duration) -> Timestamp {
     Timestamp::from_unix_ms(Timestamp::now().unix_ms().saturating_add(ms))
 }
 
-/// The time before an attempt that so many came before.
+/// The delay before the next attempt, after this number of attempts.
 fn delay(backoff: Backoff, attempts: u32) -> Duration {
     backoff.first.saturating_mul(2_u32.saturating_pow(attempts)).min(backoff.most)
 }
 
-/// Whether a VM in this state, with `run` as it was before, is booted again after this end.
+/// Whether a VM is booted again after this end; `run` is its record before the end.
 fn restarts(policy: RestartPolicy, run: &RunRecord, end: VmState, cause: Option<&Cause>) -> bool {
     let wanted = match policy {
         RestartPolicy::Never => false,
@@ -126,9 +126,9 @@ fn restarts(policy: RestartPolicy, run: &RunRecord, end: VmState, cause: Option<
         RestartPolicy::Always => true,
     };
     let asked = match run.asked {
-        // The agent ends.
+        // The agent ends and stopped it.
         Some(Asked::Agent) => true,
-        // A guest that was asked to power off, and failed later, has not done what it was asked for.
+        // A guest that fails after a request to power off has not done as requested.
         Some(Asked::User) => run.state == VmState::Stopping || end == VmState::Stopped,
         None => false,
     };
@@ -136,7 +136,7 @@ fn restarts(policy: RestartPolicy, run: &RunRecord, end: VmState, cause: Option<
     wanted && !asked && !matches!(code, Some(CauseCode::Stopped | CauseCode::HostRestarted))
 }
 
-/// Whether a VM at rest is booted by an agent that starts. `boot` is the host's boot.
+/// Whether a starting agent boots this VM, which is at rest. `boot` is the host's boot.
 fn autostarts(spec: &VmSpec, run: &RunRecord, boot: &str) -> bool {
     let stopped = match run.asked {
         Some(Asked::User) => true,
@@ -197,7 +197,7 @@ mod tests {
             (VmState::Stopped, Some(Asked::User), Some("now"), false),
             (VmState::Stopped, Some(Asked::User), Some("before"), true),
             (VmState::Stopped, Some(Asked::Agent), Some("now"), true),
-            // Of an agent that did not write down when.
+            // From the record of an agent that did not store the time.
             (VmState::Stopped, None, None, true),
         ] {
             let run =

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 
-//! VMs that live by a lease.
+//! VMs with a lease.
 
 use std::{sync::atomic::Ordering, time::Duration};
 
@@ -20,17 +20,17 @@ use crate::{
     },
 };
 
-/// The wait for a client in these tests.
+/// The grace period for a client in these tests.
 const GRACE: Duration = Duration::from_millis(800);
 
-/// Long enough for an end that must not come.
+/// Long enough to show that an end does not come.
 const SOON: Duration = Duration::from_millis(400);
 
 async fn host(grace: Duration) -> Host {
     Host::with_environment(|env| env.lease_grace = grace).await
 }
 
-/// Waits until nothing is left of the VM.
+/// Waits until nothing of the VM is left.
 async fn is_gone(host: &Host, vm: &VmHandle) {
     let ended = async {
         while !vm.has_ended() {
@@ -57,7 +57,7 @@ async fn a_vm_ends_with_the_last_client_of_its_lease() {
     let first = vm.lease().await.unwrap();
     host.act(&vm, VmAction::Boot).await.unwrap();
     assert_eq!(vm.status().lease.unwrap().until, None);
-    // A client whose connection is slow to end has come again by another.
+    // A client whose old connection ends late has connected again.
     let second = vm.lease().await.unwrap();
     drop(first);
     lives_on(&vm, VmState::Running).await;
@@ -88,14 +88,14 @@ async fn a_vm_whose_lease_is_ended_lives_on() {
     assert_eq!(vm.status().lease, None);
     assert!(!host.env.runs.get(vm.id).await.unwrap().value.leased, "also after the agent's end");
     vm.end_lease().await.unwrap();
-    // A VM that is deleted by somebody else ends the lease, too.
+    // A deletion by another caller ends the lease, too.
     let lease = vm.lease().await.unwrap();
     vm.delete(caller(), None).await.unwrap();
     timeout(PATIENCE, lease).await.expect("the client hears of it");
     is_gone(&host, &vm).await;
 }
 
-/// A VM that has just been created has a client soon, or never.
+/// A new VM with a lease is deleted unless its client comes within the grace period.
 #[tokio::test]
 async fn a_vm_that_is_created_with_a_lease_waits_for_its_client() {
     let host = host(GRACE).await;
@@ -118,7 +118,8 @@ async fn a_vm_that_is_created_with_a_lease_waits_for_its_client() {
     }
 }
 
-/// An agent that ends closes the connections of its clients, and is not their end. The next one waits for them.
+/// An agent that ends closes its clients' connections. That does not end their leases: the next agent waits for
+/// them.
 #[tokio::test]
 async fn the_next_agent_waits_for_the_client_for_a_time() {
     for comes in [true, false] {
@@ -166,7 +167,7 @@ async fn a_boot_ends_with_its_client() {
     host.gates().open("configure");
 }
 
-/// Records of agents that know no leases are of VMs without one.
+/// Records of agents without leases are of VMs without one.
 #[test]
 fn an_old_record_has_no_lease() {
     let run: RunRecord = serde_json::from_value(

@@ -57,7 +57,7 @@ pub struct Pf {
     pub triggered: Vec<u32>,
     /// The interface is down: no message is taken.
     pub down: bool,
-    /// Takes messages, answers none.
+    /// Takes messages, and responds to none.
     pub mute: bool,
     /// Holds the buffer (PFU).
     pub busy: bool,
@@ -87,7 +87,7 @@ pub struct FakeVf {
 }
 
 impl FakeVf {
-    /// A VF whose administrator has set `mac`, as the agent always does.
+    /// A VF with the address `mac` set by the administrator, as the agent always does.
     pub fn new(mac: MacAddress, clock: Arc<dyn Clock>) -> Arc<Self> {
         let vf = Self { state: Mutex::default(), clock };
         vf.set_admin_mac(mac);
@@ -133,7 +133,7 @@ impl FakeVf {
         self.ping();
     }
 
-    /// A reset of the PF that is over before the next poll, and whose ping got lost.
+    /// A reset of the PF that ends before the next poll, with a lost ping.
     pub fn pf_reset_at_once(&self) {
         self.pf_reset_begins();
         self.lock().bits &= !PFSTS;
@@ -153,12 +153,12 @@ impl FakeVf {
         state.bits |= RSTD;
     }
 
-    /// From now on the PF takes messages, and answers them in [`answer_late`](Self::answer_late).
+    /// From now on the PF takes messages, and responds to them in [`answer_late`](Self::answer_late).
     pub fn hold(&self) {
         self.lock().held = Some(Vec::new());
     }
 
-    /// Answers the held messages, and holds no more.
+    /// Responds to the held messages, and holds no more.
     pub fn answer_late(&self) {
         let mut state = self.lock();
         for words in state.held.take().unwrap_or_default() {
@@ -330,7 +330,7 @@ impl VfHardware for FakeVf {
             Register::Buffer(word) => state.words[word],
             // STATUS: link up, full duplex, 1000 Mbit/s.
             Register::PassedRead if offset == 8 => 0x83,
-            // The value tells the offset of the read.
+            // The value identifies the offset of the read.
             Register::PassedRead => 0x5a5a_0000 | u32::try_from(offset).unwrap(),
             // VTIVAR_MISC: vector 2.
             _ if offset == u64::from(IGBVF.mailbox_vector) => 0x82,

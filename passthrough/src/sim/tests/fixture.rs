@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 
-//! A PF whose loop runs on a thread, and guests with a network driver on its VFs.
+//! A PF with its loop on a thread, and guests with a network driver on its VFs.
 
 use std::{
     os::fd::OwnedFd,
@@ -88,7 +88,7 @@ impl Adapter {
         (Arc::new(SimVf::new(connection, memory.clone(), &ThreadStart::default()).unwrap()), memory)
     }
 
-    /// A guest whose driver has probed the VF and opened the interface.
+    /// A guest with a driver that has probed the VF and opened the interface.
     pub(super) fn guest(&mut self, vf: u16) -> Guest {
         let mac = mac(0x10 + u8::try_from(vf).unwrap());
         let (vf, memory) = self.vf(vf, mac);

@@ -7,16 +7,16 @@ use kvm_ioctls::{Kvm, VmFd};
 
 use crate::{machine, vcpu::cpuid};
 
-/// Event selectors: the first of AMD (APM vol. 2, 13.2), which is there whatever CPUID says, and the first of Intel.
+/// Event selectors: the first of AMD (APM vol. 2, 13.2), which exists whatever CPUID says, and the first of Intel.
 const SELECTORS: [u32; 2] = [0xc001_0000, 0x186];
 
-/// An event, cycles, without the bit that has it counted.
+/// An event, cycles, without the bit that enables counting.
 const CYCLES: u64 = 0x76;
 
-/// The selectors that keep what is written to them.
+/// The selectors that keep a written value.
 fn kept(kvm: &Kvm, vm: &VmFd) -> Vec<u32> {
     let vcpu = vm.create_vcpu(0).unwrap();
-    // All of the host's, counters among them: not CPUID is tried here.
+    // All CPUID bits of the host, those of counters among them: the test is not about CPUID.
     vcpu.set_cpuid2(&cpuid::supported(kvm).unwrap()).unwrap();
     let keeps = |selector: &u32| {
         let entry = |data| kvm_msr_entry { index: *selector, data, ..kvm_msr_entry::default() };
@@ -28,7 +28,7 @@ fn kept(kvm: &Kvm, vm: &VmFd) -> Vec<u32> {
     SELECTORS.into_iter().filter(keeps).collect()
 }
 
-/// On a host whose KVM has counters (`kvm.enable_pmu`), a VM of ours has none all the same.
+/// On a host with KVM that offers counters (`kvm.enable_pmu`), a VM of ours has none all the same.
 #[test]
 fn a_vm_has_no_performance_counters() {
     let kvm = Kvm::new().expect("/dev/kvm is needed");
