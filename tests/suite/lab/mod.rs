@@ -23,9 +23,8 @@ use crate::fixture::{Agent, Guest, host};
 const CMDLINE: &str = "console=ttyS0 quiet panic=-1 portcullis.noecho";
 
 /// For tests of other things than the boot. An emulated processor spends a quarter of a guest's boot on decompressing
-/// its kernel, on moving it to a random address and on mitigations of faults that it does not have. A periodic timer survives
-/// a lost interrupt, which the TSC-deadline timer does not.
-const FAST: &str = "mitigations=off nokaslr nohz=off highres=off lapic=notscdeadline";
+/// its kernel, on moving it to a random address and on mitigations of faults that it does not have.
+const FAST: &str = "mitigations=off nokaslr";
 
 /// A VM that boots Debian's kernel into busybox, without any device, fast.
 fn bare_spec(agent: &Agent, name: &str) -> Value {
