@@ -22,8 +22,8 @@ use utoipa_axum::{router::OpenApiRouter, routes};
 
 use super::{
     Shared,
+    auth::Peer,
     extract::Named,
-    gate::Peer,
     places::{Place, Source},
     streams::Streams,
 };

@@ -2,6 +2,7 @@
 
 //! The routes, and the OpenAPI document that is generated from them.
 
+mod auth;
 mod codes;
 mod console;
 mod events;
@@ -9,12 +10,10 @@ mod examples;
 mod extract;
 #[cfg(any(test, feature = "test-support"))]
 pub mod fuzz;
-mod gate;
 mod host;
 mod lease;
 mod merge;
 mod meta;
-mod patient;
 mod places;
 mod policy;
 mod respond;
@@ -23,6 +22,7 @@ mod shared;
 mod streams;
 mod ui;
 mod vms;
+mod write_timeout;
 
 use std::{sync::Arc, time::Duration};
 
@@ -30,7 +30,7 @@ use axum::{Extension, Router, extract::DefaultBodyLimit, middleware, routing::ge
 use utoipa::OpenApi;
 use utoipa_axum::router::OpenApiRouter;
 
-pub use gate::{Gate, Peer};
+pub use auth::{Gate, Peer};
 pub(crate) use lease::LEASE_BEAT;
 pub use meta::openapi;
 pub use places::Source;
@@ -82,7 +82,7 @@ fn assemble(routes: OpenApiRouter, backend: Arc<dyn Backend>) -> Router {
         .method_not_allowed_fallback(respond::no_such_method)
         .layer(Extension(streams::Streams::default()))
         .layer(DefaultBodyLimit::max(MAX_BODY))
-        .layer(middleware::from_fn_with_state(Arc::clone(&backend), gate::admit))
+        .layer(middleware::from_fn_with_state(Arc::clone(&backend), auth::admit))
         .layer(middleware::from_fn_with_state(backend, respond::identify))
 }
 

@@ -20,10 +20,10 @@ use tokio::{
 use tokio_rustls::TlsAcceptor;
 
 use super::{
-    gate::{Gate, Peer},
-    patient::Patient,
+    auth::{Gate, Peer},
     places::{Bounds, Newcomer, Place, Places, Source},
     respond::RequestId,
+    write_timeout::Patient,
 };
 use crate::{Caller, Problem, ProblemCode, User};
 

@@ -34,9 +34,10 @@ use crate::{
     metrics,
     store::{Entry, Expect, StoreError},
     vm::{
-        VmHandle, network,
+        VmHandle,
         problem::{ToProblem, chain},
         record::{Asked, Claim, RunRecord, VmRecord, generated_mac, macs},
+        switch_client,
     },
     vmm_process::VmDirectory,
 };
@@ -199,7 +200,7 @@ impl Agent {
         reach(Point::CreateBegun);
         let revision = self.env.vms.put(id, &name, &value, Expect::Absent).await.map_err(|e| e.problem())?;
         reach(Point::CreateStored);
-        if let Err(problem) = network::attach(&self.env, id, &value.spec).await {
+        if let Err(problem) = switch_client::attach(&self.env, id, &value.spec).await {
             self.env.vms.remove(id).await.map_err(|e| e.problem())?;
             return Err(problem);
         }
@@ -207,7 +208,7 @@ impl Agent {
         if leased {
             let run = RunRecord { leased, ..RunRecord::created(value.created) };
             if let Err(error) = self.env.runs.put(id, &name, &run, Expect::Any).await {
-                network::detach(&self.env, id).await?;
+                switch_client::detach(&self.env, id).await?;
                 self.env.vms.remove(id).await.map_err(|e| e.problem())?;
                 return Err(error.problem());
             }

@@ -24,7 +24,7 @@ use crate::{
     store::{Entry, SqliteStore},
     switch::{
         Leftover,
-        clean::{Function, clean},
+        scrub::{Function, clean},
     },
     vm::tests::fixture::{Host, VF0, caller},
 };

@@ -21,13 +21,13 @@ use uuid::Uuid;
 use super::{
     Parts, Timing, UncheckedPorts,
     command::{Command, KnownPf},
+    commit::{CommitContext, End},
     error::SwitchError,
-    job::{End, Tools},
-    lane::{Busy, Lane, Work},
-    link::Vmm,
-    load,
+    journal::Writer,
+    port_queue::{PortQueue, Running, Task},
     record::{Attachment, GroupRecord, PortRecord, SwitchRecord},
-    writer::Writer,
+    startup,
+    vmm_client::Vmm,
 };
 use crate::{
     decisions::{DecisionLog, events::EventHub},
@@ -53,7 +53,7 @@ pub(super) struct Link {
 pub(super) struct Actor {
     pub(super) state: SwitchState,
     pub(super) meta: HashMap<Uuid, Meta>,
-    pub(super) lanes: HashMap<PortId, Lane>,
+    pub(super) lanes: HashMap<PortId, PortQueue>,
     /// Exactly the adapters of `state`'s ports.
     pub(super) adapters: HashMap<(VmId, String), PortId>,
     pub(super) links: HashMap<VmId, Link>,
@@ -127,7 +127,7 @@ pub(super) async fn start(
         #[cfg(test)]
         settling: Vec::new(),
     };
-    load::load(&mut actor, Table::new(&store), Table::new(&store), pfs).await?;
+    startup::load(&mut actor, Table::new(&store), Table::new(&store), pfs).await?;
     tokio::spawn(run(actor, inbox, ended, hints));
     Ok(())
 }
@@ -228,7 +228,7 @@ impl Actor {
 
     #[cfg(test)]
     fn say_settled(&mut self) {
-        if self.lanes.values().all(Lane::is_idle) && self.compare_at.is_none() {
+        if self.lanes.values().all(PortQueue::is_idle) && self.compare_at.is_none() {
             for settled in self.settling.drain(..) {
                 let _ = settled.send(());
             }
@@ -238,7 +238,7 @@ impl Actor {
     // ---- lanes ----
 
     /// Queues work for a port, and starts it if the lane is free.
-    pub(super) fn queue(&mut self, port: PortId, work: Work) {
+    pub(super) fn queue(&mut self, port: PortId, work: Task) {
         if let Some(lane) = self.lanes.get_mut(&port) {
             lane.push(work);
             self.go_on(port);
@@ -261,7 +261,7 @@ impl Actor {
         let due: Vec<_> = self.freed.extract_if(|_, at| now.saturating_duration_since(*at) >= wait).collect();
         for ((switch, mac), _) in due {
             for port in self.state.offer(switch, mac) {
-                self.queue(port, Work::Correct);
+                self.queue(port, Task::Correct);
             }
         }
     }
@@ -274,21 +274,21 @@ impl Actor {
             }
             let Some(work) = lane.queue.pop_front() else { return };
             match work {
-                Work::Recover => self.begin_recover(port),
-                Work::Ask { id, question } => self.begin_ask(port, id, question),
-                Work::Revert(revert) => self.begin_revert(port, revert),
-                Work::Correct => self.begin_correct(port),
-                Work::Repair { all } => self.begin_repair(port, all),
-                Work::Reboot => self.begin_reboot(port),
-                Work::Tell => self.begin_tell(port),
-                Work::Confirmed { done, failed } => self.confirmed(port, &done, &failed),
-                Work::Release { reply } => drop(reply.send(self.leftover(port))),
+                Task::Recover => self.begin_recover(port),
+                Task::Ask { id, question } => self.begin_ask(port, id, question),
+                Task::Revert(revert) => self.begin_revert(port, revert),
+                Task::Correct => self.begin_correct(port),
+                Task::Repair { all } => self.begin_repair(port, all),
+                Task::Reboot => self.begin_reboot(port),
+                Task::Tell => self.begin_tell(port),
+                Task::Confirmed { done, failed } => self.confirmed(port, &done, &failed),
+                Task::Release { reply } => drop(reply.send(self.leftover(port))),
             }
         }
     }
 
     /// Starts a job of a port.
-    pub(super) fn start<F>(&mut self, port: PortId, busy: Busy, job: F)
+    pub(super) fn start<F>(&mut self, port: PortId, busy: Running, job: F)
     where
         F: Future<Output = End> + Send + 'static,
     {
@@ -303,11 +303,11 @@ impl Actor {
     }
 
     /// The tools of a port's job; None if the port has no VF.
-    pub(super) fn tools(&self, id: PortId) -> Option<Tools> {
+    pub(super) fn tools(&self, id: PortId) -> Option<CommitContext> {
         let port = self.state.port(id)?;
         let vf = port.vf.clone()?;
         let link = self.links.get(&port.vm.id).filter(|link| link.online);
-        Some(Tools {
+        Some(CommitContext {
             pf: self.pf.clone(),
             writer: self.writer.clone(),
             vmm: link.map(|link| Arc::clone(&link.vmm)),

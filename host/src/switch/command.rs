@@ -12,7 +12,7 @@ use passthrough::{
 };
 use tokio::sync::oneshot;
 
-use super::{error::SwitchError, link::Vmm};
+use super::{error::SwitchError, vmm_client::Vmm};
 use crate::pf::PfName;
 
 pub(super) type Reply<T> = oneshot::Sender<Result<T, SwitchError>>;

@@ -21,25 +21,25 @@
 //! * `upkeep`: corrections after policy changes, drift, reboots.
 
 mod actor;
-mod asks;
-pub mod clean;
+mod binding;
+mod catalog;
 pub mod command;
+mod commit;
 pub mod error;
-mod job;
-mod lane;
-pub mod link;
-mod load;
+mod guest_requests;
+mod journal;
 mod made;
-mod notices;
-mod objects;
 mod policy;
+mod port_queue;
 pub mod record;
+mod relay_events;
+pub mod scrub;
+mod startup;
 #[cfg(test)]
 mod tests;
 mod upkeep;
 mod view;
-mod vms;
-mod writer;
+pub mod vmm_client;
 
 use std::{collections::BTreeMap, sync::Arc, time::Duration};
 
@@ -59,8 +59,8 @@ use self::command::{Command, KnownPf, Reply};
 pub use self::{
     command::{Adapter, Leftover, Uplinks},
     error::SwitchError,
-    link::{VmLink, Vmm},
     policy::Policy,
+    vmm_client::{VmLink, Vmm},
 };
 use crate::{
     decisions::{DecisionLog, events::EventHub},

@@ -11,7 +11,7 @@ use netpolicy::{
 };
 use serde::{Deserialize, Serialize};
 
-use super::lane::{Lane, Revert};
+use super::port_queue::{PortQueue, Revert};
 use crate::store::{Record, Scope};
 
 /// The first start of an agent with this store. It is the creation time of the default switch and
@@ -139,7 +139,7 @@ impl Record for Attachment {
 impl Attachment {
     /// The attachment of a port.
     #[must_use]
-    pub(super) fn of(port: &Port, lane: &Lane) -> Self {
+    pub(super) fn of(port: &Port, lane: &PortQueue) -> Self {
         Self {
             guest_mac: port.guest_mac,
             vf: port.vf.clone(),

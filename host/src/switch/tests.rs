@@ -2,8 +2,8 @@
 
 //! The switch's task with a PF in memory, and vmms that follow the test's script.
 
-mod asks;
+mod binding;
+mod catalog;
 mod fixture;
-mod objects;
+mod guest_requests;
 mod upkeep;
-mod vms;

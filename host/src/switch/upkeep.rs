@@ -15,12 +15,12 @@ use super::UncheckedPorts;
 use super::{
     actor::{Actor, Link},
     command::Command,
-    job::{Found, Made},
+    commit::{Applied, Drift},
     known,
-    lane::{Busy, Lane, Work},
-    link::Vmm,
     made::{MadeChange, committed, name},
+    port_queue::{PortQueue, Running, Task},
     record::port_name,
+    vmm_client::Vmm,
 };
 use crate::{line_rate::say_of_port, text::printable};
 use netpolicy::Corrections;
@@ -50,7 +50,7 @@ impl Actor {
             return self.owe(port);
         }
         match self.tools(port) {
-            Some(tools) => self.start(port, Busy::other(), tools.correct(corrections, leftover)),
+            Some(tools) => self.start(port, Running::other(), tools.correct(corrections, leftover)),
             None => drop(self.state.abort(port)),
         }
     }
@@ -60,7 +60,7 @@ impl Actor {
         port: PortId,
         corrections: &Corrections,
         leftover: &[Change],
-        made: Made,
+        made: Applied,
     ) {
         if let Err(error) = self.state.commit(port, &made.done) {
             drop(self.state.abort(port));
@@ -145,7 +145,7 @@ impl Actor {
                 let why = "Something must be taken back, and its process is not connected";
                 self.stop(port, why);
             }
-            Some(_) => self.queue(port, Work::Correct),
+            Some(_) => self.queue(port, Task::Correct),
             // A VM of a former agent: its correction waits for the connection, or for the end of its process.
             None => {}
         }
@@ -165,7 +165,7 @@ impl Actor {
         let Some(sent) = lane.deferred.pop_front() else { return };
         // Only changes that were ordered count, because the vmm may lie.
         let (failed, done) = sent.into_iter().partition(|change| failed.contains(change));
-        self.queue(port, Work::Confirmed { done, failed });
+        self.queue(port, Task::Confirmed { done, failed });
     }
 
     pub(super) fn confirmed(&mut self, port: PortId, done: &[Change], failed: &[Change]) {
@@ -181,7 +181,7 @@ impl Actor {
             if !failed.is_empty() {
                 // The PF takes messages now: correct again before the response to the guest's reset, and with trust if
                 // it is needed.
-                lane.queue.push_front(Work::Correct);
+                lane.queue.push_front(Task::Correct);
             } else if lane.deferred.is_empty() {
                 lane.edited_by = None;
             }
@@ -200,11 +200,11 @@ impl Actor {
                 let lost: Vec<Change> = lane.deferred.drain(..).flatten().collect();
                 let owed = lane.owed || !lost.is_empty();
                 if owed {
-                    lane.push(Work::Correct);
+                    lane.push(Task::Correct);
                 }
                 let untold = std::mem::take(&mut lane.untold);
                 if untold {
-                    lane.push(Work::Tell);
+                    lane.push(Task::Tell);
                 }
                 if owed || untold {
                     self.go_on(port);
@@ -220,7 +220,7 @@ impl Actor {
         }
         for port in self.ports_of(vm) {
             if let Some(lane) = self.lanes.get_mut(&port) {
-                lane.queue.retain(|work| !matches!(work, Work::Ask { .. }));
+                lane.queue.retain(|work| !matches!(work, Task::Ask { .. }));
                 lane.untold = true;
                 // The relay denies the request by itself. Its notice has the result of the message.
                 if let Some(busy) = &mut lane.busy {
@@ -232,7 +232,7 @@ impl Actor {
 
     pub(super) fn begin_tell(&mut self, port: PortId) {
         if let Some(tools) = self.tools(port) {
-            self.start(port, Busy::other(), tools.tell(self.effective(port)));
+            self.start(port, Running::other(), tools.tell(self.effective(port)));
         }
     }
 
@@ -249,7 +249,7 @@ impl Actor {
             if let Some(lane) = self.lanes.get_mut(&port).filter(|lane| !lane.closing) {
                 lane.rebooting = true;
                 saved.extend(self.attachment(port).map(|attachment| self.writer.save(port, attachment)));
-                self.queue(port, Work::Reboot);
+                self.queue(port, Task::Reboot);
             }
         }
         tokio::spawn(async move {
@@ -288,7 +288,7 @@ impl Actor {
             lane.leftover.clone_from(&messages);
         }
         match self.tools(id) {
-            Some(tools) => self.start(id, Busy::other(), tools.reboot(settings, messages)),
+            Some(tools) => self.start(id, Running::other(), tools.reboot(settings, messages)),
             None => {
                 drop(self.state.abort(id));
                 self.reboot_over(id);
@@ -300,12 +300,12 @@ impl Actor {
     /// more.
     fn reboot_over(&mut self, port: PortId) {
         if let Some(lane) = self.lanes.get_mut(&port) {
-            lane.rebooting = lane.queue.iter().any(|work| matches!(work, Work::Reboot));
+            lane.rebooting = lane.queue.iter().any(|work| matches!(work, Task::Reboot));
         }
         self.save(port);
     }
 
-    pub(super) fn reboot_done(&mut self, port: PortId, made: Made) {
+    pub(super) fn reboot_done(&mut self, port: PortId, made: Applied) {
         if let Err(error) = self.state.commit(port, &made.done) {
             drop(self.state.abort(port));
             tracing::error!(%port, "A reboot cannot be noted: {error}");
@@ -321,7 +321,7 @@ impl Actor {
             let _ = lane.defer(made.deferred);
             // The comparison retries the settings that the PF did not take; the rest is retried at the guest's reset.
             if !made.failed.is_empty() {
-                lane.push(Work::Repair { all: false });
+                lane.push(Task::Repair { all: false });
             }
         }
         self.reboot_over(port);
@@ -356,7 +356,7 @@ impl Actor {
             let of = |port: &&netpolicy::Port| port.vf.as_ref().is_some_and(|vf| vf.pf == name);
             let ports: Vec<PortId> = self.state.ports().filter(of).map(|port| port.id).collect();
             for port in ports {
-                self.queue(port, Work::Repair { all: true });
+                self.queue(port, Task::Repair { all: true });
             }
         } else if !up && self.down.insert(name.to_owned()) {
             self.tell_pf(name, PfState::Down);
@@ -370,17 +370,17 @@ impl Actor {
             self.state.ports().filter(|port| port.vf.is_some()).map(|port| port.id).collect();
         for port in bound {
             if self.lanes.get(&port).is_some_and(|lane| !lane.closing) {
-                self.queue(port, Work::Repair { all: false });
+                self.queue(port, Task::Repair { all: false });
             }
         }
     }
 
     pub(super) fn begin_repair(&mut self, port: PortId, all: bool) {
-        if self.lanes.get(&port).is_none_or(|lane: &Lane| lane.closing || lane.binding) {
+        if self.lanes.get(&port).is_none_or(|lane: &PortQueue| lane.closing || lane.binding) {
             return;
         }
         let (Ok(expected), Some(tools)) = (self.state.expected(port), self.tools(port)) else { return };
-        self.start(port, Busy::other(), tools.repair(expected.changes(), all));
+        self.start(port, Running::other(), tools.repair(expected.changes(), all));
     }
 
     /// Notes the result of a port's comparison with its PF. Log and event follow only a change.
@@ -418,9 +418,9 @@ impl Actor {
         self.unchecked.send_replace(ports);
     }
 
-    pub(super) fn repaired(&mut self, port: PortId, found: Vec<Found>) {
+    pub(super) fn repaired(&mut self, port: PortId, found: Vec<Drift>) {
         let mut made = Vec::new();
-        for Found { wanted, old, error } in found {
+        for Drift { wanted, old, error } in found {
             let committed = committed(&wanted, error.is_some());
             self.metrics.repaired(name(&wanted), error.is_none());
             if error.is_none() {

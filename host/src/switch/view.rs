@@ -108,7 +108,7 @@ impl Actor {
                 policy: self.state.effective_policy(id)?,
                 unchecked: lane.and_then(|lane| lane.unchecked.clone()),
                 unmade: lane.map(|lane| lane.unmade.clone()).unwrap_or_default(),
-                pending: lane.and_then(super::lane::Lane::pending),
+                pending: lane.and_then(super::port_queue::PortQueue::pending),
                 counters: lane.map(|lane| lane.counters).unwrap_or_default(),
             },
         })

@@ -45,10 +45,10 @@ use super::{
     Command, Completion, Origin, Status,
     boot::{self, PROMPT},
     claims::{self, Held},
-    inbox::{Inbox, Sent},
-    network,
+    command_queue::{Inbox, Sent},
     problem::{ToProblem, chain},
     record::{Asked, RunRecord, VmRecord},
+    switch_client,
 };
 use crate::{
     cgroup, console,
@@ -206,7 +206,7 @@ pub(super) async fn run(
                 None => return,
                 Some((_, Command::Leave { done })) => {
                     actor.leave();
-                    network::disconnected(&actor.env, actor.vm.id).await;
+                    switch_client::disconnected(&actor.env, actor.vm.id).await;
                     drop(actor);
                     let _ = done.send(());
                     return;

@@ -27,9 +27,9 @@ use passthrough::{
 use uuid::Uuid;
 
 use super::{
-    network,
     problem::{ToProblem, chain},
     record::{Before, Claim, ClaimedVf},
+    switch_client,
 };
 use crate::{
     environment::Environment,
@@ -60,11 +60,11 @@ pub async fn of_vm(env: &Environment, vm: Uuid) -> Result<Vec<Held>, StoreError>
 /// # Errors
 /// A problem that names the function, and its owner or the property that it lacks.
 pub async fn claim(env: &Environment, vm: Uuid, spec: &VmSpec) -> Result<Vec<Held>, Problem> {
-    network::attach(env, vm, spec).await?;
+    switch_client::attach(env, vm, spec).await?;
     if spec.adapters.is_empty() && spec.devices.is_empty() {
         return Ok(Vec::new());
     }
-    let plan = network::plan(env, vm).await?;
+    let plan = switch_client::plan(env, vm).await?;
     let _guard = env.claiming.lock().await;
     let taken: Vec<Claim> =
         env.claims.list().await.map_err(|e| e.problem())?.into_iter().map(|entry| entry.value).collect();
@@ -133,7 +133,7 @@ pub async fn prepare(
     store_before(env, held, before).await?;
     enter(Stage::SettingPolicy);
     match &held.value.adapter {
-        Some(vf) if network::bind(env, held, vf).await? => Ok(()),
+        Some(vf) if switch_client::bind(env, held, vf).await? => Ok(()),
         _ => blocking(env, held, baseline).await,
     }
 }
@@ -255,13 +255,13 @@ async fn give_one_back(
         enter(Stage::CleaningFunction);
     }
     // Scrub first: that needs the binding to vfio-pci.
-    network::clean_vf(env, claim).await?;
+    switch_client::clean_vf(env, claim).await?;
     reach(Point::ReleaseCleaned);
     enter(Stage::ReturningFunction);
     if claim.value.before.is_some() {
         blocking(env, claim, restore).await?;
     }
-    network::unbind(env, claim).await?;
+    switch_client::unbind(env, claim).await?;
     reach(Point::ReleaseUnbound);
     env.claims.remove(claim.id).await.map_err(|e| e.problem())?;
     reach(Point::ReleaseUnclaimed);

@@ -22,10 +22,10 @@
 mod actor;
 mod boot;
 pub mod claims;
-mod inbox;
-pub mod network;
+mod command_queue;
 pub mod problem;
 pub mod record;
+pub mod switch_client;
 pub mod unknown;
 
 use std::sync::Arc;
@@ -123,7 +123,7 @@ impl VmHandle {
     }
 
     fn spawn(env: Arc<Environment>, record: Entry<VmRecord>, origin: Origin) -> Self {
-        let (commands, inbox) = inbox::new();
+        let (commands, inbox) = command_queue::new();
         let run = RunRecord::created(record.value.created);
         let (status_out, status) = watch::channel(Status { run, ..Status::default() });
         let (connection_out, connection) = watch::channel(None);

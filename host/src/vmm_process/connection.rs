@@ -25,8 +25,8 @@ use vmm::control::{
 };
 
 use super::{
-    conduct::{Allowance, Conduct, is_nonsense},
-    polled::polled,
+    async_fd::polled,
+    protocol_guard::{Allowance, Conduct, is_nonsense},
 };
 use crate::text::printable;
 

@@ -13,7 +13,7 @@ use serde::{Deserialize, Serialize};
 use tokio::io::{Interest, unix::AsyncFd};
 use uuid::Uuid;
 
-use super::{polled::polled, spawn::CONTROL_FD};
+use super::{async_fd::polled, spawn::CONTROL_FD};
 
 /// Identifies one process for ever: a process id alone is reused.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]

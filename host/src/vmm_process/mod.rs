@@ -5,15 +5,15 @@
 //! The vmm process belongs to the guest as soon as guest code runs: what comes from it (messages, console file,
 //! log) is read as input from a stranger.
 
-mod conduct;
+mod async_fd;
 mod connection;
 mod directory;
 mod exit;
-mod polled;
+mod protocol_guard;
 mod spawn;
 
-pub use conduct::Allowance;
 pub use connection::{ConnectError, Connection, Event, Greeting, OrderError};
 pub use directory::VmDirectory;
 pub use exit::{Exit, Identity, Process};
+pub use protocol_guard::Allowance;
 pub use spawn::{MEMLOCK_SLACK, Program, SpawnError, isolate, limit_memlock, spawn};

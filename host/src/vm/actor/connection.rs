@@ -38,13 +38,13 @@ impl Actor {
             Arc::clone(&self.outlets.console),
         ));
         self.outlets.connection.send_replace(Some(connection.clone()));
-        network::connected(&self.env, self.vm.id, &connection, &self.expel).await;
+        switch_client::connected(&self.env, self.vm.id, &connection, &self.expel).await;
         self.link = Some(Link { connection, events, console: console.abort_handle() });
     }
 
     pub(super) async fn disconnected(&mut self) {
         self.link = None;
-        network::disconnected(&self.env, self.vm.id).await;
+        switch_client::disconnected(&self.env, self.vm.id).await;
         // The console's followers have nothing more to wait for.
         self.outlets.console.send_modify(|n| *n = n.wrapping_add(1));
         self.outlets.connection.send_replace(None);
@@ -95,10 +95,10 @@ impl Actor {
             return self.misbehave(&why).await;
         }
         match event {
-            Event::Ask { id, ask } => network::ask(&self.env, self.vm.id, id, ask).await,
+            Event::Ask { id, ask } => switch_client::ask(&self.env, self.vm.id, id, ask).await,
             // The switch keeps the parts that must be kept.
             Event::Report { seq, report: Report::Relay { adapter, notice } } => {
-                network::notice(&self.env, self.vm.id, adapter, notice).await;
+                switch_client::notice(&self.env, self.vm.id, adapter, notice).await;
                 if let Some(link) = &self.link {
                     link.connection.noted(seq).await;
                 }
@@ -131,7 +131,7 @@ impl Actor {
             Report::State { state, boots } => {
                 self.run.boots = boots;
                 if state == State::Rebooting {
-                    network::rebooted(&self.env, self.vm.id).await;
+                    switch_client::rebooted(&self.env, self.vm.id).await;
                 }
                 self.on_state(state).await;
             }

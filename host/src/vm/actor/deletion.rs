@@ -41,7 +41,7 @@ impl Actor {
         self.progress.enter(Stage::Forgetting);
         let removed = async {
             reach(Point::DeleteBegun);
-            network::detach(&self.env, self.vm.id).await?;
+            switch_client::detach(&self.env, self.vm.id).await?;
             reach(Point::DeleteDetached);
             if let Err(error) = self.directory.remove() {
                 tracing::warn!(vm = %self.name(), "its run directory cannot be removed: {error}");

@@ -38,7 +38,7 @@ impl Actor {
             }
             // Release the claims first: they belong to the adapters of the old specification.
             self.give_back().await?;
-            network::attach(&self.env, old.id, &spec).await?;
+            switch_client::attach(&self.env, old.id, &spec).await?;
         }
         let name = spec.name.to_string();
         let value = old.value.edited(spec, caller);
@@ -46,7 +46,7 @@ impl Actor {
         let revision = match put {
             Ok(revision) => revision,
             Err(error) => {
-                if let Err(also) = network::attach(&self.env, old.id, &old.value.spec).await {
+                if let Err(also) = switch_client::attach(&self.env, old.id, &old.value.spec).await {
                     // The next boot makes the ports match the specification.
                     tracing::error!(vm = %self.name(), "its ports are not as they were: {also}");
                 }

@@ -52,7 +52,7 @@ impl Actor {
                     Some(Event::Report { report: Report::Ended { end }, .. }) => self.end = Some(end),
                     // The last events of its relays are recorded, too.
                     Some(Event::Report { report: Report::Relay { adapter, notice }, .. }) => {
-                        network::notice(&self.env, self.vm.id, adapter, notice).await;
+                        switch_client::notice(&self.env, self.vm.id, adapter, notice).await;
                     }
                     Some(_) => {}
                     None => return,

@@ -16,9 +16,9 @@ use crate::{
     inventory::Inventory,
     switch::Uplinks,
     vm::{
-        network,
         problem::{ToProblem, chain},
         record::{Claim, ClaimedVf, macs},
+        switch_client,
     },
 };
 
@@ -42,7 +42,7 @@ pub(super) fn choose(
         let fits = |pf: &Pf| {
             let name = inventory.name_for_ports(pf);
             check_pf(inventory, pf, &name)?;
-            network::check_uplink(plan, adapter.id.as_str(), &name)
+            switch_client::check_uplink(plan, adapter.id.as_str(), &name)
         };
         let (vf, pf) = match adapter.vf {
             Some(bdf) => named_vf(inventory, convert(bdf)?, taken, fits)?,

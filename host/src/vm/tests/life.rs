@@ -340,7 +340,7 @@ async fn a_vm_at_rest_can_be_changed_and_its_ports_with_it() {
     policy.put_port_group(caller(), "web".parse().unwrap(), group, None).await.unwrap();
     let vm = host.create("web1", |_| {}).await;
     // The agent does this when it creates a VM.
-    crate::vm::network::attach(&host.env, vm.id, &vm.record().value.spec).await.unwrap();
+    crate::vm::switch_client::attach(&host.env, vm.id, &vm.record().value.spec).await.unwrap();
     let port = async |name: &str| policy.get_port(ObjectRef::Name(name.into())).await;
     let first = port("web1/eth0").await.unwrap();
 
@@ -398,7 +398,7 @@ async fn two_adapters_can_change_their_addresses() {
         serde_json::from_value(macs.into_iter().enumerate().map(adapter).collect()).unwrap()
     };
     let vm = host.create("web1", |spec| spec.adapters = adapters(addresses)).await;
-    crate::vm::network::attach(&host.env, vm.id, &vm.record().value.spec).await.unwrap();
+    crate::vm::switch_client::attach(&host.env, vm.id, &vm.record().value.spec).await.unwrap();
     let [a, b] = addresses;
     let spec = VmSpec { adapters: adapters([b, a]), ..vm.record().value.spec.clone() };
     vm.edit(caller(), spec, None).await.unwrap();

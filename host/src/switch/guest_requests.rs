@@ -15,11 +15,11 @@ use vmm::control::Answer;
 
 use super::{
     actor::Actor,
-    job::{AskOutcome, Asked},
-    lane::{Busy, Granted, Revert, Work},
+    commit::{AskOutcome, Asked},
+    port_queue::{Granted, Revert, Running, Task},
 };
 
-impl Busy {
+impl Running {
     /// A job that no request caused.
     pub(super) fn other() -> Self {
         Self { seq: None, cancelled: None, forwarded: None }
@@ -50,7 +50,7 @@ impl Actor {
         // while work is queued: a rebooting guest may request the very address that the pending reboot revokes.
         let settled = self.lanes.get(&port).is_none_or(|lane| lane.busy.is_none() && lane.queue.is_empty());
         if question.request == Request::Reset || !self.answer_now(port, id, &question, settled) {
-            self.queue(port, Work::Ask { id, question });
+            self.queue(port, Task::Ask { id, question });
         }
     }
 
@@ -107,7 +107,7 @@ impl Actor {
             return self.not_committed(port, id, &question, Some(id), "The port has no VF");
         };
         let (forwarded, heard) = oneshot::channel();
-        let busy = Busy { seq: Some(question.seq), cancelled: None, forwarded: Some(forwarded) };
+        let busy = Running { seq: Some(question.seq), cancelled: None, forwarded: Some(forwarded) };
         let mac = self.effective(port);
         self.start(port, busy, tools.ask(id, question, changes, mac, heard));
     }
@@ -117,7 +117,7 @@ impl Actor {
         match self.state.commit(port, &[Change::Reset]) {
             Ok(corrections) if !corrections.list.is_empty() && !self.bypass => {
                 if let Some(lane) = self.lanes.get_mut(&port) {
-                    lane.push(Work::Correct);
+                    lane.push(Task::Correct);
                 }
             }
             Ok(_) => {}
@@ -135,7 +135,7 @@ impl Actor {
         let Asked { id, question, changes, forward, outcome } = asked;
         let request = &question.request;
         let (made, failure) = match outcome {
-            AskOutcome::Made => (changes.clone(), None),
+            AskOutcome::Applied => (changes.clone(), None),
             AskOutcome::RefusedByPf { made } => (made, Some((None, "The PF refused the message".to_owned()))),
             AskOutcome::Unanswered { made } => {
                 // The PF may have carried it out: changes that add something count as made, those that remove as not made.
@@ -187,7 +187,7 @@ impl Actor {
             (Some((answer, why)), None) => self.not_committed(port, id, &question, answer, &why),
         }
         if let Some(lane) = self.lanes.get_mut(&port)
-            && !lane.queue.iter().any(|work| matches!(work, Work::Revert(_)))
+            && !lane.queue.iter().any(|work| matches!(work, Task::Revert(_)))
         {
             // A cancelled change was not made.
             lane.revert = None;
@@ -198,7 +198,7 @@ impl Actor {
             && !self.bypass
             && let Some(lane) = self.lanes.get_mut(&port)
         {
-            lane.push(Work::Correct);
+            lane.push(Task::Correct);
         }
     }
 
@@ -207,7 +207,7 @@ impl Actor {
         if let Some(lane) = self.lanes.get_mut(&port) {
             lane.revert = Some(revert);
             lane.granted = None;
-            lane.queue.push_front(Work::Revert(revert));
+            lane.queue.push_front(Task::Revert(revert));
         }
     }
 
@@ -227,7 +227,7 @@ impl Actor {
             }
         }
         match self.tools(port) {
-            Some(tools) => self.start(port, Busy::other(), tools.revert(revert, from)),
+            Some(tools) => self.start(port, Running::other(), tools.revert(revert, from)),
             None => drop(self.state.abort(port)),
         }
     }

@@ -31,7 +31,7 @@ use crate::{
     environment::Environment,
     switch::{
         Adapter, Uplinks, VmLink,
-        clean::{Function, clean},
+        scrub::{Function, clean},
     },
     vmm_process::Connection,
 };

@@ -19,9 +19,9 @@ use super::{
     actor::{Actor, Meta},
     command::{Adapter, Leftover, Reply, Uplinks},
     error::SwitchError,
-    lane::{Lane, Work},
-    load::DEFAULT,
+    port_queue::{PortQueue, Task},
     record::{PortRecord, port_name},
+    startup::DEFAULT,
 };
 use crate::store::{Expect, StoreError};
 
@@ -173,7 +173,7 @@ impl Actor {
         let pf = vf.pf.clone();
         let baseline = self.state.bind(id, vf)?;
         let counters = self.lanes.get(&id).map(|lane| lane.counters).unwrap_or_default();
-        self.lanes.insert(id, Lane { binding: true, ..fresh(counters, Some(bdf)) });
+        self.lanes.insert(id, PortQueue { binding: true, ..fresh(counters, Some(bdf)) });
         self.store_attachment(id).await?;
         let wanted = baseline.changes().into_iter().filter(|change| capabilities.can_make(change));
         let changes = wanted.filter_map(|change| VfChange::of(&change)).collect();
@@ -196,12 +196,12 @@ impl Actor {
         };
         if let Some(lane) = self.lanes.get_mut(&port) {
             lane.closing = true;
-            lane.queue.retain(|work| matches!(work, Work::Release { .. }));
+            lane.queue.retain(|work| matches!(work, Task::Release { .. }));
             if let Some(busy) = &mut lane.busy {
                 busy.forwarded = None;
             }
         }
-        self.queue(port, Work::Release { reply });
+        self.queue(port, Task::Release { reply });
     }
 
     /// The leftovers on the VF of a port without work under way.
@@ -246,6 +246,6 @@ impl Actor {
     }
 }
 
-fn fresh(counters: PortCounters, bdf: Option<String>) -> Lane {
-    Lane { counters, bdf, ..Lane::default() }
+fn fresh(counters: PortCounters, bdf: Option<String>) -> PortQueue {
+    PortQueue { counters, bdf, ..PortQueue::default() }
 }

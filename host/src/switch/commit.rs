@@ -16,7 +16,7 @@ use tokio::{
 };
 use vmm::control::{Answer, Order, Outcome};
 
-use super::{Timing, lane::Revert, link::Vmm, record::Attachment, writer::Writer};
+use super::{Timing, journal::Writer, port_queue::Revert, record::Attachment, vmm_client::Vmm};
 use crate::{
     line_rate::say_of_port, metrics::Metrics, pf::PfHandle, vm::problem::chain, vmm_process::OrderError,
 };
@@ -26,7 +26,7 @@ const ATTEMPTS: u32 = 3;
 const PAUSE: Duration = Duration::from_millis(300);
 
 /// The context of a job.
-pub(super) struct Tools {
+pub(super) struct CommitContext {
     pub(super) pf: PfHandle,
     pub(super) writer: Writer,
     pub(super) vmm: Option<Arc<dyn Vmm>>,
@@ -44,9 +44,9 @@ pub(super) struct Tools {
 pub(super) enum End {
     Asked(Asked),
     Reverted { revert: Revert, from: MacAddress, error: Option<String> },
-    Corrected { corrections: Corrections, leftover: Vec<Change>, made: Made },
-    Repaired { found: Result<Vec<Found>, String> },
-    Rebooted { made: Made },
+    Corrected { corrections: Corrections, leftover: Vec<Change>, made: Applied },
+    Repaired { found: Result<Vec<Drift>, String> },
+    Rebooted { made: Applied },
     Told,
     Recovered { shown: Option<VfSettings> },
 }
@@ -65,7 +65,7 @@ pub(super) struct Asked {
 #[derive(Debug)]
 pub(super) enum AskOutcome {
     /// All changes are made.
-    Made,
+    Applied,
     /// The PF refused the forwarded message. The changes before it are made.
     RefusedByPf { made: Vec<Change> },
     /// The PF did not respond: changes that add something count as made.
@@ -78,7 +78,7 @@ pub(super) enum AskOutcome {
 
 /// A setting of the PF that was found to be wrong.
 #[derive(Clone, Debug)]
-pub(super) struct Found {
+pub(super) struct Drift {
     pub(super) wanted: Change,
     pub(super) old: String,
     /// The reason that it could not be corrected.
@@ -87,7 +87,7 @@ pub(super) struct Found {
 
 /// The results of changes that are independent of each other.
 #[derive(Debug, Default)]
-pub(super) struct Made {
+pub(super) struct Applied {
     pub(super) done: Vec<Change>,
     pub(super) failed: Vec<(Change, String)>,
     /// The relay will make them at the guest's next reset.
@@ -96,7 +96,7 @@ pub(super) struct Made {
     pub(super) offline: bool,
 }
 
-impl Tools {
+impl CommitContext {
     fn adapter(&self) -> String {
         self.adapter.clone()
     }
@@ -146,7 +146,7 @@ impl Tools {
                 let why = "The change could not be noted in the database".into();
                 AskOutcome::Failed { made: Vec::new(), why }
             };
-            self.metrics.committed(matches!(outcome, AskOutcome::Made), begun.elapsed());
+            self.metrics.committed(matches!(outcome, AskOutcome::Applied), begun.elapsed());
             reach(Point::AskMade);
             End::Asked(Asked { id, question, changes, forward, outcome })
         }
@@ -169,7 +169,7 @@ impl Tools {
             return AskOutcome::Failed { made: Vec::new(), why };
         }
         let mut made = pf;
-        let Some(own) = own else { return AskOutcome::Made };
+        let Some(own) = own else { return AskOutcome::Applied };
         let trust = mailbox.iter().chain([&own]).any(Change::needs_trust);
         if trust && let Err(why) = self.trust(true).await {
             return AskOutcome::Failed { made, why };
@@ -183,7 +183,7 @@ impl Tools {
             );
         }
         match outcome {
-            Ok(Some(Forwarded::Accepted)) => AskOutcome::Made,
+            Ok(Some(Forwarded::Accepted)) => AskOutcome::Applied,
             Ok(Some(Forwarded::Refused)) => AskOutcome::RefusedByPf { made },
             Ok(Some(Forwarded::Unanswered)) => AskOutcome::Unanswered { made },
             Ok(None) => AskOutcome::Withdrawn { made },
@@ -274,8 +274,8 @@ impl Tools {
     }
 
     /// Makes independent changes in their order; a failed one does not stop the others.
-    async fn make(&self, changes: Vec<Change>) -> Made {
-        let mut made = Made::default();
+    async fn make(&self, changes: Vec<Change>) -> Applied {
+        let mut made = Applied::default();
         let mut messages: Vec<Change> = Vec::new();
         for change in changes {
             match VfChange::of(&change) {
@@ -299,7 +299,7 @@ impl Tools {
     }
 
     /// Has messages sent, again if the PF did not confirm them.
-    async fn send(&self, mut messages: Vec<Change>, made: &mut Made) {
+    async fn send(&self, mut messages: Vec<Change>, made: &mut Applied) {
         if messages.is_empty() {
             return;
         }
@@ -403,7 +403,7 @@ impl Tools {
             let Some(change) = VfChange::of(&wanted) else { continue };
             // One by one: a setting that the PF refuses must not prevent the others.
             if let Some(old) = differs(&change, &shown) {
-                found.push(Found { wanted, old, error: self.set(vec![change]).await.err() });
+                found.push(Drift { wanted, old, error: self.set(vec![change]).await.err() });
             } else if all && let Err(why) = self.set(again(change)).await {
                 say_of_port(
                     self.port,

@@ -17,10 +17,10 @@ use uuid::Uuid;
 
 use super::{
     actor::{Actor, Meta},
-    asks::adds,
     command::KnownPf,
     error::SwitchError,
-    lane::{Busy, Granted, Lane, Work},
+    guest_requests::adds,
+    port_queue::{Granted, PortQueue, Running, Task},
     record::{Attachment, FirstStart},
 };
 use crate::{
@@ -83,14 +83,14 @@ pub(super) async fn load(
             tracing::error!("{}", chain(&error));
             continue;
         }
-        let lane = Lane {
+        let lane = PortQueue {
             recovering: has_vf.is_some(),
             untold: has_vf.is_some(),
             rebooting: attachment.is_some_and(|attachment| has_vf.is_some() && attachment.rebooting),
             revert: attachment.filter(|_| has_vf.is_some()).and_then(|attachment| attachment.revert),
             counters: counters(attachment, counted.get(&id)),
             bdf: attachment.and_then(|attachment| attachment.bdf.clone()),
-            ..Lane::default()
+            ..PortQueue::default()
         };
         actor.meta.insert(entry.id, meta);
         actor.adapters.insert(key, id);
@@ -99,7 +99,7 @@ pub(super) async fn load(
     }
     actor.know(pfs);
     for port in bound {
-        actor.queue(port, Work::Recover);
+        actor.queue(port, Task::Recover);
     }
     Ok(())
 }
@@ -229,7 +229,7 @@ impl Actor {
 
     pub(super) fn begin_recover(&mut self, port: PortId) {
         if let Some(tools) = self.tools(port) {
-            self.start(port, Busy::other(), tools.recover());
+            self.start(port, Running::other(), tools.recover());
         }
     }
 
@@ -279,9 +279,9 @@ impl Actor {
         // The reboot goes first: the comparison would otherwise restore settings that the guest no
         // longer has.
         if self.lanes.get(&id).is_some_and(|lane| lane.rebooting) {
-            self.queue(id, Work::Reboot);
+            self.queue(id, Task::Reboot);
         }
-        self.queue(id, Work::Correct);
-        self.queue(id, Work::Repair { all: false });
+        self.queue(id, Task::Correct);
+        self.queue(id, Task::Repair { all: false });
     }
 }

@@ -8,8 +8,8 @@ use tokio::sync::oneshot;
 
 use super::{
     actor::Actor,
-    asks::describe,
-    lane::{Revert, Work},
+    guest_requests::describe,
+    port_queue::{Revert, Task},
 };
 
 impl Actor {
@@ -49,7 +49,7 @@ impl Actor {
                 None
             }
             Notice::PfReset => {
-                self.queue(port, Work::Repair { all: true });
+                self.queue(port, Task::Repair { all: true });
                 None
             }
             Notice::TakenBack { failed, deferred: false, .. } => {
@@ -128,7 +128,7 @@ impl Actor {
         why: Cancelled,
     ) {
         let Some(lane) = self.lanes.get_mut(&port) else { return };
-        let same = |granted: &super::lane::Granted| {
+        let same = |granted: &super::port_queue::Granted| {
             (granted.seq.is_none() || granted.seq == seq) && granted.request == *request
         };
         let Some(granted) = lane.granted.take_if(|granted| same(granted)) else { return };

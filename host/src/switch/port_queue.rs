@@ -2,7 +2,7 @@
 
 //! The queue of one port: its jobs run one after the other.
 //!
-//! Work that takes time (on the PF, in the store, through the VF's mailbox) is a job beside the switch's task. A port has at
+//! Task that takes time (on the PF, in the store, through the VF's mailbox) is a job beside the switch's task. A port has at
 //! most one job; its other work waits in its lane. So the switch never compares an adapter in the middle of a change, and a
 //! denial, which needs no job, never waits.
 
@@ -30,8 +30,8 @@ const SHOWN: usize = 20;
 /// Most characters of a reason: the process of a simulated PF chooses some of them.
 const DETAIL: usize = 500;
 
-/// Work for a port, done when its turn comes.
-pub(super) enum Work {
+/// Task for a port, done when its turn comes.
+pub(super) enum Task {
     /// After a restart of the agent: find out the result of changes that were under way.
     Recover,
     /// A request that needs changes.
@@ -65,7 +65,7 @@ pub struct Revert {
 }
 
 /// The job under way.
-pub(super) struct Busy {
+pub(super) struct Running {
     /// The number of the request, if the job is one's.
     pub(super) seq: Option<u64>,
     /// The reason, if the request was cancelled meanwhile.
@@ -86,9 +86,9 @@ pub(super) struct Granted {
 
 /// A port's lane, and the switch's data about the port besides its policy and adapter.
 #[derive(Default)]
-pub(super) struct Lane {
-    pub(super) queue: VecDeque<Work>,
-    pub(super) busy: Option<Busy>,
+pub(super) struct PortQueue {
+    pub(super) queue: VecDeque<Task>,
+    pub(super) busy: Option<Running>,
     /// The VM is gone: the guest's requests no longer count.
     pub(super) closing: bool,
     /// The VF has just been bound to the port, and its PF is being programmed: a difference between the two is no foreign
@@ -125,16 +125,16 @@ pub(super) struct Lane {
     pub(super) bdf: Option<String>,
 }
 
-impl Lane {
+impl PortQueue {
     /// Queues work behind the waiting work. A vmm can cause most kinds as often as it likes, so work that is queued already is
     /// not queued again: a lane stays a few items long, whatever its vmm does.
-    pub(super) fn push(&mut self, work: Work) {
+    pub(super) fn push(&mut self, work: Task) {
         match work {
-            Work::Correct if self.queue.iter().any(|queued| matches!(queued, Work::Correct)) => return,
+            Task::Correct if self.queue.iter().any(|queued| matches!(queued, Task::Correct)) => return,
             // The waiting comparison reads the PF when its turn comes, so it covers this one.
-            Work::Repair { all } => {
+            Task::Repair { all } => {
                 let waiting = self.queue.iter_mut().find_map(|queued| match queued {
-                    Work::Repair { all } => Some(all),
+                    Task::Repair { all } => Some(all),
                     _ => None,
                 });
                 if let Some(waiting) = waiting {
@@ -142,11 +142,11 @@ impl Lane {
                     return;
                 }
             }
-            Work::Tell if self.queue.iter().any(|queued| matches!(queued, Work::Tell)) => return,
+            Task::Tell if self.queue.iter().any(|queued| matches!(queued, Task::Tell)) => return,
             // The later one stays: work queued in between belongs to the boot that has ended.
-            Work::Reboot => self.queue.retain(|queued| !matches!(queued, Work::Reboot)),
+            Task::Reboot => self.queue.retain(|queued| !matches!(queued, Task::Reboot)),
             // A guest has one request at a time: an older one needs no response any more.
-            Work::Ask { .. } => self.queue.retain(|queued| !matches!(queued, Work::Ask { .. })),
+            Task::Ask { .. } => self.queue.retain(|queued| !matches!(queued, Task::Ask { .. })),
             _ => {}
         }
         self.queue.push_back(work);
@@ -183,7 +183,7 @@ impl Lane {
     /// Removes a waiting request from the lane.
     pub(super) fn withdraw(&mut self, seq: u64) -> bool {
         let before = self.queue.len();
-        self.queue.retain(|work| !matches!(work, Work::Ask { question, .. } if question.seq == seq));
+        self.queue.retain(|work| !matches!(work, Task::Ask { question, .. } if question.seq == seq));
         self.queue.len() != before
     }
 
@@ -197,39 +197,39 @@ impl Lane {
 mod tests {
     use super::*;
 
-    fn names(lane: &Lane) -> Vec<&'static str> {
-        let name = |work: &Work| match work {
-            Work::Ask { .. } => "ask",
-            Work::Correct => "correct",
-            Work::Repair { all: true } => "repair all",
-            Work::Repair { all: false } => "repair",
-            Work::Reboot => "reboot",
+    fn names(lane: &PortQueue) -> Vec<&'static str> {
+        let name = |work: &Task| match work {
+            Task::Ask { .. } => "ask",
+            Task::Correct => "correct",
+            Task::Repair { all: true } => "repair all",
+            Task::Repair { all: false } => "repair",
+            Task::Reboot => "reboot",
             _ => "other",
         };
         lane.queue.iter().map(name).collect()
     }
 
-    fn ask(seq: u64) -> Work {
-        Work::Ask { id: seq, question: Question { seq, request: Request::Reset } }
+    fn ask(seq: u64) -> Task {
+        Task::Ask { id: seq, question: Question { seq, request: Request::Reset } }
     }
 
     #[test]
     fn what_waits_is_queued_once_and_does_all_that_was_wished() {
-        let mut lane = Lane::default();
-        for work in [Work::Repair { all: false }, Work::Correct, Work::Repair { all: true }, Work::Correct] {
+        let mut lane = PortQueue::default();
+        for work in [Task::Repair { all: false }, Task::Correct, Task::Repair { all: true }, Task::Correct] {
             lane.push(work);
         }
         assert_eq!(names(&lane), ["repair all", "correct"]);
-        lane.push(Work::Repair { all: false });
+        lane.push(Task::Repair { all: false });
         assert_eq!(names(&lane), ["repair all", "correct"], "what is lost is made again all the same");
     }
 
     #[test]
     fn what_is_queued_between_two_reboots_is_of_the_boot_that_has_ended() {
-        let mut lane = Lane::default();
-        lane.push(Work::Reboot);
+        let mut lane = PortQueue::default();
+        lane.push(Task::Reboot);
         lane.push(ask(1));
-        lane.push(Work::Reboot);
+        lane.push(Task::Reboot);
         assert_eq!(names(&lane), ["ask", "reboot"]);
         lane.push(ask(2));
         assert_eq!(names(&lane), ["reboot", "ask"], "the guest that has begun again asks");
@@ -237,11 +237,11 @@ mod tests {
 
     #[test]
     fn a_vmm_that_says_the_same_for_ever_fills_no_lane() {
-        let mut lane = Lane::default();
+        let mut lane = PortQueue::default();
         for seq in 0..10_000 {
-            lane.push(Work::Repair { all: true });
-            lane.push(Work::Reboot);
-            lane.push(Work::Correct);
+            lane.push(Task::Repair { all: true });
+            lane.push(Task::Reboot);
+            lane.push(Task::Correct);
             lane.push(ask(seq));
         }
         assert_eq!(lane.queue.len(), 4);

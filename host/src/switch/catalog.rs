@@ -17,9 +17,9 @@ use uuid::Uuid;
 use super::{
     actor::{Actor, Meta},
     error::SwitchError,
-    lane::Work,
-    load::{DEFAULT, DEFAULT_GROUP, DEFAULT_SWITCH},
+    port_queue::Task,
     record::{GroupRecord, PortRecord, SwitchRecord, port_name},
+    startup::{DEFAULT, DEFAULT_GROUP, DEFAULT_SWITCH},
 };
 use crate::store::Expect;
 
@@ -236,7 +236,7 @@ impl Actor {
             if let Some(lane) = self.lanes.get_mut(&corrections.port) {
                 lane.edited_by = Some(by.to_owned());
             }
-            self.queue(corrections.port, Work::Correct);
+            self.queue(corrections.port, Task::Correct);
         }
     }
 }
