@@ -44,11 +44,6 @@ pub(crate) struct FastDenial {
     pub(crate) reason: Reason,
 }
 
-/// The name of a denial in the relay's counters.
-pub(crate) fn counted_as(silent: bool) -> &'static str {
-    if silent { "refused_silently" } else { "refused" }
-}
-
 impl Permit {
     /// Answers `posted` if the authority has denied it in advance.
     pub(crate) fn deny(

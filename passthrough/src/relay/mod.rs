@@ -18,6 +18,7 @@
 
 mod address;
 mod authority;
+mod disposition;
 mod fast_deny;
 mod log_limit;
 mod mmio;

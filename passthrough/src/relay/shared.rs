@@ -15,7 +15,8 @@ use netpolicy::{Change, MacAddress, OnDenied, Reason, StandingRefusal};
 
 use super::{
     authority::{OWN_QUESTION, Verdict},
-    fast_deny::{FastDenial, MAX_DENIALS, Permit, counted_as},
+    disposition::Disposition,
+    fast_deny::{FastDenial, MAX_DENIALS, Permit},
     stats::{RelayStats, Stats},
 };
 use crate::mailbox::{
@@ -99,7 +100,7 @@ impl State {
             self.inbox.posted = Some(posted);
             return true;
         };
-        self.stats.message("set_mac", counted_as(denial.silent));
+        self.stats.message("set_mac", Disposition::denied(denial.silent));
         self.stats.round_trips.add(Duration::ZERO);
         self.inbox.denials.push(denial);
         false

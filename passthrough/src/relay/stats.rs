@@ -6,6 +6,7 @@ use std::{collections::BTreeMap, time::Duration};
 
 use serde::{Deserialize, Serialize};
 
+use super::disposition::Disposition;
 use crate::mailbox::registers::RegisterCounts;
 
 /// Upper bounds of the round trips' buckets in microseconds; the last bucket has none.
@@ -62,20 +63,20 @@ impl RoundTrips {
 /// The counters behind the lock. Their names are a closed set.
 #[derive(Debug, Default)]
 pub(crate) struct Stats {
-    messages: BTreeMap<(&'static str, &'static str), u64>,
+    messages: BTreeMap<(&'static str, Disposition), u64>,
     pub(crate) round_trips: RoundTrips,
     pub(crate) resets: u64,
     pub(crate) suppressed: u64,
 }
 
 impl Stats {
-    pub(crate) fn message(&mut self, opcode: &'static str, verdict: &'static str) {
-        let count = self.messages.entry((opcode, verdict)).or_default();
+    pub(crate) fn message(&mut self, opcode: &'static str, end: Disposition) {
+        let count = self.messages.entry((opcode, end)).or_default();
         *count = count.saturating_add(1);
     }
 
     pub(crate) fn snapshot(&self, registers: RegisterCounts) -> RelayStats {
-        let name = |(opcode, verdict): &(&str, &str)| format!("{opcode}:{verdict}");
+        let name = |(opcode, end): &(&str, Disposition)| format!("{opcode}:{}", end.label());
         RelayStats {
             messages: self.messages.iter().map(|(key, count)| (name(key), *count)).collect(),
             round_trips: self.round_trips.clone(),

@@ -11,7 +11,7 @@ use crate::{
         message::Words,
         registers::{RESET_WANTED, Registers},
     },
-    relay::authority::Notice,
+    relay::{authority::Notice, disposition::Disposition},
 };
 
 impl StateMachine {
@@ -22,7 +22,7 @@ impl StateMachine {
             tracing::warn!(adapter = self.config.adapter, cause, suppressed, "VF reset not completed");
         }
         self.cts = false;
-        self.finish(message, Some(&Words::new(&[RESET_WANTED])), "failed");
+        self.finish(message, Some(&Words::new(&[RESET_WANTED])), Disposition::Failed);
     }
 
     /// Refuses a request because the authority is away. A reset succeeds: it was carried out, and the PF's reply has
@@ -32,11 +32,11 @@ impl StateMachine {
         message: &Message,
         request: &Request,
         from_pf: Option<MacAddress>,
-        verdict: &'static str,
+        end: Disposition,
     ) {
         if *request == Request::Reset {
             let known = from_pf.or(self.effective);
-            self.answer_reset(message, known, verdict);
+            self.answer_reset(message, known, end);
             if let Some(mac) = known {
                 self.note_guest_mac(mac);
             }
@@ -52,7 +52,7 @@ impl StateMachine {
                 "VF request refused"
             );
         }
-        self.answer(message, request, false, verdict);
+        self.answer(message, request, false, end);
     }
 
     /// Refuses a message without a question: the authority is away, or the message has no meaning.
@@ -61,7 +61,7 @@ impl StateMachine {
         message: &Message,
         request: Option<Request>,
         reason: Reason,
-        verdict: &'static str,
+        end: Disposition,
     ) {
         if let Some(suppressed) = self.log_line() {
             let word = format_args!("{:#010x}", message.word());
@@ -69,49 +69,43 @@ impl StateMachine {
         }
         self.refusals.add(reason, message.word(), request.clone());
         match request {
-            Some(request) => self.answer(message, &request, false, verdict),
+            Some(request) => self.answer(message, &request, false, end),
             None => {
-                self.finish(message, Some(&igbvf::reply(message.word(), false, self.cts)), verdict);
+                self.finish(message, Some(&igbvf::reply(message.word(), false, self.cts)), end);
             }
         }
     }
 
-    pub(super) fn refuse_locally(&mut self, message: &Message, reason: Reason, verdict: &'static str) {
+    pub(super) fn refuse_locally(&mut self, message: &Message, reason: Reason, end: Disposition) {
         if message.is_reset() {
             self.refusals.add(reason, message.word(), Some(Request::Reset));
             self.reset_failed(message, "too many resets");
         } else {
-            self.refuse(message, message.decoded.clone().ok(), reason, verdict);
+            self.refuse(message, message.decoded.clone().ok(), reason, end);
         }
     }
 
     /// Answers any message but a reset.
-    pub(super) fn answer(
-        &mut self,
-        message: &Message,
-        request: &Request,
-        accepted: bool,
-        verdict: &'static str,
-    ) {
-        let shown = self.finish(message, Some(&igbvf::reply(message.word(), accepted, self.cts)), verdict);
+    pub(super) fn answer(&mut self, message: &Message, request: &Request, accepted: bool, end: Disposition) {
+        let shown = self.finish(message, Some(&igbvf::reply(message.word(), accepted, self.cts)), end);
         if let (true, Request::SetMac(mac)) = (shown, request) {
             self.driver.answered(accepted);
-            match verdict {
+            match end {
                 // The caller sends a notice of its own.
-                "equal" => {}
+                Disposition::Equal => {}
                 // The authority cannot know which silent refusals the guest sees as such.
-                "refused_silently" => self.note_guest_mac(*mac),
+                Disposition::DeniedSilently => self.note_guest_mac(*mac),
                 _ if accepted => self.guest = Some(*mac),
                 _ => {}
             }
         }
     }
 
-    pub(super) fn answer_reset(&mut self, message: &Message, mac: Option<MacAddress>, verdict: &'static str) {
+    pub(super) fn answer_reset(&mut self, message: &Message, mac: Option<MacAddress>, end: Disposition) {
         self.effective = mac.or(self.effective);
         let reply = igbvf::reset_reply(mac);
         self.undecided.forget();
-        if self.end(message, verdict, |registers| registers.complete_reset(message.seq(), &reply)) {
+        if self.end(message, end, |registers| registers.complete_reset(message.seq(), &reply)) {
             self.driver.reset(mac);
         }
     }
@@ -125,20 +119,20 @@ impl StateMachine {
     }
 
     /// Gives the answer to the guest, unless the guest has reset.
-    pub(super) fn finish(&mut self, message: &Message, reply: Option<&Words>, verdict: &'static str) -> bool {
-        self.end(message, verdict, |registers| registers.complete(message.seq(), reply))
+    pub(super) fn finish(&mut self, message: &Message, reply: Option<&Words>, end: Disposition) -> bool {
+        self.end(message, end, |registers| registers.complete(message.seq(), reply))
     }
 
     fn end(
         &mut self,
         message: &Message,
-        verdict: &'static str,
+        end: Disposition,
         complete: impl FnOnce(&mut Registers) -> bool,
     ) -> bool {
         let time = self.now().saturating_sub(message.posted.at);
         let mut state = self.shared.lock();
         let shown = complete(&mut state.registers);
-        state.stats.message(message.name(), if shown { verdict } else { "dropped" });
+        state.stats.message(message.name(), if shown { end } else { Disposition::Dropped });
         if shown {
             state.stats.round_trips.add(time);
         }

@@ -28,7 +28,8 @@ use super::{
     Config,
     address::{DriverAddress, Judgement},
     authority::{Authority, Cancelled, Decision, How, Notice, Question, Verdict},
-    fast_deny::{FastDenial, Permit, counted_as},
+    disposition::Disposition,
+    fast_deny::{FastDenial, Permit},
     log_limit::LogLimit,
     rejection_summary::RejectionSummary,
     shared::{Posted, Shared},
@@ -224,7 +225,7 @@ impl StateMachine {
     /// Denies a request that the authority has denied in advance, but for which no vCPU thread had a permit.
     fn deny_standing(&mut self, message: &Message, mac: MacAddress, reason: Reason, on_denied: OnDenied) {
         let silent = on_denied == OnDenied::Silent && !self.driver.must_tell();
-        self.answer(message, &Request::SetMac(mac), silent, counted_as(silent));
+        self.answer(message, &Request::SetMac(mac), silent, Disposition::denied(silent));
         self.report_denial(mac, reason, silent);
     }
 
@@ -274,7 +275,7 @@ impl StateMachine {
                     }
                     self.begin(message);
                 } else if now >= self.delay_ends(&message) {
-                    self.refuse_locally(&message, Reason::RateLimited, "rate_limited");
+                    self.refuse_locally(&message, Reason::RateLimited, Disposition::RateLimited);
                 } else {
                     self.work = Work::Queued(message);
                 }
@@ -288,7 +289,7 @@ impl StateMachine {
                         request: request.clone(),
                         why: Cancelled::Deadline,
                     });
-                    self.unreachable(&message, &request, from_pf, "deadline");
+                    self.unreachable(&message, &request, from_pf, Disposition::Deadline);
                 }
             }
             retry @ Work::Retry { deadline, .. } => {
@@ -312,7 +313,7 @@ impl StateMachine {
     fn drop_work(&mut self, why: Cancelled) {
         self.withdraw();
         if let Work::Asked { message, request, .. } = std::mem::replace(&mut self.work, Work::Idle) {
-            self.shared.lock().stats.message(message.name(), "dropped");
+            self.shared.lock().stats.message(message.name(), Disposition::Dropped);
             self.authority.notice(Notice::Cancelled { seq: message.seq(), request, why });
         }
     }
@@ -324,34 +325,34 @@ impl StateMachine {
             Err(Malformed::Answer(_)) => {
                 // As the PF does: acknowledge it, send no reply.
                 self.refusals.add(Reason::MalformedMessage, message.word(), None);
-                self.finish(&message, None, "malformed");
+                self.finish(&message, None, Disposition::Malformed);
                 return;
             }
             Err(Malformed::Mac { mac, filter }) => {
                 let request = if *filter { Request::AddUnicastFilter(*mac) } else { Request::SetMac(*mac) };
-                self.refuse(&message, Some(request), Reason::MacInvalid, "malformed");
+                self.refuse(&message, Some(request), Reason::MacInvalid, Disposition::Malformed);
                 return;
             }
             Err(_) => {
-                self.refuse(&message, None, Reason::MalformedMessage, "malformed");
+                self.refuse(&message, None, Reason::MalformedMessage, Disposition::Malformed);
                 return;
             }
         };
         match request {
             Request::Reset => self.reset(message),
             // The guest must reset first. Word 0 without "clear to send" makes its driver do so.
-            _ if !self.cts => self.answer(&message, &request, false, "not_reset"),
+            _ if !self.cts => self.answer(&message, &request, false, Disposition::NotReset),
             Request::Unknown { .. } => {
-                self.refuse(&message, Some(request), Reason::UnknownMessage, "unknown")
+                self.refuse(&message, Some(request), Reason::UnknownMessage, Disposition::Unknown)
             }
             Request::SetMac(mac) => match self.driver.judge(mac, self.effective) {
                 Judgement::Equal => {
-                    self.answer(&message, &request, true, "equal");
+                    self.answer(&message, &request, true, Disposition::Equal);
                     self.note_guest_mac(mac);
                 }
                 Judgement::Stale => {
                     tracing::debug!(adapter = self.config.adapter, %mac, "Stale address of a guest's reset refused");
-                    self.answer(&message, &request, false, "stale");
+                    self.answer(&message, &request, false, Disposition::Stale);
                 }
                 Judgement::Ask => match self.shared.refusal_of(mac) {
                     Some((reason, on_denied)) => self.deny_standing(&message, mac, reason, on_denied),
@@ -360,7 +361,7 @@ impl StateMachine {
             },
             Request::ClearUnicastFilters if !self.filters => {
                 self.undecided.decided(&request, true);
-                self.answer(&message, &request, true, "local");
+                self.answer(&message, &request, true, Disposition::Local);
             }
             request => self.ask(message, request, None),
         }
@@ -370,7 +371,7 @@ impl StateMachine {
         let question = Question { seq: message.seq(), request: request.clone() };
         if self.authority.ask(question).is_err() {
             self.refusals.add(Reason::AuthorityUnreachable, message.word(), Some(request.clone()));
-            self.unreachable(&message, &request, from_pf, "unreachable");
+            self.unreachable(&message, &request, from_pf, Disposition::Unreachable);
             return;
         }
         // Leave time to forward a granted message before the driver gives up.
@@ -399,16 +400,18 @@ impl StateMachine {
         match verdict.decision {
             _ if request == Request::Reset => {
                 self.guest = Some(verdict.effective_mac);
-                self.answer_reset(&message, Some(verdict.effective_mac), "forwarded");
+                self.answer_reset(&message, Some(verdict.effective_mac), Disposition::Forwarded);
             }
-            Decision::Grant { how: How::Local } => self.answer(&message, &request, true, "granted"),
+            Decision::Grant { how: How::Local } => {
+                self.answer(&message, &request, true, Disposition::Granted)
+            }
             Decision::Grant { how: How::Forward } => self.forward(&message, &request),
             Decision::Refuse { tell, reason } => {
                 self.note_in_use(&request, reason);
                 let is_address = matches!(request, Request::SetMac(_));
                 let silent = tell == OnDenied::Silent && !(is_address && self.driver.must_tell());
                 // Answer before logging: a vCPU is busy-waiting.
-                self.answer(&message, &request, silent, counted_as(silent));
+                self.answer(&message, &request, silent, Disposition::denied(silent));
                 self.log_refusal(request.name(), reason, silent);
             }
         }

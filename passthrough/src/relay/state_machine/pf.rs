@@ -17,6 +17,7 @@ use crate::{
     relay::{
         MAX_CHANGES,
         authority::{Forwarded, Notice},
+        disposition::Disposition,
         shared::RelayCommand,
     },
 };
@@ -59,12 +60,12 @@ impl StateMachine {
         }
         self.note_filters(request, outcome);
         self.authority.notice(Notice::Forwarded { seq: message.seq(), outcome });
-        let verdict = match outcome {
-            Forwarded::Accepted => "forwarded",
-            Forwarded::Refused => "refused_by_pf",
-            Forwarded::Unanswered => "unanswered",
+        let end = match outcome {
+            Forwarded::Accepted => Disposition::Forwarded,
+            Forwarded::Refused => Disposition::RefusedByPf,
+            Forwarded::Unanswered => Disposition::Unanswered,
         };
-        self.answer(message, request, outcome == Forwarded::Accepted, verdict);
+        self.answer(message, request, outcome == Forwarded::Accepted, end);
     }
 
     pub(super) fn note_filters(&mut self, request: &Request, outcome: Forwarded) {
