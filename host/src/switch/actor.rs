@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 
-//! The switch's task: its state, its loop, and the progress of lanes.
+//! The switch's task: its state, its loop, and the progress of port queues.
 
 use std::{
     collections::{BTreeSet, HashMap},
@@ -53,7 +53,7 @@ pub(super) struct Link {
 pub(super) struct Actor {
     pub(super) state: SwitchState,
     pub(super) meta: HashMap<Uuid, Meta>,
-    pub(super) lanes: HashMap<PortId, PortQueue>,
+    pub(super) port_queues: HashMap<PortId, PortQueue>,
     /// Exactly the adapters of `state`'s ports.
     pub(super) adapters: HashMap<(VmId, String), PortId>,
     pub(super) links: HashMap<VmId, Link>,
@@ -99,7 +99,7 @@ pub(super) async fn start(
     let mut actor = Actor {
         state: SwitchState::new(),
         meta: HashMap::new(),
-        lanes: HashMap::new(),
+        port_queues: HashMap::new(),
         adapters: HashMap::new(),
         links: HashMap::new(),
         pfs: BTreeSet::new(),
@@ -228,19 +228,19 @@ impl Actor {
 
     #[cfg(test)]
     fn say_settled(&mut self) {
-        if self.lanes.values().all(PortQueue::is_idle) && self.compare_at.is_none() {
+        if self.port_queues.values().all(PortQueue::is_idle) && self.compare_at.is_none() {
             for settled in self.settling.drain(..) {
                 let _ = settled.send(());
             }
         }
     }
 
-    // ---- lanes ----
+    // ---- port queues ----
 
-    /// Queues work for a port, and starts it if the lane is free.
+    /// Queues work for a port, and starts it if the queue is free.
     pub(super) fn queue(&mut self, port: PortId, work: Task) {
-        if let Some(lane) = self.lanes.get_mut(&port) {
-            lane.push(work);
+        if let Some(port_queue) = self.port_queues.get_mut(&port) {
+            port_queue.push(work);
             self.go_on(port);
         }
     }
@@ -266,13 +266,13 @@ impl Actor {
         }
     }
 
-    /// Starts waiting work of a lane until a job is under way.
+    /// Starts waiting work of a queue until a job is under way.
     pub(super) fn go_on(&mut self, port: PortId) {
-        while let Some(lane) = self.lanes.get_mut(&port) {
-            if lane.busy.is_some() {
+        while let Some(port_queue) = self.port_queues.get_mut(&port) {
+            if port_queue.busy.is_some() {
                 return;
             }
-            let Some(work) = lane.queue.pop_front() else { return };
+            let Some(work) = port_queue.queue.pop_front() else { return };
             match work {
                 Task::Recover => self.begin_recover(port),
                 Task::Ask { id, question } => self.begin_ask(port, id, question),
@@ -292,8 +292,8 @@ impl Actor {
     where
         F: Future<Output = End> + Send + 'static,
     {
-        if let Some(lane) = self.lanes.get_mut(&port) {
-            lane.busy = Some(busy);
+        if let Some(port_queue) = self.port_queues.get_mut(&port) {
+            port_queue.busy = Some(busy);
         }
         let ends = self.ends.clone();
         tokio::spawn(async move {
@@ -322,7 +322,7 @@ impl Actor {
     }
 
     fn on_end(&mut self, port: PortId, end: End) {
-        let busy = self.lanes.get_mut(&port).and_then(|lane| lane.busy.take());
+        let busy = self.port_queues.get_mut(&port).and_then(|port_queue| port_queue.busy.take());
         match end {
             End::Asked(asked) => self.asked(port, asked, busy.and_then(|busy| busy.cancelled)),
             End::Reverted { revert, from, error } => self.reverted(port, &revert, from, error),
@@ -343,8 +343,8 @@ impl Actor {
     // ---- state, decisions and events ----
 
     pub(super) fn attachment(&self, id: PortId) -> Option<Attachment> {
-        let (port, lane) = (self.state.port(id)?, self.lanes.get(&id)?);
-        Some(Attachment::of(port, lane))
+        let (port, port_queue) = (self.state.port(id)?, self.port_queues.get(&id)?);
+        Some(Attachment::of(port, port_queue))
     }
 
     /// Saves a port soon.
@@ -370,8 +370,8 @@ impl Actor {
     }
 
     pub(super) fn count(&mut self, decision: &Decision) {
-        let Some(lane) = self.lanes.get_mut(&decision.port) else { return };
-        let counters = &mut lane.counters;
+        let Some(port_queue) = self.port_queues.get_mut(&decision.port) else { return };
+        let counters = &mut port_queue.counters;
         let counter = match decision.outcome {
             Outcome::Allowed => &mut counters.allowed,
             Outcome::Denied => &mut counters.denied,

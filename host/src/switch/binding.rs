@@ -69,7 +69,7 @@ impl Actor {
         for ((old, port), (created, revision)) in changed.iter().zip(revisions) {
             self.meta.insert(port.id.0, Meta { created, revision });
             self.adapters.insert((vm.id, port.adapter.clone()), port.id);
-            self.lanes.entry(port.id).or_default();
+            self.port_queues.entry(port.id).or_default();
             if old.is_some() {
                 self.save(port.id);
             }
@@ -124,7 +124,7 @@ impl Actor {
     async fn forget_port(&mut self, port: &Port) -> Result<(), SwitchError> {
         let id = port.id;
         self.adapters.remove(&(port.vm.id, port.adapter.clone()));
-        self.lanes.remove(&id);
+        self.port_queues.remove(&id);
         self.publish_unchecked();
         self.meta.remove(&id.0);
         // The port itself first: the records that are left without it have no effect.
@@ -172,8 +172,8 @@ impl Actor {
         }
         let pf = vf.pf.clone();
         let baseline = self.state.bind(id, vf)?;
-        let counters = self.lanes.get(&id).map(|lane| lane.counters).unwrap_or_default();
-        self.lanes.insert(id, PortQueue { binding: true, ..fresh(counters, Some(bdf)) });
+        let counters = self.port_queues.get(&id).map(|port_queue| port_queue.counters).unwrap_or_default();
+        self.port_queues.insert(id, PortQueue { binding: true, ..fresh(counters, Some(bdf)) });
         self.store_attachment(id).await?;
         let wanted = baseline.changes().into_iter().filter(|change| capabilities.can_make(change));
         let changes = wanted.filter_map(|change| VfChange::of(&change)).collect();
@@ -184,8 +184,8 @@ impl Actor {
     /// The VF's baseline is on its PF: from now on the port is compared with the PF.
     pub(super) fn programmed(&mut self, vf: &VfRef) {
         let port = self.state.ports().find(|port| port.vf.as_ref() == Some(vf)).map(|port| port.id);
-        if let Some(lane) = port.and_then(|port| self.lanes.get_mut(&port)) {
-            lane.binding = false;
+        if let Some(port_queue) = port.and_then(|port| self.port_queues.get_mut(&port)) {
+            port_queue.binding = false;
         }
     }
 
@@ -194,10 +194,10 @@ impl Actor {
         let Some(port) = self.port_of(vm, &adapter).filter(bound) else {
             return drop(reply.send(Ok(None)));
         };
-        if let Some(lane) = self.lanes.get_mut(&port) {
-            lane.closing = true;
-            lane.queue.retain(|work| matches!(work, Task::Release { .. }));
-            if let Some(busy) = &mut lane.busy {
+        if let Some(port_queue) = self.port_queues.get_mut(&port) {
+            port_queue.closing = true;
+            port_queue.queue.retain(|work| matches!(work, Task::Release { .. }));
+            if let Some(busy) = &mut port_queue.busy {
                 busy.forwarded = None;
             }
         }
@@ -210,7 +210,8 @@ impl Actor {
             return Ok(None);
         };
         let mut changes = self.state.take_back_for_release(id)?;
-        let earlier = self.lanes.get(&id).map(|lane| lane.leftover.as_slice()).unwrap_or_default();
+        let earlier =
+            self.port_queues.get(&id).map(|port_queue| port_queue.leftover.as_slice()).unwrap_or_default();
         let missing: Vec<Change> =
             earlier.iter().filter(|change| !changes.contains(change)).cloned().collect();
         changes.extend(missing);
@@ -223,8 +224,8 @@ impl Actor {
         if self.state.port(id).is_some_and(|port| port.vf.is_some()) {
             self.state.unbind(id)?;
         }
-        let counters = self.lanes.get(&id).map(|lane| lane.counters).unwrap_or_default();
-        self.lanes.insert(id, fresh(counters, None));
+        let counters = self.port_queues.get(&id).map(|port_queue| port_queue.counters).unwrap_or_default();
+        self.port_queues.insert(id, fresh(counters, None));
         self.publish_unchecked();
         self.refresh_uplinks();
         self.store_attachment(id).await

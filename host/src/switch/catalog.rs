@@ -233,8 +233,8 @@ impl Actor {
             self.tell_standing(port);
         }
         for corrections in corrections.into_iter().filter(|corrections| !corrections.list.is_empty()) {
-            if let Some(lane) = self.lanes.get_mut(&corrections.port) {
-                lane.edited_by = Some(by.to_owned());
+            if let Some(port_queue) = self.port_queues.get_mut(&corrections.port) {
+                port_queue.edited_by = Some(by.to_owned());
             }
             self.queue(corrections.port, Task::Correct);
         }

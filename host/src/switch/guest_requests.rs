@@ -39,16 +39,19 @@ impl Actor {
             tracing::debug!(%vm, "A vmm asked for an adapter that its VM does not have");
             return;
         };
-        if self.lanes.get(&port).is_none_or(|lane| lane.closing) {
+        if self.port_queues.get(&port).is_none_or(|port_queue| port_queue.closing) {
             return;
         }
         reach(Point::AskReceived);
-        if let Some(lane) = self.lanes.get_mut(&port) {
-            lane.asked = Some((question.seq, Instant::now()));
+        if let Some(port_queue) = self.port_queues.get_mut(&port) {
+            port_queue.asked = Some((question.seq, Instant::now()));
         }
         // A reset has happened already and is noted in its turn, like a request that needs changes. A no-op is not granted
         // while work is queued: a rebooting guest may request the very address that the pending reboot revokes.
-        let settled = self.lanes.get(&port).is_none_or(|lane| lane.busy.is_none() && lane.queue.is_empty());
+        let settled = self
+            .port_queues
+            .get(&port)
+            .is_none_or(|port_queue| port_queue.busy.is_none() && port_queue.queue.is_empty());
         if question.request == Request::Reset || !self.answer_now(port, id, &question, settled) {
             self.queue(port, Task::Ask { id, question });
         }
@@ -116,15 +119,15 @@ impl Actor {
     fn reset(&mut self, port: PortId, id: u64, question: &Question) {
         match self.state.commit(port, &[Change::Reset]) {
             Ok(corrections) if !corrections.list.is_empty() && !self.bypass => {
-                if let Some(lane) = self.lanes.get_mut(&port) {
-                    lane.push(Task::Correct);
+                if let Some(port_queue) = self.port_queues.get_mut(&port) {
+                    port_queue.push(Task::Correct);
                 }
             }
             Ok(_) => {}
             Err(error) => tracing::error!(%port, "A reset cannot be noted: {error}"),
         }
-        if let Some(lane) = self.lanes.get_mut(&port) {
-            lane.granted = None;
+        if let Some(port_queue) = self.port_queues.get_mut(&port) {
+            port_queue.granted = None;
         }
         self.save(port);
         self.grant(port, id, question);
@@ -172,8 +175,8 @@ impl Actor {
                     decision.old = Some(old.to_string());
                 }
                 self.record(decision);
-                if let (Request::SetMac(_), Some(lane)) = (request, self.lanes.get_mut(&port)) {
-                    lane.granted =
+                if let (Request::SetMac(_), Some(port_queue)) = (request, self.port_queues.get_mut(&port)) {
+                    port_queue.granted =
                         Some(Granted { seq: Some(question.seq), request: request.clone(), old, guest });
                 }
             }
@@ -186,28 +189,28 @@ impl Actor {
             (Some(_), Some(_)) => {}
             (Some((answer, why)), None) => self.not_committed(port, id, &question, answer, &why),
         }
-        if let Some(lane) = self.lanes.get_mut(&port)
-            && !lane.queue.iter().any(|work| matches!(work, Task::Revert(_)))
+        if let Some(port_queue) = self.port_queues.get_mut(&port)
+            && !port_queue.queue.iter().any(|work| matches!(work, Task::Revert(_)))
         {
             // A cancelled change was not made.
-            lane.revert = None;
+            port_queue.revert = None;
         }
         reach(Point::AskRecorded);
         self.save(port);
         if !corrections.is_empty()
             && !self.bypass
-            && let Some(lane) = self.lanes.get_mut(&port)
+            && let Some(port_queue) = self.port_queues.get_mut(&port)
         {
-            lane.push(Task::Correct);
+            port_queue.push(Task::Correct);
         }
     }
 
     /// Queues a rollback before all other work of the port.
     pub(super) fn queue_revert(&mut self, port: PortId, revert: Revert) {
-        if let Some(lane) = self.lanes.get_mut(&port) {
-            lane.revert = Some(revert);
-            lane.granted = None;
-            lane.queue.push_front(Task::Revert(revert));
+        if let Some(port_queue) = self.port_queues.get_mut(&port) {
+            port_queue.revert = Some(revert);
+            port_queue.granted = None;
+            port_queue.queue.push_front(Task::Revert(revert));
         }
     }
 
@@ -220,8 +223,8 @@ impl Actor {
             revert.old = initial;
             if let Err(error) = self.state.begin(port, &change(initial)) {
                 tracing::error!(%port, "A late change cannot be reverted: {error}");
-                if let Some(lane) = self.lanes.get_mut(&port) {
-                    lane.revert = None;
+                if let Some(port_queue) = self.port_queues.get_mut(&port) {
+                    port_queue.revert = None;
                 }
                 return;
             }
@@ -246,8 +249,8 @@ impl Actor {
             tracing::error!(%port, "A reverted change cannot be noted: {error}");
         }
         drop(self.state.note_answer(port, &Request::SetMac(revert.guest), true));
-        if let Some(lane) = self.lanes.get_mut(&port) {
-            lane.revert = None;
+        if let Some(port_queue) = self.port_queues.get_mut(&port) {
+            port_queue.revert = None;
         }
         let (reason, detail) = given_up(revert.why);
         let decision = self.decision(port, "set_mac", Outcome::Reverted).map(|decision| Decision {
@@ -303,7 +306,8 @@ impl Actor {
 
     /// Counts the time that a request took.
     fn decided(&self, port: PortId, seq: u64, outcome: Outcome) {
-        let asked = self.lanes.get(&port).and_then(|lane| lane.asked).filter(|(of, _)| *of == seq);
+        let asked =
+            self.port_queues.get(&port).and_then(|port_queue| port_queue.asked).filter(|(of, _)| *of == seq);
         if let Some((_, at)) = asked {
             self.metrics.decided(outcome, at.elapsed());
         }

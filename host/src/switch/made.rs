@@ -39,7 +39,7 @@ impl Actor {
         let detail = error.or_else(|| (committed == Committed::Mailbox).then(|| BY_ITS_WORD.to_owned()));
         let (decided_by, old) = (correction.decided_by, Some(correction.old.clone()));
         let made = MadeChange { change: &correction.change, decided_by, old, committed, detail };
-        let edited_by = self.lanes.get(&port).and_then(|lane| lane.edited_by.clone());
+        let edited_by = self.port_queues.get(&port).and_then(|port_queue| port_queue.edited_by.clone());
         self.record_made(port, Outcome::TakenBack, edited_by, made);
     }
 

@@ -11,7 +11,7 @@
 //! ```
 //!
 //! The task never waits for the PF, a vmm or a disk on a guest's behalf. Slow work is a job in the
-//! port's `lane`; denials are answered at once. The task trusts no vmm. A request counts for the VM
+//! `port_queue`; denials are answered at once. The task trusts no vmm. A request counts for the VM
 //! of its connection, and the switch's own data decide it. An event changes only the guest address
 //! of its own VM, or makes the switch roll back.
 //!

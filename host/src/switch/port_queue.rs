@@ -2,8 +2,8 @@
 
 //! The queue of one port: its jobs run one after the other.
 //!
-//! Task that takes time (on the PF, in the store, through the VF's mailbox) is a job beside the switch's task. A port has at
-//! most one job; its other work waits in its lane. So the switch never compares an adapter in the middle of a change, and a
+//! Work that takes time (on the PF, in the store, through the VF's mailbox) is a job beside the switch's task. A port has at
+//! most one job; its other work waits in its queue. So the switch never compares an adapter in the middle of a change, and a
 //! denial, which needs no job, never waits.
 
 use std::collections::VecDeque;
@@ -30,7 +30,7 @@ const SHOWN: usize = 20;
 /// Most characters of a reason: the process of a simulated PF chooses some of them.
 const DETAIL: usize = 500;
 
-/// Task for a port, done when its turn comes.
+/// Work for a port, done when its turn comes.
 pub(super) enum Task {
     /// After a restart of the agent: find out the result of changes that were under way.
     Recover,
@@ -84,7 +84,7 @@ pub(super) struct Granted {
     pub(super) guest: MacAddress,
 }
 
-/// A port's lane, and the switch's data about the port besides its policy and adapter.
+/// A port's queue, and the switch's data about the port besides its policy and adapter.
 #[derive(Default)]
 pub(super) struct PortQueue {
     pub(super) queue: VecDeque<Task>,
@@ -127,7 +127,7 @@ pub(super) struct PortQueue {
 
 impl PortQueue {
     /// Queues work behind the waiting work. A vmm can cause most kinds as often as it likes, so work that is queued already is
-    /// not queued again: a lane stays a few items long, whatever its vmm does.
+    /// not queued again: a queue stays a few items long, whatever its vmm does.
     pub(super) fn push(&mut self, work: Task) {
         match work {
             Task::Correct if self.queue.iter().any(|queued| matches!(queued, Task::Correct)) => return,
@@ -180,7 +180,7 @@ impl PortQueue {
         self.deferred_since.filter(|_| !changes.is_empty()).map(|since| Pending { since, changes })
     }
 
-    /// Removes a waiting request from the lane.
+    /// Removes a waiting request from the queue.
     pub(super) fn withdraw(&mut self, seq: u64) -> bool {
         let before = self.queue.len();
         self.queue.retain(|work| !matches!(work, Task::Ask { question, .. } if question.seq == seq));
@@ -197,7 +197,7 @@ impl PortQueue {
 mod tests {
     use super::*;
 
-    fn names(lane: &PortQueue) -> Vec<&'static str> {
+    fn names(port_queue: &PortQueue) -> Vec<&'static str> {
         let name = |work: &Task| match work {
             Task::Ask { .. } => "ask",
             Task::Correct => "correct",
@@ -206,7 +206,7 @@ mod tests {
             Task::Reboot => "reboot",
             _ => "other",
         };
-        lane.queue.iter().map(name).collect()
+        port_queue.queue.iter().map(name).collect()
     }
 
     fn ask(seq: u64) -> Task {
@@ -215,36 +215,36 @@ mod tests {
 
     #[test]
     fn what_waits_is_queued_once_and_does_all_that_was_wished() {
-        let mut lane = PortQueue::default();
+        let mut port_queue = PortQueue::default();
         for work in [Task::Repair { all: false }, Task::Correct, Task::Repair { all: true }, Task::Correct] {
-            lane.push(work);
+            port_queue.push(work);
         }
-        assert_eq!(names(&lane), ["repair all", "correct"]);
-        lane.push(Task::Repair { all: false });
-        assert_eq!(names(&lane), ["repair all", "correct"], "what is lost is made again all the same");
+        assert_eq!(names(&port_queue), ["repair all", "correct"]);
+        port_queue.push(Task::Repair { all: false });
+        assert_eq!(names(&port_queue), ["repair all", "correct"], "what is lost is made again all the same");
     }
 
     #[test]
     fn what_is_queued_between_two_reboots_is_of_the_boot_that_has_ended() {
-        let mut lane = PortQueue::default();
-        lane.push(Task::Reboot);
-        lane.push(ask(1));
-        lane.push(Task::Reboot);
-        assert_eq!(names(&lane), ["ask", "reboot"]);
-        lane.push(ask(2));
-        assert_eq!(names(&lane), ["reboot", "ask"], "the guest that has begun again asks");
+        let mut port_queue = PortQueue::default();
+        port_queue.push(Task::Reboot);
+        port_queue.push(ask(1));
+        port_queue.push(Task::Reboot);
+        assert_eq!(names(&port_queue), ["ask", "reboot"]);
+        port_queue.push(ask(2));
+        assert_eq!(names(&port_queue), ["reboot", "ask"], "the guest that has begun again asks");
     }
 
     #[test]
     fn a_vmm_that_says_the_same_for_ever_fills_no_lane() {
-        let mut lane = PortQueue::default();
+        let mut port_queue = PortQueue::default();
         for seq in 0..10_000 {
-            lane.push(Task::Repair { all: true });
-            lane.push(Task::Reboot);
-            lane.push(Task::Correct);
-            lane.push(ask(seq));
+            port_queue.push(Task::Repair { all: true });
+            port_queue.push(Task::Reboot);
+            port_queue.push(Task::Correct);
+            port_queue.push(ask(seq));
         }
-        assert_eq!(lane.queue.len(), 4);
-        assert_eq!(names(&lane), ["repair all", "correct", "reboot", "ask"]);
+        assert_eq!(port_queue.queue.len(), 4);
+        assert_eq!(names(&port_queue), ["repair all", "correct", "reboot", "ask"]);
     }
 }

@@ -139,16 +139,16 @@ impl Record for Attachment {
 impl Attachment {
     /// The attachment of a port.
     #[must_use]
-    pub(super) fn of(port: &Port, lane: &PortQueue) -> Self {
+    pub(super) fn of(port: &Port, port_queue: &PortQueue) -> Self {
         Self {
             guest_mac: port.guest_mac,
             vf: port.vf.clone(),
-            bdf: lane.bdf.clone(),
+            bdf: port_queue.bdf.clone(),
             device: port.device.clone(),
             pending: port.pending.clone(),
-            revert: lane.revert,
-            rebooting: lane.rebooting,
-            counters: lane.counters,
+            revert: port_queue.revert,
+            rebooting: port_queue.rebooting,
+            counters: port_queue.counters,
         }
     }
 }

@@ -25,12 +25,13 @@ impl Actor {
                 let recorded = self.cancelled(port, seq, request, why);
                 // Save this before the vmm forgets the event. Otherwise the next agent would
                 // believe that the guest has the address.
-                let reverts = self.lanes.get(&port).is_some_and(|lane| lane.revert.is_some());
+                let reverts =
+                    self.port_queues.get(&port).is_some_and(|port_queue| port_queue.revert.is_some());
                 saved = self.attachment(port).filter(|_| reverts);
                 recorded
             }
             Notice::Forwarded { seq, outcome } => {
-                let busy = self.lanes.get_mut(&port).and_then(|lane| lane.busy.as_mut());
+                let busy = self.port_queues.get_mut(&port).and_then(|port_queue| port_queue.busy.as_mut());
                 let job = busy.filter(|busy| busy.seq == Some(seq)).and_then(|busy| busy.forwarded.take());
                 // A request of a former agent has no job: its changes counted as made when this
                 // agent started.
@@ -90,19 +91,19 @@ impl Actor {
     /// A relay cancelled a request.
     fn cancelled(&mut self, port: PortId, seq: u64, request: Request, why: Cancelled) -> Option<Decision> {
         let now = self.state.port(port).map(|port| (port.effective_mac(), port.guest_mac));
-        if let Some(lane) = self.lanes.get_mut(&port)
-            && !lane.withdraw(seq)
+        if let Some(port_queue) = self.port_queues.get_mut(&port)
+            && !port_queue.withdraw(seq)
         {
-            match &mut lane.busy {
+            match &mut port_queue.busy {
                 Some(busy) if busy.seq == Some(seq) => {
                     busy.cancelled = Some(why);
                     // The message is not sent, so no report about it will come.
                     busy.forwarded = None;
                     if let (Request::SetMac(_), Some((old, guest))) = (&request, now) {
-                        lane.revert = Some(Revert { old, guest, why });
+                        port_queue.revert = Some(Revert { old, guest, why });
                     }
                 }
-                _ if lane.recovering => lane.given_up = Some((request.clone(), why)),
+                _ if port_queue.recovering => port_queue.given_up = Some((request.clone(), why)),
                 _ => self.revert_granted(port, Some(seq), &request, why),
             }
         }
@@ -127,11 +128,11 @@ impl Actor {
         request: &Request,
         why: Cancelled,
     ) {
-        let Some(lane) = self.lanes.get_mut(&port) else { return };
+        let Some(port_queue) = self.port_queues.get_mut(&port) else { return };
         let same = |granted: &super::port_queue::Granted| {
             (granted.seq.is_none() || granted.seq == seq) && granted.request == *request
         };
-        let Some(granted) = lane.granted.take_if(|granted| same(granted)) else { return };
+        let Some(granted) = port_queue.granted.take_if(|granted| same(granted)) else { return };
         self.queue_revert(port, Revert { old: granted.old, guest: granted.guest, why });
         self.go_on(port);
     }

@@ -83,7 +83,7 @@ pub(super) async fn load(
             tracing::error!("{}", chain(&error));
             continue;
         }
-        let lane = PortQueue {
+        let port_queue = PortQueue {
             recovering: has_vf.is_some(),
             untold: has_vf.is_some(),
             rebooting: attachment.is_some_and(|attachment| has_vf.is_some() && attachment.rebooting),
@@ -94,7 +94,7 @@ pub(super) async fn load(
         };
         actor.meta.insert(entry.id, meta);
         actor.adapters.insert(key, id);
-        actor.lanes.insert(id, lane);
+        actor.port_queues.insert(id, port_queue);
         bound.extend(has_vf.map(|_| id));
     }
     actor.know(pfs);
@@ -238,19 +238,19 @@ impl Actor {
     /// results of mailbox messages are unknown: additions count as made, removals do not.
     pub(super) fn recovered(&mut self, id: PortId, shown: Option<VfSettings>) {
         let Some(port) = self.state.port(id) else { return };
-        let given_up = self.lanes.get_mut(&id).and_then(|lane| {
-            lane.recovering = false;
-            lane.given_up.take()
+        let given_up = self.port_queues.get_mut(&id).and_then(|port_queue| {
+            port_queue.recovering = false;
+            port_queue.given_up.take()
         });
-        let revert = self.lanes.get(&id).and_then(|lane| lane.revert);
+        let revert = self.port_queues.get(&id).and_then(|port_queue| port_queue.revert);
         let (old, guest, pending) = (port.effective_mac(), port.guest_mac, port.pending.clone());
         let mut made = Vec::new();
         for change in pending {
             match &change {
                 Change::SetMac(mac) if shown.as_ref().is_some_and(|shown| shown.mac == Some(*mac)) => {
-                    if let Some(lane) = self.lanes.get_mut(&id) {
+                    if let Some(port_queue) = self.port_queues.get_mut(&id) {
                         let request = netpolicy::Request::SetMac(*mac);
-                        lane.granted = Some(Granted { seq: None, request, old, guest });
+                        port_queue.granted = Some(Granted { seq: None, request, old, guest });
                     }
                     made.push(change);
                 }
@@ -268,8 +268,8 @@ impl Actor {
             }
             // The address was not set.
             (Some(_), _) => {
-                if let Some(lane) = self.lanes.get_mut(&id) {
-                    lane.revert = None;
+                if let Some(port_queue) = self.port_queues.get_mut(&id) {
+                    port_queue.revert = None;
                 }
             }
             (None, Some((request, why))) => self.revert_granted(id, None, &request, why),
@@ -278,7 +278,7 @@ impl Actor {
         self.save(id);
         // The reboot goes first: the comparison would otherwise restore settings that the guest no
         // longer has.
-        if self.lanes.get(&id).is_some_and(|lane| lane.rebooting) {
+        if self.port_queues.get(&id).is_some_and(|port_queue| port_queue.rebooting) {
             self.queue(id, Task::Reboot);
         }
         self.queue(id, Task::Correct);

@@ -36,12 +36,13 @@ impl Actor {
             return;
         }
         let Ok(corrections) = self.state.corrections(port) else { return };
-        let leftover = self.lanes.get(&port).map(|lane| lane.leftover.clone()).unwrap_or_default();
+        let leftover =
+            self.port_queues.get(&port).map(|port_queue| port_queue.leftover.clone()).unwrap_or_default();
         if corrections.list.is_empty() && leftover.is_empty() {
-            if let Some(lane) = self.lanes.get_mut(&port) {
-                lane.owed = false;
-                lane.unmade.clear();
-                lane.edited_by = None;
+            if let Some(port_queue) = self.port_queues.get_mut(&port) {
+                port_queue.owed = false;
+                port_queue.unmade.clear();
+                port_queue.edited_by = None;
             }
             return;
         }
@@ -94,19 +95,19 @@ impl Actor {
         // Changes that revoke nothing may wait for the vmm: the next connection begins with them.
         let can_wait = made.offline && !made.failed.iter().any(|(change, _)| must(change));
         let (mut credible, mut is_news) = (true, false);
-        if let Some(lane) = self.lanes.get_mut(&port) {
-            lane.owed = unmade;
-            is_news = lane.note_unmade(&made.failed);
-            lane.leftover.retain(|change| !made.done.contains(change));
+        if let Some(port_queue) = self.port_queues.get_mut(&port) {
+            port_queue.owed = unmade;
+            is_news = port_queue.note_unmade(&made.failed);
+            port_queue.leftover.retain(|change| !made.done.contains(change));
             if !unmade && made.deferred.is_empty() {
-                lane.edited_by = None;
+                port_queue.edited_by = None;
             }
-            if !made.deferred.is_empty() && lane.deferred.is_empty() {
+            if !made.deferred.is_empty() && port_queue.deferred.is_empty() {
                 say_of_port(port, |suppressed| {
                     tracing::info!(%port, suppressed, "Changes wait for the guest to reset its VF");
                 });
             }
-            credible = lane.defer(made.deferred);
+            credible = port_queue.defer(made.deferred);
         }
         if !credible {
             self.stop(port, "It says that more waits for its guest's reset than its relay lets wait");
@@ -123,8 +124,8 @@ impl Actor {
     /// A correction is pending: after `timing.confirm` it is tried again, or the VM is stopped if its vmm is not
     /// connected.
     fn owe(&mut self, port: PortId) {
-        if let Some(lane) = self.lanes.get_mut(&port) {
-            lane.owed = true;
+        if let Some(port_queue) = self.port_queues.get_mut(&port) {
+            port_queue.owed = true;
         }
         let (own, wait) = (self.own.clone(), self.timing.confirm);
         tokio::spawn(async move {
@@ -136,7 +137,7 @@ impl Actor {
     }
 
     pub(super) fn overdue(&mut self, port: PortId) {
-        if !self.lanes.get(&port).is_some_and(|lane| lane.owed && !lane.closing) {
+        if !self.port_queues.get(&port).is_some_and(|port_queue| port_queue.owed && !port_queue.closing) {
             return;
         }
         let vm = self.state.port(port).map(|port| port.vm.id);
@@ -161,8 +162,8 @@ impl Actor {
 
     /// The relay has made the changes that waited for the guest's reset, except for the `failed` ones.
     pub(super) fn deferred_done(&mut self, port: PortId, failed: &[Change]) {
-        let Some(lane) = self.lanes.get_mut(&port) else { return };
-        let Some(sent) = lane.deferred.pop_front() else { return };
+        let Some(port_queue) = self.port_queues.get_mut(&port) else { return };
+        let Some(sent) = port_queue.deferred.pop_front() else { return };
         // Only changes that were ordered count, because the vmm may lie.
         let (failed, done) = sent.into_iter().partition(|change| failed.contains(change));
         self.queue(port, Task::Confirmed { done, failed });
@@ -176,14 +177,14 @@ impl Actor {
         for correction in wanted.iter().filter(|correction| done.contains(&correction.change)) {
             self.record_correction(port, correction, None);
         }
-        if let Some(lane) = self.lanes.get_mut(&port) {
-            lane.leftover.retain(|change| !done.contains(change));
+        if let Some(port_queue) = self.port_queues.get_mut(&port) {
+            port_queue.leftover.retain(|change| !done.contains(change));
             if !failed.is_empty() {
                 // The PF takes messages now: correct again before the response to the guest's reset, and with trust if
                 // it is needed.
-                lane.queue.push_front(Task::Correct);
-            } else if lane.deferred.is_empty() {
-                lane.edited_by = None;
+                port_queue.queue.push_front(Task::Correct);
+            } else if port_queue.deferred.is_empty() {
+                port_queue.edited_by = None;
             }
         }
         self.save(port);
@@ -195,16 +196,16 @@ impl Actor {
         self.links.insert(vm, Link { vmm, online: true });
         for port in self.ports_of(vm) {
             self.tell_standing(port);
-            if let Some(lane) = self.lanes.get_mut(&port) {
+            if let Some(port_queue) = self.port_queues.get_mut(&port) {
                 // The answers to the deferred changes were lost with the connection. The changes are ordered again.
-                let lost: Vec<Change> = lane.deferred.drain(..).flatten().collect();
-                let owed = lane.owed || !lost.is_empty();
+                let lost: Vec<Change> = port_queue.deferred.drain(..).flatten().collect();
+                let owed = port_queue.owed || !lost.is_empty();
                 if owed {
-                    lane.push(Task::Correct);
+                    port_queue.push(Task::Correct);
                 }
-                let untold = std::mem::take(&mut lane.untold);
+                let untold = std::mem::take(&mut port_queue.untold);
                 if untold {
-                    lane.push(Task::Tell);
+                    port_queue.push(Task::Tell);
                 }
                 if owed || untold {
                     self.go_on(port);
@@ -219,11 +220,11 @@ impl Actor {
             link.vmm.close();
         }
         for port in self.ports_of(vm) {
-            if let Some(lane) = self.lanes.get_mut(&port) {
-                lane.queue.retain(|work| !matches!(work, Task::Ask { .. }));
-                lane.untold = true;
+            if let Some(port_queue) = self.port_queues.get_mut(&port) {
+                port_queue.queue.retain(|work| !matches!(work, Task::Ask { .. }));
+                port_queue.untold = true;
                 // The relay denies the request by itself. Its notice has the result of the message.
-                if let Some(busy) = &mut lane.busy {
+                if let Some(busy) = &mut port_queue.busy {
                     busy.forwarded = None;
                 }
             }
@@ -246,8 +247,9 @@ impl Actor {
     pub(super) fn rebooted(&mut self, vm: VmId, done: oneshot::Sender<()>) {
         let mut saved = Vec::new();
         for port in self.ports_of(vm) {
-            if let Some(lane) = self.lanes.get_mut(&port).filter(|lane| !lane.closing) {
-                lane.rebooting = true;
+            if let Some(port_queue) = self.port_queues.get_mut(&port).filter(|port_queue| !port_queue.closing)
+            {
+                port_queue.rebooting = true;
                 saved.extend(self.attachment(port).map(|attachment| self.writer.save(port, attachment)));
                 self.queue(port, Task::Reboot);
             }
@@ -281,11 +283,11 @@ impl Actor {
             tracing::error!(port = %id, "A reboot cannot begin: {error}");
             return self.reboot_over(id);
         }
-        if let Some(lane) = self.lanes.get_mut(&id) {
-            lane.granted = None;
-            lane.revert = None;
-            lane.deferred.clear();
-            lane.leftover.clone_from(&messages);
+        if let Some(port_queue) = self.port_queues.get_mut(&id) {
+            port_queue.granted = None;
+            port_queue.revert = None;
+            port_queue.deferred.clear();
+            port_queue.leftover.clone_from(&messages);
         }
         match self.tools(id) {
             Some(tools) => self.start(id, Running::other(), tools.reboot(settings, messages)),
@@ -299,8 +301,8 @@ impl Actor {
     /// Notes that the reboot is over, so that the next agent does not repeat it, unless the guest has rebooted once
     /// more.
     fn reboot_over(&mut self, port: PortId) {
-        if let Some(lane) = self.lanes.get_mut(&port) {
-            lane.rebooting = lane.queue.iter().any(|work| matches!(work, Task::Reboot));
+        if let Some(port_queue) = self.port_queues.get_mut(&port) {
+            port_queue.rebooting = port_queue.queue.iter().any(|work| matches!(work, Task::Reboot));
         }
         self.save(port);
     }
@@ -315,13 +317,13 @@ impl Actor {
                 tracing::warn!(%port, suppressed, "{} could not be made at a reboot: {why}", name(change));
             });
         }
-        if let Some(lane) = self.lanes.get_mut(&port) {
-            lane.leftover.retain(|change| !made.done.contains(change));
+        if let Some(port_queue) = self.port_queues.get_mut(&port) {
+            port_queue.leftover.retain(|change| !made.done.contains(change));
             // No other changes are deferred: the reboot began by clearing that list.
-            let _ = lane.defer(made.deferred);
+            let _ = port_queue.defer(made.deferred);
             // The comparison retries the settings that the PF did not take; the rest is retried at the guest's reset.
             if !made.failed.is_empty() {
-                lane.push(Task::Repair { all: false });
+                port_queue.push(Task::Repair { all: false });
             }
         }
         self.reboot_over(port);
@@ -369,14 +371,18 @@ impl Actor {
         let bound: Vec<PortId> =
             self.state.ports().filter(|port| port.vf.is_some()).map(|port| port.id).collect();
         for port in bound {
-            if self.lanes.get(&port).is_some_and(|lane| !lane.closing) {
+            if self.port_queues.get(&port).is_some_and(|port_queue| !port_queue.closing) {
                 self.queue(port, Task::Repair { all: false });
             }
         }
     }
 
     pub(super) fn begin_repair(&mut self, port: PortId, all: bool) {
-        if self.lanes.get(&port).is_none_or(|lane: &PortQueue| lane.closing || lane.binding) {
+        if self
+            .port_queues
+            .get(&port)
+            .is_none_or(|port_queue: &PortQueue| port_queue.closing || port_queue.binding)
+        {
             return;
         }
         let (Ok(expected), Some(tools)) = (self.state.expected(port), self.tools(port)) else { return };
@@ -385,16 +391,16 @@ impl Actor {
 
     /// Notes the result of a port's comparison with its PF. Log and event follow only a change.
     pub(super) fn compared(&mut self, id: PortId, error: Option<&String>) {
-        let Some(lane) = self.lanes.get_mut(&id) else { return };
-        let before = lane.unchecked.take();
-        lane.unchecked = error.map(|why| Unchecked {
+        let Some(port_queue) = self.port_queues.get_mut(&id) else { return };
+        let before = port_queue.unchecked.take();
+        port_queue.unchecked = error.map(|why| Unchecked {
             since: before.as_ref().map_or_else(Timestamp::now, |unchecked| unchecked.since),
             detail: printable(&clipped(why, DETAIL)),
         });
-        if before == lane.unchecked {
+        if before == port_queue.unchecked {
             return;
         }
-        let is_news = before.is_some() != lane.unchecked.is_some();
+        let is_news = before.is_some() != port_queue.unchecked.is_some();
         self.publish_unchecked();
         if !is_news {
             return;
@@ -410,7 +416,7 @@ impl Actor {
     /// Shows the ports that cannot be compared, in metrics and in the status of their VMs.
     pub(super) fn publish_unchecked(&self) {
         let of = |port: &netpolicy::Port| {
-            let unchecked = self.lanes.get(&port.id)?.unchecked.clone()?;
+            let unchecked = self.port_queues.get(&port.id)?.unchecked.clone()?;
             Some(((port.vm.id, port.adapter.clone()), unchecked))
         };
         let ports: UncheckedPorts = self.state.ports().filter_map(of).collect();

@@ -84,7 +84,7 @@ impl Actor {
         let group =
             self.state.port_group(port.group).ok_or(netpolicy::StateError::NoPortGroup(port.group))?;
         let switch = self.state.switch(group.switch).ok_or(netpolicy::StateError::NoSwitch(group.switch))?;
-        let (meta, lane) = (self.meta_of(id.0), self.lanes.get(&id));
+        let (meta, port_queue) = (self.meta_of(id.0), self.port_queues.get(&id));
         Ok(api::types::Port {
             id: id.0,
             name: port_name(port),
@@ -100,16 +100,18 @@ impl Actor {
                 switch: shown(&switch.name)?,
                 port_group: shown(&group.name)?,
                 pf: port.vf.as_ref().map(|vf| vf.pf.clone()),
-                vf: lane.and_then(|lane| lane.bdf.as_ref()).and_then(|bdf| bdf.parse().ok()),
+                vf: port_queue
+                    .and_then(|port_queue| port_queue.bdf.as_ref())
+                    .and_then(|bdf| bdf.parse().ok()),
                 vf_index: port.vf.as_ref().map(|vf| vf.index),
                 initial_mac: port.initial_mac,
                 effective_mac: port.effective_mac(),
                 guest_mac: port.guest_mac,
                 policy: self.state.effective_policy(id)?,
-                unchecked: lane.and_then(|lane| lane.unchecked.clone()),
-                unmade: lane.map(|lane| lane.unmade.clone()).unwrap_or_default(),
-                pending: lane.and_then(super::port_queue::PortQueue::pending),
-                counters: lane.map(|lane| lane.counters).unwrap_or_default(),
+                unchecked: port_queue.and_then(|port_queue| port_queue.unchecked.clone()),
+                unmade: port_queue.map(|port_queue| port_queue.unmade.clone()).unwrap_or_default(),
+                pending: port_queue.and_then(super::port_queue::PortQueue::pending),
+                counters: port_queue.map(|port_queue| port_queue.counters).unwrap_or_default(),
             },
         })
     }

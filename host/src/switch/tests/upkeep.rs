@@ -368,7 +368,7 @@ async fn a_vmm_that_tells_of_resets_for_ever_costs_its_pf_no_more_than_one() {
     let mut host = Host::new(ACCEPT).await;
     let gate = std::sync::Arc::clone(&host.pfs.world().gate);
     let held = gate.lock_owned().await;
-    // This request keeps the port's lane busy meanwhile.
+    // This request keeps the port's queue busy meanwhile.
     host.send(1, Request::SetMac(mac(9))).await;
     for _ in 0..10_000 {
         host.notice(1, Notice::PfReset).await;
