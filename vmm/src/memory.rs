@@ -36,7 +36,7 @@ pub enum MemoryError {
          by {pages} or turn hugepages off", pages = .0.div_ceil(2)
     )]
     HugePages(u64, #[source] vm_memory::mmap::MmapRegionError),
-    /// The regions contradict each other: a bug.
+    /// The regions overlap: a bug.
     #[error("Guest memory regions overlap")]
     Regions(#[source] vm_memory::GuestRegionCollectionError),
     /// KVM refused a memory slot.
@@ -44,7 +44,7 @@ pub enum MemoryError {
     Slot {
         /// Guest-physical address.
         gpa: u64,
-        /// KVM's answer.
+        /// KVM's error.
         source: io::Error,
     },
 }
@@ -91,7 +91,7 @@ fn keep_out_of_core_dumps(region: &MmapRegion) {
 pub struct Slots {
     vm: Arc<VmFd>,
     ram: Vec<Range<u64>>,
-    /// The devices' windows. The lock is held for a few instructions and one ioctl; any caller may be a vCPU thread.
+    /// The devices' windows. Hold the lock for a few instructions and one ioctl at most: vCPU threads wait for it.
     state: Mutex<State>,
 }
 
@@ -159,7 +159,7 @@ fn refused(why: &str) -> io::Error {
     io::Error::new(io::ErrorKind::InvalidInput, why.to_owned())
 }
 
-/// Checks a window, apart from KVM so that tests can call it.
+/// Checks a window. Needs no KVM, so that tests can call it.
 fn check(
     gpa: &Range<u64>,
     host: &Range<u64>,

@@ -19,13 +19,13 @@ const MAX_SIZE_32: u64 = 1 << 31;
 pub struct BarLayout {
     /// Length in bytes: a power of two of at least 16.
     pub size: u64,
-    /// Whether it takes the next register too.
+    /// Whether the BAR has 64 bits, and so takes the next register too.
     pub is_64bit: bool,
     /// Whether reads have no side effects.
     pub prefetchable: bool,
 }
 
-/// The reason why a BAR or its address is impossible.
+/// The reason that a BAR or its address is invalid.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum BarError {
     /// The size is no power of two, below 16, or above 2 GiB in a 32-bit register.
@@ -67,8 +67,9 @@ pub enum BarError {
 #[derive(Clone, Debug)]
 pub struct Bars {
     layouts: [Option<BarLayout>; BARS],
-    /// Raw address bits as the guest wrote them, aligned to the BAR's size. Index of the lower register.
+    /// Address bits as the guest wrote them, aligned to the BAR's size. The index is that of the lower register.
     addresses: [u64; BARS],
+    /// The assigned addresses, which a machine reset restores.
     power_on: [u64; BARS],
     windows: Arc<[Range<u64>]>,
     memory_enabled: bool,

@@ -75,7 +75,7 @@ enum Command {
     Serve(Box<crate::agent::ServeArgs>),
     /// Shows on a simulated adapter which changes of a guest the policy allows and which it denies: needs /dev/kvm, and
     /// leaves nothing behind. Exits non-zero if anything expected was not observed. As root its processes have user ids
-    /// from 980000 to 995999.
+    /// from 2100100000 to 2100115999.
     Demo(demo::DemoArgs),
     /// Examines this host, without an agent, for all that VMs with VFs need. Shows a command that mends each fault.
     Check(check::CheckArgs),

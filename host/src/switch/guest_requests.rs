@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 
-//! Guests' requests, decided here by the switch's own data, for the VM whose connection they came by.
+//! Decides the requests of guests by the switch's own data. A request belongs to the VM of its connection.
 
 use netpolicy::{
     Change, Committed, Decision, Denial, MacAddress, OnDenied, Outcome, PortId, Reason, Request, Route,
@@ -29,7 +29,7 @@ impl Running {
 impl Actor {
     /// The port of a VM's adapter; None for a name that the VM does not have.
     pub(super) fn port_of(&self, vm: VmId, adapter: &str) -> Option<PortId> {
-        // The key is owned, and a name from a vmm may be long.
+        // The lookup copies the name: do not copy a long one from a vmm.
         let found = (adapter.len() <= 64).then(|| self.adapters.get(&(vm, adapter.to_owned())).copied());
         found.flatten()
     }
@@ -46,8 +46,8 @@ impl Actor {
         if let Some(port_queue) = self.port_queues.get_mut(&port) {
             port_queue.asked = Some((question.seq, Instant::now()));
         }
-        // A reset has happened already and is noted in its turn, like a request that needs changes. A no-op is not granted
-        // while work is queued: a rebooting guest may request the very address that the pending reboot revokes.
+        // A reset has already happened: queue its record, as a request that needs changes. Do not grant a no-op while work is
+        // queued: a rebooting guest may request the very address that the pending reboot revokes.
         let settled = self
             .port_queues
             .get(&port)
@@ -57,7 +57,7 @@ impl Actor {
         }
     }
 
-    /// Denies, or grants a request that needs no change if the port is settled. False if the request must wait.
+    /// Denies the request, or grants it if it needs no change and the port is settled. Returns false if it must wait.
     fn answer_now(&mut self, port: PortId, id: u64, question: &Question, settled: bool) -> bool {
         match self.evaluate(port, &question.request) {
             Decided::Unknown => true,
@@ -93,7 +93,7 @@ impl Actor {
         if question.request == Request::Reset {
             return self.reset(port, id, &question);
         }
-        // The policy may have changed while it waited.
+        // The policy may have changed while the request waited.
         let changes = match self.evaluate(port, &question.request) {
             Decided::Changes(changes) if !changes.is_empty() => changes,
             _ => {
@@ -133,7 +133,7 @@ impl Actor {
         self.grant(port, id, question);
     }
 
-    /// Handles the end of a request's job.
+    /// Handles the completion of a request's job.
     pub(super) fn asked(&mut self, port: PortId, asked: Asked, cancelled: Option<Cancelled>) {
         let Asked { id, question, changes, forward, outcome } = asked;
         let request = &question.request;
@@ -185,14 +185,14 @@ impl Actor {
             }
             // The PF acknowledged the message after all; the state says so.
             (None, Some(_)) => {}
-            // The event that cancelled it has reported its end.
+            // The record of the cancellation is enough.
             (Some(_), Some(_)) => {}
             (Some((answer, why)), None) => self.not_committed(port, id, &question, answer, &why),
         }
         if let Some(port_queue) = self.port_queues.get_mut(&port)
             && !port_queue.queue.iter().any(|work| matches!(work, Task::Revert(_)))
         {
-            // A cancelled change was not made.
+            // A cancelled change was not made: nothing is left to roll back.
             port_queue.revert = None;
         }
         reach(Point::AskRecorded);
@@ -218,7 +218,7 @@ impl Actor {
         let from = self.effective(port);
         let change = |mac| [Change::SetMac(mac)];
         if self.state.begin(port, &change(revert.old)).is_err() {
-            // Another port has the address meanwhile; the initial one is always kept.
+            // Another port has taken the old address. The initial one is always reserved for its port.
             let Some(initial) = self.state.port(port).map(|port| port.initial_mac) else { return };
             revert.old = initial;
             if let Err(error) = self.state.begin(port, &change(initial)) {
@@ -304,7 +304,7 @@ impl Actor {
         self.state.port(port).map_or(MacAddress::ZERO, netpolicy::Port::effective_mac)
     }
 
-    /// Counts the time that a request took.
+    /// Counts the time from a request to its verdict.
     fn decided(&self, port: PortId, seq: u64, outcome: Outcome) {
         let asked =
             self.port_queues.get(&port).and_then(|port_queue| port_queue.asked).filter(|(of, _)| *of == seq);
@@ -329,7 +329,7 @@ impl Actor {
 
     fn refuse(&mut self, port: PortId, id: u64, question: &Question, denial: Denial, tell: OnDenied) {
         self.answer(port, id, question.seq, relay::Decision::Refuse { tell, reason: denial.reason });
-        // The guest may repeat the request: only news is stored.
+        // Store changes only: the guest may repeat the request without bound.
         let before = self.wanted(port);
         drop(self.state.note_refusal(port, &question.request, denial.reason));
         if self.wanted(port) != before {
@@ -340,13 +340,13 @@ impl Actor {
         self.record(decision.map(|decision| denied(decision, denial, told)));
     }
 
-    /// Records a request that was allowed and not committed. With `answer`, the guest's message still waits.
+    /// Records a request that was granted and not committed. With `answer`, the guest still waits for a response.
     fn not_committed(&mut self, port: PortId, id: u64, question: &Question, answer: Option<u64>, why: &str) {
         if answer.is_some() {
             let reason = Reason::CommitFailed;
             self.answer(port, id, question.seq, relay::Decision::Refuse { tell: OnDenied::Nack, reason });
         } else if why.is_empty() {
-            // Cancelled: the event says the rest.
+            // Cancelled: the relay's event leads to the record.
             return;
         }
         let decision =
@@ -387,12 +387,12 @@ impl Actor {
     }
 }
 
-/// The guest believes that a denied request succeeded.
+/// The detail of a silent denial.
 const TOLD: &str = "The guest was told that it succeeded";
-/// An edit crossed a guest's request that its relay denied.
+/// The detail of a relay's denial by a policy that an edit has just replaced.
 const CROSSED: &str = "Refused by the policy as it was before its last change";
 
-/// A decision to deny, filled in; its details are the denial's and `more`.
+/// Fills in the decision of a denial. `more` adds to the denial's own detail.
 fn denied(decision: Decision, denial: Denial, more: impl IntoIterator<Item = &'static str>) -> Decision {
     let Denial { reason, decided_by, old, requested, detail } = denial;
     let details: Vec<String> = detail.into_iter().chain(more.into_iter().map(str::to_owned)).collect();
@@ -407,7 +407,7 @@ enum Decided {
     Unknown,
 }
 
-/// The reason to revoke a granted address, for the record.
+/// The reason to roll back a granted address, for the record.
 fn given_up(why: Cancelled) -> (Option<Reason>, &'static str) {
     match why {
         Cancelled::Deadline => {
@@ -419,7 +419,7 @@ fn given_up(why: Cancelled) -> (Option<Reason>, &'static str) {
     }
 }
 
-/// Whether the change gives the adapter more.
+/// Whether the change lets the adapter receive more frames.
 pub(super) fn adds(change: &Change) -> bool {
     match change {
         Change::AddUnicast(_) | Change::JoinVlan(_) | Change::SetMaxFrame(_) => true,
@@ -429,7 +429,7 @@ pub(super) fn adds(change: &Change) -> bool {
     }
 }
 
-/// The value that a request names, for people.
+/// The value in a request, for users.
 pub(super) fn describe(request: &Request) -> Option<String> {
     match request {
         Request::SetMac(mac) | Request::AddUnicastFilter(mac) => Some(mac.to_string()),
@@ -442,7 +442,7 @@ pub(super) fn describe(request: &Request) -> Option<String> {
     }
 }
 
-/// The changes for a request where no policy decides.
+/// The changes of a request without a policy (`--policy-bypass-for-tests`).
 fn unpoliced(request: &Request) -> Vec<Change> {
     let vlan = |vid: u16| netpolicy::VlanId::new(vid).ok();
     match request {

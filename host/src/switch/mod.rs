@@ -15,9 +15,9 @@
 //! of its connection, and the switch's own data decide it. An event changes only the guest address
 //! of its own VM, or makes the switch roll back.
 //!
-//! * `objects`: switches, port groups and ports as the API edits them. `view`: as it shows them.
-//! * `vms`: attaching, binding to VFs, releasing. `clean`: scrubbing the VF of a VM that has ended.
-//! * `asks`: requests and their completion. `notices`: events from relays.
+//! * `catalog`: switches, port groups and ports as the API edits them. `view`: as it shows them.
+//! * `binding`: attaching, binding to VFs, releasing. `scrub`: scrubbing the VF of a VM that has ended.
+//! * `guest_requests`: requests and their completion. `relay_events`: events from relays.
 //! * `upkeep`: corrections after policy changes, drift, reboots.
 
 mod actor;

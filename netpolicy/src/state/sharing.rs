@@ -1,13 +1,14 @@
 // SPDX-License-Identifier: Apache-2.0
 
-//! Addresses that two ports of one VM have.
+//! Addresses that two ports of one VM share.
 //!
-//! A guest that bonds two adapters gives both the address of one (`fail_over_mac=none`), or moves it to the one that is active
-//! (`follow`). With `mac_sharing: same_vm` a port may have an address that another port of its VM has. The setting decides about
-//! what its own port takes: the initial address of a port that shares nothing may be taken from it, as it may take it back any
-//! time. Two guests never have one address.
+//! A bond in a guest gives both adapters one address (`fail_over_mac=none`), or moves the address to
+//! the active adapter (`follow`). With `mac_sharing: same_vm` a port may take an address that another
+//! port of its VM has. The other port must share too, except for its own initial address: a port can
+//! always return to that. Ports of two VMs never share an address.
 //!
-//! VFs of one PF do not share: their frames come by one receive filter, and which of the two VFs gets them depends on the adapter.
+//! Two VFs of one PF cannot share: the PF has one receive filter for both, and adapters differ in
+//! the VF that they deliver a frame to.
 
 use super::{SwitchState, policy_of};
 use crate::{
@@ -18,29 +19,29 @@ use crate::{
 };
 use uuid::Uuid;
 
-/// A port that is in the way of another one's new address.
+/// A conflict between a port and the new address of another one.
 pub(super) struct Conflict<'a> {
     /// The port that has the address.
     pub(super) other: &'a Port,
-    /// Why the two do not share it.
+    /// The reason that the two ports do not share it.
     pub(super) why: NotShared,
 }
 
-/// Why two ports do not share an address.
+/// The reason that two ports do not share an address.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum NotShared {
-    /// They are of two VMs.
+    /// The ports belong to two VMs.
     OtherVm,
-    /// The policy of the port that asks rejects it.
+    /// The policy of the requesting port rejects it.
     Rejected,
     /// The policy of the port that has the address rejects it.
     RejectedThere,
-    /// Their VFs are of one PF.
+    /// Both VFs belong to one PF.
     SamePf,
 }
 
 impl Conflict<'_> {
-    /// For people.
+    /// The detail of a denial, for users.
     pub(super) fn detail(&self) -> String {
         let (adapter, vm) = (&self.other.adapter, &self.other.vm.name);
         match self.why {
@@ -59,7 +60,7 @@ impl Conflict<'_> {
 }
 
 impl SwitchState {
-    /// A port that has an address and does not share it with `port`, which is to have it and need not be in the tables.
+    /// Finds a port that has `mac` and does not share it with `port`. `port` need not be in the tables.
     pub(super) fn conflict(&self, switch: SwitchId, mac: MacAddress, port: &Port) -> Option<Conflict<'_>> {
         let mut others = self.ports_of_mac(switch, mac).filter(|other| other.id != port.id);
         others.find_map(|other| Some(Conflict { other, why: self.not_shared(mac, port, other)? }))
@@ -70,7 +71,7 @@ impl SwitchState {
         if other.vm.id != port.vm.id {
             Some(NotShared::OtherVm)
         } else if mac == port.initial_mac {
-            // A port may always go back.
+            // A port may always return to its initial address.
             None
         } else if !self.shares(port) {
             Some(NotShared::Rejected)
@@ -89,19 +90,20 @@ impl SwitchState {
         })
     }
 
-    /// Whether another port has an address that is not `port`'s initial one.
+    /// Whether another port has `mac` too. False for the initial address of `port`.
     pub(super) fn is_shared(&self, switch: SwitchId, mac: MacAddress, port: &Port) -> bool {
         mac != port.initial_mac && self.ports_of_mac(switch, mac).any(|other| other.id != port.id)
     }
 
-    /// Whether the policy of a port lets it have an address, as far as no other port has it.
+    /// Whether the policy of `port` allows `mac`, apart from conflicts with other ports.
     pub(super) fn allows_mac(&self, policy: &EffectivePolicy, mac: MacAddress, port: &Port) -> bool {
         mac == port.initial_mac
             || policy.mac_changes.value.allows(mac)
             || self.initials_to_share(policy, port).any(|initial| initial == mac)
     }
 
-    /// The initial addresses of other ports that a port may have: those of its VM, on any switch, if its policy shares.
+    /// The initial addresses that `port` may share: those of its VM's other ports, on any switch. None if the
+    /// policy of `port` does not share.
     pub(super) fn initials_to_share<'a>(
         &'a self,
         policy: &EffectivePolicy,

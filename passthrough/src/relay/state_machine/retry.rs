@@ -2,10 +2,10 @@
 
 //! Retries of receive lists that had no verdict in time.
 //!
-//! A driver sets its lists of receive addresses and ignores the answers. A refusal because the authority is away (the
-//! agent restarts, the PF's driver is busy) would leave the guest without them until it sets them again, perhaps never. So
-//! the relay keeps the requests and repeats them, at most one a second, until the authority decides. It does not inform
-//! the guest, which has ignored the first answer.
+//! A driver sets its lists of receive addresses and ignores the responses. If the authority is away (the agent restarts,
+//! the PF's driver is busy), a denial would leave the guest without its lists, perhaps for ever. So the relay keeps these
+//! requests and repeats them, at most one a second, until the authority decides. The guest gets no second response: its
+//! driver has ignored the first one.
 
 use std::time::Duration;
 
@@ -17,17 +17,17 @@ use crate::{
     relay::authority::{Cancelled, Decision, Forwarded, How, Notice, OWN_QUESTION, Question},
 };
 
-/// Time between two questions.
+/// Time between two retries.
 const PERIOD: Duration = Duration::from_secs(1);
 
-/// The guest's lists as far as they have no verdict. They hold at most one request to clear the filters, three filters
-/// and one list of multicast hashes.
+/// The guest's lists that have no verdict yet: at most one request to clear the filters, three filters and one list of
+/// multicast hashes.
 #[derive(Debug, Default)]
 pub(super) struct Undecided {
     clear: bool,
     unicast: Vec<MacAddress>,
     multicast: Option<Request>,
-    /// The time of the next question.
+    /// The time of the next retry.
     at: Duration,
     asked: u64,
 }
@@ -62,7 +62,7 @@ impl Undecided {
         }
     }
 
-    /// Forgets everything: the guest starts over and sets its lists.
+    /// Forgets everything: a guest that starts over sets its lists again.
     pub(super) fn forget(&mut self) {
         *self = Self { asked: self.asked, ..Self::default() };
     }
@@ -81,14 +81,14 @@ impl Undecided {
         filter.or_else(|| self.multicast.clone())
     }
 
-    /// The time at which a question is due.
+    /// The time of the next retry, if any request has no verdict.
     pub(super) fn due(&self) -> Option<Duration> {
         self.next().map(|_| self.at)
     }
 }
 
 impl StateMachine {
-    /// Repeats a request, if no other work is under way and the PF listens.
+    /// Repeats a request if one is due, no other work is under way and the PF listens.
     pub(super) fn retry_undecided(&mut self) {
         let now = self.now();
         if !self.may_retry() || self.undecided.due().is_none_or(|due| now < due) {
@@ -112,7 +112,7 @@ impl StateMachine {
         matches!(self.work, Work::Idle) && self.cts && !self.reset_due
     }
 
-    /// Carries out the verdict on the relay's own question.
+    /// Carries out the verdict on a retry.
     pub(super) fn retry_decided(&mut self, seq: u64, request: &Request, decision: Decision) {
         match request {
             Request::ClearUnicastFilters => self.undecided.clear = false,
@@ -134,7 +134,7 @@ impl StateMachine {
         }
     }
 
-    /// Gives up the relay's own question, if there is one: the guest has a new message, or no verdict came.
+    /// Cancels the retry under way, if there is one: the guest has a new message, or no verdict came.
     pub(super) fn withdraw(&mut self) {
         if let Work::Retry { .. } = self.work
             && let Work::Retry { seq, request, .. } = std::mem::replace(&mut self.work, Work::Idle)
@@ -143,7 +143,8 @@ impl StateMachine {
         }
     }
 
-    /// Another port has the address and may release it later: the guest's next list must then begin with a clear.
+    /// Notes a denial because another port has the address. The switch may add the address later, so the guest's next
+    /// list must begin with a clear.
     pub(super) fn note_in_use(&mut self, request: &Request, reason: Reason) {
         self.filters |= reason == Reason::MacInUse && matches!(request, Request::AddUnicastFilter(_));
     }
