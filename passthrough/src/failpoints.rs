@@ -11,7 +11,6 @@
 //! If the environment variable [`HOLD`] is `pf.set=PATH`, the process waits at that point as long as PATH exists. Its
 //! thread blocks: the agent keeps answering only if the point is where it may block, and a vmm sees the path only
 //! before it is confined.
-//! agent only answers meanwhile if the point is reached where it may block, and a vmm only sees the path before it is confined.
 //!
 //! ```
 //! use passthrough::failpoints::{Point, reach};

@@ -142,7 +142,10 @@ async fn boot_and_follow(
     remove: bool,
 ) -> Result<(), CliError> {
     if let Err(error) = act(client, id, VmAction::Boot, args.wait).await {
+        // In the wrong state, the VM was booted by another command, which has it now.
+        let is_others = error.problem().is_some_and(|problem| problem.code == ProblemCode::WrongState);
         match remove {
+            true if is_others => {}
             true => remove_after(client, name, id, args.wait).await,
             false => warn(format_args!(
                 "portcullis: the VM {name} is there all the same: `portcullis vm delete {name}`, or mend it and boot it"

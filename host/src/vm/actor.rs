@@ -218,6 +218,8 @@ pub(super) async fn run(
                 Some((span, Command::Edit { caller, spec, expect, done })) => {
                     drop(done.send(actor.edit(&caller, *spec, expect).instrument(span).await));
                 }
+                // A client that has given up would be the last one, and end the VM of the client that asked again.
+                Some((_, Command::Lease { done })) if done.is_closed() => {}
                 Some((span, Command::Lease { done })) => {
                     drop(done.send(actor.take_lease().instrument(span).await));
                 }

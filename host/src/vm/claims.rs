@@ -292,17 +292,19 @@ fn restore(host: &Host, claim: &Claim) -> Result<(), Problem> {
     let returned = host.inventory.current_binding(claim.bdf).is_ok_and(|now| {
         now.driver == before.binding.driver && now.driver.is_some_and(|driver| driver != sriov::VFIO_PCI)
     });
-    let mut first = None;
+    // A failure leaves the function with vfio-pci. The host's driver would get the VF with the tenant's
+    // address and VLAN, and the next attempt would take that address for one that the driver has chosen.
     if let (Some(vf), Some(settings)) = (&claim.adapter, &before.settings) {
-        first = restore_settings(host, vf, settings, returned).err();
+        restore_settings(host, vf, settings, returned)?;
     }
     reach(Point::ReleaseSettings);
-    // Restore the driver even if the PF did not take the settings.
     match host.inventory.restore(claim.bdf, &before.binding) {
-        Ok(()) | Err(BindError::NoDevice(_)) => reach(Point::ReleaseRestored),
-        Err(error) => first = first.or(Some(error.problem())),
+        Ok(()) | Err(BindError::NoDevice(_)) => {
+            reach(Point::ReleaseRestored);
+            Ok(())
+        }
+        Err(error) => Err(error.problem()),
     }
-    first.map_or(Ok(()), Err)
 }
 
 /// Restores the VF's former settings. `returned`: the host's driver already has the VF again, from

@@ -139,8 +139,13 @@ impl Conduct {
             Order::TakeBack { .. } => Answers::TakenBack,
             _ => Answers::Done,
         };
-        // A machine that is paused or resumed reports its new state.
-        self.allowance.0.lock().unwrap_or_else(PoisonError::into_inner).reports.bucket.put_back();
+        // A machine that is paused or resumed reports its new state. Commands about console and counters
+        // lead to no report, and the agent repeats them as fast as the process answers.
+        let is_silent =
+            matches!(order, Order::Stats | Order::ConsoleInput { .. } | Order::ConsoleWait { .. });
+        if !is_silent {
+            self.allowance.0.lock().unwrap_or_else(PoisonError::into_inner).reports.bucket.put_back();
+        }
         self.orders.insert(id, answers);
         Ok(())
     }
@@ -319,6 +324,19 @@ mod tests {
     }
 
     /// A vmm chooses when a connection ends, so a new one must not refill its budgets.
+    /// The agent asks for console output as fast as the process answers.
+    #[test]
+    fn an_answer_about_the_console_buys_no_report() {
+        let mut conduct = Conduct::new(Allowance::new(1));
+        let (begun, limit) = (Instant::now(), 2000);
+        let taken = (0..limit).find(|n| {
+            conduct.ordered(*n, &Order::ConsoleWait { offset: *n }).unwrap();
+            conduct.check_at(&done(*n, Outcome::Done), 100, begun).unwrap();
+            conduct.check_at(&report(*n + 1), 100, begun).is_err()
+        });
+        assert!(taken.is_some_and(|taken| taken < limit / 2), "{taken:?}");
+    }
+
     #[test]
     fn another_connection_has_no_new_budgets() {
         for (what, message, _) in KINDS {

@@ -108,6 +108,7 @@ impl Actor {
         let stored = self.store().await;
         if stored.is_err() {
             self.run.leased = !leased;
+            self.publish();
         }
         stored
     }

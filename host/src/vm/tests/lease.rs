@@ -176,3 +176,23 @@ fn an_old_record_has_no_lease() {
     .unwrap();
     assert!(!run.leased);
 }
+
+#[tokio::test]
+async fn a_deletion_that_fails_is_tried_again() {
+    let host = host(GRACE).await;
+    let vm = host.create("web1", |_| {}).await;
+    let lease = vm.lease().await.unwrap();
+    host.act(&vm, VmAction::Boot).await.unwrap();
+    host.pf_answers(&[Some(5); 64]);
+    drop(lease);
+    let ended = async {
+        while vm.state() == VmState::Running {
+            sleep(Duration::from_millis(5)).await;
+        }
+    };
+    timeout(PATIENCE, ended).await.unwrap();
+    sleep(SOON).await;
+    assert_eq!((vm.has_ended(), host.claims().await), (false, 1), "the VF has the tenant's address");
+    host.pf_answers(&[]);
+    is_gone(&host, &vm).await;
+}

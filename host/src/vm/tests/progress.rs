@@ -9,7 +9,7 @@ use api::types::{
 };
 use tokio::time::timeout;
 
-use super::fixture::{Gates, Host, PATIENCE, caller};
+use super::fixture::{Gates, Host, PATIENCE, VF0, caller};
 use crate::vm::{Completion, VmHandle};
 
 /// A VM with gates to hold its operations.
@@ -177,4 +177,19 @@ async fn what_a_former_agent_left_is_given_back_before_the_next_boot() {
     it.gates.open("set");
     it.ends(begun.await.unwrap().unwrap(), VmState::Running).await;
     it.host.act(&it.vm, VmAction::Stop).await.unwrap();
+}
+
+/// The second attempt once took the tenant's address for one that the host's driver had chosen, and left it to the host.
+#[tokio::test]
+async fn a_release_that_fails_twice_is_not_forgotten() {
+    let it = Watched::new("").await;
+    it.host.act(&it.vm, VmAction::Boot).await.unwrap();
+    it.host.pf_answers(&[Some(5); 64]);
+    it.host.act(&it.vm, VmAction::Stop).await.unwrap_err();
+    it.vm.delete(caller(), None).await.unwrap_err();
+    assert_eq!(it.host.claims().await, 1);
+    assert_ne!(it.host.driver(VF0), Some("igbvf".into()), "the host has not got the tenant's VF");
+    it.host.pf_answers(&[]);
+    it.vm.delete(caller(), None).await.unwrap();
+    it.host.assert_untouched().await;
 }
