@@ -5,6 +5,8 @@
 use std::{
     collections::{BTreeMap, BTreeSet},
     path::PathBuf,
+    thread,
+    time::{Duration, Instant},
 };
 
 use serde_json::{Value, json};
@@ -105,6 +107,26 @@ impl Caller {
         let answer = self.call_with(method, path, "content-type: application/json\r\n", &text);
         assert_eq!(answer.status, status, "{method} {path} {body}: {}", answer.body);
         serde_json::from_str(&answer.body).unwrap_or(Value::Null)
+    }
+
+    /// Holds the lease of a VM until another call ends it.
+    fn lease(&mut self, vm: &str) {
+        let path = format!("{vm}/lease");
+        let (socket, request) = (
+            self.socket.clone(),
+            format!("POST {path} HTTP/1.1\r\nhost: x\r\nconnection: close\r\ncontent-length: 0\r\n\r\n"),
+        );
+        let held = thread::spawn(move || wire::exchange(wire::connect(&socket), &request));
+        let deadline = Instant::now() + Duration::from_secs(10);
+        while self.get(vm)["status"]["lease"].is_null() {
+            assert!(Instant::now() < deadline, "no lease of {vm}");
+            thread::sleep(Duration::from_millis(10));
+        }
+        self.expect(204, "DELETE", &path, &Value::Null);
+        let answer = held.join().unwrap();
+        assert_eq!(answer.status, 200, "{}", answer.body);
+        self.note("POST", &path, &answer);
+        assert_eq!(self.get(vm)["status"]["lease"], Value::Null, "the VM lives on");
     }
 
     #[track_caller]
@@ -235,6 +257,7 @@ fn every_call_gives_every_answer_that_its_document_promises() {
     rest.expect(200, "PUT", "/v1/vms/web2", &taken);
     rest.expect(200, "PATCH", "/v1/vms/web2", &json!({"restart": "always", "memory": "4MiB"}));
     rest.expect(204, "DELETE", "/v1/vms/web2", &nothing);
+    rest.lease("/v1/vms/web1");
     for action in ["pause", "resume", "reboot"] {
         rest.expect(409, "POST", &format!("/v1/vms/web1/{action}"), &nothing);
     }
