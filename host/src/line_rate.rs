@@ -5,28 +5,39 @@
 use std::{
     collections::HashMap,
     hash::Hash,
-    sync::{LazyLock, Mutex, PoisonError},
+    sync::{Arc, Mutex, PoisonError},
     time::{Duration, Instant},
 };
 
 use netpolicy::PortId;
 use passthrough::relay::{Rate, TokenBucket};
 
-/// The lines that jobs write about one port: so many at once, then one in a second.
+/// The lines about one port: 20 at once, then one per second.
 const OF_PORT: Rate = Rate { burst: 20, period: Duration::from_secs(1) };
 
-/// Ports that are remembered.
+/// The most ports with a share of their own.
 const PORTS: usize = 4096;
 
-/// Writes a line about a job of a port, or counts it for the port's next line. A guest repeats most jobs at its pleasure, and its
-/// vmm can make them fail. `say` gets the number of suppressed lines.
-pub(crate) fn say_of_port(port: PortId, say: impl FnOnce(u64)) {
-    static LINES: LazyLock<(Instant, Mutex<LineRate<PortId>>)> =
-        LazyLock::new(|| (Instant::now(), Mutex::new(LineRate::new(OF_PORT, PORTS))));
-    let (began, lines) = &*LINES;
-    let taken = lines.lock().unwrap_or_else(PoisonError::into_inner).take(port, began.elapsed());
-    if let Some(suppressed) = taken {
-        say(suppressed);
+/// The log's share of each port, for the switch's task and for the jobs beside it. A guest repeats most jobs at its pleasure, and
+/// its vmm can make them fail.
+#[derive(Clone, Debug)]
+pub(crate) struct PortLog {
+    began: Instant,
+    lines: Arc<Mutex<LineRate<PortId>>>,
+}
+
+impl PortLog {
+    pub(crate) fn new() -> Self {
+        Self { began: Instant::now(), lines: Arc::new(Mutex::new(LineRate::new(OF_PORT, PORTS))) }
+    }
+
+    /// Calls `write` with the number of suppressed lines, or counts this line for the port's next one.
+    pub(crate) fn line(&self, port: PortId, write: impl FnOnce(u64)) {
+        let taken =
+            self.lines.lock().unwrap_or_else(PoisonError::into_inner).take(port, self.began.elapsed());
+        if let Some(suppressed) = taken {
+            write(suppressed);
+        }
     }
 }
 

@@ -126,8 +126,8 @@ impl PfCapabilities {
         }
     }
 
-    /// i40e: as far as its VFs' control path allows, which is not a mailbox. It raises a rate below 50 Mbit/s to that
-    /// (`i40e_set_bw_limit`).
+    /// i40e: as far as its VFs' control path allows, which is not a mailbox. It raises a lower rate to 50 Mbit/s, and
+    /// refuses one above the link's speed, 40 Gbit/s at most (`i40e_set_bw_limit`).
     #[must_use]
     pub fn i40e() -> Self {
         Self {
@@ -141,7 +141,7 @@ impl PfCapabilities {
         }
     }
 
-    /// ice: as i40e, with 802.1ad.
+    /// ice: as i40e, with 802.1ad, and rates up to 100 Gbit/s (`ICE_SCHED_MAX_BW`).
     #[must_use]
     pub fn ice() -> Self {
         let max_tx_rate = Some(Rates { least: 1, most: 100_000 });
@@ -245,6 +245,10 @@ impl PfCapabilities {
                 "a further address switches its spoof check off; set the limit to 0 or accept forged transmits",
             );
         }
+        if policy.blocked.value && !self.link_state {
+            return fail(Setting::Blocked, "it cannot take a VF's link down; stop the VM instead");
+        }
+        // The rate last: a caller that tolerates an earlier rate knows that all other settings can be enforced.
         match (policy.rate.value, self.max_tx_rate) {
             (Rate::Unlimited, _) => {}
             (Rate::MaxTxMbit(_), None) => return fail(Setting::Rate, "it has no rate limit; use unlimited"),
@@ -256,9 +260,6 @@ impl PfCapabilities {
                     return fail(Setting::Rate, &why);
                 }
             }
-        }
-        if policy.blocked.value && !self.link_state {
-            return fail(Setting::Blocked, "it cannot take a VF's link down; stop the VM instead");
         }
         Ok(())
     }

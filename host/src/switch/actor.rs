@@ -31,6 +31,7 @@ use super::{
 };
 use crate::{
     decisions::{DecisionLog, events::EventHub},
+    line_rate::PortLog,
     metrics::Metrics,
     pf::PfHandle,
     store::Table,
@@ -71,6 +72,7 @@ pub(super) struct Actor {
     pub(super) events: EventHub,
     pub(super) timing: Timing,
     pub(super) metrics: Metrics,
+    pub(super) log: PortLog,
     pub(super) bypass: bool,
     /// The ports that cannot be compared with their PF.
     pub(super) unchecked: watch::Sender<UncheckedPorts>,
@@ -114,6 +116,7 @@ pub(super) async fn start(
         events,
         timing,
         metrics,
+        log: PortLog::new(),
         #[cfg(feature = "test-support")]
         bypass: parts.bypass,
         #[cfg(not(feature = "test-support"))]
@@ -313,6 +316,7 @@ impl Actor {
             vmm: link.map(|link| Arc::clone(&link.vmm)),
             timing: self.timing,
             metrics: self.metrics.clone(),
+            log: self.log.clone(),
             port: id,
             adapter: port.adapter.clone(),
             capabilities: self.capabilities.get(&vf.pf).cloned(),

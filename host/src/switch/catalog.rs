@@ -10,7 +10,7 @@ use api::{
     types::{Name, ObjectKind, ObjectRef, PortGroupSpec, PortSpec, SwitchSpec, Timestamp},
 };
 use netpolicy::{
-    Corrections, Entity, PortGroup, PortGroupId, PortId, Switch, SwitchId, SwitchKind, SwitchState,
+    Corrections, Entity, PortGroup, PortGroupId, PortId, Setting, Switch, SwitchId, SwitchKind, SwitchState,
 };
 use uuid::Uuid;
 
@@ -210,10 +210,17 @@ impl Actor {
             let Some(vf) = &port.vf else { continue };
             let Some(capabilities) = self.capabilities.get(&vf.pf) else { continue };
             let policy = trial.effective_policy(port.id)?;
-            if self.state.effective_policy(port.id).is_ok_and(|old| old == policy) {
+            let old = self.state.effective_policy(port.id).ok();
+            if old.as_ref() == Some(&policy) {
                 continue;
             }
             if let Err(source) = capabilities.check(&policy) {
+                // Earlier releases took any rate. Such a rate must not stand in the way of another edit, which may restrict.
+                if source.setting == Setting::Rate
+                    && old.is_some_and(|old| old.rate.value == policy.rate.value)
+                {
+                    continue;
+                }
                 refused.push((port_name(port), vf.pf.clone(), source));
             }
         }

@@ -18,7 +18,7 @@ use vmm::control::{Answer, Order, Outcome};
 
 use super::{Timing, journal::Writer, port_queue::Revert, record::Attachment, vmm_client::Vmm};
 use crate::{
-    line_rate::say_of_port, metrics::Metrics, pf::PfHandle, vm::problem::chain, vmm_process::OrderError,
+    line_rate::PortLog, metrics::Metrics, pf::PfHandle, vm::problem::chain, vmm_process::OrderError,
 };
 
 /// Attempts at changes that the relay could not make, and the pause between two.
@@ -32,6 +32,7 @@ pub(super) struct CommitContext {
     pub(super) vmm: Option<Arc<dyn Vmm>>,
     pub(super) timing: Timing,
     pub(super) metrics: Metrics,
+    pub(super) log: PortLog,
     pub(super) port: PortId,
     pub(super) adapter: String,
     pub(super) vf: VfRef,
@@ -111,6 +112,15 @@ impl CommitContext {
         self.writer.save(self.port, self.before.clone())
     }
 
+    /// Takes the trust for a message back. The next comparison with the PF repeats a failed attempt.
+    async fn distrust(&self) {
+        if let Err(why) = self.trust(false).await {
+            self.log.line(self.port, |suppressed| {
+                tracing::error!(port = %self.port, suppressed, "Trust could not be switched off after a message: {why}");
+            });
+        }
+    }
+
     async fn trust(&self, on: bool) -> Result<(), String> {
         self.set(vec![VfChange::Trust(on)]).await
     }
@@ -175,12 +185,8 @@ impl CommitContext {
             return AskOutcome::Failed { made, why };
         }
         let outcome = self.exchange(id, &mut made, mailbox, verdict, forwarded).await;
-        if trust && let Err(why) = self.trust(false).await {
-            // The next comparison with the PF finds it and tries again.
-            say_of_port(
-                self.port,
-                |suppressed| tracing::error!(port = %self.port, suppressed, "Trust could not be switched off after a message: {why}"),
-            );
+        if trust {
+            self.distrust().await;
         }
         match outcome {
             Ok(Some(Forwarded::Accepted)) => AskOutcome::Applied,
@@ -337,11 +343,8 @@ impl CommitContext {
             }
         }
         made.failed.extend(messages.into_iter().map(|change| (change, why.clone())));
-        if trust && let Err(why) = self.trust(false).await {
-            say_of_port(
-                self.port,
-                |suppressed| tracing::error!(port = %self.port, suppressed, "Trust could not be switched off after a message: {why}"),
-            );
+        if trust {
+            self.distrust().await;
         }
     }
 
@@ -353,10 +356,7 @@ impl CommitContext {
         for order in orders {
             if let Err(error) = vmm.order(order, self.timing.confirm).await {
                 // The guest learns the address at its next reset all the same: the reply to that carries it.
-                say_of_port(
-                    self.port,
-                    |suppressed| tracing::warn!(port = %self.port, suppressed, "The VM was not told its new address: {error}"),
-                );
+                self.log.line(self.port, |suppressed| { tracing::warn!(port = %self.port, suppressed, "The VM was not told its new address: {error}"); });
             }
         }
     }
@@ -383,10 +383,9 @@ impl CommitContext {
     pub(super) async fn recover(self) -> End {
         let shown = self.shown().await;
         if let Err(why) = &shown {
-            say_of_port(
-                self.port,
-                |suppressed| tracing::warn!(port = %self.port, suppressed, "What the PF has cannot be read: {why}"),
-            );
+            self.log.line(self.port, |suppressed| {
+                tracing::warn!(port = %self.port, suppressed, "What the PF has cannot be read: {why}");
+            });
         }
         End::Recovered { shown: shown.ok() }
     }
@@ -405,10 +404,7 @@ impl CommitContext {
             if let Some(old) = differs(&change, &shown) {
                 found.push(Drift { wanted, old, error: self.set(vec![change]).await.err() });
             } else if all && let Err(why) = self.set(again(change)).await {
-                say_of_port(
-                    self.port,
-                    |suppressed| tracing::warn!(port = %self.port, suppressed, "A setting could not be made again after a reset of the PF: {why}"),
-                );
+                self.log.line(self.port, |suppressed| { tracing::warn!(port = %self.port, suppressed, "A setting could not be made again after a reset of the PF: {why}"); });
             }
         }
         End::Repaired { found: Ok(found) }

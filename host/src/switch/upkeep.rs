@@ -22,7 +22,7 @@ use super::{
     record::port_name,
     vmm_client::Vmm,
 };
-use crate::{line_rate::say_of_port, text::printable};
+use crate::text::printable;
 use netpolicy::Corrections;
 
 /// Most characters of the reason why a port cannot be compared: the process of a simulated PF chooses some of them.
@@ -103,7 +103,7 @@ impl Actor {
                 port_queue.edited_by = None;
             }
             if !made.deferred.is_empty() && port_queue.deferred.is_empty() {
-                say_of_port(port, |suppressed| {
+                self.log.line(port, |suppressed| {
                     tracing::info!(%port, suppressed, "Changes wait for the guest to reset its VF");
                 });
             }
@@ -313,7 +313,7 @@ impl Actor {
             tracing::error!(%port, "A reboot cannot be noted: {error}");
         }
         for (change, why) in &made.failed {
-            say_of_port(port, |suppressed| {
+            self.log.line(port, |suppressed| {
                 tracing::warn!(%port, suppressed, "{} could not be made at a reboot: {why}", name(change));
             });
         }

@@ -96,6 +96,21 @@ async fn a_rate_that_no_pf_takes_is_refused_at_the_edit_and_at_the_boot() {
     assert!(error.detail.contains("not 1001"), "{}", error.detail);
 }
 
+/// Releases before 0.2.0 stored any rate.
+#[tokio::test]
+async fn an_old_rate_that_no_pf_takes_does_not_stand_in_the_way_of_other_edits() {
+    let rate = |mbit: u32, rest: &str| format!(r#"{{"rate": {{"max_tx_mbit": {mbit}}}{rest}}}"#);
+    let mut host = Host::new(&rate(1000, "")).await;
+    let database = host.database();
+    let older = "UPDATE objects SET value = replace(value, '1000', '2000') WHERE kind = 'port_group'";
+    host.restart_after(async |_| assert_eq!(database.execute(older, []).unwrap(), 1)).await;
+    host.set(&rate(2000, r#", "multicast_limit": 1"#)).await.unwrap();
+    for worse in [rate(2001, ""), rate(2000, r#", "blocked": true"#)] {
+        assert_eq!(host.set(&worse).await.unwrap_err().code, ProblemCode::PolicyUnenforceable, "{worse}");
+    }
+    host.set(&rate(1000, "")).await.unwrap();
+}
+
 /// The cause of the failure is the disk: an error about a closed database would have users look for a dead agent.
 #[tokio::test]
 async fn a_full_disk_is_told_as_such() {
