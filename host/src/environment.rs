@@ -14,12 +14,13 @@ use passthrough::{
     sim::is_simulated,
     sriov::{Bdf, NetlinkPf, PfControl, PfError, Sysfs},
 };
+use uuid::Uuid;
 
 use crate::{
     inventory::Inventory,
     metrics::Metrics,
     sim::Simulated,
-    store::{GOOD_FOR, Stores, Table, WriteProbe},
+    store::{Expect, GOOD_FOR, Scope, StoreError, Stores, Table, WriteProbe},
     switch::Policy,
     vm::record::{Claim, PfRecord, RunRecord, VmRecord},
     vmm_process::{MEMLOCK_SLACK, Program},
@@ -33,6 +34,8 @@ const LEASE_GRACE: Duration = Duration::from_secs(60);
 
 /// The things that all VMs of an agent share.
 pub struct Environment {
+    /// The stores of the tables below, for transactions.
+    pub stores: Stores,
     /// The specifications of VMs.
     pub vms: Table<VmRecord>,
     /// The states of VMs.
@@ -92,6 +95,7 @@ impl Environment {
         let sysfs = Sysfs::default();
         let paths = sysfs.clone();
         Self {
+            stores: stores.clone(),
             vms: Table::new(stores),
             runs: Table::new(stores),
             claims: Table::new(stores),
@@ -119,6 +123,32 @@ impl Environment {
             metrics: Metrics::default(),
             claiming: tokio::sync::Mutex::new(()),
         }
+    }
+
+    /// Stores a new VM with the record of its run, and returns the VM's revision.
+    ///
+    /// # Errors
+    /// Those of the store.
+    pub async fn store_vm(
+        &self,
+        id: Uuid,
+        name: &str,
+        vm: &VmRecord,
+        run: &RunRecord,
+    ) -> Result<u64, StoreError> {
+        let both = self.stores.transaction(Scope::Local).put(id, name, vm, Expect::Absent)?;
+        let revisions = both.put(id, name, run, Expect::Any)?.commit().await?;
+        Ok(revisions.first().copied().unwrap_or_default())
+    }
+
+    /// Deletes a VM with the record of its run. A run without its VM would have no owner, and a VM without its run no
+    /// mark of its lease.
+    ///
+    /// # Errors
+    /// Those of the store.
+    pub async fn forget_vm(&self, id: Uuid) -> Result<(), StoreError> {
+        let both = self.stores.transaction(Scope::Local).remove::<VmRecord>(id)?.remove::<RunRecord>(id)?;
+        both.commit().await.map(drop)
     }
 
     /// The protections that are off for a process that is started now: those of `sandbox_off` and, if the agent is not

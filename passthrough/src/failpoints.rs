@@ -156,9 +156,7 @@ points! {
     DeletePort = "delete.port", Agent;
     /// All ports are deleted.
     DeleteDetached = "delete.detached", Agent;
-    /// The record of its run is deleted.
-    DeleteRun = "delete.run", Agent;
-    /// The VM is deleted.
+    /// The VM is deleted, with the record of its run.
     DeleteStored = "delete.stored", Agent;
     // In the process of a VM.
     /// It is started.

@@ -32,7 +32,7 @@ use super::{console, strangers::Strangers, view};
 use crate::{
     environment::Environment,
     metrics,
-    store::{Entry, Expect, StoreError},
+    store::{Entry, StoreError},
     vm::{
         VmHandle,
         problem::{ToProblem, chain},
@@ -198,21 +198,15 @@ impl Agent {
         let name = spec.name.to_string();
         let value = record(Timestamp::now(), spec, &caller);
         reach(Point::CreateBegun);
-        let revision = self.env.vms.put(id, &name, &value, Expect::Absent).await.map_err(|e| e.problem())?;
+        // With its mark: without it, the VM of a client that is killed now would stay.
+        let run = RunRecord { leased, ..RunRecord::created(value.created) };
+        let revision = self.env.store_vm(id, &name, &value, &run).await.map_err(|e| e.problem())?;
         reach(Point::CreateStored);
         if let Err(problem) = switch_client::attach(&self.env, id, &value.spec).await {
-            self.env.vms.remove(id).await.map_err(|e| e.problem())?;
+            self.env.forget_vm(id).await.map_err(|e| e.problem())?;
             return Err(problem);
         }
         reach(Point::CreateAttached);
-        if leased {
-            let run = RunRecord { leased, ..RunRecord::created(value.created) };
-            if let Err(error) = self.env.runs.put(id, &name, &run, Expect::Any).await {
-                switch_client::detach(&self.env, id).await?;
-                self.env.vms.remove(id).await.map_err(|e| e.problem())?;
-                return Err(error.problem());
-            }
-        }
         let object = Subject { kind: ObjectKind::Vm, id, name: name.clone() };
         self.env.tell(EventKind::Created { object, revision, by: Some(caller.to_string()) });
         let (env, entry) = (Arc::clone(&self.env), Entry { id, name, revision, value });

@@ -328,3 +328,29 @@ fn one_agent_for_a_run_directory_and_one_for_a_socket() {
     assert!(socket.exists());
     listen::unix(&socket, 0o600, None).unwrap();
 }
+
+/// A VM without the mark of its lease would outlive its client for ever.
+#[tokio::test]
+async fn a_vm_and_the_mark_of_its_lease_come_and_go_together() {
+    let host = Host::new();
+    let served = serve(&host, host.env.run_dir.join("api.sock")).await;
+    let client = &served.client;
+    let database = rusqlite::Connection::open(host.database()).unwrap();
+    let fail = |event: &str, row: &str, kind: &str| {
+        let when = format!("BEFORE {event} ON objects WHEN {row}.kind = '{kind}'");
+        let body = "BEGIN SELECT RAISE(ABORT, 'disk is full'); END";
+        database.execute_batch(&format!("CREATE TRIGGER full {when} {body}")).unwrap();
+    };
+    fail("INSERT", "NEW", "run");
+    client.create_leased_vm(&spec("web1")).await.unwrap_err();
+    assert!(client.list_vms().await.unwrap().is_empty());
+    assert_eq!(host.env.vms.list().await.unwrap(), []);
+    database.execute_batch("DROP TRIGGER full").unwrap();
+    let vm = client.create_leased_vm(&spec("web1")).await.unwrap();
+    fail("DELETE", "OLD", "vm");
+    client.delete_vm("web1", None).await.unwrap_err();
+    assert!(host.env.runs.get(vm.id).await.unwrap().value.leased);
+    database.execute_batch("DROP TRIGGER full").unwrap();
+    client.delete_vm("web1", None).await.unwrap();
+    assert_eq!(host.env.runs.list().await.unwrap(), []);
+}

@@ -34,7 +34,7 @@ pub use error::StoreError;
 pub use memory::MemoryStore;
 pub use probe::{GOOD_FOR, WriteProbe};
 pub use sqlite::SqliteStore;
-pub use table::{Entry, Record, Scope, Table};
+pub use table::{Entry, Record, Scope, Table, Transaction};
 
 /// A boxed future, which makes a trait with asynchronous methods usable as an object.
 pub type BoxFuture<'a, T> = Pin<Box<dyn Future<Output = T> + Send + 'a>>;

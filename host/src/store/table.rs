@@ -106,6 +106,55 @@ impl<T: Record> Table<T> {
     }
 }
 
+/// Operations on records of several kinds of one scope, for one durable step.
+pub struct Transaction {
+    store: Arc<dyn ObjectStore>,
+    scope: Scope,
+    operations: Vec<Operation>,
+}
+
+impl Stores {
+    /// An empty transaction in the store of a scope.
+    #[must_use]
+    pub fn transaction(&self, scope: Scope) -> Transaction {
+        Transaction { store: Arc::clone(self.of(scope)), scope, operations: Vec::new() }
+    }
+}
+
+impl Transaction {
+    /// Adds the write of a record, which happens if `expect` holds.
+    ///
+    /// # Errors
+    /// [`StoreError::Commit`] for a kind of another scope, [`StoreError::Malformed`] for a record that JSON cannot hold.
+    pub fn put<T: Record>(self, id: Uuid, name: &str, value: &T, expect: Expect) -> Result<Self, StoreError> {
+        self.with::<T>(operation(id, name, Some(value), expect)?)
+    }
+
+    /// Adds the deletion of a record. An absent record is no error.
+    ///
+    /// # Errors
+    /// [`StoreError::Commit`] for a kind of another scope.
+    pub fn remove<T: Record>(self, id: Uuid) -> Result<Self, StoreError> {
+        self.with::<T>(operation::<T>(id, "", None, Expect::Any)?)
+    }
+
+    fn with<T: Record>(mut self, operation: Operation) -> Result<Self, StoreError> {
+        if T::SCOPE != self.scope {
+            return Err(StoreError::Commit("its objects belong to two stores"));
+        }
+        self.operations.push(operation);
+        Ok(self)
+    }
+
+    /// Carries out all operations or none, and returns the revision of each.
+    ///
+    /// # Errors
+    /// Those of [`ObjectStore::commit`].
+    pub async fn commit(self) -> Result<Vec<u64>, StoreError> {
+        self.store.commit(self.operations).await
+    }
+}
+
 fn operation<T: Record>(
     id: Uuid,
     name: &str,

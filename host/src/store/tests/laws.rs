@@ -170,6 +170,17 @@ async fn a_record_is_in_the_store_of_its_scope() {
 }
 
 #[tokio::test]
+async fn a_transaction_stays_in_one_scope() {
+    let stores = Stores::on_one_host(Arc::new(MemoryStore::default()));
+    let id = Uuid::new_v4();
+    let local = stores.transaction(Scope::Local).put(id, "a", &Own(1), Expect::Absent).unwrap();
+    assert_eq!(local.commit().await.unwrap(), [1]);
+    let mixed = stores.transaction(Scope::Local).remove::<Own>(id).unwrap().remove::<Everybodys>(id);
+    assert!(matches!(mixed.map(drop), Err(StoreError::Commit(_))));
+    assert_eq!(Table::<Own>::new(&stores).list().await.unwrap().len(), 1);
+}
+
+#[tokio::test]
 async fn many_records_are_written_in_few_steps() {
     let store = Arc::new(MemoryStore::default());
     let table = Table::<Own>::new(&Stores::on_one_host(store.clone()));

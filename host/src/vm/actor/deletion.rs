@@ -47,9 +47,7 @@ impl Actor {
                 tracing::warn!(vm = %self.name(), "its run directory cannot be removed: {error}");
             }
             // The VM last: as long as it is there, the next agent finds the rest.
-            self.env.runs.remove(self.vm.id).await.map_err(|e| e.problem())?;
-            reach(Point::DeleteRun);
-            self.env.vms.remove(self.vm.id).await.map_err(|e| e.problem())?;
+            self.env.forget_vm(self.vm.id).await.map_err(|e| e.problem())?;
             reach(Point::DeleteStored);
             Ok(())
         };

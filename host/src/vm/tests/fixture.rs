@@ -146,11 +146,16 @@ impl Host {
         host
     }
 
+    /// The file of the database.
+    pub(crate) fn database(&self) -> PathBuf {
+        self.dir.path().join("state/portcullis.db")
+    }
+
     /// The environment of another agent on this host, with a switch.
     pub(crate) async fn another_agent(&self, change: impl FnOnce(&mut Environment)) -> Arc<Environment> {
         let mut env = environment(self.dir.path(), &self.sysfs.sysfs(), &self.pf);
         change(&mut env);
-        let path = self.dir.path().join("state/portcullis.db");
+        let path = self.database();
         let events = EventHub::default();
         let decisions = DecisionLog::open(&path, KEPT, events.clone()).unwrap();
         let parts = Parts {
