@@ -4,18 +4,18 @@
 
 use std::time::Duration;
 
-use netpolicy::{Change, MacAddress, OnDenied, PromiscuousMode, Reason, Request, VlanId};
+use netpolicy::{MacAddress, OnDenied, Reason, Request};
 
 use super::{FORWARD, LOCAL, NACK, SILENT, mac};
 use crate::relay::{
-    Cancelled, Config, Decision, Forwarded, MAX_CHANGES, Notice, Rate, Verdict,
+    Cancelled, Decision, Forwarded, Notice, Verdict,
     testing::{Bench, Bus, Driver, driver::Failed},
 };
 
 const MS: Duration = Duration::from_millis(1);
 
 /// A guest that runs on address 0x11.
-fn guest() -> (Bench, Driver<Bench>) {
+pub(super) fn guest() -> (Bench, Driver<Bench>) {
     let bench = Bench::new(mac(0x11));
     let mut driver = bench.driver();
     driver.probe();
@@ -399,182 +399,6 @@ fn a_device_that_is_gone_is_refused_not_waited_for() {
     assert!(!bench.notices().contains(&Notice::PfReset), "the PF has nothing to do with it");
 }
 
-fn joined(bench: &Bench, driver: &mut Driver<Bench>) {
-    bench.vf().with_pf(|pf| pf.trusted = true);
-    bench.policy(|_| Some(FORWARD));
-    for words in [&[0x1_0004, 100][..], &[0x2_0003, 0x0222_0111], &[0x2_0006], &[0x2_0002, 0x2, 0x4400]] {
-        driver.post(words).expect("posted");
-    }
-    let pf = bench.vf().pf();
-    assert!(pf.all_multicast && pf.vlans.len() == 1 && pf.multicast.len() == 2 && pf.filters.len() == 1);
-    bench.notices();
-}
-
-fn everything() -> Vec<Change> {
-    vec![
-        Change::LeaveVlan(VlanId::new(100).expect("a VLAN")),
-        Change::SetMulticast(Vec::new()),
-        Change::SetPromiscuous(PromiscuousMode::OFF),
-        Change::ClearUnicast,
-    ]
-}
-
-fn nothing_left(bench: &Bench) -> bool {
-    let pf = bench.vf().pf();
-    !pf.all_multicast && pf.vlans.is_empty() && pf.multicast.is_empty() && pf.filters.is_empty()
-}
-
-#[test]
-fn what_is_no_longer_allowed_is_taken_back() {
-    let (bench, mut driver) = guest();
-    joined(&bench, &mut driver);
-    bench.0.borrow().relay.take_back(7, everything());
-    bench.wait(MS);
-    assert_eq!(bench.notices(), [Notice::TakenBack { id: 7, failed: vec![], deferred: false }]);
-    assert!(nothing_left(&bench));
-    assert!(driver.set_mac(mac(0x11)), "the guest's next message finds its reply");
-}
-
-#[test]
-fn what_is_granted_and_then_taken_back_is_not_there() {
-    let (bench, mut driver) = guest();
-    bench.policy(|_| None);
-    driver.bus.write(0x800, 0x1_0004);
-    driver.bus.write(0x804, 100);
-    driver.bus.write(0xc40, 1);
-    {
-        // Both arrive while the relay is busy.
-        let world = bench.0.borrow();
-        let seq = world.authority.questions.lock().unwrap().last().expect("asked").seq;
-        world.relay.verdict(Verdict { seq, effective_mac: mac(0x11), decision: FORWARD });
-        world.relay.take_back(1, everything());
-    }
-    bench.wait(10 * MS);
-    let received: Vec<u32> =
-        bench.vf().pf().received.iter().map(|words| words[0]).filter(|word| word & 0xff == 4).collect();
-    assert_eq!(received, [0x1_0004, 0x0004], "joined, then left");
-    assert!(bench.vf().pf().vlans.is_empty());
-}
-
-#[test]
-fn taking_back_waits_for_a_reset_and_is_done_before_its_answer() {
-    let (bench, mut driver) = guest();
-    joined(&bench, &mut driver);
-    driver.bus.write(0, 1 << 26);
-    bench.0.borrow().relay.take_back(8, everything());
-    bench.wait(MS);
-    assert_eq!(bench.notices(), [Notice::TakenBack { id: 8, failed: vec![], deferred: true }]);
-    assert!(!nothing_left(&bench));
-    driver.bus.write(0x800, 1);
-    driver.bus.write(0xc40, 1);
-    while driver.bus.read(0xc40) & 0x20 == 0 {
-        bench.wait(MS / 100);
-    }
-    assert!(nothing_left(&bench));
-    assert_eq!(bench.notices(), [Notice::TakenBack { id: 8, failed: vec![], deferred: false }]);
-}
-
-#[test]
-fn what_waits_for_a_reset_is_bounded() {
-    let (bench, mut driver) = guest();
-    joined(&bench, &mut driver);
-    driver.bus.write(0, 1 << 26);
-    let fits = u64::try_from(MAX_CHANGES / everything().len()).unwrap();
-    for id in 0..=fits {
-        bench.0.borrow().relay.take_back(id, everything());
-        bench.wait(MS);
-        let deferred = id < fits;
-        let failed = if deferred { vec![] } else { everything() };
-        assert_eq!(bench.notices(), [Notice::TakenBack { id, failed, deferred }]);
-    }
-}
-
-#[test]
-fn what_cannot_be_taken_back_is_said() {
-    let (bench, mut driver) = guest();
-    joined(&bench, &mut driver);
-    bench.vf().with_pf(|pf| pf.trusted = false);
-    let mut changes = everything();
-    // These are not the relay's: netlink programs an address, and only the guest resets.
-    changes.extend([Change::SetMac(mac(0x55)), Change::Reset]);
-    bench.0.borrow().relay.take_back(9, changes);
-    bench.wait(MS);
-    let failed = vec![Change::ClearUnicast, Change::SetMac(mac(0x55)), Change::Reset];
-    assert_eq!(bench.notices(), [Notice::TakenBack { id: 9, failed, deferred: false }]);
-    // A PF that does not answer costs one exchange, not one for each change.
-    bench.vf().with_pf(|pf| pf.mute = true);
-    let before = bench.now();
-    bench.0.borrow().relay.take_back(10, everything());
-    bench.wait(MS);
-    assert!(bench.now() - before < 300 * MS);
-    assert!(bench.notices().contains(&Notice::TakenBack { id: 10, failed: everything(), deferred: false }));
-}
-
-#[test]
-fn a_flood_is_slowed_down_and_never_refused() {
-    let (bench, mut driver) = guest();
-    let before = bench.now();
-    for _ in 0..200 {
-        assert!(driver.set_mac(mac(0x11)));
-    }
-    let seconds = (bench.now() - before).as_secs_f64();
-    assert!((2.0..4.0).contains(&seconds), "136 messages beyond the burst at 50 per second: {seconds}");
-}
-
-#[test]
-fn resets_are_slowed_down_and_reach_the_device_at_their_rate() {
-    let (bench, mut driver) = guest();
-    let resets = bench.vf().pf().vf_resets;
-    let before = bench.now();
-    for _ in 0..20 {
-        driver.reset().expect("late, but not refused");
-    }
-    let took = bench.now() - before;
-    assert!(took > 5000 * MS, "{took:?}");
-    assert_eq!(bench.vf().pf().vf_resets - resets, 20, "each reached the device");
-    // Without the driver's waiting times: thousands of writes, a few resets.
-    for _ in 0..5000 {
-        driver.bus.write(0, 1 << 26);
-    }
-    assert!(bench.vf().pf().vf_resets - resets <= 20 + 8);
-    assert_eq!(bench.0.borrow().relay.stats().resets, 2 + 20 + 5000);
-}
-
-#[test]
-fn what_would_be_delayed_for_too_long_is_refused() {
-    let slow = Rate { burst: 3, period: Duration::from_secs(60) };
-    let bench = Bench::with(mac(0x11), Config { messages: slow, ..Config::default() });
-    let mut driver = bench.driver();
-    driver.reset_hw().expect("reset");
-    for _ in 0..2 {
-        assert_eq!(driver.call(&[5, 1522]), Ok(0xa000_0005));
-    }
-    let before = bench.now();
-    assert_eq!(driver.call(&[5, 1522]), Ok(0x6000_0005));
-    let took = bench.now() - before;
-    assert!(took >= 500 * MS && took < 600 * MS, "{took:?}");
-    let limited =
-        |notice: &Notice| matches!(notice, Notice::Refused { reason: Reason::RateLimited, count: 1, .. });
-    assert!(bench.notices().iter().any(limited));
-
-    let bench = Bench::with(mac(0x11), Config { resets: slow, ..Config::default() });
-    let mut driver = bench.driver();
-    driver.probe();
-    driver.reset().expect("the third");
-    assert_eq!(driver.reset(), Err(Failed::StillResetting));
-    assert_eq!((driver.perm, bench.vf().pf().vf_resets), (mac(0x11), 3), "it keeps its address");
-}
-
-#[test]
-fn reset_messages_have_their_own_bound() {
-    let (bench, mut driver) = guest();
-    let before = bench.now();
-    for _ in 0..20 {
-        driver.post(&[1]).expect("late, but not refused");
-    }
-    assert!(bench.now() - before > 5000 * MS);
-}
-
 #[test]
 fn a_reset_of_the_pf_that_nobody_saw_is_noticed() {
     let (bench, mut driver) = guest();
@@ -601,25 +425,6 @@ fn a_verdict_for_another_message_is_nobodys() {
     bench.0.borrow().relay.verdict(Verdict { seq, effective_mac: mac(0x11), decision: LOCAL });
     bench.wait(10 * MS);
     assert_eq!(driver.bus.read(0xc40) & 0x30, 0x30);
-}
-
-#[test]
-fn a_flood_of_rubbish_causes_a_bounded_number_of_notices() {
-    let (bench, mut driver) = guest();
-    let before = bench.now();
-    for word in 0..300u32 {
-        driver.call(&[0x8888 + word]).expect("answered");
-    }
-    bench.wait(2000 * MS);
-    let seconds = usize::try_from((bench.now() - before).as_secs()).expect("a few");
-    let notices = bench.notices();
-    assert!(notices.len() <= seconds + 1, "{} in {seconds} s", notices.len());
-    let counted: u64 = notices
-        .iter()
-        .map(|notice| if let Notice::Refused { count, .. } = notice { *count } else { 0 })
-        .sum();
-    assert_eq!(counted, 300);
-    assert_eq!((bench.vf().pf().unhandled, bench.vf().pf().warnings), (0, 0));
 }
 
 #[test]

@@ -1,8 +1,10 @@
 // SPDX-License-Identifier: Apache-2.0
 
 mod again;
+mod floods;
 mod guest;
 mod properties;
+mod revocation;
 mod standing;
 mod tables;
 mod threads;
