@@ -236,7 +236,11 @@ pub(super) async fn run(
                 None => actor.on_hang_up().await,
             },
             Some(why) = expelled.recv() => actor.expel(why),
-            Some(finished) = orders.recv() => actor.on_finished(finished).await,
+            Some(finished) = orders.recv() => {
+                // The process reported the states that the command led to before it said that the command was done.
+                actor.catch_up().await;
+                actor.on_finished(finished).await;
+            }
             () = restart::due(&actor.due) => actor.boot_unasked().await,
             () = actor.tenancy.lapses(&actor.env.ending) => actor.lapse().await,
             _ = tick.tick() => actor.on_tick().await,
@@ -386,7 +390,7 @@ impl Actor {
         match action {
             // Complete when the guest has reacted.
             VmAction::Shutdown if !self.run.state.is_at_rest() => return self.resting.push(done),
-            // The vmm reports it too, before or after this; the VM may have ended meanwhile.
+            // Known from the vmm's reports already, as a rule; the VM may have ended meanwhile.
             VmAction::Pause => self.on_state(State::Paused).await,
             VmAction::Resume | VmAction::Reboot => self.on_state(State::Running).await,
             _ => {}

@@ -139,11 +139,10 @@ impl Conduct {
             Order::TakeBack { .. } => Answers::TakenBack,
             _ => Answers::Done,
         };
-        // A machine that is paused or resumed reports its new state. Commands about console and counters
-        // lead to no report, and the agent repeats them as fast as the process answers.
-        let is_silent =
-            matches!(order, Order::Stats | Order::ConsoleInput { .. } | Order::ConsoleWait { .. });
-        if !is_silent {
+        // A machine that is started, paused or booted anew reports its new state. No other command leads to a report of the
+        // machine, and a process can have the agent repeat some of them: those about console and counters by its answers,
+        // those about addresses by each reboot that it claims.
+        if matches!(order, Order::Run | Order::Pause | Order::Reboot) {
             self.allowance.0.lock().unwrap_or_else(PoisonError::into_inner).reports.bucket.put_back();
         }
         self.orders.insert(id, answers);
@@ -323,20 +322,33 @@ mod tests {
         }
     }
 
-    /// A vmm chooses when a connection ends, so a new one must not refill its budgets.
-    /// The agent asks for console output as fast as the process answers.
+    /// The agent asks for console output as fast as the process answers, and says the address at each reboot that it claims.
     #[test]
-    fn an_answer_about_the_console_buys_no_report() {
-        let mut conduct = Conduct::new(Allowance::new(1));
-        let (begun, limit) = (Instant::now(), 2000);
-        let taken = (0..limit).find(|n| {
-            conduct.ordered(*n, &Order::ConsoleWait { offset: *n }).unwrap();
-            conduct.check_at(&done(*n, Outcome::Done), 100, begun).unwrap();
-            conduct.check_at(&report(*n + 1), 100, begun).is_err()
-        });
-        assert!(taken.is_some_and(|taken| taken < limit / 2), "{taken:?}");
+    fn a_command_that_leads_to_no_report_of_the_machine_buys_none() {
+        let adapter = || "eth0".to_owned();
+        let mac = "52:54:00:00:00:01".parse().unwrap();
+        let commands: [(Order, Outcome); 4] = [
+            (Order::ConsoleWait { offset: 1 }, Outcome::Done),
+            (Order::EffectiveMac { adapter: adapter(), mac }, Outcome::Done),
+            (Order::MakeGuestReset { adapter: adapter() }, Outcome::Done),
+            (
+                Order::TakeBack { adapter: adapter(), changes: Vec::new() },
+                Outcome::TakenBack { failed: Vec::new(), deferred: false },
+            ),
+        ];
+        for (order, outcome) in commands {
+            let mut conduct = Conduct::new(Allowance::new(1));
+            let (begun, limit) = (Instant::now(), 2000);
+            let taken = (0..limit).find(|n| {
+                conduct.ordered(*n, &order).unwrap();
+                conduct.check_at(&done(*n, outcome.clone()), 100, begun).unwrap();
+                conduct.check_at(&report(*n + 1), 100, begun).is_err()
+            });
+            assert!(taken.is_some_and(|taken| taken < limit / 2), "{order:?}: {taken:?}");
+        }
     }
 
+    /// A vmm chooses when a connection ends, so a new one must not refill its budgets.
     #[test]
     fn another_connection_has_no_new_budgets() {
         for (what, message, _) in KINDS {

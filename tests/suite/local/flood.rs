@@ -164,9 +164,9 @@ const LEAST: u32 = 500;
 const MOST: Cost = Cost {
     // 3 ms each, on the development profile.
     cpu: Duration::from_secs(3),
-    // A record that shares its transaction writes some KiB, a state of the machine 12 KiB; with a transaction of its own each
-    // record would write 18 to 28 KiB.
-    written: 16 << 20,
+    // A record that shares its transaction writes some KiB. Each of some 530 states of the machine is a transaction of 18 KiB,
+    // and every other one begins and ends a reboot of the port, a transaction each.
+    written: 24 << 20,
     // A port may write 20 lines of each weight at once and then one per second; the end of a VM has less than ten.
     lines: 60,
     line_bytes: 30_000,

@@ -50,6 +50,15 @@ impl Actor {
         self.outlets.connection.send_replace(None);
     }
 
+    /// Handles the events that have arrived. Events of a process that goes on to send them do not count.
+    pub(super) async fn catch_up(&mut self) {
+        let waiting = self.link.as_ref().map_or(0, |link| link.events.len());
+        for _ in 0..waiting {
+            let Some(event) = self.link.as_mut().and_then(|link| link.events.try_recv().ok()) else { return };
+            self.on_event(event).await;
+        }
+    }
+
     /// The connection has ended.
     pub(super) async fn on_hang_up(&mut self) {
         match self.link.as_ref().and_then(|link| link.connection.fault()) {
@@ -104,12 +113,12 @@ impl Actor {
                 }
             }
             Event::Report { seq, report } => {
-                let known = self.is_known(&report);
-                if !known {
+                if !self.is_known(&report) {
+                    self.stored = false;
                     self.on_report(report).await;
                 }
-                // The vmm may forget only a stored report.
-                if (known || self.store().await.is_ok())
+                // The vmm may forget only a stored report. A new state was stored when it was entered.
+                if (self.stored || self.store().await.is_ok())
                     && let Some(link) = &self.link
                 {
                     link.connection.noted(seq).await;

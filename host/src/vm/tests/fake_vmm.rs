@@ -136,6 +136,12 @@ impl Fake {
         self.report(Report::State { state, boots: self.boots });
     }
 
+    fn reboot(&mut self) {
+        self.enter(State::Rebooting);
+        self.boots += 1;
+        self.enter(State::Running);
+    }
+
     fn on_message(&mut self, message: ToVmm, fds: Vec<OwnedFd>) {
         match message {
             ToVmm::Hello { newest, vm, .. } => {
@@ -203,10 +209,7 @@ impl Fake {
                 self.enter(State::Running);
             }
             Order::Pause => self.enter(State::Paused),
-            Order::Reboot => {
-                self.boots += 1;
-                self.enter(State::Running);
-            }
+            Order::Reboot => self.reboot(),
             Order::PowerButton if self.deaf => {}
             Order::PowerButton => self.later = Some((Instant::now(), "poweroff".into())),
             Order::Stop => {
@@ -254,6 +257,7 @@ impl Fake {
                 std::process::abort();
             }
             "deaf" => self.deaf = true,
+            "reset" => self.reboot(),
             "poweroff" => self.end(End::PoweredOff),
             "fail" => self.end(End::Failed { detail: "The guest did something unspeakable".into() }),
             "poweroff-later" | "crash-later" => {

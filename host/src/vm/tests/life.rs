@@ -10,11 +10,16 @@ use api::{
     types::{CauseCode, ObjectRef, RestartPolicy, Stage, VmAction, VmSpec, VmState},
 };
 
+use uuid::Uuid;
+
 use super::fixture::{Host, PATIENCE, caller};
 use crate::{
     environment::Backoff,
-    store::Expect,
-    vm::{Status, VmHandle, record::Asked},
+    store::{Expect, Scope},
+    vm::{
+        Status, VmHandle,
+        record::{Asked, RunRecord},
+    },
 };
 
 /// Long enough to see an unwanted boot.
@@ -74,6 +79,31 @@ async fn one_that_crashes_is_booted_again_and_one_that_powers_off_is_not() {
     host.act(&vm, VmAction::Stop).await.unwrap();
     stays(&vm, VmState::Stopped).await;
     host.assert_untouched().await;
+}
+
+/// A guest resets itself as often as it likes, and each reset is stored, so its price must not grow unseen.
+#[tokio::test]
+async fn a_guests_reset_costs_four_durable_writes() {
+    let host = host(SLOW).await;
+    let vm = host.create("web1", |_| {}).await;
+    host.act(&vm, VmAction::Boot).await.unwrap();
+    // A deletion of nothing has the revision of the store, the count of its writes.
+    let written = async || {
+        let nothing = host.env.stores.transaction(Scope::Local).remove::<RunRecord>(Uuid::new_v4()).unwrap();
+        nothing.commit().await.unwrap()[0]
+    };
+    tokio::time::sleep(SOON).await;
+    let mut before = written().await;
+    for boots in 2..5 {
+        host.tell(&vm, "reset").await;
+        let is_over = |status: &Status| status.run.boots == boots && status.run.state == VmState::Running;
+        until(&vm, "it rebooted", is_over).await;
+        // The port notes its own reboot, and that it is over, beside the two states of the VM.
+        tokio::time::sleep(SOON).await;
+        let now = written().await;
+        assert_eq!(now - before, 4, "boot {boots}");
+        before = now;
+    }
 }
 
 #[tokio::test]
