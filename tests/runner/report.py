@@ -5,6 +5,7 @@ import os
 import subprocess
 import time
 from collections import deque, namedtuple
+from concurrent.futures import ThreadPoolExecutor
 
 Stage = namedtuple("Stage", "name seconds passed failed")
 # Lines of a failed check that the summary repeats.
@@ -68,6 +69,28 @@ class Report:
             self.faults.append((name, last))
         self.add(name, time.monotonic() - begun, int(good), int(not good))
         return good
+
+    def together(self, checks):
+        """Runs checks, each a name and a command, at the same time. Each prints what it said once it has ended."""
+
+        def run(command, env):
+            done = subprocess.run(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+                                  errors="replace", check=False)
+            return done.returncode, done.stdout, time.monotonic()
+
+        begun = time.monotonic()
+        with ThreadPoolExecutor(len(checks)) as pool:
+            running = [(name, pool.submit(run, command, env)) for name, command, env in checks]
+            for name, ending in running:
+                status, said, ended = ending.result()
+                headline(name)
+                print(said, end="")
+                if status:
+                    print(f"FAILED: {name}", flush=True)
+                    self.faults.append((name, said.splitlines(keepends=True)[-REPEATED:]))
+                # The minutes of all stages add up to those of the run.
+                self.add(name, max(0, ended - begun), int(not status), int(bool(status)))
+                begun = max(begun, ended)
 
     def held(self, name, complaints):
         """A check in this program: it passes if `complaints` finds none."""
