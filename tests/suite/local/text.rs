@@ -3,7 +3,7 @@
 //! Text from outside reaches terminals and the log without control characters.
 //!
 //! The table: each kind of text (a specification, a request, a file, a vmm's words and log, the database) against each path on which
-//! text is printed (tables, JSON, YAML, errors, the log of the agent).
+//! text is printed (tables, JSON, YAML, errors, metrics, the log of the agent).
 
 use std::{
     fs,
@@ -64,6 +64,10 @@ fn print_all(agent: &Agent, what: &str) {
         }
         assert!(all.contains(TRACE), "{what} is in no answer: {all}");
     }
+    let metrics = "GET /metrics HTTP/1.1\r\nhost: x\r\nconnection: close\r\n\r\n";
+    let metrics = wire::exchange(wire::connect(&agent.directory().join("api.sock")), metrics);
+    assert_eq!(metrics.status, 200);
+    assert_harmless("metrics", &metrics.body);
 }
 
 fn wait_for_cause(agent: &Agent, vm: &str) {
@@ -113,7 +117,13 @@ fn texts_of_clients_control_no_terminal_and_forge_no_line() {
             let text = printed(&agent, &["apply", "-f", path.to_str().unwrap(), "--output", format]);
             assert!(text.contains(TRACE), "{name:?}: {text}");
         }
-        fs::remove_file(path).unwrap();
+    }
+    // The directory of them all, whose errors and differences name each file.
+    for format in ["table", "json", "yaml"] {
+        for words in [&["apply", "-f"][..], &["apply", "--dry-run", "-f"]] {
+            let text = printed(&agent, &[words, &[site.path().to_str().unwrap(), "--output", format]].concat());
+            assert!(text.contains(TRACE), "{text}");
+        }
     }
 
     // Requests that no honest client sends.
