@@ -10,6 +10,7 @@ import json
 import os
 import subprocess
 import xml.etree.ElementTree
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent.parent
@@ -31,13 +32,16 @@ def integration(everything):
     users beside it, optimized, and takes the one with options for tests only where a test needs those.
     """
     kinds = ["--all-targets"] if everything else ["--bin", "portcullis", "--test", "suite"]
-    cargo("build", "--quiet", *SELECTION, *kinds)
+    # Beside each other: at its end each build has work for one processor only.
+    with ThreadPoolExecutor() as pool:
+        release = pool.submit(cargo, "build", "--quiet", "--locked", "--release") if everything else None
+        cargo("build", "--quiet", *SELECTION, *kinds)
+        if release:
+            release.result()
     directory = target()
     # Cargo puts each binary in place anew, maybe under a running agent: tests have a copy of their own.
     for_tests = directory / "debug/portcullis-test-support"
     subprocess.run(["cp", "--force", directory / "debug/portcullis", for_tests], check=True)
-    if everything:
-        cargo("build", "--quiet", "--locked", "--release")
     # It runs in guests, which have no shared libraries.
     cargo("build", "--quiet", "--locked", "-p", "portcullis-tests", "--bin", "vf-mailbox", "--target-dir",
           str(directory / "static"), env=os.environ | {"RUSTFLAGS": "-C target-feature=+crt-static"})

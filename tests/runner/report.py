@@ -74,8 +74,11 @@ class Report:
         """Runs checks, each a name and a command, at the same time. Each prints what it said once it has ended."""
 
         def run(command, env):
-            done = subprocess.run(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-                                  errors="replace", check=False)
+            try:
+                done = subprocess.run(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+                                      errors="replace", check=False)
+            except FileNotFoundError as missing:
+                return 1, f"{missing.filename} is not installed: `tests/run prepare` as root installs it\n", time.monotonic()
             return done.returncode, done.stdout, time.monotonic()
 
         begun = time.monotonic()
