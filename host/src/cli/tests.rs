@@ -479,8 +479,8 @@ async fn each_failure_has_its_exit_code() {
         (&format!("port-group set lan -f {odd}"), 2, "is not a port group's specification: colour"),
         (&format!("switch set lan -f {odd}"), 2, "is not a switch's specification"),
         (&format!("port-group patch web -f {null} --mtu 9000"), 2, "`settings`"),
-        ("port-group patch web", 2, "Nothing is to be changed"),
-        ("port set web1/eth0", 2, "Nothing is to be changed"),
+        ("port-group patch web", 2, "No change is given"),
+        ("port set web1/eth0", 2, "No change is given"),
         ("switch list --socket /nonexistent/api.sock", 3, "No agent listens"),
         ("events --socket /nonexistent/api.sock", 3, "No agent listens"),
     ] {
