@@ -473,7 +473,7 @@ async fn each_failure_has_its_exit_code() {
         ("port-group delete no", 4, "no port group no"),
         ("port-group set web --switch default --if-match 9", 5, "not 9"),
         ("port-group patch web --mtu 9000 --if-match 9", 5, "not 9"),
-        ("switch delete default", 5, "always there"),
+        ("switch delete default", 5, "cannot be deleted"),
         ("port-group set lan --switch no", 1, "no switch"),
         ("port-group set lan -f /nonexistent/lan.json", 2, "/nonexistent/lan.json"),
         (&format!("port-group set lan -f {odd}"), 2, "is not a port group's specification: colour"),
