@@ -58,7 +58,7 @@ impl<'de> Visitor<'de> for Strict {
 
     /// A YAML tag.
     fn visit_enum<A: EnumAccess<'de>>(self, _tagged: A) -> Result<Value, A::Error> {
-        Err(A::Error::custom("a tag such as !access is not taken: write a mapping, {access: …}"))
+        Err(A::Error::custom("a tag such as !access is not supported: write a mapping, {access: …}"))
     }
 
     fn visit_bool<E>(self, value: bool) -> Result<Value, E> {
@@ -74,7 +74,7 @@ impl<'de> Visitor<'de> for Strict {
     }
 
     fn visit_f64<E: Error>(self, value: f64) -> Result<Value, E> {
-        Number::from_f64(value).map(Value::Number).ok_or_else(|| E::custom("a number that is none"))
+        Number::from_f64(value).map(Value::Number).ok_or_else(|| E::custom("a number that is not finite"))
     }
 
     fn visit_str<E>(self, value: &str) -> Result<Value, E> {

@@ -117,43 +117,43 @@ macro_rules! problem_codes {
 problem_codes! {
     /// A field, parameter or header is not valid; `field` names it.
     InvalidRequest = "invalid_request", 400, "The request is not valid",
-        "A field of the body, a parameter or a header has a value that it cannot have, is missing, or is not known.",
-        "Correct what `field` names; `detail` says what it takes, `/v1/openapi.json` has every type.";
+        "A field of the body, a parameter or a header is missing, unknown, or has a value that is not allowed.",
+        "Correct the place that `field` names; `detail` has the accepted values, `/v1/openapi.json` every type.";
     /// The token is missing or unknown.
-    Unauthorized = "unauthorized", 401, "Who is asking?",
-        "A request over TCP has no token, or one that is not in the agent's token file.",
-        "Send `authorization: Bearer TOKEN` (`--token-file`); after a change of the file restart the agent.";
+    Unauthorized = "unauthorized", 401, "The token is missing or unknown",
+        "A request over TCP has no token, or a token that is not in the agent's token file.",
+        "Send `authorization: Bearer TOKEN` (`--token-file`); restart the agent after a change of the file.";
     /// The caller may not do this.
     Forbidden = "forbidden", 403, "Not allowed",
-        "The Host header does not name the agent, a web page sent the request, or the kernel did not tell who is at the other end of the socket.",
-        "Address the agent by its address or a name of `--allowed-host`, and not from a page.";
+        "The Host header does not name the agent, a web page sent the request, or the kernel did not identify the caller at the other end of the socket.",
+        "Use the agent's address or a name of `--allowed-host`, and do not send the request from a web page.";
     /// No such object or path.
     NotFound = "not_found", 404, "Not found",
-        "No object has this name or id, or nothing is at this path.",
-        "List the objects; a name is bound to its object only as long as that exists.";
+        "No object has this name or id, or the API has no such path.",
+        "List the objects; a name refers to an object only while the object exists.";
     /// The path is right, the method is not.
     MethodNotAllowed = "method_not_allowed", 405, "Method not allowed",
         "The path does not take this method.",
-        "Use one of those in the `allow` header.";
+        "Use a method of the `allow` header.";
     /// The request did not arrive in time.
     RequestTimeout = "request_timeout", 408, "The request took too long",
         "The body did not arrive within 20 s.",
-        "Send it faster, or look for what holds it up on the way.";
+        "Send the body faster, or find the delay between client and agent.";
     /// Another object has this name.
     NameTaken = "name_taken", 409, "The name is taken",
         "Another object of this kind has the name.",
         "Choose another name, or delete the other object.";
     /// The object's state does not allow this.
     WrongState = "wrong_state", 409, "Wrong state",
-        "The VM, or the PF, is in a state in which this cannot be done.",
-        "Do what `detail` says first, as a rule: boot, resume or stop the VM.";
+        "The state of the VM, or of the PF, does not allow the action.",
+        "Follow `detail` first: as a rule, boot, resume or stop the VM.";
     /// `If-Match` does not match.
     RevisionMismatch = "revision_mismatch", 412, "The object has changed",
-        "The object is not at the revision of `If-Match`: somebody else has changed it, or there is none.",
-        "Read the object again and repeat the change on what it is now.";
+        "The object is not at the revision of `If-Match`: another client has changed it, or it does not exist.",
+        "Read the object again and repeat the change on its current state.";
     /// The body is larger than the API takes.
     BodyTooLarge = "body_too_large", 413, "The body is too large",
-        "The body has more than 64 KiB, or input for a console more than 4096 bytes.",
+        "The body has more than 64 KiB, or console input more than 4096 bytes.",
         "Send less at once.";
     /// The API does not take the body's type.
     UnsupportedMediaType = "unsupported_media_type", 415, "Unsupported media type",
@@ -161,21 +161,21 @@ problem_codes! {
         "Send `content-type: application/json`, or `application/merge-patch+json` with PATCH.";
     /// An unexpected failure; `detail` is for a bug report.
     Internal = "internal", 500, "Internal error",
-        "The agent met something that it does not know, or it is broken; sysfs could not be read, for example.",
-        "Look for the request's id in the agent's log, and report it with that.";
+        "The agent met an unexpected condition, or it has a bug; it could not read sysfs, for example.",
+        "Find the request's id in the agent's log, and report the problem with these lines.";
     /// The agent is about to end, or its store cannot be used.
     Unavailable = "unavailable", 503, "The agent cannot serve this now",
-        "The agent is about to end, its database cannot be used, or it has as many objects as it manages.",
-        "Try again; if it stays so, look at the agent's log and at the space on the disk of `--state-dir`.";
+        "The agent is about to end, its database cannot be used, or the agent is at its limit of objects.",
+        "Try again; if the problem persists, check the agent's log and the free disk space of `--state-dir`.";
 
     /// The agent already serves as many clients or streams as it can at once.
     TooManyClients = "too_many_clients", 503, "Too many clients",
-        "256 clients are connected to the listener, 64 of them your user's on the socket, or 64 follow events or read consoles.",
-        "End some of them, or try again later.";
+        "The listener has 256 clients, your user has 64 on the socket, or 64 clients follow events or read consoles.",
+        "End some connections, or try again later.";
 
     /// `/dev/kvm` is missing, cannot be opened, or lacks a capability.
     KvmUnavailable = "kvm_unavailable", 503, "KVM is not available",
-        "`/dev/kvm` is missing, cannot be opened, or lacks what is needed.",
+        "`/dev/kvm` is missing, cannot be opened, or lacks a required capability.",
         "Turn virtualization on in the firmware, load `kvm_intel` or `kvm_amd`; in a VM, allow nesting.";
     /// VFIO or an IOMMU is missing on this host.
     VfioUnavailable = "vfio_unavailable", 503, "VFIO is not available",
@@ -183,16 +183,16 @@ problem_codes! {
         "Load `vfio-pci`; turn the IOMMU on in the firmware and with `intel_iommu=on` on the kernel's command line.";
     /// RLIMIT_MEMLOCK is too low for the VM's DMA.
     MemlockTooSmall = "memlock_too_small", 503, "Not enough lockable memory",
-        "The agent's limit for locked memory is below what DMA of this guest needs.",
-        "Raise it: `LimitMEMLOCK=infinity` in the agent's unit, or `ulimit -l unlimited`.";
+        "The agent's limit of locked memory is too low for DMA of this guest.",
+        "Raise the limit: `LimitMEMLOCK=infinity` in the agent's unit, or `ulimit -l unlimited`.";
     /// Guest memory is not available (huge pages included).
     MemoryUnavailable = "memory_unavailable", 503, "Not enough memory",
-        "The host does not have the memory that the guest is to get, or not as huge pages.",
+        "The host has too little memory for the guest, or too few huge pages.",
         "Stop other VMs, give the VM less memory, or reserve huge pages (`/proc/sys/vm/nr_hugepages`).";
     /// The vmm's sandbox cannot be built on this host.
     SandboxUnavailable = "sandbox_unavailable", 503, "The sandbox cannot be built",
-        "This host cannot build a part of the sandbox, or it is off and the VM has functions of the host.",
-        "Do what `detail` says for that part; leave `--sandbox-off` away.";
+        "This host cannot build a part of the sandbox, or a part is off and the VM has functions of the host.",
+        "Follow `detail` for that part; start the agent without `--sandbox-off`.";
     /// The vmm process could not be started, crashed, or does not answer.
     VmmFailed = "vmm_failed", 500, "The VM's process failed",
         "The VM's process could not be started, has crashed, or does not answer.",
@@ -204,11 +204,11 @@ problem_codes! {
         "Correct the path, or put the file into a directory of `--image-dir`.";
     /// The caller may not read the kernel file, or it is no regular file.
     KernelUnreadable = "kernel_unreadable", 403, "The kernel file cannot be read",
-        "The caller's user may not read the kernel, or it is no regular file.",
-        "Let the caller read it, or put it into a directory of `--image-dir`.";
+        "The caller's user may not read the kernel, or it is not a regular file.",
+        "Make the file readable for the caller, or put it into a directory of `--image-dir`.";
     /// The file is not a bootable kernel.
     KernelInvalid = "kernel_invalid", 422, "Not a kernel",
-        "The file is neither a bzImage nor an ELF kernel for x86-64 (started at its PVH entry, or at its 64-bit entry without one), is cut or damaged, or does not fit into the guest's memory, with the initramfs or without.",
+        "The file is neither a bzImage nor an ELF kernel for x86-64 (started at its PVH entry, or at its 64-bit entry without one), is truncated or damaged, or does not fit into the guest's memory, with the initramfs or without.",
         "Name a kernel for x86-64 (`vmlinuz` of a distribution), or give the VM more memory.";
     /// The initramfs file does not exist.
     InitramfsNotFound = "initramfs_not_found", 422, "No such initramfs file",
@@ -216,8 +216,8 @@ problem_codes! {
         "Correct the path, or put the file into a directory of `--image-dir`.";
     /// The caller may not read the initramfs file, or it is no regular file.
     InitramfsUnreadable = "initramfs_unreadable", 403, "The initramfs file cannot be read",
-        "The caller's user may not read the initramfs, or it is no regular file.",
-        "Let the caller read it, or put it into a directory of `--image-dir`.";
+        "The caller's user may not read the initramfs, or it is not a regular file.",
+        "Make the file readable for the caller, or put it into a directory of `--image-dir`.";
     /// The initramfs is larger than the guest's memory.
     InitramfsInvalid = "initramfs_invalid", 422, "The initramfs cannot be used",
         "The initramfs is larger than the guest's memory.",
@@ -225,12 +225,12 @@ problem_codes! {
 
     /// The VF named in the specification does not exist.
     VfNotFound = "vf_not_found", 422, "No such VF",
-        "`adapters[].vf` names no VF of this host, or one whose PF is no uplink of the port group's switch.",
-        "List the VFs (`portcullis vf list`) and name one of them, or none.";
+        "`adapters[].vf` names no VF of this host, or a VF with a PF that is not an uplink of the port group's switch.",
+        "List the VFs (`portcullis vf list`) and name one of them, or leave `vf` out.";
     /// The VF belongs to another VM or user.
     VfInUse = "vf_in_use", 409, "The VF is in use",
         "The VF belongs to another VM.",
-        "Stop that VM, or name another VF, or none.";
+        "Stop that VM, name another VF, or leave `vf` out.";
     /// No VF is free.
     NoFreeVf = "no_free_vf", 409, "No VF is free",
         "All VFs of the uplinks of the port group's switch are in use, or none of the uplinks can enforce its policy.",
@@ -245,37 +245,37 @@ problem_codes! {
         "List them with `lspci -D` and correct the address.";
     /// The device belongs to another VM or user.
     DeviceInUse = "device_in_use", 409, "The device is in use",
-        "Another VM or the host uses the function (an interface that is up, a mounted disk), or its driver keeps it.",
-        "Stop that VM, or whatever uses the function on the host.";
+        "Another VM or the host uses the function (an interface that is up, a mounted disk), or its driver does not release it.",
+        "Stop that VM, or end the use of the function on the host.";
     /// The host's operator does not allow VMs to have the function.
     NotAssignable = "not_assignable", 403, "The function is not assignable",
-        "The agent's operator has not named the function of `devices`, or has named PFs and not that of the VF.",
-        "Use a function that is named, or start the agent with `--assignable` and the name in the problem's detail.";
+        "The agent's `--assignable` options do not name the function of `devices`, or name PFs without the PF of the VF.",
+        "Use an assignable function, or start the agent with `--assignable` and the name in the problem's detail.";
     /// The device cannot be given to a guest (for instance: it has neither MSI nor MSI-X).
     DeviceUnsupported = "device_unsupported", 422, "The device cannot be assigned",
-        "The function cannot be given to a guest: it has no MSI or MSI-X, or no reset, or is of another kind.",
-        "VFs of network adapters belong under `adapters`; `serve --assignable BDF,no-reset` allows one without reset.";
+        "A guest cannot have the function: it has no MSI or MSI-X, or no reset, or is of an unsupported kind.",
+        "Name VFs of network adapters under `adapters`; `serve --assignable BDF,no-reset` allows a function without a reset.";
     /// The device failed while it was in use.
     DeviceFailed = "device_failed", 409, "The device failed",
-        "The function reported an error or could not be cleaned of its last tenant; it stays claimed until it is.",
-        "Boot or delete the VM again, which tries once more; reset the PF if that does not help.";
+        "The function reported an error, or could not be scrubbed after its last tenant; it stays claimed until it is.",
+        "Boot or delete the VM again, which repeats the scrub; reset the PF if that does not help.";
     /// Other devices of the IOMMU group are in use by host drivers.
     GroupNotViable = "group_not_viable", 409, "The IOMMU group is not viable",
         "Other functions of the IOMMU group have drivers of the host.",
-        "Give all of the group to the VM, unbind the others from their drivers, or use another slot.";
+        "Give the whole group to the VM, unbind the others from their drivers, or use another slot.";
     /// Interrupt remapping is off.
     InterruptRemappingOff = "interrupt_remapping_off", 503, "Interrupt remapping is off",
-        "The IOMMU does not remap interrupts: a guest could raise the host's.",
+        "The IOMMU does not remap interrupts: a guest could raise interrupts of the host.",
         "Turn interrupt remapping on in the firmware (and `intremap=on`), or use another host.";
 
     /// The PF's link is administratively down.
     PfDown = "pf_down", 409, "The PF is down",
-        "The PF's interface is administratively down, so its VFs carry nothing.",
-        "`ip link set PF up`.";
+        "The PF's interface is administratively down, so its VFs have no link.",
+        "Run `ip link set PF up`.";
     /// The PF's driver refused or does not support a setting.
     PfRefused = "pf_refused", 409, "The PF refused a setting",
-        "The PF's driver refused a setting or does not know it, or the PF cannot be asked.",
-        "Read the kernel's log; leave the setting to its default if the adapter cannot do it.";
+        "The PF's driver refused a setting or does not support it, or the agent cannot reach the PF.",
+        "Read the kernel's log; leave the setting at its default if the adapter does not support it.";
     /// The number of VFs cannot change while one is in use.
     VfsInUse = "vfs_in_use", 409, "VFs are in use",
         "The number of VFs cannot change while a VM has one of them.",
@@ -287,28 +287,28 @@ problem_codes! {
 
     /// The address belongs to another adapter.
     MacInUse = "mac_in_use", 409, "The MAC address is in use",
-        "Another adapter has the address, as its own or as what its guest was granted.",
-        "Choose another address, or leave it out: the agent makes one.";
+        "Another adapter has the address, as its initial address or by a granted request of its guest.",
+        "Choose another address, or leave it out: the agent generates one.";
     /// The port group named in the specification does not exist.
     PortGroupNotFound = "port_group_not_found", 422, "No such port group",
         "An adapter names a port group that does not exist.",
         "Create it first, or name another; without one the adapter is in `default`.";
     /// Ports use the port group.
     PortGroupInUse = "port_group_in_use", 409, "The port group is in use",
-        "Ports use the port group, or it is the one called `default`, which stays.",
-        "Move or delete the VMs whose adapters name it.";
+        "Ports use the port group, or it is `default`, which cannot be deleted.",
+        "Move the adapters to another port group, or delete their VMs.";
     /// The switch named in the specification does not exist.
     SwitchNotFound = "switch_not_found", 422, "No such switch",
         "A port group names a switch that does not exist.",
         "Create it first, or name another.";
     /// Port groups use the switch.
     SwitchInUse = "switch_in_use", 409, "The switch is in use",
-        "The switch has port groups, is the one called `default`, or the PF is an uplink of another switch.",
-        "Delete its port groups, or take the PF from the other switch first.";
+        "The switch has port groups, it is `default`, which cannot be deleted, or the PF is an uplink of another switch.",
+        "Delete its port groups, or remove the PF from the other switch first.";
     /// The PF cannot enforce the port group's policy.
     PolicyUnenforceable = "policy_unenforceable", 409, "The PF cannot enforce the policy",
-        "The PF's driver cannot hold a VF to a setting of the policy, or has no room for it.",
-        "Change the setting that `detail` names, or use a PF that can.";
+        "The PF's driver cannot enforce a setting of the policy on a VF, or has no room for it.",
+        "Change the setting that `detail` names, or use a PF that can enforce it.";
 }
 
 impl std::fmt::Display for ProblemCode {

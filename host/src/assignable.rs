@@ -54,8 +54,8 @@ impl FromStr for Assignable {
                 What::Pf(what.to_owned())
             }
             _ => {
-                return Err("it is a function (0000:03:00.0), a vendor and device (8086:1521), each with ,no-reset if it \
-                            may lack one, or the interface of a PF"
+                return Err("write a function (0000:03:00.0) or a vendor and device (8086:1521), each with \
+                            ,no-reset if it may lack a reset, or the interface of a PF"
                     .to_owned());
             }
         };
@@ -116,7 +116,8 @@ impl AssignableList {
             match no_reset {
                 true => tracing::warn!(
                     %function,
-                    "an assignable function has no reset: each VM that gets it finds the state and data of the last"
+                    "an assignable function has no reset: each VM that gets it finds the state and data of \
+                     the last one"
                 ),
                 false => tracing::warn!(
                     %function,

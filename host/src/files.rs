@@ -40,8 +40,8 @@ pub enum FileError {
     },
     /// The file is opened with the rights of a user that may not read it.
     #[error(
-        "{path} is opened with the rights of {who}, who may not read it: make it readable for that user, or put it into an \
-         image directory (--image-dir)"
+        "The agent opens {path} with the rights of {who}, which do not allow reading it: make it readable \
+         for that user, or put it into an image directory (--image-dir)"
     )]
     Unreadable {
         /// The path in the request.
@@ -51,8 +51,8 @@ pub enum FileError {
     },
     /// The file is looked up in an image directory, and its name leads out of it.
     #[error(
-        "{path} leads out of the image directory {} by a link or by .., and only files in it are for everybody: copy the \
-         file into the directory, a link's target too",
+        "{path} leads out of the image directory {} by a link or by .., and only files in it are open to \
+         every caller: copy the file, or the target of the link, into the directory",
         .dir.display()
     )]
     LeadsOut {
@@ -383,7 +383,7 @@ mod tests {
         check(&place, &Caller::Token("ci".into()), "ROOT/images/out", "leads out");
         let error = open_for(&me(), std::slice::from_ref(&place.images), "out").unwrap_err().to_string();
         assert!(
-            error.contains("link") && error.contains("copy") && !error.contains("may not read"),
+            error.contains("link") && error.contains("copy") && !error.contains("with the rights"),
             "{error}"
         );
     }

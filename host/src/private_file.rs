@@ -29,7 +29,7 @@ pub enum PrivateFileError {
     },
     /// Other users can read the file, or change it.
     #[error(
-        "{what} {} is not this user's alone (owner {owner}, mode {mode:04o}): chown it, and chmod 600 it",
+        "{what} {} must belong to this user alone (owner {owner}, mode {mode:04o}): chown it, chmod 600 it",
         .path.display()
     )]
     Open {
@@ -65,7 +65,7 @@ pub fn read(path: &Path, what: &'static str, readers: Readers) -> Result<Vec<u8>
     let file = File::options().read(true).custom_flags(nonblock).open(path).map_err(failed)?;
     let metadata = file.metadata().map_err(failed)?;
     if !metadata.is_file() || metadata.len() > MAX {
-        return Err(failed(io::Error::other("it is no regular file, or too long")));
+        return Err(failed(io::Error::other("it is not a regular file, or is too long")));
     }
     let (owner, mode) = (metadata.uid(), metadata.mode() & 0o7777);
     let forbidden = if owner == 0 && readers == Readers::GroupOfRoot { 0o037 } else { 0o077 };

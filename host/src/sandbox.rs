@@ -27,7 +27,7 @@ impl std::str::FromStr for Off {
         let part = Protection::ALL.into_iter().find(|part| part.as_str() == word);
         part.map(Self::Part).ok_or_else(|| {
             let known = Protection::ALL.map(Protection::as_str).join(", ");
-            format!("the parts of the sandbox are {known}, or unavailable for what this host cannot do")
+            format!("the parts of the sandbox are {known}, or unavailable for all that this host lacks")
         })
     }
 }
@@ -49,7 +49,7 @@ pub fn off(words: &[Off]) -> anyhow::Result<BTreeSet<Protection>> {
         let part_name = part.as_str();
         if !words.contains(&Off::Unavailable) {
             bail!(
-                "{why}. An agent that serves simulated adapters alone may do without: --sandbox-off {part_name}"
+                "{why}. An agent with simulated adapters alone can run without it: --sandbox-off {part_name}"
             );
         }
         tracing::warn!("{why}: processes of VMs run without {part_name} (--sandbox-off unavailable)");

@@ -23,7 +23,7 @@ pub enum TokenFileError {
         source: TokenError,
     },
     /// The file is not text.
-    #[error("The token file {} is no text (--token-file)", .path.display())]
+    #[error("The token file {} is not text (--token-file)", .path.display())]
     NotText {
         /// The file.
         path: PathBuf,

@@ -40,11 +40,11 @@ const FILES: [(&str, ReadLine, &str); 4] = [
 /// The options with the user ids of processes without privileges.
 #[derive(Clone, Copy, Debug, clap::Args)]
 pub struct UserArgs {
-    /// The first of the user ids that VMs' processes get, each its own (an agent that is root). They must have no other owner:
-    /// neither accounts nor subordinate ids (/etc/subuid).
+    /// The first user id of VMs' processes; with an agent that is root, each has its own. The ids
+    /// must have no other owner: neither accounts nor subordinate ids (/etc/subuid).
     #[arg(long, value_name = "UID", default_value_t = DEFAULT_BASE, value_parser = clap::value_parser!(u32).range(1000..4_000_000_000))]
     pub vmm_uid_base: u32,
-    /// How many user ids there are for VMs' processes: the most VMs that can run at once.
+    /// The number of user ids for VMs' processes: the most VMs that can run at once.
     #[arg(long, value_name = "COUNT", default_value_t = 4096, value_parser = clap::value_parser!(u32).range(1..1_000_000))]
     pub vmm_uid_count: u32,
 }
@@ -90,7 +90,8 @@ impl fmt::Display for Overlap {
         };
         write!(
             f,
-            "The user ids {} of VMs' processes overlap {kind} {} of {owner} ({}), whose processes could end VMs",
+            "The user ids {} of VMs' processes overlap {kind} {} of {owner} ({}), and processes of that \
+             owner could end VMs",
             span(wanted),
             span(owned),
             file.display()

@@ -96,7 +96,7 @@ impl Write for Console {
             if let Err(error) = result
                 && !std::mem::replace(&mut self.failed, true)
             {
-                tracing::error!(%error, "Cannot write the console file; output is lost from here on");
+                tracing::error!(%error, "Cannot write the console file; output is lost from now on");
             }
         }
         self.watch.written.store(at, Ordering::Release);

@@ -45,7 +45,7 @@ pub enum MachineError {
     #[error("KVM refused to {0}")]
     Kvm(&'static str, #[source] kvm_ioctls::Error),
     /// The VM has more vCPUs than KVM supports.
-    #[error("KVM on this host has at most {max} vCPUs, the VM wants {wanted}")]
+    #[error("KVM on this host supports at most {max} vCPUs, and the VM has {wanted}")]
     TooManyCpus {
         /// vCPUs of the specification.
         wanted: u8,

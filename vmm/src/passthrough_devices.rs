@@ -83,7 +83,7 @@ pub enum DeviceError {
         source: ResetError,
     },
     /// Its BARs do not fit.
-    #[error("Device {bdf} has a BAR of {size:#x} bytes, for which the guest's PCI windows have no room")]
+    #[error("The guest's PCI windows have no room for a BAR of {size:#x} bytes of device {bdf}")]
     NoRoom {
         /// The host's PCI address.
         bdf: String,
@@ -100,8 +100,8 @@ pub enum DeviceError {
     },
     /// No mailbox family matches its PCI ids.
     #[error(
-        "Device {bdf} ({vendor:04x}:{device:04x}) is no VF whose mailbox Portcullis can mediate: use an 82576 or \
-         i350 VF for adapters, or list the device under `devices`, without a port group"
+        "Device {bdf} ({vendor:04x}:{device:04x}) is not a VF with a supported mailbox: use an 82576 or i350 \
+         VF for adapters, or list the device under `devices`, without a port group"
     )]
     Family {
         /// The host's PCI address.

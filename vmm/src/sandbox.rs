@@ -223,7 +223,7 @@ fn pivot(new_root: &Path) -> Result<(), SandboxError> {
     failed(chdir(new_root), "enter its new root")?;
     // Stacks the old root on the new one; the unmount then removes the old one (pivot_root(2), NOTES).
     failed(pivot_root(".", "."), "pivot into its new root")?;
-    failed(unmount(".", UnmountFlags::DETACH), "let go of its old root")?;
+    failed(unmount(".", UnmountFlags::DETACH), "release its old root")?;
     failed(chdir("/"), "enter its new root")
 }
 

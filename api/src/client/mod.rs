@@ -58,7 +58,10 @@ pub enum ClientError {
         source: io::Error,
     },
     /// The user may not connect.
-    #[error("This user may not use the agent's socket {}: become its owner (root, as a rule)", .socket.display())]
+    #[error(
+        "This user may not use the agent's socket {}: run the command as its owner (root, as a rule)",
+        .socket.display()
+    )]
     NotAllowed {
         /// The socket.
         socket: PathBuf,
@@ -76,7 +79,7 @@ pub enum ClientError {
         source: io::Error,
     },
     /// The connection broke.
-    #[error("The connection to the agent on {agent} broke: see its log")]
+    #[error("The connection to the agent on {agent} broke: see the agent's log")]
     Broken {
         /// Its socket or address.
         agent: String,
@@ -84,7 +87,7 @@ pub enum ClientError {
         source: hyper::Error,
     },
     /// The agent did not respond in time.
-    #[error("The agent on {agent} did not answer within {} s: see its log", .waited.as_secs())]
+    #[error("The agent on {agent} did not respond within {} s: see the agent's log", .waited.as_secs())]
     TimedOut {
         /// Its socket or address.
         agent: String,
@@ -96,7 +99,8 @@ pub enum ClientError {
     Problem(#[from] Box<Problem>),
     /// The response is not one of this API.
     #[error(
-        "The answer to {request} is not one of Portcullis ({what}): is this its socket, and of this version?"
+        "The response to {request} is not one of Portcullis ({what}): check that an agent of this version \
+         serves there"
     )]
     Strange {
         /// Method and path.

@@ -19,15 +19,16 @@ use crate::{
 #[derive(Debug, thiserror::Error)]
 pub enum RemoteError {
     /// The URL is not an agent's address.
-    #[error("{0} is not an agent's address: it is https://HOST:PORT, or http://HOST:PORT on this host")]
+    #[error("{0} is not an agent's address: write https://HOST:PORT, or http://HOST:PORT on this host")]
     NotAUrl(String),
     /// The token would cross a network without encryption.
     #[error(
-        "{0} has no TLS, and the token would go over the network in clear: use https, or an address of this host"
+        "{0} has no TLS, so the token would cross the network in clear text: use https, or an address of \
+         this host"
     )]
     Clear(String),
     /// An `https` address without certificates of authorities that could vouch for the agent.
-    #[error("{0} needs the certificates of the authorities that it is trusted by: name them with --ca-file")]
+    #[error("{0} needs the certificates of the authorities that vouch for it: name them with --ca-file")]
     NoAuthority(String),
     /// The certificates of the authorities cannot be used.
     #[error("The certificates of the authorities cannot be used")]

@@ -237,8 +237,7 @@ struct Content {
 impl Content {
     fn some(self) -> Result<Typed, Error> {
         let Content { word, content } = self;
-        let missing =
-            || Error::custom(format_args!("`{word}` is no text here, but an object: {{\"{word}\": …}}"));
+        let missing = || Error::custom(format_args!("`{word}` must be an object here: {{\"{word}\": …}}"));
         content.map(Typed).ok_or_else(missing)
     }
 }
@@ -250,7 +249,7 @@ impl<'de> VariantAccess<'de> for Content {
         let Content { word, content } = self;
         match content {
             None => Ok(()),
-            Some(_) => Err(Error::custom(format_args!("`{word}` is no object here, but a text: \"{word}\""))),
+            Some(_) => Err(Error::custom(format_args!("`{word}` must be a text here: \"{word}\""))),
         }
     }
 

@@ -46,8 +46,8 @@ impl Gate {
     pub fn admit(&self, head: &Parts, local: SocketAddr) -> Result<Caller, Problem> {
         self.check_host(head, local)?;
         let caller = self.token(&head.headers).map(Caller::Token).ok_or_else(|| {
-            let detail = "Over TCP each request needs a token of the agent's token file: send authorization: Bearer \
-                          TOKEN (--token-file).";
+            let detail = "Each request over TCP needs a token of the agent's token file: send authorization: \
+                          Bearer TOKEN (--token-file).";
             Problem::new(ProblemCode::Unauthorized, detail)
         })?;
         if let Some(newcomer) = head.extensions.get::<Newcomer>() {
@@ -70,8 +70,8 @@ impl Gate {
         let named = named.and_then(|host| host.parse::<Authority>().ok());
         let whole = head.uri.authority().is_none_or(|authority| self.is_here(authority, local));
         if !whole || !named.is_some_and(|host| self.is_here(&host, local)) {
-            let detail = "The Host header does not name this agent: use its address or localhost, or start it with \
-                          --allowed-host for other names.";
+            let detail = "The Host header does not name this agent: use its address or localhost, or start \
+                          the agent with --allowed-host for other names.";
             return Err(Problem::new(ProblemCode::Forbidden, detail));
         }
         Ok(())

@@ -159,7 +159,7 @@ const REQUEST_ID_HEADER: &str = "#/components/headers/x-request-id";
 pub(super) fn add_header(components: &mut Components) {
     let header = HeaderBuilder::new()
         .schema(Some(ObjectBuilder::new().schema_type(Type::String)))
-        .description(Some("The request's id: the caller's own if it sent one that is fit for a log"));
+        .description(Some("The request's id: the caller's own, if the caller sent a valid one"));
     components.headers.insert(REQUEST_ID.to_owned(), RefOr::T(header.build()));
 }
 

@@ -47,7 +47,7 @@ async fn events(
         Some(value) => {
             let id = value.to_str().ok().and_then(|text| text.parse().ok());
             Some(id.ok_or_else(|| {
-                Problem::invalid("last-event-id", "Last-Event-ID is an id that this API gave.")
+                Problem::invalid("last-event-id", "Last-Event-ID must be the id of an event of this API.")
             })?)
         }
     };

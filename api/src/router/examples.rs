@@ -218,7 +218,7 @@ fn decision() -> Option<Decision> {
         requested: Some("02:00:00:00:00:99".to_owned()),
         effective_mac: "02:00:00:00:00:11".parse().ok()?,
         committed: Committed::Nothing,
-        detail: Some("The guest was told that it succeeded".to_owned()),
+        detail: Some("The response to the guest reports success".to_owned()),
         edited_by: None,
         count: 1,
         first: moment(60),

@@ -128,7 +128,7 @@ impl<S: Send + Sync> FromRequestParts<S> for IfMatch {
         // An ignored condition would let a forbidden change through.
         if let Some(other) = OTHER_CONDITIONS.iter().find(|name| parts.headers.contains_key(*name)) {
             let detail =
-                format!("Changes know no {other}: use If-Match, or POST to create what must not be there.");
+                format!("Changes do not support {other}: use If-Match, or POST to create a new object.");
             return Err(Problem::invalid(other.as_str(), detail));
         }
         let mut values = parts.headers.get_all(header::IF_MATCH).iter();
@@ -163,7 +163,7 @@ impl<S: Send + Sync> FromRequestParts<S> for MustExist {
 }
 
 fn not_a_revision() -> Problem {
-    Problem::invalid("if-match", "If-Match takes one ETag that this API gave, such as \"3\", or *.")
+    Problem::invalid("if-match", "If-Match takes one ETag of this API, such as \"3\", or *.")
 }
 
 impl<S: Send + Sync> FromRequestParts<S> for Caller {
@@ -171,7 +171,7 @@ impl<S: Send + Sync> FromRequestParts<S> for Caller {
     async fn from_request_parts(parts: &mut Parts, _state: &S) -> Result<Self, Problem> {
         // Never guess: a caller of uid 0 may read every file.
         parts.extensions.get::<Caller>().cloned().ok_or_else(|| {
-            Problem::new(ProblemCode::Forbidden, "The agent could not learn who makes this request.")
+            Problem::new(ProblemCode::Forbidden, "The agent could not identify the caller of this request.")
         })
     }
 }

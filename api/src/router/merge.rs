@@ -38,7 +38,7 @@ fn check_removed<T: DeserializeOwned>(merged: &Value, patch: &Value) -> Result<(
     let mut removed = Vec::new();
     note_removed(patch, &mut Vec::new(), &mut removed);
     if removed.len() > MOST_REMOVED {
-        let detail = format!("A patch removes at most {MOST_REMOVED} members (null): use more than one.");
+        let detail = format!("A patch removes at most {MOST_REMOVED} members (null): use several patches.");
         return Err(Problem::invalid("body", detail));
     }
     for (path, name) in removed {

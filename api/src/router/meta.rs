@@ -43,8 +43,8 @@ struct Token;
 
 impl Modify for Token {
     fn modify(&self, document: &mut utoipa::openapi::OpenApi) {
-        let description = "Over TCP: a token of the agent's token file (`--token-file`). The Unix socket takes none: there \
-                           the kernel tells whose process it is.";
+        let description = "Over TCP: a token of the agent's token file (`--token-file`). The Unix socket \
+                           needs none: the kernel identifies the caller's user.";
         let scheme = HttpBuilder::new().scheme(HttpAuthScheme::Bearer).description(Some(description)).build();
         let components = document.components.get_or_insert_default();
         components.add_security_scheme("token", SecurityScheme::Http(scheme));

@@ -297,7 +297,7 @@ async fn list_decisions(
     check_limit(filter.limit)?;
     let begun = filter.cursor.filter(|cursor| !cursor.key().is_empty());
     if begun.as_ref().is_some_and(|cursor| cursor.decision().is_none()) {
-        return Err(Problem::invalid("cursor", "cursor: It is not the `next` of a page of decisions."));
+        return Err(Problem::invalid("cursor", "cursor: this is not the `next` of a page of decisions."));
     }
     let limit = filter.limit;
     // One more, to know whether there is another page.

@@ -156,7 +156,7 @@ pub(super) async fn no_such_path(uri: Uri) -> Problem {
     let path: String = uri.path().chars().take(200).collect();
     Problem::new(
         ProblemCode::NotFound,
-        format!("There is nothing at {path:?}; /v1/openapi.json lists what there is."),
+        format!("The API has no path {path:?}; /v1/openapi.json lists all paths."),
     )
 }
 
@@ -164,6 +164,6 @@ pub(super) async fn no_such_path(uri: Uri) -> Problem {
 pub(super) async fn no_such_method(method: Method, uri: Uri) -> Problem {
     let path: String = uri.path().chars().take(200).collect();
     let method: String = method.as_str().chars().take(20).collect();
-    let detail = format!("{path:?} does not take {method:?}; the allow header lists what it takes.");
+    let detail = format!("{path:?} does not take {method:?}; the allow header lists its methods.");
     Problem::new(ProblemCode::MethodNotAllowed, detail)
 }

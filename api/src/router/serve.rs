@@ -184,7 +184,7 @@ impl Door {
             let client = match accepted {
                 Ok(client) => client,
                 Err(error) => {
-                    tracing::warn!("A client of the API cannot be accepted: {error}");
+                    tracing::warn!("Cannot accept a client of the API: {error}");
                     sleep(PAUSE).await;
                     continue;
                 }
@@ -203,9 +203,9 @@ impl Door {
 
     /// The room for a client and its place among those of its source, or the reason that it has none.
     fn enter(&self, client: &Client) -> Result<(OwnedSemaphorePermit, Option<Place>), &'static str> {
-        let full = "The agent has as many connections as it serves at once: end some, or try again.";
-        let shared = "Your user, or all users but the agent's own, have as many connections as the agent serves them at \
-                      once: end some, or try again.";
+        let full = "The agent has its maximum number of connections: end some, or try again.";
+        let shared = "Your user, or all users other than the agent's own, have their maximum number of \
+                      connections: end some, or try again.";
         let room = Arc::clone(&self.room).try_acquire_owned().map_err(|_| full)?;
         let place = client.source().map(|source| self.places.take(source).ok_or(shared)).transpose()?;
         Ok((room, place))
@@ -241,13 +241,13 @@ impl Door {
                 };
                 match tls.accept(Patient::new(stream, limits.stall)).await {
                     Ok(stream) => exchange(stream, peer, newcomer, router, limits, ending).await,
-                    Err(error) => tracing::debug!("A client of the API fails at TLS: {error}"),
+                    Err(error) => tracing::debug!("TLS with a client of the API failed: {error}"),
                 }
             };
             tokio::select! {
                 () = serve => {}
                 () = overstays => {
-                    tracing::debug!("A client of the API has sent no token in time, or others needed its place");
+                    tracing::debug!("A client sent no token in time, or lost its place to another client");
                 }
             }
         }
@@ -343,6 +343,6 @@ async fn refuse(client: Client, detail: &'static str, _room: OwnedSemaphorePermi
         Client::Tcp(_, _, Some(_)) => return,
     };
     if let Ok(Err(error)) = written {
-        tracing::debug!("A client was not told that there are too many: {error}");
+        tracing::debug!("Cannot send a client the refusal for too many clients: {error}");
     }
 }

@@ -69,7 +69,7 @@ fn take(room: &Arc<Semaphore>, what: &str) -> Result<OwnedSemaphorePermit, Probl
 }
 
 fn too_many(what: &str) -> Problem {
-    let detail = format!("As many clients {what} as the agent serves at once: end one of them.");
+    let detail = format!("The agent serves its maximum number of clients that {what}: end one of them.");
     Problem::new(ProblemCode::TooManyClients, detail)
 }
 

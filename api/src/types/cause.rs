@@ -39,32 +39,32 @@ impl CauseCode {
             CauseCode::Stopped => ("stopped", "A request stopped the VM.", "Nothing: boot it again."),
             CauseCode::BootFailed => (
                 "boot_failed",
-                "The VM could not be booted; `problem` has the code of why.",
-                "As for that problem code.",
+                "The boot failed; `problem` has the code of the reason.",
+                "Follow the cure of that problem code.",
             ),
             CauseCode::MachineFailed => (
                 "machine_failed",
-                "The machine could not go on: the guest did what KVM cannot run, or reset itself 64 times in a row within a second of each start. (A triple fault resets.)",
+                "The machine could not continue: KVM cannot run an operation of the guest, or the guest reset itself 64 times in a row within a second of each start. (A triple fault is a reset.)",
                 "Read the console; boot another kernel.",
             ),
             CauseCode::VmmCrashed => (
                 "vmm_crashed",
-                "The VM's process ended without saying why.",
-                "Read its last words in `detail` and its log in the run directory; report it.",
+                "The VM's process ended without reporting a reason.",
+                "Read its last output in `detail` and its log in the run directory; report the crash.",
             ),
             CauseCode::VmmMisbehaved => (
                 "vmm_misbehaved",
-                "The VM's process said to the agent what none says that its guest has not taken over, and was killed.",
-                "Take the guest for hostile: keep its console and log, and do not boot it again unexamined.",
+                "The VM's process violated the control protocol, probably because its guest has taken it over, and was killed.",
+                "Treat the guest as hostile: keep its console and log, and examine them before you boot it again.",
             ),
             CauseCode::VfRemoved => (
                 "vf_removed",
-                "The host took a VF or device from the running VM; the guest goes on without it.",
+                "The host removed a VF or device from the running VM; the guest runs on without it.",
                 "Make the VFs again, then stop and boot the VM.",
             ),
             CauseCode::DeviceFailed => (
                 "device_failed",
-                "A function reported an error that it cannot recover from, or its simulated PF's process ended.",
+                "A function reported an unrecoverable error, or the process of its simulated PF ended.",
                 "Read the kernel's log, then stop and boot the VM.",
             ),
             CauseCode::HostRestarted => (

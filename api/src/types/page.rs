@@ -53,7 +53,7 @@ impl FromStr for Cursor {
     type Err = Invalid;
     fn from_str(text: &str) -> Result<Self, Invalid> {
         let digit = |byte: &u8| matches!(byte, b'0'..=b'9' | b'a'..=b'f');
-        let wrong = || Invalid("It is not the `next` of a page as this API gave it".to_owned());
+        let wrong = || Invalid("It is not the `next` of a page of this API".to_owned());
         if !text.len().is_multiple_of(2) || text.len() > 2 * MAX_KEY || !text.as_bytes().iter().all(digit) {
             return Err(wrong());
         }

@@ -90,7 +90,7 @@ pub(super) struct Settings;
 impl PartialSchema for Settings {
     fn schema() -> RefOr<Schema> {
         let object = ObjectBuilder::new()
-            .description(Some("What one level decides; what it leaves out is left to the level above."));
+            .description(Some("Settings of one level; the level above decides those that are left out."));
         let object = object.additional_properties(Some(AdditionalProperties::FreeForm(false)));
         let or_null =
             |schema| OneOfBuilder::new().item(ObjectBuilder::new().schema_type(Type::Null)).item(schema);

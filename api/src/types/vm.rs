@@ -193,7 +193,7 @@ impl VmSpec {
         }
         let least = self.memory.bytes().saturating_add(BESIDE_MEMORY);
         if let Some(memory) = limits.memory.filter(|memory| memory.bytes() < least) {
-            let detail = format!("{memory} is less than the guest's memory and 32MiB.");
+            let detail = format!("{memory} is less than the guest's memory plus 32MiB.");
             return Err(Problem::invalid("limits.memory", detail));
         }
         Ok(())

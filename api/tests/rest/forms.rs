@@ -117,8 +117,8 @@ async fn a_value_of_another_form_is_refused_with_the_forms_that_there_are() {
     for (member, value, expect) in [
         ("vlan", json!(100), r#"expected "none", {"access": {"id": 100}} or {"trunk": [7, "100-200"]}."#),
         ("vlan", json!({ "access": 100 }), "vlan.access: invalid type: integer `100`, expected an object"),
-        ("vlan", json!("access"), r#"`access` is no text here, but an object: {"access": …}."#),
-        ("vlan", json!({ "none": null }), r#"`none` is no object here, but a text: "none"."#),
+        ("vlan", json!("access"), r#"`access` must be an object here: {"access": …}."#),
+        ("vlan", json!({ "none": null }), r#"`none` must be a text here: "none"."#),
         ("vlan", json!({}), r#"an object with 0 members, expected "none", {"#),
         ("vlan", json!({ "access": { "id": 1 }, "trunk": [1] }), "an object with 2 members, expected"),
         ("vlan", json!({ "trunk": "1-5" }), "vlan.trunk: invalid type: string \"1-5\", expected a list"),

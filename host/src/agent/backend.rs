@@ -193,7 +193,7 @@ impl Agent {
             !twice && !taken.iter().any(|(mac, _)| macs.contains(mac))
         };
         let id = std::iter::repeat_with(Uuid::new_v4).take(DRAWS).find(free).ok_or_else(|| {
-            Problem::new(ProblemCode::MacInUse, "No free address could be made: give the adapters addresses.")
+            Problem::new(ProblemCode::MacInUse, "No free address was found: give the adapters addresses.")
         })?;
         let name = spec.name.to_string();
         let value = record(Timestamp::now(), spec, &caller);
@@ -252,7 +252,7 @@ impl Agent {
         self.others(&spec, Some(handle.id)).await?;
         let name = ObjectRef::Name(spec.name.to_string());
         if self.find(&name).await.is_ok_and(|other| other.id != handle.id) {
-            let detail = format!("There is another VM {}: choose another name.", spec.name);
+            let detail = format!("The name {} belongs to another VM: choose another name.", spec.name);
             return Err(Problem {
                 field: Some("name".into()),
                 ..Problem::new(ProblemCode::NameTaken, detail)
@@ -320,7 +320,7 @@ impl Backend for Agent {
         complaints.extend(self.env.probe.complaint().await);
         if !self.env.kvm.exists() {
             let kvm = self.env.kvm.display();
-            complaints.push(format!("{kvm} does not exist: load kvm_intel or kvm_amd, no VM can be booted"));
+            complaints.push(format!("{kvm} does not exist, so no VM can boot: load kvm_intel or kvm_amd"));
         }
         Health { complaints }
     }
@@ -410,7 +410,7 @@ impl Backend for Agent {
     async fn end_lease(&self, caller: Caller, vm: ObjectRef) -> Result<(), Problem> {
         let vm = self.find(&vm).await?;
         vm.end_lease().await?;
-        tracing::info!(vm = %vm.name(), by = %caller, "lives without a lease");
+        tracing::info!(vm = %vm.name(), by = %caller, "lease ended");
         Ok(())
     }
 
@@ -421,7 +421,7 @@ impl Backend for Agent {
             Outcome::Stats(stats) => Ok(view::stats(&handle, *stats)),
             _ => Err(Problem::new(
                 ProblemCode::VmmFailed,
-                "The VM's process answered something else than counters.",
+                "The VM's process sent a wrong response to the request for counters.",
             )),
         }
     }

@@ -23,16 +23,18 @@ use crate::{
 /// Options of where the API is served.
 #[derive(Clone, Debug, clap::Args)]
 pub struct ListenArgs {
-    /// The permissions of the API's socket, octal: a user with access to it may do everything.
+    /// The permissions of the API's socket, in octal. A user with access to the socket may do
+    /// everything.
     #[arg(long, value_name = "MODE", default_value = "0600", value_parser = mode)]
     pub socket_mode: u32,
-    /// The group of the API's socket, by name or number; to be used with --socket-mode 0660.
+    /// The group of the API's socket, by name or number; use it with --socket-mode 0660.
     #[arg(long, value_name = "GROUP")]
     pub socket_group: Option<String>,
-    /// Serves on TCP too, to clients with a token (--token-file); with TLS, unless it is a loopback address. May be repeated.
+    /// A TCP address to serve on besides the socket, for clients with a token (--token-file). All
+    /// but loopback addresses need TLS. May be repeated.
     #[arg(long = "listen", value_name = "ADDRESS:PORT")]
     pub listen: Vec<SocketAddr>,
-    /// The certificate for TCP, and those between it and an authority (PEM).
+    /// The certificate for TCP and its intermediate certificates (PEM).
     #[arg(long, value_name = "FILE", requires_all = ["tls_key", "listen"])]
     pub tls_cert: Option<PathBuf>,
     /// The certificate's private key (PEM).
@@ -47,7 +49,7 @@ pub struct ListenArgs {
 fn mode(text: &str) -> Result<u32, String> {
     match u32::from_str_radix(text, 8) {
         Ok(mode) if mode <= 0o777 => Ok(mode),
-        _ => Err("it is an octal number to 0777, as 0660".to_owned()),
+        _ => Err("write an octal number up to 0777, such as 0660".to_owned()),
     }
 }
 
@@ -70,24 +72,24 @@ fn network(args: &ListenArgs, tokens: Option<&Path>) -> anyhow::Result<Vec<Liste
                 |path: &PathBuf| fs::read(path).with_context(|| format!("{} cannot be read", path.display()));
             let key = private_file::read(key, "The private key (--tls-key)", Readers::GroupOfRoot)?;
             let acceptor = tls::acceptor(&read(certificates)?, &key);
-            Some(acceptor.with_context(|| format!("TLS with {} is not possible", certificates.display()))?)
+            Some(acceptor.with_context(|| format!("Cannot use {} for TLS", certificates.display()))?)
         }
         _ => None,
     };
-    let tokens = tokens.context("--listen needs --token-file: over TCP each request has a token")?;
+    let tokens = tokens.context("--listen needs --token-file: each request over TCP needs a token")?;
     let gate = Arc::new(Gate::new(token_file::read(tokens)?, args.allowed_hosts.clone()));
     let mut listeners = Vec::new();
     for address in &args.listen {
         if tls.is_none() && !address.ip().is_loopback() {
             bail!(
-                "{address} is reached from other hosts, and tokens would go there in clear: give --tls-cert and --tls-key, \
-                 or listen on 127.0.0.1"
+                "Other hosts can reach {address}, and tokens would cross the network in clear text: give \
+                 --tls-cert and --tls-key, or listen on 127.0.0.1"
             );
         }
         let bound = std::net::TcpListener::bind(address)
             .and_then(|listener| listener.set_nonblocking(true).map(|()| listener))
             .and_then(TcpListener::from_std)
-            .with_context(|| format!("{address} cannot be listened on (--listen)"))?;
+            .with_context(|| format!("Cannot listen on {address} (--listen)"))?;
         // The port may have been left to the kernel.
         if let Ok(address) = bound.local_addr() {
             tracing::info!(%address, tls = tls.is_some(), "serves on TCP");
@@ -112,13 +114,13 @@ fn group(name: &str) -> anyhow::Result<u32> {
 
 /// Binds the API's socket, with its permissions from its first moment. Replaces a stale socket, but not a live one.
 pub(super) fn unix(socket: &Path, mode: u32, group: Option<u32>) -> anyhow::Result<UnixListener> {
-    let at = || format!("The API's socket {} cannot be made (--socket)", socket.display());
+    let at = || format!("Cannot create the API's socket {} (--socket)", socket.display());
     if let Some(dir) = socket.parent() {
         fs::create_dir_all(dir).with_context(at)?;
     }
     match fs::symlink_metadata(socket) {
         Ok(found) if !found.file_type().is_socket() => bail!(
-            "{} is there and is no socket: remove it, or choose another path with --socket",
+            "{} exists and is not a socket: remove it, or choose another path with --socket",
             socket.display()
         ),
         _ => {}
@@ -187,7 +189,7 @@ mod tests {
         std::os::unix::fs::symlink(&path, &link).unwrap();
         for occupied in [&path, &link, &dir.path().to_owned()] {
             let error = unix(occupied, 0o600, None).unwrap_err().to_string();
-            assert!(error.contains("no socket") && error.contains("--socket"), "{error}");
+            assert!(error.contains("not a socket") && error.contains("--socket"), "{error}");
         }
         assert_eq!(fs::read_to_string(&path).unwrap(), "precious");
         let socket = dir.path().join("api.sock");

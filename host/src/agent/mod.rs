@@ -57,19 +57,20 @@ const DATABASE: &str = "portcullis.db";
 /// The treatment of VMs at the agent's end.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]
 pub enum OnExit {
-    /// They run on, and the next agent finds them.
+    /// VMs run on, and the next agent adopts them.
     Leave,
-    /// Their guests are asked to power off (their power button); those that do not are stopped.
+    /// The agent presses the power buttons of VMs, and stops VMs with guests that do not power off.
     Stop,
 }
 
 /// Options of `portcullis serve`.
 #[derive(Clone, Debug, clap::Args)]
 pub struct ServeArgs {
-    /// Where the database is.
+    /// The directory of the database.
     #[arg(long, value_name = "DIR", default_value = "/var/lib/portcullis")]
     pub state_dir: PathBuf,
-    /// Where control sockets, console logs and the lock are; it need not outlive the host's boot.
+    /// The directory of control sockets, console logs and the lock; it need not outlive the host's
+    /// boot.
     #[arg(long, value_name = "DIR", default_value = "/run/portcullis")]
     pub run_dir: PathBuf,
     /// A directory with kernels and initramfs that every caller may boot; may be repeated.
@@ -78,16 +79,17 @@ pub struct ServeArgs {
     /// The user ids of VMs' processes.
     #[command(flatten)]
     pub users: UserArgs,
-    /// A function of the host that VMs may have under `devices`: its address, or vendor and device for all of a model,
-    /// with `,no-reset` if it may change its VM without a reset. Without this option VMs get no devices: a user of the
-    /// API is root on a host with an assignable disk. Or a PF: adapters then have VFs of the named PFs only. May be
-    /// repeated.
+    /// A function of the host that VMs may have under `devices`: its address, or vendor and device
+    /// for all of a model, with `,no-reset` if it may change its VM without a reset. Without this
+    /// option VMs get no devices: on a host with an assignable disk, a user of the API is root. The
+    /// value may also be a PF: adapters then have VFs of the named PFs only. May be repeated.
     #[arg(long, value_name = "BDF|VENDOR:DEVICE|PF")]
     pub assignable: Vec<Assignable>,
-    /// Where the control groups (version 2) of VMs with limits are made; it is made itself if it is missing.
+    /// The directory of the control groups (version 2) of VMs with limits; created if it is
+    /// missing.
     #[arg(long, value_name = "DIR", default_value = "/sys/fs/cgroup/portcullis")]
     pub cgroup_parent: PathBuf,
-    /// How many decisions are kept; the oldest go first.
+    /// The number of decisions to keep; the oldest are deleted first.
     #[arg(long, value_name = "COUNT", default_value_t = crate::decisions::KEPT, value_parser = clap::value_parser!(u32).range(100..10_000_000))]
     pub decisions_kept: u32,
     /// Grant every request of every guest, whatever the policy says: shows that a test would notice.
@@ -110,16 +112,17 @@ pub struct ServeArgs {
     /// repeated.
     #[arg(long = "sim-pf", value_name = "NAME=COUNT[,tap=IFNAME]")]
     pub sim_pfs: Vec<SimPfOption>,
-    /// Leave parts of the sandbox of VMs' processes off, to find out which of them is in the way: own_user, namespaces,
-    /// empty_root, limits, seccomp, landlock; or `unavailable`, those that this host's kernel cannot do. Such an agent boots no VM with
-    /// functions of the host; the parts are in each VM's status.
+    /// Parts of the sandbox of VMs' processes to leave off, to find the one that is in the way:
+    /// own_user, namespaces, empty_root, limits, seccomp, landlock; or `unavailable` for those that
+    /// this host's kernel does not support. Such an agent boots no VM with functions of the host;
+    /// each VM's status has the parts.
     #[arg(long, value_name = "PART[,PART]", value_delimiter = ',')]
     pub sandbox_off: Vec<sandbox::Off>,
     /// Whether VMs run on or are stopped when the agent ends (SIGTERM, SIGINT). A second signal ends the agent at once,
     /// and leaves VMs as they are.
     #[arg(long, value_enum, default_value_t = OnExit::Leave)]
     pub on_exit: OnExit,
-    /// How many seconds guests have to power off with --on-exit stop; with 0 they are not asked.
+    /// The seconds that guests have to power off with --on-exit stop; 0 stops VMs at once.
     #[arg(long, value_name = "SECONDS", default_value_t = 30, value_parser = clap::value_parser!(u32).range(0..=3600))]
     pub exit_timeout: u32,
     /// The agent belongs to the process at the other end of its standard input, and has simulated adapters only. It
@@ -178,8 +181,8 @@ pub async fn serve(args: ServeArgs, socket: &Path, token_file: Option<&Path>) ->
         let off = Protection::OF_ROOT.map(Protection::as_str).join(", ");
         tracing::warn!(
             off,
-            "the agent is not root: VMs get simulated adapters only, and protections of the host from their processes \
-             are off"
+            "the agent is not root: VMs get simulated adapters only, and parts of the sandbox of their \
+             processes are off"
         );
         env.inventory.leave_out_hardware();
     }
@@ -233,7 +236,7 @@ async fn serve_with(
     // No client should connect to an agent that is gone. The socket is this agent's own: the lock is still held.
     drop(fs::remove_file(socket));
     match args.on_exit {
-        OnExit::Leave => tracing::info!("ends; VMs run on"),
+        OnExit::Leave => tracing::info!("the agent ends; VMs run on"),
         OnExit::Stop => {
             tracing::info!("stopping all VMs");
             agent.power_off_all(Duration::from_secs(args.exit_timeout.into())).await;
@@ -268,7 +271,7 @@ fn told_to_end() -> io::Result<oneshot::Receiver<()>> {
         one_of(&mut signals).await;
         let _ = tell.send(());
         one_of(&mut signals).await;
-        tracing::warn!("told to end a second time: the agent ends at once, VMs are left as they are");
+        tracing::warn!("second signal: the agent ends at once and leaves VMs as they are");
         std::process::exit(1);
     });
     Ok(told)
@@ -314,7 +317,7 @@ async fn start_switch(
     let events = EventHub::default();
     let decisions = DecisionLog::open(database, args.decisions_kept, events.clone())?;
     let hints = watch::start().inspect_err(|error| {
-        tracing::warn!("News about interfaces cannot be had ({error}): PFs are compared every 30 s only");
+        tracing::warn!("Cannot receive interface events ({error}): the agent only compares PFs every 30 s");
     });
     #[cfg(feature = "test-support")]
     if args.policy_bypass_for_tests {

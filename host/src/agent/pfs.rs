@@ -201,7 +201,7 @@ impl Agent {
 
 fn convert(bdf: sriov::Bdf) -> Result<Bdf, Problem> {
     bdf.to_string().parse().map_err(|error: api::types::Invalid| {
-        Problem::new(ProblemCode::Internal, format!("{bdf} is outside of what the API can name: {error}"))
+        Problem::new(ProblemCode::Internal, format!("The API cannot name the function {bdf}: {error}"))
     })
 }
 

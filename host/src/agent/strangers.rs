@@ -41,10 +41,10 @@ impl Strangers {
         let TurnedAway { source, code } = *away;
         let Some(suppressed) = self.take(away, self.began.elapsed()) else { return };
         let why = match code {
-            ProblemCode::Unauthorized => "without a token of the token file",
-            _ => "from a web page, or for another host name than the agent's",
+            ProblemCode::Unauthorized => "it has no token of the token file",
+            _ => "it came from a web page, or for a foreign host name",
         };
-        tracing::warn!(%source, %code, suppressed, "a request of the API was refused: it came {why}");
+        tracing::warn!(%source, %code, suppressed, "refused a request of the API: {why}");
     }
 
     fn take(&self, away: &TurnedAway, now: Duration) -> Option<u64> {

@@ -32,19 +32,19 @@ const PIECE: usize = 1024;
 
 #[derive(Debug, Args)]
 #[command(
-    after_long_help = "On a terminal, the console is attached: what is typed goes to the guest. Ctrl-] detaches; the VM runs on."
+    after_long_help = "On a terminal, the console is attached: your keys go to the guest. Ctrl-] detaches; the VM runs on."
 )]
 pub(super) struct ConsoleArgs {
     /// The VM's name or id.
     name: String,
-    /// Goes on with new output until the VM ends, and sends nothing.
+    /// Follows new output until the VM ends, and sends nothing.
     #[arg(long, short)]
     follow: bool,
-    /// Sends the input to the guest, until Ctrl-] or the end of the input or of the VM. This is the default on a
-    /// terminal without other options, and can be chosen where the input is no terminal.
+    /// Sends the input to the guest, until Ctrl-] or the end of the input or of the VM. This is the
+    /// default on a terminal without other options; choose it for input that is not a terminal.
     #[arg(long, short, conflicts_with = "follow")]
     attach: bool,
-    /// Begins at this byte in place of the oldest one that is kept.
+    /// Begins at this byte instead of the oldest kept one.
     #[arg(long, value_name = "BYTES")]
     offset: Option<u64>,
     /// Types this text and a line end on the console first.
@@ -239,7 +239,7 @@ async fn type_line(client: &Client, vm: &str, text: &str) -> Result<(), CliError
     }
     if !rest.is_empty() {
         warn(format_args!(
-            "portcullis: the guest does not read its console: {} bytes were not taken",
+            "portcullis: the guest does not read its console: {} bytes were not delivered",
             rest.len()
         ));
     }

@@ -29,14 +29,14 @@ pub(super) struct DecisionsArgs {
     /// Only those with this outcome: allowed, denied, taken_back, repaired or reverted.
     #[arg(long, value_name = "VERDICT", value_parser = word::<Outcome>)]
     verdict: Option<Outcome>,
-    /// Only those since this time (2026-01-31T12:00:00Z), or since so long ago (10m, 2h, 1day).
+    /// Only those since this time (2026-01-31T12:00:00Z), or within this time span (10m, 2h, 1day).
     #[arg(long, value_name = "TIME", value_parser = since)]
     since: Option<Timestamp>,
-    /// At most this many, the latest.
+    /// At most this many: the latest ones.
     #[arg(long, value_name = "COUNT", default_value_t = DecisionFilter::default().limit,
         value_parser = clap::value_parser!(u32).range(1..=i64::from(MAX_PAGE)))]
     limit: u32,
-    /// Goes on with new decisions. The earliest comes first, and --output json writes a line for each.
+    /// Follows new decisions. The earliest comes first, and --output json writes a line for each.
     #[arg(long, short)]
     follow: bool,
 }

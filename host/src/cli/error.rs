@@ -59,7 +59,7 @@ pub(super) enum CliError {
         why: String,
     },
     /// The page cannot listen on its port.
-    #[error("Port {port} of 127.0.0.1 cannot be listened on: choose another one (--port)")]
+    #[error("Cannot listen on port {port} of 127.0.0.1: choose another one (--port)")]
     Port {
         /// As the user wrote it; 0 is any.
         port: u16,
@@ -67,7 +67,7 @@ pub(super) enum CliError {
         source: io::Error,
     },
     /// An object in a file of `apply` cannot be made as the file describes it.
-    #[error("What {file} says cannot be made")]
+    #[error("Cannot apply {file}")]
     Apply {
         /// The file.
         file: String,
@@ -75,7 +75,7 @@ pub(super) enum CliError {
         source: Box<CliError>,
     },
     /// The VM did not reach the awaited state in time.
-    #[error("The VM {vm} is {state} after {waited} s: `portcullis vm show {vm}`")]
+    #[error("The VM {vm} is {state} after {waited} s: see `portcullis vm show {vm}`")]
     TooSlow {
         /// Its name.
         vm: String,
@@ -86,8 +86,8 @@ pub(super) enum CliError {
     },
     /// `run` was to boot a VM that is not at rest.
     #[error(
-        "The VM {vm} is {state} already, and `run` left it alone: `portcullis console {vm}` shows its console, \
-         `portcullis vm stop {vm}` ends it"
+        "The VM {vm} is already {state}, so `run` did not boot it: `portcullis console {vm}` shows its \
+         console, `portcullis vm stop {vm}` ends it"
     )]
     Up {
         /// Its name.
@@ -96,10 +96,10 @@ pub(super) enum CliError {
         state: VmState,
     },
     /// `check` found that the host lacks something.
-    #[error("This host lacks {0} of what it takes: see the lines that say FAIL")]
+    #[error("Failed checks of this host: {0}; see the lines that say FAIL")]
     Unfit(usize),
     /// The agent cannot do its work.
-    #[error("The agent has complaints: {0}")]
+    #[error("The agent cannot do its work: {0}")]
     Unwell(String),
     /// The terminal cannot be used.
     #[error("The terminal cannot be used")]
@@ -277,7 +277,7 @@ mod tests {
         let yaml = applied.text(Format::Yaml);
         assert!(yaml.contains("code: port_group_not_found\n") && yaml.ends_with("file: a.toml"), "{yaml}");
         let text = format!(
-            "portcullis: What a.toml says cannot be made: {} (port_group_not_found): Do this. (request r-1)",
+            "portcullis: Cannot apply a.toml: {} (port_group_not_found): Do this. (request r-1)",
             problem.title
         );
         check(applied, 1, &text);

@@ -19,7 +19,8 @@ use super::{
 
 #[derive(Debug, Args)]
 pub(super) struct EventsArgs {
-    /// Begins after the event of this id, with those that the agent still keeps (0: all of them), in place of now.
+    /// Begins after the event of this id, with the events that the agent still keeps (0: all of
+    /// them), instead of now.
     #[arg(long, value_name = "ID")]
     since: Option<u64>,
     /// Goes on until it is interrupted; this is the default without --limit.

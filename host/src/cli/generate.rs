@@ -21,7 +21,7 @@ pub(super) struct CompletionsArgs {
 
 #[derive(Debug, Args)]
 pub(super) struct ManArgs {
-    /// Where the pages go; it is made if it is not there.
+    /// The directory of the pages; created if it is missing.
     #[arg(value_name = "DIR")]
     directory: PathBuf,
 }

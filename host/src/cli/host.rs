@@ -22,7 +22,7 @@ pub(super) enum PfCommand {
         /// Its interface's name, or its id.
         name: String,
     },
-    /// Changes how many VFs a PF has; refused while any of them is in use.
+    /// Changes the number of VFs of a PF; refused while any of them is in use.
     SetVfs {
         /// Its interface's name, or its id.
         name: String,

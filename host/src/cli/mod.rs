@@ -51,7 +51,7 @@ Exit codes:
   3  the agent cannot be reached
   4  not found
   5  conflict: in use, name taken, wrong state, changed meanwhile
-  6  not done within the time that was given; it goes on";
+  6  not complete in time; the action goes on";
 
 /// Virtual machines with SR-IOV network adapters under the policy of port groups.
 #[derive(Debug, Parser)]
@@ -62,7 +62,7 @@ pub struct Cli {
     socket: PathBuf,
     #[command(flatten)]
     remote: remote::RemoteArgs,
-    /// How answers are written.
+    /// The form of the output.
     #[arg(long, global = true, value_enum, default_value_t = Format::Table)]
     output: Format,
     #[command(subcommand)]
@@ -73,11 +73,12 @@ pub struct Cli {
 enum Command {
     /// Runs the agent: serves the REST API, starts and supervises VMs.
     Serve(Box<crate::agent::ServeArgs>),
-    /// Shows on a simulated adapter which changes of a guest the policy allows and which it denies: needs /dev/kvm, and
-    /// leaves nothing behind. Exits non-zero if anything expected was not observed. As root its processes have user ids
-    /// from 2100100000 to 2100115999.
+    /// Shows on a simulated adapter which changes of a guest the policy allows and which it denies:
+    /// needs /dev/kvm, and leaves nothing behind. Exits non-zero if an expectation is not met. As
+    /// root its processes have user ids from 2100100000 to 2100115999.
     Demo(demo::DemoArgs),
-    /// Examines this host, without an agent, for all that VMs with VFs need. Shows a command that mends each fault.
+    /// Checks, without an agent, that this host has all that VMs with VFs need. Shows a command
+    /// that fixes each fault.
     Check(check::CheckArgs),
     /// Writes completions for a shell to standard output.
     #[command(visible_alias = "completion")]
@@ -95,8 +96,9 @@ enum Command {
 /// Commands that call an agent.
 #[derive(Debug, Subcommand)]
 enum Request {
-    /// Creates a VM from a file, boots it and attaches its console, until it ends or Ctrl-] detaches. The VM stays. A
-    /// VM that exists already, does not run and agrees with the file is booted.
+    /// Creates a VM from a file, boots it and attaches its console, until it ends or Ctrl-]
+    /// detaches. The VM stays. A VM that already exists, does not run and matches the file is
+    /// booted.
     Run(run::RunArgs),
     /// Makes switches, port groups and VMs agree with files. Objects that no file describes stay as they are.
     Apply(apply::ApplyArgs),
@@ -126,7 +128,7 @@ enum Request {
     Decisions(decisions::DecisionsArgs),
     /// Shows events: states of VMs, decisions, changes of objects.
     Events(events::EventsArgs),
-    /// Serves a page about all of this to a browser of this host, until it is interrupted.
+    /// Serves a web page about all of this to a browser on this host, until it is interrupted.
     Ui(ui::UiArgs),
 }
 

@@ -23,10 +23,10 @@ pub(super) enum PortCommand {
     List,
     /// Shows a port: addresses, counters, every setting and the level that decides it.
     Show(PortName),
-    /// Overrides settings of its group, where the group allows it; settings that are not named stay.
+    /// Overrides settings of the port's group, where the group allows it; other settings stay.
     Set(Box<SetArgs>),
-    /// Cuts a port off: its link is down, and its guest may change nothing. Refused while a VM runs on it whose PF
-    /// cannot cut it off (igb).
+    /// Cuts a port off: its link is down, and its guest may change nothing. Refused while a VM runs
+    /// on a port of a PF that cannot cut it off (igb).
     Block(BlockArgs),
     /// Removes a port's own block; a block by its group stays.
     Unblock(BlockArgs),
@@ -47,7 +47,7 @@ pub(super) struct SetArgs {
     /// take precedence over it.
     #[arg(long, short, value_name = "FILE")]
     file: Option<String>,
-    /// A setting that is left to the group again; may be repeated.
+    /// A setting to leave to the group again; may be repeated.
     #[arg(long, value_name = "SETTING", value_parser = settings::setting)]
     unset: Vec<Setting>,
     /// Only if it is at this revision.
@@ -100,7 +100,7 @@ async fn set(client: &Client, args: SetArgs) -> Result<Port, CliError> {
     args.settings.apply(&mut spec.settings);
     let patch = settings::patch(&spec.settings, &args.unset);
     if patch.is_empty() {
-        return Err(CliError::Usage("Nothing is to be changed: name settings, or a --file".to_owned()));
+        return Err(CliError::Usage("No change is given: name settings, or a --file".to_owned()));
     }
     Ok(client.patch_port(&args.port.name, &json!({ "settings": patch }), args.if_match).await?)
 }
@@ -186,7 +186,7 @@ fn details(port: &Port) -> Vec<(String, String)> {
         (
             "requests",
             format!(
-                "{} allowed, {} denied, {} taken back, {} repaired",
+                "{} allowed, {} denied, {} revoked, {} corrected",
                 counters.allowed, counters.denied, counters.taken_back, counters.repaired
             ),
         ),

@@ -50,10 +50,10 @@ pub(super) struct SetArgs {
     /// override it.
     #[arg(long, short, value_name = "FILE")]
     file: Option<String>,
-    /// The switch that it belongs to.
+    /// The switch of the port group.
     #[arg(long, value_name = "NAME", required_unless_present = "file")]
     switch: Option<Name>,
-    /// A setting that its ports may decide by themselves; may be repeated.
+    /// A setting that its ports may override; may be repeated.
     #[arg(long = "port-override", value_name = "SETTING", value_parser = settings::setting)]
     port_overrides: Vec<Setting>,
     /// Only if it is at this revision.
@@ -71,10 +71,10 @@ pub(super) struct PatchArgs {
     /// Options add to it, or override it.
     #[arg(long, short, value_name = "FILE")]
     file: Option<String>,
-    /// A setting that is left to the switch again; may be repeated.
+    /// A setting to leave to the switch again; may be repeated.
     #[arg(long, value_name = "SETTING", value_parser = settings::setting)]
     unset: Vec<Setting>,
-    /// The settings that its ports may decide by themselves, in place of those before; may be repeated.
+    /// A setting that its ports may override, instead of the former ones; may be repeated.
     #[arg(long = "port-override", value_name = "SETTING", value_parser = settings::setting)]
     port_overrides: Vec<Setting>,
     /// Only if it is at this revision.
@@ -140,8 +140,7 @@ fn patch(args: PatchArgs) -> Result<Value, CliError> {
     if !said.is_empty() {
         let settings = patch.entry("settings").or_insert_with(|| Value::Object(Map::new()));
         let Value::Object(settings) = settings else {
-            let why = "The file has `settings` that are no object: options cannot change members of them"
-                .to_owned();
+            let why = "`settings` in the file is not an object: options cannot change members".to_owned();
             return Err(CliError::Usage(why));
         };
         settings.extend(said);
@@ -150,7 +149,7 @@ fn patch(args: PatchArgs) -> Result<Value, CliError> {
         patch.insert("port_overrides".to_owned(), json!(args.port_overrides));
     }
     if patch.is_empty() {
-        return Err(CliError::Usage("Nothing is to be changed: name settings, or a --file".to_owned()));
+        return Err(CliError::Usage("No change is given: name settings, or a --file".to_owned()));
     }
     Ok(Value::Object(patch))
 }

@@ -15,11 +15,11 @@ pub(super) struct RemoteArgs {
     /// The agent's address, in place of its socket: https://HOST:PORT.
     #[arg(long, global = true, value_name = "URL", env = "PORTCULLIS_URL")]
     url: Option<String>,
-    /// A file with the token that goes with --url, a line NAME:TOKEN as in the agent's own; no other user may read it.
-    /// For `serve`: the tokens of clients of --listen.
+    /// A file with the token for --url: a line NAME:TOKEN as in the agent's own file; no other user
+    /// may read it. For `serve`: the tokens of the clients of --listen.
     #[arg(long, global = true, value_name = "FILE", env = "PORTCULLIS_TOKEN_FILE")]
     pub(super) token_file: Option<PathBuf>,
-    /// The certificates (PEM) that the agent at an https --url is trusted by.
+    /// The certificates (PEM) of the authorities that vouch for the agent at an https --url.
     #[arg(long, global = true, value_name = "FILE", env = "PORTCULLIS_CA_FILE")]
     ca_file: Option<PathBuf>,
 }
@@ -29,7 +29,7 @@ impl RemoteArgs {
     pub(super) fn client(&self, socket: PathBuf) -> Result<Client, CliError> {
         let Some(url) = &self.url else { return Ok(Client::new(socket)) };
         let file = self.token_file.as_ref().ok_or_else(|| {
-            CliError::Usage("--url needs a token: name the file that it is in with --token-file".to_owned())
+            CliError::Usage("--url needs a token: name its file with --token-file".to_owned())
         })?;
         let tokens = token_file::read(file)?;
         let authorities = match &self.ca_file {

@@ -25,9 +25,10 @@ const AGENT_AWAY: Duration = Duration::from_secs(60);
 pub(super) struct RunArgs {
     /// The VM's specification: a .toml, .yaml or .json file, or - for standard input.
     file: String,
-    /// Deletes the VM when it has ended, could not be booted, or this command ends, also if it is killed or its connection is lost,
-    /// unless the VM was there before. A console that is detached by its key leaves the VM. A restart of the agent is no end: the
-    /// command waits 60 s for the agent, and the agent for the command.
+    /// Deletes the VM when it ends, when its boot fails, or when this command ends, even if the
+    /// command is killed or loses its connection. A VM that existed before stays, as does the VM of
+    /// a console that Ctrl-] detaches. While the agent restarts, the VM stays: the command waits
+    /// 60 s for the agent, and the agent for the command.
     #[arg(long)]
     rm: bool,
     /// Waits at most this many seconds for the VM's boot, and with --rm for its deletion. The console is shown even if
@@ -73,7 +74,7 @@ pub(super) async fn run_file(
     // This command deletes only a VM that it has made or taken over.
     let remove = args.rm && (created || abandoned);
     if args.rm && !remove {
-        warn(format_args!("portcullis: the VM {name} was there before: --rm does not delete it"));
+        warn(format_args!("portcullis: the VM {name} existed before: --rm does not delete it"));
     }
     let _lease = if remove { hold(client, &name, &id).await } else { None };
     let Some(mut signals) = signals else {
@@ -148,7 +149,8 @@ async fn boot_and_follow(
             true if is_others => {}
             true => remove_after(client, name, id, args.wait).await,
             false => warn(format_args!(
-                "portcullis: the VM {name} is there all the same: `portcullis vm delete {name}`, or mend it and boot it"
+                "portcullis: the VM {name} still exists: delete it (`portcullis vm delete {name}`), or \
+                 correct and boot it"
             )),
         }
         return Err(error.into());
@@ -167,7 +169,7 @@ async fn boot_and_follow(
         if remove {
             remove_after(client, name, id, args.wait).await;
         }
-        let why = status.cause.map_or_else(|| "no cause is known".to_owned(), |cause| cause.detail);
+        let why = status.cause.map_or_else(|| "the cause is unknown".to_owned(), |cause| cause.detail);
         return Err(CliError::VmFailed { vm: name.to_owned(), why });
     }
     if remove {
@@ -180,7 +182,7 @@ async fn boot_and_follow(
 async fn remove_after(client: &Client, name: &str, id: &str, wait: u64) {
     if let Err(error) = delete(client, id, None, wait).await {
         warn(printable(&format!(
-            "portcullis: the VM {name} is not deleted (`portcullis vm delete {name}`): {error}"
+            "portcullis: cannot delete the VM {name} (`portcullis vm delete {name}` tries again): {error}"
         )));
     }
 }

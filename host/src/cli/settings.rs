@@ -18,7 +18,7 @@ pub(super) struct SettingsArgs {
     /// (02:00:00:00:00:01,00:00:5e:00:01:00/ff:ff:ff:ff:ff:00).
     #[arg(long, value_name = "POLICY", value_parser = mac_changes)]
     mac_changes: Option<MacChanges>,
-    /// Addresses that two ports of one VM have, each on another PF: reject or same_vm.
+    /// The same address on two ports of one VM, each on another PF: reject or same_vm.
     #[arg(long, value_name = "POLICY", value_parser = word::<MacSharing>)]
     mac_sharing: Option<MacSharing>,
     /// Frames from other addresses than the effective one: reject or accept.
@@ -109,7 +109,7 @@ fn mac_changes(text: &str) -> Result<MacChanges, String> {
             let patterns = text.split(',').map(|pattern| pattern.trim().parse().map_err(|e| format!("{e}")));
             let patterns = patterns
                 .collect::<Result<Vec<_>, _>>()
-                .map_err(|error| format!("{error}; or say reject or accept"))?;
+                .map_err(|error| format!("{error}; or write reject or accept"))?;
             MacPatterns::try_from(patterns).map(MacChanges::List).map_err(|error| error.to_string())
         }
     }
@@ -124,7 +124,8 @@ fn vlan(text: &str) -> Result<VlanPolicy, String> {
     }
     let not_a_vlan = || {
         format!(
-            "{text:?} is no VLAN policy: write none, a VLAN such as 100 or 100/3, or a trunk such as trunk:7,100-200"
+            "{text:?} is not a VLAN policy: write none, a VLAN such as 100 or 100/3, or a trunk such as \
+             trunk:7,100-200"
         )
     };
     let (id, qos) = text.split_once('/').unwrap_or((text, "0"));
@@ -296,13 +297,13 @@ mod tests {
     #[test]
     fn errors_say_what_can_be_said() {
         for (line, expect) in [
-            ("--mac-changes maybe", "or say reject or accept"),
+            ("--mac-changes maybe", "or write reject or accept"),
             ("--forged-transmits list", "`reject` or `accept`"),
             ("--vlan 4095", "use 1 to 4094"),
             ("--vlan 100/8", "use 0 to 7"),
             (
                 "--vlan trunk",
-                "\"trunk\" is no VLAN policy: write none, a VLAN such as 100 or 100/3, or a trunk",
+                "\"trunk\" is not a VLAN policy: write none, a VLAN such as 100 or 100/3, or a trunk",
             ),
             ("--vlan 70000", "VLAN 70000 does not exist: use 1 to 4094"),
             ("--mtu 70000", "70000 is out of range: use 68 to 9216"),

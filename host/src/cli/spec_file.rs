@@ -329,7 +329,7 @@ adapters:
             (
                 "g.yaml",
                 "switch: a\nsettings:\n  vlan: !access {id: 100}\n",
-                "a tag such as !access is not taken",
+                "a tag such as !access is not supported",
             ),
             ("g.yaml", "switch: a\nsettings:\n  mtu: 1\n", "settings.mtu: "),
             ("g.yaml", "switch: a\nsettings:\n  mtu: 1\n", "(line 3)"),

@@ -45,10 +45,11 @@ pub(super) struct SetArgs {
     /// Its specification: a .toml, .yaml or .json file, or - for standard input. Options add to it, or override it.
     #[arg(long, short, value_name = "FILE")]
     file: Option<String>,
-    /// A PF with VFs for its ports, by the name of the PF's interface, in place of those before; may be repeated.
+    /// An uplink: a PF with VFs for the switch's ports, by the name of the PF's interface. Replaces
+    /// the former uplinks; may be repeated.
     #[arg(long = "uplink", value_name = "PF")]
     uplinks: Vec<String>,
-    /// A setting that is as built in again; may be repeated.
+    /// A setting to return to its built-in value; may be repeated.
     #[arg(long, value_name = "SETTING", value_parser = settings::setting)]
     unset: Vec<Setting>,
     /// Only if it is at this revision.

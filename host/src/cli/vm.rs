@@ -25,7 +25,8 @@ pub(super) enum VmCommand {
     List,
     /// Shows a VM.
     Show(VmName),
-    /// Replaces a VM's whole specification. Unless it is at rest, only `restart` and `autostart` may differ.
+    /// Replaces a VM's whole specification. Unless the VM is stopped, only `restart` and
+    /// `autostart` may differ.
     Set {
         #[command(flatten)]
         vm: VmName,
@@ -36,9 +37,10 @@ pub(super) enum VmCommand {
         #[arg(long, value_name = "REVISION")]
         if_match: Option<u64>,
     },
-    /// Changes a part of a VM's specification. Unless it is at rest, only `restart` and `autostart` may change.
+    /// Changes a part of a VM's specification. Unless the VM is stopped, only `restart` and
+    /// `autostart` may change.
     Patch(Box<vm_edit::PatchArgs>),
-    /// Gives a VM that is at rest another name.
+    /// Renames a stopped VM.
     Rename {
         #[command(flatten)]
         vm: VmName,
@@ -58,7 +60,7 @@ pub(super) enum VmCommand {
     Boot(ActionArgs),
     /// Pauses a running VM.
     Pause(ActionArgs),
-    /// Lets a paused VM go on.
+    /// Resumes a paused VM.
     Resume(ActionArgs),
     /// Resets a VM and boots it again.
     Reboot(ActionArgs),
@@ -73,7 +75,8 @@ pub(super) enum VmCommand {
         /// Only if it is at this revision.
         #[arg(long, value_name = "REVISION")]
         if_match: Option<u64>,
-        /// Waits at most this many seconds for it to be gone; its deletion goes on if it is not (exit code 6). With 0 it is only begun.
+        /// Waits at most this many seconds for the deletion; after that the deletion goes on (exit
+        /// code 6). With 0 it is only begun.
         #[arg(long, visible_alias = "timeout", value_name = "SECONDS", default_value_t = 60,
             value_parser = clap::value_parser!(u64).range(0..=api::router::MAX_WAIT_SECONDS))]
         wait: u64,
@@ -93,7 +96,8 @@ pub(super) struct VmName {
 pub(super) struct ActionArgs {
     #[command(flatten)]
     vm: VmName,
-    /// Waits at most this many seconds for the action to complete; it goes on if it has not (exit code 6). With 0 it is only begun.
+    /// Waits at most this many seconds for the action to complete; after that the action goes on
+    /// (exit code 6). With 0 it is only begun.
     #[arg(long, visible_alias = "timeout", value_name = "SECONDS", default_value_t = 60,
         value_parser = clap::value_parser!(u64).range(0..=api::router::MAX_WAIT_SECONDS))]
     wait: u64,
@@ -291,7 +295,7 @@ fn restart(vm: &Vm) -> String {
 fn lease(lease: Option<VmLease>) -> String {
     match lease {
         None => String::new(),
-        Some(VmLease { until: None }) => "held: the VM is deleted with its client".to_owned(),
+        Some(VmLease { until: None }) => "held: the agent deletes the VM when its client ends".to_owned(),
         Some(VmLease { until: Some(until) }) => format!("without a client: the VM is deleted at {until}"),
     }
 }

@@ -27,10 +27,10 @@ pub(super) struct PatchArgs {
     /// The kernel's command line.
     #[arg(long, value_name = "TEXT")]
     cmdline: Option<String>,
-    /// Whether it is booted again when it has ended: never, on-failure or always.
+    /// Whether the agent boots the VM again after its end: never, on-failure or always.
     #[arg(long, value_name = "POLICY", value_parser = restart_policy)]
     restart: Option<RestartPolicy>,
-    /// Whether it is booted when the agent starts.
+    /// Whether the agent boots the VM when the agent starts.
     #[arg(long, value_name = "true|false")]
     autostart: Option<bool>,
     /// Only if it is at this revision.
@@ -59,14 +59,13 @@ pub(super) async fn patch(client: &Client, args: PatchArgs) -> Result<Vm, CliErr
     if let Some(cmdline) = args.cmdline {
         let boot = patch.entry("boot").or_insert_with(|| json!({}));
         let Value::Object(boot) = boot else {
-            let why =
-                "The file has a `boot` that is no object: --cmdline cannot change a member of it".to_owned();
+            let why = "`boot` in the file is not an object: --cmdline cannot change a member".to_owned();
             return Err(CliError::Usage(why));
         };
         boot.insert("cmdline".to_owned(), json!(cmdline));
     }
     if patch.is_empty() {
-        return Err(CliError::Usage("Nothing is to be changed: give options, or a --file".to_owned()));
+        return Err(CliError::Usage("No change is given: add options, or a --file".to_owned()));
     }
     Ok(client.patch_vm(&args.vm.name, &Value::Object(patch), args.if_match).await?)
 }

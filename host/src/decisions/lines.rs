@@ -70,13 +70,13 @@ fn line(decision: &Decision, suppressed: u64) {
     }
     use tracing::Level;
     match (decision.outcome, decision.committed) {
-        (Outcome::Denied, _) => say!(Level::WARN, "Refused"),
-        (Outcome::TakenBack, Committed::Failed) => say!(Level::ERROR, "Could not be taken back"),
-        (Outcome::TakenBack, _) => say!(Level::WARN, "Taken back"),
-        (Outcome::Repaired, Committed::Failed) => say!(Level::ERROR, "Foreign change could not be repaired"),
-        (Outcome::Repaired, _) => say!(Level::WARN, "Foreign change repaired"),
-        (Outcome::Reverted, Committed::Failed) => say!(Level::ERROR, "Late change could not be reverted"),
-        (Outcome::Reverted, _) => say!(Level::WARN, "Late change reverted"),
+        (Outcome::Denied, _) => say!(Level::WARN, "Denied"),
+        (Outcome::TakenBack, Committed::Failed) => say!(Level::ERROR, "Not revoked"),
+        (Outcome::TakenBack, _) => say!(Level::WARN, "Revoked"),
+        (Outcome::Repaired, Committed::Failed) => say!(Level::ERROR, "Drift not corrected"),
+        (Outcome::Repaired, _) => say!(Level::WARN, "Drift corrected"),
+        (Outcome::Reverted, Committed::Failed) => say!(Level::ERROR, "Late change not rolled back"),
+        (Outcome::Reverted, _) => say!(Level::WARN, "Late change rolled back"),
         (Outcome::Allowed, Committed::Nothing) => say!(Level::DEBUG, "Allowed, nothing to change"),
         (Outcome::Allowed, _) => say!(Level::INFO, "Allowed"),
     }

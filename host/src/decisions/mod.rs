@@ -210,7 +210,7 @@ impl Recorder {
             if lost > 0 {
                 tracing::error!(
                     lost,
-                    "Decisions came faster than they can be written: some are not recorded"
+                    "Decisions arrive faster than the agent can write them: some are not recorded"
                 );
             }
             self.record(decisions, replies);
@@ -220,7 +220,7 @@ impl Recorder {
             }
             for port in forgotten {
                 if let Err(error) = self.table.forget(port) {
-                    tracing::warn!(%port, "How many decisions it has had cannot be forgotten: {error}");
+                    tracing::warn!(%port, "Cannot delete the counts of a port's decisions: {error}");
                 }
             }
             for reply in counters {
@@ -266,7 +266,7 @@ impl Recorder {
         if self.dropped.is_some() && self.written.is_some_and(|tried| tried.elapsed() < RETRY) {
             self.keep(decisions);
             for reply in replies {
-                drop(reply.send(Err(StoreError::NotWritten("earlier decisions wait, too".into()))));
+                drop(reply.send(Err(StoreError::NotWritten("earlier decisions still wait".into()))));
             }
             return;
         }
@@ -275,7 +275,7 @@ impl Recorder {
         let error = match result {
             Ok(stored) => {
                 if let Some(missing) = self.dropped.take() {
-                    tracing::warn!(missing, "Decisions can be stored again, and those that waited are");
+                    tracing::warn!(missing, "Decisions can be stored again; the waiting ones are stored");
                 }
                 for decision in stored {
                     self.events.publish_decision(decision);
@@ -284,7 +284,7 @@ impl Recorder {
             }
             Err(error) => {
                 if self.dropped.is_none() {
-                    tracing::error!("Decisions cannot be stored, and wait: {error}");
+                    tracing::error!("Cannot store decisions, which wait: {error}");
                 }
                 self.keep(decisions);
                 Some(error.to_string())

@@ -143,47 +143,43 @@ impl Default for Metrics {
         let own = all.sub_registry_with_prefix(PREFIX);
         let build = Info::new([("version", env!("CARGO_PKG_VERSION"))]);
         own.register("build", "The agent's version", build);
-        own.register(
-            "decisions",
-            "Decisions by what was asked for or done, and what came out",
-            metrics.decisions.clone(),
-        );
+        own.register("decisions", "Decisions by request or action, and outcome", metrics.decisions.clone());
         own.register_with_unit(
             "decision_duration",
-            "From a relay's question to its answer, without those that needed none",
+            "Time from a guest's request to the agent's verdict, without requests that need none",
             Unit::Seconds,
             metrics.decided.clone(),
         );
         own.register_with_unit(
             "commit_duration",
-            "What it took to store, make and read back the changes of a granted question",
+            "Time to store, make and read back the changes of a granted request",
             Unit::Seconds,
             metrics.committed.clone(),
         );
         own.register(
             "ports_unchecked",
-            "Ports that cannot be compared with their PF, whose drift is not repaired",
+            "Ports that cannot be compared with their PF: their drift is not corrected",
             metrics.unchecked.clone(),
         );
         own.register(
             "drift_repairs",
-            "Settings of PFs that somebody else had changed, by whether they could be put right",
+            "Foreign changes of PF settings (drift), by the result of their correction",
             metrics.repairs.clone(),
         );
         own.register(
             "api_requests",
-            "Requests of the API; the route is empty where there is none",
+            "Requests of the API; the route is empty for unknown paths",
             metrics.requests.clone(),
         );
         own.register_with_unit(
             "api_request_duration",
-            "From a request's head to its answer's",
+            "Time from the head of a request to the head of its response",
             Unit::Seconds,
             metrics.answered.clone(),
         );
         own.register(
             "api_turned_away",
-            "Requests that were refused before they had a caller: no token, or a foreign host name or web page",
+            "Requests refused before they have a caller: no token, a foreign host name or a web page",
             metrics.turned_away.clone(),
         );
         drop(all);

@@ -103,7 +103,7 @@ pub(super) fn registry(vms: &[Vm]) -> Registry {
         }
     }
     registry.register("vms", "VMs by state", states);
-    registry.register_with_unit("vm_memory", "Guest memory of VMs that run", Unit::Bytes, memory);
+    registry.register_with_unit("vm_memory", "Guest memory of running VMs", Unit::Bytes, memory);
     registry.register_with_unit(
         "vm_process_resident_memory",
         "Resident memory of VMs' processes, guest memory included",

@@ -101,10 +101,10 @@ pub enum PfFailure {
     #[error(transparent)]
     Apply(#[from] ApplyError),
     /// The PF would need a thread beyond the limit.
-    #[error("More than {MAX_PFS} PFs are being asked at once: try again")]
+    #[error("More than {MAX_PFS} PFs are in use at once: try again")]
     TooMany,
     /// Its thread cannot be started.
-    #[error("A thread for the PF cannot be started: try again when the host has fewer")]
+    #[error("Cannot start a thread for the PF: try again when the host has fewer threads")]
     Thread(#[source] io::Error),
     /// The threads have ended.
     #[error("The agent no longer controls PFs: it is about to end")]

@@ -35,7 +35,7 @@ fn run(mut monitor: Monitor, out: &mpsc::Sender<Hint>) {
         let hints = match ready {
             Ok(0) => Vec::new(),
             Ok(_) => monitor.hints().unwrap_or_else(|error| {
-                tracing::warn!("News about interfaces cannot be read: {error}; PFs are read instead");
+                tracing::warn!("Cannot read interface events: {error}; the agent compares PFs instead");
                 thread::sleep(PAUSE);
                 vec![Hint::All]
             }),

@@ -127,10 +127,10 @@ impl Adapter {
                 Ok(_) if told.load(Ordering::Acquire) => tracing::info!(pf = name, "simulated PF stopped"),
                 Ok(status) => tracing::error!(
                     pf = name,
-                    "the process of a simulated PF ended ({status}): VMs lose their adapters on it, and it is \
-                     started again when it is needed"
+                    "the process of a simulated PF ended ({status}): VMs lose their adapters on it; the \
+                     agent starts it again when it is needed"
                 ),
-                Err(error) => tracing::warn!(pf = name, "its process cannot be waited for: {error}"),
+                Err(error) => tracing::warn!(pf = name, "cannot wait for its process: {error}"),
             })
         });
         match started {

@@ -72,15 +72,13 @@ pub enum SimError {
     #[error(transparent)]
     Store(#[from] StoreError),
     /// There are too many.
-    #[error(
-        "A host has at most {MAX_PFS} simulated PFs, and {0:?} would be one more: leave out another --sim-pf"
-    )]
+    #[error("A host has at most {MAX_PFS} simulated PFs, and {0:?} is one too many: remove a --sim-pf")]
     TooMany(String),
     /// Two have the same name.
-    #[error("There are two --sim-pf of the name {0:?}: give each a name of its own")]
+    #[error("Two --sim-pf have the name {0:?}: give each a name of its own")]
     Twice(String),
     /// The process cannot be started.
-    #[error("The simulated PF {name} cannot be started")]
+    #[error("Cannot start the simulated PF {name}")]
     Start {
         /// Its name.
         name: String,
@@ -88,7 +86,7 @@ pub enum SimError {
         source: PfError,
     },
     /// A former agent started the process, and it cannot be used.
-    #[error("The process of the simulated PF {name} runs and cannot be used")]
+    #[error("The running process of the simulated PF {name} cannot be used")]
     Unusable {
         /// Its name.
         name: String,
@@ -103,8 +101,8 @@ pub enum SimError {
     },
     /// Its uplink cannot be opened.
     #[error(
-        "The tap device {tap} for the simulated PF {name} cannot be opened: create it for this user with \
-         `ip tuntap add {tap} mode tap user USER`, or be root; no other process may have it open"
+        "The tap device {tap} for the simulated PF {name} cannot be opened: create it for this user with `ip \
+         tuntap add {tap} mode tap user USER`, or run the agent as root; no other process may have it open"
     )]
     Tap {
         /// The PF.
@@ -211,7 +209,8 @@ impl Simulated {
             if new != record && in_use(record.number) {
                 tracing::warn!(
                     pf = option.name,
-                    "VMs use its VFs: it keeps {} VFs and its uplink until an agent starts without them",
+                    "VMs use its VFs: it keeps {} VFs and its uplink until an agent starts while no VM uses \
+                     them",
                     record.vfs
                 );
                 new = record.clone();
@@ -228,7 +227,7 @@ impl Simulated {
             adapters.entry(entry.value.number).or_insert_with(|| {
                 tracing::warn!(
                     pf = entry.name,
-                    "no --sim-pf asks for it, but VMs use its VFs: it stays until they stop"
+                    "no --sim-pf names it, but VMs use its VFs: it stays until they stop"
                 );
                 Arc::new(Adapter::new(&start, &entry.name, &entry.value))
             });

@@ -27,10 +27,10 @@ pub enum InvalidOption {
     #[error("write NAME=COUNT or NAME=COUNT,tap=IFNAME, like sim0=8")]
     Form,
     /// The name of the PF or of the tap is not allowed.
-    #[error("{0:?} is no name: use 1 to {NAME} letters, digits, `_`, `-` and `.`, and no PCI address")]
+    #[error("{0:?} is not a name: use 1 to {NAME} letters, digits, `_`, `-` and `.`, and no PCI address")]
     Name(String),
     /// The number of VFs is out of range.
-    #[error("{0:?} is no number of VFs: a simulated PF has 1 to {MAX_VFS}")]
+    #[error("{0:?} is not a number of VFs: a simulated PF has 1 to {MAX_VFS}")]
     Count(String),
 }
 

@@ -43,7 +43,7 @@ pub fn main(arguments: &[String]) -> ExitCode {
 }
 
 fn usage() -> ExitCode {
-    tracing::error!("{SUBCOMMAND} is started by the agent only, as: {SUBCOMMAND} NAME VFS tap|- SANDBOX");
+    tracing::error!("Only the agent starts {SUBCOMMAND}, as: {SUBCOMMAND} NAME VFS tap|- SANDBOX");
     ExitCode::from(USAGE)
 }
 

@@ -18,9 +18,7 @@ pub enum StoreError {
         id: Uuid,
     },
     /// Another change of the object came first: read it again.
-    #[error(
-        "The {kind} {id} has revision {actual:?} by now, not {expected}: read it again and repeat the change"
-    )]
+    #[error("The {kind} {id} has revision {actual:?}, not {expected}: read it again and repeat the change")]
     Conflict {
         /// The object's kind.
         kind: String,
@@ -32,7 +30,7 @@ pub enum StoreError {
         actual: Option<u64>,
     },
     /// Another living object of this kind has the name.
-    #[error("The name {name:?} is taken by another {kind}")]
+    #[error("Another {kind} has the name {name:?}: choose another name")]
     NameTaken {
         /// The object's kind.
         kind: String,
@@ -84,8 +82,8 @@ pub enum StoreError {
     },
     /// An object does not parse as its kind.
     #[error(
-        "The stored {kind} {id} cannot be read, it was written by another version or is damaged: run the portcullis that \
-         wrote it, or restore the database from a backup"
+        "The stored {kind} {id} cannot be read: another version wrote it, or it is damaged. Run the \
+         portcullis that wrote it, or restore the database from a backup"
     )]
     Malformed {
         /// The object's kind.
@@ -97,7 +95,7 @@ pub enum StoreError {
     },
     /// A commit without an operation, with more than [`MAX_OPERATIONS`](super::MAX_OPERATIONS), or
     /// with two for one object.
-    #[error("The database does not take this commit: {0}")]
+    #[error("The database rejects this commit: {0}")]
     Commit(&'static str),
     /// The store itself failed: the disk is full, for example.
     #[error("The database failed")]

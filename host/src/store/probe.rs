@@ -54,7 +54,7 @@ impl WriteProbe {
             last.tries = last.tries.saturating_add(1);
             let record = ProbeRecord { tries: last.tries };
             let put = self.table.put(Uuid::nil(), "probe", &record, Expect::Any).await;
-            last.complaint = put.err().map(|error| format!("Nothing can be stored: {}", chain(&error)));
+            last.complaint = put.err().map(|error| format!("Cannot write the database: {}", chain(&error)));
             last.at = Some(Instant::now());
         }
         last.complaint.clone()

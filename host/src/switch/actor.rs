@@ -155,7 +155,7 @@ async fn run(
             hint = next(&mut hints) => match hint {
                 Some(hint) => actor.on_hint(hint),
                 None => {
-                    tracing::warn!("News about interfaces ended: only the regular comparison finds changes");
+                    tracing::warn!("Interface events ended: only the periodic comparison finds changes");
                     hints = None;
                 }
             },

@@ -148,7 +148,7 @@ impl Actor {
                 match self.capabilities.get(pf).map(|capabilities| capabilities.check(&policy)) {
                     Some(Ok(())) => pfs.push(pf.clone()),
                     Some(Err(why)) => unfit.push((pf.clone(), why.to_string())),
-                    None => unfit.push((pf.clone(), "its driver cannot be asked what it can do".into())),
+                    None => unfit.push((pf.clone(), "the abilities of its driver cannot be read".into())),
                 }
             }
             let (adapter, switch) = (port.adapter.clone(), switch.name.to_string());

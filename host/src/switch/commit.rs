@@ -153,7 +153,7 @@ impl CommitContext {
             let outcome = if matches!(noted.await, Ok(Ok(()))) {
                 self.make_asked(id, pf, mailbox, own, verdict, forwarded).await
             } else {
-                let why = "The change could not be noted in the database".into();
+                let why = "The change could not be stored in the database".into();
                 AskOutcome::Failed { made: Vec::new(), why }
             };
             self.metrics.committed(matches!(outcome, AskOutcome::Applied), begun.elapsed());
@@ -221,7 +221,7 @@ impl CommitContext {
             let sent = self.take_back(before.clone()).await.map_err(|error| error.to_string())?;
             made.extend(before.into_iter().filter(|change| !sent.0.contains(change)));
             if !sent.0.is_empty() || sent.1 {
-                return Err("The PF did not confirm what had to be removed first".into());
+                return Err("The PF did not confirm a removal that must come first".into());
             }
         }
         let Some(vmm) = &self.vmm else { return Ok(None) };
@@ -314,7 +314,7 @@ impl CommitContext {
             made.failed.extend(messages.into_iter().map(|change| (change, why.clone())));
             return;
         }
-        let mut why = "The PF did not confirm it".to_owned();
+        let mut why = "The PF did not confirm the change".to_owned();
         for attempt in 0..ATTEMPTS {
             if attempt > 0 {
                 sleep(PAUSE).await;
@@ -356,7 +356,7 @@ impl CommitContext {
         for order in orders {
             if let Err(error) = vmm.order(order, self.timing.confirm).await {
                 // The guest learns the address at its next reset all the same: the reply to that carries it.
-                self.log.line(self.port, |suppressed| { tracing::warn!(port = %self.port, suppressed, "The VM was not told its new address: {error}"); });
+                self.log.line(self.port, |suppressed| { tracing::warn!(port = %self.port, suppressed, "Cannot send the VM its new address: {error}"); });
             }
         }
     }
@@ -384,7 +384,7 @@ impl CommitContext {
         let shown = self.shown().await;
         if let Err(why) = &shown {
             self.log.line(self.port, |suppressed| {
-                tracing::warn!(port = %self.port, suppressed, "What the PF has cannot be read: {why}");
+                tracing::warn!(port = %self.port, suppressed, "Cannot read the settings on the PF: {why}");
             });
         }
         End::Recovered { shown: shown.ok() }
@@ -404,7 +404,7 @@ impl CommitContext {
             if let Some(old) = differs(&change, &shown) {
                 found.push(Drift { wanted, old, error: self.set(vec![change]).await.err() });
             } else if all && let Err(why) = self.set(again(change)).await {
-                self.log.line(self.port, |suppressed| { tracing::warn!(port = %self.port, suppressed, "A setting could not be made again after a reset of the PF: {why}"); });
+                self.log.line(self.port, |suppressed| { tracing::warn!(port = %self.port, suppressed, "A setting could not be restored after a reset of the PF: {why}"); });
             }
         }
         End::Repaired { found: Ok(found) }

@@ -26,7 +26,7 @@ pub enum SwitchError {
     #[error("{0}")]
     NoSwitch(Missing),
     /// The object was changed meanwhile.
-    #[error("It has revision {actual} by now, not {expected}")]
+    #[error("The object is at revision {actual}, not {expected}")]
     Revision {
         /// The revision that the caller named.
         expected: u64,
@@ -34,7 +34,7 @@ pub enum SwitchError {
         actual: u64,
     },
     /// The switch or port group that is always there cannot be deleted.
-    #[error("{0} default is always there: change it, or leave it")]
+    #[error("{0} default cannot be deleted: change its settings instead")]
     Permanent(Entity),
     /// A PF cannot hold a port to the policy.
     #[error("Port {port} on PF {pf}{}: {source}", and_others(*.others))]
@@ -55,7 +55,9 @@ pub enum SwitchError {
     #[error("The switch's state cannot be stored")]
     Store(#[from] StoreError),
     /// The stored data of a port contradicts the rest of the database.
-    #[error("The stored port {port} does not fit to the rest of the database, restore it from a backup")]
+    #[error(
+        "The stored port {port} contradicts the rest of the database: restore the database from a backup"
+    )]
     Contradiction {
         /// The port's name.
         port: String,
@@ -66,7 +68,7 @@ pub enum SwitchError {
     #[error("{0}")]
     Pf(String),
     /// The VF still has settings of its last tenant.
-    #[error("{vf} could not be cleaned of what its last tenant had: {why}")]
+    #[error("{vf} could not be scrubbed after its last tenant: {why}")]
     NotCleaned {
         /// The VF's PCI address.
         vf: String,
@@ -75,7 +77,7 @@ pub enum SwitchError {
     },
     /// A new switch is to be distributed, and this release has no shared store for its definition.
     #[error(
-        "A switch of kind distributed needs a store that hosts share, which this release does not have: use standard"
+        "A switch of kind distributed needs a store that hosts share, and this release has none: use standard"
     )]
     Distributed,
     /// A limit of this agent.

@@ -36,7 +36,7 @@ impl Actor {
 
     pub(super) fn ask(&mut self, vm: VmId, adapter: String, id: u64, question: Question) {
         let Some(port) = self.port_of(vm, &adapter) else {
-            tracing::debug!(%vm, "A vmm asked for an adapter that its VM does not have");
+            tracing::debug!(%vm, "A vmm sent a request for an adapter that its VM does not have");
             return;
         };
         if self.port_queues.get(&port).is_none_or(|port_queue| port_queue.closing) {
@@ -124,7 +124,7 @@ impl Actor {
                 }
             }
             Ok(_) => {}
-            Err(error) => tracing::error!(%port, "A reset cannot be noted: {error}"),
+            Err(error) => tracing::error!(%port, "Cannot record a reset: {error}"),
         }
         if let Some(port_queue) = self.port_queues.get_mut(&port) {
             port_queue.granted = None;
@@ -144,7 +144,7 @@ impl Actor {
                 // The PF may have carried it out: changes that add something count as made, those that remove as not made.
                 let adds = |change: &&Change| adds(change) && !made.contains(change);
                 let added: Vec<Change> = changes.iter().filter(adds).cloned().collect();
-                let why = "The PF did not answer: it may have carried it out".to_owned();
+                let why = "The PF did not respond: it may have made the change".to_owned();
                 ([made, added].concat(), Some((None, why)))
             }
             AskOutcome::Withdrawn { made } => (made, Some((None, String::new()))),
@@ -156,7 +156,7 @@ impl Actor {
             Ok(corrections) => corrections.list,
             Err(error) => {
                 drop(self.state.abort(port));
-                tracing::error!(%port, "A change cannot be noted: {error}");
+                tracing::error!(%port, "Cannot record a change: {error}");
                 Vec::new()
             }
         };
@@ -222,7 +222,7 @@ impl Actor {
             let Some(initial) = self.state.port(port).map(|port| port.initial_mac) else { return };
             revert.old = initial;
             if let Err(error) = self.state.begin(port, &change(initial)) {
-                tracing::error!(%port, "A late change cannot be reverted: {error}");
+                tracing::error!(%port, "Cannot roll back a late change: {error}");
                 if let Some(port_queue) = self.port_queues.get_mut(&port) {
                     port_queue.revert = None;
                 }
@@ -246,7 +246,7 @@ impl Actor {
         let result =
             if error.is_none() { self.state.commit(port, &change).map(drop) } else { self.state.abort(port) };
         if let Err(error) = result {
-            tracing::error!(%port, "A reverted change cannot be noted: {error}");
+            tracing::error!(%port, "Cannot record a change that was rolled back: {error}");
         }
         drop(self.state.note_answer(port, &Request::SetMac(revert.guest), true));
         if let Some(port_queue) = self.port_queues.get_mut(&port) {
@@ -388,9 +388,9 @@ impl Actor {
 }
 
 /// The detail of a silent denial.
-const TOLD: &str = "The guest was told that it succeeded";
+const TOLD: &str = "The response to the guest reports success";
 /// The detail of a relay's denial by a policy that an edit has just replaced.
-const CROSSED: &str = "Refused by the policy as it was before its last change";
+const CROSSED: &str = "Denied by the policy before its last change";
 
 /// Fills in the decision of a denial. `more` adds to the denial's own detail.
 fn denied(decision: Decision, denial: Denial, more: impl IntoIterator<Item = &'static str>) -> Decision {
@@ -411,11 +411,11 @@ enum Decided {
 fn given_up(why: Cancelled) -> (Option<Reason>, &'static str) {
     match why {
         Cancelled::Deadline => {
-            (Some(Reason::AuthorityUnreachable), "The guest was refused before the change was made")
+            (Some(Reason::AuthorityUnreachable), "The guest's request was denied before the change was made")
         }
-        Cancelled::GuestReset => (None, "The guest reset its VF before it was answered"),
-        Cancelled::Withdrawn => (None, "Its relay no longer wanted it"),
-        Cancelled::Stopped => (None, "The VM ended before it was answered"),
+        Cancelled::GuestReset => (None, "The guest reset its VF before the response"),
+        Cancelled::Withdrawn => (None, "The relay withdrew the request"),
+        Cancelled::Stopped => (None, "The VM ended before the response"),
     }
 }
 

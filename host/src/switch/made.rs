@@ -9,10 +9,10 @@ use netpolicy::{
 use super::actor::Actor;
 
 /// The detail of an address that a guest got after an earlier denial.
-const FREED: &str = "Refused before, when another port had it";
+const FREED: &str = "Denied before, while another port had the address";
 
 /// The detail of a change that only the VF's own mailbox can carry.
-const BY_ITS_WORD: &str = "By the word of the VM's process: the PF does not show it";
+const BY_ITS_WORD: &str = "Reported by the VM's process: the PF does not show it";
 
 impl Actor {
     pub(super) fn record_correction(&mut self, port: PortId, correction: &Correction, error: Option<String>) {

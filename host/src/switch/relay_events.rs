@@ -15,7 +15,7 @@ use super::{
 impl Actor {
     pub(super) fn notice(&mut self, vm: VmId, adapter: String, notice: Notice, done: oneshot::Sender<()>) {
         let Some(port) = self.port_of(vm, &adapter) else {
-            tracing::debug!(%vm, "A vmm told of an adapter that its VM does not have");
+            tracing::debug!(%vm, "A vmm sent an event of an adapter that its VM does not have");
             // Dropping `done` lets the vmm forget the event.
             return;
         };
@@ -115,7 +115,7 @@ impl Actor {
             reason: Some(Reason::AuthorityUnreachable),
             requested: describe(&request),
             old: matches!(request, Request::SetMac(_)).then(|| self.effective(port).to_string()),
-            detail: Some("The agent did not answer in time".into()),
+            detail: Some("The agent did not respond in time".into()),
             ..decision
         })
     }
@@ -153,7 +153,7 @@ impl Actor {
             requested: asked.or_else(|| Some(format!("message {word:#010x}"))),
             // A taken-over vmm may report any count.
             count: count.clamp(1, 1_000_000),
-            detail: Some("Refused by the VM's relay".into()),
+            detail: Some("Rejected by the VM's relay".into()),
             ..decision
         })
     }

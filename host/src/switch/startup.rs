@@ -220,7 +220,7 @@ impl Actor {
         if switch.uplinks != all {
             switch.uplinks = all;
             if let Err(error) = self.state.update_switch(switch) {
-                tracing::error!("The default switch cannot have its uplinks: {error}");
+                tracing::error!("Cannot update the uplinks of the default switch: {error}");
             }
         }
     }
@@ -259,7 +259,7 @@ impl Actor {
             }
         }
         if let Err(error) = self.state.commit(id, &made).map(drop) {
-            tracing::error!(port = %id, "What was under way cannot be noted: {}", chain(&error));
+            tracing::error!(port = %id, "Cannot record the changes that were under way: {}", chain(&error));
         }
         match (revert, given_up) {
             // The address was set. It may have been reverted, too, without a record of that.

@@ -47,7 +47,7 @@ impl Actor {
             return;
         }
         if let Err(error) = self.state.begin(port, &corrections.changes()) {
-            tracing::error!(%port, "Corrections cannot begin: {error}");
+            tracing::error!(%port, "Cannot begin corrections: {error}");
             return self.owe(port);
         }
         match self.tools(port) {
@@ -65,7 +65,7 @@ impl Actor {
     ) {
         if let Err(error) = self.state.commit(port, &made.done) {
             drop(self.state.abort(port));
-            tracing::error!(%port, "Corrections cannot be noted: {error}");
+            tracing::error!(%port, "Cannot record corrections: {error}");
         }
         for (change, _) in made.failed.iter().filter(|_| !made.offline) {
             if let Change::AddUnicast(mac) = change {
@@ -88,7 +88,7 @@ impl Actor {
         let unconfirmed =
             made.failed.iter().find(|(change, _)| must(change) && change.route() == Route::Mailbox);
         if let (Some((change, why)), false) = (unconfirmed, made.offline) {
-            let why = format!("{} could not be taken back: {why}", name(change));
+            let why = format!("{} could not be revoked: {why}", name(change));
             self.stop(port, &why);
         }
         let unmade = !made.failed.is_empty();
@@ -110,7 +110,7 @@ impl Actor {
             credible = port_queue.defer(made.deferred);
         }
         if !credible {
-            self.stop(port, "It says that more waits for its guest's reset than its relay lets wait");
+            self.stop(port, "Its process reports more deferred changes than its relay allows");
         }
         self.save(port);
         if is_news && let Some(of) = self.state.port(port) {
@@ -143,7 +143,7 @@ impl Actor {
         let vm = self.state.port(port).map(|port| port.vm.id);
         match vm.and_then(|vm| self.links.get(&vm)) {
             Some(link) if !link.online => {
-                let why = "Something must be taken back, and its process is not connected";
+                let why = "A right must be revoked, and the VM's process is not connected";
                 self.stop(port, why);
             }
             Some(_) => self.queue(port, Task::Correct),
@@ -172,7 +172,7 @@ impl Actor {
     pub(super) fn confirmed(&mut self, port: PortId, done: &[Change], failed: &[Change]) {
         let wanted = self.state.corrections(port).map(|corrections| corrections.list).unwrap_or_default();
         if let Err(error) = self.state.commit(port, done) {
-            tracing::error!(%port, "What was taken back cannot be noted: {error}");
+            tracing::error!(%port, "Cannot record the revoked rights: {error}");
         }
         for correction in wanted.iter().filter(|correction| done.contains(&correction.change)) {
             self.record_correction(port, correction, None);
@@ -276,11 +276,11 @@ impl Actor {
             .collect();
         // The device was reset. `messages` remove the state that the PF keeps beyond that.
         if let Err(error) = self.state.commit(id, &[Change::Reset]) {
-            tracing::error!(port = %id, "A reboot cannot be noted: {error}");
+            tracing::error!(port = %id, "Cannot record a reboot: {error}");
         }
         drop(self.state.note_answer(id, &Request::SetMac(initial), true));
         if let Err(error) = self.state.begin(id, &settings) {
-            tracing::error!(port = %id, "A reboot cannot begin: {error}");
+            tracing::error!(port = %id, "Cannot begin a reboot: {error}");
             return self.reboot_over(id);
         }
         if let Some(port_queue) = self.port_queues.get_mut(&id) {
@@ -310,11 +310,11 @@ impl Actor {
     pub(super) fn reboot_done(&mut self, port: PortId, made: Applied) {
         if let Err(error) = self.state.commit(port, &made.done) {
             drop(self.state.abort(port));
-            tracing::error!(%port, "A reboot cannot be noted: {error}");
+            tracing::error!(%port, "Cannot record a reboot: {error}");
         }
         for (change, why) in &made.failed {
             self.log.line(port, |suppressed| {
-                tracing::warn!(%port, suppressed, "{} could not be made at a reboot: {why}", name(change));
+                tracing::warn!(%port, suppressed, "{} failed at a reboot: {why}", name(change));
             });
         }
         if let Some(port_queue) = self.port_queues.get_mut(&port) {
@@ -440,7 +440,7 @@ impl Actor {
             return;
         }
         if let Err(error) = self.state.commit(port, &made) {
-            tracing::error!(%port, "A repair cannot be noted: {error}");
+            tracing::error!(%port, "Cannot record a correction of drift: {error}");
         }
         self.save(port);
     }

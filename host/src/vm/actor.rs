@@ -281,7 +281,7 @@ impl Actor {
                 wrong("it is being deleted")
             }
             (VmAction::Boot, state) if state.is_at_rest() && self.closed => {
-                let detail = format!("The agent is about to end and does not boot the VM {}.", self.name());
+                let detail = format!("The agent is shutting down and does not boot the VM {}.", self.name());
                 Err(Problem::new(ProblemCode::Unavailable, detail))
             }
             (VmAction::Boot, state) if state.is_at_rest() => {
@@ -356,8 +356,8 @@ impl Actor {
         let Some(link) = &self.link else {
             let why = self.unreachable.as_deref().unwrap_or("the connection has just ended.");
             let detail = format!(
-                "The agent cannot talk to the process of the VM {}, which goes on, and tries again: {why} If that stays so, \
-                 stop the VM and boot it again.",
+                "The agent has no connection to the process of the VM {}, which runs on, and tries again: \
+                 {why} If this persists, stop the VM and boot it again.",
                 self.name()
             );
             return Err(Problem::new(ProblemCode::VmmFailed, detail));
@@ -444,7 +444,7 @@ impl Actor {
 /// The cure for an action that is impossible in this state.
 fn cure(action: VmAction, state: VmState) -> &'static str {
     match (action, state) {
-        (VmAction::Boot, VmState::Running | VmState::Paused) => "it has been booted; `reboot` boots it again",
+        (VmAction::Boot, VmState::Running | VmState::Paused) => "it is booted; `reboot` boots it again",
         (VmAction::Boot, VmState::Starting | VmState::Rebooting) => "it is being booted",
         (_, VmState::Stopping) => "wait until it is stopped, and boot it then",
         (VmAction::Shutdown, VmState::Paused) => "its guest cannot react: resume it first, or stop it",
@@ -463,6 +463,6 @@ fn boot_failed(problem: &Problem) -> Cause {
 
 fn crashed(exit: Exit, directory: &VmDirectory) -> Problem {
     let said = directory.log_tail();
-    let said = if said.is_empty() { "It said nothing.".into() } else { format!("It said: {said}") };
-    Problem::new(ProblemCode::VmmFailed, format!("The VM's process {exit} without being told to. {said}"))
+    let said = if said.is_empty() { "Its log is empty.".into() } else { format!("Its log ends in: {said}") };
+    Problem::new(ProblemCode::VmmFailed, format!("The VM's process {exit} unexpectedly. {said}"))
 }

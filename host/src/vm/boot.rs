@@ -98,7 +98,7 @@ fn fits_the_host(bytes: u64) -> Result<(), Problem> {
         return Ok(());
     }
     let detail = format!(
-        "The VM has {} MiB of memory, and its host {} MiB with its swap space: give the VM less.",
+        "The VM has {} MiB of memory, and its host only {} MiB with swap space: give the VM less memory.",
         bytes >> 20,
         host >> 20
     );
@@ -123,7 +123,7 @@ pub(super) fn start(
     directory: &VmDirectory,
 ) -> Result<Process, Problem> {
     directory.create().map_err(|error| {
-        let detail = format!("The run directory of the VM cannot be made ({error}): check --run-dir.");
+        let detail = format!("Cannot create the run directory of the VM ({error}): check --run-dir.");
         Problem::new(ProblemCode::VmmFailed, detail)
     })?;
     let process = spawn(&env.program, directory, vm).map_err(|e| e.problem())?;
@@ -163,13 +163,13 @@ pub(super) async fn run(
 ) -> Result<(Connection, mpsc::Receiver<Event>), Problem> {
     let NewProcess { directory, user, allowance } = process;
     let console = directory.create_console().map_err(|error| {
-        Problem::new(ProblemCode::VmmFailed, format!("The VM's console file cannot be made ({error})."))
+        Problem::new(ProblemCode::VmmFailed, format!("Cannot create the VM's console file ({error})."))
     })?;
     let (connection, greeting, events) =
         Connection::open(&directory.control(), vm.id, allowance).await.map_err(|e| e.problem())?;
     reach(Point::BootConnected);
     if greeting.state != State::Empty {
-        return Err(Problem::new(ProblemCode::VmmFailed, "A new vmm process says that it is not empty."));
+        return Err(Problem::new(ProblemCode::VmmFailed, "A new vmm process reports a wrong state."));
     }
     enter(Stage::BuildingMachine);
     let mut fds: Vec<OwnedFd> = vec![files.kvm.into(), console.into(), files.kernel.into()];

@@ -182,7 +182,7 @@ fn remember(host: &Host, claim: &Claim) -> Result<Before, Problem> {
 }
 
 fn bind(host: &Host, claim: &Claim) -> Result<Before, Problem> {
-    let internal = || Problem::new(ProblemCode::Internal, "A function was bound before it was remembered.");
+    let internal = || Problem::new(ProblemCode::Internal, "A function was bound before it was recorded.");
     let mut before = claim.before.clone().ok_or_else(internal)?;
     host.inventory.bind_vfio(claim.bdf).map_err(|e| e.problem())?;
     let (Some(vf), Some(settings)) = (&claim.adapter, before.settings.take()) else { return Ok(before) };
@@ -239,7 +239,7 @@ pub async fn give_back(
     for claim in held.into_iter().rev() {
         let done = give_one_back(env, &claim, &mut enter).await;
         if let Err(problem) = done {
-            tracing::error!(vm = %claim.value.vm_name, function = %claim.value.bdf, "cannot give a function back: {problem}");
+            tracing::error!(vm = %claim.value.vm_name, function = %claim.value.bdf, "cannot release a function: {problem}");
             kept.push((claim, problem));
         }
     }

@@ -189,7 +189,7 @@ impl VmHandle {
                 return Problem::new(ProblemCode::WrongState, detail);
             }
             let detail = format!(
-                "The agent cannot talk to the process of the VM {name} now, which is {state}: try again."
+                "The agent has no connection to the process of the VM {name}, which is {state}: try again."
             );
             Problem::new(ProblemCode::VmmFailed, detail)
         })

@@ -91,7 +91,8 @@ pub(super) fn check_uplink(plan: Option<&[Uplinks]>, adapter: &str, pf: &str) ->
         None => Problem::new(
             ProblemCode::NoFreeVf,
             format!(
-                "PF {pf} is no uplink of the switch {} of adapter {adapter}: add it there, or use another VF.",
+                "PF {pf} is not an uplink of the switch {} of adapter {adapter}: add it there, or use \
+                 another VF.",
                 uplinks.switch
             ),
         ),
@@ -142,7 +143,7 @@ pub(super) async fn clean_vf(env: &Environment, held: &Held) -> Result<(), Probl
     });
     let bound = bound.await.map_err(|error| Problem::new(ProblemCode::Internal, error.to_string()))?;
     if !bound.map_err(|error| error.problem())? {
-        tracing::warn!(vf = %bdf, "not cleaned of its last tenant's filters: the host has bound it to another driver");
+        tracing::warn!(vf = %bdf, "not scrubbed after its last tenant: the host has bound it to another driver");
         return Ok(());
     }
     let function = match inventory.simulated() {

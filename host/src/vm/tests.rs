@@ -476,7 +476,7 @@ async fn a_vmm_that_answers_something_else_is_killed() {
     host.tell(&vm, "nonsense confused").await;
     let order = vmm::control::Order::Stats;
     let error = vm.connection().unwrap().order(order, Vec::new(), fixture::PATIENCE).await.unwrap_err();
-    assert!(error.to_string().contains("another order's outcome"), "{error}");
+    assert!(error.to_string().contains("the result of another command"), "{error}");
     host.at_rest(&vm).await;
     assert_eq!(vm.status().run.cause.unwrap().code, CauseCode::VmmMisbehaved);
 }

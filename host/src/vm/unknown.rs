@@ -32,12 +32,13 @@ pub fn tell(run_dir: &Path, known: &BTreeSet<Uuid>) {
         tracing::error!(
             vm_id = %vm,
             directory = %directory.display(),
-            "a VM runs that the database does not have, or not as running: it keeps its VFs, and nobody manages it. Start \
-             the agent with the database that has it, or end its process: pkill -KILL -f {vm}"
+            "a VM runs that the database does not have, or does not have as running: it keeps its VFs, and \
+             no agent manages it. Start the agent with the database that has it, or end its process: pkill \
+             -KILL -f {vm}"
         );
     }
     if unknown.len() > LINES {
-        tracing::error!(more = unknown.len() - LINES, "further VMs run that the database does not have");
+        tracing::error!(more = unknown.len() - LINES, "more VMs run that the database does not have");
     }
 }
 

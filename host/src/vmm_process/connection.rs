@@ -47,19 +47,19 @@ const EVENTS_MAX: usize = 1024;
 #[derive(Debug, thiserror::Error)]
 pub enum ConnectError {
     /// The socket cannot be connected.
-    #[error("The vmm's control socket cannot be connected")]
+    #[error("Cannot connect to the vmm's control socket")]
     Socket(#[source] io::Error),
     /// The vmm does not speak the protocol.
-    #[error("The vmm does not answer as the protocol says")]
+    #[error("The vmm's response violates the protocol")]
     Channel(#[source] ChannelError),
     /// The vmm refused.
     #[error("The vmm refused the connection: {0}")]
     Refused(String),
     /// The vmm's first message is not a hello.
-    #[error("The vmm did not answer the handshake with one")]
+    #[error("The vmm's first message is not a handshake")]
     Handshake,
     /// The vmm chose a version that was not offered.
-    #[error("The vmm wants protocol version {0}, which was not offered")]
+    #[error("The vmm chose protocol version {0}, which the agent did not offer")]
     Version(u32),
     /// The vmm's hello did not arrive in time.
     #[error("The vmm did not answer the handshake within {} s", PATIENCE.as_secs())]
@@ -85,19 +85,19 @@ pub enum OrderError {
     #[error(transparent)]
     Failed(#[from] Failure),
     /// The vmm violated the protocol.
-    #[error("The vmm does not speak as the protocol says: {0}")]
+    #[error("The vmm violated the protocol: {0}")]
     Nonsense(String),
     /// The connection ended before the answer.
-    #[error("The connection to the vmm ended before it answered")]
+    #[error("The connection to the vmm ended before the response")]
     Lost,
     /// No answer in time.
     #[error("The vmm did not answer within {} s", .0.as_secs())]
     Timeout(Duration),
     /// Too many orders are under way.
-    #[error("Too many requests to this VM are under way: try again later")]
+    #[error("Too many commands to this VM are under way: try again later")]
     Busy,
     /// The message does not fit.
-    #[error("The request to the vmm is too long to be sent")]
+    #[error("The command to the vmm is too long")]
     TooLong,
 }
 
@@ -268,7 +268,7 @@ impl Connection {
     pub fn answer(&self, id: u64, answer: Answer) {
         let Some(channel) = self.channel.upgrade() else { return };
         if let Err(error) = channel.get_ref().send(&ToVmm::Answer { id, answer }, &[]) {
-            tracing::debug!("an answer to a vmm is lost: {error}");
+            tracing::debug!("a response to a vmm is lost: {error}");
         }
     }
 }
@@ -372,7 +372,7 @@ async fn serve(
                 match events.try_send(event) {
                     Ok(()) => {}
                     Err(mpsc::error::TrySendError::Full(_)) => {
-                        return Err(nonsense(format!("it said more than {EVENTS_MAX} things at once")));
+                        return Err(nonsense(format!("it sent more than {EVENTS_MAX} messages at once")));
                     }
                     Err(mpsc::error::TrySendError::Closed(_)) => return Err(ChannelError::Closed),
                 }

@@ -49,8 +49,8 @@ impl Allowance {
     pub fn new(adapters: usize) -> Self {
         let adapters = u32::try_from(adapters).unwrap_or(u32::MAX).min(16);
         Self(Arc::new(Mutex::new(Budgets {
-            questions: Budget::new("questions", 256 + 128 * adapters, 16 + 64 * adapters),
-            notices: Budget::new("notices of relays", 512 + 256 * adapters, 16 + 128 * adapters),
+            questions: Budget::new("requests", 256 + 128 * adapters, 16 + 64 * adapters),
+            notices: Budget::new("events of relays", 512 + 256 * adapters, 16 + 128 * adapters),
             // A guest resets itself twice per second; each time the machine has two states to report.
             reports: Budget::new("reports", 512, 8),
             // A vmm ends a connection only when its agent reads nothing.
@@ -131,7 +131,7 @@ impl Conduct {
     /// Notes a command that is about to be sent.
     pub(super) fn ordered(&mut self, id: u64, order: &Order) -> Result<(), String> {
         if self.orders.len() >= UNANSWERED {
-            return Err(format!("it has not answered {UNANSWERED} orders"));
+            return Err(format!("it has not responded to {UNANSWERED} commands"));
         }
         let answers = match order {
             Order::Stats => Answers::Stats,
@@ -177,20 +177,20 @@ impl Conduct {
             self.allowance.spend(budget, now)?;
         }
         match message {
-            ToAgent::Hello { .. } | ToAgent::Refused { .. } => Err("it shook hands a second time".into()),
+            ToAgent::Hello { .. } | ToAgent::Refused { .. } => Err("it sent a second handshake".into()),
             ToAgent::Done { id, result } => {
                 let answers = self.orders.remove(id);
                 let answers =
-                    answers.ok_or_else(|| format!("it answered the order {id}, which nobody gave"))?;
+                    answers.ok_or_else(|| format!("it completed the command {id}, which was not sent"))?;
                 match result {
                     Ok(outcome) if !fits(answers, outcome) => {
-                        Err("it answered an order with another order's outcome".into())
+                        Err("it completed a command with the result of another command".into())
                     }
                     _ => Ok(()),
                 }
             }
             ToAgent::Report { seq, .. } => follows(&mut self.report, *seq, "report"),
-            ToAgent::Ask { id, .. } => follows(&mut self.ask, *id, "question"),
+            ToAgent::Ask { id, .. } => follows(&mut self.ask, *id, "request"),
         }
     }
 }
@@ -247,8 +247,8 @@ mod tests {
         {
             conduct.ordered(id as u64, order).unwrap();
         }
-        assert!(check(&mut conduct, &done(7, Outcome::Done)).unwrap_err().contains("nobody gave"));
-        assert!(check(&mut conduct, &done(1, Outcome::Done)).unwrap_err().contains("another order's"));
+        assert!(check(&mut conduct, &done(7, Outcome::Done)).unwrap_err().contains("was not sent"));
+        assert!(check(&mut conduct, &done(1, Outcome::Done)).unwrap_err().contains("another command"));
         check(&mut conduct, &done(2, taken(3))).unwrap();
         assert!(check(&mut conduct, &done(2, taken(3))).is_err(), "twice");
         let failure = Failure { code: FailureCode::WrongState, detail: String::new() };
@@ -272,7 +272,7 @@ mod tests {
 
     const KINDS: [(&str, Kind, u32); 3] = [
         (
-            "questions",
+            "requests",
             |id| ToAgent::Ask {
                 id,
                 ask: serde_json::from_value::<Ask>(serde_json::json!({
@@ -284,7 +284,7 @@ mod tests {
             2 * 50,
         ),
         (
-            "notices of relays",
+            "events of relays",
             |seq| ToAgent::Report {
                 seq,
                 report: Report::Relay { adapter: "eth0".into(), notice: Notice::PfReset },

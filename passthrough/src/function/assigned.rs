@@ -186,7 +186,7 @@ impl AssignedFunction {
         let hardware = self.shared.access.close();
         let mut registers = self.shared.registers();
         if let Err(error) = registers.windows.close() {
-            tracing::error!(device = self.shared.name, %error, "Window of a lost PCI function cannot be taken away");
+            tracing::error!(device = self.shared.name, %error, "Cannot remove a window of a lost PCI function");
         }
         // Closing the device ends its interrupts. This only keeps them from the guest at once.
         registers.reset(false);

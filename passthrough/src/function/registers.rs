@@ -250,7 +250,7 @@ impl Registers {
         if let Err(error) = self.windows.sync(&self.bars) {
             self.failures = self.failures.saturating_add(1);
             if self.failures <= LOGGED_FAILURES {
-                tracing::error!(%error, "Window of a PCI function cannot be taken away");
+                tracing::error!(%error, "Cannot remove a window of a PCI function");
             }
         }
     }

@@ -56,7 +56,7 @@ impl Worker {
                 Command::GuestReset => {
                     if let Err(error) = self.reset(false) {
                         // The guest sees all-ones. The next reset of the machine tries again.
-                        tracing::error!(device = self.shared.name(), %error, "Reset asked by the guest failed");
+                        tracing::error!(device = self.shared.name(), %error, "A reset by the guest failed");
                         continue;
                     }
                     self.slow_down();

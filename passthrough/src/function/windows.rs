@@ -60,7 +60,7 @@ impl Windows {
                 Err(error) => {
                     self.refusals = self.refusals.saturating_add(1);
                     if self.refusals <= LOGGED_REFUSALS {
-                        tracing::warn!(gpa, bar = piece.bar, %error, "BAR cannot be mapped into the guest: its accesses exit");
+                        tracing::warn!(gpa, bar = piece.bar, %error, "Cannot map a BAR into the guest: its accesses exit to the vmm");
                     }
                 }
             }

@@ -44,7 +44,7 @@ pub enum Malformed {
     #[error("Message {0:#010x} is marked as clear to send")]
     ClearToSend(u32),
     /// The opcode has no such argument (bits 23:16; bits 28:24 must be zero).
-    #[error("Message {0:#010x} has an argument that its opcode does not know")]
+    #[error("Message {0:#010x} has an argument that its opcode does not take")]
     Argument(u32),
     /// The address is a group address or zero.
     #[error("{mac} cannot be an adapter's address")]
@@ -58,7 +58,7 @@ pub enum Malformed {
     #[error("VLAN {0} does not exist")]
     Vlan(u32),
     /// The frame size is outside of [`FRAME_SIZES`].
-    #[error("Frames of {0} bytes do not exist")]
+    #[error("A frame size of {0} bytes does not exist")]
     Frame(u32),
 }
 

@@ -58,9 +58,7 @@ pub enum VfMailboxError {
     #[error("The PF driver did not take the message: is its interface up on the host?")]
     NotTaken,
     /// PFSTS did not come, or only for another message.
-    #[error(
-        "The PF driver took the message and did not answer: it does so before it has seen the VF's reset"
-    )]
+    #[error("The PF driver took the message and did not respond: it has not seen the VF's reset yet")]
     NoReply,
     /// RSTI was set all the time.
     #[error("The PF is being reset: is its interface up on the host?")]

@@ -21,7 +21,7 @@ pub trait Authority: Send + Sync {
 
 /// The authority is not connected.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
-#[error("The agent is not connected: requests are refused until it is back")]
+#[error("The agent is not connected: requests are denied until it reconnects")]
 pub struct Unreachable;
 
 /// A question to the authority: may this VF do that?

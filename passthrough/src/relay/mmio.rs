@@ -30,7 +30,7 @@ impl MailboxPage {
             tracing::debug!(
                 offset,
                 driver = self.layout.driver,
-                "Guest touched a VF register that is not emulated"
+                "The guest accessed a VF register that is not emulated"
             );
         }
     }

@@ -105,7 +105,8 @@ impl SimPf {
             (Answer::Hello { version: VERSION, about }, _) => pf.about = about,
             _ => {
                 let what = format!(
-                    "it is a process of another version (this is {VERSION}); stop its VMs and let it be started again"
+                    "it is a process of another version (this is {VERSION}); stop its VMs, and the agent \
+                     starts it again"
                 );
                 return Err(PfError::Protocol { pf: name, what });
             }
@@ -189,7 +190,7 @@ impl SimPf {
     }
 
     fn nonsense(&self) -> PfError {
-        let what = "an answer to another request".to_owned();
+        let what = "it sent a response to another request".to_owned();
         PfError::Protocol { pf: self.about.name.clone(), what }
     }
 
@@ -226,7 +227,7 @@ impl SimPf {
             return Err(io(Errno::CONNRESET));
         }
         if got.flags.contains(net::ReturnFlags::CTRUNC) {
-            return Err(protocol("it sent descriptors that were not asked for".to_owned()));
+            return Err(protocol("it sent unrequested descriptors".to_owned()));
         }
         let answer = serde_json::from_slice(bytes.get(..got.bytes).unwrap_or_default());
         Ok((answer.map_err(|error| protocol(error.to_string()))?, connection))
@@ -272,7 +273,7 @@ impl PfControl for SimPf {
                 vf,
                 change,
                 message: None,
-                cure: "the value is outside of what an 82576 takes, or its link is down",
+                cure: "the value is out of range for an 82576, or its link is down",
                 source: io::Error::from_raw_os_error(errno),
             },
         })

@@ -23,7 +23,8 @@ pub struct Bdf {
 /// A text that is no PCI address.
 #[derive(Clone, Debug, Error, PartialEq, Eq)]
 #[error(
-    "\"{0}\" is no PCI address: write domain:bus:device.function in hexadecimal with all zeros, like 0000:01:10.0"
+    "\"{0}\" is not a PCI address: write domain:bus:device.function in hexadecimal with all zeros, like \
+     0000:01:10.0"
 )]
 pub struct InvalidBdf(String);
 

@@ -40,7 +40,7 @@ pub struct PreviousBinding {
 #[derive(Debug, Error)]
 pub enum BindError {
     /// There is no such function. While restoring a binding, this is no problem.
-    #[error("There is no PCI device {0}: it may have been removed, or its PF's VFs were")]
+    #[error("There is no PCI device {0}: it, or the VFs of its PF, may have been removed")]
     NoDevice(Bdf),
     /// The driver does not exist.
     #[error("The driver {driver} for {bdf} is not loaded: run `modprobe {driver}`")]
@@ -60,7 +60,8 @@ pub enum BindError {
     },
     /// The driver did not take the function.
     #[error(
-        "The driver {driver} did not take {bdf}, which has {}: see the kernel's log for what {driver} says",
+        "The driver {driver} did not take {bdf}, which has {}: see the messages of {driver} in the kernel's \
+         log",
         has.as_deref().unwrap_or("no driver")
     )]
     NotTaken {

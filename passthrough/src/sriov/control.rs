@@ -225,15 +225,15 @@ pub enum PfError {
     },
     /// No answer came in time. The change may or may not have been made: read the VF.
     #[error(
-        "PF {pf} did not answer in time: the kernel's network configuration is held up (see its log), or the process of a \
-         simulated PF is"
+        "PF {pf} did not respond in time: the kernel's network configuration is blocked (see its log), or \
+         the process of a simulated PF is"
     )]
     Timeout {
         /// The PF.
         pf: String,
     },
     /// The answer makes no sense.
-    #[error("PF {pf} gave an answer that cannot be used: {what}")]
+    #[error("PF {pf} sent an invalid response: {what}")]
     Protocol {
         /// The PF.
         pf: String,
@@ -241,7 +241,7 @@ pub enum PfError {
         what: String,
     },
     /// The connection to the PF failed.
-    #[error("Cannot talk to PF {pf}")]
+    #[error("Cannot communicate with PF {pf}")]
     Io {
         /// The PF.
         pf: String,
@@ -277,7 +277,7 @@ fn remains(not_undone: &[(VfChange, Box<PfError>)]) -> String {
     }
     let failures: Vec<_> =
         not_undone.iter().map(|(change, error)| format!("could not {change}: {error}")).collect();
-    format!("undoing what was done failed too, {}", failures.join("; "))
+    format!("the rollback failed, too: {}", failures.join("; "))
 }
 
 /// Access to one PF, for the configuration of its VFs.

@@ -79,8 +79,8 @@ pub enum ViabilityError {
     NoIommu(Bdf),
     /// The host uses other members of the group.
     #[error(
-        "IOMMU group {group} of {bdf} is not viable: {} used by the host; its members are {}. Bind those in the way to \
-         vfio-pci or to no driver, or put the adapter into a slot that has a group of its own",
+        "IOMMU group {group} of {bdf} is not viable: {} used by the host; its members are {}. Bind the used \
+         ones to vfio-pci or to no driver, or put the adapter into a slot that has a group of its own",
         in_the_way(blocking),
         list(members)
     )]

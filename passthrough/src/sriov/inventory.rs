@@ -19,11 +19,11 @@ pub enum InventoryError {
     NoDevice(Bdf),
     /// The function is no PF.
     #[error(
-        "{0} is no SR-IOV physical function: it has no sriov_totalvfs (`portcullis pf list` shows those that are)"
+        "{0} is not an SR-IOV physical function: it has no sriov_totalvfs (`portcullis pf list` shows all)"
     )]
     NotPf(Bdf),
     /// The function is no VF.
-    #[error("{0} is no virtual function: it has no physfn")]
+    #[error("{0} is not a virtual function: it has no physfn")]
     NotVf(Bdf),
     /// No PF has an interface of this name.
     #[error("No SR-IOV physical function has an interface \"{0}\": `portcullis pf list` shows them")]

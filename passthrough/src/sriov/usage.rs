@@ -44,11 +44,11 @@ impl Usage {
     pub fn cure(&self) -> &'static str {
         match self {
             Self::Interface(_) => "take the interface down",
-            Self::Enslaved { .. } => "take the interface out of that one",
+            Self::Enslaved { .. } => "remove the interface from that one",
             Self::Disk(_) => "unmount it, and stop the swap space or volume on it",
             Self::Driver(_) => "end the container or program that has it",
             Self::Vfio { .. } => "end that process",
-            Self::Simulated => "end that process, which the agent has named in its log when it started",
+            Self::Simulated => "end that process; the agent named it in its log at its start",
         }
     }
 }

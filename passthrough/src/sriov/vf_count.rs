@@ -45,11 +45,12 @@ pub enum VfCountError {
         driver: String,
     },
     /// Another program uses the VFs, or is changing their number.
-    #[error("The driver of {0} says that it is busy: stop whatever uses its VFs and try again")]
+    #[error("The driver of {0} is busy: end all use of its VFs and try again")]
     Busy(Bdf),
     /// The kernel accepted the number but made another one.
     #[error(
-        "{pf} has {current} VFs after {count} were asked for: see the kernel's log for what its driver says"
+        "{pf} has {current} VFs instead of the requested {count}: see the messages of its driver in the \
+         kernel's log"
     )]
     NotTaken {
         /// The PF.

@@ -80,7 +80,7 @@ fn the_command_line_uses_an_agent_over_tcp_by_its_token() {
     assert_eq!(usage.status.code(), Some(2), "{usage:?}");
     let turned_away = |code: &str| {
         agent.log().lines().any(|found| {
-            found.contains("a request of the API was refused")
+            found.contains("refused a request of the API")
                 && found.contains("source=127.0.0.1")
                 && found.contains(&format!("code={code}"))
         })

@@ -121,7 +121,8 @@ fn texts_of_clients_control_no_terminal_and_forge_no_line() {
     // The directory of them all, whose errors and differences name each file.
     for format in ["table", "json", "yaml"] {
         for words in [&["apply", "-f"][..], &["apply", "--dry-run", "-f"]] {
-            let text = printed(&agent, &[words, &[site.path().to_str().unwrap(), "--output", format]].concat());
+            let text =
+                printed(&agent, &[words, &[site.path().to_str().unwrap(), "--output", format]].concat());
             assert!(text.contains(TRACE), "{text}");
         }
     }

@@ -47,7 +47,7 @@ pub enum BootError {
     #[error("The kernel image cannot be loaded: it is damaged or larger than the guest's memory")]
     Load(#[source] loader::Error),
     /// A bzImage that ends before its kernel does.
-    #[error("The kernel file is cut: it has {size} of {whole} bytes")]
+    #[error("The kernel file is truncated: it has {size} of {whole} bytes")]
     Cut {
         /// Its size.
         size: u64,

@@ -48,13 +48,13 @@ pub enum ChannelError {
     #[error("The peer sent an oversized control message")]
     Oversized,
     /// The peer sent descriptors to a side that accepts none. The kernel has closed them.
-    #[error("The peer sent file descriptors, and only the agent may")]
+    #[error("The peer sent file descriptors, which only the agent may send")]
     Descriptors,
     /// The peer sent a packet that is no message of the protocol.
     #[error("The peer sent a malformed control message")]
     Malformed(#[source] serde_json::Error),
     /// Our own message does not fit: a bug, or a specification out of bounds.
-    #[error("A control message of {0} bytes is too long to be sent")]
+    #[error("A control message of {0} bytes is too long")]
     TooLong(usize),
     /// The socket failed.
     #[error("The control socket failed")]

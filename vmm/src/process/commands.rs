@@ -87,7 +87,7 @@ impl Process {
         let made = self
             .namespaces
             .take()
-            .ok_or_else(|| failure(FailureCode::Invalid, "It was configured before"))?;
+            .ok_or_else(|| failure(FailureCode::Invalid, "The VM was configured before"))?;
         match Machine::build(spec, files, &self.relays, made) {
             Ok((machine, signals)) => {
                 self.machine = Some(machine);
@@ -265,7 +265,7 @@ impl Process {
             vcpu::Event::Machine(MachineEvent::PowerOff) => self.end(End::PoweredOff),
             vcpu::Event::Machine(MachineEvent::Reset) => self.on_guest_reset(),
             vcpu::Event::Broken { index, what } => {
-                self.end(End::Failed { detail: format!("vCPU {index} cannot go on: {what}") });
+                self.end(End::Failed { detail: format!("vCPU {index} cannot continue: {what}") });
             }
         }
     }

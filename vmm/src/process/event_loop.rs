@@ -371,7 +371,7 @@ impl Process {
             let _ = ops.remove(Events::empty(signal));
         }
         machine.board.pci.remove(loss.slot);
-        tracing::warn!(vm = %self.vm, device = %loss.bdf, why = ?loss.why, "A device was taken away");
+        tracing::warn!(vm = %self.vm, device = %loss.bdf, why = ?loss.why, "The VM lost a device");
         self.report(Report::DeviceLost { bdf: loss.bdf, why: loss.why });
     }
 }

@@ -39,7 +39,7 @@ pub fn main(arguments: &[String]) -> ExitCode {
     let started = Instant::now();
     crate::sandbox::one_heap();
     let Some((listener, vm)) = parse(arguments) else {
-        tracing::error!("{SUBCOMMAND} is started by the agent only, as: {SUBCOMMAND} LISTENER_FD VM_UUID");
+        tracing::error!("Only the agent starts {SUBCOMMAND}, as: {SUBCOMMAND} LISTENER_FD VM_UUID");
         return ExitCode::from(USAGE);
     };
     reach(Point::VmmStarted);

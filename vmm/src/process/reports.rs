@@ -29,7 +29,7 @@ impl Reports {
         if self.queue.len() > KEPT {
             self.evict();
             if self.lost == 0 {
-                tracing::warn!("No agent notes the reports of this VM; the oldest are dropped from here on");
+                tracing::warn!("No agent acknowledges the VM's reports; the oldest are dropped from now on");
             }
             self.lost += 1;
         }

@@ -89,7 +89,7 @@ fn files(path: &str) -> Result<Vec<String>, CliError> {
         }
         if files.len() > MAX_FILES {
             return Err(CliError::Usage(format!(
-                "{path} has more than {MAX_FILES} files: name a part of them"
+                "{path} has more than {MAX_FILES} files: apply them in parts"
             )));
         }
     }
@@ -117,14 +117,14 @@ pub(super) fn read(file: &str) -> Result<Wanted, CliError> {
     let object = match members.remove("object") {
         Some(Value::String(object)) => object,
         None => "vm".to_owned(),
-        Some(_) => return Err(not(WHAT, "object: it is vm, switch or port_group".to_owned())),
+        Some(_) => return Err(not(WHAT, "object: write vm, switch or port_group".to_owned())),
     };
     if object == "vm" {
         let spec: VmSpec = typed(value).map_err(|why| not(spec_file::A_VM, why))?;
         spec_file::check(file, &spec)?;
         return Ok(Wanted::Vm(Box::new(spec)));
     }
-    let name = members.remove("name").ok_or_else(|| not(WHAT, "name: it has none".to_owned()))?;
+    let name = members.remove("name").ok_or_else(|| not(WHAT, "name: it is missing".to_owned()))?;
     let name: Name = typed(name).map_err(|why| not(WHAT, format!("name: {why}")))?;
     match object.as_str() {
         "switch" => typed(value)
@@ -169,7 +169,7 @@ mod tests {
         for (text, expect) in [
             (r#"{"object": "router", "name": "a"}"#, "\"router\" is not vm, switch or port_group"),
             (r#"{"object": 1}"#, "object"),
-            (r#"{"object": "switch"}"#, "name: it has none"),
+            (r#"{"object": "switch"}"#, "name: it is missing"),
             (r#"{"object": "switch", "name": "A"}"#, "name: "),
             (r#"{"object": "switch", "name": "a", "colour": 1}"#, "colour: unknown field"),
             (

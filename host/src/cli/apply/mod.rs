@@ -26,12 +26,14 @@ use files::Wanted;
 
 #[derive(Debug, Args)]
 pub(super) struct ApplyArgs {
-    /// A file, or a directory with .toml, .yaml, .yml and .json files; may be repeated. A file is the specification of a VM, or
-    /// with `object` (`switch` or `port_group`) and `name` that of a switch or port group.
+    /// A file, or a directory with .toml, .yaml, .yml and .json files; may be repeated. A file is
+    /// the specification of a VM or, with `object` (`switch` or `port_group`) and `name`, of a
+    /// switch or port group.
     #[arg(long = "file", short, value_name = "DIR", required = true)]
     files: Vec<String>,
-    /// Shows the objects to create and change, and changes nothing. Fails as apply would: a change of a VM that is not at rest
-    /// is `blocked`, except of `restart` and `autostart`, and no two VMs may have one address (exit code 5).
+    /// Shows the objects to create and change, and changes nothing. Fails as apply would: a change
+    /// of a VM that is not stopped is `blocked`, except of `restart` and `autostart`, and no two
+    /// VMs may have the same address (exit code 5).
     #[arg(long)]
     dry_run: bool,
 }
@@ -104,15 +106,15 @@ fn possible(steps: &[Step]) -> Result<(), CliError> {
     }
     let mut blocked = steps.iter().filter(|step| step.action == Action::Blocked);
     let Some(Step { name, file, state, .. }) = blocked.next() else { return Ok(()) };
-    let state = state.map_or("not at rest", VmState::as_str);
+    let state = state.map_or("not stopped", VmState::as_str);
     let more = match blocked.count() {
         0 => "",
-        _ => " It is not the only one: see --dry-run.",
+        _ => " Other VMs block changes, too: see --dry-run.",
     };
     // In the words of the agent's own refusal.
     let detail = format!(
-        "The VM {name} is {state}, and only restart and autostart can be changed then: stop it first (`portcullis vm stop {name}`). \
-         Nothing was changed.{more}"
+        "The VM {name} is {state}, so only restart and autostart can change: stop it first (`portcullis vm \
+         stop {name}`). Nothing was changed.{more}"
     );
     let problem = Box::new(Problem::new(ProblemCode::WrongState, detail));
     Err(CliError::Apply { file: file.clone(), source: Box::new(ClientError::from(problem).into()) })
@@ -143,7 +145,7 @@ impl Names {
     fn lacks(&self, wanted: &Wanted) -> Option<Problem> {
         let problem = |code, missing: Missing| {
             let detail =
-                format!("{missing}. No file makes it: create it, or correct the name. Nothing was changed.");
+                format!("{missing}. No file has it: create it, or correct the name. Nothing was changed.");
             Problem::new(code, detail)
         };
         match wanted {

@@ -27,8 +27,9 @@ pub(super) fn all(host: &Host, pfs: Result<Vec<Pf>, InventoryError>) -> Vec<Find
         return vec![Finding::wrong(
             Verdict::Warn,
             "pf",
-            "no adapter that makes VFs is found: VMs can have simulated ones",
-            "enable SR-IOV in the firmware if there is one, or: portcullis serve --sim-pf sim0=8",
+            "no adapter with SR-IOV is found: VMs can have simulated VFs",
+            "enable SR-IOV in the firmware if the host has an adapter with it, or: portcullis serve --sim-pf \
+             sim0=8",
         )];
     }
     let each: Vec<Vec<Finding>> = pfs.iter().map(|pf| one(host, pf)).collect();
@@ -85,10 +86,9 @@ fn vfs(host: &Host, pf: &Pf, found: String) -> Finding {
     };
     if vfs.iter().any(|vf| Layout::of(vf.device.vendor, vf.device.device).is_none()) {
         let known: Vec<&str> = FAMILIES.iter().map(|layout| layout.driver).collect();
-        let found = format!(
-            "{found}, whose mailbox Portcullis does not speak: they can be `devices`, without policy"
-        );
-        let fix = format!("use an adapter whose VFs are driven by {}", known.join(" or "));
+        let found =
+            format!("{found} with an unsupported mailbox: VMs can have them as `devices`, without policy");
+        let fix = format!("use an adapter with VFs of the driver {}", known.join(" or "));
         return Finding::wrong(Verdict::Warn, "vfs", found, fix);
     }
     let together: Vec<_> = vfs.iter().map(|vf| vf.device.bdf).collect();
@@ -102,7 +102,7 @@ fn vfs(host: &Host, pf: &Pf, found: String) -> Finding {
             .iter()
             .find(|member| member.bdf().is_none_or(|bdf| !together.contains(&bdf)) && !member.is_harmless());
         barred
-            .extend(alien.map(|alien| format!("IOMMU group {group} of {} has {alien} in it", vf.device.bdf)));
+            .extend(alien.map(|alien| format!("IOMMU group {group} of {} contains {alien}", vf.device.bdf)));
     }
     let Some(first) = barred.first() else { return Finding::ok("vfs", found) };
     let (verdict, many) = match barred.len() == vfs.len() {
@@ -150,7 +150,7 @@ pub(super) fn assignable(host: &Host, list: &AssignableList) -> Vec<Finding> {
             }
             (Ok(None), true, _) => Finding::ok("assignable", "VMs can have it, and it is reset between them"),
             (Ok(None), false, true) => {
-                let found = "it has no reset: each VM that gets it finds the state and data of the last";
+                let found = "it has no reset: each VM that gets it finds the state and data of the last one";
                 Finding::wrong(
                     Verdict::Warn,
                     "assignable",
@@ -161,7 +161,7 @@ pub(super) fn assignable(host: &Host, list: &AssignableList) -> Vec<Finding> {
             (Ok(None), false, false) => {
                 let fix =
                     format!("portcullis serve --assignable {bdf},no-reset  # its state passes from VM to VM");
-                Finding::wrong(Verdict::Warn, "assignable", "it has no reset, so that no VM gets it", fix)
+                Finding::wrong(Verdict::Warn, "assignable", "it has no reset, so no VM gets it", fix)
             }
         };
         finding.of(&bdf.to_string())

@@ -88,7 +88,7 @@ pub(super) fn interrupt_remapping(host: &Host, needed: Verdict) -> Finding {
         Ok(InterruptRemapping::Off) if allowed => Finding::wrong(
             Verdict::Warn,
             CHECK,
-            "off, and VFIO was told to do without: a guest with a VF can raise any interrupt of the host",
+            "off, and VFIO allows that: a guest with a VF can raise any interrupt of the host",
             "echo 0 >/sys/module/vfio_iommu_type1/parameters/allow_unsafe_interrupts  # once it is enabled in the firmware \
              (x2APIC, VT-d)",
         ),
@@ -102,8 +102,8 @@ pub(super) fn interrupt_remapping(host: &Host, needed: Verdict) -> Finding {
         Ok(InterruptRemapping::Unknown) => Finding::wrong(
             Verdict::Warn,
             CHECK,
-            "the kernel does not show it",
-            "dmesg | grep -e DMAR-IR -e AMD-Vi  # tells",
+            "the kernel does not report it",
+            "dmesg | grep -e DMAR-IR -e AMD-Vi  # shows the state",
         ),
         Err(error) => Finding::wrong(Verdict::Warn, CHECK, error.to_string(), "mount -t sysfs sysfs /sys"),
     }
@@ -137,14 +137,15 @@ pub(super) fn memlock(host: &Host) -> Finding {
         Some(hard) => match hard.parse::<u64>() {
             Ok(bytes) => {
                 let found = format!(
-                    "{} MiB can be locked, and guests with VFs need all their memory; an agent that is root raises it",
+                    "{} MiB can be locked, but guests with VFs lock all their memory; an agent that is root \
+                     raises the limit",
                     bytes >> 20
                 );
                 Finding::wrong(Verdict::Warn, "memlock", found, FIX)
             }
             Err(_) => Finding::wrong(Verdict::Warn, "memlock", format!("the limit is {hard:?}"), FIX),
         },
-        None => Finding::wrong(Verdict::Warn, "memlock", "/proc/self/limits does not tell", FIX),
+        None => Finding::wrong(Verdict::Warn, "memlock", "/proc/self/limits does not show the limit", FIX),
     }
 }
 
@@ -155,12 +156,12 @@ pub(super) fn hugepages(host: &Host) -> Finding {
         (0, _) => Finding::wrong(
             Verdict::Warn,
             "hugepages",
-            "none of 2 MiB: VMs with `hugepages` cannot be booted",
+            "no huge pages of 2 MiB: VMs with `hugepages` cannot be booted",
             "sysctl -w vm.nr_hugepages=512 && echo vm.nr_hugepages=512 >/etc/sysctl.d/60-hugepages.conf  # 512 are 1 GiB",
         ),
         (all, free) => Finding::ok(
             "hugepages",
-            format!("{free} of {all} of 2 MiB are free: {} MiB", free.saturating_mul(2)),
+            format!("{free} of {all} huge pages of 2 MiB are free: {} MiB", free.saturating_mul(2)),
         ),
     }
 }
@@ -168,16 +169,18 @@ pub(super) fn hugepages(host: &Host) -> Finding {
 /// The controllers of version 2 that limit VMs' processes, and the loss without each.
 const CONTROLLERS: [(&str, &str); 3] = [
     ("cpu", "VMs with limits of processor time cannot be booted"),
-    ("memory", "a VM's process that its guest takes over can take all memory"),
-    ("hugetlb", "a VM's process that its guest takes over can take all free huge pages"),
+    ("memory", "a VM's process under the control of its guest can take all memory"),
+    ("hugetlb", "a VM's process under the control of its guest can take all free huge pages"),
 ];
 
 pub(super) fn control_groups(host: &Host) -> Finding {
     const CHECK: &str = "cgroup";
     let warn = |found: String, fix: &str| Finding::wrong(Verdict::Warn, CHECK, found, fix);
     let Some(available) = host.text("sys/fs/cgroup/cgroup.controllers") else {
-        let found = "no control groups of version 2 at /sys/fs/cgroup: VMs with limits cannot be booted, and the others have none";
-        let fix = "enable version 2 (kernel option systemd.unified_cgroup_hierarchy=1), or name its place: serve --cgroup-parent DIR";
+        let found = "no control groups of version 2 at /sys/fs/cgroup: VMs with limits cannot be booted, and \
+                     other VMs have no limits";
+        let fix = "enable version 2 (kernel option systemd.unified_cgroup_hierarchy=1), or name its \
+                   directory: serve --cgroup-parent DIR";
         return warn(found.to_owned(), fix);
     };
     let has = |controller: &str| available.split_ascii_whitespace().any(|word| word == controller);
@@ -187,7 +190,7 @@ pub(super) fn control_groups(host: &Host) -> Finding {
     }
     let found: Vec<_> = missing.iter().map(|(controller, loss)| format!("no {controller}: {loss}")).collect();
     let fix =
-        "enable them in the kernel, and take them from hierarchies of version 1 (/proc/cgroups shows both)";
+        "enable them in the kernel, and remove them from hierarchies of version 1 (/proc/cgroups shows both)";
     warn(found.join("; "), fix)
 }
 
@@ -196,7 +199,7 @@ pub(super) fn control_groups(host: &Host) -> Finding {
 pub(super) fn user_ids(host: &Host, users: &UserArgs) -> Finding {
     let range = users.range(0);
     match user_ids::check(&host.root, &range) {
-        Ok(()) => Finding::ok("user_ids", format!("{} to {} are nobody's", range.start(), range.end())),
+        Ok(()) => Finding::ok("user_ids", format!("{} to {} are free", range.start(), range.end())),
         Err(overlap) => {
             let fix = match overlap.proposed() {
                 Some(base) => format!("portcullis serve --vmm-uid-base {base}"),

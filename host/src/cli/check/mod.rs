@@ -26,13 +26,13 @@ use crate::{
 
 #[derive(Debug, Args)]
 pub(super) struct CheckArgs {
-    /// Where the host's dev, etc, proc and sys are.
+    /// The directory with the host's dev, etc, proc and sys.
     #[arg(long, value_name = "DIR", default_value = "/")]
     root: PathBuf,
     /// The user ids of VMs' processes: the agent's own options.
     #[command(flatten)]
     users: UserArgs,
-    /// A function that VMs may have: the agent's own options.
+    /// A function that VMs may have: as the option of `serve`.
     #[arg(long, value_name = "BDF|VENDOR:DEVICE|PF")]
     assignable: Vec<Assignable>,
 }

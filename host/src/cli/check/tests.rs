@@ -277,7 +277,7 @@ fn without_an_adapter_simulated_ones_need_kvm_alone() {
     host.remove("dev/kvm");
     assert_eq!(
         host.verdict().unwrap_err().to_string(),
-        "This host lacks 1 of what it takes: see the lines that say FAIL"
+        "Failed checks of this host: 1; see the lines that say FAIL"
     );
 }
 

@@ -57,7 +57,7 @@ impl<'a> Followed<'a> {
                 Err(error) if self.patience.is_zero() || !is_away(&error) => return Err(error),
                 Ok(None) | Err(_) => {
                     if self.away.is_none() {
-                        warn_raw("portcullis: the agent is away: this command waits for it");
+                        warn_raw("portcullis: the agent does not respond: this command waits for it");
                     }
                     self.console = None;
                     self.away = Some(Instant::now());

@@ -69,9 +69,7 @@ pub(super) enum DemoError {
     )]
     UnfitKvm(String),
     /// The agent's own directory.
-    #[error(
-        "The directory {path} for the demo's agent cannot be made: set TMPDIR to a directory that can be written"
-    )]
+    #[error("Cannot create the directory {path} for the demo's agent: set TMPDIR to a writable directory")]
     Directory {
         /// The directory.
         path: PathBuf,
@@ -79,7 +77,7 @@ pub(super) enum DemoError {
         source: io::Error,
     },
     /// The agent's process.
-    #[error("The demo's agent cannot be started")]
+    #[error("Cannot start the demo's agent")]
     Start(#[source] io::Error),
     /// The agent ended, or never served its API.
     #[error("The demo's agent does not serve its API. Its log ends in:\n{0}")]
@@ -88,7 +86,7 @@ pub(super) enum DemoError {
     #[error(transparent)]
     Client(#[from] ClientError),
     /// A guest does not respond.
-    #[error("The guest of {vm} does not answer {command:?}. Its console ends in:\n{said}")]
+    #[error("The guest of {vm} does not respond to {command:?}. Its console ends in:\n{said}")]
     Silent {
         /// The VM.
         vm: String,
@@ -99,7 +97,8 @@ pub(super) enum DemoError {
     },
     /// The agent has no record of a request.
     #[error(
-        "No decision about {mac} is recorded {} s after the guest's driver said {answer:?} to it. The agent's log ends in:\n{log}",
+        "The agent has no record of a decision about {mac} {} s after the guest's driver reported \
+         {answer:?}. The agent's log ends in:\n{log}",
         RECORDED.as_secs()
     )]
     NotRecorded {

@@ -99,7 +99,7 @@ impl Report {
 
     /// Reports the decisions that the agent recorded.
     pub(super) fn decisions(&mut self, decisions: Vec<Decision>) {
-        let title = self.painted(BOLD, "What the agent recorded (/v1/decisions)");
+        let title = self.painted(BOLD, "Decisions that the agent recorded (/v1/decisions)");
         self.tell(&format!("\n{title}\n"));
         if self.format == Format::Table {
             let mut table = Vec::new();
@@ -136,7 +136,7 @@ impl Report {
             Format::Table if error.is_none() => {
                 let checks = self.steps.iter().map(|step| step.checks.len()).sum::<usize>();
                 let all = self.painted(GREEN, &format!("All {checks} expectations were met"));
-                self.tell(&format!("\n{all} in {:.1} s. Nothing of it is left.\n", took.as_secs_f64()));
+                self.tell(&format!("\n{all} in {:.1} s. Nothing is left behind.\n", took.as_secs_f64()));
             }
             Format::Table => {}
         }

@@ -37,8 +37,9 @@ const AGAIN: Duration = Duration::from_millis(5);
 /// Plays all steps.
 pub(super) async fn play(agent: &PrivateAgent, report: &mut Report) -> Result<(), DemoError> {
     report.introduce(&format!(
-        "An agent of the demo's own, with a simulated 82576 adapter ({PF}). What a guest may configure on its VF is\n\
-         decided by the port group {GROUP}; the guests, {ALICE} and {BOB}, drive their VFs as Linux' igbvf does."
+        "The demo runs an agent of its own, with a simulated 82576 adapter ({PF}). The port group {GROUP} \
+         decides\nwhich changes a guest may make on its VF; the guests, {ALICE} and {BOB}, drive their VFs \
+         as Linux' igbvf does."
     ));
     agent.ready().await?;
     let client = &agent.client;
@@ -104,15 +105,14 @@ impl Stage<'_> {
     }
 
     async fn refused(&mut self) -> Result<(), DemoError> {
-        self.report.step("A change of the MAC address is refused, and the guest is told");
+        self.report.step("The policy denies a change of the MAC address, and the guest gets an error");
         let answer = self.ask_for(REFUSED, "nack").await?;
         self.report.check("the guest's driver reports", "nack", &answer);
         self.check_addresses(ALICE_MAC, ALICE_MAC).await
     }
 
     async fn refused_silently(&mut self) -> Result<(), DemoError> {
-        self.report
-            .step("Refused again, but silently: guest and device differ until the guest resets its VF");
+        self.report.step("Denied again, but silently: guest and device differ until the guest resets its VF");
         self.edit("on_denied", "silent").await?;
         let answer = self.ask_for(REFUSED_SILENTLY, "silent").await?;
         self.report.check("the guest's driver reports", "ok", &answer);
@@ -134,7 +134,7 @@ impl Stage<'_> {
     }
 
     async fn forged(&mut self) -> Result<(), DemoError> {
-        self.report.step("A frame with somebody else's source address is dropped by the adapter");
+        self.report.step("The adapter drops a frame with a foreign source address");
         for (source, text, expected, patience) in
             [(FORGED, "forged", "nothing", ABSENCE_MS), (ACCEPTED, "honest", "the frame", PRESENCE_MS)]
         {
@@ -255,7 +255,7 @@ impl Stage<'_> {
     /// Checks the address that the guest believes to have, the PF's address, and the agent's knowledge of both.
     async fn check_addresses(&mut self, guest: &str, device: &str) -> Result<(), DemoError> {
         let believed = self.alice.ask("mac").await?;
-        self.report.check("the guest believes to have", guest, &believed);
+        self.report.check("the guest's driver has", guest, &believed);
         // The relay's event about the guest address arrives after the response.
         let deadline = Instant::now() + RECORDED;
         let mut status = self.port().await?.status;
@@ -263,7 +263,7 @@ impl Stage<'_> {
             sleep(AGAIN).await;
             status = self.port().await?.status;
         }
-        self.report.check("the agent knows that it does", guest, &status.guest_mac.to_string());
+        self.report.check("the agent's record of the guest's address", guest, &status.guest_mac.to_string());
         self.report.check("the device has", device, &status.effective_mac.to_string());
         Ok(())
     }

@@ -151,7 +151,7 @@ async fn run_leaves_a_vm_alone_that_is_not_at_rest() {
         for line in ["run --rm", "run"] {
             let (code, error) = desk.run(&format!("{line} {file}")).await.unwrap_err();
             assert!(
-                code == 5 && error.contains(&format!("is {state} already")) && error.contains("console web1"),
+                code == 5 && error.contains(&format!("is already {state}")) && error.contains("console web1"),
                 "{line}: {error}"
             );
             assert_eq!(desk.client.get_vm("web1").await.unwrap().status.state.as_str(), state, "{line}");

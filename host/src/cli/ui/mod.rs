@@ -28,10 +28,10 @@ use proxy::Proxy;
 
 #[derive(Debug, Args)]
 pub(super) struct UiArgs {
-    /// The port on 127.0.0.1; a free one unless it is given.
+    /// The port on 127.0.0.1; by default a free one.
     #[arg(long, value_name = "PORT", default_value_t = 0)]
     port: u16,
-    /// Only prints the link, also where a browser could be opened.
+    /// Only prints the link, even if a browser could open it.
     #[arg(long)]
     no_browser: bool,
 }
@@ -58,7 +58,7 @@ pub(super) async fn run(client: &Client, output: &mut Output<'_>, args: UiArgs) 
     output.object(&Link { url: url.clone() }, |link| vec![("Open".to_owned(), link.url.clone())])?;
     warn(format_args!(
         "{}The link works once. Ctrl-C ends the page.",
-        if opened { "A browser is being opened. " } else { "" }
+        if opened { "Opening a browser. " } else { "" }
     ));
     let gate = proxy.gate();
     let listeners = vec![Listener::tcp(listener, gate, None)];

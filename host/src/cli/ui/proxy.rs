@@ -113,13 +113,14 @@ async fn check(request: Request, next: Next) -> Response {
 
 fn checked(head: &mut Parts) -> Result<(), Problem> {
     let Some(Peer::Network { gate, local, .. }) = head.extensions.get::<Peer>().cloned() else {
-        return Err(Problem::new(ProblemCode::Forbidden, "This page is served over TCP."));
+        return Err(Problem::new(ProblemCode::Forbidden, "This page is served over TCP only."));
     };
     gate.check_host(head, local)?;
     // Following a link to the page is harmless: without the link's token the page shows nothing.
     let opens = head.uri.path() == "/" && head.method == Method::GET;
     if !opens && !is_own(&head.headers) {
-        let detail = "The request comes from a page of another site (Origin, Sec-Fetch-Site), and none may use this one.";
+        let detail = "The request comes from a page of another site (Origin, Sec-Fetch-Site), and this \
+                      server accepts only its own page.";
         return Err(Problem::new(ProblemCode::Forbidden, detail));
     }
     if let Ok(Caller::Token(name)) = gate.admit(head, local) {
@@ -155,17 +156,18 @@ async fn page(State(serving): State<Arc<Serving>>) -> Response {
 async fn begin(State(serving): State<Arc<Serving>>, request: Request) -> Result<Response, Problem> {
     let (head, _) = request.into_parts();
     if !has(&head, LINK) {
-        return Err(unauthorized("This link is none of this command: open the one that it has printed."));
+        return Err(unauthorized("This link is not from this command: open the link that it printed."));
     }
     if serving.used.swap(true, Ordering::SeqCst) {
         if !serving.warned.swap(true, Ordering::SeqCst) {
             warn(format_args!(
-                "portcullis: The link was opened a second time, and refused. If the first time was not you, end this command."
+                "portcullis: Refused a second use of the link. If you did not open it the first time, end \
+                 this command."
             ));
         }
         return Err(unauthorized(
-            "This link has been used: it works once. If that was not you, end the command portcullis ui; for another page, start \
-             another one.",
+            "This link was used before, and it works once. If you did not use it, end the command portcullis \
+             ui. For another page, start another command.",
         ));
     }
     drop(serving.way.lock().map(|mut way| way.take()));

@@ -86,7 +86,7 @@ async fn what_waits_for_the_guests_reset_is_recorded_when_it_is_made() {
     assert_eq!(host.ask(1, Request::Reset).await, LOCAL);
     let taken = host.decisions(1, Outcome::TakenBack).await;
     assert_eq!((taken.len(), taken[0].edited_by.as_deref()), (1, Some("uid 0")));
-    assert!(taken[0].detail.as_deref().is_some_and(|detail| detail.starts_with("By the word")), "{taken:?}");
+    assert!(taken[0].detail.as_deref().is_some_and(|detail| detail.starts_with("Reported by")), "{taken:?}");
     assert_eq!(host.port(1).await.status.pending, None);
     assert_eq!(host.vmm(1).taken_back(), [leave(100)], "ordered once");
 
@@ -429,7 +429,7 @@ async fn an_address_is_given_to_the_guest_that_was_refused_it_when_its_port_give
         (last.request.as_str(), last.requested.as_deref()),
         ("add_unicast_filter", Some("00:00:5e:00:01:33"))
     );
-    assert!(last.detail.as_deref().is_some_and(|detail| detail.starts_with("Refused before")), "{last:?}");
+    assert!(last.detail.as_deref().is_some_and(|detail| detail.starts_with("Denied before")), "{last:?}");
     assert_ne!(host.ask(1, Request::AddUnicastFilter(address)).await, FORWARD, "it is the other's now");
 }
 

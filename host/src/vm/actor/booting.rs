@@ -116,8 +116,8 @@ impl Actor {
         match hardware {
             Some(bdf) if !off.is_empty() => {
                 let detail = format!(
-                    "The VM {} has the host's function {bdf}, for which no part of the sandbox may be off, and this agent \
-                     leaves {} off: start it without --sandbox-off.",
+                    "The VM {} has the host's function {bdf}, which needs the whole sandbox, and this agent \
+                     runs without {}: start the agent without --sandbox-off.",
                     self.name(),
                     off.join(", ")
                 );
@@ -215,7 +215,8 @@ impl Actor {
                 && !env.told_unlimited_huge_pages.swap(true, Ordering::Relaxed)
             {
                 tracing::warn!(
-                    "VMs have no limit of huge pages, and a process that its guest takes over can take all that are free: {}",
+                    "VMs have no limit of huge pages, so a process under the control of its guest can take \
+                     all free ones: {}",
                     chain(&error)
                 );
             }
@@ -223,8 +224,7 @@ impl Actor {
         };
         let limited = tokio::task::spawn_blocking(set).await;
         limited.map_err(|error| Problem::new(ProblemCode::Internal, chain(&error)))?.map_err(|error| {
-            let detail =
-                format!("The VM {} has limits, and they cannot be set: {}.", self.name(), chain(&error));
+            let detail = format!("Cannot set the limits of the VM {}: {}.", self.name(), chain(&error));
             Problem::new(ProblemCode::SandboxUnavailable, detail)
         })
     }
@@ -237,7 +237,7 @@ impl Actor {
             self.progress.enter(Stage::EndingProcess);
             process.kill();
             if timeout(STOP, process.ended()).await.is_err() {
-                tracing::error!(vm = %self.name(), "its process cannot be killed; what it holds stays claimed");
+                tracing::error!(vm = %self.name(), "cannot kill its process; its functions stay claimed");
                 self.process = Some(process);
                 return;
             }
@@ -248,7 +248,7 @@ impl Actor {
 
     /// Notes the cause before the VM becomes `failed`.
     pub(super) fn fail(&mut self, problem: Problem) {
-        tracing::error!(vm = %self.name(), code = %problem.code, "cannot be booted: {problem}");
+        tracing::error!(vm = %self.name(), code = %problem.code, "the boot failed: {problem}");
         self.run.cause = Some(boot_failed(&problem));
     }
 }
@@ -271,8 +271,8 @@ fn limit_memory(
     asked.as_ref().map_or(Ok(()), limit)?;
     if !env.told_unlimited.swap(true, Ordering::Relaxed) {
         tracing::warn!(
-            "VMs without limits.memory have no default limit of memory, and a process that its guest takes over can \
-             take all of the host's: {}",
+            "VMs without limits.memory have no default limit of memory, so a process under the control of \
+             its guest can take all memory of the host: {}",
             chain(&error)
         );
     }

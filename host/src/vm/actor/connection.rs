@@ -19,7 +19,7 @@ impl Actor {
                 let problem = error.problem();
                 // Log once: the agent tries again and again, and a vmm can give another reason each time.
                 if self.unreachable.replace(problem.detail.to_string()).is_none() {
-                    tracing::warn!(vm = %self.name(), "its process cannot be talked to, and goes on: {problem}");
+                    tracing::warn!(vm = %self.name(), "no connection to its process, which runs on: {problem}");
                 }
                 return Err(problem);
             }
@@ -76,8 +76,8 @@ impl Actor {
     /// Kills a process that violated the protocol: its guest has taken it over, or it is broken. Its later messages are
     /// ignored.
     async fn misbehave(&mut self, why: &str) {
-        tracing::error!(vm = %self.name(), "its process is killed, for what it said to the agent: {why}");
-        self.misbehaved = Some(format!("Its process was killed, for what it said to the agent: {why}."));
+        tracing::error!(vm = %self.name(), "its process violated the control protocol and is killed: {why}");
+        self.misbehaved = Some(format!("Its process violated the control protocol and was killed: {why}."));
         if let Some(process) = &self.process {
             process.kill();
         }
@@ -96,7 +96,7 @@ impl Actor {
             Event::Report { .. } => return None,
         };
         let own = self.vm.value.spec.adapters.iter().any(|own| own.id.as_str() == adapter);
-        (!own).then(|| "it spoke for an adapter that its VM does not have".to_owned())
+        (!own).then(|| "it sent a message for an adapter that its VM does not have".to_owned())
     }
 
     pub(super) async fn on_event(&mut self, event: Event) {
@@ -176,10 +176,9 @@ impl Actor {
             None => format!("Device {bdf}"),
         };
         let (code, detail) = match why {
-            DeviceLoss::Requested => (
-                CauseCode::VfRemoved,
-                format!("{what} was taken back by the host while the guest was running."),
-            ),
+            DeviceLoss::Requested => {
+                (CauseCode::VfRemoved, format!("{what} was removed by the host while the guest ran."))
+            }
             DeviceLoss::Failed if is_simulated(claim.value.bdf) => (
                 CauseCode::DeviceFailed,
                 format!(
@@ -187,7 +186,7 @@ impl Actor {
                 ),
             ),
             DeviceLoss::Failed => {
-                (CauseCode::DeviceFailed, format!("{what} reported an error that it cannot recover from."))
+                (CauseCode::DeviceFailed, format!("{what} reported an unrecoverable error."))
             }
         };
         tracing::warn!(vm = %self.name(), "{detail}");

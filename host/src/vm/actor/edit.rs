@@ -31,7 +31,7 @@ impl Actor {
                 let cure =
                     if state == VmState::Stopping { "wait until it is stopped" } else { "stop it first" };
                 let detail = format!(
-                    "The VM {} is {state}, and only restart and autostart can be changed then: {cure}.",
+                    "The VM {} is {state}, so only restart and autostart can change: {cure}.",
                     self.name()
                 );
                 return Err(Problem::new(ProblemCode::WrongState, detail));
@@ -48,7 +48,7 @@ impl Actor {
             Err(error) => {
                 if let Err(also) = switch_client::attach(&self.env, old.id, &old.value.spec).await {
                     // The next boot makes the ports match the specification.
-                    tracing::error!(vm = %self.name(), "its ports are not as they were: {also}");
+                    tracing::error!(vm = %self.name(), "its ports could not be restored: {also}");
                 }
                 return Err(error.problem());
             }

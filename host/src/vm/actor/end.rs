@@ -5,7 +5,7 @@
 use super::*;
 
 const OUT_OF_MEMORY: &str =
-    "It had reached its limits.memory, or the default without one: raise it, or give the guest less.";
+    "It had reached limits.memory, or the default limit: raise the limit, or give the guest less memory.";
 
 impl Actor {
     pub(super) async fn stop(&mut self) {
@@ -123,7 +123,7 @@ impl Actor {
         self.run.process = None;
         self.run.cause = cause;
         if let (Err(problem), Some(cause)) = (&kept, &mut self.run.cause) {
-            cause.detail = format!("{} Not everything could be given back: {problem}", cause.detail);
+            cause.detail = format!("{} Not everything could be released: {problem}", cause.detail);
         }
         match again {
             true => {

@@ -128,12 +128,12 @@ impl Actor {
         if !self.deleting.is_empty() {
             return;
         }
-        tracing::info!(vm = %self.name(), id = %self.vm.id, "the client of its lease is gone: it is stopped and deleted");
+        tracing::info!(vm = %self.name(), id = %self.vm.id, "the client of its lease is gone: the agent stops and deletes the VM");
         let (done, result) = oneshot::channel();
         let (name, again) = (self.vm.name.clone(), self.env.lease_grace);
         tokio::spawn(async move {
             if let Ok(Err(problem)) = result.await {
-                tracing::error!(vm = %name, "it has no client and cannot be deleted, which is tried again in {again:?}: {problem}");
+                tracing::error!(vm = %name, "the VM has no client and cannot be deleted; the agent tries again in {again:?}: {problem}");
             }
         });
         self.begin_deletion(done).await;

@@ -67,13 +67,13 @@ impl Actor {
                 Ok(Some(mut process)) => {
                     process.kill();
                     if timeout(STOP, process.ended()).await.is_err() {
-                        tracing::error!(vm = %self.name(), "its process cannot be killed; what it holds stays claimed");
+                        tracing::error!(vm = %self.name(), "cannot kill its process; its functions stay claimed");
                         self.process = Some(process);
                         return;
                     }
                 }
                 Ok(None) => {}
-                Err(error) => tracing::error!(vm = %self.name(), "its process cannot be looked for: {error}"),
+                Err(error) => tracing::error!(vm = %self.name(), "cannot search for its process: {error}"),
             }
         }
         if let Some(before) = &known {

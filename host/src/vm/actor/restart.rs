@@ -36,7 +36,7 @@ impl Actor {
             self.run.restart.attempts = 0;
         }
         let delay = delay(backoff, self.run.restart.attempts);
-        tracing::info!(vm = %self.name(), attempts = self.run.restart.attempts, "is booted again in {delay:?}");
+        tracing::info!(vm = %self.name(), attempts = self.run.restart.attempts, "the agent boots it again in {delay:?}");
         self.run.restart.next = Some(later(delay));
         self.arm(delay, self.run.restart.attempts.saturating_add(1));
     }
@@ -84,7 +84,7 @@ impl Actor {
         if self.closed {
             return;
         }
-        tracing::info!(vm = %self.name(), attempts, "booted by the agent itself");
+        tracing::info!(vm = %self.name(), attempts, "the agent boots it by itself");
         let result = match self.begin(None, attempts).await {
             Ok(files) => match self.build(files).await {
                 Ok(()) | Err(NotBuilt::Unwanted) => return,

@@ -183,7 +183,7 @@ fn free_vf(
                 "make more with `portcullis pf set-vfs`, stop a VM, or take down the host's interface of one"
             }
             false => {
-                "the agent is not root and uses simulated ones only: stop a VM, or give it more (--sim-pf)"
+                "the agent is not root and uses simulated VFs only: stop a VM, or give it more (--sim-pf)"
             }
         };
         Problem::new(ProblemCode::NoFreeVf, format!("None of {seen} VFs is free: {cure}."))
@@ -239,8 +239,9 @@ fn plain_device(inventory: &Inventory, bdf: Bdf, taken: &[Claim]) -> Result<(), 
     };
     if !no_reset && !inventory.can_reset(bdf) {
         return unsupported(&format!(
-            "has no reset (its directory in sysfs has no file reset), so that its next user finds the state and the data of \
-             the last: use another one, or start the agent with --assignable {bdf},no-reset"
+            "has no reset (its directory in sysfs has no file reset), so its next user would find the state \
+             and the data of the last one: use another function, or start the agent with --assignable \
+             {bdf},no-reset"
         ));
     }
     check_unused(inventory, bdf, ProblemCode::DeviceInUse, "Device")

@@ -49,7 +49,7 @@ impl StateMachine {
                 request = request.name(),
                 reason = %Reason::AuthorityUnreachable,
                 suppressed,
-                "VF request refused"
+                "VF request denied"
             );
         }
         self.answer(message, request, false, end);
@@ -65,7 +65,7 @@ impl StateMachine {
     ) {
         if let Some(suppressed) = self.log_line() {
             let word = format_args!("{:#010x}", message.word());
-            tracing::info!(adapter = self.config.adapter, %word, %reason, suppressed, "VF message refused");
+            tracing::info!(adapter = self.config.adapter, %word, %reason, suppressed, "VF message rejected");
         }
         self.refusals.add(reason, message.word(), request.clone());
         match request {
@@ -142,7 +142,7 @@ impl StateMachine {
     pub(super) fn log_refusal(&mut self, request: &str, reason: Reason, silent: bool) {
         if let Some(suppressed) = self.log_line() {
             let adapter = &self.config.adapter;
-            tracing::info!(adapter, request, %reason, silent, suppressed, "VF request refused");
+            tracing::info!(adapter, request, %reason, silent, suppressed, "VF request denied");
         }
     }
 

@@ -351,7 +351,7 @@ impl StateMachine {
                     self.note_guest_mac(mac);
                 }
                 Judgement::Stale => {
-                    tracing::debug!(adapter = self.config.adapter, %mac, "Stale address of a guest's reset refused");
+                    tracing::debug!(adapter = self.config.adapter, %mac, "Stale address of a guest's reset denied");
                     self.answer(&message, &request, false, Disposition::Stale);
                 }
                 Judgement::Ask => match self.shared.refusal_of(mac) {

@@ -44,7 +44,7 @@ impl StateMachine {
                 self.make_deferred(mac);
                 self.ask(message, Request::Reset, mac);
             }
-            Ok(None) => self.reset_failed(&message, "the PF answered something else"),
+            Ok(None) => self.reset_failed(&message, "the PF sent another response"),
             Err(error) => self.reset_failed(&message, &error.to_string()),
         }
     }
@@ -206,7 +206,7 @@ impl StateMachine {
             tracing::warn!(
                 adapter = self.config.adapter,
                 suppressed,
-                "PF has forgotten the VF: the guest is made to reset it"
+                "The PF has lost the VF's state: the guest must reset the VF"
             );
         }
         self.authority.notice(Notice::PfReset);

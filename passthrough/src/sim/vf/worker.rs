@@ -51,7 +51,7 @@ impl Worker {
         while !self.shared.stopped.load(Ordering::Acquire) {
             let more = self.turn();
             if let Err(errno) = self.wait(more) {
-                tracing::error!(%errno, "A simulated VF cannot wait for its events any more");
+                tracing::error!(%errno, "A simulated VF can no longer wait for its events");
                 return;
             }
         }
@@ -174,7 +174,7 @@ impl Worker {
     fn lose(&mut self) {
         if self.connection.take().is_some() {
             tracing::warn!(
-                "A simulated VF has lost its PF: its process has ended, or the VF was given to another"
+                "A simulated VF has lost its PF: the PF's process has ended, or another VM has the VF"
             );
             self.shared.registers().link_up = false;
             let _ = self.shared.failed.write(1);

@@ -98,10 +98,8 @@ fn cure(change: VfChange, errno: i32) -> &'static str {
         }
         (VfChange::Mac(_), libc::EINVAL) => "the address must be unicast, and the VF must exist",
         (_, libc::EBUSY | libc::EAGAIN) => "its driver is busy with the VF; try again",
-        (_, libc::EINVAL | libc::ERANGE) => {
-            "the value is outside of what its driver accepts, or the VF is gone"
-        }
-        _ => "see the kernel's log for what its driver says",
+        (_, libc::EINVAL | libc::ERANGE) => "the value is out of range for its driver, or the VF is gone",
+        _ => "see the messages of its driver in the kernel's log",
     }
 }
 

@@ -97,7 +97,7 @@ impl Connection {
             // With MSG_TRUNC the result is the datagram's length, even if it does not fit.
             match self.socket.recv(&mut self.buffer, libc::MSG_TRUNC) {
                 Ok(length) if length > self.buffer.len() => {
-                    return Err(Failure::Protocol(format!("it has {length} bytes, too many")));
+                    return Err(Failure::Protocol(format!("it has {length} bytes, which is too many")));
                 }
                 Ok(_) => return parse(&self.buffer).map_err(Failure::Protocol),
                 Err(e) if e.kind() == io::ErrorKind::WouldBlock => wait(&self.socket, deadline)?,
@@ -119,7 +119,7 @@ fn told(message: Message, expected: u32) -> Option<Result<Link, Failure>> {
     match message {
         Message::Link { sequence, link } if sequence == expected => Some(Ok(link)),
         Message::Done { sequence } | Message::Ack { sequence, .. } if sequence == expected => {
-            Some(Err(Failure::Protocol("it says nothing".to_owned())))
+            Some(Err(Failure::Protocol("it has no content".to_owned())))
         }
         _ => None,
     }
