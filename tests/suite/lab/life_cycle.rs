@@ -98,9 +98,10 @@ fn nothing_that_comes_after_a_reset_is_written_by_the_last_boots_rings() {
         configure(&mut guest, "10.0.2.21");
         ping(&mut guest, host::GATEWAY, 2);
         host::send_filled("10.0.2.21", &mac, before);
-        // Of 40 frames two may share a page.
+        // Of 40 frames two may share a page, and the guest's kernel uses the pages of received frames again. After a reset
+        // it would use none again.
         let found = host::pages_filled(&id, before);
-        assert!(found >= 10, "boot {boot}: the interface receives, and frames can be found: {found}");
+        assert!(found >= 4, "boot {boot}: the interface receives, and frames can be found: {found}");
         if by_guest {
             guest.type_line("echo b >/proc/sysrq-trigger");
         } else {
