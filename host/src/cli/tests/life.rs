@@ -136,7 +136,7 @@ async fn run_takes_over_a_vm_that_waits_for_its_client() {
     desk.client.create_leased_vm(&spec).await.unwrap();
     let _lease = desk.client.lease_vm("web1").await.unwrap();
     let (code, error) = desk.run(&format!("run --rm {file}")).await.unwrap_err();
-    assert!(code == 5 && error.contains("is taken"), "{error}");
+    assert!(code == 5 && error.contains("choose another name"), "{error}");
     assert!(desk.client.get_vm("web1").await.is_ok());
 }
 

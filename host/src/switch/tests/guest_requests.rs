@@ -69,7 +69,7 @@ async fn a_silent_refusal_leaves_guest_and_device_differing_until_the_guest_rese
     assert_eq!(host.addresses(1).await, (mac(1), mac(1)), "only its relay knows what the guest was told");
     host.notice(1, Notice::GuestMac { mac: mac(9) }).await;
     assert_eq!((host.pf_mac(1), host.addresses(1).await), (Some(mac(1)), (mac(1), mac(9))));
-    assert!(host.decisions(1, Outcome::Denied).await[0].detail.as_ref().unwrap().contains("told"));
+    assert!(host.decisions(1, Outcome::Denied).await[0].detail.as_ref().unwrap().contains("reports success"));
     assert_eq!(host.ask(1, Request::Reset).await, LOCAL);
     assert_eq!(host.addresses(1).await, (mac(1), mac(1)));
 }
@@ -118,7 +118,7 @@ async fn what_a_relay_refused_is_recorded_as_if_it_had_been_asked() {
     };
     assert_eq!(what(told), what(asked));
     assert_eq!(told.requested.as_deref(), Some("02:00:00:00:00:08"));
-    assert!(told.detail.as_ref().unwrap().contains("told"));
+    assert!(told.detail.as_ref().unwrap().contains("reports success"));
     assert_eq!(host.port(1).await.status.counters.denied, 2);
 
     // The denial crossed an edit of the policy: the record has the vmm's reason and names no
@@ -128,7 +128,7 @@ async fn what_a_relay_refused_is_recorded_as_if_it_had_been_asked() {
     let decision = &host.decisions(1, Outcome::Denied).await[0];
     assert_eq!((decision.reason, decision.decided_by), (Some(Reason::MacChangesRejected), None));
     let detail = decision.detail.as_ref().unwrap();
-    assert!(detail.contains("before its last change") && detail.contains("told"), "{detail}");
+    assert!(detail.contains("before its last change") && detail.contains("reports success"), "{detail}");
 }
 
 /// The agent was away during the guest's reset. The guest must not get "done" for an address that
