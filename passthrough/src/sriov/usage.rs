@@ -77,7 +77,7 @@ impl fmt::Display for Usage {
 
 impl Sysfs {
     /// The user of a function; None if there is none. A VM of this agent counts as well: call this only for functions
-    /// that none of them has, and while none of them is about to open its own. The group is opened for a moment.
+    /// that none of them has, and while none of them is about to open its own.
     ///
     /// # Errors
     /// sysfs is unreadable.
@@ -86,7 +86,7 @@ impl Sysfs {
         let device = self.device(bdf)?;
         let Some(driver) = device.driver.clone() else { return Ok(None) };
         if driver.contains("vfio") {
-            return Ok(self.open_group(bdf)?.map(|group| Usage::Vfio { group }));
+            return Ok(self.group_in_use(bdf)?.map(|group| Usage::Vfio { group }));
         }
         let net = self.device_dir(bdf).join("net");
         for interface in &device.interfaces {
@@ -130,10 +130,23 @@ impl Sysfs {
         Ok(None)
     }
 
-    /// The group of a function if a process has it open. A group can be open only once.
-    fn open_group(&self, bdf: Bdf) -> Result<Option<u32>, SysfsError> {
+    /// The group of a function if a process has a function of it open through VFIO.
+    ///
+    /// VFIO enables a function while it is open (`vfio_pci_core_enable`), which sysfs shows. The group itself can be open only
+    /// once, so an attempt to open it would fail another VMM that opens it at that moment. Only if a function is enabled does
+    /// the attempt tell a user from a former driver that has left the function enabled.
+    fn group_in_use(&self, bdf: Bdf) -> Result<Option<u32>, SysfsError> {
         let link = self.device_dir(bdf).join("iommu_group");
         let Some(name) = self.link_name(&link)? else { return Ok(None) };
+        let mut is_enabled = false;
+        for member in self.names(&link.join("devices"))? {
+            let member = self.path("bus/pci/devices").join(member);
+            let has_vfio = self.link_name(&member.join("driver"))?.is_some_and(|driver| driver.contains("vfio"));
+            is_enabled |= has_vfio && self.number(&member.join("enable"))?.is_some_and(|count| count > 0);
+        }
+        if !is_enabled {
+            return Ok(None);
+        }
         let opened = fs::OpenOptions::new().read(true).write(true).open(self.group_node(&name));
         if !opened.is_err_and(|error| error.raw_os_error() == Some(libc::EBUSY)) {
             return Ok(None);
@@ -206,6 +219,30 @@ mod tests {
         add_disk(root.path(), NVME, "nvme0n1p2", &["dm-0"]);
         assert_eq!(fake.sysfs().usage(NVME).unwrap(), Some(Usage::Disk("nvme0n1p2".into())));
         assert_eq!(fake.sysfs().usage(other).unwrap(), None, "it is behind another function");
+    }
+
+    /// Another VMM that opens the group of an idle function at the same moment would fail.
+    #[test]
+    fn the_group_of_an_idle_function_is_not_opened() {
+        use rustix::fs::inotify;
+
+        let root = tempfile::tempdir().unwrap();
+        let fake = FakeSysfs::new(root.path());
+        fake.add_device(NVME, (0x1b36, 0x0010), 0x01_0802, Some(7), Some("vfio-pci"));
+        let sysfs = fake.sysfs();
+        let node = sysfs.group_node("7");
+        fs::create_dir_all(node.parent().unwrap()).unwrap();
+        fs::write(&node, "").unwrap();
+        let watched = inotify::init(inotify::CreateFlags::NONBLOCK).unwrap();
+        inotify::add_watch(&watched, &node, inotify::WatchFlags::OPEN).unwrap();
+        let was_opened = || rustix::io::read(&watched, &mut [0; 64]).is_ok();
+        let enable = sysfs.device_dir(NVME).join("enable");
+        for (count, opened) in [("0", false), ("1", true)] {
+            fs::write(&enable, count).unwrap();
+            // No device of VFIO, so an attempt never finds it busy.
+            assert_eq!(sysfs.usage(NVME).unwrap(), None);
+            assert_eq!(was_opened(), opened, "enabled {count} times");
+        }
     }
 
     #[test]
