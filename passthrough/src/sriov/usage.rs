@@ -141,7 +141,8 @@ impl Sysfs {
         let mut is_enabled = false;
         for member in self.names(&link.join("devices"))? {
             let member = self.path("bus/pci/devices").join(member);
-            let has_vfio = self.link_name(&member.join("driver"))?.is_some_and(|driver| driver.contains("vfio"));
+            let has_vfio =
+                self.link_name(&member.join("driver"))?.is_some_and(|driver| driver.contains("vfio"));
             is_enabled |= has_vfio && self.number(&member.join("enable"))?.is_some_and(|count| count > 0);
         }
         if !is_enabled {

@@ -23,10 +23,14 @@ const HOST: &str = "10.0.2.9/24";
 /// Another program on VF 0. Ends when it is dropped.
 struct Other(Child);
 
+/// The output of the other process.
+const SAID: &str = "/tmp/portcullis-other";
+
 impl Other {
     fn started(command: &mut Command) -> Self {
         host::run("ip", &["addr", "replace", HOST, "dev", host::PF]);
-        Self(command.stdin(Stdio::null()).stdout(Stdio::null()).spawn().unwrap())
+        let said = fs::File::create(SAID).unwrap();
+        Self(command.stdin(Stdio::null()).stdout(said.try_clone().unwrap()).stderr(said).spawn().unwrap())
     }
 }
 
@@ -44,7 +48,8 @@ fn is_left_alone(used_by: &str) {
     let agent = Agent::start();
     let deadline = Instant::now() + PATIENCE;
     while !host::answers(OTHER) {
-        assert!(Instant::now() < deadline, "the other one never answers");
+        let said = || fs::read_to_string(SAID).unwrap_or_default();
+        assert!(Instant::now() < deadline, "the other one never answers; it said:\n{}", said());
         thread::sleep(Duration::from_millis(200));
     }
     let vf = agent.vfs().into_iter().find(|vf| vf.bdf.to_string() == host::VF0).unwrap();
