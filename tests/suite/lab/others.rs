@@ -48,8 +48,14 @@ fn is_left_alone(used_by: &str) {
     let agent = Agent::start();
     let deadline = Instant::now() + PATIENCE;
     while !host::answers(OTHER) {
-        let said = || fs::read_to_string(SAID).unwrap_or_default();
-        assert!(Instant::now() < deadline, "the other one never answers; it said:\n{}", said());
+        if Instant::now() >= deadline {
+            let said = fs::read_to_string(SAID).unwrap_or_default();
+            // A QEMU that cannot start says why, and a guest says that it boots. A container says nothing.
+            if used_by == "VFIO" && said.is_empty() {
+                println!("LAB FAULT: QEMU's guest hangs");
+            }
+            panic!("the other one never answers; it said:\n{said}");
+        }
         thread::sleep(Duration::from_millis(200));
     }
     let vf = agent.vfs().into_iter().find(|vf| vf.bdf.to_string() == host::VF0).unwrap();
