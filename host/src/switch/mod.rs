@@ -18,7 +18,8 @@
 //! * `catalog`: switches, port groups and ports as the API edits them. `view`: as it shows them.
 //! * `binding`: attaching, binding to VFs, releasing. `scrub`: scrubbing the VF of a VM that has ended.
 //! * `guest_requests`: requests and their completion. `relay_events`: events from relays.
-//! * `upkeep`: corrections after policy changes, drift, reboots.
+//! * `reconcile`: corrections after policy changes, and of drift. `reboot`: reboots of guests.
+//! * `vmm_connection`: connections of the VMs' processes.
 
 mod actor;
 mod binding;
@@ -31,15 +32,17 @@ mod journal;
 mod made;
 mod policy;
 mod port_queue;
+mod reboot;
+mod reconcile;
 pub mod record;
 mod relay_events;
 pub mod scrub;
 mod startup;
 #[cfg(test)]
 mod tests;
-mod upkeep;
 mod view;
 pub mod vmm_client;
+mod vmm_connection;
 
 use std::{collections::BTreeMap, sync::Arc, time::Duration};
 

@@ -6,4 +6,4 @@ mod binding;
 mod catalog;
 mod fixture;
 mod guest_requests;
-mod upkeep;
+mod reconcile;

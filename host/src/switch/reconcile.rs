@@ -1,29 +1,24 @@
 // SPDX-License-Identifier: Apache-2.0
 
-//! The switch's work without a guest's request: corrections after an edit of a policy, connections of vmms, reboots,
-//! drift.
-
-use std::sync::Arc;
+//! Brings PF and guest back to the policy: corrections after an edit, and of drift.
 
 use api::types::{ObjectKind, PfState, Timestamp, Unchecked};
-use netpolicy::{Change, Outcome, PortId, Request, Route, VmId, clipped};
+use netpolicy::{Change, Corrections, Outcome, PortId, Route, clipped};
 use passthrough::sriov::Hint;
-use tokio::{sync::oneshot, time::Instant};
+use tokio::time::Instant;
 use tracing::Span;
 
-use super::UncheckedPorts;
 use super::{
-    actor::{Actor, Link},
+    UncheckedPorts,
+    actor::Actor,
     command::Command,
     commit::{Applied, Drift},
     known,
     made::{MadeChange, committed, name},
     port_queue::{PortQueue, Running, Task},
     record::port_name,
-    vmm_client::Vmm,
 };
 use crate::text::printable;
-use netpolicy::Corrections;
 
 /// Most characters of the reason why a port cannot be compared: the process of a simulated PF chooses some of them.
 const DETAIL: usize = 500;
@@ -188,145 +183,6 @@ impl Actor {
             }
         }
         self.save(port);
-    }
-
-    // ---- the VM's process ----
-
-    pub(super) fn connected(&mut self, vm: VmId, vmm: Arc<dyn Vmm>) {
-        self.links.insert(vm, Link { vmm, online: true });
-        for port in self.ports_of(vm) {
-            self.tell_standing(port);
-            if let Some(port_queue) = self.port_queues.get_mut(&port) {
-                // The answers to the deferred changes were lost with the connection. The changes are ordered again.
-                let lost: Vec<Change> = port_queue.deferred.drain(..).flatten().collect();
-                let owed = port_queue.owed || !lost.is_empty();
-                if owed {
-                    port_queue.push(Task::Correct);
-                }
-                let untold = std::mem::take(&mut port_queue.untold);
-                if untold {
-                    port_queue.push(Task::Tell);
-                }
-                if owed || untold {
-                    self.go_on(port);
-                }
-            }
-        }
-    }
-
-    pub(super) fn disconnected(&mut self, vm: VmId) {
-        if let Some(link) = self.links.get_mut(&vm) {
-            link.online = false;
-            link.vmm.close();
-        }
-        for port in self.ports_of(vm) {
-            if let Some(port_queue) = self.port_queues.get_mut(&port) {
-                port_queue.queue.retain(|work| !matches!(work, Task::Ask { .. }));
-                port_queue.untold = true;
-                // The relay denies the request by itself. Its notice has the result of the message.
-                if let Some(busy) = &mut port_queue.busy {
-                    busy.forwarded = None;
-                }
-            }
-        }
-    }
-
-    pub(super) fn begin_tell(&mut self, port: PortId) {
-        if let Some(tools) = self.tools(port) {
-            self.start(port, Running::other(), tools.tell(self.effective(port)));
-        }
-    }
-
-    pub(super) fn ports_of(&self, vm: VmId) -> Vec<PortId> {
-        self.adapters.iter().filter(|((of, _), _)| *of == vm).map(|(_, port)| *port).collect()
-    }
-
-    // ---- reboots ----
-
-    /// `done` completes when the next agent would know of the reboot, or when the store has failed.
-    pub(super) fn rebooted(&mut self, vm: VmId, done: oneshot::Sender<()>) {
-        let mut saved = Vec::new();
-        for port in self.ports_of(vm) {
-            if let Some(port_queue) = self.port_queues.get_mut(&port).filter(|port_queue| !port_queue.closing)
-            {
-                port_queue.rebooting = true;
-                saved.extend(self.attachment(port).map(|attachment| self.writer.save(port, attachment)));
-                self.queue(port, Task::Reboot);
-            }
-        }
-        tokio::spawn(async move {
-            for saved in saved {
-                // A database that fails must not make the vmm keep the report for ever.
-                drop(saved.await);
-            }
-            let _ = done.send(());
-        });
-    }
-
-    pub(super) fn begin_reboot(&mut self, id: PortId) {
-        let Some(port) = self.state.port(id).filter(|port| port.vf.is_some()) else { return };
-        let (has, initial) = (port.device.pf.clone(), port.initial_mac);
-        let (Ok(all), Ok(baseline)) = (self.state.take_back_all(id), self.state.baseline(id)) else { return };
-        let messages: Vec<Change> =
-            all.into_iter().filter(|c| c.route() == Route::Mailbox && *c != Change::Reset).collect();
-        let settings: Vec<Change> = baseline
-            .changes()
-            .into_iter()
-            .filter(|change| matches!(change, Change::SetMac(_)) || !has.changes().contains(change))
-            .collect();
-        // The device was reset. `messages` remove the state that the PF keeps beyond that.
-        if let Err(error) = self.state.commit(id, &[Change::Reset]) {
-            tracing::error!(port = %id, "Cannot record a reboot: {error}");
-        }
-        drop(self.state.note_answer(id, &Request::SetMac(initial), true));
-        if let Err(error) = self.state.begin(id, &settings) {
-            tracing::error!(port = %id, "Cannot begin a reboot: {error}");
-            return self.reboot_over(id);
-        }
-        if let Some(port_queue) = self.port_queues.get_mut(&id) {
-            port_queue.granted = None;
-            port_queue.revert = None;
-            port_queue.deferred.clear();
-            port_queue.leftover.clone_from(&messages);
-        }
-        match self.tools(id) {
-            Some(tools) => self.start(id, Running::other(), tools.reboot(settings, messages)),
-            None => {
-                drop(self.state.abort(id));
-                self.reboot_over(id);
-            }
-        }
-    }
-
-    /// Notes that the reboot is over, so that the next agent does not repeat it, unless the guest has rebooted once
-    /// more.
-    fn reboot_over(&mut self, port: PortId) {
-        if let Some(port_queue) = self.port_queues.get_mut(&port) {
-            port_queue.rebooting = port_queue.queue.iter().any(|work| matches!(work, Task::Reboot));
-        }
-        self.save(port);
-    }
-
-    pub(super) fn reboot_done(&mut self, port: PortId, made: Applied) {
-        if let Err(error) = self.state.commit(port, &made.done) {
-            drop(self.state.abort(port));
-            tracing::error!(%port, "Cannot record a reboot: {error}");
-        }
-        for (change, why) in &made.failed {
-            self.log.line(port, |suppressed| {
-                tracing::warn!(%port, suppressed, "{} failed at a reboot: {why}", name(change));
-            });
-        }
-        if let Some(port_queue) = self.port_queues.get_mut(&port) {
-            port_queue.leftover.retain(|change| !made.done.contains(change));
-            // No other changes are deferred: the reboot began by clearing that list.
-            let _ = port_queue.defer(made.deferred);
-            // The comparison retries the settings that the PF did not take; the rest is retried at the guest's reset.
-            if !made.failed.is_empty() {
-                port_queue.push(Task::Repair { all: false });
-            }
-        }
-        self.reboot_over(port);
     }
 
     // ---- drift ----
