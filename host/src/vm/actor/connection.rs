@@ -50,7 +50,7 @@ impl Actor {
         self.outlets.connection.send_replace(None);
     }
 
-    /// Handles the events that have arrived. Events of a process that goes on to send them do not count.
+    /// Handles the events that have arrived by now. Later ones wait for their turn, so a process cannot prolong this.
     pub(super) async fn catch_up(&mut self) {
         let waiting = self.link.as_ref().map_or(0, |link| link.events.len());
         for _ in 0..waiting {
