@@ -20,9 +20,9 @@ use devices::{
 use kvm_bindings::{kvm_create_device, kvm_device_type_KVM_DEV_TYPE_VFIO};
 use kvm_ioctls::VmFd;
 use passthrough::{
+    channel::mailbox::layout::{Layout, PAGE_SIZE},
     function::{AssignedFunction, FunctionError, HardwareAccess, ResetError, TrappedRange},
     hardware::VfHardware,
-    mailbox::layout::{Layout, PAGE_SIZE},
     relay::{self, Relay},
     sim::SimVf,
     threads::ThreadStart,

@@ -11,14 +11,14 @@ use std::{path::PathBuf, sync::Arc, time::Duration};
 
 use netpolicy::{Change, MacAddress, Route};
 use passthrough::{
-    hardware::VfHardware,
-    mailbox::{
-        igbvf,
+    channel::mailbox::{
         layout::{IGBVF, Layout},
         message::Words,
         register_bits::ACK_MESSAGE,
         vf_mailbox::{Clock, SystemClock, VfMailbox, VfMailboxError},
     },
+    family::igb::codec as igbvf,
+    hardware::VfHardware,
     sriov::{Bdf, PfError, VfChange},
     vfio::Container,
 };

@@ -16,11 +16,14 @@
 
 use netpolicy::{MacAddress, OnDenied, Reason, Request, StandingRefusal};
 
-use super::{
-    address::{DriverAddress, Judgement},
-    shared::Posted,
+use super::shared::Posted;
+use crate::{
+    channel::mailbox::registers::Registers,
+    family::{
+        address::{DriverAddress, Judgement},
+        igb::codec as igbvf,
+    },
 };
-use crate::mailbox::{igbvf, registers::Registers};
 
 /// The most denials that wait for the relay's thread.
 pub(crate) const MAX_DENIALS: usize = 16;

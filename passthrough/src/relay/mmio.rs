@@ -6,9 +6,9 @@ use std::sync::Arc;
 
 use super::shared::Shared;
 use crate::{
+    channel::mailbox::{layout::Layout, registers::Read},
     function::BarHandler,
     hardware::VfHardware,
-    mailbox::{layout::Layout, registers::Read},
 };
 
 /// Handles a guest's accesses to the trapped mailbox page. It takes the registers' lock and, for status and

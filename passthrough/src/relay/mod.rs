@@ -16,7 +16,6 @@
 //! authority has denied in advance (`fast_deny`), without waiting for another thread. A guest's work is bounded: one
 //! message in flight, token buckets for messages, resets and log lines, and one notice a second about rejections.
 
-mod address;
 mod authority;
 mod disposition;
 mod fast_deny;
@@ -42,7 +41,6 @@ use std::{
 use netpolicy::{Change, MacAddress, StandingRefusal};
 
 pub use self::{
-    address::{DriverAddress, Judgement},
     authority::{Authority, Cancelled, Decision, Forwarded, How, Notice, Question, Unreachable, Verdict},
     mmio::MailboxPage,
     stats::{BUCKETS_US, RelayStats, RoundTrips},
@@ -53,12 +51,12 @@ use self::{
     state_machine::StateMachine,
 };
 use crate::{
-    function::TrappedRange,
-    hardware::VfHardware,
-    mailbox::{
+    channel::mailbox::{
         layout::{Layout, PAGE_SIZE},
         vf_mailbox::{Clock, SystemClock},
     },
+    function::TrappedRange,
+    hardware::VfHardware,
     threads::{ThreadKind, ThreadStart},
 };
 

@@ -19,7 +19,7 @@ use super::{
     fast_deny::{FastDenial, MAX_DENIALS, Permit},
     stats::{RelayStats, Stats},
 };
-use crate::mailbox::{
+use crate::channel::mailbox::{
     layout::Layout,
     registers::{Effect, Read, Registers, Snapshot},
     vf_mailbox::Clock,

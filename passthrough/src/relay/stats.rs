@@ -7,7 +7,7 @@ use std::{collections::BTreeMap, time::Duration};
 use serde::{Deserialize, Serialize};
 
 use super::disposition::Disposition;
-use crate::mailbox::registers::RegisterCounts;
+use crate::channel::mailbox::registers::RegisterCounts;
 
 /// Upper bounds of the round trips' buckets in microseconds; the last bucket has none.
 pub const BUCKETS_US: [u64; 11] =

@@ -12,7 +12,7 @@ use super::{
     pf::{Frame, Port, SimPfState},
     wire::{self, MAX_FRAME, Packet},
 };
-use crate::{mailbox::message::BUFFER_WORDS, sriov::VfChange};
+use crate::{channel::mailbox::message::BUFFER_WORDS, sriov::VfChange};
 
 /// A packet between a VF and its PF: a decoded packet is the same after it is encoded and decoded again.
 pub fn fuzz_packet(data: &[u8]) {

@@ -4,7 +4,7 @@
 
 use netpolicy::PfCapabilities;
 use passthrough::{
-    mailbox::layout::{FAMILIES, Layout},
+    channel::mailbox::layout::{FAMILIES, Layout},
     sriov::{InventoryError, PciDevice, Pf},
 };
 

@@ -6,11 +6,11 @@ use netpolicy::{MacAddress, Reason, Request};
 
 use super::{Message, StateMachine};
 use crate::{
-    mailbox::{
-        igbvf,
+    channel::mailbox::{
         message::Words,
         registers::{RESET_WANTED, Registers},
     },
+    family::igb::codec as igbvf,
     relay::{authority::Notice, disposition::Disposition},
 };
 

@@ -26,7 +26,6 @@ use netpolicy::{Change, MacAddress, OnDenied, Reason, Request};
 
 use super::{
     Config,
-    address::{DriverAddress, Judgement},
     authority::{Authority, Cancelled, Decision, How, Notice, Question, Verdict},
     disposition::Disposition,
     fast_deny::{FastDenial, Permit},
@@ -36,12 +35,10 @@ use super::{
     token_bucket::TokenBucket,
 };
 use crate::{
+    channel::mailbox::{layout::Layout, vf_mailbox::VfMailbox},
+    family::address::{DriverAddress, Judgement},
+    family::igb::codec::{self as igbvf, Malformed},
     hardware::VfHardware,
-    mailbox::{
-        igbvf::{self, Malformed},
-        layout::Layout,
-        vf_mailbox::VfMailbox,
-    },
 };
 
 /// A message without an answer yet.

@@ -8,12 +8,12 @@ use netpolicy::{Change, MacAddress, Request};
 
 use super::{Message, StateMachine};
 use crate::{
-    mailbox::{
-        igbvf,
+    channel::mailbox::{
         message::Words,
         register_bits::{ACK_MESSAGE, CTS},
         vf_mailbox::VfMailboxError,
     },
+    family::igb::codec as igbvf,
     relay::{
         MAX_CHANGES,
         authority::{Forwarded, Notice},

@@ -13,7 +13,7 @@ use netpolicy::{MacAddress, Reason, Request, UnicastLimit};
 
 use super::{StateMachine, Work};
 use crate::{
-    mailbox::igbvf,
+    family::igb::codec as igbvf,
     relay::authority::{Cancelled, Decision, Forwarded, How, Notice, OWN_QUESTION, Question},
 };
 

@@ -16,8 +16,8 @@ use super::{
     fake_vf::FakeVf,
 };
 use crate::{
+    channel::mailbox::{layout::IGBVF, vf_mailbox::Clock},
     function::BarHandler,
-    mailbox::{layout::IGBVF, vf_mailbox::Clock},
     relay::{
         Authority, Config, Decision, How, MailboxPage, Notice, Question, Relay, Unreachable, Verdict,
         state_machine::StateMachine,

@@ -20,13 +20,13 @@ use super::{
     table::{EFFECTIVE, PF_CASES, RELAY_CASES, RelayCase},
 };
 use crate::{
-    function::BarHandler,
-    hardware::{BarInfo, IrqKind, VfHardware},
-    mailbox::{
+    channel::mailbox::{
         layout::{IGBVF, Register},
         message::BUFFER_WORDS,
         register_bits::{CONTROL_RST, REQ},
     },
+    function::BarHandler,
+    hardware::{BarInfo, IrqKind, VfHardware},
     relay::{
         Authority, Config, Decision, How, MailboxPage, Notice, Question, Rate, Relay, Unreachable, Verdict,
     },

@@ -15,8 +15,7 @@ use netpolicy::MacAddress;
 use vmm_sys_util::eventfd::EventFd;
 
 use crate::{
-    hardware::{BarInfo, IrqKind, VfHardware},
-    mailbox::{
+    channel::mailbox::{
         layout::{IGBVF, Register},
         message::BUFFER_WORDS,
         register_bits::{
@@ -25,6 +24,7 @@ use crate::{
         },
         vf_mailbox::Clock,
     },
+    hardware::{BarInfo, IrqKind, VfHardware},
 };
 
 /// The most messages to keep.

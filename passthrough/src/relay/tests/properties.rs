@@ -9,7 +9,8 @@ use proptest::prelude::*;
 
 use super::{FORWARD, LOCAL, NACK, SILENT, mac};
 use crate::{
-    mailbox::{fuzz::assert_canonical, igbvf},
+    channel::mailbox::fuzz::assert_canonical,
+    family::igb::codec as igbvf,
     relay::{
         Notice,
         testing::{Bench, Bus},

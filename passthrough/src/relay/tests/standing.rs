@@ -8,8 +8,8 @@ use netpolicy::{MacAddress, OnDenied, Reason, Request, StandingRefusal};
 
 use super::{LOCAL, mac};
 use crate::{
+    channel::mailbox::register_bits::{ACK_MESSAGE, NACK_MESSAGE, PFACK, PFSTS, REQ},
     function::BarHandler,
-    mailbox::register_bits::{ACK_MESSAGE, NACK_MESSAGE, PFACK, PFSTS, REQ},
     relay::{
         Notice,
         testing::{Bench, Driver},

@@ -7,7 +7,7 @@ use std::{sync::Arc, time::Duration};
 use netpolicy::MacAddress;
 
 use crate::{
-    mailbox::vf_mailbox::Clock,
+    channel::mailbox::vf_mailbox::Clock,
     relay::testing::{
         Bench, Bus, FakeClock, FakeVf,
         conformance::{pf_differences, relay_differences},

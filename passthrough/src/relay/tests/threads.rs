@@ -14,8 +14,8 @@ use netpolicy::Request;
 
 use super::{FORWARD, LOCAL, NACK, mac};
 use crate::{
+    channel::mailbox::{fuzz::assert_canonical, layout::IGBVF, vf_mailbox::SystemClock},
     function::BarHandler,
-    mailbox::{fuzz::assert_canonical, layout::IGBVF, vf_mailbox::SystemClock},
     relay::{
         Authority, Cancelled, Config, MailboxPage, Notice, Question, Rate, Relay, Unreachable, Verdict,
         testing::{Bus, Driver, FakeVf},

@@ -7,7 +7,7 @@ use std::time::Duration;
 use netpolicy::MacAddress;
 
 use super::{SimPfState, Vf};
-use crate::mailbox::{
+use crate::channel::mailbox::{
     message::{BUFFER_WORDS, Words},
     register_bits::{ACK_MESSAGE, CTS, NACK_MESSAGE, PF_CONTROL},
 };

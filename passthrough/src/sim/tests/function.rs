@@ -18,8 +18,8 @@ use vmm_sys_util::eventfd::EventFd;
 
 use super::fixture::{Adapter, eventually, mac};
 use crate::{
+    channel::mailbox::layout::IGBVF,
     function::{AssignedFunction, HardwareAccess},
-    mailbox::layout::IGBVF,
     relay::{
         Authority, Config, Decision, How, Notice, Question, Relay, Unreachable, Verdict,
         testing::{Bus, Driver},

@@ -2,7 +2,7 @@
 
 //! The VF's end of the mailbox.
 
-use crate::mailbox::{
+use crate::channel::mailbox::{
     message::{BUFFER_WORDS, Words},
     register_bits::{PFACK, PFSTS, READ_TO_CLEAR, REQ, VFU},
 };

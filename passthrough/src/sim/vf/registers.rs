@@ -7,7 +7,7 @@ use super::{
     mailbox::Mailbox,
     queue::Queue,
 };
-use crate::mailbox::{
+use crate::channel::mailbox::{
     layout::{IGBVF, Register},
     register_bits::CONTROL_RST,
 };

@@ -12,12 +12,11 @@ use std::{
 };
 
 use super::{
-    igbvf,
     layout::Layout,
     message::{BUFFER_WORDS, Words},
     register_bits::{self, ACK, PFACK, PFSTS, PFU, READ_TO_CLEAR, REQ, RSTD, RSTI, VFU},
 };
-use crate::hardware::VfHardware;
+use crate::{family::igb::codec as igbvf, hardware::VfHardware};
 
 /// The relay's clock. Tests have their own.
 pub trait Clock: Send + Sync {

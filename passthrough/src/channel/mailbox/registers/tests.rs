@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 
 use super::*;
-use crate::mailbox::{
+use crate::channel::mailbox::{
     layout::IGBVF,
     register_bits::{ACK, ACK_MESSAGE, CONTROL_RST, CTS},
 };

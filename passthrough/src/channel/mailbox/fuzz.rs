@@ -6,12 +6,12 @@
 use netpolicy::{MacAddress, Request};
 
 use super::{
-    igbvf,
     layout::IGBVF,
     message::{BUFFER_WORDS, Words},
     register_bits::{ACK_MESSAGE, CONTROL_RST, CTS, NACK_MESSAGE, PFACK, PFSTS, PFU, REQ},
     registers::{Effect, Read, Registers},
 };
+use crate::family::igb::codec as igbvf;
 
 /// The codec: a decoded message is encoded canonically, and has the same meaning when decoded
 /// again.

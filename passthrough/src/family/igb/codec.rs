@@ -7,7 +7,7 @@
 
 use netpolicy::{Change, MacAddress, PromiscuousMode, Request, VlanId};
 
-use super::{
+use crate::channel::mailbox::{
     message::{BUFFER_WORDS, Words},
     register_bits::{ACK_MESSAGE, CTS, NACK_MESSAGE, REQUEST_MASK},
 };

@@ -1,13 +1,12 @@
 // SPDX-License-Identifier: Apache-2.0
 
-//! Mailbox registers and messages of VF drivers: the registers that the guest sees in place of the real mailbox
-//! ([`registers`]), the meaning of the messages ([`igbvf`]), and access to the real mailbox ([`vf_mailbox`]).
+//! Mailbox registers of VF drivers: the registers that the guest sees in place of the real mailbox ([`registers`]), and
+//! access to the real mailbox ([`vf_mailbox`]).
 //!
 //! Nothing here decides. The [relay](crate::relay) owns the real mailbox and waits for verdicts.
 
 #[cfg(any(test, feature = "test-support"))]
 pub mod fuzz;
-pub mod igbvf;
 pub mod layout;
 pub mod message;
 pub mod register_bits;

@@ -3,7 +3,7 @@
 use proptest::prelude::*;
 
 use super::*;
-use crate::mailbox::fuzz;
+use crate::channel::mailbox::fuzz;
 
 fn mac(last: u8) -> MacAddress {
     MacAddress::new([2, 0xaa, 0xbb, 0xcc, 0xdd, last])

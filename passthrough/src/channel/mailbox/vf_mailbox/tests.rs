@@ -11,7 +11,7 @@ fn mailbox() -> (VfMailbox, Arc<FakeVf>, Arc<FakeClock>) {
     let clock = Arc::new(FakeClock::default());
     clock.sleep(1000 * MS);
     let vf = FakeVf::new(MacAddress::new([2, 0, 0, 0, 0, 0x11]), clock.clone());
-    let mut mailbox = VfMailbox::new(vf.clone(), &crate::mailbox::layout::IGBVF, clock.clone());
+    let mut mailbox = VfMailbox::new(vf.clone(), &crate::channel::mailbox::layout::IGBVF, clock.clone());
     let reply = mailbox.exchange(&Words::new(&[1]), 3, 100 * MS).expect("reset");
     assert_eq!(reply.as_slice(), [0x8000_0001, 0x0000_0002, 0x0000_1100]);
     (mailbox, vf, clock)
