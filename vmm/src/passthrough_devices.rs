@@ -20,7 +20,7 @@ use devices::{
 use kvm_bindings::{kvm_create_device, kvm_device_type_KVM_DEV_TYPE_VFIO};
 use kvm_ioctls::VmFd;
 use passthrough::{
-    channel::mailbox::layout::{Layout, PAGE_SIZE},
+    family::Family,
     function::{AssignedFunction, FunctionError, HardwareAccess, ResetError, TrappedRange},
     hardware::VfHardware,
     relay::{self, Relay},
@@ -367,7 +367,7 @@ impl OpenedDevices {
             let (hardware, signals) = hardware.start(&spec.bdf, memory, threads)?;
             let access = HardwareAccess::new(hardware);
             let relay = start_relay(&spec, &access, relays, threads)?;
-            let traps: Vec<TrappedRange> = relay.iter().map(mailbox_trap).collect();
+            let traps: Vec<TrappedRange> = relay.iter().flat_map(Relay::trapped_ranges).collect();
             let (mapper, router) = (Arc::clone(mapper), Arc::clone(router));
             let function = AssignedFunction::new(
                 &spec.bdf,
@@ -415,7 +415,7 @@ fn start_relay(
     let [vendor_low, vendor_high, device_low, device_high] = ids;
     let vendor = u16::from_le_bytes([vendor_low, vendor_high]);
     let device = u16::from_le_bytes([device_low, device_high]);
-    let family = Layout::of(vendor, device).ok_or_else(|| DeviceError::Family {
+    let family = Family::of(vendor, device).ok_or_else(|| DeviceError::Family {
         bdf: spec.bdf.clone(),
         vendor,
         device,
@@ -424,11 +424,6 @@ fn start_relay(
     let relay = Relay::start(config, family, access.clone(), Arc::new(relays.client_for(adapter)), threads)
         .map_err(|source| DeviceError::Relay { bdf: spec.bdf.clone(), source })?;
     Ok(Some(relay))
-}
-
-/// The page that no guest sees: the mailbox's.
-fn mailbox_trap(relay: &Relay) -> TrappedRange {
-    TrappedRange { bar: 0, range: 0..PAGE_SIZE, handler: relay.page() }
 }
 
 #[cfg(test)]

@@ -12,12 +12,10 @@ use std::{path::PathBuf, sync::Arc, time::Duration};
 use netpolicy::{Change, MacAddress, Route};
 use passthrough::{
     channel::mailbox::{
-        layout::{IGBVF, Layout},
-        message::Words,
-        register_bits::ACK_MESSAGE,
-        vf_mailbox::{Clock, SystemClock, VfMailbox, VfMailboxError},
+        channel::{MailboxChannel, SendError},
+        vf_mailbox::{Clock, SystemClock, VfMailboxError},
     },
-    family::igb::codec as igbvf,
+    family::Family,
     hardware::VfHardware,
     sriov::{Bdf, PfError, VfChange},
     vfio::Container,
@@ -115,40 +113,42 @@ fn send(
     messages: &[Change],
     mac: MacAddress,
 ) -> Result<(), String> {
-    let mut id = [0xff; 4];
-    vf.config_read(0, &mut id);
-    let [a, b, c, d] = id;
-    // The ids of a VF may read as all-ones (PCI SR-IOV 3.4.1.1); VFIO fills in the real ones. The
-    // only family so far is igbvf, so its layout fits in any case.
-    let layout = Layout::of(u16::from_le_bytes([a, b]), u16::from_le_bytes([c, d])).unwrap_or(&IGBVF);
-    let mut port = VfMailbox::new(vf, layout, Arc::clone(&clock));
-    reset(&mut port, &*clock)?;
+    // The ids of a VF may read as all-ones (PCI SR-IOV 3.4.1.1); VFIO fills in the real ones.
+    let mut ids = [0xff; 4];
+    vf.config_read(0, &mut ids);
+    let [a, b, c, d] = ids;
+    let (vendor, device) = (u16::from_le_bytes([a, b]), u16::from_le_bytes([c, d]));
+    let family = Family::of(vendor, device)
+        .ok_or_else(|| format!("no family of VFs has the ids {vendor:04x}:{device:04x}"))?;
+    let mut channel = MailboxChannel::new(family, vf, Arc::clone(&clock));
+    reset(&mut channel, &*clock)?;
     let mut failure = None;
     for change in messages {
-        let Some(words) = igbvf::encode_change(change, mac) else { continue };
-        let result = match port.exchange(&words, 1, EXCHANGE) {
-            Ok(reply) if reply.first() & ACK_MESSAGE != 0 => Ok(()),
+        let result = match channel.send_change(change, mac, EXCHANGE) {
+            Ok(reply) if reply.outcome.accepted => Ok(()),
+            // Such a change is not made by a message, so no message takes it back.
+            Err(SendError::NoMessage) => Ok(()),
             Ok(_) => Err(format!("the PF refused {change:?}")),
             Err(error) => Err(error.to_string()),
         };
         failure = failure.or(result.err());
     }
     // Disable the queues again, because no driver reads them now.
-    port.reset_vf();
+    channel.reset_vf();
     failure.map_or(Ok(()), Err)
 }
 
-fn reset(port: &mut VfMailbox, clock: &dyn Clock) -> Result<(), String> {
-    let mut last = VfMailboxError::NoReply;
+fn reset(channel: &mut MailboxChannel, clock: &dyn Clock) -> Result<(), String> {
+    let mut last = SendError::Mailbox(VfMailboxError::NoReply);
     for attempt in 0..RESETS {
         if attempt > 0 {
             clock.sleep(EXCHANGE / 5);
         }
-        port.reset_vf();
+        channel.reset_vf();
         clock.sleep(EXCHANGE / 50);
-        match port.exchange(&Words::new(&[1]), igbvf::RESET_REPLY_WORDS, EXCHANGE) {
-            Ok(reply) if igbvf::parse_reset_reply(&reply).is_some() => return Ok(()),
-            Ok(_) => {}
+        match channel.reset(EXCHANGE) {
+            Ok(_) => return Ok(()),
+            Err(SendError::OtherReply) => {}
             Err(error) => last = error,
         }
     }

@@ -2,9 +2,9 @@
 
 //! The address that the driver requests at its next reset, and which of these requests the relay must refuse.
 //!
-//! igbvf keeps two addresses: the one that it last requested, and the one in the last reset reply. After every reset
-//! it requests the former again (a "restore"); if that is refused, it takes the latter. Two rules follow, whether
-//! refusals are silent or not:
+//! A driver that *restores* (igbvf) keeps two addresses: the one that it last requested, and the one in the last reset
+//! reply. After every reset it requests the former again (a "restore"); if that is refused, it takes the latter. Two
+//! rules follow, whether refusals are silent or not:
 //!
 //! * *fresh*: if the refused request is a restore, the relay refuses it openly even where the policy asks for
 //!   silence. After an acknowledgement, the driver would keep an address that the device does not have, across all
@@ -12,12 +12,24 @@
 //! * *stale restore*: after a refusal the driver goes back to the address of the last reset reply. If another
 //!   address was granted in between, the next restore requests an obsolete address, and a policy that accepts it
 //!   would undo the grant. The relay therefore refuses it.
+//!
+//! A driver that *adopts* (ixgbevf) has one address: a reset replaces it by the one in the reply. Neither rule applies.
 
 use netpolicy::MacAddress;
 
-/// The relay's knowledge of the driver's two addresses.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+/// The address that a driver requests after a reset.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum AddressRule {
+    /// The address that it last requested, whatever the reset reply has.
+    Restores,
+    /// The one in the reset reply.
+    Adopts,
+}
+
+/// The relay's knowledge of the driver's addresses.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct DriverAddress {
+    rule: AddressRule,
     /// The driver has requested no address since the last reset.
     fresh: bool,
     /// The address in the last reset reply.
@@ -38,9 +50,14 @@ pub enum Judgement {
 }
 
 impl DriverAddress {
+    /// A driver that has not requested an address yet.
+    pub fn new(rule: AddressRule) -> Self {
+        Self { rule, fresh: false, from_reset: None, fallen_back: None }
+    }
+
     /// Notes a reset reply with this address.
     pub fn reset(&mut self, reply: Option<MacAddress>) {
-        self.fresh = true;
+        self.fresh = self.rule == AddressRule::Restores;
         self.from_reset = reply.or(self.from_reset);
     }
 
@@ -94,7 +111,7 @@ mod tests {
 
     /// Plays the steps; the effective address is A at first. Returns the effective address at the end.
     fn play(steps: &[Step]) -> u8 {
-        let (mut driver, mut effective) = (DriverAddress::default(), A);
+        let (mut driver, mut effective) = (DriverAddress::new(AddressRule::Restores), A);
         for (index, step) in steps.iter().enumerate() {
             match *step {
                 Reset => driver.reset(Some(mac(effective))),
@@ -149,6 +166,17 @@ mod tests {
             ];
             assert_eq!(play(&steps), Y, "silent {silent}");
         }
+    }
+
+    #[test]
+    fn a_driver_that_adopts_the_replys_address_restores_nothing() {
+        let mut driver = DriverAddress::new(AddressRule::Adopts);
+        driver.reset(Some(mac(A)));
+        assert!(!driver.must_tell(), "silence is safe: the next reset tells the address");
+        driver.answered(false);
+        driver.reset(Some(mac(Y)));
+        assert_eq!(driver.judge(mac(A), Some(mac(Y))), Ask, "asked for on purpose");
+        assert_eq!(driver.judge(mac(Y), Some(mac(Y))), Equal);
     }
 
     #[test]

@@ -18,10 +18,13 @@ use netpolicy::{MacAddress, OnDenied, Reason, Request, StandingRefusal};
 
 use super::shared::Posted;
 use crate::{
-    channel::mailbox::registers::Registers,
+    channel::mailbox::{
+        channel::{Reply, Response},
+        registers::Registers,
+    },
     family::{
+        Family, Incoming, Outcome, Session,
         address::{DriverAddress, Judgement},
-        igb::codec as igbvf,
     },
 };
 
@@ -32,6 +35,8 @@ pub(crate) const MAX_DENIALS: usize = 16;
 /// issues it only while the PF listens to the VF ("clear to send") and no request is under way.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Permit {
+    pub(crate) family: &'static Family,
+    pub(crate) session: Session,
     pub(crate) effective: MacAddress,
     pub(crate) driver: DriverAddress,
     /// Tokens in the guest's bucket.
@@ -55,16 +60,17 @@ impl Permit {
         standing: &StandingRefusal,
         registers: &mut Registers,
     ) -> Option<FastDenial> {
-        let words = &posted.snapshot.words;
-        let Ok(Request::SetMac(mac)) = igbvf::decode(words) else { return None };
+        let decoded = self.family.codec.decode(&posted.snapshot.words, self.session);
+        let Ok(Incoming::Request(Request::SetMac(mac))) = decoded else { return None };
         self.tokens = self.tokens.checked_sub(1)?;
         let asks = self.driver.judge(mac, Some(self.effective)) == Judgement::Ask;
         if !asks || !standing.covers(mac) {
             return None;
         }
         let silent = standing.on_denied == OnDenied::Silent && !self.driver.must_tell();
-        let reply = igbvf::reply(words[0], silent, true);
-        let shown = registers.complete(posted.snapshot.seq, Some(&reply));
+        let outcome = Outcome { accepted: silent, clear_to_send: true };
+        let response = Response::Result { outcome, from_pf: None };
+        let shown = Reply::new(self.family, &posted.snapshot, &response).show(registers, posted.snapshot.seq);
         self.driver.answered(silent);
         shown.then_some(FastDenial { mac, silent, reason: standing.reason })
     }

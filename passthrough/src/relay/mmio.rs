@@ -6,22 +6,29 @@ use std::sync::Arc;
 
 use super::shared::Shared;
 use crate::{
-    channel::mailbox::{layout::Layout, registers::Read},
+    channel::mailbox::{layout::Access, registers::Read},
+    family::Family,
     function::BarHandler,
     hardware::VfHardware,
 };
 
-/// Handles a guest's accesses to the trapped mailbox page. It takes the registers' lock and, for status and
-/// statistics, reads one register of the hardware. It waits for nothing else.
+/// Handles a guest's accesses to the trapped mailbox page. Registers that the family [passes](crate::channel::mailbox::layout::Layout::passes) reach the
+/// hardware without a lock; all others are the relay's, behind the registers' lock. It waits for nothing else.
 pub struct MailboxPage {
     shared: Arc<Shared>,
     hardware: Arc<dyn VfHardware>,
-    layout: &'static Layout,
+    family: &'static Family,
 }
 
 impl MailboxPage {
-    pub(crate) fn new(shared: Arc<Shared>, hardware: Arc<dyn VfHardware>, layout: &'static Layout) -> Self {
-        Self { shared, hardware, layout }
+    pub(crate) fn new(shared: Arc<Shared>, hardware: Arc<dyn VfHardware>, family: &'static Family) -> Self {
+        Self { shared, hardware, family }
+    }
+
+    /// Holds the lock of the registers.
+    #[cfg(test)]
+    pub(crate) fn lock_registers_for_test(&self) -> std::sync::MutexGuard<'_, super::shared::State> {
+        self.shared.lock()
     }
 
     /// Logs the first access to each unknown register of the page.
@@ -29,7 +36,7 @@ impl MailboxPage {
         if first {
             tracing::debug!(
                 offset,
-                driver = self.layout.driver,
+                driver = self.family.driver,
                 "The guest accessed a VF register that is not emulated"
             );
         }
@@ -38,6 +45,10 @@ impl MailboxPage {
 
 impl BarHandler for MailboxPage {
     fn read(&self, offset: u64, data: &mut [u8]) {
+        let layout = &self.family.layout;
+        if layout.passes(offset, data.len(), Access::Read) {
+            return self.hardware.bar_read(layout.bar, offset, data);
+        }
         data.fill(0);
         match self.shared.read(offset, data.len()) {
             Read::Shadow { value, .. } => {
@@ -45,12 +56,15 @@ impl BarHandler for MailboxPage {
                     *to = from;
                 }
             }
-            Read::Hardware => self.hardware.bar_read(self.layout.bar, offset, data),
             Read::Unknown { first } => self.log_unknown(first, offset),
         }
     }
 
     fn write(&self, offset: u64, data: &[u8]) {
+        let layout = &self.family.layout;
+        if layout.passes(offset, data.len(), Access::Write) {
+            return self.hardware.bar_write(layout.bar, offset, data);
+        }
         let value = <[u8; 4]>::try_from(data).map_or(0, u32::from_le_bytes);
         let first = self.shared.write(offset, data.len(), value);
         self.log_unknown(first, offset);

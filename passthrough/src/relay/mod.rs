@@ -52,15 +52,16 @@ use self::{
 };
 use crate::{
     channel::mailbox::{
-        layout::{Layout, PAGE_SIZE},
+        layout::PAGE_SIZE,
         vf_mailbox::{Clock, SystemClock},
     },
+    family::Family,
     function::TrappedRange,
     hardware::VfHardware,
     threads::{ThreadKind, ThreadStart},
 };
 
-/// How a relay behaves. The defaults fit igbvf, which gives up after a second.
+/// How a relay behaves. The defaults fit drivers that give up after a second, as igbvf and ixgbevf do.
 #[derive(Clone, Debug)]
 pub struct Config {
     /// The adapter's name, for log lines.
@@ -115,7 +116,7 @@ pub struct Relay {
     shared: Arc<Shared>,
     page: Arc<MailboxPage>,
     authority: Arc<dyn Authority>,
-    layout: &'static Layout,
+    family: &'static Family,
     thread: Mutex<Option<JoinHandle<()>>>,
 }
 
@@ -126,13 +127,13 @@ impl Relay {
     /// Those of starting a thread.
     pub fn start(
         config: Config,
-        layout: &'static Layout,
+        family: &'static Family,
         hardware: Arc<dyn VfHardware>,
         authority: Arc<dyn Authority>,
         threads: &ThreadStart,
     ) -> io::Result<Self> {
         let (relay, machine) =
-            Self::assemble(config, layout, hardware, authority, Arc::new(SystemClock::default()));
+            Self::assemble(config, family, hardware, authority, Arc::new(SystemClock::default()));
         let thread = threads.spawn(ThreadKind::Relay, "relay".into(), move || machine.run())?;
         *relay.thread.lock().unwrap_or_else(PoisonError::into_inner) = Some(thread);
         Ok(relay)
@@ -140,15 +141,15 @@ impl Relay {
 
     fn assemble(
         config: Config,
-        layout: &'static Layout,
+        family: &'static Family,
         hardware: Arc<dyn VfHardware>,
         authority: Arc<dyn Authority>,
         clock: Arc<dyn Clock>,
     ) -> (Self, StateMachine) {
-        let shared = Arc::new(Shared::new(layout, clock, config.look_gap));
-        let page = Arc::new(MailboxPage::new(shared.clone(), hardware.clone(), layout));
-        let machine = StateMachine::new(config, layout, hardware, authority.clone(), shared.clone());
-        (Self { shared, page, authority, layout, thread: Mutex::new(None) }, machine)
+        let shared = Arc::new(Shared::new(family, clock, config.look_gap));
+        let page = Arc::new(MailboxPage::new(shared.clone(), hardware.clone(), family));
+        let machine = StateMachine::new(config, family, hardware, authority.clone(), shared.clone());
+        (Self { shared, page, authority, family, thread: Mutex::new(None) }, machine)
     }
 
     /// The mailbox page as the guest sees it: the handler of the trapped page.
@@ -156,9 +157,9 @@ impl Relay {
         self.page.clone()
     }
 
-    /// The mailbox page as a range for [`AssignedFunction`](crate::function::AssignedFunction).
-    pub fn trapped_range(&self) -> TrappedRange {
-        TrappedRange { bar: self.layout.bar, range: 0..PAGE_SIZE, handler: self.page.clone() }
+    /// The ranges that the relay traps, for [`AssignedFunction`](crate::function::AssignedFunction).
+    pub fn trapped_ranges(&self) -> Vec<TrappedRange> {
+        vec![TrappedRange { bar: self.family.layout.bar, range: 0..PAGE_SIZE, handler: self.page.clone() }]
     }
 
     /// Hands over the authority's verdict. A verdict that comes too late changes nothing.

@@ -19,10 +19,12 @@ use super::{
     fast_deny::{FastDenial, MAX_DENIALS, Permit},
     stats::{RelayStats, Stats},
 };
-use crate::channel::mailbox::{
-    layout::Layout,
-    registers::{Effect, Read, Registers, Snapshot},
-    vf_mailbox::Clock,
+use crate::{
+    channel::mailbox::{
+        registers::{Effect, Read, Registers, Snapshot},
+        vf_mailbox::Clock,
+    },
+    family::Family,
 };
 
 /// The most commands that wait for the relay thread.
@@ -52,6 +54,8 @@ pub(crate) struct Inbox {
     pub(crate) vf_reset: bool,
     pub(crate) function_reset: bool,
     pub(crate) hint: bool,
+    /// The registers have changed in a way that the guest's driver waits for.
+    pub(crate) interrupt: bool,
     pub(crate) verdict: Option<Verdict>,
     pub(crate) commands: VecDeque<RelayCommand>,
     pub(crate) stop: bool,
@@ -60,7 +64,7 @@ pub(crate) struct Inbox {
 impl Inbox {
     /// Whether nothing in it is worth waking the relay thread.
     fn is_quiet(&self) -> bool {
-        self.is_calm() && !(self.hint || self.stop)
+        self.is_calm() && !(self.hint || self.interrupt || self.stop)
     }
 
     /// Whether nothing in it changes the meaning of the next message.
@@ -116,9 +120,9 @@ pub(crate) struct Shared {
 }
 
 impl Shared {
-    pub(crate) fn new(layout: &'static Layout, clock: Arc<dyn Clock>, look_gap: Duration) -> Self {
+    pub(crate) fn new(family: &'static Family, clock: Arc<dyn Clock>, look_gap: Duration) -> Self {
         let state = State {
-            registers: Registers::new(layout),
+            registers: Registers::new(family),
             stats: Stats::default(),
             inbox: Inbox::default(),
             standing: None,
@@ -168,6 +172,7 @@ impl Shared {
                     return first;
                 }
             }
+            Effect::Interrupt => state.inbox.interrupt = true,
             Effect::Reset(_) => {
                 state.permit = None;
                 state.inbox.posted = None;

@@ -4,7 +4,7 @@
 
 use netpolicy::PfCapabilities;
 use passthrough::{
-    channel::mailbox::layout::{FAMILIES, Layout},
+    family::{FAMILIES, Family},
     sriov::{InventoryError, PciDevice, Pf},
 };
 
@@ -84,8 +84,8 @@ fn vfs(host: &Host, pf: &Pf, found: String) -> Finding {
             return Finding::wrong(Verdict::Fail, "vfs", error.to_string(), fix);
         }
     };
-    if vfs.iter().any(|vf| Layout::of(vf.device.vendor, vf.device.device).is_none()) {
-        let known: Vec<&str> = FAMILIES.iter().map(|layout| layout.driver).collect();
+    if vfs.iter().any(|vf| Family::of(vf.device.vendor, vf.device.device).is_none()) {
+        let known: Vec<&str> = FAMILIES.iter().map(|family| family.driver).collect();
         let found =
             format!("{found} with an unsupported mailbox: VMs can have them as `devices`, without policy");
         let fix = format!("use an adapter with VFs of the driver {}", known.join(" or "));

@@ -5,6 +5,7 @@
 //!
 //! Nothing here decides. The [relay](crate::relay) owns the real mailbox and waits for verdicts.
 
+pub mod channel;
 #[cfg(any(test, feature = "test-support"))]
 pub mod fuzz;
 pub mod layout;

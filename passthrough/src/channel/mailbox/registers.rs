@@ -25,13 +25,11 @@
 //!   is in flight, while the guest owns the buffer, or while an answer is unread.
 
 use super::{
-    layout::{Layout, Register},
+    layout::Register,
     message::{BUFFER_WORDS, Words},
-    register_bits::{self, CTS, NACK_MESSAGE, PF_CONTROL, PFACK, PFSTS, REQ, RSTD, RSTI, VFU},
+    register_bits::{self, ACK, CTS, PFACK, PFSTS, REQ, RSTD, RSTI, VFU},
 };
-
-/// Word 0 that makes the driver's link check schedule a reset: refused, and not clear to send.
-pub const RESET_WANTED: u32 = PF_CONTROL | NACK_MESSAGE;
+use crate::family::{Family, LostWords};
 
 /// The 16 words at the moment when the guest set REQ.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -51,6 +49,8 @@ pub enum Effect {
     Ring(Snapshot),
     /// The guest reset its VF; messages up to this sequence number are void.
     Reset(u64),
+    /// Word 0 has changed, and the driver waits for the mailbox interrupt.
+    Interrupt,
 }
 
 /// The result of a read.
@@ -63,8 +63,6 @@ pub enum Read {
         /// Whether the real mailbox is worth a poll.
         hint: bool,
     },
-    /// The hardware's register at the same offset.
-    Hardware,
     /// No register: reads as zero.
     Unknown {
         /// Whether this is the first access to this register.
@@ -88,7 +86,7 @@ pub struct RegisterCounts {
 /// The mailbox page as the guest sees it.
 #[derive(Debug)]
 pub struct Registers {
-    layout: &'static Layout,
+    family: &'static Family,
     words: [u32; BUFFER_WORDS],
     seq: u64,
     in_flight: bool,
@@ -107,15 +105,17 @@ pub struct Registers {
     must_reset: bool,
     /// Word 0 must ask for a reset as soon as the guest cannot take that for a reply.
     reset_unsaid: bool,
+    /// The driver's acknowledgement of the first of the [`LostWords`] is to bring the second one.
+    second_word_due: bool,
     seen: [u64; 16],
     counts: RegisterCounts,
 }
 
 impl Registers {
     /// Registers after power-on.
-    pub fn new(layout: &'static Layout) -> Self {
+    pub fn new(family: &'static Family) -> Self {
         Self {
-            layout,
+            family,
             words: [0; BUFFER_WORDS],
             seq: 0,
             in_flight: false,
@@ -129,6 +129,7 @@ impl Registers {
             waiting: None,
             must_reset: false,
             reset_unsaid: false,
+            second_word_due: false,
             seen: [0; 16],
             counts: RegisterCounts::default(),
         }
@@ -155,7 +156,7 @@ impl Registers {
             count(&mut self.counts.bad_width);
             return Read::Shadow { value: 0, hint: false };
         }
-        match self.layout.register(offset) {
+        match self.family.layout.register(offset) {
             Register::Mailbox => Read::Shadow { value: self.read_mailbox(), hint: self.wants_news() },
             Register::Buffer(0) => {
                 let value = self.words[0];
@@ -168,7 +169,8 @@ impl Registers {
             Register::Buffer(index) => {
                 Read::Shadow { value: self.words.get(index).copied().unwrap_or(0), hint: false }
             }
-            Register::Control | Register::PassedRead => Read::Hardware,
+            // Reads that the hardware answers do not come here.
+            Register::Control | Register::Passed { .. } => Read::Shadow { value: 0, hint: false },
             Register::Unknown => Read::Unknown { first: self.first_touch(offset) },
         }
     }
@@ -180,7 +182,7 @@ impl Registers {
             count(&mut self.counts.bad_width);
             return (Effect::None, false);
         }
-        match self.layout.register(offset) {
+        match self.family.layout.register(offset) {
             Register::Control if value & register_bits::CONTROL_RST != 0 => (self.vf_reset(), false),
             Register::Mailbox => (self.write_mailbox(value), false),
             Register::Buffer(_) if self.in_flight => {
@@ -193,7 +195,7 @@ impl Registers {
                 }
                 (Effect::None, false)
             }
-            Register::Control | Register::PassedRead => (Effect::None, false),
+            Register::Control | Register::Passed { .. } => (Effect::None, false),
             Register::Unknown => (Effect::None, self.first_touch(offset)),
         }
     }
@@ -216,6 +218,7 @@ impl Registers {
         }
         self.must_reset &= !was_reset;
         self.reset_unsaid = self.must_reset;
+        self.second_word_due = false;
         self.in_flight = false;
         self.resetting = false;
         self.pfack = true;
@@ -269,7 +272,7 @@ impl Registers {
             must_reset: self.must_reset,
             seen: self.seen,
             counts: self.counts,
-            ..Self::new(self.layout)
+            ..Self::new(self.family)
         };
         self.seq
     }
@@ -302,6 +305,13 @@ impl Registers {
     fn write_mailbox(&mut self, value: u32) -> Effect {
         self.vfu = value & VFU != 0;
         if value & REQ == 0 {
+            let second = self.family.lost.acknowledged.filter(|_| value & ACK != 0 && self.second_word_due);
+            if let Some(word) = second {
+                self.second_word_due = false;
+                self.words[0] = word;
+                self.pfsts = true;
+                return Effect::Interrupt;
+            }
             self.deliver();
             return Effect::None;
         }
@@ -311,6 +321,7 @@ impl Registers {
         }
         self.in_flight = true;
         self.unread = false;
+        self.second_word_due = false;
         self.seq = self.seq.wrapping_add(1);
         Effect::Ring(Snapshot { seq: self.seq, words: self.words })
     }
@@ -326,6 +337,7 @@ impl Registers {
         self.waiting = None;
         // The driver would take RSTD for a continuing reset of the PF, and give up.
         self.reset_unsaid = false;
+        self.second_word_due = false;
         self.resetting = true;
         Effect::Reset(self.seq)
     }
@@ -335,8 +347,10 @@ impl Registers {
             return;
         }
         if self.reset_unsaid {
+            let LostWords { first, acknowledged } = self.family.lost;
             self.reset_unsaid = false;
-            self.words[0] = RESET_WANTED;
+            self.second_word_due = acknowledged.is_some();
+            self.words[0] = first;
             self.pfsts = true;
             self.rstd = true;
         } else if let Some(word) = self.waiting.take() {

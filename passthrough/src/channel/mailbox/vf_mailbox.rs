@@ -14,9 +14,12 @@ use std::{
 use super::{
     layout::Layout,
     message::{BUFFER_WORDS, Words},
-    register_bits::{self, ACK, PFACK, PFSTS, PFU, READ_TO_CLEAR, REQ, RSTD, RSTI, VFU},
+    register_bits::{self, ACK, CTS, PFACK, PFSTS, PFU, READ_TO_CLEAR, REQ, RSTD, RSTI, VFU},
 };
-use crate::{family::igb::codec as igbvf, hardware::VfHardware};
+use crate::{
+    family::{Exchange, Family},
+    hardware::VfHardware,
+};
 
 /// The relay's clock. Tests have their own.
 pub trait Clock: Send + Sync {
@@ -74,19 +77,34 @@ pub struct Observed {
     pub resetting: bool,
     /// A reset of the PF ended.
     pub reset_done: bool,
-    /// Word 0 of the last unsolicited message.
-    pub message: Option<u32>,
+    /// The last unsolicited message.
+    pub message: Option<PfMessage>,
     /// The VF does not answer at all.
     pub gone: bool,
+}
+
+/// An unsolicited message of the PF.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct PfMessage {
+    /// Word 0, which is the whole message.
+    pub word: u32,
+    /// Whether the PF listens to the VF.
+    pub clear_to_send: bool,
 }
 
 /// The real mailbox.
 pub struct VfMailbox {
     hardware: Arc<dyn VfHardware>,
     clock: Arc<dyn Clock>,
-    layout: &'static Layout,
+    family: &'static Family,
     latched: u32,
     message: Option<u32>,
+}
+
+impl PfMessage {
+    fn new(word: u32) -> Self {
+        Self { word, clear_to_send: word & CTS != 0 }
+    }
 }
 
 /// Attempts to get VFU before a message is given up, a millisecond apart, as in igbvf.
@@ -98,13 +116,17 @@ const LAST_PAUSE: Duration = Duration::from_micros(500);
 
 impl VfMailbox {
     /// The mailbox of this VF. Nothing is written yet.
-    pub fn new(hardware: Arc<dyn VfHardware>, layout: &'static Layout, clock: Arc<dyn Clock>) -> Self {
-        Self { hardware, clock, layout, latched: 0, message: None }
+    pub fn new(hardware: Arc<dyn VfHardware>, family: &'static Family, clock: Arc<dyn Clock>) -> Self {
+        Self { hardware, clock, family, latched: 0, message: None }
+    }
+
+    fn layout(&self) -> &'static Layout {
+        &self.family.layout
     }
 
     /// Resets the VF (VTCTRL.RST): its queues are off, and the PF does not listen until the next reset message.
     pub fn reset_vf(&mut self) {
-        self.write(self.layout.control, register_bits::CONTROL_RST);
+        self.write(self.layout().control, register_bits::CONTROL_RST);
         self.forget();
     }
 
@@ -127,19 +149,20 @@ impl VfMailbox {
         }
         let reset_done = self.latched & RSTD != 0;
         self.latched &= !RSTD;
-        Observed { resetting: status & RSTI != 0, reset_done, message: self.message.take(), gone: false }
+        Observed {
+            resetting: status & RSTI != 0,
+            reset_done,
+            message: self.message.take().map(PfMessage::new),
+            gone: false,
+        }
     }
 
-    /// Sends a message and waits for the reply of `reply_words` words.
+    /// Sends a message and waits for the reply.
     ///
     /// # Errors
     /// [`VfMailboxError`], after `limit` at the latest (and the 11 ms that VFU may take).
-    pub fn exchange(
-        &mut self,
-        message: &Words,
-        reply_words: usize,
-        limit: Duration,
-    ) -> Result<Words, VfMailboxError> {
+    pub fn exchange(&mut self, exchange: &Exchange, limit: Duration) -> Result<Words, VfMailboxError> {
+        let Exchange { words: message, reply_words } = exchange;
         let deadline = self.clock.now().saturating_add(limit);
         self.wait_for_pf(deadline)?;
         self.take_buffer()?;
@@ -153,12 +176,12 @@ impl VfMailbox {
         }
         self.latched &= !(PFSTS | PFACK);
         self.put(message);
-        self.write(self.layout.mailbox, REQ);
+        self.write(self.layout().mailbox, REQ);
         self.wait_for(PFACK, deadline).map_err(|error| error.unwrap_or(VfMailboxError::NotTaken))?;
         loop {
             self.wait_for(PFSTS, deadline).map_err(|error| error.unwrap_or(VfMailboxError::NoReply))?;
-            let reply = self.get(reply_words)?;
-            if igbvf::answers(reply.first(), message.first()) {
+            let reply = self.get(*reply_words)?;
+            if self.family.codec.answers(reply.first(), message.first()) {
                 return Ok(reply);
             }
             self.keep_message(reply.first());
@@ -167,9 +190,9 @@ impl VfMailbox {
 
     /// Raises the VF's mailbox interrupt, if the guest has given it a vector.
     pub fn raise_interrupt(&mut self) {
-        let entry = self.read(self.layout.mailbox_vector);
+        let entry = self.read(self.layout().mailbox_vector);
         if entry != u32::MAX && entry & 0x80 != 0 {
-            self.write(self.layout.trigger, 1 << (entry & 0x3));
+            self.write(self.layout().trigger, 1 << (entry & 0x3));
         }
     }
 
@@ -194,7 +217,7 @@ impl VfMailbox {
             if attempt > 0 {
                 self.clock.sleep(VFU_PAUSE);
             }
-            self.write(self.layout.mailbox, VFU);
+            self.write(self.layout().mailbox, VFU);
             let status = self.status();
             if status == u32::MAX {
                 return Err(VfMailboxError::Gone);
@@ -203,7 +226,7 @@ impl VfMailbox {
                 return Ok(());
             }
         }
-        self.write(self.layout.mailbox, 0);
+        self.write(self.layout().mailbox, 0);
         Err(VfMailboxError::Busy)
     }
 
@@ -241,7 +264,7 @@ impl VfMailbox {
         for (index, word) in reply.iter_mut().enumerate().take(words) {
             *word = self.word(index);
         }
-        self.write(self.layout.mailbox, ACK);
+        self.write(self.layout().mailbox, ACK);
         Ok(Words::new(reply.get(..words).unwrap_or(&reply)))
     }
 
@@ -262,7 +285,7 @@ impl VfMailbox {
 
     /// Reads the mailbox register and latches the bits that the read clears.
     fn status(&mut self) -> u32 {
-        let status = self.read(self.layout.mailbox);
+        let status = self.read(self.layout().mailbox);
         if status != u32::MAX {
             self.latched |= status & READ_TO_CLEAR;
         }
@@ -271,7 +294,7 @@ impl VfMailbox {
 
     fn buffer(&self, index: usize) -> u16 {
         // At most 15 words of 4 bytes beyond an offset below 4096.
-        self.layout.buffer.saturating_add(u16::try_from(index * 4).unwrap_or(0))
+        self.layout().buffer.saturating_add(u16::try_from(index * 4).unwrap_or(0))
     }
 
     fn word(&self, index: usize) -> u32 {
@@ -280,12 +303,12 @@ impl VfMailbox {
 
     fn read(&self, offset: u16) -> u32 {
         let mut data = [0xff; 4];
-        self.hardware.bar_read(self.layout.bar, offset.into(), &mut data);
+        self.hardware.bar_read(self.layout().bar, offset.into(), &mut data);
         u32::from_le_bytes(data)
     }
 
     fn write(&self, offset: u16, value: u32) {
-        self.hardware.bar_write(self.layout.bar, offset.into(), &value.to_le_bytes());
+        self.hardware.bar_write(self.layout().bar, offset.into(), &value.to_le_bytes());
     }
 }
 

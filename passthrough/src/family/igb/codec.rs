@@ -7,9 +7,12 @@
 
 use netpolicy::{Change, MacAddress, PromiscuousMode, Request, VlanId};
 
-use crate::channel::mailbox::{
-    message::{BUFFER_WORDS, Words},
-    register_bits::{ACK_MESSAGE, CTS, NACK_MESSAGE, REQUEST_MASK},
+use crate::{
+    channel::mailbox::{
+        message::{BUFFER_WORDS, Words},
+        register_bits::{ACK_MESSAGE, CTS, NACK_MESSAGE, REQUEST_MASK},
+    },
+    family::{Codec, Context, Exchange, Incoming, Malformed, Outcome, ResetReply, Session},
 };
 
 const RESET: u16 = 0x01;
@@ -27,46 +30,60 @@ const PROMISC_UNICAST: u8 = 1;
 const PROMISC_MULTICAST: u8 = 2;
 
 /// Multicast hashes in one message: 15 words of two. igb turns on all-multicast for a higher count.
-pub const MAX_MULTICAST: usize = 30;
+pub(super) const MAX_MULTICAST: usize = 30;
 /// Shortest and longest frame in bytes that igb accepts (`ETH_MIN_MTU` with header and checksum,
 /// `MAX_JUMBO_FRAME_SIZE`).
-pub const FRAME_SIZES: std::ops::RangeInclusive<u32> = 68..=9728;
+pub(super) const FRAME_SIZES: std::ops::RangeInclusive<u32> = 68..=9728;
 /// Words of the reply to a reset. All other replies have one.
-pub const RESET_REPLY_WORDS: usize = 3;
+const RESET_REPLY_WORDS: usize = 3;
 
-/// The reason why a message has no meaning. The PF never hears such a message.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
-pub enum Malformed {
-    /// Word 0 is marked as an answer. PFs acknowledge such a message and send no reply.
-    #[error("Message {0:#010x} is marked as an answer")]
-    Answer(u32),
-    /// Word 0 claims "clear to send", a bit that only the PF may set.
-    #[error("Message {0:#010x} is marked as clear to send")]
-    ClearToSend(u32),
-    /// The opcode has no such argument (bits 23:16; bits 28:24 must be zero).
-    #[error("Message {0:#010x} has an argument that its opcode does not take")]
-    Argument(u32),
-    /// The address is a group address or zero.
-    #[error("{mac} cannot be an adapter's address")]
-    Mac {
-        /// The address.
-        mac: MacAddress,
-        /// Whether it was meant as a further unicast address.
-        filter: bool,
-    },
-    /// The VLAN is above 4094.
-    #[error("VLAN {0} does not exist")]
-    Vlan(u32),
-    /// The frame size is outside of [`FRAME_SIZES`].
-    #[error("A frame size of {0} bytes does not exist")]
-    Frame(u32),
+/// The codec of [`IGBVF`](super::IGBVF).
+#[derive(Debug)]
+pub(super) struct Igbvf;
+
+impl Codec for Igbvf {
+    fn decode(&self, words: &[u32; BUFFER_WORDS], _session: Session) -> Result<Incoming, Malformed> {
+        decode(words).map(Incoming::Request)
+    }
+
+    fn encode(&self, request: &Request, context: Context) -> Option<Exchange> {
+        encode(request, context.effective).map(one_word)
+    }
+
+    fn encode_change(&self, change: &Change, context: Context) -> Option<Exchange> {
+        encode_change(change, context.effective).map(one_word)
+    }
+
+    fn reset(&self) -> Exchange {
+        Exchange { words: Words::new(&[u32::from(RESET)]), reply_words: RESET_REPLY_WORDS }
+    }
+
+    fn parse_reset(&self, reply: &Words) -> Option<ResetReply> {
+        parse_reset_reply(reply).map(|mac| ResetReply { mac, extra: None })
+    }
+
+    fn reset_reply(&self, mac: Option<MacAddress>, _from_pf: Option<ResetReply>) -> Words {
+        reset_reply(mac)
+    }
+
+    fn reply(&self, message: &[u32; BUFFER_WORDS], result: Outcome, _from_pf: Option<&Words>) -> Words {
+        reply(message[0], result.accepted, result.clear_to_send)
+    }
+
+    fn answers(&self, reply: u32, message: u32) -> bool {
+        answers(reply, message)
+    }
+}
+
+fn one_word(words: Words) -> Exchange {
+    Exchange { words, reply_words: 1 }
 }
 
 /// Decodes the guest's request.
 ///
 /// # Errors
 /// [`Malformed`]. An unknown opcode is not malformed but [`Request::Unknown`].
-pub fn decode(words: &[u32; BUFFER_WORDS]) -> Result<Request, Malformed> {
+pub(super) fn decode(words: &[u32; BUFFER_WORDS]) -> Result<Request, Malformed> {
     let [word, first, second, ..] = *words;
     if word & (ACK_MESSAGE | NACK_MESSAGE) != 0 {
         return Err(Malformed::Answer(word));
@@ -132,7 +149,7 @@ pub fn decode(words: &[u32; BUFFER_WORDS]) -> Result<Request, Malformed> {
 
 /// Encodes a request for the real mailbox; None for a request without a canonical form. `effective` is the valid
 /// address in the message that clears the unicast filters: igb refuses the zeros that igbvf puts there.
-pub fn encode(request: &Request, effective: MacAddress) -> Option<Words> {
+pub(super) fn encode(request: &Request, effective: MacAddress) -> Option<Words> {
     Some(match request {
         Request::Reset => Words::new(&[u32::from(RESET)]),
         Request::SetMac(mac) if mac.is_assignable() => mac_message(0, *mac),
@@ -156,7 +173,7 @@ pub fn encode(request: &Request, effective: MacAddress) -> Option<Words> {
 
 /// Encodes a change that a message makes (see [`Change::route`]); None for other changes and for a reset, which only
 /// the guest requests.
-pub fn encode_change(change: &Change, effective: MacAddress) -> Option<Words> {
+pub(super) fn encode_change(change: &Change, effective: MacAddress) -> Option<Words> {
     let request = match change {
         Change::AddUnicast(mac) => Request::AddUnicastFilter(*mac),
         Change::ClearUnicast => Request::ClearUnicastFilters,
@@ -171,7 +188,7 @@ pub fn encode_change(change: &Change, effective: MacAddress) -> Option<Words> {
 }
 
 /// The reply to any message but a reset.
-pub fn reply(request_word: u32, accepted: bool, clear_to_send: bool) -> Words {
+pub(super) fn reply(request_word: u32, accepted: bool, clear_to_send: bool) -> Words {
     let verdict = if accepted { ACK_MESSAGE } else { NACK_MESSAGE };
     let cts = if clear_to_send { CTS } else { 0 };
     let mut echo = echo(request_word);
@@ -185,13 +202,13 @@ pub fn reply(request_word: u32, accepted: bool, clear_to_send: bool) -> Words {
 
 /// The part of word 0 that igb's answer repeats: opcode and argument, without the bits that igb clears after it has
 /// carried out the message (drivers/net/ethernet/intel/igb/igb_main.c, igb_set_vf_promisc).
-pub fn echo(request_word: u32) -> u32 {
+pub(super) fn echo(request_word: u32) -> u32 {
     let echo = request_word & REQUEST_MASK;
     if echo & OPCODE_MASK == u32::from(SET_PROMISC) { echo & !word0(0, PROMISC_MULTICAST) } else { echo }
 }
 
 /// Whether `reply` is the PF's answer to the message with this word 0.
-pub fn answers(reply: u32, request_word: u32) -> bool {
+pub(super) fn answers(reply: u32, request_word: u32) -> bool {
     let repeated = reply & REQUEST_MASK;
     // A PF that does not listen refuses a message and repeats it unchanged.
     let same = repeated == echo(request_word) || repeated == request_word & REQUEST_MASK;
@@ -200,7 +217,7 @@ pub fn answers(reply: u32, request_word: u32) -> bool {
 
 /// The reply to a reset. The driver compares word 0 exactly, so it lacks "clear to send". Without an address the driver
 /// makes one up.
-pub fn reset_reply(effective: Option<MacAddress>) -> Words {
+pub(super) fn reset_reply(effective: Option<MacAddress>) -> Words {
     match effective {
         Some(mac) => {
             let [first, second] = mac_words(mac);
@@ -212,7 +229,7 @@ pub fn reset_reply(effective: Option<MacAddress>) -> Words {
 
 /// The address in the PF's reply to a reset: `Some(None)` if the PF has none for this VF, None if `reply` is not such a
 /// reply.
-pub fn parse_reset_reply(reply: &Words) -> Option<Option<MacAddress>> {
+pub(super) fn parse_reset_reply(reply: &Words) -> Option<Option<MacAddress>> {
     let &[word, first, second, ..] = reply.padded();
     if word & !CTS == u32::from(RESET) | ACK_MESSAGE {
         let mac = mac_from([first, second]);

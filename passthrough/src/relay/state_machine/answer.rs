@@ -7,10 +7,10 @@ use netpolicy::{MacAddress, Reason, Request};
 use super::{Message, StateMachine};
 use crate::{
     channel::mailbox::{
+        channel::{Reply, Response},
         message::Words,
-        registers::{RESET_WANTED, Registers},
     },
-    family::igb::codec as igbvf,
+    family::{Outcome, ResetReply},
     relay::{authority::Notice, disposition::Disposition},
 };
 
@@ -22,7 +22,7 @@ impl StateMachine {
             tracing::warn!(adapter = self.config.adapter, cause, suppressed, "VF reset not completed");
         }
         self.cts = false;
-        self.finish(message, Some(&Words::new(&[RESET_WANTED])), Disposition::Failed);
+        self.finish(message, &Response::ResetFailed, Disposition::Failed);
     }
 
     /// Refuses a request because the authority is away. A reset succeeds: it was carried out, and the PF's reply has
@@ -31,12 +31,12 @@ impl StateMachine {
         &mut self,
         message: &Message,
         request: &Request,
-        from_pf: Option<MacAddress>,
+        from_pf: Option<ResetReply>,
         end: Disposition,
     ) {
         if *request == Request::Reset {
-            let known = from_pf.or(self.effective);
-            self.answer_reset(message, known, end);
+            let known = from_pf.and_then(|reply| reply.mac).or(self.effective);
+            self.answer_reset(message, known, from_pf, end);
             if let Some(mac) = known {
                 self.note_guest_mac(mac);
             }
@@ -70,9 +70,7 @@ impl StateMachine {
         self.refusals.add(reason, message.word(), request.clone());
         match request {
             Some(request) => self.answer(message, &request, false, end),
-            None => {
-                self.finish(message, Some(&igbvf::reply(message.word(), false, self.cts)), end);
-            }
+            None => self.answer_plainly(message, end),
         }
     }
 
@@ -81,13 +79,32 @@ impl StateMachine {
             self.refusals.add(reason, message.word(), Some(Request::Reset));
             self.reset_failed(message, "too many resets");
         } else {
-            self.refuse(message, message.decoded.clone().ok(), reason, end);
+            self.refuse(message, message.request().cloned(), reason, end);
         }
     }
 
-    /// Answers any message but a reset.
+    /// Refuses a message that is no request.
+    pub(super) fn answer_plainly(&mut self, message: &Message, end: Disposition) {
+        let outcome = Outcome { accepted: false, clear_to_send: self.cts };
+        self.finish(message, &Response::Result { outcome, from_pf: None }, end);
+    }
+
+    /// Answers any request but a reset.
     pub(super) fn answer(&mut self, message: &Message, request: &Request, accepted: bool, end: Disposition) {
-        let shown = self.finish(message, Some(&igbvf::reply(message.word(), accepted, self.cts)), end);
+        self.answer_with(message, request, accepted, None, end);
+    }
+
+    /// Answers any request but a reset, with the PF's reply.
+    pub(super) fn answer_with(
+        &mut self,
+        message: &Message,
+        request: &Request,
+        accepted: bool,
+        from_pf: Option<Words>,
+        end: Disposition,
+    ) {
+        let outcome = Outcome { accepted, clear_to_send: self.cts };
+        let shown = self.finish(message, &Response::Result { outcome, from_pf }, end);
         if let (true, Request::SetMac(mac)) = (shown, request) {
             self.driver.answered(accepted);
             match end {
@@ -101,11 +118,16 @@ impl StateMachine {
         }
     }
 
-    pub(super) fn answer_reset(&mut self, message: &Message, mac: Option<MacAddress>, end: Disposition) {
+    pub(super) fn answer_reset(
+        &mut self,
+        message: &Message,
+        mac: Option<MacAddress>,
+        from_pf: Option<ResetReply>,
+        end: Disposition,
+    ) {
         self.effective = mac.or(self.effective);
-        let reply = igbvf::reset_reply(mac);
         self.undecided.forget();
-        if self.end(message, end, |registers| registers.complete_reset(message.seq(), &reply)) {
+        if self.finish(message, &Response::Reset { mac, from_pf }, end) {
             self.driver.reset(mac);
         }
     }
@@ -118,20 +140,12 @@ impl StateMachine {
         }
     }
 
-    /// Gives the answer to the guest, unless the guest has reset.
-    pub(super) fn finish(&mut self, message: &Message, reply: Option<&Words>, end: Disposition) -> bool {
-        self.end(message, end, |registers| registers.complete(message.seq(), reply))
-    }
-
-    fn end(
-        &mut self,
-        message: &Message,
-        end: Disposition,
-        complete: impl FnOnce(&mut Registers) -> bool,
-    ) -> bool {
+    /// Gives the response to the guest, unless the guest has reset. Returns whether the guest sees it.
+    pub(super) fn finish(&mut self, message: &Message, response: &Response, end: Disposition) -> bool {
+        let reply = Reply::new(self.channel.family(), &message.posted.snapshot, response);
         let time = self.now().saturating_sub(message.posted.at);
         let mut state = self.shared.lock();
-        let shown = complete(&mut state.registers);
+        let shown = reply.show(&mut state.registers, message.seq());
         state.stats.message(message.name(), if shown { end } else { Disposition::Dropped });
         if shown {
             state.stats.round_trips.add(time);

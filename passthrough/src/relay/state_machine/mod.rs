@@ -35,16 +35,18 @@ use super::{
     token_bucket::TokenBucket,
 };
 use crate::{
-    channel::mailbox::{layout::Layout, vf_mailbox::VfMailbox},
-    family::address::{DriverAddress, Judgement},
-    family::igb::codec::{self as igbvf, Malformed},
+    channel::mailbox::channel::{MailboxChannel, Response},
+    family::{
+        Family, Incoming, Malformed, ResetReply,
+        address::{DriverAddress, Judgement},
+    },
     hardware::VfHardware,
 };
 
 /// A message without an answer yet.
 struct Message {
     posted: Posted,
-    decoded: Result<Request, Malformed>,
+    decoded: Result<Incoming, Malformed>,
 }
 
 impl Message {
@@ -57,11 +59,23 @@ impl Message {
     }
 
     fn name(&self) -> &'static str {
-        self.decoded.as_ref().map_or("malformed", Request::name)
+        match &self.decoded {
+            Ok(Incoming::Request(request)) => request.name(),
+            Ok(Incoming::Protocol(protocol)) => protocol.name,
+            Err(_) => "malformed",
+        }
+    }
+
+    /// The guest's request; None for a message that no policy decides.
+    fn request(&self) -> Option<&Request> {
+        match &self.decoded {
+            Ok(Incoming::Request(request)) => Some(request),
+            _ => None,
+        }
     }
 
     fn is_reset(&self) -> bool {
-        self.decoded == Ok(Request::Reset)
+        self.request() == Some(&Request::Reset)
     }
 }
 
@@ -72,8 +86,8 @@ enum Work {
         message: Message,
         request: Request,
         deadline: Duration,
-        /// The address in the PF's reply to a reset.
-        from_pf: Option<MacAddress>,
+        /// The PF's reply to a reset.
+        from_pf: Option<ResetReply>,
     },
     /// A question that the relay asks by itself.
     Retry {
@@ -88,7 +102,7 @@ pub(crate) struct StateMachine {
     config: Config,
     shared: Arc<Shared>,
     authority: Arc<dyn Authority>,
-    mailbox: VfMailbox,
+    channel: MailboxChannel,
     work: Work,
     cts: bool,
     /// The PF has forgotten this VF and the guest does not know yet. The relay signals it when the PF's reset is over.
@@ -113,13 +127,13 @@ pub(crate) struct StateMachine {
 impl StateMachine {
     pub(crate) fn new(
         config: Config,
-        layout: &'static Layout,
+        family: &'static Family,
         hardware: Arc<dyn VfHardware>,
         authority: Arc<dyn Authority>,
         shared: Arc<Shared>,
     ) -> Self {
         Self {
-            mailbox: VfMailbox::new(hardware, layout, shared.clock().clone()),
+            channel: MailboxChannel::new(family, hardware, shared.clock().clone()),
             messages: TokenBucket::new(config.messages),
             resets: TokenBucket::new(config.resets),
             reset_messages: TokenBucket::new(config.resets),
@@ -134,7 +148,7 @@ impl StateMachine {
             lost: false,
             effective: None,
             guest: None,
-            driver: DriverAddress::default(),
+            driver: DriverAddress::new(family.address),
             filters: false,
             undecided: retry::Undecided::default(),
             reset_due: false,
@@ -162,7 +176,7 @@ impl StateMachine {
         }
         if inbox.function_reset {
             self.drop_work(Cancelled::GuestReset);
-            self.mailbox.forget();
+            self.channel.forget();
             (self.cts, self.lost, self.reset_due) = (false, false, false);
             // The driver of the next boot takes the address of its first reset.
             self.guest = None;
@@ -171,9 +185,13 @@ impl StateMachine {
         if inbox.vf_reset {
             self.drop_work(Cancelled::GuestReset);
             (self.cts, self.lost, self.reset_due) = (false, false, true);
+            self.channel.guest_reset();
             self.undecided.forget();
             let mut state = self.shared.lock();
             state.stats.resets = state.stats.resets.saturating_add(1);
+        }
+        if inbox.interrupt {
+            self.channel.raise_interrupt();
         }
         if inbox.hint {
             self.next_look = self.now();
@@ -188,7 +206,7 @@ impl StateMachine {
         self.forward_reset();
         if let Some(posted) = inbox.posted {
             self.withdraw();
-            self.work = Work::Queued(Message { decoded: igbvf::decode(&posted.snapshot.words), posted });
+            self.work = Work::Queued(Message { decoded: self.channel.decode(&posted.snapshot), posted });
         }
         self.check_times();
         self.look();
@@ -206,7 +224,13 @@ impl StateMachine {
         let now = self.now();
         let ready = matches!(self.work, Work::Idle) && self.cts && !self.reset_due;
         let tokens = self.messages.tokens(now);
-        self.effective.filter(|_| ready).map(|effective| Permit { effective, driver: self.driver, tokens })
+        self.effective.filter(|_| ready).map(|effective| Permit {
+            family: self.channel.family(),
+            session: self.channel.session(),
+            effective,
+            driver: self.driver,
+            tokens,
+        })
     }
 
     /// Notes a denial by a vCPU thread.
@@ -318,11 +342,15 @@ impl StateMachine {
     /// Processes a message that has passed the rate limits.
     fn begin(&mut self, message: Message) {
         let request = match &message.decoded {
-            Ok(request) => request.clone(),
+            Ok(Incoming::Request(request)) => request.clone(),
+            Ok(Incoming::Protocol(protocol)) => {
+                let step = protocol.step.clone();
+                return self.protocol(&message, &step);
+            }
             Err(Malformed::Answer(_)) => {
                 // As the PF does: acknowledge it, send no reply.
                 self.refusals.add(Reason::MalformedMessage, message.word(), None);
-                self.finish(&message, None, Disposition::Malformed);
+                self.finish(&message, &Response::Acknowledgement, Disposition::Malformed);
                 return;
             }
             Err(Malformed::Mac { mac, filter }) => {
@@ -364,7 +392,7 @@ impl StateMachine {
         }
     }
 
-    fn ask(&mut self, message: Message, request: Request, from_pf: Option<MacAddress>) {
+    fn ask(&mut self, message: Message, request: Request, from_pf: Option<ResetReply>) {
         let question = Question { seq: message.seq(), request: request.clone() };
         if self.authority.ask(question).is_err() {
             self.refusals.add(Reason::AuthorityUnreachable, message.word(), Some(request.clone()));
@@ -381,8 +409,10 @@ impl StateMachine {
     }
 
     fn decided(&mut self, verdict: Verdict) {
-        let (message, request) = match std::mem::replace(&mut self.work, Work::Idle) {
-            Work::Asked { message, request, .. } if message.seq() == verdict.seq => (message, request),
+        let (message, request, from_pf) = match std::mem::replace(&mut self.work, Work::Idle) {
+            Work::Asked { message, request, from_pf, .. } if message.seq() == verdict.seq => {
+                (message, request, from_pf)
+            }
             Work::Retry { seq, request, .. } if seq == verdict.seq => {
                 self.effective = Some(verdict.effective_mac);
                 return self.retry_decided(seq, &request, verdict.decision);
@@ -397,7 +427,7 @@ impl StateMachine {
         match verdict.decision {
             _ if request == Request::Reset => {
                 self.guest = Some(verdict.effective_mac);
-                self.answer_reset(&message, Some(verdict.effective_mac), Disposition::Forwarded);
+                self.answer_reset(&message, Some(verdict.effective_mac), from_pf, Disposition::Forwarded);
             }
             Decision::Grant { how: How::Local } => {
                 self.answer(&message, &request, true, Disposition::Granted)

@@ -9,11 +9,11 @@ use netpolicy::{Change, MacAddress, Request};
 use super::{Message, StateMachine};
 use crate::{
     channel::mailbox::{
+        channel::{PfReply, Response, SendError},
         message::Words,
-        register_bits::{ACK_MESSAGE, CTS},
         vf_mailbox::VfMailboxError,
     },
-    family::igb::codec as igbvf,
+    family::Step,
     relay::{
         MAX_CHANGES,
         authority::{Forwarded, Notice},
@@ -27,34 +27,48 @@ impl StateMachine {
     pub(super) fn forward_reset(&mut self) {
         if self.reset_due && self.resets.take(self.now()) {
             self.reset_due = false;
-            self.mailbox.reset_vf();
+            self.channel.reset_vf();
         }
     }
 
     /// Forwards the guest's reset message, always: only the PF's driver turns the queues on again.
     pub(super) fn reset(&mut self, message: Message) {
-        let reply = self.mailbox.exchange(
-            &Words::new(&[message.word()]),
-            igbvf::RESET_REPLY_WORDS,
-            self.left(&message),
-        );
-        match reply.map(|reply| igbvf::parse_reset_reply(&reply)) {
-            Ok(Some(mac)) => {
+        match self.channel.reset(self.left(&message)) {
+            Ok(reply) => {
                 (self.cts, self.lost) = (true, false);
-                self.make_deferred(mac);
-                self.ask(message, Request::Reset, mac);
+                self.make_deferred(reply.mac);
+                self.ask(message, Request::Reset, Some(reply));
             }
-            Ok(None) => self.reset_failed(&message, "the PF sent another response"),
             Err(error) => self.reset_failed(&message, &error.to_string()),
+        }
+    }
+
+    /// Responds to a message that no policy decides.
+    pub(super) fn protocol(&mut self, message: &Message, step: &Step) {
+        let exchange = match step {
+            // The guest must reset first.
+            _ if !self.cts => return self.answer_plainly(message, Disposition::NotReset),
+            Step::Refuse => return self.answer_plainly(message, Disposition::Denied),
+            Step::Forward(exchange) => exchange,
+        };
+        let sent = self.channel.exchange(exchange, self.left(message));
+        let reply = match self.sent(sent) {
+            (Forwarded::Accepted, Some(reply)) => self.channel.protocol_reply(exchange, &reply),
+            (Forwarded::Unanswered, _) => return self.answer_plainly(message, Disposition::Unanswered),
+            _ => None,
+        };
+        match reply {
+            Some(words) => {
+                self.finish(message, &Response::Protocol(words), Disposition::Forwarded);
+            }
+            None => self.answer_plainly(message, Disposition::RefusedByPf),
         }
     }
 
     /// Sends a granted message to the PF.
     pub(super) fn forward(&mut self, message: &Message, request: &Request) {
-        let outcome = self
-            .effective
-            .and_then(|effective| igbvf::encode(request, effective))
-            .map_or(Forwarded::Refused, |words| self.send(&words, self.left(message)));
+        let left = self.left(message);
+        let (outcome, reply) = self.send(request, left);
         if let (Request::SetMac(mac), Forwarded::Accepted) = (request, outcome) {
             self.effective = Some(*mac);
         }
@@ -65,7 +79,7 @@ impl StateMachine {
             Forwarded::Refused => Disposition::RefusedByPf,
             Forwarded::Unanswered => Disposition::Unanswered,
         };
-        self.answer(message, request, outcome == Forwarded::Accepted, end);
+        self.answer_with(message, request, outcome == Forwarded::Accepted, reply, end);
     }
 
     pub(super) fn note_filters(&mut self, request: &Request, outcome: Forwarded) {
@@ -78,26 +92,36 @@ impl StateMachine {
         }
     }
 
-    /// Sends one message to the PF. If the PF no longer listens, makes the guest reset.
-    pub(super) fn send(&mut self, words: &Words, limit: Duration) -> Forwarded {
-        match self.mailbox.exchange(words, 1, limit) {
+    /// Sends a request to the PF, and returns its reply if there is one.
+    pub(super) fn send(&mut self, request: &Request, limit: Duration) -> (Forwarded, Option<Words>) {
+        let Some(effective) = self.effective else { return (Forwarded::Refused, None) };
+        let sent = self.channel.send(request, effective, limit);
+        let (outcome, reply) = self.sent(sent);
+        (outcome, reply.map(|reply| reply.words))
+    }
+
+    /// Judges the PF's reply. If the PF no longer listens, makes the guest reset.
+    fn sent(&mut self, sent: Result<PfReply, SendError>) -> (Forwarded, Option<PfReply>) {
+        match sent {
             Ok(reply) => {
-                if reply.first() & CTS == 0 {
+                if !reply.outcome.clear_to_send {
                     self.lose();
                 }
-                if reply.first() & ACK_MESSAGE != 0 { Forwarded::Accepted } else { Forwarded::Refused }
+                let outcome = if reply.outcome.accepted { Forwarded::Accepted } else { Forwarded::Refused };
+                (outcome, Some(reply))
             }
+            Err(SendError::NoMessage) => (Forwarded::Refused, None),
             Err(error) => {
                 if let Some(suppressed) = self.log_line() {
                     tracing::warn!(adapter = self.config.adapter, %error, suppressed, "Message not forwarded to the PF");
                 }
-                if error == VfMailboxError::Gone {
+                if error == SendError::Mailbox(VfMailboxError::Gone) {
                     // The PF is not the cause: the device was removed, or is being reset.
                     self.cts = false;
                 } else {
                     self.lose();
                 }
-                Forwarded::Unanswered
+                (Forwarded::Unanswered, None)
             }
         }
     }
@@ -131,7 +155,7 @@ impl StateMachine {
     fn make_guest_reset(&mut self) {
         let is_news = self.shared.lock().registers.lost_clear_to_send();
         if is_news {
-            self.mailbox.raise_interrupt();
+            self.channel.raise_interrupt();
         }
     }
 
@@ -146,10 +170,13 @@ impl StateMachine {
         let mut failed = Vec::new();
         for change in changes {
             // Once the PF does not answer, waiting for the remaining changes would only stall the guest.
-            let words =
-                self.effective.filter(|_| self.cts).and_then(|mac| igbvf::encode_change(&change, mac));
-            let outcome =
-                words.map_or(Forwarded::Refused, |words| self.send(&words, self.config.exchange_limit));
+            let outcome = match self.effective.filter(|_| self.cts) {
+                Some(mac) => {
+                    let sent = self.channel.send_change(&change, mac, self.config.exchange_limit);
+                    self.sent(sent).0
+                }
+                None => Forwarded::Refused,
+            };
             match (&change, outcome) {
                 (Change::ClearUnicast, Forwarded::Accepted) => self.filters = false,
                 (Change::AddUnicast(_), Forwarded::Accepted | Forwarded::Unanswered) => self.filters = true,
@@ -169,18 +196,19 @@ impl StateMachine {
         }
         self.next_look = now.saturating_add(self.config.look_period);
         self.shared.looking(now);
-        let seen = self.mailbox.poll();
+        let seen = self.channel.poll();
         if seen.gone {
             return;
         }
-        let clear_to_send = seen.message.map(|word| word & CTS != 0);
-        if self.cts && (seen.resetting || seen.reset_done || clear_to_send == Some(false)) {
+        if self.cts
+            && (seen.resetting || seen.reset_done || seen.message.is_some_and(|one| !one.clear_to_send))
+        {
             self.lose();
         }
         let mut state = self.shared.lock();
         state.registers.set_pf_resetting(seen.resetting);
-        if let (true, Some(word)) = (self.cts, seen.message) {
-            state.registers.pf_message(word);
+        if let (true, Some(message)) = (self.cts, seen.message) {
+            state.registers.pf_message(message.word);
         }
         let tell = self.lost && !seen.resetting;
         if tell {
@@ -190,7 +218,7 @@ impl StateMachine {
         drop(state);
         if tell {
             self.lost = false;
-            self.mailbox.raise_interrupt();
+            self.channel.raise_interrupt();
         }
     }
 

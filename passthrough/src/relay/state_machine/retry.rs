@@ -12,10 +12,7 @@ use std::time::Duration;
 use netpolicy::{MacAddress, Reason, Request, UnicastLimit};
 
 use super::{StateMachine, Work};
-use crate::{
-    family::igb::codec as igbvf,
-    relay::authority::{Cancelled, Decision, Forwarded, How, Notice, OWN_QUESTION, Question},
-};
+use crate::relay::authority::{Cancelled, Decision, How, Notice, OWN_QUESTION, Question};
 
 /// Time between two retries.
 const PERIOD: Duration = Duration::from_secs(1);
@@ -124,9 +121,7 @@ impl StateMachine {
         match decision {
             Decision::Grant { how: How::Local } => {}
             Decision::Grant { how: How::Forward } => {
-                let words = self.effective.and_then(|effective| igbvf::encode(request, effective));
-                let outcome =
-                    words.map_or(Forwarded::Refused, |words| self.send(&words, self.config.exchange_limit));
+                let (outcome, _) = self.send(request, self.config.exchange_limit);
                 self.note_filters(request, outcome);
                 self.authority.notice(Notice::Forwarded { seq, outcome });
             }

@@ -13,10 +13,10 @@ use netpolicy::{MacAddress, Request};
 
 use super::{
     driver::{Bus, Driver},
-    fake_vf::FakeVf,
+    fake_vf::{Double, FakeVf, Igb},
 };
 use crate::{
-    channel::mailbox::{layout::IGBVF, vf_mailbox::Clock},
+    channel::mailbox::vf_mailbox::Clock,
     function::BarHandler,
     relay::{
         Authority, Config, Decision, How, MailboxPage, Notice, Question, Relay, Unreachable, Verdict,
@@ -69,6 +69,7 @@ pub struct World {
     pub page: Arc<MailboxPage>,
     pub vf: Arc<FakeVf>,
     pub authority: Arc<ScriptedAuthority>,
+    double: &'static dyn Double,
     pub clock: Arc<FakeClock>,
     machine: StateMachine,
     policy: Policy,
@@ -89,17 +90,24 @@ impl Bench {
     }
 
     pub fn with(mac: MacAddress, config: Config) -> Self {
+        Self::of(&Igb, mac, config)
+    }
+
+    /// A bench for another family than igb's.
+    pub fn of(double: &'static dyn Double, mac: MacAddress, config: Config) -> Self {
         let clock = Arc::new(FakeClock::default());
         // The clock must not start at zero: no code may depend on it.
         clock.sleep(Duration::from_secs(1000));
-        let vf = FakeVf::new(mac, clock.clone());
+        let vf = FakeVf::of(double, mac, clock.clone());
         let authority = Arc::new(ScriptedAuthority::default());
-        let (relay, machine) = Relay::assemble(config, &IGBVF, vf.clone(), authority.clone(), clock.clone());
+        let (relay, machine) =
+            Relay::assemble(config, double.family(), vf.clone(), authority.clone(), clock.clone());
         let world = World {
             page: relay.page(),
             relay,
             vf,
             authority,
+            double,
             clock,
             machine,
             policy: Box::new(|_| Some((Duration::ZERO, Decision::Grant { how: How::Local }))),
@@ -122,7 +130,8 @@ impl Bench {
     }
 
     pub fn driver(&self) -> Driver<Self> {
-        Driver::new(self.clone())
+        let offsets = self.0.borrow().double.offsets();
+        Driver::with(self.clone(), offsets)
     }
 
     pub fn vf(&self) -> Arc<FakeVf> {

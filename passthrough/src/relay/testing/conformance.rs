@@ -21,10 +21,11 @@ use super::{
 };
 use crate::{
     channel::mailbox::{
-        layout::{IGBVF, Register},
+        layout::Register,
         message::BUFFER_WORDS,
         register_bits::{CONTROL_RST, REQ},
     },
+    family::igb::IGBVF,
     function::BarHandler,
     hardware::{BarInfo, IrqKind, VfHardware},
     relay::{
@@ -56,7 +57,7 @@ fn relay_case(case: &RelayCase, relay: &Relay, witness: &Witness, agent: &Agent)
     let mut words = [0xdead_beef; BUFFER_WORDS];
     words[..case.words.len()].copy_from_slice(case.words);
     let posted = driver.post(&words);
-    let reply = driver.has_reply().then(|| driver.bus.read(IGBVF.buffer.into()));
+    let reply = driver.has_reply().then(|| driver.bus.read(IGBVF.layout.buffer.into()));
     let asked = *agent.asked.lock().unwrap();
     let forwarded = std::mem::take(&mut *witness.sent.lock().unwrap());
     let expected: Vec<Vec<u32>> = case.forwarded.iter().map(|words| words.to_vec()).collect();
@@ -94,7 +95,7 @@ pub fn pf_differences(vf: Arc<dyn VfHardware>) -> Vec<String> {
             differences.push(format!("{}: {reply:x?} is answered, not {expected:x?}", case.name));
         }
     }
-    driver.bus.write(IGBVF.control.into(), CONTROL_RST);
+    driver.bus.write(IGBVF.layout.control.into(), CONTROL_RST);
     let reply = exchange(&mut driver, &[5, 1522], false);
     if reply != Ok(None) {
         differences.push(format!("after a reset without its message: {reply:x?} is answered"));
@@ -110,7 +111,7 @@ fn exchange(driver: &mut Driver<Direct>, words: &[u32], expected: bool) -> Resul
         if !driver.has_reply() {
             return Ok(None);
         }
-        return Ok(Some(driver.bus.read(IGBVF.buffer.into())));
+        return Ok(Some(driver.bus.read(IGBVF.layout.buffer.into())));
     }
     let [word] = driver.reply::<1>().map_err(|error| format!("{error:?}"))?;
     Ok(Some(word))
@@ -225,7 +226,7 @@ impl VfHardware for Witness {
     fn bar_write(&self, index: usize, offset: u64, data: &[u8]) {
         if let (0, Ok(value)) = (index, data.try_into().map(u32::from_le_bytes)) {
             let mut words = self.words.lock().unwrap();
-            match IGBVF.register(offset) {
+            match IGBVF.layout.register(offset) {
                 Register::Buffer(word) => words[word] = value,
                 Register::Mailbox if value & REQ != 0 => {
                     let len = words.iter().rposition(|word| *word != 0).map_or(0, |last| last + 1);

@@ -1,15 +1,26 @@
 // SPDX-License-Identifier: Apache-2.0
 
-//! The mailbox code of the stock igbvf driver, step by step (Linux 6.12): its writes, polls and conclusions.
+//! The mailbox code of the stock igbvf driver, step by step (Linux 6.12): its writes, polls and conclusions. Drivers of
+//! other families do the same at other [`Offsets`].
 
 use std::time::Duration;
 
 use netpolicy::MacAddress;
 
-const VTCTRL: u64 = 0x0000;
-const STATUS: u64 = 0x0008;
-const VMBMEM: u64 = 0x0800;
-const V2PMAILBOX: u64 = 0x0c40;
+/// The registers that a driver's mailbox code uses.
+#[derive(Clone, Copy, Debug)]
+pub struct Offsets {
+    pub control: u64,
+    pub status: u64,
+    pub buffer: u64,
+    pub mailbox: u64,
+}
+
+impl Offsets {
+    /// VTCTRL, STATUS, VMBMEM and V2PMAILBOX.
+    pub const IGBVF: Self = Self { control: 0x0000, status: 0x0008, buffer: 0x0800, mailbox: 0x0c40 };
+}
+
 const RST: u32 = 0x0400_0000;
 const R2C: u32 = 0xb0;
 const CTS: u32 = 0x2000_0000;
@@ -40,6 +51,7 @@ pub enum Failed {
 /// The driver's state.
 pub struct Driver<B> {
     pub bus: B,
+    at: Offsets,
     /// `hw.mac.addr`: the address that it last requested.
     pub mac: MacAddress,
     /// `hw.mac.perm_addr`: the address in the last reset reply.
@@ -53,12 +65,16 @@ pub struct Driver<B> {
 
 impl<B: Bus> Driver<B> {
     pub fn new(bus: B) -> Self {
+        Self::with(bus, Offsets::IGBVF)
+    }
+
+    pub fn with(bus: B, at: Offsets) -> Self {
         let zero = MacAddress::ZERO;
-        Self { bus, mac: zero, perm: zero, netdev: zero, cached: 0, timeout: 0, link_wanted: true }
+        Self { bus, at, mac: zero, perm: zero, netdev: zero, cached: 0, timeout: 0, link_wanted: true }
     }
 
     fn status(&mut self) -> u32 {
-        let value = self.bus.read(V2PMAILBOX) | self.cached;
+        let value = self.bus.read(self.at.mailbox) | self.cached;
         self.cached |= value & R2C;
         value
     }
@@ -79,7 +95,7 @@ impl<B: Bus> Driver<B> {
             if attempt > 0 {
                 self.bus.delay(Duration::from_millis(1));
             }
-            self.bus.write(V2PMAILBOX, 0x4);
+            self.bus.write(self.at.mailbox, 0x4);
             if self.status() & 0x4 != 0 {
                 return Ok(());
             }
@@ -108,9 +124,9 @@ impl<B: Bus> Driver<B> {
         self.check(0x20);
         self.check(0x10);
         for (index, word) in words.iter().enumerate() {
-            self.bus.write(VMBMEM + 4 * index as u64, *word);
+            self.bus.write(self.at.buffer + 4 * index as u64, *word);
         }
-        self.bus.write(V2PMAILBOX, 0x1);
+        self.bus.write(self.at.mailbox, 0x1);
         self.poll(0x20, Failed::NoAck)
     }
 
@@ -122,8 +138,9 @@ impl<B: Bus> Driver<B> {
 
     fn fetch<const N: usize>(&mut self) -> Result<[u32; N], Failed> {
         self.take_buffer()?;
-        let words = std::array::from_fn(|index| self.bus.read(VMBMEM + 4 * index as u64));
-        self.bus.write(V2PMAILBOX, 0x2);
+        let buffer = self.at.buffer;
+        let words = std::array::from_fn(|index| self.bus.read(buffer + 4 * index as u64));
+        self.bus.write(self.at.mailbox, 0x2);
         Ok(words)
     }
 
@@ -135,7 +152,7 @@ impl<B: Bus> Driver<B> {
 
     /// `e1000_reset_hw_vf`.
     pub fn reset_hw(&mut self) -> Result<(), Failed> {
-        self.bus.write(VTCTRL, RST);
+        self.bus.write(self.at.control, RST);
         let mut tries = 200;
         while self.check(0xc0) && tries > 0 {
             tries -= 1;
@@ -207,7 +224,7 @@ impl<B: Bus> Driver<B> {
         if self.check(0xc0) || self.timeout == 0 {
             self.link_wanted = true;
         }
-        if !self.link_wanted || self.bus.read(STATUS) & 2 == 0 {
+        if !self.link_wanted || self.bus.read(self.at.status) & 2 == 0 {
             return false;
         }
         let Ok([word]) = self.fetch::<1>() else { return false };

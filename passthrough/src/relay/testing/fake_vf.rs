@@ -1,7 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 
 //! A VF in front of a PF driver that behaves as Linux' igb does in its mailbox (6.12): "clear to send", the
-//! administrator's address latch that refuses even the equal address, silence before the first reset.
+//! administrator's address latch that refuses even the equal address, silence before the first reset. Its messages and
+//! registers are those of a family: see [`Double`].
 
 use std::{
     collections::BTreeSet,
@@ -14,9 +15,10 @@ use devices::memory::HostMemory;
 use netpolicy::MacAddress;
 use vmm_sys_util::eventfd::EventFd;
 
+use super::driver::Offsets;
 use crate::{
     channel::mailbox::{
-        layout::{IGBVF, Register},
+        layout::Register,
         message::BUFFER_WORDS,
         register_bits::{
             ACK, ACK_MESSAGE, CONTROL_RST, CTS, NACK_MESSAGE, PF_CONTROL, PFACK, PFSTS, PFU, READ_TO_CLEAR,
@@ -24,8 +26,52 @@ use crate::{
         },
         vf_mailbox::Clock,
     },
+    family::{Family, igb::IGBVF},
     hardware::{BarInfo, IrqKind, VfHardware},
 };
+
+/// A family as doubles of its drivers play it. Written from the drivers' sources, without the family's codec.
+pub trait Double: Sync {
+    /// The family.
+    fn family(&self) -> &'static Family;
+
+    /// The VF driver's offsets.
+    fn offsets(&self) -> Offsets;
+
+    /// The PF's reply to a reset message.
+    fn reset_reply(&self, pf: &Pf) -> Vec<u32>;
+
+    /// Carries out any other message, and returns the PF's reply. The PF has seen the VF's reset.
+    fn handle(&self, pf: &mut Pf, words: &[u32; BUFFER_WORDS]) -> Vec<u32>;
+}
+
+/// igbvf and igb.
+pub struct Igb;
+
+impl Double for Igb {
+    fn family(&self) -> &'static Family {
+        &IGBVF
+    }
+
+    fn offsets(&self) -> Offsets {
+        Offsets::IGBVF
+    }
+
+    fn reset_reply(&self, pf: &Pf) -> Vec<u32> {
+        let [a, b, c, d, e, f] = pf.mac.bytes();
+        if pf.mac.is_zero() {
+            return vec![1 | NACK_MESSAGE, 0, 0];
+        }
+        vec![1 | ACK_MESSAGE, u32::from_le_bytes([a, b, c, d]), u32::from_le_bytes([e, f, 0, 0])]
+    }
+
+    fn handle(&self, pf: &mut Pf, words: &[u32; BUFFER_WORDS]) -> Vec<u32> {
+        let accepted = pf.handle(words);
+        // igb clears promiscuous multicast in the argument once it is on.
+        let repeated = if words[0] & 0xffff == 6 { words[0] & !0x2_0000 } else { words[0] };
+        vec![repeated | CTS | if accepted { ACK_MESSAGE } else { NACK_MESSAGE }]
+    }
+}
 
 /// The most messages to keep.
 const MAX_RECEIVED: usize = 100_000;
@@ -55,6 +101,8 @@ pub struct Pf {
     pub vf_resets: u64,
     /// The masks by which mailbox interrupts were triggered in VTEICS.
     pub triggered: Vec<u32>,
+    /// Writes to passed registers.
+    pub passed: Vec<(u64, u32)>,
     /// The interface is down: no message is taken.
     pub down: bool,
     /// Takes messages, and responds to none.
@@ -82,14 +130,20 @@ struct State {
 
 /// The VF.
 pub struct FakeVf {
+    double: &'static dyn Double,
     state: Mutex<State>,
     clock: Arc<dyn Clock>,
 }
 
 impl FakeVf {
-    /// A VF with the address `mac` set by the administrator, as the agent always does.
+    /// A VF of igb with the address `mac` set by the administrator, as the agent always does.
     pub fn new(mac: MacAddress, clock: Arc<dyn Clock>) -> Arc<Self> {
-        let vf = Self { state: Mutex::default(), clock };
+        Self::of(&Igb, mac, clock)
+    }
+
+    /// The same for another family.
+    pub fn of(double: &'static dyn Double, mac: MacAddress, clock: Arc<dyn Clock>) -> Arc<Self> {
+        let vf = Self { double, state: Mutex::default(), clock };
         vf.set_admin_mac(mac);
         Arc::new(vf)
     }
@@ -163,7 +217,7 @@ impl FakeVf {
         let mut state = self.lock();
         for words in state.held.take().unwrap_or_default() {
             let now = self.clock.now();
-            state.answer(words, now);
+            state.answer(self.double, words, now);
         }
     }
 
@@ -174,7 +228,7 @@ impl FakeVf {
 }
 
 impl State {
-    fn take_message(&mut self, now: Duration) {
+    fn take_message(&mut self, double: &dyn Double, now: Duration) {
         if self.pf.down {
             return;
         }
@@ -185,27 +239,19 @@ impl State {
         self.bits |= PFACK;
         match &mut self.held {
             Some(held) => held.push(words),
-            None => self.answer(words, now),
+            None => self.answer(double, words, now),
         }
     }
 
-    fn answer(&mut self, words: [u32; BUFFER_WORDS], now: Duration) {
+    fn answer(&mut self, double: &dyn Double, words: [u32; BUFFER_WORDS], now: Duration) {
         let word = words[0];
         if word & (ACK_MESSAGE | NACK_MESSAGE) != 0 || self.pf.mute {
             return;
         }
         if word == 1 {
             self.pf.clear_to_send = true;
-            let [a, b, c, d, e, f] = self.pf.mac.bytes();
-            if self.pf.mac.is_zero() {
-                self.reply(&[1 | NACK_MESSAGE, 0, 0]);
-            } else {
-                self.reply(&[
-                    1 | ACK_MESSAGE,
-                    u32::from_le_bytes([a, b, c, d]),
-                    u32::from_le_bytes([e, f, 0, 0]),
-                ]);
-            }
+            let reply = double.reset_reply(&self.pf);
+            self.reply(&reply);
             return;
         }
         if !self.pf.clear_to_send {
@@ -215,10 +261,8 @@ impl State {
             }
             return;
         }
-        let accepted = self.pf.handle(&words);
-        // igb clears promiscuous multicast in the argument once it is on.
-        let repeated = if word & 0xffff == 6 { word & !0x2_0000 } else { word };
-        self.reply(&[repeated | CTS | if accepted { ACK_MESSAGE } else { NACK_MESSAGE }]);
+        let reply = double.handle(&mut self.pf, &words);
+        self.reply(&reply);
     }
 
     fn reply(&mut self, words: &[u32]) {
@@ -302,24 +346,30 @@ impl Pf {
 }
 
 impl VfHardware for FakeVf {
-    fn config_read(&self, _offset: u16, data: &mut [u8]) {
+    fn config_read(&self, offset: u16, data: &mut [u8]) {
         data.fill(0);
+        let (vendor, device) = self.double.family().ids[0];
+        let ids = u32::from(vendor) | u32::from(device) << 16;
+        if offset == 0 && data.len() == 4 {
+            data.copy_from_slice(&ids.to_le_bytes());
+        }
     }
 
     fn config_write(&self, _offset: u16, _data: &[u8]) {}
 
     fn bar(&self, index: usize) -> BarInfo {
-        let size = if index == 0 { 0x4000 } else { 0 };
+        let size = if index == self.double.family().layout.bar { 0x4000 } else { 0 };
         BarInfo { size, ..BarInfo::default() }
     }
 
     fn bar_read(&self, index: usize, offset: u64, data: &mut [u8]) {
+        let layout = &self.double.family().layout;
         let mut state = self.lock();
-        if state.removed || index != 0 || data.len() != 4 {
+        if state.removed || index != layout.bar || data.len() != 4 {
             data.fill(0xff);
             return;
         }
-        let value = match IGBVF.register(offset) {
+        let value = match layout.register(offset) {
             Register::Mailbox => {
                 let bits = state.bits;
                 state.bits &= !READ_TO_CLEAR;
@@ -329,23 +379,26 @@ impl VfHardware for FakeVf {
             }
             Register::Buffer(word) => state.words[word],
             // STATUS: link up, full duplex, 1000 Mbit/s.
-            Register::PassedRead if offset == 8 => 0x83,
+            Register::Passed { .. } if offset == 8 => 0x83,
             // The value identifies the offset of the read.
-            Register::PassedRead => 0x5a5a_0000 | u32::try_from(offset).unwrap(),
+            Register::Passed { .. } if offset != u64::from(layout.mailbox_vector) => {
+                0x5a5a_0000 | u32::try_from(offset).unwrap()
+            }
             // VTIVAR_MISC: vector 2.
-            _ if offset == u64::from(IGBVF.mailbox_vector) => 0x82,
+            _ if offset == u64::from(layout.mailbox_vector) => 0x82,
             _ => 0,
         };
         data.copy_from_slice(&value.to_le_bytes());
     }
 
     fn bar_write(&self, index: usize, offset: u64, data: &[u8]) {
+        let layout = &self.double.family().layout;
         let mut state = self.lock();
         let Ok(value) = data.try_into().map(u32::from_le_bytes) else { return };
-        if state.removed || index != 0 {
+        if state.removed || index != layout.bar {
             return;
         }
-        match IGBVF.register(offset) {
+        match layout.register(offset) {
             Register::Control if value & CONTROL_RST != 0 => {
                 state.pf.vf_resets += 1;
                 state.pf.clear_to_send = false;
@@ -364,11 +417,14 @@ impl VfHardware for FakeVf {
                 }
                 if value & REQ != 0 {
                     let now = self.clock.now();
-                    state.take_message(now);
+                    state.take_message(self.double, now);
                 }
             }
             Register::Buffer(word) => state.words[word] = value,
-            _ if offset == u64::from(IGBVF.trigger) => state.pf.triggered.push(value),
+            Register::Passed { .. } if offset != u64::from(layout.trigger) => {
+                state.pf.passed.push((offset, value));
+            }
+            _ if offset == u64::from(layout.trigger) => state.pf.triggered.push(value),
             _ => {}
         }
     }

@@ -13,5 +13,5 @@ pub mod table;
 pub use self::{
     bench::{Bench, FakeClock, ScriptedAuthority},
     driver::{Bus, Driver},
-    fake_vf::FakeVf,
+    fake_vf::{Double, FakeVf},
 };

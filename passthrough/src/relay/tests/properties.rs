@@ -9,8 +9,8 @@ use proptest::prelude::*;
 
 use super::{FORWARD, LOCAL, NACK, SILENT, mac};
 use crate::{
-    channel::mailbox::fuzz::assert_canonical,
-    family::igb::codec as igbvf,
+    family::igb::fuzz::assert_canonical,
+    family::{Context, Session, igb::IGBVF},
     relay::{
         Notice,
         testing::{Bench, Bus},
@@ -108,10 +108,12 @@ fn run(steps: Vec<Step>, verdicts: Vec<u8>) {
             continue;
         }
         // Each was granted, in the order of the grants. Grants may be skipped (resets), never used twice.
+        let context = Context { effective: mac(0x11), session: Session::default() };
         let same = |request: &Request| {
             // Which valid address a "clear" carries does not matter.
             let clear = matches!(request, Request::ClearUnicastFilters) && words[0] == 0x1_0002;
-            clear || igbvf::encode(request, mac(0x11)).is_some_and(|encoded| encoded.padded() == words)
+            clear
+                || IGBVF.codec.encode(request, context).is_some_and(|encoded| encoded.words.padded() == words)
         };
         assert!(granted.any(same), "{words:x?} was not granted");
     }

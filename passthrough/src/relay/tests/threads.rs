@@ -14,7 +14,8 @@ use netpolicy::Request;
 
 use super::{FORWARD, LOCAL, NACK, mac};
 use crate::{
-    channel::mailbox::{fuzz::assert_canonical, layout::IGBVF, vf_mailbox::SystemClock},
+    channel::mailbox::vf_mailbox::SystemClock,
+    family::igb::{IGBVF, fuzz::assert_canonical},
     function::BarHandler,
     relay::{
         Authority, Cancelled, Config, MailboxPage, Notice, Question, Rate, Relay, Unreachable, Verdict,

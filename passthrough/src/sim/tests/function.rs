@@ -18,7 +18,7 @@ use vmm_sys_util::eventfd::EventFd;
 
 use super::fixture::{Adapter, eventually, mac};
 use crate::{
-    channel::mailbox::layout::IGBVF,
+    family::igb::IGBVF,
     function::{AssignedFunction, HardwareAccess},
     relay::{
         Authority, Config, Decision, How, Notice, Question, Relay, Unreachable, Verdict,
@@ -109,7 +109,7 @@ fn a_guest_drives_it_through_its_pci_function() {
     *agent.0.lock().unwrap() = Some(Arc::downgrade(&relay));
     let routes = Arc::new(Routes::default());
     let windows: Arc<[std::ops::Range<u64>]> = [BAR0..0xd000_0000, 1 << 32..1 << 33].into();
-    let traps = [relay.trapped_range()];
+    let traps = relay.trapped_ranges();
     let function = AssignedFunction::new(
         "sim",
         access,

@@ -7,10 +7,8 @@ use super::{
     mailbox::Mailbox,
     queue::Queue,
 };
-use crate::channel::mailbox::{
-    layout::{IGBVF, Register},
-    register_bits::CONTROL_RST,
-};
+use crate::channel::mailbox::{layout::Register, register_bits::CONTROL_RST};
+use crate::family::igb::IGBVF;
 
 const STATUS: u16 = 0x0008;
 /// Full duplex, 1000 Mbit/s.
@@ -48,12 +46,12 @@ pub(super) struct Registers {
 
 impl Registers {
     pub(super) fn read(&mut self, offset: u16) -> u32 {
-        match IGBVF.register(offset.into()) {
+        match IGBVF.layout.register(offset.into()) {
             Register::Mailbox => return self.mailbox.read(),
             Register::Buffer(word) => return self.mailbox.words.get(word).copied().unwrap_or(0),
             // Write only.
             Register::Control => return 0,
-            Register::PassedRead | Register::Unknown => {}
+            Register::Passed { .. } | Register::Unknown => {}
         }
         let counted = &self.statistics;
         match offset {
@@ -75,7 +73,7 @@ impl Registers {
 
     /// Returns whether the VF's thread has work.
     pub(super) fn write(&mut self, offset: u16, value: u32) -> bool {
-        match IGBVF.register(offset.into()) {
+        match IGBVF.layout.register(offset.into()) {
             Register::Mailbox => {
                 let (wake, raise) = self.mailbox.write(value);
                 if raise {
@@ -96,7 +94,7 @@ impl Registers {
                 }
                 return value & CONTROL_RST != 0;
             }
-            Register::PassedRead | Register::Unknown => {}
+            Register::Passed { .. } | Register::Unknown => {}
         }
         if INTERRUPTS.contains(&offset) {
             self.interrupts.write(offset, value);

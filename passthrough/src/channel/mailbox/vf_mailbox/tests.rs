@@ -3,22 +3,29 @@
 use netpolicy::MacAddress;
 
 use super::*;
-use crate::relay::testing::{FakeClock, FakeVf, fake_vf::Pf};
+use crate::{
+    family::igb::IGBVF,
+    relay::testing::{FakeClock, FakeVf, fake_vf::Pf},
+};
 
 const MS: Duration = Duration::from_millis(1);
+
+fn message(words: &[u32], reply_words: usize) -> Exchange {
+    Exchange { words: Words::new(words), reply_words }
+}
 
 fn mailbox() -> (VfMailbox, Arc<FakeVf>, Arc<FakeClock>) {
     let clock = Arc::new(FakeClock::default());
     clock.sleep(1000 * MS);
     let vf = FakeVf::new(MacAddress::new([2, 0, 0, 0, 0, 0x11]), clock.clone());
-    let mut mailbox = VfMailbox::new(vf.clone(), &crate::channel::mailbox::layout::IGBVF, clock.clone());
-    let reply = mailbox.exchange(&Words::new(&[1]), 3, 100 * MS).expect("reset");
+    let mut mailbox = VfMailbox::new(vf.clone(), &IGBVF, clock.clone());
+    let reply = mailbox.exchange(&message(&[1], 3), 100 * MS).expect("reset");
     assert_eq!(reply.as_slice(), [0x8000_0001, 0x0000_0002, 0x0000_1100]);
     (mailbox, vf, clock)
 }
 
 fn vlan(mailbox: &mut VfMailbox) -> Result<u32, VfMailboxError> {
-    mailbox.exchange(&Words::new(&[0x1_0004, 100]), 1, 100 * MS).map(|reply| reply.first())
+    mailbox.exchange(&message(&[0x1_0004, 100], 1), 100 * MS).map(|reply| reply.first())
 }
 
 #[test]
@@ -27,7 +34,7 @@ fn a_ping_before_or_during_an_exchange_is_kept_for_the_next_look() {
         let (mut mailbox, vf, _) = mailbox();
         ping(&vf);
         assert_eq!(vlan(&mut mailbox), Ok(0xa001_0004), "the ping is not taken for the reply");
-        assert_eq!(mailbox.poll().message, Some(0x2000_0100));
+        assert_eq!(mailbox.poll().message.map(|message| message.word), Some(0x2000_0100));
         assert_eq!(mailbox.poll(), Observed::default());
     }
 }
@@ -45,7 +52,7 @@ fn bits_that_an_exchange_clears_by_reading_are_latched() {
 fn an_answer_lacks_what_igb_takes_out_of_the_argument_unless_it_does_not_listen() {
     let (mut mailbox, vf, _) = mailbox();
     let promiscuous = |mailbox: &mut VfMailbox| {
-        mailbox.exchange(&Words::new(&[0x2_0006]), 1, 100 * MS).map(|reply| reply.first())
+        mailbox.exchange(&message(&[0x2_0006], 1), 100 * MS).map(|reply| reply.first())
     };
     assert_eq!(promiscuous(&mut mailbox), Ok(0xa000_0006));
     vf.with_pf(|pf| pf.clear_to_send = false);
@@ -58,7 +65,7 @@ fn a_late_reply_to_another_message_is_not_taken() {
     vf.hold();
     assert_eq!(vlan(&mut mailbox), Err(VfMailboxError::NoReply));
     vf.answer_late();
-    let reply = mailbox.exchange(&Words::new(&[5, 1522]), 1, 100 * MS);
+    let reply = mailbox.exchange(&message(&[5, 1522], 1), 100 * MS);
     assert_eq!(reply.map(|reply| reply.first()), Ok(0xa000_0005));
     assert_eq!(mailbox.poll().message, None, "nor for something the PF said on its own");
 }
@@ -90,7 +97,7 @@ fn a_pf_that_fails_is_given_up_in_time_and_not_left_without_its_buffer() {
 fn the_buffer_is_given_back_and_words_behind_a_message_are_zero() {
     let (mut mailbox, vf, _) = mailbox();
     for words in [&[0x1e_0003, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15][..], &[6]] {
-        mailbox.exchange(&Words::new(words), 1, 100 * MS).expect("answered");
+        mailbox.exchange(&message(words, 1), 100 * MS).expect("answered");
         assert!(!vf.holds_buffer());
     }
     let received = vf.pf().received;
@@ -107,10 +114,10 @@ fn an_interrupt_is_raised_on_the_vector_that_the_guest_chose() {
 #[test]
 fn words_of_a_late_reply_are_not_sent_with_the_next_message() {
     let (mut mailbox, vf, _) = mailbox();
-    let reset = Words::new(&[1]);
+    let reset = message(&[1], 3);
     vf.hold();
-    assert_eq!(mailbox.exchange(&reset, 3, 100 * MS), Err(VfMailboxError::NoReply));
+    assert_eq!(mailbox.exchange(&reset, 100 * MS), Err(VfMailboxError::NoReply));
     vf.answer_late();
-    mailbox.exchange(&reset, 3, 100 * MS).expect("answered");
-    assert_eq!(vf.pf().received.last(), Some(reset.padded()));
+    mailbox.exchange(&reset, 100 * MS).expect("answered");
+    assert_eq!(vf.pf().received.last(), Some(reset.words.padded()));
 }
