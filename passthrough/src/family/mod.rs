@@ -107,7 +107,7 @@ pub trait Codec: Send + Sync + fmt::Debug {
     }
 }
 
-/// The agreement of guest and PF since the guest's last reset. Every reset of the VF or the device clears it.
+/// The agreement of guest and PF since the guest's last reset message. Until that message the PF hears nothing.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Session {
     /// The version of the mailbox protocol, as the family counts them; 0 without an agreement.

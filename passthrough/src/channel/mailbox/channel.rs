@@ -120,7 +120,7 @@ impl MailboxChannel {
         self.family
     }
 
-    /// The agreement of guest and PF since the last reset.
+    /// The agreement of guest and PF since the last reset message.
     pub fn session(&self) -> Session {
         self.session
     }
@@ -133,20 +133,13 @@ impl MailboxChannel {
         self.family.codec.decode(&message.words, self.session)
     }
 
-    /// Notes that the guest has reset its VF: what it agreed on with the PF is void.
-    pub fn guest_reset(&mut self) {
-        self.session = Session::default();
-    }
-
     /// Resets the VF: its queues are off, and the PF does not listen until the next reset message.
     pub fn reset_vf(&mut self) {
-        self.session = Session::default();
         self.mailbox.reset_vf();
     }
 
-    /// Drops all state, after a reset of the device from elsewhere.
+    /// Drops the latched state of the mailbox, after a reset of the device from elsewhere.
     pub fn forget(&mut self) {
-        self.session = Session::default();
         self.mailbox.forget();
     }
 
@@ -160,7 +153,7 @@ impl MailboxChannel {
         self.mailbox.raise_interrupt();
     }
 
-    /// Sends the reset message: only then does the PF listen, and turn the queues on.
+    /// Sends the reset message: only then does the PF listen, and turn the queues on. A new session begins.
     ///
     /// # Errors
     /// [`SendError::Mailbox`] after `limit`, or [`SendError::OtherReply`].

@@ -39,7 +39,7 @@ impl Double for SamplePf {
         match words[0] {
             2 if pf.trusted => {
                 pf.mac = mac;
-                vec![0xa000_0002, words[1], words[2]]
+                vec![0xa000_0002, words[1], words[2] | 0x0005_0000]
             }
             2 => vec![0x6000_0002, 0, 0],
             8 if words[1] == 1 => vec![0xa000_0008, 1, CLAIMED_QUEUES],

@@ -66,7 +66,8 @@ fn every_message_is_answered_as_the_table_says() {
     let cases: &[Case] = &[
         (&[2, 0x2, 0x1100], None, &[0xa000_0002, 0x2, 0x1100], None),
         (&[2, 0x2, 0x2200], Some(LOCAL), &[0xa000_0002, 0x2, 0x2200], None),
-        (&[2, 0x2, 0x2200], Some(FORWARD), &[0xa000_0002, 0x2, 0x2200], Some(&[2, 0x2, 0x2200])),
+        // The reply's data are the PF's.
+        (&[2, 0x2, 0x2200], Some(FORWARD), &[0xa000_0002, 0x2, 0x0005_2200], Some(&[2, 0x2, 0x2200])),
         (&[2, 0x2, 0x2200], nack, &[0x6000_0002], None),
         // There is no "fresh" rule: this driver learns its address at each reset.
         (&[2, 0x2, 0x2200], silent, &[0xa000_0002, 0x2, 0x2200], None),
@@ -108,6 +109,16 @@ fn every_message_is_answered_as_the_table_says() {
 fn a_resets_reply_has_the_pfs_further_word() {
     let (bench, _) = guest();
     assert_eq!(words(&bench, 4), [0x8000_0001, 0x2, 0x1100, FILTER_TYPE], "without the bits above it");
+}
+
+#[test]
+fn a_reset_that_the_pf_does_not_hear_is_answered_by_the_familys_word() {
+    let (bench, mut driver) = guest();
+    bench.vf().with_pf(|pf| pf.down = true);
+    assert!(driver.reset_hw().is_err());
+    assert_eq!(words(&bench, 1), [0x0000_0100]);
+    bench.vf().with_pf(|pf| pf.down = false);
+    driver.reset_hw().expect("the next one succeeds");
 }
 
 #[test]

@@ -185,7 +185,6 @@ impl StateMachine {
         if inbox.vf_reset {
             self.drop_work(Cancelled::GuestReset);
             (self.cts, self.lost, self.reset_due) = (false, false, true);
-            self.channel.guest_reset();
             self.undecided.forget();
             let mut state = self.shared.lock();
             state.stats.resets = state.stats.resets.saturating_add(1);
