@@ -11,7 +11,8 @@ use tokio::sync::watch;
 use uuid::Uuid;
 
 use super::{
-    BoxFuture, Change, Expect, Listing, Object, ObjectStore, Operation, StoreError, Watch, check_commit,
+    BoxFuture, Change, Completion, Expect, Listing, Object, ObjectStore, Operation, StoreError, Watch,
+    check_commit,
 };
 
 /// The number of changes that are kept for watches.
@@ -59,7 +60,7 @@ impl ObjectStore for MemoryStore {
         Box::pin(async move { object.ok_or(StoreError::NotFound { kind: key.0, id }) })
     }
 
-    fn commit(&self, operations: Vec<Operation>) -> BoxFuture<'_, Result<Vec<u64>, StoreError>> {
+    fn submit(&self, operations: Vec<Operation>, done: Completion) {
         let result = check_commit(&operations).and_then(|()| {
             let mut state = self.state();
             let mut next = state.clone();
@@ -71,7 +72,7 @@ impl ObjectStore for MemoryStore {
             }
             revisions
         });
-        Box::pin(async { result })
+        done(result);
     }
 
     fn watch(&self, revision: u64) -> Box<dyn Watch> {

@@ -27,6 +27,7 @@ mod tests;
 use std::{collections::HashSet, future::Future, pin::Pin, sync::Arc};
 
 use serde_json::Value;
+use tokio::sync::oneshot;
 use uuid::Uuid;
 
 pub use error::StoreError;
@@ -38,6 +39,9 @@ pub use table::{Entry, Record, Scope, Table, Transaction};
 
 /// A boxed future, which makes a trait with asynchronous methods usable as an object.
 pub type BoxFuture<'a, T> = Pin<Box<dyn Future<Output = T> + Send + 'a>>;
+
+/// Takes the result of a commit: the revision of each operation. It must not wait.
+pub type Completion = Box<dyn FnOnce(Result<Vec<u64>, StoreError>) + Send>;
 
 /// The largest number of operations in one commit. etcd's default limit is the same.
 pub const MAX_OPERATIONS: usize = 128;
@@ -133,13 +137,25 @@ pub trait ObjectStore: Send + Sync + 'static {
     /// One object. Fails with [`StoreError::NotFound`].
     fn get(&self, kind: &str, id: Uuid) -> BoxFuture<'_, Result<Object, StoreError>>;
 
-    /// Carries out all operations in their order, or none of them, in one durable step. Returns the
-    /// revision of each. A deletion that finds no object has the revision of the store.
+    /// Begins a commit: all operations in their order, or none of them, in one durable step. `done`
+    /// gets the revision of each. A deletion that finds no object has the revision of the store.
+    ///
+    /// Commits take effect in the order of these calls. Commits that wait together may share one
+    /// durable step, and of their unconditional writes of one object the last may be the only one
+    /// that is carried out. Each has its own result all the same; a write that was not carried out has
+    /// the revision of the store.
     ///
     /// The commit has 1 to [`MAX_OPERATIONS`] operations, at most one for each object. It fails
     /// with [`StoreError::Conflict`] or [`StoreError::NameTaken`] for the first operation that is
-    /// not possible.
-    fn commit(&self, operations: Vec<Operation>) -> BoxFuture<'_, Result<Vec<u64>, StoreError>>;
+    /// not possible, and with [`StoreError::Closed`] if the store has ended.
+    fn submit(&self, operations: Vec<Operation>, done: Completion);
+
+    /// [Submits](Self::submit) a commit and waits for its result.
+    fn commit(&self, operations: Vec<Operation>) -> BoxFuture<'_, Result<Vec<u64>, StoreError>> {
+        let (done, result) = oneshot::channel();
+        self.submit(operations, Box::new(move |revisions| drop(done.send(revisions))));
+        Box::pin(async { result.await.map_err(|_| StoreError::Closed)? })
+    }
 
     /// The changes of all kinds after `revision`, in order and without a gap.
     fn watch(&self, revision: u64) -> Box<dyn Watch>;

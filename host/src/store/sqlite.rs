@@ -1,8 +1,12 @@
 // SPDX-License-Identifier: Apache-2.0
 
 //! The store in one SQLite file, owned by one thread.
+//!
+//! A commit costs one sync of the disk, and that is nearly all of its time. So commits that wait
+//! while one is under way share the next transaction.
 
 use std::{
+    collections::{HashMap, HashSet},
     fs::{DirBuilder, OpenOptions},
     io,
     os::unix::fs::{DirBuilderExt, OpenOptionsExt},
@@ -11,12 +15,13 @@ use std::{
     thread,
 };
 
-use rusqlite::{Connection, OptionalExtension, Transaction, TransactionBehavior, params};
+use rusqlite::{Connection, OptionalExtension, TransactionBehavior, params};
 use tokio::sync::{oneshot, watch};
 use uuid::Uuid;
 
 use super::{
-    BoxFuture, Change, Expect, Listing, Object, ObjectStore, Operation, StoreError, Watch, check_commit,
+    BoxFuture, Change, Completion, Expect, Listing, Object, ObjectStore, Operation, StoreError, Watch,
+    check_commit,
     schema::{self, APPLICATION_ID, MIGRATIONS, Migrated},
 };
 
@@ -31,9 +36,17 @@ type Reply<T> = oneshot::Sender<Result<T, StoreError>>;
 enum Command {
     List { kind: String, reply: Reply<Listing> },
     Get { kind: String, id: Uuid, reply: Reply<Object> },
-    Commit { operations: Vec<Operation>, reply: Reply<Vec<u64>> },
+    Commit(Commit),
     Changes { after: u64, reply: Reply<Vec<Change>> },
 }
+
+struct Commit {
+    operations: Vec<Operation>,
+    done: Completion,
+}
+
+/// The most commits that share a transaction.
+const TOGETHER: usize = 128;
 
 /// The handle of a store. The store's thread ends with the last handle.
 #[derive(Clone, Debug)]
@@ -78,8 +91,12 @@ impl ObjectStore for SqliteStore {
         Box::pin(self.call(move |reply| Command::Get { kind, id, reply }))
     }
 
-    fn commit(&self, operations: Vec<Operation>) -> BoxFuture<'_, Result<Vec<u64>, StoreError>> {
-        Box::pin(self.call(move |reply| Command::Commit { operations, reply }))
+    fn submit(&self, operations: Vec<Operation>, done: Completion) {
+        if let Err(mpsc::SendError(Command::Commit(commit))) =
+            self.commands.send(Command::Commit(Commit { operations, done }))
+        {
+            (commit.done)(Err(StoreError::Closed));
+        }
     }
 
     fn watch(&self, revision: u64) -> Box<dyn Watch> {
@@ -182,21 +199,116 @@ fn describe(error: StoreError, path: &Path) -> StoreError {
 }
 
 fn run(mut connection: Connection, inbox: &mpsc::Receiver<Command>, tell: &watch::Sender<u64>) {
+    let mut next = None;
     // A dropped receiver is no error: the command is carried out all the same.
-    while let Ok(command) = inbox.recv() {
+    while let Some(command) = next.take().or_else(|| inbox.recv().ok()) {
         match command {
             Command::List { kind, reply } => drop(reply.send(list(&mut connection, &kind))),
             Command::Get { kind, id, reply } => drop(reply.send(get(&connection, &kind, id))),
             Command::Changes { after, reply } => drop(reply.send(changes(&connection, after))),
-            Command::Commit { operations, reply } => {
-                let result = commit(&mut connection, operations);
-                if let Some(revision) = result.as_ref().ok().and_then(|revisions| revisions.iter().max()) {
-                    tell.send_if_modified(|newest| std::mem::replace(newest, *revision) != *revision);
+            Command::Commit(first) => {
+                let mut group = vec![first];
+                while group.len() < TOGETHER {
+                    match inbox.try_recv() {
+                        Ok(Command::Commit(commit)) => group.push(commit),
+                        other => {
+                            next = other.ok();
+                            break;
+                        }
+                    }
                 }
-                drop(reply.send(result));
+                let (commits, waiting): (Vec<_>, Vec<_>) =
+                    group.into_iter().map(|commit| (commit.operations, commit.done)).unzip();
+                let results = commit_all(&mut connection, &commits);
+                let revision = results.iter().flatten().flatten().max().copied();
+                if let Some(revision) = revision {
+                    tell.send_if_modified(|newest| std::mem::replace(newest, revision) != revision);
+                }
+                for (done, result) in waiting.into_iter().zip(results) {
+                    done(result);
+                }
             }
         }
     }
+}
+
+/// Carries out commits in their order, in one durable step if that is possible.
+fn commit_all(connection: &mut Connection, commits: &[Vec<Operation>]) -> Vec<Result<Vec<u64>, StoreError>> {
+    if commits.len() > 1
+        && let Ok(results) = commit_together(connection, commits)
+    {
+        return results;
+    }
+    // Alone, each has its own result also where the disk is full.
+    commits.iter().map(|operations| commit(connection, operations)).collect()
+}
+
+/// Carries out commits in one transaction. An impossible one leaves the others alone.
+///
+/// # Errors
+/// The database failed. Nothing was done.
+fn commit_together(
+    connection: &mut Connection,
+    commits: &[Vec<Operation>],
+) -> Result<Vec<Result<Vec<u64>, StoreError>>, StoreError> {
+    let superseded = superseded(commits);
+    let mut transaction = connection.transaction_with_behavior(TransactionBehavior::Immediate)?;
+    let mut results = Vec::with_capacity(commits.len());
+    for (operations, superseded) in commits.iter().zip(superseded) {
+        let result = if superseded {
+            Ok(vec![newest(&transaction)?; operations.len()])
+        } else {
+            let step = transaction.savepoint()?;
+            match apply(&step, operations) {
+                Ok(revisions) => step.commit().map(|()| revisions).map_err(StoreError::from),
+                // Dropping the savepoint rolls it back.
+                Err(error) => Err(error),
+            }
+        };
+        if let Err(error @ StoreError::Failed(_)) = result {
+            return Err(error);
+        }
+        results.push(result);
+    }
+    transaction.commit()?;
+    Ok(results)
+}
+
+/// For each commit, whether later ones write all of its objects anew, so that nothing sees the
+/// difference: no commit has a condition for such an object, deletes it or changes its name, and no
+/// other object has that name.
+fn superseded(commits: &[Vec<Operation>]) -> Vec<bool> {
+    let mut owners: HashMap<(&str, &str), Option<Uuid>> = HashMap::new();
+    let mut names: HashMap<(&str, Uuid), Option<&str>> = HashMap::new();
+    for operation in commits.iter().flatten() {
+        let kept = match operation {
+            Operation::Put { kind, id, name, expect, .. } => {
+                let owner = owners.entry((kind, name)).or_insert(Some(*id));
+                *owner = owner.filter(|owner| owner == id);
+                Some(name.as_str()).filter(|_| *expect == Expect::Any)
+            }
+            Operation::Delete { .. } => None,
+        };
+        let name = names.entry(operation.key()).or_insert(kept);
+        *name = name.filter(|name| kept == Some(*name));
+    }
+    let plain = |key: &(&'static str, Uuid)| {
+        let name = names.get(key).copied().flatten();
+        name.is_some_and(|name| owners.get(&(key.0, name)) == Some(&Some(key.1)))
+    };
+    let mut later = HashSet::new();
+    let mut found: Vec<bool> = commits
+        .iter()
+        .rev()
+        .map(|operations| {
+            let written =
+                !operations.is_empty() && operations.iter().all(|operation| later.contains(&operation.key()));
+            later.extend(operations.iter().map(Operation::key).filter(plain));
+            written
+        })
+        .collect();
+    found.reverse();
+    found
 }
 
 fn newest(connection: &Connection) -> Result<u64, StoreError> {
@@ -240,13 +352,8 @@ fn object(kind: &str, id: &str, name: String, revision: u64, value: &str) -> Res
     Ok(Object { kind: kind.to_owned(), id, name, revision, value })
 }
 
-fn check(
-    transaction: &Transaction<'_>,
-    kind: &str,
-    id: Uuid,
-    expect: Expect,
-) -> Result<Option<u64>, StoreError> {
-    let actual: Option<u64> = transaction
+fn check(connection: &Connection, kind: &str, id: Uuid, expect: Expect) -> Result<Option<u64>, StoreError> {
+    let actual: Option<u64> = connection
         .query_row(
             "SELECT revision FROM objects WHERE kind = ?1 AND id = ?2",
             params![kind, id.to_string()],
@@ -264,43 +371,43 @@ fn check(
     Err(StoreError::Conflict { kind: kind.to_owned(), id, expected: expected.unwrap_or(0), actual })
 }
 
-fn commit(connection: &mut Connection, operations: Vec<Operation>) -> Result<Vec<u64>, StoreError> {
-    check_commit(&operations)?;
+fn commit(connection: &mut Connection, operations: &[Operation]) -> Result<Vec<u64>, StoreError> {
+    check_commit(operations)?;
     let transaction = connection.transaction_with_behavior(TransactionBehavior::Immediate)?;
-    let mut revisions = Vec::with_capacity(operations.len());
-    for operation in operations {
-        revisions.push(match operation {
-            Operation::Put { kind, id, name, value, expect } => {
-                check(&transaction, kind, id, expect)?;
-                put(&transaction, kind, id, &name, &value.to_string())?
-            }
-            Operation::Delete { kind, id, expect } => match check(&transaction, kind, id, expect)? {
-                Some(_) => delete(&transaction, kind, id)?,
-                None => newest(&transaction)?,
-            },
-        });
-    }
+    let revisions = apply(&transaction, operations)?;
     transaction.commit()?;
     Ok(revisions)
 }
 
-fn put(
-    transaction: &Transaction<'_>,
-    kind: &str,
-    id: Uuid,
-    name: &str,
-    value: &str,
-) -> Result<u64, StoreError> {
+fn apply(connection: &Connection, operations: &[Operation]) -> Result<Vec<u64>, StoreError> {
+    check_commit(operations)?;
+    let mut revisions = Vec::with_capacity(operations.len());
+    for operation in operations {
+        revisions.push(match operation {
+            Operation::Put { kind, id, name, value, expect } => {
+                check(connection, kind, *id, *expect)?;
+                put(connection, kind, *id, name, &value.to_string())?
+            }
+            Operation::Delete { kind, id, expect } => match check(connection, kind, *id, *expect)? {
+                Some(_) => delete(connection, kind, *id)?,
+                None => newest(connection)?,
+            },
+        });
+    }
+    Ok(revisions)
+}
+
+fn put(connection: &Connection, kind: &str, id: Uuid, name: &str, value: &str) -> Result<u64, StoreError> {
     let id = id.to_string();
-    let taken: Option<String> = transaction
+    let taken: Option<String> = connection
         .prepare_cached("SELECT id FROM objects WHERE kind = ?1 AND name = ?2 AND id <> ?3")?
         .query_row(params![kind, name, id], |row| row.get(0))
         .optional()?;
     if taken.is_some() {
         return Err(StoreError::NameTaken { kind: kind.to_owned(), name: name.to_owned() });
     }
-    let revision = log(transaction, kind, &id, Some((name, value)))?;
-    transaction
+    let revision = log(connection, kind, &id, Some((name, value)))?;
+    connection
         .prepare_cached(
             "INSERT INTO objects (kind, id, name, revision, value) VALUES (?1, ?2, ?3, ?4, ?5)
              ON CONFLICT (kind, id) DO UPDATE SET name = ?3, revision = ?4, value = ?5",
@@ -309,26 +416,26 @@ fn put(
     Ok(revision)
 }
 
-fn delete(transaction: &Transaction<'_>, kind: &str, id: Uuid) -> Result<u64, StoreError> {
+fn delete(connection: &Connection, kind: &str, id: Uuid) -> Result<u64, StoreError> {
     let id = id.to_string();
-    transaction.execute("DELETE FROM objects WHERE kind = ?1 AND id = ?2", params![kind, id])?;
-    log(transaction, kind, &id, None)
+    connection.execute("DELETE FROM objects WHERE kind = ?1 AND id = ?2", params![kind, id])?;
+    log(connection, kind, &id, None)
 }
 
 /// Appends to the log of changes, forgets the oldest, and returns the new revision.
 fn log(
-    transaction: &Transaction<'_>,
+    connection: &Connection,
     kind: &str,
     id: &str,
     object: Option<(&str, &str)>,
 ) -> Result<u64, StoreError> {
     let (name, value) = object.unzip();
-    transaction.execute(
+    connection.execute(
         "INSERT INTO changes (kind, id, name, value) VALUES (?1, ?2, ?3, ?4)",
         params![kind, id, name, value],
     )?;
-    let revision = u64::try_from(transaction.last_insert_rowid()).unwrap_or(0);
-    transaction
+    let revision = u64::try_from(connection.last_insert_rowid()).unwrap_or(0);
+    connection
         .execute("DELETE FROM changes WHERE revision <= ?1", [revision.saturating_sub(CHANGES_KEPT)])?;
     Ok(revision)
 }
@@ -353,4 +460,61 @@ fn changes(connection: &Connection, after: u64) -> Result<Vec<Change>, StoreErro
         found.push(Change { revision, kind, id: Uuid::parse_str(&id).unwrap_or_default(), object });
     }
     Ok(found)
+}
+
+#[cfg(test)]
+mod tests {
+    use serde_json::json;
+
+    use super::*;
+
+    fn put(id: Uuid, value: u32, expect: Expect) -> Vec<Operation> {
+        vec![Operation::Put { kind: "vm", id, name: id.to_string(), value: json!(value), expect }]
+    }
+
+    fn written(connection: &Connection) -> Vec<String> {
+        let mut query = connection.prepare("SELECT value FROM changes ORDER BY revision").unwrap();
+        query.query_map([], |row| row.get(0)).unwrap().map(Result::unwrap).collect()
+    }
+
+    #[test]
+    fn of_unconditional_writes_in_one_transaction_only_the_last_is_carried_out() {
+        let dir = tempfile::tempdir().unwrap();
+        let mut connection = open(&dir.path().join("test.db")).unwrap();
+        let (one, other) = (Uuid::new_v4(), Uuid::new_v4());
+        let commits = vec![
+            put(one, 1, Expect::Any),
+            put(other, 2, Expect::Any),
+            put(one, 3, Expect::Any),
+            put(other, 4, Expect::Absent),
+            put(one, 5, Expect::Any),
+        ];
+        let results = commit_all(&mut connection, &commits);
+        assert!(matches!(results[3], Err(StoreError::Conflict { .. })));
+        assert_eq!(results.iter().filter(|result| result.is_ok()).count(), 4);
+        // A condition needs to see what came before it.
+        assert_eq!(written(&connection), ["2", "5"]);
+    }
+
+    #[test]
+    fn a_database_that_fails_fails_each_commit() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("test.db");
+        let mut connection = open(&path).unwrap();
+        connection.pragma_update(None, "query_only", true).unwrap();
+        let commits =
+            vec![put(Uuid::new_v4(), 1, Expect::Any), Vec::new(), put(Uuid::new_v4(), 2, Expect::Any)];
+        let results = commit_all(&mut connection, &commits);
+        assert!(
+            matches!(
+                results[..],
+                [Err(StoreError::Failed(_)), Err(StoreError::Commit(_)), Err(StoreError::Failed(_))]
+            ),
+            "{results:?}"
+        );
+        connection.pragma_update(None, "query_only", false).unwrap();
+        assert_eq!(written(&connection), [""; 0]);
+        let results = commit_all(&mut connection, &commits);
+        assert!(results[0].is_ok() && results[1].is_err() && results[2].is_ok(), "{results:?}");
+    }
 }

@@ -91,6 +91,22 @@ impl<T: Record> Table<T> {
         self.store.commit(vec![operation::<T>(id, "", None, Expect::Any)?]).await.map(drop)
     }
 
+    /// Begins to write (`Some`) or delete (`None`) a record without a condition: see
+    /// [`ObjectStore::submit`]. A record's id is its name, too.
+    pub fn submit(
+        &self,
+        id: Uuid,
+        value: Option<&T>,
+        done: impl FnOnce(Result<(), StoreError>) + Send + 'static,
+    ) {
+        match operation(id, &id.to_string(), value, Expect::Any) {
+            Ok(operation) => {
+                self.store.submit(vec![operation], Box::new(|revisions| done(revisions.map(drop))));
+            }
+            Err(error) => done(Err(error)),
+        }
+    }
+
     /// Writes (`Some`) and deletes (`None`) records without a condition, at most [`MAX_OPERATIONS`]
     /// in one durable step. A record's id is its name, too.
     ///

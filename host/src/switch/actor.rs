@@ -23,7 +23,7 @@ use super::{
     command::{Command, KnownPf},
     commit::{CommitContext, End},
     error::SwitchError,
-    journal::Writer,
+    journal::Journal,
     port_queue::{PortQueue, Running, Task},
     record::{Attachment, GroupRecord, PortRecord, SwitchRecord},
     startup,
@@ -66,7 +66,7 @@ pub(super) struct Actor {
     pub(super) switches: Table<SwitchRecord>,
     pub(super) groups: Table<GroupRecord>,
     pub(super) ports: Table<PortRecord>,
-    pub(super) writer: Writer,
+    pub(super) journal: Journal,
     pub(super) pf: PfHandle,
     pub(super) decisions: DecisionLog,
     pub(super) events: EventHub,
@@ -98,6 +98,7 @@ pub(super) async fn start(
 ) -> Result<(), SwitchError> {
     let (ends, ended) = mpsc::unbounded_channel();
     let Parts { store, pf, decisions, events, hints, timing, metrics, .. } = parts;
+    let log = PortLog::new();
     let mut actor = Actor {
         state: SwitchState::new(),
         meta: HashMap::new(),
@@ -110,13 +111,13 @@ pub(super) async fn start(
         switches: Table::new(&store),
         groups: Table::new(&store),
         ports: Table::new(&store),
-        writer: Writer::start(Table::new(&store)),
+        journal: Journal::new(Table::new(&store), log.clone()),
         pf,
         decisions,
         events,
         timing,
         metrics,
-        log: PortLog::new(),
+        log,
         #[cfg(feature = "test-support")]
         bypass: parts.bypass,
         #[cfg(not(feature = "test-support"))]
@@ -312,7 +313,7 @@ impl Actor {
         let link = self.links.get(&port.vm.id).filter(|link| link.online);
         Some(CommitContext {
             pf: self.pf.clone(),
-            writer: self.writer.clone(),
+            journal: self.journal.clone(),
             vmm: link.map(|link| Arc::clone(&link.vmm)),
             timing: self.timing,
             metrics: self.metrics.clone(),
@@ -354,7 +355,7 @@ impl Actor {
     /// Saves a port soon.
     pub(super) fn save(&self, port: PortId) {
         if let Some(attachment) = self.attachment(port) {
-            drop(self.writer.save(port, attachment));
+            drop(self.journal.save(port, &attachment));
         }
     }
 

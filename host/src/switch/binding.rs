@@ -130,7 +130,7 @@ impl Actor {
         // The port itself first: the records that are left without it have no effect.
         self.ports.remove(id.0).await?;
         reach(Point::DeletePort);
-        drop(self.writer.forget(id).await);
+        drop(self.journal.forget(id).await);
         self.decisions.forget(id).await;
         self.deleted(ObjectKind::Port, id.0, &port_name(port), None);
         Ok(())
@@ -239,7 +239,7 @@ impl Actor {
     /// Stores the port's attachment, durably when it returns.
     async fn store_attachment(&self, id: PortId) -> Result<(), SwitchError> {
         let Some(attachment) = self.attachment(id) else { return Ok(()) };
-        match self.writer.save(id, attachment).await {
+        match self.journal.save(id, &attachment).await {
             Ok(Ok(())) => Ok(()),
             Ok(Err(why)) => Err(SwitchError::Store(StoreError::NotWritten(why))),
             Err(_) => Err(SwitchError::Store(StoreError::Closed)),

@@ -16,7 +16,7 @@ use tokio::{
 };
 use vmm::control::{Answer, Order, Outcome};
 
-use super::{Timing, journal::Writer, port_queue::Revert, record::Attachment, vmm_client::Vmm};
+use super::{Timing, journal::Journal, port_queue::Revert, record::Attachment, vmm_client::Vmm};
 use crate::{
     line_rate::PortLog, metrics::Metrics, pf::PfHandle, vm::problem::chain, vmm_process::OrderError,
 };
@@ -28,7 +28,7 @@ const PAUSE: Duration = Duration::from_millis(300);
 /// The context of a job.
 pub(super) struct CommitContext {
     pub(super) pf: PfHandle,
-    pub(super) writer: Writer,
+    pub(super) journal: Journal,
     pub(super) vmm: Option<Arc<dyn Vmm>>,
     pub(super) timing: Timing,
     pub(super) metrics: Metrics,
@@ -109,7 +109,7 @@ impl CommitContext {
     /// Begins to make `before` durable. Only the switch's task calls this, never a running job: the task saves newer records
     /// meanwhile.
     fn note(&self) -> oneshot::Receiver<Result<(), String>> {
-        self.writer.save(self.port, self.before.clone())
+        self.journal.save(self.port, &self.before)
     }
 
     /// Takes the trust for a message back. The next comparison with the PF repeats a failed attempt.

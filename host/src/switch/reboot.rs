@@ -20,7 +20,7 @@ impl Actor {
             if let Some(port_queue) = self.port_queues.get_mut(&port).filter(|port_queue| !port_queue.closing)
             {
                 port_queue.rebooting = true;
-                saved.extend(self.attachment(port).map(|attachment| self.writer.save(port, attachment)));
+                saved.extend(self.attachment(port).map(|attachment| self.journal.save(port, &attachment)));
                 self.queue(port, Task::Reboot);
             }
         }

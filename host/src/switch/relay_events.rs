@@ -60,7 +60,7 @@ impl Actor {
             // The completion of the command reports this one.
             Notice::TakenBack { .. } => None,
         };
-        let saved = saved.map(|attachment| self.writer.save(port, attachment));
+        let saved = saved.map(|attachment| self.journal.save(port, &attachment));
         // A guest can cause such records at will, so they share transactions and nothing waits for
         // the disk. An agent that crashes in between loses the last ones, as it does for answered
         // requests.

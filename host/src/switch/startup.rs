@@ -61,7 +61,7 @@ pub(super) async fn load(
     let ports = actor.ports.list().await?;
     // An agent died while it deleted the ports.
     for id in attachments.keys().filter(|id| !ports.iter().any(|port| port.id == **id)) {
-        drop(actor.writer.forget(PortId(*id)));
+        drop(actor.journal.forget(PortId(*id)));
     }
     let counted = actor.decisions.counters().await?;
     let mut bound = Vec::new();

@@ -192,3 +192,66 @@ async fn many_records_are_written_in_few_steps() {
     assert_eq!(table.list().await.unwrap().len(), 0);
     table.write(&[]).await.unwrap();
 }
+
+/// Submits all commits before it waits for the first result.
+async fn together(
+    store: &dyn ObjectStore,
+    commits: Vec<Vec<Operation>>,
+) -> Vec<Result<Vec<u64>, StoreError>> {
+    let mut waiting = Vec::new();
+    for operations in commits {
+        let (done, result) = tokio::sync::oneshot::channel();
+        store.submit(operations, Box::new(move |revisions| drop(done.send(revisions))));
+        waiting.push(result);
+    }
+    let mut results = Vec::new();
+    for result in waiting {
+        results.push(result.await.unwrap());
+    }
+    results
+}
+
+#[tokio::test]
+async fn commits_that_wait_together_take_effect_in_their_order_each_with_its_own_result() {
+    for (_dir, store) in stores() {
+        let (one, other) = (Uuid::new_v4(), Uuid::new_v4());
+        let any = |id, name, value| vec![put("vm", id, name, json!(value), Expect::Any)];
+        let mut commits: Vec<_> = (0..40).map(|value| any(one, "web1", value)).collect();
+        commits.push(vec![put("vm", other, "web1", json!("taken"), Expect::Absent)]);
+        commits.push(vec![put("vm", other, "web2", json!(1), Expect::Absent)]);
+        commits.push(vec![put("vm", other, "web2", json!(2), Expect::Absent)]);
+        commits.push(vec![delete("vm", one, Expect::Any)]);
+        commits.push(any(one, "web3", 41));
+        commits.push(Vec::new());
+        let mut results = together(&*store, commits).await;
+        assert!(matches!(results.pop(), Some(Err(StoreError::Commit(_)))));
+        let failed: Vec<usize> =
+            results.iter().enumerate().filter(|(_, result)| result.is_err()).map(|(at, _)| at).collect();
+        assert_eq!(failed, [40, 42], "{results:?}");
+        assert!(matches!(results[40], Err(StoreError::NameTaken { .. })));
+        assert!(matches!(results[42], Err(StoreError::Conflict { .. })));
+        let shown = store.get("vm", one).await.unwrap();
+        assert_eq!((shown.name.as_str(), shown.value), ("web3", json!(41)));
+        assert_eq!(results[44].as_ref().unwrap(), &[shown.revision]);
+        assert_eq!(store.get("vm", other).await.unwrap().value, json!(1));
+    }
+}
+
+#[tokio::test]
+async fn a_condition_holds_for_what_was_submitted_before_it() {
+    for (_dir, store) in stores() {
+        let id = Uuid::new_v4();
+        let first = one(&*store, put("vm", id, "web1", json!(0), Expect::Absent)).await.unwrap();
+        for _ in 0..20 {
+            let commits = vec![
+                vec![put("vm", Uuid::new_v4(), &Uuid::new_v4().to_string(), json!(0), Expect::Any)],
+                vec![put("vm", id, "web1", json!(1), Expect::Any)],
+                vec![put("vm", id, "web1", json!(2), Expect::Revision(first))],
+                vec![put("vm", id, "web1", json!(3), Expect::Any)],
+            ];
+            let results = together(&*store, commits).await;
+            assert!(matches!(results[2], Err(StoreError::Conflict { .. })), "{results:?}");
+            assert_eq!(store.get("vm", id).await.unwrap().value, json!(3));
+        }
+    }
+}
