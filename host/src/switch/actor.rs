@@ -9,6 +9,7 @@ use std::{
 };
 
 use api::types::{EventKind, ObjectKind, PfState, Subject, Timestamp};
+use futures_util::stream::{FuturesUnordered, StreamExt};
 use netpolicy::{Decision, MacAddress, Outcome, PfCapabilities, PortId, SwitchId, SwitchState, VmId};
 use passthrough::sriov::Hint;
 use tokio::{
@@ -34,7 +35,7 @@ use crate::{
     line_rate::PortLog,
     metrics::Metrics,
     pf::PfHandle,
-    store::Table,
+    store::{BoxFuture, Table},
 };
 
 /// The data that the API shows of every object.
@@ -49,6 +50,9 @@ pub(super) struct Link {
     pub(super) vmm: Arc<dyn Vmm>,
     pub(super) online: bool,
 }
+
+/// A port's job.
+type Job = BoxFuture<'static, (PortId, End)>;
 
 /// The state that the task owns.
 pub(super) struct Actor {
@@ -76,7 +80,8 @@ pub(super) struct Actor {
     pub(super) bypass: bool,
     /// The ports that cannot be compared with their PF.
     pub(super) unchecked: watch::Sender<UncheckedPorts>,
-    ends: mpsc::UnboundedSender<(PortId, End)>,
+    /// New jobs for the loop, at most one for each port.
+    jobs: mpsc::UnboundedSender<Job>,
     /// A sender to the task itself.
     pub(super) own: mpsc::WeakSender<(Span, Command)>,
     /// The time at which a hint makes the task compare all ports with the PFs.
@@ -96,8 +101,8 @@ pub(super) async fn start(
     own: mpsc::WeakSender<(Span, Command)>,
     unchecked: watch::Sender<UncheckedPorts>,
 ) -> Result<(), SwitchError> {
-    let (ends, ended) = mpsc::unbounded_channel();
     let Parts { store, pf, decisions, events, hints, timing, metrics, .. } = parts;
+    let (jobs, new_jobs) = mpsc::unbounded_channel();
     let log = PortLog::new();
     let mut actor = Actor {
         state: SwitchState::new(),
@@ -123,7 +128,7 @@ pub(super) async fn start(
         #[cfg(not(feature = "test-support"))]
         bypass: false,
         unchecked,
-        ends,
+        jobs,
         own,
         compare_at: None,
         freed: HashMap::new(),
@@ -132,19 +137,24 @@ pub(super) async fn start(
         settling: Vec::new(),
     };
     startup::load(&mut actor, Table::new(&store), Table::new(&store), pfs).await?;
-    tokio::spawn(run(actor, inbox, ended, hints));
+    tokio::spawn(run(actor, inbox, new_jobs, hints));
     Ok(())
 }
 
 async fn run(
     mut actor: Actor,
     mut inbox: mpsc::Receiver<(Span, Command)>,
-    mut ended: mpsc::UnboundedReceiver<(PortId, End)>,
+    mut new_jobs: mpsc::UnboundedReceiver<Job>,
     mut hints: Option<mpsc::Receiver<Hint>>,
 ) {
+    // Polled here, between commands: the steps and the end of a job cost no task of their own.
+    let mut jobs = FuturesUnordered::new();
     let mut compare = interval(actor.timing.compare);
     compare.set_missed_tick_behavior(MissedTickBehavior::Delay);
     loop {
+        while let Ok(job) = new_jobs.try_recv() {
+            jobs.push(job);
+        }
         let (hinted, offered) = (actor.compare_at, actor.offer_at);
         tokio::select! {
             command = inbox.recv() => match command {
@@ -152,7 +162,7 @@ async fn run(
                 Some((span, command)) => actor.obey(command).instrument(span).await,
                 None => return,
             },
-            Some((port, end)) = ended.recv() => actor.on_end(port, end),
+            Some((port, end)) = jobs.next() => actor.on_end(port, end),
             hint = next(&mut hints) => match hint {
                 Some(hint) => actor.on_hint(hint),
                 None => {
@@ -299,11 +309,8 @@ impl Actor {
         if let Some(port_queue) = self.port_queues.get_mut(&port) {
             port_queue.busy = Some(busy);
         }
-        let ends = self.ends.clone();
-        tokio::spawn(async move {
-            let end = job.await;
-            drop(ends.send((port, end)));
-        });
+        // The loop takes it before it waits again.
+        drop(self.jobs.send(Box::pin(async move { (port, job.await) })));
     }
 
     /// The tools of a port's job; None if the port has no VF.
