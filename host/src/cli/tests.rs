@@ -296,7 +296,8 @@ async fn ports_show_a_guest_that_believes_otherwise_and_can_be_blocked() {
     // A fake vmm has no relay: report in its place the address that the guest was made to believe.
     let vm = desk.client.get_vm("web1").await.unwrap().id;
     let notice = Notice::GuestMac { mac: "02:00:00:00:00:09".parse().unwrap() };
-    desk.host.env.policy.as_ref().unwrap().switch.notice(VmId(vm), "eth0".to_owned(), notice).await;
+    let switch = &desk.host.env.policy.as_ref().unwrap().switch;
+    switch.newest_intake(VmId(vm)).notice("eth0".to_owned(), notice).await;
     let listed = desk.run("port list").await.unwrap();
     let rows: Vec<_> = listed.lines().map(words).collect();
     let (initial, guest) = ("02:00:00:00:00:11", "02:00:00:00:00:09");

@@ -24,6 +24,7 @@ use super::{
     command::{Command, KnownPf},
     commit::{CommitContext, End},
     error::SwitchError,
+    intake::LinkId,
     journal::Journal,
     port_queue::{PortQueue, Running, Task},
     record::{Attachment, GroupRecord, PortRecord, SwitchRecord},
@@ -47,6 +48,7 @@ pub(super) struct Meta {
 
 /// The connection to a VM's process.
 pub(super) struct Link {
+    pub(super) id: LinkId,
     pub(super) vmm: Arc<dyn Vmm>,
     pub(super) online: bool,
 }
@@ -226,13 +228,17 @@ impl Actor {
                 drop(reply.send(self.bind(vm, &adapter, vf, bdf, capabilities).await));
             }
             Command::Programmed { vf } => self.programmed(&vf),
-            Command::Connected { vm, vmm } => self.connected(vm, vmm),
+            Command::Connected { vm, vmm, link } => self.connected(vm, vmm, link),
             Command::Disconnected { vm } => self.disconnected(vm),
-            Command::Rebooted { vm, done } => self.rebooted(vm, done),
             Command::Release { vm, adapter, reply } => self.release(vm, adapter, reply),
             Command::Released { vm, adapter, reply } => drop(reply.send(self.released(vm, &adapter).await)),
-            Command::Ask { vm, adapter, id, question } => self.ask(vm, adapter, id, question),
-            Command::Notice { vm, adapter, notice, done } => self.notice(vm, adapter, notice, done),
+            Command::Rebooted { vm, link, .. }
+            | Command::Ask { vm, link, .. }
+            | Command::Notice { vm, link, .. }
+                if !self.is_current(vm, link) => {}
+            Command::Rebooted { vm, done, .. } => self.rebooted(vm, done),
+            Command::Ask { vm, adapter, id, question, .. } => self.ask(vm, adapter, id, question),
+            Command::Notice { vm, adapter, notice, done, .. } => self.notice(vm, adapter, notice, done),
             Command::PfsKnown { pfs } => self.pfs_known(pfs),
             Command::Overdue { port } => self.overdue(port),
             #[cfg(test)]

@@ -12,7 +12,7 @@ use passthrough::{
 };
 use tokio::sync::oneshot;
 
-use super::{error::SwitchError, vmm_client::Vmm};
+use super::{error::SwitchError, intake::LinkId, vmm_client::Vmm};
 use crate::pf::PfName;
 
 pub(super) type Reply<T> = oneshot::Sender<Result<T, SwitchError>>;
@@ -137,13 +137,10 @@ pub(super) enum Command {
     Connected {
         vm: VmId,
         vmm: Arc<dyn Vmm>,
+        link: LinkId,
     },
     Disconnected {
         vm: VmId,
-    },
-    Rebooted {
-        vm: VmId,
-        done: oneshot::Sender<()>,
     },
     Release {
         vm: VmId,
@@ -155,15 +152,22 @@ pub(super) enum Command {
         adapter: String,
         reply: Reply<()>,
     },
-    // The guests.
+    // The guests, by the connections of their VMs.
+    Rebooted {
+        vm: VmId,
+        link: LinkId,
+        done: oneshot::Sender<()>,
+    },
     Ask {
         vm: VmId,
+        link: LinkId,
         adapter: String,
         id: u64,
         question: Question,
     },
     Notice {
         vm: VmId,
+        link: LinkId,
         adapter: String,
         notice: Notice,
         done: oneshot::Sender<()>,

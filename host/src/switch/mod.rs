@@ -3,11 +3,12 @@
 //! The switch: one task that owns the policy and its state, and decides.
 //!
 //! ```text
-//!  API ──put, delete──▶ ┌────────┐ ──evaluate──▶ netpolicy::SwitchState
-//!  VM tasks ──attach,   │ switch │
-//!   bind, ask, notice──▶│  task  │ ──job per port──▶ PF threads, vmm, store
-//!  PF watch ──hints──▶  └────────┘ ◀──────end─────
-//!                           └──▶ decisions ──▶ database, log, events
+//!  API ──put, delete──▶  ┌────────┐ ──evaluate──▶ netpolicy::SwitchState
+//!  VM tasks ──attach, ─▶ │ switch │
+//!    bind, release       │  task  │ ──job per port──▶ PF threads, vmms, store
+//!  vmms ──ask, notice──▶ │        │ ◀──────end─────
+//!  PF watch ──hints──▶   └────────┘
+//!                            └──▶ decisions ──▶ database, log, events
 //! ```
 //!
 //! The task never waits for the PF, a vmm or a disk on a guest's behalf. Slow work is a job in the
@@ -19,7 +20,7 @@
 //! * `binding`: attaching, binding to VFs, releasing. `scrub`: scrubbing the VF of a VM that has ended.
 //! * `guest_requests`: requests and their completion. `relay_events`: events from relays.
 //! * `reconcile`: corrections after policy changes, and of drift. `reboot`: reboots of guests.
-//! * `vmm_connection`: connections of the VMs' processes.
+//! * `vmm_connection`: connections of the VMs' processes. `intake`: their messages.
 
 mod actor;
 mod binding;
@@ -28,6 +29,7 @@ pub mod command;
 mod commit;
 pub mod error;
 mod guest_requests;
+mod intake;
 mod journal;
 mod made;
 mod policy;
@@ -44,26 +46,34 @@ mod view;
 pub mod vmm_client;
 mod vmm_connection;
 
-use std::{collections::BTreeMap, sync::Arc, time::Duration};
+use std::{
+    collections::BTreeMap,
+    sync::{
+        Arc,
+        atomic::{AtomicU64, Ordering},
+    },
+    time::Duration,
+};
 
 use api::types::Unchecked;
 use netpolicy::{PfCapabilities, VfRef, VmId, VmRef};
-use passthrough::{
-    relay::{Notice, Question},
-    sriov::{Hint, VfChange},
-};
+use passthrough::sriov::{Hint, VfChange};
 use tokio::{
     sync::{mpsc, oneshot, watch},
     time::timeout,
 };
 use tracing::Span;
 
-use self::command::{Command, KnownPf, Reply};
 pub use self::{
     command::{Adapter, Leftover, Uplinks},
     error::SwitchError,
+    intake::Intake,
     policy::Policy,
     vmm_client::{VmLink, Vmm},
+};
+use self::{
+    command::{Command, KnownPf, Reply},
+    intake::LinkId,
 };
 use crate::{
     decisions::{DecisionLog, events::EventHub},
@@ -145,6 +155,8 @@ pub struct Parts {
 #[derive(Clone, Debug)]
 pub struct SwitchHandle {
     commands: mpsc::Sender<(Span, Command)>,
+    /// Connections so far.
+    links: Arc<AtomicU64>,
     pf: PfHandle,
     unchecked: watch::Receiver<UncheckedPorts>,
 }
@@ -167,7 +179,7 @@ impl SwitchHandle {
         });
         let (ports, unchecked) = watch::channel(UncheckedPorts::new());
         actor::start(parts, pfs, inbox, commands.downgrade(), ports).await?;
-        Ok(Self { commands, pf, unchecked })
+        Ok(Self { commands, links: Arc::default(), pf, unchecked })
     }
 
     /// The reason why a port of a VM cannot be compared with its PF; None if it can. Does not wait
@@ -260,35 +272,24 @@ impl SwitchHandle {
         self.pf.capabilities(pf).await.map_err(|error| SwitchError::Pf(chain(&error)))
     }
 
-    /// The VM's process is connected. Call this before any of its requests and events.
-    pub async fn connected(&self, vm: VmId, vmm: Arc<dyn Vmm>) {
-        self.tell(Command::Connected { vm, vmm }).await;
+    /// The VM's process is connected. Returns the receiver of its requests and events. The responses
+    /// go to this `vmm`.
+    pub async fn connected(&self, vm: VmId, vmm: Arc<dyn Vmm>) -> Intake {
+        let link = LinkId(self.links.fetch_add(1, Ordering::Relaxed).wrapping_add(1));
+        self.tell(Command::Connected { vm, vmm, link }).await;
+        Intake { vm, link, commands: self.commands.clone() }
+    }
+
+    /// The receiver of the newest connection of all.
+    #[cfg(test)]
+    pub(crate) fn newest_intake(&self, vm: VmId) -> Intake {
+        let link = LinkId(self.links.load(Ordering::Relaxed));
+        Intake { vm, link, commands: self.commands.clone() }
     }
 
     /// The VM's process is disconnected for now.
     pub async fn disconnected(&self, vm: VmId) {
         self.tell(Command::Disconnected { vm }).await;
-    }
-
-    /// The guest reboots on its present VFs. Returns when the vmm may forget that, because the next
-    /// agent would know of it.
-    pub async fn rebooted(&self, vm: VmId) {
-        let (done, noted) = oneshot::channel();
-        self.tell(Command::Rebooted { vm, done }).await;
-        drop(noted.await);
-    }
-
-    /// A request of a VM's process. The response goes to the process that is
-    /// [connected](Self::connected).
-    pub async fn ask(&self, vm: VmId, adapter: String, id: u64, question: Question) {
-        self.tell(Command::Ask { vm, adapter, id, question }).await;
-    }
-
-    /// An event of a VM's process. Returns when the vmm may forget it.
-    pub async fn notice(&self, vm: VmId, adapter: String, notice: Notice) {
-        let (done, recorded) = oneshot::channel();
-        self.tell(Command::Notice { vm, adapter, notice, done }).await;
-        drop(recorded.await);
     }
 
     /// The VM's process has ended. Returns the leftovers to scrub from the adapter's VF; None if

@@ -8,13 +8,19 @@ use netpolicy::{Change, PortId, VmId};
 
 use super::{
     actor::{Actor, Link},
+    intake::LinkId,
     port_queue::{Running, Task},
     vmm_client::Vmm,
 };
 
 impl Actor {
-    pub(super) fn connected(&mut self, vm: VmId, vmm: Arc<dyn Vmm>) {
-        self.links.insert(vm, Link { vmm, online: true });
+    /// Whether messages of this connection count: not those of a former one, nor after the connection's end.
+    pub(super) fn is_current(&self, vm: VmId, id: LinkId) -> bool {
+        self.links.get(&vm).is_some_and(|link| link.online && link.id == id)
+    }
+
+    pub(super) fn connected(&mut self, vm: VmId, vmm: Arc<dyn Vmm>, id: LinkId) {
+        self.links.insert(vm, Link { id, vmm, online: true });
         for port in self.ports_of(vm) {
             self.tell_standing(port);
             if let Some(port_queue) = self.port_queues.get_mut(&port) {

@@ -2,7 +2,7 @@
 
 //! Builds a machine from a VM's specification and runs it.
 
-use std::{fs::File, os::fd::OwnedFd, sync::Arc, time::Duration};
+use std::{collections::HashSet, fs::File, os::fd::OwnedFd, sync::Arc, time::Duration};
 
 use api::{
     Caller,
@@ -152,6 +152,11 @@ pub(super) struct NewProcess<'a> {
     pub(super) allowance: &'a Allowance,
 }
 
+/// The adapters that messages of the VM's process may be about.
+pub(super) fn adapters(spec: &VmSpec) -> HashSet<String> {
+    spec.adapters.iter().map(|adapter| adapter.id.to_string()).collect()
+}
+
 /// Builds the machine in the process and runs it.
 pub(super) async fn run(
     env: &Environment,
@@ -166,7 +171,9 @@ pub(super) async fn run(
         Problem::new(ProblemCode::VmmFailed, format!("Cannot create the VM's console file ({error})."))
     })?;
     let (connection, greeting, events) =
-        Connection::open(&directory.control(), vm.id, allowance).await.map_err(|e| e.problem())?;
+        Connection::open(&directory.control(), vm.id, adapters(&vm.value.spec), allowance)
+            .await
+            .map_err(|e| e.problem())?;
     reach(Point::BootConnected);
     if greeting.state != State::Empty {
         return Err(Problem::new(ProblemCode::VmmFailed, "A new vmm process reports a wrong state."));

@@ -11,16 +11,15 @@ use api::{
     problem::{Problem, ProblemCode},
     types::VmSpec,
 };
+use async_trait::async_trait;
 use netpolicy::{MacAddress, Name, VfRef, VmId, VmRef};
 use passthrough::{
     failpoints::{Point, reach},
-    relay::Notice,
     sim::is_simulated,
     sriov::VfChange,
 };
 use tokio::sync::mpsc;
 use uuid::Uuid;
-use vmm::control::Ask;
 
 use super::{
     claims::Held,
@@ -33,7 +32,7 @@ use crate::{
         Adapter, Uplinks, VmLink,
         scrub::{Function, clean},
     },
-    vmm_process::Connection,
+    vmm_process::{Connection, RelayEvent, RelayEvents},
 };
 
 /// Makes the VM's ports match its adapters: creates, changes and removes those that differ.
@@ -176,35 +175,24 @@ pub(super) async fn connected(
 ) {
     if let Some(policy) = &env.policy {
         let link = VmLink::new(connection.clone(), stop.clone());
-        policy.switch.connected(VmId(vm), Arc::new(link)).await;
+        let intake = policy.switch.connected(VmId(vm), Arc::new(link)).await;
+        connection.attach(Box::new(intake)).await;
+    } else {
+        connection.attach(Box::new(Nobody)).await;
     }
+}
+
+/// Nothing decides: relays deny all requests, and may forget all events.
+struct Nobody;
+
+#[async_trait]
+impl RelayEvents for Nobody {
+    async fn take(&mut self, _event: RelayEvent) {}
 }
 
 /// The VM's process is disconnected.
 pub(super) async fn disconnected(env: &Environment, vm: Uuid) {
     if let Some(policy) = &env.policy {
         policy.switch.disconnected(VmId(vm)).await;
-    }
-}
-
-/// A request of the VM's process.
-pub(super) async fn ask(env: &Environment, vm: Uuid, id: u64, ask: Ask) {
-    let Ask::Mailbox { adapter, question } = ask;
-    if let Some(policy) = &env.policy {
-        policy.switch.ask(VmId(vm), adapter, id, question).await;
-    }
-}
-
-/// An event of one of the VM's relays. Returns when the vmm may forget it.
-pub(super) async fn notice(env: &Environment, vm: Uuid, adapter: String, notice: Notice) {
-    if let Some(policy) = &env.policy {
-        policy.switch.notice(VmId(vm), adapter, notice).await;
-    }
-}
-
-/// The guest reboots.
-pub(super) async fn rebooted(env: &Environment, vm: Uuid) {
-    if let Some(policy) = &env.policy {
-        policy.switch.rebooted(VmId(vm)).await;
     }
 }

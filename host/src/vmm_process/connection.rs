@@ -1,9 +1,12 @@
 // SPDX-License-Identifier: Apache-2.0
 
 //! The agent's end of a control connection: a task per connection carries messages between the socket and the handles.
+//!
+//! The relays' messages and reboots go straight to the [receiver](RelayEvents) of the connection, in the vmm's order: a
+//! guest's driver waits for the responses. Reports of the machine go to the VM's task, as [`Event`]s.
 
 use std::{
-    collections::{BTreeMap, HashMap},
+    collections::{BTreeMap, HashMap, HashSet, VecDeque},
     io,
     ops::RangeInclusive,
     os::fd::{AsFd, OwnedFd},
@@ -12,10 +15,16 @@ use std::{
     time::Duration,
 };
 
+use async_trait::async_trait;
 use netpolicy::{StandingRefusal, clipped};
+use passthrough::relay::Notice;
 use tokio::{
     io::{Interest, unix::AsyncFd},
-    sync::{mpsc, oneshot, watch},
+    sync::{
+        mpsc,
+        oneshot::{self, error::TryRecvError},
+        watch,
+    },
     time::timeout,
 };
 use uuid::Uuid;
@@ -112,28 +121,54 @@ pub struct Greeting {
     pub boots: u64,
 }
 
-/// A message that a vmm sends without an order.
-#[derive(Clone, Debug, PartialEq)]
-pub enum Event {
-    /// An event in the vmm. The agent acknowledges it by [`Connection::noted`] once it is stored.
-    Report {
-        /// The report's number.
-        seq: u64,
-        /// The event.
-        report: Report,
-    },
-    /// A question, which the agent answers by [`Connection::answer`].
+/// A report of the machine. The agent acknowledges it by [`Connection::noted`] once it is stored.
+#[derive(Debug)]
+pub struct Event {
+    /// The report's number.
+    pub seq: u64,
+    /// The report.
+    pub report: Report,
+    /// For a reboot: completes when the receiver of the relays' messages would not forget it any more.
+    pub rebooted: Option<oneshot::Receiver<()>>,
+}
+
+/// A message of a vmm's relays, or about all of them.
+#[derive(Debug)]
+pub enum RelayEvent {
+    /// A request of a guest. [`Connection::answer`] has the response.
     Ask {
-        /// The question's number.
+        /// The request's number.
         id: u64,
-        /// The question.
+        /// The request.
         ask: Ask,
     },
+    /// An event of a relay.
+    Notice {
+        /// The adapter.
+        adapter: String,
+        /// The event.
+        notice: Notice,
+        /// Lets the vmm forget the event, also if it is dropped.
+        done: oneshot::Sender<()>,
+    },
+    /// The guest reboots.
+    Rebooted {
+        /// Lets the vmm forget the reboot, also if it is dropped.
+        done: oneshot::Sender<()>,
+    },
+}
+
+/// Receives the messages of a vmm's relays, in the vmm's order. The adapters are the VM's.
+#[async_trait]
+pub trait RelayEvents: Send {
+    /// Takes one message. It waits at most for room in a queue.
+    async fn take(&mut self, event: RelayEvent);
 }
 
 enum Request {
     Order { order: Order, fds: Vec<OwnedFd>, reply: oneshot::Sender<Result<Outcome, OrderError>> },
     Noted(u64),
+    Attach(Box<dyn RelayEvents>),
 }
 
 /// The versions that this agent speaks.
@@ -170,13 +205,15 @@ pub struct Connection {
 
 impl Connection {
     /// Connects to the vmm of `vm` that listens at `path` and shakes hands. The `allowance` of its process limits the
-    /// messages of the vmm. The receiver ends with the connection.
+    /// messages of the vmm, which may be about these `adapters` only. The receiver ends with the connection. The relays'
+    /// messages wait for [`attach`](Self::attach).
     ///
     /// # Errors
     /// See [`ConnectError`].
     pub async fn open(
         path: &Path,
         vm: Uuid,
+        adapters: HashSet<String>,
         allowance: &Allowance,
     ) -> Result<(Self, Greeting, mpsc::Receiver<Event>), ConnectError> {
         let channel = Channel::connect(path).map_err(ConnectError::Socket)?;
@@ -204,7 +241,7 @@ impl Connection {
         let handle =
             Self { requests, standing, channel: Arc::downgrade(&channel), fault: Arc::clone(&fault) };
         let refusals = Refusals::new(refusals, greeting.version);
-        let conduct = Conduct::new(allowance.clone());
+        let conduct = Conduct::new(allowance.clone(), adapters);
         tokio::spawn(async move {
             let end = serve(&channel, inbox, refusals, events, conduct, &fault).await;
             if let Err(error) = end {
@@ -256,7 +293,12 @@ impl Connection {
         });
     }
 
-    /// Acknowledges the vmm's reports up to `seq`. The vmm may forget them.
+    /// Hands over the relays' messages, from the first of this connection on.
+    pub async fn attach(&self, relays: Box<dyn RelayEvents>) {
+        drop(self.requests.send(Request::Attach(relays)).await);
+    }
+
+    /// Acknowledges the machine's reports up to `seq`. The vmm may forget them.
     pub async fn noted(&self, seq: u64) {
         // If the connection has ended, the vmm reports again on the next one.
         drop(self.requests.send(Request::Noted(seq)).await);
@@ -308,6 +350,92 @@ impl Refusals {
     }
 }
 
+/// The reports that the vmm must keep. It may forget them in their order only.
+#[derive(Default)]
+struct Unnoted {
+    /// Reports of the machine.
+    machine: VecDeque<u64>,
+    /// Relays' events, with their completions.
+    relays: VecDeque<(u64, oneshot::Receiver<()>)>,
+    last: u64,
+    told: u64,
+}
+
+impl Unnoted {
+    fn machine(&mut self, seq: u64) {
+        self.machine.push_back(seq);
+        self.last = seq;
+    }
+
+    fn relay(&mut self, seq: u64, done: oneshot::Receiver<()>) {
+        self.relays.push_back((seq, done));
+        self.last = seq;
+    }
+
+    /// The machine's reports up to `seq` are stored.
+    fn noted(&mut self, seq: u64) {
+        while self.machine.front().is_some_and(|first| *first <= seq) {
+            self.machine.pop_front();
+        }
+    }
+
+    /// Waits until the first event of a relay is done; for ever if there is none.
+    async fn relay_done(&mut self) {
+        match self.relays.front_mut() {
+            Some((_, done)) => drop(done.await),
+            None => return std::future::pending().await,
+        }
+        self.relays.pop_front();
+        // Those behind it that are done as well need no message of their own.
+        let done = |done: &mut oneshot::Receiver<()>| !matches!(done.try_recv(), Err(TryRecvError::Empty));
+        while self.relays.front_mut().is_some_and(|(_, next)| done(next)) {
+            self.relays.pop_front();
+        }
+    }
+
+    /// The number up to which the vmm may forget its reports, if that is news.
+    fn news(&mut self) -> Option<u64> {
+        let kept = [self.machine.front(), self.relays.front().map(|(seq, _)| seq)];
+        let upto = kept.into_iter().flatten().map(|seq| seq.saturating_sub(1)).fold(self.last, u64::min);
+        (upto > self.told).then(|| {
+            self.told = upto;
+            upto
+        })
+    }
+
+    fn len(&self) -> usize {
+        self.relays.len()
+    }
+}
+
+/// The way of the relays' messages. They wait until there is a receiver.
+#[derive(Default)]
+struct Relays {
+    receiver: Option<Box<dyn RelayEvents>>,
+    waiting: VecDeque<RelayEvent>,
+}
+
+impl Relays {
+    async fn attach(&mut self, mut receiver: Box<dyn RelayEvents>) {
+        for event in self.waiting.drain(..) {
+            receiver.take(event).await;
+        }
+        self.receiver = Some(receiver);
+    }
+
+    async fn pass(&mut self, event: RelayEvent) {
+        match &mut self.receiver {
+            Some(receiver) => receiver.take(event).await,
+            None => self.waiting.push_back(event),
+        }
+    }
+
+    /// The messages that wait, all of which [`Unnoted`] may not know.
+    fn len(&self) -> usize {
+        self.waiting.len()
+    }
+}
+
 /// Carries messages until the vmm closes the connection or violates the protocol, or the last handle is dropped.
 async fn serve(
     channel: &AsyncFd<Channel>,
@@ -324,12 +452,17 @@ async fn serve(
     };
     let mut waiting: HashMap<u64, oneshot::Sender<Result<Outcome, OrderError>>> = HashMap::new();
     let mut last = 0;
+    let (mut unnoted, mut relays) = (Unnoted::default(), Relays::default());
     loop {
+        if let Some(upto) = unnoted.news() {
+            send(channel, &ToVmm::Noted { upto }, &[]).await?;
+        }
         tokio::select! {
             () = refusals.changed() => tell(channel, refusals.news()).await?,
             request = inbox.recv() => match request {
                 None => return Ok(()),
-                Some(Request::Noted(upto)) => send(channel, &ToVmm::Noted { upto }, &[]).await?,
+                Some(Request::Noted(upto)) => unnoted.noted(upto),
+                Some(Request::Attach(receiver)) => relays.attach(receiver).await,
                 Some(Request::Order { order, fds, reply }) => {
                     waiting.retain(|_, reply| !reply.is_closed());
                     if waiting.len() >= ORDERS_MAX {
@@ -350,12 +483,14 @@ async fn serve(
                     }
                 }
             },
+            () = unnoted.relay_done() => {}
             message = receive(channel) => {
                 let (message, length) = match message {
                     Err(error) if is_nonsense(&error) => return Err(nonsense(crate::vm::problem::chain(&error))),
                     message => message?,
                 };
                 conduct.check(&message, length).map_err(nonsense)?;
+                let too_many = || nonsense(format!("it sent more than {EVENTS_MAX} messages at once"));
                 let event = match message {
                     ToAgent::Done { id, result } => {
                         // If the caller has stopped waiting for the order, its result is dropped.
@@ -364,16 +499,38 @@ async fn serve(
                         }
                         continue;
                     }
-                    ToAgent::Report { seq, report } => Event::Report { seq, report },
-                    ToAgent::Ask { id, ask } => Event::Ask { id, ask },
+                    ToAgent::Ask { id, ask } => {
+                        if relays.len() >= EVENTS_MAX {
+                            return Err(too_many());
+                        }
+                        relays.pass(RelayEvent::Ask { id, ask }).await;
+                        continue;
+                    }
+                    ToAgent::Report { seq, report: Report::Relay { adapter, notice } } => {
+                        if unnoted.len() >= EVENTS_MAX {
+                            return Err(too_many());
+                        }
+                        let (done, noted) = oneshot::channel();
+                        unnoted.relay(seq, noted);
+                        relays.pass(RelayEvent::Notice { adapter, notice, done }).await;
+                        continue;
+                    }
+                    ToAgent::Report { seq, report } => {
+                        unnoted.machine(seq);
+                        let mut rebooted = None;
+                        if let Report::State { state: State::Rebooting, .. } = report {
+                            let (done, noted) = oneshot::channel();
+                            rebooted = Some(noted);
+                            relays.pass(RelayEvent::Rebooted { done }).await;
+                        }
+                        Event { seq, report, rebooted }
+                    }
                     ToAgent::Hello { .. } | ToAgent::Refused { .. } => continue,
                 };
                 // To wait here for a slow reader would block the results of the reader's own orders.
                 match events.try_send(event) {
                     Ok(()) => {}
-                    Err(mpsc::error::TrySendError::Full(_)) => {
-                        return Err(nonsense(format!("it sent more than {EVENTS_MAX} messages at once")));
-                    }
+                    Err(mpsc::error::TrySendError::Full(_)) => return Err(too_many()),
                     Err(mpsc::error::TrySendError::Closed(_)) => return Err(ChannelError::Closed),
                 }
             }
@@ -464,7 +621,8 @@ mod tests {
             let dir = tempfile::tempdir().unwrap();
             let path = dir.path().join("control.sock");
             let vmm = vmm(Listener::bind(&path).unwrap(), version);
-            let (connection, ..) = Connection::open(&path, Uuid::nil(), &Allowance::new(2)).await.unwrap();
+            let (connection, ..) =
+                Connection::open(&path, Uuid::nil(), HashSet::new(), &Allowance::new(2)).await.unwrap();
             connection.set_standing_refusal("eth1", None);
             connection.set_standing_refusal("eth0", Some(refusal.clone()));
             drop(connection.order(Order::Run, Vec::new(), PATIENCE).await);
@@ -473,5 +631,96 @@ mod tests {
             let expected = if version < STANDING_SINCE { vec![order] } else { vec![told, order] };
             assert_eq!(vmm.join().unwrap(), expected, "version {version}");
         }
+    }
+
+    #[tokio::test]
+    async fn reports_are_forgotten_in_their_order() {
+        let mut unnoted = Unnoted::default();
+        let mut events: Vec<_> = [1, 2, 4]
+            .into_iter()
+            .map(|seq| {
+                let (done, noted) = oneshot::channel();
+                unnoted.relay(seq, noted);
+                Some(done)
+            })
+            .collect();
+        unnoted.machine(5);
+        unnoted.machine(6);
+        assert_eq!(unnoted.news(), None);
+        // The second event is done, and the first is not.
+        events[1] = None;
+        let waited = timeout(Duration::from_millis(10), unnoted.relay_done()).await;
+        assert!(waited.is_err() && unnoted.news().is_none());
+        drop(events[0].take().map(|done| done.send(())));
+        unnoted.relay_done().await;
+        assert_eq!(unnoted.news(), Some(3), "the vmm sent no report with this number");
+        unnoted.noted(5);
+        assert_eq!(unnoted.news(), None);
+        events[2] = None;
+        unnoted.relay_done().await;
+        assert_eq!((unnoted.news(), unnoted.news()), (Some(5), None));
+        unnoted.noted(6);
+        assert_eq!(unnoted.news(), Some(6));
+    }
+
+    /// Records the messages of relays.
+    struct Recorder(mpsc::UnboundedSender<RelayEvent>);
+
+    #[async_trait]
+    impl RelayEvents for Recorder {
+        async fn take(&mut self, event: RelayEvent) {
+            drop(self.0.send(event));
+        }
+    }
+
+    #[tokio::test]
+    async fn relays_messages_come_in_the_vmms_order_also_those_before_their_receiver() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("control.sock");
+        let listener = Listener::bind(&path).unwrap();
+        let vmm = thread::spawn(move || {
+            let channel = loop {
+                match listener.accept() {
+                    Ok(channel) => break channel,
+                    Err(_) => thread::sleep(Duration::from_millis(1)),
+                }
+            };
+            channel.send(&ToAgent::Hello { version: 1, state: State::Running, boots: 1 }, &[]).unwrap();
+            let report = |seq, report| channel.send(&ToAgent::Report { seq, report }, &[]).unwrap();
+            let ask = |id| {
+                let ask = serde_json::json!({
+                    "ask": "mailbox", "adapter": "eth0", "question": { "seq": id, "request": "reset" },
+                });
+                let ask = serde_json::from_value(ask).unwrap();
+                channel.send(&ToAgent::Ask { id, ask }, &[]).unwrap();
+            };
+            let notice = || Report::Relay { adapter: "eth0".into(), notice: Notice::PfReset };
+            ask(1);
+            report(1, notice());
+            report(2, Report::State { state: State::Rebooting, boots: 1 });
+            ask(2);
+            report(3, notice());
+            channel
+        });
+        let allowance = Allowance::new(1);
+        let adapters = ["eth0".to_owned()].into();
+        let (connection, _, mut events) =
+            Connection::open(&path, Uuid::nil(), adapters, &allowance).await.unwrap();
+        let _open = tokio::task::spawn_blocking(move || vmm.join().unwrap()).await.unwrap();
+        let Some(Event { seq: 2, rebooted: Some(rebooted), .. }) = events.recv().await else {
+            panic!("no report of the machine")
+        };
+        let (sender, mut heard) = mpsc::unbounded_channel();
+        connection.attach(Box::new(Recorder(sender))).await;
+        let mut kinds = Vec::new();
+        for _ in 0..5 {
+            kinds.push(match heard.recv().await.unwrap() {
+                RelayEvent::Ask { id, .. } => id,
+                RelayEvent::Notice { .. } => 10,
+                RelayEvent::Rebooted { .. } => 20,
+            });
+        }
+        assert_eq!(kinds, [1, 10, 20, 2, 10]);
+        assert!(rebooted.await.is_err(), "the recorder has dropped it: the vmm may forget the reboot");
     }
 }

@@ -12,7 +12,7 @@ mod exit;
 mod protocol_guard;
 mod spawn;
 
-pub use connection::{ConnectError, Connection, Event, Greeting, OrderError};
+pub use connection::{ConnectError, Connection, Event, Greeting, OrderError, RelayEvent, RelayEvents};
 pub use directory::VmDirectory;
 pub use exit::{Exit, Identity, Process};
 pub use protocol_guard::Allowance;

@@ -4,13 +4,13 @@
 //! honest vmm never violates this protocol.
 
 use std::{
-    collections::HashMap,
+    collections::{HashMap, HashSet},
     sync::{Arc, Mutex, PoisonError},
     time::{Duration, Instant},
 };
 
 use passthrough::relay::{Rate, TokenBucket};
-use vmm::control::{ChannelError, Order, Outcome, Report, ToAgent};
+use vmm::control::{Ask, ChannelError, Order, Outcome, Report, ToAgent};
 
 /// Longest request or report in bytes. The longest of an honest vmm have about 1 KiB.
 const LONGEST: usize = 4096;
@@ -79,6 +79,7 @@ pub(super) struct Conduct {
     orders: HashMap<u64, Answers>,
     report: u64,
     ask: u64,
+    adapters: HashSet<String>,
     allowance: Allowance,
 }
 
@@ -123,9 +124,9 @@ enum Answers {
 }
 
 impl Conduct {
-    /// A new connection to a process.
-    pub(super) fn new(allowance: Allowance) -> Self {
-        Self { orders: HashMap::new(), report: 0, ask: 0, allowance }
+    /// A new connection to the process of a VM with these adapters.
+    pub(super) fn new(allowance: Allowance, adapters: HashSet<String>) -> Self {
+        Self { orders: HashMap::new(), report: 0, ask: 0, adapters, allowance }
     }
 
     /// Notes a command that is about to be sent.
@@ -189,9 +190,22 @@ impl Conduct {
                     _ => Ok(()),
                 }
             }
-            ToAgent::Report { seq, .. } => follows(&mut self.report, *seq, "report"),
-            ToAgent::Ask { id, .. } => follows(&mut self.ask, *id, "request"),
+            ToAgent::Report { seq, report } => {
+                if let Report::Relay { adapter, .. } = report {
+                    self.own(adapter)?;
+                }
+                follows(&mut self.report, *seq, "report")
+            }
+            ToAgent::Ask { id, ask: Ask::Mailbox { adapter, .. } } => {
+                self.own(adapter)?;
+                follows(&mut self.ask, *id, "request")
+            }
         }
+    }
+
+    fn own(&self, adapter: &str) -> Result<(), String> {
+        let own = self.adapters.contains(adapter);
+        if own { Ok(()) } else { Err("it sent a message for an adapter that its VM does not have".into()) }
     }
 }
 
@@ -222,9 +236,13 @@ pub(super) fn is_nonsense(error: &ChannelError) -> bool {
 #[cfg(test)]
 mod tests {
     use passthrough::relay::Notice;
-    use vmm::control::{Ask, DeviceLoss, Failure, FailureCode, State};
+    use vmm::control::{DeviceLoss, Failure, FailureCode, State};
 
     use super::*;
+
+    fn conduct(allowance: Allowance) -> Conduct {
+        Conduct::new(allowance, ["eth0".to_owned()].into())
+    }
 
     fn check(conduct: &mut Conduct, message: &ToAgent) -> Result<(), String> {
         conduct.check(message, 100)
@@ -240,7 +258,7 @@ mod tests {
 
     #[test]
     fn each_order_has_one_answer_of_its_own_kind() {
-        let mut conduct = Conduct::new(Allowance::new(1));
+        let mut conduct = self::conduct(Allowance::new(1));
         let taken = |taken| Outcome::ConsoleTaken { taken };
         for (id, order) in
             [Order::Pause, Order::Stats, Order::ConsoleInput { bytes: vec![0; 3] }].iter().enumerate()
@@ -258,8 +276,20 @@ mod tests {
     }
 
     #[test]
+    fn a_message_is_about_an_adapter_of_the_vm() {
+        for (_, message, _) in KINDS {
+            let mut conduct = self::conduct(Allowance::new(1));
+            conduct.check(&message(1), 100).unwrap();
+            let text = serde_json::to_string(&message(2)).unwrap();
+            let foreign: ToAgent = serde_json::from_str(&text.replace("eth0", "eth1")).unwrap();
+            let result = conduct.check(&foreign, 100);
+            assert_eq!(result.is_err(), text.contains("eth0"), "{text}");
+        }
+    }
+
+    #[test]
     fn numbers_grow_and_may_be_huge() {
-        let mut conduct = Conduct::new(Allowance::new(1));
+        let mut conduct = self::conduct(Allowance::new(1));
         check(&mut conduct, &report(5)).unwrap();
         check(&mut conduct, &report(7)).unwrap();
         assert!(check(&mut conduct, &report(7)).unwrap_err().contains("report 7"));
@@ -306,18 +336,18 @@ mod tests {
         for (what, message, rate) in KINDS {
             let start = Instant::now();
             let after = |n: u64, rate: u32| start + Duration::from_secs(1) * u32::try_from(n).unwrap() / rate;
-            let mut conduct = Conduct::new(Allowance::new(2));
+            let mut conduct = self::conduct(Allowance::new(2));
             for n in 1..u64::from(rate) * 3600 {
                 conduct.check_at(&message(n), 100, after(n, rate)).unwrap();
             }
-            let mut conduct = Conduct::new(Allowance::new(2));
+            let mut conduct = self::conduct(Allowance::new(2));
             let sent = (1..100_000)
                 .take_while(|n| conduct.check_at(&message(*n), 100, after(*n, rate * 10)).is_ok())
                 .count();
             assert!(sent < 1500, "{sent} {what}");
             let error = conduct.check_at(&message(100_000), 100, after(sent as u64, rate * 10)).unwrap_err();
             assert!(error.contains(what), "{error}");
-            let long = Conduct::new(Allowance::new(2)).check(&message(1), LONGEST + 1).unwrap_err();
+            let long = self::conduct(Allowance::new(2)).check(&message(1), LONGEST + 1).unwrap_err();
             assert!(long.contains("4097 bytes"), "{long}");
         }
     }
@@ -337,7 +367,7 @@ mod tests {
             ),
         ];
         for (order, outcome) in commands {
-            let mut conduct = Conduct::new(Allowance::new(1));
+            let mut conduct = self::conduct(Allowance::new(1));
             let (begun, limit) = (Instant::now(), 2000);
             let taken = (0..limit).find(|n| {
                 conduct.ordered(*n, &order).unwrap();
@@ -354,7 +384,7 @@ mod tests {
         for (what, message, _) in KINDS {
             let (allowance, now) = (Allowance::new(2), Instant::now());
             let connect = |_| {
-                let mut conduct = Conduct::new(allowance.clone());
+                let mut conduct = self::conduct(allowance.clone());
                 (1..300).map_while(|n| conduct.check_at(&message(n), 100, now).ok()).count()
             };
             let sent: usize = (0..100).map(connect).sum();
@@ -367,7 +397,7 @@ mod tests {
 
     #[test]
     fn an_order_may_be_followed_by_a_report() {
-        let (mut conduct, now) = (Conduct::new(Allowance::new(0)), Instant::now());
+        let (mut conduct, now) = (self::conduct(Allowance::new(0)), Instant::now());
         for n in 1..5000 {
             conduct.ordered(n, &Order::Pause).unwrap();
             conduct.check_at(&done(n, Outcome::Done), 100, now).unwrap();
@@ -377,7 +407,7 @@ mod tests {
 
     #[test]
     fn a_vmm_that_answers_nothing_is_given_up() {
-        let mut conduct = Conduct::new(Allowance::new(1));
+        let mut conduct = self::conduct(Allowance::new(1));
         let result = (0..=UNANSWERED as u64).try_for_each(|id| conduct.ordered(id, &Order::Pause));
         assert!(result.is_err());
     }

@@ -28,7 +28,7 @@ use crate::{
     metrics::Metrics,
     pf::{PfHandle, fake::FakePfs},
     store::{Expect, ObjectStore as _, Operation, SqliteStore, Stores, Table},
-    switch::{Adapter, Parts, Policy, SwitchError, SwitchHandle, Timing, Vmm, record::Attachment},
+    switch::{Adapter, Intake, Parts, Policy, SwitchError, SwitchHandle, Timing, Vmm, record::Attachment},
     vmm_process::OrderError,
 };
 
@@ -150,12 +150,18 @@ struct Guest {
     vmm: Arc<FakeVmm>,
     answers: mpsc::UnboundedReceiver<(u64, Verdict)>,
     asked: u64,
+    intake: Option<Intake>,
 }
 
 impl Guest {
     fn new() -> Self {
         let (sender, answers) = mpsc::unbounded_channel();
-        Self { vmm: Arc::new(FakeVmm { answers: sender, heard: Mutex::default() }), answers, asked: 0 }
+        Self {
+            vmm: Arc::new(FakeVmm { answers: sender, heard: Mutex::default() }),
+            answers,
+            asked: 0,
+            intake: None,
+        }
     }
 }
 
@@ -317,7 +323,8 @@ impl Host {
 
     pub(super) async fn connect(&mut self, n: u8) {
         let vmm = Arc::clone(&self.vmm(n));
-        self.switch.connected(vm(n), vmm).await;
+        let intake = self.switch.connected(vm(n), vmm).await;
+        self.guests[usize::from(n)].intake = Some(intake);
     }
 
     pub(super) fn vmm(&self, n: u8) -> Arc<FakeVmm> {
@@ -329,8 +336,11 @@ impl Host {
         let guest = &mut self.guests[usize::from(n)];
         guest.asked += 1;
         let question = Question { seq: guest.asked, request };
-        self.switch.ask(vm(n), "eth0".into(), 1000 + question.seq, question.clone()).await;
-        question.seq
+        let seq = question.seq;
+        if let Some(intake) = &mut guest.intake {
+            intake.ask("eth0".into(), 1000 + seq, question).await;
+        }
+        seq
     }
 
     pub(super) async fn answer(&mut self, n: u8) -> Verdict {
@@ -357,7 +367,13 @@ impl Host {
     }
 
     pub(super) async fn notice(&self, n: u8, notice: Notice) {
-        timeout(PATIENCE, self.switch.notice(vm(n), "eth0".into(), notice)).await.expect("noted");
+        let mut intake = self.intake(n);
+        timeout(PATIENCE, intake.notice("eth0".into(), notice)).await.expect("noted");
+    }
+
+    /// The way of the messages of a guest's vmm.
+    pub(super) fn intake(&self, n: u8) -> Intake {
+        self.guests[usize::from(n)].intake.clone().expect("connected")
     }
 
     pub(super) async fn hint(&self, hint: Hint) {

@@ -140,7 +140,7 @@ async fn an_address_that_a_reboot_is_about_to_take_is_given_again() {
     let gate = host.pfs.world().gate.clone();
     // Without the gate, the reboot would be over before the request comes.
     let held = gate.lock().await;
-    host.switch.rebooted(vm(1)).await;
+    host.intake(1).rebooted().await;
     host.send(1, Request::SetMac(mac(9))).await;
     sleep(Duration::from_millis(20)).await;
     drop(held);
@@ -169,7 +169,7 @@ async fn an_accepted_address_is_on_the_pf_and_survives_reset_and_agent_but_no_re
     assert_eq!(host.pfs.take_made(PF), []);
     assert_eq!(host.decisions(1, Outcome::Repaired).await, []);
 
-    host.switch.rebooted(vm(1)).await;
+    host.intake(1).rebooted().await;
     host.send(1, Request::Reset).await;
     assert_eq!(host.answer(1).await.effective_mac, mac(1), "the reset waits for the reboot's settings");
     assert_eq!((host.pf_mac(1), host.addresses(1).await), (Some(mac(1)), (mac(1), mac(1))));
@@ -367,13 +367,35 @@ async fn an_agent_that_dies_when_it_has_heard_of_a_question_given_up_leaves_its_
 }
 
 #[tokio::test]
+async fn a_former_connection_is_not_heard() {
+    let mut host = Host::new(ACCEPT).await;
+    let question = |seq| Question { seq, request: Request::SetMac(mac(9)) };
+    let mut former = host.intake(1);
+    // Both may still be on their way when the agent has connected again, or has not yet.
+    host.connect(1).await;
+    former.ask("eth0".into(), 1, question(1)).await;
+    former.notice("eth0".into(), Notice::GuestMac { mac: mac(9) }).await;
+    former.rebooted().await;
+    let mut present = host.intake(1);
+    host.switch.disconnected(vm(1)).await;
+    present.ask("eth0".into(), 2, question(2)).await;
+    host.switch.settle().await;
+    assert_eq!(host.pfs.take_made(PF), []);
+    assert!(!host.is_answered(1));
+    assert_eq!(host.port(1).await.status.guest_mac, mac(1));
+    host.connect(1).await;
+    assert_eq!(host.ask(1, Request::SetMac(mac(9))).await, LOCAL);
+}
+
+#[tokio::test]
 async fn a_vmm_speaks_for_its_own_vm_only() {
     let mut host = Host::new(ACCEPT).await;
     let question = Question { seq: 1, request: Request::SetMac(mac(9)) };
-    host.switch.ask(vm(7), "eth0".into(), 1, question.clone()).await;
-    host.switch.ask(vm(1), "eth1".into(), 1, question.clone()).await;
-    host.switch.ask(vm(1), "x".repeat(100_000), 1, question).await;
-    host.switch.notice(vm(1), "eth9".into(), Notice::GuestMac { mac: mac(9) }).await;
+    let mut intake = host.intake(1);
+    host.switch.newest_intake(vm(7)).ask("eth0".into(), 1, question.clone()).await;
+    intake.ask("eth1".into(), 1, question.clone()).await;
+    intake.ask("x".repeat(100_000), 1, question).await;
+    intake.notice("eth9".into(), Notice::GuestMac { mac: mac(9) }).await;
     host.switch.settle().await;
     assert_eq!(host.pfs.take_made(PF), []);
     assert!(!host.is_answered(1));

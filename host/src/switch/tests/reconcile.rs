@@ -335,7 +335,7 @@ async fn a_reboot_is_noted_before_it_is_forgotten() {
     let gate = host.pfs.world().gate.clone();
     let held = gate.lock().await;
     host.send(1, Request::SetMac(mac(9))).await;
-    host.switch.rebooted(vm(1)).await;
+    host.intake(1).rebooted().await;
     assert!(host.stored(1).await.rebooting);
     drop(held);
     host.switch.settle().await;
@@ -350,7 +350,7 @@ async fn a_reboot_takes_back_what_a_reset_does_not() {
     host.pfs.take_made(PF);
     // The device was reset, so the PF ignores messages until the guest's next reset message.
     host.vmm(1).heard().takes_back = TakesBack::Deferred;
-    host.switch.rebooted(vm(1)).await;
+    host.intake(1).rebooted().await;
     host.switch.settle().await;
     assert_eq!(host.vmm(1).taken_back(), [Change::ClearUnicast]);
     // The PF denies the deferred change, for want of trust.
@@ -372,7 +372,7 @@ async fn a_vmm_that_tells_of_resets_for_ever_costs_its_pf_no_more_than_one() {
     host.send(1, Request::SetMac(mac(9))).await;
     for _ in 0..10_000 {
         host.notice(1, Notice::PfReset).await;
-        host.switch.rebooted(vm(1)).await;
+        host.intake(1).rebooted().await;
     }
     host.pfs.world().reads = 0;
     drop(held);

@@ -2,14 +2,18 @@
 
 //! The connection to the vmm, and its events.
 
-use passthrough::sim::is_simulated;
-use vmm::control::Ask;
-
 use super::*;
+use passthrough::sim::is_simulated;
 
 impl Actor {
     pub(super) async fn connect(&mut self) -> Result<State, Problem> {
-        let opened = Connection::open(&self.directory.control(), self.vm.id, &self.allowance).await;
+        let opened = Connection::open(
+            &self.directory.control(),
+            self.vm.id,
+            boot::adapters(&self.vm.value.spec),
+            &self.allowance,
+        )
+        .await;
         let (connection, greeting, events) = match opened {
             Ok(opened) => opened,
             Err(error) => {
@@ -84,46 +88,21 @@ impl Actor {
         self.disconnected().await;
     }
 
-    /// The fault of an event: it names an adapter that the VM does not have.
-    fn wrong(&self, event: &Event) -> Option<String> {
-        if let Some(why) = self.link.as_ref().and_then(|link| link.connection.fault()) {
-            // The process sent it before the violation, and it deserves no more trust.
-            return Some(why);
-        }
-        let adapter = match event {
-            Event::Ask { ask: Ask::Mailbox { adapter, .. }, .. } => adapter,
-            Event::Report { report: Report::Relay { adapter, .. }, .. } => adapter,
-            Event::Report { .. } => return None,
-        };
-        let own = self.vm.value.spec.adapters.iter().any(|own| own.id.as_str() == adapter);
-        (!own).then(|| "it sent a message for an adapter that its VM does not have".to_owned())
-    }
-
     pub(super) async fn on_event(&mut self, event: Event) {
-        if let Some(why) = self.wrong(&event) {
+        if let Some(why) = self.link.as_ref().and_then(|link| link.connection.fault()) {
+            // The process sent the report before its violation, and it deserves no more trust.
             return self.misbehave(&why).await;
         }
-        match event {
-            Event::Ask { id, ask } => switch_client::ask(&self.env, self.vm.id, id, ask).await,
-            // The switch keeps the parts that must be kept.
-            Event::Report { seq, report: Report::Relay { adapter, notice } } => {
-                switch_client::notice(&self.env, self.vm.id, adapter, notice).await;
-                if let Some(link) = &self.link {
-                    link.connection.noted(seq).await;
-                }
-            }
-            Event::Report { seq, report } => {
-                if !self.is_known(&report) {
-                    self.stored = false;
-                    self.on_report(report).await;
-                }
-                // The vmm may forget only a stored report. A new state was stored when it was entered.
-                if (self.stored || self.store().await.is_ok())
-                    && let Some(link) = &self.link
-                {
-                    link.connection.noted(seq).await;
-                }
-            }
+        let Event { seq, report, rebooted } = event;
+        if !self.is_known(&report) {
+            self.stored = false;
+            self.on_report(report, rebooted).await;
+        }
+        // The vmm may forget only a stored report. A new state was stored when it was entered.
+        if (self.stored || self.store().await.is_ok())
+            && let Some(link) = &self.link
+        {
+            link.connection.noted(seq).await;
         }
     }
 
@@ -135,12 +114,13 @@ impl Actor {
         !held || self.stored && self.run.lost.contains_key(bdf)
     }
 
-    pub(super) async fn on_report(&mut self, report: Report) {
+    async fn on_report(&mut self, report: Report, rebooted: Option<oneshot::Receiver<()>>) {
         match report {
             Report::State { state, boots } => {
                 self.run.boots = boots;
-                if state == State::Rebooting {
-                    switch_client::rebooted(&self.env, self.vm.id).await;
+                if let Some(rebooted) = rebooted {
+                    // The switch notes its part first.
+                    drop(rebooted.await);
                 }
                 self.on_state(state).await;
             }

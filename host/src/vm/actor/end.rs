@@ -49,12 +49,9 @@ impl Actor {
         let words = async {
             while let Some(link) = &mut self.link {
                 match link.events.recv().await {
-                    Some(Event::Report { report: Report::Ended { end }, .. }) => self.end = Some(end),
-                    // The last events of its relays are recorded, too.
-                    Some(Event::Report { report: Report::Relay { adapter, notice }, .. }) => {
-                        switch_client::notice(&self.env, self.vm.id, adapter, notice).await;
-                    }
+                    Some(Event { report: Report::Ended { end }, .. }) => self.end = Some(end),
                     Some(_) => {}
+                    // The last events of its relays have reached the switch, too.
                     None => return,
                 }
             }
