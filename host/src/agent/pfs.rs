@@ -61,16 +61,6 @@ impl Agent {
             }
             Err(error) => return Err(error.problem()),
         };
-        let address = pf.interface().and_then(|interface| {
-            let path = self
-                .env
-                .inventory
-                .device_dir(pf.device.bdf)
-                .join("net")
-                .join(&interface.name)
-                .join("address");
-            std::fs::read_to_string(path).ok().map(|text| text.trim().to_owned())
-        });
         let in_use = |claim: &&Claim| claim.adapter.as_ref().is_some_and(|vf| vf.pf == pf.device.bdf);
         Ok(Pf {
             id,
@@ -86,7 +76,7 @@ impl Agent {
                 driver: pf.device.driver.clone(),
                 simulated: is_simulated(pf.device.bdf),
                 device: format!("{:04x}:{:04x}", pf.device.vendor, pf.device.device),
-                mac: address,
+                mac: pf.interface().and_then(|interface| interface.mac.clone()),
                 up: pf.interface().is_some_and(|interface| interface.admin_up),
                 carrier: pf
                     .interface()

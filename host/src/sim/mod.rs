@@ -429,7 +429,8 @@ impl Adapter {
         device.interfaces = vec![self.name.clone()];
         let carrier = SimPf::connect(&self.socket()).is_ok_and(|pf| pf.about().link_up);
         // The host has no such interface: the kernel gives none the index 0.
-        let interface = Interface { name: self.name.clone(), index: 0, admin_up: true, carrier, mtu: 1500 };
+        let interface =
+            Interface { name: self.name.clone(), index: 0, admin_up: true, carrier, mtu: 1500, mac: None };
         Some(Pf {
             device,
             interfaces: vec![interface],
