@@ -190,7 +190,7 @@ impl Inventory {
             |pf: &Pf| (self.name_for_ports(pf), pf.interface().is_some_and(|interface| interface.admin_up));
         let mut names: Vec<(String, bool)> = hardware.iter().map(named).collect();
         // The interface of a simulated PF cannot be taken down.
-        names.extend(self.simulated.iter().flat_map(|all| all.names()).map(|name| (name, true)));
+        names.extend(self.simulated.iter().flat_map(|all| all.names()).map(|(_, name)| (name, true)));
         Ok(names)
     }
 
