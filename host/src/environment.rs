@@ -5,29 +5,23 @@
 use std::{
     collections::BTreeSet,
     path::PathBuf,
-    sync::{Arc, Mutex, PoisonError, atomic::AtomicBool},
+    sync::{Mutex, PoisonError, atomic::AtomicBool},
     time::Duration,
 };
 
 use api::types::{EventKind, Protection};
-use passthrough::{
-    sim::is_simulated,
-    sriov::{Bdf, NetlinkPf, PfControl, PfError, Sysfs},
-};
+use passthrough::sriov::Sysfs;
 use uuid::Uuid;
 
 use crate::{
+    backend::Hardware,
     inventory::Inventory,
     metrics::Metrics,
-    sim::Simulated,
     store::{Expect, GOOD_FOR, Scope, StoreError, Stores, Table, WriteProbe},
     switch::Policy,
     vm::record::{Claim, PfRecord, RunRecord, VmRecord},
     vmm_process::{MEMLOCK_SLACK, Program},
 };
-
-/// Opens the control of a PF. Called on threads that may block.
-pub type OpenPf = Arc<dyn Fn(Bdf) -> Result<Box<dyn PfControl>, PfError> + Send + Sync>;
 
 /// The wait for the client of a VM's lease, as the API's document says it.
 const LEASE_GRACE: Duration = Duration::from_secs(60);
@@ -48,8 +42,6 @@ pub struct Environment {
     pub probe: WriteProbe,
     /// The functions that VMs can have.
     pub inventory: Inventory,
-    /// Opens the control of a PF.
-    pub open_pf: OpenPf,
     /// The directory of sockets, console rings and logs.
     pub run_dir: PathBuf,
     /// The directories with files that every caller may boot.
@@ -92,8 +84,6 @@ impl Environment {
     /// The environment of a real host, with defaults for the settings that differ between hosts.
     #[must_use]
     pub fn new(stores: &Stores, run_dir: PathBuf) -> Self {
-        let sysfs = Sysfs::default();
-        let paths = sysfs.clone();
         Self {
             stores: stores.clone(),
             vms: Table::new(stores),
@@ -101,8 +91,7 @@ impl Environment {
             claims: Table::new(stores),
             pfs: Table::new(stores),
             probe: WriteProbe::new(stores, GOOD_FOR),
-            open_pf: Arc::new(move |bdf| Ok(Box::new(NetlinkPf::open(&paths, bdf)?))),
-            inventory: sysfs.into(),
+            inventory: Hardware::new(Sysfs::default()).into(),
             run_dir,
             image_dirs: Vec::new(),
             program: Program::default(),
@@ -165,13 +154,6 @@ impl Environment {
         if let Some(policy) = &self.policy {
             policy.events.publish(what);
         }
-    }
-
-    /// Adds simulated adapters to those of the host.
-    pub fn add_simulated(&mut self, simulated: Arc<Simulated>) {
-        self.inventory.add_simulated(Arc::clone(&simulated));
-        let real = Arc::clone(&self.open_pf);
-        self.open_pf = Arc::new(move |bdf| if is_simulated(bdf) { simulated.open(bdf) } else { real(bdf) });
     }
 }
 

@@ -1,59 +1,49 @@
 // SPDX-License-Identifier: Apache-2.0
 
-//! The functions that VMs of this agent can have: those of the host in sysfs, and simulated ones.
+//! The functions that VMs of this agent can have, with the names by which ports know PFs.
 //!
-//! This is the one place that separates hardware from simulation, by address: code that claims, prepares and returns functions
-//! need not distinguish them. Methods may block, unless they say otherwise.
+//! Most methods look up the [backend](FunctionBackend) of a function and ask it. They may block,
+//! unless they say otherwise.
 
 use std::{
     collections::BTreeMap,
-    path::PathBuf,
     sync::{Arc, Mutex, MutexGuard, PoisonError},
 };
 
-use passthrough::{
-    sim::is_simulated,
-    sriov::{
-        Bdf, BindError, InventoryError, PciDevice, Pf, PreviousBinding, Sysfs, Usage, Vf, VfCountError,
-        ViabilityError,
-    },
+use passthrough::sriov::{Bdf, InventoryError, PciDevice, Pf, PfControl, PfError, Vf};
+
+use crate::{
+    assignable::AssignableList,
+    backend::{Backends, FunctionBackend, Hardware},
 };
 
-use crate::{assignable::AssignableList, sim::Simulated, vm::problem::chain};
-
-/// The functions of the host, and simulated ones.
-#[derive(Clone)]
+/// The functions of all backends.
+#[derive(Clone, Default)]
 pub struct Inventory {
-    sysfs: Sysfs,
-    simulated: Option<Arc<Simulated>>,
-    hardware: bool,
+    backends: Backends,
     assignable: Arc<AssignableList>,
     /// The names by which ports know PFs, see [`keep_names`](Self::keep_names).
     kept_names: Arc<Mutex<BTreeMap<Bdf, String>>>,
 }
 
-impl From<Sysfs> for Inventory {
-    /// The host's functions, and no simulated ones.
-    fn from(sysfs: Sysfs) -> Self {
-        Self {
-            sysfs,
-            simulated: None,
-            hardware: true,
-            assignable: Arc::default(),
-            kept_names: Arc::default(),
-        }
+impl From<Hardware> for Inventory {
+    /// The functions of the host alone.
+    fn from(hardware: Hardware) -> Self {
+        let mut inventory = Self::default();
+        inventory.add(hardware);
+        inventory
     }
 }
 
 impl Inventory {
-    /// Adds simulated adapters to the host's.
-    pub fn add_simulated(&mut self, simulated: Arc<Simulated>) {
-        self.simulated = Some(simulated);
+    /// Adds a backend. Lists have its functions after those of earlier backends.
+    pub fn add(&mut self, backend: impl FunctionBackend) {
+        self.backends.add(backend);
     }
 
-    /// Leaves out the host's own functions: this agent may not use them.
-    pub fn leave_out_hardware(&mut self) {
-        self.hardware = false;
+    /// Leaves out the backends that need root: VMs of this agent get no function of them.
+    pub fn leave_out_backends_of_root(&mut self) {
+        self.backends.leave_out_those_of_root();
     }
 
     /// Sets the functions of the host that VMs may have.
@@ -67,72 +57,58 @@ impl Inventory {
         &self.assignable
     }
 
-    /// Whether a function can be reset between tenants.
+    /// The table of backends.
     #[must_use]
-    pub fn can_reset(&self, bdf: Bdf) -> bool {
-        self.simulates(bdf).is_some() || self.sysfs.can_reset(bdf)
+    pub fn backends(&self) -> &Backends {
+        &self.backends
     }
 
-    /// Whether the host's own functions can be used.
+    /// The backend of a function, which need not exist.
+    ///
+    /// # Errors
+    /// No backend has such addresses.
+    pub fn backend(&self, bdf: Bdf) -> Result<&Arc<dyn FunctionBackend>, InventoryError> {
+        self.backends.of(bdf)
+    }
+
+    /// The backend of a function that exists; None for every other address. Does not block for long.
     #[must_use]
-    pub fn has_hardware(&self) -> bool {
-        self.hardware
+    pub fn backend_of_present(&self, bdf: Bdf) -> Option<&Arc<dyn FunctionBackend>> {
+        self.backend(bdf).ok().filter(|backend| backend.has(bdf))
     }
 
-    /// The simulated adapters.
-    #[must_use]
-    pub fn simulated(&self) -> Option<&Arc<Simulated>> {
-        self.simulated.as_ref()
-    }
-
-    /// The simulated adapters if the address is one of theirs.
-    fn simulates(&self, bdf: Bdf) -> Option<&Arc<Simulated>> {
-        self.simulated.as_ref().filter(|_| is_simulated(bdf))
-    }
-
-    /// The host's sysfs.
-    #[must_use]
-    pub fn sysfs(&self) -> &Sysfs {
-        &self.sysfs
-    }
-
-    /// The directory of a function of the host in sysfs; a simulated one has none.
-    #[must_use]
-    pub fn device_dir(&self, bdf: Bdf) -> PathBuf {
-        self.sysfs.device_dir(bdf)
-    }
-
-    /// Whether the function exists. Does not block for long: it looks at sysfs at most.
+    /// Whether the function exists. Does not block for long.
     #[must_use]
     pub fn has_device(&self, bdf: Bdf) -> bool {
-        match self.simulates(bdf) {
-            Some(simulated) => simulated.has(bdf),
-            None => self.sysfs.has_device(bdf),
-        }
+        self.backend_of_present(bdf).is_some()
     }
 
     /// Describes one function.
     ///
     /// # Errors
-    /// There is none, or sysfs is unreadable.
+    /// There is none, or it is unreadable.
     pub fn device(&self, bdf: Bdf) -> Result<PciDevice, InventoryError> {
-        match self.simulates(bdf) {
-            Some(simulated) => match simulated.vf(bdf) {
-                Err(InventoryError::NotVf(_)) => simulated.pf(bdf).map(|pf| pf.device),
-                vf => vf.map(|vf| vf.device),
-            },
-            None => self.sysfs.device(bdf),
-        }
+        self.backend(bdf)?.device(bdf)
     }
 
-    /// All PFs that can be used, by address.
+    /// All PFs that can be used, by backend and address.
     ///
     /// # Errors
-    /// sysfs is unreadable.
+    /// Those of a backend are unreadable.
     pub fn pfs(&self) -> Result<Vec<Pf>, InventoryError> {
-        let mut pfs = if self.hardware { self.sysfs.pfs()? } else { Vec::new() };
-        pfs.extend(self.simulated.iter().flat_map(|simulated| simulated.pfs()));
+        let mut pfs = Vec::new();
+        for backend in self.backends.usable() {
+            pfs.extend(backend.pfs()?);
+        }
         Ok(pfs)
+    }
+
+    /// Opens the control of a PF.
+    ///
+    /// # Errors
+    /// There is no such PF, or it cannot be opened.
+    pub fn open_pf(&self, bdf: Bdf) -> Result<Box<dyn PfControl>, PfError> {
+        self.backend(bdf)?.open_pf(bdf)
     }
 
     /// Sets the names by which ports know PFs with a claimed VF. A PF is its PCI address. Its interface can be renamed, or
@@ -149,18 +125,23 @@ impl Inventory {
     /// The name by which ports know a PF, or would: its interface, or its address if that is another PF's name.
     #[must_use]
     pub fn name_for_ports(&self, pf: &Pf) -> String {
+        self.known_name(pf.device.bdf, pf.name())
+    }
+
+    /// The name by which ports know a PF that has the name `now`.
+    fn known_name(&self, bdf: Bdf, now: String) -> String {
         let kept = self.kept_names();
-        match kept.get(&pf.device.bdf) {
+        match kept.get(&bdf) {
             Some(name) => name.clone(),
-            None if kept.values().any(|name| *name == pf.name()) => pf.device.bdf.to_string(),
-            None => pf.name(),
+            None if kept.values().any(|name| *name == now) => bdf.to_string(),
+            None => now,
         }
     }
 
     /// The PF that ports know by this name.
     ///
     /// # Errors
-    /// There is none, or sysfs is unreadable.
+    /// There is none, or the PFs are unreadable.
     pub fn pf_known_as(&self, name: &str) -> Result<Pf, InventoryError> {
         self.pf(self.address_known_as(name)?)
     }
@@ -168,154 +149,61 @@ impl Inventory {
     /// The address of the PF that ports know by this name. Asks no PF, and reads nothing for a name that is kept.
     ///
     /// # Errors
-    /// There is none, or sysfs is unreadable.
+    /// There is none, or the PFs are unreadable.
     pub fn address_known_as(&self, name: &str) -> Result<Bdf, InventoryError> {
         let kept = self.kept_names().iter().find(|(_, kept)| *kept == name).map(|(bdf, _)| *bdf);
-        if let Some(bdf) = kept.or_else(|| name.parse().ok()) {
-            return Ok(bdf);
-        }
-        match self.simulated.as_ref().and_then(|simulated| simulated.by_name(name)) {
+        match kept.or_else(|| name.parse().ok()) {
             Some(bdf) => Ok(bdf),
-            None => Ok(self.sysfs.pf_by_name(name)?.device.bdf),
+            None => self.backends.pf_by_interface(name),
         }
     }
 
     /// The names by which ports know the PFs, or would, and whether the interface of each is set up. Waits for no PF.
     ///
     /// # Errors
-    /// sysfs is unreadable.
+    /// The PFs of a backend are unreadable.
     pub fn pf_names(&self) -> Result<Vec<(String, bool)>, InventoryError> {
-        let hardware = if self.hardware { self.sysfs.pfs()? } else { Vec::new() };
-        let named =
-            |pf: &Pf| (self.name_for_ports(pf), pf.interface().is_some_and(|interface| interface.admin_up));
-        let mut names: Vec<(String, bool)> = hardware.iter().map(named).collect();
-        // The interface of a simulated PF cannot be taken down.
-        names.extend(self.simulated.iter().flat_map(|all| all.names()).map(|name| (name, true)));
+        let mut names = Vec::new();
+        for backend in self.backends.usable() {
+            let interfaces = backend.pf_interfaces()?;
+            names.extend(interfaces.into_iter().map(|pf| (self.known_name(pf.bdf, pf.name), pf.admin_up)));
+        }
         Ok(names)
     }
 
     /// Describes a PF.
     ///
     /// # Errors
-    /// There is none with this address, or sysfs is unreadable.
+    /// There is none with this address, or it is unreadable.
     pub fn pf(&self, bdf: Bdf) -> Result<Pf, InventoryError> {
-        match self.simulates(bdf) {
-            Some(simulated) => simulated.pf(bdf),
-            None => self.sysfs.pf(bdf),
-        }
+        self.backend(bdf)?.pf(bdf)
     }
 
     /// The PF that has an interface of this name, or that has this address.
     ///
     /// # Errors
-    /// There is none, or sysfs is unreadable.
+    /// There is none, or the PFs are unreadable.
     pub fn pf_by_name(&self, name: &str) -> Result<Pf, InventoryError> {
-        if let Ok(bdf) = name.parse() {
-            return self.pf(bdf);
-        }
-        match self.simulated.as_ref().and_then(|simulated| simulated.by_name(name)) {
-            Some(bdf) => self.pf(bdf),
-            None => self.sysfs.pf_by_name(name),
+        match name.parse() {
+            Ok(bdf) => self.pf(bdf),
+            Err(_) => self.pf(self.backends.pf_by_interface(name)?),
         }
     }
 
     /// The VFs of a PF by their number.
     ///
     /// # Errors
-    /// There is no such PF, or sysfs is unreadable.
+    /// There is no such PF, or it is unreadable.
     pub fn vfs_of(&self, pf: Bdf) -> Result<Vec<Vf>, InventoryError> {
-        match self.simulates(pf) {
-            Some(simulated) => simulated.vfs_of(pf),
-            None => self.sysfs.vfs_of(pf),
-        }
+        self.backend(pf)?.vfs_of(pf)
     }
 
     /// Describes a VF.
     ///
     /// # Errors
-    /// There is none with this address, or sysfs is unreadable.
+    /// There is none with this address, or it is unreadable.
     pub fn vf(&self, bdf: Bdf) -> Result<Vf, InventoryError> {
-        match self.simulates(bdf) {
-            Some(simulated) => simulated.vf(bdf),
-            None => self.sysfs.vf(bdf),
-        }
-    }
-
-    /// The IOMMU group of a function that a VM may have together with these others; a simulated one has none.
-    ///
-    /// # Errors
-    /// The obstacle, see [`ViabilityError`].
-    pub fn check_viable(&self, bdf: Bdf, together: &[Bdf]) -> Result<Option<u32>, ViabilityError> {
-        match self.simulates(bdf) {
-            Some(simulated) => simulated.vf(bdf).map(|_| None).map_err(Into::into),
-            None => self.sysfs.check_viable(bdf, together).map(|group| Some(group.number)),
-        }
-    }
-
-    /// The user of a function that no VM of this agent has. Do not call this while a VM's process may open the function.
-    ///
-    /// # Errors
-    /// sysfs is unreadable.
-    pub fn usage(&self, bdf: Bdf) -> Result<Option<Usage>, InventoryError> {
-        match self.simulates(bdf) {
-            // A PF that does not answer has no VF to give either.
-            Some(simulated) => Ok(simulated.is_attached(bdf).unwrap_or(false).then_some(Usage::Simulated)),
-            None => self.sysfs.usage(bdf),
-        }
-    }
-
-    /// The binding of a function; a simulated one is bound to nothing.
-    ///
-    /// # Errors
-    /// There is no such function, or sysfs is unreadable.
-    pub fn current_binding(&self, bdf: Bdf) -> Result<PreviousBinding, BindError> {
-        match self.simulates(bdf) {
-            Some(simulated) if simulated.has(bdf) => Ok(PreviousBinding::default()),
-            Some(_) => Err(BindError::NoDevice(bdf)),
-            None => self.sysfs.current_binding(bdf),
-        }
-    }
-
-    /// Takes a function for VFIO; a simulated one needs no step.
-    ///
-    /// # Errors
-    /// As [`Sysfs::bind_vfio`].
-    pub fn bind_vfio(&self, bdf: Bdf) -> Result<(), BindError> {
-        match self.simulates(bdf) {
-            Some(simulated) if simulated.has(bdf) => Ok(()),
-            Some(_) => Err(BindError::NoDevice(bdf)),
-            None => self.sysfs.bind_vfio(bdf).map(drop),
-        }
-    }
-
-    /// Restores a function's binding.
-    ///
-    /// # Errors
-    /// As [`Sysfs::restore`].
-    pub fn restore(&self, bdf: Bdf, before: &PreviousBinding) -> Result<(), BindError> {
-        match self.simulates(bdf) {
-            Some(_) => Ok(()),
-            None => self.sysfs.restore(bdf, before),
-        }
-    }
-
-    /// Resets a function that is not in use.
-    ///
-    /// # Errors
-    /// The reason that it was not reset, in words.
-    pub fn reset(&self, bdf: Bdf) -> Result<(), String> {
-        match self.simulates(bdf) {
-            Some(simulated) => simulated.reset(bdf).map_err(|error| chain(&error)),
-            None => self.sysfs.reset(bdf).map_err(|error| chain(&error)),
-        }
-    }
-
-    /// Gives a PF of the host `count` VFs. Simulated ones: [`Simulated::set_vfs`].
-    ///
-    /// # Errors
-    /// As [`Sysfs::set_num_vfs`].
-    pub fn set_num_vfs(&self, bdf: Bdf, count: u16) -> Result<(), VfCountError> {
-        self.sysfs.set_num_vfs(bdf, count, None)
+        self.backend(bdf)?.vf(bdf)
     }
 }
 
@@ -338,7 +226,7 @@ pub(crate) mod tests {
     #[test]
     fn ports_know_a_pf_by_its_first_name_whatever_its_interface_is_called() {
         let (_directory, sysfs, [first, second]) = two_pfs();
-        let inventory = Inventory::from(sysfs.sysfs());
+        let inventory = Inventory::from(Hardware::new(sysfs.sysfs()));
         let names = || inventory.pf_names().unwrap().into_iter().map(|(name, _)| name).collect::<Vec<_>>();
         let known = |name: &str| inventory.pf_known_as(name).map(|pf| pf.device.bdf).ok();
         inventory.keep_names([(first, "eth0".to_owned())]);

@@ -4,6 +4,7 @@
 
 pub mod agent;
 pub mod assignable;
+pub mod backend;
 pub mod cgroup;
 pub mod cli;
 pub mod console;

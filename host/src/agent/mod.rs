@@ -20,7 +20,7 @@ use std::{
 
 use anyhow::{Context, bail};
 use api::{Limits, types::Protection};
-use passthrough::sim::MAX_PFS;
+use passthrough::{sim::MAX_PFS, sriov::Sysfs};
 use rustix::{
     fs::{FlockOperation, flock},
     process::geteuid,
@@ -37,6 +37,7 @@ use listen::ListenArgs;
 use crate::switch::Late;
 use crate::{
     assignable::Assignable,
+    backend::Simulation,
     decisions::{DecisionLog, events::EventHub},
     environment::{Environment, Users},
     log,
@@ -166,7 +167,7 @@ pub async fn serve(args: ServeArgs, socket: &Path, token_file: Option<&Path>) ->
     env.image_dirs = image_dirs(&args.image_dirs)?;
     env.cgroup_parent.clone_from(&args.cgroup_parent);
     env.inventory.set_assignable(args.assignable.clone().into());
-    env.inventory.assignable().warn(env.inventory.sysfs());
+    env.inventory.assignable().warn(&Sysfs::default());
     env.sandbox_off = sandbox::off(&args.sandbox_off)?;
     #[cfg(feature = "test-support")]
     if let Some(grace) = args.lease_grace_for_tests {
@@ -184,14 +185,14 @@ pub async fn serve(args: ServeArgs, socket: &Path, token_file: Option<&Path>) ->
             "the agent is not root: VMs get simulated adapters only, and parts of the sandbox of their \
              processes are off"
         );
-        env.inventory.leave_out_hardware();
+        env.inventory.leave_out_backends_of_root();
     }
     if args.private.is_some() {
         // A demonstration takes no function of the host.
-        env.inventory.leave_out_hardware();
+        env.inventory.leave_out_backends_of_root();
     }
     let simulated = start_simulated(&args, &stores, &env).await?;
-    env.add_simulated(Arc::clone(&simulated));
+    env.inventory.add(Simulation::new(Arc::clone(&simulated)));
     let private = args.private.clone();
     let served = serve_with(args, socket, token_file, env, stores, &simulated, told).await;
     match (private, &served) {
@@ -291,7 +292,7 @@ async fn start_simulated(
     env: &Environment,
 ) -> anyhow::Result<Arc<Simulated>> {
     for option in &args.sim_pfs {
-        if env.inventory.sysfs().pf_by_name(&option.name).is_ok() {
+        if env.inventory.pf_by_name(&option.name).is_ok() {
             bail!(
                 "{} is an adapter of this host: give the simulated PF another name (--sim-pf)",
                 option.name
@@ -327,7 +328,7 @@ async fn start_switch(
     crate::vm::claims::keep_pf_names(env).await?;
     let parts = Parts {
         store: stores,
-        pf: PfHandle::start(HostPfs::new(env.inventory.clone(), Arc::clone(&env.open_pf)))?,
+        pf: PfHandle::start(HostPfs::new(env.inventory.clone()))?,
         decisions: decisions.clone(),
         events: events.clone(),
         hints: hints.ok(),

@@ -2,22 +2,20 @@
 
 //! PFs and VFs as the API shows them, and the number of a PF's VFs.
 
-use std::{collections::BTreeMap, sync::Arc};
+use std::collections::BTreeMap;
 
 use api::{
     Caller, Missing,
     problem::{Problem, ProblemCode},
     types::{Bdf, EventKind, ObjectKind, ObjectRef, Pf, PfSpec, PfStatus, Subject, Timestamp, Vf, host_id},
 };
-use passthrough::{
-    sim::is_simulated,
-    sriov::{self, PfError, VfSettings},
-};
+use passthrough::sriov::{self, PfError, VfSettings};
 use tracing::Span;
 use uuid::Uuid;
 
 use super::{backend::Agent, view};
 use crate::{
+    backend::Facts,
     inventory::Inventory,
     store::{Entry, Expect, StoreError},
     vm::{
@@ -61,32 +59,20 @@ impl Agent {
             }
             Err(error) => return Err(error.problem()),
         };
-        let address = pf.interface().and_then(|interface| {
-            let path = self
-                .env
-                .inventory
-                .device_dir(pf.device.bdf)
-                .join("net")
-                .join(&interface.name)
-                .join("address");
-            std::fs::read_to_string(path).ok().map(|text| text.trim().to_owned())
-        });
+        let facts = self.env.inventory.backend(pf.device.bdf).map_err(|e| e.problem())?.facts();
         let in_use = |claim: &&Claim| claim.adapter.as_ref().is_some_and(|vf| vf.pf == pf.device.bdf);
         Ok(Pf {
             id,
             name: pf.name(),
             revision: entry.revision,
             created: entry.value.created,
-            // A simulated PF has the number last set, by the API or the command line.
-            spec: PfSpec {
-                vfs: if is_simulated(pf.device.bdf) { pf.num_vfs.into() } else { entry.value.vfs },
-            },
+            spec: PfSpec { vfs: if facts.stores_vf_count { pf.num_vfs.into() } else { entry.value.vfs } },
             status: PfStatus {
                 bdf,
                 driver: pf.device.driver.clone(),
-                simulated: is_simulated(pf.device.bdf),
+                simulated: facts.shown_as_simulated,
                 device: format!("{:04x}:{:04x}", pf.device.vendor, pf.device.device),
-                mac: address,
+                mac: pf.interface().and_then(|interface| interface.mac.clone()),
                 up: pf.interface().is_some_and(|interface| interface.admin_up),
                 carrier: pf
                     .interface()
@@ -123,15 +109,15 @@ impl Agent {
             let taken: Vec<sriov::Bdf> = claims.iter().map(|claim| claim.bdf).collect();
             (claims, self.host(move |inventory| usages(inventory, &taken)).await?)
         };
-        let open = Arc::clone(&self.env.open_pf);
         let mut vfs = self
             .host(move |inventory| {
                 let mut vfs = Vec::new();
                 for pf in inventory.pfs().map_err(|e| e.problem())? {
-                    let settings = open(pf.device.bdf).and_then(|mut pf| pf.read_all());
+                    let backend = inventory.backend(pf.device.bdf).map_err(|e| e.problem())?;
+                    let settings = backend.open_pf(pf.device.bdf).and_then(|mut pf| pf.read_all());
                     for vf in inventory.vfs_of(pf.device.bdf).map_err(|e| e.problem())? {
                         let used_by = used.get(&vf.device.bdf).cloned();
-                        vfs.push(Vf { used_by, ..view_vf(&pf, &vf, &settings, &claims)? });
+                        vfs.push(Vf { used_by, ..view_vf(backend.facts(), &pf, &vf, &settings, &claims)? });
                     }
                 }
                 Ok(vfs)
@@ -167,26 +153,8 @@ impl Agent {
             );
             return Err(Problem::new(ProblemCode::VfsInUse, detail));
         }
-        let wanted = u16::try_from(count).unwrap_or(u16::MAX);
-        match self.env.inventory.simulated() {
-            Some(simulated) if is_simulated(bdf) => {
-                // As the kernel's attribute, but not 0: a simulated PF without VFs is none.
-                if !(1..=found.total_vfs).contains(&wanted) {
-                    let detail = format!(
-                        "The simulated PF {} can have 1 to {} VFs, not {count}.",
-                        now.name, found.total_vfs
-                    );
-                    return Err(Problem::new(ProblemCode::TooManyVfs, detail));
-                }
-                if wanted != found.num_vfs {
-                    simulated.set_vfs(bdf, wanted).await.map_err(|e| e.problem())?;
-                }
-            }
-            _ => {
-                self.host(move |inventory| inventory.set_num_vfs(bdf, wanted).map_err(|e| e.problem()))
-                    .await?
-            }
-        }
+        let backend = self.env.inventory.backend(bdf).map_err(|e| e.problem())?;
+        backend.set_num_vfs(&found, count).await?;
         let value = PfRecord { created: now.created, vfs: count };
         let name = now.status.bdf.to_string();
         let put = self.env.pfs.put(now.id, &name, &value, Expect::Revision(now.revision)).await;
@@ -242,7 +210,7 @@ fn usages(inventory: &Inventory, taken: &[sriov::Bdf]) -> Result<BTreeMap<sriov:
                 continue;
             }
             // A VF that is removed meanwhile is not in use.
-            let usage = inventory.usage(bdf).ok().flatten();
+            let usage = inventory.backend(bdf).and_then(|backend| backend.usage(bdf)).ok().flatten();
             used.extend(usage.map(|usage| (bdf, usage.to_string())));
         }
     }
@@ -250,6 +218,7 @@ fn usages(inventory: &Inventory, taken: &[sriov::Bdf]) -> Result<BTreeMap<sriov:
 }
 
 fn view_vf(
+    facts: &Facts,
     pf: &sriov::Pf,
     vf: &sriov::Vf,
     settings: &Result<BTreeMap<u16, VfSettings>, PfError>,
@@ -263,7 +232,7 @@ fn view_vf(
         pf: pf.name(),
         index: u32::from(vf.index),
         device: format!("{:04x}:{:04x}", vf.device.vendor, vf.device.device),
-        simulated: is_simulated(vf.device.bdf),
+        simulated: facts.shown_as_simulated,
         driver: vf.device.driver.clone(),
         iommu_group: vf.device.iommu_group,
         mac: settings.and_then(|settings| settings.mac).map(|mac| mac.to_string()),

@@ -136,7 +136,7 @@ async fn a_device_that_another_vm_has_is_in_use() {
 async fn a_host_that_cannot_be_read_is_an_error_of_its_own() {
     let host = Host::new();
     let served = serve(&host, host.env.run_dir.join("api.sock")).await;
-    let vendor = host.env.inventory.device_dir(PF).join("vendor");
+    let vendor = host.sysfs.sysfs().device_dir(PF).join("vendor");
     fs::remove_file(&vendor).unwrap();
     fs::create_dir(&vendor).unwrap();
     let error = served.client.list_pfs().await.unwrap_err();

@@ -22,7 +22,7 @@ use netpolicy::{PfCapabilities, VfRef};
 use passthrough::sriov::{ApplyError, Bdf, InventoryError, PfControl, PfError, VfChange, VfSettings};
 use tokio::sync::oneshot;
 
-use crate::{environment::OpenPf, inventory::Inventory};
+use crate::inventory::Inventory;
 
 #[cfg(test)]
 pub(crate) mod fake;
@@ -62,17 +62,16 @@ pub trait Pfs: Send + Sync + 'static {
     fn open(&self, name: &str) -> Result<Box<dyn PfControl>, PfError>;
 }
 
-/// The real and simulated PFs of a host, each opened in its own way.
+/// The PFs of an inventory, each opened by its backend.
 pub struct HostPfs {
     inventory: Inventory,
-    open: OpenPf,
 }
 
 impl HostPfs {
-    /// PFs found in `inventory` and opened by `open`.
+    /// The PFs of `inventory`.
     #[must_use]
-    pub fn new(inventory: Inventory, open: OpenPf) -> Self {
-        Self { inventory, open }
+    pub fn new(inventory: Inventory) -> Self {
+        Self { inventory }
     }
 }
 
@@ -87,7 +86,7 @@ impl Pfs for HostPfs {
     }
 
     fn open(&self, name: &str) -> Result<Box<dyn PfControl>, PfError> {
-        (self.open)(self.inventory.pf_known_as(name)?.device.bdf)
+        self.inventory.open_pf(self.inventory.pf_known_as(name)?.device.bdf)
     }
 }
 

@@ -10,7 +10,10 @@ use passthrough::sriov::{Bdf, PfControl, VfChange, fake::FakePf};
 use tokio::time::timeout;
 
 use super::{HostPfs, PfFailure, PfHandle, fake::FakePfs};
-use crate::inventory::{Inventory, tests::two_pfs};
+use crate::{
+    backend::Hardware,
+    inventory::{Inventory, tests::two_pfs},
+};
 
 fn vf(index: u32) -> netpolicy::VfRef {
     netpolicy::VfRef { pf: "eth0".into(), index }
@@ -47,14 +50,14 @@ async fn what_is_not_there_is_told_and_found_again_later() {
 #[tokio::test]
 async fn a_name_that_came_to_another_pf_leads_there() {
     let (_directory, sysfs, [first, second]) = two_pfs();
-    let inventory = Inventory::from(sysfs.sysfs());
     let opened = Arc::new(Mutex::new(Vec::new()));
     let note = Arc::clone(&opened);
     let open = move |bdf: Bdf| {
         note.lock().unwrap().push(bdf);
         Ok(Box::new(FakePf::new("a PF", 1)) as Box<dyn PfControl>)
     };
-    let handle = PfHandle::start(HostPfs::new(inventory.clone(), Arc::new(open))).unwrap();
+    let inventory = Inventory::from(Hardware::with_control(sysfs.sysfs(), Arc::new(open)));
+    let handle = PfHandle::start(HostPfs::new(inventory.clone())).unwrap();
     let took = async || {
         for _ in 0..2 {
             handle.read("eth0").await.unwrap();

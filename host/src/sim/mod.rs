@@ -351,10 +351,12 @@ impl Simulated {
         self.all().iter().filter_map(|adapter| adapter.describe()).collect()
     }
 
-    /// The names of all PFs, by address. Does not block.
+    /// The address and name of each PF, by address. Does not block.
     #[must_use]
-    pub fn names(&self) -> Vec<String> {
-        self.all().iter().map(|adapter| adapter.name.clone()).collect()
+    pub fn names(&self) -> Vec<(Bdf, String)> {
+        let named =
+            |adapter: &Arc<Adapter>| Some((sim::pf_bdf(adapter.record.number)?, adapter.name.clone()));
+        self.all().iter().filter_map(named).collect()
     }
 
     /// A PF by its name. Does not block.
@@ -429,7 +431,8 @@ impl Adapter {
         device.interfaces = vec![self.name.clone()];
         let carrier = SimPf::connect(&self.socket()).is_ok_and(|pf| pf.about().link_up);
         // The host has no such interface: the kernel gives none the index 0.
-        let interface = Interface { name: self.name.clone(), index: 0, admin_up: true, carrier, mtu: 1500 };
+        let interface =
+            Interface { name: self.name.clone(), index: 0, admin_up: true, carrier, mtu: 1500, mac: None };
         Some(Pf {
             device,
             interfaces: vec![interface],

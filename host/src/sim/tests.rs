@@ -7,7 +7,7 @@ use std::{process::ExitCode, sync::Arc, time::Duration};
 use api::{
     Backend,
     problem::ProblemCode,
-    types::{ObjectRef, VmAction},
+    types::{ObjectRef, VmAction, VmSpec},
 };
 use netpolicy::{Change, MacAddress, VfRef};
 use passthrough::{
@@ -19,14 +19,15 @@ use rustix::process::{Pid, Signal, kill_process};
 use super::*;
 use crate::{
     agent::Agent,
+    backend::Simulation,
     environment::Environment,
     pf::{HostPfs, PfHandle},
     store::{Entry, SqliteStore},
     switch::{
         Leftover,
-        scrub::{Function, clean},
+        scrub::{ScrubVf, clean},
     },
-    vm::tests::fixture::{Host, VF0, caller},
+    vm::tests::fixture::{Host, PATIENCE, PF, VF0, caller},
 };
 
 /// The test that is the process of a simulated PF.
@@ -244,17 +245,18 @@ async fn what_a_tenant_left_is_taken_back_through_the_simulated_mailbox() {
     let mac = MacAddress::new([2, 0, 0, 0, 0, 7]);
     simulated.open(pf_bdf(0).unwrap()).unwrap().set(0, VfChange::Mac(Some(mac))).unwrap();
     let mut env = Environment::new(&host.store, host.dir.path().into());
-    env.inventory.leave_out_hardware();
-    env.add_simulated(Arc::clone(&simulated));
-    let handle = PfHandle::start(HostPfs::new(env.inventory.clone(), env.open_pf)).unwrap();
+    env.inventory.leave_out_backends_of_root();
+    env.inventory.add(Simulation::new(Arc::clone(&simulated)));
+    let handle = PfHandle::start(HostPfs::new(env.inventory.clone())).unwrap();
     let leftover = Leftover {
         adapter: "eth0".into(),
         vf: VfRef { pf: "sim0".into(), index: 0 },
         effective_mac: mac,
         changes: vec![Change::Reset, Change::ClearUnicast, Change::SetMulticast(Vec::new())],
     };
-    let function = Function::Simulated(Arc::clone(&simulated), vf_bdf(0, 0).unwrap());
-    clean(&handle, function, &leftover).await.unwrap();
+    let bdf = vf_bdf(0, 0).unwrap();
+    let vf = ScrubVf { backend: Arc::clone(env.inventory.backend(bdf).unwrap()), bdf };
+    clean(&handle, vf, &leftover).await.unwrap();
     let counters = simulated.connect(pf_bdf(0).unwrap()).unwrap().counters().unwrap()[&0];
     assert_eq!((counters.messages, counters.refused), (3, 0));
     assert_eq!(handle.read("sim0").await.unwrap()[&0].trust, Some(false), "trusted only meanwhile");
@@ -328,6 +330,81 @@ async fn an_agent_without_root_gives_simulated_vfs_only() {
     let one_more = host.create("web4", |_| {}).await;
     assert_eq!(host.act(&one_more, VmAction::Boot).await.unwrap_err(), ProblemCode::NoFreeVf);
     host.act(&any, VmAction::Stop).await.unwrap();
+}
+
+/// The bytes that a process may lock, by proc_pid_limits(5).
+fn lockable(pid: i32) -> u64 {
+    let limits = std::fs::read_to_string(format!("/proc/{pid}/limits")).unwrap();
+    let line = limits.lines().find_map(|line| line.strip_prefix("Max locked memory")).unwrap();
+    line.split_whitespace().next().unwrap().parse().unwrap()
+}
+
+#[tokio::test]
+async fn a_vm_locks_memory_for_hardware_only_and_each_failure_names_its_cause() {
+    let mut sims = Sims::new();
+    let simulated = sims.load(&["sim0=1"]).await.unwrap();
+    let host = Host::with_simulated(simulated).await;
+    let sim_vf = vf_bdf(0, 0).unwrap();
+    for (vf, locked, failure) in [
+        (VF0, 2 << 20, "reported an unrecoverable error."),
+        (sim_vf, 0, "is gone: the process of its simulated PF has ended. Stop the VM and boot it again."),
+    ] {
+        let vm =
+            host.create("web1", |spec| spec.adapters[0].vf = Some(vf.to_string().parse().unwrap())).await;
+        host.act(&vm, VmAction::Boot).await.unwrap();
+        assert_eq!(lockable(vm.status().run.process.unwrap().pid), locked, "{vf}");
+        host.tell(&vm, &format!("break {vf}")).await;
+        let mut status = vm.follow();
+        let broken = status.wait_for(|status| !status.run.lost.is_empty());
+        let run = tokio::time::timeout(PATIENCE, broken).await.unwrap().unwrap().run.clone();
+        assert_eq!(run.lost[&vf.to_string()].detail, format!("Adapter eth0 ({vf}) {failure}"));
+        host.act(&vm, VmAction::Stop).await.unwrap();
+        vm.delete(caller(), None).await.unwrap();
+    }
+}
+
+#[tokio::test]
+async fn a_vm_with_hardware_needs_the_whole_sandbox() {
+    let mut sims = Sims::new();
+    let simulated = sims.load(&["sim0=1"]).await.unwrap();
+    let host = Host::with_environment(|env| {
+        env.sandbox_off = [Protection::Seccomp].into();
+        env.inventory.add(Simulation::new(simulated));
+    });
+    let host = host.await;
+    let with = |vf: Bdf| move |spec: &mut VmSpec| spec.adapters[0].vf = Some(vf.to_string().parse().unwrap());
+    let real = host.create("web1", with(VF0)).await;
+    let problem = real.act(VmAction::Boot, caller()).await.unwrap_err();
+    assert_eq!(problem.code, ProblemCode::SandboxUnavailable);
+    assert!(problem.detail.contains(&format!("the host's function {VF0}")), "{problem}");
+    host.assert_untouched().await;
+    let simulated = host.create("web2", with(vf_bdf(0, 0).unwrap())).await;
+    host.act(&simulated, VmAction::Boot).await.unwrap();
+    host.act(&simulated, VmAction::Stop).await.unwrap();
+}
+
+#[tokio::test]
+async fn a_simulated_pf_is_no_device_and_knows_its_number_of_vfs() {
+    let mut sims = Sims::new();
+    let simulated = sims.load(&["sim0=1"]).await.unwrap();
+    let host = Host::with_simulated(Arc::clone(&simulated)).await;
+    let agent = Agent::start(Arc::clone(&host.env)).await.unwrap();
+    let pf = pf_bdf(0).unwrap();
+    let device = host.create("web1", |spec| spec.devices = vec![pf.to_string().parse().unwrap()]).await;
+    let problem = device.act(VmAction::Boot, caller()).await.unwrap_err();
+    assert_eq!(problem.code, ProblemCode::DeviceUnsupported);
+    assert!(problem.detail.contains("is simulated"), "{problem}");
+
+    let wanted = async || {
+        let pfs = agent.list_pfs().await.unwrap();
+        (pfs[0].spec.vfs, pfs[1].spec.vfs)
+    };
+    assert_eq!(wanted().await, (2, 1));
+    // As by another command line, and as by another program of the host.
+    simulated.set_vfs(pf, 3).await.unwrap();
+    host.sysfs.sysfs().set_num_vfs(PF, 0, None).unwrap();
+    assert_eq!(wanted().await, (2, 3));
+    agent.leave().await;
 }
 
 #[test]

@@ -7,7 +7,7 @@
 //! moment. The VF is still bound to vfio-pci (or simulated), no other process has it open, and the
 //! agent sends the messages that the relay would have sent.
 
-use std::{path::PathBuf, sync::Arc, time::Duration};
+use std::{sync::Arc, time::Duration};
 
 use netpolicy::{Change, MacAddress, Route};
 use passthrough::{
@@ -18,13 +18,12 @@ use passthrough::{
     family::Family,
     hardware::VfHardware,
     sriov::{Bdf, PfError, VfChange},
-    vfio::Container,
 };
 
 use super::{Leftover, SwitchError};
 use crate::{
+    backend::FunctionBackend,
     pf::{PfFailure, PfHandle},
-    sim::Simulated,
     vm::problem::chain,
 };
 
@@ -36,36 +35,11 @@ const EXCHANGE: Duration = Duration::from_millis(500);
 const RESETS: u32 = 6;
 
 /// A VF to be scrubbed.
-pub enum Function {
-    /// Hardware, by its directory in sysfs.
-    Vfio(PathBuf),
-    /// A simulated VF.
-    Simulated(Arc<Simulated>, Bdf),
-}
-
-impl Function {
-    fn name(&self) -> String {
-        match self {
-            Self::Vfio(path) => path.file_name().unwrap_or_default().to_string_lossy().into_owned(),
-            Self::Simulated(_, bdf) => bdf.to_string(),
-        }
-    }
-
-    fn send(self, messages: &[Change], mac: MacAddress) -> Result<(), String> {
-        let clock = Arc::new(SystemClock::default());
-        match self {
-            Self::Vfio(path) => {
-                // The container must outlive the VF.
-                let container = Container::new(None).map_err(|error| chain(&error))?;
-                let vf = container.open(&path).map_err(|error| chain(&error))?;
-                send(Arc::new(vf), clock, messages, mac)
-            }
-            Self::Simulated(simulated, bdf) => {
-                let vf = simulated.mailbox(bdf).map_err(|error| chain(&error))?;
-                send(Arc::new(vf), clock, messages, mac)
-            }
-        }
-    }
+pub struct ScrubVf {
+    /// Its backend, which has [taken](FunctionBackend::take_for_scrub) it.
+    pub backend: Arc<dyn FunctionBackend>,
+    /// Its address.
+    pub bdf: Bdf,
 }
 
 /// Removes a tenant's leftovers from a VF. No other process may have it open.
@@ -73,15 +47,15 @@ impl Function {
 /// # Errors
 /// [`SwitchError::NotCleaned`] with the cure. The VF must then stay with its last owner; the call
 /// may be repeated.
-pub async fn clean(pf: &PfHandle, function: Function, leftover: &Leftover) -> Result<(), SwitchError> {
+pub async fn clean(pf: &PfHandle, vf: ScrubVf, leftover: &Leftover) -> Result<(), SwitchError> {
     let mut messages: Vec<Change> =
         leftover.changes.iter().filter(|c| c.route() == Route::Mailbox).cloned().collect();
     // A reset alone needs no message: opening or closing the device does it.
     if messages.iter().all(|change| *change == Change::Reset) {
         return Ok(());
     }
-    let name = function.name();
-    let failed = |why: String| SwitchError::NotCleaned { vf: name.clone(), why };
+    let ScrubVf { backend, bdf } = vf;
+    let failed = |why: String| SwitchError::NotCleaned { vf: bdf.to_string(), why };
     let mut trust = messages.iter().any(Change::needs_trust);
     let set_trust = |on| pf.apply(&leftover.vf, vec![VfChange::Trust(on)]);
     if trust && let Err(error) = set_trust(true).await {
@@ -93,9 +67,11 @@ pub async fn clean(pf: &PfHandle, function: Function, leftover: &Leftover) -> Re
         trust = false;
     }
     let mac = leftover.effective_mac;
-    let sent = tokio::task::spawn_blocking(move || function.send(&messages, mac))
-        .await
-        .unwrap_or_else(|error| Err(error.to_string()));
+    let scrub = move || {
+        let clock = Arc::new(SystemClock::default());
+        backend.scrub(bdf, &mut |vf| send(vf, clock.clone(), &messages, mac))
+    };
+    let sent = tokio::task::spawn_blocking(scrub).await.unwrap_or_else(|error| Err(error.to_string()));
     let distrusted = if trust { set_trust(false).await } else { Ok(()) };
     sent.map_err(failed)?;
     distrusted.map_err(|error| failed(chain(&error)))

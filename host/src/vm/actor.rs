@@ -26,10 +26,7 @@ use api::{
         Timestamp, VmAction, VmState,
     },
 };
-use passthrough::{
-    failpoints::{Point, reach},
-    sim::is_simulated,
-};
+use passthrough::failpoints::{Point, reach};
 use tokio::{
     sync::{mpsc, oneshot, watch},
     task::AbortHandle,

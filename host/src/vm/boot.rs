@@ -2,27 +2,24 @@
 
 //! Builds a machine from a VM's specification and runs it.
 
-use std::{collections::HashSet, fs::File, os::fd::OwnedFd, sync::Arc, time::Duration};
+use std::{collections::HashSet, fs::File, os::fd::OwnedFd, time::Duration};
 
 use api::{
     Caller,
     problem::{Problem, ProblemCode},
     types::{Protection, Stage, VmSpec},
 };
-use passthrough::{
-    failpoints::{Point, reach},
-    sim::is_simulated,
-    sriov::{Bdf, PfError},
-};
+use passthrough::failpoints::{Point, reach};
 use tokio::sync::mpsc;
 use uuid::Uuid;
-use vmm::control::{DeviceBackend, DeviceSpec, MachineSpec, Order, State};
+use vmm::control::{DeviceSpec, MachineSpec, Order, State};
 
 use super::{
-    claims::Held,
+    claims::{self, Held},
     problem::{BootFile, ToProblem, chain},
 };
 use crate::{
+    backend::MachineDevice,
     environment::Environment,
     files, sandbox,
     store::Entry,
@@ -122,13 +119,13 @@ pub(super) fn start(
     held: &[Held],
     directory: &VmDirectory,
 ) -> Result<Process, Problem> {
+    let locks_memory = claims::first_with(env, held, |facts| facts.needs_locked_memory)?.is_some();
     directory.create().map_err(|error| {
         let detail = format!("Cannot create the run directory of the VM ({error}): check --run-dir.");
         Problem::new(ProblemCode::VmmFailed, detail)
     })?;
     let process = spawn(&env.program, directory, vm).map_err(|e| e.problem())?;
-    // Simulated functions access guest memory as the process does: nothing is locked for them.
-    let lockable = if held.iter().any(|claim| !is_simulated(claim.value.bdf)) {
+    let lockable = if locks_memory {
         Some(spec.memory.bytes().saturating_add(env.memlock_slack))
     } else {
         (!env.sandbox_off.contains(&Protection::Limits)).then_some(0)
@@ -182,8 +179,16 @@ pub(super) async fn run(
     let mut fds: Vec<OwnedFd> = vec![files.kvm.into(), console.into(), files.kernel.into()];
     let initramfs = files.initramfs.is_some();
     fds.extend(files.initramfs.map(OwnedFd::from));
-    fds.extend(connections(env, held).await?);
-    let spec = Box::new(machine(vm, initramfs, held, user, &env.protections_off()));
+    let mut devices = Vec::new();
+    for (claim, device) in held.iter().zip(machine_devices(env, held).await?) {
+        fds.extend(device.connection);
+        devices.push(DeviceSpec {
+            bdf: claim.value.bdf.to_string(),
+            backend: device.backend,
+            adapter: claim.value.adapter.as_ref().map(|vf| vf.id.to_string()),
+        });
+    }
+    let spec = Box::new(machine(vm, initramfs, devices, user, &env.protections_off()));
     connection.order(Order::Configure { spec }, fds, CONFIGURE).await.map_err(|e| e.problem())?;
     reach(Point::BootConfigured);
     enter(Stage::StartingVcpus);
@@ -192,33 +197,28 @@ pub(super) async fn run(
     Ok((connection, events))
 }
 
-/// Opens the connections of simulated functions to their PFs.
-async fn connections(env: &Environment, held: &[Held]) -> Result<Vec<OwnedFd>, Problem> {
-    let Some(simulated) = env.inventory.simulated().map(Arc::clone) else { return Ok(Vec::new()) };
-    let vfs: Vec<Bdf> = held.iter().map(|claim| claim.value.bdf).filter(|bdf| is_simulated(*bdf)).collect();
-    let attach = move || vfs.into_iter().map(|vf| simulated.attach(vf)).collect::<Result<_, _>>();
-    let attached = tokio::task::spawn_blocking(attach).await;
-    attached
+/// Prepares the functions for the process, in their order.
+async fn machine_devices(env: &Environment, held: &[Held]) -> Result<Vec<MachineDevice>, Problem> {
+    let inventory = env.inventory.clone();
+    let functions: Vec<_> = held.iter().map(|claim| (claim.value.bdf, claim.value.group)).collect();
+    let prepare = move || {
+        let device =
+            |(bdf, group)| inventory.backend(bdf).map_err(|e| e.problem())?.machine_device(bdf, group);
+        functions.into_iter().map(device).collect::<Result<_, _>>()
+    };
+    tokio::task::spawn_blocking(prepare)
+        .await
         .map_err(|error| Problem::new(ProblemCode::Internal, chain(&error)))?
-        .map_err(|error: PfError| error.problem())
 }
 
 fn machine(
     vm: &Entry<VmRecord>,
     initramfs: bool,
-    held: &[Held],
+    devices: Vec<DeviceSpec>,
     user: Option<u32>,
     off: &[Protection],
 ) -> MachineSpec {
     let spec = &vm.value.spec;
-    let device = |claim: &Held| DeviceSpec {
-        bdf: claim.value.bdf.to_string(),
-        backend: match claim.value.group {
-            Some(group) => DeviceBackend::Vfio { group },
-            None => DeviceBackend::Simulated,
-        },
-        adapter: claim.value.adapter.as_ref().map(|vf| vf.id.to_string()),
-    };
     MachineSpec {
         vm: vm.id,
         name: spec.name.to_string(),
@@ -227,7 +227,7 @@ fn machine(
         hugepages: spec.hugepages,
         cmdline: spec.boot.cmdline.clone(),
         initramfs,
-        devices: held.iter().map(device).collect(),
+        devices,
         sandbox: sandbox::spec(user, off),
     }
 }

@@ -13,7 +13,7 @@
 
 mod choose;
 
-use std::{thread, time::Duration};
+use std::{sync::Arc, thread, time::Duration};
 
 use api::{
     problem::{Problem, ProblemCode},
@@ -32,8 +32,8 @@ use super::{
     switch_client,
 };
 use crate::{
+    backend::{Facts, FunctionBackend},
     environment::Environment,
-    inventory::Inventory,
     store::{Entry, Expect, StoreError},
 };
 
@@ -53,6 +53,23 @@ pub async fn of_vm(env: &Environment, vm: Uuid) -> Result<Vec<Held>, StoreError>
         env.claims.list().await?.into_iter().filter(|claim| claim.value.vm == vm).collect();
     held.sort_by_key(|claim| claim.value.slot);
     Ok(held)
+}
+
+/// The first of these functions with a backend that has a property.
+///
+/// # Errors
+/// A function has no backend.
+pub(super) fn first_with(
+    env: &Environment,
+    held: &[Held],
+    property: impl Fn(&Facts) -> bool,
+) -> Result<Option<Bdf>, Problem> {
+    for bdf in held.iter().map(|claim| claim.value.bdf) {
+        if property(env.inventory.backend(bdf).map_err(|e| e.problem())?.facts()) {
+            return Ok(Some(bdf));
+        }
+    }
+    Ok(None)
 }
 
 /// Chooses and claims all functions of a VM, or none.
@@ -124,17 +141,18 @@ pub async fn prepare(
     mut enter: impl FnMut(Stage) + Send,
 ) -> Result<(), Problem> {
     enter(Stage::BindingFunction);
-    let before = blocking(env, held, remember).await?;
+    let backend = Arc::clone(env.inventory.backend(held.value.bdf).map_err(|e| e.problem())?);
+    let before = blocking(&backend, held, remember).await?;
     reach(Point::ClaimRead);
     store_before(env, held, before).await?;
     reach(Point::ClaimRemembered);
-    let before = blocking(env, held, bind).await?;
+    let before = blocking(&backend, held, bind).await?;
     reach(Point::BaselineBegun);
     store_before(env, held, before).await?;
     enter(Stage::SettingPolicy);
     match &held.value.adapter {
         Some(vf) if switch_client::bind(env, held, vf).await? => Ok(()),
-        _ => blocking(env, held, baseline).await,
+        _ => blocking(&backend, held, baseline).await,
     }
 }
 
@@ -148,43 +166,36 @@ async fn store_before(env: &Environment, held: &mut Held, before: Before) -> Res
     Ok(())
 }
 
-/// Runs `step` on a thread that may block.
+/// Runs `step` of a claim with its backend on a thread that may block.
 async fn blocking<T: Send + 'static>(
-    env: &Environment,
+    backend: &Arc<dyn FunctionBackend>,
     held: &Held,
-    step: fn(&Host, &Claim) -> Result<T, Problem>,
+    step: fn(&dyn FunctionBackend, &Claim) -> Result<T, Problem>,
 ) -> Result<T, Problem> {
-    let host = Host { inventory: env.inventory.clone(), open_pf: env.open_pf.clone() };
-    let claim = held.value.clone();
-    tokio::task::spawn_blocking(move || step(&host, &claim))
+    let (backend, claim) = (Arc::clone(backend), held.value.clone());
+    tokio::task::spawn_blocking(move || step(&*backend, &claim))
         .await
         .map_err(|error| Problem::new(ProblemCode::Internal, chain(&error)))?
 }
 
-struct Host {
-    inventory: Inventory,
-    open_pf: crate::environment::OpenPf,
+/// The present settings of a VF.
+fn settings_of(backend: &dyn FunctionBackend, vf: &ClaimedVf) -> Result<VfSettings, PfError> {
+    backend.open_pf(vf.pf)?.read(vf.index)
 }
 
-impl Host {
-    fn settings(&self, vf: &ClaimedVf) -> Result<VfSettings, PfError> {
-        (self.open_pf)(vf.pf)?.read(vf.index)
-    }
-}
-
-fn remember(host: &Host, claim: &Claim) -> Result<Before, Problem> {
-    let binding = host.inventory.current_binding(claim.bdf).map_err(|e| e.problem())?;
+fn remember(backend: &dyn FunctionBackend, claim: &Claim) -> Result<Before, Problem> {
+    let binding = backend.binding(claim.bdf).map_err(|e| e.problem())?;
     let settings = match &claim.adapter {
-        Some(vf) => Some(host.settings(vf).map_err(|e| e.problem())?),
+        Some(vf) => Some(settings_of(backend, vf).map_err(|e| e.problem())?),
         None => None,
     };
     Ok(Before { binding, settings })
 }
 
-fn bind(host: &Host, claim: &Claim) -> Result<Before, Problem> {
+fn bind(backend: &dyn FunctionBackend, claim: &Claim) -> Result<Before, Problem> {
     let internal = || Problem::new(ProblemCode::Internal, "A function was bound before it was recorded.");
     let mut before = claim.before.clone().ok_or_else(internal)?;
-    host.inventory.bind_vfio(claim.bdf).map_err(|e| e.problem())?;
+    backend.bind(claim.bdf).map_err(|e| e.problem())?;
     let (Some(vf), Some(settings)) = (&claim.adapter, before.settings.take()) else { return Ok(before) };
     if settings.mac.is_none() {
         before.settings = Some(settings);
@@ -193,9 +204,9 @@ fn bind(host: &Host, claim: &Claim) -> Result<Before, Problem> {
     // A reset shows the origin of the address: the VF's own choice goes with it. The PF's driver
     // learns of the reset by an interrupt.
     let mut after = settings.clone();
-    if host.inventory.reset(claim.bdf).is_ok() {
+    if backend.reset(claim.bdf).is_ok() {
         for _ in 0..RESET_POLLS {
-            after = host.settings(vf).map_err(|e| e.problem())?;
+            after = settings_of(backend, vf).map_err(|e| e.problem())?;
             if after.mac.is_none() {
                 break;
             }
@@ -206,9 +217,9 @@ fn bind(host: &Host, claim: &Claim) -> Result<Before, Problem> {
     Ok(before)
 }
 
-fn baseline(host: &Host, claim: &Claim) -> Result<(), Problem> {
+fn baseline(backend: &dyn FunctionBackend, claim: &Claim) -> Result<(), Problem> {
     let Some(vf) = &claim.adapter else { return Ok(()) };
-    let mut pf = (host.open_pf)(vf.pf).map_err(|e| e.problem())?;
+    let mut pf = backend.open_pf(vf.pf).map_err(|e| e.problem())?;
     let now = pf.read(vf.index).map_err(|e| e.problem())?;
     let mut changes = Vec::new();
     // A driver without trust never grants it.
@@ -258,8 +269,11 @@ async fn give_one_back(
     switch_client::clean_vf(env, claim).await?;
     reach(Point::ReleaseCleaned);
     enter(Stage::ReturningFunction);
-    if claim.value.before.is_some() {
-        blocking(env, claim, restore).await?;
+    // A function that is gone, or of a backend that this agent does not have, has nothing to restore.
+    if claim.value.before.is_some()
+        && let Some(backend) = env.inventory.backend_of_present(claim.value.bdf)
+    {
+        blocking(backend, claim, restore).await?;
     }
     switch_client::unbind(env, claim).await?;
     reach(Point::ReleaseUnbound);
@@ -270,16 +284,13 @@ async fn give_one_back(
     Ok(())
 }
 
-fn restore(host: &Host, claim: &Claim) -> Result<(), Problem> {
+fn restore(backend: &dyn FunctionBackend, claim: &Claim) -> Result<(), Problem> {
     let Some(before) = &claim.before else { return Ok(()) };
-    if !host.inventory.has_device(claim.bdf) {
-        return Ok(());
-    }
     // Reset the function, because its tenant may have left state in it. Where there is no reset,
     // the driver's own initialisation must do. A function that already has its driver, or still has
     // it, had no tenant or was reset before.
-    if let Err(error) = host.inventory.reset(claim.bdf) {
-        match host.inventory.can_reset(claim.bdf) {
+    if let Err(error) = backend.reset(claim.bdf) {
+        match backend.can_reset(claim.bdf) {
             true => tracing::debug!(function = %claim.bdf, "no reset: {error}"),
             false => tracing::warn!(
                 function = %claim.bdf,
@@ -289,16 +300,16 @@ fn restore(host: &Host, claim: &Claim) -> Result<(), Problem> {
         }
     }
     reach(Point::ReleaseReset);
-    let returned = host.inventory.current_binding(claim.bdf).is_ok_and(|now| {
+    let returned = backend.binding(claim.bdf).is_ok_and(|now| {
         now.driver == before.binding.driver && now.driver.is_some_and(|driver| driver != sriov::VFIO_PCI)
     });
     // A failure leaves the function with vfio-pci. The host's driver would get the VF with the tenant's
     // address and VLAN, and the next attempt would take that address for one that the driver has chosen.
     if let (Some(vf), Some(settings)) = (&claim.adapter, &before.settings) {
-        restore_settings(host, vf, settings, returned)?;
+        restore_settings(backend, vf, settings, returned)?;
     }
     reach(Point::ReleaseSettings);
-    match host.inventory.restore(claim.bdf, &before.binding) {
+    match backend.restore(claim.bdf, &before.binding) {
         Ok(()) | Err(BindError::NoDevice(_)) => {
             reach(Point::ReleaseRestored);
             Ok(())
@@ -310,12 +321,12 @@ fn restore(host: &Host, claim: &Claim) -> Result<(), Problem> {
 /// Restores the VF's former settings. `returned`: the host's driver already has the VF again, from
 /// an earlier attempt.
 fn restore_settings(
-    host: &Host,
+    backend: &dyn FunctionBackend,
     vf: &ClaimedVf,
     settings: &VfSettings,
     returned: bool,
 ) -> Result<(), Problem> {
-    let mut pf = match (host.open_pf)(vf.pf) {
+    let mut pf = match backend.open_pf(vf.pf) {
         Ok(pf) => pf,
         Err(PfError::NoInterface { .. } | PfError::Inventory(_)) => return Ok(()),
         Err(error) => return Err(error.problem()),

@@ -15,7 +15,6 @@ use async_trait::async_trait;
 use netpolicy::{MacAddress, Name, VfRef, VmId, VmRef};
 use passthrough::{
     failpoints::{Point, reach},
-    sim::is_simulated,
     sriov::VfChange,
 };
 use tokio::sync::mpsc;
@@ -30,7 +29,7 @@ use crate::{
     environment::Environment,
     switch::{
         Adapter, Uplinks, VmLink,
-        scrub::{Function, clean},
+        scrub::{ScrubVf, clean},
     },
     vmm_process::{Connection, RelayEvent, RelayEvents},
 };
@@ -128,28 +127,17 @@ pub(super) async fn clean_vf(env: &Environment, held: &Held) -> Result<(), Probl
     let (Some(policy), Some(claimed)) = (&env.policy, &held.value.adapter) else { return Ok(()) };
     let left = policy.switch.release(VmId(held.value.vm), claimed.id.as_str()).await;
     let Some(left) = left.map_err(|error| error.problem())? else { return Ok(()) };
-    let (inventory, bdf) = (env.inventory.clone(), held.value.bdf);
-    if !inventory.has_device(bdf) {
-        return Ok(());
-    }
-    // A VF that the host took away while the guest ran has no driver, and scrubbing needs vfio-pci.
-    // A VF that the host has bound to another driver is in that driver's hands.
-    let bindings = inventory.clone();
-    let bound = tokio::task::spawn_blocking(move || match bindings.current_binding(bdf) {
-        Ok(binding) if binding.driver.is_none() => bindings.bind_vfio(bdf).map(|()| true),
-        Ok(binding) => Ok(binding.driver.as_deref() == Some("vfio-pci")),
-        Err(error) => Err(error),
-    });
-    let bound = bound.await.map_err(|error| Problem::new(ProblemCode::Internal, error.to_string()))?;
-    if !bound.map_err(|error| error.problem())? {
+    let bdf = held.value.bdf;
+    let Some(backend) = env.inventory.backend_of_present(bdf) else { return Ok(()) };
+    let taking = Arc::clone(backend);
+    let taken = tokio::task::spawn_blocking(move || taking.take_for_scrub(bdf));
+    let taken = taken.await.map_err(|error| Problem::new(ProblemCode::Internal, error.to_string()))?;
+    if !taken.map_err(|error| error.problem())? {
         tracing::warn!(vf = %bdf, "not scrubbed after its last tenant: the host has bound it to another driver");
         return Ok(());
     }
-    let function = match inventory.simulated() {
-        Some(simulated) if is_simulated(bdf) => Function::Simulated(Arc::clone(simulated), bdf),
-        _ => Function::Vfio(inventory.device_dir(bdf)),
-    };
-    clean(policy.switch.pf(), function, &left).await.map_err(|error| error.problem())
+    let vf = ScrubVf { backend: Arc::clone(backend), bdf };
+    clean(policy.switch.pf(), vf, &left).await.map_err(|error| error.problem())
 }
 
 /// Reports that a VF is released.

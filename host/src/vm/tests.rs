@@ -350,7 +350,7 @@ async fn an_agent_that_died_between_two_steps_of_a_boot_is_cleaned_up_after() {
         run.state = VmState::Starting;
         host.env.runs.put(vm.id, "web1", &run, Expect::Any).await.unwrap();
         if step == "bound" || step == "programmed" {
-            host.env.inventory.bind_vfio(VF0).unwrap();
+            host.sysfs.sysfs().bind_vfio(VF0).unwrap();
         }
         if step == "programmed" {
             host.pf.lock().unwrap().choose_mac(0, netpolicy::MacAddress::new([2, 0, 0, 0, 0, 0x99]));

@@ -651,7 +651,7 @@ mod tests {
         events[1] = None;
         let waited = timeout(Duration::from_millis(10), unnoted.relay_done()).await;
         assert!(waited.is_err() && unnoted.news().is_none());
-        drop(events[0].take().map(|done| done.send(())));
+        events[0].take().unwrap().send(()).unwrap();
         unnoted.relay_done().await;
         assert_eq!(unnoted.news(), Some(3), "the vmm sent no report with this number");
         unnoted.noted(5);

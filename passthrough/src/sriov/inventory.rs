@@ -82,6 +82,8 @@ pub struct Interface {
     pub carrier: bool,
     /// Its MTU in bytes.
     pub mtu: u32,
+    /// Its MAC address in the kernel's notation; `None` where the kernel shows none.
+    pub mac: Option<String>,
 }
 
 /// A physical function: an SR-IOV adapter's function that can make VFs.
@@ -256,6 +258,8 @@ impl Sysfs {
             admin_up: flags & IFF_UP != 0,
             carrier,
             mtu: self.number(&dir.join("mtu"))?.unwrap_or(0),
+            // Nothing depends on it, so an unreadable address is no error.
+            mac: self.text(&dir.join("address")).ok().flatten().map(|text| text.trim().to_owned()),
         }))
     }
 

@@ -74,7 +74,7 @@ impl Actor {
         self.give_back().await?;
         self.progress.enter(Stage::ClaimingFunctions);
         self.held = claims::claim(&self.env, self.vm.id, &self.vm.value.spec).await?;
-        if let Err(problem) = self.nothing_off_for_hardware() {
+        if let Err(problem) = self.check_sandbox() {
             self.give_back().await?;
             return Err(problem);
         }
@@ -109,11 +109,11 @@ impl Actor {
         Ok(files)
     }
 
-    /// Refuses functions of the host if a part of the sandbox is off: they can do DMA and send messages to their PF.
-    fn nothing_off_for_hardware(&self) -> Result<(), Problem> {
-        let hardware = self.held.iter().map(|claim| claim.value.bdf).find(|bdf| !is_simulated(*bdf));
+    /// Rejects functions that need the whole sandbox if a part of it is off.
+    fn check_sandbox(&self) -> Result<(), Problem> {
+        let needs_all = claims::first_with(&self.env, &self.held, |facts| facts.needs_whole_sandbox)?;
         let off: Vec<_> = self.env.sandbox_off.iter().map(|part| part.as_str()).collect();
-        match hardware {
+        match needs_all {
             Some(bdf) if !off.is_empty() => {
                 let detail = format!(
                     "The VM {} has the host's function {bdf}, which needs the whole sandbox, and this agent \

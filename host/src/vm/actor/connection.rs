@@ -3,7 +3,6 @@
 //! The connection to the vmm, and its events.
 
 use super::*;
-use passthrough::sim::is_simulated;
 
 impl Actor {
     pub(super) async fn connect(&mut self) -> Result<State, Problem> {
@@ -159,14 +158,10 @@ impl Actor {
             DeviceLoss::Requested => {
                 (CauseCode::VfRemoved, format!("{what} was removed by the host while the guest ran."))
             }
-            DeviceLoss::Failed if is_simulated(claim.value.bdf) => (
-                CauseCode::DeviceFailed,
-                format!(
-                    "{what} is gone: the process of its simulated PF has ended. Stop the VM and boot it again."
-                ),
-            ),
             DeviceLoss::Failed => {
-                (CauseCode::DeviceFailed, format!("{what} reported an unrecoverable error."))
+                let backend = self.env.inventory.backend(claim.value.bdf);
+                let failure = backend.map_or("failed.", |backend| backend.facts().failure);
+                (CauseCode::DeviceFailed, format!("{what} {failure}"))
             }
         };
         tracing::warn!(vm = %self.name(), "{detail}");

@@ -6,10 +6,7 @@ use api::{
     problem::{Problem, ProblemCode},
     types::VmSpec,
 };
-use passthrough::{
-    sim::is_simulated,
-    sriov::{self, Bdf, InventoryError, Pf, Vf},
-};
+use passthrough::sriov::{self, Bdf, InventoryError, Pf, Vf};
 use uuid::Uuid;
 
 use crate::{
@@ -59,7 +56,8 @@ pub(super) fn choose(
     }
     let together: Vec<Bdf> = claims.iter().map(|claim| claim.bdf).collect();
     for claim in &mut claims {
-        claim.group = inventory.check_viable(claim.bdf, &together).map_err(|e| e.problem())?;
+        let backend = inventory.backend(claim.bdf).map_err(|e| e.problem())?;
+        claim.group = backend.check_viable(claim.bdf, &together).map_err(|e| e.problem())?;
         let shares = |other: &&Claim| other.group.is_some() && other.group == claim.group && other.vm != vm;
         if let Some(other) = taken.iter().find(shares) {
             return Err(in_use(claim.bdf, other, claim.adapter.is_some()));
@@ -96,7 +94,7 @@ fn in_use(bdf: Bdf, owner: &Claim, is_vf: bool) -> Problem {
 
 /// Whether the agent can use a function. Without root it cannot use those of the host.
 fn usable(inventory: &Inventory, bdf: Bdf) -> Result<(), Problem> {
-    if inventory.has_hardware() || is_simulated(bdf) {
+    if !inventory.backends().leaves_out(bdf) {
         return Ok(());
     }
     let detail = format!(
@@ -159,7 +157,8 @@ fn free_vf(
     let mut seen = 0;
     for pf in inventory.pfs().map_err(internal)? {
         let up = fits(&pf).and_then(|()| require_up(&pf));
-        for vf in inventory.vfs_of(pf.device.bdf).map_err(internal)? {
+        let backend = inventory.backend(pf.device.bdf).map_err(internal)?;
+        for vf in backend.vfs_of(pf.device.bdf).map_err(internal)? {
             seen += 1;
             let bdf = vf.device.bdf;
             let group = |claim: &&Claim| claim.group.is_some() && claim.group == vf.device.iommu_group;
@@ -167,9 +166,9 @@ fn free_vf(
                 || mine.iter().any(|claim| claim.bdf == bdf)
                 || taken.iter().any(|claim| claim.bdf == bdf)
                 || taken.iter().find(group).is_some()
-                || inventory.check_viable(bdf, &[]).is_err()
+                || backend.check_viable(bdf, &[]).is_err()
                 // The last check, because it opens the group. An unknown use counts as one.
-                || inventory.usage(bdf).map_or(true, |usage| usage.is_some());
+                || backend.usage(bdf).map_or(true, |usage| usage.is_some());
             match &up {
                 _ if used => {}
                 Ok(()) => return Ok((vf, pf)),
@@ -178,7 +177,7 @@ fn free_vf(
         }
     }
     Err(down.unwrap_or_else(|| {
-        let cure = match inventory.has_hardware() {
+        let cure = match inventory.backends().is_complete() {
             true => {
                 "make more with `portcullis pf set-vfs`, stop a VM, or take down the host's interface of one"
             }
@@ -192,7 +191,10 @@ fn free_vf(
 
 /// The problem of a function that is in use elsewhere on the host.
 fn check_unused(inventory: &Inventory, bdf: Bdf, code: ProblemCode, what: &str) -> Result<(), Problem> {
-    let usage = inventory.usage(bdf).map_err(|error| Problem::new(ProblemCode::Internal, chain(&error)))?;
+    let usage = inventory
+        .backend(bdf)
+        .and_then(|backend| backend.usage(bdf))
+        .map_err(|error| Problem::new(ProblemCode::Internal, chain(&error)))?;
     match usage {
         None => Ok(()),
         Some(usage) => {
@@ -223,8 +225,9 @@ fn plain_device(inventory: &Inventory, bdf: Bdf, taken: &[Claim]) -> Result<(), 
     if device.class >> 16 == 0x06 {
         return unsupported("is a bridge: name the device behind it");
     }
-    if is_simulated(bdf) {
-        return unsupported("is simulated: name its VFs as the \"vf\" of an adapter");
+    let backend = inventory.backend(bdf).map_err(|e| e.problem())?;
+    if let Some(why) = backend.facts().no_plain_device {
+        return unsupported(why);
     }
     if inventory.pf(bdf).is_ok_and(|pf| pf.num_vfs > 0) {
         return unsupported("is a PF with VFs: set their number to 0 first");
@@ -237,7 +240,7 @@ fn plain_device(inventory: &Inventory, bdf: Bdf, taken: &[Claim]) -> Result<(), 
         );
         return Err(Problem::new(ProblemCode::NotAssignable, detail));
     };
-    if !no_reset && !inventory.can_reset(bdf) {
+    if !no_reset && !backend.can_reset(bdf) {
         return unsupported(&format!(
             "has no reset (its directory in sysfs has no file reset), so its next user would find the state \
              and the data of the last one: use another function, or start the agent with --assignable \

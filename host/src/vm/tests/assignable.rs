@@ -6,9 +6,17 @@ use api::{
     problem::ProblemCode,
     types::{VmAction, VmState},
 };
-use passthrough::sriov::Bdf;
+use passthrough::sriov::{Bdf, PreviousBinding};
+use uuid::Uuid;
 
 use super::fixture::{Host, VF0, caller};
+use crate::{
+    store::Expect,
+    vm::{
+        claims,
+        record::{Before, Claim},
+    },
+};
 
 /// Boots a VM with an NVMe function under `devices`, on a host with these words of `--assignable`.
 async fn boot_with_device(words: &[&str], change: impl FnOnce(&Host, Bdf)) -> Result<(), api::Problem> {
@@ -46,7 +54,7 @@ async fn devices_has_functions_by_the_operator_s_word_only() {
 #[tokio::test]
 async fn a_device_without_a_reset_needs_a_word_of_its_own() {
     let no_reset = |host: &Host, device: Bdf| {
-        std::fs::remove_file(host.env.inventory.device_dir(device).join("reset")).unwrap();
+        std::fs::remove_file(host.sysfs.sysfs().device_dir(device).join("reset")).unwrap();
     };
     let problem = boot_with_device(&["8086:0953"], no_reset).await.unwrap_err();
     assert_eq!(problem.code, ProblemCode::DeviceUnsupported);
@@ -59,7 +67,7 @@ async fn a_device_without_a_reset_needs_a_word_of_its_own() {
 #[tokio::test]
 async fn a_device_that_the_host_uses_is_refused_by_name() {
     let mounted = |host: &Host, device: Bdf| {
-        let dir = host.env.inventory.device_dir(device);
+        let dir = host.sysfs.sysfs().device_dir(device);
         let sys = dir.ancestors().nth(4).unwrap();
         let disk = dir.join("nvme/nvme0/nvme0n1");
         std::fs::create_dir_all(disk.join("holders/dm-0")).unwrap();
@@ -75,7 +83,7 @@ async fn a_device_that_the_host_uses_is_refused_by_name() {
 async fn a_vf_whose_interface_is_up_is_refused_by_name() {
     let host = Host::new();
     let vm = host.create("web1", |spec| spec.adapters[0].vf = Some(VF0.to_string().parse().unwrap())).await;
-    let net = host.env.inventory.device_dir(VF0).join("net");
+    let net = host.sysfs.sysfs().device_dir(VF0).join("net");
     let name = std::fs::read_dir(&net).unwrap().next().unwrap().unwrap().file_name().into_string().unwrap();
     host.sysfs.set_interface_up(VF0, &name, true);
     let problem = vm.act(VmAction::Boot, caller()).await.unwrap_err();
@@ -132,4 +140,44 @@ async fn a_device_has_one_owner() {
     assert_eq!(problem.code, ProblemCode::DeviceInUse);
     assert!(problem.detail.contains("first") && problem.detail.contains("group 77"), "{problem}");
     host.act(&first, VmAction::Stop).await.unwrap();
+}
+
+/// An address that neither the kernel nor the simulated adapter gives to a function.
+const NO_BACKEND: Bdf = Bdf::new(0x8000_0000, 0, 0, 0).unwrap();
+
+#[tokio::test]
+async fn a_function_without_a_backend_does_not_exist() {
+    for host in [Host::new(), Host::with_environment(|env| env.inventory.leave_out_backends_of_root()).await]
+    {
+        let wanted = || NO_BACKEND.to_string().parse().unwrap();
+        let vf = host.create("vf", |spec| spec.adapters[0].vf = Some(wanted())).await;
+        let device = host.create("device", |spec| {
+            spec.adapters.clear();
+            spec.devices = vec![wanted()];
+        });
+        for (vm, code) in [(vf, ProblemCode::VfNotFound), (device.await, ProblemCode::DeviceNotFound)] {
+            let problem = vm.act(VmAction::Boot, caller()).await.unwrap_err();
+            assert_eq!(problem.code, code);
+            assert!(problem.detail.contains(&NO_BACKEND.to_string()), "{problem}");
+        }
+    }
+}
+
+#[tokio::test]
+async fn a_claim_on_a_function_without_a_backend_is_released() {
+    let host = Host::new();
+    let vm = Uuid::new_v4();
+    let claim = Claim {
+        vm,
+        vm_name: "web1".into(),
+        slot: 0,
+        bdf: NO_BACKEND,
+        group: None,
+        adapter: None,
+        before: Some(Before { binding: PreviousBinding::default(), settings: None }),
+    };
+    host.env.claims.put(Uuid::new_v4(), "web1", &claim, Expect::Absent).await.unwrap();
+    let held = claims::of_vm(&host.env, vm).await.unwrap();
+    assert_eq!(claims::give_back(&host.env, held, |_| {}).await.len(), 0);
+    assert_eq!(host.claims().await, 0);
 }

@@ -25,6 +25,7 @@ use vmm::control::Order;
 
 use crate::{
     assignable::Assignable,
+    backend::{Hardware, Simulation},
     decisions::{DecisionLog, KEPT, events::EventHub},
     environment::Environment,
     pf::{HostPfs, PfHandle},
@@ -122,14 +123,14 @@ impl Host {
 
     /// A host with simulated adapters beside its own.
     pub(crate) async fn with_simulated(simulated: Arc<Simulated>) -> Self {
-        Self::with_environment(|env| env.add_simulated(simulated)).await
+        Self::with_environment(|env| env.inventory.add(Simulation::new(simulated))).await
     }
 
     /// A host as an agent without root sees it.
     pub(crate) async fn with_simulated_only(simulated: Arc<Simulated>) -> Self {
         Self::with_environment(|env| {
-            env.inventory.leave_out_hardware();
-            env.add_simulated(simulated);
+            env.inventory.leave_out_backends_of_root();
+            env.inventory.add(Simulation::new(simulated));
         })
         .await
     }
@@ -161,7 +162,7 @@ impl Host {
         let parts = Parts {
             metrics: env.metrics.clone(),
             store: Stores::on_one_host(Arc::new(SqliteStore::open(&path).unwrap())),
-            pf: PfHandle::start(HostPfs::new(env.inventory.clone(), Arc::clone(&env.open_pf))).unwrap(),
+            pf: PfHandle::start(HostPfs::new(env.inventory.clone())).unwrap(),
             decisions: decisions.clone(),
             events: events.clone(),
             hints: None,
@@ -275,9 +276,9 @@ fn environment(dir: &Path, sysfs: &Sysfs, pf: &Arc<Mutex<FakePf>>) -> Environmen
     let store = SqliteStore::open(&dir.join("state/portcullis.db")).unwrap();
     let (pf, gates) = (Arc::clone(pf), gates(dir));
     let passed = gates.0.clone();
+    let open_pf = move |_| Ok(Box::new(SharedPf(Arc::clone(&pf), gates.clone())) as Box<dyn PfControl>);
     Environment {
-        inventory: sysfs.clone().into(),
-        open_pf: Arc::new(move |_| Ok(Box::new(SharedPf(Arc::clone(&pf), gates.clone())))),
+        inventory: Hardware::with_control(sysfs.clone(), Arc::new(open_pf)).into(),
         image_dirs: vec![dir.join("images")],
         // A test machine's own limit may be only 8 MiB.
         memlock_slack: 0,

@@ -92,9 +92,13 @@ impl FakeSysfs {
         {
             self.kernel.file(&format!("{dir}/{name}"), value);
         }
-        for (name, value) in
-            [("ifindex", "2\n"), ("mtu", "1500\n"), ("flags", "0x1003\n"), ("carrier", "1\n")]
-        {
+        for (name, value) in [
+            ("ifindex", "2\n"),
+            ("mtu", "1500\n"),
+            ("flags", "0x1003\n"),
+            ("carrier", "1\n"),
+            ("address", "52:54:00:12:34:56\n"),
+        ] {
             self.kernel.file(&format!("{dir}/net/{interface}/{name}"), value);
         }
         self.kernel.state().vf_kinds.insert(bdf, (0x10ca, "igbvf".to_owned()));

@@ -13,6 +13,7 @@ fn a_pf_is_described() {
     assert_eq!(pf.device.driver.as_deref(), Some("igb"));
     assert_eq!((pf.total_vfs, pf.num_vfs, pf.autoprobe), (7, 2, Some(true)));
     assert_eq!((pf.name().as_str(), pf.interface().unwrap().index), ("eth0", 2));
+    assert_eq!(pf.interface().unwrap().mac.as_deref(), Some("52:54:00:12:34:56"));
     assert!(pf.is_up());
 
     fake.set_interface_up(bdf("0000:01:00.0"), "eth0", false);
