@@ -1,21 +1,25 @@
 // SPDX-License-Identifier: Apache-2.0
 
-//! The relays' way to the agent. Relays send their questions and events over a channel and an eventfd to the event
-//! loop, which passes them on over the control connection.
+//! The relays' way to the agent.
+//!
+//! A relay's thread sends a question itself, because its guest's driver waits for the verdict. Events go by the event
+//! loop, which keeps them until the agent has noted them. A question does not overtake an earlier event: while one waits
+//! for the loop, questions wait behind it.
 //!
 //! Apart from the event loop because relay threads use it and must never wait for the loop.
 
 use std::{
     io,
-    sync::{
-        Arc, Mutex, PoisonError,
-        atomic::{AtomicBool, Ordering},
-        mpsc::{self, Receiver, Sender},
-    },
+    sync::{Arc, Mutex, MutexGuard, PoisonError},
 };
 
-use passthrough::relay::{Authority, Notice, Question, Unreachable};
+use passthrough::{
+    failpoints::{Point, reach},
+    relay::{Authority, Notice, Question, Unreachable},
+};
 use vmm_sys_util::eventfd::EventFd;
+
+use crate::control::{Ask, Channel, ChannelError, ToAgent};
 
 /// A message of a relay.
 #[derive(Debug)]
@@ -26,23 +30,41 @@ pub enum RelayMessage {
     Notice(Notice),
 }
 
+/// The messages for the event loop, and the connection for those that need not wait for it.
+#[derive(Debug, Default)]
+struct Outbox {
+    waiting: Vec<(String, RelayMessage)>,
+    /// The loop has taken messages and not sent all of them yet.
+    sending: bool,
+    agent: Option<Arc<Channel>>,
+    /// The number of the last question.
+    asked: u64,
+}
+
+impl Outbox {
+    fn ask(&mut self, adapter: &str, question: &Question) -> Result<(), ChannelError> {
+        let Some(agent) = &self.agent else { return Err(ChannelError::Closed) };
+        reach(Point::VmmAsking);
+        self.asked += 1;
+        let ask = Ask::Mailbox { adapter: adapter.to_owned(), question: question.clone() };
+        agent.send(&ToAgent::Ask { id: self.asked, ask }, &[])
+    }
+}
+
 /// The event loop's end, for the messages of all relays.
 #[derive(Debug)]
 pub struct RelayReceiver {
-    receiver: Receiver<(String, RelayMessage)>,
-    sender: Sender<(String, RelayMessage)>,
+    /// Locked for a system call at most.
+    outbox: Arc<Mutex<Outbox>>,
     signal: Arc<EventFd>,
-    connected: Arc<AtomicBool>,
 }
 
 /// One relay's end.
 #[derive(Debug)]
 pub struct AgentClient {
     adapter: String,
-    /// Locked only because the trait is `Sync`; one relay thread uses it.
-    sender: Mutex<Sender<(String, RelayMessage)>>,
+    outbox: Arc<Mutex<Outbox>>,
     signal: Arc<EventFd>,
-    connected: Arc<AtomicBool>,
 }
 
 impl RelayReceiver {
@@ -52,13 +74,12 @@ impl RelayReceiver {
     /// Those of `eventfd`.
     pub fn new() -> io::Result<Self> {
         let signal = Arc::new(EventFd::new(libc::EFD_NONBLOCK | libc::EFD_CLOEXEC)?);
-        let (sender, receiver) = mpsc::channel();
-        Ok(Self { receiver, sender, signal, connected: Arc::default() })
+        Ok(Self { outbox: Arc::default(), signal })
     }
 
-    /// Sets whether an agent is connected. While none is, relays get [`Unreachable`] for their questions.
-    pub fn set_connected(&self, connected: bool) {
-        self.connected.store(connected, Ordering::Release);
+    /// Sets the connection to the agent. While there is none, relays get [`Unreachable`] for their questions.
+    pub fn set_agent(&self, agent: Option<Arc<Channel>>) {
+        self.outbox().agent = agent;
     }
 
     /// Becomes readable when relays have sent messages.
@@ -67,11 +88,30 @@ impl RelayReceiver {
         &self.signal
     }
 
-    /// The relays' messages since the last call, by adapter. The relays' own rates bound their number.
+    /// The relays' messages since the last call, by adapter. The relays' own rates bound their number. Until
+    /// [`sent`](Self::sent) is called, questions wait behind them.
     pub fn drain(&self) -> Vec<(String, RelayMessage)> {
         // Read the eventfd first: the other order could lose a wake-up.
         let _ = self.signal.read();
-        self.receiver.try_iter().collect()
+        let mut outbox = self.outbox();
+        outbox.sending = true;
+        std::mem::take(&mut outbox.waiting)
+    }
+
+    /// Notes that the messages of the last [`drain`](Self::drain) were sent. Returns whether others have come.
+    #[must_use]
+    pub fn sent(&self) -> bool {
+        let mut outbox = self.outbox();
+        outbox.sending = !outbox.waiting.is_empty();
+        outbox.sending
+    }
+
+    /// Sends a question that has waited.
+    ///
+    /// # Errors
+    /// Those of the connection.
+    pub fn ask(&self, adapter: &str, question: &Question) -> Result<(), ChannelError> {
+        self.outbox().ask(adapter, question)
     }
 
     /// Makes the end for the relay of `adapter`.
@@ -79,34 +119,45 @@ impl RelayReceiver {
     pub fn client_for(&self, adapter: &str) -> AgentClient {
         AgentClient {
             adapter: adapter.to_owned(),
-            sender: Mutex::new(self.sender.clone()),
+            outbox: Arc::clone(&self.outbox),
             signal: Arc::clone(&self.signal),
-            connected: Arc::clone(&self.connected),
         }
+    }
+
+    fn outbox(&self) -> MutexGuard<'_, Outbox> {
+        self.outbox.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
 impl AgentClient {
-    fn send(&self, message: RelayMessage) {
-        let sender = self.sender.lock().unwrap_or_else(PoisonError::into_inner);
-        if sender.send((self.adapter.clone(), message)).is_ok() {
-            // If the counter is full, the loop's wake-up is already pending.
-            let _ = self.signal.write(1);
-        }
+    fn outbox(&self) -> MutexGuard<'_, Outbox> {
+        self.outbox.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn leave_to_loop(&self, mut outbox: MutexGuard<'_, Outbox>, message: RelayMessage) {
+        outbox.waiting.push((self.adapter.clone(), message));
+        drop(outbox);
+        // If the counter is full, the loop's wake-up is already pending.
+        let _ = self.signal.write(1);
     }
 }
 
 impl Authority for AgentClient {
     fn ask(&self, question: Question) -> Result<(), Unreachable> {
-        if !self.connected.load(Ordering::Acquire) {
+        let mut outbox = self.outbox();
+        if outbox.agent.is_none() {
             return Err(Unreachable);
         }
-        self.send(RelayMessage::Question(question));
+        let behind = outbox.sending || !outbox.waiting.is_empty();
+        // The loop handles a connection that fails.
+        if behind || outbox.ask(&self.adapter, &question).is_err() {
+            self.leave_to_loop(outbox, RelayMessage::Question(question));
+        }
         Ok(())
     }
 
     fn notice(&self, notice: Notice) {
-        self.send(RelayMessage::Notice(notice));
+        self.leave_to_loop(self.outbox(), RelayMessage::Notice(notice));
     }
 }
 
@@ -115,20 +166,79 @@ mod tests {
     use netpolicy::Request;
 
     use super::*;
+    use crate::control::Listener;
+
+    fn question(seq: u64) -> Question {
+        Question { seq, request: Request::Reset }
+    }
+
+    fn connected(relays: &RelayReceiver) -> (tempfile::TempDir, Channel) {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("control.sock");
+        let listener = Listener::bind(&path).unwrap();
+        let agent = Channel::connect(&path).unwrap();
+        relays.set_agent(Some(Arc::new(listener.accept().unwrap())));
+        (dir, agent)
+    }
+
+    fn asked(agent: &Channel) -> Option<u64> {
+        match agent.receive::<ToAgent>() {
+            Ok((ToAgent::Ask { ask: Ask::Mailbox { question, .. }, .. }, _)) => Some(question.seq),
+            Err(ChannelError::WouldBlock) => None,
+            other => panic!("{other:?}"),
+        }
+    }
 
     #[test]
-    fn questions_need_an_agent_and_notices_do_not() {
+    fn a_question_needs_an_agent_and_no_event_loop() {
         let relays = RelayReceiver::new().unwrap();
         let relay = relays.client_for("eth0");
-        let question = Question { seq: 1, request: Request::Reset };
-        assert_eq!(relay.ask(question.clone()), Err(Unreachable));
+        assert_eq!(relay.ask(question(1)), Err(Unreachable));
+        let (_dir, agent) = connected(&relays);
+        relay.ask(question(1)).unwrap();
+        assert_eq!(asked(&agent), Some(1));
+        assert!(relays.signal().read().is_err(), "the loop has nothing to do");
+        relays.set_agent(None);
+        assert_eq!(relay.ask(question(2)), Err(Unreachable));
         relay.notice(Notice::PfReset);
-        relays.set_connected(true);
-        relay.ask(question.clone()).unwrap();
-        let message = relays.drain();
-        assert!(matches!(&message[0], (adapter, RelayMessage::Notice(Notice::PfReset)) if adapter == "eth0"));
-        assert!(matches!(&message[1], (_, RelayMessage::Question(asked)) if *asked == question));
+        assert!(
+            matches!(&relays.drain()[0], (adapter, RelayMessage::Notice(Notice::PfReset)) if adapter == "eth0")
+        );
+    }
+
+    #[test]
+    fn a_question_does_not_overtake_an_event() {
+        let relays = RelayReceiver::new().unwrap();
+        let relay = relays.client_for("eth0");
+        let (_dir, agent) = connected(&relays);
+        relay.notice(Notice::PfReset);
+        relay.ask(question(1)).unwrap();
+        let taken = relays.drain();
+        assert!(matches!(
+            taken[..],
+            [
+                (_, RelayMessage::Notice(Notice::PfReset)),
+                (_, RelayMessage::Question(Question { seq: 1, .. }))
+            ]
+        ));
         assert!(relays.signal().read().is_err(), "the signal is consumed with what it stood for");
-        assert!(relays.drain().is_empty());
+        // The loop has not sent the event yet.
+        relay.ask(question(2)).unwrap();
+        assert_eq!(asked(&agent), None);
+        assert!(relays.sent(), "more has come");
+        assert!(matches!(relays.drain()[..], [(_, RelayMessage::Question(Question { seq: 2, .. }))]));
+        assert!(!relays.sent());
+        relay.ask(question(3)).unwrap();
+        assert_eq!(asked(&agent), Some(3));
+    }
+
+    #[test]
+    fn a_question_that_cannot_be_sent_is_left_to_the_loop() {
+        let relays = RelayReceiver::new().unwrap();
+        let relay = relays.client_for("eth0");
+        let (_dir, agent) = connected(&relays);
+        drop(agent);
+        relay.ask(question(1)).unwrap();
+        assert_eq!(relays.drain().len(), 1);
     }
 }

@@ -6,6 +6,7 @@
 use std::{
     collections::BTreeMap,
     os::fd::{AsRawFd, OwnedFd},
+    sync::Arc,
     time::{Duration, Instant},
 };
 
@@ -22,7 +23,7 @@ use super::{reports::Reports, resets::Resets};
 use crate::{
     agent_client::{RelayMessage, RelayReceiver},
     control::{
-        Ask, Channel, ChannelError, End, Failure, Listener, Outcome, Report, SPOKEN, State, ToAgent, ToVmm,
+        Channel, ChannelError, End, Failure, Listener, Outcome, Report, SPOKEN, State, ToAgent, ToVmm,
     },
     machine::{Machine, Signals, chain},
     sandbox::NewNamespaces,
@@ -68,7 +69,6 @@ pub(super) struct Process {
     pub(super) namespaces: Option<NewNamespaces>,
     /// Receives the relays' messages, and holds whether an agent is connected.
     pub(super) relays: RelayReceiver,
-    asked: u64,
     pub(super) resets: Resets,
     /// When to make a delayed reset of the guest. The vCPUs are parked until then.
     pub(super) reset_due: Option<Instant>,
@@ -78,7 +78,7 @@ pub(super) struct Process {
 }
 
 struct Connection {
-    channel: Channel,
+    channel: Arc<Channel>,
     greeted: bool,
 }
 
@@ -102,7 +102,6 @@ impl Process {
             standing: BTreeMap::new(),
             namespaces: Some(NewNamespaces::begin()?),
             relays,
-            asked: 0,
             resets: Resets::new(Instant::now()),
             reset_due: None,
             ended: None,
@@ -172,15 +171,21 @@ impl Process {
     fn send(&mut self, message: &ToAgent) {
         let Some(connection) = &self.channel else { return };
         if let Err(error) = connection.channel.send(message, &[]) {
-            // Treat an agent that does not read as gone; it gets the reports when it connects again.
-            tracing::warn!(vm = %self.vm, "The control connection is dropped: {}", chain(&error));
+            self.drop_agent(&error);
+        }
+    }
+
+    /// Treats an agent that does not read as gone; it gets the reports when it connects again.
+    fn drop_agent(&mut self, error: &ChannelError) {
+        if self.channel.is_some() {
+            tracing::warn!(vm = %self.vm, "The control connection is dropped: {}", chain(error));
             self.disconnect();
         }
     }
 
     /// Ends the connection, if there is one, with everything that holds only as long as it.
     fn disconnect(&mut self) {
-        self.relays.set_connected(false);
+        self.relays.set_agent(None);
         self.console_waiters.clear();
         self.take_backs.clear();
         self.forget_standing();
@@ -190,7 +195,7 @@ impl Process {
     /// Unregisters ended connections before the kernel reuses their descriptors' numbers.
     fn forget_closed_connections(&mut self, ops: &mut EventOps<'_>) {
         for connection in self.closed.drain(..) {
-            let _ = ops.remove(Events::empty(&connection.channel));
+            let _ = ops.remove(Events::empty(&*connection.channel));
         }
     }
 
@@ -262,12 +267,18 @@ impl Process {
     }
 
     fn on_relays(&mut self) {
+        self.pass_on_relay_messages();
+        // A message that came meanwhile has woken the loop, too.
+        let _ = self.relays.sent();
+    }
+
+    fn pass_on_relay_messages(&mut self) {
         for (adapter, message) in self.relays.drain() {
             match message {
                 RelayMessage::Question(question) => {
-                    reach(Point::VmmAsking);
-                    self.asked += 1;
-                    self.send(&ToAgent::Ask { id: self.asked, ask: Ask::Mailbox { adapter, question } });
+                    if let Err(error) = self.relays.ask(&adapter, &question) {
+                        self.drop_agent(&error);
+                    }
                 }
                 RelayMessage::Notice(Notice::TakenBack { id, failed, deferred })
                     if self.take_backs.contains(&id) =>
@@ -299,7 +310,7 @@ impl Process {
             tracing::error!(vm = %self.vm, "Cannot listen to the control connection: {error:?}");
             return;
         }
-        self.channel = Some(Connection { channel, greeted: false });
+        self.channel = Some(Connection { channel: Arc::new(channel), greeted: false });
     }
 
     fn on_messages(&mut self, ops: &mut EventOps<'_>) {
@@ -353,13 +364,14 @@ impl Process {
         }
         self.send(&ToAgent::Hello { version, state: self.state, boots: self.boots });
         reach(Point::VmmGreeted);
-        if let Some(connection) = &mut self.channel {
-            connection.greeted = true;
-            self.relays.set_connected(true);
-        }
         let pending: Vec<_> = self.reports.pending().cloned().collect();
         for (seq, report) in pending {
             self.send(&ToAgent::Report { seq, report });
+        }
+        // From now on relays send questions themselves: those must not overtake the reports.
+        if let Some(connection) = &mut self.channel {
+            connection.greeted = true;
+            self.relays.set_agent(Some(Arc::clone(&connection.channel)));
         }
     }
 
