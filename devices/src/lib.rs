@@ -6,10 +6,12 @@
 //! guest-physical memory through [`memory::GuestMapper`]. Its only `unsafe` code is the [`memory::HostMemory`]
 //! contract.
 //!
-//! Every device is called by `&self` from any vCPU thread, with a lock as small as its registers.
+//! Every device is called by `&self` from any vCPU thread, with a lock as small as its registers. [`device::Device`] has
+//! its duties towards the machine, which knows no device by its kind.
 
 pub mod acpi;
 pub mod bus;
+pub mod device;
 pub mod i8042;
 pub mod interrupt;
 pub mod machine;

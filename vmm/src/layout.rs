@@ -60,8 +60,6 @@ pub const SERIAL_GSI: u32 = 4;
 pub const ACPI_PORT: u16 = 0x600;
 /// Interrupt of the ACPI event device.
 pub const ACPI_EVENT_GSI: u32 = 16;
-/// PCI configuration address and data ports.
-pub const PCI_CONFIG_PORT: u16 = 0xcf8;
 
 /// The pins of the IOAPIC; message-signalled routes get numbers from here on.
 pub const IOAPIC_PINS: u32 = 24;

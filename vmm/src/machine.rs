@@ -10,9 +10,7 @@ use std::{
     time::Instant,
 };
 
-use devices::{
-    acpi::AcpiRegisters, interrupt::MsiRouter, memory::GuestMapper, pci::bus::PciBus, serial::Serial,
-};
+use devices::{interrupt::MsiRouter, memory::GuestMapper, pci::bus::Windows};
 use kvm_bindings::{
     CpuId, KVM_API_VERSION, KVM_CAP_PMU_CAPABILITY, KVM_PIT_SPEAKER_DUMMY, KVM_PMU_CAP_DISABLE,
     kvm_enable_cap, kvm_irqchip, kvm_pit_config, kvm_pit_state2,
@@ -22,7 +20,7 @@ use vmm_sys_util::eventfd::EventFd;
 
 use crate::{
     agent_client::RelayReceiver,
-    board::Board,
+    board::{Board, BoardError, Parts},
     boot::{self, BootError, Payload, acpi::Description},
     console::{self, Console},
     control::{Failure, FailureCode, MachineSpec, Stats},
@@ -73,9 +71,12 @@ pub enum MachineError {
     /// An eventfd or another file descriptor cannot be made.
     #[error("Cannot {0}")]
     Io(&'static str, #[source] std::io::Error),
-    /// Devices overlap: a bug.
-    #[error("The machine's layout is contradictory; this is a bug of Portcullis")]
-    Layout(#[from] devices::bus::BusError),
+    /// The machine's own devices cannot be built.
+    #[error(transparent)]
+    Board(#[from] BoardError),
+    /// A device does not reset.
+    #[error(transparent)]
+    Reset(#[from] devices::device::ResetError),
 }
 
 impl MachineError {
@@ -87,8 +88,9 @@ impl MachineError {
             Self::Memory(_) => FailureCode::Memory,
             Self::Boot(_) => FailureCode::Kernel,
             Self::Device(error) => error.code(),
+            Self::Reset(_) => FailureCode::Device,
             Self::Sandbox(_) | Self::Seccomp(_) => FailureCode::Sandbox,
-            Self::Vcpu(_) | Self::Io(..) | Self::Layout(_) => FailureCode::Internal,
+            Self::Vcpu(_) | Self::Io(..) | Self::Board(_) => FailureCode::Internal,
         };
         Failure { code, detail: chain(self) }
     }
@@ -119,10 +121,10 @@ struct PowerOn {
 
 /// A built machine.
 pub struct Machine {
-    // The fields are dropped in this order: vCPUs first, then the parts that they use, memory last.
+    // Dropped in this order after `drop`: memory last.
     vcpus: Vcpus,
-    /// The passthrough devices.
-    pub devices: PassthroughDevices,
+    /// The passthrough devices, which are also on the board.
+    pub devices: Arc<PassthroughDevices>,
     /// Devices and buses.
     pub board: Arc<Board>,
     payload: Payload,
@@ -195,28 +197,24 @@ impl Machine {
         let routes = Arc::new(Routes::new(Arc::clone(&vm)));
         let console = Console::new(File::from(files.console)).map_err(io("make the console's eventfd"))?;
         let watch = console.watch();
-        let board = Arc::new(Board::new(
-            Serial::new(pin(&routes, layout::SERIAL_GSI)?, Box::new(console)),
-            {
-                let interrupt = pin(&routes, layout::ACPI_EVENT_GSI)?;
-                |latch| AcpiRegisters::new(latch, interrupt)
-            },
-            PciBus::new(),
-        )?);
-        let description = Description {
-            cpus: spec.cpus,
-            pci_window_64: layout::pci_window_64(spec.memory, cpuid::physical_bits(&cpuid)),
+        let pci = Windows {
+            ecam: layout::ECAM.start,
+            low: layout::PCI_WINDOW_32,
+            high: layout::pci_window_64(spec.memory, cpuid::physical_bits(&cpuid)),
         };
+        let mut board = Board::new(&Parts { routes: &routes, pci }, console)?;
         let router: Arc<dyn MsiRouter> = routes;
-        let devices = opened.assemble(&MachineParts {
+        let devices = Arc::new(opened.assemble(&MachineParts {
             memory: &memory,
             router: &router,
             mapper: &slots,
             bus: &board.pci,
-            pci_window_64: &description.pci_window_64,
             relays,
             threads: &confinement.for_functions(),
-        })?;
+        })?);
+        board.add(devices.clone()).map_err(BoardError::Layout)?;
+        let description = Description { cpus: spec.cpus, devices: board.aml() };
+        let board = Arc::new(board);
 
         let (events, vcpu_events, vcpu_signal) =
             vcpu::Events::pair().map_err(io("make the vCPUs' eventfd"))?;
@@ -256,20 +254,23 @@ impl Machine {
         Ok((machine, Signals { vcpu_events, vcpu_signal, console: watch }))
     }
 
-    /// Lets the vCPUs run.
+    /// Lets the devices act and the vCPUs run.
     ///
     /// # Errors
     /// A vCPU does not answer.
     pub fn run(&self) -> Result<(), MachineError> {
+        self.board.resume();
         Ok(self.vcpus.run()?)
     }
 
-    /// Stops the vCPUs at an instruction boundary.
+    /// Stops the vCPUs at an instruction boundary, and then the devices.
     ///
     /// # Errors
     /// A vCPU does not answer.
     pub fn park(&self) -> Result<(), MachineError> {
-        Ok(self.vcpus.park()?)
+        self.vcpus.park()?;
+        self.board.pause();
+        Ok(())
     }
 
     /// Goes back to the kernel's first instruction and leaves the vCPUs parked. Devices are reset before memory is
@@ -278,9 +279,8 @@ impl Machine {
     /// # Errors
     /// See [`MachineError`]; the machine cannot go on then.
     pub fn reset(&mut self) -> Result<(), MachineError> {
-        self.vcpus.park()?;
-        self.devices.reset()?;
-        self.board.reset();
+        self.park()?;
+        self.board.reset()?;
         for chip in &self.power_on.chips {
             self.vm.set_irqchip(chip).map_err(|e| MachineError::Kvm("reset an interrupt controller", e))?;
         }
@@ -307,6 +307,14 @@ impl Machine {
         };
         self.counters.report(&mut stats);
         stats
+    }
+}
+
+impl Drop for Machine {
+    fn drop(&mut self) {
+        self.vcpus.end();
+        self.board.pause();
+        self.board.shutdown();
     }
 }
 
@@ -388,13 +396,6 @@ fn create_vcpus(
             Ok((fd, power_on))
         })
         .collect()
-}
-
-/// Makes an eventfd that raises a pin of the IOAPIC.
-fn pin(routes: &Routes, gsi: u32) -> Result<EventFd, MachineError> {
-    let trigger = EventFd::new(libc::EFD_NONBLOCK | libc::EFD_CLOEXEC).map_err(io("make an eventfd"))?;
-    routes.connect_pin(gsi, &trigger).map_err(io("connect an interrupt"))?;
-    Ok(trigger)
 }
 
 #[cfg(test)]

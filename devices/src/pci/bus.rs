@@ -2,12 +2,26 @@
 
 //! The one PCI bus of the machine: 32 slots with function 0 each, reached by ECAM and by the legacy ports.
 
-use std::sync::{
-    Arc, PoisonError, RwLock,
-    atomic::{AtomicU32, Ordering},
+use std::{
+    ops::Range,
+    sync::{
+        Arc, PoisonError, RwLock,
+        atomic::{AtomicU32, Ordering},
+    },
+};
+
+use acpi_tables::{
+    Aml,
+    aml::{
+        self, AddressSpace, AddressSpaceCacheable, EISAName, IO, Memory32Fixed, Name, Path, ResourceTemplate,
+    },
 };
 
 use super::{PciFunction, config, host_bridge::HostBridge};
+use crate::{
+    bus::BusDevice,
+    device::{Decoded, Device, ResetError},
+};
 
 /// Slots of the bus.
 pub const SLOTS: u8 = 32;
@@ -16,7 +30,7 @@ pub const ECAM_SIZE: u64 = 1 << 20;
 /// First port of the legacy mechanism (PCI Local Bus 3.0, 3.2.2.3.2).
 pub const CONFIG_PORT: u16 = 0xcf8;
 /// Ports of the legacy mechanism: address and data, 4 bytes each.
-pub const CONFIG_PORTS: u16 = 8;
+pub const CONFIG_PORTS: u8 = 8;
 
 const DATA_PORT: u16 = 0xcfc;
 const ADDRESS_ENABLE: u32 = 1 << 31;
@@ -45,21 +59,40 @@ pub struct PciBus {
     slots: RwLock<Arc<Slots>>,
     /// The legacy mechanism's CONFIG_ADDRESS register.
     address: AtomicU32,
+    windows: Windows,
 }
 
-impl Default for PciBus {
-    fn default() -> Self {
-        Self::new()
+/// The bus' guest-physical addresses.
+#[derive(Clone, Debug, Default)]
+pub struct Windows {
+    /// Start of the ECAM space, [`ECAM_SIZE`] bytes below 4 GiB.
+    pub ecam: u64,
+    /// BARs of 32 and of 64 bits: addresses below 4 GiB.
+    pub low: Range<u64>,
+    /// BARs of 64 bits. May be empty.
+    pub high: Range<u64>,
+}
+
+impl Windows {
+    /// The ranges in which BARs may decode.
+    #[must_use]
+    pub fn bars(&self) -> Arc<[Range<u64>]> {
+        Arc::new([self.low.clone(), self.high.clone()])
     }
 }
 
 impl PciBus {
     /// A bus with only the host bridge.
     #[must_use]
-    pub fn new() -> Self {
+    pub fn new(windows: Windows) -> Self {
         let mut slots: Slots = std::array::from_fn(|_| None);
         slots[0] = Some(Arc::new(HostBridge::new()));
-        Self { slots: RwLock::new(Arc::new(slots)), address: AtomicU32::new(0) }
+        Self { slots: RwLock::new(Arc::new(slots)), address: AtomicU32::new(0), windows }
+    }
+
+    /// Its addresses.
+    pub fn windows(&self) -> &Windows {
+        &self.windows
     }
 
     /// Puts a function into a slot.
@@ -157,11 +190,6 @@ impl PciBus {
         self.snapshot().iter().flatten().any(|function| function.mmio_write(gpa, data))
     }
 
-    /// Resets the address register to 0, its state at power-on. The owners of functions reset those.
-    pub fn reset(&self) {
-        self.address.store(0, Ordering::Release);
-    }
-
     fn ecam_target(&self, offset: u64) -> Option<(Arc<dyn PciFunction>, u16)> {
         // Bus in bits 20 and up, device in 15 to 19, function in 12 to 14, register below.
         let register = u16::try_from(offset & 0xfff).ok()?;
@@ -197,6 +225,130 @@ impl PciBus {
         let result = change(&mut copy);
         *slots = Arc::new(copy);
         result
+    }
+}
+
+impl Device for PciBus {
+    fn decodes(self: Arc<Self>) -> Vec<Decoded> {
+        let ecam = self.windows.ecam;
+        let mut decoded = vec![
+            Decoded::ports(CONFIG_PORT, CONFIG_PORTS.into(), Arc::new(ConfigPorts(Arc::clone(&self)))),
+            Decoded::memory(ecam..ecam.saturating_add(ECAM_SIZE), Arc::new(Ecam(Arc::clone(&self)))),
+        ];
+        for window in [&self.windows.low, &self.windows.high].into_iter().filter(|window| !window.is_empty())
+        {
+            let registers = BarWindow { bus: Arc::clone(&self), start: window.start };
+            decoded.push(Decoded::memory(window.clone(), Arc::new(registers)));
+        }
+        decoded
+    }
+
+    /// The host bridge with its windows, and the ECAM space: Linux uses it only where a motherboard resource reserves
+    /// it.
+    fn aml(&self) -> Vec<u8> {
+        let Windows { ecam, low, high } = &self.windows;
+        let mut bytes = Vec::new();
+        let bus = AddressSpace::new_bus_number(0_u16, 0);
+        let config = IO::new(CONFIG_PORT, CONFIG_PORT, 1, CONFIG_PORTS);
+        let below = AddressSpace::new_io(0_u16, CONFIG_PORT - 1, None);
+        let above = AddressSpace::new_io(CONFIG_PORT + u16::from(CONFIG_PORTS), 0xffff, None);
+        #[expect(clippy::cast_possible_truncation, reason = "the window ends below 4 GiB")]
+        let memory_32 = AddressSpace::new_memory(
+            AddressSpaceCacheable::NotCacheable,
+            true,
+            low.start as u32,
+            low.end.saturating_sub(1) as u32,
+            None,
+        );
+        let memory_64 = (!high.is_empty()).then(|| {
+            AddressSpace::new_memory(
+                AddressSpaceCacheable::NotCacheable,
+                true,
+                high.start,
+                high.end - 1,
+                None,
+            )
+        });
+        let mut resources: Vec<&dyn Aml> = vec![&bus, &config, &below, &above, &memory_32];
+        if let Some(memory_64) = &memory_64 {
+            resources.push(memory_64);
+        }
+        aml::Device::new(
+            Path::new("_SB_.PCI0"),
+            vec![
+                &Name::new(Path::new("_HID"), &EISAName::new("PNP0A08")),
+                &Name::new(Path::new("_CID"), &EISAName::new("PNP0A03")),
+                &Name::new(Path::new("_SEG"), &0_u8),
+                &Name::new(Path::new("_BBN"), &0_u8),
+                &Name::new(Path::new("_UID"), &0_u8),
+                &Name::new(Path::new("_CRS"), &ResourceTemplate::new(resources)),
+            ],
+        )
+        .to_aml_bytes(&mut bytes);
+        #[expect(clippy::cast_possible_truncation, reason = "1 MiB below 4 GiB")]
+        let reserved = Memory32Fixed::new(true, *ecam as u32, ECAM_SIZE as u32);
+        aml::Device::new(
+            Path::new("_SB_.MBRD"),
+            vec![
+                &Name::new(Path::new("_HID"), &EISAName::new("PNP0C02")),
+                &Name::new(Path::new("_UID"), &0_u8),
+                &Name::new(Path::new("_CRS"), &ResourceTemplate::new(vec![&reserved])),
+            ],
+        )
+        .to_aml_bytes(&mut bytes);
+        bytes
+    }
+
+    /// Resets the address register. The owners of functions reset those.
+    fn reset(&self) -> Result<(), ResetError> {
+        self.address.store(0, Ordering::Release);
+        Ok(())
+    }
+}
+
+/// The ports of the legacy mechanism.
+struct ConfigPorts(Arc<PciBus>);
+
+impl BusDevice for ConfigPorts {
+    fn read(&self, offset: u64, data: &mut [u8]) {
+        if let Ok(offset) = u16::try_from(offset) {
+            self.0.port_read(CONFIG_PORT.saturating_add(offset), data);
+        }
+    }
+
+    fn write(&self, offset: u64, data: &[u8]) {
+        if let Ok(offset) = u16::try_from(offset) {
+            self.0.port_write(CONFIG_PORT.saturating_add(offset), data);
+        }
+    }
+}
+
+/// The ECAM space.
+struct Ecam(Arc<PciBus>);
+
+impl BusDevice for Ecam {
+    fn read(&self, offset: u64, data: &mut [u8]) {
+        self.0.ecam_read(offset, data);
+    }
+
+    fn write(&self, offset: u64, data: &[u8]) {
+        self.0.ecam_write(offset, data);
+    }
+}
+
+/// A range in which BARs decode.
+struct BarWindow {
+    bus: Arc<PciBus>,
+    start: u64,
+}
+
+impl BusDevice for BarWindow {
+    fn read(&self, offset: u64, data: &mut [u8]) {
+        self.bus.mmio_read(self.start.saturating_add(offset), data);
+    }
+
+    fn write(&self, offset: u64, data: &[u8]) {
+        self.bus.mmio_write(self.start.saturating_add(offset), data);
     }
 }
 

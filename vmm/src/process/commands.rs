@@ -3,7 +3,7 @@
 //! Handlers of the agent's commands, answers and standing refusals: which states allow a command, and its effect on
 //! the machine. The guest's resets are here, too, since they share the code of the agent's.
 
-use std::{os::fd::OwnedFd, time::Instant};
+use std::{os::fd::OwnedFd, sync::Arc, time::Instant};
 
 use devices::machine::MachineEvent;
 use event_manager::EventOps;
@@ -114,7 +114,7 @@ impl Process {
         self.machine.as_ref().ok_or_else(|| self.wrong_state("control"))
     }
 
-    fn relay(&self, adapter: &str) -> Result<&Relay, Failure> {
+    fn relay(&self, adapter: &str) -> Result<Arc<Relay>, Failure> {
         self.machine()?.devices.relay(adapter).ok_or_else(|| {
             failure(FailureCode::Invalid, format!("The VM has no adapter {adapter} under policy"))
         })

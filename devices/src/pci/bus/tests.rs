@@ -47,7 +47,7 @@ fn ecam(bus: &PciBus, slot: u64, function: u64, register: u64, len: usize) -> Ve
 
 #[test]
 fn slot_zero_is_a_host_bridge() {
-    let bus = PciBus::new();
+    let bus = PciBus::new(Windows::default());
     assert_eq!(ecam(&bus, 0, 0, 0, 4), [0x86, 0x80, 0x57, 0x0d]);
     assert_eq!(ecam(&bus, 0, 0, 8, 4), [0, 0, 0, 6], "class host bridge");
     assert_eq!(ecam(&bus, 0, 0, 0x34, 1), [0], "no capabilities");
@@ -56,7 +56,7 @@ fn slot_zero_is_a_host_bridge() {
 
 #[test]
 fn what_is_absent_reads_all_ones() {
-    let bus = PciBus::new();
+    let bus = PciBus::new(Windows::default());
     let slot = bus.add(Plain::new(0x1000)).unwrap();
     assert_eq!(slot, 1);
     let check = |slot, function, register, expect: [u8; 4]| {
@@ -72,7 +72,7 @@ fn what_is_absent_reads_all_ones() {
 
 #[test]
 fn functions_come_and_go() {
-    let bus = PciBus::new();
+    let bus = PciBus::new(Windows::default());
     bus.insert(3, Plain::new(0x3000)).unwrap();
     assert_eq!(bus.insert(3, Plain::new(0x3000)), Err(SlotError::Taken(3)));
     assert_eq!(bus.insert(0, Plain::new(0x3000)), Err(SlotError::Taken(0)));
@@ -93,7 +93,7 @@ fn functions_come_and_go() {
 
 #[test]
 fn legacy_ports_follow_the_address_register() {
-    let bus = PciBus::new();
+    let bus = PciBus::new(Windows::default());
     bus.add(Plain::new(0)).unwrap();
     let read = |port, len| {
         let mut data = vec![0; len];
@@ -123,6 +123,6 @@ fn legacy_ports_follow_the_address_register() {
     bus.port_write(0xcf8, &0x8000_0840u32.to_le_bytes());
     bus.port_write(0xcfe, &[0xaa]);
     assert_eq!(ecam(&bus, 1, 0, 0x40, 4), [0x40, 0x41, 0xaa, 0x43]);
-    bus.reset();
+    bus.reset().unwrap();
     assert_eq!(read(0xcf8, 4), [0; 4]);
 }
