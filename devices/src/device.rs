@@ -17,7 +17,7 @@
 
 use std::{error::Error, ops::Range, sync::Arc};
 
-use crate::bus::BusDevice;
+use crate::{bus::BusDevice, io_thread::IoThread};
 
 /// A device of the machine. It is shared with the vCPUs' threads, which reach its registers through
 /// [`Device::decodes`].
@@ -33,11 +33,18 @@ pub trait Device: Send + Sync {
         Vec::new()
     }
 
+    /// The threads that the device needs beside those of the vCPUs. Called once, before the vCPUs run: no thread starts
+    /// later.
+    fn io_threads(self: Arc<Self>) -> Vec<IoThread> {
+        Vec::new()
+    }
+
     /// Stops the device's own activity: after the return it raises no interrupt and touches no guest memory. The vCPUs
-    /// are parked. Registers keep their values. Pausing a paused device does nothing.
+    /// are parked, its I/O threads still run and are parked next. Registers keep their values. Pausing a paused device does
+    /// nothing.
     fn pause(&self) {}
 
-    /// Continues after a pause, or begins after a reset. The vCPUs run next.
+    /// Continues after a pause, or begins after a reset. The I/O threads run, the vCPUs run next.
     fn resume(&self) {}
 
     /// Goes back to the state at power-on, without any trace of the last boot. The device is paused. May block.
@@ -46,7 +53,8 @@ pub trait Device: Send + Sync {
     /// [`ResetError`]: the device may still use guest memory, so the machine must not boot again.
     fn reset(&self) -> Result<(), ResetError>;
 
-    /// Releases what the device holds of the host. The device is paused, and no call follows. May block.
+    /// Releases what the device holds of the host. The device is paused, its I/O threads have ended, and no call follows.
+    /// May block.
     fn shutdown(&self) {}
 }
 

@@ -11,13 +11,18 @@ use devices::{
     acpi::{self, AcpiRegisters},
     bus::{Bus, BusError},
     device::{Device, ResetError, Space},
+    doorbell::Doorbells,
     i8042::I8042,
+    interrupt::MsiRouter,
+    io_thread::IoThread,
     machine::{EventLatch, MachineEvent},
     pci::bus::{PciBus, Windows},
     serial::{self, Serial},
 };
 
-use crate::{console::Console, interrupts::Routes, layout, vcpu::exit::Ports};
+use kvm_ioctls::VmFd;
+
+use crate::{console::Console, doorbells::KvmDoorbells, interrupts::Routes, layout, vcpu::exit::Ports};
 
 /// Builds devices of one kind: none, if the machine has none of that kind.
 type Build = fn(&Board, &Parts<'_>) -> Result<Vec<Arc<dyn Device>>, BoardError>;
@@ -43,10 +48,26 @@ pub enum BoardError {
 
 /// The parts of a machine that its devices are connected to.
 pub struct Parts<'a> {
-    /// Interrupts.
-    pub routes: &'a Routes,
+    /// The VM.
+    pub vm: &'a Arc<VmFd>,
+    /// Its interrupts.
+    pub routes: &'a Arc<Routes>,
     /// Guest-physical addresses of the PCI bus.
     pub pci: Windows,
+}
+
+impl Parts<'_> {
+    /// Doorbells of devices.
+    #[must_use]
+    pub fn doorbells(&self) -> Arc<dyn Doorbells> {
+        Arc::new(KvmDoorbells::new(Arc::clone(self.vm)))
+    }
+
+    /// Message-signalled interrupts of devices.
+    #[must_use]
+    pub fn router(&self) -> Arc<dyn MsiRouter> {
+        self.routes.clone()
+    }
 }
 
 /// The machine's devices and their buses. Fixed before the first vCPU runs, except that functions come and go on the
@@ -106,6 +127,12 @@ impl Board {
         }
         self.devices.push(device);
         Ok(())
+    }
+
+    /// The I/O threads that the devices need.
+    #[must_use]
+    pub fn io_threads(&self) -> Vec<IoThread> {
+        self.devices.iter().flat_map(|device| Arc::clone(device).io_threads()).collect()
     }
 
     /// The devices' parts of the DSDT.

@@ -25,6 +25,7 @@ use crate::{
     console::{self, Console},
     control::{Failure, FailureCode, MachineSpec, Stats},
     interrupts::Routes,
+    io_threads::{IoThreadError, IoThreads},
     layout,
     memory::{self, GuestMemory, MemoryError, Slots},
     passthrough_devices::{DeviceError, MachineParts, PassthroughDevices},
@@ -59,6 +60,9 @@ pub enum MachineError {
     /// A vCPU failed.
     #[error(transparent)]
     Vcpu(#[from] VcpuError),
+    /// An I/O thread failed.
+    #[error(transparent)]
+    IoThread(#[from] IoThreadError),
     /// A passthrough device failed.
     #[error(transparent)]
     Device(#[from] DeviceError),
@@ -90,7 +94,7 @@ impl MachineError {
             Self::Device(error) => error.code(),
             Self::Reset(_) => FailureCode::Device,
             Self::Sandbox(_) | Self::Seccomp(_) => FailureCode::Sandbox,
-            Self::Vcpu(_) | Self::Io(..) | Self::Board(_) => FailureCode::Internal,
+            Self::Vcpu(_) | Self::IoThread(_) | Self::Io(..) | Self::Board(_) => FailureCode::Internal,
         };
         Failure { code, detail: chain(self) }
     }
@@ -123,6 +127,7 @@ struct PowerOn {
 pub struct Machine {
     // Dropped in this order after `drop`: memory last.
     vcpus: Vcpus,
+    io_threads: IoThreads,
     /// The passthrough devices, which are also on the board.
     pub devices: Arc<PassthroughDevices>,
     /// Devices and buses.
@@ -202,7 +207,7 @@ impl Machine {
             low: layout::PCI_WINDOW_32,
             high: layout::pci_window_64(spec.memory, cpuid::physical_bits(&cpuid)),
         };
-        let mut board = Board::new(&Parts { routes: &routes, pci }, console)?;
+        let mut board = Board::new(&Parts { vm: &vm, routes: &routes, pci }, console)?;
         let router: Arc<dyn MsiRouter> = routes;
         let devices = Arc::new(opened.assemble(&MachineParts {
             memory: &memory,
@@ -214,6 +219,7 @@ impl Machine {
         })?);
         board.add(devices.clone()).map_err(BoardError::Layout)?;
         let description = Description { cpus: spec.cpus, devices: board.aml() };
+        let io_threads = IoThreads::start(board.io_threads(), &confinement)?;
         let board = Arc::new(board);
 
         let (events, vcpu_events, vcpu_signal) =
@@ -240,6 +246,7 @@ impl Machine {
         sandbox::forbid_threads(&spec.sandbox)?;
         let machine = Self {
             vcpus,
+            io_threads,
             devices,
             board,
             payload,
@@ -257,8 +264,9 @@ impl Machine {
     /// Lets the devices act and the vCPUs run.
     ///
     /// # Errors
-    /// A vCPU does not answer.
+    /// A vCPU or an I/O thread does not answer.
     pub fn run(&self) -> Result<(), MachineError> {
+        self.io_threads.run()?;
         self.board.resume();
         Ok(self.vcpus.run()?)
     }
@@ -266,11 +274,11 @@ impl Machine {
     /// Stops the vCPUs at an instruction boundary, and then the devices.
     ///
     /// # Errors
-    /// A vCPU does not answer.
+    /// A vCPU or an I/O thread does not answer.
     pub fn park(&self) -> Result<(), MachineError> {
         self.vcpus.park()?;
         self.board.pause();
-        Ok(())
+        Ok(self.io_threads.park()?)
     }
 
     /// Goes back to the kernel's first instruction and leaves the vCPUs parked. Devices are reset before memory is
@@ -280,6 +288,7 @@ impl Machine {
     /// See [`MachineError`]; the machine cannot go on then.
     pub fn reset(&mut self) -> Result<(), MachineError> {
         self.park()?;
+        self.io_threads.forget();
         self.board.reset()?;
         for chip in &self.power_on.chips {
             self.vm.set_irqchip(chip).map_err(|e| MachineError::Kvm("reset an interrupt controller", e))?;
@@ -314,6 +323,7 @@ impl Drop for Machine {
     fn drop(&mut self) {
         self.vcpus.end();
         self.board.pause();
+        self.io_threads.end();
         self.board.shutdown();
     }
 }
