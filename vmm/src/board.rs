@@ -22,10 +22,12 @@ use devices::{
 
 use kvm_ioctls::VmFd;
 
-use crate::{console::Console, doorbells::KvmDoorbells, interrupts::Routes, layout, vcpu::exit::Ports};
+use crate::{
+    console::Console, control::Files, doorbells::KvmDoorbells, interrupts::Routes, layout, vcpu::exit::Ports,
+};
 
 /// Builds devices of one kind: none, if the machine has none of that kind.
-type Build = fn(&Board, &Parts<'_>) -> Result<Vec<Arc<dyn Device>>, BoardError>;
+type Build = fn(&Board, &mut Parts<'_>) -> Result<Vec<Arc<dyn Device>>, BoardError>;
 
 /// The machine's devices. Buses come first, so that they outlast the devices on them.
 const TABLE: &[Build] = &[
@@ -54,6 +56,8 @@ pub struct Parts<'a> {
     pub routes: &'a Arc<Routes>,
     /// Guest-physical addresses of the PCI bus.
     pub pci: Windows,
+    /// The machine's files. A device takes those that it knows.
+    pub files: &'a mut Files,
 }
 
 impl Parts<'_> {
@@ -91,7 +95,7 @@ impl Board {
     ///
     /// # Errors
     /// See [`BoardError`].
-    pub fn new(parts: &Parts<'_>, console: Console) -> Result<Self, BoardError> {
+    pub fn new(parts: &mut Parts<'_>, console: Console) -> Result<Self, BoardError> {
         let pin = |gsi| parts.routes.pin(gsi).map_err(BoardError::Interrupt);
         let latch = Arc::new(EventLatch::new());
         let serial = serial::Place { port: layout::SERIAL_PORT, gsi: layout::SERIAL_GSI };

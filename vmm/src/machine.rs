@@ -23,7 +23,7 @@ use crate::{
     board::{Board, BoardError, Parts},
     boot::{self, BootError, Payload, acpi::Description},
     console::{self, Console},
-    control::{Failure, FailureCode, MachineSpec, Stats},
+    control::{Failure, FailureCode, FileError, Files, MachineSpec, Stats, files},
     interrupts::Routes,
     io_threads::{IoThreadError, IoThreads},
     layout,
@@ -72,6 +72,9 @@ pub enum MachineError {
     /// A seccomp filter cannot be installed.
     #[error(transparent)]
     Seccomp(#[from] SeccompError),
+    /// The machine's files are not those that it needs.
+    #[error(transparent)]
+    File(#[from] FileError),
     /// An eventfd or another file descriptor cannot be made.
     #[error("Cannot {0}")]
     Io(&'static str, #[source] std::io::Error),
@@ -93,6 +96,7 @@ impl MachineError {
             Self::Boot(_) => FailureCode::Kernel,
             Self::Device(error) => error.code(),
             Self::Reset(_) => FailureCode::Device,
+            Self::File(_) => FailureCode::Invalid,
             Self::Sandbox(_) | Self::Seccomp(_) => FailureCode::Sandbox,
             Self::Vcpu(_) | Self::IoThread(_) | Self::Io(..) | Self::Board(_) => FailureCode::Internal,
         };
@@ -152,20 +156,6 @@ pub struct Signals {
     pub console: Arc<console::Watch>,
 }
 
-/// The files that come beside a specification.
-pub struct Files {
-    /// `/dev/kvm`.
-    pub kvm: OwnedFd,
-    /// The console's ring file.
-    pub console: OwnedFd,
-    /// The kernel image.
-    pub kernel: OwnedFd,
-    /// The initramfs.
-    pub initramfs: Option<OwnedFd>,
-    /// The connections of simulated functions to their PFs, in the functions' order.
-    pub connections: Vec<OwnedFd>,
-}
-
 impl Machine {
     /// Opens the devices, gives up all privileges, and builds the machine with its vCPUs parked at the kernel's
     /// first instruction.
@@ -174,13 +164,16 @@ impl Machine {
     /// See [`MachineError`]. The process may have lost its privileges by then: it cannot try again.
     pub fn build(
         spec: &MachineSpec,
-        files: Files,
+        mut files: Files,
         relays: &RelayReceiver,
         namespaces: NewNamespaces,
     ) -> Result<(Self, Signals), MachineError> {
         #[cfg(feature = "attacks")]
         crate::attack::arm(&spec.cmdline, 3).map_err(io("make an attack ready"))?;
-        let kvm = open_kvm(files.kvm, spec)?;
+        let (kvm, console) = (files.require(files::KVM)?, files.require(files::CONSOLE)?);
+        let kernel = files.require(files::KERNEL)?;
+        let initramfs = if spec.initramfs { Some(files.require(files::INITRAMFS)?) } else { None };
+        let kvm = open_kvm(kvm, spec)?;
         let vm = Arc::new(create_vm(&kvm)?);
         // Set up the parts of KVM that no guest influences while a thread makes the namespaces.
         let cpuid = cpuid::supported(&kvm).map_err(|e| MachineError::Kvm("list its CPU features", e))?;
@@ -192,7 +185,7 @@ impl Machine {
         let fds = create_vcpus(&kvm, &vm, &cpuid, spec.cpus)?;
 
         let root = sandbox::private_root(&spec.sandbox, &spec.devices, namespaces)?;
-        let opened = PassthroughDevices::open(&vm, &spec.devices, files.connections)?;
+        let opened = PassthroughDevices::open(&vm, &spec.devices, &mut files)?;
         passthrough::failpoints::reach(passthrough::failpoints::Point::VmmOpened);
         sandbox::empty_root(&spec.sandbox, root)?;
         sandbox::drop_privileges(&spec.sandbox)?;
@@ -200,14 +193,15 @@ impl Machine {
 
         let confinement = Confinement::new(spec.sandbox.seccomp);
         let routes = Arc::new(Routes::new(Arc::clone(&vm)));
-        let console = Console::new(File::from(files.console)).map_err(io("make the console's eventfd"))?;
+        let console = Console::new(File::from(console)).map_err(io("make the console's eventfd"))?;
         let watch = console.watch();
         let pci = Windows {
             ecam: layout::ECAM.start,
             low: layout::PCI_WINDOW_32,
             high: layout::pci_window_64(spec.memory, cpuid::physical_bits(&cpuid)),
         };
-        let mut board = Board::new(&Parts { vm: &vm, routes: &routes, pci }, console)?;
+        let mut board = Board::new(&mut Parts { vm: &vm, routes: &routes, pci, files: &mut files }, console)?;
+        files.finish()?;
         let router: Arc<dyn MsiRouter> = routes;
         let devices = Arc::new(opened.assemble(&MachineParts {
             memory: &memory,
@@ -235,8 +229,8 @@ impl Machine {
         // reboot has.
         confinement.confine(seccomp::Thread::Main)?;
         let mut payload = Payload {
-            kernel: File::from(files.kernel),
-            initramfs: files.initramfs.map(File::from),
+            kernel: File::from(kernel),
+            initramfs: initramfs.map(File::from),
             cmdline: spec.cmdline.clone(),
         };
         let entry = boot::load(&memory, &mut payload, &description)?;

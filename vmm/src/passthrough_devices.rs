@@ -34,7 +34,7 @@ use vmm_sys_util::eventfd::EventFd;
 
 use crate::{
     agent_client::RelayReceiver,
-    control::{DeviceBackend, DeviceLoss, DeviceSpec, DeviceStats, FailureCode},
+    control::{DeviceBackend, DeviceLoss, DeviceSpec, DeviceStats, FailureCode, Files, files::connection},
     memory::GuestMemory,
     sandbox,
 };
@@ -216,18 +216,13 @@ pub struct LostDevice {
 }
 
 impl PassthroughDevices {
-    /// Opens all functions, those of VFIO in one container. `connections` are those of the simulated functions, in
-    /// their sequence. The process still has its privileges.
+    /// Opens all functions, those of VFIO in one container. The connections of simulated functions are among `files`.
+    /// The process still has its privileges.
     ///
     /// # Errors
     /// See [`DeviceError`].
-    pub fn open(
-        vm: &VmFd,
-        devices: &[DeviceSpec],
-        connections: Vec<OwnedFd>,
-    ) -> Result<OpenedDevices, DeviceError> {
+    pub fn open(vm: &VmFd, devices: &[DeviceSpec], files: &mut Files) -> Result<OpenedDevices, DeviceError> {
         let mut opened = OpenedDevices { container: None, devices: Vec::new() };
-        let mut connections = connections.into_iter();
         for spec in devices {
             let hardware = match spec.backend {
                 DeviceBackend::Vfio { .. } => {
@@ -241,7 +236,7 @@ impl PassthroughDevices {
                 }
                 DeviceBackend::Simulated => {
                     let missing = || DeviceError::NotConnected { bdf: spec.bdf.clone() };
-                    Hardware::Simulated(connections.next().ok_or_else(missing)?)
+                    Hardware::Simulated(files.take(&connection(&spec.bdf)).ok_or_else(missing)?)
                 }
             };
             opened.devices.push((spec.clone(), hardware));

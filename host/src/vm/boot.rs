@@ -16,7 +16,7 @@ use passthrough::{
 };
 use tokio::sync::mpsc;
 use uuid::Uuid;
-use vmm::control::{DeviceBackend, DeviceSpec, MachineSpec, Order, State};
+use vmm::control::{DeviceBackend, DeviceSpec, MachineSpec, Order, State, files as file};
 
 use super::{
     claims::Held,
@@ -172,12 +172,16 @@ pub(super) async fn run(
         return Err(Problem::new(ProblemCode::VmmFailed, "A new vmm process reports a wrong state."));
     }
     enter(Stage::BuildingMachine);
-    let mut fds: Vec<OwnedFd> = vec![files.kvm.into(), console.into(), files.kernel.into()];
     let initramfs = files.initramfs.is_some();
-    fds.extend(files.initramfs.map(OwnedFd::from));
-    fds.extend(connections(env, held).await?);
+    let own = [(file::KVM, files.kvm), (file::CONSOLE, console), (file::KERNEL, files.kernel)];
+    let own = own.into_iter().chain(files.initramfs.map(|initramfs| (file::INITRAMFS, initramfs)));
+    let own = own.map(|(name, file)| (name.to_owned(), OwnedFd::from(file)));
+    let (names, fds) = own.chain(connections(env, held).await?).unzip();
     let spec = Box::new(machine(vm, initramfs, held, user, &env.protections_off()));
-    connection.order(Order::Configure { spec }, fds, CONFIGURE).await.map_err(|e| e.problem())?;
+    connection
+        .order(Order::Configure { spec, files: names }, fds, CONFIGURE)
+        .await
+        .map_err(|e| e.problem())?;
     reach(Point::BootConfigured);
     enter(Stage::StartingVcpus);
     connection.order(Order::Run, Vec::new(), PROMPT).await.map_err(|e| e.problem())?;
@@ -185,11 +189,14 @@ pub(super) async fn run(
     Ok((connection, events))
 }
 
-/// Opens the connections of simulated functions to their PFs.
-async fn connections(env: &Environment, held: &[Held]) -> Result<Vec<OwnedFd>, Problem> {
+/// Opens the connections of simulated functions to their PFs. Returns them with their names.
+async fn connections(env: &Environment, held: &[Held]) -> Result<Vec<(String, OwnedFd)>, Problem> {
     let Some(simulated) = env.inventory.simulated().map(Arc::clone) else { return Ok(Vec::new()) };
     let vfs: Vec<Bdf> = held.iter().map(|claim| claim.value.bdf).filter(|bdf| is_simulated(*bdf)).collect();
-    let attach = move || vfs.into_iter().map(|vf| simulated.attach(vf)).collect::<Result<_, _>>();
+    let attach = move || {
+        let one = |vf: Bdf| Ok((file::connection(&vf.to_string()), simulated.attach(vf)?));
+        vfs.into_iter().map(one).collect::<Result<_, _>>()
+    };
     let attached = tokio::task::spawn_blocking(attach).await;
     attached
         .map_err(|error| Problem::new(ProblemCode::Internal, chain(&error)))?
