@@ -53,7 +53,7 @@ core::arch::global_asm!(
     "  call 40f",
     "  mov dword ptr [ebx + 0xc40], 2",
     "9:",
-    "  mov dx, 0x604",
+    "  mov dx, 0x624",
     "  mov al, 0x34",
     "  out dx, al",
     "8: hlt",
