@@ -5,6 +5,9 @@
 //!
 //! A device of the machine is a file of its own that implements [`Device`], and a line of the table in this file.
 
+#[cfg(test)]
+pub(crate) mod probe;
+
 use std::{io, sync::Arc};
 
 use devices::{
@@ -35,6 +38,8 @@ const TABLE: &[Build] = &[
     |board, _| Ok(vec![board.serial.clone()]),
     |board, _| Ok(vec![board.acpi.clone()]),
     |board, _| Ok(vec![Arc::new(I8042::new(board.latch.clone()))]),
+    #[cfg(test)]
+    probe::build,
 ];
 
 /// Errors of building the machine's devices.

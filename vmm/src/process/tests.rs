@@ -138,6 +138,7 @@ macro_rules! guest {
 }
 
 mod counters;
+mod probe;
 mod simulated;
 
 /// A vmm process in a thread, and the agent's end of its control channel.
@@ -258,6 +259,15 @@ impl Fixture {
                 other => panic!("{other:?}"),
             }
         }
+    }
+
+    /// Waits until the guest has written exactly `text` since its start.
+    fn wait_for_output(&self, text: &str) {
+        let deadline = Instant::now() + Duration::from_secs(10);
+        while self.output().len() < text.len() && Instant::now() < deadline {
+            thread::sleep(Duration::from_millis(1));
+        }
+        assert_eq!(self.output(), text);
     }
 
     fn output(&self) -> String {
