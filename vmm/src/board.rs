@@ -5,7 +5,7 @@
 //!
 //! A device of the machine is a file of its own that implements [`Device`], and a line of the table in this file.
 
-#[cfg(test)]
+#[cfg(any(test, feature = "test-support"))]
 pub(crate) mod probe;
 
 use std::{io, sync::Arc};
@@ -26,7 +26,12 @@ use devices::{
 use kvm_ioctls::VmFd;
 
 use crate::{
-    console::Console, control::Files, doorbells::KvmDoorbells, interrupts::Routes, layout, vcpu::exit::Ports,
+    console::Console,
+    control::{Files, MachineSpec},
+    doorbells::KvmDoorbells,
+    interrupts::Routes,
+    layout,
+    vcpu::exit::Ports,
 };
 
 /// Builds devices of one kind: none, if the machine has none of that kind.
@@ -38,7 +43,7 @@ const TABLE: &[Build] = &[
     |board, _| Ok(vec![board.serial.clone()]),
     |board, _| Ok(vec![board.acpi.clone()]),
     |board, _| Ok(vec![Arc::new(I8042::new(board.latch.clone()))]),
-    #[cfg(test)]
+    #[cfg(any(test, feature = "test-support"))]
     probe::build,
 ];
 
@@ -57,6 +62,8 @@ pub enum BoardError {
 pub struct Parts<'a> {
     /// The VM.
     pub vm: &'a Arc<VmFd>,
+    /// The machine.
+    pub spec: &'a MachineSpec,
     /// Its interrupts.
     pub routes: &'a Arc<Routes>,
     /// Guest-physical addresses of the PCI bus.

@@ -200,7 +200,8 @@ impl Machine {
             low: layout::PCI_WINDOW_32,
             high: layout::pci_window_64(spec.memory, cpuid::physical_bits(&cpuid)),
         };
-        let mut board = Board::new(&mut Parts { vm: &vm, routes: &routes, pci, files: &mut files }, console)?;
+        let mut board =
+            Board::new(&mut Parts { vm: &vm, spec, routes: &routes, pci, files: &mut files }, console)?;
         files.finish()?;
         let router: Arc<dyn MsiRouter> = routes;
         let devices = Arc::new(opened.assemble(&MachineParts {
