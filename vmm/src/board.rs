@@ -26,6 +26,7 @@ use devices::{
 use kvm_ioctls::VmFd;
 
 use crate::{
+    bars::BarAllocator,
     console::Console,
     control::{Files, MachineSpec},
     doorbells::KvmDoorbells,
@@ -67,7 +68,9 @@ pub struct Parts<'a> {
     /// Its interrupts.
     pub routes: &'a Arc<Routes>,
     /// Guest-physical addresses of the PCI bus.
-    pub pci: Windows,
+    pub pci: &'a Windows,
+    /// Those that BARs can have.
+    pub bars: &'a mut BarAllocator,
     /// The machine's files. A device takes those that it knows.
     pub files: &'a mut Files,
 }

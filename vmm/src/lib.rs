@@ -13,6 +13,7 @@
 pub mod agent_client;
 #[cfg(feature = "attacks")]
 pub mod attack;
+pub mod bars;
 pub mod board;
 pub mod boot;
 pub mod console;

@@ -20,6 +20,7 @@ use vmm_sys_util::eventfd::EventFd;
 
 use crate::{
     agent_client::RelayReceiver,
+    bars::BarAllocator,
     board::{Board, BoardError, Parts},
     boot::{self, BootError, Payload, acpi::Description},
     console::{self, Console},
@@ -200,15 +201,18 @@ impl Machine {
             low: layout::PCI_WINDOW_32,
             high: layout::pci_window_64(spec.memory, cpuid::physical_bits(&cpuid)),
         };
-        let mut board =
-            Board::new(&mut Parts { vm: &vm, spec, routes: &routes, pci, files: &mut files }, console)?;
+        let mut bars = BarAllocator::new(&pci);
+        let mut parts =
+            Parts { vm: &vm, spec, routes: &routes, pci: &pci, bars: &mut bars, files: &mut files };
+        let mut board = Board::new(&mut parts, console)?;
         files.finish()?;
         let router: Arc<dyn MsiRouter> = routes;
-        let devices = Arc::new(opened.assemble(&MachineParts {
+        let devices = Arc::new(opened.assemble(MachineParts {
             memory: &memory,
             router: &router,
             mapper: &slots,
             bus: &board.pci,
+            bars: &mut bars,
             relays,
             threads: &confinement.for_functions(),
         })?);

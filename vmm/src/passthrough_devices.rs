@@ -5,7 +5,6 @@
 
 use std::{
     collections::BTreeMap,
-    ops::Range,
     os::fd::{AsRawFd, OwnedFd, RawFd},
     sync::{Arc, Mutex, MutexGuard, PoisonError},
     time::Duration,
@@ -15,8 +14,8 @@ use devices::{
     device::{self, Device},
     interrupt::MsiRouter,
     memory::GuestMapper,
-    pci::bar::{BarError, BarLayout},
-    pci::bus::{PciBus, SlotError, Windows},
+    pci::bar::BarError,
+    pci::bus::{PciBus, SlotError},
 };
 use kvm_bindings::{kvm_create_device, kvm_device_type_KVM_DEV_TYPE_VFIO};
 use kvm_ioctls::VmFd;
@@ -29,11 +28,11 @@ use passthrough::{
     threads::ThreadStart,
     vfio::{self, Container, KvmVfioDevice, VfioVf},
 };
-use vm_allocator::{AddressAllocator, AllocPolicy};
 use vmm_sys_util::eventfd::EventFd;
 
 use crate::{
     agent_client::RelayReceiver,
+    bars::BarAllocator,
     control::{DeviceBackend, DeviceLoss, DeviceSpec, DeviceStats, FailureCode, Files, files::connection},
     memory::GuestMemory,
     sandbox,
@@ -312,32 +311,6 @@ impl Device for PassthroughDevices {
     }
 }
 
-/// Allocates guest-physical addresses for BARs at power-on. The guest may move the BARs.
-struct BarAllocator {
-    low: Option<AddressAllocator>,
-    high: Option<AddressAllocator>,
-}
-
-impl BarAllocator {
-    fn new(windows: &Windows) -> Self {
-        let allocator = |range: &Range<u64>| {
-            AddressAllocator::new(range.start, range.end.saturating_sub(range.start)).ok()
-        };
-        Self { low: allocator(&windows.low), high: allocator(&windows.high) }
-    }
-
-    fn take(&mut self, layout: BarLayout) -> Option<u64> {
-        let from = |allocator: &mut Option<AddressAllocator>| {
-            // Give a BAR that is smaller than a page its own page, so that no two share a window.
-            let size = layout.size.max(4096);
-            let range = allocator.as_mut()?.allocate(size, size, AllocPolicy::FirstMatch).ok()?;
-            Some(range.start())
-        };
-        let high = if layout.is_64bit { from(&mut self.high) } else { None };
-        high.or_else(|| from(&mut self.low))
-    }
-}
-
 /// The parts of a machine that its functions are connected to.
 pub struct MachineParts<'a> {
     /// Guest memory.
@@ -348,6 +321,8 @@ pub struct MachineParts<'a> {
     pub mapper: &'a Arc<dyn GuestMapper>,
     /// The bus.
     pub bus: &'a PciBus,
+    /// Addresses of BARs.
+    pub bars: &'a mut BarAllocator,
     /// Receives the relays' messages.
     pub relays: &'a RelayReceiver,
     /// The start routine of the functions' threads.
@@ -359,12 +334,11 @@ impl OpenedDevices {
     ///
     /// # Errors
     /// See [`DeviceError`].
-    pub fn assemble(self, machine: &MachineParts<'_>) -> Result<PassthroughDevices, DeviceError> {
-        let MachineParts { memory, router, mapper, bus, relays, threads } = machine;
+    pub fn assemble(self, machine: MachineParts<'_>) -> Result<PassthroughDevices, DeviceError> {
+        let MachineParts { memory, router, mapper, bus, bars, relays, threads } = machine;
         if let Some(container) = &self.container {
             container.map_memory(memory)?;
         }
-        let mut bars = BarAllocator::new(bus.windows());
         let windows = bus.windows().bars();
         let mut functions = Vec::new();
         for (spec, hardware) in self.devices {
@@ -435,23 +409,4 @@ fn start_relay(
 /// The page that no guest sees: the mailbox's.
 fn mailbox_trap(relay: &Relay) -> TrappedRange {
     TrappedRange { bar: 0, range: 0..PAGE_SIZE, handler: relay.page() }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn bars_get_addresses_of_their_own_in_the_window_that_they_can_reach() {
-        let windows = |high| Windows { ecam: 0, low: 0xc000_0000..0xe000_0000, high };
-        let mut bars = BarAllocator::new(&windows(1 << 32..1 << 33));
-        let bar = |size, is_64bit| BarLayout { size, is_64bit, prefetchable: false };
-        assert_eq!(bars.take(bar(0x4000, true)), Some(1 << 32));
-        assert_eq!(bars.take(bar(0x4000, true)), Some((1 << 32) + 0x4000));
-        assert_eq!(bars.take(bar(0x10, false)), Some(0xc000_0000));
-        assert_eq!(bars.take(bar(0x2000, false)), Some(0xc000_2000));
-        assert_eq!(bars.take(bar(1 << 34, true)), None);
-        let mut no_upper_window = BarAllocator::new(&windows(0..0));
-        assert_eq!(no_upper_window.take(bar(0x4000, true)), Some(0xc000_0000));
-    }
 }
