@@ -16,9 +16,9 @@ pub struct IoThread {
     pub name: String,
     /// The eventfds that wake the thread: doorbells and the device's own signals.
     pub events: Vec<IoEvent>,
-    /// The work for the eventfd with this index, whose count has been read. It may block, for seconds at most. It does a
-    /// bounded part of the work: if more is left, it signals its own eventfd, so that the thread can be parked in
-    /// between.
+    /// The work for the eventfd with this index, whose count has been read. It may block, for seconds at most, but not
+    /// under a lock that a vCPU's thread takes. It does a bounded part of the work: if more is left, it signals its own
+    /// eventfd, so that the thread can be parked in between.
     pub work: Box<dyn FnMut(usize) + Send>,
 }
 

@@ -11,6 +11,7 @@
 //! ```
 
 use std::{
+    cell::Cell,
     io,
     os::fd::AsRawFd,
     sync::mpsc::{self, Receiver, Sender, TryRecvError},
@@ -24,7 +25,7 @@ use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent, EventSet};
 use crate::seccomp::{self, Confinement};
 
 /// The longest time until a thread has parked or ended: a device's work must not block longer.
-const ACKNOWLEDGE: Duration = Duration::from_secs(10);
+const ACKNOWLEDGE: Duration = Duration::from_secs(if cfg!(test) { 2 } else { 10 });
 /// The interval at which the end of a thread is looked for.
 const LOOK_AGAIN: Duration = Duration::from_micros(200);
 /// The token of the control eventfd. Tokens of a device's eventfds are their indices.
@@ -50,7 +51,8 @@ pub enum IoThreadError {
 
 enum Command {
     Run,
-    Park,
+    /// The thread acknowledges with this number.
+    Park(u64),
 }
 
 /// The machine's end of one thread.
@@ -60,7 +62,9 @@ struct Handle {
     commands: Sender<Command>,
     /// Wakes the thread for a command.
     control: IoEvent,
-    acknowledged: Receiver<()>,
+    acknowledged: Receiver<u64>,
+    /// The number of the last command to park. An acknowledgement with another number came too late for its command.
+    parks: Cell<u64>,
     thread: Option<thread::JoinHandle<()>>,
 }
 
@@ -91,9 +95,12 @@ impl IoThreads {
     /// Stops the threads between two pieces of work. Events stay pending.
     ///
     /// # Errors
-    /// [`IoThreadError::Silent`].
+    /// [`IoThreadError::Silent`]: the thread parks later. [`Self::run`] undoes that, too.
     pub fn park(&self) -> Result<(), IoThreadError> {
-        self.0.iter().try_for_each(|handle| handle.send(Command::Park))?;
+        for handle in &self.0 {
+            handle.parks.set(handle.parks.get().wrapping_add(1));
+            handle.send(Command::Park(handle.parks.get()))?;
+        }
         self.0.iter().try_for_each(Handle::wait)
     }
 
@@ -151,7 +158,7 @@ impl Handle {
             confine();
             worker.serve(&inbox, &acknowledge);
         })?;
-        Ok(Self { name, events, commands, control, acknowledged, thread: Some(thread) })
+        Ok(Self { name, events, commands, control, acknowledged, parks: Cell::new(0), thread: Some(thread) })
     }
 
     fn silent(&self) -> IoThreadError {
@@ -165,7 +172,13 @@ impl Handle {
     }
 
     fn wait(&self) -> Result<(), IoThreadError> {
-        self.acknowledged.recv_timeout(ACKNOWLEDGE).map_err(|_| self.silent())
+        let deadline = Instant::now() + ACKNOWLEDGE;
+        loop {
+            let left = deadline.saturating_duration_since(Instant::now());
+            if self.acknowledged.recv_timeout(left).map_err(|_| self.silent())? == self.parks.get() {
+                return Ok(());
+            }
+        }
     }
 }
 
@@ -179,16 +192,16 @@ struct Worker {
 }
 
 impl Worker {
-    fn serve(mut self, commands: &Receiver<Command>, acknowledge: &Sender<()>) {
+    fn serve(mut self, commands: &Receiver<Command>, acknowledge: &Sender<u64>) {
         let mut running = false;
         loop {
             let command =
                 if running { commands.try_recv() } else { commands.recv().map_err(TryRecvError::from) };
             match command {
                 Ok(Command::Run) => running = true,
-                Ok(Command::Park) => {
+                Ok(Command::Park(number)) => {
                     running = false;
-                    if acknowledge.send(()).is_err() {
+                    if acknowledge.send(number).is_err() {
                         return;
                     }
                 }
@@ -286,26 +299,55 @@ mod tests {
         assert!(work.recv_timeout(NOT).is_err());
     }
 
-    #[test]
-    fn a_thread_that_works_parks_after_this_piece() {
-        let (begin, proceed) = (mpsc::channel(), mpsc::channel());
-        let first = IoEvent::new().unwrap();
+    /// A thread whose work says when it begins, and then waits.
+    fn start_slow(event: &IoEvent) -> (IoThreads, Receiver<()>, Sender<()>) {
+        let (begin, begun) = mpsc::channel();
+        let (proceed, may_proceed) = mpsc::channel();
         let request = IoThread {
             name: "io slow".into(),
-            events: vec![first.clone()],
+            events: vec![event.clone()],
             work: Box::new(move |_| {
-                begin.0.send(()).unwrap();
-                proceed.1.recv().unwrap();
+                begin.send(()).unwrap();
+                may_proceed.recv().unwrap();
             }),
         };
-        let threads = IoThreads::start(vec![request], &Confinement::new(false)).unwrap();
+        (IoThreads::start(vec![request], &Confinement::new(false)).unwrap(), begun, proceed)
+    }
+
+    #[test]
+    fn a_thread_that_works_parks_after_this_piece() {
+        let event = IoEvent::new().unwrap();
+        let (threads, begun, proceed) = start_slow(&event);
         threads.run().unwrap();
-        first.signal();
-        begin.1.recv_timeout(SOON).unwrap();
-        let park = thread::spawn(move || threads.park());
+        event.signal();
+        begun.recv_timeout(SOON).unwrap();
+        // The threads come back: their end would wait for the work, too.
+        let park = thread::spawn(move || (threads.park(), threads));
         thread::sleep(NOT);
         assert!(!park.is_finished(), "it waits for the work");
-        proceed.0.send(()).unwrap();
-        park.join().unwrap().unwrap();
+        proceed.send(()).unwrap();
+        park.join().unwrap().0.unwrap();
+    }
+
+    #[test]
+    fn a_thread_that_hangs_is_named_and_its_late_answer_is_not_taken_for_the_next() {
+        let event = IoEvent::new().unwrap();
+        let (threads, begun, proceed) = start_slow(&event);
+        threads.run().unwrap();
+        event.signal();
+        begun.recv_timeout(SOON).unwrap();
+        let error = threads.park().unwrap_err();
+        assert!(matches!(&error, IoThreadError::Silent(name) if name == "io slow"), "{error}");
+        // It goes on, and is busy again.
+        threads.run().unwrap();
+        proceed.send(()).unwrap();
+        event.signal();
+        begun.recv_timeout(SOON).unwrap();
+        // The threads come back: their end would wait for the work, too.
+        let park = thread::spawn(move || (threads.park(), threads));
+        thread::sleep(NOT);
+        assert!(!park.is_finished(), "the answer to the first command has come meanwhile");
+        proceed.send(()).unwrap();
+        park.join().unwrap().0.unwrap();
     }
 }

@@ -273,8 +273,16 @@ impl Machine {
     /// Stops the vCPUs at an instruction boundary, and then the devices.
     ///
     /// # Errors
-    /// A vCPU or an I/O thread does not answer.
+    /// A vCPU or an I/O thread does not answer. After the latter the machine runs on.
     pub fn park(&self) -> Result<(), MachineError> {
+        let result = self.stop();
+        if let Err(MachineError::IoThread(_)) = result {
+            self.run()?;
+        }
+        result
+    }
+
+    fn stop(&self) -> Result<(), MachineError> {
         self.vcpus.park()?;
         self.board.pause();
         Ok(self.io_threads.park()?)
@@ -286,7 +294,7 @@ impl Machine {
     /// # Errors
     /// See [`MachineError`]; the machine cannot go on then.
     pub fn reset(&mut self) -> Result<(), MachineError> {
-        self.park()?;
+        self.stop()?;
         self.io_threads.forget();
         self.board.reset()?;
         for chip in &self.power_on.chips {
