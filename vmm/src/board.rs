@@ -8,7 +8,7 @@
 #[cfg(any(test, feature = "test-support"))]
 pub(crate) mod probe;
 
-use std::{io, sync::Arc};
+use std::{error::Error, io, sync::Arc};
 
 use devices::{
     acpi::{self, AcpiRegisters},
@@ -19,10 +19,10 @@ use devices::{
     interrupt::MsiRouter,
     io_thread::IoThread,
     machine::{EventLatch, MachineEvent},
+    memory::GuestMapper,
     pci::bus::{PciBus, Windows},
     serial::{self, Serial},
 };
-
 use kvm_ioctls::VmFd;
 
 use crate::{
@@ -32,6 +32,7 @@ use crate::{
     doorbells::KvmDoorbells,
     interrupts::Routes,
     layout,
+    memory::GuestMemory,
     vcpu::exit::Ports,
 };
 
@@ -57,6 +58,14 @@ pub enum BoardError {
     /// An interrupt of a device cannot be connected.
     #[error("Cannot connect an interrupt")]
     Interrupt(#[source] io::Error),
+    /// A device cannot be built.
+    #[error("Cannot build device {device}")]
+    Device {
+        /// The device's name.
+        device: String,
+        /// The cause.
+        source: Box<dyn Error + Send + Sync>,
+    },
 }
 
 /// The parts of a machine that its devices are connected to.
@@ -65,7 +74,11 @@ pub struct Parts<'a> {
     pub vm: &'a Arc<VmFd>,
     /// The machine.
     pub spec: &'a MachineSpec,
-    /// Its interrupts.
+    /// Guest memory.
+    pub memory: &'a GuestMemory,
+    /// KVM's memory slots.
+    pub mapper: &'a Arc<dyn GuestMapper>,
+    /// Interrupts.
     pub routes: &'a Arc<Routes>,
     /// Guest-physical addresses of the PCI bus.
     pub pci: &'a Windows,

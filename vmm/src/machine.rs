@@ -96,7 +96,7 @@ impl MachineError {
             Self::Memory(_) => FailureCode::Memory,
             Self::Boot(_) => FailureCode::Kernel,
             Self::Device(error) => error.code(),
-            Self::Reset(_) => FailureCode::Device,
+            Self::Reset(_) | Self::Board(BoardError::Device { .. }) => FailureCode::Device,
             Self::File(_) => FailureCode::Invalid,
             Self::Sandbox(_) | Self::Seccomp(_) => FailureCode::Sandbox,
             Self::Vcpu(_) | Self::IoThread(_) | Self::Io(..) | Self::Board(_) => FailureCode::Internal,
@@ -202,8 +202,16 @@ impl Machine {
             high: layout::pci_window_64(spec.memory, cpuid::physical_bits(&cpuid)),
         };
         let mut bars = BarAllocator::new(&pci);
-        let mut parts =
-            Parts { vm: &vm, spec, routes: &routes, pci: &pci, bars: &mut bars, files: &mut files };
+        let mut parts = Parts {
+            vm: &vm,
+            spec,
+            memory: &memory,
+            mapper: &slots,
+            routes: &routes,
+            pci: &pci,
+            bars: &mut bars,
+            files: &mut files,
+        };
         let mut board = Board::new(&mut parts, console)?;
         files.finish()?;
         let router: Arc<dyn MsiRouter> = routes;

@@ -66,7 +66,8 @@ pub(super) fn build(_: &Board, parts: &mut Parts<'_>) -> Result<Vec<Arc<dyn Devi
         return Ok(Vec::new());
     }
     let probe = Probe::new(log, parts.doorbells(), parts.router());
-    Ok(vec![Arc::new(probe.map_err(BoardError::Interrupt)?)])
+    let failed = |error: io::Error| BoardError::Device { device: FILE.to_owned(), source: error.into() };
+    Ok(vec![Arc::new(probe.map_err(failed)?)])
 }
 
 struct Probe {
