@@ -2,8 +2,8 @@
 
 //! The duties of a device towards its machine.
 //!
-//! The machine keeps its devices in one list and never asks which device one is. It calls them from its event loop's
-//! thread, never from a vCPU's:
+//! The machine keeps its devices in one list and never asks which device one is. It calls them from
+//! its event loop's thread, never from a vCPU's:
 //!
 //! ```text
 //!              resume              pause                    reset
@@ -12,8 +12,8 @@
 //!     └── shutdown ▶ Closed
 //! ```
 //!
-//! A new device is paused. `resume` goes through the list forwards; `pause`, `reset` and `shutdown` go backwards, so that
-//! a device's bus outlasts it.
+//! A new device is paused. `resume` goes through the list forwards; `pause`, `reset` and `shutdown`
+//! go backwards, so that a device's bus outlasts it.
 
 use std::{error::Error, ops::Range, sync::Arc};
 
@@ -22,39 +22,42 @@ use crate::{bus::BusDevice, io_thread::IoThread};
 /// A device of the machine. It is shared with the vCPUs' threads, which reach its registers through
 /// [`Device::decodes`].
 pub trait Device: Send + Sync {
-    /// The registers that the device puts on the machine's buses. Called once, before the vCPUs run.
+    /// The registers that the device puts on the machine's buses. Called once, before the vCPUs
+    /// run.
     fn decodes(self: Arc<Self>) -> Vec<Decoded> {
         Vec::new()
     }
 
-    /// The device's part of the DSDT: AML at the root of the namespace (ACPI 6.5, chapter 20). Empty if a guest finds
-    /// the device by other means, as it finds PCI functions.
+    /// The device's part of the DSDT: AML at the root of the namespace (ACPI 6.5, chapter 20).
+    /// Empty if a guest finds the device by other means, as it finds PCI functions.
     fn aml(&self) -> Vec<u8> {
         Vec::new()
     }
 
-    /// The threads that the device needs beside those of the vCPUs. Called once, before the vCPUs run: no thread starts
-    /// later.
+    /// The threads that the device needs beside those of the vCPUs. Called once, before the vCPUs
+    /// run: no thread starts later.
     fn io_threads(self: Arc<Self>) -> Vec<IoThread> {
         Vec::new()
     }
 
-    /// Stops the device's own activity: after the return it raises no interrupt and touches no guest memory. The vCPUs
-    /// are parked, its I/O threads still run and are parked next. Registers keep their values. Pausing a paused device does
-    /// nothing.
+    /// Ends the device's activity, such as requests under way. The vCPUs are parked. The I/O threads
+    /// still run, so that they can complete requests; they are parked next, and then nothing raises
+    /// an interrupt or touches guest memory. Registers keep their values. Pausing a paused device
+    /// does nothing.
     fn pause(&self) {}
 
-    /// Continues after a pause, or begins after a reset. The I/O threads run, the vCPUs run next.
+    /// Continues after a pause, or begins after a reset. The I/O threads run next, then the vCPUs.
     fn resume(&self) {}
 
-    /// Goes back to the state at power-on, without any trace of the last boot. The device is paused. May block.
+    /// Goes back to the state at power-on, without any trace of the last boot. The device is
+    /// paused. May block.
     ///
     /// # Errors
     /// [`ResetError`]: the device may still use guest memory, so the machine must not boot again.
     fn reset(&self) -> Result<(), ResetError>;
 
-    /// Releases what the device holds of the host. The device is paused, its I/O threads have ended, and no call follows.
-    /// May block.
+    /// Releases what the device holds of the host. The device is paused, its I/O threads have
+    /// ended, and no call follows. May block.
     fn shutdown(&self) {}
 }
 

@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 
-//! The interface through which a device hears of guests' writes without an exit of the vCPU to this process.
+//! The interface through which a device hears of guests' writes without an exit of the vCPU to this
+//! process.
 
 use std::io;
 
@@ -8,8 +9,8 @@ use vmm_sys_util::eventfd::EventFd;
 
 use crate::device::Space;
 
-/// A register whose writes signal an eventfd. The value is lost. Reads, and writes that do not match, reach the device
-/// as before.
+/// A register whose writes signal an eventfd. The value is lost. Reads, and writes that do not
+/// match, reach the device as before.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct Doorbell {
     /// The bus.
@@ -37,15 +38,18 @@ pub enum Ring {
 
 /// Makes and removes doorbells.
 ///
-/// The vmm implements it over `KVM_IOEVENTFD`, tests by a recorder. Every call may come from a vCPU thread.
+/// The vmm implements it over `KVM_IOEVENTFD`, tests by a recorder. Every call may come from a vCPU
+/// thread.
 pub trait Doorbells: Send + Sync {
-    /// Lets writes to `doorbell` signal `event`, which never blocks and stays open until [`Self::disconnect`].
+    /// Lets writes to `doorbell` signal `event`, which never blocks and stays open until
+    /// [`Self::disconnect`].
     ///
     /// # Errors
     /// `AlreadyExists` if another doorbell matches the same writes; else those of the kernel.
     fn connect(&self, doorbell: Doorbell, event: &EventFd) -> io::Result<()>;
 
-    /// Undoes [`Self::connect`]. After the return no write signals `event`; a signal from before stays in it.
+    /// Undoes [`Self::connect`]. After the return no write signals `event`; a signal from before
+    /// stays in it.
     ///
     /// # Errors
     /// `NotFound` if there is no such doorbell; else those of the kernel.

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 
-//! The I/O threads of a machine's devices. They exist from the machine's construction to its end; a machine whose
-//! devices ask for none has none.
+//! The I/O threads of a machine's devices. They exist from the machine's construction to its end; a
+//! machine whose devices ask for none has none.
 //!
 //! ```text
 //!            run                       event: work
@@ -63,7 +63,8 @@ struct Handle {
     /// Wakes the thread for a command.
     control: IoEvent,
     acknowledged: Receiver<u64>,
-    /// The number of the last command to park. An acknowledgement with another number came too late for its command.
+    /// The number of the last command to park. An acknowledgement with another number came too late
+    /// for its command.
     parks: Cell<u64>,
     thread: Option<thread::JoinHandle<()>>,
 }

@@ -2,13 +2,14 @@
 
 //! One virtual machine: KVM, memory, boot, vCPUs, interrupt routing, event loop, sandbox, control protocol.
 //!
-//! [`process`] is the `main` and the event loop of the process of one VM. It owns a [`machine`], which is built from
-//! [`memory`], [`interrupts`], [`doorbells`], a [`board`] with its devices and their [`io_threads`],
-//! [`passthrough_devices`], a kernel that [`boot`] puts in place, and [`vcpu`] threads. [`agent_client`] carries relays' requests to the agent.
+//! [`process`] is the `main` and the event loop of the process of one VM. It owns a [`machine`],
+//! which is built from [`memory`], [`interrupts`], [`doorbells`], a [`board`] with its devices and
+//! their [`io_threads`], [`passthrough_devices`], a kernel that [`boot`] puts in place, and
+//! [`vcpu`] threads. [`agent_client`] carries relays' requests to the agent.
 //!
-//! The agent knows [`control`], the format of [`console`]'s file and, of [`sandbox`], whether the host has Landlock.
-//! It dispatches to [`process::main`] before any of its own code runs. The process of a simulated PF confines itself
-//! with [`sandbox`] and [`seccomp`].
+//! The agent knows [`control`], the format of [`console`]'s file and, of [`sandbox`], whether the
+//! host has Landlock. It dispatches to [`process::main`] before any of its own code runs. The
+//! process of a simulated PF confines itself with [`sandbox`] and [`seccomp`].
 
 pub mod agent_client;
 #[cfg(feature = "attacks")]

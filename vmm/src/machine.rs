@@ -273,8 +273,8 @@ impl Machine {
     /// # Errors
     /// A vCPU or an I/O thread does not answer.
     pub fn run(&self) -> Result<(), MachineError> {
-        self.io_threads.run()?;
         self.board.resume();
+        self.io_threads.run()?;
         Ok(self.vcpus.run()?)
     }
 

@@ -2,9 +2,10 @@
 
 //! The functions of a bus by the guest-physical addresses that their BARs decode.
 //!
-//! The map says where to ask first, and the function's own check decides: a function may stop decoding at any time (a
-//! reset of its own, a loss). It begins to decode only in a write of its configuration space, which comes through the
-//! bus. So an address that is not in the map belongs to no function.
+//! The map says where to ask first, and the function's own check decides: a function may stop
+//! decoding at any time (a reset of its own, a loss). It begins to decode only in a write of its
+//! configuration space, which comes through the bus. So an address that is not in the map belongs
+//! to no function.
 
 use std::collections::BTreeMap;
 
@@ -15,7 +16,8 @@ use super::DecodedBars;
 pub(super) struct AddressMap {
     /// The decoded BARs of each slot that has any.
     slots: BTreeMap<u8, DecodedBars>,
-    /// Disjoint ranges: the end (exclusive) and the slot, by the start. Where BARs overlap, the lowest slot counts.
+    /// Disjoint ranges: the end (exclusive) and the slot, by the start. Where BARs overlap, the
+    /// lowest slot counts.
     ranges: BTreeMap<u64, (u64, u8)>,
 }
 

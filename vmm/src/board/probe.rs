@@ -2,8 +2,9 @@
 
 //! A device for tests: all that a device of the machine can have, and an example of one.
 //!
-//! The machine has it if a file called `probe` comes beside its specification, or if `device=probe` is a word of the
-//! command line. The device writes the calls of the machine to that file, a word a line.
+//! The machine has it if a file called `probe` comes beside its specification, or if `device=probe`
+//! is a word of the command line. The device writes the calls of the machine to that file, a word a
+//! line.
 //!
 //! | offset | register (32 bits) | |
 //! |---|---|---|
@@ -16,7 +17,8 @@
 //! | 0x18 | missed | writes in this boot to a doorbell's register that rang nothing |
 //! | 0x20, 0x24 | doorbell | |
 //!
-//! Port 0x640 is a second doorbell, for the value 7 alone. It reads as the lowest byte of the answers.
+//! Port 0x640 is a second doorbell, for the value 7 alone. It reads as the lowest byte of the
+//! answers.
 
 use std::{
     fs::File,
@@ -120,7 +122,8 @@ impl Probe {
         }
     }
 
-    /// Moves the doorbell in memory, on the thread of the vCPU that wants it elsewhere or of the event loop.
+    /// Moves the doorbell in memory, on the thread of the vCPU that wants it elsewhere or of the
+    /// event loop.
     fn move_doorbell(&self, registers: &mut Registers, place: usize) -> io::Result<()> {
         let event = self.rung[0].eventfd();
         self.doorbells.disconnect(in_memory(registers.place), event)?;

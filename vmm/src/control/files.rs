@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 
-//! The files of a machine, which come as descriptors beside [`Order::Configure`](super::Order::Configure), each with a
-//! name.
+//! The files of a machine, which come as descriptors beside
+//! [`Order::Configure`](super::Order::Configure), each with a name.
 
 use std::{collections::BTreeMap, os::fd::OwnedFd};
 
@@ -14,7 +14,8 @@ pub const KERNEL: &str = "kernel";
 /// The initramfs, if [`MachineSpec::initramfs`](super::MachineSpec::initramfs).
 pub const INITRAMFS: &str = "initramfs";
 
-/// The name of a simulated function's connection to its PF. `bdf` is the function's address on the host.
+/// The name of a simulated function's connection to its PF. `bdf` is the function's address on the
+/// host.
 #[must_use]
 pub fn connection(bdf: &str) -> String {
     format!("connection:{bdf}")

@@ -7,8 +7,8 @@ use std::fs;
 use super::*;
 use crate::board::probe::{FILE, THREAD};
 
-// Prints a character for each thing that works, and a new line. Then waits for a character on the serial port: 'r'
-// resets, 'q' powers off.
+// Prints a character for each thing that works, and a new line. Then waits for a character on the
+// serial port: 'r' resets, 'q' powers off.
 core::arch::global_asm!(
     ".pushsection .rodata",
     ".code32",
@@ -82,7 +82,8 @@ core::arch::global_asm!(
     "  out dx, al",
     "5: hlt",
     "  jmp 5b",
-    // Waits until interrupt 0x40 and up is pending, the bit in ecx, and prints the count of answers.
+    // Waits until interrupt 0x40 and up is pending, the bit in ecx, and prints the count of
+    // answers.
     "60: test [ebp + 0x220], ecx",
     "  jz 60b",
     "  mov al, 'I'",
