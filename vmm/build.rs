@@ -15,9 +15,10 @@ use seccompiler::{TargetArch, compile_from_json};
 use serde_json::{Value, json};
 
 /// A filter's file, and the name of the constant that it becomes.
-const FILTERS: [(&str, &str); 6] = [
+const FILTERS: [(&str, &str); 7] = [
     ("main", "MAIN"),
     ("vcpu", "VCPU"),
+    ("io-thread", "IO"),
     ("relay", "RELAY"),
     ("function-thread", "FUNCTION"),
     ("simulated-vf", "SIMULATED_VF"),

@@ -11,10 +11,19 @@ use std::{
     },
 };
 
+use acpi_tables::{
+    Aml,
+    aml::{
+        self, EISAName, Equal, Field, FieldAccessType, FieldEntry, FieldLockRule, FieldUpdateRule, If,
+        Interrupt, Local, Method, Name, Notify, OpRegion, OpRegionSpace, Path, ResourceTemplate, Scope,
+        Store,
+    },
+};
 use vmm_sys_util::eventfd::EventFd;
 
 use crate::{
     bus::BusDevice,
+    device::{Decoded, Device, ResetError},
     machine::{MachineEvent, MachineEvents},
 };
 
@@ -40,19 +49,29 @@ const SLEEP_ENABLE: u8 = 1 << 5;
 const SLEEP_TYPE_SHIFT: u32 = 2;
 const SLEEP_TYPE_MASK: u8 = 7;
 
-/// The registers, on ports or in memory: the vmm chooses.
+/// The registers, on ports that the vmm chooses.
 pub struct AcpiRegisters {
     events: Arc<dyn MachineEvents>,
     interrupt: EventFd,
     status: AtomicU32,
+    place: Place,
+}
+
+/// The registers' place in the machine.
+#[derive(Clone, Copy, Debug)]
+pub struct Place {
+    /// Their first port.
+    pub port: u16,
+    /// The pin of the IOAPIC that the generic event device's interrupt raises.
+    pub gsi: u32,
 }
 
 impl AcpiRegisters {
-    /// Registers that report to `events`, and signal `interrupt` (the generic event device's, edge triggered) when
-    /// the event status becomes non-zero.
+    /// Registers at `place` that report to `events`, and signal `interrupt` (the generic event device's, edge
+    /// triggered) when the event status becomes non-zero.
     #[must_use]
-    pub fn new(events: Arc<dyn MachineEvents>, interrupt: EventFd) -> Self {
-        Self { events, interrupt, status: AtomicU32::new(0) }
+    pub fn new(place: Place, events: Arc<dyn MachineEvents>, interrupt: EventFd) -> Self {
+        Self { events, interrupt, status: AtomicU32::new(0), place }
     }
 
     /// Presses the power button; the guest decides what follows.
@@ -63,10 +82,73 @@ impl AcpiRegisters {
         self.status.fetch_or(EVENT_POWER_BUTTON, Ordering::AcqRel);
         self.interrupt.write(1)
     }
+}
 
-    /// Resets the registers to their state at power-on.
-    pub fn reset(&self) {
+impl Device for AcpiRegisters {
+    fn decodes(self: Arc<Self>) -> Vec<Decoded> {
+        vec![Decoded::ports(self.place.port, LEN, self)]
+    }
+
+    /// The power button, and the generic event device that notifies it.
+    fn aml(&self) -> Vec<u8> {
+        let mut bytes = Vec::new();
+        aml::Device::new(
+            Path::new("_SB_.PWRB"),
+            vec![
+                &Name::new(Path::new("_HID"), &EISAName::new("PNP0C0C")),
+                &Name::new(Path::new("_UID"), &0_u8),
+            ],
+        )
+        .to_aml_bytes(&mut bytes);
+        let port = u64::from(self.place.port).saturating_add(EVENT_STATUS);
+        Scope::new(
+            Path::new("_SB_"),
+            vec![&aml::Device::new(
+                Path::new("GED_"),
+                vec![
+                    &Name::new(Path::new("_HID"), &"ACPI0013"),
+                    &Name::new(Path::new("_UID"), &0_u8),
+                    &Name::new(
+                        Path::new("_CRS"),
+                        &ResourceTemplate::new(vec![&Interrupt::new(
+                            true,
+                            true,
+                            false,
+                            false,
+                            self.place.gsi,
+                        )]),
+                    ),
+                    &OpRegion::new(Path::new("GEDR"), OpRegionSpace::SystemIO, &port, &4_u8),
+                    &Field::new(
+                        Path::new("GEDR"),
+                        FieldAccessType::DWord,
+                        FieldLockRule::NoLock,
+                        FieldUpdateRule::WriteAsZeroes,
+                        vec![FieldEntry::Named(*b"GSTA", 32)],
+                    ),
+                    &Method::new(
+                        Path::new("_EVT"),
+                        1,
+                        true,
+                        vec![
+                            // Reading the register clears it.
+                            &Store::new(&Local(0), &Path::new("GSTA")),
+                            &If::new(
+                                &Equal::new(&Local(0), &EVENT_POWER_BUTTON),
+                                vec![&Notify::new(&Path::new("\\_SB_.PWRB"), &0x80_u8)],
+                            ),
+                        ],
+                    ),
+                ],
+            )],
+        )
+        .to_aml_bytes(&mut bytes);
+        bytes
+    }
+
+    fn reset(&self) -> Result<(), ResetError> {
         self.status.store(0, Ordering::Release);
+        Ok(())
     }
 }
 
@@ -104,7 +186,8 @@ mod tests {
     fn registers() -> (Arc<EventLatch>, EventFd, AcpiRegisters) {
         let latch = Arc::new(EventLatch::new());
         let interrupt = EventFd::new(EFD_NONBLOCK).unwrap();
-        let registers = AcpiRegisters::new(latch.clone(), interrupt.try_clone().unwrap());
+        let place = Place { port: 0x620, gsi: 16 };
+        let registers = AcpiRegisters::new(place, latch.clone(), interrupt.try_clone().unwrap());
         (latch, interrupt, registers)
     }
 
@@ -140,7 +223,7 @@ mod tests {
         assert_eq!(status(), EVENT_POWER_BUTTON, "a byte access does not clear it");
         assert_eq!(status(), 0);
         registers.press_power_button().unwrap();
-        registers.reset();
+        registers.reset().unwrap();
         assert_eq!(status(), 0);
     }
 }

@@ -6,11 +6,12 @@ use std::sync::Arc;
 
 use crate::{
     bus::BusDevice,
+    device::{Decoded, Device, ResetError},
     machine::{MachineEvent, MachineEvents},
 };
 
 /// First port of the controller.
-pub const PORT: u64 = 0x60;
+pub const PORT: u16 = 0x60;
 /// Number of its ports: data at 0x60, command and status at 0x64.
 pub const PORTS: u64 = 5;
 
@@ -28,6 +29,17 @@ impl I8042 {
     #[must_use]
     pub fn new(events: Arc<dyn MachineEvents>) -> Self {
         Self { events }
+    }
+}
+
+impl Device for I8042 {
+    fn decodes(self: Arc<Self>) -> Vec<Decoded> {
+        vec![Decoded::ports(PORT, PORTS, self)]
+    }
+
+    /// There is nothing to reset.
+    fn reset(&self) -> Result<(), ResetError> {
+        Ok(())
     }
 }
 

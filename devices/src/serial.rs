@@ -4,18 +4,23 @@
 
 use std::{
     io::{self, Write},
-    sync::{Mutex, MutexGuard, PoisonError},
+    sync::{Arc, Mutex, MutexGuard, PoisonError},
 };
 
+use acpi_tables::{
+    Aml,
+    aml::{self, EISAName, IO, Interrupt as InterruptResource, Name, Path, ResourceTemplate},
+};
 use vm_superio::{Trigger, serial::NoEvents};
 use vmm_sys_util::eventfd::EventFd;
 
-use crate::bus::BusDevice;
+use crate::{
+    bus::BusDevice,
+    device::{Decoded, Device, ResetError},
+};
 
-/// First port of COM1, whose interrupt is IRQ 4.
-pub const COM1: u64 = 0x3f8;
 /// Number of the device's ports.
-pub const PORTS: u64 = 8;
+pub const PORTS: u8 = 8;
 
 const DATA: u8 = 0;
 const IER: u8 = 1;
@@ -49,13 +54,23 @@ type Uart = vm_superio::Serial<Interrupt, NoEvents, Box<dyn Write + Send>>;
 /// bytes that it refuses are lost, as on a line without a reader.
 pub struct Serial {
     uart: Mutex<Uart>,
+    place: Place,
+}
+
+/// The serial port's place in the machine.
+#[derive(Clone, Copy, Debug)]
+pub struct Place {
+    /// Its first port.
+    pub port: u16,
+    /// The pin of the IOAPIC that its interrupt raises.
+    pub gsi: u32,
 }
 
 impl Serial {
-    /// A port that signals `interrupt` and writes to `out`.
+    /// A port at `place` that signals `interrupt` and writes to `out`.
     #[must_use]
-    pub fn new(interrupt: EventFd, out: Box<dyn Write + Send>) -> Self {
-        Self { uart: Mutex::new(Uart::new(Interrupt(interrupt), out)) }
+    pub fn new(place: Place, interrupt: EventFd, out: Box<dyn Write + Send>) -> Self {
+        Self { uart: Mutex::new(Uart::new(Interrupt(interrupt), out)), place }
     }
 
     /// Puts bytes into the receive FIFO (64 bytes) and returns how many fitted. A full FIFO signals its interrupt
@@ -78,8 +93,7 @@ impl Serial {
         self.uart().fifo_capacity()
     }
 
-    /// Resets the port to its state at power-on. Unread received bytes are lost.
-    pub fn reset(&self) {
+    fn power_on(&self) {
         let mut uart = self.uart();
         let mut set = |offset, value| {
             let _ = uart.write(offset, value);
@@ -119,6 +133,35 @@ impl Serial {
     }
 }
 
+impl Device for Serial {
+    fn decodes(self: Arc<Self>) -> Vec<Decoded> {
+        vec![Decoded::ports(self.place.port, PORTS.into(), self)]
+    }
+
+    fn aml(&self) -> Vec<u8> {
+        let Place { port, gsi } = self.place;
+        let interrupt = InterruptResource::new(true, true, false, false, gsi);
+        let ports = IO::new(port, port, 1, PORTS);
+        let mut bytes = Vec::new();
+        aml::Device::new(
+            Path::new("_SB_.COM1"),
+            vec![
+                &Name::new(Path::new("_HID"), &EISAName::new("PNP0501")),
+                &Name::new(Path::new("_UID"), &0_u8),
+                &Name::new(Path::new("_CRS"), &ResourceTemplate::new(vec![&interrupt, &ports])),
+            ],
+        )
+        .to_aml_bytes(&mut bytes);
+        bytes
+    }
+
+    /// Unread received bytes are lost.
+    fn reset(&self) -> Result<(), ResetError> {
+        self.power_on();
+        Ok(())
+    }
+}
+
 impl BusDevice for Serial {
     fn read(&self, offset: u64, data: &mut [u8]) {
         let mut uart = self.uart();
@@ -148,7 +191,6 @@ impl BusDevice for Serial {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use std::sync::Arc;
     use vmm_sys_util::eventfd::EFD_NONBLOCK;
 
     #[derive(Clone, Default)]
@@ -167,7 +209,8 @@ mod tests {
     fn port() -> (Sink, EventFd, Serial) {
         let sink = Sink::default();
         let interrupt = EventFd::new(EFD_NONBLOCK).unwrap();
-        let serial = Serial::new(interrupt.try_clone().unwrap(), Box::new(sink.clone()));
+        let place = Place { port: 0x3f8, gsi: 4 };
+        let serial = Serial::new(place, interrupt.try_clone().unwrap(), Box::new(sink.clone()));
         (sink, interrupt, serial)
     }
 
@@ -235,7 +278,7 @@ mod tests {
         serial.write(LCR.into(), &[0x80]);
         serial.write(SCR.into(), &[0x55]);
         serial.enqueue(b"old");
-        serial.reset();
+        serial.reset().unwrap();
         let _ = interrupt.read();
         assert_eq!(serial.capacity(), 64);
         assert_eq!([read(&serial, 1), read(&serial, 3), read(&serial, 7)], [0, 3, 0]);

@@ -32,7 +32,7 @@ use rustix::process::{Pid, Signal, kill_process};
 use tempfile::TempDir;
 use tokio::runtime::Runtime;
 use uuid::Uuid;
-use vmm::control::{Channel, ChannelError, MachineSpec, Order, ToAgent, ToVmm, VERSION};
+use vmm::control::{Channel, ChannelError, MachineSpec, Order, ToAgent, ToVmm, VERSION, files as file};
 
 /// Unlike any other mapping's size, so that guest memory is recognized in `/proc/PID/smaps`.
 const GUEST_MIB: u64 = 130;
@@ -146,7 +146,9 @@ fn ours(runtime: &Runtime, portcullis: &Path, kernel: &Path, run_dir: &Path) -> 
     let channel = Channel::connect(&directory.control()).unwrap();
     // The vmm reads one order after the other: the next one need not wait for a response.
     channel.send(&ToVmm::Hello { oldest: VERSION, newest: VERSION, vm }, &[]).unwrap();
-    channel.send(&ToVmm::Order { id: 1, order: Order::Configure { spec: Box::new(spec) } }, &files).unwrap();
+    let names = [file::KVM, file::CONSOLE, file::KERNEL].map(str::to_owned).to_vec();
+    let configure = Order::Configure { spec: Box::new(spec), files: names };
+    channel.send(&ToVmm::Order { id: 1, order: configure }, &files).unwrap();
     channel.send(&ToVmm::Order { id: 2, order: Order::Run }, &[]).unwrap();
     wait_for_byte(&directory.console());
     let time = begun.elapsed();

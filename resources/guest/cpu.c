@@ -17,8 +17,8 @@
 #define SERIAL_PIN 4
 #define ACPI_PIN 16
 
-#define ACPI_EVENTS 0x600
-#define ACPI_SLEEP 0x604
+#define ACPI_EVENTS 0x620
+#define ACPI_SLEEP 0x624
 #define POWER_BUTTON 1
 
 /* KVM's local APIC counts nanoseconds. */

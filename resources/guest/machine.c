@@ -3,7 +3,7 @@
 
 #include "guest.h"
 
-#define ACPI_RESET 0x606
+#define ACPI_RESET 0x626
 #define KEYBOARD_CONTROL 0x64
 
 static void run_echo(void) {

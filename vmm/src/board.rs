@@ -1,19 +1,106 @@
 // SPDX-License-Identifier: Apache-2.0
 
-//! The machine's buses: four hops from a guest's store to a device (exit handler, board, bus, device).
+//! The machine's devices and their buses: four hops from a guest's store to a device (exit handler, board, bus,
+//! device).
+//!
+//! A device of the machine is a file of its own that implements [`Device`], and a line of the table in this file.
 
-use std::sync::Arc;
+#[cfg(any(test, feature = "test-support"))]
+pub(crate) mod probe;
+
+use std::{error::Error, io, sync::Arc};
 
 use devices::{
     acpi::{self, AcpiRegisters},
     bus::{Bus, BusError},
-    i8042::{self, I8042},
+    device::{Device, ResetError, Space},
+    doorbell::Doorbells,
+    i8042::I8042,
+    interrupt::MsiRouter,
+    io_thread::IoThread,
     machine::{EventLatch, MachineEvent},
-    pci::bus::{CONFIG_PORTS, PciBus},
+    memory::GuestMapper,
+    pci::bus::{PciBus, Windows},
     serial::{self, Serial},
 };
+use kvm_ioctls::VmFd;
 
-use crate::{layout, vcpu::exit::Ports};
+use crate::{
+    bars::BarAllocator,
+    console::Console,
+    control::{Files, MachineSpec},
+    doorbells::KvmDoorbells,
+    interrupts::Routes,
+    layout,
+    memory::GuestMemory,
+    vcpu::exit::Ports,
+};
+
+/// Builds devices of one kind: none, if the machine has none of that kind.
+type Build = fn(&Board, &mut Parts<'_>) -> Result<Vec<Arc<dyn Device>>, BoardError>;
+
+/// The machine's devices. Buses come first, so that they outlast the devices on them.
+const TABLE: &[Build] = &[
+    |board, _| Ok(vec![board.pci.clone()]),
+    |board, _| Ok(vec![board.serial.clone()]),
+    |board, _| Ok(vec![board.acpi.clone()]),
+    |board, _| Ok(vec![Arc::new(I8042::new(board.latch.clone()))]),
+    #[cfg(any(test, feature = "test-support"))]
+    probe::build,
+];
+
+/// Errors of building the machine's devices.
+#[derive(Debug, thiserror::Error)]
+pub enum BoardError {
+    /// Devices overlap: a bug.
+    #[error("The machine's layout is contradictory; this is a bug of Portcullis")]
+    Layout(#[from] BusError),
+    /// An interrupt of a device cannot be connected.
+    #[error("Cannot connect an interrupt")]
+    Interrupt(#[source] io::Error),
+    /// A device cannot be built.
+    #[error("Cannot build device {device}")]
+    Device {
+        /// The device's name.
+        device: String,
+        /// The cause.
+        source: Box<dyn Error + Send + Sync>,
+    },
+}
+
+/// The parts of a machine that its devices are connected to.
+pub struct Parts<'a> {
+    /// The VM.
+    pub vm: &'a Arc<VmFd>,
+    /// The machine.
+    pub spec: &'a MachineSpec,
+    /// Guest memory.
+    pub memory: &'a GuestMemory,
+    /// KVM's memory slots.
+    pub mapper: &'a Arc<dyn GuestMapper>,
+    /// Interrupts.
+    pub routes: &'a Arc<Routes>,
+    /// Guest-physical addresses of the PCI bus.
+    pub pci: &'a Windows,
+    /// Those that BARs can have.
+    pub bars: &'a mut BarAllocator,
+    /// The machine's files. A device takes those that it knows.
+    pub files: &'a mut Files,
+}
+
+impl Parts<'_> {
+    /// Doorbells of devices.
+    #[must_use]
+    pub fn doorbells(&self) -> Arc<dyn Doorbells> {
+        Arc::new(KvmDoorbells::new(Arc::clone(self.vm)))
+    }
+
+    /// Message-signalled interrupts of devices.
+    #[must_use]
+    pub fn router(&self) -> Arc<dyn MsiRouter> {
+        self.routes.clone()
+    }
+}
 
 /// The machine's devices and their buses. Fixed before the first vCPU runs, except that functions come and go on the
 /// PCI bus.
@@ -24,78 +111,111 @@ pub struct Board {
     pub acpi: Arc<AcpiRegisters>,
     /// The PCI bus.
     pub pci: Arc<PciBus>,
+    /// All devices, the three above among them.
+    devices: Vec<Arc<dyn Device>>,
     ports: Bus,
+    memory: Bus,
     latch: Arc<EventLatch>,
 }
 
 impl Board {
-    /// Puts the devices at their addresses.
+    /// Builds the devices of the table. The guest's output goes to `console`.
     ///
     /// # Errors
-    /// Overlapping ranges: a bug in [`layout`].
-    pub fn new(
-        serial: Serial,
-        acpi: impl FnOnce(Arc<EventLatch>) -> AcpiRegisters,
-        pci: PciBus,
-    ) -> Result<Self, BusError> {
+    /// See [`BoardError`].
+    pub fn new(parts: &mut Parts<'_>, console: Console) -> Result<Self, BoardError> {
+        let pin = |gsi| parts.routes.pin(gsi).map_err(BoardError::Interrupt);
         let latch = Arc::new(EventLatch::new());
-        let serial = Arc::new(serial);
-        let acpi = Arc::new(acpi(Arc::clone(&latch)));
-        let mut ports = Bus::new();
-        let first = u64::from(layout::SERIAL_PORT);
-        ports.insert(first..first + serial::PORTS, serial.clone())?;
-        let first = u64::from(layout::ACPI_PORT);
-        ports.insert(first..first + acpi::LEN, acpi.clone())?;
-        ports.insert(i8042::PORT..i8042::PORT + i8042::PORTS, Arc::new(I8042::new(latch.clone())))?;
-        Ok(Self { serial, acpi, pci: Arc::new(pci), ports, latch })
+        let serial = serial::Place { port: layout::SERIAL_PORT, gsi: layout::SERIAL_GSI };
+        let acpi = acpi::Place { port: layout::ACPI_PORT, gsi: layout::ACPI_EVENT_GSI };
+        let mut board = Self {
+            serial: Arc::new(Serial::new(serial, pin(serial.gsi)?, Box::new(console))),
+            acpi: Arc::new(AcpiRegisters::new(acpi, latch.clone(), pin(acpi.gsi)?)),
+            pci: Arc::new(PciBus::new(parts.pci.clone())),
+            devices: Vec::new(),
+            ports: Bus::new(),
+            memory: Bus::new(),
+            latch,
+        };
+        for build in TABLE {
+            for device in build(&board, parts)? {
+                board.add(device)?;
+            }
+        }
+        Ok(board)
     }
 
-    /// Resets the devices to their power-on state. The machine resets PCI functions, since that takes time.
-    pub fn reset(&self) {
-        self.serial.reset();
-        self.acpi.reset();
-        self.pci.reset();
+    /// Adds a device and its registers.
+    ///
+    /// # Errors
+    /// An address that another device has.
+    pub fn add(&mut self, device: Arc<dyn Device>) -> Result<(), BusError> {
+        for decoded in Arc::clone(&device).decodes() {
+            let bus = match decoded.space {
+                Space::Ports => &mut self.ports,
+                Space::Memory => &mut self.memory,
+            };
+            bus.insert(decoded.range, decoded.registers)?;
+        }
+        self.devices.push(device);
+        Ok(())
+    }
+
+    /// The I/O threads that the devices need.
+    #[must_use]
+    pub fn io_threads(&self) -> Vec<IoThread> {
+        self.devices.iter().flat_map(|device| Arc::clone(device).io_threads()).collect()
+    }
+
+    /// The devices' parts of the DSDT.
+    #[must_use]
+    pub fn aml(&self) -> Vec<u8> {
+        self.devices.iter().flat_map(|device| device.aml()).collect()
+    }
+
+    /// Stops the devices' own activity. The vCPUs are parked.
+    pub fn pause(&self) {
+        self.devices.iter().rev().for_each(|device| device.pause());
+    }
+
+    /// Lets the devices act. The vCPUs run next.
+    pub fn resume(&self) {
+        self.devices.iter().for_each(|device| device.resume());
+    }
+
+    /// Resets the devices to their power-on state. They are paused.
+    ///
+    /// # Errors
+    /// The first device that does not reset: the machine must not boot again.
+    pub fn reset(&self) -> Result<(), ResetError> {
+        self.devices.iter().rev().try_for_each(|device| device.reset())?;
         // Drop an event that a second vCPU raised during the reset: the reset answers it.
         self.latch.take();
+        Ok(())
     }
-}
 
-fn is_pci_config(port: u16) -> bool {
-    (layout::PCI_CONFIG_PORT..layout::PCI_CONFIG_PORT + CONFIG_PORTS).contains(&port)
+    /// Releases the devices' hold on the host. They are paused, and no vCPU is left.
+    pub fn shutdown(&self) {
+        self.devices.iter().rev().for_each(|device| device.shutdown());
+    }
 }
 
 impl Ports for Board {
     fn port_read(&self, port: u16, data: &mut [u8]) -> bool {
-        if is_pci_config(port) {
-            self.pci.port_read(port, data);
-            return true;
-        }
         self.ports.read(u64::from(port), data)
     }
 
     fn port_write(&self, port: u16, data: &[u8]) -> Option<MachineEvent> {
-        if is_pci_config(port) {
-            self.pci.port_write(port, data);
-            return None;
-        }
         self.ports.write(u64::from(port), data);
         self.latch.take()
     }
 
     fn mmio_read(&self, gpa: u64, data: &mut [u8]) -> bool {
-        if layout::ECAM.contains(&gpa) {
-            self.pci.ecam_read(gpa - layout::ECAM.start, data);
-            return true;
-        }
-        self.pci.mmio_read(gpa, data)
+        self.memory.read(gpa, data)
     }
 
     fn mmio_write(&self, gpa: u64, data: &[u8]) -> Option<MachineEvent> {
-        if layout::ECAM.contains(&gpa) {
-            self.pci.ecam_write(gpa - layout::ECAM.start, data);
-        } else {
-            self.pci.mmio_write(gpa, data);
-        }
-        None
+        self.memory.write(gpa, data);
+        self.latch.take()
     }
 }

@@ -44,12 +44,14 @@ impl Routes {
         Self { vm, state: Mutex::new(State::default()) }
     }
 
-    /// Lets signals of `trigger` raise an IOAPIC pin, edge triggered.
+    /// Makes an eventfd that raises an IOAPIC pin, edge triggered.
     ///
     /// # Errors
-    /// Those of `KVM_IRQFD`.
-    pub fn connect_pin(&self, pin: u32, trigger: &EventFd) -> io::Result<()> {
-        self.vm.register_irqfd(trigger, pin).map_err(Into::into)
+    /// Those of `eventfd` and `KVM_IRQFD`.
+    pub fn pin(&self, pin: u32) -> io::Result<EventFd> {
+        let trigger = EventFd::new(libc::EFD_NONBLOCK | libc::EFD_CLOEXEC)?;
+        self.vm.register_irqfd(&trigger, pin)?;
+        Ok(trigger)
     }
 
     fn install(&self, state: &State) -> io::Result<()> {

@@ -56,12 +56,10 @@ pub const RAM_64: u64 = 0x1_0000_0000;
 pub const SERIAL_PORT: u16 = 0x3f8;
 /// Its interrupt.
 pub const SERIAL_GSI: u32 = 4;
-/// The registers of [`devices::acpi`].
-pub const ACPI_PORT: u16 = 0x600;
+/// The registers of [`devices::acpi`]. Firmware expects its own at 0x600 to 0x60b: power-off, PM1 control, PM timer.
+pub const ACPI_PORT: u16 = 0x620;
 /// Interrupt of the ACPI event device.
 pub const ACPI_EVENT_GSI: u32 = 16;
-/// PCI configuration address and data ports.
-pub const PCI_CONFIG_PORT: u16 = 0xcf8;
 
 /// The pins of the IOAPIC; message-signalled routes get numbers from here on.
 pub const IOAPIC_PINS: u32 = 24;

@@ -2,22 +2,26 @@
 
 //! One virtual machine: KVM, memory, boot, vCPUs, interrupt routing, event loop, sandbox, control protocol.
 //!
-//! [`process`] is the `main` and the event loop of the process of one VM. It owns a [`machine`], which is built from
-//! [`memory`], [`interrupts`], a [`board`] with its devices, [`passthrough_devices`], a kernel that [`boot`] puts in
-//! place, and [`vcpu`] threads. [`agent_client`] carries relays' requests to the agent.
+//! [`process`] is the `main` and the event loop of the process of one VM. It owns a [`machine`],
+//! which is built from [`memory`], [`interrupts`], [`doorbells`], a [`board`] with its devices and
+//! their [`io_threads`], [`passthrough_devices`], a kernel that [`boot`] puts in place, and
+//! [`vcpu`] threads. [`agent_client`] carries relays' requests to the agent.
 //!
-//! The agent knows [`control`], the format of [`console`]'s file and, of [`sandbox`], whether the host has Landlock.
-//! It dispatches to [`process::main`] before any of its own code runs. The process of a simulated PF confines itself
-//! with [`sandbox`] and [`seccomp`].
+//! The agent knows [`control`], the format of [`console`]'s file and, of [`sandbox`], whether the
+//! host has Landlock. It dispatches to [`process::main`] before any of its own code runs. The
+//! process of a simulated PF confines itself with [`sandbox`] and [`seccomp`].
 
 pub mod agent_client;
 #[cfg(feature = "attacks")]
 pub mod attack;
+pub mod bars;
 pub mod board;
 pub mod boot;
 pub mod console;
 pub mod control;
+pub mod doorbells;
 pub mod interrupts;
+pub mod io_threads;
 pub mod layout;
 pub mod machine;
 pub mod memory;

@@ -10,9 +10,7 @@ use std::{
     time::Instant,
 };
 
-use devices::{
-    acpi::AcpiRegisters, interrupt::MsiRouter, memory::GuestMapper, pci::bus::PciBus, serial::Serial,
-};
+use devices::{interrupt::MsiRouter, memory::GuestMapper, pci::bus::Windows};
 use kvm_bindings::{
     CpuId, KVM_API_VERSION, KVM_CAP_PMU_CAPABILITY, KVM_PIT_SPEAKER_DUMMY, KVM_PMU_CAP_DISABLE,
     kvm_enable_cap, kvm_irqchip, kvm_pit_config, kvm_pit_state2,
@@ -22,11 +20,13 @@ use vmm_sys_util::eventfd::EventFd;
 
 use crate::{
     agent_client::RelayReceiver,
-    board::Board,
+    bars::BarAllocator,
+    board::{Board, BoardError, Parts},
     boot::{self, BootError, Payload, acpi::Description},
     console::{self, Console},
-    control::{Failure, FailureCode, MachineSpec, Stats},
+    control::{Failure, FailureCode, FileError, Files, MachineSpec, Stats, files},
     interrupts::Routes,
+    io_threads::{IoThreadError, IoThreads},
     layout,
     memory::{self, GuestMemory, MemoryError, Slots},
     passthrough_devices::{DeviceError, MachineParts, PassthroughDevices},
@@ -61,6 +61,9 @@ pub enum MachineError {
     /// A vCPU failed.
     #[error(transparent)]
     Vcpu(#[from] VcpuError),
+    /// An I/O thread failed.
+    #[error(transparent)]
+    IoThread(#[from] IoThreadError),
     /// A passthrough device failed.
     #[error(transparent)]
     Device(#[from] DeviceError),
@@ -70,12 +73,18 @@ pub enum MachineError {
     /// A seccomp filter cannot be installed.
     #[error(transparent)]
     Seccomp(#[from] SeccompError),
+    /// The machine's files are not those that it needs.
+    #[error(transparent)]
+    File(#[from] FileError),
     /// An eventfd or another file descriptor cannot be made.
     #[error("Cannot {0}")]
     Io(&'static str, #[source] std::io::Error),
-    /// Devices overlap: a bug.
-    #[error("The machine's layout is contradictory; this is a bug of Portcullis")]
-    Layout(#[from] devices::bus::BusError),
+    /// The machine's own devices cannot be built.
+    #[error(transparent)]
+    Board(#[from] BoardError),
+    /// A device does not reset.
+    #[error(transparent)]
+    Reset(#[from] devices::device::ResetError),
 }
 
 impl MachineError {
@@ -87,8 +96,10 @@ impl MachineError {
             Self::Memory(_) => FailureCode::Memory,
             Self::Boot(_) => FailureCode::Kernel,
             Self::Device(error) => error.code(),
+            Self::Reset(_) | Self::Board(BoardError::Device { .. }) => FailureCode::Device,
+            Self::File(_) => FailureCode::Invalid,
             Self::Sandbox(_) | Self::Seccomp(_) => FailureCode::Sandbox,
-            Self::Vcpu(_) | Self::Io(..) | Self::Layout(_) => FailureCode::Internal,
+            Self::Vcpu(_) | Self::IoThread(_) | Self::Io(..) | Self::Board(_) => FailureCode::Internal,
         };
         Failure { code, detail: chain(self) }
     }
@@ -119,10 +130,11 @@ struct PowerOn {
 
 /// A built machine.
 pub struct Machine {
-    // The fields are dropped in this order: vCPUs first, then the parts that they use, memory last.
+    // Dropped in this order after `drop`: memory last.
     vcpus: Vcpus,
-    /// The passthrough devices.
-    pub devices: PassthroughDevices,
+    io_threads: IoThreads,
+    /// The passthrough devices, which are also on the board.
+    pub devices: Arc<PassthroughDevices>,
     /// Devices and buses.
     pub board: Arc<Board>,
     payload: Payload,
@@ -145,20 +157,6 @@ pub struct Signals {
     pub console: Arc<console::Watch>,
 }
 
-/// The files that come beside a specification.
-pub struct Files {
-    /// `/dev/kvm`.
-    pub kvm: OwnedFd,
-    /// The console's ring file.
-    pub console: OwnedFd,
-    /// The kernel image.
-    pub kernel: OwnedFd,
-    /// The initramfs.
-    pub initramfs: Option<OwnedFd>,
-    /// The connections of simulated functions to their PFs, in the functions' order.
-    pub connections: Vec<OwnedFd>,
-}
-
 impl Machine {
     /// Opens the devices, gives up all privileges, and builds the machine with its vCPUs parked at the kernel's
     /// first instruction.
@@ -167,13 +165,16 @@ impl Machine {
     /// See [`MachineError`]. The process may have lost its privileges by then: it cannot try again.
     pub fn build(
         spec: &MachineSpec,
-        files: Files,
+        mut files: Files,
         relays: &RelayReceiver,
         namespaces: NewNamespaces,
     ) -> Result<(Self, Signals), MachineError> {
         #[cfg(feature = "attacks")]
         crate::attack::arm(&spec.cmdline, 3).map_err(io("make an attack ready"))?;
-        let kvm = open_kvm(files.kvm, spec)?;
+        let (kvm, console) = (files.require(files::KVM)?, files.require(files::CONSOLE)?);
+        let kernel = files.require(files::KERNEL)?;
+        let initramfs = if spec.initramfs { Some(files.require(files::INITRAMFS)?) } else { None };
+        let kvm = open_kvm(kvm, spec)?;
         let vm = Arc::new(create_vm(&kvm)?);
         // Set up the parts of KVM that no guest influences while a thread makes the namespaces.
         let cpuid = cpuid::supported(&kvm).map_err(|e| MachineError::Kvm("list its CPU features", e))?;
@@ -185,7 +186,7 @@ impl Machine {
         let fds = create_vcpus(&kvm, &vm, &cpuid, spec.cpus)?;
 
         let root = sandbox::private_root(&spec.sandbox, &spec.devices, namespaces)?;
-        let opened = PassthroughDevices::open(&vm, &spec.devices, files.connections)?;
+        let opened = PassthroughDevices::open(&vm, &spec.devices, &mut files)?;
         passthrough::failpoints::reach(passthrough::failpoints::Point::VmmOpened);
         sandbox::empty_root(&spec.sandbox, root)?;
         sandbox::drop_privileges(&spec.sandbox)?;
@@ -193,30 +194,40 @@ impl Machine {
 
         let confinement = Confinement::new(spec.sandbox.seccomp);
         let routes = Arc::new(Routes::new(Arc::clone(&vm)));
-        let console = Console::new(File::from(files.console)).map_err(io("make the console's eventfd"))?;
+        let console = Console::new(File::from(console)).map_err(io("make the console's eventfd"))?;
         let watch = console.watch();
-        let board = Arc::new(Board::new(
-            Serial::new(pin(&routes, layout::SERIAL_GSI)?, Box::new(console)),
-            {
-                let interrupt = pin(&routes, layout::ACPI_EVENT_GSI)?;
-                |latch| AcpiRegisters::new(latch, interrupt)
-            },
-            PciBus::new(),
-        )?);
-        let description = Description {
-            cpus: spec.cpus,
-            pci_window_64: layout::pci_window_64(spec.memory, cpuid::physical_bits(&cpuid)),
+        let pci = Windows {
+            ecam: layout::ECAM.start,
+            low: layout::PCI_WINDOW_32,
+            high: layout::pci_window_64(spec.memory, cpuid::physical_bits(&cpuid)),
         };
+        let mut bars = BarAllocator::new(&pci);
+        let mut parts = Parts {
+            vm: &vm,
+            spec,
+            memory: &memory,
+            mapper: &slots,
+            routes: &routes,
+            pci: &pci,
+            bars: &mut bars,
+            files: &mut files,
+        };
+        let mut board = Board::new(&mut parts, console)?;
+        files.finish()?;
         let router: Arc<dyn MsiRouter> = routes;
-        let devices = opened.assemble(&MachineParts {
+        let devices = Arc::new(opened.assemble(MachineParts {
             memory: &memory,
             router: &router,
             mapper: &slots,
             bus: &board.pci,
-            pci_window_64: &description.pci_window_64,
+            bars: &mut bars,
             relays,
             threads: &confinement.for_functions(),
-        })?;
+        })?);
+        board.add(devices.clone()).map_err(BoardError::Layout)?;
+        let description = Description { cpus: spec.cpus, devices: board.aml() };
+        let io_threads = IoThreads::start(board.io_threads(), &confinement)?;
+        let board = Arc::new(board);
 
         let (events, vcpu_events, vcpu_signal) =
             vcpu::Events::pair().map_err(io("make the vCPUs' eventfd"))?;
@@ -231,8 +242,8 @@ impl Machine {
         // reboot has.
         confinement.confine(seccomp::Thread::Main)?;
         let mut payload = Payload {
-            kernel: File::from(files.kernel),
-            initramfs: files.initramfs.map(File::from),
+            kernel: File::from(kernel),
+            initramfs: initramfs.map(File::from),
             cmdline: spec.cmdline.clone(),
         };
         let entry = boot::load(&memory, &mut payload, &description)?;
@@ -242,6 +253,7 @@ impl Machine {
         sandbox::forbid_threads(&spec.sandbox)?;
         let machine = Self {
             vcpus,
+            io_threads,
             devices,
             board,
             payload,
@@ -256,20 +268,32 @@ impl Machine {
         Ok((machine, Signals { vcpu_events, vcpu_signal, console: watch }))
     }
 
-    /// Lets the vCPUs run.
+    /// Lets the devices act and the vCPUs run.
     ///
     /// # Errors
-    /// A vCPU does not answer.
+    /// A vCPU or an I/O thread does not answer.
     pub fn run(&self) -> Result<(), MachineError> {
+        self.board.resume();
+        self.io_threads.run()?;
         Ok(self.vcpus.run()?)
     }
 
-    /// Stops the vCPUs at an instruction boundary.
+    /// Stops the vCPUs at an instruction boundary, and then the devices.
     ///
     /// # Errors
-    /// A vCPU does not answer.
+    /// A vCPU or an I/O thread does not answer. After the latter the machine runs on.
     pub fn park(&self) -> Result<(), MachineError> {
-        Ok(self.vcpus.park()?)
+        let result = self.stop();
+        if let Err(MachineError::IoThread(_)) = result {
+            self.run()?;
+        }
+        result
+    }
+
+    fn stop(&self) -> Result<(), MachineError> {
+        self.vcpus.park()?;
+        self.board.pause();
+        Ok(self.io_threads.park()?)
     }
 
     /// Goes back to the kernel's first instruction and leaves the vCPUs parked. Devices are reset before memory is
@@ -278,9 +302,9 @@ impl Machine {
     /// # Errors
     /// See [`MachineError`]; the machine cannot go on then.
     pub fn reset(&mut self) -> Result<(), MachineError> {
-        self.vcpus.park()?;
-        self.devices.reset()?;
-        self.board.reset();
+        self.stop()?;
+        self.io_threads.forget();
+        self.board.reset()?;
         for chip in &self.power_on.chips {
             self.vm.set_irqchip(chip).map_err(|e| MachineError::Kvm("reset an interrupt controller", e))?;
         }
@@ -307,6 +331,15 @@ impl Machine {
         };
         self.counters.report(&mut stats);
         stats
+    }
+}
+
+impl Drop for Machine {
+    fn drop(&mut self) {
+        self.vcpus.end();
+        self.board.pause();
+        self.io_threads.end();
+        self.board.shutdown();
     }
 }
 
@@ -388,13 +421,6 @@ fn create_vcpus(
             Ok((fd, power_on))
         })
         .collect()
-}
-
-/// Makes an eventfd that raises a pin of the IOAPIC.
-fn pin(routes: &Routes, gsi: u32) -> Result<EventFd, MachineError> {
-    let trigger = EventFd::new(libc::EFD_NONBLOCK | libc::EFD_CLOEXEC).map_err(io("make an eventfd"))?;
-    routes.connect_pin(gsi, &trigger).map_err(io("connect an interrupt"))?;
-    Ok(trigger)
 }
 
 #[cfg(test)]

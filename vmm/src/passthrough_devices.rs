@@ -5,16 +5,16 @@
 
 use std::{
     collections::BTreeMap,
-    ops::Range,
     os::fd::{AsRawFd, OwnedFd, RawFd},
-    sync::Arc,
+    sync::{Arc, Mutex, MutexGuard, PoisonError},
     time::Duration,
 };
 
 use devices::{
+    device::{self, Device},
     interrupt::MsiRouter,
     memory::GuestMapper,
-    pci::bar::{BarError, BarLayout},
+    pci::bar::BarError,
     pci::bus::{PciBus, SlotError},
 };
 use kvm_bindings::{kvm_create_device, kvm_device_type_KVM_DEV_TYPE_VFIO};
@@ -28,13 +28,12 @@ use passthrough::{
     threads::ThreadStart,
     vfio::{self, Container, KvmVfioDevice, VfioVf},
 };
-use vm_allocator::{AddressAllocator, AllocPolicy};
 use vmm_sys_util::eventfd::EventFd;
 
 use crate::{
     agent_client::RelayReceiver,
-    control::{DeviceBackend, DeviceLoss, DeviceSpec, DeviceStats, FailureCode},
-    layout,
+    bars::BarAllocator,
+    control::{DeviceBackend, DeviceLoss, DeviceSpec, DeviceStats, FailureCode, Files, files::connection},
     memory::GuestMemory,
     sandbox,
 };
@@ -73,14 +72,6 @@ pub enum DeviceError {
         bdf: String,
         /// The cause.
         source: FunctionError,
-    },
-    /// The function does not reset.
-    #[error("Device {bdf} cannot be reset")]
-    Reset {
-        /// The host's PCI address.
-        bdf: String,
-        /// The cause.
-        source: ResetError,
     },
     /// Its BARs do not fit.
     #[error("The guest's PCI windows have no room for a BAR of {size:#x} bytes of device {bdf}")]
@@ -182,15 +173,29 @@ impl Hardware {
 /// One function in the machine.
 struct Function {
     spec: DeviceSpec,
-    /// Dropped before the function: the relay must not touch hardware that is being closed.
-    relay: Option<Relay>,
+    /// Stopped before the function closes: the relay must not touch hardware that is being closed.
+    relay: Mutex<Option<Arc<Relay>>>,
     function: Arc<AssignedFunction>,
     slot: u8,
     /// The request eventfd (the host wants the device back) and the error eventfd (it has failed).
-    signals: [Option<EventFd>; 2],
+    signals: Mutex<[Option<EventFd>; 2]>,
 }
 
-/// The passthrough devices of one machine.
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+impl Function {
+    /// Stops the relay, if there is one.
+    fn stop_relay(&self) {
+        let relay = lock(&self.relay).take();
+        if let Some(relay) = relay {
+            relay.stop();
+        }
+    }
+}
+
+/// The passthrough devices of one machine. Its locks are free but for the event loop's calls.
 pub struct PassthroughDevices {
     functions: Vec<Function>,
     /// Keeps the DMA mappings until the functions are gone.
@@ -210,18 +215,13 @@ pub struct LostDevice {
 }
 
 impl PassthroughDevices {
-    /// Opens all functions, those of VFIO in one container. `connections` are those of the simulated functions, in
-    /// their sequence. The process still has its privileges.
+    /// Opens all functions, those of VFIO in one container. The connections of simulated functions are among `files`.
+    /// The process still has its privileges.
     ///
     /// # Errors
     /// See [`DeviceError`].
-    pub fn open(
-        vm: &VmFd,
-        devices: &[DeviceSpec],
-        connections: Vec<OwnedFd>,
-    ) -> Result<OpenedDevices, DeviceError> {
+    pub fn open(vm: &VmFd, devices: &[DeviceSpec], files: &mut Files) -> Result<OpenedDevices, DeviceError> {
         let mut opened = OpenedDevices { container: None, devices: Vec::new() };
-        let mut connections = connections.into_iter();
         for spec in devices {
             let hardware = match spec.backend {
                 DeviceBackend::Vfio { .. } => {
@@ -235,7 +235,7 @@ impl PassthroughDevices {
                 }
                 DeviceBackend::Simulated => {
                     let missing = || DeviceError::NotConnected { bdf: spec.bdf.clone() };
-                    Hardware::Simulated(connections.next().ok_or_else(missing)?)
+                    Hardware::Simulated(files.take(&connection(&spec.bdf)).ok_or_else(missing)?)
                 }
             };
             opened.devices.push((spec.clone(), hardware));
@@ -243,51 +243,34 @@ impl PassthroughDevices {
         Ok(opened)
     }
 
-    /// Resets all functions to their power-on state. Blocks, so it must not run on a vCPU thread.
-    ///
-    /// # Errors
-    /// See [`DeviceError`].
-    pub fn reset(&self) -> Result<(), DeviceError> {
-        for Function { spec, function, .. } in &self.functions {
-            match function.reset_and_wait(RESET) {
-                // A lost function does no more DMA.
-                Err(ResetError::Gone) if function.is_lost() => {}
-                result => {
-                    result.map_err(|source| DeviceError::Reset { bdf: spec.bdf.clone(), source })?;
-                }
-            }
-        }
-        Ok(())
-    }
-
     /// The request and error eventfds, each with the number that [`PassthroughDevices::lost`] takes.
     pub fn loss_signals(&self) -> Vec<(usize, RawFd)> {
-        let signals = self.functions.iter().flat_map(|function| &function.signals);
-        let with_number = signals.enumerate();
-        with_number.filter_map(|(number, signal)| Some((number, signal.as_ref()?.as_raw_fd()))).collect()
+        let fds = |function: &Function| {
+            lock(&function.signals).each_ref().map(|signal| signal.as_ref().map(AsRawFd::as_raw_fd))
+        };
+        let signals = self.functions.iter().flat_map(fds).enumerate();
+        signals.filter_map(|(number, signal)| Some((number, signal?))).collect()
     }
 
     /// Takes the function with signal `number` out of the machine, once.
-    pub fn lost(&mut self, number: usize) -> Option<LostDevice> {
-        let function = self.functions.get_mut(number / 2)?;
-        function.signals.get(number % 2)?.as_ref()?;
-        if let Some(relay) = function.relay.take() {
-            relay.stop();
-        }
+    pub fn lost(&self, number: usize) -> Option<LostDevice> {
+        let function = self.functions.get(number / 2)?;
+        lock(&function.signals).get(number % 2)?.as_ref()?;
+        function.stop_relay();
         function.function.lose();
         Some(LostDevice {
             bdf: function.spec.bdf.clone(),
             why: if number.is_multiple_of(2) { DeviceLoss::Requested } else { DeviceLoss::Failed },
             slot: function.slot,
-            signals: std::mem::take(&mut function.signals),
+            signals: std::mem::take(&mut lock(&function.signals)),
         })
     }
 
     /// The relay of an adapter.
     #[must_use]
-    pub fn relay(&self, adapter: &str) -> Option<&Relay> {
+    pub fn relay(&self, adapter: &str) -> Option<Arc<Relay>> {
         let found = self.functions.iter().find(|function| function.spec.adapter.as_deref() == Some(adapter));
-        found?.relay.as_ref()
+        lock(&found?.relay).clone()
     }
 
     /// Counters by the host's PCI address.
@@ -298,36 +281,33 @@ impl PassthroughDevices {
             DeviceStats {
                 bar_exits: stats.bar_exits,
                 config_exits: stats.config_exits,
-                relay: function.relay.as_ref().map(Relay::stats),
+                relay: lock(&function.relay).as_ref().map(|relay| relay.stats()),
             }
         };
         self.functions.iter().map(|function| (function.spec.bdf.clone(), of(function))).collect()
     }
 }
 
-/// Allocates guest-physical addresses for BARs at power-on. The guest may move the BARs.
-struct BarAllocator {
-    low: Option<AddressAllocator>,
-    high: Option<AddressAllocator>,
-}
-
-impl BarAllocator {
-    fn new(pci_window_64: &Range<u64>) -> Self {
-        let allocator = |range: &Range<u64>| {
-            AddressAllocator::new(range.start, range.end.saturating_sub(range.start)).ok()
-        };
-        Self { low: allocator(&layout::PCI_WINDOW_32), high: allocator(pci_window_64) }
+impl Device for PassthroughDevices {
+    fn reset(&self) -> Result<(), device::ResetError> {
+        for Function { spec, function, .. } in &self.functions {
+            match function.reset_and_wait(RESET) {
+                // A lost function does no more DMA.
+                Err(ResetError::Gone) if function.is_lost() => {}
+                result => result.map_err(|source| device::ResetError {
+                    device: spec.bdf.clone(),
+                    source: source.into(),
+                })?,
+            }
+        }
+        Ok(())
     }
 
-    fn take(&mut self, layout: BarLayout) -> Option<u64> {
-        let from = |allocator: &mut Option<AddressAllocator>| {
-            // Give a BAR that is smaller than a page its own page, so that no two share a window.
-            let size = layout.size.max(4096);
-            let range = allocator.as_mut()?.allocate(size, size, AllocPolicy::FirstMatch).ok()?;
-            Some(range.start())
-        };
-        let high = if layout.is_64bit { from(&mut self.high) } else { None };
-        high.or_else(|| from(&mut self.low))
+    fn shutdown(&self) {
+        for function in &self.functions {
+            function.stop_relay();
+            function.function.shutdown();
+        }
     }
 }
 
@@ -341,8 +321,8 @@ pub struct MachineParts<'a> {
     pub mapper: &'a Arc<dyn GuestMapper>,
     /// The bus.
     pub bus: &'a PciBus,
-    /// Guest-physical addresses for BARs above 4 GiB.
-    pub pci_window_64: &'a Range<u64>,
+    /// Addresses of BARs.
+    pub bars: &'a mut BarAllocator,
     /// Receives the relays' messages.
     pub relays: &'a RelayReceiver,
     /// The start routine of the functions' threads.
@@ -354,20 +334,19 @@ impl OpenedDevices {
     ///
     /// # Errors
     /// See [`DeviceError`].
-    pub fn assemble(self, machine: &MachineParts<'_>) -> Result<PassthroughDevices, DeviceError> {
-        let MachineParts { memory, router, mapper, bus, pci_window_64, relays, threads } = machine;
+    pub fn assemble(self, machine: MachineParts<'_>) -> Result<PassthroughDevices, DeviceError> {
+        let MachineParts { memory, router, mapper, bus, bars, relays, threads } = machine;
         if let Some(container) = &self.container {
             container.map_memory(memory)?;
         }
-        let mut bars = BarAllocator::new(pci_window_64);
-        let windows: Arc<[Range<u64>]> = [layout::PCI_WINDOW_32, (*pci_window_64).clone()].into();
+        let windows = bus.windows().bars();
         let mut functions = Vec::new();
         for (spec, hardware) in self.devices {
             let bdf = || spec.bdf.clone();
             let (hardware, signals) = hardware.start(&spec.bdf, memory, threads)?;
             let access = HardwareAccess::new(hardware);
             let relay = start_relay(&spec, &access, relays, threads)?;
-            let traps: Vec<TrappedRange> = relay.iter().flat_map(Relay::trapped_ranges).collect();
+            let traps: Vec<TrappedRange> = relay.iter().flat_map(|relay| relay.trapped_ranges()).collect();
             let (mapper, router) = (Arc::clone(mapper), Arc::clone(router));
             let function = AssignedFunction::new(
                 &spec.bdf,
@@ -389,6 +368,7 @@ impl OpenedDevices {
             let function = Arc::new(function);
             let slot =
                 bus.add(function.clone()).map_err(|source| DeviceError::Slot { bdf: bdf(), source })?;
+            let (relay, signals) = (Mutex::new(relay), Mutex::new(signals));
             functions.push(Function { spec, relay, function, slot, signals });
         }
         Ok(PassthroughDevices { functions, _container: self.container })
@@ -408,7 +388,7 @@ fn start_relay(
     access: &Arc<HardwareAccess>,
     relays: &RelayReceiver,
     threads: &ThreadStart,
-) -> Result<Option<Relay>, DeviceError> {
+) -> Result<Option<Arc<Relay>>, DeviceError> {
     let Some(adapter) = &spec.adapter else { return Ok(None) };
     let mut ids = [0; 4];
     access.config_read(0, &mut ids);
@@ -423,23 +403,5 @@ fn start_relay(
     let config = relay::Config { adapter: adapter.clone(), ..relay::Config::default() };
     let relay = Relay::start(config, family, access.clone(), Arc::new(relays.client_for(adapter)), threads)
         .map_err(|source| DeviceError::Relay { bdf: spec.bdf.clone(), source })?;
-    Ok(Some(relay))
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn bars_get_addresses_of_their_own_in_the_window_that_they_can_reach() {
-        let mut bars = BarAllocator::new(&(1 << 32..1 << 33));
-        let bar = |size, is_64bit| BarLayout { size, is_64bit, prefetchable: false };
-        assert_eq!(bars.take(bar(0x4000, true)), Some(1 << 32));
-        assert_eq!(bars.take(bar(0x4000, true)), Some((1 << 32) + 0x4000));
-        assert_eq!(bars.take(bar(0x10, false)), Some(0xc000_0000));
-        assert_eq!(bars.take(bar(0x2000, false)), Some(0xc000_2000));
-        assert_eq!(bars.take(bar(1 << 34, true)), None);
-        let mut no_upper_window = BarAllocator::new(&(0..0));
-        assert_eq!(no_upper_window.take(bar(0x4000, true)), Some(0xc000_0000));
-    }
+    Ok(Some(Arc::new(relay)))
 }

@@ -56,6 +56,8 @@ pub enum Thread {
     Main,
     /// A vCPU's thread.
     Vcpu,
+    /// An I/O thread of a device.
+    Io,
     /// A thread of a passthrough function.
     Function(ThreadKind),
     /// The process of a simulated PF.
@@ -69,6 +71,7 @@ impl Thread {
         match self {
             Self::Main => "main",
             Self::Vcpu => "vcpu",
+            Self::Io => "io-thread",
             Self::Function(ThreadKind::Relay) => "relay",
             Self::Function(ThreadKind::Function) => "function-thread",
             Self::Function(ThreadKind::SimulatedVf) => "simulated-vf",
@@ -80,6 +83,7 @@ impl Thread {
         match self {
             Self::Main => compiled::MAIN,
             Self::Vcpu => compiled::VCPU,
+            Self::Io => compiled::IO,
             Self::Function(ThreadKind::Relay) => compiled::RELAY,
             Self::Function(ThreadKind::Function) => compiled::FUNCTION,
             Self::Function(ThreadKind::SimulatedVf) => compiled::SIMULATED_VF,

@@ -2,7 +2,7 @@
 
 //! Function 0 of slot 0: the host bridge. It only has an identity.
 
-use super::{PciFunction, config};
+use super::{DecodedBars, PciFunction, config};
 
 const VENDOR_INTEL: u16 = 0x8086;
 /// The id that other minimal machines use. No driver binds to it.
@@ -45,6 +45,10 @@ impl PciFunction for HostBridge {
     }
 
     fn config_write(&self, _offset: u16, _data: &[u8]) {}
+
+    fn decoded(&self) -> DecodedBars {
+        DecodedBars::default()
+    }
 
     fn mmio_read(&self, _gpa: u64, _data: &mut [u8]) -> bool {
         false

@@ -12,7 +12,7 @@ use api::{
 use passthrough::failpoints::{Point, reach};
 use tokio::sync::mpsc;
 use uuid::Uuid;
-use vmm::control::{DeviceSpec, MachineSpec, Order, State};
+use vmm::control::{DeviceSpec, MachineSpec, Order, State, files as file};
 
 use super::{
     claims::{self, Held},
@@ -176,20 +176,26 @@ pub(super) async fn run(
         return Err(Problem::new(ProblemCode::VmmFailed, "A new vmm process reports a wrong state."));
     }
     enter(Stage::BuildingMachine);
-    let mut fds: Vec<OwnedFd> = vec![files.kvm.into(), console.into(), files.kernel.into()];
     let initramfs = files.initramfs.is_some();
-    fds.extend(files.initramfs.map(OwnedFd::from));
+    let own = [(file::KVM, files.kvm), (file::CONSOLE, console), (file::KERNEL, files.kernel)];
+    let own = own.into_iter().chain(files.initramfs.map(|initramfs| (file::INITRAMFS, initramfs)));
+    let (mut names, mut fds): (Vec<String>, Vec<OwnedFd>) =
+        own.map(|(name, file)| (name.to_owned(), OwnedFd::from(file))).unzip();
     let mut devices = Vec::new();
     for (claim, device) in held.iter().zip(machine_devices(env, held).await?) {
-        fds.extend(device.connection);
-        devices.push(DeviceSpec {
-            bdf: claim.value.bdf.to_string(),
-            backend: device.backend,
-            adapter: claim.value.adapter.as_ref().map(|vf| vf.id.to_string()),
-        });
+        let bdf = claim.value.bdf.to_string();
+        if let Some(connection) = device.connection {
+            names.push(file::connection(&bdf));
+            fds.push(connection);
+        }
+        let adapter = claim.value.adapter.as_ref().map(|vf| vf.id.to_string());
+        devices.push(DeviceSpec { bdf, backend: device.backend, adapter });
     }
     let spec = Box::new(machine(vm, initramfs, devices, user, &env.protections_off()));
-    connection.order(Order::Configure { spec }, fds, CONFIGURE).await.map_err(|e| e.problem())?;
+    connection
+        .order(Order::Configure { spec, files: names }, fds, CONFIGURE)
+        .await
+        .map_err(|e| e.problem())?;
     reach(Point::BootConfigured);
     enter(Stage::StartingVcpus);
     connection.order(Order::Run, Vec::new(), PROMPT).await.map_err(|e| e.problem())?;

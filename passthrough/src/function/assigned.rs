@@ -13,7 +13,7 @@ use devices::{
     interrupt::MsiRouter,
     memory::GuestMapper,
     pci::{
-        PciFunction,
+        DecodedBars, PciFunction,
         bar::{BarError, BarLayout, Bars},
     },
 };
@@ -237,6 +237,11 @@ impl PciFunction for AssignedFunction {
         if effect == Some(Effect::Reset) {
             self.request_reset();
         }
+    }
+
+    fn decoded(&self) -> DecodedBars {
+        let registers = self.shared.registers();
+        std::array::from_fn(|bar| registers.bars.decoded(bar))
     }
 
     fn mmio_read(&self, gpa: u64, data: &mut [u8]) -> bool {

@@ -10,7 +10,7 @@ use api::{
 };
 use serde_json::json;
 
-use crate::fixture::{Agent, SmallGuest, host};
+use crate::fixture::{Agent, Options, SmallGuest, host};
 
 /// More vCPUs than any guest of the lab has.
 const MANY: usize = 64;
@@ -91,6 +91,37 @@ fn many_vcpus_boot_pause_reboot_and_end() {
     guest.wait_for_ready();
     agent.act("wide", VmAction::Stop).unwrap();
     assert_eq!(agent.vm("wide").status.cause.unwrap().code, CauseCode::Stopped);
+}
+
+/// `vmm/src/board/probe.rs` has the device. Its doorbell on a port rings for the value 7.
+#[test]
+fn a_device_with_a_doorbell_and_an_io_thread_works_in_the_whole_sandbox() {
+    let agent = Agent::start_with(Options::for_tests(&[]));
+    let spec = SmallGuest::spec(&agent, "probe", json!([]), "device=probe");
+    let mut guest = SmallGuest { guest: agent.boot(&spec) };
+    guest.wait_for_ready();
+    let pid = host::processes(&["vmm", &agent.vm("probe").id.to_string()])[0];
+    let threads = fs::read_dir(format!("/proc/{pid}/task")).unwrap();
+    let names = threads.map(|thread| fs::read_to_string(thread.unwrap().path().join("comm")).unwrap());
+    assert_eq!(names.filter(|name| name == "io probe\n").count(), 1);
+    let ring = |guest: &mut SmallGuest<'_>, answers: &str| {
+        assert_eq!(guest.ask("out 0x640 8"), "ok");
+        assert_eq!(guest.ask("out 0x640 7"), "ok");
+        let tries = (0..200).map(|_| guest.ask("in 0x640"));
+        assert!(tries.into_iter().any(|count| count == answers), "{answers}");
+    };
+    assert_eq!(guest.ask("in 0x640"), "0x00");
+    ring(&mut guest, "0x01");
+    for action in [VmAction::Pause, VmAction::Resume] {
+        agent.act("probe", action).unwrap();
+    }
+    ring(&mut guest, "0x02");
+    agent.act("probe", VmAction::Reboot).unwrap();
+    guest.wait_for_ready();
+    assert_eq!(guest.ask("in 0x640"), "0x00");
+    ring(&mut guest, "0x01");
+    agent.act("probe", VmAction::Stop).unwrap();
+    assert_eq!(agent.vm("probe").status.cause.unwrap().code, CauseCode::Stopped);
 }
 
 #[test]

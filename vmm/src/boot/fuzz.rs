@@ -44,7 +44,7 @@ pub fn fuzz_kernel(data: &[u8]) {
         initramfs: initramfs.as_deref().map(file),
         cmdline: CMDLINE.to_owned(),
     };
-    let machine = acpi::Description { cpus: 1, pci_window_64: 0..0 };
+    let machine = acpi::Description { cpus: 1, devices: Vec::new() };
     GUEST.with(|guest| {
         let Ok(entry) = load(guest, &mut payload, &machine) else { return };
         let read = |at: u64, len: usize| {

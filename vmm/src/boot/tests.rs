@@ -18,7 +18,7 @@ fn payload(kernel: &[u8], initramfs: Option<&[u8]>) -> Payload {
 }
 
 fn machine() -> acpi::Description {
-    acpi::Description { cpus: 1, pci_window_64: 0..0 }
+    acpi::Description { cpus: 1, devices: Vec::new() }
 }
 
 /// A bzImage with one setup sector and `body` as its compressed kernel.
@@ -138,7 +138,7 @@ fn a_jump_to_the_bios_finds_the_reset() {
     let mut stub = [0; 7];
     memory.read_slice(&mut stub, GuestAddress(0xf_fff0)).unwrap();
     assert_eq!(stub, RESET_STUB);
-    let tables = acpi::tables(&acpi::Description { cpus: 254, pci_window_64: 0..0 });
+    let tables = acpi::tables(&acpi::Description { cpus: 254, devices: Vec::new() });
     assert!(layout::ACPI.start + tables.len() as u64 <= layout::RESET_VECTOR);
 }
 

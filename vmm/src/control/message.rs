@@ -111,12 +111,16 @@ pub enum ToAgent {
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(tag = "order", rename_all = "snake_case")]
 pub enum Order {
-    /// Builds the machine: opens the devices, drops every privilege, loads the kernel. File descriptors
-    /// beside it, in this order: `/dev/kvm`, the console file, the kernel, the initramfs if
-    /// [`MachineSpec::initramfs`], the connection of each simulated function. Once per process. → [`Outcome::Done`]
+    /// Builds the machine: opens the devices, drops every privilege, loads the kernel. The machine's files come beside
+    /// it. Once per process. → [`Outcome::Done`]
+    ///
+    /// Only the agent that has started a vmm configures it, and it starts vmms from its own program. So this command
+    /// may change without a new protocol version.
     Configure {
         /// The machine.
         spec: Box<MachineSpec>,
+        /// The names of the file descriptors beside the command ([`files`](super::files)), in the descriptors' order.
+        files: Vec<String>,
     },
     /// Lets the vCPUs run for the first time, or again after a pause. → [`Outcome::Done`]
     Run,
@@ -239,7 +243,7 @@ pub struct MachineSpec {
     pub hugepages: bool,
     /// The kernel command line as the user gave it.
     pub cmdline: String,
-    /// Whether the descriptor of an initramfs comes beside the command.
+    /// Whether an initramfs is among the files.
     pub initramfs: bool,
     /// Functions, in the order of their slots on the guest's bus.
     pub devices: Vec<DeviceSpec>,

@@ -26,9 +26,11 @@
 //! the other with more than this module's types.
 
 pub mod channel;
+pub mod files;
 #[cfg(any(test, feature = "test-support"))]
 pub mod fuzz;
 pub mod message;
 
 pub use channel::{Channel, ChannelError, FDS_MAX, FRAME_MAX, Listener};
+pub use files::{FileError, Files};
 pub use message::*;

@@ -3,7 +3,7 @@
 //! Handlers of the agent's commands, answers and standing refusals: which states allow a command, and its effect on
 //! the machine. The guest's resets are here, too, since they share the code of the agent's.
 
-use std::{os::fd::OwnedFd, time::Instant};
+use std::{os::fd::OwnedFd, sync::Arc, time::Instant};
 
 use devices::machine::MachineEvent;
 use event_manager::EventOps;
@@ -15,8 +15,8 @@ use passthrough::{
 
 use super::{event_loop::Process, resets::Reset};
 use crate::{
-    control::{Answer, End, Failure, FailureCode, MachineSpec, Order, Outcome, State},
-    machine::{Files, Machine, MachineError},
+    control::{Answer, End, Failure, FailureCode, FileError, Files, MachineSpec, Order, Outcome, State},
+    machine::{Machine, MachineError},
     vcpu,
 };
 
@@ -30,7 +30,7 @@ fn failure(code: FailureCode, detail: impl Into<String>) -> Failure {
 impl Process {
     pub(super) fn handle_order(&mut self, id: u64, order: Order, fds: Vec<OwnedFd>, ops: &mut EventOps<'_>) {
         let result = match order {
-            Order::Configure { spec } => self.configure(&spec, fds, ops),
+            Order::Configure { spec, files } => self.configure(&spec, Files::new(files, fds), ops),
             Order::Run => self.run(),
             Order::Pause => self.pause(),
             Order::PowerButton => self.press_power_button(),
@@ -71,7 +71,7 @@ impl Process {
     fn configure(
         &mut self,
         spec: &MachineSpec,
-        fds: Vec<OwnedFd>,
+        files: Result<Files, FileError>,
         ops: &mut EventOps<'_>,
     ) -> Result<Outcome, Failure> {
         if self.state != State::Empty {
@@ -83,7 +83,7 @@ impl Process {
         if spec.cpus == 0 || spec.cpus == u8::MAX {
             return Err(failure(FailureCode::Invalid, format!("A VM has 1 to 254 vCPUs, not {}", spec.cpus)));
         }
-        let files = files(fds, spec.initramfs)?;
+        let files = files.map_err(|error| failure(FailureCode::Invalid, error.to_string()))?;
         let made = self
             .namespaces
             .take()
@@ -114,7 +114,7 @@ impl Process {
         self.machine.as_ref().ok_or_else(|| self.wrong_state("control"))
     }
 
-    fn relay(&self, adapter: &str) -> Result<&Relay, Failure> {
+    fn relay(&self, adapter: &str) -> Result<Arc<Relay>, Failure> {
         self.machine()?.devices.relay(adapter).ok_or_else(|| {
             failure(FailureCode::Invalid, format!("The VM has no adapter {adapter} under policy"))
         })
@@ -278,17 +278,4 @@ impl Process {
         let taken = self.machine()?.board.serial.enqueue(bytes.get(..INPUT_MAX).unwrap_or(bytes));
         Ok(Outcome::ConsoleTaken { taken })
     }
-}
-
-fn files(fds: Vec<OwnedFd>, initramfs: bool) -> Result<Files, Failure> {
-    let mut fds = fds.into_iter();
-    let mut next = || fds.next().ok_or_else(|| failure(FailureCode::Invalid, "File descriptors are missing"));
-    let files = Files {
-        kvm: next()?,
-        console: next()?,
-        kernel: next()?,
-        initramfs: if initramfs { Some(next()?) } else { None },
-        connections: fds.collect(),
-    };
-    Ok(files)
 }

@@ -37,7 +37,7 @@ core::arch::global_asm!(
     "  out dx, al",
     "  mov al, 10",
     "  out dx, al",
-    "  mov dx, 0x604",
+    "  mov dx, 0x624",
     "  mov al, 0x34", // SLP_EN, SLP_TYP 5
     "  out dx, al",
     "1: hlt",
@@ -80,13 +80,13 @@ core::arch::global_asm!(
     // 'r' resets through the ACPI reset register.
     "  cmp al, 'r'",
     "  jne 3b",
-    "  mov dx, 0x606",
+    "  mov dx, 0x626",
     "  mov al, 1",
     "  out dx, al",
     "7: hlt",
     "  jmp 7b",
     "6:",
-    "  mov dx, 0x604",
+    "  mov dx, 0x624",
     "  mov al, 0x34",
     "  out dx, al",
     "5: hlt",
@@ -114,7 +114,7 @@ core::arch::global_asm!(
     "1: hlt",
     "  jmp 1b",
     "2:",
-    "  mov dx, 0x604",
+    "  mov dx, 0x624",
     "  mov al, 0x34",
     "  out dx, al",
     "3: hlt",
@@ -138,6 +138,7 @@ macro_rules! guest {
 }
 
 mod counters;
+mod probe;
 mod simulated;
 
 /// A vmm process in a thread, and the agent's end of its control channel.
@@ -219,13 +220,8 @@ impl Fixture {
         self.configure_with(kernel, Vec::new(), &[])
     }
 
-    fn configure_with(
-        &mut self,
-        kernel: &[u8],
-        devices: Vec<DeviceSpec>,
-        connections: &[&File],
-    ) -> Result<Outcome, Failure> {
-        let spec = MachineSpec {
+    fn spec(&self, devices: Vec<DeviceSpec>) -> MachineSpec {
+        MachineSpec {
             vm: self.vm,
             name: "test".into(),
             cpus: 2,
@@ -235,14 +231,25 @@ impl Fixture {
             initramfs: false,
             devices,
             sandbox: SandboxSpec::of_threads(),
-        };
+        }
+    }
+
+    fn configure_with(
+        &mut self,
+        kernel: &[u8],
+        devices: Vec<DeviceSpec>,
+        others: &[(&str, &File)],
+    ) -> Result<Outcome, Failure> {
+        let spec = self.spec(devices);
         let kvm = File::options().read(true).write(true).open("/dev/kvm").expect("/dev/kvm is needed");
         let mut image = tempfile::tempfile().unwrap();
         image.write_all(kernel).unwrap();
         image.seek(SeekFrom::Start(0)).unwrap();
         let console = self.console.try_clone().unwrap();
-        let files = [&[&kvm, &console, &image], connections].concat();
-        self.order(Order::Configure { spec: Box::new(spec) }, &files)
+        let own = [(files::KVM, &kvm), (files::CONSOLE, &console), (files::KERNEL, &image)];
+        let (names, fds): (Vec<_>, Vec<_>) =
+            own.into_iter().chain(others.iter().copied()).map(|(name, file)| (name.to_owned(), file)).unzip();
+        self.order(Order::Configure { spec: Box::new(spec), files: names }, &fds)
     }
 
     fn wait_for(&mut self, what: impl Fn(&Report) -> bool) {
@@ -252,6 +259,15 @@ impl Fixture {
                 other => panic!("{other:?}"),
             }
         }
+    }
+
+    /// Waits until the guest has written exactly `text` since its start.
+    fn wait_for_output(&self, text: &str) {
+        let deadline = Instant::now() + Duration::from_secs(10);
+        while self.output().len() < text.len() && Instant::now() < deadline {
+            thread::sleep(Duration::from_millis(1));
+        }
+        assert_eq!(self.output(), text);
     }
 
     fn output(&self) -> String {
@@ -343,6 +359,31 @@ fn what_is_no_kernel_is_refused_with_its_own_code() {
     assert_eq!(failure.code, FailureCode::Kernel);
     assert!(failure.detail.contains("neither"), "{failure}");
     vm.wait_for(|report| matches!(report, Report::Ended { end: End::Failed { .. } }));
+    vm.exit();
+}
+
+#[test]
+fn the_machine_s_files_have_the_names_that_it_knows() {
+    let spare = tempfile::tempfile().unwrap();
+    for (others, cause) in [
+        (vec![("floppy", &spare)], "called floppy"),
+        (vec![("initramfs", &spare)], "called initramfs"),
+        (vec![("kernel", &spare)], "Two files of the machine are called kernel"),
+    ] {
+        let mut vm = Fixture::new();
+        let failure = vm.configure_with(&guest!(guest_hello, guest_hello_end), vec![], &others).unwrap_err();
+        assert_eq!(failure.code, FailureCode::Invalid);
+        assert!(failure.detail.contains(cause), "{failure}");
+        vm.order(Order::Stop, &[]).unwrap();
+        vm.process.take().unwrap().join().unwrap();
+    }
+    let mut vm = Fixture::new();
+    let configure = Order::Configure { spec: Box::new(vm.spec(Vec::new())), files: vec!["kvm".into()] };
+    let failure = vm.order(configure.clone(), &[]).unwrap_err();
+    assert_eq!(failure.code, FailureCode::Invalid);
+    assert!(failure.detail.contains("names 1 files, and 0 came"), "{failure}");
+    let failure = vm.order(configure, &[&spare]).unwrap_err();
+    assert!(failure.detail.contains("file console is missing"), "{failure}");
     vm.exit();
 }
 

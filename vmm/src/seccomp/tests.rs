@@ -9,9 +9,10 @@ use serde_json::Value;
 
 use super::*;
 
-const THREADS: [Thread; 6] = [
+const THREADS: [Thread; 7] = [
     Thread::Main,
     Thread::Vcpu,
+    Thread::Io,
     Thread::Function(ThreadKind::Relay),
     Thread::Function(ThreadKind::Function),
     Thread::Function(ThreadKind::SimulatedVf),
@@ -36,6 +37,7 @@ fn requests() -> BTreeMap<&'static str, u64> {
         ("KVM_SET_IRQCHIP", number(read, KVM, 0x63, size_of::<kvm_irqchip>())),
         ("KVM_SET_GSI_ROUTING", number(write, KVM, 0x6a, size_of::<kvm_irq_routing>())),
         ("KVM_IRQFD", number(write, KVM, 0x76, size_of::<kvm_irqfd>())),
+        ("KVM_IOEVENTFD", number(write, KVM, 0x79, size_of::<kvm_ioeventfd>())),
         ("KVM_SET_REGS", number(write, KVM, 0x82, size_of::<kvm_regs>())),
         ("KVM_GET_SREGS", number(read, KVM, 0x83, size_of::<kvm_sregs>())),
         ("KVM_SET_SREGS", number(write, KVM, 0x84, size_of::<kvm_sregs>())),

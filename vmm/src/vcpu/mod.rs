@@ -232,8 +232,9 @@ impl Vcpus {
     }
 }
 
-impl Drop for Vcpus {
-    fn drop(&mut self) {
+impl Vcpus {
+    /// Ends the threads. Does nothing the second time.
+    pub fn end(&mut self) {
         for handle in &mut self.0 {
             // Closing the channel ends the thread at its next check.
             let (closed, _) = mpsc::channel();
@@ -253,6 +254,13 @@ impl Drop for Vcpus {
                 let _ = thread.join();
             }
         }
+        self.0.clear();
+    }
+}
+
+impl Drop for Vcpus {
+    fn drop(&mut self) {
+        self.end();
     }
 }
 

@@ -182,7 +182,7 @@ impl Fake {
             _ => {}
         }
         match order {
-            Order::Configure { spec } => match spec.cmdline.as_str() {
+            Order::Configure { spec, files } => match spec.cmdline.as_str() {
                 "refuse-kernel" => {
                     let failure = Failure { code: FailureCode::Kernel, detail: "It is no kernel".into() };
                     return Some(Err(failure));
@@ -200,7 +200,8 @@ impl Fake {
                     let simulated = |device: &&DeviceSpec| device.backend == DeviceBackend::Simulated;
                     let connections = spec.devices.iter().filter(simulated).count();
                     assert_eq!(fds.len(), 3 + connections, "/dev/kvm, console, kernel, simulated VFs");
-                    self.console = fds.into_iter().nth(1).map(File::from);
+                    let console = files.iter().zip(fds).find(|(name, _)| *name == "console");
+                    self.console = console.map(|(_, fd)| File::from(fd));
                     self.enter(State::Ready);
                 }
             },

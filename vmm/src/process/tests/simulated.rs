@@ -53,7 +53,7 @@ core::arch::global_asm!(
     "  call 40f",
     "  mov dword ptr [ebx + 0xc40], 2",
     "9:",
-    "  mov dx, 0x604",
+    "  mov dx, 0x624",
     "  mov al, 0x34",
     "  out dx, al",
     "8: hlt",
@@ -134,6 +134,10 @@ fn device() -> DeviceSpec {
     }
 }
 
+fn connection_name() -> String {
+    files::connection(&device().bdf)
+}
+
 #[test]
 fn a_guest_s_mailbox_is_answered_through_the_relay() {
     let (asked, declined) = refused_address(None, false);
@@ -164,7 +168,7 @@ fn refused_address(refusal: Option<StandingRefusal>, connect_again: bool) -> (Ve
         vm.reconnect();
     }
     let guest = guest!(guest_mailbox, guest_mailbox_end);
-    vm.configure_with(&guest, vec![device()], &[&connection]).unwrap();
+    vm.configure_with(&guest, vec![device()], &[(&connection_name(), &connection)]).unwrap();
     vm.order(Order::Run, &[]).unwrap();
     let (mut asked, mut declined) = (Vec::new(), Vec::new());
     let mut ended = false;
@@ -205,7 +209,12 @@ fn refused_address(refusal: Option<StandingRefusal>, connect_again: bool) -> (Ve
 fn a_pf_that_ends_takes_its_vf_from_the_guest() {
     let (mut adapter, connection) = Adapter::new();
     let mut vm = Fixture::new();
-    vm.configure_with(&guest!(guest_reset, guest_reset_end), vec![device()], &[&connection]).unwrap();
+    vm.configure_with(
+        &guest!(guest_reset, guest_reset_end),
+        vec![device()],
+        &[(&connection_name(), &connection)],
+    )
+    .unwrap();
     drop(connection);
     vm.order(Order::Run, &[]).unwrap();
     adapter.stop();

@@ -1,0 +1,146 @@
+// SPDX-License-Identifier: Apache-2.0
+
+//! A guest that uses a device with registers, doorbells, an I/O thread and an interrupt.
+
+use std::fs;
+
+use super::*;
+use crate::board::probe::{FILE, THREAD};
+
+// Prints a character for each thing that works, and a new line. Then waits for a character on the
+// serial port: 'r' resets, 'q' powers off.
+core::arch::global_asm!(
+    ".pushsection .rodata",
+    ".code32",
+    ".globl guest_probe, guest_probe_end",
+    "guest_probe:",
+    "  mov esp, 0x170000",
+    "  mov ebp, 0xfee00000",
+    "  mov dword ptr [ebp + 0xf0], 0x1ff", // The local APIC takes interrupts.
+    "  mov ebx, 0xfe000000",
+    // Finds the device in the ACPI tables.
+    "  mov esi, 0xe0000",
+    "1: cmp dword ptr [esi], 0x45425250",
+    "  je 2f",
+    "  inc esi",
+    "  cmp esi, 0xe1000",
+    "  jb 1b",
+    "  jmp 90f",
+    "2: mov al, 'T'",
+    "  call 80f",
+    // Registers.
+    "  cmp dword ptr [ebx], 0x45425250",
+    "  jne 90f",
+    "  mov eax, [ebx + 4]",
+    "  call 70f",
+    "  mov dword ptr [ebx + 4], 5",
+    "  mov eax, [ebx + 4]",
+    "  call 70f",
+    // Doorbell, I/O thread, interrupt.
+    "  mov dword ptr [ebx + 0xc], 0xfee00000",
+    "  mov dword ptr [ebx + 0x10], 0x41",
+    "  mov dword ptr [ebx + 0x20], 1",
+    "  mov ecx, 2",
+    "  call 60f",
+    // The doorbell moves. A write to its old place reaches the device.
+    "  mov dword ptr [ebx + 0x14], 1",
+    "  mov dword ptr [ebx + 0x10], 0x42",
+    "  mov dword ptr [ebx + 0x20], 1",
+    "  mov eax, [ebx + 0x18]",
+    "  call 70f",
+    "  mov byte ptr [ebx + 0x24], 1",
+    "  mov ecx, 4",
+    "  call 60f",
+    // The port is a doorbell for one value.
+    "  mov dword ptr [ebx + 0x10], 0x43",
+    "  mov dx, 0x640",
+    "  mov al, 8",
+    "  out dx, al",
+    "  mov eax, [ebx + 0x18]",
+    "  call 70f",
+    "  mov al, 7",
+    "  mov dx, 0x640",
+    "  out dx, al",
+    "  mov ecx, 8",
+    "  call 60f",
+    "9: mov al, 10",
+    "  call 80f",
+    "3: mov dx, 0x3fd",
+    "  in al, dx",
+    "  test al, 1",
+    "  jz 3b",
+    "  mov dx, 0x3f8",
+    "  in al, dx",
+    "  cmp al, 'r'",
+    "  jne 4f",
+    // Leaves an interrupt and a signal behind.
+    "  mov dword ptr [ebx + 0x24], 1",
+    "  mov al, 0xfe",
+    "  out 0x64, al",
+    "4: mov dx, 0x624",
+    "  mov al, 0x34",
+    "  out dx, al",
+    "5: hlt",
+    "  jmp 5b",
+    // Waits until interrupt 0x40 and up is pending, the bit in ecx, and prints the count of
+    // answers.
+    "60: test [ebp + 0x220], ecx",
+    "  jz 60b",
+    "  mov al, 'I'",
+    "  call 80f",
+    "  mov eax, [ebx + 8]",
+    "70: add al, '0'",
+    "80: mov dx, 0x3f8",
+    "  out dx, al",
+    "  ret",
+    "90: mov al, 'x'",
+    "  call 80b",
+    "  jmp 9b",
+    "guest_probe_end:",
+    ".code64",
+    ".popsection",
+);
+
+/// The threads of this process that are called like an I/O thread.
+fn io_threads() -> Vec<String> {
+    let threads = fs::read_dir("/proc/self/task").unwrap();
+    let names = threads.filter_map(|thread| fs::read_to_string(thread.ok()?.path().join("comm")).ok());
+    names.map(|name| name.trim().to_owned()).filter(|name| name.starts_with("io ")).collect()
+}
+
+#[test]
+fn a_device_of_one_file_and_one_line_has_all_that_a_device_can_have() {
+    const BOOT: &str = "T05I11I22I3\n";
+    const WRITES: u64 = 7;
+    let mut log = tempfile::tempfile().unwrap();
+    let mut vm = Fixture::new();
+    vm.configure_with(&guest!(guest_probe, guest_probe_end), vec![], &[(FILE, &log)]).unwrap();
+    assert_eq!(io_threads(), [THREAD]);
+    vm.order(Order::Run, &[]).unwrap();
+    vm.wait_for_output(BOOT);
+    let Outcome::Stats(stats) = vm.order(Order::Stats, &[]).unwrap() else { panic!() };
+    assert_eq!(stats.exits["mmio_write"], WRITES, "doorbells do not leave the guest");
+    vm.order(Order::Pause, &[]).unwrap();
+    vm.order(Order::Run, &[]).unwrap();
+    vm.order(Order::ConsoleInput { bytes: b"r".to_vec() }, &[]).unwrap();
+    vm.wait_for_output(&[BOOT, BOOT].concat());
+    vm.order(Order::ConsoleInput { bytes: b"q".to_vec() }, &[]).unwrap();
+    vm.wait_for(|report| matches!(report, Report::Ended { end: End::PoweredOff }));
+    assert!(io_threads().is_empty());
+    let mut calls = String::new();
+    log.seek(SeekFrom::Start(0)).unwrap();
+    std::io::Read::read_to_string(&mut log, &mut calls).unwrap();
+    let calls: Vec<&str> = calls.lines().collect();
+    assert_eq!(calls, ["resume", "pause", "resume", "pause", "reset", "resume", "pause", "shutdown"]);
+    vm.exit();
+}
+
+#[test]
+fn a_machine_whose_devices_ask_for_no_thread_has_none() {
+    let mut vm = Fixture::new();
+    vm.configure(&guest!(guest_hello, guest_hello_end)).unwrap();
+    assert!(io_threads().is_empty());
+    vm.order(Order::Run, &[]).unwrap();
+    vm.wait_for(|report| matches!(report, Report::Ended { end: End::PoweredOff }));
+    vm.exit();
+}
