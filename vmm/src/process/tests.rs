@@ -3,6 +3,7 @@
 //! The whole process on /dev/kvm, with freestanding guests of a few instructions. The tests use its control channel.
 
 use std::{
+    collections::VecDeque,
     fs::File,
     io::{Seek, SeekFrom, Write},
     os::{
@@ -148,6 +149,8 @@ struct Fixture {
     channel: Channel,
     console: File,
     reports: Vec<Report>,
+    /// Questions that came before the result of a command: relays send them by themselves.
+    early: VecDeque<ToAgent>,
     process: Option<thread::JoinHandle<ExitCode>>,
     next: u64,
 }
@@ -167,8 +170,16 @@ impl Fixture {
         let console = console.unwrap();
         console.set_len(HEADER + RING).unwrap();
         let channel = Channel::connect(&path).unwrap();
-        let mut fixture =
-            Self { dir, vm, channel, console, reports: Vec::new(), process: Some(process), next: 0 };
+        let mut fixture = Self {
+            dir,
+            vm,
+            channel,
+            console,
+            reports: Vec::new(),
+            early: VecDeque::new(),
+            process: Some(process),
+            next: 0,
+        };
         fixture.hello();
         fixture
     }
@@ -190,7 +201,11 @@ impl Fixture {
         self.hello()
     }
 
-    fn receive(&self) -> ToAgent {
+    fn receive(&mut self) -> ToAgent {
+        self.early.pop_front().unwrap_or_else(|| self.receive_new())
+    }
+
+    fn receive_new(&self) -> ToAgent {
         let deadline = Instant::now() + Duration::from_secs(10);
         loop {
             match self.channel.receive() {
@@ -208,7 +223,8 @@ impl Fixture {
         let fds: Vec<_> = fds.iter().map(|fd| fd.as_fd()).collect();
         self.channel.send(&ToVmm::Order { id: self.next, order }, &fds).unwrap();
         loop {
-            match self.receive() {
+            match self.receive_new() {
+                question @ ToAgent::Ask { .. } => self.early.push_back(question),
                 ToAgent::Done { id, result } if id == self.next => return result,
                 ToAgent::Report { report, .. } => self.reports.push(report),
                 other => panic!("{other:?}"),
