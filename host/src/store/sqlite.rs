@@ -6,7 +6,7 @@
 //! while one is under way share the next transaction.
 
 use std::{
-    collections::{HashMap, HashSet},
+    collections::HashMap,
     fs::{DirBuilder, OpenOptions},
     io,
     os::unix::fs::{DirBuilderExt, OpenOptionsExt},
@@ -254,60 +254,66 @@ fn commit_together(
     let superseded = superseded(commits);
     let mut transaction = connection.transaction_with_behavior(TransactionBehavior::Immediate)?;
     let mut results = Vec::with_capacity(commits.len());
-    for (operations, superseded) in commits.iter().zip(superseded) {
-        let result = if superseded {
-            Ok(vec![newest(&transaction)?; operations.len()])
-        } else {
-            let step = transaction.savepoint()?;
-            match apply(&step, operations) {
-                Ok(revisions) => step.commit().map(|()| revisions).map_err(StoreError::from),
-                // Dropping the savepoint rolls it back.
-                Err(error) => Err(error),
-            }
-        };
-        if let Err(error @ StoreError::Failed(_)) = result {
-            return Err(error);
+    for (operations, superseded) in commits.iter().zip(&superseded) {
+        if superseded.is_some() {
+            results.push(Ok(Vec::new()));
+            continue;
         }
-        results.push(result);
+        let step = transaction.savepoint()?;
+        // Dropping the savepoint rolls it back.
+        let result = apply(&step, operations);
+        results.push(match result {
+            Ok(revisions) => {
+                step.commit()?;
+                Ok(revisions)
+            }
+            Err(error @ StoreError::Failed(_)) => return Err(error),
+            Err(error) => Err(error),
+        });
+    }
+    for (commit, by) in superseded.into_iter().enumerate() {
+        let Some(by) = by else { continue };
+        // The later write has failed, so this one counts: each must have its own turn.
+        let Some(Ok(revisions)) = results.get(by) else { return Err(StoreError::Closed) };
+        let revisions = Ok(revisions.clone());
+        if let Some(result) = results.get_mut(commit) {
+            *result = revisions;
+        }
     }
     transaction.commit()?;
     Ok(results)
 }
 
-/// For each commit, whether later ones write all of its objects anew, so that nothing sees the
-/// difference: no commit has a condition for such an object, deletes it or changes its name, and no
-/// other object has that name.
-fn superseded(commits: &[Vec<Operation>]) -> Vec<bool> {
-    let mut owners: HashMap<(&str, &str), Option<Uuid>> = HashMap::new();
-    let mut names: HashMap<(&str, Uuid), Option<&str>> = HashMap::new();
-    for operation in commits.iter().flatten() {
-        let kept = match operation {
-            Operation::Put { kind, id, name, expect, .. } => {
-                let owner = owners.entry((kind, name)).or_insert(Some(*id));
-                *owner = owner.filter(|owner| owner == id);
-                Some(name.as_str()).filter(|_| *expect == Expect::Any)
-            }
-            Operation::Delete { .. } => None,
-        };
-        let name = names.entry(operation.key()).or_insert(kept);
-        *name = name.filter(|name| kept == Some(*name));
-    }
-    let plain = |key: &(&'static str, Uuid)| {
-        let name = names.get(key).copied().flatten();
-        name.is_some_and(|name| owners.get(&(key.0, name)) == Some(&Some(key.1)))
+/// For each commit, the later one that writes the same object, if nothing can see the difference. That holds for
+/// unconditional writes of one object, alone in their commits and without a change of its name, if no other kind of
+/// commit in the group is about that object.
+fn superseded(commits: &[Vec<Operation>]) -> Vec<Option<usize>> {
+    let alone = |operations: &[Operation]| match operations {
+        [Operation::Put { kind, id, name, expect: Expect::Any, .. }] => Some((*kind, *id, name.clone())),
+        _ => None,
     };
-    let mut later = HashSet::new();
-    let mut found: Vec<bool> = commits
-        .iter()
-        .rev()
-        .map(|operations| {
-            let written =
-                !operations.is_empty() && operations.iter().all(|operation| later.contains(&operation.key()));
-            later.extend(operations.iter().map(Operation::key).filter(plain));
-            written
-        })
-        .collect();
-    found.reverse();
+    let mut names: HashMap<(&str, Uuid), Option<String>> = HashMap::new();
+    for operations in commits {
+        let plain = alone(operations);
+        for operation in operations {
+            let name = plain.as_ref().map(|(_, _, name)| name.clone());
+            let known = names.entry(operation.key()).or_insert_with(|| name.clone());
+            if *known != name {
+                *known = None;
+            }
+        }
+    }
+    let mut last: HashMap<(&str, Uuid), usize> = HashMap::new();
+    let mut found = vec![None; commits.len()];
+    for (index, operations) in commits.iter().enumerate().rev() {
+        let Some((kind, id, _)) = alone(operations) else { continue };
+        if names.get(&(kind, id)).is_some_and(Option::is_some) {
+            let by = *last.entry((kind, id)).or_insert(index);
+            if let Some(slot) = found.get_mut(index) {
+                *slot = (by != index).then_some(by);
+            }
+        }
+    }
     found
 }
 
@@ -494,6 +500,34 @@ mod tests {
         assert_eq!(results.iter().filter(|result| result.is_ok()).count(), 4);
         // A condition needs to see what came before it.
         assert_eq!(written(&connection), ["2", "5"]);
+    }
+
+    #[test]
+    fn a_write_counts_if_the_later_one_fails() {
+        let dir = tempfile::tempdir().unwrap();
+        let mut connection = open(&dir.path().join("test.db")).unwrap();
+        let (one, other) = (Uuid::new_v4(), Uuid::new_v4());
+        let put = |id, name: &str| {
+            vec![Operation::Put {
+                kind: "vm",
+                id,
+                name: name.into(),
+                value: json!(name),
+                expect: Expect::Any,
+            }]
+        };
+        // The name is free at first, and the object between takes it.
+        let commits = vec![put(one, "web1"), put(other, "web2"), put(other, "web1"), put(one, "web1")];
+        let results = commit_all(&mut connection, &commits);
+        let done: Vec<bool> = results.iter().map(Result::is_ok).collect();
+        assert_eq!(done, [true, true, false, true], "{results:?}");
+        // A name that an object in the database has.
+        let commits = vec![put(Uuid::nil(), "web2"), put(Uuid::nil(), "web2")];
+        let results = commit_all(&mut connection, &commits);
+        assert!(
+            results.iter().all(|result| matches!(result, Err(StoreError::NameTaken { .. }))),
+            "{results:?}"
+        );
     }
 
     #[test]

@@ -161,7 +161,12 @@ async fn run(
         tokio::select! {
             command = inbox.recv() => match command {
                 // Log lines meanwhile belong to the request, if there is one.
-                Some((span, command)) => actor.obey(command).instrument(span).await,
+                Some((span, command)) => {
+                    let ended = beside(actor.obey(command).instrument(span), &mut jobs, &mut new_jobs).await;
+                    for (port, end) in ended {
+                        actor.on_end(port, end);
+                    }
+                }
                 None => return,
             },
             Some((port, end)) = jobs.next() => actor.on_end(port, end),
@@ -179,6 +184,24 @@ async fn run(
         actor.note_freed();
         #[cfg(test)]
         actor.say_settled();
+    }
+}
+
+/// Carries out a command, which may wait for the store, and polls the jobs meanwhile: they have deadlines of their own.
+/// Returns the ends of jobs.
+async fn beside(
+    command: impl Future<Output = ()>,
+    jobs: &mut FuturesUnordered<Job>,
+    new_jobs: &mut mpsc::UnboundedReceiver<Job>,
+) -> Vec<(PortId, End)> {
+    let mut command = std::pin::pin!(command);
+    let mut ended = Vec::new();
+    loop {
+        tokio::select! {
+            () = &mut command => return ended,
+            Some(end) = jobs.next() => ended.push(end),
+            Some(job) = new_jobs.recv() => jobs.push(job),
+        }
     }
 }
 
@@ -422,5 +445,36 @@ impl Actor {
 
     pub(super) fn tell_pf(&self, pf: &str, state: PfState) {
         self.events.publish(EventKind::PfState { pf: pf.to_owned(), state });
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::time::Duration;
+
+    use tokio::{sync::oneshot, time::timeout};
+
+    use super::*;
+
+    #[tokio::test]
+    async fn jobs_go_on_while_a_command_waits() {
+        let (send_new, mut new_jobs) = mpsc::unbounded_channel::<Job>();
+        let mut jobs = FuturesUnordered::<Job>::new();
+        let (first, second) = (oneshot::channel::<()>(), oneshot::channel::<()>());
+        let job = |done: oneshot::Sender<()>| -> Job {
+            Box::pin(async move {
+                let _ = done.send(());
+                (PortId(Uuid::nil()), End::Told)
+            })
+        };
+        jobs.push(job(first.0));
+        // A disk that hangs for as long as the jobs do.
+        let command = async {
+            first.1.await.unwrap();
+            drop(send_new.send(job(second.0)));
+            second.1.await.unwrap();
+        };
+        let ended = timeout(Duration::from_secs(5), beside(command, &mut jobs, &mut new_jobs)).await;
+        assert!(!ended.expect("the jobs are polled").is_empty());
     }
 }

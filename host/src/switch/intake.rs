@@ -2,8 +2,8 @@
 
 //! The way of a vmm's requests, events and reboots to the switch.
 //!
-//! They come straight from the task of the control connection. Each connection has a number, and the switch drops what
-//! comes by a former one: its vmm denies such a request by itself, and repeats such an event.
+//! They come straight from the task of the control connection. Each connection has a number, and the switch drops
+//! messages of a former one: its vmm denies such a request by itself, and repeats such an event on the next connection.
 
 use async_trait::async_trait;
 use netpolicy::VmId;
@@ -19,16 +19,31 @@ use crate::vmm_process::{RelayEvent, RelayEvents};
 pub(super) struct LinkId(pub(super) u64);
 
 /// The receiver of one connection's messages.
-#[derive(Clone, Debug)]
+#[derive(Debug)]
 pub struct Intake {
-    pub(super) vm: VmId,
-    pub(super) link: LinkId,
-    pub(super) commands: mpsc::Sender<(Span, Command)>,
+    vm: VmId,
+    link: LinkId,
+    commands: mpsc::Sender<(Span, Command)>,
+    /// Room in the queue for the next message.
+    room: Option<mpsc::OwnedPermit<(Span, Command)>>,
+}
+
+impl Intake {
+    pub(super) fn new(vm: VmId, link: LinkId, commands: mpsc::Sender<(Span, Command)>) -> Self {
+        Self { vm, link, commands, room: None }
+    }
 }
 
 #[async_trait]
 impl RelayEvents for Intake {
-    async fn take(&mut self, event: RelayEvent) {
+    async fn ready(&mut self) {
+        if self.room.is_none() {
+            // If the switch has ended, the agent ends.
+            self.room = self.commands.clone().reserve_owned().await.ok();
+        }
+    }
+
+    fn take(&mut self, event: RelayEvent) {
         let (vm, link) = (self.vm, self.link);
         let command = match event {
             RelayEvent::Ask { id, ask: Ask::Mailbox { adapter, question } } => {
@@ -39,29 +54,38 @@ impl RelayEvents for Intake {
             }
             RelayEvent::Rebooted { done } => Command::Rebooted { vm, link, done },
         };
-        // If the switch has ended, the agent ends.
-        drop(self.commands.send((Span::none(), command)).await);
+        if let Some(room) = self.room.take() {
+            room.send((Span::none(), command));
+        }
     }
 }
 
 /// Calls of tests, which play a vmm.
 #[cfg(test)]
 impl Intake {
+    /// The receiver of the same connection.
+    pub(crate) fn again(&self) -> Self {
+        Self::new(self.vm, self.link, self.commands.clone())
+    }
+
     pub(crate) async fn ask(&mut self, adapter: String, id: u64, question: passthrough::relay::Question) {
-        self.take(RelayEvent::Ask { id, ask: Ask::Mailbox { adapter, question } }).await;
+        self.ready().await;
+        self.take(RelayEvent::Ask { id, ask: Ask::Mailbox { adapter, question } });
     }
 
-    /// Returns when the vmm may forget the event.
-    pub(crate) async fn notice(&mut self, adapter: String, notice: passthrough::relay::Notice) {
+    /// Returns whether the vmm may forget the event.
+    pub(crate) async fn notice(&mut self, adapter: String, notice: passthrough::relay::Notice) -> bool {
         let (done, recorded) = tokio::sync::oneshot::channel();
-        self.take(RelayEvent::Notice { adapter, notice, done }).await;
-        drop(recorded.await);
+        self.ready().await;
+        self.take(RelayEvent::Notice { adapter, notice, done });
+        recorded.await.is_ok()
     }
 
-    /// Returns when the vmm may forget the reboot.
-    pub(crate) async fn rebooted(&mut self) {
+    /// Returns whether the vmm may forget the reboot.
+    pub(crate) async fn rebooted(&mut self) -> bool {
         let (done, noted) = tokio::sync::oneshot::channel();
-        self.take(RelayEvent::Rebooted { done }).await;
-        drop(noted.await);
+        self.ready().await;
+        self.take(RelayEvent::Rebooted { done });
+        noted.await.is_ok()
     }
 }

@@ -277,14 +277,14 @@ impl SwitchHandle {
     pub async fn connected(&self, vm: VmId, vmm: Arc<dyn Vmm>) -> Intake {
         let link = LinkId(self.links.fetch_add(1, Ordering::Relaxed).wrapping_add(1));
         self.tell(Command::Connected { vm, vmm, link }).await;
-        Intake { vm, link, commands: self.commands.clone() }
+        Intake::new(vm, link, self.commands.clone())
     }
 
     /// The receiver of the newest connection of all.
     #[cfg(test)]
     pub(crate) fn newest_intake(&self, vm: VmId) -> Intake {
         let link = LinkId(self.links.load(Ordering::Relaxed));
-        Intake { vm, link, commands: self.commands.clone() }
+        Intake::new(vm, link, self.commands.clone())
     }
 
     /// The VM's process is disconnected for now.

@@ -16,7 +16,7 @@ impl Actor {
     pub(super) fn notice(&mut self, vm: VmId, adapter: String, notice: Notice, done: oneshot::Sender<()>) {
         let Some(port) = self.port_of(vm, &adapter) else {
             tracing::debug!(%vm, "A vmm sent an event of an adapter that its VM does not have");
-            // Dropping `done` lets the vmm forget the event.
+            let _ = done.send(());
             return;
         };
         let mut saved = None;

@@ -203,7 +203,7 @@ pub(super) async fn run(
                 None => return,
                 Some((_, Command::Leave { done })) => {
                     actor.leave();
-                    switch_client::disconnected(&actor.env, actor.vm.id).await;
+                    actor.disconnected().await;
                     drop(actor);
                     let _ = done.send(());
                     return;

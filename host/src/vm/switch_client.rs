@@ -170,12 +170,18 @@ pub(super) async fn connected(
     }
 }
 
-/// Nothing decides: relays deny all requests, and may forget all events.
+/// Nothing decides: relays deny all requests by themselves, and may forget all events.
 struct Nobody;
 
 #[async_trait]
 impl RelayEvents for Nobody {
-    async fn take(&mut self, _event: RelayEvent) {}
+    async fn ready(&mut self) {}
+
+    fn take(&mut self, event: RelayEvent) {
+        if let RelayEvent::Notice { done, .. } | RelayEvent::Rebooted { done } = event {
+            let _ = done.send(());
+        }
+    }
 }
 
 /// The VM's process is disconnected.

@@ -20,11 +20,7 @@ use netpolicy::{StandingRefusal, clipped};
 use passthrough::relay::Notice;
 use tokio::{
     io::{Interest, unix::AsyncFd},
-    sync::{
-        mpsc,
-        oneshot::{self, error::TryRecvError},
-        watch,
-    },
+    sync::{mpsc, oneshot, watch},
     time::timeout,
 };
 use uuid::Uuid;
@@ -128,7 +124,8 @@ pub struct Event {
     pub seq: u64,
     /// The report.
     pub report: Report,
-    /// For a reboot: completes when the receiver of the relays' messages would not forget it any more.
+    /// For a reboot: completes when the receiver of the relays' messages has noted it for good. An error: the vmm must
+    /// not forget it.
     pub rebooted: Option<oneshot::Receiver<()>>,
 }
 
@@ -148,12 +145,13 @@ pub enum RelayEvent {
         adapter: String,
         /// The event.
         notice: Notice,
-        /// Lets the vmm forget the event, also if it is dropped.
+        /// Lets the vmm forget the event. If it is dropped, the connection ends, and the vmm repeats the event on the
+        /// next one.
         done: oneshot::Sender<()>,
     },
     /// The guest reboots.
     Rebooted {
-        /// Lets the vmm forget the reboot, also if it is dropped.
+        /// Lets the vmm forget the reboot.
         done: oneshot::Sender<()>,
     },
 }
@@ -161,8 +159,11 @@ pub enum RelayEvent {
 /// Receives the messages of a vmm's relays, in the vmm's order. The adapters are the VM's.
 #[async_trait]
 pub trait RelayEvents: Send {
-    /// Takes one message. It waits at most for room in a queue.
-    async fn take(&mut self, event: RelayEvent);
+    /// Waits for room for one message. A call that is dropped loses nothing.
+    async fn ready(&mut self);
+
+    /// Takes one message, after [`ready`](Self::ready).
+    fn take(&mut self, event: RelayEvent);
 }
 
 enum Request {
@@ -379,18 +380,21 @@ impl Unnoted {
         }
     }
 
-    /// Waits until the first event of a relay is done; for ever if there is none.
-    async fn relay_done(&mut self) {
-        match self.relays.front_mut() {
-            Some((_, done)) => drop(done.await),
+    /// Waits until the first event of a relay is done; for ever if there is none. Returns false if its receiver does not
+    /// want it: the vmm must keep it.
+    async fn relay_done(&mut self) -> bool {
+        let done = match self.relays.front_mut() {
+            Some((_, done)) => done.await.is_ok(),
             None => return std::future::pending().await,
-        }
-        self.relays.pop_front();
-        // Those behind it that are done as well need no message of their own.
-        let done = |done: &mut oneshot::Receiver<()>| !matches!(done.try_recv(), Err(TryRecvError::Empty));
-        while self.relays.front_mut().is_some_and(|(_, next)| done(next)) {
+        };
+        if done {
             self.relays.pop_front();
+            // Those behind it that are done as well need no message of their own.
+            while self.relays.front_mut().is_some_and(|(_, next)| next.try_recv().is_ok()) {
+                self.relays.pop_front();
+            }
         }
+        done
     }
 
     /// The number up to which the vmm may forget its reports, if that is news.
@@ -416,16 +420,35 @@ struct Relays {
 }
 
 impl Relays {
-    async fn attach(&mut self, mut receiver: Box<dyn RelayEvents>) {
-        for event in self.waiting.drain(..) {
-            receiver.take(event).await;
+    /// Passes on all that wait, and waits for room for one message more. Until then the vmm's messages stay in the
+    /// socket; commands to it need no room.
+    async fn ready(&mut self) {
+        let Some(receiver) = &mut self.receiver else { return };
+        receiver.ready().await;
+        while let Some(event) = self.waiting.pop_front() {
+            receiver.take(event);
+            receiver.ready().await;
         }
-        self.receiver = Some(receiver);
     }
 
-    async fn pass(&mut self, event: RelayEvent) {
+    /// Passes on all that wait after the vmm's last message, if need be to a receiver that comes now.
+    async fn finish(&mut self, inbox: &mut mpsc::Receiver<Request>) {
+        while !self.waiting.is_empty() && self.receiver.is_none() {
+            match inbox.recv().await {
+                None => return,
+                Some(Request::Attach(receiver)) => self.receiver = Some(receiver),
+                Some(Request::Noted(_)) => {}
+                Some(Request::Order { reply, .. }) => drop(reply.send(Err(OrderError::Lost))),
+            }
+        }
+        if !self.waiting.is_empty() {
+            self.ready().await;
+        }
+    }
+
+    fn pass(&mut self, event: RelayEvent) {
         match &mut self.receiver {
-            Some(receiver) => receiver.take(event).await,
+            Some(receiver) => receiver.take(event),
             None => self.waiting.push_back(event),
         }
     }
@@ -453,16 +476,21 @@ async fn serve(
     let mut waiting: HashMap<u64, oneshot::Sender<Result<Outcome, OrderError>>> = HashMap::new();
     let mut last = 0;
     let (mut unnoted, mut relays) = (Unnoted::default(), Relays::default());
+    // A vmm that has closed its end may have left messages in the socket: only reading ends the connection then.
+    let sent = |result| match result {
+        Err(ChannelError::Closed) => Ok(()),
+        result => result,
+    };
     loop {
         if let Some(upto) = unnoted.news() {
-            send(channel, &ToVmm::Noted { upto }, &[]).await?;
+            sent(send(channel, &ToVmm::Noted { upto }, &[]).await)?;
         }
         tokio::select! {
-            () = refusals.changed() => tell(channel, refusals.news()).await?,
+            () = refusals.changed() => sent(tell(channel, refusals.news()).await)?,
             request = inbox.recv() => match request {
                 None => return Ok(()),
                 Some(Request::Noted(upto)) => unnoted.noted(upto),
-                Some(Request::Attach(receiver)) => relays.attach(receiver).await,
+                Some(Request::Attach(receiver)) => relays.receiver = Some(receiver),
                 Some(Request::Order { order, fds, reply }) => {
                     waiting.retain(|_, reply| !reply.is_closed());
                     if waiting.len() >= ORDERS_MAX {
@@ -471,7 +499,7 @@ async fn serve(
                     }
                     last += 1;
                     // A standing denial that was set before an order must arrive before it.
-                    tell(channel, refusals.news()).await?;
+                    sent(tell(channel, refusals.news()).await)?;
                     conduct.ordered(last, &order).map_err(nonsense)?;
                     match send(channel, &ToVmm::Order { id: last, order }, &fds).await {
                         Ok(()) => drop(waiting.insert(last, reply)),
@@ -479,15 +507,22 @@ async fn serve(
                             conduct.withdrawn(last);
                             drop(reply.send(Err(OrderError::TooLong)));
                         }
+                        Err(ChannelError::Closed) => drop(reply.send(Err(OrderError::Lost))),
                         Err(error) => return Err(error),
                     }
                 }
             },
-            () = unnoted.relay_done() => {}
-            message = receive(channel) => {
+            done = unnoted.relay_done() => if !done {
+                return Err(ChannelError::Closed);
+            },
+            message = async { relays.ready().await; receive(channel).await } => {
                 let (message, length) = match message {
                     Err(error) if is_nonsense(&error) => return Err(nonsense(crate::vm::problem::chain(&error))),
-                    message => message?,
+                    Err(error) => {
+                        relays.finish(&mut inbox).await;
+                        return Err(error);
+                    }
+                    Ok(message) => message,
                 };
                 conduct.check(&message, length).map_err(nonsense)?;
                 let too_many = || nonsense(format!("it sent more than {EVENTS_MAX} messages at once"));
@@ -503,7 +538,7 @@ async fn serve(
                         if relays.len() >= EVENTS_MAX {
                             return Err(too_many());
                         }
-                        relays.pass(RelayEvent::Ask { id, ask }).await;
+                        relays.pass(RelayEvent::Ask { id, ask });
                         continue;
                     }
                     ToAgent::Report { seq, report: Report::Relay { adapter, notice } } => {
@@ -512,7 +547,7 @@ async fn serve(
                         }
                         let (done, noted) = oneshot::channel();
                         unnoted.relay(seq, noted);
-                        relays.pass(RelayEvent::Notice { adapter, notice, done }).await;
+                        relays.pass(RelayEvent::Notice { adapter, notice, done });
                         continue;
                     }
                     ToAgent::Report { seq, report } => {
@@ -521,7 +556,7 @@ async fn serve(
                         if let Report::State { state: State::Rebooting, .. } = report {
                             let (done, noted) = oneshot::channel();
                             rebooted = Some(noted);
-                            relays.pass(RelayEvent::Rebooted { done }).await;
+                            relays.pass(RelayEvent::Rebooted { done });
                         }
                         Event { seq, report, rebooted }
                     }
@@ -561,10 +596,14 @@ async fn send(channel: &AsyncFd<Channel>, message: &ToVmm, fds: &[OwnedFd]) -> R
 
 /// Receives a message. Returns it with its length in bytes.
 async fn receive(channel: &AsyncFd<Channel>) -> Result<(ToAgent, usize), ChannelError> {
+    let mut closed = false;
     loop {
         let mut ready = channel.readable().await?;
         match channel.get_ref().receive_alone() {
             Err(ChannelError::WouldBlock) => ready.clear_ready(),
+            // The kernel tells of a peer that left messages unread before it delivers the peer's last ones
+            // (net/unix/af_unix.c, unix_release_sock): what counts is the second time.
+            Err(ChannelError::Closed) if !closed => closed = true,
             result => return result,
         }
     }
@@ -648,19 +687,19 @@ mod tests {
         unnoted.machine(6);
         assert_eq!(unnoted.news(), None);
         // The second event is done, and the first is not.
-        events[1] = None;
+        events[1].take().unwrap().send(()).unwrap();
         let waited = timeout(Duration::from_millis(10), unnoted.relay_done()).await;
         assert!(waited.is_err() && unnoted.news().is_none());
         events[0].take().unwrap().send(()).unwrap();
-        unnoted.relay_done().await;
+        assert!(unnoted.relay_done().await);
         assert_eq!(unnoted.news(), Some(3), "the vmm sent no report with this number");
         unnoted.noted(5);
         assert_eq!(unnoted.news(), None);
+        // Its receiver has no use for it: the vmm must keep it.
         events[2] = None;
-        unnoted.relay_done().await;
-        assert_eq!((unnoted.news(), unnoted.news()), (Some(5), None));
+        assert!(!unnoted.relay_done().await && unnoted.news().is_none());
         unnoted.noted(6);
-        assert_eq!(unnoted.news(), Some(6));
+        assert_eq!(unnoted.news(), None);
     }
 
     /// Records the messages of relays.
@@ -668,7 +707,9 @@ mod tests {
 
     #[async_trait]
     impl RelayEvents for Recorder {
-        async fn take(&mut self, event: RelayEvent) {
+        async fn ready(&mut self) {}
+
+        fn take(&mut self, event: RelayEvent) {
             drop(self.0.send(event));
         }
     }
@@ -721,6 +762,106 @@ mod tests {
             });
         }
         assert_eq!(kinds, [1, 10, 20, 2, 10]);
-        assert!(rebooted.await.is_err(), "the recorder has dropped it: the vmm may forget the reboot");
+        assert!(rebooted.await.is_err(), "the recorder has dropped it: the vmm must keep the reboot");
+        assert!(events.recv().await.is_none(), "the connection ends, so that the vmm repeats its events");
+    }
+
+    /// A vmm that greets at once, and then does `more`.
+    fn greeting(
+        more: impl FnOnce(Channel) + Send + 'static,
+    ) -> (tempfile::TempDir, std::path::PathBuf, thread::JoinHandle<()>) {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("control.sock");
+        let listener = Listener::bind(&path).unwrap();
+        let vmm = thread::spawn(move || {
+            let channel = loop {
+                match listener.accept() {
+                    Ok(channel) => break channel,
+                    Err(_) => thread::sleep(Duration::from_millis(1)),
+                }
+            };
+            channel.send(&ToAgent::Hello { version: 1, state: State::Running, boots: 1 }, &[]).unwrap();
+            more(channel);
+        });
+        (dir, path, vmm)
+    }
+
+    fn pf_reset() -> Report {
+        Report::Relay { adapter: "eth0".into(), notice: Notice::PfReset }
+    }
+
+    /// Wants no message for as long as it lives.
+    struct Full;
+
+    #[async_trait]
+    impl RelayEvents for Full {
+        async fn ready(&mut self) {
+            std::future::pending::<()>().await;
+        }
+
+        fn take(&mut self, _event: RelayEvent) {
+            panic!("there is no room");
+        }
+    }
+
+    #[tokio::test]
+    async fn commands_reach_a_vmm_whose_messages_find_no_room() {
+        let (_dir, path, vmm) = greeting(|channel| {
+            channel.send(&ToAgent::Report { seq: 1, report: pf_reset() }, &[]).unwrap();
+            let deadline = Instant::now() + PATIENCE;
+            while Instant::now() < deadline {
+                thread::sleep(Duration::from_millis(1));
+                if let Ok((ToVmm::Order { order: Order::Pause, .. }, _)) = channel.receive::<ToVmm>() {
+                    return;
+                }
+            }
+            panic!("no command came");
+        });
+        let adapters = ["eth0".to_owned()].into();
+        let (connection, ..) =
+            Connection::open(&path, Uuid::nil(), adapters, &Allowance::new(1)).await.unwrap();
+        connection.attach(Box::new(Full)).await;
+        tokio::time::sleep(Duration::from_millis(10)).await;
+        let order = tokio::spawn(async move { connection.order(Order::Pause, Vec::new(), PATIENCE).await });
+        tokio::task::spawn_blocking(move || vmm.join().unwrap()).await.unwrap();
+        order.abort();
+    }
+
+    /// Has no use for what it counts, but lets the vmm forget it.
+    struct Counter(Arc<std::sync::atomic::AtomicUsize>);
+
+    #[async_trait]
+    impl RelayEvents for Counter {
+        async fn ready(&mut self) {}
+
+        fn take(&mut self, event: RelayEvent) {
+            if let RelayEvent::Notice { done, .. } = event {
+                self.0.fetch_add(1, std::sync::atomic::Ordering::Relaxed);
+                let _ = done.send(());
+            }
+        }
+    }
+
+    #[tokio::test]
+    async fn the_last_messages_of_a_vmm_that_is_gone_are_heard() {
+        // Repeated, because `select!` takes a random one of the ready branches.
+        for _ in 0..20 {
+            let (_dir, path, vmm) = greeting(|channel| {
+                while channel.receive::<ToVmm>().is_err() {
+                    thread::sleep(Duration::from_millis(1));
+                }
+                for seq in 1..=5 {
+                    channel.send(&ToAgent::Report { seq, report: pf_reset() }, &[]).unwrap();
+                }
+            });
+            let (adapters, allowance) = (["eth0".to_owned()].into(), Allowance::new(1));
+            let (connection, _, mut events) =
+                Connection::open(&path, Uuid::nil(), adapters, &allowance).await.unwrap();
+            tokio::task::spawn_blocking(move || vmm.join().unwrap()).await.unwrap();
+            let heard = Arc::default();
+            connection.attach(Box::new(Counter(Arc::clone(&heard)))).await;
+            assert!(events.recv().await.is_none());
+            assert_eq!(heard.load(std::sync::atomic::Ordering::Relaxed), 5);
+        }
     }
 }

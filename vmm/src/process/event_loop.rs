@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 
-//! The event loop's one subscriber: it reads the sockets and eventfds, and hands commands to the machine and messages
-//! to the agent. It owns all of the process's mutable state.
+//! The event loop's one subscriber: it reads the sockets and eventfds, and hands commands to the machine and reports to
+//! the agent; relays send their questions themselves. It owns all of the process's mutable state.
 
 use std::{
     collections::BTreeMap,
@@ -67,7 +67,7 @@ pub(super) struct Process {
     pub(super) standing: BTreeMap<String, StandingRefusal>,
     /// Namespaces in the making, for the machine's sandbox. None once a machine has been configured.
     pub(super) namespaces: Option<NewNamespaces>,
-    /// Receives the relays' messages, and holds whether an agent is connected.
+    /// Receives the relays' messages, and has the connection by which relays send their questions.
     pub(super) relays: RelayReceiver,
     pub(super) resets: Resets,
     /// When to make a delayed reset of the guest. The vCPUs are parked until then.
@@ -177,10 +177,8 @@ impl Process {
 
     /// Treats an agent that does not read as gone; it gets the reports when it connects again.
     fn drop_agent(&mut self, error: &ChannelError) {
-        if self.channel.is_some() {
-            tracing::warn!(vm = %self.vm, "The control connection is dropped: {}", chain(error));
-            self.disconnect();
-        }
+        tracing::warn!(vm = %self.vm, "The control connection is dropped: {}", chain(error));
+        self.disconnect();
     }
 
     /// Ends the connection, if there is one, with everything that holds only as long as it.
@@ -276,7 +274,9 @@ impl Process {
         for (adapter, message) in self.relays.drain() {
             match message {
                 RelayMessage::Question(question) => {
-                    if let Err(error) = self.relays.ask(&adapter, &question) {
+                    // An agent that has not greeted yet does not know the question: the relay has given it up by then.
+                    let greeted = self.channel.as_ref().is_some_and(|connection| connection.greeted);
+                    if greeted && let Err(error) = self.relays.ask(&adapter, &question) {
                         self.drop_agent(&error);
                     }
                 }

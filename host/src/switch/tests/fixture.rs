@@ -373,7 +373,7 @@ impl Host {
 
     /// The way of the messages of a guest's vmm.
     pub(super) fn intake(&self, n: u8) -> Intake {
-        self.guests[usize::from(n)].intake.clone().expect("connected")
+        self.guests[usize::from(n)].intake.as_ref().expect("connected").again()
     }
 
     pub(super) async fn hint(&self, hint: Hint) {

@@ -374,8 +374,8 @@ async fn a_former_connection_is_not_heard() {
     // Both may still be on their way when the agent has connected again, or has not yet.
     host.connect(1).await;
     former.ask("eth0".into(), 1, question(1)).await;
-    former.notice("eth0".into(), Notice::GuestMac { mac: mac(9) }).await;
-    former.rebooted().await;
+    let forgotten = former.notice("eth0".into(), Notice::GuestMac { mac: mac(9) }).await;
+    assert!(!forgotten && !former.rebooted().await, "the vmm must repeat them on the present connection");
     let mut present = host.intake(1);
     host.switch.disconnected(vm(1)).await;
     present.ask("eth0".into(), 2, question(2)).await;

@@ -93,9 +93,15 @@ impl Actor {
             return self.misbehave(&why).await;
         }
         let Event { seq, report, rebooted } = event;
+        if let Some(rebooted) = rebooted
+            && rebooted.await.is_err()
+        {
+            // The switch has not noted its part: the vmm repeats the report on the next connection.
+            return;
+        }
         if !self.is_known(&report) {
             self.stored = false;
-            self.on_report(report, rebooted).await;
+            self.on_report(report).await;
         }
         // The vmm may forget only a stored report. A new state was stored when it was entered.
         if (self.stored || self.store().await.is_ok())
@@ -113,14 +119,10 @@ impl Actor {
         !held || self.stored && self.run.lost.contains_key(bdf)
     }
 
-    async fn on_report(&mut self, report: Report, rebooted: Option<oneshot::Receiver<()>>) {
+    async fn on_report(&mut self, report: Report) {
         match report {
             Report::State { state, boots } => {
                 self.run.boots = boots;
-                if let Some(rebooted) = rebooted {
-                    // The switch notes its part first.
-                    drop(rebooted.await);
-                }
                 self.on_state(state).await;
             }
             Report::Ended { end } => {
