@@ -8,7 +8,7 @@
 #[cfg(any(test, feature = "test-support"))]
 pub(crate) mod probe;
 
-use std::{error::Error, io, sync::Arc};
+use std::{collections::BTreeSet, error::Error, io, sync::Arc};
 
 use devices::{
     acpi::{self, AcpiRegisters},
@@ -163,8 +163,11 @@ impl Board {
 
     /// The I/O threads that the devices need.
     #[must_use]
-    pub fn io_threads(&self) -> Vec<IoThread> {
-        self.devices.iter().flat_map(|device| Arc::clone(device).io_threads()).collect()
+    pub fn io_threads(&self) -> Vec<(usize, IoThread)> {
+        let threads = |(number, device): (usize, &Arc<dyn Device>)| {
+            Arc::clone(device).io_threads().into_iter().map(move |thread| (number, thread))
+        };
+        self.devices.iter().enumerate().flat_map(threads).collect()
     }
 
     /// The devices' parts of the DSDT.
@@ -194,9 +197,12 @@ impl Board {
         Ok(())
     }
 
-    /// Releases the devices' hold on the host. They are paused, and no vCPU is left.
-    pub fn shutdown(&self) {
-        self.devices.iter().rev().for_each(|device| device.shutdown());
+    /// Releases the devices' hold on the host. They are paused, and no vCPU is left. Devices `in_use`
+    /// by an I/O thread that was left behind keep it: their shutdown could wait for what the thread
+    /// waits for. It ends with the process.
+    pub fn shutdown(&self, in_use: &BTreeSet<usize>) {
+        let unused = self.devices.iter().enumerate().rev().filter(|(number, _)| !in_use.contains(number));
+        unused.for_each(|(_, device)| device.shutdown());
     }
 }
 
