@@ -94,12 +94,12 @@ impl MachineError {
         let code = match self {
             Self::NoKvm(_) | Self::Kvm(..) | Self::TooManyCpus { .. } => FailureCode::Kvm,
             Self::Memory(_) => FailureCode::Memory,
+            Self::Boot(BootError::TablesTooLong { .. }) | Self::File(_) => FailureCode::Invalid,
             Self::Boot(_) => FailureCode::Kernel,
             Self::Device(error) => error.code(),
             Self::Reset(_)
             | Self::Board(BoardError::Device { .. })
             | Self::IoThread(IoThreadError::Silent(_)) => FailureCode::Device,
-            Self::File(_) => FailureCode::Invalid,
             Self::Sandbox(_) | Self::Seccomp(_) => FailureCode::Sandbox,
             Self::Vcpu(_) | Self::IoThread(_) | Self::Io(..) | Self::Board(_) => FailureCode::Internal,
         };
