@@ -31,29 +31,46 @@ fn main() -> Result<(), Box<dyn Error>> {
     let arch = TargetArch::try_from(env::var("CARGO_CFG_TARGET_ARCH")?.as_str())?;
     let mut code = String::new();
     for (file, constant) in FILTERS {
-        let rules = rules(&root, file)?;
-        check(file, &rules)?;
-        let program = program(&by_number(&rules, arch)?);
-        writeln!(code, "pub(super) const {constant}: &[(u16, u8, u8, u32)] = &[")?;
-        for (operation, jt, jf, k) in program {
-            writeln!(code, "    ({operation}, {jt}, {jf}, {k}),")?;
+        let users = rules(&root, file, false)?;
+        let tests = rules(&root, file, true)?;
+        writeln!(code, "{}", definition(file, constant, &users, arch)?)?;
+        if tests != users {
+            // A build for users has no such filter.
+            writeln!(code, "#[cfg(any(test, feature = \"test-support\"))]")?;
+            writeln!(code, "{}", definition(file, &format!("{constant}_FOR_TESTS"), &tests, arch)?)?;
         }
-        writeln!(code, "];")?;
     }
     fs::write(PathBuf::from(env::var("OUT_DIR")?).join("seccomp.rs"), code)?;
     Ok(())
 }
 
+/// The definition of a filter's constant.
+fn definition(
+    file: &str,
+    constant: &str,
+    rules: &[Value],
+    arch: TargetArch,
+) -> Result<String, Box<dyn Error>> {
+    check(file, rules)?;
+    let mut code = format!("pub(super) const {constant}: &[(u16, u8, u8, u32)] = &[\n");
+    for (operation, jt, jf, k) in program(&by_number(rules, arch)?) {
+        writeln!(code, "    ({operation}, {jt}, {jf}, {k}),")?;
+    }
+    Ok(code + "];")
+}
+
 /// The rules of a file and of those that it includes, in seccompiler's format.
-fn rules(root: &Path, file: &str) -> Result<Vec<Value>, Box<dyn Error>> {
+fn rules(root: &Path, file: &str, for_tests: bool) -> Result<Vec<Value>, Box<dyn Error>> {
     let path = root.join(file).with_extension("json");
     println!("cargo::rerun-if-changed={}", path.display());
     let text = fs::read_to_string(&path).map_err(|error| format!("{}: {error}", path.display()))?;
     let mut parsed: Value =
         serde_json::from_str(&text).map_err(|error| format!("{}: {error}", path.display()))?;
     let mut all = Vec::new();
-    for included in parsed["include"].as_array().into_iter().flatten() {
-        all.extend(rules(root, included.as_str().ok_or("an include is no name")?)?);
+    let include = parsed["include"].as_array().into_iter().flatten();
+    let tests = parsed["include_for_tests"].as_array().filter(|_| for_tests).into_iter().flatten();
+    for included in include.chain(tests) {
+        all.extend(rules(root, included.as_str().ok_or("an include is no name")?, for_tests)?);
     }
     let Value::Array(own) = parsed["filter"].take() else {
         return Err(format!("{}: it has no list called filter", path.display()).into());

@@ -43,7 +43,7 @@ pub trait Device: Send + Sync {
     /// Ends the device's activity, such as requests under way. The vCPUs are parked. The I/O threads
     /// still run, so that they can complete requests; they are parked next, and then nothing raises
     /// an interrupt or touches guest memory. Registers keep their values. Pausing a paused device
-    /// does nothing.
+    /// does nothing. Must return within a second, even if an I/O thread hangs.
     fn pause(&self) {}
 
     /// Continues after a pause, or begins after a reset. The I/O threads run next, then the vCPUs.
@@ -58,6 +58,9 @@ pub trait Device: Send + Sync {
 
     /// Releases what the device holds of the host. The device is paused, its I/O threads have
     /// ended, and no call follows. May block.
+    ///
+    /// Not called if an I/O thread of the device does not end, because its host file or network
+    /// hangs. The end of the process then releases all.
     fn shutdown(&self) {}
 }
 

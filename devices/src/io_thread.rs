@@ -11,16 +11,17 @@ use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 ///
 /// The thread waits for the eventfds and calls `work`. It begins after the device's `resume`, and
 /// is parked after its `pause` ([`crate::device::Device`]). The machine clears the eventfds before
-/// `reset`, and ends the thread before `shutdown`.
+/// `reset`, and ends the thread before `shutdown`. The end of the thread by itself, as by a panic, ends
+/// the machine.
 pub struct IoThread {
     /// The thread's name. The kernel shows 15 bytes of it.
     pub name: String,
     /// The eventfds that wake the thread: doorbells and the device's own signals.
     pub events: Vec<IoEvent>,
-    /// The work for the eventfd with this index, whose count has been read. It may block, for
-    /// seconds at most, but not under a lock that a vCPU's thread takes. It does a bounded part of
-    /// the work: if more is left, it signals its own eventfd, so that the thread can be parked in
-    /// between.
+    /// The work for the eventfd with this index, whose count has been read. It may block, but not
+    /// under a lock that a vCPU's thread or the device's `pause` takes. While it blocks for more
+    /// than 3 seconds, the machine cannot be paused or reset. It does a bounded part of the work: if
+    /// more is left, it signals its own eventfd, so that the thread can be parked in between.
     pub work: Box<dyn FnMut(usize) + Send>,
 }
 

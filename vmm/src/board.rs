@@ -8,7 +8,12 @@
 #[cfg(any(test, feature = "test-support"))]
 pub(crate) mod probe;
 
-use std::{error::Error, io, sync::Arc};
+use std::{
+    collections::BTreeSet,
+    error::Error,
+    io::{self, Write},
+    sync::Arc,
+};
 
 use devices::{
     acpi::{self, AcpiRegisters},
@@ -20,10 +25,11 @@ use devices::{
     io_thread::IoThread,
     machine::{EventLatch, MachineEvent},
     memory::GuestMapper,
-    pci::bus::{PciBus, Windows},
+    pci::bus::{CONFIG_PORT, CONFIG_PORTS, PciBus, Windows},
     serial::{self, Serial},
 };
 use kvm_ioctls::VmFd;
+use vmm_sys_util::eventfd::EventFd;
 
 use crate::{
     bars::BarAllocator,
@@ -124,25 +130,34 @@ impl Board {
     /// # Errors
     /// See [`BoardError`].
     pub fn new(parts: &mut Parts<'_>, console: Console) -> Result<Self, BoardError> {
-        let pin = |gsi| parts.routes.pin(gsi).map_err(BoardError::Interrupt);
-        let latch = Arc::new(EventLatch::new());
-        let serial = serial::Place { port: layout::SERIAL_PORT, gsi: layout::SERIAL_GSI };
-        let acpi = acpi::Place { port: layout::ACPI_PORT, gsi: layout::ACPI_EVENT_GSI };
-        let mut board = Self {
-            serial: Arc::new(Serial::new(serial, pin(serial.gsi)?, Box::new(console))),
-            acpi: Arc::new(AcpiRegisters::new(acpi, latch.clone(), pin(acpi.gsi)?)),
-            pci: Arc::new(PciBus::new(parts.pci.clone())),
-            devices: Vec::new(),
-            ports: Bus::new(),
-            memory: Bus::new(),
-            latch,
-        };
+        let mut board = Self::empty(|gsi| parts.routes.pin(gsi), parts.pci.clone(), Box::new(console))
+            .map_err(BoardError::Interrupt)?;
         for build in TABLE {
             for device in build(&board, parts)? {
                 board.add(device)?;
             }
         }
         Ok(board)
+    }
+
+    /// A board that can reach no device yet. `pin` connects an interrupt.
+    fn empty(
+        pin: impl Fn(u32) -> io::Result<EventFd>,
+        pci: Windows,
+        console: Box<dyn Write + Send>,
+    ) -> io::Result<Self> {
+        let latch = Arc::new(EventLatch::new());
+        let serial = serial::Place { port: layout::SERIAL_PORT, gsi: layout::SERIAL_GSI };
+        let acpi = acpi::Place { port: layout::ACPI_PORT, gsi: layout::ACPI_EVENT_GSI };
+        Ok(Self {
+            serial: Arc::new(Serial::new(serial, pin(serial.gsi)?, console)),
+            acpi: Arc::new(AcpiRegisters::new(acpi, latch.clone(), pin(acpi.gsi)?)),
+            pci: Arc::new(PciBus::new(pci)),
+            devices: Vec::new(),
+            ports: Bus::new(),
+            memory: Bus::new(),
+            latch,
+        })
     }
 
     /// Adds a device and its registers.
@@ -161,10 +176,13 @@ impl Board {
         Ok(())
     }
 
-    /// The I/O threads that the devices need.
+    /// The I/O threads that the devices need, each with its device's number.
     #[must_use]
-    pub fn io_threads(&self) -> Vec<IoThread> {
-        self.devices.iter().flat_map(|device| Arc::clone(device).io_threads()).collect()
+    pub fn io_threads(&self) -> Vec<(usize, IoThread)> {
+        let threads = |(number, device): (usize, &Arc<dyn Device>)| {
+            Arc::clone(device).io_threads().into_iter().map(move |thread| (number, thread))
+        };
+        self.devices.iter().enumerate().flat_map(threads).collect()
     }
 
     /// The devices' parts of the DSDT.
@@ -194,10 +212,17 @@ impl Board {
         Ok(())
     }
 
-    /// Releases the devices' hold on the host. They are paused, and no vCPU is left.
-    pub fn shutdown(&self) {
-        self.devices.iter().rev().for_each(|device| device.shutdown());
+    /// Releases the devices' hold on the host. They are paused, and no vCPU is left. Devices `in_use`
+    /// by an I/O thread that was left behind keep it: their shutdown could wait for what the thread
+    /// waits for. It ends with the process.
+    pub fn shutdown(&self, in_use: &BTreeSet<usize>) {
+        let unused = self.devices.iter().enumerate().rev().filter(|(number, _)| !in_use.contains(number));
+        unused.for_each(|(_, device)| device.shutdown());
     }
+}
+
+fn is_pci_config(port: u16) -> bool {
+    port.checked_sub(CONFIG_PORT).is_some_and(|offset| offset < CONFIG_PORTS.into())
 }
 
 impl Ports for Board {
@@ -207,7 +232,8 @@ impl Ports for Board {
 
     fn port_write(&self, port: u16, data: &[u8]) -> Option<MachineEvent> {
         self.ports.write(u64::from(port), data);
-        self.latch.take()
+        // Only devices on other ports raise events: an access to PCI must not take that of another vCPU.
+        if is_pci_config(port) { None } else { self.latch.take() }
     }
 
     fn mmio_read(&self, gpa: u64, data: &mut [u8]) -> bool {
@@ -216,6 +242,45 @@ impl Ports for Board {
 
     fn mmio_write(&self, gpa: u64, data: &[u8]) -> Option<MachineEvent> {
         self.memory.write(gpa, data);
-        self.latch.take()
+        // No device raises events by a write to memory.
+        None
+    }
+}
+
+#[cfg(test)]
+pub(crate) mod tests {
+    use devices::machine::MachineEvents;
+
+    use super::*;
+
+    /// The devices of every machine, without KVM.
+    pub(crate) fn board() -> Board {
+        let pci = Windows {
+            ecam: layout::ECAM.start,
+            low: layout::PCI_WINDOW_32,
+            high: layout::pci_window_64(4 << 20, 46),
+        };
+        let mut board = Board::empty(|_| EventFd::new(0), pci, Box::new(io::sink())).unwrap();
+        let i8042 = Arc::new(I8042::new(board.latch.clone()));
+        let devices: [Arc<dyn Device>; 4] =
+            [board.pci.clone(), board.serial.clone(), board.acpi.clone(), i8042];
+        devices.into_iter().for_each(|device| board.add(device).unwrap());
+        board
+    }
+
+    /// The event is not lost, but the vCPU that raised it would run on until the event loop parks
+    /// it.
+    #[test]
+    fn accesses_to_pci_and_memory_leave_the_event_of_another_vcpu_in_place() {
+        let board = board();
+        board.latch.raise(MachineEvent::PowerOff);
+        for gpa in [layout::ECAM.start, layout::PCI_WINDOW_32.start, layout::RAM_64] {
+            assert_eq!(board.mmio_write(gpa, &[0; 4]), None);
+        }
+        for port in CONFIG_PORT..CONFIG_PORT + u16::from(CONFIG_PORTS) {
+            assert_eq!(board.port_write(port, &[0]), None, "port {port:#x}");
+        }
+        assert_eq!(board.port_write(layout::SERIAL_PORT, b"x"), Some(MachineEvent::PowerOff));
+        assert_eq!(board.port_write(0x64, &[0xfe]), Some(MachineEvent::Reset));
     }
 }

@@ -12,9 +12,13 @@
 
 use std::{
     cell::Cell,
+    collections::BTreeSet,
     io,
     os::fd::AsRawFd,
-    sync::mpsc::{self, Receiver, Sender, TryRecvError},
+    sync::{
+        Arc,
+        mpsc::{self, Receiver, RecvTimeoutError, Sender, TryRecvError},
+    },
     thread,
     time::{Duration, Instant},
 };
@@ -22,16 +26,22 @@ use std::{
 use devices::io_thread::{IoEvent, IoThread};
 use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent, EventSet};
 
-use crate::seccomp::{self, Confinement};
+use crate::{
+    seccomp::{self, Confinement},
+    vcpu::{Event, Events},
+};
 
-/// The longest time until a thread has parked or ended: a device's work must not block longer.
-const ACKNOWLEDGE: Duration = Duration::from_secs(if cfg!(test) { 2 } else { 10 });
+/// The longest time until all threads have parked, or have ended. The event loop serves nothing else
+/// meanwhile, so this is less than the agent's patience: 5 s for a revocation (`confirm` in
+/// `host/src/switch/mod.rs`), 15 s for a stop (`STOP` in `host/src/vm/actor.rs`).
+const ACKNOWLEDGE: Duration = Duration::from_secs(if cfg!(test) { 2 } else { 3 });
 /// The interval at which the end of a thread is looked for.
 const LOOK_AGAIN: Duration = Duration::from_micros(200);
 /// The token of the control eventfd. Tokens of a device's eventfds are their indices.
 const CONTROL: u64 = u64::MAX;
-/// Events of one turn. The rest stays pending.
-const BATCH: usize = 16;
+/// Events of one turn: a command waits for one piece of work at most. The other events stay pending,
+/// and the kernel returns them in turn.
+const BATCH: usize = 1;
 
 /// Errors of I/O threads.
 #[derive(Debug, thiserror::Error)]
@@ -44,9 +54,12 @@ pub enum IoThreadError {
         /// The cause.
         source: io::Error,
     },
-    /// A thread does not acknowledge.
+    /// A thread does not acknowledge in time. It may do so later.
     #[error("I/O thread {0} does not answer: a file or network of its device hangs")]
     Silent(String),
+    /// A thread has ended, so its device can never work again.
+    #[error("I/O thread {0} has ended; this is a bug of Portcullis")]
+    Ended(String),
 }
 
 enum Command {
@@ -58,6 +71,8 @@ enum Command {
 /// The machine's end of one thread.
 struct Handle {
     name: String,
+    /// The number of the device on the board.
+    device: usize,
     events: Vec<IoEvent>,
     commands: Sender<Command>,
     /// Wakes the thread for a command.
@@ -73,14 +88,20 @@ struct Handle {
 pub struct IoThreads(Vec<Handle>);
 
 impl IoThreads {
-    /// Starts the threads, parked.
+    /// Starts the threads, parked. Each request comes with the number of its device. A thread that
+    /// ends too early sends an event.
     ///
     /// # Errors
     /// [`IoThreadError::Start`].
-    pub fn start(requests: Vec<IoThread>, confinement: &Confinement) -> Result<Self, IoThreadError> {
-        let start = |request: IoThread| {
+    pub fn start(
+        requests: Vec<(usize, IoThread)>,
+        end: &Arc<Events>,
+        confinement: &Confinement,
+    ) -> Result<Self, IoThreadError> {
+        let start = |(device, request): (usize, IoThread)| {
             let name = request.name.clone();
-            Handle::start(request, confinement).map_err(|source| IoThreadError::Start { name, source })
+            Handle::start(device, request, end, confinement)
+                .map_err(|source| IoThreadError::Start { name, source })
         };
         Ok(Self(requests.into_iter().map(start).collect::<Result<_, _>>()?))
     }
@@ -88,21 +109,24 @@ impl IoThreads {
     /// Lets the threads work.
     ///
     /// # Errors
-    /// [`IoThreadError::Silent`].
+    /// [`IoThreadError::Ended`].
     pub fn run(&self) -> Result<(), IoThreadError> {
         self.0.iter().try_for_each(|handle| handle.send(Command::Run))
     }
 
-    /// Stops the threads between two pieces of work. Events stay pending.
+    /// Stops the threads between two pieces of work. Events stay pending. Takes 3 s at most, for all
+    /// threads together.
     ///
     /// # Errors
     /// [`IoThreadError::Silent`]: the thread parks later. [`Self::run`] undoes that, too.
+    /// [`IoThreadError::Ended`].
     pub fn park(&self) -> Result<(), IoThreadError> {
         for handle in &self.0 {
             handle.parks.set(handle.parks.get().wrapping_add(1));
             handle.send(Command::Park(handle.parks.get()))?;
         }
-        self.0.iter().try_for_each(Handle::wait)
+        let deadline = Instant::now() + ACKNOWLEDGE;
+        self.0.iter().try_for_each(|handle| handle.wait(deadline))
     }
 
     /// Drops the events of the last boot. The threads are parked.
@@ -112,8 +136,10 @@ impl IoThreads {
         }
     }
 
-    /// Ends the threads. Does nothing the second time.
-    pub fn end(&mut self) {
+    /// Ends the threads. Returns the numbers of the devices that a thread still works for: it was
+    /// left behind after 3 s. Does nothing the second time.
+    pub fn end(&mut self) -> BTreeSet<usize> {
+        let mut left_behind = BTreeSet::new();
         for handle in &mut self.0 {
             // Closing the channel ends the thread at its next check.
             let (closed, _) = mpsc::channel();
@@ -127,11 +153,13 @@ impl IoThreads {
                 thread::sleep(LOOK_AGAIN);
             }
             if !thread.is_finished() {
+                left_behind.insert(handle.device);
                 tracing::error!(thread = handle.name, "An I/O thread does not end: it is left behind");
             } else if thread.join().is_err() {
                 tracing::error!(thread = handle.name, "An I/O thread had panicked");
             }
         }
+        left_behind
     }
 }
 
@@ -142,7 +170,12 @@ impl Drop for IoThreads {
 }
 
 impl Handle {
-    fn start(request: IoThread, confinement: &Confinement) -> io::Result<Self> {
+    fn start(
+        device: usize,
+        request: IoThread,
+        end: &Arc<Events>,
+        confinement: &Confinement,
+    ) -> io::Result<Self> {
         let IoThread { name, events, work } = request;
         let control = IoEvent::new()?;
         let epoll = Epoll::new()?;
@@ -154,31 +187,52 @@ impl Handle {
         let (acknowledge, acknowledged) = mpsc::channel();
         let worker =
             Worker { name: name.clone(), epoll, control: control.clone(), events: events.clone(), work };
+        let obituary = Obituary { name: name.clone(), end: Arc::clone(end), expected: false };
         let confine = confinement.prepare(seccomp::Thread::Io);
         let thread = thread::Builder::new().name(name.clone()).spawn(move || {
+            // The whole value, so that it is dropped in this thread.
+            let mut obituary = obituary;
             confine();
-            worker.serve(&inbox, &acknowledge);
+            obituary.expected = worker.serve(&inbox, &acknowledge);
         })?;
-        Ok(Self { name, events, commands, control, acknowledged, parks: Cell::new(0), thread: Some(thread) })
+        let (parks, thread) = (Cell::new(0), Some(thread));
+        Ok(Self { name, device, events, commands, control, acknowledged, parks, thread })
     }
 
-    fn silent(&self) -> IoThreadError {
-        IoThreadError::Silent(self.name.clone())
+    fn ended(&self) -> IoThreadError {
+        IoThreadError::Ended(self.name.clone())
     }
 
     fn send(&self, command: Command) -> Result<(), IoThreadError> {
-        self.commands.send(command).map_err(|_| self.silent())?;
+        self.commands.send(command).map_err(|_| self.ended())?;
         self.control.signal();
         Ok(())
     }
 
-    fn wait(&self) -> Result<(), IoThreadError> {
-        let deadline = Instant::now() + ACKNOWLEDGE;
+    fn wait(&self, deadline: Instant) -> Result<(), IoThreadError> {
         loop {
             let left = deadline.saturating_duration_since(Instant::now());
-            if self.acknowledged.recv_timeout(left).map_err(|_| self.silent())? == self.parks.get() {
-                return Ok(());
+            match self.acknowledged.recv_timeout(left) {
+                Ok(number) if number == self.parks.get() => return Ok(()),
+                Ok(_) => {}
+                Err(RecvTimeoutError::Timeout) => return Err(IoThreadError::Silent(self.name.clone())),
+                Err(RecvTimeoutError::Disconnected) => return Err(self.ended()),
             }
+        }
+    }
+}
+
+/// Sends an event when its thread ends or panics, unless the machine has ended the thread.
+struct Obituary {
+    name: String,
+    end: Arc<Events>,
+    expected: bool,
+}
+
+impl Drop for Obituary {
+    fn drop(&mut self) {
+        if !self.expected {
+            self.end.send(Event::IoThreadEnded { name: std::mem::take(&mut self.name) });
         }
     }
 }
@@ -193,7 +247,8 @@ struct Worker {
 }
 
 impl Worker {
-    fn serve(mut self, commands: &Receiver<Command>, acknowledge: &Sender<u64>) {
+    /// Works until the machine closes the channel. Returns false if the thread cannot go on.
+    fn serve(mut self, commands: &Receiver<Command>, acknowledge: &Sender<u64>) -> bool {
         let mut running = false;
         loop {
             let command =
@@ -203,16 +258,16 @@ impl Worker {
                 Ok(Command::Park(number)) => {
                     running = false;
                     if acknowledge.send(number).is_err() {
-                        return;
+                        return true;
                     }
                 }
                 // A command that comes now has signalled `control`, or will.
                 Err(TryRecvError::Empty) => {
                     if !self.turn() {
-                        return;
+                        return false;
                     }
                 }
-                Err(TryRecvError::Disconnected) => return,
+                Err(TryRecvError::Disconnected) => return true,
             }
         }
     }
@@ -248,6 +303,13 @@ impl Worker {
 mod tests {
     use super::*;
 
+    /// Starts the threads of as many devices, and returns the receiver of their events.
+    fn start_all(requests: Vec<IoThread>) -> (IoThreads, Receiver<Event>) {
+        let (end, ended, _) = Events::pair().unwrap();
+        let requests = requests.into_iter().enumerate().collect();
+        (IoThreads::start(requests, &Arc::new(end), &Confinement::new(false)).unwrap(), ended)
+    }
+
     /// A thread of two events that sends the index of each.
     fn start(events: [&IoEvent; 2]) -> (IoThreads, Receiver<usize>) {
         let (sender, work) = mpsc::channel();
@@ -256,7 +318,7 @@ mod tests {
             events: events.map(IoEvent::clone).to_vec(),
             work: Box::new(move |index| sender.send(index).unwrap()),
         };
-        (IoThreads::start(vec![request], &Confinement::new(false)).unwrap(), work)
+        (start_all(vec![request]).0, work)
     }
 
     const SOON: Duration = Duration::from_secs(5);
@@ -301,18 +363,95 @@ mod tests {
     }
 
     /// A thread whose work says when it begins, and then waits.
-    fn start_slow(event: &IoEvent) -> (IoThreads, Receiver<()>, Sender<()>) {
+    fn slow(events: &[&IoEvent]) -> (IoThread, Receiver<()>, Sender<()>) {
         let (begin, begun) = mpsc::channel();
         let (proceed, may_proceed) = mpsc::channel();
         let request = IoThread {
             name: "io slow".into(),
-            events: vec![event.clone()],
+            events: events.iter().map(|event| (*event).clone()).collect(),
             work: Box::new(move |_| {
                 begin.send(()).unwrap();
                 may_proceed.recv().unwrap();
             }),
         };
-        (IoThreads::start(vec![request], &Confinement::new(false)).unwrap(), begun, proceed)
+        (request, begun, proceed)
+    }
+
+    fn start_slow(event: &IoEvent) -> (IoThreads, Receiver<()>, Sender<()>) {
+        let (request, begun, proceed) = slow(&[event]);
+        (start_all(vec![request]).0, begun, proceed)
+    }
+
+    #[test]
+    fn a_thread_parks_after_one_piece_of_work_although_more_is_pending() {
+        let events = [(); 8].map(|()| IoEvent::new().unwrap());
+        let (request, begun, proceed) = slow(&events.each_ref());
+        let (threads, _ended) = start_all(vec![request]);
+        events.iter().for_each(IoEvent::signal);
+        threads.run().unwrap();
+        begun.recv_timeout(SOON).unwrap();
+        let park = thread::spawn(move || (threads.park(), threads));
+        thread::sleep(NOT);
+        proceed.send(()).unwrap();
+        let (parked, threads) = park.join().unwrap();
+        parked.unwrap();
+        assert!(begun.recv_timeout(NOT).is_err(), "no second piece");
+        threads.run().unwrap();
+        for _ in 1..events.len() {
+            begun.recv_timeout(SOON).unwrap();
+            proceed.send(()).unwrap();
+        }
+        assert!(begun.recv_timeout(NOT).is_err(), "all others were pending, once each");
+    }
+
+    /// The agent's patience does not grow with the number of threads.
+    #[test]
+    fn all_threads_together_have_one_time_to_park() {
+        let events = [(); 2].map(|()| IoEvent::new().unwrap());
+        let [(late, late_begun, proceed_late), (hung, hung_begun, proceed_hung)] =
+            events.each_ref().map(|event| slow(&[event]));
+        let (threads, _ended) = start_all(vec![late, hung]);
+        threads.run().unwrap();
+        events.iter().for_each(IoEvent::signal);
+        late_begun.recv_timeout(SOON).unwrap();
+        hung_begun.recv_timeout(SOON).unwrap();
+        let late = thread::spawn(move || {
+            thread::sleep(ACKNOWLEDGE * 3 / 4);
+            proceed_late.send(()).unwrap();
+        });
+        let begun = Instant::now();
+        assert!(matches!(threads.park(), Err(IoThreadError::Silent(_))));
+        assert!(begun.elapsed() < ACKNOWLEDGE * 3 / 2, "{:?}", begun.elapsed());
+        proceed_hung.send(()).unwrap();
+        late.join().unwrap();
+    }
+
+    #[test]
+    fn a_thread_that_ends_by_itself_sends_an_event_and_is_not_silent() {
+        let event = IoEvent::new().unwrap();
+        let (request, begun, proceed) = slow(&[&event]);
+        let (mut threads, ended) = start_all(vec![request]);
+        threads.run().unwrap();
+        drop(proceed);
+        event.signal();
+        begun.recv_timeout(SOON).unwrap();
+        let end = ended.recv_timeout(SOON).unwrap();
+        assert!(matches!(&end, Event::IoThreadEnded { name } if name == "io slow"), "{end:?}");
+        assert!(matches!(threads.park(), Err(IoThreadError::Ended(name)) if name == "io slow"));
+        assert!(threads.end().is_empty(), "nothing is left behind");
+    }
+
+    #[test]
+    fn the_end_that_the_machine_orders_sends_no_event_and_names_devices_in_use() {
+        let events = [(); 2].map(|()| IoEvent::new().unwrap());
+        let [(good, ..), (hung, begun, proceed)] = events.each_ref().map(|event| slow(&[event]));
+        let (mut threads, ended) = start_all(vec![good, hung]);
+        threads.run().unwrap();
+        events[1].signal();
+        begun.recv_timeout(SOON).unwrap();
+        assert_eq!(threads.end(), BTreeSet::from([1]));
+        proceed.send(()).unwrap();
+        assert!(ended.recv_timeout(SOON).is_err(), "all senders are gone");
     }
 
     #[test]

@@ -94,10 +94,12 @@ impl MachineError {
         let code = match self {
             Self::NoKvm(_) | Self::Kvm(..) | Self::TooManyCpus { .. } => FailureCode::Kvm,
             Self::Memory(_) => FailureCode::Memory,
+            Self::Boot(BootError::TablesTooLong { .. }) | Self::File(_) => FailureCode::Invalid,
             Self::Boot(_) => FailureCode::Kernel,
             Self::Device(error) => error.code(),
-            Self::Reset(_) | Self::Board(BoardError::Device { .. }) => FailureCode::Device,
-            Self::File(_) => FailureCode::Invalid,
+            Self::Reset(_)
+            | Self::Board(BoardError::Device { .. })
+            | Self::IoThread(IoThreadError::Silent(_)) => FailureCode::Device,
             Self::Sandbox(_) | Self::Seccomp(_) => FailureCode::Sandbox,
             Self::Vcpu(_) | Self::IoThread(_) | Self::Io(..) | Self::Board(_) => FailureCode::Internal,
         };
@@ -149,7 +151,7 @@ pub struct Machine {
 
 /// The machine's signals to the event loop.
 pub struct Signals {
-    /// The vCPUs' events. Read the eventfd first, then drain the channel.
+    /// Events of vCPUs and I/O threads. Read the eventfd first, then drain the channel.
     pub vcpu_events: Receiver<vcpu::Event>,
     /// Becomes readable when `vcpu_events` may have an event.
     pub vcpu_signal: EventFd,
@@ -226,15 +228,16 @@ impl Machine {
         })?);
         board.add(devices.clone()).map_err(BoardError::Layout)?;
         let description = Description { cpus: spec.cpus, devices: board.aml() };
-        let io_threads = IoThreads::start(board.io_threads(), &confinement)?;
-        let board = Arc::new(board);
-
         let (events, vcpu_events, vcpu_signal) =
             vcpu::Events::pair().map_err(io("make the vCPUs' eventfd"))?;
+        let events = Arc::new(events);
+        let io_threads = IoThreads::start(board.io_threads(), &events, &confinement)?;
+        let board = Arc::new(board);
+
         let counters = Arc::new(Counters::default());
         let first_entry = Arc::new(OnceLock::new());
         let ports: Arc<dyn vcpu::exit::Ports> = board.clone();
-        let vcpus = Vcpus::start(fds, &ports, &counters, &Arc::new(events), &first_entry, &confinement)?;
+        let vcpus = Vcpus::start(fds, &ports, &counters, &events, &first_entry, &confinement)?;
         // The first run overlaps the reading of the kernel: only `forbid_threads` must come after it.
         vcpus.begin_first_run()?;
         sandbox::limit_files(&spec.sandbox)?;
@@ -271,7 +274,7 @@ impl Machine {
     /// Lets the devices act and the vCPUs run.
     ///
     /// # Errors
-    /// A vCPU or an I/O thread does not answer.
+    /// A vCPU does not answer, or an I/O thread has ended.
     pub fn run(&self) -> Result<(), MachineError> {
         self.board.resume();
         self.io_threads.run()?;
@@ -281,10 +284,11 @@ impl Machine {
     /// Stops the vCPUs at an instruction boundary, and then the devices.
     ///
     /// # Errors
-    /// A vCPU or an I/O thread does not answer. After the latter the machine runs on.
+    /// A vCPU or an I/O thread does not answer, or an I/O thread has ended. After
+    /// [`IoThreadError::Silent`] the machine runs on.
     pub fn park(&self) -> Result<(), MachineError> {
         let result = self.stop();
-        if let Err(MachineError::IoThread(_)) = result {
+        if let Err(MachineError::IoThread(IoThreadError::Silent(_))) = result {
             self.run()?;
         }
         result
@@ -338,8 +342,8 @@ impl Drop for Machine {
     fn drop(&mut self) {
         self.vcpus.end();
         self.board.pause();
-        self.io_threads.end();
-        self.board.shutdown();
+        let in_use = self.io_threads.end();
+        self.board.shutdown(&in_use);
     }
 }
 

@@ -80,6 +80,17 @@ impl Thread {
     }
 
     fn filter(self) -> &'static [(u16, u8, u8, u32)] {
+        #[cfg(any(test, feature = "test-support"))]
+        match self {
+            Self::Main => return compiled::MAIN_FOR_TESTS,
+            Self::Vcpu => return compiled::VCPU_FOR_TESTS,
+            _ => {}
+        }
+        self.filter_for_users()
+    }
+
+    /// The filter of a build for users, without the rules that only tests need.
+    fn filter_for_users(self) -> &'static [(u16, u8, u8, u32)] {
         match self {
             Self::Main => compiled::MAIN,
             Self::Vcpu => compiled::VCPU,

@@ -15,6 +15,7 @@
 //! | 0x10 | data | its data; a write connects the interrupt |
 //! | 0x14 | place | 0 or 1: which of the next two registers is the doorbell |
 //! | 0x18 | missed | writes in this boot to a doorbell's register that rang nothing |
+//! | 0x1c | fault | a write makes the I/O thread hang (1) or panic (2) at the next doorbell |
 //! | 0x20, 0x24 | doorbell | |
 //!
 //! Port 0x640 is a second doorbell, for the value 7 alone. It reads as the lowest byte of the
@@ -24,7 +25,9 @@ use std::{
     fs::File,
     io::{self, Write},
     ops::Range,
+    panic::resume_unwind,
     sync::{Arc, Mutex, MutexGuard, PoisonError},
+    thread,
 };
 
 use acpi_tables::{
@@ -59,6 +62,9 @@ const ADDRESS: u64 = 0xc;
 const DATA: u64 = 0x10;
 const PLACE: u64 = 0x14;
 const MISSED: u64 = 0x18;
+const FAULT: u64 = 0x1c;
+const HANG: u32 = 1;
+const PANIC: u32 = 2;
 const DOORBELLS: [u64; 2] = [0x20, 0x24];
 
 /// Builds the device, if the machine has it.
@@ -91,6 +97,7 @@ struct Registers {
     message: MsiMessage,
     place: usize,
     missed: u32,
+    fault: u32,
 }
 
 fn in_memory(place: usize) -> Doorbell {
@@ -150,7 +157,15 @@ impl Device for Probe {
         let work = move |_| {
             let mut registers = self.registers();
             registers.answers = registers.answers.wrapping_add(1);
+            let fault = registers.fault;
             drop(registers);
+            match fault {
+                HANG => loop {
+                    thread::park();
+                },
+                PANIC => resume_unwind(Box::new("a fault that the guest has ordered")),
+                _ => {}
+            }
             self.interrupt.signal();
         };
         vec![IoThread { name: THREAD.to_owned(), events, work: Box::new(work) }]
@@ -215,6 +230,10 @@ impl BusDevice for Probe {
             DATA => {
                 registers.message.data = value;
                 self.router.connect(self.route, self.interrupt.eventfd(), registers.message)
+            }
+            FAULT => {
+                registers.fault = value;
+                Ok(())
             }
             PLACE => self.move_doorbell(&mut registers, usize::from(value == 1)),
             _ if DOORBELLS.contains(&offset) => {

@@ -34,6 +34,8 @@ const XLF_KERNEL_64: u16 = 1;
 /// Linux on hardware-reduced ACPI tries to reboot by EFI and, finding none, jumps to the BIOS in real mode. There it
 /// finds `mov al, 0xfe; out 0x64, al; hlt; jmp` back to the `hlt`: the keyboard controller's reset.
 const RESET_STUB: [u8; 7] = [0xb0, 0xfe, 0xe6, 0x64, 0xf4, 0xeb, 0xfd];
+/// The longest ACPI tables: the stub lies behind them.
+const ACPI_MAX: u64 = layout::RESET_VECTOR - layout::ACPI.start;
 /// Page size, for the place of the initramfs.
 const PAGE: u64 = 4096;
 
@@ -82,6 +84,15 @@ pub enum BootError {
     /// The command line has a NUL or a newline in it.
     #[error("The kernel command line contains a control character")]
     CmdlineCharacter,
+    /// The ACPI tables do not fit below the reset vector.
+    #[error(
+        "The ACPI tables have {size} bytes, at most {max} are possible; give the VM fewer devices or vCPUs",
+        max = ACPI_MAX
+    )]
+    TablesTooLong {
+        /// Their size.
+        size: u64,
+    },
     /// Guest memory is too small for the kernel and the tables.
     #[error("The guest's memory is too small to boot; give it at least 2 MiB")]
     Memory(#[source] vm_memory::GuestMemoryError),
@@ -115,6 +126,11 @@ pub fn load(
     machine: &acpi::Description,
 ) -> Result<Entry, BootError> {
     let cmdline = cmdline(&payload.cmdline)?;
+    let tables = acpi::tables(machine);
+    let size = tables.len() as u64;
+    if size > ACPI_MAX {
+        return Err(BootError::TablesTooLong { size });
+    }
     let entry = match image_kind(&mut payload.kernel)? {
         Kind::Elf => load_elf(memory, payload)?,
         Kind::BzImage => load_bzimage(memory, payload)?,
@@ -122,7 +138,7 @@ pub fn load(
     let write =
         |bytes: &[u8], at: u64| memory.write_slice(bytes, GuestAddress(at)).map_err(BootError::Memory);
     write(&cmdline, layout::CMDLINE)?;
-    write(&acpi::tables(machine), layout::ACPI.start)?;
+    write(&tables, layout::ACPI.start)?;
     write(&RESET_STUB, layout::RESET_VECTOR)?;
     for (at, descriptor) in (layout::GDT..).step_by(8).zip(state::gdt(entry)) {
         write(&descriptor.to_le_bytes(), at)?;

@@ -5,7 +5,7 @@ use std::io::Write;
 use linux_loader::loader::bootparam::boot_params;
 
 use super::*;
-use crate::memory;
+use crate::{board, memory};
 
 fn file(bytes: &[u8]) -> File {
     let mut file = tempfile::tempfile().unwrap();
@@ -138,8 +138,28 @@ fn a_jump_to_the_bios_finds_the_reset() {
     let mut stub = [0; 7];
     memory.read_slice(&mut stub, GuestAddress(0xf_fff0)).unwrap();
     assert_eq!(stub, RESET_STUB);
-    let tables = acpi::tables(&acpi::Description { cpus: 254, devices: Vec::new() });
-    assert!(layout::ACPI.start + tables.len() as u64 <= layout::RESET_VECTOR);
+}
+
+#[test]
+fn acpi_tables_end_before_the_reset_vector() {
+    let memory = memory::reserve(4 << 20, false).unwrap();
+    let devices = board::tests::board().aml();
+    assert!(!devices.is_empty());
+    let load_with = |devices: Vec<u8>| {
+        let machine = acpi::Description { cpus: 254, devices };
+        load(&memory, &mut payload(&elf(true, &[0xf4]), None), &machine).map(|_| ())
+    };
+    load_with(devices.clone()).unwrap();
+    let tables = acpi::tables(&acpi::Description { cpus: 254, devices: devices.clone() });
+    // The tables behind the DSDT begin at multiples of 16.
+    let rest = (ACPI_MAX - tables.len() as u64) & !15;
+    let with = |more: u64| [devices.clone(), vec![0; usize::try_from(rest + more).unwrap()]].concat();
+    load_with(with(0)).unwrap();
+    let mut stub = [0; 7];
+    memory.read_slice(&mut stub, GuestAddress(layout::RESET_VECTOR)).unwrap();
+    assert_eq!(stub, RESET_STUB);
+    let error = load_with(with(16)).unwrap_err();
+    assert!(matches!(error, BootError::TablesTooLong { size } if size > ACPI_MAX), "{error}");
 }
 
 #[test]

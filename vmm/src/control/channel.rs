@@ -4,6 +4,7 @@
 
 use std::{
     cell::RefCell,
+    fmt,
     io::{self, IoSlice, IoSliceMut},
     mem::MaybeUninit,
     os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd, RawFd},
@@ -19,12 +20,14 @@ use rustix::{
 };
 use serde::{Serialize, de::DeserializeOwned};
 
+use super::files;
+
 /// The longest packet in bytes. The kernel's default socket buffer holds several.
 pub const FRAME_MAX: usize = 64 * 1024;
 
-/// The most file descriptors beside one packet: four files of a machine, and a connection for each function of a VM,
-/// all of which may be simulated.
-pub const FDS_MAX: usize = 4 + 16;
+/// The most file descriptors beside one packet: the files of every machine, and a connection for each function of a
+/// VM, all of which may be simulated. A new file of a device adds to it.
+pub const FDS_MAX: usize = files::OF_EVERY_MACHINE.len() + 16;
 
 thread_local! {
     /// The receive buffer. It is reused: a new one for each packet would be zeroed each time, on a path where a guest
@@ -54,11 +57,28 @@ pub enum ChannelError {
     #[error("The peer sent a malformed control message")]
     Malformed(#[source] serde_json::Error),
     /// Our own message does not fit: a bug, or a specification out of bounds.
-    #[error("A control message of {0} bytes is too long")]
-    TooLong(usize),
+    #[error(
+        "A control message of {0} is too long: at most {FRAME_MAX} bytes with {FDS_MAX} files are possible"
+    )]
+    TooLong(MessageSize),
     /// The socket failed.
     #[error("The control socket failed")]
     Socket(#[from] io::Error),
+}
+
+/// The size of a message.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct MessageSize {
+    /// Its length in bytes.
+    pub bytes: usize,
+    /// Files beside it.
+    pub files: usize,
+}
+
+impl fmt::Display for MessageSize {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{} bytes with {} files", self.bytes, self.files)
+    }
 }
 
 impl From<Errno> for ChannelError {
@@ -144,8 +164,9 @@ impl Channel {
     /// [`ChannelError::TooLong`] and [`ChannelError::WouldBlock`] send nothing and leave the connection usable.
     pub fn send<M: Serialize>(&self, message: &M, fds: &[BorrowedFd<'_>]) -> Result<(), ChannelError> {
         let bytes = serde_json::to_vec(message).map_err(ChannelError::Malformed)?;
-        if bytes.len() > FRAME_MAX || fds.len() > FDS_MAX {
-            return Err(ChannelError::TooLong(bytes.len()));
+        let size = MessageSize { bytes: bytes.len(), files: fds.len() };
+        if size.bytes > FRAME_MAX || size.files > FDS_MAX {
+            return Err(ChannelError::TooLong(size));
         }
         if fds.is_empty() {
             // The filter of a vmm has no `sendmsg`, so that a compromised vmm cannot pass descriptors.
@@ -155,7 +176,7 @@ impl Channel {
         let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(FDS_MAX))];
         let mut control = SendAncillaryBuffer::new(&mut space);
         if !control.push(SendAncillaryMessage::ScmRights(fds)) {
-            return Err(ChannelError::TooLong(bytes.len()));
+            return Err(ChannelError::TooLong(size));
         }
         net::sendmsg(&self.0, &[IoSlice::new(&bytes)], &mut control, SendFlags::NOSIGNAL)?;
         Ok(())
@@ -290,6 +311,9 @@ mod tests {
         let (_dir, near, far) = pair();
         let long = "x".repeat(FRAME_MAX);
         assert!(matches!(near.send(&long, &[]), Err(ChannelError::TooLong(_))));
+        let file = File::open("/dev/null").unwrap();
+        let error = near.send(&ToVmm::Noted { upto: 1 }, &[file.as_fd(); FDS_MAX + 1]).unwrap_err();
+        assert!(error.to_string().contains(&format!("with {} files is too long", FDS_MAX + 1)), "{error}");
         net::send(&near.0, &vec![b'x'; FRAME_MAX + 1], SendFlags::NOSIGNAL).unwrap();
         assert!(matches!(far.receive::<ToVmm>(), Err(ChannelError::Oversized)));
         near.send(&"nonsense", &[]).unwrap();

@@ -14,6 +14,9 @@ pub const KERNEL: &str = "kernel";
 /// The initramfs, if [`MachineSpec::initramfs`](super::MachineSpec::initramfs).
 pub const INITRAMFS: &str = "initramfs";
 
+/// The files that any machine can have. `FDS_MAX` leaves room for them.
+pub const OF_EVERY_MACHINE: [&str; 4] = [KVM, CONSOLE, KERNEL, INITRAMFS];
+
 /// The name of a simulated function's connection to its PF. `bdf` is the function's address on the
 /// host.
 #[must_use]

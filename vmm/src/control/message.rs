@@ -218,7 +218,7 @@ pub enum FailureCode {
     Memlock,
     /// A VFIO group is not viable.
     GroupNotViable,
-    /// The vmm cannot open or use a VFIO device.
+    /// The vmm cannot open or use a VFIO device, or a file or network of a device hangs.
     Device,
     /// The vmm cannot build the sandbox on this host.
     Sandbox,

@@ -16,6 +16,7 @@ use passthrough::{
 use super::{event_loop::Process, resets::Reset};
 use crate::{
     control::{Answer, End, Failure, FailureCode, FileError, Files, MachineSpec, Order, Outcome, State},
+    io_threads::IoThreadError,
     machine::{Machine, MachineError},
     vcpu,
 };
@@ -172,7 +173,14 @@ impl Process {
             State::Running => {}
             _ => return Err(self.wrong_state("pause")),
         }
-        self.machine()?.park().map_err(|e| e.failure())?;
+        if let Err(error) = self.machine()?.park() {
+            let failure = error.failure();
+            // Its device never works again, and the vCPUs are parked.
+            if matches!(error, MachineError::IoThread(IoThreadError::Ended(_))) {
+                self.end(End::Failed { detail: failure.detail.clone() });
+            }
+            return Err(failure);
+        }
         self.enter(State::Paused);
         Ok(Outcome::Done)
     }
@@ -260,12 +268,15 @@ impl Process {
             return;
         }
         // Not at info: a guest that resets in a loop must not fill the log while no agent limits it.
-        tracing::debug!(vm = %self.vm, ?event, "A vCPU stopped");
+        tracing::debug!(vm = %self.vm, ?event, "A thread of the machine stopped");
         match event {
             vcpu::Event::Machine(MachineEvent::PowerOff) => self.end(End::PoweredOff),
             vcpu::Event::Machine(MachineEvent::Reset) => self.on_guest_reset(),
             vcpu::Event::Broken { index, what } => {
                 self.end(End::Failed { detail: format!("vCPU {index} cannot continue: {what}") });
+            }
+            vcpu::Event::IoThreadEnded { name } => {
+                self.end(End::Failed { detail: IoThreadError::Ended(name).to_string() });
             }
         }
     }

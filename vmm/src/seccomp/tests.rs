@@ -2,7 +2,11 @@
 
 //! Compares the compiled filters with their files.
 
-use std::{collections::BTreeMap, fs, path::Path};
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    fs,
+    path::Path,
+};
 
 use kvm_bindings::*;
 use serde_json::Value;
@@ -84,13 +88,15 @@ fn verdict(filter: &[(u16, u8, u8, u32)], number: u32, arguments: [u64; 6]) -> u
     }
 }
 
-/// The rules of a file with those that it includes.
-fn rules_of(name: &str) -> Vec<Value> {
+/// The rules of a file with those that it includes in a build for users, or in one for tests.
+fn rules_of(name: &str, for_tests: bool) -> Vec<Value> {
     let root = Path::new(env!("CARGO_MANIFEST_DIR")).join("../resources/seccomp");
     let text = fs::read_to_string(root.join(name).with_extension("json")).unwrap();
     let mut file: Value = serde_json::from_str(&text).unwrap();
-    let included = file["include"].as_array().into_iter().flatten();
-    let mut rules: Vec<Value> = included.flat_map(|name| rules_of(name.as_str().unwrap())).collect();
+    let lists = if for_tests { &["include", "include_for_tests"][..] } else { &["include"] };
+    let included = lists.iter().flat_map(|list| file[list].as_array().into_iter().flatten());
+    let mut rules: Vec<Value> =
+        included.flat_map(|name| rules_of(name.as_str().unwrap(), for_tests)).collect();
     let Value::Array(own) = file["filter"].take() else { panic!("{name}") };
     rules.extend(own);
     rules
@@ -120,8 +126,9 @@ fn each_filter_allows_what_its_file_says_and_nothing_else() {
         ("fcntl", libc::SYS_fcntl),
         ("statx", libc::SYS_statx),
     ]);
-    for thread in THREADS {
-        let rules = rules_of(thread.name());
+    for (thread, for_tests) in THREADS.into_iter().flat_map(|thread| [(thread, false), (thread, true)]) {
+        let filter = if for_tests { thread.filter() } else { thread.filter_for_users() };
+        let rules = rules_of(thread.name(), for_tests);
         // Every value that a rule compares an argument with, and others.
         let mut values: Vec<u64> = rules
             .iter()
@@ -144,22 +151,48 @@ fn each_filter_allows_what_its_file_says_and_nothing_else() {
                                 .flatten()
                                 .all(|condition| holds(condition, arguments))
                         });
-                        let said = verdict(thread.filter(), number, arguments);
+                        let said = verdict(filter, number, arguments);
                         let expected = if allowed { 0x7fff_0000 } else { 0x8000_0000 };
                         assert_eq!(said, expected, "{} on {}: {arguments:x?}", name, thread.name());
                     }
                 }
             }
         }
-        let plain = rules
-            .iter()
-            .map(|rule| rule["syscall"].as_str().unwrap())
-            .collect::<std::collections::BTreeSet<_>>()
-            .len();
-        let conditional = |number| verdict(thread.filter(), number, [u64::MAX; 6]) == 0x7fff_0000;
+        let plain = rules.iter().map(|rule| rule["syscall"].as_str().unwrap()).collect::<BTreeSet<_>>().len();
+        let conditional = |number| verdict(filter, number, [u64::MAX; 6]) == 0x7fff_0000;
         let allowed = (0..1000).filter(|number| conditional(*number)).count();
         assert!(allowed <= plain && allowed > 15, "{}: {allowed} of {plain}", thread.name());
     }
+}
+
+/// No device of a machine for users has a doorbell.
+#[test]
+fn builds_for_users_cannot_connect_doorbells() {
+    let ioctl = u32::try_from(libc::SYS_ioctl).unwrap();
+    let request = requests()["KVM_IOEVENTFD"];
+    let allows = |filter| verdict(filter, ioctl, [3, request, 0, 0, 0, 0]) == 0x7fff_0000;
+    for thread in THREADS {
+        assert!(!allows(thread.filter_for_users()), "{}", thread.name());
+        let tested = matches!(thread, Thread::Main | Thread::Vcpu);
+        assert_eq!(allows(thread.filter()), tested, "{}", thread.name());
+    }
+}
+
+/// The threat model names each request to KVM that a vmm for users can make.
+#[test]
+fn the_threat_model_names_the_requests_to_kvm() {
+    let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("../docs/threat-model.md");
+    let text = fs::read_to_string(path).unwrap();
+    let allowed: BTreeSet<String> = THREADS
+        .iter()
+        .flat_map(|thread| rules_of(thread.name(), false))
+        .filter(|rule| rule["syscall"] == "ioctl")
+        .map(|rule| rule["args"][0]["comment"].as_str().unwrap().to_owned())
+        .filter(|name| name.starts_with("KVM_"))
+        .collect();
+    let named: BTreeSet<String> =
+        text.split('`').filter(|word| word.starts_with("KVM_")).map(str::to_owned).collect();
+    assert_eq!(named, allowed);
 }
 
 fn rules() -> Vec<(String, Value)> {

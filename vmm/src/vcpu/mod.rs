@@ -71,17 +71,22 @@ enum VcpuCommand {
     Enter(Entry),
 }
 
-/// A vCPU's event for the event loop. The vCPU is parked then.
+/// An event of the machine's threads for the event loop.
 #[derive(Debug)]
 pub enum Event {
-    /// The guest requests it.
+    /// The guest requests it. The vCPU is parked.
     Machine(MachineEvent),
-    /// The vCPU cannot go on.
+    /// The vCPU cannot go on. It is parked.
     Broken {
         /// The vCPU's index.
         index: u8,
         /// KVM's reason.
         what: String,
+    },
+    /// An I/O thread has ended or panicked.
+    IoThreadEnded {
+        /// The thread's name.
+        name: String,
     },
 }
 
@@ -93,7 +98,7 @@ pub struct Events {
 }
 
 impl Events {
-    /// Makes both ends: the sender for vCPUs, and the receiver for the event loop (read the eventfd first, then the
+    /// Makes both ends: the sender for threads, and the receiver for the event loop (read the eventfd first, then the
     /// channel).
     ///
     /// # Errors
@@ -105,7 +110,8 @@ impl Events {
         Ok((Self { sender, signal }, receiver, readable))
     }
 
-    fn send(&self, event: Event) {
+    /// Sends an event and wakes the event loop.
+    pub(crate) fn send(&self, event: Event) {
         if self.sender.send(event).is_ok() {
             // Fails only if the counter is full: then the loop's wake-up is already pending.
             let _ = self.signal.write(1);

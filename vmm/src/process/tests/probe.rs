@@ -2,13 +2,14 @@
 
 //! A guest that uses a device with registers, doorbells, an I/O thread and an interrupt.
 
-use std::fs;
+use std::{collections::BTreeMap, ffi::OsString, fs};
 
 use super::*;
 use crate::board::probe::{FILE, THREAD};
 
 // Prints a character for each thing that works, and a new line. Then waits for a character on the
-// serial port: 'r' resets, 'q' powers off.
+// serial port: 'r' resets, 'q' powers off. '0', '1' or '2' becomes the fault of the I/O thread, rings
+// the doorbell, and is printed.
 core::arch::global_asm!(
     ".pushsection .rodata",
     ".code32",
@@ -77,7 +78,15 @@ core::arch::global_asm!(
     "  mov dword ptr [ebx + 0x24], 1",
     "  mov al, 0xfe",
     "  out 0x64, al",
-    "4: mov dx, 0x624",
+    "4: cmp al, '2'",
+    "  ja 6f",
+    "  movzx ecx, al",
+    "  sub ecx, '0'",
+    "  mov [ebx + 0x1c], ecx",
+    "  mov dword ptr [ebx + 0x24], 1",
+    "  call 80f",
+    "  jmp 3b",
+    "6: mov dx, 0x624",
     "  mov al, 0x34",
     "  out dx, al",
     "5: hlt",
@@ -101,18 +110,36 @@ core::arch::global_asm!(
     ".popsection",
 );
 
-/// The threads of this process that are called like an I/O thread.
-fn io_threads() -> Vec<String> {
-    let threads = fs::read_dir("/proc/self/task").unwrap();
-    let names = threads.filter_map(|thread| fs::read_to_string(thread.ok()?.path().join("comm")).ok());
-    names.map(|name| name.trim().to_owned()).filter(|name| name.starts_with("io ")).collect()
+/// The threads of this process, with their names.
+fn threads() -> BTreeMap<OsString, String> {
+    let threads = fs::read_dir("/proc/self/task").unwrap().map(|thread| thread.unwrap());
+    threads
+        .filter_map(|thread| {
+            let name = fs::read_to_string(thread.path().join("comm")).ok()?;
+            Some((thread.file_name(), name.trim().to_owned()))
+        })
+        .collect()
 }
+
+/// The names of those that are called like an I/O thread.
+fn io_threads() -> Vec<String> {
+    threads().into_values().filter(|name| name.starts_with("io ")).collect()
+}
+
+fn calls(mut log: File) -> Vec<String> {
+    let mut calls = String::new();
+    log.seek(SeekFrom::Start(0)).unwrap();
+    std::io::Read::read_to_string(&mut log, &mut calls).unwrap();
+    calls.lines().map(str::to_owned).collect()
+}
+
+/// The output of a boot.
+const BOOT: &str = "T05I11I22I3\n";
 
 #[test]
 fn a_device_of_one_file_and_one_line_has_all_that_a_device_can_have() {
-    const BOOT: &str = "T05I11I22I3\n";
     const WRITES: u64 = 7;
-    let mut log = tempfile::tempfile().unwrap();
+    let log = tempfile::tempfile().unwrap();
     let mut vm = Fixture::new();
     vm.configure_with(&guest!(guest_probe, guest_probe_end), vec![], &[(FILE, &log)]).unwrap();
     assert_eq!(io_threads(), [THREAD]);
@@ -127,19 +154,64 @@ fn a_device_of_one_file_and_one_line_has_all_that_a_device_can_have() {
     vm.order(Order::ConsoleInput { bytes: b"q".to_vec() }, &[]).unwrap();
     vm.wait_for(|report| matches!(report, Report::Ended { end: End::PoweredOff }));
     assert!(io_threads().is_empty());
-    let mut calls = String::new();
-    log.seek(SeekFrom::Start(0)).unwrap();
-    std::io::Read::read_to_string(&mut log, &mut calls).unwrap();
-    let calls: Vec<&str> = calls.lines().collect();
-    assert_eq!(calls, ["resume", "pause", "resume", "pause", "reset", "resume", "pause", "shutdown"]);
+    assert_eq!(calls(log), ["resume", "pause", "resume", "pause", "reset", "resume", "pause", "shutdown"]);
     vm.exit();
 }
 
 #[test]
-fn a_machine_whose_devices_ask_for_no_thread_has_none() {
+fn a_machine_runs_on_whose_i_o_thread_hangs_and_its_end_does_not_wait_for_it() {
+    let log = tempfile::tempfile().unwrap();
     let mut vm = Fixture::new();
+    vm.configure_with(&guest!(guest_probe, guest_probe_end), vec![], &[(FILE, &log)]).unwrap();
+    vm.order(Order::Run, &[]).unwrap();
+    vm.wait_for_output(BOOT);
+    vm.order(Order::ConsoleInput { bytes: b"1".to_vec() }, &[]).unwrap();
+    vm.wait_for_output(&[BOOT, "1"].concat());
+    let failure = vm.order(Order::Pause, &[]).unwrap_err();
+    assert_eq!(failure.code, FailureCode::Device);
+    assert!(failure.detail.contains(THREAD), "{failure}");
+    vm.order(Order::ConsoleInput { bytes: b"0".to_vec() }, &[]).unwrap();
+    vm.wait_for_output(&[BOOT, "10"].concat());
+    vm.order(Order::Stop, &[]).unwrap();
+    vm.process.take().unwrap().join().unwrap();
+    assert_eq!(calls(log), ["resume", "pause", "resume", "pause"], "no shutdown beside the thread");
+    assert_eq!(io_threads(), [THREAD], "it was left behind");
+}
+
+#[test]
+fn a_machine_ends_with_an_i_o_thread() {
+    let log = tempfile::tempfile().unwrap();
+    let mut vm = Fixture::new();
+    vm.configure_with(&guest!(guest_probe, guest_probe_end), vec![], &[(FILE, &log)]).unwrap();
+    vm.order(Order::Run, &[]).unwrap();
+    vm.wait_for_output(BOOT);
+    vm.order(Order::ConsoleInput { bytes: b"2".to_vec() }, &[]).unwrap();
+    vm.wait_for(|report| matches!(report, Report::Ended { .. }));
+    let Some(Report::Ended { end: End::Failed { detail } }) = vm.reports.last() else { panic!() };
+    assert!(detail.contains("I/O thread io probe has ended"), "{detail}");
+    assert_eq!(calls(log), ["resume", "pause", "shutdown"]);
+    vm.exit();
+}
+
+#[test]
+fn a_machine_whose_devices_ask_for_no_thread_has_those_of_its_vcpus_alone() {
+    let mut vm = Fixture::new();
+    let before = threads();
     vm.configure(&guest!(guest_hello, guest_hello_end)).unwrap();
-    assert!(io_threads().is_empty());
+    let new = || -> Vec<String> {
+        let new = threads().into_iter().filter(|(id, _)| !before.contains_key(id));
+        // The kernel's thread of KVM, which recovers huge pages, counts as one of this process.
+        let mut names: Vec<String> =
+            new.map(|(_, name)| name).filter(|name| !name.starts_with("kvm-")).collect();
+        names.sort_unstable();
+        names
+    };
+    // A thread of the sandbox may need a moment to end.
+    let deadline = Instant::now() + Duration::from_secs(10);
+    while new().len() > 2 && Instant::now() < deadline {
+        thread::sleep(Duration::from_millis(1));
+    }
+    assert_eq!(new(), ["vcpu0", "vcpu1"]);
     vm.order(Order::Run, &[]).unwrap();
     vm.wait_for(|report| matches!(report, Report::Ended { end: End::PoweredOff }));
     vm.exit();
