@@ -12,11 +12,11 @@ use crate::fixture::{Agent, Guest, Options, SmallGuest};
 const ALICE: &str = "02:00:00:00:0a:01";
 const BOB: &str = "02:00:00:00:0b:01";
 
-fn start() -> Agent {
+pub(super) fn start() -> Agent {
     Agent::start_with(Options { arguments: vec!["--sim-pf".into(), "sim0=4".into()], ..Options::default() })
 }
 
-fn port_group(agent: &Agent, settings: Value) {
+pub(super) fn port_group(agent: &Agent, settings: Value) {
     let spec = json!({"switch": "default", "settings": settings});
     let spec: PortGroupSpec = serde_json::from_value(spec).unwrap();
     agent.ask(agent.client.put_port_group("tests", &spec, None)).unwrap();

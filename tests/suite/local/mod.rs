@@ -25,3 +25,4 @@ mod sandbox;
 mod simulated_pf;
 mod start;
 mod text;
+mod wakes;

@@ -367,6 +367,34 @@ async fn an_agent_that_dies_when_it_has_heard_of_a_question_given_up_leaves_its_
 }
 
 #[tokio::test]
+async fn a_granted_address_waits_for_one_durable_write() {
+    let mut host = Host::new(ACCEPT).await;
+    let database = host.database();
+    let written = || -> u64 {
+        database
+            .query_row("SELECT seq FROM sqlite_sequence WHERE name = 'changes'", [], |row| row.get(0))
+            .unwrap()
+    };
+    host.switch.settle().await;
+    let before = written();
+    let gate = std::sync::Arc::clone(&host.pfs.world().gate);
+    let closed = gate.lock().await;
+    host.send(1, Request::SetMac(mac(9))).await;
+    host.until("the change is stored", async |_| written() > before).await;
+    // It is about to be made on the PF.
+    tokio::time::sleep(Duration::from_millis(50)).await;
+    assert_eq!(written() - before, 1, "the change is stored before it is made");
+    // No other write succeeds from now on, and the guest does not wait for one.
+    database.execute_batch("BEGIN IMMEDIATE").unwrap();
+    drop(closed);
+    assert_eq!(host.answer(1).await.decision, LOCAL);
+    database.execute_batch("ROLLBACK").unwrap();
+    host.until("the rest is stored", async |_| written() - before == 2).await;
+    host.switch.settle().await;
+    assert_eq!(written() - before, 2, "and nothing more");
+}
+
+#[tokio::test]
 async fn a_former_connection_is_not_heard() {
     let mut host = Host::new(ACCEPT).await;
     let question = |seq| Question { seq, request: Request::SetMac(mac(9)) };
