@@ -2,8 +2,8 @@
 
 //! The duties of a device towards its machine.
 //!
-//! The machine keeps its devices in one list and never asks which device one is. It calls them from
-//! its event loop's thread, never from a vCPU's:
+//! The machine keeps its devices in one list and treats all of them alike. It calls them from its
+//! event loop's thread, never from a vCPU's:
 //!
 //! ```text
 //!              resume              pause                    reset
@@ -40,10 +40,10 @@ pub trait Device: Send + Sync {
         Vec::new()
     }
 
-    /// Ends the device's activity, such as requests under way. The vCPUs are parked. The I/O threads
-    /// still run, so that they can complete requests; they are parked next, and then nothing raises
-    /// an interrupt or touches guest memory. Registers keep their values. Pausing a paused device
-    /// does nothing. Must return within a second, even if an I/O thread hangs.
+    /// Ends the device's activity, such as requests under way. The vCPUs are parked. The I/O
+    /// threads still run, so that they can complete requests; they are parked next, and from then
+    /// on nothing raises an interrupt or touches guest memory. Registers keep their values. Pausing
+    /// a paused device does nothing. Must return within a second, even if an I/O thread hangs.
     fn pause(&self) {}
 
     /// Continues after a pause, or begins after a reset. The I/O threads run next, then the vCPUs.
@@ -56,7 +56,7 @@ pub trait Device: Send + Sync {
     /// [`ResetError`]: the device may still use guest memory, so the machine must not boot again.
     fn reset(&self) -> Result<(), ResetError>;
 
-    /// Releases what the device holds of the host. The device is paused, its I/O threads have
+    /// Releases the device's resources of the host. The device is paused, its I/O threads have
     /// ended, and no call follows. May block.
     ///
     /// Not called if an I/O thread of the device does not end, because its host file or network

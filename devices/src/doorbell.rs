@@ -1,7 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 
-//! The interface through which a device hears of guests' writes without an exit of the vCPU to this
-//! process.
+//! Doorbells: a guest's write signals a device, without an exit of the vCPU to this process.
 
 use std::io;
 
@@ -9,13 +8,13 @@ use vmm_sys_util::eventfd::EventFd;
 
 use crate::device::Space;
 
-/// A register whose writes signal an eventfd. The value is lost. Reads, and writes that do not
-/// match, reach the device as before.
+/// A register: writes that match signal an eventfd. The written value is lost. Reads and other
+/// writes reach the device as before.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct Doorbell {
     /// The bus.
     pub space: Space,
-    /// The address on it. The device decodes it.
+    /// The address on the bus. The device decodes it, too.
     pub address: u64,
     /// The writes that match.
     pub ring: Ring,
@@ -41,7 +40,7 @@ pub enum Ring {
 /// The vmm implements it over `KVM_IOEVENTFD`, tests by a recorder. Every call may come from a vCPU
 /// thread.
 pub trait Doorbells: Send + Sync {
-    /// Lets writes to `doorbell` signal `event`, which never blocks and stays open until
+    /// Lets writes to `doorbell` signal `event`, which must be non-blocking, and stay open until
     /// [`Self::disconnect`].
     ///
     /// # Errors

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 
-//! Work of a device that does not belong on a vCPU's thread: queues of requests, files, networks.
+//! Threads for the blocking work of a device: queues of requests, files, networks.
 
 use std::{io, sync::Arc};
 
@@ -11,17 +11,18 @@ use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 ///
 /// The thread waits for the eventfds and calls `work`. It begins after the device's `resume`, and
 /// is parked after its `pause` ([`crate::device::Device`]). The machine clears the eventfds before
-/// `reset`, and ends the thread before `shutdown`. The end of the thread by itself, as by a panic, ends
-/// the machine.
+/// `reset`, and ends the thread before `shutdown`. If the thread ends by itself, for example by a
+/// panic, the machine ends.
 pub struct IoThread {
     /// The thread's name. The kernel shows 15 bytes of it.
     pub name: String,
     /// The eventfds that wake the thread: doorbells and the device's own signals.
     pub events: Vec<IoEvent>,
     /// The work for the eventfd with this index, whose count has been read. It may block, but not
-    /// under a lock that a vCPU's thread or the device's `pause` takes. While it blocks for more
-    /// than 3 seconds, the machine cannot be paused or reset. It does a bounded part of the work: if
-    /// more is left, it signals its own eventfd, so that the thread can be parked in between.
+    /// under a lock that a vCPU's thread or the device's `pause` takes. While one call takes more
+    /// than 3 seconds, the machine cannot be paused or reset. Each call does a bounded part of the
+    /// work, and signals its own eventfd if more is left, so that the thread can be parked in
+    /// between.
     pub work: Box<dyn FnMut(usize) + Send>,
 }
 

@@ -1,12 +1,12 @@
 // SPDX-License-Identifier: Apache-2.0
 
-//! The relays' way to the agent.
+//! The relays' connection to the agent.
 //!
-//! A relay's thread sends a question itself, because its guest's driver waits for the verdict. Events go by the event
-//! loop, which keeps them until the agent has noted them. A question does not overtake an earlier event: while one waits
-//! for the loop, questions wait behind it.
+//! A relay's thread sends a question itself, because its guest's driver waits for the verdict. Events go through the
+//! event loop, which keeps them until the agent has noted them. A question does not overtake an earlier event: while
+//! one waits for the loop, questions wait behind it.
 //!
-//! Apart from the event loop because relay threads use it and must never wait for the loop.
+//! This module is apart from the event loop, because relay threads call it and must never wait for the loop.
 
 use std::{
     io,
@@ -24,13 +24,13 @@ use crate::control::{Ask, Channel, ChannelError, ToAgent};
 /// A message of a relay.
 #[derive(Debug)]
 pub enum RelayMessage {
-    /// The agent decides it.
+    /// A request for the agent's verdict.
     Question(Question),
-    /// The agent records it, now or when it is back.
+    /// An event for the agent, now or when it is back.
     Notice(Notice),
 }
 
-/// The messages for the event loop, and the connection for those that need not wait for it.
+/// The messages for the event loop, and the connection for questions, which need not wait for the loop.
 #[derive(Debug, Default)]
 struct Outbox {
     waiting: Vec<(String, RelayMessage)>,
@@ -88,7 +88,7 @@ impl RelayReceiver {
         &self.signal
     }
 
-    /// The relays' messages since the last call, by adapter. The relays' own rates bound their number. Until
+    /// The relays' messages since the last call, each with its adapter. The relays' own rates bound their number. Until
     /// [`sent`](Self::sent) is called, questions wait behind them.
     pub fn drain(&self) -> Vec<(String, RelayMessage)> {
         // Read the eventfd first: the other order could lose a wake-up.
@@ -149,7 +149,7 @@ impl Authority for AgentClient {
             return Err(Unreachable);
         }
         let behind = outbox.sending || !outbox.waiting.is_empty();
-        // The loop handles a connection that fails.
+        // If the connection fails, the loop drops it.
         if behind || outbox.ask(&self.adapter, &question).is_err() {
             self.leave_to_loop(outbox, RelayMessage::Question(question));
         }

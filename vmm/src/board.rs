@@ -78,19 +78,19 @@ pub enum BoardError {
 pub struct Parts<'a> {
     /// The VM.
     pub vm: &'a Arc<VmFd>,
-    /// The machine.
+    /// The machine's specification.
     pub spec: &'a MachineSpec,
     /// Guest memory.
     pub memory: &'a GuestMemory,
     /// KVM's memory slots.
     pub mapper: &'a Arc<dyn GuestMapper>,
-    /// Interrupts.
+    /// The interrupt routes.
     pub routes: &'a Arc<Routes>,
     /// Guest-physical addresses of the PCI bus.
     pub pci: &'a Windows,
-    /// Those that BARs can have.
+    /// The allocator of BARs' addresses.
     pub bars: &'a mut BarAllocator,
-    /// The machine's files. A device takes those that it knows.
+    /// The machine's files. A device takes its own by name.
     pub files: &'a mut Files,
 }
 
@@ -108,8 +108,8 @@ impl Parts<'_> {
     }
 }
 
-/// The machine's devices and their buses. Fixed before the first vCPU runs, except that functions come and go on the
-/// PCI bus.
+/// The machine's devices and their buses. Fixed before the first vCPU runs, except that the event loop removes a lost
+/// function from the PCI bus.
 pub struct Board {
     /// The serial port.
     pub serial: Arc<Serial>,
@@ -140,7 +140,7 @@ impl Board {
         Ok(board)
     }
 
-    /// A board that can reach no device yet. `pin` connects an interrupt.
+    /// A board with empty buses. `pin` connects an interrupt line to an eventfd.
     fn empty(
         pin: impl Fn(u32) -> io::Result<EventFd>,
         pci: Windows,
@@ -163,7 +163,7 @@ impl Board {
     /// Adds a device and its registers.
     ///
     /// # Errors
-    /// An address that another device has.
+    /// An address belongs to another device.
     pub fn add(&mut self, device: Arc<dyn Device>) -> Result<(), BusError> {
         for decoded in Arc::clone(&device).decodes() {
             let bus = match decoded.space {
@@ -196,7 +196,7 @@ impl Board {
         self.devices.iter().rev().for_each(|device| device.pause());
     }
 
-    /// Lets the devices act. The vCPUs run next.
+    /// Lets the devices act. The I/O threads run next, then the vCPUs.
     pub fn resume(&self) {
         self.devices.iter().for_each(|device| device.resume());
     }
@@ -207,14 +207,14 @@ impl Board {
     /// The first device that does not reset: the machine must not boot again.
     pub fn reset(&self) -> Result<(), ResetError> {
         self.devices.iter().rev().try_for_each(|device| device.reset())?;
-        // Drop an event that a second vCPU raised during the reset: the reset answers it.
+        // Drop an event that a second vCPU raised during the reset: this reset covers it.
         self.latch.take();
         Ok(())
     }
 
-    /// Releases the devices' hold on the host. They are paused, and no vCPU is left. Devices `in_use`
-    /// by an I/O thread that was left behind keep it: their shutdown could wait for what the thread
-    /// waits for. It ends with the process.
+    /// Releases the devices' resources of the host. The devices are paused, and no vCPU is left. Skips devices `in_use`
+    /// by an I/O thread that was left behind: their shutdown could hang as the thread does. The end of the process
+    /// releases their resources.
     pub fn shutdown(&self, in_use: &BTreeSet<usize>) {
         let unused = self.devices.iter().enumerate().rev().filter(|(number, _)| !in_use.contains(number));
         unused.for_each(|(_, device)| device.shutdown());
@@ -232,7 +232,7 @@ impl Ports for Board {
 
     fn port_write(&self, port: u16, data: &[u8]) -> Option<MachineEvent> {
         self.ports.write(u64::from(port), data);
-        // Only devices on other ports raise events: an access to PCI must not take that of another vCPU.
+        // Only devices on other ports raise events: an access to PCI must not take the event of another vCPU.
         if is_pci_config(port) { None } else { self.latch.take() }
     }
 

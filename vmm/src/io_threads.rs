@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 
-//! The I/O threads of a machine's devices. They exist from the machine's construction to its end; a
-//! machine whose devices ask for none has none.
+//! The I/O threads of a machine's devices. They exist from the machine's construction to its end.
+//! If no device asks for one, there is none.
 //!
 //! ```text
 //!            run                       event: work
@@ -31,16 +31,16 @@ use crate::{
     vcpu::{Event, Events},
 };
 
-/// The longest time until all threads have parked, or have ended. The event loop serves nothing else
-/// meanwhile, so this is less than the agent's patience: 5 s for a revocation (`confirm` in
+/// The longest time until all threads have parked, or have ended. The event loop serves nothing
+/// else meanwhile, so this must stay below the agent's limits: 5 s for a revocation (`confirm` in
 /// `host/src/switch/mod.rs`), 15 s for a stop (`STOP` in `host/src/vm/actor.rs`).
 const ACKNOWLEDGE: Duration = Duration::from_secs(if cfg!(test) { 2 } else { 3 });
-/// The interval at which the end of a thread is looked for.
+/// The interval between checks for the end of a thread.
 const LOOK_AGAIN: Duration = Duration::from_micros(200);
 /// The token of the control eventfd. Tokens of a device's eventfds are their indices.
 const CONTROL: u64 = u64::MAX;
-/// Events of one turn: a command waits for one piece of work at most. The other events stay pending,
-/// and the kernel returns them in turn.
+/// The events of one turn: only one, so that a command waits for one piece of work at most. The
+/// others stay pending, and the kernel returns them in turn.
 const BATCH: usize = 1;
 
 /// Errors of I/O threads.
@@ -89,7 +89,7 @@ pub struct IoThreads(Vec<Handle>);
 
 impl IoThreads {
     /// Starts the threads, parked. Each request comes with the number of its device. A thread that
-    /// ends too early sends an event.
+    /// ends by itself sends [`Event::IoThreadEnded`] to `end`.
     ///
     /// # Errors
     /// [`IoThreadError::Start`].
@@ -118,8 +118,8 @@ impl IoThreads {
     /// threads together.
     ///
     /// # Errors
-    /// [`IoThreadError::Silent`]: the thread parks later. [`Self::run`] undoes that, too.
-    /// [`IoThreadError::Ended`].
+    /// [`IoThreadError::Silent`]: the thread parks later, and a call of [`Self::run`] makes it go
+    /// on. [`IoThreadError::Ended`].
     pub fn park(&self) -> Result<(), IoThreadError> {
         for handle in &self.0 {
             handle.parks.set(handle.parks.get().wrapping_add(1));
@@ -136,8 +136,8 @@ impl IoThreads {
         }
     }
 
-    /// Ends the threads. Returns the numbers of the devices that a thread still works for: it was
-    /// left behind after 3 s. Does nothing the second time.
+    /// Ends the threads, and waits for all of them together for up to 3 s. Returns the numbers of
+    /// the devices with a thread that has not ended: it is left behind. A second call does nothing.
     pub fn end(&mut self) -> BTreeSet<usize> {
         let mut left_behind = BTreeSet::new();
         for handle in &mut self.0 {
@@ -190,7 +190,7 @@ impl Handle {
         let obituary = Obituary { name: name.clone(), end: Arc::clone(end), expected: false };
         let confine = confinement.prepare(seccomp::Thread::Io);
         let thread = thread::Builder::new().name(name.clone()).spawn(move || {
-            // The whole value, so that it is dropped in this thread.
+            // Move the whole value, so that it is dropped in this thread.
             let mut obituary = obituary;
             confine();
             obituary.expected = worker.serve(&inbox, &acknowledge);
@@ -261,7 +261,7 @@ impl Worker {
                         return true;
                     }
                 }
-                // A command that comes now has signalled `control`, or will.
+                // The sender of a command that comes now signals `control`, which ends the wait.
                 Err(TryRecvError::Empty) => {
                     if !self.turn() {
                         return false;

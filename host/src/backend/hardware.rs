@@ -20,7 +20,7 @@ use vmm::control::DeviceBackend;
 use super::{Facts, FunctionBackend, MachineDevice, PfInterface, Scrub};
 use crate::vm::problem::{ToProblem, chain};
 
-/// Opens the control of a PF. Called on threads that may block.
+/// Opens the control of a PF. It may block.
 pub type OpenPf = Arc<dyn Fn(Bdf) -> Result<Box<dyn PfControl>, PfError> + Send + Sync>;
 
 /// The kernel counts PCI domains in a positive `int` (`pci_domain_nr`, linux/pci.h).
@@ -110,7 +110,7 @@ impl FunctionBackend for Hardware {
     }
 
     async fn set_num_vfs(&self, pf: &Pf, count: u32) -> Result<(), Problem> {
-        // No PF can have as many VFs, and the error says so.
+        // No PF can have 65535 VFs, so sysfs refuses a number that does not fit.
         let count = u16::try_from(count).unwrap_or(u16::MAX);
         let (sysfs, bdf, span) = (self.sysfs.clone(), pf.device.bdf, Span::current());
         tokio::task::spawn_blocking(move || span.in_scope(|| sysfs.set_num_vfs(bdf, count, None)))
@@ -155,7 +155,7 @@ impl FunctionBackend for Hardware {
         match self.sysfs.current_binding(bdf)?.driver {
             // A VF that the host took away while the guest ran has no driver.
             None => self.bind(bdf).map(|()| true),
-            // Another driver than vfio-pci comes from the host, and the VF is in its hands.
+            // Another driver than vfio-pci means that the host uses the VF.
             Some(driver) => Ok(driver == VFIO_PCI),
         }
     }

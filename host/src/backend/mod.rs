@@ -39,17 +39,18 @@ pub struct Facts {
     /// Whether the backend stores the number of VFs that each PF should have. Otherwise the agent
     /// stores it.
     pub stores_vf_count: bool,
-    /// The field `simulated` of PFs and VFs in the API. Decide nothing by it: every rule has a fact
+    /// The field `simulated` of PFs and VFs in the API. Do not branch on it: every rule has a fact
     /// of its own.
     pub shown_as_simulated: bool,
-    /// Why `devices` of a VM cannot have such a function, after the function's address; None if it
-    /// can.
+    /// The reason that `devices` of a VM cannot list such a function, as the rest of a sentence
+    /// after the function's address; None if it can.
     pub no_plain_device: Option<&'static str>,
-    /// The failure of a function under a running VM, after the function's name.
+    /// The failure of a function under a running VM, as the rest of a sentence after the function's
+    /// name.
     pub failure: &'static str,
 }
 
-/// The interface of a PF as a list shows it.
+/// The network interface of a PF, as lists show it.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct PfInterface {
     /// The PF.
@@ -60,7 +61,7 @@ pub struct PfInterface {
     pub admin_up: bool,
 }
 
-/// The part of a function that a vmm gets.
+/// A function, as a vmm receives it.
 #[derive(Debug)]
 pub struct MachineDevice {
     /// The way in which the vmm opens the function.
@@ -69,7 +70,7 @@ pub struct MachineDevice {
     pub connection: Option<OwnedFd>,
 }
 
-/// Work on an open VF between two tenants. An error is in words.
+/// Work on an open VF between two tenants. Its error is a text for people.
 pub type Scrub<'a> = &'a mut dyn FnMut(Arc<dyn VfHardware>) -> Result<(), String>;
 
 /// One kind of PCI functions: PFs, their VFs and other functions, with one way to find, prepare and
@@ -140,23 +141,24 @@ pub trait FunctionBackend: Send + Sync + 'static {
     /// There is no such PF, or it cannot be opened.
     fn open_pf(&self, bdf: Bdf) -> Result<Box<dyn PfControl>, PfError>;
 
-    /// Gives a PF `count` VFs. No VF of it may be in use, and none may be claimed meanwhile.
+    /// Gives a PF `count` VFs: 0 to its total for hardware, 1 to its total for a simulated PF. No
+    /// VF of it may be in use, and none may be claimed meanwhile.
     ///
     /// # Errors
-    /// The PF cannot have so many VFs, or does not take them.
+    /// `count` is out of range, or the PF does not accept it.
     async fn set_num_vfs(&self, pf: &Pf, count: u32) -> Result<(), Problem>;
 
     // ---- The choice of a function ----
 
-    /// The IOMMU group of a function that a VM may have together with these others; None if the
-    /// backend has no groups.
+    /// Checks that a VM may have a function `together` with these others. Returns the function's
+    /// IOMMU group; None if the backend has no groups.
     ///
     /// # Errors
     /// The obstacle, see [`ViabilityError`].
     fn check_viable(&self, bdf: Bdf, together: &[Bdf]) -> Result<Option<u32>, ViabilityError>;
 
-    /// The user of a function that no VM of this agent has. Do not call this while a VM's process
-    /// may open the function.
+    /// The user of a function that no VM of this agent has; None if it is free. Do not call this
+    /// while a VM's process may open the function.
     ///
     /// # Errors
     /// The function is unreadable.
@@ -182,7 +184,7 @@ pub trait FunctionBackend: Send + Sync + 'static {
     /// Resets a function that is not in use.
     ///
     /// # Errors
-    /// The reason that it was not reset, in words.
+    /// The reason that it was not reset, as a text for people.
     fn reset(&self, bdf: Bdf) -> Result<(), String>;
 
     /// Prepares a bound function for a vmm. `group` is the result of
@@ -202,7 +204,7 @@ pub trait FunctionBackend: Send + Sync + 'static {
     /// Opens a VF in the place of its last tenant's process, and does `work` on it.
     ///
     /// # Errors
-    /// The VF cannot be opened, or those of `work`, in words.
+    /// The VF cannot be opened, or those of `work`, as a text for people.
     fn scrub(&self, bdf: Bdf, work: Scrub<'_>) -> Result<(), String>;
 
     /// Restores the binding of a function. May be repeated. The process of its last tenant must have
@@ -262,8 +264,9 @@ impl Backends {
         self.0.iter().filter(|row| !row.left_out).map(|row| &row.backend)
     }
 
-    /// The PF that has an interface of this name. The last backend with such an interface counts: an
-    /// operator chooses names of simulated PFs, and an interface of the host can get one later.
+    /// The PF that has an interface of this name. If several backends have one, the last backend
+    /// wins: an operator chooses the names of simulated PFs, and an interface of the host may get
+    /// such a name later.
     ///
     /// # Errors
     /// There is none, or the PFs of the first backend are unreadable.

@@ -24,7 +24,7 @@ use crate::{
 
 const FACTS: Facts = Facts {
     needs_root: false,
-    // The functions reach guest memory as the vmm does.
+    // The functions reach guest memory through the vmm, without an IOMMU.
     needs_locked_memory: false,
     needs_whole_sandbox: false,
     stores_vf_count: true,
@@ -101,7 +101,7 @@ impl FunctionBackend for Simulation {
     }
 
     async fn set_num_vfs(&self, pf: &Pf, count: u32) -> Result<(), Problem> {
-        // As the kernel's attribute, but not 0: a simulated PF without VFs is none.
+        // Like the kernel's `sriov_numvfs`, but without 0: a simulated PF has at least one VF.
         let Some(wanted) = u16::try_from(count).ok().filter(|count| (1..=pf.total_vfs).contains(count))
         else {
             let detail =
@@ -120,7 +120,7 @@ impl FunctionBackend for Simulation {
     }
 
     fn usage(&self, bdf: Bdf) -> Result<Option<Usage>, InventoryError> {
-        // A PF that does not answer has no VF to give either.
+        // The VFs of a PF that does not answer count as free, but cannot be attached.
         Ok(self.0.is_attached(bdf).unwrap_or(false).then_some(Usage::Simulated))
     }
 

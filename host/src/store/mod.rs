@@ -1,11 +1,11 @@
 // SPDX-License-Identifier: Apache-2.0
 
-//! The agent's memory: objects with a kind, an id, a name and a revision, as JSON values.
+//! The agent's stored state: JSON objects with a kind, an id, a name and a revision.
 //!
-//! [`ObjectStore`] is the seam. Its shape is that of the shared stores of distributed switches:
-//! list at a revision, compare-and-swap in a transaction, watch from a revision. [`SqliteStore`]
-//! keeps the objects in one file of this host. `MemoryStore` (tests only) keeps them in the
-//! process. The laws in `tests/laws.rs` hold for both.
+//! [`ObjectStore`] is the interface. A shared store for distributed switches fits it, too: list at
+//! a revision, compare-and-swap in a transaction, watch from a revision. [`SqliteStore`] keeps the
+//! objects in one file of this host. `MemoryStore` (tests only) keeps them in the process. The laws
+//! in `tests/laws.rs` hold for both.
 //!
 //! Revisions belong to the store: each change takes the next number, and the revision of an object
 //! is that of its last change. So a watch from the revision of a listing has no gap.
@@ -40,7 +40,7 @@ pub use table::{Entry, Record, Scope, Table, Transaction};
 /// A boxed future, which makes a trait with asynchronous methods usable as an object.
 pub type BoxFuture<'a, T> = Pin<Box<dyn Future<Output = T> + Send + 'a>>;
 
-/// Takes the result of a commit: the revision of each operation. It must not wait.
+/// Takes the result of a commit: the revision of each operation. It must not block.
 pub type Completion = Box<dyn FnOnce(Result<Vec<u64>, StoreError>) + Send>;
 
 /// The largest number of operations in one commit. etcd's default limit is the same.
@@ -70,7 +70,7 @@ pub struct Listing {
     pub objects: Vec<Object>,
 }
 
-/// The condition of an operation on the object that is there.
+/// The condition of an operation on the stored object.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Expect {
     /// There is no object.
@@ -142,12 +142,13 @@ pub trait ObjectStore: Send + Sync + 'static {
     ///
     /// Commits take effect in the order of these calls. Commits that wait together may share one
     /// durable step, and of their unconditional writes of one object the last may be the only one
-    /// that is carried out. Each has its own result all the same; a write that was not carried out has
-    /// the revision of the store.
+    /// that is carried out. Each has its own result all the same; a write that was not carried out
+    /// has the revision of the write that replaced it.
     ///
-    /// The commit has 1 to [`MAX_OPERATIONS`] operations, at most one for each object. It fails
-    /// with [`StoreError::Conflict`] or [`StoreError::NameTaken`] for the first operation that is
-    /// not possible, and with [`StoreError::Closed`] if the store has ended.
+    /// The commit has 1 to [`MAX_OPERATIONS`] operations, at most one for each object; otherwise it
+    /// fails with [`StoreError::Commit`]. It fails with [`StoreError::Conflict`] or
+    /// [`StoreError::NameTaken`] for the first operation that is not possible, and with
+    /// [`StoreError::Closed`] if the store has ended.
     fn submit(&self, operations: Vec<Operation>, done: Completion);
 
     /// [Submits](Self::submit) a commit and waits for its result.
@@ -166,11 +167,11 @@ pub trait Watch: Send {
     /// Waits for the next change. A call that is dropped loses no change.
     ///
     /// Fails with [`StoreError::Compacted`] if the watch is too far behind: list again and start a
-    /// new watch.
+    /// new watch. Fails with [`StoreError::Closed`] if the store has ended.
     fn next(&mut self) -> BoxFuture<'_, Result<Change, StoreError>>;
 }
 
-/// Refuses a commit that [`ObjectStore::commit`] does not take.
+/// Checks the number of operations, and that no object has two: see [`ObjectStore::submit`].
 fn check_commit(operations: &[Operation]) -> Result<(), StoreError> {
     if operations.is_empty() {
         return Err(StoreError::Commit("it has no operation"));

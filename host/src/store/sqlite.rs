@@ -60,7 +60,8 @@ impl SqliteStore {
     /// thread.
     ///
     /// # Errors
-    /// [`StoreError::Open`], [`StoreError::Corrupt`], [`StoreError::Newer`].
+    /// [`StoreError::Open`], [`StoreError::Corrupt`], [`StoreError::Newer`],
+    /// [`StoreError::Failed`].
     pub fn open(path: &Path) -> Result<Self, StoreError> {
         let connection = open(path)?;
         let revision: u64 = newest(&connection)?;
@@ -239,7 +240,7 @@ fn commit_all(connection: &mut Connection, commits: &[Vec<Operation>]) -> Vec<Re
     {
         return results;
     }
-    // Alone, each has its own result also where the disk is full.
+    // One by one, each commit gets its own result, even if the disk is full.
     commits.iter().map(|operations| commit(connection, operations)).collect()
 }
 
@@ -273,7 +274,7 @@ fn commit_together(
     }
     for (commit, by) in superseded.into_iter().enumerate() {
         let Some(by) = by else { continue };
-        // The later write has failed, so this one counts: each must have its own turn.
+        // The later write failed, so this one counts: carry out the commits one by one.
         let Some(Ok(revisions)) = results.get(by) else { return Err(StoreError::Closed) };
         let revisions = Ok(revisions.clone());
         if let Some(result) = results.get_mut(commit) {
@@ -284,9 +285,9 @@ fn commit_together(
     Ok(results)
 }
 
-/// For each commit, the later one that writes the same object, if nothing can see the difference. That holds for
-/// unconditional writes of one object, alone in their commits and without a change of its name, if no other kind of
-/// commit in the group is about that object.
+/// For each commit, the later one that replaces it; None if it must be carried out. A commit is replaced if it is a
+/// single unconditional write, and the group touches this object only by such writes, all with the same name. No reader
+/// can then see the difference.
 fn superseded(commits: &[Vec<Operation>]) -> Vec<Option<usize>> {
     let alone = |operations: &[Operation]| match operations {
         [Operation::Put { kind, id, name, expect: Expect::Any, .. }] => Some((*kind, *id, name.clone())),
@@ -498,7 +499,7 @@ mod tests {
         let results = commit_all(&mut connection, &commits);
         assert!(matches!(results[3], Err(StoreError::Conflict { .. })));
         assert_eq!(results.iter().filter(|result| result.is_ok()).count(), 4);
-        // A condition needs to see what came before it.
+        // A condition must see the writes before it.
         assert_eq!(written(&connection), ["2", "5"]);
     }
 

@@ -61,7 +61,7 @@ pub(super) struct Actor {
     pub(super) state: SwitchState,
     pub(super) meta: HashMap<Uuid, Meta>,
     pub(super) port_queues: HashMap<PortId, PortQueue>,
-    /// Exactly the adapters of `state`'s ports.
+    /// One entry for each port of `state`.
     pub(super) adapters: HashMap<(VmId, String), PortId>,
     pub(super) links: HashMap<VmId, Link>,
     /// The host's PFs.
@@ -149,7 +149,7 @@ async fn run(
     mut new_jobs: mpsc::UnboundedReceiver<Job>,
     mut hints: Option<mpsc::Receiver<Hint>>,
 ) {
-    // Polled here, between commands: the steps and the end of a job cost no task of their own.
+    // The loop polls the jobs itself: a task for each would cost further wake-ups.
     let mut jobs = FuturesUnordered::new();
     let mut compare = interval(actor.timing.compare);
     compare.set_missed_tick_behavior(MissedTickBehavior::Delay);
@@ -160,7 +160,7 @@ async fn run(
         let (hinted, offered) = (actor.compare_at, actor.offer_at);
         tokio::select! {
             command = inbox.recv() => match command {
-                // Log lines meanwhile belong to the request, if there is one.
+                // Log lines of the command belong to the span of its API request, if there is one.
                 Some((span, command)) => {
                     let ended = beside(actor.obey(command).instrument(span), &mut jobs, &mut new_jobs).await;
                     for (port, end) in ended {
@@ -188,7 +188,7 @@ async fn run(
 }
 
 /// Carries out a command, which may wait for the store, and polls the jobs meanwhile: they have deadlines of their own.
-/// Returns the ends of jobs.
+/// Returns the results of the jobs that ended.
 async fn beside(
     command: impl Future<Output = ()>,
     jobs: &mut FuturesUnordered<Job>,
@@ -221,7 +221,7 @@ async fn at(moment: Option<Instant>) {
 
 impl Actor {
     async fn obey(&mut self, command: Command) {
-        // A client that went away meanwhile misses only the response.
+        // If the client has gone away, only the response is lost.
         match command {
             Command::ListSwitches { reply } => drop(reply.send(self.view_switches())),
             Command::PutSwitch { name, spec, expect, by, reply } => {
@@ -309,7 +309,7 @@ impl Actor {
         }
     }
 
-    /// Starts waiting work of a queue until a job is under way.
+    /// Does the waiting work of a port until a job is under way.
     pub(super) fn go_on(&mut self, port: PortId) {
         while let Some(port_queue) = self.port_queues.get_mut(&port) {
             if port_queue.busy.is_some() {
@@ -342,7 +342,7 @@ impl Actor {
         drop(self.jobs.send(Box::pin(async move { (port, job.await) })));
     }
 
-    /// The tools of a port's job; None if the port has no VF.
+    /// The context of a port's job; None if the port has no VF.
     pub(super) fn tools(&self, id: PortId) -> Option<CommitContext> {
         let port = self.state.port(id)?;
         let vf = port.vf.clone()?;
@@ -388,7 +388,7 @@ impl Actor {
         Some(Attachment::of(port, port_queue))
     }
 
-    /// Saves a port soon.
+    /// Saves a port, without waiting for the durable write.
     pub(super) fn save(&self, port: PortId) {
         if let Some(attachment) = self.attachment(port) {
             drop(self.journal.save(port, &attachment));

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 
-//! The way of a vmm's requests, events and reboots to the switch.
+//! Passes a vmm's requests, events and reboots to the switch.
 //!
 //! They come straight from the task of the control connection. Each connection has a number, and the switch drops
 //! messages of a former one: its vmm denies such a request by itself, and repeats such an event on the next connection.
@@ -14,7 +14,7 @@ use vmm::control::Ask;
 use super::command::Command;
 use crate::vmm_process::{RelayEvent, RelayEvents};
 
-/// The number of a connection to a vmm: one of a switch's whole life.
+/// The number of a connection to a vmm, unique in the life of the switch.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) struct LinkId(pub(super) u64);
 
@@ -38,7 +38,7 @@ impl Intake {
 impl RelayEvents for Intake {
     async fn ready(&mut self) {
         if self.room.is_none() {
-            // If the switch has ended, the agent ends.
+            // This fails only if the switch has ended; then the agent ends, too.
             self.room = self.commands.clone().reserve_owned().await.ok();
         }
     }

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 
-//! Stores the state of ports, so that the switch need not wait. The store carries out the writes in
-//! the order of the calls; those that wait together share one durable write.
+//! Stores the state of ports while the switch goes on. The store carries out the writes in the
+//! order of the calls; those that wait together share one durable write.
 
 use netpolicy::PortId;
 use tokio::sync::oneshot;
@@ -21,7 +21,7 @@ impl Journal {
         Self { table, log }
     }
 
-    /// Saves a port; the receiver gets the result of the durable write: the reason if it failed.
+    /// Saves a port. The receiver gets the result of the durable write; an error is the reason.
     pub(super) fn save(&self, port: PortId, value: &Attachment) -> oneshot::Receiver<Result<(), String>> {
         self.submit(port, Some(value))
     }

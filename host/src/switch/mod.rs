@@ -13,8 +13,8 @@
 //!
 //! The task never waits for the PF, a vmm or a disk on a guest's behalf. Slow work is a job in the
 //! `port_queue`; denials are answered at once. The task trusts no vmm. A request counts for the VM
-//! of its connection, and the switch's own data decide it. An event changes only the guest address
-//! of its own VM, or makes the switch roll back.
+//! of its connection, and the switch's own data decide it. An event grants nothing, and affects
+//! ports of its own VM only.
 //!
 //! * `catalog`: switches, port groups and ports as the API edits them. `view`: as it shows them.
 //! * `binding`: attaching, binding to VFs, releasing. `scrub`: scrubbing the VF of a VM that has ended.
@@ -83,22 +83,23 @@ use crate::{
     vm::problem::chain,
 };
 
-/// Commands that wait for the task.
+/// The most commands that wait for the task.
 const QUEUE: usize = 256;
 
 /// The time limits of the switch.
 #[derive(Clone, Copy, Debug)]
 pub struct Timing {
-    /// The longest wait for a vmm to confirm a command. Then its VM is stopped.
+    /// The longest wait for a vmm to confirm a command. If that command revokes a right, the VM is
+    /// then stopped.
     pub confirm: Duration,
-    /// The longest wait for a relay's report about a forwarded message.
+    /// The longest wait for a relay's event about a forwarded message.
     pub forwarded: Duration,
     /// The interval between comparisons of all ports with their PFs.
     pub compare: Duration,
-    /// The time for which hints are gathered.
+    /// The time from the first hint to the comparison that covers all hints in between.
     pub gather: Duration,
-    /// The time for which an address that a port gives up stays reserved for it, while others wait
-    /// for it. Its driver may only set its list anew.
+    /// The time from a port's release of an address to its offer to the ports that wait for it. A
+    /// driver that only sets its list anew can take the address back until then.
     pub offer: Duration,
     /// Delays of work, to show the effects of late work.
     #[cfg(feature = "test-support")]
@@ -151,11 +152,11 @@ pub struct Parts {
     pub bypass: bool,
 }
 
-/// The handle of the switch. The task ends with its last handle.
+/// The handle of the switch. The task ends with the last handle and [`Intake`].
 #[derive(Clone, Debug)]
 pub struct SwitchHandle {
     commands: mpsc::Sender<(Span, Command)>,
-    /// Connections so far.
+    /// The number of connections so far.
     links: Arc<AtomicU64>,
     pf: PfHandle,
     unchecked: watch::Receiver<UncheckedPorts>,
@@ -249,8 +250,8 @@ impl SwitchHandle {
         self.call(|reply| Command::Bind { vm, adapter, vf, bdf, capabilities, reply }).await
     }
 
-    /// Makes changes on the PF, all or none. Settings that are off and shall be off are left alone:
-    /// while the link is down, drivers refuse even a command that sets no rate limit.
+    /// Makes changes on the PF, all or none. Leaves out a VLAN, rate or link state that the VF
+    /// already has: while the link is down, drivers refuse even a command that sets no rate limit.
     ///
     /// # Errors
     /// Those of the PF.
@@ -272,8 +273,8 @@ impl SwitchHandle {
         self.pf.capabilities(pf).await.map_err(|error| SwitchError::Pf(chain(&error)))
     }
 
-    /// The VM's process is connected. Returns the receiver of its requests and events. The responses
-    /// go to this `vmm`.
+    /// Notes that the VM's process is connected. Returns the receiver of its requests and events.
+    /// The responses go to `vmm`.
     pub async fn connected(&self, vm: VmId, vmm: Arc<dyn Vmm>) -> Intake {
         let link = LinkId(self.links.fetch_add(1, Ordering::Relaxed).wrapping_add(1));
         self.tell(Command::Connected { vm, vmm, link }).await;
@@ -287,14 +288,14 @@ impl SwitchHandle {
         Intake::new(vm, link, self.commands.clone())
     }
 
-    /// The VM's process is disconnected for now.
+    /// Notes that the VM's process is disconnected for now.
     pub async fn disconnected(&self, vm: VmId) {
         self.tell(Command::Disconnected { vm }).await;
     }
 
-    /// The VM's process has ended. Returns the leftovers to scrub from the adapter's VF; None if
-    /// the port has no VF. The switch makes no changes for the guest from now on.
-    /// [`released`](Self::released) ends this state.
+    /// Closes the adapter's port after the end of the VM's process: the switch makes no changes for
+    /// the guest until [`released`](Self::released). Returns the leftovers to scrub from the VF;
+    /// None if the port has no VF.
     ///
     /// # Errors
     /// The task has ended.
@@ -303,7 +304,7 @@ impl SwitchHandle {
         self.call(|reply| Command::Release { vm, adapter, reply }).await
     }
 
-    /// The adapter's VF is scrubbed, and its port no longer has it.
+    /// Takes the scrubbed VF from the adapter's port.
     ///
     /// # Errors
     /// The store fails.

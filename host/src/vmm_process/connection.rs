@@ -35,17 +35,17 @@ use super::{
 };
 use crate::text::printable;
 
-/// How long a vmm may take to answer the hello, or to make room in its socket.
+/// The longest wait for a vmm's hello, or for room in its socket.
 const PATIENCE: Duration = Duration::from_secs(5);
 
-/// Most characters of the reason that a vmm has for refusing a connection.
+/// Most characters of a vmm's reason to refuse a connection.
 const REASON: usize = 200;
 
 /// Most orders under way at once.
 const ORDERS_MAX: usize = 64;
 
-/// Most reports and questions that wait to be handled. A vmm with more floods the agent: an honest one keeps 256
-/// reports while no agent is connected, and has one question for each adapter.
+/// Most reports and requests that wait to be handled. A vmm with more floods the agent: an honest one keeps 256 reports
+/// while no agent is connected, and has one request for each adapter.
 const EVENTS_MAX: usize = 1024;
 
 /// The reason why a connection was not made.
@@ -54,10 +54,11 @@ pub enum ConnectError {
     /// The socket cannot be connected.
     #[error("Cannot connect to the vmm's control socket")]
     Socket(#[source] io::Error),
-    /// The vmm does not speak the protocol.
+    /// The handshake failed: by a violation of the protocol ([`ConnectError::is_nonsense`]), or by the end of the
+    /// connection.
     #[error("The vmm's response violates the protocol")]
     Channel(#[source] ChannelError),
-    /// The vmm refused.
+    /// The vmm refused the connection.
     #[error("The vmm refused the connection: {0}")]
     Refused(String),
     /// The vmm's first message is not a hello.
@@ -83,7 +84,7 @@ impl ConnectError {
     }
 }
 
-/// The reason why an order was not carried out.
+/// The reason why an order has no outcome.
 #[derive(Clone, Debug, thiserror::Error)]
 pub enum OrderError {
     /// The vmm reports a failure.
@@ -101,7 +102,7 @@ pub enum OrderError {
     /// Too many orders are under way.
     #[error("Too many commands to this VM are under way: try again later")]
     Busy,
-    /// The message does not fit.
+    /// The order does not fit into a message.
     #[error("The command to the vmm is too long")]
     TooLong,
 }
@@ -111,9 +112,9 @@ pub enum OrderError {
 pub struct Greeting {
     /// Protocol version.
     pub version: u32,
-    /// Its state.
+    /// The state of its machine.
     pub state: State,
-    /// Its boot counter.
+    /// The number of boots of its machine.
     pub boots: u64,
 }
 
@@ -124,15 +125,15 @@ pub struct Event {
     pub seq: u64,
     /// The report.
     pub report: Report,
-    /// For a reboot: completes when the receiver of the relays' messages has noted it for good. An error: the vmm must
-    /// not forget it.
+    /// For a reboot: completes when the receiver of the relays' messages has noted it. If it fails, the vmm must keep
+    /// the report.
     pub rebooted: Option<oneshot::Receiver<()>>,
 }
 
 /// A message of a vmm's relays, or about all of them.
 #[derive(Debug)]
 pub enum RelayEvent {
-    /// A request of a guest. [`Connection::answer`] has the response.
+    /// A request of a guest. [`Connection::answer`] sends the response.
     Ask {
         /// The request's number.
         id: u64,
@@ -275,14 +276,14 @@ impl Connection {
         }
     }
 
-    /// The vmm's violation of the protocol, if there was one. The vmm is not to be trusted any more then.
+    /// The vmm's violation of the protocol; None if there was none. Such a vmm must not be trusted any more.
     #[must_use]
     pub fn fault(&self) -> Option<String> {
         self.fault.get().cloned()
     }
 
     /// Sets the standing denial of an adapter's relay; None removes it. The vmm receives it before any later order. A
-    /// vmm that is too old for standing denials goes on to ask.
+    /// vmm that is too old for standing denials still sends all requests.
     pub fn set_standing_refusal(&self, adapter: &str, refusal: Option<StandingRefusal>) {
         self.standing.send_if_modified(|standing| match standing.get(adapter) {
             Some(old) if *old == refusal => false,
@@ -294,7 +295,7 @@ impl Connection {
         });
     }
 
-    /// Hands over the relays' messages, from the first of this connection on.
+    /// Sets the receiver of the relays' messages. It gets all of them, from the first of this connection on.
     pub async fn attach(&self, relays: Box<dyn RelayEvents>) {
         drop(self.requests.send(Request::Attach(relays)).await);
     }
@@ -305,9 +306,9 @@ impl Connection {
         drop(self.requests.send(Request::Noted(seq)).await);
     }
 
-    /// Answers a question at once, without a detour over the connection's task, because a guest's driver waits for it.
-    /// The answer is lost if the connection has ended, or if the vmm leaves its socket full: the relay then denies the
-    /// request by itself.
+    /// Responds to a request at once, past the connection's task, because a guest's driver waits for the response. It
+    /// is lost if the connection has ended, or if the vmm leaves its socket full: the relay then denies the request by
+    /// itself.
     pub fn answer(&self, id: u64, answer: Answer) {
         let Some(channel) = self.channel.upgrade() else { return };
         if let Err(error) = channel.get_ref().send(&ToVmm::Answer { id, answer }, &[]) {
@@ -380,8 +381,8 @@ impl Unnoted {
         }
     }
 
-    /// Waits until the first event of a relay is done; for ever if there is none. Returns false if its receiver does not
-    /// want it: the vmm must keep it.
+    /// Waits until the first event of a relay is done; for ever if there is none. Returns false if its receiver dropped
+    /// it: the vmm must keep it.
     async fn relay_done(&mut self) -> bool {
         let done = match self.relays.front_mut() {
             Some((_, done)) => done.await.is_ok(),
@@ -389,7 +390,7 @@ impl Unnoted {
         };
         if done {
             self.relays.pop_front();
-            // Those behind it that are done as well need no message of their own.
+            // One acknowledgement covers the events behind it that are done as well.
             while self.relays.front_mut().is_some_and(|(_, next)| next.try_recv().is_ok()) {
                 self.relays.pop_front();
             }
@@ -412,7 +413,7 @@ impl Unnoted {
     }
 }
 
-/// The way of the relays' messages. They wait until there is a receiver.
+/// Passes on the relays' messages, and keeps them until there is a receiver.
 #[derive(Default)]
 struct Relays {
     receiver: Option<Box<dyn RelayEvents>>,
@@ -420,7 +421,7 @@ struct Relays {
 }
 
 impl Relays {
-    /// Passes on all that wait, and waits for room for one message more. Until then the vmm's messages stay in the
+    /// Passes on the waiting messages, and waits for room for one more. Until then the vmm's messages stay in the
     /// socket; commands to it need no room.
     async fn ready(&mut self) {
         let Some(receiver) = &mut self.receiver else { return };
@@ -431,7 +432,7 @@ impl Relays {
         }
     }
 
-    /// Passes on all that wait after the vmm's last message, if need be to a receiver that comes now.
+    /// Passes on the waiting messages after the vmm's last one. Without a receiver, waits for one.
     async fn finish(&mut self, inbox: &mut mpsc::Receiver<Request>) {
         while !self.waiting.is_empty() && self.receiver.is_none() {
             match inbox.recv().await {
@@ -453,7 +454,7 @@ impl Relays {
         }
     }
 
-    /// The messages that wait, all of which [`Unnoted`] may not know.
+    /// The number of waiting messages. [`Unnoted`] counts only the events among them.
     fn len(&self) -> usize {
         self.waiting.len()
     }
@@ -476,7 +477,8 @@ async fn serve(
     let mut waiting: HashMap<u64, oneshot::Sender<Result<Outcome, OrderError>>> = HashMap::new();
     let mut last = 0;
     let (mut unnoted, mut relays) = (Unnoted::default(), Relays::default());
-    // A vmm that has closed its end may have left messages in the socket: only reading ends the connection then.
+    // A vmm that has closed its end may have left messages in the socket: only a failed read ends the connection, not a
+    // failed write.
     let sent = |result| match result {
         Err(ChannelError::Closed) => Ok(()),
         result => result,
@@ -601,8 +603,8 @@ async fn receive(channel: &AsyncFd<Channel>) -> Result<(ToAgent, usize), Channel
         let mut ready = channel.readable().await?;
         match channel.get_ref().receive_alone() {
             Err(ChannelError::WouldBlock) => ready.clear_ready(),
-            // The kernel tells of a peer that left messages unread before it delivers the peer's last ones
-            // (net/unix/af_unix.c, unix_release_sock): what counts is the second time.
+            // If the peer has left messages unread, the kernel reports its end first, and then delivers its last
+            // messages (net/unix/af_unix.c, unix_release_sock): only the second report is the end.
             Err(ChannelError::Closed) if !closed => closed = true,
             result => return result,
         }

@@ -1,17 +1,16 @@
 // SPDX-License-Identifier: Apache-2.0
 
-//! The address that the driver requests at its next reset, and which of these requests the relay must refuse.
+//! The address that a driver requests after a reset, and the relay's own rules for such requests.
 //!
 //! A driver that *restores* (igbvf) keeps two addresses: the one that it last requested, and the one in the last reset
-//! reply. After every reset it requests the former again (a "restore"); if that is refused, it takes the latter. Two
-//! rules follow, whether refusals are silent or not:
+//! reply. After every reset it requests the former again (a "restore"). If the relay nacks the restore, the driver
+//! takes the latter. Two rules follow:
 //!
-//! * *fresh*: if the refused request is a restore, the relay refuses it openly even where the policy asks for
-//!   silence. After an acknowledgement, the driver would keep an address that the device does not have, across all
-//!   resets.
-//! * *stale restore*: after a refusal the driver goes back to the address of the last reset reply. If another
-//!   address was granted in between, the next restore requests an obsolete address, and a policy that accepts it
-//!   would undo the grant. The relay therefore refuses it.
+//! * *fresh*: the relay nacks a denied restore even if the policy asks for silence. An acknowledgement would make the
+//!   driver keep an address that the device does not have, across all resets.
+//! * *stale restore*: after a nack the driver goes back to the address of the last reset reply. If another address was
+//!   granted in between, the next restore requests an obsolete address, and a policy that allows it would undo the
+//!   grant. So the relay nacks it.
 //!
 //! A driver that *adopts* (ixgbevf) has one address: a reset replaces it by the one in the reply. Neither rule applies.
 
@@ -34,16 +33,16 @@ pub struct DriverAddress {
     fresh: bool,
     /// The address in the last reset reply.
     from_reset: Option<MacAddress>,
-    /// The address that the driver went back to after a refusal; None after an acknowledgement.
+    /// The address that the driver went back to after a nack; None after an acknowledgement.
     fallen_back: Option<MacAddress>,
 }
 
 /// First decision about a requested address, before the relay asks the authority.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Judgement {
-    /// The address is the effective one: acknowledge it and forward nothing (igb refuses even that).
+    /// The address is the effective one: acknowledge it and forward nothing, because igb nacks even this address.
     Equal,
-    /// A stale restore: refuse.
+    /// A stale restore: nack it.
     Stale,
     /// The authority must decide.
     Ask,
@@ -55,7 +54,7 @@ impl DriverAddress {
         Self { rule, fresh: false, from_reset: None, fallen_back: None }
     }
 
-    /// Notes a reset reply with this address.
+    /// Notes a reset reply with this address; None if it has none.
     pub fn reset(&mut self, reply: Option<MacAddress>) {
         self.fresh = self.rule == AddressRule::Restores;
         self.from_reset = reply.or(self.from_reset);
@@ -72,12 +71,12 @@ impl DriverAddress {
         }
     }
 
-    /// Whether the driver must see a refusal that the policy wants silent.
+    /// Whether the relay must nack a denied request even if the policy asks for silence.
     pub fn must_tell(&self) -> bool {
         self.fresh
     }
 
-    /// Notes the answer to a request for an address.
+    /// Notes the reply to a request for an address: an acknowledgement or a nack.
     pub fn answered(&mut self, acknowledged: bool) {
         self.fresh = false;
         self.fallen_back = if acknowledged { None } else { self.from_reset };

@@ -6,8 +6,7 @@
 //! of its messages ([`Codec`]), and two habits of its driver: the address that it requests after a reset
 //! ([`AddressRule`]), and the words that make it reset ([`LostWords`]). The relay and the channel name no family.
 //!
-//! The behaviour of a *PF's* driver is not here: one VF driver meets several of them
-//! (`netpolicy::PfCapabilities` has it).
+//! The behaviour of *PF* drivers is in `netpolicy::PfCapabilities`, because one VF driver meets several of them.
 
 pub mod address;
 pub mod igb;
@@ -67,9 +66,9 @@ pub struct LostWords {
 
 /// The messages of a family: pure translations, without I/O and without state.
 ///
-/// A message never passes through: [`decode`](Self::decode) reads the guest's words without trust, and the PF gets only
-/// words of [`encode`](Self::encode), [`encode_change`](Self::encode_change), [`reset`](Self::reset) and
-/// [`Step::Forward`], in canonical form: the length of the opcode's message, unused bits and words zero.
+/// No word of the guest reaches the PF: [`decode`](Self::decode) trusts none of them, and the PF gets only words of
+/// [`encode`](Self::encode), [`encode_change`](Self::encode_change), [`reset`](Self::reset) and [`Step::Forward`], in
+/// canonical form: the length of the opcode's message, unused bits and words zero.
 pub trait Codec: Send + Sync + fmt::Debug {
     /// Decodes a message of the guest.
     ///
@@ -80,7 +79,7 @@ pub trait Codec: Send + Sync + fmt::Debug {
     /// Encodes a request; None for a request without a canonical form.
     fn encode(&self, request: &Request, context: Context) -> Option<Exchange>;
 
-    /// Encodes a change that a message makes (see [`Change::route`]); None for other changes and for a reset, which
+    /// Encodes a change with the mailbox as its [route](Change::route); None for other changes, and for a reset, which
     /// only the guest requests.
     fn encode_change(&self, change: &Change, context: Context) -> Option<Exchange>;
 
@@ -90,27 +89,28 @@ pub trait Codec: Send + Sync + fmt::Debug {
     /// The content of the PF's reply to a reset message; None if `reply` is not such a reply.
     fn parse_reset(&self, reply: &Words) -> Option<ResetReply>;
 
-    /// The guest's reply to its reset message. Without an address the driver makes one up. `from_pf` is the PF's own
-    /// reply, for words that the guest must have from it.
+    /// The reply that the guest sees to its reset message. Without an address the driver makes one up. `from_pf` is the
+    /// PF's reply, for words that must reach the guest.
     fn reset_reply(&self, mac: Option<MacAddress>, from_pf: Option<ResetReply>) -> Words;
 
-    /// The guest's reply to any other message. `from_pf` is the PF's reply, if the message was forwarded.
+    /// The reply that the guest sees to any other message. `from_pf` is the PF's reply, if the message was forwarded.
     fn reply(&self, message: &[u32; BUFFER_WORDS], result: Outcome, from_pf: Option<&Words>) -> Words;
 
     /// Whether `reply` is word 0 of the PF's reply to a message with the word 0 `message`.
     fn answers(&self, reply: u32, message: u32) -> bool;
 
-    /// The guest's reply to a protocol message that the PF accepted: `from_pf` with its numbers bounded. Notes in
-    /// `session` what both sides have agreed on. None refuses the message.
+    /// The reply that the guest sees to a protocol message that the PF accepted: `from_pf` with its numbers bounded.
+    /// Notes the agreement in `session`. None nacks the message.
     fn protocol_reply(&self, _message: &Words, _from_pf: &Words, _session: &mut Session) -> Option<Words> {
         None
     }
 }
 
-/// The agreement of guest and PF since the guest's last reset message. Until that message the PF hears nothing.
+/// The protocol agreement between guest and PF. The guest's reset message clears it; before that message the relay
+/// forwards nothing.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Session {
-    /// The version of the mailbox protocol, as the family counts them; 0 without an agreement.
+    /// The version of the mailbox protocol, in the family's numbering; 0 without an agreement.
     pub version: u32,
 }
 
@@ -135,18 +135,18 @@ pub enum Incoming {
 /// A message about the protocol.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Protocol {
-    /// The message's name in counters: one of few.
+    /// The message's name in counters. A family has few of them.
     pub name: &'static str,
-    /// The way to the reply.
+    /// The relay's next step.
     pub step: Step,
 }
 
-/// The way to the reply to a protocol message.
+/// The relay's next step for a protocol message.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Step {
-    /// The relay refuses the message by itself.
+    /// Nack the message, without the PF.
     Refuse,
-    /// The PF must see the message, in this form.
+    /// Send the message to the PF, in this form.
     Forward(Exchange),
 }
 
@@ -168,10 +168,10 @@ pub struct ResetReply {
     pub extra: Option<u32>,
 }
 
-/// The result of a message, as the guest is to see it.
+/// The result of a message, from the PF or for the guest.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Outcome {
-    /// Whether the message is acknowledged or refused.
+    /// Whether the message is acknowledged; otherwise it is nacked.
     pub accepted: bool,
     /// Whether the PF listens to the VF.
     pub clear_to_send: bool,
@@ -197,10 +197,10 @@ pub enum Malformed {
         /// Whether it was meant as a further unicast address.
         filter: bool,
     },
-    /// The VLAN is above 4094.
+    /// The VLAN id is above 4094.
     #[error("VLAN {0} does not exist")]
     Vlan(u32),
-    /// The frame size is outside of the family's range.
+    /// The frame size, in bytes, is outside of the family's range.
     #[error("A frame size of {0} bytes does not exist")]
     Frame(u32),
 }

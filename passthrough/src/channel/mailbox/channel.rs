@@ -1,9 +1,10 @@
 // SPDX-License-Identifier: Apache-2.0
 
-//! The mailbox of a VF as a channel: requests in, typed responses out, requests and changes to the PF.
+//! The mailbox of a VF as a channel: it decodes guests' messages, encodes responses, and sends requests and changes to
+//! the PF.
 //!
-//! Users of this channel see no words. The family's codec translates, the registers show the responses to the guest,
-//! and [`VfMailbox`] exchanges messages with the PF.
+//! Users of this channel interpret no words. The family's codec translates, the registers show the responses to the
+//! guest, and [`VfMailbox`] exchanges messages with the PF.
 
 use std::{sync::Arc, time::Duration};
 
@@ -23,7 +24,7 @@ use crate::{
 /// A response to a message of the guest.
 #[derive(Clone, Copy, Debug)]
 pub enum Response {
-    /// An acknowledgement without a reply, for words that are an answer themselves.
+    /// An acknowledgement without a reply, for a message that is itself marked as an answer.
     Acknowledgement,
     /// The result of a request.
     Result {
@@ -88,16 +89,16 @@ pub struct PfReply {
     pub words: Words,
 }
 
-/// The reason why a message has no reply of the PF.
+/// The reason why a request or change has no usable reply of the PF.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum SendError {
-    /// The family has no message for it. Nothing was sent.
+    /// The family has no message for the request or change. Nothing was sent.
     #[error("The VF's driver has no message for this")]
     NoMessage,
     /// The PF did not answer.
     #[error(transparent)]
     Mailbox(#[from] VfMailboxError),
-    /// The PF answered a reset message with another reply.
+    /// The PF's reply to a reset message has another form.
     #[error("the PF sent another response")]
     OtherReply,
 }
@@ -120,7 +121,7 @@ impl MailboxChannel {
         self.family
     }
 
-    /// The agreement of guest and PF since the last reset message.
+    /// The protocol agreement between guest and PF since the last reset message.
     pub fn session(&self) -> Session {
         self.session
     }
@@ -153,17 +154,17 @@ impl MailboxChannel {
         self.mailbox.raise_interrupt();
     }
 
-    /// Sends the reset message: only then does the PF listen, and turn the queues on. A new session begins.
+    /// Sends the reset message, which makes the PF listen and turn the queues on. A new session begins.
     ///
     /// # Errors
-    /// [`SendError::Mailbox`] after `limit`, or [`SendError::OtherReply`].
+    /// [`SendError::Mailbox`], after little more than `limit` at the latest, or [`SendError::OtherReply`].
     pub fn reset(&mut self, limit: Duration) -> Result<ResetReply, SendError> {
         self.session = Session::default();
         let reply = self.mailbox.exchange(&self.family.codec.reset(), limit)?;
         self.family.codec.parse_reset(&reply).ok_or(SendError::OtherReply)
     }
 
-    /// Sends a request. `effective` is the VF's address.
+    /// Sends a request. `effective` is the VF's effective address.
     ///
     /// # Errors
     /// [`SendError::NoMessage`], or [`SendError::Mailbox`] after `limit`.
@@ -178,7 +179,7 @@ impl MailboxChannel {
         self.exchange(&exchange, limit)
     }
 
-    /// Sends the message that makes a change. `effective` is the VF's address.
+    /// Sends the message that makes a change. `effective` is the VF's effective address.
     ///
     /// # Errors
     /// [`SendError::NoMessage`], or [`SendError::Mailbox`] after `limit`.
@@ -204,7 +205,7 @@ impl MailboxChannel {
         Ok(PfReply { outcome, words })
     }
 
-    /// The guest's reply to a protocol message that the PF accepted; None if it must be refused.
+    /// The reply that the guest sees to a protocol message that the PF accepted; None if it must be nacked.
     pub fn protocol_reply(&mut self, message: &Exchange, from_pf: &PfReply) -> Option<Words> {
         self.family.codec.protocol_reply(&message.words, &from_pf.words, &mut self.session)
     }

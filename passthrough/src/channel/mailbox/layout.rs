@@ -9,7 +9,8 @@ use super::message::BUFFER_WORDS;
 /// Bytes of the page that holds the mailbox.
 pub const PAGE_SIZE: u64 = 4096;
 
-/// Offsets of one VF family, in one BAR. All registers are 32 bit wide and aligned.
+/// The registers of one VF family, as byte offsets in one BAR. All are 32 bits wide and aligned. The mailbox page is
+/// the BAR's first page; only `trigger` and `mailbox_vector` may lie behind it.
 #[derive(Debug)]
 pub struct Layout {
     /// The BAR of all registers below.
@@ -22,7 +23,7 @@ pub struct Layout {
     pub buffer: u16,
     /// Registers of the mailbox page that the guest reaches in the hardware. They configure nothing beyond the VF.
     pub passed: &'static [Passed],
-    /// Triggers the VF's vectors by mask. The guest reaches it as well.
+    /// Triggers the VF's interrupt vectors, one for each bit. The guest reaches it as well.
     pub trigger: u16,
     /// The vector of the mailbox interrupt: bit 7 valid, bits 1:0 the vector. The guest reaches it as well.
     pub mailbox_vector: u16,
@@ -31,7 +32,7 @@ pub struct Layout {
 /// Registers that the guest reaches in the hardware.
 #[derive(Clone, Debug)]
 pub struct Passed {
-    /// The first register's offset, and the end of the last one.
+    /// From the first register to the end of the last one, in bytes.
     pub offsets: Range<u16>,
     /// Whether reads reach the hardware. Otherwise they give zero.
     pub read: bool,
@@ -65,7 +66,7 @@ pub enum Register {
     Mailbox,
     /// A word of the mailbox buffer, 0 to 15.
     Buffer(usize),
-    /// The hardware's, for reads, writes or both.
+    /// A [passed](Passed) register.
     Passed {
         /// Whether reads reach the hardware.
         read: bool,
@@ -77,7 +78,7 @@ pub enum Register {
 }
 
 impl Layout {
-    /// The register at an offset of the mailbox page.
+    /// The register at a byte offset of the mailbox page.
     pub fn register(&self, offset: u64) -> Register {
         let Ok(offset) = u16::try_from(offset) else { return Register::Unknown };
         let in_buffer = usize::from(offset.wrapping_sub(self.buffer) / 4);
@@ -96,7 +97,7 @@ impl Layout {
         }
     }
 
-    /// Whether an access of `len` bytes goes straight to the hardware. Nothing else of the mailbox depends on it.
+    /// Whether an access of `len` bytes goes straight to the hardware, past the emulated registers and their lock.
     pub fn passes(&self, offset: u64, len: usize, access: Access) -> bool {
         len == 4
             && match (self.register(offset), access) {

@@ -13,16 +13,16 @@
 //!     └────────────── guest reads word 0, or VTCTRL.RST ─────────────────────────────────
 //! ```
 //!
-//! * The guest moves it by REQ and VTCTRL.RST, the relay by [`complete`](Registers::complete), the device's reset by
-//!   [`function_reset`](Registers::function_reset).
+//! * The guest changes the state by REQ and VTCTRL.RST, the relay by [`complete`](Registers::complete), the device's
+//!   reset by [`function_reset`](Registers::function_reset).
 //! * PFU is never shown: a driver that cannot take the buffer for 11 ms gives up silently. PFACK is never shown before
-//!   the decision: the driver waits a second for it.
+//!   the reply: the driver waits for it for up to a second.
 //! * The last reply stays in word 0, where the driver's link check looks for "clear to send".
-//! * Once "clear to send" was withdrawn, only the answer to a reset message restores it. Every other reply lacks it,
-//!   and word 0 asks for a reset again as soon as the guest has read such a reply: if a later reply hid the request,
-//!   the guest would keep an address, or filters, that its device does not have.
+//! * Once "clear to send" was withdrawn, only the reply to a reset message restores it. Every other reply lacks it. As
+//!   soon as the guest has read such a reply, word 0 demands the reset again: otherwise the reply would hide the
+//!   demand, and the guest would keep an address, or filters, that its device does not have.
 //! * An unsolicited message of the PF is delivered only when the guest cannot take it for a reply: not while a message
-//!   is in flight, while the guest owns the buffer, or while an answer is unread.
+//!   is in flight, while the guest owns the buffer, or while a reply is unread.
 
 use super::{
     layout::Register,
@@ -95,17 +95,17 @@ pub struct Registers {
     pfack: bool,
     rsti: bool,
     rstd: bool,
-    /// From VTCTRL.RST to the next answer, RSTI is hidden: the driver would give up its reset after 1 ms.
+    /// From VTCTRL.RST to the next reply, RSTI is hidden: the driver would give up its reset after 1 ms.
     resetting: bool,
     /// Word 0 has a reply that the guest has not read.
     unread: bool,
     /// An unsolicited message of the PF, held until the guest cannot take it for a reply.
     waiting: Option<u32>,
-    /// "Clear to send" was withdrawn, and the guest has had no answer to a reset message since.
+    /// "Clear to send" was withdrawn, and no reset message has succeeded since.
     must_reset: bool,
-    /// Word 0 must ask for a reset as soon as the guest cannot take that for a reply.
+    /// Word 0 must demand a reset as soon as the guest cannot take that for a reply.
     reset_unsaid: bool,
-    /// The driver's acknowledgement of the first of the [`LostWords`] is to bring the second one.
+    /// The second of the [`LostWords`] follows when the driver acknowledges the first.
     second_word_due: bool,
     seen: [u64; 16],
     counts: RegisterCounts,
@@ -150,7 +150,7 @@ impl Registers {
         self.counts
     }
 
-    /// A read of `len` bytes by the guest.
+    /// Handles a read of `len` bytes by the guest, at a byte offset of the page.
     pub fn read(&mut self, offset: u64, len: usize) -> Read {
         if len != 4 || !offset.is_multiple_of(4) {
             count(&mut self.counts.bad_width);
@@ -175,8 +175,8 @@ impl Registers {
         }
     }
 
-    /// Handles a write of `len` bytes by the guest; `value` holds them in its low bytes. Returns the effect, and
-    /// whether it was the first touch of an unknown register.
+    /// Handles a write of `len` bytes by the guest, at a byte offset of the page; `value` holds them in its low bytes.
+    /// Returns the effect, and whether it was the first touch of an unknown register.
     pub fn write(&mut self, offset: u64, len: usize, value: u32) -> (Effect, bool) {
         if len != 4 || !offset.is_multiple_of(4) {
             count(&mut self.counts.bad_width);
@@ -200,14 +200,15 @@ impl Registers {
         }
     }
 
-    /// Ends message `seq`: writes the reply (None: acknowledged, but without a reply) and raises PFACK and PFSTS
-    /// together. The reply lacks "clear to send" while the guest must reset. Returns false, and changes nothing, if a
-    /// reset came first.
+    /// Ends message `seq`: writes the reply, and raises PFACK and PFSTS together. Without a reply it raises PFACK only.
+    /// The reply lacks "clear to send" while the guest must reset. Returns false, and changes nothing, if a reset came
+    /// first.
     pub fn complete(&mut self, seq: u64, reply: Option<&Words>) -> bool {
         self.end(seq, reply, false)
     }
 
-    /// Ends message `seq`, a reset message that the PF has carried out. The guest then need not reset any more.
+    /// Like [`complete`](Self::complete), for a reset message that the PF has carried out: the guest need not reset any
+    /// more.
     pub fn complete_reset(&mut self, seq: u64, reply: &Words) -> bool {
         self.end(seq, Some(reply), true)
     }
@@ -238,7 +239,8 @@ impl Registers {
         true
     }
 
-    /// Holds an unsolicited message of the PF, with "clear to send". Drops it while the guest must reset.
+    /// Delivers an unsolicited message of the PF that has "clear to send", once the guest cannot take it for a reply.
+    /// Drops it while the guest must reset.
     pub fn pf_message(&mut self, word: u32) {
         if !self.must_reset {
             self.waiting = Some(word);
@@ -247,11 +249,11 @@ impl Registers {
     }
 
     /// Makes the driver reset its VF, because the PF no longer listens or has changed settings behind the driver's
-    /// back. Only the answer to the reset message ([`complete_reset`](Self::complete_reset)) restores "clear to send";
-    /// a reset of the device does not. Returns false if the driver has not seen the last request yet.
+    /// back. Only the reply to the reset message ([`complete_reset`](Self::complete_reset)) restores "clear to send"; a
+    /// reset of the device does not. Returns false if an earlier demand still waits to be shown.
     pub fn lost_clear_to_send(&mut self) -> bool {
         let is_news = !self.reset_unsaid;
-        // The driver polls RSTD every 2 s, and looks at word 0 only then.
+        // The driver polls RSTD every 2 s, and looks at word 0 only if it is set.
         self.rstd = true;
         self.waiting = None;
         (self.must_reset, self.reset_unsaid) = (true, true);

@@ -31,8 +31,7 @@ const PROMISC_MULTICAST: u8 = 2;
 
 /// Multicast hashes in one message: 15 words of two. igb turns on all-multicast for a higher count.
 pub(super) const MAX_MULTICAST: usize = 30;
-/// Shortest and longest frame in bytes that igb accepts (`ETH_MIN_MTU` with header and checksum,
-/// `MAX_JUMBO_FRAME_SIZE`).
+/// Frame sizes in bytes: from `ETH_MIN_MTU` to `MAX_JUMBO_FRAME_SIZE`, to which igb cuts a longer one.
 pub(super) const FRAME_SIZES: std::ops::RangeInclusive<u32> = 68..=9728;
 /// Words of the reply to a reset. All other replies have one.
 const RESET_REPLY_WORDS: usize = 3;
@@ -147,8 +146,8 @@ pub(super) fn decode(words: &[u32; BUFFER_WORDS]) -> Result<Request, Malformed> 
     }
 }
 
-/// Encodes a request for the real mailbox; None for a request without a canonical form. `effective` is the valid
-/// address in the message that clears the unicast filters: igb refuses the zeros that igbvf puts there.
+/// Encodes a request for the real mailbox; None for a request without a canonical form. The message that clears the
+/// unicast filters has `effective` in place of igbvf's zeros, which igb nacks.
 pub(super) fn encode(request: &Request, effective: MacAddress) -> Option<Words> {
     Some(match request {
         Request::Reset => Words::new(&[u32::from(RESET)]),
@@ -171,7 +170,7 @@ pub(super) fn encode(request: &Request, effective: MacAddress) -> Option<Words> 
     })
 }
 
-/// Encodes a change that a message makes (see [`Change::route`]); None for other changes and for a reset, which only
+/// Encodes a change with the mailbox as its [route](Change::route); None for other changes, and for a reset, which only
 /// the guest requests.
 pub(super) fn encode_change(change: &Change, effective: MacAddress) -> Option<Words> {
     let request = match change {
@@ -200,17 +199,17 @@ pub(super) fn reply(request_word: u32, accepted: bool, clear_to_send: bool) -> W
     Words::new(&[echo | verdict | cts])
 }
 
-/// The part of word 0 that igb's answer repeats: opcode and argument, without the bits that igb clears after it has
+/// The part of word 0 that igb's reply repeats: opcode and argument, without the bits that igb clears after it has
 /// carried out the message (drivers/net/ethernet/intel/igb/igb_main.c, igb_set_vf_promisc).
 pub(super) fn echo(request_word: u32) -> u32 {
     let echo = request_word & REQUEST_MASK;
     if echo & OPCODE_MASK == u32::from(SET_PROMISC) { echo & !word0(0, PROMISC_MULTICAST) } else { echo }
 }
 
-/// Whether `reply` is the PF's answer to the message with this word 0.
+/// Whether `reply` is word 0 of the PF's reply to the message with this word 0.
 pub(super) fn answers(reply: u32, request_word: u32) -> bool {
     let repeated = reply & REQUEST_MASK;
-    // A PF that does not listen refuses a message and repeats it unchanged.
+    // A PF that does not listen nacks a message and repeats its word 0 unchanged.
     let same = repeated == echo(request_word) || repeated == request_word & REQUEST_MASK;
     same && reply & (ACK_MESSAGE | NACK_MESSAGE) != 0
 }

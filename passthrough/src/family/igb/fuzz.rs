@@ -11,8 +11,8 @@ use crate::channel::mailbox::{
     register_bits::{ACK_MESSAGE, CTS, NACK_MESSAGE},
 };
 
-/// The codec: a decoded message is encoded canonically, and has the same meaning when decoded
-/// again.
+/// Laws of the codec: a decoded message has a canonical encoding, which decodes to the same
+/// request.
 pub fn fuzz_words(data: &[u8]) {
     let mut words = [0; BUFFER_WORDS];
     for (word, bytes) in words.iter_mut().zip(data.chunks_exact(4)) {

@@ -38,6 +38,6 @@ pub static IGBVF: Family = Family {
     },
     codec: &codec::Igbvf,
     address: AddressRule::Restores,
-    // The driver's link check schedules a reset if word 0 is refused and not clear to send.
+    // The driver's link check schedules a reset if word 0 is a nack without "clear to send".
     lost: LostWords { first: PF_CONTROL | NACK_MESSAGE, acknowledged: None },
 };

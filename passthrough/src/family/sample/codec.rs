@@ -52,7 +52,7 @@ impl Codec for Sample {
                     Err(Malformed::Mac { mac, filter: false })
                 }
             }
-            // A version may be agreed on once in a session. The relay knows versions 1 and 2.
+            // A session agrees on a version once. The codec knows versions 1 and 2.
             VERSION => {
                 let known = session.version == 0 && (1..=2).contains(&first);
                 let exchange = Exchange { words: Words::new(&[VERSION, first]), reply_words: 3 };
@@ -110,7 +110,7 @@ impl Codec for Sample {
     fn reply(&self, message: &[u32; BUFFER_WORDS], result: Outcome, from_pf: Option<&Words>) -> Words {
         let word = message[0] & 0xffff | marks(result);
         match (message[0], from_pf) {
-            // The reply says which address the VF has.
+            // The reply has the VF's address.
             (SET_MAC, Some(reply)) => Words::new(&[word, reply.padded()[1], reply.padded()[2]]),
             (SET_MAC, None) => Words::new(&[word, message[1], message[2]]),
             _ => Words::new(&[word]),

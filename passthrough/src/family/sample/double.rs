@@ -13,7 +13,7 @@ use crate::{
 
 pub(super) struct SamplePf;
 
-/// The word behind the address in a reset's reply.
+/// The low byte of the word behind the address in a reset's reply.
 pub(super) const FILTER_TYPE: u32 = 0x0007;
 /// Queues that the PF claims.
 pub(super) const CLAIMED_QUEUES: u32 = 1000;
@@ -43,7 +43,7 @@ impl Double for SamplePf {
             }
             2 => vec![0x6000_0002, 0, 0],
             8 if words[1] == 1 => vec![0xa000_0008, 1, CLAIMED_QUEUES],
-            // Another version than the one that was asked for.
+            // Another version than the requested one.
             8 => vec![0xa000_0008, 9, CLAIMED_QUEUES],
             _ => {
                 pf.unhandled += 1;

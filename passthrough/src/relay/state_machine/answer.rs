@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 
-//! The guest's answers, and the records, counters and log lines that go with them.
+//! Replies to the guest, with their records, counters and log lines.
 
 use netpolicy::{MacAddress, Reason, Request};
 
@@ -15,8 +15,8 @@ use crate::{
 };
 
 impl StateMachine {
-    /// Makes the driver keep its address, log "PF still resetting" and try again after its next link check. (A
-    /// refused reset would make it forget its address.)
+    /// Ends a reset message that failed. The driver keeps its address, logs "PF still resetting" and tries again after
+    /// its next link check. A nack would make it forget its address.
     pub(super) fn reset_failed(&mut self, message: &Message, cause: &str) {
         if let Some(suppressed) = self.log_line() {
             tracing::warn!(adapter = self.config.adapter, cause, suppressed, "VF reset not completed");
@@ -25,8 +25,8 @@ impl StateMachine {
         self.finish(message, &Response::ResetFailed, Disposition::Failed);
     }
 
-    /// Refuses a request because the authority is away. A reset succeeds: it was carried out, and the PF's reply has
-    /// the address.
+    /// Denies a request without a verdict, because the authority is away or late. A reset succeeds: it was carried out,
+    /// and the PF's reply has the address.
     pub(super) fn unreachable(
         &mut self,
         message: &Message,
@@ -55,7 +55,7 @@ impl StateMachine {
         self.answer(message, request, false, end);
     }
 
-    /// Refuses a message without a question: the authority is away, or the message has no meaning.
+    /// Nacks a message without asking the authority: it is malformed, unknown or over a rate.
     pub(super) fn refuse(
         &mut self,
         message: &Message,
@@ -83,18 +83,18 @@ impl StateMachine {
         }
     }
 
-    /// Refuses a message that is no request.
+    /// Nacks a message that is no request.
     pub(super) fn answer_plainly(&mut self, message: &Message, end: Disposition) {
         let outcome = Outcome { accepted: false, clear_to_send: self.cts };
         self.finish(message, &Response::Result { outcome, from_pf: None }, end);
     }
 
-    /// Answers any request but a reset.
+    /// Replies to any request but a reset.
     pub(super) fn answer(&mut self, message: &Message, request: &Request, accepted: bool, end: Disposition) {
         self.answer_with(message, request, accepted, None, end);
     }
 
-    /// Answers any request but a reset, with the PF's reply.
+    /// Replies to any request but a reset. `from_pf` is the PF's reply, if the message was forwarded.
     pub(super) fn answer_with(
         &mut self,
         message: &Message,
@@ -108,9 +108,9 @@ impl StateMachine {
         if let (true, Request::SetMac(mac)) = (shown, request) {
             self.driver.answered(accepted);
             match end {
-                // The caller sends a notice of its own.
+                // The caller notes the guest address.
                 Disposition::Equal => {}
-                // The authority cannot know which silent refusals the guest sees as such.
+                // The authority cannot know whether a denial was silent: after a reset the relay nacks.
                 Disposition::DeniedSilently => self.note_guest_mac(*mac),
                 _ if accepted => self.guest = Some(*mac),
                 _ => {}
@@ -132,7 +132,7 @@ impl StateMachine {
         }
     }
 
-    /// Notes an acknowledged address about which the relay did not ask the authority.
+    /// Notes a guest address that the authority cannot infer from its verdicts, and reports it.
     pub(super) fn note_guest_mac(&mut self, mac: MacAddress) {
         if self.guest != Some(mac) {
             self.guest = Some(mac);

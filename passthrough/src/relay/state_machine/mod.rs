@@ -14,7 +14,7 @@
 //! ```
 //!
 //! `cts` ("clear to send") is the PF's view of this VF: the guest's reset message sets it, and every reset of VF,
-//! device or PF clears it. Without it the relay forwards only that message.
+//! device or PF clears it. Without it the relay forwards only a reset message.
 
 mod answer;
 mod pf;
@@ -43,7 +43,7 @@ use crate::{
     hardware::VfHardware,
 };
 
-/// A message without an answer yet.
+/// A message without a reply yet.
 struct Message {
     posted: Posted,
     decoded: Result<Incoming, Malformed>,
@@ -89,7 +89,7 @@ enum Work {
         /// The PF's reply to a reset.
         from_pf: Option<ResetReply>,
     },
-    /// A question that the relay asks by itself.
+    /// A request that the relay repeats by itself: see [`retry`].
     Retry {
         seq: u64,
         request: Request,
@@ -321,7 +321,7 @@ impl StateMachine {
         }
     }
 
-    /// Whether the guest's reset message has no answer yet. The answer carries the address.
+    /// Whether the guest's reset message has no reply yet. The reply carries the address.
     fn is_resetting(&self) -> bool {
         match &self.work {
             Work::Idle | Work::Retry { .. } => false,

@@ -31,7 +31,7 @@ impl StateMachine {
         }
     }
 
-    /// Forwards the guest's reset message, always: only the PF's driver turns the queues on again.
+    /// Forwards the guest's reset message without a verdict: only the PF's driver turns the queues on again.
     pub(super) fn reset(&mut self, message: Message) {
         match self.channel.reset(self.left(&message)) {
             Ok(reply) => {
@@ -143,8 +143,8 @@ impl StateMachine {
         }
     }
 
-    /// Makes a guest with another address learn the new one. A restarting agent also repeats changes that it finds
-    /// begun, such as the return to the initial address at a reboot, when the guest may already have that address.
+    /// Sets the effective address, and makes a guest with another address reset. A guest that already has it goes on: a
+    /// restarting agent repeats changes that were under way, such as the return to the initial address at a reboot.
     fn address_is(&mut self, mac: MacAddress) {
         let moved = self.effective.replace(mac).is_some_and(|old| old != mac);
         if moved && self.guest.is_some_and(|guest| guest != mac) && !self.is_resetting() {

@@ -2,10 +2,11 @@
 
 //! Retries of receive lists that had no verdict in time.
 //!
-//! A driver sets its lists of receive addresses and ignores the responses. If the authority is away (the agent restarts,
-//! the PF's driver is busy), a denial would leave the guest without its lists, perhaps for ever. So the relay keeps these
-//! requests and repeats them, at most one a second, until the authority decides. The guest gets no second response: its
-//! driver has ignored the first one.
+//! A driver sets its lists of receive addresses and ignores the responses. If the authority is away (the agent
+//! restarts, the PF's driver is busy), a denial would leave the guest without its lists, perhaps for ever. So the relay
+//! keeps these requests and repeats them, one at a time, until the authority decides. It waits for a second after a
+//! retry without a verdict, and not at all after a verdict. The guest gets no second response: its driver has ignored
+//! the first one.
 
 use std::time::Duration;
 
@@ -138,8 +139,8 @@ impl StateMachine {
         }
     }
 
-    /// Notes a denial because another port has the address. The switch may add the address later, so the guest's next
-    /// list must begin with a clear.
+    /// Notes a denial because another port has the address. The switch may add the address later, so the relay must not
+    /// grant the guest's next clear by itself.
     pub(super) fn note_in_use(&mut self, request: &Request, reason: Reason) {
         self.filters |= reason == Reason::MacInUse && matches!(request, Request::AddUnicastFilter(_));
     }
