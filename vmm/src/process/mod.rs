@@ -2,7 +2,7 @@
 
 //! The per-VM process: `portcullis vmm FD UUID`.
 //!
-//! The process starts with a listening control socket and nothing else. The agent sends it the machine's
+//! The process starts with a listening control socket and its log, and nothing else. The agent sends it the machine's
 //! specification. It serves one event loop (event-manager) until the machine has ended. The loop owns the machine;
 //! vCPUs and relays send it messages.
 
