@@ -7,7 +7,7 @@ use std::{marker::PhantomData, sync::Arc};
 use serde::{Serialize, de::DeserializeOwned};
 use uuid::Uuid;
 
-use super::{Expect, MAX_OPERATIONS, Object, ObjectStore, Operation, StoreError, Stores};
+use super::{Expect, Object, ObjectStore, Operation, StoreError, Stores};
 
 /// The hosts to which the objects of a kind belong.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -105,20 +105,6 @@ impl<T: Record> Table<T> {
             }
             Err(error) => done(Err(error)),
         }
-    }
-
-    /// Writes (`Some`) and deletes (`None`) records without a condition, at most [`MAX_OPERATIONS`]
-    /// in one durable step. A record's id is its name, too.
-    ///
-    /// # Errors
-    /// Those of the store. The steps before the failed one are done.
-    pub async fn write(&self, records: &[(Uuid, Option<&T>)]) -> Result<(), StoreError> {
-        for step in records.chunks(MAX_OPERATIONS) {
-            let operations: Result<Vec<_>, _> =
-                step.iter().map(|(id, value)| operation(*id, &id.to_string(), *value, Expect::Any)).collect();
-            self.store.commit(operations?).await?;
-        }
-        Ok(())
     }
 }
 

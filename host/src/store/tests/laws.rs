@@ -180,19 +180,6 @@ async fn a_transaction_stays_in_one_scope() {
     assert_eq!(Table::<Own>::new(&stores).list().await.unwrap().len(), 1);
 }
 
-#[tokio::test]
-async fn many_records_are_written_in_few_steps() {
-    let store = Arc::new(MemoryStore::default());
-    let table = Table::<Own>::new(&Stores::on_one_host(store.clone()));
-    let records: Vec<(Uuid, Own)> = (0..200).map(|n| (Uuid::new_v4(), Own(n))).collect();
-    let written: Vec<_> = records.iter().map(|(id, record)| (*id, Some(record))).collect();
-    table.write(&written).await.unwrap();
-    assert_eq!(table.list().await.unwrap().len(), 200);
-    table.write(&written.iter().map(|(id, _)| (*id, None)).collect::<Vec<_>>()).await.unwrap();
-    assert_eq!(table.list().await.unwrap().len(), 0);
-    table.write(&[]).await.unwrap();
-}
-
 /// Submits all commits before it waits for the first result.
 async fn together(
     store: &dyn ObjectStore,
