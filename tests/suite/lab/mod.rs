@@ -24,9 +24,7 @@ const CMDLINE: &str = "console=ttyS0 quiet panic=-1 portcullis.noecho";
 
 /// For tests of other things than the boot. An emulated processor spends a quarter of a guest's boot on decompressing
 /// its kernel, on moving it to a random address and on mitigations of faults that it does not have.
-/// The periodic timer fires again if the emulator loses one of its interrupts. A one-shot that is lost is lost for good,
-/// and the guest with it: Linux does not set its timer again while the expiry stays the same.
-const FAST: &str = "mitigations=off nokaslr nohz=off highres=off";
+const FAST: &str = "mitigations=off nokaslr";
 
 /// A VM that boots Debian's kernel into busybox, without any device, fast.
 fn bare_spec(agent: &Agent, name: &str) -> Value {
