@@ -221,7 +221,14 @@ impl Channel {
     ) -> Result<(M, usize, bool), ChannelError> {
         BUFFER.with_borrow_mut(|bytes| {
             bytes.resize(FRAME_MAX, 0);
-            let got = net::recvmsg(&self.0, &mut [IoSliceMut::new(bytes)], control, RecvFlags::CMSG_CLOEXEC)?;
+            let mut receive =
+                || net::recvmsg(&self.0, &mut [IoSliceMut::new(bytes)], control, RecvFlags::CMSG_CLOEXEC);
+            // If the peer has left messages unread, the kernel reports its end first, once, and then delivers its last
+            // messages (net/unix/af_unix.c, unix_release_sock).
+            let got = match receive() {
+                Err(Errno::CONNRESET) => receive(),
+                got => got,
+            }?;
             if got.flags.contains(net::ReturnFlags::TRUNC) {
                 return Err(ChannelError::Oversized);
             }
@@ -304,6 +311,16 @@ mod tests {
         let (_dir, near, far) = pair();
         drop(near);
         assert!(matches!(far.receive::<ToVmm>(), Err(ChannelError::Closed)));
+    }
+
+    #[test]
+    fn the_last_messages_of_a_peer_that_left_ours_unread_arrive() {
+        let (_dir, near, far) = pair();
+        near.send(&ToVmm::Noted { upto: 1 }, &[]).unwrap();
+        far.send(&ToVmm::Noted { upto: 2 }, &[]).unwrap();
+        drop(far);
+        assert!(matches!(near.receive_alone(), Ok((ToVmm::Noted { upto: 2 }, _))));
+        assert!(matches!(near.receive_alone::<ToVmm>(), Err(ChannelError::Closed)));
     }
 
     #[test]
