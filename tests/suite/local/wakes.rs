@@ -17,8 +17,7 @@ const COUNT: u64 = 50;
 const ROUNDS: u8 = 3;
 
 /// The most waits of each thread for one address. The agent's workers and the store wait for other things as well: the
-/// store for the disk, several times for each of its two writes. All
-/// threads that are not named here have no part in it.
+/// store for the disk, several times for each of its two writes. All threads that are not named here have no part in it.
 const MOST: [(&str, f64); 6] = [
     // The guest's message, and the verdict. Besides, it looks at the mailbox now and then.
     ("vmm/relay", 3.2),
