@@ -15,10 +15,11 @@ use seccompiler::{TargetArch, compile_from_json};
 use serde_json::{Value, json};
 
 /// A filter's file, and the name of the constant that it becomes.
-const FILTERS: [(&str, &str); 7] = [
+const FILTERS: [(&str, &str); 8] = [
     ("main", "MAIN"),
     ("vcpu", "VCPU"),
     ("io-thread", "IO"),
+    ("disk-thread", "DISK"),
     ("relay", "RELAY"),
     ("function-thread", "FUNCTION"),
     ("simulated-vf", "SIMULATED_VF"),
@@ -31,14 +32,7 @@ fn main() -> Result<(), Box<dyn Error>> {
     let arch = TargetArch::try_from(env::var("CARGO_CFG_TARGET_ARCH")?.as_str())?;
     let mut code = String::new();
     for (file, constant) in FILTERS {
-        let users = rules(&root, file, false)?;
-        let tests = rules(&root, file, true)?;
-        writeln!(code, "{}", definition(file, constant, &users, arch)?)?;
-        if tests != users {
-            // A build for users has no such filter.
-            writeln!(code, "#[cfg(any(test, feature = \"test-support\"))]")?;
-            writeln!(code, "{}", definition(file, &format!("{constant}_FOR_TESTS"), &tests, arch)?)?;
-        }
+        writeln!(code, "{}", definition(file, constant, &rules(&root, file)?, arch)?)?;
     }
     fs::write(PathBuf::from(env::var("OUT_DIR")?).join("seccomp.rs"), code)?;
     Ok(())
@@ -60,17 +54,15 @@ fn definition(
 }
 
 /// The rules of a file and of those that it includes, in seccompiler's format.
-fn rules(root: &Path, file: &str, for_tests: bool) -> Result<Vec<Value>, Box<dyn Error>> {
+fn rules(root: &Path, file: &str) -> Result<Vec<Value>, Box<dyn Error>> {
     let path = root.join(file).with_extension("json");
     println!("cargo::rerun-if-changed={}", path.display());
     let text = fs::read_to_string(&path).map_err(|error| format!("{}: {error}", path.display()))?;
     let mut parsed: Value =
         serde_json::from_str(&text).map_err(|error| format!("{}: {error}", path.display()))?;
     let mut all = Vec::new();
-    let include = parsed["include"].as_array().into_iter().flatten();
-    let tests = parsed["include_for_tests"].as_array().filter(|_| for_tests).into_iter().flatten();
-    for included in include.chain(tests) {
-        all.extend(rules(root, included.as_str().ok_or("an include is no name")?, for_tests)?);
+    for included in parsed["include"].as_array().into_iter().flatten() {
+        all.extend(rules(root, included.as_str().ok_or("an include is no name")?)?);
     }
     let Value::Array(own) = parsed["filter"].take() else {
         return Err(format!("{}: it has no list called filter", path.display()).into());

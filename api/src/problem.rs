@@ -223,6 +223,23 @@ problem_codes! {
         "The initramfs is larger than the guest's memory.",
         "Give the VM more memory, or make the initramfs smaller.";
 
+    /// A disk's file does not exist.
+    DiskNotFound = "disk_not_found", 422, "No such disk file",
+        "There is no file at `disks[].path`; a relative path is looked up in the disk directories, and for a read-only disk in the image directories.",
+        "Correct the path, or make the file (`truncate --size=8G FILE`) in a directory of `--disk-dir`.";
+    /// The caller may not use a disk's file, or it is neither a regular file nor a block device.
+    DiskUnreadable = "disk_unreadable", 403, "The disk's file cannot be opened",
+        "The caller's user, or an author of the specification, may not read or write the file, or it is neither a regular file nor a block device.",
+        "Give that user the right, put the file into a directory of `--disk-dir`, or make the disk `read_only`.";
+    /// Another process uses the disk's file.
+    DiskInUse = "disk_in_use", 409, "The disk is in use",
+        "Another VM, QEMU or another program has locked the file.",
+        "End the user that `detail` names, give the VM a copy, or make the disk `read_only` for all its users.";
+    /// A disk's file has less than a sector.
+    DiskInvalid = "disk_invalid", 422, "The disk cannot be used",
+        "The file is shorter than a sector of 512 bytes.",
+        "Make the file longer (`truncate --size=8G FILE`).";
+
     /// The VF named in the specification does not exist.
     VfNotFound = "vf_not_found", 422, "No such VF",
         "`adapters[].vf` names no VF of this host, or a VF with a PF that is not an uplink of the port group's switch.",

@@ -16,6 +16,8 @@ use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 pub struct IoThread {
     /// The thread's name. The kernel shows 15 bytes of it.
     pub name: String,
+    /// The system calls of the work, beside those of the loop around it.
+    pub calls: Calls,
     /// The eventfds that wake the thread: doorbells and the device's own signals.
     pub events: Vec<IoEvent>,
     /// The work for the eventfd with this index, whose count has been read. It may block, but not
@@ -24,6 +26,15 @@ pub struct IoThread {
     /// work, and signals its own eventfd if more is left, so that the thread can be parked in
     /// between.
     pub work: Box<dyn FnMut(usize) + Send>,
+}
+
+/// The kinds of I/O threads by their system calls: each has a seccomp filter of its own.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum Calls {
+    /// None.
+    None,
+    /// Reads, writes and flushes of files that are open.
+    Disk,
 }
 
 /// An eventfd that wakes an I/O thread. It never blocks.

@@ -128,6 +128,8 @@ fn ours(runtime: &Runtime, portcullis: &Path, kernel: &Path, run_dir: &Path) -> 
         cmdline: String::new(),
         initramfs: false,
         devices: Vec::new(),
+        disks: Vec::new(),
+        entropy: false,
         sandbox: host::sandbox::spec(user, off),
     };
     let files: Vec<OwnedFd> = vec![

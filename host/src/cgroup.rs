@@ -36,6 +36,8 @@ const TRY_AGAIN_AFTER: Duration = Duration::from_millis(10);
 const BASE: u64 = 64 << 20;
 const PER_CPU: u64 = 1 << 20;
 const PER_FUNCTION: u64 = 4 << 20;
+/// For each disk: the host's cache of its file, which the kernel gives back under pressure.
+const PER_DISK: u64 = 16 << 20;
 const PART: u64 = 16;
 
 /// The huge pages of guest memory, as the controller `hugetlb` names their size.
@@ -56,9 +58,15 @@ fn memory_of(spec: &VmSpec, counts_guest: bool) -> ByteSize {
     let guest = spec.memory.bytes();
     let functions = spec.adapters.len().saturating_add(spec.devices.len());
     let functions = u64::try_from(functions).unwrap_or(u64::MAX).saturating_mul(PER_FUNCTION);
+    let disks = u64::try_from(spec.disks.len()).unwrap_or(u64::MAX).saturating_mul(PER_DISK);
     let beside = BASE + u64::from(spec.cpus) * PER_CPU;
     let own = if counts_guest { guest } else { 0 };
-    ByteSize::new(own.saturating_add(guest / PART).saturating_add(functions).saturating_add(beside))
+    ByteSize::new(
+        own.saturating_add(guest / PART)
+            .saturating_add(functions)
+            .saturating_add(disks)
+            .saturating_add(beside),
+    )
 }
 
 /// Whether the hierarchy has the option `memory_hugetlb_accounting` (Linux 6.7).

@@ -46,6 +46,8 @@ pub struct Environment {
     pub run_dir: PathBuf,
     /// The directories with files that every caller may boot.
     pub image_dirs: Vec<PathBuf>,
+    /// The directories with disks that every caller may use.
+    pub disk_dirs: Vec<PathBuf>,
     /// The program of a vmm.
     pub program: Program,
     /// The memory that a vmm with functions of the host may lock beyond guest memory, in bytes.
@@ -94,6 +96,7 @@ impl Environment {
             inventory: Hardware::new(Sysfs::default()).into(),
             run_dir,
             image_dirs: Vec::new(),
+            disk_dirs: Vec::new(),
             program: Program::default(),
             memlock_slack: MEMLOCK_SLACK,
             kvm: "/dev/kvm".into(),

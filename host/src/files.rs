@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 
-//! Opens the files that a request names: kernels and initramfs.
+//! Opens the files that a request names: kernels, initramfs, disks.
 //!
-//! The agent is root, its callers need not be. The agent opens a file if it lies in an image directory, or with the caller's
+//! The agent is root, its callers need not be. The agent opens a file if it lies in a directory for that, or with the caller's
 //! own rights: a thread takes on the caller's file system user and group (and no supplementary group) for the one call, so
 //! that there is no moment between a check and its use.
 
@@ -22,43 +22,93 @@ use rustix::{
 
 use api::{Caller, User};
 
+/// The purpose of opening a file.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Purpose {
+    /// A guest boots it: a regular file, for reading.
+    Boot,
+    /// A guest's disk: a regular file or a block device, for reading.
+    ReadDisk,
+    /// The same, for reading and writing.
+    WriteDisk,
+}
+
+impl Purpose {
+    /// The directories for this purpose, in words.
+    fn directories(self) -> &'static str {
+        match self {
+            Self::Boot => "image directory",
+            Self::ReadDisk => "image or disk directory",
+            Self::WriteDisk => "disk directory",
+        }
+    }
+
+    /// The agent's option for these directories.
+    fn option(self) -> &'static str {
+        if self == Self::WriteDisk { "--disk-dir" } else { "--image-dir" }
+    }
+
+    /// The needed right, in words.
+    fn right(self) -> &'static str {
+        if self == Self::WriteDisk { "writing" } else { "reading" }
+    }
+
+    /// The same as an adjective.
+    fn able(self) -> &'static str {
+        if self == Self::WriteDisk { "writable" } else { "readable" }
+    }
+
+    fn allows(self, kind: FileType) -> bool {
+        kind == FileType::RegularFile || (self != Self::Boot && kind == FileType::BlockDevice)
+    }
+
+    fn flags(self) -> OFlags {
+        if self == Self::WriteDisk { OFlags::RDWR } else { OFlags::RDONLY }
+    }
+}
+
 /// Why a file cannot be opened.
 #[derive(Debug, thiserror::Error)]
 pub enum FileError {
-    /// The file does not exist (or not in any image directory, for a relative path).
+    /// The file does not exist (or not in any of the directories, for a relative path).
     #[error(
         "There is no file {path}{}: {}check the path; relative ones are looked up in {}",
-        at(.dirs), meant(.near), list(.dirs)
+        at(*.purpose, .dirs), meant(.near), list(*.purpose, .dirs)
     )]
     Missing {
         /// The path in the request.
         path: String,
-        /// The image directories that were searched; none for an absolute path.
+        /// The purpose of opening it.
+        purpose: Purpose,
+        /// The directories that were searched; none for an absolute path.
         dirs: Vec<PathBuf>,
-        /// Images with nearly this name.
+        /// Files there with nearly this name.
         near: Vec<String>,
     },
     /// The file is opened with the rights of a user that may not read it.
     #[error(
-        "The agent opens {path} with the rights of {who}, which do not allow reading it: make it readable \
-         for that user, or put it into an image directory (--image-dir)"
+        "The agent opens {path} with the rights of {who}, which do not allow {} it: make it {} \
+         for that user, or put it into {} ({})",
+        .purpose.right(), .purpose.able(), article(.purpose.directories()), .purpose.option()
     )]
     Unreadable {
         /// The path in the request.
         path: String,
+        /// The purpose of opening it.
+        purpose: Purpose,
         /// The caller, or the author of a part of `boot`.
         who: String,
     },
-    /// The file is looked up in an image directory, and its name leads out of it.
+    /// The file is looked up in a directory for its purpose, and its name leads out of it.
     #[error(
-        "{path} leads out of the image directory {} by a link or by .., and only files in it are open to \
+        "{path} leads out of the directory {} by a link or by .., and only files in it are open to \
          every caller: copy the file, or the target of the link, into the directory",
         .dir.display()
     )]
     LeadsOut {
         /// The path in the request.
         path: String,
-        /// The image directory.
+        /// The directory.
         dir: PathBuf,
     },
     /// The path leads through too many links, or a magic one.
@@ -72,6 +122,14 @@ pub enum FileError {
     /// The path led to another file a moment later.
     #[error("{path} was replaced while it was opened: try again")]
     Replaced {
+        /// The path in the request.
+        path: String,
+    },
+    /// The file system, or the file itself, does not allow writing.
+    #[error(
+        "{path} cannot be written: it is read-only, or lies in a read-only file system; make the disk read_only"
+    )]
+    ReadOnly {
         /// The path in the request.
         path: String,
     },
@@ -93,8 +151,13 @@ pub enum FileError {
     },
 }
 
-fn at(dirs: &[PathBuf]) -> &'static str {
-    if dirs.is_empty() { "" } else { " in any image directory" }
+fn at(purpose: Purpose, dirs: &[PathBuf]) -> String {
+    if dirs.is_empty() { String::new() } else { format!(" in any {}", purpose.directories()) }
+}
+
+fn article(noun: &str) -> String {
+    let article = if noun.starts_with(['a', 'e', 'i', 'o', 'u']) { "an" } else { "a" };
+    format!("{article} {noun}")
 }
 
 fn meant(near: &[String]) -> String {
@@ -108,7 +171,7 @@ fn meant(near: &[String]) -> String {
 /// The most entries of each image directory to read for a message.
 const MOST_IMAGES: usize = 1000;
 
-/// Images with nearly this name. Every caller may boot them, so their names disclose nothing. Other directories are not read.
+/// Files with nearly this name. Every caller may use them, so their names disclose nothing. Other directories are not read.
 fn near_images(dirs: &[PathBuf], path: &str) -> Vec<String> {
     let entries =
         dirs.iter().filter_map(|dir| fs::read_dir(dir).ok()).flat_map(|entries| entries.take(MOST_IMAGES));
@@ -117,68 +180,75 @@ fn near_images(dirs: &[PathBuf], path: &str) -> Vec<String> {
     api::missing::near(path, names.filter(|name| !name.starts_with('.')))
 }
 
-fn list(dirs: &[PathBuf]) -> String {
+fn list(purpose: Purpose, dirs: &[PathBuf]) -> String {
     if dirs.is_empty() {
-        return "the image directories (--image-dir)".into();
+        let (kind, _) = purpose.directories().rsplit_once(' ').unwrap_or_default();
+        return format!("the {kind} directories ({})", purpose.option());
     }
     dirs.iter().map(|dir| dir.display().to_string()).collect::<Vec<_>>().join(", ")
 }
 
-/// Opens `path` for reading, if each of `callers` may read it; there must be at least one caller. Blocks: not for async code.
+/// Opens `path`, if each of `callers` may do so; there must be at least one caller. Blocks: not for async code.
 ///
 /// # Errors
 /// See [`FileError`].
-pub fn open_for_all(callers: &[Caller], image_dirs: &[PathBuf], path: &str) -> Result<File, FileError> {
+pub fn open_for_all(
+    callers: &[Caller],
+    purpose: Purpose,
+    dirs: &[PathBuf],
+    path: &str,
+) -> Result<File, FileError> {
     let identity = |file: &File| fstat(file).map(|stat| (stat.st_dev, stat.st_ino)).ok();
     let mut first: Option<File> = None;
     for caller in callers {
-        let file = open_for(caller, image_dirs, path)?;
+        let file = open_for(caller, purpose, dirs, path)?;
         match &first {
             None => first = Some(file),
             Some(first) if identity(first).is_some() && identity(first) == identity(&file) => {}
             Some(_) => return Err(FileError::Replaced { path: path.to_owned() }),
         }
     }
-    first.ok_or_else(|| FileError::Unreadable { path: path.to_owned(), who: "nobody".to_owned() })
+    first.ok_or_else(|| FileError::Unreadable { path: path.to_owned(), purpose, who: "nobody".to_owned() })
 }
 
-/// Opens `path` for reading on behalf of `caller`. Blocks: not for async code.
-/// A caller with a token is not a user of this host, and gets files of image directories only.
+/// Opens `path` on behalf of `caller`. Blocks: not for async code.
+/// A caller with a token is not a user of this host, and gets files of `dirs` only.
 ///
 /// # Errors
 /// See [`FileError`].
-pub fn open_for(caller: &Caller, image_dirs: &[PathBuf], path: &str) -> Result<File, FileError> {
+pub fn open_for(caller: &Caller, purpose: Purpose, dirs: &[PathBuf], path: &str) -> Result<File, FileError> {
     let wanted = Path::new(path);
     if !wanted.is_absolute() {
-        for dir in image_dirs {
-            match beneath(dir, wanted) {
+        for dir in dirs {
+            match beneath(purpose, dir, wanted) {
                 Err(Errno::NOENT | Errno::NOTDIR) => {}
                 Err(Errno::XDEV) => {
                     return Err(FileError::LeadsOut { path: path.to_owned(), dir: dir.clone() });
                 }
-                found => return finish(found, path, caller),
+                found => return finish(found, purpose, path, caller),
             }
         }
         return Err(FileError::Missing {
             path: path.to_owned(),
-            dirs: image_dirs.to_vec(),
-            near: near_images(image_dirs, path),
+            purpose,
+            dirs: dirs.to_vec(),
+            near: near_images(dirs, path),
         });
     }
     let mut left = None;
-    for dir in image_dirs {
+    for dir in dirs {
         // A path with `..` only seems to lie in the directory.
         let inside = wanted.strip_prefix(dir).ok().filter(|rest| {
             !rest.as_os_str().is_empty() && rest.components().all(|part| matches!(part, Component::Normal(_)))
         });
-        match inside.map(|rest| beneath(dir, rest)) {
+        match inside.map(|rest| beneath(purpose, dir, rest)) {
             // A link that leads out of the directory does not belong to it: the caller's own rights decide.
             None => {}
             Some(Err(Errno::XDEV)) => left = Some(dir),
-            Some(found) => return finish(found, path, caller),
+            Some(found) => return finish(found, purpose, path, caller),
         }
     }
-    with_own_rights(caller, wanted, path).map_err(|error| match (error, left) {
+    with_own_rights(caller, purpose, wanted, path).map_err(|error| match (error, left) {
         // The link is the cause: its author expected the directory's rule.
         (FileError::Unreadable { path, .. }, Some(dir)) => FileError::LeadsOut { path, dir: dir.clone() },
         (error, _) => error,
@@ -186,25 +256,26 @@ pub fn open_for(caller: &Caller, image_dirs: &[PathBuf], path: &str) -> Result<F
 }
 
 /// Opens an absolute path with the rights of the caller alone.
-fn with_own_rights(caller: &Caller, wanted: &Path, path: &str) -> Result<File, FileError> {
+fn with_own_rights(caller: &Caller, purpose: Purpose, wanted: &Path, path: &str) -> Result<File, FileError> {
     let io = |source: io::Error| FileError::Io { path: path.to_owned(), source };
     let Caller::User(user) = caller else {
-        return Err(FileError::Unreadable { path: path.to_owned(), who: caller.to_string() });
+        return Err(FileError::Unreadable { path: path.to_owned(), purpose, who: caller.to_string() });
     };
     if user.uid == geteuid().as_raw() {
-        return finish(regular(CWD, wanted, ResolveFlags::NO_MAGICLINKS), path, caller);
+        let found = regular(purpose, CWD, wanted, ResolveFlags::NO_MAGICLINKS);
+        return finish(found, purpose, path, caller);
     }
     let (user, target) = (*user, wanted.to_owned());
     let found = thread::Builder::new()
         .name("open-as-caller".into())
         .spawn(move || {
             become_for_files(user)?;
-            regular(CWD, &target, ResolveFlags::NO_MAGICLINKS)
+            regular(purpose, CWD, &target, ResolveFlags::NO_MAGICLINKS)
         })
         .map_err(io)?
         .join()
         .unwrap_or(Err(Errno::FAULT));
-    finish(found, path, caller)
+    finish(found, purpose, path, caller)
 }
 
 /// The file at a path.
@@ -213,9 +284,9 @@ enum Found {
     Other(&'static str),
 }
 
-fn beneath(dir: &Path, path: &Path) -> Result<Found, Errno> {
+fn beneath(purpose: Purpose, dir: &Path, path: &Path) -> Result<Found, Errno> {
     let dir = open(dir, OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC, Mode::empty())?;
-    regular(dir, path, ResolveFlags::BENEATH | ResolveFlags::NO_MAGICLINKS)
+    regular(purpose, dir, path, ResolveFlags::BENEATH | ResolveFlags::NO_MAGICLINKS)
 }
 
 /// File systems (`statfs(2)`) with regular files that are no files: a read asks the kernel, as often as not about the process
@@ -237,12 +308,17 @@ const PSEUDO: [u32; 13] = [
     0xf97c_ff8c,
 ];
 
-/// Opens a regular file. Its kind is checked before it is opened for reading, because opening a pipe waits for its writer,
-/// and opening a device may do anything.
-fn regular(dir: impl std::os::fd::AsFd, path: &Path, resolve: ResolveFlags) -> Result<Found, Errno> {
+/// Opens a file of a kind that its purpose allows. The kind is checked before the file is opened, because opening a pipe waits
+/// for its writer, and opening a device may do anything.
+fn regular(
+    purpose: Purpose,
+    dir: impl std::os::fd::AsFd,
+    path: &Path,
+    resolve: ResolveFlags,
+) -> Result<Found, Errno> {
     let found = openat2(dir, path, OFlags::PATH | OFlags::CLOEXEC, Mode::empty(), resolve)?;
     let kind = FileType::from_raw_mode(fstat(&found)?.st_mode);
-    if kind != FileType::RegularFile {
+    if !purpose.allows(kind) {
         return Ok(Found::Other(describe(kind)));
     }
     let system = fstatfs(&found)?.f_type;
@@ -252,19 +328,27 @@ fn regular(dir: impl std::os::fd::AsFd, path: &Path, resolve: ResolveFlags) -> R
     // The very file that was checked, even if its name leads to another one by now. The kernel checks its permissions here.
     let name = format!("/proc/thread-self/fd/{}", std::os::fd::AsRawFd::as_raw_fd(&found));
     // Does not wait for a process with a lease on the file (fcntl(2)).
-    let flags = OFlags::RDONLY | OFlags::CLOEXEC | OFlags::NOCTTY | OFlags::NONBLOCK;
+    let flags = purpose.flags() | OFlags::CLOEXEC | OFlags::NOCTTY | OFlags::NONBLOCK;
     open(name, flags, Mode::empty()).map(Found::File)
 }
 
-fn finish(found: Result<Found, Errno>, path: &str, caller: &Caller) -> Result<File, FileError> {
+fn finish(
+    found: Result<Found, Errno>,
+    purpose: Purpose,
+    path: &str,
+    caller: &Caller,
+) -> Result<File, FileError> {
     let path = path.to_owned();
     match found {
         Ok(Found::File(fd)) => Ok(fd.into()),
         Ok(Found::Other(what)) => Err(FileError::NotRegular { path, what }),
         Err(Errno::NOENT | Errno::NOTDIR) => {
-            Err(FileError::Missing { path, dirs: Vec::new(), near: Vec::new() })
+            Err(FileError::Missing { path, purpose, dirs: Vec::new(), near: Vec::new() })
         }
-        Err(Errno::ACCESS | Errno::PERM) => Err(FileError::Unreadable { path, who: caller.to_string() }),
+        Err(Errno::ACCESS | Errno::PERM) => {
+            Err(FileError::Unreadable { path, purpose, who: caller.to_string() })
+        }
+        Err(Errno::ROFS) => Err(FileError::ReadOnly { path }),
         Err(Errno::LOOP) => Err(FileError::Loop { path }),
         Err(error) => Err(FileError::Io { path, source: error.into() }),
     }
@@ -344,7 +428,7 @@ mod tests {
     /// Checks the result of opening: the file's text, or the name of the error.
     fn check(place: &Place, caller: &Caller, path: &str, expect: &str) {
         let path = path.replace("ROOT", place.root.to_str().unwrap());
-        let got = match open_for(caller, std::slice::from_ref(&place.images), &path) {
+        let got = match open_for(caller, Purpose::Boot, std::slice::from_ref(&place.images), &path) {
             Ok(mut file) => {
                 let mut text = String::new();
                 file.read_to_string(&mut text).unwrap();
@@ -355,6 +439,7 @@ mod tests {
             Err(FileError::NotRegular { what, .. }) => what.into(),
             Err(FileError::Io { source, .. }) => source.to_string(),
             Err(FileError::Replaced { .. }) => "replaced".to_owned(),
+            Err(FileError::ReadOnly { .. }) => "read-only".to_owned(),
             Err(FileError::LeadsOut { .. }) => "leads out".to_owned(),
             Err(FileError::Loop { .. }) => "loop".to_owned(),
         };
@@ -381,7 +466,9 @@ mod tests {
             check(&place, &caller, "ROOT/images/self", "loop");
         }
         check(&place, &Caller::Token("ci".into()), "ROOT/images/out", "leads out");
-        let error = open_for(&me(), std::slice::from_ref(&place.images), "out").unwrap_err().to_string();
+        let error = open_for(&me(), Purpose::Boot, std::slice::from_ref(&place.images), "out")
+            .unwrap_err()
+            .to_string();
         assert!(
             error.contains("link") && error.contains("copy") && !error.contains("with the rights"),
             "{error}"
@@ -447,7 +534,7 @@ mod tests {
             for path in
                 ["/proc/self/root/etc/passwd", "/proc/self/cwd/Cargo.toml", "/proc/self/exe", "/dev/fd/0"]
             {
-                let refused = open_for(&caller, &[], path).unwrap_err();
+                let refused = open_for(&caller, Purpose::Boot, &[], path).unwrap_err();
                 // The kernel decides which of both comes first.
                 assert!(
                     matches!(refused, FileError::Unreadable { .. } | FileError::Loop { .. }),

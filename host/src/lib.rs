@@ -9,6 +9,7 @@ pub mod cgroup;
 pub mod cli;
 pub mod console;
 pub mod decisions;
+pub mod disks;
 pub mod environment;
 pub mod files;
 pub mod inventory;

@@ -21,7 +21,9 @@ fn main() -> ExitCode {
         let arguments: Vec<String> =
             arguments.map(|argument| argument.to_string_lossy().into_owned()).collect();
         // Into the process's log file, which the agent bounds.
-        tracing_subscriber::fmt().with_ansi(false).with_target(false).with_writer(std::io::stderr).init();
+        let log = tracing_subscriber::fmt().with_ansi(false).with_target(false).with_writer(std::io::stderr);
+        // Without the lines of crates that use `log`: virtio-queue writes one for each mistake of a guest's driver.
+        let _ = tracing::subscriber::set_global_default(log.finish());
         return process(&arguments);
     }
     host::cli::run(host::cli::parse())

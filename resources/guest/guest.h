@@ -46,6 +46,22 @@ static inline u32 mmio_read(u64 address) {
 static inline void mmio_write(u64 address, u32 value) {
   __asm__ volatile("movl %0, (%1)" : : "r"(value), "r"(address) : "memory");
 }
+static inline u8 mmio_read8(u64 address) {
+  u8 value;
+  __asm__ volatile("movb (%1), %0" : "=q"(value) : "r"(address) : "memory");
+  return value;
+}
+static inline u16 mmio_read16(u64 address) {
+  u16 value;
+  __asm__ volatile("movw (%1), %0" : "=r"(value) : "r"(address) : "memory");
+  return value;
+}
+static inline void mmio_write8(u64 address, u8 value) {
+  __asm__ volatile("movb %0, (%1)" : : "q"(value), "r"(address) : "memory");
+}
+static inline void mmio_write16(u64 address, u16 value) {
+  __asm__ volatile("movw %0, (%1)" : : "r"(value), "r"(address) : "memory");
+}
 static inline void barrier(void) { __asm__ volatile("" : : : "memory"); }
 
 /* --- text.c: strings, numbers, addresses ----------------------------------------------------------------------- */
@@ -81,8 +97,9 @@ void put_ip(u32 ip);
 
 /* --- cpu.c: interrupts and time -------------------------------------------------------------------------------- */
 
-/* Numbers in interrupt_counts and, from VECTOR_BASE on, vectors. The first three are the VF's, numbered as igbvf does. */
-enum { IRQ_TRANSMIT, IRQ_RECEIVE, IRQ_MAILBOX, IRQ_SERIAL, IRQ_ACPI, IRQ_TIMER, IRQ_KINDS };
+/* Numbers in interrupt_counts and, from VECTOR_BASE on, vectors. The first three are the VF's, numbered as igbvf does;
+   change and queue are a virtio device's. */
+enum { IRQ_TRANSMIT, IRQ_RECEIVE, IRQ_MAILBOX, IRQ_SERIAL, IRQ_ACPI, IRQ_CHANGE, IRQ_QUEUE, IRQ_TIMER, IRQ_KINDS };
 #define VECTOR_BASE 0x40
 #define SPURIOUS_VECTOR 0xff
 
@@ -115,6 +132,8 @@ u32 config_read32(u8 slot, u16 offset);
 void config_write32(u8 slot, u16 offset, u32 value);
 /* The `index`-th 82576 or i350 VF of the bus: placed, enabled, and with MSI-X vectors as above. */
 bool pci_find_vf(unsigned index, struct function *function);
+/* The `index`-th function with these ids: placed, enabled, and with `vectors` MSI-X vectors from `first` on. */
+bool pci_find(u16 vendor, u16 device, unsigned index, unsigned first, unsigned vectors, struct function *function);
 
 /* --- vf.c: the VF as igbvf drives it --------------------------------------------------------------------------- */
 
@@ -251,6 +270,6 @@ struct command {
   const char *usage;
 };
 
-extern const struct command machine_commands[], vf_commands[], hostile_commands[];
+extern const struct command machine_commands[], vf_commands[], virtio_commands[], hostile_commands[];
 
 #endif

@@ -121,7 +121,7 @@ static void run_ins(void) {
 }
 
 static void run_interrupts(void) {
-  static const char *const names[IRQ_KINDS] = {"transmit", "receive", "mailbox", "serial", "acpi", "timer"};
+  static const char *const names[IRQ_KINDS] = {"transmit", "receive", "mailbox", "serial", "acpi", "change", "queue", "timer"};
   result();
   for (unsigned i = 0; i < IRQ_KINDS; i++) {
     if (i) put_char(' ');
@@ -133,7 +133,7 @@ static void run_interrupts(void) {
 }
 
 static void run_help(void) {
-  const struct command *const tables[] = {machine_commands, vf_commands, hostile_commands};
+  const struct command *const tables[] = {machine_commands, vf_commands, virtio_commands, hostile_commands};
   for (unsigned t = 0; t < COUNT(tables); t++) {
     for (const struct command *command = tables[t]; command->name; command++) {
       put_text("  ");

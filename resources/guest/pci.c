@@ -1,5 +1,5 @@
 /* SPDX-License-Identifier: Apache-2.0 */
-/* Finding VFs on bus 0, and giving them addresses and vectors. */
+/* Finding functions on bus 0, and giving them addresses and vectors. */
 
 #include "guest.h"
 
@@ -67,7 +67,7 @@ static bool place(struct function *function) {
   return true;
 }
 
-static bool set_vectors(const struct function *function) {
+static bool set_vectors(const struct function *function, unsigned first, unsigned vectors) {
   u8 at = (u8)config_read32(function->slot, CAPABILITIES);
   for (int left = 48; at && left; left--) {
     u32 header = config_read32(function->slot, at);
@@ -77,13 +77,13 @@ static bool set_vectors(const struct function *function) {
     }
     u32 table = config_read32(function->slot, (u16)(at + 4));
     u64 bar = (table & 7) < 6 ? function->bar[table & 7] : 0;
-    if (!bar || (header >> 16 & 0x7ff) + 1 < VECTORS) return false;
+    if (!bar || (header >> 16 & 0x7ff) + 1 < vectors) return false;
     config_write32(function->slot, at, header | MSIX_ENABLE | MSIX_ALL_MASKED);
-    for (u32 i = 0; i < VECTORS; i++) {
+    for (u32 i = 0; i < vectors; i++) {
       u64 entry = bar + (table & ~7U) + 16 * i;
       mmio_write(entry, MESSAGE_ADDRESS | apic_id() << 12);
       mmio_write(entry + 4, 0);
-      mmio_write(entry + 8, VECTOR_BASE + i);
+      mmio_write(entry + 8, VECTOR_BASE + first + i);
       mmio_write(entry + 12, 0);
     }
     config_write32(function->slot, at, (header | MSIX_ENABLE) & ~MSIX_ALL_MASKED);
@@ -92,17 +92,30 @@ static bool set_vectors(const struct function *function) {
   return false;
 }
 
+static bool enable(struct function *function, unsigned first, unsigned vectors) {
+  u32 command = config_read32(function->slot, COMMAND) & 0xffff & ~(u32)(COMMAND_MEMORY | COMMAND_MASTER);
+  config_write32(function->slot, COMMAND, command);
+  if (!place(function)) return false;
+  config_write32(function->slot, COMMAND, command | COMMAND_MEMORY | COMMAND_MASTER);
+  return function->bar[0] && set_vectors(function, first, vectors);
+}
+
 bool pci_find_vf(unsigned index, struct function *function) {
   for (u8 slot = 0; slot < SLOTS; slot++) {
     u32 ids = config_read32(slot, 0);
     u16 vendor = (u16)ids, device = (u16)(ids >> 16);
     if (vendor != INTEL || (device != VF_82576 && device != VF_I350) || index-- != 0) continue;
     *function = (struct function){.slot = slot, .vendor = vendor, .device = device};
-    u32 command = config_read32(slot, COMMAND) & 0xffff & ~(u32)(COMMAND_MEMORY | COMMAND_MASTER);
-    config_write32(slot, COMMAND, command);
-    if (!place(function)) return false;
-    config_write32(slot, COMMAND, command | COMMAND_MEMORY | COMMAND_MASTER);
-    return function->bar[0] && set_vectors(function);
+    return enable(function, IRQ_TRANSMIT, VECTORS);
+  }
+  return false;
+}
+
+bool pci_find(u16 vendor, u16 device, unsigned index, unsigned first, unsigned vectors, struct function *function) {
+  for (u8 slot = 0; slot < SLOTS; slot++) {
+    if (config_read32(slot, 0) != ((u32)device << 16 | vendor) || index-- != 0) continue;
+    *function = (struct function){.slot = slot, .vendor = vendor, .device = device};
+    return enable(function, first, vectors);
   }
   return false;
 }

@@ -116,7 +116,7 @@ exception_common:
   call guest_exception
 
 /* Interrupts are counted and ended; what they mean is looked at outside of them. */
-.set INTERRUPTS, 6
+.set INTERRUPTS, 8
 .macro interrupt number
 interrupt_\number:
   inc dword ptr [interrupt_counts + 4 * \number]
@@ -126,7 +126,7 @@ interrupt_\number:
   pop rax
   iretq
 .endm
-.irp number, 0, 1, 2, 3, 4, 5
+.irp number, 0, 1, 2, 3, 4, 5, 6, 7
   interrupt \number
 .endr
 .globl spurious_entry, stray_entry
@@ -155,7 +155,7 @@ exception_entries:
   .long exception_\number
 .endr
 interrupt_entries:
-.irp number, 0, 1, 2, 3, 4, 5
+.irp number, 0, 1, 2, 3, 4, 5, 6, 7
   .long interrupt_\number
 .endr
 .align 8

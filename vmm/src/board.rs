@@ -7,6 +7,9 @@
 
 #[cfg(any(test, feature = "test-support"))]
 pub(crate) mod probe;
+mod virtio;
+
+pub use virtio::Disks;
 
 use std::{
     collections::BTreeSet,
@@ -45,7 +48,7 @@ use crate::{
 /// Builds devices of one kind: none, if the machine has none of that kind.
 type Build = fn(&Board, &mut Parts<'_>) -> Result<Vec<Arc<dyn Device>>, BoardError>;
 
-/// The machine's devices. Buses come first, so that they outlast the devices on them.
+/// The machine's devices, but for those of [`ON_BUS`]. Buses come first, so that they outlast the devices on them.
 const TABLE: &[Build] = &[
     |board, _| Ok(vec![board.pci.clone()]),
     |board, _| Ok(vec![board.serial.clone()]),
@@ -54,6 +57,10 @@ const TABLE: &[Build] = &[
     #[cfg(any(test, feature = "test-support"))]
     probe::build,
 ];
+
+/// Devices in slots of the PCI bus. They come after the assigned functions, whose slots stay the same with and without
+/// them: a guest names its network interfaces by slots.
+const ON_BUS: &[Build] = &[virtio::disks, virtio::entropy];
 
 /// Errors of building the machine's devices.
 #[derive(Debug, thiserror::Error)]
@@ -92,6 +99,8 @@ pub struct Parts<'a> {
     pub bars: &'a mut BarAllocator,
     /// The machine's files. A device takes its own by name.
     pub files: &'a mut Files,
+    /// Receives the facts of the disks.
+    pub disks: &'a mut Disks,
 }
 
 impl Parts<'_> {
@@ -132,12 +141,25 @@ impl Board {
     pub fn new(parts: &mut Parts<'_>, console: Console) -> Result<Self, BoardError> {
         let mut board = Self::empty(|gsi| parts.routes.pin(gsi), parts.pci.clone(), Box::new(console))
             .map_err(BoardError::Interrupt)?;
-        for build in TABLE {
-            for device in build(&board, parts)? {
-                board.add(device)?;
+        board.build(TABLE, parts)?;
+        Ok(board)
+    }
+
+    /// Builds the devices in slots of the bus that no assigned function has taken.
+    ///
+    /// # Errors
+    /// See [`BoardError`].
+    pub fn fill_bus(&mut self, parts: &mut Parts<'_>) -> Result<(), BoardError> {
+        self.build(ON_BUS, parts)
+    }
+
+    fn build(&mut self, table: &[Build], parts: &mut Parts<'_>) -> Result<(), BoardError> {
+        for build in table {
+            for device in build(self, parts)? {
+                self.add(device)?;
             }
         }
-        Ok(board)
+        Ok(())
     }
 
     /// A board with empty buses. `pin` connects an interrupt line to an eventfd.

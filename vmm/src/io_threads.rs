@@ -176,7 +176,7 @@ impl Handle {
         end: &Arc<Events>,
         confinement: &Confinement,
     ) -> io::Result<Self> {
-        let IoThread { name, events, work } = request;
+        let IoThread { name, calls, events, work } = request;
         let control = IoEvent::new()?;
         let epoll = Epoll::new()?;
         for (token, event) in (0..).zip(&events).chain([(CONTROL, &control)]) {
@@ -188,7 +188,7 @@ impl Handle {
         let worker =
             Worker { name: name.clone(), epoll, control: control.clone(), events: events.clone(), work };
         let obituary = Obituary { name: name.clone(), end: Arc::clone(end), expected: false };
-        let confine = confinement.prepare(seccomp::Thread::Io);
+        let confine = confinement.prepare(seccomp::Thread::Io(calls));
         let thread = thread::Builder::new().name(name.clone()).spawn(move || {
             // Move the whole value, so that it is dropped in this thread.
             let mut obituary = obituary;
@@ -301,6 +301,8 @@ impl Worker {
 
 #[cfg(test)]
 mod tests {
+    use devices::io_thread::Calls;
+
     use super::*;
 
     /// Starts the threads of as many devices, and returns the receiver of their events.
@@ -315,6 +317,7 @@ mod tests {
         let (sender, work) = mpsc::channel();
         let request = IoThread {
             name: "io test".into(),
+            calls: Calls::None,
             events: events.map(IoEvent::clone).to_vec(),
             work: Box::new(move |index| sender.send(index).unwrap()),
         };
@@ -368,6 +371,7 @@ mod tests {
         let (proceed, may_proceed) = mpsc::channel();
         let request = IoThread {
             name: "io slow".into(),
+            calls: Calls::None,
             events: events.iter().map(|event| (*event).clone()).collect(),
             work: Box::new(move |_| {
                 begin.send(()).unwrap();

@@ -21,7 +21,7 @@ use vmm_sys_util::eventfd::EventFd;
 use crate::{
     agent_client::RelayReceiver,
     bars::BarAllocator,
-    board::{Board, BoardError, Parts},
+    board::{Board, BoardError, Disks, Parts},
     boot::{self, BootError, Payload, acpi::Description},
     console::{self, Console},
     control::{Failure, FailureCode, FileError, Files, MachineSpec, Stats, files},
@@ -137,6 +137,7 @@ pub struct Machine {
     io_threads: IoThreads,
     /// The passthrough devices, which are also on the board.
     pub devices: Arc<PassthroughDevices>,
+    disks: Disks,
     /// Devices and buses.
     pub board: Arc<Board>,
     payload: Payload,
@@ -203,7 +204,7 @@ impl Machine {
             low: layout::PCI_WINDOW_32,
             high: layout::pci_window_64(spec.memory, cpuid::physical_bits(&cpuid)),
         };
-        let mut bars = BarAllocator::new(&pci);
+        let (mut bars, mut disks) = (BarAllocator::new(&pci), Disks::default());
         let mut parts = Parts {
             vm: &vm,
             spec,
@@ -213,20 +214,22 @@ impl Machine {
             pci: &pci,
             bars: &mut bars,
             files: &mut files,
+            disks: &mut disks,
         };
         let mut board = Board::new(&mut parts, console)?;
-        files.finish()?;
-        let router: Arc<dyn MsiRouter> = routes;
+        let router: Arc<dyn MsiRouter> = routes.clone();
         let devices = Arc::new(opened.assemble(MachineParts {
             memory: &memory,
             router: &router,
             mapper: &slots,
             bus: &board.pci,
-            bars: &mut bars,
+            bars: parts.bars,
             relays,
             threads: &confinement.for_functions(),
         })?);
         board.add(devices.clone()).map_err(BoardError::Layout)?;
+        board.fill_bus(&mut parts)?;
+        files.finish()?;
         let description = Description { cpus: spec.cpus, devices: board.aml() };
         let (events, vcpu_events, vcpu_signal) =
             vcpu::Events::pair().map_err(io("make the vCPUs' eventfd"))?;
@@ -240,7 +243,7 @@ impl Machine {
         let vcpus = Vcpus::start(fds, &ports, &counters, &events, &first_entry, &confinement)?;
         // The first run overlaps the reading of the kernel: only `forbid_threads` must come after it.
         vcpus.begin_first_run()?;
-        sandbox::limit_files(&spec.sandbox)?;
+        sandbox::limit_files(&spec.sandbox, disks.longest_file)?;
         // All threads exist now. The kernel image comes from the guest's owner: read it with no more rights than a
         // reboot has.
         confinement.confine(seccomp::Thread::Main)?;
@@ -258,6 +261,7 @@ impl Machine {
             vcpus,
             io_threads,
             devices,
+            disks,
             board,
             payload,
             description,
@@ -331,6 +335,7 @@ impl Machine {
             boots,
             first_entry_ns,
             devices: self.devices.stats(),
+            disks: self.disks.stats(),
             ..Stats::default()
         };
         self.counters.report(&mut stats);

@@ -55,7 +55,7 @@ const DEVICES: &str = "/devices";
 /// Room for files that are opened later: connections of agents, and three eventfds for each simulated function with
 /// interrupts that the guest turns on.
 const MORE_FILES: u64 = 128;
-/// The longest file in bytes that the process may write. The console's ring is shorter, and the agent cuts the log.
+/// The longest file in bytes that the process may write, if no disk is longer. The console's ring is shorter, and the agent cuts the log.
 const FILE_MAX: u64 = 16 << 20;
 /// The newest Landlock interface to use. An older kernel on the host applies the restrictions that it knows.
 const LANDLOCK: ABI = ABI::V10;
@@ -339,11 +339,12 @@ pub fn one_heap() {
     };
 }
 
-/// Lowers the limits of a process that has all its threads: few new files, and short ones.
+/// Lowers the limits of a process that has all its threads: few new files, and files of 16 MiB, or of `longest` bytes
+/// for a disk that is longer.
 ///
 /// # Errors
 /// [`SandboxError`] naming the step.
-pub fn limit_files(spec: &SandboxSpec) -> Result<(), SandboxError> {
+pub fn limit_files(spec: &SandboxSpec, longest: u64) -> Result<(), SandboxError> {
     if !spec.limits {
         return Ok(());
     }
@@ -355,7 +356,7 @@ pub fn limit_files(spec: &SandboxSpec) -> Result<(), SandboxError> {
     let lowest = failed(io::stderr().as_fd().try_clone_to_owned(), "count its files")?;
     let files = u64::try_from(lowest.as_raw_fd()).unwrap_or(0).saturating_add(MORE_FILES);
     lower(Resource::Nofile, files, "limit its files")?;
-    lower(Resource::Fsize, FILE_MAX, "limit the length of files")
+    lower(Resource::Fsize, FILE_MAX.max(longest), "limit the length of files")
 }
 
 /// Forbids new threads and processes, also to a process without a seccomp filter. Call it after the vCPUs' first

@@ -16,6 +16,7 @@ use std::{
     time::Duration,
 };
 
+use devices::io_thread::Calls;
 use passthrough::threads::{ThreadKind, ThreadStart};
 use seccompiler::sock_filter;
 
@@ -57,7 +58,7 @@ pub enum Thread {
     /// A vCPU's thread.
     Vcpu,
     /// An I/O thread of a device.
-    Io,
+    Io(Calls),
     /// A thread of a passthrough function.
     Function(ThreadKind),
     /// The process of a simulated PF.
@@ -71,7 +72,8 @@ impl Thread {
         match self {
             Self::Main => "main",
             Self::Vcpu => "vcpu",
-            Self::Io => "io-thread",
+            Self::Io(Calls::None) => "io-thread",
+            Self::Io(Calls::Disk) => "disk-thread",
             Self::Function(ThreadKind::Relay) => "relay",
             Self::Function(ThreadKind::Function) => "function-thread",
             Self::Function(ThreadKind::SimulatedVf) => "simulated-vf",
@@ -80,21 +82,11 @@ impl Thread {
     }
 
     fn filter(self) -> &'static [(u16, u8, u8, u32)] {
-        #[cfg(any(test, feature = "test-support"))]
-        match self {
-            Self::Main => return compiled::MAIN_FOR_TESTS,
-            Self::Vcpu => return compiled::VCPU_FOR_TESTS,
-            _ => {}
-        }
-        self.filter_for_users()
-    }
-
-    /// The filter of a build for users, without the rules that only tests need.
-    fn filter_for_users(self) -> &'static [(u16, u8, u8, u32)] {
         match self {
             Self::Main => compiled::MAIN,
             Self::Vcpu => compiled::VCPU,
-            Self::Io => compiled::IO,
+            Self::Io(Calls::None) => compiled::IO,
+            Self::Io(Calls::Disk) => compiled::DISK,
             Self::Function(ThreadKind::Relay) => compiled::RELAY,
             Self::Function(ThreadKind::Function) => compiled::FUNCTION,
             Self::Function(ThreadKind::SimulatedVf) => compiled::SIMULATED_VF,

@@ -81,6 +81,15 @@ fn spec() -> Option<VmSpec> {
             vf: None,
         }],
         devices: Vec::new(),
+        disks: vec![DiskSpec {
+            id: "root".parse().ok()?,
+            path: "web1.raw".to_owned(),
+            format: DiskFormat::Raw,
+            read_only: false,
+            serial: None,
+            discard: true,
+        }],
+        entropy: false,
         restart: RestartPolicy::OnFailure,
         autostart: true,
         limits: None,
@@ -94,9 +103,19 @@ fn stats() -> VmStats {
         config_exits: 120,
         mailbox: BTreeMap::from([("set_mac:refused".to_owned(), 1), ("reset:granted".to_owned(), 2)]),
     };
+    let disk = VmDiskStats {
+        reads: 900,
+        writes: 100,
+        flushes: 20,
+        read_bytes: 30 << 20,
+        written_bytes: 2 << 20,
+        busy_ns: 80_000_000,
+        ..VmDiskStats::default()
+    };
     VmStats {
         exits: BTreeMap::from([("io_out".to_owned(), 2000), ("mmio_write".to_owned(), 40)]),
         devices: BTreeMap::from([("0000:01:10.0".to_owned(), device)]),
+        disks: BTreeMap::from([("root".to_owned(), disk)]),
         memory: 512 << 20,
         boots: 1,
         first_entry_ns: Some(9_000_000),

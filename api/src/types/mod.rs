@@ -7,6 +7,7 @@
 //! (the actual state).
 
 mod cause;
+mod disk;
 mod event;
 mod host;
 mod life;
@@ -19,6 +20,7 @@ pub(crate) mod schema;
 mod values;
 mod vm;
 
+pub use disk::*;
 pub use event::*;
 pub use host::*;
 pub use life::*;

@@ -9,7 +9,7 @@ use utoipa::ToSchema;
 use uuid::Uuid;
 
 use super::{
-    Bdf, ByteSize, Name, RestartPolicy, RestartStatus, Timestamp, Unchecked, UnicastMac, VmLease,
+    Bdf, ByteSize, DiskSpec, Name, RestartPolicy, RestartStatus, Timestamp, Unchecked, UnicastMac, VmLease,
     VmOperation, ranges,
 };
 use crate::problem::{Problem, ProblemCode};
@@ -56,6 +56,13 @@ pub struct VmSpec {
     #[serde(default)]
     #[schema(max_items = 16, value_type = std::collections::BTreeSet<super::schema::DeviceBdf>)]
     pub devices: Vec<Bdf>,
+    /// Disks. At most 31 together with `adapters`, `devices` and `entropy`: the slots of the guest's bus.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    #[schema(max_items = 16)]
+    pub disks: Vec<DiskSpec>,
+    /// The guest has a source of random numbers (virtio-rng).
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub entropy: bool,
     /// The reaction to its end, unless a request ended it. It may be changed while the VM runs.
     #[serde(default, skip_serializing_if = "RestartPolicy::is_default")]
     pub restart: RestartPolicy,
@@ -64,7 +71,7 @@ pub struct VmSpec {
     #[serde(default, skip_serializing_if = "std::ops::Not::not")]
     pub autostart: bool,
     /// The limits of its process on the host. Without them it may use all free processor time, and memory up to a default: the
-    /// guest's and a sixteenth of it, 64 MiB, 1 MiB for each CPU, and 4 MiB for each function.
+    /// guest's and a sixteenth of it, 64 MiB, 1 MiB for each CPU, 4 MiB for each function, and 16 MiB for each disk.
     #[serde(default, deserialize_with = "limits_if_any", skip_serializing_if = "Option::is_none")]
     pub limits: Option<VmLimits>,
 }
@@ -141,6 +148,9 @@ pub struct AdapterSpec {
 /// The most adapters and devices that a VM has together.
 pub const MAX_FUNCTIONS: usize = 16;
 
+/// The slots of the guest's bus beside that of the host bridge.
+const MAX_SLOTS: usize = 31;
+
 /// The longest kernel command line in bytes: COMMAND_LINE_SIZE of x86 Linux, less its end.
 pub const MAX_CMDLINE: usize = 2047;
 
@@ -179,7 +189,17 @@ impl VmSpec {
             return Err(Problem::invalid("boot.cmdline", detail));
         }
         self.check_limits()?;
-        self.check_functions()
+        self.check_functions()?;
+        super::disk::check(&self.disks)?;
+        let functions = self.adapters.len().saturating_add(self.devices.len());
+        let slots = functions.saturating_add(self.disks.len()).saturating_add(self.entropy.into());
+        if slots > MAX_SLOTS {
+            let detail = format!(
+                "A VM has at most {MAX_SLOTS} adapters, devices, disks and sources of entropy together."
+            );
+            return Err(Problem::invalid("disks", detail));
+        }
+        Ok(())
     }
 
     fn check_limits(&self) -> Result<(), Problem> {
@@ -231,7 +251,7 @@ impl VmSpec {
     }
 }
 
-fn check_path(field: &str, path: &str) -> Result<(), Problem> {
+pub(super) fn check_path(field: &str, path: &str) -> Result<(), Problem> {
     if path.is_empty() || path.len() > MAX_PATH || path.contains('\0') {
         let detail = format!("A path has 1 to {MAX_PATH} bytes and no NUL.");
         return Err(Problem::invalid(field, detail));
@@ -520,12 +540,36 @@ pub struct VmStats {
     pub exits: BTreeMap<String, u64>,
     /// Counters of each VFIO function, by its PCI address on the host.
     pub devices: BTreeMap<String, VmDeviceStats>,
+    /// Counters of each disk, by its id.
+    #[serde(default)]
+    pub disks: BTreeMap<String, VmDiskStats>,
     /// Guest memory in bytes.
     pub memory: u64,
     /// Boots and reboots so far.
     pub boots: u64,
     /// Nanoseconds from the process's start to the first entry of a vCPU.
     pub first_entry_ns: Option<u64>,
+}
+
+/// Counters of one disk of a VM.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+pub struct VmDiskStats {
+    /// Requests to read.
+    pub reads: u64,
+    /// Requests to write, also zeroes.
+    pub writes: u64,
+    /// Requests to flush.
+    pub flushes: u64,
+    /// Requests to discard.
+    pub discards: u64,
+    /// Bytes read.
+    pub read_bytes: u64,
+    /// Bytes written.
+    pub written_bytes: u64,
+    /// Requests that the host's file failed: the guest has got an error.
+    pub errors: u64,
+    /// Nanoseconds in which the host's file was busy with requests.
+    pub busy_ns: u64,
 }
 
 /// Counters of one VFIO function of a VM.

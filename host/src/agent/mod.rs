@@ -77,6 +77,9 @@ pub struct ServeArgs {
     /// A directory with kernels and initramfs that every caller may boot; may be repeated.
     #[arg(long = "image-dir", value_name = "DIR")]
     pub image_dirs: Vec<PathBuf>,
+    /// A directory with disks that every caller may use, for reading and writing; may be repeated.
+    #[arg(long = "disk-dir", value_name = "DIR")]
+    pub disk_dirs: Vec<PathBuf>,
     /// The user ids of VMs' processes.
     #[command(flatten)]
     pub users: UserArgs,
@@ -164,7 +167,8 @@ pub async fn serve(args: ServeArgs, socket: &Path, token_file: Option<&Path>) ->
     let database = args.state_dir.join(DATABASE);
     let stores = Stores::on_one_host(Arc::new(SqliteStore::open(&database)?));
     let mut env = Environment::new(&stores, args.run_dir.clone());
-    env.image_dirs = image_dirs(&args.image_dirs)?;
+    env.image_dirs = directories(&args.image_dirs, "image")?;
+    env.disk_dirs = directories(&args.disk_dirs, "disk")?;
     env.cgroup_parent.clone_from(&args.cgroup_parent);
     env.inventory.set_assignable(args.assignable.clone().into());
     env.inventory.assignable().warn(&Sysfs::default());
@@ -367,9 +371,9 @@ fn lock(directory: &Path, what: &str, option: &str, mode: u32) -> anyhow::Result
     }
 }
 
-fn image_dirs(dirs: &[PathBuf]) -> anyhow::Result<Vec<PathBuf>> {
+fn directories(dirs: &[PathBuf], kind: &str) -> anyhow::Result<Vec<PathBuf>> {
     let canonical = |dir: &PathBuf| {
-        dir.canonicalize().with_context(|| format!("The image directory {} cannot be used", dir.display()))
+        dir.canonicalize().with_context(|| format!("The {kind} directory {} cannot be used", dir.display()))
     };
     dirs.iter().map(canonical).collect()
 }

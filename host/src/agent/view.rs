@@ -4,7 +4,7 @@
 
 use api::types::{
     AdapterStatus, ConsoleStatus, DeviceStatus, Owner, Protection, RestartStatus, SandboxStatus, Unchecked,
-    Vm, VmDeviceStats, VmStats, VmStatus,
+    Vm, VmDeviceStats, VmDiskStats, VmStats, VmStatus,
 };
 
 use crate::{
@@ -108,12 +108,32 @@ pub(super) fn stats(handle: &VmHandle, stats: vmm::control::Stats) -> VmStats {
         };
         (bdf, stats)
     });
+    // A process that its guest has taken over may name any disks.
+    let record = handle.record();
+    let disks = record.value.spec.disks.iter().filter_map(|disk| {
+        let counters = stats.disks.get(disk.id.as_str())?;
+        Some((disk.id.to_string(), disk_stats(counters)))
+    });
     VmStats {
         devices: devices.collect(),
+        disks: disks.collect(),
         exits: stats.exits,
         memory: stats.memory,
         boots: stats.boots,
         first_entry_ns: stats.first_entry_ns,
+    }
+}
+
+fn disk_stats(disk: &vmm::control::DiskStats) -> VmDiskStats {
+    VmDiskStats {
+        reads: disk.reads,
+        writes: disk.writes,
+        flushes: disk.flushes,
+        discards: disk.discards,
+        read_bytes: disk.read_bytes,
+        written_bytes: disk.written_bytes,
+        errors: disk.errors,
+        busy_ns: disk.busy_ns,
     }
 }
 

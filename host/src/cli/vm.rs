@@ -272,6 +272,11 @@ fn details(vm: &Vm) -> Vec<(String, String)> {
             format!("{}{place}{}{}", adapter.mac, lost(&adapter.lost), unchecked(&adapter.unchecked)),
         ));
     }
+    for disk in &spec.disks {
+        let access = if disk.read_only { ", read-only" } else { "" };
+        lines
+            .push((format!("disk {}", disk.id), format!("{} ({}){access}", disk.path, disk.format.as_str())));
+    }
     for device in &status.devices {
         let group =
             device.iommu_group.map(|group| format!("IOMMU group {group}")).unwrap_or("assigned".to_owned());
@@ -325,6 +330,19 @@ fn counters(stats: &VmStats) -> Vec<(String, String)> {
         ),
     ];
     lines.extend(stats.exits.iter().map(|(reason, count)| (format!("exits {reason}"), count.to_string())));
+    for (id, disk) in &stats.disks {
+        let counts = [
+            ("reads", disk.reads),
+            ("writes", disk.writes),
+            ("flushes", disk.flushes),
+            ("discards", disk.discards),
+            ("bytes read", disk.read_bytes),
+            ("bytes written", disk.written_bytes),
+            ("errors", disk.errors),
+            ("busy us", disk.busy_ns / 1000),
+        ];
+        lines.extend(counts.map(|(name, count)| (format!("disk {id} {name}"), count.to_string())));
+    }
     for (bdf, device) in &stats.devices {
         let name =
             device.adapter.as_ref().map_or_else(|| bdf.clone(), |adapter| format!("{bdf} ({adapter})"));

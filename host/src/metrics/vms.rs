@@ -2,7 +2,7 @@
 
 //! The metrics of each VM, built anew at each scrape from the VMs that exist.
 
-use std::collections::BTreeMap;
+use std::{collections::BTreeMap, sync::atomic::AtomicU64, time::Duration};
 
 use api::types::{VmState, VmStats};
 use prometheus_client::{
@@ -56,6 +56,63 @@ struct OfMessage {
     verdict: String,
 }
 
+#[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
+struct OfDisk {
+    vm: String,
+    disk: String,
+}
+
+#[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
+struct OfDiskRequest {
+    vm: String,
+    disk: String,
+    operation: Word,
+}
+
+/// The series of disks.
+#[derive(Default)]
+struct Disks {
+    requests: Family<OfDiskRequest, Counter>,
+    bytes: Family<OfDiskRequest, Counter>,
+    errors: Family<OfDisk, Counter>,
+    busy: Family<OfDisk, Counter<f64, AtomicU64>>,
+}
+
+impl Disks {
+    fn add(&self, vm: &str, stats: &VmStats) {
+        for (disk, counters) in &stats.disks {
+            let of = || OfDisk { vm: vm.to_owned(), disk: disk.clone() };
+            let request = |operation| OfDiskRequest {
+                vm: vm.to_owned(),
+                disk: disk.clone(),
+                operation: Word(operation),
+            };
+            for (operation, count) in [
+                ("read", counters.reads),
+                ("write", counters.writes),
+                ("flush", counters.flushes),
+                ("discard", counters.discards),
+            ] {
+                self.requests.get_or_create(&request(operation)).inc_by(count);
+            }
+            for (operation, count) in [("read", counters.read_bytes), ("write", counters.written_bytes)] {
+                self.bytes.get_or_create(&request(operation)).inc_by(count);
+            }
+            self.errors.get_or_create(&of()).inc_by(counters.errors);
+            let busy = Duration::from_nanos(counters.busy_ns).as_secs_f64();
+            self.busy.get_or_create(&of()).inc_by(busy);
+        }
+    }
+
+    fn register(self, registry: &mut Registry) {
+        registry.register("vm_disk_requests", "Requests of guests to their disks", self.requests);
+        registry.register_with_unit("vm_disk_transferred", "Data of these requests", Unit::Bytes, self.bytes);
+        registry.register("vm_disk_errors", "Requests that the host's file failed", self.errors);
+        let help = "Time in which the host's file was busy with requests";
+        registry.register_with_unit("vm_disk_busy", help, Unit::Seconds, self.busy);
+    }
+}
+
 /// Every state, so that each has a series while no VM is in it, too.
 const STATES: [VmState; 8] = [
     VmState::Defined,
@@ -76,6 +133,7 @@ pub(super) fn registry(vms: &[Vm]) -> Registry {
     let exits = Family::<OfExit, Counter>::default();
     let boots = Family::<OfVm, Counter>::default();
     let messages = Family::<OfMessage, Counter>::default();
+    let disks = Disks::default();
     for state in STATES {
         drop(states.get_or_create(&OfState { state: Word(state.as_str()) }));
     }
@@ -91,6 +149,7 @@ pub(super) fn registry(vms: &[Vm]) -> Registry {
         for (reason, count) in bounded(&stats.exits) {
             exits.get_or_create(&OfExit { vm: vm.name.clone(), reason }).inc_by(count);
         }
+        disks.add(&vm.name, stats);
         let mut all = BTreeMap::new();
         for (kind, count) in stats.devices.values().flat_map(|device| &device.mailbox) {
             let sum: &mut u64 = all.entry(kind.clone()).or_default();
@@ -112,6 +171,7 @@ pub(super) fn registry(vms: &[Vm]) -> Registry {
     );
     registry.register("vm_boots", "Boots and reboots of a VM's process", boots);
     registry.register("vm_exits", "KVM exits to user space of all vCPUs", exits);
+    disks.register(&mut registry);
     registry.register("vm_mailbox_messages", "Mailbox messages of a VM's adapters", messages);
     registry
 }

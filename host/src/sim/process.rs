@@ -55,7 +55,7 @@ fn run(name: &str, vfs: u16, tap: bool, spec: &SandboxSpec) -> Result<(), Box<dy
     let root = sandbox::private_root(spec, &[], NewNamespaces::begin()?)?;
     sandbox::empty_root(spec, root)?;
     sandbox::drop_privileges(spec)?;
-    sandbox::limit_files(spec)?;
+    sandbox::limit_files(spec, 0)?;
     sandbox::forbid_threads(spec)?;
     if spec.seccomp {
         seccomp::Thread::SimulatedPf.confine()?;

@@ -7,12 +7,12 @@ use std::{collections::HashSet, fs::File, os::fd::OwnedFd, time::Duration};
 use api::{
     Caller,
     problem::{Problem, ProblemCode},
-    types::{Protection, Stage, VmSpec},
+    types::{DiskFormat, DiskSpec, Protection, Stage, VmSpec},
 };
 use passthrough::failpoints::{Point, reach};
 use tokio::sync::mpsc;
 use uuid::Uuid;
-use vmm::control::{DeviceSpec, MachineSpec, Order, State, files as file};
+use vmm::control::{self, DeviceSpec, MachineSpec, Order, State, files as file};
 
 use super::{
     claims::{self, Held},
@@ -20,8 +20,10 @@ use super::{
 };
 use crate::{
     backend::MachineDevice,
+    disks::{self, Directories},
     environment::Environment,
-    files, sandbox,
+    files::{self, Purpose},
+    sandbox,
     store::Entry,
     vm::record::VmRecord,
     vmm_process::{Allowance, Connection, Event, Process, VmDirectory, limit_memlock, spawn},
@@ -38,19 +40,22 @@ pub(super) struct Files {
     kvm: File,
     kernel: File,
     initramfs: Option<File>,
+    /// In the order of the specification.
+    disks: Vec<File>,
 }
 
-/// Opens the files of the machine. All of `rights` must be able to read each boot file.
+/// Opens the files of the machine. All of `rights` must be able to read each boot file, and to use each disk.
 pub(super) async fn open_files(
     env: &Environment,
     rights: Vec<Caller>,
     spec: &VmSpec,
 ) -> Result<Files, Problem> {
     let (kvm, dirs, boot) = (env.kvm.clone(), env.image_dirs.clone(), spec.boot.clone());
-    let memory = spec.memory;
+    let (memory, disks) = (spec.memory, spec.disks.clone());
+    let disk_dirs = Directories { images: dirs.clone(), disks: env.disk_dirs.clone() };
     let open = move || {
         let open = |what: BootFile, path: &str| {
-            files::open_for_all(&rights, &dirs, path).map_err(|error| what.problem(&error))
+            files::open_for_all(&rights, Purpose::Boot, &dirs, path).map_err(|error| what.problem(&error))
         };
         let kernel = open(BootFile::Kernel, &boot.kernel)?;
         let initramfs = match &boot.initramfs {
@@ -77,7 +82,8 @@ pub(super) async fn open_files(
                 ),
             )
         })?;
-        Ok(Files { kvm, kernel, initramfs })
+        let disks = disks::open_all(&rights, &disk_dirs, &disks)?;
+        Ok(Files { kvm, kernel, initramfs, disks })
     };
     tokio::task::spawn_blocking(open)
         .await
@@ -179,8 +185,12 @@ pub(super) async fn run(
     let initramfs = files.initramfs.is_some();
     let own = [(file::KVM, files.kvm), (file::CONSOLE, console), (file::KERNEL, files.kernel)];
     let own = own.into_iter().chain(files.initramfs.map(|initramfs| (file::INITRAMFS, initramfs)));
-    let (mut names, mut fds): (Vec<String>, Vec<OwnedFd>) =
-        own.map(|(name, file)| (name.to_owned(), OwnedFd::from(file))).unzip();
+    let disks = vm.value.spec.disks.iter().map(|disk| file::disk(disk.id.as_str())).zip(files.disks);
+    let (mut names, mut fds): (Vec<String>, Vec<OwnedFd>) = own
+        .map(|(name, file)| (name.to_owned(), file))
+        .chain(disks)
+        .map(|(name, file)| (name, OwnedFd::from(file)))
+        .unzip();
     let mut devices = Vec::new();
     for (claim, device) in held.iter().zip(machine_devices(env, held).await?) {
         let bdf = claim.value.bdf.to_string();
@@ -233,8 +243,22 @@ fn machine(
         hugepages: spec.hugepages,
         cmdline: spec.boot.cmdline.clone(),
         initramfs,
+        disks: spec.disks.iter().map(disk).collect(),
+        entropy: spec.entropy,
         devices,
         sandbox: sandbox::spec(user, off),
+    }
+}
+
+fn disk(spec: &DiskSpec) -> control::DiskSpec {
+    control::DiskSpec {
+        id: spec.id.to_string(),
+        format: match spec.format {
+            DiskFormat::Raw => control::DiskFormat::Raw,
+        },
+        read_only: spec.read_only,
+        serial: spec.serial().to_owned(),
+        discard: spec.discard,
     }
 }
 

@@ -76,6 +76,7 @@ impl BootFile {
         let code = match error {
             FileError::Missing { .. } => missing,
             FileError::Unreadable { .. }
+            | FileError::ReadOnly { .. }
             | FileError::LeadsOut { .. }
             | FileError::Loop { .. }
             | FileError::Replaced { .. }

@@ -24,34 +24,43 @@ pub struct VmRecord {
     /// The author of the last write; None in a record of an older agent, which did not store it.
     #[serde(default)]
     pub author: Option<Author>,
-    /// The author of each part of `boot`, by the part's name. In a record of an older agent, `author` stands for all of
-    /// them.
+    /// The author of each part of `boot`, and of the disks, by the part's name. In a record of an older agent, `author`
+    /// stands for all of them.
     #[serde(default)]
     pub boot_authors: BTreeMap<String, Author>,
 }
 
-/// The parts of `boot` that decide which contents of its files a guest can reveal.
-const BOOT_PARTS: [&str; 3] = ["kernel", "initramfs", "cmdline"];
+/// The parts of the specification that decide which contents of its files a guest can reveal. All but [`DISKS`] are those of
+/// `boot`.
+const BOOT_PARTS: [&str; 4] = ["kernel", "initramfs", "cmdline", DISKS];
+/// This part has an author only in the specification of a VM with disks. So a VM of an older agent, which knew no disks, boots
+/// with the same rights as before.
+const DISKS: &str = "disks";
 
 impl VmRecord {
-    /// A new VM. The writer of the specification is the author of all parts of `boot`.
+    /// A new VM. The writer of the specification is the author of all its parts.
     #[must_use]
     pub fn new(created: Timestamp, spec: VmSpec, by: &Caller) -> Self {
         Self { created, spec, author: Some(Author::of(by)), boot_authors: BTreeMap::new() }.noted()
     }
 
-    /// A copy, with `spec` made from this one. Its parts of `boot` keep their authors.
+    /// A copy, with `spec` made from this one. Its parts keep their authors.
     #[must_use]
     pub fn copied(&self, created: Timestamp, spec: VmSpec, by: &Caller) -> Self {
         Self { created, spec, author: Some(Author::of(by)), boot_authors: self.clone().noted().boot_authors }
     }
 
-    /// The record with another specification. `by` becomes the author of the parts of `boot` that the edit changes. An
+    /// The record with another specification. `by` becomes the author of the parts that the edit changes. An
     /// edit of anything else leaves the rights with which files are opened as they are.
     #[must_use]
     pub fn edited(&self, spec: VmSpec, by: &Caller) -> Self {
         let (old, new) = (&self.spec.boot, &spec.boot);
-        let changed = [old.kernel != new.kernel, old.initramfs != new.initramfs, old.cmdline != new.cmdline];
+        let changed = [
+            old.kernel != new.kernel,
+            old.initramfs != new.initramfs,
+            old.cmdline != new.cmdline,
+            self.spec.disks != spec.disks,
+        ];
         let mut boot_authors = self.clone().noted().boot_authors;
         for (part, _) in BOOT_PARTS.into_iter().zip(changed).filter(|(_, changed)| *changed) {
             boot_authors.insert(part.to_owned(), Author::of(by));
@@ -59,22 +68,26 @@ impl VmRecord {
         Self { created: self.created, spec, author: Some(Author::of(by)), boot_authors }
     }
 
-    /// The record with an author for each part of `boot`.
+    /// The record with an author for each part.
     fn noted(mut self) -> Self {
         let author = self.author.clone().unwrap_or_else(|| Author::Token { name: "unknown".to_owned() });
-        for part in BOOT_PARTS {
+        let has_disks = !self.spec.disks.is_empty();
+        for part in BOOT_PARTS.into_iter().filter(|part| has_disks || *part != DISKS) {
             self.boot_authors.entry(part.to_owned()).or_insert_with(|| author.clone());
         }
         self
     }
 
-    /// The callers that must all be able to read each file of `boot`: the authors of its parts and, if a request leads
+    /// The callers that must all be able to open each file of `boot` and each disk: the authors of these parts and, if a request leads
     /// to the boot, its `caller`. A guest can reveal its files to the author of its kernel or command line. So no
     /// author of one part gets at a file that this author could not read. While the authors are unknown, only image
     /// directories are open.
     #[must_use]
     pub fn boot_rights(&self, caller: Option<Caller>) -> Vec<Caller> {
-        let authors = self.clone().noted().boot_authors;
+        let mut authors = self.clone().noted().boot_authors;
+        if self.spec.disks.is_empty() {
+            authors.remove(DISKS);
+        }
         let mut all: Vec<Caller> = Vec::new();
         for who in authors.values().map(Author::caller).chain(caller) {
             if !all.iter().any(|other| Author::of(other) == Author::of(&who)) {
@@ -344,8 +357,36 @@ mod tests {
         let fields: Vec<String> =
             serde_json::to_value(&all).unwrap().as_object().unwrap().keys().cloned().collect();
         let mut parts = BOOT_PARTS.map(str::to_owned).to_vec();
+        parts.retain(|part| part != DISKS);
         parts.sort();
         assert_eq!(fields, parts);
+    }
+
+    /// A guest can reveal a disk to the author of its kernel, and the kernel to the author of its disks.
+    #[test]
+    fn disks_have_an_author_of_their_own() {
+        let spec = |disks: serde_json::Value| -> VmSpec {
+            serde_json::from_value(serde_json::json!({
+                "name": "web1", "memory": "2MiB", "boot": { "kernel": "k" }, "disks": disks,
+            }))
+            .unwrap()
+        };
+        let disks = || serde_json::json!([{ "id": "root", "path": "/secret", "format": "raw" }]);
+        let rights =
+            |vm: &VmRecord| -> Vec<String> { vm.boot_rights(None).iter().map(ToString::to_string).collect() };
+        let plain = VmRecord::new(Timestamp::from_unix_ms(0), spec(serde_json::json!([])), &user(1000));
+        let with = plain.edited(spec(disks()), &user(0));
+        assert_eq!(rights(&with).len(), 2, "{:?}", rights(&with));
+        let other = with.edited(VmSpec { cpus: 2, ..spec(disks()) }, &user(2000));
+        assert_eq!(rights(&other), rights(&with), "an edit of anything else");
+        let without = with.edited(spec(serde_json::json!([])), &user(2000));
+        assert_eq!(rights(&without), rights(&plain), "no disks, no author of disks");
+        // A record of an older agent, which knew no disks.
+        let mut old = serde_json::to_value(
+            plain.edited(VmSpec { cpus: 2, ..spec(serde_json::json!([])) }, &user(2000)),
+        );
+        let old: VmRecord = serde_json::from_value(old.as_mut().unwrap().take()).unwrap();
+        assert_eq!(rights(&old), rights(&plain));
     }
 
     /// For each author of `boot`, later caller and verbs of that caller: a file is never opened without the rights of

@@ -7,6 +7,7 @@ mod bonded;
 mod cli;
 mod crash;
 mod demo;
+mod disks;
 mod errors;
 mod exit;
 mod flood;

@@ -39,7 +39,7 @@ use devices::{
     device::{Decoded, Device, ResetError, Space},
     doorbell::{Doorbell, Doorbells, Ring},
     interrupt::{MsiMessage, MsiRouter, RouteId},
-    io_thread::{IoEvent, IoThread},
+    io_thread::{Calls, IoEvent, IoThread},
 };
 
 use super::{Board, BoardError, Parts};
@@ -168,7 +168,7 @@ impl Device for Probe {
             }
             self.interrupt.signal();
         };
-        vec![IoThread { name: THREAD.to_owned(), events, work: Box::new(work) }]
+        vec![IoThread { name: THREAD.to_owned(), calls: Calls::None, events, work: Box::new(work) }]
     }
 
     fn pause(&self) {

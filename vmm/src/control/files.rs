@@ -24,6 +24,12 @@ pub fn connection(bdf: &str) -> String {
     format!("connection:{bdf}")
 }
 
+/// The name of a disk's file. `id` is the disk's name.
+#[must_use]
+pub fn disk(id: &str) -> String {
+    format!("disk:{id}")
+}
+
 /// Errors of a machine's files. All are bugs of the agent, which sends the files.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum FileError {

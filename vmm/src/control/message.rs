@@ -247,8 +247,35 @@ pub struct MachineSpec {
     pub initramfs: bool,
     /// Functions, in the order of their slots on the guest's bus.
     pub devices: Vec<DeviceSpec>,
+    /// Disks, in the order of their slots, behind those of the functions.
+    pub disks: Vec<DiskSpec>,
+    /// Whether the guest has a source of random numbers.
+    pub entropy: bool,
     /// The sandbox that the process enters after it has opened its devices.
     pub sandbox: SandboxSpec,
+}
+
+/// One disk of a machine. Its file comes beside the command ([`files::disk`](super::files::disk)).
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct DiskSpec {
+    /// The disk's name.
+    pub id: String,
+    /// The format of the file. The vmm never guesses it.
+    pub format: DiskFormat,
+    /// The guest cannot write.
+    pub read_only: bool,
+    /// The serial number in the guest: 20 bytes at most.
+    pub serial: String,
+    /// The guest may give the host's room back.
+    pub discard: bool,
+}
+
+/// The formats of disks.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum DiskFormat {
+    /// A file or a block device, byte for byte.
+    Raw,
 }
 
 /// One function of a machine.
@@ -421,12 +448,36 @@ pub struct Stats {
     pub exits: BTreeMap<String, u64>,
     /// Counters of each assigned function, by its host PCI address.
     pub devices: BTreeMap<String, DeviceStats>,
+    /// Counters of each disk, by its name. Agents that do not know disks have VMs without.
+    #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
+    pub disks: BTreeMap<String, DiskStats>,
     /// Guest memory in bytes.
     pub memory: u64,
     /// Boots so far.
     pub boots: u64,
     /// Nanoseconds from the process's start to the first entry of a vCPU.
     pub first_entry_ns: Option<u64>,
+}
+
+/// Counters of one disk.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct DiskStats {
+    /// Requests to read.
+    pub reads: u64,
+    /// Requests to write, also zeroes.
+    pub writes: u64,
+    /// Requests to flush.
+    pub flushes: u64,
+    /// Requests to discard.
+    pub discards: u64,
+    /// Bytes read.
+    pub read_bytes: u64,
+    /// Bytes written.
+    pub written_bytes: u64,
+    /// Requests that the host's file failed.
+    pub errors: u64,
+    /// Nanoseconds in which the host's file was busy.
+    pub busy_ns: u64,
 }
 
 /// Counters of one assigned function.

@@ -246,6 +246,8 @@ impl Fixture {
             cmdline: String::new(),
             initramfs: false,
             devices,
+            disks: Vec::new(),
+            entropy: false,
             sandbox: SandboxSpec::of_threads(),
         }
     }

@@ -13,10 +13,11 @@ use serde_json::Value;
 
 use super::*;
 
-const THREADS: [Thread; 7] = [
+const THREADS: [Thread; 8] = [
     Thread::Main,
     Thread::Vcpu,
-    Thread::Io,
+    Thread::Io(Calls::None),
+    Thread::Io(Calls::Disk),
     Thread::Function(ThreadKind::Relay),
     Thread::Function(ThreadKind::Function),
     Thread::Function(ThreadKind::SimulatedVf),
@@ -88,15 +89,13 @@ fn verdict(filter: &[(u16, u8, u8, u32)], number: u32, arguments: [u64; 6]) -> u
     }
 }
 
-/// The rules of a file with those that it includes in a build for users, or in one for tests.
-fn rules_of(name: &str, for_tests: bool) -> Vec<Value> {
+/// The rules of a file with those that it includes.
+fn rules_of(name: &str) -> Vec<Value> {
     let root = Path::new(env!("CARGO_MANIFEST_DIR")).join("../resources/seccomp");
     let text = fs::read_to_string(root.join(name).with_extension("json")).unwrap();
     let mut file: Value = serde_json::from_str(&text).unwrap();
-    let lists = if for_tests { &["include", "include_for_tests"][..] } else { &["include"] };
-    let included = lists.iter().flat_map(|list| file[list].as_array().into_iter().flatten());
-    let mut rules: Vec<Value> =
-        included.flat_map(|name| rules_of(name.as_str().unwrap(), for_tests)).collect();
+    let included = file["include"].as_array().into_iter().flatten();
+    let mut rules: Vec<Value> = included.flat_map(|name| rules_of(name.as_str().unwrap())).collect();
     let Value::Array(own) = file["filter"].take() else { panic!("{name}") };
     rules.extend(own);
     rules
@@ -124,11 +123,12 @@ fn each_filter_allows_what_its_file_says_and_nothing_else() {
         ("prlimit64", libc::SYS_prlimit64),
         ("socketpair", libc::SYS_socketpair),
         ("fcntl", libc::SYS_fcntl),
+        ("fallocate", libc::SYS_fallocate),
         ("statx", libc::SYS_statx),
     ]);
-    for (thread, for_tests) in THREADS.into_iter().flat_map(|thread| [(thread, false), (thread, true)]) {
-        let filter = if for_tests { thread.filter() } else { thread.filter_for_users() };
-        let rules = rules_of(thread.name(), for_tests);
+    for thread in THREADS {
+        let filter = thread.filter();
+        let rules = rules_of(thread.name());
         // Every value that a rule compares an argument with, and others.
         let mut values: Vec<u64> = rules
             .iter()
@@ -165,19 +165,6 @@ fn each_filter_allows_what_its_file_says_and_nothing_else() {
     }
 }
 
-/// No device of a machine for users has a doorbell.
-#[test]
-fn builds_for_users_cannot_connect_doorbells() {
-    let ioctl = u32::try_from(libc::SYS_ioctl).unwrap();
-    let request = requests()["KVM_IOEVENTFD"];
-    let allows = |filter| verdict(filter, ioctl, [3, request, 0, 0, 0, 0]) == 0x7fff_0000;
-    for thread in THREADS {
-        assert!(!allows(thread.filter_for_users()), "{}", thread.name());
-        let tested = matches!(thread, Thread::Main | Thread::Vcpu);
-        assert_eq!(allows(thread.filter()), tested, "{}", thread.name());
-    }
-}
-
 /// The threat model names each request to KVM that a vmm for users can make.
 #[test]
 fn the_threat_model_names_the_requests_to_kvm() {
@@ -185,7 +172,7 @@ fn the_threat_model_names_the_requests_to_kvm() {
     let text = fs::read_to_string(path).unwrap();
     let allowed: BTreeSet<String> = THREADS
         .iter()
-        .flat_map(|thread| rules_of(thread.name(), false))
+        .flat_map(|thread| rules_of(thread.name()))
         .filter(|rule| rule["syscall"] == "ioctl")
         .map(|rule| rule["args"][0]["comment"].as_str().unwrap().to_owned())
         .filter(|name| name.starts_with("KVM_"))

@@ -1,0 +1,98 @@
+// SPDX-License-Identifier: Apache-2.0
+
+//! Disks of virtual machines.
+
+use serde::{Deserialize, Serialize};
+use utoipa::ToSchema;
+
+use super::Name;
+use crate::problem::Problem;
+
+/// The most disks of a VM.
+pub const MAX_DISKS: usize = 16;
+/// The longest serial number in bytes (Virtual I/O Device 1.2, 5.2.6).
+pub const MAX_SERIAL: usize = 20;
+
+/// A disk of a VM: a virtio block device (`/dev/vda`, …). The order is that of the slots on the guest's bus.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+#[serde(deny_unknown_fields)]
+pub struct DiskSpec {
+    /// Unique within the VM.
+    #[schema(example = "root")]
+    pub id: Name,
+    /// The file or block device. A relative path is looked up in the agent's disk directories, for a read-only disk also in its
+    /// image directories. Elsewhere the file is opened with the rights of the caller and of the specification's authors.
+    #[schema(example = "web1.raw")]
+    pub path: String,
+    /// The format of the file. It is never guessed: a guest could write the header of another one.
+    pub format: DiskFormat,
+    /// The guest cannot write. Several VMs may have the file then.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub read_only: bool,
+    /// The serial number in the guest (`/dev/disk/by-id/virtio-SERIAL`): 1 to 20 printable ASCII characters, without blanks.
+    /// The disk's id if there is none.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schema(example = "web1-root", min_length = 1, max_length = 20)]
+    pub serial: Option<String>,
+    /// The guest's discards (`fstrim`) give room back to the host.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub discard: bool,
+}
+
+/// The formats of disks.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize, ToSchema)]
+#[serde(rename_all = "snake_case")]
+pub enum DiskFormat {
+    /// Byte for byte: a file, or a block device.
+    Raw,
+}
+
+impl DiskFormat {
+    /// The name on the wire.
+    #[must_use]
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Self::Raw => "raw",
+        }
+    }
+}
+
+impl DiskSpec {
+    /// The serial number in the guest.
+    #[must_use]
+    pub fn serial(&self) -> &str {
+        let id = self.id.as_str();
+        self.serial.as_deref().unwrap_or(id.get(..MAX_SERIAL).unwrap_or(id))
+    }
+}
+
+/// The rules that types cannot hold.
+///
+/// # Errors
+/// `invalid_request` with the field of the first rule that is broken.
+pub(super) fn check(disks: &[DiskSpec]) -> Result<(), Problem> {
+    if disks.len() > MAX_DISKS {
+        return Err(Problem::invalid("disks", format!("A VM has at most {MAX_DISKS} disks.")));
+    }
+    for (n, disk) in disks.iter().enumerate() {
+        let mut before = disks.iter().take(n);
+        if before.any(|other| other.id == disk.id) {
+            let detail = format!("The id {} is used by two disks.", disk.id);
+            return Err(Problem::invalid(format!("disks[{n}].id"), detail));
+        }
+        super::vm::check_path(&format!("disks[{n}].path"), &disk.path)?;
+        let well_formed = |serial: &String| {
+            (1..=MAX_SERIAL).contains(&serial.len()) && serial.bytes().all(|byte| byte.is_ascii_graphic())
+        };
+        if disk.serial.as_ref().is_some_and(|serial| !well_formed(serial)) {
+            let detail =
+                format!("A serial number has 1 to {MAX_SERIAL} printable ASCII characters and no blank.");
+            return Err(Problem::invalid(format!("disks[{n}].serial"), detail));
+        }
+        if disk.read_only && disk.discard {
+            let detail = "A read-only disk cannot be discarded: leave out discard or read_only.";
+            return Err(Problem::invalid(format!("disks[{n}].discard"), detail));
+        }
+    }
+    Ok(())
+}

@@ -1,0 +1,350 @@
+// SPDX-License-Identifier: Apache-2.0
+
+use std::{
+    collections::BTreeMap,
+    sync::{Mutex, PoisonError},
+};
+
+use proptest::prelude::*;
+use vm_memory::VolatileSlice;
+
+use super::*;
+use crate::testing::Driver;
+
+const VERSION_1: u64 = 1 << 32;
+const FLUSH: u64 = 1 << 9;
+const DISCARD: u64 = 1 << 13;
+const ZEROES: u64 = 1 << 14;
+const READ_ONLY: u64 = 1 << 5;
+
+const HEADER_AT: u64 = 0x10000;
+const STATUS_AT: u64 = 0x11000;
+const DATA_AT: u64 = 0x20000;
+
+#[derive(Default)]
+struct Medium {
+    bytes: Vec<u8>,
+    flushes: u32,
+    discarded: Vec<(u64, u64)>,
+    zeroed: Vec<(u64, u64, bool)>,
+    fail: Option<io::ErrorKind>,
+}
+
+/// A disk in memory, whose tests look into it.
+#[derive(Clone, Default)]
+struct MemoryDisk(Arc<Mutex<Medium>>);
+
+impl MemoryDisk {
+    fn of(size: usize) -> Self {
+        let disk = Self::default();
+        disk.medium().bytes = vec![0; size];
+        disk
+    }
+
+    fn medium(&self) -> std::sync::MutexGuard<'_, Medium> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn work(&self, offset: u64, len: u64) -> io::Result<std::ops::Range<usize>> {
+        if let Some(kind) = self.medium().fail {
+            return Err(kind.into());
+        }
+        let from = usize::try_from(offset).unwrap();
+        let range = from..from + usize::try_from(len).unwrap();
+        assert!(range.end <= self.medium().bytes.len(), "a range outside of the disk reached it: {range:?}");
+        Ok(range)
+    }
+}
+
+impl Disk for MemoryDisk {
+    fn size(&self) -> u64 {
+        self.medium().bytes.len() as u64
+    }
+
+    fn read(&mut self, offset: u64, buffers: &[VolatileSlice<'_>]) -> io::Result<()> {
+        let range = self.work(offset, length(buffers))?;
+        write_bytes(buffers, &self.medium().bytes[range]);
+        Ok(())
+    }
+
+    fn write(&mut self, offset: u64, buffers: &[VolatileSlice<'_>]) -> io::Result<()> {
+        let range = self.work(offset, length(buffers))?;
+        let mut at = range.start;
+        for buffer in buffers {
+            at += buffer.copy_to(&mut self.medium().bytes[at..at + buffer.len()]);
+        }
+        Ok(())
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        self.work(0, 0)?;
+        self.medium().flushes += 1;
+        Ok(())
+    }
+
+    fn discard(&mut self, offset: u64, len: u64) -> io::Result<()> {
+        self.work(offset, len)?;
+        self.medium().discarded.push((offset, len));
+        Ok(())
+    }
+
+    fn write_zeroes(&mut self, offset: u64, len: u64, may_discard: bool) -> io::Result<()> {
+        let range = self.work(offset, len)?;
+        self.medium().bytes[range].fill(0);
+        self.medium().zeroed.push((offset, len, may_discard));
+        Ok(())
+    }
+}
+
+fn options() -> Options {
+    Options { id: "root".into(), read_only: false, serial: "serial-of-20-letters!".into(), discard: true }
+}
+
+/// A driver of a disk of 16 KiB with these features.
+fn driver(options: Options, features: u64) -> (Driver, MemoryDisk, Arc<Counters>) {
+    let (disk, counters) = (MemoryDisk::of(16 << 10), Arc::<Counters>::default());
+    let block = Block::new(Box::new(disk.clone()), options.clone(), Arc::clone(&counters));
+    let mut driver = Driver::new(identity(&options), configuration(16 << 10), Box::new(block));
+    driver.start(VERSION_1 | features, 16);
+    (driver, disk, counters)
+}
+
+/// Sends a request with `out` bytes of data for the device, and `room` bytes for its data. Returns
+/// status and length.
+fn request(driver: &mut Driver, kind: u32, sector: u64, out: &[u8], room: u32) -> (u8, u32) {
+    driver.write(HEADER_AT, &[&kind.to_le_bytes()[..], &[0; 4], &sector.to_le_bytes()].concat());
+    driver.write(DATA_AT, out);
+    driver.write(STATUS_AT, &[0x55]);
+    let mut buffers = vec![(HEADER_AT, 16, false)];
+    if !out.is_empty() {
+        buffers.push((DATA_AT, u32::try_from(out.len()).unwrap(), false));
+    }
+    if room > 0 {
+        buffers.push((DATA_AT, room, true));
+    }
+    buffers.push((STATUS_AT, 1, true));
+    driver.send(&buffers);
+    let (_, len) = driver.returned().expect("every request comes back");
+    (driver.read(STATUS_AT, 1)[0], len)
+}
+
+const OK: u8 = 0;
+const ERROR: u8 = 1;
+const UNSUPPORTED: u8 = 2;
+
+fn range(sector: u64, sectors: u32, flags: u32) -> Vec<u8> {
+    [&sector.to_le_bytes()[..], &sectors.to_le_bytes(), &flags.to_le_bytes()].concat()
+}
+
+#[test]
+fn data_goes_out_and_comes_back() {
+    let (mut driver, disk, counters) = driver(options(), FLUSH);
+    assert_eq!(request(&mut driver, 1, 2, &[7; 1024], 0), (OK, 1));
+    assert_eq!(disk.medium().bytes[1024..2048], [7; 1024]);
+    driver.write(DATA_AT, &[0; 1536]);
+    assert_eq!(request(&mut driver, 0, 1, &[], 1536), (OK, 1537));
+    assert_eq!(driver.read(DATA_AT, 1536), [vec![0; 512], vec![7; 1024]].concat());
+    assert_eq!(request(&mut driver, 4, 0, &[], 0), (OK, 1));
+    let counted =
+        [&counters.reads, &counters.writes, &counters.flushes, &counters.read_bytes, &counters.written_bytes]
+            .map(|counter| counter.load(Ordering::Relaxed));
+    assert_eq!(counted, [1, 1, 1, 1536, 1024]);
+    assert_eq!(disk.medium().flushes, 1);
+}
+
+#[test]
+fn header_and_data_may_be_split_anywhere() {
+    let (mut driver, disk, _) = driver(options(), FLUSH);
+    driver.write(HEADER_AT, &[&1_u32.to_le_bytes()[..], &[0; 4], &4_u64.to_le_bytes(), &[9; 100]].concat());
+    driver.write(DATA_AT, &[8; 412]);
+    let buffers =
+        [(HEADER_AT, 3, false), (HEADER_AT + 3, 113, false), (DATA_AT, 412, false), (STATUS_AT, 1, true)];
+    driver.send(&buffers);
+    assert_eq!(driver.returned(), Some((0, 1)));
+    assert_eq!(disk.medium().bytes[2048..2560], [vec![9; 100], vec![8; 412]].concat());
+    // The status is the last byte of the device's buffers, wherever that is.
+    driver.write(HEADER_AT, &[&0_u32.to_le_bytes()[..], &[0; 4], &4_u64.to_le_bytes()].concat());
+    driver.send(&[(HEADER_AT, 16, false), (DATA_AT, 500, true), (DATA_AT + 0x1000, 13, true)]);
+    assert_eq!(driver.returned(), Some((0, 513)));
+    assert_eq!(driver.read(DATA_AT + 0x1000, 13), [vec![8; 12], vec![OK]].concat());
+}
+
+#[test]
+fn a_driver_that_does_not_flush_has_each_write_on_the_medium() {
+    let (mut driver, disk, _) = driver(options(), ZEROES);
+    request(&mut driver, 1, 0, &[7; 512], 0);
+    assert_eq!(disk.medium().flushes, 1);
+    request(&mut driver, 13, 0, &range(0, 1, 0), 0);
+    assert_eq!(disk.medium().flushes, 2);
+}
+
+#[test]
+fn requests_that_leave_the_disk_fail_and_change_nothing() {
+    let (mut driver, disk, _) = driver(options(), FLUSH | DISCARD | ZEROES);
+    disk.medium().bytes.fill(3);
+    for (name, kind, sector, out, room) in [
+        ("read behind the end", 0, 32, vec![], 512),
+        ("read over the end", 0, 31, vec![], 1024),
+        ("an address that wraps around", 0, u64::MAX / 512, vec![], 1024),
+        ("an address that does not fit", 0, u64::MAX, vec![], 512),
+        ("half a sector", 0, 0, vec![], 100),
+        ("write over the end", 1, 31, vec![7; 1024], 0),
+        ("write half a sector", 1, 0, vec![7; 700], 0),
+        ("discard over the end", 11, 0, range(30, 4, 0), 0),
+        ("discard at an address that wraps", 11, 0, range(u64::MAX, 1, 0), 0),
+        ("half a range", 11, 0, vec![0; 8], 0),
+        ("too many ranges", 11, 0, range(0, 1, 0).repeat(17), 0),
+        ("zeroes over the end, in the second range", 13, 0, [range(0, 1, 0), range(31, 2, 0)].concat(), 0),
+    ] {
+        assert_eq!(request(&mut driver, kind, sector, &out, room), (ERROR, 1), "{name}");
+    }
+    assert_eq!(request(&mut driver, 11, 0, &range(0, 1, 1), 0).0, UNSUPPORTED, "a discard has no flags");
+    assert_eq!(request(&mut driver, 13, 0, &range(0, 1, 2), 0).0, UNSUPPORTED);
+    for kind in [2, 3, 14, 15, 0x8000_0000, u32::MAX] {
+        assert_eq!(request(&mut driver, kind, 0, &[], 0), (UNSUPPORTED, 1), "type {kind}");
+    }
+    let medium = disk.medium();
+    assert!(medium.bytes.iter().all(|byte| *byte == 3));
+    assert!(medium.discarded.is_empty() && medium.zeroed.is_empty());
+}
+
+#[test]
+fn requests_without_header_or_status_come_back() {
+    let (mut driver, _, _) = driver(options(), FLUSH);
+    driver.send(&[(HEADER_AT, 15, false), (STATUS_AT, 1, true)]);
+    assert_eq!(driver.returned(), Some((0, 1)));
+    assert_eq!(driver.read(STATUS_AT, 1), [ERROR]);
+    driver.send(&[(HEADER_AT, 16, false)]);
+    assert_eq!(driver.returned(), Some((0, 0)));
+}
+
+/// Whatever the driver has accepted.
+#[test]
+fn a_read_only_disk_is_never_written() {
+    let read_only = Options { read_only: true, ..options() };
+    let (mut driver, disk, _) = driver(read_only.clone(), FLUSH | READ_ONLY);
+    assert_eq!(request(&mut driver, 1, 0, &[7; 512], 0), (ERROR, 1));
+    for kind in [11, 13] {
+        assert_eq!(request(&mut driver, kind, 0, &range(0, 1, 0), 0), (UNSUPPORTED, 1));
+    }
+    assert_eq!(request(&mut driver, 4, 0, &[], 0), (OK, 1), "a flush succeeds: firmware sends it");
+    assert_eq!(request(&mut driver, 0, 0, &[], 512), (OK, 513));
+    let medium = disk.medium();
+    assert_eq!((medium.flushes, medium.bytes[0]), (0, 0));
+    let offered = identity(&read_only).features;
+    assert_eq!(offered & (READ_ONLY | DISCARD | ZEROES), READ_ONLY);
+}
+
+#[test]
+fn ranges_are_discarded_and_filled_with_zeroes() {
+    let (mut driver, disk, counters) = driver(options(), FLUSH | DISCARD | ZEROES);
+    let two = [range(8, 8, 0), range(0, 1, 0), range(5, 0, 0)].concat();
+    assert_eq!(request(&mut driver, 11, 0, &two, 0), (OK, 1));
+    assert_eq!(request(&mut driver, 13, 0, &range(4, 2, 1), 0), (OK, 1));
+    assert_eq!(request(&mut driver, 13, 0, &range(4, 2, 0), 0), (OK, 1));
+    let medium = disk.medium();
+    assert_eq!(medium.discarded, [(4096, 4096), (0, 512)]);
+    assert_eq!(medium.zeroed, [(2048, 1024, true), (2048, 1024, false)]);
+    assert_eq!(counters.discards.load(Ordering::Relaxed), 1);
+    drop(medium);
+    let kept = Options { discard: false, ..options() };
+    assert_eq!(identity(&kept).features & (DISCARD | ZEROES), ZEROES);
+}
+
+#[test]
+fn zeroes_keep_the_room_of_a_disk_without_discard() {
+    let (mut driver, disk, _) = driver(Options { discard: false, ..options() }, FLUSH | ZEROES);
+    assert_eq!(request(&mut driver, 13, 0, &range(4, 2, 1), 0), (OK, 1));
+    assert_eq!(disk.medium().zeroed, [(2048, 1024, false)]);
+    assert_eq!(request(&mut driver, 11, 0, &range(4, 2, 0), 0), (UNSUPPORTED, 1));
+}
+
+#[test]
+fn the_serial_number_has_twenty_bytes() {
+    let (mut driver, _, _) = driver(options(), FLUSH);
+    assert_eq!(request(&mut driver, 8, 0, &[], 20), (OK, 21));
+    assert_eq!(driver.read(DATA_AT, 20), b"serial-of-20-letters");
+    assert_eq!(request(&mut driver, 8, 0, &[], 5), (OK, 6));
+}
+
+#[test]
+fn errors_of_the_hosts_file_reach_the_driver_and_are_counted() {
+    let (mut driver, disk, counters) = driver(options(), FLUSH | DISCARD | ZEROES);
+    disk.medium().fail = Some(io::ErrorKind::StorageFull);
+    for (kind, out, room) in [
+        (0, vec![], 512),
+        (1, vec![7; 512], 0),
+        (4, vec![], 0),
+        (11, range(0, 1, 0), 0),
+        (13, range(0, 1, 0), 0),
+    ] {
+        assert_eq!(request(&mut driver, kind, 0, &out, room), (ERROR, 1), "type {kind}");
+    }
+    assert_eq!(counters.errors.load(Ordering::Relaxed), 5);
+    assert_eq!(counters.writes.load(Ordering::Relaxed), 0);
+    disk.medium().fail = None;
+    assert_eq!(request(&mut driver, 0, 0, &[], 512), (OK, 513), "it goes on");
+}
+
+#[test]
+fn one_request_cannot_move_more_than_its_bound() {
+    let disk = MemoryDisk::of(64 << 20);
+    let block = Block::new(Box::new(disk.clone()), options(), Arc::default());
+    let mut driver = Driver::new(identity(&options()), configuration(64 << 20), Box::new(block));
+    driver.start(VERSION_1 | FLUSH, 256);
+    driver.write(HEADER_AT, &[0; 16]);
+    let mut buffers = vec![(HEADER_AT, 16, false)];
+    buffers.extend([(DATA_AT, 0xc0000, true); 44]);
+    buffers.push((STATUS_AT, 1, true));
+    driver.send(&buffers);
+    assert_eq!(driver.returned(), Some((0, 1)));
+    assert_eq!(driver.read(STATUS_AT, 1), [ERROR], "33 MiB");
+}
+
+#[test]
+fn the_configuration_says_the_capacity_in_sectors() {
+    let (driver, _, _) = driver(options(), FLUSH);
+    assert_eq!(u64::from_le_bytes(driver.get(0x200)), 32);
+    assert_eq!(u32::from_le_bytes(driver.get(0x20c)), 254);
+    assert_eq!(driver.offered() & (FLUSH | DISCARD | ZEROES | READ_ONLY), FLUSH | DISCARD | ZEROES);
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig { cases: 200, ..ProptestConfig::default() })]
+    /// Any requests, against a map of sectors.
+    #[test]
+    fn the_disk_is_what_valid_writes_made_of_it(
+        script in prop::collection::vec((0_u32..16, 0_u64..36, 0_usize..3000, any::<u8>()), 0..30)
+    ) {
+        let (mut driver, disk, _) = driver(options(), FLUSH | ZEROES);
+        let mut model: BTreeMap<u64, u8> = BTreeMap::new();
+        for (kind, sector, len, byte) in script {
+            let len = if byte % 4 == 0 { len } else { len / 512 * 512 };
+            let valid = len % 512 == 0 && sector * 512 + len as u64 <= 16 << 10;
+            match kind {
+                0..6 => {
+                    let (status, _) = request(&mut driver, 1, sector, &vec![byte; len], 0);
+                    prop_assert_eq!(status == OK, valid);
+                    if valid {
+                        model.extend((sector..sector + len as u64 / 512).map(|sector| (sector, byte)));
+                    }
+                }
+                6..12 => {
+                    let (status, written) = request(&mut driver, 0, sector, &[], u32::try_from(len).unwrap());
+                    prop_assert_eq!(status == OK, valid);
+                    prop_assert_eq!(written as usize, if valid { len + 1 } else { 1 });
+                    for (at, sector) in (sector..).enumerate().take(if valid { len / 512 } else { 0 }) {
+                        let expect = vec![model.get(&sector).copied().unwrap_or(0); 512];
+                        prop_assert_eq!(driver.read(DATA_AT + 512 * at as u64, 512), expect);
+                    }
+                }
+                _ => { request(&mut driver, kind, sector, &vec![byte; len], 7); }
+            }
+        }
+        let medium = disk.medium();
+        for (sector, bytes) in medium.bytes.chunks(512).enumerate() {
+            let expect = model.get(&(sector as u64)).copied().unwrap_or(0);
+            prop_assert!(bytes.iter().all(|byte| *byte == expect), "sector {}", sector);
+        }
+    }
+}

@@ -1,0 +1,52 @@
+// SPDX-License-Identifier: Apache-2.0
+
+//! The contents of disks. Each format is a file of its own with a [`Disk`].
+
+pub mod raw;
+
+use std::io;
+
+use vm_memory::VolatileSlice;
+
+/// Bytes of a sector, the unit of a block device's addresses.
+pub const SECTOR: u64 = 512;
+
+/// The contents of a disk. All calls come from one thread, and block until the work is done.
+///
+/// Callers pass ranges inside of [`Self::size`], in whole sectors.
+pub trait Disk: Send {
+    /// The size in bytes, a multiple of [`SECTOR`].
+    fn size(&self) -> u64;
+
+    /// Fills `buffers` with the contents from `offset` on.
+    ///
+    /// # Errors
+    /// Those of the host's file; part of the buffers may be filled.
+    fn read(&mut self, offset: u64, buffers: &[VolatileSlice<'_>]) -> io::Result<()>;
+
+    /// Writes `buffers` from `offset` on. The data may be lost with the host's power until
+    /// [`Self::flush`].
+    ///
+    /// # Errors
+    /// Those of the host's file; part of the data may be written. `StorageFull` if the file system
+    /// has no room.
+    fn write(&mut self, offset: u64, buffers: &[VolatileSlice<'_>]) -> io::Result<()>;
+
+    /// Makes all completed writes durable.
+    ///
+    /// # Errors
+    /// Those of the host's file: data may be lost.
+    fn flush(&mut self) -> io::Result<()>;
+
+    /// Gives the host's room of a range back if that is possible. The contents are undefined then.
+    ///
+    /// # Errors
+    /// Those of the host's file.
+    fn discard(&mut self, offset: u64, len: u64) -> io::Result<()>;
+
+    /// Fills a range with zeroes. `may_discard`: the host's room may be given back.
+    ///
+    /// # Errors
+    /// Those of the host's file.
+    fn write_zeroes(&mut self, offset: u64, len: u64, may_discard: bool) -> io::Result<()>;
+}

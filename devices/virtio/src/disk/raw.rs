@@ -1,0 +1,230 @@
+// SPDX-License-Identifier: Apache-2.0
+
+//! Raw disks: a file or a block device, byte for byte.
+
+use std::{
+    fs::File,
+    io::{self, Seek as _, SeekFrom},
+    os::{fd::AsRawFd as _, unix::fs::FileExt as _},
+};
+
+use rustix::{
+    fs::{FallocateFlags, fallocate, fdatasync},
+    io::Errno,
+};
+use vm_memory::VolatileSlice;
+
+use super::{Disk, SECTOR};
+
+/// The most buffers of one system call (`IOV_MAX`).
+const BUFFERS: usize = 1024;
+/// Zeroes to write at once, where the host's file system cannot make them.
+static ZEROES: [u8; 64 << 10] = [0; 64 << 10];
+
+/// A file or a block device.
+#[derive(Debug)]
+pub struct RawDisk {
+    file: File,
+    size: u64,
+}
+
+impl RawDisk {
+    /// Takes an open file or block device: for reading, and for writing unless the disk is
+    /// read-only. A last incomplete sector is left out.
+    ///
+    /// # Errors
+    /// Those of reading the size.
+    pub fn new(mut file: File) -> io::Result<Self> {
+        // The end of a block device is not in its status.
+        let end = file.seek(SeekFrom::End(0))?;
+        Ok(Self { file, size: end - end % SECTOR })
+    }
+
+    /// Moves all bytes of `buffers` by calls of `transfer(fd, iovecs, count, offset)`, which returns
+    /// the count of bytes that it has moved, or -1.
+    fn transfer(
+        &self,
+        offset: u64,
+        buffers: &[VolatileSlice<'_>],
+        transfer: impl Fn(libc::c_int, &[libc::iovec], libc::off_t) -> libc::ssize_t,
+    ) -> io::Result<()> {
+        let mut at = offset;
+        let mut rest: Vec<VolatileSlice<'_>> = buffers.to_vec();
+        rest.reverse();
+        while !rest.is_empty() {
+            let guards: Vec<_> = rest.iter().rev().take(BUFFERS).map(VolatileSlice::ptr_guard_mut).collect();
+            let iovecs: Vec<libc::iovec> = guards
+                .iter()
+                .map(|guard| libc::iovec { iov_base: guard.as_ptr().cast(), iov_len: guard.len() })
+                .collect();
+            let position = libc::off_t::try_from(at).map_err(|_| io::ErrorKind::InvalidInput)?;
+            let moved = transfer(self.file.as_raw_fd(), &iovecs, position);
+            drop(guards);
+            let Ok(mut moved) = u64::try_from(moved) else {
+                let error = io::Error::last_os_error();
+                if error.kind() == io::ErrorKind::Interrupted {
+                    continue;
+                }
+                return Err(error);
+            };
+            if moved == 0 {
+                // Somebody has shortened the file.
+                return Err(io::ErrorKind::UnexpectedEof.into());
+            }
+            at = at.saturating_add(moved);
+            while let Some(first) = rest.pop() {
+                let len = first.len() as u64;
+                if moved >= len {
+                    moved -= len;
+                    continue;
+                }
+                let done = usize::try_from(moved).unwrap_or(usize::MAX);
+                let left = first.offset(done).map_err(io::Error::other)?;
+                rest.push(left);
+                break;
+            }
+        }
+        Ok(())
+    }
+}
+
+/// Whether the host's file system or device cannot do this at all.
+fn unsupported(errno: Errno) -> bool {
+    matches!(errno, Errno::OPNOTSUPP | Errno::NOSYS | Errno::NODEV | Errno::INVAL)
+}
+
+impl Disk for RawDisk {
+    fn size(&self) -> u64 {
+        self.size
+    }
+
+    fn read(&mut self, offset: u64, buffers: &[VolatileSlice<'_>]) -> io::Result<()> {
+        self.transfer(offset, buffers, |fd, iovecs, position| {
+            let count = libc::c_int::try_from(iovecs.len()).unwrap_or(libc::c_int::MAX);
+            // SAFETY: each iovec is guest memory that stays mapped during the call. Nothing in this
+            // process holds a Rust reference into it, and the guest may write it at the same time.
+            unsafe { libc::preadv(fd, iovecs.as_ptr(), count, position) }
+        })
+    }
+
+    fn write(&mut self, offset: u64, buffers: &[VolatileSlice<'_>]) -> io::Result<()> {
+        self.transfer(offset, buffers, |fd, iovecs, position| {
+            let count = libc::c_int::try_from(iovecs.len()).unwrap_or(libc::c_int::MAX);
+            // SAFETY: as in `read`; the kernel reads the memory.
+            unsafe { libc::pwritev(fd, iovecs.as_ptr(), count, position) }
+        })
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        Ok(fdatasync(&self.file)?)
+    }
+
+    fn discard(&mut self, offset: u64, len: u64) -> io::Result<()> {
+        match fallocate(&self.file, FallocateFlags::PUNCH_HOLE | FallocateFlags::KEEP_SIZE, offset, len) {
+            // A hint only.
+            Err(errno) if unsupported(errno) => Ok(()),
+            result => Ok(result?),
+        }
+    }
+
+    fn write_zeroes(&mut self, offset: u64, len: u64, may_discard: bool) -> io::Result<()> {
+        let holes = may_discard.then_some(FallocateFlags::PUNCH_HOLE);
+        for flags in holes.into_iter().chain([FallocateFlags::ZERO_RANGE]) {
+            match fallocate(&self.file, flags | FallocateFlags::KEEP_SIZE, offset, len) {
+                Err(errno) if unsupported(errno) => {}
+                result => return Ok(result?),
+            }
+        }
+        let (mut at, mut left) = (offset, len);
+        while left > 0 {
+            let count = usize::try_from(left).unwrap_or(usize::MAX).min(ZEROES.len());
+            self.file.write_all_at(ZEROES.get(..count).unwrap_or_default(), at)?;
+            (at, left) = (at.saturating_add(count as u64), left - count as u64);
+        }
+        Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::io::Write as _;
+
+    use vm_memory::{GuestAddress, GuestMemoryBackend as _};
+
+    use super::*;
+    use crate::{GuestMemory, queue::fill};
+
+    fn disk(bytes: &[u8]) -> (RawDisk, File) {
+        let mut file = tempfile::tempfile().unwrap();
+        file.write_all(bytes).unwrap();
+        (RawDisk::new(file.try_clone().unwrap()).unwrap(), file)
+    }
+
+    fn memory() -> GuestMemory {
+        GuestMemory::from_ranges(&[(GuestAddress(0), 64 << 10)]).unwrap()
+    }
+
+    fn slices<'a>(memory: &'a GuestMemory, ranges: &[(u64, usize)]) -> Vec<VolatileSlice<'a>> {
+        ranges.iter().map(|(at, len)| memory.get_slice(GuestAddress(*at), *len).unwrap()).collect()
+    }
+
+    fn contents(file: &File, offset: u64, len: usize) -> Vec<u8> {
+        let mut bytes = vec![0; len];
+        file.read_exact_at(&mut bytes, offset).unwrap();
+        bytes
+    }
+
+    #[test]
+    fn data_moves_between_scattered_buffers_and_the_file() {
+        let (mut disk, file) = disk(&[7; 4096]);
+        let memory = memory();
+        fill(&memory, 0x100, &[1; 300]);
+        fill(&memory, 0x8000, &[2; 212]);
+        disk.write(1024, &slices(&memory, &[(0x100, 300), (0x8000, 212)])).unwrap();
+        let expect = [vec![7; 1024], vec![1; 300], vec![2; 212], vec![7; 4096 - 1536]].concat();
+        assert_eq!(contents(&file, 0, 4096), expect);
+        disk.read(1024, &slices(&memory, &[(0x2000, 512), (0x4000, 512)])).unwrap();
+        disk.write(2048, &slices(&memory, &[(0x4000, 512), (0x2000, 512)])).unwrap();
+        assert_eq!(contents(&file, 2048, 1024), [vec![7; 512], vec![1; 300], vec![2; 212]].concat());
+        disk.flush().unwrap();
+    }
+
+    #[test]
+    fn more_buffers_than_one_call_takes_are_moved() {
+        let (mut disk, file) = disk(&vec![0; 4 * 2048]);
+        let memory = memory();
+        fill(&memory, 0, &[3, 4, 5, 6]);
+        let buffers = slices(&memory, &vec![(0, 4); 2048]);
+        disk.write(0, &buffers).unwrap();
+        assert_eq!(contents(&file, 0, 8192), [3, 4, 5, 6].repeat(2048));
+    }
+
+    #[test]
+    fn a_file_that_was_shortened_is_an_error_and_no_endless_loop() {
+        let (mut disk, file) = disk(&[7; 4096]);
+        file.set_len(1000).unwrap();
+        let memory = memory();
+        let error = disk.read(512, &slices(&memory, &[(0, 1024)])).unwrap_err();
+        assert_eq!(error.kind(), io::ErrorKind::UnexpectedEof);
+    }
+
+    #[test]
+    fn zeroes_and_holes_leave_the_rest_in_place() {
+        for may_discard in [false, true] {
+            let (mut disk, file) = disk(&[7; 16 << 10]);
+            disk.write_zeroes(1024, 5120, may_discard).unwrap();
+            assert_eq!(contents(&file, 0, 1024), [7; 1024]);
+            assert_eq!(contents(&file, 1024, 5120), [0; 5120]);
+            assert_eq!(contents(&file, 6144, 10240), [7; 10240]);
+            disk.discard(8192, 8192).unwrap();
+            assert_eq!(file.metadata().unwrap().len(), 16 << 10, "the file keeps its length");
+            assert_eq!(contents(&file, 6144, 2048), [7; 2048]);
+        }
+    }
+
+    #[test]
+    fn an_incomplete_sector_at_the_end_is_left_out() {
+        assert_eq!(disk(&[0; 1535]).0.size(), 1024);
+        assert_eq!(disk(&[]).0.size(), 0);
+    }
+}

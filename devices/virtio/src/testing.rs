@@ -1,0 +1,256 @@
+// SPDX-License-Identifier: Apache-2.0
+
+//! A machine of one device and its driver, for tests: the driver writes registers and rings, and
+//! [`Driver::pump`] does the work of the device's thread.
+
+use std::{
+    io,
+    sync::{Arc, Mutex},
+};
+
+use devices::{
+    device::Device as _,
+    doorbell::{Doorbell, Doorbells},
+    interrupt::{MsiMessage, MsiRouter, RouteId},
+    io_thread::IoThread,
+    pci::PciFunction as _,
+};
+use vm_memory::{Bytes as _, GuestAddress};
+use vmm_sys_util::eventfd::EventFd;
+
+use crate::{
+    GuestMemory,
+    engine::{Configuration, Engine, Identity},
+    transport::{Connections, VirtioFunction},
+};
+
+/// The address of the BAR.
+pub(crate) const BASE: u64 = 0x4000_0000;
+/// Bytes of guest memory.
+pub(crate) const MEMORY: u64 = 1 << 20;
+const DESCRIPTORS: u64 = 0x1000;
+const AVAILABLE: u64 = 0x3000;
+const USED: u64 = 0x4000;
+/// The distance between the rings of two queues.
+const QUEUE_STEP: u64 = 0x4000;
+
+/// Records doorbells and interrupt routes.
+#[derive(Default)]
+pub(crate) struct Recorder {
+    pub(crate) doorbells: Mutex<Vec<u64>>,
+    pub(crate) connected: Mutex<Vec<MsiMessage>>,
+}
+
+impl Doorbells for Recorder {
+    fn connect(&self, doorbell: Doorbell, _: &EventFd) -> io::Result<()> {
+        self.doorbells.lock().unwrap().push(doorbell.address);
+        Ok(())
+    }
+
+    fn disconnect(&self, doorbell: Doorbell, _: &EventFd) -> io::Result<()> {
+        let mut all = self.doorbells.lock().unwrap();
+        let at = all.iter().position(|address| *address == doorbell.address);
+        all.remove(at.ok_or(io::ErrorKind::NotFound)?);
+        Ok(())
+    }
+}
+
+impl MsiRouter for Recorder {
+    fn allocate(&self) -> io::Result<RouteId> {
+        Ok(RouteId(0))
+    }
+
+    fn connect(&self, _: RouteId, _: &EventFd, message: MsiMessage) -> io::Result<()> {
+        self.connected.lock().unwrap().push(message);
+        Ok(())
+    }
+
+    fn disconnect(&self, _: RouteId, _: &EventFd) -> io::Result<()> {
+        self.connected.lock().unwrap().pop();
+        Ok(())
+    }
+
+    fn release(&self, _: RouteId) {}
+}
+
+/// A buffer of a request: address, length, and whether the device writes it.
+pub(crate) type Buffer = (u64, u32, bool);
+
+/// A driver, with its machine.
+pub(crate) struct Driver {
+    pub(crate) function: Arc<VirtioFunction>,
+    pub(crate) memory: Arc<GuestMemory>,
+    pub(crate) recorder: Arc<Recorder>,
+    thread: IoThread,
+    sent: Vec<u16>,
+    seen: Vec<u16>,
+}
+
+impl Driver {
+    /// A device at power-on, with its BAR assigned.
+    pub(crate) fn new(
+        identity: Identity,
+        configuration: Arc<Configuration>,
+        engine: Box<dyn Engine>,
+    ) -> Self {
+        let memory = Arc::new(
+            GuestMemory::from_ranges(&[(GuestAddress(0), usize::try_from(MEMORY).unwrap())]).unwrap(),
+        );
+        let recorder = Arc::new(Recorder::default());
+        let connections = Connections {
+            memory: Arc::clone(&memory),
+            router: recorder.clone(),
+            doorbells: recorder.clone(),
+            windows: Arc::new([BASE..BASE + (1 << 20)]),
+        };
+        let queues = identity.queues.len();
+        let function = Arc::new(VirtioFunction::new(identity, configuration, engine, connections).unwrap());
+        function.assign(BASE).unwrap();
+        let thread = Arc::clone(&function).io_threads().remove(0);
+        Self { function, memory, recorder, thread, sent: vec![0; queues], seen: vec![0; queues] }
+    }
+
+    /// Turns on memory and bus mastering.
+    pub(crate) fn enable(&self) {
+        self.function.config_write(4, &6_u16.to_le_bytes());
+    }
+
+    pub(crate) fn config<const N: usize>(&self, offset: u16) -> [u8; N] {
+        let mut data = [0; N];
+        self.function.config_read(offset, &mut data);
+        data
+    }
+
+    pub(crate) fn get<const N: usize>(&self, offset: u64) -> [u8; N] {
+        let mut data = [0; N];
+        assert!(self.function.mmio_read(BASE + offset, &mut data));
+        data
+    }
+
+    pub(crate) fn set(&self, offset: u64, data: &[u8]) {
+        assert!(self.function.mmio_write(BASE + offset, data));
+    }
+
+    pub(crate) fn status(&self) -> u8 {
+        self.get::<1>(0x14)[0]
+    }
+
+    pub(crate) fn set_status(&self, status: u8) {
+        self.set(0x14, &[status]);
+    }
+
+    pub(crate) fn offered(&self) -> u64 {
+        let half = |select: u32| {
+            self.set(0, &select.to_le_bytes());
+            u64::from(u32::from_le_bytes(self.get(4)))
+        };
+        half(0) | half(1) << 32
+    }
+
+    /// Accepts `features` and stops before the queues.
+    pub(crate) fn negotiate(&self, features: u64) {
+        self.enable();
+        self.set_status(1);
+        self.set_status(3);
+        for (select, half) in [(0_u32, features & 0xffff_ffff), (1, features >> 32)] {
+            self.set(8, &select.to_le_bytes());
+            self.set(0xc, &u32::try_from(half).unwrap().to_le_bytes());
+        }
+        self.set_status(3 | 8);
+        assert_eq!(self.status(), 3 | 8);
+    }
+
+    /// Places queue `index` and gives it vector `index + 1`.
+    pub(crate) fn place(&self, index: u16, size: u16) {
+        let at = u64::from(index) * QUEUE_STEP;
+        self.set(0x16, &index.to_le_bytes());
+        self.set(0x18, &size.to_le_bytes());
+        self.set(0x1a, &(index + 1).to_le_bytes());
+        for (register, ring) in [(0x20, DESCRIPTORS), (0x28, AVAILABLE), (0x30, USED)] {
+            self.set(register, &(ring + at).to_le_bytes());
+        }
+        self.set(0x1c, &[1, 0]);
+    }
+
+    /// Negotiates `features`, places all queues with `size` entries, and starts.
+    pub(crate) fn start(&mut self, features: u64, size: u16) {
+        self.negotiate(features);
+        for index in 0..self.sent.len() {
+            self.place(u16::try_from(index).unwrap(), size);
+            let at = index as u64 * QUEUE_STEP;
+            self.memory.write_slice(&[0; 0x3000], GuestAddress(AVAILABLE + at)).unwrap();
+            (self.sent[index], self.seen[index]) = (0, 0);
+        }
+        self.set_status(3 | 8 | 4);
+        self.pump();
+    }
+
+    /// Makes a request of queue 0 available, at descriptor 0, and rings the doorbell.
+    pub(crate) fn send(&mut self, buffers: &[Buffer]) {
+        for (index, (address, len, writable)) in buffers.iter().enumerate() {
+            let last = index + 1 == buffers.len();
+            let flags = u16::from(!last) | u16::from(*writable) << 1;
+            self.descriptor(
+                u64::try_from(index).unwrap(),
+                *address,
+                *len,
+                flags,
+                u16::try_from(index + 1).unwrap(),
+            );
+        }
+        self.offer(0);
+    }
+
+    pub(crate) fn descriptor(&self, index: u64, address: u64, len: u32, flags: u16, next: u16) {
+        let bytes =
+            [&address.to_le_bytes()[..], &len.to_le_bytes(), &flags.to_le_bytes(), &next.to_le_bytes()]
+                .concat();
+        self.memory.write_slice(&bytes, GuestAddress(DESCRIPTORS + 16 * index)).unwrap();
+    }
+
+    /// Makes the request at descriptor `head` available.
+    pub(crate) fn offer(&mut self, head: u16) {
+        let sent = self.sent[0];
+        self.memory.write_obj(head, GuestAddress(AVAILABLE + 4 + 2 * u64::from(sent % 16))).unwrap();
+        self.sent[0] = sent.wrapping_add(1);
+        self.memory.write_obj(self.sent[0], GuestAddress(AVAILABLE + 2)).unwrap();
+        self.set(0x1000, &[0, 0]);
+    }
+
+    /// Serves all events, and returns the used entry if the device has returned a request.
+    pub(crate) fn pump(&mut self) {
+        loop {
+            let ready = self.thread.events.iter().position(|event| event.take());
+            let Some(index) = ready else { return };
+            (self.thread.work)(index);
+        }
+    }
+
+    /// The next returned request of queue 0: its head and the count of bytes written.
+    pub(crate) fn returned(&mut self) -> Option<(u32, u32)> {
+        self.pump();
+        let index: u16 = self.memory.read_obj(GuestAddress(USED + 2)).unwrap();
+        if index == self.seen[0] {
+            return None;
+        }
+        let at = USED + 4 + 8 * u64::from(self.seen[0] % 16);
+        self.seen[0] = self.seen[0].wrapping_add(1);
+        let read = |at| self.memory.read_obj::<u32>(GuestAddress(at)).unwrap();
+        Some((read(at), read(at + 4)))
+    }
+
+    pub(crate) fn write(&self, address: u64, bytes: &[u8]) {
+        self.memory.write_slice(bytes, GuestAddress(address)).unwrap();
+    }
+
+    pub(crate) fn read(&self, address: u64, len: usize) -> Vec<u8> {
+        let mut bytes = vec![0; len];
+        self.memory.read_slice(&mut bytes, GuestAddress(address)).unwrap();
+        bytes
+    }
+
+    /// Addresses of the rings of queue 0, for tests that break them: descriptors, available, used.
+    pub(crate) fn rings() -> [u64; 3] {
+        [DESCRIPTORS, AVAILABLE, USED]
+    }
+}

@@ -1,0 +1,245 @@
+// SPDX-License-Identifier: Apache-2.0
+
+//! The files of VMs' disks: opened with the rights of those who chose them, and locked.
+//!
+//! The agent never reads a disk's contents, because a guest writes them.
+
+mod lock;
+
+use std::{
+    fs::{self, File},
+    io::{self, Seek as _, SeekFrom},
+    os::unix::fs::MetadataExt as _,
+    path::PathBuf,
+};
+
+use api::{
+    Caller,
+    problem::{Problem, ProblemCode},
+    types::DiskSpec,
+};
+
+use self::lock::Use;
+use crate::files::{self, FileError, Purpose};
+
+/// Bytes of a sector: a disk has one at least.
+const SECTOR: u64 = 512;
+/// The most processes to look at for the user of a file.
+const MOST_PROCESSES: usize = 4096;
+/// The most descriptors of each.
+const MOST_DESCRIPTORS: usize = 1024;
+
+/// The directories in which every caller may use disks.
+#[derive(Clone, Debug, Default)]
+pub struct Directories {
+    /// For reading only.
+    pub images: Vec<PathBuf>,
+    /// For reading and writing.
+    pub disks: Vec<PathBuf>,
+}
+
+/// Opens and locks the disks of a VM, in their order. All of `rights` must be able to use each of them. Blocks: not for
+/// async code.
+///
+/// # Errors
+/// A problem with the field of the first disk that cannot be used. The locks of those before it are gone then.
+pub fn open_all(rights: &[Caller], dirs: &Directories, disks: &[DiskSpec]) -> Result<Vec<File>, Problem> {
+    let mut opened: Vec<(&DiskSpec, File)> = Vec::new();
+    for (number, disk) in disks.iter().enumerate() {
+        let file = open(rights, dirs, disk).map_err(|(code, detail)| Problem {
+            field: Some(format!("disks[{number}].path").into()),
+            ..Problem::new(code, detail)
+        })?;
+        opened.push((disk, file));
+    }
+    Ok(opened.into_iter().map(|(_, file)| file).collect())
+}
+
+type Failed = (ProblemCode, String);
+
+fn open(rights: &[Caller], dirs: &Directories, disk: &DiskSpec) -> Result<File, Failed> {
+    let (purpose, usage) =
+        if disk.read_only { (Purpose::ReadDisk, Use::Read) } else { (Purpose::WriteDisk, Use::Write) };
+    let mut searched = dirs.disks.clone();
+    if disk.read_only {
+        searched.extend(dirs.images.iter().cloned());
+    }
+    let mut file = files::open_for_all(rights, purpose, &searched, &disk.path).map_err(|error| {
+        let code = match error {
+            FileError::Missing { .. } => ProblemCode::DiskNotFound,
+            _ => ProblemCode::DiskUnreadable,
+        };
+        (code, super::vm::problem::chain(&error))
+    })?;
+    let failed = |error: &io::Error| {
+        (ProblemCode::DiskUnreadable, format!("The disk {} cannot be used: {error}.", disk.path))
+    };
+    lock::lock(&file, usage).map_err(|error| match error.kind() {
+        io::ErrorKind::WouldBlock => (ProblemCode::DiskInUse, in_use(disk, &file)),
+        _ => failed(&error),
+    })?;
+    let size = file.seek(SeekFrom::End(0)).map_err(|error| failed(&error))?;
+    if size < SECTOR {
+        let detail = format!(
+            "The disk {} has {size} bytes, less than a sector: make it longer (truncate --size=8G {}).",
+            disk.path, disk.path
+        );
+        return Err((ProblemCode::DiskInvalid, detail));
+    }
+    Ok(file)
+}
+
+/// The text of a lock that another user of the file holds.
+fn in_use(disk: &DiskSpec, file: &File) -> String {
+    let user = match user_of(file) {
+        Some((pid, program)) => format!("process {pid} ({program})"),
+        None => "another process".to_owned(),
+    };
+    let cure = if disk.read_only {
+        "end that process, or give the VM a copy"
+    } else {
+        "end that process, give the VM a copy, or make the disk read_only for all its users"
+    };
+    format!("The disk {} is in use by {user}: {cure}.", disk.path)
+}
+
+/// Another process that has the file open. A lock does not name its owner (`F_OFD_GETLK`).
+fn user_of(file: &File) -> Option<(u32, String)> {
+    let identity = |data: fs::Metadata| (data.dev(), data.ino());
+    let wanted = identity(file.metadata().ok()?);
+    let own = std::process::id();
+    let pids =
+        fs::read_dir("/proc").ok()?.flatten().filter_map(|entry| entry.file_name().to_str()?.parse().ok());
+    pids.filter(|pid| *pid != own).take(MOST_PROCESSES).find_map(|pid: u32| {
+        let mut fds = fs::read_dir(format!("/proc/{pid}/fd")).ok()?.flatten().take(MOST_DESCRIPTORS);
+        fds.find(|fd| fs::metadata(fd.path()).is_ok_and(|data| identity(data) == wanted))?;
+        let program = fs::read_to_string(format!("/proc/{pid}/comm")).unwrap_or_default();
+        Some((pid, program.trim().to_owned()))
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use std::os::unix::fs::PermissionsExt as _;
+
+    use api::User;
+
+    use super::*;
+
+    struct Place {
+        root: tempfile::TempDir,
+        dirs: Directories,
+    }
+
+    fn place() -> Place {
+        let root = tempfile::tempdir().unwrap();
+        let path = root.path().canonicalize().unwrap();
+        fs::set_permissions(&path, fs::Permissions::from_mode(0o755)).unwrap();
+        for dir in ["images", "disks", "home"] {
+            fs::create_dir(path.join(dir)).unwrap();
+        }
+        for (name, size, mode) in [
+            ("images/base", 4096, 0o600),
+            ("disks/web1", 4096, 0o600),
+            ("disks/short", 511, 0o600),
+            ("home/root-only", 4096, 0o600),
+            ("home/readable", 4096, 0o644),
+            ("home/open", 4096, 0o666),
+        ] {
+            let file = File::create(path.join(name)).unwrap();
+            file.set_len(size).unwrap();
+            file.set_permissions(fs::Permissions::from_mode(mode)).unwrap();
+        }
+        let dirs = Directories { images: vec![path.join("images")], disks: vec![path.join("disks")] };
+        Place { root, dirs }
+    }
+
+    fn me() -> Caller {
+        let (uid, gid) = (rustix::process::geteuid().as_raw(), rustix::process::getegid().as_raw());
+        Caller::User(User { uid, gid, pid: None })
+    }
+
+    fn stranger() -> Caller {
+        Caller::User(User { uid: 65_534, gid: 65_534, pid: None })
+    }
+
+    fn disk(path: &str, read_only: bool) -> DiskSpec {
+        serde_json::from_value(serde_json::json!({
+            "id": "root", "path": path, "format": "raw", "read_only": read_only,
+        }))
+        .unwrap()
+    }
+
+    fn outcome(place: &Place, callers: &[Caller], path: &str, read_only: bool) -> String {
+        let path =
+            path.replace("HOME", place.root.path().canonicalize().unwrap().join("home").to_str().unwrap());
+        match open_all(callers, &place.dirs, &[disk(&path, read_only)]) {
+            Ok(_) => "ok".into(),
+            Err(problem) => {
+                assert_eq!(problem.field.as_deref(), Some("disks[0].path"), "{problem}");
+                problem.code.as_str().to_owned()
+            }
+        }
+    }
+
+    #[test]
+    fn directories_are_open_to_all_and_elsewhere_rights_decide() {
+        let place = place();
+        let token = Caller::Token("ci".into());
+        for (path, read_only, everybody) in [
+            ("web1", false, "ok"),
+            ("web1", true, "ok"),
+            ("base", true, "ok"),
+            ("base", false, "disk_not_found"),
+            ("absent", true, "disk_not_found"),
+            ("short", false, "disk_invalid"),
+        ] {
+            for caller in [me(), token.clone()] {
+                assert_eq!(
+                    outcome(&place, std::slice::from_ref(&caller), path, read_only),
+                    everybody,
+                    "{path} for {caller:?}"
+                );
+            }
+        }
+        assert_eq!(outcome(&place, &[token], "HOME/open", true), "disk_unreadable");
+        assert_eq!(outcome(&place, &[me()], "HOME/root-only", false), "ok");
+        assert_eq!(outcome(&place, &[me()], "HOME", false), "disk_unreadable", "a directory");
+        assert_eq!(outcome(&place, &[me()], "/dev/null", false), "disk_unreadable", "no block device");
+        if !rustix::process::geteuid().is_root() {
+            eprintln!("not root: opening with other users' rights is not tested");
+            return;
+        }
+        for (path, read_only, expect) in [
+            ("HOME/root-only", true, "disk_unreadable"),
+            ("HOME/readable", true, "ok"),
+            ("HOME/readable", false, "disk_unreadable"),
+            ("HOME/open", false, "ok"),
+        ] {
+            assert_eq!(outcome(&place, &[stranger()], path, read_only), expect, "{path}");
+            assert_eq!(
+                outcome(&place, &[me(), stranger()], path, read_only),
+                expect,
+                "{path}: all must have the right"
+            );
+        }
+    }
+
+    #[test]
+    fn a_disk_in_use_names_its_user_and_a_failure_keeps_no_lock() {
+        let place = place();
+        let disks = [disk("web1", false), DiskSpec { id: "data".parse().unwrap(), ..disk("web1", false) }];
+        let problem = open_all(&[me()], &place.dirs, &disks).unwrap_err();
+        assert_eq!((problem.code, problem.field.as_deref()), (ProblemCode::DiskInUse, Some("disks[1].path")));
+        let files = open_all(&[me()], &place.dirs, &disks[..1]).expect("the failure has released its locks");
+        let path = place.dirs.disks[0].join("web1");
+        let mut holder =
+            std::process::Command::new("sleep").arg("60").stdin(File::open(&path).unwrap()).spawn().unwrap();
+        let problem = open_all(&[me()], &place.dirs, &disks[..1]).unwrap_err();
+        assert!(problem.detail.contains(&format!("process {} (sleep)", holder.id())), "{problem}");
+        holder.kill().unwrap();
+        holder.wait().unwrap();
+        drop(files);
+        assert_eq!(outcome(&place, &[me()], "web1", true), "ok");
+    }
+}

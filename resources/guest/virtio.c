@@ -1,0 +1,470 @@
+/* SPDX-License-Identifier: Apache-2.0 */
+/* Commands that drive a virtio disk or source of random numbers, with one request at a time. */
+
+#include "guest.h"
+
+#define RED_HAT 0x1af4
+#define FIRST_DEVICE 0x1040
+#define DISK 2
+#define ENTROPY 4
+
+#define CAPABILITIES 0x34
+#define CAPABILITY_VENDOR 9
+enum { COMMON = 1, NOTIFY, ISR, DEVICE, KINDS };
+
+/* The common configuration structure. */
+#define DEVICE_FEATURE_SELECT 0x00
+#define DEVICE_FEATURE 0x04
+#define DRIVER_FEATURE_SELECT 0x08
+#define DRIVER_FEATURE 0x0c
+#define CONFIG_VECTOR 0x10
+#define STATUS 0x14
+#define QUEUE_SELECT 0x16
+#define QUEUE_SIZE 0x18
+#define QUEUE_VECTOR 0x1a
+#define QUEUE_ENABLE 0x1c
+#define QUEUE_NOTIFY 0x1e
+#define QUEUE_DESCRIPTORS 0x20
+#define QUEUE_AVAILABLE 0x28
+#define QUEUE_USED 0x30
+
+#define ACKNOWLEDGED 3
+#define FEATURES_OK 8
+#define DRIVER_OK 4
+#define NEEDS_RESET 0x40
+#define VERSION_1 1 /* in the upper half */
+
+#define NEXT 1
+#define DEVICE_WRITES 2
+#define INDIRECT 4
+
+#define READ 0
+#define WRITE 1
+#define FLUSH 4
+#define GET_ID 8
+#define DISCARD 11
+#define ZEROES 13
+
+#define ENTRIES 16
+#define SECTOR 512
+#define MOST_SECTORS 8
+#define PATIENCE_US 5000000
+
+struct descriptor {
+  u64 address;
+  u32 length;
+  u16 flags, next;
+};
+
+struct rings {
+  struct descriptor descriptors[ENTRIES];
+  u16 available_flags, available_index, available[ENTRIES], used_event;
+  u8 padding[90];
+  u16 used_flags, used_index;
+  struct {
+    u32 head, length;
+  } used[ENTRIES];
+  u16 available_event;
+};
+
+struct header {
+  u32 type, reserved;
+  u64 sector;
+};
+
+struct range {
+  u64 sector;
+  u32 count, flags;
+};
+
+static volatile struct rings rings __attribute__((aligned(4096)));
+static volatile struct header header;
+static u8 data[MOST_SECTORS * SECTOR] __attribute__((aligned(512)));
+static volatile u8 status;
+
+static struct {
+  bool present;
+  u16 kind;
+  struct function function;
+  u64 at[KINDS];
+  u64 doorbell;
+  u16 sent;
+} device;
+
+static u64 common(u64 offset) { return device.at[COMMON] + offset; }
+
+static void write64(u64 address, u64 value) {
+  mmio_write(address, (u32)value);
+  mmio_write(address + 4, (u32)(value >> 32));
+}
+
+static bool find_structures(u32 *step) {
+  u8 slot = device.function.slot;
+  u8 at = (u8)config_read32(slot, CAPABILITIES);
+  for (int left = 48; at && left; left--) {
+    u32 first = config_read32(slot, at);
+    u8 kind = (u8)(first >> 24);
+    u32 bar = config_read32(slot, (u16)(at + 4)) & 0xff;
+    if ((u8)first == CAPABILITY_VENDOR && kind < KINDS && bar < 6 && device.function.bar[bar]) {
+      device.at[kind] = device.function.bar[bar] + config_read32(slot, (u16)(at + 8));
+      if (kind == NOTIFY) *step = config_read32(slot, (u16)(at + 16));
+    }
+    at = (u8)(first >> 8) & 0xfc;
+  }
+  return device.at[COMMON] && device.at[NOTIFY] && device.at[DEVICE];
+}
+
+/* Waits until the device has let go of the rings. */
+static bool reset(void) {
+  mmio_write8(common(STATUS), 0);
+  for (u64 end = now_us() + PATIENCE_US; now_us() < end; delay_us(100))
+    if (mmio_read8(common(STATUS)) == 0) return true;
+  return false;
+}
+
+static u32 offered(void) {
+  mmio_write(common(DEVICE_FEATURE_SELECT), 0);
+  return mmio_read(common(DEVICE_FEATURE));
+}
+
+/* Takes all that is offered, but for the features of rings; and starts queue 0. */
+static bool start(void) {
+  if (!reset()) return false;
+  u32 features = offered() & 0x00ffffff;
+  mmio_write8(common(STATUS), ACKNOWLEDGED);
+  mmio_write(common(DRIVER_FEATURE_SELECT), 0);
+  mmio_write(common(DRIVER_FEATURE), features);
+  mmio_write(common(DRIVER_FEATURE_SELECT), 1);
+  mmio_write(common(DRIVER_FEATURE), VERSION_1);
+  mmio_write8(common(STATUS), ACKNOWLEDGED | FEATURES_OK);
+  if (!(mmio_read8(common(STATUS)) & FEATURES_OK)) return false;
+  memset((void *)&rings, 0, sizeof(rings));
+  device.sent = 0;
+  mmio_write16(common(CONFIG_VECTOR), 0);
+  mmio_write16(common(QUEUE_SELECT), 0);
+  mmio_write16(common(QUEUE_SIZE), ENTRIES);
+  mmio_write16(common(QUEUE_VECTOR), 1);
+  write64(common(QUEUE_DESCRIPTORS), (u64)rings.descriptors);
+  write64(common(QUEUE_AVAILABLE), (u64)&rings.available_flags);
+  write64(common(QUEUE_USED), (u64)&rings.used_flags);
+  mmio_write16(common(QUEUE_ENABLE), 1);
+  mmio_write8(common(STATUS), ACKNOWLEDGED | FEATURES_OK | DRIVER_OK);
+  return true;
+}
+
+static void probe(u16 kind) {
+  u64 index = 0;
+  u32 step = 0;
+  if (argument(&current, 1) && !number_argument(1, 31, &index)) return;
+  device.present = false;
+  device.kind = kind;
+  memset(device.at, 0, sizeof(device.at));
+  if (!pci_find(RED_HAT, FIRST_DEVICE + kind, (unsigned)index, IRQ_CHANGE, 2, &device.function) ||
+      !find_structures(&step) || !start()) {
+    result_text("none");
+    return;
+  }
+  mmio_write16(common(QUEUE_SELECT), 0);
+  device.doorbell = device.at[NOTIFY] + (u64)step * mmio_read16(common(QUEUE_NOTIFY));
+  device.present = true;
+  result();
+  put_text("slot=");
+  put_decimal(device.function.slot);
+  put_text(" features=0x");
+  put_hex(offered(), 8);
+  if (kind == DISK) {
+    put_text(" sectors=");
+    put_decimal(mmio_read(device.at[DEVICE]) | (u64)mmio_read(device.at[DEVICE] + 4) << 32);
+  }
+  put_char('\n');
+}
+
+static void run_disk_probe(void) { probe(DISK); }
+
+static void set(unsigned index, u64 address, u32 length, u16 flags) {
+  rings.descriptors[index].address = address;
+  rings.descriptors[index].length = length;
+  rings.descriptors[index].flags = flags;
+  rings.descriptors[index].next = (u16)(index + 1);
+}
+
+static void ring(void) { mmio_write16(device.doorbell, 0); }
+
+static void offer(void) {
+  rings.available[device.sent % ENTRIES] = 0;
+  barrier();
+  rings.available_index = ++device.sent;
+  barrier();
+  ring();
+}
+
+/* Sends the request at descriptor 0, and waits for it. */
+static bool send(void) {
+  u16 before = rings.used_index;
+  offer();
+  for (u64 end = now_us() + PATIENCE_US; now_us() < end;) {
+    u32 seen = events();
+    if (rings.used_index != before) return true;
+    if (mmio_read8(common(STATUS)) & NEEDS_RESET) return false;
+    sleep_until(end, seen);
+  }
+  return false;
+}
+
+static bool ready(u16 kind) {
+  if (device.present && device.kind == kind) return true;
+  result_text(kind == DISK ? "error no disk: disk-probe first" : "error no source of random numbers");
+  return false;
+}
+
+static void disk_header(u32 type, u64 sector) {
+  header = (struct header){.type = type, .sector = sector};
+  status = 0xff;
+  set(0, (u64)&header, sizeof(header), NEXT);
+}
+
+/* A request with `length` bytes of data. */
+static const char *disk_request(u32 type, u64 sector, u32 length, bool device_writes) {
+  disk_header(type, sector);
+  unsigned last = 1;
+  if (length) set(last++, (u64)data, length, device_writes ? NEXT | DEVICE_WRITES : NEXT);
+  set(last, (u64)&status, 1, DEVICE_WRITES);
+  if (!send()) return "timeout";
+  return status == 0 ? "ok" : status == 1 ? "io-error" : status == 2 ? "unsupported" : "no-status";
+}
+
+static bool sectors(u64 *sector, u64 *count) {
+  if (!ready(DISK) || !number_argument(1, ~0ULL, sector) || !number_option("count", 1, count)) return false;
+  if (*count >= 1 && *count <= MOST_SECTORS) return true;
+  result_text("error count= from 1 to 8");
+  return false;
+}
+
+/* The printable beginning of each sector, with a bar between. */
+static void run_disk_read(void) {
+  u64 sector, count;
+  if (!sectors(&sector, &count)) return;
+  memset(data, 0xee, sizeof(data));
+  const char *outcome = disk_request(READ, sector, (u32)count * SECTOR, true);
+  result();
+  put_text(outcome);
+  for (u64 i = 0; i < count && same_text(outcome, "ok"); i++) {
+    put_char(i ? '|' : ' ');
+    for (const u8 *c = data + i * SECTOR; *c >= ' ' && *c <= '~'; c++) put_char((char)*c);
+  }
+  put_char('\n');
+}
+
+/* Fills each sector with the text, and zeroes behind it. */
+static void run_disk_write(void) {
+  u64 sector, count;
+  if (!sectors(&sector, &count)) return;
+  const char *text = argument(&current, 2);
+  size_t length = text_length(text);
+  if (length >= SECTOR) length = SECTOR - 1;
+  memset(data, 0, sizeof(data));
+  for (u64 i = 0; i < count; i++) memcpy(data + i * SECTOR, text, length);
+  result_text(disk_request(WRITE, sector, (u32)count * SECTOR, false));
+}
+
+static void run_disk_flush(void) {
+  if (ready(DISK)) result_text(disk_request(FLUSH, 0, 0, false));
+}
+
+static void run_disk_serial(void) {
+  if (!ready(DISK)) return;
+  memset(data, 0, SECTOR);
+  const char *outcome = disk_request(GET_ID, 0, 20, true);
+  result();
+  put_text(outcome);
+  put_char(' ');
+  put_text((const char *)data);
+  put_char('\n');
+}
+
+static void run_range(u32 type) {
+  u64 sector, count;
+  if (!ready(DISK) || !number_argument(1, ~0ULL, &sector) || !number_option("count", 1, &count)) return;
+  struct range range = {.sector = sector, .count = (u32)count};
+  memcpy(data, &range, sizeof(range));
+  result_text(disk_request(type, 0, sizeof(range), false));
+}
+
+static void run_disk_discard(void) { run_range(DISCARD); }
+static void run_disk_zero(void) { run_range(ZEROES); }
+
+/* Requests of one sector one after the other, each with a flush if wanted. */
+static void run_disk_time(void) {
+  u64 count, flush;
+  const char *what = argument(&current, 1);
+  u32 type = same_text(what, "write") ? WRITE : READ;
+  if (!ready(DISK) || !number_option("count", 100, &count) || !number_option("flush", 0, &flush)) return;
+  u64 begun = now_us(), done = 0;
+  for (; done < count; done++) {
+    if (!same_text(disk_request(type, done % 8, SECTOR, type == READ), "ok")) break;
+    if (flush && !same_text(disk_request(FLUSH, 0, 0, false), "ok")) break;
+  }
+  u64 time = now_us() - begun;
+  result();
+  put_text("done=");
+  put_decimal(done);
+  put_text(" us=");
+  put_decimal(done ? time / done : 0);
+  put_char('\n');
+}
+
+static void run_random(void) {
+  u64 count;
+  if (!number_argument(1, sizeof(data), &count)) return;
+  if (!device.present || device.kind != ENTROPY) {
+    u32 step = 0;
+    device.present = false;
+    device.kind = ENTROPY;
+    memset(device.at, 0, sizeof(device.at));
+    if (!pci_find(RED_HAT, FIRST_DEVICE + ENTROPY, 0, IRQ_CHANGE, 2, &device.function)) {
+      result_text("none");
+      return;
+    }
+    /* It has no configuration of its own: the structure is there, and empty. */
+    if (!find_structures(&step) || !start()) {
+      result_text("none");
+      return;
+    }
+    device.doorbell = device.at[NOTIFY];
+    device.present = true;
+  }
+  memset(data, 0, sizeof(data));
+  set(0, (u64)data, (u32)count, DEVICE_WRITES);
+  if (!send()) {
+    result_text("timeout");
+    return;
+  }
+  result();
+  for (u64 i = 0; i < count && i < 32; i++) put_hex(data[i], 2);
+  put_char('\n');
+}
+
+/* --- faults of a driver: after each, the device needs a reset, or fails the request --- */
+
+static void far_index(void) {
+  rings.available_index = (u16)(device.sent + 1000);
+  ring();
+}
+static void far_head(void) {
+  disk_header(READ, 0);
+  rings.available[device.sent % ENTRIES] = 40000;
+  barrier();
+  rings.available_index = ++device.sent;
+  ring();
+}
+static void outside(void) {
+  disk_header(READ, 0);
+  set(1, 0x7fff00000000ULL, SECTOR, NEXT | DEVICE_WRITES);
+  set(2, (u64)&status, 1, DEVICE_WRITES);
+  offer();
+}
+static void wrapped(void) {
+  disk_header(WRITE, 0);
+  set(1, ~0ULL - 100, SECTOR, NEXT);
+  set(2, (u64)&status, 1, DEVICE_WRITES);
+  offer();
+}
+static void in_window(void) {
+  disk_header(READ, 0);
+  set(1, device.at[COMMON], SECTOR, NEXT | DEVICE_WRITES);
+  set(2, (u64)&status, 1, DEVICE_WRITES);
+  offer();
+}
+static void endless(void) {
+  disk_header(READ, 0);
+  set(1, (u64)data, SECTOR, NEXT | DEVICE_WRITES);
+  rings.descriptors[1].next = 1;
+  offer();
+}
+static void huge(void) {
+  disk_header(READ, 0);
+  for (unsigned i = 1; i < ENTRIES - 1; i++) set(i, 0x1000, 0xffffffff, NEXT | DEVICE_WRITES);
+  set(ENTRIES - 1, (u64)&status, 1, DEVICE_WRITES);
+  offer();
+}
+static void indirect_in_indirect(void) {
+  set(1, (u64)&rings.descriptors[1], sizeof(struct descriptor), INDIRECT);
+  set(0, (u64)&rings.descriptors[1], sizeof(struct descriptor), INDIRECT);
+  offer();
+}
+static void no_status(void) {
+  disk_header(WRITE, 0);
+  rings.descriptors[0].flags = 0;
+  offer();
+}
+static void backwards(void) {
+  set(0, (u64)&status, 1, NEXT | DEVICE_WRITES);
+  set(1, (u64)&header, sizeof(header), 0);
+  offer();
+}
+static void reset_in_flight(void) {
+  disk_header(READ, 0);
+  set(1, (u64)data, sizeof(data), NEXT | DEVICE_WRITES);
+  set(2, (u64)&status, 1, DEVICE_WRITES);
+  offer();
+  mmio_write8(common(STATUS), 0);
+}
+static void rings_outside(void) {
+  reset();
+  mmio_write8(common(STATUS), ACKNOWLEDGED);
+  mmio_write(common(DRIVER_FEATURE_SELECT), 1);
+  mmio_write(common(DRIVER_FEATURE), VERSION_1);
+  mmio_write8(common(STATUS), ACKNOWLEDGED | FEATURES_OK);
+  mmio_write16(common(QUEUE_SELECT), 0);
+  write64(common(QUEUE_USED), 0x7fff00000000ULL);
+  mmio_write16(common(QUEUE_ENABLE), 1);
+  mmio_write8(common(STATUS), ACKNOWLEDGED | FEATURES_OK | DRIVER_OK);
+  ring();
+}
+static void moved_rings(void) {
+  write64(common(QUEUE_USED), 0);
+  mmio_write16(common(QUEUE_SIZE), 3);
+  offer();
+}
+static void queues_that_are_not_there(void) {
+  for (u32 i = 0; i < 0x400; i++) mmio_write16(device.at[NOTIFY] + 2 * i, (u16)i);
+  for (u32 i = 0; i < 0x10000; i += 0x101) {
+    mmio_write16(common(QUEUE_SELECT), (u16)i);
+    mmio_write16(common(QUEUE_VECTOR), (u16)(i + 7));
+    mmio_write16(common(QUEUE_ENABLE), 1);
+  }
+}
+
+static void (*const faults[])(void) = {
+    far_index, far_head,  outside,   wrapped,         in_window,     endless,     huge, indirect_in_indirect,
+    no_status, backwards, reset_in_flight, rings_outside, moved_rings, queues_that_are_not_there,
+};
+
+static void run_disk_hostile(void) {
+  if (!ready(DISK)) return;
+  unsigned alive = 0;
+  for (unsigned i = 0; i < COUNT(faults); i++) {
+    faults[i]();
+    delay_us(2000);
+    /* The device is as good as new after a reset. */
+    if (start() && same_text(disk_request(READ, 0, SECTOR, true), "ok")) alive++;
+  }
+  result();
+  put_text(alive == COUNT(faults) ? "ok faults=" : "dead after some of faults=");
+  put_decimal(COUNT(faults));
+  put_char('\n');
+}
+
+const struct command virtio_commands[] = {
+    {"disk-probe", "", 0, 1, false, run_disk_probe, "disk-probe [INDEX]"},
+    {"disk-read", "count", 1, 1, false, run_disk_read, "disk-read SECTOR [count=1]"},
+    {"disk-write", "count", 2, 2, false, run_disk_write, "disk-write SECTOR TEXT [count=1]"},
+    {"disk-flush", "", 0, 0, false, run_disk_flush, "disk-flush"},
+    {"disk-serial", "", 0, 0, false, run_disk_serial, "disk-serial"},
+    {"disk-discard", "count", 1, 1, false, run_disk_discard, "disk-discard SECTOR [count=1]"},
+    {"disk-zero", "count", 1, 1, false, run_disk_zero, "disk-zero SECTOR [count=1]"},
+    {"disk-time", "count flush", 1, 1, false, run_disk_time, "disk-time read|write [count=100] [flush=0]"},
+    {"disk-hostile", "", 0, 0, false, run_disk_hostile, "disk-hostile"},
+    {"random", "", 1, 1, false, run_random, "random BYTES"},
+    {0},
+};

@@ -1,0 +1,121 @@
+// SPDX-License-Identifier: Apache-2.0
+
+//! Virtio devices of a machine, from its specification and files.
+
+use std::{
+    collections::BTreeMap,
+    error::Error,
+    fs::File,
+    sync::{
+        Arc,
+        atomic::{AtomicU64, Ordering},
+    },
+};
+
+use devices::device::Device;
+use virtio::{
+    block::{self, Block, Counters, Options},
+    disk::{Disk as _, raw::RawDisk},
+    engine::{Configuration, Engine, Identity},
+    entropy::{self, Entropy},
+    transport::{Connections, VirtioFunction},
+};
+
+use super::{Board, BoardError, Parts};
+use crate::control::{DiskFormat, DiskSpec, DiskStats, files};
+
+/// The facts of a machine's disks that outlive their construction.
+#[derive(Default)]
+pub struct Disks {
+    /// Counters by the disks' names.
+    counters: BTreeMap<String, Arc<Counters>>,
+    /// The length in bytes of the longest file that a disk may write.
+    pub longest_file: u64,
+}
+
+impl Disks {
+    /// Counters by the disks' names.
+    #[must_use]
+    pub fn stats(&self) -> BTreeMap<String, DiskStats> {
+        self.counters.iter().map(|(id, counters)| (id.clone(), read(counters))).collect()
+    }
+}
+
+fn read(counters: &Counters) -> DiskStats {
+    let read = |counter: &AtomicU64| counter.load(Ordering::Relaxed);
+    DiskStats {
+        reads: read(&counters.reads),
+        writes: read(&counters.writes),
+        flushes: read(&counters.flushes),
+        discards: read(&counters.discards),
+        read_bytes: read(&counters.read_bytes),
+        written_bytes: read(&counters.written_bytes),
+        errors: read(&counters.errors),
+        busy_ns: read(&counters.busy_ns),
+    }
+}
+
+fn failed(device: &str) -> impl FnOnce(Box<dyn Error + Send + Sync>) -> BoardError {
+    move |source| BoardError::Device { device: device.to_owned(), source }
+}
+
+/// Makes a function, and puts it on the bus.
+fn insert(
+    board: &Board,
+    parts: &mut Parts<'_>,
+    identity: Identity,
+    configuration: Arc<Configuration>,
+    engine: Box<dyn Engine>,
+) -> Result<Arc<dyn Device>, BoardError> {
+    let name = identity.name.clone();
+    let connections = Connections {
+        memory: Arc::new(parts.memory.clone()),
+        router: parts.router(),
+        doorbells: parts.doorbells(),
+        windows: parts.pci.bars(),
+    };
+    let insert = || -> Result<Arc<VirtioFunction>, Box<dyn Error + Send + Sync>> {
+        let function = VirtioFunction::new(identity, configuration, engine, connections)?;
+        let address =
+            parts.bars.take(function.bar()).ok_or("the guest's PCI windows have no room for its BAR")?;
+        function.assign(address)?;
+        let function = Arc::new(function);
+        board.pci.add(function.clone())?;
+        Ok(function)
+    };
+    Ok(insert().map_err(failed(&name))?)
+}
+
+/// Builds the disks, in their order.
+pub(super) fn disks(board: &Board, parts: &mut Parts<'_>) -> Result<Vec<Arc<dyn Device>>, BoardError> {
+    let specs = &parts.spec.disks;
+    specs.iter().map(|spec| disk(board, parts, spec)).collect()
+}
+
+fn disk(board: &Board, parts: &mut Parts<'_>, spec: &DiskSpec) -> Result<Arc<dyn Device>, BoardError> {
+    let file = parts.files.require(&files::disk(&spec.id)).map_err(|error| failed(&spec.id)(error.into()))?;
+    let DiskFormat::Raw = spec.format;
+    let disk = RawDisk::new(File::from(file)).map_err(|error| failed(&spec.id)(error.into()))?;
+    if !spec.read_only {
+        parts.disks.longest_file = parts.disks.longest_file.max(disk.size());
+    }
+    let options = Options {
+        id: spec.id.clone(),
+        read_only: spec.read_only,
+        serial: spec.serial.clone(),
+        discard: spec.discard,
+    };
+    let counters = Arc::<Counters>::default();
+    parts.disks.counters.insert(spec.id.clone(), Arc::clone(&counters));
+    let (identity, configuration) = (block::identity(&options), block::configuration(disk.size()));
+    insert(board, parts, identity, configuration, Box::new(Block::new(Box::new(disk), options, counters)))
+}
+
+/// Builds the entropy device, if the machine has it.
+pub(super) fn entropy(board: &Board, parts: &mut Parts<'_>) -> Result<Vec<Arc<dyn Device>>, BoardError> {
+    if !parts.spec.entropy {
+        return Ok(Vec::new());
+    }
+    let device = insert(board, parts, entropy::identity(), Configuration::new(Vec::new()), Box::new(Entropy));
+    Ok(vec![device?])
+}
