@@ -5,6 +5,7 @@
 mod boot;
 mod boot_time;
 mod crash;
+mod debian;
 mod devices;
 mod errors;
 mod guest_networking;

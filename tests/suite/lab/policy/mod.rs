@@ -54,7 +54,7 @@ fn agent_with(relay: Relay, settings: &Value) -> Agent {
     in_group(Agent::start_with(bypass), settings)
 }
 
-fn in_group(agent: Agent, settings: &Value) -> Agent {
+pub(super) fn in_group(agent: Agent, settings: &Value) -> Agent {
     let switch = serde_json::from_value(json!({ "uplinks": [host::PF] })).unwrap();
     agent
         .ask(agent.client.put_switch("uplink", &switch, None))
