@@ -27,6 +27,10 @@ const TARGETS: &[(&str, Body)] = &[
     ("function_accesses", passthrough::function::fuzz::fuzz_accesses),
     // The capability lists of an assigned function, as hardware may have them.
     ("function_capabilities", passthrough::function::fuzz::fuzz_capabilities),
+    // A virtio device's registers and rings: any accesses of a guest, and the thread's work between them.
+    ("virtio_transport", virtio::fuzz::fuzz_transport),
+    // The same for a disk, with requests.
+    ("virtio_block", virtio::fuzz::fuzz_block),
     // Kernel images: headers of bzImage and ELF.
     ("kernel", vmm::boot::fuzz::fuzz_kernel),
     // Request bodies of a client of the API.

@@ -25,9 +25,11 @@ pub mod block;
 pub mod disk;
 pub mod engine;
 pub mod entropy;
+#[cfg(any(test, feature = "test-support"))]
+pub mod fuzz;
 pub mod negotiation;
 pub mod queue;
-#[cfg(test)]
+#[cfg(any(test, feature = "test-support"))]
 pub(crate) mod testing;
 pub mod transport;
 mod worker;

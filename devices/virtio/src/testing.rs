@@ -1,11 +1,19 @@
 // SPDX-License-Identifier: Apache-2.0
 
-//! A machine of one device and its driver, for tests: the driver writes registers and rings, and
-//! [`Driver::pump`] does the work of the device's thread.
+//! A machine of one device and its driver, for tests and fuzzing: the driver writes registers and
+//! rings, and [`Driver::pump`] does the work of the device's thread.
+#![cfg_attr(not(test), allow(dead_code, reason = "tests use all of it, fuzzing a part"))]
+#![allow(
+    clippy::unwrap_used,
+    clippy::panic,
+    clippy::single_range_in_vec_init,
+    reason = "a broken law is to end the test or the fuzzer"
+)]
 
 use std::{
     io,
-    sync::{Arc, Mutex},
+    ops::Range,
+    sync::{Arc, Mutex, MutexGuard, PoisonError},
 };
 
 use devices::{
@@ -15,14 +23,92 @@ use devices::{
     io_thread::IoThread,
     pci::PciFunction as _,
 };
-use vm_memory::{Bytes as _, GuestAddress};
+use vm_memory::{Bytes as _, GuestAddress, VolatileSlice};
 use vmm_sys_util::eventfd::EventFd;
 
 use crate::{
     GuestMemory,
+    disk::Disk,
     engine::{Configuration, Engine, Identity},
+    queue::{length, write_bytes},
     transport::{Connections, VirtioFunction},
 };
+
+/// The state of a [`MemoryDisk`].
+#[derive(Default)]
+pub(crate) struct Medium {
+    pub(crate) bytes: Vec<u8>,
+    pub(crate) flushes: u32,
+    pub(crate) discarded: Vec<(u64, u64)>,
+    pub(crate) zeroed: Vec<(u64, u64, bool)>,
+    pub(crate) fail: Option<io::ErrorKind>,
+}
+
+/// A disk in memory, whose tests look into it. It asserts that no request leaves it.
+#[derive(Clone, Default)]
+pub(crate) struct MemoryDisk(Arc<Mutex<Medium>>);
+
+impl MemoryDisk {
+    pub(crate) fn of(size: usize) -> Self {
+        let disk = Self::default();
+        disk.medium().bytes = vec![0; size];
+        disk
+    }
+
+    pub(crate) fn medium(&self) -> MutexGuard<'_, Medium> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn work(&self, offset: u64, len: u64) -> io::Result<Range<usize>> {
+        if let Some(kind) = self.medium().fail {
+            return Err(kind.into());
+        }
+        let from = usize::try_from(offset).unwrap();
+        let range = from..from + usize::try_from(len).unwrap();
+        assert!(range.end <= self.medium().bytes.len(), "a range outside of the disk reached it: {range:?}");
+        Ok(range)
+    }
+}
+
+impl Disk for MemoryDisk {
+    fn size(&self) -> u64 {
+        self.medium().bytes.len() as u64
+    }
+
+    fn read(&mut self, offset: u64, buffers: &[VolatileSlice<'_>]) -> io::Result<()> {
+        let range = self.work(offset, length(buffers))?;
+        write_bytes(buffers, &self.medium().bytes[range]);
+        Ok(())
+    }
+
+    fn write(&mut self, offset: u64, buffers: &[VolatileSlice<'_>]) -> io::Result<()> {
+        let range = self.work(offset, length(buffers))?;
+        let mut at = range.start;
+        for buffer in buffers {
+            at += buffer.copy_to(&mut self.medium().bytes[at..at + buffer.len()]);
+        }
+        Ok(())
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        self.work(0, 0)?;
+        self.medium().flushes += 1;
+        Ok(())
+    }
+
+    fn discard(&mut self, offset: u64, len: u64) -> io::Result<()> {
+        self.work(offset, len)?;
+        self.medium().discarded.push((offset, len));
+        Ok(())
+    }
+
+    fn write_zeroes(&mut self, offset: u64, len: u64, may_discard: bool) -> io::Result<()> {
+        let range = self.work(offset, len)?;
+        self.medium().bytes[range].fill(0);
+        self.medium().zeroed.push((offset, len, may_discard));
+        Ok(())
+    }
+}
 
 /// The address of the BAR.
 pub(crate) const BASE: u64 = 0x4000_0000;
@@ -113,6 +199,13 @@ impl Driver {
     /// Turns on memory and bus mastering.
     pub(crate) fn enable(&self) {
         self.function.config_write(4, &6_u16.to_le_bytes());
+    }
+
+    /// Puts the BAR back to its address.
+    pub(crate) fn place_bar(&self) {
+        self.function.config_write(0x10, &u32::try_from(BASE).unwrap().to_le_bytes());
+        self.function.config_write(0x14, &[0; 4]);
+        self.enable();
     }
 
     pub(crate) fn config<const N: usize>(&self, offset: u16) -> [u8; N] {

@@ -120,7 +120,7 @@ fn each_layer_alone_stops_every_attack_by_a_simulated_pf() {
 #[test]
 fn every_thread_of_a_vm_is_confined() {
     let agent = agent(FILTERS_ALONE);
-    for thread in ["main", "vcpu", "io-thread", "relay", "function-thread", "simulated-vf"] {
+    for thread in ["main", "vcpu", "io-thread", "disk-thread", "relay", "function-thread", "simulated-vf"] {
         for what in ["open_file", "connect_tcp", "signal_agent", "fork", "exec", "map_code", "socket_pair"] {
             let outcome = attempt(&agent, what, thread, &adapter());
             report(&format!("{what:16}{thread:20}{outcome}"));

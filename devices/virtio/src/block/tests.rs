@@ -1,15 +1,11 @@
 // SPDX-License-Identifier: Apache-2.0
 
-use std::{
-    collections::BTreeMap,
-    sync::{Mutex, PoisonError},
-};
+use std::collections::BTreeMap;
 
 use proptest::prelude::*;
-use vm_memory::VolatileSlice;
 
 use super::*;
-use crate::testing::Driver;
+use crate::testing::{Driver, MemoryDisk};
 
 const VERSION_1: u64 = 1 << 32;
 const FLUSH: u64 = 1 << 9;
@@ -20,81 +16,6 @@ const READ_ONLY: u64 = 1 << 5;
 const HEADER_AT: u64 = 0x10000;
 const STATUS_AT: u64 = 0x11000;
 const DATA_AT: u64 = 0x20000;
-
-#[derive(Default)]
-struct Medium {
-    bytes: Vec<u8>,
-    flushes: u32,
-    discarded: Vec<(u64, u64)>,
-    zeroed: Vec<(u64, u64, bool)>,
-    fail: Option<io::ErrorKind>,
-}
-
-/// A disk in memory, whose tests look into it.
-#[derive(Clone, Default)]
-struct MemoryDisk(Arc<Mutex<Medium>>);
-
-impl MemoryDisk {
-    fn of(size: usize) -> Self {
-        let disk = Self::default();
-        disk.medium().bytes = vec![0; size];
-        disk
-    }
-
-    fn medium(&self) -> std::sync::MutexGuard<'_, Medium> {
-        self.0.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-
-    fn work(&self, offset: u64, len: u64) -> io::Result<std::ops::Range<usize>> {
-        if let Some(kind) = self.medium().fail {
-            return Err(kind.into());
-        }
-        let from = usize::try_from(offset).unwrap();
-        let range = from..from + usize::try_from(len).unwrap();
-        assert!(range.end <= self.medium().bytes.len(), "a range outside of the disk reached it: {range:?}");
-        Ok(range)
-    }
-}
-
-impl Disk for MemoryDisk {
-    fn size(&self) -> u64 {
-        self.medium().bytes.len() as u64
-    }
-
-    fn read(&mut self, offset: u64, buffers: &[VolatileSlice<'_>]) -> io::Result<()> {
-        let range = self.work(offset, length(buffers))?;
-        write_bytes(buffers, &self.medium().bytes[range]);
-        Ok(())
-    }
-
-    fn write(&mut self, offset: u64, buffers: &[VolatileSlice<'_>]) -> io::Result<()> {
-        let range = self.work(offset, length(buffers))?;
-        let mut at = range.start;
-        for buffer in buffers {
-            at += buffer.copy_to(&mut self.medium().bytes[at..at + buffer.len()]);
-        }
-        Ok(())
-    }
-
-    fn flush(&mut self) -> io::Result<()> {
-        self.work(0, 0)?;
-        self.medium().flushes += 1;
-        Ok(())
-    }
-
-    fn discard(&mut self, offset: u64, len: u64) -> io::Result<()> {
-        self.work(offset, len)?;
-        self.medium().discarded.push((offset, len));
-        Ok(())
-    }
-
-    fn write_zeroes(&mut self, offset: u64, len: u64, may_discard: bool) -> io::Result<()> {
-        let range = self.work(offset, len)?;
-        self.medium().bytes[range].fill(0);
-        self.medium().zeroed.push((offset, len, may_discard));
-        Ok(())
-    }
-}
 
 fn options() -> Options {
     Options { id: "root".into(), read_only: false, serial: "serial-of-20-letters!".into(), discard: true }

@@ -336,8 +336,8 @@ proptest! {
                 0 => { driver.function.mmio_write(BASE + register, &bytes[..len]); }
                 1 => { driver.function.mmio_write(BASE + u64::from(at) % 0x4000, &bytes[..len]); }
                 2 => { driver.function.mmio_read(BASE + u64::from(at) % 0x4000, &mut data[..len]); }
-                3 => driver.function.config_write(at % 0x100 & !3, &bytes[..4]),
-                4 => driver.function.config_read(at % 0x1000 & !3, &mut data[..4]),
+                3 => driver.function.config_write((at % 0x100) & !3, &bytes[..4]),
+                4 => driver.function.config_read((at % 0x1000) & !3, &mut data[..4]),
                 _ => driver.pump(),
             }
         }
