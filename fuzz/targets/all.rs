@@ -16,7 +16,7 @@ const TARGETS: &[(&str, Body)] = &[
     // The mailbox's registers: any accesses of a guest, and the relay's work between them.
     ("mailbox_registers", passthrough::channel::mailbox::fuzz::fuzz_registers),
     // Packets that a taken-over vmm can send to the agent, and packets of the agent.
-    ("control", vmm::control::fuzz::fuzz_packet),
+    ("control", protocol::fuzz::fuzz_packet),
     // Packets between the simulated adapter's VFs and its PF.
     ("sim_packets", passthrough::sim::fuzz::fuzz_packet),
     // The simulated PF: any messages and frames of its VFs.

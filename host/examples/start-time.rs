@@ -28,11 +28,11 @@ use host::{
     console::Reader,
     vmm_process::{Program, VmDirectory, spawn},
 };
+use protocol::{Channel, ChannelError, MachineSpec, Order, ToAgent, ToVmm, VERSION, files as file};
 use rustix::process::{Pid, Signal, kill_process};
 use tempfile::TempDir;
 use tokio::runtime::Runtime;
 use uuid::Uuid;
-use vmm::control::{Channel, ChannelError, MachineSpec, Order, ToAgent, ToVmm, VERSION, files as file};
 
 /// Unlike any other mapping's size, so that guest memory is recognized in `/proc/PID/smaps`.
 const GUEST_MIB: u64 = 130;

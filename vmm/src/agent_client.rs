@@ -17,9 +17,8 @@ use passthrough::{
     failpoints::{Point, reach},
     relay::{Authority, Notice, Question, Unreachable},
 };
+use protocol::{Ask, Channel, ChannelError, ToAgent};
 use vmm_sys_util::eventfd::EventFd;
-
-use crate::control::{Ask, Channel, ChannelError, ToAgent};
 
 /// A message of a relay.
 #[derive(Debug)]
@@ -166,7 +165,7 @@ mod tests {
     use netpolicy::Request;
 
     use super::*;
-    use crate::control::Listener;
+    use protocol::Listener;
 
     fn question(seq: u64) -> Question {
         Question { seq, request: Request::Reset }

@@ -16,6 +16,7 @@ use kvm_bindings::{
     kvm_enable_cap, kvm_irqchip, kvm_pit_config, kvm_pit_state2,
 };
 use kvm_ioctls::{Cap, Kvm, VmFd};
+use protocol::{Failure, FailureCode, FileError, Files, MachineSpec, Stats, files};
 use vmm_sys_util::eventfd::EventFd;
 
 use crate::{
@@ -24,7 +25,6 @@ use crate::{
     board::{Board, BoardError, Parts},
     boot::{self, BootError, Payload, acpi::Description},
     console::{self, Console},
-    control::{Failure, FailureCode, FileError, Files, MachineSpec, Stats, files},
     interrupts::Routes,
     io_threads::{IoThreadError, IoThreads},
     layout,

@@ -28,15 +28,10 @@ use passthrough::{
     threads::ThreadStart,
     vfio::{self, Container, KvmVfioDevice, VfioVf},
 };
+use protocol::{DeviceBackend, DeviceLoss, DeviceSpec, DeviceStats, FailureCode, Files, files::connection};
 use vmm_sys_util::eventfd::EventFd;
 
-use crate::{
-    agent_client::RelayReceiver,
-    bars::BarAllocator,
-    control::{DeviceBackend, DeviceLoss, DeviceSpec, DeviceStats, FailureCode, Files, files::connection},
-    memory::GuestMemory,
-    sandbox,
-};
+use crate::{agent_client::RelayReceiver, bars::BarAllocator, memory::GuestMemory, sandbox};
 
 /// The time limit of a function's reset. VFIO's own FLR waits 100 ms, the PCI core gives a slow device a second, and
 /// an emulated device under load needs more.

@@ -19,6 +19,7 @@ use api::{
 use async_trait::async_trait;
 use axum::body::Bytes;
 use passthrough::failpoints::{Point, reach};
+use protocol::{Order, Outcome};
 use tokio::{
     sync::{Mutex, MutexGuard},
     task::JoinSet,
@@ -26,7 +27,6 @@ use tokio::{
 };
 use tracing::Instrument as _;
 use uuid::Uuid;
-use vmm::control::{Order, Outcome};
 
 use super::{console, strangers::Strangers, view};
 use crate::{

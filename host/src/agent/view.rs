@@ -93,7 +93,7 @@ pub(super) fn vm(
 }
 
 /// Counters.
-pub(super) fn stats(handle: &VmHandle, stats: vmm::control::Stats) -> VmStats {
+pub(super) fn stats(handle: &VmHandle, stats: protocol::Stats) -> VmStats {
     let held = handle.status().held;
     let adapter = |bdf: &str| {
         let claim = held.iter().find(|claim| claim.name == bdf)?;

@@ -14,8 +14,8 @@ use passthrough::{
     },
     vfio::Container,
 };
+use protocol::DeviceBackend;
 use tracing::Span;
-use vmm::control::DeviceBackend;
 
 use super::{Facts, FunctionBackend, MachineDevice, PfInterface, Scrub};
 use crate::vm::problem::{ToProblem, chain};

@@ -20,7 +20,7 @@ use passthrough::{
         ViabilityError,
     },
 };
-use vmm::control::DeviceBackend;
+use protocol::DeviceBackend;
 
 pub use self::{
     hardware::{Hardware, OpenPf},

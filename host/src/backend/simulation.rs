@@ -14,7 +14,7 @@ use passthrough::{
         ViabilityError,
     },
 };
-use vmm::control::DeviceBackend;
+use protocol::DeviceBackend;
 
 use super::{Facts, FunctionBackend, MachineDevice, PfInterface, Scrub};
 use crate::{

@@ -9,8 +9,8 @@
 use std::{io, os::fd::AsFd, process::ExitCode, time::Duration};
 
 use passthrough::sim::pf::{Options, serve};
+use protocol::SandboxSpec;
 use vmm::{
-    control::SandboxSpec,
     sandbox::{self, NewNamespaces},
     seccomp,
 };

@@ -10,11 +10,11 @@ use passthrough::{
     relay::{Decision as RelayDecision, Forwarded, How, Question, Verdict},
     sriov::{VfChange, VfSettings},
 };
+use protocol::{Answer, Order, Outcome};
 use tokio::{
     sync::oneshot,
     time::{Instant, sleep, timeout},
 };
-use vmm::control::{Answer, Order, Outcome};
 
 use super::{Timing, journal::Journal, port_queue::Revert, record::Attachment, vmm_client::Vmm};
 use crate::{

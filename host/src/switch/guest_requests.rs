@@ -10,8 +10,8 @@ use passthrough::{
     failpoints::{Point, reach},
     relay::{self, Cancelled, How, Question},
 };
+use protocol::Answer;
 use tokio::{sync::oneshot, time::Instant};
-use vmm::control::Answer;
 
 use super::{
     actor::Actor,

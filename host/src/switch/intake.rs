@@ -7,9 +7,9 @@
 
 use async_trait::async_trait;
 use netpolicy::VmId;
+use protocol::Ask;
 use tokio::sync::mpsc;
 use tracing::Span;
-use vmm::control::Ask;
 
 use super::command::Command;
 use crate::vmm_process::{RelayEvent, RelayEvents};

@@ -9,8 +9,8 @@ use std::{
 
 use async_trait::async_trait;
 use netpolicy::StandingRefusal;
+use protocol::{Answer, Order, Outcome};
 use tokio::sync::mpsc;
-use vmm::control::{Answer, Order, Outcome};
 
 use crate::vmm_process::{Connection, OrderError};
 

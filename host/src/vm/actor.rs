@@ -27,13 +27,13 @@ use api::{
     },
 };
 use passthrough::failpoints::{Point, reach};
+use protocol::{DeviceLoss, End, Order, Report, State};
 use tokio::{
     sync::{mpsc, oneshot, watch},
     task::AbortHandle,
     time::{MissedTickBehavior, interval, sleep, timeout},
 };
 use tracing::Instrument as _;
-use vmm::control::{DeviceLoss, End, Order, Report, State};
 
 use lease::Tenancy;
 use progress::Progress;

@@ -10,9 +10,9 @@ use api::{
     types::{Protection, Stage, VmSpec},
 };
 use passthrough::failpoints::{Point, reach};
+use protocol::{DeviceSpec, MachineSpec, Order, State, files as file};
 use tokio::sync::mpsc;
 use uuid::Uuid;
-use vmm::control::{DeviceSpec, MachineSpec, Order, State, files as file};
 
 use super::{
     claims::{self, Held},

@@ -6,7 +6,7 @@ use std::error::Error;
 
 use api::{Missing, Problem, ProblemCode};
 use passthrough::sriov::{ApplyError, BindError, InventoryError, PfError, VfCountError, ViabilityError};
-use vmm::control::FailureCode;
+use protocol::FailureCode;
 
 use crate::{
     files::FileError,

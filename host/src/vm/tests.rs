@@ -474,7 +474,7 @@ async fn a_vmm_that_answers_something_else_is_killed() {
     let vm = host.create("web1", |_| {}).await;
     host.act(&vm, VmAction::Boot).await.unwrap();
     host.tell(&vm, "nonsense confused").await;
-    let order = vmm::control::Order::Stats;
+    let order = protocol::Order::Stats;
     let error = vm.connection().unwrap().order(order, Vec::new(), fixture::PATIENCE).await.unwrap_err();
     assert!(error.to_string().contains("the result of another command"), "{error}");
     host.at_rest(&vm).await;
@@ -488,7 +488,7 @@ async fn what_is_only_odd_is_no_nonsense() {
     host.act(&vm, VmAction::Boot).await.unwrap();
     host.tell(&vm, "nonsense huge").await;
     // An order that nobody waits for any more is answered.
-    let late = vmm::control::Order::ConsoleWait { offset: 0 };
+    let late = protocol::Order::ConsoleWait { offset: 0 };
     let given_up =
         vm.connection().unwrap().order(late, Vec::new(), std::time::Duration::from_millis(1)).await;
     assert!(given_up.is_err());

@@ -8,8 +8,8 @@
 
 use std::{collections::BTreeSet, fs, path::Path};
 
+use protocol::Channel;
 use uuid::Uuid;
-use vmm::control::Channel;
 
 use crate::vmm_process::VmDirectory;
 

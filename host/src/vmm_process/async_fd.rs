@@ -7,8 +7,8 @@ use std::{
     os::fd::{AsRawFd, OwnedFd},
 };
 
+use protocol::Channel;
 use tokio::io::{Interest, unix::AsyncFd};
-use vmm::control::Channel;
 
 /// Types that own one descriptor, never replace it, and close it only when dropped.
 pub(super) trait OwnsOne: AsRawFd {}

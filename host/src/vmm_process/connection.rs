@@ -20,16 +20,16 @@ use std::{
 use async_trait::async_trait;
 use netpolicy::{StandingRefusal, clipped};
 use passthrough::relay::Notice;
+use protocol::{
+    Answer, Ask, Channel, ChannelError, Failure, Order, Outcome, Report, SPOKEN, STANDING_SINCE, State,
+    ToAgent, ToVmm,
+};
 use tokio::{
     io::{Interest, unix::AsyncFd},
     sync::{mpsc, oneshot, watch},
     time::timeout,
 };
 use uuid::Uuid;
-use vmm::control::{
-    Answer, Ask, Channel, ChannelError, Failure, Order, Outcome, Report, SPOKEN, STANDING_SINCE, State,
-    ToAgent, ToVmm,
-};
 
 use self::backlog::{Relays, Unnoted};
 use super::{

@@ -9,8 +9,8 @@ use std::{
     path::{Path, PathBuf},
 };
 
+use protocol::Listener;
 use uuid::Uuid;
-use vmm::control::Listener;
 
 use crate::{console, text::is_active};
 

@@ -10,7 +10,7 @@ use std::{
 };
 
 use passthrough::relay::{Rate, TokenBucket};
-use vmm::control::{Ask, ChannelError, Order, Outcome, Report, ToAgent};
+use protocol::{Ask, ChannelError, Order, Outcome, Report, ToAgent};
 
 /// Longest request or report in bytes. The longest of an honest vmm have about 1 KiB.
 const LONGEST: usize = 4096;
@@ -236,7 +236,7 @@ pub(super) fn is_nonsense(error: &ChannelError) -> bool {
 #[cfg(test)]
 mod tests {
     use passthrough::relay::Notice;
-    use vmm::control::{DeviceLoss, Failure, FailureCode, State};
+    use protocol::{DeviceLoss, Failure, FailureCode, State};
 
     use super::*;
 

@@ -13,9 +13,9 @@ use std::{
     process::{Command, Stdio},
 };
 
+use protocol::Listener;
 use rustix::process::{Pid, Resource, Rlimit, getrlimit, prlimit};
 use uuid::Uuid;
-use vmm::control::Listener;
 
 use super::{Process, VmDirectory};
 
@@ -163,7 +163,7 @@ pub fn limit_memlock(process: &Process, need: u64) -> Result<(), SpawnError> {
 mod tests {
     use std::time::{Duration, Instant};
 
-    use vmm::control::Channel;
+    use protocol::Channel;
 
     use super::*;
     use crate::vmm_process::Exit;

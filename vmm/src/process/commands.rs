@@ -12,10 +12,10 @@ use passthrough::{
     failpoints::{Point, reach},
     relay::Relay,
 };
+use protocol::{Answer, End, Failure, FailureCode, FileError, Files, MachineSpec, Order, Outcome, State};
 
 use super::{event_loop::Process, resets::Reset};
 use crate::{
-    control::{Answer, End, Failure, FailureCode, FileError, Files, MachineSpec, Order, Outcome, State},
     io_threads::IoThreadError,
     machine::{Machine, MachineError},
     vcpu,

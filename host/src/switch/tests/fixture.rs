@@ -19,9 +19,9 @@ use passthrough::{
     relay::{self, Forwarded, How, Notice, Question, Verdict},
     sriov::Hint,
 };
+use protocol::{Answer, Order};
 use tokio::{sync::mpsc, time::timeout};
 use uuid::Uuid;
-use vmm::control::{Answer, Order};
 
 use crate::{
     decisions::{DecisionLog, KEPT, events::EventHub},
@@ -112,7 +112,7 @@ impl FakeVmm {
 
 #[async_trait]
 impl Vmm for FakeVmm {
-    async fn order(&self, order: Order, patience: Duration) -> Result<vmm::control::Outcome, OrderError> {
+    async fn order(&self, order: Order, patience: Duration) -> Result<protocol::Outcome, OrderError> {
         self.heard().orders.push(order.clone());
         let takes_back = self.heard().takes_back;
         let (failed, deferred) = match (takes_back, order) {
@@ -123,9 +123,9 @@ impl Vmm for FakeVmm {
             (TakesBack::Refused, Order::TakeBack { changes, .. }) => (changes, false),
             (TakesBack::Deferred, Order::TakeBack { .. }) => (Vec::new(), true),
             (TakesBack::Done, Order::TakeBack { .. }) => (Vec::new(), false),
-            _ => return Ok(vmm::control::Outcome::Done),
+            _ => return Ok(protocol::Outcome::Done),
         };
-        Ok(vmm::control::Outcome::TakenBack { failed, deferred })
+        Ok(protocol::Outcome::TakenBack { failed, deferred })
     }
 
     fn answer(&self, id: u64, answer: Answer) {

@@ -11,7 +11,7 @@ use passthrough::{
     relay::Notice,
     sriov::{Hint, VfChange},
 };
-use vmm::control::Order;
+use protocol::Order;
 
 use super::fixture::{FORWARD, Host, LOCAL, PF, TIMING, TakesBack, mac, vf, vm};
 

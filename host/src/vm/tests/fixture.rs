@@ -19,9 +19,9 @@ use passthrough::sriov::{
     Bdf, PfControl, PfError, Sysfs, VfChange, VfSettings,
     fake::{FakePf, FakeSysfs},
 };
+use protocol::Order;
 use tokio::time::timeout;
 use uuid::Uuid;
-use vmm::control::Order;
 
 use crate::{
     assignable::Assignable,

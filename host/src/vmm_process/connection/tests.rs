@@ -6,7 +6,7 @@ use std::{
 };
 
 use netpolicy::{OnDenied, Reason};
-use vmm::control::Listener;
+use protocol::Listener;
 
 use super::{backlog::Unnoted, *};
 

@@ -268,7 +268,7 @@ mod tests {
     use std::fs::File;
 
     use super::*;
-    use crate::control::message::{Order, ToVmm};
+    use crate::message::{Order, ToVmm};
 
     fn pair() -> (tempfile::TempDir, Channel, Channel) {
         let dir = tempfile::tempdir().unwrap();

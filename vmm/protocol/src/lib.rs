@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 
-//! The control channel between the agent and one vmm process.
+//! The control protocol between the agent and one vmm process.
 //!
 //! The agent binds a listening `SOCK_SEQPACKET` Unix socket, and the vmm inherits and accepts from it: an agent that
 //! was restarted or upgraded connects again. One packet is one [`ToVmm`] or [`ToAgent`] message as JSON, at most

@@ -34,7 +34,7 @@ mod tests {
 
     /// The fuzzer's first inputs: messages of this version of the protocol.
     fn seeds() -> Vec<(String, Vec<u8>)> {
-        let dir = Path::new(env!("CARGO_MANIFEST_DIR")).join("../fuzz/seeds/control");
+        let dir = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../fuzz/seeds/control");
         let seed = |entry: std::io::Result<fs::DirEntry>| {
             let entry = entry.unwrap();
             (entry.file_name().into_string().unwrap(), fs::read(entry.path()).unwrap())
