@@ -13,10 +13,8 @@ use std::{
     sync::{Arc, Mutex, MutexGuard, PoisonError},
 };
 
-use passthrough::{
-    failpoints::{Point, reach},
-    relay::{Authority, Notice, Question, Unreachable},
-};
+use failpoints::{Point, reach};
+use passthrough::relay::{Authority, Notice, Question, Unreachable};
 use protocol::{Ask, Channel, ChannelError, ToAgent};
 use vmm_sys_util::eventfd::EventFd;
 

@@ -189,10 +189,10 @@ impl Machine {
 
         let root = sandbox::private_root(&spec.sandbox, &spec.devices, namespaces)?;
         let opened = PassthroughDevices::open(&vm, &spec.devices, &mut files)?;
-        passthrough::failpoints::reach(passthrough::failpoints::Point::VmmOpened);
+        failpoints::reach(failpoints::Point::VmmOpened);
         sandbox::empty_root(&spec.sandbox, root)?;
         sandbox::drop_privileges(&spec.sandbox)?;
-        passthrough::failpoints::reach(passthrough::failpoints::Point::VmmConfined);
+        failpoints::reach(failpoints::Point::VmmConfined);
 
         let confinement = Confinement::new(spec.sandbox.seccomp);
         let routes = Arc::new(Routes::new(Arc::clone(&vm)));

@@ -18,7 +18,7 @@ use api::{
 };
 use async_trait::async_trait;
 use axum::body::Bytes;
-use passthrough::failpoints::{Point, reach};
+use failpoints::{Point, reach};
 use protocol::{Order, Outcome};
 use tokio::{
     sync::{Mutex, MutexGuard},

@@ -8,11 +8,9 @@ use api::{
     Missing,
     types::{ObjectKind, PortCounters, Timestamp},
 };
+use failpoints::{Point, reach};
 use netpolicy::{Change, PfCapabilities, Port, PortId, VfRef, VmId, VmRef};
-use passthrough::{
-    failpoints::{Point, reach},
-    sriov::VfChange,
-};
+use passthrough::sriov::VfChange;
 use uuid::Uuid;
 
 use super::{

@@ -4,9 +4,9 @@
 
 use std::{sync::Arc, time::Duration};
 
+use failpoints::{Point, reach};
 use netpolicy::{Change, Corrections, MacAddress, PfCapabilities, PortId, Route, VfRef};
 use passthrough::{
-    failpoints::{Point, reach},
     relay::{Decision as RelayDecision, Forwarded, How, Question, Verdict},
     sriov::{VfChange, VfSettings},
 };

@@ -2,14 +2,12 @@
 
 //! Decides the requests of guests by the switch's own data. A request belongs to the VM of its connection.
 
+use failpoints::{Point, reach};
 use netpolicy::{
     Change, Committed, Decision, Denial, MacAddress, OnDenied, Outcome, PortId, Reason, Request, Route,
     Verdict, VmId,
 };
-use passthrough::{
-    failpoints::{Point, reach},
-    relay::{self, Cancelled, How, Question},
-};
+use passthrough::relay::{self, Cancelled, How, Question};
 use protocol::Answer;
 use tokio::{sync::oneshot, time::Instant};
 

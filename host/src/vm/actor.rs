@@ -26,7 +26,7 @@ use api::{
         Timestamp, VmAction, VmState,
     },
 };
-use passthrough::failpoints::{Point, reach};
+use failpoints::{Point, reach};
 use protocol::{DeviceLoss, End, Order, Report, State};
 use tokio::{
     sync::{mpsc, oneshot, watch},

@@ -9,7 +9,7 @@ use api::{
     problem::{Problem, ProblemCode},
     types::{Protection, Stage, VmSpec},
 };
-use passthrough::failpoints::{Point, reach};
+use failpoints::{Point, reach};
 use protocol::{DeviceSpec, MachineSpec, Order, State, files as file};
 use tokio::sync::mpsc;
 use uuid::Uuid;

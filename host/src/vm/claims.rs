@@ -19,11 +19,9 @@ use api::{
     problem::{Problem, ProblemCode},
     types::{Stage, UnicastMac, VmSpec},
 };
+use failpoints::{Point, reach};
 use netpolicy::MacAddress;
-use passthrough::{
-    failpoints::{Point, reach},
-    sriov::{self, Bdf, BindError, PfError, PortVlan, VfChange, VfSettings},
-};
+use passthrough::sriov::{self, Bdf, BindError, PfError, PortVlan, VfChange, VfSettings};
 use uuid::Uuid;
 
 use super::{

@@ -12,11 +12,9 @@ use api::{
     types::VmSpec,
 };
 use async_trait::async_trait;
+use failpoints::{Point, reach};
 use netpolicy::{MacAddress, Name, VfRef, VmId, VmRef};
-use passthrough::{
-    failpoints::{Point, reach},
-    sriov::VfChange,
-};
+use passthrough::sriov::VfChange;
 use tokio::sync::mpsc;
 use uuid::Uuid;
 

@@ -92,7 +92,7 @@ pub fn spawn(program: &Program, directory: &VmDirectory, vm: Uuid) -> Result<Pro
         command.env("PORTCULLIS_LOG", level);
     }
     #[cfg(feature = "test-support")]
-    for name in [passthrough::failpoints::VARIABLE, passthrough::failpoints::HOLD] {
+    for name in [failpoints::VARIABLE, failpoints::HOLD] {
         command.envs(std::env::var_os(name).map(|at| (name, at)));
     }
     pass(&mut command, &listener);

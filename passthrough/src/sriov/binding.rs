@@ -14,11 +14,11 @@ use std::{
     time::{Duration, Instant},
 };
 
+use failpoints::{Point, reach};
 use serde::{Deserialize, Serialize};
 use thiserror::Error;
 
 use super::{Bdf, Sysfs, sysfs::SysfsError};
-use crate::failpoints::{Point, reach};
 
 /// The driver that gives functions to user space.
 pub const VFIO_PCI: &str = "vfio-pci";

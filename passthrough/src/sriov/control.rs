@@ -4,11 +4,10 @@
 
 use std::{collections::BTreeMap, fmt, io, num::NonZeroU32};
 
+use failpoints::{Point, reach};
 use netpolicy::{Change, LinkState, MacAddress, PfCapabilities};
 use serde::{Deserialize, Serialize};
 use thiserror::Error;
-
-use crate::failpoints::{Point, reach};
 
 /// The Ethernet type of a VLAN tag.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]

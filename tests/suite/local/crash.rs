@@ -10,8 +10,8 @@ use std::{
 };
 
 use api::types::{VmAction, VmState};
+use failpoints::{Point, Victim};
 use passthrough::{
-    failpoints::{Point, Victim},
     sim::SimPf,
     sriov::{PfControl, VfChange},
 };

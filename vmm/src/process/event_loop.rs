@@ -17,10 +17,8 @@ use protocol::{
 };
 use uuid::Uuid;
 
-use passthrough::{
-    failpoints::{Point, reach},
-    relay::Notice,
-};
+use failpoints::{Point, reach};
+use passthrough::relay::Notice;
 
 use super::{reports::Reports, resets::Resets};
 use crate::{

@@ -20,7 +20,7 @@ use std::{
 };
 
 use event_manager::{EventManager, SubscriberOps};
-use passthrough::failpoints::{Point, reach};
+use failpoints::{Point, reach};
 use protocol::Listener;
 use uuid::Uuid;
 

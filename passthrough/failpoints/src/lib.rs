@@ -13,7 +13,7 @@
 //! before it is confined.
 //!
 //! ```
-//! use passthrough::failpoints::{Point, reach};
+//! use failpoints::{Point, reach};
 //! reach(Point::ClaimStored);
 //! assert_eq!(Point::ClaimStored.name(), "claim.stored");
 //! ```
