@@ -7,7 +7,7 @@
 
 use std::{fmt, str::FromStr};
 
-use passthrough::sriov::{Bdf, InventoryError, PciDevice, Pf, Sysfs};
+use sriov::{Bdf, InventoryError, PciDevice, Pf, Sysfs};
 
 /// The suffix for functions without a reset.
 const NO_RESET: &str = ",no-reset";
@@ -164,7 +164,7 @@ mod tests {
     #[test]
     fn devices_need_a_word_and_vfs_only_where_pfs_are_named() {
         let fake = tempfile::tempdir().unwrap();
-        let sysfs = passthrough::sriov::fake::FakeSysfs::new(fake.path());
+        let sysfs = sriov::fake::FakeSysfs::new(fake.path());
         let [pf, nvme] = [Bdf::new(0, 1, 0, 0).unwrap(), Bdf::new(0, 3, 0, 0).unwrap()];
         sysfs.add_igb(pf, "eth0");
         sysfs.add_device(nvme, (0x1b36, 0x0010), 0x01_0802, Some(7), Some("nvme"));

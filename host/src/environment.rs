@@ -10,7 +10,7 @@ use std::{
 };
 
 use api::types::{EventKind, Protection};
-use passthrough::sriov::Sysfs;
+use sriov::Sysfs;
 use uuid::Uuid;
 
 use crate::{

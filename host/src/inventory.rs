@@ -10,7 +10,7 @@ use std::{
     sync::{Arc, Mutex, MutexGuard, PoisonError},
 };
 
-use passthrough::sriov::{Bdf, InventoryError, PciDevice, Pf, PfControl, PfError, Vf};
+use sriov::{Bdf, InventoryError, PciDevice, Pf, PfControl, PfError, Vf};
 
 use crate::{
     assignable::AssignableList,
@@ -209,7 +209,7 @@ impl Inventory {
 
 #[cfg(test)]
 pub(crate) mod tests {
-    use passthrough::sriov::fake::FakeSysfs;
+    use sriov::fake::FakeSysfs;
 
     use super::*;
 

@@ -4,8 +4,8 @@
 //!
 //! In the vmm: [`hardware`] is the seam to VFIO ([`vfio`]) or the simulator, [`function`] the PCI function that the
 //! guest sees, [`channel`] the trapped registers of VF drivers, [`family`] their messages, [`relay`] the thread between them and the
-//! agent's verdicts. In the agent: [`sriov`] finds PFs and VFs, binds them and programs the PF. In a
-//! process of its own: [`sim`], the simulated adapter's PF.
+//! agent's verdicts. In a process of its own: [`sim`], the simulated adapter's PF. The
+//! crate [`sriov`] finds PFs and VFs for the agent, binds them and programs the PF.
 
 pub mod channel;
 pub mod family;
@@ -13,6 +13,5 @@ pub mod function;
 pub mod hardware;
 pub mod relay;
 pub mod sim;
-pub mod sriov;
 pub mod threads;
 pub mod vfio;

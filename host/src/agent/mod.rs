@@ -20,11 +20,12 @@ use std::{
 
 use anyhow::{Context, bail};
 use api::{Limits, types::Protection};
-use passthrough::{sim::MAX_PFS, sriov::Sysfs};
+use passthrough::sim::MAX_PFS;
 use rustix::{
     fs::{FlockOperation, flock},
     process::geteuid,
 };
+use sriov::Sysfs;
 use tokio::{
     signal::unix::{Signal, SignalKind, signal},
     sync::oneshot,

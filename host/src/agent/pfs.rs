@@ -9,7 +9,7 @@ use api::{
     problem::{Problem, ProblemCode},
     types::{Bdf, EventKind, ObjectKind, ObjectRef, Pf, PfSpec, PfStatus, Subject, Timestamp, Vf, host_id},
 };
-use passthrough::sriov::{self, PfError, VfSettings};
+use sriov::{PfError, VfSettings};
 use tracing::Span;
 use uuid::Uuid;
 

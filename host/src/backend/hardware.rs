@@ -7,14 +7,12 @@ use std::sync::Arc;
 
 use api::{Problem, ProblemCode};
 use async_trait::async_trait;
-use passthrough::{
-    sriov::{
-        Bdf, BindError, InventoryError, NetlinkPf, PciDevice, Pf, PfControl, PfError, PreviousBinding, Sysfs,
-        Usage, VFIO_PCI, Vf, ViabilityError,
-    },
-    vfio::Container,
-};
+use passthrough::vfio::Container;
 use protocol::DeviceBackend;
+use sriov::{
+    Bdf, BindError, InventoryError, NetlinkPf, PciDevice, Pf, PfControl, PfError, PreviousBinding, Sysfs,
+    Usage, VFIO_PCI, Vf, ViabilityError,
+};
 use tracing::Span;
 
 use super::{Facts, FunctionBackend, MachineDevice, PfInterface, Scrub};

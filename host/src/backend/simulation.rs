@@ -7,14 +7,12 @@ use std::sync::Arc;
 
 use api::{Problem, ProblemCode};
 use async_trait::async_trait;
-use passthrough::{
-    sim::is_simulated,
-    sriov::{
-        Bdf, BindError, InventoryError, PciDevice, Pf, PfControl, PfError, PreviousBinding, Usage, Vf,
-        ViabilityError,
-    },
-};
+use passthrough::sim::is_simulated;
 use protocol::DeviceBackend;
+use sriov::{
+    Bdf, BindError, InventoryError, PciDevice, Pf, PfControl, PfError, PreviousBinding, Usage, Vf,
+    ViabilityError,
+};
 
 use super::{Facts, FunctionBackend, MachineDevice, PfInterface, Scrub};
 use crate::{

@@ -1,10 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 
 use api::ProblemCode;
-use passthrough::{
-    sim::{pf_bdf, vf_bdf},
-    sriov::{VFIO_PCI, fake::FakeSysfs},
-};
+use passthrough::sim::{pf_bdf, vf_bdf};
+use sriov::{VFIO_PCI, fake::FakeSysfs};
 
 use super::*;
 use crate::{

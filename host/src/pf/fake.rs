@@ -10,7 +10,7 @@ use std::{
 };
 
 use netpolicy::{MacAddress, PfCapabilities};
-use passthrough::sriov::{Bdf, InventoryError, PfControl, PfError, VfChange, VfSettings, fake::FakePf};
+use sriov::{Bdf, InventoryError, PfControl, PfError, VfChange, VfSettings, fake::FakePf};
 
 use super::{PfName, Pfs};
 

@@ -19,7 +19,7 @@ use std::{
 };
 
 use netpolicy::{PfCapabilities, VfRef};
-use passthrough::sriov::{ApplyError, Bdf, InventoryError, PfControl, PfError, VfChange, VfSettings};
+use sriov::{ApplyError, Bdf, InventoryError, PfControl, PfError, VfChange, VfSettings};
 use tokio::sync::oneshot;
 
 use crate::inventory::Inventory;

@@ -6,7 +6,7 @@ use std::{
 };
 
 use netpolicy::VfRef;
-use passthrough::sriov::{Bdf, PfControl, VfChange, fake::FakePf};
+use sriov::{Bdf, PfControl, VfChange, fake::FakePf};
 use tokio::time::timeout;
 
 use super::{HostPfs, PfFailure, PfHandle, fake::FakePfs};

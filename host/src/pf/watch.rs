@@ -4,8 +4,8 @@
 
 use std::{io, thread, time::Duration};
 
-use passthrough::sriov::{Hint, Monitor};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
+use sriov::{Hint, Monitor};
 use tokio::sync::mpsc;
 
 /// Hints that may wait. When there are more, all PFs are read again.

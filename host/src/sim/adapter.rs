@@ -16,10 +16,8 @@ use std::{
     time::{Duration, Instant},
 };
 
-use passthrough::{
-    sim::{SimPf, pf},
-    sriov::PfError,
-};
+use passthrough::sim::{SimPf, pf};
+use sriov::PfError;
 
 use super::{SimError, SimPfRecord, Start};
 use crate::{sandbox, vmm_process::isolate};

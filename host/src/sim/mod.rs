@@ -32,11 +32,9 @@ use std::{
 
 use api::types::Protection;
 use netpolicy::SIMULATED;
-use passthrough::{
-    sim::{self, MAX_PFS, MAX_VFS, SimPf, SimVf},
-    sriov::{Bdf, Interface, InventoryError, PciDevice, Pf, PfControl, PfError, Vf},
-};
+use passthrough::sim::{self, MAX_PFS, MAX_VFS, SimPf, SimVf};
 use serde::{Deserialize, Serialize};
+use sriov::{Bdf, Interface, InventoryError, PciDevice, Pf, PfControl, PfError, Vf};
 use uuid::Uuid;
 
 pub use self::options::SimPfOption;

@@ -4,7 +4,8 @@
 
 use std::str::FromStr;
 
-use passthrough::{sim::MAX_VFS, sriov::Bdf};
+use passthrough::sim::MAX_VFS;
+use sriov::Bdf;
 
 /// Longest name in bytes: that of an interface.
 const NAME: usize = 15;

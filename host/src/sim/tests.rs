@@ -10,11 +10,9 @@ use api::{
     types::{ObjectRef, VmAction, VmSpec},
 };
 use netpolicy::{Change, MacAddress, VfRef};
-use passthrough::{
-    sim::{MAX_PFS, pf_bdf, vf_bdf},
-    sriov::{Bdf, VfChange},
-};
+use passthrough::sim::{MAX_PFS, pf_bdf, vf_bdf};
 use rustix::process::{Pid, Signal, kill_process};
+use sriov::{Bdf, VfChange};
 
 use super::*;
 use crate::{

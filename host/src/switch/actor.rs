@@ -11,7 +11,7 @@ use std::{
 use api::types::{EventKind, ObjectKind, PfState, Subject, Timestamp};
 use futures_util::stream::{FuturesUnordered, StreamExt};
 use netpolicy::{Decision, MacAddress, Outcome, PfCapabilities, PortId, SwitchId, SwitchState, VmId};
-use passthrough::sriov::Hint;
+use sriov::Hint;
 use tokio::{
     sync::{mpsc, watch},
     time::{Instant, MissedTickBehavior, interval, sleep_until},

@@ -10,7 +10,7 @@ use api::{
 };
 use failpoints::{Point, reach};
 use netpolicy::{Change, PfCapabilities, Port, PortId, VfRef, VmId, VmRef};
-use passthrough::sriov::VfChange;
+use sriov::VfChange;
 use uuid::Uuid;
 
 use super::{

@@ -6,10 +6,8 @@ use std::sync::Arc;
 
 use api::types::{Name, ObjectRef, PortGroupSpec, PortSpec, SwitchSpec};
 use netpolicy::{Change, MacAddress, PfCapabilities, PortId, VfRef, VmId, VmRef};
-use passthrough::{
-    relay::{Notice, Question},
-    sriov::VfChange,
-};
+use passthrough::relay::{Notice, Question};
+use sriov::VfChange;
 use tokio::sync::oneshot;
 
 use super::{error::SwitchError, intake::LinkId, vmm_client::Vmm};

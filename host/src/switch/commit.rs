@@ -6,11 +6,9 @@ use std::{sync::Arc, time::Duration};
 
 use failpoints::{Point, reach};
 use netpolicy::{Change, Corrections, MacAddress, PfCapabilities, PortId, Route, VfRef};
-use passthrough::{
-    relay::{Decision as RelayDecision, Forwarded, How, Question, Verdict},
-    sriov::{VfChange, VfSettings},
-};
+use passthrough::relay::{Decision as RelayDecision, Forwarded, How, Question, Verdict};
 use protocol::{Answer, Order, Outcome};
+use sriov::{VfChange, VfSettings};
 use tokio::{
     sync::oneshot,
     time::{Instant, sleep, timeout},

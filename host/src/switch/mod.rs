@@ -57,7 +57,7 @@ use std::{
 
 use api::types::Unchecked;
 use netpolicy::{PfCapabilities, VfRef, VmId, VmRef};
-use passthrough::sriov::{Hint, VfChange};
+use sriov::{Hint, VfChange};
 use tokio::{
     sync::{mpsc, oneshot, watch},
     time::timeout,

@@ -4,7 +4,7 @@
 
 use api::types::{ObjectKind, PfState, Timestamp, Unchecked};
 use netpolicy::{Change, Corrections, Outcome, PortId, Route, clipped};
-use passthrough::sriov::Hint;
+use sriov::Hint;
 use tokio::time::Instant;
 use tracing::Span;
 

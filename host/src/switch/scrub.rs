@@ -17,8 +17,8 @@ use passthrough::{
     },
     family::Family,
     hardware::VfHardware,
-    sriov::{Bdf, PfError, VfChange},
 };
+use sriov::{Bdf, PfError, VfChange};
 
 use super::{Leftover, SwitchError};
 use crate::{

@@ -12,7 +12,7 @@ use api::types::{PfState, PortCounters, Timestamp};
 use netpolicy::{
     Change, Name, PortGroup, PortGroupId, PortId, Route, Settings, StateError, Switch, SwitchId, SwitchKind,
 };
-use passthrough::sriov::VfSettings;
+use sriov::VfSettings;
 use uuid::Uuid;
 
 use super::{

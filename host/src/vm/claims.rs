@@ -21,7 +21,7 @@ use api::{
 };
 use failpoints::{Point, reach};
 use netpolicy::MacAddress;
-use passthrough::sriov::{self, Bdf, BindError, PfError, PortVlan, VfChange, VfSettings};
+use sriov::{Bdf, BindError, PfError, PortVlan, VfChange, VfSettings};
 use uuid::Uuid;
 
 use super::{

@@ -5,8 +5,8 @@
 use std::error::Error;
 
 use api::{Missing, Problem, ProblemCode};
-use passthrough::sriov::{ApplyError, BindError, InventoryError, PfError, VfCountError, ViabilityError};
 use protocol::FailureCode;
+use sriov::{ApplyError, BindError, InventoryError, PfError, VfCountError, ViabilityError};
 
 use crate::{
     files::FileError,

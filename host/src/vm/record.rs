@@ -8,8 +8,8 @@ use api::{
     Caller, User,
     types::{Cause, Name, Protection, RestartStatus, Timestamp, UnicastMac, VmSpec, VmState},
 };
-use passthrough::sriov::{Bdf, PreviousBinding, VfSettings};
 use serde::{Deserialize, Serialize};
+use sriov::{Bdf, PreviousBinding, VfSettings};
 use uuid::Uuid;
 
 use crate::{store::Record, vmm_process::Identity};

@@ -14,7 +14,7 @@ use api::{
 use async_trait::async_trait;
 use failpoints::{Point, reach};
 use netpolicy::{MacAddress, Name, VfRef, VmId, VmRef};
-use passthrough::sriov::VfChange;
+use sriov::VfChange;
 use tokio::sync::mpsc;
 use uuid::Uuid;
 

@@ -14,7 +14,7 @@ use api::{
     problem::ProblemCode,
     types::{CauseCode, VmAction, VmState},
 };
-use passthrough::sriov::{Bdf, PfControl, PreviousBinding, VfChange, fake::FakePf};
+use sriov::{Bdf, PfControl, PreviousBinding, VfChange, fake::FakePf};
 
 use self::fixture::{Host, VF0, VF1, caller};
 use crate::{

@@ -2,7 +2,7 @@
 
 //! PCI addresses of simulated functions, which appear beside real ones in lists.
 
-use crate::sriov::Bdf;
+use sriov::Bdf;
 
 /// Domains that no host has: ACPI segments have 16 bits, and Intel's VMD takes domains from 0x10000 on.
 const FIRST_DOMAIN: u32 = 0xf51a_0000;

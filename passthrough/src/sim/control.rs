@@ -21,9 +21,9 @@ use rustix::{
     },
 };
 use serde::{Deserialize, Serialize};
+use sriov::{PfControl, PfError, VfChange, VfSettings};
 
 use super::pf::VfCounters;
-use crate::sriov::{PfControl, PfError, VfChange, VfSettings};
 
 /// Version of the requests and answers below.
 pub(super) const VERSION: u32 = 1;

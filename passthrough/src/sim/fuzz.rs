@@ -6,13 +6,14 @@
 use std::time::Duration;
 
 use netpolicy::MacAddress;
+use sriov::VfChange;
 
 pub use super::vf::fuzz_transmit;
 use super::{
     pf::{Frame, Port, SimPfState},
     wire::{self, MAX_FRAME, Packet},
 };
-use crate::{channel::mailbox::message::BUFFER_WORDS, sriov::VfChange};
+use crate::channel::mailbox::message::BUFFER_WORDS;
 
 /// A packet between a VF and its PF: a decoded packet is the same after it is encoded and decoded again.
 pub fn fuzz_packet(data: &[u8]) {

@@ -11,11 +11,9 @@ use std::{
 
 use api::types::{VmAction, VmState};
 use failpoints::{Point, Victim};
-use passthrough::{
-    sim::SimPf,
-    sriov::{PfControl, VfChange},
-};
+use passthrough::sim::SimPf;
 use serde_json::{Value, json};
+use sriov::{PfControl, VfChange};
 
 use crate::fixture::{
     Agent, Options,

@@ -3,10 +3,8 @@
 //! The findings about PFs, their VFs and their drivers, and about assignable functions.
 
 use netpolicy::PfCapabilities;
-use passthrough::{
-    family::{FAMILIES, Family},
-    sriov::{InventoryError, PciDevice, Pf},
-};
+use passthrough::family::{FAMILIES, Family};
+use sriov::{InventoryError, PciDevice, Pf};
 
 use super::{Finding, Host, Verdict};
 use crate::assignable::AssignableList;

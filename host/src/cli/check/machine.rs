@@ -4,7 +4,7 @@
 
 use std::{fs::File, io};
 
-use passthrough::sriov::InterruptRemapping;
+use sriov::InterruptRemapping;
 
 use super::{Finding, Host, Verdict};
 use crate::user_ids::{self, UserArgs};

@@ -12,8 +12,8 @@ use std::{
 };
 
 use clap::Args;
-use passthrough::sriov::Sysfs;
 use serde::Serialize;
+use sriov::Sysfs;
 
 use super::{
     error::CliError,

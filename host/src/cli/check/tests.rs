@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 
-use passthrough::sriov::{Bdf, fake::FakeSysfs};
+use sriov::{Bdf, fake::FakeSysfs};
 
 use super::*;
 

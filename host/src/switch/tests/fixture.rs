@@ -15,11 +15,9 @@ use api::{
 };
 use async_trait::async_trait;
 use netpolicy::{Change, Decision, MacAddress, Name, Outcome, Request, StandingRefusal, VfRef, VmId, VmRef};
-use passthrough::{
-    relay::{self, Forwarded, How, Notice, Question, Verdict},
-    sriov::Hint,
-};
+use passthrough::relay::{self, Forwarded, How, Notice, Question, Verdict};
 use protocol::{Answer, Order};
+use sriov::Hint;
 use tokio::{sync::mpsc, time::timeout};
 use uuid::Uuid;
 

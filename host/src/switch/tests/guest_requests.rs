@@ -6,10 +6,8 @@ use netpolicy::{
     Change, Committed, OnDenied, OnDenied::Nack, OnDenied::Silent, Outcome, Reason, Request, Setting, Source,
     VlanId,
 };
-use passthrough::{
-    relay::{Cancelled, Forwarded, Notice, Question},
-    sriov::VfChange,
-};
+use passthrough::relay::{Cancelled, Forwarded, Notice, Question};
+use sriov::VfChange;
 use tokio::time::sleep;
 
 use super::fixture::{FORWARD, Host, LOCAL, PF, TIMING, TakesBack, mac, refused, vf, vm};

@@ -7,11 +7,9 @@ use api::{
     types::{EventKind, PfState},
 };
 use netpolicy::{Change, Committed, MacAddress, Outcome, Request, Setting, VlanId};
-use passthrough::{
-    relay::Notice,
-    sriov::{Hint, VfChange},
-};
+use passthrough::relay::Notice;
 use protocol::Order;
+use sriov::{Hint, VfChange};
 
 use super::fixture::{FORWARD, Host, LOCAL, PF, TIMING, TakesBack, mac, vf, vm};
 
@@ -190,7 +188,7 @@ async fn what_becomes_of_a_pf_is_told_once() {
     }
     let new = || Hint::Changed { index: 9, name: Some("eth9".into()), up: true };
     host.hint(new()).await;
-    host.pfs.world().pfs.insert("eth9".into(), passthrough::sriov::fake::FakePf::new("eth9", 7));
+    host.pfs.world().pfs.insert("eth9".into(), sriov::fake::FakePf::new("eth9", 7));
     host.hint(new()).await;
     let told = async |events: &mut tokio::sync::mpsc::Receiver<api::types::Event>| match tokio::time::timeout(
         Duration::from_secs(10),

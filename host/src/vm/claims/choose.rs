@@ -6,7 +6,7 @@ use api::{
     problem::{Problem, ProblemCode},
     types::VmSpec,
 };
-use passthrough::sriov::{self, Bdf, InventoryError, Pf, Vf};
+use sriov::{Bdf, InventoryError, Pf, Vf};
 use uuid::Uuid;
 
 use crate::{

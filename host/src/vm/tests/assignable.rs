@@ -6,7 +6,7 @@ use api::{
     problem::ProblemCode,
     types::{VmAction, VmState},
 };
-use passthrough::sriov::{Bdf, PreviousBinding};
+use sriov::{Bdf, PreviousBinding};
 use uuid::Uuid;
 
 use super::fixture::{Host, VF0, caller};

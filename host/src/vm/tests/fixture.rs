@@ -15,11 +15,11 @@ use api::{
     types::{Timestamp, VmAction, VmSpec, VmState},
 };
 use netpolicy::PfCapabilities;
-use passthrough::sriov::{
+use protocol::Order;
+use sriov::{
     Bdf, PfControl, PfError, Sysfs, VfChange, VfSettings,
     fake::{FakePf, FakeSysfs},
 };
-use protocol::Order;
 use tokio::time::timeout;
 use uuid::Uuid;
 

@@ -16,6 +16,7 @@ use std::{
 
 use netpolicy::MacAddress;
 use serde::{Deserialize, Serialize};
+use sriov::{PortVlan, TagProtocol, VfChange, VfLink, VfSettings};
 
 use self::rate::TxRateLimit;
 pub use self::{
@@ -25,7 +26,6 @@ pub use self::{
 };
 use super::address::MAX_VFS;
 pub use super::wire::Frame;
-use crate::sriov::{PortVlan, TagProtocol, VfChange, VfLink, VfSettings};
 
 /// Entries of the adapter's address table (RAL/RAH). Its VFs share the entries that igb leaves over for further
 /// addresses.

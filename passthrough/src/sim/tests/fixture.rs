@@ -11,6 +11,7 @@ use std::{
 
 use netpolicy::MacAddress;
 use rustix::mm::{MapFlags, MprotectFlags, ProtFlags, mmap_anonymous, mprotect};
+use sriov::{PfControl, VfChange};
 use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap, GuestRegionMmap, MmapRegion};
 use vmm_sys_util::eventfd::EventFd;
 
@@ -21,7 +22,6 @@ use crate::{
         SimPf, SimVf,
         pf::{Options, VfCounters, listen, serve},
     },
-    sriov::{PfControl, VfChange},
     threads::ThreadStart,
 };
 

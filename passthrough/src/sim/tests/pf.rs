@@ -5,14 +5,12 @@
 use std::time::Duration;
 
 use netpolicy::MacAddress;
+use sriov::{PfControl, PfError, PortVlan, TagProtocol, VfChange, VfLink};
 
 use super::fixture::{Adapter, frame, mac};
-use crate::{
-    sim::{
-        SimPfState,
-        pf::{Frame, Port},
-    },
-    sriov::{PfControl, PfError, PortVlan, TagProtocol, VfChange, VfLink},
+use crate::sim::{
+    SimPfState,
+    pf::{Frame, Port},
 };
 
 const BROADCAST: MacAddress = MacAddress::new([0xff; 6]);

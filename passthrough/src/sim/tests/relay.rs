@@ -5,18 +5,16 @@
 use std::time::Duration;
 
 use netpolicy::MacAddress;
+use sriov::VfChange;
 
 use super::fixture::{Adapter, mac};
-use crate::{
-    relay::{
-        Config,
-        testing::{
-            Bus, Driver,
-            conformance::{Agent, Page, pf_differences, relay_differences},
-            table::EFFECTIVE,
-        },
+use crate::relay::{
+    Config,
+    testing::{
+        Bus, Driver,
+        conformance::{Agent, Page, pf_differences, relay_differences},
+        table::EFFECTIVE,
     },
-    sriov::VfChange,
 };
 
 #[test]

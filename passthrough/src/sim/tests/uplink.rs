@@ -6,9 +6,9 @@ use rustix::{
     io::{read, write},
     net::{AddressFamily, SocketFlags, SocketType, socketpair},
 };
+use sriov::{PortVlan, VfChange};
 
 use super::fixture::{Adapter, eventually, frame, mac, text};
-use crate::sriov::{PortVlan, VfChange};
 
 #[test]
 fn frames_reach_the_wire_with_their_tags_and_come_back() {

@@ -12,8 +12,8 @@ use passthrough::{
         pf::{Options, listen, serve},
         vf_bdf,
     },
-    sriov::{PfControl, VfChange},
 };
+use sriov::{PfControl, VfChange};
 
 use super::*;
 

@@ -10,7 +10,7 @@ use super::{
     message::{get_link, set_vf},
     socket::{Connection, Failure},
 };
-use crate::sriov::{
+use crate::{
     Bdf, InventoryError, Sysfs,
     control::{PfControl, PfError, VfChange, VfSettings},
 };

@@ -177,7 +177,7 @@ mod tests {
     use std::{cell::RefCell, os::unix::fs::symlink};
 
     use super::*;
-    use crate::sriov::fake::FakeSysfs;
+    use crate::fake::FakeSysfs;
 
     const NVME: Bdf = Bdf::new(0, 3, 0, 0).unwrap();
 

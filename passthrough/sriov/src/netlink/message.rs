@@ -17,7 +17,7 @@ use netlink_packet_route::{
 };
 use netpolicy::MacAddress;
 
-use crate::sriov::control::{PortVlan, TagProtocol, VfChange, VfLink, VfSettings};
+use crate::control::{PortVlan, TagProtocol, VfChange, VfLink, VfSettings};
 
 const NLM_F_CAPPED: u16 = 0x100;
 const NLM_F_ACK_TLVS: u16 = 0x200;

@@ -4,7 +4,7 @@ use netpolicy::MacAddress;
 use proptest::prelude::*;
 
 use super::message::{Message, get_link, parse, set_vf};
-use crate::sriov::control::{PortVlan, TagProtocol, VfChange, VfLink, VfSettings};
+use crate::control::{PortVlan, TagProtocol, VfChange, VfLink, VfSettings};
 
 fn bytes(hex: &str) -> Vec<u8> {
     let digits: Vec<u32> = hex.chars().filter_map(|c| c.to_digit(16)).collect();

@@ -155,7 +155,7 @@ fn wait(socket: &Socket, deadline: Instant) -> Result<(), Failure> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::sriov::netlink::message::get_link;
+    use crate::netlink::message::get_link;
 
     fn ack(sequence: u32, errno: i32) -> Message {
         Message::Ack { sequence, errno, text: None }

@@ -10,7 +10,7 @@ use std::{
     sync::{Arc, Mutex, MutexGuard, PoisonError},
 };
 
-use crate::sriov::{AttributeWriter, Bdf, Sysfs};
+use crate::{AttributeWriter, Bdf, Sysfs};
 
 /// A fake sysfs below a directory that the test owns. It reacts like the kernel to writes through
 /// [`sysfs`](Self::sysfs).

@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 
-//! The host side: inventory of PFs and VFs, driver binding, PF control. Only the agent uses it.
+//! The host side: inventory of PFs and VFs, driver binding, PF control. Only the agent uses it. At
+//! the points of [`failpoints`] tests kill the agent.
 //!
 //! Everything here is synchronous and may wait for the kernel (the rtnl lock, a driver's probe): call it on threads
 //! that may block, never on a thread that serves a guest.

@@ -16,11 +16,11 @@ use std::{
 };
 
 use netpolicy::MacAddress;
-use passthrough::sriov::{
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
+use sriov::{
     BindError, Hint, InterruptRemapping, Monitor, NetlinkPf, PfControl, PfError, PortVlan, PreviousBinding,
     Sysfs, TagProtocol, VfChange, VfCountError, VfLink, ViabilityError, restore,
 };
-use rustix::event::{PollFd, PollFlags, Timespec, poll};
 
 /// Counts failures.
 struct Checks {
@@ -95,7 +95,7 @@ fn run(checks: &mut Checks) -> Result<(), Box<dyn Error>> {
     let group = sysfs.check_viable(vf_bdf, &[])?;
     checks.that("the VF's group", group.members.len() == 1, &group);
     let e1000: Vec<_> = (0..=0xff)
-        .filter_map(|bus| passthrough::sriov::Bdf::new(0, bus, 1, 0))
+        .filter_map(|bus| sriov::Bdf::new(0, bus, 1, 0))
         .filter(|bdf| sysfs.device(*bdf).is_ok_and(|d| d.device == 0x100e))
         .collect();
     for bdf in e1000 {

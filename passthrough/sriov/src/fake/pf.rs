@@ -6,7 +6,7 @@ use std::{collections::BTreeMap, io};
 
 use netpolicy::{MacAddress, PfCapabilities};
 
-use crate::sriov::control::{PfControl, PfError, TagProtocol, VfChange, VfLink, VfSettings};
+use crate::control::{PfControl, PfError, TagProtocol, VfChange, VfLink, VfSettings};
 
 /// A PF in memory that answers like igb on an 82576 whose link is up.
 #[derive(Debug)]
