@@ -24,11 +24,11 @@ use passthrough::{
     function::{AssignedFunction, FunctionError, HardwareAccess, ResetError, TrappedRange},
     hardware::VfHardware,
     relay::{self, Relay},
-    sim::SimVf,
     threads::ThreadStart,
     vfio::{self, Container, KvmVfioDevice, VfioVf},
 };
 use protocol::{DeviceBackend, DeviceLoss, DeviceSpec, DeviceStats, FailureCode, Files, files::connection};
+use simnic::SimVf;
 use vmm_sys_util::eventfd::EventFd;
 
 use crate::{agent_client::RelayReceiver, bars::BarAllocator, memory::GuestMemory, sandbox};

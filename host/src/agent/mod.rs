@@ -20,11 +20,11 @@ use std::{
 
 use anyhow::{Context, bail};
 use api::{Limits, types::Protection};
-use passthrough::sim::MAX_PFS;
 use rustix::{
     fs::{FlockOperation, flock},
     process::geteuid,
 };
+use simnic::MAX_PFS;
 use sriov::Sysfs;
 use tokio::{
     signal::unix::{Signal, SignalKind, signal},
@@ -33,6 +33,7 @@ use tokio::{
 
 pub use backend::Agent;
 use listen::ListenArgs;
+use simnic::SimPfOption;
 
 #[cfg(feature = "test-support")]
 use crate::switch::Late;
@@ -44,7 +45,7 @@ use crate::{
     log,
     pf::{HostPfs, PfHandle, watch},
     sandbox,
-    sim::{SimPfOption, Simulated, Start},
+    sim::{Simulated, Start},
     store::{SqliteStore, Stores},
     switch::{Parts, Policy, SwitchHandle, Timing},
     user_ids::{self, UserArgs},

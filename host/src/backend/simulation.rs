@@ -7,8 +7,8 @@ use std::sync::Arc;
 
 use api::{Problem, ProblemCode};
 use async_trait::async_trait;
-use passthrough::sim::is_simulated;
 use protocol::DeviceBackend;
+use simnic::is_simulated;
 use sriov::{
     Bdf, BindError, InventoryError, PciDevice, Pf, PfControl, PfError, PreviousBinding, Usage, Vf,
     ViabilityError,

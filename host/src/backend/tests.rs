@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 
 use api::ProblemCode;
-use passthrough::sim::{pf_bdf, vf_bdf};
+use simnic::{pf_bdf, vf_bdf};
 use sriov::{VFIO_PCI, fake::FakeSysfs};
 
 use super::*;

@@ -16,7 +16,7 @@ use std::{
     time::{Duration, Instant},
 };
 
-use passthrough::sim::{SimPf, pf};
+use simnic::{SimPf, pf};
 use sriov::PfError;
 
 use super::{SimError, SimPfRecord, Start};

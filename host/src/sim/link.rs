@@ -5,7 +5,7 @@
 use std::{collections::BTreeMap, sync::Arc};
 
 use netpolicy::PfCapabilities;
-use passthrough::sim::SimPf;
+use simnic::SimPf;
 use sriov::{Bdf, PfControl, PfError, VfChange, VfSettings};
 
 use super::Simulated;

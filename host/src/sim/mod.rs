@@ -15,7 +15,6 @@
 
 mod adapter;
 mod link;
-mod options;
 pub mod process;
 
 #[cfg(test)]
@@ -32,12 +31,11 @@ use std::{
 
 use api::types::Protection;
 use netpolicy::SIMULATED;
-use passthrough::sim::{self, MAX_PFS, MAX_VFS, SimPf, SimVf};
 use serde::{Deserialize, Serialize};
+use simnic::{MAX_PFS, MAX_VFS, SimPf, SimPfOption, SimVf};
 use sriov::{Bdf, Interface, InventoryError, PciDevice, Pf, PfControl, PfError, Vf};
 use uuid::Uuid;
 
-pub use self::options::SimPfOption;
 use self::{adapter::Adapter, link::Link};
 use crate::{
     store::{Expect, Record, StoreError, Stores, Table},
@@ -267,7 +265,7 @@ impl Simulated {
 
     fn connect(&self, pf: Bdf) -> Result<SimPf, PfError> {
         let adapter =
-            sim::numbers(pf).filter(|(_, vf)| vf.is_none()).and_then(|(number, _)| self.get(number));
+            simnic::numbers(pf).filter(|(_, vf)| vf.is_none()).and_then(|(number, _)| self.get(number));
         let adapter = adapter.ok_or(PfError::Inventory(InventoryError::NoDevice(pf)))?;
         adapter.open().map_err(|error| match error {
             SimError::Start { source, .. } | SimError::Unusable { source, .. } => source,
@@ -305,8 +303,8 @@ impl Simulated {
 
     fn open_of(&self, vf: Bdf) -> Result<(SimPf, u16), PfError> {
         let missing = || PfError::Inventory(InventoryError::NotVf(vf));
-        let (number, index) = sim::numbers(vf).ok_or_else(missing)?;
-        let (pf, index) = (sim::pf_bdf(number).ok_or_else(missing)?, index.ok_or_else(missing)?);
+        let (number, index) = simnic::numbers(vf).ok_or_else(missing)?;
+        let (pf, index) = (simnic::pf_bdf(number).ok_or_else(missing)?, index.ok_or_else(missing)?);
         Ok((self.connect(pf)?, index))
     }
 
@@ -317,7 +315,7 @@ impl Simulated {
     /// See [`SimError`]. Unless the store failed, the number is changed, and the process starts
     /// when it is needed.
     pub async fn set_vfs(self: &Arc<Self>, pf: Bdf, vfs: u16) -> Result<(), SimError> {
-        let Some(old) = sim::numbers(pf).and_then(|(number, _)| self.get(number)) else { return Ok(()) };
+        let Some(old) = simnic::numbers(pf).and_then(|(number, _)| self.get(number)) else { return Ok(()) };
         let record = SimPfRecord { vfs, ..old.record.clone() };
         self.records.put(id_of(record.number), &old.name, &record, Expect::Any).await?;
         let all = Arc::clone(self);
@@ -353,7 +351,7 @@ impl Simulated {
     #[must_use]
     pub fn names(&self) -> Vec<(Bdf, String)> {
         let named =
-            |adapter: &Arc<Adapter>| Some((sim::pf_bdf(adapter.record.number)?, adapter.name.clone()));
+            |adapter: &Arc<Adapter>| Some((simnic::pf_bdf(adapter.record.number)?, adapter.name.clone()));
         self.all().iter().filter_map(named).collect()
     }
 
@@ -361,7 +359,7 @@ impl Simulated {
     #[must_use]
     pub fn by_name(&self, name: &str) -> Option<Bdf> {
         let adapter = self.all().into_iter().find(|adapter| adapter.name == name)?;
-        sim::pf_bdf(adapter.record.number)
+        simnic::pf_bdf(adapter.record.number)
     }
 
     /// Describes a PF.
@@ -370,7 +368,7 @@ impl Simulated {
     /// There is none with this address.
     pub fn pf(&self, bdf: Bdf) -> Result<Pf, InventoryError> {
         let missing = InventoryError::NoDevice(bdf);
-        match sim::numbers(bdf) {
+        match simnic::numbers(bdf) {
             Some((number, None)) => self.get(number).and_then(|adapter| adapter.describe()).ok_or(missing),
             Some((_, Some(_))) if self.has(bdf) => Err(InventoryError::NotPf(bdf)),
             _ => Err(missing),
@@ -382,10 +380,11 @@ impl Simulated {
     /// # Errors
     /// There is no PF with this address.
     pub fn vfs_of(&self, pf: Bdf) -> Result<Vec<Vf>, InventoryError> {
-        let Some((number, None)) = sim::numbers(pf) else { return Err(InventoryError::NotPf(pf)) };
+        let Some((number, None)) = simnic::numbers(pf) else { return Err(InventoryError::NotPf(pf)) };
         let vfs = self.get(number).ok_or(InventoryError::NoDevice(pf))?.record.vfs;
-        let vf =
-            |index| Some(Vf { device: function(sim::vf_bdf(number, index)?, sim::vf::IDS.1), pf, index });
+        let vf = |index| {
+            Some(Vf { device: function(simnic::vf_bdf(number, index)?, simnic::vf::IDS.1), pf, index })
+        };
         Ok((0..vfs).filter_map(vf).collect())
     }
 
@@ -394,10 +393,10 @@ impl Simulated {
     /// # Errors
     /// There is none with this address.
     pub fn vf(&self, bdf: Bdf) -> Result<Vf, InventoryError> {
-        match sim::numbers(bdf) {
+        match simnic::numbers(bdf) {
             Some((number, Some(index))) if self.has(bdf) => {
-                let pf = sim::pf_bdf(number).ok_or(InventoryError::NoDevice(bdf))?;
-                Ok(Vf { device: function(bdf, sim::vf::IDS.1), pf, index })
+                let pf = simnic::pf_bdf(number).ok_or(InventoryError::NoDevice(bdf))?;
+                Ok(Vf { device: function(bdf, simnic::vf::IDS.1), pf, index })
             }
             Some((_, None)) if self.has(bdf) => Err(InventoryError::NotVf(bdf)),
             _ => Err(InventoryError::NoDevice(bdf)),
@@ -417,14 +416,14 @@ impl Simulated {
     /// Whether a function with this address exists. Does not block.
     #[must_use]
     pub fn has(&self, bdf: Bdf) -> bool {
-        let Some((number, vf)) = sim::numbers(bdf) else { return false };
+        let Some((number, vf)) = simnic::numbers(bdf) else { return false };
         self.get(number).is_some_and(|adapter| vf.is_none_or(|vf| vf < adapter.record.vfs))
     }
 }
 
 impl Adapter {
     fn describe(&self) -> Option<Pf> {
-        let mut device = function(sim::pf_bdf(self.record.number)?, DEVICE);
+        let mut device = function(simnic::pf_bdf(self.record.number)?, DEVICE);
         device.driver = Some(SIMULATED.into());
         device.interfaces = vec![self.name.clone()];
         let carrier = SimPf::connect(&self.socket()).is_ok_and(|pf| pf.about().link_up);
@@ -442,7 +441,7 @@ impl Adapter {
 }
 
 fn in_use(claims: &[Claim], number: u16) -> bool {
-    let uses = |claim: &Claim| claim.adapter.as_ref().is_some_and(|vf| Some(vf.pf) == sim::pf_bdf(number));
+    let uses = |claim: &Claim| claim.adapter.as_ref().is_some_and(|vf| Some(vf.pf) == simnic::pf_bdf(number));
     claims.iter().any(uses)
 }
 

@@ -8,8 +8,8 @@
 
 use std::{io, os::fd::AsFd, process::ExitCode, time::Duration};
 
-use passthrough::sim::pf::{Options, serve};
 use protocol::SandboxSpec;
+use simnic::pf::{Options, serve};
 use vmm::{
     sandbox::{self, NewNamespaces},
     seccomp,

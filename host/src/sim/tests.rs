@@ -10,8 +10,8 @@ use api::{
     types::{ObjectRef, VmAction, VmSpec},
 };
 use netpolicy::{Change, MacAddress, VfRef};
-use passthrough::sim::{MAX_PFS, pf_bdf, vf_bdf};
 use rustix::process::{Pid, Signal, kill_process};
+use simnic::{MAX_PFS, pf_bdf, vf_bdf};
 use sriov::{Bdf, VfChange};
 
 use super::*;

@@ -11,8 +11,8 @@ use std::{
 
 use api::types::{VmAction, VmState};
 use failpoints::{Point, Victim};
-use passthrough::sim::SimPf;
 use serde_json::{Value, json};
+use simnic::SimPf;
 use sriov::{PfControl, VfChange};
 
 use crate::fixture::{

@@ -2,7 +2,7 @@
 
 //! The VF's end of the mailbox.
 
-use crate::channel::mailbox::{
+use passthrough::channel::mailbox::{
     message::{BUFFER_WORDS, Words},
     register_bits::{PFACK, PFSTS, READ_TO_CLEAR, REQ, VFU},
 };

@@ -2,13 +2,16 @@
 
 //! BAR 0: the effects of a register access. Offsets as in Linux' `igbvf/regs.h`.
 
+use passthrough::{
+    channel::mailbox::{layout::Register, register_bits::CONTROL_RST},
+    family::igb::IGBVF,
+};
+
 use super::{
     interrupts::{Event, Interrupts},
     mailbox::Mailbox,
     queue::Queue,
 };
-use crate::channel::mailbox::{layout::Register, register_bits::CONTROL_RST};
-use crate::family::igb::IGBVF;
 
 const STATUS: u16 = 0x0008;
 /// Full duplex, 1000 Mbit/s.

@@ -11,7 +11,7 @@ use super::{
     offload,
     queue::{DESCRIPTOR, Ring},
 };
-use crate::sim::wire::{Frame, MAX_FRAME, MIN_FRAME, Packet};
+use crate::wire::{Frame, MAX_FRAME, MIN_FRAME, Packet};
 
 /// Longest packet before segmentation: the largest IP packet, with room for headers.
 const MAX_PACKET: usize = 0x1_0000 + 512;
@@ -174,7 +174,8 @@ mod tests {
     use vm_memory::GuestMemoryMmap;
 
     use super::*;
-    use crate::{sim::SimVf, threads::ThreadStart};
+    use crate::SimVf;
+    use passthrough::threads::ThreadStart;
 
     #[test]
     fn a_packet_without_end_takes_no_more_than_its_bound() {

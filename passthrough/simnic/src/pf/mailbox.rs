@@ -5,12 +5,12 @@
 use std::time::Duration;
 
 use netpolicy::MacAddress;
-
-use super::{SimPfState, Vf};
-use crate::channel::mailbox::{
+use passthrough::channel::mailbox::{
     message::{BUFFER_WORDS, Words},
     register_bits::{ACK_MESSAGE, CTS, NACK_MESSAGE, PF_CONTROL},
 };
+
+use super::{SimPfState, Vf};
 
 const RESET: u32 = 0x01;
 const SET_MAC: u32 = 0x02;

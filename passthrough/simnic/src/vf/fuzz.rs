@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 
-//! The body of a fuzz target: see [`crate::sim::fuzz`].
+//! The body of a fuzz target: see [`crate::fuzz`].
 
 use super::{
     descriptor::{Context, Transmit},

@@ -4,8 +4,9 @@
 
 use std::str::FromStr;
 
-use passthrough::sim::MAX_VFS;
 use sriov::Bdf;
+
+use crate::MAX_VFS;
 
 /// Longest name in bytes: that of an interface.
 const NAME: usize = 15;

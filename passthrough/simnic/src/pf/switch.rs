@@ -7,7 +7,7 @@ use std::time::Duration;
 use netpolicy::MacAddress;
 
 use super::{Frame, SimPfState, Vf};
-use crate::sim::wire::{MAX_FRAME, MIN_FRAME};
+use crate::wire::{MAX_FRAME, MIN_FRAME};
 
 /// The destination of a frame.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

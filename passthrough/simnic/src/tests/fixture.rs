@@ -10,19 +10,20 @@ use std::{
 };
 
 use netpolicy::MacAddress;
+use passthrough::{
+    hardware::{IrqKind, VfHardware},
+    relay::testing::{Bus, Driver, conformance::Direct},
+    threads::ThreadStart,
+};
 use rustix::mm::{MapFlags, MprotectFlags, ProtFlags, mmap_anonymous, mprotect};
 use sriov::{PfControl, VfChange};
 use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap, GuestRegionMmap, MmapRegion};
 use vmm_sys_util::eventfd::EventFd;
 
 use crate::{
-    hardware::{IrqKind, VfHardware},
-    relay::testing::{Bus, Driver, conformance::Direct},
-    sim::{
-        SimPf, SimVf,
-        pf::{Options, VfCounters, listen, serve},
-    },
-    threads::ThreadStart,
+    SimPf, SimVf,
+    control::VfCounters,
+    pf::{Options, listen, serve},
 };
 
 pub(super) const MEMORY: usize = 1 << 20;

@@ -10,7 +10,7 @@
 //! | 4-7 | sequence number of a message; 0 for an unsolicited message of the PF |
 //! | 8- | words, or the frame without tag and checksum |
 
-use crate::channel::mailbox::message::{BUFFER_WORDS, Words};
+use passthrough::channel::mailbox::message::{BUFFER_WORDS, Words};
 
 /// Longest frame in bytes, without tag and checksum (`MAX_JUMBO_FRAME_SIZE` of igb).
 pub(super) const MAX_FRAME: usize = 9728;

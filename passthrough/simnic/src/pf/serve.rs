@@ -21,7 +21,7 @@ use rustix::{
 };
 
 use super::{Frame, Port, SimPfState};
-use crate::sim::{
+use crate::{
     control::{About, Answer, MAX_MESSAGE, Request, VERSION},
     wire::{self, MAX_PACKET, Packet},
 };
@@ -39,7 +39,7 @@ const MAX_WAITING: usize = 8;
 pub struct Options {
     /// The PF's name.
     pub name: String,
-    /// Its VFs, [`MAX_VFS`](crate::sim::MAX_VFS) at most.
+    /// Its VFs, [`MAX_VFS`](crate::MAX_VFS) at most.
     pub vfs: u16,
     /// The socket for agents: see [`listen`]. A process that can connect there controls the PF.
     pub listener: OwnedFd,

@@ -14,19 +14,19 @@ use devices::{
     pci::PciFunction,
 };
 use netpolicy::MacAddress;
-use vmm_sys_util::eventfd::EventFd;
-
-use super::fixture::{Adapter, eventually, mac};
-use crate::{
+use passthrough::{
     family::igb::IGBVF,
     function::{AssignedFunction, HardwareAccess},
     relay::{
         Authority, Config, Decision, How, Notice, Question, Relay, Unreachable, Verdict,
         testing::{Bus, Driver},
     },
-    sim::vf::IDS,
     threads::ThreadStart,
 };
+use vmm_sys_util::eventfd::EventFd;
+
+use super::fixture::{Adapter, eventually, mac};
+use crate::vf::IDS;
 
 const BAR0: u64 = 0xc000_0000;
 const BAR3: u64 = 0xc000_4000;

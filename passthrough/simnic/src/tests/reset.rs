@@ -2,11 +2,10 @@
 
 //! Resets, and the end of either side.
 
+use passthrough::hardware::{IrqKind, VfHardware};
+
 use super::fixture::{Adapter, eventually, frame, mac, text};
-use crate::{
-    hardware::{IrqKind, VfHardware},
-    sim::SimPf,
-};
+use crate::SimPf;
 
 #[test]
 fn after_a_function_reset_there_is_no_dma_until_the_driver_is_back() {
@@ -96,7 +95,7 @@ fn a_vmm_that_ends_leaves_its_vf_reset() {
 fn the_pf_outlives_its_agent_and_ends_when_it_has_nobody() {
     use std::time::Duration;
 
-    use crate::sim::pf::{Options, listen, serve};
+    use crate::pf::{Options, listen, serve};
     let dir = tempfile::tempdir().unwrap();
     let path = dir.path().join("control.sock");
     let listener = listen(&path).unwrap();

@@ -2,10 +2,10 @@
 
 //! Frames from guest to guest: descriptors, offloads, interrupts, filters.
 
+use passthrough::{hardware::VfHardware, relay::testing::Bus};
 use sriov::{PortVlan, VfChange};
 
 use super::fixture::{Adapter, Guest, eventually, frame, mac, text};
-use crate::{hardware::VfHardware, relay::testing::Bus};
 
 fn pair() -> (Adapter, Guest, Guest) {
     let mut adapter = Adapter::new(3);

@@ -2,11 +2,11 @@
 
 //! Hostile guests and vmms.
 
+use passthrough::hardware::VfHardware;
 use rustix::net::{SendFlags, send};
 use vm_memory::{Bytes, GuestAddress};
 
 use super::fixture::{Adapter, Guest, MEMORY, eventually, frame, mac, text};
-use crate::hardware::VfHardware;
 
 /// Seeded, so that a failure can be reproduced.
 struct Random(u64);

@@ -19,7 +19,7 @@ use super::{
     interrupts::Event,
     transmit::{Round, Transmitter},
 };
-use crate::sim::wire::{self, MAX_PACKET, Packet};
+use crate::wire::{self, MAX_PACKET, Packet};
 
 /// Packets taken from either side before the other gets its turn.
 const BATCH: usize = 64;

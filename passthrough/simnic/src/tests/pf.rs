@@ -8,7 +8,7 @@ use netpolicy::MacAddress;
 use sriov::{PfControl, PfError, PortVlan, TagProtocol, VfChange, VfLink};
 
 use super::fixture::{Adapter, frame, mac};
-use crate::sim::{
+use crate::{
     SimPfState,
     pf::{Frame, Port},
 };
@@ -290,6 +290,6 @@ fn the_agent_gets_the_answers_of_igb() {
     assert!(no_vf(pf.attach(2).unwrap_err()));
     assert!(no_vf(pf.detach(2).unwrap_err()));
     // A returning agent finds everything unchanged.
-    let mut again = crate::sim::SimPf::connect(pf.path()).unwrap();
+    let mut again = crate::SimPf::connect(pf.path()).unwrap();
     assert_eq!(again.read_all().unwrap(), pf.read_all().unwrap());
 }

@@ -33,6 +33,10 @@ use std::{
 };
 
 use devices::memory::HostMemory;
+use passthrough::{
+    hardware::{BarInfo, IrqKind, VfHardware},
+    threads::{ThreadKind, ThreadStart},
+};
 use rustix::event::{EventfdFlags, eventfd};
 use vm_memory::GuestMemoryMmap;
 use vmm_sys_util::eventfd::EventFd;
@@ -41,10 +45,6 @@ pub use self::config::IDS;
 #[cfg(any(test, feature = "test-support"))]
 pub use self::fuzz::fuzz_transmit;
 use self::{config::ConfigSpace, registers::Registers, worker::Worker};
-use crate::{
-    hardware::{BarInfo, IrqKind, VfHardware},
-    threads::{ThreadKind, ThreadStart},
-};
 
 /// Size of both BARs, as on an 82576.
 const BAR_SIZE: u32 = 0x4000;

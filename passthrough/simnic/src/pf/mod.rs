@@ -15,7 +15,6 @@ use std::{
 };
 
 use netpolicy::MacAddress;
-use serde::{Deserialize, Serialize};
 use sriov::{PortVlan, TagProtocol, VfChange, VfLink, VfSettings};
 
 use self::rate::TxRateLimit;
@@ -24,8 +23,8 @@ pub use self::{
     switch::Port,
     tap::open_tap,
 };
-use super::address::MAX_VFS;
 pub use super::wire::Frame;
+use super::{address::MAX_VFS, control::VfCounters};
 
 /// Entries of the adapter's address table (RAL/RAH). Its VFs share the entries that igb leaves over for further
 /// addresses.
@@ -39,27 +38,6 @@ const VLAN_TABLE: usize = 32;
 const DEFAULT_MAX_FRAME: u32 = 1522;
 /// Speed of the link in Mbit/s.
 pub const LINK_SPEED: u32 = 1000;
-
-/// Events of one VF since the PF's start.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
-pub struct VfCounters {
-    /// Mailbox messages taken.
-    pub messages: u64,
-    /// Messages answered with a NACK.
-    pub refused: u64,
-    /// Resets (VTCTRL.RST and function level).
-    pub resets: u64,
-    /// Frames from the VF that the adapter forwarded.
-    pub sent: u64,
-    /// Dropped frames from the VF: the source address or VLAN was not its own.
-    pub spoofed: u64,
-    /// Frames from the VF dropped for another reason: not enabled, above its rate, malformed.
-    pub not_sent: u64,
-    /// Frames delivered to the VF.
-    pub received: u64,
-    /// Frames for the VF dropped because it did not read them.
-    pub lost: u64,
-}
 
 /// The PF's state of one VF.
 #[derive(Clone, Debug)]

@@ -23,8 +23,6 @@ use rustix::{
 use serde::{Deserialize, Serialize};
 use sriov::{PfControl, PfError, VfChange, VfSettings};
 
-use super::pf::VfCounters;
-
 /// Version of the requests and answers below.
 pub(super) const VERSION: u32 = 1;
 /// Longest request or answer in bytes.
@@ -60,6 +58,27 @@ pub(super) enum Answer {
     Refused {
         errno: i32,
     },
+}
+
+/// Events of one VF since the PF's start.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct VfCounters {
+    /// Mailbox messages taken.
+    pub messages: u64,
+    /// Messages answered with a NACK.
+    pub refused: u64,
+    /// Resets (VTCTRL.RST and function level).
+    pub resets: u64,
+    /// Frames from the VF that the adapter forwarded.
+    pub sent: u64,
+    /// Dropped frames from the VF: the source address or VLAN was not its own.
+    pub spoofed: u64,
+    /// Frames from the VF dropped for another reason: not enabled, above its rate, malformed.
+    pub not_sent: u64,
+    /// Frames delivered to the VF.
+    pub received: u64,
+    /// Frames for the VF dropped because it did not read them.
+    pub lost: u64,
 }
 
 /// The description of a simulated PF.

@@ -6,6 +6,7 @@
 use std::time::Duration;
 
 use netpolicy::MacAddress;
+use passthrough::channel::mailbox::message::BUFFER_WORDS;
 use sriov::VfChange;
 
 pub use super::vf::fuzz_transmit;
@@ -13,7 +14,6 @@ use super::{
     pf::{Frame, Port, SimPfState},
     wire::{self, MAX_FRAME, Packet},
 };
-use crate::channel::mailbox::message::BUFFER_WORDS;
 
 /// A packet between a VF and its PF: a decoded packet is the same after it is encoded and decoded again.
 pub fn fuzz_packet(data: &[u8]) {

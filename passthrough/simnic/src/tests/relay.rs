@@ -5,10 +5,7 @@
 use std::time::Duration;
 
 use netpolicy::MacAddress;
-use sriov::VfChange;
-
-use super::fixture::{Adapter, mac};
-use crate::relay::{
+use passthrough::relay::{
     Config,
     testing::{
         Bus, Driver,
@@ -16,6 +13,9 @@ use crate::relay::{
         table::EFFECTIVE,
     },
 };
+use sriov::VfChange;
+
+use super::fixture::{Adapter, mac};
 
 #[test]
 fn messages_are_answered_as_the_tables_say() {

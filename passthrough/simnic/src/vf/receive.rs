@@ -12,7 +12,7 @@ use super::{
     interrupts::Event,
     queue::{DESCRIPTOR, Ring},
 };
-use crate::sim::wire::Frame;
+use crate::wire::Frame;
 
 /// Offset of the half with the status in a descriptor.
 const SECOND_HALF: u64 = 8;
