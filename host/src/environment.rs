@@ -11,13 +11,13 @@ use std::{
 
 use api::types::{EventKind, Protection};
 use sriov::Sysfs;
+use store::{Expect, GOOD_FOR, Scope, StoreError, Stores, Table, WriteProbe};
 use uuid::Uuid;
 
 use crate::{
     backend::Hardware,
     inventory::Inventory,
     metrics::Metrics,
-    store::{Expect, GOOD_FOR, Scope, StoreError, Stores, Table, WriteProbe},
     switch::Policy,
     vm::record::{Claim, PfRecord, RunRecord, VmRecord},
     vmm_process::{MEMLOCK_SLACK, Program},

@@ -10,6 +10,7 @@ use std::{
     io::{self, IsTerminal as _},
 };
 
+use text::{printable_json, write_line};
 use tracing::{Event, Level, Subscriber, field::Field};
 use tracing_subscriber::{
     EnvFilter,
@@ -21,8 +22,6 @@ use tracing_subscriber::{
     },
     registry::LookupSpan,
 };
-
-use crate::text::{printable_json, write_line};
 
 /// The format of lines.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]
@@ -138,7 +137,7 @@ mod tests {
     use std::sync::{Arc, Mutex};
 
     use super::*;
-    use crate::text::is_printable;
+    use text::is_printable;
 
     #[derive(Clone, Default)]
     struct Lines(Arc<Mutex<Vec<u8>>>);

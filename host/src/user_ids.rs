@@ -13,7 +13,7 @@ use std::{
     path::{Path, PathBuf},
 };
 
-use crate::text::printable;
+use text::printable;
 
 /// The first id, unless an option sets another. It is beyond the default ranges of subordinate ids (to 600 100 000 on Debian),
 /// of systemd's containers (to 1 879 048 191) and of directory services (SSSD: to 2 000 200 000), and below 2^31, because some

@@ -20,6 +20,8 @@ use async_trait::async_trait;
 use axum::body::Bytes;
 use failpoints::{Point, reach};
 use protocol::{Order, Outcome};
+use store::{Entry, StoreError};
+use text::chain;
 use tokio::{
     sync::{Mutex, MutexGuard},
     task::JoinSet,
@@ -32,10 +34,9 @@ use super::{console, strangers::Strangers, view};
 use crate::{
     environment::Environment,
     metrics,
-    store::{Entry, StoreError},
     vm::{
         VmHandle,
-        problem::{ToProblem, chain},
+        problem::ToProblem,
         record::{Asked, Claim, RunRecord, VmRecord, generated_mac, macs},
         switch_client,
     },

@@ -34,6 +34,7 @@ use tokio::{
 pub use backend::Agent;
 use listen::ListenArgs;
 use simnic::SimPfOption;
+use store::{SqliteStore, Stores};
 
 #[cfg(feature = "test-support")]
 use crate::switch::Late;
@@ -46,7 +47,6 @@ use crate::{
     pf::{HostPfs, PfHandle, watch},
     sandbox,
     sim::{Simulated, Start},
-    store::{SqliteStore, Stores},
     switch::{Parts, Policy, SwitchHandle, Timing},
     user_ids::{self, UserArgs},
 };

@@ -10,6 +10,8 @@ use api::{
     types::{Bdf, EventKind, ObjectKind, ObjectRef, Pf, PfSpec, PfStatus, Subject, Timestamp, Vf, host_id},
 };
 use sriov::{PfError, VfSettings};
+use store::{Entry, Expect, StoreError};
+use text::chain;
 use tracing::Span;
 use uuid::Uuid;
 
@@ -17,9 +19,8 @@ use super::{backend::Agent, view};
 use crate::{
     backend::Facts,
     inventory::Inventory,
-    store::{Entry, Expect, StoreError},
     vm::{
-        problem::{ToProblem, chain},
+        problem::ToProblem,
         record::{Claim, PfRecord},
     },
 };

@@ -13,10 +13,11 @@ use sriov::{
     Bdf, BindError, InventoryError, NetlinkPf, PciDevice, Pf, PfControl, PfError, PreviousBinding, Sysfs,
     Usage, VFIO_PCI, Vf, ViabilityError,
 };
+use text::chain;
 use tracing::Span;
 
 use super::{Facts, FunctionBackend, MachineDevice, PfInterface, Scrub};
-use crate::vm::problem::{ToProblem, chain};
+use crate::vm::problem::ToProblem;
 
 /// Opens the control of a PF. It may block.
 pub type OpenPf = Arc<dyn Fn(Bdf) -> Result<Box<dyn PfControl>, PfError> + Send + Sync>;

@@ -13,12 +13,10 @@ use sriov::{
     Bdf, BindError, InventoryError, PciDevice, Pf, PfControl, PfError, PreviousBinding, Usage, Vf,
     ViabilityError,
 };
+use text::chain;
 
 use super::{Facts, FunctionBackend, MachineDevice, PfInterface, Scrub};
-use crate::{
-    sim::Simulated,
-    vm::problem::{ToProblem, chain},
-};
+use crate::{sim::Simulated, vm::problem::ToProblem};
 
 const FACTS: Facts = Facts {
     needs_root: false,

@@ -6,11 +6,9 @@ use std::{error::Error, io, process::ExitCode};
 
 use api::{ClientError, Problem, RemoteError, types::VmState};
 use serde::Serialize;
+use text::{printable, printable_lines};
 
-use crate::{
-    text::{printable, printable_lines},
-    token_file::TokenFileError,
-};
+use crate::token_file::TokenFileError;
 
 use super::{
     demo::DemoError,
@@ -218,7 +216,7 @@ mod tests {
     use api::ProblemCode;
 
     use super::*;
-    use crate::text::is_printable;
+    use text::is_printable;
 
     fn check(error: impl Into<CliError>, code: u8, text: &str) {
         let error = error.into();

@@ -38,9 +38,9 @@ use std::{
 use api::Client;
 use clap::{Parser, Subcommand};
 
-use crate::text::{is_active, printable};
 use error::CliError;
 use output::{Format, Output, warn};
+use text::{is_active, printable};
 
 /// The exit codes, on which scripts can rely.
 const EXIT_CODES: &str = "\

@@ -9,8 +9,7 @@ use std::{
 
 use clap::ValueEnum;
 use serde::Serialize;
-
-use crate::text::{is_printable, printable, printable_json, printable_lines};
+use text::{is_printable, printable, printable_json, printable_lines};
 
 /// The form of output.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]

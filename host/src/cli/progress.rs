@@ -14,9 +14,8 @@ use api::{
     types::{OperationAction, Vm, VmAction},
 };
 use rustix::termios::tcgetwinsize;
+use text::printable;
 use tokio::time::{Instant, timeout};
-
-use crate::text::printable;
 
 /// The times of a line.
 struct Pace {

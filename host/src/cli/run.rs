@@ -6,6 +6,7 @@ use std::time::Duration;
 
 use api::{Client, ClientError, ProblemCode, types::*};
 use clap::Args;
+use text::printable;
 use tokio::signal::unix::{Signal, SignalKind, signal};
 
 use super::{
@@ -16,7 +17,6 @@ use super::{
     spec_file,
     vm::{act, delete},
 };
-use crate::text::printable;
 
 /// The wait of `run --rm` for an agent that is restarted: as long as the agent waits for this command.
 const AGENT_AWAY: Duration = Duration::from_secs(60);

@@ -27,10 +27,10 @@ use std::{
 use api::types::{DecisionFilter, PortCounters};
 use netpolicy::{Decision, PortId};
 use rustix::{process::setpriority_process, thread::gettid};
+use store::StoreError;
 use tokio::sync::oneshot;
 
 use self::{events::EventHub, lines::Lines, table::Decisions};
-use crate::store::StoreError;
 
 /// Records that are kept in all. The oldest go first.
 pub const KEPT: u32 = 10_000;
@@ -81,7 +81,7 @@ pub struct DecisionLog {
 
 impl DecisionLog {
     /// Opens the log in the database at `path` and starts its thread. A
-    /// [`SqliteStore`](crate::store::SqliteStore) must have opened the database, and so migrated
+    /// [`SqliteStore`](store::SqliteStore) must have opened the database, and so migrated
     /// it, before. At most `kept` records stay.
     ///
     /// # Errors

@@ -11,8 +11,7 @@ use std::{
 use api::types::{Cursor, DecisionFilter, PortCounters, Timestamp};
 use netpolicy::{Decision, PortId, VmId, Weight};
 use rusqlite::{Connection, Transaction, params};
-
-use crate::store::StoreError;
+use store::StoreError;
 
 /// The divisor for the share of one VM in all records, for each weight. One guest's noise therefore
 /// displaces neither the records of other VMs nor those of changes on its own adapters.

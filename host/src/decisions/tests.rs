@@ -7,10 +7,10 @@ use api::types::{Cursor, DecisionFilter, EventKind, Listed, Timestamp};
 use netpolicy::{
     Committed, Decision, MacAddress, Name, Outcome, Port, PortGroupId, PortId, Reason, VmId, VmRef, Weight,
 };
+use store::SqliteStore;
 use uuid::Uuid;
 
 use super::{DecisionLog, GATHER, PACE, RETRY, WAITING, events::EventHub};
-use crate::store::SqliteStore;
 
 pub(super) fn decision(vm: u128, requested: &str, outcome: Outcome, ms: u64) -> Decision {
     let vm = VmRef { id: VmId(Uuid::from_u128(vm)), name: Name::new(format!("vm{vm}")).unwrap() };

@@ -34,14 +34,12 @@ use netpolicy::SIMULATED;
 use serde::{Deserialize, Serialize};
 use simnic::{MAX_PFS, MAX_VFS, SimPf, SimPfOption, SimVf};
 use sriov::{Bdf, Interface, InventoryError, PciDevice, Pf, PfControl, PfError, Vf};
+use store::{Expect, Record, StoreError, Stores, Table};
+use text::chain;
 use uuid::Uuid;
 
 use self::{adapter::Adapter, link::Link};
-use crate::{
-    store::{Expect, Record, StoreError, Stores, Table},
-    vm::{problem::chain, record::Claim},
-    vmm_process::Program,
-};
+use crate::{vm::record::Claim, vmm_process::Program};
 
 /// PCI ids of an 82576, and its class.
 const VENDOR: u16 = 0x8086;

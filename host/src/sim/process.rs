@@ -10,12 +10,11 @@ use std::{io, os::fd::AsFd, process::ExitCode, time::Duration};
 
 use protocol::SandboxSpec;
 use simnic::pf::{Options, serve};
+use text::chain;
 use vmm::{
     sandbox::{self, NewNamespaces},
     seccomp,
 };
-
-use crate::vm::problem::chain;
 
 /// The word on the command line that makes `portcullis` this process.
 pub const SUBCOMMAND: &str = "sim-pf";

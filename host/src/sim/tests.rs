@@ -13,6 +13,7 @@ use netpolicy::{Change, MacAddress, VfRef};
 use rustix::process::{Pid, Signal, kill_process};
 use simnic::{MAX_PFS, pf_bdf, vf_bdf};
 use sriov::{Bdf, VfChange};
+use store::{Entry, SqliteStore};
 
 use super::*;
 use crate::{
@@ -20,7 +21,6 @@ use crate::{
     backend::Simulation,
     environment::Environment,
     pf::{HostPfs, PfHandle},
-    store::{Entry, SqliteStore},
     switch::{
         Leftover,
         scrub::{ScrubVf, clean},

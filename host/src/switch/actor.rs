@@ -12,6 +12,7 @@ use api::types::{EventKind, ObjectKind, PfState, Subject, Timestamp};
 use futures_util::stream::{FuturesUnordered, StreamExt};
 use netpolicy::{Decision, MacAddress, Outcome, PfCapabilities, PortId, SwitchId, SwitchState, VmId};
 use sriov::Hint;
+use store::{BoxFuture, Table};
 use tokio::{
     sync::{mpsc, watch},
     time::{Instant, MissedTickBehavior, interval, sleep_until},
@@ -36,7 +37,6 @@ use crate::{
     line_rate::PortLog,
     metrics::Metrics,
     pf::PfHandle,
-    store::{BoxFuture, Table},
 };
 
 /// The data that the API shows of every object.

@@ -11,6 +11,7 @@ use api::{
 use failpoints::{Point, reach};
 use netpolicy::{Change, PfCapabilities, Port, PortId, VfRef, VmId, VmRef};
 use sriov::VfChange;
+use store::{Expect, StoreError};
 use uuid::Uuid;
 
 use super::{
@@ -21,7 +22,6 @@ use super::{
     record::{PortRecord, port_name},
     startup::DEFAULT,
 };
-use crate::store::{Expect, StoreError};
 
 impl Actor {
     /// Makes the VM's ports those of its adapters. A port with an adapter that stays is the same port, also under

@@ -12,6 +12,7 @@ use api::{
 use netpolicy::{
     Corrections, Entity, PortGroup, PortGroupId, PortId, Setting, Switch, SwitchId, SwitchKind, SwitchState,
 };
+use store::Expect;
 use uuid::Uuid;
 
 use super::{
@@ -21,7 +22,6 @@ use super::{
     record::{GroupRecord, PortRecord, SwitchRecord, port_name},
     startup::{DEFAULT, DEFAULT_GROUP, DEFAULT_SWITCH},
 };
-use crate::store::Expect;
 
 impl Actor {
     pub(super) async fn put_switch(

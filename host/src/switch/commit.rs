@@ -9,15 +9,14 @@ use netpolicy::{Change, Corrections, MacAddress, PfCapabilities, PortId, Route, 
 use passthrough::relay::{Decision as RelayDecision, Forwarded, How, Question, Verdict};
 use protocol::{Answer, Order, Outcome};
 use sriov::{VfChange, VfSettings};
+use text::chain;
 use tokio::{
     sync::oneshot,
     time::{Instant, sleep, timeout},
 };
 
 use super::{Timing, journal::Journal, port_queue::Revert, record::Attachment, vmm_client::Vmm};
-use crate::{
-    line_rate::PortLog, metrics::Metrics, pf::PfHandle, vm::problem::chain, vmm_process::OrderError,
-};
+use crate::{line_rate::PortLog, metrics::Metrics, pf::PfHandle, vmm_process::OrderError};
 
 /// Attempts at changes that the relay could not make, and the pause between two.
 const ATTEMPTS: u32 = 3;

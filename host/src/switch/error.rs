@@ -4,11 +4,10 @@
 
 use api::{Missing, Problem, ProblemCode};
 use netpolicy::{Entity, NameError, StateError, Unenforceable};
+use store::StoreError;
+use text::chain;
 
-use crate::{
-    store::StoreError,
-    vm::problem::{ToProblem, chain},
-};
+use crate::vm::problem::ToProblem;
 
 /// The reason that a switch does not carry out a request.
 #[derive(Debug, thiserror::Error)]

@@ -58,6 +58,8 @@ use std::{
 use api::types::Unchecked;
 use netpolicy::{PfCapabilities, VfRef, VmId, VmRef};
 use sriov::{Hint, VfChange};
+use store::Stores;
+use text::chain;
 use tokio::{
     sync::{mpsc, oneshot, watch},
     time::timeout,
@@ -79,8 +81,6 @@ use crate::{
     decisions::{DecisionLog, events::EventHub},
     metrics::Metrics,
     pf::{PfHandle, PfName},
-    store::Stores,
-    vm::problem::chain,
 };
 
 /// The most commands that wait for the task.

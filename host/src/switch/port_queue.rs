@@ -12,13 +12,13 @@ use api::types::{Pending, PortCounters, Timestamp, Unchecked, UnmadeChange};
 use netpolicy::{Change, MacAddress, Request, clipped};
 use passthrough::relay::{Cancelled, Forwarded, MAX_CHANGES, Question};
 use serde::{Deserialize, Serialize};
+use text::printable;
 use tokio::{sync::oneshot, time::Instant};
 
 use super::{
     command::{Leftover, Reply},
     made,
 };
-use crate::text::printable;
 
 /// More changes than a relay defers to its guest's reset: twice as many, because the confirmation of those that it has made may
 /// still be on its way.

@@ -5,6 +5,7 @@
 use api::types::{ObjectKind, PfState, Timestamp, Unchecked};
 use netpolicy::{Change, Corrections, Outcome, PortId, Route, clipped};
 use sriov::Hint;
+use text::printable;
 use tokio::time::Instant;
 use tracing::Span;
 
@@ -18,7 +19,6 @@ use super::{
     port_queue::{PortQueue, Running, Task},
     record::port_name,
 };
-use crate::text::printable;
 
 /// Most characters of the reason why a port cannot be compared: the process of a simulated PF chooses some of them.
 const DETAIL: usize = 500;

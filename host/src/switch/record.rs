@@ -10,9 +10,9 @@ use netpolicy::{
     Change, DeviceState, MacAddress, Port, PortGroup, PortGroupId, PortId, Settings, Switch, VfRef, VmRef,
 };
 use serde::{Deserialize, Serialize};
+use store::{Record, Scope};
 
 use super::port_queue::{PortQueue, Revert};
-use crate::store::{Record, Scope};
 
 /// The first start of an agent with this store. It is the creation time of the default switch and
 /// group.

@@ -19,12 +19,12 @@ use passthrough::{
     hardware::VfHardware,
 };
 use sriov::{Bdf, PfError, VfChange};
+use text::chain;
 
 use super::{Leftover, SwitchError};
 use crate::{
     backend::FunctionBackend,
     pf::{PfFailure, PfHandle},
-    vm::problem::chain,
 };
 
 /// The longest wait for the PF's response to one message.

@@ -13,6 +13,8 @@ use netpolicy::{
     Change, Name, PortGroup, PortGroupId, PortId, Route, Settings, StateError, Switch, SwitchId, SwitchKind,
 };
 use sriov::VfSettings;
+use store::{Expect, StoreError, Table};
+use text::chain;
 use uuid::Uuid;
 
 use super::{
@@ -22,10 +24,6 @@ use super::{
     guest_requests::adds,
     port_queue::{Granted, PortQueue, Running, Task},
     record::{Attachment, FirstStart},
-};
-use crate::{
-    store::{Expect, StoreError, Table},
-    vm::problem::chain,
 };
 
 /// The name of the default switch and of its port group.

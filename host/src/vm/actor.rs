@@ -37,20 +37,21 @@ use tracing::Instrument as _;
 
 use lease::Tenancy;
 use progress::Progress;
+use store::{Entry, Expect, StoreError};
+use text::chain;
 
 use super::{
     Command, Completion, Origin, Status,
     boot::{self, PROMPT},
     claims::{self, Held},
     command_queue::{Inbox, Sent},
-    problem::{ToProblem, chain},
+    problem::ToProblem,
     record::{Asked, RunRecord, VmRecord},
     switch_client,
 };
 use crate::{
     cgroup, console,
     environment::Environment,
-    store::{Entry, Expect, StoreError},
     vmm_process::{Allowance, Connection, Event, Exit, OrderError, Process, VmDirectory},
 };
 

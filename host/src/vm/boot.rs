@@ -11,18 +11,19 @@ use api::{
 };
 use failpoints::{Point, reach};
 use protocol::{DeviceSpec, MachineSpec, Order, State, files as file};
+use store::Entry;
+use text::chain;
 use tokio::sync::mpsc;
 use uuid::Uuid;
 
 use super::{
     claims::{self, Held},
-    problem::{BootFile, ToProblem, chain},
+    problem::{BootFile, ToProblem},
 };
 use crate::{
     backend::MachineDevice,
     environment::Environment,
     files, sandbox,
-    store::Entry,
     vm::record::VmRecord,
     vmm_process::{Allowance, Connection, Event, Process, VmDirectory, limit_memlock, spawn},
 };

@@ -35,6 +35,7 @@ use api::{
     problem::{Problem, ProblemCode},
     types::{Name, VmAction, VmLease, VmOperation, VmSpec, VmState},
 };
+use store::Entry;
 use tokio::sync::{mpsc, oneshot, watch};
 use tracing::Span;
 use uuid::Uuid;
@@ -43,7 +44,7 @@ use self::{
     claims::Held,
     record::{Asked, RunRecord, VmRecord},
 };
-use crate::{environment::Environment, store::Entry, vmm_process::Connection};
+use crate::{environment::Environment, vmm_process::Connection};
 
 /// The completion of an action, with its success or its failure.
 pub type Completion = oneshot::Receiver<Result<(), Problem>>;

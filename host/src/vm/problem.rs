@@ -7,29 +7,14 @@ use std::error::Error;
 use api::{Missing, Problem, ProblemCode};
 use protocol::FailureCode;
 use sriov::{ApplyError, BindError, InventoryError, PfError, VfCountError, ViabilityError};
+use store::StoreError;
+use text::chain;
 
 use crate::{
     files::FileError,
     sim::SimError,
-    store::StoreError,
     vmm_process::{ConnectError, OrderError, SpawnError},
 };
-
-/// An error with all its causes, for people.
-#[must_use]
-pub fn chain(error: &dyn Error) -> String {
-    let mut text = error.to_string();
-    let mut source = error.source();
-    while let Some(cause) = source {
-        let cause_text = cause.to_string();
-        if !text.contains(&cause_text) {
-            text.push_str(": ");
-            text.push_str(&cause_text);
-        }
-        source = cause.source();
-    }
-    text
-}
 
 fn with(code: ProblemCode, error: &dyn Error) -> Problem {
     Problem::new(code, chain(error))

@@ -10,9 +10,10 @@ use api::{
 };
 use serde::{Deserialize, Serialize};
 use sriov::{Bdf, PreviousBinding, VfSettings};
+use store::Record;
 use uuid::Uuid;
 
-use crate::{store::Record, vmm_process::Identity};
+use crate::vmm_process::Identity;
 
 /// A VM's specification and its authors. Their rights limit the files that its boot opens.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]

@@ -15,12 +15,10 @@ use api::{
     types::{CauseCode, VmAction, VmState},
 };
 use sriov::{Bdf, PfControl, PreviousBinding, VfChange, fake::FakePf};
+use store::Expect;
 
 use self::fixture::{Host, VF0, VF1, caller};
-use crate::{
-    store::Expect,
-    vm::record::{Before, Claim, ClaimedVf},
-};
+use crate::vm::record::{Before, Claim, ClaimedVf};
 
 #[tokio::test]
 async fn boot_gives_the_vf_and_stop_takes_it_back() {

@@ -24,6 +24,7 @@ use protocol::{
     Answer, Ask, Channel, ChannelError, Failure, Order, Outcome, Report, SPOKEN, STANDING_SINCE, State,
     ToAgent, ToVmm,
 };
+use text::printable;
 use tokio::{
     io::{Interest, unix::AsyncFd},
     sync::{mpsc, oneshot, watch},
@@ -36,7 +37,6 @@ use super::{
     async_fd::polled,
     protocol_guard::{Allowance, Conduct, is_nonsense},
 };
-use crate::text::printable;
 
 /// The longest wait for a vmm's hello, or for room in its socket.
 const PATIENCE: Duration = Duration::from_secs(5);
@@ -414,7 +414,7 @@ async fn serve(
             },
             message = async { relays.ready().await; receive(channel).await } => {
                 let (message, length) = match message {
-                    Err(error) if is_nonsense(&error) => return Err(nonsense(crate::vm::problem::chain(&error))),
+                    Err(error) if is_nonsense(&error) => return Err(nonsense(text::chain(&error))),
                     Err(error) => {
                         relays.finish(&mut inbox).await;
                         return Err(error);

@@ -10,9 +10,10 @@ use std::{
 };
 
 use protocol::Listener;
+use text::is_active;
 use uuid::Uuid;
 
-use crate::{console, text::is_active};
+use crate::console;
 
 /// The size in bytes beyond which the log is cut.
 const LOG_MAX: u64 = 256 * 1024;

@@ -21,9 +21,9 @@ use clap::Args;
 use tokio::signal::unix::{SignalKind, signal};
 
 use super::{error::CliError, output::Format};
-use crate::text::is_active;
 use private_agent::PrivateAgent;
 use report::Report;
+use text::is_active;
 
 /// The time limit of the whole demonstration, longer than it takes on a busy machine.
 const PATIENCE: Duration = Duration::from_secs(120);

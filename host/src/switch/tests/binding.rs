@@ -206,7 +206,7 @@ async fn the_record_of_an_older_agent_counts_as_the_policy_says() {
         host.restart_after(async |attachments| {
             for mut entry in attachments.list().await.unwrap() {
                 entry.value.device.was_trusted = None;
-                let (name, expect) = (entry.name, crate::store::Expect::Any);
+                let (name, expect) = (entry.name, store::Expect::Any);
                 attachments.put(entry.id, &name, &entry.value, expect).await.unwrap();
             }
         })
@@ -255,7 +255,7 @@ async fn a_pf_that_does_not_answer_keeps_no_vm_from_another() {
 #[tokio::test]
 async fn an_agent_that_cannot_read_what_a_vf_has_does_not_start_and_says_of_what() {
     for kind in ["attachment", "port_group"] {
-        let error = crate::vm::problem::chain(&Host::new(TRUNK).await.restart_on_damaged(kind).await);
+        let error = text::chain(&Host::new(TRUNK).await.restart_on_damaged(kind).await);
         assert!(error.contains(kind), "{error}");
     }
 }
@@ -263,6 +263,6 @@ async fn an_agent_that_cannot_read_what_a_vf_has_does_not_start_and_says_of_what
 /// Such a port was once skipped, and with it the leftovers of its VF: the next tenant would have got them.
 #[tokio::test]
 async fn an_agent_that_cannot_take_up_a_port_with_a_vf_does_not_start_and_says_which() {
-    let error = crate::vm::problem::chain(&Host::new(TRUNK).await.restart_without("port_group").await);
+    let error = text::chain(&Host::new(TRUNK).await.restart_without("port_group").await);
     assert!(error.contains("port vm1/eth0 ") && error.contains("does not exist"), "{error}");
 }

@@ -18,6 +18,7 @@ use netpolicy::{Change, Decision, MacAddress, Name, Outcome, Request, StandingRe
 use passthrough::relay::{self, Forwarded, How, Notice, Question, Verdict};
 use protocol::{Answer, Order};
 use sriov::Hint;
+use store::{Expect, ObjectStore as _, Operation, SqliteStore, Stores, Table};
 use tokio::{sync::mpsc, time::timeout};
 use uuid::Uuid;
 
@@ -25,7 +26,6 @@ use crate::{
     decisions::{DecisionLog, KEPT, events::EventHub},
     metrics::Metrics,
     pf::{PfHandle, fake::FakePfs},
-    store::{Expect, ObjectStore as _, Operation, SqliteStore, Stores, Table},
     switch::{Adapter, Intake, Parts, Policy, SwitchError, SwitchHandle, Timing, Vmm, record::Attachment},
     vmm_process::OrderError,
 };

@@ -8,10 +8,10 @@ use netpolicy::{
 };
 use passthrough::relay::{Cancelled, Forwarded, Notice, Question};
 use sriov::VfChange;
+use store::Expect;
 use tokio::time::sleep;
 
 use super::fixture::{FORWARD, Host, LOCAL, PF, TIMING, TakesBack, mac, refused, vf, vm};
-use crate::store::Expect;
 
 const ACCEPT: &str = r#"{"mac_changes": "accept", "unicast_limit": 2}"#;
 const TRUNK: &str = r#"{"vlan": {"trunk": ["100-200"]}, "vlan_limit": 2}"#;

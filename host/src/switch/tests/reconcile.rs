@@ -305,7 +305,7 @@ async fn the_next_agent_does_the_work_of_a_reboot_that_it_finds_noted() {
             for mut entry in attachments.list().await.unwrap() {
                 assert!(!entry.value.rebooting);
                 entry.value.rebooting = noted;
-                let (name, expect) = (entry.name, crate::store::Expect::Any);
+                let (name, expect) = (entry.name, store::Expect::Any);
                 attachments.put(entry.id, &name, &entry.value, expect).await.unwrap();
             }
         })

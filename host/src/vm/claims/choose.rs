@@ -7,13 +7,14 @@ use api::{
     types::VmSpec,
 };
 use sriov::{Bdf, InventoryError, Pf, Vf};
+use text::chain;
 use uuid::Uuid;
 
 use crate::{
     inventory::Inventory,
     switch::Uplinks,
     vm::{
-        problem::{ToProblem, chain},
+        problem::ToProblem,
         record::{Claim, ClaimedVf, macs},
         switch_client,
     },

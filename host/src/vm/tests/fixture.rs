@@ -20,6 +20,7 @@ use sriov::{
     Bdf, PfControl, PfError, Sysfs, VfChange, VfSettings,
     fake::{FakePf, FakeSysfs},
 };
+use store::{Entry, Expect, SqliteStore, Stores};
 use tokio::time::timeout;
 use uuid::Uuid;
 
@@ -30,7 +31,6 @@ use crate::{
     environment::Environment,
     pf::{HostPfs, PfHandle},
     sim::Simulated,
-    store::{Entry, Expect, SqliteStore, Stores},
     switch::{Parts, Policy, SwitchHandle, Timing},
     vm::{VmHandle, record::VmRecord},
     vmm_process::Program,

@@ -15,7 +15,7 @@
 //! both.
 
 mod error;
-#[cfg(test)]
+#[cfg(any(test, feature = "test-support"))]
 mod memory;
 mod probe;
 mod schema;
@@ -31,7 +31,7 @@ use tokio::sync::oneshot;
 use uuid::Uuid;
 
 pub use error::StoreError;
-#[cfg(test)]
+#[cfg(any(test, feature = "test-support"))]
 pub use memory::MemoryStore;
 pub use probe::{GOOD_FOR, WriteProbe};
 pub use sqlite::SqliteStore;

@@ -6,11 +6,11 @@
 use std::time::{Duration, Instant};
 
 use serde::{Deserialize, Serialize};
+use text::chain;
 use tokio::sync::Mutex;
 use uuid::Uuid;
 
 use super::{Expect, Record, Stores, Table};
-use crate::vm::problem::chain;
 
 /// The time for which a result is reused. A durable write for each health request would cost too
 /// much.
@@ -66,7 +66,7 @@ mod tests {
     use std::sync::Arc;
 
     use super::*;
-    use crate::store::SqliteStore;
+    use crate::SqliteStore;
 
     #[tokio::test]
     async fn a_store_that_can_only_be_read_is_complained_about_until_it_can_be_written() {

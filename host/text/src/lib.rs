@@ -3,7 +3,11 @@
 //! Text from outside: of files, of requests, of vmm processes. Where it is printed it could move a cursor, retitle a terminal or
 //! begin a line that looks like the agent's own.
 
+mod chain;
+
 use std::fmt::{self, Write as _};
+
+pub use chain::chain;
 
 /// Most characters of one text in a line of the log.
 const LONGEST: usize = 2000;
@@ -66,7 +70,10 @@ fn escaped(text: &str, must: impl Fn(char) -> bool) -> String {
 }
 
 /// Writes a value in one line that is not too long, whatever it contains.
-pub(crate) fn write_line(out: &mut dyn fmt::Write, value: fmt::Arguments<'_>) -> fmt::Result {
+///
+/// # Errors
+/// Those of `out`.
+pub fn write_line(out: &mut dyn fmt::Write, value: fmt::Arguments<'_>) -> fmt::Result {
     struct OneLine<'a> {
         out: &'a mut dyn fmt::Write,
         left: usize,
