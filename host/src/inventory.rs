@@ -10,12 +10,10 @@ use std::{
     sync::{Arc, Mutex, MutexGuard, PoisonError},
 };
 
+use options::assignable::AssignableList;
 use sriov::{Bdf, InventoryError, PciDevice, Pf, PfControl, PfError, Vf};
 
-use crate::{
-    assignable::AssignableList,
-    backend::{Backends, FunctionBackend, Hardware},
-};
+use crate::backend::{Backends, FunctionBackend, Hardware};
 
 /// The functions of all backends.
 #[derive(Clone, Default)]

@@ -24,5 +24,5 @@ fn main() -> ExitCode {
         tracing_subscriber::fmt().with_ansi(false).with_target(false).with_writer(std::io::stderr).init();
         return process(&arguments);
     }
-    host::cli::run(host::cli::parse())
+    host::command_line::run(host::command_line::parse())
 }

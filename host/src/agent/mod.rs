@@ -33,13 +33,16 @@ use tokio::{
 
 pub use backend::Agent;
 use listen::ListenArgs;
+use options::{
+    assignable::Assignable,
+    user_ids::{self, UserArgs},
+};
 use simnic::SimPfOption;
 use store::{SqliteStore, Stores};
 
 #[cfg(feature = "test-support")]
 use crate::switch::Late;
 use crate::{
-    assignable::Assignable,
     backend::Simulation,
     decisions::{DecisionLog, events::EventHub},
     environment::{Environment, Users},
@@ -48,7 +51,6 @@ use crate::{
     sandbox,
     sim::{Simulated, Start},
     switch::{Parts, Policy, SwitchHandle, Timing},
-    user_ids::{self, UserArgs},
 };
 
 /// How long all VMs may take to stop, after the time that their guests have to power off.

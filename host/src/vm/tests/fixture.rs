@@ -15,6 +15,7 @@ use api::{
     types::{Timestamp, VmAction, VmSpec, VmState},
 };
 use netpolicy::PfCapabilities;
+use options::assignable::Assignable;
 use protocol::Order;
 use sriov::{
     Bdf, PfControl, PfError, Sysfs, VfChange, VfSettings,
@@ -25,7 +26,6 @@ use tokio::time::timeout;
 use uuid::Uuid;
 
 use crate::{
-    assignable::Assignable,
     backend::{Hardware, Simulation},
     decisions::{DecisionLog, KEPT, events::EventHub},
     environment::Environment,
