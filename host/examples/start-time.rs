@@ -24,12 +24,12 @@ use api::{
     client::Client,
     types::{Protection, VmAction, VmSpec},
 };
-use host::{
+use protocol::{Channel, ChannelError, MachineSpec, Order, ToAgent, ToVmm, VERSION, files as file};
+use rustix::process::{Pid, Signal, kill_process};
+use services::{
     console::Reader,
     vmm_process::{Program, VmDirectory, spawn},
 };
-use protocol::{Channel, ChannelError, MachineSpec, Order, ToAgent, ToVmm, VERSION, files as file};
-use rustix::process::{Pid, Signal, kill_process};
 use tempfile::TempDir;
 use tokio::runtime::Runtime;
 use uuid::Uuid;

@@ -93,7 +93,7 @@ READ_BY = {
     "rust-toolchain.toml": "*",
     ".config/*": "*",
     "resources/guest/*": "cli",
-    "resources/grafana/*": "host",
+    "resources/grafana/*": "services",
     "resources/examples/*": "cli",
     "resources/seccomp/*": "vmm",
     "resources/openapi.json": "api",

@@ -20,6 +20,7 @@ use async_trait::async_trait;
 use axum::body::Bytes;
 use failpoints::{Point, reach};
 use protocol::{Order, Outcome};
+use services::{metrics, problem::ToProblem, vmm_process::VmDirectory};
 use store::{Entry, StoreError};
 use text::chain;
 use tokio::{
@@ -33,14 +34,11 @@ use uuid::Uuid;
 use super::{console, strangers::Strangers, view};
 use crate::{
     environment::Environment,
-    metrics,
     vm::{
         VmHandle,
-        problem::ToProblem,
         record::{Asked, Claim, RunRecord, VmRecord, generated_mac, macs},
         switch_client,
     },
-    vmm_process::VmDirectory,
 };
 
 /// The longest time for a vmm to respond to a command that costs it nothing.

@@ -9,6 +9,7 @@ use api::{
     problem::{Problem, ProblemCode},
     types::{Bdf, EventKind, ObjectKind, ObjectRef, Pf, PfSpec, PfStatus, Subject, Timestamp, Vf, host_id},
 };
+use services::problem::ToProblem;
 use sriov::{PfError, VfSettings};
 use store::{Entry, Expect, StoreError};
 use text::chain;
@@ -19,10 +20,7 @@ use super::{backend::Agent, view};
 use crate::{
     backend::Facts,
     inventory::Inventory,
-    vm::{
-        problem::ToProblem,
-        record::{Claim, PfRecord},
-    },
+    vm::record::{Claim, PfRecord},
 };
 
 impl Agent {

@@ -6,14 +6,11 @@ use api::types::{
     AdapterStatus, ConsoleStatus, DeviceStatus, Owner, Protection, RestartStatus, SandboxStatus, Unchecked,
     Vm, VmDeviceStats, VmStats, VmStatus,
 };
+use services::{console, vmm_process::VmDirectory};
 
-use crate::{
-    console,
-    vm::{
-        VmHandle,
-        record::{Claim, macs},
-    },
-    vmm_process::VmDirectory,
+use crate::vm::{
+    VmHandle,
+    record::{Claim, macs},
 };
 
 /// A VM. `off` are the protections that new processes of this agent lack; `unchecked` looks up an adapter's port.

@@ -9,6 +9,7 @@ use api::{Problem, ProblemCode};
 use async_trait::async_trait;
 use passthrough::vfio::Container;
 use protocol::DeviceBackend;
+use services::problem::ToProblem;
 use sriov::{
     Bdf, BindError, InventoryError, NetlinkPf, PciDevice, Pf, PfControl, PfError, PreviousBinding, Sysfs,
     Usage, VFIO_PCI, Vf, ViabilityError,
@@ -17,7 +18,6 @@ use text::chain;
 use tracing::Span;
 
 use super::{Facts, FunctionBackend, MachineDevice, PfInterface, Scrub};
-use crate::vm::problem::ToProblem;
 
 /// Opens the control of a PF. It may block.
 pub type OpenPf = Arc<dyn Fn(Bdf) -> Result<Box<dyn PfControl>, PfError> + Send + Sync>;

@@ -8,6 +8,7 @@ use std::sync::Arc;
 use api::{Problem, ProblemCode};
 use async_trait::async_trait;
 use protocol::DeviceBackend;
+use services::problem::ToProblem;
 use simnic::is_simulated;
 use sriov::{
     Bdf, BindError, InventoryError, PciDevice, Pf, PfControl, PfError, PreviousBinding, Usage, Vf,
@@ -16,7 +17,7 @@ use sriov::{
 use text::chain;
 
 use super::{Facts, FunctionBackend, MachineDevice, PfInterface, Scrub};
-use crate::{sim::Simulated, vm::problem::ToProblem};
+use crate::sim::Simulated;
 
 const FACTS: Facts = Facts {
     needs_root: false,

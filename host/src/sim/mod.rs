@@ -32,6 +32,7 @@ use std::{
 use api::types::Protection;
 use netpolicy::SIMULATED;
 use serde::{Deserialize, Serialize};
+use services::vmm_process::Program;
 use simnic::{MAX_PFS, MAX_VFS, SimPf, SimPfOption, SimVf};
 use sriov::{Bdf, Interface, InventoryError, PciDevice, Pf, PfControl, PfError, Vf};
 use store::{Expect, Record, StoreError, Stores, Table};
@@ -39,7 +40,7 @@ use text::chain;
 use uuid::Uuid;
 
 use self::{adapter::Adapter, link::Link};
-use crate::{vm::record::Claim, vmm_process::Program};
+use crate::vm::record::Claim;
 
 /// PCI ids of an 82576, and its class.
 const VENDOR: u16 = 0x8086;

@@ -11,21 +11,22 @@ use api::{
 };
 use netpolicy::{Change, MacAddress, VfRef};
 use rustix::process::{Pid, Signal, kill_process};
+use services::pf::PfHandle;
 use simnic::{MAX_PFS, pf_bdf, vf_bdf};
 use sriov::{Bdf, VfChange};
 use store::{Entry, SqliteStore};
+use switch::Leftover;
 
 use super::*;
 use crate::{
     agent::Agent,
     backend::Simulation,
     environment::Environment,
-    pf::{HostPfs, PfHandle},
-    switch::{
-        Leftover,
-        scrub::{ScrubVf, clean},
-    },
     vm::tests::fixture::{Host, PATIENCE, PF, VF0, caller},
+};
+use crate::{
+    host_pfs::HostPfs,
+    vm::scrub::{ScrubVf, clean},
 };
 
 /// The test that is the process of a simulated PF.

@@ -37,6 +37,11 @@ use tracing::Instrument as _;
 
 use lease::Tenancy;
 use progress::Progress;
+use services::problem::ToProblem;
+use services::{
+    console,
+    vmm_process::{Allowance, Connection, Event, Exit, OrderError, Process, VmDirectory},
+};
 use store::{Entry, Expect, StoreError};
 use text::chain;
 
@@ -45,15 +50,10 @@ use super::{
     boot::{self, PROMPT},
     claims::{self, Held},
     command_queue::{Inbox, Sent},
-    problem::ToProblem,
     record::{Asked, RunRecord, VmRecord},
     switch_client,
 };
-use crate::{
-    cgroup, console,
-    environment::Environment,
-    vmm_process::{Allowance, Connection, Event, Exit, OrderError, Process, VmDirectory},
-};
+use crate::{cgroup, environment::Environment};
 
 /// The longest time from the command to stop to the end of a vmm; it resets its devices meanwhile.
 const STOP: Duration = Duration::from_secs(15);

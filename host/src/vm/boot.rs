@@ -11,6 +11,8 @@ use api::{
 };
 use failpoints::{Point, reach};
 use protocol::{DeviceSpec, MachineSpec, Order, State, files as file};
+use services::problem::ToProblem;
+use services::vmm_process::{Allowance, Connection, Event, Process, VmDirectory, limit_memlock, spawn};
 use store::Entry;
 use text::chain;
 use tokio::sync::mpsc;
@@ -18,15 +20,9 @@ use uuid::Uuid;
 
 use super::{
     claims::{self, Held},
-    problem::{BootFile, ToProblem},
+    problem::BootFile,
 };
-use crate::{
-    backend::MachineDevice,
-    environment::Environment,
-    files, sandbox,
-    vm::record::VmRecord,
-    vmm_process::{Allowance, Connection, Event, Process, VmDirectory, limit_memlock, spawn},
-};
+use crate::{backend::MachineDevice, environment::Environment, files, sandbox, vm::record::VmRecord};
 
 /// How long building a machine may take: much memory must be locked, and hardware reset.
 const CONFIGURE: Duration = Duration::from_secs(120);

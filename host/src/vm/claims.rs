@@ -21,13 +21,13 @@ use api::{
 };
 use failpoints::{Point, reach};
 use netpolicy::MacAddress;
+use services::problem::ToProblem;
 use sriov::{Bdf, BindError, PfError, PortVlan, VfChange, VfSettings};
 use store::{Entry, Expect, StoreError};
 use text::chain;
 use uuid::Uuid;
 
 use super::{
-    problem::ToProblem,
     record::{Before, Claim, ClaimedVf},
     switch_client,
 };

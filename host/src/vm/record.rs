@@ -9,11 +9,10 @@ use api::{
     types::{Cause, Name, Protection, RestartStatus, Timestamp, UnicastMac, VmSpec, VmState},
 };
 use serde::{Deserialize, Serialize};
+use services::vmm_process::Identity;
 use sriov::{Bdf, PreviousBinding, VfSettings};
 use store::Record;
 use uuid::Uuid;
-
-use crate::vmm_process::Identity;
 
 /// A VM's specification and its authors. Their rights limit the files that its boot opens.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]

@@ -401,7 +401,7 @@ async fn a_vm_that_ran_when_the_host_was_restarted_says_so() {
     // As the former agent left it: running, on another boot of the host.
     run.state = VmState::Running;
     run.process =
-        Some(crate::vmm_process::Identity { pid: 1, start_time: 1, boot_id: "of-another-boot".into() });
+        Some(services::vmm_process::Identity { pid: 1, start_time: 1, boot_id: "of-another-boot".into() });
     host.env.runs.put(vm.id, "web1", &run, Expect::Any).await.unwrap();
     let vm = host.load(vm.id).await;
     host.reaches(&vm, VmState::Failed).await;

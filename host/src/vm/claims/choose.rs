@@ -6,15 +6,15 @@ use api::{
     problem::{Problem, ProblemCode},
     types::VmSpec,
 };
+use services::problem::ToProblem;
 use sriov::{Bdf, InventoryError, Pf, Vf};
+use switch::Uplinks;
 use text::chain;
 use uuid::Uuid;
 
 use crate::{
     inventory::Inventory,
-    switch::Uplinks,
     vm::{
-        problem::ToProblem,
         record::{Claim, ClaimedVf, macs},
         switch_client,
     },

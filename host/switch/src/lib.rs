@@ -17,7 +17,7 @@
 //! ports of its own VM only.
 //!
 //! * `catalog`: switches, port groups and ports as the API edits them. `view`: as it shows them.
-//! * `binding`: attaching, binding to VFs, releasing. `scrub`: scrubbing the VF of a VM that has ended.
+//! * `binding`: attaching, binding to VFs, releasing.
 //! * `guest_requests`: requests and their completion. `relay_events`: events from relays.
 //! * `reconcile`: corrections after policy changes, and of drift. `reboot`: reboots of guests.
 //! * `vmm_connection`: connections of the VMs' processes. `intake`: their messages.
@@ -38,7 +38,6 @@ mod reboot;
 mod reconcile;
 pub mod record;
 mod relay_events;
-pub mod scrub;
 mod startup;
 #[cfg(test)]
 mod tests;
@@ -57,6 +56,11 @@ use std::{
 
 use api::types::Unchecked;
 use netpolicy::{PfCapabilities, VfRef, VmId, VmRef};
+use services::{
+    decisions::{DecisionLog, events::EventHub},
+    metrics::Metrics,
+    pf::{PfHandle, PfName},
+};
 use sriov::{Hint, VfChange};
 use store::Stores;
 use text::chain;
@@ -76,11 +80,6 @@ pub use self::{
 use self::{
     command::{Command, KnownPf, Reply},
     intake::LinkId,
-};
-use crate::{
-    decisions::{DecisionLog, events::EventHub},
-    metrics::Metrics,
-    pf::{PfHandle, PfName},
 };
 
 /// The most commands that wait for the task.
@@ -282,8 +281,8 @@ impl SwitchHandle {
     }
 
     /// The receiver of the newest connection of all.
-    #[cfg(test)]
-    pub(crate) fn newest_intake(&self, vm: VmId) -> Intake {
+    #[cfg(any(test, feature = "test-support"))]
+    pub fn newest_intake(&self, vm: VmId) -> Intake {
         let link = LinkId(self.links.load(Ordering::Relaxed));
         Intake::new(vm, link, self.commands.clone())
     }

@@ -7,11 +7,11 @@ use std::sync::Arc;
 use api::types::{Name, ObjectRef, PortGroupSpec, PortSpec, SwitchSpec};
 use netpolicy::{Change, MacAddress, PfCapabilities, PortId, VfRef, VmId, VmRef};
 use passthrough::relay::{Notice, Question};
+use services::pf::PfName;
 use sriov::VfChange;
 use tokio::sync::oneshot;
 
 use super::{error::SwitchError, intake::LinkId, vmm_client::Vmm};
-use crate::pf::PfName;
 
 pub(super) type Reply<T> = oneshot::Sender<Result<T, SwitchError>>;
 

@@ -17,18 +17,18 @@ use async_trait::async_trait;
 use netpolicy::{Change, Decision, MacAddress, Name, Outcome, Request, StandingRefusal, VfRef, VmId, VmRef};
 use passthrough::relay::{self, Forwarded, How, Notice, Question, Verdict};
 use protocol::{Answer, Order};
+use services::{
+    decisions::{DecisionLog, KEPT, events::EventHub},
+    metrics::Metrics,
+    pf::{PfHandle, fake::FakePfs},
+    vmm_process::OrderError,
+};
 use sriov::Hint;
 use store::{Expect, ObjectStore as _, Operation, SqliteStore, Stores, Table};
 use tokio::{sync::mpsc, time::timeout};
 use uuid::Uuid;
 
-use crate::{
-    decisions::{DecisionLog, KEPT, events::EventHub},
-    metrics::Metrics,
-    pf::{PfHandle, fake::FakePfs},
-    switch::{Adapter, Intake, Parts, Policy, SwitchError, SwitchHandle, Timing, Vmm, record::Attachment},
-    vmm_process::OrderError,
-};
+use crate::{Adapter, Intake, Parts, Policy, SwitchError, SwitchHandle, Timing, Vmm, record::Attachment};
 
 /// No step of a test takes longer.
 const PATIENCE: Duration = Duration::from_secs(10);
@@ -42,7 +42,7 @@ pub(super) const TIMING: Timing = Timing {
     gather: Duration::from_millis(10),
     offer: Duration::from_millis(300),
     #[cfg(feature = "test-support")]
-    late: crate::switch::Late { address: Duration::ZERO, multicast: Duration::ZERO },
+    late: crate::Late { address: Duration::ZERO, multicast: Duration::ZERO },
 };
 
 pub(super) fn caller() -> Caller {

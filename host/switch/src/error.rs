@@ -4,10 +4,9 @@
 
 use api::{Missing, Problem, ProblemCode};
 use netpolicy::{Entity, NameError, StateError, Unenforceable};
+use services::problem::ToProblem;
 use store::StoreError;
 use text::chain;
-
-use crate::vm::problem::ToProblem;
 
 /// The reason that a switch does not carry out a request.
 #[derive(Debug, thiserror::Error)]

@@ -8,6 +8,7 @@ use failpoints::{Point, reach};
 use netpolicy::{Change, Corrections, MacAddress, PfCapabilities, PortId, Route, VfRef};
 use passthrough::relay::{Decision as RelayDecision, Forwarded, How, Question, Verdict};
 use protocol::{Answer, Order, Outcome};
+use services::{line_rate::PortLog, metrics::Metrics, pf::PfHandle, vmm_process::OrderError};
 use sriov::{VfChange, VfSettings};
 use text::chain;
 use tokio::{
@@ -16,7 +17,6 @@ use tokio::{
 };
 
 use super::{Timing, journal::Journal, port_queue::Revert, record::Attachment, vmm_client::Vmm};
-use crate::{line_rate::PortLog, metrics::Metrics, pf::PfHandle, vmm_process::OrderError};
 
 /// Attempts at changes that the relay could not make, and the pause between two.
 const ATTEMPTS: u32 = 3;

@@ -10,9 +10,8 @@ use std::{
 use async_trait::async_trait;
 use netpolicy::StandingRefusal;
 use protocol::{Answer, Order, Outcome};
+use services::vmm_process::{Connection, OrderError};
 use tokio::sync::mpsc;
-
-use crate::vmm_process::{Connection, OrderError};
 
 /// A vmm process as the switch needs it.
 #[async_trait]

@@ -18,14 +18,12 @@ use passthrough::{
     family::Family,
     hardware::VfHardware,
 };
+use services::pf::{PfFailure, PfHandle};
 use sriov::{Bdf, PfError, VfChange};
 use text::chain;
 
-use super::{Leftover, SwitchError};
-use crate::{
-    backend::FunctionBackend,
-    pf::{PfFailure, PfHandle},
-};
+use crate::backend::FunctionBackend;
+use switch::{Leftover, SwitchError};
 
 /// The longest wait for the PF's response to one message.
 const EXCHANGE: Duration = Duration::from_millis(500);

@@ -11,13 +11,13 @@ use api::{
     },
 };
 use async_trait::async_trait;
+use services::{
+    decisions::{DecisionLog, events::EventHub},
+    problem::ToProblem,
+};
 use tokio::sync::mpsc;
 
 use super::{SwitchHandle, command::Command};
-use crate::{
-    decisions::{DecisionLog, events::EventHub},
-    vm::problem::ToProblem,
-};
 
 /// The backend of the API's routes of switches.
 #[derive(Clone)]

@@ -264,7 +264,7 @@ fn verdict(outcome: Outcome) -> Word {
 
 /// The resident memory in bytes of a process, by its directory in /proc; None if there is no such
 /// process.
-pub(crate) fn resident(process: &str) -> Option<u64> {
+pub fn resident(process: &str) -> Option<u64> {
     let text = std::fs::read_to_string(format!("/proc/{process}/statm")).ok()?;
     let pages: u64 = text.split(' ').nth(1)?.parse().ok()?;
     pages.checked_mul(u64::try_from(rustix::param::page_size()).ok()?)

@@ -11,6 +11,12 @@ use std::{
 use api::types::{EventKind, ObjectKind, PfState, Subject, Timestamp};
 use futures_util::stream::{FuturesUnordered, StreamExt};
 use netpolicy::{Decision, MacAddress, Outcome, PfCapabilities, PortId, SwitchId, SwitchState, VmId};
+use services::{
+    decisions::{DecisionLog, events::EventHub},
+    line_rate::PortLog,
+    metrics::Metrics,
+    pf::PfHandle,
+};
 use sriov::Hint;
 use store::{BoxFuture, Table};
 use tokio::{
@@ -31,12 +37,6 @@ use super::{
     record::{Attachment, GroupRecord, PortRecord, SwitchRecord},
     startup,
     vmm_client::Vmm,
-};
-use crate::{
-    decisions::{DecisionLog, events::EventHub},
-    line_rate::PortLog,
-    metrics::Metrics,
-    pf::PfHandle,
 };
 
 /// The data that the API shows of every object.
@@ -105,7 +105,7 @@ pub(super) async fn start(
 ) -> Result<(), SwitchError> {
     let Parts { store, pf, decisions, events, hints, timing, metrics, .. } = parts;
     let (jobs, new_jobs) = mpsc::unbounded_channel();
-    let log = PortLog::new();
+    let log = PortLog::default();
     let mut actor = Actor {
         state: SwitchState::new(),
         meta: HashMap::new(),

@@ -22,10 +22,8 @@ use netpolicy::{PfCapabilities, VfRef};
 use sriov::{ApplyError, Bdf, InventoryError, PfControl, PfError, VfChange, VfSettings};
 use tokio::sync::oneshot;
 
-use crate::inventory::Inventory;
-
-#[cfg(test)]
-pub(crate) mod fake;
+#[cfg(any(test, feature = "test-support"))]
+pub mod fake;
 #[cfg(test)]
 mod tests;
 
@@ -60,34 +58,6 @@ pub trait Pfs: Send + Sync + 'static {
     /// # Errors
     /// There is no such PF, or it cannot be opened.
     fn open(&self, name: &str) -> Result<Box<dyn PfControl>, PfError>;
-}
-
-/// The PFs of an inventory, each opened by its backend.
-pub struct HostPfs {
-    inventory: Inventory,
-}
-
-impl HostPfs {
-    /// The PFs of `inventory`.
-    #[must_use]
-    pub fn new(inventory: Inventory) -> Self {
-        Self { inventory }
-    }
-}
-
-impl Pfs for HostPfs {
-    fn list(&self) -> Result<Vec<PfName>, PfError> {
-        let named = |(name, up)| PfName { name, up };
-        Ok(self.inventory.pf_names()?.into_iter().map(named).collect())
-    }
-
-    fn address(&self, name: &str) -> Result<Bdf, PfError> {
-        Ok(self.inventory.address_known_as(name)?)
-    }
-
-    fn open(&self, name: &str) -> Result<Box<dyn PfControl>, PfError> {
-        self.inventory.open_pf(self.inventory.pf_known_as(name)?.device.bdf)
-    }
 }
 
 /// Why a PF did not complete a command.

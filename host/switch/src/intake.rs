@@ -8,11 +8,11 @@
 use async_trait::async_trait;
 use netpolicy::VmId;
 use protocol::Ask;
+use services::vmm_process::{RelayEvent, RelayEvents};
 use tokio::sync::mpsc;
 use tracing::Span;
 
 use super::command::Command;
-use crate::vmm_process::{RelayEvent, RelayEvents};
 
 /// The number of a connection to a vmm, unique in the life of the switch.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -61,20 +61,21 @@ impl RelayEvents for Intake {
 }
 
 /// Calls of tests, which play a vmm.
-#[cfg(test)]
+#[cfg(any(test, feature = "test-support"))]
 impl Intake {
     /// The receiver of the same connection.
-    pub(crate) fn again(&self) -> Self {
+    pub fn again(&self) -> Self {
         Self::new(self.vm, self.link, self.commands.clone())
     }
 
-    pub(crate) async fn ask(&mut self, adapter: String, id: u64, question: passthrough::relay::Question) {
+    /// Sends a request of a guest.
+    pub async fn ask(&mut self, adapter: String, id: u64, question: passthrough::relay::Question) {
         self.ready().await;
         self.take(RelayEvent::Ask { id, ask: Ask::Mailbox { adapter, question } });
     }
 
     /// Returns whether the vmm may forget the event.
-    pub(crate) async fn notice(&mut self, adapter: String, notice: passthrough::relay::Notice) -> bool {
+    pub async fn notice(&mut self, adapter: String, notice: passthrough::relay::Notice) -> bool {
         let (done, recorded) = tokio::sync::oneshot::channel();
         self.ready().await;
         self.take(RelayEvent::Notice { adapter, notice, done });
@@ -82,7 +83,7 @@ impl Intake {
     }
 
     /// Returns whether the vmm may forget the reboot.
-    pub(crate) async fn rebooted(&mut self) -> bool {
+    pub async fn rebooted(&mut self) -> bool {
         let (done, noted) = tokio::sync::oneshot::channel();
         self.ready().await;
         self.take(RelayEvent::Rebooted { done });

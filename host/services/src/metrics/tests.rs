@@ -95,7 +95,7 @@ fn a_vmm_cannot_make_series_without_end() {
 /// The dashboard shows no metric that does not exist.
 #[test]
 fn every_metric_of_the_dashboard_is_one() {
-    let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("../resources/grafana/portcullis.json");
+    let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../resources/grafana/portcullis.json");
     let dashboard: serde_json::Value = serde_json::from_str(&std::fs::read_to_string(path).unwrap()).unwrap();
     let mut queries = Vec::new();
     expressions(&dashboard, &mut queries);

@@ -1,19 +1,12 @@
 // SPDX-License-Identifier: Apache-2.0
 
-use std::{
-    sync::{Arc, Mutex},
-    time::Duration,
-};
+use std::time::Duration;
 
 use netpolicy::VfRef;
-use sriov::{Bdf, PfControl, VfChange, fake::FakePf};
+use sriov::VfChange;
 use tokio::time::timeout;
 
-use super::{HostPfs, PfFailure, PfHandle, fake::FakePfs};
-use crate::{
-    backend::Hardware,
-    inventory::{Inventory, tests::two_pfs},
-};
+use super::{PfFailure, PfHandle, fake::FakePfs};
 
 fn vf(index: u32) -> netpolicy::VfRef {
     netpolicy::VfRef { pf: "eth0".into(), index }
@@ -45,32 +38,6 @@ async fn what_is_not_there_is_told_and_found_again_later() {
     assert!(handle.read("eth0").await.is_err());
     pfs.world().pfs.insert("eth0".into(), gone);
     assert_eq!(handle.read("eth0").await.unwrap().len(), 7);
-}
-
-#[tokio::test]
-async fn a_name_that_came_to_another_pf_leads_there() {
-    let (_directory, sysfs, [first, second]) = two_pfs();
-    let opened = Arc::new(Mutex::new(Vec::new()));
-    let note = Arc::clone(&opened);
-    let open = move |bdf: Bdf| {
-        note.lock().unwrap().push(bdf);
-        Ok(Box::new(FakePf::new("a PF", 1)) as Box<dyn PfControl>)
-    };
-    let inventory = Inventory::from(Hardware::with_control(sysfs.sysfs(), Arc::new(open)));
-    let handle = PfHandle::start(HostPfs::new(inventory.clone())).unwrap();
-    let took = async || {
-        for _ in 0..2 {
-            handle.read("eth0").await.unwrap();
-        }
-        std::mem::take(&mut *opened.lock().unwrap())
-    };
-    assert_eq!(took().await, [first], "the way is kept");
-    inventory.keep_names([(first, "eth0".to_owned())]);
-    sysfs.rename_interface(first, "eth0", "lan0");
-    sysfs.rename_interface(second, "eth1", "eth0");
-    assert_eq!(took().await, [], "while its VFs are claimed");
-    inventory.keep_names([]);
-    assert_eq!(took().await, [second]);
 }
 
 /// Far less than the deadline of a relay.

@@ -2,6 +2,8 @@
 
 //! PFs in memory, shared with the test.
 
+#![allow(clippy::unwrap_used)] // A broken fake must stop the test.
+
 use std::{
     collections::BTreeMap,
     sync::{Arc, Mutex, MutexGuard, PoisonError},
@@ -16,22 +18,27 @@ use super::{PfName, Pfs};
 
 /// The state that the test and the threads share.
 #[derive(Default)]
-pub(crate) struct World {
-    pub(crate) pfs: BTreeMap<String, FakePf>,
-    pub(crate) capabilities: Option<PfCapabilities>,
-    pub(crate) reads: u64,
+pub struct World {
+    /// The PFs by name.
+    pub pfs: BTreeMap<String, FakePf>,
+    /// The capabilities of every PF; None for those of an 82576.
+    pub capabilities: Option<PfCapabilities>,
+    /// The number of reads of settings.
+    pub reads: u64,
     /// A gate for the test: changes wait while it is locked.
-    pub(crate) gate: Arc<tokio::sync::Mutex<()>>,
+    pub gate: Arc<tokio::sync::Mutex<()>>,
     /// The name of a PF that does not answer while it is set.
-    pub(crate) hangs: Option<String>,
+    pub hangs: Option<String>,
 }
 
 /// PFs in memory.
 #[derive(Clone, Default)]
-pub(crate) struct FakePfs(Arc<Mutex<World>>);
+pub struct FakePfs(Arc<Mutex<World>>);
 
 impl FakePfs {
-    pub(crate) fn new(names: &[&str]) -> Self {
+    /// PFs with these names and seven VFs each.
+    #[must_use]
+    pub fn new(names: &[&str]) -> Self {
         let fake = Self::default();
         for name in names {
             fake.world().pfs.insert((*name).to_owned(), FakePf::new(name, 7));
@@ -39,28 +46,32 @@ impl FakePfs {
         fake
     }
 
-    pub(crate) fn world(&self) -> MutexGuard<'_, World> {
+    /// The state, locked.
+    pub fn world(&self) -> MutexGuard<'_, World> {
         self.0.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    pub(crate) fn vf(&self, pf: &str, vf: u16) -> VfSettings {
+    /// The settings of a VF.
+    #[must_use]
+    pub fn vf(&self, pf: &str, vf: u16) -> VfSettings {
         self.world().pfs.get_mut(pf).unwrap().read(vf).unwrap()
     }
 
     /// Changes the adapter as another program would.
-    pub(crate) fn foreign(&self, pf: &str, vf: u16, change: VfChange) {
+    pub fn foreign(&self, pf: &str, vf: u16, change: VfChange) {
         let mut world = self.world();
         let pf = world.pfs.get_mut(pf).unwrap();
         pf.set(vf, change).unwrap();
         pf.made.pop();
     }
 
-    pub(crate) fn foreign_mac(&self, pf: &str, vf: u16, mac: MacAddress) {
+    /// Changes the address of a VF as another program would.
+    pub fn foreign_mac(&self, pf: &str, vf: u16, mac: MacAddress) {
         self.foreign(pf, vf, VfChange::Mac(Some(mac)));
     }
 
     /// The changes that were made since the last call.
-    pub(crate) fn take_made(&self, pf: &str) -> Vec<(u16, VfChange)> {
+    pub fn take_made(&self, pf: &str) -> Vec<(u16, VfChange)> {
         std::mem::take(&mut self.world().pfs.get_mut(pf).unwrap().made)
     }
 }

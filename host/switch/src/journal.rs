@@ -4,12 +4,12 @@
 //! order of the calls; those that wait together share one durable write.
 
 use netpolicy::PortId;
+use services::line_rate::PortLog;
 use store::Table;
 use text::chain;
 use tokio::sync::oneshot;
 
 use super::record::Attachment;
-use crate::line_rate::PortLog;
 
 /// Writes ports to the store.
 #[derive(Clone)]

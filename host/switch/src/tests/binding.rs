@@ -9,10 +9,11 @@ use api::{
 };
 use netpolicy::{Change, PfCapabilities, Request, VlanId};
 use passthrough::relay::{Forwarded, Notice};
+use services::problem::ToProblem;
 use tokio::time::timeout;
 
 use super::fixture::{Host, PF, caller, mac, vf, vm};
-use crate::{switch::SwitchError, vm::problem::ToProblem};
+use crate::SwitchError;
 
 const TRUNK: &str = r#"{"vlan": {"trunk": ["100-200"]}, "mac_changes": "accept", "unicast_limit": 1}"#;
 
@@ -38,7 +39,7 @@ async fn addresses_are_one_ports() {
     let host = Host::empty().await;
     host.attach(1, None).await.unwrap();
     let vm = netpolicy::VmRef { id: vm(2), name: netpolicy::Name::new("vm2").unwrap() };
-    let adapter = |id: &str, n| crate::switch::Adapter { id: id.into(), group: None, mac: mac(n) };
+    let adapter = |id: &str, n| crate::Adapter { id: id.into(), group: None, mac: mac(n) };
     let result = host.switch.attach(vm.clone(), vec![adapter("a", 5), adapter("b", 1)]).await;
     assert_eq!(code(result), ProblemCode::MacInUse);
     host.switch.attach(vm, vec![adapter("a", 5)]).await.unwrap();

@@ -21,18 +21,20 @@ const PORTS: usize = 4096;
 /// The log's share of each port, for the switch's task and for the jobs beside it. A guest repeats most jobs at its pleasure, and
 /// its vmm can make them fail.
 #[derive(Clone, Debug)]
-pub(crate) struct PortLog {
+pub struct PortLog {
     began: Instant,
     lines: Arc<Mutex<LineRate<PortId>>>,
 }
 
-impl PortLog {
-    pub(crate) fn new() -> Self {
+impl Default for PortLog {
+    fn default() -> Self {
         Self { began: Instant::now(), lines: Arc::new(Mutex::new(LineRate::new(OF_PORT, PORTS))) }
     }
+}
 
+impl PortLog {
     /// Calls `write` with the number of suppressed lines, or counts this line for the port's next one.
-    pub(crate) fn line(&self, port: PortId, write: impl FnOnce(u64)) {
+    pub fn line(&self, port: PortId, write: impl FnOnce(u64)) {
         let taken =
             self.lines.lock().unwrap_or_else(PoisonError::into_inner).take(port, self.began.elapsed());
         if let Some(suppressed) = taken {
@@ -43,7 +45,7 @@ impl PortLog {
 
 /// A bucket of lines for each key. A line that its bucket suppresses is counted for the next one of the key.
 #[derive(Debug)]
-pub(crate) struct LineRate<K> {
+pub struct LineRate<K> {
     rate: Rate,
     /// The most keys at once. One more, and all shares begin anew.
     keys: usize,
@@ -57,18 +59,21 @@ struct Share {
 }
 
 impl<K: Copy + Eq + Hash> LineRate<K> {
-    pub(crate) fn new(rate: Rate, keys: usize) -> Self {
+    /// Buckets of this rate, for at most this many keys.
+    #[must_use]
+    pub fn new(rate: Rate, keys: usize) -> Self {
         Self { rate, keys, shares: HashMap::new() }
     }
 
     /// The keys in memory.
-    #[cfg(test)]
-    pub(crate) fn keys(&self) -> usize {
+    #[cfg(any(test, feature = "test-support"))]
+    #[must_use]
+    pub fn keys(&self) -> usize {
         self.shares.len()
     }
 
     /// The number of suppressed lines before this one; None if this line is suppressed too.
-    pub(crate) fn take(&mut self, key: K, now: Duration) -> Option<u64> {
+    pub fn take(&mut self, key: K, now: Duration) -> Option<u64> {
         if self.shares.len() >= self.keys && !self.shares.contains_key(&key) {
             self.shares.clear();
         }
