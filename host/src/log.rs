@@ -32,7 +32,8 @@ pub enum Format {
     Json,
 }
 
-/// Starts the log of this process. `PORTCULLIS_LOG` selects its lines (`debug`, `host=debug,info`).
+/// Starts the log of this process. `PORTCULLIS_LOG` selects its lines (`debug`, `switch=debug,info`),
+/// by the names of crates.
 pub fn start(format: Format) {
     let filter = EnvFilter::builder()
         .with_env_var("PORTCULLIS_LOG")
