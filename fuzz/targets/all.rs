@@ -16,13 +16,13 @@ const TARGETS: &[(&str, Body)] = &[
     // The mailbox's registers: any accesses of a guest, and the relay's work between them.
     ("mailbox_registers", passthrough::channel::mailbox::fuzz::fuzz_registers),
     // Packets that a taken-over vmm can send to the agent, and packets of the agent.
-    ("control", vmm::control::fuzz::fuzz_packet),
+    ("control", protocol::fuzz::fuzz_packet),
     // Packets between the simulated adapter's VFs and its PF.
-    ("sim_packets", passthrough::sim::fuzz::fuzz_packet),
+    ("sim_packets", simnic::fuzz::fuzz_packet),
     // The simulated PF: any messages and frames of its VFs.
-    ("sim_pf", passthrough::sim::fuzz::fuzz_pf),
+    ("sim_pf", simnic::fuzz::fuzz_pf),
     // The descriptors and packets that a guest can give the simulated VF to send.
-    ("sim_transmit", |data| drop(passthrough::sim::fuzz::fuzz_transmit(data))),
+    ("sim_transmit", |data| drop(simnic::fuzz::fuzz_transmit(data))),
     // A guest's accesses to an assigned function: configuration space and BARs.
     ("function_accesses", passthrough::function::fuzz::fuzz_accesses),
     // The capability lists of an assigned function, as hardware may have them.

@@ -24,15 +24,15 @@ use api::{
     client::Client,
     types::{Protection, VmAction, VmSpec},
 };
-use host::{
+use protocol::{Channel, ChannelError, MachineSpec, Order, ToAgent, ToVmm, VERSION, files as file};
+use rustix::process::{Pid, Signal, kill_process};
+use services::{
     console::Reader,
     vmm_process::{Program, VmDirectory, spawn},
 };
-use rustix::process::{Pid, Signal, kill_process};
 use tempfile::TempDir;
 use tokio::runtime::Runtime;
 use uuid::Uuid;
-use vmm::control::{Channel, ChannelError, MachineSpec, Order, ToAgent, ToVmm, VERSION, files as file};
 
 /// Unlike any other mapping's size, so that guest memory is recognized in `/proc/PID/smaps`.
 const GUEST_MIB: u64 = 130;

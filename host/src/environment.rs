@@ -10,17 +10,19 @@ use std::{
 };
 
 use api::types::{EventKind, Protection};
-use passthrough::sriov::Sysfs;
+use services::{
+    metrics::Metrics,
+    vmm_process::{MEMLOCK_SLACK, Program},
+};
+use sriov::Sysfs;
+use store::{Expect, GOOD_FOR, Scope, StoreError, Stores, Table, WriteProbe};
+use switch::Policy;
 use uuid::Uuid;
 
 use crate::{
     backend::Hardware,
     inventory::Inventory,
-    metrics::Metrics,
-    store::{Expect, GOOD_FOR, Scope, StoreError, Stores, Table, WriteProbe},
-    switch::Policy,
     vm::record::{Claim, PfRecord, RunRecord, VmRecord},
-    vmm_process::{MEMLOCK_SLACK, Program},
 };
 
 /// The wait for the client of a VM's lease, as the API's document says it.

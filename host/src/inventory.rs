@@ -10,12 +10,10 @@ use std::{
     sync::{Arc, Mutex, MutexGuard, PoisonError},
 };
 
-use passthrough::sriov::{Bdf, InventoryError, PciDevice, Pf, PfControl, PfError, Vf};
+use options::assignable::AssignableList;
+use sriov::{Bdf, InventoryError, PciDevice, Pf, PfControl, PfError, Vf};
 
-use crate::{
-    assignable::AssignableList,
-    backend::{Backends, FunctionBackend, Hardware},
-};
+use crate::backend::{Backends, FunctionBackend, Hardware};
 
 /// The functions of all backends.
 #[derive(Clone, Default)]
@@ -209,7 +207,7 @@ impl Inventory {
 
 #[cfg(test)]
 pub(crate) mod tests {
-    use passthrough::sriov::fake::FakeSysfs;
+    use sriov::fake::FakeSysfs;
 
     use super::*;
 

@@ -10,6 +10,7 @@ use std::{
     io::{self, IsTerminal as _},
 };
 
+use text::{printable_json, write_line};
 use tracing::{Event, Level, Subscriber, field::Field};
 use tracing_subscriber::{
     EnvFilter,
@@ -22,8 +23,6 @@ use tracing_subscriber::{
     registry::LookupSpan,
 };
 
-use crate::text::{printable_json, write_line};
-
 /// The format of lines.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]
 pub enum Format {
@@ -33,7 +32,8 @@ pub enum Format {
     Json,
 }
 
-/// Starts the log of this process. `PORTCULLIS_LOG` selects its lines (`debug`, `host=debug,info`).
+/// Starts the log of this process. `PORTCULLIS_LOG` selects its lines (`debug`, `switch=debug,info`),
+/// by the names of crates.
 pub fn start(format: Format) {
     let filter = EnvFilter::builder()
         .with_env_var("PORTCULLIS_LOG")
@@ -138,7 +138,7 @@ mod tests {
     use std::sync::{Arc, Mutex};
 
     use super::*;
-    use crate::text::is_printable;
+    use text::is_printable;
 
     #[derive(Clone, Default)]
     struct Lines(Arc<Mutex<Vec<u8>>>);

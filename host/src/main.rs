@@ -26,5 +26,5 @@ fn main() -> ExitCode {
         let _ = tracing::subscriber::set_global_default(log.finish());
         return process(&arguments);
     }
-    host::cli::run(host::cli::parse())
+    host::command_line::run(host::command_line::parse())
 }

@@ -6,7 +6,8 @@ use std::{collections::BTreeSet, fs};
 
 use anyhow::bail;
 use api::types::Protection;
-use vmm::{control::SandboxSpec, sandbox};
+use protocol::SandboxSpec;
+use vmm::sandbox;
 
 /// A value of `serve --sandbox-off`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

@@ -4,16 +4,12 @@
 //!
 //! In the vmm: [`hardware`] is the seam to VFIO ([`vfio`]) or the simulator, [`function`] the PCI function that the
 //! guest sees, [`channel`] the trapped registers of VF drivers, [`family`] their messages, [`relay`] the thread between them and the
-//! agent's verdicts. In the agent: [`sriov`] finds PFs and VFs, binds them and programs the PF. In both:
-//! [`failpoints`], at which tests kill them. In a process of its own: [`sim`], the simulated adapter's PF.
+//! agent's verdicts. The agent scrubs a VF between two tenants by the same mailbox code.
 
 pub mod channel;
-pub mod failpoints;
 pub mod family;
 pub mod function;
 pub mod hardware;
 pub mod relay;
-pub mod sim;
-pub mod sriov;
 pub mod threads;
 pub mod vfio;

@@ -32,7 +32,11 @@ impl ThreadStart {
         Self(Some(Arc::new(prepare)))
     }
 
-    pub(crate) fn spawn(
+    /// Starts a thread of this kind.
+    ///
+    /// # Errors
+    /// Those of the system: no memory, or too many threads.
+    pub fn spawn(
         &self,
         kind: ThreadKind,
         name: String,

@@ -58,8 +58,8 @@ def test_programs():
                              "--list-type", "binaries-only", "--message-format", "json"],
                             check=True, stdout=subprocess.PIPE)
     for binary in json.loads(listed.stdout)["rust-binaries"].values():
-        package = binary["package-id"].split("#")[0].rsplit("/", 1)[-1]
-        yield package, ROOT / package, binary["binary-path"]
+        directory = Path(binary["package-id"].split("#")[0].removeprefix("path+file://"))
+        yield directory.name, directory, binary["binary-path"]
 
 
 def suite():
@@ -92,13 +92,13 @@ READ_BY = {
     "clippy.toml": "*",
     "rust-toolchain.toml": "*",
     ".config/*": "*",
-    "resources/guest/*": "host",
-    "resources/grafana/*": "host",
-    "resources/examples/*": "host",
+    "resources/guest/*": "cli",
+    "resources/grafana/*": "services",
+    "resources/examples/*": "cli",
     "resources/seccomp/*": "vmm",
     "resources/openapi.json": "api",
     "docs/errors.md": "api",
-    "fuzz/seeds/control/*": "vmm",
+    "fuzz/seeds/control/*": "protocol",
     "fuzz/seeds/kernel/*": "vmm",
     "fuzz/seeds/function_*": "passthrough",
     "fuzz/seeds/rest_bodies/*": "api",

@@ -13,13 +13,10 @@ use std::{
     sync::{Arc, Mutex, MutexGuard, PoisonError},
 };
 
-use passthrough::{
-    failpoints::{Point, reach},
-    relay::{Authority, Notice, Question, Unreachable},
-};
+use failpoints::{Point, reach};
+use passthrough::relay::{Authority, Notice, Question, Unreachable};
+use protocol::{Ask, Channel, ChannelError, ToAgent};
 use vmm_sys_util::eventfd::EventFd;
-
-use crate::control::{Ask, Channel, ChannelError, ToAgent};
 
 /// A message of a relay.
 #[derive(Debug)]
@@ -166,7 +163,7 @@ mod tests {
     use netpolicy::Request;
 
     use super::*;
-    use crate::control::Listener;
+    use protocol::Listener;
 
     fn question(seq: u64) -> Question {
         Question { seq, request: Request::Reset }

@@ -32,8 +32,7 @@ use std::{
 use libc::{c_long, sockaddr_in, sockaddr_nl, sockaddr_un};
 use netpolicy::Request;
 use passthrough::relay::{Notice, Question};
-
-use crate::control::{Ask, DeviceLoss, Report, ToAgent};
+use protocol::{Ask, DeviceLoss, Report, ToAgent};
 
 /// The targets of attacks.
 struct Targets {

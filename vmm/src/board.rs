@@ -32,17 +32,12 @@ use devices::{
     serial::{self, Serial},
 };
 use kvm_ioctls::VmFd;
+use protocol::{Files, MachineSpec};
 use vmm_sys_util::eventfd::EventFd;
 
 use crate::{
-    bars::BarAllocator,
-    console::Console,
-    control::{Files, MachineSpec},
-    doorbells::KvmDoorbells,
-    interrupts::Routes,
-    layout,
-    memory::GuestMemory,
-    vcpu::exit::Ports,
+    bars::BarAllocator, console::Console, doorbells::KvmDoorbells, interrupts::Routes, layout,
+    memory::GuestMemory, vcpu::exit::Ports,
 };
 
 /// Builds devices of one kind: none, if the machine has none of that kind.

@@ -33,7 +33,7 @@ use crate::{
 
 /// The longest time until all threads have parked, or have ended. The event loop serves nothing
 /// else meanwhile, so this must stay below the agent's limits: 5 s for a revocation (`confirm` in
-/// `host/src/switch/mod.rs`), 15 s for a stop (`STOP` in `host/src/vm/actor.rs`).
+/// `host/switch/src/lib.rs`), 15 s for a stop (`STOP` in `host/src/vm/actor.rs`).
 const ACKNOWLEDGE: Duration = Duration::from_secs(if cfg!(test) { 2 } else { 3 });
 /// The interval between checks for the end of a thread.
 const LOOK_AGAIN: Duration = Duration::from_micros(200);

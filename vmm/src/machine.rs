@@ -16,6 +16,7 @@ use kvm_bindings::{
     kvm_enable_cap, kvm_irqchip, kvm_pit_config, kvm_pit_state2,
 };
 use kvm_ioctls::{Cap, Kvm, VmFd};
+use protocol::{Failure, FailureCode, FileError, Files, MachineSpec, Stats, files};
 use vmm_sys_util::eventfd::EventFd;
 
 use crate::{
@@ -24,7 +25,6 @@ use crate::{
     board::{Board, BoardError, Disks, Parts},
     boot::{self, BootError, Payload, acpi::Description},
     console::{self, Console},
-    control::{Failure, FailureCode, FileError, Files, MachineSpec, Stats, files},
     interrupts::Routes,
     io_threads::{IoThreadError, IoThreads},
     layout,
@@ -190,10 +190,10 @@ impl Machine {
 
         let root = sandbox::private_root(&spec.sandbox, &spec.devices, namespaces)?;
         let opened = PassthroughDevices::open(&vm, &spec.devices, &mut files)?;
-        passthrough::failpoints::reach(passthrough::failpoints::Point::VmmOpened);
+        failpoints::reach(failpoints::Point::VmmOpened);
         sandbox::empty_root(&spec.sandbox, root)?;
         sandbox::drop_privileges(&spec.sandbox)?;
-        passthrough::failpoints::reach(passthrough::failpoints::Point::VmmConfined);
+        failpoints::reach(failpoints::Point::VmmConfined);
 
         let confinement = Confinement::new(spec.sandbox.seccomp);
         let routes = Arc::new(Routes::new(Arc::clone(&vm)));

@@ -24,19 +24,14 @@ use passthrough::{
     function::{AssignedFunction, FunctionError, HardwareAccess, ResetError, TrappedRange},
     hardware::VfHardware,
     relay::{self, Relay},
-    sim::SimVf,
     threads::ThreadStart,
     vfio::{self, Container, KvmVfioDevice, VfioVf},
 };
+use protocol::{DeviceBackend, DeviceLoss, DeviceSpec, DeviceStats, FailureCode, Files, files::connection};
+use simnic::SimVf;
 use vmm_sys_util::eventfd::EventFd;
 
-use crate::{
-    agent_client::RelayReceiver,
-    bars::BarAllocator,
-    control::{DeviceBackend, DeviceLoss, DeviceSpec, DeviceStats, FailureCode, Files, files::connection},
-    memory::GuestMemory,
-    sandbox,
-};
+use crate::{agent_client::RelayReceiver, bars::BarAllocator, memory::GuestMemory, sandbox};
 
 /// The time limit of a function's reset. VFIO's own FLR waits 100 ms, the PCI core gives a slow device a second, and
 /// an emulated device under load needs more.

@@ -41,9 +41,8 @@ use rustix::{
 };
 
 use libc::SIGXFSZ;
+use protocol::{DeviceBackend, DeviceSpec, SandboxSpec};
 use vmm_sys_util::signal::register_signal_handler;
-
-use crate::control::{DeviceBackend, DeviceSpec, SandboxSpec};
 
 /// The mount point of the new root: any directory that every host has. Only this process sees the mount.
 const STAGE: &str = "/tmp";

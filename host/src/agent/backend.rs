@@ -18,7 +18,11 @@ use api::{
 };
 use async_trait::async_trait;
 use axum::body::Bytes;
-use passthrough::failpoints::{Point, reach};
+use failpoints::{Point, reach};
+use protocol::{Order, Outcome};
+use services::{metrics, problem::ToProblem, vmm_process::VmDirectory};
+use store::{Entry, StoreError};
+use text::chain;
 use tokio::{
     sync::{Mutex, MutexGuard},
     task::JoinSet,
@@ -26,20 +30,15 @@ use tokio::{
 };
 use tracing::Instrument as _;
 use uuid::Uuid;
-use vmm::control::{Order, Outcome};
 
 use super::{console, strangers::Strangers, view};
 use crate::{
     environment::Environment,
-    metrics,
-    store::{Entry, StoreError},
     vm::{
         VmHandle,
-        problem::{ToProblem, chain},
         record::{Asked, Claim, RunRecord, VmRecord, generated_mac, macs},
         switch_client,
     },
-    vmm_process::VmDirectory,
 };
 
 /// The longest time for a vmm to respond to a command that costs it nothing.

@@ -9,9 +9,10 @@ use api::{
     problem::{Problem, ProblemCode},
 };
 use axum::body::Bytes;
+use services::{console::Reader, vmm_process::VmDirectory};
 use tokio::sync::mpsc;
 
-use crate::{console::Reader, vm::VmHandle, vmm_process::VmDirectory};
+use crate::vm::VmHandle;
 
 /// The most pieces that wait for a slow client.
 const PIECES: usize = 4;
@@ -64,7 +65,7 @@ pub(super) async fn read(
     Ok(ConsoleRead::from_channel(start, receiver))
 }
 
-async fn read_at(reader: &Arc<Reader>, offset: u64) -> std::io::Result<crate::console::Piece> {
+async fn read_at(reader: &Arc<Reader>, offset: u64) -> std::io::Result<services::console::Piece> {
     let reader = Arc::clone(reader);
     tokio::task::spawn_blocking(move || reader.read(offset)).await.map_err(std::io::Error::other)?
 }

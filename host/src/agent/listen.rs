@@ -12,13 +12,12 @@ use std::{
 
 use anyhow::{Context, bail};
 use api::{Gate, Listener, tls};
-use rustix::fs::Gid;
-use tokio::net::{TcpListener, UnixListener};
-
-use crate::{
+use options::{
     private_file::{self, Readers},
     token_file,
 };
+use rustix::fs::Gid;
+use tokio::net::{TcpListener, UnixListener};
 
 /// Options of where the API is served.
 #[derive(Clone, Debug, clap::Args)]

@@ -20,11 +20,24 @@ use std::{
 
 use anyhow::{Context, bail};
 use api::{Limits, types::Protection};
-use passthrough::{sim::MAX_PFS, sriov::Sysfs};
+use options::{
+    assignable::Assignable,
+    user_ids::{self, UserArgs},
+};
 use rustix::{
     fs::{FlockOperation, flock},
     process::geteuid,
 };
+use services::{
+    decisions::{DecisionLog, events::EventHub},
+    pf::{PfHandle, watch},
+};
+use simnic::{MAX_PFS, SimPfOption};
+use sriov::Sysfs;
+use store::{SqliteStore, Stores};
+#[cfg(feature = "test-support")]
+use switch::Late;
+use switch::{Parts, Policy, SwitchHandle, Timing};
 use tokio::{
     signal::unix::{Signal, SignalKind, signal},
     sync::oneshot,
@@ -33,20 +46,12 @@ use tokio::{
 pub use backend::Agent;
 use listen::ListenArgs;
 
-#[cfg(feature = "test-support")]
-use crate::switch::Late;
 use crate::{
-    assignable::Assignable,
     backend::Simulation,
-    decisions::{DecisionLog, events::EventHub},
     environment::{Environment, Users},
-    log,
-    pf::{HostPfs, PfHandle, watch},
-    sandbox,
-    sim::{SimPfOption, Simulated, Start},
-    store::{SqliteStore, Stores},
-    switch::{Parts, Policy, SwitchHandle, Timing},
-    user_ids::{self, UserArgs},
+    host_pfs::HostPfs,
+    log, sandbox,
+    sim::{Simulated, Start},
 };
 
 /// How long all VMs may take to stop, after the time that their guests have to power off.
@@ -94,7 +99,7 @@ pub struct ServeArgs {
     #[arg(long, value_name = "DIR", default_value = "/sys/fs/cgroup/portcullis")]
     pub cgroup_parent: PathBuf,
     /// The number of decisions to keep; the oldest are deleted first.
-    #[arg(long, value_name = "COUNT", default_value_t = crate::decisions::KEPT, value_parser = clap::value_parser!(u32).range(100..10_000_000))]
+    #[arg(long, value_name = "COUNT", default_value_t = services::decisions::KEPT, value_parser = clap::value_parser!(u32).range(100..10_000_000))]
     pub decisions_kept: u32,
     /// Grant every request of every guest, whatever the policy says: shows that a test would notice.
     #[cfg(feature = "test-support")]

@@ -9,7 +9,10 @@ use api::{
     problem::{Problem, ProblemCode},
     types::{Bdf, EventKind, ObjectKind, ObjectRef, Pf, PfSpec, PfStatus, Subject, Timestamp, Vf, host_id},
 };
-use passthrough::sriov::{self, PfError, VfSettings};
+use services::problem::ToProblem;
+use sriov::{PfError, VfSettings};
+use store::{Entry, Expect, StoreError};
+use text::chain;
 use tracing::Span;
 use uuid::Uuid;
 
@@ -17,11 +20,7 @@ use super::{backend::Agent, view};
 use crate::{
     backend::Facts,
     inventory::Inventory,
-    store::{Entry, Expect, StoreError},
-    vm::{
-        problem::{ToProblem, chain},
-        record::{Claim, PfRecord},
-    },
+    vm::record::{Claim, PfRecord},
 };
 
 impl Agent {

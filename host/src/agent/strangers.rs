@@ -9,8 +9,7 @@ use std::{
 
 use api::{ProblemCode, Source, TurnedAway};
 use passthrough::relay::{Rate, TokenBucket};
-
-use crate::line_rate::LineRate;
+use services::line_rate::LineRate;
 
 /// The rate of lines about one source.
 const EACH: Rate = Rate { burst: 5, period: Duration::from_secs(10) };

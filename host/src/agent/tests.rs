@@ -9,7 +9,7 @@ use api::{
     problem::ProblemCode,
     types::{EventKind, ObjectKind, VmAction, VmLease, VmState},
 };
-use passthrough::sriov::{Bdf, fake::FakePf};
+use sriov::{Bdf, fake::FakePf};
 use tokio::sync::oneshot;
 
 use super::*;

@@ -6,14 +6,11 @@ use api::types::{
     AdapterStatus, ConsoleStatus, DeviceStatus, Owner, Protection, RestartStatus, SandboxStatus, Unchecked,
     Vm, VmDeviceStats, VmDiskStats, VmStats, VmStatus,
 };
+use services::{console, vmm_process::VmDirectory};
 
-use crate::{
-    console,
-    vm::{
-        VmHandle,
-        record::{Claim, macs},
-    },
-    vmm_process::VmDirectory,
+use crate::vm::{
+    VmHandle,
+    record::{Claim, macs},
 };
 
 /// A VM. `off` are the protections that new processes of this agent lack; `unchecked` looks up an adapter's port.
@@ -93,7 +90,7 @@ pub(super) fn vm(
 }
 
 /// Counters.
-pub(super) fn stats(handle: &VmHandle, stats: vmm::control::Stats) -> VmStats {
+pub(super) fn stats(handle: &VmHandle, stats: protocol::Stats) -> VmStats {
     let held = handle.status().held;
     let adapter = |bdf: &str| {
         let claim = held.iter().find(|claim| claim.name == bdf)?;
@@ -124,7 +121,7 @@ pub(super) fn stats(handle: &VmHandle, stats: vmm::control::Stats) -> VmStats {
     }
 }
 
-fn disk_stats(disk: &vmm::control::DiskStats) -> VmDiskStats {
+fn disk_stats(disk: &protocol::DiskStats) -> VmDiskStats {
     VmDiskStats {
         reads: disk.reads,
         writes: disk.writes,

@@ -7,18 +7,17 @@ use std::sync::Arc;
 
 use api::{Problem, ProblemCode};
 use async_trait::async_trait;
-use passthrough::{
-    sriov::{
-        Bdf, BindError, InventoryError, NetlinkPf, PciDevice, Pf, PfControl, PfError, PreviousBinding, Sysfs,
-        Usage, VFIO_PCI, Vf, ViabilityError,
-    },
-    vfio::Container,
+use passthrough::vfio::Container;
+use protocol::DeviceBackend;
+use services::problem::ToProblem;
+use sriov::{
+    Bdf, BindError, InventoryError, NetlinkPf, PciDevice, Pf, PfControl, PfError, PreviousBinding, Sysfs,
+    Usage, VFIO_PCI, Vf, ViabilityError,
 };
+use text::chain;
 use tracing::Span;
-use vmm::control::DeviceBackend;
 
 use super::{Facts, FunctionBackend, MachineDevice, PfInterface, Scrub};
-use crate::vm::problem::{ToProblem, chain};
 
 /// Opens the control of a PF. It may block.
 pub type OpenPf = Arc<dyn Fn(Bdf) -> Result<Box<dyn PfControl>, PfError> + Send + Sync>;

@@ -13,14 +13,12 @@ use std::{os::fd::OwnedFd, sync::Arc};
 
 use api::Problem;
 use async_trait::async_trait;
-use passthrough::{
-    hardware::VfHardware,
-    sriov::{
-        Bdf, BindError, InventoryError, PciDevice, Pf, PfControl, PfError, PreviousBinding, Usage, Vf,
-        ViabilityError,
-    },
+use passthrough::hardware::VfHardware;
+use protocol::DeviceBackend;
+use sriov::{
+    Bdf, BindError, InventoryError, PciDevice, Pf, PfControl, PfError, PreviousBinding, Usage, Vf,
+    ViabilityError,
 };
-use vmm::control::DeviceBackend;
 
 pub use self::{
     hardware::{Hardware, OpenPf},

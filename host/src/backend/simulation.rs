@@ -7,20 +7,17 @@ use std::sync::Arc;
 
 use api::{Problem, ProblemCode};
 use async_trait::async_trait;
-use passthrough::{
-    sim::is_simulated,
-    sriov::{
-        Bdf, BindError, InventoryError, PciDevice, Pf, PfControl, PfError, PreviousBinding, Usage, Vf,
-        ViabilityError,
-    },
+use protocol::DeviceBackend;
+use services::problem::ToProblem;
+use simnic::is_simulated;
+use sriov::{
+    Bdf, BindError, InventoryError, PciDevice, Pf, PfControl, PfError, PreviousBinding, Usage, Vf,
+    ViabilityError,
 };
-use vmm::control::DeviceBackend;
+use text::chain;
 
 use super::{Facts, FunctionBackend, MachineDevice, PfInterface, Scrub};
-use crate::{
-    sim::Simulated,
-    vm::problem::{ToProblem, chain},
-};
+use crate::sim::Simulated;
 
 const FACTS: Facts = Facts {
     needs_root: false,

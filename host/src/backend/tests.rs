@@ -1,16 +1,12 @@
 // SPDX-License-Identifier: Apache-2.0
 
 use api::ProblemCode;
-use passthrough::{
-    sim::{pf_bdf, vf_bdf},
-    sriov::{VFIO_PCI, fake::FakeSysfs},
-};
+use simnic::{pf_bdf, vf_bdf};
+use sriov::{VFIO_PCI, fake::FakeSysfs};
+use store::{MemoryStore, Stores};
 
 use super::*;
-use crate::{
-    sim::{Simulated, Start},
-    store::{MemoryStore, Stores},
-};
+use crate::sim::{Simulated, Start};
 
 const PF: Bdf = Bdf::new(0, 1, 0, 0).unwrap();
 const VF: Bdf = Bdf::new(0, 1, 0x10, 0).unwrap();

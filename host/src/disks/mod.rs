@@ -69,7 +69,7 @@ fn open(rights: &[Caller], dirs: &Directories, disk: &DiskSpec) -> Result<File, 
             FileError::Missing { .. } => ProblemCode::DiskNotFound,
             _ => ProblemCode::DiskUnreadable,
         };
-        (code, super::vm::problem::chain(&error))
+        (code, text::chain(&error))
     })?;
     let failed = |error: &io::Error| {
         (ProblemCode::DiskUnreadable, format!("The disk {} cannot be used: {error}.", disk.path))

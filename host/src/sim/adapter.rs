@@ -16,13 +16,12 @@ use std::{
     time::{Duration, Instant},
 };
 
-use passthrough::{
-    sim::{SimPf, pf},
-    sriov::PfError,
-};
+use services::vmm_process::isolate;
+use simnic::{SimPf, pf};
+use sriov::PfError;
 
 use super::{SimError, SimPfRecord, Start};
-use crate::{sandbox, vmm_process::isolate};
+use crate::sandbox;
 
 /// The longest time that a process may take to stop.
 const STOP: Duration = Duration::from_secs(2);

@@ -5,10 +5,8 @@
 use std::{collections::BTreeMap, sync::Arc};
 
 use netpolicy::PfCapabilities;
-use passthrough::{
-    sim::SimPf,
-    sriov::{Bdf, PfControl, PfError, VfChange, VfSettings},
-};
+use simnic::SimPf;
+use sriov::{Bdf, PfControl, PfError, VfChange, VfSettings};
 
 use super::Simulated;
 

@@ -15,7 +15,6 @@
 
 mod adapter;
 mod link;
-mod options;
 pub mod process;
 
 #[cfg(test)]
@@ -32,20 +31,16 @@ use std::{
 
 use api::types::Protection;
 use netpolicy::SIMULATED;
-use passthrough::{
-    sim::{self, MAX_PFS, MAX_VFS, SimPf, SimVf},
-    sriov::{Bdf, Interface, InventoryError, PciDevice, Pf, PfControl, PfError, Vf},
-};
 use serde::{Deserialize, Serialize};
+use services::vmm_process::Program;
+use simnic::{MAX_PFS, MAX_VFS, SimPf, SimPfOption, SimVf};
+use sriov::{Bdf, Interface, InventoryError, PciDevice, Pf, PfControl, PfError, Vf};
+use store::{Expect, Record, StoreError, Stores, Table};
+use text::chain;
 use uuid::Uuid;
 
-pub use self::options::SimPfOption;
 use self::{adapter::Adapter, link::Link};
-use crate::{
-    store::{Expect, Record, StoreError, Stores, Table},
-    vm::{problem::chain, record::Claim},
-    vmm_process::Program,
-};
+use crate::vm::record::Claim;
 
 /// PCI ids of an 82576, and its class.
 const VENDOR: u16 = 0x8086;
@@ -269,7 +264,7 @@ impl Simulated {
 
     fn connect(&self, pf: Bdf) -> Result<SimPf, PfError> {
         let adapter =
-            sim::numbers(pf).filter(|(_, vf)| vf.is_none()).and_then(|(number, _)| self.get(number));
+            simnic::numbers(pf).filter(|(_, vf)| vf.is_none()).and_then(|(number, _)| self.get(number));
         let adapter = adapter.ok_or(PfError::Inventory(InventoryError::NoDevice(pf)))?;
         adapter.open().map_err(|error| match error {
             SimError::Start { source, .. } | SimError::Unusable { source, .. } => source,
@@ -307,8 +302,8 @@ impl Simulated {
 
     fn open_of(&self, vf: Bdf) -> Result<(SimPf, u16), PfError> {
         let missing = || PfError::Inventory(InventoryError::NotVf(vf));
-        let (number, index) = sim::numbers(vf).ok_or_else(missing)?;
-        let (pf, index) = (sim::pf_bdf(number).ok_or_else(missing)?, index.ok_or_else(missing)?);
+        let (number, index) = simnic::numbers(vf).ok_or_else(missing)?;
+        let (pf, index) = (simnic::pf_bdf(number).ok_or_else(missing)?, index.ok_or_else(missing)?);
         Ok((self.connect(pf)?, index))
     }
 
@@ -319,7 +314,7 @@ impl Simulated {
     /// See [`SimError`]. Unless the store failed, the number is changed, and the process starts
     /// when it is needed.
     pub async fn set_vfs(self: &Arc<Self>, pf: Bdf, vfs: u16) -> Result<(), SimError> {
-        let Some(old) = sim::numbers(pf).and_then(|(number, _)| self.get(number)) else { return Ok(()) };
+        let Some(old) = simnic::numbers(pf).and_then(|(number, _)| self.get(number)) else { return Ok(()) };
         let record = SimPfRecord { vfs, ..old.record.clone() };
         self.records.put(id_of(record.number), &old.name, &record, Expect::Any).await?;
         let all = Arc::clone(self);
@@ -355,7 +350,7 @@ impl Simulated {
     #[must_use]
     pub fn names(&self) -> Vec<(Bdf, String)> {
         let named =
-            |adapter: &Arc<Adapter>| Some((sim::pf_bdf(adapter.record.number)?, adapter.name.clone()));
+            |adapter: &Arc<Adapter>| Some((simnic::pf_bdf(adapter.record.number)?, adapter.name.clone()));
         self.all().iter().filter_map(named).collect()
     }
 
@@ -363,7 +358,7 @@ impl Simulated {
     #[must_use]
     pub fn by_name(&self, name: &str) -> Option<Bdf> {
         let adapter = self.all().into_iter().find(|adapter| adapter.name == name)?;
-        sim::pf_bdf(adapter.record.number)
+        simnic::pf_bdf(adapter.record.number)
     }
 
     /// Describes a PF.
@@ -372,7 +367,7 @@ impl Simulated {
     /// There is none with this address.
     pub fn pf(&self, bdf: Bdf) -> Result<Pf, InventoryError> {
         let missing = InventoryError::NoDevice(bdf);
-        match sim::numbers(bdf) {
+        match simnic::numbers(bdf) {
             Some((number, None)) => self.get(number).and_then(|adapter| adapter.describe()).ok_or(missing),
             Some((_, Some(_))) if self.has(bdf) => Err(InventoryError::NotPf(bdf)),
             _ => Err(missing),
@@ -384,10 +379,11 @@ impl Simulated {
     /// # Errors
     /// There is no PF with this address.
     pub fn vfs_of(&self, pf: Bdf) -> Result<Vec<Vf>, InventoryError> {
-        let Some((number, None)) = sim::numbers(pf) else { return Err(InventoryError::NotPf(pf)) };
+        let Some((number, None)) = simnic::numbers(pf) else { return Err(InventoryError::NotPf(pf)) };
         let vfs = self.get(number).ok_or(InventoryError::NoDevice(pf))?.record.vfs;
-        let vf =
-            |index| Some(Vf { device: function(sim::vf_bdf(number, index)?, sim::vf::IDS.1), pf, index });
+        let vf = |index| {
+            Some(Vf { device: function(simnic::vf_bdf(number, index)?, simnic::vf::IDS.1), pf, index })
+        };
         Ok((0..vfs).filter_map(vf).collect())
     }
 
@@ -396,10 +392,10 @@ impl Simulated {
     /// # Errors
     /// There is none with this address.
     pub fn vf(&self, bdf: Bdf) -> Result<Vf, InventoryError> {
-        match sim::numbers(bdf) {
+        match simnic::numbers(bdf) {
             Some((number, Some(index))) if self.has(bdf) => {
-                let pf = sim::pf_bdf(number).ok_or(InventoryError::NoDevice(bdf))?;
-                Ok(Vf { device: function(bdf, sim::vf::IDS.1), pf, index })
+                let pf = simnic::pf_bdf(number).ok_or(InventoryError::NoDevice(bdf))?;
+                Ok(Vf { device: function(bdf, simnic::vf::IDS.1), pf, index })
             }
             Some((_, None)) if self.has(bdf) => Err(InventoryError::NotVf(bdf)),
             _ => Err(InventoryError::NoDevice(bdf)),
@@ -419,14 +415,14 @@ impl Simulated {
     /// Whether a function with this address exists. Does not block.
     #[must_use]
     pub fn has(&self, bdf: Bdf) -> bool {
-        let Some((number, vf)) = sim::numbers(bdf) else { return false };
+        let Some((number, vf)) = simnic::numbers(bdf) else { return false };
         self.get(number).is_some_and(|adapter| vf.is_none_or(|vf| vf < adapter.record.vfs))
     }
 }
 
 impl Adapter {
     fn describe(&self) -> Option<Pf> {
-        let mut device = function(sim::pf_bdf(self.record.number)?, DEVICE);
+        let mut device = function(simnic::pf_bdf(self.record.number)?, DEVICE);
         device.driver = Some(SIMULATED.into());
         device.interfaces = vec![self.name.clone()];
         let carrier = SimPf::connect(&self.socket()).is_ok_and(|pf| pf.about().link_up);
@@ -444,7 +440,7 @@ impl Adapter {
 }
 
 fn in_use(claims: &[Claim], number: u16) -> bool {
-    let uses = |claim: &Claim| claim.adapter.as_ref().is_some_and(|vf| Some(vf.pf) == sim::pf_bdf(number));
+    let uses = |claim: &Claim| claim.adapter.as_ref().is_some_and(|vf| Some(vf.pf) == simnic::pf_bdf(number));
     claims.iter().any(uses)
 }
 

@@ -8,14 +8,13 @@
 
 use std::{io, os::fd::AsFd, process::ExitCode, time::Duration};
 
-use passthrough::sim::pf::{Options, serve};
+use protocol::SandboxSpec;
+use simnic::pf::{Options, serve};
+use text::chain;
 use vmm::{
-    control::SandboxSpec,
     sandbox::{self, NewNamespaces},
     seccomp,
 };
-
-use crate::vm::problem::chain;
 
 /// The word on the command line that makes `portcullis` this process.
 pub const SUBCOMMAND: &str = "sim-pf";

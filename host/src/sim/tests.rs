@@ -10,24 +10,23 @@ use api::{
     types::{ObjectRef, VmAction, VmSpec},
 };
 use netpolicy::{Change, MacAddress, VfRef};
-use passthrough::{
-    sim::{MAX_PFS, pf_bdf, vf_bdf},
-    sriov::{Bdf, VfChange},
-};
 use rustix::process::{Pid, Signal, kill_process};
+use services::pf::PfHandle;
+use simnic::{MAX_PFS, pf_bdf, vf_bdf};
+use sriov::{Bdf, VfChange};
+use store::{Entry, SqliteStore};
+use switch::Leftover;
 
 use super::*;
 use crate::{
     agent::Agent,
     backend::Simulation,
     environment::Environment,
-    pf::{HostPfs, PfHandle},
-    store::{Entry, SqliteStore},
-    switch::{
-        Leftover,
-        scrub::{ScrubVf, clean},
-    },
     vm::tests::fixture::{Host, PATIENCE, PF, VF0, caller},
+};
+use crate::{
+    host_pfs::HostPfs,
+    vm::scrub::{ScrubVf, clean},
 };
 
 /// The test that is the process of a simulated PF.

@@ -26,33 +26,34 @@ use api::{
         Timestamp, VmAction, VmState,
     },
 };
-use passthrough::failpoints::{Point, reach};
+use failpoints::{Point, reach};
+use protocol::{DeviceLoss, End, Order, Report, State};
 use tokio::{
     sync::{mpsc, oneshot, watch},
     task::AbortHandle,
     time::{MissedTickBehavior, interval, sleep, timeout},
 };
 use tracing::Instrument as _;
-use vmm::control::{DeviceLoss, End, Order, Report, State};
 
 use lease::Tenancy;
 use progress::Progress;
+use services::problem::ToProblem;
+use services::{
+    console,
+    vmm_process::{Allowance, Connection, Event, Exit, OrderError, Process, VmDirectory},
+};
+use store::{Entry, Expect, StoreError};
+use text::chain;
 
 use super::{
     Command, Completion, Origin, Status,
     boot::{self, PROMPT},
     claims::{self, Held},
     command_queue::{Inbox, Sent},
-    problem::{ToProblem, chain},
     record::{Asked, RunRecord, VmRecord},
     switch_client,
 };
-use crate::{
-    cgroup, console,
-    environment::Environment,
-    store::{Entry, Expect, StoreError},
-    vmm_process::{Allowance, Connection, Event, Exit, OrderError, Process, VmDirectory},
-};
+use crate::{cgroup, environment::Environment};
 
 /// The longest time from the command to stop to the end of a vmm; it resets its devices meanwhile.
 const STOP: Duration = Duration::from_secs(15);

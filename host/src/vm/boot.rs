@@ -9,14 +9,18 @@ use api::{
     problem::{Problem, ProblemCode},
     types::{DiskFormat, DiskSpec, Protection, Stage, VmSpec},
 };
-use passthrough::failpoints::{Point, reach};
+use failpoints::{Point, reach};
+use protocol::{DeviceSpec, MachineSpec, Order, State, files as file};
+use services::problem::ToProblem;
+use services::vmm_process::{Allowance, Connection, Event, Process, VmDirectory, limit_memlock, spawn};
+use store::Entry;
+use text::chain;
 use tokio::sync::mpsc;
 use uuid::Uuid;
-use vmm::control::{self, DeviceSpec, MachineSpec, Order, State, files as file};
 
 use super::{
     claims::{self, Held},
-    problem::{BootFile, ToProblem, chain},
+    problem::BootFile,
 };
 use crate::{
     backend::MachineDevice,
@@ -24,9 +28,7 @@ use crate::{
     environment::Environment,
     files::{self, Purpose},
     sandbox,
-    store::Entry,
     vm::record::VmRecord,
-    vmm_process::{Allowance, Connection, Event, Process, VmDirectory, limit_memlock, spawn},
 };
 
 /// How long building a machine may take: much memory must be locked, and hardware reset.
@@ -250,11 +252,11 @@ fn machine(
     }
 }
 
-fn disk(spec: &DiskSpec) -> control::DiskSpec {
-    control::DiskSpec {
+fn disk(spec: &DiskSpec) -> protocol::DiskSpec {
+    protocol::DiskSpec {
         id: spec.id.to_string(),
         format: match spec.format {
-            DiskFormat::Raw => control::DiskFormat::Raw,
+            DiskFormat::Raw => protocol::DiskFormat::Raw,
         },
         read_only: spec.read_only,
         serial: spec.serial().to_owned(),

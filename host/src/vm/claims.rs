@@ -19,22 +19,21 @@ use api::{
     problem::{Problem, ProblemCode},
     types::{Stage, UnicastMac, VmSpec},
 };
+use failpoints::{Point, reach};
 use netpolicy::MacAddress;
-use passthrough::{
-    failpoints::{Point, reach},
-    sriov::{self, Bdf, BindError, PfError, PortVlan, VfChange, VfSettings},
-};
+use services::problem::ToProblem;
+use sriov::{Bdf, BindError, PfError, PortVlan, VfChange, VfSettings};
+use store::{Entry, Expect, StoreError};
+use text::chain;
 use uuid::Uuid;
 
 use super::{
-    problem::{ToProblem, chain},
     record::{Before, Claim, ClaimedVf},
     switch_client,
 };
 use crate::{
     backend::{Facts, FunctionBackend},
     environment::Environment,
-    store::{Entry, Expect, StoreError},
 };
 
 /// Reads of a PF, and the time between them, to see whether a reset removed the VF's own address.

@@ -25,6 +25,7 @@ pub mod claims;
 mod command_queue;
 pub mod problem;
 pub mod record;
+pub mod scrub;
 pub mod switch_client;
 pub mod unknown;
 
@@ -35,6 +36,8 @@ use api::{
     problem::{Problem, ProblemCode},
     types::{Name, VmAction, VmLease, VmOperation, VmSpec, VmState},
 };
+use services::vmm_process::Connection;
+use store::Entry;
 use tokio::sync::{mpsc, oneshot, watch};
 use tracing::Span;
 use uuid::Uuid;
@@ -43,7 +46,7 @@ use self::{
     claims::Held,
     record::{Asked, RunRecord, VmRecord},
 };
-use crate::{environment::Environment, store::Entry, vmm_process::Connection};
+use crate::environment::Environment;
 
 /// The completion of an action, with its success or its failure.
 pub type Completion = oneshot::Receiver<Result<(), Problem>>;

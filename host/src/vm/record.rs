@@ -8,11 +8,11 @@ use api::{
     Caller, User,
     types::{Cause, Name, Protection, RestartStatus, Timestamp, UnicastMac, VmSpec, VmState},
 };
-use passthrough::sriov::{Bdf, PreviousBinding, VfSettings};
 use serde::{Deserialize, Serialize};
+use services::vmm_process::Identity;
+use sriov::{Bdf, PreviousBinding, VfSettings};
+use store::Record;
 use uuid::Uuid;
-
-use crate::{store::Record, vmm_process::Identity};
 
 /// A VM's specification and its authors. Their rights limit the files that its boot opens.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]

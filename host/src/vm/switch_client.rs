@@ -12,27 +12,21 @@ use api::{
     types::VmSpec,
 };
 use async_trait::async_trait;
+use failpoints::{Point, reach};
 use netpolicy::{MacAddress, Name, VfRef, VmId, VmRef};
-use passthrough::{
-    failpoints::{Point, reach},
-    sriov::VfChange,
-};
+use services::problem::ToProblem;
+use services::vmm_process::{Connection, RelayEvent, RelayEvents};
+use sriov::VfChange;
+use switch::{Adapter, Uplinks, VmLink};
 use tokio::sync::mpsc;
 use uuid::Uuid;
 
 use super::{
     claims::Held,
-    problem::ToProblem,
     record::{ClaimedVf, macs},
 };
-use crate::{
-    environment::Environment,
-    switch::{
-        Adapter, Uplinks, VmLink,
-        scrub::{ScrubVf, clean},
-    },
-    vmm_process::{Connection, RelayEvent, RelayEvents},
-};
+use crate::environment::Environment;
+use crate::vm::scrub::{ScrubVf, clean};
 
 /// Makes the VM's ports match its adapters: creates, changes and removes those that differ.
 ///
@@ -149,7 +143,7 @@ pub(super) async fn unbind(env: &Environment, held: &Held) -> Result<(), Problem
     match policy.switch.released(VmId(held.value.vm), claimed.id.as_str()).await {
         Ok(()) => Ok(()),
         // The claim was never attached, or its VM was forgotten: no VF is bound.
-        Err(crate::switch::SwitchError::NotFound(_)) => Ok(()),
+        Err(switch::SwitchError::NotFound(_)) => Ok(()),
         Err(error) => Err(error.problem()),
     }
 }

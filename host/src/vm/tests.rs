@@ -14,13 +14,11 @@ use api::{
     problem::ProblemCode,
     types::{CauseCode, VmAction, VmState},
 };
-use passthrough::sriov::{Bdf, PfControl, PreviousBinding, VfChange, fake::FakePf};
+use sriov::{Bdf, PfControl, PreviousBinding, VfChange, fake::FakePf};
+use store::Expect;
 
 use self::fixture::{Host, VF0, VF1, caller};
-use crate::{
-    store::Expect,
-    vm::record::{Before, Claim, ClaimedVf},
-};
+use crate::vm::record::{Before, Claim, ClaimedVf};
 
 #[tokio::test]
 async fn boot_gives_the_vf_and_stop_takes_it_back() {
@@ -403,7 +401,7 @@ async fn a_vm_that_ran_when_the_host_was_restarted_says_so() {
     // As the former agent left it: running, on another boot of the host.
     run.state = VmState::Running;
     run.process =
-        Some(crate::vmm_process::Identity { pid: 1, start_time: 1, boot_id: "of-another-boot".into() });
+        Some(services::vmm_process::Identity { pid: 1, start_time: 1, boot_id: "of-another-boot".into() });
     host.env.runs.put(vm.id, "web1", &run, Expect::Any).await.unwrap();
     let vm = host.load(vm.id).await;
     host.reaches(&vm, VmState::Failed).await;
@@ -474,7 +472,7 @@ async fn a_vmm_that_answers_something_else_is_killed() {
     let vm = host.create("web1", |_| {}).await;
     host.act(&vm, VmAction::Boot).await.unwrap();
     host.tell(&vm, "nonsense confused").await;
-    let order = vmm::control::Order::Stats;
+    let order = protocol::Order::Stats;
     let error = vm.connection().unwrap().order(order, Vec::new(), fixture::PATIENCE).await.unwrap_err();
     assert!(error.to_string().contains("the result of another command"), "{error}");
     host.at_rest(&vm).await;
@@ -488,7 +486,7 @@ async fn what_is_only_odd_is_no_nonsense() {
     host.act(&vm, VmAction::Boot).await.unwrap();
     host.tell(&vm, "nonsense huge").await;
     // An order that nobody waits for any more is answered.
-    let late = vmm::control::Order::ConsoleWait { offset: 0 };
+    let late = protocol::Order::ConsoleWait { offset: 0 };
     let given_up =
         vm.connection().unwrap().order(late, Vec::new(), std::time::Duration::from_millis(1)).await;
     assert!(given_up.is_err());

@@ -8,10 +8,9 @@
 
 use std::{collections::BTreeSet, fs, path::Path};
 
+use protocol::Channel;
+use services::vmm_process::VmDirectory;
 use uuid::Uuid;
-use vmm::control::Channel;
-
-use crate::vmm_process::VmDirectory;
 
 /// The most lines in the log.
 const LINES: usize = 32;

@@ -4,7 +4,7 @@
 
 use std::{fs, time::Duration};
 
-use passthrough::failpoints::{Point, Victim};
+use failpoints::{Point, Victim};
 
 use crate::fixture::{
     Agent, Options,

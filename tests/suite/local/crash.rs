@@ -10,12 +10,10 @@ use std::{
 };
 
 use api::types::{VmAction, VmState};
-use passthrough::{
-    failpoints::{Point, Victim},
-    sim::SimPf,
-    sriov::{PfControl, VfChange},
-};
+use failpoints::{Point, Victim};
 use serde_json::{Value, json};
+use simnic::SimPf;
+use sriov::{PfControl, VfChange};
 
 use crate::fixture::{
     Agent, Options,

@@ -17,8 +17,8 @@ use std::{
 };
 
 use api::types::{CauseCode, PortGroupSpec, VmState};
+use protocol::FRAME_MAX;
 use serde_json::json;
-use vmm::control::FRAME_MAX;
 
 use crate::fixture::{Agent, Options, SmallGuest, played::Played, wire};
 use kinds::{KINDS, Kind, Q, R, Says, U};

@@ -8,7 +8,7 @@ use std::{
 };
 
 use api::types::VmAction;
-use passthrough::failpoints::Point;
+use failpoints::Point;
 use rustix::process::{Pid, Signal, kill_process};
 use serde_json::json;
 

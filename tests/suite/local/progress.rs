@@ -9,7 +9,7 @@ use std::{
 };
 
 use api::types::{OperationAction, Stage, VmAction, VmOperation, VmState};
-use passthrough::failpoints::Point;
+use failpoints::Point;
 use rusqlite::Connection;
 use serde_json::{Value, json};
 

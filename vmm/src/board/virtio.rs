@@ -13,6 +13,7 @@ use std::{
 };
 
 use devices::device::Device;
+use protocol::{DiskFormat, DiskSpec, DiskStats, files};
 use virtio::{
     block::{self, Block, Counters, Options},
     disk::{Disk as _, raw::RawDisk},
@@ -22,7 +23,6 @@ use virtio::{
 };
 
 use super::{Board, BoardError, Parts};
-use crate::control::{DiskFormat, DiskSpec, DiskStats, files};
 
 /// The facts of a machine's disks that outlive their construction.
 #[derive(Default)]

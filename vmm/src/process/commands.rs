@@ -7,15 +7,13 @@ use std::{os::fd::OwnedFd, sync::Arc, time::Instant};
 
 use devices::machine::MachineEvent;
 use event_manager::EventOps;
+use failpoints::{Point, reach};
 use netpolicy::StandingRefusal;
-use passthrough::{
-    failpoints::{Point, reach},
-    relay::Relay,
-};
+use passthrough::relay::Relay;
+use protocol::{Answer, End, Failure, FailureCode, FileError, Files, MachineSpec, Order, Outcome, State};
 
 use super::{event_loop::Process, resets::Reset};
 use crate::{
-    control::{Answer, End, Failure, FailureCode, FileError, Files, MachineSpec, Order, Outcome, State},
     io_threads::IoThreadError,
     machine::{Machine, MachineError},
     vcpu,

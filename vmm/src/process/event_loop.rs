@@ -12,19 +12,17 @@ use std::{
 
 use event_manager::{EventOps, EventSet, Events, MutEventSubscriber};
 use netpolicy::StandingRefusal;
+use protocol::{
+    Channel, ChannelError, End, Failure, Listener, Outcome, Report, SPOKEN, State, ToAgent, ToVmm,
+};
 use uuid::Uuid;
 
-use passthrough::{
-    failpoints::{Point, reach},
-    relay::Notice,
-};
+use failpoints::{Point, reach};
+use passthrough::relay::Notice;
 
 use super::{reports::Reports, resets::Resets};
 use crate::{
     agent_client::{RelayMessage, RelayReceiver},
-    control::{
-        Channel, ChannelError, End, Failure, Listener, Outcome, Report, SPOKEN, State, ToAgent, ToVmm,
-    },
     machine::{Machine, Signals, chain},
     sandbox::NewNamespaces,
 };
@@ -61,7 +59,7 @@ pub(super) struct Process {
     reports: Reports,
     /// Orders that wait for console output: their id, and the offset that the output must pass.
     console_waiters: Vec<(u64, u64)>,
-    /// Ids of [`Order::TakeBack`](crate::control::Order::TakeBack) that a relay works on.
+    /// Ids of [`Order::TakeBack`](protocol::Order::TakeBack) that a relay works on.
     take_backs: Vec<u64>,
     /// Standing refusals of the agent, by adapter.
     pub(super) standing: BTreeMap<String, StandingRefusal>,

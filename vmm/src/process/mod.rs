@@ -20,11 +20,11 @@ use std::{
 };
 
 use event_manager::{EventManager, SubscriberOps};
-use passthrough::failpoints::{Point, reach};
+use failpoints::{Point, reach};
+use protocol::Listener;
 use uuid::Uuid;
 
 use self::event_loop::Process;
-use crate::control::Listener;
 
 /// The subcommand of `portcullis` that runs this process.
 pub const SUBCOMMAND: &str = "vmm";

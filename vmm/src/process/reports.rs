@@ -5,8 +5,7 @@
 use std::collections::VecDeque;
 
 use passthrough::relay::Notice;
-
-use crate::control::{Report, State};
+use protocol::{Report, State};
 
 /// The most reports to keep while no agent is connected: a guest that reboots in a loop must not fill the memory.
 const KEPT: usize = 256;

@@ -15,13 +15,13 @@ use std::{
     time::{Duration, Instant},
 };
 
+use protocol::*;
 use uuid::Uuid;
 
 use super::main;
 use crate::{
     boot::tests::elf,
     console::{HEADER, RING},
-    control::*,
 };
 
 // 32-bit protected mode without paging, as PVH hands over. Only instructions that KVM's emulator knows.

@@ -5,8 +5,7 @@
 use std::sync::atomic::{AtomicU64, Ordering};
 
 use devices::machine::MachineEvent;
-
-use crate::control::Stats;
+use protocol::Stats;
 
 /// The buses that an exit may reach.
 pub trait Ports: Send + Sync {

@@ -6,14 +6,15 @@ use api::{
     problem::{Problem, ProblemCode},
     types::VmSpec,
 };
-use passthrough::sriov::{self, Bdf, InventoryError, Pf, Vf};
+use services::problem::ToProblem;
+use sriov::{Bdf, InventoryError, Pf, Vf};
+use switch::Uplinks;
+use text::chain;
 use uuid::Uuid;
 
 use crate::{
     inventory::Inventory,
-    switch::Uplinks,
     vm::{
-        problem::{ToProblem, chain},
         record::{Claim, ClaimedVf, macs},
         switch_client,
     },

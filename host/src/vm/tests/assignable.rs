@@ -6,16 +6,14 @@ use api::{
     problem::ProblemCode,
     types::{VmAction, VmState},
 };
-use passthrough::sriov::{Bdf, PreviousBinding};
+use sriov::{Bdf, PreviousBinding};
+use store::Expect;
 use uuid::Uuid;
 
 use super::fixture::{Host, VF0, caller};
-use crate::{
-    store::Expect,
-    vm::{
-        claims,
-        record::{Before, Claim},
-    },
+use crate::vm::{
+    claims,
+    record::{Before, Claim},
 };
 
 /// Boots a VM with an NVMe function under `devices`, on a host with these words of `--assignable`.

@@ -17,12 +17,12 @@ use std::{
 };
 
 use passthrough::relay::{Decision, Forwarded, How, Notice, Question};
-use rustix::event::{PollFd, PollFlags, Timespec, poll};
-use uuid::Uuid;
-use vmm::control::{
+use protocol::{
     Answer, Ask, Channel, DeviceBackend, DeviceLoss, DeviceSpec, End, Failure, FailureCode, Listener, Order,
     Outcome, Report, State, Stats, ToAgent, ToVmm,
 };
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
+use uuid::Uuid;
 
 use super::fixture::Gates;
 
@@ -299,7 +299,7 @@ impl Fake {
         match kind {
             "garbage" => drop(raw(b"\xff{}")),
             "unknown" => drop(raw(br#"{"type": "coup"}"#)),
-            "long" => drop(raw(&vec![b' '; vmm::control::FRAME_MAX + 1])),
+            "long" => drop(raw(&vec![b' '; protocol::FRAME_MAX + 1])),
             "hello" => self.say(&ToAgent::Hello { version: 1, state: State::Running, boots: 1 }),
             "refused" => self.say(&ToAgent::Refused { reason: "no".into() }),
             "answer" => self.say(&ToAgent::Done { id: 1 << 40, result: Ok(Outcome::Done) }),

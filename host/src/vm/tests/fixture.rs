@@ -15,25 +15,28 @@ use api::{
     types::{Timestamp, VmAction, VmSpec, VmState},
 };
 use netpolicy::PfCapabilities;
-use passthrough::sriov::{
+use options::assignable::Assignable;
+use protocol::Order;
+use services::{
+    decisions::{DecisionLog, KEPT, events::EventHub},
+    pf::PfHandle,
+    vmm_process::Program,
+};
+use sriov::{
     Bdf, PfControl, PfError, Sysfs, VfChange, VfSettings,
     fake::{FakePf, FakeSysfs},
 };
+use store::{Entry, Expect, SqliteStore, Stores};
+use switch::{Parts, Policy, SwitchHandle, Timing};
 use tokio::time::timeout;
 use uuid::Uuid;
-use vmm::control::Order;
 
+use crate::host_pfs::HostPfs;
 use crate::{
-    assignable::Assignable,
     backend::{Hardware, Simulation},
-    decisions::{DecisionLog, KEPT, events::EventHub},
     environment::Environment,
-    pf::{HostPfs, PfHandle},
     sim::Simulated,
-    store::{Entry, Expect, SqliteStore, Stores},
-    switch::{Parts, Policy, SwitchHandle, Timing},
     vm::{VmHandle, record::VmRecord},
-    vmm_process::Program,
 };
 
 pub(crate) const PF: Bdf = Bdf::new(0, 1, 0, 0).unwrap();

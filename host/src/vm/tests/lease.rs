@@ -8,16 +8,14 @@ use api::{
     problem::ProblemCode,
     types::{EventKind, Stage, VmAction, VmState},
 };
+use store::{Entry, Expect, StoreError};
 use tokio::time::{sleep, timeout};
 use uuid::Uuid;
 
 use super::fixture::{Host, PATIENCE, caller};
-use crate::{
-    store::{Entry, Expect, StoreError},
-    vm::{
-        VmHandle,
-        record::{RunRecord, VmRecord},
-    },
+use crate::vm::{
+    VmHandle,
+    record::{RunRecord, VmRecord},
 };
 
 /// The grace period for a client in these tests.

@@ -10,12 +10,12 @@ use api::{
     types::{CauseCode, ObjectRef, RestartPolicy, Stage, VmAction, VmSpec, VmState},
 };
 
+use store::{Expect, Scope};
 use uuid::Uuid;
 
 use super::fixture::{Host, PATIENCE, caller};
 use crate::{
     environment::Backoff,
-    store::{Expect, Scope},
     vm::{
         Status, VmHandle,
         record::{Asked, RunRecord},

@@ -8,9 +8,10 @@ use api::{
     types::{CauseCode, DecisionFilter, ObjectRef, Port, PortGroupSpec, VmAction, VmState},
 };
 use netpolicy::{MacAddress, Outcome, Reason};
+use switch::Policy;
 
 use super::fixture::{Host, PATIENCE, caller};
-use crate::{switch::Policy, vm::VmHandle};
+use crate::vm::VmHandle;
 
 impl Host {
     fn policy(&self) -> &Policy {

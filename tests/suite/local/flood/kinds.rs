@@ -5,8 +5,8 @@
 use std::collections::BTreeSet;
 
 use passthrough::relay::{Notice, Question};
+use protocol::{Ask, Outcome, Report, ToAgent};
 use serde_json::{Value, from_value, json};
-use vmm::control::{Ask, Outcome, Report, ToAgent};
 
 /// A part of a message that the table describes.
 #[derive(Clone, Copy)]

@@ -5,15 +5,13 @@
 use std::{os::fd::OwnedFd, thread::JoinHandle};
 
 use netpolicy::{MacAddress, OnDenied, Reason, Request, StandingRefusal};
-use passthrough::{
-    relay::{Decision, How, Notice, Verdict},
-    sim::{
-        SimPf,
-        pf::{Options, listen, serve},
-        vf_bdf,
-    },
-    sriov::{PfControl, VfChange},
+use passthrough::relay::{Decision, How, Notice, Verdict};
+use simnic::{
+    SimPf,
+    pf::{Options, listen, serve},
+    vf_bdf,
 };
+use sriov::{PfControl, VfChange};
 
 use super::*;
 

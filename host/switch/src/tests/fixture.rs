@@ -1,0 +1,432 @@
+// SPDX-License-Identifier: Apache-2.0
+
+//! A host with one PF, two VMs on its VFs 1 and 2, and their port group `web` on the default switch.
+
+use std::{
+    path::Path,
+    sync::{Arc, Mutex, MutexGuard},
+    time::Duration,
+};
+
+use api::{
+    Caller, PolicyBackend, User,
+    problem::Problem,
+    types::{DecisionFilter, ObjectRef, PortGroupSpec},
+};
+use async_trait::async_trait;
+use netpolicy::{Change, Decision, MacAddress, Name, Outcome, Request, StandingRefusal, VfRef, VmId, VmRef};
+use passthrough::relay::{self, Forwarded, How, Notice, Question, Verdict};
+use protocol::{Answer, Order};
+use services::{
+    decisions::{DecisionLog, KEPT, events::EventHub},
+    metrics::Metrics,
+    pf::{PfHandle, fake::FakePfs},
+    vmm_process::OrderError,
+};
+use sriov::Hint;
+use store::{Expect, ObjectStore as _, Operation, SqliteStore, Stores, Table};
+use tokio::{sync::mpsc, time::timeout};
+use uuid::Uuid;
+
+use crate::{Adapter, Intake, Parts, Policy, SwitchError, SwitchHandle, Timing, Vmm, record::Attachment};
+
+/// No step of a test takes longer.
+const PATIENCE: Duration = Duration::from_secs(10);
+
+pub(super) const PF: &str = "eth0";
+
+pub(super) const TIMING: Timing = Timing {
+    confirm: Duration::from_millis(200),
+    forwarded: Duration::from_millis(500),
+    compare: Duration::from_secs(3600),
+    gather: Duration::from_millis(10),
+    offer: Duration::from_millis(300),
+    #[cfg(feature = "test-support")]
+    late: crate::Late { address: Duration::ZERO, multicast: Duration::ZERO },
+};
+
+pub(super) fn caller() -> Caller {
+    Caller::User(User { uid: 0, gid: 0, pid: None })
+}
+
+/// 02:00:00:00:00:NN.
+pub(super) fn mac(n: u8) -> MacAddress {
+    MacAddress::new([2, 0, 0, 0, 0, n])
+}
+
+pub(super) fn vm(n: u8) -> VmId {
+    VmId(Uuid::from_u128(n.into()))
+}
+
+pub(super) fn vf(n: u8) -> VfRef {
+    VfRef { pf: PF.into(), index: n.into() }
+}
+
+/// How a vmm carries out commands to revoke changes.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub(super) enum TakesBack {
+    #[default]
+    Done,
+    Deferred,
+    Refused,
+    /// No response.
+    Never,
+}
+
+/// A vmm without a process.
+pub(super) struct FakeVmm {
+    answers: mpsc::UnboundedSender<(u64, Verdict)>,
+    heard: Mutex<Heard>,
+}
+
+#[derive(Default)]
+pub(super) struct Heard {
+    pub(super) orders: Vec<Order>,
+    pub(super) stopped: Vec<String>,
+    pub(super) takes_back: TakesBack,
+    /// The standing denial.
+    pub(super) standing: Option<StandingRefusal>,
+}
+
+impl FakeVmm {
+    pub(super) fn heard(&self) -> MutexGuard<'_, Heard> {
+        self.heard.lock().unwrap()
+    }
+
+    /// The commands since the last call.
+    pub(super) fn orders(&self) -> Vec<Order> {
+        std::mem::take(&mut self.heard().orders)
+    }
+
+    /// The changes that it was commanded to revoke since the last call.
+    pub(super) fn taken_back(&self) -> Vec<Change> {
+        let taken = |order| match order {
+            Order::TakeBack { changes, .. } => changes,
+            _ => Vec::new(),
+        };
+        self.orders().into_iter().flat_map(taken).collect()
+    }
+}
+
+#[async_trait]
+impl Vmm for FakeVmm {
+    async fn order(&self, order: Order, patience: Duration) -> Result<protocol::Outcome, OrderError> {
+        self.heard().orders.push(order.clone());
+        let takes_back = self.heard().takes_back;
+        let (failed, deferred) = match (takes_back, order) {
+            (TakesBack::Never, Order::TakeBack { .. }) => {
+                tokio::time::sleep(patience).await;
+                return Err(OrderError::Timeout(patience));
+            }
+            (TakesBack::Refused, Order::TakeBack { changes, .. }) => (changes, false),
+            (TakesBack::Deferred, Order::TakeBack { .. }) => (Vec::new(), true),
+            (TakesBack::Done, Order::TakeBack { .. }) => (Vec::new(), false),
+            _ => return Ok(protocol::Outcome::Done),
+        };
+        Ok(protocol::Outcome::TakenBack { failed, deferred })
+    }
+
+    fn answer(&self, id: u64, answer: Answer) {
+        let Answer::Mailbox { adapter, verdict } = answer;
+        assert_eq!(adapter, "eth0");
+        drop(self.answers.send((id, verdict)));
+    }
+
+    fn set_standing_refusal(&self, adapter: &str, refusal: Option<StandingRefusal>) {
+        assert_eq!(adapter, "eth0");
+        self.heard().standing = refusal;
+    }
+
+    fn close(&self) {}
+
+    fn stop(&self, why: &str) {
+        self.heard().stopped.push(why.to_owned());
+    }
+}
+
+struct Guest {
+    vmm: Arc<FakeVmm>,
+    answers: mpsc::UnboundedReceiver<(u64, Verdict)>,
+    asked: u64,
+    intake: Option<Intake>,
+}
+
+impl Guest {
+    fn new() -> Self {
+        let (sender, answers) = mpsc::unbounded_channel();
+        Self {
+            vmm: Arc::new(FakeVmm { answers: sender, heard: Mutex::default() }),
+            answers,
+            asked: 0,
+            intake: None,
+        }
+    }
+}
+
+pub(super) struct Host {
+    pub(super) switch: SwitchHandle,
+    pub(super) policy: Policy,
+    pub(super) pfs: FakePfs,
+    pub(super) metrics: Metrics,
+    hints: mpsc::Sender<Hint>,
+    guests: Vec<Guest>,
+    dir: tempfile::TempDir,
+}
+
+async fn parts(
+    dir: &Path,
+    pfs: &FakePfs,
+    metrics: &Metrics,
+) -> Result<(SwitchHandle, Policy, mpsc::Sender<Hint>), SwitchError> {
+    let path = dir.join("test.db");
+    let store = Arc::new(SqliteStore::open(&path).unwrap());
+    let events = EventHub::default();
+    let decisions = DecisionLog::open(&path, KEPT, events.clone()).unwrap();
+    let (hints, hinted) = mpsc::channel(8);
+    let parts = Parts {
+        metrics: metrics.clone(),
+        store: Stores::on_one_host(store),
+        pf: PfHandle::start(pfs.clone()).unwrap(),
+        decisions: decisions.clone(),
+        events: events.clone(),
+        hints: Some(hinted),
+        timing: TIMING,
+        #[cfg(feature = "test-support")]
+        bypass: false,
+    };
+    let switch = SwitchHandle::start(parts).await?;
+    Ok((switch.clone(), Policy { switch, decisions, events }, hints))
+}
+
+impl Host {
+    /// Without VMs.
+    pub(super) async fn empty() -> Self {
+        let (dir, pfs) = (tempfile::tempdir().unwrap(), FakePfs::new(&[PF, "eth1"]));
+        let metrics = Metrics::default();
+        let (switch, policy, hints) = parts(dir.path(), &pfs, &metrics).await.unwrap();
+        let guests = (0..3).map(|_| Guest::new()).collect();
+        Self { switch, policy, pfs, metrics, hints, guests, dir }
+    }
+
+    /// With VMs 1 and 2 under these settings.
+    pub(super) async fn new(settings: &str) -> Self {
+        let mut host = Self::empty().await;
+        host.set(settings).await.unwrap();
+        for n in [1, 2] {
+            host.power_on(n).await.unwrap();
+        }
+        host.pfs.take_made(PF);
+        host
+    }
+
+    /// Ends the agent, and starts another one on the same database.
+    pub(super) async fn restart(&mut self) {
+        self.restart_after(async |_| {}).await;
+    }
+
+    /// Like [`restart`](Self::restart); `meanwhile` sees the store while there is no agent.
+    pub(super) async fn restart_after(&mut self, meanwhile: impl AsyncFnOnce(Table<Attachment>)) {
+        let store = self.end().await;
+        meanwhile(Table::new(&Stores::on_one_host(Arc::new(store)))).await;
+        (self.switch, self.policy, self.hints) =
+            parts(self.dir.path(), &self.pfs, &self.metrics).await.unwrap();
+    }
+
+    /// The database, beside the agent.
+    pub(super) fn database(&self) -> rusqlite::Connection {
+        rusqlite::Connection::open(self.dir.path().join("test.db")).unwrap()
+    }
+
+    /// The group that the VMs are in.
+    pub(super) async fn group(&self) -> api::types::PortGroup {
+        self.policy.get_port_group(ObjectRef::Name("web".into())).await.unwrap()
+    }
+
+    /// The stored record of a VM's port.
+    pub(super) async fn stored(&self, n: u8) -> Attachment {
+        let store = Arc::new(SqliteStore::open(&self.dir.path().join("test.db")).unwrap());
+        let all = Table::<Attachment>::new(&Stores::on_one_host(store)).list().await.unwrap();
+        all.into_iter().map(|entry| entry.value).find(|port| port.vf == Some(vf(n))).expect("it has its VF")
+    }
+
+    /// Ends the agent.
+    async fn end(&mut self) -> SqliteStore {
+        let empty = Self::empty().await;
+        // The old task ends with its last handle.
+        self.switch = empty.switch;
+        self.policy = empty.policy;
+        tokio::time::sleep(Duration::from_millis(20)).await;
+        SqliteStore::open(&self.dir.path().join("test.db")).unwrap()
+    }
+
+    /// Ends the agent, damages all stored objects of one kind, and returns the error of the next
+    /// start.
+    pub(super) async fn restart_on_damaged(&mut self, kind: &'static str) -> SwitchError {
+        let store = self.end().await;
+        for object in store.list(kind).await.unwrap().objects {
+            let (id, name, value) = (object.id, object.name, serde_json::json!({ "odd": true }));
+            let put = Operation::Put { kind, id, name, value, expect: Expect::Any };
+            store.commit(vec![put]).await.unwrap();
+        }
+        parts(self.dir.path(), &self.pfs, &self.metrics).await.err().expect("an error")
+    }
+
+    /// As [`restart_on_damaged`](Self::restart_on_damaged), with all objects of one kind lost.
+    pub(super) async fn restart_without(&mut self, kind: &'static str) -> SwitchError {
+        let store = self.end().await;
+        for object in store.list(kind).await.unwrap().objects {
+            let delete = Operation::Delete { kind, id: object.id, expect: Expect::Any };
+            store.commit(vec![delete]).await.unwrap();
+        }
+        parts(self.dir.path(), &self.pfs, &self.metrics).await.err().expect("an error")
+    }
+
+    /// Sends a hint of a change, and does not wait for its effect.
+    pub(super) async fn changed_soon(&self) {
+        self.hints.send(Hint::Changed { index: 2, name: Some(PF.into()), up: true }).await.unwrap();
+    }
+
+    /// Waits until the relay of VM `n` is commanded to make a change, and asserts that `wait` is over by then.
+    pub(super) async fn changed_after(&self, wait: Duration, n: u8, change: &Change) {
+        let begun = std::time::Instant::now();
+        self.until("a message of the agent's own", async |host| host.vmm(n).taken_back().contains(change))
+            .await;
+        assert!(begun.elapsed() >= wait, "after {:?}", begun.elapsed());
+        self.switch.settle().await;
+    }
+
+    /// Creates the group, or replaces its settings.
+    pub(super) async fn set(&self, settings: &str) -> Result<(), Problem> {
+        let spec = PortGroupSpec {
+            switch: "default".parse().unwrap(),
+            settings: serde_json::from_str(settings).unwrap(),
+            port_overrides: netpolicy::Setting::ALL.iter().copied().collect(),
+        };
+        self.policy.put_port_group(caller(), "web".parse().unwrap(), spec, None).await.map(drop)
+    }
+
+    pub(super) async fn attach(&self, n: u8, group: Option<&str>) -> Result<(), SwitchError> {
+        let vm = VmRef { id: vm(n), name: Name::new(format!("vm{n}")).unwrap() };
+        let adapter = Adapter { id: "eth0".into(), group: group.map(str::to_owned), mac: mac(n) };
+        self.switch.attach(vm, vec![adapter]).await
+    }
+
+    pub(super) async fn power_on(&mut self, n: u8) -> Result<(), SwitchError> {
+        self.attach(n, Some("web")).await?;
+        let changes = self.switch.bind(vm(n), "eth0", vf(n), format!("0000:01:10.{n}")).await?;
+        self.switch.program(&vf(n), changes).await?;
+        self.connect(n).await;
+        Ok(())
+    }
+
+    pub(super) async fn connect(&mut self, n: u8) {
+        let vmm = Arc::clone(&self.vmm(n));
+        let intake = self.switch.connected(vm(n), vmm).await;
+        self.guests[usize::from(n)].intake = Some(intake);
+    }
+
+    pub(super) fn vmm(&self, n: u8) -> Arc<FakeVmm> {
+        Arc::clone(&self.guests[usize::from(n)].vmm)
+    }
+
+    /// Sends a request, and does not wait for the response. Returns its number.
+    pub(super) async fn send(&mut self, n: u8, request: Request) -> u64 {
+        let guest = &mut self.guests[usize::from(n)];
+        guest.asked += 1;
+        let question = Question { seq: guest.asked, request };
+        let seq = question.seq;
+        if let Some(intake) = &mut guest.intake {
+            intake.ask("eth0".into(), 1000 + seq, question).await;
+        }
+        seq
+    }
+
+    pub(super) async fn answer(&mut self, n: u8) -> Verdict {
+        let guest = &mut self.guests[usize::from(n)];
+        let (id, verdict) = timeout(PATIENCE, guest.answers.recv()).await.expect("an answer").unwrap();
+        assert_eq!((id, verdict.seq), (1000 + guest.asked, guest.asked));
+        verdict
+    }
+
+    pub(super) fn is_answered(&mut self, n: u8) -> bool {
+        !self.guests[usize::from(n)].answers.is_empty()
+    }
+
+    /// Sends a request as a guest whose PF acknowledges forwarded messages. Returns the final
+    /// decision.
+    pub(super) async fn ask(&mut self, n: u8, request: Request) -> relay::Decision {
+        let seq = self.send(n, request).await;
+        let verdict = self.answer(n).await;
+        if let relay::Decision::Grant { how: How::Forward } = verdict.decision {
+            self.notice(n, Notice::Forwarded { seq, outcome: Forwarded::Accepted }).await;
+        }
+        self.switch.settle().await;
+        verdict.decision
+    }
+
+    pub(super) async fn notice(&self, n: u8, notice: Notice) {
+        let mut intake = self.intake(n);
+        timeout(PATIENCE, intake.notice("eth0".into(), notice)).await.expect("noted");
+    }
+
+    /// The way of the messages of a guest's vmm.
+    pub(super) fn intake(&self, n: u8) -> Intake {
+        self.guests[usize::from(n)].intake.as_ref().expect("connected").again()
+    }
+
+    pub(super) async fn hint(&self, hint: Hint) {
+        self.hints.send(hint).await.unwrap();
+        // The task has taken it when the channel is empty again.
+        while self.hints.capacity() < self.hints.max_capacity() {
+            tokio::time::sleep(Duration::from_millis(1)).await;
+        }
+        self.switch.settle().await;
+    }
+
+    pub(super) async fn changed(&self, up: bool) {
+        self.hint(Hint::Changed { index: 2, name: Some(PF.into()), up }).await;
+    }
+
+    pub(super) async fn port(&self, n: u8) -> api::types::Port {
+        self.policy.get_port(ObjectRef::Name(format!("vm{n}/eth0"))).await.unwrap()
+    }
+
+    /// The effective and the guest address.
+    pub(super) async fn addresses(&self, n: u8) -> (MacAddress, MacAddress) {
+        let status = self.port(n).await.status;
+        (status.effective_mac, status.guest_mac)
+    }
+
+    /// The address that the PF has for a VM's VF.
+    pub(super) fn pf_mac(&self, n: u8) -> Option<MacAddress> {
+        self.pfs.vf(PF, n.into()).mac
+    }
+
+    /// All decisions of a VM with these outcomes, the latest first.
+    pub(super) async fn decisions(&self, n: u8, outcome: Outcome) -> Vec<Decision> {
+        let filter = DecisionFilter {
+            vm: Some(format!("vm{n}")),
+            verdict: Some(outcome),
+            limit: 1000,
+            ..DecisionFilter::default()
+        };
+        self.policy.decisions.query(filter).await.unwrap()
+    }
+
+    /// Waits until the condition holds.
+    pub(super) async fn until(&self, what: &str, mut so: impl AsyncFnMut(&Self) -> bool) {
+        let wait = async {
+            while !so(self).await {
+                tokio::time::sleep(Duration::from_millis(5)).await;
+            }
+        };
+        timeout(PATIENCE, wait).await.unwrap_or_else(|_| panic!("{what}"));
+    }
+}
+
+pub(super) const LOCAL: relay::Decision = relay::Decision::Grant { how: How::Local };
+pub(super) const FORWARD: relay::Decision = relay::Decision::Grant { how: How::Forward };
+
+pub(super) fn refused(tell: netpolicy::OnDenied, reason: netpolicy::Reason) -> relay::Decision {
+    relay::Decision::Refuse { tell, reason }
+}

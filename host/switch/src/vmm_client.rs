@@ -1,0 +1,89 @@
+// SPDX-License-Identifier: Apache-2.0
+
+//! The switch's interface to a VM's process.
+
+use std::{
+    sync::{Mutex, PoisonError},
+    time::Duration,
+};
+
+use async_trait::async_trait;
+use netpolicy::StandingRefusal;
+use protocol::{Answer, Order, Outcome};
+use services::vmm_process::{Connection, OrderError};
+use tokio::sync::mpsc;
+
+/// A vmm process as the switch needs it.
+#[async_trait]
+pub trait Vmm: Send + Sync + 'static {
+    /// Sends a command and waits for its completion.
+    ///
+    /// # Errors
+    /// See [`OrderError`].
+    async fn order(&self, order: Order, patience: Duration) -> Result<Outcome, OrderError>;
+
+    /// Sends the response to a request, without a wait. A response that the vmm does not take is
+    /// lost.
+    fn answer(&self, id: u64, answer: Answer);
+
+    /// Sets the standing denial of an adapter's relay, without a wait. The relay denies the
+    /// requests that it covers without the agent; None: the relay sends them to the agent.
+    fn set_standing_refusal(&self, adapter: &str, refusal: Option<StandingRefusal>);
+
+    /// Closes the connection: the switch neither uses it nor keeps it open.
+    fn close(&self);
+
+    /// Has the VM stopped, because its process did not fulfil a command. Does not wait.
+    fn stop(&self, why: &str);
+}
+
+/// A vmm process behind its control connection.
+#[derive(Debug)]
+pub struct VmLink {
+    /// The lock is held only to copy the handle.
+    connection: Mutex<Option<Connection>>,
+    stop: mpsc::Sender<String>,
+}
+
+impl VmLink {
+    /// Wraps `connection` to a process. The receiver of `stop` must kill the process and clean up.
+    #[must_use]
+    pub fn new(connection: Connection, stop: mpsc::Sender<String>) -> Self {
+        Self { connection: Mutex::new(Some(connection)), stop }
+    }
+
+    fn connection(&self) -> Option<Connection> {
+        self.connection.lock().unwrap_or_else(PoisonError::into_inner).clone()
+    }
+}
+
+#[async_trait]
+impl Vmm for VmLink {
+    async fn order(&self, order: Order, patience: Duration) -> Result<Outcome, OrderError> {
+        match self.connection() {
+            Some(connection) => connection.order(order, Vec::new(), patience).await,
+            None => Err(OrderError::Lost),
+        }
+    }
+
+    fn answer(&self, id: u64, answer: Answer) {
+        if let Some(connection) = self.connection() {
+            connection.answer(id, answer);
+        }
+    }
+
+    fn set_standing_refusal(&self, adapter: &str, refusal: Option<StandingRefusal>) {
+        if let Some(connection) = self.connection() {
+            connection.set_standing_refusal(adapter, refusal);
+        }
+    }
+
+    fn close(&self) {
+        *self.connection.lock().unwrap_or_else(PoisonError::into_inner) = None;
+    }
+
+    fn stop(&self, why: &str) {
+        // A full channel means that a stop is already requested.
+        drop(self.stop.try_send(why.to_owned()));
+    }
+}
