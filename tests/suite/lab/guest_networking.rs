@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 
-//! Guests' uses of their VFs: bonds and macvlan, as in `docs/guest-networking.md`. VRRP is in `policy/shared.rs`.
+//! Guests' uses of their VFs: bonds, macvlan and bridges, as in `docs/guest-networking.md`. VRRP is in
+//! `policy/shared.rs`, DPDK in `policy/dpdk.rs`.
 
 use std::time::Duration;
 
@@ -33,8 +34,8 @@ fn agent() -> Agent {
 fn guest(agent: &Agent) -> Guest<'_> {
     let simulated = agent.vfs().into_iter().find(|vf| vf.simulated).unwrap().bdf.to_string();
     let mut spec = bare_spec(agent, "web1");
-    let modules = ["bonding", "macvlan"];
-    let initramfs = host::initramfs_of_programs("networking", &modules, &["ip"], &[]);
+    let modules = ["bonding", "macvlan", "bridge", "veth"];
+    let initramfs = host::initramfs_of_programs("networking", &modules, &["ip", "bridge"], &[]);
     spec["boot"]["initramfs"] = json!(agent.link_image("networking", &initramfs));
     spec["adapters"] = json!([
         { "id": "eth0", "port_group": "web", "mac": FIRST, "vf": host::VF0 },
@@ -89,18 +90,50 @@ fn bond(agent: &Agent, guest: &mut Guest<'_>) {
     guest.must("ip link del bond0");
 }
 
+fn has(mac: &str) -> bool {
+    registers::addresses_of(0).contains(mac)
+}
+
+fn macvlan(agent: &Agent, guest: &mut Guest<'_>) {
+    page::follow_on_host(agent, "macvlan");
+    page::follow_in_guest(guest, "macvlan", &[]);
+    guest.must("ip addr add 10.0.2.31/24 dev mv0");
+    eventually(agent, PATIENCE, "the macvlan's filter", || has("02:00:5e:10:00:01"));
+    eventually(agent, Duration::from_secs(20), "the macvlan answers", || host::answers("10.0.2.31"));
+    guest.must("ip link del mv0");
+}
+
+fn bridge(agent: &Agent, guest: &mut Guest<'_>) {
+    page::follow_on_host(agent, "Bridges");
+    guest.must("ip link add br1 type bridge");
+    assert_ne!(guest.run("ip link set eth0 master br1").status, 0, "the bridge joins VLAN 1 by default");
+    guest.must("ip link del br1");
+
+    page::follow_in_guest(guest, "Bridges", &[]);
+    // Only the interface with an IP address answers for it.
+    guest.must("echo 1 >/proc/sys/net/ipv4/conf/all/arp_ignore");
+    guest.must("ip addr add 10.0.2.41/24 dev inside");
+    eventually(agent, PATIENCE, "the filter of the address behind the bridge", || has("02:00:5e:10:00:02"));
+    eventually(agent, Duration::from_secs(20), "it answers", || host::answers("10.0.2.41"));
+
+    // An address that the bridge has only learned. ARP requests arrive, and the host has the address from the reply.
+    guest.must("ip link del veth0");
+    guest.must("ip link add veth1 type veth peer name inside address 02:00:5e:10:00:03");
+    guest.must("ip link set veth1 master br0 up; ip link set inside up; ip addr add 10.0.2.42/24 dev inside");
+    let learned = || host::run("ip", &["neigh", "show", "10.0.2.42"]).contains("02:00:5e:10:00:03");
+    eventually(agent, PATIENCE, "the host has the address", || host::answers("10.0.2.42") || learned());
+    assert!(!(0..3).any(|_| host::answers("10.0.2.42")), "frames to a learned address do not arrive");
+    guest.must("bridge fdb add 02:00:5e:10:00:03 dev eth0 self permanent");
+    eventually(agent, Duration::from_secs(20), "it answers with an entry", || host::answers("10.0.2.42"));
+}
+
 #[test]
-fn bonds_and_macvlans_work_as_the_page_says() {
+fn bonds_macvlans_and_bridges_work_as_the_page_says() {
     let agent = agent();
     let mut guest = guest(&agent);
     bond(&agent, &mut guest);
 
     guest.must("ip link set eth0 up");
-    page::follow_on_host(&agent, "macvlan");
-    page::follow_in_guest(&mut guest, "macvlan", &[]);
-    guest.must("ip addr add 10.0.2.31/24 dev mv0");
-    let has = |mac: &str| registers::addresses_of(0).contains(mac);
-    eventually(&agent, PATIENCE, "the macvlan's filter", || has("02:00:5e:10:00:01"));
-    eventually(&agent, Duration::from_secs(20), "the macvlan answers", || host::answers("10.0.2.31"));
-    guest.must("ip link del mv0");
+    macvlan(&agent, &mut guest);
+    bridge(&agent, &mut guest);
 }

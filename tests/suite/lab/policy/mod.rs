@@ -5,6 +5,7 @@
 mod address;
 mod agent_away;
 mod control;
+mod dpdk;
 mod drift;
 mod hostile;
 mod limits;
