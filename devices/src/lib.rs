@@ -4,7 +4,8 @@
 //!
 //! This crate does not know KVM: devices give eventfds to an [`interrupt::MsiRouter`] for
 //! interrupts and to [`doorbell::Doorbells`] for guests' writes, and map guest-physical memory
-//! through [`memory::GuestMapper`]. Its only `unsafe` code is the [`memory::HostMemory`] contract.
+//! through [`memory::GuestMapper`]. Its only `unsafe` code is the [`memory::HostMemory`] contract, and a borrowed
+//! descriptor in [`pci::vectors`].
 //!
 //! Every device is called by `&self` from any vCPU thread, with a lock as small as its registers.
 //! [`device::Device`] has its duties towards the machine, which knows no device by its kind.

@@ -127,7 +127,8 @@ pub enum FileError {
     },
     /// The file system, or the file itself, does not allow writing.
     #[error(
-        "{path} cannot be written: it is read-only, or lies in a read-only file system; make the disk read_only"
+        "{path} lies in a file system that is read-only for the agent: under systemd, allow the agent to write there \
+         (ReadWritePaths= in a drop-in of its unit), or make the disk read_only"
     )]
     ReadOnly {
         /// The path in the request.

@@ -426,6 +426,13 @@ static void moved_rings(void) {
   mmio_write16(common(QUEUE_SIZE), 3);
   offer();
 }
+/* The pending bits of MSI-X among them, with a vector that is masked. */
+static void all_registers(void) {
+  for (u32 offset = 0; offset < 0x4000; offset += 4) mmio_read(device.function.bar[0] + offset);
+  mmio_write(device.function.bar[0] + 0x2000 + 12, 1);
+  for (u32 offset = 0x3000; offset < 0x3010; offset += 4) mmio_read(device.function.bar[0] + offset);
+  mmio_write(device.function.bar[0] + 0x2000 + 12, 0);
+}
 static void queues_that_are_not_there(void) {
   for (u32 i = 0; i < 0x400; i++) mmio_write16(device.at[NOTIFY] + 2 * i, (u16)i);
   for (u32 i = 0; i < 0x10000; i += 0x101) {
@@ -438,6 +445,7 @@ static void queues_that_are_not_there(void) {
 static void (*const faults[])(void) = {
     far_index, far_head,  outside,   wrapped,         in_window,     endless,     huge, indirect_in_indirect,
     no_status, backwards, reset_in_flight, rings_outside, moved_rings, queues_that_are_not_there,
+    all_registers,
 };
 
 static void run_disk_hostile(void) {

@@ -55,7 +55,7 @@ pub enum IoThreadError {
         source: io::Error,
     },
     /// A thread does not acknowledge in time. It may do so later.
-    #[error("I/O thread {0} does not answer: a file or network of its device hangs")]
+    #[error("I/O thread {0} is busy: a file or network of its device is slow, or hangs; try again")]
     Silent(String),
     /// A thread has ended, so its device can never work again.
     #[error("I/O thread {0} has ended; this is a bug of Portcullis")]
@@ -114,18 +114,21 @@ impl IoThreads {
         self.0.iter().try_for_each(|handle| handle.send(Command::Run))
     }
 
-    /// Stops the threads between two pieces of work. Events stay pending. Takes 3 s at most, for all
-    /// threads together.
+    /// The longest time that [`Self::park`] may take.
+    pub const LONGEST: Duration = ACKNOWLEDGE;
+
+    /// Stops the threads between two pieces of work. Events stay pending. Takes the time `within` at
+    /// most, for all threads together.
     ///
     /// # Errors
     /// [`IoThreadError::Silent`]: the thread parks later, and a call of [`Self::run`] makes it go
     /// on. [`IoThreadError::Ended`].
-    pub fn park(&self) -> Result<(), IoThreadError> {
+    pub fn park(&self, within: Duration) -> Result<(), IoThreadError> {
         for handle in &self.0 {
             handle.parks.set(handle.parks.get().wrapping_add(1));
             handle.send(Command::Park(handle.parks.get()))?;
         }
-        let deadline = Instant::now() + ACKNOWLEDGE;
+        let deadline = Instant::now() + within;
         self.0.iter().try_for_each(|handle| handle.wait(deadline))
     }
 
@@ -338,10 +341,10 @@ mod tests {
         second.eventfd().write(3).unwrap();
         assert_eq!(work.recv_timeout(SOON), Ok(1));
         assert!(work.recv_timeout(NOT).is_err(), "once for each signal");
-        threads.park().unwrap();
+        threads.park(ACKNOWLEDGE).unwrap();
         second.signal();
         assert!(work.recv_timeout(NOT).is_err());
-        threads.park().unwrap();
+        threads.park(ACKNOWLEDGE).unwrap();
         threads.run().unwrap();
         threads.run().unwrap();
         assert_eq!(work.recv_timeout(SOON), Ok(1));
@@ -356,7 +359,7 @@ mod tests {
         let (first, second) = (IoEvent::new().unwrap(), IoEvent::new().unwrap());
         let (threads, work) = start([&first, &second]);
         threads.run().unwrap();
-        threads.park().unwrap();
+        threads.park(ACKNOWLEDGE).unwrap();
         first.signal();
         threads.forget();
         second.signal();
@@ -394,7 +397,7 @@ mod tests {
         events.iter().for_each(IoEvent::signal);
         threads.run().unwrap();
         begun.recv_timeout(SOON).unwrap();
-        let park = thread::spawn(move || (threads.park(), threads));
+        let park = thread::spawn(move || (threads.park(ACKNOWLEDGE), threads));
         thread::sleep(NOT);
         proceed.send(()).unwrap();
         let (parked, threads) = park.join().unwrap();
@@ -424,7 +427,7 @@ mod tests {
             proceed_late.send(()).unwrap();
         });
         let begun = Instant::now();
-        assert!(matches!(threads.park(), Err(IoThreadError::Silent(_))));
+        assert!(matches!(threads.park(ACKNOWLEDGE), Err(IoThreadError::Silent(_))));
         assert!(begun.elapsed() < ACKNOWLEDGE * 3 / 2, "{:?}", begun.elapsed());
         proceed_hung.send(()).unwrap();
         late.join().unwrap();
@@ -441,7 +444,7 @@ mod tests {
         begun.recv_timeout(SOON).unwrap();
         let end = ended.recv_timeout(SOON).unwrap();
         assert!(matches!(&end, Event::IoThreadEnded { name } if name == "io slow"), "{end:?}");
-        assert!(matches!(threads.park(), Err(IoThreadError::Ended(name)) if name == "io slow"));
+        assert!(matches!(threads.park(ACKNOWLEDGE), Err(IoThreadError::Ended(name)) if name == "io slow"));
         assert!(threads.end().is_empty(), "nothing is left behind");
     }
 
@@ -466,7 +469,7 @@ mod tests {
         event.signal();
         begun.recv_timeout(SOON).unwrap();
         // The threads come back: their end would wait for the work, too.
-        let park = thread::spawn(move || (threads.park(), threads));
+        let park = thread::spawn(move || (threads.park(ACKNOWLEDGE), threads));
         thread::sleep(NOT);
         assert!(!park.is_finished(), "it waits for the work");
         proceed.send(()).unwrap();
@@ -480,7 +483,7 @@ mod tests {
         threads.run().unwrap();
         event.signal();
         begun.recv_timeout(SOON).unwrap();
-        let error = threads.park().unwrap_err();
+        let error = threads.park(ACKNOWLEDGE).unwrap_err();
         assert!(matches!(&error, IoThreadError::Silent(name) if name == "io slow"), "{error}");
         // It goes on, and is busy again.
         threads.run().unwrap();
@@ -488,7 +491,7 @@ mod tests {
         event.signal();
         begun.recv_timeout(SOON).unwrap();
         // The threads come back: their end would wait for the work, too.
-        let park = thread::spawn(move || (threads.park(), threads));
+        let park = thread::spawn(move || (threads.park(ACKNOWLEDGE), threads));
         thread::sleep(NOT);
         assert!(!park.is_finished(), "the answer to the first command has come meanwhile");
         proceed.send(()).unwrap();

@@ -7,7 +7,7 @@ use std::{
     fs::File,
     os::fd::{FromRawFd, IntoRawFd, OwnedFd},
     sync::{Arc, OnceLock, mpsc::Receiver},
-    time::Instant,
+    time::{Duration, Instant},
 };
 
 use devices::{interrupt::MsiRouter, memory::GuestMapper, pci::bus::Windows};
@@ -291,26 +291,27 @@ impl Machine {
     /// A vCPU or an I/O thread does not answer, or an I/O thread has ended. After
     /// [`IoThreadError::Silent`] the machine runs on.
     pub fn park(&self) -> Result<(), MachineError> {
-        let result = self.stop();
+        let result = self.stop(IoThreads::LONGEST);
         if let Err(MachineError::IoThread(IoThreadError::Silent(_))) = result {
             self.run()?;
         }
         result
     }
 
-    fn stop(&self) -> Result<(), MachineError> {
+    fn stop(&self, within: Duration) -> Result<(), MachineError> {
         self.vcpus.park()?;
         self.board.pause();
-        Ok(self.io_threads.park()?)
+        Ok(self.io_threads.park(within)?)
     }
 
     /// Goes back to the kernel's first instruction and leaves the vCPUs parked. Devices are reset before memory is
-    /// used again, or DMA of the last boot would write into this one.
+    /// used again, or DMA of the last boot would write into this one. Waits the time `within` for I/O threads.
     ///
     /// # Errors
-    /// See [`MachineError`]; the machine cannot go on then.
-    pub fn reset(&mut self) -> Result<(), MachineError> {
-        self.stop()?;
+    /// After [`IoThreadError::Silent`] the vCPUs are parked, and nothing is reset: another call may succeed. After any other
+    /// [`MachineError`] the machine cannot go on.
+    pub fn reset(&mut self, within: Duration) -> Result<(), MachineError> {
+        self.stop(within)?;
         self.io_threads.forget();
         self.board.reset()?;
         for chip in &self.power_on.chips {

@@ -89,6 +89,11 @@ pub(super) fn check(disks: &[DiskSpec]) -> Result<(), Problem> {
                 format!("A serial number has 1 to {MAX_SERIAL} printable ASCII characters and no blank.");
             return Err(Problem::invalid(format!("disks[{n}].serial"), detail));
         }
+        if disks.iter().take(n).any(|other| other.serial() == disk.serial()) {
+            let detail =
+                format!("The serial number {} is used by two disks: give each a serial.", disk.serial());
+            return Err(Problem::invalid(format!("disks[{n}].serial"), detail));
+        }
         if disk.read_only && disk.discard {
             let detail = "A read-only disk cannot be discarded: leave out discard or read_only.";
             return Err(Problem::invalid(format!("disks[{n}].discard"), detail));

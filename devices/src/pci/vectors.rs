@@ -2,12 +2,15 @@
 
 //! The eventfds and routes behind the vectors of MSI and MSI-X.
 
-use std::{io, sync::Arc};
-
-use vmm_sys_util::{
-    eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd},
-    poll::PollContext,
+use std::{
+    io,
+    os::fd::{AsRawFd as _, BorrowedFd},
+    sync::Arc,
 };
+
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
+
+use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
 use crate::interrupt::{MsiMessage, MsiRouter, RouteId};
 
@@ -94,13 +97,10 @@ impl Vectors {
         let connected =
             self.routes.get(vector).and_then(Option::as_ref).is_some_and(|r| r.connected.is_some());
         let Some(trigger) = self.triggers.get(vector).filter(|_| !connected) else { return false };
-        let readable = || -> Result<bool, vmm_sys_util::errno::Error> {
-            let poll: PollContext<u32> = PollContext::new()?;
-            poll.add(trigger, 0)?;
-            let events = poll.wait_timeout(std::time::Duration::ZERO)?;
-            Ok(events.iter_readable().next().is_some())
-        };
-        readable().unwrap_or(false)
+        // SAFETY: the eventfd stays open during the call.
+        let trigger = unsafe { BorrowedFd::borrow_raw(trigger.as_raw_fd()) };
+        let mut polled = [PollFd::from_borrowed_fd(trigger, PollFlags::IN)];
+        poll(&mut polled, Some(&Timespec::default())).is_ok_and(|ready| ready > 0)
     }
 
     /// Disconnects every vector and drops its signals.

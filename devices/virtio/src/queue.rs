@@ -29,7 +29,7 @@ pub enum QueueError {
     /// The ring is inconsistent, or not in guest memory.
     #[error("The driver's ring is inconsistent: {0}")]
     Ring(virtio_queue::Error),
-    /// A chain has more buffers than the queue has entries.
+    /// A chain has more buffers than the queue can have entries.
     #[error("A request has more than {0} buffers")]
     TooLong(u16),
     /// A buffer is not in guest memory.
@@ -200,7 +200,8 @@ impl ActiveQueue {
     /// # Errors
     /// See [`QueueError`]: the device needs a reset.
     pub fn next<'a>(&mut self, memory: &'a GuestMemory) -> Result<Option<Request<'a>>, QueueError> {
-        let most = self.queue.size();
+        // Of an indirect table, too: a driver whose ring is shorter may not count on that.
+        let most = self.queue.max_size();
         let Some(chain) = self.queue.iter(memory)?.next() else { return Ok(None) };
         let head = chain.head_index();
         let (mut readable, mut writable) = (Vec::new(), Vec::new());

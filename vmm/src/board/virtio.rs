@@ -97,7 +97,7 @@ fn disk(board: &Board, parts: &mut Parts<'_>, spec: &DiskSpec) -> Result<Arc<dyn
     let DiskFormat::Raw = spec.format;
     let disk = RawDisk::new(File::from(file)).map_err(|error| failed(&spec.id)(error.into()))?;
     if !spec.read_only {
-        parts.disks.longest_file = parts.disks.longest_file.max(disk.size());
+        parts.disks.longest_file = parts.disks.longest_file.max(disk.file_length());
     }
     let options = Options {
         id: spec.id.clone(),

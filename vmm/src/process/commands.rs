@@ -3,7 +3,11 @@
 //! Handlers of the agent's commands, answers and standing refusals: which states allow a command, and its effect on
 //! the machine. The guest's resets are here, too, since they share the code of the agent's.
 
-use std::{os::fd::OwnedFd, sync::Arc, time::Instant};
+use std::{
+    os::fd::OwnedFd,
+    sync::Arc,
+    time::{Duration, Instant},
+};
 
 use devices::machine::MachineEvent;
 use event_manager::EventOps;
@@ -14,13 +18,18 @@ use protocol::{Answer, End, Failure, FailureCode, FileError, Files, MachineSpec,
 
 use super::{event_loop::Process, resets::Reset};
 use crate::{
-    io_threads::IoThreadError,
+    io_threads::{IoThreadError, IoThreads},
     machine::{Machine, MachineError},
     vcpu,
 };
 
 /// The most bytes that one [`Order::ConsoleInput`] can type.
 const INPUT_MAX: usize = 1024;
+
+/// The longest time of a request to a disk that a reset waits for: a flush of much data to a slow disk takes minutes.
+const BUSY: Duration = Duration::from_secs(if cfg!(test) { 4 } else { 300 });
+/// The time of one look whether such a request is over. The event loop serves nothing else meanwhile.
+const LOOK: Duration = Duration::from_millis(50);
 
 fn failure(code: FailureCode, detail: impl Into<String>) -> Failure {
     Failure { code, detail: detail.into() }
@@ -197,6 +206,8 @@ impl Process {
         if !matches!(self.state, State::Running | State::Paused) {
             return Err(self.wrong_state("reboot"));
         }
+        // If a disk is busy for longer, the guest runs on.
+        self.machine()?.park().map_err(|e| e.failure())?;
         self.reboot().map_err(|e| e.failure())?;
         Ok(Outcome::Done)
     }
@@ -212,6 +223,8 @@ impl Process {
                 // The other vCPUs still run the boot that has ended: park them until the reset.
                 match self.machine.as_ref().map_or(Ok(()), Machine::park) {
                     Ok(()) => self.reset_due = Some(at),
+                    // Stops the vCPUs again, and waits.
+                    Err(MachineError::IoThread(IoThreadError::Silent(_))) => drop(self.reboot()),
                     Err(error) => {
                         self.end(End::Failed {
                             detail: format!("Cannot reboot: {}", error.failure().detail),
@@ -232,17 +245,28 @@ impl Process {
     /// Makes a delayed reset once its time has come.
     pub(super) fn make_due_reset(&mut self) {
         let due = self.reset_due.is_some_and(|due| due <= Instant::now());
-        if due && self.state == State::Running {
+        if due && matches!(self.state, State::Running | State::Rebooting) {
             let _ = self.reboot();
         }
     }
 
-    /// Resets the machine and runs it again. A failure ends the machine.
+    /// Resets the machine and runs it again. While a disk is busy with a request of the last boot, tries again later. A
+    /// failure ends the machine.
     fn reboot(&mut self) -> Result<(), MachineError> {
         self.reset_due = None;
-        self.enter(State::Rebooting);
+        let first = self.state != State::Rebooting;
+        if first {
+            self.reset_began = Instant::now();
+            self.enter(State::Rebooting);
+        }
         let Some(machine) = &mut self.machine else { return Ok(()) };
-        let reset = machine.reset();
+        let reset = machine.reset(if first { IoThreads::LONGEST } else { LOOK });
+        if let Err(MachineError::IoThread(IoThreadError::Silent(_))) = reset
+            && self.reset_began.elapsed() < BUSY
+        {
+            self.reset_due = Some(Instant::now() + LOOK * 4);
+            return Ok(());
+        }
         self.forget_vcpu_events();
         reach(Point::VmmReset);
         let Some(machine) = &mut self.machine else { return Ok(()) };

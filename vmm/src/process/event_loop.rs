@@ -70,6 +70,8 @@ pub(super) struct Process {
     pub(super) resets: Resets,
     /// When to make a delayed reset of the guest. The vCPUs are parked until then.
     pub(super) reset_due: Option<Instant>,
+    /// The begin of the reset that is under way, or was last.
+    pub(super) reset_began: Instant,
     ended: Option<Instant>,
     /// The agent has ordered the end: there is no need to wait until it reads the report.
     pub(super) stop_ordered: bool,
@@ -102,6 +104,7 @@ impl Process {
             relays,
             resets: Resets::new(Instant::now()),
             reset_due: None,
+            reset_began: Instant::now(),
             ended: None,
             stop_ordered: false,
         })
@@ -117,7 +120,7 @@ impl Process {
             return 1000;
         }
         // A paused machine keeps its delayed reset until it runs again.
-        let due = self.reset_due.filter(|_| self.state == State::Running);
+        let due = self.reset_due.filter(|_| matches!(self.state, State::Running | State::Rebooting));
         due.map_or(-1, |due| {
             let left = due.saturating_duration_since(Instant::now()).as_millis();
             i32::try_from(left).unwrap_or(i32::MAX).saturating_add(1)

@@ -56,6 +56,7 @@ fn requests() -> BTreeMap<&'static str, u64> {
         ("KVM_SET_XCRS", number(write, KVM, 0xa7, size_of::<kvm_xcrs>())),
         ("VFIO_DEVICE_SET_IRQS", number(none, VFIO, 110, 0)),
         ("VFIO_DEVICE_RESET", number(none, VFIO, 111, 0)),
+        ("BLKDISCARD", number(none, 0x12, 119, 0)),
         ("FIONBIO", 0x5421),
     ])
 }

@@ -41,10 +41,12 @@ pub const SERIAL: usize = 20;
 const SEGMENTS: u32 = QUEUE as u32 - 2;
 /// The most bytes of a request's data. Linux sends 1.25 MiB at most, unless its user raises that.
 const MOST_DATA: u64 = 32 << 20;
-/// The most sectors that a segment of a discard or of zeroes may have: 2 GiB.
-const MOST_SECTORS: u32 = 1 << 22;
-/// Segments in one discard or request for zeroes.
-const RANGES: u32 = 16;
+/// The most sectors of one discard: 1 GiB. A discard writes no data.
+const MOST_DISCARDED: u32 = 1 << 21;
+/// The most sectors of one request for zeroes: 16 MiB. The host may have to write them.
+const MOST_ZEROES: u32 = 1 << 15;
+/// Ranges in one discard or request for zeroes.
+const RANGES: u32 = 1;
 const HEADER: u64 = 16;
 const RANGE: usize = 16;
 const CAPACITY: usize = 0;
@@ -121,11 +123,11 @@ pub fn configuration(size: u64) -> Arc<Configuration> {
         (CAPACITY, &(size / SECTOR).to_le_bytes()),
         (12, &SEGMENTS.to_le_bytes()),
         (20, &u32::try_from(SECTOR).unwrap_or_default().to_le_bytes()),
-        (36, &MOST_SECTORS.to_le_bytes()),
+        (36, &MOST_DISCARDED.to_le_bytes()),
         (40, &RANGES.to_le_bytes()),
         // The alignment of discards, in sectors: a page of the host's file.
         (44, &8_u32.to_le_bytes()),
-        (48, &MOST_SECTORS.to_le_bytes()),
+        (48, &MOST_ZEROES.to_le_bytes()),
         (52, &RANGES.to_le_bytes()),
         // Zeroes may give room back.
         (56, &[1]),
@@ -234,7 +236,7 @@ impl Block {
                 Ok(write_bytes(&part(&request.writable, 0, room), &serial) as u64)
             }
             VIRTIO_BLK_T_DISCARD if self.has(VIRTIO_BLK_F_DISCARD) => {
-                for Range { offset, len, flags } in self.ranges(request)? {
+                for Range { offset, len, flags } in self.ranges(request, MOST_DISCARDED)? {
                     if flags != 0 {
                         return Err(Failed::Unsupported);
                     }
@@ -245,7 +247,7 @@ impl Block {
             }
             VIRTIO_BLK_T_WRITE_ZEROES if self.has(VIRTIO_BLK_F_WRITE_ZEROES) => {
                 let may_discard = self.options.discard;
-                for Range { offset, len, flags } in self.ranges(request)? {
+                for Range { offset, len, flags } in self.ranges(request, MOST_ZEROES)? {
                     if flags & !VIRTIO_BLK_WRITE_ZEROES_FLAG_UNMAP != 0 {
                         return Err(Failed::Unsupported);
                     }
@@ -279,8 +281,8 @@ impl Block {
         if inside && len.is_multiple_of(SECTOR) && len <= MOST_DATA { Ok(()) } else { Err(Failed::Error) }
     }
 
-    /// The ranges of a discard or of zeroes (5.2.6, `virtio_blk_discard_write_zeroes`).
-    fn ranges(&self, request: &Request<'_>) -> Result<Vec<Range>, Failed> {
+    /// The ranges of a discard or of zeroes, `most` sectors each (5.2.6, `virtio_blk_discard_write_zeroes`).
+    fn ranges(&self, request: &Request<'_>, most: u32) -> Result<Vec<Range>, Failed> {
         self.check_write()?;
         let len = length(&request.readable) - HEADER;
         let count = len / RANGE as u64;
@@ -297,7 +299,7 @@ impl Block {
                 u64::from_le_bytes([a, b, c, d, e, f, g, h]).checked_mul(SECTOR).ok_or(Failed::Error)?;
             let len = u64::from(sectors) * SECTOR;
             let inside = offset.checked_add(len).is_some_and(|end| end <= self.disk.size());
-            if !inside || sectors > MOST_SECTORS {
+            if !inside || sectors > most {
                 return Err(Failed::Error);
             }
             Ok(Range { offset, len, flags: u32::from_le_bytes(flags) })

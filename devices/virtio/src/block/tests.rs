@@ -114,8 +114,8 @@ fn requests_that_leave_the_disk_fail_and_change_nothing() {
         ("discard over the end", 11, 0, range(30, 4, 0), 0),
         ("discard at an address that wraps", 11, 0, range(u64::MAX, 1, 0), 0),
         ("half a range", 11, 0, vec![0; 8], 0),
-        ("too many ranges", 11, 0, range(0, 1, 0).repeat(17), 0),
-        ("zeroes over the end, in the second range", 13, 0, [range(0, 1, 0), range(31, 2, 0)].concat(), 0),
+        ("too many ranges", 11, 0, range(0, 1, 0).repeat(2), 0),
+        ("zeroes over the end", 13, 0, range(31, 2, 0), 0),
     ] {
         assert_eq!(request(&mut driver, kind, sector, &out, room), (ERROR, 1), "{name}");
     }
@@ -159,14 +159,15 @@ fn a_read_only_disk_is_never_written() {
 #[test]
 fn ranges_are_discarded_and_filled_with_zeroes() {
     let (mut driver, disk, counters) = driver(options(), FLUSH | DISCARD | ZEROES);
-    let two = [range(8, 8, 0), range(0, 1, 0), range(5, 0, 0)].concat();
-    assert_eq!(request(&mut driver, 11, 0, &two, 0), (OK, 1));
+    assert_eq!(request(&mut driver, 11, 0, &range(8, 8, 0), 0), (OK, 1));
+    assert_eq!(request(&mut driver, 11, 0, &range(0, 1, 0), 0), (OK, 1));
+    assert_eq!(request(&mut driver, 11, 0, &range(5, 0, 0), 0), (OK, 1));
     assert_eq!(request(&mut driver, 13, 0, &range(4, 2, 1), 0), (OK, 1));
     assert_eq!(request(&mut driver, 13, 0, &range(4, 2, 0), 0), (OK, 1));
     let medium = disk.medium();
     assert_eq!(medium.discarded, [(4096, 4096), (0, 512)]);
     assert_eq!(medium.zeroed, [(2048, 1024, true), (2048, 1024, false)]);
-    assert_eq!(counters.discards.load(Ordering::Relaxed), 1);
+    assert_eq!(counters.discards.load(Ordering::Relaxed), 3);
     drop(medium);
     let kept = Options { discard: false, ..options() };
     assert_eq!(identity(&kept).features & (DISCARD | ZEROES), ZEROES);

@@ -5,7 +5,10 @@
 use std::{
     fs::File,
     io::{self, Seek as _, SeekFrom},
-    os::{fd::AsRawFd as _, unix::fs::FileExt as _},
+    os::{
+        fd::AsRawFd as _,
+        unix::fs::{FileExt as _, FileTypeExt as _},
+    },
 };
 
 use rustix::{
@@ -18,7 +21,9 @@ use super::{Disk, SECTOR};
 
 /// The most buffers of one system call (`IOV_MAX`).
 const BUFFERS: usize = 1024;
-/// Zeroes to write at once, where the host's file system cannot make them.
+/// `_IO(0x12, 119)` (linux/fs.h).
+const BLKDISCARD: libc::Ioctl = 0x1277;
+/// Zeroes to write at once.
 static ZEROES: [u8; 64 << 10] = [0; 64 << 10];
 
 /// A file or a block device.
@@ -26,6 +31,10 @@ static ZEROES: [u8; 64 << 10] = [0; 64 << 10];
 pub struct RawDisk {
     file: File,
     size: u64,
+    is_device: bool,
+    /// The kernel reports a failed write of its cache once, and then takes the data for written (fsync(2)). So a flush
+    /// never succeeds again after one has failed.
+    lost: bool,
 }
 
 impl RawDisk {
@@ -37,7 +46,22 @@ impl RawDisk {
     pub fn new(mut file: File) -> io::Result<Self> {
         // The end of a block device is not in its status.
         let end = file.seek(SeekFrom::End(0))?;
-        Ok(Self { file, size: end - end % SECTOR })
+        let is_device = file.metadata()?.file_type().is_block_device();
+        Ok(Self { file, size: end - end % SECTOR, is_device, lost: false })
+    }
+
+    /// The length of the file that writes need; 0 for a block device, whose length is fixed.
+    #[must_use]
+    pub fn file_length(&self) -> u64 {
+        if self.is_device { 0 } else { self.size }
+    }
+
+    /// Makes a hole. Returns whether the host's file system or device can.
+    fn punch(&self, offset: u64, len: u64) -> io::Result<bool> {
+        match fallocate(&self.file, FallocateFlags::PUNCH_HOLE | FallocateFlags::KEEP_SIZE, offset, len) {
+            Err(errno) if unsupported(errno) => Ok(false),
+            result => Ok(result.map(|()| true)?),
+        }
     }
 
     /// Moves all bytes of `buffers` by calls of `transfer(fd, iovecs, count, offset)`, which returns
@@ -116,24 +140,30 @@ impl Disk for RawDisk {
     }
 
     fn flush(&mut self) -> io::Result<()> {
-        Ok(fdatasync(&self.file)?)
+        if self.lost {
+            return Err(io::Error::other("data was lost at an earlier flush"));
+        }
+        let result = fdatasync(&self.file);
+        self.lost = result.is_err();
+        Ok(result?)
     }
 
     fn discard(&mut self, offset: u64, len: u64) -> io::Result<()> {
-        match fallocate(&self.file, FallocateFlags::PUNCH_HOLE | FallocateFlags::KEEP_SIZE, offset, len) {
+        if self.is_device {
+            let range = [offset, len];
+            // SAFETY: the descriptor is open, and the kernel reads two numbers (linux/fs.h, BLKDISCARD).
+            let result = unsafe { libc::ioctl(self.file.as_raw_fd(), BLKDISCARD, range.as_ptr()) };
+            let error = io::Error::last_os_error();
             // A hint only.
-            Err(errno) if unsupported(errno) => Ok(()),
-            result => Ok(result?),
+            let unable = matches!(error.raw_os_error(), Some(libc::EOPNOTSUPP | libc::ENOTTY));
+            return if result == 0 || unable { Ok(()) } else { Err(error) };
         }
+        self.punch(offset, len).map(drop)
     }
 
     fn write_zeroes(&mut self, offset: u64, len: u64, may_discard: bool) -> io::Result<()> {
-        let holes = may_discard.then_some(FallocateFlags::PUNCH_HOLE);
-        for flags in holes.into_iter().chain([FallocateFlags::ZERO_RANGE]) {
-            match fallocate(&self.file, flags | FallocateFlags::KEEP_SIZE, offset, len) {
-                Err(errno) if unsupported(errno) => {}
-                result => return Ok(result?),
-            }
+        if may_discard && self.punch(offset, len)? {
+            return Ok(());
         }
         let (mut at, mut left) = (offset, len);
         while left > 0 {

@@ -83,7 +83,7 @@ async fn one_that_crashes_is_booted_again_and_one_that_powers_off_is_not() {
 
 /// A guest resets itself as often as it likes, and each reset is stored, so its price must not grow unseen.
 #[tokio::test]
-async fn a_guests_reset_costs_four_durable_writes() {
+async fn a_guests_reset_costs_at_most_four_durable_writes() {
     let host = host(SLOW).await;
     let vm = host.create("web1", |_| {}).await;
     host.act(&vm, VmAction::Boot).await.unwrap();
@@ -101,7 +101,8 @@ async fn a_guests_reset_costs_four_durable_writes() {
         // The port notes its own reboot, and that it is over, beside the two states of the VM.
         tokio::time::sleep(SOON).await;
         let now = written().await;
-        assert_eq!(now - before, 4, "boot {boots}");
+        // Commits that wait for each other, on a busy machine, share a write.
+        assert!((1..=4).contains(&(now - before)), "boot {boots}: {} writes", now - before);
         before = now;
     }
 }
