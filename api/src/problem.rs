@@ -234,7 +234,7 @@ problem_codes! {
     /// Another process uses the disk's file.
     DiskInUse = "disk_in_use", 409, "The disk is in use",
         "Another VM, QEMU or another program has locked the file.",
-        "End the user that `detail` names, give the VM a copy, or make the disk `read_only` for all its users.";
+        "End the user, which `detail` names where the agent can see it; give the VM a copy; or make the disk `read_only` for all its users.";
     /// A disk's file has less than a sector.
     DiskInvalid = "disk_invalid", 422, "The disk cannot be used",
         "The file is shorter than a sector of 512 bytes.",

@@ -19,6 +19,8 @@ use api::{
     types::DiskSpec,
 };
 
+use rustix::fs::{AtFlags, CWD, StatxFlags, statx};
+
 use self::lock::Use;
 use crate::files::{self, FileError, Purpose};
 
@@ -38,15 +40,35 @@ pub struct Directories {
     pub disks: Vec<PathBuf>,
 }
 
-/// Opens and locks the disks of a VM, in their order. All of `rights` must be able to use each of them. Blocks: not for
-/// async code.
+/// Opens and locks the disks of a VM, in their order. All of `rights` must be able to use each of them. `others` are the
+/// paths of disks of VMs that run, each behind its VM's name. Blocks: not for async code.
 ///
 /// # Errors
 /// A problem with the field of the first disk that cannot be used. The locks of those before it are gone then.
-pub fn open_all(rights: &[Caller], dirs: &Directories, disks: &[DiskSpec]) -> Result<Vec<File>, Problem> {
+pub fn open_all(
+    rights: &[Caller],
+    dirs: &Directories,
+    disks: &[DiskSpec],
+    others: &[(String, String)],
+) -> Result<Vec<File>, Problem> {
     let mut opened: Vec<(&DiskSpec, File)> = Vec::new();
     for (number, disk) in disks.iter().enumerate() {
-        let file = open(rights, dirs, disk).map_err(|(code, detail)| Problem {
+        let user = |file: &File| {
+            let wanted = identity(&file.metadata().ok()?);
+            let own =
+                opened.iter().find(|(_, other)| other.metadata().is_ok_and(|data| identity(&data) == wanted));
+            if let Some((other, _)) = own {
+                return Some(format!("the disk {} of the same VM", other.id));
+            }
+            let same = |path: &str| {
+                let places = dirs.disks.iter().chain(&dirs.images).map(|dir| dir.join(path));
+                let mut found = places.filter_map(|place| fs::metadata(place).ok());
+                found.any(|data| identity(&data) == wanted)
+            };
+            let vm = others.iter().find(|(_, path)| same(path));
+            vm.map(|(name, _)| format!("the VM {name}")).or_else(|| process_with(wanted))
+        };
+        let file = open(rights, dirs, disk, user).map_err(|(code, detail)| Problem {
             field: Some(format!("disks[{number}].path").into()),
             ..Problem::new(code, detail)
         })?;
@@ -57,7 +79,17 @@ pub fn open_all(rights: &[Caller], dirs: &Directories, disks: &[DiskSpec]) -> Re
 
 type Failed = (ProblemCode, String);
 
-fn open(rights: &[Caller], dirs: &Directories, disk: &DiskSpec) -> Result<File, Failed> {
+fn identity(data: &fs::Metadata) -> (u64, u64) {
+    (data.dev(), data.ino())
+}
+
+/// Opens and locks one disk. `user` names another user of a file, in words.
+fn open(
+    rights: &[Caller],
+    dirs: &Directories,
+    disk: &DiskSpec,
+    user: impl Fn(&File) -> Option<String>,
+) -> Result<File, Failed> {
     let (purpose, usage) =
         if disk.read_only { (Purpose::ReadDisk, Use::Read) } else { (Purpose::WriteDisk, Use::Write) };
     let mut searched = dirs.disks.clone();
@@ -75,7 +107,7 @@ fn open(rights: &[Caller], dirs: &Directories, disk: &DiskSpec) -> Result<File, 
         (ProblemCode::DiskUnreadable, format!("The disk {} cannot be used: {error}.", disk.path))
     };
     lock::lock(&file, usage).map_err(|error| match error.kind() {
-        io::ErrorKind::WouldBlock => (ProblemCode::DiskInUse, in_use(disk, &file)),
+        io::ErrorKind::WouldBlock => (ProblemCode::DiskInUse, in_use(disk, user(&file))),
         _ => failed(&error),
     })?;
     let size = file.seek(SeekFrom::End(0)).map_err(|error| failed(&error))?;
@@ -90,31 +122,34 @@ fn open(rights: &[Caller], dirs: &Directories, disk: &DiskSpec) -> Result<File, 
 }
 
 /// The text of a lock that another user of the file holds.
-fn in_use(disk: &DiskSpec, file: &File) -> String {
-    let user = match user_of(file) {
-        Some((pid, program)) => format!("process {pid} ({program})"),
-        None => "another process".to_owned(),
-    };
+fn in_use(disk: &DiskSpec, user: Option<String>) -> String {
+    let user = user.unwrap_or_else(|| "another process".to_owned());
     let cure = if disk.read_only {
-        "end that process, or give the VM a copy"
+        "end that use, or give the VM a copy"
     } else {
-        "end that process, give the VM a copy, or make the disk read_only for all its users"
+        "end that use, give the VM a copy, or make the disk read_only for all its users"
     };
     format!("The disk {} is in use by {user}: {cure}.", disk.path)
 }
 
-/// Another process that has the file open. A lock does not name its owner (`F_OFD_GETLK`).
-fn user_of(file: &File) -> Option<(u32, String)> {
-    let identity = |data: fs::Metadata| (data.dev(), data.ino());
-    let wanted = identity(file.metadata().ok()?);
+/// A process that has the file open, in words: a lock does not name its owner (`F_OFD_GETLK`). None if the agent may not look
+/// at it, as under systemd.
+fn process_with(wanted: (u64, u64)) -> Option<String> {
     let own = std::process::id();
     let pids =
         fs::read_dir("/proc").ok()?.flatten().filter_map(|entry| entry.file_name().to_str()?.parse().ok());
     pids.filter(|pid| *pid != own).take(MOST_PROCESSES).find_map(|pid: u32| {
         let mut fds = fs::read_dir(format!("/proc/{pid}/fd")).ok()?.flatten().take(MOST_DESCRIPTORS);
-        fds.find(|fd| fs::metadata(fd.path()).is_ok_and(|data| identity(data) == wanted))?;
+        // Without a wait for the server of a network file system.
+        let flags = AtFlags::STATX_DONT_SYNC;
+        let wanted_fd = |path: PathBuf| {
+            let data = statx(CWD, path, flags, StatxFlags::INO).ok()?;
+            let device = rustix::fs::makedev(data.stx_dev_major, data.stx_dev_minor);
+            (device == wanted.0 && data.stx_ino == wanted.1).then_some(())
+        };
+        fds.find_map(|fd| wanted_fd(fd.path()))?;
         let program = fs::read_to_string(format!("/proc/{pid}/comm")).unwrap_or_default();
-        Some((pid, program.trim().to_owned()))
+        Some(format!("process {pid} ({})", program.trim()))
     })
 }
 
@@ -173,7 +208,7 @@ mod tests {
     fn outcome(place: &Place, callers: &[Caller], path: &str, read_only: bool) -> String {
         let path =
             path.replace("HOME", place.root.path().canonicalize().unwrap().join("home").to_str().unwrap());
-        match open_all(callers, &place.dirs, &[disk(&path, read_only)]) {
+        match open_all(callers, &place.dirs, &[disk(&path, read_only)], &[]) {
             Ok(_) => "ok".into(),
             Err(problem) => {
                 assert_eq!(problem.field.as_deref(), Some("disks[0].path"), "{problem}");
@@ -229,14 +264,25 @@ mod tests {
     fn a_disk_in_use_names_its_user_and_a_failure_keeps_no_lock() {
         let place = place();
         let disks = [disk("web1", false), DiskSpec { id: "data".parse().unwrap(), ..disk("web1", false) }];
-        let problem = open_all(&[me()], &place.dirs, &disks).unwrap_err();
+        let problem = open_all(&[me()], &place.dirs, &disks, &[]).unwrap_err();
+        assert!(problem.detail.contains("the disk root of the same VM"), "{problem}");
         assert_eq!((problem.code, problem.field.as_deref()), (ProblemCode::DiskInUse, Some("disks[1].path")));
-        let files = open_all(&[me()], &place.dirs, &disks[..1]).expect("the failure has released its locks");
+        let files =
+            open_all(&[me()], &place.dirs, &disks[..1], &[]).expect("the failure has released its locks");
         let path = place.dirs.disks[0].join("web1");
         let mut holder =
             std::process::Command::new("sleep").arg("60").stdin(File::open(&path).unwrap()).spawn().unwrap();
-        let problem = open_all(&[me()], &place.dirs, &disks[..1]).unwrap_err();
-        assert!(problem.detail.contains(&format!("process {} (sleep)", holder.id())), "{problem}");
+        let detail = |others: &[(String, String)]| {
+            open_all(&[me()], &place.dirs, &disks[..1], others).unwrap_err().detail
+        };
+        let detail_of_process = detail(&[]);
+        assert!(
+            detail_of_process.contains(&format!("process {} (sleep)", holder.id())),
+            "{detail_of_process}"
+        );
+        for path in ["web1".to_owned(), path.display().to_string()] {
+            assert!(detail(&[("alice".into(), path)]).contains("is in use by the VM alice"));
+        }
         holder.kill().unwrap();
         holder.wait().unwrap();
         drop(files);

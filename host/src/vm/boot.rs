@@ -50,8 +50,10 @@ pub(super) struct Files {
 pub(super) async fn open_files(
     env: &Environment,
     rights: Vec<Caller>,
+    vm: Uuid,
     spec: &VmSpec,
 ) -> Result<Files, Problem> {
+    let others = if spec.disks.is_empty() { Vec::new() } else { disks_of_others(env, vm).await };
     let (kvm, dirs, boot) = (env.kvm.clone(), env.image_dirs.clone(), spec.boot.clone());
     let (memory, disks) = (spec.memory, spec.disks.clone());
     let disk_dirs = Directories { images: dirs.clone(), disks: env.disk_dirs.clone() };
@@ -84,12 +86,25 @@ pub(super) async fn open_files(
                 ),
             )
         })?;
-        let disks = disks::open_all(&rights, &disk_dirs, &disks)?;
+        let disks = disks::open_all(&rights, &disk_dirs, &disks, &others)?;
         Ok(Files { kvm, kernel, initramfs, disks })
     };
     tokio::task::spawn_blocking(open)
         .await
         .map_err(|error| Problem::new(ProblemCode::Internal, chain(&error)))?
+}
+
+/// The disks of the VMs that have a process, by the names of the VMs.
+async fn disks_of_others(env: &Environment, vm: Uuid) -> Vec<(String, String)> {
+    let (Ok(vms), Ok(runs)) = (env.vms.list().await, env.runs.list().await) else { return Vec::new() };
+    let running: HashSet<Uuid> =
+        runs.into_iter().filter(|run| run.value.process.is_some()).map(|run| run.id).collect();
+    let others = vms.into_iter().filter(|other| other.id != vm && running.contains(&other.id));
+    let disks = others.flat_map(|other| {
+        let name = other.value.spec.name.to_string();
+        other.value.spec.disks.into_iter().map(move |disk| (name.clone(), disk.path))
+    });
+    disks.collect()
 }
 
 /// Checks that the host has so much memory and swap space. Memory is reserved page by page: a guest that could never

@@ -69,7 +69,7 @@ impl Actor {
         self.progress.begin(OperationAction::Boot, progress::boot(&self.vm.value.spec, &self.held));
         self.progress.enter(Stage::OpeningFiles);
         let rights = self.vm.value.boot_rights(caller);
-        let files = boot::open_files(&self.env, rights, &self.vm.value.spec).await?;
+        let files = boot::open_files(&self.env, rights, self.vm.id, &self.vm.value.spec).await?;
         // Functions that could not be released at an earlier end.
         self.give_back().await?;
         self.progress.enter(Stage::ClaimingFunctions);
