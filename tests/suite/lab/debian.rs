@@ -31,7 +31,8 @@ fn log_in(guest: &mut Guest<'_>) {
     guest.wait_for_within("login: ", PATIENCE * 3);
     guest.type_line("root");
     guest.wait_for("# ");
-    guest.type_line("stty -echo cols 1000; PS1='guest# '; bind 'set enable-bracketed-paste off'");
+    // The prompt in two parts: the echo of this line is none.
+    guest.type_line("bind 'set enable-bracketed-paste off'; stty -echo cols 1000; PS1='guest''# '");
     guest.wait_for("guest# ");
 }
 
