@@ -3,6 +3,7 @@
 //! The contents of disks. Each format is a file of its own with a [`Disk`].
 
 pub mod raw;
+mod transfer;
 
 use std::io;
 
