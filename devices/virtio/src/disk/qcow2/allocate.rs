@@ -315,7 +315,6 @@ impl Image {
     /// Frees the clusters whose mappings are removed. The file has no mapping of them any more.
     pub(super) fn free_unmapped(&mut self) -> io::Result<()> {
         let mut unmapped = std::mem::take(&mut self.writer()?.unmapped);
-        self.forget_unpacked();
         unmapped.sort_unstable();
         let mut runs: Vec<(u64, u64)> = Vec::new();
         for (first, count) in unmapped {

@@ -97,7 +97,7 @@ pub(super) struct Image {
     pub(super) backing: Option<Backing>,
     /// None for reading only.
     pub(super) writer: Option<Writer>,
-    /// The last compressed cluster that was read.
+    /// The last compressed cluster that was read, by its offset. Nothing here writes such clusters.
     unpacked: Option<(u64, Vec<u8>)>,
 }
 
@@ -287,11 +287,6 @@ impl Image {
             self.unpacked = Some((at, bytes));
         }
         Ok(self.unpacked.as_ref().map(|(_, bytes)| bytes.as_slice()).unwrap_or_default())
-    }
-
-    /// Forgets the last compressed cluster: its bytes may get another user.
-    pub(super) fn forget_unpacked(&mut self) {
-        self.unpacked = None;
     }
 
     /// Finds data behind the end of the file. Refcounts alone may be there after a power cut.

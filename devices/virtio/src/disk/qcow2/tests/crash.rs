@@ -312,8 +312,22 @@ fn power_cuts(victim: &Victim, seed: u64) {
     }
     let changes = disk.image.storage.journal.take().unwrap();
     drop(disk);
+    // Anywhere, with all writes before a sync under way, and after each change of the header.
+    let after = |wanted: fn(&Change) -> bool| {
+        let mut all: Vec<usize> = (0..changes.len()).filter(|at| wanted(&changes[*at])).collect();
+        all.push(changes.len());
+        all
+    };
+    let places = [
+        (0..=changes.len()).collect(),
+        after(|change| matches!(change, Change::Sync)),
+        after(|change| matches!(change, Change::Write(..100, _)))
+            .iter()
+            .map(|at| changes.len().min(at + 1))
+            .collect::<Vec<_>>(),
+    ];
     for number in 0..30 {
-        let at = usize::try_from(random.below(changes.len() as u64 + 1)).unwrap();
+        let at = places[number % 3][usize::try_from(random.below(places[number % 3].len() as u64)).unwrap()];
         let mut expected = Expected::new(victim.numbers());
         for (step, number, begin, end) in &script {
             if *begin < at {

@@ -466,3 +466,67 @@ proptest! {
         fuzz::fuzz_image(&[script, image].concat());
     }
 }
+
+/// The entries of the first cluster of the disk: offset in the file, and value, of L1 and L2.
+fn entries(lab: &Lab) -> [(u64, u64); 2] {
+    let bytes = std::fs::read(lab.path("a.qcow2")).unwrap();
+    let word = |at: u64| u64::from_be_bytes(bytes[usize::try_from(at).unwrap()..][..8].try_into().unwrap());
+    let l1 = word(40);
+    let l2 = word(l1) & image::OFFSET;
+    [(l1, word(l1)), (l2, word(l2))]
+}
+
+/// A cluster without the bit COPIED may belong to a snapshot.
+#[test]
+fn shared_clusters_are_copied() {
+    let lab = Lab::new();
+    lab.create("a.qcow2", "", "1M");
+    write(&mut lab.open("a.qcow2", &[]), 0, &[7; 64 << 10]).unwrap();
+    let [(l1, table), (l2, data)] = entries(&lab);
+    patch(&lab, "a.qcow2", l2, &(data & !image::COPIED).to_be_bytes());
+    let mut disk = lab.open("a.qcow2", &[]);
+    disk.image.storage.no_holes = true;
+    write(&mut disk, 512, &[8; 512]).unwrap();
+    assert_eq!(read(&mut disk, 0, 1536), [[7; 512], [8; 512], [7; 512]].concat());
+    drop(disk);
+    let bytes = std::fs::read(lab.path("a.qcow2")).unwrap();
+    let old = usize::try_from(data & image::OFFSET).unwrap();
+    assert!(bytes[old..old + (64 << 10)] == [7; 64 << 10], "the shared cluster is as before");
+    lab.check("a.qcow2", false);
+    patch(&lab, "a.qcow2", l1, &(table & !image::COPIED).to_be_bytes());
+    let mut disk = lab.open("a.qcow2", &[]);
+    assert_eq!(read(&mut disk, 512, 512), [8; 512]);
+    let error = write(&mut disk, 128 << 10, &[1; 512]).unwrap_err();
+    assert!(error.to_string().contains("is not its own"), "{error}");
+}
+
+#[test]
+fn invalid_compressed_clusters_are_errors() {
+    let lab = Lab::new();
+    std::fs::write(lab.path("source.raw"), vec![7; 1 << 20]).unwrap();
+    lab.run("qemu-img convert -c -f raw -O qcow2 source.raw a.qcow2");
+    let [_, (_, entry)] = entries(&lab);
+    // Reserved, a stored block of one byte, and one that is cut.
+    for stream in [&[7, 7, 7][..], &[1, 1, 0, 0xfe, 0xff, 0x41], &[0, 0xff, 0xff, 0, 0]] {
+        patch(&lab, "a.qcow2", entry & 0x3f_ffff, stream);
+        let mut disk = lab.open("a.qcow2", &[]);
+        let error = disk.read(0, &[[0; 512].as_mut_slice().into()]).unwrap_err();
+        assert!(error.to_string().contains("A compressed cluster"), "{error}");
+        assert!(write(&mut disk, 0, &[1; 512]).is_err());
+        // The next one is intact.
+        assert_eq!(read(&mut disk, 64 << 10, 512), [7; 512]);
+    }
+}
+
+#[test]
+fn a_failed_copy_frees_its_cluster() {
+    let lab = Lab::new();
+    std::fs::write(lab.path("base.raw"), vec![7; 1 << 20]).unwrap();
+    lab.create("a.qcow2", "-b base.raw -F raw", "1M");
+    let mut disk = lab.open("a.qcow2", &["base.raw"]);
+    write(&mut disk, 0, &[1; 512]).unwrap();
+    lab.file("base.raw").set_len(4096).unwrap();
+    assert!(write(&mut disk, 512 << 10, &[1; 512]).is_err());
+    drop(disk);
+    lab.check("a.qcow2", false);
+}
