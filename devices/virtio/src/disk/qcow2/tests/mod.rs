@@ -409,6 +409,14 @@ fn metadata_is_not_overwritten_by_data() {
             }
         }
     }
+    // Tables over tables.
+    for at in [header.l1, header.refcount_table, word(header.refcount_table), 1 << 40, 512] {
+        std::fs::write(lab.path("a.qcow2"), &bytes).unwrap();
+        patch(&lab, "a.qcow2", header.l1, &(at | image::COPIED).to_be_bytes());
+        let Ok(mut disk) = lab.try_open("a.qcow2", &[], true) else { continue };
+        let text = write(&mut disk, 64 << 10, &[1; 512]).unwrap_err().to_string();
+        assert!(text.contains("table") && text.contains("qemu-img check"), "{at:#x}: {text}");
+    }
     // A refcount of 0 for the cluster of each table: none is allocated again.
     std::fs::write(lab.path("a.qcow2"), &bytes).unwrap();
     let block = word(header.refcount_table);
