@@ -17,10 +17,7 @@ use super::{
     header::{AUTOCLEAR_AT, Header},
     storage::{Storage, clear},
 };
-use crate::{
-    disk::{Disk as _, raw::RawDisk},
-    queue::{length, part, write_bytes},
-};
+use crate::queue::{length, part, write_bytes};
 
 /// Bytes of the cache of a writable image.
 const CACHE: u64 = 4 << 20;
@@ -65,14 +62,15 @@ enum Source {
 
 /// The files below an image.
 pub(super) enum Backing {
-    Raw(RawDisk),
+    Raw(Storage),
     Qcow2(Box<Image>),
 }
 
 impl Backing {
+    /// The size in bytes: the last sector of a raw file may be cut.
     fn size(&self) -> u64 {
         match self {
-            Self::Raw(disk) => disk.size(),
+            Self::Raw(file) => file.len(),
             Self::Qcow2(image) => image.header.size,
         }
     }
@@ -84,7 +82,7 @@ impl Backing {
         clear(&part(buffers, inside, len - inside));
         let buffers = part(buffers, 0, inside);
         match self {
-            Self::Raw(disk) => disk.read(offset, &buffers),
+            Self::Raw(file) => file.read_buffers(offset, &buffers),
             Self::Qcow2(image) => image.read(offset, &buffers),
         }
     }

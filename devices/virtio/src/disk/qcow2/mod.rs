@@ -39,8 +39,11 @@ use std::{fmt, fs::File, io};
 use vm_memory::VolatileSlice;
 
 pub use self::error::{Damage, Layer, OpenError, Refusal};
-use self::image::{Backing, Image};
-use super::{Disk, Format, raw::RawDisk};
+use self::{
+    image::{Backing, Image},
+    storage::Storage,
+};
+use super::{Disk, Format};
 
 /// The most backing files of a disk.
 pub const MOST_BACKING: usize = 16;
@@ -73,7 +76,7 @@ impl Qcow2Disk {
             let at = at(Layer::Backing(number));
             below = Some(match format {
                 Format::Raw if below.is_some() => return Err(at(Refusal::BackingUnexpected)),
-                Format::Raw => Backing::Raw(RawDisk::new(file).map_err(|error| at(error.into()))?),
+                Format::Raw => Backing::Raw(Storage::new(file).map_err(|error| at(error.into()))?),
                 Format::Qcow2 => Backing::Qcow2(Box::new(Image::open(file, below, false).map_err(at)?)),
             });
         }

@@ -230,6 +230,35 @@ fn an_overlay_takes_turns_with_qemu() {
     assert!(read_all(&mut lab.open("top.qcow2", &backing)) == bytes);
 }
 
+/// The rest of a small one reads as zeroes, also within its last sector.
+#[test]
+fn backing_files_may_have_other_sizes() {
+    let lab = Lab::new();
+    for len in [1000, (64 << 10) + 1, (1 << 20) - 1, 3 << 20] {
+        let base = Random(10).bytes(len);
+        std::fs::write(lab.path("base.raw"), &base).unwrap();
+        lab.create("middle.qcow2", "-b base.raw -F raw", "4M");
+        for (name, chain) in
+            [("base.raw", &["base.raw"][..]), ("middle.qcow2", &["middle.qcow2", "base.raw"])]
+        {
+            let format = if name == "base.raw" { "raw" } else { "qcow2" };
+            lab.create("a.qcow2", &format!("-b {name} -F {format}"), "1M");
+            let mut expect = base.clone();
+            expect.resize(1 << 20, 0);
+            let mut disk = lab.open("a.qcow2", chain);
+            assert!(read_all(&mut disk) == expect, "{len} bytes of {name}");
+            // A copy of the cluster in which the backing file ends.
+            let at = (len / 512 * 512).min((1 << 20) - 512);
+            write(&mut disk, at as u64 ^ 1024, &[7; 512]).unwrap();
+            expect[at ^ 1024..][..512].fill(7);
+            assert!(read_all(&mut disk) == expect, "{len} bytes of {name}");
+            drop(disk);
+            lab.check("a.qcow2", false);
+            lab.compare("a.qcow2", &expect);
+        }
+    }
+}
+
 /// A discard never shows the backing file again, and gives the host's room back.
 #[test]
 fn discarded_clusters_read_as_zeroes_and_are_used_again() {

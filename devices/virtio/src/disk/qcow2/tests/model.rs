@@ -56,7 +56,7 @@ fn run(steps: Vec<Step>, options: &str, backing: &[&str], cluster: usize) {
         model[64 << 10..128 << 10].fill(0);
         model[1000 << 10..1090 << 10].fill(9);
     }
-    let no_holes = steps.len() % 2 == 0;
+    let no_holes = steps.len().is_multiple_of(2);
     let open = |lab: &Lab| {
         let mut disk = lab.open("a.qcow2", backing);
         disk.image.storage.no_holes = no_holes;
