@@ -2,7 +2,9 @@
 
 //! The contents of disks. Each format is a file of its own with a [`Disk`].
 
+pub mod qcow2;
 pub mod raw;
+mod transfer;
 
 use std::io;
 
@@ -10,6 +12,15 @@ use vm_memory::VolatileSlice;
 
 /// Bytes of a sector, the unit of a block device's addresses.
 pub const SECTOR: u64 = 512;
+
+/// The format of a file. It is never probed: a guest can write any header to a raw file.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Format {
+    /// Byte for byte.
+    Raw,
+    /// QEMU's format.
+    Qcow2,
+}
 
 /// The contents of a disk. All calls come from one thread, and block until the work is done.
 ///

@@ -17,10 +17,8 @@ use rustix::{
 };
 use vm_memory::VolatileSlice;
 
-use super::{Disk, SECTOR};
+use super::{Disk, SECTOR, transfer};
 
-/// The most buffers of one system call (`IOV_MAX`).
-const BUFFERS: usize = 1024;
 /// `_IO(0x12, 119)` (linux/fs.h).
 const BLKDISCARD: libc::Ioctl = 0x1277;
 /// Zeroes to write at once.
@@ -63,57 +61,10 @@ impl RawDisk {
             result => Ok(result.map(|()| true)?),
         }
     }
-
-    /// Moves all bytes of `buffers` by calls of `transfer(fd, iovecs, count, offset)`, which returns
-    /// the count of bytes that it has moved, or -1.
-    fn transfer(
-        &self,
-        offset: u64,
-        buffers: &[VolatileSlice<'_>],
-        transfer: impl Fn(libc::c_int, &[libc::iovec], libc::off_t) -> libc::ssize_t,
-    ) -> io::Result<()> {
-        let mut at = offset;
-        let mut rest: Vec<VolatileSlice<'_>> = buffers.to_vec();
-        rest.reverse();
-        while !rest.is_empty() {
-            let guards: Vec<_> = rest.iter().rev().take(BUFFERS).map(VolatileSlice::ptr_guard_mut).collect();
-            let iovecs: Vec<libc::iovec> = guards
-                .iter()
-                .map(|guard| libc::iovec { iov_base: guard.as_ptr().cast(), iov_len: guard.len() })
-                .collect();
-            let position = libc::off_t::try_from(at).map_err(|_| io::ErrorKind::InvalidInput)?;
-            let moved = transfer(self.file.as_raw_fd(), &iovecs, position);
-            drop(guards);
-            let Ok(mut moved) = u64::try_from(moved) else {
-                let error = io::Error::last_os_error();
-                if error.kind() == io::ErrorKind::Interrupted {
-                    continue;
-                }
-                return Err(error);
-            };
-            if moved == 0 {
-                // Somebody has shortened the file.
-                return Err(io::ErrorKind::UnexpectedEof.into());
-            }
-            at = at.saturating_add(moved);
-            while let Some(first) = rest.pop() {
-                let len = first.len() as u64;
-                if moved >= len {
-                    moved -= len;
-                    continue;
-                }
-                let done = usize::try_from(moved).unwrap_or(usize::MAX);
-                let left = first.offset(done).map_err(io::Error::other)?;
-                rest.push(left);
-                break;
-            }
-        }
-        Ok(())
-    }
 }
 
 /// Whether the host's file system or device cannot do this at all.
-fn unsupported(errno: Errno) -> bool {
+pub(super) fn unsupported(errno: Errno) -> bool {
     matches!(errno, Errno::OPNOTSUPP | Errno::NOSYS | Errno::NODEV | Errno::INVAL)
 }
 
@@ -123,20 +74,11 @@ impl Disk for RawDisk {
     }
 
     fn read(&mut self, offset: u64, buffers: &[VolatileSlice<'_>]) -> io::Result<()> {
-        self.transfer(offset, buffers, |fd, iovecs, position| {
-            let count = libc::c_int::try_from(iovecs.len()).unwrap_or(libc::c_int::MAX);
-            // SAFETY: each iovec is guest memory that stays mapped during the call. Nothing in this
-            // process holds a Rust reference into it, and the guest may write it at the same time.
-            unsafe { libc::preadv(fd, iovecs.as_ptr(), count, position) }
-        })
+        transfer::read(&self.file, offset, buffers)
     }
 
     fn write(&mut self, offset: u64, buffers: &[VolatileSlice<'_>]) -> io::Result<()> {
-        self.transfer(offset, buffers, |fd, iovecs, position| {
-            let count = libc::c_int::try_from(iovecs.len()).unwrap_or(libc::c_int::MAX);
-            // SAFETY: as in `read`; the kernel reads the memory.
-            unsafe { libc::pwritev(fd, iovecs.as_ptr(), count, position) }
-        })
+        transfer::write(&self.file, offset, buffers)
     }
 
     fn flush(&mut self) -> io::Result<()> {

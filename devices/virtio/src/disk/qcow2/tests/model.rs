@@ -1,0 +1,143 @@
+// SPDX-License-Identifier: Apache-2.0
+
+//! Any operations, against bytes in memory.
+
+use super::*;
+
+/// Bytes of the disk: the last cluster is cut.
+const SIZE: usize = (3 << 20) + 1536;
+
+#[derive(Clone, Debug)]
+enum Step {
+    Read(usize, usize),
+    Write(usize, usize, u8),
+    Zeroes(usize, usize, bool),
+    Discard(usize, usize),
+    Flush,
+    Reopen,
+    /// QEMU's opinion.
+    Ask,
+}
+
+/// Sector and count of sectors, inside of the disk.
+fn range() -> impl Strategy<Value = (usize, usize)> {
+    let len = prop_oneof![1..4_usize, 1..200_usize, Just(128_usize), Just(2048_usize)];
+    (0..SIZE / 512, len).prop_map(|(sector, len)| (sector, len.min(SIZE / 512 - sector)))
+}
+
+fn step() -> impl Strategy<Value = Step> {
+    prop_oneof![
+        4 => range().prop_map(|(at, len)| Step::Read(at, len)),
+        8 => (range(), any::<u8>()).prop_map(|((at, len), byte)| Step::Write(at, len, byte)),
+        2 => (range(), any::<bool>()).prop_map(|((at, len), may)| Step::Zeroes(at, len, may)),
+        2 => range().prop_map(|(at, len)| Step::Discard(at, len)),
+        2 => Just(Step::Flush),
+        1 => Just(Step::Reopen),
+        1 => Just(Step::Ask),
+    ]
+}
+
+fn run(steps: Vec<Step>, options: &str, backing: &[&str], cluster: usize) {
+    let lab = Lab::new();
+    let base: Vec<u8> = Random(9).bytes(2 << 20);
+    std::fs::write(lab.path("base.raw"), &base).unwrap();
+    lab.create("middle.qcow2", "-b base.raw -F raw", "2M");
+    lab.run("qemu-io -f qcow2 -c write~-z~64k~64k -c write~-P~9~1000k~90k middle.qcow2");
+    let below = match backing {
+        [first, ..] => format!(" -b {first} -F {}", if first.ends_with("raw") { "raw" } else { "qcow2" }),
+        [] => String::new(),
+    };
+    lab.create("a.qcow2", format!("{options}{below}").trim(), &SIZE.to_string());
+    let mut model = vec![0; SIZE];
+    if !backing.is_empty() {
+        model[..2 << 20].copy_from_slice(&base);
+    }
+    if backing.len() == 2 {
+        model[64 << 10..128 << 10].fill(0);
+        model[1000 << 10..1090 << 10].fill(9);
+    }
+    let no_holes = steps.len().is_multiple_of(2);
+    let open = |lab: &Lab| {
+        let mut disk = lab.open("a.qcow2", backing);
+        disk.image.storage.no_holes = no_holes;
+        disk
+    };
+    let mut disk = open(&lab);
+    for (number, step) in steps.into_iter().enumerate() {
+        match step {
+            Step::Read(at, len) => {
+                let bytes = read(&mut disk, at as u64 * SECTOR, len * 512);
+                assert!(bytes == model[at * 512..(at + len) * 512], "step {number}");
+            }
+            Step::Write(at, len, byte) => {
+                let mut bytes = vec![byte; len * 512];
+                for (sector, chunk) in bytes.chunks_mut(512).enumerate() {
+                    chunk[..8].copy_from_slice(&(number * 10000 + sector).to_le_bytes());
+                }
+                model[at * 512..(at + len) * 512].copy_from_slice(&bytes);
+                // Buffers of odd sizes.
+                let cut = bytes.len() / 3;
+                let (a, b) = bytes.split_at_mut(cut);
+                disk.write(at as u64 * SECTOR, &[a.into(), b.into()]).unwrap();
+            }
+            Step::Zeroes(at, len, may_discard) => {
+                model[at * 512..(at + len) * 512].fill(0);
+                disk.write_zeroes(at as u64 * SECTOR, len as u64 * SECTOR, may_discard).unwrap();
+            }
+            Step::Discard(at, len) => {
+                let (from, end) = ((at * 512).next_multiple_of(cluster), (at + len) * 512);
+                let to = if end == SIZE { SIZE } else { end / cluster * cluster };
+                if from < to {
+                    model[from..to].fill(0);
+                }
+                disk.discard(at as u64 * SECTOR, len as u64 * SECTOR).unwrap();
+            }
+            Step::Flush => disk.flush().unwrap(),
+            Step::Reopen => {
+                drop(disk);
+                disk = open(&lab);
+            }
+            Step::Ask => {
+                drop(disk);
+                lab.check("a.qcow2", false);
+                lab.compare("a.qcow2", &model);
+                disk = open(&lab);
+            }
+        }
+    }
+    assert!(read_all(&mut disk) == model);
+    disk.flush().unwrap();
+    assert!(read_all(&mut lab.try_open("a.qcow2", backing, false).unwrap()) == model);
+    drop(disk);
+    lab.check("a.qcow2", false);
+    lab.compare("a.qcow2", &model);
+}
+
+proptest! {
+    #![proptest_config(config(10))]
+
+    #[test]
+    fn a_plain_image_is_what_its_writes_made_of_it(steps in prop::collection::vec(step(), 1..40)) {
+        run(steps, "", &[], 64 << 10);
+    }
+
+    #[test]
+    fn an_overlay_over_raw_is_what_its_writes_made_of_it(steps in prop::collection::vec(step(), 1..40)) {
+        run(steps, "-o cluster_size=4k", &["base.raw"], 4096);
+    }
+
+    #[test]
+    fn an_overlay_over_qcow2_is_what_its_writes_made_of_it(steps in prop::collection::vec(step(), 1..40)) {
+        run(steps, "-o cluster_size=16k", &["middle.qcow2", "base.raw"], 16 << 10);
+    }
+
+    #[test]
+    fn small_clusters_and_wide_refcounts_work(steps in prop::collection::vec(step(), 1..40)) {
+        run(steps, "-o cluster_size=512,refcount_bits=64", &["base.raw"], 512);
+    }
+
+    #[test]
+    fn refcounts_of_one_bit_work(steps in prop::collection::vec(step(), 1..40)) {
+        run(steps, "-o cluster_size=1k,refcount_bits=1", &["middle.qcow2", "base.raw"], 1024);
+    }
+}
