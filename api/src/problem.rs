@@ -235,10 +235,10 @@ problem_codes! {
     DiskInUse = "disk_in_use", 409, "The disk is in use",
         "Another VM, QEMU or another program has locked the file.",
         "End the user, which `detail` names where the agent can see it; give the VM a copy; or make the disk `read_only` for all its users.";
-    /// A disk's file has less than a sector.
+    /// A disk's file has less than a sector, or is no usable image of its format.
     DiskInvalid = "disk_invalid", 422, "The disk cannot be used",
-        "The file is shorter than a sector of 512 bytes.",
-        "Make the file longer (`truncate --size=8G FILE`).";
+        "The file is shorter than a sector of 512 bytes, is no image of its format, has a feature that is not supported, is damaged, or has other backing files than `disks[].backing`.",
+        "Follow `detail`, which names the command: mostly `qemu-img convert -O qcow2`, `qemu-img check -r all` or `qemu-img rebase`.";
 
     /// The VF named in the specification does not exist.
     VfNotFound = "vf_not_found", 422, "No such VF",

@@ -26,6 +26,8 @@ pub struct IoThread {
     /// work, and signals its own eventfd if more is left, so that the thread can be parked in
     /// between.
     pub work: Box<dyn FnMut(usize) + Send>,
+    /// The last call on the thread, when the machine ends it. Within a second or two: later the process ends.
+    pub end: Box<dyn FnOnce() + Send>,
 }
 
 /// The kinds of I/O threads by their system calls: each has a seccomp filter of its own.

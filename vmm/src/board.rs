@@ -66,6 +66,14 @@ pub enum BoardError {
     /// An interrupt of a device cannot be connected.
     #[error("Cannot connect an interrupt")]
     Interrupt(#[source] io::Error),
+    /// A disk's file is not an image of its format, or is damaged.
+    #[error("The disk {id} cannot be used")]
+    Disk {
+        /// The disk's name.
+        id: String,
+        /// The cause.
+        source: ::virtio::disk::qcow2::OpenError,
+    },
     /// A device cannot be built.
     #[error("Cannot build device {device}")]
     Device {

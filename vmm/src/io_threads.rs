@@ -179,7 +179,7 @@ impl Handle {
         end: &Arc<Events>,
         confinement: &Confinement,
     ) -> io::Result<Self> {
-        let IoThread { name, calls, events, work } = request;
+        let IoThread { name, calls, events, work, end: last } = request;
         let control = IoEvent::new()?;
         let epoll = Epoll::new()?;
         for (token, event) in (0..).zip(&events).chain([(CONTROL, &control)]) {
@@ -197,6 +197,9 @@ impl Handle {
             let mut obituary = obituary;
             confine();
             obituary.expected = worker.serve(&inbox, &acknowledge);
+            if obituary.expected {
+                last();
+            }
         })?;
         let (parks, thread) = (Cell::new(0), Some(thread));
         Ok(Self { name, device, events, commands, control, acknowledged, parks, thread })
@@ -323,6 +326,7 @@ mod tests {
             calls: Calls::None,
             events: events.map(IoEvent::clone).to_vec(),
             work: Box::new(move |index| sender.send(index).unwrap()),
+            end: Box::new(|| {}),
         };
         (start_all(vec![request]).0, work)
     }
@@ -380,6 +384,7 @@ mod tests {
                 begin.send(()).unwrap();
                 may_proceed.recv().unwrap();
             }),
+            end: Box::new(|| {}),
         };
         (request, begun, proceed)
     }

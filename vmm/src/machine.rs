@@ -97,6 +97,7 @@ impl MachineError {
             Self::Boot(BootError::TablesTooLong { .. }) | Self::File(_) => FailureCode::Invalid,
             Self::Boot(_) => FailureCode::Kernel,
             Self::Device(error) => error.code(),
+            Self::Board(BoardError::Disk { .. }) => FailureCode::Disk,
             Self::Reset(_)
             | Self::Board(BoardError::Device { .. })
             | Self::IoThread(IoThreadError::Silent(_)) => FailureCode::Device,

@@ -83,8 +83,9 @@ fn spec() -> Option<VmSpec> {
         devices: Vec::new(),
         disks: vec![DiskSpec {
             id: "root".parse().ok()?,
-            path: "web1.raw".to_owned(),
-            format: DiskFormat::Raw,
+            path: "web1.qcow2".to_owned(),
+            format: DiskFormat::Qcow2,
+            backing: vec![BackingSpec { path: "debian-12.raw".to_owned(), format: DiskFormat::Raw }],
             read_only: false,
             serial: None,
             discard: true,

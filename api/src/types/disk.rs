@@ -10,6 +10,10 @@ use crate::problem::Problem;
 
 /// The most disks of a VM.
 pub const MAX_DISKS: usize = 16;
+/// The most backing files of a disk.
+const MAX_CHAIN: usize = 16;
+/// The most backing files of all disks of a VM.
+const MAX_BACKING: usize = 32;
 /// The longest serial number in bytes (Virtual I/O Device 1.2, 5.2.6).
 pub const MAX_SERIAL: usize = 20;
 
@@ -26,6 +30,11 @@ pub struct DiskSpec {
     pub path: String,
     /// The format of the file. It is never guessed: a guest could write the header of another one.
     pub format: DiskFormat,
+    /// The backing files of a qcow2 image, the next one first: all that the headers name, in the same order. They are only read,
+    /// and several disks may share them.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    #[schema(max_items = 16)]
+    pub backing: Vec<BackingSpec>,
     /// The guest cannot write. Several VMs may have the file then.
     #[serde(default, skip_serializing_if = "std::ops::Not::not")]
     pub read_only: bool,
@@ -39,12 +48,25 @@ pub struct DiskSpec {
     pub discard: bool,
 }
 
+/// A backing file of a qcow2 image.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+#[serde(deny_unknown_fields)]
+pub struct BackingSpec {
+    /// The file. A relative path is looked up in the agent's disk and image directories.
+    #[schema(example = "debian-12.qcow2")]
+    pub path: String,
+    /// The format of the file.
+    pub format: DiskFormat,
+}
+
 /// The formats of disks.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize, ToSchema)]
 #[serde(rename_all = "snake_case")]
 pub enum DiskFormat {
     /// Byte for byte: a file, or a block device.
     Raw,
+    /// QEMU's format, versions 2 (for reading only) and 3, a regular file.
+    Qcow2,
 }
 
 impl DiskFormat {
@@ -53,6 +75,7 @@ impl DiskFormat {
     pub fn as_str(self) -> &'static str {
         match self {
             Self::Raw => "raw",
+            Self::Qcow2 => "qcow2",
         }
     }
 }
@@ -66,6 +89,29 @@ impl DiskSpec {
     }
 }
 
+fn check_backing(n: usize, disk: &DiskSpec) -> Result<(), Problem> {
+    let field = |rest: &str| format!("disks[{n}].backing{rest}");
+    if disk.format == DiskFormat::Raw && !disk.backing.is_empty() {
+        return Err(Problem::invalid(
+            field(""),
+            "A raw disk has no backing file: leave out backing, or use qcow2.",
+        ));
+    }
+    if disk.backing.len() > MAX_CHAIN {
+        let detail =
+            format!("A disk has at most {MAX_CHAIN} backing files: run `qemu-img commit` on the chain.");
+        return Err(Problem::invalid(field(""), detail));
+    }
+    for (m, backing) in disk.backing.iter().enumerate() {
+        super::vm::check_path(&field(&format!("[{m}].path")), &backing.path)?;
+        if backing.format == DiskFormat::Raw && m + 1 < disk.backing.len() {
+            let detail = "A raw file has no backing file: it is the last of the chain.";
+            return Err(Problem::invalid(field(&format!("[{m}].format")), detail));
+        }
+    }
+    Ok(())
+}
+
 /// The rules that types cannot hold.
 ///
 /// # Errors
@@ -74,7 +120,14 @@ pub(super) fn check(disks: &[DiskSpec]) -> Result<(), Problem> {
     if disks.len() > MAX_DISKS {
         return Err(Problem::invalid("disks", format!("A VM has at most {MAX_DISKS} disks.")));
     }
+    if disks.iter().map(|disk| disk.backing.len()).sum::<usize>() > MAX_BACKING {
+        return Err(Problem::invalid(
+            "disks",
+            format!("The disks of a VM have at most {MAX_BACKING} backing files."),
+        ));
+    }
     for (n, disk) in disks.iter().enumerate() {
+        check_backing(n, disk)?;
         let mut before = disks.iter().take(n);
         if before.any(|other| other.id == disk.id) {
             let detail = format!("The id {} is used by two disks.", disk.id);

@@ -90,6 +90,9 @@ pub trait Engine: Send {
     /// [`QueueError`]: the device needs a reset.
     fn serve(&mut self, index: usize, queue: &mut ActiveQueue) -> Result<bool, QueueError>;
 
+    /// The machine ends in order. Keeps what the driver has not made durable.
+    fn close(&mut self) {}
+
     /// The driver has reset the device, or the machine has: nothing of the last driver's is left.
     fn stop(&mut self) {}
 }

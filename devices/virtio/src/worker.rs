@@ -160,6 +160,11 @@ impl Worker {
         self.shared.resetting.store(false, Ordering::Release);
     }
 
+    /// The machine's end, on the thread.
+    pub(crate) fn close(&mut self) {
+        self.engine.close();
+    }
+
     /// The machine's reset. The thread is parked.
     pub(crate) fn power_on(&mut self) {
         lock(&self.shared.command).take();

@@ -127,6 +127,7 @@ impl ToProblem for OrderError {
             FailureCode::Kernel => ProblemCode::KernelInvalid,
             FailureCode::Memlock => ProblemCode::MemlockTooSmall,
             FailureCode::GroupNotViable => ProblemCode::GroupNotViable,
+            FailureCode::Disk => ProblemCode::DiskInvalid,
             FailureCode::Device => ProblemCode::DeviceFailed,
             FailureCode::Sandbox => ProblemCode::SandboxUnavailable,
             FailureCode::Invalid => ProblemCode::InvalidRequest,

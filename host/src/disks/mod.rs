@@ -16,7 +16,7 @@ use std::{
 use api::{
     Caller,
     problem::{Problem, ProblemCode},
-    types::DiskSpec,
+    types::{DiskFormat, DiskSpec},
 };
 
 use rustix::fs::{AtFlags, CWD, StatxFlags, statx};
@@ -30,6 +30,15 @@ const SECTOR: u64 = 512;
 const MOST_PROCESSES: usize = 4096;
 /// The most descriptors of each.
 const MOST_DESCRIPTORS: usize = 1024;
+
+/// The open files of a disk.
+#[derive(Debug)]
+pub struct Opened {
+    /// The disk's own file.
+    pub file: File,
+    /// Its backing files, the next one first.
+    pub backing: Vec<File>,
+}
 
 /// The directories in which every caller may use disks.
 #[derive(Clone, Debug, Default)]
@@ -50,13 +59,14 @@ pub fn open_all(
     dirs: &Directories,
     disks: &[DiskSpec],
     others: &[(String, String)],
-) -> Result<Vec<File>, Problem> {
-    let mut opened: Vec<(&DiskSpec, File)> = Vec::new();
+) -> Result<Vec<Opened>, Problem> {
+    let mut opened: Vec<(&DiskSpec, Opened)> = Vec::new();
     for (number, disk) in disks.iter().enumerate() {
         let user = |file: &File| {
             let wanted = identity(&file.metadata().ok()?);
-            let own =
-                opened.iter().find(|(_, other)| other.metadata().is_ok_and(|data| identity(&data) == wanted));
+            let own = opened
+                .iter()
+                .find(|(_, other)| other.file.metadata().is_ok_and(|data| identity(&data) == wanted));
             if let Some((other, _)) = own {
                 return Some(format!("the disk {} of the same VM", other.id));
             }
@@ -68,11 +78,18 @@ pub fn open_all(
             let vm = others.iter().find(|(_, path)| same(path));
             vm.map(|(name, _)| format!("the VM {name}")).or_else(|| process_with(wanted))
         };
-        let file = open(rights, dirs, disk, user).map_err(|(code, detail)| Problem {
-            field: Some(format!("disks[{number}].path").into()),
-            ..Problem::new(code, detail)
-        })?;
-        opened.push((disk, file));
+        let at = |place: String| {
+            move |(code, detail)| Problem { field: Some(place.into()), ..Problem::new(code, detail) }
+        };
+        let wanted = Wanted { path: &disk.path, format: disk.format, read_only: disk.read_only };
+        let file = open(rights, dirs, wanted, user).map_err(at(format!("disks[{number}].path")))?;
+        let mut backing = Vec::new();
+        for (layer, spec) in disk.backing.iter().enumerate() {
+            let wanted = Wanted { path: &spec.path, format: spec.format, read_only: true };
+            let place = format!("disks[{number}].backing[{layer}].path");
+            backing.push(open(rights, dirs, wanted, user).map_err(at(place))?);
+        }
+        opened.push((disk, Opened { file, backing }));
     }
     Ok(opened.into_iter().map(|(_, file)| file).collect())
 }
@@ -83,11 +100,19 @@ fn identity(data: &fs::Metadata) -> (u64, u64) {
     (data.dev(), data.ino())
 }
 
-/// Opens and locks one disk. `user` names another user of a file, in words.
+/// One file to open.
+#[derive(Clone, Copy)]
+struct Wanted<'a> {
+    path: &'a str,
+    format: DiskFormat,
+    read_only: bool,
+}
+
+/// Opens and locks one file. `user` names another user of a file, in words.
 fn open(
     rights: &[Caller],
     dirs: &Directories,
-    disk: &DiskSpec,
+    disk: Wanted<'_>,
     user: impl Fn(&File) -> Option<String>,
 ) -> Result<File, Failed> {
     let (purpose, usage) =
@@ -96,7 +121,7 @@ fn open(
     if disk.read_only {
         searched.extend(dirs.images.iter().cloned());
     }
-    let mut file = files::open_for_all(rights, purpose, &searched, &disk.path).map_err(|error| {
+    let mut file = files::open_for_all(rights, purpose, &searched, disk.path).map_err(|error| {
         let code = match error {
             FileError::Missing { .. } => ProblemCode::DiskNotFound,
             _ => ProblemCode::DiskUnreadable,
@@ -111,7 +136,7 @@ fn open(
         _ => failed(&error),
     })?;
     let size = file.seek(SeekFrom::End(0)).map_err(|error| failed(&error))?;
-    if size < SECTOR {
+    if disk.format == DiskFormat::Raw && size < SECTOR {
         let detail = format!(
             "The disk {} has {size} bytes, less than a sector: make it longer (truncate --size=8G {}).",
             disk.path, disk.path
@@ -122,7 +147,7 @@ fn open(
 }
 
 /// The text of a lock that another user of the file holds.
-fn in_use(disk: &DiskSpec, user: Option<String>) -> String {
+fn in_use(disk: Wanted<'_>, user: Option<String>) -> String {
     let user = user.unwrap_or_else(|| "another process".to_owned());
     let cure = if disk.read_only {
         "end that use, or give the VM a copy"

@@ -24,7 +24,7 @@ use super::{
 };
 use crate::{
     backend::MachineDevice,
-    disks::{self, Directories},
+    disks::{self, Directories, Opened},
     environment::Environment,
     files::{self, Purpose},
     sandbox,
@@ -42,8 +42,8 @@ pub(super) struct Files {
     kvm: File,
     kernel: File,
     initramfs: Option<File>,
-    /// In the order of the specification.
-    disks: Vec<File>,
+    /// In the order of the specification, each with its backing files.
+    disks: Vec<Opened>,
 }
 
 /// Opens the files of the machine. All of `rights` must be able to read each boot file, and to use each disk.
@@ -202,7 +202,12 @@ pub(super) async fn run(
     let initramfs = files.initramfs.is_some();
     let own = [(file::KVM, files.kvm), (file::CONSOLE, console), (file::KERNEL, files.kernel)];
     let own = own.into_iter().chain(files.initramfs.map(|initramfs| (file::INITRAMFS, initramfs)));
-    let disks = vm.value.spec.disks.iter().map(|disk| file::disk(disk.id.as_str())).zip(files.disks);
+    let disks = vm.value.spec.disks.iter().zip(files.disks).flat_map(|(spec, opened)| {
+        let id = spec.id.to_string();
+        let backing = opened.backing.into_iter().enumerate();
+        let own = [(file::disk(&id), opened.file)];
+        own.into_iter().chain(backing.map(move |(number, backing)| (file::backing(&id, number), backing)))
+    });
     let (mut names, mut fds): (Vec<String>, Vec<OwnedFd>) = own
         .map(|(name, file)| (name.to_owned(), file))
         .chain(disks)
@@ -267,12 +272,18 @@ fn machine(
     }
 }
 
+fn format(format: DiskFormat) -> protocol::DiskFormat {
+    match format {
+        DiskFormat::Raw => protocol::DiskFormat::Raw,
+        DiskFormat::Qcow2 => protocol::DiskFormat::Qcow2,
+    }
+}
+
 fn disk(spec: &DiskSpec) -> protocol::DiskSpec {
     protocol::DiskSpec {
         id: spec.id.to_string(),
-        format: match spec.format {
-            DiskFormat::Raw => protocol::DiskFormat::Raw,
-        },
+        format: format(spec.format),
+        backing: spec.backing.iter().map(|backing| format(backing.format)).collect(),
         read_only: spec.read_only,
         serial: spec.serial().to_owned(),
         discard: spec.discard,

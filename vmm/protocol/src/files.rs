@@ -30,6 +30,12 @@ pub fn disk(id: &str) -> String {
     format!("disk:{id}")
 }
 
+/// The name of a backing file of a disk. `number` is its place in the chain, from 0.
+#[must_use]
+pub fn backing(id: &str, number: usize) -> String {
+    format!("disk:{id}:{number}")
+}
+
 /// Errors of a machine's files. All are bugs of the agent, which sends the files.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum FileError {

@@ -218,6 +218,8 @@ pub enum FailureCode {
     Memlock,
     /// A VFIO group is not viable.
     GroupNotViable,
+    /// A disk's file is not an image of its format, or is damaged.
+    Disk,
     /// The vmm cannot open or use a VFIO device, or a file or network of a device hangs.
     Device,
     /// The vmm cannot build the sandbox on this host.
@@ -262,6 +264,9 @@ pub struct DiskSpec {
     pub id: String,
     /// The format of the file. The vmm never guesses it.
     pub format: DiskFormat,
+    /// The formats of its backing files, the next one first. Their files come beside the command
+    /// ([`files::backing`](super::files::backing)).
+    pub backing: Vec<DiskFormat>,
     /// The guest cannot write.
     pub read_only: bool,
     /// The serial number in the guest: 20 bytes at most.
@@ -276,6 +281,8 @@ pub struct DiskSpec {
 pub enum DiskFormat {
     /// A file or a block device, byte for byte.
     Raw,
+    /// QEMU's format.
+    Qcow2,
 }
 
 /// One function of a machine.

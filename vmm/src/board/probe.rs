@@ -168,7 +168,13 @@ impl Device for Probe {
             }
             self.interrupt.signal();
         };
-        vec![IoThread { name: THREAD.to_owned(), calls: Calls::None, events, work: Box::new(work) }]
+        vec![IoThread {
+            name: THREAD.to_owned(),
+            calls: Calls::None,
+            events,
+            work: Box::new(work),
+            end: Box::new(|| {}),
+        }]
     }
 
     fn pause(&self) {

@@ -16,13 +16,18 @@ use devices::device::Device;
 use protocol::{DiskFormat, DiskSpec, DiskStats, files};
 use virtio::{
     block::{self, Block, Counters, Options},
-    disk::{Disk as _, raw::RawDisk},
+    disk::{Disk, Format, qcow2::Qcow2Disk, raw::RawDisk},
     engine::{Configuration, Engine, Identity},
     entropy::{self, Entropy},
     transport::{Connections, VirtioFunction},
 };
 
 use super::{Board, BoardError, Parts};
+
+/// The tables of a qcow2 image take less than this part of its size, with clusters of 4 KiB or more.
+const TABLES: u64 = 128;
+/// The bytes that clusters may take that a crash has leaked.
+const LEAKS: u64 = 256 << 20;
 
 /// The facts of a machine's disks that outlive their construction.
 #[derive(Default)]
@@ -94,10 +99,9 @@ pub(super) fn disks(board: &Board, parts: &mut Parts<'_>) -> Result<Vec<Arc<dyn 
 
 fn disk(board: &Board, parts: &mut Parts<'_>, spec: &DiskSpec) -> Result<Arc<dyn Device>, BoardError> {
     let file = parts.files.require(&files::disk(&spec.id)).map_err(|error| failed(&spec.id)(error.into()))?;
-    let DiskFormat::Raw = spec.format;
-    let disk = RawDisk::new(File::from(file)).map_err(|error| failed(&spec.id)(error.into()))?;
+    let (disk, longest) = open(parts, spec, File::from(file))?;
     if !spec.read_only {
-        parts.disks.longest_file = parts.disks.longest_file.max(disk.file_length());
+        parts.disks.longest_file = parts.disks.longest_file.max(longest);
     }
     let options = Options {
         id: spec.id.clone(),
@@ -108,7 +112,34 @@ fn disk(board: &Board, parts: &mut Parts<'_>, spec: &DiskSpec) -> Result<Arc<dyn
     let counters = Arc::<Counters>::default();
     parts.disks.counters.insert(spec.id.clone(), Arc::clone(&counters));
     let (identity, configuration) = (block::identity(&options), block::configuration(disk.size()));
-    insert(board, parts, identity, configuration, Box::new(Block::new(Box::new(disk), options, counters)))
+    insert(board, parts, identity, configuration, Box::new(Block::new(disk, options, counters)))
+}
+
+/// Opens the format of a disk. Returns the length that its file may reach, too.
+fn open(parts: &mut Parts<'_>, spec: &DiskSpec, file: File) -> Result<(Box<dyn Disk>, u64), BoardError> {
+    match spec.format {
+        DiskFormat::Raw => {
+            let disk = RawDisk::new(file).map_err(|error| failed(&spec.id)(error.into()))?;
+            let longest = disk.file_length();
+            Ok((Box::new(disk), longest))
+        }
+        DiskFormat::Qcow2 => {
+            let mut backing = Vec::new();
+            for (number, format) in spec.backing.iter().enumerate() {
+                let file = parts.files.require(&files::backing(&spec.id, number));
+                let file = file.map_err(|error| failed(&spec.id)(error.into()))?;
+                let format = match format {
+                    DiskFormat::Raw => Format::Raw,
+                    DiskFormat::Qcow2 => Format::Qcow2,
+                };
+                backing.push((format, File::from(file)));
+            }
+            let unusable = |source| BoardError::Disk { id: spec.id.clone(), source };
+            let disk = Qcow2Disk::open(file, backing, !spec.read_only).map_err(unusable)?;
+            let longest = disk.size().saturating_add(disk.size() / TABLES).saturating_add(LEAKS);
+            Ok((Box::new(disk), longest))
+        }
+    }
 }
 
 /// Builds the entropy device, if the machine has it.

@@ -335,4 +335,12 @@ impl Engine for Block {
     fn stop(&mut self) {
         self.features = 0;
     }
+
+    fn close(&mut self) {
+        if !self.options.read_only
+            && let Err(error) = self.disk.close()
+        {
+            tracing::warn!(disk = self.options.id, %error, "The last changes of a disk may be lost");
+        }
+    }
 }

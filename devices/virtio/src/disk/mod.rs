@@ -49,6 +49,14 @@ pub trait Disk: Send {
     /// Those of the host's file: data may be lost.
     fn flush(&mut self) -> io::Result<()>;
 
+    /// Hands all completed writes to the host's file. No call follows but the drop.
+    ///
+    /// # Errors
+    /// Those of the host's file: data may be lost.
+    fn close(&mut self) -> io::Result<()> {
+        Ok(())
+    }
+
     /// Gives the host's room of a range back if that is possible. The contents are undefined then.
     ///
     /// # Errors

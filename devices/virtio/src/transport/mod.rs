@@ -316,8 +316,11 @@ impl Device for VirtioFunction {
     fn io_threads(self: Arc<Self>) -> Vec<IoThread> {
         let events = self.shared.events.clone();
         let (name, calls) = (self.identity.name.clone(), self.identity.calls);
-        let work = move |event| lock(&self.worker).work(event);
-        vec![IoThread { name, events, calls, work: Box::new(work) }]
+        let same = Arc::clone(&self);
+        let work = Box::new(move |event| lock(&self.worker).work(event));
+        // Here, because no other thread may write a disk.
+        let end = Box::new(move || lock(&same.worker).close());
+        vec![IoThread { name, calls, events, work, end }]
     }
 
     fn reset(&self) -> Result<(), ResetError> {

@@ -51,6 +51,8 @@ pub const MOST_BACKING: usize = 16;
 /// A disk in the format qcow2.
 pub struct Qcow2Disk {
     image: Image,
+    /// [`Disk::close`] was called.
+    closed: bool,
 }
 
 impl fmt::Debug for Qcow2Disk {
@@ -80,7 +82,8 @@ impl Qcow2Disk {
                 Format::Qcow2 => Backing::Qcow2(Box::new(Image::open(file, below, false).map_err(at)?)),
             });
         }
-        Ok(Self { image: Image::open(image, below, writable).map_err(at(Layer::Image))? })
+        let image = Image::open(image, below, writable).map_err(at(Layer::Image))?;
+        Ok(Self { image, closed: false })
     }
 }
 
@@ -101,6 +104,17 @@ impl Disk for Qcow2Disk {
         if self.image.writer.is_some() { self.image.flush() } else { Ok(()) }
     }
 
+    fn close(&mut self) -> io::Result<()> {
+        self.closed = true;
+        // The second flush writes the refcounts of clusters that the first one has freed.
+        for _ in 0..2 {
+            if self.image.writer.is_some() && self.image.cache.has_changes() {
+                self.image.flush()?;
+            }
+        }
+        Ok(())
+    }
+
     fn discard(&mut self, offset: u64, len: u64) -> io::Result<()> {
         self.image.discard(offset, len)
     }
@@ -113,15 +127,10 @@ impl Disk for Qcow2Disk {
 impl Drop for Qcow2Disk {
     /// Keeps the changes of a guest that has not flushed before the end of its VM, as a raw file does.
     fn drop(&mut self) {
-        // The second flush writes the refcounts of clusters that the first one has freed.
-        for _ in 0..2 {
-            if self.image.writer.is_none() || !self.image.cache.has_changes() {
-                break;
-            }
-            if let Err(error) = self.image.flush() {
-                tracing::warn!(%error, "The last changes of a qcow2 image are lost");
-                break;
-            }
+        if !self.closed
+            && let Err(error) = self.close()
+        {
+            tracing::warn!(%error, "The last changes of a qcow2 image are lost");
         }
     }
 }
