@@ -71,6 +71,8 @@ pub struct Environment {
     pub lease_grace: Duration,
     /// The agent is about to end: if it closes a connection, the client may still be there.
     pub ending: AtomicBool,
+    /// The agent listens: clients can reach it.
+    pub serving: tokio::sync::watch::Sender<bool>,
     /// The boot id of the host. Processes of another boot have ended with that boot.
     pub boot_id: String,
     /// Users for vmm processes; None for an agent that cannot change users.
@@ -109,6 +111,7 @@ impl Environment {
             backoff: Backoff::default(),
             lease_grace: LEASE_GRACE,
             ending: AtomicBool::new(false),
+            serving: tokio::sync::watch::Sender::new(true),
             boot_id: std::fs::read_to_string("/proc/sys/kernel/random/boot_id")
                 .map(|id| id.trim().to_owned())
                 .unwrap_or_default(),

@@ -299,7 +299,11 @@ impl Machine {
         result
     }
 
-    fn stop(&self, within: Duration) -> Result<(), MachineError> {
+    /// Stops the vCPUs and then the devices.
+    ///
+    /// # Errors
+    /// As [`Self::park`], but the vCPUs stay parked.
+    pub fn stop(&self, within: Duration) -> Result<(), MachineError> {
         self.vcpus.park()?;
         self.board.pause();
         Ok(self.io_threads.park(within)?)

@@ -172,6 +172,7 @@ pub async fn serve(args: ServeArgs, socket: &Path, token_file: Option<&Path>) ->
     let database = args.state_dir.join(DATABASE);
     let stores = Stores::on_one_host(Arc::new(SqliteStore::open(&database)?));
     let mut env = Environment::new(&stores, args.run_dir.clone());
+    env.serving.send_replace(false);
     env.image_dirs = directories(&args.image_dirs, "image")?;
     env.disk_dirs = directories(&args.disk_dirs, "disk")?;
     env.cgroup_parent.clone_from(&args.cgroup_parent);
@@ -230,6 +231,7 @@ async fn serve_with(
     let env = Arc::new(env);
     let agent = Arc::new(Agent::start(Arc::clone(&env)).await?);
     let listeners = listen::all(&args.listen, socket, token_file)?;
+    env.serving.send_replace(true);
     let alone = args.private.is_some().then(stdin_ends).transpose()?;
     let ending = Arc::clone(&env);
     let end = async move {

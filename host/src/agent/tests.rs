@@ -276,6 +276,24 @@ async fn what_happens_to_vms_and_pfs_is_told() {
     );
 }
 
+/// The VMs of an agent that takes long to start must not end before their clients can come.
+#[tokio::test]
+async fn the_wait_for_a_client_begins_when_the_agent_listens() {
+    let host = Host::with_environment(|env| env.lease_grace = Duration::from_millis(100)).await;
+    let served = serve(&host, host.env.run_dir.join("api.sock")).await;
+    host.env.serving.send_replace(false);
+    served.client.create_leased_vm(&spec("web1")).await.unwrap();
+    tokio::time::sleep(Duration::from_millis(400)).await;
+    served.client.get_vm("web1").await.unwrap();
+    host.env.serving.send_replace(true);
+    let gone = async {
+        while served.client.get_vm("web1").await.is_ok() {
+            tokio::time::sleep(Duration::from_millis(10)).await;
+        }
+    };
+    tokio::time::timeout(PATIENCE, gone).await.expect("it is deleted");
+}
+
 /// A leased VM's name and VF are free for the next VM once its client is gone, without a request for that.
 #[tokio::test]
 async fn a_vm_whose_client_is_gone_is_gone() {

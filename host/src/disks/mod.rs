@@ -64,9 +64,9 @@ pub fn open_all(
     for (number, disk) in disks.iter().enumerate() {
         let user = |file: &File| {
             let wanted = identity(&file.metadata().ok()?);
-            let own = opened
-                .iter()
-                .find(|(_, other)| other.file.metadata().is_ok_and(|data| identity(&data) == wanted));
+            let is_wanted = |file: &File| file.metadata().is_ok_and(|data| identity(&data) == wanted);
+            let uses = |other: &Opened| is_wanted(&other.file) || other.backing.iter().any(is_wanted);
+            let own = opened.iter().find(|(_, other)| uses(other));
             if let Some((other, _)) = own {
                 return Some(format!("the disk {} of the same VM", other.id));
             }

@@ -240,7 +240,7 @@ pub(super) async fn run(
                 actor.on_finished(finished).await;
             }
             () = restart::due(&actor.due) => actor.boot_unasked().await,
-            () = actor.tenancy.lapses(&actor.env.ending) => actor.lapse().await,
+            () = actor.tenancy.lapses(&actor.env) => actor.lapse().await,
             _ = tick.tick() => actor.on_tick().await,
         }
         if actor.forget().await {

@@ -102,7 +102,11 @@ async fn disks_of_others(env: &Environment, vm: Uuid) -> Vec<(String, String)> {
     let others = vms.into_iter().filter(|other| other.id != vm && running.contains(&other.id));
     let disks = others.flat_map(|other| {
         let name = other.value.spec.name.to_string();
-        other.value.spec.disks.into_iter().map(move |disk| (name.clone(), disk.path))
+        let paths = other.value.spec.disks.into_iter().flat_map(|disk| {
+            let backing = disk.backing.into_iter().map(|backing| backing.path);
+            [disk.path].into_iter().chain(backing)
+        });
+        paths.map(move |path| (name.clone(), path)).collect::<Vec<_>>()
     });
     disks.collect()
 }

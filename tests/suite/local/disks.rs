@@ -280,6 +280,38 @@ fn an_overlay_survives_any_kill() {
     }
 }
 
+/// Its live clusters are at the end of a file that is longer than its disk.
+#[test]
+fn an_image_that_had_a_snapshot_is_written_up_to_its_end() {
+    let agent = Agent::start();
+    let path = agent.directory().join("disks/web1.qcow2");
+    let image = path.to_str().unwrap();
+    qemu_img(&["create", "-q", "-f", "qcow2", image, "48M"]);
+    for (byte, then) in [("1", Some("-c")), ("2", Some("-d")), ("3", None)] {
+        host::run("qemu-io", &["-f", "qcow2", "-c", &format!("write -q -P {byte} 0 48M"), image]);
+        if let Some(flag) = then {
+            qemu_img(&["snapshot", flag, "before", image]);
+        }
+    }
+    // As after crashes that have leaked clusters: new ones come behind the end.
+    let long = 2 << 30;
+    File::options().write(true).open(&path).unwrap().set_len(long).unwrap();
+    let disks = json!([{"id": "root", "path": "web1.qcow2", "format": "qcow2"}]);
+    let mut guest = boot(&agent, &spec(&agent, "web1", disks));
+    let pid = agent.vm("web1").status.pid.unwrap();
+    let limits = fs::read_to_string(format!("/proc/{pid}/limits")).unwrap();
+    let longest = limits.lines().find_map(|line| line.strip_prefix("Max file size")).unwrap();
+    let longest: u64 = longest.split_whitespace().next().unwrap().parse().unwrap();
+    assert!(longest >= long + (48 << 20), "{longest}");
+    guest.ask("disk-probe");
+    for at in (0..96).map(|n| n * 1024) {
+        assert_eq!(guest.ask(&format!("disk-write {at} new count=8")), "ok", "sector {at}");
+    }
+    assert_eq!(guest.ask("disk-flush"), "ok");
+    agent.act("web1", VmAction::Stop).unwrap();
+    qemu_img(&["check", "-q", image]);
+}
+
 /// A guest can write any header into its disk. The files that a header names are never opened.
 #[test]
 fn a_header_that_names_another_file_gets_an_error_and_not_the_file() {
@@ -322,6 +354,13 @@ fn a_header_that_names_another_file_gets_an_error_and_not_the_file() {
     guest.ask("disk-probe");
     assert!(guest.ask("disk-read 0").starts_with("ok bbb"), "the specification's file, not the header's");
     agent.act("given", VmAction::Stop).unwrap();
+    let small = agent.directory().join("disks/small.qcow2");
+    qemu_img(&["create", "-q", "-f", "qcow2", "-o", "cluster_size=512", small.to_str().unwrap(), "1M"]);
+    agent
+        .create(&spec(&agent, "small", json!([{"id": "root", "path": "small.qcow2", "format": "qcow2"}])))
+        .unwrap();
+    let problem = agent.act("small", VmAction::Boot).unwrap_err();
+    assert!(problem.detail.contains("clusters of 512 bytes"), "{problem}");
     agent.disk("zero.raw", SIZE);
     let not_qcow2 = json!([{"id": "root", "path": "zero.raw", "format": "qcow2"}]);
     agent.create(&spec(&agent, "zero", not_qcow2)).unwrap();

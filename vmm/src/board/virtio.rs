@@ -25,9 +25,10 @@ use virtio::{
 use super::{Board, BoardError, Parts};
 
 /// The tables of a qcow2 image take less than this part of its size, with clusters of 4 KiB or more.
-const TABLES: u64 = 128;
-/// The bytes that clusters may take that a crash has leaked.
-const LEAKS: u64 = 256 << 20;
+const TABLES: u64 = 32;
+/// Further bytes by which its file may grow, for clusters that crashes have leaked. What was leaked before is in the length
+/// of the file.
+const LEAKS: u64 = 1 << 30;
 
 /// The facts of a machine's disks that outlive their construction.
 #[derive(Default)]
@@ -136,7 +137,9 @@ fn open(parts: &mut Parts<'_>, spec: &DiskSpec, file: File) -> Result<(Box<dyn D
             }
             let unusable = |source| BoardError::Disk { id: spec.id.clone(), source };
             let disk = Qcow2Disk::open(file, backing, !spec.read_only).map_err(unusable)?;
-            let longest = disk.size().saturating_add(disk.size() / TABLES).saturating_add(LEAKS);
+            let tables = disk.size() / TABLES;
+            let longest =
+                disk.file_length().saturating_add(disk.size()).saturating_add(tables).saturating_add(LEAKS);
             Ok((Box::new(disk), longest))
         }
     }

@@ -180,16 +180,20 @@ impl Process {
             State::Running => {}
             _ => return Err(self.wrong_state("pause")),
         }
-        if let Err(error) = self.machine()?.park() {
-            let failure = error.failure();
-            // Its device never works again, and the vCPUs are parked.
-            if matches!(error, MachineError::IoThread(IoThreadError::Ended(_))) {
-                self.end(End::Failed { detail: failure.detail.clone() });
-            }
-            return Err(failure);
-        }
+        self.park()?;
         self.enter(State::Paused);
         Ok(Outcome::Done)
+    }
+
+    /// Stops the machine. After a busy disk's failure the machine runs on. Any other failure ends it, because a part of it is
+    /// stopped and the rest is not.
+    fn park(&mut self) -> Result<(), Failure> {
+        let Err(error) = self.machine()?.park() else { return Ok(()) };
+        let failure = error.failure();
+        if !matches!(error, MachineError::IoThread(IoThreadError::Silent(_))) {
+            self.end(End::Failed { detail: failure.detail.clone() });
+        }
+        Err(failure)
     }
 
     fn press_power_button(&mut self) -> Result<Outcome, Failure> {
@@ -207,7 +211,7 @@ impl Process {
             return Err(self.wrong_state("reboot"));
         }
         // If a disk is busy for longer, the guest runs on.
-        self.machine()?.park().map_err(|e| e.failure())?;
+        self.park()?;
         self.reboot().map_err(|e| e.failure())?;
         Ok(Outcome::Done)
     }
@@ -215,16 +219,19 @@ impl Process {
     /// Handles a reset by the guest: makes it now, delays it to keep the rate, or gives the guest up.
     fn on_guest_reset(&mut self) {
         match self.resets.request(Instant::now()) {
+            // A pause stays until its end.
+            Reset::At(at) if self.state == State::Paused => self.reset_due = Some(at),
             Reset::At(at) if at <= Instant::now() => {
                 // A failed reboot has already ended the machine, which reports it.
                 let _ = self.reboot();
             }
             Reset::At(at) => {
                 // The other vCPUs still run the boot that has ended: park them until the reset.
-                match self.machine.as_ref().map_or(Ok(()), Machine::park) {
-                    Ok(()) => self.reset_due = Some(at),
-                    // Stops the vCPUs again, and waits.
-                    Err(MachineError::IoThread(IoThreadError::Silent(_))) => drop(self.reboot()),
+                match self.machine.as_ref().map_or(Ok(()), |machine| machine.stop(IoThreads::LONGEST)) {
+                    // A busy disk has until then.
+                    Ok(()) | Err(MachineError::IoThread(IoThreadError::Silent(_))) => {
+                        self.reset_due = Some(at)
+                    }
                     Err(error) => {
                         self.end(End::Failed {
                             detail: format!("Cannot reboot: {}", error.failure().detail),

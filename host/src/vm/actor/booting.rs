@@ -150,7 +150,7 @@ impl Actor {
             // The death of the vmm ends the wait.
             exit = ended(&mut self.process) => Waited::Died(exit),
             sent = self.inbox.next_end(self.vm.revision) => Waited::Unwanted(sent),
-            () = self.tenancy.lapses(&self.env.ending) => Waited::Lapsed,
+            () = self.tenancy.lapses(&self.env) => Waited::Lapsed,
         };
         let (connection, events) = match waited {
             Waited::Ran(Ok(running)) => running,

@@ -5,13 +5,10 @@
 //! The mark `leased` of the run record outlives the agent, and the clients' connections do not: an agent that starts waits for
 //! some time until a client takes the lease again.
 
-use std::{
-    convert::Infallible,
-    sync::atomic::{AtomicBool, Ordering},
-};
+use std::{convert::Infallible, sync::atomic::Ordering};
 
 use api::{Lease, types::VmLease};
-use tokio::time::{Instant, sleep_until};
+use tokio::time::{Instant, sleep, sleep_until};
 
 use super::{restart::later, *};
 
@@ -33,9 +30,9 @@ struct Clients {
 }
 
 impl Tenancy {
-    /// Completes when the VM must end: its last client is gone, or none has come in time. Never while the agent is `ending`: it
+    /// Completes when the VM must end: its last client is gone, or none has come in time. Never while the agent is ending: it
     /// closes the connections of its clients, and they take their leases of the next agent.
-    pub(super) async fn lapses(&mut self, ending: &AtomicBool) {
+    pub(super) async fn lapses(&mut self, env: &Environment) {
         let Self { held, until } = self;
         let gone = async {
             match held {
@@ -45,7 +42,14 @@ impl Tenancy {
         };
         let late = async {
             match until {
-                Some((until, _)) => sleep_until(*until).await,
+                Some((until, _)) => {
+                    sleep_until(*until).await;
+                    // No client can reach an agent that does not listen yet.
+                    let mut serving = env.serving.subscribe();
+                    if !*serving.borrow_and_update() && serving.wait_for(|serving| *serving).await.is_ok() {
+                        sleep(env.lease_grace).await;
+                    }
+                }
                 None => pending().await,
             }
         };
@@ -53,7 +57,7 @@ impl Tenancy {
             () = gone => {}
             () = late => {}
         }
-        if ending.load(Ordering::SeqCst) {
+        if env.ending.load(Ordering::SeqCst) {
             pending().await
         }
     }

@@ -41,8 +41,11 @@ pub(super) struct Run {
 
 /// The state of a writable image.
 pub(super) struct Writer {
-    /// The next cluster to look at for a free one.
+    /// The next cluster to look at for a free one. It moves forward, and from the end to `freed`: a
+    /// search that began anew at each cluster that gets free would never see those at the end.
     next: u64,
+    /// The lowest cluster that got free since `next` was there.
+    freed: u64,
     /// The clusters from here on were never used.
     end: u64,
     /// Clusters whose mappings are removed, but perhaps not in the file: first and count.
@@ -53,7 +56,14 @@ pub(super) struct Writer {
 
 impl Writer {
     pub(super) fn new(end: u64) -> Self {
-        Self { next: 0, end, unmapped: Vec::new(), lost: false }
+        Self { next: 0, freed: u64::MAX, end, unmapped: Vec::new(), lost: false }
+    }
+}
+
+impl Writer {
+    /// The first cluster that was never used.
+    pub(super) fn end(&self) -> u64 {
+        self.end
     }
 }
 
@@ -115,6 +125,8 @@ impl Image {
         let first = self.find_free()?;
         let end = self.writer()?.end;
         let fresh = first >= end;
+        // While clusters inside of the file are not all looked at, it grows as little as possible.
+        let most = if fresh && self.writer()?.next < end { 1 } else { most };
         let mut count = 1;
         while count < most && self.refcount(first + count)? == Some(0) {
             // A run inside of the file does not go on behind its end.
@@ -162,7 +174,11 @@ impl Image {
         let Writer { mut next, mut end, .. } = *self.writer()?;
         for _ in 0..MOST_INSIDE {
             if next >= end {
-                break;
+                let writer = self.writer()?;
+                next = std::mem::replace(&mut writer.freed, u64::MAX);
+                if next >= end {
+                    break;
+                }
             }
             match self.refcount(next)? {
                 Some(0) if !self.is_metadata(&self.bytes(next, 1)) => {
@@ -174,7 +190,7 @@ impl Image {
                 None => next = (next / self.counts_per_block() + 1) * self.counts_per_block(),
             }
         }
-        self.writer()?.next = next;
+        self.writer()?.next = next.min(end);
         for _ in 0..MOST_BEHIND {
             match self.refcount(end)? {
                 Some(0) => return Ok(end),
@@ -276,7 +292,7 @@ impl Image {
         }
         if let Some(writer) = &mut self.writer {
             writer.end = writer.end.max(run.first + run.count);
-            writer.next = writer.next.min(run.first);
+            writer.freed = writer.freed.min(run.first);
         }
     }
 
@@ -308,7 +324,7 @@ impl Image {
         let range = self.bytes(from, to - from);
         self.storage.punch(range.start, range.end - range.start)?;
         let writer = self.writer()?;
-        writer.next = writer.next.min(from);
+        writer.freed = writer.freed.min(from);
         Ok(())
     }
 

@@ -115,6 +115,12 @@ pub enum Refusal {
     /// Version 2 has no zero clusters: a discard would show the backing file again.
     #[error("has version 2 of qcow2, which is for reading only: run `qemu-img amend -o compat=1.1` on it")]
     WriteOld,
+    /// Each small cluster has a cost of its own: one request could take minutes.
+    #[error(
+        "has clusters of {0} bytes and is for reading only: \
+         run `qemu-img convert -O qcow2 -o cluster_size=64k` on it"
+    )]
+    WriteSmall(u64),
     /// Internal snapshots.
     #[error("has internal snapshots and is for reading only: remove them by `qemu-img snapshot -d`")]
     WriteSnapshots,

@@ -88,6 +88,9 @@ impl Backing {
     }
 }
 
+/// The smallest clusters of writable images, in bytes. Tests write smaller ones, whose tables grow sooner.
+const LEAST_WRITABLE: u64 = if cfg!(any(test, feature = "test-support")) { 512 } else { 4096 };
+
 pub(super) struct Image {
     pub(super) header: Header,
     pub(super) storage: Storage,
@@ -121,6 +124,9 @@ impl Image {
         if self.header.version < 3 {
             return Err(Refusal::WriteOld);
         }
+        if self.cluster() < LEAST_WRITABLE {
+            return Err(Refusal::WriteSmall(self.cluster()));
+        }
         if self.header.snapshots > 0 {
             return Err(Refusal::WriteSnapshots);
         }
@@ -151,10 +157,15 @@ impl Image {
         self.header.reserved().iter().any(|part| range.start < part.end && part.start < range.end)
     }
 
+    /// The first byte behind all clusters that may be in use. Those of a writable image behind it are for new ones.
+    pub(super) fn used_end(&self) -> u64 {
+        self.writer.as_ref().map_or(u64::MAX, |writer| writer.end() << self.header.cluster_bits)
+    }
+
     /// Checks the place of an L2 table or of a refcount block.
     pub(super) fn check_table(&self, at: u64) -> Result<u64, Damage> {
         let cluster = self.cluster();
-        let valid = at.is_multiple_of(cluster) && at < self.storage.len();
+        let valid = at.is_multiple_of(cluster) && at < self.storage.len() && at < self.used_end();
         if valid && !self.is_reserved(&(at..at.saturating_add(cluster))) {
             Ok(at)
         } else {

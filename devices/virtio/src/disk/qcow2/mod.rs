@@ -87,6 +87,14 @@ impl Qcow2Disk {
     }
 }
 
+impl Qcow2Disk {
+    /// The length of the file at this moment.
+    #[must_use]
+    pub fn file_length(&self) -> u64 {
+        self.image.storage.len()
+    }
+}
+
 impl Disk for Qcow2Disk {
     fn size(&self) -> u64 {
         self.image.header.size

@@ -36,7 +36,15 @@ impl Image {
         let mut done = 0;
         while done < len {
             self.begin()?;
-            done += self.write_some(offset + done, &part(buffers, done, len - done))?;
+            let rest = part(buffers, done, len - done);
+            done += match self.write_some(offset + done, &rest) {
+                // Clusters without a mapping get free by a flush.
+                Err(error) if is_full(&error) && !self.writer()?.unmapped.is_empty() => {
+                    self.flush()?;
+                    self.write_some(offset + done, &rest)?
+                }
+                result => result?,
+            };
         }
         Ok(())
     }
@@ -131,7 +139,9 @@ impl Image {
 
     /// Checks the place of data that is to be overwritten.
     fn check_data(&self, host: u64, len: u64) -> Result<(), Damage> {
-        let valid = host < self.storage.len() && !self.is_metadata(&(host..host + len));
+        let valid = host < self.storage.len()
+            && host.saturating_add(len) <= self.used_end()
+            && !self.is_metadata(&(host..host + len));
         if valid { Ok(()) } else { Err(Damage::Data { at: host }) }
     }
 
@@ -157,8 +167,9 @@ impl Image {
         let run = self.allocate(1)?;
         let table = run.first * self.cluster();
         let entry_at = self.l1_entry_at(at);
-        // The first step of the flush makes the zeroes durable, before L1 has the table.
-        let zeroed = if run.fresh { Ok(()) } else { self.storage.write_zeroes(table, self.cluster()) };
+        // The first step of the flush makes the zeroes durable, before L1 has the table. They are written also where zeroes are
+        // read: so the table has its room on the host, and a flush needs none.
+        let zeroed = self.storage.write_zeroes(table, self.cluster());
         let result =
             zeroed.and_then(|()| self.cache.write(&mut self.storage, Kind::Map, entry_at, 8, table | COPIED));
         if let Err(error) = result {
@@ -258,6 +269,14 @@ impl Image {
         }
         if self.writer()?.unmapped.is_empty() { Ok(()) } else { self.free_unmapped() }
     }
+}
+
+/// Whether the host has no room for the file.
+fn is_full(error: &io::Error) -> bool {
+    use io::ErrorKind::{FileTooLarge, QuotaExceeded, StorageFull};
+    // The format's own limit has no room to find.
+    let of_host = error.get_ref().is_none();
+    of_host && matches!(error.kind(), FileTooLarge | QuotaExceeded | StorageFull)
 }
 
 /// The cluster of the file that a zero cluster has for later writes.
