@@ -379,6 +379,9 @@ mod tests {
         assert_eq!(rights(&with).len(), 2, "{:?}", rights(&with));
         let other = with.edited(VmSpec { cpus: 2, ..spec(disks()) }, &user(2000));
         assert_eq!(rights(&other), rights(&with), "an edit of anything else");
+        let others = serde_json::json!([{ "id": "root", "path": "/other", "format": "raw" }]);
+        let chosen = with.edited(spec(others), &user(2000));
+        assert!(rights(&chosen).contains(&user(2000).to_string()), "who chose a path needs the right to it");
         let without = with.edited(spec(serde_json::json!([])), &user(2000));
         assert_eq!(rights(&without), rights(&plain), "no disks, no author of disks");
         // A record of an older agent, which knew no disks.

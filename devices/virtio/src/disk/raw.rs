@@ -119,7 +119,7 @@ impl Disk for RawDisk {
 
 #[cfg(test)]
 mod tests {
-    use std::io::Write as _;
+    use std::{io::Write as _, os::fd::OwnedFd};
 
     use vm_memory::{GuestAddress, GuestMemoryBackend as _};
 
@@ -178,6 +178,19 @@ mod tests {
         let memory = memory();
         let error = disk.read(512, &slices(&memory, &[(0, 1024)])).unwrap_err();
         assert_eq!(error.kind(), io::ErrorKind::UnexpectedEof);
+    }
+
+    /// The kernel forgets a failed write of its cache once it has told of it.
+    #[test]
+    fn a_flush_never_succeeds_after_one_has_failed() {
+        let (mut disk, file) = disk(&[7; 4096]);
+        disk.flush().unwrap();
+        let (reader, _writer) = io::pipe().unwrap();
+        // A pipe cannot be flushed.
+        disk.file = File::from(OwnedFd::from(reader));
+        assert!(disk.flush().is_err());
+        disk.file = file;
+        assert!(disk.flush().is_err());
     }
 
     #[test]
