@@ -61,6 +61,11 @@ impl Writer {
 }
 
 impl Writer {
+    /// Lets the next search begin with clusters that got free: those at the end need room.
+    pub(super) fn search_freed(&mut self) {
+        self.next = self.next.min(self.freed);
+    }
+
     /// The first cluster that was never used.
     pub(super) fn end(&self) -> u64 {
         self.end

@@ -41,6 +41,7 @@ impl Image {
                 // Clusters without a mapping get free by a flush.
                 Err(error) if is_full(&error) && !self.writer()?.unmapped.is_empty() => {
                     self.flush()?;
+                    self.writer()?.search_freed();
                     self.write_some(offset + done, &rest)?
                 }
                 result => result?,
