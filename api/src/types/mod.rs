@@ -17,6 +17,7 @@ mod page;
 mod policy;
 mod ranges;
 pub(crate) mod schema;
+mod stats;
 mod values;
 mod vm;
 
@@ -28,5 +29,6 @@ pub use object::*;
 pub use operation::*;
 pub use page::*;
 pub use policy::*;
+pub use stats::*;
 pub use values::*;
 pub use vm::*;

@@ -160,13 +160,6 @@ impl VirtioFunction {
         lock(&self.registers).bars.assign(BAR, address)
     }
 
-    /// Raises the interrupt of a changed configuration.
-    pub fn configuration_changed(&self) {
-        if !self.shared.resetting() {
-            self.shared.on_change.raise(crate::queue::ISR_CONFIG);
-        }
-    }
-
     fn bar_read(&self, registers: &mut Registers, offset: u64, data: &mut [u8]) {
         data.fill(0);
         match offset {
