@@ -53,13 +53,11 @@ pub(super) async fn open_files(
     vm: Uuid,
     spec: &VmSpec,
 ) -> Result<Files, Problem> {
-    let others = if spec.disks.is_empty() { Vec::new() } else { disks_of_others(env, vm).await };
     let (kvm, dirs, boot) = (env.kvm.clone(), env.image_dirs.clone(), spec.boot.clone());
-    let (memory, disks) = (spec.memory, spec.disks.clone());
-    let disk_dirs = Directories { images: dirs.clone(), disks: env.disk_dirs.clone() };
+    let (memory, all) = (spec.memory, rights.clone());
     let open = move || {
         let open = |what: BootFile, path: &str| {
-            files::open_for_all(&rights, Purpose::Boot, &dirs, path).map_err(|error| what.problem(&error))
+            files::open_for_all(&all, Purpose::Boot, &dirs, path).map_err(|error| what.problem(&error))
         };
         let kernel = open(BootFile::Kernel, &boot.kernel)?;
         let initramfs = match &boot.initramfs {
@@ -86,12 +84,39 @@ pub(super) async fn open_files(
                 ),
             )
         })?;
-        let disks = disks::open_all(&rights, &disk_dirs, &disks, &others)?;
-        Ok(Files { kvm, kernel, initramfs, disks })
+        Ok(Files { kvm, kernel, initramfs, disks: Vec::new() })
     };
-    tokio::task::spawn_blocking(open)
-        .await
-        .map_err(|error| Problem::new(ProblemCode::Internal, chain(&error)))?
+    let files = blocking(open).await?;
+    Ok(Files { disks: open_disks(env, rights, vm, spec).await?, ..files })
+}
+
+/// Runs work that blocks.
+async fn blocking<T: Send + 'static>(
+    work: impl FnOnce() -> Result<T, Problem> + Send + 'static,
+) -> Result<T, Problem> {
+    let result = tokio::task::spawn_blocking(work).await;
+    result.map_err(|error| Problem::new(ProblemCode::Internal, chain(&error)))?
+}
+
+async fn open_disks(
+    env: &Environment,
+    rights: Vec<Caller>,
+    vm: Uuid,
+    spec: &VmSpec,
+) -> Result<Vec<Opened>, Problem> {
+    if spec.disks.is_empty() {
+        return Ok(Vec::new());
+    }
+    let dirs = Directories { images: env.image_dirs.clone(), disks: env.disk_dirs.clone() };
+    let open = |others: Vec<(String, String)>| {
+        let (rights, dirs, disks) = (rights.clone(), dirs.clone(), spec.disks.clone());
+        blocking(move || disks::open_all(&rights, &dirs, &disks, &others))
+    };
+    match open(Vec::new()).await {
+        // The other VMs are of interest for the error only.
+        Err(problem) if problem.code == ProblemCode::DiskInUse => open(disks_of_others(env, vm).await).await,
+        result => result,
+    }
 }
 
 /// The disks of the VMs that have a process, by the names of the VMs.
