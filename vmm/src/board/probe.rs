@@ -15,7 +15,8 @@
 //! | 0x10 | data | its data; a write connects the interrupt |
 //! | 0x14 | place | 0 or 1: which of the next two registers is the doorbell |
 //! | 0x18 | missed | writes in this boot to a doorbell's register that rang nothing |
-//! | 0x1c | fault | a write makes the I/O thread hang (1) or panic (2) at the next doorbell |
+//! | 0x1c | fault | a write makes the I/O thread hang (1), panic (2) or compute for 3 s (3)
+//! at the next doorbell |
 //! | 0x20, 0x24 | doorbell | |
 //!
 //! Port 0x640 is a second doorbell, for the value 7 alone. It reads as the lowest byte of the
@@ -28,6 +29,7 @@ use std::{
     panic::resume_unwind,
     sync::{Arc, Mutex, MutexGuard, PoisonError},
     thread,
+    time::{Duration, Instant},
 };
 
 use acpi_tables::{
@@ -65,6 +67,7 @@ const MISSED: u64 = 0x18;
 const FAULT: u64 = 0x1c;
 const HANG: u32 = 1;
 const PANIC: u32 = 2;
+const SLOW: u32 = 3;
 const DOORBELLS: [u64; 2] = [0x20, 0x24];
 
 /// Builds the device, if the machine has it.
@@ -163,6 +166,10 @@ impl Device for Probe {
                 HANG => loop {
                     thread::park();
                 },
+                SLOW => {
+                    let end = Instant::now() + Duration::from_secs(3);
+                    while Instant::now() < end {}
+                }
                 PANIC => resume_unwind(Box::new("a fault that the guest has ordered")),
                 _ => {}
             }

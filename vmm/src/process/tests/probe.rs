@@ -8,7 +8,7 @@ use super::*;
 use crate::board::probe::{FILE, THREAD};
 
 // Prints a character for each thing that works, and a new line. Then waits for a character on the
-// serial port: 'r' resets, 'q' powers off. '0', '1' or '2' becomes the fault of the I/O thread, rings
+// serial port: 'r' resets, 'q' powers off. '0' to '3' becomes the fault of the I/O thread, rings
 // the doorbell, and is printed.
 core::arch::global_asm!(
     ".pushsection .rodata",
@@ -78,7 +78,7 @@ core::arch::global_asm!(
     "  mov dword ptr [ebx + 0x24], 1",
     "  mov al, 0xfe",
     "  out 0x64, al",
-    "4: cmp al, '2'",
+    "4: cmp al, '3'",
     "  ja 6f",
     "  movzx ecx, al",
     "  sub ecx, '0'",
@@ -176,6 +176,28 @@ fn a_machine_runs_on_whose_i_o_thread_hangs_and_its_end_does_not_wait_for_it() {
     vm.process.take().unwrap().join().unwrap();
     assert_eq!(calls(log), ["resume", "pause", "resume", "pause"], "no shutdown beside the thread");
     assert_eq!(io_threads(), [THREAD], "it was left behind");
+}
+
+/// A flush to a slow disk takes longer than the event loop may wait.
+#[test]
+fn a_reset_of_the_guest_waits_for_a_busy_i_o_thread() {
+    let log = tempfile::tempfile().unwrap();
+    let mut vm = Fixture::new();
+    vm.configure_with(&guest!(guest_probe, guest_probe_end), vec![], &[(FILE, &log)]).unwrap();
+    vm.order(Order::Run, &[]).unwrap();
+    vm.wait_for_output(BOOT);
+    vm.order(Order::ConsoleInput { bytes: b"3".to_vec() }, &[]).unwrap();
+    vm.wait_for_output(&[BOOT, "3"].concat());
+    vm.order(Order::ConsoleInput { bytes: b"r".to_vec() }, &[]).unwrap();
+    vm.wait_for_output(&[BOOT, "3", BOOT].concat());
+    // The agent hears of it instead, and the guest runs on.
+    vm.order(Order::ConsoleInput { bytes: b"3".to_vec() }, &[]).unwrap();
+    vm.wait_for_output(&[BOOT, "3", BOOT, "3"].concat());
+    let failure = vm.order(Order::Reboot, &[]).unwrap_err();
+    assert!(failure.detail.contains("is busy"), "{failure}");
+    vm.order(Order::ConsoleInput { bytes: b"q".to_vec() }, &[]).unwrap();
+    vm.wait_for(|report| matches!(report, Report::Ended { end: End::PoweredOff }));
+    vm.exit();
 }
 
 #[test]
