@@ -23,7 +23,7 @@ use std::{
     time::{Duration, Instant},
 };
 
-use devices::io_thread::{IoEvent, IoThread};
+use devices::io_thread::{IoEvent, IoSource, IoThread};
 use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent, EventSet};
 
 use crate::{
@@ -73,7 +73,7 @@ struct Handle {
     name: String,
     /// The number of the device on the board.
     device: usize,
-    events: Vec<IoEvent>,
+    sources: Vec<IoSource>,
     commands: Sender<Command>,
     /// Wakes the thread for a command.
     control: IoEvent,
@@ -132,10 +132,10 @@ impl IoThreads {
         self.0.iter().try_for_each(|handle| handle.wait(deadline))
     }
 
-    /// Drops the events of the last boot. The threads are parked.
+    /// Drops the pending events of the last boot. The threads are parked.
     pub fn forget(&self) {
-        for event in self.0.iter().flat_map(|handle| &handle.events) {
-            event.take();
+        for source in self.0.iter().flat_map(|handle| &handle.sources) {
+            source.take();
         }
     }
 
@@ -179,17 +179,18 @@ impl Handle {
         end: &Arc<Events>,
         confinement: &Confinement,
     ) -> io::Result<Self> {
-        let IoThread { name, calls, events, work, end: last } = request;
+        let IoThread { name, calls, sources, work, end: last } = request;
         let control = IoEvent::new()?;
         let epoll = Epoll::new()?;
-        for (token, event) in (0..).zip(&events).chain([(CONTROL, &control)]) {
-            let fd = event.eventfd().as_raw_fd();
-            epoll.ctl(ControlOperation::Add, fd, EpollEvent::new(EventSet::IN, token))?;
+        for (token, source) in (0..).zip(&sources).chain([(CONTROL, &IoSource::Event(control.clone()))]) {
+            let edge = if source.is_edge_triggered() { EventSet::EDGE_TRIGGERED } else { EventSet::empty() };
+            let wanted = EpollEvent::new(EventSet::IN | edge, token);
+            epoll.ctl(ControlOperation::Add, source.as_raw_fd(), wanted)?;
         }
         let (commands, inbox) = mpsc::channel();
         let (acknowledge, acknowledged) = mpsc::channel();
         let worker =
-            Worker { name: name.clone(), epoll, control: control.clone(), events: events.clone(), work };
+            Worker { name: name.clone(), epoll, control: control.clone(), sources: sources.clone(), work };
         let obituary = Obituary { name: name.clone(), end: Arc::clone(end), expected: false };
         let confine = confinement.prepare(seccomp::Thread::Io(calls));
         let thread = thread::Builder::new().name(name.clone()).spawn(move || {
@@ -202,7 +203,7 @@ impl Handle {
             }
         })?;
         let (parks, thread) = (Cell::new(0), Some(thread));
-        Ok(Self { name, device, events, commands, control, acknowledged, parks, thread })
+        Ok(Self { name, device, sources, commands, control, acknowledged, parks, thread })
     }
 
     fn ended(&self) -> IoThreadError {
@@ -248,7 +249,7 @@ struct Worker {
     name: String,
     epoll: Epoll,
     control: IoEvent,
-    events: Vec<IoEvent>,
+    sources: Vec<IoSource>,
     work: Box<dyn FnMut(usize) + Send>,
 }
 
@@ -291,13 +292,13 @@ impl Worker {
         };
         let ready = ready.get(..count).unwrap_or_default();
         if ready.iter().any(|event| event.data() == CONTROL) {
-            // The command comes first. The other events are level triggered, and are seen again.
+            // The command comes first. It came alone (`BATCH`), so no other event is lost.
             self.control.take();
             return true;
         }
         for event in ready {
             let Ok(index) = usize::try_from(event.data()) else { continue };
-            if self.events.get(index).is_some_and(IoEvent::take) {
+            if self.sources.get(index).is_some_and(IoSource::take) {
                 (self.work)(index);
             }
         }
@@ -307,7 +308,9 @@ impl Worker {
 
 #[cfg(test)]
 mod tests {
-    use devices::io_thread::Calls;
+    use std::{io::Write as _, os::unix::net::UnixStream};
+
+    use devices::io_thread::{Calls, IoTimer};
 
     use super::*;
 
@@ -324,7 +327,7 @@ mod tests {
         let request = IoThread {
             name: "io test".into(),
             calls: Calls::None,
-            events: events.map(IoEvent::clone).to_vec(),
+            sources: events.map(|event| IoSource::Event(event.clone())).to_vec(),
             work: Box::new(move |index| sender.send(index).unwrap()),
             end: Box::new(|| {}),
         };
@@ -359,6 +362,40 @@ mod tests {
     }
 
     #[test]
+    fn timers_and_files_wake_a_thread_once_for_each_change() {
+        let timer = IoTimer::new().unwrap();
+        let (file, mut peer) = UnixStream::pair().unwrap();
+        let (sender, work) = mpsc::channel();
+        let sources = vec![IoSource::Timer(timer.clone()), IoSource::Readable(Arc::new(file.into()))];
+        let (calls, work_of) = (Calls::None, Box::new(move |index| sender.send(index).unwrap()));
+        let name = "io sources".into();
+        let request = IoThread { name, calls, sources, work: work_of, end: Box::new(|| {}) };
+        let (threads, _ended) = start_all(vec![request]);
+        threads.run().unwrap();
+        assert!(work.recv_timeout(NOT).is_err(), "the timer is not set, and the file is empty");
+        timer.set(Duration::ZERO).unwrap();
+        assert_eq!(work.recv_timeout(SOON), Ok(0));
+        for _ in 0..2 {
+            peer.write_all(b"frame").unwrap();
+            assert_eq!(work.recv_timeout(SOON), Ok(1), "although the first one was not read");
+        }
+        assert!(work.recv_timeout(NOT).is_err(), "each change is one event");
+        threads.park(ACKNOWLEDGE).unwrap();
+        timer.set(Duration::ZERO).unwrap();
+        peer.write_all(b"frame").unwrap();
+        assert!(work.recv_timeout(NOT).is_err(), "the thread is parked");
+        threads.run().unwrap();
+        let after = BTreeSet::from([work.recv_timeout(SOON).unwrap(), work.recv_timeout(SOON).unwrap()]);
+        assert_eq!(after, BTreeSet::from([0, 1]), "nothing is lost");
+        threads.park(ACKNOWLEDGE).unwrap();
+        timer.set(Duration::ZERO).unwrap();
+        thread::sleep(NOT);
+        threads.forget();
+        threads.run().unwrap();
+        assert!(work.recv_timeout(NOT).is_err(), "the timer of the last boot is forgotten");
+    }
+
+    #[test]
     fn a_forgotten_event_is_never_served() {
         let (first, second) = (IoEvent::new().unwrap(), IoEvent::new().unwrap());
         let (threads, work) = start([&first, &second]);
@@ -379,7 +416,7 @@ mod tests {
         let request = IoThread {
             name: "io slow".into(),
             calls: Calls::None,
-            events: events.iter().map(|event| (*event).clone()).collect(),
+            sources: events.iter().map(|event| IoSource::Event((*event).clone())).collect(),
             work: Box::new(move |_| {
                 begin.send(()).unwrap();
                 may_proceed.recv().unwrap();

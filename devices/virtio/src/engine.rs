@@ -7,7 +7,7 @@ use std::{
     time::{Duration, Instant},
 };
 
-use devices::io_thread::Calls;
+use devices::io_thread::{Calls, IoSource};
 
 use crate::queue::{ActiveQueue, QueueError, Request};
 
@@ -78,6 +78,12 @@ impl Configuration {
 /// A device without transport and rings. All calls come from the device's I/O thread, and may
 /// block.
 pub trait Engine: Send {
+    /// Sources of work beside the doorbells, each with the index of the queue that [`Self::serve`]
+    /// is called for. Called once, before the thread starts.
+    fn sources(&self) -> Vec<(usize, IoSource)> {
+        Vec::new()
+    }
+
     /// A driver is ready. `features` are those that it has accepted.
     fn start(&mut self, features: u64) {
         let _ = features;

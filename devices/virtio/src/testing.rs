@@ -20,7 +20,7 @@ use devices::{
     device::Device as _,
     doorbell::{Doorbell, Doorbells},
     interrupt::{MsiMessage, MsiRouter, RouteId},
-    io_thread::IoThread,
+    io_thread::{IoSource, IoThread},
     pci::PciFunction as _,
 };
 use vm_memory::{Bytes as _, GuestAddress, VolatileSlice};
@@ -313,7 +313,7 @@ impl Driver {
     /// Serves all events, and returns the used entry if the device has returned a request.
     pub(crate) fn pump(&mut self) {
         loop {
-            let ready = self.thread.events.iter().position(|event| event.take());
+            let ready = self.thread.sources.iter().position(IoSource::take);
             let Some(index) = ready else { return };
             (self.thread.work)(index);
         }

@@ -7,7 +7,7 @@ use std::sync::{
     atomic::{AtomicBool, AtomicU16, AtomicU64, Ordering},
 };
 
-use devices::io_thread::IoEvent;
+use devices::io_thread::{IoEvent, IoSource};
 
 use crate::{
     engine::Engine,
@@ -120,11 +120,28 @@ pub(crate) struct Worker {
     shared: Arc<Shared>,
     engine: Box<dyn Engine>,
     queues: Vec<Option<ActiveQueue>>,
+    /// The queues that the engine's own sources stand for, in the sources' order.
+    woken: Vec<usize>,
 }
 
 impl Worker {
     pub(crate) fn new(shared: Arc<Shared>, engine: Box<dyn Engine>) -> Self {
-        Self { shared, engine, queues: Vec::new() }
+        Self { shared, engine, queues: Vec::new(), woken: Vec::new() }
+    }
+
+    /// The engine's own sources. Their events come behind those of the queues.
+    pub(crate) fn sources(&mut self) -> Vec<IoSource> {
+        let (woken, sources) = self.engine.sources().into_iter().unzip();
+        self.woken = woken;
+        sources
+    }
+
+    /// The queue that an event stands for. None for the event of commands.
+    fn queue_of(&self, event: usize) -> Option<usize> {
+        match event.checked_sub(self.shared.events.len()) {
+            Some(source) => self.woken.get(source).copied(),
+            None => event.checked_sub(1),
+        }
     }
 
     /// The work for an event. Commands come first: an event may be one of the last driver's.
@@ -140,7 +157,7 @@ impl Worker {
             Some(Command::Stop) => self.stop(),
             None => {}
         }
-        let Some(index) = event.checked_sub(1) else { return };
+        let Some(index) = self.queue_of(event) else { return };
         if self.shared.broken() || !self.shared.bus_master.load(Ordering::Acquire) {
             return;
         }

@@ -41,7 +41,7 @@ use devices::{
     device::{Decoded, Device, ResetError, Space},
     doorbell::{Doorbell, Doorbells, Ring},
     interrupt::{MsiMessage, MsiRouter, RouteId},
-    io_thread::{Calls, IoEvent, IoThread},
+    io_thread::{Calls, IoEvent, IoSource, IoThread},
 };
 
 use super::{Board, BoardError, Parts};
@@ -156,7 +156,7 @@ impl Device for Probe {
     }
 
     fn io_threads(self: Arc<Self>) -> Vec<IoThread> {
-        let events = self.rung.to_vec();
+        let sources = self.rung.iter().cloned().map(IoSource::Event).collect();
         let work = move |_| {
             let mut registers = self.registers();
             registers.answers = registers.answers.wrapping_add(1);
@@ -178,7 +178,7 @@ impl Device for Probe {
         vec![IoThread {
             name: THREAD.to_owned(),
             calls: Calls::None,
-            events,
+            sources,
             work: Box::new(work),
             end: Box::new(|| {}),
         }]

@@ -31,7 +31,7 @@ use devices::{
     device::{Device, ResetError, Space},
     doorbell::{Doorbell, Doorbells, Ring},
     interrupt::MsiRouter,
-    io_thread::{IoEvent, IoThread},
+    io_thread::{IoEvent, IoSource, IoThread},
     pci::{
         DecodedBars, PciFunction,
         bar::{BarError, BarLayout, Bars},
@@ -307,13 +307,14 @@ impl PciFunction for VirtioFunction {
 
 impl Device for VirtioFunction {
     fn io_threads(self: Arc<Self>) -> Vec<IoThread> {
-        let events = self.shared.events.clone();
+        let signals = self.shared.events.iter().cloned().map(IoSource::Event);
+        let sources = signals.chain(lock(&self.worker).sources()).collect();
         let (name, calls) = (self.identity.name.clone(), self.identity.calls);
         let same = Arc::clone(&self);
         let work = Box::new(move |event| lock(&self.worker).work(event));
         // Here, because no other thread may write a disk.
         let end = Box::new(move || lock(&same.worker).close());
-        vec![IoThread { name, calls, events, work, end }]
+        vec![IoThread { name, calls, sources, work, end }]
     }
 
     fn reset(&self) -> Result<(), ResetError> {
