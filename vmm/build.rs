@@ -15,11 +15,12 @@ use seccompiler::{TargetArch, compile_from_json};
 use serde_json::{Value, json};
 
 /// A filter's file, and the name of the constant that it becomes.
-const FILTERS: [(&str, &str); 8] = [
+const FILTERS: [(&str, &str); 9] = [
     ("main", "MAIN"),
     ("vcpu", "VCPU"),
     ("io-thread", "IO"),
     ("disk-thread", "DISK"),
+    ("network-thread", "NETWORK"),
     ("relay", "RELAY"),
     ("function-thread", "FUNCTION"),
     ("simulated-vf", "SIMULATED_VF"),

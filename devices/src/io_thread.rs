@@ -44,6 +44,8 @@ pub enum Calls {
     None,
     /// Reads, writes and flushes of files that are open.
     Disk,
+    /// Reads and writes of network interfaces that are open.
+    Network,
 }
 
 /// A reason for an I/O thread to work.

@@ -33,6 +33,8 @@ const TARGETS: &[(&str, Body)] = &[
     ("virtio_transport", virtio::fuzz::fuzz_transport),
     // The same for a disk, with requests.
     ("virtio_block", virtio::fuzz::fuzz_block),
+    // A NIC's queues over a wire whose frames come back.
+    ("virtio_net", virtio::fuzz::fuzz_net),
     // Images in the format qcow2, after a script of requests.
     ("qcow2", virtio::disk::qcow2::fuzz::fuzz_image),
     // Kernel images: headers of bzImage and ELF.

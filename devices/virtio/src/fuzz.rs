@@ -2,13 +2,23 @@
 
 //! Bodies of fuzz targets: any accesses and any guest memory. Property tests run them too.
 
-use std::sync::Arc;
+use std::{
+    collections::VecDeque,
+    io,
+    sync::{Arc, Mutex, PoisonError},
+};
 
-use devices::{device::Device as _, io_thread::Calls, pci::PciFunction as _};
+use devices::{
+    device::Device as _,
+    io_thread::{Calls, IoEvent, IoSource},
+    pci::PciFunction as _,
+};
+use vm_memory::VolatileSlice;
 
 use crate::{
     block::{self, Block, Options},
     engine::{Configuration, Engine, Identity, serve_in_order},
+    net::{self, Net, Offloads, Wire},
     queue::{ActiveQueue, QueueError, length},
     testing::{BASE, Driver, MEMORY, MemoryDisk},
 };
@@ -41,8 +51,8 @@ fn run(driver: &mut Driver, data: &[u8]) {
             2 => drop(driver.function.mmio_read(BASE + u64::from(at) % 0x4000, read)),
             3 => driver.function.config_write((at % 0x100) & !3, value.get(..4).unwrap_or_default()),
             4 => driver.function.config_read((at % 0x100) & !3, read),
-            // Rings of queue 0: descriptors, available ring, used ring.
-            5 => driver.write(0x1000 + u64::from(at) % 0x4000, bytes),
+            // Rings of all queues: descriptors, available ring, used ring.
+            5 => driver.write(0x1000 + u64::from(at) % driver.rings_end(), bytes),
             6 => driver.write(0x10000 + u64::from(at), bytes),
             7 => {
                 driver.place_bar();
@@ -109,6 +119,79 @@ pub fn fuzz_block(data: &[u8]) {
     works_again(&mut driver, &[(MEMORY - 16, 16, false), (0x10000, 513, true)], 513);
 }
 
+/// A wire whose frames come back.
+struct Loop {
+    frames: Mutex<VecDeque<Vec<u8>>>,
+    ready: IoEvent,
+}
+
+/// The most frames that a [`Loop`] keeps.
+const FRAMES: usize = 8;
+
+impl Wire for Arc<Loop> {
+    fn pairs(&self) -> usize {
+        1
+    }
+
+    fn source(&self, _: usize) -> Option<IoSource> {
+        Some(IoSource::Event(self.ready.clone()))
+    }
+
+    fn receive(&mut self, _: usize, frame: &mut [u8]) -> io::Result<usize> {
+        let mut frames = self.frames.lock().unwrap_or_else(PoisonError::into_inner);
+        let next = frames.pop_front().ok_or(io::ErrorKind::WouldBlock)?;
+        let len = next.len().min(frame.len());
+        frame.iter_mut().zip(next).for_each(|(to, from)| *to = from);
+        Ok(len)
+    }
+
+    fn send(&mut self, _: usize, frame: &[VolatileSlice<'_>]) -> io::Result<()> {
+        let len = usize::try_from(length(frame)).unwrap_or(usize::MAX);
+        assert!((net::HEADER + 14..=net::HEADER + (64 << 10) + 22).contains(&len), "{len} bytes");
+        let mut bytes = Vec::with_capacity(len);
+        for buffer in frame {
+            let mut part = vec![0; buffer.len()];
+            buffer.copy_to(&mut part);
+            bytes.append(&mut part);
+        }
+        let mut frames = self.frames.lock().unwrap_or_else(PoisonError::into_inner);
+        if frames.len() < FRAMES {
+            frames.push_back(bytes);
+        }
+        self.ready.signal();
+        Ok(())
+    }
+
+    fn set_offloads(&mut self, _: Offloads) -> io::Result<()> {
+        Ok(())
+    }
+
+    fn set_pairs(&mut self, count: usize) -> io::Result<()> {
+        assert_eq!(count, 1);
+        Ok(())
+    }
+}
+
+/// A NIC whose frames come back: no frame is shorter or longer than frames are.
+pub fn fuzz_net(data: &[u8]) {
+    let Ok(ready) = IoEvent::new() else { return };
+    let wire = Arc::new(Loop { frames: Mutex::default(), ready });
+    let options = net::Options { id: "mgmt0".into(), mac: [2, 0, 0, 0, 0, 1], mtu: None };
+    let device = Net::new(Box::new(wire), options.clone(), Arc::default());
+    let (identity, configuration) = (net::identity(&options, 1), net::configuration(&options, 1));
+    let mut driver = Driver::new(identity, configuration, Box::new(device));
+    run(&mut driver, data);
+    // A broadcast comes back.
+    driver.write(0x20000, &[[0; net::HEADER].as_slice(), &[0xff; 60]].concat());
+    assert!(driver.function.reset().is_ok());
+    driver.enable();
+    driver.start(VERSION_1, 16);
+    driver.send_on(0, 0, &[(0x10000, 2000, true)]);
+    driver.send_on(1, 0, &[(0x20000, 72, false)]);
+    assert_eq!(driver.returned_on(1), Some((0, 0)));
+    assert_eq!(driver.returned_on(0), Some((0, 72)));
+}
+
 #[cfg(test)]
 mod tests {
     use proptest::prelude::*;
@@ -120,6 +203,11 @@ mod tests {
         #[test]
         fn no_script_breaks_the_transport(data in prop::collection::vec(any::<u8>(), 0..STEP * 60)) {
             fuzz_transport(&data);
+        }
+
+        #[test]
+        fn no_script_breaks_the_nic(data in prop::collection::vec(any::<u8>(), 0..STEP * 60)) {
+            fuzz_net(&data);
         }
 
         #[test]

@@ -5,7 +5,7 @@
 //! ```text
 //!  vCPU threads                                     I/O thread of the device
 //!  ────────────                                     ────────────────────────
-//!  PCI accesses ─▶ transport ─▶ negotiation         worker ─▶ engine (block, entropy)
+//!  PCI accesses ─▶ transport ─▶ negotiation         worker ─▶ engine (block, net, entropy)
 //!                     │   start, stop: a slot          ▲          │
 //!                     └────────────────────────────────┤          ▼
 //!  doorbell of a queue ── ioeventfd ───────────────────┘        queues in guest memory
@@ -28,6 +28,7 @@ pub mod entropy;
 #[cfg(any(test, feature = "test-support"))]
 pub mod fuzz;
 pub mod negotiation;
+pub mod net;
 pub mod queue;
 #[cfg(any(test, feature = "test-support"))]
 pub(crate) mod testing;

@@ -15,13 +15,19 @@ use std::{
 };
 
 use virtio_queue::{Queue, QueueOwnedT as _, QueueT as _};
-use vm_memory::{GuestAddress, GuestMemory as _, Permissions, VolatileSlice};
+use vm_memory::{Address as _, Bytes as _, GuestAddress, GuestMemory as _, Permissions, VolatileSlice};
 use vmm_sys_util::eventfd::EventFd;
 
 use crate::GuestMemory;
 
 /// The vector of a queue without an interrupt (the specification, 4.1.5.1.2).
 pub const NO_VECTOR: u16 = 0xffff;
+
+/// Bytes before the entries of the used ring, and of an entry (the specification, 2.7.8).
+const USED_HEADER: u64 = 4;
+const USED_ENTRY: u64 = 8;
+/// The offset of `used_event` in an available ring without entries (2.7.6).
+const USED_EVENT: u64 = 4;
 
 /// A ring or a request that no driver makes.
 #[derive(Debug, thiserror::Error)]
@@ -157,6 +163,8 @@ pub struct ActiveQueue {
     queue: Queue,
     memory: Arc<GuestMemory>,
     interrupt: Interrupt,
+    /// Requests given back by [`Self::publish`] since the last [`Self::notify`].
+    published: u16,
 }
 
 impl ActiveQueue {
@@ -192,7 +200,7 @@ impl ActiveQueue {
                 return Err(QueueError::Ring(virtio_queue::Error::FindMemoryRegion));
             }
         }
-        Ok(Self { queue, memory, interrupt })
+        Ok(Self { queue, memory, interrupt, published: 0 })
     }
 
     /// Takes the next request. None if there is none.
@@ -243,6 +251,63 @@ impl ActiveQueue {
         Ok(())
     }
 
+    /// Puts the last `count` requests back to the ring: [`Self::next`] takes them again.
+    pub fn put_back(&mut self, count: usize) {
+        for _ in 0..count {
+            self.queue.go_to_previous_position();
+        }
+    }
+
+    /// Gives requests back, each with the count of bytes written to its buffers. The driver sees all
+    /// of them at once: it takes the first one for the start of a frame in several buffers (5.1.6.4).
+    /// [`Self::notify`] follows.
+    ///
+    /// # Errors
+    /// [`QueueError::Ring`].
+    pub fn publish(&mut self, requests: &[(Request<'_>, u32)]) -> Result<(), QueueError> {
+        let Some(((last, last_written), others)) = requests.split_last() else { return Ok(()) };
+        let memory = self.memory.deref();
+        let (size, ring) = (self.queue.size().max(1), GuestAddress(self.queue.used_ring()));
+        for (request, written) in others {
+            let next = self.queue.next_used();
+            let entry = u64::from(next % size) * USED_ENTRY + USED_HEADER;
+            let at = ring.checked_add(entry).ok_or(virtio_queue::Error::AddressOverflow)?;
+            let bytes = (u64::from(*written) << 32 | u64::from(request.head)).to_le_bytes();
+            memory.write_slice(&bytes, at).map_err(virtio_queue::Error::GuestMemory)?;
+            self.queue.set_next_used(next.wrapping_add(1));
+        }
+        // It moves the ring's index past all of them.
+        self.queue.add_used(memory, last.head, *last_written)?;
+        self.published = self.published.wrapping_add(u16::try_from(requests.len()).unwrap_or(u16::MAX));
+        Ok(())
+    }
+
+    /// Raises the interrupt if the driver wants it for what was published.
+    ///
+    /// # Errors
+    /// [`QueueError::Ring`].
+    pub fn notify(&mut self) -> Result<(), QueueError> {
+        let published = std::mem::take(&mut self.published);
+        if published == 0 {
+            return Ok(());
+        }
+        let memory = self.memory.deref();
+        let mut wanted = self.queue.needs_notification(memory)?;
+        if !wanted {
+            // The queue knows the last one of each call of `publish` only (2.7.10).
+            let at = GuestAddress(self.queue.avail_ring());
+            let at = at.checked_add(USED_EVENT + 2 * u64::from(self.queue.size()));
+            let at = at.ok_or(virtio_queue::Error::AddressOverflow)?;
+            let event: u16 = memory.load(at, Ordering::Relaxed).map_err(virtio_queue::Error::GuestMemory)?;
+            let behind = self.queue.next_used().wrapping_sub(u16::from_le(event)).wrapping_sub(1);
+            wanted = behind < published;
+        }
+        if wanted {
+            self.interrupt.raise(ISR_QUEUE);
+        }
+        Ok(())
+    }
+
     /// Lets the driver skip its doorbell: the worker looks at the ring by itself.
     ///
     /// # Errors
@@ -269,6 +334,5 @@ impl ActiveQueue {
 /// Writes guest memory, for tests.
 #[cfg(test)]
 pub(crate) fn fill(memory: &GuestMemory, address: u64, bytes: &[u8]) {
-    use vm_memory::Bytes as _;
     memory.write_slice(bytes, GuestAddress(address)).unwrap();
 }

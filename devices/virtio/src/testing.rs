@@ -159,6 +159,20 @@ impl MsiRouter for Recorder {
     fn release(&self, _: RouteId) {}
 }
 
+/// The address of a queue's used ring.
+pub(crate) fn used(queue: u16) -> u64 {
+    USED + u64::from(queue) * QUEUE_STEP
+}
+
+/// The address of a queue's available ring.
+pub(crate) fn available(queue: u16) -> u64 {
+    AVAILABLE + u64::from(queue) * QUEUE_STEP
+}
+
+fn descriptor(address: u64, len: u32, flags: u16, next: u16) -> Vec<u8> {
+    [&address.to_le_bytes()[..], &len.to_le_bytes(), &flags.to_le_bytes(), &next.to_le_bytes()].concat()
+}
+
 /// A buffer of a request: address, length, and whether the device writes it.
 pub(crate) type Buffer = (u64, u32, bool);
 
@@ -280,34 +294,42 @@ impl Driver {
 
     /// Makes a request of queue 0 available, at descriptor 0, and rings the doorbell.
     pub(crate) fn send(&mut self, buffers: &[Buffer]) {
-        for (index, (address, len, writable)) in buffers.iter().enumerate() {
-            let last = index + 1 == buffers.len();
+        self.send_on(0, 0, buffers);
+    }
+
+    /// Makes a request of a queue available, at descriptor `head`, and rings the doorbell.
+    pub(crate) fn send_on(&mut self, queue: u16, head: u64, buffers: &[Buffer]) {
+        let ring = u64::from(queue) * QUEUE_STEP;
+        for (index, (address, len, writable)) in (head..).zip(buffers) {
+            let last = index + 1 == head + buffers.len() as u64;
             let flags = u16::from(!last) | u16::from(*writable) << 1;
-            self.descriptor(
-                u64::try_from(index).unwrap(),
-                *address,
-                *len,
-                flags,
-                u16::try_from(index + 1).unwrap(),
-            );
+            let next = u16::try_from(index + 1).unwrap();
+            self.write(DESCRIPTORS + ring + 16 * index, &descriptor(*address, *len, flags, next));
         }
-        self.offer(0);
+        self.offer_on(queue, u16::try_from(head).unwrap());
     }
 
     pub(crate) fn descriptor(&self, index: u64, address: u64, len: u32, flags: u16, next: u16) {
-        let bytes =
-            [&address.to_le_bytes()[..], &len.to_le_bytes(), &flags.to_le_bytes(), &next.to_le_bytes()]
-                .concat();
-        self.memory.write_slice(&bytes, GuestAddress(DESCRIPTORS + 16 * index)).unwrap();
+        self.write(DESCRIPTORS + 16 * index, &descriptor(address, len, flags, next));
     }
 
-    /// Makes the request at descriptor `head` available.
+    /// The length of the memory that has the rings of all queues.
+    pub(crate) fn rings_end(&self) -> u64 {
+        QUEUE_STEP * self.sent.len() as u64
+    }
+
+    /// Makes the request at descriptor `head` of queue 0 available.
     pub(crate) fn offer(&mut self, head: u16) {
-        let sent = self.sent[0];
-        self.memory.write_obj(head, GuestAddress(AVAILABLE + 4 + 2 * u64::from(sent % 16))).unwrap();
-        self.sent[0] = sent.wrapping_add(1);
-        self.memory.write_obj(self.sent[0], GuestAddress(AVAILABLE + 2)).unwrap();
-        self.set(0x1000, &[0, 0]);
+        self.offer_on(0, head);
+    }
+
+    fn offer_on(&mut self, queue: u16, head: u16) {
+        let (number, ring) = (usize::from(queue), AVAILABLE + u64::from(queue) * QUEUE_STEP);
+        let sent = self.sent[number];
+        self.memory.write_obj(head, GuestAddress(ring + 4 + 2 * u64::from(sent % 16))).unwrap();
+        self.sent[number] = sent.wrapping_add(1);
+        self.memory.write_obj(self.sent[number], GuestAddress(ring + 2)).unwrap();
+        self.set(0x1000 + 4 * u64::from(queue), &queue.to_le_bytes());
     }
 
     /// Serves all events, and returns the used entry if the device has returned a request.
@@ -321,13 +343,19 @@ impl Driver {
 
     /// The next returned request of queue 0: its head and the count of bytes written.
     pub(crate) fn returned(&mut self) -> Option<(u32, u32)> {
+        self.returned_on(0)
+    }
+
+    /// The same of any queue.
+    pub(crate) fn returned_on(&mut self, queue: u16) -> Option<(u32, u32)> {
         self.pump();
-        let index: u16 = self.memory.read_obj(GuestAddress(USED + 2)).unwrap();
-        if index == self.seen[0] {
+        let (number, ring) = (usize::from(queue), used(queue));
+        let index: u16 = self.memory.read_obj(GuestAddress(ring + 2)).unwrap();
+        if index == self.seen[number] {
             return None;
         }
-        let at = USED + 4 + 8 * u64::from(self.seen[0] % 16);
-        self.seen[0] = self.seen[0].wrapping_add(1);
+        let at = ring + 4 + 8 * u64::from(self.seen[number] % 16);
+        self.seen[number] = self.seen[number].wrapping_add(1);
         let read = |at| self.memory.read_obj::<u32>(GuestAddress(at)).unwrap();
         Some((read(at), read(at + 4)))
     }

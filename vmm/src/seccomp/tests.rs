@@ -13,11 +13,12 @@ use serde_json::Value;
 
 use super::*;
 
-const THREADS: [Thread; 8] = [
+const THREADS: [Thread; 9] = [
     Thread::Main,
     Thread::Vcpu,
     Thread::Io(Calls::None),
     Thread::Io(Calls::Disk),
+    Thread::Io(Calls::Network),
     Thread::Function(ThreadKind::Relay),
     Thread::Function(ThreadKind::Function),
     Thread::Function(ThreadKind::SimulatedVf),
@@ -57,6 +58,8 @@ fn requests() -> BTreeMap<&'static str, u64> {
         ("VFIO_DEVICE_SET_IRQS", number(none, VFIO, 110, 0)),
         ("VFIO_DEVICE_RESET", number(none, VFIO, 111, 0)),
         ("BLKDISCARD", number(none, 0x12, 119, 0)),
+        ("TUNSETOFFLOAD", number(write, u64::from(b'T'), 208, size_of::<u32>())),
+        ("TUNSETQUEUE", number(write, u64::from(b'T'), 217, size_of::<i32>())),
         ("FIONBIO", 0x5421),
     ])
 }

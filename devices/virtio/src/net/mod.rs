@@ -1,0 +1,461 @@
+// SPDX-License-Identifier: Apache-2.0
+
+//! The network device (the specification, 5.1).
+//!
+//! ```text
+//!   driver ─▶ transmit queues ──▶ Wire::send ─────────────────────────▶ host
+//!   driver ◀─ receive queues ◀── filter ◀── Wire::receive ◀──────────── host
+//!   driver ─▶ control queue ──▶ control::decode ──▶ verdict: filter, offloads, queue pairs
+//! ```
+//!
+//! A [`Wire`] is the other side: an interface of the host ([`tap`]). The device's address is fixed.
+//! A driver that asks for another one is refused by an error.
+
+pub mod control;
+pub mod filter;
+pub mod tap;
+#[cfg(test)]
+mod tests;
+
+use std::{
+    io,
+    sync::{
+        Arc,
+        atomic::{AtomicU64, Ordering},
+    },
+    time::{Duration, Instant},
+};
+
+use devices::io_thread::{Calls, IoSource};
+use virtio_bindings::{
+    virtio_ids::VIRTIO_ID_NET,
+    virtio_net::{
+        VIRTIO_NET_ERR, VIRTIO_NET_F_CSUM, VIRTIO_NET_F_CTRL_GUEST_OFFLOADS, VIRTIO_NET_F_CTRL_MAC_ADDR,
+        VIRTIO_NET_F_CTRL_RX, VIRTIO_NET_F_CTRL_VQ, VIRTIO_NET_F_GUEST_CSUM, VIRTIO_NET_F_GUEST_TSO4,
+        VIRTIO_NET_F_GUEST_TSO6, VIRTIO_NET_F_HOST_TSO4, VIRTIO_NET_F_HOST_TSO6, VIRTIO_NET_F_MAC,
+        VIRTIO_NET_F_MQ, VIRTIO_NET_F_MRG_RXBUF, VIRTIO_NET_F_MTU, VIRTIO_NET_F_STATUS, VIRTIO_NET_OK,
+        VIRTIO_NET_S_LINK_UP,
+    },
+    virtio_ring::{VIRTIO_RING_F_EVENT_IDX, VIRTIO_RING_F_INDIRECT_DESC},
+};
+use vm_memory::VolatileSlice;
+
+use self::{
+    control::{Mac, Request as Control},
+    filter::Filter,
+};
+use crate::{
+    engine::{Configuration, Engine, Identity, serve_in_order},
+    negotiation::feature,
+    queue::{ActiveQueue, QueueError, Request, length, part, write_bytes},
+};
+
+/// Entries of the queues for frames.
+const QUEUE: u16 = 256;
+/// Entries of the control queue.
+const CONTROL_QUEUE: u16 = 64;
+/// The most pairs of queues.
+pub const MAX_PAIRS: usize = 4;
+/// Bytes of `struct virtio_net_hdr_v1`, in front of each frame.
+pub const HEADER: usize = 12;
+/// The offset of `num_buffers` in it.
+const NUM_BUFFERS: usize = 10;
+/// Bytes of the longest frame with its header: 64 KiB of IP in one segment, with Ethernet and tags.
+const LONGEST: usize = HEADER + 65_535 + 22;
+/// Bytes of an Ethernet header: no frame is shorter.
+const SHORTEST: usize = HEADER + 14;
+/// The longest time for frames of one queue in a row. Then the machine may park the thread.
+const TURN: Duration = Duration::from_millis(20);
+/// The most frames of one queue in a row: then the other queues have their turn.
+const MOST: u32 = 128;
+/// The most frames of an earlier driver that are dropped at a start: more than the host keeps.
+const MOST_STALE: u32 = 4096;
+/// The most messages in the log about a failing wire.
+const LOGGED: u64 = 8;
+/// PCI class: network, Ethernet.
+const CLASS: u32 = 0x0200_0000;
+
+/// The offloads that a driver takes for received frames.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Offloads {
+    /// Frames without a complete checksum.
+    pub checksum: bool,
+    /// TCP over IPv4, several segments in one frame.
+    pub tcp4: bool,
+    /// TCP over IPv6, likewise.
+    pub tcp6: bool,
+}
+
+impl Offloads {
+    fn of(features: u64) -> Self {
+        let has = |number| features & feature(number) != 0;
+        Self {
+            checksum: has(VIRTIO_NET_F_GUEST_CSUM),
+            tcp4: has(VIRTIO_NET_F_GUEST_TSO4),
+            tcp6: has(VIRTIO_NET_F_GUEST_TSO6),
+        }
+    }
+}
+
+/// The other side of a device. All calls come from the device's I/O thread. Frames have the header
+/// of virtio in front ([`HEADER`]).
+pub trait Wire: Send {
+    /// Pairs of queues, [`MAX_PAIRS`] at most.
+    fn pairs(&self) -> usize;
+
+    /// A source of work for received frames of a pair.
+    fn source(&self, pair: usize) -> Option<IoSource>;
+
+    /// Takes one received frame. Returns its length. A longer one is cut.
+    ///
+    /// # Errors
+    /// `WouldBlock` if there is none. Others: there is none, and the interface may be gone.
+    fn receive(&mut self, pair: usize, frame: &mut [u8]) -> io::Result<usize>;
+
+    /// Sends one frame. The guest may change it meanwhile.
+    ///
+    /// # Errors
+    /// The frame is lost: it is malformed, or the interface is down, full or gone.
+    fn send(&mut self, pair: usize, frame: &[VolatileSlice<'_>]) -> io::Result<()>;
+
+    /// Sets the offloads for received frames.
+    ///
+    /// # Errors
+    /// The interface does not have them.
+    fn set_offloads(&mut self, offloads: Offloads) -> io::Result<()>;
+
+    /// Sets the count of pairs that frames are received on, from the first on.
+    ///
+    /// # Errors
+    /// Those of the interface.
+    fn set_pairs(&mut self, count: usize) -> io::Result<()>;
+}
+
+/// The properties of a network device.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Options {
+    /// The device's name.
+    pub id: String,
+    /// Its address.
+    pub mac: Mac,
+    /// The bytes of a frame's payload that the driver shall use. None leaves it to the driver.
+    pub mtu: Option<u16>,
+}
+
+/// Counters of a device since the machine was built.
+#[derive(Debug, Default)]
+pub struct Counters {
+    /// Frames that the guest has received.
+    pub received: AtomicU64,
+    /// Their bytes.
+    pub received_bytes: AtomicU64,
+    /// Frames that the guest has sent.
+    pub sent: AtomicU64,
+    /// Their bytes.
+    pub sent_bytes: AtomicU64,
+    /// Sent frames that the host has not taken.
+    pub dropped: AtomicU64,
+    /// Requests of the driver that were refused.
+    pub refused: AtomicU64,
+}
+
+fn count(counter: &AtomicU64, by: u64) {
+    counter.fetch_add(by, Ordering::Relaxed);
+}
+
+/// The registers' facts of a device with `pairs` pairs of queues.
+#[must_use]
+pub fn identity(options: &Options, pairs: usize) -> Identity {
+    let pairs = pairs.clamp(1, MAX_PAIRS);
+    let mut features = vec![
+        VIRTIO_NET_F_CSUM,
+        VIRTIO_NET_F_GUEST_CSUM,
+        VIRTIO_NET_F_CTRL_GUEST_OFFLOADS,
+        VIRTIO_NET_F_MAC,
+        VIRTIO_NET_F_GUEST_TSO4,
+        VIRTIO_NET_F_GUEST_TSO6,
+        VIRTIO_NET_F_HOST_TSO4,
+        VIRTIO_NET_F_HOST_TSO6,
+        VIRTIO_NET_F_MRG_RXBUF,
+        VIRTIO_NET_F_STATUS,
+        VIRTIO_NET_F_CTRL_VQ,
+        VIRTIO_NET_F_CTRL_RX,
+        VIRTIO_NET_F_CTRL_MAC_ADDR,
+        VIRTIO_RING_F_INDIRECT_DESC,
+        VIRTIO_RING_F_EVENT_IDX,
+    ];
+    if options.mtu.is_some() {
+        features.push(VIRTIO_NET_F_MTU);
+    }
+    if pairs > 1 {
+        features.push(VIRTIO_NET_F_MQ);
+    }
+    let mut queues = vec![QUEUE; 2 * pairs];
+    queues.push(CONTROL_QUEUE);
+    Identity {
+        name: format!("nic {}", options.id),
+        device: u8::try_from(VIRTIO_ID_NET).unwrap_or_default(),
+        class: CLASS,
+        features: features.into_iter().fold(0, |all, number| all | feature(number)),
+        queues,
+        calls: Calls::Network,
+    }
+}
+
+/// The configuration of a device with `pairs` pairs of queues (the specification, 5.1.4).
+#[must_use]
+pub fn configuration(options: &Options, pairs: usize) -> Arc<Configuration> {
+    let link = u16::try_from(VIRTIO_NET_S_LINK_UP).unwrap_or_default();
+    let pairs = u16::try_from(pairs.clamp(1, MAX_PAIRS)).unwrap_or(1);
+    let mut bytes = options.mac.to_vec();
+    for value in [link, pairs, options.mtu.unwrap_or_default()] {
+        bytes.extend(value.to_le_bytes());
+    }
+    Configuration::new(bytes)
+}
+
+/// The result of a look at the wire.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Fetched {
+    /// A frame for the driver waits.
+    One,
+    /// No frame is there.
+    None,
+    /// Many frames in a row are not for the driver: others have their turn.
+    Others,
+}
+
+/// A network device over a wire.
+pub struct Net {
+    wire: Box<dyn Wire>,
+    options: Options,
+    counters: Arc<Counters>,
+    pairs: usize,
+    features: u64,
+    filter: Filter,
+    /// For each pair, a received frame that waits for buffers of the driver: its bytes with the header.
+    waiting: Vec<Vec<u8>>,
+    /// The place for the next frame.
+    buffer: Vec<u8>,
+    /// Messages in the log.
+    logged: u64,
+}
+
+impl Net {
+    /// Makes a device.
+    #[must_use]
+    pub fn new(wire: Box<dyn Wire>, options: Options, counters: Arc<Counters>) -> Self {
+        let pairs = wire.pairs().clamp(1, MAX_PAIRS);
+        let filter = Filter::new(options.mac);
+        let (waiting, buffer) = (vec![Vec::new(); pairs], vec![0; LONGEST]);
+        Self { wire, options, counters, pairs, features: 0, filter, waiting, buffer, logged: 0 }
+    }
+
+    fn has(&self, number: u32) -> bool {
+        self.features & feature(number) != 0
+    }
+
+    fn warn(&mut self, error: &io::Error) {
+        self.logged += 1;
+        if self.logged <= LOGGED {
+            tracing::warn!(nic = self.options.id, %error, "The host's interface failed a request of a NIC");
+        }
+    }
+
+    /// Takes the next frame for the driver from the wire.
+    fn fetch(&mut self, pair: usize) -> Fetched {
+        for _ in 0..MOST {
+            let len = match self.wire.receive(pair, &mut self.buffer) {
+                Ok(len) => len,
+                Err(error) => {
+                    if error.kind() != io::ErrorKind::WouldBlock {
+                        self.warn(&error);
+                    }
+                    return Fetched::None;
+                }
+            };
+            let frame = self.buffer.get(..len).unwrap_or_default();
+            if len >= SHORTEST && self.filter.passes(frame.get(HEADER..).unwrap_or_default()) {
+                if let Some(waiting) = self.waiting.get_mut(pair) {
+                    waiting.extend_from_slice(frame);
+                }
+                return Fetched::One;
+            }
+        }
+        Fetched::Others
+    }
+
+    /// Puts the frame that waits into buffers of the driver. Returns false if there are too few: a
+    /// doorbell follows when there are more.
+    fn deliver(&mut self, pair: usize, queue: &mut ActiveQueue) -> Result<bool, QueueError> {
+        let merge = self.has(VIRTIO_NET_F_MRG_RXBUF);
+        let Some(frame) = self.waiting.get_mut(pair) else { return Ok(false) };
+        let memory = queue.memory();
+        let mut taken: Vec<(Request<'_>, u32)> = Vec::new();
+        let mut done = 0;
+        while let Some(rest) = frame.get(done..).filter(|rest| !rest.is_empty()) {
+            let Some(request) = queue.next(&memory)? else {
+                // The wish for a doorbell comes before the buffers go back: it is about the next ones.
+                if queue.watch()? {
+                    continue;
+                }
+                queue.put_back(taken.len());
+                return Ok(false);
+            };
+            let room = length(&request.writable);
+            // No buffer is shorter than a header, and without merging than the frame (5.1.6.3.1).
+            if room < HEADER as u64 || (!merge && room < rest.len() as u64) {
+                if taken.is_empty() {
+                    queue.complete(&request, 0)?;
+                } else {
+                    queue.put_back(taken.len() + 1);
+                }
+                frame.clear();
+                count(&self.counters.dropped, 1);
+                return Ok(true);
+            }
+            let written = usize::try_from(room).unwrap_or(usize::MAX).min(rest.len());
+            taken.push((request, u32::try_from(written).unwrap_or_default()));
+            done += written;
+        }
+        if let Some(number) = frame.get_mut(NUM_BUFFERS..HEADER) {
+            number.copy_from_slice(&u16::try_from(taken.len()).unwrap_or(1).to_le_bytes());
+        }
+        let mut at = 0;
+        for (request, _) in &taken {
+            at += write_bytes(&request.writable, frame.get(at..).unwrap_or_default());
+        }
+        queue.publish(&taken)?;
+        count(&self.counters.received, 1);
+        count(&self.counters.received_bytes, frame.len().saturating_sub(HEADER) as u64);
+        frame.clear();
+        Ok(true)
+    }
+
+    /// Moves received frames to the driver.
+    fn receive(&mut self, pair: usize, queue: &mut ActiveQueue) -> Result<bool, QueueError> {
+        let end = Instant::now() + TURN;
+        queue.doze()?;
+        for _ in 0..MOST {
+            let waits = self.waiting.get(pair).is_some_and(|frame| !frame.is_empty());
+            let fetched = if waits { Fetched::One } else { self.fetch(pair) };
+            if fetched == Fetched::None || (fetched == Fetched::One && !self.deliver(pair, queue)?) {
+                queue.notify()?;
+                return Ok(false);
+            }
+            if fetched == Fetched::Others || Instant::now() >= end {
+                break;
+            }
+        }
+        queue.notify()?;
+        Ok(true)
+    }
+
+    /// Sends frames of the driver.
+    fn send(&mut self, pair: usize, queue: &mut ActiveQueue) -> Result<bool, QueueError> {
+        serve_in_order(queue, |request| {
+            let len = length(&request.readable);
+            if !(SHORTEST as u64..=LONGEST as u64).contains(&len) {
+                count(&self.counters.dropped, 1);
+                return 0;
+            }
+            match self.wire.send(pair, &request.readable) {
+                Ok(()) => {
+                    count(&self.counters.sent, 1);
+                    count(&self.counters.sent_bytes, len - HEADER as u64);
+                }
+                Err(_) => count(&self.counters.dropped, 1),
+            }
+            0
+        })
+    }
+
+    /// Decides about a request of the control queue.
+    fn control(&mut self, request: &Request<'_>) -> u32 {
+        let space = length(&request.writable);
+        if space == 0 {
+            return 0;
+        }
+        let granted = control::decode(&request.readable).is_some_and(|control| self.apply(control));
+        if !granted {
+            count(&self.counters.refused, 1);
+        }
+        let status = if granted { VIRTIO_NET_OK } else { VIRTIO_NET_ERR };
+        let bytes = [u8::try_from(status).unwrap_or(1)];
+        u32::try_from(write_bytes(&part(&request.writable, 0, 1), &bytes)).unwrap_or_default()
+    }
+
+    /// Applies a request. Returns whether it was granted.
+    fn apply(&mut self, request: Control) -> bool {
+        match request {
+            Control::Promiscuous(on) => self.filter.promiscuous = on,
+            Control::AllMulticast(on) => self.filter.all_multicast = on,
+            Control::Lists { unicast, multicast } => {
+                (self.filter.unicast, self.filter.multicast) = (unicast, multicast);
+            }
+            Control::Address(mac) => return mac == self.options.mac,
+            Control::Pairs(wanted) => {
+                let wanted = usize::from(wanted);
+                if !self.has(VIRTIO_NET_F_MQ) || !(1..=self.pairs).contains(&wanted) {
+                    return false;
+                }
+                return self.tell(|wire| wire.set_pairs(wanted));
+            }
+            Control::Offloads(bits) => {
+                let known = [VIRTIO_NET_F_GUEST_CSUM, VIRTIO_NET_F_GUEST_TSO4, VIRTIO_NET_F_GUEST_TSO6];
+                let known = known.into_iter().fold(0, |all, number| all | feature(number));
+                if !self.has(VIRTIO_NET_F_CTRL_GUEST_OFFLOADS) || bits & !(known & self.features) != 0 {
+                    return false;
+                }
+                return self.tell(|wire| wire.set_offloads(Offloads::of(bits)));
+            }
+        }
+        true
+    }
+
+    /// Changes the wire. Returns whether that succeeded.
+    fn tell(&mut self, change: impl FnOnce(&mut dyn Wire) -> io::Result<()>) -> bool {
+        match change(self.wire.as_mut()) {
+            Ok(()) => true,
+            Err(error) => {
+                self.warn(&error);
+                false
+            }
+        }
+    }
+}
+
+impl Engine for Net {
+    fn sources(&self) -> Vec<(usize, IoSource)> {
+        (0..self.pairs).filter_map(|pair| Some((2 * pair, self.wire.source(pair)?))).collect()
+    }
+
+    fn start(&mut self, features: u64) {
+        self.features = features;
+        // One pair until the driver asks for more (5.1.6.5.5).
+        self.tell(|wire| wire.set_pairs(1));
+        self.tell(|wire| wire.set_offloads(Offloads::of(features)));
+        // Frames of before have the offloads of an earlier driver.
+        for pair in 0..self.pairs {
+            for _ in 0..MOST_STALE {
+                if self.wire.receive(pair, &mut self.buffer).is_err() {
+                    break;
+                }
+            }
+        }
+    }
+
+    fn serve(&mut self, index: usize, queue: &mut ActiveQueue) -> Result<bool, QueueError> {
+        match index {
+            _ if index == 2 * self.pairs => serve_in_order(queue, |request| self.control(request)),
+            _ if index.is_multiple_of(2) => self.receive(index / 2, queue),
+            _ => self.send(index / 2, queue),
+        }
+    }
+
+    fn stop(&mut self) {
+        self.features = 0;
+        self.filter = Filter::new(self.options.mac);
+        self.waiting.iter_mut().for_each(Vec::clear);
+    }
+}
