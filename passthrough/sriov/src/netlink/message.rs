@@ -9,11 +9,13 @@ use std::collections::BTreeMap;
 
 use netlink_packet_core::{NLM_F_ACK, NLM_F_REQUEST, NetlinkBuffer, NetlinkMessage, NlasIterator};
 use netlink_packet_route::{
-    RouteNetlinkMessage,
+    AddressFamily, RouteNetlinkMessage,
     link::{
-        LinkAttribute, LinkExtentMask, LinkMessage, LinkVfInfo, VfInfo, VfInfoLinkState, VfInfoMac,
-        VfInfoRate, VfInfoSpoofCheck, VfInfoTrust, VfInfoVlan, VfLinkState, VfVlan, VfVlanInfo, VlanProtocol,
+        InfoBridgePort, InfoPortData, InfoPortKind, LinkAttribute, LinkExtentMask, LinkFlags, LinkInfo,
+        LinkMessage, LinkVfInfo, VfInfo, VfInfoLinkState, VfInfoMac, VfInfoRate, VfInfoSpoofCheck,
+        VfInfoTrust, VfInfoVlan, VfLinkState, VfVlan, VfVlanInfo, VlanProtocol,
     },
+    neighbour::{NeighbourAttribute, NeighbourFlags, NeighbourMessage, NeighbourState},
 };
 use netpolicy::MacAddress;
 
@@ -30,6 +32,10 @@ const RTM_NEWLINK: u16 = 16;
 const RTM_DELLINK: u16 = 17;
 
 const IFLA_IFNAME: u16 = 3;
+const IFLA_LINKINFO: u16 = 18;
+const IFLA_INFO_SLAVE_KIND: u16 = 4;
+const IFLA_INFO_SLAVE_DATA: u16 = 5;
+const IFLA_BRPORT_LOCKED: u16 = 39;
 const IFLA_VFINFO_LIST: u16 = 22;
 const IFLA_VF_INFO: u16 = 1;
 const IFLA_VF_MAC: u16 = 1;
@@ -72,6 +78,8 @@ pub(super) struct Link {
     pub up: bool,
     /// By number; `None` for a message without a list (an event, or an interface that is no PF).
     pub vfs: Option<BTreeMap<u16, VfSettings>>,
+    /// Whether the port of a bridge is locked; `None` for an interface that is on no bridge.
+    pub locked: Option<bool>,
 }
 
 fn request(message: RouteNetlinkMessage, sequence: u32, ack: bool) -> Vec<u8> {
@@ -121,6 +129,55 @@ pub(super) fn set_vf(index: u32, vf: u16, change: VfChange, sequence: u32) -> Ve
     let mut link = LinkMessage::default();
     link.header.index = index;
     link.attributes.push(LinkAttribute::VfInfoList(vec![LinkVfInfo(vec![info])]));
+    request(RouteNetlinkMessage::SetLink(link), sequence, true)
+}
+
+/// RTM_SETLINK: an interface goes on a bridge, with an MTU.
+pub(super) fn to_bridge(bridge: u32, interface: u32, mtu: u32, sequence: u32) -> Vec<u8> {
+    let mut link = LinkMessage::default();
+    link.header.index = interface;
+    // The MTU first: a bridge takes the smallest one of its ports.
+    link.attributes.extend([LinkAttribute::Mtu(mtu), LinkAttribute::Controller(bridge)]);
+    request(RouteNetlinkMessage::SetLink(link), sequence, true)
+}
+
+/// RTM_NEWLINK for an interface that exists: a port passes frames from the addresses of its forwarding table only,
+/// learns none, and drops spanning tree messages. RTM_SETLINK would skip these attributes.
+pub(super) fn lock_port(interface: u32, sequence: u32) -> Vec<u8> {
+    let port =
+        vec![InfoBridgePort::Guard(true), InfoBridgePort::Learning(false), InfoBridgePort::Locked(true)];
+    let mut link = LinkMessage::default();
+    link.header.index = interface;
+    link.attributes.push(LinkAttribute::LinkInfo(vec![
+        LinkInfo::PortKind(InfoPortKind::Bridge),
+        LinkInfo::PortData(InfoPortData::BridgePort(port)),
+    ]));
+    request(RouteNetlinkMessage::NewLink(link), sequence, true)
+}
+
+/// RTM_NEWNEIGH: a static address of a port in its bridge's forwarding table.
+pub(super) fn add_forwarding(interface: u32, mac: MacAddress, sequence: u32) -> Vec<u8> {
+    let mut entry = NeighbourMessage::default();
+    entry.header.family = AddressFamily::Bridge;
+    entry.header.ifindex = interface;
+    // `NUD_NOARP`: it does not age. `NTF_MASTER`: the bridge's table, not the interface's.
+    entry.header.state = NeighbourState::Noarp;
+    entry.header.flags = NeighbourFlags::Controller;
+    entry.attributes.push(NeighbourAttribute::LinkLayerAddress(mac.bytes().to_vec()));
+    let mut bytes = request(RouteNetlinkMessage::NewNeighbour(entry), sequence, true);
+    // `NLM_F_CREATE`, in the header's flags.
+    if let Some(flags) = bytes.get_mut(7) {
+        *flags |= 4;
+    }
+    bytes
+}
+
+/// RTM_SETLINK: an interface goes up.
+pub(super) fn set_up(interface: u32, sequence: u32) -> Vec<u8> {
+    let mut link = LinkMessage::default();
+    link.header.index = interface;
+    link.header.flags = LinkFlags::Up;
+    link.header.change_mask = LinkFlags::Up;
     request(RouteNetlinkMessage::SetLink(link), sequence, true)
 }
 
@@ -178,10 +235,30 @@ fn link(payload: &[u8]) -> Result<Link, String> {
         match attribute? {
             (IFLA_IFNAME, value) => link.name = Some(string(value)),
             (IFLA_VFINFO_LIST, value) => link.vfs = Some(vfs(value)?),
+            (IFLA_LINKINFO, value) => link.locked = locked(value)?,
             _ => {}
         }
     }
     Ok(link)
+}
+
+/// Whether the link is a locked port of a bridge.
+fn locked(info: &[u8]) -> Result<Option<bool>, String> {
+    let (mut is_port, mut locked) = (false, false);
+    for attribute in attributes_of(info) {
+        match attribute? {
+            (IFLA_INFO_SLAVE_KIND, kind) => is_port = string(kind) == "bridge",
+            (IFLA_INFO_SLAVE_DATA, data) if is_port => {
+                for attribute in attributes_of(data) {
+                    if let (IFLA_BRPORT_LOCKED, value) = attribute? {
+                        locked = value.first() == Some(&1);
+                    }
+                }
+            }
+            _ => {}
+        }
+    }
+    Ok(is_port.then_some(locked))
 }
 
 fn vfs(list: &[u8]) -> Result<BTreeMap<u16, VfSettings>, String> {

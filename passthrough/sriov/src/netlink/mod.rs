@@ -1,7 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 
-//! PF control through rtnetlink, and events of interfaces.
+//! PF control and ports of bridges through rtnetlink, and events of interfaces.
 
+mod bridge;
 mod message;
 #[cfg(test)]
 mod message_tests;
@@ -9,5 +10,6 @@ mod monitor;
 mod pf;
 mod socket;
 
+pub use bridge::{BridgePortError, join_bridge};
 pub use monitor::{Hint, Monitor};
 pub use pf::NetlinkPf;
