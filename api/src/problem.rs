@@ -240,6 +240,19 @@ problem_codes! {
         "The file is shorter than a sector of 512 bytes, is no image of its format, has a feature that is not supported, is damaged, or has other backing files than `disks[].backing`.",
         "Follow `detail`, which names the command: mostly `qemu-img convert -O qcow2`, `qemu-img check -r all` or `qemu-img rebase`.";
 
+    /// A NIC's interface is not among those that VMs may use.
+    InterfaceNotAllowed = "interface_not_allowed", 403, "VMs may not use the interface",
+        "The agent's operator has not let VMs use the interface of `nics[]`.",
+        "Start the agent with `--interface NAME`, or name an interface that it was started with.";
+    /// A NIC's interface does not exist.
+    InterfaceNotFound = "interface_not_found", 422, "No such interface",
+        "There is no interface of this name and kind in the agent's network namespace.",
+        "Make the interface, as `detail` shows, or correct the name.";
+    /// A NIC's interface cannot be used.
+    InterfaceUnusable = "interface_unusable", 409, "The interface cannot be used",
+        "Another process has the interface open, it has other properties than the NIC, or the kernel refuses a step; `detail` has the cause.",
+        "Follow `detail`.";
+
     /// The VF named in the specification does not exist.
     VfNotFound = "vf_not_found", 422, "No such VF",
         "`adapters[].vf` names no VF of this host, or a VF with a PF that is not an uplink of the port group's switch.",

@@ -129,6 +129,7 @@ fn ours(runtime: &Runtime, portcullis: &Path, kernel: &Path, run_dir: &Path) -> 
         initramfs: false,
         devices: Vec::new(),
         disks: Vec::new(),
+        nics: Vec::new(),
         entropy: false,
         sandbox: host::sandbox::spec(user, off),
     };

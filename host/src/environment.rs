@@ -50,6 +50,8 @@ pub struct Environment {
     pub image_dirs: Vec<PathBuf>,
     /// The directories with disks that every caller may use.
     pub disk_dirs: Vec<PathBuf>,
+    /// The interfaces of the host that VMs' NICs may use.
+    pub interfaces: Vec<String>,
     /// The program of a vmm.
     pub program: Program,
     /// The memory that a vmm with functions of the host may lock beyond guest memory, in bytes.
@@ -101,6 +103,7 @@ impl Environment {
             run_dir,
             image_dirs: Vec::new(),
             disk_dirs: Vec::new(),
+            interfaces: Vec::new(),
             program: Program::default(),
             memlock_slack: MEMLOCK_SLACK,
             kvm: "/dev/kvm".into(),

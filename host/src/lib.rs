@@ -12,6 +12,7 @@ pub mod files;
 pub mod host_pfs;
 pub mod inventory;
 pub mod log;
+pub mod nics;
 pub mod sandbox;
 pub mod sim;
 pub mod vm;

@@ -270,6 +270,6 @@ struct command {
   const char *usage;
 };
 
-extern const struct command machine_commands[], vf_commands[], virtio_commands[], hostile_commands[];
+extern const struct command machine_commands[], vf_commands[], virtio_commands[], nic_commands[], hostile_commands[];
 
 #endif

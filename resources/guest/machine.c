@@ -133,7 +133,7 @@ static void run_interrupts(void) {
 }
 
 static void run_help(void) {
-  const struct command *const tables[] = {machine_commands, vf_commands, virtio_commands, hostile_commands};
+  const struct command *const tables[] = {machine_commands, vf_commands, virtio_commands, nic_commands, hostile_commands};
   for (unsigned t = 0; t < COUNT(tables); t++) {
     for (const struct command *command = tables[t]; command->name; command++) {
       put_text("  ");

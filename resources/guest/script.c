@@ -78,7 +78,7 @@ void result_text(const char *text) {
 void result_outcome(enum outcome outcome) { result_text(outcome_text(outcome)); }
 
 static const struct command *find(const char *name) {
-  const struct command *const tables[] = {machine_commands, vf_commands, virtio_commands, hostile_commands};
+  const struct command *const tables[] = {machine_commands, vf_commands, virtio_commands, nic_commands, hostile_commands};
   for (unsigned t = 0; t < COUNT(tables); t++)
     for (const struct command *command = tables[t]; command->name; command++)
       if (same_text(command->name, name)) return command;

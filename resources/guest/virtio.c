@@ -1,42 +1,7 @@
 /* SPDX-License-Identifier: Apache-2.0 */
-/* Commands that drive a virtio disk or source of random numbers, with one request at a time. */
+/* Virtio devices, and the commands that drive a disk or a source of random numbers, with one request at a time. */
 
-#include "guest.h"
-
-#define RED_HAT 0x1af4
-#define FIRST_DEVICE 0x1040
-#define DISK 2
-#define ENTROPY 4
-
-#define CAPABILITIES 0x34
-#define CAPABILITY_VENDOR 9
-enum { COMMON = 1, NOTIFY, ISR, DEVICE, KINDS };
-
-/* The common configuration structure. */
-#define DEVICE_FEATURE_SELECT 0x00
-#define DEVICE_FEATURE 0x04
-#define DRIVER_FEATURE_SELECT 0x08
-#define DRIVER_FEATURE 0x0c
-#define CONFIG_VECTOR 0x10
-#define STATUS 0x14
-#define QUEUE_SELECT 0x16
-#define QUEUE_SIZE 0x18
-#define QUEUE_VECTOR 0x1a
-#define QUEUE_ENABLE 0x1c
-#define QUEUE_NOTIFY 0x1e
-#define QUEUE_DESCRIPTORS 0x20
-#define QUEUE_AVAILABLE 0x28
-#define QUEUE_USED 0x30
-
-#define ACKNOWLEDGED 3
-#define FEATURES_OK 8
-#define DRIVER_OK 4
-#define NEEDS_RESET 0x40
-#define VERSION_1 1 /* in the upper half */
-
-#define NEXT 1
-#define DEVICE_WRITES 2
-#define INDIRECT 4
+#include "virtio.h"
 
 #define READ 0
 #define WRITE 1
@@ -45,27 +10,9 @@ enum { COMMON = 1, NOTIFY, ISR, DEVICE, KINDS };
 #define DISCARD 11
 #define ZEROES 13
 
-#define ENTRIES 16
 #define SECTOR 512
 #define MOST_SECTORS 8
 #define PATIENCE_US 5000000
-
-struct descriptor {
-  u64 address;
-  u32 length;
-  u16 flags, next;
-};
-
-struct rings {
-  struct descriptor descriptors[ENTRIES];
-  u16 available_flags, available_index, available[ENTRIES], used_event;
-  u8 padding[90];
-  u16 used_flags, used_index;
-  struct {
-    u32 head, length;
-  } used[ENTRIES];
-  u16 available_event;
-};
 
 struct header {
   u32 type, reserved;
@@ -77,21 +24,14 @@ struct range {
   u32 count, flags;
 };
 
-static volatile struct rings rings __attribute__((aligned(4096)));
+volatile struct rings rings[VIRTIO_QUEUES] __attribute__((aligned(4096)));
 static volatile struct header header;
 static u8 data[MOST_SECTORS * SECTOR] __attribute__((aligned(512)));
 static volatile u8 status;
 
-static struct {
-  bool present;
-  u16 kind;
-  struct function function;
-  u64 at[KINDS];
-  u64 doorbell;
-  u16 sent;
-} device;
+struct virtio device;
 
-static u64 common(u64 offset) { return device.at[COMMON] + offset; }
+u64 common(u64 offset) { return device.at[COMMON] + offset; }
 
 static void write64(u64 address, u64 value) {
   mmio_write(address, (u32)value);
@@ -114,8 +54,7 @@ static bool find_structures(u32 *step) {
   return device.at[COMMON] && device.at[NOTIFY] && device.at[DEVICE];
 }
 
-/* Waits until the device has let go of the rings. */
-static bool reset(void) {
+bool virtio_reset(void) {
   mmio_write8(common(STATUS), 0);
   for (u64 end = now_us() + PATIENCE_US; now_us() < end; delay_us(100))
     if (mmio_read8(common(STATUS)) == 0) return true;
@@ -127,9 +66,9 @@ static u32 offered(void) {
   return mmio_read(common(DEVICE_FEATURE));
 }
 
-/* Takes all that is offered, but for the features of rings; and starts queue 0. */
-static bool start(void) {
-  if (!reset()) return false;
+/* Takes all that is offered, but for the features of rings; and starts the queues. */
+bool virtio_start(void) {
+  if (!virtio_reset()) return false;
   u32 features = offered() & 0x00ffffff;
   mmio_write8(common(STATUS), ACKNOWLEDGED);
   mmio_write(common(DRIVER_FEATURE_SELECT), 0);
@@ -139,34 +78,45 @@ static bool start(void) {
   mmio_write8(common(STATUS), ACKNOWLEDGED | FEATURES_OK);
   if (!(mmio_read8(common(STATUS)) & FEATURES_OK)) return false;
   memset((void *)&rings, 0, sizeof(rings));
-  device.sent = 0;
+  memset(device.sent, 0, sizeof(device.sent));
   mmio_write16(common(CONFIG_VECTOR), 0);
-  mmio_write16(common(QUEUE_SELECT), 0);
-  mmio_write16(common(QUEUE_SIZE), ENTRIES);
-  mmio_write16(common(QUEUE_VECTOR), 1);
-  write64(common(QUEUE_DESCRIPTORS), (u64)rings.descriptors);
-  write64(common(QUEUE_AVAILABLE), (u64)&rings.available_flags);
-  write64(common(QUEUE_USED), (u64)&rings.used_flags);
-  mmio_write16(common(QUEUE_ENABLE), 1);
+  for (unsigned i = 0; i < VIRTIO_QUEUES; i++) {
+    mmio_write16(common(QUEUE_SELECT), (u16)i);
+    if (!mmio_read16(common(QUEUE_SIZE))) break;
+    mmio_write16(common(QUEUE_SIZE), ENTRIES);
+    mmio_write16(common(QUEUE_VECTOR), 1);
+    write64(common(QUEUE_DESCRIPTORS), (u64)rings[i].descriptors);
+    write64(common(QUEUE_AVAILABLE), (u64)&rings[i].available_flags);
+    write64(common(QUEUE_USED), (u64)&rings[i].used_flags);
+    mmio_write16(common(QUEUE_ENABLE), 1);
+  }
   mmio_write8(common(STATUS), ACKNOWLEDGED | FEATURES_OK | DRIVER_OK);
+  return true;
+}
+
+bool virtio_probe(u16 kind, unsigned index) {
+  u32 step = 0;
+  device.present = false;
+  device.kind = kind;
+  memset(device.at, 0, sizeof(device.at));
+  if (!pci_find(RED_HAT, FIRST_DEVICE + kind, index, IRQ_CHANGE, 2, &device.function) || !find_structures(&step) ||
+      !virtio_start())
+    return false;
+  for (unsigned i = 0; i < VIRTIO_QUEUES; i++) {
+    mmio_write16(common(QUEUE_SELECT), (u16)i);
+    device.doorbell[i] = device.at[NOTIFY] + (u64)step * mmio_read16(common(QUEUE_NOTIFY));
+  }
+  device.present = true;
   return true;
 }
 
 static void probe(u16 kind) {
   u64 index = 0;
-  u32 step = 0;
   if (argument(&current, 1) && !number_argument(1, 31, &index)) return;
-  device.present = false;
-  device.kind = kind;
-  memset(device.at, 0, sizeof(device.at));
-  if (!pci_find(RED_HAT, FIRST_DEVICE + kind, (unsigned)index, IRQ_CHANGE, 2, &device.function) ||
-      !find_structures(&step) || !start()) {
+  if (!virtio_probe(kind, (unsigned)index)) {
     result_text("none");
     return;
   }
-  mmio_write16(common(QUEUE_SELECT), 0);
-  device.doorbell = device.at[NOTIFY] + (u64)step * mmio_read16(common(QUEUE_NOTIFY));
-  device.present = true;
   result();
   put_text("slot=");
   put_decimal(device.function.slot);
@@ -181,30 +131,35 @@ static void probe(u16 kind) {
 
 static void run_disk_probe(void) { probe(DISK); }
 
-static void set(unsigned index, u64 address, u32 length, u16 flags) {
-  rings.descriptors[index].address = address;
-  rings.descriptors[index].length = length;
-  rings.descriptors[index].flags = flags;
-  rings.descriptors[index].next = (u16)(index + 1);
+void virtio_set(unsigned queue, unsigned index, u64 address, u32 length, u16 flags) {
+  rings[queue].descriptors[index].address = address;
+  rings[queue].descriptors[index].length = length;
+  rings[queue].descriptors[index].flags = flags;
+  rings[queue].descriptors[index].next = (u16)(index + 1);
 }
 
-static void ring(void) { mmio_write16(device.doorbell, 0); }
+static void set(unsigned index, u64 address, u32 length, u16 flags) { virtio_set(0, index, address, length, flags); }
 
-static void offer(void) {
-  rings.available[device.sent % ENTRIES] = 0;
+void virtio_ring(unsigned queue) { mmio_write16(device.doorbell[queue], (u16)queue); }
+
+static void ring(void) { virtio_ring(0); }
+
+void virtio_offer(unsigned queue, u16 head) {
+  rings[queue].available[device.sent[queue] % ENTRIES] = head;
   barrier();
-  rings.available_index = ++device.sent;
+  rings[queue].available_index = ++device.sent[queue];
   barrier();
-  ring();
+  virtio_ring(queue);
 }
 
-/* Sends the request at descriptor 0, and waits for it. */
-static bool send(void) {
-  u16 before = rings.used_index;
-  offer();
+static void offer(void) { virtio_offer(0, 0); }
+
+bool virtio_send(unsigned queue) {
+  u16 before = rings[queue].used_index;
+  virtio_offer(queue, 0);
   for (u64 end = now_us() + PATIENCE_US; now_us() < end;) {
     u32 seen = events();
-    if (rings.used_index != before) return true;
+    if (rings[queue].used_index != before) return true;
     if (mmio_read8(common(STATUS)) & NEEDS_RESET) return false;
     sleep_until(end, seen);
   }
@@ -229,7 +184,7 @@ static const char *disk_request(u32 type, u64 sector, u32 length, bool device_wr
   unsigned last = 1;
   if (length) set(last++, (u64)data, length, device_writes ? NEXT | DEVICE_WRITES : NEXT);
   set(last, (u64)&status, 1, DEVICE_WRITES);
-  if (!send()) return "timeout";
+  if (!virtio_send(0)) return "timeout";
   return status == 0 ? "ok" : status == 1 ? "io-error" : status == 2 ? "unsupported" : "no-status";
 }
 
@@ -316,26 +271,14 @@ static void run_disk_time(void) {
 static void run_random(void) {
   u64 count;
   if (!number_argument(1, sizeof(data), &count)) return;
-  if (!device.present || device.kind != ENTROPY) {
-    u32 step = 0;
-    device.present = false;
-    device.kind = ENTROPY;
-    memset(device.at, 0, sizeof(device.at));
-    if (!pci_find(RED_HAT, FIRST_DEVICE + ENTROPY, 0, IRQ_CHANGE, 2, &device.function)) {
-      result_text("none");
-      return;
-    }
-    /* It has no configuration of its own: the structure is there, and empty. */
-    if (!find_structures(&step) || !start()) {
-      result_text("none");
-      return;
-    }
-    device.doorbell = device.at[NOTIFY];
-    device.present = true;
+  /* It has no configuration of its own: the structure is there, and empty. */
+  if ((!device.present || device.kind != ENTROPY) && !virtio_probe(ENTROPY, 0)) {
+    result_text("none");
+    return;
   }
   memset(data, 0, sizeof(data));
   set(0, (u64)data, (u32)count, DEVICE_WRITES);
-  if (!send()) {
+  if (!virtio_send(0)) {
     result_text("timeout");
     return;
   }
@@ -347,14 +290,14 @@ static void run_random(void) {
 /* --- faults of a driver: after each, the device needs a reset, or fails the request --- */
 
 static void far_index(void) {
-  rings.available_index = (u16)(device.sent + 1000);
+  rings[0].available_index = (u16)(device.sent[0] + 1000);
   ring();
 }
 static void far_head(void) {
   disk_header(READ, 0);
-  rings.available[device.sent % ENTRIES] = 40000;
+  rings[0].available[device.sent[0] % ENTRIES] = 40000;
   barrier();
-  rings.available_index = ++device.sent;
+  rings[0].available_index = ++device.sent[0];
   ring();
 }
 static void outside(void) {
@@ -378,7 +321,7 @@ static void in_window(void) {
 static void endless(void) {
   disk_header(READ, 0);
   set(1, (u64)data, SECTOR, NEXT | DEVICE_WRITES);
-  rings.descriptors[1].next = 1;
+  rings[0].descriptors[1].next = 1;
   offer();
 }
 static void huge(void) {
@@ -388,13 +331,13 @@ static void huge(void) {
   offer();
 }
 static void indirect_in_indirect(void) {
-  set(1, (u64)&rings.descriptors[1], sizeof(struct descriptor), INDIRECT);
-  set(0, (u64)&rings.descriptors[1], sizeof(struct descriptor), INDIRECT);
+  set(1, (u64)&rings[0].descriptors[1], sizeof(struct descriptor), INDIRECT);
+  set(0, (u64)&rings[0].descriptors[1], sizeof(struct descriptor), INDIRECT);
   offer();
 }
 static void no_status(void) {
   disk_header(WRITE, 0);
-  rings.descriptors[0].flags = 0;
+  rings[0].descriptors[0].flags = 0;
   offer();
 }
 static void backwards(void) {
@@ -410,7 +353,7 @@ static void reset_in_flight(void) {
   mmio_write8(common(STATUS), 0);
 }
 static void rings_outside(void) {
-  reset();
+  virtio_reset();
   mmio_write8(common(STATUS), ACKNOWLEDGED);
   mmio_write(common(DRIVER_FEATURE_SELECT), 1);
   mmio_write(common(DRIVER_FEATURE), VERSION_1);
@@ -455,7 +398,7 @@ static void run_disk_hostile(void) {
     faults[i]();
     delay_us(2000);
     /* The device is as good as new after a reset. */
-    if (start() && same_text(disk_request(READ, 0, SECTOR, true), "ok")) alive++;
+    if (virtio_start() && same_text(disk_request(READ, 0, SECTOR, true), "ok")) alive++;
   }
   result();
   put_text(alive == COUNT(faults) ? "ok faults=" : "dead after some of faults=");

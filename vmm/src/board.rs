@@ -5,10 +5,12 @@
 //!
 //! A device of the machine is a file of its own that implements [`Device`], and a line of the table in this file.
 
+mod nics;
 #[cfg(any(test, feature = "test-support"))]
 pub(crate) mod probe;
 mod virtio;
 
+pub use nics::Nics;
 pub use virtio::Disks;
 
 use std::{
@@ -55,7 +57,7 @@ const TABLE: &[Build] = &[
 
 /// Devices in slots of the PCI bus. They come after the assigned functions, whose slots stay the same with and without
 /// them: a guest names its network interfaces by slots.
-const ON_BUS: &[Build] = &[virtio::disks, virtio::entropy];
+const ON_BUS: &[Build] = &[virtio::disks, nics::build, virtio::entropy];
 
 /// Errors of building the machine's devices.
 #[derive(Debug, thiserror::Error)]
@@ -104,6 +106,8 @@ pub struct Parts<'a> {
     pub files: &'a mut Files,
     /// Receives the facts of the disks.
     pub disks: &'a mut Disks,
+    /// Receives the counters of the NICs.
+    pub nics: &'a mut Nics,
 }
 
 impl Parts<'_> {

@@ -22,7 +22,7 @@ use vmm_sys_util::eventfd::EventFd;
 use crate::{
     agent_client::RelayReceiver,
     bars::BarAllocator,
-    board::{Board, BoardError, Disks, Parts},
+    board::{Board, BoardError, Disks, Nics, Parts},
     boot::{self, BootError, Payload, acpi::Description},
     console::{self, Console},
     interrupts::Routes,
@@ -139,6 +139,7 @@ pub struct Machine {
     /// The passthrough devices, which are also on the board.
     pub devices: Arc<PassthroughDevices>,
     disks: Disks,
+    nics: Nics,
     /// Devices and buses.
     pub board: Arc<Board>,
     payload: Payload,
@@ -205,7 +206,7 @@ impl Machine {
             low: layout::PCI_WINDOW_32,
             high: layout::pci_window_64(spec.memory, cpuid::physical_bits(&cpuid)),
         };
-        let (mut bars, mut disks) = (BarAllocator::new(&pci), Disks::default());
+        let (mut bars, mut disks, mut nics) = (BarAllocator::new(&pci), Disks::default(), Nics::default());
         let mut parts = Parts {
             vm: &vm,
             spec,
@@ -216,6 +217,7 @@ impl Machine {
             bars: &mut bars,
             files: &mut files,
             disks: &mut disks,
+            nics: &mut nics,
         };
         let mut board = Board::new(&mut parts, console)?;
         let router: Arc<dyn MsiRouter> = routes.clone();
@@ -263,6 +265,7 @@ impl Machine {
             io_threads,
             devices,
             disks,
+            nics,
             board,
             payload,
             description,
@@ -342,6 +345,7 @@ impl Machine {
             first_entry_ns,
             devices: self.devices.stats(),
             disks: self.disks.stats(),
+            nics: self.nics.stats(),
             ..Stats::default()
         };
         self.counters.report(&mut stats);

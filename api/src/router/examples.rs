@@ -42,6 +42,11 @@ fn vm() -> Option<Vm> {
                 unchecked: None,
             }],
             devices: Vec::new(),
+            nics: vec![NicStatus {
+                id: "mgmt0".parse().ok()?,
+                mac: "02:00:00:00:00:22".parse().ok(),
+                interface: Some("pc0000000001n0".to_owned()),
+            }],
             console: ConsoleStatus { start: 0, end: 1234 },
             sandbox: SandboxStatus::default(),
         },
@@ -90,6 +95,15 @@ fn spec() -> Option<VmSpec> {
             serial: None,
             discard: true,
         }],
+        nics: vec![NicSpec {
+            id: "mgmt0".parse().ok()?,
+            bridge: Some("br-mgmt".to_owned()),
+            tap: None,
+            macvtap: None,
+            mac: "02:00:00:00:00:22".parse().ok(),
+            mtu: None,
+            queues: 1,
+        }],
         entropy: false,
         restart: RestartPolicy::OnFailure,
         autostart: true,
@@ -113,10 +127,18 @@ fn stats() -> VmStats {
         busy_ns: 80_000_000,
         ..VmDiskStats::default()
     };
+    let nic = VmNicStats {
+        received: 400,
+        received_bytes: 90_000,
+        sent: 300,
+        sent_bytes: 40_000,
+        ..VmNicStats::default()
+    };
     VmStats {
         exits: BTreeMap::from([("io_out".to_owned(), 2000), ("mmio_write".to_owned(), 40)]),
         devices: BTreeMap::from([("0000:01:10.0".to_owned(), device)]),
         disks: BTreeMap::from([("root".to_owned(), disk)]),
+        nics: BTreeMap::from([("mgmt0".to_owned(), nic)]),
         memory: 512 << 20,
         boots: 1,
         first_entry_ns: Some(9_000_000),

@@ -17,6 +17,9 @@ pub struct VmStats {
     /// Counters of each disk, by its id.
     #[serde(default)]
     pub disks: BTreeMap<String, VmDiskStats>,
+    /// Counters of each NIC, by its id.
+    #[serde(default)]
+    pub nics: BTreeMap<String, VmNicStats>,
     /// Guest memory in bytes.
     pub memory: u64,
     /// Boots and reboots so far.
@@ -44,6 +47,23 @@ pub struct VmDiskStats {
     pub errors: u64,
     /// Nanoseconds in which the host's file was busy with requests.
     pub busy_ns: u64,
+}
+
+/// Counters of one NIC of a VM.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+pub struct VmNicStats {
+    /// Frames that the guest has received.
+    pub received: u64,
+    /// Their bytes.
+    pub received_bytes: u64,
+    /// Frames that the guest has sent.
+    pub sent: u64,
+    /// Their bytes.
+    pub sent_bytes: u64,
+    /// Frames that were lost: the host's interface or the guest's driver did not take them.
+    pub dropped: u64,
+    /// Requests of the guest's driver that were refused: another address, for example.
+    pub refused: u64,
 }
 
 /// Counters of one VFIO function of a VM.

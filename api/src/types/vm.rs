@@ -7,8 +7,8 @@ use utoipa::ToSchema;
 use uuid::Uuid;
 
 use super::{
-    Bdf, ByteSize, DiskSpec, Name, RestartPolicy, RestartStatus, Timestamp, Unchecked, UnicastMac, VmLease,
-    VmOperation, ranges,
+    Bdf, ByteSize, DiskSpec, Name, NicSpec, NicStatus, RestartPolicy, RestartStatus, Timestamp, Unchecked,
+    UnicastMac, VmLease, VmOperation, ranges,
 };
 use crate::problem::{Problem, ProblemCode};
 
@@ -54,10 +54,14 @@ pub struct VmSpec {
     #[serde(default)]
     #[schema(max_items = 16, value_type = std::collections::BTreeSet<super::schema::DeviceBdf>)]
     pub devices: Vec<Bdf>,
-    /// Disks. At most 31 together with `adapters`, `devices` and `entropy`: the slots of the guest's bus.
+    /// Disks. At most 31 together with `adapters`, `devices`, `nics` and `entropy`: the slots of the guest's bus.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     #[schema(max_items = 16)]
     pub disks: Vec<DiskSpec>,
+    /// NICs: virtio network devices, for management and for traffic that needs no VF.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    #[schema(max_items = 8)]
+    pub nics: Vec<NicSpec>,
     /// The guest has a source of random numbers (virtio-rng).
     #[serde(default, skip_serializing_if = "std::ops::Not::not")]
     pub entropy: bool,
@@ -189,11 +193,12 @@ impl VmSpec {
         self.check_limits()?;
         self.check_functions()?;
         super::disk::check(&self.disks)?;
+        super::nic::check(&self.nics)?;
         let functions = self.adapters.len().saturating_add(self.devices.len());
-        let slots = functions.saturating_add(self.disks.len()).saturating_add(self.entropy.into());
-        if slots > MAX_SLOTS {
+        let virtio = self.disks.len().saturating_add(self.nics.len()).saturating_add(self.entropy.into());
+        if functions.saturating_add(virtio) > MAX_SLOTS {
             let detail = format!(
-                "A VM has at most {MAX_SLOTS} adapters, devices, disks and sources of entropy together."
+                "A VM has at most {MAX_SLOTS} adapters, devices, disks, NICs and sources of entropy together."
             );
             return Err(Problem::invalid("disks", detail));
         }
@@ -334,6 +339,9 @@ pub struct VmStatus {
     pub adapters: Vec<AdapterStatus>,
     /// Devices, in the specification's order.
     pub devices: Vec<DeviceStatus>,
+    /// NICs, in the specification's order.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub nics: Vec<NicStatus>,
     /// The console log.
     pub console: ConsoleStatus,
     /// The protections of the host from its process.

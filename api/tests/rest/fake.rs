@@ -133,6 +133,7 @@ impl Backend for Fake {
             lease: leased.then(VmLease::default),
             adapters: Vec::new(),
             devices: Vec::new(),
+            nics: Vec::new(),
             console: ConsoleStatus { start: LOG_START, end: 10 },
             sandbox: SandboxStatus::default(),
         };

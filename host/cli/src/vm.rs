@@ -279,6 +279,15 @@ fn details(vm: &Vm) -> Vec<(String, String)> {
         lines
             .push((format!("disk {}", disk.id), format!("{} ({}){access}", disk.path, disk.format.as_str())));
     }
+    for (nic, status) in spec.nics.iter().zip(&status.nics) {
+        let place = nic.interface().map(|interface| format!("{} {}", interface.kind(), interface.name()));
+        let mac = status.mac.map(|mac| mac.to_string()).unwrap_or("address of the interface".to_owned());
+        let own = match (nic.interface(), &status.interface) {
+            (Some(NicInterface::Bridge(_)), Some(tap)) => format!(" ({tap})"),
+            _ => String::new(),
+        };
+        lines.push((format!("nic {}", nic.id), format!("{mac}, {}{own}", place.unwrap_or_default())));
+    }
     for device in &status.devices {
         let group =
             device.iommu_group.map(|group| format!("IOMMU group {group}")).unwrap_or("assigned".to_owned());
@@ -344,6 +353,17 @@ fn counters(stats: &VmStats) -> Vec<(String, String)> {
             ("busy us", disk.busy_ns / 1000),
         ];
         lines.extend(counts.map(|(name, count)| (format!("disk {id} {name}"), count.to_string())));
+    }
+    for (id, nic) in &stats.nics {
+        let counts = [
+            ("frames received", nic.received),
+            ("bytes received", nic.received_bytes),
+            ("frames sent", nic.sent),
+            ("bytes sent", nic.sent_bytes),
+            ("frames dropped", nic.dropped),
+            ("requests refused", nic.refused),
+        ];
+        lines.extend(counts.map(|(name, count)| (format!("nic {id} {name}"), count.to_string())));
     }
     for (bdf, device) in &stats.devices {
         let name =

@@ -85,6 +85,9 @@ pub struct ServeArgs {
     /// A directory with disks that every caller may use, for reading and writing; may be repeated.
     #[arg(long = "disk-dir", value_name = "DIR")]
     pub disk_dirs: Vec<PathBuf>,
+    /// An interface of the host that VMs' NICs may use: a bridge, a tap or a macvtap. May be repeated.
+    #[arg(long = "interface", value_name = "NAME")]
+    pub interfaces: Vec<String>,
     /// The user ids of VMs' processes.
     #[command(flatten)]
     pub users: UserArgs,
@@ -175,6 +178,7 @@ pub async fn serve(args: ServeArgs, socket: &Path, token_file: Option<&Path>) ->
     env.serving.send_replace(false);
     env.image_dirs = directories(&args.image_dirs, "image")?;
     env.disk_dirs = directories(&args.disk_dirs, "disk")?;
+    env.interfaces.clone_from(&args.interfaces);
     env.cgroup_parent.clone_from(&args.cgroup_parent);
     env.inventory.set_assignable(args.assignable.clone().into());
     env.inventory.assignable().warn(&Sysfs::default());

@@ -3,11 +3,12 @@
 //! The agent's objects as the API shows them.
 
 use api::types::{
-    AdapterStatus, ConsoleStatus, DeviceStatus, Owner, Protection, RestartStatus, SandboxStatus, Unchecked,
-    Vm, VmDeviceStats, VmDiskStats, VmStats, VmStatus,
+    AdapterStatus, ConsoleStatus, DeviceStatus, NicStatus, Owner, Protection, RestartStatus, SandboxStatus,
+    Unchecked, Vm, VmDeviceStats, VmDiskStats, VmNicStats, VmStats, VmStatus,
 };
 use services::{console, vmm_process::VmDirectory};
 
+use crate::nics;
 use crate::vm::{
     VmHandle,
     record::{Claim, macs},
@@ -62,6 +63,12 @@ pub(super) fn vm(
         }
     };
     let sandbox = SandboxStatus { off };
+    let runs = status.run.process.is_some();
+    let nics = spec.nics.iter().enumerate().map(|(number, nic)| NicStatus {
+        id: nic.id.clone(),
+        mac: nics::address(record.id, nic),
+        interface: nics::interface(record.id, number, nic).filter(|_| runs),
+    });
     let console = console::Reader::open(&directory.console()).and_then(|ring| ring.count());
     Vm {
         id: record.id,
@@ -80,6 +87,7 @@ pub(super) fn vm(
             lease: status.lease,
             adapters: adapters.collect(),
             devices: devices.collect(),
+            nics: nics.collect(),
             console: console.map_or_else(
                 |_| ConsoleStatus::default(),
                 |end| ConsoleStatus { start: end.saturating_sub(console::CAPACITY), end },
@@ -111,9 +119,14 @@ pub(super) fn stats(handle: &VmHandle, stats: protocol::Stats) -> VmStats {
         let counters = stats.disks.get(disk.id.as_str())?;
         Some((disk.id.to_string(), disk_stats(counters)))
     });
+    let nics = record.value.spec.nics.iter().filter_map(|nic| {
+        let counters = stats.nics.get(nic.id.as_str())?;
+        Some((nic.id.to_string(), nic_stats(counters)))
+    });
     VmStats {
         devices: devices.collect(),
         disks: disks.collect(),
+        nics: nics.collect(),
         exits: stats.exits,
         memory: stats.memory,
         boots: stats.boots,
@@ -131,6 +144,17 @@ fn disk_stats(disk: &protocol::DiskStats) -> VmDiskStats {
         written_bytes: disk.written_bytes,
         errors: disk.errors,
         busy_ns: disk.busy_ns,
+    }
+}
+
+fn nic_stats(nic: &protocol::NicStats) -> VmNicStats {
+    VmNicStats {
+        received: nic.received,
+        received_bytes: nic.received_bytes,
+        sent: nic.sent,
+        sent_bytes: nic.sent_bytes,
+        dropped: nic.dropped,
+        refused: nic.refused,
     }
 }
 

@@ -7,9 +7,10 @@ use std::{collections::HashSet, fs::File, os::fd::OwnedFd, time::Duration};
 use api::{
     Caller,
     problem::{Problem, ProblemCode},
-    types::{DiskFormat, DiskSpec, Protection, Stage, VmSpec},
+    types::{DiskFormat, DiskSpec, NicSpec, Protection, Stage, VmSpec},
 };
 use failpoints::{Point, reach};
+use netpolicy::MacAddress;
 use protocol::{DeviceSpec, MachineSpec, Order, State, files as file};
 use services::problem::ToProblem;
 use services::vmm_process::{Allowance, Connection, Event, Process, VmDirectory, limit_memlock, spawn};
@@ -27,7 +28,7 @@ use crate::{
     disks::{self, Directories, Opened},
     environment::Environment,
     files::{self, Purpose},
-    sandbox,
+    nics, sandbox,
     vm::record::VmRecord,
 };
 
@@ -44,6 +45,8 @@ pub(super) struct Files {
     initramfs: Option<File>,
     /// In the order of the specification, each with its backing files.
     disks: Vec<Opened>,
+    /// In the order of the specification.
+    nics: Vec<nics::Opened>,
 }
 
 /// Opens the files of the machine. All of `rights` must be able to read each boot file, and to use each disk.
@@ -84,10 +87,11 @@ pub(super) async fn open_files(
                 ),
             )
         })?;
-        Ok(Files { kvm, kernel, initramfs, disks: Vec::new() })
+        Ok(Files { kvm, kernel, initramfs, disks: Vec::new(), nics: Vec::new() })
     };
     let files = blocking(open).await?;
-    Ok(Files { disks: open_disks(env, rights, vm, spec).await?, ..files })
+    let disks = open_disks(env, rights, vm, spec).await?;
+    Ok(Files { disks, nics: open_nics(env, vm, spec).await?, ..files })
 }
 
 /// Runs work that blocks.
@@ -117,6 +121,14 @@ async fn open_disks(
         Err(problem) if problem.code == ProblemCode::DiskInUse => open(disks_of_others(env, vm).await).await,
         result => result,
     }
+}
+
+async fn open_nics(env: &Environment, vm: Uuid, spec: &VmSpec) -> Result<Vec<nics::Opened>, Problem> {
+    if spec.nics.is_empty() {
+        return Ok(Vec::new());
+    }
+    let (allowed, spec) = (env.interfaces.clone(), spec.clone());
+    blocking(move || nics::open_all(&allowed, vm, &spec)).await
 }
 
 /// The disks of the VMs that have a process, by the names of the VMs.
@@ -237,9 +249,17 @@ pub(super) async fn run(
         let own = [(file::disk(&id), opened.file)];
         own.into_iter().chain(backing.map(move |(number, backing)| (file::backing(&id, number), backing)))
     });
+    let specs: Vec<_> =
+        vm.value.spec.nics.iter().zip(&files.nics).map(|(spec, opened)| nic(spec, opened)).collect();
+    let nics = vm.value.spec.nics.iter().zip(files.nics).flat_map(|(spec, opened)| {
+        let id = spec.id.to_string();
+        let queues = opened.queues.into_iter().enumerate();
+        queues.map(move |(number, queue)| (file::nic(&id, number), queue))
+    });
     let (mut names, mut fds): (Vec<String>, Vec<OwnedFd>) = own
         .map(|(name, file)| (name.to_owned(), file))
         .chain(disks)
+        .chain(nics)
         .map(|(name, file)| (name, OwnedFd::from(file)))
         .unzip();
     let mut devices = Vec::new();
@@ -252,7 +272,8 @@ pub(super) async fn run(
         let adapter = claim.value.adapter.as_ref().map(|vf| vf.id.to_string());
         devices.push(DeviceSpec { bdf, backend: device.backend, adapter });
     }
-    let spec = Box::new(machine(vm, initramfs, devices, user, &env.protections_off()));
+    let spec = machine(vm, initramfs, devices, user, &env.protections_off());
+    let spec = Box::new(MachineSpec { nics: specs, ..spec });
     connection
         .order(Order::Configure { spec, files: names }, fds, CONFIGURE)
         .await
@@ -295,6 +316,7 @@ fn machine(
         cmdline: spec.boot.cmdline.clone(),
         initramfs,
         disks: spec.disks.iter().map(disk).collect(),
+        nics: Vec::new(),
         entropy: spec.entropy,
         devices,
         sandbox: sandbox::spec(user, off),
@@ -316,6 +338,15 @@ fn disk(spec: &DiskSpec) -> protocol::DiskSpec {
         read_only: spec.read_only,
         serial: spec.serial().to_owned(),
         discard: spec.discard,
+    }
+}
+
+fn nic(spec: &NicSpec, opened: &nics::Opened) -> protocol::NicSpec {
+    protocol::NicSpec {
+        id: spec.id.to_string(),
+        mac: MacAddress::new(opened.mac.octets()),
+        mtu: opened.mtu,
+        queues: spec.queues,
     }
 }
 

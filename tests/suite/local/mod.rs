@@ -17,6 +17,7 @@ mod life;
 mod load;
 mod machine;
 mod network;
+mod nics;
 mod observe;
 mod page;
 mod progress;

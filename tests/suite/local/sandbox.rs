@@ -14,7 +14,8 @@ use serde_json::json;
 use crate::fixture::{
     Agent, Options, SmallGuest,
     attack::{
-        Outcome, adapter, agent, agent_with, attempt, attempt_and_leave, attempt_by_simulated_pf, report,
+        FILTERS_ALONE, Outcome, adapter, agent, agent_with, attempt, attempt_and_leave,
+        attempt_by_simulated_pf, report,
     },
     host,
 };
@@ -50,8 +51,7 @@ const ATTEMPTS: [&str; 24] = [
 /// Attacks that reach nothing outside of the process: only the filters stop them.
 const CONVENIENCES: [&str; 4] = ["map_code", "memory_file", "io_uring", "socket_pair"];
 
-/// The sandbox without one of its layers, or with one alone.
-const FILTERS_ALONE: &[&str] = &["own_user", "namespaces", "empty_root", "limits", "landlock"];
+/// The sandbox without one of its layers, or with one alone; [`FILTERS_ALONE`] is another.
 const USER_ALONE: &[&str] = &["seccomp", "landlock"];
 const LANDLOCK_ALONE: &[&str] = &["own_user", "namespaces", "empty_root", "limits", "seccomp"];
 const NOTHING: &[&str] = &["own_user", "namespaces", "empty_root", "limits", "seccomp", "landlock"];

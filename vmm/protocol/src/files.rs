@@ -36,6 +36,12 @@ pub fn backing(id: &str, number: usize) -> String {
     format!("disk:{id}:{number}")
 }
 
+/// The name of a file of a NIC's interface. `number` is that of the pair of queues, from 0.
+#[must_use]
+pub fn nic(id: &str, number: usize) -> String {
+    format!("nic:{id}:{number}")
+}
+
 /// Errors of a machine's files. All are bugs of the agent, which sends the files.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum FileError {

@@ -251,6 +251,8 @@ pub struct MachineSpec {
     pub devices: Vec<DeviceSpec>,
     /// Disks, in the order of their slots, behind those of the functions.
     pub disks: Vec<DiskSpec>,
+    /// NICs, in the order of their slots, behind those of the disks.
+    pub nics: Vec<NicSpec>,
     /// Whether the guest has a source of random numbers.
     pub entropy: bool,
     /// The sandbox that the process enters after it has opened its devices.
@@ -273,6 +275,19 @@ pub struct DiskSpec {
     pub serial: String,
     /// The guest may give the host's room back.
     pub discard: bool,
+}
+
+/// One NIC of a machine. The files of its interface come beside the command ([`files::nic`](super::files::nic)).
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct NicSpec {
+    /// The NIC's name.
+    pub id: String,
+    /// Its address.
+    pub mac: MacAddress,
+    /// The MTU that the guest uses.
+    pub mtu: u16,
+    /// Pairs of queues, 1 to 4: as many files.
+    pub queues: u8,
 }
 
 /// The formats of disks.
@@ -458,6 +473,9 @@ pub struct Stats {
     /// Counters of each disk, by its name. Agents that do not know disks have VMs without.
     #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
     pub disks: BTreeMap<String, DiskStats>,
+    /// Counters of each NIC, by its name. Agents that do not know NICs have VMs without.
+    #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
+    pub nics: BTreeMap<String, NicStats>,
     /// Guest memory in bytes.
     pub memory: u64,
     /// Boots so far.
@@ -485,6 +503,23 @@ pub struct DiskStats {
     pub errors: u64,
     /// Nanoseconds in which the host's file was busy.
     pub busy_ns: u64,
+}
+
+/// Counters of one NIC.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct NicStats {
+    /// Frames that the guest has received.
+    pub received: u64,
+    /// Their bytes.
+    pub received_bytes: u64,
+    /// Frames that the guest has sent.
+    pub sent: u64,
+    /// Their bytes.
+    pub sent_bytes: u64,
+    /// Frames that were lost.
+    pub dropped: u64,
+    /// Requests of the driver that were refused.
+    pub refused: u64,
 }
 
 /// Counters of one assigned function.

@@ -61,12 +61,12 @@ fn read(counters: &Counters) -> DiskStats {
     }
 }
 
-fn failed(device: &str) -> impl FnOnce(Box<dyn Error + Send + Sync>) -> BoardError {
+pub(super) fn failed(device: &str) -> impl FnOnce(Box<dyn Error + Send + Sync>) -> BoardError {
     move |source| BoardError::Device { device: device.to_owned(), source }
 }
 
 /// Makes a function, and puts it on the bus.
-fn insert(
+pub(super) fn insert(
     board: &Board,
     parts: &mut Parts<'_>,
     identity: Identity,

@@ -247,6 +247,7 @@ impl Fixture {
             initramfs: false,
             devices,
             disks: Vec::new(),
+            nics: Vec::new(),
             entropy: false,
             sandbox: SandboxSpec::of_threads(),
         }

@@ -113,6 +113,54 @@ impl Disks {
     }
 }
 
+#[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
+struct OfNic {
+    vm: String,
+    nic: String,
+}
+
+#[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
+struct OfNicDirection {
+    vm: String,
+    nic: String,
+    direction: Word,
+}
+
+/// The series of NICs.
+#[derive(Default)]
+struct Nics {
+    frames: Family<OfNicDirection, Counter>,
+    bytes: Family<OfNicDirection, Counter>,
+    dropped: Family<OfNic, Counter>,
+    refused: Family<OfNic, Counter>,
+}
+
+impl Nics {
+    fn add(&self, vm: &str, stats: &VmStats) {
+        for (nic, counters) in &stats.nics {
+            let of = || OfNic { vm: vm.to_owned(), nic: nic.clone() };
+            for (direction, frames, bytes) in [
+                ("received", counters.received, counters.received_bytes),
+                ("sent", counters.sent, counters.sent_bytes),
+            ] {
+                let direction = Word(direction);
+                let of = OfNicDirection { vm: vm.to_owned(), nic: nic.clone(), direction };
+                self.frames.get_or_create(&of).inc_by(frames);
+                self.bytes.get_or_create(&of).inc_by(bytes);
+            }
+            self.dropped.get_or_create(&of()).inc_by(counters.dropped);
+            self.refused.get_or_create(&of()).inc_by(counters.refused);
+        }
+    }
+
+    fn register(self, registry: &mut Registry) {
+        registry.register("vm_nic_frames", "Frames of guests' NICs", self.frames);
+        registry.register_with_unit("vm_nic_transferred", "Data of these frames", Unit::Bytes, self.bytes);
+        registry.register("vm_nic_dropped_frames", "Frames that host or guest did not take", self.dropped);
+        registry.register("vm_nic_refused_requests", "Refused requests of NICs' drivers", self.refused);
+    }
+}
+
 /// Every state, so that each has a series while no VM is in it, too.
 const STATES: [VmState; 8] = [
     VmState::Defined,
@@ -133,7 +181,7 @@ pub(super) fn registry(vms: &[Vm]) -> Registry {
     let exits = Family::<OfExit, Counter>::default();
     let boots = Family::<OfVm, Counter>::default();
     let messages = Family::<OfMessage, Counter>::default();
-    let disks = Disks::default();
+    let (disks, nics) = (Disks::default(), Nics::default());
     for state in STATES {
         drop(states.get_or_create(&OfState { state: Word(state.as_str()) }));
     }
@@ -150,6 +198,7 @@ pub(super) fn registry(vms: &[Vm]) -> Registry {
             exits.get_or_create(&OfExit { vm: vm.name.clone(), reason }).inc_by(count);
         }
         disks.add(&vm.name, stats);
+        nics.add(&vm.name, stats);
         let mut all = BTreeMap::new();
         for (kind, count) in stats.devices.values().flat_map(|device| &device.mailbox) {
             let sum: &mut u64 = all.entry(kind.clone()).or_default();
@@ -172,6 +221,7 @@ pub(super) fn registry(vms: &[Vm]) -> Registry {
     registry.register("vm_boots", "Boots and reboots of a VM's process", boots);
     registry.register("vm_exits", "KVM exits to user space of all vCPUs", exits);
     disks.register(&mut registry);
+    nics.register(&mut registry);
     registry.register("vm_mailbox_messages", "Mailbox messages of a VM's adapters", messages);
     registry
 }

@@ -1,0 +1,261 @@
+// SPDX-License-Identifier: Apache-2.0
+
+//! The interfaces of VMs' NICs: taps on bridges, taps and macvtaps.
+//!
+//! A tap that the agent makes lives as long as its files are open, that is, as long as the vmm. So
+//! nothing is left behind, whichever process ends first.
+
+mod tap;
+
+use std::{fs, fs::File, io, os::unix::fs::MetadataExt as _, path::Path, path::PathBuf};
+
+use api::{
+    problem::{Problem, ProblemCode},
+    types::{NicInterface, NicSpec, UnicastMac, VmSpec},
+};
+use netpolicy::MacAddress;
+use sriov::join_bridge;
+use uuid::Uuid;
+
+use self::tap::Way;
+use crate::vm::record::generated_mac;
+
+const INTERFACES: &str = "/sys/class/net";
+const TUN: &str = "/dev/net/tun";
+/// The kernel's flag of a tap in `tun_flags` (`IFF_TAP`).
+const IS_TAP: u32 = 2;
+/// The MTU of an interface that does not say one.
+const MTU: u16 = 1500;
+
+/// The open interface of a NIC.
+#[derive(Debug)]
+pub struct Opened {
+    /// Its address.
+    pub mac: UnicastMac,
+    /// Its MTU.
+    pub mtu: u16,
+    /// A file for each pair of queues.
+    pub queues: Vec<File>,
+}
+
+/// The name of the tap that the agent makes for NIC `number` of a VM on a bridge. Other VMs have other names.
+#[must_use]
+pub fn tap_name(vm: Uuid, number: usize) -> String {
+    let [a, b, c, d, e, ..] = *vm.as_bytes();
+    format!("pc{a:02x}{b:02x}{c:02x}{d:02x}{e:02x}n{number}")
+}
+
+/// The address that a NIC has, if the specification or the VM's id says it.
+#[must_use]
+pub fn address(vm: Uuid, nic: &NicSpec) -> Option<UnicastMac> {
+    let generated = || match nic.interface() {
+        Some(NicInterface::Macvtap(_)) => None,
+        // An adapter of the same id has another address.
+        _ => format!("nic.{}", nic.id).parse().ok().map(|id| generated_mac(vm, &id)),
+    };
+    nic.mac.or_else(generated)
+}
+
+/// The interface of the host that carries the frames of NIC `number`.
+#[must_use]
+pub fn interface(vm: Uuid, number: usize, nic: &NicSpec) -> Option<String> {
+    match nic.interface()? {
+        NicInterface::Bridge(_) => Some(tap_name(vm, number)),
+        NicInterface::Tap(name) | NicInterface::Macvtap(name) => Some(name.to_owned()),
+    }
+}
+
+/// Opens the interfaces of a VM's NICs, in their order. `allowed` are the interfaces that VMs may use. Blocks: not for async
+/// code.
+///
+/// # Errors
+/// A problem with the field of the first NIC that cannot be used. The taps of those before it are gone then.
+pub fn open_all(allowed: &[String], vm: Uuid, spec: &VmSpec) -> Result<Vec<Opened>, Problem> {
+    let open = |(number, nic): (usize, &NicSpec)| {
+        let Some(interface) = nic.interface() else {
+            return Err(Problem::new(ProblemCode::Internal, "The NIC has no interface."));
+        };
+        let at = |(code, detail): Failed| {
+            let field = format!("nics[{number}].{}", interface.kind());
+            Problem { field: Some(field.into()), ..Problem::new(code, detail) }
+        };
+        if !allowed.iter().any(|name| name == interface.name()) {
+            let detail = format!(
+                "VMs may not use the interface {0}: start the agent with --interface {0}.",
+                interface.name()
+            );
+            return Err(at((ProblemCode::InterfaceNotAllowed, detail)));
+        }
+        open(vm, number, nic, interface).map_err(at)
+    };
+    spec.nics.iter().enumerate().map(open).collect()
+}
+
+type Failed = (ProblemCode, String);
+
+fn missing(interface: NicInterface<'_>) -> Failed {
+    let (name, kind) = (interface.name(), interface.kind());
+    let cure = match interface {
+        NicInterface::Bridge(_) => format!("ip link add {name} type bridge && ip link set {name} up"),
+        NicInterface::Tap(_) => format!("ip tuntap add {name} mode tap vnet_hdr"),
+        NicInterface::Macvtap(_) => format!("ip link add link UPLINK name {name} type macvtap mode bridge"),
+    };
+    (
+        ProblemCode::InterfaceNotFound,
+        format!("There is no {kind} called {name} on the host: make it (`{cure}`)."),
+    )
+}
+
+fn unusable(interface: NicInterface<'_>, cause: impl std::fmt::Display, cure: &str) -> Failed {
+    let detail = format!("The {} {} cannot be used ({cause}): {cure}.", interface.kind(), interface.name());
+    (ProblemCode::InterfaceUnusable, detail)
+}
+
+fn attribute(name: &str, attribute: &str) -> Option<String> {
+    fs::read_to_string(Path::new(INTERFACES).join(name).join(attribute))
+        .ok()
+        .map(|text| text.trim().to_owned())
+}
+
+fn index(name: &str) -> Option<u32> {
+    attribute(name, "ifindex")?.parse().ok()
+}
+
+fn mtu(name: &str) -> u16 {
+    attribute(name, "mtu").and_then(|mtu| mtu.parse().ok()).unwrap_or(MTU)
+}
+
+fn open(vm: Uuid, number: usize, nic: &NicSpec, interface: NicInterface<'_>) -> Result<Opened, Failed> {
+    match interface {
+        NicInterface::Bridge(bridge) => on_bridge(vm, number, nic, interface, bridge),
+        NicInterface::Tap(name) => {
+            let flags = attribute(name, "tun_flags").ok_or_else(|| missing(interface))?;
+            let flags = u32::from_str_radix(flags.trim_start_matches("0x"), 16).unwrap_or_default();
+            if flags & IS_TAP == 0 {
+                return Err(unusable(
+                    interface,
+                    "it is a tun interface",
+                    "make a tap (`ip tuntap add … mode tap`)",
+                ));
+            }
+            let mac = address(vm, nic).ok_or_else(|| missing(interface))?;
+            let queues = queues(Path::new(TUN), name, nic.queues, Way::Existing)
+                .map_err(|error| unusable(interface, busy(&error), cure(&error)))?;
+            Ok(Opened { mac, mtu: nic.mtu.unwrap_or_else(|| mtu(name)), queues })
+        }
+        NicInterface::Macvtap(name) => {
+            let node = macvtap_node(name).ok_or_else(|| missing(interface))?;
+            let own = attribute(name, "address").and_then(|mac| mac.parse::<UnicastMac>().ok());
+            let own = own.ok_or_else(|| missing(interface))?;
+            if nic.mac.is_some_and(|mac| mac != own) {
+                let cure = "leave out mac, or give the interface that address (`ip link set … address`)";
+                return Err(unusable(interface, format!("its address is {own}"), cure));
+            }
+            let queues = queues(&node, name, nic.queues, Way::Existing)
+                .map_err(|error| unusable(interface, busy(&error), cure(&error)))?;
+            Ok(Opened { mac: own, mtu: nic.mtu.unwrap_or_else(|| mtu(name)), queues })
+        }
+    }
+}
+
+/// Makes a tap on a bridge.
+fn on_bridge(
+    vm: Uuid,
+    number: usize,
+    nic: &NicSpec,
+    interface: NicInterface<'_>,
+    bridge: &str,
+) -> Result<Opened, Failed> {
+    let is_bridge = Path::new(INTERFACES).join(bridge).join("bridge").is_dir();
+    let bridge_index = index(bridge).filter(|_| is_bridge).ok_or_else(|| missing(interface))?;
+    let mac = address(vm, nic).ok_or_else(|| missing(interface))?;
+    let mtu = nic.mtu.unwrap_or_else(|| mtu(bridge));
+    let name = tap_name(vm, number);
+    let cure = "load the module tun, and run the agent as root or with CAP_NET_ADMIN";
+    let queues = queues(Path::new(TUN), &name, nic.queues, Way::New)
+        .map_err(|error| unusable(interface, format!("no tap {name}: {error}"), cure))?;
+    let own =
+        index(&name).ok_or_else(|| unusable(interface, format!("the tap {name} is gone"), "try again"))?;
+    join_bridge(bridge_index, own, MacAddress::new(mac.octets()), mtu.into()).map_err(|error| {
+        unusable(interface, text::chain(&error), "check that it takes another port with this address and MTU")
+    })?;
+    Ok(Opened { mac, mtu, queues })
+}
+
+fn queues(node: &Path, name: &str, count: u8, way: Way) -> io::Result<Vec<File>> {
+    // Only the first one makes the interface.
+    let way_of = |number| if number == 0 { way } else { Way::Existing };
+    (0..count).map(|number| tap::queue(node, name, count > 1, way_of(number))).collect()
+}
+
+fn busy(error: &io::Error) -> String {
+    match error.raw_os_error() {
+        Some(libc::EBUSY) => "another process has it open".to_owned(),
+        Some(libc::EINVAL) => "it was made for another number of queues".to_owned(),
+        _ => error.to_string(),
+    }
+}
+
+fn cure(error: &io::Error) -> &'static str {
+    match error.raw_os_error() {
+        Some(libc::EBUSY) => "end that process, or name another interface",
+        Some(libc::EINVAL) => "make it with `multi_queue` exactly if the NIC has several queues",
+        _ => "let the agent open its device node",
+    }
+}
+
+/// The device node of a macvtap interface, `/dev/tapN`.
+fn macvtap_node(name: &str) -> Option<PathBuf> {
+    let node = PathBuf::from(format!("/dev/tap{}", index(name)?));
+    let kernel = fs::read_dir(Path::new(INTERFACES).join(name).join("macvtap")).ok()?.flatten().next()?;
+    let numbers = fs::read_to_string(kernel.path().join("dev")).ok()?;
+    let (major, minor) = numbers.trim().split_once(':')?;
+    let wanted = rustix::fs::makedev(major.parse().ok()?, minor.parse().ok()?);
+    // A node that somebody left there could be any device.
+    (fs::metadata(&node).ok()?.rdev() == wanted).then_some(node)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn spec(nic: serde_json::Value) -> VmSpec {
+        serde_json::from_value(serde_json::json!({
+            "name": "web1", "memory": "2MiB", "boot": { "kernel": "k" }, "nics": [nic],
+        }))
+        .unwrap()
+    }
+
+    #[test]
+    fn interfaces_are_those_that_the_operator_allows() {
+        let check = |allowed: &[&str], nic: serde_json::Value| {
+            let allowed: Vec<String> = allowed.iter().map(|name| (*name).to_owned()).collect();
+            let problem = open_all(&allowed, Uuid::nil(), &spec(nic)).unwrap_err();
+            (problem.code, problem.field.unwrap().into_string())
+        };
+        let (lo, none) = (|kind: &str| serde_json::json!({ "id": "n", kind: "lo" }), "pcnone0");
+        for kind in ["bridge", "tap", "macvtap"] {
+            let field = format!("nics[0].{kind}");
+            assert_eq!(check(&[none], lo(kind)), (ProblemCode::InterfaceNotAllowed, field.clone()));
+            assert_eq!(
+                check(&["lo"], lo(kind)),
+                (ProblemCode::InterfaceNotFound, field.clone()),
+                "it is none"
+            );
+            let absent = serde_json::json!({ "id": "n", kind: none });
+            assert_eq!(check(&[none], absent), (ProblemCode::InterfaceNotFound, field));
+        }
+    }
+
+    #[test]
+    fn names_and_addresses_never_change() {
+        let vm = Uuid::from_u128(0x0123_4567_89ab_cdef_0123_4567_89ab_cdef);
+        assert_eq!(tap_name(vm, 7), "pc0123456789n7");
+        let nic = spec(serde_json::json!({ "id": "eth0", "bridge": "br0" })).nics.remove(0);
+        let mac = address(vm, &nic).unwrap();
+        assert_eq!(mac.to_string(), "7e:53:90:4b:bd:42");
+        assert_ne!(mac, generated_mac(vm, &nic.id), "that of an adapter with this id");
+        let macvtap = spec(serde_json::json!({ "id": "eth0", "macvtap": "mv0" })).nics.remove(0);
+        assert_eq!(address(vm, &macvtap), None, "the interface has one");
+    }
+}
