@@ -13,5 +13,6 @@ pub mod host_pfs;
 pub mod inventory;
 pub mod log;
 pub mod sandbox;
+pub mod seed;
 pub mod sim;
 pub mod vm;

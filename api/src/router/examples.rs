@@ -21,7 +21,7 @@ fn vm() -> Option<Vm> {
         name: "web1".parse().ok()?,
         revision: 3,
         created: moment(0),
-        spec: spec()?,
+        spec: spec()?.masked(),
         status: VmStatus {
             state: VmState::Running,
             since: moment(5),
@@ -91,6 +91,10 @@ fn spec() -> Option<VmSpec> {
             discard: true,
         }],
         entropy: false,
+        cloud_init: Some(CloudInitSpec {
+            user_data: Some(Secret::new("#cloud-config\nhostname: web1\n".to_owned())),
+            ..CloudInitSpec::default()
+        }),
         restart: RestartPolicy::OnFailure,
         autostart: true,
         limits: None,

@@ -7,6 +7,7 @@
 //! (the actual state).
 
 mod cause;
+mod cloud_init;
 mod disk;
 mod event;
 mod host;
@@ -17,10 +18,12 @@ mod page;
 mod policy;
 mod ranges;
 pub(crate) mod schema;
+mod secret;
 mod stats;
 mod values;
 mod vm;
 
+pub use cloud_init::*;
 pub use disk::*;
 pub use event::*;
 pub use host::*;
@@ -29,6 +32,7 @@ pub use object::*;
 pub use operation::*;
 pub use page::*;
 pub use policy::*;
+pub use secret::*;
 pub use stats::*;
 pub use values::*;
 pub use vm::*;

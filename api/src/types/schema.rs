@@ -158,6 +158,7 @@ impl PartialSchema for VmPatch {
             match name.as_str() {
                 "boot" => *schema = patch_members(patch_of::<super::BootSpec>()),
                 "limits" => *schema = or_null(patch_members(patch_of::<super::VmLimits>())),
+                "cloud_init" => *schema = or_null(patch_members(patch_of::<super::CloudInitSpec>())),
                 _ => {}
             }
         }

@@ -7,8 +7,8 @@ use utoipa::ToSchema;
 use uuid::Uuid;
 
 use super::{
-    Bdf, ByteSize, DiskSpec, Name, RestartPolicy, RestartStatus, Timestamp, Unchecked, UnicastMac, VmLease,
-    VmOperation, ranges,
+    Bdf, ByteSize, CloudInitSpec, DiskSpec, Name, RestartPolicy, RestartStatus, Timestamp, Unchecked,
+    UnicastMac, VmLease, VmOperation, ranges,
 };
 use crate::problem::{Problem, ProblemCode};
 
@@ -54,13 +54,16 @@ pub struct VmSpec {
     #[serde(default)]
     #[schema(max_items = 16, value_type = std::collections::BTreeSet<super::schema::DeviceBdf>)]
     pub devices: Vec<Bdf>,
-    /// Disks. At most 31 together with `adapters`, `devices` and `entropy`: the slots of the guest's bus.
+    /// Disks. At most 31 together with `adapters`, `devices`, `entropy` and `cloud_init`: the slots of the guest's bus.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     #[schema(max_items = 16)]
     pub disks: Vec<DiskSpec>,
     /// The guest has a source of random numbers (virtio-rng).
     #[serde(default, skip_serializing_if = "std::ops::Not::not")]
     pub entropy: bool,
+    /// The texts that cloud-init reads in the guest. They may be changed while the VM runs: for its next boot by the agent.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub cloud_init: Option<CloudInitSpec>,
     /// The reaction to its end, unless a request ended it. It may be changed while the VM runs.
     #[serde(default, skip_serializing_if = "RestartPolicy::is_default")]
     pub restart: RestartPolicy,
@@ -69,7 +72,7 @@ pub struct VmSpec {
     #[serde(default, skip_serializing_if = "std::ops::Not::not")]
     pub autostart: bool,
     /// The limits of its process on the host. Without them it may use all free processor time, and memory up to a default: the
-    /// guest's and a sixteenth of it, 64 MiB, 1 MiB for each CPU, 4 MiB for each function, and 16 MiB for each disk.
+    /// guest's and a sixteenth of it, 64 MiB, 1 MiB for each CPU, 4 MiB for each function, and 16 MiB for each disk, with that of `cloud_init`.
     #[serde(default, deserialize_with = "limits_if_any", skip_serializing_if = "Option::is_none")]
     pub limits: Option<VmLimits>,
 }
@@ -189,11 +192,15 @@ impl VmSpec {
         self.check_limits()?;
         self.check_functions()?;
         super::disk::check(&self.disks)?;
+        if let Some(seed) = &self.cloud_init {
+            super::cloud_init::check(seed, &self.disks)?;
+        }
         let functions = self.adapters.len().saturating_add(self.devices.len());
-        let slots = functions.saturating_add(self.disks.len()).saturating_add(self.entropy.into());
-        if slots > MAX_SLOTS {
+        let others = usize::from(self.entropy).saturating_add(self.cloud_init.is_some().into());
+        if functions.saturating_add(self.disks.len()).saturating_add(others) > MAX_SLOTS {
             let detail = format!(
-                "A VM has at most {MAX_SLOTS} adapters, devices, disks and sources of entropy together."
+                "A VM has at most {MAX_SLOTS} adapters, devices and disks together with its source of entropy and the \
+                 disk of cloud_init."
             );
             return Err(Problem::invalid("disks", detail));
         }

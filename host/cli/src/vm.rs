@@ -279,6 +279,16 @@ fn details(vm: &Vm) -> Vec<(String, String)> {
         lines
             .push((format!("disk {}", disk.id), format!("{} ({}){access}", disk.path, disk.format.as_str())));
     }
+    if let Some(seed) = &spec.cloud_init {
+        let texts = [
+            ("user data", &seed.user_data),
+            ("meta data", &seed.meta_data),
+            ("network configuration", &seed.network_config),
+        ];
+        let given: Vec<&str> =
+            texts.into_iter().filter(|(_, text)| text.is_some()).map(|(name, _)| name).collect();
+        lines.push(("cloud-init".to_owned(), given.join(", ")));
+    }
     for device in &status.devices {
         let group =
             device.iommu_group.map(|group| format!("IOMMU group {group}")).unwrap_or("assigned".to_owned());

@@ -7,7 +7,7 @@ use std::{collections::HashSet, fs::File, os::fd::OwnedFd, time::Duration};
 use api::{
     Caller,
     problem::{Problem, ProblemCode},
-    types::{DiskFormat, DiskSpec, Protection, Stage, VmSpec},
+    types::{DiskFormat, DiskSpec, Protection, SEED_SERIAL, Stage, VmSpec},
 };
 use failpoints::{Point, reach};
 use protocol::{DeviceSpec, MachineSpec, Order, State, files as file};
@@ -27,7 +27,7 @@ use crate::{
     disks::{self, Directories, Opened},
     environment::Environment,
     files::{self, Purpose},
-    sandbox,
+    sandbox, seed,
     vm::record::VmRecord,
 };
 
@@ -44,6 +44,8 @@ pub(super) struct Files {
     initramfs: Option<File>,
     /// In the order of the specification, each with its backing files.
     disks: Vec<Opened>,
+    /// The disk for cloud-init.
+    seed: Option<File>,
 }
 
 /// Opens the files of the machine. All of `rights` must be able to read each boot file, and to use each disk.
@@ -54,7 +56,8 @@ pub(super) async fn open_files(
     spec: &VmSpec,
 ) -> Result<Files, Problem> {
     let (kvm, dirs, boot) = (env.kvm.clone(), env.image_dirs.clone(), spec.boot.clone());
-    let (memory, all) = (spec.memory, rights.clone());
+    let (memory, all, name, texts) =
+        (spec.memory, rights.clone(), spec.name.clone(), spec.cloud_init.clone());
     let open = move || {
         let open = |what: BootFile, path: &str| {
             files::open_for_all(&all, Purpose::Boot, &dirs, path).map_err(|error| what.problem(&error))
@@ -84,7 +87,14 @@ pub(super) async fn open_files(
                 ),
             )
         })?;
-        Ok(Files { kvm, kernel, initramfs, disks: Vec::new() })
+        let seed = texts.map(|texts| seed::seed(vm, &name, &texts)).transpose().map_err(|error| {
+            let detail = format!("The disk for cloud-init cannot be made in memory ({error}): try again.");
+            Problem {
+                field: Some("cloud_init".into()),
+                ..Problem::new(ProblemCode::MemoryUnavailable, detail)
+            }
+        })?;
+        Ok(Files { kvm, kernel, initramfs, disks: Vec::new(), seed })
     };
     let files = blocking(open).await?;
     Ok(Files { disks: open_disks(env, rights, vm, spec).await?, ..files })
@@ -228,7 +238,7 @@ pub(super) async fn run(
         return Err(Problem::new(ProblemCode::VmmFailed, "A new vmm process reports a wrong state."));
     }
     enter(Stage::BuildingMachine);
-    let initramfs = files.initramfs.is_some();
+    let (initramfs, seeded) = (files.initramfs.is_some(), files.seed.is_some());
     let own = [(file::KVM, files.kvm), (file::CONSOLE, console), (file::KERNEL, files.kernel)];
     let own = own.into_iter().chain(files.initramfs.map(|initramfs| (file::INITRAMFS, initramfs)));
     let disks = vm.value.spec.disks.iter().zip(files.disks).flat_map(|(spec, opened)| {
@@ -240,6 +250,7 @@ pub(super) async fn run(
     let (mut names, mut fds): (Vec<String>, Vec<OwnedFd>) = own
         .map(|(name, file)| (name.to_owned(), file))
         .chain(disks)
+        .chain(files.seed.map(|seed| (file::disk(file::SEED), seed)))
         .map(|(name, file)| (name, OwnedFd::from(file)))
         .unzip();
     let mut devices = Vec::new();
@@ -252,7 +263,9 @@ pub(super) async fn run(
         let adapter = claim.value.adapter.as_ref().map(|vf| vf.id.to_string());
         devices.push(DeviceSpec { bdf, backend: device.backend, adapter });
     }
-    let spec = Box::new(machine(vm, initramfs, devices, user, &env.protections_off()));
+    let mut spec = Box::new(machine(vm, initramfs, devices, user, &env.protections_off()));
+    // Not by the specification: an edit may have given it texts since the files were opened.
+    spec.disks.extend(seeded.then(seed_disk));
     connection
         .order(Order::Configure { spec, files: names }, fds, CONFIGURE)
         .await
@@ -305,6 +318,18 @@ fn format(format: DiskFormat) -> protocol::DiskFormat {
     match format {
         DiskFormat::Raw => protocol::DiskFormat::Raw,
         DiskFormat::Qcow2 => protocol::DiskFormat::Qcow2,
+    }
+}
+
+/// The disk for cloud-init, behind the others.
+fn seed_disk() -> protocol::DiskSpec {
+    protocol::DiskSpec {
+        id: file::SEED.to_owned(),
+        format: protocol::DiskFormat::Raw,
+        backing: Vec::new(),
+        read_only: true,
+        serial: SEED_SERIAL.to_owned(),
+        discard: false,
     }
 }
 

@@ -24,18 +24,26 @@ pub struct VmRecord {
     /// The author of the last write; None in a record of an older agent, which did not store it.
     #[serde(default)]
     pub author: Option<Author>,
-    /// The author of each part of `boot`, and of the disks, by the part's name. In a record of an older agent, `author`
-    /// stands for all of them.
+    /// The author of each part of `boot`, of the disks and of the texts for cloud-init, by the part's name. In a record of an
+    /// older agent, `author` stands for all of them.
     #[serde(default)]
     pub boot_authors: BTreeMap<String, Author>,
 }
 
-/// The parts of the specification that decide which contents of its files a guest can reveal. All but [`DISKS`] are those of
-/// `boot`.
-const BOOT_PARTS: [&str; 4] = ["kernel", "initramfs", "cmdline", DISKS];
+/// The parts of the specification that decide which contents of its files a guest can reveal. All but [`DISKS`] and
+/// [`CLOUD_INIT`] are those of `boot`.
+const BOOT_PARTS: [&str; 5] = ["kernel", "initramfs", "cmdline", DISKS, CLOUD_INIT];
 /// This part has an author only in the specification of a VM with disks. So a VM of an older agent, which knew no disks, boots
 /// with the same rights as before.
 const DISKS: &str = "disks";
+/// The same for a VM with texts for cloud-init, which can run any program in the guest.
+const CLOUD_INIT: &str = "cloud_init";
+
+/// The parts that the specification does not have.
+fn absent(spec: &VmSpec) -> Vec<&'static str> {
+    let parts = [(DISKS, spec.disks.is_empty()), (CLOUD_INIT, spec.cloud_init.is_none())];
+    parts.into_iter().filter(|(_, absent)| *absent).map(|(part, _)| part).collect()
+}
 
 impl VmRecord {
     /// A new VM. The writer of the specification is the author of all its parts.
@@ -60,6 +68,7 @@ impl VmRecord {
             old.initramfs != new.initramfs,
             old.cmdline != new.cmdline,
             self.spec.disks != spec.disks,
+            self.spec.cloud_init != spec.cloud_init,
         ];
         let mut boot_authors = self.clone().noted().boot_authors;
         for (part, _) in BOOT_PARTS.into_iter().zip(changed).filter(|(_, changed)| *changed) {
@@ -71,22 +80,22 @@ impl VmRecord {
     /// The record with an author for each part.
     fn noted(mut self) -> Self {
         let author = self.author.clone().unwrap_or_else(|| Author::Token { name: "unknown".to_owned() });
-        let has_disks = !self.spec.disks.is_empty();
-        for part in BOOT_PARTS.into_iter().filter(|part| has_disks || *part != DISKS) {
+        let absent = absent(&self.spec);
+        for part in BOOT_PARTS.into_iter().filter(|part| !absent.contains(part)) {
             self.boot_authors.entry(part.to_owned()).or_insert_with(|| author.clone());
         }
         self
     }
 
     /// The callers that must all be able to open each file of `boot` and each disk: the authors of these parts and, if a request leads
-    /// to the boot, its `caller`. A guest can reveal its files to the author of its kernel or command line. So no
-    /// author of one part gets at a file that this author could not read. While the authors are unknown, only image
+    /// to the boot, its `caller`. A guest can reveal its files to the author of its kernel, command line or texts for
+    /// cloud-init. So no author of one part gets at a file that this author could not read. While the authors are unknown, only image
     /// directories are open.
     #[must_use]
     pub fn boot_rights(&self, caller: Option<Caller>) -> Vec<Caller> {
         let mut authors = self.clone().noted().boot_authors;
-        if self.spec.disks.is_empty() {
-            authors.remove(DISKS);
+        for part in absent(&self.spec) {
+            authors.remove(part);
         }
         let mut all: Vec<Caller> = Vec::new();
         for who in authors.values().map(Author::caller).chain(caller) {
@@ -357,7 +366,7 @@ mod tests {
         let fields: Vec<String> =
             serde_json::to_value(&all).unwrap().as_object().unwrap().keys().cloned().collect();
         let mut parts = BOOT_PARTS.map(str::to_owned).to_vec();
-        parts.retain(|part| part != DISKS);
+        parts.retain(|part| ![DISKS, CLOUD_INIT].contains(&part.as_str()));
         parts.sort();
         assert_eq!(fields, parts);
     }
@@ -390,6 +399,26 @@ mod tests {
         );
         let old: VmRecord = serde_json::from_value(old.as_mut().unwrap().take()).unwrap();
         assert_eq!(rights(&old), rights(&plain));
+    }
+
+    /// The texts for cloud-init run programs in the guest, which can reveal each file.
+    #[test]
+    fn texts_for_cloud_init_have_an_author_of_their_own() {
+        let spec = |seed: serde_json::Value| -> VmSpec {
+            serde_json::from_value(serde_json::json!({
+                "name": "web1", "memory": "2MiB", "boot": { "kernel": "k" }, "cloud_init": seed,
+            }))
+            .unwrap()
+        };
+        let none = || spec(serde_json::Value::Null);
+        let plain = VmRecord::new(Timestamp::from_unix_ms(0), none(), &user(1000));
+        let with = plain.edited(spec(serde_json::json!({ "user_data": "a" })), &user(0));
+        assert_eq!(with.boot_rights(None), [user(0), user(1000)]);
+        let same = with.edited(VmSpec { cpus: 2, ..with.spec.clone() }, &user(2000));
+        assert_eq!(same.boot_rights(None), [user(0), user(1000)], "an edit of anything else");
+        let other = with.edited(spec(serde_json::json!({ "user_data": "b" })), &user(2000));
+        assert_eq!(other.boot_rights(None), [user(2000), user(1000)]);
+        assert_eq!(other.edited(none(), &user(0)).boot_rights(None), [user(1000)], "no texts, no author");
     }
 
     /// For each author of `boot`, later caller and verbs of that caller: a file is never opened without the rights of

@@ -24,6 +24,9 @@ pub fn connection(bdf: &str) -> String {
     format!("connection:{bdf}")
 }
 
+/// The name of the disk with the texts for cloud-init. No disk of a specification can have it.
+pub const SEED: &str = "CIDATA";
+
 /// The name of a disk's file. `id` is the disk's name.
 #[must_use]
 pub fn disk(id: &str) -> String {
