@@ -6,6 +6,7 @@ pub mod agent;
 pub mod backend;
 pub mod cgroup;
 pub mod command_line;
+pub mod credentials;
 pub mod disks;
 pub mod environment;
 pub mod files;

@@ -95,6 +95,10 @@ fn spec() -> Option<VmSpec> {
             user_data: Some(Secret::new("#cloud-config\nhostname: web1\n".to_owned())),
             ..CloudInitSpec::default()
         }),
+        credentials: BTreeMap::from([(
+            "ssh.authorized_keys.root".parse().ok()?,
+            Secret::new("ssh-ed25519 AAAA alice".to_owned()),
+        )]),
         restart: RestartPolicy::OnFailure,
         autostart: true,
         limits: None,

@@ -100,8 +100,8 @@ async fn get_vm(State(backend): State<Shared>, Named(vm): Named) -> Result<Respo
 
 /// Replaces a VM's specification.
 ///
-/// Another name renames it. Refused unless the VM is at rest; only `restart`, `autostart` and `cloud_init` may change while it
-/// runs. A text that is `(hidden)`, as answers have it, stays as it is stored. Its ports keep their ids, and keep their
+/// Another name renames it. Refused unless the VM is at rest; only `restart`, `autostart`, `cloud_init` and `credentials` may
+/// change while it runs. A text that is `(hidden)`, as answers have it, stays as it is stored. Its ports keep their ids, and keep their
 /// overrides as long as they stay in their port group.
 #[utoipa::path(put, path = "/v1/vms/{name}", tag = "vms", request_body = VmSpec,
     params(

@@ -66,10 +66,10 @@ impl VmSpec {
     }
 
     /// Whether the two describe the same running machine: a change between them is possible without a stop. The texts for
-    /// cloud-init are read at the next boot by the agent only.
+    /// cloud-init, and credentials, are read at the next boot by the agent only.
     pub fn same_machine(&self, other: &Self) -> bool {
-        let VmSpec { restart, autostart, cloud_init, .. } = self.clone();
-        *self == VmSpec { restart, autostart, cloud_init, ..other.clone() }
+        let VmSpec { restart, autostart, cloud_init, credentials, .. } = self.clone();
+        *self == VmSpec { restart, autostart, cloud_init, credentials, ..other.clone() }
     }
 }
 
@@ -108,7 +108,10 @@ mod tests {
     #[test]
     fn what_the_agent_does_with_a_vm_is_no_part_of_the_machine() {
         let cloud_init = Some(super::super::CloudInitSpec::default());
-        let life = VmSpec { restart: RestartPolicy::Always, autostart: true, cloud_init, ..spec() };
+        let credentials =
+            [("a".parse().unwrap(), super::super::Secret::new("b".to_owned()))].into_iter().collect();
+        let life =
+            VmSpec { restart: RestartPolicy::Always, autostart: true, cloud_init, credentials, ..spec() };
         assert!(life.same_machine(&spec()));
         assert!(!VmSpec { cpus: 2, ..life }.same_machine(&spec()));
     }

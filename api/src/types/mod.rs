@@ -8,6 +8,7 @@
 
 mod cause;
 mod cloud_init;
+mod credential;
 mod disk;
 mod event;
 mod host;
@@ -24,6 +25,7 @@ mod values;
 mod vm;
 
 pub use cloud_init::*;
+pub use credential::*;
 pub use disk::*;
 pub use event::*;
 pub use host::*;

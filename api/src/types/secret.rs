@@ -6,7 +6,7 @@ use std::fmt;
 
 use serde::{Deserialize, Serialize};
 
-use super::VmSpec;
+use super::{CredentialName, VmSpec};
 use crate::problem::Problem;
 
 /// A text that can hold secrets. Its serialized form is the text itself: for the store, and for a client's request. The agent
@@ -42,14 +42,22 @@ impl fmt::Debug for Secret {
     }
 }
 
+fn field_of(credential: &CredentialName) -> String {
+    format!("credentials.{credential}")
+}
+
 impl VmSpec {
     /// Its secrets, each with its field.
     fn secrets(&self) -> Vec<(String, &Secret)> {
-        self.cloud_init.iter().flat_map(|seed| seed.secrets()).collect()
+        let texts = self.cloud_init.iter().flat_map(|seed| seed.secrets());
+        let named = |(name, value)| (field_of(name), value);
+        texts.chain(self.credentials.iter().map(named)).collect()
     }
 
     fn secrets_mut(&mut self) -> Vec<(String, &mut Secret)> {
-        self.cloud_init.iter_mut().flat_map(|seed| seed.secrets_mut()).collect()
+        let texts = self.cloud_init.iter_mut().flat_map(|seed| seed.secrets_mut());
+        let named = |(name, value)| (field_of(name), value);
+        texts.chain(self.credentials.iter_mut().map(named)).collect()
     }
 
     /// The specification as answers show it: with [`Secret::HIDDEN`] in place of each secret.
@@ -113,6 +121,24 @@ mod tests {
             json!({ "user_data": "(hidden)", "meta_data": "(hidden)", "network_config": "(hidden)" });
         assert_eq!(shown(&spec.masked()), hidden);
         assert!(!format!("{spec:?} {spec:#?}").contains("s3cret"), "{spec:?}");
+    }
+
+    #[test]
+    fn credentials_are_secrets_by_their_names() {
+        let spec = |credentials: Value| -> VmSpec {
+            let spec = json!({
+                "name": "web1", "memory": "2MiB", "boot": { "kernel": "k" }, "credentials": credentials,
+            });
+            serde_json::from_value(spec).unwrap()
+        };
+        let stored = spec(json!({ "a": "s3cret-a", "b": "s3cret-b" }));
+        assert!(stored.has_secrets() && !format!("{stored:?}").contains("s3cret"));
+        assert_eq!(stored.masked(), spec(json!({ "a": "(hidden)", "b": "(hidden)" })));
+        let mut edited = spec(json!({ "b": "(hidden)", "c": "new" }));
+        edited.unmask(Some(&stored)).unwrap();
+        assert_eq!(edited, spec(json!({ "b": "s3cret-b", "c": "new" })));
+        let problem = spec(json!({ "c": "(hidden)" })).unmask(Some(&stored)).unwrap_err();
+        assert_eq!(problem.field.as_deref(), Some("credentials.c"));
     }
 
     #[test]

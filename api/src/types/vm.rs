@@ -7,8 +7,8 @@ use utoipa::ToSchema;
 use uuid::Uuid;
 
 use super::{
-    Bdf, ByteSize, CloudInitSpec, DiskSpec, Name, RestartPolicy, RestartStatus, Timestamp, Unchecked,
-    UnicastMac, VmLease, VmOperation, ranges,
+    Bdf, ByteSize, CloudInitSpec, Credentials, DiskSpec, Name, RestartPolicy, RestartStatus, Timestamp,
+    Unchecked, UnicastMac, VmLease, VmOperation, ranges,
 };
 use crate::problem::{Problem, ProblemCode};
 
@@ -64,6 +64,12 @@ pub struct VmSpec {
     /// The texts that cloud-init reads in the guest. They may be changed while the VM runs: for its next boot by the agent.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub cloud_init: Option<CloudInitSpec>,
+    /// Credentials for systemd in the guest, by their names, in the SMBIOS tables: at most 32, and 32 KiB of names and values
+    /// together. A value can be any text. An answer has `(hidden)` in place of each value; in a request, `(hidden)` keeps the
+    /// stored one. They may be changed while the VM runs: for its next boot by the agent.
+    #[serde(default, skip_serializing_if = "Credentials::is_empty")]
+    #[schema(value_type = std::collections::BTreeMap<String, String>)]
+    pub credentials: Credentials,
     /// The reaction to its end, unless a request ended it. It may be changed while the VM runs.
     #[serde(default, skip_serializing_if = "RestartPolicy::is_default")]
     pub restart: RestartPolicy,
@@ -195,6 +201,7 @@ impl VmSpec {
         if let Some(seed) = &self.cloud_init {
             super::cloud_init::check(seed, &self.disks)?;
         }
+        super::credential::check(&self.credentials)?;
         let functions = self.adapters.len().saturating_add(self.devices.len());
         let others = usize::from(self.entropy).saturating_add(self.cloud_init.is_some().into());
         if functions.saturating_add(self.disks.len()).saturating_add(others) > MAX_SLOTS {

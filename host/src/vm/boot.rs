@@ -24,6 +24,7 @@ use super::{
 };
 use crate::{
     backend::MachineDevice,
+    credentials,
     disks::{self, Directories, Opened},
     environment::Environment,
     files::{self, Purpose},
@@ -46,6 +47,8 @@ pub(super) struct Files {
     disks: Vec<Opened>,
     /// The disk for cloud-init.
     seed: Option<File>,
+    /// The OEM strings with the credentials.
+    oem_strings: Option<File>,
 }
 
 /// Opens the files of the machine. All of `rights` must be able to read each boot file, and to use each disk.
@@ -56,8 +59,8 @@ pub(super) async fn open_files(
     spec: &VmSpec,
 ) -> Result<Files, Problem> {
     let (kvm, dirs, boot) = (env.kvm.clone(), env.image_dirs.clone(), spec.boot.clone());
-    let (memory, all, name, texts) =
-        (spec.memory, rights.clone(), spec.name.clone(), spec.cloud_init.clone());
+    let (memory, all, name) = (spec.memory, rights.clone(), spec.name.clone());
+    let (texts, credentials) = (spec.cloud_init.clone(), spec.credentials.clone());
     let open = move || {
         let open = |what: BootFile, path: &str| {
             files::open_for_all(&all, Purpose::Boot, &dirs, path).map_err(|error| what.problem(&error))
@@ -87,14 +90,16 @@ pub(super) async fn open_files(
                 ),
             )
         })?;
-        let seed = texts.map(|texts| seed::seed(vm, &name, &texts)).transpose().map_err(|error| {
-            let detail = format!("The disk for cloud-init cannot be made in memory ({error}): try again.");
-            Problem {
-                field: Some("cloud_init".into()),
-                ..Problem::new(ProblemCode::MemoryUnavailable, detail)
+        let in_memory = |field: &'static str| {
+            move |error: std::io::Error| {
+                let detail = format!("The file for the guest cannot be made in memory ({error}): try again.");
+                Problem { field: Some(field.into()), ..Problem::new(ProblemCode::MemoryUnavailable, detail) }
             }
-        })?;
-        Ok(Files { kvm, kernel, initramfs, disks: Vec::new(), seed })
+        };
+        let seed = texts.map(|texts| seed::seed(vm, &name, &texts)).transpose();
+        let seed = seed.map_err(in_memory("cloud_init"))?;
+        let oem_strings = credentials::oem_strings(&credentials).map_err(in_memory("credentials"))?;
+        Ok(Files { kvm, kernel, initramfs, disks: Vec::new(), seed, oem_strings })
     };
     let files = blocking(open).await?;
     Ok(Files { disks: open_disks(env, rights, vm, spec).await?, ..files })
@@ -240,7 +245,10 @@ pub(super) async fn run(
     enter(Stage::BuildingMachine);
     let (initramfs, seeded) = (files.initramfs.is_some(), files.seed.is_some());
     let own = [(file::KVM, files.kvm), (file::CONSOLE, console), (file::KERNEL, files.kernel)];
-    let own = own.into_iter().chain(files.initramfs.map(|initramfs| (file::INITRAMFS, initramfs)));
+    let own = own
+        .into_iter()
+        .chain(files.initramfs.map(|initramfs| (file::INITRAMFS, initramfs)))
+        .chain(files.oem_strings.map(|strings| (file::OEM_STRINGS, strings)));
     let disks = vm.value.spec.disks.iter().zip(files.disks).flat_map(|(spec, opened)| {
         let id = spec.id.to_string();
         let backing = opened.backing.into_iter().enumerate();

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 
-//! First boot: the guest's disk with texts for cloud-init, and the secrets in them.
+//! First boot: the guest's disk with texts for cloud-init, its credentials, and the secrets in them.
 
 use std::{
     fs,
@@ -121,6 +121,57 @@ fn hidden_texts_keep_what_is_stored() {
     }
 }
 
+#[test]
+fn a_guest_finds_its_identity_and_its_credentials() {
+    let agent = Agent::start();
+    let mut spec = SmallGuest::spec(&agent, "web1", json!([]), "");
+    spec["credentials"] = json!({ "ssh.authorized_keys.root": "key", "motd": "two\nlines" });
+    let id = agent.create(&spec).unwrap().id;
+    let wanted = |motd: &str| {
+        format!("uuid={id}|io.systemd.credential{motd}|io.systemd.credential:ssh.authorized_keys.root=key")
+    };
+    let guest = |agent| SmallGuest { guest: crate::fixture::Guest::new(agent, "web1".into()) };
+    agent.act("web1", VmAction::Boot).unwrap();
+    let mut first = guest(&agent);
+    first.wait_for_ready();
+    let lines = wanted(".binary:motd=dHdvCmxpbmVz");
+    assert_eq!(first.ask("smbios"), lines);
+    assert_eq!(first.ask("reboot"), "ok");
+    first.wait_for_ready();
+    assert_eq!(first.ask("smbios"), lines, "after a reboot of the guest");
+    // An edit is for the next boot by the agent.
+    agent.ask(agent.client.patch_vm("web1", &json!({ "credentials": { "motd": "one" } }), None)).unwrap();
+    assert_eq!(first.ask("reboot"), "ok");
+    first.wait_for_ready();
+    assert_eq!(first.ask("smbios"), lines);
+    agent.act("web1", VmAction::Stop).unwrap();
+    agent.act("web1", VmAction::Boot).unwrap();
+    let mut next = guest(&agent);
+    next.guest.begin_anew();
+    next.wait_for_ready();
+    assert_eq!(next.ask("smbios"), wanted(":motd=one"));
+    // Without credentials there is the identity only.
+    agent.act("web1", VmAction::Stop).unwrap();
+    agent.ask(agent.client.patch_vm("web1", &json!({ "credentials": null }), None)).unwrap();
+    agent.act("web1", VmAction::Boot).unwrap();
+    let mut last = guest(&agent);
+    last.guest.begin_anew();
+    last.wait_for_ready();
+    assert_eq!(last.ask("smbios"), format!("uuid={id}"));
+}
+
+/// As much as the API takes, in the form that needs most room.
+#[test]
+fn a_vm_boots_with_the_largest_credentials_and_texts() {
+    let agent = Agent::start();
+    let mut spec = spec(&agent, "web1", json!({ "user_data": "u".repeat(256 << 10) }));
+    let value = "\n".repeat((32 << 10) / 32 - 3);
+    spec["credentials"] =
+        (10..42).map(|n| (format!("c{n}"), json!(value))).collect::<serde_json::Map<_, _>>().into();
+    agent.create(&spec).unwrap();
+    agent.act("web1", VmAction::Boot).unwrap();
+}
+
 fn run(agent: &Agent, line: &str) -> Output {
     let socket = agent.directory().join("api.sock");
     let mut command = Command::new(binary());
@@ -198,6 +249,7 @@ fn no_reader_of_the_agent_gets_a_secret() {
     };
     let mut web1 = spec(&agent, "web1", seed.clone());
     web1["adapters"] = json!([{ "id": "eth0" }]);
+    web1["credentials"] = json!({ "motd": "s3cret-credential" });
     call("POST", "/v1/vms", &web1);
     call("POST", "/v1/vms/web1/boot?wait=60", &Value::Null);
     let mut guest = SmallGuest { guest: crate::fixture::Guest::new(&agent, "web1".into()) };
@@ -206,6 +258,7 @@ fn no_reader_of_the_agent_gets_a_secret() {
     for secret in ["s3cret-user", "s3cret-meta", "s3cret-network"] {
         has(&found, secret);
     }
+    assert!(guest.ask("smbios").contains("s3cret-credential"));
     guest.ask("up");
     guest.ask("set-mac 02:00:00:00:00:99");
     for path in ["vms", "vms/web1", "vms/web1/stats", "ports", "decisions", "pfs", "vfs", "switches"] {

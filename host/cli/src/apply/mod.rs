@@ -32,7 +32,7 @@ pub struct ApplyArgs {
     #[arg(long = "file", short, value_name = "DIR", required = true)]
     files: Vec<String>,
     /// Shows the objects to create and change, and changes nothing. Fails as apply would: a change
-    /// of a VM that is not stopped is `blocked`, except of `restart`, `autostart` and `cloud_init`, and no two
+    /// of a VM that is not stopped is `blocked`, except of `restart`, `autostart`, `cloud_init` and `credentials`, and no two
     /// VMs may have the same address (exit code 5).
     #[arg(long)]
     dry_run: bool,
@@ -117,7 +117,7 @@ fn possible(steps: &[Step]) -> Result<(), CliError> {
     };
     // In the words of the agent's own refusal.
     let detail = format!(
-        "The VM {name} is {state}, so only restart, autostart and cloud_init can change: stop it first \
+        "The VM {name} is {state}, so only restart, autostart, cloud_init and credentials can change: stop it first \
          (`portcullis vm stop {name}`). Nothing was changed.{more}"
     );
     let problem = Box::new(Problem::new(ProblemCode::WrongState, detail));

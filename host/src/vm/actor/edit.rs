@@ -32,7 +32,7 @@ impl Actor {
                 let cure =
                     if state == VmState::Stopping { "wait until it is stopped" } else { "stop it first" };
                 let detail = format!(
-                    "The VM {} is {state}, so only restart, autostart and cloud_init can change: {cure}.",
+                    "The VM {} is {state}, so only restart, autostart, cloud_init and credentials can change: {cure}.",
                     self.name()
                 );
                 return Err(Problem::new(ProblemCode::WrongState, detail));
