@@ -153,7 +153,7 @@ problem_codes! {
         "Read the object again and repeat the change on its current state.";
     /// The body is larger than the API takes.
     BodyTooLarge = "body_too_large", 413, "The body is too large",
-        "The body has more than 64 KiB, or console input more than 4096 bytes.",
+        "The body has more than 64 KiB, the specification of a VM more than 512 KiB, or console input more than 4096 bytes.",
         "Send less at once.";
     /// The API does not take the body's type.
     UnsupportedMediaType = "unsupported_media_type", 415, "Unsupported media type",

@@ -21,3 +21,4 @@ pub mod machine;
 pub mod memory;
 pub mod pci;
 pub mod serial;
+pub mod smbios;

@@ -58,7 +58,8 @@ fn memory_of(spec: &VmSpec, counts_guest: bool) -> ByteSize {
     let guest = spec.memory.bytes();
     let functions = spec.adapters.len().saturating_add(spec.devices.len());
     let functions = u64::try_from(functions).unwrap_or(u64::MAX).saturating_mul(PER_FUNCTION);
-    let disks = u64::try_from(spec.disks.len()).unwrap_or(u64::MAX).saturating_mul(PER_DISK);
+    let disks = spec.disks.len().saturating_add(spec.cloud_init.is_some().into());
+    let disks = u64::try_from(disks).unwrap_or(u64::MAX).saturating_mul(PER_DISK);
     let beside = BASE + u64::from(spec.cpus) * PER_CPU;
     let own = if counts_guest { guest } else { 0 };
     ByteSize::new(

@@ -132,6 +132,55 @@ static void run_interrupts(void) {
   put_char('\n');
 }
 
+static const u8 *smbios_string(const u8 *structure, unsigned number) {
+  const u8 *text = structure + structure[1];
+  while (--number) text += text_length((const char *)text) + 1;
+  return text;
+}
+
+static const u8 *smbios_next(const u8 *structure) {
+  const u8 *at = structure + structure[1];
+  while (at[0] || at[1]) at++;
+  return at + 2;
+}
+
+/* The bytes of a UUID in the order of its text: the first three fields are little-endian (DSP0134, 7.2.1). */
+static const u8 uuid_order[16] = {3, 2, 1, 0, 5, 4, 7, 6, 8, 9, 10, 11, 12, 13, 14, 15};
+
+static void put_smbios(const u8 *structure, const u8 *end) {
+  for (; structure + 4 <= end && structure[0] != 127; structure = smbios_next(structure)) {
+    if (structure[0] == 1) {
+      put_text("uuid=");
+      for (unsigned i = 0; i < 16; i++) {
+        if (i == 4 || i == 6 || i == 8 || i == 10) put_char('-');
+        put_hex(structure[8 + uuid_order[i]], 2);
+      }
+    }
+    for (unsigned i = 1; structure[0] == 11 && i <= structure[4]; i++) {
+      put_char('|');
+      put_text((const char *)smbios_string(structure, i));
+    }
+  }
+}
+
+static void run_smbios(void) {
+  for (const u8 *entry = (const u8 *)0xf0000; entry < (const u8 *)0x100000; entry += 16) {
+    u8 sum = 0;
+    if (memcmp(entry, "_SM3_", 5) != 0) continue;
+    for (unsigned i = 0; i < entry[6]; i++) sum += entry[i];
+    if (sum) continue;
+    u32 length;
+    u64 address;
+    memcpy(&length, entry + 12, sizeof(length));
+    memcpy(&address, entry + 16, sizeof(address));
+    result();
+    put_smbios((const u8 *)address, (const u8 *)address + length);
+    put_char('\n');
+    return;
+  }
+  result_text("none");
+}
+
 static void run_help(void) {
   const struct command *const tables[] = {machine_commands, vf_commands, virtio_commands, nic_commands, hostile_commands};
   for (unsigned t = 0; t < COUNT(tables); t++) {
@@ -158,6 +207,7 @@ const struct command machine_commands[] = {
     {"poweroff", "", 0, 0, false, run_poweroff, "poweroff"},
     {"reboot", "", 0, 1, false, run_reboot, "reboot [acpi|keyboard]"},
     {"triple-fault", "", 0, 0, false, run_triple_fault, "triple-fault"},
+    {"smbios", "", 0, 0, false, run_smbios, "smbios"},
     {"help", "", 0, 0, false, run_help, "help"},
     {0},
 };

@@ -4,7 +4,7 @@
 //!
 //! ```text
 //! 0x0000_0000  page tables, GDT, boot parameters, command line (below 640 KiB)
-//! 0x000a_0000  hole (legacy video, ROMs); ACPI tables from 0x000e_0000 on
+//! 0x000a_0000  hole (legacy video, ROMs); ACPI tables from 0x000e_0000 on, SMBIOS tables from 0x000f_0000 on
 //! 0x0010_0000  kernel, initramfs, RAM … at most to 0xc000_0000
 //! 0xc000_0000  32-bit PCI window
 //! 0xe000_0000  ECAM (bus 0)
@@ -31,9 +31,13 @@ pub const CMDLINE_MAX: usize = 2048;
 /// End of the conventional memory that the guest may use.
 pub const LOW_RAM_END: u64 = 0xa_0000;
 /// ACPI tables. The root pointer is the first of them; the guest searches it at 16-byte boundaries.
-pub const ACPI: Range<u64> = 0xe_0000..0x10_0000;
-/// The address at which a real-mode processor starts after a reset; ACPI tables end below.
+pub const ACPI: Range<u64> = 0xe_0000..0xf_0000;
+/// SMBIOS tables. The entry point comes first; the guest searches it in these 64 KiB at 16-byte boundaries.
+pub const SMBIOS: Range<u64> = 0xf_0000..RESET_VECTOR;
+/// The address at which a real-mode processor starts after a reset; SMBIOS tables end below.
 pub const RESET_VECTOR: u64 = 0xf_fff0;
+/// The tables and the reset vector: no memory of the guest's own.
+pub const FIRMWARE: Range<u64> = ACPI.start..HIGH_RAM;
 /// Kernels are loaded here or above.
 pub const HIGH_RAM: u64 = 0x10_0000;
 

@@ -94,7 +94,10 @@ impl MachineError {
         let code = match self {
             Self::NoKvm(_) | Self::Kvm(..) | Self::TooManyCpus { .. } => FailureCode::Kvm,
             Self::Memory(_) => FailureCode::Memory,
-            Self::Boot(BootError::TablesTooLong { .. }) | Self::File(_) => FailureCode::Invalid,
+            Self::Boot(
+                BootError::TablesTooLong { .. } | BootError::StringsTooLong { .. } | BootError::Smbios(_),
+            )
+            | Self::File(_) => FailureCode::Invalid,
             Self::Boot(_) => FailureCode::Kernel,
             Self::Device(error) => error.code(),
             Self::Board(BoardError::Disk { .. }) => FailureCode::Disk,
@@ -179,6 +182,8 @@ impl Machine {
         let (kvm, console) = (files.require(files::KVM)?, files.require(files::CONSOLE)?);
         let kernel = files.require(files::KERNEL)?;
         let initramfs = if spec.initramfs { Some(files.require(files::INITRAMFS)?) } else { None };
+        let strings = files.take(files::OEM_STRINGS).map(File::from);
+        let smbios = boot::smbios::tables(spec, strings)?;
         let kvm = open_kvm(kvm, spec)?;
         let vm = Arc::new(create_vm(&kvm)?);
         // Set up the parts of KVM that no guest influences while a thread makes the namespaces.
@@ -254,6 +259,7 @@ impl Machine {
             kernel: File::from(kernel),
             initramfs: initramfs.map(File::from),
             cmdline: spec.cmdline.clone(),
+            smbios,
         };
         let entry = boot::load(&memory, &mut payload, &description)?;
         confinement.wait()?;

@@ -80,7 +80,7 @@ async fn write_console(
     Named(vm): Named,
     request: Request,
 ) -> Result<Json<ConsoleTaken>, Problem> {
-    let bytes: Bytes = read_body(request, &backend, MAX_CONSOLE_INPUT).await?;
+    let bytes: Bytes = read_body(request, MAX_CONSOLE_INPUT).await?;
     let taken = backend.write_console(caller, vm, bytes).await?;
     Ok(Json(ConsoleTaken { taken }))
 }

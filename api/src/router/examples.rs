@@ -21,7 +21,7 @@ fn vm() -> Option<Vm> {
         name: "web1".parse().ok()?,
         revision: 3,
         created: moment(0),
-        spec: spec()?,
+        spec: spec()?.masked(),
         status: VmStatus {
             state: VmState::Running,
             since: moment(5),
@@ -105,6 +105,14 @@ fn spec() -> Option<VmSpec> {
             queues: 1,
         }],
         entropy: false,
+        cloud_init: Some(CloudInitSpec {
+            user_data: Some(Secret::new("#cloud-config\nhostname: web1\n".to_owned())),
+            ..CloudInitSpec::default()
+        }),
+        credentials: BTreeMap::from([(
+            "ssh.authorized_keys.root".parse().ok()?,
+            Secret::new("ssh-ed25519 AAAA alice".to_owned()),
+        )]),
         restart: RestartPolicy::OnFailure,
         autostart: true,
         limits: None,

@@ -2,31 +2,35 @@
 
 //! Extractors of the handlers. Each fault of a request becomes a problem that names the field.
 
-use std::time::Duration;
+use std::{error::Error as _, time::Duration};
 
 use axum::{
-    body::Bytes,
+    body::{Bytes, to_bytes},
     extract::{FromRequest, FromRequestParts, Path, Request},
     http::{HeaderMap, header, request::Parts},
 };
+use http_body_util::LengthLimitError;
 use serde::{Deserialize, de::DeserializeOwned};
 use tokio::time::timeout;
 use utoipa::IntoParams;
 
-use super::{BODY_TIME, MAX_BODY, MAX_WAIT_SECONDS};
+use super::{BODY_TIME, MAX_BODY, MAX_VM_BODY, MAX_WAIT_SECONDS};
 use crate::{Caller, Problem, ProblemCode, document, types::ObjectRef};
 
-/// A body of JSON.
-pub(super) struct Body<T>(pub(super) T);
+/// A body of JSON, of at most `LIMIT` bytes.
+pub(super) struct Body<T, const LIMIT: usize = MAX_BODY>(pub(super) T);
 
-impl<S: Send + Sync, T: DeserializeOwned> FromRequest<S> for Body<T> {
+/// The specification of a VM, or a patch of it.
+pub(super) type VmBody<T> = Body<T, MAX_VM_BODY>;
+
+impl<S: Send + Sync, T: DeserializeOwned, const LIMIT: usize> FromRequest<S> for Body<T, LIMIT> {
     type Rejection = Problem;
-    async fn from_request(request: Request, state: &S) -> Result<Self, Problem> {
+    async fn from_request(request: Request, _state: &S) -> Result<Self, Problem> {
         if !takes_json(request.headers()) {
             let detail = "The body must be JSON: send content-type: application/json.";
             return Err(Problem::new(ProblemCode::UnsupportedMediaType, detail));
         }
-        let bytes = read_body(request, state, MAX_BODY).await?;
+        let bytes = read_body(request, LIMIT).await?;
         let value = document::json(&bytes)
             .map_err(|error| Problem::invalid("body", format!("The body is not one JSON value: {error}.")))?;
         document::read(value).map(Body).map_err(|error| misread(&error, "body"))
@@ -52,22 +56,15 @@ fn takes_json(headers: &HeaderMap) -> bool {
 }
 
 /// Reads the body, at most `limit` bytes of it.
-pub(super) async fn read_body<S: Send + Sync>(
-    request: Request,
-    state: &S,
-    limit: usize,
-) -> Result<Bytes, Problem> {
-    let too_large =
-        || Problem::new(ProblemCode::BodyTooLarge, format!("A body here has at most {limit} bytes."));
-    let read = timeout(BODY_TIME, Bytes::from_request(request, state)).await.map_err(|_| {
+pub(super) async fn read_body(request: Request, limit: usize) -> Result<Bytes, Problem> {
+    let read = timeout(BODY_TIME, to_bytes(request.into_body(), limit)).await.map_err(|_| {
         let detail = format!("The body did not arrive within {} s: send it faster.", BODY_TIME.as_secs());
         Problem::new(ProblemCode::RequestTimeout, detail)
     })?;
-    let bytes = read.map_err(|rejection| match rejection.status().as_u16() {
-        413 => too_large(),
-        _ => Problem::invalid("body", "The body could not be read: the connection ended within it."),
-    })?;
-    if bytes.len() > limit { Err(too_large()) } else { Ok(bytes) }
+    read.map_err(|error| match error.source().is_some_and(|source| source.is::<LengthLimitError>()) {
+        true => Problem::new(ProblemCode::BodyTooLarge, format!("A body here has at most {limit} bytes.")),
+        false => Problem::invalid("body", "The body could not be read: the connection ended within it."),
+    })
 }
 
 /// The query.

@@ -8,14 +8,14 @@ use std::fmt::Debug;
 use serde::{Serialize, de::DeserializeOwned};
 use serde_json::Value;
 
-use super::{MAX_BODY, merge::merged};
+use super::{MAX_VM_BODY, merge::merged};
 use crate::types::{DecisionFilter, PfSpec, PortGroupSpec, PortSpec, SwitchSpec, VfCount, VmSpec};
 
 /// Reads a request's body as a handler does; the first byte selects the type. An accepted body means the same when it is
 /// written and read again, and a checked specification is within its bounds.
 pub fn fuzz_body(data: &[u8]) {
     let Some((kind, body)) = data.split_first() else { return };
-    let body = body.get(..body.len().min(MAX_BODY)).unwrap_or_default();
+    let body = body.get(..body.len().min(MAX_VM_BODY)).unwrap_or_default();
     match kind % 8 {
         0 => check_vm(body),
         1 => _ = again::<SwitchSpec>(body),

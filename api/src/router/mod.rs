@@ -38,8 +38,11 @@ pub use serve::{Limits, Listener, serve};
 
 use crate::{Backend, PolicyBackend};
 
-/// The most bytes that a request's body may have.
+/// The most bytes that a request's body may have, unless it is the specification of a VM.
 pub const MAX_BODY: usize = 64 << 10;
+
+/// The most bytes that the specification of a VM may have: that of others, and the texts for the guest's first boot.
+pub const MAX_VM_BODY: usize = 512 << 10;
 
 /// The most bytes that can be typed on a console in one request.
 pub const MAX_CONSOLE_INPUT: usize = 4 << 10;
@@ -81,7 +84,7 @@ fn assemble(routes: OpenApiRouter, backend: Arc<dyn Backend>) -> Router {
         .fallback(respond::no_such_path)
         .method_not_allowed_fallback(respond::no_such_method)
         .layer(Extension(streams::Streams::default()))
-        .layer(DefaultBodyLimit::max(MAX_BODY))
+        .layer(DefaultBodyLimit::max(MAX_VM_BODY))
         .layer(middleware::from_fn_with_state(Arc::clone(&backend), auth::admit))
         .layer(middleware::from_fn_with_state(backend, respond::identify))
 }

@@ -15,7 +15,7 @@ use utoipa_axum::{router::OpenApiRouter, routes};
 
 use super::{
     Shared,
-    extract::{Body, IfMatch, Named, Query, Wait},
+    extract::{Body, IfMatch, Named, Query, VmBody, Wait},
     merge::{TRIES, merged},
     policy::at,
     respond::{page, revisioned},
@@ -72,7 +72,7 @@ async fn create_vm(
     State(backend): State<Shared>,
     caller: Caller,
     Query(creation): Query<Creation>,
-    Body(spec): Body<VmSpec>,
+    Body(spec): VmBody<VmSpec>,
 ) -> Result<Response, Problem> {
     spec.check()?;
     Ok(created(&backend.create_vm(caller, spec, creation.leased).await?))
@@ -100,8 +100,9 @@ async fn get_vm(State(backend): State<Shared>, Named(vm): Named) -> Result<Respo
 
 /// Replaces a VM's specification.
 ///
-/// Another name renames it. Refused unless the VM is at rest; only `restart` and `autostart` may change while it runs. Its
-/// ports keep their ids, and keep their overrides as long as they stay in their port group.
+/// Another name renames it. Refused unless the VM is at rest; only `restart`, `autostart`, `cloud_init` and `credentials` may
+/// change while it runs. A text that is `(hidden)`, as answers have it, stays as it is stored. Its ports keep their ids, and keep their
+/// overrides as long as they stay in their port group.
 #[utoipa::path(put, path = "/v1/vms/{name}", tag = "vms", request_body = VmSpec,
     params(
         ("name" = String, Path, description = "Name or id"),
@@ -113,7 +114,7 @@ async fn put_vm(
     caller: Caller,
     Named(vm): Named,
     IfMatch(expect): IfMatch,
-    Body(spec): Body<VmSpec>,
+    Body(spec): VmBody<VmSpec>,
 ) -> Result<Response, Problem> {
     spec.check()?;
     let vm = backend.put_vm(caller, vm, spec, expect).await?;
@@ -137,7 +138,7 @@ async fn patch_vm(
     caller: Caller,
     Named(vm): Named,
     IfMatch(expect): IfMatch,
-    Body(patch): Body<Value>,
+    Body(patch): VmBody<Value>,
 ) -> Result<Response, Problem> {
     let mut tries = 1;
     loop {

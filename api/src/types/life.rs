@@ -65,9 +65,11 @@ impl VmSpec {
         spec
     }
 
-    /// Whether the two describe the same running machine: a change between them is possible without a stop.
+    /// Whether the two describe the same running machine: a change between them is possible without a stop. The texts for
+    /// cloud-init, and credentials, are read at the next boot by the agent only.
     pub fn same_machine(&self, other: &Self) -> bool {
-        *self == VmSpec { restart: self.restart, autostart: self.autostart, ..other.clone() }
+        let VmSpec { restart, autostart, cloud_init, credentials, .. } = self.clone();
+        *self == VmSpec { restart, autostart, cloud_init, credentials, ..other.clone() }
     }
 }
 
@@ -105,7 +107,11 @@ mod tests {
 
     #[test]
     fn what_the_agent_does_with_a_vm_is_no_part_of_the_machine() {
-        let life = VmSpec { restart: RestartPolicy::Always, autostart: true, ..spec() };
+        let cloud_init = Some(super::super::CloudInitSpec::default());
+        let credentials =
+            [("a".parse().unwrap(), super::super::Secret::new("b".to_owned()))].into_iter().collect();
+        let life =
+            VmSpec { restart: RestartPolicy::Always, autostart: true, cloud_init, credentials, ..spec() };
         assert!(life.same_machine(&spec()));
         assert!(!VmSpec { cpus: 2, ..life }.same_machine(&spec()));
     }

@@ -7,6 +7,8 @@
 //! (the actual state).
 
 mod cause;
+mod cloud_init;
+mod credential;
 mod disk;
 mod event;
 mod host;
@@ -18,10 +20,13 @@ mod page;
 mod policy;
 mod ranges;
 pub(crate) mod schema;
+mod secret;
 mod stats;
 mod values;
 mod vm;
 
+pub use cloud_init::*;
+pub use credential::*;
 pub use disk::*;
 pub use event::*;
 pub use host::*;
@@ -31,6 +36,7 @@ pub use object::*;
 pub use operation::*;
 pub use page::*;
 pub use policy::*;
+pub use secret::*;
 pub use stats::*;
 pub use values::*;
 pub use vm::*;

@@ -158,6 +158,8 @@ impl PartialSchema for VmPatch {
             match name.as_str() {
                 "boot" => *schema = patch_members(patch_of::<super::BootSpec>()),
                 "limits" => *schema = or_null(patch_members(patch_of::<super::VmLimits>())),
+                "credentials" => *schema = or_null(texts_or_null()),
+                "cloud_init" => *schema = or_null(patch_members(patch_of::<super::CloudInitSpec>())),
                 _ => {}
             }
         }
@@ -178,6 +180,12 @@ fn patch_of<T: PartialSchema>() -> Vec<(String, RefOr<Schema>)> {
 
 fn patch_members(members: Vec<(String, RefOr<Schema>)>) -> RefOr<Schema> {
     patch(members.iter().map(|(name, schema)| (name.as_str(), schema.clone())).collect())
+}
+
+/// Texts by their names; null takes one away.
+fn texts_or_null() -> RefOr<Schema> {
+    let text = or_null(ObjectBuilder::new().schema_type(Type::String).into());
+    ObjectBuilder::new().additional_properties(Some(text)).into()
 }
 
 fn or_null(schema: RefOr<Schema>) -> RefOr<Schema> {

@@ -7,8 +7,8 @@ use utoipa::ToSchema;
 use uuid::Uuid;
 
 use super::{
-    Bdf, ByteSize, DiskSpec, Name, NicSpec, NicStatus, RestartPolicy, RestartStatus, Timestamp, Unchecked,
-    UnicastMac, VmLease, VmOperation, ranges,
+    Bdf, ByteSize, CloudInitSpec, Credentials, DiskSpec, Name, NicSpec, NicStatus, RestartPolicy,
+    RestartStatus, Timestamp, Unchecked, UnicastMac, VmLease, VmOperation, ranges,
 };
 use crate::problem::{Problem, ProblemCode};
 
@@ -54,7 +54,8 @@ pub struct VmSpec {
     #[serde(default)]
     #[schema(max_items = 16, value_type = std::collections::BTreeSet<super::schema::DeviceBdf>)]
     pub devices: Vec<Bdf>,
-    /// Disks. At most 31 together with `adapters`, `devices`, `nics` and `entropy`: the slots of the guest's bus.
+    /// Disks. At most 31 together with `adapters`, `devices`, `nics`, `entropy` and `cloud_init`: the slots of the guest's
+    /// bus.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     #[schema(max_items = 16)]
     pub disks: Vec<DiskSpec>,
@@ -65,6 +66,15 @@ pub struct VmSpec {
     /// The guest has a source of random numbers (virtio-rng).
     #[serde(default, skip_serializing_if = "std::ops::Not::not")]
     pub entropy: bool,
+    /// The texts that cloud-init reads in the guest. They may be changed while the VM runs: for its next boot by the agent.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub cloud_init: Option<CloudInitSpec>,
+    /// Credentials for systemd in the guest, by their names, in the SMBIOS tables: at most 32, and 32 KiB of names and values
+    /// together. A value can be any text. An answer has `(hidden)` in place of each value; in a request, `(hidden)` keeps the
+    /// stored one. They may be changed while the VM runs: for its next boot by the agent.
+    #[serde(default, skip_serializing_if = "Credentials::is_empty")]
+    #[schema(value_type = std::collections::BTreeMap<String, String>)]
+    pub credentials: Credentials,
     /// The reaction to its end, unless a request ended it. It may be changed while the VM runs.
     #[serde(default, skip_serializing_if = "RestartPolicy::is_default")]
     pub restart: RestartPolicy,
@@ -73,7 +83,7 @@ pub struct VmSpec {
     #[serde(default, skip_serializing_if = "std::ops::Not::not")]
     pub autostart: bool,
     /// The limits of its process on the host. Without them it may use all free processor time, and memory up to a default: the
-    /// guest's and a sixteenth of it, 64 MiB, 1 MiB for each CPU, 4 MiB for each function, and 16 MiB for each disk.
+    /// guest's and a sixteenth of it, 64 MiB, 1 MiB for each CPU, 4 MiB for each function, and 16 MiB for each disk, with that of `cloud_init`.
     #[serde(default, deserialize_with = "limits_if_any", skip_serializing_if = "Option::is_none")]
     pub limits: Option<VmLimits>,
 }
@@ -194,11 +204,17 @@ impl VmSpec {
         self.check_functions()?;
         super::disk::check(&self.disks)?;
         super::nic::check(&self.nics)?;
+        if let Some(seed) = &self.cloud_init {
+            super::cloud_init::check(seed, &self.disks)?;
+        }
+        super::credential::check(&self.credentials)?;
         let functions = self.adapters.len().saturating_add(self.devices.len());
-        let virtio = self.disks.len().saturating_add(self.nics.len()).saturating_add(self.entropy.into());
+        let others = usize::from(self.entropy).saturating_add(self.cloud_init.is_some().into());
+        let virtio = self.disks.len().saturating_add(self.nics.len()).saturating_add(others);
         if functions.saturating_add(virtio) > MAX_SLOTS {
             let detail = format!(
-                "A VM has at most {MAX_SLOTS} adapters, devices, disks, NICs and sources of entropy together."
+                "A VM has at most {MAX_SLOTS} adapters, devices, disks and NICs together with its source of entropy and \
+                 the disk of cloud_init."
             );
             return Err(Problem::invalid("disks", detail));
         }

@@ -168,8 +168,13 @@ async fn a_patch_is_made_on_top_of_what_others_change() {
 #[tokio::test]
 async fn bodies_are_bounded_and_typed() {
     let server = Server::start();
-    let large = with("/boot/cmdline", json!("x".repeat(70_000)));
-    server.post("/v1/vms", large).await.problem(413, "body_too_large");
+    let large = |size| json!("x".repeat(size));
+    // The specification of a VM has texts for the guest's first boot.
+    let seed = |size| with("/cloud_init", json!({ "user_data": large(size) }));
+    server.post("/v1/vms", seed(530_000)).await.problem(413, "body_too_large");
+    assert_eq!(server.post("/v1/vms", seed(200_000)).await.status, 201);
+    let copy = json!({ "name": large(70_000) });
+    server.post("/v1/vms/web1/clone", copy.to_string()).await.problem(413, "body_too_large");
     let form = [("content-type", "application/x-www-form-urlencoded")];
     let answer = server.send(Method::POST, "/v1/vms", &form, spec("a").to_string()).await;
     answer.problem(415, "unsupported_media_type");

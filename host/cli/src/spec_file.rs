@@ -16,7 +16,7 @@ use serde_path_to_error::Segment;
 use super::error::CliError;
 
 /// The most bytes to read of a file: as many as the API takes.
-const MAX_FILE: u64 = 64 << 10;
+const MAX_FILE: u64 = api::router::MAX_VM_BODY as u64;
 
 /// The kind of a VM's file, for errors.
 pub(super) const A_VM: &str = "a VM's specification";
@@ -273,7 +273,7 @@ adapters:
                 "as TOML: invalid basic string, expected `\"` (line 1, column 20009)",
             ),
             ("vm.ini", String::new(), ".toml, .yaml, .yml or .json"),
-            ("vm.json", " ".repeat(70_000), "more than 65536 bytes"),
+            ("vm.json", " ".repeat(530_000), "more than 524288 bytes"),
         ] {
             let error = parse(name, &text).unwrap_err();
             assert!(error.contains(expect) && error.len() < 1000, "{name}: {error}");

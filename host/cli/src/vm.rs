@@ -288,6 +288,20 @@ fn details(vm: &Vm) -> Vec<(String, String)> {
         };
         lines.push((format!("nic {}", nic.id), format!("{mac}, {}{own}", place.unwrap_or_default())));
     }
+    if let Some(seed) = &spec.cloud_init {
+        let texts = [
+            ("user data", &seed.user_data),
+            ("meta data", &seed.meta_data),
+            ("network configuration", &seed.network_config),
+        ];
+        let given: Vec<&str> =
+            texts.into_iter().filter(|(_, text)| text.is_some()).map(|(name, _)| name).collect();
+        lines.push(("cloud-init".to_owned(), given.join(", ")));
+    }
+    if !spec.credentials.is_empty() {
+        let names: Vec<&str> = spec.credentials.keys().map(|name| name.as_str()).collect();
+        lines.push(("credentials".to_owned(), names.join(", ")));
+    }
     for device in &status.devices {
         let group =
             device.iommu_group.map(|group| format!("IOMMU group {group}")).unwrap_or("assigned".to_owned());

@@ -347,7 +347,8 @@ impl Backend for Agent {
         self.strangers.say(away);
     }
 
-    async fn create_vm(&self, caller: Caller, spec: VmSpec, leased: bool) -> Result<Vm, Problem> {
+    async fn create_vm(&self, caller: Caller, mut spec: VmSpec, leased: bool) -> Result<Vm, Problem> {
+        spec.unmask(None)?;
         finish(self.clone().create(caller, spec, leased, VmRecord::new)).await
     }
 

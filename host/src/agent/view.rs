@@ -75,7 +75,8 @@ pub(super) fn vm(
         name: spec.name.clone(),
         revision: record.revision,
         created: record.value.created,
-        spec: spec.clone(),
+        // No answer has a secret: this is the only place that makes one.
+        spec: spec.masked(),
         status: VmStatus {
             state: status.run.state,
             since: status.run.since,

@@ -7,7 +7,7 @@ use std::{collections::HashSet, fs::File, os::fd::OwnedFd, time::Duration};
 use api::{
     Caller,
     problem::{Problem, ProblemCode},
-    types::{DiskFormat, DiskSpec, NicSpec, Protection, Stage, VmSpec},
+    types::{DiskFormat, DiskSpec, NicSpec, Protection, SEED_SERIAL, Stage, VmSpec},
 };
 use failpoints::{Point, reach};
 use netpolicy::MacAddress;
@@ -25,10 +25,11 @@ use super::{
 };
 use crate::{
     backend::MachineDevice,
+    credentials,
     disks::{self, Directories, Opened},
     environment::Environment,
     files::{self, Purpose},
-    nics, sandbox,
+    nics, sandbox, seed,
     vm::record::VmRecord,
 };
 
@@ -47,6 +48,10 @@ pub(super) struct Files {
     disks: Vec<Opened>,
     /// In the order of the specification.
     nics: Vec<nics::Opened>,
+    /// The disk for cloud-init.
+    seed: Option<File>,
+    /// The OEM strings with the credentials.
+    oem_strings: Option<File>,
 }
 
 /// Opens the files of the machine. All of `rights` must be able to read each boot file, and to use each disk.
@@ -57,7 +62,8 @@ pub(super) async fn open_files(
     spec: &VmSpec,
 ) -> Result<Files, Problem> {
     let (kvm, dirs, boot) = (env.kvm.clone(), env.image_dirs.clone(), spec.boot.clone());
-    let (memory, all) = (spec.memory, rights.clone());
+    let (memory, all, name) = (spec.memory, rights.clone(), spec.name.clone());
+    let (texts, credentials) = (spec.cloud_init.clone(), spec.credentials.clone());
     let open = move || {
         let open = |what: BootFile, path: &str| {
             files::open_for_all(&all, Purpose::Boot, &dirs, path).map_err(|error| what.problem(&error))
@@ -87,7 +93,16 @@ pub(super) async fn open_files(
                 ),
             )
         })?;
-        Ok(Files { kvm, kernel, initramfs, disks: Vec::new(), nics: Vec::new() })
+        let in_memory = |field: &'static str| {
+            move |error: std::io::Error| {
+                let detail = format!("The file for the guest cannot be made in memory ({error}): try again.");
+                Problem { field: Some(field.into()), ..Problem::new(ProblemCode::MemoryUnavailable, detail) }
+            }
+        };
+        let seed = texts.map(|texts| seed::seed(vm, &name, &texts)).transpose();
+        let seed = seed.map_err(in_memory("cloud_init"))?;
+        let oem_strings = credentials::oem_strings(&credentials).map_err(in_memory("credentials"))?;
+        Ok(Files { kvm, kernel, initramfs, disks: Vec::new(), nics: Vec::new(), seed, oem_strings })
     };
     let files = blocking(open).await?;
     let disks = open_disks(env, rights, vm, spec).await?;
@@ -240,9 +255,12 @@ pub(super) async fn run(
         return Err(Problem::new(ProblemCode::VmmFailed, "A new vmm process reports a wrong state."));
     }
     enter(Stage::BuildingMachine);
-    let initramfs = files.initramfs.is_some();
+    let (initramfs, seeded) = (files.initramfs.is_some(), files.seed.is_some());
     let own = [(file::KVM, files.kvm), (file::CONSOLE, console), (file::KERNEL, files.kernel)];
-    let own = own.into_iter().chain(files.initramfs.map(|initramfs| (file::INITRAMFS, initramfs)));
+    let own = own
+        .into_iter()
+        .chain(files.initramfs.map(|initramfs| (file::INITRAMFS, initramfs)))
+        .chain(files.oem_strings.map(|strings| (file::OEM_STRINGS, strings)));
     let disks = vm.value.spec.disks.iter().zip(files.disks).flat_map(|(spec, opened)| {
         let id = spec.id.to_string();
         let backing = opened.backing.into_iter().enumerate();
@@ -260,6 +278,7 @@ pub(super) async fn run(
         .map(|(name, file)| (name.to_owned(), file))
         .chain(disks)
         .chain(nics)
+        .chain(files.seed.map(|seed| (file::disk(file::SEED), seed)))
         .map(|(name, file)| (name, OwnedFd::from(file)))
         .unzip();
     let mut devices = Vec::new();
@@ -273,7 +292,9 @@ pub(super) async fn run(
         devices.push(DeviceSpec { bdf, backend: device.backend, adapter });
     }
     let spec = machine(vm, initramfs, devices, user, &env.protections_off());
-    let spec = Box::new(MachineSpec { nics: specs, ..spec });
+    let mut spec = Box::new(MachineSpec { nics: specs, ..spec });
+    // Not by the specification: an edit may have given it texts since the files were opened.
+    spec.disks.extend(seeded.then(seed_disk));
     connection
         .order(Order::Configure { spec, files: names }, fds, CONFIGURE)
         .await
@@ -327,6 +348,18 @@ fn format(format: DiskFormat) -> protocol::DiskFormat {
     match format {
         DiskFormat::Raw => protocol::DiskFormat::Raw,
         DiskFormat::Qcow2 => protocol::DiskFormat::Qcow2,
+    }
+}
+
+/// The disk for cloud-init, behind the others.
+fn seed_disk() -> protocol::DiskSpec {
+    protocol::DiskSpec {
+        id: file::SEED.to_owned(),
+        format: protocol::DiskFormat::Raw,
+        backing: Vec::new(),
+        read_only: true,
+        serial: SEED_SERIAL.to_owned(),
+        discard: false,
     }
 }
 

@@ -24,18 +24,32 @@ pub struct VmRecord {
     /// The author of the last write; None in a record of an older agent, which did not store it.
     #[serde(default)]
     pub author: Option<Author>,
-    /// The author of each part of `boot`, and of the disks, by the part's name. In a record of an older agent, `author`
-    /// stands for all of them.
+    /// The author of each part of `boot`, of the disks, the texts for cloud-init and the credentials, by the part's name. In a record of an
+    /// older agent, `author` stands for all of them.
     #[serde(default)]
     pub boot_authors: BTreeMap<String, Author>,
 }
 
-/// The parts of the specification that decide which contents of its files a guest can reveal. All but [`DISKS`] are those of
-/// `boot`.
-const BOOT_PARTS: [&str; 4] = ["kernel", "initramfs", "cmdline", DISKS];
+/// The parts of the specification that decide which contents of its files a guest can reveal. All but [`DISKS`],
+/// [`CLOUD_INIT`] and [`CREDENTIALS`] are those of `boot`.
+const BOOT_PARTS: [&str; 6] = ["kernel", "initramfs", "cmdline", DISKS, CLOUD_INIT, CREDENTIALS];
 /// This part has an author only in the specification of a VM with disks. So a VM of an older agent, which knew no disks, boots
 /// with the same rights as before.
 const DISKS: &str = "disks";
+/// The same for a VM with texts for cloud-init, which can run any program in the guest.
+const CLOUD_INIT: &str = "cloud_init";
+/// The same for a VM with credentials: with them systemd sets up units and users.
+const CREDENTIALS: &str = "credentials";
+
+/// The parts that the specification does not have.
+fn absent(spec: &VmSpec) -> Vec<&'static str> {
+    let parts = [
+        (DISKS, spec.disks.is_empty()),
+        (CLOUD_INIT, spec.cloud_init.is_none()),
+        (CREDENTIALS, spec.credentials.is_empty()),
+    ];
+    parts.into_iter().filter(|(_, absent)| *absent).map(|(part, _)| part).collect()
+}
 
 impl VmRecord {
     /// A new VM. The writer of the specification is the author of all its parts.
@@ -60,6 +74,8 @@ impl VmRecord {
             old.initramfs != new.initramfs,
             old.cmdline != new.cmdline,
             self.spec.disks != spec.disks,
+            self.spec.cloud_init != spec.cloud_init,
+            self.spec.credentials != spec.credentials,
         ];
         let mut boot_authors = self.clone().noted().boot_authors;
         for (part, _) in BOOT_PARTS.into_iter().zip(changed).filter(|(_, changed)| *changed) {
@@ -71,22 +87,22 @@ impl VmRecord {
     /// The record with an author for each part.
     fn noted(mut self) -> Self {
         let author = self.author.clone().unwrap_or_else(|| Author::Token { name: "unknown".to_owned() });
-        let has_disks = !self.spec.disks.is_empty();
-        for part in BOOT_PARTS.into_iter().filter(|part| has_disks || *part != DISKS) {
+        let absent = absent(&self.spec);
+        for part in BOOT_PARTS.into_iter().filter(|part| !absent.contains(part)) {
             self.boot_authors.entry(part.to_owned()).or_insert_with(|| author.clone());
         }
         self
     }
 
     /// The callers that must all be able to open each file of `boot` and each disk: the authors of these parts and, if a request leads
-    /// to the boot, its `caller`. A guest can reveal its files to the author of its kernel or command line. So no
-    /// author of one part gets at a file that this author could not read. While the authors are unknown, only image
+    /// to the boot, its `caller`. A guest can reveal its files to the author of its kernel, command line, texts for
+    /// cloud-init or credentials. So no author of one part gets at a file that this author could not read. While the authors are unknown, only image
     /// directories are open.
     #[must_use]
     pub fn boot_rights(&self, caller: Option<Caller>) -> Vec<Caller> {
         let mut authors = self.clone().noted().boot_authors;
-        if self.spec.disks.is_empty() {
-            authors.remove(DISKS);
+        for part in absent(&self.spec) {
+            authors.remove(part);
         }
         let mut all: Vec<Caller> = Vec::new();
         for who in authors.values().map(Author::caller).chain(caller) {
@@ -357,7 +373,7 @@ mod tests {
         let fields: Vec<String> =
             serde_json::to_value(&all).unwrap().as_object().unwrap().keys().cloned().collect();
         let mut parts = BOOT_PARTS.map(str::to_owned).to_vec();
-        parts.retain(|part| part != DISKS);
+        parts.retain(|part| ![DISKS, CLOUD_INIT, CREDENTIALS].contains(&part.as_str()));
         parts.sort();
         assert_eq!(fields, parts);
     }
@@ -390,6 +406,35 @@ mod tests {
         );
         let old: VmRecord = serde_json::from_value(old.as_mut().unwrap().take()).unwrap();
         assert_eq!(rights(&old), rights(&plain));
+    }
+
+    /// The texts for cloud-init, and credentials, run programs in the guest, which can reveal each file.
+    #[test]
+    fn texts_for_the_guest_have_an_author_of_their_own() {
+        for part in ["cloud_init", "credentials"] {
+            let spec = |text: Option<&str>| -> VmSpec {
+                let mut spec =
+                    serde_json::json!({ "name": "web1", "memory": "2MiB", "boot": { "kernel": "k" } });
+                if let Some(text) = text {
+                    spec[part] = serde_json::json!({ "user_data": text });
+                }
+                serde_json::from_value(spec).unwrap()
+            };
+            let rights = |vm: &VmRecord| {
+                let mut rights = vm.boot_rights(None);
+                rights.sort_by_key(|who| format!("{who:?}"));
+                rights
+            };
+            let plain = VmRecord::new(Timestamp::from_unix_ms(0), spec(None), &user(1000));
+            let with = plain.edited(spec(Some("a")), &user(0));
+            assert_eq!(rights(&with), [user(0), user(1000)], "{part}");
+            let same = with.edited(VmSpec { cpus: 2, ..with.spec.clone() }, &user(2000));
+            assert_eq!(rights(&same), rights(&with), "{part}: an edit of anything else");
+            let other = with.edited(spec(Some("b")), &user(2000));
+            assert_eq!(rights(&other), [user(1000), user(2000)], "{part}");
+            let without = other.edited(spec(None), &user(0));
+            assert_eq!(rights(&without), [user(1000)], "{part}: no texts, no author");
+        }
     }
 
     /// For each author of `boot`, later caller and verbs of that caller: a file is never opened without the rights of

@@ -5,6 +5,7 @@
 mod adapter;
 mod bonded;
 mod cli;
+mod cloud_init;
 mod crash;
 mod demo;
 mod disks;

@@ -268,3 +268,16 @@ fn it_goes_on_after_an_interruption_and_its_link_works_once() {
     drop(ui);
     browser.wait_for_text("#live", "portcullis ui has ended");
 }
+
+#[test]
+fn the_page_names_the_disk_for_cloud_init_and_not_its_texts() {
+    let agent = start();
+    let mut spec = SmallGuest::spec(&agent, "web1", json!([]), "");
+    spec["cloud_init"] = json!({ "user_data": "s3cret-user", "network_config": "s3cret-network" });
+    agent.create(&spec).unwrap();
+    let ui = Ui::start(&agent);
+    let mut browser = Browser::start();
+    browser.open(&ui.url);
+    browser.wait_for_text("#vms", "cidata (cloud-init)");
+    assert!(!browser.value("document.documentElement.outerHTML").to_string().contains("s3cret"));
+}

@@ -14,8 +14,14 @@ pub const KERNEL: &str = "kernel";
 /// The initramfs, if [`MachineSpec::initramfs`](super::MachineSpec::initramfs).
 pub const INITRAMFS: &str = "initramfs";
 
+/// The OEM strings of the guest's SMBIOS tables, if there are any: each with a NUL behind it, at most [`OEM_STRINGS_MAX`]
+/// bytes. They come in a file since they are secrets, which no message has.
+pub const OEM_STRINGS: &str = "oem-strings";
+/// The most bytes of the OEM strings: they must fit the guest's area for the tables.
+pub const OEM_STRINGS_MAX: usize = 60 << 10;
+
 /// The files that any machine can have. `FDS_MAX` leaves room for them.
-pub const OF_EVERY_MACHINE: [&str; 4] = [KVM, CONSOLE, KERNEL, INITRAMFS];
+pub const OF_EVERY_MACHINE: [&str; 5] = [KVM, CONSOLE, KERNEL, INITRAMFS, OEM_STRINGS];
 
 /// The name of a simulated function's connection to its PF. `bdf` is the function's address on the
 /// host.
@@ -23,6 +29,9 @@ pub const OF_EVERY_MACHINE: [&str; 4] = [KVM, CONSOLE, KERNEL, INITRAMFS];
 pub fn connection(bdf: &str) -> String {
     format!("connection:{bdf}")
 }
+
+/// The name of the disk with the texts for cloud-init. No disk of a specification can have it.
+pub const SEED: &str = "CIDATA";
 
 /// The name of a disk's file. `id` is the disk's name.
 #[must_use]

@@ -43,6 +43,7 @@ pub fn fuzz_kernel(data: &[u8]) {
         kernel: file(kernel),
         initramfs: initramfs.as_deref().map(file),
         cmdline: CMDLINE.to_owned(),
+        smbios: Vec::new(),
     };
     let machine = acpi::Description { cpus: 1, devices: Vec::new() };
     GUEST.with(|guest| {

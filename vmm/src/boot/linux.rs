@@ -43,7 +43,7 @@ pub(super) fn write_zero_page(
         }
     }
     let ram = usable_ram(memory).into_iter().map(|range| (range, E820_RAM));
-    let reserved = [(layout::ECAM, E820_RESERVED)];
+    let reserved = [(layout::FIRMWARE, E820_RESERVED), (layout::ECAM, E820_RESERVED)];
     let mut count = 0;
     for (slot, (range, type_)) in params.e820_table.iter_mut().zip(ram.chain(reserved)) {
         *slot = boot_e820_entry { addr: range.start, size: range.end - range.start, r#type: type_ };

@@ -8,6 +8,7 @@ pub mod acpi;
 pub mod fuzz;
 mod linux;
 mod pvh;
+pub mod smbios;
 
 use std::{
     fs::File,
@@ -15,6 +16,7 @@ use std::{
     ops::Range,
 };
 
+use devices::smbios::SmbiosError;
 use linux_loader::loader::{
     self, KernelLoader,
     elf::{Elf, PvhBootCapability},
@@ -34,8 +36,10 @@ const XLF_KERNEL_64: u16 = 1;
 /// Linux on hardware-reduced ACPI tries to reboot by EFI and, finding none, jumps to the BIOS in real mode. There it
 /// finds `mov al, 0xfe; out 0x64, al; hlt; jmp` back to the `hlt`: the keyboard controller's reset.
 const RESET_STUB: [u8; 7] = [0xb0, 0xfe, 0xe6, 0x64, 0xf4, 0xeb, 0xfd];
-/// The longest ACPI tables: the stub lies behind them.
-const ACPI_MAX: u64 = layout::RESET_VECTOR - layout::ACPI.start;
+/// The longest ACPI tables.
+const ACPI_MAX: u64 = layout::ACPI.end - layout::ACPI.start;
+/// The longest SMBIOS tables: the stub lies behind them.
+const SMBIOS_MAX: u64 = layout::SMBIOS.end - layout::SMBIOS.start;
 /// Page size, for the place of the initramfs.
 const PAGE: u64 = 4096;
 
@@ -84,7 +88,7 @@ pub enum BootError {
     /// The command line has a NUL or a newline in it.
     #[error("The kernel command line contains a control character")]
     CmdlineCharacter,
-    /// The ACPI tables do not fit below the reset vector.
+    /// The ACPI tables do not fit below the SMBIOS tables.
     #[error(
         "The ACPI tables have {size} bytes, at most {max} are possible; give the VM fewer devices or vCPUs",
         max = ACPI_MAX
@@ -93,6 +97,15 @@ pub enum BootError {
         /// Their size.
         size: u64,
     },
+    /// The SMBIOS tables do not fit below the reset vector.
+    #[error("The SMBIOS tables have {size} bytes, at most {max} are possible; give the VM fewer credentials", max = SMBIOS_MAX)]
+    StringsTooLong {
+        /// Their size.
+        size: u64,
+    },
+    /// The SMBIOS tables cannot hold a string of the agent's.
+    #[error(transparent)]
+    Smbios(#[from] SmbiosError),
     /// Guest memory is too small for the kernel and the tables.
     #[error("The guest's memory is too small to boot; give it at least 2 MiB")]
     Memory(#[source] vm_memory::GuestMemoryError),
@@ -107,6 +120,8 @@ pub struct Payload {
     pub initramfs: Option<File>,
     /// The kernel command line.
     pub cmdline: String,
+    /// The SMBIOS tables, for [`layout::SMBIOS`].
+    pub smbios: Vec<u8>,
 }
 
 /// An initramfs in guest memory.
@@ -131,6 +146,10 @@ pub fn load(
     if size > ACPI_MAX {
         return Err(BootError::TablesTooLong { size });
     }
+    let size = payload.smbios.len() as u64;
+    if size > SMBIOS_MAX {
+        return Err(BootError::StringsTooLong { size });
+    }
     let entry = match image_kind(&mut payload.kernel)? {
         Kind::Elf => load_elf(memory, payload)?,
         Kind::BzImage => load_bzimage(memory, payload)?,
@@ -139,6 +158,7 @@ pub fn load(
         |bytes: &[u8], at: u64| memory.write_slice(bytes, GuestAddress(at)).map_err(BootError::Memory);
     write(&cmdline, layout::CMDLINE)?;
     write(&tables, layout::ACPI.start)?;
+    write(&payload.smbios, layout::SMBIOS.start)?;
     write(&RESET_STUB, layout::RESET_VECTOR)?;
     for (at, descriptor) in (layout::GDT..).step_by(8).zip(state::gdt(entry)) {
         write(&descriptor.to_le_bytes(), at)?;

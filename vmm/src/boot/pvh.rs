@@ -33,7 +33,7 @@ pub(super) fn write_start_info(memory: &GuestMemory, initramfs: Option<Placed>) 
     }
     info.memmap_paddr = at;
     let ram = usable_ram(memory).into_iter().map(|range| (range, RAM));
-    for (range, type_) in ram.chain([(layout::ECAM, RESERVED)]) {
+    for (range, type_) in ram.chain([(layout::FIRMWARE, RESERVED), (layout::ECAM, RESERVED)]) {
         let entry =
             hvm_memmap_table_entry { addr: range.start, size: range.end - range.start, type_, reserved: 0 };
         memory.write_obj(entry, GuestAddress(at)).map_err(BootError::Memory)?;

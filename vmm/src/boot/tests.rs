@@ -14,7 +14,12 @@ fn file(bytes: &[u8]) -> File {
 }
 
 fn payload(kernel: &[u8], initramfs: Option<&[u8]>) -> Payload {
-    Payload { kernel: file(kernel), initramfs: initramfs.map(file), cmdline: "console=ttyS0".into() }
+    Payload {
+        kernel: file(kernel),
+        initramfs: initramfs.map(file),
+        cmdline: "console=ttyS0".into(),
+        smbios: Vec::new(),
+    }
 }
 
 fn machine() -> acpi::Description {
@@ -111,7 +116,10 @@ fn the_initramfs_lies_high_and_clear_of_the_kernel() {
         .iter()
         .map(|entry| (entry.addr, entry.size, entry.r#type))
         .collect::<Vec<_>>();
-    assert_eq!(table, [(0, 0xa_0000, 1), (0x10_0000, 15 << 20, 1), (0xe000_0000, 0x10_0000, 2)]);
+    assert_eq!(
+        table,
+        [(0, 0xa_0000, 1), (0x10_0000, 15 << 20, 1), (0xe_0000, 0x2_0000, 2), (0xe000_0000, 0x10_0000, 2)]
+    );
 
     let large = vec![0; 8 << 20];
     let result = load(&memory, &mut payload(&bzimage(1, 8 << 20, &[0xf4]), Some(&large)), &machine());
@@ -141,7 +149,7 @@ fn a_jump_to_the_bios_finds_the_reset() {
 }
 
 #[test]
-fn acpi_tables_end_before_the_reset_vector() {
+fn acpi_tables_end_before_the_smbios_tables() {
     let memory = memory::reserve(4 << 20, false).unwrap();
     let devices = board::tests::board().aml();
     assert!(!devices.is_empty());
@@ -160,6 +168,37 @@ fn acpi_tables_end_before_the_reset_vector() {
     assert_eq!(stub, RESET_STUB);
     let error = load_with(with(16)).unwrap_err();
     assert!(matches!(error, BootError::TablesTooLong { size } if size > ACPI_MAX), "{error}");
+}
+
+#[test]
+fn smbios_tables_end_before_the_reset_vector() {
+    let memory = memory::reserve(4 << 20, false).unwrap();
+    let load_with = |size: u64| {
+        let mut payload = payload(&elf(true, &[0xf4]), None);
+        payload.smbios = vec![0xab; usize::try_from(size).unwrap()];
+        load(&memory, &mut payload, &machine()).map(|_| ())
+    };
+    load_with(SMBIOS_MAX).unwrap();
+    let mut bytes = [0; 8];
+    memory.read_slice(&mut bytes, GuestAddress(layout::RESET_VECTOR - 1)).unwrap();
+    assert_eq!((bytes[0], &bytes[1..]), (0xab, &RESET_STUB[..]));
+    let error = load_with(SMBIOS_MAX + 1).unwrap_err();
+    assert!(matches!(error, BootError::StringsTooLong { size: 0xfff1 }), "{error}");
+}
+
+#[test]
+fn the_area_of_the_smbios_tables_has_room_for_the_longest_strings() {
+    let text = |size: usize| "x".repeat(size);
+    let machine = devices::smbios::Identity {
+        manufacturer: text(64),
+        product: text(64),
+        serial: text(64),
+        uuid: [0; 16],
+    };
+    let strings = vec![b'x'; protocol::files::OEM_STRINGS_MAX];
+    let strings: Vec<&[u8]> = strings.chunks(strings.len() / 200).collect();
+    let tables = devices::smbios::tables(layout::SMBIOS.start, &machine, &strings).unwrap();
+    assert!(tables.len() as u64 <= SMBIOS_MAX, "{}", tables.len());
 }
 
 #[test]

@@ -32,7 +32,7 @@ pub struct ApplyArgs {
     #[arg(long = "file", short, value_name = "DIR", required = true)]
     files: Vec<String>,
     /// Shows the objects to create and change, and changes nothing. Fails as apply would: a change
-    /// of a VM that is not stopped is `blocked`, except of `restart` and `autostart`, and no two
+    /// of a VM that is not stopped is `blocked`, except of `restart`, `autostart`, `cloud_init` and `credentials`, and no two
     /// VMs may have the same address (exit code 5).
     #[arg(long)]
     dry_run: bool,
@@ -46,6 +46,8 @@ enum Action {
     Change,
     /// A change that the VM's state does not allow.
     Blocked,
+    /// Equal but for texts that answers hide: only the agent can compare them, when it gets the specification.
+    Compare,
     Unchanged,
 }
 
@@ -73,7 +75,7 @@ struct Step {
 }
 
 pub(super) async fn run(client: &Client, output: &mut Output<'_>, args: ApplyArgs) -> Result<(), CliError> {
-    let steps = plan(client, files::read_all(&args.files)?).await?;
+    let mut steps = plan(client, files::read_all(&args.files)?).await?;
     let possible = possible(&steps);
     if args.dry_run {
         show(output, &steps)?;
@@ -85,14 +87,16 @@ pub(super) async fn run(client: &Client, output: &mut Output<'_>, args: ApplyArg
         return possible;
     }
     let at = Cell::new(0);
-    let doing = async || {
-        let what = steps.get(at.get()).map_or_else(String::new, |step| format!("applying {}", step.file));
-        Doing { what, step: Some((at.get().saturating_add(1), steps.len())) }
+    let files: Vec<String> = steps.iter().map(|step| step.file.clone()).collect();
+    let file = || files.get(at.get()).cloned().unwrap_or_default();
+    let doing = async || Doing {
+        what: format!("applying {}", file()),
+        step: Some((at.get().saturating_add(1), files.len())),
     };
-    if let Err((step, error)) = progress::during(make_all(client, &steps, &at), doing).await {
+    if let Err(error) = progress::during(make_all(client, &mut steps, &at), doing).await {
         // Objects made before the failure stay: show them.
         show(output, steps.get(..at.get()).unwrap_or_default())?;
-        return Err(CliError::Apply { file: step.file.clone(), source: Box::new(error.into()) });
+        return Err(CliError::Apply { file: file(), source: Box::new(error.into()) });
     }
     show(output, &steps)
 }
@@ -113,8 +117,8 @@ fn possible(steps: &[Step]) -> Result<(), CliError> {
     };
     // In the words of the agent's own refusal.
     let detail = format!(
-        "The VM {name} is {state}, so only restart and autostart can change: stop it first (`portcullis vm \
-         stop {name}`). Nothing was changed.{more}"
+        "The VM {name} is {state}, so only restart, autostart, cloud_init and credentials can change: stop it first \
+         (`portcullis vm stop {name}`). Nothing was changed.{more}"
     );
     let problem = Box::new(Problem::new(ProblemCode::WrongState, detail));
     Err(CliError::Apply { file: file.clone(), source: Box::new(ClientError::from(problem).into()) })
@@ -126,6 +130,7 @@ fn show(output: &mut Output<'_>, steps: &[Step]) -> Result<(), CliError> {
             Action::Create => "create",
             Action::Change => "change",
             Action::Blocked => "blocked",
+            Action::Compare => "compare",
             Action::Unchanged => "-",
         };
         let changes: Vec<String> = step.changes.iter().map(ToString::to_string).collect();
@@ -187,7 +192,7 @@ async fn plan(client: &Client, wanted: Vec<(String, Wanted)>) -> Result<Vec<Step
     let step = |(file, wanted): (String, Wanted)| {
         let mut refusal = there.lacks(&wanted);
         let mut state = None;
-        let mut blocked = false;
+        let (mut blocked, mut hidden) = (false, false);
         let found = match &wanted {
             Wanted::Switch(name, spec) => switches
                 .iter()
@@ -200,12 +205,16 @@ async fn plan(client: &Client, wanted: Vec<(String, Wanted)>) -> Result<Vec<Step
             Wanted::Vm(spec) => vms.iter().find(|vm| vm.name == spec.name).map(|vm| {
                 state = Some(vm.status.state);
                 blocked = !vm.status.state.is_at_rest() && !spec.same_machine(&vm.spec);
-                (vm.revision, differences(&vm.spec, spec))
+                hidden = spec.has_secrets();
+                (vm.revision, differences(&vm.spec, &spec.masked()))
             }),
         };
         let (kind, name) = (wanted.kind(), wanted.name().to_string());
         let (action, revision, changes) = match found {
             None => (Action::Create, None, Vec::new()),
+            Some((revision, changes)) if changes.is_empty() && hidden => {
+                (Action::Compare, Some(revision), changes)
+            }
             Some((revision, changes)) if changes.is_empty() => (Action::Unchanged, Some(revision), changes),
             Some((revision, changes)) if blocked => (Action::Blocked, Some(revision), changes),
             Some((revision, changes)) => (Action::Change, Some(revision), changes),
@@ -223,20 +232,16 @@ async fn plan(client: &Client, wanted: Vec<(String, Wanted)>) -> Result<Vec<Step
 }
 
 /// Makes one object after the other; `at` is the number of the current one.
-async fn make_all<'a>(
-    client: &Client,
-    steps: &'a [Step],
-    at: &Cell<usize>,
-) -> Result<(), (&'a Step, ClientError)> {
-    for (n, step) in steps.iter().enumerate() {
+async fn make_all(client: &Client, steps: &mut [Step], at: &Cell<usize>) -> Result<(), ClientError> {
+    for (n, step) in steps.iter_mut().enumerate() {
         at.set(n);
-        make(client, step).await.map_err(|error| (step, error))?;
+        make(client, step).await?;
     }
     Ok(())
 }
 
 /// Makes the object, if it is still at the revision of the comparison.
-async fn make(client: &Client, step: &Step) -> Result<(), ClientError> {
+async fn make(client: &Client, step: &mut Step) -> Result<(), ClientError> {
     if step.action == Action::Unchanged {
         return Ok(());
     }
@@ -245,6 +250,13 @@ async fn make(client: &Client, step: &Step) -> Result<(), ClientError> {
         (Wanted::Switch(_, spec), _) => client.put_switch(name, spec, step.revision).await.map(drop),
         (Wanted::PortGroup(_, spec), _) => client.put_port_group(name, spec, step.revision).await.map(drop),
         (Wanted::Vm(spec), Action::Create) => client.create_vm(spec).await.map(drop),
-        (Wanted::Vm(spec), _) => client.put_vm(name, spec, step.revision).await.map(drop),
+        (Wanted::Vm(spec), action) => {
+            let vm = client.put_vm(name, spec, step.revision).await?;
+            if action == Action::Compare {
+                let same = step.revision == Some(vm.revision);
+                step.action = if same { Action::Unchanged } else { Action::Change };
+            }
+            Ok(())
+        }
     }
 }

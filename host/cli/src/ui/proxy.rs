@@ -19,7 +19,7 @@ use std::sync::{
 
 use api::{
     Caller, Client, Gate, Problem, ProblemCode,
-    router::{MAX_BODY, Peer},
+    router::{MAX_VM_BODY, Peer},
     token::Tokens,
 };
 use axum::{
@@ -183,9 +183,9 @@ async fn forward(State(serving): State<Arc<Serving>>, request: Request) -> Resul
             "The session of this page has ended: start portcullis ui again, and open its link.",
         ));
     }
-    let read = tokio::time::timeout(BODY_TIME, axum::body::to_bytes(body, MAX_BODY)).await;
+    let read = tokio::time::timeout(BODY_TIME, axum::body::to_bytes(body, MAX_VM_BODY)).await;
     let Ok(Ok(body)) = read else {
-        let detail = format!("The body is longer than {MAX_BODY} bytes, or did not arrive in time.");
+        let detail = format!("The body is longer than {MAX_VM_BODY} bytes, or did not arrive in time.");
         return Err(Problem::invalid("body", detail));
     };
     let path = head.uri.path_and_query().map_or("/", |path| path.as_str());

@@ -7,11 +7,11 @@ use api::types::VmSpec;
 use super::*;
 
 impl Actor {
-    /// Replaces the specification. After an error the old one stays.
+    /// Replaces the specification. Hidden texts are the stored ones. After an error the old specification stays.
     pub(super) async fn edit(
         &mut self,
         caller: &Caller,
-        spec: VmSpec,
+        mut spec: VmSpec,
         expect: Option<u64>,
     ) -> Result<(), Problem> {
         if !self.deleting.is_empty() {
@@ -21,6 +21,7 @@ impl Actor {
         if let Some(expected) = expect.filter(|expected| *expected != old.revision) {
             return Err(Problem::revision_mismatch(expected, old.revision));
         }
+        spec.unmask(Some(&old.value.spec))?;
         if spec == old.value.spec {
             return Ok(());
         }
@@ -31,7 +32,7 @@ impl Actor {
                 let cure =
                     if state == VmState::Stopping { "wait until it is stopped" } else { "stop it first" };
                 let detail = format!(
-                    "The VM {} is {state}, so only restart and autostart can change: {cure}.",
+                    "The VM {} is {state}, so only restart, autostart, cloud_init and credentials can change: {cure}.",
                     self.name()
                 );
                 return Err(Problem::new(ProblemCode::WrongState, detail));
