@@ -212,7 +212,7 @@ problem_codes! {
         "Name a kernel for x86-64 (`vmlinuz` of a distribution), or give the VM more memory.";
     /// The initramfs file does not exist.
     InitramfsNotFound = "initramfs_not_found", 422, "No such initramfs file",
-        "There is no file at `boot.initramfs`.",
+        "There is no file at `boot.initramfs`, or at one of its paths.",
         "Correct the path, or put the file into a directory of `--image-dir`.";
     /// The caller may not read the initramfs file, or it is no regular file.
     InitramfsUnreadable = "initramfs_unreadable", 403, "The initramfs file cannot be read",
@@ -220,7 +220,7 @@ problem_codes! {
         "Make the file readable for the caller, or put it into a directory of `--image-dir`.";
     /// The initramfs is larger than the guest's memory.
     InitramfsInvalid = "initramfs_invalid", 422, "The initramfs cannot be used",
-        "The initramfs is larger than the guest's memory.",
+        "The initramfs is larger than the guest's memory: all of its files together.",
         "Give the VM more memory, or make the initramfs smaller.";
 
     /// A disk's file does not exist.

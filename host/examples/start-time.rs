@@ -126,7 +126,7 @@ fn ours(runtime: &Runtime, portcullis: &Path, kernel: &Path, run_dir: &Path) -> 
         memory: GUEST_MIB << 20,
         hugepages: false,
         cmdline: String::new(),
-        initramfs: false,
+        initramfs: 0,
         devices: Vec::new(),
         disks: Vec::new(),
         nics: Vec::new(),

@@ -254,6 +254,9 @@ bool number_option(const char *name, u64 otherwise, u64 *value);
 void result(void);
 void result_text(const char *text);
 void result_outcome(enum outcome outcome);
+/* The initramfs, if the host has loaded one. */
+extern const u8 *initramfs;
+extern u64 initramfs_size;
 void script_run(const char *text);
 void serve_input(void);
 

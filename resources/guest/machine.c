@@ -132,6 +132,21 @@ static void run_interrupts(void) {
   put_char('\n');
 }
 
+static void run_initramfs(void) {
+  if (!initramfs) {
+    result_text("none");
+    return;
+  }
+  result();
+  put_decimal(initramfs_size);
+  put_char(' ');
+  for (u64 i = 0; i < initramfs_size && i < 64; i++) {
+    char c = (char)initramfs[i];
+    put_char(c > ' ' && c <= '~' ? c : '.');
+  }
+  put_char('\n');
+}
+
 static const u8 *smbios_string(const u8 *structure, unsigned number) {
   const u8 *text = structure + structure[1];
   while (--number) text += text_length((const char *)text) + 1;
@@ -207,6 +222,7 @@ const struct command machine_commands[] = {
     {"poweroff", "", 0, 0, false, run_poweroff, "poweroff"},
     {"reboot", "", 0, 1, false, run_reboot, "reboot [acpi|keyboard]"},
     {"triple-fault", "", 0, 0, false, run_triple_fault, "triple-fault"},
+    {"initramfs", "", 0, 0, false, run_initramfs, "initramfs"},
     {"smbios", "", 0, 0, false, run_smbios, "smbios"},
     {"help", "", 0, 0, false, run_help, "help"},
     {0},

@@ -17,6 +17,15 @@ struct start_info {
   u64 module_list, command_line;
 };
 
+/* hvm_modlist_entry, the same. */
+struct module {
+  u64 address, size;
+};
+
+/* The guest's image is in memory alone: what the host has loaded stays where it is. */
+const u8 *initramfs;
+u64 initramfs_size;
+
 struct words current;
 
 /* Input that was not looked at. What does not fit stays in the port, and the sender waits. */
@@ -221,6 +230,11 @@ _Noreturn void guest_main(const struct start_info *info);
 void guest_main(const struct start_info *info) {
   cpu_start();
   out8(SERIAL + INTERRUPT_ENABLE, 1); /* received data */
+  if (info->modules) {
+    const struct module *module = (const struct module *)info->module_list;
+    initramfs = (const u8 *)module->address;
+    initramfs_size = module->size;
+  }
   put_text("portcullis small guest\n");
   script_run("probe");
   script_run((const char *)info->command_line);

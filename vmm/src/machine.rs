@@ -181,7 +181,8 @@ impl Machine {
         crate::attack::arm(&spec.cmdline, 3).map_err(io("make an attack ready"))?;
         let (kvm, console) = (files.require(files::KVM)?, files.require(files::CONSOLE)?);
         let kernel = files.require(files::KERNEL)?;
-        let initramfs = if spec.initramfs { Some(files.require(files::INITRAMFS)?) } else { None };
+        let initramfs = (0..spec.initramfs).map(|number| files.require(&files::initramfs(number)));
+        let initramfs = initramfs.collect::<Result<Vec<OwnedFd>, _>>()?;
         let strings = files.take(files::OEM_STRINGS).map(File::from);
         let smbios = boot::smbios::tables(spec, strings)?;
         let kvm = open_kvm(kvm, spec)?;
@@ -257,7 +258,7 @@ impl Machine {
         confinement.confine(seccomp::Thread::Main)?;
         let mut payload = Payload {
             kernel: File::from(kernel),
-            initramfs: initramfs.map(File::from),
+            initramfs: initramfs.into_iter().map(File::from).collect(),
             cmdline: spec.cmdline.clone(),
             smbios,
         };

@@ -76,7 +76,7 @@ fn spec() -> Option<VmSpec> {
         hugepages: false,
         boot: BootSpec {
             kernel: "vmlinuz".to_owned(),
-            initramfs: Some("initrd.img".to_owned()),
+            initramfs: Some("initrd.img".into()),
             cmdline: "console=ttyS0".to_owned(),
         },
         adapters: vec![AdapterSpec {

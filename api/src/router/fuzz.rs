@@ -67,7 +67,8 @@ fn check_vm(body: &[u8]) {
         };
         assert!(!spec.adapters.iter().skip(n + 1).any(same), "{spec:?}");
     }
-    for path in [Some(&spec.boot.kernel), spec.boot.initramfs.as_ref()].into_iter().flatten() {
+    let initramfs = spec.boot.initramfs.iter().flat_map(|initramfs| initramfs.paths());
+    for path in std::iter::once(&spec.boot.kernel).chain(initramfs) {
         assert!(!path.is_empty() && !path.contains('\0') && path.len() < 4096, "{path:?}");
     }
     assert!(!spec.boot.cmdline.bytes().any(|byte| byte == 0), "{:?}", spec.boot.cmdline);

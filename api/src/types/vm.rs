@@ -7,7 +7,7 @@ use utoipa::ToSchema;
 use uuid::Uuid;
 
 use super::{
-    Bdf, ByteSize, CloudInitSpec, Credentials, DiskSpec, Name, NicSpec, NicStatus, RestartPolicy,
+    Bdf, ByteSize, CloudInitSpec, Credentials, DiskSpec, Initramfs, Name, NicSpec, NicStatus, RestartPolicy,
     RestartStatus, Timestamp, Unchecked, UnicastMac, VmLease, VmOperation, ranges,
 };
 use crate::problem::{Problem, ProblemCode};
@@ -129,11 +129,11 @@ pub struct BootSpec {
     /// directories.
     #[schema(example = "vmlinuz")]
     pub kernel: String,
-    /// The initramfs file.
+    /// The initramfs file, or a list of at most 16: the kernel unpacks one after the other.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     #[schema(example = "initrd.img")]
-    pub initramfs: Option<String>,
-    /// The kernel's command line, at most 2047 bytes.
+    pub initramfs: Option<Initramfs>,
+    /// The kernel's command line, at most 2047 bytes: Linux has no room for more.
     #[serde(default, skip_serializing_if = "String::is_empty")]
     #[schema(example = "console=ttyS0")]
     pub cmdline: String,
@@ -189,10 +189,11 @@ impl VmSpec {
         }
         check_path("boot.kernel", &self.boot.kernel)?;
         if let Some(initramfs) = &self.boot.initramfs {
-            check_path("boot.initramfs", initramfs)?;
+            super::initramfs::check(initramfs)?;
         }
         if self.boot.cmdline.len() > MAX_CMDLINE {
-            let detail = format!("A command line has at most {MAX_CMDLINE} bytes.");
+            let size = self.boot.cmdline.len();
+            let detail = format!("The command line has {size} bytes, and Linux takes at most {MAX_CMDLINE}.");
             return Err(Problem::invalid("boot.cmdline", detail));
         }
         if self.boot.cmdline.bytes().any(|byte| byte.is_ascii_control()) {

@@ -248,7 +248,10 @@ fn details(vm: &Vm) -> Vec<(String, String)> {
             ("cpus", spec.cpus.to_string()),
             ("memory", format!("{}{}", spec.memory, if spec.hugepages { " in huge pages" } else { "" })),
             ("kernel", spec.boot.kernel.clone()),
-            ("initramfs", spec.boot.initramfs.clone().unwrap_or_default()),
+            (
+                "initramfs",
+                spec.boot.initramfs.as_ref().map_or_else(String::new, |files| files.paths().join(", ")),
+            ),
             ("cmdline", spec.boot.cmdline.clone()),
             (
                 "console",

@@ -43,7 +43,8 @@ pub(super) const PROMPT: Duration = Duration::from_secs(30);
 pub(super) struct Files {
     kvm: File,
     kernel: File,
-    initramfs: Option<File>,
+    /// In the order of the specification.
+    initramfs: Vec<File>,
     /// In the order of the specification, each with its backing files.
     disks: Vec<Opened>,
     /// In the order of the specification.
@@ -65,17 +66,17 @@ pub(super) async fn open_files(
     let (memory, all, name) = (spec.memory, rights.clone(), spec.name.clone());
     let (texts, credentials) = (spec.cloud_init.clone(), spec.credentials.clone());
     let open = move || {
-        let open = |what: BootFile, path: &str| {
-            files::open_for_all(&all, Purpose::Boot, &dirs, path).map_err(|error| what.problem(&error))
+        let open = |what: BootFile, field: &str, path: &str| {
+            files::open_for_all(&all, Purpose::Boot, &dirs, path).map_err(|error| what.problem(field, &error))
         };
-        let kernel = open(BootFile::Kernel, &boot.kernel)?;
-        let initramfs = match &boot.initramfs {
-            Some(path) => Some(open(BootFile::Initramfs, path)?),
-            None => None,
-        };
+        let kernel = open(BootFile::Kernel, "boot.kernel", &boot.kernel)?;
+        let paths = boot.initramfs.iter().flat_map(|initramfs| initramfs.fields());
+        let initramfs = paths.map(|(field, path)| open(BootFile::Initramfs, &field, path));
+        let initramfs = initramfs.collect::<Result<Vec<File>, _>>()?;
         fits_the_host(memory.bytes())?;
         // Together with the kernel it may still be too large: only the vmm knows the end of the kernel.
-        let size = initramfs.as_ref().and_then(|file| file.metadata().ok()).map_or(0, |data| data.len());
+        let sizes = initramfs.iter().filter_map(|file| file.metadata().ok()).map(|data| data.len());
+        let size = sizes.fold(0, u64::saturating_add);
         if size > memory.bytes() {
             let detail = format!(
                 "The initramfs has {size} bytes, more than the {memory} of the guest: give the VM more memory."
@@ -255,12 +256,10 @@ pub(super) async fn run(
         return Err(Problem::new(ProblemCode::VmmFailed, "A new vmm process reports a wrong state."));
     }
     enter(Stage::BuildingMachine);
-    let (initramfs, seeded) = (files.initramfs.is_some(), files.seed.is_some());
+    let (initramfs, seeded) = (files.initramfs.len(), files.seed.is_some());
     let own = [(file::KVM, files.kvm), (file::CONSOLE, console), (file::KERNEL, files.kernel)];
-    let own = own
-        .into_iter()
-        .chain(files.initramfs.map(|initramfs| (file::INITRAMFS, initramfs)))
-        .chain(files.oem_strings.map(|strings| (file::OEM_STRINGS, strings)));
+    let own = own.into_iter().chain(files.oem_strings.map(|strings| (file::OEM_STRINGS, strings)));
+    let parts = files.initramfs.into_iter().enumerate().map(|(number, part)| (file::initramfs(number), part));
     let disks = vm.value.spec.disks.iter().zip(files.disks).flat_map(|(spec, opened)| {
         let id = spec.id.to_string();
         let backing = opened.backing.into_iter().enumerate();
@@ -276,6 +275,7 @@ pub(super) async fn run(
     });
     let (mut names, mut fds): (Vec<String>, Vec<OwnedFd>) = own
         .map(|(name, file)| (name.to_owned(), file))
+        .chain(parts)
         .chain(disks)
         .chain(nics)
         .chain(files.seed.map(|seed| (file::disk(file::SEED), seed)))
@@ -322,7 +322,7 @@ async fn machine_devices(env: &Environment, held: &[Held]) -> Result<Vec<Machine
 
 fn machine(
     vm: &Entry<VmRecord>,
-    initramfs: bool,
+    initramfs: usize,
     devices: Vec<DeviceSpec>,
     user: Option<u32>,
     off: &[Protection],

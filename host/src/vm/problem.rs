@@ -18,14 +18,12 @@ pub enum BootFile {
 }
 
 impl BootFile {
-    /// The problem of an error at opening the file.
+    /// The problem of an error at opening the file of a field.
     #[must_use]
-    pub fn problem(self, error: &FileError) -> Problem {
-        let (missing, unreadable, field) = match self {
-            Self::Kernel => (ProblemCode::KernelNotFound, ProblemCode::KernelUnreadable, "boot.kernel"),
-            Self::Initramfs => {
-                (ProblemCode::InitramfsNotFound, ProblemCode::InitramfsUnreadable, "boot.initramfs")
-            }
+    pub fn problem(self, field: &str, error: &FileError) -> Problem {
+        let (missing, unreadable) = match self {
+            Self::Kernel => (ProblemCode::KernelNotFound, ProblemCode::KernelUnreadable),
+            Self::Initramfs => (ProblemCode::InitramfsNotFound, ProblemCode::InitramfsUnreadable),
         };
         let code = match error {
             FileError::Missing { .. } => missing,

@@ -8,7 +8,7 @@ use api::{
     problem::ProblemCode,
     types::{CauseCode, VmAction, VmState},
 };
-use serde_json::json;
+use serde_json::{Value, json};
 
 use crate::fixture::{Agent, Options, SmallGuest, host};
 
@@ -17,6 +17,39 @@ const MANY: usize = 64;
 
 fn booted<'a>(agent: &'a Agent, name: &str) -> SmallGuest<'a> {
     SmallGuest::boot(agent, name, json!([]))
+}
+
+/// The kernel gets all files as one, each at a multiple of four bytes.
+#[test]
+fn an_initramfs_can_be_several_files() {
+    let agent = Agent::start();
+    let boot = |name: &str, initramfs: Value| {
+        let mut spec = SmallGuest::spec(&agent, name, json!([]), "");
+        spec["boot"]["initramfs"] = initramfs;
+        let mut guest = SmallGuest { guest: agent.boot(&spec) };
+        guest.wait_for_ready();
+        let found = guest.ask("initramfs");
+        assert_eq!(guest.ask("reboot"), "ok");
+        guest.wait_for_ready();
+        assert_eq!(guest.ask("initramfs"), found, "after a reboot");
+        found
+    };
+    for (name, content) in [("one", &b"first"[..]), ("two", b"second"), ("three", b"x")] {
+        agent.image(name, content);
+    }
+    assert_eq!(boot("none", Value::Null), "none");
+    assert_eq!(boot("alone", json!("one")), "5 first");
+    assert_eq!(boot("several", json!(["one", "two", "three"])), "17 first...second..x");
+    let stored = &agent.vm("several").spec.boot.initramfs;
+    assert_eq!(serde_json::to_value(stored).unwrap(), json!(["one", "two", "three"]));
+    let mut spec = SmallGuest::spec(&agent, "absent", json!([]), "");
+    spec["boot"]["initramfs"] = json!(["one", "nowhere"]);
+    agent.create(&spec).unwrap();
+    let problem = agent.act("absent", VmAction::Boot).unwrap_err();
+    assert_eq!(
+        (problem.code, problem.field.as_deref()),
+        (ProblemCode::InitramfsNotFound, Some("boot.initramfs[1]"))
+    );
 }
 
 #[test]

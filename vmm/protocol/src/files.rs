@@ -11,8 +11,6 @@ pub const KVM: &str = "kvm";
 pub const CONSOLE: &str = "console";
 /// The kernel image.
 pub const KERNEL: &str = "kernel";
-/// The initramfs, if [`MachineSpec::initramfs`](super::MachineSpec::initramfs).
-pub const INITRAMFS: &str = "initramfs";
 
 /// The OEM strings of the guest's SMBIOS tables, if there are any: each with a NUL behind it, at most [`OEM_STRINGS_MAX`]
 /// bytes. They come in a file since they are secrets, which no message has.
@@ -21,7 +19,14 @@ pub const OEM_STRINGS: &str = "oem-strings";
 pub const OEM_STRINGS_MAX: usize = 60 << 10;
 
 /// The files that any machine can have. `FDS_MAX` leaves room for them.
-pub const OF_EVERY_MACHINE: [&str; 5] = [KVM, CONSOLE, KERNEL, INITRAMFS, OEM_STRINGS];
+pub const OF_EVERY_MACHINE: [&str; 4] = [KVM, CONSOLE, KERNEL, OEM_STRINGS];
+
+/// The name of an initramfs file. `number` is its place, from 0 to
+/// [`MachineSpec::initramfs`](super::MachineSpec::initramfs).
+#[must_use]
+pub fn initramfs(number: usize) -> String {
+    format!("initramfs:{number}")
+}
 
 /// The name of a simulated function's connection to its PF. `bdf` is the function's address on the
 /// host.
@@ -134,7 +139,7 @@ mod tests {
         let mut both = files(&["kvm", "kernel"], 2).unwrap();
         both.require(KERNEL).unwrap();
         assert_eq!(both.require(KERNEL).unwrap_err(), FileError::Missing("kernel".into()));
-        assert!(both.take(INITRAMFS).is_none());
+        assert!(both.take(&initramfs(0)).is_none());
         assert!(both.take(KVM).is_some());
         both.finish().unwrap();
     }

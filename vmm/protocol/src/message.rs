@@ -245,8 +245,8 @@ pub struct MachineSpec {
     pub hugepages: bool,
     /// The kernel command line as the user gave it.
     pub cmdline: String,
-    /// Whether an initramfs is among the files.
-    pub initramfs: bool,
+    /// The number of initramfs files.
+    pub initramfs: usize,
     /// Functions, in the order of their slots on the guest's bus.
     pub devices: Vec<DeviceSpec>,
     /// Disks, in the order of their slots, behind those of the functions.

@@ -41,7 +41,7 @@ pub fn fuzz_kernel(data: &[u8]) {
     let initramfs = (*pages > 0).then_some(initramfs);
     let mut payload = Payload {
         kernel: file(kernel),
-        initramfs: initramfs.as_deref().map(file),
+        initramfs: initramfs.as_deref().map(file).into_iter().collect(),
         cmdline: CMDLINE.to_owned(),
         smbios: Vec::new(),
     };

@@ -85,6 +85,14 @@ pub enum BootError {
     /// The command line is too long.
     #[error("The kernel command line has {0} bytes, at most {max} are possible", max = layout::CMDLINE_MAX - 1)]
     CmdlineTooLong(usize),
+    /// The command line is longer than the kernel's own limit.
+    #[error("The kernel command line has {size} bytes, and this kernel takes at most {max}: make it shorter")]
+    CmdlineTooLongForKernel {
+        /// Its length in bytes.
+        size: usize,
+        /// The kernel's limit (`cmdline_size` of its header).
+        max: u32,
+    },
     /// The command line has a NUL or a newline in it.
     #[error("The kernel command line contains a control character")]
     CmdlineCharacter,
@@ -116,8 +124,8 @@ pub enum BootError {
 pub struct Payload {
     /// The kernel image.
     pub kernel: File,
-    /// The initramfs.
-    pub initramfs: Option<File>,
+    /// The initramfs files, in their order.
+    pub initramfs: Vec<File>,
     /// The kernel command line.
     pub cmdline: String,
     /// The SMBIOS tables, for [`layout::SMBIOS`].
@@ -243,6 +251,11 @@ fn load_bzimage(memory: &GuestMemory, payload: &mut Payload) -> Result<Entry, Bo
     if header.xloadflags & XLF_KERNEL_64 == 0 {
         return Err(BootError::NotSixtyFourBit);
     }
+    // 0 in a header that does not say (boot.rst, `cmdline_size`: without the final NUL).
+    let (size, max) = (payload.cmdline.len(), header.cmdline_size);
+    if max != 0 && u32::try_from(size).map_or(true, |size| size > max) {
+        return Err(BootError::CmdlineTooLongForKernel { size, max });
+    }
     // The header counts sectors of 512 bytes for set-up, without the boot sector, and then paragraphs of 16 bytes
     // (boot.rst, `setup_sects`, `syssize`).
     let setup = if header.setup_sects == 0 { 4 } else { u64::from(header.setup_sects) };
@@ -264,6 +277,10 @@ fn low_ram_end(memory: &GuestMemory) -> u64 {
     memory.last_addr().0.saturating_add(1).min(layout::PCI_WINDOW_32.start)
 }
 
+/// Each part of an initramfs begins at such an address; zeroes before it are skipped
+/// (Documentation/driver-api/early-userspace/buffer-format.rst).
+const PART: u64 = 4;
+
 /// Loads the initramfs as high as possible: the kernel's own early allocations begin below.
 fn place_initramfs(
     memory: &GuestMemory,
@@ -271,19 +288,33 @@ fn place_initramfs(
     kernel_end: u64,
     limit: u64,
 ) -> Result<Option<Placed>, BootError> {
-    let Some(file) = &mut payload.initramfs else { return Ok(None) };
-    let read = |e| BootError::Read("initramfs", e);
-    let size = file.seek(SeekFrom::End(0)).map_err(read)?;
-    file.rewind().map_err(read)?;
-    let too_large = BootError::InitramfsTooLarge { size, kernel_end, limit };
-    let Some(address) = limit.checked_sub(size).map(|start| start & !(PAGE - 1)) else {
-        return Err(too_large);
-    };
-    let Ok(len) = usize::try_from(size) else { return Err(too_large) };
-    if address < kernel_end {
-        return Err(too_large);
+    if payload.initramfs.is_empty() {
+        return Ok(None);
     }
-    memory.read_exact_volatile_from(GuestAddress(address), file, len).map_err(BootError::Memory)?;
+    let read = |e| BootError::Read("initramfs", e);
+    let (mut parts, mut size) = (Vec::new(), 0_u64);
+    for file in &mut payload.initramfs {
+        let length = file.seek(SeekFrom::End(0)).map_err(read)?;
+        file.rewind().map_err(read)?;
+        let start = size.checked_next_multiple_of(PART).unwrap_or(u64::MAX);
+        parts.push((start - size, length, file));
+        size = start.saturating_add(length);
+    }
+    let too_large = || BootError::InitramfsTooLarge { size, kernel_end, limit };
+    let address = limit.checked_sub(size).map(|start| start & !(PAGE - 1)).ok_or_else(too_large)?;
+    if address < kernel_end {
+        return Err(too_large());
+    }
+    let mut at = address;
+    for (padding, length, file) in parts {
+        for byte in 0..padding {
+            memory.write_obj(0_u8, GuestAddress(at + byte)).map_err(BootError::Memory)?;
+        }
+        at += padding;
+        let count = usize::try_from(length).map_err(|_| too_large())?;
+        memory.read_exact_volatile_from(GuestAddress(at), file, count).map_err(BootError::Memory)?;
+        at += length;
+    }
     Ok(Some(Placed { address, size }))
 }
 

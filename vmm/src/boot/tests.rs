@@ -2,7 +2,7 @@
 
 use std::io::Write;
 
-use linux_loader::loader::bootparam::boot_params;
+use linux_loader::loader::{bootparam::boot_params, elf::start_info::hvm_modlist_entry};
 
 use super::*;
 use crate::{board, memory};
@@ -16,7 +16,7 @@ fn file(bytes: &[u8]) -> File {
 fn payload(kernel: &[u8], initramfs: Option<&[u8]>) -> Payload {
     Payload {
         kernel: file(kernel),
-        initramfs: initramfs.map(file),
+        initramfs: initramfs.map(file).into_iter().collect(),
         cmdline: "console=ttyS0".into(),
         smbios: Vec::new(),
     }
@@ -124,6 +124,61 @@ fn the_initramfs_lies_high_and_clear_of_the_kernel() {
     let large = vec![0; 8 << 20];
     let result = load(&memory, &mut payload(&bzimage(1, 8 << 20, &[0xf4]), Some(&large)), &machine());
     assert!(matches!(result, Err(BootError::InitramfsTooLarge { .. })));
+}
+
+/// Memory of the last boot shows padding that is not written.
+#[test]
+fn initramfs_files_follow_each_other_at_multiples_of_four() {
+    let memory = memory::reserve(16 << 20, false).unwrap();
+    let end = 16_u64 << 20;
+    let load_with = |parts: &[&[u8]], kernel: &[u8]| {
+        memory.write_slice(&[0xee; 8192], GuestAddress(end - 8192)).unwrap();
+        let mut payload = payload(kernel, None);
+        payload.initramfs = parts.iter().map(|part| file(part)).collect();
+        load(&memory, &mut payload, &machine())
+    };
+    let read = |at: u64, size: usize| {
+        let mut bytes = vec![0; size];
+        memory.read_slice(&mut bytes, GuestAddress(at)).unwrap();
+        bytes
+    };
+    let large = vec![b'l'; 4097];
+    for (parts, expect) in [
+        (vec![&b"abcde"[..], b"fg", b"hijk", b"l"], b"abcde\0\0\0fg\0\0hijkl".to_vec()),
+        (vec![b"", b"abc", b"", b"d"], b"abc\0d".to_vec()),
+        (vec![&large, b"x"], [&large[..], b"\0\0\0x"].concat()),
+    ] {
+        load_with(&parts, &bzimage(1, 0x1000, &[0xf4])).unwrap();
+        let params: boot_params = memory.read_obj(GuestAddress(layout::BOOT_PARAMS)).unwrap();
+        let (at, size) = (u64::from(params.hdr.ramdisk_image), params.hdr.ramdisk_size as usize);
+        assert_eq!((at % 4096, size), (0, expect.len()));
+        assert!(read(at, size) == expect, "{:?}", String::from_utf8_lossy(&read(at, size)));
+        // The same for PVH: one module.
+        load_with(&parts, &elf(true, &[0xf4])).unwrap();
+        let module: hvm_modlist_entry = memory.read_obj(GuestAddress(layout::PVH_TABLES)).unwrap();
+        assert_eq!((module.paddr, module.size), (at, size as u64));
+        assert!(read(at, size) == expect);
+    }
+    let half = vec![0; 8 << 20];
+    let error = load_with(&[&half, &half], &elf(true, &[0xf4])).unwrap_err();
+    assert!(matches!(error, BootError::InitramfsTooLarge { size: 0x100_0000, .. }), "{error}");
+}
+
+#[test]
+fn a_kernel_s_own_limit_of_the_command_line_holds() {
+    let memory = memory::reserve(4 << 20, false).unwrap();
+    let with = |limit: u32, size: usize| {
+        let mut image = bzimage(1, 0x1000, &[0xf4]);
+        image[0x238..0x23c].copy_from_slice(&limit.to_le_bytes());
+        let mut payload = payload(&image, None);
+        payload.cmdline = "x".repeat(size);
+        load(&memory, &mut payload, &machine()).map(|_| ())
+    };
+    with(255, 255).unwrap();
+    with(2047, 2047).unwrap();
+    with(0, 2047).unwrap();
+    let error = with(255, 256).unwrap_err().to_string();
+    assert!(error.contains("256") && error.contains("255"), "{error}");
 }
 
 #[test]

@@ -244,7 +244,7 @@ impl Fixture {
             memory: 4 << 20,
             hugepages: false,
             cmdline: String::new(),
-            initramfs: false,
+            initramfs: 0,
             devices,
             disks: Vec::new(),
             nics: Vec::new(),
