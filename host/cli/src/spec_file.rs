@@ -314,7 +314,30 @@ adapters:
         ] {
             assert_eq!(read(name, &text).unwrap_or_else(|error| panic!("{name}: {error}")), group, "{text}");
         }
+        let short = r#"{"switch": "lab", "settings": {"vlan": 100}}"#;
+        let group =
+            read("g.json", r#"{"switch": "lab", "settings": {"vlan": {"access": {"id": 100}}}}"#).unwrap();
+        for (name, text) in [
+            ("g.json", short),
+            ("g.yaml", short),
+            ("g.yaml", "switch: lab\nsettings:\n  vlan: 100\n"),
+            ("g.toml", "switch = \"lab\"\nsettings.vlan = 100\n"),
+        ] {
+            assert_eq!(read(name, text).unwrap_or_else(|error| panic!("{name}: {error}")), group, "{text}");
+        }
         for (name, text, expect) in [
+            ("g.json", r#"{"switch": "a", "settings": {"vlan": 4095}}"#, "settings.vlan: VLAN 4095 does not"),
+            ("g.yaml", "switch: a\nsettings:\n  vlan: 0\n", "VLAN 0 does not exist: use 1 to 4094 (line 3)"),
+            (
+                "g.toml",
+                "switch = \"a\"\nsettings.vlan = -1\n",
+                "VLAN -1 does not exist: use 1 to 4094 (line 2)",
+            ),
+            (
+                "g.yaml",
+                "switch: a\nsettings:\n  vlan: true\n",
+                r#"expected "none", 100, {"access": {"id": 100}} or"#,
+            ),
             ("g.json", r#"{"switch": "a", "switch": "b"}"#, "duplicate field `switch`"),
             ("g.yaml", "switch: a\nswitch: b\n", "duplicate"),
             ("g.toml", "switch = \"a\"\nswitch = \"b\"\n", "duplicate"),
