@@ -7,13 +7,16 @@
 
 use std::{fmt, num::NonZeroU32};
 
-use serde::{Deserialize, Serialize};
+use serde::{
+    Deserialize, Deserializer, Serialize,
+    de::{self, EnumAccess, Visitor, value::EnumAccessDeserializer},
+};
 use thiserror::Error;
 
 use crate::{
     mac::{MacAddress, MacPattern},
     request::PromiscuousMode,
-    vlan::{AccessVlan, VlanId, VlanSet},
+    vlan::{AccessVlan, Qos, VlanId, VlanSet},
 };
 
 /// A number outside of a setting's range.
@@ -251,12 +254,10 @@ impl Promiscuous {
 }
 
 /// The port's VLANs, and whether adapter or guest tags. In JSON `"none"`, `{"access": {"id": 10, "qos": 3}}` or
-/// `{"trunk": [7, "100-200"]}`.
-#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(
-    rename_all = "snake_case",
-    expecting = r#""none", {"access": {"id": 100}} or {"trunk": [7, "100-200"]}"#
-)]
+/// `{"trunk": [7, "100-200"]}`. A document may have the number of an access VLAN alone, `10`; it is always written in
+/// the long form.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "snake_case")]
 pub enum VlanPolicy {
     /// Untagged; the guest may join no VLAN.
     #[default]
@@ -265,6 +266,47 @@ pub enum VlanPolicy {
     Access(AccessVlan),
     /// The guest tags and may join these VLANs.
     Trunk(VlanSet),
+}
+
+impl<'de> Deserialize<'de> for VlanPolicy {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        deserializer.deserialize_enum("VlanPolicy", &["none", "access", "trunk"], VlanForms)
+    }
+}
+
+/// Reads the long forms of a [`VlanPolicy`], and its short one if the reader offers a number to an enum.
+struct VlanForms;
+
+impl<'de> Visitor<'de> for VlanForms {
+    type Value = VlanPolicy;
+
+    fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(r#""none", 100, {"access": {"id": 100}} or {"trunk": [7, "100-200"]}"#)
+    }
+
+    fn visit_enum<A: EnumAccess<'de>>(self, form: A) -> Result<VlanPolicy, A::Error> {
+        #[derive(Deserialize)]
+        #[serde(rename_all = "snake_case")]
+        enum Long {
+            None,
+            Access(AccessVlan),
+            Trunk(VlanSet),
+        }
+        Ok(match Long::deserialize(EnumAccessDeserializer::new(form))? {
+            Long::None => VlanPolicy::None,
+            Long::Access(vlan) => VlanPolicy::Access(vlan),
+            Long::Trunk(vlans) => VlanPolicy::Trunk(vlans),
+        })
+    }
+
+    fn visit_u64<E: de::Error>(self, id: u64) -> Result<VlanPolicy, E> {
+        self.visit_i64(i64::try_from(id).unwrap_or(i64::MAX))
+    }
+
+    fn visit_i64<E: de::Error>(self, id: i64) -> Result<VlanPolicy, E> {
+        let id = VlanId::try_from(id).map_err(E::custom)?;
+        Ok(VlanPolicy::Access(AccessVlan { id, qos: Qos::default() }))
+    }
 }
 
 impl VlanPolicy {

@@ -185,6 +185,8 @@ impl<'de> Deserializer<'de> for Typed {
     ) -> Result<V::Value, Error> {
         let expected = expectation(&visitor, &format!("enum {name}"), || listed(words));
         match self.0 {
+            // A type with a description of its own may have a number as a short form.
+            Value::Number(_) if expected == described(&visitor) => self.0.deserialize_any(visitor),
             Value::String(word) => visitor.visit_enum(Form { word, content: None }),
             Value::Object(members) if members.len() == 1 => match members.into_iter().next() {
                 Some((word, content)) => visitor.visit_enum(Form { word, content: Some(content) }),

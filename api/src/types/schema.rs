@@ -36,8 +36,12 @@ fn described() -> Vec<(&'static str, Option<&'static str>, RefOr<Schema>)> {
     let mac_changes = OneOfBuilder::new().item(words(&["reject", "accept"])).item(only("list", patterns));
     let range = OneOfBuilder::new().item(number(1, 4094)).item(text("100-200"));
     let trunk = ArrayBuilder::new().items(range).min_items(Some(1));
+    let short = number(1, 4094).description(Some(
+        "The number of an access VLAN: a short form for requests. Responses have the object `access`.",
+    ));
     let vlan = OneOfBuilder::new()
         .item(words(&["none"]))
+        .item(short)
         .item(only("access", Ref::from_schema_name(ACCESS)))
         .item(only("trunk", trunk));
     let rate = OneOfBuilder::new().item(words(&["unlimited"])).item(only("max_tx_mbit", number(1, u32::MAX)));
@@ -342,6 +346,9 @@ mod tests {
             (r#"{"mac_changes": "reject", "forged_transmits": "accept", "promiscuous": "multicast"}"#, true),
             (r#"{"vlan": {"access": {"id": 4094, "qos": 7}}}"#, true),
             (r#"{"vlan": {"access": {"id": 4095}}}"#, false),
+            (r#"{"vlan": 4094}"#, true),
+            (r#"{"vlan": 0}"#, false),
+            (r#"{"vlan": "100"}"#, false),
             (r#"{"vlan": {"trunk": [7, "100-200"]}}"#, true),
             (r#"{"vlan": "none", "rate": "unlimited", "on_denied": "silent", "blocked": true}"#, true),
             (r#"{"multicast_limit": 30, "unicast_limit": 3, "vlan_limit": 32, "mtu": 9216}"#, true),
@@ -354,7 +361,8 @@ mod tests {
             (r#"{"rate": {"max_tx_mbit": 0}}"#, false),
             (r#"{"mac_change": "reject"}"#, false),
         ] {
-            assert_eq!(serde_json::from_str::<netpolicy::Settings>(json).is_ok(), valid, "{json}");
+            let value = serde_json::from_str(json).unwrap();
+            assert_eq!(crate::document::read::<netpolicy::Settings>(value).is_ok(), valid, "{json}");
         }
     }
 }

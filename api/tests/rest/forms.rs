@@ -115,16 +115,26 @@ async fn a_value_of_another_form_is_refused_with_the_forms_that_there_are() {
     let server = Server::start();
     let headers = [("content-type", "application/json")];
     for (member, value, expect) in [
-        ("vlan", json!(100), r#"expected "none", {"access": {"id": 100}} or {"trunk": [7, "100-200"]}."#),
+        (
+            "vlan",
+            json!(true),
+            r#"expected "none", 100, {"access": {"id": 100}} or {"trunk": [7, "100-200"]}."#,
+        ),
+        ("vlan", json!(0), "settings.vlan: VLAN 0 does not exist: use 1 to 4094."),
+        ("vlan", json!(4095), "settings.vlan: VLAN 4095 does not exist: use 1 to 4094."),
+        ("vlan", json!(-1), "settings.vlan: VLAN -1 does not exist: use 1 to 4094."),
+        ("vlan", json!(1.5), r#"floating point `1.5`, expected "none", 100, {"#),
+        ("vlan", json!("100"), "unknown variant `100`, expected one of `none`, `access`, `trunk`"),
         ("vlan", json!({ "access": 100 }), "vlan.access: invalid type: integer `100`, expected an object"),
         ("vlan", json!("access"), r#"`access` must be an object here: {"access": …}."#),
         ("vlan", json!({ "none": null }), r#"`none` must be a text here: "none"."#),
-        ("vlan", json!({}), r#"an object with 0 members, expected "none", {"#),
+        ("vlan", json!({}), r#"an object with 0 members, expected "none", 100, {"#),
         ("vlan", json!({ "access": { "id": 1 }, "trunk": [1] }), "an object with 2 members, expected"),
         ("vlan", json!({ "trunk": "1-5" }), "vlan.trunk: invalid type: string \"1-5\", expected a list"),
         ("rate", json!(100), r#"integer `100`, expected "unlimited" or {"max_tx_mbit": 100}."#),
         ("mac_changes", json!(["02:00:00:00:00:01"]), r#"list, expected "reject", "accept" or {"list": ["#),
         ("mac_changes", json!(null), ""),
+        ("forged_transmits", json!(1), "integer `1`, expected `reject` or `accept`."),
         ("forged_transmits", json!(true), "boolean `true`, expected `reject` or `accept`."),
         ("promiscuous", json!("some"), "unknown variant `some`, expected one of `reject`, `multicast`"),
         ("blocked", json!("yes"), "expected a boolean"),
@@ -140,5 +150,39 @@ async fn a_value_of_another_form_is_refused_with_the_forms_that_there_are() {
         let problem = answer.problem(400, "invalid_request");
         assert!(problem["detail"].as_str().unwrap().contains(expect), "{body}: {problem}");
         assert!(problem["field"].as_str().unwrap().starts_with(&format!("settings.{member}")), "{problem}");
+    }
+}
+
+/// The number of a VLAN means an access VLAN in each call that has settings. Every response has the one form that clients know.
+#[tokio::test]
+async fn a_vlan_may_be_its_number_and_is_answered_in_the_long_form() {
+    let server = Server::start();
+    server.vm("web1").await;
+    let port = server.policy.attach("web1").id.to_string();
+    let headers = [("content-type", "application/json")];
+    let group = |vlan: Value| json!({ "switch": "lan", "settings": { "vlan": vlan, "mtu": 9000 } });
+    let long = json!({ "access": { "id": 100 } });
+    for (method, path, document) in [
+        (
+            Method::PUT,
+            "/v1/switches/lan".to_owned(),
+            json!({ "uplinks": ["eth0"], "settings": { "vlan": 100 } }),
+        ),
+        (Method::PUT, "/v1/port-groups/web".to_owned(), group(json!(100))),
+        (Method::PUT, "/v1/port-groups/web".to_owned(), group(json!({ "access": { "id": 5, "qos": 3 } }))),
+        (Method::PATCH, "/v1/port-groups/web".to_owned(), json!({ "settings": { "vlan": 100 } })),
+        (Method::PATCH, format!("/v1/ports/{port}"), json!({ "settings": { "vlan": 100 } })),
+    ] {
+        let answer = server.send(method.clone(), &path, &headers, document.to_string()).await;
+        assert!(answer.status < 300, "{method} {path} {document}: {:?}", answer.body);
+        let vlan = |answer: &Value| answer["spec"]["settings"]["vlan"].clone();
+        let expect = if document.to_string().contains("qos") {
+            json!({ "access": { "id": 5, "qos": 3 } })
+        } else {
+            long.clone()
+        };
+        assert_eq!(vlan(&answer.json()), expect, "{method} {path}");
+        let read = server.send(Method::GET, &path, &[], String::new()).await;
+        assert_eq!(vlan(&read.json()), expect, "{path}");
     }
 }

@@ -2,7 +2,10 @@
 
 //! Files of specifications: the API's own, as TOML, YAML or JSON.
 
+mod place;
+
 use std::{
+    fmt,
     fs::File,
     io::{self, Read},
     path::Path,
@@ -11,8 +14,8 @@ use std::{
 use api::{document, types::VmSpec};
 use serde::de::DeserializeOwned;
 use serde_json::Value;
-use serde_path_to_error::Segment;
 
+use self::place::Step;
 use super::error::CliError;
 
 /// The most bytes to read of a file: as many as the API takes.
@@ -23,43 +26,79 @@ pub(super) const A_VM: &str = "a VM's specification";
 
 /// Reads a VM's specification from a file, by its ending; `-` is standard input.
 pub(super) fn read_vm(path: &str) -> Result<VmSpec, CliError> {
-    let spec: VmSpec = read(path, A_VM)?;
-    check(path, &spec)?;
+    let file = SpecFile::read(path, A_VM)?;
+    let spec = file.typed(file.value.clone(), A_VM)?;
+    file.check(&spec)?;
     Ok(spec)
-}
-
-/// Checks rules that types cannot express. The agent checks them again; here the user learns of a fault without an agent.
-pub(super) fn check(path: &str, spec: &VmSpec) -> Result<(), CliError> {
-    spec.check().map_err(|problem| {
-        let field = problem.field.map(|field| format!("{field}: ")).unwrap_or_default();
-        CliError::NotASpec { path: path.to_owned(), what: A_VM, why: format!("{field}{}", problem.detail) }
-    })
 }
 
 /// Reads a value from a file, by its ending; `-` is standard input in any of the formats. The second argument is the expected
 /// kind of file, for errors.
 pub(super) fn read<T: DeserializeOwned>(path: &str, what: &'static str) -> Result<T, CliError> {
-    let not_a_spec = |why: String| CliError::NotASpec { path: path.to_owned(), what, why };
-    let text = read_text(path).map_err(|source| CliError::Read { path: path.to_owned(), source })?;
-    if u64::try_from(text.len()).is_ok_and(|length| length > MAX_FILE) {
-        return Err(not_a_spec(format!("it has more than {MAX_FILE} bytes")));
+    let file = SpecFile::read(path, what)?;
+    file.typed(file.value.clone(), what)
+}
+
+/// A file that was read, with its text for the places of faults.
+pub(super) struct SpecFile {
+    path: String,
+    text: String,
+    format: Format,
+    /// The content.
+    pub(super) value: Value,
+}
+
+impl SpecFile {
+    /// Reads a file, by its ending; `-` is standard input in any of the formats. `what` is the expected kind of file.
+    pub(super) fn read(path: &str, what: &'static str) -> Result<Self, CliError> {
+        let not_a_spec = |why: String| CliError::NotASpec { path: path.to_owned(), what, why };
+        let mut text = read_text(path).map_err(|source| CliError::Read { path: path.to_owned(), source })?;
+        if u64::try_from(text.len()).is_ok_and(|length| length > MAX_FILE) {
+            return Err(not_a_spec(format!("it has more than {MAX_FILE} bytes")));
+        }
+        // Editors of other systems put a byte order mark first.
+        if text.starts_with('\u{feff}') {
+            text.remove(0);
+        }
+        let ending = Path::new(path).extension().and_then(|e| e.to_str());
+        let (format, value) = match ending {
+            _ if path == "-" => guessed(&text),
+            Some("json") => Format::Json.parse(&text).map(|value| (Format::Json, value)),
+            Some("toml") => Format::Toml.parse(&text).map(|value| (Format::Toml, value)),
+            Some("yaml" | "yml") => Format::Yaml.parse(&text).map(|value| (Format::Yaml, value)),
+            _ => Err("its name must end in .toml, .yaml, .yml or .json".to_owned()),
+        }
+        .map_err(not_a_spec)?;
+        Ok(Self { path: path.to_owned(), text, format, value })
     }
-    // Editors of other systems put a byte order mark first.
-    let text = text.strip_prefix('\u{feff}').unwrap_or(&text);
-    let ending = Path::new(path).extension().and_then(|e| e.to_str());
-    let (format, value) = match ending {
-        _ if path == "-" => guessed(text),
-        Some("json") => Format::Json.parse(text).map(|value| (Format::Json, value)),
-        Some("toml") => Format::Toml.parse(text).map(|value| (Format::Toml, value)),
-        Some("yaml" | "yml") => Format::Yaml.parse(text).map(|value| (Format::Yaml, value)),
-        _ => Err("its name must end in .toml, .yaml, .yml or .json".to_owned()),
+
+    /// Reads `value`, the content or a part of its members, as its type.
+    pub(super) fn typed<T: DeserializeOwned>(&self, value: Value, what: &'static str) -> Result<T, CliError> {
+        document::read(value).map_err(|error| {
+            let path = error.path().to_string();
+            let field = path.trim_end_matches(['?', '.']);
+            self.fault(what, field, &place::of_path(error.path()), error.inner())
+        })
     }
-    .map_err(not_a_spec)?;
-    document::read(value).map_err(|error| {
-        let line = format.line(text, error.path());
+
+    /// The fault of a field of the file, which is no `what`.
+    pub(super) fn wrong(&self, what: &'static str, field: &str, why: impl fmt::Display) -> CliError {
+        self.fault(what, field, &place::of_field(field), why)
+    }
+
+    /// Checks rules that types cannot express. The agent checks them again; here the user learns of a fault without an agent.
+    pub(super) fn check(&self, spec: &VmSpec) -> Result<(), CliError> {
+        spec.check()
+            .map_err(|problem| self.wrong(A_VM, problem.field.as_deref().unwrap_or_default(), problem.detail))
+    }
+
+    /// An error with file, field and line.
+    fn fault(&self, what: &'static str, field: &str, steps: &[Step], why: impl fmt::Display) -> CliError {
+        let field = if field.is_empty() { String::new() } else { format!("{field}: ") };
+        let line = place::line(self.format, &self.text, steps);
         let line = line.map(|line| format!(" (line {line})")).unwrap_or_default();
-        not_a_spec(format!("{}{line}", placed(&error)))
-    })
+        CliError::NotASpec { path: self.path.clone(), what, why: format!("{field}{why}{line}") }
+    }
 }
 
 /// A format of files.
@@ -100,16 +139,6 @@ impl Format {
                 .map_err(|error| clipped(&error.to_string())),
         }
     }
-
-    /// The line of the value at `path`, from 1, if it can be found.
-    fn line(self, text: &str, path: &serde_path_to_error::Path) -> Option<usize> {
-        match self {
-            // Most JSON comes from programs, and has one line.
-            Self::Json => None,
-            Self::Toml => toml_line(text, path),
-            Self::Yaml => yaml_line(text, path),
-        }
-    }
 }
 
 /// An error of TOML with its place. Its own text would show the whole line, of any length.
@@ -129,53 +158,6 @@ fn clipped(text: &str) -> String {
     netpolicy::clipped(text, MOST)
 }
 
-fn toml_line(text: &str, path: &serde_path_to_error::Path) -> Option<usize> {
-    let document = toml::de::DeTable::parse(text).ok()?;
-    let mut at = document.span().start;
-    let mut table = Some(document.get_ref());
-    let mut array = None;
-    for segment in path {
-        let value = match segment {
-            Segment::Map { key } => table?.get(key.as_str())?,
-            Segment::Seq { index } => array.and_then(|array: &toml::de::DeArray<'_>| array.get(*index))?,
-            // A value's form has no place of its own: take its member's.
-            Segment::Enum { .. } | Segment::Unknown => break,
-        };
-        at = value.span().start;
-        table = value.get_ref().as_table();
-        array = value.get_ref().as_array();
-    }
-    Some(text.get(..at)?.matches('\n').count() + 1)
-}
-
-/// The line in block style, as people write it: a key at the beginning of its line, items after a dash.
-fn yaml_line(text: &str, path: &serde_path_to_error::Path) -> Option<usize> {
-    let lines: Vec<&str> = text.lines().collect();
-    let indent = |line: &str| line.len() - line.trim_start().len();
-    let mut at = None;
-    for segment in path {
-        let from = at.map_or(0, |at: usize| at);
-        let below = lines.iter().enumerate().skip(from);
-        at = match segment {
-            Segment::Map { key } => below
-                .filter(|(_, line)| {
-                    let bare = line.trim_start().trim_start_matches("- ").trim_start();
-                    bare.strip_prefix(key.as_str()).is_some_and(|rest| rest.trim_start().starts_with(':'))
-                })
-                .map(|(number, _)| number)
-                .next(),
-            Segment::Seq { index } => {
-                let mut items = below.filter(|(_, line)| line.trim_start().starts_with('-')).peekable();
-                let first = indent(items.peek()?.1);
-                items.filter(|(_, line)| indent(line) == first).map(|(number, _)| number).nth(*index)
-            }
-            Segment::Enum { .. } | Segment::Unknown => break,
-        };
-        at?;
-    }
-    at.map(|at| at + 1)
-}
-
 fn read_text(path: &str) -> io::Result<String> {
     let mut text = String::new();
     // One byte more than is allowed shows that there is more.
@@ -185,15 +167,6 @@ fn read_text(path: &str) -> io::Result<String> {
         File::open(path)?.take(MAX_FILE + 1).read_to_string(&mut text)?;
     }
     Ok(text)
-}
-
-/// The fault, with its place.
-pub(super) fn placed<E: std::fmt::Display>(error: &serde_path_to_error::Error<E>) -> String {
-    let path = error.path().to_string();
-    match path.trim_end_matches(['?', '.']) {
-        "" => error.inner().to_string(),
-        field => format!("{field}: {}", error.inner()),
-    }
 }
 
 #[cfg(test)]
@@ -249,7 +222,11 @@ adapters:
     #[test]
     fn errors_name_the_field() {
         for (name, text, expect) in [
-            ("vm.json", JSON.replace("00:11", "00:1g"), "adapters[0].mac"),
+            (
+                "vm.json",
+                JSON.replace("00:11", "00:1g"),
+                "00:1g\" is not a MAC address such as 02:00:00:00:00:11 (line 3)",
+            ),
             ("vm.toml", TOML.replace("00:11", "00:1g"), "adapters[0].mac"),
             (
                 "vm.toml",
@@ -263,6 +240,9 @@ adapters:
             ),
             ("vm.yaml", YAML.replace("  kernel: vmlinuz", "  kernal: vmlinuz"), "boot.kernal: unknown field"),
             ("vm.json", JSON.replace("\"cpus\": 2", "\"cpus\": 255"), "cpus: 255"),
+            ("vm.json", JSON.replace("\"cpus\": 2", "\"cpus\": 255"), "(line 1)"),
+            ("vm.toml", TOML.replace("cpus = 2", "cpus = 255"), "(line 3)"),
+            ("vm.yaml", YAML.replace("cpus: 2", "cpus: 255"), "(line 3)"),
             ("vm.toml", TOML.replace("cpus", "cpu"), "unknown field `cpu`"),
             ("vm.yaml", YAML.replace("cpus", "cpu"), "unknown field `cpu`"),
             ("vm.yaml", YAML.replace("memory: 536870912", "memory: 1000"), "memory: 1000"),
@@ -314,7 +294,30 @@ adapters:
         ] {
             assert_eq!(read(name, &text).unwrap_or_else(|error| panic!("{name}: {error}")), group, "{text}");
         }
+        let short = r#"{"switch": "lab", "settings": {"vlan": 100}}"#;
+        let group =
+            read("g.json", r#"{"switch": "lab", "settings": {"vlan": {"access": {"id": 100}}}}"#).unwrap();
+        for (name, text) in [
+            ("g.json", short),
+            ("g.yaml", short),
+            ("g.yaml", "switch: lab\nsettings:\n  vlan: 100\n"),
+            ("g.toml", "switch = \"lab\"\nsettings.vlan = 100\n"),
+        ] {
+            assert_eq!(read(name, text).unwrap_or_else(|error| panic!("{name}: {error}")), group, "{text}");
+        }
         for (name, text, expect) in [
+            ("g.json", r#"{"switch": "a", "settings": {"vlan": 4095}}"#, "settings.vlan: VLAN 4095 does not"),
+            ("g.yaml", "switch: a\nsettings:\n  vlan: 0\n", "VLAN 0 does not exist: use 1 to 4094 (line 3)"),
+            (
+                "g.toml",
+                "switch = \"a\"\nsettings.vlan = -1\n",
+                "VLAN -1 does not exist: use 1 to 4094 (line 2)",
+            ),
+            (
+                "g.yaml",
+                "switch: a\nsettings:\n  vlan: true\n",
+                r#"expected "none", 100, {"access": {"id": 100}} or"#,
+            ),
             ("g.json", r#"{"switch": "a", "switch": "b"}"#, "duplicate field `switch`"),
             ("g.yaml", "switch: a\nswitch: b\n", "duplicate"),
             ("g.toml", "switch = \"a\"\nswitch = \"b\"\n", "duplicate"),

@@ -8,10 +8,12 @@ use api::{
     document,
     types::{Name, PortGroupSpec, SwitchSpec, VmSpec},
 };
-use serde::de::DeserializeOwned;
 use serde_json::Value;
 
-use crate::{error::CliError, spec_file};
+use crate::{
+    error::CliError,
+    spec_file::{self, SpecFile},
+};
 
 /// The most files to read from a directory.
 const MAX_FILES: usize = 10_000;
@@ -107,38 +109,32 @@ fn entry_is_hidden(file: &Path) -> bool {
 }
 
 /// Reads one file: a VM's specification, or with `object` and `name` a switch's or port group's.
-pub(super) fn read(file: &str) -> Result<Wanted, CliError> {
+pub(super) fn read(path: &str) -> Result<Wanted, CliError> {
     const WHAT: &str = "a file of portcullis apply";
-    let not = |what, why: String| CliError::NotASpec { path: file.to_owned(), what, why };
-    let mut value: Value = spec_file::read(file, WHAT)?;
+    let file = SpecFile::read(path, WHAT)?;
+    let mut value = file.value.clone();
     let Some(members) = value.as_object_mut() else {
-        return Err(not(WHAT, "it has no members".to_owned()));
+        return Err(file.wrong(WHAT, "", "it has no members"));
     };
     let object = match members.remove("object") {
         Some(Value::String(object)) => object,
         None => "vm".to_owned(),
-        Some(_) => return Err(not(WHAT, "object: write vm, switch or port_group".to_owned())),
+        Some(_) => return Err(file.wrong(WHAT, "object", "write vm, switch or port_group")),
     };
     if object == "vm" {
-        let spec: VmSpec = typed(value).map_err(|why| not(spec_file::A_VM, why))?;
-        spec_file::check(file, &spec)?;
+        let spec: VmSpec = file.typed(value, spec_file::A_VM)?;
+        file.check(&spec)?;
         return Ok(Wanted::Vm(Box::new(spec)));
     }
-    let name = members.remove("name").ok_or_else(|| not(WHAT, "name: it is missing".to_owned()))?;
-    let name: Name = typed(name).map_err(|why| not(WHAT, format!("name: {why}")))?;
+    let name = members.remove("name").ok_or_else(|| file.wrong(WHAT, "name", "it is missing"))?;
+    let name: Name = document::read(name).map_err(|error| file.wrong(WHAT, "name", error.inner()))?;
     match object.as_str() {
-        "switch" => typed(value)
-            .map(|spec| Wanted::Switch(name, spec))
-            .map_err(|why| not("a switch's specification", why)),
-        "port_group" => typed(value)
-            .map(|spec| Wanted::PortGroup(name, spec))
-            .map_err(|why| not("a port group's specification", why)),
-        _ => Err(not(WHAT, format!("object: {object:?} is not vm, switch or port_group"))),
+        "switch" => file.typed(value, "a switch's specification").map(|spec| Wanted::Switch(name, spec)),
+        "port_group" => {
+            file.typed(value, "a port group's specification").map(|spec| Wanted::PortGroup(name, spec))
+        }
+        _ => Err(file.wrong(WHAT, "object", format_args!("{object:?} is not vm, switch or port_group"))),
     }
-}
-
-fn typed<T: DeserializeOwned>(value: Value) -> Result<T, String> {
-    document::read(value).map_err(|error| spec_file::placed(&error))
 }
 
 #[cfg(test)]
@@ -182,6 +178,46 @@ mod tests {
         ] {
             let error = parse("wrong.json", text).unwrap_err();
             assert!(error.contains("wrong.json is not") && error.contains(expect), "{error}");
+        }
+    }
+
+    #[test]
+    fn errors_name_the_line_in_each_format() {
+        let wrong = |name: &str, text: &str| parse(name, text).unwrap_err();
+        for (name, text, field, line) in [
+            (
+                "a.json",
+                "{\"name\": \"a\", \"memory\": \"2MiB\",\n\"boot\": {\n\"kernal\": \"k\"}}",
+                "boot.kernal",
+                3,
+            ),
+            ("a.toml", "name = \"a\"\nmemory = \"2MiB\"\n[boot]\nkernal = \"k\"\n", "boot.kernal", 4),
+            ("a.yaml", "name: a\nmemory: 2MiB\nboot:\n  kernal: k\n", "boot.kernal", 4),
+            // A rule beyond the types.
+            (
+                "a.json",
+                "{\"name\": \"a\", \"memory\": \"2MiB\", \"boot\": {\"kernel\": \"k\"},\n\"cpus\": 255}",
+                "cpus",
+                2,
+            ),
+            ("a.toml", "name = \"a\"\nmemory = \"2MiB\"\nboot.kernel = \"k\"\ncpus = 255\n", "cpus", 4),
+            ("a.yaml", "name: a\nmemory: 2MiB\ncpus: 255\nboot: {kernel: k}\n", "cpus", 3),
+            ("a.json", "{\"object\": \"switch\",\n\"name\": \"A\"}", "name", 2),
+            ("a.toml", "object = \"switch\"\nname = \"a\"\n[settings]\nvlan = 0\n", "settings.vlan", 4),
+            (
+                "a.toml",
+                "object = \"switch\"\nname = \"a\"\n[settings.vlan.access]\nid = 0\n",
+                "settings.vlan.access.id",
+                4,
+            ),
+            ("a.yaml", "name: b\n\nobject: router\n", "object", 3),
+        ] {
+            let (error, place) = (wrong(name, text), format!("(line {line})"));
+            let expect = [format!("{name} is not"), format!(": {field}: ")];
+            assert!(
+                expect.iter().all(|part| error.contains(part)) && error.ends_with(&place),
+                "{text}: {error}"
+            );
         }
     }
 

@@ -1,8 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0
 
-//! PF control and ports of bridges through rtnetlink, and events of interfaces.
+//! PF control and ports of bridges through rtnetlink, events of interfaces, and their flow control.
 
 mod bridge;
+mod flow_control;
 mod message;
 #[cfg(test)]
 mod message_tests;
@@ -11,5 +12,6 @@ mod pf;
 mod socket;
 
 pub use bridge::{BridgePortError, join_bridge};
+pub use flow_control::{FlowControl, flow_control};
 pub use monitor::{Hint, Monitor};
 pub use pf::NetlinkPf;
