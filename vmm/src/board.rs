@@ -9,7 +9,7 @@
 pub(crate) mod probe;
 mod virtio;
 
-pub use virtio::Disks;
+pub use virtio::{DiskError, Disks};
 
 use std::{
     collections::BTreeSet,

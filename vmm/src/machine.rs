@@ -138,7 +138,8 @@ pub struct Machine {
     io_threads: IoThreads,
     /// The passthrough devices, which are also on the board.
     pub devices: Arc<PassthroughDevices>,
-    disks: Disks,
+    /// The disks, which are also on the board.
+    pub disks: Disks,
     /// Devices and buses.
     pub board: Arc<Board>,
     payload: Payload,

@@ -89,6 +89,11 @@ fn spec() -> Option<VmSpec> {
             read_only: false,
             serial: None,
             discard: true,
+            limits: Some(DiskLimits {
+                bytes_per_second: Some(ByteSize::mib(200)),
+                operations_per_second: Some(5000),
+                ..DiskLimits::default()
+            }),
         }],
         entropy: false,
         restart: RestartPolicy::OnFailure,

@@ -67,7 +67,15 @@ impl VmSpec {
 
     /// Whether the two describe the same running machine: a change between them is possible without a stop.
     pub fn same_machine(&self, other: &Self) -> bool {
-        *self == VmSpec { restart: self.restart, autostart: self.autostart, ..other.clone() }
+        let (restart, autostart) = (self.restart, self.autostart);
+        let same = VmSpec { restart, autostart, disks: self.disks.clone(), ..other.clone() };
+        *self == same && self.same_disks(other)
+    }
+
+    /// Whether the disks of the two are the same, but for their limits.
+    pub fn same_disks(&self, other: &Self) -> bool {
+        let mut pairs = self.disks.iter().zip(&other.disks);
+        self.disks.len() == other.disks.len() && pairs.all(|(one, other)| one.same_disk(other))
     }
 }
 
@@ -108,6 +116,15 @@ mod tests {
         let life = VmSpec { restart: RestartPolicy::Always, autostart: true, ..spec() };
         assert!(life.same_machine(&spec()));
         assert!(!VmSpec { cpus: 2, ..life }.same_machine(&spec()));
+        let with = |disks| VmSpec { disks: serde_json::from_value(disks).unwrap(), ..spec() };
+        let disk = json!({ "id": "root", "path": "a", "format": "raw" });
+        let mut limited = disk.clone();
+        limited["limits"] = json!({ "operations_per_second": 5 });
+        assert!(with(json!([disk])).same_machine(&with(json!([limited]))));
+        for other in [json!([]), json!([{ "id": "root", "path": "b", "format": "raw" }]), json!([disk, disk])]
+        {
+            assert!(!with(json!([disk])).same_machine(&with(other)));
+        }
     }
 
     #[test]

@@ -8,6 +8,7 @@
 
 mod cause;
 mod disk;
+mod disk_limits;
 mod event;
 mod host;
 mod life;
@@ -22,6 +23,7 @@ mod values;
 mod vm;
 
 pub use disk::*;
+pub use disk_limits::*;
 pub use event::*;
 pub use host::*;
 pub use life::*;

@@ -89,6 +89,12 @@ pub trait Engine: Send {
         let _ = features;
     }
 
+    /// The source with this index has woken the thread. [`Self::serve`] follows if the driver uses the
+    /// source's queue.
+    fn wake(&mut self, source: usize) {
+        let _ = source;
+    }
+
     /// Serves requests of queue `index`: a doorbell has rung. Returns whether requests are left, so
     /// that the worker calls again soon.
     ///
@@ -103,14 +109,22 @@ pub trait Engine: Send {
     fn stop(&mut self) {}
 }
 
-/// Serves requests in their order, for a bounded time. `serve` returns the count of bytes that it
-/// has written.
+/// The end of one attempt to serve a request.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Served {
+    /// It is complete, with this count of bytes written to its buffers.
+    Complete(u32),
+    /// It stays in the ring, and with it all behind it. The engine has a source that wakes it later.
+    Later,
+}
+
+/// Serves requests in their order, for a bounded time, until one has to wait.
 ///
 /// # Errors
 /// [`QueueError`]: the device needs a reset.
 pub fn serve_in_order(
     queue: &mut ActiveQueue,
-    mut serve: impl FnMut(&Request<'_>) -> u32,
+    mut serve: impl FnMut(&Request<'_>) -> Served,
 ) -> Result<bool, QueueError> {
     let memory = queue.memory();
     let end = Instant::now() + TURN;
@@ -118,7 +132,10 @@ pub fn serve_in_order(
     queue.doze()?;
     loop {
         while let Some(request) = queue.next(&memory)? {
-            let written = serve(&request);
+            let Served::Complete(written) = serve(&request) else {
+                queue.put_back();
+                return Ok(false);
+            };
             queue.complete(&request, written)?;
             served += 1;
             if served >= MOST || Instant::now() >= end {

@@ -8,7 +8,8 @@ use devices::{device::Device as _, io_thread::Calls, pci::PciFunction as _};
 
 use crate::{
     block::{self, Block, Options},
-    engine::{Configuration, Engine, Identity, serve_in_order},
+    engine::{Configuration, Engine, Identity, Served, serve_in_order},
+    limit::Limits,
     queue::{ActiveQueue, QueueError, length},
     testing::{BASE, Driver, MEMORY, MemoryDisk},
 };
@@ -69,7 +70,9 @@ struct Echo;
 
 impl Engine for Echo {
     fn serve(&mut self, _: usize, queue: &mut ActiveQueue) -> Result<bool, QueueError> {
-        serve_in_order(queue, |request| u32::try_from(length(&request.readable)).unwrap_or(u32::MAX))
+        serve_in_order(queue, |request| {
+            Served::Complete(u32::try_from(length(&request.readable)).unwrap_or(u32::MAX))
+        })
     }
 }
 
@@ -95,9 +98,11 @@ pub fn fuzz_block(data: &[u8]) {
         read_only: data.first().is_some_and(|byte| byte & 1 == 1),
         serial: "s".into(),
         discard: true,
+        limits: Limits::default(),
     };
     let disk = MemoryDisk::of(DISK);
-    let block = Block::new(Box::new(disk.clone()), options.clone(), Arc::default());
+    let made = Block::new(Box::new(disk.clone()), options.clone(), Arc::default());
+    let Ok((block, _remote)) = made else { return };
     let mut driver =
         Driver::new(block::identity(&options), block::configuration(DISK as u64), Box::new(block));
     run(&mut driver, data.get(1..).unwrap_or_default());

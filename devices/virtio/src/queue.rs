@@ -243,6 +243,11 @@ impl ActiveQueue {
         Ok(())
     }
 
+    /// Puts the request that [`Self::next`] has returned last back into the ring.
+    pub fn put_back(&mut self) {
+        self.queue.go_to_previous_position();
+    }
+
     /// Lets the driver skip its doorbell: the worker looks at the ring by itself.
     ///
     /// # Errors

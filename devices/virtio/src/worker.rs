@@ -136,9 +136,14 @@ impl Worker {
         sources
     }
 
+    /// The engine's own source that an event stands for.
+    fn source_of(&self, event: usize) -> Option<usize> {
+        event.checked_sub(self.shared.events.len())
+    }
+
     /// The queue that an event stands for. None for the event of commands.
     fn queue_of(&self, event: usize) -> Option<usize> {
-        match event.checked_sub(self.shared.events.len()) {
+        match self.source_of(event) {
             Some(source) => self.woken.get(source).copied(),
             None => event.checked_sub(1),
         }
@@ -156,6 +161,9 @@ impl Worker {
             }
             Some(Command::Stop) => self.stop(),
             None => {}
+        }
+        if let Some(source) = self.source_of(event) {
+            self.engine.wake(source);
         }
         let Some(index) = self.queue_of(event) else { return };
         if self.shared.broken() || !self.shared.bus_master.load(Ordering::Acquire) {

@@ -351,21 +351,23 @@ impl Actor {
 
     /// Sends a command; [`Self::on_finished`] handles its completion.
     fn order(&self, action: VmAction, order: Order, done: Done) -> Result<(), Problem> {
-        let Some(link) = &self.link else {
-            let why = self.unreachable.as_deref().unwrap_or("the connection has just ended.");
-            let detail = format!(
-                "The agent has no connection to the process of the VM {}, which runs on, and tries again: \
-                 {why} If this persists, stop the VM and boot it again.",
-                self.name()
-            );
-            return Err(Problem::new(ProblemCode::VmmFailed, detail));
-        };
+        let link = self.link.as_ref().ok_or_else(|| self.no_connection())?;
         let (connection, finished) = (link.connection.clone(), self.finished.clone());
         tokio::spawn(async move {
             let result = connection.order(order, Vec::new(), PROMPT).await.map(drop);
             drop(finished.send(Finished { action, result, done }).await);
         });
         Ok(())
+    }
+
+    fn no_connection(&self) -> Problem {
+        let why = self.unreachable.as_deref().unwrap_or("the connection has just ended.");
+        let detail = format!(
+            "The agent has no connection to the process of the VM {}, which runs on, and tries again: \
+             {why} If this persists, stop the VM and boot it again.",
+            self.name()
+        );
+        Problem::new(ProblemCode::VmmFailed, detail)
     }
 
     async fn on_finished(&mut self, finished: Finished) {

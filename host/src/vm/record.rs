@@ -59,7 +59,7 @@ impl VmRecord {
             old.kernel != new.kernel,
             old.initramfs != new.initramfs,
             old.cmdline != new.cmdline,
-            self.spec.disks != spec.disks,
+            !self.spec.same_disks(&spec),
         ];
         let mut boot_authors = self.clone().noted().boot_authors;
         for (part, _) in BOOT_PARTS.into_iter().zip(changed).filter(|(_, changed)| *changed) {
@@ -379,6 +379,10 @@ mod tests {
         assert_eq!(rights(&with).len(), 2, "{:?}", rights(&with));
         let other = with.edited(VmSpec { cpus: 2, ..spec(disks()) }, &user(2000));
         assert_eq!(rights(&other), rights(&with), "an edit of anything else");
+        let mut limited = spec(disks());
+        limited.disks[0].limits =
+            serde_json::from_value(serde_json::json!({ "operations_per_second": 5 })).unwrap();
+        assert_eq!(rights(&with.edited(limited, &user(2000))), rights(&with), "limits choose no file");
         let others = serde_json::json!([{ "id": "root", "path": "/other", "format": "raw" }]);
         let chosen = with.edited(spec(others), &user(2000));
         assert!(rights(&chosen).contains(&user(2000).to_string()), "who chose a path needs the right to it");

@@ -18,6 +18,7 @@ use protocol::{Answer, End, Failure, FailureCode, FileError, Files, MachineSpec,
 
 use super::{event_loop::Process, resets::Reset};
 use crate::{
+    board::{DiskError, Disks},
     io_threads::{IoThreadError, IoThreads},
     machine::{Machine, MachineError},
     vcpu,
@@ -62,6 +63,7 @@ impl Process {
                 relay.make_guest_reset();
                 Outcome::Done
             }),
+            Order::LimitDisk { disk, limits } => self.on_disk(|disks| disks.limit(&disk, &limits)),
             Order::Stop => {
                 reach(Point::VmmStopping);
                 self.end(End::Stopped);
@@ -125,6 +127,16 @@ impl Process {
     fn relay(&self, adapter: &str) -> Result<Arc<Relay>, Failure> {
         self.machine()?.devices.relay(adapter).ok_or_else(|| {
             failure(FailureCode::Invalid, format!("The VM has no adapter {adapter} under policy"))
+        })
+    }
+
+    fn on_disk(&self, command: impl FnOnce(&Disks) -> Result<(), DiskError>) -> Result<Outcome, Failure> {
+        command(&self.machine()?.disks).map(|()| Outcome::Done).map_err(|error| {
+            let code = match error {
+                DiskError::Unknown(_) => FailureCode::Invalid,
+                DiskError::Busy(_) => FailureCode::Device,
+            };
+            failure(code, error.to_string())
         })
     }
 

@@ -1,11 +1,14 @@
 // SPDX-License-Identifier: Apache-2.0
 
-use std::collections::BTreeMap;
+use std::{collections::BTreeMap, time::Duration};
 
 use proptest::prelude::*;
 
 use super::*;
-use crate::testing::{Driver, MemoryDisk};
+use crate::{
+    limit::Rate,
+    testing::{Driver, MemoryDisk},
+};
 
 const VERSION_1: u64 = 1 << 32;
 const FLUSH: u64 = 1 << 9;
@@ -18,15 +21,28 @@ const STATUS_AT: u64 = 0x11000;
 const DATA_AT: u64 = 0x20000;
 
 fn options() -> Options {
-    Options { id: "root".into(), read_only: false, serial: "serial-of-20-letters!".into(), discard: true }
+    Options {
+        id: "root".into(),
+        read_only: false,
+        serial: "serial-of-20-letters!".into(),
+        discard: true,
+        limits: Limits::default(),
+    }
 }
 
 /// A driver of a disk of 16 KiB with these features.
-fn driver(options: Options, features: u64) -> (Driver, MemoryDisk, Arc<Counters>) {
+fn commanded(options: Options, features: u64) -> (Driver, MemoryDisk, Arc<Counters>, Remote) {
     let (disk, counters) = (MemoryDisk::of(16 << 10), Arc::<Counters>::default());
     let block = Block::new(Box::new(disk.clone()), options.clone(), Arc::clone(&counters));
+    let (block, remote) = block.unwrap();
     let mut driver = Driver::new(identity(&options), configuration(16 << 10), Box::new(block));
     driver.start(VERSION_1 | features, 16);
+    (driver, disk, counters, remote)
+}
+
+/// The same, without the machine's end of its commands.
+fn driver(options: Options, features: u64) -> (Driver, MemoryDisk, Arc<Counters>) {
+    let (driver, disk, counters, _) = commanded(options, features);
     (driver, disk, counters)
 }
 
@@ -211,7 +227,7 @@ fn errors_of_the_hosts_file_reach_the_driver_and_are_counted() {
 #[test]
 fn one_request_cannot_move_more_than_its_bound() {
     let disk = MemoryDisk::of(64 << 20);
-    let block = Block::new(Box::new(disk.clone()), options(), Arc::default());
+    let (block, _remote) = Block::new(Box::new(disk.clone()), options(), Arc::default()).unwrap();
     let mut driver = Driver::new(identity(&options()), configuration(64 << 20), Box::new(block));
     driver.start(VERSION_1 | FLUSH, 256);
     driver.write(HEADER_AT, &[0; 16]);
@@ -229,6 +245,59 @@ fn the_configuration_says_the_capacity_in_sectors() {
     assert_eq!(u64::from_le_bytes(driver.get(0x200)), 32);
     assert_eq!(u32::from_le_bytes(driver.get(0x20c)), 254);
     assert_eq!(driver.offered() & (FLUSH | DISCARD | ZEROES | READ_ONLY), FLUSH | DISCARD | ZEROES);
+}
+
+#[test]
+fn a_request_over_the_limit_stays_in_the_ring_until_its_time() {
+    let rate = |per_second, burst| Some(Rate { per_second, burst });
+    // The second operation is allowed 100 ms after the first one.
+    let limits = Limits { bytes: None, operations: rate(10, 1) };
+    let (mut driver, _, counters, remote) = commanded(Options { limits, ..options() }, FLUSH);
+    let begun = Instant::now();
+    assert_eq!(request(&mut driver, 4, 0, &[], 0), (OK, 1));
+    driver.write(HEADER_AT, &4_u32.to_le_bytes());
+    driver.send(&[(HEADER_AT, 16, false), (STATUS_AT, 1, true)]);
+    while driver.returned().is_none() {
+        assert!(begun.elapsed() < Duration::from_secs(10), "the timer rings the queue");
+        std::thread::sleep(Duration::from_millis(1));
+    }
+    assert!(begun.elapsed() >= Duration::from_millis(100), "{:?}", begun.elapsed());
+    // One byte in ten years: only a change of the limit lets the request pass.
+    assert!(remote.send(Command::Limit(Limits { bytes: rate(1, 512), operations: None })));
+    assert_eq!(request(&mut driver, 1, 0, &[7; 512], 0), (OK, 1), "the burst");
+    driver.write(HEADER_AT, &[&0_u32.to_le_bytes()[..], &[0; 12]].concat());
+    driver.send(&[(HEADER_AT, 16, false), (DATA_AT, 512, true), (STATUS_AT, 1, true)]);
+    assert_eq!(driver.returned(), None);
+    assert_eq!(driver.returned(), None, "nor at the next doorbell");
+    assert!(remote.send(Command::Limit(Limits::default())));
+    assert_eq!(driver.returned(), Some((0, 513)));
+    assert_eq!(driver.read(DATA_AT, 512), [7; 512]);
+    let count = |counter: &AtomicU64| counter.load(Ordering::Relaxed);
+    assert_eq!((count(&counters.flushes), count(&counters.writes), count(&counters.reads)), (2, 1, 1));
+}
+
+#[test]
+fn a_reset_frees_the_driver_from_a_request_that_waits() {
+    let limits = Limits { bytes: Some(Rate { per_second: 1, burst: 512 }), operations: None };
+    let (mut driver, ..) = commanded(Options { limits, ..options() }, FLUSH);
+    assert_eq!(request(&mut driver, 1, 0, &[7; 512], 0), (OK, 1));
+    driver.send(&[(HEADER_AT, 16, false), (DATA_AT, 512, false), (STATUS_AT, 1, true)]);
+    assert_eq!(driver.returned(), None);
+    driver.set_status(0);
+    driver.pump();
+    driver.start(VERSION_1 | FLUSH, 16);
+    assert_eq!(request(&mut driver, 4, 0, &[], 0), (OK, 1), "a flush moves no bytes");
+}
+
+/// The ranges of zeroes are not in the length of the request.
+#[test]
+fn zeroes_are_charged_to_the_requests_behind_them() {
+    let limits = Limits { bytes: Some(Rate { per_second: 512, burst: 512 }), operations: None };
+    let (mut driver, ..) = commanded(Options { limits, ..options() }, FLUSH | ZEROES);
+    assert_eq!(request(&mut driver, 13, 0, &range(0, 32, 0), 0), (OK, 1));
+    driver.send(&[(HEADER_AT, 16, false), (DATA_AT, 512, true), (STATUS_AT, 1, true)]);
+    driver.write(HEADER_AT, &0_u32.to_le_bytes());
+    assert_eq!(driver.returned(), None);
 }
 
 proptest! {

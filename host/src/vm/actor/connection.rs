@@ -30,6 +30,7 @@ impl Actor {
         self.unreachable = None;
         self.adopt(connection, events).await;
         self.run.boots = greeting.boots;
+        self.repeat_limits();
         self.on_state(greeting.state).await;
         Ok(greeting.state)
     }
