@@ -36,8 +36,13 @@ use protocol::{Files, MachineSpec};
 use vmm_sys_util::eventfd::EventFd;
 
 use crate::{
-    bars::BarAllocator, console::Console, doorbells::KvmDoorbells, interrupts::Routes, layout,
-    memory::GuestMemory, vcpu::exit::Ports,
+    bars::BarAllocator,
+    console::Console,
+    doorbells::KvmDoorbells,
+    interrupts::Routes,
+    layout,
+    memory::GuestMemory,
+    vcpu::{Events, exit::Ports},
 };
 
 /// Builds devices of one kind: none, if the machine has none of that kind.
@@ -104,6 +109,8 @@ pub struct Parts<'a> {
     pub files: &'a mut Files,
     /// Receives the facts of the disks.
     pub disks: &'a mut Disks,
+    /// Receives the events of devices.
+    pub events: &'a Arc<Events>,
 }
 
 impl Parts<'_> {

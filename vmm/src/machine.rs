@@ -206,6 +206,9 @@ impl Machine {
             low: layout::PCI_WINDOW_32,
             high: layout::pci_window_64(spec.memory, cpuid::physical_bits(&cpuid)),
         };
+        let (events, vcpu_events, vcpu_signal) =
+            vcpu::Events::pair().map_err(io("make the vCPUs' eventfd"))?;
+        let events = Arc::new(events);
         let (mut bars, mut disks) = (BarAllocator::new(&pci), Disks::default());
         let mut parts = Parts {
             vm: &vm,
@@ -217,6 +220,7 @@ impl Machine {
             bars: &mut bars,
             files: &mut files,
             disks: &mut disks,
+            events: &events,
         };
         let mut board = Board::new(&mut parts, console)?;
         let router: Arc<dyn MsiRouter> = routes.clone();
@@ -233,9 +237,6 @@ impl Machine {
         board.fill_bus(&mut parts)?;
         files.finish()?;
         let description = Description { cpus: spec.cpus, devices: board.aml() };
-        let (events, vcpu_events, vcpu_signal) =
-            vcpu::Events::pair().map_err(io("make the vCPUs' eventfd"))?;
-        let events = Arc::new(events);
         let io_threads = IoThreads::start(board.io_threads(), &events, &confinement)?;
         let board = Arc::new(board);
 

@@ -89,6 +89,7 @@ fn spec() -> Option<VmSpec> {
             read_only: false,
             serial: None,
             discard: true,
+            on_full: OnFull::Pause,
             limits: Some(DiskLimits {
                 bytes_per_second: Some(ByteSize::mib(200)),
                 operations_per_second: Some(5000),

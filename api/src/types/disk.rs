@@ -46,9 +46,29 @@ pub struct DiskSpec {
     /// The guest's discards (`fstrim`) give room back to the host.
     #[serde(default, skip_serializing_if = "std::ops::Not::not")]
     pub discard: bool,
+    /// The reaction to a full file system of the host.
+    #[serde(default, skip_serializing_if = "OnFull::is_default")]
+    pub on_full: OnFull,
     /// Limits of its requests. They may be changed while the VM runs.
     #[serde(default, deserialize_with = "limits_if_any", skip_serializing_if = "Option::is_none")]
     pub limits: Option<DiskLimits>,
+}
+
+/// The reaction to a request of the guest for which the file system of the disk's file has no room.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash, Serialize, Deserialize, ToSchema)]
+#[serde(rename_all = "snake_case")]
+pub enum OnFull {
+    /// The VM is paused, with the cause `disk_full`, and goes on when there is room.
+    #[default]
+    Pause,
+    /// The request fails with an I/O error in the guest.
+    Error,
+}
+
+impl OnFull {
+    fn is_default(&self) -> bool {
+        *self == Self::default()
+    }
 }
 
 /// A backing file of a qcow2 image.

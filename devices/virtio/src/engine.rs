@@ -102,6 +102,14 @@ pub trait Engine: Send {
     /// [`QueueError`]: the device needs a reset.
     fn serve(&mut self, index: usize, queue: &mut ActiveQueue) -> Result<bool, QueueError>;
 
+    /// Whether the engine has stopped to serve, until the machine has been paused and runs again.
+    fn is_stalled(&self) -> bool {
+        false
+    }
+
+    /// The machine runs again after the engine had stalled: the next call serves.
+    fn retry(&mut self) {}
+
     /// The machine ends in order. Keeps what the driver has not made durable.
     fn close(&mut self) {}
 

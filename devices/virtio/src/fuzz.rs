@@ -99,9 +99,10 @@ pub fn fuzz_block(data: &[u8]) {
         serial: "s".into(),
         discard: true,
         limits: Limits::default(),
+        wait_for_room: true,
     };
     let disk = MemoryDisk::of(DISK);
-    let made = Block::new(Box::new(disk.clone()), options.clone(), Arc::default());
+    let made = Block::new(Box::new(disk.clone()), options.clone(), Arc::default(), Box::new(|| {}));
     let Ok((block, _remote)) = made else { return };
     let mut driver =
         Driver::new(block::identity(&options), block::configuration(DISK as u64), Box::new(block));

@@ -38,6 +38,10 @@ pub(crate) struct Shared {
     resetting: AtomicBool,
     /// The driver has broken the device: DEVICE_NEEDS_RESET.
     broken: AtomicBool,
+    /// The engine has stalled.
+    stalled: AtomicBool,
+    /// The machine runs again: the engine is to try again.
+    retry: AtomicBool,
     /// The function may access guest memory (the command register's bus master bit).
     pub(crate) bus_master: AtomicBool,
     pub(crate) isr: Arc<AtomicU16>,
@@ -59,6 +63,8 @@ impl Shared {
             command: Mutex::new(None),
             resetting: AtomicBool::new(false),
             broken: AtomicBool::new(false),
+            stalled: AtomicBool::new(false),
+            retry: AtomicBool::new(false),
             bus_master: AtomicBool::new(false),
             isr: Arc::clone(&on_change.isr),
             on_change,
@@ -105,6 +111,14 @@ impl Shared {
     pub(crate) fn ring(&self, queue: usize) {
         if let Some(event) = self.events.get(queue.saturating_add(1)) {
             event.signal();
+        }
+    }
+
+    /// The machine goes on after a pause.
+    pub(crate) fn resume(&self) {
+        if self.stalled.swap(false, Ordering::AcqRel) {
+            self.retry.store(true, Ordering::Release);
+            self.ring_all();
         }
     }
 
@@ -170,7 +184,14 @@ impl Worker {
             return;
         }
         let Some(queue) = self.queues.get_mut(index).and_then(Option::as_mut) else { return };
-        match self.engine.serve(index, queue) {
+        if self.shared.retry.swap(false, Ordering::AcqRel) {
+            self.engine.retry();
+        }
+        let result = self.engine.serve(index, queue);
+        if self.engine.is_stalled() {
+            self.shared.stalled.store(true, Ordering::Release);
+        }
+        match result {
             Ok(true) => self.shared.ring(index),
             Ok(false) => {}
             Err(error) => self.shared.break_down(&error),

@@ -7,7 +7,7 @@ use std::{collections::HashSet, fs::File, os::fd::OwnedFd, time::Duration};
 use api::{
     Caller,
     problem::{Problem, ProblemCode},
-    types::{ByteSize, DiskFormat, DiskLimits, DiskSpec, Protection, Stage, VmSpec},
+    types::{ByteSize, DiskFormat, DiskLimits, DiskSpec, OnFull, Protection, Stage, VmSpec},
 };
 use failpoints::{Point, reach};
 use protocol::{DeviceSpec, DiskRate, MachineSpec, Order, State, files as file};
@@ -317,6 +317,7 @@ fn disk(spec: &DiskSpec) -> protocol::DiskSpec {
         serial: spec.serial().to_owned(),
         discard: spec.discard,
         limits: disk_limits(spec.limits),
+        wait_for_room: spec.on_full == OnFull::Pause,
     }
 }
 

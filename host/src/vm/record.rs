@@ -176,6 +176,12 @@ pub struct RunRecord {
     /// The boot id of the host in which it came to rest.
     #[serde(default)]
     pub rested_in: Option<String>,
+    /// The disk for whose file there is no room: the VM is paused until there is some.
+    #[serde(default)]
+    pub full: Option<String>,
+    /// A request has paused the VM: only another one lets it go on.
+    #[serde(default)]
+    pub pause_asked: bool,
     /// The VM lives by a lease: without a client the agent stops and deletes it.
     #[serde(default)]
     pub leased: bool,
@@ -214,6 +220,8 @@ impl Default for RunRecord {
             restart: RestartStatus::default(),
             asked: None,
             rested_in: None,
+            full: None,
+            pause_asked: false,
             leased: false,
         }
     }

@@ -20,20 +20,20 @@ use crate::fixture::{Agent, SmallGuest, host};
 
 const SIZE: u64 = 1 << 20;
 
-fn spec(agent: &Agent, name: &str, disks: Value) -> Value {
+pub(super) fn spec(agent: &Agent, name: &str, disks: Value) -> Value {
     let mut spec = SmallGuest::spec(agent, name, json!([]), "");
     spec["disks"] = disks;
     spec
 }
 
-fn boot<'a>(agent: &'a Agent, spec: &Value) -> SmallGuest<'a> {
+pub(super) fn boot<'a>(agent: &'a Agent, spec: &Value) -> SmallGuest<'a> {
     let mut guest = SmallGuest { guest: agent.boot(spec) };
     guest.wait_for_ready();
     guest
 }
 
 /// The text at the beginning of a sector of a file.
-fn sector(path: &Path, number: u64) -> String {
+pub(super) fn sector(path: &Path, number: u64) -> String {
     let mut bytes = [0; 512];
     File::open(path).unwrap().read_exact_at(&mut bytes, number * 512).unwrap();
     String::from_utf8_lossy(&bytes).trim_end_matches('\0').to_owned()
@@ -227,7 +227,7 @@ fn a_disk_in_use_is_refused_by_name_and_stays_whole() {
     agent.act("web2", VmAction::Boot).unwrap();
 }
 
-fn qemu_img(arguments: &[&str]) -> String {
+pub(super) fn qemu_img(arguments: &[&str]) -> String {
     host::run("qemu-img", arguments)
 }
 

@@ -7,6 +7,7 @@ mod bonded;
 mod cli;
 mod crash;
 mod demo;
+mod disk_room;
 mod disks;
 mod errors;
 mod exit;

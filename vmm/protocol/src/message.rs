@@ -16,13 +16,13 @@ use uuid::Uuid;
 /// | 1 | all other messages |
 /// | 2 | [`DeviceBackend::Simulated`] |
 /// | 3 | [`ToVmm::Standing`], and with it [`Notice::Declined`] |
-/// | 4 | [`Order::LimitDisk`] |
+/// | 4 | [`Order::LimitDisk`], [`Report::DiskFull`] |
 pub const VERSION: u32 = 4;
 
 /// The oldest version with [`ToVmm::Standing`].
 pub const STANDING_SINCE: u32 = 3;
 
-/// The oldest version with commands to disks.
+/// The oldest version with commands to disks, and with reports of them.
 pub const DISK_ORDERS_SINCE: u32 = 4;
 
 /// The versions that this build speaks.
@@ -297,6 +297,8 @@ pub struct DiskSpec {
     pub discard: bool,
     /// Its limits at first.
     pub limits: DiskLimits,
+    /// If the host's file system is full, the machine is paused, and the guest's requests wait for room. Else they fail.
+    pub wait_for_room: bool,
 }
 
 /// The limits of a disk's requests.
@@ -458,6 +460,12 @@ pub enum Report {
         /// simulated PF).
         why: DeviceLoss,
     },
+    /// The host's file system has no room for a guest's request. The machine is paused: the report of its state follows.
+    /// [`Order::Run`] repeats the request.
+    DiskFull {
+        /// The disk's name in the machine's specification.
+        disk: String,
+    },
     /// A relay's event.
     Relay {
         /// The adapter's name in the machine's specification.
@@ -465,6 +473,17 @@ pub enum Report {
         /// The event.
         notice: Notice,
     },
+}
+
+impl Report {
+    /// The oldest version with this report.
+    #[must_use]
+    pub fn since(&self) -> u32 {
+        match self {
+            Self::DiskFull { .. } => DISK_ORDERS_SINCE,
+            _ => *SPOKEN.start(),
+        }
+    }
 }
 
 /// The cause of a device's loss.

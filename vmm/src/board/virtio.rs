@@ -24,6 +24,7 @@ use virtio::{
 };
 
 use super::{Board, BoardError, Parts};
+use crate::vcpu::Event;
 
 /// The tables of a qcow2 image take less than this part of its size, with clusters of 4 KiB or more.
 const TABLES: u64 = 32;
@@ -142,12 +143,15 @@ fn disk(board: &Board, parts: &mut Parts<'_>, spec: &DiskSpec) -> Result<Arc<dyn
         serial: spec.serial.clone(),
         discard: spec.discard,
         limits: of_limits(&spec.limits),
+        wait_for_room: spec.wait_for_room,
     };
     let counters = Arc::<Counters>::default();
     parts.disks.counters.insert(spec.id.clone(), Arc::clone(&counters));
     let (identity, configuration) = (block::identity(&options), block::configuration(disk.size()));
+    let (events, id) = (Arc::clone(parts.events), spec.id.clone());
+    let on_full = Box::new(move || events.send(Event::DiskFull { disk: id.clone() }));
     let (block, remote) =
-        Block::new(disk, options, counters).map_err(|error| failed(&spec.id)(error.into()))?;
+        Block::new(disk, options, counters, on_full).map_err(|error| failed(&spec.id)(error.into()))?;
     parts.disks.remotes.insert(spec.id.clone(), remote);
     insert(board, parts, identity, configuration, Box::new(block))
 }

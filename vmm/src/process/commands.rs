@@ -14,7 +14,9 @@ use event_manager::EventOps;
 use failpoints::{Point, reach};
 use netpolicy::StandingRefusal;
 use passthrough::relay::Relay;
-use protocol::{Answer, End, Failure, FailureCode, FileError, Files, MachineSpec, Order, Outcome, State};
+use protocol::{
+    Answer, End, Failure, FailureCode, FileError, Files, MachineSpec, Order, Outcome, Report, State,
+};
 
 use super::{event_loop::Process, resets::Reset};
 use crate::{
@@ -316,9 +318,22 @@ impl Process {
             vcpu::Event::Broken { index, what } => {
                 self.end(End::Failed { detail: format!("vCPU {index} cannot continue: {what}") });
             }
+            vcpu::Event::DiskFull { disk } => self.on_disk_full(disk),
             vcpu::Event::IoThreadEnded { name } => {
                 self.end(End::Failed { detail: IoThreadError::Ended(name).to_string() });
             }
+        }
+    }
+
+    /// Pauses the machine until there is room: a guest whose writes fail would lose its file system.
+    fn on_disk_full(&mut self, disk: String) {
+        // While another disk is busy the machine runs on: this disk tries again, and stalls again.
+        if self.state == State::Running && self.park().is_err() {
+            return;
+        }
+        self.report(Report::DiskFull { disk });
+        if self.state == State::Running {
+            self.enter(State::Paused);
         }
     }
 

@@ -28,7 +28,7 @@ use virtio_bindings::{
 };
 
 use crate::{
-    disk::{Disk, SECTOR},
+    disk::{Disk, SECTOR, is_full},
     engine::{Configuration, Engine, Identity, Served, serve_in_order},
     limit::{Cost, Limiter, Limits},
     negotiation::feature,
@@ -70,6 +70,8 @@ pub struct Options {
     pub discard: bool,
     /// The limits at first.
     pub limits: Limits,
+    /// If the host's file system is full, requests wait for room in place of failing.
+    pub wait_for_room: bool,
 }
 
 /// Counters of a disk since the machine was built.
@@ -158,6 +160,10 @@ pub struct Block {
     /// The moment from which the limiter counts.
     begun: Instant,
     inbox: remote::Inbox,
+    /// A request waits for room on the host's file system.
+    stalled: bool,
+    /// Reports that to the machine.
+    on_full: Box<dyn Fn() + Send>,
 }
 
 /// The beginning of a request (5.2.6), which is read once: the guest may change it meanwhile.
@@ -184,6 +190,8 @@ enum Failed {
     Error,
     /// The device does not have this kind of request.
     Unsupported,
+    /// The host's file system has no room.
+    Full,
 }
 
 /// A range of a discard, or of zeroes, in bytes.
@@ -194,16 +202,25 @@ struct Range {
 }
 
 impl Block {
-    /// Makes a device, and the machine's end of its commands.
+    /// Makes a device, and the machine's end of its commands. It calls `on_full` when it stalls: when a
+    /// request has to wait for room on the host's file system.
     ///
     /// # Errors
     /// Those of making eventfds and timers.
-    pub fn new(disk: Box<dyn Disk>, options: Options, counters: Arc<Counters>) -> io::Result<(Self, Remote)> {
+    pub fn new(
+        disk: Box<dyn Disk>,
+        options: Options,
+        counters: Arc<Counters>,
+        on_full: Box<dyn Fn() + Send>,
+    ) -> io::Result<(Self, Remote)> {
         let (remote, inbox) = remote::pair()?;
         let (timer, begun) = (IoTimer::new()?, Instant::now());
         let mut limiter = Limiter::default();
         limiter.set(options.limits);
-        Ok((Self { disk, options, counters, features: 0, limiter, timer, begun, inbox }, remote))
+        let (features, stalled) = (0, false);
+        let block =
+            Self { disk, options, counters, features, limiter, timer, begun, inbox, stalled, on_full };
+        Ok((block, remote))
     }
 
     /// Serves a request, unless it has to wait for its limit.
@@ -222,6 +239,11 @@ impl Block {
             Ok(written) => (VIRTIO_BLK_S_OK, written),
             Err(Failed::Error) => (VIRTIO_BLK_S_IOERR, 0),
             Err(Failed::Unsupported) => (VIRTIO_BLK_S_UNSUPP, 0),
+            Err(Failed::Full) => {
+                self.stalled = true;
+                (self.on_full)();
+                return Served::Later;
+            }
         };
         write_bytes(&part(&request.writable, room, 1), &[u8::try_from(status).unwrap_or(1)]);
         // The count includes all up to the status, which is the last byte (2.7.8.2: an upper bound
@@ -377,6 +399,9 @@ impl Block {
         let busy = u64::try_from(begin.elapsed().as_nanos()).unwrap_or(u64::MAX);
         self.counters.busy_ns.fetch_add(busy, Ordering::Relaxed);
         result.map_err(|error| {
+            if self.options.wait_for_room && is_full(&error) {
+                return Failed::Full;
+            }
             // The count shows all; the log, the first ones.
             if self.counters.errors.fetch_add(1, Ordering::Relaxed) < 8 {
                 tracing::warn!(disk = self.options.id, %error, "The host's file failed a request of the guest");
@@ -404,11 +429,23 @@ impl Engine for Block {
     }
 
     fn serve(&mut self, _: usize, queue: &mut ActiveQueue) -> Result<bool, QueueError> {
+        if self.stalled {
+            return Ok(false);
+        }
         serve_in_order(queue, |request| self.request(request))
+    }
+
+    fn is_stalled(&self) -> bool {
+        self.stalled
+    }
+
+    fn retry(&mut self) {
+        self.stalled = false;
     }
 
     fn stop(&mut self) {
         self.features = 0;
+        self.stalled = false;
     }
 
     fn close(&mut self) {

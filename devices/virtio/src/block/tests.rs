@@ -2,6 +2,8 @@
 
 use std::{collections::BTreeMap, time::Duration};
 
+use devices::device::Device as _;
+
 use proptest::prelude::*;
 
 use super::*;
@@ -27,13 +29,14 @@ fn options() -> Options {
         serial: "serial-of-20-letters!".into(),
         discard: true,
         limits: Limits::default(),
+        wait_for_room: true,
     }
 }
 
 /// A driver of a disk of 16 KiB with these features.
 fn commanded(options: Options, features: u64) -> (Driver, MemoryDisk, Arc<Counters>, Remote) {
     let (disk, counters) = (MemoryDisk::of(16 << 10), Arc::<Counters>::default());
-    let block = Block::new(Box::new(disk.clone()), options.clone(), Arc::clone(&counters));
+    let block = Block::new(Box::new(disk.clone()), options.clone(), Arc::clone(&counters), Box::new(|| {}));
     let (block, remote) = block.unwrap();
     let mut driver = Driver::new(identity(&options), configuration(16 << 10), Box::new(block));
     driver.start(VERSION_1 | features, 16);
@@ -207,7 +210,8 @@ fn the_serial_number_has_twenty_bytes() {
 
 #[test]
 fn errors_of_the_hosts_file_reach_the_driver_and_are_counted() {
-    let (mut driver, disk, counters) = driver(options(), FLUSH | DISCARD | ZEROES);
+    let fails = Options { wait_for_room: false, ..options() };
+    let (mut driver, disk, counters) = driver(fails, FLUSH | DISCARD | ZEROES);
     disk.medium().fail = Some(io::ErrorKind::StorageFull);
     for (kind, out, room) in [
         (0, vec![], 512),
@@ -227,7 +231,8 @@ fn errors_of_the_hosts_file_reach_the_driver_and_are_counted() {
 #[test]
 fn one_request_cannot_move_more_than_its_bound() {
     let disk = MemoryDisk::of(64 << 20);
-    let (block, _remote) = Block::new(Box::new(disk.clone()), options(), Arc::default()).unwrap();
+    let (block, _remote) =
+        Block::new(Box::new(disk.clone()), options(), Arc::default(), Box::new(|| {})).unwrap();
     let mut driver = Driver::new(identity(&options()), configuration(64 << 20), Box::new(block));
     driver.start(VERSION_1 | FLUSH, 256);
     driver.write(HEADER_AT, &[0; 16]);
@@ -287,6 +292,63 @@ fn a_reset_frees_the_driver_from_a_request_that_waits() {
     driver.pump();
     driver.start(VERSION_1 | FLUSH, 16);
     assert_eq!(request(&mut driver, 4, 0, &[], 0), (OK, 1), "a flush moves no bytes");
+}
+
+#[test]
+fn a_request_without_room_waits_until_the_machine_runs_again() {
+    let (disk, fulls) = (MemoryDisk::of(16 << 10), Arc::new(AtomicU64::new(0)));
+    let counters = Arc::<Counters>::default();
+    let counted = Arc::clone(&fulls);
+    let on_full = Box::new(move || {
+        counted.fetch_add(1, Ordering::Relaxed);
+    });
+    let block = Block::new(Box::new(disk.clone()), options(), Arc::clone(&counters), on_full);
+    let mut driver = Driver::new(identity(&options()), configuration(16 << 10), Box::new(block.unwrap().0));
+    driver.start(VERSION_1 | FLUSH | DISCARD | ZEROES, 16);
+    let fulls = || fulls.load(Ordering::Relaxed);
+    let mut expected = 0;
+    for (kind, data) in [(1_u32, vec![7; 512]), (4, vec![]), (13, range(0, 1, 0)), (11, range(0, 1, 0))] {
+        disk.medium().fail = Some(io::ErrorKind::StorageFull);
+        driver.write(HEADER_AT, &[&kind.to_le_bytes()[..], &[0; 12]].concat());
+        driver.write(DATA_AT, &data);
+        driver.write(STATUS_AT, &[0x55]);
+        let mut buffers = vec![(HEADER_AT, 16, false), (DATA_AT, u32::try_from(data.len()).unwrap(), false)];
+        buffers.push((STATUS_AT, 1, true));
+        driver.send(&buffers);
+        for _ in 0..3 {
+            assert_eq!(driver.returned(), None);
+            driver.set(0x1000, &[0, 0]);
+        }
+        expected += 1;
+        assert_eq!(fulls(), expected, "once, whatever the guest rings");
+        // There is no room yet.
+        driver.function.resume();
+        assert_eq!(driver.returned(), None);
+        expected += 1;
+        assert_eq!(fulls(), expected);
+        disk.medium().fail = None;
+        assert_eq!(driver.returned(), None, "only a machine that runs again tries");
+        driver.function.resume();
+        assert_eq!((driver.returned(), driver.read(STATUS_AT, 1)), (Some((0, 1)), vec![OK]), "type {kind}");
+    }
+    assert_eq!(counters.errors.load(Ordering::Relaxed), 0);
+    assert_eq!(disk.medium().flushes, 1);
+    driver.function.resume();
+    assert_eq!((driver.returned(), fulls()), (None, expected));
+}
+
+#[test]
+fn a_reset_ends_the_wait_for_room() {
+    let (mut driver, disk, _) = driver(options(), FLUSH);
+    disk.medium().fail = Some(io::ErrorKind::StorageFull);
+    driver.write(HEADER_AT, &[&4_u32.to_le_bytes()[..], &[0; 12]].concat());
+    driver.send(&[(HEADER_AT, 16, false), (STATUS_AT, 1, true)]);
+    assert_eq!(driver.returned(), None);
+    disk.medium().fail = None;
+    driver.set_status(0);
+    driver.pump();
+    driver.start(VERSION_1 | FLUSH, 16);
+    assert_eq!(request(&mut driver, 4, 0, &[], 0), (OK, 1));
 }
 
 /// The ranges of zeroes are not in the length of the request.

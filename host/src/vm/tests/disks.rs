@@ -101,3 +101,65 @@ async fn a_process_of_an_older_version_is_named_as_the_cause() {
         "{problem}"
     );
 }
+
+/// Waits for the VM to run.
+async fn goes_on(host: &Host, vm: &VmHandle) {
+    host.reaches(vm, VmState::Running).await;
+    let run = vm.status().run;
+    assert_eq!((run.cause, run.full), (None, None));
+}
+
+fn is_full(vm: &VmHandle) -> bool {
+    vm.status().run.cause.is_some_and(|cause| cause.code == CauseCode::DiskFull)
+}
+
+/// The file system of the test has room, so the agent lets the VM go on after its first look.
+#[tokio::test]
+async fn a_vm_without_room_is_paused_and_goes_on_by_itself() {
+    let host = Host::new();
+    let vm = boot(&host).await;
+    host.tell(&vm, "full root").await;
+    host.reaches(&vm, VmState::Paused).await;
+    let cause = vm.status().run.cause.unwrap();
+    assert_eq!(cause.code, CauseCode::DiskFull);
+    assert!(cause.detail.contains("disk root (/") && cause.detail.contains("vm resume web1"), "{cause:?}");
+    goes_on(&host, &vm).await;
+
+    // The next agent finds the VM so.
+    host.tell(&vm, "full data").await;
+    host.reaches(&vm, VmState::Paused).await;
+    vm.leave().await;
+    let vm = host.load(vm.id).await;
+    host.reaches(&vm, VmState::Paused).await;
+    assert!(is_full(&vm));
+    goes_on(&host, &vm).await;
+
+    // A disk that the VM does not have is nothing to wait for.
+    host.tell(&vm, "full other").await;
+    host.reaches(&vm, VmState::Paused).await;
+    assert!(!is_full(&vm));
+    tokio::time::sleep(std::time::Duration::from_secs(3)).await;
+    assert_eq!(vm.state(), VmState::Paused);
+}
+
+#[tokio::test]
+async fn a_pause_by_a_request_outlasts_the_want_of_room() {
+    let host = Host::new();
+    let vm = boot(&host).await;
+    host.tell(&vm, "full root").await;
+    host.reaches(&vm, VmState::Paused).await;
+    host.act(&vm, VmAction::Pause).await.unwrap();
+    tokio::time::sleep(std::time::Duration::from_secs(4)).await;
+    assert!(vm.state() == VmState::Paused && is_full(&vm), "{:?}", vm.status().run);
+    vm.leave().await;
+    let vm = host.load(vm.id).await;
+    host.reaches(&vm, VmState::Paused).await;
+    tokio::time::sleep(std::time::Duration::from_secs(3)).await;
+    assert!(vm.state() == VmState::Paused && is_full(&vm), "under the next agent, too");
+    host.act(&vm, VmAction::Resume).await.unwrap();
+    goes_on(&host, &vm).await;
+    // The request is over: the next want of room is the agent's business again.
+    host.tell(&vm, "full root").await;
+    host.reaches(&vm, VmState::Paused).await;
+    goes_on(&host, &vm).await;
+}

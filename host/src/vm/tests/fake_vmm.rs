@@ -285,6 +285,10 @@ impl Fake {
             }
             "lose" => self.report(Report::DeviceLost { bdf: rest.into(), why: DeviceLoss::Requested }),
             "break" => self.report(Report::DeviceLost { bdf: rest.into(), why: DeviceLoss::Failed }),
+            "full" => {
+                self.report(Report::DiskFull { disk: rest.into() });
+                self.enter(State::Paused);
+            }
             "ask" => {
                 self.asked += 1;
                 let question = Question { seq: self.asked, request: serde_json::from_str(rest).unwrap() };
