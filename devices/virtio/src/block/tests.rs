@@ -228,6 +228,23 @@ fn errors_of_the_hosts_file_reach_the_driver_and_are_counted() {
     assert_eq!(request(&mut driver, 0, 0, &[], 512), (OK, 513), "it goes on");
 }
 
+/// As dm reports a bad block, whatever the reaction to a full file system.
+#[test]
+fn a_medium_that_fails_is_an_error_in_the_guest_and_no_wait() {
+    for wait_for_room in [false, true] {
+        let options = Options { wait_for_room, ..options() };
+        let (mut driver, disk, counters) = driver(options, FLUSH | DISCARD | ZEROES);
+        disk.medium().fail = Some(io::ErrorKind::Other);
+        for (kind, out, room) in
+            [(0, vec![], 512), (1, vec![7; 512], 0), (4, vec![], 0), (13, range(0, 1, 0), 0)]
+        {
+            assert_eq!(request(&mut driver, kind, 0, &out, room), (ERROR, 1), "type {kind}");
+        }
+        assert_eq!(counters.errors.load(Ordering::Relaxed), 4);
+        assert_eq!(counters.read_bytes.load(Ordering::Relaxed), 0);
+    }
+}
+
 #[test]
 fn one_request_cannot_move_more_than_its_bound() {
     let disk = MemoryDisk::of(64 << 20);

@@ -84,3 +84,22 @@ pub trait Disk: Send {
     /// Those of the host's file.
     fn write_zeroes(&mut self, offset: u64, len: u64, may_discard: bool) -> io::Result<()>;
 }
+
+#[cfg(test)]
+mod tests {
+    use rustix::io::Errno;
+
+    use super::*;
+
+    #[test]
+    fn only_a_host_without_room_is_full() {
+        for errno in [Errno::NOSPC, Errno::DQUOT] {
+            assert!(is_full(&errno.into()));
+            assert!(!is_full(&lost(errno)), "a flush that has failed cannot be repeated");
+        }
+        for errno in [Errno::IO, Errno::FBIG, Errno::ROFS] {
+            assert!(!is_full(&errno.into()), "{errno}");
+        }
+        assert!(!is_full(&qcow2::Damage::Full.into()), "the format's own limit");
+    }
+}
