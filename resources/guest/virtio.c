@@ -154,10 +154,13 @@ void virtio_offer(unsigned queue, u16 head) {
 
 static void offer(void) { virtio_offer(0, 0); }
 
+/* The time for a request. It goes on while the machine is paused. */
+static u64 patience_us = PATIENCE_US;
+
 bool virtio_send(unsigned queue) {
   u16 before = rings[queue].used_index;
   virtio_offer(queue, 0);
-  for (u64 end = now_us() + PATIENCE_US; now_us() < end;) {
+  for (u64 end = now_us() + patience_us; now_us() < end;) {
     u32 seen = events();
     if (rings[queue].used_index != before) return true;
     if (mmio_read8(common(STATUS)) & NEEDS_RESET) return false;
@@ -217,9 +220,13 @@ static void run_disk_write(void) {
   const char *text = argument(&current, 2);
   size_t length = text_length(text);
   if (length >= SECTOR) length = SECTOR - 1;
+  u64 patience;
+  if (!number_option("patience", PATIENCE_US / 1000000, &patience)) return;
   memset(data, 0, sizeof(data));
   for (u64 i = 0; i < count; i++) memcpy(data + i * SECTOR, text, length);
+  patience_us = patience * 1000000;
   result_text(disk_request(WRITE, sector, (u32)count * SECTOR, false));
+  patience_us = PATIENCE_US;
 }
 
 static void run_disk_flush(void) {
@@ -409,7 +416,8 @@ static void run_disk_hostile(void) {
 const struct command virtio_commands[] = {
     {"disk-probe", "", 0, 1, false, run_disk_probe, "disk-probe [INDEX]"},
     {"disk-read", "count", 1, 1, false, run_disk_read, "disk-read SECTOR [count=1]"},
-    {"disk-write", "count", 2, 2, false, run_disk_write, "disk-write SECTOR TEXT [count=1]"},
+    {"disk-write", "count patience", 2, 2, false, run_disk_write,
+     "disk-write SECTOR TEXT [count=1] [patience=5]"},
     {"disk-flush", "", 0, 0, false, run_disk_flush, "disk-flush"},
     {"disk-serial", "", 0, 0, false, run_disk_serial, "disk-serial"},
     {"disk-discard", "count", 1, 1, false, run_disk_discard, "disk-discard SECTOR [count=1]"},

@@ -11,7 +11,7 @@ pub(crate) mod probe;
 mod virtio;
 
 pub use nics::Nics;
-pub use virtio::Disks;
+pub use virtio::{DiskError, Disks};
 
 use std::{
     collections::BTreeSet,
@@ -38,8 +38,13 @@ use protocol::{Files, MachineSpec};
 use vmm_sys_util::eventfd::EventFd;
 
 use crate::{
-    bars::BarAllocator, console::Console, doorbells::KvmDoorbells, interrupts::Routes, layout,
-    memory::GuestMemory, vcpu::exit::Ports,
+    bars::BarAllocator,
+    console::Console,
+    doorbells::KvmDoorbells,
+    interrupts::Routes,
+    layout,
+    memory::GuestMemory,
+    vcpu::{Events, exit::Ports},
 };
 
 /// Builds devices of one kind: none, if the machine has none of that kind.
@@ -108,6 +113,8 @@ pub struct Parts<'a> {
     pub disks: &'a mut Disks,
     /// Receives the counters of the NICs.
     pub nics: &'a mut Nics,
+    /// Receives the events of devices.
+    pub events: &'a Arc<Events>,
 }
 
 impl Parts<'_> {

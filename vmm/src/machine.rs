@@ -141,7 +141,8 @@ pub struct Machine {
     io_threads: IoThreads,
     /// The passthrough devices, which are also on the board.
     pub devices: Arc<PassthroughDevices>,
-    disks: Disks,
+    /// The disks, which are also on the board.
+    pub disks: Disks,
     nics: Nics,
     /// Devices and buses.
     pub board: Arc<Board>,
@@ -212,6 +213,9 @@ impl Machine {
             low: layout::PCI_WINDOW_32,
             high: layout::pci_window_64(spec.memory, cpuid::physical_bits(&cpuid)),
         };
+        let (events, vcpu_events, vcpu_signal) =
+            vcpu::Events::pair().map_err(io("make the vCPUs' eventfd"))?;
+        let events = Arc::new(events);
         let (mut bars, mut disks, mut nics) = (BarAllocator::new(&pci), Disks::default(), Nics::default());
         let mut parts = Parts {
             vm: &vm,
@@ -224,6 +228,7 @@ impl Machine {
             files: &mut files,
             disks: &mut disks,
             nics: &mut nics,
+            events: &events,
         };
         let mut board = Board::new(&mut parts, console)?;
         let router: Arc<dyn MsiRouter> = routes.clone();
@@ -240,9 +245,6 @@ impl Machine {
         board.fill_bus(&mut parts)?;
         files.finish()?;
         let description = Description { cpus: spec.cpus, devices: board.aml() };
-        let (events, vcpu_events, vcpu_signal) =
-            vcpu::Events::pair().map_err(io("make the vCPUs' eventfd"))?;
-        let events = Arc::new(events);
         let io_threads = IoThreads::start(board.io_threads(), &events, &confinement)?;
         let board = Arc::new(board);
 

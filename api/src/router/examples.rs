@@ -94,6 +94,12 @@ fn spec() -> Option<VmSpec> {
             read_only: false,
             serial: None,
             discard: true,
+            on_full: OnFull::Pause,
+            limits: Some(DiskLimits {
+                bytes_per_second: Some(ByteSize::mib(200)),
+                operations_per_second: Some(5000),
+                ..DiskLimits::default()
+            }),
         }],
         nics: vec![NicSpec {
             id: "mgmt0".parse().ok()?,

@@ -6,7 +6,7 @@ use super::CauseCode;
 
 impl CauseCode {
     /// Every code.
-    pub const ALL: [CauseCode; 9] = [
+    pub const ALL: [CauseCode; 10] = [
         CauseCode::PoweredOff,
         CauseCode::Stopped,
         CauseCode::BootFailed,
@@ -16,6 +16,7 @@ impl CauseCode {
         CauseCode::VfRemoved,
         CauseCode::DeviceFailed,
         CauseCode::HostRestarted,
+        CauseCode::DiskFull,
     ];
 
     /// The name on the wire.
@@ -71,6 +72,11 @@ impl CauseCode {
                 "host_restarted",
                 "The host was restarted while the VM was running.",
                 "Nothing: boot it again.",
+            ),
+            CauseCode::DiskFull => (
+                "disk_full",
+                "The file system of a disk is full, and the VM is paused.",
+                "Make room there: the VM goes on by itself, or at once with `vm resume`.",
             ),
         }
     }

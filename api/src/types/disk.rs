@@ -5,7 +5,7 @@
 use serde::{Deserialize, Serialize};
 use utoipa::ToSchema;
 
-use super::Name;
+use super::{DiskLimits, Name, disk_limits::limits_if_any};
 use crate::problem::Problem;
 
 /// The most disks of a VM.
@@ -46,6 +46,29 @@ pub struct DiskSpec {
     /// The guest's discards (`fstrim`) give room back to the host.
     #[serde(default, skip_serializing_if = "std::ops::Not::not")]
     pub discard: bool,
+    /// The reaction to a full file system of the host.
+    #[serde(default, skip_serializing_if = "OnFull::is_default")]
+    pub on_full: OnFull,
+    /// Limits of its requests. They may be changed while the VM runs.
+    #[serde(default, deserialize_with = "limits_if_any", skip_serializing_if = "Option::is_none")]
+    pub limits: Option<DiskLimits>,
+}
+
+/// The reaction to a request of the guest for which the file system of the disk's file has no room.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash, Serialize, Deserialize, ToSchema)]
+#[serde(rename_all = "snake_case")]
+pub enum OnFull {
+    /// The VM is paused, with the cause `disk_full`, and goes on when there is room.
+    #[default]
+    Pause,
+    /// The request fails with an I/O error in the guest.
+    Error,
+}
+
+impl OnFull {
+    fn is_default(&self) -> bool {
+        *self == Self::default()
+    }
 }
 
 /// A backing file of a qcow2 image.
@@ -86,6 +109,12 @@ impl DiskSpec {
     pub fn serial(&self) -> &str {
         let id = self.id.as_str();
         self.serial.as_deref().unwrap_or(id.get(..MAX_SERIAL).unwrap_or(id))
+    }
+
+    /// Whether the two describe the same running disk: a change between them is possible without a stop of the VM.
+    #[must_use]
+    pub fn same_disk(&self, other: &Self) -> bool {
+        *self == Self { limits: self.limits, ..other.clone() }
     }
 }
 
@@ -146,6 +175,9 @@ pub(super) fn check(disks: &[DiskSpec]) -> Result<(), Problem> {
             let detail =
                 format!("The serial number {} is used by two disks: give each a serial.", disk.serial());
             return Err(Problem::invalid(format!("disks[{n}].serial"), detail));
+        }
+        if let Some(limits) = &disk.limits {
+            limits.check(&format!("disks[{n}].limits"))?;
         }
         if disk.read_only && disk.discard {
             let detail = "A read-only disk cannot be discarded: leave out discard or read_only.";

@@ -69,7 +69,15 @@ impl VmSpec {
     /// cloud-init, and credentials, are read at the next boot by the agent only.
     pub fn same_machine(&self, other: &Self) -> bool {
         let VmSpec { restart, autostart, cloud_init, credentials, .. } = self.clone();
-        *self == VmSpec { restart, autostart, cloud_init, credentials, ..other.clone() }
+        let disks = self.disks.clone();
+        let same = VmSpec { restart, autostart, cloud_init, credentials, disks, ..other.clone() };
+        *self == same && self.same_disks(other)
+    }
+
+    /// Whether the disks of the two are the same, but for their limits.
+    pub fn same_disks(&self, other: &Self) -> bool {
+        let mut pairs = self.disks.iter().zip(&other.disks);
+        self.disks.len() == other.disks.len() && pairs.all(|(one, other)| one.same_disk(other))
     }
 }
 
@@ -114,6 +122,15 @@ mod tests {
             VmSpec { restart: RestartPolicy::Always, autostart: true, cloud_init, credentials, ..spec() };
         assert!(life.same_machine(&spec()));
         assert!(!VmSpec { cpus: 2, ..life }.same_machine(&spec()));
+        let with = |disks| VmSpec { disks: serde_json::from_value(disks).unwrap(), ..spec() };
+        let disk = json!({ "id": "root", "path": "a", "format": "raw" });
+        let mut limited = disk.clone();
+        limited["limits"] = json!({ "operations_per_second": 5 });
+        assert!(with(json!([disk])).same_machine(&with(json!([limited]))));
+        for other in [json!([]), json!([{ "id": "root", "path": "b", "format": "raw" }]), json!([disk, disk])]
+        {
+            assert!(!with(json!([disk])).same_machine(&with(other)));
+        }
     }
 
     #[test]

@@ -29,3 +29,9 @@ pub(super) fn cpu_weight<'de, D: Deserializer<'de>>(deserializer: D) -> Result<O
     let weight = Option::<i64>::deserialize(deserializer)?;
     weight.map(|weight| within(weight, 1, 10_000, "")).transpose()
 }
+
+/// Requests of a disk.
+pub(super) fn operations<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Option<u32>, D::Error> {
+    let count = Option::<i64>::deserialize(deserializer)?;
+    count.map(|count| within(count, 1, 1_000_000_000, "")).transpose()
+}

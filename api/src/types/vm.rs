@@ -335,7 +335,7 @@ pub struct VmStatus {
     pub state: VmState,
     /// The time at which it entered this state.
     pub since: Timestamp,
-    /// The reason for its end, or for the refusal of its last boot.
+    /// The reason for its end, for the refusal of its last boot, or for a pause that no request has caused.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub cause: Option<Cause>,
     /// The operation that is under way, if it takes time. No event reports its progress: read it again.
@@ -455,6 +455,8 @@ pub enum CauseCode {
     DeviceFailed,
     /// The host was restarted.
     HostRestarted,
+    /// The file system of a disk is full. The VM is paused, and goes on when there is room.
+    DiskFull,
 }
 
 /// The actual state of an adapter. Fields of the VF are present while the VM holds one.

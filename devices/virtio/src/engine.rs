@@ -89,12 +89,26 @@ pub trait Engine: Send {
         let _ = features;
     }
 
+    /// The source with this index has woken the thread. [`Self::serve`] follows if the driver uses the
+    /// source's queue.
+    fn wake(&mut self, source: usize) {
+        let _ = source;
+    }
+
     /// Serves requests of queue `index`: a doorbell has rung. Returns whether requests are left, so
     /// that the worker calls again soon.
     ///
     /// # Errors
     /// [`QueueError`]: the device needs a reset.
     fn serve(&mut self, index: usize, queue: &mut ActiveQueue) -> Result<bool, QueueError>;
+
+    /// Whether the engine has stopped to serve, until the machine has been paused and runs again.
+    fn is_stalled(&self) -> bool {
+        false
+    }
+
+    /// The machine runs again after the engine had stalled: the next call serves.
+    fn retry(&mut self) {}
 
     /// The machine ends in order. Keeps what the driver has not made durable.
     fn close(&mut self) {}
@@ -103,14 +117,22 @@ pub trait Engine: Send {
     fn stop(&mut self) {}
 }
 
-/// Serves requests in their order, for a bounded time. `serve` returns the count of bytes that it
-/// has written.
+/// The end of one attempt to serve a request.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Served {
+    /// It is complete, with this count of bytes written to its buffers.
+    Complete(u32),
+    /// It stays in the ring, and with it all behind it. The engine has a source that wakes it later.
+    Later,
+}
+
+/// Serves requests in their order, for a bounded time, until one has to wait.
 ///
 /// # Errors
 /// [`QueueError`]: the device needs a reset.
 pub fn serve_in_order(
     queue: &mut ActiveQueue,
-    mut serve: impl FnMut(&Request<'_>) -> u32,
+    mut serve: impl FnMut(&Request<'_>) -> Served,
 ) -> Result<bool, QueueError> {
     let memory = queue.memory();
     let end = Instant::now() + TURN;
@@ -118,7 +140,10 @@ pub fn serve_in_order(
     queue.doze()?;
     loop {
         while let Some(request) = queue.next(&memory)? {
-            let written = serve(&request);
+            let Served::Complete(written) = serve(&request) else {
+                queue.put_back(1);
+                return Ok(false);
+            };
             queue.complete(&request, written)?;
             served += 1;
             if served >= MOST || Instant::now() >= end {

@@ -10,7 +10,7 @@ use virtio_bindings::{
 };
 
 use crate::{
-    engine::{Engine, Identity, serve_in_order},
+    engine::{Engine, Identity, Served, serve_in_order},
     negotiation::feature,
     queue::{ActiveQueue, QueueError, Request, length, part, write_bytes},
 };
@@ -62,7 +62,7 @@ fn fill(request: &Request<'_>) -> u32 {
 
 impl Engine for Entropy {
     fn serve(&mut self, _: usize, queue: &mut ActiveQueue) -> Result<bool, QueueError> {
-        serve_in_order(queue, fill)
+        serve_in_order(queue, |request| Served::Complete(fill(request)))
     }
 }
 

@@ -17,7 +17,8 @@ use vm_memory::VolatileSlice;
 
 use crate::{
     block::{self, Block, Options},
-    engine::{Configuration, Engine, Identity, serve_in_order},
+    engine::{Configuration, Engine, Identity, Served, serve_in_order},
+    limit::Limits,
     net::{self, Net, Offloads, Wire},
     queue::{ActiveQueue, QueueError, length},
     testing::{BASE, Driver, MEMORY, MemoryDisk},
@@ -79,7 +80,9 @@ struct Echo;
 
 impl Engine for Echo {
     fn serve(&mut self, _: usize, queue: &mut ActiveQueue) -> Result<bool, QueueError> {
-        serve_in_order(queue, |request| u32::try_from(length(&request.readable)).unwrap_or(u32::MAX))
+        serve_in_order(queue, |request| {
+            Served::Complete(u32::try_from(length(&request.readable)).unwrap_or(u32::MAX))
+        })
     }
 }
 
@@ -105,9 +108,12 @@ pub fn fuzz_block(data: &[u8]) {
         read_only: data.first().is_some_and(|byte| byte & 1 == 1),
         serial: "s".into(),
         discard: true,
+        limits: Limits::default(),
+        wait_for_room: true,
     };
     let disk = MemoryDisk::of(DISK);
-    let block = Block::new(Box::new(disk.clone()), options.clone(), Arc::default());
+    let made = Block::new(Box::new(disk.clone()), options.clone(), Arc::default(), Box::new(|| {}));
+    let Ok((block, _remote)) = made else { return };
     let mut driver =
         Driver::new(block::identity(&options), block::configuration(DISK as u64), Box::new(block));
     run(&mut driver, data.get(1..).unwrap_or_default());

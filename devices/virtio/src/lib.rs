@@ -27,6 +27,7 @@ pub mod engine;
 pub mod entropy;
 #[cfg(any(test, feature = "test-support"))]
 pub mod fuzz;
+pub mod limit;
 pub mod negotiation;
 pub mod net;
 pub mod queue;

@@ -38,6 +38,10 @@ pub(crate) struct Shared {
     resetting: AtomicBool,
     /// The driver has broken the device: DEVICE_NEEDS_RESET.
     broken: AtomicBool,
+    /// The engine has stalled.
+    stalled: AtomicBool,
+    /// The machine runs again: the engine is to try again.
+    retry: AtomicBool,
     /// The function may access guest memory (the command register's bus master bit).
     pub(crate) bus_master: AtomicBool,
     pub(crate) isr: Arc<AtomicU16>,
@@ -59,6 +63,8 @@ impl Shared {
             command: Mutex::new(None),
             resetting: AtomicBool::new(false),
             broken: AtomicBool::new(false),
+            stalled: AtomicBool::new(false),
+            retry: AtomicBool::new(false),
             bus_master: AtomicBool::new(false),
             isr: Arc::clone(&on_change.isr),
             on_change,
@@ -108,6 +114,14 @@ impl Shared {
         }
     }
 
+    /// The machine goes on after a pause.
+    pub(crate) fn resume(&self) {
+        if self.stalled.swap(false, Ordering::AcqRel) {
+            self.retry.store(true, Ordering::Release);
+            self.ring_all();
+        }
+    }
+
     /// Rings all doorbells.
     pub(crate) fn ring_all(&self) {
         self.events.iter().skip(1).for_each(IoEvent::signal);
@@ -136,9 +150,14 @@ impl Worker {
         sources
     }
 
+    /// The engine's own source that an event stands for.
+    fn source_of(&self, event: usize) -> Option<usize> {
+        event.checked_sub(self.shared.events.len())
+    }
+
     /// The queue that an event stands for. None for the event of commands.
     fn queue_of(&self, event: usize) -> Option<usize> {
-        match event.checked_sub(self.shared.events.len()) {
+        match self.source_of(event) {
             Some(source) => self.woken.get(source).copied(),
             None => event.checked_sub(1),
         }
@@ -157,12 +176,22 @@ impl Worker {
             Some(Command::Stop) => self.stop(),
             None => {}
         }
+        if let Some(source) = self.source_of(event) {
+            self.engine.wake(source);
+        }
         let Some(index) = self.queue_of(event) else { return };
         if self.shared.broken() || !self.shared.bus_master.load(Ordering::Acquire) {
             return;
         }
         let Some(queue) = self.queues.get_mut(index).and_then(Option::as_mut) else { return };
-        match self.engine.serve(index, queue) {
+        if self.shared.retry.swap(false, Ordering::AcqRel) {
+            self.engine.retry();
+        }
+        let result = self.engine.serve(index, queue);
+        if self.engine.is_stalled() {
+            self.shared.stalled.store(true, Ordering::Release);
+        }
+        match result {
             Ok(true) => self.shared.ring(index),
             Ok(false) => {}
             Err(error) => self.shared.break_down(&error),

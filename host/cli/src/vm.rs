@@ -2,6 +2,7 @@
 
 //! `portcullis vm …`.
 
+mod disk;
 mod edit;
 
 use std::time::Duration;
@@ -27,8 +28,8 @@ pub enum VmCommand {
     List,
     /// Shows a VM.
     Show(VmName),
-    /// Replaces a VM's whole specification. Unless the VM is stopped, only `restart` and
-    /// `autostart` may differ.
+    /// Replaces a VM's whole specification. Unless the VM is stopped, only `restart`, `autostart` and
+    /// the limits of disks may differ.
     Set {
         #[command(flatten)]
         vm: VmName,
@@ -39,9 +40,11 @@ pub enum VmCommand {
         #[arg(long, value_name = "REVISION")]
         if_match: Option<u64>,
     },
-    /// Changes a part of a VM's specification. Unless the VM is stopped, only `restart` and
-    /// `autostart` may change.
+    /// Changes a part of a VM's specification. Unless the VM is stopped, only `restart`, `autostart`
+    /// and the limits of disks may change.
     Patch(Box<edit::PatchArgs>),
+    /// Replaces the limits of a disk, also of a running VM. Without options the disk has none.
+    DiskLimits(disk::LimitsArgs),
     /// Renames a stopped VM.
     Rename {
         #[command(flatten)]
@@ -129,6 +132,9 @@ pub(super) async fn run(
         }
         VmCommand::Patch(args) => {
             return Ok(output.object(&edit::patch(client, *args).await?, brief)?);
+        }
+        VmCommand::DiskLimits(args) => {
+            return Ok(output.object(&disk::limits(client, args).await?, brief)?);
         }
         VmCommand::Rename { vm, new_name } => {
             let patch = serde_json::json!({ "name": new_name });
@@ -278,9 +284,7 @@ fn details(vm: &Vm) -> Vec<(String, String)> {
         ));
     }
     for disk in &spec.disks {
-        let access = if disk.read_only { ", read-only" } else { "" };
-        lines
-            .push((format!("disk {}", disk.id), format!("{} ({}){access}", disk.path, disk.format.as_str())));
+        lines.push((format!("disk {}", disk.id), disk::line(disk)));
     }
     for (nic, status) in spec.nics.iter().zip(&status.nics) {
         let place = nic.interface().map(|interface| format!("{} {}", interface.kind(), interface.name()));

@@ -119,7 +119,11 @@ impl ToProblem for ConnectError {
 
 impl ToProblem for OrderError {
     fn problem(&self) -> Problem {
-        let Self::Failed(failure) = self else { return with(ProblemCode::VmmFailed, self) };
+        let failure = match self {
+            Self::Failed(failure) => failure,
+            Self::TooOld => return with(ProblemCode::WrongState, self),
+            _ => return with(ProblemCode::VmmFailed, self),
+        };
         let code = match failure.code {
             FailureCode::WrongState => ProblemCode::WrongState,
             FailureCode::Kvm => ProblemCode::KvmUnavailable,

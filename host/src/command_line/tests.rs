@@ -64,6 +64,8 @@ fn command_lines() {
         "vm set web1 -f web1.toml --if-match 3",
         "vm patch web1 --memory 1GiB --restart always",
         "vm patch web1 --autostart false",
+        "vm disk-limits web1 root --bytes-per-second 200MiB --operations-per-second 5000 --burst-bytes 1GiB",
+        "vm disk-limits web1 root",
         "vm rename web1 web2",
         "vm clone web1 web2",
         "vm wait web1 --for rest --timeout 5",

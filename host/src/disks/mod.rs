@@ -94,6 +94,16 @@ pub fn open_all(
     Ok(opened.into_iter().map(|(_, file)| file).collect())
 }
 
+/// The bytes for which the file system of a disk's file has room. None if the file cannot be found. Blocks: not for async
+/// code.
+#[must_use]
+pub fn room(dirs: &Directories, path: &str) -> Option<u64> {
+    let places = dirs.disks.iter().map(|dir| dir.join(path));
+    let stat = places.chain([PathBuf::from(path)]).find_map(|place| rustix::fs::statvfs(place).ok())?;
+    // The process of a VM is no root: it has none of the room that is reserved for root.
+    Some(stat.f_bavail.saturating_mul(stat.f_frsize))
+}
+
 type Failed = (ProblemCode, String);
 
 fn identity(data: &fs::Metadata) -> (u64, u64) {

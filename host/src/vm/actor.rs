@@ -11,6 +11,7 @@ mod lease;
 mod progress;
 mod recovery;
 mod restart;
+mod room;
 
 use std::{
     future::pending,
@@ -114,6 +115,8 @@ struct Actor {
     button: Option<u32>,
     /// The time at which the process is killed if it has not ended.
     deadline: Option<Instant>,
+    /// The wait for room on a disk's file system.
+    room: room::Room,
     /// The next boot by the agent itself.
     due: Option<restart::Due>,
     /// Requests that complete when the VM is at rest.
@@ -179,6 +182,7 @@ pub(super) async fn run(
         end: None,
         misbehaved: None,
         deadline: None,
+        room: room::Room::default(),
         due: None,
         resting: Vec::new(),
         deleting: Vec::new(),
@@ -287,6 +291,8 @@ impl Actor {
             (VmAction::Boot, state) if state.is_at_rest() => {
                 return self.boot(caller, begun, done, completion).await;
             }
+            // The agent may be about to let it go on: the command comes behind that one.
+            (VmAction::Pause, VmState::Paused) if self.run.full.is_some() => self.pause(done).await,
             // The VM is in that state already.
             (VmAction::Pause, VmState::Paused) | (VmAction::Resume, VmState::Running) => {
                 drop(begun.send(Ok(completion)));
@@ -319,9 +325,13 @@ impl Actor {
                 }
                 ordered
             }
-            (VmAction::Pause, VmState::Running) => self.order(action, Order::Pause, done),
-            (VmAction::Resume, VmState::Paused) => self.order(action, Order::Run, done),
+            (VmAction::Pause, VmState::Running) => self.pause(done).await,
+            (VmAction::Resume, VmState::Paused) => {
+                self.run.pause_asked = false;
+                self.order(action, Order::Run, done)
+            }
             (VmAction::Reboot, VmState::Running | VmState::Paused) => {
+                self.run.pause_asked = false;
                 let ordered = self.order(action, Order::Reboot, done);
                 if ordered.is_ok() {
                     self.progress.begin(OperationAction::Reboot, vec![Stage::ResettingMachine]);
@@ -332,6 +342,17 @@ impl Actor {
             (action, state) => wrong(cure(action, state)),
         };
         drop(begun.send(problem.map(|()| completion)));
+    }
+
+    /// Pauses the VM until a request lets it go on.
+    async fn pause(&mut self, done: Done) -> Result<(), Problem> {
+        let before = std::mem::replace(&mut self.run.pause_asked, true);
+        let ordered = self.order(VmAction::Pause, Order::Pause, done);
+        match ordered {
+            Ok(()) => drop(self.store().await),
+            Err(_) => self.run.pause_asked = before,
+        }
+        ordered
     }
 
     /// The agent ends. A VM that it has begun to stop does not outlive it.
@@ -353,21 +374,23 @@ impl Actor {
 
     /// Sends a command; [`Self::on_finished`] handles its completion.
     fn order(&self, action: VmAction, order: Order, done: Done) -> Result<(), Problem> {
-        let Some(link) = &self.link else {
-            let why = self.unreachable.as_deref().unwrap_or("the connection has just ended.");
-            let detail = format!(
-                "The agent has no connection to the process of the VM {}, which runs on, and tries again: \
-                 {why} If this persists, stop the VM and boot it again.",
-                self.name()
-            );
-            return Err(Problem::new(ProblemCode::VmmFailed, detail));
-        };
+        let link = self.link.as_ref().ok_or_else(|| self.no_connection())?;
         let (connection, finished) = (link.connection.clone(), self.finished.clone());
         tokio::spawn(async move {
             let result = connection.order(order, Vec::new(), PROMPT).await.map(drop);
             drop(finished.send(Finished { action, result, done }).await);
         });
         Ok(())
+    }
+
+    fn no_connection(&self) -> Problem {
+        let why = self.unreachable.as_deref().unwrap_or("the connection has just ended.");
+        let detail = format!(
+            "The agent has no connection to the process of the VM {}, which runs on, and tries again: \
+             {why} If this persists, stop the VM and boot it again.",
+            self.name()
+        );
+        Problem::new(ProblemCode::VmmFailed, detail)
     }
 
     async fn on_finished(&mut self, finished: Finished) {
@@ -383,6 +406,7 @@ impl Actor {
             self.publish();
         }
         if let Err(error) = result {
+            self.run.pause_asked &= action != VmAction::Pause || self.run.state == VmState::Paused;
             // The VM may have ended meanwhile, or the vmm may have failed to do it: the state shows that.
             drop(done.send(Err(error.problem())));
             return;
@@ -392,6 +416,8 @@ impl Actor {
             VmAction::Shutdown if !self.run.state.is_at_rest() => return self.resting.push(done),
             // Known from the vmm's reports already, as a rule; the VM may have ended meanwhile.
             VmAction::Pause => self.on_state(State::Paused).await,
+            // A disk without room may have paused it again.
+            VmAction::Resume | VmAction::Reboot if self.run.full.is_some() => {}
             VmAction::Resume | VmAction::Reboot => self.on_state(State::Running).await,
             _ => {}
         }

@@ -7,11 +7,13 @@ use std::{collections::HashSet, fs::File, os::fd::OwnedFd, time::Duration};
 use api::{
     Caller,
     problem::{Problem, ProblemCode},
-    types::{DiskFormat, DiskSpec, NicSpec, Protection, SEED_SERIAL, Stage, VmSpec},
+    types::{
+        ByteSize, DiskFormat, DiskLimits, DiskSpec, NicSpec, OnFull, Protection, SEED_SERIAL, Stage, VmSpec,
+    },
 };
 use failpoints::{Point, reach};
 use netpolicy::MacAddress;
-use protocol::{DeviceSpec, MachineSpec, Order, State, files as file};
+use protocol::{DeviceSpec, DiskRate, MachineSpec, Order, State, files as file};
 use services::problem::ToProblem;
 use services::vmm_process::{Allowance, Connection, Event, Process, VmDirectory, limit_memlock, spawn};
 use store::Entry;
@@ -360,6 +362,8 @@ fn seed_disk() -> protocol::DiskSpec {
         read_only: true,
         serial: SEED_SERIAL.to_owned(),
         discard: false,
+        limits: protocol::DiskLimits::default(),
+        wait_for_room: false,
     }
 }
 
@@ -371,6 +375,21 @@ fn disk(spec: &DiskSpec) -> protocol::DiskSpec {
         read_only: spec.read_only,
         serial: spec.serial().to_owned(),
         discard: spec.discard,
+        limits: disk_limits(spec.limits),
+        wait_for_room: spec.on_full == OnFull::Pause,
+    }
+}
+
+/// The limits of a disk, with bursts of a second unless the specification has others.
+pub(super) fn disk_limits(limits: Option<DiskLimits>) -> protocol::DiskLimits {
+    let limits = limits.unwrap_or_default();
+    let rate = |rate: Option<u64>, burst: Option<u64>| {
+        rate.map(|per_second| DiskRate { per_second, burst: burst.unwrap_or(per_second) })
+    };
+    let bytes = |size: ByteSize| size.bytes();
+    protocol::DiskLimits {
+        bytes: rate(limits.bytes_per_second.map(bytes), limits.burst_bytes.map(bytes)),
+        operations: rate(limits.operations_per_second.map(u64::from), limits.burst_operations.map(u64::from)),
     }
 }
 

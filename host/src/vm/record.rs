@@ -73,7 +73,7 @@ impl VmRecord {
             old.kernel != new.kernel,
             old.initramfs != new.initramfs,
             old.cmdline != new.cmdline,
-            self.spec.disks != spec.disks,
+            !self.spec.same_disks(&spec),
             self.spec.cloud_init != spec.cloud_init,
             self.spec.credentials != spec.credentials,
         ];
@@ -192,6 +192,12 @@ pub struct RunRecord {
     /// The boot id of the host in which it came to rest.
     #[serde(default)]
     pub rested_in: Option<String>,
+    /// The disk for whose file there is no room: the VM is paused until there is some.
+    #[serde(default)]
+    pub full: Option<String>,
+    /// A request has paused the VM: only another one lets it go on.
+    #[serde(default)]
+    pub pause_asked: bool,
     /// The VM lives by a lease: without a client the agent stops and deletes it.
     #[serde(default)]
     pub leased: bool,
@@ -233,6 +239,8 @@ impl Default for RunRecord {
             restart: RestartStatus::default(),
             asked: None,
             rested_in: None,
+            full: None,
+            pause_asked: false,
             leased: false,
             holder: None,
         }
@@ -399,6 +407,10 @@ mod tests {
         assert_eq!(rights(&with).len(), 2, "{:?}", rights(&with));
         let other = with.edited(VmSpec { cpus: 2, ..spec(disks()) }, &user(2000));
         assert_eq!(rights(&other), rights(&with), "an edit of anything else");
+        let mut limited = spec(disks());
+        limited.disks[0].limits =
+            serde_json::from_value(serde_json::json!({ "operations_per_second": 5 })).unwrap();
+        assert_eq!(rights(&with.edited(limited, &user(2000))), rights(&with), "limits choose no file");
         let others = serde_json::json!([{ "id": "root", "path": "/other", "format": "raw" }]);
         let chosen = with.edited(spec(others), &user(2000));
         assert!(rights(&chosen).contains(&user(2000).to_string()), "who chose a path needs the right to it");

@@ -3,6 +3,7 @@
 //! VMs' lives on a host that is made up: sysfs and PF are fakes, the vmm is this test program started again.
 
 mod assignable;
+mod disks;
 mod fake_vmm;
 pub(crate) mod fixture;
 mod lease;

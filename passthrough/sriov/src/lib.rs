@@ -37,9 +37,7 @@ pub use control::{
 };
 pub use group::{GroupMember, InterruptRemapping, IommuGroup, ViabilityError};
 pub use inventory::{Interface, InventoryError, PciDevice, Pf, Vf};
-pub use netlink::{
-    BridgePortError, FlowControl, Hint, Monitor, NetlinkPf, flow_control, join_bridge,
-};
+pub use netlink::{BridgePortError, FlowControl, Hint, Monitor, NetlinkPf, flow_control, join_bridge};
 pub use sysfs::{AttributeWriter, KernelWriter, Sysfs, SysfsError};
 pub use usage::Usage;
 pub use vf_count::VfCountError;

@@ -20,20 +20,20 @@ use crate::fixture::{Agent, SmallGuest, host};
 
 const SIZE: u64 = 1 << 20;
 
-fn spec(agent: &Agent, name: &str, disks: Value) -> Value {
+pub(super) fn spec(agent: &Agent, name: &str, disks: Value) -> Value {
     let mut spec = SmallGuest::spec(agent, name, json!([]), "");
     spec["disks"] = disks;
     spec
 }
 
-fn boot<'a>(agent: &'a Agent, spec: &Value) -> SmallGuest<'a> {
+pub(super) fn boot<'a>(agent: &'a Agent, spec: &Value) -> SmallGuest<'a> {
     let mut guest = SmallGuest { guest: agent.boot(spec) };
     guest.wait_for_ready();
     guest
 }
 
 /// The text at the beginning of a sector of a file.
-fn sector(path: &Path, number: u64) -> String {
+pub(super) fn sector(path: &Path, number: u64) -> String {
     let mut bytes = [0; 512];
     File::open(path).unwrap().read_exact_at(&mut bytes, number * 512).unwrap();
     String::from_utf8_lossy(&bytes).trim_end_matches('\0').to_owned()
@@ -146,6 +146,39 @@ fn discarded_room_goes_back_to_the_host() {
     assert_eq!(fs::metadata(&path).unwrap().len(), SIZE);
 }
 
+/// Noise makes a disk slower, so only a disk that is too fast is a fault.
+#[test]
+fn a_disk_is_not_faster_than_its_limits() {
+    let agent = Agent::start();
+    agent.disk("slow", SIZE);
+    let disk = |limits: Value| json!([{"id": "slow", "path": "slow", "format": "raw", "limits": limits}]);
+    let spec = spec(&agent, "web1", disk(json!({"operations_per_second": 50, "burst_operations": 1})));
+    let mut guest = boot(&agent, &spec);
+    guest.ask("disk-probe");
+    let mut time = |count: u32| {
+        let begun = Instant::now();
+        let result = guest.ask(&format!("disk-time read count={count}"));
+        assert!(result.starts_with(&format!("done={count} ")), "{result}");
+        begun.elapsed()
+    };
+    // All but the first request wait.
+    let taken = time(40);
+    assert!(taken >= Duration::from_millis(20 * 39), "{taken:?}");
+    let set = |agent: &Agent, limits: Value| {
+        agent.ask(agent.client.patch_vm("web1", &json!({"disks": disk(limits)}), None)).map(drop)
+    };
+    set(&agent, json!({"bytes_per_second": "64KiB", "burst_bytes": 512})).unwrap();
+    let taken = time(100);
+    assert!(taken >= Duration::from_micros(1_000_000 / 128 * 99), "{taken:?}");
+    set(&agent, json!({"operations_per_second": 20, "burst_operations": 1})).unwrap();
+    let taken = time(10);
+    assert!(taken >= Duration::from_millis(50 * 9), "{taken:?}");
+    // 1000 requests of 20 in a second would take 50 s, more than the guest's script has.
+    set(&agent, Value::Null).unwrap();
+    let taken = time(1000);
+    assert!(taken < Duration::from_secs(25), "{taken:?}");
+}
+
 /// RLIMIT_FSIZE of the process is as long as its longest disk.
 #[test]
 fn a_disk_may_be_longer_than_other_files_of_the_process() {
@@ -194,7 +227,7 @@ fn a_disk_in_use_is_refused_by_name_and_stays_whole() {
     agent.act("web2", VmAction::Boot).unwrap();
 }
 
-fn qemu_img(arguments: &[&str]) -> String {
+pub(super) fn qemu_img(arguments: &[&str]) -> String {
     host::run("qemu-img", arguments)
 }
 

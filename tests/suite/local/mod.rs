@@ -8,6 +8,7 @@ mod cli;
 mod cloud_init;
 mod crash;
 mod demo;
+mod disk_room;
 mod disks;
 mod errors;
 mod exit;

@@ -20,10 +20,14 @@ use uuid::Uuid;
 /// | 1 | all other messages |
 /// | 2 | [`DeviceBackend::Simulated`] |
 /// | 3 | [`ToVmm::Standing`], and with it [`Notice::Declined`] |
-pub const VERSION: u32 = 3;
+/// | 4 | [`Order::LimitDisk`], [`Report::DiskFull`] |
+pub const VERSION: u32 = 4;
 
 /// The oldest version with [`ToVmm::Standing`].
 pub const STANDING_SINCE: u32 = 3;
+
+/// The oldest version with commands to disks, and with reports of them.
+pub const DISK_ORDERS_SINCE: u32 = 4;
 
 /// The versions that this build speaks.
 pub const SPOKEN: RangeInclusive<u32> = 1..=VERSION;
@@ -171,6 +175,24 @@ pub enum Order {
         /// The adapter's name in the machine's specification.
         adapter: String,
     },
+    /// Replaces the limits of a disk. They hold for the next request. → [`Outcome::Done`]
+    LimitDisk {
+        /// The disk's name in the machine's specification.
+        disk: String,
+        /// The new limits.
+        limits: DiskLimits,
+    },
+}
+
+impl Order {
+    /// The oldest version with this command.
+    #[must_use]
+    pub fn since(&self) -> u32 {
+        match self {
+            Self::LimitDisk { .. } => DISK_ORDERS_SINCE,
+            _ => *SPOKEN.start(),
+        }
+    }
 }
 
 /// The result of a command that has succeeded.
@@ -280,6 +302,30 @@ pub struct DiskSpec {
     pub serial: String,
     /// The guest may give the host's room back.
     pub discard: bool,
+    /// Its limits at first.
+    pub limits: DiskLimits,
+    /// If the host's file system is full, the machine is paused, and the guest's requests wait for room. Else they fail.
+    pub wait_for_room: bool,
+}
+
+/// The limits of a disk's requests.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct DiskLimits {
+    /// Bytes that move.
+    #[serde(default)]
+    pub bytes: Option<DiskRate>,
+    /// Requests.
+    #[serde(default)]
+    pub operations: Option<DiskRate>,
+}
+
+/// A rate of a disk: `burst` at once, then `per_second`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct DiskRate {
+    /// Tokens per second: 1 or more.
+    pub per_second: u64,
+    /// Tokens at once.
+    pub burst: u64,
 }
 
 /// One NIC of a machine. The files of its interface come beside the command ([`files::nic`](super::files::nic)).
@@ -434,6 +480,12 @@ pub enum Report {
         /// simulated PF).
         why: DeviceLoss,
     },
+    /// The host's file system has no room for a guest's request. The machine is paused: the report of its state follows.
+    /// [`Order::Run`] repeats the request.
+    DiskFull {
+        /// The disk's name in the machine's specification.
+        disk: String,
+    },
     /// A relay's event.
     Relay {
         /// The adapter's name in the machine's specification.
@@ -441,6 +493,17 @@ pub enum Report {
         /// The event.
         notice: Notice,
     },
+}
+
+impl Report {
+    /// The oldest version with this report.
+    #[must_use]
+    pub fn since(&self) -> u32 {
+        match self {
+            Self::DiskFull { .. } => DISK_ORDERS_SINCE,
+            _ => *SPOKEN.start(),
+        }
+    }
 }
 
 /// The cause of a device's loss.

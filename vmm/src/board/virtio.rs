@@ -13,16 +13,18 @@ use std::{
 };
 
 use devices::device::Device;
-use protocol::{DiskFormat, DiskSpec, DiskStats, files};
+use protocol::{DiskFormat, DiskLimits, DiskRate, DiskSpec, DiskStats, files};
 use virtio::{
-    block::{self, Block, Counters, Options},
+    block::{self, Block, Command, Counters, Options, Remote},
     disk::{Disk, Format, qcow2::Qcow2Disk, raw::RawDisk},
     engine::{Configuration, Engine, Identity},
     entropy::{self, Entropy},
+    limit::{Limits, Rate},
     transport::{Connections, VirtioFunction},
 };
 
 use super::{Board, BoardError, Parts};
+use crate::vcpu::Event;
 
 /// The tables of a qcow2 image take less than this part of its size, with clusters of 4 KiB or more.
 const TABLES: u64 = 32;
@@ -35,6 +37,8 @@ const LEAKS: u64 = 1 << 30;
 pub struct Disks {
     /// Counters by the disks' names.
     counters: BTreeMap<String, Arc<Counters>>,
+    /// The ways to their threads, by the disks' names.
+    remotes: BTreeMap<String, Remote>,
     /// The length in bytes of the longest file that a disk may write.
     pub longest_file: u64,
 }
@@ -45,6 +49,35 @@ impl Disks {
     pub fn stats(&self) -> BTreeMap<String, DiskStats> {
         self.counters.iter().map(|(id, counters)| (id.clone(), read(counters))).collect()
     }
+
+    /// Replaces the limits of a disk.
+    ///
+    /// # Errors
+    /// See [`DiskError`].
+    pub fn limit(&self, id: &str, limits: &DiskLimits) -> Result<(), DiskError> {
+        self.send(id, Command::Limit(of_limits(limits)))
+    }
+
+    fn send(&self, id: &str, command: Command) -> Result<(), DiskError> {
+        let remote = self.remotes.get(id).ok_or_else(|| DiskError::Unknown(id.to_owned()))?;
+        if remote.send(command) { Ok(()) } else { Err(DiskError::Busy(id.to_owned())) }
+    }
+}
+
+/// A disk cannot carry out a command.
+#[derive(Debug, thiserror::Error)]
+pub enum DiskError {
+    /// The machine has no such disk.
+    #[error("The VM has no disk {0}")]
+    Unknown(String),
+    /// Its thread has not carried out earlier commands.
+    #[error("Disk {0} is busy: its file is slow, or hangs; try again")]
+    Busy(String),
+}
+
+fn of_limits(limits: &DiskLimits) -> Limits {
+    let rate = |rate: DiskRate| Rate { per_second: rate.per_second, burst: rate.burst };
+    Limits { bytes: limits.bytes.map(rate), operations: limits.operations.map(rate) }
 }
 
 fn read(counters: &Counters) -> DiskStats {
@@ -109,11 +142,18 @@ fn disk(board: &Board, parts: &mut Parts<'_>, spec: &DiskSpec) -> Result<Arc<dyn
         read_only: spec.read_only,
         serial: spec.serial.clone(),
         discard: spec.discard,
+        limits: of_limits(&spec.limits),
+        wait_for_room: spec.wait_for_room,
     };
     let counters = Arc::<Counters>::default();
     parts.disks.counters.insert(spec.id.clone(), Arc::clone(&counters));
     let (identity, configuration) = (block::identity(&options), block::configuration(disk.size()));
-    insert(board, parts, identity, configuration, Box::new(Block::new(disk, options, counters)))
+    let (events, id) = (Arc::clone(parts.events), spec.id.clone());
+    let on_full = Box::new(move || events.send(Event::DiskFull { disk: id.clone() }));
+    let (block, remote) =
+        Block::new(disk, options, counters, on_full).map_err(|error| failed(&spec.id)(error.into()))?;
+    parts.disks.remotes.insert(spec.id.clone(), remote);
+    insert(board, parts, identity, configuration, Box::new(block))
 }
 
 /// Opens the format of a disk. Returns the length that its file may reach, too.

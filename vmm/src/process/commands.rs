@@ -14,10 +14,13 @@ use event_manager::EventOps;
 use failpoints::{Point, reach};
 use netpolicy::StandingRefusal;
 use passthrough::relay::Relay;
-use protocol::{Answer, End, Failure, FailureCode, FileError, Files, MachineSpec, Order, Outcome, State};
+use protocol::{
+    Answer, End, Failure, FailureCode, FileError, Files, MachineSpec, Order, Outcome, Report, State,
+};
 
 use super::{event_loop::Process, resets::Reset};
 use crate::{
+    board::{DiskError, Disks},
     io_threads::{IoThreadError, IoThreads},
     machine::{Machine, MachineError},
     vcpu,
@@ -62,6 +65,7 @@ impl Process {
                 relay.make_guest_reset();
                 Outcome::Done
             }),
+            Order::LimitDisk { disk, limits } => self.on_disk(|disks| disks.limit(&disk, &limits)),
             Order::Stop => {
                 reach(Point::VmmStopping);
                 self.end(End::Stopped);
@@ -125,6 +129,16 @@ impl Process {
     fn relay(&self, adapter: &str) -> Result<Arc<Relay>, Failure> {
         self.machine()?.devices.relay(adapter).ok_or_else(|| {
             failure(FailureCode::Invalid, format!("The VM has no adapter {adapter} under policy"))
+        })
+    }
+
+    fn on_disk(&self, command: impl FnOnce(&Disks) -> Result<(), DiskError>) -> Result<Outcome, Failure> {
+        command(&self.machine()?.disks).map(|()| Outcome::Done).map_err(|error| {
+            let code = match error {
+                DiskError::Unknown(_) => FailureCode::Invalid,
+                DiskError::Busy(_) => FailureCode::Device,
+            };
+            failure(code, error.to_string())
         })
     }
 
@@ -304,9 +318,22 @@ impl Process {
             vcpu::Event::Broken { index, what } => {
                 self.end(End::Failed { detail: format!("vCPU {index} cannot continue: {what}") });
             }
+            vcpu::Event::DiskFull { disk } => self.on_disk_full(disk),
             vcpu::Event::IoThreadEnded { name } => {
                 self.end(End::Failed { detail: IoThreadError::Ended(name).to_string() });
             }
+        }
+    }
+
+    /// Pauses the machine until there is room: a guest whose writes fail would lose its file system.
+    fn on_disk_full(&mut self, disk: String) {
+        // While another disk is busy the machine runs on: this disk tries again, and stalls again.
+        if self.state == State::Running && self.park().is_err() {
+            return;
+        }
+        self.report(Report::DiskFull { disk });
+        if self.state == State::Running {
+            self.enter(State::Paused);
         }
     }
 

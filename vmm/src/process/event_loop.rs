@@ -80,6 +80,8 @@ pub(super) struct Process {
 struct Connection {
     channel: Arc<Channel>,
     greeted: bool,
+    /// The version of the protocol, once the agent has greeted.
+    version: u32,
 }
 
 impl Process {
@@ -139,7 +141,9 @@ impl Process {
 
     pub(super) fn report(&mut self, report: Report) {
         let seq = self.reports.push(report.clone());
-        if self.channel.as_ref().is_some_and(|connection| connection.greeted) {
+        // An older agent does not know each report, but the states.
+        let since = report.since();
+        if self.channel.as_ref().is_some_and(|agent| agent.greeted && agent.version >= since) {
             self.send(&ToAgent::Report { seq, report });
         }
     }
@@ -311,7 +315,7 @@ impl Process {
             tracing::error!(vm = %self.vm, "Cannot listen to the control connection: {error:?}");
             return;
         }
-        self.channel = Some(Connection { channel: Arc::new(channel), greeted: false });
+        self.channel = Some(Connection { channel: Arc::new(channel), greeted: false, version: 0 });
     }
 
     fn on_messages(&mut self, ops: &mut EventOps<'_>) {
@@ -365,13 +369,15 @@ impl Process {
         }
         self.send(&ToAgent::Hello { version, state: self.state, boots: self.boots });
         reach(Point::VmmGreeted);
-        let pending: Vec<_> = self.reports.pending().cloned().collect();
+        let known = |(_, report): &&(u64, Report)| report.since() <= version;
+        let pending: Vec<_> = self.reports.pending().filter(known).cloned().collect();
         for (seq, report) in pending {
             self.send(&ToAgent::Report { seq, report });
         }
         // From now on relays send questions themselves: those must not overtake the reports.
         if let Some(connection) = &mut self.channel {
             connection.greeted = true;
+            connection.version = version;
             self.relays.set_agent(Some(Arc::clone(&connection.channel)));
         }
     }

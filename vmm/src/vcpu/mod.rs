@@ -83,6 +83,11 @@ pub enum Event {
         /// KVM's reason.
         what: String,
     },
+    /// A disk waits for room on the host's file system.
+    DiskFull {
+        /// The disk's name.
+        disk: String,
+    },
     /// An I/O thread has ended or panicked.
     IoThreadEnded {
         /// The thread's name.

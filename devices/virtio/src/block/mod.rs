@@ -2,6 +2,7 @@
 
 //! The block device (the specification, 5.2).
 
+mod remote;
 #[cfg(test)]
 mod tests;
 
@@ -14,7 +15,7 @@ use std::{
     time::Instant,
 };
 
-use devices::io_thread::Calls;
+use devices::io_thread::{Calls, IoSource, IoTimer};
 use virtio_bindings::{
     virtio_blk::{
         VIRTIO_BLK_F_BLK_SIZE, VIRTIO_BLK_F_DISCARD, VIRTIO_BLK_F_FLUSH, VIRTIO_BLK_F_RO,
@@ -27,11 +28,14 @@ use virtio_bindings::{
 };
 
 use crate::{
-    disk::{Disk, SECTOR},
-    engine::{Configuration, Engine, Identity, serve_in_order},
+    disk::{Disk, SECTOR, is_full},
+    engine::{Configuration, Engine, Identity, Served, serve_in_order},
+    limit::{Cost, Limiter, Limits},
     negotiation::feature,
     queue::{ActiveQueue, QueueError, Request, length, part, read_array, write_bytes},
 };
+
+pub use self::remote::{Command, Remote};
 
 /// Entries of the queue.
 pub const QUEUE: u16 = 256;
@@ -64,6 +68,10 @@ pub struct Options {
     pub serial: String,
     /// The guest may discard ranges.
     pub discard: bool,
+    /// The limits at first.
+    pub limits: Limits,
+    /// If the host's file system is full, requests wait for room in place of failing.
+    pub wait_for_room: bool,
 }
 
 /// Counters of a disk since the machine was built.
@@ -146,6 +154,33 @@ pub struct Block {
     options: Options,
     counters: Arc<Counters>,
     features: u64,
+    limiter: Limiter,
+    /// Wakes the thread when a request that waits for its limit may begin.
+    timer: IoTimer,
+    /// The moment from which the limiter counts.
+    begun: Instant,
+    inbox: remote::Inbox,
+    /// A request waits for room on the host's file system.
+    stalled: bool,
+    /// Reports that to the machine.
+    on_full: Box<dyn Fn() + Send>,
+}
+
+/// The beginning of a request (5.2.6), which is read once: the guest may change it meanwhile.
+#[derive(Clone, Copy)]
+struct Header {
+    kind: u32,
+    /// None for one that no disk has.
+    offset: Option<u64>,
+}
+
+impl Header {
+    fn read(request: &Request<'_>) -> Option<Self> {
+        let header: [u8; 16] = read_array(&request.readable)?;
+        let [a, b, c, d, _, _, _, _, sector @ ..] = header;
+        let offset = u64::from_le_bytes(sector).checked_mul(SECTOR);
+        Some(Self { kind: u32::from_le_bytes([a, b, c, d]), offset })
+    }
 }
 
 /// The end of a request that was not served.
@@ -155,6 +190,8 @@ enum Failed {
     Error,
     /// The device does not have this kind of request.
     Unsupported,
+    /// The host's file system has no room.
+    Full,
 }
 
 /// A range of a discard, or of zeroes, in bytes.
@@ -165,37 +202,84 @@ struct Range {
 }
 
 impl Block {
-    /// Makes a device.
-    #[must_use]
-    pub fn new(disk: Box<dyn Disk>, options: Options, counters: Arc<Counters>) -> Self {
-        Self { disk, options, counters, features: 0 }
+    /// Makes a device, and the machine's end of its commands. It calls `on_full` when it stalls: when a
+    /// request has to wait for room on the host's file system.
+    ///
+    /// # Errors
+    /// Those of making eventfds and timers.
+    pub fn new(
+        disk: Box<dyn Disk>,
+        options: Options,
+        counters: Arc<Counters>,
+        on_full: Box<dyn Fn() + Send>,
+    ) -> io::Result<(Self, Remote)> {
+        let (remote, inbox) = remote::pair()?;
+        let (timer, begun) = (IoTimer::new()?, Instant::now());
+        let mut limiter = Limiter::default();
+        limiter.set(options.limits);
+        let (features, stalled) = (0, false);
+        let block =
+            Self { disk, options, counters, features, limiter, timer, begun, inbox, stalled, on_full };
+        Ok((block, remote))
     }
 
-    /// Serves a request. Returns the count of bytes written to its buffers.
-    fn request(&mut self, request: &Request<'_>) -> u32 {
+    /// Serves a request, unless it has to wait for its limit.
+    fn request(&mut self, request: &Request<'_>) -> Served {
         let space = length(&request.writable);
         let Some(room) = space.checked_sub(1) else {
             // Without a byte for the status the driver learns nothing.
-            return 0;
+            return Served::Complete(0);
         };
-        let result = self.attempt(request, room);
+        let header = Header::read(request);
+        if !self.may_begin(header, length(&request.readable), room) {
+            return Served::Later;
+        }
+        let result = header.ok_or(Failed::Error).and_then(|header| self.attempt(request, header, room));
         let (status, written) = match result {
             Ok(written) => (VIRTIO_BLK_S_OK, written),
             Err(Failed::Error) => (VIRTIO_BLK_S_IOERR, 0),
             Err(Failed::Unsupported) => (VIRTIO_BLK_S_UNSUPP, 0),
+            Err(Failed::Full) => {
+                self.stalled = true;
+                (self.on_full)();
+                return Served::Later;
+            }
         };
         write_bytes(&part(&request.writable, room, 1), &[u8::try_from(status).unwrap_or(1)]);
         // The count includes all up to the status, which is the last byte (2.7.8.2: an upper bound
         // only if all of it was written).
-        u32::try_from(written.saturating_add(1)).unwrap_or(u32::MAX)
+        Served::Complete(u32::try_from(written.saturating_add(1)).unwrap_or(u32::MAX))
+    }
+
+    /// Charges a request to its limits, with `sent` bytes of the driver and `room` bytes for data of the
+    /// device. Returns false if it has to wait: the timer is set then.
+    fn may_begin(&mut self, header: Option<Header>, sent: u64, room: u64) -> bool {
+        if self.limiter.is_unlimited() {
+            return true;
+        }
+        let bytes = match header.map(|header| header.kind) {
+            Some(VIRTIO_BLK_T_IN) => room,
+            Some(VIRTIO_BLK_T_OUT) => sent.saturating_sub(HEADER),
+            // Zeroes are charged once their ranges are known.
+            _ => 0,
+        };
+        // Longer ones fail, and move nothing.
+        let cost = Cost { bytes: bytes.min(MOST_DATA), operations: 1 };
+        let Err(wait) = self.limiter.charge(self.begun.elapsed(), cost) else { return true };
+        match self.timer.set(wait) {
+            Ok(()) => false,
+            Err(error) => {
+                // A guest that hangs for ever is worse than one that is too fast.
+                tracing::warn!(disk = self.options.id, %error, "A limit cannot be kept: the timer fails");
+                true
+            }
+        }
     }
 
     /// Serves a request whose writable buffers have `room` bytes before the status.
-    fn attempt(&mut self, request: &Request<'_>, room: u64) -> Result<u64, Failed> {
-        let header: [u8; 16] = read_array(&request.readable).ok_or(Failed::Error)?;
-        let [a, b, c, d, _, _, _, _, sector @ ..] = header;
-        let kind = u32::from_le_bytes([a, b, c, d]);
-        let offset = u64::from_le_bytes(sector).checked_mul(SECTOR).ok_or(Failed::Error)?;
+    fn attempt(&mut self, request: &Request<'_>, header: Header, room: u64) -> Result<u64, Failed> {
+        let Header { kind, offset } = header;
+        let offset = offset.ok_or(Failed::Error)?;
         let counters = Arc::clone(&self.counters);
         let count = |counter: &AtomicU64, by| {
             counter.fetch_add(by, Ordering::Relaxed);
@@ -252,6 +336,7 @@ impl Block {
                         return Err(Failed::Unsupported);
                     }
                     let unmap = may_discard && flags != 0;
+                    self.limiter.owe(self.begun.elapsed(), Cost { bytes: len, operations: 0 });
                     self.timed(|disk| disk.write_zeroes(offset, len, unmap))?;
                 }
                 self.write_through()?;
@@ -314,6 +399,9 @@ impl Block {
         let busy = u64::try_from(begin.elapsed().as_nanos()).unwrap_or(u64::MAX);
         self.counters.busy_ns.fetch_add(busy, Ordering::Relaxed);
         result.map_err(|error| {
+            if self.options.wait_for_room && is_full(&error) {
+                return Failed::Full;
+            }
             // The count shows all; the log, the first ones.
             if self.counters.errors.fetch_add(1, Ordering::Relaxed) < 8 {
                 tracing::warn!(disk = self.options.id, %error, "The host's file failed a request of the guest");
@@ -324,16 +412,40 @@ impl Block {
 }
 
 impl Engine for Block {
+    fn sources(&self) -> Vec<(usize, IoSource)> {
+        vec![(0, IoSource::Timer(self.timer.clone())), (0, IoSource::Event(self.inbox.event.clone()))]
+    }
+
+    fn wake(&mut self, _: usize) {
+        while let Ok(command) = self.inbox.commands.try_recv() {
+            match command {
+                Command::Limit(limits) => self.limiter.set(limits),
+            }
+        }
+    }
+
     fn start(&mut self, features: u64) {
         self.features = features;
     }
 
     fn serve(&mut self, _: usize, queue: &mut ActiveQueue) -> Result<bool, QueueError> {
+        if self.stalled {
+            return Ok(false);
+        }
         serve_in_order(queue, |request| self.request(request))
+    }
+
+    fn is_stalled(&self) -> bool {
+        self.stalled
+    }
+
+    fn retry(&mut self) {
+        self.stalled = false;
     }
 
     fn stop(&mut self) {
         self.features = 0;
+        self.stalled = false;
     }
 
     fn close(&mut self) {

@@ -1,11 +1,16 @@
 // SPDX-License-Identifier: Apache-2.0
 
-use std::collections::BTreeMap;
+use std::{collections::BTreeMap, time::Duration};
+
+use devices::device::Device as _;
 
 use proptest::prelude::*;
 
 use super::*;
-use crate::testing::{Driver, MemoryDisk};
+use crate::{
+    limit::Rate,
+    testing::{Driver, MemoryDisk},
+};
 
 const VERSION_1: u64 = 1 << 32;
 const FLUSH: u64 = 1 << 9;
@@ -18,15 +23,29 @@ const STATUS_AT: u64 = 0x11000;
 const DATA_AT: u64 = 0x20000;
 
 fn options() -> Options {
-    Options { id: "root".into(), read_only: false, serial: "serial-of-20-letters!".into(), discard: true }
+    Options {
+        id: "root".into(),
+        read_only: false,
+        serial: "serial-of-20-letters!".into(),
+        discard: true,
+        limits: Limits::default(),
+        wait_for_room: true,
+    }
 }
 
 /// A driver of a disk of 16 KiB with these features.
-fn driver(options: Options, features: u64) -> (Driver, MemoryDisk, Arc<Counters>) {
+fn commanded(options: Options, features: u64) -> (Driver, MemoryDisk, Arc<Counters>, Remote) {
     let (disk, counters) = (MemoryDisk::of(16 << 10), Arc::<Counters>::default());
-    let block = Block::new(Box::new(disk.clone()), options.clone(), Arc::clone(&counters));
+    let block = Block::new(Box::new(disk.clone()), options.clone(), Arc::clone(&counters), Box::new(|| {}));
+    let (block, remote) = block.unwrap();
     let mut driver = Driver::new(identity(&options), configuration(16 << 10), Box::new(block));
     driver.start(VERSION_1 | features, 16);
+    (driver, disk, counters, remote)
+}
+
+/// The same, without the machine's end of its commands.
+fn driver(options: Options, features: u64) -> (Driver, MemoryDisk, Arc<Counters>) {
+    let (driver, disk, counters, _) = commanded(options, features);
     (driver, disk, counters)
 }
 
@@ -191,7 +210,8 @@ fn the_serial_number_has_twenty_bytes() {
 
 #[test]
 fn errors_of_the_hosts_file_reach_the_driver_and_are_counted() {
-    let (mut driver, disk, counters) = driver(options(), FLUSH | DISCARD | ZEROES);
+    let fails = Options { wait_for_room: false, ..options() };
+    let (mut driver, disk, counters) = driver(fails, FLUSH | DISCARD | ZEROES);
     disk.medium().fail = Some(io::ErrorKind::StorageFull);
     for (kind, out, room) in [
         (0, vec![], 512),
@@ -208,10 +228,28 @@ fn errors_of_the_hosts_file_reach_the_driver_and_are_counted() {
     assert_eq!(request(&mut driver, 0, 0, &[], 512), (OK, 513), "it goes on");
 }
 
+/// As dm reports a bad block, whatever the reaction to a full file system.
+#[test]
+fn a_medium_that_fails_is_an_error_in_the_guest_and_no_wait() {
+    for wait_for_room in [false, true] {
+        let options = Options { wait_for_room, ..options() };
+        let (mut driver, disk, counters) = driver(options, FLUSH | DISCARD | ZEROES);
+        disk.medium().fail = Some(io::ErrorKind::Other);
+        for (kind, out, room) in
+            [(0, vec![], 512), (1, vec![7; 512], 0), (4, vec![], 0), (13, range(0, 1, 0), 0)]
+        {
+            assert_eq!(request(&mut driver, kind, 0, &out, room), (ERROR, 1), "type {kind}");
+        }
+        assert_eq!(counters.errors.load(Ordering::Relaxed), 4);
+        assert_eq!(counters.read_bytes.load(Ordering::Relaxed), 0);
+    }
+}
+
 #[test]
 fn one_request_cannot_move_more_than_its_bound() {
     let disk = MemoryDisk::of(64 << 20);
-    let block = Block::new(Box::new(disk.clone()), options(), Arc::default());
+    let (block, _remote) =
+        Block::new(Box::new(disk.clone()), options(), Arc::default(), Box::new(|| {})).unwrap();
     let mut driver = Driver::new(identity(&options()), configuration(64 << 20), Box::new(block));
     driver.start(VERSION_1 | FLUSH, 256);
     driver.write(HEADER_AT, &[0; 16]);
@@ -229,6 +267,116 @@ fn the_configuration_says_the_capacity_in_sectors() {
     assert_eq!(u64::from_le_bytes(driver.get(0x200)), 32);
     assert_eq!(u32::from_le_bytes(driver.get(0x20c)), 254);
     assert_eq!(driver.offered() & (FLUSH | DISCARD | ZEROES | READ_ONLY), FLUSH | DISCARD | ZEROES);
+}
+
+#[test]
+fn a_request_over_the_limit_stays_in_the_ring_until_its_time() {
+    let rate = |per_second, burst| Some(Rate { per_second, burst });
+    // The second operation is allowed 100 ms after the first one.
+    let limits = Limits { bytes: None, operations: rate(10, 1) };
+    let (mut driver, _, counters, remote) = commanded(Options { limits, ..options() }, FLUSH);
+    let begun = Instant::now();
+    assert_eq!(request(&mut driver, 4, 0, &[], 0), (OK, 1));
+    driver.write(HEADER_AT, &4_u32.to_le_bytes());
+    driver.send(&[(HEADER_AT, 16, false), (STATUS_AT, 1, true)]);
+    while driver.returned().is_none() {
+        assert!(begun.elapsed() < Duration::from_secs(10), "the timer rings the queue");
+        std::thread::sleep(Duration::from_millis(1));
+    }
+    assert!(begun.elapsed() >= Duration::from_millis(100), "{:?}", begun.elapsed());
+    // One byte in ten years: only a change of the limit lets the request pass.
+    assert!(remote.send(Command::Limit(Limits { bytes: rate(1, 512), operations: None })));
+    assert_eq!(request(&mut driver, 1, 0, &[7; 512], 0), (OK, 1), "the burst");
+    driver.write(HEADER_AT, &[&0_u32.to_le_bytes()[..], &[0; 12]].concat());
+    driver.send(&[(HEADER_AT, 16, false), (DATA_AT, 512, true), (STATUS_AT, 1, true)]);
+    assert_eq!(driver.returned(), None);
+    assert_eq!(driver.returned(), None, "nor at the next doorbell");
+    assert!(remote.send(Command::Limit(Limits::default())));
+    assert_eq!(driver.returned(), Some((0, 513)));
+    assert_eq!(driver.read(DATA_AT, 512), [7; 512]);
+    let count = |counter: &AtomicU64| counter.load(Ordering::Relaxed);
+    assert_eq!((count(&counters.flushes), count(&counters.writes), count(&counters.reads)), (2, 1, 1));
+}
+
+#[test]
+fn a_reset_frees_the_driver_from_a_request_that_waits() {
+    let limits = Limits { bytes: Some(Rate { per_second: 1, burst: 512 }), operations: None };
+    let (mut driver, ..) = commanded(Options { limits, ..options() }, FLUSH);
+    assert_eq!(request(&mut driver, 1, 0, &[7; 512], 0), (OK, 1));
+    driver.send(&[(HEADER_AT, 16, false), (DATA_AT, 512, false), (STATUS_AT, 1, true)]);
+    assert_eq!(driver.returned(), None);
+    driver.set_status(0);
+    driver.pump();
+    driver.start(VERSION_1 | FLUSH, 16);
+    assert_eq!(request(&mut driver, 4, 0, &[], 0), (OK, 1), "a flush moves no bytes");
+}
+
+#[test]
+fn a_request_without_room_waits_until_the_machine_runs_again() {
+    let (disk, fulls) = (MemoryDisk::of(16 << 10), Arc::new(AtomicU64::new(0)));
+    let counters = Arc::<Counters>::default();
+    let counted = Arc::clone(&fulls);
+    let on_full = Box::new(move || {
+        counted.fetch_add(1, Ordering::Relaxed);
+    });
+    let block = Block::new(Box::new(disk.clone()), options(), Arc::clone(&counters), on_full);
+    let mut driver = Driver::new(identity(&options()), configuration(16 << 10), Box::new(block.unwrap().0));
+    driver.start(VERSION_1 | FLUSH | DISCARD | ZEROES, 16);
+    let fulls = || fulls.load(Ordering::Relaxed);
+    let mut expected = 0;
+    for (kind, data) in [(1_u32, vec![7; 512]), (4, vec![]), (13, range(0, 1, 0)), (11, range(0, 1, 0))] {
+        disk.medium().fail = Some(io::ErrorKind::StorageFull);
+        driver.write(HEADER_AT, &[&kind.to_le_bytes()[..], &[0; 12]].concat());
+        driver.write(DATA_AT, &data);
+        driver.write(STATUS_AT, &[0x55]);
+        let mut buffers = vec![(HEADER_AT, 16, false), (DATA_AT, u32::try_from(data.len()).unwrap(), false)];
+        buffers.push((STATUS_AT, 1, true));
+        driver.send(&buffers);
+        for _ in 0..3 {
+            assert_eq!(driver.returned(), None);
+            driver.set(0x1000, &[0, 0]);
+        }
+        expected += 1;
+        assert_eq!(fulls(), expected, "once, whatever the guest rings");
+        // There is no room yet.
+        driver.function.resume();
+        assert_eq!(driver.returned(), None);
+        expected += 1;
+        assert_eq!(fulls(), expected);
+        disk.medium().fail = None;
+        assert_eq!(driver.returned(), None, "only a machine that runs again tries");
+        driver.function.resume();
+        assert_eq!((driver.returned(), driver.read(STATUS_AT, 1)), (Some((0, 1)), vec![OK]), "type {kind}");
+    }
+    assert_eq!(counters.errors.load(Ordering::Relaxed), 0);
+    assert_eq!(disk.medium().flushes, 1);
+    driver.function.resume();
+    assert_eq!((driver.returned(), fulls()), (None, expected));
+}
+
+#[test]
+fn a_reset_ends_the_wait_for_room() {
+    let (mut driver, disk, _) = driver(options(), FLUSH);
+    disk.medium().fail = Some(io::ErrorKind::StorageFull);
+    driver.write(HEADER_AT, &[&4_u32.to_le_bytes()[..], &[0; 12]].concat());
+    driver.send(&[(HEADER_AT, 16, false), (STATUS_AT, 1, true)]);
+    assert_eq!(driver.returned(), None);
+    disk.medium().fail = None;
+    driver.set_status(0);
+    driver.pump();
+    driver.start(VERSION_1 | FLUSH, 16);
+    assert_eq!(request(&mut driver, 4, 0, &[], 0), (OK, 1));
+}
+
+/// The ranges of zeroes are not in the length of the request.
+#[test]
+fn zeroes_are_charged_to_the_requests_behind_them() {
+    let limits = Limits { bytes: Some(Rate { per_second: 512, burst: 512 }), operations: None };
+    let (mut driver, ..) = commanded(Options { limits, ..options() }, FLUSH | ZEROES);
+    assert_eq!(request(&mut driver, 13, 0, &range(0, 32, 0), 0), (OK, 1));
+    driver.send(&[(HEADER_AT, 16, false), (DATA_AT, 512, true), (STATUS_AT, 1, true)]);
+    driver.write(HEADER_AT, &0_u32.to_le_bytes());
+    assert_eq!(driver.returned(), None);
 }
 
 proptest! {

@@ -22,6 +22,21 @@ pub enum Format {
     Qcow2,
 }
 
+/// Whether a request has failed since the host's file system, or its user's quota, has no room. All that
+/// was completed before stands, and the same request can succeed later.
+#[must_use]
+pub fn is_full(error: &io::Error) -> bool {
+    // Other errors of this kind have a text: the limits of a format, for which the host cannot make room.
+    error.get_ref().is_none()
+        && matches!(error.kind(), io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded)
+}
+
+/// The error of a failed `fdatasync`. It is never [`is_full`]: the kernel has dropped the data, and a
+/// repetition could not write them.
+pub(crate) fn lost(errno: rustix::io::Errno) -> io::Error {
+    io::Error::other(errno)
+}
+
 /// The contents of a disk. All calls come from one thread, and block until the work is done.
 ///
 /// Callers pass ranges inside of [`Self::size`], in whole sectors.
@@ -68,4 +83,23 @@ pub trait Disk: Send {
     /// # Errors
     /// Those of the host's file.
     fn write_zeroes(&mut self, offset: u64, len: u64, may_discard: bool) -> io::Result<()>;
+}
+
+#[cfg(test)]
+mod tests {
+    use rustix::io::Errno;
+
+    use super::*;
+
+    #[test]
+    fn only_a_host_without_room_is_full() {
+        for errno in [Errno::NOSPC, Errno::DQUOT] {
+            assert!(is_full(&errno.into()));
+            assert!(!is_full(&lost(errno)), "a flush that has failed cannot be repeated");
+        }
+        for errno in [Errno::IO, Errno::FBIG, Errno::ROFS] {
+            assert!(!is_full(&errno.into()), "{errno}");
+        }
+        assert!(!is_full(&qcow2::Damage::Full.into()), "the format's own limit");
+    }
 }

@@ -17,7 +17,7 @@ use rustix::{
 };
 use vm_memory::VolatileSlice;
 
-use super::{Disk, SECTOR, transfer};
+use super::{Disk, SECTOR, lost, transfer};
 
 /// `_IO(0x12, 119)` (linux/fs.h).
 const BLKDISCARD: libc::Ioctl = 0x1277;
@@ -85,9 +85,9 @@ impl Disk for RawDisk {
         if self.lost {
             return Err(io::Error::other("data was lost at an earlier flush"));
         }
-        let result = fdatasync(&self.file);
+        let result = fdatasync(&self.file).map_err(lost);
         self.lost = result.is_err();
-        Ok(result?)
+        result
     }
 
     fn discard(&mut self, offset: u64, len: u64) -> io::Result<()> {

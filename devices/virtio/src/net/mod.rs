@@ -45,7 +45,7 @@ use self::{
     filter::Filter,
 };
 use crate::{
-    engine::{Configuration, Engine, Identity, serve_in_order},
+    engine::{Configuration, Engine, Identity, Served, serve_in_order},
     negotiation::feature,
     queue::{ActiveQueue, QueueError, Request, length, part, write_bytes},
 };
@@ -357,7 +357,7 @@ impl Net {
             let len = length(&request.readable);
             if !(SHORTEST as u64..=LONGEST as u64).contains(&len) {
                 count(&self.counters.dropped, 1);
-                return 0;
+                return Served::Complete(0);
             }
             match self.wire.send(pair, &request.readable) {
                 Ok(()) => {
@@ -366,7 +366,7 @@ impl Net {
                 }
                 Err(_) => count(&self.counters.dropped, 1),
             }
-            0
+            Served::Complete(0)
         })
     }
 
@@ -447,7 +447,9 @@ impl Engine for Net {
 
     fn serve(&mut self, index: usize, queue: &mut ActiveQueue) -> Result<bool, QueueError> {
         match index {
-            _ if index == 2 * self.pairs => serve_in_order(queue, |request| self.control(request)),
+            _ if index == 2 * self.pairs => {
+                serve_in_order(queue, |request| Served::Complete(self.control(request)))
+            }
             _ if index.is_multiple_of(2) => self.receive(index / 2, queue),
             _ => self.send(index / 2, queue),
         }

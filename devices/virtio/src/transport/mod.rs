@@ -317,6 +317,10 @@ impl Device for VirtioFunction {
         vec![IoThread { name, calls, sources, work, end }]
     }
 
+    fn resume(&self) {
+        self.shared.resume();
+    }
+
     fn reset(&self) -> Result<(), ResetError> {
         lock(&self.worker).power_on();
         let mut registers = lock(&self.registers);

@@ -7,7 +7,7 @@ use proptest::prelude::*;
 
 use super::*;
 use crate::{
-    engine::serve_in_order,
+    engine::{Served, serve_in_order},
     queue::{ActiveQueue, NO_VECTOR, QueueError, length},
     testing::{BASE, Driver},
 };
@@ -25,7 +25,7 @@ impl Engine for Echo {
     }
 
     fn serve(&mut self, _: usize, queue: &mut ActiveQueue) -> Result<bool, QueueError> {
-        serve_in_order(queue, |request| u32::try_from(length(&request.readable)).unwrap())
+        serve_in_order(queue, |request| Served::Complete(u32::try_from(length(&request.readable)).unwrap()))
     }
 
     fn stop(&mut self) {

@@ -117,8 +117,8 @@ fn possible(steps: &[Step]) -> Result<(), CliError> {
     };
     // In the words of the agent's own refusal.
     let detail = format!(
-        "The VM {name} is {state}, so only restart, autostart, cloud_init and credentials can change: stop it first \
-         (`portcullis vm stop {name}`). Nothing was changed.{more}"
+        "The VM {name} is {state}, so only restart, autostart, cloud_init, credentials and limits of disks can change: \
+         stop it first (`portcullis vm stop {name}`). Nothing was changed.{more}"
     );
     let problem = Box::new(Problem::new(ProblemCode::WrongState, detail));
     Err(CliError::Apply { file: file.clone(), source: Box::new(ClientError::from(problem).into()) })

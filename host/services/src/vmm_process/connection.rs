@@ -105,6 +105,11 @@ pub enum OrderError {
     /// Too many orders are under way.
     #[error("Too many commands to this VM are under way: try again later")]
     Busy,
+    /// The vmm's version of the protocol does not have the order.
+    #[error(
+        "The process of the VM is of an older version of Portcullis, which cannot do this: stop the VM and boot it again"
+    )]
+    TooOld,
     /// The order does not fit into a message.
     #[error("The command to the vmm is too long")]
     TooLong,
@@ -206,6 +211,8 @@ pub struct Connection {
     channel: Weak<AsyncFd<Channel>>,
     /// The vmm's violation of the protocol, which has ended the connection.
     fault: Arc<OnceLock<String>>,
+    /// The version of the protocol.
+    version: u32,
 }
 
 impl Connection {
@@ -243,8 +250,13 @@ impl Connection {
         let channel = Arc::new(channel);
         let (standing, refusals) = watch::channel(Standing::new());
         let fault = Arc::new(OnceLock::new());
-        let handle =
-            Self { requests, standing, channel: Arc::downgrade(&channel), fault: Arc::clone(&fault) };
+        let handle = Self {
+            requests,
+            standing,
+            channel: Arc::downgrade(&channel),
+            fault: Arc::clone(&fault),
+            version: greeting.version,
+        };
         let refusals = Refusals::new(refusals, greeting.version);
         let conduct = Conduct::new(allowance.clone(), adapters);
         tokio::spawn(async move {
@@ -266,6 +278,9 @@ impl Connection {
         fds: Vec<OwnedFd>,
         patience: Duration,
     ) -> Result<Outcome, OrderError> {
+        if order.since() > self.version {
+            return Err(OrderError::TooOld);
+        }
         let (reply, answer) = oneshot::channel();
         let sent = self.requests.try_send(Request::Order { order, fds, reply });
         sent.map_err(|error| match error {

@@ -159,7 +159,13 @@ impl Conduct {
         // A machine that is started, paused or booted anew reports its new state. No other command leads to a report of the
         // machine, and a process can have the agent repeat some of them: those about console and counters by its answers,
         // those about addresses by each reboot that it claims.
-        if matches!(order, Order::Run | Order::Pause | Order::Reboot) {
+        // One that runs may be paused at once by a full disk, which has two reports.
+        let leads_to = match order {
+            Order::Run => 3,
+            Order::Pause | Order::Reboot => 1,
+            _ => 0,
+        };
+        for _ in 0..leads_to {
             self.allowance.0.lock().unwrap_or_else(PoisonError::into_inner).reports.bucket.put_back();
         }
         self.orders.insert(id, answers);
@@ -445,6 +451,19 @@ mod tests {
             conduct.ordered(n, &Order::Pause).unwrap();
             conduct.check_at(&done(n, Outcome::Done), 100, now).unwrap();
             conduct.check_at(&report(n), 100, now).unwrap();
+        }
+    }
+
+    /// A user may repeat `vm resume` at any rate.
+    #[test]
+    fn a_machine_that_runs_may_be_out_of_room_at_once() {
+        let (mut conduct, now) = (self::conduct(Allowance::new(0)), Instant::now());
+        for n in 1..2000 {
+            conduct.ordered(n, &Order::Run).unwrap();
+            conduct.check_at(&done(n, Outcome::Done), 100, now).unwrap();
+            for part in 1..=3 {
+                conduct.check_at(&report(3 * n + part), 100, now).unwrap();
+            }
         }
     }
 

@@ -30,6 +30,7 @@ impl Actor {
         self.unreachable = None;
         self.adopt(connection, events).await;
         self.run.boots = greeting.boots;
+        self.repeat_limits();
         self.on_state(greeting.state).await;
         Ok(greeting.state)
     }
@@ -113,10 +114,18 @@ impl Actor {
 
     /// Whether a report repeats a stored one: such a report costs no write and no line in the log.
     fn is_known(&self, report: &Report) -> bool {
-        // A vmm can only lose a device that it was given.
-        let Report::DeviceLost { bdf, .. } = report else { return false };
-        let held = self.held.iter().any(|claim| claim.name == *bdf);
-        !held || self.stored && self.run.lost.contains_key(bdf)
+        match report {
+            // A vmm can only lose a device that it was given.
+            Report::DeviceLost { bdf, .. } => {
+                let held = self.held.iter().any(|claim| claim.name == *bdf);
+                !held || self.stored && self.run.lost.contains_key(bdf)
+            }
+            Report::DiskFull { disk } => {
+                let known = self.vm.value.spec.disks.iter().any(|own| own.id.as_str() == disk);
+                !known || self.stored && self.run.full.as_deref() == Some(disk)
+            }
+            _ => false,
+        }
     }
 
     async fn on_report(&mut self, report: Report) {
@@ -132,6 +141,7 @@ impl Actor {
                 self.deadline = self.deadline.or(Instant::now().checked_add(STOP));
             }
             Report::DeviceLost { bdf, why } => self.on_device_lost(&bdf, why).await,
+            Report::DiskFull { disk } => self.on_disk_full(&disk).await,
             #[allow(unreachable_patterns, reason = "reports are added to the protocol")]
             _ => {}
         }
@@ -146,6 +156,9 @@ impl Actor {
             State::Empty | State::Ready | State::Ended => return,
         };
         if self.run.state != state && !self.run.state.is_at_rest() && self.run.state != VmState::Stopping {
+            if state != VmState::Paused {
+                self.forget_full();
+            }
             self.step(state).await;
         }
     }
@@ -224,6 +237,7 @@ impl Actor {
         }
         self.directory.bound_log();
         self.press_again();
+        self.look_for_room().await;
         if !self.run.lost.is_empty() {
             self.release_lost().await;
         }

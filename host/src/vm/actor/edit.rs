@@ -2,9 +2,12 @@
 
 //! Edits of a VM's specification.
 
-use api::types::VmSpec;
+use api::types::{DiskSpec, VmSpec};
 
 use super::*;
+
+/// The longest wait for a vmm that receives new limits: the VM's task does nothing else meanwhile.
+const LIMIT: Duration = Duration::from_secs(5);
 
 impl Actor {
     /// Replaces the specification. Hidden texts are the stored ones. After an error the old specification stays.
@@ -32,7 +35,8 @@ impl Actor {
                 let cure =
                     if state == VmState::Stopping { "wait until it is stopped" } else { "stop it first" };
                 let detail = format!(
-                    "The VM {} is {state}, so only restart, autostart, cloud_init and credentials can change: {cure}.",
+                    "The VM {} is {state}, so only restart, autostart, cloud_init, credentials and limits of disks can \
+                     change: {cure}.",
                     self.name()
                 );
                 return Err(Problem::new(ProblemCode::WrongState, detail));
@@ -40,14 +44,20 @@ impl Actor {
             // Release the claims first: they belong to the adapters of the old specification.
             self.give_back().await?;
             switch_client::attach(&self.env, old.id, &spec).await?;
+        } else if let Err(problem) = self.limit_disks(&old.value.spec.disks, &spec.disks).await {
+            // Those before the failure, if there are any.
+            drop(self.limit_disks(&spec.disks, &old.value.spec.disks).await);
+            return Err(problem);
         }
-        let name = spec.name.to_string();
+        let (name, new_disks) = (spec.name.to_string(), spec.disks.clone());
         let value = old.value.edited(spec, caller);
         let put = self.env.vms.put(old.id, &name, &value, Expect::Revision(old.revision)).await;
         let revision = match put {
             Ok(revision) => revision,
             Err(error) => {
-                if let Err(also) = switch_client::attach(&self.env, old.id, &old.value.spec).await {
+                if same_machine {
+                    drop(self.limit_disks(&new_disks, &old.value.spec.disks).await);
+                } else if let Err(also) = switch_client::attach(&self.env, old.id, &old.value.spec).await {
                     // The next boot makes the ports match the specification.
                     tracing::error!(vm = %self.name(), "its ports could not be restored: {also}");
                 }
@@ -65,4 +75,31 @@ impl Actor {
         self.env.tell(EventKind::Changed { object: self.subject(), revision, by });
         Ok(())
     }
+
+    /// Changes the limits of the disks of a running VM from those of `old` to those of `new`.
+    async fn limit_disks(&self, old: &[DiskSpec], new: &[DiskSpec]) -> Result<(), Problem> {
+        if !matches!(self.run.state, VmState::Running | VmState::Paused | VmState::Rebooting) {
+            return Ok(());
+        }
+        for (_, disk) in old.iter().zip(new).filter(|(old, new)| old.limits != new.limits) {
+            let link = self.link.as_ref().ok_or_else(|| self.no_connection())?;
+            let order = limits_of(disk);
+            link.connection.order(order, Vec::new(), LIMIT).await.map_err(|error| error.problem())?;
+        }
+        Ok(())
+    }
+
+    /// Repeats the limits of the disks: an agent that has died in the middle of an edit may have left others in the process.
+    pub(super) fn repeat_limits(&self) {
+        let Some(link) = &self.link else { return };
+        for order in self.vm.value.spec.disks.iter().map(limits_of) {
+            let connection = link.connection.clone();
+            // A process of an older version has none.
+            tokio::spawn(async move { drop(connection.order(order, Vec::new(), LIMIT).await) });
+        }
+    }
+}
+
+fn limits_of(disk: &DiskSpec) -> Order {
+    Order::LimitDisk { disk: disk.id.to_string(), limits: boot::disk_limits(disk.limits) }
 }

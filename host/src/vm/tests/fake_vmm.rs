@@ -18,8 +18,8 @@ use std::{
 
 use passthrough::relay::{Decision, Forwarded, How, Notice, Question};
 use protocol::{
-    Answer, Ask, Channel, DeviceBackend, DeviceLoss, DeviceSpec, End, Failure, FailureCode, Listener, Order,
-    Outcome, Report, State, Stats, ToAgent, ToVmm,
+    Answer, Ask, Channel, DeviceBackend, DeviceLoss, DeviceSpec, DiskLimits, End, Failure, FailureCode,
+    Listener, Order, Outcome, Report, State, Stats, ToAgent, ToVmm,
 };
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use uuid::Uuid;
@@ -199,7 +199,11 @@ impl Fake {
                 _ => {
                     let simulated = |device: &&DeviceSpec| device.backend == DeviceBackend::Simulated;
                     let connections = spec.devices.iter().filter(simulated).count();
-                    assert_eq!(fds.len(), 3 + connections, "/dev/kvm, console, kernel, simulated VFs");
+                    let disks: usize = spec.disks.iter().map(|disk| 1 + disk.backing.len()).sum();
+                    assert_eq!(fds.len(), 3 + connections + disks, "/dev/kvm, console, kernel, VFs, disks");
+                    for disk in &spec.disks {
+                        self.limits(&disk.id, disk.limits);
+                    }
                     let console = files.iter().zip(fds).find(|(name, _)| *name == "console");
                     self.console = console.map(|(_, fd)| File::from(fd));
                     self.enter(State::Ready);
@@ -220,6 +224,13 @@ impl Fake {
             Order::TakeBack { changes, .. } => {
                 return Some(Ok(Outcome::TakenBack { failed: changes, deferred: false }));
             }
+            Order::LimitDisk { disk, limits } => {
+                if limits.operations.is_some_and(|rate| rate.per_second == 13) {
+                    let failure = Failure { code: FailureCode::Device, detail: "The disk is busy".into() };
+                    return Some(Err(failure));
+                }
+                self.limits(&disk, limits);
+            }
             Order::Stats if self.confused => return Some(Ok(Outcome::Done)),
             Order::Stats => {
                 return Some(Ok(Outcome::Stats(Box::new(Stats { boots: self.boots, ..Stats::default() }))));
@@ -238,6 +249,13 @@ impl Fake {
             _ => {}
         }
         Some(Ok(Outcome::Done))
+    }
+
+    /// Shows the limits of a disk to the test.
+    fn limits(&self, disk: &str, limits: DiskLimits) {
+        std::fs::create_dir_all(&self.gates.0).unwrap();
+        let path = self.gates.0.join(format!("limits-{disk}"));
+        std::fs::write(path, serde_json::to_string(&limits).unwrap()).unwrap();
     }
 
     fn wake(&mut self) {
@@ -267,6 +285,10 @@ impl Fake {
             }
             "lose" => self.report(Report::DeviceLost { bdf: rest.into(), why: DeviceLoss::Requested }),
             "break" => self.report(Report::DeviceLost { bdf: rest.into(), why: DeviceLoss::Failed }),
+            "full" => {
+                self.report(Report::DiskFull { disk: rest.into() });
+                self.enter(State::Paused);
+            }
             "ask" => {
                 self.asked += 1;
                 let question = Question { seq: self.asked, request: serde_json::from_str(rest).unwrap() };
@@ -320,6 +342,10 @@ impl Fake {
             "huge" => {
                 self.seq = u64::MAX - 10;
                 self.report(running);
+            }
+            "old" => {
+                self.version = Some(protocol::DISK_ORDERS_SINCE - 1);
+                self.channel = None;
             }
             "version" => {
                 self.version = Some(99);

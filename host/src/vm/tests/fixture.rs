@@ -262,6 +262,13 @@ impl Host {
         gates(self.dir.path())
     }
 
+    /// Makes a disk of 1 MiB. Returns its path.
+    pub(crate) fn disk(&self, name: &str) -> String {
+        let path = self.dir.path().join(name);
+        std::fs::File::create(&path).unwrap().set_len(1 << 20).unwrap();
+        path.display().to_string()
+    }
+
     pub(crate) fn set_pf_up(&self, up: bool) {
         self.sysfs.set_interface_up(PF, "eth0", up);
     }

@@ -77,6 +77,7 @@ pub(super) const KINDS: &[Kind] = &[
         4,
         R(|_, bdf| json!({ "report": "device_lost", "bdf": bdf, "why": "failed" })),
     ),
+    Kind("report/disk_full", 4, R(|_, _| json!({ "report": "disk_full", "disk": "root" }))),
     Kind(
         "report/relay/cancelled",
         100,

@@ -12,7 +12,7 @@ use rustix::fs::{FallocateFlags, fallocate, fdatasync};
 use vm_memory::VolatileSlice;
 
 use crate::{
-    disk::{raw::unsupported, transfer},
+    disk::{lost, raw::unsupported, transfer},
     queue::length,
 };
 
@@ -138,7 +138,7 @@ impl Storage {
 
     /// Makes all completed writes durable.
     pub(super) fn sync(&mut self) -> io::Result<()> {
-        fdatasync(&self.file)?;
+        fdatasync(&self.file).map_err(lost)?;
         #[cfg(test)]
         self.record(|| Change::Sync)?;
         Ok(())
