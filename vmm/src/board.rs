@@ -62,7 +62,7 @@ const TABLE: &[Build] = &[
 
 /// Devices in slots of the PCI bus. They come after the assigned functions, whose slots stay the same with and without
 /// them: a guest names its network interfaces by slots.
-const ON_BUS: &[Build] = &[virtio::disks, nics::build, virtio::entropy];
+const ON_BUS: &[Build] = &[nics::build, virtio::disks, virtio::entropy];
 
 /// Errors of building the machine's devices.
 #[derive(Debug, thiserror::Error)]

@@ -55,12 +55,15 @@ pub struct CloneSpec {
 }
 
 impl VmSpec {
-    /// A copy under another name. The agent chooses its adapters' addresses and VFs, since two VMs cannot share them. Devices
-    /// stay, so that the two cannot run at once if there are any.
+    /// A copy under another name. The agent chooses the addresses of its adapters and NICs, and VFs, since two VMs cannot share
+    /// them. Devices stay, so that the two cannot run at once if there are any.
     pub fn cloned_as(&self, name: Name) -> Self {
         let mut spec = VmSpec { name, ..self.clone() };
         for adapter in &mut spec.adapters {
             (adapter.mac, adapter.vf) = (None, None);
+        }
+        for nic in &mut spec.nics {
+            nic.mac = None;
         }
         spec
     }

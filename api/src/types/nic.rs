@@ -42,7 +42,7 @@ pub struct NicSpec {
     /// The address; the agent makes a stable locally administered one if there is none. The guest cannot change it.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub mac: Option<UnicastMac>,
-    /// The MTU that the guest uses: that of the interface if there is none.
+    /// The MTU that the guest uses, at most that of the interface, which it is if there is none.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     #[schema(minimum = 68, maximum = 65521, example = 1500)]
     pub mtu: Option<u16>,
@@ -116,7 +116,7 @@ pub struct NicStatus {
     pub mac: Option<UnicastMac>,
     /// The interface of the host that carries its frames, while the VM has a process.
     #[serde(default, skip_serializing_if = "Option::is_none")]
-    #[schema(example = "pc1a2b3c4d5e0")]
+    #[schema(example = "pc1a2b3c4d5en0")]
     pub interface: Option<String>,
 }
 

@@ -34,6 +34,7 @@ use uuid::Uuid;
 use super::{console, strangers::Strangers, view};
 use crate::{
     environment::Environment,
+    nics,
     vm::{
         VmHandle,
         record::{Asked, Claim, RunRecord, VmRecord, generated_mac, macs},
@@ -187,7 +188,7 @@ impl Agent {
         let _writing = self.writing.lock().await;
         let taken = self.others(&spec, None).await?;
         let free = |id: &Uuid| {
-            let macs: Vec<_> = macs(*id, &spec).map(|(_, mac)| mac).collect();
+            let macs: Vec<_> = addresses(*id, &spec).collect();
             let twice = macs.iter().enumerate().any(|(n, mac)| macs.iter().take(n).any(|other| other == mac));
             !twice && !taken.iter().any(|(mac, _)| macs.contains(mac))
         };
@@ -225,16 +226,21 @@ impl Agent {
         let mut taken = Vec::new();
         for vm in self.known().await.values().filter(|vm| Some(vm.id) != own) {
             let record = vm.record();
-            taken.extend(macs(vm.id, &record.value.spec).map(|(_, mac)| (mac, vm.name())));
+            taken.extend(addresses(vm.id, &record.value.spec).map(|mac| (mac, vm.name())));
         }
-        for (n, adapter) in spec.adapters.iter().enumerate() {
-            let mac = adapter.mac.or(own.map(|own| generated_mac(own, &adapter.id)));
+        let adapters = spec.adapters.iter().enumerate().map(|(n, adapter)| {
+            let generated = own.map(|own| generated_mac(own, adapter.id.as_str()));
+            (format!("adapters[{n}].mac"), adapter.mac.or(generated))
+        });
+        let nics = spec.nics.iter().enumerate().map(|(n, nic)| {
+            (format!("nics[{n}].mac"), nic.mac.or(own.and_then(|own| nics::address(own, nic))))
+        });
+        for (field, mac) in adapters.chain(nics) {
             let used = |(other, _): &&(_, _)| Some(*other) == mac;
             if let (Some(mac), Some((_, owner))) = (mac, taken.iter().find(used)) {
-                let detail =
-                    format!("The address {mac} belongs to an adapter of the VM {owner}: choose another.");
+                let detail = format!("The address {mac} belongs to the VM {owner}: choose another.");
                 return Err(Problem {
-                    field: Some(format!("adapters[{n}].mac").into()),
+                    field: Some(field.into()),
                     ..Problem::new(ProblemCode::MacInUse, detail)
                 });
             }
@@ -484,4 +490,10 @@ impl Backend for Agent {
     async fn list_vfs(&self) -> Result<Vec<Vf>, Problem> {
         self.show_vfs().await
     }
+}
+
+/// The addresses of a VM's adapters and NICs. That of a macvtap is the host's.
+fn addresses(vm: Uuid, spec: &VmSpec) -> impl Iterator<Item = UnicastMac> {
+    let adapters = macs(vm, spec).map(|(_, mac)| mac);
+    adapters.chain(spec.nics.iter().filter_map(move |nic| nics::address(vm, nic)))
 }

@@ -14,6 +14,7 @@ use api::{
     types::{NicInterface, NicSpec, UnicastMac, VmSpec},
 };
 use netpolicy::MacAddress;
+use rustix::fs::{FlockOperation, flock};
 use sriov::join_bridge;
 use uuid::Uuid;
 
@@ -36,6 +37,8 @@ pub struct Opened {
     pub mtu: u16,
     /// A file for each pair of queues.
     pub queues: Vec<File>,
+    /// Held as long as the queues of an interface that was there.
+    pub lock: Option<File>,
 }
 
 /// The name of the tap that the agent makes for NIC `number` of a VM on a bridge. Other VMs have other names.
@@ -51,7 +54,7 @@ pub fn address(vm: Uuid, nic: &NicSpec) -> Option<UnicastMac> {
     let generated = || match nic.interface() {
         Some(NicInterface::Macvtap(_)) => None,
         // An adapter of the same id has another address.
-        _ => format!("nic.{}", nic.id).parse().ok().map(|id| generated_mac(vm, &id)),
+        _ => Some(generated_mac(vm, &format!("nic.{}", nic.id))),
     };
     nic.mac.or_else(generated)
 }
@@ -100,10 +103,12 @@ fn missing(interface: NicInterface<'_>) -> Failed {
         NicInterface::Tap(_) => format!("ip tuntap add {name} mode tap vnet_hdr"),
         NicInterface::Macvtap(_) => format!("ip link add link UPLINK name {name} type macvtap mode bridge"),
     };
-    (
-        ProblemCode::InterfaceNotFound,
-        format!("There is no {kind} called {name} on the host: make it (`{cure}`)."),
-    )
+    let detail = if index(name).is_some() {
+        format!("The interface {name} is no {kind}: name it under its own kind, or name another interface.")
+    } else {
+        format!("There is no {kind} called {name} on the host: make it (`{cure}`).")
+    };
+    (ProblemCode::InterfaceNotFound, detail)
 }
 
 fn unusable(interface: NicInterface<'_>, cause: impl std::fmt::Display, cure: &str) -> Failed {
@@ -121,8 +126,16 @@ fn index(name: &str) -> Option<u32> {
     attribute(name, "ifindex")?.parse().ok()
 }
 
-fn mtu(name: &str) -> u16 {
-    attribute(name, "mtu").and_then(|mtu| mtu.parse().ok()).unwrap_or(MTU)
+/// The MTU of a NIC on an interface: longer frames would be lost on the way.
+fn mtu(nic: &NicSpec, interface: NicInterface<'_>) -> Result<u16, Failed> {
+    let most = attribute(interface.name(), "mtu").and_then(|mtu| mtu.parse().ok()).unwrap_or(MTU);
+    match nic.mtu {
+        Some(wanted) if wanted > most => {
+            let cause = format!("its MTU is {most}, and that of the NIC {wanted}");
+            Err(unusable(interface, cause, "lower `mtu`, or raise that of the interface"))
+        }
+        wanted => Ok(wanted.unwrap_or(most)),
+    }
 }
 
 fn open(vm: Uuid, number: usize, nic: &NicSpec, interface: NicInterface<'_>) -> Result<Opened, Failed> {
@@ -132,30 +145,50 @@ fn open(vm: Uuid, number: usize, nic: &NicSpec, interface: NicInterface<'_>) -> 
             let flags = attribute(name, "tun_flags").ok_or_else(|| missing(interface))?;
             let flags = u32::from_str_radix(flags.trim_start_matches("0x"), 16).unwrap_or_default();
             if flags & IS_TAP == 0 {
-                return Err(unusable(
-                    interface,
-                    "it is a tun interface",
-                    "make a tap (`ip tuntap add … mode tap`)",
-                ));
+                let cure = "make a tap (`ip tuntap add … mode tap vnet_hdr`)";
+                return Err(unusable(interface, "it is a tun interface", cure));
             }
             let mac = address(vm, nic).ok_or_else(|| missing(interface))?;
-            let queues = queues(Path::new(TUN), name, nic.queues, Way::Existing)
-                .map_err(|error| unusable(interface, busy(&error), cure(&error)))?;
-            Ok(Opened { mac, mtu: nic.mtu.unwrap_or_else(|| mtu(name)), queues })
+            existing(nic, interface, Path::new(TUN), mac)
         }
         NicInterface::Macvtap(name) => {
-            let node = macvtap_node(name).ok_or_else(|| missing(interface))?;
+            if !Path::new(INTERFACES).join(name).join("macvtap").is_dir() {
+                return Err(missing(interface));
+            }
+            let node = macvtap_node(name).ok_or_else(|| {
+                let cure = "make the node that /sys/class/net/NAME/macvtap/tapN/dev describes, as udev does";
+                unusable(interface, "its device node /dev/tapN is missing or another device", cure)
+            })?;
             let own = attribute(name, "address").and_then(|mac| mac.parse::<UnicastMac>().ok());
             let own = own.ok_or_else(|| missing(interface))?;
             if nic.mac.is_some_and(|mac| mac != own) {
                 let cure = "leave out mac, or give the interface that address (`ip link set … address`)";
                 return Err(unusable(interface, format!("its address is {own}"), cure));
             }
-            let queues = queues(&node, name, nic.queues, Way::Existing)
-                .map_err(|error| unusable(interface, busy(&error), cure(&error)))?;
-            Ok(Opened { mac: own, mtu: nic.mtu.unwrap_or_else(|| mtu(name)), queues })
+            existing(nic, interface, &node, own)
         }
     }
+}
+
+/// Opens an interface that is there. Another process must not have it: the two would share its frames.
+fn existing(
+    nic: &NicSpec,
+    interface: NicInterface<'_>,
+    node: &Path,
+    mac: UnicastMac,
+) -> Result<Opened, Failed> {
+    let name = interface.name();
+    let mtu = mtu(nic, interface)?;
+    let lock =
+        File::open(Path::new(INTERFACES).join(name).join("ifindex")).map_err(|_| missing(interface))?;
+    if flock(&lock, FlockOperation::NonBlockingLockExclusive).is_err() {
+        return Err(unusable(interface, "another VM uses it", "stop that VM, or name another interface"));
+    }
+    let queues = queues(node, name, nic.queues, Way::Existing).map_err(|error| {
+        let (cause, cure) = why(&error);
+        unusable(interface, cause, cure)
+    })?;
+    Ok(Opened { mac, mtu, queues, lock: Some(lock) })
 }
 
 /// Makes a tap on a bridge.
@@ -169,17 +202,38 @@ fn on_bridge(
     let is_bridge = Path::new(INTERFACES).join(bridge).join("bridge").is_dir();
     let bridge_index = index(bridge).filter(|_| is_bridge).ok_or_else(|| missing(interface))?;
     let mac = address(vm, nic).ok_or_else(|| missing(interface))?;
-    let mtu = nic.mtu.unwrap_or_else(|| mtu(bridge));
+    let mtu_of_nic = mtu(nic, interface)?;
+    let mtu_of_bridge = attribute(bridge, "mtu").and_then(|mtu| mtu.parse().ok()).unwrap_or(MTU);
+    if let Some(owner) = holder(bridge, mac) {
+        let cause = format!("{owner} has the address {mac}");
+        return Err(unusable(interface, cause, "choose another `mac`"));
+    }
     let name = tap_name(vm, number);
-    let cure = "load the module tun, and run the agent as root or with CAP_NET_ADMIN";
-    let queues = queues(Path::new(TUN), &name, nic.queues, Way::New)
-        .map_err(|error| unusable(interface, format!("no tap {name}: {error}"), cure))?;
+    let queues = queues(Path::new(TUN), &name, nic.queues, Way::New).map_err(|error| {
+        let cure = match error.raw_os_error() {
+            Some(libc::EBUSY) => format!("an interface of this name exists: `ip link delete {name}`"),
+            _ => "load the module tun, and run the agent as root or with CAP_NET_ADMIN".to_owned(),
+        };
+        unusable(interface, format!("no tap {name}: {error}"), &cure)
+    })?;
     let own =
         index(&name).ok_or_else(|| unusable(interface, format!("the tap {name} is gone"), "try again"))?;
-    join_bridge(bridge_index, own, MacAddress::new(mac.octets()), mtu.into()).map_err(|error| {
-        unusable(interface, text::chain(&error), "check that it takes another port with this address and MTU")
+    join_bridge(bridge_index, own, MacAddress::new(mac.octets()), mtu_of_bridge.into()).map_err(|error| {
+        unusable(
+            interface,
+            text::chain(&error),
+            "check that the bridge takes another port (`ip link`, `bridge fdb`)",
+        )
     })?;
-    Ok(Opened { mac, mtu, queues })
+    Ok(Opened { mac, mtu: mtu_of_nic, queues, lock: None })
+}
+
+/// The interface with an address, among a bridge and its ports. A second one would get the frames of the first.
+fn holder(bridge: &str, mac: UnicastMac) -> Option<String> {
+    let ports = fs::read_dir(Path::new(INTERFACES).join(bridge).join("brif")).into_iter().flatten().flatten();
+    let ports = ports.filter_map(|port| port.file_name().into_string().ok());
+    let mut names = [bridge.to_owned()].into_iter().chain(ports);
+    names.find(|name| attribute(name, "address").and_then(|own| own.parse().ok()) == Some(mac))
 }
 
 fn queues(node: &Path, name: &str, count: u8, way: Way) -> io::Result<Vec<File>> {
@@ -188,19 +242,20 @@ fn queues(node: &Path, name: &str, count: u8, way: Way) -> io::Result<Vec<File>>
     (0..count).map(|number| tap::queue(node, name, count > 1, way_of(number))).collect()
 }
 
-fn busy(error: &io::Error) -> String {
+/// Why an interface that is there cannot be opened, and the cure.
+fn why(error: &io::Error) -> (String, &'static str) {
     match error.raw_os_error() {
-        Some(libc::EBUSY) => "another process has it open".to_owned(),
-        Some(libc::EINVAL) => "it was made for another number of queues".to_owned(),
-        _ => error.to_string(),
-    }
-}
-
-fn cure(error: &io::Error) -> &'static str {
-    match error.raw_os_error() {
-        Some(libc::EBUSY) => "end that process, or name another interface",
-        Some(libc::EINVAL) => "make it with `multi_queue` exactly if the NIC has several queues",
-        _ => "let the agent open its device node",
+        Some(libc::EBUSY) => {
+            ("another process has it open".to_owned(), "end that process, or name another interface")
+        }
+        Some(libc::EINVAL) => (
+            "it was made for another number of queues".to_owned(),
+            "make it with `multi_queue` exactly if the NIC has several queues",
+        ),
+        Some(libc::EPERM) => {
+            ("it belongs to another user".to_owned(), "run the agent as its owner or with CAP_NET_ADMIN")
+        }
+        _ => (error.to_string(), "let the agent open its device node"),
     }
 }
 
@@ -254,7 +309,7 @@ mod tests {
         let nic = spec(serde_json::json!({ "id": "eth0", "bridge": "br0" })).nics.remove(0);
         let mac = address(vm, &nic).unwrap();
         assert_eq!(mac.to_string(), "7e:53:90:4b:bd:42");
-        assert_ne!(mac, generated_mac(vm, &nic.id), "that of an adapter with this id");
+        assert_ne!(mac, generated_mac(vm, nic.id.as_str()), "that of an adapter with this id");
         let macvtap = spec(serde_json::json!({ "id": "eth0", "macvtap": "mv0" })).nics.remove(0);
         assert_eq!(address(vm, &macvtap), None, "the interface has one");
     }

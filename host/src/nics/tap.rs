@@ -64,6 +64,13 @@ pub(super) fn queue(node: &Path, name: &str, several: bool, way: Way) -> io::Res
     let size = HEADER;
     // SAFETY: TUNSETVNETHDRSZ reads one int, and keeps no pointer.
     let result = unsafe { libc::ioctl(file.as_raw_fd(), libc::TUNSETVNETHDRSZ, &raw const size) };
+    if result < 0 {
+        return Err(io::Error::last_os_error());
+    }
+    // As a tap has it: a macvtap's would drop frames while the uplink sends others.
+    let unlimited = c_int::MAX;
+    // SAFETY: TUNSETSNDBUF reads one int, and keeps no pointer.
+    let result = unsafe { libc::ioctl(file.as_raw_fd(), libc::TUNSETSNDBUF, &raw const unlimited) };
     if result < 0 { Err(io::Error::last_os_error()) } else { Ok(File::from(file)) }
 }
 

@@ -273,7 +273,8 @@ pub(super) async fn run(
     let nics = vm.value.spec.nics.iter().zip(files.nics).flat_map(|(spec, opened)| {
         let id = spec.id.to_string();
         let queues = opened.queues.into_iter().enumerate();
-        queues.map(move |(number, queue)| (file::nic(&id, number), queue))
+        let lock = opened.lock.map(|lock| (file::nic_lock(&id), lock));
+        queues.map(move |(number, queue)| (file::nic(&id, number), queue)).chain(lock)
     });
     let (mut names, mut fds): (Vec<String>, Vec<OwnedFd>) = own
         .map(|(name, file)| (name.to_owned(), file))

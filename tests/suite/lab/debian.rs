@@ -14,56 +14,70 @@ use api::types::{VmAction, VmState};
 use serde_json::{Value, json};
 use tempfile::TempDir;
 
-use super::policy::in_group;
-use crate::fixture::{Agent, Guest, Options, agent::PATIENCE, host};
+use super::{page, policy::in_group};
+use crate::fixture::{
+    Agent, Guest, Options,
+    agent::{PATIENCE, binary},
+    host,
+};
 
+/// The page's names and addresses.
 const BRIDGE: &str = "br-mgmt";
-const HOST: &str = "192.168.99.1/24";
 const GUEST: &str = "192.168.99.2";
 const MAC: &str = "02:00:00:00:0b:01";
 
-/// A bridge of the lab's host.
-struct Bridge;
+/// The host's part of `docs/first-vm.md`: a directory for the page's files, and its bridge, which goes with this value.
+struct Host(TempDir);
 
-impl Bridge {
+impl Host {
     fn new() -> Self {
-        host::run("ip", &["link", "add", BRIDGE, "type", "bridge"]);
-        host::run("ip", &["address", "add", HOST, "dev", BRIDGE]);
-        host::run("ip", &["link", "set", BRIDGE, "up"]);
-        Self
-    }
-}
-
-impl Drop for Bridge {
-    fn drop(&mut self) {
-        let _ = Command::new("ip").args(["link", "delete", BRIDGE]).status();
-    }
-}
-
-/// A key for SSH, and the connection that it opens.
-struct Ssh(TempDir);
-
-impl Ssh {
-    fn new() -> Self {
-        let ssh = Self(TempDir::new().unwrap());
-        let key = ssh.key();
-        host::run("ssh-keygen", &["-q", "-t", "ed25519", "-N", "", "-f", key.to_str().unwrap()]);
-        ssh
+        let host = Self(TempDir::new().unwrap());
+        host.follow("true", "A network for management");
+        host
     }
 
-    fn key(&self) -> PathBuf {
-        self.0.path().join("key")
+    fn path(&self, name: &str) -> PathBuf {
+        self.0.path().join(name)
     }
 
-    fn public(&self) -> String {
-        std::fs::read_to_string(self.key().with_extension("pub")).unwrap().trim().to_owned()
+    /// Runs a section's commands, with `portcullis` for the command line.
+    fn follow(&self, portcullis: &str, section: &str) {
+        for block in page::blocks_of(page::FIRST_VM, section, "sh host") {
+            let script = format!(
+                "cd {}\nsudo() {{ \"$@\"; }}\nportcullis() {{ {portcullis} \"$@\"; }}\n{block}",
+                self.0.path().display()
+            );
+            host::run("timeout", &["200", "bash", "-euxc", &script]);
+        }
     }
 
-    fn try_run(&self, user: &str, command: &str) -> Output {
-        let connection = self.0.path().join(format!("{user}.sock"));
+    /// The page's file of a VM, with the lab's kernel and disk, and with an adapter.
+    fn vm(&self, agent: &Agent) {
+        let key = std::fs::read_to_string(self.path("web1-key.pub")).unwrap();
+        let lab = spec(agent, "web1", &json!({ "id": "root", "path": host::DEBIAN, "format": "raw" }));
+        let [file, adapter] = ["The VM", "A VF under policy"]
+            .map(|section| page::blocks_of(page::FIRST_VM, section, "toml").concat());
+        let mut file = file + &adapter + "mac = \"02:00:00:00:0a:01\"\n";
+        for (words, others) in [
+            ("KEY", key.trim().to_owned()),
+            ("\"vmlinuz\"", lab["boot"]["kernel"].to_string()),
+            ("\"initrd.img\"", lab["boot"]["initramfs"].to_string()),
+            ("\"root=LABEL=root console=ttyS0 quiet\"", lab["boot"]["cmdline"].to_string()),
+            ("path = \"web1.qcow2\"", format!("path = \"{}\"", host::DEBIAN)),
+            ("format = \"qcow2\"", "format = \"raw\"".to_owned()),
+            ("backing = [{ path = \"debian-12.raw\", format = \"raw\" }]\n", String::new()),
+        ] {
+            assert!(file.contains(words), "the page does not say {words}");
+            file = file.replace(words, &others);
+        }
+        std::fs::write(self.path("web1.toml"), file).unwrap();
+    }
+
+    fn try_ssh(&self, user: &str, command: &str) -> Output {
+        let connection = self.path(&format!("{user}.sock"));
         Command::new("ssh")
             .arg("-i")
-            .arg(self.key())
+            .arg(self.path("web1-key"))
             .args(["-F", "none", "-o", "StrictHostKeyChecking=no", "-o", "UserKnownHostsFile=/dev/null"])
             .args(["-o", "LogLevel=ERROR", "-o", "ConnectTimeout=20", "-o", "BatchMode=yes"])
             // One key exchange for all commands: it is most of their cost here.
@@ -76,8 +90,8 @@ impl Ssh {
     }
 
     /// Runs a command as root, and returns its output.
-    fn run(&self, command: &str) -> String {
-        let output = self.try_run("root", command);
+    fn ssh(&self, command: &str) -> String {
+        let output = self.try_ssh("root", command);
         assert!(output.status.success(), "{command}: {output:?}");
         String::from_utf8_lossy(&output.stdout).trim().to_owned()
     }
@@ -85,23 +99,26 @@ impl Ssh {
     /// Waits until a new boot of the guest lets root in.
     fn connect(&self) {
         // The old connection is dead, and says so only after a time-out.
-        for user in ["root", "tester"] {
-            let socket = self.0.path().join(format!("{user}.sock"));
-            let _ = Command::new("ssh")
-                .args(["-F", "none", "-O", "exit", "-o"])
-                .arg(format!("ControlPath={}", socket.display()))
-                .arg(GUEST)
-                .output();
-        }
+        let _ = Command::new("ssh")
+            .args(["-F", "none", "-O", "exit", "-o"])
+            .arg(format!("ControlPath={}", self.path("root.sock").display()))
+            .arg(GUEST)
+            .output();
         let deadline = Instant::now() + PATIENCE * 4;
         loop {
-            let output = self.try_run("root", "true");
+            let output = self.try_ssh("root", "true");
             if output.status.success() {
                 return;
             }
             assert!(Instant::now() < deadline, "{output:?}");
             thread::sleep(Duration::from_millis(500));
         }
+    }
+}
+
+impl Drop for Host {
+    fn drop(&mut self) {
+        let _ = Command::new("ip").args(["link", "delete", BRIDGE]).status();
     }
 }
 
@@ -120,23 +137,6 @@ fn spec(agent: &Agent, name: &str, disk: &Value) -> Value {
         "nics": [{ "id": "mgmt0", "bridge": BRIDGE, "mac": MAC }],
         "adapters": [{ "id": "eth0", "port_group": "web", "mac": "02:00:00:00:0a:01" }],
     })
-}
-
-/// The first configuration: a user, a key for it and for root, an address, and a mark of each time that it is made.
-fn cloud_init(key: &str) -> Value {
-    let user_data = format!(
-        "#cloud-config\n\
-         disable_root: false\n\
-         ssh_genkeytypes: [ed25519]\n\
-         users:\n  \
-           - {{name: root, ssh_authorized_keys: [{key}]}}\n  \
-           - {{name: tester, shell: /bin/bash, ssh_authorized_keys: [{key}]}}\n\
-         runcmd: ['echo once >>/root/first-boot']\n"
-    );
-    let network = format!(
-        "version: 2\nethernets:\n  mgmt:\n    match: {{macaddress: '{MAC}'}}\n    addresses: [{GUEST}/24]\n"
-    );
-    json!({ "user_data": user_data, "network_config": network })
 }
 
 /// Checks the file system on the disk, and lets the check replay its journal: a killed guest leaves one.
@@ -162,33 +162,37 @@ fn login(guest: &mut Guest<'_>, what: &str) {
 
 #[test]
 fn a_debian_boots_from_its_disk_keeps_its_data_and_obeys_policy() {
-    let (_bridge, ssh, agent) = (Bridge::new(), Ssh::new(), agent());
-    let raw = json!({ "id": "root", "path": host::DEBIAN, "format": "raw" });
-    let mut debian = spec(&agent, "web1", &raw);
-    debian["cloud_init"] = cloud_init(&ssh.public());
-    let mut guest = agent.boot(&debian);
-    login(&mut guest, "first boot");
-    ssh.connect();
-    // The last work of the first boot.
-    ssh.run(
-        "cloud-init status --wait >/dev/null; mountpoint -q / && grep -q '/dev/vda / ext4 rw' /proc/mounts",
+    let (host_of, agent) = (Host::new(), agent());
+    host_of.vm(&agent);
+    let portcullis = format!("{} --socket {}/api.sock", binary().display(), agent.directory().display());
+    let begun = Instant::now();
+    host_of.follow(&portcullis, "The VM");
+    println!("first boot: SSH after {:?}", begun.elapsed());
+    host_of.connect();
+    // The end of the first boot's work.
+    host_of.ssh("until test -e /var/lib/cloud/instance/boot-finished; do sleep 1; done");
+    host_of.ssh("grep -q '/dev/vda / ext4 rw' /proc/mounts");
+    println!("{}", host_of.ssh("grep -e WARN -e ERROR -e Traceback -e runcmd -e scripts /var/log/cloud-init.log | tail -n 60; cat /var/log/cloud-init-output.log | tail -n 30; ls -la /var/lib/cloud/instance/scripts /root"));
+    assert_eq!(
+        host_of.ssh("hostname; cat /sys/block/vda/serial; echo; cat /root/first-boot"),
+        "web1\nroot\nconfigured"
     );
-    assert_eq!(ssh.run("hostname; cat /sys/block/vda/serial; cat /root/first-boot"), "web1\nroot\nonce");
-    assert_eq!(ssh.try_run("tester", "id -un").stdout, b"tester\n");
-    assert!(ssh.run("cat /sys/class/misc/hw_random/rng_available").contains("virtio_rng"));
+    assert_eq!(host_of.try_ssh("alice", "id -un").stdout, b"alice\n");
+    assert!(host_of.ssh("cat /sys/class/misc/hw_random/rng_available").contains("virtio_rng"));
 
     // udev names interfaces after their slots.
-    let with = |mac: &str| ssh.run(&format!("basename $(dirname $(grep -l {mac} /sys/class/net/*/address))"));
+    let with =
+        |mac: &str| host_of.ssh(&format!("basename $(dirname $(grep -l {mac} /sys/class/net/*/address))"));
     let (vf, nic) = (with("02:00:00:00:0a:01"), with(MAC));
-    let refused = ssh.try_run("root", &format!("ip link set dev {vf} address 02:00:00:00:0a:77"));
+    let refused = host_of.try_ssh("root", &format!("ip link set dev {vf} address 02:00:00:00:0a:77"));
     let text = String::from_utf8_lossy(&refused.stderr).into_owned();
     assert!(!refused.status.success() && text.contains("Cannot assign requested address"), "{refused:?}");
-    let refused = ssh.try_run("root", &format!("ip link set dev {nic} address 02:00:00:00:0b:77"));
+    let refused = host_of.try_ssh("root", &format!("ip link set dev {nic} address 02:00:00:00:0b:77"));
     assert!(!refused.status.success(), "the NIC's address, too: {refused:?}");
     let stats = agent.stats("web1");
     assert!(stats.nics["mgmt0"].refused >= 1 && stats.nics["mgmt0"].sent > 10, "{stats:?}");
-    ssh.run("dd if=/dev/urandom of=/root/data bs=64k count=32 conv=fsync 2>/dev/null");
-    let sum = ssh.run("sha256sum /root/data");
+    host_of.ssh("dd if=/dev/urandom of=/root/data bs=64k count=32 conv=fsync 2>/dev/null");
+    let sum = host_of.ssh("sha256sum /root/data");
 
     // A kill loses only what the guest had not flushed.
     let pid = agent.vm("web1").status.pid.unwrap();
@@ -196,22 +200,22 @@ fn a_debian_boots_from_its_disk_keeps_its_data_and_obeys_policy() {
     agent.wait_for_state("web1", VmState::Failed);
     file_system_is_whole();
     agent.act("web1", VmAction::Boot).unwrap();
-    guest.begin_anew();
+    let mut guest = Guest::new(&agent, "web1".to_owned());
     login(&mut guest, "after a kill");
-    ssh.connect();
+    host_of.connect();
     assert_eq!(
-        ssh.run("sha256sum /root/data; cat /root/first-boot"),
+        host_of.ssh("sha256sum /root/data; cat /root/first-boot"),
         format!("{sum}\nonce"),
         "configured once"
     );
-    let _ = ssh.try_run("root", "systemctl poweroff");
+    let _ = host_of.try_ssh("root", "systemctl poweroff");
     agent.wait_for_state("web1", VmState::Stopped);
     file_system_is_whole();
 }
 
 #[test]
 fn a_debian_on_an_overlay_leaves_its_base_as_it_is() {
-    let (_bridge, agent) = (Bridge::new(), agent());
+    let (_bridge, agent) = (Host::new(), agent());
     let overlay = agent.directory().join("disks/web2.qcow2");
     let overlay = overlay.to_str().unwrap();
     host::run("qemu-img", &["create", "-q", "-f", "qcow2", "-F", "raw", "-b", host::DEBIAN, overlay]);

@@ -1,15 +1,23 @@
 // SPDX-License-Identifier: Apache-2.0
 
-//! `docs/guest-networking.md`: its blocks are run as they stand there, `sh host` by the command line and `sh guest` in a guest.
+//! Pages whose blocks are run as they stand there, `sh host` by the command line and `sh guest` in a guest:
+//! `docs/guest-networking.md`, and `docs/first-vm.md`.
 
 use crate::fixture::{Agent, Guest, agent::binary, host};
 
 const PAGE: &str = include_str!("../../../docs/guest-networking.md");
+/// The page about the first VM.
+pub const FIRST_VM: &str = include_str!("../../../docs/first-vm.md");
 
-/// The blocks with this mark of a section.
+/// The blocks with this mark of a section of the page about networks of guests.
 pub fn blocks(section: &str, mark: &str) -> Vec<String> {
+    blocks_of(PAGE, section, mark)
+}
+
+/// The blocks with this mark of a section of a page.
+pub fn blocks_of(page: &str, section: &str, mark: &str) -> Vec<String> {
     let (begin, fence) = (format!("## {section}\n"), format!("```{mark}\n"));
-    let text = PAGE.split_once(&begin).unwrap_or_else(|| panic!("the page has no section {section}")).1;
+    let text = page.split_once(&begin).unwrap_or_else(|| panic!("the page has no section {section}")).1;
     let text = text.split("\n## ").next().unwrap_or_default();
     let blocks =
         text.split(&fence).skip(1).map(|rest| rest.split("```").next().unwrap_or_default().to_owned());

@@ -7,7 +7,7 @@ use std::process::Command;
 
 use api::{
     problem::ProblemCode,
-    types::{VmAction, VmState},
+    types::{CloneSpec, VmAction, VmState},
 };
 use serde_json::{Value, json};
 
@@ -38,6 +38,12 @@ impl Namespace {
     fn agent_with(&self, options: Options) -> Agent {
         let through = ["ip", "netns", "exec", &self.0].map(ToString::to_string).into();
         Agent::start_with(Options { through, ..options })
+    }
+
+    /// An attribute of an interface in sysfs.
+    fn attribute(&self, interface: &str, name: &str) -> String {
+        let path = format!("/sys/class/net/{interface}/{name}");
+        host::run("ip", &["netns", "exec", &self.0, "cat", &path]).trim().to_owned()
     }
 
     /// The names of the interfaces on the bridge.
@@ -187,6 +193,48 @@ fn interfaces_that_cannot_be_used_are_named_and_nothing_is_left() {
     let tap = json!([{ "id": "a", "tap": "tap0" }]);
     let _one = boot(&agent, "one", &tap);
     assert_eq!(refusal(tap), (ProblemCode::InterfaceUnusable, "nics[0].tap".to_owned()), "it is busy");
+    namespace.ip(&["link", "set", "br0", "address", "02:00:00:00:09:09"]);
+    let as_bridge = json!([{ "id": "a", "bridge": "br0", "mac": "02:00:00:00:09:09" }]);
+    assert_eq!(refusal(as_bridge), (ProblemCode::InterfaceUnusable, "nics[0].bridge".to_owned()));
+    let long = json!([{ "id": "a", "bridge": "br0", "mtu": 1501 }]);
+    assert_eq!(refusal(long), (ProblemCode::InterfaceUnusable, "nics[0].bridge".to_owned()));
+}
+
+/// Addresses and MTUs of bridges are the host's. A second holder of an address would get the frames of the first.
+#[test]
+fn a_nic_changes_neither_its_bridge_nor_another_vm() {
+    let namespace = Namespace::new("bridge");
+    namespace.ip(&["link", "add", "v0", "type", "veth", "peer", "name", "v1"]);
+    namespace.ip(&["link", "set", "v0", "address", "f2:00:00:00:00:01", "master", "br0", "up"]);
+    let of_bridge = || ["address", "mtu"].map(|name| namespace.attribute("br0", name));
+    let before = of_bridge();
+    assert_eq!(before, ["f2:00:00:00:00:01", "1500"]);
+    let agent = namespace.agent(&["br0"]);
+    let nics = json!([{ "id": "mgmt0", "bridge": "br0", "mac": "02:00:00:00:03:01", "mtu": 1280 }]);
+    let mut one = boot(&agent, "one", &nics);
+    assert!(one.ask("nic-probe").ends_with(" mtu=1280"));
+    assert_eq!(of_bridge(), before);
+    let copy = CloneSpec { name: "two".parse().unwrap() };
+    let copied = agent.ask(agent.client.clone_vm("one", &copy)).unwrap();
+    assert_eq!(copied.spec.nics[0].mac, None, "the agent chooses another");
+    let mut spec = SmallGuest::spec(&agent, "three", json!([]), "");
+    spec["nics"] = nics;
+    let problem = agent.create(&spec).unwrap_err();
+    assert_eq!((problem.code, problem.field.as_deref()), (ProblemCode::MacInUse, Some("nics[0].mac")));
+}
+
+#[test]
+fn a_new_disk_does_not_move_a_nic() {
+    let namespace = Namespace::new("slots");
+    let agent = namespace.agent(&["br0"]);
+    agent.disk("web1.raw", 1 << 20);
+    let mut spec = SmallGuest::spec(&agent, "web1", json!([]), "");
+    spec["nics"] = on_bridge();
+    spec["disks"] = json!([{ "id": "root", "path": "web1.raw", "format": "raw" }]);
+    let mut guest = SmallGuest { guest: agent.boot(&spec) };
+    guest.wait_for_ready();
+    assert!(guest.ask("nic-probe").starts_with("slot=1 "));
+    assert!(guest.ask("disk-probe").starts_with("slot=2 "));
 }
 
 #[test]
@@ -222,8 +270,21 @@ fn taps_and_macvtaps_that_are_there_carry_frames() {
     assert_eq!(one.ask("nic-receive"), "02:00:00:00:02:02 up");
     assert_eq!(one.ask("nic-send 02:00:00:00:02:02 down"), "ok");
     assert_eq!(two.ask("nic-receive"), "02:00:00:00:02:01 down");
+    // The kernel would spread an interface's frames over all that have it open.
+    for (name, nic) in [
+        ("four", json!({ "id": "a", "tap": "tap0", "queues": 2 })),
+        ("five", json!({ "id": "a", "macvtap": "mv0" })),
+    ] {
+        let mut spec = SmallGuest::spec(&agent, name, json!([]), "");
+        spec["nics"] = json!([nic]);
+        agent.create(&spec).unwrap();
+        let problem = agent.act(name, VmAction::Boot).unwrap_err();
+        assert!(problem.detail.contains("another VM uses it"), "{problem:?}");
+    }
     drop((one, two));
     agent.act("two", VmAction::Stop).unwrap();
+    agent.act("five", VmAction::Boot).unwrap();
+    agent.act("five", VmAction::Stop).unwrap();
     let spec = json!([{ "id": "a", "macvtap": "mv0", "mac": "02:00:00:00:02:03" }]);
     let mut other = SmallGuest::spec(&agent, "three", json!([]), "");
     other["nics"] = spec;

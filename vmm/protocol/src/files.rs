@@ -56,6 +56,12 @@ pub fn nic(id: &str, number: usize) -> String {
     format!("nic:{id}:{number}")
 }
 
+/// The name of the lock of a NIC's interface, which lasts as long as the process.
+#[must_use]
+pub fn nic_lock(id: &str) -> String {
+    format!("nic:{id}:lock")
+}
+
 /// Errors of a machine's files. All are bugs of the agent, which sends the files.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum FileError {

@@ -276,9 +276,9 @@ pub struct MachineSpec {
     pub initramfs: usize,
     /// Functions, in the order of their slots on the guest's bus.
     pub devices: Vec<DeviceSpec>,
-    /// Disks, in the order of their slots, behind those of the functions.
+    /// Disks, in the order of their slots, behind those of the NICs.
     pub disks: Vec<DiskSpec>,
-    /// NICs, in the order of their slots, behind those of the disks.
+    /// NICs, in the order of their slots, behind those of the functions.
     pub nics: Vec<NicSpec>,
     /// Whether the guest has a source of random numbers.
     pub entropy: bool,

@@ -54,11 +54,12 @@ fn nic(board: &Board, parts: &mut Parts<'_>, spec: &NicSpec) -> Result<Arc<dyn D
     let file = |number| parts.files.require(&files::nic(&spec.id, number)).map(File::from);
     let queues: Result<Vec<File>, _> = (0..usize::from(spec.queues)).map(file).collect();
     let queues = queues.map_err(|error| failed(&spec.id)(error.into()))?;
+    let lock = parts.files.take(&files::nic_lock(&spec.id));
     let pairs = queues.len();
     let options = Options { id: spec.id.clone(), mac: spec.mac.bytes(), mtu: Some(spec.mtu) };
     let counters = Arc::<Counters>::default();
     parts.nics.0.insert(spec.id.clone(), Arc::clone(&counters));
     let (identity, configuration) = (net::identity(&options, pairs), net::configuration(&options, pairs));
-    let engine = Box::new(Net::new(Box::new(Tap::new(queues)), options, counters));
+    let engine = Box::new(Net::new(Box::new(Tap::new(queues, lock)), options, counters));
     insert(board, parts, identity, configuration, engine)
 }

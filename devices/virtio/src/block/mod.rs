@@ -446,6 +446,8 @@ impl Engine for Block {
     fn stop(&mut self) {
         self.features = 0;
         self.stalled = false;
+        // The machine's reset drops events, and with them the news of commands.
+        self.wake(0);
     }
 
     fn close(&mut self) {

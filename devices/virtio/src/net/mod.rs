@@ -23,6 +23,7 @@ use std::{
         Arc,
         atomic::{AtomicU64, Ordering},
     },
+    thread,
     time::{Duration, Instant},
 };
 
@@ -47,7 +48,7 @@ use self::{
 use crate::{
     engine::{Configuration, Engine, Identity, Served, serve_in_order},
     negotiation::feature,
-    queue::{ActiveQueue, QueueError, Request, length, part, write_bytes},
+    queue::{ActiveQueue, QueueError, Request, length, part, read_array, write_bytes},
 };
 
 /// Entries of the queues for frames.
@@ -68,6 +69,15 @@ const SHORTEST: usize = HEADER + 14;
 const TURN: Duration = Duration::from_millis(20);
 /// The most frames of one queue in a row: then the other queues have their turn.
 const MOST: u32 = 128;
+/// Bytes in front of a frame that the device reads itself: the header of virtio, and the destination.
+const READ: usize = HEADER + 6;
+/// The first five bytes of the addresses that bridges must not forward, 01:80:c2:00:00:00 to 0f (IEEE 802.1Q, 8.6.3).
+const RESERVED: [u8; 5] = [0x01, 0x80, 0xc2, 0x00, 0x00];
+/// The time in which one more change of the wire is allowed: the host's kernel makes each under a lock of all its
+/// networks.
+const PER_CHANGE: Duration = Duration::from_millis(50);
+/// The most changes at once.
+const CHANGES: u32 = 8;
 /// The most frames of an earlier driver that are dropped at a start: more than the host keeps.
 const MOST_STALE: u32 = 4096;
 /// The most messages in the log about a failing wire.
@@ -112,7 +122,7 @@ pub trait Wire: Send {
     /// `WouldBlock` if there is none. Others: there is none, and the interface may be gone.
     fn receive(&mut self, pair: usize, frame: &mut [u8]) -> io::Result<usize>;
 
-    /// Sends one frame. The guest may change it meanwhile.
+    /// Sends one frame. The guest may change it meanwhile, behind the destination.
     ///
     /// # Errors
     /// The frame is lost: it is malformed, or the interface is down, full or gone.
@@ -239,6 +249,10 @@ pub struct Net {
     buffer: Vec<u8>,
     /// Messages in the log.
     logged: u64,
+    /// The offloads and pairs that the wire has. None if they are not known.
+    now: (Option<Offloads>, Option<usize>),
+    /// The time at which all changes so far are paid for, one [`PER_CHANGE`] each.
+    paid: Option<Instant>,
 }
 
 impl Net {
@@ -248,7 +262,19 @@ impl Net {
         let pairs = wire.pairs().clamp(1, MAX_PAIRS);
         let filter = Filter::new(options.mac);
         let (waiting, buffer) = (vec![Vec::new(); pairs], vec![0; LONGEST]);
-        Self { wire, options, counters, pairs, features: 0, filter, waiting, buffer, logged: 0 }
+        Self {
+            wire,
+            options,
+            counters,
+            pairs,
+            features: 0,
+            filter,
+            waiting,
+            buffer,
+            logged: 0,
+            now: (None, None),
+            paid: None,
+        }
     }
 
     fn has(&self, number: u32) -> bool {
@@ -359,12 +385,18 @@ impl Net {
                 count(&self.counters.dropped, 1);
                 return Served::Complete(0);
             }
-            match self.wire.send(pair, &request.readable) {
-                Ok(()) => {
-                    count(&self.counters.sent, 1);
-                    count(&self.counters.sent_bytes, len - HEADER as u64);
-                }
-                Err(_) => count(&self.counters.dropped, 1),
+            // Read once: the guest may change its memory after the check.
+            let Some(mut head) = read_array::<READ>(&request.readable) else { return Served::Complete(0) };
+            let reserved = head.get(HEADER..).is_some_and(|destination| {
+                destination.starts_with(&RESERVED) && destination.last().is_some_and(|last| *last < 0x10)
+            });
+            let rest = part(&request.readable, READ as u64, len);
+            let frame: Vec<_> = [VolatileSlice::from(head.as_mut_slice())].into_iter().chain(rest).collect();
+            if reserved || self.wire.send(pair, &frame).is_err() {
+                count(&self.counters.dropped, 1);
+            } else {
+                count(&self.counters.sent, 1);
+                count(&self.counters.sent_bytes, len - HEADER as u64);
             }
             Served::Complete(0)
         })
@@ -399,7 +431,7 @@ impl Net {
                 if !self.has(VIRTIO_NET_F_MQ) || !(1..=self.pairs).contains(&wanted) {
                     return false;
                 }
-                return self.tell(|wire| wire.set_pairs(wanted));
+                return self.set_pairs(wanted);
             }
             Control::Offloads(bits) => {
                 let known = [VIRTIO_NET_F_GUEST_CSUM, VIRTIO_NET_F_GUEST_TSO4, VIRTIO_NET_F_GUEST_TSO6];
@@ -407,14 +439,42 @@ impl Net {
                 if !self.has(VIRTIO_NET_F_CTRL_GUEST_OFFLOADS) || bits & !(known & self.features) != 0 {
                     return false;
                 }
-                return self.tell(|wire| wire.set_offloads(Offloads::of(bits)));
+                return self.set_offloads(Offloads::of(bits));
             }
         }
         true
     }
 
-    /// Changes the wire. Returns whether that succeeded.
-    fn tell(&mut self, change: impl FnOnce(&mut dyn Wire) -> io::Result<()>) -> bool {
+    /// Sets the offloads. Returns whether the wire has them.
+    fn set_offloads(&mut self, offloads: Offloads) -> bool {
+        if self.now.0 == Some(offloads) {
+            return true;
+        }
+        let done = self.change(|wire| wire.set_offloads(offloads));
+        self.now.0 = done.then_some(offloads);
+        done
+    }
+
+    /// Sets the count of pairs in use. Returns whether the wire has it.
+    fn set_pairs(&mut self, pairs: usize) -> bool {
+        if self.now.1 == Some(pairs) {
+            return true;
+        }
+        let done = self.change(|wire| wire.set_pairs(pairs));
+        self.now.1 = done.then_some(pairs);
+        done
+    }
+
+    /// Changes the wire, not more often than [`PER_CHANGE`] and [`CHANGES`] allow. Returns whether that succeeded.
+    fn change(&mut self, change: impl FnOnce(&mut dyn Wire) -> io::Result<()>) -> bool {
+        let credit = PER_CHANGE * (CHANGES - 1);
+        let owed = |paid: Option<Instant>| {
+            paid.map(|paid| paid.saturating_duration_since(Instant::now())).unwrap_or_default()
+        };
+        while let Some(wait) = owed(self.paid).checked_sub(credit).filter(|wait| !wait.is_zero()) {
+            thread::park_timeout(wait);
+        }
+        self.paid = Some(Instant::now() + owed(self.paid) + PER_CHANGE);
         match change(self.wire.as_mut()) {
             Ok(()) => true,
             Err(error) => {
@@ -433,8 +493,10 @@ impl Engine for Net {
     fn start(&mut self, features: u64) {
         self.features = features;
         // One pair until the driver asks for more (5.1.6.5.5).
-        self.tell(|wire| wire.set_pairs(1));
-        self.tell(|wire| wire.set_offloads(Offloads::of(features)));
+        self.set_pairs(1);
+        self.set_offloads(Offloads::of(features));
+        // A driver that cannot set the filter gets all frames.
+        self.filter.promiscuous = !self.has(VIRTIO_NET_F_CTRL_RX);
         // Frames of before have the offloads of an earlier driver.
         for pair in 0..self.pairs {
             for _ in 0..MOST_STALE {
@@ -446,10 +508,11 @@ impl Engine for Net {
     }
 
     fn serve(&mut self, index: usize, queue: &mut ActiveQueue) -> Result<bool, QueueError> {
+        // Behind the pairs that the driver knows (5.1.2).
+        let control = if self.has(VIRTIO_NET_F_MQ) { 2 * self.pairs } else { 2 };
         match index {
-            _ if index == 2 * self.pairs => {
-                serve_in_order(queue, |request| Served::Complete(self.control(request)))
-            }
+            _ if index == control => serve_in_order(queue, |request| Served::Complete(self.control(request))),
+            _ if index > control => Ok(false),
             _ if index.is_multiple_of(2) => self.receive(index / 2, queue),
             _ => self.send(index / 2, queue),
         }

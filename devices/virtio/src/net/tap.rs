@@ -36,14 +36,17 @@ pub struct Tap {
     queues: Vec<Arc<OwnedFd>>,
     /// The queues that take part.
     attached: usize,
+    /// The lock of the interface, if the host has one.
+    _lock: Option<OwnedFd>,
 }
 
 impl Tap {
-    /// An interface of these files, all of which are attached.
+    /// An interface of these files, all of which are attached. `lock` stays open as long.
     #[must_use]
-    pub fn new(queues: Vec<File>) -> Self {
+    pub fn new(queues: Vec<File>, lock: Option<OwnedFd>) -> Self {
         let attached = queues.len();
-        Self { queues: queues.into_iter().map(|file| Arc::new(file.into())).collect(), attached }
+        let queues = queues.into_iter().map(|file| Arc::new(file.into())).collect();
+        Self { queues, attached, _lock: lock }
     }
 
     fn queue(&self, pair: usize) -> io::Result<&Arc<OwnedFd>> {

@@ -288,7 +288,7 @@ fn frames_that_no_adapter_sends_are_dropped() {
 
 #[test]
 fn the_drivers_filter_decides_about_received_frames() {
-    let mut machine = machine(1, &[]);
+    let mut machine = machine(1, &[VIRTIO_NET_F_CTRL_RX]);
     let rx = |command: u8, on: u8| [0, command, on];
     let expect = |machine: &mut Machine, expected: [bool; 4], when: &str| {
         let passed = [MAC, OTHER, GROUP, [0xff; 6]].map(|to| machine.passes(to));
@@ -350,7 +350,7 @@ fn requests_that_the_device_refuses_change_nothing() {
     assert_eq!(machine.control(2, &[5, 0, 2, 0, 0, 0, 0, 0, 0, 0]), 0);
     assert_eq!(machine.control(2, &[5, 0, 0, 0, 0, 0, 0, 0, 0, 0]), 0);
     let on = Offloads { checksum: true, ..Offloads::default() };
-    assert_eq!(lines(&machine), (vec![on, on, Offloads::default()], vec![1, 2]));
+    assert_eq!(lines(&machine), (vec![on, Offloads::default()], vec![1, 2]), "and what is so already");
 }
 
 #[test]
@@ -368,16 +368,51 @@ fn each_pair_has_frames_of_its_own() {
 
 #[test]
 fn nothing_of_an_earlier_driver_reaches_the_next() {
-    let mut machine = machine(1, &[]);
+    let mut machine = machine(1, &[VIRTIO_NET_F_CTRL_RX]);
     assert_eq!(machine.control(1, &[0, 0, 1]), 0);
     machine.wire.arrives(0, OTHER, 10);
     machine.driver.pump();
     machine.driver.set_status(0);
     machine.driver.pump();
     machine.wire.arrives(0, MAC, 20);
-    machine.driver.start(1 << 32 | feature(VIRTIO_NET_F_GUEST_TSO4), 16);
+    machine.driver.start(1 << 32 | feature(VIRTIO_NET_F_GUEST_TSO4) | feature(VIRTIO_NET_F_CTRL_RX), 16);
     machine.buffer(RECEIVE, 0, 1024);
     assert_eq!(machine.received(RECEIVE), None, "neither the frame that waited nor the one between");
     assert!(!machine.passes(OTHER), "no longer promiscuous");
     assert!(machine.wire.line().offloads.last().unwrap().tcp4);
+}
+
+/// The host's kernel makes each change under a lock of all its networks.
+#[test]
+fn changes_of_the_wire_have_a_rate() {
+    let mut machine = machine(2, &[VIRTIO_NET_F_MQ]);
+    let begun = Instant::now();
+    for _ in 0..CHANGES {
+        for pairs in [2, 1] {
+            assert_eq!(machine.control(2, &[4, 0, pairs, 0]), 0);
+        }
+    }
+    // Two changes at the start, and these.
+    assert!(begun.elapsed() >= PER_CHANGE * CHANGES, "{:?}", begun.elapsed());
+    assert_eq!(machine.wire.line().pairs.len(), 1 + 2 * CHANGES as usize);
+}
+
+#[test]
+fn frames_for_the_next_bridge_only_are_not_sent() {
+    let mut machine = machine(1, &[]);
+    let last = [0x01, 0x80, 0xc2, 0, 0, 0x10];
+    for (to, sent) in [([0x01, 0x80, 0xc2, 0, 0, 0], 0), ([0x01, 0x80, 0xc2, 0, 0, 0x0f], 0), (last, 1)] {
+        machine.driver.write(BUFFERS, &frame(to, 60));
+        machine.driver.send_on(TRANSMIT, 0, &[(BUFFERS, 86, false)]);
+        assert_eq!(machine.driver.returned_on(TRANSMIT), Some((0, 0)));
+        assert_eq!(machine.wire.line().outgoing.len(), sent, "{to:x?}");
+    }
+    assert_eq!(machine.wire.line().outgoing, [(0, frame(last, 60))]);
+}
+
+#[test]
+fn a_driver_without_the_features_has_its_control_queue_and_all_frames() {
+    let mut machine = machine(2, &[]);
+    assert!(machine.passes(OTHER) && machine.passes(GROUP), "it cannot set the filter");
+    assert_eq!(machine.control(1, &[4, 0, 2, 0]), 1, "the queue behind the one pair, and no other pair");
 }

@@ -30,6 +30,8 @@ impl Actor {
         self.unreachable = None;
         self.adopt(connection, events).await;
         self.run.boots = greeting.boots;
+        // The mark of a pause that never came would keep a full disk's VM paused for ever.
+        self.run.pause_asked &= greeting.state == State::Paused;
         self.repeat_limits();
         self.on_state(greeting.state).await;
         Ok(greeting.state)

@@ -4,8 +4,8 @@
 //!
 //! The bridge checks the senders, because a vmm may be taken over: the port is *locked*, so that the
 //! bridge drops frames from other addresses than those of its forwarding table for this port
-//! (`IFLA_BRPORT_LOCKED`, Linux 5.16). The port learns no address, and has one that is static. The
-//! port also drops spanning tree messages.
+//! (`IFLA_BRPORT_LOCKED`, Linux 5.16). The port learns no address, and has one that is static. A
+//! bridge with spanning tree shuts the port at its first spanning tree message.
 
 use std::{io, time::Duration};
 
@@ -60,8 +60,12 @@ fn failed(step: &'static str) -> impl Fn(Failure) -> BridgePortError {
     }
 }
 
+/// The first byte of the interface's own address: a bridge takes the lowest address of its ports, and
+/// this one is higher than those of adapters. The address is local and of no group.
+const HIGH: u8 = 0xfe;
+
 /// Puts an interface that is down on a bridge and sets it up: frames from `mac` pass, others do not.
-/// `bridge` and `interface` are indices of interfaces.
+/// `bridge` and `interface` are indices of interfaces; `mtu` is the bridge's.
 ///
 /// # Errors
 /// See [`BridgePortError`]. The interface may be on the bridge then, and is down.
@@ -69,7 +73,10 @@ pub fn join_bridge(bridge: u32, interface: u32, mac: MacAddress, mtu: u32) -> Re
     let open = "open a netlink socket";
     let mut connection = Connection::open(PATIENCE).map_err(|source| failed(open)(source.into()))?;
     let mut order = |step, request: &dyn Fn(u32) -> Vec<u8>| connection.order(request).map_err(failed(step));
-    order("put it on the bridge", &|sequence| to_bridge(bridge, interface, mtu, sequence))?;
+    let [_, rest @ ..] = mac.bytes();
+    let [a, b, c, d, e] = rest;
+    let own = MacAddress::new([HIGH, a, b, c, d, e]);
+    order("put it on the bridge", &|sequence| to_bridge(bridge, interface, own, mtu, sequence))?;
     order("lock the port", &|sequence| lock_port(interface, sequence))?;
     order("add the address to the bridge", &|sequence| add_forwarding(interface, mac, sequence))?;
     // An older kernel skips attributes that it does not know.

@@ -132,12 +132,16 @@ pub(super) fn set_vf(index: u32, vf: u16, change: VfChange, sequence: u32) -> Ve
     request(RouteNetlinkMessage::SetLink(link), sequence, true)
 }
 
-/// RTM_SETLINK: an interface goes on a bridge, with an MTU.
-pub(super) fn to_bridge(bridge: u32, interface: u32, mtu: u32, sequence: u32) -> Vec<u8> {
+/// RTM_SETLINK: an interface goes on a bridge, with an address of its own and an MTU.
+pub(super) fn to_bridge(bridge: u32, interface: u32, own: MacAddress, mtu: u32, sequence: u32) -> Vec<u8> {
     let mut link = LinkMessage::default();
     link.header.index = interface;
-    // The MTU first: a bridge takes the smallest one of its ports.
-    link.attributes.extend([LinkAttribute::Mtu(mtu), LinkAttribute::Controller(bridge)]);
+    // Before it is on the bridge, which takes the smallest MTU and the lowest address of its ports.
+    link.attributes.extend([
+        LinkAttribute::Address(own.bytes().to_vec()),
+        LinkAttribute::Mtu(mtu),
+        LinkAttribute::Controller(bridge),
+    ]);
     request(RouteNetlinkMessage::SetLink(link), sequence, true)
 }
 
