@@ -14,6 +14,7 @@ use async_trait::async_trait;
 use axum::body::Bytes;
 use futures_core::Stream;
 use tokio::sync::mpsc;
+use uuid::Uuid;
 
 use crate::{
     problem::{Problem, ProblemCode},
@@ -69,9 +70,10 @@ pub trait Backend: Send + Sync + 'static {
     /// Whether the agent can do its work.
     async fn health(&self) -> Health;
 
-    /// Creates a VM; it holds nothing of the host yet. A `leased` one waits for the first client of its lease, for as long as
+    /// Creates a VM; it holds nothing of the host yet. One with a `lease` waits for the first client of its lease, for as long as
     /// it waits for a client after the agent's start. Problems: `name_taken`, `mac_in_use`.
-    async fn create_vm(&self, caller: Caller, spec: VmSpec, leased: bool) -> Result<Vm, Problem>;
+    async fn create_vm(&self, caller: Caller, spec: VmSpec, lease: Option<LeaseTerms>)
+    -> Result<Vm, Problem>;
 
     /// Creates a VM like another one. The files of the copy count as the choice of the original's authors.
     ///
@@ -103,7 +105,8 @@ pub trait Backend: Send + Sync + 'static {
         wait: Duration,
     ) -> Result<Progress, Problem>;
     /// Takes the lease of a VM, which then lives by the lease: when all clients have dropped theirs, it is stopped and deleted.
-    async fn lease_vm(&self, caller: Caller, vm: ObjectRef) -> Result<Lease, Problem>;
+    /// Refused if the lease is that of another holder.
+    async fn lease_vm(&self, caller: Caller, vm: ObjectRef, terms: LeaseTerms) -> Result<Lease, Problem>;
     /// Ends the lease of a VM, which lives on. Has no effect on a VM without one.
     async fn end_lease(&self, caller: Caller, vm: ObjectRef) -> Result<(), Problem>;
     /// Counters; `wrong_state` while the VM has no process.
@@ -170,6 +173,13 @@ pub struct TurnedAway {
 pub struct Health {
     /// The faults, a line each, with their cures.
     pub complaints: Vec<String>,
+}
+
+/// The client that a lease is for.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct LeaseTerms {
+    /// The one client that may hold the lease; any client, and several at once, without it.
+    pub holder: Option<Uuid>,
 }
 
 /// One client's hold on a VM that lives by a lease. Dropping it is the end of the client.

@@ -15,7 +15,8 @@ pub mod token;
 pub mod types;
 
 pub use backend::{
-    Answered, Backend, Caller, ConsoleRead, Health, Lease, PolicyBackend, Progress, Put, TurnedAway, User,
+    Answered, Backend, Caller, ConsoleRead, Health, Lease, LeaseTerms, PolicyBackend, Progress, Put,
+    TurnedAway, User,
 };
 pub use client::{Client, ClientError, DEFAULT_SOCKET, Remote, RemoteError};
 pub use missing::Missing;

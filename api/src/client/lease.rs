@@ -5,6 +5,7 @@
 use http_body_util::BodyExt as _;
 use hyper::{Method, body::Incoming};
 use tokio::time::timeout;
+use uuid::Uuid;
 
 use super::{Call, Client, ClientError, segment};
 use crate::{
@@ -13,14 +14,17 @@ use crate::{
 };
 
 impl Client {
-    /// `POST /v1/vms?leased=true`: the VM is deleted unless [`Client::lease_vm`] comes within 60 s.
-    pub async fn create_leased_vm(&self, spec: &VmSpec) -> Result<Vm, ClientError> {
-        self.read(Call::new(Method::POST, "/v1/vms?leased=true".to_owned()).json(spec)?).await
+    /// `POST /v1/vms?leased=true`: the VM is deleted unless [`Client::lease_vm`], with the same holder, comes within 60 s.
+    pub async fn create_leased_vm(&self, spec: &VmSpec, holder: Option<Uuid>) -> Result<Vm, ClientError> {
+        let holder = holder.map(|holder| format!("&holder={holder}")).unwrap_or_default();
+        self.read(Call::new(Method::POST, format!("/v1/vms?leased=true{holder}")).json(spec)?).await
     }
 
     /// `POST /v1/vms/{name}/lease`: the VM is deleted when the lease is dropped, or this process ends.
-    pub async fn lease_vm(&self, vm: &str) -> Result<Lease, ClientError> {
-        let call = Call::new(Method::POST, format!("/v1/vms/{}/lease", segment(vm)));
+    /// With a `holder` the lease is that of one client, which has drawn the id.
+    pub async fn lease_vm(&self, vm: &str, holder: Option<Uuid>) -> Result<Lease, ClientError> {
+        let holder = holder.map(|holder| format!("?holder={holder}")).unwrap_or_default();
+        let call = Call::new(Method::POST, format!("/v1/vms/{}/lease{holder}", segment(vm)));
         let response = self.send(&call).await?;
         Ok(Lease { body: response.into_body(), client: self.clone() })
     }

@@ -33,7 +33,8 @@ fn gives_back(operation: &str) -> bool {
 fn own(operation: &str) -> Option<&'static [ProblemCode]> {
     Some(match operation {
         "list_vms" | "get_vm" | "list_pfs" | "get_pf" | "list_vfs" => &[],
-        "read_console" | "events" | "lease_vm" => &[TooManyClients],
+        "read_console" | "events" => &[TooManyClients],
+        "lease_vm" => &[WrongState, TooManyClients],
         "end_lease" => &[],
         "list_switches" | "get_switch" | "list_port_groups" | "get_port_group" => &[],
         "list_ports" | "get_port" | "list_decisions" => &[],

@@ -12,6 +12,7 @@ use serde::Deserialize;
 use serde_json::Value;
 use utoipa::IntoParams;
 use utoipa_axum::{router::OpenApiRouter, routes};
+use uuid::Uuid;
 
 use super::{
     Shared,
@@ -21,7 +22,7 @@ use super::{
     respond::{page, revisioned},
 };
 use crate::{
-    Caller, Problem, ProblemCode,
+    Caller, LeaseTerms, Problem, ProblemCode,
     types::{schema, *},
 };
 
@@ -51,7 +52,7 @@ async fn list_vms(
     page(backend.list_vms().await?, &part)
 }
 
-/// `?leased=true`.
+/// `?leased=true&holder=…`.
 #[derive(Deserialize, IntoParams)]
 #[serde(deny_unknown_fields)]
 #[into_params(parameter_in = Query)]
@@ -60,6 +61,9 @@ struct Creation {
     #[serde(default)]
     #[param(default = false)]
     leased: bool,
+    /// A UUID that the client has drawn: nothing but it takes the lease. Has no effect without `leased`.
+    #[param(value_type = Option<String>, format = Uuid)]
+    holder: Option<Uuid>,
 }
 
 /// Creates a VM.
@@ -75,7 +79,8 @@ async fn create_vm(
     Body(spec): Body<VmSpec>,
 ) -> Result<Response, Problem> {
     spec.check()?;
-    Ok(created(&backend.create_vm(caller, spec, creation.leased).await?))
+    let lease = creation.leased.then_some(LeaseTerms { holder: creation.holder });
+    Ok(created(&backend.create_vm(caller, spec, lease).await?))
 }
 
 fn created(vm: &Vm) -> Response {

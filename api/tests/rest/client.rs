@@ -4,9 +4,10 @@
 
 use std::time::Duration;
 
-use api::{Client, ClientError, ProblemCode, types::*};
+use api::{Client, ClientError, LeaseTerms, ProblemCode, types::*};
 use axum::body::Bytes;
 use tokio::{sync::oneshot, task::JoinHandle};
+use uuid::Uuid;
 
 use crate::{Server, spec};
 
@@ -100,22 +101,24 @@ async fn a_client_that_goes_away_ends_its_stream() {
 async fn a_lease_is_held_until_its_client_drops_it_or_somebody_ends_it() {
     let server = Server::start();
     let client = server.client();
-    let vm = client.create_leased_vm(&vm_spec()).await.unwrap();
+    let holder = Some(Uuid::new_v4());
+    let vm = client.create_leased_vm(&vm_spec(), holder).await.unwrap();
     assert_eq!(vm.status.lease, Some(VmLease::default()));
     let patience = Duration::from_secs(10);
-    let lease = client.lease_vm("web1").await.unwrap();
+    let lease = client.lease_vm("web1", holder).await.unwrap();
+    assert_eq!(std::mem::take(&mut server.fake.state().terms), [LeaseTerms { holder }; 2]);
     let holder = server.fake.state().leases.pop().unwrap();
     assert!(!holder.is_closed());
     drop(lease);
     tokio::time::timeout(patience, holder.closed()).await.expect("the agent learns that the client is gone");
 
-    let mut lease = client.lease_vm("web1").await.unwrap();
+    let mut lease = client.lease_vm("web1", None).await.unwrap();
     let short = Duration::from_millis(100);
     assert!(tokio::time::timeout(short, lease.ended()).await.is_err(), "it has no end of its own");
     client.end_lease("web1").await.unwrap();
     tokio::time::timeout(patience, lease.ended()).await.expect("the client hears of the end").unwrap();
     let code = |error: ClientError| error.problem().unwrap().code;
-    assert_eq!(client.lease_vm("web9").await.map(drop).map_err(code), Err(ProblemCode::NotFound));
+    assert_eq!(client.lease_vm("web9", None).await.map(drop).map_err(code), Err(ProblemCode::NotFound));
     assert_eq!(client.end_lease("web9").await.map_err(code), Err(ProblemCode::NotFound));
 }
 
@@ -124,7 +127,7 @@ async fn a_lease_is_held_until_its_client_drops_it_or_somebody_ends_it() {
 async fn a_client_tells_the_end_of_the_agent_from_that_of_its_lease() {
     let (client, served, end, _directory) = served_until_told();
     client.create_vm(&vm_spec()).await.unwrap();
-    let mut lease = client.lease_vm("web1").await.unwrap();
+    let mut lease = client.lease_vm("web1", None).await.unwrap();
     end.send(()).unwrap();
     tokio::time::timeout(Duration::from_secs(10), served).await.expect("a lease does not keep it").unwrap();
     let ended = tokio::time::timeout(Duration::from_secs(10), lease.ended()).await.expect("it is noticed");

@@ -9,8 +9,8 @@ use std::{
 };
 
 use api::{
-    Answered, Backend, Caller, ConsoleRead, Health, Lease, Missing, Problem, ProblemCode, Progress,
-    TurnedAway, types::*,
+    Answered, Backend, Caller, ConsoleRead, Health, Lease, LeaseTerms, Missing, Problem, ProblemCode,
+    Progress, TurnedAway, types::*,
 };
 use async_trait::async_trait;
 use axum::body::Bytes;
@@ -37,6 +37,8 @@ pub(crate) struct State {
     pub(crate) consoles: Vec<mpsc::Sender<Bytes>>,
     /// Leases that clients hold.
     pub(crate) leases: Vec<watch::Sender<()>>,
+    /// The terms of the leases, those of creations among them.
+    pub(crate) terms: Vec<LeaseTerms>,
 }
 
 #[derive(Clone, Default)]
@@ -110,11 +112,17 @@ impl Backend for Fake {
 
     async fn clone_vm(&self, caller: Caller, source: ObjectRef, name: Name) -> Result<Vm, Problem> {
         let source = self.get_vm(source).await?;
-        self.create_vm(caller, source.spec.cloned_as(name), false).await
+        self.create_vm(caller, source.spec.cloned_as(name), None).await
     }
 
-    async fn create_vm(&self, caller: Caller, spec: VmSpec, leased: bool) -> Result<Vm, Problem> {
+    async fn create_vm(
+        &self,
+        caller: Caller,
+        spec: VmSpec,
+        lease: Option<LeaseTerms>,
+    ) -> Result<Vm, Problem> {
         let mut state = self.state();
+        state.terms.extend(lease);
         state.callers.push(caller);
         if state.vms.contains_key(&spec.name) {
             return Err(Problem::new(
@@ -130,7 +138,7 @@ impl Backend for Fake {
             pid: None,
             boots: 0,
             restart: None,
-            lease: leased.then(VmLease::default),
+            lease: lease.map(|_| VmLease::default()),
             adapters: Vec::new(),
             devices: Vec::new(),
             console: ConsoleStatus { start: LOG_START, end: 10 },
@@ -199,10 +207,11 @@ impl Backend for Fake {
         Ok(Progress { vm, complete: !state.slow })
     }
 
-    async fn lease_vm(&self, caller: Caller, vm: ObjectRef) -> Result<Lease, Problem> {
+    async fn lease_vm(&self, caller: Caller, vm: ObjectRef, terms: LeaseTerms) -> Result<Lease, Problem> {
         self.vm(&vm)?;
         let (holder, mut ended) = watch::channel(());
         let mut state = self.state();
+        state.terms.push(terms);
         state.callers.push(caller);
         state.leases.push(holder);
         Ok(Lease::new(async move { while ended.changed().await.is_ok() {} }))

@@ -428,7 +428,7 @@ async fn streams_leave_room_for_requests() {
     assert_eq!(consoles.len(), 64);
     let mut leases = Vec::new();
     while leases.len() < 200 {
-        match client.lease_vm("web1").await {
+        match client.lease_vm("web1", None).await {
             Ok(lease) => leases.push(lease),
             Err(error) => {
                 assert_eq!(code(error), ProblemCode::TooManyClients);

@@ -8,11 +8,12 @@ use api::{Client, ClientError, ProblemCode, types::*};
 use clap::Args;
 use text::printable;
 use tokio::signal::unix::{Signal, SignalKind, signal};
+use uuid::Uuid;
 
 use super::{
     console,
     error::CliError,
-    lease::Kept,
+    lease::{Kept, is_others},
     output::{Output, warn},
     spec_file,
     vm::{act, delete},
@@ -50,10 +51,12 @@ pub(super) async fn run_file(
     let spec = spec_file::read_vm(&args.file)?;
     // Before the VM's creation, so that no signal leaves the VM behind.
     let signals = if args.rm { Some(Signals::new()?) } else { None };
+    // Another command with the same file is another holder, so one of them gets the lease.
+    let holder = Uuid::new_v4();
     let create = async {
         match args.rm {
             // The agent deletes the VM if this process ends before it has the lease.
-            true => client.create_leased_vm(&spec).await,
+            true => client.create_leased_vm(&spec, Some(holder)).await,
             false => client.create_vm(&spec).await,
         }
     };
@@ -66,9 +69,10 @@ pub(super) async fn run_file(
         return Err(CliError::Up { vm: name, state });
     }
     let id = vm.id.to_string();
-    // The agent is about to delete the VM of a command that was killed: this one takes it over.
+    // The agent is about to delete a VM that waits for any client: this one takes it over.
     let abandoned = vm.status.lease.is_some();
     if abandoned && !args.rm {
+        let _mine = Kept::take(client, id.clone(), holder).await?;
         client.end_lease(&id).await?;
     }
     // This command deletes only a VM that it has made or taken over.
@@ -76,7 +80,7 @@ pub(super) async fn run_file(
     if args.rm && !remove {
         warn(format_args!("portcullis: the VM {name} existed before: --rm does not delete it"));
     }
-    let _lease = if remove { hold(client, &name, &id).await } else { None };
+    let _lease = if remove { hold(client, &name, &id, holder).await? } else { None };
     let Some(mut signals) = signals else {
         return boot_and_follow(client, output, &args, &name, &id, false).await;
     };
@@ -96,16 +100,20 @@ pub(super) async fn run_file(
 
 /// Takes the lease of a VM that this command is to delete. None after a failure: a killed command then leaves the VM,
 /// which is no reason not to run it.
-async fn hold(client: &Client, name: &str, id: &str) -> Option<Kept> {
-    match Kept::take(client, id.to_owned()).await {
-        Ok(lease) => Some(lease),
+///
+/// # Errors
+/// The VM lives by the lease of another command.
+async fn hold(client: &Client, name: &str, id: &str, holder: Uuid) -> Result<Option<Kept>, CliError> {
+    match Kept::take(client, id.to_owned(), holder).await {
+        Ok(lease) => Ok(Some(lease)),
+        Err(error) if is_others(&error) => Err(error.into()),
         Err(error) => {
             warn(printable(&format!(
                 "portcullis: the VM {name} is not deleted if this command is killed: {error}"
             )));
             // Otherwise the agent would delete the VM for want of a client.
             drop(client.end_lease(id).await);
-            None
+            Ok(None)
         }
     }
 }

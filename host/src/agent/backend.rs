@@ -9,7 +9,7 @@ use std::{
 };
 
 use api::{
-    Answered, Backend, Caller, ConsoleRead, Health, Lease, Missing, Progress, TurnedAway, User,
+    Answered, Backend, Caller, ConsoleRead, Health, Lease, LeaseTerms, Missing, Progress, TurnedAway, User,
     problem::{Problem, ProblemCode},
     types::{
         EventKind, Name, ObjectKind, ObjectRef, Pf, Subject, Timestamp, UnicastMac, Vf, Vm, VmAction, VmSpec,
@@ -181,7 +181,7 @@ impl Agent {
         self,
         caller: Caller,
         spec: VmSpec,
-        leased: bool,
+        lease: Option<LeaseTerms>,
         record: impl FnOnce(Timestamp, VmSpec, &Caller) -> VmRecord + Send,
     ) -> Result<Vm, Problem> {
         let _writing = self.writing.lock().await;
@@ -198,7 +198,8 @@ impl Agent {
         let value = record(Timestamp::now(), spec, &caller);
         reach(Point::CreateBegun);
         // With its mark: without it, the VM of a client that is killed now would stay.
-        let run = RunRecord { leased, ..RunRecord::created(value.created) };
+        let (leased, holder) = (lease.is_some(), lease.and_then(|terms| terms.holder));
+        let run = RunRecord { leased, holder, ..RunRecord::created(value.created) };
         let revision = self.env.store_vm(id, &name, &value, &run).await.map_err(|e| e.problem())?;
         reach(Point::CreateStored);
         if let Err(problem) = switch_client::attach(&self.env, id, &value.spec).await {
@@ -209,8 +210,10 @@ impl Agent {
         let object = Subject { kind: ObjectKind::Vm, id, name: name.clone() };
         self.env.tell(EventKind::Created { object, revision, by: Some(caller.to_string()) });
         let (env, entry) = (Arc::clone(&self.env), Entry { id, name, revision, value });
-        let start = if leased { VmHandle::start_leased } else { VmHandle::start };
-        let handle = start(env, entry);
+        let handle = match lease {
+            Some(terms) => VmHandle::start_leased(env, entry, terms),
+            None => VmHandle::start(env, entry),
+        };
         tracing::info!(vm = %handle.name(), %id, by = %caller, "created");
         let vm = self.view(&handle);
         self.vms.lock().await.insert(id, handle);
@@ -347,15 +350,20 @@ impl Backend for Agent {
         self.strangers.say(away);
     }
 
-    async fn create_vm(&self, caller: Caller, spec: VmSpec, leased: bool) -> Result<Vm, Problem> {
-        finish(self.clone().create(caller, spec, leased, VmRecord::new)).await
+    async fn create_vm(
+        &self,
+        caller: Caller,
+        spec: VmSpec,
+        lease: Option<LeaseTerms>,
+    ) -> Result<Vm, Problem> {
+        finish(self.clone().create(caller, spec, lease, VmRecord::new)).await
     }
 
     async fn clone_vm(&self, caller: Caller, source: ObjectRef, name: Name) -> Result<Vm, Problem> {
         let source = self.find(&source).await?.record();
         let spec = source.value.spec.cloned_as(name);
         let copied = move |created, spec, by: &Caller| source.value.copied(created, spec, by);
-        finish(self.clone().create(caller, spec, false, copied)).await
+        finish(self.clone().create(caller, spec, None, copied)).await
     }
 
     async fn list_vms(&self) -> Result<Vec<Vm>, Problem> {
@@ -399,9 +407,9 @@ impl Backend for Agent {
         Ok(Progress { vm: self.view(&handle), complete })
     }
 
-    async fn lease_vm(&self, caller: Caller, vm: ObjectRef) -> Result<Lease, Problem> {
+    async fn lease_vm(&self, caller: Caller, vm: ObjectRef, terms: LeaseTerms) -> Result<Lease, Problem> {
         let vm = self.find(&vm).await?;
-        let lease = vm.lease().await?;
+        let lease = vm.lease(terms).await?;
         tracing::info!(vm = %vm.name(), by = %caller, "leased");
         Ok(lease)
     }

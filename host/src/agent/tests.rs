@@ -282,7 +282,7 @@ async fn the_wait_for_a_client_begins_when_the_agent_listens() {
     let host = Host::with_environment(|env| env.lease_grace = Duration::from_millis(100)).await;
     let served = serve(&host, host.env.run_dir.join("api.sock")).await;
     host.env.serving.send_replace(false);
-    served.client.create_leased_vm(&spec("web1")).await.unwrap();
+    served.client.create_leased_vm(&spec("web1"), None).await.unwrap();
     tokio::time::sleep(Duration::from_millis(400)).await;
     served.client.get_vm("web1").await.unwrap();
     host.env.serving.send_replace(true);
@@ -309,19 +309,19 @@ async fn a_vm_whose_client_is_gone_is_gone() {
         tokio::time::timeout(PATIENCE, gone).await.expect("it is deleted");
         assert!(client.list_vms().await.unwrap().is_empty());
     };
-    client.create_leased_vm(&spec("web1")).await.unwrap();
-    let lease = client.lease_vm("web1").await.unwrap();
+    client.create_leased_vm(&spec("web1"), None).await.unwrap();
+    let lease = client.lease_vm("web1", None).await.unwrap();
     client.act("web1", VmAction::Boot, PATIENCE).await.unwrap();
     assert_eq!(client.get_vm("web1").await.unwrap().status.lease, Some(VmLease { until: None }));
     drop(lease);
     gone().await;
     host.assert_untouched().await;
     // The client is killed before it takes the lease.
-    let vm = client.create_leased_vm(&spec("web1")).await.unwrap();
+    let vm = client.create_leased_vm(&spec("web1"), None).await.unwrap();
     assert!(host.env.runs.get(vm.id).await.unwrap().value.leased, "the next agent knows it, too");
     gone().await;
     client.create_vm(&spec("web1")).await.unwrap();
-    let mut lease = client.lease_vm("web1").await.unwrap();
+    let mut lease = client.lease_vm("web1", None).await.unwrap();
     client.end_lease("web1").await.unwrap();
     lease.ended().await.unwrap();
     assert_eq!(client.get_vm("web1").await.unwrap().status.lease, None);
@@ -360,11 +360,11 @@ async fn a_vm_and_the_mark_of_its_lease_come_and_go_together() {
         database.execute_batch(&format!("CREATE TRIGGER full {when} {body}")).unwrap();
     };
     fail("INSERT", "NEW", "run");
-    client.create_leased_vm(&spec("web1")).await.unwrap_err();
+    client.create_leased_vm(&spec("web1"), None).await.unwrap_err();
     assert!(client.list_vms().await.unwrap().is_empty());
     assert_eq!(host.env.vms.list().await.unwrap(), []);
     database.execute_batch("DROP TRIGGER full").unwrap();
-    let vm = client.create_leased_vm(&spec("web1")).await.unwrap();
+    let vm = client.create_leased_vm(&spec("web1"), None).await.unwrap();
     fail("DELETE", "OLD", "vm");
     client.delete_vm("web1", None).await.unwrap_err();
     assert!(host.env.runs.get(vm.id).await.unwrap().value.leased);

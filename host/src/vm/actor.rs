@@ -19,7 +19,7 @@ use std::{
 };
 
 use api::{
-    Caller,
+    Caller, LeaseTerms,
     problem::{Problem, ProblemCode},
     types::{
         Cause, CauseCode, EventKind, ObjectKind, OperationAction, Owner, RestartStatus, Stage, Subject,
@@ -190,7 +190,9 @@ pub(super) async fn run(
     };
     match origin {
         Origin::Created => {}
-        Origin::CreatedLeased => actor.run.leased = true,
+        Origin::CreatedLeased(LeaseTerms { holder }) => {
+            (actor.run.leased, actor.run.holder) = (true, holder);
+        }
         Origin::Found => actor.recover().await,
     }
     if actor.run.leased {
@@ -217,9 +219,9 @@ pub(super) async fn run(
                     drop(done.send(actor.edit(&caller, *spec, expect).instrument(span).await));
                 }
                 // A client that has given up would be the last one, and end the VM of the client that asked again.
-                Some((_, Command::Lease { done })) if done.is_closed() => {}
-                Some((span, Command::Lease { done })) => {
-                    drop(done.send(actor.take_lease().instrument(span).await));
+                Some((_, Command::Lease { done, .. })) if done.is_closed() => {}
+                Some((span, Command::Lease { terms, done })) => {
+                    drop(done.send(actor.take_lease(terms).instrument(span).await));
                 }
                 Some((span, Command::EndLease { done })) => {
                     drop(done.send(actor.end_lease().instrument(span).await));

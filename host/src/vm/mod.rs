@@ -32,7 +32,7 @@ pub mod unknown;
 use std::sync::Arc;
 
 use api::{
-    Caller, Lease, Missing,
+    Caller, Lease, LeaseTerms, Missing,
     problem::{Problem, ProblemCode},
     types::{Name, VmAction, VmLease, VmOperation, VmSpec, VmState},
 };
@@ -63,7 +63,7 @@ enum Command {
         done: oneshot::Sender<Result<(), Problem>>,
     },
     /// Give the VM's lease to a client: the VM lives by it from now on.
-    Lease { done: oneshot::Sender<Result<Lease, Problem>> },
+    Lease { terms: LeaseTerms, done: oneshot::Sender<Result<Lease, Problem>> },
     /// End the lease: the VM lives on without one.
     EndLease { done: oneshot::Sender<Result<(), Problem>> },
     /// Stop the VM, release its functions and delete it, if it is at this revision. The task ends.
@@ -78,7 +78,7 @@ enum Origin {
     /// It has just been stored.
     Created,
     /// It has just been stored, and lives by a lease.
-    CreatedLeased,
+    CreatedLeased(LeaseTerms),
     /// The agent has just started.
     Found,
 }
@@ -115,8 +115,8 @@ impl VmHandle {
     }
 
     /// Starts the task of a VM that has just been stored and lives by a lease. No client has taken the lease yet.
-    pub fn start_leased(env: Arc<Environment>, record: Entry<VmRecord>) -> Self {
-        Self::spawn(env, record, Origin::CreatedLeased)
+    pub fn start_leased(env: Arc<Environment>, record: Entry<VmRecord>, terms: LeaseTerms) -> Self {
+        Self::spawn(env, record, Origin::CreatedLeased(terms))
     }
 
     /// Starts the task of a VM that a starting agent has found in the store. Before the first command, the task
@@ -230,10 +230,10 @@ impl VmHandle {
     /// deletes it.
     ///
     /// # Errors
-    /// A problem; the VM lives on as before.
-    pub async fn lease(&self) -> Result<Lease, Problem> {
+    /// A problem; the VM lives on as before. `wrong_state` if the lease is that of another holder.
+    pub async fn lease(&self, terms: LeaseTerms) -> Result<Lease, Problem> {
         let (done, answer) = oneshot::channel();
-        self.send(Command::Lease { done }).await?;
+        self.send(Command::Lease { terms, done }).await?;
         answer.await.map_err(|_| self.gone())?
     }
 

@@ -179,6 +179,9 @@ pub struct RunRecord {
     /// The VM lives by a lease: without a client the agent stops and deletes it.
     #[serde(default)]
     pub leased: bool,
+    /// The client that the lease is for, if it is for one only. Means nothing without a lease.
+    #[serde(default)]
+    pub holder: Option<Uuid>,
 }
 
 /// The origin of a request to end a VM.
@@ -215,6 +218,7 @@ impl Default for RunRecord {
             asked: None,
             rested_in: None,
             leased: false,
+            holder: None,
         }
     }
 }

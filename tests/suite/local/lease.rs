@@ -90,6 +90,42 @@ fn a_command_that_is_killed_leaves_no_vm() {
     }
 }
 
+/// Two commands with one file that begin at the same time.
+#[test]
+fn one_of_two_commands_gets_the_vm() {
+    let agent = start();
+    let directory = TempDir::with_prefix("vm").unwrap();
+    let file = file(&agent, directory.path());
+    for round in 0..5 {
+        let mut commands: Vec<Child> = (0..2)
+            .map(|_| {
+                let mut command = Command::new(binary());
+                command.arg("--socket").arg(agent.directory().join("api.sock")).args(["run", "--rm", &file]);
+                command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped());
+                command.spawn().unwrap()
+            })
+            .collect();
+        let deadline = Instant::now() + PATIENCE;
+        let loser = loop {
+            let ended = commands.iter_mut().position(|command| command.try_wait().unwrap().is_some());
+            if let Some(loser) = ended {
+                break commands.remove(loser).wait_with_output().unwrap();
+            }
+            assert!(Instant::now() < deadline, "round {round}: both have the VM\n{}", agent.log());
+            thread::sleep(Duration::from_millis(5));
+        };
+        let error = String::from_utf8_lossy(&loser.stderr);
+        assert_eq!(loser.status.code(), Some(5), "round {round}: {error}");
+        assert!(error.contains("web1"), "{error}");
+        let mut winner = commands.remove(0);
+        let output = BufReader::new(winner.stdout.take().unwrap());
+        assert!(output.lines().map_while(Result::ok).any(|line| line == "ready"), "round {round}");
+        kill_process(Pid::from_child(&winner), Signal::TERM).unwrap();
+        winner.wait().unwrap();
+        is_gone(&agent);
+    }
+}
+
 #[test]
 fn a_vm_lives_on_when_the_agent_is_restarted_under_its_command() {
     let mut agent = start();

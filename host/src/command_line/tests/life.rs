@@ -2,6 +2,8 @@
 
 //! VMs that are changed, awaited, run, and made from directories.
 
+use api::types::VmState;
+
 use super::*;
 
 const WEB1: &str =
@@ -119,7 +121,7 @@ async fn run_takes_over_a_vm_that_waits_for_its_client() {
     let file = desk.file("web1.json", WEB1);
     let spec = serde_json::from_str(WEB1).unwrap();
     for (line, stays) in [(format!("run --rm {file}"), false), (format!("run {file}"), true)] {
-        desk.client.create_leased_vm(&spec).await.unwrap();
+        desk.client.create_leased_vm(&spec, None).await.unwrap();
         let scene = async {
             while desk.client.write_console("web1", "poweroff").await.is_err() {
                 tokio::time::sleep(Duration::from_millis(10)).await;
@@ -133,11 +135,23 @@ async fn run_takes_over_a_vm_that_waits_for_its_client() {
     }
     desk.run("vm delete web1").await.unwrap();
     // While a client holds the lease, the VM is that client's.
-    desk.client.create_leased_vm(&spec).await.unwrap();
-    let _lease = desk.client.lease_vm("web1").await.unwrap();
+    desk.client.create_leased_vm(&spec, None).await.unwrap();
+    let lease = desk.client.lease_vm("web1", None).await.unwrap();
     let (code, error) = desk.run(&format!("run --rm {file}")).await.unwrap_err();
     assert!(code == 5 && error.contains("choose another name"), "{error}");
     assert!(desk.client.get_vm("web1").await.is_ok());
+    desk.run("vm delete web1").await.unwrap();
+    drop(lease);
+    // A command that has created its VM, and does not hold the lease yet.
+    let holder = Some(uuid::Uuid::new_v4());
+    desk.client.create_leased_vm(&spec, holder).await.unwrap();
+    for line in ["run --rm", "run"] {
+        let (code, error) = desk.run(&format!("{line} {file}")).await.unwrap_err();
+        assert!(code == 5 && error.contains("lives by the lease of another client"), "{line}: {error}");
+        let vm = desk.client.get_vm("web1").await.unwrap();
+        assert!(vm.status.state == VmState::Defined && vm.status.lease.is_some(), "{line}: {:?}", vm.status);
+    }
+    let _lease = desk.client.lease_vm("web1", holder).await.unwrap();
 }
 
 #[tokio::test]

@@ -98,6 +98,7 @@ impl Actor {
             user,
             off: Some(self.env.protections_off()),
             leased: self.run.leased,
+            holder: self.run.holder,
             ..RunRecord::default()
         };
         if let Err(problem) = self.store().await {

@@ -7,7 +7,7 @@
 
 use std::{convert::Infallible, sync::atomic::Ordering};
 
-use api::{Lease, types::VmLease};
+use api::{Lease, LeaseTerms, types::VmLease};
 use tokio::time::{Instant, sleep, sleep_until};
 
 use super::{restart::later, *};
@@ -86,32 +86,44 @@ impl Tenancy {
 }
 
 impl Actor {
-    pub(super) async fn take_lease(&mut self) -> Result<Lease, Problem> {
+    pub(super) async fn take_lease(&mut self, terms: LeaseTerms) -> Result<Lease, Problem> {
         if !self.deleting.is_empty() {
             return Err(Problem::not_found(&api::Missing::new("VM", self.vm.id)));
         }
-        self.set_leased(true).await?;
+        // Also while the agent waits for the holder: two commands of one name would both believe to have the VM.
+        let taken = self.run.holder.is_some() || self.tenancy.held.is_some();
+        if self.run.leased && taken && self.run.holder != terms.holder {
+            let name = self.name();
+            let detail = format!(
+                "The VM {name} lives by the lease of another client, and is deleted when that client is gone: choose another \
+                 name, or delete the VM (`portcullis vm delete {name}`)."
+            );
+            return Err(Problem::new(ProblemCode::WrongState, detail));
+        }
+        self.set_lease(Some(terms)).await?;
         let lease = self.tenancy.admit();
         self.publish();
         Ok(lease)
     }
 
     pub(super) async fn end_lease(&mut self) -> Result<(), Problem> {
-        self.set_leased(false).await?;
+        self.set_lease(None).await?;
         self.tenancy = Tenancy::default();
         self.publish();
         Ok(())
     }
 
     /// Stores whether the VM lives by a lease: a mark that the next agent does not find would leave it, or end it.
-    async fn set_leased(&mut self, leased: bool) -> Result<(), Problem> {
-        if self.run.leased == leased {
+    async fn set_lease(&mut self, terms: Option<LeaseTerms>) -> Result<(), Problem> {
+        let before = (self.run.leased, self.run.holder);
+        let after = (terms.is_some(), terms.and_then(|terms| terms.holder));
+        if before == after {
             return Ok(());
         }
-        self.run.leased = leased;
+        (self.run.leased, self.run.holder) = after;
         let stored = self.store().await;
         if stored.is_err() {
-            self.run.leased = !leased;
+            (self.run.leased, self.run.holder) = before;
             self.publish();
         }
         stored

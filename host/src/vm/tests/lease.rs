@@ -5,6 +5,7 @@
 use std::{sync::atomic::Ordering, time::Duration};
 
 use api::{
+    LeaseTerms,
     problem::ProblemCode,
     types::{EventKind, Stage, VmAction, VmState},
 };
@@ -23,6 +24,9 @@ const GRACE: Duration = Duration::from_millis(800);
 
 /// Long enough to show that an end does not come.
 const SOON: Duration = Duration::from_millis(400);
+
+/// A lease without a holder.
+const ANY: LeaseTerms = LeaseTerms { holder: None };
 
 async fn host(grace: Duration) -> Host {
     Host::with_environment(|env| env.lease_grace = grace).await
@@ -52,11 +56,11 @@ async fn a_vm_ends_with_the_last_client_of_its_lease() {
     let mut events = host.env.policy.as_ref().unwrap().events.subscribe(None).unwrap();
     let vm = host.create("web1", |_| {}).await;
     assert_eq!(vm.status().lease, None);
-    let first = vm.lease().await.unwrap();
+    let first = vm.lease(ANY).await.unwrap();
     host.act(&vm, VmAction::Boot).await.unwrap();
     assert_eq!(vm.status().lease.unwrap().until, None);
     // A client whose old connection ends late has connected again.
-    let second = vm.lease().await.unwrap();
+    let second = vm.lease(ANY).await.unwrap();
     drop(first);
     lives_on(&vm, VmState::Running).await;
     assert_eq!(host.claims().await, 1);
@@ -71,14 +75,14 @@ async fn a_vm_ends_with_the_last_client_of_its_lease() {
         }
     }
     assert_eq!(by, Some(None), "the agent did it by itself");
-    assert_eq!(vm.lease().await.map(drop).unwrap_err().code, ProblemCode::NotFound);
+    assert_eq!(vm.lease(ANY).await.map(drop).unwrap_err().code, ProblemCode::NotFound);
 }
 
 #[tokio::test]
 async fn a_vm_whose_lease_is_ended_lives_on() {
     let host = host(GRACE).await;
     let vm = host.create("web1", |_| {}).await;
-    let lease = vm.lease().await.unwrap();
+    let lease = vm.lease(ANY).await.unwrap();
     host.act(&vm, VmAction::Boot).await.unwrap();
     vm.end_lease().await.unwrap();
     timeout(PATIENCE, lease).await.expect("the client hears of it");
@@ -87,7 +91,7 @@ async fn a_vm_whose_lease_is_ended_lives_on() {
     assert!(!host.env.runs.get(vm.id).await.unwrap().value.leased, "also after the agent's end");
     vm.end_lease().await.unwrap();
     // A deletion by another caller ends the lease, too.
-    let lease = vm.lease().await.unwrap();
+    let lease = vm.lease(ANY).await.unwrap();
     vm.delete(caller(), None).await.unwrap();
     timeout(PATIENCE, lease).await.expect("the client hears of it");
     is_gone(&host, &vm).await;
@@ -102,12 +106,12 @@ async fn a_vm_that_is_created_with_a_lease_waits_for_its_client() {
         let (id, value) = (Uuid::new_v4(), VmRecord::new(api::types::Timestamp::now(), spec, &caller()));
         let revision = host.env.vms.put(id, "web1", &value, Expect::Absent).await.unwrap();
         let entry = Entry { id, name: "web1".into(), revision, value };
-        let vm = VmHandle::start_leased(host.env.clone(), entry);
+        let vm = VmHandle::start_leased(host.env.clone(), entry, ANY);
         let mut status = vm.follow();
         let waits = status.wait_for(|status| status.lease.is_some_and(|lease| lease.until.is_some()));
         timeout(PATIENCE, waits).await.expect("it says how long it waits").unwrap();
         if comes {
-            let lease = vm.lease().await.unwrap();
+            let lease = vm.lease(ANY).await.unwrap();
             sleep(GRACE).await;
             lives_on(&vm, VmState::Defined).await;
             drop(lease);
@@ -123,7 +127,7 @@ async fn the_next_agent_waits_for_the_client_for_a_time() {
     for comes in [true, false] {
         let mut host = host(GRACE).await;
         let vm = host.create("web1", |_| {}).await;
-        let lease = vm.lease().await.unwrap();
+        let lease = vm.lease(ANY).await.unwrap();
         host.act(&vm, VmAction::Boot).await.unwrap();
         host.env.ending.store(true, Ordering::SeqCst);
         drop(lease);
@@ -137,7 +141,7 @@ async fn the_next_agent_waits_for_the_client_for_a_time() {
         timeout(PATIENCE, waits).await.expect("it says how long it waits").unwrap();
         assert_eq!(host.claims().await, 1);
         if comes {
-            let lease = vm.lease().await.unwrap();
+            let lease = vm.lease(ANY).await.unwrap();
             sleep(GRACE).await;
             lives_on(&vm, VmState::Running).await;
             assert_eq!(vm.status().lease.unwrap().until, None);
@@ -147,11 +151,50 @@ async fn the_next_agent_waits_for_the_client_for_a_time() {
     }
 }
 
+/// The holder alone has the lease, at once and after a restart of the agent. A stranger is refused also while the agent waits for
+/// the holder.
+#[tokio::test]
+async fn a_lease_with_a_holder_is_that_client_s_alone() {
+    let mut host = host(Duration::from_secs(3600)).await;
+    let vm = host.create("web1", |_| {}).await;
+    let [holder, stranger] = [(); 2].map(|()| LeaseTerms { holder: Some(Uuid::new_v4()) });
+    let refused = async |vm: &VmHandle| {
+        for terms in [stranger, ANY] {
+            let problem = vm.lease(terms).await.map(drop).unwrap_err();
+            assert_eq!(problem.code, ProblemCode::WrongState);
+            assert!(problem.detail.contains("web1 lives by the lease of another client"), "{problem}");
+        }
+    };
+    let lease = vm.lease(holder).await.unwrap();
+    refused(&vm).await;
+    host.act(&vm, VmAction::Boot).await.unwrap();
+    refused(&vm).await;
+    host.env.ending.store(true, Ordering::SeqCst);
+    drop(lease);
+    vm.leave().await;
+    host.env = host.another_agent(|env| env.lease_grace = Duration::from_secs(3600)).await;
+    let vm = host.load(vm.id).await;
+    host.reaches(&vm, VmState::Running).await;
+    refused(&vm).await;
+    let lease = vm.lease(holder).await.unwrap();
+    refused(&vm).await;
+    // Its old connection may end late.
+    let again = vm.lease(holder).await.unwrap();
+    drop(lease);
+    lives_on(&vm, VmState::Running).await;
+    // A lease that was ended is free for the next client.
+    vm.end_lease().await.unwrap();
+    drop(again);
+    let lease = vm.lease(stranger).await.unwrap();
+    drop(lease);
+    is_gone(&host, &vm).await;
+}
+
 #[tokio::test]
 async fn a_boot_ends_with_its_client() {
     let host = host(GRACE).await;
     let vm = host.create("web1", |_| {}).await;
-    let lease = vm.lease().await.unwrap();
+    let lease = vm.lease(ANY).await.unwrap();
     host.gates().close("configure");
     let booted = vm.act(VmAction::Boot, caller()).await.unwrap();
     let mut status = vm.follow();
@@ -179,7 +222,7 @@ fn an_old_record_has_no_lease() {
 async fn a_deletion_that_fails_is_tried_again() {
     let host = host(GRACE).await;
     let vm = host.create("web1", |_| {}).await;
-    let lease = vm.lease().await.unwrap();
+    let lease = vm.lease(ANY).await.unwrap();
     host.act(&vm, VmAction::Boot).await.unwrap();
     host.pf_answers(&[Some(5); 64]);
     drop(lease);
