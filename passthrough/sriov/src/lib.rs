@@ -37,7 +37,7 @@ pub use control::{
 };
 pub use group::{GroupMember, InterruptRemapping, IommuGroup, ViabilityError};
 pub use inventory::{Interface, InventoryError, PciDevice, Pf, Vf};
-pub use netlink::{Hint, Monitor, NetlinkPf};
+pub use netlink::{FlowControl, Hint, Monitor, NetlinkPf, flow_control};
 pub use sysfs::{AttributeWriter, KernelWriter, Sysfs, SysfsError};
 pub use usage::Usage;
 pub use vf_count::VfCountError;

@@ -5,7 +5,7 @@
 use netpolicy::PfCapabilities;
 use options::assignable::AssignableList;
 use passthrough::family::{FAMILIES, Family};
-use sriov::{InventoryError, PciDevice, Pf};
+use sriov::{FlowControl, InventoryError, PciDevice, Pf};
 
 use super::{Finding, Host, Verdict};
 
@@ -56,6 +56,7 @@ fn one(host: &Host, pf: &Pf) -> Vec<Finding> {
         let found = format!("{} with {driver} is down: its VFs have no link", pf.device.bdf);
         findings.push(Finding::wrong(Verdict::Fail, "pf", found, format!("ip link set {name} up")));
     }
+    findings.extend(flow_control(host, &name));
     let found = format!("{} of {} VFs", pf.num_vfs, pf.total_vfs);
     findings.push(match pf.num_vfs {
         0 => {
@@ -71,6 +72,24 @@ fn one(host: &Host, pf: &Pf) -> Vec<Finding> {
     });
     findings.push(enforces(&PfCapabilities::of(driver, pf.device.device)));
     findings.into_iter().map(|finding| finding.of(&name)).collect()
+}
+
+/// Whether the port obeys PAUSE frames, which no policy filters: a guest can stop the port with them. None if it has no flow
+/// control.
+fn flow_control(host: &Host, name: &str) -> Option<Finding> {
+    const CHECK: &str = "flow_control";
+    let warn = |found: String, fix: String| Some(Finding::wrong(Verdict::Warn, CHECK, found, fix));
+    match (host.flow_control)(name) {
+        Ok(None) => None,
+        Ok(Some(FlowControl { receive: false, send: false })) => Some(Finding::ok(CHECK, "off")),
+        Ok(Some(FlowControl { receive, send })) => {
+            let on = [receive.then_some("rx"), send.then_some("tx")];
+            let on = on.into_iter().flatten().collect::<Vec<_>>().join(" and ");
+            let found = format!("on ({on}): PAUSE frames of a guest can stop the port for everybody");
+            warn(found, format!("ethtool -A {name} rx off tx off"))
+        }
+        Err(error) => warn(format!("it cannot be read ({error})"), format!("ethtool -a {name}")),
+    }
 }
 
 /// Whether the VFs can be given to VMs, and their drivers' mailbox is one that the relay speaks.

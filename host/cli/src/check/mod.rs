@@ -7,7 +7,7 @@ mod machine;
 
 use std::{
     fs::{self, File},
-    io::Read,
+    io::{self, Read},
     path::{Path, PathBuf},
 };
 
@@ -17,7 +17,7 @@ use options::{
     user_ids::UserArgs,
 };
 use serde::Serialize;
-use sriov::Sysfs;
+use sriov::{FlowControl, Sysfs};
 
 use super::{
     error::CliError,
@@ -84,15 +84,19 @@ impl Finding {
     }
 }
 
-/// The host's files below a root.
+/// The host's files below a root, and its interfaces.
 struct Host {
     root: PathBuf,
     sysfs: Sysfs,
+    /// Reads the flow control of an interface; None if its driver has none.
+    flow_control: fn(&str) -> io::Result<Option<FlowControl>>,
 }
 
 impl Host {
     fn new(root: &Path) -> Self {
-        Host { root: root.to_owned(), sysfs: Sysfs::new(root.join("sys")) }
+        // Another root has files, and no interfaces.
+        let flow_control = if root == Path::new("/") { sriov::flow_control } else { |_: &str| Ok(None) };
+        Host { root: root.to_owned(), sysfs: Sysfs::new(root.join("sys")), flow_control }
     }
 
     fn path(&self, relative: &str) -> PathBuf {

@@ -6,10 +6,13 @@ use super::*;
 
 const PF: Bdf = Bdf::new(0, 1, 0, 0).unwrap();
 
+const OFF: FlowControl = FlowControl { receive: false, send: false };
+
 /// A host made of files.
 struct MadeUp {
     directory: tempfile::TempDir,
     sysfs: FakeSysfs,
+    flow_control: fn(&str) -> io::Result<Option<FlowControl>>,
 }
 
 impl MadeUp {
@@ -20,7 +23,7 @@ impl MadeUp {
         let sysfs = FakeSysfs::new(directory.path().join("sys"));
         sysfs.add_igb(PF, "eth0");
         sysfs.sysfs().set_num_vfs(PF, 2, None).unwrap();
-        let made_up = MadeUp { directory, sysfs };
+        let made_up = MadeUp { directory, sysfs, flow_control: |_| Ok(Some(OFF)) };
         for (path, text) in [
             ("dev/kvm", ""),
             ("dev/vfio/vfio", ""),
@@ -60,7 +63,8 @@ impl MadeUp {
 
     fn findings(&self) -> Vec<Finding> {
         let users = UserArgs { vmm_uid_base: 900_000, vmm_uid_count: 4096 };
-        examine(&Host::new(self.directory.path()), &users, &AssignableList::default())
+        let host = Host { flow_control: self.flow_control, ..Host::new(self.directory.path()) };
+        examine(&host, &users, &AssignableList::default())
     }
 
     fn verdict(&self) -> Result<(), CliError> {
@@ -85,6 +89,7 @@ fn a_host_with_all_that_there_should_be() {
         "cgroup",
         "user_ids",
         "pf",
+        "flow_control",
         "vfs",
         "policy",
     ];
@@ -95,6 +100,29 @@ fn a_host_with_all_that_there_should_be() {
         "{policy}"
     );
     host.verdict().unwrap();
+}
+
+#[test]
+fn flow_control_of_a_pf_is_warned_of() {
+    let mut host = MadeUp::new();
+    let found = |host: &MadeUp| host.findings().into_iter().find(|finding| finding.check == "flow_control");
+    for (flow_control, on) in [
+        ((|_| Ok(Some(FlowControl { receive: true, send: true }))) as fn(&str) -> _, "on (rx and tx)"),
+        (|_| Ok(Some(FlowControl { receive: true, ..OFF })), "on (rx)"),
+        (|_| Ok(Some(FlowControl { send: true, ..OFF })), "on (tx)"),
+    ] {
+        host.flow_control = flow_control;
+        let finding = found(&host).unwrap();
+        assert_eq!((finding.verdict, finding.subject.as_deref()), (Verdict::Warn, Some("eth0")));
+        assert!(finding.found.starts_with(on), "{finding:?}");
+        assert_eq!(finding.fix.as_deref(), Some("ethtool -A eth0 rx off tx off"));
+        host.verdict().unwrap();
+    }
+    host.flow_control = |_| Err(io::Error::from_raw_os_error(95));
+    let finding = found(&host).unwrap();
+    assert!(finding.verdict == Verdict::Warn && finding.found.contains("cannot be read"), "{finding:?}");
+    host.flow_control = |_| Ok(None);
+    assert_eq!(found(&host), None);
 }
 
 #[test]

@@ -1,7 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 
-//! PF control through rtnetlink, and events of interfaces.
+//! PF control through rtnetlink, events of interfaces, and their flow control.
 
+mod flow_control;
 mod message;
 #[cfg(test)]
 mod message_tests;
@@ -9,5 +10,6 @@ mod monitor;
 mod pf;
 mod socket;
 
+pub use flow_control::{FlowControl, flow_control};
 pub use monitor::{Hint, Monitor};
 pub use pf::NetlinkPf;
