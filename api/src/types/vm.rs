@@ -111,8 +111,8 @@ fn one_cpu() -> u8 {
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 #[serde(deny_unknown_fields)]
 pub struct BootSpec {
-    /// The kernel's file: bzImage, or ELF with a PVH entry. A relative path is looked up in the agent's image
-    /// directories.
+    /// The kernel's file: bzImage, or ELF for x86-64, which starts at its PVH entry, or at its 64-bit entry without one. A relative
+    /// path is looked up in the agent's image directories.
     #[schema(example = "vmlinuz")]
     pub kernel: String,
     /// The initramfs file.
