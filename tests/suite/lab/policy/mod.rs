@@ -9,6 +9,7 @@ mod dpdk;
 mod drift;
 mod hostile;
 mod limits;
+mod revoked;
 mod round_trip;
 mod shared;
 mod tenant;
