@@ -26,6 +26,7 @@ pub struct Unreachable;
 
 /// A question to the authority: may this VF do that?
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
 pub struct Question {
     /// Number of this message of this VF. It grows and never repeats while the VF is assigned.
     pub seq: u64,
@@ -75,7 +76,7 @@ pub enum How {
 
 /// News that the agent must have. The vmm keeps it until the agent confirms it.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(tag = "notice", rename_all = "snake_case")]
+#[serde(tag = "notice", rename_all = "snake_case", deny_unknown_fields)]
 pub enum Notice {
     /// The relay gave up the question `seq`, because the guest was refused or has reset. The agent must revert a commit
     /// that it made or will make for it.

@@ -15,6 +15,7 @@ pub const BUCKETS_US: [u64; 11] =
 
 /// Counters of one relay since its start.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
 pub struct RelayStats {
     /// Messages by `opcode:outcome`, for instance `set_mac:refused`.
     pub messages: BTreeMap<String, u64>,
@@ -36,6 +37,7 @@ pub struct RelayStats {
 
 /// A histogram of times.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
 pub struct RoundTrips {
     /// Number of times added.
     pub count: u64,

@@ -53,6 +53,15 @@ impl TokenBucket {
         true
     }
 
+    /// Takes this number of tokens. Returns false, and takes none, if there are fewer.
+    pub fn take_many(&mut self, now: Duration, count: u32) -> bool {
+        if self.tokens(now) < count {
+            return false;
+        }
+        self.full_at = self.full_at.max(now).saturating_add(self.rate.period.saturating_mul(count));
+        true
+    }
+
     /// Puts a token back, unless the bucket is full.
     pub fn put_back(&mut self) {
         self.full_at = self.full_at.saturating_sub(self.rate.period);
@@ -83,5 +92,10 @@ mod tests {
         assert_eq!(taken(&mut bucket, 1100, 10), 1);
         assert_eq!(taken(&mut bucket, 1350, 10), 2);
         assert_eq!(taken(&mut bucket, 9000, 10), 3, "no more than the burst is saved up");
+
+        let at = Duration::from_millis;
+        assert!(bucket.take_many(at(9200), 2) && !bucket.take_many(at(9200), 1));
+        assert!(!bucket.take_many(at(20_000), 4) && bucket.take_many(at(20_000), 3));
+        assert_eq!(tokens(&bucket, 20_100), 1);
     }
 }

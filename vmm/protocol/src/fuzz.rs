@@ -54,6 +54,64 @@ mod tests {
         }
     }
 
+    /// Serde skips unknown members of some forms: words with a tag, such as `{"outcome": "done"}`, and maps of counters. The
+    /// other objects of a vmm's messages have none.
+    #[test]
+    fn messages_of_a_vmm_have_no_unknown_members() {
+        let mut refused = 0;
+        let messages = [
+            r#"{"type":"hello","version":3,"state":"running","boots":1}"#,
+            r#"{"type":"refused","reason":"no"}"#,
+            r#"{"type":"done","id":1,"result":{"Ok":{"outcome":"console_taken","taken":1}}}"#,
+            r#"{"type":"done","id":1,"result":{"Ok":{"outcome":"taken_back","failed":[],"deferred":true}}}"#,
+            r#"{"type":"done","id":1,"result":{"Err":{"code":"kvm","detail":"no"}}}"#,
+            r#"{"type":"ask","id":1,"ask":{"ask":"mailbox","adapter":"a","question":{"seq":1,"request":"reset"}}}"#,
+            r#"{"type":"report","seq":1,"report":{"report":"state","state":"running","boots":1}}"#,
+            r#"{"type":"report","seq":1,"report":{"report":"ended","end":{"end":"failed","detail":"no"}}}"#,
+            r#"{"type":"report","seq":1,"report":{"report":"device_lost","bdf":"0000:01:10.0","why":"failed"}}"#,
+            r#"{"type":"report","seq":1,"report":{"report":"relay","adapter":"a","notice":{"notice":"guest_mac","mac":"02:00:00:00:00:01"}}}"#,
+        ];
+        let stats = crate::Stats {
+            devices: [(
+                "0000:01:10.0".to_owned(),
+                crate::DeviceStats { relay: Some(Default::default()), ..Default::default() },
+            )]
+            .into(),
+            disks: [("root".to_owned(), crate::DiskStats::default())].into(),
+            ..crate::Stats::default()
+        };
+        let stats = ToAgent::Done { id: 1, result: Ok(crate::Outcome::Stats(Box::new(stats))) };
+        let stats = serde_json::to_string(&stats).unwrap();
+        for message in messages.into_iter().chain([stats.as_str()]) {
+            let value: serde_json::Value = serde_json::from_str(message).unwrap();
+            serde_json::from_value::<ToAgent>(value.clone())
+                .unwrap_or_else(|error| panic!("{message}: {error}"));
+            let mut places = Vec::new();
+            objects(&value, "", &mut places);
+            for place in places {
+                // Maps, and the form of a result.
+                if ["exits", "devices", "disks", "messages", "result"].iter().any(|map| place.ends_with(map))
+                {
+                    continue;
+                }
+                let mut odd = value.clone();
+                odd.pointer_mut(&place).unwrap()["unknown"] = serde_json::json!([1]);
+                let read = serde_json::from_value::<ToAgent>(odd.clone());
+                assert!(read.is_err(), "{place}: {odd}");
+                refused += 1;
+            }
+        }
+        assert!(refused >= 20, "{refused}");
+    }
+
+    /// Every object of a message, by its JSON pointer.
+    fn objects(value: &serde_json::Value, at: &str, all: &mut Vec<String>) {
+        if let Some(members) = value.as_object() {
+            all.push(at.to_owned());
+            members.iter().for_each(|(name, value)| objects(value, &format!("{at}/{name}"), all));
+        }
+    }
+
     proptest! {
         #[test]
         fn whatever_arrives_is_a_message_or_nothing(pick: prop::sample::Index, at: prop::sample::Index, byte: u8, cut: bool) {

@@ -1,6 +1,10 @@
 // SPDX-License-Identifier: Apache-2.0
 
 //! The messages between the agent and a vmm.
+//!
+//! The agent refuses unknown members in messages of a vmm, as far as serde can: to skip them would cost it time, and a vmm of an
+//! earlier version has none. So a new member of such a message needs a new version of the protocol, or a configuration that only the
+//! new agent makes, and is left out otherwise. A vmm skips unknown members: the agent is trusted.
 
 use std::{collections::BTreeMap, ops::RangeInclusive};
 
@@ -68,7 +72,7 @@ pub enum ToVmm {
 
 /// Messages from the vmm to the agent.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
-#[serde(tag = "type", rename_all = "snake_case")]
+#[serde(tag = "type", rename_all = "snake_case", deny_unknown_fields)]
 pub enum ToAgent {
     /// The response to the agent's hello.
     Hello {
@@ -171,7 +175,7 @@ pub enum Order {
 
 /// The result of a command that has succeeded.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
-#[serde(tag = "outcome", rename_all = "snake_case")]
+#[serde(tag = "outcome", rename_all = "snake_case", deny_unknown_fields)]
 pub enum Outcome {
     /// The command has no further result.
     Done,
@@ -195,6 +199,7 @@ pub enum Outcome {
 /// The failure of a command.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, thiserror::Error)]
 #[error("{detail}")]
+#[serde(deny_unknown_fields)]
 pub struct Failure {
     /// A stable code.
     pub code: FailureCode,
@@ -392,7 +397,7 @@ impl State {
 
 /// An event in a vmm.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
-#[serde(tag = "report", rename_all = "snake_case")]
+#[serde(tag = "report", rename_all = "snake_case", deny_unknown_fields)]
 pub enum Report {
     /// The state has changed.
     State {
@@ -435,7 +440,7 @@ pub enum DeviceLoss {
 
 /// The cause of a machine's end.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(tag = "end", rename_all = "snake_case")]
+#[serde(tag = "end", rename_all = "snake_case", deny_unknown_fields)]
 pub enum End {
     /// The guest powered off (ACPI S5).
     PoweredOff,
@@ -450,6 +455,7 @@ pub enum End {
 
 /// Counters of one VM since its process began.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
 pub struct Stats {
     /// KVM exits to user space by reason (`io_in`, `io_out`, `mmio_read`, `mmio_write`, …), all vCPUs.
     pub exits: BTreeMap<String, u64>,
@@ -468,6 +474,7 @@ pub struct Stats {
 
 /// Counters of one disk.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
 pub struct DiskStats {
     /// Requests to read.
     pub reads: u64,
@@ -489,6 +496,7 @@ pub struct DiskStats {
 
 /// Counters of one assigned function.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
 pub struct DeviceStats {
     /// Exits by BAR and 4 KiB page: `"0:1"` is page 1 of BAR 0. Pages without an exit are absent.
     pub bar_exits: BTreeMap<String, u64>,
@@ -501,7 +509,7 @@ pub struct DeviceStats {
 
 /// A request to the agent.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
-#[serde(tag = "ask", rename_all = "snake_case")]
+#[serde(tag = "ask", rename_all = "snake_case", deny_unknown_fields)]
 pub enum Ask {
     /// A guest's VF driver requests a change or a reset of the PF.
     Mailbox {

@@ -15,6 +15,9 @@ use protocol::{Ask, ChannelError, Order, Outcome, Report, ToAgent};
 /// Longest request or report in bytes. The longest of an honest vmm have about 1 KiB.
 const LONGEST: usize = 4096;
 
+/// The length of a response that costs no budget, in bytes. Honest ones have about 100, and failures some more.
+const SHORT: usize = 512;
+
 /// Connections to one process at once.
 const CONNECTIONS: u32 = 8;
 
@@ -38,6 +41,8 @@ struct Budgets {
     notices: Budget,
     reports: Budget,
     connections: Budget,
+    /// The bytes of long responses. A process can have the agent repeat some commands as fast as it completes them.
+    responses: Budget,
 }
 
 impl Allowance {
@@ -58,6 +63,8 @@ impl Allowance {
                 "connections",
                 Rate { burst: CONNECTIONS, period: Duration::from_secs(10) },
             ),
+            // Of an honest process only a revocation that fails has a long response.
+            responses: Budget::new("bytes of long responses", 256 << 10, 16 << 10),
         })))
     }
 
@@ -68,7 +75,16 @@ impl Allowance {
     }
 
     fn spend(&self, of: impl Fn(&mut Budgets) -> &mut Budget, now: Instant) -> Result<(), String> {
-        of(&mut self.0.lock().unwrap_or_else(PoisonError::into_inner)).spend(now)
+        of(&mut self.0.lock().unwrap_or_else(PoisonError::into_inner)).spend(now, 1)
+    }
+
+    /// Takes the bytes of a response from their budget.
+    fn spend_response(&self, length: usize, now: Instant) -> Result<(), String> {
+        if length <= SHORT {
+            return Ok(());
+        }
+        let length = u32::try_from(length).unwrap_or(u32::MAX);
+        self.0.lock().unwrap_or_else(PoisonError::into_inner).responses.spend(now, length)
     }
 }
 
@@ -103,9 +119,9 @@ impl Budget {
         Self { what, rate, bucket: TokenBucket::new(rate), began: None }
     }
 
-    fn spend(&mut self, now: Instant) -> Result<(), String> {
+    fn spend(&mut self, now: Instant, tokens: u32) -> Result<(), String> {
         let began = *self.began.get_or_insert(now);
-        if self.bucket.take(now.saturating_duration_since(began)) {
+        if self.bucket.take_many(now.saturating_duration_since(began), tokens) {
             return Ok(());
         }
         let Rate { burst, period } = self.rate;
@@ -168,7 +184,7 @@ impl Conduct {
             ToAgent::Ask { .. } => Some(|budgets| &mut budgets.questions),
             ToAgent::Report { report: Report::Relay { .. }, .. } => Some(|budgets| &mut budgets.notices),
             ToAgent::Report { .. } => Some(|budgets| &mut budgets.reports),
-            // The number of commands bounds these.
+            // The number of commands bounds these, and a budget their bytes.
             _ => None,
         };
         if let Some(budget) = budget {
@@ -183,6 +199,10 @@ impl Conduct {
                 let answers = self.orders.remove(id);
                 let answers =
                     answers.ok_or_else(|| format!("it completed the command {id}, which was not sent"))?;
+                // A process cannot have the agent repeat the command for counters, which are long: clients of the API do.
+                if answers != Answers::Stats {
+                    self.allowance.spend_response(length, now)?;
+                }
                 match result {
                     Ok(outcome) if !fits(answers, outcome) => {
                         Err("it completed a command with the result of another command".into())
@@ -376,6 +396,29 @@ mod tests {
             });
             assert!(taken.is_some_and(|taken| taken < limit / 2), "{order:?}: {taken:?}");
         }
+    }
+
+    /// The agent asks for console output as fast as the process answers.
+    #[test]
+    fn long_responses_have_a_budget_of_bytes() {
+        let begun = Instant::now();
+        let respond = |conduct: &mut Conduct, n: u64, order: &Order, outcome: Outcome, length, after| {
+            conduct.ordered(n, order).unwrap();
+            conduct.check_at(&done(n, outcome), length, begun + after)
+        };
+        let wait = Order::ConsoleWait { offset: 1 };
+        let mut conduct = self::conduct(Allowance::new(1));
+        for n in 0..10_000 {
+            respond(&mut conduct, n, &wait, Outcome::Done, SHORT, Duration::ZERO).unwrap();
+            let stats = Outcome::Stats(Box::default());
+            respond(&mut conduct, n, &Order::Stats, stats, 64 << 10, Duration::ZERO).unwrap();
+        }
+        let mut long = |after| respond(&mut conduct, 1, &wait, Outcome::Done, 64 << 10, after);
+        let taken = (0..100).take_while(|_| long(Duration::ZERO).is_ok()).count();
+        assert_eq!(taken, 4);
+        let error = long(Duration::from_secs(3)).unwrap_err();
+        assert!(error.contains("bytes of long responses"), "{error}");
+        long(Duration::from_secs(5)).unwrap();
     }
 
     /// A vmm chooses when a connection ends, so a new one must not refill its budgets.
