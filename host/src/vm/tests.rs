@@ -9,6 +9,7 @@ mod lease;
 mod life;
 mod network;
 mod progress;
+mod slow_disk;
 
 use api::{
     problem::ProblemCode,

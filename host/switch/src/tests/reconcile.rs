@@ -4,7 +4,7 @@ use std::time::Duration;
 
 use api::{
     PolicyBackend as _,
-    types::{EventKind, PfState},
+    types::{EventKind, ObjectKind, PfState},
 };
 use netpolicy::{Change, Committed, MacAddress, Outcome, Request, Setting, VlanId};
 use passthrough::relay::Notice;
@@ -208,6 +208,43 @@ async fn what_becomes_of_a_pf_is_told_once() {
     host.pfs.world().pfs.remove("eth9");
     host.hint(Hint::All).await;
     assert_eq!(told(&mut events).await, ("eth9".to_owned(), PfState::Removed));
+}
+
+/// Its PF was moved to another network namespace, for example.
+#[tokio::test]
+async fn a_port_that_cannot_be_compared_is_told_once_and_again_when_it_can() {
+    let host = Host::new("{}").await;
+    let mut events = host.policy.events(None).await.unwrap();
+    let mut told = || {
+        let mut ports = Vec::new();
+        while let Ok(event) = events.try_recv() {
+            if let EventKind::Changed { object, .. } = event.what
+                && object.kind == ObjectKind::Port
+            {
+                ports.push(object.name);
+            }
+        }
+        ports.sort();
+        ports
+    };
+    let unchecked = async || host.port(1).await.status.unchecked.map(|unchecked| unchecked.detail);
+    let pf = host.pfs.world().pfs.remove(PF).unwrap();
+    for _ in 0..3 {
+        host.hint(Hint::All).await;
+        host.until("it is shown", async |host| host.port(2).await.status.unchecked.is_some()).await;
+    }
+    assert_eq!(told(), ["vm1/eth0", "vm2/eth0"], "once");
+    let detail = unchecked().await.unwrap();
+    assert!(detail.contains(PF), "{detail}");
+    let metrics = host.metrics.text(&[]).unwrap();
+    assert!(metrics.lines().any(|line| line == "portcullis_ports_unchecked 2"), "{metrics}");
+
+    host.pfs.world().pfs.insert(PF.into(), pf);
+    for _ in 0..3 {
+        host.hint(Hint::All).await;
+        host.until("it is over", async |host| host.port(2).await.status.unchecked.is_none()).await;
+    }
+    assert_eq!((told(), unchecked().await), (vec!["vm1/eth0".to_owned(), "vm2/eth0".to_owned()], None));
 }
 
 #[tokio::test]
