@@ -12,4 +12,5 @@ pub mod function;
 pub mod hardware;
 pub mod relay;
 pub mod threads;
+mod token_bucket;
 pub mod vfio;

@@ -104,6 +104,11 @@ pub struct ServeArgs {
     /// The number of decisions to keep; the oldest are deleted first.
     #[arg(long, value_name = "COUNT", default_value_t = services::decisions::KEPT, value_parser = clap::value_parser!(u32).range(100..10_000_000))]
     pub decisions_kept: u32,
+    /// Stops a VM whose process has deferred the revocation of rights for so many seconds, because the guest has not reset its VF.
+    /// An honest process defers while the guest's interface is down, or has no driver after a reboot. Without this option it may do
+    /// so for any time.
+    #[arg(long, value_name = "SECONDS", value_parser = clap::value_parser!(u64).range(1..=31_536_000))]
+    pub revocation_deadline: Option<u64>,
     /// Grant every request of every guest, whatever the policy says: shows that a test would notice.
     #[cfg(feature = "test-support")]
     #[arg(long)]
@@ -348,10 +353,9 @@ async fn start_switch(
         events: events.clone(),
         hints: hints.ok(),
         metrics: env.metrics.clone(),
-        #[cfg(not(feature = "test-support"))]
-        timing: Timing::default(),
-        #[cfg(feature = "test-support")]
         timing: Timing {
+            deferred: args.revocation_deadline.map(Duration::from_secs),
+            #[cfg(feature = "test-support")]
             late: Late {
                 address: Duration::from_millis(args.late_address_for_tests),
                 multicast: Duration::from_millis(args.late_multicast_for_tests),

@@ -10,6 +10,7 @@ mod lease;
 mod life;
 mod network;
 mod progress;
+mod slow_disk;
 
 use api::{
     problem::ProblemCode,

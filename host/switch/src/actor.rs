@@ -264,6 +264,7 @@ impl Actor {
             Command::Notice { vm, adapter, notice, done, .. } => self.notice(vm, adapter, notice, done),
             Command::PfsKnown { pfs } => self.pfs_known(pfs),
             Command::Overdue { port } => self.overdue(port),
+            Command::DeferredTooLong { port, since } => self.deferred_too_long(port, since),
             #[cfg(test)]
             Command::Settle { reply } => self.settling.push(reply),
         }

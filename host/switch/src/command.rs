@@ -9,7 +9,7 @@ use netpolicy::{Change, MacAddress, PfCapabilities, PortId, VfRef, VmId, VmRef};
 use passthrough::relay::{Notice, Question};
 use services::pf::PfName;
 use sriov::VfChange;
-use tokio::sync::oneshot;
+use tokio::{sync::oneshot, time::Instant};
 
 use super::{error::SwitchError, intake::LinkId, vmm_client::Vmm};
 
@@ -176,6 +176,10 @@ pub(super) enum Command {
     },
     Overdue {
         port: PortId,
+    },
+    DeferredTooLong {
+        port: PortId,
+        since: Instant,
     },
     #[cfg(test)]
     Settle {

@@ -91,6 +91,9 @@ pub struct Timing {
     /// The longest wait for a vmm to confirm a command. If that command revokes a right, the VM is
     /// then stopped.
     pub confirm: Duration,
+    /// The longest time for which a vmm may defer revocations to its guest's next reset, before the VM is stopped; None for any
+    /// time.
+    pub deferred: Option<Duration>,
     /// The longest wait for a relay's event about a forwarded message.
     pub forwarded: Duration,
     /// The interval between comparisons of all ports with their PFs.
@@ -119,6 +122,7 @@ impl Default for Timing {
     fn default() -> Self {
         Self {
             confirm: Duration::from_secs(5),
+            deferred: None,
             forwarded: Duration::from_secs(2),
             compare: Duration::from_secs(30),
             gather: Duration::from_millis(200),

@@ -98,6 +98,9 @@ pub(super) struct PortQueue {
     pub(super) deferred: VecDeque<Vec<Change>>,
     /// The time of the first of these commands. Means nothing without one.
     pub(super) deferred_since: Option<Timestamp>,
+    /// The time since which revocations have been deferred without a moment in which all were made, if that has a limit. Neither
+    /// another deferral, nor a reboot or connection by the vmm's word, begins it anew.
+    pub(super) revoking_since: Option<Instant>,
     /// Changes that the policy requires and that failed the last time.
     pub(super) unmade: Vec<UnmadeChange>,
     /// Changes of an earlier boot of the guest that are still to be revoked.

@@ -96,6 +96,7 @@ impl Actor {
                 port_queue.push(Task::Repair { all: false });
             }
         }
+        self.time_deferral(port);
         self.reboot_over(port);
     }
 }

@@ -39,7 +39,7 @@ impl Actor {
                 port_queue.unmade.clear();
                 port_queue.edited_by = None;
             }
-            return;
+            return self.time_deferral(port);
         }
         if let Err(error) = self.state.begin(port, &corrections.changes()) {
             tracing::error!(%port, "Cannot begin corrections: {error}");
@@ -107,6 +107,7 @@ impl Actor {
         if !credible {
             self.stop(port, "Its process reports more deferred changes than its relay allows");
         }
+        self.time_deferral(port);
         self.save(port);
         if is_news && let Some(of) = self.state.port(port) {
             self.put(ObjectKind::Port, port.0, &port_name(of), false, None);
@@ -182,7 +183,45 @@ impl Actor {
                 port_queue.edited_by = None;
             }
         }
+        self.time_deferral(port);
         self.save(port);
+    }
+
+    /// Begins or ends the time that a vmm has for its deferred revocations, if that is limited.
+    pub(super) fn time_deferral(&mut self, port: PortId) {
+        let Some(limit) = self.timing.deferred else { return };
+        let corrections =
+            self.state.corrections(port).map(|corrections| corrections.list).unwrap_or_default();
+        let revokes = corrections
+            .iter()
+            .any(|correction| correction.taken_back && correction.change.route() == Route::Mailbox);
+        let Some(port_queue) = self.port_queues.get_mut(&port) else { return };
+        if !revokes && port_queue.deferred.is_empty() && port_queue.leftover.is_empty() {
+            port_queue.revoking_since = None;
+            return;
+        }
+        if port_queue.deferred.is_empty() || port_queue.revoking_since.is_some() {
+            return;
+        }
+        let (own, since) = (self.own.clone(), Instant::now());
+        port_queue.revoking_since = Some(since);
+        tokio::spawn(async move {
+            tokio::time::sleep(limit).await;
+            if let Some(own) = own.upgrade() {
+                drop(own.send((Span::none(), Command::DeferredTooLong { port, since })).await);
+            }
+        });
+    }
+
+    pub(super) fn deferred_too_long(&mut self, port: PortId, since: Instant) {
+        let waits = |port_queue: &PortQueue| !port_queue.closing && port_queue.revoking_since == Some(since);
+        if self.port_queues.get(&port).is_some_and(waits) {
+            let limit = self.timing.deferred.unwrap_or_default();
+            self.stop(
+                port,
+                &format!("Rights were not revoked within {limit:?}: its guest has not reset the VF"),
+            );
+        }
     }
 
     // ---- drift ----

@@ -234,8 +234,11 @@ impl PciFunction for AssignedFunction {
         self.shared.counters.config();
         let effect =
             self.shared.access.with(|hardware| self.shared.registers().config_write(hardware, offset, data));
-        if effect == Some(Effect::Reset) {
-            self.request_reset();
+        match effect {
+            Some(Effect::Reset) => self.request_reset(),
+            // Sending fails only after the thread has ended, and then the hardware is gone.
+            Some(Effect::IrqsLater) => drop(self.commands.send(Command::FollowIrqs)),
+            Some(Effect::None) | None => {}
         }
     }
 

@@ -2,7 +2,11 @@
 
 //! The state of a function that the guest's driver can change: command, BARs, MSI, MSI-X, power.
 
-use std::{ops::Range, sync::Arc};
+use std::{
+    ops::Range,
+    sync::Arc,
+    time::{Duration, Instant},
+};
 
 use devices::{
     interrupt::MsiRouter,
@@ -15,7 +19,10 @@ use devices::{
 };
 
 use super::{FunctionError, capabilities::Capabilities, config_space::ConfigSpace, windows::Windows};
-use crate::hardware::{IrqKind, VfHardware};
+use crate::{
+    hardware::{IrqKind, VfHardware},
+    token_bucket::{Rate, TokenBucket},
+};
 
 /// The command bits that the guest can set. I/O space is not among them: there are no I/O BARs.
 const COMMAND_BITS: u16 = config::COMMAND_MEMORY
@@ -37,13 +44,23 @@ const ADVANCED_FLR: u8 = 1;
 /// The most interrupt failures of the hardware to log.
 const LOGGED_FAILURES: u64 = 8;
 
+/// Changes of the hardware's interrupts that are made at once. The function's thread makes later ones, at this rate. A change costs
+/// the host more than the time of the vCPU: vectors of its processors, entries of the IOMMU, locks of the kernel that other processes
+/// wait for. Drivers change them a few times for each vector, at their start.
+const IRQ_CHANGES: Rate = Rate { burst: 64, period: Duration::from_millis(125) };
+
 /// The function's work after a configuration write.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Effect {
     None,
     /// Function level reset.
     Reset,
+    /// The function's thread changes the hardware's interrupts.
+    IrqsLater,
 }
+
+/// Interrupts of the hardware: their kind and the number of vectors.
+type Irqs = Option<(IrqKind, usize)>;
 
 pub(super) struct Registers {
     capabilities: Capabilities,
@@ -55,8 +72,14 @@ pub(super) struct Registers {
     command: u16,
     /// 0 for D0, 3 for D3hot. Only emulated: in D3hot nothing is decoded, but the hardware stays on.
     power_state: u16,
-    /// The kind of interrupts that the hardware signals now.
-    irqs: Option<IrqKind>,
+    /// The interrupts that the hardware signals now.
+    irqs: Irqs,
+    /// Those that the guest has turned on.
+    wanted_irqs: Irqs,
+    /// The function's thread is to follow the guest.
+    irqs_late: bool,
+    irq_changes: TokenBucket,
+    began: Instant,
     failures: u64,
 }
 
@@ -80,6 +103,10 @@ impl Registers {
             command: 0,
             power_state: 0,
             irqs: None,
+            wanted_irqs: None,
+            irqs_late: false,
+            irq_changes: TokenBucket::new(IRQ_CHANGES),
+            began: Instant::now(),
             failures: 0,
             capabilities,
         };
@@ -138,13 +165,15 @@ impl Registers {
         {
             self.space.set(config::INTERRUPT_LINE, &[*line]);
         }
-        self.write_msi(hardware, &touched, data);
+        if let Some(transition) = self.write_msi(&touched, data) {
+            effect = self.follow(hardware, IrqKind::Msi, transition);
+        }
         if let Some(control) = self.capabilities.msix.map(|msix| msix.capability + 2)
             && touches(control, 2)
         {
             let value = self.space.merged_word(control, offset, data);
             if let Some(transition) = self.msix.as_mut().map(|msix| msix.write_control(value)) {
-                self.follow(hardware, IrqKind::Msix, transition);
+                effect = self.follow(hardware, IrqKind::Msix, transition);
             }
         }
         if let Some(control) = self.capabilities.power_management.map(|at| at + PM_CONTROL)
@@ -187,6 +216,7 @@ impl Registers {
     /// When a window stays; the rest is still done.
     pub(super) fn quiesce(&mut self, hardware: &dyn VfHardware) -> std::io::Result<()> {
         let result = self.windows.clear();
+        (self.wanted_irqs, self.irqs_late) = (None, false);
         self.stop_irqs(hardware);
         hardware.config_write(config::COMMAND, &0u16.to_le_bytes());
         result
@@ -200,6 +230,7 @@ impl Registers {
             self.bars.clear();
         }
         (self.command, self.power_state) = (0, 0);
+        (self.wanted_irqs, self.irqs_late) = (None, false);
         if let Some(msi) = &mut self.msi {
             msi.reset();
         }
@@ -210,8 +241,8 @@ impl Registers {
         self.refresh();
     }
 
-    pub(super) fn stop_irqs(&mut self, hardware: &dyn VfHardware) {
-        if let Some(kind) = self.irqs.take()
+    fn stop_irqs(&mut self, hardware: &dyn VfHardware) {
+        if let Some((kind, _)) = self.irqs.take()
             && let Err(error) = hardware.disable_irqs(kind)
         {
             self.failed("disabled", kind, &error);
@@ -255,40 +286,66 @@ impl Registers {
         }
     }
 
-    fn write_msi(&mut self, hardware: &dyn VfHardware, touched: &Range<u16>, data: &[u8]) {
-        let Some((at, shape)) = self.capabilities.msi else { return };
+    fn write_msi(&mut self, touched: &Range<u16>, data: &[u8]) -> Option<Transition> {
+        let (at, shape) = self.capabilities.msi?;
         let body = at + 2..at + shape.size();
         if touched.start >= body.end || touched.end <= body.start {
-            return;
+            return None;
         }
         // A dword at the capability's start also covers its header, which ignores writes.
         let offset = touched.start.saturating_sub(at);
-        if let Some(transition) = self.msi.as_mut().map(|msi| msi.write(offset, data)) {
-            self.follow(hardware, IrqKind::Msi, transition);
+        self.msi.as_mut().map(|msi| msi.write(offset, data))
+    }
+
+    fn follow(&mut self, hardware: &dyn VfHardware, kind: IrqKind, transition: Transition) -> Effect {
+        match transition {
+            Transition::None => return Effect::None,
+            Transition::Disabled if self.wanted_irqs.is_some_and(|(wanted, _)| wanted == kind) => {
+                self.wanted_irqs = None;
+            }
+            Transition::Disabled => return Effect::None,
+            // One kind is on at a time.
+            Transition::Enabled(count) => self.wanted_irqs = Some((kind, count)),
+        }
+        if self.irqs_late {
+            // The thread finds the guest's last word.
+            return Effect::None;
+        }
+        if self.irq_changes.take(self.began.elapsed()) {
+            self.change_irqs(hardware);
+            return Effect::None;
+        }
+        self.irqs_late = true;
+        Effect::IrqsLater
+    }
+
+    /// The wait until the function's thread may follow the guest's last change of interrupts; None if it has none to make.
+    pub(super) fn irqs_due(&self) -> Option<Duration> {
+        let now = self.began.elapsed();
+        self.irqs_late.then(|| self.irq_changes.ready_at(now).saturating_sub(now))
+    }
+
+    /// Follows the guest's last change of interrupts, on the function's thread.
+    pub(super) fn follow_late(&mut self, hardware: &dyn VfHardware) {
+        if std::mem::take(&mut self.irqs_late) && self.irqs != self.wanted_irqs {
+            self.irq_changes.take(self.began.elapsed());
+            self.change_irqs(hardware);
         }
     }
 
-    fn follow(&mut self, hardware: &dyn VfHardware, kind: IrqKind, transition: Transition) {
-        match transition {
-            Transition::None => {}
-            Transition::Disabled => {
-                if self.irqs == Some(kind) {
-                    self.stop_irqs(hardware);
-                }
-            }
-            Transition::Enabled(count) => {
-                // One kind is on at a time, and a changed count means a new set of vectors.
-                self.stop_irqs(hardware);
-                let triggers = match kind {
-                    IrqKind::Msi => self.msi.as_ref().map(Msi::triggers),
-                    IrqKind::Msix => self.msix.as_ref().map(Msix::triggers),
-                };
-                let triggers = triggers.and_then(|triggers| triggers.get(..count)).unwrap_or_default();
-                match hardware.enable_irqs(kind, triggers) {
-                    Ok(()) => self.irqs = Some(kind),
-                    Err(error) => self.failed("enabled", kind, &error),
-                }
-            }
+    /// Makes the interrupts of the hardware those that the guest has turned on.
+    fn change_irqs(&mut self, hardware: &dyn VfHardware) {
+        // A changed count means a new set of vectors.
+        self.stop_irqs(hardware);
+        let Some((kind, count)) = self.wanted_irqs else { return };
+        let triggers = match kind {
+            IrqKind::Msi => self.msi.as_ref().map(Msi::triggers),
+            IrqKind::Msix => self.msix.as_ref().map(Msix::triggers),
+        };
+        let triggers = triggers.and_then(|triggers| triggers.get(..count)).unwrap_or_default();
+        match hardware.enable_irqs(kind, triggers) {
+            Ok(()) => self.irqs = Some((kind, count)),
+            Err(error) => self.failed("enabled", kind, &error),
         }
     }
 

@@ -28,13 +28,15 @@ const TRY_AGAIN_AFTER: Duration = Duration::from_millis(50);
 pub(super) enum Command {
     /// The guest requested a reset; the access is already closed for it.
     GuestReset,
+    /// The guest has changed its interrupts, more often than is made at once.
+    FollowIrqs,
     /// Reset to the state at power-on, and send the result.
     PowerOn(SyncSender<Result<(), ResetError>>),
     /// The function was closed: release the hardware, and end.
     Release(Option<Arc<dyn VfHardware>>),
 }
 
-/// The queue is unbounded but short: a guest has one reset at a time, and the vmm sends the other commands.
+/// The queue is unbounded but short: a guest has one reset and one change of interrupts at a time, and the vmm sends the other commands.
 pub(super) type Commands = Sender<Command>;
 
 pub(super) struct Worker {
@@ -62,6 +64,7 @@ impl Worker {
                     self.slow_down();
                     self.shared.access().end_reset();
                 }
+                Command::FollowIrqs => self.follow_irqs(),
                 Command::PowerOn(done) => {
                     let result = self.reset(true);
                     if result.is_ok() {
@@ -75,6 +78,28 @@ impl Worker {
                     drop(hardware);
                     return;
                 }
+            }
+        }
+    }
+
+    /// Makes the guest's last change of interrupts when their rate allows it. A command ends the wait: each resets the function,
+    /// which turns its interrupts off, or closes it.
+    fn follow_irqs(&mut self) {
+        loop {
+            let due = self.shared.registers().irqs_due();
+            let Some(wait) = due else { return };
+            if wait.is_zero() {
+                let shared = &self.shared;
+                shared.access().with(|hardware| shared.registers().follow_late(hardware));
+                return;
+            }
+            match self.commands.recv_timeout(wait) {
+                Ok(Command::FollowIrqs) | Err(RecvTimeoutError::Timeout) => {}
+                Ok(command) => {
+                    self.next = Some(command);
+                    return;
+                }
+                Err(RecvTimeoutError::Disconnected) => return,
             }
         }
     }

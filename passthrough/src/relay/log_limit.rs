@@ -4,7 +4,7 @@
 
 use std::time::Duration;
 
-use super::token_bucket::{Rate, TokenBucket};
+use crate::token_bucket::{Rate, TokenBucket};
 
 /// Admits a bounded number of log lines and counts the others.
 #[derive(Debug)]

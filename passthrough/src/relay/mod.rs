@@ -29,7 +29,6 @@ mod stats;
 pub mod testing;
 #[cfg(test)]
 mod tests;
-mod token_bucket;
 
 use std::{
     io,
@@ -44,12 +43,12 @@ pub use self::{
     authority::{Authority, Cancelled, Decision, Forwarded, How, Notice, Question, Unreachable, Verdict},
     mmio::MailboxPage,
     stats::{BUCKETS_US, RelayStats, RoundTrips},
-    token_bucket::{Rate, TokenBucket},
 };
 use self::{
     shared::{RelayCommand, Shared},
     state_machine::StateMachine,
 };
+pub use crate::token_bucket::{Rate, TokenBucket};
 use crate::{
     channel::mailbox::{
         layout::PAGE_SIZE,

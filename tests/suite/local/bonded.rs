@@ -36,6 +36,12 @@ fn effective(agent: &Agent, adapter: &str) -> String {
     ports.into_iter().find(|port| port.name == name).unwrap().status.effective_mac.to_string()
 }
 
+/// The addresses of its first two adapters in the status of the VM `alice`: the initial ones, as their description says.
+fn initial(agent: &Agent) -> [String; 2] {
+    let adapters = agent.vm("alice").status.adapters;
+    [&adapters[0], &adapters[1]].map(|adapter| adapter.mac.to_string())
+}
+
 fn details_of_refusals(agent: &Agent) -> Vec<String> {
     let verdict = serde_json::from_value(json!("denied")).unwrap();
     let filter = DecisionFilter { verdict: Some(verdict), limit: 100, ..DecisionFilter::default() };
@@ -72,6 +78,7 @@ fn ports_of_one_vm_share_an_address_on_two_pfs_only_and_give_it_back() {
         assert_eq!(alice.ask(&format!("set-mac {A}")), "ok");
         assert_eq!(alice.ask("down-up"), format!("ok mac={A} reply={A}"));
         assert_eq!([effective(&agent, "eth0"), effective(&agent, "eth1")], [A, A]);
+        assert_eq!(initial(&agent), [A, B]);
         assert!(bob.ask(&format!("send dst={A} text=hello")).starts_with("ok "));
         assert!(alice.ask(&format!("expect 2000 src={BOB} text=hello")).contains("hello"));
         assert_eq!(bob.ask(&format!("set-mac {A}")), "nack", "another VM has no part in it");
@@ -90,6 +97,7 @@ fn ports_of_one_vm_share_an_address_on_two_pfs_only_and_give_it_back() {
 
     agent.kill_and_restart();
     assert_eq!([effective(&agent, "eth0"), effective(&agent, "eth1")], [B, A], "the next agent knows it");
+    assert_eq!(initial(&agent), [A, B]);
     // An edit revokes it, also where each address by itself is allowed.
     settings(&agent, json!({ "mac_changes": "accept" }));
     let deadline = Instant::now() + Duration::from_secs(10);

@@ -122,6 +122,8 @@ impl Caller {
             assert!(Instant::now() < deadline, "no lease of {vm}");
             thread::sleep(Duration::from_millis(10));
         }
+        let stranger = format!("{path}?holder=8a6e0804-2bd0-4672-b79d-d97027f90001");
+        self.expect(409, "POST", &stranger, &Value::Null);
         self.expect(204, "DELETE", &path, &Value::Null);
         let answer = held.join().unwrap();
         assert_eq!(answer.status, 200, "{}", answer.body);

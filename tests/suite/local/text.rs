@@ -2,8 +2,8 @@
 
 //! Text from outside reaches terminals and the log without control characters.
 //!
-//! The table: each kind of text (a specification, a request, a file, a vmm's words and log, the database) against each path on which
-//! text is printed (tables, JSON, YAML, errors, metrics, the log of the agent).
+//! The table: each kind of text (a specification, a request, a file, the name of an interface, a vmm's words and log, the database)
+//! against each path on which text is printed (tables, JSON, YAML, errors, metrics, the log of the agent).
 
 use std::{
     fs,
@@ -90,6 +90,18 @@ fn texts_of_clients_control_no_terminal_and_forge_no_line() {
     spec["boot"]["initramfs"] = HOSTILE.into();
     agent.create(&spec).unwrap();
     print_all(&agent, "a path");
+    // The paths of disks, in their specification and in the error of a boot.
+    let mut spec = SmallGuest::spec(&agent, "disks", json!([]), "");
+    let backing = json!([{ "path": format!("/{HOSTILE}"), "format": "raw" }]);
+    spec["disks"] = json!([{ "id": "a", "path": HOSTILE, "format": "qcow2", "backing": backing }]);
+    agent.create(&spec).unwrap();
+    for format in ["table", "json", "yaml"] {
+        for words in [["vm", "show", "disks"], ["vm", "boot", "disks"], ["vm", "stats", "disks"]] {
+            let text = printed(&agent, &[&words[..], &["--output", format]].concat());
+            assert!(words[1] == "stats" || text.contains(TRACE), "{words:?}: {text}");
+        }
+    }
+    print_all(&agent, "the cause of a boot without its disk");
     for format in ["table", "json", "yaml"] {
         let text = printed(&agent, &["vm", "boot", "paths", "--output", format]);
         assert!(text.contains(TRACE), "{text}");
@@ -143,6 +155,54 @@ fn texts_of_clients_control_no_terminal_and_forge_no_line() {
         assert_harmless(&request, &answer.head.replace('\r', ""));
     }
     assert_harmless("the log", &agent.log());
+}
+
+/// Linux forbids only blanks, `/` and `:` in the name of an interface, of 15 bytes. `check` reads names from sysfs; a switch has those
+/// that its author wrote.
+#[test]
+fn names_of_interfaces_control_no_terminal_and_forge_no_line() {
+    const NAME: &str = "\u{1b}[2J\u{7}\u{9b}forged";
+    assert!(NAME.len() <= 15);
+    let root = TempDir::with_prefix("root").unwrap();
+    let device = root.path().join("sys/bus/pci/devices/0000:01:00.0");
+    fs::create_dir_all(device.join(format!("net/{NAME}"))).unwrap();
+    for (file, content) in [
+        ("vendor", "0x8086"),
+        ("device", "0x10c9"),
+        ("class", "0x020000"),
+        ("sriov_totalvfs", "7"),
+        ("sriov_numvfs", "0"),
+        ("sriov_drivers_autoprobe", "1"),
+        (&format!("net/{NAME}/flags"), "0x1002"),
+        (&format!("net/{NAME}/ifindex"), "7"),
+        (&format!("net/{NAME}/address"), "02:00:00:00:00:01"),
+    ] {
+        fs::write(device.join(file), content).unwrap();
+    }
+    let agent = start();
+    let switch = serde_json::from_value(json!({ "uplinks": [NAME] })).unwrap();
+    agent.ask(agent.client.put_switch("foreign", &switch, None)).unwrap();
+    let group = serde_json::from_value(json!({ "switch": "foreign" })).unwrap();
+    agent.ask(agent.client.put_port_group("foreign", &group, None)).unwrap();
+    let adapters = json!([{ "id": "eth0", "port_group": "foreign" }]);
+    agent.create(&SmallGuest::spec(&agent, "foreign", adapters, "")).unwrap();
+    let root = root.path().to_str().unwrap();
+    for format in ["table", "json", "yaml"] {
+        for (words, shows) in [
+            (&["check", "--root", root][..], true),
+            (&["switch", "list"], true),
+            (&["switch", "show", "foreign"], true),
+            (&["port-group", "show", "foreign"], false),
+            (&["pf", "show", NAME], true),
+            (&["pf", "set-vfs", NAME, "1"], true),
+            (&["switch", "set", "another", "--uplink", NAME], true),
+            (&["vm", "boot", "foreign"], false),
+            (&["events", "--since", "0"], false),
+        ] {
+            let text = printed(&agent, &[words, &["--output", format]].concat());
+            assert!(!shows || text.contains(TRACE), "{words:?}: {text}");
+        }
+    }
 }
 
 /// A taken-over vmm's reasons and failures, and the last lines of its log.

@@ -33,6 +33,8 @@ pub(crate) const NAME: &str = "vm::tests::fake_vmm::fake_vmm";
 /// behind.
 const LONELY: Duration = Duration::from_secs(20);
 
+const HALF_SECOND: Duration = Duration::from_millis(500);
+
 #[test]
 fn fake_vmm() {
     let mut arguments = std::env::args().rev();
@@ -295,6 +297,20 @@ impl Fake {
                 let ask = Ask::Mailbox { adapter: "eth0".into(), question };
                 self.say(&ToAgent::Ask { id: self.asked, ask });
             }
+            // As a guest that resets itself, and makes requests, as fast as vmm and relay let it.
+            "at-highest-rate" => {
+                (0..8).for_each(|_| self.reboot());
+                self.ask_often(64);
+                self.later = Some((Instant::now() + HALF_SECOND, format!("half-second {rest}")));
+            }
+            "half-second" => {
+                self.reboot();
+                self.ask_often(25);
+                let left: u32 = rest.parse().unwrap();
+                if left > 1 {
+                    self.later = Some((Instant::now() + HALF_SECOND, format!("half-second {}", left - 1)));
+                }
+            }
             "nonsense" => self.talk_nonsense(rest),
             "print" => {
                 let console = self.console.as_ref().unwrap();
@@ -305,6 +321,13 @@ impl Fake {
             }
             _ => {}
         }
+    }
+
+    /// Makes requests that the default policy denies.
+    fn ask_often(&mut self, times: u32) {
+        let request = netpolicy::Request::SetMac("02:00:00:00:00:66".parse().unwrap());
+        let word = format!("ask {}", serde_json::to_string(&request).unwrap());
+        (0..times).for_each(|_| self.obey(&word));
     }
 
     /// Sends messages that no real vmm sends.

@@ -7,6 +7,7 @@ use api::types::{
     Stage::{self, *},
     VmAction, VmState,
 };
+use sriov::{PfControl as _, VfChange};
 use tokio::time::timeout;
 
 use super::fixture::{Gates, Host, PATIENCE, VF0, caller};
@@ -192,4 +193,24 @@ async fn a_release_that_fails_twice_is_not_forgotten() {
     it.host.pf_answers(&[]);
     it.vm.delete(caller(), None).await.unwrap();
     it.host.assert_untouched().await;
+}
+
+/// The host's driver has the VF again, and has chosen an address, when a release is repeated. There was no address before.
+#[tokio::test]
+async fn a_repeated_release_leaves_the_host_the_address_that_it_has_chosen() {
+    let it = Watched::new("").await;
+    assert_eq!(it.host.settings(0).mac, None);
+    it.host.act(&it.vm, VmAction::Boot).await.unwrap();
+    let database = rusqlite::Connection::open(it.host.database()).unwrap();
+    let full = "CREATE TRIGGER full BEFORE DELETE ON objects WHEN OLD.kind = 'claim' \
+                BEGIN SELECT RAISE(ABORT, 'disk is full'); END";
+    database.execute_batch(full).unwrap();
+    it.host.act(&it.vm, VmAction::Stop).await.unwrap_err();
+    assert_eq!((it.host.claims().await, it.host.driver(VF0)), (1, Some("igbvf".into())));
+    let chosen = "52:54:00:00:00:77".parse().unwrap();
+    it.host.pf.lock().unwrap().set(0, VfChange::Mac(Some(chosen))).unwrap();
+    database.execute_batch("DROP TRIGGER full").unwrap();
+    it.vm.delete(caller(), None).await.unwrap();
+    assert_eq!((it.host.claims().await, it.host.driver(VF0)), (0, Some("igbvf".into())));
+    assert_eq!(it.host.settings(0).mac, Some(chosen), "the host's interface still has its address");
 }

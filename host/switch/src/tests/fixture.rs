@@ -37,6 +37,7 @@ pub(super) const PF: &str = "eth0";
 
 pub(super) const TIMING: Timing = Timing {
     confirm: Duration::from_millis(200),
+    deferred: None,
     forwarded: Duration::from_millis(500),
     compare: Duration::from_secs(3600),
     gather: Duration::from_millis(10),
@@ -177,6 +178,7 @@ async fn parts(
     dir: &Path,
     pfs: &FakePfs,
     metrics: &Metrics,
+    timing: Timing,
 ) -> Result<(SwitchHandle, Policy, mpsc::Sender<Hint>), SwitchError> {
     let path = dir.join("test.db");
     let store = Arc::new(SqliteStore::open(&path).unwrap());
@@ -190,7 +192,7 @@ async fn parts(
         decisions: decisions.clone(),
         events: events.clone(),
         hints: Some(hinted),
-        timing: TIMING,
+        timing,
         #[cfg(feature = "test-support")]
         bypass: false,
     };
@@ -201,16 +203,25 @@ async fn parts(
 impl Host {
     /// Without VMs.
     pub(super) async fn empty() -> Self {
+        Self::empty_with(TIMING).await
+    }
+
+    async fn empty_with(timing: Timing) -> Self {
         let (dir, pfs) = (tempfile::tempdir().unwrap(), FakePfs::new(&[PF, "eth1"]));
         let metrics = Metrics::default();
-        let (switch, policy, hints) = parts(dir.path(), &pfs, &metrics).await.unwrap();
+        let (switch, policy, hints) = parts(dir.path(), &pfs, &metrics, timing).await.unwrap();
         let guests = (0..3).map(|_| Guest::new()).collect();
         Self { switch, policy, pfs, metrics, hints, guests, dir }
     }
 
     /// With VMs 1 and 2 under these settings.
     pub(super) async fn new(settings: &str) -> Self {
-        let mut host = Self::empty().await;
+        Self::with_timing(settings, TIMING).await
+    }
+
+    /// The same with other times.
+    pub(super) async fn with_timing(settings: &str, timing: Timing) -> Self {
+        let mut host = Self::empty_with(timing).await;
         host.set(settings).await.unwrap();
         for n in [1, 2] {
             host.power_on(n).await.unwrap();
@@ -229,7 +240,7 @@ impl Host {
         let store = self.end().await;
         meanwhile(Table::new(&Stores::on_one_host(Arc::new(store)))).await;
         (self.switch, self.policy, self.hints) =
-            parts(self.dir.path(), &self.pfs, &self.metrics).await.unwrap();
+            parts(self.dir.path(), &self.pfs, &self.metrics, TIMING).await.unwrap();
     }
 
     /// The database, beside the agent.
@@ -268,7 +279,7 @@ impl Host {
             let put = Operation::Put { kind, id, name, value, expect: Expect::Any };
             store.commit(vec![put]).await.unwrap();
         }
-        parts(self.dir.path(), &self.pfs, &self.metrics).await.err().expect("an error")
+        parts(self.dir.path(), &self.pfs, &self.metrics, TIMING).await.err().expect("an error")
     }
 
     /// As [`restart_on_damaged`](Self::restart_on_damaged), with all objects of one kind lost.
@@ -278,7 +289,7 @@ impl Host {
             let delete = Operation::Delete { kind, id: object.id, expect: Expect::Any };
             store.commit(vec![delete]).await.unwrap();
         }
-        parts(self.dir.path(), &self.pfs, &self.metrics).await.err().expect("an error")
+        parts(self.dir.path(), &self.pfs, &self.metrics, TIMING).await.err().expect("an error")
     }
 
     /// Sends a hint of a change, and does not wait for its effect.

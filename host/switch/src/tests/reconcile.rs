@@ -4,12 +4,14 @@ use std::time::Duration;
 
 use api::{
     PolicyBackend as _,
-    types::{EventKind, PfState},
+    types::{EventKind, ObjectKind, PfState},
 };
 use netpolicy::{Change, Committed, MacAddress, Outcome, Request, Setting, VlanId};
 use passthrough::relay::Notice;
 use protocol::Order;
 use sriov::{Hint, VfChange};
+
+use crate::Timing;
 
 use super::fixture::{FORWARD, Host, LOCAL, PF, TIMING, TakesBack, mac, vf, vm};
 
@@ -210,6 +212,43 @@ async fn what_becomes_of_a_pf_is_told_once() {
     assert_eq!(told(&mut events).await, ("eth9".to_owned(), PfState::Removed));
 }
 
+/// Its PF was moved to another network namespace, for example.
+#[tokio::test]
+async fn a_port_that_cannot_be_compared_is_told_once_and_again_when_it_can() {
+    let host = Host::new("{}").await;
+    let mut events = host.policy.events(None).await.unwrap();
+    let mut told = || {
+        let mut ports = Vec::new();
+        while let Ok(event) = events.try_recv() {
+            if let EventKind::Changed { object, .. } = event.what
+                && object.kind == ObjectKind::Port
+            {
+                ports.push(object.name);
+            }
+        }
+        ports.sort();
+        ports
+    };
+    let unchecked = async || host.port(1).await.status.unchecked.map(|unchecked| unchecked.detail);
+    let pf = host.pfs.world().pfs.remove(PF).unwrap();
+    for _ in 0..3 {
+        host.hint(Hint::All).await;
+        host.until("it is shown", async |host| host.port(2).await.status.unchecked.is_some()).await;
+    }
+    assert_eq!(told(), ["vm1/eth0", "vm2/eth0"], "once");
+    let detail = unchecked().await.unwrap();
+    assert!(detail.contains(PF), "{detail}");
+    let metrics = host.metrics.text(&[]).unwrap();
+    assert!(metrics.lines().any(|line| line == "portcullis_ports_unchecked 2"), "{metrics}");
+
+    host.pfs.world().pfs.insert(PF.into(), pf);
+    for _ in 0..3 {
+        host.hint(Hint::All).await;
+        host.until("it is over", async |host| host.port(2).await.status.unchecked.is_none()).await;
+    }
+    assert_eq!((told(), unchecked().await), (vec!["vm1/eth0".to_owned(), "vm2/eth0".to_owned()], None));
+}
+
 #[tokio::test]
 async fn what_the_switch_does_is_counted() {
     let mut host = Host::new(
@@ -378,6 +417,59 @@ async fn a_vmm_that_tells_of_resets_for_ever_costs_its_pf_no_more_than_one() {
     let reads = host.pfs.world().reads;
     assert!(reads < 50, "the PF was read {reads} times");
     assert_eq!(host.addresses(1).await, (mac(1), mac(1)), "it was rebooted");
+}
+
+/// A vmm may defer to the guest's next reset as often as it likes, with reboots and resets that it claims. Only the end of all
+/// revocations ends the time that it has.
+#[tokio::test]
+async fn deferred_revocations_may_have_a_deadline() {
+    const LIMIT: Duration = Duration::from_secs(1);
+    for (limited, in_time) in [(true, false), (true, true), (false, false)] {
+        let timing = Timing { deferred: limited.then_some(LIMIT), ..TIMING };
+        let mut host = Host::with_timing(TRUNK, timing).await;
+        assert_eq!(host.ask(1, Request::SetVlan { vid: 100, add: true }).await, FORWARD);
+        host.vmm(1).heard().takes_back = TakesBack::Deferred;
+        host.set(NARROW).await.unwrap();
+        host.switch.settle().await;
+        let begun = tokio::time::Instant::now();
+        for id in 0..4 {
+            tokio::time::sleep(LIMIT / 8).await;
+            // It has made nothing, and defers again.
+            host.notice(1, Notice::TakenBack { id, failed: vec![leave(100)], deferred: false }).await;
+            host.switch.settle().await;
+        }
+        assert!(host.port(1).await.status.pending.is_some());
+        assert!(host.vmm(1).heard().stopped.is_empty(), "before its time");
+        if in_time {
+            host.vmm(1).heard().takes_back = TakesBack::Done;
+            host.notice(1, Notice::TakenBack { id: 9, failed: Vec::new(), deferred: false }).await;
+            host.switch.settle().await;
+        }
+        let is_stopped = limited && !in_time;
+        tokio::time::sleep_until(begun + LIMIT * 5 / 4).await;
+        assert_eq!(!host.vmm(1).heard().stopped.is_empty(), is_stopped, "{limited} {in_time}");
+        assert!(host.vmm(2).heard().stopped.is_empty());
+        if is_stopped {
+            assert!(host.vmm(1).heard().stopped[0].contains("not revoked within 1s"));
+        }
+    }
+}
+
+/// A reboot that the vmm claims does not end the time, nor is it needed to have a right that the guest keeps.
+#[tokio::test]
+async fn rights_of_a_former_boot_have_the_same_deadline() {
+    const LIMIT: Duration = Duration::from_millis(600);
+    let timing = Timing { deferred: Some(LIMIT), ..TIMING };
+    let mut host = Host::with_timing(TRUNK, timing).await;
+    assert_eq!(host.ask(1, Request::SetVlan { vid: 100, add: true }).await, FORWARD);
+    host.vmm(1).heard().takes_back = TakesBack::Deferred;
+    for _ in 0..3 {
+        host.intake(1).rebooted().await;
+        host.switch.settle().await;
+        tokio::time::sleep(LIMIT / 4).await;
+    }
+    host.until("it is stopped", async |host| !host.vmm(1).heard().stopped.is_empty()).await;
+    assert!(host.vmm(2).heard().stopped.is_empty());
 }
 
 #[tokio::test]

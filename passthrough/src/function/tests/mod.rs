@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 
 mod fakes;
+mod irqs;
 mod properties;
 mod reset;
 

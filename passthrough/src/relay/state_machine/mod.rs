@@ -32,7 +32,6 @@ use super::{
     log_limit::LogLimit,
     rejection_summary::RejectionSummary,
     shared::{Posted, Shared},
-    token_bucket::TokenBucket,
 };
 use crate::{
     channel::mailbox::channel::{MailboxChannel, Response},
@@ -41,6 +40,7 @@ use crate::{
         address::{DriverAddress, Judgement},
     },
     hardware::VfHardware,
+    token_bucket::TokenBucket,
 };
 
 /// A message without a reply yet.
