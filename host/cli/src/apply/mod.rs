@@ -32,7 +32,7 @@ pub struct ApplyArgs {
     #[arg(long = "file", short, value_name = "DIR", required = true)]
     files: Vec<String>,
     /// Shows the objects to create and change, and changes nothing. Fails as apply would: a change
-    /// of a VM that is not stopped is `blocked`, except of `restart`, `autostart`, `cloud_init` and `credentials`, and no two
+    /// of a VM that is not stopped is `blocked`, except of `restart`, `autostart`, `cloud_init`, `credentials` and the `limits` of disks, and no two
     /// VMs may have the same address (exit code 5).
     #[arg(long)]
     dry_run: bool,
