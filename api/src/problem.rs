@@ -230,15 +230,20 @@ problem_codes! {
     /// The caller may not use a disk's file, or it is neither a regular file nor a block device.
     DiskUnreadable = "disk_unreadable", 403, "The disk's file cannot be opened",
         "The caller's user, or an author of the specification, may not read or write the file, or it is neither a regular file nor a block device.",
-        "Give that user the right, put the file into a directory of `--disk-dir`, or make the disk `read_only`.";
+        "Give that user the right, put the file into a directory of `--disk-dir`, or make the disk `read_only` or `ephemeral`.";
     /// Another process uses the disk's file.
     DiskInUse = "disk_in_use", 409, "The disk is in use",
         "Another VM, QEMU or another program has locked the file.",
-        "End the user, which `detail` names where the agent can see it; give the VM a copy; or make the disk `read_only` for all its users.";
+        "End the user, which `detail` names where the agent can see it; give the VM a copy; or make the disk `read_only` or `ephemeral` for all its users.";
     /// A disk's file has less than a sector, or is no usable image of its format.
     DiskInvalid = "disk_invalid", 422, "The disk cannot be used",
         "The file is shorter than a sector of 512 bytes, is no image of its format, has a feature that is not supported, is damaged, or has other backing files than `disks[].backing`.",
         "Follow `detail`, which names the command: mostly `qemu-img convert -O qcow2`, `qemu-img check -r all` or `qemu-img rebase`.";
+
+    /// The agent has no file for the changes of an ephemeral disk.
+    EphemeralUnavailable = "ephemeral_unavailable", 503, "No file for an ephemeral disk",
+        "No file for the changes of an ephemeral disk can be made in the directory of `serve --ephemeral-dir`, or in `ephemeral` in the state directory.",
+        "Follow `detail`: make the directory writable for the agent, make room on its file system, or choose one on ext4, XFS, Btrfs or tmpfs.";
 
     /// A NIC's interface is not among those that VMs may use.
     InterfaceNotAllowed = "interface_not_allowed", 403, "VMs may not use the interface",

@@ -50,6 +50,8 @@ pub struct Environment {
     pub image_dirs: Vec<PathBuf>,
     /// The directories with disks that every caller may use.
     pub disk_dirs: Vec<PathBuf>,
+    /// The directory with the unnamed files of ephemeral disks. It is made when the first one boots.
+    pub ephemeral_dir: PathBuf,
     /// The interfaces of the host that VMs' NICs may use.
     pub interfaces: Vec<String>,
     /// The program of a vmm.
@@ -103,6 +105,7 @@ impl Environment {
             run_dir,
             image_dirs: Vec::new(),
             disk_dirs: Vec::new(),
+            ephemeral_dir: "/var/lib/portcullis/ephemeral".into(),
             interfaces: Vec::new(),
             program: Program::default(),
             memlock_slack: MEMLOCK_SLACK,

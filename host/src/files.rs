@@ -128,7 +128,7 @@ pub enum FileError {
     /// The file system, or the file itself, does not allow writing.
     #[error(
         "{path} lies in a file system that is read-only for the agent: under systemd, allow the agent to write there \
-         (ReadWritePaths= in a drop-in of its unit), or make the disk read_only"
+         (ReadWritePaths= in a drop-in of its unit), or make the disk read_only or ephemeral"
     )]
     ReadOnly {
         /// The path in the request.

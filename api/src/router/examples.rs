@@ -92,6 +92,7 @@ fn spec() -> Option<VmSpec> {
             format: DiskFormat::Qcow2,
             backing: vec![BackingSpec { path: "debian-12.raw".to_owned(), format: DiskFormat::Raw }],
             read_only: false,
+            ephemeral: false,
             serial: None,
             discard: true,
             on_full: OnFull::Pause,

@@ -24,8 +24,8 @@ pub struct DiskSpec {
     /// Unique within the VM.
     #[schema(example = "root")]
     pub id: Name,
-    /// The file or block device. A relative path is looked up in the agent's disk directories, for a read-only disk also in its
-    /// image directories. Elsewhere the file is opened with the rights of the caller and of the specification's authors.
+    /// The file or block device. A relative path is looked up in the agent's disk directories, for a read-only or
+    /// ephemeral disk also in its image directories. Elsewhere the file is opened with the rights of the caller and of the specification's authors.
     #[schema(example = "web1.raw")]
     pub path: String,
     /// The format of the file. It is never guessed: a guest could write the header of another one.
@@ -38,6 +38,10 @@ pub struct DiskSpec {
     /// The guest cannot write. Several VMs may have the file then.
     #[serde(default, skip_serializing_if = "std::ops::Not::not")]
     pub read_only: bool,
+    /// The guest writes, and its writes vanish at the end of the VM's process: at a stop, not at a reboot. The file and its
+    /// backing files are only read, so several VMs may have them.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub ephemeral: bool,
     /// The serial number in the guest (`/dev/disk/by-id/virtio-SERIAL`): 1 to 20 printable ASCII characters, without blanks.
     /// The disk's id if there is none.
     #[serde(default, skip_serializing_if = "Option::is_none")]
@@ -178,6 +182,11 @@ pub(super) fn check(disks: &[DiskSpec]) -> Result<(), Problem> {
         }
         if let Some(limits) = &disk.limits {
             limits.check(&format!("disks[{n}].limits"))?;
+        }
+        if disk.read_only && disk.ephemeral {
+            let detail =
+                "A read-only disk has no changes that could vanish: leave out ephemeral or read_only.";
+            return Err(Problem::invalid(format!("disks[{n}].ephemeral"), detail));
         }
         if disk.read_only && disk.discard {
             let detail = "A read-only disk cannot be discarded: leave out discard or read_only.";

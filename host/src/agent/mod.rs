@@ -59,6 +59,8 @@ const STOP_ALL: Duration = Duration::from_secs(60);
 
 /// The database, in the state directory.
 const DATABASE: &str = "portcullis.db";
+/// The directory with the files of ephemeral disks, in the state directory unless an option has another.
+const EPHEMERAL: &str = "ephemeral";
 
 /// The treatment of VMs at the agent's end.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]
@@ -85,6 +87,10 @@ pub struct ServeArgs {
     /// A directory with disks that every caller may use, for reading and writing; may be repeated.
     #[arg(long = "disk-dir", value_name = "DIR")]
     pub disk_dirs: Vec<PathBuf>,
+    /// A directory of a file system with room for the changes of ephemeral disks; the directory `ephemeral` in the state
+    /// directory if it is not given.
+    #[arg(long, value_name = "DIR")]
+    pub ephemeral_dir: Option<PathBuf>,
     /// An interface of the host that VMs' NICs may use: a bridge, a tap or a macvtap. May be repeated.
     #[arg(long = "interface", value_name = "NAME")]
     pub interfaces: Vec<String>,
@@ -183,6 +189,10 @@ pub async fn serve(args: ServeArgs, socket: &Path, token_file: Option<&Path>) ->
     env.serving.send_replace(false);
     env.image_dirs = directories(&args.image_dirs, "image")?;
     env.disk_dirs = directories(&args.disk_dirs, "disk")?;
+    env.ephemeral_dir = match &args.ephemeral_dir {
+        Some(dir) => directory(dir, "ephemeral")?,
+        None => directory(&args.state_dir, "state")?.join(EPHEMERAL),
+    };
     env.interfaces.clone_from(&args.interfaces);
     env.cgroup_parent.clone_from(&args.cgroup_parent);
     env.inventory.set_assignable(args.assignable.clone().into());
@@ -387,10 +397,11 @@ fn lock(directory: &Path, what: &str, option: &str, mode: u32) -> anyhow::Result
 }
 
 fn directories(dirs: &[PathBuf], kind: &str) -> anyhow::Result<Vec<PathBuf>> {
-    let canonical = |dir: &PathBuf| {
-        dir.canonicalize().with_context(|| format!("The {kind} directory {} cannot be used", dir.display()))
-    };
-    dirs.iter().map(canonical).collect()
+    dirs.iter().map(|dir| directory(dir, kind)).collect()
+}
+
+fn directory(dir: &Path, kind: &str) -> anyhow::Result<PathBuf> {
+    dir.canonicalize().with_context(|| format!("The {kind} directory {} cannot be used", dir.display()))
 }
 
 #[cfg(test)]

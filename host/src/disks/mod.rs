@@ -5,6 +5,7 @@
 //! The agent never reads a disk's contents, because a guest writes them.
 
 mod lock;
+mod overlay;
 
 use std::{
     fs::{self, File},
@@ -22,7 +23,10 @@ use api::{
 use rustix::fs::{AtFlags, CWD, StatxFlags, statx};
 
 use self::lock::Use;
-use crate::files::{self, FileError, Purpose};
+use crate::{
+    environment::Environment,
+    files::{self, FileError, Purpose},
+};
 
 /// Bytes of a sector: a disk has one at least.
 const SECTOR: u64 = 512;
@@ -38,6 +42,8 @@ pub struct Opened {
     pub file: File,
     /// Its backing files, the next one first.
     pub backing: Vec<File>,
+    /// An empty file for the changes of an ephemeral disk.
+    pub overlay: Option<File>,
 }
 
 /// The directories in which every caller may use disks.
@@ -47,9 +53,20 @@ pub struct Directories {
     pub images: Vec<PathBuf>,
     /// For reading and writing.
     pub disks: Vec<PathBuf>,
+    /// The directory for the changes of ephemeral disks.
+    pub ephemeral: PathBuf,
 }
 
-/// Opens and locks the disks of a VM, in their order. All of `rights` must be able to use each of them. `others` are the
+impl Directories {
+    /// Those of the agent.
+    #[must_use]
+    pub fn of(env: &Environment) -> Self {
+        let (images, disks) = (env.image_dirs.clone(), env.disk_dirs.clone());
+        Self { images, disks, ephemeral: env.ephemeral_dir.clone() }
+    }
+}
+
+/// Opens and locks the disks of a VM, in their order, and makes files for the changes of ephemeral ones. All of `rights` must be able to use each of them. `others` are the
 /// paths of disks of VMs that run, each behind its VM's name. Blocks: not for async code.
 ///
 /// # Errors
@@ -81,7 +98,8 @@ pub fn open_all(
         let at = |place: String| {
             move |(code, detail)| Problem { field: Some(place.into()), ..Problem::new(code, detail) }
         };
-        let wanted = Wanted { path: &disk.path, format: disk.format, read_only: disk.read_only };
+        let read_only = disk.read_only || disk.ephemeral;
+        let wanted = Wanted { path: &disk.path, format: disk.format, read_only };
         let file = open(rights, dirs, wanted, user).map_err(at(format!("disks[{number}].path")))?;
         let mut backing = Vec::new();
         for (layer, spec) in disk.backing.iter().enumerate() {
@@ -89,7 +107,12 @@ pub fn open_all(
             let place = format!("disks[{number}].backing[{layer}].path");
             backing.push(open(rights, dirs, wanted, user).map_err(at(place))?);
         }
-        opened.push((disk, Opened { file, backing }));
+        let overlay = disk.ephemeral.then(|| overlay::create(&dirs.ephemeral)).transpose();
+        let overlay = overlay.map_err(|error| {
+            let failed = (ProblemCode::EphemeralUnavailable, overlay::text(&dirs.ephemeral, &error));
+            at(format!("disks[{number}].ephemeral"))(failed)
+        })?;
+        opened.push((disk, Opened { file, backing, overlay }));
     }
     Ok(opened.into_iter().map(|(_, file)| file).collect())
 }
@@ -162,7 +185,7 @@ fn in_use(disk: Wanted<'_>, user: Option<String>) -> String {
     let cure = if disk.read_only {
         "end that use, or give the VM a copy"
     } else {
-        "end that use, give the VM a copy, or make the disk read_only for all its users"
+        "end that use, give the VM a copy, or make the disk read_only or ephemeral for all its users"
     };
     format!("The disk {} is in use by {user}: {cure}.", disk.path)
 }
@@ -220,7 +243,11 @@ mod tests {
             file.set_len(size).unwrap();
             file.set_permissions(fs::Permissions::from_mode(mode)).unwrap();
         }
-        let dirs = Directories { images: vec![path.join("images")], disks: vec![path.join("disks")] };
+        let dirs = Directories {
+            images: vec![path.join("images")],
+            disks: vec![path.join("disks")],
+            ephemeral: path.join("ephemeral"),
+        };
         Place { root, dirs }
     }
 
@@ -292,6 +319,38 @@ mod tests {
                 expect,
                 "{path}: all must have the right"
             );
+        }
+    }
+
+    #[test]
+    fn an_ephemeral_disk_needs_the_rights_of_reading_and_has_a_file_without_a_name() {
+        let place = place();
+        let ephemeral = |path: &str| DiskSpec { ephemeral: true, ..disk(path, false) };
+        let open = |caller: Caller, path: &str| {
+            let path = path
+                .replace("HOME", place.root.path().canonicalize().unwrap().join("home").to_str().unwrap());
+            open_all(&[caller], &place.dirs, &[ephemeral(&path)], &[])
+        };
+        let base = open(me(), "base").expect("a base in an image directory");
+        let again = open(Caller::Token("ci".into()), "base").expect("shared");
+        let write = |file: &File| std::os::unix::fs::FileExt::write_all_at(file, b"x", 0);
+        for Opened { file, overlay, .. } in base.iter().chain(&again) {
+            write(file).expect_err("the base is only read");
+            let overlay = overlay.as_ref().unwrap();
+            write(overlay).unwrap();
+            let data = overlay.metadata().unwrap();
+            assert_eq!((data.nlink(), data.mode() & 0o777), (0, 0o600));
+            let name = format!("/proc/self/fd/{}", std::os::fd::AsRawFd::as_raw_fd(overlay));
+            let link =
+                rustix::fs::linkat(CWD, name, CWD, place.root.path().join("name"), AtFlags::SYMLINK_FOLLOW);
+            assert_eq!(link, Err(rustix::io::Errno::NOENT), "it never gets a name");
+        }
+        assert_eq!(fs::metadata(&place.dirs.ephemeral).unwrap().mode() & 0o777, 0o700);
+        assert_eq!(fs::read_dir(&place.dirs.ephemeral).unwrap().count(), 0);
+        assert!(open_all(&[me()], &place.dirs, &[disk("web1", true)], &[]).unwrap()[0].overlay.is_none());
+        if rustix::process::geteuid().is_root() {
+            open(stranger(), "HOME/readable").expect("no right to write");
+            assert_eq!(open(stranger(), "HOME/root-only").unwrap_err().code, ProblemCode::DiskUnreadable);
         }
     }
 

@@ -129,7 +129,7 @@ async fn open_disks(
     if spec.disks.is_empty() {
         return Ok(Vec::new());
     }
-    let dirs = Directories { images: env.image_dirs.clone(), disks: env.disk_dirs.clone() };
+    let dirs = Directories::of(env);
     let open = |others: Vec<(String, String)>| {
         let (rights, dirs, disks) = (rights.clone(), dirs.clone(), spec.disks.clone());
         blocking(move || disks::open_all(&rights, &dirs, &disks, &others))
@@ -265,8 +265,9 @@ pub(super) async fn run(
     let disks = vm.value.spec.disks.iter().zip(files.disks).flat_map(|(spec, opened)| {
         let id = spec.id.to_string();
         let backing = opened.backing.into_iter().enumerate();
-        let own = [(file::disk(&id), opened.file)];
-        own.into_iter().chain(backing.map(move |(number, backing)| (file::backing(&id, number), backing)))
+        let own = [(file::disk(&id), opened.file)].into_iter();
+        let own = own.chain(opened.overlay.map(|overlay| (file::overlay(&id), overlay)));
+        own.chain(backing.map(move |(number, backing)| (file::backing(&id, number), backing)))
     });
     let specs: Vec<_> =
         vm.value.spec.nics.iter().zip(&files.nics).map(|(spec, opened)| nic(spec, opened)).collect();
@@ -361,6 +362,7 @@ fn seed_disk() -> protocol::DiskSpec {
         format: protocol::DiskFormat::Raw,
         backing: Vec::new(),
         read_only: true,
+        ephemeral: false,
         serial: SEED_SERIAL.to_owned(),
         discard: false,
         limits: protocol::DiskLimits::default(),
@@ -374,6 +376,7 @@ fn disk(spec: &DiskSpec) -> protocol::DiskSpec {
         format: format(spec.format),
         backing: spec.backing.iter().map(|backing| format(backing.format)).collect(),
         read_only: spec.read_only,
+        ephemeral: spec.ephemeral,
         serial: spec.serial().to_owned(),
         discard: spec.discard,
         limits: disk_limits(spec.limits),

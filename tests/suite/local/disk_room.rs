@@ -17,27 +17,33 @@ use super::disks::{boot, qemu_img, sector, spec};
 use crate::fixture::{Agent, SmallGuest, host};
 
 /// A small file system below the agent's directory.
-struct Small(PathBuf);
+pub(super) struct Small(PathBuf);
 
 impl Small {
-    fn mount(agent: &Agent) -> Self {
+    pub(super) fn mount(agent: &Agent) -> Self {
         let path = agent.directory().join("small");
         fs::create_dir(&path).unwrap();
         host::run("mount", &["-t", "tmpfs", "-o", "size=8m,mode=755", "none", path.to_str().unwrap()]);
         Self(path)
     }
 
-    fn path(&self, name: &str) -> String {
+    pub(super) fn path(&self, name: &str) -> String {
         self.0.join(name).display().to_string()
     }
 
-    fn fill(&self) {
+    pub(super) fn fill(&self) {
         let mut file = File::create(self.0.join("filler")).unwrap();
         while file.write_all(&[1; 4096]).is_ok() {}
     }
 
-    fn make_room(&self) {
+    pub(super) fn make_room(&self) {
         fs::remove_file(self.0.join("filler")).unwrap();
+    }
+
+    /// Free bytes.
+    pub(super) fn room(&self) -> u64 {
+        let stat = rustix::fs::statvfs(&self.0).unwrap();
+        stat.f_bfree * stat.f_frsize
     }
 }
 

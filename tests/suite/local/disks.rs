@@ -442,6 +442,10 @@ fn wrong_disks_are_refused_by_name_before_anything_is_touched() {
             json!([{"id": "a", "path": "a", "format": "raw", "read_only": true, "discard": true}]),
             "disks[0].discard",
         ),
+        (
+            json!([{"id": "a", "path": "a", "format": "raw", "read_only": true, "ephemeral": true}]),
+            "disks[0].ephemeral",
+        ),
     ] {
         let problem = agent.create(&spec(&agent, "never", disks)).unwrap_err();
         assert_eq!(

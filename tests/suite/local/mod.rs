@@ -10,6 +10,7 @@ mod crash;
 mod demo;
 mod disk_room;
 mod disks;
+mod ephemeral;
 mod errors;
 mod exit;
 mod flood;

@@ -26,9 +26,9 @@ use super::files;
 pub const FRAME_MAX: usize = 64 * 1024;
 
 /// The most file descriptors beside one packet: the files of every machine, its initramfs, a connection for each function
-/// of a VM, all of which may be simulated, its disks, their backing files, the disk for cloud-init, and the queues of
-/// NICs. A new file of a device adds to it.
-pub const FDS_MAX: usize = files::OF_EVERY_MACHINE.len() + 16 + 16 + 16 + 32 + 1 + 8 * 5;
+/// of a VM, all of which may be simulated, its disks, their overlays and backing files, the disk for cloud-init, and the
+/// queues of NICs with their locks. A new file of a device adds to it.
+pub const FDS_MAX: usize = files::OF_EVERY_MACHINE.len() + 16 + 16 + 16 + 16 + 32 + 1 + 8 * 5;
 
 thread_local! {
     /// The receive buffer. It is reused: a new one for each packet would be zeroed each time, on a path where a guest

@@ -50,6 +50,12 @@ pub fn backing(id: &str, number: usize) -> String {
     format!("disk:{id}:{number}")
 }
 
+/// The name of the file for the changes of an ephemeral disk.
+#[must_use]
+pub fn overlay(id: &str) -> String {
+    format!("disk:{id}:overlay")
+}
+
 /// The name of a file of a NIC's interface. `number` is that of the pair of queues, from 0.
 #[must_use]
 pub fn nic(id: &str, number: usize) -> String {

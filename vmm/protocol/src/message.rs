@@ -298,6 +298,9 @@ pub struct DiskSpec {
     pub backing: Vec<DiskFormat>,
     /// The guest cannot write.
     pub read_only: bool,
+    /// The file and its backing files are only read. The guest's writes go to an overlay in an empty file, which comes
+    /// beside the command ([`files::overlay`](super::files::overlay)) and ends with the process.
+    pub ephemeral: bool,
     /// The serial number in the guest: 20 bytes at most.
     pub serial: String,
     /// The guest may give the host's room back.

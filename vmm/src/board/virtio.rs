@@ -158,30 +158,35 @@ fn disk(board: &Board, parts: &mut Parts<'_>, spec: &DiskSpec) -> Result<Arc<dyn
 
 /// Opens the format of a disk. Returns the length that its file may reach, too.
 fn open(parts: &mut Parts<'_>, spec: &DiskSpec, file: File) -> Result<(Box<dyn Disk>, u64), BoardError> {
-    match spec.format {
-        DiskFormat::Raw => {
-            let disk = RawDisk::new(file).map_err(|error| failed(&spec.id)(error.into()))?;
-            let longest = disk.file_length();
-            Ok((Box::new(disk), longest))
-        }
-        DiskFormat::Qcow2 => {
-            let mut backing = Vec::new();
-            for (number, format) in spec.backing.iter().enumerate() {
-                let file = parts.files.require(&files::backing(&spec.id, number));
-                let file = file.map_err(|error| failed(&spec.id)(error.into()))?;
-                let format = match format {
-                    DiskFormat::Raw => Format::Raw,
-                    DiskFormat::Qcow2 => Format::Qcow2,
-                };
-                backing.push((format, File::from(file)));
-            }
-            let unusable = |source| BoardError::Disk { id: spec.id.clone(), source };
-            let disk = Qcow2Disk::open(file, backing, !spec.read_only).map_err(unusable)?;
-            let tables = disk.size() / TABLES;
-            let longest =
-                disk.file_length().saturating_add(disk.size()).saturating_add(tables).saturating_add(LEAKS);
-            Ok((Box::new(disk), longest))
-        }
+    if spec.format == DiskFormat::Raw && !spec.ephemeral {
+        let disk = RawDisk::new(file).map_err(|error| failed(&spec.id)(error.into()))?;
+        let longest = disk.file_length();
+        return Ok((Box::new(disk), longest));
+    }
+    let mut take = |name: &str| {
+        let file = parts.files.require(name);
+        file.map(File::from).map_err(|error| failed(&spec.id)(error.into()))
+    };
+    let mut backing = Vec::new();
+    for (number, format) in spec.backing.iter().enumerate() {
+        backing.push((of_format(*format), take(&files::backing(&spec.id, number))?));
+    }
+    let disk = if spec.ephemeral {
+        let overlay = take(&files::overlay(&spec.id))?;
+        Qcow2Disk::overlay(overlay, (of_format(spec.format), file), backing)
+    } else {
+        Qcow2Disk::open(file, backing, !spec.read_only)
+    };
+    let disk = disk.map_err(|source| BoardError::Disk { id: spec.id.clone(), source })?;
+    let tables = disk.size() / TABLES;
+    let longest = disk.file_length().saturating_add(disk.size()).saturating_add(tables).saturating_add(LEAKS);
+    Ok((Box::new(disk), longest))
+}
+
+fn of_format(format: DiskFormat) -> Format {
+    match format {
+        DiskFormat::Raw => Format::Raw,
+        DiskFormat::Qcow2 => Format::Qcow2,
     }
 }
 

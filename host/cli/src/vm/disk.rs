@@ -51,11 +51,34 @@ pub(super) async fn limits(client: &Client, args: LimitsArgs) -> Result<Vm, CliE
 
 /// A disk in `vm show`.
 pub(super) fn line(disk: &DiskSpec) -> String {
-    let access = if disk.read_only { ", read-only" } else { "" };
+    let access = match (disk.read_only, disk.ephemeral) {
+        (true, _) => ", read-only",
+        (false, true) => ", ephemeral",
+        (false, false) => "",
+    };
     let mut line = format!("{} ({}){access}", disk.path, disk.format.as_str());
     let limits = disk.limits.unwrap_or_default();
     let bytes = limits.bytes_per_second.map(|rate| format!(", {rate}/s"));
     let operations = limits.operations_per_second.map(|rate| format!(", {rate} requests/s"));
     line.extend(bytes.into_iter().chain(operations));
     line
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_disk_shows_the_access_of_its_guest() {
+        for (access, expect) in [
+            (json!({}), "web1 (raw)"),
+            (json!({"read_only": true}), "web1 (raw), read-only"),
+            (json!({"ephemeral": true}), "web1 (raw), ephemeral"),
+            (json!({"limits": {"operations_per_second": 50}}), "web1 (raw), 50 requests/s"),
+        ] {
+            let mut disk = json!({"id": "root", "path": "web1", "format": "raw"});
+            disk.as_object_mut().unwrap().extend(access.as_object().unwrap().clone());
+            assert_eq!(line(&serde_json::from_value(disk).unwrap()), expect);
+        }
+    }
 }

@@ -75,7 +75,7 @@ impl Actor {
         let detail = format!(
             "The file system of the disk {id} ({}) is full: make room on it. The VM goes on by itself then; `portcullis vm \
              resume {}` makes it try at once.",
-            disk.path,
+            self.written(disk),
             self.name()
         );
         let now = Instant::now();
@@ -97,11 +97,16 @@ impl Actor {
         }
     }
 
-    /// The file of the disk for which the VM waits, unless a request keeps it paused.
+    /// The file that has the writes to a disk, or the directory of an unnamed file.
+    fn written(&self, disk: &api::types::DiskSpec) -> String {
+        if disk.ephemeral { self.env.ephemeral_dir.display().to_string() } else { disk.path.clone() }
+    }
+
+    /// The file of the disk for which the VM waits, or its directory, unless a request keeps it paused.
     fn waits_for(&self) -> Option<String> {
         let id = self.run.full.as_deref().filter(|_| self.run.state == VmState::Paused)?;
         let disk = self.vm.value.spec.disks.iter().find(|disk| disk.id.as_str() == id)?;
-        (!self.run.pause_asked && self.link.is_some()).then(|| disk.path.clone())
+        (!self.run.pause_asked && self.link.is_some()).then(|| self.written(disk))
     }
 
     /// Looks for room, and lets the VM go on if there is some. Called at each tick.
@@ -120,7 +125,7 @@ impl Actor {
         }
         let elapsed = self.room.looked.map(|looked| now.saturating_duration_since(looked));
         if self.room.look.is_none() && elapsed.is_none_or(|elapsed| elapsed >= LOOK) {
-            let dirs = Directories { images: self.env.image_dirs.clone(), disks: self.env.disk_dirs.clone() };
+            let dirs = Directories::of(&self.env);
             self.room.looked = Some(now);
             self.room.look = Some(tokio::task::spawn_blocking(move || disks::room(&dirs, &path)));
         }

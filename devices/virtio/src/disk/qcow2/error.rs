@@ -11,6 +11,8 @@ pub enum Layer {
     Image,
     /// A backing file. The first one has number 1.
     Backing(usize),
+    /// The new image over a disk's own file.
+    Overlay,
 }
 
 impl fmt::Display for Layer {
@@ -18,6 +20,7 @@ impl fmt::Display for Layer {
         match self {
             Self::Image => f.write_str("The image"),
             Self::Backing(number) => write!(f, "Backing file {number}"),
+            Self::Overlay => f.write_str("The overlay of the ephemeral disk"),
         }
     }
 }
@@ -127,6 +130,19 @@ pub enum Refusal {
     /// A file that cannot grow.
     #[error("is not a regular file and is for reading only: copy it to a file, or use the format raw")]
     WriteDevice,
+    /// A file for a new image that is not empty.
+    #[error("has contents already: agent and vmm are of different versions. Restart the agent")]
+    OverlayInUse,
+    /// The L1 table of a new image would have more than 32 MiB.
+    #[error(
+        "has {size} bytes, and {largest} are supported: make the disk read_only, or make an overlay by `qemu-img create`"
+    )]
+    OverlayTooLarge {
+        /// Bytes of the disk.
+        size: u64,
+        /// The most bytes.
+        largest: u64,
+    },
     /// Metadata that is seen at the open only.
     #[error("is damaged. {0}")]
     Damaged(Damage),

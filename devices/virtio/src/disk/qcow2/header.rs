@@ -8,12 +8,12 @@ use super::{error::Refusal, storage::Storage};
 use crate::disk::SECTOR;
 
 /// The most bytes of the L1 table, as in QEMU: 2 PiB of disk with clusters of 64 KiB.
-const MOST_L1: u64 = 32 << 20;
+pub(super) const MOST_L1: u64 = 32 << 20;
 /// The most bytes of the refcount table, as in QEMU.
 pub(super) const MOST_REFCOUNT_TABLE: u64 = 8 << 20;
 /// Bytes of the longest header with known fields.
 const LONGEST: usize = 112;
-const MAGIC: u32 = 0x5146_49fb;
+pub(super) const MAGIC: u32 = 0x5146_49fb;
 /// The most bytes of a backing file's name.
 const MOST_NAME: u64 = 1023;
 /// The offset of the fields `refcount_table_offset` and `refcount_table_clusters`.

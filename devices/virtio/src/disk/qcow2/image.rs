@@ -15,9 +15,13 @@ use super::{
     cache::{Cache, Kind},
     error::{Damage, Refusal},
     header::{AUTOCLEAR_AT, Header},
+    overlay,
     storage::{Storage, clear},
 };
-use crate::queue::{length, part, write_bytes};
+use crate::{
+    disk::SECTOR,
+    queue::{length, part, write_bytes},
+};
 
 /// Bytes of the cache of a writable image.
 const CACHE: u64 = 4 << 20;
@@ -104,7 +108,17 @@ pub(super) struct Image {
 
 impl Image {
     pub(super) fn open(file: File, backing: Option<Backing>, writable: bool) -> Result<Self, Refusal> {
-        let storage = Storage::new(file)?;
+        Self::of_storage(Storage::new(file)?, backing, writable)
+    }
+
+    /// A new image in an empty file, with all of its contents in `backing`.
+    pub(super) fn overlay(file: File, backing: Backing) -> Result<Self, Refusal> {
+        let mut storage = Storage::new(file)?;
+        overlay::format(&mut storage, backing.size() / SECTOR * SECTOR)?;
+        Self::of_storage(storage, Some(backing), true)
+    }
+
+    fn of_storage(storage: Storage, backing: Option<Backing>, writable: bool) -> Result<Self, Refusal> {
         let header = Header::read(&storage)?;
         match (&header.backing, &backing) {
             (Some(name), None) => return Err(Refusal::BackingMissing(name.clone())),

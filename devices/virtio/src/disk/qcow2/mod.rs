@@ -8,6 +8,7 @@
 //! * `header`: the fields of an image, and the images that are refused.
 //! * `image`: mapping and reading, also of compressed clusters.
 //! * `allocate`: refcounts and free clusters.
+//! * `overlay`: a new image over a chain.
 //! * `write`: writes, discards, and the order of the flush.
 //! * `cache`: tables in memory, 4 MiB at most. `storage`: the file.
 //!
@@ -29,6 +30,7 @@ mod error;
 pub mod fuzz;
 mod header;
 mod image;
+mod overlay;
 mod storage;
 #[cfg(test)]
 mod tests;
@@ -51,6 +53,8 @@ pub const MOST_BACKING: usize = 16;
 /// A disk in the format qcow2.
 pub struct Qcow2Disk {
     image: Image,
+    /// The file ends with the process: its last changes need not reach it.
+    ephemeral: bool,
     /// [`Disk::close`] was called.
     closed: bool,
 }
@@ -69,22 +73,51 @@ impl Qcow2Disk {
     /// [`OpenError`]: the chain is not as the headers have it, an image has a feature that is not
     /// supported, or is damaged.
     pub fn open(image: File, backing: Vec<(Format, File)>, writable: bool) -> Result<Self, OpenError> {
-        let at = |layer| move |refusal| OpenError { layer, refusal };
-        if backing.len() > MOST_BACKING {
-            return Err(at(Layer::Image)(Refusal::ChainTooLong(MOST_BACKING + 1)));
-        }
-        let mut below = None;
-        for (number, (format, file)) in (1..).zip(backing).collect::<Vec<_>>().into_iter().rev() {
-            let at = at(Layer::Backing(number));
-            below = Some(match format {
-                Format::Raw if below.is_some() => return Err(at(Refusal::BackingUnexpected)),
-                Format::Raw => Backing::Raw(Storage::new(file).map_err(|error| at(error.into()))?),
-                Format::Qcow2 => Backing::Qcow2(Box::new(Image::open(file, below, false).map_err(at)?)),
-            });
-        }
+        let below = chain(backing)?;
         let image = Image::open(image, below, writable).map_err(at(Layer::Image))?;
-        Ok(Self { image, closed: false })
+        Ok(Self { image, ephemeral: false, closed: false })
     }
+
+    /// Makes a writable disk with the contents of `base` and of its backing files, the next one first.
+    /// These are only read. All changes are in `overlay`, an empty file that ends with the process.
+    ///
+    /// # Errors
+    /// [`OpenError`], as for [`Self::open`]; the layer [`Layer::Image`] is `base`.
+    pub fn overlay(
+        overlay: File,
+        base: (Format, File),
+        backing: Vec<(Format, File)>,
+    ) -> Result<Self, OpenError> {
+        let below = chain(backing)?;
+        let below = layer(base, below).map_err(at(Layer::Image))?;
+        let image = Image::overlay(overlay, below).map_err(at(Layer::Overlay))?;
+        Ok(Self { image, ephemeral: true, closed: false })
+    }
+}
+
+fn at(layer: Layer) -> impl Fn(Refusal) -> OpenError {
+    move |refusal| OpenError { layer, refusal }
+}
+
+/// Opens backing files, the next one first.
+fn chain(files: Vec<(Format, File)>) -> Result<Option<Backing>, OpenError> {
+    if files.len() > MOST_BACKING {
+        return Err(at(Layer::Image)(Refusal::ChainTooLong(MOST_BACKING + 1)));
+    }
+    let mut below = None;
+    for (number, file) in (1..).zip(files).collect::<Vec<_>>().into_iter().rev() {
+        below = Some(layer(file, below).map_err(at(Layer::Backing(number)))?);
+    }
+    Ok(below)
+}
+
+/// Opens a file for reading, over those below it.
+fn layer((format, file): (Format, File), below: Option<Backing>) -> Result<Backing, Refusal> {
+    Ok(match format {
+        Format::Raw if below.is_some() => return Err(Refusal::BackingUnexpected),
+        Format::Raw => Backing::Raw(Storage::new(file)?),
+        Format::Qcow2 => Backing::Qcow2(Box::new(Image::open(file, below, false)?)),
+    })
 }
 
 impl Qcow2Disk {
@@ -114,6 +147,9 @@ impl Disk for Qcow2Disk {
 
     fn close(&mut self) -> io::Result<()> {
         self.closed = true;
+        if self.ephemeral {
+            return Ok(());
+        }
         // The second flush writes the refcounts of clusters that the first one has freed.
         for _ in 0..2 {
             if self.image.writer.is_some() && self.image.cache.has_changes() {

@@ -4,6 +4,7 @@
 
 mod crash;
 mod model;
+mod overlay;
 mod refusals;
 mod room;
 
