@@ -93,7 +93,7 @@ impl NicInterface<'_> {
 }
 
 impl NicSpec {
-    /// The interface of the host. None for a specification with none or several of them, which [`check`] refuses.
+    /// The interface of the host. None for a specification with none or several of them, which is refused.
     #[must_use]
     pub fn interface(&self) -> Option<NicInterface<'_>> {
         match (self.bridge.as_deref(), self.tap.as_deref(), self.macvtap.as_deref()) {
