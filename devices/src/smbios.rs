@@ -47,8 +47,8 @@ pub enum SmbiosError {
     /// More OEM strings than their count can say.
     #[error("The SMBIOS tables have {0} OEM strings, at most {MAX_OEM_STRINGS} are possible")]
     TooMany(usize),
-    /// The tables do not fit a length of 32 bits.
-    #[error("The SMBIOS tables are longer than 4 GiB")]
+    /// The tables do not fit a length of 32 bits, or their area.
+    #[error("The SMBIOS tables are longer than their area")]
     TooLong,
 }
 

@@ -13,7 +13,10 @@ use std::{
 
 use api::types::{CloudInitSpec, MAX_SEED_TEXT, MAX_USER_DATA, Name, Secret};
 use fatfs::{FatType, FileSystem, FormatVolumeOptions, FsOptions};
-use rustix::fs::{MemfdFlags, SealFlags, fcntl_add_seals, memfd_create};
+use rustix::{
+    fs::{MemfdFlags, SealFlags, fcntl_add_seals, memfd_create},
+    io::Errno,
+};
 use uuid::Uuid;
 
 /// The bytes of the image.
@@ -42,7 +45,13 @@ pub fn seed(vm: Uuid, name: &Name, texts: &CloudInitSpec) -> io::Result<File> {
 /// # Errors
 /// Those of `memfd_create(2)`, and of writing.
 pub fn sealed(name: &str, bytes: &[u8]) -> io::Result<File> {
-    let file = File::from(memfd_create(name, MemfdFlags::CLOEXEC | MemfdFlags::ALLOW_SEALING)?);
+    let flags = MemfdFlags::CLOEXEC | MemfdFlags::ALLOW_SEALING;
+    // Some hosts take no other one (`vm.memfd_noexec`), and kernels before 6.3 do not know the flag.
+    let file = match memfd_create(name, flags | MemfdFlags::NOEXEC_SEAL) {
+        Err(Errno::INVAL) => memfd_create(name, flags)?,
+        made => made?,
+    };
+    let file = File::from(file);
     file.set_len(bytes.len() as u64)?;
     for (part, at) in bytes.chunks(PART).zip((0..).step_by(PART)) {
         if part.iter().any(|byte| *byte != 0) {

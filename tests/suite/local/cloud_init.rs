@@ -110,6 +110,13 @@ fn hidden_texts_keep_what_is_stored() {
     let patch = json!({ "cloud_init": { "user_data": "(hidden)", "meta_data": "(hidden)" } });
     let problem = agent.ask(agent.client.patch_vm("web1", &patch, None)).unwrap_err();
     assert_eq!(problem.field.as_deref(), Some("cloud_init.meta_data"), "{problem}");
+    // The limit counts what is stored, not what was sent.
+    let large = "x".repeat(32_000);
+    agent.ask(agent.client.patch_vm("web1", &json!({ "credentials": { "a": large } }), None)).unwrap();
+    let more = json!({ "credentials": { "b": large } });
+    let problem = agent.ask(agent.client.patch_vm("web1", &more, None)).unwrap_err();
+    assert_eq!(problem.code, ProblemCode::InvalidRequest, "{problem}");
+    agent.ask(agent.client.patch_vm("web1", &json!({ "credentials": { "a": null } }), None)).unwrap();
     agent
         .ask(agent.client.clone_vm("web1", &serde_json::from_value(json!({ "name": "web2" })).unwrap()))
         .unwrap();

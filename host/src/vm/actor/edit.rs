@@ -25,6 +25,8 @@ impl Actor {
             return Err(Problem::revision_mismatch(expected, old.revision));
         }
         spec.unmask(Some(&old.value.spec))?;
+        // With the stored texts it may be larger than what was sent.
+        spec.check()?;
         if spec == old.value.spec {
             return Ok(());
         }
