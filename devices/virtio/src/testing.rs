@@ -341,6 +341,13 @@ impl Driver {
         }
     }
 
+    /// Drops pending events, as the machine does before a reset.
+    pub(crate) fn forget(&mut self) {
+        for source in &self.thread.sources {
+            source.take();
+        }
+    }
+
     /// The next returned request of queue 0: its head and the count of bytes written.
     pub(crate) fn returned(&mut self) -> Option<(u32, u32)> {
         self.returned_on(0)

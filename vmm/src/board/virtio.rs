@@ -15,7 +15,7 @@ use std::{
 use devices::device::Device;
 use protocol::{DiskFormat, DiskLimits, DiskRate, DiskSpec, DiskStats, files};
 use virtio::{
-    block::{self, Block, Command, Counters, Options, Remote},
+    block::{self, Block, Counters, Options, Remote},
     disk::{Disk, Format, qcow2::Qcow2Disk, raw::RawDisk},
     engine::{Configuration, Engine, Identity},
     entropy::{self, Entropy},
@@ -55,12 +55,9 @@ impl Disks {
     /// # Errors
     /// See [`DiskError`].
     pub fn limit(&self, id: &str, limits: &DiskLimits) -> Result<(), DiskError> {
-        self.send(id, Command::Limit(of_limits(limits)))
-    }
-
-    fn send(&self, id: &str, command: Command) -> Result<(), DiskError> {
         let remote = self.remotes.get(id).ok_or_else(|| DiskError::Unknown(id.to_owned()))?;
-        if remote.send(command) { Ok(()) } else { Err(DiskError::Busy(id.to_owned())) }
+        remote.limit(of_limits(limits));
+        Ok(())
     }
 }
 
@@ -70,9 +67,6 @@ pub enum DiskError {
     /// The machine has no such disk.
     #[error("The VM has no disk {0}")]
     Unknown(String),
-    /// Its thread has not carried out earlier commands.
-    #[error("Disk {0} is busy: its file is slow, or hangs; try again")]
-    Busy(String),
 }
 
 fn of_limits(limits: &DiskLimits) -> Limits {

@@ -136,7 +136,6 @@ impl Process {
         command(&self.machine()?.disks).map(|()| Outcome::Done).map_err(|error| {
             let code = match error {
                 DiskError::Unknown(_) => FailureCode::Invalid,
-                DiskError::Busy(_) => FailureCode::Device,
             };
             failure(code, error.to_string())
         })

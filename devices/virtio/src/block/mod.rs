@@ -35,7 +35,7 @@ use crate::{
     queue::{ActiveQueue, QueueError, Request, length, part, read_array, write_bytes},
 };
 
-pub use self::remote::{Command, Remote};
+pub use self::remote::Remote;
 
 /// Entries of the queue.
 pub const QUEUE: u16 = 256;
@@ -417,10 +417,8 @@ impl Engine for Block {
     }
 
     fn wake(&mut self, _: usize) {
-        while let Ok(command) = self.inbox.commands.try_recv() {
-            match command {
-                Command::Limit(limits) => self.limiter.set(limits),
-            }
+        if let Some(limits) = self.inbox.take() {
+            self.limiter.set(limits);
         }
     }
 
@@ -446,7 +444,7 @@ impl Engine for Block {
     fn stop(&mut self) {
         self.features = 0;
         self.stalled = false;
-        // The machine's reset drops events, and with them the news of commands.
+        // The machine's reset drops events, and with them the news of other limits.
         self.wake(0);
     }
 

@@ -1,53 +1,45 @@
 // SPDX-License-Identifier: Apache-2.0
 
-//! Commands to a disk that runs: only its own thread may touch its file and its state.
+//! Changes of a disk that runs: only its own thread may touch its file and its state.
 
 use std::{
     io,
-    sync::mpsc::{Receiver, SyncSender, sync_channel},
+    sync::{Arc, Mutex, PoisonError},
 };
 
 use devices::io_thread::IoEvent;
 
 use crate::limit::Limits;
 
-/// The most commands that wait for a thread that is busy.
-const WAITING: usize = 16;
-
-/// A command to a disk.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub enum Command {
-    /// Replaces the limits.
-    Limit(Limits),
-}
-
-/// The machine's end: sends commands to the disk's thread.
+/// The machine's end: changes the limits of a disk. A change waits while the disk's thread is busy or
+/// parked, and only the last one counts.
 #[derive(Clone, Debug)]
-pub struct Remote {
-    commands: SyncSender<Command>,
-    event: IoEvent,
+pub struct Remote(Inbox);
+
+/// The disk's end.
+#[derive(Clone, Debug)]
+pub(super) struct Inbox {
+    limits: Arc<Mutex<Option<Limits>>>,
+    pub(super) event: IoEvent,
 }
 
 impl Remote {
-    /// Sends a command. Returns false if the thread is busy with others, or has ended.
-    #[must_use]
-    pub fn send(&self, command: Command) -> bool {
-        let sent = self.commands.try_send(command).is_ok();
-        self.event.signal();
-        sent
+    /// Replaces the limits.
+    pub fn limit(&self, limits: Limits) {
+        *self.0.limits.lock().unwrap_or_else(PoisonError::into_inner) = Some(limits);
+        self.0.event.signal();
     }
 }
 
-/// The disk's end.
-#[derive(Debug)]
-pub(super) struct Inbox {
-    pub(super) commands: Receiver<Command>,
-    pub(super) event: IoEvent,
+impl Inbox {
+    /// Takes the new limits, if there are any.
+    pub(super) fn take(&self) -> Option<Limits> {
+        self.limits.lock().unwrap_or_else(PoisonError::into_inner).take()
+    }
 }
 
 /// Makes both ends.
 pub(super) fn pair() -> io::Result<(Remote, Inbox)> {
-    let event = IoEvent::new()?;
-    let (sender, commands) = sync_channel(WAITING);
-    Ok((Remote { commands: sender, event: event.clone() }, Inbox { commands, event }))
+    let inbox = Inbox { limits: Arc::default(), event: IoEvent::new()? };
+    Ok((Remote(inbox.clone()), inbox))
 }

@@ -285,13 +285,13 @@ fn a_request_over_the_limit_stays_in_the_ring_until_its_time() {
     }
     assert!(begun.elapsed() >= Duration::from_millis(100), "{:?}", begun.elapsed());
     // One byte in ten years: only a change of the limit lets the request pass.
-    assert!(remote.send(Command::Limit(Limits { bytes: rate(1, 512), operations: None })));
+    remote.limit(Limits { bytes: rate(1, 512), operations: None });
     assert_eq!(request(&mut driver, 1, 0, &[7; 512], 0), (OK, 1), "the burst");
     driver.write(HEADER_AT, &[&0_u32.to_le_bytes()[..], &[0; 12]].concat());
     driver.send(&[(HEADER_AT, 16, false), (DATA_AT, 512, true), (STATUS_AT, 1, true)]);
     assert_eq!(driver.returned(), None);
     assert_eq!(driver.returned(), None, "nor at the next doorbell");
-    assert!(remote.send(Command::Limit(Limits::default())));
+    remote.limit(Limits::default());
     assert_eq!(driver.returned(), Some((0, 513)));
     assert_eq!(driver.read(DATA_AT, 512), [7; 512]);
     let count = |counter: &AtomicU64| counter.load(Ordering::Relaxed);
@@ -417,4 +417,22 @@ proptest! {
             prop_assert!(bytes.iter().all(|byte| *byte == expect), "sector {}", sector);
         }
     }
+}
+
+/// A paused machine takes no change before it runs again, and its reset drops events.
+#[test]
+fn the_last_change_of_limits_counts_and_outlives_a_reset() {
+    let (mut driver, _, _, remote) = commanded(options(), 0);
+    for per_second in (1..=100).rev() {
+        let bytes = Some(Rate { per_second, burst: 512 });
+        remote.limit(Limits { bytes, operations: None });
+    }
+    driver.forget();
+    assert!(driver.function.reset().is_ok());
+    driver.enable();
+    driver.start(1 << 32, 16);
+    assert_eq!(request(&mut driver, 1, 0, &[7; 512], 0), (OK, 1), "the burst");
+    driver.write(HEADER_AT, &[&0_u32.to_le_bytes()[..], &[0; 12]].concat());
+    driver.send(&[(HEADER_AT, 16, false), (DATA_AT, 512, true), (STATUS_AT, 1, true)]);
+    assert_eq!(driver.returned(), None, "one byte per second, the last of them");
 }
