@@ -2,11 +2,11 @@
 
 //! The store's records of VMs, of the functions that they hold, and of PFs.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 
 use api::{
     Caller, User,
-    types::{Cause, Name, Protection, RestartStatus, Timestamp, UnicastMac, VmSpec, VmState},
+    types::{Cause, Name, Protection, RestartStatus, Secret, Timestamp, UnicastMac, VmSpec, VmState},
 };
 use serde::{Deserialize, Serialize};
 use services::vmm_process::Identity;
@@ -24,31 +24,35 @@ pub struct VmRecord {
     /// The author of the last write; None in a record of an older agent, which did not store it.
     #[serde(default)]
     pub author: Option<Author>,
-    /// The author of each part of `boot`, of the disks, the texts for cloud-init and the credentials, by the part's name. In a record of an
-    /// older agent, `author` stands for all of them.
+    /// The author of each part of `boot`, of the disks, and of each text for cloud-init and credential, by the part's name. In a
+    /// record of an older agent, `author` stands for all of them.
     #[serde(default)]
     pub boot_authors: BTreeMap<String, Author>,
 }
 
-/// The parts of the specification that decide which contents of its files a guest can reveal. All but [`DISKS`],
-/// [`CLOUD_INIT`] and [`CREDENTIALS`] are those of `boot`.
-const BOOT_PARTS: [&str; 6] = ["kernel", "initramfs", "cmdline", DISKS, CLOUD_INIT, CREDENTIALS];
+/// The parts of `boot` that decide which contents of its files a guest can reveal.
+const BOOT_PARTS: [&str; 3] = ["kernel", "initramfs", "cmdline"];
 /// This part has an author only in the specification of a VM with disks. So a VM of an older agent, which knew no disks, boots
 /// with the same rights as before.
 const DISKS: &str = "disks";
-/// The same for a VM with texts for cloud-init, which can run any program in the guest.
-const CLOUD_INIT: &str = "cloud_init";
-/// The same for a VM with credentials: with them systemd sets up units and users.
-const CREDENTIALS: &str = "credentials";
 
-/// The parts that the specification does not have.
-fn absent(spec: &VmSpec) -> Vec<&'static str> {
-    let parts = [
-        (DISKS, spec.disks.is_empty()),
-        (CLOUD_INIT, spec.cloud_init.is_none()),
-        (CREDENTIALS, spec.credentials.is_empty()),
-    ];
-    parts.into_iter().filter(|(_, absent)| *absent).map(|(part, _)| part).collect()
+/// The texts for cloud-init and the credentials, by the names of their parts. Each can run programs in the guest, and has an
+/// author of its own: the author of another one may not even see it.
+fn texts(spec: &VmSpec) -> BTreeMap<String, &Secret> {
+    let seed = spec.cloud_init.as_ref();
+    let seed = seed.map(|seed| [&seed.user_data, &seed.meta_data, &seed.network_config]);
+    let names = ["user_data", "meta_data", "network_config"];
+    let seed = names.into_iter().zip(seed.into_iter().flatten());
+    let seed = seed.filter_map(|(name, text)| Some((format!("cloud_init.{name}"), text.as_ref()?)));
+    let credentials = spec.credentials.iter();
+    seed.chain(credentials.map(|(name, text)| (format!("credentials.{name}"), text))).collect()
+}
+
+/// The parts that have an author.
+fn parts(spec: &VmSpec) -> BTreeSet<String> {
+    let disks = (!spec.disks.is_empty()).then_some(DISKS);
+    let fixed = BOOT_PARTS.into_iter().chain(disks).map(str::to_owned);
+    fixed.chain(texts(spec).into_keys()).collect()
 }
 
 impl VmRecord {
@@ -69,27 +73,30 @@ impl VmRecord {
     #[must_use]
     pub fn edited(&self, spec: VmSpec, by: &Caller) -> Self {
         let (old, new) = (&self.spec.boot, &spec.boot);
-        let changed = [
-            old.kernel != new.kernel,
-            old.initramfs != new.initramfs,
-            old.cmdline != new.cmdline,
-            !self.spec.same_disks(&spec),
-            self.spec.cloud_init != spec.cloud_init,
-            self.spec.credentials != spec.credentials,
+        let fixed = [
+            ("kernel", old.kernel != new.kernel),
+            ("initramfs", old.initramfs != new.initramfs),
+            ("cmdline", old.cmdline != new.cmdline),
+            (DISKS, !self.spec.same_disks(&spec)),
         ];
+        let before = texts(&self.spec);
+        let texts = texts(&spec).into_iter().filter(|(name, text)| before.get(name) != Some(text));
+        let fixed = fixed.into_iter().filter(|(_, changed)| *changed).map(|(part, _)| part.to_owned());
         let mut boot_authors = self.clone().noted().boot_authors;
-        for (part, _) in BOOT_PARTS.into_iter().zip(changed).filter(|(_, changed)| *changed) {
-            boot_authors.insert(part.to_owned(), Author::of(by));
+        for part in fixed.chain(texts.map(|(name, _)| name)) {
+            boot_authors.insert(part, Author::of(by));
         }
+        // A part that comes back later has another author.
+        let parts = parts(&spec);
+        boot_authors.retain(|part, _| parts.contains(part));
         Self { created: self.created, spec, author: Some(Author::of(by)), boot_authors }
     }
 
     /// The record with an author for each part.
     fn noted(mut self) -> Self {
         let author = self.author.clone().unwrap_or_else(|| Author::Token { name: "unknown".to_owned() });
-        let absent = absent(&self.spec);
-        for part in BOOT_PARTS.into_iter().filter(|part| !absent.contains(part)) {
-            self.boot_authors.entry(part.to_owned()).or_insert_with(|| author.clone());
+        for part in parts(&self.spec) {
+            self.boot_authors.entry(part).or_insert_with(|| author.clone());
         }
         self
     }
@@ -100,10 +107,8 @@ impl VmRecord {
     /// directories are open.
     #[must_use]
     pub fn boot_rights(&self, caller: Option<Caller>) -> Vec<Caller> {
-        let mut authors = self.clone().noted().boot_authors;
-        for part in absent(&self.spec) {
-            authors.remove(part);
-        }
+        let (mut authors, parts) = (self.clone().noted().boot_authors, parts(&self.spec));
+        authors.retain(|part, _| parts.contains(part));
         let mut all: Vec<Caller> = Vec::new();
         for who in authors.values().map(Author::caller).chain(caller) {
             if !all.iter().any(|other| Author::of(other) == Author::of(&who)) {
@@ -381,7 +386,6 @@ mod tests {
         let fields: Vec<String> =
             serde_json::to_value(&all).unwrap().as_object().unwrap().keys().cloned().collect();
         let mut parts = BOOT_PARTS.map(str::to_owned).to_vec();
-        parts.retain(|part| ![DISKS, CLOUD_INIT, CREDENTIALS].contains(&part.as_str()));
         parts.sort();
         assert_eq!(fields, parts);
     }
@@ -446,6 +450,27 @@ mod tests {
             assert_eq!(rights(&other), [user(1000), user(2000)], "{part}");
             let without = other.edited(spec(None), &user(0));
             assert_eq!(rights(&without), [user(1000)], "{part}: no texts, no author");
+        }
+    }
+
+    /// Answers hide a text, so its author must not go with an edit of another one.
+    #[test]
+    fn an_edit_of_one_text_leaves_the_authors_of_the_others() {
+        for (part, names) in [("cloud_init", ["user_data", "meta_data"]), ("credentials", ["a", "b"])] {
+            let spec = |texts: [&str; 2]| -> VmSpec {
+                let [one, other] = texts;
+                serde_json::from_value(serde_json::json!({
+                    "name": "web1", "memory": "2MiB", "boot": { "kernel": "k" },
+                    part: { names[0]: one, names[1]: other },
+                }))
+                .unwrap()
+            };
+            let first = VmRecord::new(Timestamp::from_unix_ms(0), spec(["x", "y"]), &user(0));
+            let second = first.edited(spec(["alice", "y"]), &user(1000));
+            let third = second.edited(spec(["alice", "z"]), &user(0));
+            assert!(third.boot_rights(None).contains(&user(1000)), "{part}: {:?}", third.boot_authors);
+            let last = third.edited(spec(["w", "z"]), &user(0));
+            assert_eq!(last.boot_rights(None), [user(0)], "{part}");
         }
     }
 
