@@ -13,7 +13,7 @@ use netpolicy::{Change, MacAddress, Request, clipped};
 use passthrough::relay::{Cancelled, Forwarded, MAX_CHANGES, Question};
 use serde::{Deserialize, Serialize};
 use text::printable;
-use tokio::{sync::oneshot, time::Instant};
+use tokio::{sync::oneshot, task::AbortHandle, time::Instant};
 
 use super::{
     command::{Leftover, Reply},
@@ -84,6 +84,18 @@ pub(super) struct Granted {
     pub(super) guest: MacAddress,
 }
 
+/// The limited time of deferred revocations. Its timer ends with it: a guest can begin any number of them.
+pub(super) struct Deferral {
+    pub(super) since: Instant,
+    pub(super) timer: AbortHandle,
+}
+
+impl Drop for Deferral {
+    fn drop(&mut self) {
+        self.timer.abort();
+    }
+}
+
 /// A port's queue, and the switch's data about the port besides its policy and adapter.
 #[derive(Default)]
 pub(super) struct PortQueue {
@@ -100,7 +112,7 @@ pub(super) struct PortQueue {
     pub(super) deferred_since: Option<Timestamp>,
     /// The time since which revocations have been deferred without a moment in which all were made, if that has a limit. Neither
     /// another deferral, nor a reboot or connection by the vmm's word, begins it anew.
-    pub(super) revoking_since: Option<Instant>,
+    pub(super) revoking_since: Option<Deferral>,
     /// Changes that the policy requires and that failed the last time.
     pub(super) unmade: Vec<UnmadeChange>,
     /// Changes of an earlier boot of the guest that are still to be revoked.

@@ -16,7 +16,7 @@ use super::{
     commit::{Applied, Drift},
     known,
     made::{MadeChange, committed, name},
-    port_queue::{PortQueue, Running, Task},
+    port_queue::{Deferral, PortQueue, Running, Task},
     record::port_name,
 };
 
@@ -204,17 +204,20 @@ impl Actor {
             return;
         }
         let (own, since) = (self.own.clone(), Instant::now());
-        port_queue.revoking_since = Some(since);
-        tokio::spawn(async move {
+        let timer = tokio::spawn(async move {
             tokio::time::sleep(limit).await;
             if let Some(own) = own.upgrade() {
                 drop(own.send((Span::none(), Command::DeferredTooLong { port, since })).await);
             }
         });
+        port_queue.revoking_since = Some(Deferral { since, timer: timer.abort_handle() });
     }
 
     pub(super) fn deferred_too_long(&mut self, port: PortId, since: Instant) {
-        let waits = |port_queue: &PortQueue| !port_queue.closing && port_queue.revoking_since == Some(since);
+        let waits = |port_queue: &PortQueue| {
+            let deferral = port_queue.revoking_since.as_ref();
+            !port_queue.closing && deferral.is_some_and(|deferral| deferral.since == since)
+        };
         if self.port_queues.get(&port).is_some_and(waits) {
             let limit = self.timing.deferred.unwrap_or_default();
             self.stop(
