@@ -133,7 +133,8 @@ impl Actor {
     async fn on_report(&mut self, report: Report) {
         match report {
             Report::State { state, boots } => {
-                self.run.boots = boots;
+                // The states before the first boot are reported with 0, and can be read when it has succeeded already.
+                self.run.boots = self.run.boots.max(boots);
                 self.on_state(state).await;
             }
             Report::Ended { end } => {

@@ -362,6 +362,10 @@ impl Fake {
                 }
             }
             "confused" => self.confused = true,
+            "fewer-boots" => {
+                self.boots = 0;
+                self.enter(State::Running);
+            }
             "huge" => {
                 self.seq = u64::MAX - 10;
                 self.report(running);
