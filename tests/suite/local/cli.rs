@@ -334,7 +334,7 @@ fn a_script_types_by_a_pipe_and_run_deletes_if_it_is_told_to() {
 fn a_second_agent_with_the_same_state_does_not_start() {
     let agent = start();
     let other = TempDir::new().unwrap();
-    let output = Command::new(binary())
+    let mut second = Command::new(binary())
         .arg("--socket")
         .arg(other.path().join("api.sock"))
         .args(["serve", "--sandbox-off", "unavailable", "--state-dir"])
@@ -342,8 +342,17 @@ fn a_second_agent_with_the_same_state_does_not_start() {
         .arg("--run-dir")
         .arg(other.path().join("run"))
         .stdin(Stdio::null())
-        .output()
+        .stdout(Stdio::null())
+        .stderr(Stdio::piped())
+        .spawn()
         .unwrap();
+    let deadline = Instant::now() + PATIENCE;
+    while second.try_wait().unwrap().is_none() && Instant::now() < deadline {
+        thread::sleep(Duration::from_millis(10));
+    }
+    // One that has started would run for ever.
+    second.kill().unwrap();
+    let output = second.wait_with_output().unwrap();
     let text = String::from_utf8_lossy(&output.stderr);
     assert_eq!(output.status.code(), Some(1), "{text}");
     assert!(text.contains("Another agent") && text.contains("--state-dir"), "{text}");
