@@ -34,3 +34,6 @@ pub mod message;
 pub use channel::{Channel, ChannelError, FDS_MAX, FRAME_MAX, Listener};
 pub use files::{FileError, Files};
 pub use message::*;
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,381 @@
+// SPDX-License-Identifier: Apache-2.0
+
+//! The JSON of each message, as text. Processes of VMs outlive their agent, so these texts must never change.
+
+use std::fmt::Debug;
+
+use netpolicy::{Change, MacAddress, OnDenied, Reason, Request, StandingRefusal};
+use passthrough::relay::{Cancelled, Decision, Forwarded, How, Notice, Question, Verdict};
+use serde::{Serialize, de::DeserializeOwned};
+use uuid::Uuid;
+
+use super::*;
+
+/// Each value is written as its text, and the text is read as the value.
+fn hold<T: Serialize + DeserializeOwned + PartialEq + Debug>(values: &[(T, &str)]) {
+    for (value, text) in values {
+        assert_eq!(serde_json::to_string(value).unwrap(), *text);
+        assert_eq!(serde_json::from_str::<T>(text).unwrap(), *value, "{text}");
+    }
+}
+
+/// Fails if a variant has no value. A new variant does not compile without a pattern.
+macro_rules! each_has_a_text {
+    ($values:expr; $($pattern:pat),+ $(,)?) => {
+        let seen: Vec<&str> = $values.iter().map(|(value, _)| match value {
+            $($pattern => stringify!($pattern),)+
+        }).collect();
+        for pattern in [$(stringify!($pattern)),+] {
+            assert!(seen.contains(&pattern), "{pattern} has no text");
+        }
+    };
+}
+
+fn mac() -> MacAddress {
+    "02:00:00:00:00:09".parse().unwrap()
+}
+
+#[test]
+fn messages_to_a_vmm_keep_their_text() {
+    let order = |order| ToVmm::Order { id: 1, order };
+    let answer = |decision| ToVmm::Answer {
+        id: 5,
+        answer: Answer::Mailbox {
+            adapter: "eth0".into(),
+            verdict: Verdict { seq: 6, effective_mac: mac(), decision },
+        },
+    };
+    let refusal = StandingRefusal {
+        unless: vec!["02:00:00:00:00:00/ff:ff:ff:00:00:00".parse().unwrap()],
+        reason: Reason::MacNotAllowed,
+        on_denied: OnDenied::Nack,
+    };
+    let messages = [
+        (
+            ToVmm::Hello { oldest: 1, newest: 4, vm: Uuid::from_u128(7) },
+            r#"{"type":"hello","oldest":1,"newest":4,"vm":"00000000-0000-0000-0000-000000000007"}"#,
+        ),
+        (order(Order::Stop), r#"{"type":"order","id":1,"order":{"order":"stop"}}"#),
+        (
+            answer(Decision::Grant { how: How::Local }),
+            r#"{"type":"answer","id":5,"answer":{"answer":"mailbox","adapter":"eth0","verdict":{"seq":6,"effective_mac":"02:00:00:00:00:09","decision":{"grant":{"how":"local"}}}}}"#,
+        ),
+        (
+            answer(Decision::Grant { how: How::Forward }),
+            r#"{"type":"answer","id":5,"answer":{"answer":"mailbox","adapter":"eth0","verdict":{"seq":6,"effective_mac":"02:00:00:00:00:09","decision":{"grant":{"how":"forward"}}}}}"#,
+        ),
+        (
+            answer(Decision::Refuse { tell: OnDenied::Nack, reason: Reason::MacInUse }),
+            r#"{"type":"answer","id":5,"answer":{"answer":"mailbox","adapter":"eth0","verdict":{"seq":6,"effective_mac":"02:00:00:00:00:09","decision":{"refuse":{"tell":"nack","reason":"mac_in_use"}}}}}"#,
+        ),
+        (
+            answer(Decision::Refuse { tell: OnDenied::Silent, reason: Reason::MacInUse }),
+            r#"{"type":"answer","id":5,"answer":{"answer":"mailbox","adapter":"eth0","verdict":{"seq":6,"effective_mac":"02:00:00:00:00:09","decision":{"refuse":{"tell":"silent","reason":"mac_in_use"}}}}}"#,
+        ),
+        (
+            ToVmm::Standing { adapter: "eth0".into(), refusal: Some(refusal) },
+            r#"{"type":"standing","adapter":"eth0","refusal":{"unless":["02:00:00:00:00:00/ff:ff:ff:00:00:00"],"reason":"mac_not_allowed","on_denied":"nack"}}"#,
+        ),
+        (
+            ToVmm::Standing { adapter: "eth0".into(), refusal: None },
+            r#"{"type":"standing","adapter":"eth0","refusal":null}"#,
+        ),
+        (ToVmm::Noted { upto: 8 }, r#"{"type":"noted","upto":8}"#),
+    ];
+    hold(&messages);
+    each_has_a_text!(messages;
+        ToVmm::Hello { .. }, ToVmm::Order { .. }, ToVmm::Answer { answer: Answer::Mailbox { .. }, .. },
+        ToVmm::Standing { .. }, ToVmm::Noted { .. },
+    );
+}
+
+#[test]
+fn commands_keep_their_text() {
+    let spec = MachineSpec {
+        vm: Uuid::from_u128(7),
+        name: "web1".into(),
+        cpus: 2,
+        memory: 4 << 20,
+        hugepages: false,
+        cmdline: "quiet".into(),
+        initramfs: 1,
+        devices: Vec::new(),
+        disks: Vec::new(),
+        nics: Vec::new(),
+        entropy: true,
+        sandbox: SandboxSpec::of_threads(),
+    };
+    let limits = DiskLimits { bytes: None, operations: Some(DiskRate { per_second: 50, burst: 60 }) };
+    let commands = [
+        (
+            Order::Configure { spec: Box::new(spec), files: vec!["kvm".into()] },
+            r#"{"order":"configure","spec":{"vm":"00000000-0000-0000-0000-000000000007","name":"web1","cpus":2,"memory":4194304,"hugepages":false,"cmdline":"quiet","initramfs":1,"devices":[],"disks":[],"nics":[],"entropy":true,"sandbox":{"uid":null,"gid":null,"limits":false,"namespaces":false,"empty_root":false,"seccomp":true,"landlock":true}},"files":["kvm"]}"#,
+        ),
+        (Order::Run, r#"{"order":"run"}"#),
+        (Order::Pause, r#"{"order":"pause"}"#),
+        (Order::PowerButton, r#"{"order":"power_button"}"#),
+        (Order::Reboot, r#"{"order":"reboot"}"#),
+        (Order::Stop, r#"{"order":"stop"}"#),
+        (Order::Stats, r#"{"order":"stats"}"#),
+        (Order::ConsoleInput { bytes: vec![1, 2] }, r#"{"order":"console_input","bytes":[1,2]}"#),
+        (Order::ConsoleWait { offset: 9 }, r#"{"order":"console_wait","offset":9}"#),
+        (
+            Order::TakeBack { adapter: "eth0".into(), changes: vec![Change::SetMac(mac())] },
+            r#"{"order":"take_back","adapter":"eth0","changes":[{"set_mac":"02:00:00:00:00:09"}]}"#,
+        ),
+        (
+            Order::EffectiveMac { adapter: "eth0".into(), mac: mac() },
+            r#"{"order":"effective_mac","adapter":"eth0","mac":"02:00:00:00:00:09"}"#,
+        ),
+        (
+            Order::MakeGuestReset { adapter: "eth0".into() },
+            r#"{"order":"make_guest_reset","adapter":"eth0"}"#,
+        ),
+        (
+            Order::LimitDisk { disk: "root".into(), limits },
+            r#"{"order":"limit_disk","disk":"root","limits":{"bytes":null,"operations":{"per_second":50,"burst":60}}}"#,
+        ),
+    ];
+    hold(&commands);
+    each_has_a_text!(commands;
+        Order::Configure { .. }, Order::Run, Order::Pause, Order::PowerButton, Order::Reboot, Order::Stop,
+        Order::Stats, Order::ConsoleInput { .. }, Order::ConsoleWait { .. }, Order::TakeBack { .. },
+        Order::EffectiveMac { .. }, Order::MakeGuestReset { .. }, Order::LimitDisk { .. },
+    );
+}
+
+#[test]
+fn messages_of_a_vmm_keep_their_text() {
+    let question = Question { seq: 6, request: Request::SetMac(mac()) };
+    let failure = Failure { code: FailureCode::Kernel, detail: "x".into() };
+    let messages = [
+        (
+            ToAgent::Hello { version: 4, state: State::Running, boots: 2 },
+            r#"{"type":"hello","version":4,"state":"running","boots":2}"#,
+        ),
+        (ToAgent::Refused { reason: "no".into() }, r#"{"type":"refused","reason":"no"}"#),
+        (
+            ToAgent::Done { id: 3, result: Ok(Outcome::Done) },
+            r#"{"type":"done","id":3,"result":{"Ok":{"outcome":"done"}}}"#,
+        ),
+        (
+            ToAgent::Done { id: 3, result: Err(failure) },
+            r#"{"type":"done","id":3,"result":{"Err":{"code":"kernel","detail":"x"}}}"#,
+        ),
+        (
+            ToAgent::Ask { id: 5, ask: Ask::Mailbox { adapter: "eth0".into(), question } },
+            r#"{"type":"ask","id":5,"ask":{"ask":"mailbox","adapter":"eth0","question":{"seq":6,"request":{"set_mac":"02:00:00:00:00:09"}}}}"#,
+        ),
+        (
+            ToAgent::Report { seq: 7, report: Report::DiskFull { disk: "root".into() } },
+            r#"{"type":"report","seq":7,"report":{"report":"disk_full","disk":"root"}}"#,
+        ),
+    ];
+    hold(&messages);
+    each_has_a_text!(messages;
+        ToAgent::Hello { .. }, ToAgent::Refused { .. }, ToAgent::Done { result: Ok(_), .. },
+        ToAgent::Done { result: Err(_), .. }, ToAgent::Ask { ask: Ask::Mailbox { .. }, .. },
+        ToAgent::Report { .. },
+    );
+}
+
+#[test]
+fn results_of_commands_keep_their_text() {
+    let failed = vec![Change::LeaveVlan(100.try_into().unwrap())];
+    let stats = Stats { memory: 4096, boots: 1, ..Stats::default() };
+    let outcomes = [
+        (Outcome::Done, r#"{"outcome":"done"}"#),
+        (Outcome::ConsoleTaken { taken: 2 }, r#"{"outcome":"console_taken","taken":2}"#),
+        (
+            Outcome::Stats(Box::new(stats)),
+            r#"{"outcome":"stats","exits":{},"devices":{},"memory":4096,"boots":1,"first_entry_ns":null}"#,
+        ),
+        (
+            Outcome::TakenBack { failed, deferred: true },
+            r#"{"outcome":"taken_back","failed":[{"leave_vlan":100}],"deferred":true}"#,
+        ),
+    ];
+    hold(&outcomes);
+    each_has_a_text!(outcomes;
+        Outcome::Done, Outcome::ConsoleTaken { .. }, Outcome::Stats(_), Outcome::TakenBack { .. },
+    );
+}
+
+#[test]
+fn events_of_the_machine_keep_their_text() {
+    let lost = |why| Report::DeviceLost { bdf: "0000:01:10.0".into(), why };
+    let events = [
+        (
+            Report::State { state: State::Rebooting, boots: 2 },
+            r#"{"report":"state","state":"rebooting","boots":2}"#,
+        ),
+        (Report::Ended { end: End::PoweredOff }, r#"{"report":"ended","end":{"end":"powered_off"}}"#),
+        (Report::Ended { end: End::Stopped }, r#"{"report":"ended","end":{"end":"stopped"}}"#),
+        (
+            Report::Ended { end: End::Failed { detail: "x".into() } },
+            r#"{"report":"ended","end":{"end":"failed","detail":"x"}}"#,
+        ),
+        (lost(DeviceLoss::Requested), r#"{"report":"device_lost","bdf":"0000:01:10.0","why":"requested"}"#),
+        (lost(DeviceLoss::Failed), r#"{"report":"device_lost","bdf":"0000:01:10.0","why":"failed"}"#),
+        (Report::DiskFull { disk: "root".into() }, r#"{"report":"disk_full","disk":"root"}"#),
+        (
+            Report::Relay { adapter: "eth0".into(), notice: Notice::PfReset },
+            r#"{"report":"relay","adapter":"eth0","notice":{"notice":"pf_reset"}}"#,
+        ),
+    ];
+    hold(&events);
+    each_has_a_text!(events;
+        Report::State { .. }, Report::Ended { end: End::PoweredOff }, Report::Ended { end: End::Stopped },
+        Report::Ended { end: End::Failed { .. } },
+        Report::DeviceLost { why: DeviceLoss::Requested, .. },
+        Report::DeviceLost { why: DeviceLoss::Failed, .. },
+        Report::DiskFull { .. }, Report::Relay { .. },
+    );
+}
+
+#[test]
+fn events_of_relays_keep_their_text() {
+    let reason = Reason::MacChangesRejected;
+    let cancelled = |why| Notice::Cancelled { seq: 6, request: Request::Reset, why };
+    let forwarded = |outcome| Notice::Forwarded { seq: 6, outcome };
+    let events = [
+        (
+            cancelled(Cancelled::Deadline),
+            r#"{"notice":"cancelled","seq":6,"request":"reset","why":"deadline"}"#,
+        ),
+        (
+            cancelled(Cancelled::GuestReset),
+            r#"{"notice":"cancelled","seq":6,"request":"reset","why":"guest_reset"}"#,
+        ),
+        (
+            cancelled(Cancelled::Stopped),
+            r#"{"notice":"cancelled","seq":6,"request":"reset","why":"stopped"}"#,
+        ),
+        (
+            cancelled(Cancelled::Withdrawn),
+            r#"{"notice":"cancelled","seq":6,"request":"reset","why":"withdrawn"}"#,
+        ),
+        (forwarded(Forwarded::Accepted), r#"{"notice":"forwarded","seq":6,"outcome":"accepted"}"#),
+        (forwarded(Forwarded::Refused), r#"{"notice":"forwarded","seq":6,"outcome":"refused"}"#),
+        (forwarded(Forwarded::Unanswered), r#"{"notice":"forwarded","seq":6,"outcome":"unanswered"}"#),
+        (
+            Notice::Refused { request: Some(Request::Reset), word: 1, reason, count: 2 },
+            r#"{"notice":"refused","request":"reset","word":1,"reason":"mac_changes_rejected","count":2}"#,
+        ),
+        (
+            Notice::Refused { request: None, word: 1, reason, count: 2 },
+            r#"{"notice":"refused","request":null,"word":1,"reason":"mac_changes_rejected","count":2}"#,
+        ),
+        (
+            Notice::Declined { mac: mac(), reason, silent: true },
+            r#"{"notice":"declined","mac":"02:00:00:00:00:09","reason":"mac_changes_rejected","silent":true}"#,
+        ),
+        (Notice::GuestMac { mac: mac() }, r#"{"notice":"guest_mac","mac":"02:00:00:00:00:09"}"#),
+        (Notice::PfReset, r#"{"notice":"pf_reset"}"#),
+        (
+            Notice::TakenBack { id: 1, failed: vec![Change::ClearUnicast], deferred: false },
+            r#"{"notice":"taken_back","id":1,"failed":["clear_unicast"],"deferred":false}"#,
+        ),
+    ];
+    hold(&events);
+    each_has_a_text!(events;
+        Notice::Cancelled { why: Cancelled::Deadline, .. }, Notice::Cancelled { why: Cancelled::GuestReset, .. },
+        Notice::Cancelled { why: Cancelled::Stopped, .. }, Notice::Cancelled { why: Cancelled::Withdrawn, .. },
+        Notice::Forwarded { outcome: Forwarded::Accepted, .. },
+        Notice::Forwarded { outcome: Forwarded::Refused, .. },
+        Notice::Forwarded { outcome: Forwarded::Unanswered, .. },
+        Notice::Refused { .. }, Notice::Declined { .. }, Notice::GuestMac { .. }, Notice::PfReset,
+        Notice::TakenBack { .. },
+    );
+}
+
+#[test]
+fn states_and_codes_keep_their_text() {
+    let states = [
+        (State::Empty, r#""empty""#),
+        (State::Ready, r#""ready""#),
+        (State::Running, r#""running""#),
+        (State::Paused, r#""paused""#),
+        (State::Rebooting, r#""rebooting""#),
+        (State::Ended, r#""ended""#),
+    ];
+    hold(&states);
+    each_has_a_text!(states;
+        State::Empty, State::Ready, State::Running, State::Paused, State::Rebooting, State::Ended,
+    );
+    let codes = [
+        (FailureCode::WrongState, r#""wrong_state""#),
+        (FailureCode::Kvm, r#""kvm""#),
+        (FailureCode::Memory, r#""memory""#),
+        (FailureCode::Kernel, r#""kernel""#),
+        (FailureCode::Memlock, r#""memlock""#),
+        (FailureCode::GroupNotViable, r#""group_not_viable""#),
+        (FailureCode::Disk, r#""disk""#),
+        (FailureCode::Device, r#""device""#),
+        (FailureCode::Sandbox, r#""sandbox""#),
+        (FailureCode::Invalid, r#""invalid""#),
+        (FailureCode::Internal, r#""internal""#),
+    ];
+    hold(&codes);
+    each_has_a_text!(codes;
+        FailureCode::WrongState, FailureCode::Kvm, FailureCode::Memory, FailureCode::Kernel,
+        FailureCode::Memlock, FailureCode::GroupNotViable, FailureCode::Disk, FailureCode::Device,
+        FailureCode::Sandbox, FailureCode::Invalid, FailureCode::Internal,
+    );
+}
+
+/// Changes and requests are the policy's, and part of messages.
+#[test]
+fn changes_and_requests_keep_their_text() {
+    use netpolicy::PromiscuousMode;
+    let vlan = || 100.try_into().unwrap();
+    let changes = [
+        (Change::Reset, r#""reset""#),
+        (Change::SetMac(mac()), r#"{"set_mac":"02:00:00:00:00:09"}"#),
+        (Change::AddUnicast(mac()), r#"{"add_unicast":"02:00:00:00:00:09"}"#),
+        (Change::ClearUnicast, r#""clear_unicast""#),
+        (Change::SetMulticast(vec![1, 2]), r#"{"set_multicast":[1,2]}"#),
+        (Change::JoinVlan(vlan()), r#"{"join_vlan":100}"#),
+        (Change::LeaveVlan(vlan()), r#"{"leave_vlan":100}"#),
+        (Change::SetMaxFrame(1522), r#"{"set_max_frame":1522}"#),
+        (
+            Change::SetPromiscuous(PromiscuousMode { multicast: true, unicast: false }),
+            r#"{"set_promiscuous":{"multicast":true,"unicast":false}}"#,
+        ),
+        (Change::SetPortVlan(None), r#"{"set_port_vlan":null}"#),
+        (Change::SetSpoofCheck(true), r#"{"set_spoof_check":true}"#),
+        (Change::SetTrust(false), r#"{"set_trust":false}"#),
+        (Change::SetMaxTxRate(None), r#"{"set_max_tx_rate":null}"#),
+        (Change::SetLink(netpolicy::LinkState::Down), r#"{"set_link":"down"}"#),
+    ];
+    hold(&changes);
+    each_has_a_text!(changes;
+        Change::Reset, Change::SetMac(_), Change::AddUnicast(_), Change::ClearUnicast,
+        Change::SetMulticast(_), Change::JoinVlan(_), Change::LeaveVlan(_), Change::SetMaxFrame(_),
+        Change::SetPromiscuous(_), Change::SetPortVlan(_), Change::SetSpoofCheck(_), Change::SetTrust(_),
+        Change::SetMaxTxRate(_), Change::SetLink(_),
+    );
+    let requests = [
+        (Request::Reset, r#""reset""#),
+        (Request::SetMac(mac()), r#"{"set_mac":"02:00:00:00:00:09"}"#),
+        (Request::ClearUnicastFilters, r#""clear_unicast_filters""#),
+        (Request::AddUnicastFilter(mac()), r#"{"add_unicast_filter":"02:00:00:00:00:09"}"#),
+        (
+            Request::SetMulticast { count: 3, hashes: vec![1, 2] },
+            r#"{"set_multicast":{"count":3,"hashes":[1,2]}}"#,
+        ),
+        (Request::SetVlan { vid: 100, add: true }, r#"{"set_vlan":{"vid":100,"add":true}}"#),
+        (Request::SetMaxFrame(1522), r#"{"set_max_frame":1522}"#),
+        (
+            Request::SetPromiscuous(PromiscuousMode::OFF),
+            r#"{"set_promiscuous":{"multicast":false,"unicast":false}}"#,
+        ),
+        (Request::Unknown { opcode: 9 }, r#"{"unknown":{"opcode":9}}"#),
+    ];
+    hold(&requests);
+    each_has_a_text!(requests;
+        Request::Reset, Request::SetMac(_), Request::ClearUnicastFilters, Request::AddUnicastFilter(_),
+        Request::SetMulticast { .. }, Request::SetVlan { .. }, Request::SetMaxFrame(_),
+        Request::SetPromiscuous(_), Request::Unknown { .. },
+    );
+}
