@@ -21,7 +21,7 @@ use axum::{extract::Request as HttpRequest, middleware::Next, response::IntoResp
 use clap::error::ErrorKind;
 use cli::{CliError, EventStream, Format, Output, request};
 use netpolicy::VmId;
-use passthrough::relay::Notice;
+use passthrough::relay::RelayEvent;
 use tokio::net::UnixListener;
 
 use super::*;
@@ -300,9 +300,9 @@ async fn ports_show_a_guest_that_believes_otherwise_and_can_be_blocked() {
     desk.asks("web1", r#"{"set_mac": "02:00:00:00:00:09"}"#, 1).await;
     // A fake vmm has no relay: report in its place the address that the guest was made to believe.
     let vm = desk.client.get_vm("web1").await.unwrap().id;
-    let notice = Notice::GuestMac { mac: "02:00:00:00:00:09".parse().unwrap() };
+    let event = RelayEvent::GuestMac { mac: "02:00:00:00:00:09".parse().unwrap() };
     let switch = &desk.host.env.policy.as_ref().unwrap().switch;
-    switch.newest_intake(VmId(vm)).notice("eth0".to_owned(), notice).await;
+    switch.newest_intake(VmId(vm)).event("eth0".to_owned(), event).await;
     let listed = desk.run("port list").await.unwrap();
     let rows: Vec<_> = listed.lines().map(words).collect();
     let (initial, guest) = ("02:00:00:00:00:11", "02:00:00:00:00:09");

@@ -15,7 +15,7 @@ use async_trait::async_trait;
 use failpoints::{Point, reach};
 use netpolicy::{MacAddress, Name, VfRef, VmId, VmRef};
 use services::problem::ToProblem;
-use services::vmm_process::{Connection, RelayEvent, RelayEvents};
+use services::vmm_process::{Connection, RelayMessage, RelayMessages};
 use sriov::VfChange;
 use switch::{Adapter, Uplinks, VmLink};
 use tokio::sync::mpsc;
@@ -168,11 +168,11 @@ pub(super) async fn connected(
 struct Nobody;
 
 #[async_trait]
-impl RelayEvents for Nobody {
+impl RelayMessages for Nobody {
     async fn ready(&mut self) {}
 
-    fn take(&mut self, event: RelayEvent) {
-        if let RelayEvent::Notice { done, .. } | RelayEvent::Rebooted { done } = event {
+    fn take(&mut self, message: RelayMessage) {
+        if let RelayMessage::Event { done, .. } | RelayMessage::Rebooted { done } = message {
             let _ = done.send(());
         }
     }

@@ -474,8 +474,8 @@ async fn a_vmm_that_answers_something_else_is_killed() {
     let vm = host.create("web1", |_| {}).await;
     host.act(&vm, VmAction::Boot).await.unwrap();
     host.tell(&vm, "nonsense confused").await;
-    let order = protocol::Order::Stats;
-    let error = vm.connection().unwrap().order(order, Vec::new(), fixture::PATIENCE).await.unwrap_err();
+    let command = protocol::VmmCommand::Stats;
+    let error = vm.connection().unwrap().command(command, Vec::new(), fixture::PATIENCE).await.unwrap_err();
     assert!(error.to_string().contains("the result of another command"), "{error}");
     host.at_rest(&vm).await;
     assert_eq!(vm.status().run.cause.unwrap().code, CauseCode::VmmMisbehaved);
@@ -489,10 +489,10 @@ async fn what_is_only_odd_is_no_nonsense() {
     host.tell(&vm, "nonsense huge").await;
     // The states before the first boot can be read late.
     host.tell(&vm, "nonsense fewer-boots").await;
-    // An order that nobody waits for any more is answered.
-    let late = protocol::Order::ConsoleWait { offset: 0 };
+    // A command that nobody waits for any more is answered.
+    let late = protocol::VmmCommand::ConsoleWait { offset: 0 };
     let given_up =
-        vm.connection().unwrap().order(late, Vec::new(), std::time::Duration::from_millis(1)).await;
+        vm.connection().unwrap().command(late, Vec::new(), std::time::Duration::from_millis(1)).await;
     assert!(given_up.is_err());
     host.tell(&vm, "print hello").await;
     host.act(&vm, VmAction::Pause).await.unwrap();

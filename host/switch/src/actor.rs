@@ -256,12 +256,16 @@ impl Actor {
             Command::Release { vm, adapter, reply } => self.release(vm, adapter, reply),
             Command::Released { vm, adapter, reply } => drop(reply.send(self.released(vm, &adapter).await)),
             Command::Rebooted { vm, link, .. }
-            | Command::Ask { vm, link, .. }
-            | Command::Notice { vm, link, .. }
+            | Command::Request { vm, link, .. }
+            | Command::RelayEvent { vm, link, .. }
                 if !self.is_current(vm, link) => {}
             Command::Rebooted { vm, done, .. } => self.rebooted(vm, done),
-            Command::Ask { vm, adapter, id, question, .. } => self.ask(vm, adapter, id, question),
-            Command::Notice { vm, adapter, notice, done, .. } => self.notice(vm, adapter, notice, done),
+            Command::Request { vm, adapter, id, guest_request, .. } => {
+                self.request(vm, adapter, id, guest_request)
+            }
+            Command::RelayEvent { vm, adapter, event, done, .. } => {
+                self.relay_event(vm, adapter, event, done)
+            }
             Command::PfsKnown { pfs } => self.pfs_known(pfs),
             Command::Overdue { port } => self.overdue(port),
             Command::DeferredTooLong { port, since } => self.deferred_too_long(port, since),
@@ -319,7 +323,7 @@ impl Actor {
             let Some(work) = port_queue.queue.pop_front() else { return };
             match work {
                 Task::Recover => self.begin_recover(port),
-                Task::Ask { id, question } => self.begin_ask(port, id, question),
+                Task::Request { id, guest_request } => self.begin_request(port, id, guest_request),
                 Task::Revert(revert) => self.begin_revert(port, revert),
                 Task::Correct => self.begin_correct(port),
                 Task::Repair { all } => self.begin_repair(port, all),
@@ -366,7 +370,7 @@ impl Actor {
     fn on_end(&mut self, port: PortId, end: End) {
         let busy = self.port_queues.get_mut(&port).and_then(|port_queue| port_queue.busy.take());
         match end {
-            End::Asked(asked) => self.asked(port, asked, busy.and_then(|busy| busy.cancelled)),
+            End::Request(end) => self.request_ended(port, end, busy.and_then(|busy| busy.cancelled)),
             End::Reverted { revert, from, error } => self.reverted(port, &revert, from, error),
             End::Corrected { corrections, leftover, made } => {
                 self.corrected(port, &corrections, &leftover, made);

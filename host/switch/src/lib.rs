@@ -6,7 +6,7 @@
 //!  API ──put, delete──▶  ┌────────┐ ──evaluate──▶ netpolicy::SwitchState
 //!  VM tasks ──attach, ─▶ │ switch │
 //!    bind, release       │  task  │ ──job per port──▶ PF threads, vmms, store
-//!  vmms ──ask, notice──▶ │        │ ◀──────end─────
+//!  vmms ─request, event▶ │        │ ◀──────end─────
 //!  PF watch ──hints──▶   └────────┘
 //!                            └──▶ decisions ──▶ database, log, events
 //! ```

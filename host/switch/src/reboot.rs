@@ -26,7 +26,7 @@ impl Actor {
         }
         tokio::spawn(async move {
             for saved in saved {
-                // A database that fails must not make the vmm keep the report for ever.
+                // A database that fails must not make the vmm keep the event for ever.
                 drop(saved.await);
             }
             let _ = done.send(());

@@ -160,7 +160,7 @@ impl Actor {
     pub(super) fn deferred_done(&mut self, port: PortId, failed: &[Change]) {
         let Some(port_queue) = self.port_queues.get_mut(&port) else { return };
         let Some(sent) = port_queue.deferred.pop_front() else { return };
-        // Only changes that were ordered count, because the vmm may lie.
+        // Only changes that were commanded count, because the vmm may lie.
         let (failed, done) = sent.into_iter().partition(|change| failed.contains(change));
         self.queue(port, Task::Confirmed { done, failed });
     }

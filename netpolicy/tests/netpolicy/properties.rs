@@ -393,7 +393,7 @@ impl World {
         Ok(())
     }
 
-    /// A standing refusal must deny what a question would be denied, with the same reason, and must cover all such
+    /// A standing refusal must deny what a request would be denied, with the same reason, and must cover all such
     /// requests.
     fn check_standing(&self, n: u32, request: &Request, asked: &Evaluation) -> Result<(), TestCaseError> {
         let standing = self.state.standing_refusal(port_id(n)).unwrap();

@@ -14,7 +14,7 @@ use std::{
 use netpolicy::{Change, MacAddress, OnDenied, Reason, StandingRefusal};
 
 use super::{
-    authority::{OWN_QUESTION, Verdict},
+    authority::{OWN_REQUEST, Verdict},
     disposition::Disposition,
     fast_deny::{FastDenial, MAX_DENIALS, Permit},
     stats::{RelayStats, Stats},
@@ -200,7 +200,7 @@ impl Shared {
     pub(crate) fn verdict(&self, verdict: Verdict) {
         let mut state = self.lock();
         let in_flight = state.registers.in_flight().then(|| state.registers.seq());
-        if in_flight.map_or(verdict.seq & OWN_QUESTION != 0, |seq| seq == verdict.seq) {
+        if in_flight.map_or(verdict.seq & OWN_REQUEST != 0, |seq| seq == verdict.seq) {
             state.inbox.verdict = Some(verdict);
             drop(state);
             self.wake.notify_one();

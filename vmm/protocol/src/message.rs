@@ -9,7 +9,7 @@
 use std::{collections::BTreeMap, ops::RangeInclusive};
 
 use netpolicy::{Change, MacAddress, StandingRefusal};
-use passthrough::relay::{Notice, Question, RelayStats, Verdict};
+use passthrough::relay::{GuestRequest, RelayEvent, RelayStats, Verdict};
 use serde::{Deserialize, Serialize};
 use uuid::Uuid;
 
@@ -19,15 +19,15 @@ use uuid::Uuid;
 /// |---|---|
 /// | 1 | all other messages |
 /// | 2 | [`DeviceBackend::Simulated`] |
-/// | 3 | [`ToVmm::Standing`], and with it [`Notice::Declined`] |
-/// | 4 | [`Order::LimitDisk`], [`Report::DiskFull`] |
+/// | 3 | [`ToVmm::Standing`], and with it [`RelayEvent::Declined`] |
+/// | 4 | [`VmmCommand::LimitDisk`], [`VmmEvent::DiskFull`] |
 pub const VERSION: u32 = 4;
 
 /// The oldest version with [`ToVmm::Standing`].
 pub const STANDING_SINCE: u32 = 3;
 
-/// The oldest version with commands to disks, and with reports of them.
-pub const DISK_ORDERS_SINCE: u32 = 4;
+/// The oldest version with commands to disks, and with events of them.
+pub const DISK_COMMANDS_SINCE: u32 = 4;
 
 /// The versions that this build speaks.
 pub const SPOKEN: RangeInclusive<u32> = 1..=VERSION;
@@ -46,18 +46,22 @@ pub enum ToVmm {
         vm: Uuid,
     },
     /// A command. The vmm completes it by [`ToAgent::Done`] with the same id.
-    Order {
+    #[serde(rename = "order")]
+    Command {
         /// Chosen by the agent, unique on this connection.
         id: u64,
         /// The command.
-        order: Order,
+        #[serde(rename = "order")]
+        command: VmmCommand,
     },
-    /// The response to a [`ToAgent::Ask`].
-    Answer {
+    /// The response to a [`ToAgent::Request`].
+    #[serde(rename = "answer")]
+    Response {
         /// The id of the request.
         id: u64,
         /// The response.
-        answer: Answer,
+        #[serde(rename = "answer")]
+        response: AgentResponse,
     },
     /// Requests that the relay of an adapter denies without a request to the agent. Holds until the next such message
     /// for the adapter, or the end of the connection. May come before the machine is configured.
@@ -67,9 +71,9 @@ pub enum ToVmm {
         /// None: the relay forwards every request to the agent.
         refusal: Option<StandingRefusal>,
     },
-    /// The agent has stored the reports up to this sequence number; the vmm may forget them.
+    /// The agent has stored the events up to this sequence number; the vmm may forget them.
     Noted {
-        /// The sequence number of the last stored report.
+        /// The sequence number of the last stored event.
         upto: u64,
     },
 }
@@ -82,7 +86,7 @@ pub enum ToAgent {
     Hello {
         /// The version that both sides speak from now on: the newest common one.
         version: u32,
-        /// The state at this moment; reports carry later changes.
+        /// The state at this moment; events carry later changes.
         state: State,
         /// The boot counter: 0 before the first boot, then one more for each boot and reboot.
         boots: u64,
@@ -100,25 +104,29 @@ pub enum ToAgent {
         result: Result<Outcome, Failure>,
     },
     /// A request that only the agent can decide: one of a guest's VF driver.
-    Ask {
+    #[serde(rename = "ask")]
+    Request {
         /// Chosen by the vmm, unique for the life of its process.
         id: u64,
         /// The request.
-        ask: Ask,
+        #[serde(rename = "ask")]
+        request: AgentRequest,
     },
     /// An event. The vmm keeps it, and sends it again after a reconnection, until [`ToVmm::Noted`].
-    Report {
-        /// A sequence number: one more for each report of this process.
+    #[serde(rename = "report")]
+    Event {
+        /// A sequence number: one more for each event of this process.
         seq: u64,
         /// The event.
-        report: Report,
+        #[serde(rename = "report")]
+        event: VmmEvent,
     },
 }
 
 /// Commands of the agent.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(tag = "order", rename_all = "snake_case")]
-pub enum Order {
+pub enum VmmCommand {
     /// Builds the machine: opens the devices, drops every privilege, loads the kernel. The machine's files come beside
     /// it. Once per process. → [`Outcome::Done`]
     ///
@@ -184,12 +192,12 @@ pub enum Order {
     },
 }
 
-impl Order {
+impl VmmCommand {
     /// The oldest version with this command.
     #[must_use]
     pub fn since(&self) -> u32 {
         match self {
-            Self::LimitDisk { .. } => DISK_ORDERS_SINCE,
+            Self::LimitDisk { .. } => DISK_COMMANDS_SINCE,
             _ => *SPOKEN.start(),
         }
     }
@@ -213,7 +221,7 @@ pub enum Outcome {
         /// Changes that the PF did not confirm; empty if it confirmed all.
         failed: Vec<Change>,
         /// The PF does not read the VF's messages at present. The relay makes the changes right after the guest's
-        /// next reset message, and a report follows.
+        /// next reset message, and an event follows.
         deferred: bool,
     },
 }
@@ -426,7 +434,7 @@ impl SandboxSpec {
 ///                                        └──────────▶ Ended ◀─────┘
 /// ```
 ///
-/// A paused machine can reboot, too. [`Order::Stop`], and a failed [`Order::Configure`], end a vmm that has not run.
+/// A paused machine can reboot, too. [`VmmCommand::Stop`], and a failed [`VmmCommand::Configure`], end a vmm that has not run.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum State {
@@ -459,10 +467,10 @@ impl State {
     }
 }
 
-/// An event in a vmm.
+/// An event of a vmm.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(tag = "report", rename_all = "snake_case", deny_unknown_fields)]
-pub enum Report {
+pub enum VmmEvent {
     /// The state has changed.
     State {
         /// The new state.
@@ -483,8 +491,8 @@ pub enum Report {
         /// simulated PF).
         why: DeviceLoss,
     },
-    /// The host's file system has no room for a guest's request. The machine is paused: the report of its state follows.
-    /// [`Order::Run`] repeats the request.
+    /// The host's file system has no room for a guest's request. The machine is paused: an event with its state follows.
+    /// [`VmmCommand::Run`] repeats the request.
     DiskFull {
         /// The disk's name in the machine's specification.
         disk: String,
@@ -494,16 +502,17 @@ pub enum Report {
         /// The adapter's name in the machine's specification.
         adapter: String,
         /// The event.
-        notice: Notice,
+        #[serde(rename = "notice")]
+        event: RelayEvent,
     },
 }
 
-impl Report {
-    /// The oldest version with this report.
+impl VmmEvent {
+    /// The oldest version with this event.
     #[must_use]
     pub fn since(&self) -> u32 {
         match self {
-            Self::DiskFull { .. } => DISK_ORDERS_SINCE,
+            Self::DiskFull { .. } => DISK_COMMANDS_SINCE,
             _ => *SPOKEN.start(),
         }
     }
@@ -611,21 +620,22 @@ pub struct DeviceStats {
 /// A request to the agent.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(tag = "ask", rename_all = "snake_case", deny_unknown_fields)]
-pub enum Ask {
+pub enum AgentRequest {
     /// A guest's VF driver requests a change or a reset of the PF.
     Mailbox {
         /// The adapter's name in the machine's specification.
         adapter: String,
         /// The request.
-        question: Question,
+        #[serde(rename = "question")]
+        guest_request: GuestRequest,
     },
 }
 
 /// The agent's response to a request.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(tag = "answer", rename_all = "snake_case")]
-pub enum Answer {
-    /// The response to [`Ask::Mailbox`].
+pub enum AgentResponse {
+    /// The response to [`AgentRequest::Mailbox`].
     Mailbox {
         /// The adapter's name in the machine's specification.
         adapter: String,

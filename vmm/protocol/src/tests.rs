@@ -5,7 +5,7 @@
 use std::fmt::Debug;
 
 use netpolicy::{Change, MacAddress, OnDenied, Reason, Request, StandingRefusal};
-use passthrough::relay::{Cancelled, Decision, Forwarded, How, Notice, Question, Verdict};
+use passthrough::relay::{Cancelled, Decision, Forwarded, GuestRequest, How, RelayEvent, Verdict};
 use serde::{Serialize, de::DeserializeOwned};
 use uuid::Uuid;
 
@@ -37,10 +37,10 @@ fn mac() -> MacAddress {
 
 #[test]
 fn messages_to_a_vmm_keep_their_text() {
-    let order = |order| ToVmm::Order { id: 1, order };
-    let answer = |decision| ToVmm::Answer {
+    let command = |command| ToVmm::Command { id: 1, command };
+    let response = |decision| ToVmm::Response {
         id: 5,
-        answer: Answer::Mailbox {
+        response: AgentResponse::Mailbox {
             adapter: "eth0".into(),
             verdict: Verdict { seq: 6, effective_mac: mac(), decision },
         },
@@ -55,21 +55,21 @@ fn messages_to_a_vmm_keep_their_text() {
             ToVmm::Hello { oldest: 1, newest: 4, vm: Uuid::from_u128(7) },
             r#"{"type":"hello","oldest":1,"newest":4,"vm":"00000000-0000-0000-0000-000000000007"}"#,
         ),
-        (order(Order::Stop), r#"{"type":"order","id":1,"order":{"order":"stop"}}"#),
+        (command(VmmCommand::Stop), r#"{"type":"order","id":1,"order":{"order":"stop"}}"#),
         (
-            answer(Decision::Grant { how: How::Local }),
+            response(Decision::Grant { how: How::Local }),
             r#"{"type":"answer","id":5,"answer":{"answer":"mailbox","adapter":"eth0","verdict":{"seq":6,"effective_mac":"02:00:00:00:00:09","decision":{"grant":{"how":"local"}}}}}"#,
         ),
         (
-            answer(Decision::Grant { how: How::Forward }),
+            response(Decision::Grant { how: How::Forward }),
             r#"{"type":"answer","id":5,"answer":{"answer":"mailbox","adapter":"eth0","verdict":{"seq":6,"effective_mac":"02:00:00:00:00:09","decision":{"grant":{"how":"forward"}}}}}"#,
         ),
         (
-            answer(Decision::Refuse { tell: OnDenied::Nack, reason: Reason::MacInUse }),
+            response(Decision::Refuse { tell: OnDenied::Nack, reason: Reason::MacInUse }),
             r#"{"type":"answer","id":5,"answer":{"answer":"mailbox","adapter":"eth0","verdict":{"seq":6,"effective_mac":"02:00:00:00:00:09","decision":{"refuse":{"tell":"nack","reason":"mac_in_use"}}}}}"#,
         ),
         (
-            answer(Decision::Refuse { tell: OnDenied::Silent, reason: Reason::MacInUse }),
+            response(Decision::Refuse { tell: OnDenied::Silent, reason: Reason::MacInUse }),
             r#"{"type":"answer","id":5,"answer":{"answer":"mailbox","adapter":"eth0","verdict":{"seq":6,"effective_mac":"02:00:00:00:00:09","decision":{"refuse":{"tell":"silent","reason":"mac_in_use"}}}}}"#,
         ),
         (
@@ -84,7 +84,7 @@ fn messages_to_a_vmm_keep_their_text() {
     ];
     hold(&messages);
     each_has_a_text!(messages;
-        ToVmm::Hello { .. }, ToVmm::Order { .. }, ToVmm::Answer { answer: Answer::Mailbox { .. }, .. },
+        ToVmm::Hello { .. }, ToVmm::Command { .. }, ToVmm::Response { response: AgentResponse::Mailbox { .. }, .. },
         ToVmm::Standing { .. }, ToVmm::Noted { .. },
     );
 }
@@ -108,45 +108,45 @@ fn commands_keep_their_text() {
     let limits = DiskLimits { bytes: None, operations: Some(DiskRate { per_second: 50, burst: 60 }) };
     let commands = [
         (
-            Order::Configure { spec: Box::new(spec), files: vec!["kvm".into()] },
+            VmmCommand::Configure { spec: Box::new(spec), files: vec!["kvm".into()] },
             r#"{"order":"configure","spec":{"vm":"00000000-0000-0000-0000-000000000007","name":"web1","cpus":2,"memory":4194304,"hugepages":false,"cmdline":"quiet","initramfs":1,"devices":[],"disks":[],"nics":[],"entropy":true,"sandbox":{"uid":null,"gid":null,"limits":false,"namespaces":false,"empty_root":false,"seccomp":true,"landlock":true}},"files":["kvm"]}"#,
         ),
-        (Order::Run, r#"{"order":"run"}"#),
-        (Order::Pause, r#"{"order":"pause"}"#),
-        (Order::PowerButton, r#"{"order":"power_button"}"#),
-        (Order::Reboot, r#"{"order":"reboot"}"#),
-        (Order::Stop, r#"{"order":"stop"}"#),
-        (Order::Stats, r#"{"order":"stats"}"#),
-        (Order::ConsoleInput { bytes: vec![1, 2] }, r#"{"order":"console_input","bytes":[1,2]}"#),
-        (Order::ConsoleWait { offset: 9 }, r#"{"order":"console_wait","offset":9}"#),
+        (VmmCommand::Run, r#"{"order":"run"}"#),
+        (VmmCommand::Pause, r#"{"order":"pause"}"#),
+        (VmmCommand::PowerButton, r#"{"order":"power_button"}"#),
+        (VmmCommand::Reboot, r#"{"order":"reboot"}"#),
+        (VmmCommand::Stop, r#"{"order":"stop"}"#),
+        (VmmCommand::Stats, r#"{"order":"stats"}"#),
+        (VmmCommand::ConsoleInput { bytes: vec![1, 2] }, r#"{"order":"console_input","bytes":[1,2]}"#),
+        (VmmCommand::ConsoleWait { offset: 9 }, r#"{"order":"console_wait","offset":9}"#),
         (
-            Order::TakeBack { adapter: "eth0".into(), changes: vec![Change::SetMac(mac())] },
+            VmmCommand::TakeBack { adapter: "eth0".into(), changes: vec![Change::SetMac(mac())] },
             r#"{"order":"take_back","adapter":"eth0","changes":[{"set_mac":"02:00:00:00:00:09"}]}"#,
         ),
         (
-            Order::EffectiveMac { adapter: "eth0".into(), mac: mac() },
+            VmmCommand::EffectiveMac { adapter: "eth0".into(), mac: mac() },
             r#"{"order":"effective_mac","adapter":"eth0","mac":"02:00:00:00:00:09"}"#,
         ),
         (
-            Order::MakeGuestReset { adapter: "eth0".into() },
+            VmmCommand::MakeGuestReset { adapter: "eth0".into() },
             r#"{"order":"make_guest_reset","adapter":"eth0"}"#,
         ),
         (
-            Order::LimitDisk { disk: "root".into(), limits },
+            VmmCommand::LimitDisk { disk: "root".into(), limits },
             r#"{"order":"limit_disk","disk":"root","limits":{"bytes":null,"operations":{"per_second":50,"burst":60}}}"#,
         ),
     ];
     hold(&commands);
     each_has_a_text!(commands;
-        Order::Configure { .. }, Order::Run, Order::Pause, Order::PowerButton, Order::Reboot, Order::Stop,
-        Order::Stats, Order::ConsoleInput { .. }, Order::ConsoleWait { .. }, Order::TakeBack { .. },
-        Order::EffectiveMac { .. }, Order::MakeGuestReset { .. }, Order::LimitDisk { .. },
+        VmmCommand::Configure { .. }, VmmCommand::Run, VmmCommand::Pause, VmmCommand::PowerButton, VmmCommand::Reboot, VmmCommand::Stop,
+        VmmCommand::Stats, VmmCommand::ConsoleInput { .. }, VmmCommand::ConsoleWait { .. }, VmmCommand::TakeBack { .. },
+        VmmCommand::EffectiveMac { .. }, VmmCommand::MakeGuestReset { .. }, VmmCommand::LimitDisk { .. },
     );
 }
 
 #[test]
 fn messages_of_a_vmm_keep_their_text() {
-    let question = Question { seq: 6, request: Request::SetMac(mac()) };
+    let guest_request = GuestRequest { seq: 6, request: Request::SetMac(mac()) };
     let failure = Failure { code: FailureCode::Kernel, detail: "x".into() };
     let messages = [
         (
@@ -163,19 +163,22 @@ fn messages_of_a_vmm_keep_their_text() {
             r#"{"type":"done","id":3,"result":{"Err":{"code":"kernel","detail":"x"}}}"#,
         ),
         (
-            ToAgent::Ask { id: 5, ask: Ask::Mailbox { adapter: "eth0".into(), question } },
+            ToAgent::Request {
+                id: 5,
+                request: AgentRequest::Mailbox { adapter: "eth0".into(), guest_request },
+            },
             r#"{"type":"ask","id":5,"ask":{"ask":"mailbox","adapter":"eth0","question":{"seq":6,"request":{"set_mac":"02:00:00:00:00:09"}}}}"#,
         ),
         (
-            ToAgent::Report { seq: 7, report: Report::DiskFull { disk: "root".into() } },
+            ToAgent::Event { seq: 7, event: VmmEvent::DiskFull { disk: "root".into() } },
             r#"{"type":"report","seq":7,"report":{"report":"disk_full","disk":"root"}}"#,
         ),
     ];
     hold(&messages);
     each_has_a_text!(messages;
         ToAgent::Hello { .. }, ToAgent::Refused { .. }, ToAgent::Done { result: Ok(_), .. },
-        ToAgent::Done { result: Err(_), .. }, ToAgent::Ask { ask: Ask::Mailbox { .. }, .. },
-        ToAgent::Report { .. },
+        ToAgent::Done { result: Err(_), .. }, ToAgent::Request { request: AgentRequest::Mailbox { .. }, .. },
+        ToAgent::Event { .. },
     );
 }
 
@@ -203,41 +206,41 @@ fn results_of_commands_keep_their_text() {
 
 #[test]
 fn events_of_the_machine_keep_their_text() {
-    let lost = |why| Report::DeviceLost { bdf: "0000:01:10.0".into(), why };
+    let lost = |why| VmmEvent::DeviceLost { bdf: "0000:01:10.0".into(), why };
     let events = [
         (
-            Report::State { state: State::Rebooting, boots: 2 },
+            VmmEvent::State { state: State::Rebooting, boots: 2 },
             r#"{"report":"state","state":"rebooting","boots":2}"#,
         ),
-        (Report::Ended { end: End::PoweredOff }, r#"{"report":"ended","end":{"end":"powered_off"}}"#),
-        (Report::Ended { end: End::Stopped }, r#"{"report":"ended","end":{"end":"stopped"}}"#),
+        (VmmEvent::Ended { end: End::PoweredOff }, r#"{"report":"ended","end":{"end":"powered_off"}}"#),
+        (VmmEvent::Ended { end: End::Stopped }, r#"{"report":"ended","end":{"end":"stopped"}}"#),
         (
-            Report::Ended { end: End::Failed { detail: "x".into() } },
+            VmmEvent::Ended { end: End::Failed { detail: "x".into() } },
             r#"{"report":"ended","end":{"end":"failed","detail":"x"}}"#,
         ),
         (lost(DeviceLoss::Requested), r#"{"report":"device_lost","bdf":"0000:01:10.0","why":"requested"}"#),
         (lost(DeviceLoss::Failed), r#"{"report":"device_lost","bdf":"0000:01:10.0","why":"failed"}"#),
-        (Report::DiskFull { disk: "root".into() }, r#"{"report":"disk_full","disk":"root"}"#),
+        (VmmEvent::DiskFull { disk: "root".into() }, r#"{"report":"disk_full","disk":"root"}"#),
         (
-            Report::Relay { adapter: "eth0".into(), notice: Notice::PfReset },
+            VmmEvent::Relay { adapter: "eth0".into(), event: RelayEvent::PfReset },
             r#"{"report":"relay","adapter":"eth0","notice":{"notice":"pf_reset"}}"#,
         ),
     ];
     hold(&events);
     each_has_a_text!(events;
-        Report::State { .. }, Report::Ended { end: End::PoweredOff }, Report::Ended { end: End::Stopped },
-        Report::Ended { end: End::Failed { .. } },
-        Report::DeviceLost { why: DeviceLoss::Requested, .. },
-        Report::DeviceLost { why: DeviceLoss::Failed, .. },
-        Report::DiskFull { .. }, Report::Relay { .. },
+        VmmEvent::State { .. }, VmmEvent::Ended { end: End::PoweredOff }, VmmEvent::Ended { end: End::Stopped },
+        VmmEvent::Ended { end: End::Failed { .. } },
+        VmmEvent::DeviceLost { why: DeviceLoss::Requested, .. },
+        VmmEvent::DeviceLost { why: DeviceLoss::Failed, .. },
+        VmmEvent::DiskFull { .. }, VmmEvent::Relay { .. },
     );
 }
 
 #[test]
 fn events_of_relays_keep_their_text() {
     let reason = Reason::MacChangesRejected;
-    let cancelled = |why| Notice::Cancelled { seq: 6, request: Request::Reset, why };
-    let forwarded = |outcome| Notice::Forwarded { seq: 6, outcome };
+    let cancelled = |why| RelayEvent::Cancelled { seq: 6, request: Request::Reset, why };
+    let forwarded = |outcome| RelayEvent::Forwarded { seq: 6, outcome };
     let events = [
         (
             cancelled(Cancelled::Deadline),
@@ -259,33 +262,33 @@ fn events_of_relays_keep_their_text() {
         (forwarded(Forwarded::Refused), r#"{"notice":"forwarded","seq":6,"outcome":"refused"}"#),
         (forwarded(Forwarded::Unanswered), r#"{"notice":"forwarded","seq":6,"outcome":"unanswered"}"#),
         (
-            Notice::Refused { request: Some(Request::Reset), word: 1, reason, count: 2 },
+            RelayEvent::Refused { request: Some(Request::Reset), word: 1, reason, count: 2 },
             r#"{"notice":"refused","request":"reset","word":1,"reason":"mac_changes_rejected","count":2}"#,
         ),
         (
-            Notice::Refused { request: None, word: 1, reason, count: 2 },
+            RelayEvent::Refused { request: None, word: 1, reason, count: 2 },
             r#"{"notice":"refused","request":null,"word":1,"reason":"mac_changes_rejected","count":2}"#,
         ),
         (
-            Notice::Declined { mac: mac(), reason, silent: true },
+            RelayEvent::Declined { mac: mac(), reason, silent: true },
             r#"{"notice":"declined","mac":"02:00:00:00:00:09","reason":"mac_changes_rejected","silent":true}"#,
         ),
-        (Notice::GuestMac { mac: mac() }, r#"{"notice":"guest_mac","mac":"02:00:00:00:00:09"}"#),
-        (Notice::PfReset, r#"{"notice":"pf_reset"}"#),
+        (RelayEvent::GuestMac { mac: mac() }, r#"{"notice":"guest_mac","mac":"02:00:00:00:00:09"}"#),
+        (RelayEvent::PfReset, r#"{"notice":"pf_reset"}"#),
         (
-            Notice::TakenBack { id: 1, failed: vec![Change::ClearUnicast], deferred: false },
+            RelayEvent::TakenBack { id: 1, failed: vec![Change::ClearUnicast], deferred: false },
             r#"{"notice":"taken_back","id":1,"failed":["clear_unicast"],"deferred":false}"#,
         ),
     ];
     hold(&events);
     each_has_a_text!(events;
-        Notice::Cancelled { why: Cancelled::Deadline, .. }, Notice::Cancelled { why: Cancelled::GuestReset, .. },
-        Notice::Cancelled { why: Cancelled::Stopped, .. }, Notice::Cancelled { why: Cancelled::Withdrawn, .. },
-        Notice::Forwarded { outcome: Forwarded::Accepted, .. },
-        Notice::Forwarded { outcome: Forwarded::Refused, .. },
-        Notice::Forwarded { outcome: Forwarded::Unanswered, .. },
-        Notice::Refused { .. }, Notice::Declined { .. }, Notice::GuestMac { .. }, Notice::PfReset,
-        Notice::TakenBack { .. },
+        RelayEvent::Cancelled { why: Cancelled::Deadline, .. }, RelayEvent::Cancelled { why: Cancelled::GuestReset, .. },
+        RelayEvent::Cancelled { why: Cancelled::Stopped, .. }, RelayEvent::Cancelled { why: Cancelled::Withdrawn, .. },
+        RelayEvent::Forwarded { outcome: Forwarded::Accepted, .. },
+        RelayEvent::Forwarded { outcome: Forwarded::Refused, .. },
+        RelayEvent::Forwarded { outcome: Forwarded::Unanswered, .. },
+        RelayEvent::Refused { .. }, RelayEvent::Declined { .. }, RelayEvent::GuestMac { .. }, RelayEvent::PfReset,
+        RelayEvent::TakenBack { .. },
     );
 }
 

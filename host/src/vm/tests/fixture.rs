@@ -16,7 +16,7 @@ use api::{
 };
 use netpolicy::PfCapabilities;
 use options::assignable::Assignable;
-use protocol::Order;
+use protocol::VmmCommand;
 use services::{
     decisions::{DecisionLog, KEPT, events::EventHub},
     pf::PfHandle,
@@ -209,9 +209,9 @@ impl Host {
 
     /// Types a word that the fake vmm obeys.
     pub(crate) async fn tell(&self, vm: &VmHandle, word: &str) {
-        let order = Order::ConsoleInput { bytes: word.into() };
+        let command = VmmCommand::ConsoleInput { bytes: word.into() };
         // A fake that dies of the word does not answer.
-        drop(vm.connection().unwrap().order(order, Vec::new(), PATIENCE).await);
+        drop(vm.connection().unwrap().command(command, Vec::new(), PATIENCE).await);
     }
 
     pub(crate) async fn reaches(&self, vm: &VmHandle, state: VmState) {

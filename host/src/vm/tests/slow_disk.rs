@@ -58,7 +58,7 @@ impl ObjectStore for SlowStore {
     }
 }
 
-/// Guests that reset themselves as fast as they can are honest. Their reports wait while the agent writes, and no budget for
+/// Guests that reset themselves as fast as they can are honest. Their events wait while the agent writes, and no budget for
 /// hostile processes may run out meanwhile.
 #[tokio::test]
 async fn guests_that_reset_themselves_are_not_taken_for_hostile_ones() {

@@ -15,13 +15,13 @@ use api::{
 };
 use async_trait::async_trait;
 use netpolicy::{Change, Decision, MacAddress, Name, Outcome, Request, StandingRefusal, VfRef, VmId, VmRef};
-use passthrough::relay::{self, Forwarded, How, Notice, Question, Verdict};
-use protocol::{Answer, Order};
+use passthrough::relay::{self, Forwarded, GuestRequest, How, RelayEvent, Verdict};
+use protocol::{AgentResponse, VmmCommand};
 use services::{
     decisions::{DecisionLog, KEPT, events::EventHub},
     metrics::Metrics,
     pf::{PfHandle, fake::FakePfs},
-    vmm_process::OrderError,
+    vmm_process::CommandError,
 };
 use sriov::Hint;
 use store::{Expect, ObjectStore as _, Operation, SqliteStore, Stores, Table};
@@ -82,7 +82,7 @@ pub(super) struct FakeVmm {
 
 #[derive(Default)]
 pub(super) struct Heard {
-    pub(super) orders: Vec<Order>,
+    pub(super) commands: Vec<VmmCommand>,
     pub(super) stopped: Vec<String>,
     pub(super) takes_back: TakesBack,
     /// The standing denial.
@@ -95,40 +95,44 @@ impl FakeVmm {
     }
 
     /// The commands since the last call.
-    pub(super) fn orders(&self) -> Vec<Order> {
-        std::mem::take(&mut self.heard().orders)
+    pub(super) fn commands(&self) -> Vec<VmmCommand> {
+        std::mem::take(&mut self.heard().commands)
     }
 
     /// The changes that it was commanded to revoke since the last call.
     pub(super) fn taken_back(&self) -> Vec<Change> {
-        let taken = |order| match order {
-            Order::TakeBack { changes, .. } => changes,
+        let taken = |command| match command {
+            VmmCommand::TakeBack { changes, .. } => changes,
             _ => Vec::new(),
         };
-        self.orders().into_iter().flat_map(taken).collect()
+        self.commands().into_iter().flat_map(taken).collect()
     }
 }
 
 #[async_trait]
 impl Vmm for FakeVmm {
-    async fn order(&self, order: Order, patience: Duration) -> Result<protocol::Outcome, OrderError> {
-        self.heard().orders.push(order.clone());
+    async fn command(
+        &self,
+        command: VmmCommand,
+        patience: Duration,
+    ) -> Result<protocol::Outcome, CommandError> {
+        self.heard().commands.push(command.clone());
         let takes_back = self.heard().takes_back;
-        let (failed, deferred) = match (takes_back, order) {
-            (TakesBack::Never, Order::TakeBack { .. }) => {
+        let (failed, deferred) = match (takes_back, command) {
+            (TakesBack::Never, VmmCommand::TakeBack { .. }) => {
                 tokio::time::sleep(patience).await;
-                return Err(OrderError::Timeout(patience));
+                return Err(CommandError::Timeout(patience));
             }
-            (TakesBack::Refused, Order::TakeBack { changes, .. }) => (changes, false),
-            (TakesBack::Deferred, Order::TakeBack { .. }) => (Vec::new(), true),
-            (TakesBack::Done, Order::TakeBack { .. }) => (Vec::new(), false),
+            (TakesBack::Refused, VmmCommand::TakeBack { changes, .. }) => (changes, false),
+            (TakesBack::Deferred, VmmCommand::TakeBack { .. }) => (Vec::new(), true),
+            (TakesBack::Done, VmmCommand::TakeBack { .. }) => (Vec::new(), false),
             _ => return Ok(protocol::Outcome::Done),
         };
         Ok(protocol::Outcome::TakenBack { failed, deferred })
     }
 
-    fn answer(&self, id: u64, answer: Answer) {
-        let Answer::Mailbox { adapter, verdict } = answer;
+    fn respond(&self, id: u64, response: AgentResponse) {
+        let AgentResponse::Mailbox { adapter, verdict } = response;
         assert_eq!(adapter, "eth0");
         drop(self.answers.send((id, verdict)));
     }
@@ -148,7 +152,7 @@ impl Vmm for FakeVmm {
 struct Guest {
     vmm: Arc<FakeVmm>,
     answers: mpsc::UnboundedReceiver<(u64, Verdict)>,
-    asked: u64,
+    requested: u64,
     intake: Option<Intake>,
 }
 
@@ -158,7 +162,7 @@ impl Guest {
         Self {
             vmm: Arc::new(FakeVmm { answers: sender, heard: Mutex::default() }),
             answers,
-            asked: 0,
+            requested: 0,
             intake: None,
         }
     }
@@ -343,19 +347,19 @@ impl Host {
     /// Sends a request, and does not wait for the response. Returns its number.
     pub(super) async fn send(&mut self, n: u8, request: Request) -> u64 {
         let guest = &mut self.guests[usize::from(n)];
-        guest.asked += 1;
-        let question = Question { seq: guest.asked, request };
-        let seq = question.seq;
+        guest.requested += 1;
+        let guest_request = GuestRequest { seq: guest.requested, request };
+        let seq = guest_request.seq;
         if let Some(intake) = &mut guest.intake {
-            intake.ask("eth0".into(), 1000 + seq, question).await;
+            intake.request("eth0".into(), 1000 + seq, guest_request).await;
         }
         seq
     }
 
     pub(super) async fn answer(&mut self, n: u8) -> Verdict {
         let guest = &mut self.guests[usize::from(n)];
-        let (id, verdict) = timeout(PATIENCE, guest.answers.recv()).await.expect("an answer").unwrap();
-        assert_eq!((id, verdict.seq), (1000 + guest.asked, guest.asked));
+        let (id, verdict) = timeout(PATIENCE, guest.answers.recv()).await.expect("a response").unwrap();
+        assert_eq!((id, verdict.seq), (1000 + guest.requested, guest.requested));
         verdict
     }
 
@@ -365,19 +369,19 @@ impl Host {
 
     /// Sends a request as a guest whose PF acknowledges forwarded messages. Returns the final
     /// decision.
-    pub(super) async fn ask(&mut self, n: u8, request: Request) -> relay::Decision {
+    pub(super) async fn request(&mut self, n: u8, request: Request) -> relay::Decision {
         let seq = self.send(n, request).await;
         let verdict = self.answer(n).await;
         if let relay::Decision::Grant { how: How::Forward } = verdict.decision {
-            self.notice(n, Notice::Forwarded { seq, outcome: Forwarded::Accepted }).await;
+            self.event(n, RelayEvent::Forwarded { seq, outcome: Forwarded::Accepted }).await;
         }
         self.switch.settle().await;
         verdict.decision
     }
 
-    pub(super) async fn notice(&self, n: u8, notice: Notice) {
+    pub(super) async fn event(&self, n: u8, event: RelayEvent) {
         let mut intake = self.intake(n);
-        timeout(PATIENCE, intake.notice("eth0".into(), notice)).await.expect("noted");
+        timeout(PATIENCE, intake.event("eth0".into(), event)).await.expect("noted");
     }
 
     /// The way of the messages of a guest's vmm.

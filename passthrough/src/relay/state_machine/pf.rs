@@ -16,7 +16,7 @@ use crate::{
     family::Step,
     relay::{
         MAX_CHANGES,
-        authority::{Forwarded, Notice},
+        authority::{Forwarded, RelayEvent},
         disposition::Disposition,
         shared::RelayCommand,
     },
@@ -37,7 +37,7 @@ impl StateMachine {
             Ok(reply) => {
                 (self.cts, self.lost) = (true, false);
                 self.make_deferred(reply.mac);
-                self.ask(message, Request::Reset, Some(reply));
+                self.request(message, Request::Reset, Some(reply));
             }
             Err(error) => self.reset_failed(&message, &error.to_string()),
         }
@@ -73,7 +73,7 @@ impl StateMachine {
             self.effective = Some(*mac);
         }
         self.note_filters(request, outcome);
-        self.authority.notice(Notice::Forwarded { seq: message.seq(), outcome });
+        self.authority.event(RelayEvent::Forwarded { seq: message.seq(), outcome });
         let end = match outcome {
             Forwarded::Accepted => Disposition::Forwarded,
             Forwarded::Refused => Disposition::RefusedByPf,
@@ -134,9 +134,9 @@ impl StateMachine {
             RelayCommand::TakeBack { id, changes } => {
                 let waiting: usize = self.deferred.iter().map(|(_, changes)| changes.len().max(1)).sum();
                 if waiting.saturating_add(changes.len()) > MAX_CHANGES {
-                    self.authority.notice(Notice::TakenBack { id, failed: changes, deferred: false });
+                    self.authority.event(RelayEvent::TakenBack { id, failed: changes, deferred: false });
                 } else {
-                    self.authority.notice(Notice::TakenBack { id, failed: Vec::new(), deferred: true });
+                    self.authority.event(RelayEvent::TakenBack { id, failed: Vec::new(), deferred: true });
                     self.deferred.push_back((id, changes));
                 }
             }
@@ -186,7 +186,7 @@ impl StateMachine {
                 failed.push(change);
             }
         }
-        self.authority.notice(Notice::TakenBack { id, failed, deferred: false });
+        self.authority.event(RelayEvent::TakenBack { id, failed, deferred: false });
     }
 
     pub(super) fn look(&mut self) {
@@ -237,6 +237,6 @@ impl StateMachine {
                 "The PF has lost the VF's state: the guest must reset the VF"
             );
         }
-        self.authority.notice(Notice::PfReset);
+        self.authority.event(RelayEvent::PfReset);
     }
 }
