@@ -421,7 +421,7 @@ impl Actor {
         let counter = match decision.outcome {
             Outcome::Allowed => &mut counters.allowed,
             Outcome::Denied => &mut counters.denied,
-            Outcome::TakenBack | Outcome::Reverted => &mut counters.taken_back,
+            Outcome::Revoked | Outcome::Reverted => &mut counters.taken_back,
             Outcome::Repaired => &mut counters.repaired,
         };
         *counter = counter.saturating_add(decision.count);

@@ -215,7 +215,7 @@ impl CommitContext {
         forwarded: oneshot::Receiver<Forwarded>,
     ) -> Result<Option<Forwarded>, String> {
         if !before.is_empty() {
-            let sent = self.take_back(before.clone()).await.map_err(|error| error.to_string())?;
+            let sent = self.revoke(before.clone()).await.map_err(|error| error.to_string())?;
             made.extend(before.into_iter().filter(|change| !sent.0.contains(change)));
             if !sent.0.is_empty() || sent.1 {
                 return Err("The PF did not confirm a removal that must come first".into());
@@ -233,11 +233,11 @@ impl CommitContext {
 
     /// Has the relay make changes by messages. Returns those that failed, and whether all are deferred to the guest's next
     /// reset.
-    async fn take_back(&self, changes: Vec<Change>) -> Result<(Vec<Change>, bool), CommandError> {
+    async fn revoke(&self, changes: Vec<Change>) -> Result<(Vec<Change>, bool), CommandError> {
         let vmm = self.vmm.as_ref().ok_or(CommandError::Lost)?;
-        let command = VmmCommand::TakeBack { adapter: self.adapter(), changes: changes.clone() };
+        let command = VmmCommand::Revoke { adapter: self.adapter(), changes: changes.clone() };
         match vmm.command(command, self.timing.confirm).await? {
-            Outcome::TakenBack { failed, deferred } => Ok((failed, deferred)),
+            Outcome::Revoked { failed, deferred } => Ok((failed, deferred)),
             // The response to another command confirms nothing.
             _ => Ok((changes, false)),
         }
@@ -316,7 +316,7 @@ impl CommitContext {
             if attempt > 0 {
                 sleep(PAUSE).await;
             }
-            match self.take_back(messages.clone()).await {
+            match self.revoke(messages.clone()).await {
                 Ok((_, true)) => {
                     made.deferred.append(&mut messages);
                     break;

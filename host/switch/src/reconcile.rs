@@ -78,7 +78,7 @@ impl Actor {
                 || corrections
                     .list
                     .iter()
-                    .any(|correction| correction.taken_back && correction.change == *change)
+                    .any(|correction| correction.revokes && correction.change == *change)
         };
         let unconfirmed =
             made.failed.iter().find(|(change, _)| must(change) && change.route() == Route::Mailbox);
@@ -194,7 +194,7 @@ impl Actor {
             self.state.corrections(port).map(|corrections| corrections.list).unwrap_or_default();
         let revokes = corrections
             .iter()
-            .any(|correction| correction.taken_back && correction.change.route() == Route::Mailbox);
+            .any(|correction| correction.revokes && correction.change.route() == Route::Mailbox);
         let Some(port_queue) = self.port_queues.get_mut(&port) else { return };
         if !revokes && port_queue.deferred.is_empty() && port_queue.leftover.is_empty() {
             port_queue.revoking_since = None;

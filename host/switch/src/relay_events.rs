@@ -59,12 +59,12 @@ impl Actor {
                 self.queue(port, Task::Repair { all: true });
                 None
             }
-            RelayEvent::TakenBack { failed, deferred: false, .. } => {
+            RelayEvent::Revoked { failed, deferred: false, .. } => {
                 self.deferred_done(port, &failed);
                 None
             }
             // The completion of the command reports this one.
-            RelayEvent::TakenBack { .. } => None,
+            RelayEvent::Revoked { .. } => None,
         };
         let saved = saved.map(|attachment| self.journal.save(port, &attachment));
         // A guest can cause such records at will, so they share transactions and nothing waits for

@@ -33,7 +33,7 @@ impl SwitchState {
     }
 
     /// Begins changes. From now on no other port is granted their addresses, and
-    /// [`take_back_all`](Self::take_back_all) counts them as made. If one [needs trust](Change::needs_trust), the VF
+    /// [`revocations_for_reboot`](Self::revocations_for_reboot) counts them as made. If one [needs trust](Change::needs_trust), the VF
     /// counts as trusted until it is bound again, even if the change fails. Ends with [`commit`](Self::commit) or
     /// [`abort`](Self::abort).
     ///
@@ -126,8 +126,8 @@ impl SwitchState {
     ///
     /// # Errors
     /// No such port.
-    pub fn take_back_all(&self, id: PortId) -> Result<Vec<Change>, StateError> {
-        Ok(take_back(self.lineage(id)?.0, false))
+    pub fn revocations_for_reboot(&self, id: PortId) -> Result<Vec<Change>, StateError> {
+        Ok(revocations(self.lineage(id)?.0, false))
     }
 
     /// The same for another tenant, with two additions.
@@ -138,9 +138,9 @@ impl SwitchState {
     ///
     /// # Errors
     /// No such port.
-    pub fn take_back_for_release(&self, id: PortId) -> Result<Vec<Change>, StateError> {
+    pub fn revocations_for_release(&self, id: PortId) -> Result<Vec<Change>, StateError> {
         let port = self.lineage(id)?.0;
-        let mut changes = take_back(port, port.device.was_trusted.unwrap_or(true));
+        let mut changes = revocations(port, port.device.was_trusted.unwrap_or(true));
         let asked = port.pending.iter().filter_map(|change| match change {
             Change::SetMaxFrame(bytes) => Some(*bytes),
             _ => None,
@@ -157,7 +157,7 @@ impl SwitchState {
 }
 
 /// With `untold`, also removes further addresses that are not on record.
-fn take_back(port: &Port, untold: bool) -> Vec<Change> {
+fn revocations(port: &Port, untold: bool) -> Vec<Change> {
     // Does not rely on the reset's own effect. Of a pending SetMulticast only its existence is known.
     let mut device = port.device.clone();
     // A pending address may or may not have replaced the recorded one.

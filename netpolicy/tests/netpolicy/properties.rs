@@ -328,7 +328,7 @@ impl World {
     }
 
     fn start_again(&mut self, n: u32) -> Result<(), TestCaseError> {
-        let all = self.state.take_back_all(port_id(n)).unwrap();
+        let all = self.state.revocations_for_reboot(port_id(n)).unwrap();
         self.make(n, &all);
         let hw = &self.hardware[n as usize];
         let left = (hw.vlans.len(), hw.unicast.len(), hw.multicast, hw.promiscuous, hw.mac);

@@ -6,7 +6,7 @@ use netpolicy::{Change, MacAddress, OnDenied, Reason, Request};
 use serde::{Deserialize, Serialize};
 
 /// The authority that decides about a guest's requests. Neither call may block: the relay's thread makes them (and the
-/// caller of [`Relay::take_back`](super::Relay::take_back) sends events too).
+/// caller of [`Relay::revoke`](super::Relay::revoke) sends events too).
 pub trait Authority: Send + Sync {
     /// Passes a request on. The verdict comes by [`Relay::verdict`](super::Relay::verdict).
     ///
@@ -125,8 +125,9 @@ pub enum RelayEvent {
     /// The PF was reset, went down or no longer answers: its VFs have lost the settings that it does not remember. The
     /// relay makes the guest reset.
     PfReset,
-    /// The result of [`Relay::take_back`](super::Relay::take_back).
-    TakenBack {
+    /// The result of [`Relay::revoke`](super::Relay::revoke).
+    #[serde(rename = "taken_back")]
+    Revoked {
         /// The caller's number.
         id: u64,
         /// Changes that the PF did not confirm; empty after success.

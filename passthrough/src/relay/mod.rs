@@ -109,7 +109,7 @@ impl Default for Config {
     }
 }
 
-/// The most changes in one [`Relay::take_back`], and the most that wait for the guest's next reset.
+/// The most changes in one [`Relay::revoke`], and the most that wait for the guest's next reset.
 pub const MAX_CHANGES: usize = 256;
 
 /// The relay of one VF.
@@ -181,18 +181,18 @@ impl Relay {
     }
 
     /// Revokes, or reduces to the part that is still allowed, the changes that only messages can make: those with the
-    /// mailbox as their [`route`](Change::route), except for a reset. [`RelayEvent::TakenBack`] with this `id` follows.
-    pub fn take_back(&self, id: u64, changes: Vec<Change>) {
+    /// mailbox as their [`route`](Change::route), except for a reset. [`RelayEvent::Revoked`] with this `id` follows.
+    pub fn revoke(&self, id: u64, changes: Vec<Change>) {
         let refused = if changes.len() > MAX_CHANGES {
             Some((id, changes))
         } else {
-            match self.shared.send(RelayCommand::TakeBack { id, changes }) {
-                Some(RelayCommand::TakeBack { id, changes }) => Some((id, changes)),
+            match self.shared.send(RelayCommand::Revoke { id, changes }) {
+                Some(RelayCommand::Revoke { id, changes }) => Some((id, changes)),
                 _ => None,
             }
         };
         if let Some((id, failed)) = refused {
-            self.authority.event(RelayEvent::TakenBack { id, failed, deferred: false });
+            self.authority.event(RelayEvent::Revoked { id, failed, deferred: false });
         }
     }
 

@@ -34,7 +34,7 @@ const MAX_COMMANDS: usize = 64;
 #[derive(Debug)]
 pub(crate) enum RelayCommand {
     EffectiveMac(MacAddress),
-    TakeBack { id: u64, changes: Vec<Change> },
+    Revoke { id: u64, changes: Vec<Change> },
     MakeGuestReset,
 }
 

@@ -163,8 +163,9 @@ pub enum VmmCommand {
         offset: u64,
     },
     /// Makes changes on a VF that only mailbox messages can make, to revoke granted requests. →
-    /// [`Outcome::TakenBack`]
-    TakeBack {
+    /// [`Outcome::Revoked`]
+    #[serde(rename = "take_back")]
+    Revoke {
         /// The adapter's name in the machine's specification.
         adapter: String,
         /// Changes whose route is the mailbox.
@@ -217,7 +218,8 @@ pub enum Outcome {
     /// Counters.
     Stats(Box<Stats>),
     /// The result of changes by mailbox messages.
-    TakenBack {
+    #[serde(rename = "taken_back")]
+    Revoked {
         /// Changes that the PF did not confirm; empty if it confirmed all.
         failed: Vec<Change>,
         /// The PF does not read the VF's messages at present. The relay makes the changes right after the guest's

@@ -120,7 +120,7 @@ fn commands_keep_their_text() {
         (VmmCommand::ConsoleInput { bytes: vec![1, 2] }, r#"{"order":"console_input","bytes":[1,2]}"#),
         (VmmCommand::ConsoleWait { offset: 9 }, r#"{"order":"console_wait","offset":9}"#),
         (
-            VmmCommand::TakeBack { adapter: "eth0".into(), changes: vec![Change::SetMac(mac())] },
+            VmmCommand::Revoke { adapter: "eth0".into(), changes: vec![Change::SetMac(mac())] },
             r#"{"order":"take_back","adapter":"eth0","changes":[{"set_mac":"02:00:00:00:00:09"}]}"#,
         ),
         (
@@ -139,7 +139,7 @@ fn commands_keep_their_text() {
     hold(&commands);
     each_has_a_text!(commands;
         VmmCommand::Configure { .. }, VmmCommand::Run, VmmCommand::Pause, VmmCommand::PowerButton, VmmCommand::Reboot, VmmCommand::Stop,
-        VmmCommand::Stats, VmmCommand::ConsoleInput { .. }, VmmCommand::ConsoleWait { .. }, VmmCommand::TakeBack { .. },
+        VmmCommand::Stats, VmmCommand::ConsoleInput { .. }, VmmCommand::ConsoleWait { .. }, VmmCommand::Revoke { .. },
         VmmCommand::EffectiveMac { .. }, VmmCommand::MakeGuestReset { .. }, VmmCommand::LimitDisk { .. },
     );
 }
@@ -194,13 +194,13 @@ fn results_of_commands_keep_their_text() {
             r#"{"outcome":"stats","exits":{},"devices":{},"memory":4096,"boots":1,"first_entry_ns":null}"#,
         ),
         (
-            Outcome::TakenBack { failed, deferred: true },
+            Outcome::Revoked { failed, deferred: true },
             r#"{"outcome":"taken_back","failed":[{"leave_vlan":100}],"deferred":true}"#,
         ),
     ];
     hold(&outcomes);
     each_has_a_text!(outcomes;
-        Outcome::Done, Outcome::ConsoleTaken { .. }, Outcome::Stats(_), Outcome::TakenBack { .. },
+        Outcome::Done, Outcome::ConsoleTaken { .. }, Outcome::Stats(_), Outcome::Revoked { .. },
     );
 }
 
@@ -276,7 +276,7 @@ fn events_of_relays_keep_their_text() {
         (RelayEvent::GuestMac { mac: mac() }, r#"{"notice":"guest_mac","mac":"02:00:00:00:00:09"}"#),
         (RelayEvent::PfReset, r#"{"notice":"pf_reset"}"#),
         (
-            RelayEvent::TakenBack { id: 1, failed: vec![Change::ClearUnicast], deferred: false },
+            RelayEvent::Revoked { id: 1, failed: vec![Change::ClearUnicast], deferred: false },
             r#"{"notice":"taken_back","id":1,"failed":["clear_unicast"],"deferred":false}"#,
         ),
     ];
@@ -288,7 +288,7 @@ fn events_of_relays_keep_their_text() {
         RelayEvent::Forwarded { outcome: Forwarded::Refused, .. },
         RelayEvent::Forwarded { outcome: Forwarded::Unanswered, .. },
         RelayEvent::Refused { .. }, RelayEvent::Declined { .. }, RelayEvent::GuestMac { .. }, RelayEvent::PfReset,
-        RelayEvent::TakenBack { .. },
+        RelayEvent::Revoked { .. },
     );
 }
 

@@ -56,11 +56,11 @@ impl Process {
             VmmCommand::Stats => self.stats(),
             VmmCommand::ConsoleInput { bytes } => self.console_input(&bytes),
             VmmCommand::ConsoleWait { offset } => return self.wait_for_console(id, offset),
-            VmmCommand::TakeBack { adapter, changes } => match self.relay(&adapter) {
-                // Completed by the relay's event (`TakenBack`).
+            VmmCommand::Revoke { adapter, changes } => match self.relay(&adapter) {
+                // Completed by the relay's event (`Revoked`).
                 Ok(relay) => {
-                    relay.take_back(id, changes);
-                    return self.await_take_back(id);
+                    relay.revoke(id, changes);
+                    return self.await_revocation(id);
                 }
                 Err(failure) => Err(failure),
             },

@@ -59,8 +59,8 @@ pub(super) struct Process {
     events: EventQueue,
     /// Commands that wait for console output: their id, and the offset that the output must pass.
     console_waiters: Vec<(u64, u64)>,
-    /// Ids of [`VmmCommand::TakeBack`](protocol::VmmCommand::TakeBack) that a relay works on.
-    take_backs: Vec<u64>,
+    /// Ids of [`VmmCommand::Revoke`](protocol::VmmCommand::Revoke) that a relay works on.
+    revocations: Vec<u64>,
     /// Standing refusals of the agent, by adapter.
     pub(super) standing: BTreeMap<String, StandingRefusal>,
     /// Namespaces in the making, for the machine's sandbox. None once a machine has been configured.
@@ -100,7 +100,7 @@ impl Process {
             boots: 0,
             events: EventQueue::default(),
             console_waiters: Vec::new(),
-            take_backs: Vec::new(),
+            revocations: Vec::new(),
             standing: BTreeMap::new(),
             namespaces: Some(NewNamespaces::begin()?),
             relays,
@@ -190,7 +190,7 @@ impl Process {
     fn disconnect(&mut self) {
         self.relays.set_agent(None);
         self.console_waiters.clear();
-        self.take_backs.clear();
+        self.revocations.clear();
         self.forget_standing();
         self.closed.extend(self.channel.take());
     }
@@ -265,8 +265,8 @@ impl Process {
         }
     }
 
-    pub(super) fn await_take_back(&mut self, id: u64) {
-        self.take_backs.push(id);
+    pub(super) fn await_revocation(&mut self, id: u64) {
+        self.revocations.push(id);
     }
 
     fn on_relays(&mut self) {
@@ -285,11 +285,11 @@ impl Process {
                         self.drop_agent(&error);
                     }
                 }
-                RelayMessage::Event(RelayEvent::TakenBack { id, failed, deferred })
-                    if self.take_backs.contains(&id) =>
+                RelayMessage::Event(RelayEvent::Revoked { id, failed, deferred })
+                    if self.revocations.contains(&id) =>
                 {
-                    self.take_backs.retain(|waiting| *waiting != id);
-                    self.done(id, Ok(Outcome::TakenBack { failed, deferred }));
+                    self.revocations.retain(|waiting| *waiting != id);
+                    self.done(id, Ok(Outcome::Revoked { failed, deferred }));
                 }
                 RelayMessage::Event(event) => self.emit(VmmEvent::Relay { adapter, event }),
             }

@@ -136,7 +136,7 @@ enum Expected {
     Stats,
     /// At most this number of bytes.
     ConsoleTaken(usize),
-    TakenBack,
+    Revoked,
 }
 
 impl Conduct {
@@ -153,7 +153,7 @@ impl Conduct {
         let answers = match command {
             VmmCommand::Stats => Expected::Stats,
             VmmCommand::ConsoleInput { bytes } => Expected::ConsoleTaken(bytes.len()),
-            VmmCommand::TakeBack { .. } => Expected::TakenBack,
+            VmmCommand::Revoke { .. } => Expected::Revoked,
             _ => Expected::Done,
         };
         // A machine that is started, paused or booted anew reports its new state. No other command leads to a report of the
@@ -248,7 +248,7 @@ fn fits(answers: Expected, outcome: &Outcome) -> bool {
     match (answers, outcome) {
         (Expected::Done, Outcome::Done)
         | (Expected::Stats, Outcome::Stats(_))
-        | (Expected::TakenBack, Outcome::TakenBack { .. }) => true,
+        | (Expected::Revoked, Outcome::Revoked { .. }) => true,
         (Expected::ConsoleTaken(most), Outcome::ConsoleTaken { taken }) => *taken <= most,
         _ => false,
     }
@@ -390,8 +390,8 @@ mod tests {
             (VmmCommand::EffectiveMac { adapter: adapter(), mac }, Outcome::Done),
             (VmmCommand::MakeGuestReset { adapter: adapter() }, Outcome::Done),
             (
-                VmmCommand::TakeBack { adapter: adapter(), changes: Vec::new() },
-                Outcome::TakenBack { failed: Vec::new(), deferred: false },
+                VmmCommand::Revoke { adapter: adapter(), changes: Vec::new() },
+                Outcome::Revoked { failed: Vec::new(), deferred: false },
             ),
         ];
         for (command, outcome) in commands {

@@ -228,8 +228,8 @@ impl Fake {
                 self.say(&ToAgent::Done { id, result: Ok(Outcome::Done) });
                 std::process::exit(0);
             }
-            VmmCommand::TakeBack { changes, .. } => {
-                return Some(Ok(Outcome::TakenBack { failed: changes, deferred: false }));
+            VmmCommand::Revoke { changes, .. } => {
+                return Some(Ok(Outcome::Revoked { failed: changes, deferred: false }));
             }
             VmmCommand::LimitDisk { disk, limits } => {
                 if limits.operations.is_some_and(|rate| rate.per_second == 13) {

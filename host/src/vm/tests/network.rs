@@ -88,7 +88,7 @@ async fn what_a_guest_was_granted_is_gone_after_a_crash() {
 }
 
 #[tokio::test]
-async fn a_vm_that_keeps_what_is_taken_back_is_killed_and_its_vf_is_nobodys_until_it_is_clean() {
+async fn a_vm_that_keeps_what_is_revoked_is_killed_and_its_vf_is_nobodys_until_it_is_clean() {
     let host = Host::with_switch().await;
     host.put_group("web", r#"{"vlan": {"trunk": [100]}}"#).await;
     let vm = host.create("web1", |spec| spec.adapters[0].port_group = Some("web".parse().unwrap())).await;

@@ -65,7 +65,7 @@ pub(super) fn vf(n: u8) -> VfRef {
 
 /// How a vmm carries out commands to revoke changes.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub(super) enum TakesBack {
+pub(super) enum Revokes {
     #[default]
     Done,
     Deferred,
@@ -84,7 +84,7 @@ pub(super) struct FakeVmm {
 pub(super) struct Heard {
     pub(super) commands: Vec<VmmCommand>,
     pub(super) stopped: Vec<String>,
-    pub(super) takes_back: TakesBack,
+    pub(super) revokes: Revokes,
     /// The standing denial.
     pub(super) standing: Option<StandingRefusal>,
 }
@@ -100,9 +100,9 @@ impl FakeVmm {
     }
 
     /// The changes that it was commanded to revoke since the last call.
-    pub(super) fn taken_back(&self) -> Vec<Change> {
+    pub(super) fn revoked(&self) -> Vec<Change> {
         let taken = |command| match command {
-            VmmCommand::TakeBack { changes, .. } => changes,
+            VmmCommand::Revoke { changes, .. } => changes,
             _ => Vec::new(),
         };
         self.commands().into_iter().flat_map(taken).collect()
@@ -117,18 +117,18 @@ impl Vmm for FakeVmm {
         patience: Duration,
     ) -> Result<protocol::Outcome, CommandError> {
         self.heard().commands.push(command.clone());
-        let takes_back = self.heard().takes_back;
-        let (failed, deferred) = match (takes_back, command) {
-            (TakesBack::Never, VmmCommand::TakeBack { .. }) => {
+        let revokes = self.heard().revokes;
+        let (failed, deferred) = match (revokes, command) {
+            (Revokes::Never, VmmCommand::Revoke { .. }) => {
                 tokio::time::sleep(patience).await;
                 return Err(CommandError::Timeout(patience));
             }
-            (TakesBack::Refused, VmmCommand::TakeBack { changes, .. }) => (changes, false),
-            (TakesBack::Deferred, VmmCommand::TakeBack { .. }) => (Vec::new(), true),
-            (TakesBack::Done, VmmCommand::TakeBack { .. }) => (Vec::new(), false),
+            (Revokes::Refused, VmmCommand::Revoke { changes, .. }) => (changes, false),
+            (Revokes::Deferred, VmmCommand::Revoke { .. }) => (Vec::new(), true),
+            (Revokes::Done, VmmCommand::Revoke { .. }) => (Vec::new(), false),
             _ => return Ok(protocol::Outcome::Done),
         };
-        Ok(protocol::Outcome::TakenBack { failed, deferred })
+        Ok(protocol::Outcome::Revoked { failed, deferred })
     }
 
     fn respond(&self, id: u64, response: AgentResponse) {
@@ -304,8 +304,7 @@ impl Host {
     /// Waits until the relay of VM `n` is commanded to make a change, and asserts that `wait` is over by then.
     pub(super) async fn changed_after(&self, wait: Duration, n: u8, change: &Change) {
         let begun = std::time::Instant::now();
-        self.until("a message of the agent's own", async |host| host.vmm(n).taken_back().contains(change))
-            .await;
+        self.until("a message of the agent's own", async |host| host.vmm(n).revoked().contains(change)).await;
         assert!(begun.elapsed() >= wait, "after {:?}", begun.elapsed());
         self.switch.settle().await;
     }

@@ -11,7 +11,7 @@ use sriov::VfChange;
 use store::Expect;
 use tokio::time::sleep;
 
-use super::fixture::{FORWARD, Host, LOCAL, PF, TIMING, TakesBack, mac, refused, vf, vm};
+use super::fixture::{FORWARD, Host, LOCAL, PF, Revokes, TIMING, mac, refused, vf, vm};
 
 const ACCEPT: &str = r#"{"mac_changes": "accept", "unicast_limit": 2}"#;
 const TRUNK: &str = r#"{"vlan": {"trunk": ["100-200"]}, "vlan_limit": 2}"#;
@@ -213,7 +213,7 @@ async fn vlans_are_forwarded_in_range_and_older_ones_make_room() {
     // The PF may still have the VLANs from before the reset.
     for (new, old) in [(102, 100), (103, 101)] {
         assert_eq!(host.request(1, join(new)).await, FORWARD);
-        assert_eq!(host.vmm(1).taken_back(), [Change::LeaveVlan(vlan(old))]);
+        assert_eq!(host.vmm(1).revoked(), [Change::LeaveVlan(vlan(old))]);
     }
     assert_eq!(host.decisions(1, Outcome::Allowed).await[0].committed, Committed::Mailbox);
 }
@@ -290,7 +290,7 @@ async fn a_commit_that_lands_after_the_deadline_is_reverted() {
 #[tokio::test]
 async fn a_request_that_is_given_up_before_its_turn_changes_nothing() {
     let mut host = Host::new(TRUNK).await;
-    host.vmm(1).heard().takes_back = TakesBack::Never;
+    host.vmm(1).heard().revokes = Revokes::Never;
     host.request(1, join(100)).await;
     // A correction is under way while the guest sends its request.
     host.set(r#"{"vlan": {"trunk": ["101-200"]}, "mac_changes": "accept"}"#).await.unwrap();

@@ -13,7 +13,7 @@ use sriov::{Hint, VfChange};
 
 use crate::Timing;
 
-use super::fixture::{FORWARD, Host, LOCAL, PF, TIMING, TakesBack, mac, vf, vm};
+use super::fixture::{FORWARD, Host, LOCAL, PF, Revokes, TIMING, mac, vf, vm};
 
 const ACCEPT: &str = r#"{"mac_changes": "accept"}"#;
 const TRUNK: &str = r#"{"vlan": {"trunk": ["100-200"]}}"#;
@@ -33,7 +33,7 @@ async fn joined(vids: &[u16]) -> Host {
 }
 
 #[tokio::test]
-async fn an_address_that_is_no_longer_allowed_is_taken_back_and_the_guest_made_to_learn_it() {
+async fn an_address_that_is_no_longer_allowed_is_revoked_and_the_guest_made_to_learn_it() {
     let mut host = Host::new(ACCEPT).await;
     host.request(1, Request::SetMac(mac(9))).await;
     host.set("{}").await.unwrap();
@@ -47,12 +47,12 @@ async fn an_address_that_is_no_longer_allowed_is_taken_back_and_the_guest_made_t
             VmmCommand::MakeGuestReset { adapter: adapter() }
         ]
     );
-    let taken = host.decisions(1, Outcome::TakenBack).await;
+    let taken = host.decisions(1, Outcome::Revoked).await;
     assert_eq!(taken.len(), 1);
     assert_eq!(taken[0].decided_by.unwrap().setting, Setting::MacChanges);
     assert_eq!(taken[0].edited_by.as_deref(), Some("uid 0"), "who edited the policy");
     assert_eq!((taken[0].old.as_deref(), taken[0].committed), (Some("02:00:00:00:00:09"), Committed::Pf));
-    assert_eq!(host.decisions(2, Outcome::TakenBack).await, []);
+    assert_eq!(host.decisions(2, Outcome::Revoked).await, []);
     host.request(1, Request::Reset).await;
     assert_eq!(host.addresses(1).await, (mac(1), mac(1)));
 }
@@ -62,58 +62,58 @@ async fn a_vlan_that_is_no_longer_allowed_is_left_by_message() {
     let host = joined(&[100, 160]).await;
     host.set(NARROW).await.unwrap();
     host.switch.settle().await;
-    assert_eq!(host.vmm(1).taken_back(), [leave(100)]);
-    let taken = host.decisions(1, Outcome::TakenBack).await;
+    assert_eq!(host.vmm(1).revoked(), [leave(100)]);
+    let taken = host.decisions(1, Outcome::Revoked).await;
     assert_eq!((taken.len(), taken[0].committed), (1, Committed::Mailbox));
     host.set(NARROW).await.unwrap();
     host.switch.settle().await;
-    assert_eq!(host.vmm(1).taken_back(), [], "nothing is left to correct");
+    assert_eq!(host.vmm(1).revoked(), [], "nothing is left to correct");
     assert!(host.vmm(1).heard().stopped.is_empty());
 }
 
 #[tokio::test]
 async fn what_waits_for_the_guests_reset_is_recorded_when_it_is_made() {
     let mut host = joined(&[100]).await;
-    host.vmm(1).heard().takes_back = TakesBack::Deferred;
+    host.vmm(1).heard().revokes = Revokes::Deferred;
     assert_eq!(host.port(1).await.status.pending, None);
     host.set(NARROW).await.unwrap();
     host.switch.settle().await;
-    assert_eq!(host.decisions(1, Outcome::TakenBack).await, []);
+    assert_eq!(host.decisions(1, Outcome::Revoked).await, []);
     let pending = host.port(1).await.status.pending.expect("what waits is shown");
     assert_eq!(pending.changes, ["set_vlan leave 100"]);
-    host.vmm(1).heard().takes_back = TakesBack::Done;
-    host.event(1, RelayEvent::TakenBack { id: 7, failed: Vec::new(), deferred: false }).await;
+    host.vmm(1).heard().revokes = Revokes::Done;
+    host.event(1, RelayEvent::Revoked { id: 7, failed: Vec::new(), deferred: false }).await;
     assert_eq!(host.request(1, Request::Reset).await, LOCAL);
-    let taken = host.decisions(1, Outcome::TakenBack).await;
+    let taken = host.decisions(1, Outcome::Revoked).await;
     assert_eq!((taken.len(), taken[0].edited_by.as_deref()), (1, Some("uid 0")));
     assert!(taken[0].detail.as_deref().is_some_and(|detail| detail.starts_with("Reported by")), "{taken:?}");
     assert_eq!(host.port(1).await.status.pending, None);
-    assert_eq!(host.vmm(1).taken_back(), [leave(100)], "ordered once");
+    assert_eq!(host.vmm(1).revoked(), [leave(100)], "commanded once");
 
     // If the correction fails at the reset, it is commanded again.
     host.set(TRUNK).await.unwrap();
     host.request(1, Request::SetVlan { vid: 101, add: true }).await;
-    host.vmm(1).heard().takes_back = TakesBack::Deferred;
+    host.vmm(1).heard().revokes = Revokes::Deferred;
     host.set(NARROW).await.unwrap();
     host.switch.settle().await;
     host.vmm(1).commands();
-    host.vmm(1).heard().takes_back = TakesBack::Done;
-    host.event(1, RelayEvent::TakenBack { id: 8, failed: vec![leave(101)], deferred: false }).await;
+    host.vmm(1).heard().revokes = Revokes::Done;
+    host.event(1, RelayEvent::Revoked { id: 8, failed: vec![leave(101)], deferred: false }).await;
     host.switch.settle().await;
-    assert_eq!(host.vmm(1).taken_back(), [leave(101)]);
-    assert_eq!(host.decisions(1, Outcome::TakenBack).await.len(), 2);
+    assert_eq!(host.vmm(1).revoked(), [leave(101)]);
+    assert_eq!(host.decisions(1, Outcome::Revoked).await.len(), 2);
 }
 
 #[tokio::test]
 async fn a_vmm_that_does_not_confirm_is_stopped() {
-    for takes_back in [TakesBack::Never, TakesBack::Refused] {
+    for revokes in [Revokes::Never, Revokes::Refused] {
         let host = joined(&[100]).await;
-        host.vmm(1).heard().takes_back = takes_back;
+        host.vmm(1).heard().revokes = revokes;
         host.set(NARROW).await.unwrap();
         host.until("stopped", async |host| !host.vmm(1).heard().stopped.is_empty()).await;
         assert!(host.vmm(2).heard().stopped.is_empty());
         let left = host.switch.release(vm(1), "eth0").await.unwrap().unwrap();
-        assert!(left.changes.contains(&leave(100)), "{takes_back:?}: cleaned when it is gone");
+        assert!(left.changes.contains(&leave(100)), "{revokes:?}: cleaned when it is gone");
     }
 }
 
@@ -128,7 +128,7 @@ async fn a_vmm_that_stays_away_is_stopped_and_one_that_comes_back_is_not() {
         }
         tokio::time::sleep(TIMING.confirm * 3).await;
         assert_eq!(host.vmm(1).heard().stopped.is_empty(), back);
-        assert_eq!(host.vmm(1).taken_back(), if back { vec![leave(100)] } else { vec![] });
+        assert_eq!(host.vmm(1).revoked(), if back { vec![leave(100)] } else { vec![] });
     }
 }
 
@@ -140,7 +140,7 @@ async fn a_pf_that_does_not_take_an_address_back_is_asked_again() {
     host.set("{}").await.unwrap();
     host.until("taken back", async |host| host.pf_mac(1) == Some(mac(1))).await;
     host.switch.settle().await;
-    let taken = host.decisions(1, Outcome::TakenBack).await;
+    let taken = host.decisions(1, Outcome::Revoked).await;
     let how: Vec<Committed> = taken.iter().map(|decision| decision.committed).collect();
     assert_eq!(how, [Committed::Pf, Committed::Failed]);
 }
@@ -155,7 +155,7 @@ async fn a_setting_that_the_pf_refuses_is_not_shown_as_if_it_were_in_force() {
     let unmade = host.port(1).await.status.unmade;
     assert_eq!((unmade.len(), unmade[0].change.as_str()), (1, "set_max_tx_rate 50 Mbit/s"));
     assert!(!unmade[0].detail.is_empty());
-    assert_eq!(host.decisions(1, Outcome::TakenBack).await[0].committed, Committed::Failed);
+    assert_eq!(host.decisions(1, Outcome::Revoked).await[0].committed, Committed::Failed);
     host.until("made", async |host| host.port(1).await.status.unmade.is_empty()).await;
     assert_eq!(host.pfs.vf(PF, 1).max_tx_rate, 50);
 }
@@ -384,21 +384,21 @@ async fn a_reboot_is_noted_before_it_is_forgotten() {
 }
 
 #[tokio::test]
-async fn a_reboot_takes_back_what_a_reset_does_not() {
+async fn a_reboot_revokes_what_a_reset_does_not() {
     let mut host = Host::new(r#"{"mac_changes": "accept", "unicast_limit": 1}"#).await;
     host.request(1, Request::AddUnicastFilter(mac(9))).await;
     host.pfs.take_made(PF);
     // The device was reset, so the PF ignores messages until the guest's next reset message.
-    host.vmm(1).heard().takes_back = TakesBack::Deferred;
+    host.vmm(1).heard().revokes = Revokes::Deferred;
     host.intake(1).rebooted().await;
     host.switch.settle().await;
-    assert_eq!(host.vmm(1).taken_back(), [Change::ClearUnicast]);
+    assert_eq!(host.vmm(1).revoked(), [Change::ClearUnicast]);
     // The PF denies the deferred change, for want of trust.
-    host.vmm(1).heard().takes_back = TakesBack::Done;
+    host.vmm(1).heard().revokes = Revokes::Done;
     host.pfs.take_made(PF);
-    host.event(1, RelayEvent::TakenBack { id: 1, failed: vec![Change::ClearUnicast], deferred: false }).await;
+    host.event(1, RelayEvent::Revoked { id: 1, failed: vec![Change::ClearUnicast], deferred: false }).await;
     host.request(1, Request::Reset).await;
-    assert_eq!(host.vmm(1).taken_back(), [Change::ClearUnicast]);
+    assert_eq!(host.vmm(1).revoked(), [Change::ClearUnicast]);
     assert_eq!(host.pfs.take_made(PF), [(1, VfChange::Trust(true)), (1, VfChange::Trust(false))]);
     assert_eq!(host.request(1, Request::AddUnicastFilter(mac(10))).await, FORWARD, "there is room again");
 }
@@ -431,7 +431,7 @@ async fn deferred_revocations_may_have_a_deadline() {
         let timing = Timing { deferred: limited.then_some(LIMIT), ..TIMING };
         let mut host = Host::with_timing(TRUNK, timing).await;
         assert_eq!(host.request(1, Request::SetVlan { vid: 100, add: true }).await, FORWARD);
-        host.vmm(1).heard().takes_back = TakesBack::Deferred;
+        host.vmm(1).heard().revokes = Revokes::Deferred;
         host.switch.settle().await;
         let tasks = || tokio::runtime::Handle::current().metrics().num_alive_tasks();
         let before = tasks();
@@ -441,14 +441,14 @@ async fn deferred_revocations_may_have_a_deadline() {
         for id in 0..4 {
             tokio::time::sleep(LIMIT / 8).await;
             // It has made nothing, and defers again.
-            host.event(1, RelayEvent::TakenBack { id, failed: vec![leave(100)], deferred: false }).await;
+            host.event(1, RelayEvent::Revoked { id, failed: vec![leave(100)], deferred: false }).await;
             host.switch.settle().await;
         }
         assert!(host.port(1).await.status.pending.is_some());
         assert!(host.vmm(1).heard().stopped.is_empty(), "before its time");
         if in_time {
-            host.vmm(1).heard().takes_back = TakesBack::Done;
-            host.event(1, RelayEvent::TakenBack { id: 9, failed: Vec::new(), deferred: false }).await;
+            host.vmm(1).heard().revokes = Revokes::Done;
+            host.event(1, RelayEvent::Revoked { id: 9, failed: Vec::new(), deferred: false }).await;
             host.switch.settle().await;
             // A guest can have this again and again.
             host.until("its timer has ended", async |_| tasks() <= before).await;
@@ -471,7 +471,7 @@ async fn rights_of_a_former_boot_have_the_same_deadline() {
     let timing = Timing { deferred: Some(LIMIT), ..TIMING };
     let mut host = Host::with_timing(TRUNK, timing).await;
     assert_eq!(host.request(1, Request::SetVlan { vid: 100, add: true }).await, FORWARD);
-    host.vmm(1).heard().takes_back = TakesBack::Deferred;
+    host.vmm(1).heard().revokes = Revokes::Deferred;
     for _ in 0..3 {
         host.intake(1).rebooted().await;
         host.switch.settle().await;
@@ -485,7 +485,7 @@ async fn rights_of_a_former_boot_have_the_same_deadline() {
 async fn a_vmm_that_defers_for_ever_is_stopped() {
     let vids: Vec<u16> = (100..108).collect();
     let mut host = joined(&vids).await;
-    host.vmm(1).heard().takes_back = TakesBack::Deferred;
+    host.vmm(1).heard().revokes = Revokes::Deferred;
     host.set(NARROW).await.unwrap();
     // Each reset commands the same changes again, because the one before did not make them.
     for _ in 0..passthrough::relay::MAX_CHANGES / vids.len() {
@@ -518,7 +518,7 @@ async fn an_address_is_given_to_the_guest_that_was_refused_it_when_its_port_give
     assert_eq!(host.request(1, Request::ClearUnicastFilters).await, FORWARD);
     assert_eq!(host.request(1, Request::AddUnicastFilter(address)).await, FORWARD);
     tokio::time::sleep(TIMING.offer * 2).await;
-    assert_eq!(host.vmm(2).taken_back(), []);
+    assert_eq!(host.vmm(2).revoked(), []);
 
     host.request(1, Request::ClearUnicastFilters).await;
     host.changed_after(TIMING.offer, 2, &Change::AddUnicast(address)).await;
@@ -546,7 +546,7 @@ async fn an_agent_that_starts_again_knows_which_guest_waits_for_an_address() {
 #[tokio::test]
 async fn an_address_that_the_pf_refuses_is_not_tried_again_for_a_guest_that_waited() {
     let (mut host, address) = a_backup_that_waits().await;
-    host.vmm(2).heard().takes_back = TakesBack::Refused;
+    host.vmm(2).heard().revokes = Revokes::Refused;
     host.request(1, Request::ClearUnicastFilters).await;
     host.changed_after(TIMING.offer, 2, &Change::AddUnicast(address)).await;
     host.switch.settle().await;
@@ -555,7 +555,7 @@ async fn an_address_that_the_pf_refuses_is_not_tried_again_for_a_guest_that_wait
     host.vmm(2).commands();
     tokio::time::sleep(TIMING.confirm * 3).await;
     host.switch.settle().await;
-    assert_eq!((host.vmm(2).taken_back(), host.vmm(2).heard().stopped.len()), (vec![], 0));
+    assert_eq!((host.vmm(2).revoked(), host.vmm(2).heard().stopped.len()), (vec![], 0));
 }
 
 #[tokio::test]
@@ -564,7 +564,7 @@ async fn a_vm_whose_vmm_is_away_is_not_stopped_for_an_address_that_it_only_gets(
     host.switch.disconnected(vm(2)).await;
     host.request(1, Request::ClearUnicastFilters).await;
     tokio::time::sleep(TIMING.offer + TIMING.confirm * 3).await;
-    assert_eq!((host.vmm(2).taken_back(), host.vmm(2).heard().stopped.len()), (vec![], 0));
+    assert_eq!((host.vmm(2).revoked(), host.vmm(2).heard().stopped.len()), (vec![], 0));
     host.connect(2).await;
     host.changed_after(Duration::ZERO, 2, &Change::AddUnicast(address)).await;
 }

@@ -130,13 +130,13 @@ impl StateMachine {
         match command {
             RelayCommand::EffectiveMac(mac) => self.address_is(mac),
             RelayCommand::MakeGuestReset => self.make_guest_reset(),
-            RelayCommand::TakeBack { id, changes } if self.cts => self.take_back(id, changes),
-            RelayCommand::TakeBack { id, changes } => {
+            RelayCommand::Revoke { id, changes } if self.cts => self.revoke(id, changes),
+            RelayCommand::Revoke { id, changes } => {
                 let waiting: usize = self.deferred.iter().map(|(_, changes)| changes.len().max(1)).sum();
                 if waiting.saturating_add(changes.len()) > MAX_CHANGES {
-                    self.authority.event(RelayEvent::TakenBack { id, failed: changes, deferred: false });
+                    self.authority.event(RelayEvent::Revoked { id, failed: changes, deferred: false });
                 } else {
-                    self.authority.event(RelayEvent::TakenBack { id, failed: Vec::new(), deferred: true });
+                    self.authority.event(RelayEvent::Revoked { id, failed: Vec::new(), deferred: true });
                     self.deferred.push_back((id, changes));
                 }
             }
@@ -162,11 +162,11 @@ impl StateMachine {
     pub(super) fn make_deferred(&mut self, from_pf: Option<MacAddress>) {
         self.effective = self.effective.or(from_pf);
         for (id, changes) in std::mem::take(&mut self.deferred) {
-            self.take_back(id, changes);
+            self.revoke(id, changes);
         }
     }
 
-    pub(super) fn take_back(&mut self, id: u64, changes: Vec<Change>) {
+    pub(super) fn revoke(&mut self, id: u64, changes: Vec<Change>) {
         let mut failed = Vec::new();
         for change in changes {
             // Once the PF does not answer, waiting for the remaining changes would only stall the guest.
@@ -186,7 +186,7 @@ impl StateMachine {
                 failed.push(change);
             }
         }
-        self.authority.event(RelayEvent::TakenBack { id, failed, deferred: false });
+        self.authority.event(RelayEvent::Revoked { id, failed, deferred: false });
     }
 
     pub(super) fn look(&mut self) {

@@ -77,7 +77,7 @@ fn an_accepted_address_survives_resets_and_later_refusals() {
 }
 
 #[test]
-fn an_address_taken_back_by_the_host_is_learnt_at_the_next_reset() {
+fn an_address_revoked_by_the_host_is_learnt_at_the_next_reset() {
     let (bench, mut driver) = guest();
     assert!(driver.set_mac(mac(0x22)));
     bench.vf().set_admin_mac(mac(0x11));
