@@ -30,10 +30,12 @@ pub mod files;
 #[cfg(any(test, feature = "test-support"))]
 pub mod fuzz;
 pub mod message;
+pub mod spec;
 
 pub use channel::{Channel, ChannelError, FDS_MAX, FRAME_MAX, Listener};
 pub use files::{FileError, Files};
 pub use message::*;
+pub use spec::*;
 
 #[cfg(test)]
 mod tests;
