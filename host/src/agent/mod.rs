@@ -240,14 +240,13 @@ async fn serve_with(
     args: ServeArgs,
     socket: &Path,
     token_file: Option<&Path>,
-    mut env: Environment,
+    env: Environment<()>,
     stores: Stores,
     simulated: &Simulated,
     told: oneshot::Receiver<()>,
 ) -> anyhow::Result<()> {
     let policy = start_switch(&args, stores, &args.state_dir.join(DATABASE), &env).await?;
-    env.policy = Some(policy.clone());
-    let env = Arc::new(env);
+    let env = Arc::new(env.with_policy(policy.clone()));
     let agent = Arc::new(Agent::start(Arc::clone(&env)).await?);
     let listeners = listen::all(&args.listen, socket, token_file)?;
     env.serving.send_replace(true);
@@ -319,7 +318,7 @@ async fn one_of([terminate, interrupt]: &mut [Signal; 2]) {
 async fn start_simulated(
     args: &ServeArgs,
     stores: &Stores,
-    env: &Environment,
+    env: &Environment<()>,
 ) -> anyhow::Result<Arc<Simulated>> {
     for option in &args.sim_pfs {
         if env.inventory.pf_by_name(&option.name).is_ok() {
@@ -343,7 +342,7 @@ async fn start_switch(
     args: &ServeArgs,
     stores: Stores,
     database: &Path,
-    env: &Environment,
+    env: &Environment<()>,
 ) -> anyhow::Result<Policy> {
     let events = EventHub::default();
     let decisions = DecisionLog::open(database, args.decisions_kept, events.clone())?;

@@ -63,7 +63,7 @@ impl ObjectStore for SlowStore {
 #[tokio::test]
 async fn guests_that_reset_themselves_are_not_taken_for_hostile_ones() {
     const HALF_SECONDS: u64 = 8;
-    let mut host = Host::with_switch().await;
+    let mut host = Host::new().await;
     let database = host.database();
     host.env = host
         .another_agent(|env| {
