@@ -37,7 +37,7 @@ use sriov::Sysfs;
 use store::{SqliteStore, Stores};
 #[cfg(feature = "test-support")]
 use switch::Late;
-use switch::{Parts, Policy, SwitchHandle, Timing};
+use switch::{Evaluator, Parts, Policy, SwitchHandle, Timing};
 use tokio::{
     signal::unix::{Signal, SignalKind, signal},
     sync::oneshot,
@@ -349,10 +349,6 @@ async fn start_switch(
     let hints = watch::start().inspect_err(|error| {
         tracing::warn!("Cannot receive interface events ({error}): the agent only compares PFs every 30 s");
     });
-    #[cfg(feature = "test-support")]
-    if args.policy_bypass_for_tests {
-        tracing::error!("EVERY REQUEST OF EVERY GUEST IS GRANTED: this agent is for tests of tests");
-    }
     // Ports know PFs by the names that these had when their VFs were claimed.
     crate::vm::claims::keep_pf_names(env).await?;
     let parts = Parts {
@@ -371,10 +367,25 @@ async fn start_switch(
             },
             ..Timing::default()
         },
-        #[cfg(feature = "test-support")]
-        bypass: args.policy_bypass_for_tests,
+        evaluator: evaluator(args),
     };
     Ok(Policy { switch: SwitchHandle::start(parts).await?, decisions, events })
+}
+
+/// The policy of each port decides, except in an agent for tests of tests.
+#[cfg(feature = "test-support")]
+fn evaluator(args: &ServeArgs) -> Evaluator {
+    if args.policy_bypass_for_tests {
+        tracing::error!("EVERY REQUEST OF EVERY GUEST IS GRANTED: this agent is for tests of tests");
+        return Evaluator::Permissive;
+    }
+    Evaluator::Policy
+}
+
+/// The policy of each port decides.
+#[cfg(not(feature = "test-support"))]
+fn evaluator(_: &ServeArgs) -> Evaluator {
+    Evaluator::Policy
 }
 
 /// Makes sure that this agent is the only one of a directory, as long as the file is open. `option` names the directory on the

@@ -31,6 +31,7 @@ use super::{
     command::{Command, KnownPf},
     commit::{CommitContext, End},
     error::SwitchError,
+    evaluator::Evaluator,
     intake::LinkId,
     journal::Journal,
     port_queue::{PortQueue, Running, Task},
@@ -79,7 +80,7 @@ pub(super) struct Actor {
     pub(super) timing: Timing,
     pub(super) metrics: Metrics,
     pub(super) log: PortLog,
-    pub(super) bypass: bool,
+    pub(super) evaluator: Evaluator,
     /// The ports that cannot be compared with their PF.
     pub(super) unchecked: watch::Sender<UncheckedPorts>,
     /// New jobs for the loop, at most one for each port.
@@ -103,7 +104,7 @@ pub(super) async fn start(
     own: mpsc::WeakSender<(Span, Command)>,
     unchecked: watch::Sender<UncheckedPorts>,
 ) -> Result<(), SwitchError> {
-    let Parts { store, pf, decisions, events, hints, timing, metrics, .. } = parts;
+    let Parts { store, pf, decisions, events, hints, timing, metrics, evaluator } = parts;
     let (jobs, new_jobs) = mpsc::unbounded_channel();
     let log = PortLog::default();
     let mut actor = Actor {
@@ -125,10 +126,7 @@ pub(super) async fn start(
         timing,
         metrics,
         log,
-        #[cfg(feature = "test-support")]
-        bypass: parts.bypass,
-        #[cfg(not(feature = "test-support"))]
-        bypass: false,
+        evaluator,
         unchecked,
         jobs,
         own,

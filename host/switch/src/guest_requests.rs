@@ -4,8 +4,7 @@
 
 use failpoints::{Point, reach};
 use netpolicy::{
-    Change, Committed, Decision, Denial, MacAddress, OnDenied, Outcome, PortId, Reason, Request, Route,
-    Verdict, VmId,
+    Change, Committed, Decision, Denial, MacAddress, OnDenied, Outcome, PortId, Reason, Request, Route, VmId,
 };
 use passthrough::relay::{self, Cancelled, GuestRequest, How};
 use protocol::AgentResponse;
@@ -14,6 +13,7 @@ use tokio::{sync::oneshot, time::Instant};
 use super::{
     actor::Actor,
     commit::{RequestEnd, RequestOutcome},
+    evaluator::Decided,
     port_queue::{Granted, Revert, Running, Task},
 };
 
@@ -75,16 +75,7 @@ impl Actor {
     }
 
     fn evaluate(&self, port: PortId, request: &Request) -> Decided {
-        if self.bypass {
-            return Decided::Changes(unpoliced(request));
-        }
-        match self.state.evaluate(port, request) {
-            Err(_) => Decided::Unknown,
-            Ok(evaluation) => match evaluation.verdict {
-                Verdict::Allow(changes) => Decided::Changes(changes),
-                Verdict::Deny(denial) => Decided::Denied(denial, evaluation.on_denied),
-            },
-        }
+        self.evaluator.evaluate(&self.state, port, request)
     }
 
     pub(super) fn begin_request(&mut self, port: PortId, id: u64, guest_request: GuestRequest) {
@@ -116,7 +107,7 @@ impl Actor {
     /// Notes the guest's reset, which was carried out already.
     fn reset(&mut self, port: PortId, id: u64, guest_request: &GuestRequest) {
         match self.state.commit(port, &[Change::Reset]) {
-            Ok(corrections) if !corrections.list.is_empty() && !self.bypass => {
+            Ok(corrections) if !corrections.list.is_empty() => {
                 if let Some(port_queue) = self.port_queues.get_mut(&port) {
                     port_queue.push(Task::Correct);
                 }
@@ -198,7 +189,6 @@ impl Actor {
         reach(Point::AskRecorded);
         self.save(port);
         if !corrections.is_empty()
-            && !self.bypass
             && let Some(port_queue) = self.port_queues.get_mut(&port)
         {
             port_queue.push(Task::Correct);
@@ -271,7 +261,7 @@ impl Actor {
     pub(super) fn tell_standing(&self, id: PortId) {
         let Some(port) = self.state.port(id) else { return };
         let Some(link) = self.links.get(&port.vm.id).filter(|link| link.online) else { return };
-        let refusal = self.state.standing_refusal(id).ok().flatten().filter(|_| !self.bypass);
+        let refusal = self.evaluator.standing_refusal(&self.state, id);
         link.vmm.set_standing_refusal(&port.adapter, refusal);
     }
 
@@ -422,13 +412,6 @@ fn denied(decision: Decision, denial: Denial, more: impl IntoIterator<Item = &'s
     Decision { reason: Some(reason), decided_by, old, requested: Some(requested), detail, ..decision }
 }
 
-enum Decided {
-    Changes(Vec<Change>),
-    Denied(Denial, OnDenied),
-    /// There is no such port any more.
-    Unknown,
-}
-
 /// The reason to roll back a granted address, for the record.
 fn given_up(why: Cancelled) -> (Option<Reason>, &'static str) {
     match why {
@@ -461,21 +444,5 @@ pub(super) fn describe(request: &Request) -> Option<String> {
         Request::SetPromiscuous(mode) => Some(mode.to_string()),
         Request::Unknown { opcode } => Some(format!("opcode {opcode:#06x}")),
         Request::Reset | Request::ClearUnicastFilters => None,
-    }
-}
-
-/// The changes of a request without a policy (`--policy-bypass-for-tests`).
-fn unpoliced(request: &Request) -> Vec<Change> {
-    let vlan = |vid: u16| netpolicy::VlanId::new(vid).ok();
-    match request {
-        Request::SetMac(mac) if mac.is_assignable() => vec![Change::SetMac(*mac)],
-        Request::AddUnicastFilter(mac) if mac.is_assignable() => vec![Change::AddUnicast(*mac)],
-        Request::ClearUnicastFilters => vec![Change::ClearUnicast],
-        Request::SetMulticast { hashes, .. } => vec![Change::SetMulticast(hashes.clone())],
-        Request::SetVlan { vid, add: true } => vlan(*vid).map(Change::JoinVlan).into_iter().collect(),
-        Request::SetVlan { vid, add: false } => vlan(*vid).map(Change::LeaveVlan).into_iter().collect(),
-        Request::SetMaxFrame(bytes) => u16::try_from(*bytes).map(Change::SetMaxFrame).into_iter().collect(),
-        Request::SetPromiscuous(mode) => vec![Change::SetPromiscuous(*mode)],
-        _ => Vec::new(),
     }
 }

@@ -28,7 +28,9 @@ use store::{Expect, ObjectStore as _, Operation, SqliteStore, Stores, Table};
 use tokio::{sync::mpsc, time::timeout};
 use uuid::Uuid;
 
-use crate::{Adapter, Intake, Parts, Policy, SwitchError, SwitchHandle, Timing, Vmm, record::Attachment};
+use crate::{
+    Adapter, Evaluator, Intake, Parts, Policy, SwitchError, SwitchHandle, Timing, Vmm, record::Attachment,
+};
 
 /// No step of a test takes longer.
 const PATIENCE: Duration = Duration::from_secs(10);
@@ -183,6 +185,7 @@ async fn parts(
     pfs: &FakePfs,
     metrics: &Metrics,
     timing: Timing,
+    evaluator: Evaluator,
 ) -> Result<(SwitchHandle, Policy, mpsc::Sender<Hint>), SwitchError> {
     let path = dir.join("test.db");
     let store = Arc::new(SqliteStore::open(&path).unwrap());
@@ -197,8 +200,7 @@ async fn parts(
         events: events.clone(),
         hints: Some(hinted),
         timing,
-        #[cfg(feature = "test-support")]
-        bypass: false,
+        evaluator,
     };
     let switch = SwitchHandle::start(parts).await?;
     Ok((switch.clone(), Policy { switch, decisions, events }, hints))
@@ -207,13 +209,13 @@ async fn parts(
 impl Host {
     /// Without VMs.
     pub(super) async fn empty() -> Self {
-        Self::empty_with(TIMING).await
+        Self::empty_with(TIMING, Evaluator::Policy).await
     }
 
-    async fn empty_with(timing: Timing) -> Self {
+    async fn empty_with(timing: Timing, evaluator: Evaluator) -> Self {
         let (dir, pfs) = (tempfile::tempdir().unwrap(), FakePfs::new(&[PF, "eth1"]));
         let metrics = Metrics::default();
-        let (switch, policy, hints) = parts(dir.path(), &pfs, &metrics, timing).await.unwrap();
+        let (switch, policy, hints) = parts(dir.path(), &pfs, &metrics, timing, evaluator).await.unwrap();
         let guests = (0..3).map(|_| Guest::new()).collect();
         Self { switch, policy, pfs, metrics, hints, guests, dir }
     }
@@ -225,7 +227,16 @@ impl Host {
 
     /// The same with other times.
     pub(super) async fn with_timing(settings: &str, timing: Timing) -> Self {
-        let mut host = Self::empty_with(timing).await;
+        Self::with(settings, timing, Evaluator::Policy).await
+    }
+
+    /// The same with a switch that grants everything.
+    pub(super) async fn permissive(settings: &str) -> Self {
+        Self::with(settings, TIMING, Evaluator::Permissive).await
+    }
+
+    async fn with(settings: &str, timing: Timing, evaluator: Evaluator) -> Self {
+        let mut host = Self::empty_with(timing, evaluator).await;
         host.set(settings).await.unwrap();
         for n in [1, 2] {
             host.power_on(n).await.unwrap();
@@ -244,7 +255,7 @@ impl Host {
         let store = self.end().await;
         meanwhile(Table::new(&Stores::on_one_host(Arc::new(store)))).await;
         (self.switch, self.policy, self.hints) =
-            parts(self.dir.path(), &self.pfs, &self.metrics, TIMING).await.unwrap();
+            parts(self.dir.path(), &self.pfs, &self.metrics, TIMING, Evaluator::Policy).await.unwrap();
     }
 
     /// The database, beside the agent.
@@ -283,7 +294,10 @@ impl Host {
             let put = Operation::Put { kind, id, name, value, expect: Expect::Any };
             store.commit(vec![put]).await.unwrap();
         }
-        parts(self.dir.path(), &self.pfs, &self.metrics, TIMING).await.err().expect("an error")
+        parts(self.dir.path(), &self.pfs, &self.metrics, TIMING, Evaluator::Policy)
+            .await
+            .err()
+            .expect("an error")
     }
 
     /// As [`restart_on_damaged`](Self::restart_on_damaged), with all objects of one kind lost.
@@ -293,7 +307,10 @@ impl Host {
             let delete = Operation::Delete { kind, id: object.id, expect: Expect::Any };
             store.commit(vec![delete]).await.unwrap();
         }
-        parts(self.dir.path(), &self.pfs, &self.metrics, TIMING).await.err().expect("an error")
+        parts(self.dir.path(), &self.pfs, &self.metrics, TIMING, Evaluator::Policy)
+            .await
+            .err()
+            .expect("an error")
     }
 
     /// Sends a hint of a change, and does not wait for its effect.

@@ -80,6 +80,20 @@ fn standing(host: &Host) -> Option<Option<(OnDenied, Reason)>> {
     Some(standing.covers(mac(9)).then_some((standing.on_denied, standing.reason)))
 }
 
+/// The lab's controls of the policy's tests have such a switch.
+#[tokio::test]
+async fn a_permissive_switch_grants_what_the_policy_denies_and_revokes_nothing() {
+    let mut host = Host::permissive("{}").await;
+    assert_eq!(standing(&host), None);
+    assert_eq!(host.request(1, Request::SetMac(mac(9))).await, LOCAL);
+    assert_eq!(host.request(1, join(100)).await, FORWARD);
+    host.set(r#"{"vlan": {"trunk": ["200"]}}"#).await.unwrap();
+    assert_eq!(host.request(1, Request::Reset).await, LOCAL);
+    host.switch.settle().await;
+    assert_eq!(host.pf_mac(1), Some(mac(9)));
+    assert_eq!((host.vmm(1).commands(), host.decisions(1, Outcome::Revoked).await), (vec![], vec![]));
+}
+
 #[tokio::test]
 async fn relays_know_at_once_what_is_refused_in_any_case() {
     let mut host = Host::new("{}").await;
