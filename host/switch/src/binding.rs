@@ -175,7 +175,7 @@ impl Actor {
         self.store_attachment(id).await?;
         let wanted = baseline.changes().into_iter().filter(|change| capabilities.can_make(change));
         let changes = wanted.filter_map(|change| VfChange::of(&change)).collect();
-        self.capabilities.insert(pf, capabilities);
+        self.set_capabilities(pf, capabilities);
         Ok(changes)
     }
 

@@ -122,6 +122,13 @@ impl CommitContext {
         self.set(vec![VfChange::Trust(on)]).await
     }
 
+    /// Whether to switch trust on around the messages.
+    fn needs_trust<'a>(&self, mut messages: impl Iterator<Item = &'a Change>) -> bool {
+        // A PF that needs a reset after a change of trust would ignore the message itself.
+        let at_once = self.capabilities.as_ref().is_none_or(|capabilities| !capabilities.trust_needs_reset);
+        at_once && messages.any(Change::needs_trust)
+    }
+
     fn can_make(&self, change: &Change) -> bool {
         self.capabilities.as_ref().is_none_or(|capabilities| capabilities.can_make(change))
     }
@@ -177,7 +184,7 @@ impl CommitContext {
         }
         let mut made = pf;
         let Some(own) = own else { return RequestOutcome::Applied };
-        let trust = mailbox.iter().chain([&own]).any(Change::needs_trust);
+        let trust = self.needs_trust(mailbox.iter().chain([&own]));
         if trust && let Err(why) = self.trust(true).await {
             return RequestOutcome::Failed { made, why };
         }
@@ -306,7 +313,7 @@ impl CommitContext {
         if messages.is_empty() {
             return;
         }
-        let trust = messages.iter().any(Change::needs_trust);
+        let trust = self.needs_trust(messages.iter());
         if trust && let Err(why) = self.trust(true).await {
             made.failed.extend(messages.into_iter().map(|change| (change, why.clone())));
             return;

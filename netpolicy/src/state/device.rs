@@ -6,6 +6,7 @@ use std::num::NonZeroU32;
 
 use super::{Corrections, StateError, SwitchState};
 use crate::{
+    capabilities::ResetClears,
     ident::PortId,
     mac::MacAddress,
     objects::{PfSettings, Port},
@@ -58,13 +59,24 @@ impl SwitchState {
     /// No such port, or an address that is another port's (which `begin` would have found): nothing is recorded, undo
     /// the changes.
     pub fn commit(&mut self, id: PortId, changes: &[Change]) -> Result<Corrections, StateError> {
+        let clears = self.reset_clears(id)?;
         self.edit(id, |port| {
             port.pending.clear();
             for change in changes {
-                apply(port, change);
+                apply(port, change, clears);
             }
         })?;
         self.corrections(id)
+    }
+
+    /// Sets the state that the VFs of a PF lose by a reset. Nothing until then.
+    pub fn set_reset_clears(&mut self, pf: &str, clears: ResetClears) {
+        self.reset_clears.insert(pf.to_owned(), clears);
+    }
+
+    fn reset_clears(&self, id: PortId) -> Result<ResetClears, StateError> {
+        let vf = self.lineage(id)?.0.vf.as_ref();
+        Ok(vf.and_then(|vf| self.reset_clears.get(&vf.pf)).copied().unwrap_or_default())
     }
 
     /// Ends begun changes that were not made, or have been undone.
@@ -203,14 +215,18 @@ fn max_tx_rate(rate: Rate) -> Option<NonZeroU32> {
     }
 }
 
-fn apply(port: &mut Port, change: &Change) {
+fn apply(port: &mut Port, change: &Change, clears: ResetClears) {
     let device = &mut port.device;
     match change {
         Change::Reset => {
-            // igb forgets these. Further unicast addresses outlive a reset; VLANs and the frame length may.
+            // Further addresses and the frame length stay.
             device.stale_vlans.append(&mut device.vlans);
-            device.multicast.clear();
-            device.promiscuous = PromiscuousMode::OFF;
+            if clears.multicast {
+                device.multicast.clear();
+            }
+            if clears.promiscuous {
+                device.promiscuous = PromiscuousMode::OFF;
+            }
             // The guest's driver requests them again.
             device.wanted_unicast.clear();
             // The reply carries the address, and the driver adopts it.

@@ -99,6 +99,7 @@ fn a_stored_port_comes_back_with_all_that_its_vf_has() {
     let stored = serde_json::to_string(state.port(port_id(1)).unwrap()).unwrap();
 
     let mut restarted = SwitchState::new();
+    restarted.set_reset_clears("pf0", netpolicy::PfCapabilities::igb_82576().reset_clears);
     restarted.add_switch(state.switch(SWITCH).unwrap().clone()).unwrap();
     restarted.add_port_group(state.port_group(GROUP).unwrap().clone()).unwrap();
     restarted.attach(state.port(port_id(2)).unwrap().clone()).unwrap();

@@ -2,7 +2,7 @@
 
 //! The verdict of each policy on each message.
 
-use netpolicy::{Change, PromiscuousMode, Request, SwitchState};
+use netpolicy::{Change, PfCapabilities, PromiscuousMode, Request, SwitchState};
 
 use crate::fixture::{ask, evaluate, host, mac, own, port_id, settings, vf, vlan};
 
@@ -401,4 +401,27 @@ fn an_address_that_another_port_had_is_added_when_that_port_gives_it_up() {
     state.forget_wanted(port_id(2), mac("00:00:5e:00:01:33")).unwrap();
     ask(&mut state, 1, &request("clear")).unwrap();
     assert_eq!((offered(&mut state), due(&state)), (vec![], vec![]));
+}
+
+/// The tables keep what the PF's driver may keep: a later edit of the policy must still revoke it.
+#[test]
+fn a_reset_clears_only_what_the_pf_clears() {
+    let hashes = Request::SetMulticast { count: 1, hashes: vec![7] };
+    let promiscuous = Request::SetPromiscuous(PromiscuousMode { multicast: true, unicast: false });
+    let off = Change::SetPromiscuous(PromiscuousMode::OFF);
+    let none = Change::SetMulticast(Vec::new());
+    for (pf, kept) in [
+        (PfCapabilities::igb_82576(), vec![]),
+        (PfCapabilities::simulated(), vec![]),
+        (PfCapabilities::ixgbe(), vec![off.clone()]),
+        (PfCapabilities::unknown("mystery"), vec![none, off]),
+    ] {
+        let mut state = host(r#"{"promiscuous": "multicast"}"#);
+        state.set_reset_clears("pf0", pf.reset_clears);
+        ask(&mut state, 1, &hashes).unwrap();
+        ask(&mut state, 1, &promiscuous).unwrap();
+        assert_eq!(state.commit(port_id(1), &[Change::Reset]).unwrap().list, []);
+        let left = state.revocations_for_reboot(port_id(1)).unwrap();
+        assert_eq!(left, [vec![Change::Reset], kept].concat(), "{}", pf.driver);
+    }
 }

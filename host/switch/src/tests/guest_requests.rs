@@ -3,8 +3,8 @@
 use std::time::Duration;
 
 use netpolicy::{
-    Change, Committed, OnDenied, OnDenied::Nack, OnDenied::Silent, Outcome, Reason, Request, Setting, Source,
-    VlanId,
+    Change, Committed, OnDenied, OnDenied::Nack, OnDenied::Silent, Outcome, PfCapabilities, Reason, Request,
+    Setting, Source, VlanId,
 };
 use passthrough::relay::{Cancelled, Forwarded, GuestRequest, RelayEvent};
 use sriov::VfChange;
@@ -230,6 +230,22 @@ async fn vlans_are_forwarded_in_range_and_older_ones_make_room() {
         assert_eq!(host.vmm(1).revoked(), [Change::LeaveVlan(vlan(old))]);
     }
     assert_eq!(host.decisions(1, Outcome::Allowed).await[0].committed, Committed::Mailbox);
+}
+
+/// A change of trust would make such a PF ignore the message, and the guest reset.
+#[tokio::test]
+async fn a_pf_whose_trust_needs_a_reset_keeps_a_running_guest_untrusted() {
+    let mut host = Host::empty().await;
+    let capabilities = PfCapabilities { trust_needs_reset: true, ..PfCapabilities::igb_82576() };
+    host.pfs.world().capabilities = Some(capabilities);
+    host.set(ACCEPT).await.unwrap();
+    host.power_on(1).await.unwrap();
+    host.pfs.take_made(PF);
+    assert_eq!(host.request(1, Request::AddUnicastFilter(mac(9))).await, FORWARD);
+    host.set("{}").await.unwrap();
+    host.switch.settle().await;
+    assert_eq!(host.vmm(1).revoked(), [Change::ClearUnicast]);
+    assert_eq!(host.pfs.take_made(PF), []);
 }
 
 #[tokio::test]
