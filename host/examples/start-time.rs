@@ -24,7 +24,7 @@ use api::{
     client::Client,
     types::{Protection, VmAction, VmSpec},
 };
-use protocol::{Channel, ChannelError, MachineSpec, Order, ToAgent, ToVmm, VERSION, files as file};
+use protocol::{Channel, ChannelError, MachineSpec, ToAgent, ToVmm, VERSION, VmmCommand, files as file};
 use rustix::process::{Pid, Signal, kill_process};
 use services::{
     console::Reader,
@@ -147,17 +147,17 @@ fn ours(runtime: &Runtime, portcullis: &Path, kernel: &Path, run_dir: &Path) -> 
         spawn(&program, &directory, vm).unwrap()
     };
     let channel = Channel::connect(&directory.control()).unwrap();
-    // The vmm reads one order after the other: the next one need not wait for a response.
+    // The vmm reads one command after the other: the next one need not wait for a response.
     channel.send(&ToVmm::Hello { oldest: VERSION, newest: VERSION, vm }, &[]).unwrap();
     let names = [file::KVM, file::CONSOLE, file::KERNEL].map(str::to_owned).to_vec();
-    let configure = Order::Configure { spec: Box::new(spec), files: names };
-    channel.send(&ToVmm::Order { id: 1, order: configure }, &files).unwrap();
-    channel.send(&ToVmm::Order { id: 2, order: Order::Run }, &[]).unwrap();
+    let configure = VmmCommand::Configure { spec: Box::new(spec), files: names };
+    channel.send(&ToVmm::Command { id: 1, command: configure }, &files).unwrap();
+    channel.send(&ToVmm::Command { id: 2, command: VmmCommand::Run }, &[]).unwrap();
     wait_for_byte(&directory.console());
     let time = begun.elapsed();
 
     let memory = memory(process.identity().pid.try_into().unwrap());
-    channel.send(&ToVmm::Order { id: 3, order: Order::Stop }, &[]).unwrap();
+    channel.send(&ToVmm::Command { id: 3, command: VmmCommand::Stop }, &[]).unwrap();
     let exit = runtime.block_on(process.ended());
     assert_eq!(exit.to_string(), "exited with status 0", "{}", directory.log_tail());
     loop {

@@ -28,8 +28,8 @@ use crate::{
 /// The wait for the client of a VM's lease, as the API's document says it.
 const LEASE_GRACE: Duration = Duration::from_secs(60);
 
-/// The things that all VMs of an agent share.
-pub struct Environment {
+/// The things that all VMs of an agent share. `P` is its policy: `()` until the switch has started.
+pub struct Environment<P = Policy> {
     /// The stores of the tables below, for transactions.
     pub stores: Stores,
     /// The specifications of VMs.
@@ -81,16 +81,15 @@ pub struct Environment {
     pub boot_id: String,
     /// Users for vmm processes; None for an agent that cannot change users.
     pub users: Option<Users>,
-    /// The switch that decides for adapters; None in tests of other parts. Adapters are then under the default policy,
-    /// and the requests of their guests are denied.
-    pub policy: Option<Policy>,
+    /// The switch that decides for adapters, with its decisions and events.
+    pub policy: P,
     /// The agent's metrics.
     pub metrics: Metrics,
     /// Held while functions are chosen and claimed, or the number of VFs changes.
     pub claiming: tokio::sync::Mutex<()>,
 }
 
-impl Environment {
+impl Environment<()> {
     /// The environment of a real host, with defaults for the settings that differ between hosts.
     #[must_use]
     pub fn new(stores: &Stores, run_dir: PathBuf) -> Self {
@@ -122,12 +121,60 @@ impl Environment {
                 .map(|id| id.trim().to_owned())
                 .unwrap_or_default(),
             users: None,
-            policy: None,
+            policy: (),
             metrics: Metrics::default(),
             claiming: tokio::sync::Mutex::new(()),
         }
     }
 
+    /// The environment with its switch.
+    #[must_use]
+    pub fn with_policy(self, policy: Policy) -> Environment {
+        Environment {
+            stores: self.stores,
+            vms: self.vms,
+            runs: self.runs,
+            claims: self.claims,
+            pfs: self.pfs,
+            probe: self.probe,
+            inventory: self.inventory,
+            run_dir: self.run_dir,
+            image_dirs: self.image_dirs,
+            disk_dirs: self.disk_dirs,
+            ephemeral_dir: self.ephemeral_dir,
+            interfaces: self.interfaces,
+            program: self.program,
+            memlock_slack: self.memlock_slack,
+            kvm: self.kvm,
+            sandbox_off: self.sandbox_off,
+            cgroup_parent: self.cgroup_parent,
+            told_unlimited: self.told_unlimited,
+            told_unlimited_huge_pages: self.told_unlimited_huge_pages,
+            backoff: self.backoff,
+            lease_grace: self.lease_grace,
+            ending: self.ending,
+            serving: self.serving,
+            boot_id: self.boot_id,
+            users: self.users,
+            policy,
+            metrics: self.metrics,
+            claiming: self.claiming,
+        }
+    }
+}
+
+impl<P> Environment<P> {
+    /// The protections that are off for a process that is started now: those of `sandbox_off` and, if the agent is not
+    /// root, those that need root.
+    #[must_use]
+    pub fn protections_off(&self) -> Vec<Protection> {
+        let missing = if self.users.is_some() { &[][..] } else { &Protection::OF_ROOT };
+        let off = |part: &Protection| self.sandbox_off.contains(part) || missing.contains(part);
+        Protection::ALL.into_iter().filter(off).collect()
+    }
+}
+
+impl Environment {
     /// Stores a new VM with the record of its run, and returns the VM's revision.
     ///
     /// # Errors
@@ -154,20 +201,9 @@ impl Environment {
         both.commit().await.map(drop)
     }
 
-    /// The protections that are off for a process that is started now: those of `sandbox_off` and, if the agent is not
-    /// root, those that need root.
-    #[must_use]
-    pub fn protections_off(&self) -> Vec<Protection> {
-        let missing = if self.users.is_some() { &[][..] } else { &Protection::OF_ROOT };
-        let off = |part: &Protection| self.sandbox_off.contains(part) || missing.contains(part);
-        Protection::ALL.into_iter().filter(off).collect()
-    }
-
     /// Publishes an event.
     pub fn tell(&self, what: EventKind) {
-        if let Some(policy) = &self.policy {
-            policy.events.publish(what);
-        }
+        self.policy.events.publish(what);
     }
 }
 

@@ -25,6 +25,9 @@ pub struct PfCapabilities {
     pub spoof_check_covers_vlans: bool,
     /// Trust can be switched.
     pub trust: bool,
+    /// A change of trust makes the PF ignore the VF until the VF's next reset message. Then trust cannot be switched on
+    /// around one message of a running guest.
+    pub trust_needs_reset: bool,
     /// The adapter can tag (802.1Q).
     pub access_vlan: bool,
     /// The adapter can tag with 802.1ad.
@@ -43,6 +46,21 @@ pub struct PfCapabilities {
     pub unicast_filters: u16,
     /// Further unicast addresses leave the spoof check on.
     pub unicast_filters_keep_spoof_check: bool,
+    /// The state that a VF loses by its reset message.
+    pub reset_clears: ResetClears,
+}
+
+/// The state that a PF's driver removes from a VF at the VF's reset message. The tables keep all other state until a
+/// message has removed it.
+///
+/// VLANs, further addresses and the frame length are not here, though some drivers remove them. A vmm that the guest has
+/// taken over may claim a reset that never was, so they count until the PF has confirmed their removal.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ResetClears {
+    /// Multicast hashes.
+    pub multicast: bool,
+    /// The reception of frames that are not addressed to the VF.
+    pub promiscuous: bool,
 }
 
 /// Sending rates that a PF takes, whatever its link does now.
@@ -85,6 +103,9 @@ impl PfCapabilities {
     }
 
     /// igb on an 82576: rate (while the link is up, and at most that of the link: `igb_ndo_set_vf_bw`), no link state, multicast promiscuous only.
+    ///
+    /// Trust is a flag for the next message (`igb_ndo_set_vf_trust`). A reset clears the multicast hashes, and the flags of
+    /// the promiscuous modes (`igb_vf_reset`). All in drivers/net/ethernet/intel/igb/igb_main.c.
     #[must_use]
     pub fn igb_82576() -> Self {
         Self {
@@ -92,6 +113,7 @@ impl PfCapabilities {
             spoof_check: true,
             spoof_check_covers_vlans: true,
             trust: true,
+            trust_needs_reset: false,
             access_vlan: true,
             access_vlan_8021ad: false,
             trunk_vlans: 32,
@@ -101,6 +123,7 @@ impl PfCapabilities {
             unicast_promiscuous: false,
             unicast_filters: 3,
             unicast_filters_keep_spoof_check: true,
+            reset_clears: ResetClears { multicast: true, promiscuous: true },
         }
     }
 
@@ -113,30 +136,38 @@ impl PfCapabilities {
     /// ixgbe: link state, and rates from 11 Mbit/s on a link of 10 Gbit/s (`ixgbe_ndo_set_vf_bw`). Further
     /// addresses switch the spoof check off, which netlink does not show; promiscuous modes need a trusted VF and a
     /// promiscuous PF.
+    ///
+    /// A change of trust revokes "clear to send" (`ixgbe_ndo_set_vf_trust`). A reset clears the multicast hashes and
+    /// keeps the promiscuous mode (`ixgbe_vf_reset_event`). Both in drivers/net/ethernet/intel/ixgbe/ixgbe_sriov.c.
     #[must_use]
     pub fn ixgbe() -> Self {
         Self {
             driver: "ixgbe".into(),
+            trust_needs_reset: true,
             trunk_vlans: 64,
             max_tx_rate: Some(Rates { least: 11, most: 10_000 }),
             link_state: true,
             multicast_promiscuous: false,
             unicast_filters_keep_spoof_check: false,
+            reset_clears: ResetClears { multicast: true, promiscuous: false },
             ..Self::igb_82576()
         }
     }
 
     /// i40e: as far as its VFs' control path allows, which is not a mailbox. It raises a lower rate to 50 Mbit/s, and
-    /// refuses one above the link's speed, 40 Gbit/s at most (`i40e_set_bw_limit`).
+    /// refuses one above the link's speed, 40 Gbit/s at most (`i40e_set_bw_limit`). A change of trust resets the VF
+    /// (`i40e_ndo_set_vf_trust`).
     #[must_use]
     pub fn i40e() -> Self {
         Self {
             driver: "i40e".into(),
+            trust_needs_reset: true,
             trunk_vlans: 0,
             max_tx_rate: Some(Rates { least: 50, most: 40_000 }),
             link_state: true,
             multicast_promiscuous: false,
             unicast_filters: 0,
+            reset_clears: ResetClears::default(),
             ..Self::igb_82576()
         }
     }
@@ -159,12 +190,14 @@ impl PfCapabilities {
     pub fn unknown(driver: &str) -> Self {
         Self {
             driver: driver.into(),
+            trust_needs_reset: true,
             spoof_check_covers_vlans: false,
             trunk_vlans: 0,
             max_tx_rate: None,
             multicast_promiscuous: false,
             unicast_filters: 0,
             unicast_filters_keep_spoof_check: false,
+            reset_clears: ResetClears::default(),
             ..Self::igb_82576()
         }
     }

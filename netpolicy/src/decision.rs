@@ -21,7 +21,8 @@ pub enum Outcome {
     /// Requested and denied.
     Denied,
     /// Granted earlier, and revoked because the policy changed.
-    TakenBack,
+    #[serde(rename = "taken_back")]
+    Revoked,
     /// Changed by another program on the host, and restored.
     Repaired,
     /// Made after the request was denied for its deadline, and rolled back.
@@ -109,7 +110,7 @@ impl Decision {
     #[must_use]
     pub fn weight(&self) -> Weight {
         match self.outcome {
-            Outcome::TakenBack | Outcome::Repaired | Outcome::Reverted => Weight::HostChange,
+            Outcome::Revoked | Outcome::Repaired | Outcome::Reverted => Weight::HostChange,
             Outcome::Denied => Weight::Light,
             Outcome::Allowed if self.committed == Committed::Nothing => Weight::Light,
             Outcome::Allowed => match self.request.as_str() {

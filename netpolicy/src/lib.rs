@@ -21,7 +21,7 @@ pub mod request;
 pub mod state;
 pub mod vlan;
 
-pub use capabilities::{PfCapabilities, Rates, SIMULATED, Unenforceable};
+pub use capabilities::{PfCapabilities, Rates, ResetClears, SIMULATED, Unenforceable};
 pub use decision::{Committed, Decision, Outcome, Weight};
 pub use ident::{Name, NameError, PortGroupId, PortId, SwitchId, VfRef, VmId, clipped};
 pub use mac::{MacAddress, MacError, MacPattern};

@@ -188,7 +188,7 @@ pub struct DeviceState {
     pub vlans: BTreeSet<VlanId>,
     /// VLANs joined before the last reset: the PF may or may not have kept them.
     pub stale_vlans: BTreeSet<VlanId>,
-    /// Unicast addresses besides the effective one. They outlive a reset.
+    /// Unicast addresses besides the effective one.
     pub unicast: BTreeSet<MacAddress>,
     /// Unicast addresses that the guest requested while another port had them. Its driver does not repeat the
     /// request: each is added when that port gives it up. With `unicast` never more than the unicast limit at the

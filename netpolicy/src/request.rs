@@ -273,10 +273,10 @@ pub struct Denial {
 }
 
 /// The verdict on changes of the address that depends on nothing but the address. A relay that has it can deny such a
-/// request without asking, and must still report it. It is valid until another one, or none, replaces it.
+/// request by itself, and must still report it. It is valid until another one, or none, replaces it.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct StandingRefusal {
-    /// The addresses that need a question. The effective one is never needed here.
+    /// The addresses that need a request to the agent. The effective one is never needed here.
     pub unless: Vec<MacPattern>,
     /// The reason of the denial of all others.
     pub reason: Reason,

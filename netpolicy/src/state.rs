@@ -29,6 +29,7 @@ use thiserror::Error;
 use uuid::Uuid;
 
 use crate::{
+    capabilities::ResetClears,
     ident::{Name, PortGroupId, PortId, SwitchId, VfRef, VmId},
     mac::MacAddress,
     objects::{Port, PortGroup, Switch},
@@ -54,6 +55,8 @@ pub struct SwitchState {
     // Addresses that another port wanted when their port gave them up, and that are not offered yet; true until
     // `take_freed` returns them.
     freed: BTreeMap<(SwitchId, MacAddress), bool>,
+    // By the PF's name.
+    reset_clears: BTreeMap<String, ResetClears>,
 }
 
 /// The kinds of objects that names and numbers identify.

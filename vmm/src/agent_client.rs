@@ -2,9 +2,9 @@
 
 //! The relays' connection to the agent.
 //!
-//! A relay's thread sends a question itself, because its guest's driver waits for the verdict. Events go through the
-//! event loop, which keeps them until the agent has noted them. A question does not overtake an earlier event: while
-//! one waits for the loop, questions wait behind it.
+//! A relay's thread sends a request itself, because its guest's driver waits for the verdict. Events go through the
+//! event loop, which keeps them until the agent has noted them. A request does not overtake an earlier event: while
+//! one waits for the loop, requests wait behind it.
 //!
 //! This module is apart from the event loop, because relay threads call it and must never wait for the loop.
 
@@ -14,37 +14,38 @@ use std::{
 };
 
 use failpoints::{Point, reach};
-use passthrough::relay::{Authority, Notice, Question, Unreachable};
-use protocol::{Ask, Channel, ChannelError, ToAgent};
+use passthrough::relay::{Authority, GuestRequest, RelayEvent, Unreachable};
+use protocol::{AgentRequest, Channel, ChannelError, ToAgent};
 use vmm_sys_util::eventfd::EventFd;
 
 /// A message of a relay.
 #[derive(Debug)]
 pub enum RelayMessage {
     /// A request for the agent's verdict.
-    Question(Question),
+    Request(GuestRequest),
     /// An event for the agent, now or when it is back.
-    Notice(Notice),
+    Event(RelayEvent),
 }
 
-/// The messages for the event loop, and the connection for questions, which need not wait for the loop.
+/// The messages for the event loop, and the connection for requests, which need not wait for the loop.
 #[derive(Debug, Default)]
 struct Outbox {
     waiting: Vec<(String, RelayMessage)>,
     /// The loop has taken messages and not sent all of them yet.
     sending: bool,
     agent: Option<Arc<Channel>>,
-    /// The number of the last question.
-    asked: u64,
+    /// The number of the last request.
+    last_request: u64,
 }
 
 impl Outbox {
-    fn ask(&mut self, adapter: &str, question: &Question) -> Result<(), ChannelError> {
+    fn request(&mut self, adapter: &str, guest_request: &GuestRequest) -> Result<(), ChannelError> {
         let Some(agent) = &self.agent else { return Err(ChannelError::Closed) };
         reach(Point::VmmAsking);
-        self.asked += 1;
-        let ask = Ask::Mailbox { adapter: adapter.to_owned(), question: question.clone() };
-        agent.send(&ToAgent::Ask { id: self.asked, ask }, &[])
+        self.last_request += 1;
+        let request =
+            AgentRequest::Mailbox { adapter: adapter.to_owned(), guest_request: guest_request.clone() };
+        agent.send(&ToAgent::Request { id: self.last_request, request }, &[])
     }
 }
 
@@ -74,7 +75,7 @@ impl RelayReceiver {
         Ok(Self { outbox: Arc::default(), signal })
     }
 
-    /// Sets the connection to the agent. While there is none, relays get [`Unreachable`] for their questions.
+    /// Sets the connection to the agent. While there is none, relays get [`Unreachable`] for their requests.
     pub fn set_agent(&self, agent: Option<Arc<Channel>>) {
         self.outbox().agent = agent;
     }
@@ -86,7 +87,7 @@ impl RelayReceiver {
     }
 
     /// The relays' messages since the last call, each with its adapter. The relays' own rates bound their number. Until
-    /// [`sent`](Self::sent) is called, questions wait behind them.
+    /// [`sent`](Self::sent) is called, requests wait behind them.
     pub fn drain(&self) -> Vec<(String, RelayMessage)> {
         // Read the eventfd first: the other order could lose a wake-up.
         let _ = self.signal.read();
@@ -103,12 +104,12 @@ impl RelayReceiver {
         outbox.sending
     }
 
-    /// Sends a question that has waited.
+    /// Sends a request that has waited.
     ///
     /// # Errors
     /// Those of the connection.
-    pub fn ask(&self, adapter: &str, question: &Question) -> Result<(), ChannelError> {
-        self.outbox().ask(adapter, question)
+    pub fn request(&self, adapter: &str, guest_request: &GuestRequest) -> Result<(), ChannelError> {
+        self.outbox().request(adapter, guest_request)
     }
 
     /// Makes the end for the relay of `adapter`.
@@ -140,21 +141,21 @@ impl AgentClient {
 }
 
 impl Authority for AgentClient {
-    fn ask(&self, question: Question) -> Result<(), Unreachable> {
+    fn request(&self, guest_request: GuestRequest) -> Result<(), Unreachable> {
         let mut outbox = self.outbox();
         if outbox.agent.is_none() {
             return Err(Unreachable);
         }
         let behind = outbox.sending || !outbox.waiting.is_empty();
         // If the connection fails, the loop drops it.
-        if behind || outbox.ask(&self.adapter, &question).is_err() {
-            self.leave_to_loop(outbox, RelayMessage::Question(question));
+        if behind || outbox.request(&self.adapter, &guest_request).is_err() {
+            self.leave_to_loop(outbox, RelayMessage::Request(guest_request));
         }
         Ok(())
     }
 
-    fn notice(&self, notice: Notice) {
-        self.leave_to_loop(self.outbox(), RelayMessage::Notice(notice));
+    fn event(&self, event: RelayEvent) {
+        self.leave_to_loop(self.outbox(), RelayMessage::Event(event));
     }
 }
 
@@ -165,8 +166,8 @@ mod tests {
     use super::*;
     use protocol::Listener;
 
-    fn question(seq: u64) -> Question {
-        Question { seq, request: Request::Reset }
+    fn guest_request(seq: u64) -> GuestRequest {
+        GuestRequest { seq, request: Request::Reset }
     }
 
     fn connected(relays: &RelayReceiver) -> (tempfile::TempDir, Channel) {
@@ -180,62 +181,64 @@ mod tests {
 
     fn asked(agent: &Channel) -> Option<u64> {
         match agent.receive::<ToAgent>() {
-            Ok((ToAgent::Ask { ask: Ask::Mailbox { question, .. }, .. }, _)) => Some(question.seq),
+            Ok((ToAgent::Request { request: AgentRequest::Mailbox { guest_request, .. }, .. }, _)) => {
+                Some(guest_request.seq)
+            }
             Err(ChannelError::WouldBlock) => None,
             other => panic!("{other:?}"),
         }
     }
 
     #[test]
-    fn a_question_needs_an_agent_and_no_event_loop() {
+    fn a_request_needs_an_agent_and_no_event_loop() {
         let relays = RelayReceiver::new().unwrap();
         let relay = relays.client_for("eth0");
-        assert_eq!(relay.ask(question(1)), Err(Unreachable));
+        assert_eq!(relay.request(guest_request(1)), Err(Unreachable));
         let (_dir, agent) = connected(&relays);
-        relay.ask(question(1)).unwrap();
+        relay.request(guest_request(1)).unwrap();
         assert_eq!(asked(&agent), Some(1));
         assert!(relays.signal().read().is_err(), "the loop has nothing to do");
         relays.set_agent(None);
-        assert_eq!(relay.ask(question(2)), Err(Unreachable));
-        relay.notice(Notice::PfReset);
+        assert_eq!(relay.request(guest_request(2)), Err(Unreachable));
+        relay.event(RelayEvent::PfReset);
         assert!(
-            matches!(&relays.drain()[0], (adapter, RelayMessage::Notice(Notice::PfReset)) if adapter == "eth0")
+            matches!(&relays.drain()[0], (adapter, RelayMessage::Event(RelayEvent::PfReset)) if adapter == "eth0")
         );
     }
 
     #[test]
-    fn a_question_does_not_overtake_an_event() {
+    fn a_request_does_not_overtake_an_event() {
         let relays = RelayReceiver::new().unwrap();
         let relay = relays.client_for("eth0");
         let (_dir, agent) = connected(&relays);
-        relay.notice(Notice::PfReset);
-        relay.ask(question(1)).unwrap();
+        relay.event(RelayEvent::PfReset);
+        relay.request(guest_request(1)).unwrap();
         let taken = relays.drain();
         assert!(matches!(
             taken[..],
             [
-                (_, RelayMessage::Notice(Notice::PfReset)),
-                (_, RelayMessage::Question(Question { seq: 1, .. }))
+                (_, RelayMessage::Event(RelayEvent::PfReset)),
+                (_, RelayMessage::Request(GuestRequest { seq: 1, .. }))
             ]
         ));
         assert!(relays.signal().read().is_err(), "the signal is consumed with what it stood for");
         // The loop has not sent the event yet.
-        relay.ask(question(2)).unwrap();
+        relay.request(guest_request(2)).unwrap();
         assert_eq!(asked(&agent), None);
         assert!(relays.sent(), "more has come");
-        assert!(matches!(relays.drain()[..], [(_, RelayMessage::Question(Question { seq: 2, .. }))]));
+        assert!(matches!(relays.drain()[..], [(_, RelayMessage::Request(GuestRequest { seq: 2, .. }))]));
         assert!(!relays.sent());
-        relay.ask(question(3)).unwrap();
+        relay.request(guest_request(3)).unwrap();
         assert_eq!(asked(&agent), Some(3));
     }
 
     #[test]
-    fn a_question_that_cannot_be_sent_is_left_to_the_loop() {
+    fn a_request_that_cannot_be_sent_is_left_to_the_loop() {
         let relays = RelayReceiver::new().unwrap();
         let relay = relays.client_for("eth0");
         let (_dir, agent) = connected(&relays);
         drop(agent);
-        relay.ask(question(1)).unwrap();
+        relay.request(guest_request(1)).unwrap();
         assert_eq!(relays.drain().len(), 1);
     }
 }

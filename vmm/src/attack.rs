@@ -31,8 +31,8 @@ use std::{
 
 use libc::{c_long, sockaddr_in, sockaddr_nl, sockaddr_un};
 use netpolicy::Request;
-use passthrough::relay::{Notice, Question};
-use protocol::{Ask, DeviceLoss, Report, ToAgent};
+use passthrough::relay::{GuestRequest, RelayEvent};
+use protocol::{AgentRequest, DeviceLoss, ToAgent, VmmEvent};
 
 /// The targets of attacks.
 struct Targets {
@@ -370,10 +370,10 @@ fn perf() -> io::Result<()> {
 fn forge() -> io::Result<()> {
     let adapter = || "victim".to_owned();
     let address = "02:00:00:00:00:99".parse().map_err(io::Error::other)?;
-    let question = Question { seq: 1, request: Request::SetMac(address) };
+    let guest_request = GuestRequest { seq: 1, request: Request::SetMac(address) };
     let messages = [
-        ToAgent::Ask { id: 1, ask: Ask::Mailbox { adapter: adapter(), question } },
-        ToAgent::Report { seq: 1, report: Report::Relay { adapter: adapter(), notice: Notice::PfReset } },
+        ToAgent::Request { id: 1, request: AgentRequest::Mailbox { adapter: adapter(), guest_request } },
+        ToAgent::Event { seq: 1, event: VmmEvent::Relay { adapter: adapter(), event: RelayEvent::PfReset } },
     ];
     let mut sent = 0;
     for fd in 4..64 {
@@ -398,8 +398,8 @@ fn later(attempt: fn() -> io::Result<()>) -> io::Result<()> {
 
 /// Passes a descriptor to the agent, beside a message that the protocol allows.
 fn pass_descriptor() -> io::Result<()> {
-    let report = Report::DeviceLost { bdf: "0000:00:00.0".to_owned(), why: DeviceLoss::Failed };
-    let message = serde_json::to_vec(&ToAgent::Report { seq: u64::MAX, report })?;
+    let event = VmmEvent::DeviceLost { bdf: "0000:00:00.0".to_owned(), why: DeviceLoss::Failed };
+    let message = serde_json::to_vec(&ToAgent::Event { seq: u64::MAX, event })?;
     let vector = [message.as_ptr() as usize, message.len()];
     // struct cmsghdr: its length, SOL_SOCKET and SCM_RIGHTS, then a descriptor: stdin.
     let rights = [20_usize, 1 | 1 << 32, 0];

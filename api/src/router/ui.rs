@@ -35,6 +35,8 @@ pub(super) async fn page() -> Response {
 
 #[cfg(test)]
 mod tests {
+    use netpolicy::Outcome;
+
     use super::*;
 
     #[test]
@@ -42,6 +44,20 @@ mod tests {
         for setting in netpolicy::Setting::ALL {
             assert!(PAGE.contains(&format!("\n  {setting}: {{ label:")), "{setting}");
         }
+        let verdicts = [
+            (Outcome::Allowed, "Allowed"),
+            (Outcome::Denied, "Denied"),
+            (Outcome::Revoked, "Revoked"),
+            (Outcome::Repaired, "Corrected"),
+            (Outcome::Reverted, "Rolled back"),
+        ];
+        for (verdict, word) in verdicts {
+            let name = serde_json::to_value(verdict).unwrap();
+            let (name, label) = (name.as_str().unwrap(), word.to_lowercase());
+            assert!(PAGE.contains(&format!("\n  {name}: {{ label: \"{label}\"")), "{name}");
+            assert!(PAGE.contains(&format!("<option value=\"{name}\">{word}</option>")), "{name}");
+        }
+        assert_eq!(PAGE.matches("<option value=\"").count(), 1 + verdicts.len(), "all, and each alone");
     }
 
     #[test]

@@ -10,7 +10,7 @@ use sriov::{ApplyError, BindError, InventoryError, PfError, VfCountError, Viabil
 use store::StoreError;
 use text::chain;
 
-use crate::vmm_process::{ConnectError, OrderError, SpawnError};
+use crate::vmm_process::{CommandError, ConnectError, SpawnError};
 
 fn with(code: ProblemCode, error: &dyn Error) -> Problem {
     Problem::new(code, chain(error))
@@ -117,7 +117,7 @@ impl ToProblem for ConnectError {
     }
 }
 
-impl ToProblem for OrderError {
+impl ToProblem for CommandError {
     fn problem(&self) -> Problem {
         let failure = match self {
             Self::Failed(failure) => failure,

@@ -19,7 +19,7 @@ use api::{
 use async_trait::async_trait;
 use axum::body::Bytes;
 use failpoints::{Point, reach};
-use protocol::{Order, Outcome};
+use protocol::{Outcome, VmmCommand};
 use services::{metrics, problem::ToProblem, vmm_process::VmDirectory};
 use store::{Entry, StoreError};
 use text::chain;
@@ -169,7 +169,7 @@ impl Agent {
     }
 
     fn view(&self, vm: &VmHandle) -> Vm {
-        let unchecked = |adapter: &str| self.env.policy.as_ref()?.switch.unchecked(vm.id.into(), adapter);
+        let unchecked = |adapter: &str| self.env.policy.switch.unchecked(vm.id.into(), adapter);
         view::vm(vm, &self.directory(vm), &self.env.protections_off(), unchecked)
     }
 
@@ -289,7 +289,7 @@ async fn measure(handle: VmHandle) -> metrics::Vm {
     let status = handle.status();
     let process = status.run.process.as_ref().map(|process| process.pid.to_string());
     let stats = match handle.connection() {
-        Ok(connection) => connection.order(Order::Stats, Vec::new(), MEASURED).await.ok(),
+        Ok(connection) => connection.command(VmmCommand::Stats, Vec::new(), MEASURED).await.ok(),
         Err(_) => None,
     };
     metrics::Vm {
@@ -430,7 +430,7 @@ impl Backend for Agent {
 
     async fn stats(&self, vm: ObjectRef) -> Result<VmStats, Problem> {
         let handle = self.find(&vm).await?;
-        let outcome = handle.connection()?.order(Order::Stats, Vec::new(), PROMPT).await;
+        let outcome = handle.connection()?.command(VmmCommand::Stats, Vec::new(), PROMPT).await;
         match outcome.map_err(|e| e.problem())? {
             Outcome::Stats(stats) => Ok(view::stats(&handle, *stats)),
             _ => Err(Problem::new(
@@ -455,8 +455,8 @@ impl Backend for Agent {
         let connection = self.find(&vm).await?.connection()?;
         let mut total = 0;
         for piece in bytes.chunks(TYPED) {
-            let order = Order::ConsoleInput { bytes: piece.to_vec() };
-            match connection.order(order, Vec::new(), PROMPT).await.map_err(|e| e.problem())? {
+            let command = VmmCommand::ConsoleInput { bytes: piece.to_vec() };
+            match connection.command(command, Vec::new(), PROMPT).await.map_err(|e| e.problem())? {
                 Outcome::ConsoleTaken { taken } => {
                     total += taken.min(piece.len());
                     if taken < piece.len() {

@@ -37,7 +37,7 @@ use sriov::Sysfs;
 use store::{SqliteStore, Stores};
 #[cfg(feature = "test-support")]
 use switch::Late;
-use switch::{Parts, Policy, SwitchHandle, Timing};
+use switch::{Evaluator, Parts, Policy, SwitchHandle, Timing};
 use tokio::{
     signal::unix::{Signal, SignalKind, signal},
     sync::oneshot,
@@ -240,14 +240,13 @@ async fn serve_with(
     args: ServeArgs,
     socket: &Path,
     token_file: Option<&Path>,
-    mut env: Environment,
+    env: Environment<()>,
     stores: Stores,
     simulated: &Simulated,
     told: oneshot::Receiver<()>,
 ) -> anyhow::Result<()> {
     let policy = start_switch(&args, stores, &args.state_dir.join(DATABASE), &env).await?;
-    env.policy = Some(policy.clone());
-    let env = Arc::new(env);
+    let env = Arc::new(env.with_policy(policy.clone()));
     let agent = Arc::new(Agent::start(Arc::clone(&env)).await?);
     let listeners = listen::all(&args.listen, socket, token_file)?;
     env.serving.send_replace(true);
@@ -319,7 +318,7 @@ async fn one_of([terminate, interrupt]: &mut [Signal; 2]) {
 async fn start_simulated(
     args: &ServeArgs,
     stores: &Stores,
-    env: &Environment,
+    env: &Environment<()>,
 ) -> anyhow::Result<Arc<Simulated>> {
     for option in &args.sim_pfs {
         if env.inventory.pf_by_name(&option.name).is_ok() {
@@ -343,17 +342,13 @@ async fn start_switch(
     args: &ServeArgs,
     stores: Stores,
     database: &Path,
-    env: &Environment,
+    env: &Environment<()>,
 ) -> anyhow::Result<Policy> {
     let events = EventHub::default();
     let decisions = DecisionLog::open(database, args.decisions_kept, events.clone())?;
     let hints = watch::start().inspect_err(|error| {
         tracing::warn!("Cannot receive interface events ({error}): the agent only compares PFs every 30 s");
     });
-    #[cfg(feature = "test-support")]
-    if args.policy_bypass_for_tests {
-        tracing::error!("EVERY REQUEST OF EVERY GUEST IS GRANTED: this agent is for tests of tests");
-    }
     // Ports know PFs by the names that these had when their VFs were claimed.
     crate::vm::claims::keep_pf_names(env).await?;
     let parts = Parts {
@@ -372,10 +367,25 @@ async fn start_switch(
             },
             ..Timing::default()
         },
-        #[cfg(feature = "test-support")]
-        bypass: args.policy_bypass_for_tests,
+        evaluator: evaluator(args),
     };
     Ok(Policy { switch: SwitchHandle::start(parts).await?, decisions, events })
+}
+
+/// The policy of each port decides, except in an agent for tests of tests.
+#[cfg(feature = "test-support")]
+fn evaluator(args: &ServeArgs) -> Evaluator {
+    if args.policy_bypass_for_tests {
+        tracing::error!("EVERY REQUEST OF EVERY GUEST IS GRANTED: this agent is for tests of tests");
+        return Evaluator::Permissive;
+    }
+    Evaluator::Policy
+}
+
+/// The policy of each port decides.
+#[cfg(not(feature = "test-support"))]
+fn evaluator(_: &ServeArgs) -> Evaluator {
+    Evaluator::Policy
 }
 
 /// Makes sure that this agent is the only one of a directory, as long as the file is open. `option` names the directory on the

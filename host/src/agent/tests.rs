@@ -42,7 +42,7 @@ fn code<T: std::fmt::Debug>(result: Result<T, ClientError>) -> ProblemCode {
 
 #[tokio::test]
 async fn a_vm_s_life_over_the_api() {
-    let host = Host::new();
+    let host = Host::new().await;
     let socket = host.env.run_dir.join("api.sock");
     let served = serve(&host, socket.clone()).await;
     assert_eq!(fs::metadata(&socket).unwrap().permissions().mode() & 0o777, 0o600);
@@ -93,7 +93,7 @@ async fn what_the_hardware_lacks_is_answered_to_who_boots() {
         (ProblemCode::VfRemoved, |host| *host.pf.lock().unwrap() = FakePf::new("eth0", 0)),
     ];
     for (expect, breaks) in cases {
-        let host = Host::new();
+        let host = Host::new().await;
         let served = serve(&host, host.env.run_dir.join("api.sock")).await;
         let mut spec = spec("web1");
         // Named, because in place of an unnamed VF the agent would look for another one.
@@ -121,7 +121,7 @@ async fn a_device_that_another_vm_has_is_in_use() {
     assert_eq!(code(boot), ProblemCode::DeviceInUse);
     served.client.act("first", VmAction::Stop, PATIENCE).await.unwrap();
 
-    let host = Host::new();
+    let host = Host::new().await;
     host.sysfs.add_device(device, (0x8086, 0x0953), 0x01_08_02, Some(77), None);
     let served = serve(&host, host.env.run_dir.join("api.sock")).await;
     let mut spec = spec("first");
@@ -134,7 +134,7 @@ async fn a_device_that_another_vm_has_is_in_use() {
 
 #[tokio::test]
 async fn a_host_that_cannot_be_read_is_an_error_of_its_own() {
-    let host = Host::new();
+    let host = Host::new().await;
     let served = serve(&host, host.env.run_dir.join("api.sock")).await;
     let vendor = host.sysfs.sysfs().device_dir(PF).join("vendor");
     fs::remove_file(&vendor).unwrap();
@@ -148,7 +148,7 @@ async fn a_host_that_cannot_be_read_is_an_error_of_its_own() {
 
 #[tokio::test]
 async fn the_console_can_be_read_followed_and_written() {
-    let host = Host::new();
+    let host = Host::new().await;
     let served = serve(&host, host.env.run_dir.join("api.sock")).await;
     let client = &served.client;
     client.create_vm(&spec("web1")).await.unwrap();
@@ -179,7 +179,7 @@ async fn the_console_can_be_read_followed_and_written() {
 
 #[tokio::test]
 async fn an_agent_that_ends_leaves_vms_running_or_stops_them_if_told() {
-    let mut host = Host::new();
+    let mut host = Host::new().await;
     let socket = host.env.run_dir.join("api.sock");
     let served = serve(&host, socket.clone()).await;
     served.client.create_vm(&spec("web1")).await.unwrap();
@@ -190,7 +190,7 @@ async fn an_agent_that_ends_leaves_vms_running_or_stops_them_if_told() {
     drop(served.agent);
     assert!(socket.exists(), "a stale socket: the next agent replaces it");
 
-    host.new_agent();
+    host.new_agent().await;
     let served = serve(&host, socket).await;
     let found = async {
         while served.client.get_vm("web1").await.unwrap().status.state != VmState::Running {
@@ -207,7 +207,7 @@ async fn an_agent_that_ends_leaves_vms_running_or_stops_them_if_told() {
 /// A call of the API goes on after its client has gone.
 #[tokio::test]
 async fn an_agent_that_stops_its_vms_leaves_none_that_was_about_to_boot() {
-    let host = Host::new();
+    let host = Host::new().await;
     let served = serve(&host, host.env.run_dir.join("api.sock")).await;
     let agent = &served.agent;
     let vm = served.client.create_vm(&spec("web1")).await.unwrap();
@@ -228,9 +228,9 @@ async fn an_agent_that_stops_its_vms_leaves_none_that_was_about_to_boot() {
 
 #[tokio::test]
 async fn what_happens_to_vms_and_pfs_is_told() {
-    let host = Host::with_switch().await;
+    let host = Host::new().await;
     let served = serve(&host, host.env.run_dir.join("api.sock")).await;
-    let mut events = host.env.policy.as_ref().unwrap().events.subscribe(None).unwrap();
+    let mut events = host.env.policy.events.subscribe(None).unwrap();
     let client = &served.client;
     let vm = client.create_vm(&spec("web1")).await.unwrap();
     client.act("web1", VmAction::Boot, PATIENCE).await.unwrap();
@@ -350,7 +350,7 @@ fn one_agent_for_a_run_directory_and_one_for_a_socket() {
 /// A VM without the mark of its lease would outlive its client for ever.
 #[tokio::test]
 async fn a_vm_and_the_mark_of_its_lease_come_and_go_together() {
-    let host = Host::new();
+    let host = Host::new().await;
     let served = serve(&host, host.env.run_dir.join("api.sock")).await;
     let client = &served.client;
     let database = rusqlite::Connection::open(host.database()).unwrap();

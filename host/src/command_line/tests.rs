@@ -21,7 +21,7 @@ use axum::{extract::Request as HttpRequest, middleware::Next, response::IntoResp
 use clap::error::ErrorKind;
 use cli::{CliError, EventStream, Format, Output, request};
 use netpolicy::VmId;
-use passthrough::relay::Notice;
+use passthrough::relay::RelayEvent;
 use tokio::net::UnixListener;
 
 use super::*;
@@ -127,11 +127,11 @@ struct Desk {
 
 impl Desk {
     async fn new() -> Self {
-        let host = Host::with_switch().await;
+        let host = Host::new().await;
         let agent = Arc::new(Agent::start(Arc::clone(&host.env)).await.unwrap());
         let socket = host.env.run_dir.join("api.sock");
         std::fs::create_dir_all(&host.env.run_dir).unwrap();
-        let policy = Arc::new(host.env.policy.clone().unwrap());
+        let policy = Arc::new(host.env.policy.clone());
         let deletes_nothing = Arc::new(AtomicBool::new(false));
         let refuse = Arc::clone(&deletes_nothing);
         let router = api::router_with_policy(Arc::clone(&agent) as Arc<dyn Backend>, policy).layer(
@@ -300,9 +300,9 @@ async fn ports_show_a_guest_that_believes_otherwise_and_can_be_blocked() {
     desk.asks("web1", r#"{"set_mac": "02:00:00:00:00:09"}"#, 1).await;
     // A fake vmm has no relay: report in its place the address that the guest was made to believe.
     let vm = desk.client.get_vm("web1").await.unwrap().id;
-    let notice = Notice::GuestMac { mac: "02:00:00:00:00:09".parse().unwrap() };
-    let switch = &desk.host.env.policy.as_ref().unwrap().switch;
-    switch.newest_intake(VmId(vm)).notice("eth0".to_owned(), notice).await;
+    let event = RelayEvent::GuestMac { mac: "02:00:00:00:00:09".parse().unwrap() };
+    let switch = &desk.host.env.policy.switch;
+    switch.newest_intake(VmId(vm)).event("eth0".to_owned(), event).await;
     let listed = desk.run("port list").await.unwrap();
     let rows: Vec<_> = listed.lines().map(words).collect();
     let (initial, guest) = ("02:00:00:00:00:11", "02:00:00:00:00:09");
@@ -448,7 +448,7 @@ async fn events_since_one_and_from_now_on() {
 #[tokio::test]
 async fn a_stream_that_the_agent_ends_goes_on_after_its_last_event() {
     let desk = Desk::new().await;
-    let hub = &desk.host.env.policy.as_ref().unwrap().events;
+    let hub = &desk.host.env.policy.events;
     let mut stream = EventStream::open(&desk.client, None).await.unwrap();
     // More at once than a subscriber's queue holds: it is left behind.
     for n in 0..600 {

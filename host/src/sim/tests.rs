@@ -238,7 +238,7 @@ async fn an_answer_that_comes_too_late_is_not_taken_for_another() {
 }
 
 #[tokio::test]
-async fn what_a_tenant_left_is_taken_back_through_the_simulated_mailbox() {
+async fn what_a_tenant_left_is_removed_through_the_simulated_mailbox() {
     let mut host = Sims::new();
     let simulated = host.load(&["sim0=1"]).await.unwrap();
     let mac = MacAddress::new([2, 0, 0, 0, 0, 7]);

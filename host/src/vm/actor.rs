@@ -28,7 +28,7 @@ use api::{
     },
 };
 use failpoints::{Point, reach};
-use protocol::{DeviceLoss, End, Order, Report, State};
+use protocol::{DeviceLoss, End, State, VmmCommand, VmmEvent};
 use tokio::{
     sync::{mpsc, oneshot, watch},
     task::AbortHandle,
@@ -41,7 +41,7 @@ use progress::Progress;
 use services::problem::ToProblem;
 use services::{
     console,
-    vmm_process::{Allowance, Connection, Event, Exit, OrderError, Process, VmDirectory},
+    vmm_process::{Allowance, CommandError, Connection, Exit, MachineEvent, Process, VmDirectory},
 };
 use store::{Entry, Expect, StoreError};
 use text::chain;
@@ -59,7 +59,7 @@ use crate::{cgroup, environment::Environment};
 /// The longest time from the command to stop to the end of a vmm; it resets its devices meanwhile.
 const STOP: Duration = Duration::from_secs(15);
 
-/// The longest time to read the last reports of a process that has ended.
+/// The longest time to read the last events of a process that has ended.
 const LAST_WORDS: Duration = Duration::from_secs(2);
 
 /// The longest time from the end of a process's connection to the end of the process.
@@ -135,7 +135,7 @@ struct Actor {
 /// A connection, and the events that it delivers.
 struct Link {
     connection: Connection,
-    events: mpsc::Receiver<Event>,
+    events: mpsc::Receiver<MachineEvent>,
     console: AbortHandle,
 }
 
@@ -149,7 +149,7 @@ impl Drop for Link {
 /// The completion of a command.
 struct Finished {
     action: VmAction,
-    result: Result<(), OrderError>,
+    result: Result<(), CommandError>,
     done: Done,
 }
 
@@ -161,7 +161,7 @@ pub(super) async fn run(
     inbox: Inbox,
     outlets: Outlets,
 ) {
-    let (finished, mut orders) = mpsc::channel(8);
+    let (finished, mut commands) = mpsc::channel(8);
     let (expel, mut expelled) = mpsc::channel(1);
     let progress = Progress::new(outlets.status.clone());
     let mut actor = Actor {
@@ -240,7 +240,7 @@ pub(super) async fn run(
                 None => actor.on_hang_up().await,
             },
             Some(why) = expelled.recv() => actor.expel(why),
-            Some(finished) = orders.recv() => {
+            Some(finished) = commands.recv() => {
                 // The process reported the states that the command led to before it said that the command was done.
                 actor.catch_up().await;
                 actor.on_finished(finished).await;
@@ -262,7 +262,7 @@ async fn ended(process: &mut Option<Process>) -> Exit {
     }
 }
 
-async fn next(link: &mut Option<Link>) -> Option<Event> {
+async fn next(link: &mut Option<Link>) -> Option<MachineEvent> {
     match link {
         Some(link) => link.events.recv().await,
         None => pending().await,
@@ -318,26 +318,26 @@ impl Actor {
             (VmAction::Shutdown, VmState::Running) => {
                 // Stored before the guest can react.
                 self.asked_to_end(by).await;
-                let ordered = self.order(action, Order::PowerButton, done);
-                if ordered.is_ok() {
+                let commanded = self.command(action, VmmCommand::PowerButton, done);
+                if commanded.is_ok() {
                     self.button = Some(0);
                     self.show_shutdown();
                 }
-                ordered
+                commanded
             }
             (VmAction::Pause, VmState::Running) => self.pause(done).await,
             (VmAction::Resume, VmState::Paused) => {
                 self.run.pause_asked = false;
-                self.order(action, Order::Run, done)
+                self.command(action, VmmCommand::Run, done)
             }
             (VmAction::Reboot, VmState::Running | VmState::Paused) => {
                 self.run.pause_asked = false;
-                let ordered = self.order(action, Order::Reboot, done);
-                if ordered.is_ok() {
+                let commanded = self.command(action, VmmCommand::Reboot, done);
+                if commanded.is_ok() {
                     self.progress.begin(OperationAction::Reboot, vec![Stage::ResettingMachine]);
                     self.progress.enter(Stage::ResettingMachine);
                 }
-                ordered
+                commanded
             }
             (action, state) => wrong(cure(action, state)),
         };
@@ -347,12 +347,12 @@ impl Actor {
     /// Pauses the VM until a request lets it go on.
     async fn pause(&mut self, done: Done) -> Result<(), Problem> {
         let before = std::mem::replace(&mut self.run.pause_asked, true);
-        let ordered = self.order(VmAction::Pause, Order::Pause, done);
-        match ordered {
+        let commanded = self.command(VmAction::Pause, VmmCommand::Pause, done);
+        match commanded {
             Ok(()) => drop(self.store().await),
             Err(_) => self.run.pause_asked = before,
         }
-        ordered
+        commanded
     }
 
     /// The agent ends. A VM that it has begun to stop does not outlive it.
@@ -373,11 +373,11 @@ impl Actor {
     }
 
     /// Sends a command; [`Self::on_finished`] handles its completion.
-    fn order(&self, action: VmAction, order: Order, done: Done) -> Result<(), Problem> {
+    fn command(&self, action: VmAction, command: VmmCommand, done: Done) -> Result<(), Problem> {
         let link = self.link.as_ref().ok_or_else(|| self.no_connection())?;
         let (connection, finished) = (link.connection.clone(), self.finished.clone());
         tokio::spawn(async move {
-            let result = connection.order(order, Vec::new(), PROMPT).await.map(drop);
+            let result = connection.command(command, Vec::new(), PROMPT).await.map(drop);
             drop(finished.send(Finished { action, result, done }).await);
         });
         Ok(())
@@ -414,7 +414,7 @@ impl Actor {
         match action {
             // Complete when the guest has reacted.
             VmAction::Shutdown if !self.run.state.is_at_rest() => return self.resting.push(done),
-            // Known from the vmm's reports already, as a rule; the VM may have ended meanwhile.
+            // Known from the vmm's events already, as a rule; the VM may have ended meanwhile.
             VmAction::Pause => self.on_state(State::Paused).await,
             // A disk without room may have paused it again.
             VmAction::Resume | VmAction::Reboot if self.run.full.is_some() => {}

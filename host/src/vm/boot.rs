@@ -13,9 +13,11 @@ use api::{
 };
 use failpoints::{Point, reach};
 use netpolicy::MacAddress;
-use protocol::{DeviceSpec, DiskRate, MachineSpec, Order, State, files as file};
+use protocol::{DeviceSpec, DiskRate, MachineSpec, State, VmmCommand, files as file};
 use services::problem::ToProblem;
-use services::vmm_process::{Allowance, Connection, Event, Process, VmDirectory, limit_memlock, spawn};
+use services::vmm_process::{
+    Allowance, Connection, MachineEvent, Process, VmDirectory, limit_memlock, spawn,
+};
 use store::Entry;
 use text::chain;
 use tokio::sync::mpsc;
@@ -38,7 +40,7 @@ use crate::{
 /// How long building a machine may take: much memory must be locked, and hardware reset.
 const CONFIGURE: Duration = Duration::from_secs(120);
 
-/// How long an order may take that only changes a state.
+/// How long a command may take that only changes a state.
 pub(super) const PROMPT: Duration = Duration::from_secs(30);
 
 /// The files of a machine, opened with the rights of their authors and of the caller.
@@ -244,7 +246,7 @@ pub(super) async fn run(
     held: &[Held],
     process: NewProcess<'_>,
     mut enter: impl FnMut(Stage) + Send,
-) -> Result<(Connection, mpsc::Receiver<Event>), Problem> {
+) -> Result<(Connection, mpsc::Receiver<MachineEvent>), Problem> {
     let NewProcess { directory, user, allowance } = process;
     let console = directory.create_console().map_err(|error| {
         Problem::new(ProblemCode::VmmFailed, format!("Cannot create the VM's console file ({error})."))
@@ -300,12 +302,12 @@ pub(super) async fn run(
     // Not by the specification: an edit may have given it texts since the files were opened.
     spec.disks.extend(seeded.then(seed_disk));
     connection
-        .order(Order::Configure { spec, files: names }, fds, CONFIGURE)
+        .command(VmmCommand::Configure { spec, files: names }, fds, CONFIGURE)
         .await
         .map_err(|e| e.problem())?;
     reach(Point::BootConfigured);
     enter(Stage::StartingVcpus);
-    connection.order(Order::Run, Vec::new(), PROMPT).await.map_err(|e| e.problem())?;
+    connection.command(VmmCommand::Run, Vec::new(), PROMPT).await.map_err(|e| e.problem())?;
     reach(Point::BootRun);
     Ok((connection, events))
 }

@@ -17,12 +17,11 @@ use std::{sync::Arc, thread, time::Duration};
 
 use api::{
     problem::{Problem, ProblemCode},
-    types::{Stage, UnicastMac, VmSpec},
+    types::{Stage, VmSpec},
 };
 use failpoints::{Point, reach};
-use netpolicy::MacAddress;
 use services::problem::ToProblem;
-use sriov::{Bdf, BindError, PfError, PortVlan, VfChange, VfSettings};
+use sriov::{Bdf, BindError, PfError, VfSettings};
 use store::{Entry, Expect, StoreError};
 use text::chain;
 use uuid::Uuid;
@@ -85,11 +84,10 @@ pub async fn claim(env: &Environment, vm: Uuid, spec: &VmSpec) -> Result<Vec<Hel
     let taken: Vec<Claim> =
         env.claims.list().await.map_err(|e| e.problem())?.into_iter().map(|entry| entry.value).collect();
     let (inventory, wanted) = (env.inventory.clone(), spec.clone());
-    let chosen = tokio::task::spawn_blocking(move || {
-        (choose::choose(&inventory, vm, &wanted, &taken, plan.as_deref()), taken)
-    })
-    .await
-    .map_err(|error| Problem::new(ProblemCode::Internal, chain(&error)))?;
+    let chosen =
+        tokio::task::spawn_blocking(move || (choose::choose(&inventory, vm, &wanted, &taken, &plan), taken))
+            .await
+            .map_err(|error| Problem::new(ProblemCode::Internal, chain(&error)))?;
     let (chosen, taken) = (chosen.0?, chosen.1);
     reach(Point::ClaimChosen);
     let mut held: Vec<Held> = Vec::new();
@@ -123,7 +121,7 @@ fn pf_names<'a>(claims: impl IntoIterator<Item = &'a Claim>) -> Vec<(Bdf, String
 ///
 /// # Errors
 /// The store cannot be read.
-pub async fn keep_pf_names(env: &Environment) -> Result<(), Problem> {
+pub async fn keep_pf_names<P>(env: &Environment<P>) -> Result<(), Problem> {
     let _guard = env.claiming.lock().await;
     let claims = env.claims.list().await.map_err(|e| e.problem())?;
     env.inventory.keep_names(pf_names(claims.iter().map(|claim| &claim.value)));
@@ -150,8 +148,8 @@ pub async fn prepare(
     store_before(env, held, before).await?;
     enter(Stage::SettingPolicy);
     match &held.value.adapter {
-        Some(vf) if switch_client::bind(env, held, vf).await? => Ok(()),
-        _ => blocking(&backend, held, baseline).await,
+        Some(vf) => switch_client::bind(env, held, vf).await,
+        None => Ok(()),
     }
 }
 
@@ -214,27 +212,6 @@ fn bind(backend: &dyn FunctionBackend, claim: &Claim) -> Result<Before, Problem>
     }
     before.settings = Some(settings.without_own_mac(&after));
     Ok(before)
-}
-
-fn baseline(backend: &dyn FunctionBackend, claim: &Claim) -> Result<(), Problem> {
-    let Some(vf) = &claim.adapter else { return Ok(()) };
-    let mut pf = backend.open_pf(vf.pf).map_err(|e| e.problem())?;
-    let now = pf.read(vf.index).map_err(|e| e.problem())?;
-    let mut changes = Vec::new();
-    // A driver without trust never grants it.
-    if now.trust.is_some() {
-        changes.push(VfChange::Trust(false));
-    }
-    changes.push(VfChange::SpoofCheck(true));
-    if now.vlan.id != 0 {
-        changes.push(VfChange::Vlan(PortVlan::default()));
-    }
-    changes.push(VfChange::Mac(Some(address(vf.mac))));
-    pf.apply(vf.index, &changes).map_err(|e| e.problem())
-}
-
-fn address(mac: UnicastMac) -> MacAddress {
-    MacAddress::new(mac.octets())
 }
 
 /// Releases the claims of a VM; its process must have ended. Returns the claims that failed. They

@@ -16,8 +16,8 @@
 //!
 //! The task also boots a VM by itself: some time after the VM's end (`restart`), or at the agent's start (`autostart`).
 //!
-//! Only `actor` changes the state. Its causes are commands (the API), reports (the vmm, which the guest may have taken
-//! over: reports move a VM between Running, Paused and Rebooting, or to its end, never back) and the process's exit.
+//! Only `actor` changes the state. Its causes are commands (the API), events (the vmm, which the guest may have taken
+//! over: events move a VM between Running, Paused and Rebooting, or to its end, never back) and the process's exit.
 
 mod actor;
 mod boot;

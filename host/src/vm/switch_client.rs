@@ -1,9 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 
 //! A VM's adapters at the switch, for the VM's task and its claims.
-//!
-//! In an environment without a switch, adapters have the default policy. No request is answered
-//! there, so relays deny all requests.
 
 use std::sync::Arc;
 
@@ -11,11 +8,10 @@ use api::{
     problem::{Problem, ProblemCode},
     types::VmSpec,
 };
-use async_trait::async_trait;
 use failpoints::{Point, reach};
 use netpolicy::{MacAddress, Name, VfRef, VmId, VmRef};
 use services::problem::ToProblem;
-use services::vmm_process::{Connection, RelayEvent, RelayEvents};
+use services::vmm_process::Connection;
 use sriov::VfChange;
 use switch::{Adapter, Uplinks, VmLink};
 use tokio::sync::mpsc;
@@ -33,7 +29,6 @@ use crate::vm::scrub::{ScrubVf, clean};
 /// # Errors
 /// No such port group, or an address is in use.
 pub async fn attach(env: &Environment, vm: Uuid, spec: &VmSpec) -> Result<(), Problem> {
-    let Some(policy) = &env.policy else { return Ok(()) };
     let name = Name::new(spec.name.to_string())
         .map_err(|error| Problem::new(ProblemCode::InvalidRequest, error.to_string()))?;
     let adapter = |(wanted, (_, mac)): (&api::types::AdapterSpec, (_, api::types::UnicastMac))| Adapter {
@@ -43,7 +38,7 @@ pub async fn attach(env: &Environment, vm: Uuid, spec: &VmSpec) -> Result<(), Pr
     };
     let adapters: Vec<Adapter> = spec.adapters.iter().zip(macs(vm, spec)).map(adapter).collect();
     let vm = VmRef { id: VmId(vm), name };
-    policy.switch.attach(vm, adapters).await.map_err(|error| error.problem())
+    env.policy.switch.attach(vm, adapters).await.map_err(|error| error.problem())
 }
 
 /// Deletes the ports of a deleted VM.
@@ -51,25 +46,23 @@ pub async fn attach(env: &Environment, vm: Uuid, spec: &VmSpec) -> Result<(), Pr
 /// # Errors
 /// A port still has a VF, or the store fails.
 pub async fn detach(env: &Environment, vm: Uuid) -> Result<(), Problem> {
-    let Some(policy) = &env.policy else { return Ok(()) };
-    policy.switch.detach(VmId(vm)).await.map_err(|error| error.problem())
+    env.policy.switch.detach(VmId(vm)).await.map_err(|error| error.problem())
 }
 
-/// The PFs from which the VFs of an attached VM's adapters may come; None: any PF.
+/// The PFs from which the VFs of an attached VM's adapters may come.
 ///
 /// # Errors
 /// The PFs cannot be read.
-pub async fn plan(env: &Environment, vm: Uuid) -> Result<Option<Vec<Uplinks>>, Problem> {
-    let Some(policy) = &env.policy else { return Ok(None) };
-    policy.switch.plan(VmId(vm)).await.map(Some).map_err(|error| error.problem())
+pub async fn plan(env: &Environment, vm: Uuid) -> Result<Vec<Uplinks>, Problem> {
+    env.policy.switch.plan(VmId(vm)).await.map_err(|error| error.problem())
 }
 
 /// Whether an adapter may have a VF of a PF.
 ///
 /// # Errors
 /// A problem with the reason, and the setting's name if the PF cannot enforce one.
-pub(super) fn check_uplink(plan: Option<&[Uplinks]>, adapter: &str, pf: &str) -> Result<(), Problem> {
-    let Some(uplinks) = plan.and_then(|plan| plan.iter().find(|uplinks| uplinks.adapter == adapter)) else {
+pub(super) fn check_uplink(plan: &[Uplinks], adapter: &str, pf: &str) -> Result<(), Problem> {
+    let Some(uplinks) = plan.iter().find(|uplinks| uplinks.adapter == adapter) else {
         return Ok(());
     };
     if uplinks.pfs.iter().any(|name| name == pf) {
@@ -95,12 +88,12 @@ fn vf(claimed: &ClaimedVf) -> VfRef {
     VfRef { pf: claimed.pf_name.clone(), index: claimed.index.into() }
 }
 
-/// Binds a claimed VF to its port and programs the PF. False if there is no switch.
+/// Binds a claimed VF to its port and programs the PF.
 ///
 /// # Errors
 /// The PF cannot enforce the policy, or refuses.
-pub(super) async fn bind(env: &Environment, held: &Held, claimed: &ClaimedVf) -> Result<bool, Problem> {
-    let Some(policy) = &env.policy else { return Ok(false) };
+pub(super) async fn bind(env: &Environment, held: &Held, claimed: &ClaimedVf) -> Result<(), Problem> {
+    let policy = &env.policy;
     let (vm, vf, bdf) = (VmId(held.value.vm), vf(claimed), held.value.bdf.to_string());
     let changes: Vec<VfChange> = policy
         .switch
@@ -110,7 +103,7 @@ pub(super) async fn bind(env: &Environment, held: &Held, claimed: &ClaimedVf) ->
     reach(Point::BaselineAttached);
     policy.switch.program(&vf, changes).await.map_err(|error| error.problem())?;
     reach(Point::BaselineMade);
-    Ok(true)
+    Ok(())
 }
 
 /// Scrubs a VF before it is unbound. The process of its tenant must have ended.
@@ -118,8 +111,8 @@ pub(super) async fn bind(env: &Environment, held: &Held, claimed: &ClaimedVf) ->
 /// # Errors
 /// The PF did not confirm the scrub: the VF must get no other tenant.
 pub(super) async fn clean_vf(env: &Environment, held: &Held) -> Result<(), Problem> {
-    let (Some(policy), Some(claimed)) = (&env.policy, &held.value.adapter) else { return Ok(()) };
-    let left = policy.switch.release(VmId(held.value.vm), claimed.id.as_str()).await;
+    let Some(claimed) = &held.value.adapter else { return Ok(()) };
+    let left = env.policy.switch.release(VmId(held.value.vm), claimed.id.as_str()).await;
     let Some(left) = left.map_err(|error| error.problem())? else { return Ok(()) };
     let bdf = held.value.bdf;
     let Some(backend) = env.inventory.backend_of_present(bdf) else { return Ok(()) };
@@ -131,7 +124,7 @@ pub(super) async fn clean_vf(env: &Environment, held: &Held) -> Result<(), Probl
         return Ok(());
     }
     let vf = ScrubVf { backend: Arc::clone(backend), bdf };
-    clean(policy.switch.pf(), vf, &left).await.map_err(|error| error.problem())
+    clean(env.policy.switch.pf(), vf, &left).await.map_err(|error| error.problem())
 }
 
 /// Reports that a VF is released.
@@ -139,8 +132,8 @@ pub(super) async fn clean_vf(env: &Environment, held: &Held) -> Result<(), Probl
 /// # Errors
 /// The store fails.
 pub(super) async fn unbind(env: &Environment, held: &Held) -> Result<(), Problem> {
-    let (Some(policy), Some(claimed)) = (&env.policy, &held.value.adapter) else { return Ok(()) };
-    match policy.switch.released(VmId(held.value.vm), claimed.id.as_str()).await {
+    let Some(claimed) = &held.value.adapter else { return Ok(()) };
+    match env.policy.switch.released(VmId(held.value.vm), claimed.id.as_str()).await {
         Ok(()) => Ok(()),
         // The claim was never attached, or its VM was forgotten: no VF is bound.
         Err(switch::SwitchError::NotFound(_)) => Ok(()),
@@ -155,32 +148,12 @@ pub(super) async fn connected(
     connection: &Connection,
     stop: &mpsc::Sender<String>,
 ) {
-    if let Some(policy) = &env.policy {
-        let link = VmLink::new(connection.clone(), stop.clone());
-        let intake = policy.switch.connected(VmId(vm), Arc::new(link)).await;
-        connection.attach(Box::new(intake)).await;
-    } else {
-        connection.attach(Box::new(Nobody)).await;
-    }
-}
-
-/// Nothing decides: relays deny all requests by themselves, and may forget all events.
-struct Nobody;
-
-#[async_trait]
-impl RelayEvents for Nobody {
-    async fn ready(&mut self) {}
-
-    fn take(&mut self, event: RelayEvent) {
-        if let RelayEvent::Notice { done, .. } | RelayEvent::Rebooted { done } = event {
-            let _ = done.send(());
-        }
-    }
+    let link = VmLink::new(connection.clone(), stop.clone());
+    let intake = env.policy.switch.connected(VmId(vm), Arc::new(link)).await;
+    connection.attach(Box::new(intake)).await;
 }
 
 /// The VM's process is disconnected.
 pub(super) async fn disconnected(env: &Environment, vm: Uuid) {
-    if let Some(policy) = &env.policy {
-        policy.switch.disconnected(VmId(vm)).await;
-    }
+    env.policy.switch.disconnected(VmId(vm)).await;
 }

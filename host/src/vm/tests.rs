@@ -24,7 +24,7 @@ use crate::vm::record::{Before, Claim, ClaimedVf};
 
 #[tokio::test]
 async fn boot_gives_the_vf_and_stop_takes_it_back() {
-    let host = Host::new();
+    let host = Host::new().await;
     let vm = host.create("web1", |_| {}).await;
     host.act(&vm, VmAction::Boot).await.unwrap();
     assert_eq!(vm.state(), VmState::Running);
@@ -59,7 +59,7 @@ async fn boot_gives_the_vf_and_stop_takes_it_back() {
 
 #[tokio::test]
 async fn what_the_pf_had_for_the_vf_is_back_afterwards() {
-    let host = Host::new();
+    let host = Host::new().await;
     let changes = [VfChange::Trust(true), VfChange::SpoofCheck(false)];
     host.pf.lock().unwrap().apply(0, &changes).unwrap();
     let before = host.settings(0);
@@ -190,7 +190,7 @@ async fn whatever_fails_during_a_boot_nothing_is_left_behind() {
         case("vmm hangs up", ProblemCode::VmmFailed, |_| {}, |spec| spec.boot.cmdline = "hang-up".into()),
     ];
     for Case { what, code, breaks, spec } in cases {
-        let host = Host::new();
+        let host = Host::new().await;
         let vm = host.create("web1", spec).await;
         breaks(&host);
         assert_eq!(host.act(&vm, VmAction::Boot).await.unwrap_err(), code, "{what}");
@@ -205,7 +205,7 @@ async fn whatever_fails_during_a_boot_nothing_is_left_behind() {
 
 #[tokio::test]
 async fn a_vf_and_its_group_have_one_owner() {
-    let host = Host::new();
+    let host = Host::new().await;
     let named = |spec: &mut api::types::VmSpec| spec.adapters[0].vf = Some(VF0.to_string().parse().unwrap());
     let first = host.create("first", named).await;
     let second = host.create("second", named).await;
@@ -227,7 +227,7 @@ async fn a_vf_and_its_group_have_one_owner() {
 /// A container's, for example. Nothing of it is touched, and it is not the one that is chosen.
 #[tokio::test]
 async fn a_vf_whose_interface_is_in_another_network_namespace_is_not_free() {
-    let host = Host::new();
+    let host = Host::new().await;
     host.sysfs.hide_interfaces(VF0);
     let before = host.pf.lock().unwrap().read(0).unwrap();
     let pinned =
@@ -254,7 +254,7 @@ async fn a_guest_s_end_is_told_apart_from_a_crash() {
         ("fail", VmState::Failed, CauseCode::MachineFailed),
         ("crash", VmState::Failed, CauseCode::VmmCrashed),
     ] {
-        let host = Host::new();
+        let host = Host::new().await;
         let vm = host.create("web1", |_| {}).await;
         host.act(&vm, VmAction::Boot).await.unwrap();
         host.tell(&vm, input).await;
@@ -271,7 +271,7 @@ async fn a_guest_s_end_is_told_apart_from_a_crash() {
 
 #[tokio::test]
 async fn shutdown_is_done_when_the_guest_has_powered_off() {
-    let host = Host::new();
+    let host = Host::new().await;
     let vm = host.create("web1", |_| {}).await;
     host.act(&vm, VmAction::Boot).await.unwrap();
     host.act(&vm, VmAction::Shutdown).await.unwrap();
@@ -281,12 +281,12 @@ async fn shutdown_is_done_when_the_guest_has_powered_off() {
 
 #[tokio::test]
 async fn a_new_agent_finds_a_running_vm() {
-    let mut host = Host::new();
+    let mut host = Host::new().await;
     let vm = host.create("web1", |_| {}).await;
     host.act(&vm, VmAction::Boot).await.unwrap();
     let process = vm.status().run.process.unwrap();
     vm.leave().await;
-    host.new_agent();
+    host.new_agent().await;
     let vm = host.load(vm.id).await;
     host.reaches(&vm, VmState::Running).await;
     assert_eq!(vm.status().run.process, Some(process));
@@ -294,7 +294,7 @@ async fn a_new_agent_finds_a_running_vm() {
     host.act(&vm, VmAction::Pause).await.unwrap();
     // Paused while no agent looks, it is found paused.
     vm.leave().await;
-    host.new_agent();
+    host.new_agent().await;
     let vm = host.load(vm.id).await;
     host.reaches(&vm, VmState::Paused).await;
     host.act(&vm, VmAction::Stop).await.unwrap();
@@ -307,13 +307,13 @@ async fn what_happens_while_no_agent_runs_is_known_afterwards() {
         ("poweroff-later", VmState::Stopped, CauseCode::PoweredOff),
         ("crash-later", VmState::Failed, CauseCode::VmmCrashed),
     ] {
-        let mut host = Host::new();
+        let mut host = Host::new().await;
         let vm = host.create("web1", |_| {}).await;
         host.act(&vm, VmAction::Boot).await.unwrap();
         host.tell(&vm, input).await;
         vm.leave().await;
         tokio::time::sleep(std::time::Duration::from_millis(600)).await;
-        host.new_agent();
+        host.new_agent().await;
         let vm = host.load(vm.id).await;
         host.at_rest(&vm).await;
         let run = vm.status().run;
@@ -329,7 +329,7 @@ async fn an_agent_that_died_between_two_steps_of_a_boot_is_cleaned_up_after() {
         settings: Some(host.settings(0)),
     };
     for step in ["claimed", "remembered", "bound", "programmed"] {
-        let host = Host::new();
+        let host = Host::new().await;
         let vm = host.create("web1", |_| {}).await;
         vm.leave().await;
         let mac = "02:00:00:00:00:99".parse().unwrap();
@@ -365,7 +365,7 @@ async fn an_agent_that_died_between_two_steps_of_a_boot_is_cleaned_up_after() {
 
 #[tokio::test]
 async fn a_lost_vf_is_recorded_and_its_claim_ends_with_it() {
-    let host = Host::new();
+    let host = Host::new().await;
     let vm = host.create("web1", |_| {}).await;
     host.act(&vm, VmAction::Boot).await.unwrap();
     host.sysfs.remove_device(VF0);
@@ -381,7 +381,7 @@ async fn a_lost_vf_is_recorded_and_its_claim_ends_with_it() {
 
 #[tokio::test]
 async fn a_vf_that_breaks_is_recorded_and_the_guest_goes_on() {
-    let host = Host::new();
+    let host = Host::new().await;
     let vm = host.create("web1", |_| {}).await;
     host.act(&vm, VmAction::Boot).await.unwrap();
     host.tell(&vm, &format!("break {VF0}")).await;
@@ -394,7 +394,7 @@ async fn a_vf_that_breaks_is_recorded_and_the_guest_goes_on() {
 
 #[tokio::test]
 async fn a_vm_that_ran_when_the_host_was_restarted_says_so() {
-    let host = Host::new();
+    let host = Host::new().await;
     let vm = host.create("web1", |_| {}).await;
     host.act(&vm, VmAction::Boot).await.unwrap();
     host.act(&vm, VmAction::Stop).await.unwrap();
@@ -413,7 +413,7 @@ async fn a_vm_that_ran_when_the_host_was_restarted_says_so() {
 
 #[tokio::test]
 async fn a_vf_that_its_pf_no_longer_has_is_not_booted_with() {
-    let host = Host::new();
+    let host = Host::new().await;
     let vm = host.create("web1", |_| {}).await;
     *host.pf.lock().unwrap() = FakePf::new("eth0", 0);
     assert_eq!(host.act(&vm, VmAction::Boot).await.unwrap_err(), ProblemCode::VfRemoved);
@@ -422,7 +422,7 @@ async fn a_vf_that_its_pf_no_longer_has_is_not_booted_with() {
 
 #[tokio::test]
 async fn what_cannot_be_given_back_stays_claimed_and_is_tried_again() {
-    let host = Host::new();
+    let host = Host::new().await;
     let vm = host.create("web1", |_| {}).await;
     host.act(&vm, VmAction::Boot).await.unwrap();
     host.sysfs.unload_driver("igbvf");
@@ -450,7 +450,7 @@ async fn a_vmm_that_talks_nonsense_is_killed_and_its_vm_failed() {
         "flood",
         "version",
     ] {
-        let host = Host::with_switch().await;
+        let host = Host::new().await;
         let vm = host.create("web1", |_| {}).await;
         host.act(&vm, VmAction::Boot).await.unwrap();
         host.tell(&vm, &format!("nonsense {kind}")).await;
@@ -470,12 +470,12 @@ async fn a_vmm_that_talks_nonsense_is_killed_and_its_vm_failed() {
 
 #[tokio::test]
 async fn a_vmm_that_answers_something_else_is_killed() {
-    let host = Host::new();
+    let host = Host::new().await;
     let vm = host.create("web1", |_| {}).await;
     host.act(&vm, VmAction::Boot).await.unwrap();
     host.tell(&vm, "nonsense confused").await;
-    let order = protocol::Order::Stats;
-    let error = vm.connection().unwrap().order(order, Vec::new(), fixture::PATIENCE).await.unwrap_err();
+    let command = protocol::VmmCommand::Stats;
+    let error = vm.connection().unwrap().command(command, Vec::new(), fixture::PATIENCE).await.unwrap_err();
     assert!(error.to_string().contains("the result of another command"), "{error}");
     host.at_rest(&vm).await;
     assert_eq!(vm.status().run.cause.unwrap().code, CauseCode::VmmMisbehaved);
@@ -483,16 +483,16 @@ async fn a_vmm_that_answers_something_else_is_killed() {
 
 #[tokio::test]
 async fn what_is_only_odd_is_no_nonsense() {
-    let host = Host::new();
+    let host = Host::new().await;
     let vm = host.create("web1", |_| {}).await;
     host.act(&vm, VmAction::Boot).await.unwrap();
     host.tell(&vm, "nonsense huge").await;
     // The states before the first boot can be read late.
     host.tell(&vm, "nonsense fewer-boots").await;
-    // An order that nobody waits for any more is answered.
-    let late = protocol::Order::ConsoleWait { offset: 0 };
+    // A command that nobody waits for any more is answered.
+    let late = protocol::VmmCommand::ConsoleWait { offset: 0 };
     let given_up =
-        vm.connection().unwrap().order(late, Vec::new(), std::time::Duration::from_millis(1)).await;
+        vm.connection().unwrap().command(late, Vec::new(), std::time::Duration::from_millis(1)).await;
     assert!(given_up.is_err());
     host.tell(&vm, "print hello").await;
     host.act(&vm, VmAction::Pause).await.unwrap();

@@ -31,6 +31,7 @@ use super::{
     command::{Command, KnownPf},
     commit::{CommitContext, End},
     error::SwitchError,
+    evaluator::Evaluator,
     intake::LinkId,
     journal::Journal,
     port_queue::{PortQueue, Running, Task},
@@ -79,7 +80,7 @@ pub(super) struct Actor {
     pub(super) timing: Timing,
     pub(super) metrics: Metrics,
     pub(super) log: PortLog,
-    pub(super) bypass: bool,
+    pub(super) evaluator: Evaluator,
     /// The ports that cannot be compared with their PF.
     pub(super) unchecked: watch::Sender<UncheckedPorts>,
     /// New jobs for the loop, at most one for each port.
@@ -103,7 +104,7 @@ pub(super) async fn start(
     own: mpsc::WeakSender<(Span, Command)>,
     unchecked: watch::Sender<UncheckedPorts>,
 ) -> Result<(), SwitchError> {
-    let Parts { store, pf, decisions, events, hints, timing, metrics, .. } = parts;
+    let Parts { store, pf, decisions, events, hints, timing, metrics, evaluator } = parts;
     let (jobs, new_jobs) = mpsc::unbounded_channel();
     let log = PortLog::default();
     let mut actor = Actor {
@@ -125,10 +126,7 @@ pub(super) async fn start(
         timing,
         metrics,
         log,
-        #[cfg(feature = "test-support")]
-        bypass: parts.bypass,
-        #[cfg(not(feature = "test-support"))]
-        bypass: false,
+        evaluator,
         unchecked,
         jobs,
         own,
@@ -256,12 +254,16 @@ impl Actor {
             Command::Release { vm, adapter, reply } => self.release(vm, adapter, reply),
             Command::Released { vm, adapter, reply } => drop(reply.send(self.released(vm, &adapter).await)),
             Command::Rebooted { vm, link, .. }
-            | Command::Ask { vm, link, .. }
-            | Command::Notice { vm, link, .. }
+            | Command::Request { vm, link, .. }
+            | Command::RelayEvent { vm, link, .. }
                 if !self.is_current(vm, link) => {}
             Command::Rebooted { vm, done, .. } => self.rebooted(vm, done),
-            Command::Ask { vm, adapter, id, question, .. } => self.ask(vm, adapter, id, question),
-            Command::Notice { vm, adapter, notice, done, .. } => self.notice(vm, adapter, notice, done),
+            Command::Request { vm, adapter, id, guest_request, .. } => {
+                self.request(vm, adapter, id, guest_request)
+            }
+            Command::RelayEvent { vm, adapter, event, done, .. } => {
+                self.relay_event(vm, adapter, event, done)
+            }
             Command::PfsKnown { pfs } => self.pfs_known(pfs),
             Command::Overdue { port } => self.overdue(port),
             Command::DeferredTooLong { port, since } => self.deferred_too_long(port, since),
@@ -319,7 +321,7 @@ impl Actor {
             let Some(work) = port_queue.queue.pop_front() else { return };
             match work {
                 Task::Recover => self.begin_recover(port),
-                Task::Ask { id, question } => self.begin_ask(port, id, question),
+                Task::Request { id, guest_request } => self.begin_request(port, id, guest_request),
                 Task::Revert(revert) => self.begin_revert(port, revert),
                 Task::Correct => self.begin_correct(port),
                 Task::Repair { all } => self.begin_repair(port, all),
@@ -366,7 +368,7 @@ impl Actor {
     fn on_end(&mut self, port: PortId, end: End) {
         let busy = self.port_queues.get_mut(&port).and_then(|port_queue| port_queue.busy.take());
         match end {
-            End::Asked(asked) => self.asked(port, asked, busy.and_then(|busy| busy.cancelled)),
+            End::Request(end) => self.request_ended(port, end, busy.and_then(|busy| busy.cancelled)),
             End::Reverted { revert, from, error } => self.reverted(port, &revert, from, error),
             End::Corrected { corrections, leftover, made } => {
                 self.corrected(port, &corrections, &leftover, made);
@@ -417,7 +419,7 @@ impl Actor {
         let counter = match decision.outcome {
             Outcome::Allowed => &mut counters.allowed,
             Outcome::Denied => &mut counters.denied,
-            Outcome::TakenBack | Outcome::Reverted => &mut counters.taken_back,
+            Outcome::Revoked | Outcome::Reverted => &mut counters.taken_back,
             Outcome::Repaired => &mut counters.repaired,
         };
         *counter = counter.saturating_add(decision.count);

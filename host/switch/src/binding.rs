@@ -175,7 +175,7 @@ impl Actor {
         self.store_attachment(id).await?;
         let wanted = baseline.changes().into_iter().filter(|change| capabilities.can_make(change));
         let changes = wanted.filter_map(|change| VfChange::of(&change)).collect();
-        self.capabilities.insert(pf, capabilities);
+        self.set_capabilities(pf, capabilities);
         Ok(changes)
     }
 
@@ -207,7 +207,7 @@ impl Actor {
         let Some((port, vf)) = self.state.port(id).and_then(|port| Some((port, port.vf.clone()?))) else {
             return Ok(None);
         };
-        let mut changes = self.state.take_back_for_release(id)?;
+        let mut changes = self.state.revocations_for_release(id)?;
         let earlier =
             self.port_queues.get(&id).map(|port_queue| port_queue.leftover.as_slice()).unwrap_or_default();
         let missing: Vec<Change> =

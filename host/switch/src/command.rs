@@ -6,7 +6,7 @@ use std::sync::Arc;
 
 use api::types::{Name, ObjectRef, PortGroupSpec, PortSpec, SwitchSpec};
 use netpolicy::{Change, MacAddress, PfCapabilities, PortId, VfRef, VmId, VmRef};
-use passthrough::relay::{Notice, Question};
+use passthrough::relay::{GuestRequest, RelayEvent};
 use services::pf::PfName;
 use sriov::VfChange;
 use tokio::{sync::oneshot, time::Instant};
@@ -156,18 +156,18 @@ pub(super) enum Command {
         link: LinkId,
         done: oneshot::Sender<()>,
     },
-    Ask {
+    Request {
         vm: VmId,
         link: LinkId,
         adapter: String,
         id: u64,
-        question: Question,
+        guest_request: GuestRequest,
     },
-    Notice {
+    RelayEvent {
         vm: VmId,
         link: LinkId,
         adapter: String,
-        notice: Notice,
+        event: RelayEvent,
         done: oneshot::Sender<()>,
     },
     // The host.

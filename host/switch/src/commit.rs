@@ -6,9 +6,9 @@ use std::{sync::Arc, time::Duration};
 
 use failpoints::{Point, reach};
 use netpolicy::{Change, Corrections, MacAddress, PfCapabilities, PortId, Route, VfRef};
-use passthrough::relay::{Decision as RelayDecision, Forwarded, How, Question, Verdict};
-use protocol::{Answer, Order, Outcome};
-use services::{line_rate::PortLog, metrics::Metrics, pf::PfHandle, vmm_process::OrderError};
+use passthrough::relay::{Decision as RelayDecision, Forwarded, GuestRequest, How, Verdict};
+use protocol::{AgentResponse, Outcome, VmmCommand};
+use services::{line_rate::PortLog, metrics::Metrics, pf::PfHandle, vmm_process::CommandError};
 use sriov::{VfChange, VfSettings};
 use text::chain;
 use tokio::{
@@ -40,7 +40,7 @@ pub(super) struct CommitContext {
 
 /// The result of a job.
 pub(super) enum End {
-    Asked(Asked),
+    Request(RequestEnd),
     Reverted { revert: Revert, from: MacAddress, error: Option<String> },
     Corrected { corrections: Corrections, leftover: Vec<Change>, made: Applied },
     Repaired { found: Result<Vec<Drift>, String> },
@@ -50,18 +50,18 @@ pub(super) enum End {
 }
 
 /// A request whose job has ended.
-pub(super) struct Asked {
+pub(super) struct RequestEnd {
     pub(super) id: u64,
-    pub(super) question: Question,
+    pub(super) guest_request: GuestRequest,
     pub(super) changes: Vec<Change>,
     /// The guest's message was for the PF: its relay knows the response.
     pub(super) forward: bool,
-    pub(super) outcome: AskOutcome,
+    pub(super) outcome: RequestOutcome,
 }
 
 /// The result of a request that needs changes.
 #[derive(Debug)]
-pub(super) enum AskOutcome {
+pub(super) enum RequestOutcome {
     /// All changes are made.
     Applied,
     /// The PF refused the forwarded message. The changes before it are made.
@@ -122,15 +122,22 @@ impl CommitContext {
         self.set(vec![VfChange::Trust(on)]).await
     }
 
+    /// Whether to switch trust on around the messages.
+    fn needs_trust<'a>(&self, mut messages: impl Iterator<Item = &'a Change>) -> bool {
+        // A PF that needs a reset after a change of trust would ignore the message itself.
+        let at_once = self.capabilities.as_ref().is_none_or(|capabilities| !capabilities.trust_needs_reset);
+        at_once && messages.any(Change::needs_trust)
+    }
+
     fn can_make(&self, change: &Change) -> bool {
         self.capabilities.as_ref().is_none_or(|capabilities| capabilities.can_make(change))
     }
 
     /// Makes a request's changes: first those by the PF's driver, then messages of the agent's own, last the guest's message.
-    pub(super) fn ask(
+    pub(super) fn request(
         self,
         id: u64,
-        question: Question,
+        guest_request: GuestRequest,
         changes: Vec<Change>,
         effective_mac: MacAddress,
         forwarded: oneshot::Receiver<Forwarded>,
@@ -141,26 +148,26 @@ impl CommitContext {
         let own = mailbox.pop();
         let forward = own.is_some();
         let verdict = Verdict {
-            seq: question.seq,
+            seq: guest_request.seq,
             effective_mac,
             decision: RelayDecision::Grant { how: How::Forward },
         };
         let begun = Instant::now();
         async move {
             let outcome = if matches!(noted.await, Ok(Ok(()))) {
-                self.make_asked(id, pf, mailbox, own, verdict, forwarded).await
+                self.make_granted(id, pf, mailbox, own, verdict, forwarded).await
             } else {
                 let why = "The change could not be stored in the database".into();
-                AskOutcome::Failed { made: Vec::new(), why }
+                RequestOutcome::Failed { made: Vec::new(), why }
             };
-            self.metrics.committed(matches!(outcome, AskOutcome::Applied), begun.elapsed());
+            self.metrics.committed(matches!(outcome, RequestOutcome::Applied), begun.elapsed());
             reach(Point::AskMade);
-            End::Asked(Asked { id, question, changes, forward, outcome })
+            End::Request(RequestEnd { id, guest_request, changes, forward, outcome })
         }
     }
 
     /// Makes the changes of a request, which are in the store by now.
-    async fn make_asked(
+    async fn make_granted(
         &self,
         id: u64,
         pf: Vec<Change>,
@@ -168,29 +175,29 @@ impl CommitContext {
         own: Option<Change>,
         verdict: Verdict,
         forwarded: oneshot::Receiver<Forwarded>,
-    ) -> AskOutcome {
+    ) -> RequestOutcome {
         reach(Point::AskJournaled);
         #[cfg(feature = "test-support")]
         self.be_late(pf.iter().chain(&own)).await;
         if let Err(why) = self.set(pf.iter().filter_map(VfChange::of).collect()).await {
-            return AskOutcome::Failed { made: Vec::new(), why };
+            return RequestOutcome::Failed { made: Vec::new(), why };
         }
         let mut made = pf;
-        let Some(own) = own else { return AskOutcome::Applied };
-        let trust = mailbox.iter().chain([&own]).any(Change::needs_trust);
+        let Some(own) = own else { return RequestOutcome::Applied };
+        let trust = self.needs_trust(mailbox.iter().chain([&own]));
         if trust && let Err(why) = self.trust(true).await {
-            return AskOutcome::Failed { made, why };
+            return RequestOutcome::Failed { made, why };
         }
         let outcome = self.exchange(id, &mut made, mailbox, verdict, forwarded).await;
         if trust {
             self.distrust().await;
         }
         match outcome {
-            Ok(Some(Forwarded::Accepted)) => AskOutcome::Applied,
-            Ok(Some(Forwarded::Refused)) => AskOutcome::RefusedByPf { made },
-            Ok(Some(Forwarded::Unanswered)) => AskOutcome::Unanswered { made },
-            Ok(None) => AskOutcome::Withdrawn { made },
-            Err(why) => AskOutcome::Failed { made, why },
+            Ok(Some(Forwarded::Accepted)) => RequestOutcome::Applied,
+            Ok(Some(Forwarded::Refused)) => RequestOutcome::RefusedByPf { made },
+            Ok(Some(Forwarded::Unanswered)) => RequestOutcome::Unanswered { made },
+            Ok(None) => RequestOutcome::Withdrawn { made },
+            Err(why) => RequestOutcome::Failed { made, why },
         }
     }
 
@@ -215,14 +222,14 @@ impl CommitContext {
         forwarded: oneshot::Receiver<Forwarded>,
     ) -> Result<Option<Forwarded>, String> {
         if !before.is_empty() {
-            let sent = self.take_back(before.clone()).await.map_err(|error| error.to_string())?;
+            let sent = self.revoke(before.clone()).await.map_err(|error| error.to_string())?;
             made.extend(before.into_iter().filter(|change| !sent.0.contains(change)));
             if !sent.0.is_empty() || sent.1 {
                 return Err("The PF did not confirm a removal that must come first".into());
             }
         }
         let Some(vmm) = &self.vmm else { return Ok(None) };
-        vmm.answer(id, Answer::Mailbox { adapter: self.adapter(), verdict });
+        vmm.respond(id, AgentResponse::Mailbox { adapter: self.adapter(), verdict });
         match timeout(self.timing.forwarded, forwarded).await {
             Ok(Ok(outcome)) => Ok(Some(outcome)),
             Ok(Err(_)) => Ok(None),
@@ -233,11 +240,11 @@ impl CommitContext {
 
     /// Has the relay make changes by messages. Returns those that failed, and whether all are deferred to the guest's next
     /// reset.
-    async fn take_back(&self, changes: Vec<Change>) -> Result<(Vec<Change>, bool), OrderError> {
-        let vmm = self.vmm.as_ref().ok_or(OrderError::Lost)?;
-        let order = Order::TakeBack { adapter: self.adapter(), changes: changes.clone() };
-        match vmm.order(order, self.timing.confirm).await? {
-            Outcome::TakenBack { failed, deferred } => Ok((failed, deferred)),
+    async fn revoke(&self, changes: Vec<Change>) -> Result<(Vec<Change>, bool), CommandError> {
+        let vmm = self.vmm.as_ref().ok_or(CommandError::Lost)?;
+        let command = VmmCommand::Revoke { adapter: self.adapter(), changes: changes.clone() };
+        match vmm.command(command, self.timing.confirm).await? {
+            Outcome::Revoked { failed, deferred } => Ok((failed, deferred)),
             // The response to another command confirms nothing.
             _ => Ok((changes, false)),
         }
@@ -306,7 +313,7 @@ impl CommitContext {
         if messages.is_empty() {
             return;
         }
-        let trust = messages.iter().any(Change::needs_trust);
+        let trust = self.needs_trust(messages.iter());
         if trust && let Err(why) = self.trust(true).await {
             made.failed.extend(messages.into_iter().map(|change| (change, why.clone())));
             return;
@@ -316,7 +323,7 @@ impl CommitContext {
             if attempt > 0 {
                 sleep(PAUSE).await;
             }
-            match self.take_back(messages.clone()).await {
+            match self.revoke(messages.clone()).await {
                 Ok((_, true)) => {
                     made.deferred.append(&mut messages);
                     break;
@@ -325,7 +332,7 @@ impl CommitContext {
                     made.done.extend(messages.iter().filter(|change| !failed.contains(change)).cloned());
                     messages.retain(|change| failed.contains(change));
                 }
-                Err(OrderError::Lost) => {
+                Err(CommandError::Lost) => {
                     made.offline = true;
                     why = "The VM's process is not connected".into();
                     break;
@@ -348,10 +355,10 @@ impl CommitContext {
     /// Sends the relay an address that the guest did not request.
     async fn tell_address(&self, mac: MacAddress, reset: bool) {
         let Some(vmm) = &self.vmm else { return };
-        let mut orders = vec![Order::EffectiveMac { adapter: self.adapter(), mac }];
-        orders.extend(reset.then(|| Order::MakeGuestReset { adapter: self.adapter() }));
-        for order in orders {
-            if let Err(error) = vmm.order(order, self.timing.confirm).await {
+        let mut commands = vec![VmmCommand::EffectiveMac { adapter: self.adapter(), mac }];
+        commands.extend(reset.then(|| VmmCommand::MakeGuestReset { adapter: self.adapter() }));
+        for command in commands {
+            if let Err(error) = vmm.command(command, self.timing.confirm).await {
                 // The guest learns the address at its next reset all the same: the reply to that carries it.
                 self.log.line(self.port, |suppressed| { tracing::warn!(port = %self.port, suppressed, "Cannot send the VM its new address: {error}"); });
             }

@@ -4,16 +4,16 @@
 
 use failpoints::{Point, reach};
 use netpolicy::{
-    Change, Committed, Decision, Denial, MacAddress, OnDenied, Outcome, PortId, Reason, Request, Route,
-    Verdict, VmId,
+    Change, Committed, Decision, Denial, MacAddress, OnDenied, Outcome, PortId, Reason, Request, Route, VmId,
 };
-use passthrough::relay::{self, Cancelled, How, Question};
-use protocol::Answer;
+use passthrough::relay::{self, Cancelled, GuestRequest, How};
+use protocol::AgentResponse;
 use tokio::{sync::oneshot, time::Instant};
 
 use super::{
     actor::Actor,
-    commit::{AskOutcome, Asked},
+    commit::{RequestEnd, RequestOutcome},
+    evaluator::Decided,
     port_queue::{Granted, Revert, Running, Task},
 };
 
@@ -32,7 +32,7 @@ impl Actor {
         found.flatten()
     }
 
-    pub(super) fn ask(&mut self, vm: VmId, adapter: String, id: u64, question: Question) {
+    pub(super) fn request(&mut self, vm: VmId, adapter: String, id: u64, guest_request: GuestRequest) {
         let Some(port) = self.port_of(vm, &adapter) else {
             tracing::debug!(%vm, "A vmm sent a request for an adapter that its VM does not have");
             return;
@@ -42,7 +42,7 @@ impl Actor {
         }
         reach(Point::AskReceived);
         if let Some(port_queue) = self.port_queues.get_mut(&port) {
-            port_queue.asked = Some((question.seq, Instant::now()));
+            port_queue.received = Some((guest_request.seq, Instant::now()));
         }
         // A reset has already happened: queue its record, as a request that needs changes. Do not grant a no-op while work is
         // queued: a rebooting guest may request the very address that the pending reboot revokes.
@@ -50,73 +50,64 @@ impl Actor {
             .port_queues
             .get(&port)
             .is_none_or(|port_queue| port_queue.busy.is_none() && port_queue.queue.is_empty());
-        if question.request == Request::Reset || !self.answer_now(port, id, &question, settled) {
-            self.queue(port, Task::Ask { id, question });
+        if guest_request.request == Request::Reset || !self.respond_now(port, id, &guest_request, settled) {
+            self.queue(port, Task::Request { id, guest_request });
         }
     }
 
     /// Denies the request, or grants it if it needs no change and the port is settled. Returns false if it must wait.
-    fn answer_now(&mut self, port: PortId, id: u64, question: &Question, settled: bool) -> bool {
-        match self.evaluate(port, &question.request) {
+    fn respond_now(&mut self, port: PortId, id: u64, guest_request: &GuestRequest, settled: bool) -> bool {
+        match self.evaluate(port, &guest_request.request) {
             Decided::Unknown => true,
             Decided::Changes(changes) if changes.is_empty() && settled => {
-                self.grant(port, id, question);
-                self.note_address(port, &question.request);
-                let decision = self.allowed(port, &question.request, &[]);
+                self.grant(port, id, guest_request);
+                self.note_address(port, &guest_request.request);
+                let decision = self.allowed(port, &guest_request.request, &[]);
                 self.record(decision);
                 true
             }
             Decided::Changes(_) => false,
             Decided::Denied(denial, on_denied) => {
-                self.refuse(port, id, question, denial, on_denied);
+                self.refuse(port, id, guest_request, denial, on_denied);
                 true
             }
         }
     }
 
     fn evaluate(&self, port: PortId, request: &Request) -> Decided {
-        if self.bypass {
-            return Decided::Changes(unpoliced(request));
-        }
-        match self.state.evaluate(port, request) {
-            Err(_) => Decided::Unknown,
-            Ok(evaluation) => match evaluation.verdict {
-                Verdict::Allow(changes) => Decided::Changes(changes),
-                Verdict::Deny(denial) => Decided::Denied(denial, evaluation.on_denied),
-            },
-        }
+        self.evaluator.evaluate(&self.state, port, request)
     }
 
-    pub(super) fn begin_ask(&mut self, port: PortId, id: u64, question: Question) {
-        if question.request == Request::Reset {
-            return self.reset(port, id, &question);
+    pub(super) fn begin_request(&mut self, port: PortId, id: u64, guest_request: GuestRequest) {
+        if guest_request.request == Request::Reset {
+            return self.reset(port, id, &guest_request);
         }
         // The policy may have changed while the request waited.
-        let changes = match self.evaluate(port, &question.request) {
+        let changes = match self.evaluate(port, &guest_request.request) {
             Decided::Changes(changes) if !changes.is_empty() => changes,
             _ => {
-                self.answer_now(port, id, &question, true);
+                self.respond_now(port, id, &guest_request, true);
                 return;
             }
         };
         if let Err(error) = self.state.begin(port, &changes) {
-            return self.not_committed(port, id, &question, Some(id), &error.to_string());
+            return self.not_committed(port, id, &guest_request, Some(id), &error.to_string());
         }
         reach(Point::AskEvaluated);
         let Some(tools) = self.tools(port) else {
             drop(self.state.abort(port));
-            return self.not_committed(port, id, &question, Some(id), "The port has no VF");
+            return self.not_committed(port, id, &guest_request, Some(id), "The port has no VF");
         };
         let (forwarded, heard) = oneshot::channel();
-        let busy = Running { seq: Some(question.seq), cancelled: None, forwarded: Some(forwarded) };
+        let busy = Running { seq: Some(guest_request.seq), cancelled: None, forwarded: Some(forwarded) };
         let mac = self.effective(port);
-        self.start(port, busy, tools.ask(id, question, changes, mac, heard));
+        self.start(port, busy, tools.request(id, guest_request, changes, mac, heard));
     }
 
     /// Notes the guest's reset, which was carried out already.
-    fn reset(&mut self, port: PortId, id: u64, question: &Question) {
+    fn reset(&mut self, port: PortId, id: u64, guest_request: &GuestRequest) {
         match self.state.commit(port, &[Change::Reset]) {
-            Ok(corrections) if !corrections.list.is_empty() && !self.bypass => {
+            Ok(corrections) if !corrections.list.is_empty() => {
                 if let Some(port_queue) = self.port_queues.get_mut(&port) {
                     port_queue.push(Task::Correct);
                 }
@@ -128,25 +119,27 @@ impl Actor {
             port_queue.granted = None;
         }
         self.save(port);
-        self.grant(port, id, question);
+        self.grant(port, id, guest_request);
     }
 
     /// Handles the completion of a request's job.
-    pub(super) fn asked(&mut self, port: PortId, asked: Asked, cancelled: Option<Cancelled>) {
-        let Asked { id, question, changes, forward, outcome } = asked;
-        let request = &question.request;
+    pub(super) fn request_ended(&mut self, port: PortId, end: RequestEnd, cancelled: Option<Cancelled>) {
+        let RequestEnd { id, guest_request, changes, forward, outcome } = end;
+        let request = &guest_request.request;
         let (made, failure) = match outcome {
-            AskOutcome::Applied => (changes.clone(), None),
-            AskOutcome::RefusedByPf { made } => (made, Some((None, "The PF refused the message".to_owned()))),
-            AskOutcome::Unanswered { made } => {
+            RequestOutcome::Applied => (changes.clone(), None),
+            RequestOutcome::RefusedByPf { made } => {
+                (made, Some((None, "The PF refused the message".to_owned())))
+            }
+            RequestOutcome::Unanswered { made } => {
                 // The PF may have carried it out: changes that add something count as made, those that remove as not made.
                 let adds = |change: &&Change| adds(change) && !made.contains(change);
                 let added: Vec<Change> = changes.iter().filter(adds).cloned().collect();
                 let why = "The PF did not respond: it may have made the change".to_owned();
                 ([made, added].concat(), Some((None, why)))
             }
-            AskOutcome::Withdrawn { made } => (made, Some((None, String::new()))),
-            AskOutcome::Failed { made, why } => (made, Some((Some(id), why))),
+            RequestOutcome::Withdrawn { made } => (made, Some((None, String::new()))),
+            RequestOutcome::Failed { made, why } => (made, Some((Some(id), why))),
         };
         let old = self.effective(port);
         let guest = self.state.port(port).map_or(old, |port| port.guest_mac);
@@ -162,9 +155,9 @@ impl Actor {
         match (failure, cancelled) {
             (None, None) => {
                 if forward {
-                    self.decided(port, question.seq, Outcome::Allowed);
+                    self.decided(port, guest_request.seq, Outcome::Allowed);
                 } else {
-                    self.grant(port, id, &question);
+                    self.grant(port, id, &guest_request);
                     reach(Point::AskAnswered);
                 }
                 self.note_address(port, request);
@@ -175,7 +168,7 @@ impl Actor {
                 self.record(decision);
                 if let (Request::SetMac(_), Some(port_queue)) = (request, self.port_queues.get_mut(&port)) {
                     port_queue.granted =
-                        Some(Granted { seq: Some(question.seq), request: request.clone(), old, guest });
+                        Some(Granted { seq: Some(guest_request.seq), request: request.clone(), old, guest });
                 }
             }
             (None, Some(why)) if matches!(request, Request::SetMac(_)) => {
@@ -185,7 +178,7 @@ impl Actor {
             (None, Some(_)) => {}
             // The record of the cancellation is enough.
             (Some(_), Some(_)) => {}
-            (Some((answer, why)), None) => self.not_committed(port, id, &question, answer, &why),
+            (Some((answer, why)), None) => self.not_committed(port, id, &guest_request, answer, &why),
         }
         if let Some(port_queue) = self.port_queues.get_mut(&port)
             && !port_queue.queue.iter().any(|work| matches!(work, Task::Revert(_)))
@@ -196,7 +189,6 @@ impl Actor {
         reach(Point::AskRecorded);
         self.save(port);
         if !corrections.is_empty()
-            && !self.bypass
             && let Some(port_queue) = self.port_queues.get_mut(&port)
         {
             port_queue.push(Task::Correct);
@@ -269,7 +261,7 @@ impl Actor {
     pub(super) fn tell_standing(&self, id: PortId) {
         let Some(port) = self.state.port(id) else { return };
         let Some(link) = self.links.get(&port.vm.id).filter(|link| link.online) else { return };
-        let refusal = self.state.standing_refusal(id).ok().flatten().filter(|_| !self.bypass);
+        let refusal = self.evaluator.standing_refusal(&self.state, id);
         link.vmm.set_standing_refusal(&port.adapter, refusal);
     }
 
@@ -283,12 +275,12 @@ impl Actor {
     ) -> Option<Decision> {
         let request = Request::SetMac(mac);
         let decision = self.decision(port, request.name(), Outcome::Denied)?;
-        let asked_now = match self.evaluate(port, &request) {
+        let denied_now = match self.evaluate(port, &request) {
             Decided::Denied(denial, _) if denial.reason == reason => Some(denial),
             _ => None,
         };
-        let crossed = asked_now.is_none().then_some(CROSSED);
-        let denial = asked_now.unwrap_or_else(|| Denial {
+        let crossed = denied_now.is_none().then_some(CROSSED);
+        let denial = denied_now.unwrap_or_else(|| Denial {
             reason,
             decided_by: None,
             old: Some(self.effective(port).to_string()),
@@ -304,53 +296,75 @@ impl Actor {
 
     /// Counts the time from a request to its verdict.
     fn decided(&self, port: PortId, seq: u64, outcome: Outcome) {
-        let asked =
-            self.port_queues.get(&port).and_then(|port_queue| port_queue.asked).filter(|(of, _)| *of == seq);
-        if let Some((_, at)) = asked {
+        let received = self
+            .port_queues
+            .get(&port)
+            .and_then(|port_queue| port_queue.received)
+            .filter(|(of, _)| *of == seq);
+        if let Some((_, at)) = received {
             self.metrics.decided(outcome, at.elapsed());
         }
     }
 
-    fn answer(&self, port: PortId, id: u64, seq: u64, decision: relay::Decision) {
+    fn respond(&self, port: PortId, id: u64, seq: u64, decision: relay::Decision) {
         let granted = matches!(decision, relay::Decision::Grant { .. });
         self.decided(port, seq, if granted { Outcome::Allowed } else { Outcome::Denied });
         let Some(port) = self.state.port(port) else { return };
         let Some(link) = self.links.get(&port.vm.id).filter(|link| link.online) else { return };
         let verdict = relay::Verdict { seq, effective_mac: port.effective_mac(), decision };
-        let answer = Answer::Mailbox { adapter: port.adapter.clone(), verdict };
-        link.vmm.answer(id, answer);
+        let response = AgentResponse::Mailbox { adapter: port.adapter.clone(), verdict };
+        link.vmm.respond(id, response);
     }
 
-    fn grant(&self, port: PortId, id: u64, question: &Question) {
-        self.answer(port, id, question.seq, relay::Decision::Grant { how: How::Local });
+    fn grant(&self, port: PortId, id: u64, guest_request: &GuestRequest) {
+        self.respond(port, id, guest_request.seq, relay::Decision::Grant { how: How::Local });
     }
 
-    fn refuse(&mut self, port: PortId, id: u64, question: &Question, denial: Denial, tell: OnDenied) {
-        self.answer(port, id, question.seq, relay::Decision::Refuse { tell, reason: denial.reason });
+    fn refuse(
+        &mut self,
+        port: PortId,
+        id: u64,
+        guest_request: &GuestRequest,
+        denial: Denial,
+        tell: OnDenied,
+    ) {
+        self.respond(port, id, guest_request.seq, relay::Decision::Refuse { tell, reason: denial.reason });
         // Store changes only: the guest may repeat the request without bound.
         let before = self.wanted(port);
-        drop(self.state.note_refusal(port, &question.request, denial.reason));
+        drop(self.state.note_refusal(port, &guest_request.request, denial.reason));
         if self.wanted(port) != before {
             self.save(port);
         }
         let told = (tell == OnDenied::Silent).then_some(TOLD);
-        let decision = self.decision(port, question.request.name(), Outcome::Denied);
+        let decision = self.decision(port, guest_request.request.name(), Outcome::Denied);
         self.record(decision.map(|decision| denied(decision, denial, told)));
     }
 
     /// Records a request that was granted and not committed. With `answer`, the guest still waits for a response.
-    fn not_committed(&mut self, port: PortId, id: u64, question: &Question, answer: Option<u64>, why: &str) {
+    fn not_committed(
+        &mut self,
+        port: PortId,
+        id: u64,
+        guest_request: &GuestRequest,
+        answer: Option<u64>,
+        why: &str,
+    ) {
         if answer.is_some() {
             let reason = Reason::CommitFailed;
-            self.answer(port, id, question.seq, relay::Decision::Refuse { tell: OnDenied::Nack, reason });
+            self.respond(
+                port,
+                id,
+                guest_request.seq,
+                relay::Decision::Refuse { tell: OnDenied::Nack, reason },
+            );
         } else if why.is_empty() {
             // Cancelled: the relay's event leads to the record.
             return;
         }
         let decision =
-            self.decision(port, question.request.name(), Outcome::Denied).map(|decision| Decision {
+            self.decision(port, guest_request.request.name(), Outcome::Denied).map(|decision| Decision {
                 reason: Some(Reason::CommitFailed),
-                requested: describe(&question.request),
+                requested: describe(&guest_request.request),
                 committed: Committed::Failed,
                 detail: Some(why.to_owned()),
                 ..decision
@@ -398,13 +412,6 @@ fn denied(decision: Decision, denial: Denial, more: impl IntoIterator<Item = &'s
     Decision { reason: Some(reason), decided_by, old, requested: Some(requested), detail, ..decision }
 }
 
-enum Decided {
-    Changes(Vec<Change>),
-    Denied(Denial, OnDenied),
-    /// There is no such port any more.
-    Unknown,
-}
-
 /// The reason to roll back a granted address, for the record.
 fn given_up(why: Cancelled) -> (Option<Reason>, &'static str) {
     match why {
@@ -437,21 +444,5 @@ pub(super) fn describe(request: &Request) -> Option<String> {
         Request::SetPromiscuous(mode) => Some(mode.to_string()),
         Request::Unknown { opcode } => Some(format!("opcode {opcode:#06x}")),
         Request::Reset | Request::ClearUnicastFilters => None,
-    }
-}
-
-/// The changes of a request without a policy (`--policy-bypass-for-tests`).
-fn unpoliced(request: &Request) -> Vec<Change> {
-    let vlan = |vid: u16| netpolicy::VlanId::new(vid).ok();
-    match request {
-        Request::SetMac(mac) if mac.is_assignable() => vec![Change::SetMac(*mac)],
-        Request::AddUnicastFilter(mac) if mac.is_assignable() => vec![Change::AddUnicast(*mac)],
-        Request::ClearUnicastFilters => vec![Change::ClearUnicast],
-        Request::SetMulticast { hashes, .. } => vec![Change::SetMulticast(hashes.clone())],
-        Request::SetVlan { vid, add: true } => vlan(*vid).map(Change::JoinVlan).into_iter().collect(),
-        Request::SetVlan { vid, add: false } => vlan(*vid).map(Change::LeaveVlan).into_iter().collect(),
-        Request::SetMaxFrame(bytes) => u16::try_from(*bytes).map(Change::SetMaxFrame).into_iter().collect(),
-        Request::SetPromiscuous(mode) => vec![Change::SetPromiscuous(*mode)],
-        _ => Vec::new(),
     }
 }

@@ -7,8 +7,8 @@
 
 use async_trait::async_trait;
 use netpolicy::VmId;
-use protocol::Ask;
-use services::vmm_process::{RelayEvent, RelayEvents};
+use protocol::AgentRequest;
+use services::vmm_process::{RelayMessage, RelayMessages};
 use tokio::sync::mpsc;
 use tracing::Span;
 
@@ -35,7 +35,7 @@ impl Intake {
 }
 
 #[async_trait]
-impl RelayEvents for Intake {
+impl RelayMessages for Intake {
     async fn ready(&mut self) {
         if self.room.is_none() {
             // This fails only if the switch has ended; then the agent ends, too.
@@ -43,16 +43,16 @@ impl RelayEvents for Intake {
         }
     }
 
-    fn take(&mut self, event: RelayEvent) {
+    fn take(&mut self, message: RelayMessage) {
         let (vm, link) = (self.vm, self.link);
-        let command = match event {
-            RelayEvent::Ask { id, ask: Ask::Mailbox { adapter, question } } => {
-                Command::Ask { vm, link, adapter, id, question }
+        let command = match message {
+            RelayMessage::Request { id, request: AgentRequest::Mailbox { adapter, guest_request } } => {
+                Command::Request { vm, link, adapter, id, guest_request }
             }
-            RelayEvent::Notice { adapter, notice, done } => {
-                Command::Notice { vm, link, adapter, notice, done }
+            RelayMessage::Event { adapter, event, done } => {
+                Command::RelayEvent { vm, link, adapter, event, done }
             }
-            RelayEvent::Rebooted { done } => Command::Rebooted { vm, link, done },
+            RelayMessage::Rebooted { done } => Command::Rebooted { vm, link, done },
         };
         if let Some(room) = self.room.take() {
             room.send((Span::none(), command));
@@ -69,16 +69,21 @@ impl Intake {
     }
 
     /// Sends a request of a guest.
-    pub async fn ask(&mut self, adapter: String, id: u64, question: passthrough::relay::Question) {
+    pub async fn request(
+        &mut self,
+        adapter: String,
+        id: u64,
+        guest_request: passthrough::relay::GuestRequest,
+    ) {
         self.ready().await;
-        self.take(RelayEvent::Ask { id, ask: Ask::Mailbox { adapter, question } });
+        self.take(RelayMessage::Request { id, request: AgentRequest::Mailbox { adapter, guest_request } });
     }
 
     /// Returns whether the vmm may forget the event.
-    pub async fn notice(&mut self, adapter: String, notice: passthrough::relay::Notice) -> bool {
+    pub async fn event(&mut self, adapter: String, event: passthrough::relay::RelayEvent) -> bool {
         let (done, recorded) = tokio::sync::oneshot::channel();
         self.ready().await;
-        self.take(RelayEvent::Notice { adapter, notice, done });
+        self.take(RelayMessage::Event { adapter, event, done });
         recorded.await.is_ok()
     }
 
@@ -86,7 +91,7 @@ impl Intake {
     pub async fn rebooted(&mut self) -> bool {
         let (done, noted) = tokio::sync::oneshot::channel();
         self.ready().await;
-        self.take(RelayEvent::Rebooted { done });
+        self.take(RelayMessage::Rebooted { done });
         noted.await.is_ok()
     }
 }

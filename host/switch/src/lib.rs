@@ -6,7 +6,7 @@
 //!  API ──put, delete──▶  ┌────────┐ ──evaluate──▶ netpolicy::SwitchState
 //!  VM tasks ──attach, ─▶ │ switch │
 //!    bind, release       │  task  │ ──job per port──▶ PF threads, vmms, store
-//!  vmms ──ask, notice──▶ │        │ ◀──────end─────
+//!  vmms ─request, event▶ │        │ ◀──────end─────
 //!  PF watch ──hints──▶   └────────┘
 //!                            └──▶ decisions ──▶ database, log, events
 //! ```
@@ -18,7 +18,7 @@
 //!
 //! * `catalog`: switches, port groups and ports as the API edits them. `view`: as it shows them.
 //! * `binding`: attaching, binding to VFs, releasing.
-//! * `guest_requests`: requests and their completion. `relay_events`: events from relays.
+//! * `evaluator`: verdicts. `guest_requests`: requests and their completion. `relay_events`: events from relays.
 //! * `reconcile`: corrections after policy changes, and of drift. `reboot`: reboots of guests.
 //! * `vmm_connection`: connections of the VMs' processes. `intake`: their messages.
 
@@ -28,6 +28,7 @@ mod catalog;
 pub mod command;
 mod commit;
 pub mod error;
+mod evaluator;
 mod guest_requests;
 mod intake;
 mod journal;
@@ -73,6 +74,7 @@ use tracing::Span;
 pub use self::{
     command::{Adapter, Leftover, Uplinks},
     error::SwitchError,
+    evaluator::Evaluator,
     intake::Intake,
     policy::Policy,
     vmm_client::{VmLink, Vmm},
@@ -149,10 +151,8 @@ pub struct Parts {
     pub timing: Timing,
     /// The metrics that count its work.
     pub metrics: Metrics,
-    /// Grants every request, as if every policy accepted it. This proves that tests detect a
-    /// missing check.
-    #[cfg(feature = "test-support")]
-    pub bypass: bool,
+    /// The source of its verdicts.
+    pub evaluator: Evaluator,
 }
 
 /// The handle of the switch. The task ends with the last handle and [`Intake`].

@@ -33,14 +33,14 @@ impl Actor {
             return self.record(decision);
         }
         // A correction that grants is no decision of its own, unless it failed.
-        if !correction.taken_back && error.is_none() {
+        if !correction.revokes && error.is_none() {
             return;
         }
         let detail = error.or_else(|| (committed == Committed::Mailbox).then(|| BY_ITS_WORD.to_owned()));
         let (decided_by, old) = (correction.decided_by, Some(correction.old.clone()));
         let made = MadeChange { change: &correction.change, decided_by, old, committed, detail };
         let edited_by = self.port_queues.get(&port).and_then(|port_queue| port_queue.edited_by.clone());
-        self.record_made(port, Outcome::TakenBack, edited_by, made);
+        self.record_made(port, Outcome::Revoked, edited_by, made);
     }
 
     pub(super) fn record_made(

@@ -10,7 +10,7 @@ use std::collections::VecDeque;
 
 use api::types::{Pending, PortCounters, Timestamp, Unchecked, UnmadeChange};
 use netpolicy::{Change, MacAddress, Request, clipped};
-use passthrough::relay::{Cancelled, Forwarded, MAX_CHANGES, Question};
+use passthrough::relay::{Cancelled, Forwarded, GuestRequest, MAX_CHANGES};
 use serde::{Deserialize, Serialize};
 use text::printable;
 use tokio::{sync::oneshot, task::AbortHandle, time::Instant};
@@ -35,7 +35,7 @@ pub(super) enum Task {
     /// After a restart of the agent: find out the result of changes that were under way.
     Recover,
     /// A request that needs changes.
-    Ask { id: u64, question: Question },
+    Request { id: u64, guest_request: GuestRequest },
     /// A granted address whose request was cancelled.
     Revert(Revert),
     /// Revoke changes that the policy no longer allows, and those that an earlier boot left.
@@ -133,7 +133,7 @@ pub(super) struct PortQueue {
     /// A cancelled request to a former agent.
     pub(super) given_up: Option<(Request, Cancelled)>,
     /// The number of the request under way, and the time at which it came.
-    pub(super) asked: Option<(u64, Instant)>,
+    pub(super) received: Option<(u64, Instant)>,
     /// The port cannot be compared with its PF.
     pub(super) unchecked: Option<Unchecked>,
     pub(super) counters: PortCounters,
@@ -161,7 +161,7 @@ impl PortQueue {
             // The later one stays: work queued in between belongs to the boot that has ended.
             Task::Reboot => self.queue.retain(|queued| !matches!(queued, Task::Reboot)),
             // A guest has one request at a time: an older one needs no response any more.
-            Task::Ask { .. } => self.queue.retain(|queued| !matches!(queued, Task::Ask { .. })),
+            Task::Request { .. } => self.queue.retain(|queued| !matches!(queued, Task::Request { .. })),
             _ => {}
         }
         self.queue.push_back(work);
@@ -198,7 +198,8 @@ impl PortQueue {
     /// Removes a waiting request from the queue.
     pub(super) fn withdraw(&mut self, seq: u64) -> bool {
         let before = self.queue.len();
-        self.queue.retain(|work| !matches!(work, Task::Ask { question, .. } if question.seq == seq));
+        self.queue
+            .retain(|work| !matches!(work, Task::Request { guest_request, .. } if guest_request.seq == seq));
         self.queue.len() != before
     }
 
@@ -214,7 +215,7 @@ mod tests {
 
     fn names(port_queue: &PortQueue) -> Vec<&'static str> {
         let name = |work: &Task| match work {
-            Task::Ask { .. } => "ask",
+            Task::Request { .. } => "request",
             Task::Correct => "correct",
             Task::Repair { all: true } => "repair all",
             Task::Repair { all: false } => "repair",
@@ -224,8 +225,8 @@ mod tests {
         port_queue.queue.iter().map(name).collect()
     }
 
-    fn ask(seq: u64) -> Task {
-        Task::Ask { id: seq, question: Question { seq, request: Request::Reset } }
+    fn request(seq: u64) -> Task {
+        Task::Request { id: seq, guest_request: GuestRequest { seq, request: Request::Reset } }
     }
 
     #[test]
@@ -243,11 +244,11 @@ mod tests {
     fn what_is_queued_between_two_reboots_is_of_the_boot_that_has_ended() {
         let mut port_queue = PortQueue::default();
         port_queue.push(Task::Reboot);
-        port_queue.push(ask(1));
+        port_queue.push(request(1));
         port_queue.push(Task::Reboot);
-        assert_eq!(names(&port_queue), ["ask", "reboot"]);
-        port_queue.push(ask(2));
-        assert_eq!(names(&port_queue), ["reboot", "ask"], "the guest that has begun again asks");
+        assert_eq!(names(&port_queue), ["request", "reboot"]);
+        port_queue.push(request(2));
+        assert_eq!(names(&port_queue), ["reboot", "request"], "the guest that has begun again requests");
     }
 
     #[test]
@@ -257,9 +258,9 @@ mod tests {
             port_queue.push(Task::Repair { all: true });
             port_queue.push(Task::Reboot);
             port_queue.push(Task::Correct);
-            port_queue.push(ask(seq));
+            port_queue.push(request(seq));
         }
         assert_eq!(port_queue.queue.len(), 4);
-        assert_eq!(names(&port_queue), ["repair all", "correct", "reboot", "ask"]);
+        assert_eq!(names(&port_queue), ["repair all", "correct", "reboot", "request"]);
     }
 }

@@ -26,7 +26,7 @@ impl Actor {
         }
         tokio::spawn(async move {
             for saved in saved {
-                // A database that fails must not make the vmm keep the report for ever.
+                // A database that fails must not make the vmm keep the event for ever.
                 drop(saved.await);
             }
             let _ = done.send(());
@@ -36,7 +36,9 @@ impl Actor {
     pub(super) fn begin_reboot(&mut self, id: PortId) {
         let Some(port) = self.state.port(id).filter(|port| port.vf.is_some()) else { return };
         let (has, initial) = (port.device.pf.clone(), port.initial_mac);
-        let (Ok(all), Ok(baseline)) = (self.state.take_back_all(id), self.state.baseline(id)) else { return };
+        let (Ok(all), Ok(baseline)) = (self.state.revocations_for_reboot(id), self.state.baseline(id)) else {
+            return;
+        };
         let messages: Vec<Change> =
             all.into_iter().filter(|c| c.route() == Route::Mailbox && *c != Change::Reset).collect();
         let settings: Vec<Change> = baseline

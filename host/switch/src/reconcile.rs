@@ -3,7 +3,7 @@
 //! Brings PF and guest back to the policy: corrections after an edit, and of drift.
 
 use api::types::{ObjectKind, PfState, Timestamp, Unchecked};
-use netpolicy::{Change, Corrections, Outcome, PortId, Route, clipped};
+use netpolicy::{Change, Correction, Corrections, Outcome, PortId, Route, clipped};
 use sriov::Hint;
 use text::printable;
 use tokio::time::Instant;
@@ -27,10 +27,7 @@ impl Actor {
     // ---- corrections ----
 
     pub(super) fn begin_correct(&mut self, port: PortId) {
-        if self.bypass {
-            return;
-        }
-        let Ok(corrections) = self.state.corrections(port) else { return };
+        let Some(corrections) = self.evaluator.corrections(&self.state, port) else { return };
         let leftover =
             self.port_queues.get(&port).map(|port_queue| port_queue.leftover.clone()).unwrap_or_default();
         if corrections.list.is_empty() && leftover.is_empty() {
@@ -78,7 +75,7 @@ impl Actor {
                 || corrections
                     .list
                     .iter()
-                    .any(|correction| correction.taken_back && correction.change == *change)
+                    .any(|correction| correction.revokes && correction.change == *change)
         };
         let unconfirmed =
             made.failed.iter().find(|(change, _)| must(change) && change.route() == Route::Mailbox);
@@ -160,13 +157,18 @@ impl Actor {
     pub(super) fn deferred_done(&mut self, port: PortId, failed: &[Change]) {
         let Some(port_queue) = self.port_queues.get_mut(&port) else { return };
         let Some(sent) = port_queue.deferred.pop_front() else { return };
-        // Only changes that were ordered count, because the vmm may lie.
+        // Only changes that were commanded count, because the vmm may lie.
         let (failed, done) = sent.into_iter().partition(|change| failed.contains(change));
         self.queue(port, Task::Confirmed { done, failed });
     }
 
+    fn corrections(&self, port: PortId) -> Vec<Correction> {
+        let corrections = self.evaluator.corrections(&self.state, port);
+        corrections.map(|corrections| corrections.list).unwrap_or_default()
+    }
+
     pub(super) fn confirmed(&mut self, port: PortId, done: &[Change], failed: &[Change]) {
-        let wanted = self.state.corrections(port).map(|corrections| corrections.list).unwrap_or_default();
+        let wanted = self.corrections(port);
         if let Err(error) = self.state.commit(port, done) {
             tracing::error!(%port, "Cannot record the revoked rights: {error}");
         }
@@ -190,11 +192,10 @@ impl Actor {
     /// Begins or ends the time that a vmm has for its deferred revocations, if that is limited.
     pub(super) fn time_deferral(&mut self, port: PortId) {
         let Some(limit) = self.timing.deferred else { return };
-        let corrections =
-            self.state.corrections(port).map(|corrections| corrections.list).unwrap_or_default();
-        let revokes = corrections
+        let revokes = self
+            .corrections(port)
             .iter()
-            .any(|correction| correction.taken_back && correction.change.route() == Route::Mailbox);
+            .any(|correction| correction.revokes && correction.change.route() == Route::Mailbox);
         let Some(port_queue) = self.port_queues.get_mut(&port) else { return };
         if !revokes && port_queue.deferred.is_empty() && port_queue.leftover.is_empty() {
             port_queue.revoking_since = None;

@@ -3,7 +3,7 @@
 //! Events that relays report on their own.
 
 use netpolicy::{Decision, Outcome, PortId, Reason, Request, VmId, Weight};
-use passthrough::relay::{Cancelled, Notice};
+use passthrough::relay::{Cancelled, RelayEvent};
 use tokio::sync::oneshot;
 
 use super::{
@@ -13,15 +13,21 @@ use super::{
 };
 
 impl Actor {
-    pub(super) fn notice(&mut self, vm: VmId, adapter: String, notice: Notice, done: oneshot::Sender<()>) {
+    pub(super) fn relay_event(
+        &mut self,
+        vm: VmId,
+        adapter: String,
+        event: RelayEvent,
+        done: oneshot::Sender<()>,
+    ) {
         let Some(port) = self.port_of(vm, &adapter) else {
             tracing::debug!(%vm, "A vmm sent an event of an adapter that its VM does not have");
             let _ = done.send(());
             return;
         };
         let mut saved = None;
-        let mut recorded = match notice {
-            Notice::Cancelled { seq, request, why } => {
+        let mut recorded = match event {
+            RelayEvent::Cancelled { seq, request, why } => {
                 let recorded = self.cancelled(port, seq, request, why);
                 // Save this before the vmm forgets the event. Otherwise the next agent would
                 // believe that the guest has the address.
@@ -30,7 +36,7 @@ impl Actor {
                 saved = self.attachment(port).filter(|_| reverts);
                 recorded
             }
-            Notice::Forwarded { seq, outcome } => {
+            RelayEvent::Forwarded { seq, outcome } => {
                 let busy = self.port_queues.get_mut(&port).and_then(|port_queue| port_queue.busy.as_mut());
                 let job = busy.filter(|busy| busy.seq == Some(seq)).and_then(|busy| busy.forwarded.take());
                 // A request of a former agent has no job: its changes counted as made when this
@@ -40,25 +46,25 @@ impl Actor {
                 }
                 None
             }
-            Notice::Refused { request, word, reason, count } => {
+            RelayEvent::Refused { request, word, reason, count } => {
                 self.refused(port, request, word, reason, count)
             }
-            Notice::Declined { mac, reason, silent } => self.declined(port, mac, reason, silent),
-            Notice::GuestMac { mac } => {
+            RelayEvent::Declined { mac, reason, silent } => self.declined(port, mac, reason, silent),
+            RelayEvent::GuestMac { mac } => {
                 drop(self.state.note_answer(port, &Request::SetMac(mac), true));
                 self.save(port);
                 None
             }
-            Notice::PfReset => {
+            RelayEvent::PfReset => {
                 self.queue(port, Task::Repair { all: true });
                 None
             }
-            Notice::TakenBack { failed, deferred: false, .. } => {
+            RelayEvent::Revoked { failed, deferred: false, .. } => {
                 self.deferred_done(port, &failed);
                 None
             }
             // The completion of the command reports this one.
-            Notice::TakenBack { .. } => None,
+            RelayEvent::Revoked { .. } => None,
         };
         let saved = saved.map(|attachment| self.journal.save(port, &attachment));
         // A guest can cause such records at will, so they share transactions and nothing waits for
@@ -97,7 +103,7 @@ impl Actor {
             match &mut port_queue.busy {
                 Some(busy) if busy.seq == Some(seq) => {
                     busy.cancelled = Some(why);
-                    // The message is not sent, so no report about it will come.
+                    // The message is not sent, so no event about it will come.
                     busy.forwarded = None;
                     if let (Request::SetMac(_), Some((old, guest))) = (&request, now) {
                         port_queue.revert = Some(Revert { old, guest, why });

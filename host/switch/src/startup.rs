@@ -10,7 +10,8 @@ use std::collections::{BTreeMap, BTreeSet};
 
 use api::types::{PfState, PortCounters, Timestamp};
 use netpolicy::{
-    Change, Name, PortGroup, PortGroupId, PortId, Route, Settings, StateError, Switch, SwitchId, SwitchKind,
+    Change, Name, PfCapabilities, PortGroup, PortGroupId, PortId, Route, Settings, StateError, Switch,
+    SwitchId, SwitchKind,
 };
 use sriov::VfSettings;
 use store::{Expect, StoreError, Table};
@@ -173,12 +174,18 @@ impl Actor {
         }
     }
 
+    /// Adopts the abilities and habits of a PF.
+    pub(super) fn set_capabilities(&mut self, pf: String, capabilities: PfCapabilities) {
+        self.state.set_reset_clears(&pf, capabilities.reset_clears);
+        self.capabilities.insert(pf, capabilities);
+    }
+
     /// Adopts the host's PFs as they are now.
     pub(super) fn know(&mut self, pfs: Vec<KnownPf>) {
         self.pfs = pfs.iter().map(|known| known.pf.name.clone()).collect();
         for known in pfs {
             if let Some(capabilities) = known.capabilities {
-                self.capabilities.insert(known.pf.name, capabilities);
+                self.set_capabilities(known.pf.name, capabilities);
             }
         }
         self.capabilities.retain(|name, _| self.pfs.contains(name));

@@ -9,8 +9,8 @@ use std::{
 
 use async_trait::async_trait;
 use netpolicy::StandingRefusal;
-use protocol::{Answer, Order, Outcome};
-use services::vmm_process::{Connection, OrderError};
+use protocol::{AgentResponse, Outcome, VmmCommand};
+use services::vmm_process::{CommandError, Connection};
 use tokio::sync::mpsc;
 
 /// A vmm process as the switch needs it.
@@ -19,12 +19,12 @@ pub trait Vmm: Send + Sync + 'static {
     /// Sends a command and waits for its completion.
     ///
     /// # Errors
-    /// See [`OrderError`].
-    async fn order(&self, order: Order, patience: Duration) -> Result<Outcome, OrderError>;
+    /// See [`CommandError`].
+    async fn command(&self, command: VmmCommand, patience: Duration) -> Result<Outcome, CommandError>;
 
     /// Sends the response to a request, without a wait. A response that the vmm does not take is
     /// lost.
-    fn answer(&self, id: u64, answer: Answer);
+    fn respond(&self, id: u64, response: AgentResponse);
 
     /// Sets the standing denial of an adapter's relay, without a wait. The relay denies the
     /// requests that it covers without the agent; None: the relay sends them to the agent.
@@ -59,16 +59,16 @@ impl VmLink {
 
 #[async_trait]
 impl Vmm for VmLink {
-    async fn order(&self, order: Order, patience: Duration) -> Result<Outcome, OrderError> {
+    async fn command(&self, command: VmmCommand, patience: Duration) -> Result<Outcome, CommandError> {
         match self.connection() {
-            Some(connection) => connection.order(order, Vec::new(), patience).await,
-            None => Err(OrderError::Lost),
+            Some(connection) => connection.command(command, Vec::new(), patience).await,
+            None => Err(CommandError::Lost),
         }
     }
 
-    fn answer(&self, id: u64, answer: Answer) {
+    fn respond(&self, id: u64, response: AgentResponse) {
         if let Some(connection) = self.connection() {
-            connection.answer(id, answer);
+            connection.respond(id, response);
         }
     }
 

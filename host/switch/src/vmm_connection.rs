@@ -24,7 +24,7 @@ impl Actor {
         for port in self.ports_of(vm) {
             self.tell_standing(port);
             if let Some(port_queue) = self.port_queues.get_mut(&port) {
-                // The answers to the deferred changes were lost with the connection. The changes are ordered again.
+                // The answers to the deferred changes were lost with the connection. The changes are commanded again.
                 let lost: Vec<Change> = port_queue.deferred.drain(..).flatten().collect();
                 let owed = port_queue.owed || !lost.is_empty();
                 if owed {
@@ -48,9 +48,9 @@ impl Actor {
         }
         for port in self.ports_of(vm) {
             if let Some(port_queue) = self.port_queues.get_mut(&port) {
-                port_queue.queue.retain(|work| !matches!(work, Task::Ask { .. }));
+                port_queue.queue.retain(|work| !matches!(work, Task::Request { .. }));
                 port_queue.untold = true;
-                // The relay denies the request by itself. Its notice has the result of the message.
+                // The relay denies the request by itself. Its event has the result of the message.
                 if let Some(busy) = &mut port_queue.busy {
                     busy.forwarded = None;
                 }

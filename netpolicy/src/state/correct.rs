@@ -22,7 +22,7 @@ pub struct Correction {
     /// The setting that requires it; none for a state that is never left on.
     pub decided_by: Option<DecidedBy>,
     /// Whether it revokes something from the guest, which is recorded. Else it grants or only re-adjusts.
-    pub taken_back: bool,
+    pub revokes: bool,
     /// The value that the device has.
     pub old: String,
 }
@@ -79,9 +79,9 @@ struct Corrector<'a> {
 }
 
 impl<'a> Corrector<'a> {
-    fn push(&mut self, setting: Option<Setting>, taken_back: bool, change: Change, old: impl ToString) {
+    fn push(&mut self, setting: Option<Setting>, revokes: bool, change: Change, old: impl ToString) {
         let decided_by = setting.map(|setting| DecidedBy { setting, source: self.policy.source(setting) });
-        self.list.push(Correction { change, decided_by, taken_back, old: old.to_string() });
+        self.list.push(Correction { change, decided_by, revokes, old: old.to_string() });
     }
 
     fn device(&self) -> &'a DeviceState {

@@ -6,6 +6,7 @@ use std::num::NonZeroU32;
 
 use super::{Corrections, StateError, SwitchState};
 use crate::{
+    capabilities::ResetClears,
     ident::PortId,
     mac::MacAddress,
     objects::{PfSettings, Port},
@@ -33,7 +34,7 @@ impl SwitchState {
     }
 
     /// Begins changes. From now on no other port is granted their addresses, and
-    /// [`take_back_all`](Self::take_back_all) counts them as made. If one [needs trust](Change::needs_trust), the VF
+    /// [`revocations_for_reboot`](Self::revocations_for_reboot) counts them as made. If one [needs trust](Change::needs_trust), the VF
     /// counts as trusted until it is bound again, even if the change fails. Ends with [`commit`](Self::commit) or
     /// [`abort`](Self::abort).
     ///
@@ -58,13 +59,24 @@ impl SwitchState {
     /// No such port, or an address that is another port's (which `begin` would have found): nothing is recorded, undo
     /// the changes.
     pub fn commit(&mut self, id: PortId, changes: &[Change]) -> Result<Corrections, StateError> {
+        let clears = self.reset_clears(id)?;
         self.edit(id, |port| {
             port.pending.clear();
             for change in changes {
-                apply(port, change);
+                apply(port, change, clears);
             }
         })?;
         self.corrections(id)
+    }
+
+    /// Sets the state that the VFs of a PF lose by a reset. Nothing until then.
+    pub fn set_reset_clears(&mut self, pf: &str, clears: ResetClears) {
+        self.reset_clears.insert(pf.to_owned(), clears);
+    }
+
+    fn reset_clears(&self, id: PortId) -> Result<ResetClears, StateError> {
+        let vf = self.lineage(id)?.0.vf.as_ref();
+        Ok(vf.and_then(|vf| self.reset_clears.get(&vf.pf)).copied().unwrap_or_default())
     }
 
     /// Ends begun changes that were not made, or have been undone.
@@ -126,8 +138,8 @@ impl SwitchState {
     ///
     /// # Errors
     /// No such port.
-    pub fn take_back_all(&self, id: PortId) -> Result<Vec<Change>, StateError> {
-        Ok(take_back(self.lineage(id)?.0, false))
+    pub fn revocations_for_reboot(&self, id: PortId) -> Result<Vec<Change>, StateError> {
+        Ok(revocations(self.lineage(id)?.0, false))
     }
 
     /// The same for another tenant, with two additions.
@@ -138,9 +150,9 @@ impl SwitchState {
     ///
     /// # Errors
     /// No such port.
-    pub fn take_back_for_release(&self, id: PortId) -> Result<Vec<Change>, StateError> {
+    pub fn revocations_for_release(&self, id: PortId) -> Result<Vec<Change>, StateError> {
         let port = self.lineage(id)?.0;
-        let mut changes = take_back(port, port.device.was_trusted.unwrap_or(true));
+        let mut changes = revocations(port, port.device.was_trusted.unwrap_or(true));
         let asked = port.pending.iter().filter_map(|change| match change {
             Change::SetMaxFrame(bytes) => Some(*bytes),
             _ => None,
@@ -157,7 +169,7 @@ impl SwitchState {
 }
 
 /// With `untold`, also removes further addresses that are not on record.
-fn take_back(port: &Port, untold: bool) -> Vec<Change> {
+fn revocations(port: &Port, untold: bool) -> Vec<Change> {
     // Does not rely on the reset's own effect. Of a pending SetMulticast only its existence is known.
     let mut device = port.device.clone();
     // A pending address may or may not have replaced the recorded one.
@@ -203,14 +215,18 @@ fn max_tx_rate(rate: Rate) -> Option<NonZeroU32> {
     }
 }
 
-fn apply(port: &mut Port, change: &Change) {
+fn apply(port: &mut Port, change: &Change, clears: ResetClears) {
     let device = &mut port.device;
     match change {
         Change::Reset => {
-            // igb forgets these. Further unicast addresses outlive a reset; VLANs and the frame length may.
+            // Further addresses and the frame length stay.
             device.stale_vlans.append(&mut device.vlans);
-            device.multicast.clear();
-            device.promiscuous = PromiscuousMode::OFF;
+            if clears.multicast {
+                device.multicast.clear();
+            }
+            if clears.promiscuous {
+                device.promiscuous = PromiscuousMode::OFF;
+            }
             // The guest's driver requests them again.
             device.wanted_unicast.clear();
             // The reply carries the address, and the driver adopts it.

@@ -193,7 +193,7 @@ impl SwitchState {
         Ok(baseline)
     }
 
-    /// Prepares a new boot of the VM on the same VF. Call it after [`take_back_all`](Self::take_back_all) is done,
+    /// Prepares a new boot of the VM on the same VF. Call it after [`revocations_for_reboot`](Self::revocations_for_reboot) is done,
     /// and program the PF with the result.
     ///
     /// # Errors
@@ -213,7 +213,7 @@ impl SwitchState {
         Ok(baseline)
     }
 
-    /// Takes the VF from a port. Call it after [`take_back_for_release`](Self::take_back_for_release) is done.
+    /// Takes the VF from a port. Call it after [`revocations_for_release`](Self::revocations_for_release) is done.
     ///
     /// # Errors
     /// No such port, or it has no VF.

@@ -45,3 +45,18 @@ fn a_decision_survives_the_store() {
     );
     assert_eq!(serde_json::from_value::<Decision>(json).unwrap(), record);
 }
+
+/// The database and the API have these words.
+#[test]
+fn outcomes_keep_their_stored_words() {
+    for (outcome, word) in [
+        (Outcome::Allowed, "allowed"),
+        (Outcome::Denied, "denied"),
+        (Outcome::Revoked, "taken_back"),
+        (Outcome::Repaired, "repaired"),
+        (Outcome::Reverted, "reverted"),
+    ] {
+        assert_eq!(serde_json::to_value(outcome).unwrap(), word);
+        assert_eq!(serde_json::from_value::<Outcome>(word.into()).unwrap(), outcome);
+    }
+}

@@ -3,8 +3,8 @@
 //! A host with one switch, one port group and ports on it.
 
 use netpolicy::{
-    Change, Denial, Evaluation, MacAddress, Name, Port, PortGroup, PortGroupId, PortId, Request, Setting,
-    Settings, Switch, SwitchId, SwitchState, Verdict, VfRef, VlanId, VmId, VmRef,
+    Change, Denial, Evaluation, MacAddress, Name, PfCapabilities, Port, PortGroup, PortGroupId, PortId,
+    Request, Setting, Settings, Switch, SwitchId, SwitchState, Verdict, VfRef, VlanId, VmId, VmRef,
 };
 use uuid::Uuid;
 
@@ -64,6 +64,7 @@ pub(crate) fn port(n: u32, group: PortGroupId, initial: MacAddress) -> Port {
 /// Ports 1 and 2 with 02:00:00:00:00:01 and :02, bound to VFs, in a group with these settings.
 pub(crate) fn host(group_settings: &str) -> SwitchState {
     let mut state = SwitchState::new();
+    state.set_reset_clears("pf0", PfCapabilities::igb_82576().reset_clears);
     state.add_switch(switch(SWITCH, "switch", "pf0")).unwrap();
     state.add_port_group(group(GROUP, "web", SWITCH, settings(group_settings))).unwrap();
     for n in [1, 2] {

@@ -328,7 +328,7 @@ impl World {
     }
 
     fn start_again(&mut self, n: u32) -> Result<(), TestCaseError> {
-        let all = self.state.take_back_all(port_id(n)).unwrap();
+        let all = self.state.revocations_for_reboot(port_id(n)).unwrap();
         self.make(n, &all);
         let hw = &self.hardware[n as usize];
         let left = (hw.vlans.len(), hw.unicast.len(), hw.multicast, hw.promiscuous, hw.mac);
@@ -393,7 +393,7 @@ impl World {
         Ok(())
     }
 
-    /// A standing refusal must deny what a question would be denied, with the same reason, and must cover all such
+    /// A standing refusal must deny what a request would be denied, with the same reason, and must cover all such
     /// requests.
     fn check_standing(&self, n: u32, request: &Request, asked: &Evaluation) -> Result<(), TestCaseError> {
         let standing = self.state.standing_refusal(port_id(n)).unwrap();

@@ -99,6 +99,7 @@ fn a_stored_port_comes_back_with_all_that_its_vf_has() {
     let stored = serde_json::to_string(state.port(port_id(1)).unwrap()).unwrap();
 
     let mut restarted = SwitchState::new();
+    restarted.set_reset_clears("pf0", netpolicy::PfCapabilities::igb_82576().reset_clears);
     restarted.add_switch(state.switch(SWITCH).unwrap().clone()).unwrap();
     restarted.add_port_group(state.port_group(GROUP).unwrap().clone()).unwrap();
     restarted.attach(state.port(port_id(2)).unwrap().clone()).unwrap();
@@ -168,7 +169,7 @@ fn a_tightened_group_takes_back_in_order() {
 fn the_longest_frame_of_a_tenant_goes_with_it() {
     let long = netpolicy::Request::SetMaxFrame(9022);
     let mut state = host(r#"{"mtu": 9000, "vlan": {"trunk": ["1-9"]}}"#);
-    let left = |state: &SwitchState| state.take_back_for_release(port_id(1)).unwrap();
+    let left = |state: &SwitchState| state.revocations_for_release(port_id(1)).unwrap();
     let short = Change::SetMaxFrame(1526);
     assert_eq!(left(&state), [Change::Reset]);
     ask(&mut state, 1, &netpolicy::Request::SetMaxFrame(1518)).unwrap();
@@ -178,7 +179,11 @@ fn the_longest_frame_of_a_tenant_goes_with_it() {
     state.abort(port_id(1)).unwrap();
     ask(&mut state, 1, &long).unwrap();
     assert_eq!(left(&state), [Change::Reset, short.clone()]);
-    assert_eq!(state.take_back_all(port_id(1)).unwrap(), [Change::Reset], "a reboot is the same tenant's");
+    assert_eq!(
+        state.revocations_for_reboot(port_id(1)).unwrap(),
+        [Change::Reset],
+        "a reboot is the same tenant's"
+    );
     state.unbind(port_id(1)).unwrap();
     state.bind(port_id(1), vf(1)).unwrap();
     ask(&mut state, 1, &netpolicy::Request::SetVlan { vid: 5, add: true }).unwrap();
@@ -192,5 +197,5 @@ fn a_loosened_group_gives() {
     let corrections = state.update_port_group(group(GROUP, "web", SWITCH, loose)).unwrap();
     let rate = Change::SetMaxTxRate(std::num::NonZeroU32::new(10));
     assert_eq!(corrections[0].changes(), [Change::SetSpoofCheck(false), rate]);
-    assert!(corrections.iter().flat_map(|c| &c.list).all(|step| !step.taken_back));
+    assert!(corrections.iter().flat_map(|c| &c.list).all(|step| !step.revokes));
 }

@@ -2,7 +2,7 @@
 
 //! The verdict of each policy on each message.
 
-use netpolicy::{Change, PromiscuousMode, Request, SwitchState};
+use netpolicy::{Change, PfCapabilities, PromiscuousMode, Request, SwitchState};
 
 use crate::fixture::{ask, evaluate, host, mac, own, port_id, settings, vf, vlan};
 
@@ -258,11 +258,11 @@ fn a_policy_that_changes_while_the_adapter_is_slow_is_put_right_by_the_commit() 
     assert_eq!(state.update_port_group(strict).unwrap(), []);
     let corrections = state.commit(port_id(1), &changes).unwrap();
     assert_eq!(corrections.changes(), [Change::SetMac(own(1))]);
-    assert!(corrections.list.iter().all(|step| step.taken_back));
+    assert!(corrections.list.iter().all(|step| step.revokes));
 }
 
 #[test]
-fn all_is_taken_back_even_what_is_on_its_way() {
+fn all_is_revoked_even_what_is_on_its_way() {
     let mut state = host(
         r#"{"mac_changes": "accept", "unicast_limit": 3, "vlan": {"trunk": ["1-4094"]}, "promiscuous": "accept"}"#,
     );
@@ -270,12 +270,12 @@ fn all_is_taken_back_even_what_is_on_its_way() {
         ask(&mut state, 1, &request(wish)).unwrap();
     }
     state.begin(port_id(1), &[Change::JoinVlan(vlan(7)), Change::SetMulticast(vec![1])]).unwrap();
-    let all = state.take_back_all(port_id(1)).unwrap();
+    let all = state.revocations_for_reboot(port_id(1)).unwrap();
     let leave = |id| Change::LeaveVlan(vlan(id));
     let rest = [Change::ClearUnicast, Change::SetMulticast(vec![]), Change::SetMac(own(1))];
     assert_eq!(all, [vec![Change::Reset, leave(5), leave(6), leave(7)], rest.to_vec()].concat());
     assert_eq!(state.restart(port_id(1)).unwrap().mac, own(1));
-    assert_eq!(state.take_back_all(port_id(1)).unwrap(), [Change::Reset]);
+    assert_eq!(state.revocations_for_reboot(port_id(1)).unwrap(), [Change::Reset]);
 }
 
 /// The VF may have addresses that its vmm concealed.
@@ -284,7 +284,7 @@ fn a_vf_that_was_trusted_is_cleared_for_the_next_tenant_whatever_its_vmm_said() 
     const UNICAST: &str = r#"{"mac_changes": "accept", "unicast_limit": 1}"#;
     const CLEARED: [Change; 3] = [Change::Reset, Change::ClearUnicast, Change::SetMaxFrame(1526)];
     let add = [Change::AddUnicast(own(9))];
-    let all = |state: &SwitchState| state.take_back_for_release(port_id(1)).unwrap();
+    let all = |state: &SwitchState| state.revocations_for_release(port_id(1)).unwrap();
     let mut state = host(UNICAST);
     assert_eq!(all(&state), [Change::Reset], "nobody has trusted it");
 
@@ -293,7 +293,7 @@ fn a_vf_that_was_trusted_is_cleared_for_the_next_tenant_whatever_its_vmm_said() 
     assert_eq!(state.commit(port_id(1), &[]).unwrap().list, []);
     assert_eq!(all(&state), CLEARED);
     assert_eq!(
-        state.take_back_all(port_id(1)).unwrap(),
+        state.revocations_for_reboot(port_id(1)).unwrap(),
         [Change::Reset],
         "of its own it is not trusted again"
     );
@@ -327,7 +327,7 @@ fn a_record_that_does_not_say_whether_its_vf_was_trusted_counts_as_the_policy_sa
         let mut edited = state.port_group(crate::fixture::GROUP).unwrap().clone();
         edited.settings = settings("{}");
         assert_eq!(state.update_port_group(edited).unwrap(), []);
-        let all = state.take_back_for_release(port_id(1)).unwrap();
+        let all = state.revocations_for_release(port_id(1)).unwrap();
         assert_eq!(all.contains(&Change::ClearUnicast), cleared, "{group}");
     }
 }
@@ -401,4 +401,27 @@ fn an_address_that_another_port_had_is_added_when_that_port_gives_it_up() {
     state.forget_wanted(port_id(2), mac("00:00:5e:00:01:33")).unwrap();
     ask(&mut state, 1, &request("clear")).unwrap();
     assert_eq!((offered(&mut state), due(&state)), (vec![], vec![]));
+}
+
+/// The tables keep what the PF's driver may keep: a later edit of the policy must still revoke it.
+#[test]
+fn a_reset_clears_only_what_the_pf_clears() {
+    let hashes = Request::SetMulticast { count: 1, hashes: vec![7] };
+    let promiscuous = Request::SetPromiscuous(PromiscuousMode { multicast: true, unicast: false });
+    let off = Change::SetPromiscuous(PromiscuousMode::OFF);
+    let none = Change::SetMulticast(Vec::new());
+    for (pf, kept) in [
+        (PfCapabilities::igb_82576(), vec![]),
+        (PfCapabilities::simulated(), vec![]),
+        (PfCapabilities::ixgbe(), vec![off.clone()]),
+        (PfCapabilities::unknown("mystery"), vec![none, off]),
+    ] {
+        let mut state = host(r#"{"promiscuous": "multicast"}"#);
+        state.set_reset_clears("pf0", pf.reset_clears);
+        ask(&mut state, 1, &hashes).unwrap();
+        ask(&mut state, 1, &promiscuous).unwrap();
+        assert_eq!(state.commit(port_id(1), &[Change::Reset]).unwrap().list, []);
+        let left = state.revocations_for_reboot(port_id(1)).unwrap();
+        assert_eq!(left, [vec![Change::Reset], kept].concat(), "{}", pf.driver);
+    }
 }

@@ -6,17 +6,17 @@ use netpolicy::{Change, MacAddress, OnDenied, Reason, Request};
 use serde::{Deserialize, Serialize};
 
 /// The authority that decides about a guest's requests. Neither call may block: the relay's thread makes them (and the
-/// caller of [`Relay::take_back`](super::Relay::take_back) sends notices too).
+/// caller of [`Relay::revoke`](super::Relay::revoke) sends events too).
 pub trait Authority: Send + Sync {
-    /// Passes a question on. The verdict comes by [`Relay::verdict`](super::Relay::verdict).
+    /// Passes a request on. The verdict comes by [`Relay::verdict`](super::Relay::verdict).
     ///
     /// # Errors
     /// [`Unreachable`] if the authority is away: the relay refuses the request at once.
-    fn ask(&self, question: Question) -> Result<(), Unreachable>;
+    fn request(&self, guest_request: GuestRequest) -> Result<(), Unreachable>;
 
-    /// Takes a notice. It must reach the agent, if need be after the agent is back. The relay bounds the number of
-    /// notices per second.
-    fn notice(&self, notice: Notice);
+    /// Takes an event. It must reach the agent, if need be after the agent is back. The relay bounds the number of
+    /// events per second.
+    fn event(&self, event: RelayEvent);
 }
 
 /// The authority is not connected.
@@ -24,10 +24,10 @@ pub trait Authority: Send + Sync {
 #[error("The agent is not connected: requests are denied until it reconnects")]
 pub struct Unreachable;
 
-/// A question to the authority: may this VF do that?
+/// A guest's request, for the authority's verdict.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
-pub struct Question {
+pub struct GuestRequest {
     /// Number of this message of this VF. It grows and never repeats while the VF is assigned.
     pub seq: u64,
     /// The guest's request. A [`Request::Reset`] has already been forwarded, as always: only the effective address in
@@ -35,10 +35,10 @@ pub struct Question {
     pub request: Request,
 }
 
-/// The authority's answer to a [`Question`].
+/// The authority's verdict on a [`GuestRequest`].
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Verdict {
-    /// Number of the question.
+    /// Number of the request.
     pub seq: u64,
     /// The VF's effective address *after* this decision.
     pub effective_mac: MacAddress,
@@ -70,32 +70,32 @@ pub enum Decision {
 pub enum How {
     /// It has taken effect by netlink, or needs no change: only acknowledge it.
     Local,
-    /// Send it, re-encoded, to the real mailbox, and give the PF's answer to the guest. [`Notice::Forwarded`] follows.
+    /// Send it, re-encoded, to the real mailbox, and give the PF's answer to the guest. [`RelayEvent::Forwarded`] follows.
     Forward,
 }
 
 /// News that the agent must have. The vmm keeps it until the agent confirms it.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(tag = "notice", rename_all = "snake_case", deny_unknown_fields)]
-pub enum Notice {
-    /// The relay gave up the question `seq`, because the guest was refused or has reset. The agent must revert a commit
+pub enum RelayEvent {
+    /// The relay gave up the request `seq`, because the guest was refused or has reset. The agent must revert a commit
     /// that it made or will make for it.
     Cancelled {
-        /// Number of the question.
+        /// Number of the request.
         seq: u64,
-        /// The request in the question.
+        /// The request.
         request: Request,
         /// The reason for giving up.
         why: Cancelled,
     },
     /// The relay sent a granted message to the PF.
     Forwarded {
-        /// Number of the question.
+        /// Number of the request.
         seq: u64,
         /// The PF's answer.
         outcome: Forwarded,
     },
-    /// The relay itself refused messages, without a question.
+    /// The relay itself refused messages, without a request to the authority.
     Refused {
         /// The last refused request; None if the message had no meaning.
         request: Option<Request>,
@@ -103,10 +103,10 @@ pub enum Notice {
         word: u32,
         /// The reason.
         reason: Reason,
-        /// Number of refusals since the last notice with this reason.
+        /// Number of refusals since the last event with this reason.
         count: u64,
     },
-    /// The relay denied a change of the address without a question, by the authority's [standing
+    /// The relay denied a change of the address without a request to the authority, by the authority's [standing
     /// refusal](super::Relay::set_standing_refusal).
     Declined {
         /// The requested address.
@@ -116,7 +116,7 @@ pub enum Notice {
         /// Whether the relay pretended success to the guest.
         silent: bool,
     },
-    /// The guest now uses this address: the relay acknowledged it without a question (it is the effective one), or a
+    /// The guest now uses this address: the relay acknowledged it by itself (it is the effective one), or a
     /// silent refusal pretended success, which not every silent refusal does.
     GuestMac {
         /// The address.
@@ -125,22 +125,23 @@ pub enum Notice {
     /// The PF was reset, went down or no longer answers: its VFs have lost the settings that it does not remember. The
     /// relay makes the guest reset.
     PfReset,
-    /// The result of [`Relay::take_back`](super::Relay::take_back).
-    TakenBack {
+    /// The result of [`Relay::revoke`](super::Relay::revoke).
+    #[serde(rename = "taken_back")]
+    Revoked {
         /// The caller's number.
         id: u64,
         /// Changes that the PF did not confirm; empty after success.
         failed: Vec<Change>,
         /// The PF does not listen to this VF at the moment, and the VF's queues are off. The relay makes the changes
-        /// right after the guest's next reset message, before it answers it. Another notice with this id then follows.
+        /// right after the guest's next reset message, before it answers it. Another event with this id then follows.
         deferred: bool,
     },
 }
 
-/// Marks the numbers of questions that a relay asks by itself. The numbers of a guest's messages count up from zero.
-pub(crate) const OWN_QUESTION: u64 = 1 << 63;
+/// Marks the numbers of requests that a relay makes by itself. The numbers of a guest's messages count up from zero.
+pub(crate) const OWN_REQUEST: u64 = 1 << 63;
 
-/// The reason why the relay gave up a question.
+/// The reason why the relay gave up a request.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Cancelled {

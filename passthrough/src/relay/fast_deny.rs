@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 
-//! Denial without a question, of the changes that the authority has denied in advance. A vCPU thread denies them if it
+//! Denial without a request, of the changes that the authority has denied in advance. A vCPU thread denies them if it
 //! has a permit, so that the guest waits for no other thread; otherwise the relay's thread does.
 //!
 //! ```text

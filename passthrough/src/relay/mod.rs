@@ -4,7 +4,7 @@
 //!
 //! ```text
 //!  vCPU threads                     relay thread                                    agent
-//!  MailboxPage ──ring, reset──▶ Shared ──▶ StateMachine ──Question──▶ Authority ═══════════▶ policy
+//!  MailboxPage ──ring, reset──▶ Shared ──▶ StateMachine ──request───▶ Authority ═══════════▶ policy
 //!      ▲      (registers, inbox:  ▲         │  ▲                                       │
 //!      └──reads── one small lock) └─reply───┘  └──────── Relay::verdict ◀═════════════┘
 //!                                           │ VfMailbox: forwarded messages, looks
@@ -14,7 +14,7 @@
 //!
 //! vCPU threads take only the lock of the registers. Under that lock they deny by themselves the requests that the
 //! authority has denied in advance (`fast_deny`), without waiting for another thread. A guest's work is bounded: one
-//! message in flight, token buckets for messages, resets and log lines, and one notice a second about rejections.
+//! message in flight, token buckets for messages, resets and log lines, and one event a second about rejections.
 
 mod authority;
 mod disposition;
@@ -40,7 +40,9 @@ use std::{
 use netpolicy::{Change, MacAddress, StandingRefusal};
 
 pub use self::{
-    authority::{Authority, Cancelled, Decision, Forwarded, How, Notice, Question, Unreachable, Verdict},
+    authority::{
+        Authority, Cancelled, Decision, Forwarded, GuestRequest, How, RelayEvent, Unreachable, Verdict,
+    },
     mmio::MailboxPage,
     stats::{BUCKETS_US, RelayStats, RoundTrips},
 };
@@ -83,7 +85,7 @@ pub struct Config {
     pub longest_delay: Duration,
     /// Rate of log lines that the guest can cause.
     pub log_lines: Rate,
-    /// Interval between two notices to the authority about refusals with the same reason. The relay counts those in
+    /// Interval between two events to the authority about refusals with the same reason. The relay counts those in
     /// between.
     pub refusal_period: Duration,
 }
@@ -107,7 +109,7 @@ impl Default for Config {
     }
 }
 
-/// The most changes in one [`Relay::take_back`], and the most that wait for the guest's next reset.
+/// The most changes in one [`Relay::revoke`], and the most that wait for the guest's next reset.
 pub const MAX_CHANGES: usize = 256;
 
 /// The relay of one VF.
@@ -166,31 +168,31 @@ impl Relay {
         self.shared.verdict(verdict);
     }
 
-    /// Hands over a new effective address that no question has set: the host has changed it, or has reverted the commit
-    /// of a cancelled question.
+    /// Hands over a new effective address that no request has set: the host has changed it, or has reverted the commit
+    /// of a cancelled request.
     pub fn set_effective_mac(&self, mac: MacAddress) {
         self.shared.send(RelayCommand::EffectiveMac(mac));
     }
 
-    /// Sets the changes that the authority denies in advance. The relay denies them without a question and sends
-    /// [`Notice::Declined`]. `None` lifts the denial.
+    /// Sets the changes that the authority denies in advance. The relay denies them without a request and sends
+    /// [`RelayEvent::Declined`]. `None` lifts the denial.
     pub fn set_standing_refusal(&self, standing: Option<StandingRefusal>) {
         self.shared.standing_refusal(standing);
     }
 
     /// Revokes, or reduces to the part that is still allowed, the changes that only messages can make: those with the
-    /// mailbox as their [`route`](Change::route), except for a reset. [`Notice::TakenBack`] with this `id` follows.
-    pub fn take_back(&self, id: u64, changes: Vec<Change>) {
+    /// mailbox as their [`route`](Change::route), except for a reset. [`RelayEvent::Revoked`] with this `id` follows.
+    pub fn revoke(&self, id: u64, changes: Vec<Change>) {
         let refused = if changes.len() > MAX_CHANGES {
             Some((id, changes))
         } else {
-            match self.shared.send(RelayCommand::TakeBack { id, changes }) {
-                Some(RelayCommand::TakeBack { id, changes }) => Some((id, changes)),
+            match self.shared.send(RelayCommand::Revoke { id, changes }) {
+                Some(RelayCommand::Revoke { id, changes }) => Some((id, changes)),
                 _ => None,
             }
         };
         if let Some((id, failed)) = refused {
-            self.authority.notice(Notice::TakenBack { id, failed, deferred: false });
+            self.authority.event(RelayEvent::Revoked { id, failed, deferred: false });
         }
     }
 

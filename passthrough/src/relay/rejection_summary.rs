@@ -1,12 +1,12 @@
 // SPDX-License-Identifier: Apache-2.0
 
-//! Aggregation of the relay's own rejections: a guest that floods it causes one notice a second.
+//! Aggregation of the relay's own rejections: a guest that floods it causes one event a second.
 
 use std::time::Duration;
 
 use netpolicy::{Reason, Request};
 
-use super::authority::Notice;
+use super::authority::RelayEvent;
 
 struct Entry {
     reason: Reason,
@@ -38,17 +38,22 @@ impl RejectionSummary {
         }
     }
 
-    /// Takes a notice that is due.
-    pub(crate) fn due(&mut self, now: Duration) -> Option<Notice> {
+    /// Takes an event that is due.
+    pub(crate) fn due(&mut self, now: Duration) -> Option<RelayEvent> {
         let period = self.period;
         let entry =
             self.entries.iter_mut().find(|entry| entry.due_at(period).is_some_and(|due| due <= now))?;
         entry.told_at = Some(now);
         let count = std::mem::take(&mut entry.count);
-        Some(Notice::Refused { request: entry.request.take(), word: entry.word, reason: entry.reason, count })
+        Some(RelayEvent::Refused {
+            request: entry.request.take(),
+            word: entry.word,
+            reason: entry.reason,
+            count,
+        })
     }
 
-    /// The time at which the next notice is due.
+    /// The time at which the next event is due.
     pub(crate) fn next(&self) -> Option<Duration> {
         self.entries.iter().filter_map(|entry| entry.due_at(self.period)).min()
     }
@@ -70,7 +75,7 @@ mod tests {
         let mut told = Vec::new();
         for ms in [0, 10, 20, 999, 1000, 1001, 2500] {
             refusals.add(Reason::UnknownMessage, ms, None);
-            while let Some(Notice::Refused { word, count, .. }) =
+            while let Some(RelayEvent::Refused { word, count, .. }) =
                 refusals.due(Duration::from_millis(ms.into()))
             {
                 told.push((word, count));

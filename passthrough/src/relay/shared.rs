@@ -14,7 +14,7 @@ use std::{
 use netpolicy::{Change, MacAddress, OnDenied, Reason, StandingRefusal};
 
 use super::{
-    authority::{OWN_QUESTION, Verdict},
+    authority::{OWN_REQUEST, Verdict},
     disposition::Disposition,
     fast_deny::{FastDenial, MAX_DENIALS, Permit},
     stats::{RelayStats, Stats},
@@ -34,7 +34,7 @@ const MAX_COMMANDS: usize = 64;
 #[derive(Debug)]
 pub(crate) enum RelayCommand {
     EffectiveMac(MacAddress),
-    TakeBack { id: u64, changes: Vec<Change> },
+    Revoke { id: u64, changes: Vec<Change> },
     MakeGuestReset,
 }
 
@@ -200,7 +200,7 @@ impl Shared {
     pub(crate) fn verdict(&self, verdict: Verdict) {
         let mut state = self.lock();
         let in_flight = state.registers.in_flight().then(|| state.registers.seq());
-        if in_flight.map_or(verdict.seq & OWN_QUESTION != 0, |seq| seq == verdict.seq) {
+        if in_flight.map_or(verdict.seq & OWN_REQUEST != 0, |seq| seq == verdict.seq) {
             state.inbox.verdict = Some(verdict);
             drop(state);
             self.wake.notify_one();

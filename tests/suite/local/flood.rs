@@ -21,7 +21,7 @@ use protocol::FRAME_MAX;
 use serde_json::json;
 
 use crate::fixture::{Agent, Options, SmallGuest, played::Played, wire};
-use kinds::{KINDS, Kind, Q, R, Says, U};
+use kinds::{E, KINDS, Kind, Q, Says, U};
 
 /// A VM that the test plays, and the address of its function.
 struct Vm {
@@ -33,8 +33,8 @@ struct Vm {
 impl Vm {
     fn say(&self, n: u64, says: Says) -> bool {
         match says {
-            Q(request) => self.played.ask(&request(n)),
-            R(report) => self.played.report(&report(n, &self.bdf)),
+            Q(request) => self.played.request(&request(n)),
+            E(event) => self.played.emit(&event(n, &self.bdf)),
             U(message) => self.played.say(&message(n)),
         }
     }
@@ -193,11 +193,11 @@ fn assert_ended_for_it(agent: &Agent, vm: &Vm, what: &str) {
 /// Whether the agent has handled all messages.
 fn is_heard(vm: &Vm) -> bool {
     let heard = vm.played.heard();
-    heard.answers.load(SeqCst) >= vm.played.asked() && heard.noted.load(SeqCst) >= vm.played.reported()
+    heard.responses.load(SeqCst) >= vm.played.requested() && heard.noted.load(SeqCst) >= vm.played.emitted()
 }
 
 /// Sends requests as a relay does: the next one after the response to the last.
-fn ask_in_turn(vm: &Vm, rate: u32, says: Says) -> u64 {
+fn request_in_turn(vm: &Vm, rate: u32, says: Says) -> u64 {
     let begun = Instant::now();
     let mut sent = 0;
     while begun.elapsed() < HONEST {
@@ -213,7 +213,7 @@ fn ask_in_turn(vm: &Vm, rate: u32, says: Says) -> u64 {
 
 fn honest(agent: &Agent, vm: &Vm, what: &str, rate: u32, says: Says) {
     let sent = match says {
-        Q(_) => ask_in_turn(vm, rate, says),
+        Q(_) => request_in_turn(vm, rate, says),
         _ => vm.repeat(says, rate, HONEST),
     };
     assert!(sent > 0, "{what}");
@@ -222,11 +222,11 @@ fn honest(agent: &Agent, vm: &Vm, what: &str, rate: u32, says: Says) {
     while !is_heard(vm) {
         assert!(
             Instant::now() < deadline,
-            "{what}: {} of {} questions were answered, {} of {} reports noted\n{}",
-            heard.answers.load(SeqCst),
-            vm.played.asked(),
+            "{what}: {} of {} requests were answered, {} of {} events noted\n{}",
+            heard.responses.load(SeqCst),
+            vm.played.requested(),
             heard.noted.load(SeqCst),
-            vm.played.reported(),
+            vm.played.emitted(),
             agent.log()
         );
         thread::sleep(Duration::from_millis(5));
@@ -344,7 +344,7 @@ fn what_is_no_message_ends_the_process_at_a_bounded_cost() {
         ("thousands of unknown fields", |vm| {
             let fields = vec![json!({}); 20_000];
             let state = json!({ "report": "state", "state": "running", "boots": 1, "x": fields });
-            vm.played.report(&state)
+            vm.played.emit(&state)
         }),
         ("descriptors", |vm| {
             let state = json!({

@@ -104,7 +104,7 @@ fn metrics_show_what_guests_and_clients_do() {
         let series = format!("portcullis_decisions_total{{request=\"set_mac\",verdict=\"{verdict}\"}}");
         assert_eq!(value(&text, &series), 1.0);
     }
-    // A standing refusal needs no question.
+    // A standing refusal needs no request to the agent.
     assert!(value(&text, "portcullis_decision_duration_seconds_count{verdict=\"allowed\"}") >= 1.0);
     let sum = value(&text, "portcullis_commit_duration_seconds_sum{result=\"made\"}");
     assert!(sum > 0.0 && sum < 10.0, "{sum}");

@@ -142,6 +142,11 @@ fn a_click_on_accept_lets_the_next_request_through() {
     // The guest takes its interface down and up: it has the effective address again, and the page updates by itself.
     bob.ask("down-up");
     browser.wait_for("document.querySelector('#alert').hidden");
+
+    // From accept to reject: the guest loses the address.
+    group(&agent, "demo", json!({"mac_changes": "reject"}));
+    browser.wait_for_text("#decisions > li", "revoked");
+    browser.wait_for_text(&row("alice/eth0"), "1 revoked");
     agent.act("bob", VmAction::Stop).unwrap();
     browser.wait_for_text("tr[data-vm='bob']", "stopped");
     assert_eq!(browser.complaints, Vec::<String>::new());

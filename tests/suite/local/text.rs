@@ -225,7 +225,7 @@ fn texts_of_a_vmm_control_no_terminal_and_forge_no_line() {
     let refused = printed(&agent, &["vm", "pause", "refusing"]);
     assert!(refused.contains(TRACE), "{refused}");
 
-    played[0].report(&json!({ "report": "ended", "end": { "end": "failed", "detail": HOSTILE } }));
+    played[0].emit(&json!({ "report": "ended", "end": { "end": "failed", "detail": HOSTILE } }));
     let pid = agent.vm("failing").status.pid;
     if let Some(pid) = pid {
         host::run("kill", &["-KILL", &pid.to_string()]);

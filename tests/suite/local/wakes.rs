@@ -23,7 +23,7 @@ const MOST: [(&str, f64); 6] = [
     ("vmm/relay", 3.2),
     // The verdict.
     ("vmm/exe", 1.4),
-    // The question, the stored change, the PF's answer; and the end of the second write, which nobody waits for.
+    // The request, the stored change, the PF's answer; and the end of the second write, which nobody waits for.
     ("agent/tokio-rt-worker", 6.0),
     ("agent/store", 20.0),
     // Its command, and three exchanges with the process of the simulated PF.

@@ -269,7 +269,7 @@ mod tests {
     use std::fs::File;
 
     use super::*;
-    use crate::message::{Order, ToVmm};
+    use crate::message::{ToVmm, VmmCommand};
 
     fn pair() -> (tempfile::TempDir, Channel, Channel) {
         let dir = tempfile::tempdir().unwrap();
@@ -283,7 +283,7 @@ mod tests {
     #[test]
     fn message_and_descriptors_arrive_together() {
         let (_dir, near, far) = pair();
-        let sent = ToVmm::Order { id: 7, order: Order::Pause };
+        let sent = ToVmm::Command { id: 7, command: VmmCommand::Pause };
         let file = File::open("/dev/null").unwrap();
         near.send(&sent, &[file.as_fd(), file.as_fd()]).unwrap();
         let (got, fds) = far.receive::<ToVmm>().unwrap();

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 
 //! The files of a machine, which come as descriptors beside
-//! [`Order::Configure`](super::Order::Configure), each with a name.
+//! [`VmmCommand::Configure`](super::VmmCommand::Configure), each with a name.
 
 use std::{collections::BTreeMap, os::fd::OwnedFd};
 

@@ -10,19 +10,19 @@
 //!   agent                                   vmm
 //!     │── Hello {versions} ─────────────────▶│
 //!     │◀────────── Hello {version, state} ───│   (or Refused, and the connection ends)
-//!     │── Order {id, Configure} + fds ──────▶│   once in the process's life
+//!     │── Command {id, Configure} + fds ────▶│   once in the process's life
 //!     │◀──────────────────── Done {id} ──────│
-//!     │── Order {id, Run} ──────────────────▶│
+//!     │── Command {id, Run} ────────────────▶│
 //!     │◀──────────────────── Done {id} ──────│
-//!     │◀──────────── Report {seq, …} ────────│   kept by the vmm (bounded) until
+//!     │◀───────────── Event {seq, …} ────────│   kept by the vmm (bounded) until
 //!     │── Noted {upto: seq} ────────────────▶│
-//!     │◀────────────── Ask {id, …} ──────────│   with a deadline on the vmm's side
-//!     │── Answer {id, …} ───────────────────▶│
-//!     │── Standing {adapter, refusal} ──────▶│   denied without an Ask while the connection lasts
+//!     │◀────────── Request {id, …} ──────────│   with a deadline on the vmm's side
+//!     │── Response {id, …} ─────────────────▶│
+//!     │── Standing {adapter, refusal} ──────▶│   denied without a Request while the connection lasts
 //! ```
 //!
 //! There is one agent at a time: a new connection replaces the old one, if its peer has the user id of this process.
-//! The agent chooses the ids of its orders, and the vmm may complete orders in another sequence. Neither side trusts
+//! The agent chooses the ids of its commands, and the vmm may complete commands in another sequence. Neither side trusts
 //! the other with more than this module's types.
 
 pub mod channel;
@@ -30,7 +30,12 @@ pub mod files;
 #[cfg(any(test, feature = "test-support"))]
 pub mod fuzz;
 pub mod message;
+pub mod spec;
 
 pub use channel::{Channel, ChannelError, FDS_MAX, FRAME_MAX, Listener};
 pub use files::{FileError, Files};
 pub use message::*;
+pub use spec::*;
+
+#[cfg(test)]
+mod tests;

@@ -9,25 +9,27 @@
 use std::{collections::BTreeMap, ops::RangeInclusive};
 
 use netpolicy::{Change, MacAddress, StandingRefusal};
-use passthrough::relay::{Notice, Question, RelayStats, Verdict};
+use passthrough::relay::{GuestRequest, RelayEvent, RelayStats, Verdict};
 use serde::{Deserialize, Serialize};
 use uuid::Uuid;
+
+use super::spec::{DiskLimits, MachineSpec};
 
 /// The protocol version of this build.
 ///
 /// | version | added |
 /// |---|---|
 /// | 1 | all other messages |
-/// | 2 | [`DeviceBackend::Simulated`] |
-/// | 3 | [`ToVmm::Standing`], and with it [`Notice::Declined`] |
-/// | 4 | [`Order::LimitDisk`], [`Report::DiskFull`] |
+/// | 2 | [`DeviceBackend::Simulated`](super::DeviceBackend::Simulated) |
+/// | 3 | [`ToVmm::Standing`], and with it [`RelayEvent::Declined`] |
+/// | 4 | [`VmmCommand::LimitDisk`], [`VmmEvent::DiskFull`] |
 pub const VERSION: u32 = 4;
 
 /// The oldest version with [`ToVmm::Standing`].
 pub const STANDING_SINCE: u32 = 3;
 
-/// The oldest version with commands to disks, and with reports of them.
-pub const DISK_ORDERS_SINCE: u32 = 4;
+/// The oldest version with commands to disks, and with events of them.
+pub const DISK_COMMANDS_SINCE: u32 = 4;
 
 /// The versions that this build speaks.
 pub const SPOKEN: RangeInclusive<u32> = 1..=VERSION;
@@ -46,18 +48,22 @@ pub enum ToVmm {
         vm: Uuid,
     },
     /// A command. The vmm completes it by [`ToAgent::Done`] with the same id.
-    Order {
+    #[serde(rename = "order")]
+    Command {
         /// Chosen by the agent, unique on this connection.
         id: u64,
         /// The command.
-        order: Order,
+        #[serde(rename = "order")]
+        command: VmmCommand,
     },
-    /// The response to a [`ToAgent::Ask`].
-    Answer {
+    /// The response to a [`ToAgent::Request`].
+    #[serde(rename = "answer")]
+    Response {
         /// The id of the request.
         id: u64,
         /// The response.
-        answer: Answer,
+        #[serde(rename = "answer")]
+        response: AgentResponse,
     },
     /// Requests that the relay of an adapter denies without a request to the agent. Holds until the next such message
     /// for the adapter, or the end of the connection. May come before the machine is configured.
@@ -67,9 +73,9 @@ pub enum ToVmm {
         /// None: the relay forwards every request to the agent.
         refusal: Option<StandingRefusal>,
     },
-    /// The agent has stored the reports up to this sequence number; the vmm may forget them.
+    /// The agent has stored the events up to this sequence number; the vmm may forget them.
     Noted {
-        /// The sequence number of the last stored report.
+        /// The sequence number of the last stored event.
         upto: u64,
     },
 }
@@ -82,7 +88,7 @@ pub enum ToAgent {
     Hello {
         /// The version that both sides speak from now on: the newest common one.
         version: u32,
-        /// The state at this moment; reports carry later changes.
+        /// The state at this moment; events carry later changes.
         state: State,
         /// The boot counter: 0 before the first boot, then one more for each boot and reboot.
         boots: u64,
@@ -100,25 +106,29 @@ pub enum ToAgent {
         result: Result<Outcome, Failure>,
     },
     /// A request that only the agent can decide: one of a guest's VF driver.
-    Ask {
+    #[serde(rename = "ask")]
+    Request {
         /// Chosen by the vmm, unique for the life of its process.
         id: u64,
         /// The request.
-        ask: Ask,
+        #[serde(rename = "ask")]
+        request: AgentRequest,
     },
     /// An event. The vmm keeps it, and sends it again after a reconnection, until [`ToVmm::Noted`].
-    Report {
-        /// A sequence number: one more for each report of this process.
+    #[serde(rename = "report")]
+    Event {
+        /// A sequence number: one more for each event of this process.
         seq: u64,
         /// The event.
-        report: Report,
+        #[serde(rename = "report")]
+        event: VmmEvent,
     },
 }
 
 /// Commands of the agent.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(tag = "order", rename_all = "snake_case")]
-pub enum Order {
+pub enum VmmCommand {
     /// Builds the machine: opens the devices, drops every privilege, loads the kernel. The machine's files come beside
     /// it. Once per process. → [`Outcome::Done`]
     ///
@@ -155,8 +165,9 @@ pub enum Order {
         offset: u64,
     },
     /// Makes changes on a VF that only mailbox messages can make, to revoke granted requests. →
-    /// [`Outcome::TakenBack`]
-    TakeBack {
+    /// [`Outcome::Revoked`]
+    #[serde(rename = "take_back")]
+    Revoke {
         /// The adapter's name in the machine's specification.
         adapter: String,
         /// Changes whose route is the mailbox.
@@ -184,12 +195,12 @@ pub enum Order {
     },
 }
 
-impl Order {
+impl VmmCommand {
     /// The oldest version with this command.
     #[must_use]
     pub fn since(&self) -> u32 {
         match self {
-            Self::LimitDisk { .. } => DISK_ORDERS_SINCE,
+            Self::LimitDisk { .. } => DISK_COMMANDS_SINCE,
             _ => *SPOKEN.start(),
         }
     }
@@ -209,11 +220,12 @@ pub enum Outcome {
     /// Counters.
     Stats(Box<Stats>),
     /// The result of changes by mailbox messages.
-    TakenBack {
+    #[serde(rename = "taken_back")]
+    Revoked {
         /// Changes that the PF did not confirm; empty if it confirmed all.
         failed: Vec<Change>,
         /// The PF does not read the VF's messages at present. The relay makes the changes right after the guest's
-        /// next reset message, and a report follows.
+        /// next reset message, and an event follows.
         deferred: bool,
     },
 }
@@ -257,164 +269,6 @@ pub enum FailureCode {
     Internal,
 }
 
-/// A machine to build.
-#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
-pub struct MachineSpec {
-    /// The VM's immutable id.
-    pub vm: Uuid,
-    /// Its name, for log lines.
-    pub name: String,
-    /// vCPUs, 1 to 254.
-    pub cpus: u8,
-    /// Guest memory in bytes, a multiple of 2 MiB.
-    pub memory: u64,
-    /// Backs guest memory with 2 MiB huge pages; fails if there are too few.
-    pub hugepages: bool,
-    /// The kernel command line as the user gave it.
-    pub cmdline: String,
-    /// The number of initramfs files.
-    pub initramfs: usize,
-    /// Functions, in the order of their slots on the guest's bus.
-    pub devices: Vec<DeviceSpec>,
-    /// Disks, in the order of their slots, behind those of the NICs.
-    pub disks: Vec<DiskSpec>,
-    /// NICs, in the order of their slots, behind those of the functions.
-    pub nics: Vec<NicSpec>,
-    /// Whether the guest has a source of random numbers.
-    pub entropy: bool,
-    /// The sandbox that the process enters after it has opened its devices.
-    pub sandbox: SandboxSpec,
-}
-
-/// One disk of a machine. Its file comes beside the command ([`files::disk`](super::files::disk)).
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-pub struct DiskSpec {
-    /// The disk's name.
-    pub id: String,
-    /// The format of the file. The vmm never guesses it.
-    pub format: DiskFormat,
-    /// The formats of its backing files, the next one first. Their files come beside the command
-    /// ([`files::backing`](super::files::backing)).
-    pub backing: Vec<DiskFormat>,
-    /// The guest cannot write.
-    pub read_only: bool,
-    /// The file and its backing files are only read. The guest's writes go to an overlay in an empty file, which comes
-    /// beside the command ([`files::overlay`](super::files::overlay)) and ends with the process.
-    pub ephemeral: bool,
-    /// The serial number in the guest: 20 bytes at most.
-    pub serial: String,
-    /// The guest may give the host's room back.
-    pub discard: bool,
-    /// Its limits at first.
-    pub limits: DiskLimits,
-    /// If the host's file system is full, the machine is paused, and the guest's requests wait for room. Else they fail.
-    pub wait_for_room: bool,
-}
-
-/// The limits of a disk's requests.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
-pub struct DiskLimits {
-    /// Bytes that move.
-    #[serde(default)]
-    pub bytes: Option<DiskRate>,
-    /// Requests.
-    #[serde(default)]
-    pub operations: Option<DiskRate>,
-}
-
-/// A rate of a disk: `burst` at once, then `per_second`.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
-pub struct DiskRate {
-    /// Tokens per second: 1 or more.
-    pub per_second: u64,
-    /// Tokens at once.
-    pub burst: u64,
-}
-
-/// One NIC of a machine. The files of its interface come beside the command ([`files::nic`](super::files::nic)).
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-pub struct NicSpec {
-    /// The NIC's name.
-    pub id: String,
-    /// Its address.
-    pub mac: MacAddress,
-    /// The MTU that the guest uses.
-    pub mtu: u16,
-    /// Pairs of queues, 1 to 4: as many files.
-    pub queues: u8,
-}
-
-/// The formats of disks.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(rename_all = "snake_case")]
-pub enum DiskFormat {
-    /// A file or a block device, byte for byte.
-    Raw,
-    /// QEMU's format.
-    Qcow2,
-}
-
-/// One function of a machine.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-pub struct DeviceSpec {
-    /// The host's PCI address, `dddd:bb:dd.f`.
-    pub bdf: String,
-    /// Hardware or a simulated VF.
-    pub backend: DeviceBackend,
-    /// The name of the adapter, if the function is a network VF under policy: then a relay stands in for its mailbox.
-    /// None for plain devices.
-    pub adapter: Option<String>,
-}
-
-/// The other side of a function.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(rename_all = "snake_case")]
-pub enum DeviceBackend {
-    /// Hardware, by VFIO.
-    Vfio {
-        /// The IOMMU group's number (`/dev/vfio/N`).
-        group: u32,
-    },
-    /// A simulated VF. Its connection to its PF comes beside the command.
-    Simulated,
-}
-
-/// The steps by which the process gives up its privileges.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-pub struct SandboxSpec {
-    /// The user id to become. None keeps the present one (an agent without root).
-    pub uid: Option<u32>,
-    /// The group id to become.
-    pub gid: Option<u32>,
-    /// Limits on the process: open files, threads, sizes of files.
-    pub limits: bool,
-    /// The process has its own namespaces: network, IPC, host name.
-    pub namespaces: bool,
-    /// An empty root, in a mount namespace of the process's own.
-    pub empty_root: bool,
-    /// A seccomp filter for each thread.
-    pub seccomp: bool,
-    /// Landlock: no file, no TCP port, no abstract socket, no signal to other processes.
-    pub landlock: bool,
-}
-
-impl SandboxSpec {
-    /// The parts that need no privilege and act on single threads: seccomp filters and Landlock. The process keeps
-    /// its user, namespaces and root.
-    #[must_use]
-    pub fn of_threads() -> Self {
-        Self {
-            uid: None,
-            gid: None,
-            limits: false,
-            namespaces: false,
-            empty_root: false,
-            seccomp: true,
-            landlock: true,
-        }
-    }
-}
-
 /// The states of a vmm.
 ///
 /// ```text
@@ -426,7 +280,7 @@ impl SandboxSpec {
 ///                                        └──────────▶ Ended ◀─────┘
 /// ```
 ///
-/// A paused machine can reboot, too. [`Order::Stop`], and a failed [`Order::Configure`], end a vmm that has not run.
+/// A paused machine can reboot, too. [`VmmCommand::Stop`], and a failed [`VmmCommand::Configure`], end a vmm that has not run.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum State {
@@ -459,10 +313,10 @@ impl State {
     }
 }
 
-/// An event in a vmm.
+/// An event of a vmm.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(tag = "report", rename_all = "snake_case", deny_unknown_fields)]
-pub enum Report {
+pub enum VmmEvent {
     /// The state has changed.
     State {
         /// The new state.
@@ -483,8 +337,8 @@ pub enum Report {
         /// simulated PF).
         why: DeviceLoss,
     },
-    /// The host's file system has no room for a guest's request. The machine is paused: the report of its state follows.
-    /// [`Order::Run`] repeats the request.
+    /// The host's file system has no room for a guest's request. The machine is paused: an event with its state follows.
+    /// [`VmmCommand::Run`] repeats the request.
     DiskFull {
         /// The disk's name in the machine's specification.
         disk: String,
@@ -494,16 +348,17 @@ pub enum Report {
         /// The adapter's name in the machine's specification.
         adapter: String,
         /// The event.
-        notice: Notice,
+        #[serde(rename = "notice")]
+        event: RelayEvent,
     },
 }
 
-impl Report {
-    /// The oldest version with this report.
+impl VmmEvent {
+    /// The oldest version with this event.
     #[must_use]
     pub fn since(&self) -> u32 {
         match self {
-            Self::DiskFull { .. } => DISK_ORDERS_SINCE,
+            Self::DiskFull { .. } => DISK_COMMANDS_SINCE,
             _ => *SPOKEN.start(),
         }
     }
@@ -611,21 +466,22 @@ pub struct DeviceStats {
 /// A request to the agent.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(tag = "ask", rename_all = "snake_case", deny_unknown_fields)]
-pub enum Ask {
+pub enum AgentRequest {
     /// A guest's VF driver requests a change or a reset of the PF.
     Mailbox {
         /// The adapter's name in the machine's specification.
         adapter: String,
         /// The request.
-        question: Question,
+        #[serde(rename = "question")]
+        guest_request: GuestRequest,
     },
 }
 
 /// The agent's response to a request.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(tag = "answer", rename_all = "snake_case")]
-pub enum Answer {
-    /// The response to [`Ask::Mailbox`].
+pub enum AgentResponse {
+    /// The response to [`AgentRequest::Mailbox`].
     Mailbox {
         /// The adapter's name in the machine's specification.
         adapter: String,

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 
-//! Handlers of the agent's commands, answers and standing refusals: which states allow a command, and its effect on
+//! Handlers of the agent's commands, responses and standing refusals: which states allow a command, and its effect on
 //! the machine. The guest's resets are here, too, since they share the code of the agent's.
 
 use std::{
@@ -15,7 +15,8 @@ use failpoints::{Point, reach};
 use netpolicy::StandingRefusal;
 use passthrough::relay::Relay;
 use protocol::{
-    Answer, End, Failure, FailureCode, FileError, Files, MachineSpec, Order, Outcome, Report, State,
+    AgentResponse, End, Failure, FailureCode, FileError, Files, MachineSpec, Outcome, State, VmmCommand,
+    VmmEvent,
 };
 
 use super::{event_loop::Process, resets::Reset};
@@ -26,7 +27,7 @@ use crate::{
     vcpu,
 };
 
-/// The most bytes that one [`Order::ConsoleInput`] can type.
+/// The most bytes that one [`VmmCommand::ConsoleInput`] can type.
 const INPUT_MAX: usize = 1024;
 
 /// The longest time of a request to a disk that a reset waits for: a flush of much data to a slow disk takes minutes.
@@ -39,37 +40,43 @@ fn failure(code: FailureCode, detail: impl Into<String>) -> Failure {
 }
 
 impl Process {
-    pub(super) fn handle_order(&mut self, id: u64, order: Order, fds: Vec<OwnedFd>, ops: &mut EventOps<'_>) {
-        let result = match order {
-            Order::Configure { spec, files } => self.configure(&spec, Files::new(files, fds), ops),
-            Order::Run => self.run(),
-            Order::Pause => self.pause(),
-            Order::PowerButton => self.press_power_button(),
-            Order::Reboot => self.reboot_on_order(),
-            Order::Stats => self.stats(),
-            Order::ConsoleInput { bytes } => self.console_input(&bytes),
-            Order::ConsoleWait { offset } => return self.wait_for_console(id, offset),
-            Order::TakeBack { adapter, changes } => match self.relay(&adapter) {
-                // Completed by the relay's notice (`TakenBack`).
+    pub(super) fn handle_command(
+        &mut self,
+        id: u64,
+        command: VmmCommand,
+        fds: Vec<OwnedFd>,
+        ops: &mut EventOps<'_>,
+    ) {
+        let result = match command {
+            VmmCommand::Configure { spec, files } => self.configure(&spec, Files::new(files, fds), ops),
+            VmmCommand::Run => self.run(),
+            VmmCommand::Pause => self.pause(),
+            VmmCommand::PowerButton => self.press_power_button(),
+            VmmCommand::Reboot => self.reboot_on_command(),
+            VmmCommand::Stats => self.stats(),
+            VmmCommand::ConsoleInput { bytes } => self.console_input(&bytes),
+            VmmCommand::ConsoleWait { offset } => return self.wait_for_console(id, offset),
+            VmmCommand::Revoke { adapter, changes } => match self.relay(&adapter) {
+                // Completed by the relay's event (`Revoked`).
                 Ok(relay) => {
-                    relay.take_back(id, changes);
-                    return self.await_take_back(id);
+                    relay.revoke(id, changes);
+                    return self.await_revocation(id);
                 }
                 Err(failure) => Err(failure),
             },
-            Order::EffectiveMac { adapter, mac } => self.relay(&adapter).map(|relay| {
+            VmmCommand::EffectiveMac { adapter, mac } => self.relay(&adapter).map(|relay| {
                 relay.set_effective_mac(mac);
                 Outcome::Done
             }),
-            Order::MakeGuestReset { adapter } => self.relay(&adapter).map(|relay| {
+            VmmCommand::MakeGuestReset { adapter } => self.relay(&adapter).map(|relay| {
                 relay.make_guest_reset();
                 Outcome::Done
             }),
-            Order::LimitDisk { disk, limits } => self.on_disk(|disks| disks.limit(&disk, &limits)),
-            Order::Stop => {
+            VmmCommand::LimitDisk { disk, limits } => self.on_disk(|disks| disks.limit(&disk, &limits)),
+            VmmCommand::Stop => {
                 reach(Point::VmmStopping);
                 self.end(End::Stopped);
-                self.stop_ordered = true;
+                self.stop_commanded = true;
                 Ok(Outcome::Done)
             }
         };
@@ -151,7 +158,7 @@ impl Process {
         }
     }
 
-    /// Clears all standing refusals, which hold only as long as the connection that brought them. Relays ask again.
+    /// Clears all standing refusals, which hold only as long as the connection that brought them. Relays request verdicts again.
     pub(super) fn forget_standing(&mut self) {
         for (adapter, _) in std::mem::take(&mut self.standing) {
             if let Ok(relay) = self.relay(&adapter) {
@@ -160,10 +167,10 @@ impl Process {
         }
     }
 
-    pub(super) fn on_answer(&self, answer: Answer) {
-        let Answer::Mailbox { adapter, verdict } = answer;
+    pub(super) fn on_response(&self, response: AgentResponse) {
+        let AgentResponse::Mailbox { adapter, verdict } = response;
         reach(Point::VmmAnswered);
-        // Drop an answer for an adapter that was lost meanwhile.
+        // Drop a response for an adapter that was lost meanwhile.
         if let Ok(relay) = self.relay(&adapter) {
             relay.verdict(verdict);
         }
@@ -219,7 +226,7 @@ impl Process {
         Ok(Outcome::Done)
     }
 
-    fn reboot_on_order(&mut self) -> Result<Outcome, Failure> {
+    fn reboot_on_command(&mut self) -> Result<Outcome, Failure> {
         if !matches!(self.state, State::Running | State::Paused) {
             return Err(self.wrong_state("reboot"));
         }
@@ -330,7 +337,7 @@ impl Process {
         if self.state == State::Running && self.park().is_err() {
             return;
         }
-        self.report(Report::DiskFull { disk });
+        self.emit(VmmEvent::DiskFull { disk });
         if self.state == State::Running {
             self.enter(State::Paused);
         }

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 
-//! The event loop's one subscriber: it reads the sockets and eventfds, and hands commands to the machine and reports to
-//! the agent; relays send their questions themselves. It owns all of the process's mutable state.
+//! The event loop's one subscriber: it reads the sockets and eventfds, and hands commands to the machine and events to
+//! the agent; relays send their requests themselves. It owns all of the process's mutable state.
 
 use std::{
     collections::BTreeMap,
@@ -13,14 +13,14 @@ use std::{
 use event_manager::{EventOps, EventSet, Events, MutEventSubscriber};
 use netpolicy::StandingRefusal;
 use protocol::{
-    Channel, ChannelError, End, Failure, Listener, Outcome, Report, SPOKEN, State, ToAgent, ToVmm,
+    Channel, ChannelError, End, Failure, Listener, Outcome, SPOKEN, State, ToAgent, ToVmm, VmmEvent,
 };
 use uuid::Uuid;
 
 use failpoints::{Point, reach};
-use passthrough::relay::Notice;
+use passthrough::relay::RelayEvent;
 
-use super::{reports::Reports, resets::Resets};
+use super::{event_queue::EventQueue, resets::Resets};
 use crate::{
     agent_client::{RelayMessage, RelayReceiver},
     machine::{Machine, Signals, chain},
@@ -39,7 +39,7 @@ const DEVICES: u32 = 16;
 const BATCH: usize = 32;
 /// The longest time that an ended process stays, for the agent to read the cause of the end.
 const LINGER: Duration = Duration::from_secs(600);
-/// The most orders that may wait for console output.
+/// The most commands that may wait for console output.
 const CONSOLE_WAITERS: usize = 16;
 
 /// The state of the whole process.
@@ -56,16 +56,16 @@ pub(super) struct Process {
     signals: Option<Signals>,
     pub(super) state: State,
     pub(super) boots: u64,
-    reports: Reports,
-    /// Orders that wait for console output: their id, and the offset that the output must pass.
+    events: EventQueue,
+    /// Commands that wait for console output: their id, and the offset that the output must pass.
     console_waiters: Vec<(u64, u64)>,
-    /// Ids of [`Order::TakeBack`](protocol::Order::TakeBack) that a relay works on.
-    take_backs: Vec<u64>,
+    /// Ids of [`VmmCommand::Revoke`](protocol::VmmCommand::Revoke) that a relay works on.
+    revocations: Vec<u64>,
     /// Standing refusals of the agent, by adapter.
     pub(super) standing: BTreeMap<String, StandingRefusal>,
     /// Namespaces in the making, for the machine's sandbox. None once a machine has been configured.
     pub(super) namespaces: Option<NewNamespaces>,
-    /// Receives the relays' messages, and has the connection by which relays send their questions.
+    /// Receives the relays' messages, and has the connection by which relays send their requests.
     pub(super) relays: RelayReceiver,
     pub(super) resets: Resets,
     /// When to make a delayed reset of the guest. The vCPUs are parked until then.
@@ -73,8 +73,8 @@ pub(super) struct Process {
     /// The begin of the reset that is under way, or was last.
     pub(super) reset_began: Instant,
     ended: Option<Instant>,
-    /// The agent has ordered the end: there is no need to wait until it reads the report.
-    pub(super) stop_ordered: bool,
+    /// The agent has commanded the end: there is no need to wait until it reads the last event.
+    pub(super) stop_commanded: bool,
 }
 
 struct Connection {
@@ -98,9 +98,9 @@ impl Process {
             signals: None,
             state: State::Empty,
             boots: 0,
-            reports: Reports::default(),
+            events: EventQueue::default(),
             console_waiters: Vec::new(),
-            take_backs: Vec::new(),
+            revocations: Vec::new(),
             standing: BTreeMap::new(),
             namespaces: Some(NewNamespaces::begin()?),
             relays,
@@ -108,13 +108,13 @@ impl Process {
             reset_due: None,
             reset_began: Instant::now(),
             ended: None,
-            stop_ordered: false,
+            stop_commanded: false,
         })
     }
 
     /// Whether the process may exit: the machine has ended, and the agent has noted it or the time to do so is over.
     pub(super) fn finished(&self) -> bool {
-        self.ended.is_some_and(|at| self.stop_ordered || self.reports.is_empty() || at.elapsed() > LINGER)
+        self.ended.is_some_and(|at| self.stop_commanded || self.events.is_empty() || at.elapsed() > LINGER)
     }
 
     pub(super) fn wake_after_ms(&self) -> i32 {
@@ -136,15 +136,15 @@ impl Process {
     /// Changes the state and reports it to the agent.
     pub(super) fn enter(&mut self, state: State) {
         self.state = state;
-        self.report(Report::State { state, boots: self.boots });
+        self.emit(VmmEvent::State { state, boots: self.boots });
     }
 
-    pub(super) fn report(&mut self, report: Report) {
-        let seq = self.reports.push(report.clone());
-        // An older agent does not know each report, but the states.
-        let since = report.since();
+    pub(super) fn emit(&mut self, event: VmmEvent) {
+        let seq = self.events.push(event.clone());
+        // An older agent does not know each event, but the states.
+        let since = event.since();
         if self.channel.as_ref().is_some_and(|agent| agent.greeted && agent.version >= since) {
-            self.send(&ToAgent::Report { seq, report });
+            self.send(&ToAgent::Event { seq, event });
         }
     }
 
@@ -163,7 +163,7 @@ impl Process {
         self.state = State::Ended;
         self.ended = Some(Instant::now());
         reach(Point::VmmStopped);
-        self.report(Report::Ended { end });
+        self.emit(VmmEvent::Ended { end });
         for (id, _) in std::mem::take(&mut self.console_waiters) {
             self.done(id, Ok(Outcome::Done));
         }
@@ -180,7 +180,7 @@ impl Process {
         }
     }
 
-    /// Treats an agent that does not read as gone; it gets the reports when it connects again.
+    /// Treats an agent that does not read as gone; it gets the events when it connects again.
     fn drop_agent(&mut self, error: &ChannelError) {
         tracing::warn!(vm = %self.vm, "The control connection is dropped: {}", chain(error));
         self.disconnect();
@@ -190,7 +190,7 @@ impl Process {
     fn disconnect(&mut self) {
         self.relays.set_agent(None);
         self.console_waiters.clear();
-        self.take_backs.clear();
+        self.revocations.clear();
         self.forget_standing();
         self.closed.extend(self.channel.take());
     }
@@ -265,8 +265,8 @@ impl Process {
         }
     }
 
-    pub(super) fn await_take_back(&mut self, id: u64) {
-        self.take_backs.push(id);
+    pub(super) fn await_revocation(&mut self, id: u64) {
+        self.revocations.push(id);
     }
 
     fn on_relays(&mut self) {
@@ -278,20 +278,20 @@ impl Process {
     fn pass_on_relay_messages(&mut self) {
         for (adapter, message) in self.relays.drain() {
             match message {
-                RelayMessage::Question(question) => {
-                    // An agent that has not greeted yet does not know the question: the relay has given it up by then.
+                RelayMessage::Request(guest_request) => {
+                    // An agent that has not greeted yet does not know the request: the relay has given it up by then.
                     let greeted = self.channel.as_ref().is_some_and(|connection| connection.greeted);
-                    if greeted && let Err(error) = self.relays.ask(&adapter, &question) {
+                    if greeted && let Err(error) = self.relays.request(&adapter, &guest_request) {
                         self.drop_agent(&error);
                     }
                 }
-                RelayMessage::Notice(Notice::TakenBack { id, failed, deferred })
-                    if self.take_backs.contains(&id) =>
+                RelayMessage::Event(RelayEvent::Revoked { id, failed, deferred })
+                    if self.revocations.contains(&id) =>
                 {
-                    self.take_backs.retain(|waiting| *waiting != id);
-                    self.done(id, Ok(Outcome::TakenBack { failed, deferred }));
+                    self.revocations.retain(|waiting| *waiting != id);
+                    self.done(id, Ok(Outcome::Revoked { failed, deferred }));
                 }
-                RelayMessage::Notice(notice) => self.report(Report::Relay { adapter, notice }),
+                RelayMessage::Event(event) => self.emit(VmmEvent::Relay { adapter, event }),
             }
         }
     }
@@ -342,10 +342,10 @@ impl Process {
                 tracing::warn!(vm = %self.vm, "The control connection is dropped: it began without a hello");
                 self.disconnect();
             }
-            ToVmm::Order { id, order } => self.handle_order(id, order, fds, ops),
-            ToVmm::Answer { answer, .. } => self.on_answer(answer),
+            ToVmm::Command { id, command } => self.handle_command(id, command, fds, ops),
+            ToVmm::Response { response, .. } => self.on_response(response),
             ToVmm::Standing { adapter, refusal } => self.on_standing(adapter, refusal),
-            ToVmm::Noted { upto } => self.reports.noted(upto),
+            ToVmm::Noted { upto } => self.events.noted(upto),
         }
     }
 
@@ -369,12 +369,12 @@ impl Process {
         }
         self.send(&ToAgent::Hello { version, state: self.state, boots: self.boots });
         reach(Point::VmmGreeted);
-        let known = |(_, report): &&(u64, Report)| report.since() <= version;
-        let pending: Vec<_> = self.reports.pending().filter(known).cloned().collect();
-        for (seq, report) in pending {
-            self.send(&ToAgent::Report { seq, report });
+        let known = |(_, event): &&(u64, VmmEvent)| event.since() <= version;
+        let pending: Vec<_> = self.events.pending().filter(known).cloned().collect();
+        for (seq, event) in pending {
+            self.send(&ToAgent::Event { seq, event });
         }
-        // From now on relays send questions themselves: those must not overtake the reports.
+        // From now on relays send requests themselves: those must not overtake the events.
         if let Some(connection) = &mut self.channel {
             connection.greeted = true;
             connection.version = version;
@@ -391,7 +391,7 @@ impl Process {
         }
         machine.board.pci.remove(loss.slot);
         tracing::warn!(vm = %self.vm, device = %loss.bdf, why = ?loss.why, "The VM lost a device");
-        self.report(Report::DeviceLost { bdf: loss.bdf, why: loss.why });
+        self.emit(VmmEvent::DeviceLost { bdf: loss.bdf, why: loss.why });
     }
 }
 
@@ -402,7 +402,7 @@ impl MutEventSubscriber for Process {
             if let Err(error) = ops.add(Events::with_data_raw(fd, token, EventSet::IN)) {
                 tracing::error!(vm = %self.vm, "Cannot listen to the control socket: {error:?}");
                 self.ended = Some(self.started);
-                self.stop_ordered = true;
+                self.stop_commanded = true;
             }
         }
     }

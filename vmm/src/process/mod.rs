@@ -8,7 +8,7 @@
 
 mod commands;
 mod event_loop;
-mod reports;
+mod event_queue;
 mod resets;
 #[cfg(test)]
 mod tests;

@@ -148,8 +148,8 @@ struct Fixture {
     vm: Uuid,
     channel: Channel,
     console: File,
-    reports: Vec<Report>,
-    /// Questions that came before the result of a command: relays send them by themselves.
+    events: Vec<VmmEvent>,
+    /// Requests that came before the result of a command: relays send them by themselves.
     early: VecDeque<ToAgent>,
     process: Option<thread::JoinHandle<ExitCode>>,
     next: u64,
@@ -175,7 +175,7 @@ impl Fixture {
             vm,
             channel,
             console,
-            reports: Vec::new(),
+            events: Vec::new(),
             early: VecDeque::new(),
             process: Some(process),
             next: 0,
@@ -218,15 +218,15 @@ impl Fixture {
         }
     }
 
-    fn order(&mut self, order: Order, fds: &[&File]) -> Result<Outcome, Failure> {
+    fn command(&mut self, command: VmmCommand, fds: &[&File]) -> Result<Outcome, Failure> {
         self.next += 1;
         let fds: Vec<_> = fds.iter().map(|fd| fd.as_fd()).collect();
-        self.channel.send(&ToVmm::Order { id: self.next, order }, &fds).unwrap();
+        self.channel.send(&ToVmm::Command { id: self.next, command }, &fds).unwrap();
         loop {
             match self.receive_new() {
-                question @ ToAgent::Ask { .. } => self.early.push_back(question),
+                guest_request @ ToAgent::Request { .. } => self.early.push_back(guest_request),
                 ToAgent::Done { id, result } if id == self.next => return result,
-                ToAgent::Report { report, .. } => self.reports.push(report),
+                ToAgent::Event { event, .. } => self.events.push(event),
                 other => panic!("{other:?}"),
             }
         }
@@ -268,13 +268,13 @@ impl Fixture {
         let own = [(files::KVM, &kvm), (files::CONSOLE, &console), (files::KERNEL, &image)];
         let (names, fds): (Vec<_>, Vec<_>) =
             own.into_iter().chain(others.iter().copied()).map(|(name, file)| (name.to_owned(), file)).unzip();
-        self.order(Order::Configure { spec: Box::new(spec), files: names }, &fds)
+        self.command(VmmCommand::Configure { spec: Box::new(spec), files: names }, &fds)
     }
 
-    fn wait_for(&mut self, what: impl Fn(&Report) -> bool) {
-        while !self.reports.iter().any(&what) {
+    fn wait_for(&mut self, what: impl Fn(&VmmEvent) -> bool) {
+        while !self.events.iter().any(&what) {
             match self.receive() {
-                ToAgent::Report { report, .. } => self.reports.push(report),
+                ToAgent::Event { event, .. } => self.events.push(event),
                 other => panic!("{other:?}"),
             }
         }
@@ -307,11 +307,15 @@ impl Fixture {
 fn a_guest_prints_and_powers_off() {
     let mut vm = Fixture::new();
     vm.configure(&guest!(guest_hello, guest_hello_end)).unwrap();
-    assert_eq!(vm.order(Order::Pause, &[]).unwrap_err().code, FailureCode::WrongState, "not running yet");
-    vm.order(Order::Run, &[]).unwrap();
-    vm.wait_for(|report| matches!(report, Report::Ended { end: End::PoweredOff }));
+    assert_eq!(
+        vm.command(VmmCommand::Pause, &[]).unwrap_err().code,
+        FailureCode::WrongState,
+        "not running yet"
+    );
+    vm.command(VmmCommand::Run, &[]).unwrap();
+    vm.wait_for(|event| matches!(event, VmmEvent::Ended { end: End::PoweredOff }));
     assert_eq!(vm.output(), "hi\n");
-    assert_eq!(vm.order(Order::Run, &[]).unwrap_err().code, FailureCode::WrongState);
+    assert_eq!(vm.command(VmmCommand::Run, &[]).unwrap_err().code, FailureCode::WrongState);
     vm.exit();
 }
 
@@ -319,35 +323,35 @@ fn a_guest_prints_and_powers_off() {
 fn a_guest_resets_pauses_resumes_and_is_reached_by_a_second_agent() {
     let mut vm = Fixture::new();
     vm.configure(&guest!(guest_reset, guest_reset_end)).unwrap();
-    vm.order(Order::Run, &[]).unwrap();
-    vm.wait_for(|report| *report == Report::State { state: State::Running, boots: 2 });
-    vm.order(Order::ConsoleWait { offset: 20 }, &[]).unwrap();
+    vm.command(VmmCommand::Run, &[]).unwrap();
+    vm.wait_for(|event| *event == VmmEvent::State { state: State::Running, boots: 2 });
+    vm.command(VmmCommand::ConsoleWait { offset: 20 }, &[]).unwrap();
     assert!(vm.output().starts_with("AB...."), "{}", vm.output());
 
-    vm.order(Order::Pause, &[]).unwrap();
+    vm.command(VmmCommand::Pause, &[]).unwrap();
     let still = vm.output();
     thread::sleep(Duration::from_millis(50));
     assert_eq!(vm.output(), still, "a paused guest does nothing");
     assert_eq!(vm.reconnect(), (State::Paused, 2));
-    vm.order(Order::Run, &[]).unwrap();
-    vm.order(Order::ConsoleWait { offset: still.len() as u64 }, &[]).unwrap();
+    vm.command(VmmCommand::Run, &[]).unwrap();
+    vm.command(VmmCommand::ConsoleWait { offset: still.len() as u64 }, &[]).unwrap();
     assert!(vm.output().len() > still.len());
 
-    let Outcome::Stats(stats) = vm.order(Order::Stats, &[]).unwrap() else { panic!() };
+    let Outcome::Stats(stats) = vm.command(VmmCommand::Stats, &[]).unwrap() else { panic!() };
     assert!(stats.exits["io_out"] > 20 && stats.exits["io_in"] > 4, "{:?}", stats.exits);
     assert_eq!((stats.boots, stats.memory), (2, 4 << 20));
 
-    vm.order(Order::Reboot, &[]).unwrap();
-    vm.reports.clear();
-    vm.order(Order::ConsoleInput { bytes: b"r".to_vec() }, &[]).unwrap();
-    vm.wait_for(|report| *report == Report::State { state: State::Running, boots: 4 });
+    vm.command(VmmCommand::Reboot, &[]).unwrap();
+    vm.events.clear();
+    vm.command(VmmCommand::ConsoleInput { bytes: b"r".to_vec() }, &[]).unwrap();
+    vm.wait_for(|event| *event == VmmEvent::State { state: State::Running, boots: 4 });
     let boots = vm.output().matches('B').count();
     assert!(boots >= 1);
     assert_eq!(
-        vm.order(Order::ConsoleInput { bytes: b"xq".to_vec() }, &[]),
+        vm.command(VmmCommand::ConsoleInput { bytes: b"xq".to_vec() }, &[]),
         Ok(Outcome::ConsoleTaken { taken: 2 })
     );
-    vm.wait_for(|report| matches!(report, Report::Ended { end: End::PoweredOff }));
+    vm.wait_for(|event| matches!(event, VmmEvent::Ended { end: End::PoweredOff }));
     vm.exit();
 }
 
@@ -356,18 +360,18 @@ fn a_guest_resets_pauses_resumes_and_is_reached_by_a_second_agent() {
 fn a_reset_takes_kvms_clock_out_of_memory() {
     let mut vm = Fixture::new();
     vm.configure(&guest!(guest_clock, guest_clock_end)).unwrap();
-    vm.order(Order::Run, &[]).unwrap();
-    vm.wait_for(|report| matches!(report, Report::Ended { end: End::PoweredOff }));
+    vm.command(VmmCommand::Run, &[]).unwrap();
+    vm.wait_for(|event| matches!(event, VmmEvent::Ended { end: End::PoweredOff }));
     assert_eq!(vm.output(), "00", "no clock at either boot");
     vm.exit();
 }
 
 #[test]
-fn an_order_to_stop_ends_a_busy_guest_and_the_process() {
+fn a_command_to_stop_ends_a_busy_guest_and_the_process() {
     let mut vm = Fixture::new();
     vm.configure(&guest!(guest_reset, guest_reset_end)).unwrap();
-    vm.order(Order::Run, &[]).unwrap();
-    vm.order(Order::Stop, &[]).unwrap();
+    vm.command(VmmCommand::Run, &[]).unwrap();
+    vm.command(VmmCommand::Stop, &[]).unwrap();
     vm.process.take().unwrap().join().unwrap();
 }
 
@@ -377,7 +381,7 @@ fn what_is_no_kernel_is_refused_with_its_own_code() {
     let failure = vm.configure(b"#!/bin/sh\n").unwrap_err();
     assert_eq!(failure.code, FailureCode::Kernel);
     assert!(failure.detail.contains("neither"), "{failure}");
-    vm.wait_for(|report| matches!(report, Report::Ended { end: End::Failed { .. } }));
+    vm.wait_for(|event| matches!(event, VmmEvent::Ended { end: End::Failed { .. } }));
     vm.exit();
 }
 
@@ -393,15 +397,15 @@ fn the_machine_s_files_have_the_names_that_it_knows() {
         let failure = vm.configure_with(&guest!(guest_hello, guest_hello_end), vec![], &others).unwrap_err();
         assert_eq!(failure.code, FailureCode::Invalid);
         assert!(failure.detail.contains(cause), "{failure}");
-        vm.order(Order::Stop, &[]).unwrap();
+        vm.command(VmmCommand::Stop, &[]).unwrap();
         vm.process.take().unwrap().join().unwrap();
     }
     let mut vm = Fixture::new();
-    let configure = Order::Configure { spec: Box::new(vm.spec(Vec::new())), files: vec!["kvm".into()] };
-    let failure = vm.order(configure.clone(), &[]).unwrap_err();
+    let configure = VmmCommand::Configure { spec: Box::new(vm.spec(Vec::new())), files: vec!["kvm".into()] };
+    let failure = vm.command(configure.clone(), &[]).unwrap_err();
     assert_eq!(failure.code, FailureCode::Invalid);
     assert!(failure.detail.contains("names 1 files, and 0 came"), "{failure}");
-    let failure = vm.order(configure, &[&spare]).unwrap_err();
+    let failure = vm.command(configure, &[&spare]).unwrap_err();
     assert!(failure.detail.contains("file console is missing"), "{failure}");
     vm.exit();
 }
@@ -418,6 +422,6 @@ fn an_agent_without_a_common_version_or_for_another_vm_is_refused() {
         assert!(matches!(vm.receive(), ToAgent::Refused { .. }));
     }
     vm.reconnect();
-    vm.order(Order::Stop, &[]).unwrap();
+    vm.command(VmmCommand::Stop, &[]).unwrap();
     vm.process.take().unwrap().join().unwrap();
 }

@@ -71,8 +71,8 @@ fn line(decision: &Decision, suppressed: u64) {
     use tracing::Level;
     match (decision.outcome, decision.committed) {
         (Outcome::Denied, _) => say!(Level::WARN, "Denied"),
-        (Outcome::TakenBack, Committed::Failed) => say!(Level::ERROR, "Not revoked"),
-        (Outcome::TakenBack, _) => say!(Level::WARN, "Revoked"),
+        (Outcome::Revoked, Committed::Failed) => say!(Level::ERROR, "Not revoked"),
+        (Outcome::Revoked, _) => say!(Level::WARN, "Revoked"),
         (Outcome::Repaired, Committed::Failed) => say!(Level::ERROR, "Drift not corrected"),
         (Outcome::Repaired, _) => say!(Level::WARN, "Drift corrected"),
         (Outcome::Reverted, Committed::Failed) => say!(Level::ERROR, "Late change not rolled back"),

@@ -259,7 +259,7 @@ fn name(outcome: &netpolicy::Outcome) -> &'static str {
     match outcome {
         Outcome::Allowed => "allowed",
         Outcome::Denied => "denied",
-        Outcome::TakenBack => "taken_back",
+        Outcome::Revoked => "taken_back",
         Outcome::Repaired => "repaired",
         Outcome::Reverted => "reverted",
     }

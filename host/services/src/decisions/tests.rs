@@ -78,7 +78,7 @@ async fn filters_say_what_is_listed() {
     let (log, _) = open(&dir, 100);
     log.note(decision(1, "a", Outcome::Denied, 10));
     log.note(decision(1, "b", Outcome::Allowed, 20));
-    log.note(decision(2, "c", Outcome::TakenBack, 30));
+    log.note(decision(2, "c", Outcome::Revoked, 30));
     let check = async |filter: DecisionFilter, expect: &[&str]| {
         let found = log.query(filter.clone()).await.unwrap();
         let found: Vec<_> = found.iter().filter_map(|d| d.requested.as_deref()).collect();
@@ -90,7 +90,7 @@ async fn filters_say_what_is_listed() {
     check(DecisionFilter { vm: Some(Uuid::from_u128(2).to_string()), ..filter() }, &["c"]).await;
     check(DecisionFilter { vm: Some("vm".into()), ..filter() }, &[]).await;
     check(DecisionFilter { port: Some(Uuid::from_u128(101)), ..filter() }, &["b", "a"]).await;
-    check(DecisionFilter { verdict: Some(Outcome::TakenBack), ..filter() }, &["c"]).await;
+    check(DecisionFilter { verdict: Some(Outcome::Revoked), ..filter() }, &["c"]).await;
     check(DecisionFilter { since: Some(Timestamp::from_unix_ms(20)), ..filter() }, &["c", "b"]).await;
 }
 
@@ -125,7 +125,7 @@ async fn what_has_changed_something_never_yields_to_what_has_not() {
     let (log, _) = open(&dir, 100);
     let granted = Decision { committed: Committed::Mailbox, ..decision(1, "granted", Outcome::Allowed, 1) };
     log.note(granted.clone());
-    log.note(decision(1, "revoked", Outcome::TakenBack, 2));
+    log.note(decision(1, "revoked", Outcome::Revoked, 2));
     for ms in 3..300 {
         let port = PortId(Uuid::from_u128(u128::from(100 + ms % 16)));
         log.note(Decision { port, ..decision(1, &ms.to_string(), Outcome::Denied, ms) });
@@ -204,7 +204,7 @@ async fn records_are_bounded_and_one_vm_has_only_its_share() {
     assert_eq!(log.query(filter()).await.unwrap().len(), 100);
     for vm in 100..130 {
         for ms in 0..10 {
-            log.note(decision(vm, &ms.to_string(), Outcome::TakenBack, 2000 + ms));
+            log.note(decision(vm, &ms.to_string(), Outcome::Revoked, 2000 + ms));
         }
     }
     assert_eq!(log.query(filter()).await.unwrap().len(), 100, "changes are bounded, too");

@@ -256,7 +256,7 @@ fn verdict(outcome: Outcome) -> Word {
     Word(match outcome {
         Outcome::Allowed => "allowed",
         Outcome::Denied => "denied",
-        Outcome::TakenBack => "taken_back",
+        Outcome::Revoked => "taken_back",
         Outcome::Repaired => "repaired",
         Outcome::Reverted => "reverted",
     })

@@ -5,7 +5,8 @@
 //!
 //! Each PF has a thread that executes its commands in order. The kernel makes all changes of
 //! network interfaces one after the other, so one thread would be enough for it. But the process of
-//! a simulated PF may be in a guest's hands, and must not hold up the commands for other PFs.
+//! a simulated PF may be in a guest's hands, and must not hold up the commands for other PFs. The
+//! thread starts with the first command and ends when the PF is gone, after the commands before.
 //!
 //! Calls have no timeout. Callers with a deadline must roll back late successes.
 
@@ -14,7 +15,7 @@ pub mod watch;
 use std::{
     collections::{BTreeMap, HashMap},
     fmt, io,
-    sync::{Arc, Mutex, MutexGuard, PoisonError, Weak, mpsc},
+    sync::{Arc, Mutex, MutexGuard, PoisonError, mpsc},
     thread,
 };
 
@@ -84,19 +85,9 @@ type Reply<T> = oneshot::Sender<Result<T, PfFailure>>;
 
 /// A command to the thread of a PF.
 enum Command {
-    Capabilities {
-        reply: Reply<PfCapabilities>,
-    },
-    Read {
-        reply: Reply<BTreeMap<u16, VfSettings>>,
-    },
-    Apply {
-        vf: VfRef,
-        changes: Vec<VfChange>,
-        reply: Reply<()>,
-    },
-    /// The PF is gone. The open control is useless, and another PF may soon have its name.
-    Forget,
+    Capabilities { reply: Reply<PfCapabilities> },
+    Read { reply: Reply<BTreeMap<u16, VfSettings>> },
+    Apply { vf: VfRef, changes: Vec<VfChange>, reply: Reply<()> },
 }
 
 /// The handle of the threads, which end with the last handle.
@@ -106,7 +97,7 @@ pub struct PfHandle(Arc<Threads>);
 struct Threads {
     pfs: Arc<dyn Pfs>,
     lists: mpsc::Sender<Reply<Vec<PfName>>>,
-    /// By the PF's name. A thread is here while it has open control of its PF or commands.
+    /// By the PF's name. A thread ends when its sender is dropped.
     of_pfs: Mutex<HashMap<String, mpsc::Sender<Command>>>,
 }
 
@@ -122,7 +113,7 @@ impl Threads {
     }
 
     /// Sends a command to a PF's thread, and starts the thread if there is none.
-    fn tell(self: &Arc<Self>, pf: &str, command: Command) -> Result<(), PfFailure> {
+    fn tell(&self, pf: &str, command: Command) -> Result<(), PfFailure> {
         let mut threads = self.of_pfs();
         let command = match threads.get(pf) {
             None => command,
@@ -136,12 +127,7 @@ impl Threads {
             return Err(PfFailure::TooMany);
         }
         let (commands, inbox) = mpsc::channel();
-        let thread = Thread {
-            pf: pf.to_owned(),
-            pfs: Arc::clone(&self.pfs),
-            threads: Arc::downgrade(self),
-            control: None,
-        };
+        let thread = Thread { pf: pf.to_owned(), pfs: Arc::clone(&self.pfs), control: None };
         let started = thread::Builder::new().name("pf".into()).spawn(move || thread.run(&inbox));
         started.map_err(PfFailure::Thread)?;
         commands.send(command).map_err(|_| PfFailure::Closed)?;
@@ -170,10 +156,14 @@ impl PfHandle {
     async fn call<T>(&self, pf: &str, command: impl FnOnce(Reply<T>) -> Command) -> Result<T, PfFailure> {
         let (reply, answer) = oneshot::channel();
         self.0.tell(pf, command(reply))?;
-        answer.await.map_err(|_| PfFailure::Closed)?
+        let result = answer.await.map_err(|_| PfFailure::Closed)?;
+        if is_gone(&result) {
+            self.0.of_pfs().remove(pf);
+        }
+        result
     }
 
-    /// The PFs that exist now. Threads of other PFs close them.
+    /// The PFs that exist now. Threads of other PFs end: another PF may soon have such a name.
     ///
     /// # Errors
     /// See [`PfFailure`].
@@ -181,11 +171,7 @@ impl PfHandle {
         let (reply, answer) = oneshot::channel();
         self.0.lists.send(reply).map_err(|_| PfFailure::Closed)?;
         let list = answer.await.map_err(|_| PfFailure::Closed)??;
-        for (_, thread) in self.0.of_pfs().iter().filter(|(name, _)| !list.iter().any(|pf| pf.name == **name))
-        {
-            // A thread that has ended has nothing to close.
-            drop(thread.send(Command::Forget));
-        }
+        self.0.of_pfs().retain(|name, _| list.iter().any(|pf| pf.name == *name));
         Ok(list)
     }
 
@@ -224,31 +210,15 @@ impl PfHandle {
 struct Thread {
     pf: String,
     pfs: Arc<dyn Pfs>,
-    threads: Weak<Threads>,
     /// The open control of the PF, with the address of that PF.
     control: Option<(Bdf, Box<dyn PfControl>)>,
 }
 
 impl Thread {
     fn run(mut self, inbox: &mpsc::Receiver<Command>) {
-        let mut next = inbox.recv().ok();
-        while let Some(command) = next {
+        while let Ok(command) = inbox.recv() {
             self.obey(command);
-            next = if self.control.is_some() { inbox.recv().ok() } else { self.next_or_end(inbox) };
         }
-    }
-
-    /// The next command. Without one, the thread removes itself from the PF's entry and ends.
-    fn next_or_end(&self, inbox: &mpsc::Receiver<Command>) -> Option<Command> {
-        // Without handles no other thread can get this PF's commands.
-        let Some(threads) = self.threads.upgrade() else { return inbox.try_recv().ok() };
-        // A sender of commands holds the lock, so no command is lost.
-        let mut of_pfs = threads.of_pfs();
-        let next = inbox.try_recv().ok();
-        if next.is_none() {
-            of_pfs.remove(&self.pf);
-        }
-        next
     }
 
     fn obey(&mut self, command: Command) {
@@ -263,7 +233,6 @@ impl Thread {
             Command::Apply { vf, changes, reply } => {
                 drop(reply.send(self.apply(&vf, &changes)));
             }
-            Command::Forget => self.control = None,
         }
     }
 
@@ -290,6 +259,12 @@ impl Thread {
         }
         result
     }
+}
+
+/// Whether there is no such PF.
+fn is_gone<T>(result: &Result<T, PfFailure>) -> bool {
+    use InventoryError::{NoDevice, NoSuchInterface, NotPf};
+    matches!(result, Err(PfFailure::Pf(PfError::Inventory(NoDevice(_) | NotPf(_) | NoSuchInterface(_)))))
 }
 
 /// Whether control of the PF must be opened again.

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 
-use std::time::Duration;
+use std::{sync::Arc, time::Duration};
 
 use netpolicy::VfRef;
 use sriov::VfChange;
@@ -65,27 +65,54 @@ async fn a_pf_that_does_not_answer_keeps_nobody_waiting_for_another() {
     assert!(mac.holds(&pfs.vf("eth0", 1)));
 }
 
+/// The threads of single PFs that run now. Each of them can reach the PFs, as the handle and the list's thread can.
+fn threads(handle: &PfHandle) -> usize {
+    Arc::strong_count(&handle.0.pfs) - 2
+}
+
+async fn until_threads(handle: &PfHandle, n: usize) {
+    let so = async {
+        while threads(handle) != n || handle.0.of_pfs().len() != n {
+            tokio::time::sleep(Duration::from_millis(1)).await;
+        }
+    };
+    timeout(Duration::from_secs(10), so).await.expect("so many threads");
+}
+
 #[tokio::test]
 async fn a_thread_is_there_as_long_as_its_pf() {
     let pfs = FakePfs::new(&["eth0"]);
     let handle = PfHandle::start(pfs.clone()).unwrap();
-    let until = async |n| {
-        let so = async {
-            while handle.0.of_pfs().len() != n {
-                tokio::time::sleep(Duration::from_millis(1)).await;
-            }
-        };
-        timeout(Duration::from_secs(10), so).await.expect("so many threads");
-    };
+    until_threads(&handle, 0).await;
     handle.read("eth0").await.unwrap();
     for n in 0..1000 {
         handle.read(&format!("eth{}", n + 1)).await.unwrap_err();
     }
-    until(1).await;
-    let gone = pfs.world().pfs.remove("eth0").unwrap();
+    until_threads(&handle, 1).await;
+    for _ in 0..100 {
+        let gone = pfs.world().pfs.remove("eth0").unwrap();
+        handle.list().await.unwrap();
+        until_threads(&handle, 0).await;
+        pfs.world().pfs.insert("eth0".into(), gone);
+        handle.read("eth0").await.unwrap();
+        until_threads(&handle, 1).await;
+    }
+}
+
+#[tokio::test]
+async fn a_pf_that_goes_away_while_it_hangs_ends_its_thread_after_its_commands() {
+    let pfs = FakePfs::new(&["eth0"]);
+    let handle = PfHandle::start(pfs.clone()).unwrap();
+    pfs.world().hangs = Some("eth0".into());
+    let waiting = handle.clone();
+    let stuck = tokio::spawn(async move { waiting.read("eth0").await });
+    while pfs.world().reads == 0 {
+        tokio::time::sleep(Duration::from_millis(1)).await;
+    }
+    pfs.world().pfs.remove("eth0");
     handle.list().await.unwrap();
-    until(0).await;
-    pfs.world().pfs.insert("eth0".into(), gone);
-    handle.read("eth0").await.unwrap();
-    until(1).await;
+    assert_eq!((threads(&handle), handle.0.of_pfs().len()), (1, 0));
+    pfs.world().hangs = None;
+    stuck.await.unwrap().unwrap_err();
+    until_threads(&handle, 0).await;
 }

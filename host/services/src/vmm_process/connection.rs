@@ -2,8 +2,8 @@
 
 //! The agent's end of a control connection: a task per connection carries messages between the socket and the handles.
 //!
-//! The relays' messages and reboots go straight to the [receiver](RelayEvents) of the connection, in the vmm's order: a
-//! guest's driver waits for the responses. Reports of the machine go to the VM's task, as [`Event`]s.
+//! The relays' messages and reboots go straight to the [receiver](RelayMessages) of the connection, in the vmm's order: a
+//! guest's driver waits for the responses. Events of the machine go to the VM's task, as [`MachineEvent`]s.
 
 mod backlog;
 
@@ -19,10 +19,10 @@ use std::{
 
 use async_trait::async_trait;
 use netpolicy::{StandingRefusal, clipped};
-use passthrough::relay::Notice;
+use passthrough::relay::RelayEvent;
 use protocol::{
-    Answer, Ask, Channel, ChannelError, Failure, Order, Outcome, Report, SPOKEN, STANDING_SINCE, State,
-    ToAgent, ToVmm,
+    AgentRequest, AgentResponse, Channel, ChannelError, Failure, Outcome, SPOKEN, STANDING_SINCE, State,
+    ToAgent, ToVmm, VmmCommand, VmmEvent,
 };
 use text::printable;
 use tokio::{
@@ -44,10 +44,10 @@ const PATIENCE: Duration = Duration::from_secs(5);
 /// Most characters of a vmm's reason to refuse a connection.
 const REASON: usize = 200;
 
-/// Most orders under way at once.
-const ORDERS_MAX: usize = 64;
+/// Most commands under way at once.
+const COMMANDS_MAX: usize = 64;
 
-/// Most reports and requests that wait to be handled. A vmm with more floods the agent: an honest one keeps 256 reports
+/// Most events and requests that wait to be handled. A vmm with more floods the agent: an honest one keeps 256 events
 /// while no agent is connected, and has one request for each adapter.
 const EVENTS_MAX: usize = 1024;
 
@@ -87,30 +87,30 @@ impl ConnectError {
     }
 }
 
-/// The reason why an order has no outcome.
+/// The reason why a command has no outcome.
 #[derive(Clone, Debug, thiserror::Error)]
-pub enum OrderError {
+pub enum CommandError {
     /// The vmm reports a failure.
     #[error(transparent)]
     Failed(#[from] Failure),
     /// The vmm violated the protocol.
     #[error("The vmm violated the protocol: {0}")]
     Nonsense(String),
-    /// The connection ended before the answer.
+    /// The connection ended before the response.
     #[error("The connection to the vmm ended before the response")]
     Lost,
-    /// No answer in time.
+    /// No response in time.
     #[error("The vmm did not answer within {} s", .0.as_secs())]
     Timeout(Duration),
-    /// Too many orders are under way.
+    /// Too many commands are under way.
     #[error("Too many commands to this VM are under way: try again later")]
     Busy,
-    /// The vmm's version of the protocol does not have the order.
+    /// The vmm's version of the protocol does not have the command.
     #[error(
         "The process of the VM is of an older version of Portcullis, which cannot do this: stop the VM and boot it again"
     )]
     TooOld,
-    /// The order does not fit into a message.
+    /// The command does not fit into a message.
     #[error("The command to the vmm is too long")]
     TooLong,
 }
@@ -126,34 +126,34 @@ pub struct Greeting {
     pub boots: u64,
 }
 
-/// A report of the machine. The agent acknowledges it by [`Connection::noted`] once it is stored.
+/// An event of the machine. The agent acknowledges it by [`Connection::noted`] once it is stored.
 #[derive(Debug)]
-pub struct Event {
-    /// The report's number.
+pub struct MachineEvent {
+    /// The event's number.
     pub seq: u64,
-    /// The report.
-    pub report: Report,
+    /// The event.
+    pub event: VmmEvent,
     /// For a reboot: completes when the receiver of the relays' messages has noted it. If it fails, the vmm must keep
-    /// the report.
+    /// the event.
     pub rebooted: Option<oneshot::Receiver<()>>,
 }
 
 /// A message of a vmm's relays, or about all of them.
 #[derive(Debug)]
-pub enum RelayEvent {
-    /// A request of a guest. [`Connection::answer`] sends the response.
-    Ask {
+pub enum RelayMessage {
+    /// A request of a guest. [`Connection::respond`] sends the response.
+    Request {
         /// The request's number.
         id: u64,
         /// The request.
-        ask: Ask,
+        request: AgentRequest,
     },
     /// An event of a relay.
-    Notice {
+    Event {
         /// The adapter.
         adapter: String,
         /// The event.
-        notice: Notice,
+        event: RelayEvent,
         /// Lets the vmm forget the event. If it is dropped, the connection ends, and the vmm repeats the event on the
         /// next one.
         done: oneshot::Sender<()>,
@@ -167,18 +167,18 @@ pub enum RelayEvent {
 
 /// Receives the messages of a vmm's relays, in the vmm's order. The adapters are the VM's.
 #[async_trait]
-pub trait RelayEvents: Send {
+pub trait RelayMessages: Send {
     /// Waits for room for one message. A call that is dropped loses nothing.
     async fn ready(&mut self);
 
     /// Takes one message, after [`ready`](Self::ready).
-    fn take(&mut self, event: RelayEvent);
+    fn take(&mut self, message: RelayMessage);
 }
 
 enum Request {
-    Order { order: Order, fds: Vec<OwnedFd>, reply: oneshot::Sender<Result<Outcome, OrderError>> },
+    Command { command: VmmCommand, fds: Vec<OwnedFd>, reply: oneshot::Sender<Result<Outcome, CommandError>> },
     Noted(u64),
-    Attach(Box<dyn RelayEvents>),
+    Attach(Box<dyn RelayMessages>),
 }
 
 /// The versions that this agent speaks.
@@ -227,7 +227,7 @@ impl Connection {
         vm: Uuid,
         adapters: HashSet<String>,
         allowance: &Allowance,
-    ) -> Result<(Self, Greeting, mpsc::Receiver<Event>), ConnectError> {
+    ) -> Result<(Self, Greeting, mpsc::Receiver<MachineEvent>), ConnectError> {
         let channel = Channel::connect(path).map_err(ConnectError::Socket)?;
         let interest = Interest::READABLE | Interest::WRITABLE;
         let channel = polled(channel, interest).map_err(ConnectError::Socket)?;
@@ -245,7 +245,7 @@ impl Connection {
             }
             _ => return Err(ConnectError::Handshake),
         };
-        let (requests, inbox) = mpsc::channel(ORDERS_MAX);
+        let (requests, inbox) = mpsc::channel(COMMANDS_MAX);
         let (events, receiver) = mpsc::channel(EVENTS_MAX);
         let channel = Arc::new(channel);
         let (standing, refusals) = watch::channel(Standing::new());
@@ -268,29 +268,29 @@ impl Connection {
         Ok((handle, greeting, receiver))
     }
 
-    /// Sends an order, with descriptors beside it, and waits up to `patience` for the outcome.
+    /// Sends a command, with descriptors beside it, and waits up to `patience` for the outcome.
     ///
     /// # Errors
-    /// See [`OrderError`]. After a timeout the order may still be carried out.
-    pub async fn order(
+    /// See [`CommandError`]. After a timeout the command may still be carried out.
+    pub async fn command(
         &self,
-        order: Order,
+        command: VmmCommand,
         fds: Vec<OwnedFd>,
         patience: Duration,
-    ) -> Result<Outcome, OrderError> {
-        if order.since() > self.version {
-            return Err(OrderError::TooOld);
+    ) -> Result<Outcome, CommandError> {
+        if command.since() > self.version {
+            return Err(CommandError::TooOld);
         }
-        let (reply, answer) = oneshot::channel();
-        let sent = self.requests.try_send(Request::Order { order, fds, reply });
+        let (reply, response) = oneshot::channel();
+        let sent = self.requests.try_send(Request::Command { command, fds, reply });
         sent.map_err(|error| match error {
-            mpsc::error::TrySendError::Full(_) => OrderError::Busy,
-            mpsc::error::TrySendError::Closed(_) => OrderError::Lost,
+            mpsc::error::TrySendError::Full(_) => CommandError::Busy,
+            mpsc::error::TrySendError::Closed(_) => CommandError::Lost,
         })?;
-        match timeout(patience, answer).await {
+        match timeout(patience, response).await {
             Ok(Ok(result)) => result,
-            Ok(Err(_)) => Err(self.fault().map_or(OrderError::Lost, OrderError::Nonsense)),
-            Err(_) => Err(OrderError::Timeout(patience)),
+            Ok(Err(_)) => Err(self.fault().map_or(CommandError::Lost, CommandError::Nonsense)),
+            Err(_) => Err(CommandError::Timeout(patience)),
         }
     }
 
@@ -300,7 +300,7 @@ impl Connection {
         self.fault.get().cloned()
     }
 
-    /// Sets the standing denial of an adapter's relay; None removes it. The vmm receives it before any later order. A
+    /// Sets the standing denial of an adapter's relay; None removes it. The vmm receives it before any later command. A
     /// vmm that is too old for standing denials still sends all requests.
     pub fn set_standing_refusal(&self, adapter: &str, refusal: Option<StandingRefusal>) {
         self.standing.send_if_modified(|standing| match standing.get(adapter) {
@@ -314,11 +314,11 @@ impl Connection {
     }
 
     /// Sets the receiver of the relays' messages. It gets all of them, from the first of this connection on.
-    pub async fn attach(&self, relays: Box<dyn RelayEvents>) {
+    pub async fn attach(&self, relays: Box<dyn RelayMessages>) {
         drop(self.requests.send(Request::Attach(relays)).await);
     }
 
-    /// Acknowledges the machine's reports up to `seq`. The vmm may forget them.
+    /// Acknowledges the machine's events up to `seq`. The vmm may forget them.
     pub async fn noted(&self, seq: u64) {
         // If the connection has ended, the vmm reports again on the next one.
         drop(self.requests.send(Request::Noted(seq)).await);
@@ -327,9 +327,9 @@ impl Connection {
     /// Responds to a request at once, past the connection's task, because a guest's driver waits for the response. It
     /// is lost if the connection has ended, or if the vmm leaves its socket full: the relay then denies the request by
     /// itself.
-    pub fn answer(&self, id: u64, answer: Answer) {
+    pub fn respond(&self, id: u64, response: AgentResponse) {
         let Some(channel) = self.channel.upgrade() else { return };
-        if let Err(error) = channel.get_ref().send(&ToVmm::Answer { id, answer }, &[]) {
+        if let Err(error) = channel.get_ref().send(&ToVmm::Response { id, response }, &[]) {
             tracing::debug!("a response to a vmm is lost: {error}");
         }
     }
@@ -375,16 +375,16 @@ async fn serve(
     channel: &AsyncFd<Channel>,
     mut inbox: mpsc::Receiver<Request>,
     mut refusals: Refusals,
-    events: mpsc::Sender<Event>,
+    events: mpsc::Sender<MachineEvent>,
     mut conduct: Conduct,
     fault: &OnceLock<String>,
 ) -> Result<(), ChannelError> {
-    // Set before the waiting callers of orders learn of the end.
+    // Set before the waiting callers of commands learn of the end.
     let nonsense = |why: String| {
         let _ = fault.set(why);
         ChannelError::Closed
     };
-    let mut waiting: HashMap<u64, oneshot::Sender<Result<Outcome, OrderError>>> = HashMap::new();
+    let mut waiting: HashMap<u64, oneshot::Sender<Result<Outcome, CommandError>>> = HashMap::new();
     let mut last = 0;
     let (mut unnoted, mut relays) = (Unnoted::default(), Relays::default());
     // A vmm that has closed its end may have left messages in the socket: only a failed read ends the connection, not a
@@ -403,23 +403,23 @@ async fn serve(
                 None => return Ok(()),
                 Some(Request::Noted(upto)) => unnoted.noted(upto),
                 Some(Request::Attach(receiver)) => relays.receiver = Some(receiver),
-                Some(Request::Order { order, fds, reply }) => {
+                Some(Request::Command { command, fds, reply }) => {
                     waiting.retain(|_, reply| !reply.is_closed());
-                    if waiting.len() >= ORDERS_MAX {
-                        drop(reply.send(Err(OrderError::Busy)));
+                    if waiting.len() >= COMMANDS_MAX {
+                        drop(reply.send(Err(CommandError::Busy)));
                         continue;
                     }
                     last += 1;
-                    // A standing denial that was set before an order must arrive before it.
+                    // A standing denial that was set before a command must arrive before it.
                     sent(tell(channel, refusals.news()).await)?;
-                    conduct.ordered(last, &order).map_err(nonsense)?;
-                    match send(channel, &ToVmm::Order { id: last, order }, &fds).await {
+                    conduct.commanded(last, &command).map_err(nonsense)?;
+                    match send(channel, &ToVmm::Command { id: last, command }, &fds).await {
                         Ok(()) => drop(waiting.insert(last, reply)),
                         Err(ChannelError::TooLong(_)) => {
                             conduct.withdrawn(last);
-                            drop(reply.send(Err(OrderError::TooLong)));
+                            drop(reply.send(Err(CommandError::TooLong)));
                         }
-                        Err(ChannelError::Closed) => drop(reply.send(Err(OrderError::Lost))),
+                        Err(ChannelError::Closed) => drop(reply.send(Err(CommandError::Lost))),
                         Err(error) => return Err(error),
                     }
                 }
@@ -440,41 +440,41 @@ async fn serve(
                 let too_many = || nonsense(format!("it sent more than {EVENTS_MAX} messages at once"));
                 let event = match message {
                     ToAgent::Done { id, result } => {
-                        // If the caller has stopped waiting for the order, its result is dropped.
+                        // If the caller has stopped waiting for the command, its result is dropped.
                         if let Some(reply) = waiting.remove(&id) {
-                            drop(reply.send(result.map_err(OrderError::Failed)));
+                            drop(reply.send(result.map_err(CommandError::Failed)));
                         }
                         continue;
                     }
-                    ToAgent::Ask { id, ask } => {
+                    ToAgent::Request { id, request } => {
                         if relays.len() >= EVENTS_MAX {
                             return Err(too_many());
                         }
-                        relays.pass(RelayEvent::Ask { id, ask });
+                        relays.pass(RelayMessage::Request { id, request });
                         continue;
                     }
-                    ToAgent::Report { seq, report: Report::Relay { adapter, notice } } => {
+                    ToAgent::Event { seq, event: VmmEvent::Relay { adapter, event } } => {
                         if unnoted.len() >= EVENTS_MAX {
                             return Err(too_many());
                         }
                         let (done, noted) = oneshot::channel();
                         unnoted.relay(seq, noted);
-                        relays.pass(RelayEvent::Notice { adapter, notice, done });
+                        relays.pass(RelayMessage::Event { adapter, event, done });
                         continue;
                     }
-                    ToAgent::Report { seq, report } => {
+                    ToAgent::Event { seq, event } => {
                         unnoted.machine(seq);
                         let mut rebooted = None;
-                        if let Report::State { state: State::Rebooting, .. } = report {
+                        if let VmmEvent::State { state: State::Rebooting, .. } = event {
                             let (done, noted) = oneshot::channel();
                             rebooted = Some(noted);
-                            relays.pass(RelayEvent::Rebooted { done });
+                            relays.pass(RelayMessage::Rebooted { done });
                         }
-                        Event { seq, report, rebooted }
+                        MachineEvent { seq, event, rebooted }
                     }
                     ToAgent::Hello { .. } | ToAgent::Refused { .. } => continue,
                 };
-                // To wait here for a slow reader would block the results of the reader's own orders.
+                // To wait here for a slow reader would block the results of the reader's own commands.
                 match events.try_send(event) {
                     Ok(()) => {}
                     Err(mpsc::error::TrySendError::Full(_)) => return Err(too_many()),

@@ -12,7 +12,9 @@ mod exit;
 mod protocol_guard;
 mod spawn;
 
-pub use connection::{ConnectError, Connection, Event, Greeting, OrderError, RelayEvent, RelayEvents};
+pub use connection::{
+    CommandError, ConnectError, Connection, Greeting, MachineEvent, RelayMessage, RelayMessages,
+};
 pub use directory::VmDirectory;
 pub use exit::{Exit, Identity, Process};
 pub use protocol_guard::Allowance;

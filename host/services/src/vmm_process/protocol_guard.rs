@@ -10,9 +10,9 @@ use std::{
 };
 
 use passthrough::relay::{Rate, TokenBucket};
-use protocol::{Ask, ChannelError, Order, Outcome, Report, ToAgent};
+use protocol::{AgentRequest, ChannelError, Outcome, ToAgent, VmmCommand, VmmEvent};
 
-/// Longest request or report in bytes. The longest of an honest vmm have about 1 KiB.
+/// Longest request or event in bytes. The longest of an honest vmm have about 1 KiB.
 const LONGEST: usize = 4096;
 
 /// The length of a response that costs no budget, in bytes. Honest ones have about 100, and failures some more.
@@ -28,7 +28,7 @@ const UNANSWERED: usize = 1024;
 /// agent opens another one.
 ///
 /// Each kind of message has a budget of its own, near the highest honest rate of the VM's adapters: a request costs a decision,
-/// a report of the machine a durable write, a relay's event a record.
+/// an event of the machine a durable write, a relay's event a record.
 ///
 /// Shared between the VM's task, which opens connections, and the task of the present connection. There is only one connection
 /// at a time, so neither task waits for the lock.
@@ -37,9 +37,9 @@ pub struct Allowance(Arc<Mutex<Budgets>>);
 
 #[derive(Debug)]
 struct Budgets {
-    questions: Budget,
-    notices: Budget,
-    reports: Budget,
+    requests: Budget,
+    relay_events: Budget,
+    machine_events: Budget,
     connections: Budget,
     /// The bytes of long responses. A process can have the agent repeat some commands as fast as it completes them.
     responses: Budget,
@@ -48,16 +48,16 @@ struct Budgets {
 impl Allowance {
     /// The allowance of a new process with this number of adapters. A relay takes 50 messages of its guest per second, after 64
     /// at once (`passthrough::relay`). Each can cause a request and an event, or two events: a silent denial, and the new guest
-    /// address. A vmm keeps 256 reports while no agent is connected. An agent that stalled then receives the content of a whole
+    /// address. A vmm keeps 256 events while no agent is connected. An agent that stalled then receives the content of a whole
     /// socket queue at once.
     #[must_use]
     pub fn new(adapters: usize) -> Self {
         let adapters = u32::try_from(adapters).unwrap_or(u32::MAX).min(16);
         Self(Arc::new(Mutex::new(Budgets {
-            questions: Budget::new("requests", 256 + 128 * adapters, 16 + 64 * adapters),
-            notices: Budget::new("events of relays", 512 + 256 * adapters, 16 + 128 * adapters),
+            requests: Budget::new("requests", 256 + 128 * adapters, 16 + 64 * adapters),
+            relay_events: Budget::new("events of relays", 512 + 256 * adapters, 16 + 128 * adapters),
             // A guest resets itself twice per second; each time the machine has two states to report.
-            reports: Budget::new("reports", 512, 8),
+            machine_events: Budget::new("reports", 512, 8),
             // A vmm ends a connection only when its agent reads nothing.
             connections: Budget::of(
                 "connections",
@@ -92,9 +92,9 @@ impl Allowance {
 #[derive(Debug)]
 pub(super) struct Conduct {
     /// Commands without a response, also those that timed out.
-    orders: HashMap<u64, Answers>,
-    report: u64,
-    ask: u64,
+    commands: HashMap<u64, Expected>,
+    event: u64,
+    request: u64,
     adapters: HashSet<String>,
     allowance: Allowance,
 }
@@ -131,50 +131,50 @@ impl Budget {
 
 /// The responses that a command may have.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Answers {
+enum Expected {
     Done,
     Stats,
     /// At most this number of bytes.
     ConsoleTaken(usize),
-    TakenBack,
+    Revoked,
 }
 
 impl Conduct {
     /// A new connection to the process of a VM with these adapters.
     pub(super) fn new(allowance: Allowance, adapters: HashSet<String>) -> Self {
-        Self { orders: HashMap::new(), report: 0, ask: 0, adapters, allowance }
+        Self { commands: HashMap::new(), event: 0, request: 0, adapters, allowance }
     }
 
     /// Notes a command that is about to be sent.
-    pub(super) fn ordered(&mut self, id: u64, order: &Order) -> Result<(), String> {
-        if self.orders.len() >= UNANSWERED {
+    pub(super) fn commanded(&mut self, id: u64, command: &VmmCommand) -> Result<(), String> {
+        if self.commands.len() >= UNANSWERED {
             return Err(format!("it has not responded to {UNANSWERED} commands"));
         }
-        let answers = match order {
-            Order::Stats => Answers::Stats,
-            Order::ConsoleInput { bytes } => Answers::ConsoleTaken(bytes.len()),
-            Order::TakeBack { .. } => Answers::TakenBack,
-            _ => Answers::Done,
+        let answers = match command {
+            VmmCommand::Stats => Expected::Stats,
+            VmmCommand::ConsoleInput { bytes } => Expected::ConsoleTaken(bytes.len()),
+            VmmCommand::Revoke { .. } => Expected::Revoked,
+            _ => Expected::Done,
         };
         // A machine that is started, paused or booted anew reports its new state. No other command leads to a report of the
         // machine, and a process can have the agent repeat some of them: those about console and counters by its answers,
         // those about addresses by each reboot that it claims.
-        // One that runs may be paused at once by a full disk, which has two reports.
-        let leads_to = match order {
-            Order::Run => 3,
-            Order::Pause | Order::Reboot => 1,
+        // One that runs may be paused at once by a full disk, which has two events.
+        let leads_to = match command {
+            VmmCommand::Run => 3,
+            VmmCommand::Pause | VmmCommand::Reboot => 1,
             _ => 0,
         };
         for _ in 0..leads_to {
-            self.allowance.0.lock().unwrap_or_else(PoisonError::into_inner).reports.bucket.put_back();
+            self.allowance.0.lock().unwrap_or_else(PoisonError::into_inner).machine_events.bucket.put_back();
         }
-        self.orders.insert(id, answers);
+        self.commands.insert(id, answers);
         Ok(())
     }
 
     /// Forgets a command that could not be sent.
     pub(super) fn withdrawn(&mut self, id: u64) {
-        self.orders.remove(&id);
+        self.commands.remove(&id);
     }
 
     /// Checks whether the message, of `length` bytes, may come now.
@@ -187,9 +187,9 @@ impl Conduct {
 
     fn check_at(&mut self, message: &ToAgent, length: usize, now: Instant) -> Result<(), String> {
         let budget: Option<fn(&mut Budgets) -> &mut Budget> = match message {
-            ToAgent::Ask { .. } => Some(|budgets| &mut budgets.questions),
-            ToAgent::Report { report: Report::Relay { .. }, .. } => Some(|budgets| &mut budgets.notices),
-            ToAgent::Report { .. } => Some(|budgets| &mut budgets.reports),
+            ToAgent::Request { .. } => Some(|budgets| &mut budgets.requests),
+            ToAgent::Event { event: VmmEvent::Relay { .. }, .. } => Some(|budgets| &mut budgets.relay_events),
+            ToAgent::Event { .. } => Some(|budgets| &mut budgets.machine_events),
             // The number of commands bounds these, and a budget their bytes.
             _ => None,
         };
@@ -202,11 +202,11 @@ impl Conduct {
         match message {
             ToAgent::Hello { .. } | ToAgent::Refused { .. } => Err("it sent a second handshake".into()),
             ToAgent::Done { id, result } => {
-                let answers = self.orders.remove(id);
+                let answers = self.commands.remove(id);
                 let answers =
                     answers.ok_or_else(|| format!("it completed the command {id}, which was not sent"))?;
                 // A process cannot have the agent repeat the command for counters, which are long: clients of the API do.
-                if answers != Answers::Stats {
+                if answers != Expected::Stats {
                     self.allowance.spend_response(length, now)?;
                 }
                 match result {
@@ -216,15 +216,15 @@ impl Conduct {
                     _ => Ok(()),
                 }
             }
-            ToAgent::Report { seq, report } => {
-                if let Report::Relay { adapter, .. } = report {
+            ToAgent::Event { seq, event } => {
+                if let VmmEvent::Relay { adapter, .. } = event {
                     self.own(adapter)?;
                 }
-                follows(&mut self.report, *seq, "report")
+                follows(&mut self.event, *seq, "report")
             }
-            ToAgent::Ask { id, ask: Ask::Mailbox { adapter, .. } } => {
+            ToAgent::Request { id, request: AgentRequest::Mailbox { adapter, .. } } => {
                 self.own(adapter)?;
-                follows(&mut self.ask, *id, "request")
+                follows(&mut self.request, *id, "request")
             }
         }
     }
@@ -235,7 +235,7 @@ impl Conduct {
     }
 }
 
-/// Numbers increase. (Not by one: a vmm without an agent drops its oldest reports.)
+/// Numbers increase. (Not by one: a vmm without an agent drops its oldest events.)
 fn follows(last: &mut u64, number: u64, what: &str) -> Result<(), String> {
     if number <= *last {
         return Err(format!("its {what} {number} came after {last}", last = *last));
@@ -244,12 +244,12 @@ fn follows(last: &mut u64, number: u64, what: &str) -> Result<(), String> {
     Ok(())
 }
 
-fn fits(answers: Answers, outcome: &Outcome) -> bool {
+fn fits(answers: Expected, outcome: &Outcome) -> bool {
     match (answers, outcome) {
-        (Answers::Done, Outcome::Done)
-        | (Answers::Stats, Outcome::Stats(_))
-        | (Answers::TakenBack, Outcome::TakenBack { .. }) => true,
-        (Answers::ConsoleTaken(most), Outcome::ConsoleTaken { taken }) => *taken <= most,
+        (Expected::Done, Outcome::Done)
+        | (Expected::Stats, Outcome::Stats(_))
+        | (Expected::Revoked, Outcome::Revoked { .. }) => true,
+        (Expected::ConsoleTaken(most), Outcome::ConsoleTaken { taken }) => *taken <= most,
         _ => false,
     }
 }
@@ -261,7 +261,7 @@ pub(super) fn is_nonsense(error: &ChannelError) -> bool {
 
 #[cfg(test)]
 mod tests {
-    use passthrough::relay::Notice;
+    use passthrough::relay::RelayEvent;
     use protocol::{DeviceLoss, Failure, FailureCode, State};
 
     use super::*;
@@ -278,18 +278,20 @@ mod tests {
         ToAgent::Done { id, result: Ok(outcome) }
     }
 
-    fn report(seq: u64) -> ToAgent {
-        ToAgent::Report { seq, report: Report::State { state: State::Running, boots: 1 } }
+    fn event(seq: u64) -> ToAgent {
+        ToAgent::Event { seq, event: VmmEvent::State { state: State::Running, boots: 1 } }
     }
 
     #[test]
-    fn each_order_has_one_answer_of_its_own_kind() {
+    fn each_command_has_one_response_of_its_own_kind() {
         let mut conduct = self::conduct(Allowance::new(1));
         let taken = |taken| Outcome::ConsoleTaken { taken };
-        for (id, order) in
-            [Order::Pause, Order::Stats, Order::ConsoleInput { bytes: vec![0; 3] }].iter().enumerate()
+        for (id, command) in
+            [VmmCommand::Pause, VmmCommand::Stats, VmmCommand::ConsoleInput { bytes: vec![0; 3] }]
+                .iter()
+                .enumerate()
         {
-            conduct.ordered(id as u64, order).unwrap();
+            conduct.commanded(id as u64, command).unwrap();
         }
         assert!(check(&mut conduct, &done(7, Outcome::Done)).unwrap_err().contains("was not sent"));
         assert!(check(&mut conduct, &done(1, Outcome::Done)).unwrap_err().contains("another command"));
@@ -297,7 +299,7 @@ mod tests {
         assert!(check(&mut conduct, &done(2, taken(3))).is_err(), "twice");
         let failure = Failure { code: FailureCode::WrongState, detail: String::new() };
         check(&mut conduct, &ToAgent::Done { id: 0, result: Err(failure) }).unwrap();
-        conduct.ordered(9, &Order::ConsoleInput { bytes: vec![0; 3] }).unwrap();
+        conduct.commanded(9, &VmmCommand::ConsoleInput { bytes: vec![0; 3] }).unwrap();
         assert!(check(&mut conduct, &done(9, taken(4))).is_err(), "more than there was");
     }
 
@@ -316,11 +318,11 @@ mod tests {
     #[test]
     fn numbers_grow_and_may_be_huge() {
         let mut conduct = self::conduct(Allowance::new(1));
-        check(&mut conduct, &report(5)).unwrap();
-        check(&mut conduct, &report(7)).unwrap();
-        assert!(check(&mut conduct, &report(7)).unwrap_err().contains("report 7"));
-        check(&mut conduct, &report(u64::MAX)).unwrap();
-        assert!(check(&mut conduct, &report(1)).is_err());
+        check(&mut conduct, &event(5)).unwrap();
+        check(&mut conduct, &event(7)).unwrap();
+        assert!(check(&mut conduct, &event(7)).unwrap_err().contains("report 7"));
+        check(&mut conduct, &event(u64::MAX)).unwrap();
+        assert!(check(&mut conduct, &event(1)).is_err());
     }
 
     /// Message `n` of a kind.
@@ -329,9 +331,9 @@ mod tests {
     const KINDS: [(&str, Kind, u32); 3] = [
         (
             "requests",
-            |id| ToAgent::Ask {
+            |id| ToAgent::Request {
                 id,
-                ask: serde_json::from_value::<Ask>(serde_json::json!({
+                request: serde_json::from_value::<AgentRequest>(serde_json::json!({
                     "ask": "mailbox", "adapter": "eth0", "question": { "seq": 1, "request": "reset" },
                 }))
                 .unwrap(),
@@ -341,17 +343,17 @@ mod tests {
         ),
         (
             "events of relays",
-            |seq| ToAgent::Report {
+            |seq| ToAgent::Event {
                 seq,
-                report: Report::Relay { adapter: "eth0".into(), notice: Notice::PfReset },
+                event: VmmEvent::Relay { adapter: "eth0".into(), event: RelayEvent::PfReset },
             },
             2 * 2 * 50,
         ),
         (
             "reports",
-            |seq| ToAgent::Report {
+            |seq| ToAgent::Event {
                 seq,
-                report: Report::DeviceLost { bdf: "0000:01:10.0".into(), why: DeviceLoss::Failed },
+                event: VmmEvent::DeviceLost { bdf: "0000:01:10.0".into(), why: DeviceLoss::Failed },
             },
             4,
         ),
@@ -380,27 +382,27 @@ mod tests {
 
     /// The agent asks for console output as fast as the process answers, and says the address at each reboot that it claims.
     #[test]
-    fn a_command_that_leads_to_no_report_of_the_machine_buys_none() {
+    fn a_command_that_leads_to_no_event_of_the_machine_buys_none() {
         let adapter = || "eth0".to_owned();
         let mac = "52:54:00:00:00:01".parse().unwrap();
-        let commands: [(Order, Outcome); 4] = [
-            (Order::ConsoleWait { offset: 1 }, Outcome::Done),
-            (Order::EffectiveMac { adapter: adapter(), mac }, Outcome::Done),
-            (Order::MakeGuestReset { adapter: adapter() }, Outcome::Done),
+        let commands: [(VmmCommand, Outcome); 4] = [
+            (VmmCommand::ConsoleWait { offset: 1 }, Outcome::Done),
+            (VmmCommand::EffectiveMac { adapter: adapter(), mac }, Outcome::Done),
+            (VmmCommand::MakeGuestReset { adapter: adapter() }, Outcome::Done),
             (
-                Order::TakeBack { adapter: adapter(), changes: Vec::new() },
-                Outcome::TakenBack { failed: Vec::new(), deferred: false },
+                VmmCommand::Revoke { adapter: adapter(), changes: Vec::new() },
+                Outcome::Revoked { failed: Vec::new(), deferred: false },
             ),
         ];
-        for (order, outcome) in commands {
+        for (command, outcome) in commands {
             let mut conduct = self::conduct(Allowance::new(1));
             let (begun, limit) = (Instant::now(), 2000);
             let taken = (0..limit).find(|n| {
-                conduct.ordered(*n, &order).unwrap();
+                conduct.commanded(*n, &command).unwrap();
                 conduct.check_at(&done(*n, outcome.clone()), 100, begun).unwrap();
-                conduct.check_at(&report(*n + 1), 100, begun).is_err()
+                conduct.check_at(&event(*n + 1), 100, begun).is_err()
             });
-            assert!(taken.is_some_and(|taken| taken < limit / 2), "{order:?}: {taken:?}");
+            assert!(taken.is_some_and(|taken| taken < limit / 2), "{command:?}: {taken:?}");
         }
     }
 
@@ -408,16 +410,17 @@ mod tests {
     #[test]
     fn long_responses_have_a_budget_of_bytes() {
         let begun = Instant::now();
-        let respond = |conduct: &mut Conduct, n: u64, order: &Order, outcome: Outcome, length, after| {
-            conduct.ordered(n, order).unwrap();
-            conduct.check_at(&done(n, outcome), length, begun + after)
-        };
-        let wait = Order::ConsoleWait { offset: 1 };
+        let respond =
+            |conduct: &mut Conduct, n: u64, command: &VmmCommand, outcome: Outcome, length, after| {
+                conduct.commanded(n, command).unwrap();
+                conduct.check_at(&done(n, outcome), length, begun + after)
+            };
+        let wait = VmmCommand::ConsoleWait { offset: 1 };
         let mut conduct = self::conduct(Allowance::new(1));
         for n in 0..10_000 {
             respond(&mut conduct, n, &wait, Outcome::Done, SHORT, Duration::ZERO).unwrap();
             let stats = Outcome::Stats(Box::default());
-            respond(&mut conduct, n, &Order::Stats, stats, 64 << 10, Duration::ZERO).unwrap();
+            respond(&mut conduct, n, &VmmCommand::Stats, stats, 64 << 10, Duration::ZERO).unwrap();
         }
         let mut long = |after| respond(&mut conduct, 1, &wait, Outcome::Done, 64 << 10, after);
         let taken = (0..100).take_while(|_| long(Duration::ZERO).is_ok()).count();
@@ -445,12 +448,12 @@ mod tests {
     }
 
     #[test]
-    fn an_order_may_be_followed_by_a_report() {
+    fn a_command_may_be_followed_by_an_event() {
         let (mut conduct, now) = (self::conduct(Allowance::new(0)), Instant::now());
         for n in 1..5000 {
-            conduct.ordered(n, &Order::Pause).unwrap();
+            conduct.commanded(n, &VmmCommand::Pause).unwrap();
             conduct.check_at(&done(n, Outcome::Done), 100, now).unwrap();
-            conduct.check_at(&report(n), 100, now).unwrap();
+            conduct.check_at(&event(n), 100, now).unwrap();
         }
     }
 
@@ -459,10 +462,10 @@ mod tests {
     fn a_machine_that_runs_may_be_out_of_room_at_once() {
         let (mut conduct, now) = (self::conduct(Allowance::new(0)), Instant::now());
         for n in 1..2000 {
-            conduct.ordered(n, &Order::Run).unwrap();
+            conduct.commanded(n, &VmmCommand::Run).unwrap();
             conduct.check_at(&done(n, Outcome::Done), 100, now).unwrap();
             for part in 1..=3 {
-                conduct.check_at(&report(3 * n + part), 100, now).unwrap();
+                conduct.check_at(&event(3 * n + part), 100, now).unwrap();
             }
         }
     }
@@ -470,7 +473,7 @@ mod tests {
     #[test]
     fn a_vmm_that_answers_nothing_is_given_up() {
         let mut conduct = self::conduct(Allowance::new(1));
-        let result = (0..=UNANSWERED as u64).try_for_each(|id| conduct.ordered(id, &Order::Pause));
+        let result = (0..=UNANSWERED as u64).try_for_each(|id| conduct.commanded(id, &VmmCommand::Pause));
         assert!(result.is_err());
     }
 }

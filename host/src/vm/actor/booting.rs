@@ -25,7 +25,7 @@ impl From<Problem> for NotBuilt {
 
 /// The end of the wait for a machine.
 enum Waited {
-    Ran(Result<(Connection, mpsc::Receiver<Event>), Problem>),
+    Ran(Result<(Connection, mpsc::Receiver<MachineEvent>), Problem>),
     Died(Exit),
     Unwanted(Sent),
     Lapsed,

@@ -37,7 +37,7 @@ impl Actor {
         Ok(greeting.state)
     }
 
-    pub(super) async fn adopt(&mut self, connection: Connection, events: mpsc::Receiver<Event>) {
+    pub(super) async fn adopt(&mut self, connection: Connection, events: mpsc::Receiver<MachineEvent>) {
         let console = tokio::spawn(watch_console(
             connection.clone(),
             self.directory.clone(),
@@ -90,23 +90,23 @@ impl Actor {
         self.disconnected().await;
     }
 
-    pub(super) async fn on_event(&mut self, event: Event) {
+    pub(super) async fn on_event(&mut self, event: MachineEvent) {
         if let Some(why) = self.link.as_ref().and_then(|link| link.connection.fault()) {
-            // The process sent the report before its violation, and it deserves no more trust.
+            // The process sent the event before its violation, and it deserves no more trust.
             return self.misbehave(&why).await;
         }
-        let Event { seq, report, rebooted } = event;
+        let MachineEvent { seq, event, rebooted } = event;
         if let Some(rebooted) = rebooted
             && rebooted.await.is_err()
         {
-            // The switch has not noted its part: the vmm repeats the report on the next connection.
+            // The switch has not noted its part: the vmm repeats the event on the next connection.
             return;
         }
-        if !self.is_known(&report) {
+        if !self.is_known(&event) {
             self.stored = false;
-            self.on_report(report).await;
+            self.on_machine_event(event).await;
         }
-        // The vmm may forget only a stored report. A new state was stored when it was entered.
+        // The vmm may forget only a stored event. A new state was stored when it was entered.
         if (self.stored || self.store().await.is_ok())
             && let Some(link) = &self.link
         {
@@ -114,15 +114,15 @@ impl Actor {
         }
     }
 
-    /// Whether a report repeats a stored one: such a report costs no write and no line in the log.
-    fn is_known(&self, report: &Report) -> bool {
-        match report {
+    /// Whether an event repeats a stored one: such an event costs no write and no line in the log.
+    fn is_known(&self, event: &VmmEvent) -> bool {
+        match event {
             // A vmm can only lose a device that it was given.
-            Report::DeviceLost { bdf, .. } => {
+            VmmEvent::DeviceLost { bdf, .. } => {
                 let held = self.held.iter().any(|claim| claim.name == *bdf);
                 !held || self.stored && self.run.lost.contains_key(bdf)
             }
-            Report::DiskFull { disk } => {
+            VmmEvent::DiskFull { disk } => {
                 let known = self.vm.value.spec.disks.iter().any(|own| own.id.as_str() == disk);
                 !known || self.stored && self.run.full.as_deref() == Some(disk)
             }
@@ -130,21 +130,21 @@ impl Actor {
         }
     }
 
-    async fn on_report(&mut self, report: Report) {
-        match report {
-            Report::State { state, boots } => {
+    async fn on_machine_event(&mut self, event: VmmEvent) {
+        match event {
+            VmmEvent::State { state, boots } => {
                 // The states before the first boot are reported with 0, and can be read when it has succeeded already.
                 self.run.boots = self.run.boots.max(boots);
                 self.on_state(state).await;
             }
-            Report::Ended { end } => {
+            VmmEvent::Ended { end } => {
                 self.end = Some(end);
                 self.progress.enter(Stage::EndingProcess);
                 // The process ends by itself now; bound the wait for it.
                 self.deadline = self.deadline.or(Instant::now().checked_add(STOP));
             }
-            Report::DeviceLost { bdf, why } => self.on_device_lost(&bdf, why).await,
-            Report::DiskFull { disk } => self.on_disk_full(&disk).await,
+            VmmEvent::DeviceLost { bdf, why } => self.on_device_lost(&bdf, why).await,
+            VmmEvent::DiskFull { disk } => self.on_disk_full(&disk).await,
             #[allow(unreachable_patterns, reason = "reports are added to the protocol")]
             _ => {}
         }
@@ -155,7 +155,7 @@ impl Actor {
             State::Running => VmState::Running,
             State::Paused => VmState::Paused,
             State::Rebooting => VmState::Rebooting,
-            // An end has a report of its own, and the agent itself causes beginnings.
+            // An end has an event of its own, and the agent itself causes beginnings.
             State::Empty | State::Ready | State::Ended => return,
         };
         if self.run.state != state && !self.run.state.is_at_rest() && self.run.state != VmState::Stopping {
@@ -202,7 +202,7 @@ impl Actor {
             let connection = link.connection.clone();
             // The next press, or the end of the wait, follows in any case.
             tokio::spawn(async move {
-                drop(connection.order(Order::PowerButton, Vec::new(), boot::PROMPT).await);
+                drop(connection.command(VmmCommand::PowerButton, Vec::new(), boot::PROMPT).await);
             });
         }
     }
@@ -252,8 +252,8 @@ async fn watch_console(connection: Connection, directory: VmDirectory, grown: Ar
     let Ok(ring) = console::Reader::open(&directory.console()) else { return };
     let mut offset = 0;
     loop {
-        match connection.order(Order::ConsoleWait { offset }, Vec::new(), CONSOLE_WAIT).await {
-            Ok(_) | Err(OrderError::Timeout(_)) => {}
+        match connection.command(VmmCommand::ConsoleWait { offset }, Vec::new(), CONSOLE_WAIT).await {
+            Ok(_) | Err(CommandError::Timeout(_)) => {}
             Err(_) => return grown.send_modify(|n| *n = n.wrapping_add(1)),
         }
         offset = ring.count().unwrap_or(offset);

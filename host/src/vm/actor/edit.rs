@@ -85,8 +85,8 @@ impl Actor {
         }
         for (_, disk) in old.iter().zip(new).filter(|(old, new)| old.limits != new.limits) {
             let link = self.link.as_ref().ok_or_else(|| self.no_connection())?;
-            let order = limits_of(disk);
-            link.connection.order(order, Vec::new(), LIMIT).await.map_err(|error| error.problem())?;
+            let command = limits_of(disk);
+            link.connection.command(command, Vec::new(), LIMIT).await.map_err(|error| error.problem())?;
         }
         Ok(())
     }
@@ -94,14 +94,14 @@ impl Actor {
     /// Repeats the limits of the disks: an agent that has died in the middle of an edit may have left others in the process.
     pub(super) fn repeat_limits(&self) {
         let Some(link) = &self.link else { return };
-        for order in self.vm.value.spec.disks.iter().map(limits_of) {
+        for command in self.vm.value.spec.disks.iter().map(limits_of) {
             let connection = link.connection.clone();
             // A process of an older version has none.
-            tokio::spawn(async move { drop(connection.order(order, Vec::new(), LIMIT).await) });
+            tokio::spawn(async move { drop(connection.command(command, Vec::new(), LIMIT).await) });
         }
     }
 }
 
-fn limits_of(disk: &DiskSpec) -> Order {
-    Order::LimitDisk { disk: disk.id.to_string(), limits: boot::disk_limits(disk.limits) }
+fn limits_of(disk: &DiskSpec) -> VmmCommand {
+    VmmCommand::LimitDisk { disk: disk.id.to_string(), limits: boot::disk_limits(disk.limits) }
 }

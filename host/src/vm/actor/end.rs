@@ -26,7 +26,7 @@ impl Actor {
         match (&self.link, &self.process) {
             (Some(link), _) => {
                 let connection = link.connection.clone();
-                tokio::spawn(async move { connection.order(Order::Stop, Vec::new(), STOP).await });
+                tokio::spawn(async move { connection.command(VmmCommand::Stop, Vec::new(), STOP).await });
             }
             (None, Some(process)) => process.kill(),
             (None, None) => {
@@ -45,11 +45,11 @@ impl Actor {
 
     pub(super) async fn on_exit(&mut self, exit: Exit) {
         self.process = None;
-        // The report of the end may still be on its way.
+        // The event of the end may still be on its way.
         let words = async {
             while let Some(link) = &mut self.link {
                 match link.events.recv().await {
-                    Some(Event { report: Report::Ended { end }, .. }) => self.end = Some(end),
+                    Some(MachineEvent { event: VmmEvent::Ended { end }, .. }) => self.end = Some(end),
                     Some(_) => {}
                     // The last events of its relays have reached the switch, too.
                     None => return,

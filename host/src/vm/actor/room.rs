@@ -120,7 +120,7 @@ impl Actor {
                 tracing::debug!(vm = %self.name(), ?room, "it goes on: its disk may have room");
                 let (done, _) = oneshot::channel();
                 // Without a connection the next tick does it.
-                drop(self.order(VmAction::Resume, Order::Run, done));
+                drop(self.command(VmAction::Resume, VmmCommand::Run, done));
             }
         }
         let elapsed = self.room.looked.map(|looked| now.saturating_duration_since(looked));

@@ -29,7 +29,7 @@ pub(super) fn choose(
     vm: Uuid,
     spec: &VmSpec,
     taken: &[Claim],
-    plan: Option<&[Uplinks]>,
+    plan: &[Uplinks],
 ) -> Result<Vec<Claim>, Problem> {
     let mut named: Vec<Bdf> = Vec::new();
     for bdf in spec.adapters.iter().filter_map(|adapter| adapter.vf).chain(spec.devices.iter().copied()) {

@@ -79,7 +79,7 @@ async fn a_device_that_the_host_uses_is_refused_by_name() {
 
 #[tokio::test]
 async fn a_vf_whose_interface_is_up_is_refused_by_name() {
-    let host = Host::new();
+    let host = Host::new().await;
     let vm = host.create("web1", |spec| spec.adapters[0].vf = Some(VF0.to_string().parse().unwrap())).await;
     let net = host.sysfs.sysfs().device_dir(VF0).join("net");
     let name = std::fs::read_dir(&net).unwrap().next().unwrap().unwrap().file_name().into_string().unwrap();
@@ -145,7 +145,8 @@ const NO_BACKEND: Bdf = Bdf::new(0x8000_0000, 0, 0, 0).unwrap();
 
 #[tokio::test]
 async fn a_function_without_a_backend_does_not_exist() {
-    for host in [Host::new(), Host::with_environment(|env| env.inventory.leave_out_backends_of_root()).await]
+    for host in
+        [Host::new().await, Host::with_environment(|env| env.inventory.leave_out_backends_of_root()).await]
     {
         let wanted = || NO_BACKEND.to_string().parse().unwrap();
         let vf = host.create("vf", |spec| spec.adapters[0].vf = Some(wanted())).await;
@@ -163,7 +164,7 @@ async fn a_function_without_a_backend_does_not_exist() {
 
 #[tokio::test]
 async fn a_claim_on_a_function_without_a_backend_is_released() {
-    let host = Host::new();
+    let host = Host::new().await;
     let vm = Uuid::new_v4();
     let claim = Claim {
         vm,

@@ -42,7 +42,7 @@ fn limited(vm: &VmHandle, rates: [u32; 2]) -> VmSpec {
 
 #[tokio::test]
 async fn the_limits_of_a_disk_change_while_the_vm_runs() {
-    let host = Host::new();
+    let host = Host::new().await;
     let vm = boot(&host).await;
     assert_eq!(limits(&host, "root"), operations(50, 70));
     vm.edit(caller(), limited(&vm, [8, 9]), None).await.unwrap();
@@ -69,7 +69,7 @@ async fn the_limits_of_a_disk_change_while_the_vm_runs() {
 /// An agent that dies between the process and the store leaves the new limits in the process.
 #[tokio::test]
 async fn the_next_agent_repeats_the_limits() {
-    let host = Host::new();
+    let host = Host::new().await;
     let vm = boot(&host).await;
     std::fs::remove_file(host.gates().0.join("limits-root")).unwrap();
     vm.leave().await;
@@ -83,7 +83,7 @@ async fn the_next_agent_repeats_the_limits() {
 
 #[tokio::test]
 async fn a_process_of_an_older_version_is_named_as_the_cause() {
-    let host = Host::new();
+    let host = Host::new().await;
     let vm = boot(&host).await;
     host.tell(&vm, "nonsense old").await;
     let deadline = std::time::Instant::now() + PATIENCE;
@@ -116,7 +116,7 @@ fn is_full(vm: &VmHandle) -> bool {
 /// The file system of the test has room, so the agent lets the VM go on after its first look.
 #[tokio::test]
 async fn a_vm_without_room_is_paused_and_goes_on_by_itself() {
-    let host = Host::new();
+    let host = Host::new().await;
     let vm = boot(&host).await;
     host.tell(&vm, "full root").await;
     host.reaches(&vm, VmState::Paused).await;
@@ -144,7 +144,7 @@ async fn a_vm_without_room_is_paused_and_goes_on_by_itself() {
 
 #[tokio::test]
 async fn a_pause_by_a_request_outlasts_the_want_of_room() {
-    let host = Host::new();
+    let host = Host::new().await;
     let vm = boot(&host).await;
     host.tell(&vm, "full root").await;
     host.reaches(&vm, VmState::Paused).await;

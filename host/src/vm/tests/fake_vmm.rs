@@ -16,10 +16,10 @@ use std::{
     time::{Duration, Instant},
 };
 
-use passthrough::relay::{Decision, Forwarded, How, Notice, Question};
+use passthrough::relay::{Decision, Forwarded, GuestRequest, How, RelayEvent};
 use protocol::{
-    Answer, Ask, Channel, DeviceBackend, DeviceLoss, DeviceSpec, DiskLimits, End, Failure, FailureCode,
-    Listener, Order, Outcome, Report, State, Stats, ToAgent, ToVmm,
+    AgentRequest, AgentResponse, Channel, DeviceBackend, DeviceLoss, DeviceSpec, DiskLimits, End, Failure,
+    FailureCode, Listener, Outcome, State, Stats, ToAgent, ToVmm, VmmCommand, VmmEvent,
 };
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use uuid::Uuid;
@@ -51,7 +51,7 @@ fn fake_vmm() {
         state: State::Empty,
         boots: 0,
         seq: 0,
-        reports: VecDeque::new(),
+        events: VecDeque::new(),
         console: None,
         written: 0,
         waiters: Vec::new(),
@@ -73,7 +73,7 @@ struct Fake {
     state: State,
     boots: u64,
     seq: u64,
-    reports: VecDeque<(u64, Report)>,
+    events: VecDeque<(u64, VmmEvent)>,
     console: Option<File>,
     written: u64,
     waiters: Vec<(u64, u64)>,
@@ -92,7 +92,7 @@ impl Fake {
     fn serve(&mut self, listener: &Listener) {
         let mut heard = Instant::now();
         loop {
-            if self.ended && self.reports.is_empty() {
+            if self.ended && self.events.is_empty() {
                 return;
             }
             assert!(heard.elapsed() < LONELY || self.channel.is_some(), "nobody talks to this vmm");
@@ -127,15 +127,15 @@ impl Fake {
         }
     }
 
-    fn report(&mut self, report: Report) {
+    fn emit(&mut self, event: VmmEvent) {
         self.seq += 1;
-        self.reports.push_back((self.seq, report.clone()));
-        self.say(&ToAgent::Report { seq: self.seq, report });
+        self.events.push_back((self.seq, event.clone()));
+        self.say(&ToAgent::Event { seq: self.seq, event });
     }
 
     fn enter(&mut self, state: State) {
         self.state = state;
-        self.report(Report::State { state, boots: self.boots });
+        self.emit(VmmEvent::State { state, boots: self.boots });
     }
 
     fn reboot(&mut self) {
@@ -153,38 +153,43 @@ impl Fake {
                     state: self.state,
                     boots: self.boots,
                 });
-                for (seq, report) in self.reports.clone() {
-                    self.say(&ToAgent::Report { seq, report });
+                for (seq, event) in self.events.clone() {
+                    self.say(&ToAgent::Event { seq, event });
                 }
             }
             // The fake sends its requests in spite of a standing denial.
             ToVmm::Standing { .. } => {}
-            ToVmm::Noted { upto } => self.reports.retain(|(seq, _)| *seq > upto),
-            ToVmm::Answer { answer: Answer::Mailbox { adapter, verdict }, .. } => {
+            ToVmm::Noted { upto } => self.events.retain(|(seq, _)| *seq > upto),
+            ToVmm::Response { response: AgentResponse::Mailbox { adapter, verdict }, .. } => {
                 // Its PF acknowledges every forwarded message.
                 if let Decision::Grant { how: How::Forward } = verdict.decision {
-                    let notice = Notice::Forwarded { seq: verdict.seq, outcome: Forwarded::Accepted };
-                    self.report(Report::Relay { adapter, notice });
+                    let event = RelayEvent::Forwarded { seq: verdict.seq, outcome: Forwarded::Accepted };
+                    self.emit(VmmEvent::Relay { adapter, event });
                 }
             }
-            ToVmm::Order { id, order } => {
-                if let Some(result) = self.on_order(id, order, fds) {
+            ToVmm::Command { id, command } => {
+                if let Some(result) = self.on_command(id, command, fds) {
                     self.say(&ToAgent::Done { id, result });
                 }
             }
         }
     }
 
-    fn on_order(&mut self, id: u64, order: Order, fds: Vec<OwnedFd>) -> Option<Result<Outcome, Failure>> {
-        match order {
-            Order::Configure { .. } => self.gates.pass("configure"),
-            Order::Run => self.gates.pass("run"),
-            Order::Reboot => self.gates.pass("reboot"),
-            Order::Stop => self.gates.pass("stop"),
+    fn on_command(
+        &mut self,
+        id: u64,
+        command: VmmCommand,
+        fds: Vec<OwnedFd>,
+    ) -> Option<Result<Outcome, Failure>> {
+        match command {
+            VmmCommand::Configure { .. } => self.gates.pass("configure"),
+            VmmCommand::Run => self.gates.pass("run"),
+            VmmCommand::Reboot => self.gates.pass("reboot"),
+            VmmCommand::Stop => self.gates.pass("stop"),
             _ => {}
         }
-        match order {
-            Order::Configure { spec, files } => match spec.cmdline.as_str() {
+        match command {
+            VmmCommand::Configure { spec, files } => match spec.cmdline.as_str() {
                 "refuse-kernel" => {
                     let failure = Failure { code: FailureCode::Kernel, detail: "It is no kernel".into() };
                     return Some(Err(failure));
@@ -211,39 +216,39 @@ impl Fake {
                     self.enter(State::Ready);
                 }
             },
-            Order::Run => {
+            VmmCommand::Run => {
                 self.boots = self.boots.max(1);
                 self.enter(State::Running);
             }
-            Order::Pause => self.enter(State::Paused),
-            Order::Reboot => self.reboot(),
-            Order::PowerButton if self.deaf => {}
-            Order::PowerButton => self.later = Some((Instant::now(), "poweroff".into())),
-            Order::Stop => {
+            VmmCommand::Pause => self.enter(State::Paused),
+            VmmCommand::Reboot => self.reboot(),
+            VmmCommand::PowerButton if self.deaf => {}
+            VmmCommand::PowerButton => self.later = Some((Instant::now(), "poweroff".into())),
+            VmmCommand::Stop => {
                 self.say(&ToAgent::Done { id, result: Ok(Outcome::Done) });
                 std::process::exit(0);
             }
-            Order::TakeBack { changes, .. } => {
-                return Some(Ok(Outcome::TakenBack { failed: changes, deferred: false }));
+            VmmCommand::Revoke { changes, .. } => {
+                return Some(Ok(Outcome::Revoked { failed: changes, deferred: false }));
             }
-            Order::LimitDisk { disk, limits } => {
+            VmmCommand::LimitDisk { disk, limits } => {
                 if limits.operations.is_some_and(|rate| rate.per_second == 13) {
                     let failure = Failure { code: FailureCode::Device, detail: "The disk is busy".into() };
                     return Some(Err(failure));
                 }
                 self.limits(&disk, limits);
             }
-            Order::Stats if self.confused => return Some(Ok(Outcome::Done)),
-            Order::Stats => {
+            VmmCommand::Stats if self.confused => return Some(Ok(Outcome::Done)),
+            VmmCommand::Stats => {
                 return Some(Ok(Outcome::Stats(Box::new(Stats { boots: self.boots, ..Stats::default() }))));
             }
-            Order::ConsoleInput { bytes } => {
+            VmmCommand::ConsoleInput { bytes } => {
                 let taken = bytes.len();
                 self.say(&ToAgent::Done { id, result: Ok(Outcome::ConsoleTaken { taken }) });
                 self.obey(&String::from_utf8(bytes).unwrap());
                 return None;
             }
-            Order::ConsoleWait { offset } => {
+            VmmCommand::ConsoleWait { offset } => {
                 self.waiters.push((id, offset));
                 self.wake();
                 return None;
@@ -285,17 +290,18 @@ impl Fake {
                 let at = Instant::now() + Duration::from_millis(200);
                 self.later = Some((at, word.trim_end_matches("-later").into()));
             }
-            "lose" => self.report(Report::DeviceLost { bdf: rest.into(), why: DeviceLoss::Requested }),
-            "break" => self.report(Report::DeviceLost { bdf: rest.into(), why: DeviceLoss::Failed }),
+            "lose" => self.emit(VmmEvent::DeviceLost { bdf: rest.into(), why: DeviceLoss::Requested }),
+            "break" => self.emit(VmmEvent::DeviceLost { bdf: rest.into(), why: DeviceLoss::Failed }),
             "full" => {
-                self.report(Report::DiskFull { disk: rest.into() });
+                self.emit(VmmEvent::DiskFull { disk: rest.into() });
                 self.enter(State::Paused);
             }
             "ask" => {
                 self.asked += 1;
-                let question = Question { seq: self.asked, request: serde_json::from_str(rest).unwrap() };
-                let ask = Ask::Mailbox { adapter: "eth0".into(), question };
-                self.say(&ToAgent::Ask { id: self.asked, ask });
+                let guest_request =
+                    GuestRequest { seq: self.asked, request: serde_json::from_str(rest).unwrap() };
+                let request = AgentRequest::Mailbox { adapter: "eth0".into(), guest_request };
+                self.say(&ToAgent::Request { id: self.asked, request });
             }
             // As a guest that resets itself, and makes requests, as fast as vmm and relay let it.
             "at-highest-rate" => {
@@ -336,10 +342,10 @@ impl Fake {
             rustix::net::send(self.channel.as_ref().unwrap(), bytes, rustix::net::SendFlags::NOSIGNAL)
                 .unwrap()
         };
-        let running = Report::State { state: State::Running, boots: 1 };
-        let ask = |adapter: &str| {
-            let question = Question { seq: 9, request: netpolicy::Request::Reset };
-            Ask::Mailbox { adapter: adapter.into(), question }
+        let running = VmmEvent::State { state: State::Running, boots: 1 };
+        let request = |adapter: &str| {
+            let guest_request = GuestRequest { seq: 9, request: netpolicy::Request::Reset };
+            AgentRequest::Mailbox { adapter: adapter.into(), guest_request }
         };
         match kind {
             "garbage" => drop(raw(b"\xff{}")),
@@ -349,16 +355,16 @@ impl Fake {
             "refused" => self.say(&ToAgent::Refused { reason: "no".into() }),
             "answer" => self.say(&ToAgent::Done { id: 1 << 40, result: Ok(Outcome::Done) }),
             "again" => self.say(&ToAgent::Done { id: 1, result: Ok(Outcome::Done) }),
-            "report" => self.say(&ToAgent::Report { seq: 1, report: running }),
-            "foreign-ask" => self.say(&ToAgent::Ask { id: 1 << 40, ask: ask("eth9") }),
+            "report" => self.say(&ToAgent::Event { seq: 1, event: running }),
+            "foreign-ask" => self.say(&ToAgent::Request { id: 1 << 40, request: request("eth9") }),
             "foreign-notice" => {
-                let notice = Notice::Forwarded { seq: 1, outcome: Forwarded::Accepted };
-                let report = Report::Relay { adapter: "other/eth0".into(), notice };
-                self.say(&ToAgent::Report { seq: 1 << 40, report });
+                let event = RelayEvent::Forwarded { seq: 1, outcome: Forwarded::Accepted };
+                let event = VmmEvent::Relay { adapter: "other/eth0".into(), event };
+                self.say(&ToAgent::Event { seq: 1 << 40, event });
             }
             "flood" => {
                 for id in 0..200_000 {
-                    self.say(&ToAgent::Ask { id: (1 << 40) + id, ask: ask("eth0") });
+                    self.say(&ToAgent::Request { id: (1 << 40) + id, request: request("eth0") });
                 }
             }
             "confused" => self.confused = true,
@@ -368,10 +374,10 @@ impl Fake {
             }
             "huge" => {
                 self.seq = u64::MAX - 10;
-                self.report(running);
+                self.emit(running);
             }
             "old" => {
-                self.version = Some(protocol::DISK_ORDERS_SINCE - 1);
+                self.version = Some(protocol::DISK_COMMANDS_SINCE - 1);
                 self.channel = None;
             }
             "version" => {
@@ -384,7 +390,7 @@ impl Fake {
 
     fn end(&mut self, end: End) {
         self.state = State::Ended;
-        self.report(Report::Ended { end });
+        self.emit(VmmEvent::Ended { end });
         self.ended = true;
     }
 }

@@ -16,7 +16,7 @@ use api::{
 };
 use netpolicy::PfCapabilities;
 use options::assignable::Assignable;
-use protocol::Order;
+use protocol::VmmCommand;
 use services::{
     decisions::{DecisionLog, KEPT, events::EventHub},
     pf::PfHandle,
@@ -27,7 +27,7 @@ use sriov::{
     fake::{FakePf, FakeSysfs},
 };
 use store::{Entry, Expect, SqliteStore, Stores};
-use switch::{Parts, Policy, SwitchHandle, Timing};
+use switch::{Evaluator, Parts, Policy, SwitchHandle, Timing};
 use tokio::time::timeout;
 use uuid::Uuid;
 
@@ -102,7 +102,11 @@ pub(crate) struct Host {
 
 impl Host {
     /// A host with a PF, two VFs bound to igbvf, and a kernel file.
-    pub(crate) fn new() -> Self {
+    pub(crate) async fn new() -> Self {
+        Self::with_environment(|_| {}).await
+    }
+
+    pub(crate) async fn with_environment(change: impl FnOnce(&mut Environment<()>)) -> Self {
         let dir = tempfile::tempdir().unwrap();
         let path = |name: &str| {
             let path = dir.path().join(name);
@@ -114,14 +118,9 @@ impl Host {
         sysfs.sysfs().set_num_vfs(PF, 2, None).unwrap();
         std::fs::write(path("images").join("kernel"), "not really").unwrap();
         let pf = Arc::new(Mutex::new(FakePf::new("eth0", 2)));
-        let env = Arc::new(environment(dir.path(), &sysfs.sysfs(), &pf));
         let fresh = pf.lock().unwrap().read(0).unwrap();
+        let env = agent(dir.path(), &sysfs, &pf, change).await;
         Self { env, sysfs, pf, fresh, dir }
-    }
-
-    /// A host with a switch, as every agent has one outside of tests.
-    pub(crate) async fn with_switch() -> Self {
-        Self::with_environment(|_| {}).await
     }
 
     /// A host with simulated adapters beside its own.
@@ -144,49 +143,23 @@ impl Host {
         Self::with_environment(|env| env.inventory.set_assignable(words.into())).await
     }
 
-    pub(crate) async fn with_environment(change: impl FnOnce(&mut Environment)) -> Self {
-        let mut host = Self::new();
-        host.env = host.another_agent(change).await;
-        host
-    }
-
     /// The file of the database.
     pub(crate) fn database(&self) -> PathBuf {
-        self.dir.path().join("state/portcullis.db")
+        database(self.dir.path())
     }
 
-    /// The environment of another agent on this host, with a switch.
-    pub(crate) async fn another_agent(&self, change: impl FnOnce(&mut Environment)) -> Arc<Environment> {
-        let mut env = environment(self.dir.path(), &self.sysfs.sysfs(), &self.pf);
-        change(&mut env);
-        let path = self.database();
-        let events = EventHub::default();
-        let decisions = DecisionLog::open(&path, KEPT, events.clone()).unwrap();
-        let parts = Parts {
-            metrics: env.metrics.clone(),
-            store: Stores::on_one_host(Arc::new(SqliteStore::open(&path).unwrap())),
-            pf: PfHandle::start(HostPfs::new(env.inventory.clone())).unwrap(),
-            decisions: decisions.clone(),
-            events: events.clone(),
-            hints: None,
-            timing: Timing { confirm: Duration::from_millis(300), ..Timing::default() },
-            #[cfg(feature = "test-support")]
-            bypass: false,
-        };
-        let switch = SwitchHandle::start(parts).await.unwrap();
-        env.policy = Some(Policy { switch, decisions, events });
-        Arc::new(env)
+    /// The environment of another agent on this host.
+    pub(crate) async fn another_agent(&self, change: impl FnOnce(&mut Environment<()>)) -> Arc<Environment> {
+        agent(self.dir.path(), &self.sysfs, &self.pf, change).await
     }
 
     /// Gives the host the environment of a new agent.
-    pub(crate) fn new_agent(&mut self) {
-        self.new_agent_with(|_| {});
+    pub(crate) async fn new_agent(&mut self) {
+        self.new_agent_with(|_| {}).await;
     }
 
-    pub(crate) fn new_agent_with(&mut self, change: impl FnOnce(&mut Environment)) {
-        let mut env = environment(self.dir.path(), &self.sysfs.sysfs(), &self.pf);
-        change(&mut env);
-        self.env = Arc::new(env);
+    pub(crate) async fn new_agent_with(&mut self, change: impl FnOnce(&mut Environment<()>)) {
+        self.env = self.another_agent(change).await;
     }
 
     pub(crate) async fn create(&self, name: &str, change: impl FnOnce(&mut VmSpec)) -> VmHandle {
@@ -209,9 +182,9 @@ impl Host {
 
     /// Types a word that the fake vmm obeys.
     pub(crate) async fn tell(&self, vm: &VmHandle, word: &str) {
-        let order = Order::ConsoleInput { bytes: word.into() };
+        let command = VmmCommand::ConsoleInput { bytes: word.into() };
         // A fake that dies of the word does not answer.
-        drop(vm.connection().unwrap().order(order, Vec::new(), PATIENCE).await);
+        drop(vm.connection().unwrap().command(command, Vec::new(), PATIENCE).await);
     }
 
     pub(crate) async fn reaches(&self, vm: &VmHandle, state: VmState) {
@@ -278,12 +251,41 @@ impl Host {
     }
 }
 
+fn database(dir: &Path) -> PathBuf {
+    dir.join("state/portcullis.db")
+}
+
+/// The environment of an agent, with its switch.
+async fn agent(
+    dir: &Path,
+    sysfs: &FakeSysfs,
+    pf: &Arc<Mutex<FakePf>>,
+    change: impl FnOnce(&mut Environment<()>),
+) -> Arc<Environment> {
+    let mut env = environment(dir, &sysfs.sysfs(), pf);
+    change(&mut env);
+    let events = EventHub::default();
+    let decisions = DecisionLog::open(&database(dir), KEPT, events.clone()).unwrap();
+    let parts = Parts {
+        metrics: env.metrics.clone(),
+        store: Stores::on_one_host(Arc::new(SqliteStore::open(&database(dir)).unwrap())),
+        pf: PfHandle::start(HostPfs::new(env.inventory.clone())).unwrap(),
+        decisions: decisions.clone(),
+        events: events.clone(),
+        hints: None,
+        timing: Timing { confirm: Duration::from_millis(300), ..Timing::default() },
+        evaluator: Evaluator::Policy,
+    };
+    let switch = SwitchHandle::start(parts).await.unwrap();
+    Arc::new(env.with_policy(Policy { switch, decisions, events }))
+}
+
 fn gates(dir: &Path) -> Gates {
     Gates(dir.join("gates"))
 }
 
-fn environment(dir: &Path, sysfs: &Sysfs, pf: &Arc<Mutex<FakePf>>) -> Environment {
-    let store = SqliteStore::open(&dir.join("state/portcullis.db")).unwrap();
+fn environment(dir: &Path, sysfs: &Sysfs, pf: &Arc<Mutex<FakePf>>) -> Environment<()> {
+    let store = SqliteStore::open(&database(dir)).unwrap();
     let (pf, gates) = (Arc::clone(pf), gates(dir));
     let passed = gates.0.clone();
     let open_pf = move |_| Ok(Box::new(SharedPf(Arc::clone(&pf), gates.clone())) as Box<dyn PfControl>);

@@ -53,7 +53,7 @@ async fn lives_on(vm: &VmHandle, state: VmState) {
 #[tokio::test]
 async fn a_vm_ends_with_the_last_client_of_its_lease() {
     let host = host(Duration::from_secs(3600)).await;
-    let mut events = host.env.policy.as_ref().unwrap().events.subscribe(None).unwrap();
+    let mut events = host.env.policy.events.subscribe(None).unwrap();
     let vm = host.create("web1", |_| {}).await;
     assert_eq!(vm.status().lease, None);
     let first = vm.lease(ANY).await.unwrap();

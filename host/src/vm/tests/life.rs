@@ -281,7 +281,8 @@ async fn a_new_agent_boots_what_the_former_one_was_about_to() {
             if !same_boot {
                 env.boot_id = "another".into();
             }
-        });
+        })
+        .await;
         let vm = host.load(vm.id).await;
         host.reaches(&vm, state).await;
         tokio::time::sleep(SOON).await;
@@ -302,11 +303,11 @@ async fn autostart_is_at_the_agent_s_start_unless_the_vm_was_stopped_on_this_boo
         ("crash", true, VmState::Running),
         ("agent", true, VmState::Running),
     ] {
-        let mut host = Host::new();
+        let mut host = Host::new().await;
         let vm = host.create("web1", |spec| spec.autostart = true).await;
         stays(&vm, VmState::Defined).await;
         vm.leave().await;
-        host.new_agent();
+        host.new_agent().await;
         let vm = host.load(vm.id).await;
         // Autostart boots a VM that was never booted.
         host.reaches(&vm, VmState::Running).await;
@@ -325,7 +326,8 @@ async fn autostart_is_at_the_agent_s_start_unless_the_vm_was_stopped_on_this_boo
             if !same_boot {
                 env.boot_id = "another".into();
             }
-        });
+        })
+        .await;
         let vm = host.load(vm.id).await;
         host.reaches(&vm, expect).await;
         tokio::time::sleep(SOON).await;
@@ -336,7 +338,7 @@ async fn autostart_is_at_the_agent_s_start_unless_the_vm_was_stopped_on_this_boo
 
 #[tokio::test]
 async fn what_nobody_asked_for_is_booted_with_the_author_s_rights() {
-    let host = Host::new();
+    let host = Host::new().await;
     let vm = host.create("web1", |_| {}).await;
     vm.leave().await;
     let mut entry = host.env.vms.get(vm.id).await.unwrap();
@@ -366,7 +368,7 @@ async fn what_nobody_asked_for_is_booted_with_the_author_s_rights() {
 #[tokio::test]
 async fn a_vm_at_rest_can_be_changed_and_its_ports_with_it() {
     let host = host(BACKOFF).await;
-    let policy = host.env.policy.as_ref().unwrap();
+    let policy = &host.env.policy;
     let group = serde_json::from_value(serde_json::json!({ "switch": "default" })).unwrap();
     policy.put_port_group(caller(), "web".parse().unwrap(), group, None).await.unwrap();
     let vm = host.create("web1", |_| {}).await;
@@ -438,7 +440,7 @@ async fn two_adapters_can_change_their_addresses() {
     let again = host.another_agent(|_| {}).await;
     for (name, mac) in [("web1/eth0", b), ("web1/eth1", a)] {
         for policy in [&host.env.policy, &again.policy] {
-            let port = policy.as_ref().unwrap().get_port(ObjectRef::Name(name.into())).await.unwrap();
+            let port = policy.get_port(ObjectRef::Name(name.into())).await.unwrap();
             let status = port.status;
             let all = [status.initial_mac, status.effective_mac, status.guest_mac].map(|mac| mac.to_string());
             assert_eq!(all, [mac; 3], "{name}");

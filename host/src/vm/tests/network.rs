@@ -15,7 +15,7 @@ use crate::vm::VmHandle;
 
 impl Host {
     fn policy(&self) -> &Policy {
-        self.env.policy.as_ref().unwrap()
+        &self.env.policy
     }
 
     async fn put_group(&self, name: &str, settings: &str) {
@@ -53,7 +53,7 @@ fn mac(n: u8) -> MacAddress {
 
 #[tokio::test]
 async fn an_adapter_is_a_port_whose_guest_is_decided_about() {
-    let host = Host::with_switch().await;
+    let host = Host::new().await;
     let vm = host.create("web1", |_| {}).await;
     host.act(&vm, VmAction::Boot).await.unwrap();
     let port = host.port().await;
@@ -74,7 +74,7 @@ async fn an_adapter_is_a_port_whose_guest_is_decided_about() {
 
 #[tokio::test]
 async fn what_a_guest_was_granted_is_gone_after_a_crash() {
-    let host = Host::with_switch().await;
+    let host = Host::new().await;
     host.put_group("web", r#"{"mac_changes": "accept"}"#).await;
     let vm = host.create("web1", |spec| spec.adapters[0].port_group = Some("web".parse().unwrap())).await;
     host.act(&vm, VmAction::Boot).await.unwrap();
@@ -88,8 +88,8 @@ async fn what_a_guest_was_granted_is_gone_after_a_crash() {
 }
 
 #[tokio::test]
-async fn a_vm_that_keeps_what_is_taken_back_is_killed_and_its_vf_is_nobodys_until_it_is_clean() {
-    let host = Host::with_switch().await;
+async fn a_vm_that_keeps_what_is_revoked_is_killed_and_its_vf_is_nobodys_until_it_is_clean() {
+    let host = Host::new().await;
     host.put_group("web", r#"{"vlan": {"trunk": [100]}}"#).await;
     let vm = host.create("web1", |spec| spec.adapters[0].port_group = Some("web".parse().unwrap())).await;
     host.act(&vm, VmAction::Boot).await.unwrap();
@@ -108,7 +108,7 @@ async fn a_vm_that_keeps_what_is_taken_back_is_killed_and_its_vf_is_nobodys_unti
 
 #[tokio::test]
 async fn a_vf_comes_from_an_uplink_of_the_port_groups_switch() {
-    let host = Host::with_switch().await;
+    let host = Host::new().await;
     let spec = api::types::SwitchSpec { uplinks: ["eth0".to_owned()].into(), ..Default::default() };
     host.policy().put_switch(caller(), "prod".parse().unwrap(), spec, None).await.unwrap();
     let vm = host.create("web1", |_| {}).await;

@@ -22,7 +22,7 @@ struct Watched {
 
 impl Watched {
     async fn new(cmdline: &str) -> Self {
-        let host = Host::new();
+        let host = Host::new().await;
         let vm = host.create("web1", |spec| spec.boot.cmdline = cmdline.into()).await;
         let gates = host.gates();
         Self { host, vm, gates }

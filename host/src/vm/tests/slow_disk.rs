@@ -58,12 +58,12 @@ impl ObjectStore for SlowStore {
     }
 }
 
-/// Guests that reset themselves as fast as they can are honest. Their reports wait while the agent writes, and no budget for
+/// Guests that reset themselves as fast as they can are honest. Their events wait while the agent writes, and no budget for
 /// hostile processes may run out meanwhile.
 #[tokio::test]
 async fn guests_that_reset_themselves_are_not_taken_for_hostile_ones() {
     const HALF_SECONDS: u64 = 8;
-    let mut host = Host::with_switch().await;
+    let mut host = Host::new().await;
     let database = host.database();
     host.env = host
         .another_agent(|env| {

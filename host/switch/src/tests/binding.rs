@@ -8,7 +8,7 @@ use api::{
     types::{ObjectRef, PortSpec},
 };
 use netpolicy::{Change, PfCapabilities, Request, VlanId};
-use passthrough::relay::{Forwarded, Notice};
+use passthrough::relay::{Forwarded, RelayEvent};
 use services::problem::ToProblem;
 use tokio::time::timeout;
 
@@ -136,10 +136,10 @@ async fn a_full_disk_is_told_as_such() {
 #[tokio::test]
 async fn what_a_tenant_left_is_known_until_it_is_taken_also_by_the_next_agent() {
     let mut host = Host::new(TRUNK).await;
-    host.ask(1, Request::SetMac(mac(9))).await;
-    host.ask(1, Request::SetVlan { vid: 100, add: true }).await;
-    host.ask(1, Request::AddUnicastFilter(mac(10))).await;
-    host.ask(1, Request::SetMulticast { count: 1, hashes: vec![7] }).await;
+    host.request(1, Request::SetMac(mac(9))).await;
+    host.request(1, Request::SetVlan { vid: 100, add: true }).await;
+    host.request(1, Request::AddUnicastFilter(mac(10))).await;
+    host.request(1, Request::SetMulticast { count: 1, hashes: vec![7] }).await;
     host.restart().await;
     let left = host.switch.release(vm(1), "eth0").await.unwrap().unwrap();
     assert_eq!((left.vf.clone(), left.effective_mac), (vf(1), mac(9)));
@@ -181,22 +181,22 @@ async fn a_vmm_that_lies_about_further_addresses_leaves_none_behind() {
     let mut host = Host::new(TRUNK).await;
     let seq = host.send(1, Request::AddUnicastFilter(mac(10))).await;
     host.answer(1).await;
-    host.notice(1, Notice::Forwarded { seq, outcome: Forwarded::Refused }).await;
+    host.event(1, RelayEvent::Forwarded { seq, outcome: Forwarded::Refused }).await;
     host.switch.settle().await;
     host.restart().await;
     assert_eq!(left(&host).await, CLEARED, "refused");
 
     // The vmm has not sent the message, and reports that the PF took it.
     let mut host = Host::new(TRUNK).await;
-    host.ask(1, Request::AddUnicastFilter(mac(10))).await;
-    host.ask(1, Request::ClearUnicastFilters).await;
+    host.request(1, Request::AddUnicastFilter(mac(10))).await;
+    host.request(1, Request::ClearUnicastFilters).await;
     // Without the permission, nothing else shows that the VF may have the address.
     host.set("{}").await.unwrap();
     host.restart().await;
     assert_eq!(left(&host).await, CLEARED, "cleared");
 
     let mut host = Host::new(TRUNK).await;
-    host.ask(1, Request::SetMulticast { count: 0, hashes: Vec::new() }).await;
+    host.request(1, Request::SetMulticast { count: 0, hashes: Vec::new() }).await;
     assert_eq!(left(&host).await, [Change::Reset], "it was never trusted");
 }
 

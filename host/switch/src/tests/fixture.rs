@@ -15,20 +15,22 @@ use api::{
 };
 use async_trait::async_trait;
 use netpolicy::{Change, Decision, MacAddress, Name, Outcome, Request, StandingRefusal, VfRef, VmId, VmRef};
-use passthrough::relay::{self, Forwarded, How, Notice, Question, Verdict};
-use protocol::{Answer, Order};
+use passthrough::relay::{self, Forwarded, GuestRequest, How, RelayEvent, Verdict};
+use protocol::{AgentResponse, VmmCommand};
 use services::{
     decisions::{DecisionLog, KEPT, events::EventHub},
     metrics::Metrics,
     pf::{PfHandle, fake::FakePfs},
-    vmm_process::OrderError,
+    vmm_process::CommandError,
 };
 use sriov::Hint;
 use store::{Expect, ObjectStore as _, Operation, SqliteStore, Stores, Table};
 use tokio::{sync::mpsc, time::timeout};
 use uuid::Uuid;
 
-use crate::{Adapter, Intake, Parts, Policy, SwitchError, SwitchHandle, Timing, Vmm, record::Attachment};
+use crate::{
+    Adapter, Evaluator, Intake, Parts, Policy, SwitchError, SwitchHandle, Timing, Vmm, record::Attachment,
+};
 
 /// No step of a test takes longer.
 const PATIENCE: Duration = Duration::from_secs(10);
@@ -65,7 +67,7 @@ pub(super) fn vf(n: u8) -> VfRef {
 
 /// How a vmm carries out commands to revoke changes.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub(super) enum TakesBack {
+pub(super) enum Revokes {
     #[default]
     Done,
     Deferred,
@@ -82,9 +84,9 @@ pub(super) struct FakeVmm {
 
 #[derive(Default)]
 pub(super) struct Heard {
-    pub(super) orders: Vec<Order>,
+    pub(super) commands: Vec<VmmCommand>,
     pub(super) stopped: Vec<String>,
-    pub(super) takes_back: TakesBack,
+    pub(super) revokes: Revokes,
     /// The standing denial.
     pub(super) standing: Option<StandingRefusal>,
 }
@@ -95,40 +97,44 @@ impl FakeVmm {
     }
 
     /// The commands since the last call.
-    pub(super) fn orders(&self) -> Vec<Order> {
-        std::mem::take(&mut self.heard().orders)
+    pub(super) fn commands(&self) -> Vec<VmmCommand> {
+        std::mem::take(&mut self.heard().commands)
     }
 
     /// The changes that it was commanded to revoke since the last call.
-    pub(super) fn taken_back(&self) -> Vec<Change> {
-        let taken = |order| match order {
-            Order::TakeBack { changes, .. } => changes,
+    pub(super) fn revoked(&self) -> Vec<Change> {
+        let taken = |command| match command {
+            VmmCommand::Revoke { changes, .. } => changes,
             _ => Vec::new(),
         };
-        self.orders().into_iter().flat_map(taken).collect()
+        self.commands().into_iter().flat_map(taken).collect()
     }
 }
 
 #[async_trait]
 impl Vmm for FakeVmm {
-    async fn order(&self, order: Order, patience: Duration) -> Result<protocol::Outcome, OrderError> {
-        self.heard().orders.push(order.clone());
-        let takes_back = self.heard().takes_back;
-        let (failed, deferred) = match (takes_back, order) {
-            (TakesBack::Never, Order::TakeBack { .. }) => {
+    async fn command(
+        &self,
+        command: VmmCommand,
+        patience: Duration,
+    ) -> Result<protocol::Outcome, CommandError> {
+        self.heard().commands.push(command.clone());
+        let revokes = self.heard().revokes;
+        let (failed, deferred) = match (revokes, command) {
+            (Revokes::Never, VmmCommand::Revoke { .. }) => {
                 tokio::time::sleep(patience).await;
-                return Err(OrderError::Timeout(patience));
+                return Err(CommandError::Timeout(patience));
             }
-            (TakesBack::Refused, Order::TakeBack { changes, .. }) => (changes, false),
-            (TakesBack::Deferred, Order::TakeBack { .. }) => (Vec::new(), true),
-            (TakesBack::Done, Order::TakeBack { .. }) => (Vec::new(), false),
+            (Revokes::Refused, VmmCommand::Revoke { changes, .. }) => (changes, false),
+            (Revokes::Deferred, VmmCommand::Revoke { .. }) => (Vec::new(), true),
+            (Revokes::Done, VmmCommand::Revoke { .. }) => (Vec::new(), false),
             _ => return Ok(protocol::Outcome::Done),
         };
-        Ok(protocol::Outcome::TakenBack { failed, deferred })
+        Ok(protocol::Outcome::Revoked { failed, deferred })
     }
 
-    fn answer(&self, id: u64, answer: Answer) {
-        let Answer::Mailbox { adapter, verdict } = answer;
+    fn respond(&self, id: u64, response: AgentResponse) {
+        let AgentResponse::Mailbox { adapter, verdict } = response;
         assert_eq!(adapter, "eth0");
         drop(self.answers.send((id, verdict)));
     }
@@ -148,7 +154,7 @@ impl Vmm for FakeVmm {
 struct Guest {
     vmm: Arc<FakeVmm>,
     answers: mpsc::UnboundedReceiver<(u64, Verdict)>,
-    asked: u64,
+    requested: u64,
     intake: Option<Intake>,
 }
 
@@ -158,7 +164,7 @@ impl Guest {
         Self {
             vmm: Arc::new(FakeVmm { answers: sender, heard: Mutex::default() }),
             answers,
-            asked: 0,
+            requested: 0,
             intake: None,
         }
     }
@@ -179,6 +185,7 @@ async fn parts(
     pfs: &FakePfs,
     metrics: &Metrics,
     timing: Timing,
+    evaluator: Evaluator,
 ) -> Result<(SwitchHandle, Policy, mpsc::Sender<Hint>), SwitchError> {
     let path = dir.join("test.db");
     let store = Arc::new(SqliteStore::open(&path).unwrap());
@@ -193,8 +200,7 @@ async fn parts(
         events: events.clone(),
         hints: Some(hinted),
         timing,
-        #[cfg(feature = "test-support")]
-        bypass: false,
+        evaluator,
     };
     let switch = SwitchHandle::start(parts).await?;
     Ok((switch.clone(), Policy { switch, decisions, events }, hints))
@@ -203,13 +209,13 @@ async fn parts(
 impl Host {
     /// Without VMs.
     pub(super) async fn empty() -> Self {
-        Self::empty_with(TIMING).await
+        Self::empty_with(TIMING, Evaluator::Policy).await
     }
 
-    async fn empty_with(timing: Timing) -> Self {
+    async fn empty_with(timing: Timing, evaluator: Evaluator) -> Self {
         let (dir, pfs) = (tempfile::tempdir().unwrap(), FakePfs::new(&[PF, "eth1"]));
         let metrics = Metrics::default();
-        let (switch, policy, hints) = parts(dir.path(), &pfs, &metrics, timing).await.unwrap();
+        let (switch, policy, hints) = parts(dir.path(), &pfs, &metrics, timing, evaluator).await.unwrap();
         let guests = (0..3).map(|_| Guest::new()).collect();
         Self { switch, policy, pfs, metrics, hints, guests, dir }
     }
@@ -221,7 +227,16 @@ impl Host {
 
     /// The same with other times.
     pub(super) async fn with_timing(settings: &str, timing: Timing) -> Self {
-        let mut host = Self::empty_with(timing).await;
+        Self::with(settings, timing, Evaluator::Policy).await
+    }
+
+    /// The same with a switch that grants everything.
+    pub(super) async fn permissive(settings: &str) -> Self {
+        Self::with(settings, TIMING, Evaluator::Permissive).await
+    }
+
+    async fn with(settings: &str, timing: Timing, evaluator: Evaluator) -> Self {
+        let mut host = Self::empty_with(timing, evaluator).await;
         host.set(settings).await.unwrap();
         for n in [1, 2] {
             host.power_on(n).await.unwrap();
@@ -240,7 +255,7 @@ impl Host {
         let store = self.end().await;
         meanwhile(Table::new(&Stores::on_one_host(Arc::new(store)))).await;
         (self.switch, self.policy, self.hints) =
-            parts(self.dir.path(), &self.pfs, &self.metrics, TIMING).await.unwrap();
+            parts(self.dir.path(), &self.pfs, &self.metrics, TIMING, Evaluator::Policy).await.unwrap();
     }
 
     /// The database, beside the agent.
@@ -279,7 +294,10 @@ impl Host {
             let put = Operation::Put { kind, id, name, value, expect: Expect::Any };
             store.commit(vec![put]).await.unwrap();
         }
-        parts(self.dir.path(), &self.pfs, &self.metrics, TIMING).await.err().expect("an error")
+        parts(self.dir.path(), &self.pfs, &self.metrics, TIMING, Evaluator::Policy)
+            .await
+            .err()
+            .expect("an error")
     }
 
     /// As [`restart_on_damaged`](Self::restart_on_damaged), with all objects of one kind lost.
@@ -289,7 +307,10 @@ impl Host {
             let delete = Operation::Delete { kind, id: object.id, expect: Expect::Any };
             store.commit(vec![delete]).await.unwrap();
         }
-        parts(self.dir.path(), &self.pfs, &self.metrics, TIMING).await.err().expect("an error")
+        parts(self.dir.path(), &self.pfs, &self.metrics, TIMING, Evaluator::Policy)
+            .await
+            .err()
+            .expect("an error")
     }
 
     /// Sends a hint of a change, and does not wait for its effect.
@@ -300,8 +321,7 @@ impl Host {
     /// Waits until the relay of VM `n` is commanded to make a change, and asserts that `wait` is over by then.
     pub(super) async fn changed_after(&self, wait: Duration, n: u8, change: &Change) {
         let begun = std::time::Instant::now();
-        self.until("a message of the agent's own", async |host| host.vmm(n).taken_back().contains(change))
-            .await;
+        self.until("a message of the agent's own", async |host| host.vmm(n).revoked().contains(change)).await;
         assert!(begun.elapsed() >= wait, "after {:?}", begun.elapsed());
         self.switch.settle().await;
     }
@@ -343,19 +363,19 @@ impl Host {
     /// Sends a request, and does not wait for the response. Returns its number.
     pub(super) async fn send(&mut self, n: u8, request: Request) -> u64 {
         let guest = &mut self.guests[usize::from(n)];
-        guest.asked += 1;
-        let question = Question { seq: guest.asked, request };
-        let seq = question.seq;
+        guest.requested += 1;
+        let guest_request = GuestRequest { seq: guest.requested, request };
+        let seq = guest_request.seq;
         if let Some(intake) = &mut guest.intake {
-            intake.ask("eth0".into(), 1000 + seq, question).await;
+            intake.request("eth0".into(), 1000 + seq, guest_request).await;
         }
         seq
     }
 
     pub(super) async fn answer(&mut self, n: u8) -> Verdict {
         let guest = &mut self.guests[usize::from(n)];
-        let (id, verdict) = timeout(PATIENCE, guest.answers.recv()).await.expect("an answer").unwrap();
-        assert_eq!((id, verdict.seq), (1000 + guest.asked, guest.asked));
+        let (id, verdict) = timeout(PATIENCE, guest.answers.recv()).await.expect("a response").unwrap();
+        assert_eq!((id, verdict.seq), (1000 + guest.requested, guest.requested));
         verdict
     }
 
@@ -365,19 +385,19 @@ impl Host {
 
     /// Sends a request as a guest whose PF acknowledges forwarded messages. Returns the final
     /// decision.
-    pub(super) async fn ask(&mut self, n: u8, request: Request) -> relay::Decision {
+    pub(super) async fn request(&mut self, n: u8, request: Request) -> relay::Decision {
         let seq = self.send(n, request).await;
         let verdict = self.answer(n).await;
         if let relay::Decision::Grant { how: How::Forward } = verdict.decision {
-            self.notice(n, Notice::Forwarded { seq, outcome: Forwarded::Accepted }).await;
+            self.event(n, RelayEvent::Forwarded { seq, outcome: Forwarded::Accepted }).await;
         }
         self.switch.settle().await;
         verdict.decision
     }
 
-    pub(super) async fn notice(&self, n: u8, notice: Notice) {
+    pub(super) async fn event(&self, n: u8, event: RelayEvent) {
         let mut intake = self.intake(n);
-        timeout(PATIENCE, intake.notice("eth0".into(), notice)).await.expect("noted");
+        timeout(PATIENCE, intake.event("eth0".into(), event)).await.expect("noted");
     }
 
     /// The way of the messages of a guest's vmm.

@@ -3,15 +3,15 @@
 use std::time::Duration;
 
 use netpolicy::{
-    Change, Committed, OnDenied, OnDenied::Nack, OnDenied::Silent, Outcome, Reason, Request, Setting, Source,
-    VlanId,
+    Change, Committed, OnDenied, OnDenied::Nack, OnDenied::Silent, Outcome, PfCapabilities, Reason, Request,
+    Setting, Source, VlanId,
 };
-use passthrough::relay::{Cancelled, Forwarded, Notice, Question};
+use passthrough::relay::{Cancelled, Forwarded, GuestRequest, RelayEvent};
 use sriov::VfChange;
 use store::Expect;
 use tokio::time::sleep;
 
-use super::fixture::{FORWARD, Host, LOCAL, PF, TIMING, TakesBack, mac, refused, vf, vm};
+use super::fixture::{FORWARD, Host, LOCAL, PF, Revokes, TIMING, mac, refused, vf, vm};
 
 const ACCEPT: &str = r#"{"mac_changes": "accept", "unicast_limit": 2}"#;
 const TRUNK: &str = r#"{"vlan": {"trunk": ["100-200"]}, "vlan_limit": 2}"#;
@@ -29,7 +29,7 @@ async fn a_rejected_address_changes_nothing_and_is_told_recorded_and_published()
     let mut host = Host::new("{}").await;
     let mut events = host.policy.events.subscribe(None).unwrap();
     let wish = Request::SetMac(mac(9));
-    assert_eq!(host.ask(1, wish).await, refused(Nack, Reason::MacChangesRejected));
+    assert_eq!(host.request(1, wish).await, refused(Nack, Reason::MacChangesRejected));
     assert_eq!((host.pf_mac(1), host.addresses(1).await), (Some(mac(1)), (mac(1), mac(1))));
     assert_eq!(host.pfs.take_made(PF), [], "the PF hears nothing of it");
     let decisions = host.decisions(1, Outcome::Denied).await;
@@ -63,12 +63,12 @@ async fn a_rejected_address_changes_nothing_and_is_told_recorded_and_published()
 #[tokio::test]
 async fn a_silent_refusal_leaves_guest_and_device_differing_until_the_guest_resets() {
     let mut host = Host::new(r#"{"on_denied": "silent"}"#).await;
-    assert_eq!(host.ask(1, Request::SetMac(mac(9))).await, refused(Silent, Reason::MacChangesRejected));
+    assert_eq!(host.request(1, Request::SetMac(mac(9))).await, refused(Silent, Reason::MacChangesRejected));
     assert_eq!(host.addresses(1).await, (mac(1), mac(1)), "only its relay knows what the guest was told");
-    host.notice(1, Notice::GuestMac { mac: mac(9) }).await;
+    host.event(1, RelayEvent::GuestMac { mac: mac(9) }).await;
     assert_eq!((host.pf_mac(1), host.addresses(1).await), (Some(mac(1)), (mac(1), mac(9))));
     assert!(host.decisions(1, Outcome::Denied).await[0].detail.as_ref().unwrap().contains("reports success"));
-    assert_eq!(host.ask(1, Request::Reset).await, LOCAL);
+    assert_eq!(host.request(1, Request::Reset).await, LOCAL);
     assert_eq!(host.addresses(1).await, (mac(1), mac(1)));
 }
 
@@ -76,8 +76,22 @@ async fn a_silent_refusal_leaves_guest_and_device_differing_until_the_guest_rese
 /// does.
 fn standing(host: &Host) -> Option<Option<(OnDenied, Reason)>> {
     let standing = host.vmm(1).heard().standing.clone()?;
-    assert!(!standing.covers(mac(1)), "the initial address needs a question");
+    assert!(!standing.covers(mac(1)), "the initial address needs a request");
     Some(standing.covers(mac(9)).then_some((standing.on_denied, standing.reason)))
+}
+
+/// The lab's controls of the policy's tests have such a switch.
+#[tokio::test]
+async fn a_permissive_switch_grants_what_the_policy_denies_and_revokes_nothing() {
+    let mut host = Host::permissive("{}").await;
+    assert_eq!(standing(&host), None);
+    assert_eq!(host.request(1, Request::SetMac(mac(9))).await, LOCAL);
+    assert_eq!(host.request(1, join(100)).await, FORWARD);
+    host.set(r#"{"vlan": {"trunk": ["200"]}}"#).await.unwrap();
+    assert_eq!(host.request(1, Request::Reset).await, LOCAL);
+    host.switch.settle().await;
+    assert_eq!(host.pf_mac(1), Some(mac(9)));
+    assert_eq!((host.vmm(1).commands(), host.decisions(1, Outcome::Revoked).await), (vec![], vec![]));
 }
 
 #[tokio::test]
@@ -101,8 +115,9 @@ async fn relays_know_at_once_what_is_refused_in_any_case() {
 #[tokio::test]
 async fn what_a_relay_refused_is_recorded_as_if_it_had_been_asked() {
     let mut host = Host::new("{}").await;
-    host.ask(1, Request::SetMac(mac(9))).await;
-    host.notice(1, Notice::Declined { mac: mac(8), reason: Reason::MacChangesRejected, silent: true }).await;
+    host.request(1, Request::SetMac(mac(9))).await;
+    host.event(1, RelayEvent::Declined { mac: mac(8), reason: Reason::MacChangesRejected, silent: true })
+        .await;
     let decisions = host.decisions(1, Outcome::Denied).await;
     let [told, asked] = &decisions[..] else { panic!("{decisions:?}") };
     let what = |decision: &netpolicy::Decision| {
@@ -122,7 +137,8 @@ async fn what_a_relay_refused_is_recorded_as_if_it_had_been_asked() {
     // The denial crossed an edit of the policy: the record has the vmm's reason and names no
     // setting.
     host.set(ACCEPT).await.unwrap();
-    host.notice(1, Notice::Declined { mac: mac(8), reason: Reason::MacChangesRejected, silent: true }).await;
+    host.event(1, RelayEvent::Declined { mac: mac(8), reason: Reason::MacChangesRejected, silent: true })
+        .await;
     let decision = &host.decisions(1, Outcome::Denied).await[0];
     assert_eq!((decision.reason, decision.decided_by), (Some(Reason::MacChangesRejected), None));
     let detail = decision.detail.as_ref().unwrap();
@@ -134,7 +150,7 @@ async fn what_a_relay_refused_is_recorded_as_if_it_had_been_asked() {
 #[tokio::test]
 async fn an_address_that_a_reboot_is_about_to_take_is_given_again() {
     let mut host = Host::new(ACCEPT).await;
-    host.ask(1, Request::SetMac(mac(9))).await;
+    host.request(1, Request::SetMac(mac(9))).await;
     let gate = host.pfs.world().gate.clone();
     // Without the gate, the reboot would be over before the request comes.
     let held = gate.lock().await;
@@ -150,11 +166,11 @@ async fn an_address_that_a_reboot_is_about_to_take_is_given_again() {
 #[tokio::test]
 async fn an_accepted_address_is_on_the_pf_and_survives_reset_and_agent_but_no_reboot() {
     let mut host = Host::new(ACCEPT).await;
-    assert_eq!(host.ask(1, Request::SetMac(mac(9))).await, LOCAL);
+    assert_eq!(host.request(1, Request::SetMac(mac(9))).await, LOCAL);
     assert_eq!((host.pf_mac(1), host.addresses(1).await), (Some(mac(9)), (mac(9), mac(9))));
     let allowed = host.decisions(1, Outcome::Allowed).await;
     assert_eq!((allowed[0].committed, allowed[0].old.as_deref()), (Committed::Pf, Some("02:00:00:00:00:01")));
-    assert_eq!(host.ask(1, Request::SetMac(mac(9))).await, LOCAL, "the effective one, without a change");
+    assert_eq!(host.request(1, Request::SetMac(mac(9))).await, LOCAL, "the effective one, without a change");
     host.send(1, Request::Reset).await;
     assert_eq!(host.answer(1).await.effective_mac, mac(9));
     host.switch.settle().await;
@@ -176,7 +192,7 @@ async fn an_accepted_address_is_on_the_pf_and_survives_reset_and_agent_but_no_re
 #[tokio::test]
 async fn an_address_of_another_port_is_refused_also_while_that_one_is_being_given_it() {
     let mut host = Host::new(ACCEPT).await;
-    assert_eq!(host.ask(1, Request::SetMac(mac(2))).await, refused(Nack, Reason::MacInUse));
+    assert_eq!(host.request(1, Request::SetMac(mac(2))).await, refused(Nack, Reason::MacInUse));
     let gate = host.pfs.world().gate.clone();
     let held = gate.lock().await;
     host.send(1, Request::SetMac(mac(9))).await;
@@ -191,29 +207,45 @@ async fn an_address_of_another_port_is_refused_also_while_that_one_is_being_give
 async fn what_the_pf_refuses_is_refused() {
     let mut host = Host::new(ACCEPT).await;
     host.pfs.world().pfs.get_mut(PF).unwrap().answers = vec![Some(libc::EINVAL)];
-    assert_eq!(host.ask(1, Request::SetMac(mac(9))).await, refused(Nack, Reason::CommitFailed));
+    assert_eq!(host.request(1, Request::SetMac(mac(9))).await, refused(Nack, Reason::CommitFailed));
     assert_eq!((host.pf_mac(1), host.addresses(1).await), (Some(mac(1)), (mac(1), mac(1))));
     let denied = host.decisions(1, Outcome::Denied).await;
     assert_eq!((denied[0].reason, denied[0].committed), (Some(Reason::CommitFailed), Committed::Failed));
-    assert_eq!(host.ask(1, Request::SetMac(mac(9))).await, LOCAL, "nothing is left of it");
+    assert_eq!(host.request(1, Request::SetMac(mac(9))).await, LOCAL, "nothing is left of it");
 }
 
 #[tokio::test]
 async fn vlans_are_forwarded_in_range_and_older_ones_make_room() {
     let mut host = Host::new(TRUNK).await;
-    assert_eq!(host.ask(1, join(300)).await, refused(Nack, Reason::VlanNotAllowed));
+    assert_eq!(host.request(1, join(300)).await, refused(Nack, Reason::VlanNotAllowed));
     for vid in [100, 101] {
-        assert_eq!(host.ask(1, join(vid)).await, FORWARD);
+        assert_eq!(host.request(1, join(vid)).await, FORWARD);
     }
-    assert_eq!(host.ask(1, join(102)).await, refused(Nack, Reason::LimitExceeded));
-    assert_eq!(host.ask(1, Request::Reset).await, LOCAL);
-    host.vmm(1).orders();
+    assert_eq!(host.request(1, join(102)).await, refused(Nack, Reason::LimitExceeded));
+    assert_eq!(host.request(1, Request::Reset).await, LOCAL);
+    host.vmm(1).commands();
     // The PF may still have the VLANs from before the reset.
     for (new, old) in [(102, 100), (103, 101)] {
-        assert_eq!(host.ask(1, join(new)).await, FORWARD);
-        assert_eq!(host.vmm(1).taken_back(), [Change::LeaveVlan(vlan(old))]);
+        assert_eq!(host.request(1, join(new)).await, FORWARD);
+        assert_eq!(host.vmm(1).revoked(), [Change::LeaveVlan(vlan(old))]);
     }
     assert_eq!(host.decisions(1, Outcome::Allowed).await[0].committed, Committed::Mailbox);
+}
+
+/// A change of trust would make such a PF ignore the message, and the guest reset.
+#[tokio::test]
+async fn a_pf_whose_trust_needs_a_reset_keeps_a_running_guest_untrusted() {
+    let mut host = Host::empty().await;
+    let capabilities = PfCapabilities { trust_needs_reset: true, ..PfCapabilities::igb_82576() };
+    host.pfs.world().capabilities = Some(capabilities);
+    host.set(ACCEPT).await.unwrap();
+    host.power_on(1).await.unwrap();
+    host.pfs.take_made(PF);
+    assert_eq!(host.request(1, Request::AddUnicastFilter(mac(9))).await, FORWARD);
+    host.set("{}").await.unwrap();
+    host.switch.settle().await;
+    assert_eq!(host.vmm(1).revoked(), [Change::ClearUnicast]);
+    assert_eq!(host.pfs.take_made(PF), []);
 }
 
 #[tokio::test]
@@ -222,7 +254,7 @@ async fn trust_is_on_only_around_messages_that_need_it() {
     let seq = host.send(1, Request::AddUnicastFilter(mac(9))).await;
     assert_eq!(host.answer(1).await.decision, FORWARD);
     assert_eq!(host.pfs.vf(PF, 1).trust, Some(true));
-    host.notice(1, Notice::Forwarded { seq, outcome: Forwarded::Accepted }).await;
+    host.event(1, RelayEvent::Forwarded { seq, outcome: Forwarded::Accepted }).await;
     host.switch.settle().await;
     assert_eq!(host.pfs.take_made(PF), [(1, VfChange::Trust(true)), (1, VfChange::Trust(false))]);
 
@@ -232,7 +264,10 @@ async fn trust_is_on_only_around_messages_that_need_it() {
     tokio::time::sleep(TIMING.forwarded).await;
     host.switch.settle().await;
     assert_eq!(host.pfs.vf(PF, 1).trust, Some(false));
-    assert_eq!(host.ask(1, Request::AddUnicastFilter(mac(11))).await, refused(Nack, Reason::LimitExceeded));
+    assert_eq!(
+        host.request(1, Request::AddUnicastFilter(mac(11))).await,
+        refused(Nack, Reason::LimitExceeded)
+    );
     assert_eq!(host.decisions(1, Outcome::Denied).await.len(), 2);
 }
 
@@ -256,8 +291,8 @@ async fn a_commit_that_lands_after_the_deadline_is_reverted() {
     let held = gate.lock().await;
     let request = Request::SetMac(mac(9));
     let seq = host.send(1, request.clone()).await;
-    let cancelled = Notice::Cancelled { seq, request: request.clone(), why: Cancelled::Deadline };
-    host.notice(1, cancelled.clone()).await;
+    let cancelled = RelayEvent::Cancelled { seq, request: request.clone(), why: Cancelled::Deadline };
+    host.event(1, cancelled.clone()).await;
     drop(held);
     host.switch.settle().await;
     assert_eq!((host.pf_mac(1), host.addresses(1).await), (Some(mac(1)), (mac(1), mac(1))));
@@ -273,25 +308,25 @@ async fn a_commit_that_lands_after_the_deadline_is_reverted() {
     // The same with a response that was already on its way.
     let seq = host.send(1, request.clone()).await;
     assert_eq!(host.answer(1).await.decision, LOCAL);
-    host.notice(1, Notice::Cancelled { seq, request, why: Cancelled::Deadline }).await;
+    host.event(1, RelayEvent::Cancelled { seq, request, why: Cancelled::Deadline }).await;
     host.switch.settle().await;
     assert_eq!((host.pf_mac(1), host.addresses(1).await), (Some(mac(1)), (mac(1), mac(1))));
     // A repeated event reverts nothing more.
-    host.notice(1, cancelled).await;
+    host.event(1, cancelled).await;
     host.switch.settle().await;
     assert_eq!(host.decisions(1, Outcome::Reverted).await[0].count, 2);
 }
 
 #[tokio::test]
-async fn a_question_that_is_given_up_before_its_turn_changes_nothing() {
+async fn a_request_that_is_given_up_before_its_turn_changes_nothing() {
     let mut host = Host::new(TRUNK).await;
-    host.vmm(1).heard().takes_back = TakesBack::Never;
-    host.ask(1, join(100)).await;
+    host.vmm(1).heard().revokes = Revokes::Never;
+    host.request(1, join(100)).await;
     // A correction is under way while the guest sends its request.
     host.set(r#"{"vlan": {"trunk": ["101-200"]}, "mac_changes": "accept"}"#).await.unwrap();
     let request = Request::SetMac(mac(9));
     let seq = host.send(1, request.clone()).await;
-    host.notice(1, Notice::Cancelled { seq, request, why: Cancelled::Deadline }).await;
+    host.event(1, RelayEvent::Cancelled { seq, request, why: Cancelled::Deadline }).await;
     tokio::time::sleep(TIMING.confirm * 2).await;
     assert_eq!(host.pfs.take_made(PF), []);
     assert!(!host.is_answered(1));
@@ -314,7 +349,7 @@ async fn an_agent_that_dies_during_a_commit_believes_the_vmm_about_what_its_gues
         .await;
         host.connect(1).await;
         if !heard {
-            host.notice(1, Notice::Cancelled { seq: 77, request, why: Cancelled::Deadline }).await;
+            host.event(1, RelayEvent::Cancelled { seq: 77, request, why: Cancelled::Deadline }).await;
         }
         host.switch.settle().await;
         let expect = if heard { mac(9) } else { mac(1) };
@@ -327,7 +362,7 @@ async fn an_agent_that_dies_during_a_commit_believes_the_vmm_about_what_its_gues
 
 /// The vmm has forgotten the cancelled request after it reported it.
 #[tokio::test]
-async fn an_agent_that_dies_when_it_has_heard_of_a_question_given_up_leaves_its_revert_to_the_next() {
+async fn an_agent_that_dies_when_it_has_heard_of_a_request_given_up_leaves_its_revert_to_the_next() {
     for (answered, made) in [(false, false), (false, true), (true, true), (true, false)] {
         let mut host = Host::new(ACCEPT).await;
         let gate = host.pfs.world().gate.clone();
@@ -341,7 +376,7 @@ async fn an_agent_that_dies_when_it_has_heard_of_a_question_given_up_leaves_its_
             let held = gate.lock_owned().await;
             (host.send(1, request.clone()).await, held)
         };
-        host.notice(1, Notice::Cancelled { seq, request, why: Cancelled::Deadline }).await;
+        host.event(1, RelayEvent::Cancelled { seq, request, why: Cancelled::Deadline }).await;
         let noted = host.stored(1).await;
         drop(held);
         host.switch.settle().await;
@@ -398,45 +433,45 @@ async fn a_granted_address_waits_for_one_durable_write() {
 #[tokio::test]
 async fn a_former_connection_is_not_heard() {
     let mut host = Host::new(ACCEPT).await;
-    let question = |seq| Question { seq, request: Request::SetMac(mac(9)) };
+    let guest_request = |seq| GuestRequest { seq, request: Request::SetMac(mac(9)) };
     let mut former = host.intake(1);
     // Both may still be on their way when the agent has connected again, or has not yet.
     host.connect(1).await;
-    former.ask("eth0".into(), 1, question(1)).await;
-    let forgotten = former.notice("eth0".into(), Notice::GuestMac { mac: mac(9) }).await;
+    former.request("eth0".into(), 1, guest_request(1)).await;
+    let forgotten = former.event("eth0".into(), RelayEvent::GuestMac { mac: mac(9) }).await;
     assert!(!forgotten && !former.rebooted().await, "the vmm must repeat them on the present connection");
     let mut present = host.intake(1);
     host.switch.disconnected(vm(1)).await;
-    present.ask("eth0".into(), 2, question(2)).await;
+    present.request("eth0".into(), 2, guest_request(2)).await;
     host.switch.settle().await;
     assert_eq!(host.pfs.take_made(PF), []);
     assert!(!host.is_answered(1));
     assert_eq!(host.port(1).await.status.guest_mac, mac(1));
     host.connect(1).await;
-    assert_eq!(host.ask(1, Request::SetMac(mac(9))).await, LOCAL);
+    assert_eq!(host.request(1, Request::SetMac(mac(9))).await, LOCAL);
 }
 
 #[tokio::test]
 async fn a_vmm_speaks_for_its_own_vm_only() {
     let mut host = Host::new(ACCEPT).await;
-    let question = Question { seq: 1, request: Request::SetMac(mac(9)) };
+    let guest_request = GuestRequest { seq: 1, request: Request::SetMac(mac(9)) };
     let mut intake = host.intake(1);
-    host.switch.newest_intake(vm(7)).ask("eth0".into(), 1, question.clone()).await;
-    intake.ask("eth1".into(), 1, question.clone()).await;
-    intake.ask("x".repeat(100_000), 1, question).await;
-    intake.notice("eth9".into(), Notice::GuestMac { mac: mac(9) }).await;
+    host.switch.newest_intake(vm(7)).request("eth0".into(), 1, guest_request.clone()).await;
+    intake.request("eth1".into(), 1, guest_request.clone()).await;
+    intake.request("x".repeat(100_000), 1, guest_request).await;
+    intake.event("eth9".into(), RelayEvent::GuestMac { mac: mac(9) }).await;
     host.switch.settle().await;
     assert_eq!(host.pfs.take_made(PF), []);
     assert!(!host.is_answered(1));
-    assert_eq!(host.ask(1, Request::SetMac(mac(9))).await, LOCAL);
+    assert_eq!(host.request(1, Request::SetMac(mac(9))).await, LOCAL);
 }
 
 #[tokio::test]
 async fn what_a_relay_refused_by_itself_is_recorded() {
     let host = Host::new("{}").await;
-    let notice = Notice::Refused { request: None, word: 0x99, reason: Reason::UnknownMessage, count: 7 };
-    host.notice(1, notice.clone()).await;
-    host.notice(1, notice).await;
+    let event = RelayEvent::Refused { request: None, word: 0x99, reason: Reason::UnknownMessage, count: 7 };
+    host.event(1, event.clone()).await;
+    host.event(1, event).await;
     let denied = host.decisions(1, Outcome::Denied).await;
     assert_eq!((denied.len(), denied[0].count, denied[0].reason), (1, 14, Some(Reason::UnknownMessage)));
     assert_eq!(denied[0].requested.as_deref(), Some("message 0x00000099"));

@@ -7,13 +7,13 @@ use api::{
     types::{EventKind, ObjectKind, PfState},
 };
 use netpolicy::{Change, Committed, MacAddress, Outcome, Request, Setting, VlanId};
-use passthrough::relay::Notice;
-use protocol::Order;
+use passthrough::relay::RelayEvent;
+use protocol::VmmCommand;
 use sriov::{Hint, VfChange};
 
 use crate::Timing;
 
-use super::fixture::{FORWARD, Host, LOCAL, PF, TIMING, TakesBack, mac, vf, vm};
+use super::fixture::{FORWARD, Host, LOCAL, PF, Revokes, TIMING, mac, vf, vm};
 
 const ACCEPT: &str = r#"{"mac_changes": "accept"}"#;
 const TRUNK: &str = r#"{"vlan": {"trunk": ["100-200"]}}"#;
@@ -26,34 +26,34 @@ fn leave(id: u16) -> Change {
 async fn joined(vids: &[u16]) -> Host {
     let mut host = Host::new(TRUNK).await;
     for vid in vids {
-        assert_eq!(host.ask(1, Request::SetVlan { vid: *vid, add: true }).await, FORWARD);
+        assert_eq!(host.request(1, Request::SetVlan { vid: *vid, add: true }).await, FORWARD);
     }
-    host.vmm(1).orders();
+    host.vmm(1).commands();
     host
 }
 
 #[tokio::test]
-async fn an_address_that_is_no_longer_allowed_is_taken_back_and_the_guest_made_to_learn_it() {
+async fn an_address_that_is_no_longer_allowed_is_revoked_and_the_guest_made_to_learn_it() {
     let mut host = Host::new(ACCEPT).await;
-    host.ask(1, Request::SetMac(mac(9))).await;
+    host.request(1, Request::SetMac(mac(9))).await;
     host.set("{}").await.unwrap();
     host.switch.settle().await;
     assert_eq!((host.pf_mac(1), host.addresses(1).await), (Some(mac(1)), (mac(1), mac(9))));
     let adapter = || "eth0".to_owned();
     assert_eq!(
-        host.vmm(1).orders(),
+        host.vmm(1).commands(),
         [
-            Order::EffectiveMac { adapter: adapter(), mac: mac(1) },
-            Order::MakeGuestReset { adapter: adapter() }
+            VmmCommand::EffectiveMac { adapter: adapter(), mac: mac(1) },
+            VmmCommand::MakeGuestReset { adapter: adapter() }
         ]
     );
-    let taken = host.decisions(1, Outcome::TakenBack).await;
+    let taken = host.decisions(1, Outcome::Revoked).await;
     assert_eq!(taken.len(), 1);
     assert_eq!(taken[0].decided_by.unwrap().setting, Setting::MacChanges);
     assert_eq!(taken[0].edited_by.as_deref(), Some("uid 0"), "who edited the policy");
     assert_eq!((taken[0].old.as_deref(), taken[0].committed), (Some("02:00:00:00:00:09"), Committed::Pf));
-    assert_eq!(host.decisions(2, Outcome::TakenBack).await, []);
-    host.ask(1, Request::Reset).await;
+    assert_eq!(host.decisions(2, Outcome::Revoked).await, []);
+    host.request(1, Request::Reset).await;
     assert_eq!(host.addresses(1).await, (mac(1), mac(1)));
 }
 
@@ -62,58 +62,58 @@ async fn a_vlan_that_is_no_longer_allowed_is_left_by_message() {
     let host = joined(&[100, 160]).await;
     host.set(NARROW).await.unwrap();
     host.switch.settle().await;
-    assert_eq!(host.vmm(1).taken_back(), [leave(100)]);
-    let taken = host.decisions(1, Outcome::TakenBack).await;
+    assert_eq!(host.vmm(1).revoked(), [leave(100)]);
+    let taken = host.decisions(1, Outcome::Revoked).await;
     assert_eq!((taken.len(), taken[0].committed), (1, Committed::Mailbox));
     host.set(NARROW).await.unwrap();
     host.switch.settle().await;
-    assert_eq!(host.vmm(1).taken_back(), [], "nothing is left to correct");
+    assert_eq!(host.vmm(1).revoked(), [], "nothing is left to correct");
     assert!(host.vmm(1).heard().stopped.is_empty());
 }
 
 #[tokio::test]
 async fn what_waits_for_the_guests_reset_is_recorded_when_it_is_made() {
     let mut host = joined(&[100]).await;
-    host.vmm(1).heard().takes_back = TakesBack::Deferred;
+    host.vmm(1).heard().revokes = Revokes::Deferred;
     assert_eq!(host.port(1).await.status.pending, None);
     host.set(NARROW).await.unwrap();
     host.switch.settle().await;
-    assert_eq!(host.decisions(1, Outcome::TakenBack).await, []);
+    assert_eq!(host.decisions(1, Outcome::Revoked).await, []);
     let pending = host.port(1).await.status.pending.expect("what waits is shown");
     assert_eq!(pending.changes, ["set_vlan leave 100"]);
-    host.vmm(1).heard().takes_back = TakesBack::Done;
-    host.notice(1, Notice::TakenBack { id: 7, failed: Vec::new(), deferred: false }).await;
-    assert_eq!(host.ask(1, Request::Reset).await, LOCAL);
-    let taken = host.decisions(1, Outcome::TakenBack).await;
+    host.vmm(1).heard().revokes = Revokes::Done;
+    host.event(1, RelayEvent::Revoked { id: 7, failed: Vec::new(), deferred: false }).await;
+    assert_eq!(host.request(1, Request::Reset).await, LOCAL);
+    let taken = host.decisions(1, Outcome::Revoked).await;
     assert_eq!((taken.len(), taken[0].edited_by.as_deref()), (1, Some("uid 0")));
     assert!(taken[0].detail.as_deref().is_some_and(|detail| detail.starts_with("Reported by")), "{taken:?}");
     assert_eq!(host.port(1).await.status.pending, None);
-    assert_eq!(host.vmm(1).taken_back(), [leave(100)], "ordered once");
+    assert_eq!(host.vmm(1).revoked(), [leave(100)], "commanded once");
 
-    // If the correction fails at the reset, it is ordered again.
+    // If the correction fails at the reset, it is commanded again.
     host.set(TRUNK).await.unwrap();
-    host.ask(1, Request::SetVlan { vid: 101, add: true }).await;
-    host.vmm(1).heard().takes_back = TakesBack::Deferred;
+    host.request(1, Request::SetVlan { vid: 101, add: true }).await;
+    host.vmm(1).heard().revokes = Revokes::Deferred;
     host.set(NARROW).await.unwrap();
     host.switch.settle().await;
-    host.vmm(1).orders();
-    host.vmm(1).heard().takes_back = TakesBack::Done;
-    host.notice(1, Notice::TakenBack { id: 8, failed: vec![leave(101)], deferred: false }).await;
+    host.vmm(1).commands();
+    host.vmm(1).heard().revokes = Revokes::Done;
+    host.event(1, RelayEvent::Revoked { id: 8, failed: vec![leave(101)], deferred: false }).await;
     host.switch.settle().await;
-    assert_eq!(host.vmm(1).taken_back(), [leave(101)]);
-    assert_eq!(host.decisions(1, Outcome::TakenBack).await.len(), 2);
+    assert_eq!(host.vmm(1).revoked(), [leave(101)]);
+    assert_eq!(host.decisions(1, Outcome::Revoked).await.len(), 2);
 }
 
 #[tokio::test]
 async fn a_vmm_that_does_not_confirm_is_stopped() {
-    for takes_back in [TakesBack::Never, TakesBack::Refused] {
+    for revokes in [Revokes::Never, Revokes::Refused] {
         let host = joined(&[100]).await;
-        host.vmm(1).heard().takes_back = takes_back;
+        host.vmm(1).heard().revokes = revokes;
         host.set(NARROW).await.unwrap();
         host.until("stopped", async |host| !host.vmm(1).heard().stopped.is_empty()).await;
         assert!(host.vmm(2).heard().stopped.is_empty());
         let left = host.switch.release(vm(1), "eth0").await.unwrap().unwrap();
-        assert!(left.changes.contains(&leave(100)), "{takes_back:?}: cleaned when it is gone");
+        assert!(left.changes.contains(&leave(100)), "{revokes:?}: cleaned when it is gone");
     }
 }
 
@@ -128,19 +128,19 @@ async fn a_vmm_that_stays_away_is_stopped_and_one_that_comes_back_is_not() {
         }
         tokio::time::sleep(TIMING.confirm * 3).await;
         assert_eq!(host.vmm(1).heard().stopped.is_empty(), back);
-        assert_eq!(host.vmm(1).taken_back(), if back { vec![leave(100)] } else { vec![] });
+        assert_eq!(host.vmm(1).revoked(), if back { vec![leave(100)] } else { vec![] });
     }
 }
 
 #[tokio::test]
 async fn a_pf_that_does_not_take_an_address_back_is_asked_again() {
     let mut host = Host::new(ACCEPT).await;
-    host.ask(1, Request::SetMac(mac(9))).await;
+    host.request(1, Request::SetMac(mac(9))).await;
     host.pfs.world().pfs.get_mut(PF).unwrap().answers = vec![Some(libc::EBUSY)];
     host.set("{}").await.unwrap();
     host.until("taken back", async |host| host.pf_mac(1) == Some(mac(1))).await;
     host.switch.settle().await;
-    let taken = host.decisions(1, Outcome::TakenBack).await;
+    let taken = host.decisions(1, Outcome::Revoked).await;
     let how: Vec<Committed> = taken.iter().map(|decision| decision.committed).collect();
     assert_eq!(how, [Committed::Pf, Committed::Failed]);
 }
@@ -155,7 +155,7 @@ async fn a_setting_that_the_pf_refuses_is_not_shown_as_if_it_were_in_force() {
     let unmade = host.port(1).await.status.unmade;
     assert_eq!((unmade.len(), unmade[0].change.as_str()), (1, "set_max_tx_rate 50 Mbit/s"));
     assert!(!unmade[0].detail.is_empty());
-    assert_eq!(host.decisions(1, Outcome::TakenBack).await[0].committed, Committed::Failed);
+    assert_eq!(host.decisions(1, Outcome::Revoked).await[0].committed, Committed::Failed);
     host.until("made", async |host| host.port(1).await.status.unmade.is_empty()).await;
     assert_eq!(host.pfs.vf(PF, 1).max_tx_rate, 50);
 }
@@ -255,9 +255,9 @@ async fn what_the_switch_does_is_counted() {
         r#"{"mac_changes": {"list": ["02:00:00:00:00:00/ff:ff:ff:ff:ff:f0"]}, "vlan": {"trunk": [7]}}"#,
     )
     .await;
-    assert_eq!(host.ask(1, Request::SetMac(mac(9))).await, LOCAL);
-    assert_eq!(host.ask(1, Request::SetVlan { vid: 7, add: true }).await, FORWARD);
-    host.ask(1, Request::SetMac(mac(0x66))).await;
+    assert_eq!(host.request(1, Request::SetMac(mac(9))).await, LOCAL);
+    assert_eq!(host.request(1, Request::SetVlan { vid: 7, add: true }).await, FORWARD);
+    host.request(1, Request::SetMac(mac(0x66))).await;
     host.pfs.foreign(PF, 1, VfChange::Trust(true));
     host.changed(true).await;
     let text = host.metrics.text(&[]).unwrap();
@@ -328,7 +328,7 @@ async fn after_a_reset_of_the_pf_everything_is_set_again_and_the_check_switched_
     host.pfs.take_made(PF);
     host.changed(true).await;
     check(&host);
-    host.notice(1, Notice::PfReset).await;
+    host.event(1, RelayEvent::PfReset).await;
     host.switch.settle().await;
     check(&host);
     assert_eq!(host.decisions(1, Outcome::Repaired).await, [], "nothing was foreign");
@@ -338,7 +338,7 @@ async fn after_a_reset_of_the_pf_everything_is_set_again_and_the_check_switched_
 #[tokio::test]
 async fn the_next_agent_does_the_work_of_a_reboot_that_it_finds_noted() {
     let mut host = Host::new(ACCEPT).await;
-    host.ask(1, Request::SetMac(mac(9))).await;
+    host.request(1, Request::SetMac(mac(9))).await;
     for noted in [false, true] {
         host.restart_after(async |attachments| {
             for mut entry in attachments.list().await.unwrap() {
@@ -355,7 +355,10 @@ async fn the_next_agent_does_the_work_of_a_reboot_that_it_finds_noted() {
         // The guest may have rebooted meanwhile, with the former address of the PF.
         host.connect(1).await;
         host.switch.settle().await;
-        assert_eq!(host.vmm(1).orders(), [Order::EffectiveMac { adapter: "eth0".into(), mac: address }]);
+        assert_eq!(
+            host.vmm(1).commands(),
+            [VmmCommand::EffectiveMac { adapter: "eth0".into(), mac: address }]
+        );
     }
     // The work is done once.
     host.restart_after(async |attachments| {
@@ -381,23 +384,23 @@ async fn a_reboot_is_noted_before_it_is_forgotten() {
 }
 
 #[tokio::test]
-async fn a_reboot_takes_back_what_a_reset_does_not() {
+async fn a_reboot_revokes_what_a_reset_does_not() {
     let mut host = Host::new(r#"{"mac_changes": "accept", "unicast_limit": 1}"#).await;
-    host.ask(1, Request::AddUnicastFilter(mac(9))).await;
+    host.request(1, Request::AddUnicastFilter(mac(9))).await;
     host.pfs.take_made(PF);
     // The device was reset, so the PF ignores messages until the guest's next reset message.
-    host.vmm(1).heard().takes_back = TakesBack::Deferred;
+    host.vmm(1).heard().revokes = Revokes::Deferred;
     host.intake(1).rebooted().await;
     host.switch.settle().await;
-    assert_eq!(host.vmm(1).taken_back(), [Change::ClearUnicast]);
+    assert_eq!(host.vmm(1).revoked(), [Change::ClearUnicast]);
     // The PF denies the deferred change, for want of trust.
-    host.vmm(1).heard().takes_back = TakesBack::Done;
+    host.vmm(1).heard().revokes = Revokes::Done;
     host.pfs.take_made(PF);
-    host.notice(1, Notice::TakenBack { id: 1, failed: vec![Change::ClearUnicast], deferred: false }).await;
-    host.ask(1, Request::Reset).await;
-    assert_eq!(host.vmm(1).taken_back(), [Change::ClearUnicast]);
+    host.event(1, RelayEvent::Revoked { id: 1, failed: vec![Change::ClearUnicast], deferred: false }).await;
+    host.request(1, Request::Reset).await;
+    assert_eq!(host.vmm(1).revoked(), [Change::ClearUnicast]);
     assert_eq!(host.pfs.take_made(PF), [(1, VfChange::Trust(true)), (1, VfChange::Trust(false))]);
-    assert_eq!(host.ask(1, Request::AddUnicastFilter(mac(10))).await, FORWARD, "there is room again");
+    assert_eq!(host.request(1, Request::AddUnicastFilter(mac(10))).await, FORWARD, "there is room again");
 }
 
 #[tokio::test]
@@ -408,7 +411,7 @@ async fn a_vmm_that_tells_of_resets_for_ever_costs_its_pf_no_more_than_one() {
     // This request keeps the port's queue busy meanwhile.
     host.send(1, Request::SetMac(mac(9))).await;
     for _ in 0..10_000 {
-        host.notice(1, Notice::PfReset).await;
+        host.event(1, RelayEvent::PfReset).await;
         host.intake(1).rebooted().await;
     }
     host.pfs.world().reads = 0;
@@ -427,8 +430,8 @@ async fn deferred_revocations_may_have_a_deadline() {
     for (limited, in_time) in [(true, false), (true, true), (false, false)] {
         let timing = Timing { deferred: limited.then_some(LIMIT), ..TIMING };
         let mut host = Host::with_timing(TRUNK, timing).await;
-        assert_eq!(host.ask(1, Request::SetVlan { vid: 100, add: true }).await, FORWARD);
-        host.vmm(1).heard().takes_back = TakesBack::Deferred;
+        assert_eq!(host.request(1, Request::SetVlan { vid: 100, add: true }).await, FORWARD);
+        host.vmm(1).heard().revokes = Revokes::Deferred;
         host.switch.settle().await;
         let tasks = || tokio::runtime::Handle::current().metrics().num_alive_tasks();
         let before = tasks();
@@ -438,14 +441,14 @@ async fn deferred_revocations_may_have_a_deadline() {
         for id in 0..4 {
             tokio::time::sleep(LIMIT / 8).await;
             // It has made nothing, and defers again.
-            host.notice(1, Notice::TakenBack { id, failed: vec![leave(100)], deferred: false }).await;
+            host.event(1, RelayEvent::Revoked { id, failed: vec![leave(100)], deferred: false }).await;
             host.switch.settle().await;
         }
         assert!(host.port(1).await.status.pending.is_some());
         assert!(host.vmm(1).heard().stopped.is_empty(), "before its time");
         if in_time {
-            host.vmm(1).heard().takes_back = TakesBack::Done;
-            host.notice(1, Notice::TakenBack { id: 9, failed: Vec::new(), deferred: false }).await;
+            host.vmm(1).heard().revokes = Revokes::Done;
+            host.event(1, RelayEvent::Revoked { id: 9, failed: Vec::new(), deferred: false }).await;
             host.switch.settle().await;
             // A guest can have this again and again.
             host.until("its timer has ended", async |_| tasks() <= before).await;
@@ -467,8 +470,8 @@ async fn rights_of_a_former_boot_have_the_same_deadline() {
     const LIMIT: Duration = Duration::from_millis(600);
     let timing = Timing { deferred: Some(LIMIT), ..TIMING };
     let mut host = Host::with_timing(TRUNK, timing).await;
-    assert_eq!(host.ask(1, Request::SetVlan { vid: 100, add: true }).await, FORWARD);
-    host.vmm(1).heard().takes_back = TakesBack::Deferred;
+    assert_eq!(host.request(1, Request::SetVlan { vid: 100, add: true }).await, FORWARD);
+    host.vmm(1).heard().revokes = Revokes::Deferred;
     for _ in 0..3 {
         host.intake(1).rebooted().await;
         host.switch.settle().await;
@@ -482,15 +485,15 @@ async fn rights_of_a_former_boot_have_the_same_deadline() {
 async fn a_vmm_that_defers_for_ever_is_stopped() {
     let vids: Vec<u16> = (100..108).collect();
     let mut host = joined(&vids).await;
-    host.vmm(1).heard().takes_back = TakesBack::Deferred;
+    host.vmm(1).heard().revokes = Revokes::Deferred;
     host.set(NARROW).await.unwrap();
-    // Each reset orders the same changes again, because the one before did not make them.
+    // Each reset commands the same changes again, because the one before did not make them.
     for _ in 0..passthrough::relay::MAX_CHANGES / vids.len() {
-        host.ask(1, Request::Reset).await;
+        host.request(1, Request::Reset).await;
     }
     assert!(host.vmm(1).heard().stopped.is_empty(), "so much may wait");
     for _ in 0..passthrough::relay::MAX_CHANGES / vids.len() {
-        host.ask(1, Request::Reset).await;
+        host.request(1, Request::Reset).await;
     }
     assert!(!host.vmm(1).heard().stopped.is_empty());
 }
@@ -502,9 +505,9 @@ const VIRTUAL: &str =
 async fn a_backup_that_waits() -> (Host, MacAddress) {
     let address = "00:00:5e:00:01:33".parse().unwrap();
     let mut host = Host::new(VIRTUAL).await;
-    assert_eq!(host.ask(1, Request::AddUnicastFilter(address)).await, FORWARD);
-    assert_ne!(host.ask(2, Request::AddUnicastFilter(address)).await, FORWARD);
-    host.vmm(2).orders();
+    assert_eq!(host.request(1, Request::AddUnicastFilter(address)).await, FORWARD);
+    assert_ne!(host.request(2, Request::AddUnicastFilter(address)).await, FORWARD);
+    host.vmm(2).commands();
     (host, address)
 }
 
@@ -512,12 +515,12 @@ async fn a_backup_that_waits() -> (Host, MacAddress) {
 async fn an_address_is_given_to_the_guest_that_was_refused_it_when_its_port_gives_it_up() {
     let (mut host, address) = a_backup_that_waits().await;
     // A driver that sets its list anew does not lose the address in between.
-    assert_eq!(host.ask(1, Request::ClearUnicastFilters).await, FORWARD);
-    assert_eq!(host.ask(1, Request::AddUnicastFilter(address)).await, FORWARD);
+    assert_eq!(host.request(1, Request::ClearUnicastFilters).await, FORWARD);
+    assert_eq!(host.request(1, Request::AddUnicastFilter(address)).await, FORWARD);
     tokio::time::sleep(TIMING.offer * 2).await;
-    assert_eq!(host.vmm(2).taken_back(), []);
+    assert_eq!(host.vmm(2).revoked(), []);
 
-    host.ask(1, Request::ClearUnicastFilters).await;
+    host.request(1, Request::ClearUnicastFilters).await;
     host.changed_after(TIMING.offer, 2, &Change::AddUnicast(address)).await;
     let allowed = host.decisions(2, Outcome::Allowed).await;
     let last = &allowed[0];
@@ -526,7 +529,7 @@ async fn an_address_is_given_to_the_guest_that_was_refused_it_when_its_port_give
         ("add_unicast_filter", Some("00:00:5e:00:01:33"))
     );
     assert!(last.detail.as_deref().is_some_and(|detail| detail.starts_with("Denied before")), "{last:?}");
-    assert_ne!(host.ask(1, Request::AddUnicastFilter(address)).await, FORWARD, "it is the other's now");
+    assert_ne!(host.request(1, Request::AddUnicastFilter(address)).await, FORWARD, "it is the other's now");
 }
 
 #[tokio::test]
@@ -536,32 +539,32 @@ async fn an_agent_that_starts_again_knows_which_guest_waits_for_an_address() {
     host.restart().await;
     host.connect(1).await;
     host.connect(2).await;
-    host.ask(1, Request::ClearUnicastFilters).await;
+    host.request(1, Request::ClearUnicastFilters).await;
     host.changed_after(TIMING.offer, 2, &Change::AddUnicast(address)).await;
 }
 
 #[tokio::test]
 async fn an_address_that_the_pf_refuses_is_not_tried_again_for_a_guest_that_waited() {
     let (mut host, address) = a_backup_that_waits().await;
-    host.vmm(2).heard().takes_back = TakesBack::Refused;
-    host.ask(1, Request::ClearUnicastFilters).await;
+    host.vmm(2).heard().revokes = Revokes::Refused;
+    host.request(1, Request::ClearUnicastFilters).await;
     host.changed_after(TIMING.offer, 2, &Change::AddUnicast(address)).await;
     host.switch.settle().await;
     let denied = host.decisions(2, Outcome::Denied).await;
     assert_eq!((denied.len(), denied[0].committed), (2, Committed::Failed));
-    host.vmm(2).orders();
+    host.vmm(2).commands();
     tokio::time::sleep(TIMING.confirm * 3).await;
     host.switch.settle().await;
-    assert_eq!((host.vmm(2).taken_back(), host.vmm(2).heard().stopped.len()), (vec![], 0));
+    assert_eq!((host.vmm(2).revoked(), host.vmm(2).heard().stopped.len()), (vec![], 0));
 }
 
 #[tokio::test]
 async fn a_vm_whose_vmm_is_away_is_not_stopped_for_an_address_that_it_only_gets() {
     let (mut host, address) = a_backup_that_waits().await;
     host.switch.disconnected(vm(2)).await;
-    host.ask(1, Request::ClearUnicastFilters).await;
+    host.request(1, Request::ClearUnicastFilters).await;
     tokio::time::sleep(TIMING.offer + TIMING.confirm * 3).await;
-    assert_eq!((host.vmm(2).taken_back(), host.vmm(2).heard().stopped.len()), (vec![], 0));
+    assert_eq!((host.vmm(2).revoked(), host.vmm(2).heard().stopped.len()), (vec![], 0));
     host.connect(2).await;
     host.changed_after(Duration::ZERO, 2, &Change::AddUnicast(address)).await;
 }
@@ -570,6 +573,6 @@ async fn a_vm_whose_vmm_is_away_is_not_stopped_for_an_address_that_it_only_gets(
 async fn the_next_agent_adds_nothing_that_the_guest_no_longer_wants() {
     let (mut host, address) = a_backup_that_waits().await;
     host.until("kept", async |host| host.stored(2).await.device.wanted_unicast == [address].into()).await;
-    host.ask(2, Request::ClearUnicastFilters).await;
+    host.request(2, Request::ClearUnicastFilters).await;
     host.until("stored", async |host| host.stored(2).await.device.wanted_unicast.is_empty()).await;
 }

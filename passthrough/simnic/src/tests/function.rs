@@ -18,7 +18,7 @@ use passthrough::{
     family::igb::IGBVF,
     function::{AssignedFunction, HardwareAccess},
     relay::{
-        Authority, Config, Decision, How, Notice, Question, Relay, Unreachable, Verdict,
+        Authority, Config, Decision, GuestRequest, How, Relay, RelayEvent, Unreachable, Verdict,
         testing::{Bus, Driver},
     },
     threads::ThreadStart,
@@ -71,13 +71,13 @@ impl MsiRouter for Routes {
 struct Agent(Mutex<Option<std::sync::Weak<Relay>>>);
 
 impl Authority for Agent {
-    fn ask(&self, question: Question) -> Result<(), Unreachable> {
+    fn request(&self, guest_request: GuestRequest) -> Result<(), Unreachable> {
         let relay = self.0.lock().unwrap().as_ref().and_then(std::sync::Weak::upgrade).ok_or(Unreachable)?;
         let decision = Decision::Grant { how: How::Forward };
-        relay.verdict(Verdict { seq: question.seq, effective_mac: mac(0x10), decision });
+        relay.verdict(Verdict { seq: guest_request.seq, effective_mac: mac(0x10), decision });
         Ok(())
     }
-    fn notice(&self, _notice: Notice) {}
+    fn event(&self, _event: RelayEvent) {}
 }
 
 struct Cpu(Arc<AssignedFunction>);

@@ -16,7 +16,7 @@ use crate::{
     family::Family,
     hardware::VfHardware,
     relay::{
-        Config, Decision, How, Notice,
+        Config, Decision, How, RelayEvent,
         testing::{Bench, Bus, Driver, FakeClock, FakeVf},
     },
 };
@@ -38,7 +38,7 @@ fn guest() -> (Bench, Driver<Bench>) {
     let mut driver = bench.driver();
     driver.reset_hw().expect("reset");
     assert_eq!(driver.perm, mac(0x11));
-    bench.notices();
+    bench.events();
     (bench, driver)
 }
 
@@ -84,12 +84,12 @@ fn every_message_is_answered_as_the_table_says() {
     for (message, decision, reply, forwarded) in cases {
         let (bench, mut driver) = guest();
         bench.vf().with_pf(|pf| pf.trusted = true);
-        let (asked, received) = (bench.questions().len(), bench.vf().pf().received.len());
+        let (asked, received) = (bench.requests().len(), bench.vf().pf().received.len());
         let decision = *decision;
         bench.policy(move |_| decision);
         let answer = call(&bench, &mut driver, message, reply.len() as u64);
         assert_eq!(answer, *reply, "{message:x?} {decision:?}");
-        assert_eq!(bench.questions().len() > asked, decision.is_some(), "{message:x?}");
+        assert_eq!(bench.requests().len() > asked, decision.is_some(), "{message:x?}");
         let heard: Vec<Vec<u32>> = bench
             .vf()
             .pf()
@@ -150,7 +150,7 @@ fn nothing_but_a_reset_is_heard_before_a_reset() {
         assert_eq!(reply[0] & 0xe000_0000, 0x4000_0000, "{message:x?}: refused, not clear to send");
     }
     assert_eq!(bench.vf().pf().received.len(), received);
-    assert_eq!(bench.questions().iter().filter(|request| **request != Request::Reset).count(), 0);
+    assert_eq!(bench.requests().iter().filter(|request| **request != Request::Reset).count(), 0);
 }
 
 #[test]
@@ -158,7 +158,7 @@ fn a_pf_that_does_not_answer_a_protocol_message_makes_the_guest_reset() {
     let (bench, mut driver) = guest();
     bench.vf().with_pf(|pf| pf.mute = true);
     assert_eq!(call(&bench, &mut driver, &[8, 1], 1)[0] & 0x4000_0000, 0x4000_0000);
-    assert_eq!(bench.notices(), [Notice::PfReset]);
+    assert_eq!(bench.events(), [RelayEvent::PfReset]);
     bench.vf().with_pf(|pf| pf.mute = false);
     bench.wait(Duration::from_secs(1));
     driver.reset_hw().expect("reset");

@@ -11,7 +11,7 @@ use crate::{
         message::Words,
     },
     family::{Outcome, ResetReply},
-    relay::{authority::Notice, disposition::Disposition},
+    relay::{authority::RelayEvent, disposition::Disposition},
 };
 
 impl StateMachine {
@@ -136,7 +136,7 @@ impl StateMachine {
     pub(super) fn note_guest_mac(&mut self, mac: MacAddress) {
         if self.guest != Some(mac) {
             self.guest = Some(mac);
-            self.authority.notice(Notice::GuestMac { mac });
+            self.authority.event(RelayEvent::GuestMac { mac });
         }
     }
 

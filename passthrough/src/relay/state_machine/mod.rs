@@ -10,7 +10,7 @@
 //!    │                 │                             │ or malformed     │ deadline: refused, cancelled
 //!    └─────────────────┴──────── answered ◀──────────┴──────────────────┘
 //!
-//!   VTCTRL.RST, FLR: from any state to Idle, without an answer; a question is cancelled.
+//!   VTCTRL.RST, FLR: from any state to Idle, without an answer; a request is cancelled.
 //! ```
 //!
 //! `cts` ("clear to send") is the PF's view of this VF: the guest's reset message sets it, and every reset of VF,
@@ -26,7 +26,7 @@ use netpolicy::{Change, MacAddress, OnDenied, Reason, Request};
 
 use super::{
     Config,
-    authority::{Authority, Cancelled, Decision, How, Notice, Question, Verdict},
+    authority::{Authority, Cancelled, Decision, GuestRequest, How, RelayEvent, Verdict},
     disposition::Disposition,
     fast_deny::{FastDenial, Permit},
     log_limit::LogLimit,
@@ -211,8 +211,8 @@ impl StateMachine {
         self.look();
         self.retry_undecided();
         let now = self.now();
-        while let Some(notice) = self.refusals.due(now) {
-            self.authority.notice(notice);
+        while let Some(event) = self.refusals.due(now) {
+            self.authority.event(event);
         }
         self.shared.set_permit(self.permit());
         Some(self.next_turn())
@@ -250,7 +250,7 @@ impl StateMachine {
     }
 
     fn report_denial(&mut self, mac: MacAddress, reason: Reason, silent: bool) {
-        self.authority.notice(Notice::Declined { mac, reason, silent });
+        self.authority.event(RelayEvent::Declined { mac, reason, silent });
         self.log_refusal(Request::SetMac(mac).name(), reason, silent);
     }
 
@@ -304,7 +304,7 @@ impl StateMachine {
                 if now < deadline {
                     self.work = Work::Asked { message, request, deadline, from_pf };
                 } else {
-                    self.authority.notice(Notice::Cancelled {
+                    self.authority.event(RelayEvent::Cancelled {
                         seq: message.seq(),
                         request: request.clone(),
                         why: Cancelled::Deadline,
@@ -334,7 +334,7 @@ impl StateMachine {
         self.withdraw();
         if let Work::Asked { message, request, .. } = std::mem::replace(&mut self.work, Work::Idle) {
             self.shared.lock().stats.message(message.name(), Disposition::Dropped);
-            self.authority.notice(Notice::Cancelled { seq: message.seq(), request, why });
+            self.authority.event(RelayEvent::Cancelled { seq: message.seq(), request, why });
         }
     }
 
@@ -380,20 +380,20 @@ impl StateMachine {
                 }
                 Judgement::Ask => match self.shared.refusal_of(mac) {
                     Some((reason, on_denied)) => self.deny_standing(&message, mac, reason, on_denied),
-                    None => self.ask(message, request, None),
+                    None => self.request(message, request, None),
                 },
             },
             Request::ClearUnicastFilters if !self.filters => {
                 self.undecided.decided(&request, true);
                 self.answer(&message, &request, true, Disposition::Local);
             }
-            request => self.ask(message, request, None),
+            request => self.request(message, request, None),
         }
     }
 
-    fn ask(&mut self, message: Message, request: Request, from_pf: Option<ResetReply>) {
-        let question = Question { seq: message.seq(), request: request.clone() };
-        if self.authority.ask(question).is_err() {
+    fn request(&mut self, message: Message, request: Request, from_pf: Option<ResetReply>) {
+        let guest_request = GuestRequest { seq: message.seq(), request: request.clone() };
+        if self.authority.request(guest_request).is_err() {
             self.refusals.add(Reason::AuthorityUnreachable, message.word(), Some(request.clone()));
             self.unreachable(&message, &request, from_pf, Disposition::Unreachable);
             return;

@@ -16,7 +16,7 @@ use crate::{
     family::Step,
     relay::{
         MAX_CHANGES,
-        authority::{Forwarded, Notice},
+        authority::{Forwarded, RelayEvent},
         disposition::Disposition,
         shared::RelayCommand,
     },
@@ -37,7 +37,7 @@ impl StateMachine {
             Ok(reply) => {
                 (self.cts, self.lost) = (true, false);
                 self.make_deferred(reply.mac);
-                self.ask(message, Request::Reset, Some(reply));
+                self.request(message, Request::Reset, Some(reply));
             }
             Err(error) => self.reset_failed(&message, &error.to_string()),
         }
@@ -73,7 +73,7 @@ impl StateMachine {
             self.effective = Some(*mac);
         }
         self.note_filters(request, outcome);
-        self.authority.notice(Notice::Forwarded { seq: message.seq(), outcome });
+        self.authority.event(RelayEvent::Forwarded { seq: message.seq(), outcome });
         let end = match outcome {
             Forwarded::Accepted => Disposition::Forwarded,
             Forwarded::Refused => Disposition::RefusedByPf,
@@ -130,13 +130,13 @@ impl StateMachine {
         match command {
             RelayCommand::EffectiveMac(mac) => self.address_is(mac),
             RelayCommand::MakeGuestReset => self.make_guest_reset(),
-            RelayCommand::TakeBack { id, changes } if self.cts => self.take_back(id, changes),
-            RelayCommand::TakeBack { id, changes } => {
+            RelayCommand::Revoke { id, changes } if self.cts => self.revoke(id, changes),
+            RelayCommand::Revoke { id, changes } => {
                 let waiting: usize = self.deferred.iter().map(|(_, changes)| changes.len().max(1)).sum();
                 if waiting.saturating_add(changes.len()) > MAX_CHANGES {
-                    self.authority.notice(Notice::TakenBack { id, failed: changes, deferred: false });
+                    self.authority.event(RelayEvent::Revoked { id, failed: changes, deferred: false });
                 } else {
-                    self.authority.notice(Notice::TakenBack { id, failed: Vec::new(), deferred: true });
+                    self.authority.event(RelayEvent::Revoked { id, failed: Vec::new(), deferred: true });
                     self.deferred.push_back((id, changes));
                 }
             }
@@ -162,11 +162,11 @@ impl StateMachine {
     pub(super) fn make_deferred(&mut self, from_pf: Option<MacAddress>) {
         self.effective = self.effective.or(from_pf);
         for (id, changes) in std::mem::take(&mut self.deferred) {
-            self.take_back(id, changes);
+            self.revoke(id, changes);
         }
     }
 
-    pub(super) fn take_back(&mut self, id: u64, changes: Vec<Change>) {
+    pub(super) fn revoke(&mut self, id: u64, changes: Vec<Change>) {
         let mut failed = Vec::new();
         for change in changes {
             // Once the PF does not answer, waiting for the remaining changes would only stall the guest.
@@ -186,7 +186,7 @@ impl StateMachine {
                 failed.push(change);
             }
         }
-        self.authority.notice(Notice::TakenBack { id, failed, deferred: false });
+        self.authority.event(RelayEvent::Revoked { id, failed, deferred: false });
     }
 
     pub(super) fn look(&mut self) {
@@ -237,6 +237,6 @@ impl StateMachine {
                 "The PF has lost the VF's state: the guest must reset the VF"
             );
         }
-        self.authority.notice(Notice::PfReset);
+        self.authority.event(RelayEvent::PfReset);
     }
 }

@@ -13,7 +13,7 @@ use std::time::Duration;
 use netpolicy::{MacAddress, Reason, Request, UnicastLimit};
 
 use super::{StateMachine, Work};
-use crate::relay::authority::{Cancelled, Decision, How, Notice, OWN_QUESTION, Question};
+use crate::relay::authority::{Cancelled, Decision, GuestRequest, How, OWN_REQUEST, RelayEvent};
 
 /// Time between two retries.
 const PERIOD: Duration = Duration::from_secs(1);
@@ -99,8 +99,8 @@ impl StateMachine {
             return;
         }
         self.undecided.asked = self.undecided.asked.wrapping_add(1);
-        let seq = OWN_QUESTION | self.undecided.asked;
-        if self.authority.ask(Question { seq, request: request.clone() }).is_ok() {
+        let seq = OWN_REQUEST | self.undecided.asked;
+        if self.authority.request(GuestRequest { seq, request: request.clone() }).is_ok() {
             let deadline = now.saturating_add(self.config.ask_limit);
             self.work = Work::Retry { seq, request, deadline };
         }
@@ -124,7 +124,7 @@ impl StateMachine {
             Decision::Grant { how: How::Forward } => {
                 let (outcome, _) = self.send(request, self.config.exchange_limit);
                 self.note_filters(request, outcome);
-                self.authority.notice(Notice::Forwarded { seq, outcome });
+                self.authority.event(RelayEvent::Forwarded { seq, outcome });
             }
             Decision::Refuse { reason, .. } => self.note_in_use(request, reason),
         }
@@ -135,7 +135,7 @@ impl StateMachine {
         if let Work::Retry { .. } = self.work
             && let Work::Retry { seq, request, .. } = std::mem::replace(&mut self.work, Work::Idle)
         {
-            self.authority.notice(Notice::Cancelled { seq, request, why: Cancelled::Withdrawn });
+            self.authority.event(RelayEvent::Cancelled { seq, request, why: Cancelled::Withdrawn });
         }
     }
 

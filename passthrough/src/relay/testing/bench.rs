@@ -19,7 +19,7 @@ use crate::{
     channel::mailbox::vf_mailbox::Clock,
     function::BarHandler,
     relay::{
-        Authority, Config, Decision, How, MailboxPage, Notice, Question, Relay, Unreachable, Verdict,
+        Authority, Config, Decision, GuestRequest, How, MailboxPage, Relay, RelayEvent, Unreachable, Verdict,
         state_machine::StateMachine,
     },
 };
@@ -42,21 +42,21 @@ impl Clock for FakeClock {
 #[derive(Default)]
 pub struct ScriptedAuthority {
     pub away: Mutex<bool>,
-    pub questions: Mutex<Vec<Question>>,
-    pub notices: Mutex<Vec<Notice>>,
+    pub requests: Mutex<Vec<GuestRequest>>,
+    pub events: Mutex<Vec<RelayEvent>>,
 }
 
 impl Authority for ScriptedAuthority {
-    fn ask(&self, question: Question) -> Result<(), Unreachable> {
+    fn request(&self, guest_request: GuestRequest) -> Result<(), Unreachable> {
         if *self.away.lock().unwrap() {
             return Err(Unreachable);
         }
-        self.questions.lock().unwrap().push(question);
+        self.requests.lock().unwrap().push(guest_request);
         Ok(())
     }
 
-    fn notice(&self, notice: Notice) {
-        self.notices.lock().unwrap().push(notice);
+    fn event(&self, event: RelayEvent) {
+        self.events.lock().unwrap().push(event);
     }
 }
 
@@ -138,21 +138,21 @@ impl Bench {
         self.0.borrow().vf.clone()
     }
 
-    /// Takes the notices received so far.
-    pub fn notices(&self) -> Vec<Notice> {
-        std::mem::take(&mut self.0.borrow().authority.notices.lock().unwrap())
+    /// Takes the events received so far.
+    pub fn events(&self) -> Vec<RelayEvent> {
+        std::mem::take(&mut self.0.borrow().authority.events.lock().unwrap())
     }
 
-    /// All questions so far.
-    pub fn questions(&self) -> Vec<Request> {
+    /// All requests so far.
+    pub fn requests(&self) -> Vec<Request> {
         self.0
             .borrow()
             .authority
-            .questions
+            .requests
             .lock()
             .unwrap()
             .iter()
-            .map(|question| question.request.clone())
+            .map(|guest_request| guest_request.request.clone())
             .collect()
     }
 
@@ -174,12 +174,12 @@ impl World {
     pub fn settle(&mut self) {
         loop {
             self.next_turn = self.machine.turn().unwrap_or(Duration::MAX);
-            let questions = self.authority.questions.lock().unwrap();
-            let new: Vec<Question> = questions[self.answered..].to_vec();
-            self.answered = questions.len();
-            drop(questions);
-            for question in new {
-                self.decide(&question);
+            let requests = self.authority.requests.lock().unwrap();
+            let new: Vec<GuestRequest> = requests[self.answered..].to_vec();
+            self.answered = requests.len();
+            drop(requests);
+            for guest_request in new {
+                self.decide(&guest_request);
             }
             let now = self.clock.now();
             let Some(due) = self.pending.iter().position(|(at, _)| *at <= now) else { return };
@@ -189,18 +189,21 @@ impl World {
         }
     }
 
-    fn decide(&mut self, question: &Question) {
+    fn decide(&mut self, guest_request: &GuestRequest) {
         let reset = Some((Duration::ZERO, Decision::Grant { how: How::Local }));
-        let decided =
-            if question.request == Request::Reset { reset } else { (self.policy)(&question.request) };
+        let decided = if guest_request.request == Request::Reset {
+            reset
+        } else {
+            (self.policy)(&guest_request.request)
+        };
         let Some((delay, decision)) = decided else { return };
-        match (&question.request, decision) {
+        match (&guest_request.request, decision) {
             // Committed by netlink.
             (Request::SetMac(mac), Decision::Grant { how: How::Local }) => self.vf.set_admin_mac(*mac),
             (request, Decision::Grant { how: How::Forward }) => self.granted.push(request.clone()),
             _ => {}
         }
-        let verdict = Verdict { seq: question.seq, effective_mac: self.vf.pf().mac, decision };
+        let verdict = Verdict { seq: guest_request.seq, effective_mac: self.vf.pf().mac, decision };
         self.pending.push((self.clock.now() + delay, verdict));
     }
 

@@ -29,7 +29,8 @@ use crate::{
     function::BarHandler,
     hardware::{BarInfo, IrqKind, VfHardware},
     relay::{
-        Authority, Config, Decision, How, MailboxPage, Notice, Question, Rate, Relay, Unreachable, Verdict,
+        Authority, Config, Decision, GuestRequest, How, MailboxPage, Rate, Relay, RelayEvent, Unreachable,
+        Verdict,
     },
     threads::ThreadStart,
 };
@@ -144,8 +145,8 @@ impl Agent {
 }
 
 impl Authority for Agent {
-    fn ask(&self, question: Question) -> Result<(), Unreachable> {
-        let decision = if question.request == Request::Reset {
+    fn request(&self, guest_request: GuestRequest) -> Result<(), Unreachable> {
+        let decision = if guest_request.request == Request::Reset {
             Some(Decision::Grant { how: How::Local })
         } else {
             *self.asked.lock().unwrap() = true;
@@ -153,12 +154,12 @@ impl Authority for Agent {
         };
         if let (Some(relay), Some(decision)) = (self.relay.lock().unwrap().upgrade(), decision) {
             let effective_mac = *self.effective.lock().unwrap();
-            relay.verdict(Verdict { seq: question.seq, effective_mac, decision });
+            relay.verdict(Verdict { seq: guest_request.seq, effective_mac, decision });
         }
         Ok(())
     }
 
-    fn notice(&self, _notice: Notice) {}
+    fn event(&self, _event: RelayEvent) {}
 }
 
 /// The page as the guest reaches it.

@@ -8,7 +8,7 @@ use netpolicy::{OnDenied, Reason, Request};
 
 use super::{FORWARD, LOCAL, mac};
 use crate::relay::{
-    Cancelled, Decision, Notice,
+    Cancelled, Decision, RelayEvent,
     testing::{Bench, Driver},
 };
 
@@ -27,12 +27,12 @@ fn guest() -> (Bench, Driver<Bench>) {
     bench.policy(|_| Some(FORWARD));
     assert_eq!(driver.call(&ADD_44), Ok(0xa002_0002));
     bench.set_away(true);
-    bench.notices();
+    bench.events();
     (bench, driver)
 }
 
 fn asked(bench: &Bench) -> usize {
-    bench.questions().len()
+    bench.requests().len()
 }
 
 #[test]
@@ -83,7 +83,7 @@ fn a_guest_that_sets_its_lists_itself_is_not_asked_for() {
 }
 
 #[test]
-fn a_refusal_ends_it_and_silence_costs_a_question_a_second() {
+fn a_refusal_ends_it_and_silence_costs_a_request_a_second() {
     let (bench, mut driver) = guest();
     assert_eq!(driver.call(&ADD_55).map(|word| word >> 30), Ok(1));
     assert_eq!(driver.call(&HASHES).map(|word| word >> 30), Ok(1));
@@ -93,9 +93,10 @@ fn a_refusal_ends_it_and_silence_costs_a_question_a_second() {
     bench.wait(20 * SECOND);
     let silent = asked(&bench) - before;
     assert!((10..=20).contains(&silent), "{silent} questions in 20 s");
-    let withdrawn = |notice: &Notice| matches!(notice, Notice::Cancelled { why: Cancelled::Withdrawn, .. });
-    let notices = bench.notices();
-    assert!(notices.iter().filter(|notice| withdrawn(notice)).count() + 1 >= silent, "{notices:?}");
+    let withdrawn =
+        |event: &RelayEvent| matches!(event, RelayEvent::Cancelled { why: Cancelled::Withdrawn, .. });
+    let events = bench.events();
+    assert!(events.iter().filter(|event| withdrawn(event)).count() + 1 >= silent, "{events:?}");
     bench.policy(|_| Some(Decision::Refuse { tell: OnDenied::Nack, reason: Reason::LimitExceeded }));
     bench.wait(3 * SECOND);
     let before = asked(&bench);
@@ -104,7 +105,7 @@ fn a_refusal_ends_it_and_silence_costs_a_question_a_second() {
     assert_eq!(bench.vf().pf().filters, [mac(0x44)]);
 }
 
-/// The guest's own message does not wait for a question that it does not know.
+/// The guest's own message does not wait for a request that it does not know.
 #[test]
 fn a_message_of_the_guest_goes_first() {
     let (bench, mut driver) = guest();
@@ -115,7 +116,7 @@ fn a_message_of_the_guest_goes_first() {
         _ => Some((Duration::ZERO, LOCAL)),
     });
     let own = |bench: &Bench| {
-        bench.questions().iter().filter(|one| **one == Request::AddUnicastFilter(mac(0x55))).count()
+        bench.requests().iter().filter(|one| **one == Request::AddUnicastFilter(mac(0x55))).count()
     };
     let before = own(&bench);
     while own(&bench) == before {
@@ -124,9 +125,10 @@ fn a_message_of_the_guest_goes_first() {
     let begun = bench.now();
     assert_eq!(driver.call(&[5, 1522]), Ok(0xa000_0005));
     assert!(bench.now() - begun < SECOND / 10, "{:?}", bench.now() - begun);
-    let withdrawn = |notice: &Notice| matches!(notice, Notice::Cancelled { why: Cancelled::Withdrawn, .. });
+    let withdrawn =
+        |event: &RelayEvent| matches!(event, RelayEvent::Cancelled { why: Cancelled::Withdrawn, .. });
     assert_eq!(
-        bench.notices().iter().filter(|notice| withdrawn(notice)).count(),
+        bench.events().iter().filter(|event| withdrawn(event)).count(),
         1,
         "the relay's question is withdrawn once"
     );

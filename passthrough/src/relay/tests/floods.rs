@@ -8,7 +8,7 @@ use netpolicy::Reason;
 
 use super::{guest::guest, mac};
 use crate::relay::{
-    Config, Notice, Rate,
+    Config, Rate, RelayEvent,
     testing::{Bench, Bus, driver::Failed},
 };
 
@@ -57,9 +57,10 @@ fn what_would_be_delayed_for_too_long_is_refused() {
     assert_eq!(driver.call(&[5, 1522]), Ok(0x6000_0005));
     let took = bench.now() - before;
     assert!(took >= 500 * MS && took < 600 * MS, "{took:?}");
-    let limited =
-        |notice: &Notice| matches!(notice, Notice::Refused { reason: Reason::RateLimited, count: 1, .. });
-    assert!(bench.notices().iter().any(limited));
+    let limited = |event: &RelayEvent| {
+        matches!(event, RelayEvent::Refused { reason: Reason::RateLimited, count: 1, .. })
+    };
+    assert!(bench.events().iter().any(limited));
 
     let bench = Bench::with(mac(0x11), Config { resets: slow, ..Config::default() });
     let mut driver = bench.driver();
@@ -80,7 +81,7 @@ fn reset_messages_have_their_own_bound() {
 }
 
 #[test]
-fn a_flood_of_rubbish_causes_a_bounded_number_of_notices() {
+fn a_flood_of_rubbish_causes_a_bounded_number_of_events() {
     let (bench, mut driver) = guest();
     let before = bench.now();
     for word in 0..300u32 {
@@ -88,11 +89,11 @@ fn a_flood_of_rubbish_causes_a_bounded_number_of_notices() {
     }
     bench.wait(2000 * MS);
     let seconds = usize::try_from((bench.now() - before).as_secs()).expect("a few");
-    let notices = bench.notices();
-    assert!(notices.len() <= seconds + 1, "{} in {seconds} s", notices.len());
-    let counted: u64 = notices
+    let events = bench.events();
+    assert!(events.len() <= seconds + 1, "{} in {seconds} s", events.len());
+    let counted: u64 = events
         .iter()
-        .map(|notice| if let Notice::Refused { count, .. } = notice { *count } else { 0 })
+        .map(|event| if let RelayEvent::Refused { count, .. } = event { *count } else { 0 })
         .sum();
     assert_eq!(counted, 300);
     assert_eq!((bench.vf().pf().unhandled, bench.vf().pf().warnings), (0, 0));

@@ -8,7 +8,7 @@ use netpolicy::{MacAddress, OnDenied, Reason, Request};
 
 use super::{FORWARD, LOCAL, NACK, SILENT, mac};
 use crate::relay::{
-    Cancelled, Decision, Forwarded, Notice, Verdict,
+    Cancelled, Decision, Forwarded, RelayEvent, Verdict,
     testing::{Bench, Bus, Driver, driver::Failed},
 };
 
@@ -20,7 +20,7 @@ pub(super) fn guest() -> (Bench, Driver<Bench>) {
     let mut driver = bench.driver();
     driver.probe();
     assert_eq!((driver.netdev, driver.perm), (mac(0x11), mac(0x11)));
-    bench.notices();
+    bench.events();
     (bench, driver)
 }
 
@@ -77,16 +77,16 @@ fn an_accepted_address_survives_resets_and_later_refusals() {
 }
 
 #[test]
-fn an_address_taken_back_by_the_host_is_learnt_at_the_next_reset() {
+fn an_address_revoked_by_the_host_is_learnt_at_the_next_reset() {
     let (bench, mut driver) = guest();
     assert!(driver.set_mac(mac(0x22)));
     bench.vf().set_admin_mac(mac(0x11));
     bench.0.borrow().relay.set_effective_mac(mac(0x11));
     bench.policy(|_| Some(SILENT));
     bench.0.borrow().relay.make_guest_reset();
-    let questions = bench.questions().len();
+    let requests = bench.requests().len();
     assert!(driver.set_mac(mac(0x22)), "no longer the equal one: asked, and silently refused");
-    assert_eq!(bench.questions().len(), questions + 1);
+    assert_eq!(bench.requests().len(), requests + 1);
     assert_eq!(bench.vf().pf().triggered, [1 << 2], "the vector that the guest gave the mailbox");
     assert!(driver.watchdog(), "the link check asks for a reset");
     driver.reset().expect("reset");
@@ -128,20 +128,20 @@ fn what_the_guest_believes_is_told_where_the_authority_cannot_know_it() {
     let (bench, mut driver) = guest();
     bench.policy(|_| Some(SILENT));
     assert!(driver.set_mac(mac(0x22)));
-    let questions = bench.questions().len();
+    let requests = bench.requests().len();
     // The guest used another address before the refusal.
     assert!(driver.set_mac(mac(0x11)) && driver.set_mac(mac(0x11)));
-    assert_eq!(bench.questions().len(), questions);
-    let told = |last| Notice::GuestMac { mac: mac(last) };
+    assert_eq!(bench.requests().len(), requests);
+    let told = |last| RelayEvent::GuestMac { mac: mac(last) };
     assert_eq!(
-        bench.notices(),
+        bench.events(),
         [told(0x22), told(0x11)],
         "the silently refused one, then the equal one, once"
     );
     // The driver sees the refusal of a restore, and does not use that address.
     assert!(driver.set_mac(mac(0x33)));
     driver.down_up();
-    assert_eq!(bench.notices().last(), Some(&told(0x33)));
+    assert_eq!(bench.events().last(), Some(&told(0x33)));
 }
 
 #[test]
@@ -154,7 +154,7 @@ fn no_verdict_is_a_refusal_within_what_the_driver_waits() {
     assert!(took >= 400 * MS && took < 500 * MS, "{took:?}");
     let request = Request::SetMac(mac(0x22));
     assert!(
-        matches!(&bench.notices()[..], [Notice::Cancelled { request: asked, why: Cancelled::Deadline, .. }] if *asked == request)
+        matches!(&bench.events()[..], [RelayEvent::Cancelled { request: asked, why: Cancelled::Deadline, .. }] if *asked == request)
     );
     // A reset still succeeds: the PF's own reply has the address.
     driver.down_up();
@@ -162,7 +162,7 @@ fn no_verdict_is_a_refusal_within_what_the_driver_waits() {
 }
 
 #[test]
-fn an_authority_that_is_away_costs_the_guest_nothing_and_is_told_in_bounded_notices() {
+fn an_authority_that_is_away_costs_the_guest_nothing_and_is_told_in_bounded_events() {
     let (bench, mut driver) = guest();
     bench.set_away(true);
     let before = bench.now();
@@ -173,10 +173,10 @@ fn an_authority_that_is_away_costs_the_guest_nothing_and_is_told_in_bounded_noti
     assert!(bench.now() - before < 100 * MS);
     bench.wait(1000 * MS);
     let counts: Vec<_> = bench
-        .notices()
+        .events()
         .iter()
-        .filter_map(|notice| match notice {
-            Notice::Refused { reason: Reason::AuthorityUnreachable, count, .. } => Some(*count),
+        .filter_map(|event| match event {
+            RelayEvent::Refused { reason: Reason::AuthorityUnreachable, count, .. } => Some(*count),
             _ => None,
         })
         .collect();
@@ -194,7 +194,7 @@ fn a_verdict_after_a_reset_answers_nothing() {
     bench.wait(10 * MS);
     driver.bus.write(0, 1 << 26);
     bench.wait(10 * MS);
-    assert!(matches!(&bench.notices()[..], [Notice::Cancelled { why: Cancelled::GuestReset, .. }]));
+    assert!(matches!(&bench.events()[..], [RelayEvent::Cancelled { why: Cancelled::GuestReset, .. }]));
     bench.wait(200 * MS);
     assert_eq!(driver.bus.read(0xc40), 0, "no answer to the voided message");
     driver.reset().expect("reset");
@@ -227,7 +227,7 @@ fn filters_are_cleared_with_a_valid_address_and_only_when_there_are_some() {
     assert!(pf.filters.is_empty());
     assert_eq!(pf.received.last().map(|words| words[..3].to_vec()), Some(vec![0x1_0002, 0x2, 0x1100]));
     assert_eq!(
-        bench.questions().iter().filter(|request| **request == Request::ClearUnicastFilters).count(),
+        bench.requests().iter().filter(|request| **request == Request::ClearUnicastFilters).count(),
         1
     );
 }
@@ -248,7 +248,7 @@ fn a_guest_learns_an_address_that_is_changed_behind_its_back() {
     let mut driver = bench.driver();
     driver.probe();
     assert_eq!(addresses(&bench, &driver), (mac(0x22), mac(0x22)), "the authority was away");
-    assert!(bench.notices().contains(&Notice::GuestMac { mac: mac(0x22) }));
+    assert!(bench.events().contains(&RelayEvent::GuestMac { mac: mac(0x22) }));
     bench.set_away(false);
     assert!(!driver.watchdog());
 
@@ -277,7 +277,7 @@ fn after_an_address_in_use_filters_are_cleared_by_the_authority() {
         });
         assert_eq!(driver.call(&[0x2_0002, 0x2, 0x4400]), Ok(0x6002_0002));
         assert_eq!(driver.call(&[0x1_0002, 0, 0]), Ok(0xa001_0002));
-        let cleared = bench.questions().into_iter().filter(|one| *one == Request::ClearUnicastFilters);
+        let cleared = bench.requests().into_iter().filter(|one| *one == Request::ClearUnicastFilters);
         assert_eq!(cleared.count(), asked, "{reason}");
     }
 }
@@ -305,10 +305,9 @@ fn what_the_pf_does_not_answer_is_refused_and_the_guest_resets() {
         assert_eq!(reply, 0x4000_0004, "refused, and not clear to send");
         assert!(bench.now() - before < 900 * MS);
         assert!(
-            bench
-                .notices()
-                .iter()
-                .any(|notice| matches!(notice, Notice::Forwarded { outcome: seen, .. } if *seen == outcome))
+            bench.events().iter().any(
+                |event| matches!(event, RelayEvent::Forwarded { outcome: seen, .. } if *seen == outcome)
+            )
         );
         bench.vf().with_pf(|pf| (pf.mute, pf.down, pf.busy) = (false, false, false));
         bench.wait(2000 * MS);
@@ -349,7 +348,7 @@ fn a_word_without_clear_to_send_is_enough_to_know_of_a_reset() {
     bench.vf().with_pf(|pf| pf.clear_to_send = false);
     bench.vf().ping();
     bench.wait(300 * MS);
-    assert!(bench.notices().contains(&Notice::PfReset));
+    assert!(bench.events().contains(&RelayEvent::PfReset));
     assert_eq!(driver.bus.read(0x800) & 0x2000_0000, 0, "the guest is not clear to send either");
 }
 
@@ -363,7 +362,7 @@ fn after_a_reset_of_the_pf_the_guest_resets_and_runs_again() {
     assert!(!driver.watchdog(), "a reset now would fail");
     bench.vf().pf_reset_ends();
     bench.wait(300 * MS);
-    assert!(bench.notices().contains(&Notice::PfReset));
+    assert!(bench.events().contains(&RelayEvent::PfReset));
     assert_eq!(bench.vf().pf().triggered, [1 << 2], "the interrupt that the PF cannot raise for it");
     let resets = (0..3).filter(|_| {
         let reset = driver.watchdog();
@@ -400,7 +399,7 @@ fn a_device_that_is_gone_is_refused_not_waited_for() {
     assert_eq!(driver.call(&[0x1_0004, 100]), Ok(0x4000_0004));
     assert_eq!(driver.reset(), Err(Failed::StillResetting));
     assert!(bench.now() - before < 100 * MS);
-    assert!(!bench.notices().contains(&Notice::PfReset), "the PF has nothing to do with it");
+    assert!(!bench.events().contains(&RelayEvent::PfReset), "the PF has nothing to do with it");
 }
 
 #[test]
@@ -409,7 +408,7 @@ fn a_reset_of_the_pf_that_nobody_saw_is_noticed() {
     driver.watchdog();
     bench.vf().pf_reset_at_once();
     bench.wait(300 * MS);
-    assert!(bench.notices().contains(&Notice::PfReset));
+    assert!(bench.events().contains(&RelayEvent::PfReset));
     assert!(driver.watchdog());
 }
 
@@ -420,7 +419,7 @@ fn a_verdict_for_another_message_is_nobodys() {
     driver.bus.write(0x800, 4);
     driver.bus.write(0xc40, 1);
     bench.wait(10 * MS);
-    let seq = bench.0.borrow().authority.questions.lock().unwrap().last().expect("asked").seq;
+    let seq = bench.0.borrow().authority.requests.lock().unwrap().last().expect("asked").seq;
     for wrong in [seq - 1, seq + 1] {
         bench.0.borrow().relay.verdict(Verdict { seq: wrong, effective_mac: mac(0x66), decision: FORWARD });
         bench.wait(10 * MS);

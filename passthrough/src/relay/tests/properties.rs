@@ -12,7 +12,7 @@ use crate::{
     family::igb::fuzz::assert_canonical,
     family::{Context, Session, igb::IGBVF},
     relay::{
-        Notice,
+        RelayEvent,
         testing::{Bench, Bus},
     },
 };
@@ -119,8 +119,8 @@ fn run(steps: Vec<Step>, verdicts: Vec<u8>) {
     }
     assert_eq!(world.vf.pf().unhandled, 0);
     // The relay reports forwarded messages, and no others.
-    let told = world.authority.notices.lock().unwrap();
-    let forwarded = told.iter().filter(|notice| matches!(notice, Notice::Forwarded { .. })).count();
+    let told = world.authority.events.lock().unwrap();
+    let forwarded = told.iter().filter(|event| matches!(event, RelayEvent::Forwarded { .. })).count();
     assert!(forwarded <= world.granted.len());
 }
 

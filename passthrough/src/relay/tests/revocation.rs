@@ -8,7 +8,7 @@ use netpolicy::{Change, PromiscuousMode, VlanId};
 
 use super::{FORWARD, guest::guest, mac};
 use crate::relay::{
-    MAX_CHANGES, Notice, Verdict,
+    MAX_CHANGES, RelayEvent, Verdict,
     testing::{Bench, Bus, Driver},
 };
 
@@ -22,7 +22,7 @@ fn joined(bench: &Bench, driver: &mut Driver<Bench>) {
     }
     let pf = bench.vf().pf();
     assert!(pf.all_multicast && pf.vlans.len() == 1 && pf.multicast.len() == 2 && pf.filters.len() == 1);
-    bench.notices();
+    bench.events();
 }
 
 fn everything() -> Vec<Change> {
@@ -40,18 +40,18 @@ fn nothing_left(bench: &Bench) -> bool {
 }
 
 #[test]
-fn what_is_no_longer_allowed_is_taken_back() {
+fn what_is_no_longer_allowed_is_revoked() {
     let (bench, mut driver) = guest();
     joined(&bench, &mut driver);
-    bench.0.borrow().relay.take_back(7, everything());
+    bench.0.borrow().relay.revoke(7, everything());
     bench.wait(MS);
-    assert_eq!(bench.notices(), [Notice::TakenBack { id: 7, failed: vec![], deferred: false }]);
+    assert_eq!(bench.events(), [RelayEvent::Revoked { id: 7, failed: vec![], deferred: false }]);
     assert!(nothing_left(&bench));
     assert!(driver.set_mac(mac(0x11)), "the guest's next message finds its reply");
 }
 
 #[test]
-fn what_is_granted_and_then_taken_back_is_not_there() {
+fn what_is_granted_and_then_revoked_is_not_there() {
     let (bench, mut driver) = guest();
     bench.policy(|_| None);
     driver.bus.write(0x800, 0x1_0004);
@@ -60,9 +60,9 @@ fn what_is_granted_and_then_taken_back_is_not_there() {
     {
         // Both arrive while the relay is busy.
         let world = bench.0.borrow();
-        let seq = world.authority.questions.lock().unwrap().last().expect("asked").seq;
+        let seq = world.authority.requests.lock().unwrap().last().expect("asked").seq;
         world.relay.verdict(Verdict { seq, effective_mac: mac(0x11), decision: FORWARD });
-        world.relay.take_back(1, everything());
+        world.relay.revoke(1, everything());
     }
     bench.wait(10 * MS);
     let received: Vec<u32> =
@@ -72,13 +72,13 @@ fn what_is_granted_and_then_taken_back_is_not_there() {
 }
 
 #[test]
-fn taking_back_waits_for_a_reset_and_is_done_before_its_answer() {
+fn a_revocation_waits_for_a_reset_and_is_done_before_its_answer() {
     let (bench, mut driver) = guest();
     joined(&bench, &mut driver);
     driver.bus.write(0, 1 << 26);
-    bench.0.borrow().relay.take_back(8, everything());
+    bench.0.borrow().relay.revoke(8, everything());
     bench.wait(MS);
-    assert_eq!(bench.notices(), [Notice::TakenBack { id: 8, failed: vec![], deferred: true }]);
+    assert_eq!(bench.events(), [RelayEvent::Revoked { id: 8, failed: vec![], deferred: true }]);
     assert!(!nothing_left(&bench));
     driver.bus.write(0x800, 1);
     driver.bus.write(0xc40, 1);
@@ -86,7 +86,7 @@ fn taking_back_waits_for_a_reset_and_is_done_before_its_answer() {
         bench.wait(MS / 100);
     }
     assert!(nothing_left(&bench));
-    assert_eq!(bench.notices(), [Notice::TakenBack { id: 8, failed: vec![], deferred: false }]);
+    assert_eq!(bench.events(), [RelayEvent::Revoked { id: 8, failed: vec![], deferred: false }]);
 }
 
 #[test]
@@ -96,31 +96,31 @@ fn what_waits_for_a_reset_is_bounded() {
     driver.bus.write(0, 1 << 26);
     let fits = u64::try_from(MAX_CHANGES / everything().len()).unwrap();
     for id in 0..=fits {
-        bench.0.borrow().relay.take_back(id, everything());
+        bench.0.borrow().relay.revoke(id, everything());
         bench.wait(MS);
         let deferred = id < fits;
         let failed = if deferred { vec![] } else { everything() };
-        assert_eq!(bench.notices(), [Notice::TakenBack { id, failed, deferred }]);
+        assert_eq!(bench.events(), [RelayEvent::Revoked { id, failed, deferred }]);
     }
 }
 
 #[test]
-fn what_cannot_be_taken_back_is_said() {
+fn what_cannot_be_revoked_is_said() {
     let (bench, mut driver) = guest();
     joined(&bench, &mut driver);
     bench.vf().with_pf(|pf| pf.trusted = false);
     let mut changes = everything();
     // These are not the relay's: netlink programs an address, and only the guest resets.
     changes.extend([Change::SetMac(mac(0x55)), Change::Reset]);
-    bench.0.borrow().relay.take_back(9, changes);
+    bench.0.borrow().relay.revoke(9, changes);
     bench.wait(MS);
     let failed = vec![Change::ClearUnicast, Change::SetMac(mac(0x55)), Change::Reset];
-    assert_eq!(bench.notices(), [Notice::TakenBack { id: 9, failed, deferred: false }]);
+    assert_eq!(bench.events(), [RelayEvent::Revoked { id: 9, failed, deferred: false }]);
     // A PF that does not answer costs one exchange, not one for each change.
     bench.vf().with_pf(|pf| pf.mute = true);
     let before = bench.now();
-    bench.0.borrow().relay.take_back(10, everything());
+    bench.0.borrow().relay.revoke(10, everything());
     bench.wait(MS);
     assert!(bench.now() - before < 300 * MS);
-    assert!(bench.notices().contains(&Notice::TakenBack { id: 10, failed: everything(), deferred: false }));
+    assert!(bench.events().contains(&RelayEvent::Revoked { id: 10, failed: everything(), deferred: false }));
 }

@@ -11,7 +11,7 @@ use crate::{
     channel::mailbox::register_bits::{ACK_MESSAGE, NACK_MESSAGE, PFACK, PFSTS, REQ},
     function::BarHandler,
     relay::{
-        Notice,
+        RelayEvent,
         testing::{Bench, Driver},
     },
 };
@@ -26,17 +26,17 @@ fn refusal(on_denied: OnDenied) -> Option<StandingRefusal> {
 
 fn guest(on_denied: OnDenied) -> (Bench, Driver<Bench>) {
     let bench = Bench::new(mac(0x11));
-    // The authority grants every question: a denial is not its own.
+    // The authority grants every request: a denial is not its own.
     bench.policy(|_| Some(LOCAL));
     bench.0.borrow().relay.set_standing_refusal(refusal(on_denied));
     let mut driver = bench.driver();
     driver.probe();
-    bench.notices();
+    bench.events();
     (bench, driver)
 }
 
-fn declined(last: u8, silent: bool) -> Notice {
-    Notice::Declined { mac: mac(last), reason: Reason::MacChangesRejected, silent }
+fn declined(last: u8, silent: bool) -> RelayEvent {
+    RelayEvent::Declined { mac: mac(last), reason: Reason::MacChangesRejected, silent }
 }
 
 /// Posts a message as a vCPU does, and gives the relay's thread no turn.
@@ -65,21 +65,21 @@ fn answer(bench: &Bench) -> (bool, u32) {
 #[test]
 fn it_is_given_by_who_asks_without_another_threads_turn() {
     let (bench, _driver) = guest(OnDenied::Nack);
-    let questions = bench.questions().len();
+    let requests = bench.requests().len();
     for last in 0x20..0x20 + 16 {
         post(&bench, mac(last));
         let (answered, word) = answer(&bench);
         assert!(answered && word & NACK_MESSAGE != 0 && word & ACK_MESSAGE == 0, "{last:#x}: {word:#x}");
     }
-    assert_eq!(bench.notices(), [], "the thread had no turn");
+    assert_eq!(bench.events(), [], "the thread had no turn");
     // No more denials may wait for the relay's thread.
     post(&bench, mac(0x99));
     assert!(!answer(&bench).0, "in flight");
     bench.0.borrow_mut().settle();
     assert!(answer(&bench).0);
-    let told: Vec<Notice> = (0x20..0x20 + 16).chain([0x99]).map(|last| declined(last, false)).collect();
-    assert_eq!(bench.notices(), told, "in their order");
-    assert_eq!(bench.questions().len(), questions);
+    let told: Vec<RelayEvent> = (0x20..0x20 + 16).chain([0x99]).map(|last| declined(last, false)).collect();
+    assert_eq!(bench.events(), told, "in their order");
+    assert_eq!(bench.requests().len(), requests);
     assert_eq!(bench.vf().pf().mac, mac(0x11));
 }
 
@@ -88,7 +88,7 @@ fn it_is_told_with_the_next_look() {
     let (bench, mut driver) = guest(OnDenied::Nack);
     post(&bench, mac(0x22));
     bench.wait(Duration::from_millis(250));
-    assert_eq!(bench.notices(), [declined(0x22, false)]);
+    assert_eq!(bench.events(), [declined(0x22, false)]);
     assert!(!driver.set_mac(mac(0x22)));
 }
 
@@ -99,31 +99,31 @@ fn the_guest_sees_what_it_sees_of_every_refusal() {
     assert_eq!((driver.netdev, bench.vf().pf().mac), (mac(0x11), mac(0x11)));
     driver.down_up();
     assert_eq!((driver.netdev, bench.vf().pf().mac), (mac(0x11), mac(0x11)));
-    assert_eq!(bench.notices(), [declined(0x22, false)]);
+    assert_eq!(bench.events(), [declined(0x22, false)]);
     let addresses = |request: &Request| matches!(request, Request::SetMac(_));
-    assert!(!bench.questions().iter().any(addresses), "{:?}", bench.questions());
+    assert!(!bench.requests().iter().any(addresses), "{:?}", bench.requests());
     let stats = bench.0.borrow().relay.stats();
     assert_eq!(stats.messages.get("set_mac:refused"), Some(&1), "{stats:?}");
 
     let (bench, mut driver) = guest(OnDenied::Silent);
     assert!(driver.set_mac(mac(0x22)), "the command succeeds");
     assert_eq!((driver.netdev, bench.vf().pf().mac), (mac(0x22), mac(0x11)), "guest and device differ");
-    assert_eq!(bench.notices(), [Notice::GuestMac { mac: mac(0x22) }, declined(0x22, true)]);
+    assert_eq!(bench.events(), [RelayEvent::GuestMac { mac: mac(0x22) }, declined(0x22, true)]);
     driver.down_up();
     assert_eq!((driver.netdev, bench.vf().pf().mac), (mac(0x11), mac(0x11)), "the restore is refused openly");
-    assert!(bench.notices().contains(&declined(0x22, false)));
+    assert!(bench.events().contains(&declined(0x22, false)));
     assert!(driver.set_mac(mac(0x33)), "silent again");
 }
 
 #[test]
 fn what_it_does_not_cover_is_asked() {
     let (bench, mut driver) = guest(OnDenied::Nack);
-    let questions = || bench.questions().len();
-    let before = questions();
+    let requests = || bench.requests().len();
+    let before = requests();
     assert!(driver.set_mac(mac(0x11)), "the effective address needs no question");
-    assert_eq!(questions(), before);
+    assert_eq!(requests(), before);
     assert!(driver.set_mac(mac(0x44)), "an exception");
-    assert_eq!(questions(), before + 1);
+    assert_eq!(requests(), before + 1);
     // The address is effective now. After a refusal the driver goes back to the address of its last reset, and that
     // restore is stale.
     assert!(!driver.set_mac(mac(0x22)));
@@ -135,15 +135,15 @@ fn what_it_does_not_cover_is_asked() {
     assert_eq!(bench.vf().pf().mac, mac(0x22));
     // No thread denies the effective address, although the policy would no longer grant it.
     bench.0.borrow().relay.set_standing_refusal(refusal(OnDenied::Nack));
-    let before = questions();
+    let before = requests();
     assert!(driver.set_mac(mac(0x22)));
-    assert_eq!(questions(), before);
+    assert_eq!(requests(), before);
     driver.down_up();
     assert_eq!((driver.netdev, bench.vf().pf().mac), (mac(0x22), mac(0x22)));
 }
 
 #[test]
-fn an_order_comes_before_the_next_message() {
+fn a_command_comes_before_the_next_message() {
     let (bench, _driver) = guest(OnDenied::Nack);
     bench.vf().set_admin_mac(mac(0x22));
     bench.0.borrow().relay.set_effective_mac(mac(0x22));

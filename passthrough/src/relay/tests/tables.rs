@@ -27,7 +27,7 @@ fn run(case: &RelayCase) -> Outcome {
     let bench = Bench::new(MacAddress::new(EFFECTIVE));
     let mut driver = bench.driver();
     driver.probe();
-    let (questions, received) = (bench.questions().len(), bench.vf().pf().received.len());
+    let (requests, received) = (bench.requests().len(), bench.vf().pf().received.len());
     let decision = case.decision;
     bench.policy(move |_| decision);
 
@@ -42,7 +42,7 @@ fn run(case: &RelayCase) -> Outcome {
         words[..len].to_vec()
     };
     Outcome {
-        asked: bench.questions().len() > questions,
+        asked: bench.requests().len() > requests,
         reply: answered.then_some(word),
         forwarded: forwarded.iter().map(trimmed).collect(),
     }

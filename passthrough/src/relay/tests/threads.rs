@@ -18,7 +18,8 @@ use crate::{
     family::igb::{IGBVF, fuzz::assert_canonical},
     function::BarHandler,
     relay::{
-        Authority, Cancelled, Config, MailboxPage, Notice, Question, Rate, Relay, Unreachable, Verdict,
+        Authority, Cancelled, Config, GuestRequest, MailboxPage, Rate, Relay, RelayEvent, Unreachable,
+        Verdict,
         testing::{Bus, Driver, FakeVf},
     },
     threads::ThreadStart,
@@ -30,16 +31,16 @@ struct Agent {
     relay: Mutex<Weak<Relay>>,
     vf: Mutex<Option<Arc<FakeVf>>>,
     mute: AtomicBool,
-    notices: Mutex<Vec<Notice>>,
+    events: Mutex<Vec<RelayEvent>>,
 }
 
 impl Authority for Agent {
-    fn ask(&self, question: Question) -> Result<(), Unreachable> {
-        if self.mute.load(Ordering::Relaxed) && question.request != Request::Reset {
+    fn request(&self, guest_request: GuestRequest) -> Result<(), Unreachable> {
+        if self.mute.load(Ordering::Relaxed) && guest_request.request != Request::Reset {
             return Ok(());
         }
         let vf = self.vf.lock().unwrap().clone().unwrap();
-        let decision = match question.request {
+        let decision = match guest_request.request {
             Request::Reset => LOCAL,
             Request::SetMac(mac) if mac.bytes()[5] < 0x80 => {
                 vf.set_admin_mac(mac);
@@ -49,13 +50,13 @@ impl Authority for Agent {
             _ => FORWARD,
         };
         if let Some(relay) = self.relay.lock().unwrap().upgrade() {
-            relay.verdict(Verdict { seq: question.seq, effective_mac: vf.pf().mac, decision });
+            relay.verdict(Verdict { seq: guest_request.seq, effective_mac: vf.pf().mac, decision });
         }
         Ok(())
     }
 
-    fn notice(&self, notice: Notice) {
-        self.notices.lock().unwrap().push(notice);
+    fn event(&self, event: RelayEvent) {
+        self.events.lock().unwrap().push(event);
     }
 }
 
@@ -180,10 +181,10 @@ fn the_deadline_holds_in_real_time_and_stopping_cancels() {
     driver.bus.write(0xc40, 1);
     std::thread::sleep(Duration::from_millis(10));
     relay.stop();
-    let notices = agent.notices.lock().unwrap();
-    let why: Vec<_> = notices
+    let events = agent.events.lock().unwrap();
+    let why: Vec<_> = events
         .iter()
-        .filter_map(|notice| if let Notice::Cancelled { why, .. } = notice { Some(*why) } else { None })
+        .filter_map(|event| if let RelayEvent::Cancelled { why, .. } = event { Some(*why) } else { None })
         .collect();
     assert_eq!(why, [Cancelled::Deadline, Cancelled::Stopped]);
 }

@@ -76,7 +76,7 @@ fn cases() -> Vec<Case> {
     ]
 }
 
-fn is_taken_back(agent: &Agent, setting: &str) -> bool {
+fn is_revoked(agent: &Agent, setting: &str) -> bool {
     decisions(agent, "taken_back").iter().any(|decision| {
         serde_json::to_value(decision.decided_by).is_ok_and(|by| by["setting"] == json!(setting))
     })
@@ -177,9 +177,9 @@ fn every_setting_is_revoked_from_a_guest_that_is_down_or_just_up_or_busy() {
         revoke(&agent, &mut guest, &cases, state);
     }
     for case in &cases {
-        assert!(is_taken_back(&agent, case.setting), "{} has a record", case.setting);
+        assert!(is_revoked(&agent, case.setting), "{} has a record", case.setting);
     }
     revoke_all_multicast(&agent, &mut guest);
-    assert!(is_taken_back(&agent, "promiscuous"));
+    assert!(is_revoked(&agent, "promiscuous"));
     assert!(agent.vm("web1").status.pid.is_some(), "its process has confirmed all revocations");
 }

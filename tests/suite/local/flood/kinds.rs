@@ -4,8 +4,8 @@
 
 use std::collections::BTreeSet;
 
-use passthrough::relay::{Notice, Question};
-use protocol::{Ask, Outcome, Report, ToAgent};
+use passthrough::relay::{GuestRequest, RelayEvent};
+use protocol::{AgentRequest, Outcome, ToAgent, VmmEvent};
 use serde_json::{Value, from_value, json};
 
 /// A part of a message that the table describes.
@@ -13,17 +13,17 @@ use serde_json::{Value, from_value, json};
 pub(super) enum Says {
     /// A guest's request.
     Request(fn(u64) -> Value),
-    /// A report, for the VM's function.
-    Report(fn(u64, &str) -> Value),
+    /// An event, for the VM's function.
+    Event(fn(u64, &str) -> Value),
     /// A message of which an honest vmm sends none unasked.
     Unasked(fn(u64) -> Value),
 }
 
-pub(super) use Says::{Report as R, Request as Q, Unasked as U};
+pub(super) use Says::{Event as E, Request as Q, Unasked as U};
 
 /// A kind of message: its name, its highest honest rate in messages per second, and the message `n`.
 ///
-/// A relay takes 50 messages of its guest in a second, each of which is at most two notices. A guest resets itself twice in a
+/// A relay takes 50 messages of its guest in a second, each of which is at most two events. A guest resets itself twice in a
 /// second, and each time the machine has two states to report. 0 is once.
 pub(super) struct Kind(pub(super) &'static str, pub(super) u32, pub(super) Says);
 
@@ -62,7 +62,7 @@ pub(super) const KINDS: &[Kind] = &[
     Kind(
         "report/state",
         4,
-        R(|n, _| {
+        E(|n, _| {
             let state = if n % 2 == 0 { "running" } else { "rebooting" };
             json!({ "report": "state", "state": state, "boots": n })
         }),
@@ -70,28 +70,28 @@ pub(super) const KINDS: &[Kind] = &[
     Kind(
         "report/ended",
         0,
-        R(|n, _| json!({ "report": "ended", "end": { "end": "failed", "detail": format!("{n}") } })),
+        E(|n, _| json!({ "report": "ended", "end": { "end": "failed", "detail": format!("{n}") } })),
     ),
     Kind(
         "report/device_lost",
         4,
-        R(|_, bdf| json!({ "report": "device_lost", "bdf": bdf, "why": "failed" })),
+        E(|_, bdf| json!({ "report": "device_lost", "bdf": bdf, "why": "failed" })),
     ),
-    Kind("report/disk_full", 4, R(|_, _| json!({ "report": "disk_full", "disk": "root" }))),
+    Kind("report/disk_full", 4, E(|_, _| json!({ "report": "disk_full", "disk": "root" }))),
     Kind(
         "report/relay/cancelled",
         100,
-        R(|n, _| relay(json!({ "notice": "cancelled", "seq": n, "request": "reset", "why": "deadline" }))),
+        E(|n, _| relay(json!({ "notice": "cancelled", "seq": n, "request": "reset", "why": "deadline" }))),
     ),
     Kind(
         "report/relay/forwarded",
         100,
-        R(|n, _| relay(json!({ "notice": "forwarded", "seq": n, "outcome": "accepted" }))),
+        E(|n, _| relay(json!({ "notice": "forwarded", "seq": n, "outcome": "accepted" }))),
     ),
     Kind(
         "report/relay/refused",
         100,
-        R(|n, _| {
+        E(|n, _| {
             relay(json!({
                 "notice": "refused", "request": { "set_mac": mac(n) }, "word": n % 65536, "reason": "rate_limited",
                 "count": 1,
@@ -101,19 +101,19 @@ pub(super) const KINDS: &[Kind] = &[
     Kind(
         "report/relay/declined",
         100,
-        R(|n, _| {
+        E(|n, _| {
             relay(json!({
                 "notice": "declined", "mac": mac(n), "reason": "mac_changes_rejected", "silent": false,
             }))
         }),
     ),
-    Kind("report/relay/guest_mac", 100, R(|n, _| relay(json!({ "notice": "guest_mac", "mac": mac(n) })))),
+    Kind("report/relay/guest_mac", 100, E(|n, _| relay(json!({ "notice": "guest_mac", "mac": mac(n) })))),
     // A PF is reset, or comes back, once in a while.
-    Kind("report/relay/pf_reset", 1, R(|_, _| relay(json!({ "notice": "pf_reset" })))),
+    Kind("report/relay/pf_reset", 1, E(|_, _| relay(json!({ "notice": "pf_reset" })))),
     Kind(
         "report/relay/taken_back",
         100,
-        R(|n, _| relay(json!({ "notice": "taken_back", "id": n, "failed": ["reset"], "deferred": false }))),
+        E(|n, _| relay(json!({ "notice": "taken_back", "id": n, "failed": ["reset"], "deferred": false }))),
     ),
 ];
 
@@ -121,8 +121,8 @@ fn done(n: u64, outcome: Value) -> Value {
     json!({ "type": "done", "id": (1_u64 << 40) + n, "result": { "Ok": outcome } })
 }
 
-fn relay(notice: Value) -> Value {
-    json!({ "report": "relay", "adapter": "eth0", "notice": notice })
+fn relay(event: Value) -> Value {
+    json!({ "report": "relay", "adapter": "eth0", "notice": event })
 }
 
 fn mac(n: u64) -> String {
@@ -145,17 +145,17 @@ fn the_table_has_each_kind_of_message() {
         let parts = match kind.as_str() {
             "done" => variants(from_value::<Outcome>(json!({ "outcome": "?" }))),
             "ask" => {
-                assert_eq!(variants(from_value::<Ask>(json!({ "ask": "?" }))), ["mailbox"]);
-                let requests = variants(from_value::<Question>(json!({ "seq": 1, "request": "?" })));
+                assert_eq!(variants(from_value::<AgentRequest>(json!({ "ask": "?" }))), ["mailbox"]);
+                let requests = variants(from_value::<GuestRequest>(json!({ "seq": 1, "request": "?" })));
                 requests.iter().map(|request| format!("mailbox/{request}")).collect()
             }
-            "report" => variants(from_value::<Report>(json!({ "report": "?" }))),
+            "report" => variants(from_value::<VmmEvent>(json!({ "report": "?" }))),
             _ => vec![String::new()],
         };
         for part in parts {
             if part == "relay" {
-                let notices = variants(from_value::<Notice>(json!({ "notice": "?" })));
-                all.extend(notices.iter().map(|notice| format!("{kind}/relay/{notice}")));
+                let events = variants(from_value::<RelayEvent>(json!({ "notice": "?" })));
+                all.extend(events.iter().map(|event| format!("{kind}/relay/{event}")));
             } else if part.is_empty() {
                 all.insert(kind.clone());
             } else {

@@ -143,16 +143,16 @@ fn a_device_of_one_file_and_one_line_has_all_that_a_device_can_have() {
     let mut vm = Fixture::new();
     vm.configure_with(&guest!(guest_probe, guest_probe_end), vec![], &[(FILE, &log)]).unwrap();
     assert_eq!(io_threads(), [THREAD]);
-    vm.order(Order::Run, &[]).unwrap();
+    vm.command(VmmCommand::Run, &[]).unwrap();
     vm.wait_for_output(BOOT);
-    let Outcome::Stats(stats) = vm.order(Order::Stats, &[]).unwrap() else { panic!() };
+    let Outcome::Stats(stats) = vm.command(VmmCommand::Stats, &[]).unwrap() else { panic!() };
     assert_eq!(stats.exits["mmio_write"], WRITES, "doorbells do not leave the guest");
-    vm.order(Order::Pause, &[]).unwrap();
-    vm.order(Order::Run, &[]).unwrap();
-    vm.order(Order::ConsoleInput { bytes: b"r".to_vec() }, &[]).unwrap();
+    vm.command(VmmCommand::Pause, &[]).unwrap();
+    vm.command(VmmCommand::Run, &[]).unwrap();
+    vm.command(VmmCommand::ConsoleInput { bytes: b"r".to_vec() }, &[]).unwrap();
     vm.wait_for_output(&[BOOT, BOOT].concat());
-    vm.order(Order::ConsoleInput { bytes: b"q".to_vec() }, &[]).unwrap();
-    vm.wait_for(|report| matches!(report, Report::Ended { end: End::PoweredOff }));
+    vm.command(VmmCommand::ConsoleInput { bytes: b"q".to_vec() }, &[]).unwrap();
+    vm.wait_for(|event| matches!(event, VmmEvent::Ended { end: End::PoweredOff }));
     assert!(io_threads().is_empty());
     assert_eq!(calls(log), ["resume", "pause", "resume", "pause", "reset", "resume", "pause", "shutdown"]);
     vm.exit();
@@ -163,16 +163,16 @@ fn a_machine_runs_on_whose_i_o_thread_hangs_and_its_end_does_not_wait_for_it() {
     let log = tempfile::tempfile().unwrap();
     let mut vm = Fixture::new();
     vm.configure_with(&guest!(guest_probe, guest_probe_end), vec![], &[(FILE, &log)]).unwrap();
-    vm.order(Order::Run, &[]).unwrap();
+    vm.command(VmmCommand::Run, &[]).unwrap();
     vm.wait_for_output(BOOT);
-    vm.order(Order::ConsoleInput { bytes: b"1".to_vec() }, &[]).unwrap();
+    vm.command(VmmCommand::ConsoleInput { bytes: b"1".to_vec() }, &[]).unwrap();
     vm.wait_for_output(&[BOOT, "1"].concat());
-    let failure = vm.order(Order::Pause, &[]).unwrap_err();
+    let failure = vm.command(VmmCommand::Pause, &[]).unwrap_err();
     assert_eq!(failure.code, FailureCode::Device);
     assert!(failure.detail.contains(THREAD), "{failure}");
-    vm.order(Order::ConsoleInput { bytes: b"0".to_vec() }, &[]).unwrap();
+    vm.command(VmmCommand::ConsoleInput { bytes: b"0".to_vec() }, &[]).unwrap();
     vm.wait_for_output(&[BOOT, "10"].concat());
-    vm.order(Order::Stop, &[]).unwrap();
+    vm.command(VmmCommand::Stop, &[]).unwrap();
     vm.process.take().unwrap().join().unwrap();
     assert_eq!(calls(log), ["resume", "pause", "resume", "pause"], "no shutdown beside the thread");
     assert_eq!(io_threads(), [THREAD], "it was left behind");
@@ -184,19 +184,19 @@ fn a_reset_of_the_guest_waits_for_a_busy_i_o_thread() {
     let log = tempfile::tempfile().unwrap();
     let mut vm = Fixture::new();
     vm.configure_with(&guest!(guest_probe, guest_probe_end), vec![], &[(FILE, &log)]).unwrap();
-    vm.order(Order::Run, &[]).unwrap();
+    vm.command(VmmCommand::Run, &[]).unwrap();
     vm.wait_for_output(BOOT);
-    vm.order(Order::ConsoleInput { bytes: b"3".to_vec() }, &[]).unwrap();
+    vm.command(VmmCommand::ConsoleInput { bytes: b"3".to_vec() }, &[]).unwrap();
     vm.wait_for_output(&[BOOT, "3"].concat());
-    vm.order(Order::ConsoleInput { bytes: b"r".to_vec() }, &[]).unwrap();
+    vm.command(VmmCommand::ConsoleInput { bytes: b"r".to_vec() }, &[]).unwrap();
     vm.wait_for_output(&[BOOT, "3", BOOT].concat());
     // The agent hears of it instead, and the guest runs on.
-    vm.order(Order::ConsoleInput { bytes: b"3".to_vec() }, &[]).unwrap();
+    vm.command(VmmCommand::ConsoleInput { bytes: b"3".to_vec() }, &[]).unwrap();
     vm.wait_for_output(&[BOOT, "3", BOOT, "3"].concat());
-    let failure = vm.order(Order::Reboot, &[]).unwrap_err();
+    let failure = vm.command(VmmCommand::Reboot, &[]).unwrap_err();
     assert!(failure.detail.contains("is busy"), "{failure}");
-    vm.order(Order::ConsoleInput { bytes: b"q".to_vec() }, &[]).unwrap();
-    vm.wait_for(|report| matches!(report, Report::Ended { end: End::PoweredOff }));
+    vm.command(VmmCommand::ConsoleInput { bytes: b"q".to_vec() }, &[]).unwrap();
+    vm.wait_for(|event| matches!(event, VmmEvent::Ended { end: End::PoweredOff }));
     vm.exit();
 }
 
@@ -205,11 +205,11 @@ fn a_machine_ends_with_an_i_o_thread() {
     let log = tempfile::tempfile().unwrap();
     let mut vm = Fixture::new();
     vm.configure_with(&guest!(guest_probe, guest_probe_end), vec![], &[(FILE, &log)]).unwrap();
-    vm.order(Order::Run, &[]).unwrap();
+    vm.command(VmmCommand::Run, &[]).unwrap();
     vm.wait_for_output(BOOT);
-    vm.order(Order::ConsoleInput { bytes: b"2".to_vec() }, &[]).unwrap();
-    vm.wait_for(|report| matches!(report, Report::Ended { .. }));
-    let Some(Report::Ended { end: End::Failed { detail } }) = vm.reports.last() else { panic!() };
+    vm.command(VmmCommand::ConsoleInput { bytes: b"2".to_vec() }, &[]).unwrap();
+    vm.wait_for(|event| matches!(event, VmmEvent::Ended { .. }));
+    let Some(VmmEvent::Ended { end: End::Failed { detail } }) = vm.events.last() else { panic!() };
     assert!(detail.contains("I/O thread io probe has ended"), "{detail}");
     assert_eq!(calls(log), ["resume", "pause", "shutdown"]);
     vm.exit();
@@ -234,7 +234,7 @@ fn a_machine_whose_devices_ask_for_no_thread_has_those_of_its_vcpus_alone() {
         thread::sleep(Duration::from_millis(1));
     }
     assert_eq!(new(), ["vcpu0", "vcpu1"]);
-    vm.order(Order::Run, &[]).unwrap();
-    vm.wait_for(|report| matches!(report, Report::Ended { end: End::PoweredOff }));
+    vm.command(VmmCommand::Run, &[]).unwrap();
+    vm.wait_for(|event| matches!(event, VmmEvent::Ended { end: End::PoweredOff }));
     vm.exit();
 }

@@ -5,7 +5,7 @@
 use std::{os::fd::OwnedFd, thread::JoinHandle};
 
 use netpolicy::{MacAddress, OnDenied, Reason, Request, StandingRefusal};
-use passthrough::relay::{Decision, How, Notice, Verdict};
+use passthrough::relay::{Decision, How, RelayEvent, Verdict};
 use simnic::{
     SimPf,
     pf::{Options, listen, serve},
@@ -149,15 +149,15 @@ fn what_the_agent_refuses_in_any_case_is_not_asked() {
     let refusal = Some(StandingRefusal { unless, reason, on_denied: OnDenied::Nack });
     let (asked, declined) = refused_address(refusal.clone(), false);
     assert_eq!(asked, [Request::Reset]);
-    assert_eq!(declined, [Notice::Declined { mac: OTHER, reason, silent: false }]);
+    assert_eq!(declined, [RelayEvent::Declined { mac: OTHER, reason, silent: false }]);
     // The refusal ends with the connection that brought it.
     let (asked, declined) = refused_address(refusal, true);
     assert!(asked.contains(&Request::SetMac(OTHER)) && declined.is_empty(), "{asked:?} {declined:?}");
 }
 
 /// A guest requests another address and is denied. Returns the requests that the agent was asked about, and the
-/// notices.
-fn refused_address(refusal: Option<StandingRefusal>, connect_again: bool) -> (Vec<Request>, Vec<Notice>) {
+/// events.
+fn refused_address(refusal: Option<StandingRefusal>, connect_again: bool) -> (Vec<Request>, Vec<RelayEvent>) {
     let (mut adapter, connection) = Adapter::new();
     let mut vm = Fixture::new();
     // The agent sends it before a relay exists, too.
@@ -167,30 +167,30 @@ fn refused_address(refusal: Option<StandingRefusal>, connect_again: bool) -> (Ve
     }
     let guest = guest!(guest_mailbox, guest_mailbox_end);
     vm.configure_with(&guest, vec![device()], &[(&connection_name(), &connection)]).unwrap();
-    vm.order(Order::Run, &[]).unwrap();
+    vm.command(VmmCommand::Run, &[]).unwrap();
     let (mut asked, mut declined) = (Vec::new(), Vec::new());
     let mut ended = false;
-    // A relay's last notice may arrive after the machine's end.
+    // A relay's last event may arrive after the machine's end.
     while !ended || (asked.len() + declined.len() < 2) {
         match vm.receive() {
-            ToAgent::Ask { id, ask: Ask::Mailbox { adapter, question } } => {
+            ToAgent::Request { id, request: AgentRequest::Mailbox { adapter, guest_request } } => {
                 assert_eq!(adapter, "eth0");
-                let decision = match question.request {
+                let decision = match guest_request.request {
                     Request::Reset => Decision::Grant { how: How::Local },
                     _ => Decision::Refuse { tell: OnDenied::Nack, reason: Reason::MacChangesRejected },
                 };
-                let verdict = Verdict { seq: question.seq, effective_mac: MAC, decision };
+                let verdict = Verdict { seq: guest_request.seq, effective_mac: MAC, decision };
                 vm.channel
-                    .send(&ToVmm::Answer { id, answer: Answer::Mailbox { adapter, verdict } }, &[])
+                    .send(&ToVmm::Response { id, response: AgentResponse::Mailbox { adapter, verdict } }, &[])
                     .unwrap();
-                asked.push(question.request);
+                asked.push(guest_request.request);
             }
-            ToAgent::Report { report: Report::Ended { end }, .. } => {
+            ToAgent::Event { event: VmmEvent::Ended { end }, .. } => {
                 assert_eq!(end, End::PoweredOff);
                 ended = true;
             }
-            ToAgent::Report { report: Report::Relay { notice, .. }, .. } => declined.push(notice),
-            ToAgent::Report { .. } => {}
+            ToAgent::Event { event: VmmEvent::Relay { event, .. }, .. } => declined.push(event),
+            ToAgent::Event { .. } => {}
             other => panic!("{other:?}"),
         }
     }
@@ -214,12 +214,12 @@ fn a_pf_that_ends_takes_its_vf_from_the_guest() {
     )
     .unwrap();
     drop(connection);
-    vm.order(Order::Run, &[]).unwrap();
+    vm.command(VmmCommand::Run, &[]).unwrap();
     adapter.stop();
-    vm.wait_for(|report| {
-        matches!(report, Report::DeviceLost { bdf, why: DeviceLoss::Failed } if *bdf == device().bdf)
+    vm.wait_for(|event| {
+        matches!(event, VmmEvent::DeviceLost { bdf, why: DeviceLoss::Failed } if *bdf == device().bdf)
     });
-    vm.order(Order::Stop, &[]).unwrap();
+    vm.command(VmmCommand::Stop, &[]).unwrap();
     vm.process.take().unwrap().join().unwrap();
 }
 

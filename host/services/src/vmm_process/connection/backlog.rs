@@ -1,17 +1,17 @@
 // SPDX-License-Identifier: Apache-2.0
 
-//! Reports that the vmm must keep, and relays' messages without a receiver.
+//! Events that the vmm must keep, and relays' messages without a receiver.
 
 use std::collections::VecDeque;
 
 use tokio::sync::{mpsc, oneshot};
 
-use super::{OrderError, RelayEvent, RelayEvents, Request};
+use super::{CommandError, RelayMessage, RelayMessages, Request};
 
-/// The reports that the vmm must keep. It may forget them in their order only.
+/// The events that the vmm must keep. It may forget them in their order only.
 #[derive(Default)]
 pub(super) struct Unnoted {
-    /// The first report of the machine that is not stored, or a number before it, and the last one. The store may fail
+    /// The first event of the machine that is not stored, or a number before it, and the last one. The store may fail
     /// for long, so that a list of them would grow without bound.
     machine: Option<(u64, u64)>,
     /// Relays' events, with their completions.
@@ -31,7 +31,7 @@ impl Unnoted {
         self.last = seq;
     }
 
-    /// The machine's reports up to `seq` are stored.
+    /// The machine's events up to `seq` are stored.
     pub(super) fn noted(&mut self, seq: u64) {
         self.machine = self
             .machine
@@ -56,7 +56,7 @@ impl Unnoted {
         done
     }
 
-    /// The number up to which the vmm may forget its reports, if that is news.
+    /// The number up to which the vmm may forget its events, if that is news.
     pub(super) fn news(&mut self) -> Option<u64> {
         let kept = [self.machine.map(|(first, _)| first), self.relays.front().map(|(seq, _)| *seq)];
         let upto = kept.into_iter().flatten().map(|seq| seq.saturating_sub(1)).fold(self.last, u64::min);
@@ -74,8 +74,8 @@ impl Unnoted {
 /// Passes on the relays' messages, and keeps them until there is a receiver.
 #[derive(Default)]
 pub(super) struct Relays {
-    pub(super) receiver: Option<Box<dyn RelayEvents>>,
-    waiting: VecDeque<RelayEvent>,
+    pub(super) receiver: Option<Box<dyn RelayMessages>>,
+    waiting: VecDeque<RelayMessage>,
 }
 
 impl Relays {
@@ -84,8 +84,8 @@ impl Relays {
     pub(super) async fn ready(&mut self) {
         let Some(receiver) = &mut self.receiver else { return };
         receiver.ready().await;
-        while let Some(event) = self.waiting.pop_front() {
-            receiver.take(event);
+        while let Some(message) = self.waiting.pop_front() {
+            receiver.take(message);
             receiver.ready().await;
         }
     }
@@ -97,7 +97,7 @@ impl Relays {
                 None => return,
                 Some(Request::Attach(receiver)) => self.receiver = Some(receiver),
                 Some(Request::Noted(_)) => {}
-                Some(Request::Order { reply, .. }) => drop(reply.send(Err(OrderError::Lost))),
+                Some(Request::Command { reply, .. }) => drop(reply.send(Err(CommandError::Lost))),
             }
         }
         if !self.waiting.is_empty() {
@@ -105,10 +105,10 @@ impl Relays {
         }
     }
 
-    pub(super) fn pass(&mut self, event: RelayEvent) {
+    pub(super) fn pass(&mut self, message: RelayMessage) {
         match &mut self.receiver {
-            Some(receiver) => receiver.take(event),
-            None => self.waiting.push_back(event),
+            Some(receiver) => receiver.take(message),
+            None => self.waiting.push_back(message),
         }
     }
 

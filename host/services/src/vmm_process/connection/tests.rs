@@ -10,7 +10,7 @@ use protocol::Listener;
 
 use super::{backlog::Unnoted, *};
 
-/// A vmm that speaks `version` and does not answer an order. Returns its messages up to and with the first order.
+/// A vmm that speaks `version` and does not answer a command. Returns its messages up to and with the first command.
 fn vmm(listener: Listener, version: u32) -> thread::JoinHandle<Vec<ToVmm>> {
     thread::spawn(move || {
         let deadline = Instant::now() + PATIENCE;
@@ -27,8 +27,8 @@ fn vmm(listener: Listener, version: u32) -> thread::JoinHandle<Vec<ToVmm>> {
                     let hello = ToAgent::Hello { version, state: State::Running, boots: 1 };
                     open.send(&hello, &[]).unwrap();
                 }
-                Ok((order @ ToVmm::Order { .. }, _)) => {
-                    heard.push(order);
+                Ok((command @ ToVmm::Command { .. }, _)) => {
+                    heard.push(command);
                     return heard;
                 }
                 Ok((message, _)) => heard.push(message),
@@ -41,7 +41,7 @@ fn vmm(listener: Listener, version: u32) -> thread::JoinHandle<Vec<ToVmm>> {
 }
 
 #[tokio::test]
-async fn a_refusal_without_a_question_is_heard_before_a_later_order_by_those_who_understand_it() {
+async fn a_refusal_without_a_request_is_heard_before_a_later_command_by_those_who_understand_it() {
     let refusal = StandingRefusal { unless: vec![], reason: Reason::PortBlocked, on_denied: OnDenied::Nack };
     // Repeated, because `select!` takes a random one of the ready branches.
     for version in [STANDING_SINCE - 1].into_iter().chain([STANDING_SINCE; 20]) {
@@ -52,16 +52,16 @@ async fn a_refusal_without_a_question_is_heard_before_a_later_order_by_those_who
             Connection::open(&path, Uuid::nil(), HashSet::new(), &Allowance::new(2)).await.unwrap();
         connection.set_standing_refusal("eth1", None);
         connection.set_standing_refusal("eth0", Some(refusal.clone()));
-        drop(connection.order(Order::Run, Vec::new(), PATIENCE).await);
-        let order = ToVmm::Order { id: 1, order: Order::Run };
+        drop(connection.command(VmmCommand::Run, Vec::new(), PATIENCE).await);
+        let command = ToVmm::Command { id: 1, command: VmmCommand::Run };
         let told = ToVmm::Standing { adapter: "eth0".into(), refusal: Some(refusal.clone()) };
-        let expected = if version < STANDING_SINCE { vec![order] } else { vec![told, order] };
+        let expected = if version < STANDING_SINCE { vec![command] } else { vec![told, command] };
         assert_eq!(vmm.join().unwrap(), expected, "version {version}");
     }
 }
 
 #[tokio::test]
-async fn reports_are_forgotten_in_their_order() {
+async fn events_are_forgotten_in_their_order() {
     let mut unnoted = Unnoted::default();
     let mut events: Vec<_> = [1, 2, 4]
         .into_iter()
@@ -91,14 +91,14 @@ async fn reports_are_forgotten_in_their_order() {
 }
 
 /// Records the messages of relays.
-struct Recorder(mpsc::UnboundedSender<RelayEvent>);
+struct Recorder(mpsc::UnboundedSender<RelayMessage>);
 
 #[async_trait]
-impl RelayEvents for Recorder {
+impl RelayMessages for Recorder {
     async fn ready(&mut self) {}
 
-    fn take(&mut self, event: RelayEvent) {
-        drop(self.0.send(event));
+    fn take(&mut self, message: RelayMessage) {
+        drop(self.0.send(message));
     }
 }
 
@@ -106,19 +106,19 @@ impl RelayEvents for Recorder {
 async fn relays_messages_come_in_the_vmms_order_also_those_before_their_receiver() {
     let (keep, kept) = std::sync::mpsc::channel();
     let (_dir, path, vmm) = greeting(move |channel| {
-        let report = |seq, report| channel.send(&ToAgent::Report { seq, report }, &[]).unwrap();
-        let ask = |id| {
-            let ask = serde_json::json!({
+        let event = |seq, event| channel.send(&ToAgent::Event { seq, event }, &[]).unwrap();
+        let request = |id| {
+            let request = serde_json::json!({
                 "ask": "mailbox", "adapter": "eth0", "question": { "seq": id, "request": "reset" },
             });
-            let ask = serde_json::from_value(ask).unwrap();
-            channel.send(&ToAgent::Ask { id, ask }, &[]).unwrap();
+            let request = serde_json::from_value(request).unwrap();
+            channel.send(&ToAgent::Request { id, request }, &[]).unwrap();
         };
-        ask(1);
-        report(1, pf_reset());
-        report(2, Report::State { state: State::Rebooting, boots: 1 });
-        ask(2);
-        report(3, pf_reset());
+        request(1);
+        event(1, pf_reset());
+        event(2, VmmEvent::State { state: State::Rebooting, boots: 1 });
+        request(2);
+        event(3, pf_reset());
         keep.send(channel).unwrap();
     });
     let allowance = Allowance::new(1);
@@ -127,7 +127,7 @@ async fn relays_messages_come_in_the_vmms_order_also_those_before_their_receiver
         Connection::open(&path, Uuid::nil(), adapters, &allowance).await.unwrap();
     tokio::task::spawn_blocking(move || vmm.join().unwrap()).await.unwrap();
     let _open = kept.recv().unwrap();
-    let Some(Event { seq: 2, rebooted: Some(rebooted), .. }) = events.recv().await else {
+    let Some(MachineEvent { seq: 2, rebooted: Some(rebooted), .. }) = events.recv().await else {
         panic!("no report of the machine")
     };
     let (sender, mut heard) = mpsc::unbounded_channel();
@@ -135,9 +135,9 @@ async fn relays_messages_come_in_the_vmms_order_also_those_before_their_receiver
     let mut kinds = Vec::new();
     for _ in 0..5 {
         kinds.push(match heard.recv().await.unwrap() {
-            RelayEvent::Ask { id, .. } => id,
-            RelayEvent::Notice { .. } => 10,
-            RelayEvent::Rebooted { .. } => 20,
+            RelayMessage::Request { id, .. } => id,
+            RelayMessage::Event { .. } => 10,
+            RelayMessage::Rebooted { .. } => 20,
         });
     }
     assert_eq!(kinds, [1, 10, 20, 2, 10]);
@@ -165,20 +165,20 @@ fn greeting(
     (dir, path, vmm)
 }
 
-fn pf_reset() -> Report {
-    Report::Relay { adapter: "eth0".into(), notice: Notice::PfReset }
+fn pf_reset() -> VmmEvent {
+    VmmEvent::Relay { adapter: "eth0".into(), event: RelayEvent::PfReset }
 }
 
 /// Wants no message for as long as it lives.
 struct Full;
 
 #[async_trait]
-impl RelayEvents for Full {
+impl RelayMessages for Full {
     async fn ready(&mut self) {
         std::future::pending::<()>().await;
     }
 
-    fn take(&mut self, _event: RelayEvent) {
+    fn take(&mut self, _message: RelayMessage) {
         panic!("there is no room");
     }
 }
@@ -186,11 +186,11 @@ impl RelayEvents for Full {
 #[tokio::test]
 async fn commands_reach_a_vmm_whose_messages_find_no_room() {
     let (_dir, path, vmm) = greeting(|channel| {
-        channel.send(&ToAgent::Report { seq: 1, report: pf_reset() }, &[]).unwrap();
+        channel.send(&ToAgent::Event { seq: 1, event: pf_reset() }, &[]).unwrap();
         let deadline = Instant::now() + PATIENCE;
         while Instant::now() < deadline {
             thread::sleep(Duration::from_millis(1));
-            if let Ok((ToVmm::Order { order: Order::Pause, .. }, _)) = channel.receive::<ToVmm>() {
+            if let Ok((ToVmm::Command { command: VmmCommand::Pause, .. }, _)) = channel.receive::<ToVmm>() {
                 return;
             }
         }
@@ -200,20 +200,21 @@ async fn commands_reach_a_vmm_whose_messages_find_no_room() {
     let (connection, ..) = Connection::open(&path, Uuid::nil(), adapters, &Allowance::new(1)).await.unwrap();
     connection.attach(Box::new(Full)).await;
     tokio::time::sleep(Duration::from_millis(10)).await;
-    let order = tokio::spawn(async move { connection.order(Order::Pause, Vec::new(), PATIENCE).await });
+    let command =
+        tokio::spawn(async move { connection.command(VmmCommand::Pause, Vec::new(), PATIENCE).await });
     tokio::task::spawn_blocking(move || vmm.join().unwrap()).await.unwrap();
-    order.abort();
+    command.abort();
 }
 
 /// Has no use for what it counts, but lets the vmm forget it.
 struct Counter(Arc<std::sync::atomic::AtomicUsize>);
 
 #[async_trait]
-impl RelayEvents for Counter {
+impl RelayMessages for Counter {
     async fn ready(&mut self) {}
 
-    fn take(&mut self, event: RelayEvent) {
-        if let RelayEvent::Notice { done, .. } = event {
+    fn take(&mut self, message: RelayMessage) {
+        if let RelayMessage::Event { done, .. } = message {
             self.0.fetch_add(1, std::sync::atomic::Ordering::Relaxed);
             let _ = done.send(());
         }
@@ -233,7 +234,7 @@ async fn the_last_messages_of_a_vmm_that_is_gone_are_heard() {
                 thread::sleep(Duration::from_millis(1));
             }
             for seq in 1..=5 {
-                channel.send(&ToAgent::Report { seq, report: pf_reset() }, &[]).unwrap();
+                channel.send(&ToAgent::Event { seq, event: pf_reset() }, &[]).unwrap();
             }
         });
         let (adapters, allowance) = (["eth0".to_owned()].into(), Allowance::new(1));

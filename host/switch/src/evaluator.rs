@@ -1,0 +1,76 @@
+// SPDX-License-Identifier: Apache-2.0
+
+//! The source of the switch's verdicts, standing denials and corrections.
+
+use netpolicy::{
+    Change, Corrections, Denial, OnDenied, PortId, Request, StandingRefusal, SwitchState, Verdict,
+};
+
+/// Decides whether the policy holds. All other code of the switch is the same for both.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Evaluator {
+    /// The policy of each port.
+    #[default]
+    Policy,
+    /// Grants every request, as if every policy accepted it, and corrects nothing. This proves that tests detect a
+    /// missing check.
+    #[cfg(any(test, feature = "test-support"))]
+    Permissive,
+}
+
+/// A verdict, or its absence.
+pub(super) enum Decided {
+    Changes(Vec<Change>),
+    Denied(Denial, OnDenied),
+    /// There is no such port.
+    Unknown,
+}
+
+impl Evaluator {
+    /// The verdict on a request.
+    pub(super) fn evaluate(self, state: &SwitchState, port: PortId, request: &Request) -> Decided {
+        #[cfg(any(test, feature = "test-support"))]
+        if self == Self::Permissive {
+            return Decided::Changes(granted(request));
+        }
+        match state.evaluate(port, request) {
+            Err(_) => Decided::Unknown,
+            Ok(evaluation) => match evaluation.verdict {
+                Verdict::Allow(changes) => Decided::Changes(changes),
+                Verdict::Deny(denial) => Decided::Denied(denial, evaluation.on_denied),
+            },
+        }
+    }
+
+    /// The standing denial of a port, if it has one.
+    pub(super) fn standing_refusal(self, state: &SwitchState, port: PortId) -> Option<StandingRefusal> {
+        let refusal = state.standing_refusal(port).ok().flatten();
+        refusal.filter(|_| self == Self::Policy)
+    }
+
+    /// The changes that the port needs now. None if there is no such port.
+    pub(super) fn corrections(self, state: &SwitchState, port: PortId) -> Option<Corrections> {
+        let mut corrections = state.corrections(port).ok()?;
+        if self != Self::Policy {
+            corrections.list.clear();
+        }
+        Some(corrections)
+    }
+}
+
+/// The changes of a request without a policy.
+#[cfg(any(test, feature = "test-support"))]
+fn granted(request: &Request) -> Vec<Change> {
+    let vlan = |vid: u16| netpolicy::VlanId::new(vid).ok();
+    match request {
+        Request::SetMac(mac) if mac.is_assignable() => vec![Change::SetMac(*mac)],
+        Request::AddUnicastFilter(mac) if mac.is_assignable() => vec![Change::AddUnicast(*mac)],
+        Request::ClearUnicastFilters => vec![Change::ClearUnicast],
+        Request::SetMulticast { hashes, .. } => vec![Change::SetMulticast(hashes.clone())],
+        Request::SetVlan { vid, add: true } => vlan(*vid).map(Change::JoinVlan).into_iter().collect(),
+        Request::SetVlan { vid, add: false } => vlan(*vid).map(Change::LeaveVlan).into_iter().collect(),
+        Request::SetMaxFrame(bytes) => u16::try_from(*bytes).map(Change::SetMaxFrame).into_iter().collect(),
+        Request::SetPromiscuous(mode) => vec![Change::SetPromiscuous(*mode)],
+        _ => Vec::new(),
+    }
+}
