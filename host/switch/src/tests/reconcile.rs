@@ -138,7 +138,7 @@ async fn a_pf_that_does_not_take_an_address_back_is_asked_again() {
     host.request(1, Request::SetMac(mac(9))).await;
     host.pfs.world().pfs.get_mut(PF).unwrap().answers = vec![Some(libc::EBUSY)];
     host.set("{}").await.unwrap();
-    host.until("taken back", async |host| host.pf_mac(1) == Some(mac(1))).await;
+    host.until("revoked", async |host| host.pf_mac(1) == Some(mac(1))).await;
     host.switch.settle().await;
     let taken = host.decisions(1, Outcome::Revoked).await;
     let how: Vec<Committed> = taken.iter().map(|decision| decision.committed).collect();

@@ -172,7 +172,7 @@ pub(super) fn tightened(relay: Relay) {
     edit(&agent, &json!({ "mac_changes": "reject" }));
     // A revocation takes a moment. Without a policy a short wait is enough to see that there is none.
     let patience = if relay == Relay::Policed { PATIENCE } else { std::time::Duration::from_secs(5) };
-    eventually(&agent, patience, "BY POLICY: the address is taken back", || host::vf_mac(0) == INITIAL);
+    eventually(&agent, patience, "BY POLICY: the address is revoked", || host::vf_mac(0) == INITIAL);
     assert!(!decisions(&agent, "taken_back").is_empty());
     down_up(&mut guest);
     assert_eq!(guest_mac(&mut guest), INITIAL);
