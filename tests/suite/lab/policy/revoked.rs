@@ -82,8 +82,11 @@ fn is_revoked(agent: &Agent, setting: &str) -> bool {
     })
 }
 
+/// What a guest was granted, in words, and whether the adapter has it.
+type Granted = (String, fn() -> bool);
+
 /// Each of these is revoked, none comes back, and nothing waits.
-fn stay_revoked(agent: &Agent, held: &[(String, fn() -> bool)]) {
+fn stay_revoked(agent: &Agent, held: &[Granted]) {
     for (what, has) in held {
         eventually(agent, REVOKED, &format!("{what} is revoked"), || !has());
     }

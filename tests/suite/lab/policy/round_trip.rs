@@ -98,9 +98,7 @@ fn refusals_are_timed_beside_qemu() {
         println!("accepted and committed: median {} us, p99 {} us", accepted.1, accepted.2);
         assert_eq!(accepted.0, COUNT, "every change is granted\n{}", agent.log());
         edit(&agent, &json!({ "mac_changes": "reject" }));
-        super::eventually(&agent, PATIENCE, "the address is revoked", || {
-            host::vf_mac(0) == super::INITIAL
-        });
+        super::eventually(&agent, PATIENCE, "the address is revoked", || host::vf_mac(0) == super::INITIAL);
         let series: Vec<_> = (0..SERIES).map(|_| ours(&mut guest)).collect();
         for (granted, median, p99) in &series {
             println!("refused: median {median} us, p99 {p99} us");
