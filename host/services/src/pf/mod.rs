@@ -6,7 +6,8 @@
 //! Each PF has a thread that executes its commands in order. The kernel makes all changes of
 //! network interfaces one after the other, so one thread would be enough for it. But the process of
 //! a simulated PF may be in a guest's hands, and must not hold up the commands for other PFs. The
-//! thread starts with the first command and ends when the PF is gone, after the commands before.
+//! thread starts with the first command and ends when the PF is gone, after the commands before. It
+//! may complete them beside the thread of a PF that has its name by then.
 //!
 //! Calls have no timeout. Callers with a deadline must roll back late successes.
 
@@ -15,7 +16,11 @@ pub mod watch;
 use std::{
     collections::{BTreeMap, HashMap},
     fmt, io,
-    sync::{Arc, Mutex, MutexGuard, PoisonError, mpsc},
+    sync::{
+        Arc, Mutex, MutexGuard, PoisonError,
+        atomic::{AtomicU64, Ordering},
+        mpsc,
+    },
     thread,
 };
 
@@ -28,7 +33,7 @@ pub mod fake;
 #[cfg(test)]
 mod tests;
 
-/// Most PFs that have a thread at the same time: more than a host has.
+/// Most PFs that have a thread for new commands at the same time: more than a host has.
 const MAX_PFS: usize = 256;
 
 /// A PF as the switch knows it.
@@ -97,8 +102,17 @@ pub struct PfHandle(Arc<Threads>);
 struct Threads {
     pfs: Arc<dyn Pfs>,
     lists: mpsc::Sender<Reply<Vec<PfName>>>,
-    /// By the PF's name. A thread ends when its sender is dropped.
-    of_pfs: Mutex<HashMap<String, mpsc::Sender<Command>>>,
+    /// The number of threads of PFs that were started.
+    started: AtomicU64,
+    /// By the PF's name.
+    of_pfs: Mutex<HashMap<String, Inbox>>,
+}
+
+/// The way to a PF's thread, which ends when this is dropped.
+struct Inbox {
+    /// Tells the threads of one name apart.
+    generation: u64,
+    commands: mpsc::Sender<Command>,
 }
 
 impl fmt::Debug for PfHandle {
@@ -108,17 +122,17 @@ impl fmt::Debug for PfHandle {
 }
 
 impl Threads {
-    fn of_pfs(&self) -> MutexGuard<'_, HashMap<String, mpsc::Sender<Command>>> {
+    fn of_pfs(&self) -> MutexGuard<'_, HashMap<String, Inbox>> {
         self.of_pfs.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Sends a command to a PF's thread, and starts the thread if there is none.
-    fn tell(&self, pf: &str, command: Command) -> Result<(), PfFailure> {
+    /// Sends a command to a PF's thread, and starts the thread if there is none. Returns the thread's generation.
+    fn tell(&self, pf: &str, command: Command) -> Result<u64, PfFailure> {
         let mut threads = self.of_pfs();
         let command = match threads.get(pf) {
             None => command,
-            Some(thread) => match thread.send(command) {
-                Ok(()) => return Ok(()),
+            Some(thread) => match thread.commands.send(command) {
+                Ok(()) => return Ok(thread.generation),
                 // The thread has panicked.
                 Err(mpsc::SendError(command)) => command,
             },
@@ -131,8 +145,9 @@ impl Threads {
         let started = thread::Builder::new().name("pf".into()).spawn(move || thread.run(&inbox));
         started.map_err(PfFailure::Thread)?;
         commands.send(command).map_err(|_| PfFailure::Closed)?;
-        threads.insert(pf.to_owned(), commands);
-        Ok(())
+        let generation = self.started.fetch_add(1, Ordering::Relaxed);
+        threads.insert(pf.to_owned(), Inbox { generation, commands });
+        Ok(generation)
     }
 }
 
@@ -150,15 +165,16 @@ impl PfHandle {
                 drop(reply.send(listed.list().map_err(PfFailure::from)));
             }
         })?;
-        Ok(Self(Arc::new(Threads { pfs, lists, of_pfs: Mutex::default() })))
+        Ok(Self(Arc::new(Threads { pfs, lists, started: AtomicU64::default(), of_pfs: Mutex::default() })))
     }
 
     async fn call<T>(&self, pf: &str, command: impl FnOnce(Reply<T>) -> Command) -> Result<T, PfFailure> {
         let (reply, answer) = oneshot::channel();
-        self.0.tell(pf, command(reply))?;
+        let generation = self.0.tell(pf, command(reply))?;
         let result = answer.await.map_err(|_| PfFailure::Closed)?;
         if is_gone(&result) {
-            self.0.of_pfs().remove(pf);
+            // A PF that came back meanwhile has a thread of its own.
+            self.0.of_pfs().retain(|name, inbox| name != pf || inbox.generation != generation);
         }
         result
     }
