@@ -54,7 +54,8 @@ pub struct PfCapabilities {
 /// message has removed it.
 ///
 /// VLANs, further addresses and the frame length are not here, though some drivers remove them. A vmm that the guest has
-/// taken over may claim a reset that never was, so they count until the PF has confirmed their removal.
+/// taken over may claim a reset that never was, so they count until the PF has confirmed their removal. It can set the
+/// other two past its relay anyway (`docs/threat-model.md`).
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct ResetClears {
     /// Multicast hashes.

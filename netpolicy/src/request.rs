@@ -160,7 +160,8 @@ impl Change {
     }
 
     /// Whether PF drivers accept the message only from a trusted VF, since the administrator has set the VF's
-    /// address, as here always. The agent switches trust on around it.
+    /// address, as here always. The agent switches trust on around it, unless the PF needs a
+    /// reset after a change of trust.
     #[must_use]
     pub const fn needs_trust(&self) -> bool {
         match self {

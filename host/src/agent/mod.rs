@@ -37,7 +37,7 @@ use sriov::Sysfs;
 use store::{SqliteStore, Stores};
 #[cfg(feature = "test-support")]
 use switch::Late;
-use switch::{Evaluator, Parts, Policy, SwitchHandle, Timing};
+use switch::{Parts, Policy, SwitchHandle, Timing, VerdictSource};
 use tokio::{
     signal::unix::{Signal, SignalKind, signal},
     sync::oneshot,
@@ -367,25 +367,25 @@ async fn start_switch(
             },
             ..Timing::default()
         },
-        evaluator: evaluator(args),
+        verdict_source: verdict_source(args),
     };
     Ok(Policy { switch: SwitchHandle::start(parts).await?, decisions, events })
 }
 
 /// The policy of each port decides, except in an agent for tests of tests.
 #[cfg(feature = "test-support")]
-fn evaluator(args: &ServeArgs) -> Evaluator {
+fn verdict_source(args: &ServeArgs) -> VerdictSource {
     if args.policy_bypass_for_tests {
         tracing::error!("EVERY REQUEST OF EVERY GUEST IS GRANTED: this agent is for tests of tests");
-        return Evaluator::Permissive;
+        return VerdictSource::Permissive;
     }
-    Evaluator::Policy
+    VerdictSource::Policy
 }
 
 /// The policy of each port decides.
 #[cfg(not(feature = "test-support"))]
-fn evaluator(_: &ServeArgs) -> Evaluator {
-    Evaluator::Policy
+fn verdict_source(_: &ServeArgs) -> VerdictSource {
+    VerdictSource::Policy
 }
 
 /// Makes sure that this agent is the only one of a directory, as long as the file is open. `option` names the directory on the

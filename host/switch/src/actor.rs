@@ -31,12 +31,12 @@ use super::{
     command::{Command, KnownPf},
     commit::{CommitContext, End},
     error::SwitchError,
-    evaluator::Evaluator,
     intake::LinkId,
     journal::Journal,
     port_queue::{PortQueue, Running, Task},
     record::{Attachment, GroupRecord, PortRecord, SwitchRecord},
     startup,
+    verdict_source::VerdictSource,
     vmm_client::Vmm,
 };
 
@@ -80,7 +80,7 @@ pub(super) struct Actor {
     pub(super) timing: Timing,
     pub(super) metrics: Metrics,
     pub(super) log: PortLog,
-    pub(super) evaluator: Evaluator,
+    pub(super) verdict_source: VerdictSource,
     /// The ports that cannot be compared with their PF.
     pub(super) unchecked: watch::Sender<UncheckedPorts>,
     /// New jobs for the loop, at most one for each port.
@@ -104,7 +104,7 @@ pub(super) async fn start(
     own: mpsc::WeakSender<(Span, Command)>,
     unchecked: watch::Sender<UncheckedPorts>,
 ) -> Result<(), SwitchError> {
-    let Parts { store, pf, decisions, events, hints, timing, metrics, evaluator } = parts;
+    let Parts { store, pf, decisions, events, hints, timing, metrics, verdict_source } = parts;
     let (jobs, new_jobs) = mpsc::unbounded_channel();
     let log = PortLog::default();
     let mut actor = Actor {
@@ -126,7 +126,7 @@ pub(super) async fn start(
         timing,
         metrics,
         log,
-        evaluator,
+        verdict_source,
         unchecked,
         jobs,
         own,

@@ -13,8 +13,8 @@ use tokio::{sync::oneshot, time::Instant};
 use super::{
     actor::Actor,
     commit::{RequestEnd, RequestOutcome},
-    evaluator::Decided,
     port_queue::{Granted, Revert, Running, Task},
+    verdict_source::Evaluated,
 };
 
 impl Running {
@@ -58,24 +58,24 @@ impl Actor {
     /// Denies the request, or grants it if it needs no change and the port is settled. Returns false if it must wait.
     fn respond_now(&mut self, port: PortId, id: u64, guest_request: &GuestRequest, settled: bool) -> bool {
         match self.evaluate(port, &guest_request.request) {
-            Decided::Unknown => true,
-            Decided::Changes(changes) if changes.is_empty() && settled => {
+            Evaluated::Unknown => true,
+            Evaluated::Changes(changes) if changes.is_empty() && settled => {
                 self.grant(port, id, guest_request);
                 self.note_address(port, &guest_request.request);
                 let decision = self.allowed(port, &guest_request.request, &[]);
                 self.record(decision);
                 true
             }
-            Decided::Changes(_) => false,
-            Decided::Denied(denial, on_denied) => {
+            Evaluated::Changes(_) => false,
+            Evaluated::Denied(denial, on_denied) => {
                 self.refuse(port, id, guest_request, denial, on_denied);
                 true
             }
         }
     }
 
-    fn evaluate(&self, port: PortId, request: &Request) -> Decided {
-        self.evaluator.evaluate(&self.state, port, request)
+    fn evaluate(&self, port: PortId, request: &Request) -> Evaluated {
+        self.verdict_source.evaluate(&self.state, port, request)
     }
 
     pub(super) fn begin_request(&mut self, port: PortId, id: u64, guest_request: GuestRequest) {
@@ -84,7 +84,7 @@ impl Actor {
         }
         // The policy may have changed while the request waited.
         let changes = match self.evaluate(port, &guest_request.request) {
-            Decided::Changes(changes) if !changes.is_empty() => changes,
+            Evaluated::Changes(changes) if !changes.is_empty() => changes,
             _ => {
                 self.respond_now(port, id, &guest_request, true);
                 return;
@@ -261,7 +261,7 @@ impl Actor {
     pub(super) fn tell_standing(&self, id: PortId) {
         let Some(port) = self.state.port(id) else { return };
         let Some(link) = self.links.get(&port.vm.id).filter(|link| link.online) else { return };
-        let refusal = self.evaluator.standing_refusal(&self.state, id);
+        let refusal = self.verdict_source.standing_refusal(&self.state, id);
         link.vmm.set_standing_refusal(&port.adapter, refusal);
     }
 
@@ -276,7 +276,7 @@ impl Actor {
         let request = Request::SetMac(mac);
         let decision = self.decision(port, request.name(), Outcome::Denied)?;
         let denied_now = match self.evaluate(port, &request) {
-            Decided::Denied(denial, _) if denial.reason == reason => Some(denial),
+            Evaluated::Denied(denial, _) if denial.reason == reason => Some(denial),
             _ => None,
         };
         let crossed = denied_now.is_none().then_some(CROSSED);

@@ -18,7 +18,7 @@
 //!
 //! * `catalog`: switches, port groups and ports as the API edits them. `view`: as it shows them.
 //! * `binding`: attaching, binding to VFs, releasing.
-//! * `evaluator`: verdicts. `guest_requests`: requests and their completion. `relay_events`: events from relays.
+//! * `verdict_source`: verdicts. `guest_requests`: requests and their completion. `relay_events`: events from relays.
 //! * `reconcile`: corrections after policy changes, and of drift. `reboot`: reboots of guests.
 //! * `vmm_connection`: connections of the VMs' processes. `intake`: their messages.
 
@@ -28,7 +28,6 @@ mod catalog;
 pub mod command;
 mod commit;
 pub mod error;
-mod evaluator;
 mod guest_requests;
 mod intake;
 mod journal;
@@ -42,6 +41,7 @@ mod relay_events;
 mod startup;
 #[cfg(test)]
 mod tests;
+mod verdict_source;
 mod view;
 pub mod vmm_client;
 mod vmm_connection;
@@ -74,9 +74,9 @@ use tracing::Span;
 pub use self::{
     command::{Adapter, Leftover, Uplinks},
     error::SwitchError,
-    evaluator::Evaluator,
     intake::Intake,
     policy::Policy,
+    verdict_source::VerdictSource,
     vmm_client::{VmLink, Vmm},
 };
 use self::{
@@ -152,7 +152,7 @@ pub struct Parts {
     /// The metrics that count its work.
     pub metrics: Metrics,
     /// The source of its verdicts.
-    pub evaluator: Evaluator,
+    pub verdict_source: VerdictSource,
 }
 
 /// The handle of the switch. The task ends with the last handle and [`Intake`].

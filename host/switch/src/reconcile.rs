@@ -27,7 +27,7 @@ impl Actor {
     // ---- corrections ----
 
     pub(super) fn begin_correct(&mut self, port: PortId) {
-        let Some(corrections) = self.evaluator.corrections(&self.state, port) else { return };
+        let Some(corrections) = self.verdict_source.corrections(&self.state, port) else { return };
         let leftover =
             self.port_queues.get(&port).map(|port_queue| port_queue.leftover.clone()).unwrap_or_default();
         if corrections.list.is_empty() && leftover.is_empty() {
@@ -163,7 +163,7 @@ impl Actor {
     }
 
     fn corrections(&self, port: PortId) -> Vec<Correction> {
-        let corrections = self.evaluator.corrections(&self.state, port);
+        let corrections = self.verdict_source.corrections(&self.state, port);
         corrections.map(|corrections| corrections.list).unwrap_or_default()
     }
 

@@ -34,8 +34,8 @@ impl SwitchState {
     }
 
     /// Begins changes. From now on no other port is granted their addresses, and
-    /// [`revocations_for_reboot`](Self::revocations_for_reboot) counts them as made. If one [needs trust](Change::needs_trust), the VF
-    /// counts as trusted until it is bound again, even if the change fails. Ends with [`commit`](Self::commit) or
+    /// [`revocations_for_reboot`](Self::revocations_for_reboot) counts them as made. If one [needs
+    /// trust](Change::needs_trust), the VF counts as trusted until it is bound again, even if the change fails. Ends with [`commit`](Self::commit) or
     /// [`abort`](Self::abort).
     ///
     /// # Errors
@@ -69,7 +69,7 @@ impl SwitchState {
         self.corrections(id)
     }
 
-    /// Sets the state that the VFs of a PF lose by a reset. Nothing until then.
+    /// Sets the state that the VFs of a PF lose by a reset. Until this call a reset clears nothing.
     pub fn set_reset_clears(&mut self, pf: &str, clears: ResetClears) {
         self.reset_clears.insert(pf.to_owned(), clears);
     }

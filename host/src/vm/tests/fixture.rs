@@ -27,7 +27,7 @@ use sriov::{
     fake::{FakePf, FakeSysfs},
 };
 use store::{Entry, Expect, SqliteStore, Stores};
-use switch::{Evaluator, Parts, Policy, SwitchHandle, Timing};
+use switch::{Parts, Policy, SwitchHandle, Timing, VerdictSource};
 use tokio::time::timeout;
 use uuid::Uuid;
 
@@ -274,7 +274,7 @@ async fn agent(
         events: events.clone(),
         hints: None,
         timing: Timing { confirm: Duration::from_millis(300), ..Timing::default() },
-        evaluator: Evaluator::Policy,
+        verdict_source: VerdictSource::Policy,
     };
     let switch = SwitchHandle::start(parts).await.unwrap();
     Arc::new(env.with_policy(Policy { switch, decisions, events }))

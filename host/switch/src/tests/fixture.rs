@@ -29,7 +29,7 @@ use tokio::{sync::mpsc, time::timeout};
 use uuid::Uuid;
 
 use crate::{
-    Adapter, Evaluator, Intake, Parts, Policy, SwitchError, SwitchHandle, Timing, Vmm, record::Attachment,
+    Adapter, Intake, Parts, Policy, SwitchError, SwitchHandle, Timing, VerdictSource, Vmm, record::Attachment,
 };
 
 /// No step of a test takes longer.
@@ -185,7 +185,7 @@ async fn parts(
     pfs: &FakePfs,
     metrics: &Metrics,
     timing: Timing,
-    evaluator: Evaluator,
+    verdict_source: VerdictSource,
 ) -> Result<(SwitchHandle, Policy, mpsc::Sender<Hint>), SwitchError> {
     let path = dir.join("test.db");
     let store = Arc::new(SqliteStore::open(&path).unwrap());
@@ -200,7 +200,7 @@ async fn parts(
         events: events.clone(),
         hints: Some(hinted),
         timing,
-        evaluator,
+        verdict_source,
     };
     let switch = SwitchHandle::start(parts).await?;
     Ok((switch.clone(), Policy { switch, decisions, events }, hints))
@@ -209,13 +209,14 @@ async fn parts(
 impl Host {
     /// Without VMs.
     pub(super) async fn empty() -> Self {
-        Self::empty_with(TIMING, Evaluator::Policy).await
+        Self::empty_with(TIMING, VerdictSource::Policy).await
     }
 
-    async fn empty_with(timing: Timing, evaluator: Evaluator) -> Self {
+    async fn empty_with(timing: Timing, verdict_source: VerdictSource) -> Self {
         let (dir, pfs) = (tempfile::tempdir().unwrap(), FakePfs::new(&[PF, "eth1"]));
         let metrics = Metrics::default();
-        let (switch, policy, hints) = parts(dir.path(), &pfs, &metrics, timing, evaluator).await.unwrap();
+        let (switch, policy, hints) =
+            parts(dir.path(), &pfs, &metrics, timing, verdict_source).await.unwrap();
         let guests = (0..3).map(|_| Guest::new()).collect();
         Self { switch, policy, pfs, metrics, hints, guests, dir }
     }
@@ -227,16 +228,16 @@ impl Host {
 
     /// The same with other times.
     pub(super) async fn with_timing(settings: &str, timing: Timing) -> Self {
-        Self::with(settings, timing, Evaluator::Policy).await
+        Self::with(settings, timing, VerdictSource::Policy).await
     }
 
     /// The same with a switch that grants everything.
     pub(super) async fn permissive(settings: &str) -> Self {
-        Self::with(settings, TIMING, Evaluator::Permissive).await
+        Self::with(settings, TIMING, VerdictSource::Permissive).await
     }
 
-    async fn with(settings: &str, timing: Timing, evaluator: Evaluator) -> Self {
-        let mut host = Self::empty_with(timing, evaluator).await;
+    async fn with(settings: &str, timing: Timing, verdict_source: VerdictSource) -> Self {
+        let mut host = Self::empty_with(timing, verdict_source).await;
         host.set(settings).await.unwrap();
         for n in [1, 2] {
             host.power_on(n).await.unwrap();
@@ -255,7 +256,7 @@ impl Host {
         let store = self.end().await;
         meanwhile(Table::new(&Stores::on_one_host(Arc::new(store)))).await;
         (self.switch, self.policy, self.hints) =
-            parts(self.dir.path(), &self.pfs, &self.metrics, TIMING, Evaluator::Policy).await.unwrap();
+            parts(self.dir.path(), &self.pfs, &self.metrics, TIMING, VerdictSource::Policy).await.unwrap();
     }
 
     /// The database, beside the agent.
@@ -294,7 +295,7 @@ impl Host {
             let put = Operation::Put { kind, id, name, value, expect: Expect::Any };
             store.commit(vec![put]).await.unwrap();
         }
-        parts(self.dir.path(), &self.pfs, &self.metrics, TIMING, Evaluator::Policy)
+        parts(self.dir.path(), &self.pfs, &self.metrics, TIMING, VerdictSource::Policy)
             .await
             .err()
             .expect("an error")
@@ -307,7 +308,7 @@ impl Host {
             let delete = Operation::Delete { kind, id: object.id, expect: Expect::Any };
             store.commit(vec![delete]).await.unwrap();
         }
-        parts(self.dir.path(), &self.pfs, &self.metrics, TIMING, Evaluator::Policy)
+        parts(self.dir.path(), &self.pfs, &self.metrics, TIMING, VerdictSource::Policy)
             .await
             .err()
             .expect("an error")

@@ -8,36 +8,36 @@ use netpolicy::{
 
 /// Decides whether the policy holds. All other code of the switch is the same for both.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub enum Evaluator {
+pub enum VerdictSource {
     /// The policy of each port.
     #[default]
     Policy,
-    /// Grants every request, as if every policy accepted it, and corrects nothing. This proves that tests detect a
+    /// Grants every request, as if every policy accepted it, and corrects nothing but the leftovers of an earlier boot. This proves that tests detect a
     /// missing check.
     #[cfg(any(test, feature = "test-support"))]
     Permissive,
 }
 
 /// A verdict, or its absence.
-pub(super) enum Decided {
+pub(super) enum Evaluated {
     Changes(Vec<Change>),
     Denied(Denial, OnDenied),
     /// There is no such port.
     Unknown,
 }
 
-impl Evaluator {
+impl VerdictSource {
     /// The verdict on a request.
-    pub(super) fn evaluate(self, state: &SwitchState, port: PortId, request: &Request) -> Decided {
+    pub(super) fn evaluate(self, state: &SwitchState, port: PortId, request: &Request) -> Evaluated {
         #[cfg(any(test, feature = "test-support"))]
         if self == Self::Permissive {
-            return Decided::Changes(granted(request));
+            return Evaluated::Changes(granted(request));
         }
         match state.evaluate(port, request) {
-            Err(_) => Decided::Unknown,
+            Err(_) => Evaluated::Unknown,
             Ok(evaluation) => match evaluation.verdict {
-                Verdict::Allow(changes) => Decided::Changes(changes),
-                Verdict::Deny(denial) => Decided::Denied(denial, evaluation.on_denied),
+                Verdict::Allow(changes) => Evaluated::Changes(changes),
+                Verdict::Deny(denial) => Evaluated::Denied(denial, evaluation.on_denied),
             },
         }
     }
