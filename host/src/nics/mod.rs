@@ -25,7 +25,7 @@ const INTERFACES: &str = "/sys/class/net";
 const TUN: &str = "/dev/net/tun";
 /// The kernel's flag of a tap in `tun_flags` (`IFF_TAP`).
 const IS_TAP: u32 = 2;
-/// The MTU of an interface that does not say one.
+/// The MTU of an interface without the attribute `mtu`.
 const MTU: u16 = 1500;
 
 /// The open interface of a NIC.
@@ -37,23 +37,24 @@ pub struct Opened {
     pub mtu: u16,
     /// A file for each pair of queues.
     pub queues: Vec<File>,
-    /// Held as long as the queues of an interface that was there.
+    /// The lock of an existing interface. It is held as long as the queues are open.
     pub lock: Option<File>,
 }
 
-/// The name of the tap that the agent makes for NIC `number` of a VM on a bridge. Other VMs have other names.
+/// The name of the tap that the agent makes for NIC `number` of a VM on a bridge. It is different for each VM.
 #[must_use]
 pub fn tap_name(vm: Uuid, number: usize) -> String {
     let [a, b, c, d, e, ..] = *vm.as_bytes();
     format!("pc{a:02x}{b:02x}{c:02x}{d:02x}{e:02x}n{number}")
 }
 
-/// The address that a NIC has, if the specification or the VM's id says it.
+/// The address of a NIC, from the specification or derived from the VM's id. None if the NIC has the address of its
+/// macvtap interface.
 #[must_use]
 pub fn address(vm: Uuid, nic: &NicSpec) -> Option<UnicastMac> {
     let generated = || match nic.interface() {
         Some(NicInterface::Macvtap(_)) => None,
-        // An adapter of the same id has another address.
+        // The prefix gives the NIC another address than an adapter with the same id.
         _ => Some(generated_mac(vm, &format!("nic.{}", nic.id))),
     };
     nic.mac.or_else(generated)
@@ -72,7 +73,7 @@ pub fn interface(vm: Uuid, number: usize, nic: &NicSpec) -> Option<String> {
 /// code.
 ///
 /// # Errors
-/// A problem with the field of the first NIC that cannot be used. The taps of those before it are gone then.
+/// A problem with the field of the first NIC that cannot be used. The taps of the NICs before it are removed.
 pub fn open_all(allowed: &[String], vm: Uuid, spec: &VmSpec) -> Result<Vec<Opened>, Problem> {
     let open = |(number, nic): (usize, &NicSpec)| {
         let Some(interface) = nic.interface() else {
@@ -126,7 +127,7 @@ fn index(name: &str) -> Option<u32> {
     attribute(name, "ifindex")?.parse().ok()
 }
 
-/// The MTU of a NIC on an interface: longer frames would be lost on the way.
+/// The MTU of a NIC on an interface. It is at most the MTU of the interface, which would lose longer frames.
 fn mtu(nic: &NicSpec, interface: NicInterface<'_>) -> Result<u16, Failed> {
     let most = attribute(interface.name(), "mtu").and_then(|mtu| mtu.parse().ok()).unwrap_or(MTU);
     match nic.mtu {
@@ -170,7 +171,7 @@ fn open(vm: Uuid, number: usize, nic: &NicSpec, interface: NicInterface<'_>) -> 
     }
 }
 
-/// Opens an interface that is there. Another process must not have it: the two would share its frames.
+/// Opens an existing interface. No other process may have it open, because the two would share its frames.
 fn existing(
     nic: &NicSpec,
     interface: NicInterface<'_>,
@@ -228,7 +229,8 @@ fn on_bridge(
     Ok(Opened { mac, mtu: mtu_of_nic, queues, lock: None })
 }
 
-/// The interface with an address, among a bridge and its ports. A second one would get the frames of the first.
+/// The interface with the address `mac`, among a bridge and its ports. A second interface with that address would
+/// get frames of the first.
 fn holder(bridge: &str, mac: UnicastMac) -> Option<String> {
     let ports = fs::read_dir(Path::new(INTERFACES).join(bridge).join("brif")).into_iter().flatten().flatten();
     let ports = ports.filter_map(|port| port.file_name().into_string().ok());
@@ -237,12 +239,12 @@ fn holder(bridge: &str, mac: UnicastMac) -> Option<String> {
 }
 
 fn queues(node: &Path, name: &str, count: u8, way: Way) -> io::Result<Vec<File>> {
-    // Only the first one makes the interface.
+    // Only the first queue makes the interface.
     let way_of = |number| if number == 0 { way } else { Way::Existing };
     (0..count).map(|number| tap::queue(node, name, count > 1, way_of(number))).collect()
 }
 
-/// Why an interface that is there cannot be opened, and the cure.
+/// The reason why an existing interface cannot be opened, and the cure.
 fn why(error: &io::Error) -> (String, &'static str) {
     match error.raw_os_error() {
         Some(libc::EBUSY) => {
@@ -266,7 +268,7 @@ fn macvtap_node(name: &str) -> Option<PathBuf> {
     let numbers = fs::read_to_string(kernel.path().join("dev")).ok()?;
     let (major, minor) = numbers.trim().split_once(':')?;
     let wanted = rustix::fs::makedev(major.parse().ok()?, minor.parse().ok()?);
-    // A node that somebody left there could be any device.
+    // A stale node at this path could be another device.
     (fs::metadata(&node).ok()?.rdev() == wanted).then_some(node)
 }
 

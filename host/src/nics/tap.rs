@@ -23,7 +23,7 @@ struct Request {
     rest: [u8; 22],
 }
 
-/// The way to an interface.
+/// The state in which the interface must be.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Way {
     /// It must not exist.
@@ -36,8 +36,8 @@ pub(super) enum Way {
 /// the interface has several queues. The file does not block.
 ///
 /// # Errors
-/// Those of the system calls: `ResourceBusy` for an interface that another process has, or that exists although it must not;
-/// `InvalidInput` for one that was made with another number of queues, or for several.
+/// Those of the system calls. `ResourceBusy`: another process has the interface, or it exists although it must not.
+/// `InvalidInput`: the interface was made for one queue and not for several, or the other way round.
 pub(super) fn queue(node: &Path, name: &str, several: bool, way: Way) -> io::Result<File> {
     let mut request = Request { name: [0; libc::IFNAMSIZ], flags: 0, rest: [0; 22] };
     if name.is_empty() || name.len() >= libc::IFNAMSIZ {
@@ -67,7 +67,8 @@ pub(super) fn queue(node: &Path, name: &str, several: bool, way: Way) -> io::Res
     if result < 0 {
         return Err(io::Error::last_os_error());
     }
-    // As a tap has it: a macvtap's would drop frames while the uplink sends others.
+    // This is the default of a tap. With its own default, a macvtap would drop frames while the uplink sends
+    // others.
     let unlimited = c_int::MAX;
     // SAFETY: TUNSETSNDBUF reads one int, and keeps no pointer.
     let result = unsafe { libc::ioctl(file.as_raw_fd(), libc::TUNSETSNDBUF, &raw const unlimited) };

@@ -56,7 +56,7 @@ use super::{
 };
 use crate::{cgroup, environment::Environment};
 
-/// The longest time from the command to stop to the end of a vmm; it resets its devices meanwhile.
+/// The longest time from the command to stop to the end of a vmm, which resets its devices before it ends.
 const STOP: Duration = Duration::from_secs(15);
 
 /// The longest time to read the last events of a process that has ended.
@@ -67,15 +67,15 @@ const DYING: Duration = Duration::from_millis(500);
 
 /// The period of the checks for lost vmm processes, long logs and lost devices.
 const TICK: Duration = Duration::from_secs(1);
-/// Ticks between two presses of a power button, and the ticks after which the agent gives up. The button's interrupt is an
-/// edge: a guest that is still booting has it masked, and never sees that press.
+/// Ticks between two presses of a power button, and the ticks after which the agent gives up. The button's
+/// interrupt is edge-triggered: a guest that is still booting has it masked, and misses that press.
 const PRESS_AGAIN: u32 = 3;
 const PRESSED_FOR: u32 = 60;
 
 /// The shortest time between two wake-ups of a console's followers.
 const CONSOLE_PACE: Duration = Duration::from_millis(20);
 
-/// The longest wait of one command for console output; the agent sends it again then.
+/// The longest wait of one command for console output. The agent then sends the command again.
 const CONSOLE_WAIT: Duration = Duration::from_secs(3600);
 
 type Done = oneshot::Sender<Result<(), Problem>>;
@@ -107,7 +107,7 @@ struct Actor {
     allowance: Allowance,
     /// The reason that the agent cannot talk to the process.
     unreachable: Option<String>,
-    /// The end that the machine reported.
+    /// The cause of the end, as the machine reported it.
     end: Option<End>,
     /// The protocol violation of the process, which is being killed for it.
     misbehaved: Option<String>,
@@ -125,7 +125,7 @@ struct Actor {
     deleted_by: Option<String>,
     /// The clients that keep the VM by their leases.
     tenancy: Tenancy,
-    /// The agent ends, and has stopped the VM or found it at rest: the VM is not booted any more.
+    /// The agent is shutting down, and has stopped the VM or found it at rest. It does not boot the VM again.
     closed: bool,
     finished: mpsc::Sender<Finished>,
     /// The sender by which the switch demands that the VM stop.
@@ -141,7 +141,7 @@ struct Link {
 
 impl Drop for Link {
     fn drop(&mut self) {
-        // The task holds a handle of the connection, which is to end now.
+        // The console's task holds a handle of the connection, so it would keep the connection open.
         self.console.abort();
     }
 }
@@ -215,14 +215,15 @@ pub(super) async fn run(
                     let _ = done.send(());
                     return;
                 }
-                // Log lines meanwhile belong to the request.
+                // Log lines of the command belong to the span of its request.
                 Some((span, Command::Act { action, caller, by, begun })) => {
                     actor.act(action, caller, by, begun).instrument(span).await;
                 }
                 Some((span, Command::Edit { caller, spec, expect, done })) => {
                     drop(done.send(actor.edit(&caller, *spec, expect).instrument(span).await));
                 }
-                // A client that has given up would be the last one, and end the VM of the client that asked again.
+                // Skip a client that has given up. Its lease would lapse at once, and end the VM for which the
+                // client may have sent a second request.
                 Some((_, Command::Lease { done, .. })) if done.is_closed() => {}
                 Some((span, Command::Lease { terms, done })) => {
                     drop(done.send(actor.take_lease(terms).instrument(span).await));
@@ -241,7 +242,7 @@ pub(super) async fn run(
             },
             Some(why) = expelled.recv() => actor.expel(why),
             Some(finished) = commands.recv() => {
-                // The process reported the states that the command led to before it said that the command was done.
+                // Handle the events first: the process reported the command's effects before its completion.
                 actor.catch_up().await;
                 actor.on_finished(finished).await;
             }
@@ -280,7 +281,7 @@ impl Actor {
             Err(Problem::new(ProblemCode::WrongState, detail))
         };
         let problem = match (action, state) {
-            // The stop by an agent that ends waits for the deletion, too.
+            // Allow the stop by an agent that shuts down: it waits for the end of the VM, too.
             _ if !self.deleting.is_empty() && (by == Asked::User || state.is_at_rest()) => {
                 wrong("it is being deleted")
             }
@@ -291,7 +292,8 @@ impl Actor {
             (VmAction::Boot, state) if state.is_at_rest() => {
                 return self.boot(caller, begun, done, completion).await;
             }
-            // The agent may be about to let it go on: the command comes behind that one.
+            // The agent may have just commanded the VM to resume, because a disk has room again. Pause it after
+            // that.
             (VmAction::Pause, VmState::Paused) if self.run.full.is_some() => self.pause(done).await,
             // The VM is in that state already.
             (VmAction::Pause, VmState::Paused) | (VmAction::Resume, VmState::Running) => {
@@ -301,7 +303,7 @@ impl Actor {
             }
             (VmAction::Stop | VmAction::Shutdown, state) if state.is_at_rest() => {
                 self.closed |= action == VmAction::Stop && by == Asked::Agent;
-                // A VM that a request has stopped stays stopped.
+                // The agent's own stop replaces the mark of an earlier stop by a user only if a restart is planned.
                 if by == Asked::User || self.run.restart.next.is_some() {
                     self.asked_to_end(by).await;
                 }
@@ -316,7 +318,7 @@ impl Actor {
                 return;
             }
             (VmAction::Shutdown, VmState::Running) => {
-                // Stored before the guest can react.
+                // Store this before the guest can react.
                 self.asked_to_end(by).await;
                 let commanded = self.command(action, VmmCommand::PowerButton, done);
                 if commanded.is_ok() {
@@ -344,7 +346,7 @@ impl Actor {
         drop(begun.send(problem.map(|()| completion)));
     }
 
-    /// Pauses the VM until a request lets it go on.
+    /// Pauses the VM until a request resumes it.
     async fn pause(&mut self, done: Done) -> Result<(), Problem> {
         let before = std::mem::replace(&mut self.run.pause_asked, true);
         let commanded = self.command(VmAction::Pause, VmmCommand::Pause, done);
@@ -355,7 +357,7 @@ impl Actor {
         commanded
     }
 
-    /// The agent ends. A VM that it has begun to stop does not outlive it.
+    /// Leaves the VM, because the agent ends. A VM that the agent has begun to stop does not outlive it.
     fn leave(&self) {
         if let Some(process) = self.process.as_ref().filter(|_| self.closed) {
             tracing::error!(vm = %self.name(), "its process has not ended in time and is killed");
@@ -400,23 +402,23 @@ impl Actor {
             VmAction::Shutdown if result.is_err() => Some(OperationAction::Shutdown),
             _ => None,
         };
-        // Another operation may have replaced it.
+        // Another operation may have replaced this one.
         if over.is_some() && over == self.progress.action() {
             self.progress.end();
             self.publish();
         }
         if let Err(error) = result {
             self.run.pause_asked &= action != VmAction::Pause || self.run.state == VmState::Paused;
-            // The VM may have ended meanwhile, or the vmm may have failed to do it: the state shows that.
+            // The VM may have ended meanwhile, or the vmm may have failed: the state shows which.
             drop(done.send(Err(error.problem())));
             return;
         }
         match action {
-            // Complete when the guest has reacted.
+            // A shutdown completes when the VM has stopped.
             VmAction::Shutdown if !self.run.state.is_at_rest() => return self.resting.push(done),
-            // Known from the vmm's events already, as a rule; the VM may have ended meanwhile.
+            // Usually the vmm's event has already set the state. If the VM has ended meanwhile, this has no effect.
             VmAction::Pause => self.on_state(State::Paused).await,
-            // A disk without room may have paused it again.
+            // A disk without room may have paused the VM again.
             VmAction::Resume | VmAction::Reboot if self.run.full.is_some() => {}
             VmAction::Resume | VmAction::Reboot => self.on_state(State::Running).await,
             _ => {}
@@ -432,7 +434,7 @@ impl Actor {
         self.run.state = state;
         self.run.since = Timestamp::now();
         self.tell_state();
-        // Publish despite a failed write: the state is true without the disk, and the next step stores it.
+        // Go on after a failed write: the new state is published anyway, and the next step stores it.
         drop(self.store().await);
     }
 

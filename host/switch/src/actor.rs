@@ -91,7 +91,7 @@ pub(super) struct Actor {
     pub(super) compare_at: Option<Instant>,
     /// Addresses that other ports wait for, with the times at which their ports gave them up.
     freed: HashMap<(SwitchId, MacAddress), Instant>,
-    /// The time at which the first of them is offered.
+    /// The time at which the first address of `freed` is offered.
     offer_at: Option<Instant>,
     #[cfg(test)]
     settling: Vec<tokio::sync::oneshot::Sender<()>>,
@@ -185,7 +185,7 @@ async fn run(
     }
 }
 
-/// Carries out a command, which may wait for the store, and polls the jobs meanwhile: they have deadlines of their own.
+/// Carries out a command, which may wait for the store. Polls the jobs meanwhile, because they have deadlines.
 /// Returns the results of the jobs that ended.
 async fn beside(
     command: impl Future<Output = ()>,
@@ -312,7 +312,7 @@ impl Actor {
         }
     }
 
-    /// Does the waiting work of a port until a job is under way.
+    /// Takes tasks from a port's queue until one of them starts a job.
     pub(super) fn go_on(&mut self, port: PortId) {
         while let Some(port_queue) = self.port_queues.get_mut(&port) {
             if port_queue.busy.is_some() {
@@ -341,7 +341,7 @@ impl Actor {
         if let Some(port_queue) = self.port_queues.get_mut(&port) {
             port_queue.busy = Some(busy);
         }
-        // The loop takes it before it waits again.
+        // The loop takes the new job before it waits again.
         drop(self.jobs.send(Box::pin(async move { (port, job.await) })));
     }
 

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 
-//! The ports of VMs: their creation, their VFs, the release of those, and their deletion.
+//! The ports of VMs: creating them, binding them to VFs, releasing the VFs, deleting the ports.
 
 use std::collections::BTreeMap;
 
@@ -24,8 +24,8 @@ use super::{
 };
 
 impl Actor {
-    /// Makes the VM's ports those of its adapters. A port with an adapter that stays is the same port, also under
-    /// another name of the VM. Its overrides belong to its group, and end with a change of the group.
+    /// Makes the VM's ports match its adapters. An adapter that stays keeps its port, even if the VM has a new
+    /// name. The port's overrides end when its group changes.
     pub(super) async fn attach(&mut self, vm: &VmRef, adapters: Vec<Adapter>) -> Result<(), SwitchError> {
         let mut trial = self.state.clone();
         let of_vm = self.ports_of(vm.id);
@@ -55,7 +55,7 @@ impl Actor {
             changed.push((old, port));
         }
         let gone: Vec<PortId> = old.values().map(|port| port.id).collect();
-        // All removals first: new ports may have the addresses of old ones.
+        // Make all removals first: new ports may have the addresses of old ones.
         for id in gone.iter().copied().chain(changed.iter().filter_map(|(old, _)| Some(old.as_ref()?.id))) {
             trial.detach(id)?;
         }
@@ -125,7 +125,7 @@ impl Actor {
         self.port_queues.remove(&id);
         self.publish_unchecked();
         self.meta.remove(&id.0);
-        // The port itself first: the records that are left without it have no effect.
+        // Remove the port itself first: without it, the other records have no effect.
         self.ports.remove(id.0).await?;
         reach(Point::DeletePort);
         drop(self.journal.forget(id).await);
@@ -179,7 +179,7 @@ impl Actor {
         Ok(changes)
     }
 
-    /// The VF's baseline is on its PF: from now on the port is compared with the PF.
+    /// Notes that the PF has the VF's baseline. From now on the port is compared with the PF.
     pub(super) fn programmed(&mut self, vf: &VfRef) {
         let port = self.state.ports().find(|port| port.vf.as_ref() == Some(vf)).map(|port| port.id);
         if let Some(port_queue) = port.and_then(|port| self.port_queues.get_mut(&port)) {

@@ -34,12 +34,13 @@ impl Actor {
         let found = self.state.switches().find(|switch| switch.name.as_str() == name.as_str());
         let id = found.map(|switch| switch.id);
         let meta = self.expect(id.map(|id| id.0), expect)?;
-        // Releases before 0.2.0 stored the word and gave it no meaning. Their switches keep it.
+        // Releases before 0.2.0 stored the kind `distributed` without a meaning. Switches of that time keep it.
         if id.is_none() && spec.kind == SwitchKind::Distributed {
             return Err(SwitchError::Distributed);
         }
         let mut trial = self.state.clone();
-        // PFs that no switch names belong to the default switch; naming them moves them.
+        // The implicit default switch has the PFs that no other switch names: remove the ones that this switch
+        // names.
         if self.default_is_implicit()
             && id != Some(DEFAULT_SWITCH)
             && let Some(mut default) = trial.switch(DEFAULT_SWITCH).cloned()
@@ -202,8 +203,8 @@ impl Actor {
         }
     }
 
-    /// Checks that every port that has a VF, and whose policy would change, can be held to the new one. The error names the
-    /// first port by name, and counts the others.
+    /// Checks that the PF of each bound port can enforce the port's new policy, if the edit changes that policy.
+    /// The error has the first port in the order of names, and the number of the others.
     fn check_enforceable(&self, trial: &SwitchState) -> Result<(), SwitchError> {
         let mut refused = Vec::new();
         for port in trial.ports() {
@@ -215,7 +216,8 @@ impl Actor {
                 continue;
             }
             if let Err(source) = capabilities.check(&policy) {
-                // Earlier releases took any rate. Such a rate must not stand in the way of another edit, which may restrict.
+                // Earlier releases accepted any rate. An unchanged rate of that time must not block an edit of
+                // another setting.
                 if source.setting == Setting::Rate
                     && old.is_some_and(|old| old.rate.value == policy.rate.value)
                 {
@@ -234,7 +236,7 @@ impl Actor {
     /// Puts the new policy in force, and revokes changes that it no longer allows.
     fn adopt(&mut self, trial: SwitchState, corrections: Vec<Corrections>, by: &str) {
         self.state = trial;
-        // All ports: for most of them the standing denial is unchanged, and nothing is sent.
+        // Set the standing denial of all ports. The connection sends only those that have changed.
         let ports: Vec<PortId> = self.state.ports().map(|port| port.id).collect();
         for port in ports {
             self.tell_standing(port);
@@ -248,7 +250,7 @@ impl Actor {
     }
 }
 
-/// The revision that the store must have.
+/// The revision that the store must have before a write.
 fn revision(meta: Meta) -> Expect {
     if meta.revision == 0 { Expect::Absent } else { Expect::Revision(meta.revision) }
 }

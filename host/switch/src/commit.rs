@@ -18,7 +18,7 @@ use tokio::{
 
 use super::{Timing, journal::Journal, port_queue::Revert, record::Attachment, vmm_client::Vmm};
 
-/// Attempts at changes that the relay could not make, and the pause between two.
+/// The attempts to have the relay make a change, and the pause between two attempts.
 const ATTEMPTS: u32 = 3;
 const PAUSE: Duration = Duration::from_millis(300);
 
@@ -54,7 +54,7 @@ pub(super) struct RequestEnd {
     pub(super) id: u64,
     pub(super) guest_request: GuestRequest,
     pub(super) changes: Vec<Change>,
-    /// The guest's message was for the PF: its relay knows the response.
+    /// The relay forwards the guest's message to the PF, and gives the PF's response to the guest.
     pub(super) forward: bool,
     pub(super) outcome: RequestOutcome,
 }
@@ -70,7 +70,7 @@ pub(super) enum RequestOutcome {
     Unanswered { made: Vec<Change> },
     /// The request was cancelled before the message was sent.
     Withdrawn { made: Vec<Change> },
-    /// Something failed before the guest's message was answered.
+    /// A step failed before the PF responded to the guest's message.
     Failed { made: Vec<Change>, why: String },
 }
 
@@ -103,13 +103,13 @@ impl CommitContext {
         self.pf.apply(&self.vf, changes).await.map_err(|error| chain(&error))
     }
 
-    /// Begins to make `before` durable. Only the switch's task calls this, never a running job: the task saves newer records
-    /// meanwhile.
+    /// Starts the durable write of `before`. Call it on the switch's task, before the job runs: a running job would
+    /// overwrite newer records.
     fn note(&self) -> oneshot::Receiver<Result<(), String>> {
         self.journal.save(self.port, &self.before)
     }
 
-    /// Takes the trust for a message back. The next comparison with the PF repeats a failed attempt.
+    /// Switches trust off again after a message. If this fails, the next comparison with the PF repeats it.
     async fn distrust(&self) {
         if let Err(why) = self.trust(false).await {
             self.log.line(self.port, |suppressed| {
@@ -124,7 +124,8 @@ impl CommitContext {
 
     /// Whether to switch trust on around the messages.
     fn needs_trust<'a>(&self, mut messages: impl Iterator<Item = &'a Change>) -> bool {
-        // A PF that needs a reset after a change of trust would ignore the message itself.
+        // With `trust_needs_reset`, the PF ignores the VF after a change of trust until the VF's next reset. It
+        // would ignore the message, too.
         let at_once = self.capabilities.as_ref().is_none_or(|capabilities| !capabilities.trust_needs_reset);
         at_once && messages.any(Change::needs_trust)
     }
@@ -133,7 +134,8 @@ impl CommitContext {
         self.capabilities.as_ref().is_none_or(|capabilities| capabilities.can_make(change))
     }
 
-    /// Makes a request's changes: first those by the PF's driver, then messages of the agent's own, last the guest's message.
+    /// Makes a request's changes: first by the PF's driver, then by the agent's own messages, and last by the
+    /// guest's message.
     pub(super) fn request(
         self,
         id: u64,
@@ -166,7 +168,7 @@ impl CommitContext {
         }
     }
 
-    /// Makes the changes of a request, which are in the store by now.
+    /// Makes the changes of a request, after they were stored.
     async fn make_granted(
         &self,
         id: u64,
@@ -233,7 +235,7 @@ impl CommitContext {
         match timeout(self.timing.forwarded, forwarded).await {
             Ok(Ok(outcome)) => Ok(Some(outcome)),
             Ok(Err(_)) => Ok(None),
-            // A vmm that reports nothing may have sent it.
+            // A vmm that reports no result may still have sent the message.
             Err(_) => Ok(Some(Forwarded::Unanswered)),
         }
     }
@@ -245,7 +247,7 @@ impl CommitContext {
         let command = VmmCommand::Revoke { adapter: self.adapter(), changes: changes.clone() };
         match vmm.command(command, self.timing.confirm).await? {
             Outcome::Revoked { failed, deferred } => Ok((failed, deferred)),
-            // The response to another command confirms nothing.
+            // An outcome of another kind confirms nothing.
             _ => Ok((changes, false)),
         }
     }
@@ -257,7 +259,7 @@ impl CommitContext {
     ) -> impl Future<Output = End> + Send + 'static {
         let noted = self.note();
         async move {
-            // The attempt alone is awaited: a full disk must not prevent revoking.
+            // Go on even if the write failed: a full disk must not prevent a revocation.
             drop(noted.await);
             let made = self.make([leftover.clone(), corrections.changes()].concat()).await;
             let address = made.done.iter().find_map(|change| match change {
@@ -283,7 +285,7 @@ impl CommitContext {
         End::Rebooted { made }
     }
 
-    /// Makes independent changes in their order; a failed one does not stop the others.
+    /// Makes independent changes in their order. A failed change does not stop the others.
     async fn make(&self, changes: Vec<Change>) -> Applied {
         let mut made = Applied::default();
         let mut messages: Vec<Change> = Vec::new();
@@ -308,7 +310,7 @@ impl CommitContext {
         made
     }
 
-    /// Has messages sent, again if the PF did not confirm them.
+    /// Has the relay send messages, and repeats those that the PF did not confirm.
     async fn send(&self, mut messages: Vec<Change>, made: &mut Applied) {
         if messages.is_empty() {
             return;
@@ -359,7 +361,7 @@ impl CommitContext {
         commands.extend(reset.then(|| VmmCommand::MakeGuestReset { adapter: self.adapter() }));
         for command in commands {
             if let Err(error) = vmm.command(command, self.timing.confirm).await {
-                // The guest learns the address at its next reset all the same: the reply to that carries it.
+                // The guest learns the address at its next reset anyway, from the reply to the reset.
                 self.log.line(self.port, |suppressed| { tracing::warn!(port = %self.port, suppressed, "Cannot send the VM its new address: {error}"); });
             }
         }
@@ -404,7 +406,7 @@ impl CommitContext {
         let mut found = Vec::new();
         for wanted in expected.into_iter().filter(|change| self.can_make(change)) {
             let Some(change) = VfChange::of(&wanted) else { continue };
-            // One by one: a setting that the PF refuses must not prevent the others.
+            // Make the changes one by one: a setting that the PF refuses must not prevent the others.
             if let Some(old) = differs(&change, &shown) {
                 found.push(Drift { wanted, old, error: self.set(vec![change]).await.err() });
             } else if all && let Err(why) = self.set(again(change)).await {
@@ -418,7 +420,7 @@ impl CommitContext {
 /// The changes that repeat a setting that a reset of the PF may have lost.
 fn again(change: VfChange) -> Vec<VfChange> {
     match change {
-        // A reset switches igb's check on in hardware, and its driver still shows it off.
+        // A reset of the PF switches the check on in hardware, and the driver igb still shows it as off.
         VfChange::SpoofCheck(false) => vec![VfChange::SpoofCheck(true), VfChange::SpoofCheck(false)],
         VfChange::Mac(_) | VfChange::SpoofCheck(_) => vec![change],
         VfChange::Vlan(vlan) if vlan.id != 0 => vec![change],
@@ -427,7 +429,7 @@ fn again(change: VfChange) -> Vec<VfChange> {
     }
 }
 
-/// The PF's value in place of that of `change`; None if they agree, or the driver does not show it.
+/// The PF's value of the setting in `change`, if it differs. None if the driver does not show the setting.
 fn differs(change: &VfChange, shown: &VfSettings) -> Option<String> {
     if change.holds(shown) {
         return None;

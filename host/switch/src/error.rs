@@ -8,13 +8,13 @@ use services::problem::ToProblem;
 use store::StoreError;
 use text::chain;
 
-/// The reason that a switch does not carry out a request.
+/// The reason why the switch does not carry out a call.
 #[derive(Debug, thiserror::Error)]
 pub enum SwitchError {
-    /// The tables do not allow it.
+    /// The switch's tables do not allow the change.
     #[error(transparent)]
     State(#[from] StateError),
-    /// The object that a request is about does not exist.
+    /// The named object does not exist.
     #[error("{0}")]
     NotFound(Missing),
     /// The port group that an adapter names does not exist.
@@ -31,25 +31,25 @@ pub enum SwitchError {
         /// The present revision.
         actual: u64,
     },
-    /// The switch or port group that is always there cannot be deleted.
+    /// The default switch and the default port group cannot be deleted.
     #[error("{0} default cannot be deleted: change its settings instead")]
     Permanent(Entity),
-    /// A PF cannot hold a port to the policy.
+    /// A PF cannot enforce a port's policy.
     #[error("Port {port} on PF {pf}{}: {source}", and_others(*.others))]
     Unenforceable {
         /// VM and adapter.
         port: String,
         /// The PF.
         pf: String,
-        /// Further ports that cannot be held to it.
+        /// The number of further ports with a policy that their PF cannot enforce.
         others: usize,
         /// The part of the policy that the PF cannot enforce.
         source: Unenforceable,
     },
-    /// Not a name.
+    /// The name is malformed.
     #[error(transparent)]
     Name(#[from] NameError),
-    /// The store.
+    /// The store failed.
     #[error("The switch's state cannot be stored")]
     Store(#[from] StoreError),
     /// The stored data of a port contradicts the rest of the database.
@@ -62,7 +62,7 @@ pub enum SwitchError {
         /// The contradiction.
         source: StateError,
     },
-    /// A PF that cannot be read or configured.
+    /// A PF cannot be read or configured.
     #[error("{0}")]
     Pf(String),
     /// The VF still has settings of its last tenant.
@@ -70,15 +70,16 @@ pub enum SwitchError {
     NotCleaned {
         /// The VF's PCI address.
         vf: String,
-        /// Why, and the cure.
+        /// The reason, and the cure.
         why: String,
     },
-    /// A new switch is to be distributed, and this release has no shared store for its definition.
+    /// The kind of a new switch is `distributed`, and this release has no shared store for its
+    /// definition.
     #[error(
         "A switch of kind distributed needs a store that hosts share, and this release has none: use standard"
     )]
     Distributed,
-    /// A limit of this agent.
+    /// A limit of this agent is reached.
     #[error("{0}")]
     TooMany(&'static str),
     /// The task has ended.
@@ -109,7 +110,7 @@ impl ToProblem for SwitchError {
             Self::Store(error) => error.problem(),
             Self::Pf(_) => with(ProblemCode::PfRefused),
             Self::NotCleaned { .. } => with(ProblemCode::DeviceFailed),
-            // An agent that does not start reports it.
+            // This ends the start of an agent, so no API call returns it.
             Self::Contradiction { .. } => with(ProblemCode::Internal),
             Self::Distributed => Problem::invalid("kind", chain(self)),
             Self::TooMany(_) | Self::Closed => with(ProblemCode::Unavailable),

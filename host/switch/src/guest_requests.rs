@@ -44,8 +44,9 @@ impl Actor {
         if let Some(port_queue) = self.port_queues.get_mut(&port) {
             port_queue.received = Some((guest_request.seq, Instant::now()));
         }
-        // A reset has already happened: queue its record, as a request that needs changes. Do not grant a no-op while work is
-        // queued: a rebooting guest may request the very address that the pending reboot revokes.
+        // A reset has already happened: queue it like a request that needs changes, to keep the order. Do not grant
+        // a no-op while work is queued: a rebooting guest may request the very address that the pending reboot
+        // revokes.
         let settled = self
             .port_queues
             .get(&port)
@@ -55,7 +56,8 @@ impl Actor {
         }
     }
 
-    /// Denies the request, or grants it if it needs no change and the port is settled. Returns false if it must wait.
+    /// Denies the request, or grants it if it needs no change and the port is settled. Returns false if the request
+    /// must wait.
     fn respond_now(&mut self, port: PortId, id: u64, guest_request: &GuestRequest, settled: bool) -> bool {
         match self.evaluate(port, &guest_request.request) {
             Evaluated::Unknown => true,
@@ -132,7 +134,7 @@ impl Actor {
                 (made, Some((None, "The PF refused the message".to_owned())))
             }
             RequestOutcome::Unanswered { made } => {
-                // The PF may have carried it out: changes that add something count as made, those that remove as not made.
+                // The PF may have carried out the message. Count additions as made, and removals as not made.
                 let adds = |change: &&Change| adds(change) && !made.contains(change);
                 let added: Vec<Change> = changes.iter().filter(adds).cloned().collect();
                 let why = "The PF did not respond: it may have made the change".to_owned();
@@ -174,16 +176,16 @@ impl Actor {
             (None, Some(why)) if matches!(request, Request::SetMac(_)) => {
                 self.queue_revert(port, Revert { old, guest, why });
             }
-            // The PF acknowledged the message after all; the state says so.
+            // The PF acknowledged the message before the cancellation, and the state has the change.
             (None, Some(_)) => {}
-            // The record of the cancellation is enough.
+            // The event of the cancellation has been recorded already, where it needs a record.
             (Some(_), Some(_)) => {}
             (Some((answer, why)), None) => self.not_committed(port, id, &guest_request, answer, &why),
         }
         if let Some(port_queue) = self.port_queues.get_mut(&port)
             && !port_queue.queue.iter().any(|work| matches!(work, Task::Revert(_)))
         {
-            // A cancelled change was not made: nothing is left to roll back.
+            // No rollback is queued, so the change of a cancelled request was not made.
             port_queue.revert = None;
         }
         reach(Point::AskRecorded);
@@ -265,7 +267,7 @@ impl Actor {
         link.vmm.set_standing_refusal(&port.adapter, refusal);
     }
 
-    /// Records that the relay denied a change of the address by its standing denial.
+    /// The decision about a change of the address that the relay denied by its standing denial.
     pub(super) fn declined(
         &self,
         port: PortId,
@@ -294,7 +296,7 @@ impl Actor {
         self.state.port(port).map_or(MacAddress::ZERO, netpolicy::Port::effective_mac)
     }
 
-    /// Counts the time from a request to its verdict.
+    /// Adds the time from a request to its verdict to the metrics.
     fn decided(&self, port: PortId, seq: u64, outcome: Outcome) {
         let received = self
             .port_queues
@@ -358,7 +360,7 @@ impl Actor {
                 relay::Decision::Refuse { tell: OnDenied::Nack, reason },
             );
         } else if why.is_empty() {
-            // Cancelled: the relay's event leads to the record.
+            // The request was cancelled. The relay's event causes the record.
             return;
         }
         let decision =

@@ -2,8 +2,9 @@
 
 //! Passes a vmm's requests, events and reboots to the switch.
 //!
-//! They come straight from the task of the control connection. Each connection has a number, and the switch drops
-//! messages of a former one: its vmm denies such a request by itself, and repeats such an event on the next connection.
+//! The task of the control connection delivers them directly. Each connection has a number, and the switch drops
+//! the messages of a former connection. The vmm denies such a request by itself, and repeats such an event on the
+//! next connection.
 
 use async_trait::async_trait;
 use netpolicy::VmId;

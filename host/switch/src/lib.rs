@@ -93,8 +93,8 @@ pub struct Timing {
     /// The longest wait for a vmm to confirm a command. If that command revokes a right, the VM is
     /// then stopped.
     pub confirm: Duration,
-    /// The longest time for which a vmm may defer revocations to its guest's next reset, before the VM is stopped; None for any
-    /// time.
+    /// The longest time for which a vmm may defer revocations to its guest's next reset. After it the VM is
+    /// stopped. None for no limit.
     pub deferred: Option<Duration>,
     /// The longest wait for a relay's event about a forwarded message.
     pub forwarded: Duration,
@@ -102,8 +102,8 @@ pub struct Timing {
     pub compare: Duration,
     /// The time from the first hint to the comparison that covers all hints in between.
     pub gather: Duration,
-    /// The time from a port's release of an address to its offer to the ports that wait for it. A
-    /// driver that only sets its list anew can take the address back until then.
+    /// The time from the release of an address by one port to its offer to the ports that wait for it. Until then a
+    /// driver that only sets its list again gets the address back.
     pub offer: Duration,
     /// Delays of work, to show the effects of late work.
     #[cfg(feature = "test-support")]
@@ -135,7 +135,7 @@ impl Default for Timing {
     }
 }
 
-/// The parts with which the switch works.
+/// The dependencies of the switch.
 pub struct Parts {
     /// The stores of its objects.
     pub store: Stores,
@@ -334,8 +334,8 @@ impl SwitchHandle {
 /// respond.
 const CAPABILITIES: Duration = Duration::from_secs(3);
 
-/// The host's PFs with their capabilities. PFs are asked concurrently, so all silent ones together
-/// cost one timeout.
+/// The host's PFs with their capabilities. It queries the PFs concurrently, so that all silent ones together cost
+/// one timeout.
 async fn known(pf: &PfHandle) -> Result<Vec<KnownPf>, SwitchError> {
     let list: Vec<PfName> = pf.list().await.map_err(|error| SwitchError::Pf(chain(&error)))?;
     let asked: Vec<_> = list

@@ -11,7 +11,7 @@ use super::actor::Actor;
 /// The detail of an address that a guest got after an earlier denial.
 const FREED: &str = "Denied before, while another port had the address";
 
-/// The detail of a change that only the VF's own mailbox can carry.
+/// The detail of a change that is made through the VF's mailbox.
 const BY_ITS_WORD: &str = "Reported by the VM's process: the PF does not show it";
 
 impl Actor {
@@ -32,7 +32,7 @@ impl Actor {
                 });
             return self.record(decision);
         }
-        // A correction that grants is no decision of its own, unless it failed.
+        // A correction that revokes nothing is recorded only if it failed.
         if !correction.revokes && error.is_none() {
             return;
         }

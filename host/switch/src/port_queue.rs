@@ -20,14 +20,14 @@ use super::{
     made,
 };
 
-/// More changes than a relay defers to its guest's reset: twice as many, because the confirmation of those that it has made may
-/// still be on its way.
+/// The most deferred changes that the switch accepts for one port. It is twice the limit of a relay, because the
+/// confirmation of changes that the relay has made may still be on its way.
 const DEFERRED: usize = 2 * MAX_CHANGES;
 
-/// Most waiting changes that a port's status shows.
+/// The most waiting changes that a port's status shows.
 const SHOWN: usize = 20;
 
-/// Most characters of a reason: the process of a simulated PF chooses some of them.
+/// The most characters of a reason: some reasons come from the process of a simulated PF.
 const DETAIL: usize = 500;
 
 /// Work for a port, done when its turn comes.
@@ -36,16 +36,16 @@ pub(super) enum Task {
     Recover,
     /// A request that needs changes.
     Request { id: u64, guest_request: GuestRequest },
-    /// A granted address whose request was cancelled.
+    /// Roll back a granted address, because its request was cancelled.
     Revert(Revert),
-    /// Revoke changes that the policy no longer allows, and those that an earlier boot left.
+    /// Make the corrections that the policy requires, and revoke changes that an earlier boot left.
     Correct,
     /// Compare with the PF and correct differences; with `all`, also repeat settings that a reset of the PF may have lost
     /// although its driver shows them.
     Repair { all: bool },
     /// The guest reboots.
     Reboot,
-    /// The relay may not know the effective address: it was changed while the vmm was not connected.
+    /// Send the relay the effective address, which may have changed while the vmm was not connected.
     Tell,
     /// The results of messages that waited for the guest's reset.
     Confirmed { done: Vec<Change>, failed: Vec<Change> },
@@ -66,7 +66,7 @@ pub struct Revert {
 
 /// The job under way.
 pub(super) struct Running {
-    /// The number of the request, if the job is one's.
+    /// The number of the request; None if no request caused the job.
     pub(super) seq: Option<u64>,
     /// The reason, if the request was cancelled meanwhile.
     pub(super) cancelled: Option<Cancelled>,
@@ -84,7 +84,8 @@ pub(super) struct Granted {
     pub(super) guest: MacAddress,
 }
 
-/// The limited time of deferred revocations. Its timer ends with it: a guest can begin any number of them.
+/// The time limit of deferred revocations. Dropping it ends its timer, because a guest can cause any number of
+/// deferrals.
 pub(super) struct Deferral {
     pub(super) since: Instant,
     pub(super) timer: AbortHandle,
@@ -103,15 +104,15 @@ pub(super) struct PortQueue {
     pub(super) busy: Option<Running>,
     /// The VM is gone: the guest's requests no longer count.
     pub(super) closing: bool,
-    /// The VF has just been bound to the port, and its PF is being programmed: a difference between the two is no foreign
-    /// change.
+    /// The VF has just been bound to the port, and its PF is being programmed. Until that is done, a difference
+    /// between the two is not drift.
     pub(super) binding: bool,
     /// Changes that the relay makes at the guest's next reset, in the order of their commands.
     pub(super) deferred: VecDeque<Vec<Change>>,
-    /// The time of the first of these commands. Means nothing without one.
+    /// The time of the first of these commands. Without a deferred change it has no meaning.
     pub(super) deferred_since: Option<Timestamp>,
-    /// The time since which revocations have been deferred without a moment in which all were made, if that has a limit. Neither
-    /// another deferral, nor a reboot or connection by the vmm's word, begins it anew.
+    /// The time limit that runs while revocations are deferred, if there is one. It ends only when all revocations
+    /// are made: further deferrals, and reboots or connections that the vmm reports, do not restart it.
     pub(super) revoking_since: Option<Deferral>,
     /// Changes that the policy requires and that failed the last time.
     pub(super) unmade: Vec<UnmadeChange>,
@@ -121,10 +122,11 @@ pub(super) struct PortQueue {
     pub(super) rebooting: bool,
     /// A correction is pending until the vmm reconnects.
     pub(super) owed: bool,
-    /// The relay is to receive the effective address when its vmm is connected.
+    /// The effective address must be sent to the relay when its vmm connects.
     pub(super) untold: bool,
     pub(super) granted: Option<Granted>,
-    /// The MAC change to roll back, now or once its job has made it. The vmm that cancelled the request has forgotten it.
+    /// The MAC change to roll back, at once or after its job has made it. Only the agent still knows this: the vmm
+    /// forgets a request that it has cancelled.
     pub(super) revert: Option<Revert>,
     /// The author of the edit that the port is being corrected for.
     pub(super) edited_by: Option<String>,
@@ -141,8 +143,8 @@ pub(super) struct PortQueue {
 }
 
 impl PortQueue {
-    /// Queues work behind the waiting work. A vmm can cause most kinds as often as it likes, so work that is queued already is
-    /// not queued again: a queue stays a few items long, whatever its vmm does.
+    /// Queues work behind the waiting work. A vmm can cause most kinds of work as often as it likes. Work that is
+    /// already queued is therefore not queued again, and a queue stays a few items long.
     pub(super) fn push(&mut self, work: Task) {
         match work {
             Task::Correct if self.queue.iter().any(|queued| matches!(queued, Task::Correct)) => return,
@@ -158,16 +160,17 @@ impl PortQueue {
                 }
             }
             Task::Tell if self.queue.iter().any(|queued| matches!(queued, Task::Tell)) => return,
-            // The later one stays: work queued in between belongs to the boot that has ended.
+            // Keep the later reboot: work queued between the two belongs to the boot that has ended.
             Task::Reboot => self.queue.retain(|queued| !matches!(queued, Task::Reboot)),
-            // A guest has one request at a time: an older one needs no response any more.
+            // A guest has one request at a time, so an older one no longer needs a response.
             Task::Request { .. } => self.queue.retain(|queued| !matches!(queued, Task::Request { .. })),
             _ => {}
         }
         self.queue.push_back(work);
     }
 
-    /// Notes changes that the relay makes at the guest's next reset. False if there are more than a relay keeps.
+    /// Notes changes that the relay makes at the guest's next reset. Returns false if there are more than a relay
+    /// can defer.
     pub(super) fn defer(&mut self, changes: Vec<Change>) -> bool {
         if !changes.is_empty() {
             if self.deferred.is_empty() {
@@ -178,7 +181,7 @@ impl PortQueue {
         self.deferred.iter().map(Vec::len).sum::<usize>() <= DEFERRED
     }
 
-    /// Notes the failed changes. True if some failed, and none had failed the time before.
+    /// Notes the failed changes. Returns true if some failed now and none failed at the last attempt.
     pub(super) fn note_unmade(&mut self, failed: &[(Change, String)]) -> bool {
         let were_made = self.unmade.is_empty();
         let unmade = |(change, why): &(Change, String)| {

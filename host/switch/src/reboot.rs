@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 
-//! Reboots of guests: a port begins anew with its VM.
+//! Reboots of guests: each port of the VM returns to its baseline.
 
 use netpolicy::{Change, PortId, Request, Route, VmId};
 use tokio::sync::oneshot;
@@ -13,7 +13,7 @@ use super::{
 };
 
 impl Actor {
-    /// `done` completes when the next agent would know of the reboot, or when the store has failed.
+    /// Queues the reboot of each port. `done` completes once the reboot is stored, or the store has failed.
     pub(super) fn rebooted(&mut self, vm: VmId, done: oneshot::Sender<()>) {
         let mut saved = Vec::new();
         for port in self.ports_of(vm) {
@@ -46,7 +46,7 @@ impl Actor {
             .into_iter()
             .filter(|change| matches!(change, Change::SetMac(_)) || !has.changes().contains(change))
             .collect();
-        // The device was reset. `messages` remove the state that the PF keeps beyond that.
+        // The device was reset. `messages` remove the state that the PF keeps across a reset.
         if let Err(error) = self.state.commit(id, &[Change::Reset]) {
             tracing::error!(port = %id, "Cannot record a reboot: {error}");
         }
@@ -70,8 +70,8 @@ impl Actor {
         }
     }
 
-    /// Notes that the reboot is over, so that the next agent does not repeat it, unless the guest has rebooted once
-    /// more.
+    /// Notes that the reboot is over, so that the next agent does not repeat it. If the guest has rebooted again
+    /// meanwhile, the mark stays.
     fn reboot_over(&mut self, port: PortId) {
         if let Some(port_queue) = self.port_queues.get_mut(&port) {
             port_queue.rebooting = port_queue.queue.iter().any(|work| matches!(work, Task::Reboot));

@@ -20,7 +20,8 @@ use super::{
     record::port_name,
 };
 
-/// Most characters of the reason why a port cannot be compared: the process of a simulated PF chooses some of them.
+/// The most characters of the reason why a port cannot be compared: some reasons come from the process of a
+/// simulated PF.
 const DETAIL: usize = 500;
 
 impl Actor {
@@ -84,7 +85,7 @@ impl Actor {
             self.stop(port, &why);
         }
         let unmade = !made.failed.is_empty();
-        // Changes that revoke nothing may wait for the vmm: the next connection begins with them.
+        // Changes that revoke nothing may wait until the vmm reconnects: the switch corrects the port then.
         let can_wait = made.offline && !made.failed.iter().any(|(change, _)| must(change));
         let (mut credible, mut is_news) = (true, false);
         if let Some(port_queue) = self.port_queues.get_mut(&port) {
@@ -114,8 +115,8 @@ impl Actor {
         }
     }
 
-    /// A correction is pending: after `timing.confirm` it is tried again, or the VM is stopped if its vmm is not
-    /// connected.
+    /// Notes that a correction is pending. After `timing.confirm` the switch tries it again, or stops the VM if its
+    /// vmm has disconnected.
     fn owe(&mut self, port: PortId) {
         if let Some(port_queue) = self.port_queues.get_mut(&port) {
             port_queue.owed = true;
@@ -189,7 +190,7 @@ impl Actor {
         self.save(port);
     }
 
-    /// Begins or ends the time that a vmm has for its deferred revocations, if that is limited.
+    /// Starts or ends the time limit of the vmm's deferred revocations, if there is one.
     pub(super) fn time_deferral(&mut self, port: PortId) {
         let Some(limit) = self.timing.deferred else { return };
         let revokes = self
@@ -253,7 +254,7 @@ impl Actor {
     pub(super) fn pf_is(&mut self, name: &str, up: bool) {
         if up && self.down.remove(name) {
             self.tell_pf(name, PfState::Up);
-            // Its driver has begun anew, without the settings that it does not remember.
+            // The PF's driver has started again, without the settings that it does not remember.
             let of = |port: &&netpolicy::Port| port.vf.as_ref().is_some_and(|vf| vf.pf == name);
             let ports: Vec<PortId> = self.state.ports().filter(of).map(|port| port.id).collect();
             for port in ports {
@@ -288,7 +289,7 @@ impl Actor {
         self.start(port, Running::other(), tools.repair(expected.changes(), all));
     }
 
-    /// Notes the result of a port's comparison with its PF. Log and event follow only a change.
+    /// Notes the result of a port's comparison with its PF. Logs and publishes it only if it has changed.
     pub(super) fn compared(&mut self, id: PortId, error: Option<&String>) {
         let Some(port_queue) = self.port_queues.get_mut(&id) else { return };
         let before = port_queue.unchecked.take();

@@ -63,7 +63,7 @@ impl Actor {
                 self.deferred_done(port, &failed);
                 None
             }
-            // The completion of the command reports this one.
+            // This event completes a command. The command's completion reports its result.
             RelayEvent::Revoked { .. } => None,
         };
         let saved = saved.map(|attachment| self.journal.save(port, &attachment));

@@ -58,7 +58,7 @@ pub(super) async fn load(
     let attachments: BTreeMap<Uuid, Attachment> =
         attachments.list().await?.into_iter().map(|entry| (entry.id, entry.value)).collect();
     let ports = actor.ports.list().await?;
-    // An agent died while it deleted the ports.
+    // An agent died while it deleted these ports.
     for id in attachments.keys().filter(|id| !ports.iter().any(|port| port.id == **id)) {
         drop(actor.journal.forget(PortId(*id)));
     }
@@ -76,7 +76,7 @@ pub(super) async fn load(
         if let Err(source) = actor.state.attach(port) {
             let error = SwitchError::Contradiction { port: entry.name, source };
             if has_vf.is_some() {
-                // As above: the VF would go to the next tenant with its leftovers.
+                // Without the port, the VF would go to the next tenant with its leftovers.
                 return Err(error);
             }
             tracing::error!("{}", chain(&error));
@@ -174,7 +174,7 @@ impl Actor {
         }
     }
 
-    /// Adopts the abilities and habits of a PF.
+    /// Adopts the capabilities of a PF.
     pub(super) fn set_capabilities(&mut self, pf: String, capabilities: PfCapabilities) {
         self.state.set_reset_clears(&pf, capabilities.reset_clears);
         self.capabilities.insert(pf, capabilities);
@@ -198,7 +198,7 @@ impl Actor {
         let are_up: Vec<(String, bool)> =
             pfs.iter().map(|known| (known.pf.name.clone(), known.pf.up)).collect();
         self.know(pfs);
-        // Ports may know a PF by a former name of its interface. Events use the present one.
+        // Publish only present names of interfaces: ports may still have a former name of a PF.
         for (name, up) in are_up.iter().filter(|(name, _)| before.contains(name)) {
             self.pf_is(name, *up);
         }
@@ -218,7 +218,7 @@ impl Actor {
         let Some(mut switch) = self.state.switch(DEFAULT_SWITCH).cloned() else { return };
         let others = self.state.switches().filter(|switch| switch.id != DEFAULT_SWITCH);
         let taken: BTreeSet<&String> = others.flat_map(|switch| &switch.uplinks).collect();
-        // A PF that is gone for a moment keeps its ports.
+        // A PF with bound ports stays an uplink, even while it is missing.
         let used = self.state.ports().filter_map(|port| port.vf.as_ref()).map(|vf| &vf.pf);
         let used = used.filter(|pf| switch.uplinks.contains(*pf));
         let all = self.pfs.iter().chain(used).filter(|pf| !taken.contains(pf)).cloned().collect();
@@ -267,7 +267,7 @@ impl Actor {
             tracing::error!(port = %id, "Cannot record the changes that were under way: {}", chain(&error));
         }
         match (revert, given_up) {
-            // The address was set. It may have been reverted, too, without a record of that.
+            // The address was set. Perhaps it was also rolled back, without a record.
             (Some(revert), _) if [old, self.effective(id)].iter().any(|mac| *mac != revert.old) => {
                 self.queue_revert(id, revert);
             }

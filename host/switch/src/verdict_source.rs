@@ -6,14 +6,14 @@ use netpolicy::{
     Change, Corrections, Denial, OnDenied, PortId, Request, StandingRefusal, SwitchState, Verdict,
 };
 
-/// Decides whether the policy holds. All other code of the switch is the same for both.
+/// The source of verdicts. The rest of the switch works the same with either of the two.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum VerdictSource {
     /// The policy of each port.
     #[default]
     Policy,
-    /// Grants every request, as if every policy accepted it, and corrects nothing but the leftovers of an earlier boot. This proves that tests detect a
-    /// missing check.
+    /// Grants every request, and makes no corrections except of the leftovers of an earlier boot. Tests of the
+    /// policy must fail with it, which proves that they detect a missing check.
     #[cfg(any(test, feature = "test-support"))]
     Permissive,
 }
@@ -58,7 +58,7 @@ impl VerdictSource {
     }
 }
 
-/// The changes of a request without a policy.
+/// The changes of a request that no policy restricts.
 #[cfg(any(test, feature = "test-support"))]
 fn granted(request: &Request) -> Vec<Change> {
     let vlan = |vid: u16| netpolicy::VlanId::new(vid).ok();

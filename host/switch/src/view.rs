@@ -121,7 +121,7 @@ impl Actor {
     }
 }
 
-/// A name as the API has it. Only texts that read as ids are no names in the API.
+/// A name in the API's type. This fails only for a text that reads as an id.
 fn shown(name: &netpolicy::Name) -> Result<Name, SwitchError> {
     let odd = |_| SwitchError::NotFound(Missing::new("name that the API can show for", name));
     name.as_str().parse().map_err(odd)

@@ -22,18 +22,18 @@ pub trait Vmm: Send + Sync + 'static {
     /// See [`CommandError`].
     async fn command(&self, command: VmmCommand, patience: Duration) -> Result<Outcome, CommandError>;
 
-    /// Sends the response to a request, without a wait. A response that the vmm does not take is
-    /// lost.
+    /// Sends the response to a request without waiting. If the vmm does not receive it, it is lost.
     fn respond(&self, id: u64, response: AgentResponse);
 
-    /// Sets the standing denial of an adapter's relay, without a wait. The relay denies the
-    /// requests that it covers without the agent; None: the relay sends them to the agent.
+    /// Sets the standing denial of an adapter's relay, without waiting. The relay denies the
+    /// covered requests without the agent. After None it sends all requests to the agent.
     fn set_standing_refusal(&self, adapter: &str, refusal: Option<StandingRefusal>);
 
     /// Closes the connection: the switch neither uses it nor keeps it open.
     fn close(&self);
 
-    /// Has the VM stopped, because its process did not fulfil a command. Does not wait.
+    /// Requests that the VM be stopped, because its process did not carry out a command. Does not
+    /// wait.
     fn stop(&self, why: &str);
 }
 

@@ -14,7 +14,7 @@ use super::{
 };
 
 impl Actor {
-    /// Whether messages of this connection count: not those of a former one, nor after the connection's end.
+    /// Whether messages of this connection count. Those of a former or closed connection do not.
     pub(super) fn is_current(&self, vm: VmId, id: LinkId) -> bool {
         self.links.get(&vm).is_some_and(|link| link.online && link.id == id)
     }
@@ -24,7 +24,8 @@ impl Actor {
         for port in self.ports_of(vm) {
             self.tell_standing(port);
             if let Some(port_queue) = self.port_queues.get_mut(&port) {
-                // The answers to the deferred changes were lost with the connection. The changes are commanded again.
+                // The confirmations of the deferred changes were lost with the connection: command the changes
+                // again.
                 let lost: Vec<Change> = port_queue.deferred.drain(..).flatten().collect();
                 let owed = port_queue.owed || !lost.is_empty();
                 if owed {

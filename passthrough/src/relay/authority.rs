@@ -5,17 +5,17 @@
 use netpolicy::{Change, MacAddress, OnDenied, Reason, Request};
 use serde::{Deserialize, Serialize};
 
-/// The authority that decides about a guest's requests. Neither call may block: the relay's thread makes them (and the
-/// caller of [`Relay::revoke`](super::Relay::revoke) sends events too).
+/// The authority that decides about a guest's requests. Neither call may block, because the relay's thread makes
+/// them. The caller of [`Relay::revoke`](super::Relay::revoke) sends events, too.
 pub trait Authority: Send + Sync {
     /// Passes a request on. The verdict comes by [`Relay::verdict`](super::Relay::verdict).
     ///
     /// # Errors
-    /// [`Unreachable`] if the authority is away: the relay refuses the request at once.
+    /// [`Unreachable`] if the authority is away: the relay denies the request at once.
     fn request(&self, guest_request: GuestRequest) -> Result<(), Unreachable>;
 
-    /// Takes an event. It must reach the agent, if need be after the agent is back. The relay bounds the number of
-    /// events per second.
+    /// Takes an event. It must reach the agent, even if the agent is away for some time. The relay bounds the
+    /// number of events per second.
     fn event(&self, event: RelayEvent);
 }
 
@@ -30,8 +30,8 @@ pub struct Unreachable;
 pub struct GuestRequest {
     /// Number of this message of this VF. It grows and never repeats while the VF is assigned.
     pub seq: u64,
-    /// The guest's request. A [`Request::Reset`] has already been forwarded, as always: only the effective address in
-    /// its verdict matters.
+    /// The guest's request. The relay has already forwarded a [`Request::Reset`]: only the effective address in its
+    /// verdict matters.
     pub request: Request,
 }
 
@@ -74,18 +74,18 @@ pub enum How {
     Forward,
 }
 
-/// News that the agent must have. The vmm keeps it until the agent confirms it.
+/// An event of the relay. The vmm keeps it until the agent confirms it.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(tag = "notice", rename_all = "snake_case", deny_unknown_fields)]
 pub enum RelayEvent {
-    /// The relay gave up the request `seq`, because the guest was refused or has reset. The agent must revert a commit
-    /// that it made or will make for it.
+    /// The relay cancelled the request `seq`. The agent must roll back a commit that it made, or will make, for
+    /// this request.
     Cancelled {
         /// Number of the request.
         seq: u64,
         /// The request.
         request: Request,
-        /// The reason for giving up.
+        /// The reason for the cancellation.
         why: Cancelled,
     },
     /// The relay sent a granted message to the PF.
@@ -95,15 +95,15 @@ pub enum RelayEvent {
         /// The PF's answer.
         outcome: Forwarded,
     },
-    /// The relay itself refused messages, without a request to the authority.
+    /// The relay rejected messages by itself, without a request to the authority.
     Refused {
-        /// The last refused request; None if the message had no meaning.
+        /// The last rejected request; None if the message had no meaning.
         request: Option<Request>,
-        /// Word 0 of the last refused message.
+        /// Word 0 of the last rejected message.
         word: u32,
         /// The reason.
         reason: Reason,
-        /// Number of refusals since the last event with this reason.
+        /// Number of rejections since the last event with this reason.
         count: u64,
     },
     /// The relay denied a change of the address without a request to the authority, by the authority's [standing
@@ -113,11 +113,11 @@ pub enum RelayEvent {
         mac: MacAddress,
         /// The reason in the standing refusal.
         reason: Reason,
-        /// Whether the relay pretended success to the guest.
+        /// Whether the relay reported success to the guest.
         silent: bool,
     },
-    /// The guest now uses this address: the relay acknowledged it by itself (it is the effective one), or a
-    /// silent refusal pretended success, which not every silent refusal does.
+    /// The guest now uses this address. Either it is the effective address, which the relay acknowledged by itself,
+    /// or a silent denial reported success to the guest. Not every silent denial does that.
     GuestMac {
         /// The address.
         mac: MacAddress,
@@ -141,18 +141,17 @@ pub enum RelayEvent {
 /// Marks the numbers of requests that a relay makes by itself. The numbers of a guest's messages count up from zero.
 pub(crate) const OWN_REQUEST: u64 = 1 << 63;
 
-/// The reason why the relay gave up a request.
+/// The reason why the relay cancelled a request.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Cancelled {
-    /// No verdict came in time: refused as [`Reason::AuthorityUnreachable`].
+    /// No verdict came in time: the relay denied the request as [`Reason::AuthorityUnreachable`].
     Deadline,
     /// The guest reset its VF meanwhile.
     GuestReset,
     /// The relay ended.
     Stopped,
-    /// The relay no longer needs the verdict: it had asked by itself, for a guest whose request it refused in the
-    /// authority's absence.
+    /// The relay withdrew a retry of its own. It retries requests that it denied while the authority was away.
     Withdrawn,
 }
 
@@ -164,6 +163,6 @@ pub enum Forwarded {
     Accepted,
     /// The PF refused it.
     Refused,
-    /// The PF did not answer and may have carried it out. The relay refused the guest, which must reset.
+    /// The PF did not answer, and may have carried out the message. The guest gets an error, and must reset its VF.
     Unanswered,
 }

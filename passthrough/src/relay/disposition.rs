@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 
-//! The ends that a guest's message can come to.
+//! The ways in which a guest's message can end.
 
-/// The end of one message. The relay decides by it, and counts messages under its [label](Self::label).
+/// The way in which one message ended. The relay acts on it, and counts the message under its [label](Self::label).
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub(crate) enum Disposition {
     /// Success, granted by the authority; the PF need not know.
@@ -35,9 +35,9 @@ pub(crate) enum Disposition {
     RefusedByPf,
     /// The PF did not answer a granted message.
     Unanswered,
-    /// A reset did not come to its end.
+    /// A reset failed.
     Failed,
-    /// The guest reset its VF before the end.
+    /// The guest reset its VF, or the relay stopped, before the response.
     Dropped,
 }
 
@@ -47,7 +47,7 @@ impl Disposition {
         if silent { Self::DeniedSilently } else { Self::Denied }
     }
 
-    /// The name in counters and metrics. Dashboards use it: it never changes.
+    /// The name in counters and metrics. It never changes, because dashboards use it.
     pub(crate) fn label(self) -> &'static str {
         match self {
             Self::Granted => "granted",

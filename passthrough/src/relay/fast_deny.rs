@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 
-//! Denial without a request, of the changes that the authority has denied in advance. A vCPU thread denies them if it
-//! has a permit, so that the guest waits for no other thread; otherwise the relay's thread does.
+//! Denies changes that the authority has denied in advance, without a request. With a permit a vCPU thread denies
+//! them, so that the guest waits for no other thread. Otherwise the relay's thread does.
 //!
 //! ```text
 //!  relay thread, idle ──Permit──▶ Shared ◀──StandingRefusal── authority
@@ -47,7 +47,7 @@ pub(crate) struct Permit {
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct FastDenial {
     pub(crate) mac: MacAddress,
-    /// Whether the guest was shown success.
+    /// Whether the guest saw success.
     pub(crate) silent: bool,
     pub(crate) reason: Reason,
 }

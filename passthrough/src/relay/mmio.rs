@@ -12,8 +12,9 @@ use crate::{
     hardware::VfHardware,
 };
 
-/// Handles a guest's accesses to the trapped mailbox page. Registers that the family [passes](crate::channel::mailbox::layout::Layout::passes) reach the
-/// hardware without a lock; all others are the relay's, behind the registers' lock. It waits for nothing else.
+/// Handles a guest's accesses to the trapped mailbox page. Accesses to registers that the family
+/// [passes](crate::channel::mailbox::layout::Layout::passes) reach the hardware without a lock. The relay emulates
+/// all other registers, behind their lock. The handler waits for nothing else.
 pub struct MailboxPage {
     shared: Arc<Shared>,
     hardware: Arc<dyn VfHardware>,

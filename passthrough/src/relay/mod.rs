@@ -62,7 +62,7 @@ use crate::{
     threads::{ThreadKind, ThreadStart},
 };
 
-/// How a relay behaves. The defaults fit drivers that give up after a second, as igbvf and ixgbevf do.
+/// The configuration of a relay. The defaults fit drivers that give up after a second, as igbvf and ixgbevf do.
 #[derive(Clone, Debug)]
 pub struct Config {
     /// The adapter's name, for log lines.
@@ -75,18 +75,18 @@ pub struct Config {
     pub exchange_limit: Duration,
     /// Interval between polls of the real mailbox when no guest read triggers one.
     pub look_period: Duration,
-    /// Duration of one poll: guest reads within this time do not trigger another one.
+    /// Shortest time from one poll to the next one that a guest read triggers.
     pub look_gap: Duration,
     /// Rate of the guest's messages. The relay delays messages above it.
     pub messages: Rate,
     /// Rate of the guest's resets (VTCTRL.RST, and separately the reset message). The relay delays resets above it.
     pub resets: Rate,
-    /// The relay refuses messages that it would have to delay for longer.
+    /// The relay rejects messages that it would have to delay for longer.
     pub longest_delay: Duration,
     /// Rate of log lines that the guest can cause.
     pub log_lines: Rate,
-    /// Interval between two events to the authority about refusals with the same reason. The relay counts those in
-    /// between.
+    /// Interval between two events to the authority about rejections with the same reason. The relay counts those
+    /// in between.
     pub refusal_period: Duration,
 }
 
@@ -100,7 +100,7 @@ impl Default for Config {
             look_period: Duration::from_millis(250),
             look_gap: Duration::from_millis(20),
             messages: Rate { burst: 64, period: Duration::from_millis(20) },
-            // Two per second: a guest that resets repeatedly is slowed down, never refused.
+            // Two per second. The relay slows down a guest that resets repeatedly, and never rejects its resets.
             resets: Rate { burst: 8, period: Duration::from_millis(500) },
             longest_delay: Duration::from_millis(500),
             log_lines: Rate { burst: 20, period: Duration::from_secs(1) },
@@ -168,8 +168,8 @@ impl Relay {
         self.shared.verdict(verdict);
     }
 
-    /// Hands over a new effective address that no request has set: the host has changed it, or has reverted the commit
-    /// of a cancelled request.
+    /// Hands over a new effective address that no request has set: the host has changed it, or has rolled back the
+    /// commit of a cancelled request.
     pub fn set_effective_mac(&self, mac: MacAddress) {
         self.shared.send(RelayCommand::EffectiveMac(mac));
     }
@@ -180,8 +180,9 @@ impl Relay {
         self.shared.standing_refusal(standing);
     }
 
-    /// Revokes, or reduces to the part that is still allowed, the changes that only messages can make: those with the
-    /// mailbox as their [`route`](Change::route), except for a reset. [`RelayEvent::Revoked`] with this `id` follows.
+    /// Makes corrections that need messages: changes with the mailbox as their [`route`](Change::route), except for
+    /// a reset. They revoke a right, or reduce it to the part that is still allowed. [`RelayEvent::Revoked`] with
+    /// this `id` follows.
     pub fn revoke(&self, id: u64, changes: Vec<Change>) {
         let refused = if changes.len() > MAX_CHANGES {
             Some((id, changes))
@@ -196,8 +197,8 @@ impl Relay {
         }
     }
 
-    /// Makes the guest's driver reset its VF (within about two seconds, if its link is up): it then learns the
-    /// effective address.
+    /// Makes the guest's driver reset its VF, within about two seconds if its link is up. The driver then learns
+    /// the effective address.
     pub fn make_guest_reset(&self) {
         self.shared.send(RelayCommand::MakeGuestReset);
     }

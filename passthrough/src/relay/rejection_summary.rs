@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 
-//! Aggregation of the relay's own rejections: a guest that floods it causes one event a second.
+//! Aggregates the relay's own rejections: a guest that floods the relay causes one event a second
+//! for each reason.
 
 use std::time::Duration;
 

@@ -2,8 +2,8 @@
 
 //! The state that vCPU threads, the vmm's event loop and the relay thread share: the registers and the relay's inbox.
 //!
-//! One lock guards it, held for register work only. Every slot is bounded: a later reset voids an earlier message, and
-//! with one message in flight only one verdict counts.
+//! One lock guards this state. It is held for register work only. Every slot of the inbox is bounded: a reset voids
+//! an earlier message, and at most one verdict counts at a time.
 
 use std::{
     collections::VecDeque,
@@ -62,12 +62,12 @@ pub(crate) struct Inbox {
 }
 
 impl Inbox {
-    /// Whether nothing in it is worth waking the relay thread.
+    /// Whether the relay thread need not wake for this input.
     fn is_quiet(&self) -> bool {
         self.is_calm() && !(self.hint || self.interrupt || self.stop)
     }
 
-    /// Whether nothing in it changes the meaning of the next message.
+    /// Whether this input leaves the meaning of the next message unchanged.
     fn is_calm(&self) -> bool {
         self.posted.is_none()
             && !(self.vf_reset || self.function_reset)
@@ -90,8 +90,7 @@ pub(crate) struct State {
 }
 
 impl State {
-    /// Denies a new message at once, or leaves it to the relay thread. Returns whether the relay thread must wake for
-    /// it.
+    /// Denies a new message at once, or leaves it to the relay thread. Returns whether the relay thread must wake.
     fn posted(&mut self, posted: Posted) -> bool {
         let denial = match (&mut self.permit, &self.standing) {
             (Some(permit), Some(standing)) if self.inbox.denials.len() < MAX_DENIALS => {
@@ -136,7 +135,7 @@ impl Shared {
         &self.clock
     }
 
-    /// Ignores poisoning: a panic leaves nothing half done behind the lock that matters to the next owner.
+    /// Ignores poisoning: a panic under the lock leaves no half-made change that matters to the next owner.
     pub(crate) fn lock(&self) -> MutexGuard<'_, State> {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
@@ -167,7 +166,7 @@ impl Shared {
             Effect::None => return first,
             Effect::Ring(snapshot) => {
                 if !state.posted(Posted { snapshot, at }) {
-                    // The guest's next reads fetch its answer.
+                    // The guest's next reads fetch the response, so they need no poll.
                     state.hints_from = at.saturating_add(self.look_gap);
                     return first;
                 }
@@ -180,7 +179,7 @@ impl Shared {
                 state.inbox.vf_reset = true;
             }
         }
-        // Unlock before the wake-up, here and below: otherwise the relay would wake only to wait for the lock.
+        // Unlock before the wake-up: otherwise the relay's thread would wake only to wait for the lock.
         drop(state);
         self.wake.notify_one();
         first
@@ -234,7 +233,7 @@ impl Shared {
     /// Permits vCPU threads to deny the next messages, until other input arrives. `None` forbids it.
     pub(crate) fn set_permit(&self, permit: Option<Permit>) {
         let mut state = self.lock();
-        // The permit does not account for denials since it was issued.
+        // The permit was computed without the denials that are now in the inbox.
         state.permit = permit.filter(|_| state.inbox.is_calm() && state.inbox.denials.is_empty());
     }
 

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 
-//! Handlers of the agent's commands, responses and standing refusals: which states allow a command, and its effect on
-//! the machine. The guest's resets are here, too, since they share the code of the agent's.
+//! Handlers of the agent's commands, responses and standing denials: the states in which a command is allowed, and
+//! its effect on the machine. The guest's resets are here, too, since they share code with the agent's reboots.
 
 use std::{
     os::fd::OwnedFd,
@@ -30,9 +30,9 @@ use crate::{
 /// The most bytes that one [`VmmCommand::ConsoleInput`] can type.
 const INPUT_MAX: usize = 1024;
 
-/// The longest time of a request to a disk that a reset waits for: a flush of much data to a slow disk takes minutes.
+/// The longest time for which a reset waits for a request to a disk: a large flush to a slow disk takes minutes.
 const BUSY: Duration = Duration::from_secs(if cfg!(test) { 4 } else { 300 });
-/// The time of one look whether such a request is over. The event loop serves nothing else meanwhile.
+/// The time of one check for the end of such a request. The event loop serves nothing else meanwhile.
 const LOOK: Duration = Duration::from_millis(50);
 
 fn failure(code: FailureCode, detail: impl Into<String>) -> Failure {
@@ -57,7 +57,7 @@ impl Process {
             VmmCommand::ConsoleInput { bytes } => self.console_input(&bytes),
             VmmCommand::ConsoleWait { offset } => return self.wait_for_console(id, offset),
             VmmCommand::Revoke { adapter, changes } => match self.relay(&adapter) {
-                // Completed by the relay's event (`Revoked`).
+                // The relay's event `Revoked` completes the command.
                 Ok(relay) => {
                     relay.revoke(id, changes);
                     return self.await_revocation(id);
@@ -158,7 +158,8 @@ impl Process {
         }
     }
 
-    /// Clears all standing refusals, which hold only as long as the connection that brought them. Relays request verdicts again.
+    /// Clears all standing denials, which are valid only as long as the connection that brought them. From then on,
+    /// relays request each verdict.
     pub(super) fn forget_standing(&mut self) {
         for (adapter, _) in std::mem::take(&mut self.standing) {
             if let Ok(relay) = self.relay(&adapter) {
@@ -205,8 +206,8 @@ impl Process {
         Ok(Outcome::Done)
     }
 
-    /// Stops the machine. After a busy disk's failure the machine runs on. Any other failure ends it, because a part of it is
-    /// stopped and the rest is not.
+    /// Stops the machine. If a disk is busy, this fails and the machine runs on. Any other failure ends the
+    /// machine, because only a part of it has stopped.
     fn park(&mut self) -> Result<(), Failure> {
         let Err(error) = self.machine()?.park() else { return Ok(()) };
         let failure = error.failure();
@@ -230,25 +231,25 @@ impl Process {
         if !matches!(self.state, State::Running | State::Paused) {
             return Err(self.wrong_state("reboot"));
         }
-        // If a disk is busy for longer, the guest runs on.
+        // If a disk stays busy, this fails and the guest runs on.
         self.park()?;
         self.reboot().map_err(|e| e.failure())?;
         Ok(Outcome::Done)
     }
 
-    /// Handles a reset by the guest: makes it now, delays it to keep the rate, or gives the guest up.
+    /// Handles a reset by the guest: makes it now, delays it to keep the rate, or gives up the guest.
     fn on_guest_reset(&mut self) {
         match self.resets.request(Instant::now()) {
-            // A pause stays until its end.
+            // A paused machine is reset when it resumes.
             Reset::At(at) if self.state == State::Paused => self.reset_due = Some(at),
             Reset::At(at) if at <= Instant::now() => {
-                // A failed reboot has already ended the machine, which reports it.
+                // If this fails, it has already ended the machine and reported the failure.
                 let _ = self.reboot();
             }
             Reset::At(at) => {
                 // The other vCPUs still run the boot that has ended: park them until the reset.
                 match self.machine.as_ref().map_or(Ok(()), |machine| machine.stop(IoThreads::LONGEST)) {
-                    // A busy disk has until then.
+                    // A disk may be busy for now. The reset waits for it.
                     Ok(()) | Err(MachineError::IoThread(IoThreadError::Silent(_))) => {
                         self.reset_due = Some(at)
                     }
@@ -312,7 +313,7 @@ impl Process {
     }
 
     pub(super) fn on_vcpu_event(&mut self, event: vcpu::Event) {
-        // Drop events from before the machine was stopped or parked for a reset: that stop or reset answers them.
+        // Drop events from before the machine was stopped or parked for a reset: the stop or reset makes them void.
         if !matches!(self.state, State::Running | State::Paused) || self.reset_due.is_some() {
             return;
         }
@@ -331,9 +332,10 @@ impl Process {
         }
     }
 
-    /// Pauses the machine until there is room: a guest whose writes fail would lose its file system.
+    /// Pauses the machine until there is room: a guest whose writes fail could lose its file system.
     fn on_disk_full(&mut self, disk: String) {
-        // While another disk is busy the machine runs on: this disk tries again, and stalls again.
+        // While another disk is busy, the machine cannot pause. This disk then retries its request, and reports
+        // again.
         if self.state == State::Running && self.park().is_err() {
             return;
         }

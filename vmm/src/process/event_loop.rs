@@ -50,7 +50,7 @@ pub(super) struct Process {
     /// The user id that may control this process: its own.
     owner: u32,
     channel: Option<Connection>,
-    /// Connections that have ended, and that epoll still knows.
+    /// Connections that have ended, but are still registered with epoll.
     closed: Vec<Connection>,
     pub(super) machine: Option<Machine>,
     signals: Option<Signals>,
@@ -61,19 +61,19 @@ pub(super) struct Process {
     console_waiters: Vec<(u64, u64)>,
     /// Ids of [`VmmCommand::Revoke`](protocol::VmmCommand::Revoke) that a relay works on.
     revocations: Vec<u64>,
-    /// Standing refusals of the agent, by adapter.
+    /// Standing denials by the agent, by adapter.
     pub(super) standing: BTreeMap<String, StandingRefusal>,
-    /// Namespaces in the making, for the machine's sandbox. None once a machine has been configured.
+    /// The namespaces that a thread is making for the machine's sandbox. None once a machine has been configured.
     pub(super) namespaces: Option<NewNamespaces>,
     /// Receives the relays' messages, and has the connection by which relays send their requests.
     pub(super) relays: RelayReceiver,
     pub(super) resets: Resets,
-    /// When to make a delayed reset of the guest. The vCPUs are parked until then.
+    /// The time at which to make a delayed reset of the guest. The vCPUs are parked until then.
     pub(super) reset_due: Option<Instant>,
-    /// The begin of the reset that is under way, or was last.
+    /// The beginning of the current reset, or of the last one.
     pub(super) reset_began: Instant,
     ended: Option<Instant>,
-    /// The agent has commanded the end: there is no need to wait until it reads the last event.
+    /// The agent has commanded the end, so the process need not wait until the agent has read the last event.
     pub(super) stop_commanded: bool,
 }
 
@@ -112,7 +112,7 @@ impl Process {
         })
     }
 
-    /// Whether the process may exit: the machine has ended, and the agent has noted it or the time to do so is over.
+    /// Whether the process may exit: the machine has ended, and the agent has noted that or [`LINGER`] has passed.
     pub(super) fn finished(&self) -> bool {
         self.ended.is_some_and(|at| self.stop_commanded || self.events.is_empty() || at.elapsed() > LINGER)
     }
@@ -141,7 +141,7 @@ impl Process {
 
     pub(super) fn emit(&mut self, event: VmmEvent) {
         let seq = self.events.push(event.clone());
-        // An older agent does not know each event, but the states.
+        // An older agent does not know newer events, but it knows all states.
         let since = event.since();
         if self.channel.as_ref().is_some_and(|agent| agent.greeted && agent.version >= since) {
             self.send(&ToAgent::Event { seq, event });
@@ -180,13 +180,13 @@ impl Process {
         }
     }
 
-    /// Treats an agent that does not read as gone; it gets the events when it connects again.
+    /// Drops an agent that does not read. It gets the events when it connects again.
     fn drop_agent(&mut self, error: &ChannelError) {
         tracing::warn!(vm = %self.vm, "The control connection is dropped: {}", chain(error));
         self.disconnect();
     }
 
-    /// Ends the connection, if there is one, with everything that holds only as long as it.
+    /// Ends the connection, if there is one, and drops the state that belongs to it.
     fn disconnect(&mut self) {
         self.relays.set_agent(None);
         self.console_waiters.clear();
@@ -257,8 +257,8 @@ impl Process {
         self.on_vcpu_event(event);
     }
 
-    /// Drops the events that vCPUs raised before they were parked for a reset. The reset answers them; they must not
-    /// end or reset the next boot.
+    /// Drops the events that vCPUs raised before they were parked for a reset. They must not end or reset the next
+    /// boot.
     pub(super) fn forget_vcpu_events(&mut self) {
         if let Some(signals) = &self.signals {
             signals.vcpu_events.try_iter().for_each(drop);
@@ -271,7 +271,7 @@ impl Process {
 
     fn on_relays(&mut self) {
         self.pass_on_relay_messages();
-        // A message that came meanwhile has woken the loop, too.
+        // A message that came meanwhile has already signalled the loop again.
         let _ = self.relays.sent();
     }
 
@@ -279,7 +279,8 @@ impl Process {
         for (adapter, message) in self.relays.drain() {
             match message {
                 RelayMessage::Request(guest_request) => {
-                    // An agent that has not greeted yet does not know the request: the relay has given it up by then.
+                    // Drop a request whose connection has ended, if the next agent has not greeted yet: the relay
+                    // denies it at its deadline.
                     let greeted = self.channel.as_ref().is_some_and(|connection| connection.greeted);
                     if greeted && let Err(error) = self.relays.request(&adapter, &guest_request) {
                         self.drop_agent(&error);
@@ -374,7 +375,8 @@ impl Process {
         for (seq, event) in pending {
             self.send(&ToAgent::Event { seq, event });
         }
-        // From now on relays send requests themselves: those must not overtake the events.
+        // From now on relays send requests themselves. Allow this only after the events, which requests must not
+        // overtake.
         if let Some(connection) = &mut self.channel {
             connection.greeted = true;
             connection.version = version;

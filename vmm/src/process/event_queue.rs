@@ -12,8 +12,8 @@ const KEPT: usize = 256;
 
 /// A bounded queue with sequence numbers.
 ///
-/// Beyond the bound it drops the oldest event, and logs that once. Events that a guest can repeat at will go first.
-/// The last reboot stays, because the agent must act on it.
+/// Beyond the bound it drops the oldest of the events that a guest can repeat at will, otherwise the oldest event.
+/// It keeps the last reboot, because the agent must act on it. Only the first loss is logged.
 #[derive(Debug, Default)]
 pub(super) struct EventQueue {
     queue: VecDeque<(u64, VmmEvent)>,

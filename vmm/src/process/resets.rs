@@ -2,9 +2,9 @@
 
 //! The rate of a guest's resets.
 //!
-//! A reset costs the host: it builds devices and memory anew, and the agent stores it. A kernel that crashes at its
-//! first instruction would cause 1500 resets in a second. So resets have a rate, and a guest that never gets beyond
-//! its start is given up.
+//! A reset costs the host: it resets devices and memory, and the agent stores it. A kernel that crashes at its
+//! first instruction would cause 1500 resets in a second. So resets have a rate, and the vmm gives up a guest that
+//! never gets beyond its start.
 
 use std::time::{Duration, Instant};
 

@@ -15,7 +15,7 @@ use crate::queue::{length, part, read_array};
 /// A hardware address.
 pub type Mac = [u8; 6];
 
-/// The most addresses of a list. A longer list counts as "all addresses", as on adapters.
+/// The most addresses in a list. A longer list counts as "all addresses", as adapters have it.
 pub const MOST_ADDRESSES: usize = 64;
 
 /// A list of addresses.
@@ -49,7 +49,7 @@ pub enum Request {
     Offloads(u64),
 }
 
-/// The request in `buffers`. None if the device does not have it, or its length is wrong.
+/// The request in `buffers`. None if the device does not know it, or its length is wrong.
 #[must_use]
 pub fn decode(buffers: &[VolatileSlice<'_>]) -> Option<Request> {
     let [class, command] = read_array(buffers)?;

@@ -30,7 +30,8 @@ impl Filter {
         Self { address, promiscuous: false, all_multicast: false, unicast: none.clone(), multicast: none }
     }
 
-    /// Whether a frame, from its destination address on, passes. One without an address does not.
+    /// Whether a frame passes. `frame` begins with the destination address; without a complete
+    /// address it does not pass.
     #[must_use]
     pub fn passes(&self, frame: &[u8]) -> bool {
         let Some(destination) = frame.get(..DESTINATION) else { return false };

@@ -8,8 +8,8 @@
 //!   driver ─▶ control queue ──▶ control::decode ──▶ verdict: filter, offloads, queue pairs
 //! ```
 //!
-//! A [`Wire`] is the other side: an interface of the host ([`tap`]). The device's address is fixed.
-//! A driver that asks for another one is refused by an error.
+//! A [`Wire`] is the other side: an interface of the host ([`tap`]). The device's address is fixed. A driver that
+//! requests another address gets an error.
 
 pub mod control;
 pub mod filter;
@@ -73,12 +73,12 @@ const MOST: u32 = 128;
 const READ: usize = HEADER + 6;
 /// The first five bytes of the addresses that bridges must not forward, 01:80:c2:00:00:00 to 0f (IEEE 802.1Q, 8.6.3).
 const RESERVED: [u8; 5] = [0x01, 0x80, 0xc2, 0x00, 0x00];
-/// The time in which one more change of the wire is allowed: the host's kernel makes each under a lock of all its
-/// networks.
+/// The interval at which changes of the wire are allowed: the host's kernel makes each change under a lock that all
+/// of its networks share.
 const PER_CHANGE: Duration = Duration::from_millis(50);
 /// The most changes at once.
 const CHANGES: u32 = 8;
-/// The most frames of an earlier driver that are dropped at a start: more than the host keeps.
+/// The most frames for an earlier driver that are dropped at a start. The host keeps fewer than that.
 const MOST_STALE: u32 = 4096;
 /// The most messages in the log about a failing wire.
 const LOGGED: u64 = 8;
@@ -116,10 +116,10 @@ pub trait Wire: Send {
     /// A source of work for received frames of a pair.
     fn source(&self, pair: usize) -> Option<IoSource>;
 
-    /// Takes one received frame. Returns its length. A longer one is cut.
+    /// Takes one received frame, and returns its length. A frame that is longer than the buffer is cut.
     ///
     /// # Errors
-    /// `WouldBlock` if there is none. Others: there is none, and the interface may be gone.
+    /// `WouldBlock` if there is no frame. After any other error there is no frame, and the interface may be gone.
     fn receive(&mut self, pair: usize, frame: &mut [u8]) -> io::Result<usize>;
 
     /// Sends one frame. The guest may change it meanwhile, behind the destination.
@@ -134,7 +134,7 @@ pub trait Wire: Send {
     /// The interface does not have them.
     fn set_offloads(&mut self, offloads: Offloads) -> io::Result<()>;
 
-    /// Sets the count of pairs that frames are received on, from the first on.
+    /// Sets the number of pairs that receive frames. These are the first ones.
     ///
     /// # Errors
     /// Those of the interface.
@@ -173,7 +173,7 @@ fn count(counter: &AtomicU64, by: u64) {
     counter.fetch_add(by, Ordering::Relaxed);
 }
 
-/// The registers' facts of a device with `pairs` pairs of queues.
+/// The facts that the registers of a device with `pairs` pairs of queues show.
 #[must_use]
 pub fn identity(options: &Options, pairs: usize) -> Identity {
     let pairs = pairs.clamp(1, MAX_PAIRS);
@@ -224,7 +224,7 @@ pub fn configuration(options: &Options, pairs: usize) -> Arc<Configuration> {
     Configuration::new(bytes)
 }
 
-/// The result of a look at the wire.
+/// The result of fetching frames from the wire.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Fetched {
     /// A frame for the driver waits.
@@ -251,7 +251,7 @@ pub struct Net {
     logged: u64,
     /// The offloads and pairs that the wire has. None if they are not known.
     now: (Option<Offloads>, Option<usize>),
-    /// The time at which all changes so far are paid for, one [`PER_CHANGE`] each.
+    /// The time at which the changes so far no longer count, at one [`PER_CHANGE`] each.
     paid: Option<Instant>,
 }
 
@@ -311,8 +311,8 @@ impl Net {
         Fetched::Others
     }
 
-    /// Puts the frame that waits into buffers of the driver. Returns false if there are too few: a
-    /// doorbell follows when there are more.
+    /// Puts the waiting frame into buffers of the driver. Returns false if there are too few. A doorbell follows
+    /// when there are more.
     fn deliver(&mut self, pair: usize, queue: &mut ActiveQueue) -> Result<bool, QueueError> {
         let merge = self.has(VIRTIO_NET_F_MRG_RXBUF);
         let Some(frame) = self.waiting.get_mut(pair) else { return Ok(false) };
@@ -321,7 +321,7 @@ impl Net {
         let mut done = 0;
         while let Some(rest) = frame.get(done..).filter(|rest| !rest.is_empty()) {
             let Some(request) = queue.next(&memory)? else {
-                // The wish for a doorbell comes before the buffers go back: it is about the next ones.
+                // Ask for the doorbell before the buffers go back, because it must ring for the buffers after them.
                 if queue.watch()? {
                     continue;
                 }
@@ -329,7 +329,7 @@ impl Net {
                 return Ok(false);
             };
             let room = length(&request.writable);
-            // No buffer is shorter than a header, and without merging than the frame (5.1.6.3.1).
+            // A buffer must not be shorter than the header or, without merging, than the frame (5.1.6.3.1).
             if room < HEADER as u64 || (!merge && room < rest.len() as u64) {
                 if taken.is_empty() {
                     queue.complete(&request, 0)?;
@@ -497,7 +497,7 @@ impl Engine for Net {
         self.set_offloads(Offloads::of(features));
         // A driver that cannot set the filter gets all frames.
         self.filter.promiscuous = !self.has(VIRTIO_NET_F_CTRL_RX);
-        // Frames of before have the offloads of an earlier driver.
+        // Drop old frames: they have the offloads of an earlier driver.
         for pair in 0..self.pairs {
             for _ in 0..MOST_STALE {
                 if self.wire.receive(pair, &mut self.buffer).is_err() {
@@ -508,7 +508,7 @@ impl Engine for Net {
     }
 
     fn serve(&mut self, index: usize, queue: &mut ActiveQueue) -> Result<bool, QueueError> {
-        // Behind the pairs that the driver knows (5.1.2).
+        // The control queue follows the pairs that the driver knows (5.1.2).
         let control = if self.has(VIRTIO_NET_F_MQ) { 2 * self.pairs } else { 2 };
         match index {
             _ if index == control => serve_in_order(queue, |request| Served::Complete(self.control(request))),

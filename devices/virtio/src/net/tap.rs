@@ -2,9 +2,9 @@
 
 //! The frames of a tap or macvtap interface of the host (`Documentation/networking/tuntap.rst`).
 //!
-//! The interface's files come open, with the header of virtio (`IFF_VNET_HDR`, 12 bytes), and do
-//! not block. So a frame passes between the host's kernel and the guest as it is: the kernel checks
-//! the header.
+//! The caller opens the interface's files with the header of virtio (`IFF_VNET_HDR`, 12 bytes), and
+//! non-blocking. So a frame passes unchanged between the host's kernel and the guest. The kernel
+//! checks the header.
 
 use std::{
     ffi::c_short,
@@ -34,14 +34,15 @@ struct Request {
 #[derive(Debug)]
 pub struct Tap {
     queues: Vec<Arc<OwnedFd>>,
-    /// The queues that take part.
+    /// The number of attached queues.
     attached: usize,
     /// The lock of the interface, if the host has one.
     _lock: Option<OwnedFd>,
 }
 
 impl Tap {
-    /// An interface of these files, all of which are attached. `lock` stays open as long.
+    /// An interface with these files, all of which are attached. `lock` stays open as long as the
+    /// interface.
     #[must_use]
     pub fn new(queues: Vec<File>, lock: Option<OwnedFd>) -> Self {
         let attached = queues.len();

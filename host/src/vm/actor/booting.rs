@@ -13,7 +13,7 @@ use crate::cgroup::CgroupError;
 /// The reason why a machine was not built.
 pub(super) enum NotBuilt {
     Failed(Problem),
-    /// A command to stop or delete the VM came meanwhile, or its lease lapsed; that is under way.
+    /// A command to stop or delete the VM came meanwhile, or its lease lapsed. The end of the VM is under way.
     Unwanted,
 }
 
@@ -36,7 +36,7 @@ impl Actor {
         let files = match self.begin(Some(caller), 0).await {
             Ok(files) => files,
             Err(problem) => {
-                // The status shows the cause until the next boot, for callers that did not ask for this one.
+                // The status shows the cause until the next boot, for clients other than the caller.
                 self.run.cause = Some(boot_failed(&problem));
                 self.progress.end();
                 drop(self.store().await);
@@ -70,7 +70,7 @@ impl Actor {
         self.progress.enter(Stage::OpeningFiles);
         let rights = self.vm.value.boot_rights(caller);
         let files = boot::open_files(&self.env, rights, self.vm.id, &self.vm.value.spec).await?;
-        // Functions that could not be released at an earlier end.
+        // Release functions that could not be released at an earlier end.
         self.give_back().await?;
         self.progress.enter(Stage::ClaimingFunctions);
         self.held = claims::claim(&self.env, self.vm.id, &self.vm.value.spec).await?;
@@ -148,14 +148,13 @@ impl Actor {
         let run = boot::run(&self.env, &self.vm, files, &self.held, new, enter);
         let waited = tokio::select! {
             result = run => Waited::Ran(result),
-            // The death of the vmm ends the wait.
             exit = ended(&mut self.process) => Waited::Died(exit),
             sent = self.inbox.next_end(self.vm.revision) => Waited::Unwanted(sent),
             () = self.tenancy.lapses(&self.env) => Waited::Lapsed,
         };
         let (connection, events) = match waited {
             Waited::Ran(Ok(running)) => running,
-            // The connection of a dying vmm ends just before its process does: the exit has the better cause.
+            // The connection of a dying vmm ends just before its process. Wait for the exit, which shows the cause.
             Waited::Ran(Err(problem)) if problem.code == ProblemCode::VmmFailed => {
                 return Err(match timeout(DYING, ended(&mut self.process)).await {
                     Ok(exit) => crashed(exit, &self.directory),
@@ -184,8 +183,8 @@ impl Actor {
         Ok(())
     }
 
-    /// Carries out a command that ends the VM during its boot: kills the process, and releases the functions after its
-    /// end.
+    /// Carries out a command that ends the VM during its boot. Kills the process, and releases the functions after
+    /// the process has ended.
     async fn end_boot(&mut self, command: Command) {
         match command {
             Command::Act { by, begun, .. } => {
@@ -201,7 +200,7 @@ impl Actor {
         }
     }
 
-    /// Sets the limits of the process, before it has a thread or memory of the guest.
+    /// Sets the limits of the process before it has guest memory or further threads.
     async fn limit(&self) -> Result<(), Problem> {
         let Some(process) = &self.process else { return Ok(()) };
         let (env, vm, pid) = (Arc::clone(&self.env), self.vm.id, process.identity().pid);

@@ -20,7 +20,7 @@ impl Actor {
                     self.misbehave(&chain(&error)).await;
                 }
                 let problem = error.problem();
-                // Log once: the agent tries again and again, and a vmm can give another reason each time.
+                // Log only once: the agent keeps trying, and a vmm can give another reason each time.
                 if self.unreachable.replace(problem.detail.to_string()).is_none() {
                     tracing::warn!(vm = %self.name(), "no connection to its process, which runs on: {problem}");
                 }
@@ -30,7 +30,8 @@ impl Actor {
         self.unreachable = None;
         self.adopt(connection, events).await;
         self.run.boots = greeting.boots;
-        // The mark of a pause that never came would keep a full disk's VM paused for ever.
+        // Clear the mark of a pause that never happened. It would keep the VM paused after a full disk has room
+        // again.
         self.run.pause_asked &= greeting.state == State::Paused;
         self.repeat_limits();
         self.on_state(greeting.state).await;
@@ -51,7 +52,7 @@ impl Actor {
     pub(super) async fn disconnected(&mut self) {
         self.link = None;
         switch_client::disconnected(&self.env, self.vm.id).await;
-        // The console's followers have nothing more to wait for.
+        // Wake the console's followers: no more output comes over this connection.
         self.outlets.console.send_modify(|n| *n = n.wrapping_add(1));
         self.outlets.connection.send_replace(None);
     }
@@ -72,15 +73,15 @@ impl Actor {
             None => self.disconnected().await,
         }
         if self.run.state == VmState::Stopping {
-            // The process is about to end, or never received the command: another process may have taken the connection's
-            // place.
+            // The process is about to end, or never received the command, because another process may have replaced
+            // the agent's connection.
             let soon = Instant::now().checked_add(LAST_WORDS);
             self.deadline = self.deadline.into_iter().chain(soon).min();
         }
     }
 
-    /// Kills a process that violated the protocol: its guest has taken it over, or it is broken. Its later messages are
-    /// ignored.
+    /// Kills a process that violated the protocol, because its guest has taken it over or it is broken. Its later
+    /// messages are ignored.
     async fn misbehave(&mut self, why: &str) {
         tracing::error!(vm = %self.name(), "its process violated the control protocol and is killed: {why}");
         self.misbehaved = Some(format!("Its process violated the control protocol and was killed: {why}."));
@@ -92,14 +93,14 @@ impl Actor {
 
     pub(super) async fn on_event(&mut self, event: MachineEvent) {
         if let Some(why) = self.link.as_ref().and_then(|link| link.connection.fault()) {
-            // The process sent the event before its violation, and it deserves no more trust.
+            // The process sent this event before its violation. Do not trust it any more.
             return self.misbehave(&why).await;
         }
         let MachineEvent { seq, event, rebooted } = event;
         if let Some(rebooted) = rebooted
             && rebooted.await.is_err()
         {
-            // The switch has not noted its part: the vmm repeats the event on the next connection.
+            // The switch has not noted the reboot. The vmm repeats the event on the next connection.
             return;
         }
         if !self.is_known(&event) {
@@ -133,14 +134,14 @@ impl Actor {
     async fn on_machine_event(&mut self, event: VmmEvent) {
         match event {
             VmmEvent::State { state, boots } => {
-                // The states before the first boot are reported with 0, and can be read when it has succeeded already.
+                // Events from before the first boot have the count 0. They can arrive after the boot has succeeded.
                 self.run.boots = self.run.boots.max(boots);
                 self.on_state(state).await;
             }
             VmmEvent::Ended { end } => {
                 self.end = Some(end);
                 self.progress.enter(Stage::EndingProcess);
-                // The process ends by itself now; bound the wait for it.
+                // The process now ends by itself. Limit the wait for it.
                 self.deadline = self.deadline.or(Instant::now().checked_add(STOP));
             }
             VmmEvent::DeviceLost { bdf, why } => self.on_device_lost(&bdf, why).await,
@@ -155,7 +156,7 @@ impl Actor {
             State::Running => VmState::Running,
             State::Paused => VmState::Paused,
             State::Rebooting => VmState::Rebooting,
-            // An end has an event of its own, and the agent itself causes beginnings.
+            // The end has an event of its own, and the agent itself causes the other two states.
             State::Empty | State::Ready | State::Ended => return,
         };
         if self.run.state != state && !self.run.state.is_at_rest() && self.run.state != VmState::Stopping {
@@ -200,7 +201,7 @@ impl Actor {
             && let Some(link) = &self.link
         {
             let connection = link.connection.clone();
-            // The next press, or the end of the wait, follows in any case.
+            // Ignore the result: the next press, or the end of the wait, follows in any case.
             tokio::spawn(async move {
                 drop(connection.command(VmmCommand::PowerButton, Vec::new(), boot::PROMPT).await);
             });
@@ -258,7 +259,7 @@ async fn watch_console(connection: Connection, directory: VmDirectory, grown: Ar
         }
         offset = ring.count().unwrap_or(offset);
         grown.send_modify(|n| *n = n.wrapping_add(1));
-        // The guest chooses the count: however it moves, this loop is slow.
+        // The guest controls the amount of output, so limit the rate of wake-ups.
         sleep(CONSOLE_PACE).await;
     }
 }

@@ -46,7 +46,7 @@ impl Actor {
             if let Err(error) = self.directory.remove() {
                 tracing::warn!(vm = %self.name(), "its run directory cannot be removed: {error}");
             }
-            // The VM last: as long as it is there, the next agent finds the rest.
+            // Remove the VM's record last: as long as it is there, the next agent finds the rest.
             self.env.forget_vm(self.vm.id).await.map_err(|e| e.problem())?;
             reach(Point::DeleteStored);
             Ok(())
@@ -66,7 +66,7 @@ impl Actor {
 
     fn not_deleted(&mut self) {
         self.progress.end();
-        // Without a client it is tried again.
+        // If the VM has no client, the deletion is tried again after a while.
         self.await_client();
         self.publish();
     }

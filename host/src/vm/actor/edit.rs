@@ -10,7 +10,8 @@ use super::*;
 const LIMIT: Duration = Duration::from_secs(5);
 
 impl Actor {
-    /// Replaces the specification. Hidden texts are the stored ones. After an error the old specification stays.
+    /// Replaces the specification. A hidden text keeps its stored value. After an error the old specification
+    /// stays.
     pub(super) async fn edit(
         &mut self,
         caller: &Caller,
@@ -25,7 +26,7 @@ impl Actor {
             return Err(Problem::revision_mismatch(expected, old.revision));
         }
         spec.unmask(Some(&old.value.spec))?;
-        // With the stored texts it may be larger than what was sent.
+        // Check again: with the stored texts the specification may be larger than the caller's.
         spec.check()?;
         if spec == old.value.spec {
             return Ok(());
@@ -47,7 +48,7 @@ impl Actor {
             self.give_back().await?;
             switch_client::attach(&self.env, old.id, &spec).await?;
         } else if let Err(problem) = self.limit_disks(&old.value.spec.disks, &spec.disks).await {
-            // Those before the failure, if there are any.
+            // Restore the limits that were changed before the failure.
             drop(self.limit_disks(&spec.disks, &old.value.spec.disks).await);
             return Err(problem);
         }
@@ -60,7 +61,7 @@ impl Actor {
                 if same_machine {
                     drop(self.limit_disks(&new_disks, &old.value.spec.disks).await);
                 } else if let Err(also) = switch_client::attach(&self.env, old.id, &old.value.spec).await {
-                    // The next boot makes the ports match the specification.
+                    // Only log this: the next boot makes the ports match the specification.
                     tracing::error!(vm = %self.name(), "its ports could not be restored: {also}");
                 }
                 return Err(error.problem());
@@ -91,12 +92,13 @@ impl Actor {
         Ok(())
     }
 
-    /// Repeats the limits of the disks: an agent that has died in the middle of an edit may have left others in the process.
+    /// Sends the limits of the disks again: an agent that died during an edit may have left other limits in the
+    /// process.
     pub(super) fn repeat_limits(&self) {
         let Some(link) = &self.link else { return };
         for command in self.vm.value.spec.disks.iter().map(limits_of) {
             let connection = link.connection.clone();
-            // A process of an older version has none.
+            // Ignore the result: a process of an older version does not know the command.
             tokio::spawn(async move { drop(connection.command(command, Vec::new(), LIMIT).await) });
         }
     }

@@ -51,7 +51,7 @@ impl Actor {
                 match link.events.recv().await {
                     Some(MachineEvent { event: VmmEvent::Ended { end }, .. }) => self.end = Some(end),
                     Some(_) => {}
-                    // The last events of its relays have reached the switch, too.
+                    // By now the last events of the process's relays have reached the switch, too.
                     None => return,
                 }
             }
@@ -165,7 +165,7 @@ impl Actor {
         stages
     }
 
-    /// Shows that the guest is asked to power off, unless that is shown already.
+    /// Shows the operation of a shutdown, unless it is shown already.
     pub(super) fn show_shutdown(&mut self) {
         if self.progress.action() != Some(OperationAction::Shutdown) {
             let mut stages = vec![Stage::AskingGuest];

@@ -1,9 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0
 
-//! VMs that live by a lease: without a client they are stopped and deleted.
+//! Leases: a VM with a lease is stopped and deleted when it has no client.
 //!
-//! The mark `leased` of the run record outlives the agent, and the clients' connections do not: an agent that starts waits for
-//! some time until a client takes the lease again.
+//! The run record's mark `leased` outlives the agent, and the clients' connections do not. After its start, an
+//! agent therefore waits for some time for a client to take the lease again.
 
 use std::{convert::Infallible, sync::atomic::Ordering};
 
@@ -12,17 +12,17 @@ use tokio::time::{Instant, sleep, sleep_until};
 
 use super::{restart::later, *};
 
-/// The clients that a VM lives by.
+/// The clients that hold a VM's lease.
 #[derive(Default)]
 pub(super) struct Tenancy {
     held: Option<Clients>,
-    /// The end of the wait for a client, also as users see it.
+    /// The end of the wait for a client, as an instant and as the time that users see.
     until: Option<(Instant, Timestamp)>,
 }
 
 /// At least one client, as long as the channel is open.
 struct Clients {
-    /// Nothing comes from it but its end, when the last client has dropped its sender.
+    /// No message comes from it. It ends when the last client has dropped its sender.
     gone: mpsc::Receiver<Infallible>,
     client: mpsc::WeakSender<Infallible>,
     /// Dropped at the end of the lease.
@@ -30,8 +30,9 @@ struct Clients {
 }
 
 impl Tenancy {
-    /// Completes when the VM must end: its last client is gone, or none has come in time. Never while the agent is ending: it
-    /// closes the connections of its clients, and they take their leases of the next agent.
+    /// Completes when the VM must end: its last client is gone, or none has come in time. Does not complete while
+    /// the agent shuts down: the agent then closes its clients' connections, and they take their leases from the
+    /// next agent.
     pub(super) async fn lapses(&mut self, env: &Environment) {
         let Self { held, until } = self;
         let gone = async {
@@ -90,7 +91,8 @@ impl Actor {
         if !self.deleting.is_empty() {
             return Err(Problem::not_found(&api::Missing::new("VM", self.vm.id)));
         }
-        // Also while the agent waits for the holder: two commands of one name would both believe to have the VM.
+        // Refuse this even while the agent waits for the holder to reconnect. Otherwise two clients that use the
+        // same name would both hold the VM.
         let taken = self.run.holder.is_some() || self.tenancy.held.is_some();
         if self.run.leased && taken && self.run.holder != terms.holder {
             let name = self.name();
@@ -113,7 +115,8 @@ impl Actor {
         Ok(())
     }
 
-    /// Stores whether the VM lives by a lease: a mark that the next agent does not find would leave it, or end it.
+    /// Stores whether the VM has a lease. With an old mark, the next agent would keep a VM without a client, or
+    /// delete a VM that no longer has a lease.
     async fn set_lease(&mut self, terms: Option<LeaseTerms>) -> Result<(), Problem> {
         let before = (self.run.leased, self.run.holder);
         let after = (terms.is_some(), terms.and_then(|terms| terms.holder));
@@ -138,7 +141,7 @@ impl Actor {
         }
     }
 
-    /// The VM has no client any more: stops and deletes it. If it cannot be deleted, that is tried again.
+    /// Stops and deletes the VM, because it has no client any more. A failed deletion is tried again.
     pub(super) async fn lapse(&mut self) {
         self.tenancy = Tenancy::default();
         if !self.deleting.is_empty() {

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 
-//! The progress of an operation. It is published while the operation lasts, and not stored, so that
-//! a boot waits for nothing more.
+//! The progress of an operation. It is published while the operation lasts. It is not stored, so
+//! that a boot waits for no further write.
 
 use api::types::{OperationAction, Stage, Timestamp, VmOperation, VmSpec};
 use tokio::sync::watch;
@@ -31,14 +31,13 @@ impl Progress {
         self.now.as_ref().map(|now| now.action)
     }
 
-    /// Begins an operation, in place of one that it overtakes. The operation is shown from its
-    /// first stage on.
+    /// Begins an operation, in place of the current one. It is shown from its first stage on.
     pub(super) fn begin(&mut self, action: OperationAction, stages: Vec<Stage>) {
         self.now = Some(UnderWay { action, stages, entered: 0, since: Timestamp::now() });
     }
 
-    /// Replaces the expected stages after the present one. Without an operation the stages become
-    /// one, because the VM has ended by itself.
+    /// Replaces the expected stages after the present one. Without an operation, the VM has ended
+    /// by itself: begins an operation with these stages.
     pub(super) fn follow_with(&mut self, stages: Vec<Stage>) {
         match &mut self.now {
             None => self.begin(OperationAction::Release, stages),

@@ -58,7 +58,7 @@ impl Actor {
         }
     }
 
-    /// Cleans up without a process: the VM is not at rest, or holds claims.
+    /// Cleans up after a VM without a process that is not at rest or holds claims.
     pub(super) async fn put_right(&mut self) {
         let (state, known) = (self.run.state, self.run.process.take());
         if known.is_none() && !state.is_at_rest() {

@@ -14,7 +14,7 @@ pub(super) struct Due {
     attempts: u32,
 }
 
-/// Completes at the time of the next boot; never without one.
+/// Completes at the time of the next boot. Never completes if none is planned.
 pub(super) async fn due(due: &Option<Due>) {
     match due {
         Some(due) => tokio::time::sleep_until(due.at).await,
@@ -59,10 +59,10 @@ impl Actor {
         match self.run.restart.next {
             Some(next) if self.run.rested_in.as_deref() == Some(boot) => {
                 let delay = Duration::from_millis(next.unix_ms().saturating_sub(Timestamp::now().unix_ms()));
-                // The clock may have been set meanwhile.
+                // The clock may have been changed meanwhile, so limit the delay.
                 self.arm(delay.min(self.env.backoff.most), self.run.restart.attempts.saturating_add(1));
             }
-            // The host's restart ended a VM that was to be kept running; `autostart` is for that.
+            // No boot is planned, or the host has restarted since: then only `autostart` boots the VM.
             _ => self.cancel_restart(),
         }
     }
@@ -96,7 +96,7 @@ impl Actor {
             },
             Err(problem) => problem,
         };
-        // No boot was begun: the VM is still at rest, for another reason now.
+        // The boot did not begin: the VM is still at rest, now with another cause.
         self.progress.end();
         self.fail(result);
         self.run.restart = RestartStatus { attempts, next: None };
@@ -126,9 +126,9 @@ fn restarts(policy: RestartPolicy, run: &RunRecord, end: VmState, cause: Option<
         RestartPolicy::Always => true,
     };
     let asked = match run.asked {
-        // The agent ends and stopped it.
+        // The agent stopped the VM when it shut down.
         Some(Asked::Agent) => true,
-        // A guest that fails after a request to power off has not done as requested.
+        // A guest that fails after a request to power off has not carried out the request.
         Some(Asked::User) => run.state == VmState::Stopping || end == VmState::Stopped,
         None => false,
     };

@@ -7,28 +7,29 @@ use tokio::task::JoinHandle;
 use super::*;
 use crate::disks::{self, Directories};
 
-/// The shortest time between two looks at a file system, and between two attempts to go on.
+/// The shortest time between two checks of a file system, and between two attempts to resume a VM.
 const LOOK: Duration = Duration::from_secs(3);
-/// The time after which a VM tries to go on in any case: not each obstacle shows in the room, a quota for example.
+/// The time after which a VM is resumed in any case: some limits, such as a quota, do not show in the free space.
 const AGAIN: Duration = Duration::from_secs(60);
-/// Room in bytes with which a VM tries to go on.
+/// The free space in bytes with which a VM is resumed.
 const ENOUGH: u64 = 1 << 20;
 
 /// The agent's wait for room.
 #[derive(Debug, Default)]
 pub(super) struct Room {
     patience: Patience,
-    /// The look that is under way. It can hang, as its file system can.
+    /// The check that is under way. It can hang, because its file system can.
     look: Option<JoinHandle<Option<u64>>>,
     looked: Option<Instant>,
-    /// The last line in the log: a guest can be out of room again and again.
+    /// The time of the last line in the log: a guest can run out of room again and again.
     logged: Option<Instant>,
 }
 
-/// Decides when a VM tries to go on. A guest can be in want of room again at once, so attempts get rarer.
+/// Decides when to resume a VM. A guest can run out of room again at once, so the pauses between attempts get
+/// longer.
 #[derive(Debug, Default)]
 struct Patience {
-    /// The begin of the present wait.
+    /// The beginning of the present wait.
     since: Option<Instant>,
     /// The last attempt.
     tried: Option<Instant>,
@@ -37,7 +38,7 @@ struct Patience {
 }
 
 impl Patience {
-    /// The VM waits, perhaps since an earlier call.
+    /// Notes that the VM waits. It may have waited since an earlier call.
     fn wait(&mut self, now: Instant) {
         if self.since.is_none() {
             self.since = Some(now);
@@ -46,12 +47,12 @@ impl Patience {
         }
     }
 
-    /// The VM does not wait.
+    /// Notes that the VM does not wait.
     fn end(&mut self) {
         self.since = None;
     }
 
-    /// Whether the VM tries to go on now, with this room in bytes. Call [`Self::wait`] before.
+    /// Whether to resume the VM now, with this free space in bytes. Call [`Self::wait`] before.
     fn is_due(&mut self, room: Option<u64>, now: Instant) -> bool {
         let pause = LOOK.saturating_mul(2_u32.saturating_pow(self.in_vain)).min(AGAIN);
         let elapsed = |moment: Option<Instant>| moment.map(|moment| now.saturating_duration_since(moment));
@@ -61,7 +62,7 @@ impl Patience {
         let waited = elapsed(self.since.max(self.tried)).unwrap_or_default();
         let due = room.is_some_and(|room| room >= ENOUGH) || waited >= AGAIN;
         if due {
-            // A new wait begins if this is in vain, also between two looks.
+            // If the attempt fails, a new wait begins, even between two checks.
             (self.tried, self.since) = (Some(now), None);
         }
         due
@@ -90,7 +91,7 @@ impl Actor {
         }
     }
 
-    /// The VM goes on: it has room, or tries.
+    /// Forgets the full disk, because the VM runs again.
     pub(super) fn forget_full(&mut self) {
         if self.run.full.take().is_some() {
             self.run.cause = None;
@@ -109,7 +110,7 @@ impl Actor {
         (!self.run.pause_asked && self.link.is_some()).then(|| self.written(disk))
     }
 
-    /// Looks for room, and lets the VM go on if there is some. Called at each tick.
+    /// Checks for room, and resumes the VM if there is some. Called at each tick.
     pub(super) async fn look_for_room(&mut self) {
         let Some(path) = self.waits_for() else { return self.room.patience.end() };
         let now = Instant::now();
@@ -119,7 +120,7 @@ impl Actor {
             if self.room.patience.is_due(room, now) {
                 tracing::debug!(vm = %self.name(), ?room, "it goes on: its disk may have room");
                 let (done, _) = oneshot::channel();
-                // Without a connection the next tick does it.
+                // If this fails, a later tick tries again.
                 drop(self.command(VmAction::Resume, VmmCommand::Run, done));
             }
         }

@@ -25,8 +25,8 @@ impl StateMachine {
         self.finish(message, &Response::ResetFailed, Disposition::Failed);
     }
 
-    /// Denies a request without a verdict, because the authority is away or late. A reset succeeds: it was carried out,
-    /// and the PF's reply has the address.
+    /// Denies a request without a verdict, because the authority is away or late. A reset succeeds, because the PF
+    /// has already carried it out and its reply has the address.
     pub(super) fn unreachable(
         &mut self,
         message: &Message,
@@ -83,7 +83,7 @@ impl StateMachine {
         }
     }
 
-    /// Nacks a message that is no request.
+    /// Nacks a message that is not a request.
     pub(super) fn answer_plainly(&mut self, message: &Message, end: Disposition) {
         let outcome = Outcome { accepted: false, clear_to_send: self.cts };
         self.finish(message, &Response::Result { outcome, from_pf: None }, end);
@@ -110,7 +110,8 @@ impl StateMachine {
             match end {
                 // The caller notes the guest address.
                 Disposition::Equal => {}
-                // The authority cannot know whether a denial was silent: after a reset the relay nacks.
+                // The authority cannot know whether the guest saw success: right after a reset, the relay nacks
+                // even a silent denial.
                 Disposition::DeniedSilently => self.note_guest_mac(*mac),
                 _ if accepted => self.guest = Some(*mac),
                 _ => {}

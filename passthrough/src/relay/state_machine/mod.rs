@@ -105,7 +105,8 @@ pub(crate) struct StateMachine {
     channel: MailboxChannel,
     work: Work,
     cts: bool,
-    /// The PF has forgotten this VF and the guest does not know yet. The relay signals it when the PF's reset is over.
+    /// The PF has forgotten this VF, and the guest does not know yet. The relay signals this when the PF's reset is
+    /// over.
     lost: bool,
     effective: Option<MacAddress>,
     /// The address that the guest uses, as far as the authority knows.
@@ -195,7 +196,7 @@ impl StateMachine {
         if inbox.hint {
             self.next_look = self.now();
         }
-        // The verdict comes before the commands: its grant is older than the changes that they revoke.
+        // Handle the verdict before the commands, because they may revoke the change that it grants.
         if let Some(verdict) = inbox.verdict {
             self.decided(verdict);
         }
@@ -347,7 +348,7 @@ impl StateMachine {
                 return self.protocol(&message, &step);
             }
             Err(Malformed::Answer(_)) => {
-                // As the PF does: acknowledge it, send no reply.
+                // Do as the PF does: acknowledge the message, and send no reply.
                 self.refusals.add(Reason::MalformedMessage, message.word(), None);
                 self.finish(&message, &Response::Acknowledgement, Disposition::Malformed);
                 return;

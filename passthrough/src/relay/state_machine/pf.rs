@@ -143,8 +143,9 @@ impl StateMachine {
         }
     }
 
-    /// Sets the effective address, and makes a guest with another address reset. A guest that already has it goes on: a
-    /// restarting agent repeats changes that were under way, such as the return to the initial address at a reboot.
+    /// Sets the effective address, and makes a guest with another address reset. A guest that already has this
+    /// address is left alone: a restarting agent repeats changes that were under way, such as the return to the
+    /// initial address at a reboot.
     fn address_is(&mut self, mac: MacAddress) {
         let moved = self.effective.replace(mac).is_some_and(|old| old != mac);
         if moved && self.guest.is_some_and(|guest| guest != mac) && !self.is_resetting() {
@@ -169,7 +170,7 @@ impl StateMachine {
     pub(super) fn revoke(&mut self, id: u64, changes: Vec<Change>) {
         let mut failed = Vec::new();
         for change in changes {
-            // Once the PF does not answer, waiting for the remaining changes would only stall the guest.
+            // If the PF no longer answers, waiting for the remaining changes would only stall the guest.
             let outcome = match self.effective.filter(|_| self.cts) {
                 Some(mac) => {
                     let sent = self.channel.send_change(&change, mac, self.config.exchange_limit);
@@ -212,7 +213,7 @@ impl StateMachine {
         }
         let tell = self.lost && !seen.resetting;
         if tell {
-            // Not earlier: a guest's reset before the end of the PF's reset would fail.
+            // Wait for the end of the PF's reset, because a guest's reset before that would fail.
             state.registers.lost_clear_to_send();
         }
         drop(state);

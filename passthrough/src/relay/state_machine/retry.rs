@@ -60,7 +60,7 @@ impl Undecided {
         }
     }
 
-    /// Forgets everything: a guest that starts over sets its lists again.
+    /// Forgets all requests: a guest that starts again sets its lists again.
     pub(super) fn forget(&mut self) {
         *self = Self { asked: self.asked, ..Self::default() };
     }
@@ -117,7 +117,7 @@ impl StateMachine {
             Request::AddUnicastFilter(mac) => self.undecided.unicast.retain(|one| one != mac),
             _ => self.undecided.multicast = None,
         }
-        // The remaining requests need not wait.
+        // The authority decides again, so do not delay the remaining requests.
         self.undecided.at = self.now();
         match decision {
             Decision::Grant { how: How::Local } => {}
