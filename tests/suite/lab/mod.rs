@@ -27,7 +27,7 @@ const CMDLINE: &str = "console=ttyS0 quiet panic=-1 portcullis.noecho";
 /// its kernel, on moving it to a random address and on mitigations of faults that it does not have, and a quarter on tests
 /// of the kernel's own ciphers, on splitting its pages by their rights, and on parts that no test uses.
 const FAST: &str = "mitigations=off nokaslr rodata=off cryptomgr.notests initcall_blacklist=crypto_kdf108_init,\
-    jent_mod_init,bpf_tcp_ca_kfunc_init,bpf_dummy_struct_ops_init,load_system_certificate_list,init_encrypted,\
+    jent_mod_init,bpf_tcp_ca_kfunc_init,bpf_dummy_struct_ops_init,init_encrypted,\
     trace_eval_init";
 
 /// A VM that boots Debian's kernel into busybox, without any device, fast.
