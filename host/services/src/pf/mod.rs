@@ -149,6 +149,11 @@ impl Threads {
         threads.insert(pf.to_owned(), Inbox { generation, commands });
         Ok(generation)
     }
+
+    /// Ends the thread of a PF that is gone. A PF that came back meanwhile has a thread of its own, which goes on.
+    fn end(&self, pf: &str, generation: u64) {
+        self.of_pfs().retain(|name, inbox| name != pf || inbox.generation != generation);
+    }
 }
 
 impl PfHandle {
@@ -173,8 +178,7 @@ impl PfHandle {
         let generation = self.0.tell(pf, command(reply))?;
         let result = answer.await.map_err(|_| PfFailure::Closed)?;
         if is_gone(&result) {
-            // A PF that came back meanwhile has a thread of its own.
-            self.0.of_pfs().retain(|name, inbox| name != pf || inbox.generation != generation);
+            self.0.end(pf, generation);
         }
         result
     }

@@ -116,3 +116,20 @@ async fn a_pf_that_goes_away_while_it_hangs_ends_its_thread_after_its_commands()
     stuck.await.unwrap().unwrap_err();
     until_threads(&handle, 0).await;
 }
+
+#[tokio::test]
+async fn a_late_command_of_a_pf_does_not_end_the_thread_of_its_successor() {
+    let pfs = FakePfs::new(&["eth0"]);
+    let handle = PfHandle::start(pfs.clone()).unwrap();
+    let generation = || handle.0.of_pfs()["eth0"].generation;
+    handle.read("eth0").await.unwrap();
+    let former = generation();
+    let pf = pfs.world().pfs.remove("eth0").unwrap();
+    handle.list().await.unwrap();
+    pfs.world().pfs.insert("eth0".into(), pf);
+    handle.read("eth0").await.unwrap();
+    handle.0.end("eth0", former);
+    until_threads(&handle, 1).await;
+    handle.0.end("eth0", generation());
+    until_threads(&handle, 0).await;
+}
