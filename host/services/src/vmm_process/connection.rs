@@ -294,6 +294,14 @@ impl Connection {
         }
     }
 
+    /// Sends a command ahead of any later one, without its outcome. A vmm that is too old or busy does not get it.
+    pub fn post(&self, command: VmmCommand) {
+        if command.since() <= self.version {
+            let (reply, _) = oneshot::channel();
+            drop(self.requests.try_send(Request::Command { command, fds: Vec::new(), reply }));
+        }
+    }
+
     /// The vmm's violation of the protocol; None if there was none. Such a vmm must not be trusted any more.
     #[must_use]
     pub fn fault(&self) -> Option<String> {

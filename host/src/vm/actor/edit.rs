@@ -93,13 +93,11 @@ impl Actor {
     }
 
     /// Sends the limits of the disks again: an agent that died during an edit may have left other limits in the
-    /// process.
+    /// process. A later edit's command comes behind these.
     pub(super) fn repeat_limits(&self) {
         let Some(link) = &self.link else { return };
         for command in self.vm.value.spec.disks.iter().map(limits_of) {
-            let connection = link.connection.clone();
-            // Ignore the result: a process of an older version does not know the command.
-            tokio::spawn(async move { drop(connection.command(command, Vec::new(), LIMIT).await) });
+            link.connection.post(command);
         }
     }
 }
