@@ -162,6 +162,8 @@ pub struct Block {
     inbox: remote::Inbox,
     /// A request waits for room on the host's file system.
     stalled: bool,
+    /// That request has paid its limit.
+    paid: bool,
     /// Reports that to the machine.
     on_full: Box<dyn Fn() + Send>,
 }
@@ -217,9 +219,9 @@ impl Block {
         let (timer, begun) = (IoTimer::new()?, Instant::now());
         let mut limiter = Limiter::default();
         limiter.set(options.limits);
-        let (features, stalled) = (0, false);
+        let (features, stalled, paid) = (0, false, false);
         let block =
-            Self { disk, options, counters, features, limiter, timer, begun, inbox, stalled, on_full };
+            Self { disk, options, counters, features, limiter, timer, begun, inbox, stalled, paid, on_full };
         Ok((block, remote))
     }
 
@@ -240,11 +242,12 @@ impl Block {
             Err(Failed::Error) => (VIRTIO_BLK_S_IOERR, 0),
             Err(Failed::Unsupported) => (VIRTIO_BLK_S_UNSUPP, 0),
             Err(Failed::Full) => {
-                self.stalled = true;
+                (self.stalled, self.paid) = (true, true);
                 (self.on_full)();
                 return Served::Later;
             }
         };
+        self.paid = false;
         write_bytes(&part(&request.writable, room, 1), &[u8::try_from(status).unwrap_or(1)]);
         // The count includes all up to the status, which is the last byte (2.7.8.2: an upper bound
         // only if all of it was written).
@@ -254,7 +257,7 @@ impl Block {
     /// Charges a request to its limits, with `sent` bytes of the driver and `room` bytes for data of the
     /// device. Returns false if it has to wait: the timer is set then.
     fn may_begin(&mut self, header: Option<Header>, sent: u64, room: u64) -> bool {
-        if self.limiter.is_unlimited() {
+        if self.paid || self.limiter.is_unlimited() {
             return true;
         }
         let bytes = match header.map(|header| header.kind) {
@@ -336,8 +339,8 @@ impl Block {
                         return Err(Failed::Unsupported);
                     }
                     let unmap = may_discard && flags != 0;
-                    self.limiter.owe(self.begun.elapsed(), Cost { bytes: len, operations: 0 });
                     self.timed(|disk| disk.write_zeroes(offset, len, unmap))?;
+                    self.limiter.owe(self.begun.elapsed(), Cost { bytes: len, operations: 0 });
                 }
                 self.write_through()?;
                 count(&counters.writes, 1);
@@ -443,7 +446,7 @@ impl Engine for Block {
 
     fn stop(&mut self) {
         self.features = 0;
-        self.stalled = false;
+        (self.stalled, self.paid) = (false, false);
         // The machine's reset drops events, and with them the news of other limits.
         self.wake(0);
     }

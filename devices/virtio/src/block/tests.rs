@@ -355,6 +355,21 @@ fn a_request_without_room_waits_until_the_machine_runs_again() {
 }
 
 #[test]
+fn a_request_that_waited_for_room_pays_its_limit_once() {
+    let limits = Limits { bytes: None, operations: Some(Rate { per_second: 1, burst: 1 }) };
+    let (mut driver, disk, ..) = commanded(Options { limits, ..options() }, FLUSH);
+    disk.medium().fail = Some(io::ErrorKind::StorageFull);
+    driver.write(HEADER_AT, &[&4_u32.to_le_bytes()[..], &[0; 12]].concat());
+    driver.send(&[(HEADER_AT, 16, false), (STATUS_AT, 1, true)]);
+    assert_eq!(driver.returned(), None);
+    disk.medium().fail = None;
+    driver.function.resume();
+    assert_eq!((driver.returned(), driver.read(STATUS_AT, 1)), (Some((0, 1)), vec![OK]));
+    driver.send(&[(HEADER_AT, 16, false), (STATUS_AT, 1, true)]);
+    assert_eq!(driver.returned(), None, "the next one waits");
+}
+
+#[test]
 fn a_reset_ends_the_wait_for_room() {
     let (mut driver, disk, _) = driver(options(), FLUSH);
     disk.medium().fail = Some(io::ErrorKind::StorageFull);
