@@ -193,6 +193,7 @@ impl Shared {
         state.inbox.verdict = None;
         state.inbox.vf_reset = false;
         state.inbox.function_reset = true;
+        drop(state);
         self.wake.notify_one();
     }
 
@@ -215,6 +216,7 @@ impl Shared {
         // The command may change the state that the permit relies on.
         state.permit = None;
         state.inbox.commands.push_back(command);
+        drop(state);
         self.wake.notify_one();
         None
     }
