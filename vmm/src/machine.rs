@@ -298,13 +298,13 @@ impl Machine {
         Ok(self.vcpus.run()?)
     }
 
-    /// Stops the vCPUs at an instruction boundary, and then the devices.
+    /// Stops the vCPUs at an instruction boundary, and then the devices. Waits the time `within` for I/O threads.
     ///
     /// # Errors
     /// A vCPU or an I/O thread does not answer, or an I/O thread has ended. After
     /// [`IoThreadError::Silent`] the machine runs on.
-    pub fn park(&self) -> Result<(), MachineError> {
-        let result = self.stop(IoThreads::LONGEST);
+    pub fn park(&self, within: Duration) -> Result<(), MachineError> {
+        let result = self.stop(within);
         if let Err(MachineError::IoThread(IoThreadError::Silent(_))) = result {
             self.run()?;
         }

@@ -15,8 +15,8 @@
 //! | 0x10 | data | its data; a write connects the interrupt |
 //! | 0x14 | place | 0 or 1: which of the next two registers is the doorbell |
 //! | 0x18 | missed | writes in this boot to a doorbell's register that rang nothing |
-//! | 0x1c | fault | a write makes the I/O thread hang (1), panic (2) or compute for 3 s (3)
-//! at the next doorbell |
+//! | 0x1c | fault | a write makes the I/O thread hang (1), panic (2), compute for 3 s (3), or report
+//! a full disk and compute for 5 s (4) at the next doorbell |
 //! | 0x20, 0x24 | doorbell | |
 //!
 //! Port 0x640 is a second doorbell, for the value 7 alone. It reads as the lowest byte of the
@@ -45,6 +45,7 @@ use devices::{
 };
 
 use super::{Board, BoardError, Parts};
+use crate::vcpu::{Event, Events};
 
 /// The name of its file.
 pub(crate) const FILE: &str = "probe";
@@ -68,6 +69,7 @@ const FAULT: u64 = 0x1c;
 const HANG: u32 = 1;
 const PANIC: u32 = 2;
 const SLOW: u32 = 3;
+const FULL: u32 = 4;
 const DOORBELLS: [u64; 2] = [0x20, 0x24];
 
 /// Builds the device, if the machine has it.
@@ -76,13 +78,14 @@ pub(super) fn build(_: &Board, parts: &mut Parts<'_>) -> Result<Vec<Arc<dyn Devi
     if log.is_none() && !parts.spec.cmdline.split_ascii_whitespace().any(|word| word == WORD) {
         return Ok(Vec::new());
     }
-    let probe = Probe::new(log, parts.doorbells(), parts.router());
+    let probe = Probe::new(log, Arc::clone(parts.events), parts.doorbells(), parts.router());
     let failed = |error: io::Error| BoardError::Device { device: FILE.to_owned(), source: error.into() };
     Ok(vec![Arc::new(probe.map_err(failed)?)])
 }
 
 struct Probe {
     log: Option<File>,
+    events: Arc<Events>,
     doorbells: Arc<dyn Doorbells>,
     router: Arc<dyn MsiRouter>,
     route: RouteId,
@@ -103,6 +106,11 @@ struct Registers {
     fault: u32,
 }
 
+fn compute(time: Duration) {
+    let end = Instant::now() + time;
+    while Instant::now() < end {}
+}
+
 fn in_memory(place: usize) -> Doorbell {
     let offset = DOORBELLS.get(place).copied().unwrap_or_default();
     Doorbell { space: Space::Memory, address: MEMORY.start.saturating_add(offset), ring: Ring::Any }
@@ -113,13 +121,18 @@ fn on_port() -> Doorbell {
 }
 
 impl Probe {
-    fn new(log: Option<File>, doorbells: Arc<dyn Doorbells>, router: Arc<dyn MsiRouter>) -> io::Result<Self> {
+    fn new(
+        log: Option<File>,
+        events: Arc<Events>,
+        doorbells: Arc<dyn Doorbells>,
+        router: Arc<dyn MsiRouter>,
+    ) -> io::Result<Self> {
         let rung = [IoEvent::new()?, IoEvent::new()?];
         for (doorbell, event) in [in_memory(0), on_port()].into_iter().zip(&rung) {
             doorbells.connect(doorbell, event.eventfd())?;
         }
         let (route, interrupt) = (router.allocate()?, IoEvent::new()?);
-        Ok(Self { log, doorbells, router, route, interrupt, rung, registers: Mutex::default() })
+        Ok(Self { log, events, doorbells, router, route, interrupt, rung, registers: Mutex::default() })
     }
 
     fn registers(&self) -> MutexGuard<'_, Registers> {
@@ -166,9 +179,10 @@ impl Device for Probe {
                 HANG => loop {
                     thread::park();
                 },
-                SLOW => {
-                    let end = Instant::now() + Duration::from_secs(3);
-                    while Instant::now() < end {}
+                SLOW => compute(Duration::from_secs(3)),
+                FULL => {
+                    self.events.send(Event::DiskFull { disk: FILE.to_owned() });
+                    compute(Duration::from_secs(5));
                 }
                 PANIC => resume_unwind(Box::new("a fault that the guest has ordered")),
                 _ => {}

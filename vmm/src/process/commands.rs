@@ -34,6 +34,8 @@ const INPUT_MAX: usize = 1024;
 const BUSY: Duration = Duration::from_secs(if cfg!(test) { 4 } else { 300 });
 /// The time of one check for the end of such a request. The event loop serves nothing else meanwhile.
 const LOOK: Duration = Duration::from_millis(50);
+/// The time between two attempts to pause the machine for a full disk.
+const PAUSE_AGAIN: Duration = Duration::from_secs(1);
 
 fn failure(code: FailureCode, detail: impl Into<String>) -> Failure {
     Failure { code, detail: detail.into() }
@@ -201,15 +203,15 @@ impl Process {
             State::Running => {}
             _ => return Err(self.wrong_state("pause")),
         }
-        self.park()?;
+        self.park(IoThreads::LONGEST)?;
         self.enter(State::Paused);
         Ok(Outcome::Done)
     }
 
-    /// Stops the machine. If a disk is busy, this fails and the machine runs on. Any other failure ends the
-    /// machine, because only a part of it has stopped.
-    fn park(&mut self) -> Result<(), Failure> {
-        let Err(error) = self.machine()?.park() else { return Ok(()) };
+    /// Stops the machine. If a disk is busy for the time `within`, this fails and the machine runs on. Any other failure
+    /// ends the machine, because only a part of it has stopped.
+    fn park(&mut self, within: Duration) -> Result<(), Failure> {
+        let Err(error) = self.machine()?.park(within) else { return Ok(()) };
         let failure = error.failure();
         if !matches!(error, MachineError::IoThread(IoThreadError::Silent(_))) {
             self.end(End::Failed { detail: failure.detail.clone() });
@@ -232,7 +234,7 @@ impl Process {
             return Err(self.wrong_state("reboot"));
         }
         // If a disk stays busy, this fails and the guest runs on.
-        self.park()?;
+        self.park(IoThreads::LONGEST)?;
         self.reboot().map_err(|e| e.failure())?;
         Ok(Outcome::Done)
     }
@@ -282,6 +284,7 @@ impl Process {
     /// failure ends the machine.
     fn reboot(&mut self) -> Result<(), MachineError> {
         self.reset_due = None;
+        self.full = None;
         let first = self.state != State::Rebooting;
         if first {
             self.reset_began = Instant::now();
@@ -334,9 +337,20 @@ impl Process {
 
     /// Pauses the machine until there is room: a guest whose writes fail could lose its file system.
     fn on_disk_full(&mut self, disk: String) {
-        // While another disk is busy, the machine cannot pause. This disk then retries its request, and reports
-        // again.
-        if self.state == State::Running && self.park().is_err() {
+        // A machine that runs on lets its full disk try again, which stalls again and sends another event.
+        if self.full.is_none() {
+            self.full = Some((disk, Instant::now()));
+            self.make_due_pause();
+        }
+    }
+
+    /// Pauses the machine for a full disk once it is time. While another disk is busy the machine runs on, and commands are
+    /// not held up.
+    pub(super) fn make_due_pause(&mut self) {
+        let Some((disk, _)) = self.full.take_if(|(_, due)| *due <= Instant::now()) else { return };
+        if self.state == State::Running && self.park(LOOK).is_err() {
+            // Any other failure has ended the machine.
+            self.full = (self.state == State::Running).then(|| (disk, Instant::now() + PAUSE_AGAIN));
             return;
         }
         self.emit(VmmEvent::DiskFull { disk });

@@ -72,6 +72,8 @@ pub(super) struct Process {
     pub(super) reset_due: Option<Instant>,
     /// The beginning of the current reset, or of the last one.
     pub(super) reset_began: Instant,
+    /// A full disk for which the machine is to be paused, and when to try.
+    pub(super) full: Option<(String, Instant)>,
     ended: Option<Instant>,
     /// The agent has commanded the end, so the process need not wait until the agent has read the last event.
     pub(super) stop_commanded: bool,
@@ -107,6 +109,7 @@ impl Process {
             resets: Resets::new(Instant::now()),
             reset_due: None,
             reset_began: Instant::now(),
+            full: None,
             ended: None,
             stop_commanded: false,
         })
@@ -122,8 +125,9 @@ impl Process {
             return 1000;
         }
         // A paused machine keeps its delayed reset until it runs again.
-        let due = self.reset_due.filter(|_| matches!(self.state, State::Running | State::Rebooting));
-        due.map_or(-1, |due| {
+        let reset = self.reset_due.filter(|_| matches!(self.state, State::Running | State::Rebooting));
+        let full = self.full.as_ref().map(|(_, due)| *due);
+        reset.into_iter().chain(full).min().map_or(-1, |due| {
             let left = due.saturating_duration_since(Instant::now()).as_millis();
             i32::try_from(left).unwrap_or(i32::MAX).saturating_add(1)
         })
@@ -160,6 +164,7 @@ impl Process {
         }
         self.machine = None;
         self.reset_due = None;
+        self.full = None;
         self.state = State::Ended;
         self.ended = Some(Instant::now());
         reach(Point::VmmStopped);

@@ -78,6 +78,7 @@ fn serve(listener: Listener, vm: Uuid, started: Instant) -> Result<(), ServeErro
     loop {
         let process = events.subscriber_mut(id)?;
         process.make_due_reset();
+        process.make_due_pause();
         if process.finished() {
             process.take_down();
             return Ok(());

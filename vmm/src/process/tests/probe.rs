@@ -8,7 +8,7 @@ use super::*;
 use crate::board::probe::{FILE, THREAD};
 
 // Prints a character for each thing that works, and a new line. Then waits for a character on the
-// serial port: 'r' resets, 'q' powers off. '0' to '3' becomes the fault of the I/O thread, rings
+// serial port: 'r' resets, 'q' powers off. '0' to '4' becomes the fault of the I/O thread, rings
 // the doorbell, and is printed.
 core::arch::global_asm!(
     ".pushsection .rodata",
@@ -78,7 +78,7 @@ core::arch::global_asm!(
     "  mov dword ptr [ebx + 0x24], 1",
     "  mov al, 0xfe",
     "  out 0x64, al",
-    "4: cmp al, '3'",
+    "4: cmp al, '4'",
     "  ja 6f",
     "  movzx ecx, al",
     "  sub ecx, '0'",
@@ -198,6 +198,31 @@ fn a_reset_of_the_guest_waits_for_a_busy_i_o_thread() {
     vm.command(VmmCommand::ConsoleInput { bytes: b"q".to_vec() }, &[]).unwrap();
     vm.wait_for(|event| matches!(event, VmmEvent::Ended { end: End::PoweredOff }));
     vm.exit();
+}
+
+/// The agent revokes rights within 5 s, whatever the disks do.
+#[test]
+fn a_full_disk_beside_a_busy_one_holds_up_no_command() {
+    let log = tempfile::tempfile().unwrap();
+    let mut vm = Fixture::new();
+    vm.configure_with(&guest!(guest_probe, guest_probe_end), vec![], &[(FILE, &log)]).unwrap();
+    vm.command(VmmCommand::Run, &[]).unwrap();
+    vm.wait_for_output(BOOT);
+    vm.command(VmmCommand::ConsoleInput { bytes: b"4".to_vec() }, &[]).unwrap();
+    vm.wait_for_output(&[BOOT, "4"].concat());
+    let begun = Instant::now();
+    let mut longest = Duration::ZERO;
+    while begun.elapsed() < Duration::from_secs(4) {
+        let asked = Instant::now();
+        vm.command(VmmCommand::Stats, &[]).unwrap();
+        longest = longest.max(asked.elapsed());
+    }
+    assert!(longest < Duration::from_secs(1), "{longest:?}");
+    assert!(!vm.events.iter().any(|event| matches!(event, VmmEvent::DiskFull { .. })), "the machine runs on");
+    vm.wait_for(|event| matches!(event, VmmEvent::DiskFull { .. }));
+    vm.wait_for(|event| matches!(event, VmmEvent::State { state: State::Paused, .. }));
+    vm.command(VmmCommand::Stop, &[]).unwrap();
+    vm.process.take().unwrap().join().unwrap();
 }
 
 #[test]
