@@ -22,7 +22,7 @@ use crate::fixture::{
 const COUNT: usize = 200;
 /// Series of denials, of which the best counts: the machine under the lab takes its processors away for milliseconds,
 /// sometimes for tens of them, which is no property of the denial.
-const SERIES: usize = 3;
+const SERIES: usize = 5;
 
 /// QEMU's median on an otherwise idle machine, in us.
 const USUAL: u64 = 300;
