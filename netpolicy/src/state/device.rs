@@ -35,8 +35,8 @@ impl SwitchState {
 
     /// Begins changes. From now on no other port is granted their addresses, and
     /// [`revocations_for_reboot`](Self::revocations_for_reboot) counts them as made. If one [needs
-    /// trust](Change::needs_trust), the VF counts as trusted until it is bound again, even if the change fails. Ends with [`commit`](Self::commit) or
-    /// [`abort`](Self::abort).
+    /// trust](Change::needs_trust), the VF counts as trusted until it is bound again, even if the change fails. Ends
+    /// with [`commit`](Self::commit) or [`abort`](Self::abort).
     ///
     /// # Errors
     /// No such port, changes are pending already, or an address has been granted to another port meanwhile.

@@ -193,8 +193,8 @@ impl SwitchState {
         Ok(baseline)
     }
 
-    /// Prepares a new boot of the VM on the same VF. Call it after [`revocations_for_reboot`](Self::revocations_for_reboot) is done,
-    /// and program the PF with the result.
+    /// Prepares a new boot of the VM on the same VF. Call it after
+    /// [`revocations_for_reboot`](Self::revocations_for_reboot) is done, and program the PF with the result.
     ///
     /// # Errors
     /// No such port, or it has no VF.

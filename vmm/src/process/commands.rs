@@ -241,6 +241,8 @@ impl Process {
 
     /// Handles a reset by the guest: makes it now, delays it to keep the rate, or gives up the guest.
     fn on_guest_reset(&mut self) {
+        // The requests of the boot that has ended wait for no room any more.
+        self.full = None;
         match self.resets.request(Instant::now()) {
             // A paused machine is reset when it resumes.
             Reset::At(at) if self.state == State::Paused => self.reset_due = Some(at),

@@ -136,6 +136,16 @@ fn calls(mut log: File) -> Vec<String> {
 /// The output of a boot.
 const BOOT: &str = "T05I11I22I3\n";
 
+/// A machine with the device, and the file with the calls to the device.
+fn booted() -> (Fixture, File) {
+    let log = tempfile::tempfile().unwrap();
+    let mut vm = Fixture::new();
+    vm.configure_with(&guest!(guest_probe, guest_probe_end), vec![], &[(FILE, &log)]).unwrap();
+    vm.command(VmmCommand::Run, &[]).unwrap();
+    vm.wait_for_output(BOOT);
+    (vm, log)
+}
+
 #[test]
 fn a_device_of_one_file_and_one_line_has_all_that_a_device_can_have() {
     const WRITES: u64 = 7;
@@ -160,11 +170,7 @@ fn a_device_of_one_file_and_one_line_has_all_that_a_device_can_have() {
 
 #[test]
 fn a_machine_runs_on_whose_i_o_thread_hangs_and_its_end_does_not_wait_for_it() {
-    let log = tempfile::tempfile().unwrap();
-    let mut vm = Fixture::new();
-    vm.configure_with(&guest!(guest_probe, guest_probe_end), vec![], &[(FILE, &log)]).unwrap();
-    vm.command(VmmCommand::Run, &[]).unwrap();
-    vm.wait_for_output(BOOT);
+    let (mut vm, log) = booted();
     vm.command(VmmCommand::ConsoleInput { bytes: b"1".to_vec() }, &[]).unwrap();
     vm.wait_for_output(&[BOOT, "1"].concat());
     let failure = vm.command(VmmCommand::Pause, &[]).unwrap_err();
@@ -181,11 +187,7 @@ fn a_machine_runs_on_whose_i_o_thread_hangs_and_its_end_does_not_wait_for_it() {
 /// A flush to a slow disk takes longer than the event loop may wait.
 #[test]
 fn a_reset_of_the_guest_waits_for_a_busy_i_o_thread() {
-    let log = tempfile::tempfile().unwrap();
-    let mut vm = Fixture::new();
-    vm.configure_with(&guest!(guest_probe, guest_probe_end), vec![], &[(FILE, &log)]).unwrap();
-    vm.command(VmmCommand::Run, &[]).unwrap();
-    vm.wait_for_output(BOOT);
+    let (mut vm, _) = booted();
     vm.command(VmmCommand::ConsoleInput { bytes: b"3".to_vec() }, &[]).unwrap();
     vm.wait_for_output(&[BOOT, "3"].concat());
     vm.command(VmmCommand::ConsoleInput { bytes: b"r".to_vec() }, &[]).unwrap();
@@ -203,11 +205,7 @@ fn a_reset_of_the_guest_waits_for_a_busy_i_o_thread() {
 /// The agent revokes rights within 5 s, whatever the disks do.
 #[test]
 fn a_full_disk_beside_a_busy_one_holds_up_no_command() {
-    let log = tempfile::tempfile().unwrap();
-    let mut vm = Fixture::new();
-    vm.configure_with(&guest!(guest_probe, guest_probe_end), vec![], &[(FILE, &log)]).unwrap();
-    vm.command(VmmCommand::Run, &[]).unwrap();
-    vm.wait_for_output(BOOT);
+    let (mut vm, _) = booted();
     vm.command(VmmCommand::ConsoleInput { bytes: b"4".to_vec() }, &[]).unwrap();
     vm.wait_for_output(&[BOOT, "4"].concat());
     let begun = Instant::now();
@@ -226,12 +224,27 @@ fn a_full_disk_beside_a_busy_one_holds_up_no_command() {
 }
 
 #[test]
+fn a_reset_ends_the_wait_of_a_full_disk() {
+    let (mut vm, _) = booted();
+    vm.command(VmmCommand::ConsoleInput { bytes: b"4".to_vec() }, &[]).unwrap();
+    vm.wait_for_output(&[BOOT, "4"].concat());
+    // The reset waits for the busy thread, but not for longer than 4 s.
+    thread::sleep(Duration::from_secs(2));
+    vm.command(VmmCommand::ConsoleInput { bytes: b"r".to_vec() }, &[]).unwrap();
+    vm.wait_for_output(&[BOOT, "4", BOOT].concat());
+    thread::sleep(Duration::from_secs(2));
+    vm.command(VmmCommand::Stats, &[]).unwrap();
+    let stops = |event: &VmmEvent| {
+        matches!(event, VmmEvent::DiskFull { .. } | VmmEvent::State { state: State::Paused, .. })
+    };
+    assert!(!vm.events.iter().any(stops), "{:?}", vm.events);
+    vm.command(VmmCommand::Stop, &[]).unwrap();
+    vm.process.take().unwrap().join().unwrap();
+}
+
+#[test]
 fn a_machine_ends_with_an_i_o_thread() {
-    let log = tempfile::tempfile().unwrap();
-    let mut vm = Fixture::new();
-    vm.configure_with(&guest!(guest_probe, guest_probe_end), vec![], &[(FILE, &log)]).unwrap();
-    vm.command(VmmCommand::Run, &[]).unwrap();
-    vm.wait_for_output(BOOT);
+    let (mut vm, log) = booted();
     vm.command(VmmCommand::ConsoleInput { bytes: b"2".to_vec() }, &[]).unwrap();
     vm.wait_for(|event| matches!(event, VmmEvent::Ended { .. }));
     let Some(VmmEvent::Ended { end: End::Failed { detail } }) = vm.events.last() else { panic!() };
