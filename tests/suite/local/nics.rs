@@ -77,6 +77,14 @@ fn on_bridge() -> Value {
 
 /// Probes the NIC, and returns its address.
 fn probe(guest: &mut SmallGuest) -> String {
+    let mac = begin(guest);
+    // The NIC's thread starts behind the driver's back, and drops the frames that it finds then. It answers this afterwards.
+    assert_eq!(guest.ask(&format!("nic-mac {mac}")), "ok");
+    mac
+}
+
+/// Probes the guest's NIC, and does not wait for the NIC's thread. Returns the address.
+fn begin(guest: &mut SmallGuest) -> String {
     let probe = guest.ask("nic-probe");
     let mac = probe.split(' ').find_map(|word| word.strip_prefix("mac=")).expect(&probe);
     mac.to_owned()
@@ -266,7 +274,8 @@ fn taps_and_macvtaps_that_are_there_carry_frames() {
     let mut one =
         boot(&agent, "one", &json!([{ "id": "a", "tap": "tap0", "mac": "02:00:00:00:02:01", "queues": 2 }]));
     let mut two = boot(&agent, "two", &json!([{ "id": "a", "macvtap": "mv0" }]));
-    assert_eq!(probe(&mut one), "02:00:00:00:02:01");
+    // The small guest knows the control queue of a NIC with one pair of queues only.
+    assert_eq!(begin(&mut one), "02:00:00:00:02:01");
     assert_eq!(probe(&mut two), "02:00:00:00:02:02", "the address of the interface");
     assert_eq!(two.ask("nic-send 02:00:00:00:02:01 up"), "ok");
     assert_eq!(one.ask("nic-receive"), "02:00:00:00:02:02 up");
