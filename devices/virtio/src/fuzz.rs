@@ -16,7 +16,7 @@ use devices::{
 use vm_memory::VolatileSlice;
 
 use crate::{
-    block::{self, Block, Options},
+    block::{self, Block, Options, Reports},
     engine::{Configuration, Engine, Identity, Served, serve_in_order},
     limit::Limits,
     net::{self, Net, Offloads, Wire},
@@ -112,10 +112,17 @@ pub fn fuzz_block(data: &[u8]) {
         wait_for_room: true,
     };
     let disk = MemoryDisk::of(DISK);
-    let made = Block::new(Box::new(disk.clone()), options.clone(), Arc::default(), Box::new(|| {}));
+    let configuration = block::configuration(DISK as u64);
+    let reports = Reports { on_full: Box::new(|| {}), on_grown: Box::new(|| {}) };
+    let made = Block::new(
+        Box::new(disk.clone()),
+        options.clone(),
+        Arc::default(),
+        Arc::clone(&configuration),
+        reports,
+    );
     let Ok((block, _remote)) = made else { return };
-    let mut driver =
-        Driver::new(block::identity(&options), block::configuration(DISK as u64), Box::new(block));
+    let mut driver = Driver::new(block::identity(&options), configuration, Box::new(block));
     run(&mut driver, data.get(1..).unwrap_or_default());
     assert_eq!(disk.medium().bytes.len(), DISK);
     if options.read_only {

@@ -108,6 +108,12 @@ impl Disk for MemoryDisk {
         self.medium().zeroed.push((offset, len, may_discard));
         Ok(())
     }
+
+    fn grow(&mut self, size: u64) -> io::Result<()> {
+        self.work(0, 0)?;
+        self.medium().bytes.resize(usize::try_from(size).unwrap(), 0);
+        Ok(())
+    }
 }
 
 /// The address of the BAR.

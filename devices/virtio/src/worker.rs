@@ -10,7 +10,7 @@ use std::sync::{
 use devices::io_thread::{IoEvent, IoSource};
 
 use crate::{
-    engine::Engine,
+    engine::{Configuration, Engine},
     queue::{ActiveQueue, ISR_CONFIG, Interrupt},
 };
 
@@ -136,11 +136,19 @@ pub(crate) struct Worker {
     queues: Vec<Option<ActiveQueue>>,
     /// The queues that the engine's own sources stand for, in the sources' order.
     woken: Vec<usize>,
+    configuration: Arc<Configuration>,
+    /// The generation of the configuration that the driver knows.
+    known: u8,
 }
 
 impl Worker {
-    pub(crate) fn new(shared: Arc<Shared>, engine: Box<dyn Engine>) -> Self {
-        Self { shared, engine, queues: Vec::new(), woken: Vec::new() }
+    pub(crate) fn new(
+        shared: Arc<Shared>,
+        engine: Box<dyn Engine>,
+        configuration: Arc<Configuration>,
+    ) -> Self {
+        let known = configuration.generation();
+        Self { shared, engine, queues: Vec::new(), woken: Vec::new(), configuration, known }
     }
 
     /// The engine's own sources. Their events come behind those of the queues.
@@ -178,6 +186,7 @@ impl Worker {
         }
         if let Some(source) = self.source_of(event) {
             self.engine.wake(source);
+            self.report_change();
         }
         let Some(index) = self.queue_of(event) else { return };
         if self.shared.broken() || !self.shared.bus_master.load(Ordering::Acquire) {
@@ -195,6 +204,15 @@ impl Worker {
             Ok(true) => self.shared.ring(index),
             Ok(false) => {}
             Err(error) => self.shared.break_down(&error),
+        }
+    }
+
+    /// Interrupts the driver if the engine has changed the configuration (the specification, 4.1.4.5.1). A driver that
+    /// starts later reads it anyway.
+    fn report_change(&mut self) {
+        let generation = self.configuration.generation();
+        if std::mem::replace(&mut self.known, generation) != generation && !self.queues.is_empty() {
+            self.shared.on_change.raise(ISR_CONFIG);
         }
     }
 

@@ -28,7 +28,7 @@ use virtio_bindings::{
 };
 
 use crate::{
-    disk::{Disk, SECTOR, is_full},
+    disk::{Disk, GrowError, SECTOR, is_full},
     engine::{Configuration, Engine, Identity, Served, serve_in_order},
     limit::{Cost, Limiter, Limits},
     negotiation::feature,
@@ -164,8 +164,17 @@ pub struct Block {
     stalled: bool,
     /// That request has paid its limit.
     paid: bool,
-    /// Reports that to the machine.
-    on_full: Box<dyn Fn() + Send>,
+    /// The registers that show the size.
+    configuration: Arc<Configuration>,
+    reports: Reports,
+}
+
+/// Calls to the machine, on the disk's thread.
+pub struct Reports {
+    /// A request has to wait for room on the host's file system.
+    pub on_full: Box<dyn Fn() + Send>,
+    /// [`Remote::grown`] has a result.
+    pub on_grown: Box<dyn Fn() + Send>,
 }
 
 /// The beginning of a request (5.2.6), which is read once: the guest may change it meanwhile.
@@ -204,8 +213,8 @@ struct Range {
 }
 
 impl Block {
-    /// Makes a device, and the machine's end of its commands. It calls `on_full` when it stalls: when a
-    /// request has to wait for room on the host's file system.
+    /// Makes a device, and the machine's end of its commands. `configuration` has the disk's size, and is changed when
+    /// the disk grows.
     ///
     /// # Errors
     /// Those of making eventfds and timers.
@@ -213,15 +222,28 @@ impl Block {
         disk: Box<dyn Disk>,
         options: Options,
         counters: Arc<Counters>,
-        on_full: Box<dyn Fn() + Send>,
+        configuration: Arc<Configuration>,
+        reports: Reports,
     ) -> io::Result<(Self, Remote)> {
         let (remote, inbox) = remote::pair()?;
         let (timer, begun) = (IoTimer::new()?, Instant::now());
         let mut limiter = Limiter::default();
         limiter.set(options.limits);
         let (features, stalled, paid) = (0, false, false);
-        let block =
-            Self { disk, options, counters, features, limiter, timer, begun, inbox, stalled, paid, on_full };
+        let block = Self {
+            disk,
+            options,
+            counters,
+            features,
+            limiter,
+            timer,
+            begun,
+            inbox,
+            stalled,
+            paid,
+            configuration,
+            reports,
+        };
         Ok((block, remote))
     }
 
@@ -243,7 +265,7 @@ impl Block {
             Err(Failed::Unsupported) => (VIRTIO_BLK_S_UNSUPP, 0),
             Err(Failed::Full) => {
                 (self.stalled, self.paid) = (true, true);
-                (self.on_full)();
+                (self.reports.on_full)();
                 return Served::Later;
             }
         };
@@ -396,6 +418,25 @@ impl Block {
         Ok(ranges?.into_iter().filter(|range| range.len > 0).collect())
     }
 
+    fn take_limits(&mut self) {
+        if let Some(limits) = self.inbox.limits() {
+            self.limiter.set(limits);
+        }
+    }
+
+    /// Enlarges the disk, and shows that to the driver. Returns the size.
+    fn grow(&mut self, size: u64) -> io::Result<u64> {
+        let now = self.disk.size();
+        if size < now {
+            return Err(GrowError::Smaller { has: now, wanted: size }.into());
+        }
+        if size > now {
+            self.disk.grow(size)?;
+            self.configuration.change(CAPACITY, &(size / SECTOR).to_le_bytes());
+        }
+        Ok(size)
+    }
+
     fn timed(&mut self, work: impl FnOnce(&mut dyn Disk) -> io::Result<()>) -> Result<(), Failed> {
         let begin = Instant::now();
         let result = work(self.disk.as_mut());
@@ -420,8 +461,11 @@ impl Engine for Block {
     }
 
     fn wake(&mut self, _: usize) {
-        if let Some(limits) = self.inbox.take() {
-            self.limiter.set(limits);
+        self.take_limits();
+        if let Some(size) = self.inbox.size() {
+            let result = self.grow(size);
+            self.inbox.grown(result);
+            (self.reports.on_grown)();
         }
     }
 
@@ -447,8 +491,10 @@ impl Engine for Block {
     fn stop(&mut self) {
         self.features = 0;
         (self.stalled, self.paid) = (false, false);
-        // The machine's reset drops events, and with them the news of other limits.
-        self.wake(0);
+        // The machine's reset drops events, and with them the news of other limits and of a size. The reset runs on another
+        // thread, which must not touch the file.
+        self.take_limits();
+        self.inbox.repeat();
     }
 
     fn close(&mut self) {

@@ -33,12 +33,24 @@ fn options() -> Options {
     }
 }
 
+/// A driver that has not started, and the machine's end of the disk's commands.
+fn connected(
+    disk: &MemoryDisk,
+    options: Options,
+    counters: Arc<Counters>,
+    on_full: Box<dyn Fn() + Send>,
+) -> (Driver, Remote) {
+    let (identity, configuration) = (identity(&options), configuration(disk.size()));
+    let reports = Reports { on_full, on_grown: Box::new(|| {}) };
+    let block = Block::new(Box::new(disk.clone()), options, counters, Arc::clone(&configuration), reports);
+    let (block, remote) = block.unwrap();
+    (Driver::new(identity, configuration, Box::new(block)), remote)
+}
+
 /// A driver of a disk of 16 KiB with these features.
 fn commanded(options: Options, features: u64) -> (Driver, MemoryDisk, Arc<Counters>, Remote) {
     let (disk, counters) = (MemoryDisk::of(16 << 10), Arc::<Counters>::default());
-    let block = Block::new(Box::new(disk.clone()), options.clone(), Arc::clone(&counters), Box::new(|| {}));
-    let (block, remote) = block.unwrap();
-    let mut driver = Driver::new(identity(&options), configuration(16 << 10), Box::new(block));
+    let (mut driver, remote) = connected(&disk, options, Arc::clone(&counters), Box::new(|| {}));
     driver.start(VERSION_1 | features, 16);
     (driver, disk, counters, remote)
 }
@@ -248,9 +260,7 @@ fn a_medium_that_fails_is_an_error_in_the_guest_and_no_wait() {
 #[test]
 fn one_request_cannot_move_more_than_its_bound() {
     let disk = MemoryDisk::of(64 << 20);
-    let (block, _remote) =
-        Block::new(Box::new(disk.clone()), options(), Arc::default(), Box::new(|| {})).unwrap();
-    let mut driver = Driver::new(identity(&options()), configuration(64 << 20), Box::new(block));
+    let (mut driver, _) = connected(&disk, options(), Arc::default(), Box::new(|| {}));
     driver.start(VERSION_1 | FLUSH, 256);
     driver.write(HEADER_AT, &[0; 16]);
     let mut buffers = vec![(HEADER_AT, 16, false)];
@@ -319,8 +329,7 @@ fn a_request_without_room_waits_until_the_machine_runs_again() {
     let on_full = Box::new(move || {
         counted.fetch_add(1, Ordering::Relaxed);
     });
-    let block = Block::new(Box::new(disk.clone()), options(), Arc::clone(&counters), on_full);
-    let mut driver = Driver::new(identity(&options()), configuration(16 << 10), Box::new(block.unwrap().0));
+    let (mut driver, _) = connected(&disk, options(), Arc::clone(&counters), on_full);
     driver.start(VERSION_1 | FLUSH | DISCARD | ZEROES, 16);
     let fulls = || fulls.load(Ordering::Relaxed);
     let mut expected = 0;
@@ -450,4 +459,54 @@ fn the_last_change_of_limits_counts_and_outlives_a_reset() {
     driver.write(HEADER_AT, &[&0_u32.to_le_bytes()[..], &[0; 12]].concat());
     driver.send(&[(HEADER_AT, 16, false), (DATA_AT, 512, true), (STATUS_AT, 1, true)]);
     assert_eq!(driver.returned(), None, "one byte per second, the last of them");
+}
+
+/// Whether the driver was told of another configuration since the last call (the specification, 4.1.4.5).
+fn changes(driver: &Driver) -> bool {
+    driver.get::<1>(0x100)[0] & 2 != 0
+}
+
+#[test]
+fn a_disk_grows_under_its_driver_which_learns_the_new_size() {
+    let (mut driver, disk, _, remote) = commanded(options(), FLUSH);
+    let capacity = |driver: &Driver| driver.get::<8>(0x200);
+    assert_eq!(capacity(&driver), 32_u64.to_le_bytes());
+    assert!(!changes(&driver));
+    assert_eq!(request(&mut driver, 1, 32, &[7; 512], 0).0, ERROR, "behind the end");
+    remote.grow(20 << 10);
+    assert!(remote.grown().is_none(), "only the disk's thread can grow it");
+    driver.pump();
+    assert_eq!(remote.grown().unwrap().unwrap(), 20 << 10);
+    assert_eq!(capacity(&driver), 40_u64.to_le_bytes());
+    assert!(changes(&driver));
+    assert_eq!(request(&mut driver, 1, 32, &[7; 512], 0), (OK, 1));
+    // The same size again is no news.
+    remote.grow(20 << 10);
+    driver.pump();
+    assert!(remote.grown().unwrap().is_ok());
+    assert!(!changes(&driver));
+    // A disk never becomes smaller, and a host without room changes nothing.
+    remote.grow(16 << 10);
+    driver.pump();
+    assert!(remote.grown().unwrap().unwrap_err().to_string().contains("20480"));
+    disk.medium().fail = Some(io::ErrorKind::StorageFull);
+    remote.grow(24 << 10);
+    driver.pump();
+    assert_eq!(remote.grown().unwrap().unwrap_err().kind(), io::ErrorKind::StorageFull);
+    assert_eq!(capacity(&driver), 40_u64.to_le_bytes());
+    assert!(!changes(&driver));
+}
+
+#[test]
+fn a_growth_that_a_reset_overtakes_is_made_afterwards() {
+    let (mut driver, disk, _, remote) = commanded(options(), FLUSH);
+    remote.grow(20 << 10);
+    driver.forget();
+    assert!(driver.function.reset().is_ok());
+    assert_eq!(disk.medium().bytes.len(), 16 << 10, "not on the thread of the reset");
+    driver.enable();
+    driver.start(VERSION_1 | FLUSH, 16);
+    driver.pump();
+    assert_eq!(remote.grown().unwrap().unwrap(), 20 << 10);
+    assert_eq!(driver.get::<8>(0x200), 40_u64.to_le_bytes());
 }

@@ -83,6 +83,50 @@ pub trait Disk: Send {
     /// # Errors
     /// Those of the host's file.
     fn write_zeroes(&mut self, offset: u64, len: u64, may_discard: bool) -> io::Result<()>;
+
+    /// Enlarges the disk to `size` bytes, in whole sectors and not less than now. The new part reads as zeroes, unless the
+    /// host's block device has other contents there. After an error the disk has its old size.
+    ///
+    /// # Errors
+    /// Those of the host's file, [`GrowError`] as the source of others.
+    fn grow(&mut self, size: u64) -> io::Result<()>;
+}
+
+/// A disk cannot have a size, whatever its host has.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum GrowError {
+    /// The disk is larger already.
+    #[error("it has {has} bytes, more than {wanted}, and a disk cannot become smaller")]
+    Smaller {
+        /// Its size in bytes.
+        has: u64,
+        /// The size that the disk was to have.
+        wanted: u64,
+    },
+    /// The block device below has its own size.
+    #[error("the block device has {has} bytes, fewer than {wanted}: enlarge it first")]
+    Device {
+        /// Its size in bytes.
+        has: u64,
+        /// The size that the disk was to have.
+        wanted: u64,
+    },
+    /// The format has a largest size.
+    #[error(
+        "{wanted} bytes are more than the {most} that this image can have: convert it to one with larger clusters"
+    )]
+    TooLarge {
+        /// The largest size in bytes.
+        most: u64,
+        /// The size that the disk was to have.
+        wanted: u64,
+    },
+}
+
+impl From<GrowError> for io::Error {
+    fn from(error: GrowError) -> Self {
+        Self::other(error)
+    }
 }
 
 #[cfg(test)]

@@ -17,7 +17,7 @@ use rustix::{
 };
 use vm_memory::VolatileSlice;
 
-use super::{Disk, SECTOR, lost, transfer};
+use super::{Disk, GrowError, SECTOR, lost, transfer};
 
 /// `_IO(0x12, 119)` (linux/fs.h).
 const BLKDISCARD: libc::Ioctl = 0x1277;
@@ -115,6 +115,21 @@ impl Disk for RawDisk {
         }
         Ok(())
     }
+
+    fn grow(&mut self, size: u64) -> io::Result<()> {
+        if self.is_device {
+            let has = self.file.seek(SeekFrom::End(0))?;
+            if has < size {
+                return Err(GrowError::Device { has, wanted: size }.into());
+            }
+        } else {
+            // A last incomplete sector was left out. The guest never saw it, and must not see it now.
+            self.file.set_len(self.size)?;
+            self.file.set_len(size)?;
+        }
+        self.size = size;
+        Ok(())
+    }
 }
 
 #[cfg(test)]
@@ -205,6 +220,15 @@ mod tests {
             assert_eq!(file.metadata().unwrap().len(), 16 << 10, "the file keeps its length");
             assert_eq!(contents(&file, 6144, 2048), [7; 2048]);
         }
+    }
+
+    #[test]
+    fn a_longer_file_has_zeroes_behind_the_old_end() {
+        let (mut disk, file) = disk(&[7; 1535]);
+        disk.grow(4096).unwrap();
+        assert_eq!((disk.size(), file.metadata().unwrap().len()), (4096, 4096));
+        assert_eq!(contents(&file, 0, 1024), [7; 1024]);
+        assert_eq!(contents(&file, 1024, 3072), [0; 3072], "the cut sector, too");
     }
 
     #[test]

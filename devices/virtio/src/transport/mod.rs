@@ -137,7 +137,7 @@ impl VirtioFunction {
         let events = (0..=queues).map(|_| IoEvent::new()).collect::<io::Result<Vec<_>>>().map_err(failed)?;
         let common = Common::new(&identity, triggers.map_err(failed)?.into());
         let shared = Arc::new(Shared::new(&identity.name, events, common.on_change()));
-        let worker = Worker::new(Arc::clone(&shared), engine);
+        let worker = Worker::new(Arc::clone(&shared), engine, Arc::clone(&configuration));
         let layout = BarLayout { size: BAR_SIZE, is_64bit: true, prefetchable: false };
         let bars = Bars::new([Some(layout), None, None, None, None, None], Arc::clone(&connections.windows))?;
         let space = ConfigSpace::new(&identity, msix.control());

@@ -66,6 +66,16 @@ impl Writer {
         self.next = self.next.min(self.freed);
     }
 
+    /// Lets the next searches begin behind the end of the file. Returns the state for [`Self::search_inside_again`].
+    pub(super) fn skip_inside(&mut self) -> (u64, u64) {
+        (std::mem::replace(&mut self.next, self.end), std::mem::replace(&mut self.freed, u64::MAX))
+    }
+
+    /// Ends the effect of [`Self::skip_inside`].
+    pub(super) fn search_inside_again(&mut self, (next, freed): (u64, u64)) {
+        (self.next, self.freed) = (next, self.freed.min(freed));
+    }
+
     /// The first cluster that was never used.
     pub(super) fn end(&self) -> u64 {
         self.end
@@ -303,7 +313,7 @@ impl Image {
 
     /// Lowers the refcounts of clusters without a mapping in the file, and gives the host's room of
     /// free ones back.
-    fn uncount(&mut self, first: u64, count: u64) -> io::Result<()> {
+    pub(super) fn uncount(&mut self, first: u64, count: u64) -> io::Result<()> {
         let mut free: Option<u64> = None;
         for cluster in first..first + count {
             let now_free = match self.refcount(cluster)? {

@@ -75,6 +75,11 @@ impl Cache {
         self.slices.retain(|at, slice| slice.kind == Kind::Map || !range.contains(at));
     }
 
+    /// Drops all unchanged parts of a range of the file.
+    pub(super) fn forget_all(&mut self, range: &Range<u64>) {
+        self.slices.retain(|at, slice| slice.changed || !range.contains(at));
+    }
+
     /// Reads a number of up to 8 bytes.
     pub(super) fn read(&mut self, storage: &mut Storage, kind: Kind, at: u64, len: usize) -> io::Result<u64> {
         let from = self.position(at);

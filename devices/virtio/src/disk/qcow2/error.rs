@@ -200,6 +200,11 @@ pub enum Damage {
     /// The refcount table is at its largest size.
     #[error("The refcount table of the qcow2 image is full: run `qemu-img convert -O qcow2` on it")]
     Full,
+    /// No row of clusters for a longer L1 table is free.
+    #[error(
+        "The qcow2 image has no room for a longer L1 table: stop the VM, and run `qemu-img resize` on it"
+    )]
+    Scattered,
     /// The host's file has lost data. A later flush must not hide that.
     #[error("An earlier flush of the qcow2 image has failed: stop the VM, and check the host's storage")]
     LostWrites,

@@ -16,6 +16,10 @@ const LONGEST: usize = 112;
 pub(super) const MAGIC: u32 = 0x5146_49fb;
 /// The most bytes of a backing file's name.
 const MOST_NAME: u64 = 1023;
+/// The offset of the field `size`.
+pub(super) const SIZE_AT: u64 = 24;
+/// The offset of the fields `l1_size` and `l1_table_offset`.
+pub(super) const L1_SIZE_AT: u64 = 36;
 /// The offset of the fields `refcount_table_offset` and `refcount_table_clusters`.
 pub(super) const REFCOUNT_TABLE_AT: u64 = 48;
 /// The offset of the field `autoclear_features`.

@@ -72,7 +72,7 @@ pub(super) enum Backing {
 
 impl Backing {
     /// The size in bytes: the last sector of a raw file may be cut.
-    fn size(&self) -> u64 {
+    pub(super) fn size(&self) -> u64 {
         match self {
             Self::Raw(file) => file.len(),
             Self::Qcow2(image) => image.header.size,

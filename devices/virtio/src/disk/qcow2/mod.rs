@@ -9,6 +9,7 @@
 //! * `image`: mapping and reading, also of compressed clusters.
 //! * `allocate`: refcounts and free clusters.
 //! * `overlay`: a new image over a chain.
+//! * `grow`: a larger disk.
 //! * `write`: writes, discards, and the order of the flush.
 //! * `cache`: tables in memory, 4 MiB at most. `storage`: the file.
 //!
@@ -28,6 +29,7 @@ mod cache;
 mod error;
 #[cfg(any(test, feature = "test-support"))]
 pub mod fuzz;
+mod grow;
 mod header;
 mod image;
 mod overlay;
@@ -165,6 +167,10 @@ impl Disk for Qcow2Disk {
 
     fn write_zeroes(&mut self, offset: u64, len: u64, may_discard: bool) -> io::Result<()> {
         self.image.write_zeroes(offset, len, may_discard)
+    }
+
+    fn grow(&mut self, size: u64) -> io::Result<()> {
+        self.image.grow(size)
     }
 }
 

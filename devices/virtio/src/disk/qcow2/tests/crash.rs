@@ -35,6 +35,8 @@ const VICTIMS: [Victim; 4] = [
     },
     Victim { options: "-o cluster_size=1k,refcount_bits=2", backing: &[], cluster: 1024, size: 4 << 20 },
 ];
+/// The most bytes of a disk that grows.
+const MOST: u64 = 12 << 20;
 /// Bytes of the backing file.
 const BASE: u64 = 3 << 20;
 /// The number in the backing file.
@@ -46,6 +48,8 @@ enum Step {
     Zeroes(u64, u64, bool),
     /// Whole clusters.
     Discard(u64, u64),
+    /// By this count of sectors. No other step touches the new part.
+    Grow(u64),
     Flush,
 }
 
@@ -71,7 +75,7 @@ impl Victim {
 
     fn step(&self, random: &mut Random) -> Step {
         let total = self.size / SECTOR;
-        let kind = random.below(16);
+        let kind = random.below(17);
         let most = if random.below(4) == 0 { 300 } else { 24 };
         let at = random.below(total);
         let len = (1 + random.below(most)).min(total - at);
@@ -82,6 +86,10 @@ impl Victim {
                 let cluster = self.cluster / SECTOR;
                 let at = at / cluster * cluster;
                 Step::Discard(at, (1 + random.below(16) * cluster).next_multiple_of(cluster).min(total - at))
+            }
+            13 => {
+                let most = [8, 1000][usize::try_from(random.below(2)).unwrap()];
+                Step::Grow(1 + random.below(most))
             }
             _ => Step::Flush,
         }
@@ -97,6 +105,8 @@ fn run(disk: &mut Qcow2Disk, step: Step, number: u32) -> io::Result<()> {
         Step::Write(at, len) => write(disk, at * SECTOR, &sectors(number, len)),
         Step::Zeroes(at, len, may_discard) => disk.write_zeroes(at * SECTOR, len * SECTOR, may_discard),
         Step::Discard(at, len) => disk.discard(at * SECTOR, len * SECTOR),
+        // A bound for the test's own time.
+        Step::Grow(sectors) => disk.grow((disk.size() + sectors * SECTOR).min(MOST.max(disk.size()))),
         Step::Flush => disk.flush(),
     }
 }
@@ -120,7 +130,7 @@ impl Expected {
         let (at, len, number) = match step {
             Step::Write(at, len) => (at, len, number),
             Step::Zeroes(at, len, _) | Step::Discard(at, len) => (at, len, 0),
-            Step::Flush => return,
+            Step::Flush | Step::Grow(_) => return,
         };
         for sector in at..at + len {
             let sector = usize::try_from(sector).unwrap();
@@ -144,6 +154,10 @@ impl Expected {
         for (sector, chunk) in bytes.chunks(512).enumerate() {
             let number = u32::from_le_bytes(chunk[..4].try_into().unwrap());
             assert!(chunk[..508] == chunk[4..], "{name}: sector {sector} is torn");
+            if sector >= self.flushed.len() {
+                assert_eq!(number, 0, "{name}: sector {sector} of the part by which the disk has grown");
+                continue;
+            }
             let flushed = self.flushed[sector];
             let later = &self.later[sector];
             assert!(
@@ -263,7 +277,7 @@ fn a_killed_process_leaves_a_good_image_with_all_that_was_flushed() {
 
 /// Writes a part of the changes to a file, as a power cut leaves it: all up to the last sync, and
 /// any sectors of those after it.
-fn cut(start: &[u8], changes: &[Change], random: &mut Random) -> Vec<u8> {
+pub(super) fn cut(start: &[u8], changes: &[Change], random: &mut Random) -> Vec<u8> {
     let synced = changes.iter().rposition(|change| matches!(change, Change::Sync)).map_or(0, |last| last + 1);
     let mut file = start.to_vec();
     // All, nothing, or something between.

@@ -3,6 +3,7 @@
 //! QEMU's tools make the images, and are the second opinion on each image that is written here.
 
 mod crash;
+mod grow;
 mod model;
 mod overlay;
 mod refusals;

@@ -4,8 +4,10 @@
 
 use super::*;
 
-/// Bytes of the disk: the last cluster is cut.
+/// Bytes of the disk at first: the last cluster is cut.
 const SIZE: usize = (3 << 20) + 1536;
+/// The most bytes of the disk.
+const MOST: usize = 8 << 20;
 
 #[derive(Clone, Debug)]
 enum Step {
@@ -13,16 +15,24 @@ enum Step {
     Write(usize, usize, u8),
     Zeroes(usize, usize, bool),
     Discard(usize, usize),
+    /// By this count of sectors.
+    Grow(usize),
     Flush,
     Reopen,
     /// QEMU's opinion.
     Ask,
 }
 
-/// Sector and count of sectors, inside of the disk.
+/// Sector and count of sectors. [`inside`] moves them into the disk.
 fn range() -> impl Strategy<Value = (usize, usize)> {
     let len = prop_oneof![1..4_usize, 1..200_usize, Just(128_usize), Just(2048_usize)];
-    (0..SIZE / 512, len).prop_map(|(sector, len)| (sector, len.min(SIZE / 512 - sector)))
+    (0..MOST / 512, len)
+}
+
+/// Moves a range into a disk of `size` bytes.
+fn inside((sector, len): (usize, usize), size: usize) -> (usize, usize) {
+    let sector = sector % (size / 512);
+    (sector, len.min(size / 512 - sector))
 }
 
 fn step() -> impl Strategy<Value = Step> {
@@ -31,6 +41,7 @@ fn step() -> impl Strategy<Value = Step> {
         8 => (range(), any::<u8>()).prop_map(|((at, len), byte)| Step::Write(at, len, byte)),
         2 => (range(), any::<bool>()).prop_map(|((at, len), may)| Step::Zeroes(at, len, may)),
         2 => range().prop_map(|(at, len)| Step::Discard(at, len)),
+        1 => prop_oneof![1..8_usize, 1..3000_usize].prop_map(Step::Grow),
         2 => Just(Step::Flush),
         1 => Just(Step::Reopen),
         1 => Just(Step::Ask),
@@ -64,12 +75,15 @@ fn run(steps: Vec<Step>, options: &str, backing: &[&str], cluster: usize) {
     };
     let mut disk = open(&lab);
     for (number, step) in steps.into_iter().enumerate() {
+        let size = model.len();
         match step {
             Step::Read(at, len) => {
+                let (at, len) = inside((at, len), size);
                 let bytes = read(&mut disk, at as u64 * SECTOR, len * 512);
                 assert!(bytes == model[at * 512..(at + len) * 512], "step {number}");
             }
             Step::Write(at, len, byte) => {
+                let (at, len) = inside((at, len), size);
                 let mut bytes = vec![byte; len * 512];
                 for (sector, chunk) in bytes.chunks_mut(512).enumerate() {
                     chunk[..8].copy_from_slice(&(number * 10000 + sector).to_le_bytes());
@@ -81,16 +95,22 @@ fn run(steps: Vec<Step>, options: &str, backing: &[&str], cluster: usize) {
                 disk.write(at as u64 * SECTOR, &[a.into(), b.into()]).unwrap();
             }
             Step::Zeroes(at, len, may_discard) => {
+                let (at, len) = inside((at, len), size);
                 model[at * 512..(at + len) * 512].fill(0);
                 disk.write_zeroes(at as u64 * SECTOR, len as u64 * SECTOR, may_discard).unwrap();
             }
             Step::Discard(at, len) => {
+                let (at, len) = inside((at, len), size);
                 let (from, end) = ((at * 512).next_multiple_of(cluster), (at + len) * 512);
-                let to = if end == SIZE { SIZE } else { end / cluster * cluster };
+                let to = if end == size { size } else { end / cluster * cluster };
                 if from < to {
                     model[from..to].fill(0);
                 }
                 disk.discard(at as u64 * SECTOR, len as u64 * SECTOR).unwrap();
+            }
+            Step::Grow(sectors) => {
+                model.resize(MOST.min(size + sectors * 512), 0);
+                disk.grow(model.len() as u64).unwrap();
             }
             Step::Flush => disk.flush().unwrap(),
             Step::Reopen => {
