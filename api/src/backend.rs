@@ -109,6 +109,9 @@ pub trait Backend: Send + Sync + 'static {
     async fn lease_vm(&self, caller: Caller, vm: ObjectRef, terms: LeaseTerms) -> Result<Lease, Problem>;
     /// Ends the lease of a VM, which lives on. Has no effect on a VM without one.
     async fn end_lease(&self, caller: Caller, vm: ObjectRef) -> Result<(), Problem>;
+    /// Enlarges a disk of a running VM, and tells its guest. Problems: `wrong_state` unless the VM runs, `not_found` for a disk
+    /// that it does not have, `disk_invalid`.
+    async fn resize_disk(&self, caller: Caller, vm: ObjectRef, wanted: DiskSize) -> Result<(), Problem>;
     /// Counters; `wrong_state` while the VM has no process.
     async fn stats(&self, vm: ObjectRef) -> Result<VmStats, Problem>;
     /// The console's log from `offset` on (None: the oldest byte kept; beyond the end: the end), and with `follow` its later

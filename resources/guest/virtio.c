@@ -10,6 +10,9 @@
 #define DISCARD 11
 #define ZEROES 13
 
+/* A bit of the ISR status. */
+#define CONFIGURATION_CHANGED 2
+
 #define SECTOR 512
 #define MOST_SECTORS 8
 #define PATIENCE_US 5000000
@@ -110,6 +113,11 @@ bool virtio_probe(u16 kind, unsigned index) {
   return true;
 }
 
+static void put_sectors(void) {
+  put_text(" sectors=");
+  put_decimal(mmio_read(device.at[DEVICE]) | (u64)mmio_read(device.at[DEVICE] + 4) << 32);
+}
+
 static void probe(u16 kind) {
   u64 index = 0;
   if (argument(&current, 1) && !number_argument(1, 31, &index)) return;
@@ -122,10 +130,7 @@ static void probe(u16 kind) {
   put_decimal(device.function.slot);
   put_text(" features=0x");
   put_hex(offered(), 8);
-  if (kind == DISK) {
-    put_text(" sectors=");
-    put_decimal(mmio_read(device.at[DEVICE]) | (u64)mmio_read(device.at[DEVICE] + 4) << 32);
-  }
+  if (kind == DISK) put_sectors();
   put_char('\n');
 }
 
@@ -227,6 +232,16 @@ static void run_disk_write(void) {
   patience_us = patience * 1000000;
   result_text(disk_request(WRITE, sector, (u32)count * SECTOR, false));
   patience_us = PATIENCE_US;
+}
+
+/* The size now, and whether the device has reported another configuration since the last time. */
+static void run_disk_size(void) {
+  if (!ready(DISK)) return;
+  bool changed = mmio_read8(device.at[ISR]) & CONFIGURATION_CHANGED;
+  result();
+  put_text(changed ? "changed" : "same");
+  put_sectors();
+  put_char('\n');
 }
 
 static void run_disk_flush(void) {
@@ -418,6 +433,7 @@ const struct command virtio_commands[] = {
     {"disk-read", "count", 1, 1, false, run_disk_read, "disk-read SECTOR [count=1]"},
     {"disk-write", "count patience", 2, 2, false, run_disk_write,
      "disk-write SECTOR TEXT [count=1] [patience=5]"},
+    {"disk-size", "", 0, 0, false, run_disk_size, "disk-size"},
     {"disk-flush", "", 0, 0, false, run_disk_flush, "disk-flush"},
     {"disk-serial", "", 0, 0, false, run_disk_serial, "disk-serial"},
     {"disk-discard", "count", 1, 1, false, run_disk_discard, "disk-discard SECTOR [count=1]"},

@@ -355,7 +355,13 @@ pub fn limit_files(spec: &SandboxSpec, longest: u64) -> Result<(), SandboxError>
     let lowest = failed(io::stderr().as_fd().try_clone_to_owned(), "count its files")?;
     let files = u64::try_from(lowest.as_raw_fd()).unwrap_or(0).saturating_add(MORE_FILES);
     lower(Resource::Nofile, files, "limit its files")?;
-    lower(Resource::Fsize, FILE_MAX.max(longest), "limit the length of files")
+    // A user cannot raise the hard limit of their own process. So an agent without root needs it as it is, or no disk could
+    // be enlarged; no filter lets the vmm raise the limit by itself.
+    let longest = FILE_MAX.max(longest);
+    let maximum = getrlimit(Resource::Fsize).maximum;
+    let current = Some(maximum.map_or(longest, |maximum| maximum.min(longest)));
+    let maximum = if spec.uid.is_some() { current } else { maximum };
+    failed(setrlimit(Resource::Fsize, Rlimit { current, maximum }), "limit the length of files")
 }
 
 /// Forbids new threads and processes, also to a process without a seccomp filter. Call it after the vCPUs' first

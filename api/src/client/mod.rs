@@ -235,6 +235,12 @@ impl Client {
         self.read(Call::new(Method::POST, format!("/v1/vms/{}/clone", segment(vm))).json(copy)?).await
     }
 
+    /// `POST /v1/vms/{name}/resize-disk`.
+    pub async fn resize_disk(&self, vm: &str, wanted: &DiskSize) -> Result<DiskSize, ClientError> {
+        let call = Call::new(Method::POST, format!("/v1/vms/{}/resize-disk", segment(vm)));
+        self.read(call.json(wanted)?).await
+    }
+
     /// `DELETE /v1/vms/{name}`, only at this revision if there is one.
     pub async fn delete_vm(&self, vm: &str, if_match: Option<u64>) -> Result<(), ClientError> {
         self.delete_vm_within(vm, if_match, Duration::ZERO).await

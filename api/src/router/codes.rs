@@ -75,6 +75,7 @@ fn own(operation: &str) -> Option<&'static [ProblemCode]> {
             PolicyUnenforceable,
         ],
         "pause_vm" | "resume_vm" | "reboot_vm" | "shutdown_vm" | "stop_vm" => &[WrongState, VmmFailed],
+        "resize_disk" => &[WrongState, VmmFailed, DiskInvalid],
         "vm_stats" | "write_console" => &[WrongState, VmmFailed],
         "set_vfs" => &[WrongState, PfRefused, VfsInUse, TooManyVfs],
         "put_switch" => &[NotFound, SwitchInUse, PolicyUnenforceable],

@@ -302,6 +302,10 @@ fn value(example: impl Serialize) -> Option<Value> {
     serde_json::to_value(example).ok().filter(|value| !value.is_null())
 }
 
+fn disk_size() -> Value {
+    json!({ "disk": "root", "size": "20GiB" })
+}
+
 fn list(example: impl Serialize) -> Option<Value> {
     Some(json!({ "items": [value(example)?] }))
 }
@@ -312,6 +316,7 @@ fn request(operation: &str) -> Option<Value> {
         "create_vm" | "put_vm" => value(spec()),
         "patch_vm" => value(json!({ "memory": "1GiB", "restart": "always" })),
         "clone_vm" => value(json!({ "name": "web2" })),
+        "resize_disk" => value(disk_size()),
         "write_console" => value("ls\n"),
         "set_vfs" => value(VfCount { count: 7 }),
         "put_switch" => value(switch_spec()),
@@ -328,6 +333,7 @@ fn answer(operation: &str) -> Option<Value> {
         "create_vm" | "get_vm" | "put_vm" | "patch_vm" | "clone_vm" => value(vm()),
         "boot_vm" | "pause_vm" | "resume_vm" | "reboot_vm" | "shutdown_vm" | "stop_vm" => value(vm()),
         "list_vms" => list(vm()),
+        "resize_disk" => value(disk_size()),
         "vm_stats" => value(stats()),
         "lease_vm" => value("\n"),
         "read_console" => value("[    0.000000] Linux version 6.1.0\r\n"),

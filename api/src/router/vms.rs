@@ -37,6 +37,7 @@ pub(super) fn routes() -> OpenApiRouter<Shared> {
         .routes(routes!(reboot_vm))
         .routes(routes!(shutdown_vm))
         .routes(routes!(stop_vm))
+        .routes(routes!(resize_disk))
         .routes(routes!(vm_stats))
 }
 
@@ -253,6 +254,25 @@ async fn act(
     let progress = backend.act(caller, vm, action, wait.duration()?).await?;
     let status = if progress.complete { StatusCode::OK } else { StatusCode::ACCEPTED };
     Ok(revisioned(status, progress.vm.revision, &progress.vm))
+}
+
+/// Enlarges a disk of a running VM.
+///
+/// The guest learns the new size at once, and enlarges its partitions and file systems by itself. The new part reads as zeroes. A
+/// raw file, or a qcow2 image, becomes longer; a block device must have been enlarged before. A disk never becomes smaller. The
+/// disk of a stopped VM is enlarged by `qemu-img resize` or `truncate`. Responds when the size is on stable storage.
+#[utoipa::path(post, path = "/v1/vms/{name}/resize-disk", tag = "vms", request_body = DiskSize,
+    params(("name" = String, Path, description = "Name or id")),
+    responses((status = 200, body = DiskSize)))]
+async fn resize_disk(
+    State(backend): State<Shared>,
+    caller: Caller,
+    Named(vm): Named,
+    Body(wanted): Body<DiskSize>,
+) -> Result<Json<DiskSize>, Problem> {
+    wanted.check()?;
+    backend.resize_disk(caller, vm, wanted.clone()).await?;
+    Ok(Json(wanted))
 }
 
 /// Shows a VM's counters.

@@ -5,7 +5,7 @@
 use serde::{Deserialize, Serialize};
 use utoipa::ToSchema;
 
-use super::{DiskLimits, Name, disk_limits::limits_if_any};
+use super::{ByteSize, DiskLimits, Name, disk_limits::limits_if_any};
 use crate::problem::Problem;
 
 /// The most disks of a VM.
@@ -56,6 +56,31 @@ pub struct DiskSpec {
     /// Limits of its requests. They may be changed while the VM runs.
     #[serde(default, deserialize_with = "limits_if_any", skip_serializing_if = "Option::is_none")]
     pub limits: Option<DiskLimits>,
+}
+
+/// The size of a disk of a running VM.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+#[serde(deny_unknown_fields)]
+pub struct DiskSize {
+    /// The disk's id.
+    #[schema(example = "root")]
+    pub disk: Name,
+    /// The size in bytes: a multiple of 512, and not less than the disk has.
+    #[schema(example = "20GiB")]
+    pub size: ByteSize,
+}
+
+impl DiskSize {
+    /// The rules that types cannot hold.
+    ///
+    /// # Errors
+    /// `invalid_request` with the field `size`.
+    pub fn check(&self) -> Result<(), Problem> {
+        if self.size.bytes() > 0 && self.size.bytes().is_multiple_of(512) {
+            return Ok(());
+        }
+        Err(Problem::invalid("size", format!("{} is not a multiple of 512 bytes above 0.", self.size)))
+    }
 }
 
 /// The reaction to a request of the guest for which the file system of the disk's file has no room.

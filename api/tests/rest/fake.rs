@@ -110,6 +110,14 @@ impl Backend for Fake {
         self.state().turned_away.push(format!("{} {}", away.source, away.code));
     }
 
+    async fn resize_disk(&self, _: Caller, vm: ObjectRef, wanted: DiskSize) -> Result<(), Problem> {
+        let vm = self.get_vm(vm).await?;
+        if vm.spec.disks.iter().all(|disk| disk.id != wanted.disk) {
+            return Err(Problem::new(ProblemCode::NotFound, "No such disk."));
+        }
+        Ok(())
+    }
+
     async fn clone_vm(&self, caller: Caller, source: ObjectRef, name: Name) -> Result<Vm, Problem> {
         let source = self.get_vm(source).await?;
         self.create_vm(caller, source.spec.cloned_as(name), None).await

@@ -45,6 +45,15 @@ pub enum VmCommand {
     Patch(Box<edit::PatchArgs>),
     /// Replaces the limits of a disk, also of a running VM. Without options the disk has none.
     DiskLimits(disk::LimitsArgs),
+    /// Enlarges a disk of a running VM, whose guest learns the new size at once.
+    DiskResize {
+        #[command(flatten)]
+        vm: VmName,
+        /// The disk's id.
+        disk: Name,
+        /// The new size, as 20GiB. A disk never becomes smaller.
+        size: ByteSize,
+    },
     /// Renames a stopped VM.
     Rename {
         #[command(flatten)]
@@ -135,6 +144,10 @@ pub(super) async fn run(
         }
         VmCommand::DiskLimits(args) => {
             return Ok(output.object(&disk::limits(client, args).await?, brief)?);
+        }
+        VmCommand::DiskResize { vm, disk, size } => {
+            let grown = client.resize_disk(&vm.name, &DiskSize { disk, size }).await?;
+            return Ok(output.object(&grown, disk::size)?);
         }
         VmCommand::Rename { vm, new_name } => {
             let patch = serde_json::json!({ "name": new_name });

@@ -12,8 +12,8 @@ use api::{
     Answered, Backend, Caller, ConsoleRead, Health, Lease, LeaseTerms, Missing, Progress, TurnedAway, User,
     problem::{Problem, ProblemCode},
     types::{
-        EventKind, Name, ObjectKind, ObjectRef, Pf, Subject, Timestamp, UnicastMac, Vf, Vm, VmAction, VmSpec,
-        VmStats,
+        DiskSize, EventKind, Name, ObjectKind, ObjectRef, Pf, Subject, Timestamp, UnicastMac, Vf, Vm,
+        VmAction, VmSpec, VmStats,
     },
 };
 use async_trait::async_trait;
@@ -426,6 +426,10 @@ impl Backend for Agent {
         vm.end_lease().await?;
         tracing::info!(vm = %vm.name(), by = %caller, "lease ended");
         Ok(())
+    }
+
+    async fn resize_disk(&self, caller: Caller, vm: ObjectRef, wanted: DiskSize) -> Result<(), Problem> {
+        self.find(&vm).await?.resize_disk(caller, wanted).await
     }
 
     async fn stats(&self, vm: ObjectRef) -> Result<VmStats, Problem> {

@@ -5,6 +5,7 @@
 mod booting;
 mod connection;
 mod deletion;
+mod disks;
 mod edit;
 mod end;
 mod lease;
@@ -221,6 +222,9 @@ pub(super) async fn run(
                 }
                 Some((span, Command::Edit { caller, spec, expect, done })) => {
                     drop(done.send(actor.edit(&caller, *spec, expect).instrument(span).await));
+                }
+                Some((span, Command::ResizeDisk { caller, wanted, done })) => {
+                    span.in_scope(|| actor.resize_disk(&caller, wanted, done));
                 }
                 // Skip a client that has given up. Its lease would lapse at once, and end the VM for which the
                 // client may have sent a second request.

@@ -57,8 +57,10 @@ fn ends(command: &Command, revision: u64) -> bool {
         Command::Act { action, .. } => *action == VmAction::Stop,
         // A deletion at another revision is refused in its turn.
         Command::Delete { expect, .. } => expect.is_none_or(|expected| expected == revision),
-        Command::Edit { .. } | Command::Lease { .. } | Command::EndLease { .. } | Command::Leave { .. } => {
-            false
-        }
+        Command::Edit { .. }
+        | Command::ResizeDisk { .. }
+        | Command::Lease { .. }
+        | Command::EndLease { .. }
+        | Command::Leave { .. } => false,
     }
 }

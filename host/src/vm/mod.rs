@@ -34,7 +34,7 @@ use std::sync::Arc;
 use api::{
     Caller, Lease, LeaseTerms, Missing,
     problem::{Problem, ProblemCode},
-    types::{Name, VmAction, VmLease, VmOperation, VmSpec, VmState},
+    types::{DiskSize, Name, VmAction, VmLease, VmOperation, VmSpec, VmState},
 };
 use services::vmm_process::Connection;
 use store::Entry;
@@ -62,6 +62,8 @@ enum Command {
         expect: Option<u64>,
         done: oneshot::Sender<Result<(), Problem>>,
     },
+    /// Enlarge a disk of the running VM.
+    ResizeDisk { caller: Caller, wanted: DiskSize, done: oneshot::Sender<Result<(), Problem>> },
     /// Give the VM's lease to a client: the VM lives by it from now on.
     Lease { terms: LeaseTerms, done: oneshot::Sender<Result<Lease, Problem>> },
     /// End the lease: the VM lives on without one.
@@ -223,6 +225,16 @@ impl VmHandle {
     pub async fn edit(&self, caller: Caller, spec: VmSpec, expect: Option<u64>) -> Result<(), Problem> {
         let (done, answer) = oneshot::channel();
         self.send(Command::Edit { caller, spec: Box::new(spec), expect, done }).await?;
+        answer.await.map_err(|_| self.gone())?
+    }
+
+    /// Enlarges a disk of the running VM. Returns when its new size is on stable storage.
+    ///
+    /// # Errors
+    /// A problem: the disk has its old size. After `vmm_failed` it may have the new one.
+    pub async fn resize_disk(&self, caller: Caller, wanted: DiskSize) -> Result<(), Problem> {
+        let (done, answer) = oneshot::channel();
+        self.send(Command::ResizeDisk { caller, wanted, done }).await?;
         answer.await.map_err(|_| self.gone())?
     }
 

@@ -11,12 +11,12 @@ use std::{
 };
 
 use api::{
-    problem::ProblemCode,
+    problem::{Problem, ProblemCode},
     types::{VmAction, VmState},
 };
 use serde_json::{Value, json};
 
-use crate::fixture::{Agent, SmallGuest, host};
+use crate::fixture::{Agent, Options, SmallGuest, host};
 
 const SIZE: u64 = 1 << 20;
 
@@ -512,6 +512,63 @@ fn flushed_data_survives_any_kill() {
             assert_eq!(sector(&path, at), format!("round{round}"));
         }
     }
+}
+
+/// A guest sees its disk grow, over a reboot too. The file is as long as the disk. The lab has a process with limits: to raise
+/// them takes CAP_SYS_RESOURCE, which root in a container may lack.
+#[test]
+fn a_disk_grows_while_its_guest_runs() {
+    let agent = Agent::start_with(Options::for_tests(&["--sandbox-off", "limits"]));
+    let raw = agent.disk("a.raw", SIZE);
+    let base = agent.disk("base.raw", 2 * SIZE);
+    File::options().write(true).open(&base).unwrap().write_all_at(b"hidden", SIZE).unwrap();
+    let image = base.with_file_name("b.qcow2");
+    let options = ["create", "-q", "-f", "qcow2", "-F", "raw", "-b", "base.raw"];
+    host::run("qemu-img", &[&options[..], &[image.to_str().unwrap(), "1M"]].concat());
+    let disks = json!([
+        {"id": "a", "path": "a.raw", "format": "raw"},
+        {"id": "b", "path": "b.qcow2", "format": "qcow2", "backing": [{"path": "base.raw", "format": "raw"}]},
+        {"id": "c", "path": "base.raw", "format": "raw", "read_only": true},
+    ]);
+    let mut guest = boot(&agent, &spec(&agent, "web1", disks));
+    let resize = |disk: &str, size: &str| {
+        let wanted = serde_json::from_value(json!({"disk": disk, "size": size})).unwrap();
+        agent.ask(agent.client.resize_disk("web1", &wanted))
+    };
+    let problem = |refused: Result<_, Problem>| refused.unwrap_err();
+    let last = |size: u64| size / 512 - 1;
+    for (index, disk, size) in [(0, "a", 64 << 20), (1, "b", 4 << 30)] {
+        guest.ask(&format!("disk-probe {index}"));
+        assert_eq!(guest.ask("disk-size"), "same sectors=2048");
+        resize(disk, &size.to_string()).unwrap();
+        assert_eq!(guest.ask("disk-size"), format!("changed sectors={}", size / 512));
+        assert_eq!(guest.ask("disk-read 2048"), "ok ", "{disk}: the new part is empty");
+        assert_eq!(guest.ask(&format!("disk-write {} end", last(size))), "ok");
+        assert_eq!(guest.ask("disk-flush"), "ok");
+        resize(disk, &size.to_string()).unwrap();
+        assert_eq!(guest.ask("disk-size"), format!("same sectors={}", size / 512));
+        let smaller = problem(resize(disk, "1MiB"));
+        assert_eq!(smaller.code, ProblemCode::DiskInvalid);
+        assert!(smaller.detail.contains("cannot become smaller"), "{}", smaller.detail);
+    }
+    assert_eq!((fs::metadata(&raw).unwrap().len(), sector(&raw, last(64 << 20))), (64 << 20, "end".into()));
+    assert_eq!(
+        problem(resize("b", "9223372036854775296")).code,
+        ProblemCode::DiskInvalid,
+        "the format's limit"
+    );
+    assert_eq!(problem(resize("a", "1000")).code, ProblemCode::InvalidRequest);
+    assert_eq!(problem(resize("c", "4MiB")).code, ProblemCode::DiskInvalid, "it is read-only");
+    assert_eq!(problem(resize("d", "4MiB")).code, ProblemCode::NotFound);
+    assert_eq!(guest.ask("reboot"), "ok");
+    guest.wait_for_ready();
+    assert!(guest.ask("disk-probe 1").ends_with(" sectors=8388608"));
+    assert_eq!(guest.ask(&format!("disk-read {}", last(4 << 30))), "ok end");
+    agent.act("web1", VmAction::Pause).unwrap();
+    assert_eq!(problem(resize("a", "128MiB")).code, ProblemCode::WrongState);
+    agent.act("web1", VmAction::Stop).unwrap();
+    assert_eq!(problem(resize("a", "128MiB")).code, ProblemCode::WrongState);
+    host::run("qemu-img", &["check", "-q", image.to_str().unwrap()]);
 }
 
 #[test]

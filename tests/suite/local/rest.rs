@@ -197,6 +197,7 @@ fn body(method: &str, template: &str) -> Value {
         ("PUT", "/v1/pfs/{name}/vfs") => json!({"count": 1}),
         ("PUT", "/v1/port-groups/{name}") => json!({"switch": "default"}),
         ("POST", "/v1/vms/{name}/clone") => json!({"name": "copy"}),
+        ("POST", "/v1/vms/{name}/resize-disk") => json!({"disk": "data", "size": "2MiB"}),
         ("POST", "/v1/vms") | ("PUT", "/v1/vms/{name}") => {
             json!({"name": "other", "memory": "2MiB", "boot": {"kernel": "small-guest"}})
         }
@@ -206,7 +207,8 @@ fn body(method: &str, template: &str) -> Value {
 
 #[test]
 fn every_call_gives_every_answer_that_its_document_promises() {
-    let arguments = ["--sim-pf", "sim0=2", "--sim-pf", "sim1=1"].map(Into::into).into();
+    let arguments =
+        ["--sim-pf", "sim0=2", "--sim-pf", "sim1=1", "--sandbox-off", "limits"].map(Into::into).into();
     let agent = Agent::start_with(Options { arguments, ..Options::default() });
     let mut rest = Caller::new(&agent);
     let nothing = Value::Null;
@@ -233,7 +235,9 @@ fn every_call_gives_every_answer_that_its_document_promises() {
 
     // VMs.
     let adapters = json!([{"id": "eth0", "port_group": "web", "mac": "02:00:00:00:00:11"}]);
-    let spec = SmallGuest::spec(&agent, "web1", adapters, "");
+    let mut spec = SmallGuest::spec(&agent, "web1", adapters, "");
+    agent.disk("data.raw", 1 << 20);
+    spec["disks"] = json!([{"id": "data", "path": "data.raw", "format": "raw"}]);
     rest.expect(201, "POST", "/v1/vms", &spec);
     rest.expect(409, "POST", "/v1/vms", &spec);
     let mut wrong = spec.clone();
@@ -267,6 +271,8 @@ fn every_call_gives_every_answer_that_its_document_promises() {
     }
     rest.expect(409, "GET", "/v1/vms/web1/stats", &nothing);
     rest.expect(409, "POST", "/v1/vms/web1/console", &json!("x"));
+    let resize = "/v1/vms/web1/resize-disk";
+    rest.expect(409, "POST", resize, &json!({"disk": "data", "size": "2MiB"}));
 
     // A running VM.
     rest.expect(200, "POST", "/v1/vms/web1/boot?wait=60", &nothing);
@@ -274,6 +280,8 @@ fn every_call_gives_every_answer_that_its_document_promises() {
     assert_eq!(rest.get("/v1/vms/web1")["status"]["state"], "running");
     assert_eq!(rest.get("/v1/vms")["items"].as_array().unwrap().len(), 1);
     rest.get("/v1/vms/web1/stats");
+    rest.expect(200, "POST", resize, &json!({"disk": "data", "size": "2MiB"}));
+    rest.expect(422, "POST", resize, &json!({"disk": "data", "size": "1MiB"}));
     rest.get("/v1/vms/web1/console");
     rest.expect(200, "POST", "/v1/vms/web1/console", &json!("help"));
     rest.expect(200, "POST", "/v1/vms/web1/pause?wait=60", &nothing);

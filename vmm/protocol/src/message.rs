@@ -23,13 +23,17 @@ use super::spec::{DiskLimits, MachineSpec};
 /// | 2 | [`DeviceBackend::Simulated`](super::DeviceBackend::Simulated) |
 /// | 3 | [`ToVmm::Standing`], and with it [`RelayEvent::Declined`] |
 /// | 4 | [`VmmCommand::LimitDisk`], [`VmmEvent::DiskFull`] |
-pub const VERSION: u32 = 4;
+/// | 5 | [`VmmCommand::GrowDisk`] |
+pub const VERSION: u32 = 5;
 
 /// The oldest version with [`ToVmm::Standing`].
 pub const STANDING_SINCE: u32 = 3;
 
 /// The oldest version with commands to disks, and with events of them.
 pub const DISK_COMMANDS_SINCE: u32 = 4;
+
+/// The oldest version with [`VmmCommand::GrowDisk`].
+pub const GROWTH_SINCE: u32 = 5;
 
 /// The versions that this build speaks.
 pub const SPOKEN: RangeInclusive<u32> = 1..=VERSION;
@@ -193,6 +197,15 @@ pub enum VmmCommand {
         /// The new limits.
         limits: DiskLimits,
     },
+    /// Enlarges a disk of a running machine, and tells its guest. A size that the disk has already is a success, too. The
+    /// agent has raised the process's limit on the length of files before. → [`Outcome::Done`] when the new size is
+    /// on stable storage
+    GrowDisk {
+        /// The disk's name in the machine's specification.
+        disk: String,
+        /// The new size in bytes, whole sectors of 512.
+        size: u64,
+    },
 }
 
 impl VmmCommand {
@@ -201,6 +214,7 @@ impl VmmCommand {
     pub fn since(&self) -> u32 {
         match self {
             Self::LimitDisk { .. } => DISK_COMMANDS_SINCE,
+            Self::GrowDisk { .. } => GROWTH_SINCE,
             _ => *SPOKEN.start(),
         }
     }

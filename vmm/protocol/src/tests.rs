@@ -135,12 +135,17 @@ fn commands_keep_their_text() {
             VmmCommand::LimitDisk { disk: "root".into(), limits },
             r#"{"order":"limit_disk","disk":"root","limits":{"bytes":null,"operations":{"per_second":50,"burst":60}}}"#,
         ),
+        (
+            VmmCommand::GrowDisk { disk: "root".into(), size: 1 << 20 },
+            r#"{"order":"grow_disk","disk":"root","size":1048576}"#,
+        ),
     ];
     hold(&commands);
     each_has_a_text!(commands;
         VmmCommand::Configure { .. }, VmmCommand::Run, VmmCommand::Pause, VmmCommand::PowerButton, VmmCommand::Reboot, VmmCommand::Stop,
         VmmCommand::Stats, VmmCommand::ConsoleInput { .. }, VmmCommand::ConsoleWait { .. }, VmmCommand::Revoke { .. },
         VmmCommand::EffectiveMac { .. }, VmmCommand::MakeGuestReset { .. }, VmmCommand::LimitDisk { .. },
+        VmmCommand::GrowDisk { .. },
     );
 }
 

@@ -15,8 +15,8 @@ use std::{
 use devices::device::Device;
 use protocol::{DiskFormat, DiskLimits, DiskRate, DiskSpec, DiskStats, files};
 use virtio::{
-    block::{self, Block, Counters, Options, Remote},
-    disk::{Disk, Format, qcow2::Qcow2Disk, raw::RawDisk},
+    block::{self, Block, Counters, Options, Remote, Reports},
+    disk::{Disk, Format, SECTOR, qcow2::Qcow2Disk, raw::RawDisk},
     engine::{Configuration, Engine, Identity},
     entropy::{self, Entropy},
     limit::{Limits, Rate},
@@ -59,6 +59,26 @@ impl Disks {
         remote.limit(of_limits(limits));
         Ok(())
     }
+
+    /// Begins to enlarge a disk. [`Event::DiskGrown`] tells that [`Self::grown`] has the result.
+    ///
+    /// # Errors
+    /// See [`DiskError`].
+    pub fn grow(&self, id: &str, size: u64) -> Result<(), DiskError> {
+        let remote = self.remotes.get(id).ok_or_else(|| DiskError::Unknown(id.to_owned()))?;
+        if !size.is_multiple_of(SECTOR) {
+            return Err(DiskError::Sectors(size));
+        }
+        remote.grow(size);
+        Ok(())
+    }
+
+    /// Takes the result of a growth; None while it is under way.
+    #[must_use]
+    pub fn grown(&self, id: &str) -> Option<Result<(), DiskError>> {
+        let grown = self.remotes.get(id)?.grown()?;
+        Some(grown.map(drop).map_err(|source| DiskError::Grow { id: id.to_owned(), source }))
+    }
 }
 
 /// A disk cannot carry out a command.
@@ -67,6 +87,17 @@ pub enum DiskError {
     /// The machine has no such disk.
     #[error("The VM has no disk {0}")]
     Unknown(String),
+    /// Disks have whole sectors.
+    #[error("{0} bytes are no whole sectors: a disk's size is a multiple of 512 bytes")]
+    Sectors(u64),
+    /// The size cannot be changed.
+    #[error("The disk {id} cannot be enlarged")]
+    Grow {
+        /// The disk's name.
+        id: String,
+        /// The cause.
+        source: std::io::Error,
+    },
 }
 
 fn of_limits(limits: &DiskLimits) -> Limits {
@@ -143,9 +174,13 @@ fn disk(board: &Board, parts: &mut Parts<'_>, spec: &DiskSpec) -> Result<Arc<dyn
     parts.disks.counters.insert(spec.id.clone(), Arc::clone(&counters));
     let (identity, configuration) = (block::identity(&options), block::configuration(disk.size()));
     let (events, id) = (Arc::clone(parts.events), spec.id.clone());
-    let on_full = Box::new(move || events.send(Event::DiskFull { disk: id.clone() }));
-    let (block, remote) =
-        Block::new(disk, options, counters, on_full).map_err(|error| failed(&spec.id)(error.into()))?;
+    let growth = Arc::clone(parts.events);
+    let reports = Reports {
+        on_full: Box::new(move || events.send(Event::DiskFull { disk: id.clone() })),
+        on_grown: Box::new(move || growth.send(Event::DiskGrown)),
+    };
+    let (block, remote) = Block::new(disk, options, counters, Arc::clone(&configuration), reports)
+        .map_err(|error| failed(&spec.id)(error.into()))?;
     parts.disks.remotes.insert(spec.id.clone(), remote);
     insert(board, parts, identity, configuration, Box::new(block))
 }

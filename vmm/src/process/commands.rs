@@ -23,7 +23,7 @@ use super::{event_loop::Process, resets::Reset};
 use crate::{
     board::{DiskError, Disks},
     io_threads::{IoThreadError, IoThreads},
-    machine::{Machine, MachineError},
+    machine::{Machine, MachineError, chain},
     vcpu,
 };
 
@@ -39,6 +39,14 @@ const PAUSE_AGAIN: Duration = Duration::from_secs(1);
 
 fn failure(code: FailureCode, detail: impl Into<String>) -> Failure {
     Failure { code, detail: detail.into() }
+}
+
+fn disk_failure(error: &DiskError) -> Failure {
+    let code = match error {
+        DiskError::Unknown(_) | DiskError::Sectors(_) => FailureCode::Invalid,
+        DiskError::Grow { .. } => FailureCode::Disk,
+    };
+    failure(code, chain(error))
 }
 
 impl Process {
@@ -75,6 +83,11 @@ impl Process {
                 Outcome::Done
             }),
             VmmCommand::LimitDisk { disk, limits } => self.on_disk(|disks| disks.limit(&disk, &limits)),
+            VmmCommand::GrowDisk { disk, size } => match self.grow_disk(&disk, size) {
+                // The disk's thread completes the command.
+                Ok(()) => return self.growths.push((id, disk)),
+                Err(failure) => Err(failure),
+            },
             VmmCommand::Stop => {
                 reach(Point::VmmStopping);
                 self.end(End::Stopped);
@@ -142,12 +155,31 @@ impl Process {
     }
 
     fn on_disk(&self, command: impl FnOnce(&Disks) -> Result<(), DiskError>) -> Result<Outcome, Failure> {
-        command(&self.machine()?.disks).map(|()| Outcome::Done).map_err(|error| {
-            let code = match error {
-                DiskError::Unknown(_) => FailureCode::Invalid,
-            };
-            failure(code, error.to_string())
-        })
+        command(&self.machine()?.disks).map(|()| Outcome::Done).map_err(|error| disk_failure(&error))
+    }
+
+    fn grow_disk(&self, disk: &str, size: u64) -> Result<(), Failure> {
+        // The disks' threads of another machine are parked.
+        if self.state != State::Running {
+            return Err(self.wrong_state("enlarge a disk of"));
+        }
+        if self.growths.iter().any(|(_, other)| other == disk) {
+            let detail = format!("The disk {disk} is being enlarged by another request: try again later");
+            return Err(failure(FailureCode::WrongState, detail));
+        }
+        self.on_disk(|disks| disks.grow(disk, size)).map(drop)
+    }
+
+    /// Completes the commands whose disks have grown, or cannot grow.
+    pub(super) fn complete_growths(&mut self) {
+        for (id, disk) in std::mem::take(&mut self.growths) {
+            match self.machine.as_ref().and_then(|machine| machine.disks.grown(&disk)) {
+                None => self.growths.push((id, disk)),
+                Some(result) => {
+                    self.done(id, result.map(|()| Outcome::Done).map_err(|error| disk_failure(&error)));
+                }
+            }
+        }
     }
 
     pub(super) fn on_standing(&mut self, adapter: String, refusal: Option<StandingRefusal>) {
@@ -331,6 +363,8 @@ impl Process {
                 self.end(End::Failed { detail: format!("vCPU {index} cannot continue: {what}") });
             }
             vcpu::Event::DiskFull { disk } => self.on_disk_full(disk),
+            // The event loop completes such commands at each event.
+            vcpu::Event::DiskGrown => {}
             vcpu::Event::IoThreadEnded { name } => {
                 self.end(End::Failed { detail: IoThreadError::Ended(name).to_string() });
             }

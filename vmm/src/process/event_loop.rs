@@ -61,6 +61,8 @@ pub(super) struct Process {
     console_waiters: Vec<(u64, u64)>,
     /// Ids of [`VmmCommand::Revoke`](protocol::VmmCommand::Revoke) that a relay works on.
     revocations: Vec<u64>,
+    /// Commands that wait for the growth of a disk: their ids, and the disks.
+    pub(super) growths: Vec<(u64, String)>,
     /// Standing denials by the agent, by adapter.
     pub(super) standing: BTreeMap<String, StandingRefusal>,
     /// The namespaces that a thread is making for the machine's sandbox. None once a machine has been configured.
@@ -103,6 +105,7 @@ impl Process {
             events: EventQueue::default(),
             console_waiters: Vec::new(),
             revocations: Vec::new(),
+            growths: Vec::new(),
             standing: BTreeMap::new(),
             namespaces: Some(NewNamespaces::begin()?),
             relays,
@@ -196,6 +199,7 @@ impl Process {
         self.relays.set_agent(None);
         self.console_waiters.clear();
         self.revocations.clear();
+        self.growths.clear();
         self.forget_standing();
         self.closed.extend(self.channel.take());
     }
@@ -255,7 +259,10 @@ impl Process {
     fn on_vcpus(&mut self) {
         let Some(signals) = &self.signals else { return };
         let _ = signals.vcpu_signal.read();
-        let Ok(event) = signals.vcpu_events.try_recv() else { return };
+        let event = signals.vcpu_events.try_recv();
+        // At any event, since a reset drops those that came before.
+        self.complete_growths();
+        let (Some(signals), Ok(event)) = (&self.signals, event) else { return };
         // Handle one event at a time, and leave the rest for the next turn: this one may make them void, and a vCPU
         // that raises one after another must not starve the other sources.
         let _ = signals.vcpu_signal.write(1);

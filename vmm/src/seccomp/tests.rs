@@ -128,6 +128,8 @@ fn each_filter_allows_what_its_file_says_and_nothing_else() {
         ("socketpair", libc::SYS_socketpair),
         ("fcntl", libc::SYS_fcntl),
         ("fallocate", libc::SYS_fallocate),
+        ("ftruncate", libc::SYS_ftruncate),
+        ("lseek", libc::SYS_lseek),
         ("statx", libc::SYS_statx),
     ]);
     for thread in THREADS {

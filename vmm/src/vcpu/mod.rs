@@ -88,6 +88,8 @@ pub enum Event {
         /// The disk's name.
         disk: String,
     },
+    /// The growth of a disk has a result ([`Disks::grown`](crate::board::Disks::grown)).
+    DiskGrown,
     /// An I/O thread has ended or panicked.
     IoThreadEnded {
         /// The thread's name.

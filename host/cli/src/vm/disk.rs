@@ -49,6 +49,11 @@ pub(super) async fn limits(client: &Client, args: LimitsArgs) -> Result<Vm, CliE
     Ok(client.patch_vm(&args.vm.name, &json!({ "disks": disks }), Some(vm.revision)).await?)
 }
 
+/// The lines about an enlarged disk.
+pub(super) fn size(grown: &DiskSize) -> Vec<(String, String)> {
+    vec![("disk".to_owned(), grown.disk.to_string()), ("size".to_owned(), grown.size.to_string())]
+}
+
 /// A disk in `vm show`.
 pub(super) fn line(disk: &DiskSpec) -> String {
     let access = match (disk.read_only, disk.ephemeral) {

@@ -18,4 +18,4 @@ pub use connection::{
 pub use directory::VmDirectory;
 pub use exit::{Exit, Identity, Process};
 pub use protocol_guard::Allowance;
-pub use spawn::{MEMLOCK_SLACK, Program, SpawnError, isolate, limit_memlock, spawn};
+pub use spawn::{MEMLOCK_SLACK, Program, SpawnError, allow_longer_files, isolate, limit_memlock, spawn};

@@ -159,6 +159,22 @@ pub fn limit_memlock(process: &Process, need: u64) -> Result<(), SpawnError> {
     }
 }
 
+/// Lets `process` write files that are longer by `more` bytes than so far. A process without a limit keeps none.
+///
+/// # Errors
+/// Those of `prlimit(2)`: this process may not raise the limit of another user's process, or a hard limit.
+pub fn allow_longer_files(process: &Process, more: u64) -> io::Result<()> {
+    let pid = process.identity().pid;
+    // Anybody may read it, and a process without a limit needs no privilege here (proc(5)).
+    let limits = std::fs::read_to_string(format!("/proc/{pid}/limits"))?;
+    let line = limits.lines().find_map(|line| line.strip_prefix("Max file size")).unwrap_or_default();
+    let mut words = line.split_ascii_whitespace().map(|word| word.parse::<u64>().ok());
+    let (Some(Some(now)), maximum) = (words.next(), words.next().flatten()) else { return Ok(()) };
+    let longest = now.saturating_add(more);
+    let limit = Rlimit { current: Some(longest), maximum: maximum.map(|maximum| maximum.max(longest)) };
+    Ok(prlimit(Pid::from_raw(pid), Resource::Fsize, limit).map(drop)?)
+}
+
 #[cfg(test)]
 mod tests {
     use std::time::{Duration, Instant};
@@ -240,6 +256,32 @@ mod tests {
         let (_run, directory, vm) = directory();
         let program = Program { path: "/nonexistent".into(), arguments: Vec::new() };
         assert!(matches!(spawn(&program, &directory, vm), Err(SpawnError::Process(_))));
+    }
+
+    #[tokio::test]
+    async fn files_may_get_longer_only_where_they_had_a_limit() {
+        let (_run, first, vm) = directory();
+        let longest = |process: &Process| {
+            let limits = std::fs::read_to_string(format!("/proc/{}/limits", process.identity().pid)).unwrap();
+            let line = limits.lines().find(|line| line.starts_with("Max file size")).unwrap();
+            line.split_ascii_whitespace().nth(3).unwrap().to_owned()
+        };
+        let mut free = spawn(&shell("exec sleep 60"), &first, vm).unwrap();
+        allow_longer_files(&free, 4096).unwrap();
+        assert_eq!(longest(&free), "unlimited");
+        let (_other, directory, vm) = directory();
+        let mut limited = spawn(&shell("ulimit -S -f 64; exec sleep 60"), &directory, vm).unwrap();
+        let deadline = Instant::now() + Duration::from_secs(5);
+        while longest(&limited) != "32768" {
+            assert!(Instant::now() < deadline);
+            tokio::time::sleep(Duration::from_millis(5)).await;
+        }
+        allow_longer_files(&limited, 4096).unwrap();
+        assert_eq!(longest(&limited), "36864");
+        for process in [&mut free, &mut limited] {
+            process.kill();
+            process.ended().await;
+        }
     }
 
     #[tokio::test]

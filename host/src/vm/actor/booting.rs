@@ -194,6 +194,7 @@ impl Actor {
             Command::Delete { caller, expect, done } => self.delete(caller, expect, done).await,
             // `Inbox::next_end` never returns these.
             Command::Edit { .. }
+            | Command::ResizeDisk { .. }
             | Command::Lease { .. }
             | Command::EndLease { .. }
             | Command::Leave { .. } => {}
