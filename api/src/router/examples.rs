@@ -95,6 +95,7 @@ fn spec() -> Option<VmSpec> {
             ephemeral: false,
             serial: None,
             discard: true,
+            cache: DiskCache::default(),
             on_full: OnFull::Pause,
             limits: Some(DiskLimits {
                 bytes_per_second: Some(ByteSize::mib(200)),

@@ -50,6 +50,9 @@ pub struct DiskSpec {
     /// The guest's discards (`fstrim`) give room back to the host.
     #[serde(default, skip_serializing_if = "std::ops::Not::not")]
     pub discard: bool,
+    /// The use of the host's page cache.
+    #[serde(default, skip_serializing_if = "DiskCache::is_default")]
+    pub cache: DiskCache,
     /// The reaction to a full file system of the host.
     #[serde(default, skip_serializing_if = "OnFull::is_default")]
     pub on_full: OnFull,
@@ -92,6 +95,25 @@ pub enum OnFull {
     Pause,
     /// The request fails with an I/O error in the guest.
     Error,
+}
+
+/// The use of the host's page cache for a disk's own file. Backing files are always read through it, since VMs share them. A
+/// flush of the guest is durable in any case.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash, Serialize, Deserialize, ToSchema)]
+#[serde(rename_all = "snake_case")]
+pub enum DiskCache {
+    /// Reads and writes go through the cache: the guest's repeated reads are fast, and take memory of the host.
+    #[default]
+    Writeback,
+    /// The cache is bypassed (O_DIRECT), as databases and hosts with little memory want it. A raw file needs a multiple of
+    /// 4 KiB. Not every file system can do it.
+    None,
+}
+
+impl DiskCache {
+    fn is_default(&self) -> bool {
+        *self == Self::default()
+    }
 }
 
 impl OnFull {
@@ -212,6 +234,11 @@ pub(super) fn check(disks: &[DiskSpec]) -> Result<(), Problem> {
             let detail =
                 "A read-only disk has no changes that could vanish: leave out ephemeral or read_only.";
             return Err(Problem::invalid(format!("disks[{n}].ephemeral"), detail));
+        }
+        if disk.ephemeral && disk.cache == DiskCache::None {
+            let detail =
+                "The changes of an ephemeral disk are in the host's cache: leave out cache or ephemeral.";
+            return Err(Problem::invalid(format!("disks[{n}].cache"), detail));
         }
         if disk.read_only && disk.discard {
             let detail = "A read-only disk cannot be discarded: leave out discard or read_only.";

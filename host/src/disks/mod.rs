@@ -17,10 +17,10 @@ use std::{
 use api::{
     Caller,
     problem::{Problem, ProblemCode},
-    types::{DiskFormat, DiskSpec},
+    types::{DiskCache, DiskFormat, DiskSpec},
 };
 
-use rustix::fs::{AtFlags, CWD, StatxFlags, statx};
+use rustix::fs::{AtFlags, CWD, OFlags, StatxFlags, fcntl_getfl, fcntl_setfl, statx};
 
 use self::lock::Use;
 use crate::{
@@ -30,6 +30,8 @@ use crate::{
 
 /// Bytes of a sector: a disk has one at least.
 const SECTOR: u64 = 512;
+/// Bytes of a block without the host's cache. The last block of a file can be written only as a whole.
+const BLOCK: u64 = 4096;
 /// The most processes to look at for the user of a file.
 const MOST_PROCESSES: usize = 4096;
 /// The most descriptors of each.
@@ -99,11 +101,12 @@ pub fn open_all(
             move |(code, detail)| Problem { field: Some(place.into()), ..Problem::new(code, detail) }
         };
         let read_only = disk.read_only || disk.ephemeral;
-        let wanted = Wanted { path: &disk.path, format: disk.format, read_only };
+        let direct = disk.cache == DiskCache::None;
+        let wanted = Wanted { path: &disk.path, format: disk.format, read_only, direct };
         let file = open(rights, dirs, wanted, user).map_err(at(format!("disks[{number}].path")))?;
         let mut backing = Vec::new();
         for (layer, spec) in disk.backing.iter().enumerate() {
-            let wanted = Wanted { path: &spec.path, format: spec.format, read_only: true };
+            let wanted = Wanted { path: &spec.path, format: spec.format, read_only: true, direct: false };
             let place = format!("disks[{number}].backing[{layer}].path");
             backing.push(open(rights, dirs, wanted, user).map_err(at(place))?);
         }
@@ -139,6 +142,8 @@ struct Wanted<'a> {
     path: &'a str,
     format: DiskFormat,
     read_only: bool,
+    /// The host's page cache is bypassed.
+    direct: bool,
 }
 
 /// Opens and locks one file. `user` names another user of a file, in words.
@@ -175,6 +180,24 @@ fn open(
             disk.path, disk.path
         );
         return Err((ProblemCode::DiskInvalid, detail));
+    }
+    if disk.direct {
+        if disk.format == DiskFormat::Raw && !size.is_multiple_of(BLOCK) {
+            let detail = format!(
+                "The disk {} has {size} bytes, and without the host's cache it needs a multiple of {BLOCK}: make it longer \
+                 (truncate --size=%{BLOCK} {}), or leave out cache.",
+                disk.path, disk.path
+            );
+            return Err((ProblemCode::DiskInvalid, detail));
+        }
+        let flags = fcntl_getfl(&file).map_err(|error| failed(&error.into()))?;
+        fcntl_setfl(&file, flags | OFlags::DIRECT).map_err(|error| {
+            let detail = format!(
+                "The file system of the disk {} cannot bypass the host's cache ({error}): leave out cache, or move the file.",
+                disk.path
+            );
+            (ProblemCode::DiskInvalid, detail)
+        })?;
     }
     Ok(file)
 }

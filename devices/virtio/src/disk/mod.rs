@@ -2,6 +2,7 @@
 
 //! The contents of disks. Each format is a file of its own with a [`Disk`].
 
+mod host_file;
 pub mod qcow2;
 pub mod raw;
 mod transfer;
@@ -110,6 +111,14 @@ pub enum GrowError {
         has: u64,
         /// The size that the disk was to have.
         wanted: u64,
+    },
+    /// Without the host's cache a file has whole blocks.
+    #[error("{wanted} bytes are no multiple of {block}, as a file without the host's cache needs it")]
+    Blocks {
+        /// The size that the disk was to have.
+        wanted: u64,
+        /// Bytes of a block.
+        block: u64,
     },
     /// The format has a largest size.
     #[error(

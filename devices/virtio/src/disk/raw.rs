@@ -5,10 +5,7 @@
 use std::{
     fs::File,
     io::{self, Seek as _, SeekFrom},
-    os::{
-        fd::AsRawFd as _,
-        unix::fs::{FileExt as _, FileTypeExt as _},
-    },
+    os::{fd::AsRawFd as _, unix::fs::FileTypeExt as _},
 };
 
 use rustix::{
@@ -17,7 +14,11 @@ use rustix::{
 };
 use vm_memory::VolatileSlice;
 
-use super::{Disk, GrowError, SECTOR, lost, transfer};
+use super::{
+    Disk, GrowError, SECTOR,
+    host_file::{BLOCK, HostFile},
+    lost,
+};
 
 /// `_IO(0x12, 119)` (linux/fs.h).
 const BLKDISCARD: libc::Ioctl = 0x1277;
@@ -27,7 +28,7 @@ static ZEROES: [u8; 64 << 10] = [0; 64 << 10];
 /// A file or a block device.
 #[derive(Debug)]
 pub struct RawDisk {
-    file: File,
+    file: HostFile,
     size: u64,
     is_device: bool,
     /// The kernel reports a failed write of its cache once, and then takes the data for written (fsync(2)). So a flush
@@ -40,12 +41,21 @@ impl RawDisk {
     /// read-only. A last incomplete sector is left out.
     ///
     /// # Errors
-    /// Those of reading the size.
+    /// Those of reading the size. A file that is open with O_DIRECT needs whole blocks of 4 KiB.
     pub fn new(mut file: File) -> io::Result<Self> {
         // The end of a block device is not in its status.
         let end = file.seek(SeekFrom::End(0))?;
         let is_device = file.metadata()?.file_type().is_block_device();
-        Ok(Self { file, size: end - end % SECTOR, is_device, lost: false })
+        let (file, size) = (HostFile::new(file)?, end - end % SECTOR);
+        if file.is_direct() && !is_device && !end.is_multiple_of(BLOCK) {
+            // The last block could only be written as a whole, and that would make the file longer.
+            let text = format!(
+                "its file has {end} bytes, and without the host's cache it needs a multiple of {BLOCK}: run `truncate -s %{BLOCK}` \
+                 on it, or leave out cache"
+            );
+            return Err(io::Error::other(text));
+        }
+        Ok(Self { file, size, is_device, lost: false })
     }
 
     /// The length of the file that writes need; 0 for a block device, whose length is fixed.
@@ -56,7 +66,8 @@ impl RawDisk {
 
     /// Makes a hole. Returns whether the host's file system or device can.
     fn punch(&self, offset: u64, len: u64) -> io::Result<bool> {
-        match fallocate(&self.file, FallocateFlags::PUNCH_HOLE | FallocateFlags::KEEP_SIZE, offset, len) {
+        match fallocate(&self.file.file, FallocateFlags::PUNCH_HOLE | FallocateFlags::KEEP_SIZE, offset, len)
+        {
             Err(errno) if unsupported(errno) => Ok(false),
             result => Ok(result.map(|()| true)?),
         }
@@ -74,18 +85,18 @@ impl Disk for RawDisk {
     }
 
     fn read(&mut self, offset: u64, buffers: &[VolatileSlice<'_>]) -> io::Result<()> {
-        transfer::read(&self.file, offset, buffers)
+        self.file.read(offset, buffers)
     }
 
     fn write(&mut self, offset: u64, buffers: &[VolatileSlice<'_>]) -> io::Result<()> {
-        transfer::write(&self.file, offset, buffers)
+        self.file.write(offset, buffers)
     }
 
     fn flush(&mut self) -> io::Result<()> {
         if self.lost {
             return Err(io::Error::other("data was lost at an earlier flush"));
         }
-        let result = fdatasync(&self.file).map_err(lost);
+        let result = fdatasync(&self.file.file).map_err(lost);
         self.lost = result.is_err();
         result
     }
@@ -94,7 +105,7 @@ impl Disk for RawDisk {
         if self.is_device {
             let range = [offset, len];
             // SAFETY: the descriptor is open, and the kernel reads two numbers (linux/fs.h, BLKDISCARD).
-            let result = unsafe { libc::ioctl(self.file.as_raw_fd(), BLKDISCARD, range.as_ptr()) };
+            let result = unsafe { libc::ioctl(self.file.file.as_raw_fd(), BLKDISCARD, range.as_ptr()) };
             let error = io::Error::last_os_error();
             // A hint only.
             let unable = matches!(error.raw_os_error(), Some(libc::EOPNOTSUPP | libc::ENOTTY));
@@ -110,7 +121,7 @@ impl Disk for RawDisk {
         let (mut at, mut left) = (offset, len);
         while left > 0 {
             let count = usize::try_from(left).unwrap_or(usize::MAX).min(ZEROES.len());
-            self.file.write_all_at(ZEROES.get(..count).unwrap_or_default(), at)?;
+            self.file.write_bytes(at, ZEROES.get(..count).unwrap_or_default())?;
             (at, left) = (at.saturating_add(count as u64), left - count as u64);
         }
         Ok(())
@@ -118,14 +129,17 @@ impl Disk for RawDisk {
 
     fn grow(&mut self, size: u64) -> io::Result<()> {
         if self.is_device {
-            let has = self.file.seek(SeekFrom::End(0))?;
+            let has = self.file.file.seek(SeekFrom::End(0))?;
             if has < size {
                 return Err(GrowError::Device { has, wanted: size }.into());
             }
         } else {
+            if self.file.is_direct() && !size.is_multiple_of(BLOCK) {
+                return Err(GrowError::Blocks { wanted: size, block: BLOCK }.into());
+            }
             // A last incomplete sector was left out. The guest never saw it, and must not see it now.
-            self.file.set_len(self.size)?;
-            self.file.set_len(size)?;
+            self.file.file.set_len(self.size)?;
+            self.file.file.set_len(size)?;
         }
         self.size = size;
         Ok(())
@@ -134,7 +148,10 @@ impl Disk for RawDisk {
 
 #[cfg(test)]
 mod tests {
-    use std::{io::Write as _, os::fd::OwnedFd};
+    use std::{
+        io::Write as _,
+        os::{fd::OwnedFd, unix::fs::FileExt as _},
+    };
 
     use vm_memory::{GuestAddress, GuestMemoryBackend as _};
 
@@ -198,11 +215,12 @@ mod tests {
     /// The kernel forgets a failed write of its cache once it has told of it.
     #[test]
     fn a_flush_never_succeeds_after_one_has_failed() {
-        let (mut disk, file) = disk(&[7; 4096]);
+        let (mut disk, _file) = disk(&[7; 4096]);
         disk.flush().unwrap();
         let (reader, _writer) = io::pipe().unwrap();
         // A pipe cannot be flushed.
-        disk.file = File::from(OwnedFd::from(reader));
+        let file =
+            std::mem::replace(&mut disk.file, HostFile::new(File::from(OwnedFd::from(reader))).unwrap());
         assert!(disk.flush().is_err());
         disk.file = file;
         assert!(disk.flush().is_err());

@@ -6,6 +6,8 @@ use std::{fs::File, io, os::fd::AsRawFd as _};
 
 use vm_memory::VolatileSlice;
 
+/// No storage has smaller blocks.
+const SECTOR_BYTES: usize = 512;
 /// The most buffers of one system call (`IOV_MAX`).
 const BUFFERS: usize = 1024;
 
@@ -21,6 +23,39 @@ pub(super) fn read(file: &File, offset: u64, buffers: &[VolatileSlice<'_>]) -> i
         // same time.
         unsafe { libc::preadv(fd, iovecs.as_ptr(), count, position) }
     })
+}
+
+/// Fills `buffer` with the file's bytes from `offset` on, up to the file's end. Returns their count.
+///
+/// # Errors
+/// Those of the file.
+pub(super) fn read_some(file: &File, offset: u64, buffer: VolatileSlice<'_>) -> io::Result<usize> {
+    let mut filled = 0;
+    while filled < buffer.len() {
+        let rest = buffer.offset(filled).map_err(io::Error::other)?;
+        let position = offset.saturating_add(filled as u64);
+        let position = libc::off_t::try_from(position).map_err(|_| io::ErrorKind::InvalidInput)?;
+        let guard = rest.ptr_guard_mut();
+        let iovec = libc::iovec { iov_base: guard.as_ptr().cast(), iov_len: guard.len() };
+        // SAFETY: the iovec is the memory of a volatile slice, as in `read`.
+        let moved = unsafe { libc::preadv(file.as_raw_fd(), &raw const iovec, 1, position) };
+        match usize::try_from(moved) {
+            Ok(moved) => {
+                filled += moved;
+                // The end of the file. Without the page cache, another read would begin inside of a block, and fail.
+                if moved == 0 || !moved.is_multiple_of(SECTOR_BYTES) {
+                    break;
+                }
+            }
+            Err(_) => {
+                let error = io::Error::last_os_error();
+                if error.kind() != io::ErrorKind::Interrupted {
+                    return Err(error);
+                }
+            }
+        }
+    }
+    Ok(filled)
 }
 
 /// Writes all of `buffers` to the file from `offset` on.

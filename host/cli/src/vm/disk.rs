@@ -62,6 +62,9 @@ pub(super) fn line(disk: &DiskSpec) -> String {
         (false, false) => "",
     };
     let mut line = format!("{} ({}){access}", disk.path, disk.format.as_str());
+    if disk.cache == DiskCache::None {
+        line.push_str(", no cache");
+    }
     let limits = disk.limits.unwrap_or_default();
     let bytes = limits.bytes_per_second.map(|rate| format!(", {rate}/s"));
     let operations = limits.operations_per_second.map(|rate| format!(", {rate} requests/s"));
@@ -79,6 +82,7 @@ mod tests {
             (json!({}), "web1 (raw)"),
             (json!({"read_only": true}), "web1 (raw), read-only"),
             (json!({"ephemeral": true}), "web1 (raw), ephemeral"),
+            (json!({"cache": "none"}), "web1 (raw), no cache"),
             (json!({"limits": {"operations_per_second": 50}}), "web1 (raw), 50 requests/s"),
         ] {
             let mut disk = json!({"id": "root", "path": "web1", "format": "raw"});

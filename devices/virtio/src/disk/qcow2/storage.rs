@@ -5,14 +5,13 @@
 use std::{
     fs::File,
     io::{self, Seek as _, SeekFrom},
-    os::unix::fs::FileExt as _,
 };
 
 use rustix::fs::{FallocateFlags, fallocate, fdatasync};
 use vm_memory::VolatileSlice;
 
 use crate::{
-    disk::{lost, raw::unsupported, transfer},
+    disk::{host_file::HostFile, lost, raw::unsupported},
     queue::length,
 };
 
@@ -30,7 +29,7 @@ pub(super) enum Change {
 
 /// An open file and its length.
 pub(super) struct Storage {
-    file: File,
+    file: HostFile,
     len: u64,
     /// The changes so far, if a test asks for them.
     #[cfg(test)]
@@ -50,7 +49,7 @@ impl Storage {
         // The end of a block device is not in its status.
         let len = file.seek(SeekFrom::End(0))?;
         Ok(Self {
-            file,
+            file: HostFile::new(file)?,
             len,
             #[cfg(test)]
             journal: None,
@@ -69,7 +68,7 @@ impl Storage {
 
     /// Whether writes behind the end make the file longer.
     pub(super) fn can_grow(&self) -> io::Result<bool> {
-        Ok(self.file.metadata()?.is_file())
+        Ok(self.file.file.metadata()?.is_file())
     }
 
     #[cfg(test)]
@@ -95,17 +94,17 @@ impl Storage {
         let inside = usize::try_from(self.len.saturating_sub(offset)).unwrap_or(usize::MAX).min(bytes.len());
         let (have, behind) = bytes.split_at_mut(inside);
         behind.fill(0);
-        if have.is_empty() { Ok(()) } else { transfer::read(&self.file, offset, &[have.into()]) }
+        if have.is_empty() { Ok(()) } else { self.file.read(offset, &[have.into()]) }
     }
 
     pub(super) fn read_buffers(&self, offset: u64, buffers: &[VolatileSlice<'_>]) -> io::Result<()> {
-        transfer::read(&self.file, offset, buffers)
+        self.file.read(offset, buffers)
     }
 
     pub(super) fn write(&mut self, offset: u64, bytes: &[u8]) -> io::Result<()> {
         #[cfg(test)]
         self.record(|| Change::Write(offset, bytes.to_vec()))?;
-        self.file.write_all_at(bytes, offset)?;
+        self.file.write_bytes(offset, bytes)?;
         self.len = self.len.max(offset.saturating_add(bytes.len() as u64));
         Ok(())
     }
@@ -121,7 +120,7 @@ impl Storage {
             }
             Change::Write(offset, bytes)
         })?;
-        transfer::write(&self.file, offset, buffers)?;
+        self.file.write(offset, buffers)?;
         self.len = self.len.max(offset.saturating_add(length(buffers)));
         Ok(())
     }
@@ -138,7 +137,7 @@ impl Storage {
 
     /// Makes all completed writes durable.
     pub(super) fn sync(&mut self) -> io::Result<()> {
-        fdatasync(&self.file).map_err(lost)?;
+        fdatasync(&self.file.file).map_err(lost)?;
         #[cfg(test)]
         self.record(|| Change::Sync)?;
         Ok(())
@@ -152,7 +151,8 @@ impl Storage {
         }
         #[cfg(test)]
         self.record(|| Change::Punch(offset, len))?;
-        match fallocate(&self.file, FallocateFlags::PUNCH_HOLE | FallocateFlags::KEEP_SIZE, offset, len) {
+        match fallocate(&self.file.file, FallocateFlags::PUNCH_HOLE | FallocateFlags::KEEP_SIZE, offset, len)
+        {
             Err(errno) if unsupported(errno) => Ok(()),
             result => Ok(result?),
         }

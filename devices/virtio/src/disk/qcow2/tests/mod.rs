@@ -11,6 +11,7 @@ mod room;
 
 use std::{
     fs::{File, OpenOptions},
+    os::unix::fs::OpenOptionsExt as _,
     path::PathBuf,
     process::{Command, Output},
 };
@@ -22,16 +23,26 @@ use super::*;
 use crate::disk::SECTOR;
 
 /// A directory with images.
-pub(super) struct Lab(TempDir);
+pub(super) struct Lab {
+    directory: TempDir,
+    /// The image is open without the host's cache.
+    direct: bool,
+}
 
 impl Lab {
     pub(super) fn new() -> Self {
         // A file system in memory: QEMU syncs a lot.
-        Self(tempfile::tempdir_in("/dev/shm").or_else(|_| tempfile::tempdir()).unwrap())
+        let directory = tempfile::tempdir_in("/dev/shm").or_else(|_| tempfile::tempdir()).unwrap();
+        Self { directory, direct: false }
+    }
+
+    /// A directory on a medium that can bypass the host's cache: kernels before 6.6 have no such file system in memory.
+    pub(super) fn direct() -> Self {
+        Self { directory: tempfile::tempdir().unwrap(), direct: true }
     }
 
     pub(super) fn path(&self, name: &str) -> PathBuf {
-        self.0.path().join(name)
+        self.directory.path().join(name)
     }
 
     /// Runs a program of QEMU in the directory.
@@ -39,7 +50,7 @@ impl Lab {
         let mut words = line.split(' ');
         let mut command = Command::new(words.next().unwrap());
         // A tilde is a space inside of a word.
-        command.args(words.map(|word| word.replace('~', " "))).current_dir(self.0.path());
+        command.args(words.map(|word| word.replace('~', " "))).current_dir(self.directory.path());
         command.output().expect("the tests need qemu-img and qemu-io (Debian: qemu-utils)")
     }
 
@@ -55,7 +66,8 @@ impl Lab {
     }
 
     pub(super) fn file(&self, name: &str) -> File {
-        OpenOptions::new().read(true).write(true).open(self.path(name)).unwrap()
+        let flags = if self.direct { libc::O_DIRECT } else { 0 };
+        OpenOptions::new().read(true).write(true).custom_flags(flags).open(self.path(name)).unwrap()
     }
 
     pub(super) fn read_only(&self, name: &str) -> File {

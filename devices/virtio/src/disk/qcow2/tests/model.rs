@@ -49,7 +49,10 @@ fn step() -> impl Strategy<Value = Step> {
 }
 
 fn run(steps: Vec<Step>, options: &str, backing: &[&str], cluster: usize) {
-    let lab = Lab::new();
+    run_in(&Lab::new(), steps, options, backing, cluster);
+}
+
+fn run_in(lab: &Lab, steps: Vec<Step>, options: &str, backing: &[&str], cluster: usize) {
     let base: Vec<u8> = Random(9).bytes(2 << 20);
     std::fs::write(lab.path("base.raw"), &base).unwrap();
     lab.create("middle.qcow2", "-b base.raw -F raw", "2M");
@@ -73,7 +76,7 @@ fn run(steps: Vec<Step>, options: &str, backing: &[&str], cluster: usize) {
         disk.image.storage.no_holes = no_holes;
         disk
     };
-    let mut disk = open(&lab);
+    let mut disk = open(lab);
     for (number, step) in steps.into_iter().enumerate() {
         let size = model.len();
         match step {
@@ -115,13 +118,13 @@ fn run(steps: Vec<Step>, options: &str, backing: &[&str], cluster: usize) {
             Step::Flush => disk.flush().unwrap(),
             Step::Reopen => {
                 drop(disk);
-                disk = open(&lab);
+                disk = open(lab);
             }
             Step::Ask => {
                 drop(disk);
                 lab.check("a.qcow2", false);
                 lab.compare("a.qcow2", &model);
-                disk = open(&lab);
+                disk = open(lab);
             }
         }
     }
@@ -139,6 +142,13 @@ proptest! {
     #[test]
     fn a_plain_image_is_what_its_writes_made_of_it(steps in prop::collection::vec(step(), 1..40)) {
         run(steps, "", &[], 64 << 10);
+    }
+
+    #[test]
+    fn an_image_without_the_hosts_cache_is_what_its_writes_made_of_it(
+        steps in prop::collection::vec(step(), 1..40),
+    ) {
+        run_in(&Lab::direct(), steps, "-o cluster_size=4k", &["base.raw"], 4096);
     }
 
     #[test]
