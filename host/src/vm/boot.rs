@@ -347,6 +347,8 @@ fn machine(
         entropy: spec.entropy,
         devices,
         sandbox: sandbox::spec(user, off),
+        placement: protocol::PlacementSpec::default(),
+        features: protocol::CpuFeatures::default(),
     }
 }
 

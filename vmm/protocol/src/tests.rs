@@ -104,6 +104,8 @@ fn commands_keep_their_text() {
         nics: Vec::new(),
         entropy: true,
         sandbox: SandboxSpec::of_threads(),
+        placement: PlacementSpec::default(),
+        features: CpuFeatures::default(),
     };
     let limits = DiskLimits { bytes: None, operations: Some(DiskRate { per_second: 50, burst: 60 }) };
     let commands = [
@@ -310,6 +312,8 @@ fn states_and_codes_keep_their_text() {
         (FailureCode::WrongState, r#""wrong_state""#),
         (FailureCode::Kvm, r#""kvm""#),
         (FailureCode::Memory, r#""memory""#),
+        (FailureCode::Placement, r#""placement""#),
+        (FailureCode::CpuFeature, r#""cpu_feature""#),
         (FailureCode::Kernel, r#""kernel""#),
         (FailureCode::Memlock, r#""memlock""#),
         (FailureCode::GroupNotViable, r#""group_not_viable""#),
@@ -323,7 +327,8 @@ fn states_and_codes_keep_their_text() {
     each_has_a_text!(codes;
         FailureCode::WrongState, FailureCode::Kvm, FailureCode::Memory, FailureCode::Kernel,
         FailureCode::Memlock, FailureCode::GroupNotViable, FailureCode::Disk, FailureCode::Device,
-        FailureCode::Sandbox, FailureCode::Invalid, FailureCode::Internal,
+        FailureCode::Sandbox, FailureCode::Invalid, FailureCode::Internal, FailureCode::Placement,
+        FailureCode::CpuFeature,
     );
 }
 
