@@ -114,6 +114,62 @@ fn memory_with_simulated_adapters_is_not_placed_and_that_is_said() {
     assert!(place.not_placed.unwrap().contains("simulated"));
 }
 
+/// Pages that this test has added to a pool of the host. They leave the pool at the end.
+struct Pool {
+    file: String,
+    before: u64,
+}
+
+fn count(file: &str) -> Option<u64> {
+    fs::read_to_string(file).ok()?.trim().parse().ok()
+}
+
+impl Pool {
+    /// None if the host has no free memory for the pages, or this user may not add them.
+    fn grow(kib: u64, pages: u64) -> Option<Self> {
+        let file = format!("/sys/kernel/mm/hugepages/hugepages-{kib}kB/nr_hugepages");
+        let before = count(&file)?;
+        let pool = Self { file, before };
+        fs::write(&pool.file, (before + pages).to_string()).ok()?;
+        (count(&pool.file)? == before + pages).then_some(pool)
+    }
+}
+
+impl Drop for Pool {
+    fn drop(&mut self) {
+        // Without the right to it the pool has not grown.
+        let _ = fs::write(&self.file, self.before.to_string());
+    }
+}
+
+/// The guest itself touches few of its pages.
+#[test]
+fn all_huge_pages_are_there_before_the_guest_runs() {
+    let agent = Agent::start();
+    for (kib, memory, hugepages, name) in
+        [(2048, "14MiB", json!(true), "2MiB"), (1_048_576, "1GiB", json!("1GiB"), "1GiB")]
+    {
+        let pages = if kib == 2048 { 7 } else { 1 };
+        let Some(pool) = Pool::grow(kib, pages) else {
+            println!("the host gives this test no huge pages of {name}");
+            continue;
+        };
+        let members = json!({ "memory": memory, "hugepages": hugepages, "placement": { "numa": 0 } });
+        let mut guest = SmallGuest { guest: agent.boot(&placed(&agent, "web1", members)) };
+        guest.wait_for_ready();
+        let status = agent.vm("web1").status;
+        let process = fs::read_to_string(format!("/proc/{}/status", status.pid.unwrap())).unwrap();
+        let line = process.lines().find_map(|line| line.strip_prefix("HugetlbPages:")).unwrap();
+        assert_eq!(line.trim(), format!("{} kB", kib * pages));
+        let place = status.placement.unwrap();
+        assert_eq!((place.page_size.to_string(), place.numa), (name.to_owned(), Some(0)));
+        assert_eq!(guest.ask("reboot"), "ok");
+        guest.wait_for_ready();
+        agent.delete("web1").unwrap();
+        drop(pool);
+    }
+}
+
 /// A feature that KVM of this host has is in the guest, and one that it lacks is refused.
 #[test]
 fn features_of_cpus_are_had_or_refused() {
