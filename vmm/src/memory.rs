@@ -344,7 +344,7 @@ mod tests {
         let reserve = |size, pages| reserve(size, pages, None);
         assert!(matches!(reserve((2 << 20) + 4096, Pages::Ordinary), Err(MemoryError::Size(_, 2))));
         assert!(matches!(reserve(0, Pages::Ordinary), Err(MemoryError::Size(0, 2))));
-        assert!(matches!(reserve(1025 << 20, Pages::Giant), Err(MemoryError::Size(_, 1024))));
+        assert!(matches!(reserve(1026 << 20, Pages::Giant), Err(MemoryError::Size(_, 1024))));
         assert_eq!(reserve(4 << 20, Pages::Ordinary).unwrap().num_regions(), 1);
     }
 

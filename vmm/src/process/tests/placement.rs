@@ -46,6 +46,8 @@ fn threads_run_on_the_cpus_of_the_specification() {
     assert_eq!(threads["vcpu0"], [free], "it has no CPUs of its own");
     assert_eq!(threads["vcpu1"], [last.to_string()]);
     assert_eq!(threads["entropy"], [first.to_string()], "a device's thread");
+    let on_first = threads.values().flatten().filter(|cpus| **cpus == first.to_string());
+    assert!(on_first.count() >= 2, "the event loop's thread, too: {threads:?}");
     vm.command(VmmCommand::Run, &[]).unwrap();
     vm.wait_for(|event| matches!(event, VmmEvent::Ended { end: End::PoweredOff }));
     vm.exit();
