@@ -240,7 +240,6 @@ pub struct CpuFeatures {
 
 impl CpuFeatures {
     /// Whether it has none of them.
-    #[expect(clippy::trivially_copy_pass_by_ref, reason = "serde calls it so")]
     #[must_use]
     pub fn is_default(&self) -> bool {
         *self == Self::default()

@@ -2,7 +2,7 @@
 
 //! The place of a VM on its host: CPUs, NUMA node, huge pages, and further features of its CPUs.
 
-use std::{collections::BTreeMap, fs};
+use std::{collections::BTreeMap, fs, process::Command};
 
 use api::{
     problem::ProblemCode,
@@ -10,7 +10,7 @@ use api::{
 };
 use serde_json::{Value, json};
 
-use crate::fixture::{Agent, Options, SmallGuest};
+use crate::fixture::{Agent, Options, SmallGuest, agent::binary};
 
 /// The first and the last CPU of the host, and all of them.
 fn cpus() -> (String, String, CpuList) {
@@ -35,6 +35,13 @@ fn threads(pid: u32) -> BTreeMap<String, String> {
         .collect()
 }
 
+/// What the command line shows of a VM.
+fn show(agent: &Agent, vm: &str) -> String {
+    let socket = agent.directory().join("api.sock");
+    let output = Command::new(binary()).arg("--socket").arg(socket).args(["vm", "show", vm]).output();
+    String::from_utf8(output.unwrap().stdout).unwrap()
+}
+
 fn placed(agent: &Agent, name: &str, members: Value) -> Value {
     let mut spec = SmallGuest::spec(agent, name, json!([]), "");
     spec.as_object_mut().unwrap().extend(members.as_object().unwrap().clone());
@@ -56,9 +63,14 @@ fn a_vm_runs_on_its_cpus_and_says_so() {
     assert_eq!(found["entropy"], first, "{found:?}");
     let place = vm.status.placement.unwrap();
     let vcpu = |number| place.cpus[&VcpuNumber(number)].to_string();
-    assert_eq!((place.cpus.len(), vcpu(1)), (2, last));
-    assert_eq!((place.io_cpus.unwrap().to_string(), place.numa), (first, Some(0)));
+    assert_eq!((place.cpus.len(), vcpu(1)), (2, last.clone()));
+    assert_eq!((place.io_cpus.unwrap().to_string(), place.numa), (first.clone(), Some(0)));
     assert_eq!(place.page_size.to_string(), "4KiB");
+    let (vcpu, others) = (format!("vcpu 1:         CPUs {last}"), format!("other threads:  CPUs {first}"));
+    let shown = show(&agent, "web1");
+    for line in [vcpu, others, "memory place:   pages of 4KiB on NUMA node 0".to_owned()] {
+        assert!(shown.lines().any(|shown| shown.trim_end() == line), "{line}: {shown}");
+    }
     assert_eq!(guest.ask("reboot"), "ok");
     guest.wait_for_ready();
     // A machine that runs cannot move.
@@ -112,6 +124,7 @@ fn memory_with_simulated_adapters_is_not_placed_and_that_is_said() {
     let place = agent.vm("web1").status.placement.unwrap();
     assert_eq!(place.numa, None);
     assert!(place.not_placed.unwrap().contains("simulated"));
+    assert!(show(&agent, "web1").contains("on no chosen NUMA node: The host knows"));
 }
 
 /// Pages that this test has added to a pool of the host. They leave the pool at the end.

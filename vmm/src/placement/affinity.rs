@@ -12,7 +12,7 @@ const WORDS: usize = 8192 / 64;
 
 /// A set of CPUs.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct CpuMask([u64; WORDS]);
+pub(super) struct CpuMask([u64; WORDS]);
 
 impl CpuMask {
     /// The CPUs of these ranges. Numbers from 8192 on are left out.

@@ -25,7 +25,7 @@ pub enum PlacementError {
         "The host's kernel refuses the CPUs {0} to a thread of the VM: name CPUs that are online and in the cpuset of the \
          VM's process"
     )]
-    Refused(CpuMask, #[source] io::Error),
+    Refused(String, #[source] io::Error),
     /// The kernel lets a thread use only a part of its CPUs.
     #[error(
         "A thread of the VM cannot run on all of the CPUs {wanted}, only on {got}: name CPUs that are online and in the \
@@ -33,9 +33,9 @@ pub enum PlacementError {
     )]
     Partly {
         /// The CPUs of the specification.
-        wanted: CpuMask,
+        wanted: String,
         /// Those that the kernel allows.
-        got: CpuMask,
+        got: String,
     },
     /// The CPUs of the process cannot be read.
     #[error("Cannot read the CPUs of the VM's process")]
@@ -90,9 +90,12 @@ impl Pinning {
 
 /// Moves the calling thread to exactly these CPUs. The kernel leaves out those that the process's cpuset lacks.
 fn go_to(wanted: &CpuMask) -> Result<(), PlacementError> {
-    wanted.enter().map_err(|source| PlacementError::Refused(wanted.clone(), source))?;
+    wanted.enter().map_err(|source| PlacementError::Refused(wanted.to_string(), source))?;
     let got = CpuMask::current().map_err(PlacementError::Unreadable)?;
-    if got == *wanted { Ok(()) } else { Err(PlacementError::Partly { wanted: wanted.clone(), got }) }
+    if got == *wanted {
+        return Ok(());
+    }
+    Err(PlacementError::Partly { wanted: wanted.to_string(), got: got.to_string() })
 }
 
 impl fmt::Display for CpuMask {

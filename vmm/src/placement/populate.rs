@@ -14,10 +14,11 @@ use std::{
 };
 
 use rustix::{fs::MemfdFlags, mm::Advice};
-use vm_memory::{Bytes, GuestMemoryBackend, GuestMemoryRegion, GuestRegionMmap, MemoryRegionAddress};
+use vm_memory::{
+    Bytes, GuestMemoryBackend, GuestMemoryMmap, GuestMemoryRegion, GuestRegionMmap, MemoryRegionAddress,
+};
 
 use super::affinity::CpuMask;
-use crate::memory::GuestMemory;
 
 /// The memory for which a further thread is worth its start.
 const PER_THREAD: u64 = if cfg!(test) { 8 << 20 } else { 1 << 30 };
@@ -38,7 +39,7 @@ struct Piece<'a> {
 ///
 /// # Errors
 /// Those of the kernel: a page is not available.
-pub(crate) fn populate(memory: &GuestMemory, page: u64) -> io::Result<()> {
+pub(crate) fn populate(memory: &GuestMemoryMmap<()>, page: u64) -> io::Result<()> {
     let step = PIECE.max(page);
     let pieces: Vec<Piece<'_>> = memory
         .iter()

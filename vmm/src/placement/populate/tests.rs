@@ -2,15 +2,18 @@
 
 use std::os::unix::fs::FileExt;
 
-use vm_memory::{GuestAddress, GuestMemoryMmap, MmapRegion};
+use vm_memory::{GuestAddress, MmapRegion};
 
 use super::*;
-use crate::memory::{Pages, reserve};
 
 const ORDINARY: u64 = 4096;
 
+fn memory(len: usize) -> GuestMemoryMmap<()> {
+    GuestMemoryMmap::from_ranges(&[(GuestAddress(0), len)]).unwrap()
+}
+
 /// How many ordinary pages of the memory exist (Documentation/admin-guide/mm/pagemap.rst, bit 63).
-fn present(memory: &GuestMemory) -> u64 {
+fn present(memory: &GuestMemoryMmap<()>) -> u64 {
     let pagemap = File::open("/proc/self/pagemap").unwrap();
     let pages = memory.iter().flat_map(|region| {
         let start = region.as_ptr() as u64 / ORDINARY;
@@ -28,7 +31,7 @@ fn present(memory: &GuestMemory) -> u64 {
 /// In tests a piece is small, so that several threads work here.
 #[test]
 fn each_page_exists_afterwards() {
-    let memory = reserve(34 << 20, Pages::Ordinary, None).unwrap();
+    let memory = memory(34 << 20);
     assert_eq!(present(&memory), 0);
     populate(&memory, ORDINARY).unwrap();
     assert_eq!(present(&memory), (34 << 20) / ORDINARY);
@@ -36,7 +39,7 @@ fn each_page_exists_afterwards() {
 
 #[test]
 fn a_kernel_without_the_advice_provides_the_same_pages() {
-    let memory = reserve(4 << 20, Pages::Ordinary, None).unwrap();
+    let memory = memory(4 << 20);
     let region = memory.iter().next().unwrap();
     touch(&Piece { region, start: 2 << 20, len: 2 << 20 }, ORDINARY).unwrap();
     assert_eq!(present(&memory), (2 << 20) / ORDINARY);

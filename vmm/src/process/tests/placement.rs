@@ -29,7 +29,7 @@ fn two_cpus() -> (u16, u16) {
     let list = status.lines().find_map(|line| line.strip_prefix("Cpus_allowed_list:")).unwrap().trim();
     let mut numbers = list.split([',', '-']).map(|number| number.parse().unwrap());
     let first = numbers.next().unwrap();
-    (first, numbers.last().unwrap_or(first))
+    (first, numbers.next_back().unwrap_or(first))
 }
 
 #[test]
