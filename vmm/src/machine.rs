@@ -197,7 +197,7 @@ impl Machine {
         let initramfs = initramfs.collect::<Result<Vec<OwnedFd>, _>>()?;
         let strings = files.take(files::OEM_STRINGS).map(File::from);
         let smbios = boot::smbios::tables(spec, strings)?;
-        let pinning = Pinning::begin(spec)?;
+        let pinning = Pinning::begin(&spec.placement)?;
         let kvm = open_kvm(kvm, spec)?;
         let vm = Arc::new(create_vm(&kvm, spec.features)?);
         // Set up the parts of KVM that no guest influences while a thread makes the namespaces.
@@ -218,7 +218,11 @@ impl Machine {
         sandbox::drop_privileges(&spec.sandbox)?;
         failpoints::reach(failpoints::Point::VmmConfined);
         // Not before: to enter a mount namespace the process must have one thread. Not later: functions lock all memory.
-        memory::populate(&memory, pages, node)?;
+        let populate = || memory::populate(&memory, pages, node).map_err(MachineError::from);
+        match &pinning {
+            Some(pinning) if pages != Pages::Ordinary => pinning.on_all_cpus(populate)?,
+            _ => populate()?,
+        }
 
         let confinement = Confinement::new(spec.sandbox.seccomp);
         let routes = Arc::new(Routes::new(Arc::clone(&vm)));

@@ -187,10 +187,15 @@ fn all_huge_pages_are_there_before_the_guest_runs() {
 #[test]
 fn features_of_cpus_are_had_or_refused() {
     let agent = Agent::start();
+    let on = |file: &str| fs::read_to_string(file).is_ok_and(|on| matches!(on.trim(), "1" | "Y"));
+    let nested = ["intel", "amd"].iter().any(|cpu| on(&format!("/sys/module/kvm_{cpu}/parameters/nested")));
     for feature in ["nested", "pmu"] {
         agent.create(&placed(&agent, feature, json!({ "cpu_features": { feature: true } }))).unwrap();
         match agent.act(feature, VmAction::Boot) {
-            Ok(vm) => assert_eq!(vm.status.state, VmState::Running),
+            Ok(vm) => {
+                assert_eq!(vm.status.state, VmState::Running);
+                assert!(nested || feature != "nested", "KVM has none: the agent did not ask for it");
+            }
             Err(problem) => {
                 assert_eq!(problem.code, ProblemCode::CpuFeatureUnavailable, "{problem:?}");
                 assert!(problem.detail.contains(&format!("cpu_features.{feature}")), "{problem:?}");

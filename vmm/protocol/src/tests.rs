@@ -89,6 +89,23 @@ fn messages_to_a_vmm_keep_their_text() {
     );
 }
 
+/// A specification that places nothing has the text of one of an older agent: the test of commands.
+#[test]
+fn a_place_keeps_its_text_and_fits_into_a_message() {
+    let place = PlacementSpec {
+        cpus: vec![(0, vec![(4, 5), (9, 9)])],
+        io_cpus: vec![(2, 3)],
+        node: Some(1),
+        giant_pages: true,
+    };
+    hold(&[(place, r#"{"cpus":[[0,[[4,5],[9,9]]]],"io_cpus":[[2,3]],"node":1,"giant_pages":true}"#)]);
+    hold(&[(CpuFeatures { nested: true, pmu: false }, r#"{"nested":true,"pmu":false}"#)]);
+    // The most that the agent's API takes: 1024 ranges in lists of 254 vCPUs.
+    let cpus = (0..254).map(|vcpu| (vcpu, vec![(8190, 8191); if vcpu == 0 { 1024 - 253 } else { 1 }]));
+    let largest = PlacementSpec { cpus: cpus.collect(), ..PlacementSpec::default() };
+    assert!(serde_json::to_string(&largest).unwrap().len() < FRAME_MAX / 3);
+}
+
 #[test]
 fn commands_keep_their_text() {
     let spec = MachineSpec {

@@ -49,6 +49,14 @@ impl CpuMask {
         if result == 0 { Ok(()) } else { Err(io::Error::last_os_error()) }
     }
 
+    /// The CPUs of both sets.
+    pub(super) fn with(mut self, other: &Self) -> Self {
+        for (word, other) in self.0.iter_mut().zip(other.0) {
+            *word |= other;
+        }
+        self
+    }
+
     /// The number of CPUs.
     pub(super) fn count(&self) -> usize {
         self.0.iter().map(|word| usize::try_from(word.count_ones()).unwrap_or(0)).sum()

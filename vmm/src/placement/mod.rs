@@ -12,7 +12,7 @@ mod populate;
 
 use std::{collections::BTreeMap, fmt, io};
 
-use protocol::{CpuRange, MachineSpec};
+use protocol::{CpuRange, PlacementSpec};
 
 use self::affinity::CpuMask;
 pub(crate) use self::{node::bind, populate::populate};
@@ -53,13 +53,12 @@ pub struct Pinning {
 }
 
 impl Pinning {
-    /// Moves the calling thread, and the threads that it starts, to the CPUs of `spec` for threads that are no vCPU's.
+    /// Moves the calling thread, and the threads that it starts, to the CPUs of `place` for threads that are no vCPU's.
     /// None if the specification names no CPU: no system call is made then.
     ///
     /// # Errors
     /// [`PlacementError`].
-    pub fn begin(spec: &MachineSpec) -> Result<Option<Self>, PlacementError> {
-        let place = &spec.placement;
+    pub fn begin(place: &PlacementSpec) -> Result<Option<Self>, PlacementError> {
         if place.cpus.is_empty() && place.io_cpus.is_empty() {
             return Ok(None);
         }
@@ -77,6 +76,19 @@ impl Pinning {
     /// [`PlacementError`].
     pub fn for_vcpu(&self, index: u8) -> Result<(), PlacementError> {
         go_to(self.vcpus.get(&index).unwrap_or(&self.free))
+    }
+
+    /// Does work for which a single CPU would be slow, on the CPUs of all threads of the machine.
+    ///
+    /// # Errors
+    /// [`PlacementError`], or those of the work.
+    pub fn on_all_cpus<E: From<PlacementError>>(
+        &self,
+        work: impl FnOnce() -> Result<(), E>,
+    ) -> Result<(), E> {
+        go_to(&self.vcpus.values().fold(self.others.clone(), |all, cpus| all.with(cpus)))?;
+        work()?;
+        Ok(self.for_others()?)
     }
 
     /// Moves the calling thread to the CPUs of all threads but those of vCPUs.

@@ -11,6 +11,35 @@ fn masks_have_the_cpus_of_their_ranges() {
     assert_eq!(CpuMask::of(&[]).ranges(), []);
 }
 
+/// The start of a VM without a place costs nothing more than before.
+#[test]
+fn a_machine_that_names_no_cpus_stays_where_it_is() {
+    let place = protocol::PlacementSpec { node: Some(0), giant_pages: true, ..Default::default() };
+    let before = CpuMask::current().unwrap();
+    assert!(Pinning::begin(&place).unwrap().is_none());
+    assert_eq!(CpuMask::current().unwrap(), before);
+}
+
+#[test]
+fn work_on_all_cpus_has_those_of_vcpus_and_of_the_others() {
+    let ranges = CpuMask::current().unwrap().ranges();
+    let ((first, _), (_, last)) = (ranges[0], ranges[ranges.len() - 1]);
+    let place = protocol::PlacementSpec {
+        cpus: vec![(3, vec![(last, last)])],
+        io_cpus: vec![(first, first)],
+        ..Default::default()
+    };
+    let here = || CpuMask::current().unwrap();
+    let pinning = Pinning::begin(&place).unwrap().unwrap();
+    assert_eq!(here(), CpuMask::of(&[(first, first)]));
+    let work = || {
+        assert_eq!(here(), CpuMask::of(&[(first, first), (last, last)]));
+        Ok::<_, PlacementError>(())
+    };
+    pinning.on_all_cpus(work).unwrap();
+    assert_eq!(here(), CpuMask::of(&[(first, first)]));
+}
+
 #[test]
 fn a_thread_goes_to_its_cpus_or_says_which_it_lacks() {
     let before = CpuMask::current().unwrap();
