@@ -187,8 +187,16 @@ problem_codes! {
         "Raise the limit: `LimitMEMLOCK=infinity` in the agent's unit, or `ulimit -l unlimited`.";
     /// Guest memory is not available (huge pages included).
     MemoryUnavailable = "memory_unavailable", 503, "Not enough memory",
-        "The host has too little memory for the guest, or too few huge pages.",
+        "The host has too little memory for the guest, or too few huge pages of its size, on any node or on that of `placement`.",
         "Stop other VMs, give the VM less memory, or reserve huge pages (`/proc/sys/vm/nr_hugepages`).";
+    /// The VM cannot be where its specification places it.
+    PlacementUnavailable = "placement_unavailable", 409, "The host cannot place the VM so",
+        "A CPU of `placement` is offline, or the cpuset of VMs' processes lacks it; the NUMA node does not exist or has no memory; or the adapters of `numa = \"of_adapters\"` are on several nodes.",
+        "Name CPUs and a node that `portcullis check` shows, or leave that part out.";
+    /// KVM of this host lacks a feature of the guest's CPUs.
+    CpuFeatureUnavailable = "cpu_feature_unavailable", 409, "The host lacks a feature of CPUs",
+        "KVM on this host has no nested virtualization, or no performance counters, and `cpu_features` asks for them.",
+        "Load `kvm_intel` or `kvm_amd` with `nested=1`, `kvm` with `enable_pmu=1`, or turn the feature off.";
     /// The vmm's sandbox cannot be built on this host.
     SandboxUnavailable = "sandbox_unavailable", 503, "The sandbox cannot be built",
         "This host cannot build a part of the sandbox, or a part is off and the VM has functions of the host.",

@@ -132,6 +132,8 @@ fn ours(runtime: &Runtime, portcullis: &Path, kernel: &Path, run_dir: &Path) -> 
         nics: Vec::new(),
         entropy: false,
         sandbox: host::sandbox::spec(user, off),
+        placement: protocol::PlacementSpec::default(),
+        features: protocol::CpuFeatures::default(),
     };
     let files: Vec<OwnedFd> = vec![
         File::options().read(true).write(true).open("/dev/kvm").unwrap().into(),

@@ -15,7 +15,7 @@ use std::{
     time::Duration,
 };
 
-use api::types::{ByteSize, VmLimits, VmSpec};
+use api::types::{ByteSize, HugePages, VmLimits, VmSpec};
 use rustix::fs::statfs;
 use uuid::Uuid;
 
@@ -40,8 +40,14 @@ const PER_FUNCTION: u64 = 4 << 20;
 const PER_DISK: u64 = 16 << 20;
 const PART: u64 = 16;
 
-/// The huge pages of guest memory, as the controller `hugetlb` names their size.
-const GUEST_PAGES: &str = "2MB";
+/// The size of huge pages, as the controller `hugetlb` names it. None for ordinary pages.
+fn size_name(pages: HugePages) -> Option<&'static str> {
+    match pages {
+        HugePages::Off => None,
+        HugePages::Mib2 => Some("2MB"),
+        HugePages::Gib1 => Some("1GB"),
+    }
+}
 
 /// The most of `/proc/self/mountinfo` that is read.
 const MOUNTS: u64 = 4 << 20;
@@ -50,7 +56,7 @@ const MOUNTS: u64 = 4 << 20;
 #[must_use]
 pub fn default_memory(spec: &VmSpec) -> ByteSize {
     // Huge pages come from the administrator's pool, and count here only if the hierarchy is mounted with that option.
-    let counted = !spec.hugepages || counts_huge_pages();
+    let counted = spec.hugepages == HugePages::Off || counts_huge_pages();
     memory_of(spec, counted)
 }
 
@@ -124,16 +130,22 @@ pub fn limit(parent: &Path, vm: Uuid, limits: &VmLimits, pid: i32) -> Result<(),
     enter(&group, pid)
 }
 
-/// Puts a process into its group with a limit of huge pages: `bytes` of guest memory in those of 2 MiB, and none of another size. The
+/// Puts a process into its group with a limit of huge pages: `bytes` of guest memory in its `pages`, and none of another size. The
 /// pool is the administrator's, and no limit of memory counts it.
 ///
 /// # Errors
 /// [`CgroupError`]; the process can take what is left of the pools.
-pub fn limit_huge_pages(parent: &Path, vm: Uuid, bytes: u64, pid: i32) -> Result<(), CgroupError> {
+pub fn limit_huge_pages(
+    parent: &Path,
+    vm: Uuid,
+    pages: HugePages,
+    bytes: u64,
+    pid: i32,
+) -> Result<(), CgroupError> {
     let group = make_for(parent, vm, &["hugetlb"])?;
     let listed = fs::read_dir(&group).map_err(|source| CgroupError::File { path: group.clone(), source })?;
     for name in listed.flatten().filter_map(|entry| entry.file_name().into_string().ok()) {
-        if let Some(most) = of_huge_pages(&name, bytes) {
+        if let Some(most) = of_huge_pages(&name, pages, bytes) {
             write(&group.join(&name), &most.to_string())?;
         }
     }
@@ -142,10 +154,10 @@ pub fn limit_huge_pages(parent: &Path, vm: Uuid, bytes: u64, pid: i32) -> Result
 
 /// The bytes for a file of a group that limits huge pages, or their reservation (`hugetlb.2MB.max`, `hugetlb.1GB.rsvd.max`); None for
 /// any other file.
-fn of_huge_pages(file: &str, bytes: u64) -> Option<u64> {
+fn of_huge_pages(file: &str, pages: HugePages, bytes: u64) -> Option<u64> {
     let limit = file.strip_prefix("hugetlb.")?.strip_suffix(".max")?;
     let size = limit.strip_suffix(".rsvd").unwrap_or(limit);
-    Some(if size == GUEST_PAGES { bytes } else { 0 })
+    Some(if size_name(pages) == Some(size) { bytes } else { 0 })
 }
 
 /// Makes the group of a VM with these controllers.
@@ -255,17 +267,19 @@ mod tests {
 
     #[test]
     fn huge_pages_are_limited_for_each_size() {
+        use HugePages::{Gib1, Mib2, Off};
         for (file, most) in [
-            ("hugetlb.2MB.max", Some(512)),
-            ("hugetlb.2MB.rsvd.max", Some(512)),
-            ("hugetlb.1GB.max", Some(0)),
-            ("hugetlb.1GB.rsvd.max", Some(0)),
-            ("hugetlb.64KB.max", Some(0)),
-            ("hugetlb.2MB.current", None),
-            ("hugetlb.2MB.events", None),
-            ("memory.max", None),
+            ("hugetlb.2MB.max", [0, 512, 0]),
+            ("hugetlb.2MB.rsvd.max", [0, 512, 0]),
+            ("hugetlb.1GB.max", [0, 0, 512]),
+            ("hugetlb.1GB.rsvd.max", [0, 0, 512]),
+            ("hugetlb.64KB.max", [0, 0, 0]),
         ] {
-            assert_eq!(of_huge_pages(file, 512), most, "{file}");
+            let limits = [Off, Mib2, Gib1].map(|pages| of_huge_pages(file, pages, 512));
+            assert_eq!(limits, most.map(Some), "{file}");
+        }
+        for file in ["hugetlb.2MB.current", "hugetlb.2MB.events", "memory.max"] {
+            assert_eq!(of_huge_pages(file, Mib2, 512), None, "{file}");
         }
     }
 
@@ -294,7 +308,7 @@ mod tests {
         let limits = VmLimits { cpu_percent: Some(50), ..VmLimits::default() };
         let error = limit(&parent, Uuid::new_v4(), &limits, 1).unwrap_err().to_string();
         assert!(error.contains("cgroup v2") && error.contains("--cgroup-parent"), "{error}");
-        assert!(limit_huge_pages(&parent, Uuid::new_v4(), 0, 1).is_err());
+        assert!(limit_huge_pages(&parent, Uuid::new_v4(), HugePages::Off, 0, 1).is_err());
         assert!(!parent.exists());
         assert!(!remove(&parent, Uuid::new_v4()).unwrap(), "that there is none is no error");
     }

@@ -22,6 +22,7 @@ use uuid::Uuid;
 use crate::{
     backend::Hardware,
     inventory::Inventory,
+    placement::Topology,
     vm::record::{Claim, PfRecord, RunRecord, VmRecord},
 };
 
@@ -64,6 +65,8 @@ pub struct Environment<P = Policy> {
     pub sandbox_off: BTreeSet<Protection>,
     /// The parent of the control groups of VMs' processes.
     pub cgroup_parent: PathBuf,
+    /// The CPUs, NUMA nodes and huge pages of the host.
+    pub topology: Topology,
     /// Whether the log has said that this host sets no default limits.
     pub told_unlimited: AtomicBool,
     /// Whether the log has said that this host sets no limit of huge pages.
@@ -111,6 +114,7 @@ impl Environment<()> {
             kvm: "/dev/kvm".into(),
             sandbox_off: BTreeSet::new(),
             cgroup_parent: "/sys/fs/cgroup/portcullis".into(),
+            topology: Topology::default(),
             told_unlimited: AtomicBool::new(false),
             told_unlimited_huge_pages: AtomicBool::new(false),
             backoff: Backoff::default(),
@@ -148,6 +152,7 @@ impl Environment<()> {
             kvm: self.kvm,
             sandbox_off: self.sandbox_off,
             cgroup_parent: self.cgroup_parent,
+            topology: self.topology,
             told_unlimited: self.told_unlimited,
             told_unlimited_huge_pages: self.told_unlimited_huge_pages,
             backoff: self.backoff,

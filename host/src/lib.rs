@@ -14,6 +14,7 @@ pub mod host_pfs;
 pub mod inventory;
 pub mod log;
 pub mod nics;
+pub mod placement;
 pub mod sandbox;
 pub mod seed;
 pub mod sim;

@@ -5,7 +5,8 @@
 //! [`process`] is the `main` and the event loop of the process of one VM. It owns a [`machine`],
 //! which is built from [`memory`], [`interrupts`], [`doorbells`], a [`board`] with its devices and
 //! their [`io_threads`], [`passthrough_devices`], a kernel that [`boot`] puts in place, and
-//! [`vcpu`] threads. [`agent_client`] carries relays' requests to the agent.
+//! [`vcpu`] threads. [`placement`] has the host's CPUs and memory for it. [`agent_client`] carries
+//! relays' requests to the agent.
 //!
 //! The crate [`protocol`] has the messages between the agent and this process. The agent also knows
 //! the format of [`console`]'s file and, of [`sandbox`], whether the host has Landlock. It
@@ -26,6 +27,7 @@ pub mod layout;
 pub mod machine;
 pub mod memory;
 pub mod passthrough_devices;
+pub mod placement;
 pub mod process;
 pub mod sandbox;
 pub mod seccomp;

@@ -16,7 +16,7 @@ use kvm_bindings::{
     kvm_enable_cap, kvm_irqchip, kvm_pit_config, kvm_pit_state2,
 };
 use kvm_ioctls::{Cap, Kvm, VmFd};
-use protocol::{Failure, FailureCode, FileError, Files, MachineSpec, Stats, files};
+use protocol::{CpuFeatures, Failure, FailureCode, FileError, Files, MachineSpec, Stats, files};
 use vmm_sys_util::eventfd::EventFd;
 
 use crate::{
@@ -28,8 +28,9 @@ use crate::{
     interrupts::Routes,
     io_threads::{IoThreadError, IoThreads},
     layout,
-    memory::{self, GuestMemory, MemoryError, Slots},
+    memory::{self, GuestMemory, MemoryError, Pages, Slots},
     passthrough_devices::{DeviceError, MachineParts, PassthroughDevices},
+    placement::{Pinning, PlacementError},
     sandbox::{self, NewNamespaces, SandboxError},
     seccomp::{self, Confinement, SeccompError},
     vcpu::{self, VcpuError, Vcpus, cpuid, exit::Counters, state},
@@ -55,6 +56,12 @@ pub enum MachineError {
     /// Guest memory cannot be set up.
     #[error(transparent)]
     Memory(#[from] MemoryError),
+    /// The threads cannot run on their CPUs.
+    #[error(transparent)]
+    Placement(#[from] PlacementError),
+    /// KVM lacks a feature of the guest's CPUs.
+    #[error(transparent)]
+    CpuFeature(#[from] cpuid::FeatureError),
     /// The kernel, the initramfs or the command line cannot be used.
     #[error(transparent)]
     Boot(#[from] BootError),
@@ -93,7 +100,11 @@ impl MachineError {
     pub fn failure(&self) -> Failure {
         let code = match self {
             Self::NoKvm(_) | Self::Kvm(..) | Self::TooManyCpus { .. } => FailureCode::Kvm,
+            Self::Placement(_)
+            | Self::Memory(MemoryError::Node(..))
+            | Self::Vcpu(VcpuError::Placement(_)) => FailureCode::Placement,
             Self::Memory(_) => FailureCode::Memory,
+            Self::CpuFeature(_) => FailureCode::CpuFeature,
             Self::Boot(
                 BootError::TablesTooLong { .. } | BootError::StringsTooLong { .. } | BootError::Smbios(_),
             )
@@ -186,16 +197,19 @@ impl Machine {
         let initramfs = initramfs.collect::<Result<Vec<OwnedFd>, _>>()?;
         let strings = files.take(files::OEM_STRINGS).map(File::from);
         let smbios = boot::smbios::tables(spec, strings)?;
+        let pinning = Pinning::begin(&spec.placement)?;
         let kvm = open_kvm(kvm, spec)?;
-        let vm = Arc::new(create_vm(&kvm)?);
+        let vm = Arc::new(create_vm(&kvm, spec.features)?);
         // Set up the parts of KVM that no guest influences while a thread makes the namespaces.
         let cpuid = cpuid::supported(&kvm).map_err(|e| MachineError::Kvm("list its CPU features", e))?;
+        cpuid::check(&kvm, &cpuid, spec.features)?;
         // Memory first: after the chips the same call takes 4 to 9 ms, before them 0.1 ms (kernel 6.12). Presumably
         // each of their ports begins a grace period, and the call waits for its end.
-        let memory = memory::reserve(spec.memory, spec.hugepages)?;
+        let (pages, node) = (Pages::of(spec), spec.placement.node);
+        let memory = memory::reserve(spec.memory, pages, node)?;
         let slots: Arc<dyn GuestMapper> = Arc::new(Slots::new(Arc::clone(&vm), &memory)?);
         let power_on = create_chips(&vm)?;
-        let fds = create_vcpus(&kvm, &vm, &cpuid, spec.cpus)?;
+        let fds = create_vcpus(&kvm, &vm, &cpuid, spec)?;
 
         let root = sandbox::private_root(&spec.sandbox, &spec.devices, namespaces)?;
         let opened = PassthroughDevices::open(&vm, &spec.devices, &mut files)?;
@@ -203,6 +217,12 @@ impl Machine {
         sandbox::empty_root(&spec.sandbox, root)?;
         sandbox::drop_privileges(&spec.sandbox)?;
         failpoints::reach(failpoints::Point::VmmConfined);
+        // Not before: to enter a mount namespace the process must have one thread. Not later: functions lock all memory.
+        let populate = || memory::populate(&memory, pages, node).map_err(MachineError::from);
+        match &pinning {
+            Some(pinning) if pages != Pages::Ordinary => pinning.on_all_cpus(populate)?,
+            _ => populate()?,
+        }
 
         let confinement = Confinement::new(spec.sandbox.seccomp);
         let routes = Arc::new(Routes::new(Arc::clone(&vm)));
@@ -251,7 +271,8 @@ impl Machine {
         let counters = Arc::new(Counters::default());
         let first_entry = Arc::new(OnceLock::new());
         let ports: Arc<dyn vcpu::exit::Ports> = board.clone();
-        let vcpus = Vcpus::start(fds, &ports, &counters, &events, &first_entry, &confinement)?;
+        let vcpus =
+            Vcpus::start(fds, &ports, &counters, &events, &first_entry, &confinement, pinning.as_ref())?;
         // The first run overlaps the reading of the kernel: only `forbid_threads` must come after it.
         vcpus.begin_first_run()?;
         sandbox::limit_files(&spec.sandbox, disks.longest_file)?;
@@ -398,10 +419,12 @@ fn open_kvm(fd: OwnedFd, spec: &MachineSpec) -> Result<Kvm, MachineError> {
     Ok(kvm)
 }
 
-/// A VM without performance counters and, so far, without vCPUs.
-pub(crate) fn create_vm(kvm: &Kvm) -> Result<VmFd, MachineError> {
+/// A VM without vCPUs so far, and without performance counters unless `features` has them.
+pub(crate) fn create_vm(kvm: &Kvm, features: CpuFeatures) -> Result<VmFd, MachineError> {
     let vm = kvm.create_vm().map_err(|e| MachineError::Kvm("create a VM", e))?;
-    without_performance_counters(|capability| vm.enable_cap(capability));
+    if !features.pmu {
+        without_performance_counters(|capability| vm.enable_cap(capability));
+    }
     Ok(vm)
 }
 
@@ -435,17 +458,17 @@ fn create_vcpus(
     kvm: &Kvm,
     vm: &VmFd,
     supported: &CpuId,
-    count: u8,
+    spec: &MachineSpec,
 ) -> Result<Vec<(kvm_ioctls::VcpuFd, state::PowerOn)>, MachineError> {
-    (0..count)
+    (0..spec.cpus)
         .map(|index| {
             let fd = vm.create_vcpu(index.into()).map_err(|e| MachineError::Kvm("create a vCPU", e))?;
-            let entries = cpuid::of_vcpu(supported, index, count);
+            let entries = cpuid::of_vcpu(supported, index, spec.cpus, spec.features);
             let cpuid = CpuId::from_entries(&entries)
                 .map_err(|_| MachineError::NoKvm("KVM on this host lists more CPUID leaves than it takes"))?;
             fd.set_cpuid2(&cpuid).map_err(|e| MachineError::Kvm("set a vCPU's CPUID", e))?;
-            let power_on =
-                state::PowerOn::capture(kvm, &fd).map_err(|e| MachineError::Kvm("read a vCPU's state", e))?;
+            let power_on = state::PowerOn::capture(kvm, &fd, spec.features.nested)
+                .map_err(|e| MachineError::Kvm("read a vCPU's state", e))?;
             Ok((fd, power_on))
         })
         .collect()

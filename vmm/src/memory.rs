@@ -12,30 +12,109 @@ use std::{
 use devices::memory::{GuestMapper, HostMemory, MappingId};
 use kvm_bindings::kvm_userspace_memory_region;
 use kvm_ioctls::VmFd;
-use vm_memory::{GuestAddress, GuestMemoryBackend, GuestMemoryMmap, GuestRegionMmap, MmapRegion};
+use protocol::MachineSpec;
+use vm_memory::{
+    GuestAddress, GuestMemoryBackend, GuestMemoryMmap, GuestMemoryRegion, GuestRegionMmap, MmapRegion,
+};
 
-use crate::layout;
+use crate::{layout, placement};
 
 /// Guest memory: anonymous mappings, no dirty bitmap.
 pub type GuestMemory = GuestMemoryMmap<()>;
 
 const PAGE: u64 = 4096;
 
+/// The pages of guest memory on the host.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Pages {
+    /// The kernel chooses them, and may swap them.
+    Ordinary,
+    /// Huge pages of 2 MiB from the host's pool.
+    Huge,
+    /// Huge pages of 1 GiB from the host's pool.
+    Giant,
+}
+
+impl Pages {
+    /// The pages of a specification.
+    #[must_use]
+    pub fn of(spec: &MachineSpec) -> Self {
+        match (spec.hugepages, spec.placement.giant_pages) {
+            (false, _) => Self::Ordinary,
+            (true, false) => Self::Huge,
+            (true, true) => Self::Giant,
+        }
+    }
+
+    /// The size in MiB of a huge page; None for ordinary pages.
+    fn mib(self) -> Option<u64> {
+        match self {
+            Self::Ordinary => None,
+            Self::Huge => Some(2),
+            Self::Giant => Some(1024),
+        }
+    }
+
+    /// The unit of guest memory in bytes.
+    fn step(self) -> u64 {
+        self.mib().map_or(layout::MEMORY_STEP, |mib| mib << 20)
+    }
+
+    fn flags(self) -> libc::c_int {
+        match self {
+            Self::Ordinary => libc::MAP_NORESERVE,
+            Self::Huge => libc::MAP_HUGETLB | libc::MAP_HUGE_2MB,
+            Self::Giant => libc::MAP_HUGETLB | libc::MAP_HUGE_1GB,
+        }
+    }
+}
+
 /// Errors of guest memory.
 #[derive(Debug, thiserror::Error)]
 pub enum MemoryError {
-    /// Not a multiple of 2 MiB, or too small.
-    #[error("Guest memory of {0} bytes is not a multiple of 2 MiB; round it up")]
-    Size(u64),
+    /// Not a multiple of the page size, or too small.
+    #[error("Guest memory of {0} bytes is not a multiple of {1} MiB; round it up")]
+    Size(u64, u64),
     /// `mmap` failed for ordinary pages.
     #[error("Cannot reserve {0} MiB of guest memory; free memory on the host or make the VM smaller")]
     Reserve(u64, #[source] vm_memory::mmap::MmapRegionError),
     /// `mmap` failed for huge pages.
     #[error(
-        "Cannot reserve {0} MiB of guest memory in 2 MiB huge pages; raise /proc/sys/vm/nr_hugepages \
-         by {pages} or turn hugepages off", pages = .0.div_ceil(2)
+        "Cannot reserve {mib} MiB of guest memory in huge pages of {page} MiB; raise \
+         /sys/kernel/mm/hugepages/hugepages-{kib}kB/nr_hugepages by {pages} or turn hugepages off",
+        kib = page << 10, pages = mib.div_ceil(*page)
     )]
-    HugePages(u64, #[source] vm_memory::mmap::MmapRegionError),
+    HugePages {
+        /// Guest memory in MiB.
+        mib: u64,
+        /// The size of a page in MiB.
+        page: u64,
+        /// The kernel's error.
+        source: vm_memory::mmap::MmapRegionError,
+    },
+    /// The host's pool of huge pages has none left, or none on the node.
+    #[error(
+        "The host has too few free huge pages of {page} MiB for {mib} MiB of guest memory{on}; raise nr_hugepages in {pool}, \
+         choose another node or turn hugepages off",
+        on = node.map(|node| format!(" on NUMA node {node}")).unwrap_or_default(),
+        pool = pool(*node, *page),
+    )]
+    NoPages {
+        /// Guest memory in MiB.
+        mib: u64,
+        /// The size of a page in MiB.
+        page: u64,
+        /// The node.
+        node: Option<u16>,
+        /// The kernel's error.
+        source: io::Error,
+    },
+    /// The kernel refuses a NUMA node.
+    #[error(
+        "The host's kernel refuses guest memory on NUMA node {0}: name a node that has memory and is in the cpuset of the \
+         VM's process (/sys/devices/system/node/has_memory)"
+    )]
+    Node(u16, #[source] io::Error),
     /// The regions overlap: a bug.
     #[error("Guest memory regions overlap")]
     Regions(#[source] vm_memory::GuestRegionCollectionError),
@@ -49,28 +128,52 @@ pub enum MemoryError {
     },
 }
 
-/// Reserves guest memory. The host's kernel allocates pages on first touch.
+/// The directory of a pool of huge pages of `page` MiB.
+fn pool(node: Option<u16>, page: u64) -> String {
+    let of = node.map_or("kernel/mm".into(), |node| format!("devices/system/node/node{node}"));
+    format!("/sys/{of}/hugepages/hugepages-{}kB", page << 10)
+}
+
+/// Reserves guest memory, on the NUMA `node` if there is one. The host's kernel provides pages on first touch; for huge
+/// pages, call [`populate`] before the guest runs.
 ///
 /// # Errors
 /// See [`MemoryError`].
-pub fn reserve(size: u64, hugepages: bool) -> Result<GuestMemory, MemoryError> {
-    if size < layout::MEMORY_MIN || !size.is_multiple_of(layout::MEMORY_STEP) {
-        return Err(MemoryError::Size(size));
+pub fn reserve(size: u64, pages: Pages, node: Option<u16>) -> Result<GuestMemory, MemoryError> {
+    let wrong = || MemoryError::Size(size, pages.step() >> 20);
+    if size < layout::MEMORY_MIN || !size.is_multiple_of(pages.step()) {
+        return Err(wrong());
     }
     let mib = size >> 20;
-    let mut flags = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS;
-    flags |= if hugepages { libc::MAP_HUGETLB | libc::MAP_HUGE_2MB } else { libc::MAP_NORESERVE };
+    let flags = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | pages.flags();
     let mut regions = Vec::new();
     for range in layout::ram(size) {
-        let len = usize::try_from(range.end - range.start).map_err(|_| MemoryError::Size(size))?;
+        let len = usize::try_from(range.end - range.start).map_err(|_| wrong())?;
         let region =
-            MmapRegion::build(None, len, libc::PROT_READ | libc::PROT_WRITE, flags).map_err(|e| {
-                if hugepages { MemoryError::HugePages(mib, e) } else { MemoryError::Reserve(mib, e) }
+            MmapRegion::build(None, len, libc::PROT_READ | libc::PROT_WRITE, flags).map_err(|source| {
+                match pages.mib() {
+                    Some(page) => MemoryError::HugePages { mib, page, source },
+                    None => MemoryError::Reserve(mib, source),
+                }
             })?;
+        if let Some(node) = node {
+            placement::bind(&region, node).map_err(|source| MemoryError::Node(node, source))?;
+        }
         keep_out_of_core_dumps(&region);
-        regions.push(GuestRegionMmap::new(region, GuestAddress(range.start)).ok_or(MemoryError::Size(size))?);
+        regions.push(GuestRegionMmap::new(region, GuestAddress(range.start)).ok_or_else(wrong)?);
     }
     GuestMemory::from_regions(regions).map_err(MemoryError::Regions)
+}
+
+/// Makes the host's kernel provide all huge pages, so that none is missing while the guest runs. Does nothing for ordinary
+/// pages. It starts threads, and has ended them when it returns.
+///
+/// # Errors
+/// [`MemoryError::NoPages`].
+pub fn populate(memory: &GuestMemory, pages: Pages, node: Option<u16>) -> Result<(), MemoryError> {
+    let Some(page) = pages.mib() else { return Ok(()) };
+    let mib = memory.iter().map(|region| region.len() >> 20).fold(0, u64::saturating_add);
+    placement::populate(memory, page << 20).map_err(|source| MemoryError::NoPages { mib, page, node, source })
 }
 
 /// Keeps a crash of this process from writing a guest's memory to the host's disk.
@@ -119,7 +222,6 @@ impl Slots {
         let mut ram = Vec::new();
         let mut next = 0;
         for region in memory.iter() {
-            use vm_memory::GuestMemoryRegion;
             let gpa = region.start_addr().0;
             let slot = kvm_userspace_memory_region {
                 slot: next,
@@ -239,9 +341,29 @@ mod tests {
 
     #[test]
     fn sizes_that_huge_pages_could_not_hold_are_refused() {
-        assert!(matches!(reserve((2 << 20) + 4096, false), Err(MemoryError::Size(_))));
-        assert!(matches!(reserve(0, false), Err(MemoryError::Size(0))));
-        assert_eq!(reserve(4 << 20, false).unwrap().num_regions(), 1);
+        let reserve = |size, pages| reserve(size, pages, None);
+        assert!(matches!(reserve((2 << 20) + 4096, Pages::Ordinary), Err(MemoryError::Size(_, 2))));
+        assert!(matches!(reserve(0, Pages::Ordinary), Err(MemoryError::Size(0, 2))));
+        assert!(matches!(reserve(1026 << 20, Pages::Giant), Err(MemoryError::Size(_, 1024))));
+        assert_eq!(reserve(4 << 20, Pages::Ordinary).unwrap().num_regions(), 1);
+    }
+
+    /// No host has so many pages.
+    #[test]
+    fn a_pool_that_is_too_small_is_named_with_its_pages() {
+        for (pages, cure) in [
+            (Pages::Huge, "hugepages-2048kB/nr_hugepages by 33554432"),
+            (Pages::Giant, "hugepages-1048576kB/nr_hugepages by 65536"),
+        ] {
+            let error = reserve(64 << 40, pages, None).unwrap_err();
+            assert!(error.to_string().contains(cure), "{error}");
+        }
+    }
+
+    #[test]
+    fn a_node_that_the_host_has_not_is_refused() {
+        let error = reserve(4 << 20, Pages::Ordinary, Some(1023)).unwrap_err();
+        assert!(matches!(error, MemoryError::Node(1023, _)), "{error}");
     }
 
     #[test]

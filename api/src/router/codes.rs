@@ -49,6 +49,8 @@ fn own(operation: &str) -> Option<&'static [ProblemCode]> {
             VfioUnavailable,
             MemlockTooSmall,
             MemoryUnavailable,
+            PlacementUnavailable,
+            CpuFeatureUnavailable,
             SandboxUnavailable,
             VmmFailed,
             KernelNotFound,

@@ -49,6 +49,7 @@ fn vm() -> Option<Vm> {
             }],
             console: ConsoleStatus { start: 0, end: 1234 },
             sandbox: SandboxStatus::default(),
+            placement: None,
         },
     })
 }
@@ -73,7 +74,7 @@ fn spec() -> Option<VmSpec> {
         name: "web1".parse().ok()?,
         cpus: 2,
         memory: "512MiB".parse().ok()?,
-        hugepages: false,
+        hugepages: HugePages::Off,
         boot: BootSpec {
             kernel: "vmlinuz".to_owned(),
             initramfs: Some("initrd.img".into()),
@@ -124,6 +125,8 @@ fn spec() -> Option<VmSpec> {
         restart: RestartPolicy::OnFailure,
         autostart: true,
         limits: None,
+        placement: None,
+        cpu_features: CpuFeatures::default(),
     })
 }
 

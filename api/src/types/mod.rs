@@ -8,6 +8,7 @@
 
 mod cause;
 mod cloud_init;
+mod cpu_list;
 mod credential;
 mod disk;
 mod disk_limits;
@@ -19,6 +20,7 @@ mod nic;
 mod object;
 mod operation;
 mod page;
+mod placement;
 mod policy;
 mod ranges;
 pub(crate) mod schema;
@@ -28,6 +30,7 @@ mod values;
 mod vm;
 
 pub use cloud_init::*;
+pub use cpu_list::*;
 pub use credential::*;
 pub use disk::*;
 pub use disk_limits::*;
@@ -39,6 +42,7 @@ pub use nic::*;
 pub use object::*;
 pub use operation::*;
 pub use page::*;
+pub use placement::*;
 pub use policy::*;
 pub use secret::*;
 pub use stats::*;

@@ -163,6 +163,8 @@ impl PartialSchema for VmPatch {
                 "boot" => *schema = patch_members(patch_of::<super::BootSpec>()),
                 "limits" => *schema = or_null(patch_members(patch_of::<super::VmLimits>())),
                 "credentials" => *schema = or_null(texts_or_null()),
+                "placement" => *schema = or_null(placement()),
+                "cpu_features" => *schema = or_null(patch_members(patch_of::<super::CpuFeatures>())),
                 "cloud_init" => *schema = or_null(patch_members(patch_of::<super::CloudInitSpec>())),
                 _ => {}
             }
@@ -184,6 +186,16 @@ fn patch_of<T: PartialSchema>() -> Vec<(String, RefOr<Schema>)> {
 
 fn patch_members(members: Vec<(String, RefOr<Schema>)>) -> RefOr<Schema> {
     patch(members.iter().map(|(name, schema)| (name.as_str(), schema.clone())).collect())
+}
+
+/// A merge patch of a placement: null takes the CPUs of a vCPU away.
+fn placement() -> RefOr<Schema> {
+    let mut members = patch_of::<super::PlacementSpec>();
+    for (_, schema) in members.iter_mut().filter(|(name, _)| name == "cpus") {
+        let list = or_null(Ref::from_schema_name("CpuList").into());
+        *schema = or_null(ObjectBuilder::new().additional_properties(Some(list)).into());
+    }
+    patch_members(members)
 }
 
 /// Texts by their names; null takes one away.

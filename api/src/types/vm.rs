@@ -7,8 +7,9 @@ use utoipa::ToSchema;
 use uuid::Uuid;
 
 use super::{
-    Bdf, ByteSize, CloudInitSpec, Credentials, DiskSpec, Initramfs, Name, NicSpec, NicStatus, RestartPolicy,
-    RestartStatus, Timestamp, Unchecked, UnicastMac, VmLease, VmOperation, ranges,
+    Bdf, ByteSize, CloudInitSpec, CpuFeatures, Credentials, DiskSpec, HugePages, Initramfs, Name, NicSpec,
+    NicStatus, PlacementSpec, PlacementStatus, RestartPolicy, RestartStatus, Timestamp, Unchecked,
+    UnicastMac, VmLease, VmOperation, placement, ranges,
 };
 use crate::problem::{Problem, ProblemCode};
 
@@ -41,9 +42,11 @@ pub struct VmSpec {
     pub cpus: u8,
     /// Guest memory: at least 2 MiB, a multiple of 2 MiB.
     pub memory: ByteSize,
-    /// Backs guest memory with huge pages of 2 MiB.
+    /// Backs guest memory with huge pages: `true` or `"2MiB"` for pages of 2 MiB, `"1GiB"` for pages of 1 GiB, of which `memory`
+    /// must then be a multiple. An answer has `true` for pages of 2 MiB.
     #[serde(default)]
-    pub hugepages: bool,
+    #[schema(value_type = HugePages, default = false)]
+    pub hugepages: HugePages,
     /// The files that it boots, and the kernel's command line.
     pub boot: BootSpec,
     /// Network adapters: VFs under policy. At most 16 together with `devices`.
@@ -86,6 +89,12 @@ pub struct VmSpec {
     /// guest's and a sixteenth of it, 64 MiB, 1 MiB for each CPU, 4 MiB for each function, and 16 MiB for each disk, with that of `cloud_init`.
     #[serde(default, deserialize_with = "limits_if_any", skip_serializing_if = "Option::is_none")]
     pub limits: Option<VmLimits>,
+    /// Its place on the host: the CPUs of its threads, and the NUMA node of its memory. Without it the host's kernel chooses.
+    #[serde(default, deserialize_with = "placement::if_any", skip_serializing_if = "Option::is_none")]
+    pub placement: Option<PlacementSpec>,
+    /// Features of its CPUs that are off by default.
+    #[serde(default, skip_serializing_if = "CpuFeatures::is_default")]
+    pub cpu_features: CpuFeatures,
 }
 
 /// Limits of a VM's process on its host (control groups, version 2).
@@ -186,6 +195,10 @@ impl VmSpec {
         if self.memory.bytes() == 0 || !self.memory.bytes().is_multiple_of(MEMORY_STEP) {
             let detail = format!("{} is not a multiple of 2MiB above 0.", self.memory);
             return Err(Problem::invalid("memory", detail));
+        }
+        placement::check_pages(self.hugepages, self.memory)?;
+        if let Some(placement) = &self.placement {
+            placement::check(placement, self.cpus)?;
         }
         check_path("boot.kernel", &self.boot.kernel)?;
         if let Some(initramfs) = &self.boot.initramfs {
@@ -364,6 +377,9 @@ pub struct VmStatus {
     /// The protections of the host from its process.
     #[serde(default)]
     pub sandbox: SandboxStatus,
+    /// Its place on the host, while a VM with `placement` or `hugepages` has a process.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub placement: Option<PlacementStatus>,
 }
 
 /// The protections of the host from a VM's process.

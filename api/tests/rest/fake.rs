@@ -151,6 +151,7 @@ impl Backend for Fake {
             devices: Vec::new(),
             nics: Vec::new(),
             console: ConsoleStatus { start: LOG_START, end: 10 },
+            placement: None,
             sandbox: SandboxStatus::default(),
         };
         let (id, name, created) = (Uuid::new_v4(), spec.name.clone(), Timestamp::from_unix_ms(0));

@@ -265,7 +265,7 @@ fn details(vm: &Vm) -> Vec<(String, String)> {
             ("lease", lease(status.lease)),
             ("autostart", if spec.autostart { "yes" } else { "" }.to_owned()),
             ("cpus", spec.cpus.to_string()),
-            ("memory", format!("{}{}", spec.memory, if spec.hugepages { " in huge pages" } else { "" })),
+            ("memory", memory(spec)),
             ("kernel", spec.boot.kernel.clone()),
             (
                 "initramfs",
@@ -279,6 +279,12 @@ fn details(vm: &Vm) -> Vec<(String, String)> {
         ]
         .map(|(name, value)| (name.to_owned(), value)),
     );
+    if !spec.cpu_features.is_default() {
+        let features = [("nested", spec.cpu_features.nested), ("pmu", spec.cpu_features.pmu)];
+        let on: Vec<&str> = features.into_iter().filter(|(_, on)| *on).map(|(name, _)| name).collect();
+        lines.push(("cpu features".to_owned(), on.join(", ")));
+    }
+    lines.extend(status.placement.iter().flat_map(place));
     if !status.sandbox.off.is_empty() {
         let off: Vec<&str> = status.sandbox.off.iter().map(|off| off.as_str()).collect();
         lines.push(("sandbox".to_owned(), format!("without {}", off.join(", "))));
@@ -327,6 +333,27 @@ fn details(vm: &Vm) -> Vec<(String, String)> {
             device.iommu_group.map(|group| format!("IOMMU group {group}")).unwrap_or("assigned".to_owned());
         lines.push((format!("device {}", device.bdf), format!("{group}{}", lost(&device.lost))));
     }
+    lines
+}
+
+fn memory(spec: &VmSpec) -> String {
+    match spec.hugepages.size() {
+        None => spec.memory.to_string(),
+        Some(size) => format!("{} in huge pages of {size}", spec.memory),
+    }
+}
+
+/// The actual place of a VM.
+fn place(place: &PlacementStatus) -> Vec<(String, String)> {
+    let mut lines: Vec<(String, String)> =
+        place.cpus.iter().map(|(vcpu, cpus)| (format!("vcpu {}", vcpu.0), format!("CPUs {cpus}"))).collect();
+    lines.extend(place.io_cpus.iter().map(|cpus| ("other threads".to_owned(), format!("CPUs {cpus}"))));
+    let node = match (place.numa, &place.not_placed) {
+        (Some(node), _) => format!(" on NUMA node {node}"),
+        (None, Some(why)) => format!(", on no chosen NUMA node: {why}"),
+        (None, None) => String::new(),
+    };
+    lines.push(("memory place".to_owned(), format!("pages of {}{node}", place.page_size)));
     lines
 }
 

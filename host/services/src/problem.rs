@@ -128,6 +128,8 @@ impl ToProblem for CommandError {
             FailureCode::WrongState => ProblemCode::WrongState,
             FailureCode::Kvm => ProblemCode::KvmUnavailable,
             FailureCode::Memory => ProblemCode::MemoryUnavailable,
+            FailureCode::Placement => ProblemCode::PlacementUnavailable,
+            FailureCode::CpuFeature => ProblemCode::CpuFeatureUnavailable,
             FailureCode::Kernel => ProblemCode::KernelInvalid,
             FailureCode::Memlock => ProblemCode::MemlockTooSmall,
             FailureCode::GroupNotViable => ProblemCode::GroupNotViable,

@@ -2,17 +2,19 @@
 
 //! The agent's objects as the API shows them.
 
+use std::path::Path;
+
 use api::types::{
     AdapterStatus, ConsoleStatus, DeviceStatus, NicStatus, Owner, Protection, RestartStatus, SandboxStatus,
     Unchecked, Vm, VmDeviceStats, VmDiskStats, VmNicStats, VmStats, VmStatus,
 };
 use services::{console, vmm_process::VmDirectory};
 
-use crate::nics;
 use crate::vm::{
     VmHandle,
     record::{Claim, macs},
 };
+use crate::{nics, placement};
 
 /// A VM. `off` are the protections that new processes of this agent lack; `unchecked` looks up an adapter's port.
 pub(super) fn vm(
@@ -69,6 +71,9 @@ pub(super) fn vm(
         mac: nics::address(record.id, nic),
         interface: nics::interface(record.id, number, nic).filter(|_| runs),
     });
+    let placement = status.run.process.as_ref().and_then(|process| {
+        placement::status(Path::new("/proc"), process.pid, spec, status.run.memory_place.as_ref())
+    });
     let console = console::Reader::open(&directory.console()).and_then(|ring| ring.count());
     Vm {
         id: record.id,
@@ -94,6 +99,7 @@ pub(super) fn vm(
                 |end| ConsoleStatus { start: end.saturating_sub(console::CAPACITY), end },
             ),
             sandbox,
+            placement,
         },
     }
 }

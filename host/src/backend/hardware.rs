@@ -130,6 +130,10 @@ impl FunctionBackend for Hardware {
         self.sysfs.can_reset(bdf)
     }
 
+    fn numa_node(&self, bdf: Bdf) -> Result<Option<u16>, InventoryError> {
+        self.sysfs.numa_node(bdf)
+    }
+
     fn binding(&self, bdf: Bdf) -> Result<PreviousBinding, BindError> {
         self.sysfs.current_binding(bdf)
     }

@@ -165,6 +165,12 @@ pub trait FunctionBackend: Send + Sync + 'static {
     /// Whether the function can be reset between tenants.
     fn can_reset(&self, bdf: Bdf) -> bool;
 
+    /// The NUMA node to which the function belongs; None if it has none, or the host does not know it.
+    ///
+    /// # Errors
+    /// The function is unreadable.
+    fn numa_node(&self, bdf: Bdf) -> Result<Option<u16>, InventoryError>;
+
     // ---- The life of a claim ----
 
     /// The binding to store before [`bind`](Self::bind), for [`restore`](Self::restore).

@@ -121,6 +121,10 @@ impl FunctionBackend for Simulation {
         Ok(self.0.is_attached(bdf).unwrap_or(false).then_some(Usage::Simulated))
     }
 
+    fn numa_node(&self, _bdf: Bdf) -> Result<Option<u16>, InventoryError> {
+        Ok(None)
+    }
+
     fn can_reset(&self, _bdf: Bdf) -> bool {
         true
     }

@@ -8,12 +8,13 @@ use api::{
     Caller,
     problem::{Problem, ProblemCode},
     types::{
-        ByteSize, DiskFormat, DiskLimits, DiskSpec, NicSpec, OnFull, Protection, SEED_SERIAL, Stage, VmSpec,
+        ByteSize, DiskFormat, DiskLimits, DiskSpec, HugePages, NicSpec, OnFull, Protection, SEED_SERIAL,
+        Stage, VmSpec,
     },
 };
 use failpoints::{Point, reach};
 use netpolicy::MacAddress;
-use protocol::{DeviceSpec, DiskRate, MachineSpec, State, VmmCommand, files as file};
+use protocol::{DeviceSpec, DiskRate, MachineSpec, SandboxSpec, State, VmmCommand, files as file};
 use services::problem::ToProblem;
 use services::vmm_process::{
     Allowance, Connection, MachineEvent, Process, VmDirectory, limit_memlock, spawn,
@@ -229,6 +230,8 @@ pub(super) struct NewProcess<'a> {
     pub(super) directory: &'a VmDirectory,
     /// The user id that it changes to; None to keep the agent's user.
     pub(super) user: Option<u32>,
+    /// The NUMA node of guest memory.
+    pub(super) node: Option<u16>,
     /// The limits of its messages.
     pub(super) allowance: &'a Allowance,
 }
@@ -247,7 +250,7 @@ pub(super) async fn run(
     process: NewProcess<'_>,
     mut enter: impl FnMut(Stage) + Send,
 ) -> Result<(Connection, mpsc::Receiver<MachineEvent>), Problem> {
-    let NewProcess { directory, user, allowance } = process;
+    let NewProcess { directory, user, node, allowance } = process;
     let console = directory.create_console().map_err(|error| {
         Problem::new(ProblemCode::VmmFailed, format!("Cannot create the VM's console file ({error})."))
     })?;
@@ -297,7 +300,7 @@ pub(super) async fn run(
         let adapter = claim.value.adapter.as_ref().map(|vf| vf.id.to_string());
         devices.push(DeviceSpec { bdf, backend: device.backend, adapter });
     }
-    let spec = machine(vm, initramfs, devices, user, &env.protections_off());
+    let spec = machine(vm, initramfs, devices, node, sandbox::spec(user, &env.protections_off()));
     let mut spec = Box::new(MachineSpec { nics: specs, ..spec });
     // Not by the specification: an edit may have given it texts since the files were opened.
     spec.disks.extend(seeded.then(seed_disk));
@@ -330,8 +333,8 @@ fn machine(
     vm: &Entry<VmRecord>,
     initramfs: usize,
     devices: Vec<DeviceSpec>,
-    user: Option<u32>,
-    off: &[Protection],
+    node: Option<u16>,
+    sandbox: SandboxSpec,
 ) -> MachineSpec {
     let spec = &vm.value.spec;
     MachineSpec {
@@ -339,14 +342,26 @@ fn machine(
         name: spec.name.to_string(),
         cpus: spec.cpus,
         memory: spec.memory.bytes(),
-        hugepages: spec.hugepages,
+        hugepages: spec.hugepages != HugePages::Off,
         cmdline: spec.boot.cmdline.clone(),
         initramfs,
         disks: spec.disks.iter().map(disk).collect(),
         nics: Vec::new(),
         entropy: spec.entropy,
         devices,
-        sandbox: sandbox::spec(user, off),
+        sandbox,
+        placement: placement(spec, node),
+        features: protocol::CpuFeatures { nested: spec.cpu_features.nested, pmu: spec.cpu_features.pmu },
+    }
+}
+
+fn placement(spec: &VmSpec, node: Option<u16>) -> protocol::PlacementSpec {
+    let place = spec.placement.clone().unwrap_or_default();
+    protocol::PlacementSpec {
+        cpus: place.cpus.iter().map(|(vcpu, cpus)| (vcpu.0, cpus.ranges().to_vec())).collect(),
+        io_cpus: place.io_cpus.map(|cpus| cpus.ranges().to_vec()).unwrap_or_default(),
+        node,
+        giant_pages: spec.hugepages == HugePages::Gib1,
     }
 }
 

@@ -14,6 +14,8 @@ use sriov::{Bdf, PreviousBinding, VfSettings};
 use store::Record;
 use uuid::Uuid;
 
+use crate::placement::MemoryPlace;
+
 /// A VM's specification and its authors. Their rights limit the files that its boot opens.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct VmRecord {
@@ -209,6 +211,9 @@ pub struct RunRecord {
     /// The client that the lease is for, if it is for one only. Means nothing without a lease.
     #[serde(default)]
     pub holder: Option<Uuid>,
+    /// The place of guest memory; None for a VM that does not ask for one.
+    #[serde(default)]
+    pub memory_place: Option<MemoryPlace>,
 }
 
 /// The origin of a request to end a VM.
@@ -248,6 +253,7 @@ impl Default for RunRecord {
             pause_asked: false,
             leased: false,
             holder: None,
+            memory_place: None,
         }
     }
 }

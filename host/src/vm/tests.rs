@@ -9,6 +9,7 @@ pub(crate) mod fixture;
 mod lease;
 mod life;
 mod network;
+mod placement;
 mod progress;
 mod slow_disk;
 

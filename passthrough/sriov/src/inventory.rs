@@ -160,6 +160,20 @@ impl Sysfs {
         })
     }
 
+    /// The NUMA node of a function. None if it has none, or the kernel does not know it (-1).
+    ///
+    /// # Errors
+    /// sysfs is unreadable.
+    pub fn numa_node(&self, bdf: Bdf) -> Result<Option<u16>, InventoryError> {
+        let path = self.device_dir(bdf).join("numa_node");
+        match self.text(&path)?.as_deref() {
+            None | Some("-1") => Ok(None),
+            Some(node) => {
+                node.parse().map(Some).map_err(|_| malformed(&path, node, "a node's number").into())
+            }
+        }
+    }
+
     /// The name in `driver_override`. The kernel prints "(null)" for none.
     pub(crate) fn driver_override(&self, bdf: Bdf) -> Result<Option<String>, SysfsError> {
         let text = self.text(&self.device_dir(bdf).join("driver_override"))?;

@@ -23,6 +23,7 @@ mod network;
 mod nics;
 mod observe;
 mod page;
+mod placement;
 mod progress;
 mod rest;
 mod rights;

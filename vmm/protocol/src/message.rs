@@ -265,6 +265,10 @@ pub enum FailureCode {
     Kvm,
     /// The host cannot provide the guest's memory.
     Memory,
+    /// The threads or the guest's memory cannot be where the specification places them.
+    Placement,
+    /// KVM on this host lacks a feature of the guest's CPUs.
+    CpuFeature,
     /// The kernel or the initramfs is malformed, or does not fit.
     Kernel,
     /// Memory for DMA cannot be locked: RLIMIT_MEMLOCK.

@@ -33,6 +33,59 @@ pub struct MachineSpec {
     pub entropy: bool,
     /// The sandbox that the process enters after it has opened its devices.
     pub sandbox: SandboxSpec,
+    /// The CPUs of its threads, and the node and pages of guest memory.
+    #[serde(default, skip_serializing_if = "PlacementSpec::is_empty")]
+    pub placement: PlacementSpec,
+    /// Features of the guest's CPUs beyond the usual ones.
+    #[serde(default, skip_serializing_if = "CpuFeatures::is_empty")]
+    pub features: CpuFeatures,
+}
+
+/// CPUs of the host with numbers in a row: the first and the last one, 0 to 8191.
+pub type CpuRange = (u16, u16);
+
+/// The place of a machine on its host.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct PlacementSpec {
+    /// The CPUs of vCPUs' threads, by the vCPU's number. Other vCPUs run where the agent has started the process.
+    #[serde(default)]
+    pub cpus: Vec<(u8, Vec<CpuRange>)>,
+    /// The CPUs of all other threads. Empty: they run where the agent has started the process.
+    #[serde(default)]
+    pub io_cpus: Vec<CpuRange>,
+    /// The NUMA node of guest memory, 0 to 1023.
+    #[serde(default)]
+    pub node: Option<u16>,
+    /// The huge pages of [`MachineSpec::hugepages`] have 1 GiB, not 2 MiB.
+    #[serde(default)]
+    pub giant_pages: bool,
+}
+
+impl PlacementSpec {
+    /// Whether it says nothing: the machine is built without a system call for its place.
+    #[must_use]
+    pub fn is_empty(&self) -> bool {
+        *self == Self::default()
+    }
+}
+
+/// Features of the guest's CPUs that are off by default: both are large parts of KVM.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct CpuFeatures {
+    /// Nested virtualization: VMX or SVM.
+    #[serde(default)]
+    pub nested: bool,
+    /// Performance counters.
+    #[serde(default)]
+    pub pmu: bool,
+}
+
+impl CpuFeatures {
+    /// Whether it has none of them.
+    #[must_use]
+    pub fn is_empty(&self) -> bool {
+        *self == Self::default()
+    }
 }
 
 /// One disk of a machine. Its file comes beside the command ([`files::disk`](super::files::disk)).

@@ -89,6 +89,23 @@ fn messages_to_a_vmm_keep_their_text() {
     );
 }
 
+/// A specification that places nothing has the text of one of an older agent: the test of commands.
+#[test]
+fn a_place_keeps_its_text_and_fits_into_a_message() {
+    let place = PlacementSpec {
+        cpus: vec![(0, vec![(4, 5), (9, 9)])],
+        io_cpus: vec![(2, 3)],
+        node: Some(1),
+        giant_pages: true,
+    };
+    hold(&[(place, r#"{"cpus":[[0,[[4,5],[9,9]]]],"io_cpus":[[2,3]],"node":1,"giant_pages":true}"#)]);
+    hold(&[(CpuFeatures { nested: true, pmu: false }, r#"{"nested":true,"pmu":false}"#)]);
+    // The most that the agent's API takes: 1024 ranges in lists of 254 vCPUs.
+    let cpus = (0..254).map(|vcpu| (vcpu, vec![(8190, 8191); if vcpu == 0 { 1024 - 253 } else { 1 }]));
+    let largest = PlacementSpec { cpus: cpus.collect(), ..PlacementSpec::default() };
+    assert!(serde_json::to_string(&largest).unwrap().len() < FRAME_MAX / 3);
+}
+
 #[test]
 fn commands_keep_their_text() {
     let spec = MachineSpec {
@@ -104,6 +121,8 @@ fn commands_keep_their_text() {
         nics: Vec::new(),
         entropy: true,
         sandbox: SandboxSpec::of_threads(),
+        placement: PlacementSpec::default(),
+        features: CpuFeatures::default(),
     };
     let limits = DiskLimits { bytes: None, operations: Some(DiskRate { per_second: 50, burst: 60 }) };
     let commands = [
@@ -315,6 +334,8 @@ fn states_and_codes_keep_their_text() {
         (FailureCode::WrongState, r#""wrong_state""#),
         (FailureCode::Kvm, r#""kvm""#),
         (FailureCode::Memory, r#""memory""#),
+        (FailureCode::Placement, r#""placement""#),
+        (FailureCode::CpuFeature, r#""cpu_feature""#),
         (FailureCode::Kernel, r#""kernel""#),
         (FailureCode::Memlock, r#""memlock""#),
         (FailureCode::GroupNotViable, r#""group_not_viable""#),
@@ -328,7 +349,8 @@ fn states_and_codes_keep_their_text() {
     each_has_a_text!(codes;
         FailureCode::WrongState, FailureCode::Kvm, FailureCode::Memory, FailureCode::Kernel,
         FailureCode::Memlock, FailureCode::GroupNotViable, FailureCode::Disk, FailureCode::Device,
-        FailureCode::Sandbox, FailureCode::Invalid, FailureCode::Internal,
+        FailureCode::Sandbox, FailureCode::Invalid, FailureCode::Internal, FailureCode::Placement,
+        FailureCode::CpuFeature,
     );
 }
 

@@ -23,7 +23,7 @@ const CMDLINE: &str = "console=ttyS0";
 
 thread_local! {
     /// One mapping for all runs: a new one would be most of the work. No run reads the rest of an earlier one.
-    static GUEST: GuestMemory = memory::reserve(MEMORY, false).unwrap_or_else(|error| panic!("{error}"));
+    static GUEST: GuestMemory = memory::reserve(MEMORY, memory::Pages::Ordinary, None).unwrap_or_else(|error| panic!("{error}"));
 }
 
 fn file(bytes: &[u8]) -> File {

@@ -67,6 +67,8 @@ mod tests {
             nics: Vec::new(),
             entropy: false,
             sandbox: protocol::SandboxSpec::of_threads(),
+            placement: protocol::PlacementSpec::default(),
+            features: protocol::CpuFeatures::default(),
         }
     }
 

@@ -80,7 +80,7 @@ pub(crate) fn elf(pvh: bool, code: &[u8]) -> Vec<u8> {
 
 #[test]
 fn kernels_are_told_apart() {
-    let memory = memory::reserve(16 << 20, false).unwrap();
+    let memory = memory::reserve(16 << 20, memory::Pages::Ordinary, None).unwrap();
     let entry = |image: &[u8]| load(&memory, &mut payload(image, None), &machine());
     assert_eq!(entry(&elf(true, &[0xf4])).unwrap(), Entry::Pvh { rip: 0x10_0000 });
     assert_eq!(entry(&elf(false, &[0xf4])).unwrap(), Entry::Linux64 { rip: 0x10_0000 });
@@ -104,7 +104,7 @@ fn kernels_are_told_apart() {
 
 #[test]
 fn the_initramfs_lies_high_and_clear_of_the_kernel() {
-    let memory = memory::reserve(16 << 20, false).unwrap();
+    let memory = memory::reserve(16 << 20, memory::Pages::Ordinary, None).unwrap();
     let initramfs = vec![0xab; 5000];
     load(&memory, &mut payload(&bzimage(1, 8 << 20, &[0xf4]), Some(&initramfs)), &machine()).unwrap();
     let params: boot_params = memory.read_obj(GuestAddress(layout::BOOT_PARAMS)).unwrap();
@@ -129,7 +129,7 @@ fn the_initramfs_lies_high_and_clear_of_the_kernel() {
 /// Memory of the last boot shows padding that is not written.
 #[test]
 fn initramfs_files_follow_each_other_at_multiples_of_four() {
-    let memory = memory::reserve(16 << 20, false).unwrap();
+    let memory = memory::reserve(16 << 20, memory::Pages::Ordinary, None).unwrap();
     let end = 16_u64 << 20;
     let load_with = |parts: &[&[u8]], kernel: &[u8]| {
         memory.write_slice(&[0xee; 8192], GuestAddress(end - 8192)).unwrap();
@@ -166,7 +166,7 @@ fn initramfs_files_follow_each_other_at_multiples_of_four() {
 
 #[test]
 fn a_kernel_s_own_limit_of_the_command_line_holds() {
-    let memory = memory::reserve(4 << 20, false).unwrap();
+    let memory = memory::reserve(4 << 20, memory::Pages::Ordinary, None).unwrap();
     let with = |limit: u32, size: usize| {
         let mut image = bzimage(1, 0x1000, &[0xf4]);
         image[0x238..0x23c].copy_from_slice(&limit.to_le_bytes());
@@ -183,7 +183,7 @@ fn a_kernel_s_own_limit_of_the_command_line_holds() {
 
 #[test]
 fn command_lines_are_checked() {
-    let memory = memory::reserve(4 << 20, false).unwrap();
+    let memory = memory::reserve(4 << 20, memory::Pages::Ordinary, None).unwrap();
     let with = |cmdline: &str| {
         let mut payload = payload(&elf(true, &[0xf4]), None);
         payload.cmdline = cmdline.to_owned();
@@ -196,7 +196,7 @@ fn command_lines_are_checked() {
 
 #[test]
 fn a_jump_to_the_bios_finds_the_reset() {
-    let memory = memory::reserve(4 << 20, false).unwrap();
+    let memory = memory::reserve(4 << 20, memory::Pages::Ordinary, None).unwrap();
     load(&memory, &mut payload(&elf(true, &[0xf4]), None), &machine()).unwrap();
     let mut stub = [0; 7];
     memory.read_slice(&mut stub, GuestAddress(0xf_fff0)).unwrap();
@@ -205,7 +205,7 @@ fn a_jump_to_the_bios_finds_the_reset() {
 
 #[test]
 fn acpi_tables_end_before_the_smbios_tables() {
-    let memory = memory::reserve(4 << 20, false).unwrap();
+    let memory = memory::reserve(4 << 20, memory::Pages::Ordinary, None).unwrap();
     let devices = board::tests::board().aml();
     assert!(!devices.is_empty());
     let load_with = |devices: Vec<u8>| {
@@ -227,7 +227,7 @@ fn acpi_tables_end_before_the_smbios_tables() {
 
 #[test]
 fn smbios_tables_end_before_the_reset_vector() {
-    let memory = memory::reserve(4 << 20, false).unwrap();
+    let memory = memory::reserve(4 << 20, memory::Pages::Ordinary, None).unwrap();
     let load_with = |size: u64| {
         let mut payload = payload(&elf(true, &[0xf4]), None);
         payload.smbios = vec![0xab; usize::try_from(size).unwrap()];
@@ -258,6 +258,6 @@ fn the_area_of_the_smbios_tables_has_room_for_the_longest_strings() {
 
 #[test]
 fn memory_beyond_the_hole_is_listed() {
-    let memory = memory::reserve(4 << 30, false).unwrap();
+    let memory = memory::reserve(4 << 30, memory::Pages::Ordinary, None).unwrap();
     assert_eq!(usable_ram(&memory), [0..0xa_0000, 0x10_0000..0xc000_0000, 0x1_0000_0000..0x1_4000_0000]);
 }

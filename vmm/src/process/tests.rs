@@ -139,6 +139,7 @@ macro_rules! guest {
 }
 
 mod counters;
+mod placement;
 mod probe;
 mod simulated;
 
@@ -250,6 +251,8 @@ impl Fixture {
             nics: Vec::new(),
             entropy: false,
             sandbox: SandboxSpec::of_threads(),
+            placement: PlacementSpec::default(),
+            features: CpuFeatures::default(),
         }
     }
 
@@ -260,6 +263,15 @@ impl Fixture {
         others: &[(&str, &File)],
     ) -> Result<Outcome, Failure> {
         let spec = self.spec(devices);
+        self.configure_as(spec, kernel, others)
+    }
+
+    fn configure_as(
+        &mut self,
+        spec: MachineSpec,
+        kernel: &[u8],
+        others: &[(&str, &File)],
+    ) -> Result<Outcome, Failure> {
         let kvm = File::options().read(true).write(true).open("/dev/kvm").expect("/dev/kvm is needed");
         let mut image = tempfile::tempfile().unwrap();
         image.write_all(kernel).unwrap();

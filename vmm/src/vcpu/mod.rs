@@ -38,7 +38,10 @@ use self::{
     exit::{Counters, Exit, Ports, Step},
     state::{Entry, PowerOn},
 };
-use crate::seccomp::{self, Confinement};
+use crate::{
+    placement::{Pinning, PlacementError},
+    seccomp::{self, Confinement},
+};
 
 /// The longest time to an acknowledgement. Only a bug in KVM could exceed it.
 const ACKNOWLEDGE: Duration = Duration::from_secs(10);
@@ -54,6 +57,9 @@ pub enum VcpuError {
     /// The thread or the signal handler could not be set up.
     #[error("Cannot start the thread of vCPU {0}")]
     Thread(u8, #[source] std::io::Error),
+    /// A thread cannot run on its CPUs.
+    #[error(transparent)]
+    Placement(#[from] PlacementError),
     /// A thread does not acknowledge.
     #[error("vCPU {0} does not answer; this is a bug of Portcullis or KVM")]
     Silent(u8),
@@ -140,7 +146,8 @@ pub struct Vcpus(Vec<Handle>);
 extern "C" fn leave_guest(_: libc::c_int, _: *mut libc::siginfo_t, _: *mut libc::c_void) {}
 
 impl Vcpus {
-    /// Starts the threads, parked, in power-on state. `fds` must not have run, and come with their state.
+    /// Starts the threads, parked, in power-on state. `fds` must not have run, and come with their state. With `pinning`,
+    /// each thread runs on the CPUs of its vCPU.
     ///
     /// # Errors
     /// See [`VcpuError`].
@@ -151,6 +158,7 @@ impl Vcpus {
         events: &Arc<Events>,
         first_entry: &Arc<std::sync::OnceLock<Instant>>,
         confinement: &Confinement,
+        pinning: Option<&Pinning>,
     ) -> Result<Self, VcpuError> {
         // The handler does nothing: the arrival of the signal takes a vCPU out of KVM_RUN.
         register_signal_handler(SIGRTMIN(), leave_guest)
@@ -168,6 +176,9 @@ impl Vcpus {
                 events: Arc::clone(events),
                 first_entry: Arc::clone(first_entry),
             };
+            if let Some(pinning) = pinning {
+                pinning.for_vcpu(index)?;
+            }
             let confine = confinement.prepare(seccomp::Thread::Vcpu);
             let thread = thread::Builder::new()
                 .name(format!("vcpu{index}"))
@@ -177,6 +188,9 @@ impl Vcpus {
                 })
                 .map_err(|e| VcpuError::Thread(index, e))?;
             vcpus.0.push(Handle { index, commands, acknowledged, thread: Some(thread) });
+        }
+        if let Some(pinning) = pinning {
+            pinning.for_others()?;
         }
         Ok(vcpus)
     }

@@ -25,6 +25,8 @@ pub enum Entry {
     },
 }
 
+const MSR_IA32_FEATURE_CONTROL: u32 = 0x3a;
+const MSR_EFER: u32 = 0xc000_0080;
 const MSR_IA32_MISC_ENABLE: u32 = 0x1a0;
 const MISC_ENABLE_FAST_STRING: u64 = 1;
 
@@ -48,11 +50,13 @@ pub(crate) struct PowerOn {
     debug: kvm_debugregs,
     xcrs: Option<kvm_xcrs>,
     msrs: Vec<kvm_msr_entry>,
+    /// The vCPU has nested virtualization.
+    nested: bool,
 }
 
 impl PowerOn {
     /// Reads the state of a vCPU that has not run.
-    pub(crate) fn capture(kvm: &Kvm, fd: &VcpuFd) -> Result<Self, kvm_ioctls::Error> {
+    pub(crate) fn capture(kvm: &Kvm, fd: &VcpuFd, nested: bool) -> Result<Self, kvm_ioctls::Error> {
         let mut msrs = Vec::new();
         let mut wanted: Vec<kvm_msr_entry> = kvm
             .get_msr_index_list()?
@@ -78,11 +82,15 @@ impl PowerOn {
             debug: fd.get_debug_regs()?,
             xcrs: fd.get_xcrs().ok(),
             msrs,
+            nested,
         })
     }
 
     /// Restores the state.
     pub(crate) fn restore(&self, fd: &VcpuFd) -> Result<(), kvm_ioctls::Error> {
+        if self.nested {
+            leave_nested(fd);
+        }
         fd.set_mp_state(self.mp)?;
         fd.set_regs(&self.regs)?;
         fd.set_sregs(&self.sregs)?;
@@ -99,6 +107,18 @@ impl PowerOn {
         fd.set_lapic(&self.lapic)?;
         fd.set_debug_regs(&self.debug)?;
         fd.set_vcpu_events(&self.events)
+    }
+}
+
+/// Takes the vCPU out of a nested guest and out of VMX or SVM operation. In these states KVM refuses the power-on state or
+/// sets it in the nested guest. KVM leaves VMX operation when its user clears the first register, and SVM operation when
+/// its user clears SVME in the second one (`vmx_set_msr`, `svm_set_efer`).
+fn leave_nested(fd: &VcpuFd) {
+    for index in [MSR_IA32_FEATURE_CONTROL, MSR_EFER] {
+        if let Ok(one) = Msrs::from_entries(&[kvm_msr_entry { index, ..kvm_msr_entry::default() }]) {
+            // The other vendor's vCPUs lack the register.
+            let _ = fd.set_msrs(&one);
+        }
     }
 }
 

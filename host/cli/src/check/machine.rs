@@ -149,23 +149,6 @@ pub(super) fn memlock(host: &Host) -> Finding {
     }
 }
 
-pub(super) fn hugepages(host: &Host) -> Finding {
-    const POOL: &str = "sys/kernel/mm/hugepages/hugepages-2048kB";
-    let count = |name: &str| host.number(&format!("{POOL}/{name}")).unwrap_or(0);
-    match (count("nr_hugepages"), count("free_hugepages")) {
-        (0, _) => Finding::wrong(
-            Verdict::Warn,
-            "hugepages",
-            "no huge pages of 2 MiB: VMs with `hugepages` cannot be booted",
-            "sysctl -w vm.nr_hugepages=512 && echo vm.nr_hugepages=512 >/etc/sysctl.d/60-hugepages.conf  # 512 are 1 GiB",
-        ),
-        (all, free) => Finding::ok(
-            "hugepages",
-            format!("{free} of {all} huge pages of 2 MiB are free: {} MiB", free.saturating_mul(2)),
-        ),
-    }
-}
-
 /// The controllers of version 2 that limit VMs' processes, and the loss without each.
 const CONTROLLERS: [(&str, &str); 3] = [
     ("cpu", "VMs with limits of processor time cannot be booted"),

@@ -4,6 +4,7 @@
 
 mod adapters;
 mod machine;
+mod placement;
 
 use std::{
     fs::{self, File},
@@ -135,7 +136,11 @@ fn examine(host: &Host, users: &UserArgs, assignable: &AssignableList) -> Vec<Fi
     findings.push(machine::interrupt_remapping(host, needed));
     findings.push(machine::vfio(host, needed));
     findings.push(machine::memlock(host));
-    findings.push(machine::hugepages(host));
+    findings.push(placement::hugepages(host));
+    findings.push(placement::giant_pages(host));
+    findings.extend(placement::nodes(host, pfs.as_deref().unwrap_or_default()));
+    findings.push(placement::nested(host));
+    findings.push(placement::counters(host));
     findings.push(machine::control_groups(host));
     findings.push(machine::user_ids(host, users));
     findings.extend(adapters::all(host, pfs));

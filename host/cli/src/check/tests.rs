@@ -35,10 +35,21 @@ impl MadeUp {
             ),
             ("sys/kernel/mm/hugepages/hugepages-2048kB/nr_hugepages", "512\n"),
             ("sys/kernel/mm/hugepages/hugepages-2048kB/free_hugepages", "500\n"),
+            ("sys/kernel/mm/hugepages/hugepages-1048576kB/nr_hugepages", "4\n"),
+            ("sys/kernel/mm/hugepages/hugepages-1048576kB/free_hugepages", "3\n"),
+            ("sys/devices/system/node/online", "0-1\n"),
+            ("sys/devices/system/node/node0/cpulist", "0-3\n"),
+            ("sys/devices/system/node/node0/meminfo", "Node 0 MemTotal:  8388608 kB\n"),
+            ("sys/devices/system/node/node1/cpulist", "4-7\n"),
+            ("sys/devices/system/node/node1/meminfo", "Node 1 MemTotal:  4194304 kB\n"),
+            ("sys/module/kvm_intel/parameters/nested", "Y\n"),
+            ("sys/module/kvm/parameters/enable_pmu", "Y\n"),
+            ("sys/bus/event_source/devices/cpu/type", "4\n"),
             ("sys/fs/cgroup/cgroup.controllers", "cpuset cpu io memory hugetlb pids\n"),
         ] {
             made_up.write(path, text);
         }
+        made_up.sysfs.set_numa_node(PF, 1);
         made_up
     }
 
@@ -86,6 +97,11 @@ fn a_host_with_all_that_there_should_be() {
         "vfio-pci",
         "memlock",
         "hugepages",
+        "hugepages_1gib",
+        "numa",
+        "numa",
+        "nested",
+        "pmu",
         "cgroup",
         "user_ids",
         "pf",
@@ -181,6 +197,9 @@ fn each_thing_that_is_missing_is_told_with_what_mends_it() {
         case("hugepages", Warn, "sysctl -w vm.nr_hugepages=512", |host| {
             host.write("sys/kernel/mm/hugepages/hugepages-2048kB/nr_hugepages", "0\n");
         }),
+        case("hugepages_1gib", Warn, "hugepages-1048576kB/nr_hugepages", |host| {
+            host.write("sys/kernel/mm/hugepages/hugepages-1048576kB/nr_hugepages", "0\n");
+        }),
         case("user_ids", Fail, "portcullis serve --vmm-uid-base 2100000000", |host| {
             host.write("etc/subuid", "user1:100000:65536\nuser13:886432:65536\n");
         }),
@@ -212,6 +231,40 @@ fn each_thing_that_is_missing_is_told_with_what_mends_it() {
         assert_eq!(host.verdict().err().map(|error| error.code()), (verdict == Fail).then_some(1), "{fix}");
         assert_command(text);
     }
+}
+
+#[test]
+fn the_place_of_vms_is_told_with_what_the_host_can() {
+    let host = MadeUp::new();
+    let found = |host: &MadeUp, check: &str| -> Vec<String> {
+        let findings = host.findings().into_iter().filter(|finding| finding.check == check);
+        findings
+            .map(|finding| format!("{}: {}", finding.subject.unwrap_or_default(), finding.found))
+            .collect()
+    };
+    assert_eq!(found(&host, "numa"), ["node0: CPUs 0-3, 8192 MiB", "node1: CPUs 4-7, 4096 MiB, eth0"]);
+    assert_eq!(found(&host, "hugepages_1gib"), [": 3 of 4 huge pages of 1 GiB are free: 3072 MiB"]);
+    assert!(found(&host, "nested")[0].contains("kvm_intel has it"));
+    assert!(found(&host, "pmu")[0].contains("have performance counters"));
+
+    host.write("sys/devices/system/cpu/isolated", "2-5\n");
+    host.write("sys/devices/system/node/node1/cpulist", "\n");
+    host.write("sys/devices/system/node/node1/meminfo", "Node 1 MemTotal:  0 kB\n");
+    assert_eq!(
+        found(&host, "numa"),
+        ["node0: CPUs 0-3 (isolated: 2-3), 8192 MiB", "node1: no CPUs, no memory, eth0"]
+    );
+    host.write("sys/module/kvm_intel/parameters/nested", "N\n");
+    host.write("sys/module/kvm/parameters/enable_pmu", "N\n");
+    assert!(found(&host, "nested")[0].contains("cannot be booted"));
+    assert!(found(&host, "pmu")[0].contains("enable_pmu"));
+    host.remove("sys/bus/event_source");
+    assert!(found(&host, "pmu")[0].contains("no counters"));
+    host.remove("sys/kernel/mm/hugepages/hugepages-1048576kB");
+    assert!(found(&host, "hugepages_1gib")[0].contains("processor or the kernel has none"));
+    host.remove("sys/devices/system/node");
+    assert!(found(&host, "numa")[0].contains("no NUMA nodes"));
+    host.verdict().unwrap();
 }
 
 /// A fix is a command that can be pasted, but for what no command does.
@@ -328,5 +381,5 @@ fn people_and_programs_are_told() {
         "check": "kvm", "verdict": "fail", "found": "/dev/kvm does not exist", "fix": "modprobe kvm_intel"
     });
     assert_eq!(json[0], kvm);
-    assert_eq!(json[8]["subject"], "eth0");
+    assert_eq!(json[13]["subject"], "eth0");
 }

@@ -4,11 +4,11 @@
 
 use std::sync::atomic::Ordering;
 
-use api::types::{ByteSize, VmLimits};
+use api::types::{ByteSize, HugePages, VmLimits};
 use uuid::Uuid;
 
 use super::*;
-use crate::cgroup::CgroupError;
+use crate::{cgroup::CgroupError, placement::MemoryPlace};
 
 /// The reason why a machine was not built.
 pub(super) enum NotBuilt {
@@ -68,16 +68,25 @@ impl Actor {
     ) -> Result<boot::Files, Problem> {
         self.progress.begin(OperationAction::Boot, progress::boot(&self.vm.value.spec, &self.held));
         self.progress.enter(Stage::OpeningFiles);
+        // Before anything is touched.
+        self.check_place().await?;
         let rights = self.vm.value.boot_rights(caller);
         let files = boot::open_files(&self.env, rights, self.vm.id, &self.vm.value.spec).await?;
         // Release functions that could not be released at an earlier end.
         self.give_back().await?;
         self.progress.enter(Stage::ClaimingFunctions);
         self.held = claims::claim(&self.env, self.vm.id, &self.vm.value.spec).await?;
-        if let Err(problem) = self.check_sandbox() {
-            self.give_back().await?;
-            return Err(problem);
-        }
+        let placed = match self.check_sandbox() {
+            Ok(()) => self.place_memory().await,
+            Err(problem) => Err(problem),
+        };
+        let memory_place = match placed {
+            Ok(place) => place,
+            Err(problem) => {
+                self.give_back().await?;
+                return Err(problem);
+            }
+        };
         let user = match &self.env.users {
             None => None,
             Some(users) => match users.take() {
@@ -99,6 +108,7 @@ impl Actor {
             off: Some(self.env.protections_off()),
             leased: self.run.leased,
             holder: self.run.holder,
+            memory_place,
             ..RunRecord::default()
         };
         if let Err(problem) = self.store().await {
@@ -108,6 +118,37 @@ impl Actor {
         self.tell_state();
         reach(Point::BootBegun);
         Ok(files)
+    }
+
+    /// Compares the specification's placement with the host.
+    async fn check_place(&self) -> Result<(), Problem> {
+        let spec = &self.vm.value.spec;
+        if spec.placement.is_none() && spec.hugepages == HugePages::Off {
+            return Ok(());
+        }
+        let (env, spec) = (Arc::clone(&self.env), spec.clone());
+        let check = move || env.topology.check(&env.cgroup_parent, &spec);
+        let checked = tokio::task::spawn_blocking(check).await;
+        checked.map_err(|error| Problem::new(ProblemCode::Internal, chain(&error)))?
+    }
+
+    /// Chooses the NUMA node of guest memory. None if the specification asks for none.
+    async fn place_memory(&self) -> Result<Option<MemoryPlace>, Problem> {
+        if self.vm.value.spec.placement.as_ref().is_none_or(|place| place.numa.is_none()) {
+            return Ok(None);
+        }
+        let (env, spec) = (Arc::clone(&self.env), self.vm.value.spec.clone());
+        let held: Vec<_> = self.held.iter().map(|claim| claim.value.bdf).collect();
+        let place = move || {
+            let node = |bdf| {
+                let backend = env.inventory.backend(bdf).map_err(|error| error.problem())?;
+                Ok((bdf, backend.numa_node(bdf).map_err(|error| error.problem())?))
+            };
+            let functions = held.into_iter().map(node).collect::<Result<Vec<_>, Problem>>()?;
+            env.topology.place_memory(&env.cgroup_parent, &spec, &functions).map(Some)
+        };
+        let placed = tokio::task::spawn_blocking(place).await;
+        placed.map_err(|error| Problem::new(ProblemCode::Internal, chain(&error)))?
     }
 
     /// Rejects functions that need the whole sandbox if a part of it is off.
@@ -143,8 +184,12 @@ impl Actor {
         self.limit().await?;
         let enter = |stage| self.progress.enter(stage);
         self.allowance = Allowance::new(self.vm.value.spec.adapters.len());
-        let new =
-            boot::NewProcess { directory: &self.directory, user: self.run.user, allowance: &self.allowance };
+        let new = boot::NewProcess {
+            directory: &self.directory,
+            user: self.run.user,
+            node: self.run.memory_place.as_ref().and_then(|place| place.node),
+            allowance: &self.allowance,
+        };
         let run = boot::run(&self.env, &self.vm, files, &self.held, new, enter);
         let waited = tokio::select! {
             result = run => Waited::Ran(result),
@@ -208,10 +253,10 @@ impl Actor {
         let asked = self.vm.value.spec.limits.clone();
         let default = cgroup::default_memory(&self.vm.value.spec);
         let spec = &self.vm.value.spec;
-        let huge_pages = if spec.hugepages { spec.memory.bytes() } else { 0 };
+        let (pages, bytes) = (spec.hugepages, spec.memory.bytes());
         let set = move || {
             limit_memory(&env, vm, asked, default, pid)?;
-            let limited = cgroup::limit_huge_pages(&env.cgroup_parent, vm, huge_pages, pid);
+            let limited = cgroup::limit_huge_pages(&env.cgroup_parent, vm, pages, bytes, pid);
             if let Err(error) = limited
                 && !env.told_unlimited_huge_pages.swap(true, Ordering::Relaxed)
             {

@@ -111,6 +111,11 @@ impl FakeSysfs {
         self.kernel.file(&format!("{dir}/carrier"), if up { "1\n" } else { "0\n" });
     }
 
+    /// Sets the NUMA node of a function: -1 for none.
+    pub fn set_numa_node(&self, bdf: Bdf, node: i32) {
+        self.kernel.file(&format!("bus/pci/devices/{bdf}/numa_node"), &format!("{node}\n"));
+    }
+
     /// Renames the interface of a function.
     pub fn rename_interface(&self, bdf: Bdf, from: &str, to: &str) {
         let net = self.kernel.device(bdf).join("net");

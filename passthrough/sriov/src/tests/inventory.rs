@@ -122,3 +122,16 @@ fn a_number_of_vfs_that_cannot_be() {
     std::fs::remove_file(sysfs.device_dir(pf).join("driver")).unwrap();
     assert!(matches!(sysfs.set_num_vfs(pf, 1, None), Err(VfCountError::NoDriver(_))));
 }
+
+#[test]
+fn a_function_has_the_node_that_the_kernel_knows() {
+    let (_dir, fake) = machine(1);
+    let (sysfs, vf) = (fake.sysfs(), bdf("0000:01:10.0"));
+    assert_eq!(sysfs.numa_node(vf).unwrap(), None, "a kernel without NUMA");
+    for (number, node) in [(-1, None), (0, Some(0)), (1023, Some(1023))] {
+        fake.set_numa_node(vf, number);
+        assert_eq!(sysfs.numa_node(vf).unwrap(), node);
+    }
+    fake.set_numa_node(vf, -7);
+    assert!(sysfs.numa_node(vf).is_err());
+}

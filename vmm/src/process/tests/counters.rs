@@ -4,6 +4,7 @@
 
 use kvm_bindings::{Msrs, kvm_msr_entry};
 use kvm_ioctls::{Kvm, VmFd};
+use protocol::CpuFeatures;
 
 use crate::{machine, vcpu::cpuid};
 
@@ -33,7 +34,7 @@ fn kept(kvm: &Kvm, vm: &VmFd) -> Vec<u32> {
 fn a_vm_has_no_performance_counters() {
     let kvm = Kvm::new().expect("/dev/kvm is needed");
     let others = kept(&kvm, &kvm.create_vm().unwrap());
-    let ours = kept(&kvm, &machine::create_vm(&kvm).unwrap());
+    let ours = kept(&kvm, &machine::create_vm(&kvm, CpuFeatures::default()).unwrap());
     println!("a VM has the selectors {others:#x?}, one of ours {ours:#x?}");
     assert!(ours.is_empty(), "{ours:#x?}, of {others:#x?}");
 }

@@ -1,0 +1,56 @@
+// SPDX-License-Identifier: Apache-2.0
+
+use super::*;
+
+#[test]
+fn masks_have_the_cpus_of_their_ranges() {
+    let mask = CpuMask::of(&[(9, 9), (4, 7), (63, 65), (8191, 8191), (8190, u16::MAX)]);
+    assert_eq!(mask.ranges(), [(4, 7), (9, 9), (63, 65), (8190, 8191)]);
+    assert_eq!(mask.to_string(), "4-7,9,63-65,8190-8191");
+    assert_eq!(mask.count(), 4 + 1 + 3 + 2);
+    assert_eq!(CpuMask::of(&[]).ranges(), []);
+}
+
+/// The start of a VM without a place costs nothing more than before.
+#[test]
+fn a_machine_that_names_no_cpus_stays_where_it_is() {
+    let place = protocol::PlacementSpec { node: Some(0), giant_pages: true, ..Default::default() };
+    let before = CpuMask::current().unwrap();
+    assert!(Pinning::begin(&place).unwrap().is_none());
+    assert_eq!(CpuMask::current().unwrap(), before);
+}
+
+#[test]
+fn work_on_all_cpus_has_those_of_vcpus_and_of_the_others() {
+    let ranges = CpuMask::current().unwrap().ranges();
+    let ((first, _), (_, last)) = (ranges[0], ranges[ranges.len() - 1]);
+    let place = protocol::PlacementSpec {
+        cpus: vec![(3, vec![(last, last)])],
+        io_cpus: vec![(first, first)],
+        ..Default::default()
+    };
+    let here = || CpuMask::current().unwrap();
+    let pinning = Pinning::begin(&place).unwrap().unwrap();
+    assert_eq!(here(), CpuMask::of(&[(first, first)]));
+    let work = || {
+        assert_eq!(here(), CpuMask::of(&[(first, first), (last, last)]));
+        Ok::<_, PlacementError>(())
+    };
+    pinning.on_all_cpus(work).unwrap();
+    assert_eq!(here(), CpuMask::of(&[(first, first)]));
+}
+
+#[test]
+fn a_thread_goes_to_its_cpus_or_says_which_it_lacks() {
+    let before = CpuMask::current().unwrap();
+    let (first, _) = before.ranges()[0];
+    go_to(&CpuMask::of(&[(first, first)])).unwrap();
+    let inherited = std::thread::spawn(|| CpuMask::current().unwrap()).join().unwrap();
+    assert_eq!(inherited.ranges(), [(first, first)]);
+    // No test runs on a host with so many.
+    let error = go_to(&CpuMask::of(&[(8191, 8191)])).unwrap_err().to_string();
+    assert!(error.contains("refuses the CPUs 8191"), "{error}");
+    let error = go_to(&CpuMask::of(&[(first, first), (8000, 8001)])).unwrap_err().to_string();
+    assert!(error.contains(&format!("all of the CPUs {first},8000-8001, only on {first}:")), "{error}");
+    go_to(&before).unwrap();
+}
