@@ -451,6 +451,10 @@ impl Engine for Block {
         self.wake(0);
     }
 
+    fn disk(&mut self) -> Option<&mut dyn Disk> {
+        Some(self.disk.as_mut())
+    }
+
     fn close(&mut self) {
         if !self.options.read_only
             && let Err(error) = self.disk.close()
