@@ -54,6 +54,7 @@ fn own(operation: &str) -> Option<&'static [ProblemCode]> {
             KernelNotFound,
             KernelUnreadable,
             KernelInvalid,
+            NoKernelOnDisk,
             InitramfsNotFound,
             InitramfsUnreadable,
             InitramfsInvalid,

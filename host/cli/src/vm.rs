@@ -231,6 +231,12 @@ fn operation_line(operation: &VmOperation) -> (String, String) {
     ("operation".to_owned(), format!("{action}: {stage} ({step}/{steps}) since {since}"))
 }
 
+/// The kernel's file, or the disk that has it.
+fn kernel(boot: &BootSpec) -> String {
+    let disk = || boot.disk.as_ref().map(|disk| format!("installed on disk {disk}"));
+    boot.kernel.clone().or_else(disk).unwrap_or_default()
+}
+
 fn details(vm: &Vm) -> Vec<(String, String)> {
     let (spec, status) = (&vm.spec, &vm.status);
     let mut lines: Vec<(String, String)> = [
@@ -253,7 +259,7 @@ fn details(vm: &Vm) -> Vec<(String, String)> {
             ("autostart", if spec.autostart { "yes" } else { "" }.to_owned()),
             ("cpus", spec.cpus.to_string()),
             ("memory", format!("{}{}", spec.memory, if spec.hugepages { " in huge pages" } else { "" })),
-            ("kernel", spec.boot.kernel.clone()),
+            ("kernel", kernel(&spec.boot)),
             (
                 "initramfs",
                 spec.boot.initramfs.as_ref().map_or_else(String::new, |files| files.paths().join(", ")),

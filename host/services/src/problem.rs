@@ -129,6 +129,7 @@ impl ToProblem for CommandError {
             FailureCode::Kvm => ProblemCode::KvmUnavailable,
             FailureCode::Memory => ProblemCode::MemoryUnavailable,
             FailureCode::Kernel => ProblemCode::KernelInvalid,
+            FailureCode::NoKernelOnDisk => ProblemCode::NoKernelOnDisk,
             FailureCode::Memlock => ProblemCode::MemlockTooSmall,
             FailureCode::GroupNotViable => ProblemCode::GroupNotViable,
             FailureCode::Disk => ProblemCode::DiskInvalid,
