@@ -8,7 +8,7 @@ use std::cmp::{Ordering, Reverse};
 use crate::{
     entry::Draft,
     error::{Fault, printable},
-    filesystem::{FileSystem, Part, text},
+    filesystem::{FileSystem, MOST_TEXT, Part, text},
     uki, version,
 };
 
@@ -16,6 +16,8 @@ use crate::{
 const ROOTS: [&str; 2] = ["", "/boot"];
 /// The most text files that are read.
 const MOST_ENTRIES: usize = 256;
+/// The longest of them in bytes.
+const MOST_ENTRY: u64 = 64 << 10;
 /// The most lines of a file with the same key.
 const MOST_LINES: usize = 64;
 
@@ -45,7 +47,7 @@ pub(crate) fn find(files: &dyn FileSystem) -> Result<Draft, Fault> {
             continue;
         }
         items.sort_by(order);
-        let default = match text(files, &format!("{root}/loader/loader.conf")) {
+        let default = match text(files, &format!("{root}/loader/loader.conf"), MOST_TEXT) {
             Ok(text) => default(&text),
             Err(fault) if fault.is_absence() => None,
             Err(fault) => return Err(fault),
@@ -69,7 +71,7 @@ fn items(files: &dyn FileSystem, root: &str) -> Result<Vec<Item>, Fault> {
     for ((id, is_bad), name) in names.take(MOST_ENTRIES) {
         let path = format!("{directory}/{name}");
         let item = Item { id, path, is_bad, ..Item::default() };
-        let text = text(files, &item.path)?;
+        let text = text(files, &item.path, MOST_ENTRY)?;
         let item = parse(&text, item);
         items.extend(item.filter(|item| item.linux.is_some()));
     }

@@ -7,7 +7,7 @@ use std::{fmt, io};
 /// The most places that an error names.
 const PLACES: usize = 24;
 /// The most characters of a text from the disk in an error or in the log.
-const SHOWN: usize = 200;
+const SHOWN: usize = 300;
 
 /// The disk boots no kernel.
 #[derive(Debug, thiserror::Error)]
@@ -33,7 +33,7 @@ pub struct Places {
 impl Places {
     pub(crate) fn add(&mut self, place: &str, reason: &impl fmt::Display) {
         if self.listed.len() < PLACES {
-            self.listed.push(format!("{place}: {reason}"));
+            self.listed.push(printable(&format!("{place}: {reason}")));
         } else {
             self.more = self.more.saturating_add(1);
         }

@@ -89,11 +89,12 @@ impl Fat {
         let root = (word(17) * ENTRY as u64).div_ceil(bytes);
         let first = reserved + tables * table + root;
         let clusters = sectors.checked_sub(first).ok_or_else(damaged)? / per_cluster;
+        // Tools make FAT32 with fewer clusters than the specification has for it. Linux knows it by this field, too.
         let width = match clusters {
             0 => return Err(damaged()),
+            _ if word(22) == 0 => Width::ThirtyTwo,
             1..4085 => Width::Twelve,
-            4085..65_525 => Width::Sixteen,
-            _ => Width::ThirtyTwo,
+            _ => Width::Sixteen,
         };
         let start = match width {
             Width::ThirtyTwo => Start::Cluster(u32_at(&sector, 44)),

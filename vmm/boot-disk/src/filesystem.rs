@@ -13,8 +13,8 @@ use crate::{error::Fault, volume::Volume};
 pub(crate) const MOST_NAMES: usize = 512;
 /// The longest path in bytes (PATH_MAX of Linux).
 pub(crate) const MOST_PATH: usize = 4096;
-/// The longest text file in bytes.
-const MOST_TEXT: u64 = 1 << 20;
+/// The longest text file in bytes, but for files of which there are many.
+pub(crate) const MOST_TEXT: u64 = 1 << 20;
 
 /// A file system of a volume. Paths begin at its root and never leave it.
 pub(crate) trait FileSystem {
@@ -89,9 +89,9 @@ impl Read for Part {
     }
 }
 
-/// Reads a text file. Bytes that are no UTF-8 become replacement characters.
-pub(crate) fn text(files: &dyn FileSystem, path: &str) -> Result<String, Fault> {
-    let bytes = Part::whole(files.open(path)?).all(path, MOST_TEXT)?;
+/// Reads a text file of `most` bytes at most. Bytes that are no UTF-8 become replacement characters.
+pub(crate) fn text(files: &dyn FileSystem, path: &str, most: u64) -> Result<String, Fault> {
+    let bytes = Part::whole(files.open(path)?).all(path, most)?;
     Ok(String::from_utf8_lossy(&bytes).into_owned())
 }
 

@@ -9,7 +9,7 @@ use crate::{
     bls::in_entry,
     entry::Draft,
     error::{Fault, printable},
-    filesystem::{FileSystem, Part, text},
+    filesystem::{FileSystem, MOST_TEXT, Part, text},
 };
 
 /// Menus of a root directory, and of a separate `/boot`.
@@ -53,11 +53,11 @@ struct Item {
 /// The entry that GRUB would boot.
 pub(crate) fn find(files: &dyn FileSystem) -> Result<Draft, Fault> {
     for menu in MENUS {
-        let text = match text(files, menu) {
+        let text = match text(files, menu, MOST_TEXT) {
             Err(fault) if fault.is_absence() => continue,
             text => text?,
         };
-        let saved = match self::text(files, &menu.replace("grub.cfg", "grubenv")) {
+        let saved = match self::text(files, &menu.replace("grub.cfg", "grubenv"), MOST_TEXT) {
             Ok(environment) => saved(&environment),
             Err(fault) if fault.is_absence() => None,
             Err(fault) => return Err(fault),

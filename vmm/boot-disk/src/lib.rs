@@ -21,6 +21,8 @@ mod error;
 mod ext4;
 mod fat;
 mod filesystem;
+#[cfg(any(test, feature = "test-support"))]
+pub mod fuzz;
 mod grub;
 mod partitions;
 #[cfg(test)]
@@ -70,7 +72,12 @@ const PLACES: &[Place] = &[
 /// # Errors
 /// See [`FindError`].
 pub fn find(disk: Box<dyn Disk>, memory: u64) -> Result<Entry, FindError> {
-    let whole = Volume::whole(disk, memory.saturating_mul(2).saturating_add(METADATA));
+    find_within(disk, memory, memory.saturating_mul(2).saturating_add(METADATA))
+}
+
+/// The same with another budget in bytes.
+fn find_within(disk: Box<dyn Disk>, memory: u64, budget: u64) -> Result<Entry, FindError> {
+    let whole = Volume::whole(disk, budget);
     let mut places = Places::default();
     let mut opened: Vec<(String, Rc<dyn FileSystem>)> = Vec::new();
     let mut partitions = match partitions::list(&whole) {

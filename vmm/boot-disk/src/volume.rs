@@ -9,8 +9,10 @@ use std::{
 
 use crate::{Disk, error::Fault};
 
-/// The least cost of a read in bytes. A loop of small reads ends with the budget, too.
+/// The least cost of a read in bytes: a sector, and this part of the budget, as a shift. So a budget has about two million
+/// reads at most, which take some seconds.
 const LEAST: u64 = 512;
+const READS: u32 = 21;
 
 /// A disk with a budget. All volumes of a boot share it.
 pub(crate) struct Reader {
@@ -52,7 +54,8 @@ impl Volume {
 
     /// Takes the cost of work that reads nothing.
     pub(crate) fn charge(&self, bytes: u64) -> Result<(), Fault> {
-        let left = self.reader.left.get().checked_sub(bytes.max(LEAST));
+        let cost = bytes.max(LEAST).max(self.reader.budget >> READS);
+        let left = self.reader.left.get().checked_sub(cost);
         let left = left.ok_or(Fault::Budget(self.reader.budget))?;
         self.reader.left.set(left);
         Ok(())

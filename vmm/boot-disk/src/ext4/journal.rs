@@ -26,7 +26,7 @@ const KNOWN: u32 = 0x1 | WIDE | 0x4 | CHECKSUM_2 | CHECKSUM_3 | FAST_COMMITS;
 const ESCAPED: u32 = 1;
 const SAME_UUID: u32 = 2;
 const LAST: u32 = 8;
-/// The most blocks of a journal: 1 GiB in blocks of 4 KiB.
+/// The most blocks of a journal, and the most that it revokes: 1 GiB in blocks of 4 KiB.
 const MOST: u32 = 1 << 18;
 
 /// The blocks that the journal has newer contents of.
@@ -109,7 +109,12 @@ impl Journal {
                         at = next(at);
                     }
                 }
-                REVOKE => new_revoked.extend(layout.revoked(&block)),
+                REVOKE => {
+                    new_revoked.extend(layout.revoked(&block));
+                    if new_revoked.len() + revoked.len() > MOST as usize {
+                        return Err(damaged());
+                    }
+                }
                 COMMIT => {
                     tags.append(&mut new_tags);
                     revoked.extend(new_revoked.drain(..).map(|block| (block, sequence)));

@@ -45,6 +45,11 @@ submenu 'Advanced options' $menuentry_id_option 'gnulinux-advanced-1' {
 		linux	/boot/vmlinuz-5.10 root=UUID=1-2-3 ro
 	}
 }
+submenu 'Other systems' {
+	menuentry 'Other' {
+		linux	/boot/vmlinuz-5.10
+	}
+}
 menuentry 'Memory test' { linux16 /boot/memtest }
 menuentry 'Variable' --id variable {
 	linux /boot/vmlinuz-6.1 root=$root
@@ -94,6 +99,7 @@ fn an_entry_that_is_not_literal_is_refused_with_its_line() {
             "its line \"linux /boot/vmlinuz-6.1 root=$root\" has a variable",
         ),
         (DEBIAN.replace("DEFAULT", "9"), "has no entry for its default \"9\""),
+        (DEBIAN.replace("DEFAULT", "1>2"), "has no entry for its default \"1>2\""),
         (DEBIAN.replace("DEFAULT", "1>9"), "has no entry for its default \"1>9\""),
         (entry("if [ a ]; then\n linux /boot/vmlinuz-6.1\nfi"), "depends on a condition"),
         (entry("linux /boot/vmlinuz-6.1\nlinux /boot/vmlinuz-5.10"), "is the second one"),

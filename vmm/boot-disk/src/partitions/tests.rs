@@ -12,7 +12,8 @@ fn esp(kernel: &str) -> Vec<u8> {
 
 #[test]
 fn partitions_of_a_gpt_are_looked_at_those_for_boot_loaders_first() {
-    let (root, esp) = (linux("of the root"), esp("of the ESP"));
+    let entry = ("boot/loader/entries/a.conf", "linux /boot/vmlinuz");
+    let (root, esp) = (ext4(&[("boot/vmlinuz", "of the root"), entry]), esp("of the ESP"));
     assert_eq!(booted(&gpt(&[(LINUX, &root)])).0, "of the root");
     let image = gpt(&[(LINUX, &root), (ESP, &esp)]);
     assert_eq!(booted(&image).0, "of the ESP");
