@@ -11,7 +11,7 @@ use api::{
 use serde_json::{Value, json};
 
 use super::disks::qemu_img;
-use crate::fixture::{Agent, SmallGuest, host};
+use crate::fixture::{Agent, SmallGuest, agent::binary, host};
 
 /// The bytes of a disk.
 const SIZE: u64 = 4 << 20;
@@ -100,6 +100,10 @@ fn a_vm_boots_the_kernel_on_its_disk_and_an_upgrade_at_a_reboot() {
     guest.guest.wait_for("portcullis small guest");
     guest.guest.wait_for("of-the-vm");
     assert_eq!(guest.result("initramfs"), "9 initramfs");
+    let socket = agent.directory().join("api.sock");
+    let shown =
+        host::run(binary().to_str().unwrap(), &["--socket", socket.to_str().unwrap(), "vm", "show", "web1"]);
+    assert!(shown.contains("installed on disk root"), "{shown}");
     guest.wait_for_ready();
     // Beside the guest, since its driver has no file system: between two of its requests nobody else writes.
     replace(&image, "/boot/vmlinuz", &upgraded(&kernel));
