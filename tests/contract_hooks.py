@@ -26,7 +26,11 @@ def before_call(context, case, kwargs):
     has those that do."""
     body = case.body
     if isinstance(body, dict) and isinstance(body.get("adapters"), list):
-        case.body = {**body, "adapters": apart(body["adapters"])}
+        body = case.body = {**body, "adapters": apart(body["adapters"])}
+    # Nor that a VM boots either a file or one of its own disks.
+    boot = body.get("boot") if isinstance(body, dict) else None
+    if isinstance(boot, dict) and isinstance(boot.get("kernel"), str) and isinstance(boot.get("disk"), str):
+        case.body = {**body, "boot": {name: value for name, value in boot.items() if name != "disk"}}
 
 
 def apart(adapters):

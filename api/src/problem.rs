@@ -218,6 +218,10 @@ problem_codes! {
     KernelInvalid = "kernel_invalid", 422, "Not a kernel",
         "The file is neither a bzImage nor an ELF kernel for x86-64 (started at its PVH entry, or at its 64-bit entry without one), is truncated or damaged, or does not fit into the guest's memory, with the initramfs or without.",
         "Name a kernel for x86-64 (`vmlinuz` of a distribution), or give the VM more memory.";
+    /// The disk to boot from has no kernel that can be booted.
+    NoKernelOnDisk = "no_kernel_on_disk", 422, "No kernel on the disk",
+        "The disk of `boot.disk` has no kernel that can be booted: none is installed, or its file systems are damaged, encrypted or of an unsupported kind.",
+        "Install a kernel in the guest at one of the places that `detail` lists, or boot with `boot.kernel`.";
     /// The initramfs file does not exist.
     InitramfsNotFound = "initramfs_not_found", 422, "No such initramfs file",
         "There is no file at `boot.initramfs`, or at one of its paths.",

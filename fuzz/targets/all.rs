@@ -37,6 +37,8 @@ const TARGETS: &[(&str, Body)] = &[
     ("virtio_net", virtio::fuzz::fuzz_net),
     // Images in the format qcow2, after a script of requests.
     ("qcow2", virtio::disk::qcow2::fuzz::fuzz_image),
+    // Disks that a VM boots from: partitions, file systems, boot entries.
+    ("boot_disk", boot_disk::fuzz::fuzz_disk),
     // Kernel images: headers of bzImage and ELF.
     ("kernel", vmm::boot::fuzz::fuzz_kernel),
     // Request bodies of a client of the API.

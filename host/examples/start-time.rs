@@ -127,6 +127,7 @@ fn ours(runtime: &Runtime, portcullis: &Path, kernel: &Path, run_dir: &Path) -> 
         hugepages: false,
         cmdline: String::new(),
         initramfs: 0,
+        boot_disk: None,
         devices: Vec::new(),
         disks: Vec::new(),
         nics: Vec::new(),

@@ -5,11 +5,13 @@
 //!
 //! A device of the machine is a file of its own that implements [`Device`], and a line of the table in this file.
 
+mod disk_contents;
 mod nics;
 #[cfg(any(test, feature = "test-support"))]
 pub(crate) mod probe;
 mod virtio;
 
+pub use disk_contents::DiskContents;
 pub use nics::Nics;
 pub use virtio::{DiskError, Disks};
 

@@ -23,7 +23,7 @@ use crate::{
     agent_client::RelayReceiver,
     bars::BarAllocator,
     board::{Board, BoardError, Disks, Nics, Parts},
-    boot::{self, BootError, Payload, acpi::Description},
+    boot::{self, BootError, InstalledKernel, Payload, Source, acpi::Description},
     console::{self, Console},
     interrupts::Routes,
     io_threads::{IoThreadError, IoThreads},
@@ -109,6 +109,7 @@ impl MachineError {
                 BootError::TablesTooLong { .. } | BootError::StringsTooLong { .. } | BootError::Smbios(_),
             )
             | Self::File(_) => FailureCode::Invalid,
+            Self::Boot(BootError::NoKernelOnDisk { .. }) => FailureCode::NoKernelOnDisk,
             Self::Boot(_) => FailureCode::Kernel,
             Self::Device(error) => error.code(),
             Self::Board(BoardError::Disk { .. }) => FailureCode::Disk,
@@ -192,7 +193,10 @@ impl Machine {
         #[cfg(feature = "attacks")]
         crate::attack::arm(&spec.cmdline, 3).map_err(io("make an attack ready"))?;
         let (kvm, console) = (files.require(files::KVM)?, files.require(files::CONSOLE)?);
-        let kernel = files.require(files::KERNEL)?;
+        let kernel = match spec.boot_disk {
+            None => Some(files.require(files::KERNEL)?),
+            Some(_) => None,
+        };
         let initramfs = (0..spec.initramfs).map(|number| files.require(&files::initramfs(number)));
         let initramfs = initramfs.collect::<Result<Vec<OwnedFd>, _>>()?;
         let strings = files.take(files::OEM_STRINGS).map(File::from);
@@ -280,8 +284,7 @@ impl Machine {
         // reboot has.
         confinement.confine(seccomp::Thread::Main)?;
         let mut payload = Payload {
-            kernel: File::from(kernel),
-            initramfs: initramfs.into_iter().map(File::from).collect(),
+            source: source(spec, kernel, initramfs, &disks)?,
             cmdline: spec.cmdline.clone(),
             smbios,
         };
@@ -390,6 +393,22 @@ impl Drop for Machine {
         let in_use = self.io_threads.end();
         self.board.shutdown(&in_use);
     }
+}
+
+/// The source of the machine's boots.
+fn source(
+    spec: &MachineSpec,
+    kernel: Option<OwnedFd>,
+    initramfs: Vec<OwnedFd>,
+    disks: &Disks,
+) -> Result<Source, MachineError> {
+    if let Some(kernel) = kernel {
+        let initramfs = initramfs.into_iter().map(File::from).collect();
+        return Ok(Source::Files { kernel: File::from(kernel), initramfs });
+    }
+    let id = spec.boot_disk.clone().unwrap_or_default();
+    let contents = disks.contents(&id).ok_or_else(|| FileError::Missing(files::disk(&id)))?;
+    Ok(Source::Disk(InstalledKernel::new(id, contents)))
 }
 
 fn io(what: &'static str) -> impl FnOnce(std::io::Error) -> MachineError {

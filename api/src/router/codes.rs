@@ -56,6 +56,7 @@ fn own(operation: &str) -> Option<&'static [ProblemCode]> {
             KernelNotFound,
             KernelUnreadable,
             KernelInvalid,
+            NoKernelOnDisk,
             InitramfsNotFound,
             InitramfsUnreadable,
             InitramfsInvalid,

@@ -76,7 +76,8 @@ fn spec() -> Option<VmSpec> {
         memory: "512MiB".parse().ok()?,
         hugepages: HugePages::Off,
         boot: BootSpec {
-            kernel: "vmlinuz".to_owned(),
+            kernel: Some("vmlinuz".to_owned()),
+            disk: None,
             initramfs: Some("initrd.img".into()),
             cmdline: "console=ttyS0".to_owned(),
         },

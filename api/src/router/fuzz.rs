@@ -68,7 +68,12 @@ fn check_vm(body: &[u8]) {
         assert!(!spec.adapters.iter().skip(n + 1).any(same), "{spec:?}");
     }
     let initramfs = spec.boot.initramfs.iter().flat_map(|initramfs| initramfs.paths());
-    for path in std::iter::once(&spec.boot.kernel).chain(initramfs) {
+    // Either a file or a disk of the VM, which brings its own initramfs.
+    assert!(spec.boot.kernel.is_some() != spec.boot.disk.is_some(), "{:?}", spec.boot);
+    if let Some(id) = &spec.boot.disk {
+        assert!(spec.disks.iter().any(|disk| disk.id == *id) && spec.boot.initramfs.is_none(), "{spec:?}");
+    }
+    for path in spec.boot.kernel.iter().chain(initramfs) {
         assert!(!path.is_empty() && !path.contains('\0') && path.len() < 4096, "{path:?}");
     }
     assert!(!spec.boot.cmdline.bytes().any(|byte| byte == 0), "{:?}", spec.boot.cmdline);

@@ -130,19 +130,25 @@ fn one_cpu() -> u8 {
     1
 }
 
-/// The files that a VM boots, and the kernel's command line.
+/// The kernel that a VM boots, from a file of the host (`kernel`) or from one of its disks (`disk`), and its command line.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 #[serde(deny_unknown_fields)]
 pub struct BootSpec {
     /// The kernel's file: bzImage, or ELF for x86-64, which starts at its PVH entry, or at its 64-bit entry without one. A relative
-    /// path is looked up in the agent's image directories.
+    /// path is looked up in the agent's image directories. Required without `disk`.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
     #[schema(example = "vmlinuz")]
-    pub kernel: String,
-    /// The initramfs file, or a list of at most 16: the kernel unpacks one after the other.
+    pub kernel: Option<String>,
+    /// The id of one of the VM's disks, in place of `kernel`: the VM boots the kernel and the initramfs that its guest has installed
+    /// there. Each boot and each reboot looks for them again, so that a kernel upgrade in the guest takes effect.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub disk: Option<Name>,
+    /// The initramfs file, or a list of at most 16: the kernel unpacks one after the other. Not with `disk`.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     #[schema(example = "initrd.img")]
     pub initramfs: Option<Initramfs>,
-    /// The kernel's command line, at most 2047 bytes: Linux has no room for more.
+    /// The kernel's command line, at most 2047 bytes: Linux has no room for more. With `disk` it comes behind the command line of
+    /// the disk's boot entry.
     #[serde(default, skip_serializing_if = "String::is_empty")]
     #[schema(example = "console=ttyS0")]
     pub cmdline: String,
@@ -200,7 +206,7 @@ impl VmSpec {
         if let Some(placement) = &self.placement {
             placement::check(placement, self.cpus)?;
         }
-        check_path("boot.kernel", &self.boot.kernel)?;
+        self.check_kernel()?;
         if let Some(initramfs) = &self.boot.initramfs {
             super::initramfs::check(initramfs)?;
         }
@@ -233,6 +239,29 @@ impl VmSpec {
             return Err(Problem::invalid("disks", detail));
         }
         Ok(())
+    }
+
+    fn check_kernel(&self) -> Result<(), Problem> {
+        match (&self.boot.kernel, &self.boot.disk) {
+            (Some(kernel), None) => check_path("boot.kernel", kernel),
+            (None, None) => {
+                let detail = "A VM boots a file of the host (`kernel`), or the kernel on one of its disks (`disk`): name one.";
+                Err(Problem::invalid("boot.kernel", detail))
+            }
+            (Some(_), Some(_)) => {
+                let detail = "A VM boots either a file of the host (`kernel`) or the kernel on a disk (`disk`): leave one out.";
+                Err(Problem::invalid("boot.disk", detail))
+            }
+            (None, Some(id)) if !self.disks.iter().any(|disk| disk.id == *id) => {
+                let detail = format!("The VM has no disk {id}: name one of `disks` by its id.");
+                Err(Problem::invalid("boot.disk", detail))
+            }
+            (None, Some(_)) if self.boot.initramfs.is_some() => {
+                let detail = "With `disk` the guest's own initramfs is used: leave `initramfs` out, or name a `kernel`.";
+                Err(Problem::invalid("boot.initramfs", detail))
+            }
+            (None, Some(_)) => Ok(()),
+        }
     }
 
     fn check_limits(&self) -> Result<(), Problem> {
@@ -577,6 +606,29 @@ impl VmAction {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_vm_boots_a_file_or_a_disk_of_its_own() {
+        let check = |boot: serde_json::Value| {
+            let disk = serde_json::json!({ "id": "root", "path": "root.raw", "format": "raw" });
+            let spec = serde_json::json!({ "name": "web1", "memory": "2MiB", "boot": boot, "disks": [disk] });
+            let spec: VmSpec = serde_json::from_value(spec).unwrap();
+            assert_eq!(serde_json::to_value(&spec.boot).unwrap(), boot, "no member is added");
+            spec.check().err().map(|problem| problem.field.unwrap().into_string())
+        };
+        for (boot, wrong) in [
+            (serde_json::json!({ "kernel": "k" }), None),
+            (serde_json::json!({ "kernel": "k", "initramfs": "i", "cmdline": "quiet" }), None),
+            (serde_json::json!({ "disk": "root" }), None),
+            (serde_json::json!({ "disk": "root", "cmdline": "console=ttyS0" }), None),
+            (serde_json::json!({}), Some("boot.kernel")),
+            (serde_json::json!({ "disk": "root", "kernel": "k" }), Some("boot.disk")),
+            (serde_json::json!({ "disk": "data" }), Some("boot.disk")),
+            (serde_json::json!({ "disk": "root", "initramfs": "i" }), Some("boot.initramfs")),
+        ] {
+            assert_eq!(check(boot.clone()).as_deref(), wrong, "{boot}");
+        }
+    }
 
     #[test]
     fn limits_without_a_value_are_none() {

@@ -9,7 +9,10 @@ use std::{
 
 use devices::io_thread::{Calls, IoSource};
 
-use crate::queue::{ActiveQueue, QueueError, Request};
+use crate::{
+    disk::Disk,
+    queue::{ActiveQueue, QueueError, Request},
+};
 
 /// The longest time for requests of one queue in a row. Then the machine may park the thread.
 const TURN: Duration = Duration::from_millis(50);
@@ -115,6 +118,11 @@ pub trait Engine: Send {
 
     /// The driver has reset the device, or the machine has: nothing of the last driver's is left.
     fn stop(&mut self) {}
+
+    /// The disk behind the device, for the machine while the thread is parked. None for other devices.
+    fn disk(&mut self) -> Option<&mut dyn Disk> {
+        None
+    }
 }
 
 /// The end of one attempt to serve a request.

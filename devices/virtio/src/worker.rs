@@ -10,6 +10,7 @@ use std::sync::{
 use devices::io_thread::{IoEvent, IoSource};
 
 use crate::{
+    disk::Disk,
     engine::{Configuration, Engine},
     queue::{ActiveQueue, ISR_CONFIG, Interrupt},
 };
@@ -222,6 +223,11 @@ impl Worker {
         self.shared.broken.store(false, Ordering::Release);
         self.shared.isr.store(0, Ordering::Release);
         self.shared.resetting.store(false, Ordering::Release);
+    }
+
+    /// The disk behind the device. The thread is parked.
+    pub(crate) fn disk(&mut self) -> Option<&mut dyn Disk> {
+        self.engine.disk()
     }
 
     /// The machine's end, on the thread.

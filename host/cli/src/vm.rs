@@ -244,6 +244,12 @@ fn operation_line(operation: &VmOperation) -> (String, String) {
     ("operation".to_owned(), format!("{action}: {stage} ({step}/{steps}) since {since}"))
 }
 
+/// The kernel's file, or the disk that has it.
+fn kernel(boot: &BootSpec) -> String {
+    let disk = || boot.disk.as_ref().map(|disk| format!("installed on disk {disk}"));
+    boot.kernel.clone().or_else(disk).unwrap_or_default()
+}
+
 fn details(vm: &Vm) -> Vec<(String, String)> {
     let (spec, status) = (&vm.spec, &vm.status);
     let mut lines: Vec<(String, String)> = [
@@ -266,7 +272,7 @@ fn details(vm: &Vm) -> Vec<(String, String)> {
             ("autostart", if spec.autostart { "yes" } else { "" }.to_owned()),
             ("cpus", spec.cpus.to_string()),
             ("memory", memory(spec)),
-            ("kernel", spec.boot.kernel.clone()),
+            ("kernel", kernel(&spec.boot)),
             (
                 "initramfs",
                 spec.boot.initramfs.as_ref().map_or_else(String::new, |files| files.paths().join(", ")),

@@ -131,6 +131,7 @@ impl ToProblem for CommandError {
             FailureCode::Placement => ProblemCode::PlacementUnavailable,
             FailureCode::CpuFeature => ProblemCode::CpuFeatureUnavailable,
             FailureCode::Kernel => ProblemCode::KernelInvalid,
+            FailureCode::NoKernelOnDisk => ProblemCode::NoKernelOnDisk,
             FailureCode::Memlock => ProblemCode::MemlockTooSmall,
             FailureCode::GroupNotViable => ProblemCode::GroupNotViable,
             FailureCode::Disk => ProblemCode::DiskInvalid,

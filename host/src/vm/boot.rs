@@ -8,8 +8,8 @@ use api::{
     Caller,
     problem::{Problem, ProblemCode},
     types::{
-        ByteSize, DiskFormat, DiskLimits, DiskSpec, HugePages, NicSpec, OnFull, Protection, SEED_SERIAL,
-        Stage, VmSpec,
+        ByteSize, DiskFormat, DiskLimits, DiskSpec, HugePages, Name, NicSpec, OnFull, Protection,
+        SEED_SERIAL, Stage, VmSpec,
     },
 };
 use failpoints::{Point, reach};
@@ -47,7 +47,8 @@ pub(super) const PROMPT: Duration = Duration::from_secs(30);
 /// The files of a machine, opened with the rights of their authors and of the caller.
 pub(super) struct Files {
     kvm: File,
-    kernel: File,
+    /// None for a VM that boots from a disk.
+    kernel: Option<File>,
     /// In the order of the specification.
     initramfs: Vec<File>,
     /// In the order of the specification, each with its backing files.
@@ -74,7 +75,8 @@ pub(super) async fn open_files(
         let open = |what: BootFile, field: &str, path: &str| {
             files::open_for_all(&all, Purpose::Boot, &dirs, path).map_err(|error| what.problem(field, &error))
         };
-        let kernel = open(BootFile::Kernel, "boot.kernel", &boot.kernel)?;
+        let kernel = boot.kernel.as_deref().map(|path| open(BootFile::Kernel, "boot.kernel", path));
+        let kernel = kernel.transpose()?;
         let paths = boot.initramfs.iter().flat_map(|initramfs| initramfs.fields());
         let initramfs = paths.map(|(field, path)| open(BootFile::Initramfs, &field, path));
         let initramfs = initramfs.collect::<Result<Vec<File>, _>>()?;
@@ -264,8 +266,9 @@ pub(super) async fn run(
     }
     enter(Stage::BuildingMachine);
     let (initramfs, seeded) = (files.initramfs.len(), files.seed.is_some());
-    let own = [(file::KVM, files.kvm), (file::CONSOLE, console), (file::KERNEL, files.kernel)];
-    let own = own.into_iter().chain(files.oem_strings.map(|strings| (file::OEM_STRINGS, strings)));
+    let own = [(file::KVM, files.kvm), (file::CONSOLE, console)].into_iter();
+    let own = own.chain(files.kernel.map(|kernel| (file::KERNEL, kernel)));
+    let own = own.chain(files.oem_strings.map(|strings| (file::OEM_STRINGS, strings)));
     let parts = files.initramfs.into_iter().enumerate().map(|(number, part)| (file::initramfs(number), part));
     let disks = vm.value.spec.disks.iter().zip(files.disks).flat_map(|(spec, opened)| {
         let id = spec.id.to_string();
@@ -345,6 +348,7 @@ fn machine(
         hugepages: spec.hugepages != HugePages::Off,
         cmdline: spec.boot.cmdline.clone(),
         initramfs,
+        boot_disk: spec.boot.disk.as_ref().map(Name::to_string),
         disks: spec.disks.iter().map(disk).collect(),
         nics: Vec::new(),
         entropy: spec.entropy,

@@ -76,7 +76,8 @@ impl VmRecord {
     pub fn edited(&self, spec: VmSpec, by: &Caller) -> Self {
         let (old, new) = (&self.spec.boot, &spec.boot);
         let fixed = [
-            ("kernel", old.kernel != new.kernel),
+            // A disk, too, decides about the kernel that runs.
+            ("kernel", old.kernel != new.kernel || old.disk != new.disk),
             ("initramfs", old.initramfs != new.initramfs),
             ("cmdline", old.cmdline != new.cmdline),
             (DISKS, !self.spec.same_disks(&spec)),
@@ -373,7 +374,7 @@ mod tests {
 
         // The kernel of one author can reveal the initramfs of the other: both authors must be able to read both files.
         let mut spec = autostart;
-        spec.boot.kernel = "other".into();
+        spec.boot.kernel = Some("other".into());
         let vm = vm.edited(spec.clone(), &user(2000));
         assert_eq!(vm.boot_rights(None), [user(1000), user(2000)]);
         spec.boot.initramfs = None;
@@ -388,7 +389,12 @@ mod tests {
     #[test]
     fn each_part_of_boot_has_an_author() {
         // All fields are listed, so that a new one does not compile here.
-        let all = BootSpec { kernel: "k".into(), initramfs: Some("i".into()), cmdline: "c".into() };
+        let all = BootSpec {
+            kernel: Some("k".into()),
+            disk: None,
+            initramfs: Some("i".into()),
+            cmdline: "c".into(),
+        };
         let fields: Vec<String> =
             serde_json::to_value(&all).unwrap().as_object().unwrap().keys().cloned().collect();
         let mut parts = BOOT_PARTS.map(str::to_owned).to_vec();
@@ -526,7 +532,7 @@ mod tests {
         }))
         .unwrap();
         let changes: [fn(&mut VmSpec); 4] = [
-            |spec| spec.boot.kernel = "other".into(),
+            |spec| spec.boot.kernel = Some("other".into()),
             |spec| spec.boot.initramfs = Some("/other".into()),
             |spec| spec.boot.initramfs = None,
             |spec| spec.boot.cmdline = "dump".into(),

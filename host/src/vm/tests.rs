@@ -81,13 +81,18 @@ async fn whatever_fails_during_a_boot_nothing_is_left_behind() {
     }
     let case = |what, code, breaks, spec| Case { what, code, breaks, spec };
     let cases = [
-        case("no kernel", ProblemCode::KernelNotFound, |_| {}, |spec| spec.boot.kernel = "absent".into()),
+        case(
+            "no kernel",
+            ProblemCode::KernelNotFound,
+            |_| {},
+            |spec| spec.boot.kernel = Some("absent".into()),
+        ),
         case(
             "kernel is a device",
             ProblemCode::KernelUnreadable,
             |_| {},
             |spec| {
-                spec.boot.kernel = "/dev/null".into();
+                spec.boot.kernel = Some("/dev/null".into());
             },
         ),
         case(

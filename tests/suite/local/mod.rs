@@ -4,6 +4,7 @@
 
 mod adapter;
 mod bonded;
+mod boot_disk;
 mod cli;
 mod cloud_init;
 mod crash;

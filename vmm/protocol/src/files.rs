@@ -9,7 +9,8 @@ use std::{collections::BTreeMap, os::fd::OwnedFd};
 pub const KVM: &str = "kvm";
 /// The console's ring file.
 pub const CONSOLE: &str = "console";
-/// The kernel image.
+/// The kernel image, unless the machine boots from a disk
+/// ([`MachineSpec::boot_disk`](super::MachineSpec::boot_disk)).
 pub const KERNEL: &str = "kernel";
 
 /// The OEM strings of the guest's SMBIOS tables, if there are any: each with a NUL behind it, at most [`OEM_STRINGS_MAX`]

@@ -275,6 +275,8 @@ pub enum FailureCode {
     Memlock,
     /// A VFIO group is not viable.
     GroupNotViable,
+    /// The disk to boot from has no kernel that can be booted.
+    NoKernelOnDisk,
     /// A disk's file is not an image of its format, or is damaged.
     Disk,
     /// The vmm cannot open or use a VFIO device, or a file or network of a device hangs.

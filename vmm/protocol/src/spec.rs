@@ -23,6 +23,9 @@ pub struct MachineSpec {
     pub cmdline: String,
     /// The number of initramfs files.
     pub initramfs: usize,
+    /// The disk whose installed kernel the machine boots, by its name. Then no file of a kernel comes beside the command.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub boot_disk: Option<String>,
     /// Functions, in the order of their slots on the guest's bus.
     pub devices: Vec<DeviceSpec>,
     /// Disks, in the order of their slots, behind those of the NICs.

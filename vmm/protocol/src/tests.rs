@@ -116,6 +116,7 @@ fn commands_keep_their_text() {
         hugepages: false,
         cmdline: "quiet".into(),
         initramfs: 1,
+        boot_disk: None,
         devices: Vec::new(),
         disks: Vec::new(),
         nics: Vec::new(),
@@ -340,6 +341,7 @@ fn states_and_codes_keep_their_text() {
         (FailureCode::Memlock, r#""memlock""#),
         (FailureCode::GroupNotViable, r#""group_not_viable""#),
         (FailureCode::Disk, r#""disk""#),
+        (FailureCode::NoKernelOnDisk, r#""no_kernel_on_disk""#),
         (FailureCode::Device, r#""device""#),
         (FailureCode::Sandbox, r#""sandbox""#),
         (FailureCode::Invalid, r#""invalid""#),
@@ -348,7 +350,7 @@ fn states_and_codes_keep_their_text() {
     hold(&codes);
     each_has_a_text!(codes;
         FailureCode::WrongState, FailureCode::Kvm, FailureCode::Memory, FailureCode::Kernel,
-        FailureCode::Memlock, FailureCode::GroupNotViable, FailureCode::Disk, FailureCode::Device,
+        FailureCode::Memlock, FailureCode::GroupNotViable, FailureCode::NoKernelOnDisk, FailureCode::Disk, FailureCode::Device,
         FailureCode::Sandbox, FailureCode::Invalid, FailureCode::Internal, FailureCode::Placement,
         FailureCode::CpuFeature,
     );

@@ -61,5 +61,5 @@ fn nic(board: &Board, parts: &mut Parts<'_>, spec: &NicSpec) -> Result<Arc<dyn D
     parts.nics.0.insert(spec.id.clone(), Arc::clone(&counters));
     let (identity, configuration) = (net::identity(&options, pairs), net::configuration(&options, pairs));
     let engine = Box::new(Net::new(Box::new(Tap::new(queues, lock)), options, counters));
-    insert(board, parts, identity, configuration, engine)
+    Ok(insert(board, parts, identity, configuration, engine)?)
 }

@@ -23,7 +23,7 @@ use virtio::{
     transport::{Connections, VirtioFunction},
 };
 
-use super::{Board, BoardError, Parts};
+use super::{Board, BoardError, DiskContents, Parts};
 use crate::vcpu::Event;
 
 /// The tables of a qcow2 image take less than this part of its size, with clusters of 4 KiB or more.
@@ -39,6 +39,8 @@ pub struct Disks {
     counters: BTreeMap<String, Arc<Counters>>,
     /// The ways to their threads, by the disks' names.
     remotes: BTreeMap<String, Remote>,
+    /// The devices, by the disks' names.
+    functions: BTreeMap<String, Arc<VirtioFunction>>,
     /// The length in bytes of the longest file that a disk may write.
     pub longest_file: u64,
 }
@@ -48,6 +50,12 @@ impl Disks {
     #[must_use]
     pub fn stats(&self) -> BTreeMap<String, DiskStats> {
         self.counters.iter().map(|(id, counters)| (id.clone(), read(counters))).collect()
+    }
+
+    /// The contents of a disk, for the machine's boots.
+    #[must_use]
+    pub fn contents(&self, id: &str) -> Option<DiskContents> {
+        Some(DiskContents::new(Arc::clone(self.functions.get(id)?)))
     }
 
     /// Replaces the limits of a disk.
@@ -130,7 +138,7 @@ pub(super) fn insert(
     identity: Identity,
     configuration: Arc<Configuration>,
     engine: Box<dyn Engine>,
-) -> Result<Arc<dyn Device>, BoardError> {
+) -> Result<Arc<VirtioFunction>, BoardError> {
     let name = identity.name.clone();
     let connections = Connections {
         memory: Arc::new(parts.memory.clone()),
@@ -147,7 +155,7 @@ pub(super) fn insert(
         board.pci.add(function.clone())?;
         Ok(function)
     };
-    Ok(insert().map_err(failed(&name))?)
+    insert().map_err(failed(&name))
 }
 
 /// Builds the disks, in their order.
@@ -182,7 +190,9 @@ fn disk(board: &Board, parts: &mut Parts<'_>, spec: &DiskSpec) -> Result<Arc<dyn
     let (block, remote) = Block::new(disk, options, counters, Arc::clone(&configuration), reports)
         .map_err(|error| failed(&spec.id)(error.into()))?;
     parts.disks.remotes.insert(spec.id.clone(), remote);
-    insert(board, parts, identity, configuration, Box::new(block))
+    let function = insert(board, parts, identity, configuration, Box::new(block))?;
+    parts.disks.functions.insert(spec.id.clone(), Arc::clone(&function));
+    Ok(function)
 }
 
 /// Opens the format of a disk. Returns the length that its file may reach, too.
@@ -225,5 +235,5 @@ pub(super) fn entropy(board: &Board, parts: &mut Parts<'_>) -> Result<Vec<Arc<dy
         return Ok(Vec::new());
     }
     let device = insert(board, parts, entropy::identity(), Configuration::new(Vec::new()), Box::new(Entropy));
-    Ok(vec![device?])
+    Ok(vec![device? as Arc<dyn Device>])
 }

@@ -9,7 +9,7 @@ use linux_loader::loader::bootparam::boot_params;
 use rustix::fs::{MemfdFlags, memfd_create};
 use vm_memory::{Bytes, GuestAddress};
 
-use super::{Payload, acpi, load};
+use super::{Payload, Source, acpi, load};
 use crate::{
     layout,
     memory::{self, GuestMemory},
@@ -40,8 +40,10 @@ pub fn fuzz_kernel(data: &[u8]) {
     let initramfs = vec![0xa5; usize::from(*pages) * 4096 + 1];
     let initramfs = (*pages > 0).then_some(initramfs);
     let mut payload = Payload {
-        kernel: file(kernel),
-        initramfs: initramfs.as_deref().map(file).into_iter().collect(),
+        source: Source::Files {
+            kernel: file(kernel),
+            initramfs: initramfs.as_deref().map(file).into_iter().collect(),
+        },
         cmdline: CMDLINE.to_owned(),
         smbios: Vec::new(),
     };

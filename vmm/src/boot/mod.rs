@@ -9,12 +9,9 @@ pub mod fuzz;
 mod linux;
 mod pvh;
 pub mod smbios;
+mod source;
 
-use std::{
-    fs::File,
-    io::{Read, Seek, SeekFrom},
-    ops::Range,
-};
+use std::{io::SeekFrom, ops::Range};
 
 use devices::smbios::SmbiosError;
 use linux_loader::loader::{
@@ -23,11 +20,14 @@ use linux_loader::loader::{
 };
 use vm_memory::{Bytes, GuestAddress, GuestMemoryBackend};
 
+use self::source::{KernelImage, Load, Part};
 use crate::{
     layout,
     memory::GuestMemory,
     vcpu::state::{self, Entry},
 };
+
+pub use self::source::{InstalledKernel, Source};
 
 /// A bzImage's 64-bit entry lies this far behind its load address (Documentation/arch/x86/boot.rst).
 const ENTRY_64: u64 = 0x200;
@@ -66,6 +66,16 @@ pub enum BootError {
     /// A bzImage without 64-bit entry.
     #[error("The kernel is a 32-bit bzImage; use an x86-64 one")]
     NotSixtyFourBit,
+    /// The disk to boot from has no kernel.
+    #[error(
+        "The disk {disk} boots no kernel; install one in the guest, or boot a file of the host (boot.kernel)"
+    )]
+    NoKernelOnDisk {
+        /// The disk's name.
+        disk: String,
+        /// The places that were looked at.
+        source: boot_disk::FindError,
+    },
     /// A file cannot be read.
     #[error("Cannot read the {0} file")]
     Read(&'static str, #[source] std::io::Error),
@@ -119,14 +129,11 @@ pub enum BootError {
     Memory(#[source] vm_memory::GuestMemoryError),
 }
 
-/// The files of a boot, kept open for reboots.
-#[derive(Debug)]
+/// The source of a boot and of reboots.
 pub struct Payload {
-    /// The kernel image.
-    pub kernel: File,
-    /// The initramfs files, in their order.
-    pub initramfs: Vec<File>,
-    /// The kernel command line.
+    /// The kernel and its initramfs.
+    pub source: Source,
+    /// The kernel command line. That of a disk's boot entry comes before it.
     pub cmdline: String,
     /// The SMBIOS tables, for [`layout::SMBIOS`].
     pub smbios: Vec<u8>,
@@ -148,7 +155,6 @@ pub fn load(
     payload: &mut Payload,
     machine: &acpi::Description,
 ) -> Result<Entry, BootError> {
-    let cmdline = cmdline(&payload.cmdline)?;
     let tables = acpi::tables(machine);
     let size = tables.len() as u64;
     if size > ACPI_MAX {
@@ -158,13 +164,10 @@ pub fn load(
     if size > SMBIOS_MAX {
         return Err(BootError::StringsTooLong { size });
     }
-    let entry = match image_kind(&mut payload.kernel)? {
-        Kind::Elf => load_elf(memory, payload)?,
-        Kind::BzImage => load_bzimage(memory, payload)?,
-    };
+    let kernel = Kernel { memory, cmdline: &payload.cmdline };
+    let entry = payload.source.open(memory_size(memory), kernel)?;
     let write =
         |bytes: &[u8], at: u64| memory.write_slice(bytes, GuestAddress(at)).map_err(BootError::Memory);
-    write(&cmdline, layout::CMDLINE)?;
     write(&tables, layout::ACPI.start)?;
     write(&payload.smbios, layout::SMBIOS.start)?;
     write(&RESET_STUB, layout::RESET_VECTOR)?;
@@ -175,6 +178,34 @@ pub fn load(
         identity_map(memory)?;
     }
     Ok(entry)
+}
+
+/// Loads a kernel with its initramfs and command line.
+struct Kernel<'a> {
+    memory: &'a GuestMemory,
+    /// The command line of the specification.
+    cmdline: &'a str,
+}
+
+impl Load for Kernel<'_> {
+    type Output = Entry;
+
+    fn load(
+        self,
+        kernel: &mut impl KernelImage,
+        initramfs: Vec<Part<'_>>,
+        cmdline: &str,
+    ) -> Result<Entry, BootError> {
+        let words = [cmdline, self.cmdline].into_iter().filter(|words| !words.is_empty());
+        let text = words.collect::<Vec<_>>().join(" ");
+        let bytes = self::cmdline(&text)?;
+        let entry = match image_kind(kernel)? {
+            Kind::Elf => load_elf(self.memory, kernel, initramfs, text.len())?,
+            Kind::BzImage => load_bzimage(self.memory, kernel, initramfs, text.len())?,
+        };
+        self.memory.write_slice(&bytes, GuestAddress(layout::CMDLINE)).map_err(BootError::Memory)?;
+        Ok(entry)
+    }
 }
 
 fn cmdline(text: &str) -> Result<Vec<u8>, BootError> {
@@ -194,7 +225,7 @@ enum Kind {
     BzImage,
 }
 
-fn image_kind(kernel: &mut File) -> Result<Kind, BootError> {
+fn image_kind(kernel: &mut impl KernelImage) -> Result<Kind, BootError> {
     let read = |e| BootError::Read("kernel", e);
     let mut magic = [0; 4];
     kernel.rewind().map_err(read)?;
@@ -218,41 +249,46 @@ fn image_kind(kernel: &mut File) -> Result<Kind, BootError> {
 const EM_X86_64: u16 = 62;
 const E_MACHINE: u64 = 18;
 
-fn load_elf(memory: &GuestMemory, payload: &mut Payload) -> Result<Entry, BootError> {
+fn load_elf(
+    memory: &GuestMemory,
+    kernel: &mut impl KernelImage,
+    initramfs: Vec<Part<'_>>,
+    cmdline: usize,
+) -> Result<Entry, BootError> {
     let read = |e| BootError::Read("kernel", e);
     let mut machine = [0; 2];
-    payload.kernel.seek(SeekFrom::Start(E_MACHINE)).map_err(read)?;
+    kernel.seek(SeekFrom::Start(E_MACHINE)).map_err(read)?;
     // Leave an image that is too short for this header to the loader, which refuses it.
-    if payload.kernel.read_exact(&mut machine).is_ok() && u16::from_le_bytes(machine) != EM_X86_64 {
+    if kernel.read_exact(&mut machine).is_ok() && u16::from_le_bytes(machine) != EM_X86_64 {
         return Err(BootError::OtherMachine(u16::from_le_bytes(machine)));
     }
-    payload.kernel.rewind().map_err(read)?;
-    let loaded = Elf::load(memory, None, &mut payload.kernel, Some(GuestAddress(layout::HIGH_RAM)))
-        .map_err(BootError::Load)?;
+    kernel.rewind().map_err(read)?;
+    let loaded =
+        Elf::load(memory, None, kernel, Some(GuestAddress(layout::HIGH_RAM))).map_err(BootError::Load)?;
     let limit = low_ram_end(memory);
-    let initramfs = place_initramfs(memory, payload, loaded.kernel_end, limit)?;
+    let initramfs = place_initramfs(memory, initramfs, loaded.kernel_end, limit)?;
     if let PvhBootCapability::PvhEntryPresent(rip) = loaded.pvh_boot_cap {
         pvh::write_start_info(memory, initramfs)?;
         return Ok(Entry::Pvh { rip: rip.0 });
     }
-    linux::write_zero_page(memory, None, initramfs, payload.cmdline.len())?;
+    linux::write_zero_page(memory, None, initramfs, cmdline)?;
     Ok(Entry::Linux64 { rip: loaded.kernel_load.0 })
 }
 
-fn load_bzimage(memory: &GuestMemory, payload: &mut Payload) -> Result<Entry, BootError> {
-    let loaded = loader::bzimage::BzImage::load(
-        memory,
-        None,
-        &mut payload.kernel,
-        Some(GuestAddress(layout::HIGH_RAM)),
-    )
-    .map_err(BootError::Load)?;
+fn load_bzimage(
+    memory: &GuestMemory,
+    kernel: &mut impl KernelImage,
+    initramfs: Vec<Part<'_>>,
+    cmdline: usize,
+) -> Result<Entry, BootError> {
+    let loaded = loader::bzimage::BzImage::load(memory, None, kernel, Some(GuestAddress(layout::HIGH_RAM)))
+        .map_err(BootError::Load)?;
     let header = loaded.setup_header.ok_or(BootError::NotAKernel)?;
     if header.xloadflags & XLF_KERNEL_64 == 0 {
         return Err(BootError::NotSixtyFourBit);
     }
     // 0 in a header that does not say (boot.rst, `cmdline_size`: without the final NUL).
-    let (size, max) = (payload.cmdline.len(), header.cmdline_size);
+    let (size, max) = (cmdline, header.cmdline_size);
     if max != 0 && u32::try_from(size).map_or(true, |size| size > max) {
         return Err(BootError::CmdlineTooLongForKernel { size, max });
     }
@@ -260,7 +296,7 @@ fn load_bzimage(memory: &GuestMemory, payload: &mut Payload) -> Result<Entry, Bo
     // (boot.rst, `setup_sects`, `syssize`).
     let setup = if header.setup_sects == 0 { 4 } else { u64::from(header.setup_sects) };
     let whole = (setup + 1) * 512 + u64::from(header.syssize) * 16;
-    let size = payload.kernel.seek(SeekFrom::End(0)).map_err(|e| BootError::Read("kernel", e))?;
+    let size = kernel.seek(SeekFrom::End(0)).map_err(|e| BootError::Read("kernel", e))?;
     // The last paragraph may be incomplete.
     if size.saturating_add(15) < whole {
         return Err(BootError::Cut { size, whole });
@@ -268,8 +304,8 @@ fn load_bzimage(memory: &GuestMemory, payload: &mut Payload) -> Result<Entry, Bo
     // The kernel unpacks itself in place: `init_size` bytes from its load address are its own.
     let kernel_end = loaded.kernel_end.max(loaded.kernel_load.0.saturating_add(u64::from(header.init_size)));
     let limit = low_ram_end(memory).min(u64::from(header.initrd_addr_max).saturating_add(1));
-    let initramfs = place_initramfs(memory, payload, kernel_end, limit)?;
-    linux::write_zero_page(memory, Some(header), initramfs, payload.cmdline.len())?;
+    let initramfs = place_initramfs(memory, initramfs, kernel_end, limit)?;
+    linux::write_zero_page(memory, Some(header), initramfs, cmdline)?;
     Ok(Entry::Linux64 { rip: loaded.kernel_load.0.saturating_add(ENTRY_64) })
 }
 
@@ -284,20 +320,18 @@ const PART: u64 = 4;
 /// Loads the initramfs as high as possible: the kernel's own early allocations begin below.
 fn place_initramfs(
     memory: &GuestMemory,
-    payload: &mut Payload,
+    initramfs: Vec<Part<'_>>,
     kernel_end: u64,
     limit: u64,
 ) -> Result<Option<Placed>, BootError> {
-    if payload.initramfs.is_empty() {
+    if initramfs.is_empty() {
         return Ok(None);
     }
-    let read = |e| BootError::Read("initramfs", e);
     let (mut parts, mut size) = (Vec::new(), 0_u64);
-    for file in &mut payload.initramfs {
-        let length = file.seek(SeekFrom::End(0)).map_err(read)?;
-        file.rewind().map_err(read)?;
+    for part in initramfs {
         let start = size.checked_next_multiple_of(PART).unwrap_or(u64::MAX);
-        parts.push((start - size, length, file));
+        let length = part.size;
+        parts.push((start - size, part));
         size = start.saturating_add(length);
     }
     let too_large = || BootError::InitramfsTooLarge { size, kernel_end, limit };
@@ -306,13 +340,13 @@ fn place_initramfs(
         return Err(too_large());
     }
     let mut at = address;
-    for (padding, length, file) in parts {
+    for (padding, part) in parts {
         for byte in 0..padding {
             memory.write_obj(0_u8, GuestAddress(at + byte)).map_err(BootError::Memory)?;
         }
         at += padding;
-        let count = usize::try_from(length).map_err(|_| too_large())?;
-        memory.read_exact_volatile_from(GuestAddress(at), file, count).map_err(BootError::Memory)?;
+        let length = part.size;
+        part.place(memory, GuestAddress(at))?;
         at += length;
     }
     Ok(Some(Placed { address, size }))

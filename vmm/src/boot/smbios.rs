@@ -62,6 +62,7 @@ mod tests {
             hugepages: false,
             cmdline: String::new(),
             initramfs: 0,
+            boot_disk: None,
             devices: Vec::new(),
             disks: Vec::new(),
             nics: Vec::new(),

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 
-use std::io::Write;
+use std::{fs::File, io::Write};
 
 use linux_loader::loader::{bootparam::boot_params, elf::start_info::hvm_modlist_entry};
 
@@ -15,8 +15,7 @@ fn file(bytes: &[u8]) -> File {
 
 fn payload(kernel: &[u8], initramfs: Option<&[u8]>) -> Payload {
     Payload {
-        kernel: file(kernel),
-        initramfs: initramfs.map(file).into_iter().collect(),
+        source: Source::Files { kernel: file(kernel), initramfs: initramfs.map(file).into_iter().collect() },
         cmdline: "console=ttyS0".into(),
         smbios: Vec::new(),
     }
@@ -134,7 +133,8 @@ fn initramfs_files_follow_each_other_at_multiples_of_four() {
     let load_with = |parts: &[&[u8]], kernel: &[u8]| {
         memory.write_slice(&[0xee; 8192], GuestAddress(end - 8192)).unwrap();
         let mut payload = payload(kernel, None);
-        payload.initramfs = parts.iter().map(|part| file(part)).collect();
+        let initramfs = parts.iter().map(|part| file(part)).collect();
+        payload.source = Source::Files { kernel: file(kernel), initramfs };
         load(&memory, &mut payload, &machine())
     };
     let read = |at: u64, size: usize| {

@@ -246,6 +246,7 @@ impl Fixture {
             hugepages: false,
             cmdline: String::new(),
             initramfs: 0,
+            boot_disk: None,
             devices,
             disks: Vec::new(),
             nics: Vec::new(),

@@ -497,6 +497,10 @@ impl Engine for Block {
         self.inbox.repeat();
     }
 
+    fn disk(&mut self) -> Option<&mut dyn Disk> {
+        Some(self.disk.as_mut())
+    }
+
     fn close(&mut self) {
         if !self.options.read_only
             && let Err(error) = self.disk.close()

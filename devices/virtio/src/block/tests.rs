@@ -104,6 +104,28 @@ fn data_goes_out_and_comes_back() {
     assert_eq!(disk.medium().flushes, 1);
 }
 
+/// For a boot from the disk, between two boots.
+#[test]
+fn the_machine_reads_whole_sectors_past_limits_and_counters() {
+    let one = Some(Rate { per_second: 1, burst: 1 });
+    let options = Options { limits: Limits { bytes: one, operations: one }, ..options() };
+    let (mut driver, _, counters) = driver(options, FLUSH);
+    assert_eq!(driver.function.disk_size(), Some(16 << 10));
+    // One token pays for the first request of any length.
+    assert_eq!(request(&mut driver, 1, 31, &[7; 512], 0), (OK, 1));
+    let read = |offset: u64, len: usize| {
+        let mut bytes = vec![1; len];
+        driver.function.read_disk(offset, &mut bytes).map(|()| bytes).map_err(|error| error.kind())
+    };
+    for _ in 0..3 {
+        assert_eq!(read(15 << 10, 1024), Ok([vec![0; 512], vec![7; 512]].concat()));
+    }
+    assert_eq!(counters.reads.load(Ordering::Relaxed), 0);
+    for (offset, len) in [(16 << 10, 512), (15 << 10, 1536), (100, 512), (0, 100), (u64::MAX - 511, 512)] {
+        assert_eq!(read(offset, len), Err(io::ErrorKind::InvalidInput), "{offset} {len}");
+    }
+}
+
 #[test]
 fn header_and_data_may_be_split_anywhere() {
     let (mut driver, disk, _) = driver(options(), FLUSH);

@@ -40,9 +40,12 @@ use devices::{
     },
 };
 
+use vm_memory::VolatileSlice;
+
 use self::{common::Common, space::ConfigSpace};
 use crate::{
     GuestMemory,
+    disk::SECTOR,
     engine::{Configuration, Engine, Identity},
     worker::{Shared, Worker},
 };
@@ -158,6 +161,29 @@ impl VirtioFunction {
     /// [`BarError`] for an address at which the BAR could not decode.
     pub fn assign(&self, address: u64) -> Result<(), BarError> {
         lock(&self.registers).bars.assign(BAR, address)
+    }
+
+    /// The size of the disk behind the device in bytes. None for a device without one.
+    #[must_use]
+    pub fn disk_size(&self) -> Option<u64> {
+        lock(&self.worker).disk().map(|disk| disk.size())
+    }
+
+    /// Reads the disk behind the device, with all writes of the guest that are complete. `offset` and the length of `bytes`
+    /// are whole sectors inside of the disk. The caller has parked the device's thread. The disk's limits and counters are
+    /// for requests of the guest only.
+    ///
+    /// # Errors
+    /// `Unsupported` for a device without a disk, `InvalidInput` for another range, and those of the host's file.
+    pub fn read_disk(&self, offset: u64, bytes: &mut [u8]) -> io::Result<()> {
+        let mut worker = lock(&self.worker);
+        let disk = worker.disk().ok_or(io::ErrorKind::Unsupported)?;
+        let len = bytes.len() as u64;
+        let inside = offset.checked_add(len).is_some_and(|end| end <= disk.size());
+        if !inside || !offset.is_multiple_of(SECTOR) || !len.is_multiple_of(SECTOR) {
+            return Err(io::ErrorKind::InvalidInput.into());
+        }
+        disk.read(offset, &[VolatileSlice::from(bytes)])
     }
 
     fn bar_read(&self, registers: &mut Registers, offset: u64, data: &mut [u8]) {

@@ -346,7 +346,7 @@ async fn what_nobody_asked_for_is_booted_with_the_author_s_rights() {
     let kernel = host.env.run_dir.join("kernel");
     std::fs::create_dir_all(&host.env.run_dir).unwrap();
     std::fs::write(&kernel, "not really").unwrap();
-    entry.value.spec.boot.kernel = kernel.to_str().unwrap().into();
+    entry.value.spec.boot.kernel = Some(kernel.to_str().unwrap().into());
     entry.value.spec.autostart = true;
     for (author, state) in [(None, VmState::Failed), (entry.value.author.clone(), VmState::Running)] {
         // As stored by an agent that noted only the author of the specification.

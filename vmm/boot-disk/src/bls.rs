@@ -1,0 +1,220 @@
+// SPDX-License-Identifier: Apache-2.0
+
+//! Boot loader entries (the UAPI group's "Boot Loader Specification"): text files (type 1) and, below them in the menu,
+//! unified kernel images (type 2). Boot counting is respected and not changed: the disk is only read.
+
+use std::cmp::{Ordering, Reverse};
+
+use crate::{
+    entry::Draft,
+    error::{Fault, printable},
+    filesystem::{FileSystem, MOST_TEXT, Part, text},
+    uki, version,
+};
+
+/// The directories of a partition for boot loaders, or of a separate `/boot`; and those below `/boot`.
+const ROOTS: [&str; 2] = ["", "/boot"];
+/// The most text files that are read.
+const MOST_ENTRIES: usize = 256;
+/// The longest of them in bytes.
+const MOST_ENTRY: u64 = 64 << 10;
+/// The most lines of a file with the same key.
+const MOST_LINES: usize = 64;
+
+/// An entry of the menu.
+#[derive(Debug, Default, PartialEq)]
+struct Item {
+    /// The file's name without its counter and suffix, which is the entry's id for `default`.
+    id: String,
+    path: String,
+    /// All attempts to boot it have failed.
+    is_bad: bool,
+    sort_key: Option<String>,
+    machine: String,
+    version: String,
+    title: String,
+    linux: Option<String>,
+    initrd: Vec<String>,
+    options: Vec<String>,
+    is_unified: bool,
+}
+
+/// The entry that a boot loader would boot.
+pub(crate) fn find(files: &dyn FileSystem) -> Result<Draft, Fault> {
+    for root in ROOTS {
+        let mut items = items(files, root)?;
+        if items.is_empty() {
+            continue;
+        }
+        items.sort_by(order);
+        let default = match text(files, &format!("{root}/loader/loader.conf"), MOST_TEXT) {
+            Ok(text) => default(&text),
+            Err(fault) if fault.is_absence() => None,
+            Err(fault) => return Err(fault),
+        };
+        let chosen = default.and_then(|pattern| items.iter().position(|item| matches(&pattern, &item.id)));
+        let item = items.into_iter().nth(chosen.unwrap_or(0)).unwrap_or_default();
+        return draft(files, item);
+    }
+    Err(Fault::Absent("/loader/entries, /EFI/Linux or /boot/loader/entries with an entry".to_owned()))
+}
+
+/// The entries of a partition, or of its directory `/boot`.
+fn items(files: &dyn FileSystem, root: &str) -> Result<Vec<Item>, Fault> {
+    let list = |path: &str| match files.list(path) {
+        Err(fault) if fault.is_absence() => Ok(Vec::new()),
+        listed => listed,
+    };
+    let mut items = Vec::new();
+    let directory = format!("{root}/loader/entries");
+    let names = list(&directory)?.into_iter().filter_map(|name| Some((id(&name, ".conf")?, name)));
+    for ((id, is_bad), name) in names.take(MOST_ENTRIES) {
+        let path = format!("{directory}/{name}");
+        let item = Item { id, path, is_bad, ..Item::default() };
+        let text = text(files, &item.path, MOST_ENTRY)?;
+        let item = parse(&text, item);
+        items.extend(item.filter(|item| item.linux.is_some()));
+    }
+    let directory = format!("{root}/EFI/Linux");
+    for name in list(&directory)? {
+        if let Some((id, is_bad)) = id(&name, ".efi") {
+            let (path, version) = (format!("{directory}/{name}"), id.clone());
+            items.push(Item {
+                title: id.clone(),
+                id,
+                path,
+                is_bad,
+                version,
+                is_unified: true,
+                ..Item::default()
+            });
+        }
+    }
+    Ok(items)
+}
+
+/// The id in the name of a file, and whether its counter of attempts is at its end: `ID+LEFT-DONE.conf`.
+fn id(name: &str, suffix: &str) -> Option<(String, bool)> {
+    let at = name.len().checked_sub(suffix.len())?;
+    let (stem, end) = name.split_at_checked(at)?;
+    if !end.eq_ignore_ascii_case(suffix) || stem.is_empty() {
+        return None;
+    }
+    if let Some((id, counter)) = stem.rsplit_once('+') {
+        let mut numbers = counter.splitn(2, '-').map(str::parse::<u32>);
+        if let (Some(Ok(left)), None | Some(Ok(_))) = (numbers.next(), numbers.next()) {
+            return Some((id.to_owned(), left == 0));
+        }
+    }
+    Some((stem.to_owned(), false))
+}
+
+/// Reads the lines of an entry. None for another processor's.
+fn parse(text: &str, mut item: Item) -> Option<Item> {
+    for line in text.lines() {
+        let line = line.trim();
+        let Some((key, value)) = line.split_once(char::is_whitespace) else { continue };
+        let value = value.trim().to_owned();
+        match key {
+            "title" => item.title = value,
+            "version" => item.version = value,
+            "machine-id" => item.machine = value,
+            "sort-key" => item.sort_key = Some(value),
+            "linux" => item.linux = Some(value),
+            "initrd" if item.initrd.len() < MOST_LINES => item.initrd.push(value),
+            "options" if item.options.len() < MOST_LINES => item.options.push(value),
+            "architecture" if !value.eq_ignore_ascii_case("x64") => return None,
+            _ => {}
+        }
+    }
+    Some(item)
+}
+
+/// The order of the menu, the first entry first.
+fn order(one: &Item, other: &Item) -> Ordering {
+    let newer = |a: &str, b: &str| version::compare(b, a);
+    let group = |item: &Item| (item.is_bad, item.is_unified, item.sort_key.is_none());
+    group(one).cmp(&group(other)).then_with(|| {
+        let keys = match (&one.sort_key, &other.sort_key) {
+            (Some(a), Some(b)) => a
+                .cmp(b)
+                .then_with(|| one.machine.cmp(&other.machine))
+                .then_with(|| newer(&one.version, &other.version)),
+            _ => Ordering::Equal,
+        };
+        keys.then_with(|| newer(&one.id, &other.id))
+            .then_with(|| Reverse(&one.path).cmp(&Reverse(&other.path)))
+    })
+}
+
+/// The pattern of `default` in the loader's configuration. `@saved` and its like are in EFI variables, which are not here.
+fn default(text: &str) -> Option<String> {
+    let mut found = None;
+    for line in text.lines() {
+        if let Some(("default", pattern)) = line.trim().split_once(char::is_whitespace) {
+            found = Some(pattern.trim()).filter(|pattern| !pattern.starts_with('@'));
+        }
+    }
+    let found = found?;
+    let suffixes = [".conf", ".efi"];
+    let pattern = suffixes.iter().find_map(|suffix| found.strip_suffix(suffix)).unwrap_or(found);
+    Some(pattern.to_owned())
+}
+
+/// Whether a pattern with `*` and `?` is that of an id. Each `*` takes as little as it can, so that the time is the product of
+/// both lengths at most.
+fn matches(pattern: &str, id: &str) -> bool {
+    let (pattern, id) = (pattern.to_lowercase().into_bytes(), id.to_lowercase().into_bytes());
+    let (mut p, mut i, mut back) = (0, 0, None);
+    loop {
+        match (pattern.get(p), id.get(i)) {
+            (None, None) => return true,
+            (Some(b'*'), _) => {
+                back = Some((p, i));
+                p += 1;
+            }
+            (Some(a), Some(b)) if a == b || *a == b'?' => (p, i) = (p + 1, i + 1),
+            _ => {
+                let Some((star, from)) = back.filter(|(_, from)| *from < id.len()) else { return false };
+                back = Some((star, from + 1));
+                (p, i) = (star + 1, from + 1);
+            }
+        }
+    }
+}
+
+fn draft(files: &dyn FileSystem, item: Item) -> Result<Draft, Fault> {
+    if item.is_unified {
+        return uki::draft(files, &item.path);
+    }
+    let at = |fault: Fault| in_entry(&item.path, fault);
+    if let Some(word) =
+        item.options.iter().chain(&item.linux).chain(&item.initrd).find(|word| word.contains('$'))
+    {
+        let text = format!("{} has a variable of GRUB in \"{}\"", printable(&item.path), printable(word));
+        return Err(Fault::Entry(text));
+    }
+    let linux = item.linux.clone().unwrap_or_default();
+    let kernel = files.open(&linux).map_err(at)?;
+    let parts =
+        item.initrd.iter().map(|path| files.open(path).map(Part::whole)).collect::<Result<Vec<_>, _>>();
+    let title = if item.title.is_empty() { &item.id } else { &item.title };
+    Ok(Draft {
+        title: printable(title),
+        path: printable(&linux),
+        kernel: Part::whole(kernel),
+        initramfs: parts.map_err(at)?,
+        cmdline: item.options.join(" "),
+    })
+}
+
+/// A fault with the entry that leads to it.
+pub(crate) fn in_entry(entry: &str, fault: Fault) -> Fault {
+    match fault {
+        ending @ (Fault::Read(_) | Fault::Budget(_)) => ending,
+        local => Fault::Entry(printable(&format!("the entry {entry} cannot be booted: {local}"))),
+    }
+}
+
+#[cfg(test)]
+mod tests;

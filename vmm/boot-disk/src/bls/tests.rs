@@ -1,0 +1,85 @@
+// SPDX-License-Identifier: Apache-2.0
+
+use super::*;
+use crate::testing::{booted, ext4, fat, refusal};
+
+#[test]
+fn an_entry_has_several_parts_and_options() {
+    let entry = "# comment\ntitle  Debian GNU/Linux\nversion 6.1\nlinux /k\ninitrd /a\ninitrd /b\noptions root=LABEL=root\t ro\noptions quiet\n";
+    let image = ext4(&[("boot/loader/entries/a.conf", entry), ("k", "kernel"), ("a", "one"), ("b", "two")]);
+    let expect = (
+        "kernel".to_owned(),
+        vec!["one".to_owned(), "two".to_owned()],
+        "root=LABEL=root ro quiet".to_owned(),
+    );
+    assert_eq!(booted(&image), expect);
+}
+
+/// The kernel's path is the name of the entry, so that the test sees the entry that was chosen.
+fn chosen(entries: &[(&str, &str)], configuration: &str) -> String {
+    let mut files = vec![("loader/loader.conf".to_owned(), configuration.to_owned())];
+    for (number, (name, text)) in entries.iter().enumerate() {
+        files.push((format!("loader/entries/{name}.conf"), format!("linux /k{number}\n{text}")));
+        files.push((format!("k{number}"), (*name).to_owned()));
+    }
+    let files: Vec<(&str, &str)> = files.iter().map(|(path, text)| (path.as_str(), text.as_str())).collect();
+    booted(&fat(1 << 20, &files)).0
+}
+
+#[test]
+fn the_newest_entry_comes_first_unless_another_one_is_the_default() {
+    let entries = [("os-6.1.0-9", ""), ("os-6.1.0-13", ""), ("os-6.1.0-10", "")];
+    for (configuration, expect) in [
+        ("", "os-6.1.0-13"),
+        ("timeout 3\ndefault os-6.1.0-9.conf\n", "os-6.1.0-9"),
+        ("default os-*-10", "os-6.1.0-10"),
+        ("default OS-6.1.0-?", "os-6.1.0-9"),
+        ("default *", "os-6.1.0-13"),
+        ("default other-*", "os-6.1.0-13"),
+        ("default os-6.1.0-9\ndefault @saved", "os-6.1.0-13"),
+    ] {
+        assert_eq!(chosen(&entries, configuration), expect, "{configuration}");
+    }
+}
+
+#[test]
+fn keys_and_counters_sort_entries() {
+    // With a key before without one, keys in their order, then versions.
+    let keys = [
+        ("z", ""),
+        ("a", "sort-key debian\nversion 9"),
+        ("b", "sort-key debian\nversion 10"),
+        ("c", "sort-key fedora\nversion 99"),
+    ];
+    assert_eq!(chosen(&keys, ""), "b");
+    // No attempts left: behind all others.
+    assert_eq!(chosen(&[("os-2+0-3", ""), ("os-1+2-1", "")], ""), "os-1+2-1");
+    assert_eq!(chosen(&[("os-2+1", ""), ("os-1", "")], ""), "os-2+1");
+    assert_eq!(chosen(&[("os-2", "architecture aa64"), ("os-1", "architecture X64")], ""), "os-1");
+    assert_eq!(id("os+3-x.conf", ".conf"), Some(("os+3-x".to_owned(), false)));
+    assert_eq!(id(".conf", ".conf"), None);
+    assert_eq!(id("ö", ".conf"), None);
+}
+
+#[test]
+fn an_entry_that_cannot_be_booted_is_named() {
+    for (text, expect) in [
+        ("linux /absent", "the entry /loader/entries/a.conf cannot be booted: there is no /absent"),
+        ("linux /k\noptions $kernelopts", "/loader/entries/a.conf has a variable of GRUB in \"$kernelopts\""),
+        ("linux /k\ninitrd /initrd $tuned_initrd", "has a variable of GRUB"),
+        ("linux /loader", "there is no /loader"),
+        ("title only", "there is no /loader/entries, /EFI/Linux"),
+    ] {
+        let error = refusal(&fat(1 << 20, &[("loader/entries/a.conf", text), ("k", "k")]));
+        assert!(error.contains(expect), "{text}: {error}");
+    }
+}
+
+#[test]
+fn a_pattern_ends_soon() {
+    let begun = std::time::Instant::now();
+    assert!(!matches(&format!("{}b", "*a".repeat(100)), &"a".repeat(10_000)));
+    assert!(begun.elapsed() < std::time::Duration::from_secs(2));
+    assert!(matches("a*", "ab") && matches("*b", "ab"));
+    assert!(matches("a*b?", "axxbc") && !matches("a*b?", "axxb") && matches("*", "") && !matches("", "a"));
+}

@@ -1,0 +1,129 @@
+// SPDX-License-Identifier: Apache-2.0
+
+//! File systems and their files.
+
+use std::{
+    io::{self, Read},
+    rc::Rc,
+};
+
+use crate::{error::Fault, volume::Volume};
+
+/// The most names of a directory that are looked at.
+pub(crate) const MOST_NAMES: usize = 512;
+/// The longest path in bytes (PATH_MAX of Linux).
+pub(crate) const MOST_PATH: usize = 4096;
+/// The longest text file in bytes, but for files of which there are many.
+pub(crate) const MOST_TEXT: u64 = 1 << 20;
+
+/// A file system of a volume. Paths begin at its root and never leave it.
+pub(crate) trait FileSystem {
+    /// Its kind, for errors and logs.
+    fn kind(&self) -> &'static str;
+
+    /// The names in a directory, at most [`MOST_NAMES`].
+    fn list(&self, path: &str) -> Result<Vec<String>, Fault>;
+
+    /// Opens a regular file.
+    fn open(&self, path: &str) -> Result<Rc<dyn Contents>, Fault>;
+}
+
+/// An open file.
+pub(crate) trait Contents {
+    /// Bytes.
+    fn size(&self) -> u64;
+
+    /// Fills `bytes` from `offset` on. All of them are inside of the file.
+    fn read(&self, offset: u64, bytes: &mut [u8]) -> Result<(), Fault>;
+}
+
+/// A part of a file on the disk, which is read while the guest's memory is filled.
+pub struct Part {
+    contents: Rc<dyn Contents>,
+    offset: u64,
+    left: u64,
+}
+
+impl Part {
+    /// All of a file.
+    pub(crate) fn whole(contents: Rc<dyn Contents>) -> Self {
+        let left = contents.size();
+        Self { contents, offset: 0, left }
+    }
+
+    /// A range of a file. None if it is not inside.
+    pub(crate) fn range(contents: Rc<dyn Contents>, offset: u64, size: u64) -> Option<Self> {
+        let end = offset.checked_add(size)?;
+        (end <= contents.size()).then_some(Self { contents, offset, left: size })
+    }
+
+    /// The bytes that are left to read.
+    #[must_use]
+    pub fn size(&self) -> u64 {
+        self.left
+    }
+
+    /// Reads all that is left, `most` bytes at most. `path` is for the error.
+    pub(crate) fn all(&self, path: &str, most: u64) -> Result<Vec<u8>, Fault> {
+        let too_large = || Fault::TooLarge { path: path.to_owned(), size: self.left, most };
+        if self.left > most {
+            return Err(too_large());
+        }
+        let mut bytes = Vec::new();
+        let size = usize::try_from(self.left).map_err(|_| too_large())?;
+        bytes.try_reserve_exact(size).map_err(|_| too_large())?;
+        bytes.resize(size, 0);
+        self.contents.read(self.offset, &mut bytes)?;
+        Ok(bytes)
+    }
+}
+
+impl Read for Part {
+    fn read(&mut self, bytes: &mut [u8]) -> io::Result<usize> {
+        let count = usize::try_from(self.left).unwrap_or(usize::MAX).min(bytes.len());
+        let bytes = bytes.get_mut(..count).unwrap_or_default();
+        self.contents.read(self.offset, bytes)?;
+        self.offset = self.offset.saturating_add(count as u64);
+        self.left = self.left.saturating_sub(count as u64);
+        Ok(count)
+    }
+}
+
+/// Reads a text file of `most` bytes at most. Bytes that are no UTF-8 become replacement characters.
+pub(crate) fn text(files: &dyn FileSystem, path: &str, most: u64) -> Result<String, Fault> {
+    let bytes = Part::whole(files.open(path)?).all(path, most)?;
+    Ok(String::from_utf8_lossy(&bytes).into_owned())
+}
+
+/// Opens the file system of a volume. None for a volume without one that is known.
+pub(crate) fn open(volume: &Volume) -> Result<Option<Rc<dyn FileSystem>>, Fault> {
+    // Magic numbers: their offset, their bytes, their name.
+    const OTHERS: [(u64, &[u8], &str); 9] = [
+        (0, b"XFSB", "the file system XFS"),
+        (0x1_0040, b"_BHRfS_M", "the file system Btrfs"),
+        (0, b"LUKS\xba\xbe", "an encrypted volume (LUKS)"),
+        (512, b"LABELONE", "a physical volume of LVM"),
+        (1024, &[0x10, 0x20, 0xf5, 0xf2], "the file system F2FS"),
+        (1024, &[0xe2, 0xe1, 0xf5, 0xe0], "the file system EROFS"),
+        (0, b"hsqs", "the file system SquashFS"),
+        (0x8001, b"CD001", "the file system ISO 9660"),
+        (3, b"NTFS    ", "the file system NTFS"),
+    ];
+    for (at, magic, name) in OTHERS {
+        let mut found = [0; 8];
+        let found = found.get_mut(..magic.len()).unwrap_or_default();
+        if at.saturating_add(found.len() as u64) <= volume.size() {
+            volume.read(at, found)?;
+            if found == magic {
+                return Err(Fault::Unsupported(name.to_owned()));
+            }
+        }
+    }
+    if let Some(found) = crate::ext4::Ext4::open(volume)? {
+        return Ok(Some(Rc::new(found)));
+    }
+    if let Some(found) = crate::fat::Fat::open(volume)? {
+        return Ok(Some(Rc::new(found)));
+    }
+    Ok(None)
+}

@@ -1,0 +1,125 @@
+// SPDX-License-Identifier: Apache-2.0
+
+use crate::testing::{booted, ext4, refusal};
+
+/// As Debian's `update-grub` writes it, shortened.
+const DEBIAN: &str = r#"
+if [ -s $prefix/grubenv ]; then
+  set have_grubenv=true
+  load_env
+fi
+if [ "${next_entry}" ] ; then
+   set default="${next_entry}"
+   set next_entry=
+   save_env next_entry
+   set boot_once=true
+else
+   set default="DEFAULT"
+fi
+function load_video {
+  if [ x$feature_all_video_module = xy ]; then
+    insmod all_video
+  fi
+}
+menuentry 'Debian GNU/Linux' --class debian --class os $menuentry_id_option 'gnulinux-simple-1' {
+	load_video
+	insmod gzio
+	if [ x$grub_platform = xxen ]; then insmod xzio; insmod lzopio; fi
+	set root='hd0,gpt1'
+	if [ x$feature_platform_search_hint = xy ]; then
+	  search --no-floppy --fs-uuid --set=root --hint-bios=hd0,gpt1  1-2-3
+	else
+	  search --no-floppy --fs-uuid --set=root 1-2-3
+	fi
+	echo	'Loading Linux 6.1 ...'
+	linux	/boot/vmlinuz-6.1 root=UUID=1-2-3 ro  console=tty0 "name=a b"
+	echo	'Loading initial ramdisk ...'
+	initrd	/boot/initrd.img-6.1
+}
+submenu 'Advanced options' $menuentry_id_option 'gnulinux-advanced-1' {
+	menuentry 'Debian, with Linux 6.1' $menuentry_id_option 'gnulinux-6.1-advanced-1' {
+		linux	/boot/vmlinuz-6.1 root=UUID=1-2-3 ro
+		initrd	/boot/initrd.img-6.1 /boot/second
+	}
+	menuentry 'Debian, with Linux 5.10' $menuentry_id_option 'gnulinux-5.10-advanced-1' {
+		linux	/boot/vmlinuz-5.10 root=UUID=1-2-3 ro
+	}
+}
+submenu 'Other systems' {
+	menuentry 'Other' {
+		linux	/boot/vmlinuz-5.10
+	}
+}
+menuentry 'Memory test' { linux16 /boot/memtest }
+menuentry 'Variable' --id variable {
+	linux /boot/vmlinuz-6.1 root=$root
+}
+"#;
+
+fn image(menu: &str, environment: &str) -> Vec<u8> {
+    ext4(&[
+        ("boot/grub/grub.cfg", menu),
+        ("boot/grub/grubenv", environment),
+        ("boot/vmlinuz-6.1", "new"),
+        ("boot/vmlinuz-5.10", "old"),
+        ("boot/initrd.img-6.1", "initramfs"),
+        ("boot/second", "second"),
+    ])
+}
+
+#[test]
+fn the_default_entry_is_booted() {
+    for (default, environment, kernel, parts, cmdline) in [
+        ("0", "", "new", 1, "root=UUID=1-2-3 ro console=tty0 name=a b"),
+        ("", "", "new", 1, "root=UUID=1-2-3 ro console=tty0 name=a b"),
+        ("1", "", "new", 2, "root=UUID=1-2-3 ro"),
+        ("1>1", "", "old", 0, "root=UUID=1-2-3 ro"),
+        ("Advanced options>Debian, with Linux 5.10", "", "old", 0, "root=UUID=1-2-3 ro"),
+        ("gnulinux-advanced-1>gnulinux-5.10-advanced-1", "", "old", 0, "root=UUID=1-2-3 ro"),
+        (
+            "${saved_entry}",
+            "# GRUB Environment Block\nsaved_entry=1>gnulinux-5.10-advanced-1\n####",
+            "old",
+            0,
+            "root=UUID=1-2-3 ro",
+        ),
+        ("${saved_entry}", "", "new", 1, "root=UUID=1-2-3 ro console=tty0 name=a b"),
+    ] {
+        let (found, initramfs, words) = booted(&image(&DEBIAN.replace("DEFAULT", default), environment));
+        assert_eq!((found.as_str(), initramfs.len(), words.as_str()), (kernel, parts, cmdline), "{default}");
+    }
+}
+
+#[test]
+fn an_entry_that_is_not_literal_is_refused_with_its_line() {
+    let entry = |line: &str| format!("menuentry 'x' {{\n{line}\n}}\n");
+    for (menu, expect) in [
+        (
+            DEBIAN.replace("DEFAULT", "variable"),
+            "its line \"linux /boot/vmlinuz-6.1 root=$root\" has a variable",
+        ),
+        (DEBIAN.replace("DEFAULT", "9"), "has no entry for its default \"9\""),
+        (DEBIAN.replace("DEFAULT", "1>2"), "has no entry for its default \"1>2\""),
+        (DEBIAN.replace("DEFAULT", "1>9"), "has no entry for its default \"1>9\""),
+        (entry("if [ a ]; then\n linux /boot/vmlinuz-6.1\nfi"), "depends on a condition"),
+        (entry("linux /boot/vmlinuz-6.1\nlinux /boot/vmlinuz-5.10"), "is the second one"),
+        (entry("chainloader +1"), "has a command that is not known here"),
+        (entry("linux /boot/vmlinuz-6.1\nsource /boot/other"), "has a command that is not known here"),
+        (entry("linux ${p}/vmlinuz"), "has a variable"),
+        (entry("linux (hd0,gpt1)/boot/vmlinuz-6.1"), "there is no (hd0,gpt1)/boot/vmlinuz-6.1"),
+        (entry("echo nothing"), "has no line with linux"),
+        (String::new(), "has no entry for its default"),
+    ] {
+        let error = refusal(&image(&menu, ""));
+        assert!(error.contains(expect), "{expect}: {error}");
+    }
+}
+
+#[test]
+fn menus_of_any_text_end() {
+    for text in
+        ["{".repeat(100_000), "submenu a {\n".repeat(20_000), "}\n".repeat(20_000), "menuentry '".to_owned()]
+    {
+        refusal(&image(&text, ""));
+    }
+}
