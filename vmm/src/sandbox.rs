@@ -357,10 +357,11 @@ pub fn limit_files(spec: &SandboxSpec, longest: u64) -> Result<(), SandboxError>
     lower(Resource::Nofile, files, "limit its files")?;
     // A user cannot raise the hard limit of their own process. So an agent without root needs it as it is, or no disk could
     // be enlarged; no filter lets the vmm raise the limit by itself.
+    let keep = spec.uid.is_none() && longest > 0;
     let longest = FILE_MAX.max(longest);
     let maximum = getrlimit(Resource::Fsize).maximum;
     let current = Some(maximum.map_or(longest, |maximum| maximum.min(longest)));
-    let maximum = if spec.uid.is_some() { current } else { maximum };
+    let maximum = if keep { maximum } else { current };
     failed(setrlimit(Resource::Fsize, Rlimit { current, maximum }), "limit the length of files")
 }
 

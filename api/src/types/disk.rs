@@ -105,8 +105,8 @@ pub enum DiskCache {
     /// Reads and writes go through the cache: the guest's repeated reads are fast, and take memory of the host.
     #[default]
     Writeback,
-    /// The cache is bypassed (O_DIRECT), as databases and hosts with little memory want it. A raw file needs a multiple of
-    /// 4 KiB. Not every file system can do it.
+    /// The cache is bypassed (O_DIRECT), for databases and for hosts with little memory. A raw file needs a multiple of
+    /// 4 KiB. Some file systems cannot do it.
     None,
 }
 

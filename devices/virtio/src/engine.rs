@@ -98,6 +98,9 @@ pub trait Engine: Send {
         let _ = source;
     }
 
+    /// The driver has been told of the changes that the last [`Self::wake`] made to the configuration.
+    fn settled(&mut self) {}
+
     /// Serves requests of queue `index`: a doorbell has rung. Returns whether requests are left, so
     /// that the worker calls again soon.
     ///

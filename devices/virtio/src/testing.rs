@@ -42,6 +42,8 @@ pub(crate) struct Medium {
     pub(crate) discarded: Vec<(u64, u64)>,
     pub(crate) zeroed: Vec<(u64, u64, bool)>,
     pub(crate) fail: Option<io::ErrorKind>,
+    /// The next step of a growth is not the last one.
+    pub(crate) more_steps: bool,
 }
 
 /// A disk in memory, whose tests look into it. It asserts that no request leaves it.
@@ -109,10 +111,13 @@ impl Disk for MemoryDisk {
         Ok(())
     }
 
-    fn grow(&mut self, size: u64) -> io::Result<()> {
+    fn grow(&mut self, size: u64) -> io::Result<bool> {
         self.work(0, 0)?;
+        if std::mem::replace(&mut self.medium().more_steps, false) {
+            return Ok(false);
+        }
         self.medium().bytes.resize(usize::try_from(size).unwrap(), 0);
-        Ok(())
+        Ok(true)
     }
 }
 
@@ -343,6 +348,13 @@ impl Driver {
         loop {
             let ready = self.thread.sources.iter().position(IoSource::take);
             let Some(index) = ready else { return };
+            (self.thread.work)(index);
+        }
+    }
+
+    /// Serves one event.
+    pub(crate) fn pump_once(&mut self) {
+        if let Some(index) = self.thread.sources.iter().position(IoSource::take) {
             (self.thread.work)(index);
         }
     }

@@ -179,6 +179,7 @@ impl Worker {
             Some(Command::Start { features, queues }) => {
                 self.queues = queues;
                 self.engine.start(features);
+                self.report_change();
                 // The driver may have filled its rings before.
                 self.shared.ring_all();
             }
@@ -188,6 +189,7 @@ impl Worker {
         if let Some(source) = self.source_of(event) {
             self.engine.wake(source);
             self.report_change();
+            self.engine.settled();
         }
         let Some(index) = self.queue_of(event) else { return };
         if self.shared.broken() || !self.shared.bus_master.load(Ordering::Acquire) {
@@ -208,11 +210,14 @@ impl Worker {
         }
     }
 
-    /// Interrupts the driver if the engine has changed the configuration (the specification, 4.1.4.5.1). A driver that
-    /// starts later reads it anyway.
+    /// Interrupts the driver if the configuration has changed since its reset (the specification, 4.1.4.5.1). A driver that
+    /// has not started may have read the old one already: it is told when it starts.
     fn report_change(&mut self) {
+        if self.queues.is_empty() {
+            return;
+        }
         let generation = self.configuration.generation();
-        if std::mem::replace(&mut self.known, generation) != generation && !self.queues.is_empty() {
+        if std::mem::replace(&mut self.known, generation) != generation {
             self.shared.on_change.raise(ISR_CONFIG);
         }
     }
@@ -220,6 +225,7 @@ impl Worker {
     fn stop(&mut self) {
         self.engine.stop();
         self.queues.clear();
+        self.known = self.configuration.generation();
         self.shared.broken.store(false, Ordering::Release);
         self.shared.isr.store(0, Ordering::Release);
         self.shared.resetting.store(false, Ordering::Release);

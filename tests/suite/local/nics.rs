@@ -78,7 +78,7 @@ fn on_bridge() -> Value {
 /// Probes the NIC, and returns its address.
 fn probe(guest: &mut SmallGuest) -> String {
     let mac = begin(guest);
-    // The NIC's thread starts behind the driver's back, and drops the frames that it finds then. It answers this afterwards.
+    // The NIC's thread starts after the driver, and drops the frames that it finds then. It answers this afterwards.
     assert_eq!(guest.ask(&format!("nic-mac {mac}")), "ok");
     mac
 }

@@ -68,24 +68,31 @@ impl Disks {
         Ok(())
     }
 
-    /// Begins to enlarge a disk. [`Event::DiskGrown`] tells that [`Self::grown`] has the result.
+    /// Begins to enlarge a disk, under a number of its own. [`Event::DiskGrown`] tells that [`Self::grown`] has the result.
     ///
     /// # Errors
     /// See [`DiskError`].
-    pub fn grow(&self, id: &str, size: u64) -> Result<(), DiskError> {
+    pub fn grow(&self, id: &str, number: u64, size: u64) -> Result<(), DiskError> {
         let remote = self.remotes.get(id).ok_or_else(|| DiskError::Unknown(id.to_owned()))?;
         if !size.is_multiple_of(SECTOR) {
             return Err(DiskError::Sectors(size));
         }
-        remote.grow(size);
+        remote.grow(number, size);
         Ok(())
     }
 
-    /// Takes the result of a growth; None while it is under way.
+    /// Takes the result of growth `number`; None while it is under way.
     #[must_use]
-    pub fn grown(&self, id: &str) -> Option<Result<(), DiskError>> {
-        let grown = self.remotes.get(id)?.grown()?;
-        Some(grown.map(drop).map_err(|source| DiskError::Grow { id: id.to_owned(), source }))
+    pub fn grown(&self, id: &str, number: u64) -> Option<Result<(), DiskError>> {
+        let grown = self.remotes.get(id)?.grown(number)?;
+        Some(grown.map_err(|source| DiskError::Grow { id: id.to_owned(), source }))
+    }
+
+    /// Ends the growth of a disk. The disk keeps its size.
+    pub fn cancel_growth(&self, id: &str) {
+        if let Some(remote) = self.remotes.get(id) {
+            remote.cancel_growth();
+        }
     }
 }
 
@@ -96,7 +103,7 @@ pub enum DiskError {
     #[error("The VM has no disk {0}")]
     Unknown(String),
     /// Disks have whole sectors.
-    #[error("{0} bytes are no whole sectors: a disk's size is a multiple of 512 bytes")]
+    #[error("{0} is not a multiple of 512 bytes, and a disk has whole sectors")]
     Sectors(u64),
     /// The size cannot be changed.
     #[error("The disk {id} cannot be enlarged")]

@@ -41,6 +41,14 @@ fn failure(code: FailureCode, detail: impl Into<String>) -> Failure {
     Failure { code, detail: detail.into() }
 }
 
+/// A command that waits for the growth of a disk.
+pub(super) struct Growth {
+    command: u64,
+    disk: String,
+    /// The growth's number: a growth of an earlier connection may have a result, too.
+    number: u64,
+}
+
 fn disk_failure(error: &DiskError) -> Failure {
     let code = match error {
         DiskError::Unknown(_) | DiskError::Sectors(_) => FailureCode::Invalid,
@@ -85,7 +93,7 @@ impl Process {
             VmmCommand::LimitDisk { disk, limits } => self.on_disk(|disks| disks.limit(&disk, &limits)),
             VmmCommand::GrowDisk { disk, size } => match self.grow_disk(&disk, size) {
                 // The disk's thread completes the command.
-                Ok(()) => return self.growths.push((id, disk)),
+                Ok(number) => return self.growths.push(Growth { command: id, disk, number }),
                 Err(failure) => Err(failure),
             },
             VmmCommand::Stop => {
@@ -158,27 +166,46 @@ impl Process {
         command(&self.machine()?.disks).map(|()| Outcome::Done).map_err(|error| disk_failure(&error))
     }
 
-    fn grow_disk(&self, disk: &str, size: u64) -> Result<(), Failure> {
+    fn grow_disk(&mut self, disk: &str, size: u64) -> Result<u64, Failure> {
         // The disks' threads of another machine are parked.
         if self.state != State::Running {
             return Err(self.wrong_state("enlarge a disk of"));
         }
-        if self.growths.iter().any(|(_, other)| other == disk) {
+        if self.growths.iter().any(|growth| growth.disk == disk) {
             let detail = format!("The disk {disk} is being enlarged by another request: try again later");
             return Err(failure(FailureCode::WrongState, detail));
         }
-        self.on_disk(|disks| disks.grow(disk, size)).map(drop)
+        self.last_growth += 1;
+        self.on_disk(|disks| disks.grow(disk, self.last_growth, size))?;
+        Ok(self.last_growth)
     }
 
     /// Completes the commands whose disks have grown, or cannot grow.
     pub(super) fn complete_growths(&mut self) {
-        for (id, disk) in std::mem::take(&mut self.growths) {
-            match self.machine.as_ref().and_then(|machine| machine.disks.grown(&disk)) {
-                None => self.growths.push((id, disk)),
-                Some(result) => {
-                    self.done(id, result.map(|()| Outcome::Done).map_err(|error| disk_failure(&error)));
-                }
+        let Some(machine) = &self.machine else { return };
+        let mut results = Vec::new();
+        self.growths.retain(|growth| match machine.disks.grown(&growth.disk, growth.number) {
+            None => true,
+            Some(result) => {
+                results.push((growth.command, result));
+                false
             }
+        });
+        // Only now: a failure to send ends the connection, and with it the other growths' commands.
+        for (command, result) in results {
+            self.done(command, result.map(|()| Outcome::Done).map_err(|error| disk_failure(&error)));
+        }
+    }
+
+    /// Ends all growths that are not complete, because no disk's thread works any more. The disks keep their sizes.
+    pub(super) fn cancel_growths(&mut self) {
+        self.complete_growths();
+        for growth in std::mem::take(&mut self.growths) {
+            if let Some(machine) = &self.machine {
+                machine.disks.cancel_growth(&growth.disk);
+            }
+            let failure = self.wrong_state("enlarge a disk of");
+            self.done(growth.command, Err(failure));
         }
     }
 
@@ -237,6 +264,7 @@ impl Process {
         }
         self.park(IoThreads::LONGEST)?;
         self.enter(State::Paused);
+        self.cancel_growths();
         Ok(Outcome::Done)
     }
 
@@ -392,6 +420,7 @@ impl Process {
         self.emit(VmmEvent::DiskFull { disk });
         if self.state == State::Running {
             self.enter(State::Paused);
+            self.cancel_growths();
         }
     }
 

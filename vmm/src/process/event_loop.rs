@@ -20,7 +20,7 @@ use uuid::Uuid;
 use failpoints::{Point, reach};
 use passthrough::relay::RelayEvent;
 
-use super::{event_queue::EventQueue, resets::Resets};
+use super::{commands::Growth, event_queue::EventQueue, resets::Resets};
 use crate::{
     agent_client::{RelayMessage, RelayReceiver},
     machine::{Machine, Signals, chain},
@@ -61,8 +61,10 @@ pub(super) struct Process {
     console_waiters: Vec<(u64, u64)>,
     /// Ids of [`VmmCommand::Revoke`](protocol::VmmCommand::Revoke) that a relay works on.
     revocations: Vec<u64>,
-    /// Commands that wait for the growth of a disk: their ids, and the disks.
-    pub(super) growths: Vec<(u64, String)>,
+    /// Commands that wait for the growth of a disk.
+    pub(super) growths: Vec<Growth>,
+    /// The number of the last growth.
+    pub(super) last_growth: u64,
     /// Standing denials by the agent, by adapter.
     pub(super) standing: BTreeMap<String, StandingRefusal>,
     /// The namespaces that a thread is making for the machine's sandbox. None once a machine has been configured.
@@ -106,6 +108,7 @@ impl Process {
             console_waiters: Vec::new(),
             revocations: Vec::new(),
             growths: Vec::new(),
+            last_growth: 0,
             standing: BTreeMap::new(),
             namespaces: Some(NewNamespaces::begin()?),
             relays,
@@ -175,6 +178,7 @@ impl Process {
         for (id, _) in std::mem::take(&mut self.console_waiters) {
             self.done(id, Ok(Outcome::Done));
         }
+        self.cancel_growths();
     }
 
     pub(super) fn done(&mut self, id: u64, result: Result<Outcome, Failure>) {

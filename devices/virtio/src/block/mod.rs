@@ -35,6 +35,7 @@ use crate::{
     queue::{ActiveQueue, QueueError, Request, length, part, read_array, write_bytes},
 };
 
+use self::remote::Growth;
 pub use self::remote::Remote;
 
 /// Entries of the queue.
@@ -164,6 +165,10 @@ pub struct Block {
     stalled: bool,
     /// That request has paid its limit.
     paid: bool,
+    /// The growth under way.
+    growing: Option<Growth>,
+    /// A growth has a result that the machine does not know of.
+    grown: bool,
     /// The registers that show the size.
     configuration: Arc<Configuration>,
     reports: Reports,
@@ -173,7 +178,7 @@ pub struct Block {
 pub struct Reports {
     /// A request has to wait for room on the host's file system.
     pub on_full: Box<dyn Fn() + Send>,
-    /// [`Remote::grown`] has a result.
+    /// [`Remote::grown`] has a result, and the driver has been told of a new size.
     pub on_grown: Box<dyn Fn() + Send>,
 }
 
@@ -241,6 +246,8 @@ impl Block {
             inbox,
             stalled,
             paid,
+            growing: None,
+            grown: false,
             configuration,
             reports,
         };
@@ -424,17 +431,20 @@ impl Block {
         }
     }
 
-    /// Enlarges the disk, and shows that to the driver. Returns the size.
-    fn grow(&mut self, size: u64) -> io::Result<u64> {
+    /// Takes a step to enlarge the disk, and shows the new size to the driver after the last one. Returns whether this was the
+    /// last one.
+    fn grow(&mut self, size: u64) -> io::Result<bool> {
         let now = self.disk.size();
         if size < now {
             return Err(GrowError::Smaller { has: now, wanted: size }.into());
         }
         if size > now {
-            self.disk.grow(size)?;
+            if !self.disk.grow(size)? {
+                return Ok(false);
+            }
             self.configuration.change(CAPACITY, &(size / SECTOR).to_le_bytes());
         }
-        Ok(size)
+        Ok(true)
     }
 
     fn timed(&mut self, work: impl FnOnce(&mut dyn Disk) -> io::Result<()>) -> Result<(), Failed> {
@@ -462,9 +472,21 @@ impl Engine for Block {
 
     fn wake(&mut self, _: usize) {
         self.take_limits();
-        if let Some(size) = self.inbox.size() {
-            let result = self.grow(size);
-            self.inbox.grown(result);
+        self.growing = self.inbox.growth(self.growing);
+        let Some(Growth { id, size }) = self.growing else { return };
+        match self.grow(size) {
+            // The machine may want to park the thread between two steps.
+            Ok(false) => self.inbox.event.signal(),
+            result => {
+                self.growing = None;
+                self.inbox.grown(id, result.map(drop));
+                self.grown = true;
+            }
+        }
+    }
+
+    fn settled(&mut self) {
+        if std::mem::take(&mut self.grown) {
             (self.reports.on_grown)();
         }
     }
@@ -494,7 +516,7 @@ impl Engine for Block {
         // The machine's reset drops events, and with them the news of other limits and of a size. The reset runs on another
         // thread, which must not touch the file.
         self.take_limits();
-        self.inbox.repeat();
+        self.inbox.repeat(self.growing);
     }
 
     fn disk(&mut self) -> Option<&mut dyn Disk> {

@@ -11,12 +11,23 @@ use devices::io_thread::IoEvent;
 
 use crate::limit::Limits;
 
+/// A growth of a disk.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct Growth {
+    /// The machine's number for it.
+    pub(super) id: u64,
+    /// The new size in bytes.
+    pub(super) size: u64,
+}
+
 /// The changes that the disk's thread has not made yet, and the result of the last growth.
 #[derive(Debug, Default)]
 struct Changes {
     limits: Option<Limits>,
-    size: Option<u64>,
-    grown: Option<io::Result<u64>>,
+    growth: Option<Growth>,
+    /// A growth that has begun goes no further.
+    cancelled: bool,
+    grown: Option<(u64, io::Result<()>)>,
 }
 
 /// The machine's end: changes the limits and the size of a disk. A change waits while the disk's thread is busy or
@@ -39,18 +50,26 @@ impl Remote {
     }
 
     /// Enlarges the disk to `size` bytes, whole sectors. A size that it has already is a success, too. [`Self::grown`]
-    /// has the result, once the disk's thread has called the `on_grown` of [`Block::new`](super::Block::new).
-    pub fn grow(&self, size: u64) {
+    /// has the result, once the disk's thread has called [`Reports::on_grown`](super::Reports::on_grown). The caller
+    /// gives each growth another `id`.
+    pub fn grow(&self, id: u64, size: u64) {
+        self.0.lock().growth = Some(Growth { id, size });
+        self.0.event.signal();
+    }
+
+    /// Ends a growth that is not complete. The disk keeps its size.
+    pub fn cancel_growth(&self) {
         let mut changes = self.0.lock();
-        (changes.size, changes.grown) = (Some(size), None);
+        (changes.growth, changes.cancelled) = (None, true);
         drop(changes);
         self.0.event.signal();
     }
 
-    /// Takes the result of the last growth: the disk's size. None while the growth is under way.
+    /// Takes the result of growth `id`. None while it is under way. Results of earlier growths are dropped.
     #[must_use]
-    pub fn grown(&self) -> Option<io::Result<u64>> {
-        self.0.lock().grown.take()
+    pub fn grown(&self, id: u64) -> Option<io::Result<()>> {
+        let (of, result) = self.0.lock().grown.take()?;
+        (of == id).then_some(result)
     }
 }
 
@@ -64,19 +83,21 @@ impl Inbox {
         self.lock().limits.take()
     }
 
-    /// Takes the size to grow to, if there is one.
-    pub(super) fn size(&self) -> Option<u64> {
-        self.lock().size.take()
+    /// Takes a new growth, which replaces the `present` one.
+    pub(super) fn growth(&self, present: Option<Growth>) -> Option<Growth> {
+        let mut changes = self.lock();
+        let present = present.filter(|_| !std::mem::take(&mut changes.cancelled));
+        changes.growth.take().or(present)
     }
 
     /// Leaves the result of a growth.
-    pub(super) fn grown(&self, result: io::Result<u64>) {
-        self.lock().grown = Some(result);
+    pub(super) fn grown(&self, id: u64, result: io::Result<()>) {
+        self.lock().grown = Some((id, result));
     }
 
     /// Wakes the thread again for a growth whose event was dropped.
-    pub(super) fn repeat(&self) {
-        if self.lock().size.is_some() {
+    pub(super) fn repeat(&self, present: Option<Growth>) {
+        if present.is_some() || self.lock().growth.is_some() {
             self.event.signal();
         }
     }

@@ -495,40 +495,87 @@ fn a_disk_grows_under_its_driver_which_learns_the_new_size() {
     assert_eq!(capacity(&driver), 32_u64.to_le_bytes());
     assert!(!changes(&driver));
     assert_eq!(request(&mut driver, 1, 32, &[7; 512], 0).0, ERROR, "behind the end");
-    remote.grow(20 << 10);
-    assert!(remote.grown().is_none(), "only the disk's thread can grow it");
+    remote.grow(1, 20 << 10);
+    assert!(remote.grown(1).is_none(), "only the disk's thread can grow it");
+    // Two steps, and the thread may do other work between.
+    disk.medium().more_steps = true;
     driver.pump();
-    assert_eq!(remote.grown().unwrap().unwrap(), 20 << 10);
+    remote.grown(1).unwrap().unwrap();
     assert_eq!(capacity(&driver), 40_u64.to_le_bytes());
     assert!(changes(&driver));
     assert_eq!(request(&mut driver, 1, 32, &[7; 512], 0), (OK, 1));
-    // The same size again is no news.
-    remote.grow(20 << 10);
+    // The same size again changes nothing.
+    remote.grow(2, 20 << 10);
     driver.pump();
-    assert!(remote.grown().unwrap().is_ok());
+    assert!(remote.grown(2).unwrap().is_ok());
     assert!(!changes(&driver));
     // A disk never becomes smaller, and a host without room changes nothing.
-    remote.grow(16 << 10);
+    remote.grow(3, 16 << 10);
     driver.pump();
-    assert!(remote.grown().unwrap().unwrap_err().to_string().contains("20480"));
+    assert!(remote.grown(3).unwrap().unwrap_err().to_string().contains("20480"));
     disk.medium().fail = Some(io::ErrorKind::StorageFull);
-    remote.grow(24 << 10);
+    remote.grow(4, 24 << 10);
     driver.pump();
-    assert_eq!(remote.grown().unwrap().unwrap_err().kind(), io::ErrorKind::StorageFull);
+    assert_eq!(remote.grown(4).unwrap().unwrap_err().kind(), io::ErrorKind::StorageFull);
     assert_eq!(capacity(&driver), 40_u64.to_le_bytes());
     assert!(!changes(&driver));
 }
 
 #[test]
 fn a_growth_that_a_reset_overtakes_is_made_afterwards() {
-    let (mut driver, disk, _, remote) = commanded(options(), FLUSH);
-    remote.grow(20 << 10);
-    driver.forget();
-    assert!(driver.function.reset().is_ok());
-    assert_eq!(disk.medium().bytes.len(), 16 << 10, "not on the thread of the reset");
-    driver.enable();
-    driver.start(VERSION_1 | FLUSH, 16);
+    for begun in [false, true] {
+        let (mut driver, disk, _, remote) = commanded(options(), FLUSH);
+        remote.grow(1, 20 << 10);
+        if begun {
+            disk.medium().more_steps = true;
+            driver.pump_once();
+        }
+        driver.forget();
+        assert!(driver.function.reset().is_ok());
+        assert_eq!(disk.medium().bytes.len(), 16 << 10, "not on the thread of the reset");
+        driver.enable();
+        driver.start(VERSION_1 | FLUSH, 16);
+        driver.pump();
+        remote.grown(1).unwrap().unwrap();
+        assert_eq!(driver.get::<8>(0x200), 40_u64.to_le_bytes());
+    }
+}
+
+/// A driver reads the size before it is ready, and must not keep an old one.
+#[test]
+fn a_disk_that_grows_before_its_driver_is_ready_reports_that() {
+    let (mut driver, _, _, remote) = commanded(options(), FLUSH);
+    driver.set_status(0);
     driver.pump();
-    assert_eq!(remote.grown().unwrap().unwrap(), 20 << 10);
-    assert_eq!(driver.get::<8>(0x200), 40_u64.to_le_bytes());
+    driver.negotiate(VERSION_1 | FLUSH);
+    assert_eq!(driver.get::<8>(0x200), 32_u64.to_le_bytes());
+    remote.grow(1, 20 << 10);
+    driver.pump();
+    assert!(!changes(&driver), "nobody is ready for it");
+    driver.start(VERSION_1 | FLUSH, 16);
+    assert!(changes(&driver));
+}
+
+#[test]
+fn a_growth_can_be_cancelled_and_has_only_its_own_result() {
+    let (mut driver, disk, _, remote) = commanded(options(), FLUSH);
+    for begun in [false, true] {
+        remote.grow(1, 20 << 10);
+        if begun {
+            disk.medium().more_steps = true;
+            driver.pump_once();
+        }
+        remote.cancel_growth();
+        driver.pump();
+        assert!(remote.grown(1).is_none());
+        assert_eq!(disk.medium().bytes.len(), 16 << 10, "begun: {begun}");
+    }
+    // A caller who is gone leaves a result that is not the next one's.
+    remote.grow(2, 20 << 10);
+    driver.pump();
+    remote.grow(3, 24 << 10);
+    assert!(remote.grown(3).is_none());
+    driver.pump();
+    remote.grown(3).unwrap().unwrap();
+    assert_eq!(disk.medium().bytes.len(), 24 << 10);
 }

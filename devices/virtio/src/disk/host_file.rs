@@ -10,9 +10,10 @@ use vm_memory::VolatileSlice;
 use super::transfer;
 use crate::queue::{length, part, write_bytes};
 
-/// The alignment of offsets, lengths and addresses that any storage takes without the page cache (open(2), O_DIRECT): no
-/// logical block of a device is longer, and a page begins at such an address.
+/// The alignment of offsets, lengths and addresses for accesses without the page cache (open(2), O_DIRECT): a page. Devices with
+/// longer logical blocks (from Linux 6.15 on) fail such accesses.
 pub(super) const BLOCK: u64 = 4096;
+const BLOCK_LEN: usize = 4096;
 /// The most bytes that a copy holds at once.
 const CHUNK: u64 = 1 << 20;
 
@@ -71,9 +72,15 @@ impl HostFile {
         for chunk in Chunk::all(offset, length(buffers)) {
             let count = chunk.blocks_len();
             let blocks = copy.blocks(count);
-            blocks.fill(0);
-            if chunk.len < count {
-                transfer::read_some(&self.file, chunk.first_block, (&mut *blocks).into())?;
+            // Only the first and the last block can have other contents, which stay.
+            let first = (chunk.skip > 0).then_some(0);
+            let last = (chunk.skip + chunk.len < count).then_some(count - BLOCK);
+            for at in first.into_iter().chain(last) {
+                let from = usize::try_from(at).unwrap_or(usize::MAX);
+                let (_, bytes) = blocks.split_at_mut_checked(from).unwrap_or_default();
+                let bytes = bytes.chunks_mut(BLOCK_LEN).next().unwrap_or_default();
+                bytes.fill(0);
+                transfer::read_some(&self.file, chunk.first_block.saturating_add(at), bytes.into())?;
             }
             let mut data = copy.inside_mut(&chunk);
             for buffer in part(buffers, chunk.done, chunk.len) {

@@ -85,12 +85,14 @@ pub trait Disk: Send {
     /// Those of the host's file.
     fn write_zeroes(&mut self, offset: u64, len: u64, may_discard: bool) -> io::Result<()>;
 
-    /// Enlarges the disk to `size` bytes, in whole sectors and not less than now. The new part reads as zeroes, unless the
-    /// host's block device has other contents there. After an error the disk has its old size.
+    /// Takes a step to enlarge the disk to `size` bytes, in whole sectors and not less than now. Returns whether it was the last
+    /// one: then the size is on stable storage, and the new part reads as zeroes, unless the host's block device has other
+    /// contents there. Other calls may come between two steps. After an error, or without further steps, the disk has its
+    /// old size.
     ///
     /// # Errors
     /// Those of the host's file, [`GrowError`] as the source of others.
-    fn grow(&mut self, size: u64) -> io::Result<()>;
+    fn grow(&mut self, size: u64) -> io::Result<bool>;
 }
 
 /// A disk cannot have a size, whatever its host has.
@@ -113,7 +115,7 @@ pub enum GrowError {
         wanted: u64,
     },
     /// Without the host's cache a file has whole blocks.
-    #[error("{wanted} bytes are no multiple of {block}, as a file without the host's cache needs it")]
+    #[error("{wanted} is not a multiple of {block} bytes, which a file without the host's cache needs")]
     Blocks {
         /// The size that the disk was to have.
         wanted: u64,

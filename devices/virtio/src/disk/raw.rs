@@ -47,11 +47,10 @@ impl RawDisk {
         let end = file.seek(SeekFrom::End(0))?;
         let is_device = file.metadata()?.file_type().is_block_device();
         let (file, size) = (HostFile::new(file)?, end - end % SECTOR);
-        if file.is_direct() && !is_device && !end.is_multiple_of(BLOCK) {
+        if file.is_direct() && !end.is_multiple_of(BLOCK) {
             // The last block could only be written as a whole, and that would make the file longer.
             let text = format!(
-                "its file has {end} bytes, and without the host's cache it needs a multiple of {BLOCK}: run `truncate -s %{BLOCK}` \
-                 on it, or leave out cache"
+                "it has {end} bytes, and without the host's cache it needs a multiple of {BLOCK}: leave out cache"
             );
             return Err(io::Error::other(text));
         }
@@ -62,6 +61,19 @@ impl RawDisk {
     #[must_use]
     pub fn file_length(&self) -> u64 {
         if self.is_device { 0 } else { self.size }
+    }
+
+    /// Makes the file of `has` bytes longer, unless it is so long already.
+    fn lengthen(&mut self, has: u64, size: u64) -> io::Result<()> {
+        let file = &self.file.file;
+        if has > self.size && has < self.size.saturating_add(SECTOR) {
+            // A last incomplete sector was left out. The guest never saw it, and must not see it now.
+            file.set_len(self.size)?;
+        }
+        if has < size {
+            file.set_len(size)?;
+        }
+        self.flush()
     }
 
     /// Makes a hole. Returns whether the host's file system or device can.
@@ -127,22 +139,18 @@ impl Disk for RawDisk {
         Ok(())
     }
 
-    fn grow(&mut self, size: u64) -> io::Result<()> {
-        if self.is_device {
-            let has = self.file.file.seek(SeekFrom::End(0))?;
-            if has < size {
-                return Err(GrowError::Device { has, wanted: size }.into());
-            }
-        } else {
-            if self.file.is_direct() && !size.is_multiple_of(BLOCK) {
-                return Err(GrowError::Blocks { wanted: size, block: BLOCK }.into());
-            }
-            // A last incomplete sector was left out. The guest never saw it, and must not see it now.
-            self.file.file.set_len(self.size)?;
-            self.file.file.set_len(size)?;
+    fn grow(&mut self, size: u64) -> io::Result<bool> {
+        if self.file.is_direct() && !size.is_multiple_of(BLOCK) {
+            return Err(GrowError::Blocks { wanted: size, block: BLOCK }.into());
+        }
+        let has = self.file.file.seek(SeekFrom::End(0))?;
+        if !self.is_device {
+            self.lengthen(has, size)?;
+        } else if has < size {
+            return Err(GrowError::Device { has, wanted: size }.into());
         }
         self.size = size;
-        Ok(())
+        Ok(true)
     }
 }
 

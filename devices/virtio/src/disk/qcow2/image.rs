@@ -104,6 +104,8 @@ pub(super) struct Image {
     pub(super) writer: Option<Writer>,
     /// The last compressed cluster that was read, by its offset. Nothing here writes such clusters.
     unpacked: Option<(u64, Vec<u8>)>,
+    /// A growth has hidden all contents of the backing file between the end of the disk and here.
+    pub(super) hidden: u64,
 }
 
 impl Image {
@@ -126,7 +128,7 @@ impl Image {
             _ => {}
         }
         let cache = Cache::new(header.cluster(), if writable { CACHE } else { READ_CACHE });
-        let mut image = Self { header, storage, cache, backing, writer: None, unpacked: None };
+        let mut image = Self { header, storage, cache, backing, writer: None, unpacked: None, hidden: 0 };
         image.check_end()?;
         if writable {
             image.prepare_writes()?;

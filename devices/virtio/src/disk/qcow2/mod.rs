@@ -169,7 +169,7 @@ impl Disk for Qcow2Disk {
         self.image.write_zeroes(offset, len, may_discard)
     }
 
-    fn grow(&mut self, size: u64) -> io::Result<()> {
+    fn grow(&mut self, size: u64) -> io::Result<bool> {
         self.image.grow(size)
     }
 }

@@ -106,7 +106,11 @@ fn run(disk: &mut Qcow2Disk, step: Step, number: u32) -> io::Result<()> {
         Step::Zeroes(at, len, may_discard) => disk.write_zeroes(at * SECTOR, len * SECTOR, may_discard),
         Step::Discard(at, len) => disk.discard(at * SECTOR, len * SECTOR),
         // A bound for the test's own time.
-        Step::Grow(sectors) => disk.grow((disk.size() + sectors * SECTOR).min(MOST.max(disk.size()))),
+        Step::Grow(sectors) => {
+            let size = (disk.size() + sectors * SECTOR).min(MOST.max(disk.size()));
+            while !disk.grow(size)? {}
+            Ok(())
+        }
         Step::Flush => disk.flush(),
     }
 }

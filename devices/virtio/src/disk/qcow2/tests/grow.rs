@@ -4,6 +4,12 @@
 
 use super::{super::super::GrowError, crash::cut, *};
 
+/// Enlarges a disk, in all steps.
+fn grow(disk: &mut Qcow2Disk, size: u64) -> io::Result<()> {
+    while !disk.grow(size)? {}
+    Ok(())
+}
+
 /// A disk of 1 MiB less a sector, in an image with clusters of this option.
 fn image(lab: &Lab, options: &str) {
     lab.create("a.qcow2", options, &((1 << 20) - 512).to_string());
@@ -21,7 +27,7 @@ fn the_new_part_hides_the_backing_file_and_the_rest_of_the_last_cluster() {
     let mut expected = base[..(1 << 20) - 512].to_vec();
     expected[960 << 10..(960 << 10) + 512].fill(7);
     for size in [1_u64 << 20, (1 << 20) + 4096, 1600 << 10, 3 << 20] {
-        disk.grow(size).unwrap();
+        grow(&mut disk, size).unwrap();
         expected.resize(usize::try_from(size).unwrap(), 0);
         assert_eq!(disk.size(), size);
         assert!(read_all(&mut disk) == expected, "{size}");
@@ -47,7 +53,7 @@ fn a_much_larger_disk_has_a_longer_table_elsewhere_and_the_old_one_is_free() {
         write(&mut disk, 4096, &[5; 8192]).unwrap();
         let before = disk.image.header.l1;
         // 256 clusters of L1 with clusters of 4 KiB.
-        disk.grow(SIZE).unwrap();
+        grow(&mut disk, SIZE).unwrap();
         assert_ne!(disk.image.header.l1, before);
         assert_eq!(read(&mut disk, 4096, 8192), [5; 8192]);
         let last = SIZE - 4096;
@@ -67,15 +73,15 @@ fn a_size_that_the_format_or_the_host_cannot_have_changes_nothing() {
     let lab = Lab::new();
     image(&lab, "-o cluster_size=4k");
     let mut disk = lab.open("a.qcow2", &[]);
-    let error = disk.grow(1 << 50).unwrap_err();
+    let error = grow(&mut disk, 1 << 50).unwrap_err();
     let cause = error.get_ref().and_then(|cause| cause.downcast_ref::<GrowError>()).expect("a cause");
     assert_eq!(*cause, GrowError::TooLarge { most: 8 << 40, wanted: 1 << 50 });
     disk.image.storage.most = Some(0);
-    assert_eq!(disk.grow(1 << 40).unwrap_err().kind(), io::ErrorKind::StorageFull);
+    assert_eq!(grow(&mut disk, 1 << 40).unwrap_err().kind(), io::ErrorKind::StorageFull);
     assert_eq!(disk.size(), (1 << 20) - 512);
     disk.image.storage.most = None;
-    // What was given up is not lost for later.
-    disk.grow(1 << 40).unwrap();
+    // The clusters of the failed attempt are free again.
+    grow(&mut disk, 1 << 40).unwrap();
     drop(disk);
     lab.check("a.qcow2", false);
     let error = lab.try_open("a.qcow2", &[], false).unwrap().grow(1 << 41).unwrap_err();
@@ -89,8 +95,8 @@ fn a_table_that_no_row_of_clusters_can_hold_is_refused() {
     image(&lab, "-o cluster_size=4k,refcount_bits=64");
     let mut disk = lab.open("a.qcow2", &[]);
     write(&mut disk, 0, &[1; 4096]).unwrap();
-    assert!(disk.grow(1 << 40).unwrap_err().to_string().contains("qemu-img resize"));
-    disk.grow(2 << 20).unwrap();
+    assert!(grow(&mut disk, 1 << 40).unwrap_err().to_string().contains("qemu-img resize"));
+    grow(&mut disk, 2 << 20).unwrap();
     drop(disk);
     lab.check("a.qcow2", false);
 }
@@ -108,7 +114,7 @@ fn a_power_cut_leaves_the_old_size_or_the_new_one() {
     let old = read_all(&mut disk);
     let start = std::fs::read(lab.path("a.qcow2")).unwrap();
     disk.image.storage.journal = Some(Vec::new());
-    disk.grow(3 << 20).unwrap();
+    grow(&mut disk, 3 << 20).unwrap();
     let changes = disk.image.storage.journal.take().unwrap();
     drop(disk);
     let new = [old.clone(), vec![0; (3 << 20) - old.len()]].concat();

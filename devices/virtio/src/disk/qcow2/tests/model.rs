@@ -113,7 +113,7 @@ fn run_in(lab: &Lab, steps: Vec<Step>, options: &str, backing: &[&str], cluster:
             }
             Step::Grow(sectors) => {
                 model.resize(MOST.min(size + sectors * 512), 0);
-                disk.grow(model.len() as u64).unwrap();
+                while !disk.grow(model.len() as u64).unwrap() {}
             }
             Step::Flush => disk.flush().unwrap(),
             Step::Reopen => {
