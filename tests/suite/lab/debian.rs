@@ -73,6 +73,49 @@ impl Host {
         std::fs::write(self.path("web1.toml"), file).unwrap();
     }
 
+    /// Installs the lab's kernel and initramfs on the disk, as Debian's packages do, and takes those of the host out of the
+    /// specification's reach.
+    fn install_first_kernel(&self, agent: &Agent) {
+        for (file, name, link) in [
+            (host::kernel(true), "vmlinuz-first", "vmlinuz"),
+            (host::initramfs_for_disk(), "initrd.img-first", "initrd.img"),
+        ] {
+            for request in
+                [format!("write {} /boot/{name}", file.display()), format!("symlink /{link} boot/{name}")]
+            {
+                host::run("debugfs", &["-w", "-R", &request, host::DEBIAN]);
+            }
+        }
+        file_system_is_whole();
+        for image in ["vmlinux", "initrd-for-disk"] {
+            std::fs::remove_file(agent.directory().join("images").join(image)).unwrap();
+        }
+    }
+
+    /// Makes a package with the same kernel under another build number, as a disk's file. Returns the length of the package.
+    fn second_kernel(&self, agent: &Agent) -> u64 {
+        let tree = self.path("package");
+        std::fs::create_dir_all(tree.join("boot")).unwrap();
+        std::fs::create_dir(tree.join("DEBIAN")).unwrap();
+        let kernel = tree.join("boot/vmlinuz-second");
+        let kernel = kernel.to_str().unwrap();
+        std::fs::copy(host::kernel(true), kernel).unwrap();
+        let script =
+            format!("LC_ALL=C sed -i 's/#1 SMP/#2 SMP/g' {kernel} && LC_ALL=C grep -aq '#2 SMP' {kernel}");
+        host::run("bash", &["-ec", &script]);
+        let control = "Package: linux-image-second\nVersion: 2\nArchitecture: amd64\nMaintainer: tests\nDescription: a kernel\n";
+        std::fs::write(tree.join("DEBIAN/control"), control).unwrap();
+        let script = tree.join("DEBIAN/postinst");
+        std::fs::write(&script, "#!/bin/sh\nset -e\nln -sfn boot/vmlinuz-second /vmlinuz\n").unwrap();
+        host::run("chmod", &["755", script.to_str().unwrap()]);
+        let file = agent.directory().join("disks/kernel.deb");
+        host::run("dpkg-deb", &["-Znone", "--build", tree.to_str().unwrap(), file.to_str().unwrap()]);
+        let length = std::fs::metadata(&file).unwrap().len();
+        host::run("truncate", &["--size=%4096", file.to_str().unwrap()]);
+        std::fs::remove_dir_all(tree).unwrap();
+        length
+    }
+
     fn try_ssh(&self, user: &str, command: &str) -> Output {
         let connection = self.path(&format!("{user}.sock"));
         Command::new("ssh")
@@ -203,31 +246,44 @@ fn a_debian_boots_from_its_disk_and_an_overlay_keeps_its_data_and_obeys_policy()
     host::run("debugfs", &["-R", &format!("dump /root/data {dumped}"), host::DEBIAN]);
     assert_eq!(contents(dumped), sum);
 
+    host_of.install_first_kernel(&agent);
     on_an_overlay(&host_of, &agent, &sum);
 }
 
-/// Boots the VM again, from an overlay over its disk, and reboots it. It has its data, and its base stays as it is.
+/// Boots the VM again, from an overlay over its disk and with the kernel there. Enlarges the disk, installs another kernel inside,
+/// and reboots into it. The VM has its data, and its base stays as it is.
 fn on_an_overlay(host_of: &Host, agent: &Agent, sum: &str) {
+    let package = host_of.second_kernel(agent);
     let overlay = agent.directory().join("disks/web1.qcow2");
     let overlay = overlay.to_str().unwrap();
     host::run("qemu-img", &["create", "-q", "-f", "qcow2", "-F", "raw", "-b", host::DEBIAN, overlay]);
     let before = sectors_written();
-    let disks = json!([{
-        "id": "root", "path": "web1.qcow2", "format": "qcow2", "backing": [{ "path": host::DEBIAN, "format": "raw" }],
-    }]);
-    agent.ask(agent.client.patch_vm("web1", &json!({ "disks": disks }), None)).unwrap();
+    let disks = json!([
+        {
+            "id": "root", "path": "web1.qcow2", "format": "qcow2",
+            "backing": [{ "path": host::DEBIAN, "format": "raw" }],
+        },
+        { "id": "package", "path": "kernel.deb", "format": "raw", "read_only": true, "cache": "none" },
+    ]);
+    let boot = json!({ "kernel": null, "initramfs": null, "disk": "root" });
+    agent.ask(agent.client.patch_vm("web1", &json!({ "disks": disks, "boot": boot }), None)).unwrap();
     agent.act("web1", VmAction::Boot).unwrap();
     let mut guest = Guest::new(agent, "web1".to_owned());
     login(&mut guest, "after a kill");
     host_of.connect();
+    assert!(host_of.ssh("uname -v").starts_with("#1 "), "the kernel of the base");
     let sum_of = |file: &str| host_of.ssh(&format!("sha256sum {file}"))[..64].to_owned();
     assert_eq!(sum_of("/root/data"), sum);
     assert_eq!(host_of.ssh("cat /root/first-boot"), "configured", "once");
     host_of.ssh("dd if=/dev/urandom of=/root/data2 bs=64k count=32 conv=fsync 2>/dev/null");
     let second = sum_of("/root/data2");
+    grow(host_of, agent);
+    // The device is longer than the package: whole blocks.
+    host_of.ssh(&format!("head -c {package} /dev/vdb >/root/kernel.deb && dpkg -i /root/kernel.deb && sync"));
     let _ = host_of.try_ssh("root", "systemctl reboot");
     login(&mut guest, "after a reboot");
     host_of.connect();
+    assert!(host_of.ssh("uname -v").starts_with("#2 "), "the kernel that was installed inside");
     assert_eq!([sum_of("/root/data"), sum_of("/root/data2")], [sum, &second]);
     let stats = agent.stats("web1").disks["root"];
     assert!(stats.reads > 100 && stats.writes > 10 && stats.flushes > 0 && stats.errors == 0, "{stats:?}");
@@ -235,6 +291,18 @@ fn on_an_overlay(host_of: &Host, agent: &Agent, sum: &str) {
     agent.wait_for_state("web1", VmState::Stopped);
     host::run("qemu-img", &["check", "-q", overlay]);
     assert_eq!(sectors_written(), before, "the base");
+}
+
+/// Enlarges the disk under the guest, and the guest's file system. The vmm has the limits of a VM that the agent boots as root.
+fn grow(host_of: &Host, agent: &Agent) {
+    let size = || host_of.ssh("cat /sys/block/vda/size").parse::<u64>().unwrap() * 512;
+    let room = || host_of.ssh("df --output=size -B1 / | tail -1").trim().parse::<u64>().unwrap();
+    let (old, before, wanted) = (size(), room(), size() + (256 << 20));
+    let asked = serde_json::from_value(json!({ "disk": "root", "size": wanted })).unwrap();
+    agent.ask(agent.client.resize_disk("web1", &asked)).unwrap();
+    assert_eq!(size(), wanted, "it was {old}");
+    host_of.ssh("resize2fs /dev/vda");
+    assert!(room() > before + (200 << 20), "{before} bytes became {}", room());
 }
 
 /// The sectors that the host has written to its disk (the kernel's `Documentation/block/stat.rst`, field 7). A sum of the
