@@ -531,8 +531,9 @@ mod tests {
             "name": "web1", "memory": "2MiB", "boot": { "kernel": "k", "initramfs": "/secret", "cmdline": "c" },
         }))
         .unwrap();
-        let changes: [fn(&mut VmSpec); 4] = [
+        let changes: [fn(&mut VmSpec); 5] = [
             |spec| spec.boot.kernel = Some("other".into()),
+            |spec| spec.boot.disk = "other".parse().ok(),
             |spec| spec.boot.initramfs = Some("/other".into()),
             |spec| spec.boot.initramfs = None,
             |spec| spec.boot.cmdline = "dump".into(),

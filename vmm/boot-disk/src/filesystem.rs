@@ -7,7 +7,7 @@ use std::{
     rc::Rc,
 };
 
-use crate::{error::Fault, volume::Volume};
+use crate::error::Fault;
 
 /// The most names of a directory that are looked at.
 pub(crate) const MOST_NAMES: usize = 512;
@@ -93,37 +93,4 @@ impl Read for Part {
 pub(crate) fn text(files: &dyn FileSystem, path: &str, most: u64) -> Result<String, Fault> {
     let bytes = Part::whole(files.open(path)?).all(path, most)?;
     Ok(String::from_utf8_lossy(&bytes).into_owned())
-}
-
-/// Opens the file system of a volume. None for a volume without one that is known.
-pub(crate) fn open(volume: &Volume) -> Result<Option<Rc<dyn FileSystem>>, Fault> {
-    // Magic numbers: their offset, their bytes, their name.
-    const OTHERS: [(u64, &[u8], &str); 9] = [
-        (0, b"XFSB", "the file system XFS"),
-        (0x1_0040, b"_BHRfS_M", "the file system Btrfs"),
-        (0, b"LUKS\xba\xbe", "an encrypted volume (LUKS)"),
-        (512, b"LABELONE", "a physical volume of LVM"),
-        (1024, &[0x10, 0x20, 0xf5, 0xf2], "the file system F2FS"),
-        (1024, &[0xe2, 0xe1, 0xf5, 0xe0], "the file system EROFS"),
-        (0, b"hsqs", "the file system SquashFS"),
-        (0x8001, b"CD001", "the file system ISO 9660"),
-        (3, b"NTFS    ", "the file system NTFS"),
-    ];
-    for (at, magic, name) in OTHERS {
-        let mut found = [0; 8];
-        let found = found.get_mut(..magic.len()).unwrap_or_default();
-        if at.saturating_add(found.len() as u64) <= volume.size() {
-            volume.read(at, found)?;
-            if found == magic {
-                return Err(Fault::Unsupported(name.to_owned()));
-            }
-        }
-    }
-    if let Some(found) = crate::ext4::Ext4::open(volume)? {
-        return Ok(Some(Rc::new(found)));
-    }
-    if let Some(found) = crate::fat::Fat::open(volume)? {
-        return Ok(Some(Rc::new(found)));
-    }
-    Ok(None)
 }

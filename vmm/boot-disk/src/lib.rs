@@ -25,6 +25,7 @@ mod filesystem;
 pub mod fuzz;
 mod grub;
 mod partitions;
+mod probe;
 #[cfg(test)]
 mod testing;
 mod uki;
@@ -90,7 +91,7 @@ fn find_within(disk: Box<dyn Disk>, memory: u64, budget: u64) -> Result<Entry, F
     partitions.sort_by_key(|partition| !partition.for_loaders);
     for partition in partitions {
         let name = partition.name;
-        match filesystem::open(&partition.volume) {
+        match probe::open(&partition.volume) {
             Ok(Some(files)) => opened.push((format!("{name}, {}", files.kind()), files)),
             Ok(None) => places.add(&name, &"no file system that is known"),
             Err(fault) => places.add(&name, &fault.local()?),
