@@ -235,10 +235,11 @@ impl Client {
         self.read(Call::new(Method::POST, format!("/v1/vms/{}/clone", segment(vm))).json(copy)?).await
     }
 
-    /// `POST /v1/vms/{name}/resize-disk`.
+    /// `POST /v1/vms/{name}/resize-disk`. The agent waits for at most 300 seconds.
     pub async fn resize_disk(&self, vm: &str, wanted: &DiskSize) -> Result<DiskSize, ClientError> {
-        let call = Call::new(Method::POST, format!("/v1/vms/{}/resize-disk", segment(vm)));
-        self.read(call.json(wanted)?).await
+        let call = Call::new(Method::POST, format!("/v1/vms/{}/resize-disk", segment(vm))).json(wanted)?;
+        let patience = PATIENCE.saturating_add(Duration::from_secs(300));
+        self.read(Call { patience, ..call }).await
     }
 
     /// `DELETE /v1/vms/{name}`, only at this revision if there is one.

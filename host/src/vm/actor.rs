@@ -15,6 +15,7 @@ mod restart;
 mod room;
 
 use std::{
+    collections::HashMap,
     future::pending,
     sync::Arc,
     time::{Duration, Instant},
@@ -24,7 +25,7 @@ use api::{
     Caller, LeaseTerms,
     problem::{Problem, ProblemCode},
     types::{
-        Cause, CauseCode, EventKind, ObjectKind, OperationAction, Owner, RestartStatus, Stage, Subject,
+        Cause, CauseCode, EventKind, Name, ObjectKind, OperationAction, Owner, RestartStatus, Stage, Subject,
         Timestamp, VmAction, VmState,
     },
 };
@@ -116,6 +117,8 @@ struct Actor {
     button: Option<u32>,
     /// The time at which the process is killed if it has not ended.
     deadline: Option<Instant>,
+    /// The largest sizes that running disks were to have, and for which the process may write longer files.
+    grown: HashMap<Name, u64>,
     /// The wait for room on a disk's file system.
     room: room::Room,
     /// The next boot by the agent itself.
@@ -183,6 +186,7 @@ pub(super) async fn run(
         end: None,
         misbehaved: None,
         deadline: None,
+        grown: HashMap::new(),
         room: room::Room::default(),
         due: None,
         resting: Vec::new(),

@@ -627,6 +627,43 @@ fn a_disk_grows_while_its_guest_runs() {
     host::run("qemu-img", &["check", "-q", image.to_str().unwrap()]);
 }
 
+/// To hide a long base takes seconds, which nobody has to wait for.
+#[test]
+fn a_pause_or_a_stop_ends_a_growth_and_the_disk_keeps_its_size() {
+    let agent = Agent::start_with(Options::for_tests(&["--sandbox-off", "limits"]));
+    let base = agent.disk("base.raw", 1 << 40);
+    let image = base.with_file_name("b.qcow2");
+    let options = ["create", "-q", "-f", "qcow2", "-o", "cluster_size=4k", "-F", "raw", "-b", "base.raw"];
+    host::run("qemu-img", &[&options[..], &[image.to_str().unwrap(), "1M"]].concat());
+    let disks = json!([
+        {"id": "b", "path": "b.qcow2", "format": "qcow2", "backing": [{"path": "base.raw", "format": "raw"}]},
+    ]);
+    let mut guest = boot(&agent, &spec(&agent, "web1", disks));
+    guest.ask("disk-probe");
+    let wanted = serde_json::from_value(json!({"disk": "b", "size": "1TiB"})).unwrap();
+    for action in [VmAction::Pause, VmAction::Stop] {
+        let both = async {
+            let later = async {
+                tokio::time::sleep(Duration::from_millis(300)).await;
+                agent.client.act("web1", action, Duration::from_secs(20)).await
+            };
+            let (grown, ended) = tokio::join!(agent.client.resize_disk("web1", &wanted), later);
+            ended.and(grown)
+        };
+        let problem = agent.ask(both).unwrap_err();
+        assert_eq!(problem.code, ProblemCode::WrongState, "{problem}");
+        if action == VmAction::Pause {
+            agent.act("web1", VmAction::Resume).unwrap();
+            assert_eq!(guest.ask("disk-size"), "same sectors=2048");
+            assert_eq!(guest.ask("disk-write 2047 end"), "ok");
+            assert_eq!(guest.ask("disk-flush"), "ok");
+        }
+    }
+    host::run("qemu-img", &["check", "-q", image.to_str().unwrap()]);
+    let info = host::run("qemu-img", &["info", "--output=json", image.to_str().unwrap()]);
+    assert!(info.contains("\"virtual-size\": 1048576"), "{info}");
+}
+
 #[test]
 fn a_pause_and_a_stop_do_not_wait_for_a_busy_disk() {
     let agent = Agent::start();

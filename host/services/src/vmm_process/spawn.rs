@@ -159,18 +159,22 @@ pub fn limit_memlock(process: &Process, need: u64) -> Result<(), SpawnError> {
     }
 }
 
-/// Lets `process` write files that are longer by `more` bytes than so far. A process without a limit keeps none.
+/// Lets `process` write files of the length that `longest` makes of the present limit, if that is more. A process without a
+/// limit keeps none.
 ///
 /// # Errors
 /// Those of `prlimit(2)`: this process may not raise the limit of another user's process, or a hard limit.
-pub fn allow_longer_files(process: &Process, more: u64) -> io::Result<()> {
+pub fn allow_longer_files(process: &Process, longest: impl Fn(u64) -> u64) -> io::Result<()> {
     let pid = process.identity().pid;
-    // Anybody may read it, and a process without a limit needs no privilege here (proc(5)).
+    // Every process may read it, and a limit that suffices needs no privilege here (proc(5)).
     let limits = std::fs::read_to_string(format!("/proc/{pid}/limits"))?;
     let line = limits.lines().find_map(|line| line.strip_prefix("Max file size")).unwrap_or_default();
     let mut words = line.split_ascii_whitespace().map(|word| word.parse::<u64>().ok());
     let (Some(Some(now)), maximum) = (words.next(), words.next().flatten()) else { return Ok(()) };
-    let longest = now.saturating_add(more);
+    let longest = longest(now);
+    if longest <= now {
+        return Ok(());
+    }
     let limit = Rlimit { current: Some(longest), maximum: maximum.map(|maximum| maximum.max(longest)) };
     Ok(prlimit(Pid::from_raw(pid), Resource::Fsize, limit).map(drop)?)
 }
@@ -267,7 +271,7 @@ mod tests {
             line.split_ascii_whitespace().nth(3).unwrap().to_owned()
         };
         let mut free = spawn(&shell("exec sleep 60"), &first, vm).unwrap();
-        allow_longer_files(&free, 4096).unwrap();
+        allow_longer_files(&free, |now| now + 4096).unwrap();
         assert_eq!(longest(&free), "unlimited");
         let (_other, directory, vm) = directory();
         let mut limited = spawn(&shell("ulimit -S -f 64; exec sleep 60"), &directory, vm).unwrap();
@@ -276,8 +280,10 @@ mod tests {
             assert!(Instant::now() < deadline);
             tokio::time::sleep(Duration::from_millis(5)).await;
         }
-        allow_longer_files(&limited, 4096).unwrap();
+        allow_longer_files(&limited, |now| now + 4096).unwrap();
         assert_eq!(longest(&limited), "36864");
+        allow_longer_files(&limited, |_| 4096).unwrap();
+        assert_eq!(longest(&limited), "36864", "never lower");
         for process in [&mut free, &mut limited] {
             process.kill();
             process.ended().await;

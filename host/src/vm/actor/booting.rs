@@ -179,6 +179,7 @@ impl Actor {
         reach(Point::BootSpawned);
         self.run.process = Some(process.identity().clone());
         self.process = Some(process);
+        self.grown.clear();
         self.store().await?;
         reach(Point::BootProcessStored);
         self.limit().await?;
