@@ -15,7 +15,7 @@ use std::{collections::BTreeMap, fmt, io};
 use protocol::{CpuRange, PlacementSpec};
 
 use self::affinity::CpuMask;
-pub(crate) use self::{node::bind, populate::populate};
+pub(crate) use self::{node::bind, populate::{PopulateError, populate}};
 
 /// Errors of a machine's place.
 #[derive(Debug, thiserror::Error)]
