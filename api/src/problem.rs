@@ -187,10 +187,10 @@ problem_codes! {
         "Raise the limit: `LimitMEMLOCK=infinity` in the agent's unit, or `ulimit -l unlimited`.";
     /// Guest memory is not available (huge pages included).
     MemoryUnavailable = "memory_unavailable", 503, "Not enough memory",
-        "The host has too little memory for the guest, or too few huge pages of its size, on any node or on that of `placement`.",
-        "Stop other VMs, give the VM less memory, or reserve huge pages (`/proc/sys/vm/nr_hugepages`).";
+        "The host has too little memory for the guest, or too few huge pages of its size, on any node or on that of `placement`; or a control group above the VM's has a limit of huge pages.",
+        "Stop other VMs, give the VM less memory, or reserve huge pages of its size (`/sys/kernel/mm/hugepages/hugepages-*kB/nr_hugepages`), or on its node (`/sys/devices/system/node/node*/hugepages`).";
     /// The VM cannot be where its specification places it.
-    PlacementUnavailable = "placement_unavailable", 409, "The host cannot place the VM so",
+    PlacementUnavailable = "placement_unavailable", 409, "The placement is not possible",
         "A CPU of `placement` is offline, or the cpuset of VMs' processes lacks it; the NUMA node does not exist or has no memory; or the adapters of `numa = \"of_adapters\"` are on several nodes.",
         "Name CPUs and a node that `portcullis check` shows, or leave that part out.";
     /// KVM of this host lacks a feature of the guest's CPUs.

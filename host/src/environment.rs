@@ -90,6 +90,8 @@ pub struct Environment<P = Policy> {
     pub metrics: Metrics,
     /// Held while functions are chosen and claimed, or the number of VFs changes.
     pub claiming: tokio::sync::Mutex<()>,
+    /// Held while a VM takes huge pages, from the check of the pool on: of two VMs, one gets all of its pages.
+    pub filling: tokio::sync::Mutex<()>,
 }
 
 impl Environment<()> {
@@ -128,6 +130,7 @@ impl Environment<()> {
             policy: (),
             metrics: Metrics::default(),
             claiming: tokio::sync::Mutex::new(()),
+            filling: tokio::sync::Mutex::new(()),
         }
     }
 
@@ -164,6 +167,7 @@ impl Environment<()> {
             policy,
             metrics: self.metrics,
             claiming: self.claiming,
+            filling: self.filling,
         }
     }
 }

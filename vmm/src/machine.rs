@@ -201,7 +201,7 @@ impl Machine {
         let initramfs = initramfs.collect::<Result<Vec<OwnedFd>, _>>()?;
         let strings = files.take(files::OEM_STRINGS).map(File::from);
         let smbios = boot::smbios::tables(spec, strings)?;
-        let pinning = Pinning::begin(&spec.placement)?;
+        let pinning = Pinning::begin(&spec.placement, spec.cpus)?;
         let kvm = open_kvm(kvm, spec)?;
         let vm = Arc::new(create_vm(&kvm, spec.features)?);
         // Set up the parts of KVM that no guest influences while a thread makes the namespaces.

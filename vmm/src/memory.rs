@@ -17,7 +17,10 @@ use vm_memory::{
     GuestAddress, GuestMemoryBackend, GuestMemoryMmap, GuestMemoryRegion, GuestRegionMmap, MmapRegion,
 };
 
-use crate::{layout, placement};
+use crate::{
+    layout,
+    placement::{self, PopulateError},
+};
 
 /// Guest memory: anonymous mappings, no dirty bitmap.
 pub type GuestMemory = GuestMemoryMmap<()>;
@@ -81,7 +84,8 @@ pub enum MemoryError {
     /// `mmap` failed for huge pages.
     #[error(
         "Cannot reserve {mib} MiB of guest memory in huge pages of {page} MiB; raise \
-         /sys/kernel/mm/hugepages/hugepages-{kib}kB/nr_hugepages by {pages} or turn hugepages off",
+         /sys/kernel/mm/hugepages/hugepages-{kib}kB/nr_hugepages by {pages}, raise hugetlb.*.max and hugetlb.*.rsvd.max of the \
+         control groups above the VM's, or turn hugepages off",
         kib = page << 10, pages = mib.div_ceil(*page)
     )]
     HugePages {
@@ -92,10 +96,10 @@ pub enum MemoryError {
         /// The kernel's error.
         source: vm_memory::mmap::MmapRegionError,
     },
-    /// The host's pool of huge pages has none left, or none on the node.
+    /// The host's pool of huge pages has none left, or none on the node, or a control group may not have more.
     #[error(
         "The host has too few free huge pages of {page} MiB for {mib} MiB of guest memory{on}; raise nr_hugepages in {pool}, \
-         choose another node or turn hugepages off",
+         raise hugetlb.*.max of the control groups above the VM's, choose another node or turn hugepages off",
         on = node.map(|node| format!(" on NUMA node {node}")).unwrap_or_default(),
         pool = pool(*node, *page),
     )]
@@ -109,6 +113,12 @@ pub enum MemoryError {
         /// The kernel's error.
         source: io::Error,
     },
+    /// Huge pages cannot be filled, though the pool may have enough.
+    #[error(
+        "Cannot fill {0} MiB of guest memory in huge pages; check the limits of memory (memory.max) and of threads (pids.max) of \
+         the VM's control group and those above it, and free memory on the host"
+    )]
+    Fill(u64, #[source] io::Error),
     /// The kernel refuses a NUMA node.
     #[error(
         "The host's kernel refuses guest memory on NUMA node {0}: name a node that has memory and is in the cpuset of the \
@@ -169,11 +179,14 @@ pub fn reserve(size: u64, pages: Pages, node: Option<u16>) -> Result<GuestMemory
 /// pages. It starts threads, and has ended them when it returns.
 ///
 /// # Errors
-/// [`MemoryError::NoPages`].
+/// [`MemoryError::NoPages`] and [`MemoryError::Fill`].
 pub fn populate(memory: &GuestMemory, pages: Pages, node: Option<u16>) -> Result<(), MemoryError> {
     let Some(page) = pages.mib() else { return Ok(()) };
     let mib = memory.iter().map(|region| region.len() >> 20).fold(0, u64::saturating_add);
-    placement::populate(memory, page << 20).map_err(|source| MemoryError::NoPages { mib, page, node, source })
+    placement::populate(memory, page << 20).map_err(|error| match error {
+        PopulateError::NoPage(source) => MemoryError::NoPages { mib, page, node, source },
+        PopulateError::Work(source) => MemoryError::Fill(mib, source),
+    })
 }
 
 /// Keeps a crash of this process from writing a guest's memory to the host's disk.
@@ -361,7 +374,7 @@ mod tests {
     }
 
     #[test]
-    fn a_node_that_the_host_has_not_is_refused() {
+    fn a_node_that_the_host_lacks_is_refused() {
         let error = reserve(4 << 20, Pages::Ordinary, Some(1023)).unwrap_err();
         assert!(matches!(error, MemoryError::Node(1023, _)), "{error}");
     }

@@ -43,7 +43,7 @@ pub(super) fn routes() -> OpenApiRouter<Shared> {
 
 /// Lists the VMs.
 ///
-/// Ordered by name.
+/// Ordered by name, without `status.placement`.
 #[utoipa::path(get, path = "/v1/vms", tag = "vms", params(Page),
     responses((status = 200, body = List<Vm>)))]
 async fn list_vms(
@@ -95,7 +95,7 @@ fn created(vm: &Vm) -> Response {
 /// Shows a VM.
 ///
 /// `status` has its state, the cause of its end, the VFs and devices that it holds, and while an operation takes time, its
-/// progress (`operation`).
+/// progress (`operation`). Only this call returns `status.placement`.
 #[utoipa::path(get, path = "/v1/vms/{name}", tag = "vms",
     params(("name" = String, Path, description = "Name or id")),
     responses((status = 200, body = Vm, headers(("etag" = String, description = "The revision")))))]

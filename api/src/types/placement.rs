@@ -256,7 +256,8 @@ pub struct PlacementStatus {
     #[serde(default, skip_serializing_if = "Option::is_none")]
     #[schema(example = "2-3")]
     pub io_cpus: Option<CpuList>,
-    /// The NUMA node of guest memory; absent if memory is not placed.
+    /// The NUMA node of guest memory, as the agent chose it for this boot; absent if memory is not placed. The kernel reports the
+    /// other members.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     #[schema(minimum = 0, maximum = 1023)]
     pub numa: Option<u16>,

@@ -406,7 +406,8 @@ pub struct VmStatus {
     /// The protections of the host from its process.
     #[serde(default)]
     pub sandbox: SandboxStatus,
-    /// Its place on the host, while a VM with `placement` or `hugepages` has a process.
+    /// Its place on the host, while a VM with `placement` or `hugepages` has a process. Only the response of
+    /// `GET /v1/vms/{name}` has it: lists and the responses of other calls do not.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub placement: Option<PlacementStatus>,
 }

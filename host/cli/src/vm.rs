@@ -356,7 +356,7 @@ fn place(place: &PlacementStatus) -> Vec<(String, String)> {
     lines.extend(place.io_cpus.iter().map(|cpus| ("other threads".to_owned(), format!("CPUs {cpus}"))));
     let node = match (place.numa, &place.not_placed) {
         (Some(node), _) => format!(" on NUMA node {node}"),
-        (None, Some(why)) => format!(", on no chosen NUMA node: {why}"),
+        (None, Some(why)) => format!(", not bound to a NUMA node: {why}"),
         (None, None) => String::new(),
     };
     lines.push(("memory place".to_owned(), format!("pages of {}{node}", place.page_size)));

@@ -378,7 +378,13 @@ impl Backend for Agent {
     }
 
     async fn get_vm(&self, vm: ObjectRef) -> Result<Vm, Problem> {
-        Ok(self.view(&self.find(&vm).await?))
+        let handle = self.find(&vm).await?;
+        let of = handle.clone();
+        let placement = tokio::task::spawn_blocking(move || view::placement(&of)).await;
+        let placement = placement.map_err(|error| Problem::new(ProblemCode::Internal, chain(&error)))?;
+        let mut vm = self.view(&handle);
+        vm.status.placement = placement;
+        Ok(vm)
     }
 
     async fn put_vm(

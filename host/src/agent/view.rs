@@ -5,8 +5,8 @@
 use std::path::Path;
 
 use api::types::{
-    AdapterStatus, ConsoleStatus, DeviceStatus, NicStatus, Owner, Protection, RestartStatus, SandboxStatus,
-    Unchecked, Vm, VmDeviceStats, VmDiskStats, VmNicStats, VmStats, VmStatus,
+    AdapterStatus, ConsoleStatus, DeviceStatus, NicStatus, Owner, PlacementStatus, Protection, RestartStatus,
+    SandboxStatus, Unchecked, Vm, VmDeviceStats, VmDiskStats, VmNicStats, VmStats, VmStatus,
 };
 use services::{console, vmm_process::VmDirectory};
 
@@ -16,7 +16,7 @@ use crate::vm::{
 };
 use crate::{nics, placement};
 
-/// A VM. `off` are the protections that new processes of this agent lack; `unchecked` looks up an adapter's port.
+/// A VM without its place. `off` are the protections that new processes of this agent lack; `unchecked` looks up an adapter's port.
 pub(super) fn vm(
     handle: &VmHandle,
     directory: &VmDirectory,
@@ -71,9 +71,6 @@ pub(super) fn vm(
         mac: nics::address(record.id, nic),
         interface: nics::interface(record.id, number, nic).filter(|_| runs),
     });
-    let placement = status.run.process.as_ref().and_then(|process| {
-        placement::status(Path::new("/proc"), process.pid, spec, status.run.memory_place.as_ref())
-    });
     let console = console::Reader::open(&directory.console()).and_then(|ring| ring.count());
     Vm {
         id: record.id,
@@ -99,9 +96,17 @@ pub(super) fn vm(
                 |end| ConsoleStatus { start: end.saturating_sub(console::CAPACITY), end },
             ),
             sandbox,
-            placement,
+            placement: None,
         },
     }
+}
+
+/// The actual place of a VM. It blocks: it reads files of `/proc` for each thread of the VM's process.
+pub(super) fn placement(handle: &VmHandle) -> Option<PlacementStatus> {
+    let (status, record) = (handle.status(), handle.record());
+    let process = status.run.process.as_ref()?;
+    let memory = status.run.memory_place.as_ref();
+    placement::status(Path::new("/proc"), process.pid, &record.value.spec, memory)
 }
 
 /// Counters.

@@ -149,23 +149,28 @@ impl Topology {
         if spec.hugepages != HugePages::Off {
             return self.check_pool(spec, Some(node));
         }
-        let total = text(&nodes.join(format!("node{node}/meminfo"))).as_deref().and_then(total);
-        match total.filter(|total| *total < spec.memory.bytes()) {
+        let path = nodes.join(format!("node{node}/meminfo"));
+        let available = text(&path).as_deref().and_then(available);
+        match available.filter(|available| *available < spec.memory.bytes()) {
             None => Ok(()),
-            Some(total) => Err(no_memory(
+            Some(available) => Err(no_memory(
                 "memory",
                 format!(
-                    "The VM has {} MiB of memory, and the NUMA node {node} of its host only {} MiB: give the VM less memory, \
-                     or do not place it.",
+                    "The VM has {} MiB of memory, and the NUMA node {node} of its host only {} MiB that are free or hold \
+                     files ({}): give the VM less memory, end other programs on the node, or do not place the VM.",
                     spec.memory.bytes() >> 20,
-                    total >> 20
+                    available >> 20,
+                    path.display()
                 ),
             )),
         }
     }
 
     /// Checks that the host, or a node of it, has enough huge pages for a VM that asks for them.
-    fn check_pool(&self, spec: &VmSpec, node: Option<u16>) -> Result<(), Problem> {
+    ///
+    /// # Errors
+    /// `memory_unavailable`.
+    pub fn check_pool(&self, spec: &VmSpec, node: Option<u16>) -> Result<(), Problem> {
         let Some(size) = spec.hugepages.size() else { return Ok(()) };
         let name = format!("hugepages/hugepages-{}kB", size.bytes() >> 10);
         let all = self.sys.join("kernel/mm").join(&name);
@@ -185,8 +190,11 @@ impl Topology {
             None => free.saturating_sub(other("resv_hugepages")),
             Some(_) => count(&pool, "free_hugepages").unwrap_or(0),
         };
-        // Pages that the kernel may add when they are needed.
-        let more = other("nr_overcommit_hugepages").saturating_sub(other("surplus_hugepages"));
+        // Pages that the kernel may add when they are needed, on a node of its choice.
+        let more = match node {
+            None => other("nr_overcommit_hugepages").saturating_sub(other("surplus_hugepages")),
+            Some(_) => 0,
+        };
         let needed = spec.memory.bytes().div_ceil(size.bytes());
         if needed <= free.saturating_add(more) {
             return Ok(());
@@ -243,11 +251,16 @@ fn list(path: &Path) -> Option<CpuList> {
     CpuList::of_kernel(&text(path)?)
 }
 
-/// The bytes of a node's memory in the text of its `meminfo`, whose lines are like those of `/proc/meminfo`.
-fn total(meminfo: &str) -> Option<u64> {
-    let (_, rest) = meminfo.split_once("MemTotal:")?;
-    let (kib, _) = rest.split_once("kB")?;
-    kib.trim().parse::<u64>().ok()?.checked_mul(1024)
+/// The bytes that a node can give to a guest, in the text of its `meminfo` (Documentation/filesystems/proc.rst): its free
+/// memory, and the cache of files, which the kernel takes back when it needs memory.
+fn available(meminfo: &str) -> Option<u64> {
+    let kib = |name: &str| {
+        let (_, rest) = meminfo.split_once(name)?;
+        let (kib, _) = rest.split_once("kB")?;
+        kib.trim().parse::<u64>().ok()
+    };
+    let files = [" Active(file):", " Inactive(file):"].map(|name| kib(name).unwrap_or(0));
+    kib(" MemFree:")?.checked_add(files[0])?.checked_add(files[1])?.checked_mul(1024)
 }
 
 /// The size of ordinary pages.
@@ -263,7 +276,8 @@ fn no_memory(field: &str, detail: String) -> Problem {
 
 fn unreadable(field: &str, path: &Path) -> Problem {
     let detail = format!(
-        "The host's kernel does not show {}, so nothing can be placed: mount sysfs at /sys, or leave {field} out.",
+        "The host's kernel does not show {}: mount sysfs at /sys, or leave {field} out. A kernel without NUMA (CONFIG_NUMA) \
+         has no nodes.",
         path.display()
     );
     unavailable(field, detail)

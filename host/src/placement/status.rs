@@ -1,7 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 
-//! The actual place of a VM. It comes from the kernel, not from the VM's process, which its guest may have taken over: the
-//! filters of the process allow neither other CPUs, nor another node, nor other names of threads.
+//! The actual place of a VM. CPUs and the size of pages come from the kernel, not from the VM's process, which its guest may
+//! have taken over. The node is that of the boot: the agent chose it, and the process bound guest memory to it. The filters of
+//! the process allow neither other CPUs, nor another node, nor other names of threads.
 
 use std::{collections::BTreeMap, fs, path::Path};
 

@@ -6,7 +6,7 @@ use serde_json::{Value, json};
 
 use super::*;
 
-/// A made-up host with CPUs 0-7 and two nodes, of which each has 8 GiB and 4 free huge pages of 1 GiB. Node 2 has no memory.
+/// A made-up host with CPUs 0-7 and two nodes, of which each can give 8 GiB and has 4 free huge pages of 1 GiB. Node 2 has no memory.
 struct Made {
     directory: tempfile::TempDir,
 }
@@ -21,9 +21,15 @@ impl Made {
             ("devices/system/node/has_memory", "0-1\n"),
             (
                 "devices/system/node/node0/meminfo",
-                "Node 0 MemTotal:        8388608 kB\nNode 0 MemFree: 1 kB\n",
+                "Node 0 MemTotal:        8388608 kB\nNode 0 MemFree:         8388608 kB\n",
             ),
-            ("devices/system/node/node1/meminfo", "Node 1 MemTotal:        8388608 kB\n"),
+            (
+                "devices/system/node/node1/meminfo",
+                "Node 1 MemTotal:       16777216 kB\nNode 1 MemFree:         5242880 kB\n\
+                 Node 1 Active:          9437184 kB\nNode 1 Inactive:        9437184 kB\n\
+                 Node 1 Active(anon):    7340032 kB\nNode 1 Inactive(anon):  7340032 kB\n\
+                 Node 1 Active(file):    1048576 kB\nNode 1 Inactive(file):  2097152 kB\n",
+            ),
         ] {
             made.write(path, text);
         }
@@ -112,6 +118,7 @@ fn a_node_must_have_memory_and_be_in_the_cpuset_of_vms() {
     let (code, field, detail) = host.refusal(&json!({ "memory": "9GiB", "placement": { "numa": 1 } }));
     assert_eq!((code, field.as_str()), (ProblemCode::MemoryUnavailable, "memory"));
     assert!(detail.contains("9216 MiB") && detail.contains("only 8192 MiB"), "{detail}");
+    host.check(&json!({ "memory": "8GiB", "placement": { "numa": 1 } })).unwrap();
     host.write("fs/cgroup/cpuset.mems.effective", "0\n");
     let (code, _, detail) = host.refusal(&json!({ "placement": { "numa": 1 } }));
     assert_eq!(code, ProblemCode::PlacementUnavailable);
@@ -142,6 +149,8 @@ fn huge_pages_must_be_free_on_the_node() {
     host.write(&format!("{pool}/surplus_hugepages"), "2\n");
     host.check(&giant("5GiB", Value::Null)).unwrap();
     assert!(host.check(&giant("6GiB", Value::Null)).is_err());
+    assert!(host.check(&giant("5GiB", json!(0))).is_err(), "the kernel may add them on another node");
+    host.check(&giant("4GiB", json!(0))).unwrap();
     let (_, _, detail) = host.refusal(&json!({ "hugepages": true }));
     assert!(detail.contains("no huge pages of 2MiB"), "{detail}");
 }

@@ -21,7 +21,7 @@ use services::vmm_process::{
 };
 use store::Entry;
 use text::chain;
-use tokio::sync::mpsc;
+use tokio::sync::{MutexGuard, mpsc};
 use uuid::Uuid;
 
 use super::{
@@ -38,8 +38,11 @@ use crate::{
     vm::record::VmRecord,
 };
 
-/// How long building a machine may take: much memory must be locked, and hardware reset.
+/// How long building a machine may take beside filling its memory: hardware must be reset.
 const CONFIGURE: Duration = Duration::from_secs(120);
+
+/// The memory that a host fills in a second at the least.
+const FILLED_PER_SECOND: u64 = 256 << 20;
 
 /// How long a command may take that only changes a state.
 pub(super) const PROMPT: Duration = Duration::from_secs(30);
@@ -59,6 +62,15 @@ pub(super) struct Files {
     seed: Option<File>,
     /// The OEM strings with the credentials.
     oem_strings: Option<File>,
+}
+
+/// How long building the machine of a VM may take. All memory is filled meanwhile if it is in huge pages, or if a function
+/// locks it.
+fn patience(spec: &VmSpec) -> Duration {
+    let functions = spec.adapters.len().saturating_add(spec.devices.len());
+    let fills = spec.hugepages != HugePages::Off || functions > 0;
+    let filled = if fills { spec.memory.bytes() } else { 0 };
+    CONFIGURE.saturating_add(Duration::from_secs(filled.div_ceil(FILLED_PER_SECOND)))
 }
 
 /// Opens the files of the machine. All of `rights` must be able to read each boot file, and to use each disk.
@@ -253,6 +265,8 @@ pub(super) async fn run(
     mut enter: impl FnMut(Stage) + Send,
 ) -> Result<(Connection, mpsc::Receiver<MachineEvent>), Problem> {
     let NewProcess { directory, user, node, allowance } = process;
+    // Here, and not before the response to the caller: a command can end this wait.
+    let filling = fill_alone(env, &vm.value.spec, node).await?;
     let console = directory.create_console().map_err(|error| {
         Problem::new(ProblemCode::VmmFailed, format!("Cannot create the VM's console file ({error})."))
     })?;
@@ -308,14 +322,30 @@ pub(super) async fn run(
     // Not by the specification: an edit may have given it texts since the files were opened.
     spec.disks.extend(seeded.then(seed_disk));
     connection
-        .command(VmmCommand::Configure { spec, files: names }, fds, CONFIGURE)
+        .command(VmmCommand::Configure { spec, files: names }, fds, patience(&vm.value.spec))
         .await
         .map_err(|e| e.problem())?;
+    drop(filling);
     reach(Point::BootConfigured);
     enter(Stage::StartingVcpus);
     connection.command(VmmCommand::Run, Vec::new(), PROMPT).await.map_err(|e| e.problem())?;
     reach(Point::BootRun);
     Ok((connection, events))
+}
+
+/// Waits until no other VM takes huge pages, and checks that there are enough for this one. None for a VM that needs none.
+async fn fill_alone<'a>(
+    env: &'a Environment,
+    spec: &VmSpec,
+    node: Option<u16>,
+) -> Result<Option<MutexGuard<'a, ()>>, Problem> {
+    if spec.hugepages == HugePages::Off {
+        return Ok(None);
+    }
+    let guard = env.filling.lock().await;
+    let (topology, spec) = (env.topology.clone(), spec.clone());
+    blocking(move || topology.check_pool(&spec, node)).await?;
+    Ok(Some(guard))
 }
 
 /// Prepares the functions for the process, in their order.
@@ -429,7 +459,22 @@ fn nic(spec: &NicSpec, opened: &nics::Opened) -> protocol::NicSpec {
 
 #[cfg(test)]
 mod tests {
+    use serde_json::json;
+
     use super::*;
+
+    #[test]
+    fn patience_grows_with_memory_that_is_filled() {
+        let of = |members: serde_json::Value| {
+            let mut spec = json!({ "name": "web1", "memory": "1TiB", "cpus": 1, "boot": { "kernel": "k" } });
+            spec.as_object_mut().unwrap().extend(members.as_object().unwrap().clone());
+            patience(&serde_json::from_value(spec).unwrap()).as_secs()
+        };
+        assert_eq!(of(json!({})), 120);
+        assert_eq!(of(json!({ "hugepages": "1GiB" })), 120 + 4096);
+        assert_eq!(of(json!({ "hugepages": true, "memory": "258MiB" })), 122);
+        assert_eq!(of(json!({ "adapters": [{ "id": "eth0" }] })), 120 + 4096);
+    }
 
     #[test]
     fn memory_is_what_the_host_has() {

@@ -2,9 +2,10 @@
 
 //! Boot Linux with a real VF through the REST API.
 
+use api::{problem::ProblemCode, types::VmAction};
 use serde_json::json;
 
-use super::{as_debian_does, configure, ping, spec};
+use super::{as_debian_does, bare_spec, configure, ping, spec};
 use crate::fixture::{Agent, host};
 
 fn boots_and_pings(cpus: u8) {
@@ -94,6 +95,13 @@ fn the_kernel_boots_as_elf_by_pvh_with_huge_pages_and_an_address_of_its_own() {
     }
     agent.delete("web1").unwrap();
     std::fs::write("/proc/sys/vm/nr_hugepages", "0").unwrap();
+
+    // The emulated processor has no counters.
+    let mut spec = bare_spec(&agent, "web1");
+    spec["cpu_features"] = json!({ "pmu": true });
+    agent.create(&spec).unwrap();
+    let problem = agent.act("web1", VmAction::Boot).unwrap_err();
+    assert_eq!(problem.code, ProblemCode::CpuFeatureUnavailable, "{problem:?}");
 }
 
 #[test]

@@ -28,6 +28,10 @@ impl CpuMask {
         mask
     }
 
+    /// All CPUs that a host can have. The kernel leaves out those outside of the cpuset of a thread that enters it, and adds
+    /// those that the cpuset gets later.
+    pub(super) const ALL: Self = Self([u64::MAX; WORDS]);
+
     /// The CPUs of the calling thread that are online.
     pub(super) fn current() -> io::Result<Self> {
         let mut mask = Self([0; WORDS]);

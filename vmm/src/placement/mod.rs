@@ -15,7 +15,10 @@ use std::{collections::BTreeMap, fmt, io};
 use protocol::{CpuRange, PlacementSpec};
 
 use self::affinity::CpuMask;
-pub(crate) use self::{node::bind, populate::populate};
+pub(crate) use self::{
+    node::bind,
+    populate::{PopulateError, populate},
+};
 
 /// Errors of a machine's place.
 #[derive(Debug, thiserror::Error)]
@@ -45,27 +48,28 @@ pub enum PlacementError {
 /// The CPUs of a machine's threads.
 #[derive(Debug)]
 pub struct Pinning {
-    vcpus: BTreeMap<u8, CpuMask>,
-    /// The CPUs of vCPUs that have none of their own: those of the process at its start.
-    free: CpuMask,
+    /// The CPUs of all vCPUs, by their numbers.
+    vcpus: Vec<CpuMask>,
     /// The CPUs of all other threads.
     others: CpuMask,
 }
 
 impl Pinning {
     /// Moves the calling thread, and the threads that it starts, to the CPUs of `place` for threads that are no vCPU's.
-    /// None if the specification names no CPU: no system call is made then.
+    /// The machine has `vcpus` vCPUs. None if the specification names no CPU: no system call is made then.
     ///
     /// # Errors
     /// [`PlacementError`].
-    pub fn begin(place: &PlacementSpec) -> Result<Option<Self>, PlacementError> {
+    pub fn begin(place: &PlacementSpec, vcpus: u8) -> Result<Option<Self>, PlacementError> {
         if place.cpus.is_empty() && place.io_cpus.is_empty() {
             return Ok(None);
         }
-        let free = CpuMask::current().map_err(PlacementError::Unreadable)?;
+        let free = free()?;
         let mask = |ranges: &[CpuRange]| if ranges.is_empty() { free.clone() } else { CpuMask::of(ranges) };
-        let vcpus = place.cpus.iter().map(|(vcpu, cpus)| (*vcpu, mask(cpus))).collect();
-        let pinning = Self { vcpus, others: mask(&place.io_cpus), free: free.clone() };
+        let named: BTreeMap<u8, &[CpuRange]> =
+            place.cpus.iter().map(|(vcpu, cpus)| (*vcpu, cpus.as_slice())).collect();
+        let vcpus = (0..vcpus).map(|vcpu| mask(named.get(&vcpu).copied().unwrap_or_default())).collect();
+        let pinning = Self { vcpus, others: mask(&place.io_cpus) };
         pinning.for_others()?;
         Ok(Some(pinning))
     }
@@ -75,7 +79,7 @@ impl Pinning {
     /// # Errors
     /// [`PlacementError`].
     pub fn for_vcpu(&self, index: u8) -> Result<(), PlacementError> {
-        go_to(self.vcpus.get(&index).unwrap_or(&self.free))
+        go_to(self.vcpus.get(usize::from(index)).unwrap_or(&self.others))
     }
 
     /// Does work for which a single CPU would be slow, on the CPUs of all threads of the machine.
@@ -86,7 +90,7 @@ impl Pinning {
         &self,
         work: impl FnOnce() -> Result<(), E>,
     ) -> Result<(), E> {
-        go_to(&self.vcpus.values().fold(self.others.clone(), |all, cpus| all.with(cpus)))?;
+        go_to(&self.vcpus.iter().fold(self.others.clone(), |all, cpus| all.with(cpus)))?;
         work()?;
         Ok(self.for_others()?)
     }
@@ -100,11 +104,25 @@ impl Pinning {
     }
 }
 
-/// Moves the calling thread to exactly these CPUs. The kernel leaves out those that the process's cpuset lacks.
+/// The CPUs of a thread that has none of its own. If the calling thread may use each CPU of its cpuset, these are all
+/// CPUs, so that CPUs count that the host gets later. Otherwise something has limited the process, such as `isolcpus` or
+/// taskset(1), and these are its CPUs now: the scheduler leaves a thread on an isolated CPU that it may use.
+///
+/// # Errors
+/// [`PlacementError`].
+fn free() -> Result<CpuMask, PlacementError> {
+    let now = CpuMask::current().map_err(PlacementError::Unreadable)?;
+    go_to(&CpuMask::ALL)?;
+    let most = CpuMask::current().map_err(PlacementError::Unreadable)?;
+    Ok(if now == most { CpuMask::ALL } else { now })
+}
+
+/// Moves the calling thread to exactly these CPUs, or to all that the kernel allows for [`CpuMask::ALL`]. The kernel
+/// leaves out those that the process's cpuset lacks.
 fn go_to(wanted: &CpuMask) -> Result<(), PlacementError> {
     wanted.enter().map_err(|source| PlacementError::Refused(wanted.to_string(), source))?;
     let got = CpuMask::current().map_err(PlacementError::Unreadable)?;
-    if got == *wanted {
+    if got == *wanted || *wanted == CpuMask::ALL {
         return Ok(());
     }
     Err(PlacementError::Partly { wanted: wanted.to_string(), got: got.to_string() })

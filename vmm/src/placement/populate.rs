@@ -27,6 +27,21 @@ const THREADS: usize = 16;
 /// The memory of one piece of work. A multiple of each page size up to it.
 const PIECE: u64 = if cfg!(test) { 4 << 20 } else { 256 << 20 };
 
+/// Reasons why huge pages cannot be filled.
+#[derive(Debug)]
+pub(crate) enum PopulateError {
+    /// The kernel provides no page: the pool has none left on the allowed nodes, or a control group has a limit of huge pages.
+    NoPage(io::Error),
+    /// A control group has no memory left, or the work cannot be done.
+    Work(io::Error),
+}
+
+impl From<io::Error> for PopulateError {
+    fn from(error: io::Error) -> Self {
+        Self::Work(error)
+    }
+}
+
 /// A part of a region.
 struct Piece<'a> {
     region: &'a GuestRegionMmap<()>,
@@ -38,8 +53,8 @@ struct Piece<'a> {
 /// and there are at most as many as this thread has CPUs.
 ///
 /// # Errors
-/// Those of the kernel: a page is not available.
-pub(crate) fn populate(memory: &GuestMemoryMmap<()>, page: u64) -> io::Result<()> {
+/// [`PopulateError`].
+pub(crate) fn populate(memory: &GuestMemoryMmap<()>, page: u64) -> Result<(), PopulateError> {
     let step = PIECE.max(page);
     let pieces: Vec<Piece<'_>> = memory
         .iter()
@@ -63,18 +78,28 @@ pub(crate) fn populate(memory: &GuestMemoryMmap<()>, page: u64) -> io::Result<()
         let others = (1..threads).map(start).collect::<io::Result<Vec<_>>>()?;
         let own = work();
         let others = others.into_iter().map(|other| {
-            other.join().unwrap_or_else(|_| Err(io::Error::other("a thread that fills memory panicked")))
+            let panicked = || io::Error::other("a thread that fills memory panicked");
+            other.join().unwrap_or_else(|_| Err(panicked().into()))
         });
         // Wait for all: a thread that is left would have no filter.
         others.fold(own, Result::and)
     })
 }
 
-fn provide(piece: &Piece<'_>, page: u64) -> io::Result<()> {
+fn provide(piece: &Piece<'_>, page: u64) -> Result<(), PopulateError> {
     match advise(piece) {
         // Linux before 5.14.
         Err(error) if error.raw_os_error() == Some(libc::EINVAL) => touch(piece, page),
-        result => result,
+        result => result.map_err(of_kernel),
+    }
+}
+
+/// The reason of the kernel's refusal of a page (madvise(2), `MADV_POPULATE_WRITE`): EFAULT where an access would end the
+/// process by SIGBUS, ENOMEM where a control group's limit of memory is reached.
+fn of_kernel(error: io::Error) -> PopulateError {
+    match error.raw_os_error() {
+        Some(libc::EFAULT) => PopulateError::NoPage(error),
+        _ => PopulateError::Work(error),
     }
 }
 
@@ -88,14 +113,16 @@ fn advise(piece: &Piece<'_>) -> io::Result<()> {
 }
 
 /// Writes a zero into each page by `read`: where a page is missing the system call fails, and no signal comes.
-fn touch(piece: &Piece<'_>, page: u64) -> io::Result<()> {
-    let mut zeros = File::from(rustix::fs::memfd_create("zeros", MemfdFlags::CLOEXEC)?);
+fn touch(piece: &Piece<'_>, page: u64) -> Result<(), PopulateError> {
+    let mut zeros =
+        File::from(rustix::fs::memfd_create("zeros", MemfdFlags::CLOEXEC).map_err(io::Error::from)?);
     zeros.set_len(piece.len.div_ceil(page))?;
     for at in (piece.start..piece.start.saturating_add(piece.len))
         .step_by(usize::try_from(page).unwrap_or(usize::MAX))
     {
         let read = piece.region.read_exact_volatile_from(MemoryRegionAddress(at), &mut zeros, 1);
-        read.map_err(|error| io::Error::other(error.to_string()))?;
+        // By far the most likely cause: the file is in memory, and each read is of a byte.
+        read.map_err(|error| PopulateError::NoPage(io::Error::other(error.to_string())))?;
     }
     Ok(())
 }

@@ -2,12 +2,15 @@
 
 //! The place of guest memory beside the VM's functions.
 
+use std::path::PathBuf;
+
 use api::{
     problem::ProblemCode,
-    types::{NumaPlace, PlacementSpec, VmAction},
+    types::{HugePages, NumaPlace, PlacementSpec, Stage, VmAction, VmState},
 };
+use tokio::time::timeout;
 
-use super::fixture::{Host, VF0, VF1, caller};
+use super::fixture::{Host, PATIENCE, VF0, VF1, caller};
 use crate::placement::{MemoryPlace, Topology};
 
 /// A host with the NUMA nodes 0 and 1, on which two VFs are.
@@ -59,4 +62,60 @@ async fn adapters_of_several_nodes_are_refused_and_given_back() {
     assert_eq!(problem.code, ProblemCode::PlacementUnavailable);
     assert!(problem.detail.contains(&format!("{VF0} on node 0, {VF1} on node 1")), "{problem}");
     host.assert_untouched().await;
+}
+
+/// The VM takes its pages only while no other VM does, and is refused if that one has left too few.
+#[tokio::test]
+async fn vms_take_huge_pages_one_after_another() {
+    let mut pool = PathBuf::new();
+    let host = Host::with_environment(|env| {
+        let sys = env.run_dir.parent().unwrap().join("sys");
+        pool = sys.join("kernel/mm/hugepages/hugepages-2048kB/free_hugepages");
+        std::fs::create_dir_all(pool.parent().unwrap()).unwrap();
+        std::fs::write(&pool, "1000000\n").unwrap();
+        env.topology = Topology::new(sys);
+    })
+    .await;
+    for (name, left, expect) in
+        [("web1", "1000000\n", Ok(())), ("web2", "0\n", Err(ProblemCode::MemoryUnavailable))]
+    {
+        let filling = host.env.filling.lock().await;
+        let vm = host.create(name, |spec| spec.hugepages = HugePages::Mib2).await;
+        let done = vm.act(VmAction::Boot, caller()).await.unwrap();
+        let mut status = vm.follow();
+        let waits = status.wait_for(|status| {
+            status.operation.is_some_and(|operation| operation.stage == Stage::StartingProcess)
+        });
+        drop(timeout(PATIENCE, waits).await.unwrap().unwrap());
+        let ordinary = host.create(&format!("beside-{name}"), |_| {}).await;
+        let beside = timeout(PATIENCE, host.act(&ordinary, VmAction::Boot)).await.unwrap();
+        assert_eq!((beside, vm.status().run.state), (Ok(()), VmState::Starting));
+        host.act(&ordinary, VmAction::Stop).await.unwrap();
+        std::fs::write(&pool, left).unwrap();
+        drop(filling);
+        let booted = timeout(PATIENCE, done).await.unwrap().unwrap();
+        assert_eq!(booted.map_err(|problem| problem.code), expect);
+        if expect.is_ok() {
+            host.act(&vm, VmAction::Stop).await.unwrap();
+        }
+    }
+}
+
+/// A command to stop the VM does not wait for another VM's pages.
+#[tokio::test]
+async fn a_vm_that_waits_for_huge_pages_can_be_stopped() {
+    let host = Host::with_environment(|env| {
+        let sys = env.run_dir.parent().unwrap().join("sys");
+        let pool = sys.join("kernel/mm/hugepages/hugepages-2048kB");
+        std::fs::create_dir_all(&pool).unwrap();
+        std::fs::write(pool.join("free_hugepages"), "1000000\n").unwrap();
+        env.topology = Topology::new(sys);
+    })
+    .await;
+    let vm = host.create("web1", |spec| spec.hugepages = HugePages::Mib2).await;
+    let _filling = host.env.filling.lock().await;
+    let done = vm.act(VmAction::Boot, caller()).await.unwrap();
+    timeout(PATIENCE, host.act(&vm, VmAction::Stop)).await.unwrap().unwrap();
+    assert!(timeout(PATIENCE, done).await.unwrap().unwrap().is_err());
+    assert_eq!(vm.status().run.state, VmState::Stopped);
 }

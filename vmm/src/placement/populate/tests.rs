@@ -63,7 +63,15 @@ fn a_page_that_the_pool_lacks_is_an_error_and_no_signal() {
     }
     let piece = Piece { region: &region, start: 0, len: 2 << 20 };
     assert!(advise(&piece).is_err());
-    assert!(touch(&piece, 2 << 20).is_err());
+    assert!(matches!(touch(&piece, 2 << 20), Err(PopulateError::NoPage(_))));
     let memory = GuestMemoryMmap::from_regions(vec![region]).unwrap();
-    assert!(populate(&memory, 2 << 20).is_err());
+    assert!(matches!(populate(&memory, 2 << 20), Err(PopulateError::NoPage(_))));
+}
+
+/// A larger pool does not help against a limit of memory.
+#[test]
+fn only_a_fault_means_that_the_pool_lacks_pages() {
+    let of = |errno| of_kernel(io::Error::from_raw_os_error(errno));
+    assert!(matches!(of(libc::EFAULT), PopulateError::NoPage(_)));
+    assert!(matches!(of(libc::ENOMEM), PopulateError::Work(_)));
 }
