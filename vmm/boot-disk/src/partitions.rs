@@ -12,10 +12,11 @@ const SECTOR: u64 = 512;
 const GPT_ENTRIES: u32 = 128;
 /// The most logical partitions.
 const LOGICAL: usize = 32;
-/// Types of a GPT in the order of their bytes: an EFI system partition, and an extended boot loader partition (the UAPI
-/// group's discoverable partitions).
+/// Types of a GPT in the order of their bytes (the UAPI group's "Discoverable Partitions Specification"): an EFI system
+/// partition, `c12a7328-f81f-11d2-ba4b-00a0c93ec93b`.
 const ESP: [u8; 16] = 0x3bc9_3ec9_a000_4bba_11d2_f81f_c12a_7328_u128.to_le_bytes();
-const XBOOTLDR: [u8; 16] = 0x72d9_9e69_ae89_49b9_b240_5c85_bc13_c2ff_u128.to_le_bytes();
+/// An extended boot loader partition, `bc13c2ff-59e6-4262-a352-b275fd6f7172`.
+const XBOOTLDR: [u8; 16] = 0x7271_6ffd_75b2_52a3_4262_59e6_bc13_c2ff_u128.to_le_bytes();
 
 /// A partition, or the whole disk.
 pub(crate) struct Partition {
