@@ -40,9 +40,9 @@ struct Item {
 }
 
 /// The entry that a boot loader would boot.
-pub(crate) fn find(files: &dyn FileSystem) -> Result<Draft, Fault> {
+pub(crate) fn find(files: &dyn FileSystem, notes: &mut Vec<String>) -> Result<Draft, Fault> {
     for root in ROOTS {
-        let mut items = items(files, root)?;
+        let mut items = items(files, root, notes)?;
         if items.is_empty() {
             continue;
         }
@@ -60,7 +60,7 @@ pub(crate) fn find(files: &dyn FileSystem) -> Result<Draft, Fault> {
 }
 
 /// The entries of a partition, or of its directory `/boot`.
-fn items(files: &dyn FileSystem, root: &str) -> Result<Vec<Item>, Fault> {
+fn items(files: &dyn FileSystem, root: &str, notes: &mut Vec<String>) -> Result<Vec<Item>, Fault> {
     let list = |path: &str| match files.list(path) {
         Err(fault) if fault.is_absence() => Ok(Vec::new()),
         listed => listed,
@@ -68,12 +68,17 @@ fn items(files: &dyn FileSystem, root: &str) -> Result<Vec<Item>, Fault> {
     let mut items = Vec::new();
     let directory = format!("{root}/loader/entries");
     let names = list(&directory)?.into_iter().filter_map(|name| Some((id(&name, ".conf")?, name)));
-    for ((id, is_bad), name) in names.take(MOST_ENTRIES) {
+    let mut names: Vec<_> = names.collect();
+    // The newest ones, if there are too many.
+    names.sort_by(|((one, _), _), ((other, _), _)| version::compare(other, one));
+    for ((id, is_bad), name) in names.into_iter().take(MOST_ENTRIES) {
         let path = format!("{directory}/{name}");
         let item = Item { id, path, is_bad, ..Item::default() };
-        let text = text(files, &item.path, MOST_ENTRY)?;
-        let item = parse(&text, item);
-        items.extend(item.filter(|item| item.linux.is_some()));
+        match text(files, &item.path, MOST_ENTRY) {
+            Ok(text) => items.extend(parse(&text, item).filter(|item| item.linux.is_some())),
+            Err(ending) if ending.is_end() => return Err(ending),
+            Err(fault) => notes.push(printable(&format!("the entry {} is skipped: {fault}", item.path))),
+        }
     }
     let directory = format!("{root}/EFI/Linux");
     for name in list(&directory)? {
@@ -211,7 +216,9 @@ fn draft(files: &dyn FileSystem, item: Item) -> Result<Draft, Fault> {
 /// A fault with the entry that leads to it.
 pub(crate) fn in_entry(entry: &str, fault: Fault) -> Fault {
     match fault {
-        ending @ (Fault::Read(_) | Fault::Budget(_)) => ending,
+        ending if ending.is_end() => ending,
+        // The host's error is one of the whole disk.
+        read @ Fault::Read(_) => read,
         local => Fault::Entry(printable(&format!("the entry {entry} cannot be booted: {local}"))),
     }
 }

@@ -63,6 +63,13 @@ impl Part {
         self.left
     }
 
+    /// Reads the first bytes that are left, `most` at most.
+    pub(crate) fn head(&self, most: usize) -> Result<Vec<u8>, Fault> {
+        let mut bytes = vec![0; usize::try_from(self.left).unwrap_or(most).min(most)];
+        self.contents.read(self.offset, &mut bytes)?;
+        Ok(bytes)
+    }
+
     /// Reads all that is left, `most` bytes at most. `path` is for the error.
     pub(crate) fn all(&self, path: &str, most: u64) -> Result<Vec<u8>, Fault> {
         let too_large = || Fault::TooLarge { path: path.to_owned(), size: self.left, most };

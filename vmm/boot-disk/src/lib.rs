@@ -9,8 +9,8 @@
 //! 2. The default entry of GRUB's menu, if it is literal.
 //! 3. Debian's links `/vmlinuz` and `/boot/vmlinuz`.
 //!
-//! The guest writes the disk, and may attack its own vmm by it. So nothing here trusts a number of the disk: all reads
-//! come from one budget, each loop reads or goes over bytes that were read, and sizes are compared with limits before
+//! The guest writes the disk, and may attack its own vmm by it. So no number from the disk is trusted: all reads
+//! come from one budget of bytes and of time, each loop reads or goes over bytes that were read, and sizes are compared with limits before
 //! memory is reserved. Paths never leave their file system.
 #![forbid(unsafe_code)]
 
@@ -28,13 +28,22 @@ mod partitions;
 mod probe;
 #[cfg(test)]
 mod testing;
+#[cfg(test)]
+mod tests;
+mod trail;
 mod uki;
 mod version;
 mod volume;
 
-use std::{io, rc::Rc};
+use std::{io, rc::Rc, time::Duration};
 
-use self::{entry::Draft, error::Fault, filesystem::FileSystem, volume::Volume};
+use self::{
+    entry::Draft,
+    error::Fault,
+    filesystem::FileSystem,
+    trail::Trail,
+    volume::{Budget, Volume},
+};
 pub use self::{
     entry::{Entry, Found},
     error::{FindError, Places},
@@ -43,6 +52,10 @@ pub use self::{
 
 /// The part of the budget for metadata: a journal of 1 GiB can be read once.
 const METADATA: u64 = 1 << 30;
+/// The largest budget in bytes.
+const MOST: u64 = 16 << 30;
+/// The time for all reads of a boot.
+const TIME: Duration = Duration::from_secs(20);
 
 /// The contents of a disk.
 pub trait Disk {
@@ -59,32 +72,35 @@ pub trait Disk {
 /// A way in which systems name the kernel to boot.
 struct Place {
     name: &'static str,
-    find: fn(&dyn FileSystem) -> Result<Draft, Fault>,
+    find: fn(&dyn FileSystem, &mut Vec<String>) -> Result<Draft, Fault>,
+    /// Its kernels come with the words of their command line.
+    has_cmdline: bool,
 }
 
 const PLACES: &[Place] = &[
-    Place { name: "boot loader entries", find: bls::find },
-    Place { name: "GRUB's menu", find: grub::find },
-    Place { name: "Debian's links", find: debian::find },
+    Place { name: "boot loader entries", find: bls::find, has_cmdline: true },
+    Place { name: "GRUB's menu", find: grub::find, has_cmdline: true },
+    Place { name: "Debian's links", find: debian::find, has_cmdline: false },
 ];
 
-/// Finds the kernel to boot. `memory` is the guest's memory in bytes, which bounds the kernel and the initramfs.
+/// Finds the kernel to boot. `memory` is the guest's memory in bytes, which bounds the kernel and the initramfs. `cmdline` has
+/// the words that the caller appends to the kernel's command line.
 ///
 /// # Errors
 /// See [`FindError`].
-pub fn find(disk: Box<dyn Disk>, memory: u64) -> Result<Entry, FindError> {
-    find_within(disk, memory, memory.saturating_mul(2).saturating_add(METADATA))
+pub fn find(disk: Box<dyn Disk>, memory: u64, cmdline: &str) -> Result<Entry, FindError> {
+    find_within(disk, memory, cmdline, Budget::new(memory.saturating_add(METADATA).min(MOST), TIME))
 }
 
-/// The same with another budget in bytes.
-fn find_within(disk: Box<dyn Disk>, memory: u64, budget: u64) -> Result<Entry, FindError> {
+/// The same with another budget.
+fn find_within(disk: Box<dyn Disk>, memory: u64, cmdline: &str, budget: Budget) -> Result<Entry, FindError> {
     let whole = Volume::whole(disk, budget);
-    let mut places = Places::default();
+    let mut trail = Trail::default();
     let mut opened: Vec<(String, Rc<dyn FileSystem>)> = Vec::new();
     let mut partitions = match partitions::list(&whole) {
         Ok(partitions) => partitions,
         Err(fault) => {
-            places.add("the disk", &fault.local()?);
+            trail.fault("the disk", fault)?;
             Vec::new()
         }
     };
@@ -93,18 +109,41 @@ fn find_within(disk: Box<dyn Disk>, memory: u64, budget: u64) -> Result<Entry, F
         let name = partition.name;
         match probe::open(&partition.volume) {
             Ok(Some(files)) => opened.push((format!("{name}, {}", files.kind()), files)),
-            Ok(None) => places.add(&name, &"no file system that is known"),
-            Err(fault) => places.add(&name, &fault.local()?),
+            Ok(None) => trail.nothing(&name, &"no file system that is known"),
+            Err(fault @ Fault::Unsupported(_)) => trail.other(&name, &fault),
+            Err(fault) => trail.fault(&name, fault)?,
         }
     }
     for place in PLACES {
         for (name, files) in &opened {
-            let draft = (place.find)(files.as_ref());
-            match draft.and_then(|draft| draft.read(name.clone(), place.name, memory)) {
-                Ok(entry) => return Ok(entry),
-                Err(fault) => places.add(&format!("{name}, {}", place.name), &fault.local()?),
+            let at = format!("{name}, {}", place.name);
+            let mut notes = Vec::new();
+            let draft = (place.find)(files.as_ref(), &mut notes);
+            for note in notes {
+                trail.fault(&at, Fault::Entry(note))?;
+            }
+            let draft = draft.and_then(|draft| {
+                if place.has_cmdline || trail.passed_over().is_empty() || has_root(cmdline) {
+                    return draft.read(name.clone(), place.name, memory);
+                }
+                let text = "its kernel has no command line, and the disk may name another one where there are \
+                    faults: mend them, or give root= in boot.cmdline";
+                Err(Fault::Entry(text.to_owned()))
+            });
+            match draft {
+                Ok(mut entry) => {
+                    entry.found.passed_over = trail.passed_over().to_string();
+                    return Ok(entry);
+                }
+                Err(fault) if fault.is_absence() => trail.nothing(&at, &fault),
+                Err(fault) => trail.fault(&at, fault)?,
             }
         }
     }
-    Err(FindError::Nothing(places))
+    Err(trail.end())
+}
+
+/// Whether a kernel with this command line needs no other one to find its root file system.
+fn has_root(cmdline: &str) -> bool {
+    cmdline.split_whitespace().any(|word| word.starts_with("root="))
 }

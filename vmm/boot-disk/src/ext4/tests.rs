@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 
 use crate::{
-    FindError, find,
+    find,
     testing::{MEMORY, boot, booted, debugfs, ext4, ext4_with, refusal},
 };
 
@@ -120,7 +120,7 @@ fn with_journal(
 ) -> Vec<u8> {
     const BLOCK: usize = 1024;
     let mut image = image.to_vec();
-    let volume = crate::volume::Volume::whole(Box::new(image.clone()), MEMORY);
+    let volume = crate::volume::Volume::whole(Box::new(image.clone()), crate::testing::budget(MEMORY));
     let files = super::Ext4::open(&volume).unwrap().unwrap().0;
     let inode = files.inode(super::JOURNAL).unwrap();
     let place = |number: usize| {
@@ -207,7 +207,7 @@ fn a_tree_that_points_to_itself_is_damaged() {
         [&[0x0a, 0xf3, 1, 0, 4, 0, 1, 0, 0, 0, 0, 0, 0, 0, 0, 0][..], &last.to_le_bytes(), &[0; 4]].concat();
     let at = last as usize * 1024;
     image[at..at + node.len()].copy_from_slice(&node);
-    let volume = crate::volume::Volume::whole(Box::new(image), MEMORY);
+    let volume = crate::volume::Volume::whole(Box::new(image), crate::testing::budget(MEMORY));
     let files = super::Ext4::open(&volume).unwrap().unwrap().0;
     let map = crate::volume::field(&node, 0);
     let inode = super::Inode { mode: 0x8000, size: 5000, flags: super::EXTENTS, map };
@@ -231,8 +231,8 @@ fn a_search_ends_with_its_budget() {
         }
     }
     let image = ext4(DEBIAN);
-    assert!(find(Box::new(Slow(image.clone())), MEMORY).is_ok());
-    let whole = crate::volume::Volume::whole(Box::new(Slow(image)), 8192);
+    assert!(find(Box::new(Slow(image.clone())), MEMORY, "").is_ok());
+    let whole = crate::volume::Volume::whole(Box::new(Slow(image)), crate::testing::budget(8192));
     let fault = (0..).find_map(|_| crate::ext4::Ext4::open(&whole).err()).unwrap();
-    assert!(matches!(fault.local(), Err(FindError::Budget(8192))));
+    assert!(matches!(fault, crate::error::Fault::Budget(8192)));
 }
