@@ -181,6 +181,45 @@ fn with_journal(
     image
 }
 
+/// A large journal that is written to its places is no fault, and one with many revocations is bounded.
+#[test]
+fn a_journal_is_bounded_by_its_changes() {
+    const BLOCK: usize = 1024;
+    let image = ext4_with(DEBIAN, &["-t", "ext4", "-b", "1024"]);
+    let volume = crate::volume::Volume::whole(Box::new(image.clone()), crate::testing::budget(MEMORY));
+    let files = super::Ext4::open(&volume).unwrap().unwrap().0;
+    let inode = files.inode(super::JOURNAL).unwrap();
+    let place = |number: u64| {
+        let run = super::blocks::run(&files, &inode, number).unwrap();
+        usize::try_from(run.after(number).unwrap().place.unwrap()).unwrap() * BLOCK
+    };
+    let put = |image: &mut Vec<u8>, at: usize, words: &[u32]| {
+        let bytes: Vec<u8> = words.iter().flat_map(|word| word.to_be_bytes()).collect();
+        image[at..at + bytes.len()].copy_from_slice(&bytes);
+    };
+    let mut dirty = image.clone();
+    dirty[1024 + 0x60] |= 4;
+    let mut large = dirty.clone();
+    put(&mut large, place(0) + 0x10, &[1 << 20]);
+    put(&mut large, place(0) + 0x28, &[0x8000]);
+    assert_eq!(booted(&large), debian());
+    put(&mut dirty, place(0) + 0x18, &[7, 1]);
+    put(&mut dirty, place(0) + 0x28, &[0]);
+    // 250 revocations in each block.
+    for number in 1..=420 {
+        let at = place(number);
+        dirty[at..at + BLOCK].fill(0);
+        put(&mut dirty, at, &[0xc03b_3998, 5, 7, 16 + 1000]);
+        if number == 390 {
+            let mut few = dirty.clone();
+            few[place(391)..place(391) + BLOCK].fill(0);
+            assert_eq!(booted(&few), debian());
+        }
+    }
+    let error = refusal(&dirty);
+    assert!(error.contains("a journal with more than 100000 revocations is not supported"), "{error}");
+}
+
 #[test]
 fn files_in_forms_that_are_not_supported_are_named() {
     let image = ext4(DEBIAN);
