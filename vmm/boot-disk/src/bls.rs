@@ -9,6 +9,7 @@ use crate::{
     entry::Draft,
     error::{Fault, printable},
     filesystem::{FileSystem, MOST_TEXT, Part, text},
+    grub::Variables,
     uki, version,
 };
 
@@ -18,6 +19,8 @@ const ROOTS: [&str; 2] = ["", "/boot"];
 const MOST_ENTRIES: usize = 256;
 /// The longest of them in bytes.
 const MOST_ENTRY: u64 = 64 << 10;
+/// The longest pattern in bytes: the longest name of a file in Linux.
+const MOST_PATTERN: usize = 255;
 /// The most lines of a file with the same key.
 const MOST_LINES: usize = 64;
 
@@ -47,14 +50,26 @@ pub(crate) fn find(files: &dyn FileSystem, notes: &mut Vec<String>) -> Result<Dr
             continue;
         }
         items.sort_by(order);
-        let default = match text(files, &format!("{root}/loader/loader.conf"), MOST_TEXT) {
-            Ok(text) => default(&text),
-            Err(fault) if fault.is_absence() => None,
+        let variables = Variables::read(files, root)?;
+        let chosen = match text(files, &format!("{root}/loader/loader.conf"), MOST_TEXT) {
+            Ok(text) => match default(&text) {
+                Some(pattern) => {
+                    let ids = items.iter().fold(0_usize, |all, item| all.saturating_add(item.id.len()));
+                    files.charge(ids.saturating_mul(pattern.len()) as u64)?;
+                    items.iter().position(|item| matches(&pattern, &item.id))
+                }
+                None => None,
+            },
+            // Without a configuration of its own, the menu is one of GRUB.
+            Err(fault) if fault.is_absence() => variables.get("saved_entry").and_then(|saved| {
+                let id = saved.strip_suffix(".conf").unwrap_or(saved);
+                let number = || id.parse().ok().filter(|number| *number < items.len());
+                items.iter().position(|item| item.id == id).or_else(number)
+            }),
             Err(fault) => return Err(fault),
         };
-        let chosen = default.and_then(|pattern| items.iter().position(|item| matches(&pattern, &item.id)));
         let item = items.into_iter().nth(chosen.unwrap_or(0)).unwrap_or_default();
-        return draft(files, item);
+        return draft(files, item, &variables);
     }
     Err(Fault::Absent("/loader/entries, /EFI/Linux or /boot/loader/entries with an entry".to_owned()))
 }
@@ -152,7 +167,7 @@ fn order(one: &Item, other: &Item) -> Ordering {
     })
 }
 
-/// The pattern of `default` in the loader's configuration. `@saved` and its like are in EFI variables, which are not here.
+/// The pattern of `default` in small letters, in the loader's configuration. `@saved` and its like are in EFI variables, which are not here.
 fn default(text: &str) -> Option<String> {
     let mut found = None;
     for line in text.lines() {
@@ -163,13 +178,13 @@ fn default(text: &str) -> Option<String> {
     let found = found?;
     let suffixes = [".conf", ".efi"];
     let pattern = suffixes.iter().find_map(|suffix| found.strip_suffix(suffix)).unwrap_or(found);
-    Some(pattern.to_owned())
+    (pattern.len() <= MOST_PATTERN).then(|| pattern.to_lowercase())
 }
 
-/// Whether a pattern with `*` and `?` is that of an id. Each `*` takes as little as it can, so that the time is the product of
+/// Whether a pattern with `*` and `?`, in small letters, is that of an id. Each `*` takes as little as it can, so that the time is the product of
 /// both lengths at most.
 fn matches(pattern: &str, id: &str) -> bool {
-    let (pattern, id) = (pattern.to_lowercase().into_bytes(), id.to_lowercase().into_bytes());
+    let (pattern, id) = (pattern.as_bytes(), id.to_lowercase().into_bytes());
     let (mut p, mut i, mut back) = (0, 0, None);
     loop {
         match (pattern.get(p), id.get(i)) {
@@ -188,28 +203,24 @@ fn matches(pattern: &str, id: &str) -> bool {
     }
 }
 
-fn draft(files: &dyn FileSystem, item: Item) -> Result<Draft, Fault> {
+fn draft(files: &dyn FileSystem, item: Item, variables: &Variables) -> Result<Draft, Fault> {
     if item.is_unified {
         return uki::draft(files, &item.path);
     }
     let at = |fault: Fault| in_entry(&item.path, fault);
-    if let Some(word) =
-        item.options.iter().chain(&item.linux).chain(&item.initrd).find(|word| word.contains('$'))
-    {
-        let text = format!("{} has a variable of GRUB in \"{}\"", printable(&item.path), printable(word));
-        return Err(Fault::Entry(text));
-    }
-    let linux = item.linux.clone().unwrap_or_default();
+    let linux = variables.expand(item.linux.as_deref().unwrap_or_default());
     let kernel = files.open(&linux).map_err(at)?;
-    let parts =
-        item.initrd.iter().map(|path| files.open(path).map(Part::whole)).collect::<Result<Vec<_>, _>>();
+    // GRUB's users name several files on one line.
+    let initrd = variables.expand(&item.initrd.join(" "));
+    let parts = initrd.split_whitespace().map(|path| files.open(path).map(Part::whole));
+    let parts = parts.collect::<Result<Vec<_>, _>>();
     let title = if item.title.is_empty() { &item.id } else { &item.title };
     Ok(Draft {
         title: printable(title),
         path: printable(&linux),
         kernel: Part::whole(kernel),
         initramfs: parts.map_err(at)?,
-        cmdline: item.options.join(" "),
+        cmdline: variables.expand(&item.options.join(" ")),
     })
 }
 

@@ -157,6 +157,10 @@ impl FileSystem for Fat {
         Ok(names)
     }
 
+    fn charge(&self, bytes: u64) -> Result<(), Fault> {
+        self.0.volume.charge(bytes)
+    }
+
     fn open(&self, path: &str) -> Result<Rc<dyn Contents>, Fault> {
         let entry = self.resolve(path)?.filter(|entry| !entry.is_directory);
         let entry = entry.ok_or_else(|| Fault::Absent(path.to_owned()))?;

@@ -24,6 +24,9 @@ pub(crate) trait FileSystem {
     /// The names in a directory, at most [`MOST_NAMES`].
     fn list(&self, path: &str) -> Result<Vec<String>, Fault>;
 
+    /// Takes the cost of work with bytes that were read.
+    fn charge(&self, bytes: u64) -> Result<(), Fault>;
+
     /// Opens a regular file.
     fn open(&self, path: &str) -> Result<Rc<dyn Contents>, Fault>;
 }
