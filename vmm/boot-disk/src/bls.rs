@@ -3,7 +3,10 @@
 //! Boot loader entries (the UAPI group's "Boot Loader Specification"): text files (type 1) and, below them in the menu,
 //! unified kernel images (type 2). Boot counting is respected and not changed: the disk is only read.
 
-use std::cmp::{Ordering, Reverse};
+use std::{
+    cmp::{Ordering, Reverse},
+    rc::Rc,
+};
 
 use crate::{
     entry::Draft,
@@ -42,36 +45,75 @@ struct Item {
     is_unified: bool,
 }
 
-/// The entry that a boot loader would boot.
-pub(crate) fn find(files: &dyn FileSystem, notes: &mut Vec<String>) -> Result<Draft, Fault> {
+/// The entry that a boot loader would boot, and the number of its volume. The entries of all volumes are one menu, whose
+/// configuration is that of the first volume with one.
+pub(crate) fn find(volumes: &[&dyn FileSystem], notes: &mut Vec<String>) -> Result<(usize, Draft), Fault> {
     for root in ROOTS {
-        let mut items = items(files, root, notes)?;
-        if items.is_empty() {
+        let (mut all, mut pattern, mut saved) = (Vec::new(), None, None);
+        for (number, files) in volumes.iter().enumerate() {
+            match menu(*files, root, notes) {
+                Ok(menu) => {
+                    pattern = pattern.or(menu.pattern);
+                    saved = saved.or_else(|| menu.variables.get("saved_entry").map(str::to_owned));
+                    let variables = Rc::new(menu.variables);
+                    all.extend(menu.items.into_iter().map(|item| (item, number, Rc::clone(&variables))));
+                }
+                // The only volume has no other entries.
+                Err(fault) if fault.is_end() || volumes.len() == 1 => return Err(fault),
+                Err(fault) => {
+                    notes.push(printable(&format!("the menu of one partition is skipped: {fault}")))
+                }
+            }
+        }
+        if all.is_empty() {
             continue;
         }
-        items.sort_by(order);
-        let variables = Variables::read(files, root)?;
-        let chosen = match text(files, &format!("{root}/loader/loader.conf"), MOST_TEXT) {
-            Ok(text) => match default(&text) {
-                Some(pattern) => {
-                    let ids = items.iter().fold(0_usize, |all, item| all.saturating_add(item.id.len()));
-                    files.charge(ids.saturating_mul(pattern.len()) as u64)?;
-                    items.iter().position(|item| matches(&pattern, &item.id))
+        all.sort_by(|(one, ..), (other, ..)| order(one, other));
+        let ids = || all.iter().map(|(item, ..)| item.id.as_str());
+        let chosen = match (pattern, saved) {
+            (Some(Some(pattern)), _) => {
+                let cost = ids().fold(0, |all: usize, id| all.saturating_add(id.len()));
+                if let Some(files) = volumes.first() {
+                    files.charge(cost.saturating_mul(pattern.len()) as u64)?;
                 }
-                None => None,
-            },
+                ids().position(|id| matches(&pattern, id))
+            }
+            (Some(None), _) | (None, None) => None,
             // Without a configuration of its own, the menu is one of GRUB.
-            Err(fault) if fault.is_absence() => variables.get("saved_entry").and_then(|saved| {
-                let id = saved.strip_suffix(".conf").unwrap_or(saved);
-                let number = || id.parse().ok().filter(|number| *number < items.len());
-                items.iter().position(|item| item.id == id).or_else(number)
-            }),
-            Err(fault) => return Err(fault),
+            (None, Some(saved)) => {
+                let saved = saved.strip_suffix(".conf").unwrap_or(&saved);
+                let number = || saved.parse().ok().filter(|number| *number < all.len());
+                ids().position(|id| id == saved).or_else(number)
+            }
         };
-        let item = items.into_iter().nth(chosen.unwrap_or(0)).unwrap_or_default();
-        return draft(files, item, &variables);
+        let chosen = all.into_iter().nth(chosen.unwrap_or(0));
+        if let Some((item, number, variables)) = chosen
+            && let Some(files) = volumes.get(number)
+        {
+            return Ok((number, draft(*files, item, &variables)?));
+        }
     }
     Err(Fault::Absent("/loader/entries, /EFI/Linux or /boot/loader/entries with an entry".to_owned()))
+}
+
+/// The menu of one volume.
+struct Menu {
+    items: Vec<Item>,
+    /// The pattern of `default`, if there is a configuration and in it a pattern.
+    pattern: Option<Option<String>>,
+    variables: Variables,
+}
+
+/// Reads the menu of a volume, or that of its directory `/boot`.
+fn menu(files: &dyn FileSystem, root: &str, notes: &mut Vec<String>) -> Result<Menu, Fault> {
+    let items = items(files, root, notes)?;
+    let pattern = match text(files, &format!("{root}/loader/loader.conf"), MOST_TEXT) {
+        Ok(text) => Some(default(&text)),
+        Err(fault) if fault.is_absence() => None,
+        Err(fault) => return Err(fault),
+    };
+    let variables = if items.is_empty() { Variables::default() } else { Variables::read(files, root)? };
+    Ok(Menu { items, pattern, variables })
 }
 
 /// The entries of a partition, or of its directory `/boot`.

@@ -9,7 +9,7 @@ const LINKS: [(&str, &[&str]); 2] =
     [("/vmlinuz", &["/initrd.img"]), ("/boot/vmlinuz", &["/boot/initrd.img", "/boot/initrd"])];
 
 /// The kernel behind the first link that leads to one, with its initramfs if there is one. This place has no command line.
-pub(crate) fn find(files: &dyn FileSystem, _notes: &mut Vec<String>) -> Result<Draft, Fault> {
+pub(crate) fn find(files: &dyn FileSystem) -> Result<Draft, Fault> {
     for (kernel, initramfs) in LINKS {
         let opened = match files.open(kernel) {
             Err(fault) if fault.is_absence() => continue,

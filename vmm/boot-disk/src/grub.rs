@@ -55,7 +55,7 @@ struct Item {
 }
 
 /// The entry that GRUB would boot.
-pub(crate) fn find(files: &dyn FileSystem, _notes: &mut Vec<String>) -> Result<Draft, Fault> {
+pub(crate) fn find(files: &dyn FileSystem) -> Result<Draft, Fault> {
     for menu in MENUS {
         let text = match text(files, menu, MOST_TEXT) {
             Err(fault) if fault.is_absence() => continue,

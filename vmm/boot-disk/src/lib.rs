@@ -41,6 +41,7 @@ use self::{
     entry::Draft,
     error::Fault,
     filesystem::FileSystem,
+    partitions::Role,
     trail::Trail,
     volume::{Budget, Volume},
 };
@@ -69,18 +70,27 @@ pub trait Disk {
     fn read(&mut self, offset: u64, bytes: &mut [u8]) -> io::Result<()>;
 }
 
+/// Finds a kernel in file systems with one menu.
+enum Find {
+    /// Partitions for boot loaders are one menu. Returns the place of its file system in the list, too. Notes are faults of
+    /// entries that are skipped.
+    Together(fn(&[&dyn FileSystem], &mut Vec<String>) -> Result<(usize, Draft), Fault>),
+    /// Each file system has a menu.
+    Each(fn(&dyn FileSystem) -> Result<Draft, Fault>),
+}
+
 /// A way in which systems name the kernel to boot.
 struct Place {
     name: &'static str,
-    find: fn(&dyn FileSystem, &mut Vec<String>) -> Result<Draft, Fault>,
+    find: Find,
     /// Its kernels come with the words of their command line.
     has_cmdline: bool,
 }
 
 const PLACES: &[Place] = &[
-    Place { name: "boot loader entries", find: bls::find, has_cmdline: true },
-    Place { name: "GRUB's menu", find: grub::find, has_cmdline: true },
-    Place { name: "Debian's links", find: debian::find, has_cmdline: false },
+    Place { name: "boot loader entries", find: Find::Together(bls::find), has_cmdline: true },
+    Place { name: "GRUB's menu", find: Find::Each(grub::find), has_cmdline: true },
+    Place { name: "Debian's links", find: Find::Each(debian::find), has_cmdline: false },
 ];
 
 /// Finds the kernel to boot. `memory` is the guest's memory in bytes, which bounds the kernel and the initramfs. `cmdline` has
@@ -97,6 +107,8 @@ fn find_within(disk: Box<dyn Disk>, memory: u64, cmdline: &str, budget: Budget) 
     let whole = Volume::whole(disk, budget);
     let mut trail = Trail::default();
     let mut opened: Vec<(String, Rc<dyn FileSystem>)> = Vec::new();
+    // The first ones, which are for boot loaders.
+    let mut together = 0;
     let mut partitions = match partitions::list(&whole) {
         Ok(partitions) => partitions,
         Err(fault) => {
@@ -104,27 +116,37 @@ fn find_within(disk: Box<dyn Disk>, memory: u64, cmdline: &str, budget: Budget) 
             Vec::new()
         }
     };
-    partitions.sort_by_key(|partition| !partition.for_loaders);
+    partitions.sort_by_key(|partition| partition.role);
     for partition in partitions {
         let name = partition.name;
         match probe::open(&partition.volume) {
-            Ok(Some(files)) => opened.push((format!("{name}, {}", files.kind()), files)),
+            Ok(Some(files)) => {
+                opened.push((format!("{name}, {}", files.kind()), files));
+                together += usize::from(partition.role != Role::Other);
+            }
             Ok(None) => trail.nothing(&name, &"no file system that is known"),
             Err(fault @ Fault::Unsupported(_)) => trail.other(&name, &fault),
             Err(fault) => trail.fault(&name, fault)?,
         }
     }
     for place in PLACES {
-        for (name, files) in &opened {
-            let at = format!("{name}, {}", place.name);
+        for (volumes, files) in menus(&opened, together, &place.find) {
+            let at = format!("{}, {}", volumes.join(" and "), place.name);
             let mut notes = Vec::new();
-            let draft = (place.find)(files.as_ref(), &mut notes);
+            let draft = match &place.find {
+                Find::Together(find) => find(&files, &mut notes),
+                Find::Each(find) => files.first().map_or_else(
+                    || Err(Fault::Absent("file system".to_owned())),
+                    |files| find(*files).map(|draft| (0, draft)),
+                ),
+            };
             for note in notes {
                 trail.fault(&at, Fault::Entry(note))?;
             }
-            let draft = draft.and_then(|draft| {
+            let draft = draft.and_then(|(number, draft)| {
+                let name = volumes.get(number).copied().unwrap_or_default();
                 if place.has_cmdline || trail.passed_over().is_empty() || has_root(cmdline) {
-                    return draft.read(name.clone(), place.name, memory);
+                    return draft.read(name.to_owned(), place.name, memory);
                 }
                 let text = "its kernel has no command line, and the disk may name another one where there are \
                     faults: mend them, or give root= in boot.cmdline";
@@ -141,6 +163,21 @@ fn find_within(disk: Box<dyn Disk>, memory: u64, cmdline: &str, budget: Budget) 
         }
     }
     Err(trail.end())
+}
+
+/// File systems with their names.
+type Menu<'a> = (Vec<&'a str>, Vec<&'a dyn FileSystem>);
+
+/// The file systems that have one menu each: the first `together` have one menu together, if the way of finding it is so.
+fn menus<'a>(opened: &'a [(String, Rc<dyn FileSystem>)], together: usize, find: &Find) -> Vec<Menu<'a>> {
+    let together = if matches!(find, Find::Together(_)) { together } else { 0 };
+    let (first, others) = opened.split_at_checked(together).unwrap_or((&[], opened));
+    let menu = |files: &'a [(String, Rc<dyn FileSystem>)]| {
+        let names = files.iter().map(|(name, _)| name.as_str()).collect();
+        (names, files.iter().map(|(_, files)| files.as_ref()).collect())
+    };
+    let first = (!first.is_empty()).then(|| menu(first));
+    first.into_iter().chain(others.chunks(1).map(menu)).collect()
 }
 
 /// Whether a kernel with this command line needs no other one to find its root file system.

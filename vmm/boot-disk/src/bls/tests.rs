@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 
 use super::*;
-use crate::testing::{booted, ext4, fat, refusal};
+use crate::testing::{ESP, LINUX, boot, booted, ext4, fat, gpt, refusal};
 
 #[test]
 fn an_entry_has_several_parts_and_options() {
@@ -105,6 +105,34 @@ fn variables_of_grub_are_expanded() {
     ] {
         let (found, parts, words) = booted(&image(environment, menu));
         assert_eq!((found.as_str(), parts.len(), words.as_str()), (kernel, 2, cmdline), "{environment}");
+    }
+}
+
+/// As systemd-boot has it: the configuration is on the ESP, and entries are on both partitions.
+#[test]
+fn partitions_for_boot_loaders_have_one_menu() {
+    let extended = u128::from_le_bytes(*b"\xff\xc2\x13\xbc\xe6\x59\x62\x42\xa3\x52\xb2\x75\xfd\x6f\x71\x72");
+    let larger = ext4(&[
+        ("loader/loader.conf", "default os-1"),
+        ("loader/entries/os-2.conf", "linux /two"),
+        ("loader/entries/os-3.conf", "linux /three"),
+        ("two", "two"),
+        ("three", "three"),
+    ]);
+    let root = ext4(&[("loader/entries/os-9.conf", "linux /nine"), ("nine", "nine")]);
+    for (configuration, expect, volume) in [
+        (None, "one", "partition 3 (for boot loaders), FAT"),
+        (Some("timeout 3"), "three", "partition 1 (for boot loaders), ext4"),
+        (Some("default os-2"), "two", "partition 1 (for boot loaders), ext4"),
+        (Some("default os-9"), "three", "partition 1 (for boot loaders), ext4"),
+    ] {
+        let mut files = vec![("loader/entries/os-1.conf", "linux /one"), ("one", "one")];
+        files.extend(configuration.map(|text| ("loader/loader.conf", text)));
+        let esp = fat(1 << 20, &files);
+        let image = gpt(&[(extended, &larger), (LINUX, &root), (ESP, &esp)]);
+        let entry = boot(&image).unwrap_or_else(|error| panic!("{error}"));
+        assert_eq!(entry.kernel, expect.as_bytes(), "{configuration:?}");
+        assert_eq!(entry.found.volume, volume);
     }
 }
 
