@@ -10,6 +10,7 @@ use std::{
     time::{Duration, Instant},
 };
 
+use boot_disk::FindError;
 use devices::{interrupt::MsiRouter, memory::GuestMapper, pci::bus::Windows};
 use kvm_bindings::{
     CpuId, KVM_API_VERSION, KVM_CAP_PMU_CAPABILITY, KVM_PIT_SPEAKER_DUMMY, KVM_PMU_CAP_DISABLE,
@@ -109,10 +110,11 @@ impl MachineError {
                 BootError::TablesTooLong { .. } | BootError::StringsTooLong { .. } | BootError::Smbios(_),
             )
             | Self::File(_) => FailureCode::Invalid,
+            Self::Boot(BootError::NoKernelOnDisk { source: FindError::Read(_), .. })
+            | Self::Board(BoardError::Disk { .. }) => FailureCode::Disk,
             Self::Boot(BootError::NoKernelOnDisk { .. }) => FailureCode::NoKernelOnDisk,
             Self::Boot(_) => FailureCode::Kernel,
             Self::Device(error) => error.code(),
-            Self::Board(BoardError::Disk { .. }) => FailureCode::Disk,
             Self::Reset(_)
             | Self::Board(BoardError::Device { .. })
             | Self::IoThread(IoThreadError::Silent(_)) => FailureCode::Device,

@@ -247,6 +247,17 @@ fn a_disk_without_a_kernel_is_refused_with_the_places() {
 }
 
 #[test]
+fn a_kernel_that_cannot_be_loaded_is_named_with_its_place() {
+    let agent = Agent::start();
+    let tree = Tree::new(&[("vmlinuz", b"no kernel")]);
+    ext4(tree.0.path(), &agent.directory().join("disks/web1.raw"), 0);
+    agent.create(&spec("web1", raw("web1.raw"), "")).unwrap();
+    let problem = agent.act("web1", VmAction::Boot).unwrap_err();
+    let words = "The kernel /vmlinuz on the disk root (the whole disk, ext4) cannot be loaded: The kernel is";
+    assert!(problem.detail.contains(words), "{}", problem.detail);
+}
+
+#[test]
 fn a_reboot_without_a_kernel_ends_the_vm_with_the_cause() {
     let agent = Agent::start();
     let tree = Tree::new(&[("boot/vmlinuz", &kernel(&agent))]);

@@ -3,12 +3,16 @@
 //! Boot loader entries (the UAPI group's "Boot Loader Specification"): text files (type 1) and, below them in the menu,
 //! unified kernel images (type 2). Boot counting is respected and not changed: the disk is only read.
 
-use std::cmp::{Ordering, Reverse};
+use std::{
+    cmp::{Ordering, Reverse},
+    rc::Rc,
+};
 
 use crate::{
     entry::Draft,
     error::{Fault, printable},
     filesystem::{FileSystem, MOST_TEXT, Part, text},
+    grub::Variables,
     uki, version,
 };
 
@@ -18,6 +22,8 @@ const ROOTS: [&str; 2] = ["", "/boot"];
 const MOST_ENTRIES: usize = 256;
 /// The longest of them in bytes.
 const MOST_ENTRY: u64 = 64 << 10;
+/// The longest pattern in bytes: the longest name of a file in Linux.
+const MOST_PATTERN: usize = 255;
 /// The most lines of a file with the same key.
 const MOST_LINES: usize = 64;
 
@@ -39,28 +45,79 @@ struct Item {
     is_unified: bool,
 }
 
-/// The entry that a boot loader would boot.
-pub(crate) fn find(files: &dyn FileSystem) -> Result<Draft, Fault> {
+/// The entry that a boot loader would boot, and the number of its volume. The entries of all volumes are one menu, whose
+/// configuration is that of the first volume with one.
+pub(crate) fn find(volumes: &[&dyn FileSystem], notes: &mut Vec<String>) -> Result<(usize, Draft), Fault> {
     for root in ROOTS {
-        let mut items = items(files, root)?;
-        if items.is_empty() {
+        let (mut all, mut pattern, mut saved) = (Vec::new(), None, None);
+        for (number, files) in volumes.iter().enumerate() {
+            match menu(*files, root, notes) {
+                Ok(menu) => {
+                    pattern = pattern.or(menu.pattern);
+                    saved = saved.or_else(|| menu.variables.get("saved_entry").map(str::to_owned));
+                    let variables = Rc::new(menu.variables);
+                    all.extend(menu.items.into_iter().map(|item| (item, number, Rc::clone(&variables))));
+                }
+                // The only volume has no other entries.
+                Err(fault) if fault.is_end() || volumes.len() == 1 => return Err(fault),
+                Err(fault) => {
+                    notes.push(printable(&format!("the menu of one partition is skipped: {fault}")))
+                }
+            }
+        }
+        if all.is_empty() {
             continue;
         }
-        items.sort_by(order);
-        let default = match text(files, &format!("{root}/loader/loader.conf"), MOST_TEXT) {
-            Ok(text) => default(&text),
-            Err(fault) if fault.is_absence() => None,
-            Err(fault) => return Err(fault),
+        all.sort_by(|(one, ..), (other, ..)| order(one, other));
+        let ids = || all.iter().map(|(item, ..)| item.id.as_str());
+        let chosen = match (pattern, saved) {
+            (Some(Some(pattern)), _) => {
+                let cost = ids().fold(0, |all: usize, id| all.saturating_add(id.len()));
+                if let Some(files) = volumes.first() {
+                    files.charge(cost.saturating_mul(pattern.len()) as u64)?;
+                }
+                ids().position(|id| matches(&pattern, id))
+            }
+            (Some(None), _) | (None, None) => None,
+            // Without a configuration of its own, the menu is one of GRUB.
+            (None, Some(saved)) => {
+                let saved = saved.strip_suffix(".conf").unwrap_or(&saved);
+                let number = || saved.parse().ok().filter(|number| *number < all.len());
+                ids().position(|id| id == saved).or_else(number)
+            }
         };
-        let chosen = default.and_then(|pattern| items.iter().position(|item| matches(&pattern, &item.id)));
-        let item = items.into_iter().nth(chosen.unwrap_or(0)).unwrap_or_default();
-        return draft(files, item);
+        let chosen = all.into_iter().nth(chosen.unwrap_or(0));
+        if let Some((item, number, variables)) = chosen
+            && let Some(files) = volumes.get(number)
+        {
+            return Ok((number, draft(*files, item, &variables)?));
+        }
     }
     Err(Fault::Absent("/loader/entries, /EFI/Linux or /boot/loader/entries with an entry".to_owned()))
 }
 
+/// The menu of one volume.
+struct Menu {
+    items: Vec<Item>,
+    /// The pattern of `default`, if there is a configuration and in it a pattern.
+    pattern: Option<Option<String>>,
+    variables: Variables,
+}
+
+/// Reads the menu of a volume, or that of its directory `/boot`.
+fn menu(files: &dyn FileSystem, root: &str, notes: &mut Vec<String>) -> Result<Menu, Fault> {
+    let items = items(files, root, notes)?;
+    let pattern = match text(files, &format!("{root}/loader/loader.conf"), MOST_TEXT) {
+        Ok(text) => Some(default(&text)),
+        Err(fault) if fault.is_absence() => None,
+        Err(fault) => return Err(fault),
+    };
+    let variables = if items.is_empty() { Variables::default() } else { Variables::read(files, root)? };
+    Ok(Menu { items, pattern, variables })
+}
+
 /// The entries of a partition, or of its directory `/boot`.
-fn items(files: &dyn FileSystem, root: &str) -> Result<Vec<Item>, Fault> {
+fn items(files: &dyn FileSystem, root: &str, notes: &mut Vec<String>) -> Result<Vec<Item>, Fault> {
     let list = |path: &str| match files.list(path) {
         Err(fault) if fault.is_absence() => Ok(Vec::new()),
         listed => listed,
@@ -68,12 +125,17 @@ fn items(files: &dyn FileSystem, root: &str) -> Result<Vec<Item>, Fault> {
     let mut items = Vec::new();
     let directory = format!("{root}/loader/entries");
     let names = list(&directory)?.into_iter().filter_map(|name| Some((id(&name, ".conf")?, name)));
-    for ((id, is_bad), name) in names.take(MOST_ENTRIES) {
+    let mut names: Vec<_> = names.collect();
+    // The newest ones, if there are too many.
+    names.sort_by(|((one, _), _), ((other, _), _)| version::compare(other, one));
+    for ((id, is_bad), name) in names.into_iter().take(MOST_ENTRIES) {
         let path = format!("{directory}/{name}");
         let item = Item { id, path, is_bad, ..Item::default() };
-        let text = text(files, &item.path, MOST_ENTRY)?;
-        let item = parse(&text, item);
-        items.extend(item.filter(|item| item.linux.is_some()));
+        match text(files, &item.path, MOST_ENTRY) {
+            Ok(text) => items.extend(parse(&text, item).filter(|item| item.linux.is_some())),
+            Err(ending) if ending.is_end() => return Err(ending),
+            Err(fault) => notes.push(printable(&format!("the entry {} is skipped: {fault}", item.path))),
+        }
     }
     let directory = format!("{root}/EFI/Linux");
     for name in list(&directory)? {
@@ -147,7 +209,7 @@ fn order(one: &Item, other: &Item) -> Ordering {
     })
 }
 
-/// The pattern of `default` in the loader's configuration. `@saved` and its like are in EFI variables, which are not here.
+/// The pattern of `default` in small letters, in the loader's configuration. `@saved` and its like are in EFI variables, which are not here.
 fn default(text: &str) -> Option<String> {
     let mut found = None;
     for line in text.lines() {
@@ -158,13 +220,13 @@ fn default(text: &str) -> Option<String> {
     let found = found?;
     let suffixes = [".conf", ".efi"];
     let pattern = suffixes.iter().find_map(|suffix| found.strip_suffix(suffix)).unwrap_or(found);
-    Some(pattern.to_owned())
+    (pattern.len() <= MOST_PATTERN).then(|| pattern.to_lowercase())
 }
 
-/// Whether a pattern with `*` and `?` is that of an id. Each `*` takes as little as it can, so that the time is the product of
+/// Whether a pattern with `*` and `?`, in small letters, is that of an id. Each `*` takes as little as it can, so that the time is the product of
 /// both lengths at most.
 fn matches(pattern: &str, id: &str) -> bool {
-    let (pattern, id) = (pattern.to_lowercase().into_bytes(), id.to_lowercase().into_bytes());
+    let (pattern, id) = (pattern.as_bytes(), id.to_lowercase().into_bytes());
     let (mut p, mut i, mut back) = (0, 0, None);
     loop {
         match (pattern.get(p), id.get(i)) {
@@ -183,35 +245,33 @@ fn matches(pattern: &str, id: &str) -> bool {
     }
 }
 
-fn draft(files: &dyn FileSystem, item: Item) -> Result<Draft, Fault> {
+fn draft(files: &dyn FileSystem, item: Item, variables: &Variables) -> Result<Draft, Fault> {
     if item.is_unified {
         return uki::draft(files, &item.path);
     }
     let at = |fault: Fault| in_entry(&item.path, fault);
-    if let Some(word) =
-        item.options.iter().chain(&item.linux).chain(&item.initrd).find(|word| word.contains('$'))
-    {
-        let text = format!("{} has a variable of GRUB in \"{}\"", printable(&item.path), printable(word));
-        return Err(Fault::Entry(text));
-    }
-    let linux = item.linux.clone().unwrap_or_default();
+    let linux = variables.expand(item.linux.as_deref().unwrap_or_default());
     let kernel = files.open(&linux).map_err(at)?;
-    let parts =
-        item.initrd.iter().map(|path| files.open(path).map(Part::whole)).collect::<Result<Vec<_>, _>>();
+    // GRUB's users name several files on one line.
+    let initrd = variables.expand(&item.initrd.join(" "));
+    let parts = initrd.split_whitespace().map(|path| files.open(path).map(Part::whole));
+    let parts = parts.collect::<Result<Vec<_>, _>>();
     let title = if item.title.is_empty() { &item.id } else { &item.title };
     Ok(Draft {
         title: printable(title),
         path: printable(&linux),
         kernel: Part::whole(kernel),
         initramfs: parts.map_err(at)?,
-        cmdline: item.options.join(" "),
+        cmdline: variables.expand(&item.options.join(" ")),
     })
 }
 
 /// A fault with the entry that leads to it.
 pub(crate) fn in_entry(entry: &str, fault: Fault) -> Fault {
     match fault {
-        ending @ (Fault::Read(_) | Fault::Budget(_)) => ending,
+        ending if ending.is_end() => ending,
+        // The host's error is one of the whole disk.
+        read @ Fault::Read(_) => read,
         local => Fault::Entry(printable(&format!("the entry {entry} cannot be booted: {local}"))),
     }
 }

@@ -11,6 +11,8 @@ use crate::{
 
 /// The largest kernel image in bytes.
 const MOST_KERNEL: u64 = 128 << 20;
+/// Bytes of a kernel with the signs of its format.
+const HEAD: usize = 64;
 /// The most parts of an initramfs.
 const MOST_PARTS: usize = 16;
 /// The longest command line in bytes: that of x86 Linux.
@@ -37,6 +39,10 @@ pub struct Found {
     pub source: String,
     /// The entry's title, or the kernel's path.
     pub title: String,
+    /// The kernel's path in its file system.
+    pub path: String,
+    /// Places before it with faults. Empty without any.
+    pub passed_over: String,
 }
 
 /// An entry whose kernel is not read yet.
@@ -76,17 +82,22 @@ impl Draft {
             let text = "its command line is longer than 2047 bytes, or has a control character";
             return Err(Fault::Entry(text.to_owned()));
         }
-        let kernel = self.kernel.all(&self.path, MOST_KERNEL.min(memory))?;
+        // The first bytes before all others: an entry that cannot be booted costs one read.
+        let head = self.kernel.head(HEAD)?;
+        if head.is_empty() {
+            return Err(Fault::Entry(format!("{} is empty", self.path)));
+        }
         // "zimg" behind the DOS header (drivers/firmware/efi/libstub/zboot-header.S), and the magic number of gzip.
-        if kernel.starts_with(b"MZ") && kernel.get(4..8) == Some(b"zimg") || kernel.starts_with(&[0x1f, 0x8b])
-        {
+        if head.starts_with(b"MZ") && head.get(4..8) == Some(b"zimg") || head.starts_with(&[0x1f, 0x8b]) {
             let text = format!(
                 "{} is a compressed image, and only a bzImage or an ELF image can be booted",
                 self.path
             );
             return Err(Fault::Entry(text));
         }
-        let found = Found { volume, source: source.to_owned(), title: self.title };
+        let kernel = self.kernel.all(&self.path, MOST_KERNEL.min(memory))?;
+        let (title, path) = (self.title, self.path);
+        let found = Found { volume, source: source.to_owned(), title, path, passed_over: String::new() };
         Ok(Entry { kernel, initramfs: self.initramfs, cmdline, found })
     }
 }

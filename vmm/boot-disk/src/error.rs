@@ -2,7 +2,7 @@
 
 //! Errors, and the places that were looked at.
 
-use std::{fmt, io};
+use std::{fmt, io, time::Duration};
 
 /// The most places that an error names.
 const PLACES: usize = 24;
@@ -18,6 +18,11 @@ pub enum FindError {
     /// The search would read too much: only a damaged disk needs more.
     #[error("The search for a kernel has read {0} bytes and found none: the disk's file systems are damaged")]
     Budget(u64),
+    /// The disk is slow, or one that wants to be.
+    #[error(
+        "The search for a kernel has taken longer than {0:?}: the disk is too slow, or its file systems are damaged"
+    )]
+    Late(Duration),
     /// No place has a kernel that can be booted.
     #[error("No kernel was found: {0}")]
     Nothing(Places),
@@ -40,6 +45,12 @@ impl Places {
     }
 }
 
+impl Places {
+    pub(crate) fn is_empty(&self) -> bool {
+        self.listed.is_empty()
+    }
+}
+
 impl fmt::Display for Places {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str(&self.listed.join("; "))?;
@@ -53,12 +64,15 @@ impl fmt::Display for Places {
 /// The reason for which one place boots nothing.
 #[derive(Debug, thiserror::Error)]
 pub(crate) enum Fault {
-    /// Ends the whole search.
-    #[error("the disk cannot be read")]
-    Read(#[source] io::Error),
+    /// The host's file, or its format, failed a read. Other parts of the disk may be whole.
+    #[error("the disk cannot be read ({0})")]
+    Read(io::Error),
     /// Ends the whole search.
     #[error("the budget of {0} bytes is used up")]
     Budget(u64),
+    /// Ends the whole search.
+    #[error("the time to read the disk is over")]
+    Late,
     /// A file or directory is not there.
     #[error("there is no {0}")]
     Absent(String),
@@ -84,13 +98,9 @@ pub(crate) enum Fault {
 }
 
 impl Fault {
-    /// Separates the faults that end the search from those of one place.
-    pub(crate) fn local(self) -> Result<Self, FindError> {
-        match self {
-            Self::Read(error) => Err(FindError::Read(error)),
-            Self::Budget(bytes) => Err(FindError::Budget(bytes)),
-            local => Ok(local),
-        }
+    /// Whether it ends the whole search.
+    pub(crate) fn is_end(&self) -> bool {
+        matches!(self, Self::Budget(_) | Self::Late)
     }
 
     /// Whether a file or directory is not there, which is no fault of an optional one.
@@ -103,6 +113,7 @@ impl From<Fault> for io::Error {
     fn from(fault: Fault) -> Self {
         match fault {
             Fault::Read(error) => error,
+            late @ Fault::Late => Self::new(io::ErrorKind::TimedOut, late.to_string()),
             other => Self::other(other.to_string()),
         }
     }

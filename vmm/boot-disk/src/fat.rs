@@ -6,16 +6,21 @@
 //! Code of its own: the crate `fatfs`, which makes disks elsewhere, wants to write, and computes with the numbers of a boot
 //! sector before it has checked them.
 
-use std::{cell::Cell, rc::Rc};
+use std::{
+    cell::{Cell, RefCell},
+    rc::Rc,
+};
 
 use crate::{
     error::Fault,
     filesystem::{Contents, FileSystem, MOST_NAMES, MOST_PATH},
-    volume::{Volume, u16_at, u32_at},
+    volume::{Volume, field, u16_at, u32_at},
 };
 
 /// Bytes of a directory entry.
 const ENTRY: usize = 32;
+/// Bytes of the table that are read at once.
+const WINDOW: u64 = 4 << 10;
 /// The most entries of a directory (the specification's limit is 65536).
 const MOST_ENTRIES: u64 = 65_536;
 /// Attributes: the volume's label, a directory; all four low bits mark a part of a long name.
@@ -43,6 +48,8 @@ struct Shared {
     cluster: u64,
     clusters: u64,
     table: u64,
+    /// The last part of the table that was read: its offset in the volume, and its bytes.
+    window: RefCell<(u64, Vec<u8>)>,
     data: u64,
     root: Start,
 }
@@ -106,6 +113,7 @@ impl Fat {
             cluster: bytes * per_cluster,
             clusters,
             table: reserved * bytes,
+            window: RefCell::default(),
             data: first * bytes,
             root: start,
         }))))
@@ -149,6 +157,10 @@ impl FileSystem for Fat {
         Ok(names)
     }
 
+    fn charge(&self, bytes: u64) -> Result<(), Fault> {
+        self.0.volume.charge(bytes)
+    }
+
     fn open(&self, path: &str) -> Result<Rc<dyn Contents>, Fault> {
         let entry = self.resolve(path)?.filter(|entry| !entry.is_directory);
         let entry = entry.ok_or_else(|| Fault::Absent(path.to_owned()))?;
@@ -179,20 +191,32 @@ impl Shared {
         let number = u64::from(cluster);
         let (next, end) = match self.width {
             Width::Twelve => {
-                let pair: [u8; 2] = self.volume.array(self.table + number + number / 2)?;
-                let pair = u32::from(u16::from_le_bytes(pair));
+                let pair = u32::from(u16::from_le_bytes(self.entry(number + number / 2)?));
                 (if number.is_multiple_of(2) { pair & 0xfff } else { pair >> 4 }, 0xff8)
             }
-            Width::Sixteen => {
-                let entry = self.volume.array(self.table + number * 2)?;
-                (u32::from(u16::from_le_bytes(entry)), 0xfff8)
-            }
-            Width::ThirtyTwo => {
-                let entry = self.volume.array(self.table + number * 4)?;
-                (u32::from_le_bytes(entry) & 0x0fff_ffff, 0x0fff_fff8)
-            }
+            Width::Sixteen => (u32::from(u16::from_le_bytes(self.entry(number * 2)?)), 0xfff8),
+            Width::ThirtyTwo => (u32::from_le_bytes(self.entry(number * 4)?) & 0x0fff_ffff, 0x0fff_fff8),
         };
         Ok((next < end).then_some(next))
+    }
+
+    /// Bytes of the table from an offset on.
+    fn entry<const N: usize>(&self, offset: u64) -> Result<[u8; N], Fault> {
+        // A chain is followed for each step's cost, whether it reads or not.
+        self.volume.charge(0)?;
+        let at = self.table + offset;
+        let mut window = self.window.borrow_mut();
+        let is_inside = |(start, bytes): &(u64, Vec<u8>)| {
+            at.checked_sub(*start).is_some_and(|from| from + N as u64 <= bytes.len() as u64)
+        };
+        if !is_inside(&window) {
+            // At least the entry: behind the end of the volume, the read fails.
+            let len = WINDOW.min(self.volume.size().saturating_sub(at)).max(N as u64);
+            window.1.clear();
+            *window = (at, self.volume.bytes(at, usize::try_from(len).unwrap_or_default())?);
+        }
+        let from = usize::try_from(at - window.0).unwrap_or(usize::MAX);
+        Ok(field(&window.1, from))
     }
 
     /// Calls `take(entry)` for each file and directory until it returns false.

@@ -24,6 +24,9 @@ pub(crate) trait FileSystem {
     /// The names in a directory, at most [`MOST_NAMES`].
     fn list(&self, path: &str) -> Result<Vec<String>, Fault>;
 
+    /// Takes the cost of work with bytes that were read.
+    fn charge(&self, bytes: u64) -> Result<(), Fault>;
+
     /// Opens a regular file.
     fn open(&self, path: &str) -> Result<Rc<dyn Contents>, Fault>;
 }
@@ -61,6 +64,13 @@ impl Part {
     #[must_use]
     pub fn size(&self) -> u64 {
         self.left
+    }
+
+    /// Reads the first bytes that are left, `most` at most.
+    pub(crate) fn head(&self, most: usize) -> Result<Vec<u8>, Fault> {
+        let mut bytes = vec![0; usize::try_from(self.left).unwrap_or(most).min(most)];
+        self.contents.read(self.offset, &mut bytes)?;
+        Ok(bytes)
     }
 
     /// Reads all that is left, `most` bytes at most. `path` is for the error.

@@ -10,7 +10,7 @@ use std::{
     rc::Rc,
 };
 
-use crate::{Disk, find_within};
+use crate::{Disk, find_within, volume::Budget};
 
 const SECTOR: usize = 512;
 /// Sectors of the disk: 32 MiB.
@@ -71,7 +71,8 @@ pub fn fuzz_disk(data: &[u8]) {
 /// The same. Returns whether the disk boots a kernel.
 fn boots(data: &[u8]) -> bool {
     let (disk, read) = Sparse::new(data);
-    let result = find_within(Box::new(disk), MEMORY, BUDGET);
+    let budget = Budget { bytes: BUDGET, is_late: Box::new(|| false) };
+    let result = find_within(Box::new(disk), MEMORY, "", budget);
     let shown = |text: &str, most: usize| {
         assert!(text.len() <= most && !text.contains(char::is_control), "{text:?}");
     };
@@ -85,9 +86,10 @@ fn boots(data: &[u8]) -> bool {
     };
     assert!(entry.kernel.len() as u64 <= MEMORY);
     shown(&entry.cmdline, 2047);
-    for text in [&entry.found.volume, &entry.found.source, &entry.found.title] {
+    for text in [&entry.found.volume, &entry.found.source, &entry.found.title, &entry.found.path] {
         shown(text, 4096);
     }
+    shown(&entry.found.passed_over, 64 << 10);
     let mut size = 0_u64;
     for mut part in entry.initramfs {
         size = size.saturating_add(part.size());

@@ -5,6 +5,8 @@
 //! `grub.cfg` is a program. Nothing here runs it: an entry is taken only if its lines `linux` and `initrd` stand in it
 //! literally, beside commands that do not change them. Another entry is an error that names the line.
 
+use std::collections::BTreeMap;
+
 use crate::{
     bls::in_entry,
     entry::Draft,
@@ -14,8 +16,10 @@ use crate::{
 
 /// Menus of a root directory, and of a separate `/boot`.
 const MENUS: [&str; 4] = ["/boot/grub/grub.cfg", "/boot/grub2/grub.cfg", "/grub/grub.cfg", "/grub2/grub.cfg"];
-/// The most entries and submenus.
+/// The most entries and submenus, and the most variables of one file.
 const MOST_ITEMS: usize = 512;
+/// The longest text in bytes that grows by the values of variables.
+const MOST_EXPANDED: usize = 64 << 10;
 /// The deepest submenu.
 const MOST_DEPTH: usize = 8;
 /// Commands in an entry that change neither its kernel nor its command line.
@@ -57,29 +61,95 @@ pub(crate) fn find(files: &dyn FileSystem) -> Result<Draft, Fault> {
             Err(fault) if fault.is_absence() => continue,
             text => text?,
         };
-        let saved = match self::text(files, &menu.replace("grub.cfg", "grubenv"), MOST_TEXT) {
-            Ok(environment) => saved(&environment),
-            Err(fault) if fault.is_absence() => None,
-            Err(fault) => return Err(fault),
-        };
+        let variables = Variables::environment(files, &menu.replace("grub.cfg", "grubenv"))?;
         let (items, default) = parse(&text);
         let default = match default.as_deref() {
-            Some("${saved_entry}" | "$saved_entry") => saved.unwrap_or_default(),
-            other => other.unwrap_or_default().to_owned(),
+            Some("${saved_entry}" | "$saved_entry") => variables.get("saved_entry").unwrap_or_default(),
+            other => other.unwrap_or_default(),
         };
-        let item = choose(&items, &default).ok_or_else(|| {
-            let text = format!("{menu} has no entry for its default \"{}\"", printable(&default));
+        let item = choose(&items, default).ok_or_else(|| {
+            let text = format!("{menu} has no entry for its default \"{}\"", printable(default));
             Fault::Entry(text)
         })?;
-        return draft(files, menu, item);
+        return draft(files, menu, item, &variables);
     }
     Err(Fault::Absent(MENUS.join(", ")))
 }
 
-/// `saved_entry` in GRUB's environment block.
-fn saved(environment: &str) -> Option<String> {
-    let value = environment.lines().find_map(|line| line.strip_prefix("saved_entry="))?;
-    Some(value.trim_end().to_owned())
+/// Variables with their literal values.
+#[derive(Default)]
+pub(crate) struct Variables(BTreeMap<String, String>);
+
+impl Variables {
+    /// Those of the environment block beside a menu, and of the menu's `set` commands outside of entries. A variable of the
+    /// environment keeps its value: menus set it only if it is not there. `root` is the directory with GRUB's.
+    pub(crate) fn read(files: &dyn FileSystem, root: &str) -> Result<Self, Fault> {
+        let mut all = Self::default();
+        for directory in ["grub2", "grub"] {
+            let path = format!("{root}/{directory}/grubenv");
+            for (name, value) in Self::environment(files, &path)?.0 {
+                all.0.entry(name).or_insert(value);
+            }
+            let menu = match text(files, &format!("{root}/{directory}/grub.cfg"), MOST_TEXT) {
+                Ok(menu) => menu,
+                Err(ending) if ending.is_end() => return Err(ending),
+                Err(_) => continue,
+            };
+            let mut open = 0_usize;
+            for line in menu.lines() {
+                let words = words(line);
+                let mut words = words.iter().map(String::as_str);
+                match (words.next(), words.next(), words.last()) {
+                    (Some("}"), ..) => open = open.saturating_sub(1),
+                    (.., Some("{")) => open = open.saturating_add(1),
+                    (Some("set"), Some(word), _) if open == 0 && all.0.len() < MOST_ITEMS => {
+                        if let Some((name, value)) = word.split_once('=').filter(|_| !word.contains('$')) {
+                            all.0.entry(name.to_owned()).or_insert_with(|| value.to_owned());
+                        }
+                    }
+                    _ => {}
+                }
+            }
+        }
+        Ok(all)
+    }
+
+    /// Those of an environment block. None without one.
+    fn environment(files: &dyn FileSystem, path: &str) -> Result<Self, Fault> {
+        let block = match text(files, path, MOST_TEXT) {
+            Ok(block) => block,
+            Err(fault) if fault.is_absence() => return Ok(Self::default()),
+            Err(fault) => return Err(fault),
+        };
+        let lines = block.lines().filter(|line| !line.starts_with('#'));
+        let values = lines.take(MOST_ITEMS).filter_map(|line| line.split_once('='));
+        Ok(Self(values.map(|(name, value)| (name.to_owned(), value.trim_end().to_owned())).collect()))
+    }
+
+    pub(crate) fn get(&self, name: &str) -> Option<&str> {
+        self.0.get(name).map(String::as_str)
+    }
+
+    /// A text with the values of `$name` and `${name}`, once. Other variables are empty, as in GRUB. The result has at most
+    /// [`MOST_EXPANDED`] bytes.
+    pub(crate) fn expand(&self, text: &str) -> String {
+        let mut expanded = String::new();
+        let mut parts = text.split('$');
+        expanded.push_str(parts.next().unwrap_or_default());
+        for part in parts {
+            let braced = part.strip_prefix('{').and_then(|part| part.split_once('}'));
+            let (name, rest) = braced.unwrap_or_else(|| {
+                let is_name = |c: char| c.is_ascii_alphanumeric() || c == '_';
+                part.split_at(part.find(|c| !is_name(c)).unwrap_or(part.len()))
+            });
+            let value = self.get(name).unwrap_or_default();
+            if expanded.len().saturating_add(value.len()) <= MOST_EXPANDED {
+                expanded.push_str(value);
+            }
+            expanded.push_str(rest);
+        }
+        expanded
+    }
 }
 
 /// Splits a line into words. Quotes are removed; a variable in one leaves its `$` behind, but in single quotes it is text,
@@ -114,6 +184,18 @@ fn words(line: &str) -> Vec<String> {
     words
 }
 
+/// An item without its lines, from the words of its first one.
+fn item(words: &[String], open: &[Option<usize>]) -> Item {
+    let option = words.iter().position(|word| word == "--id" || word == "$menuentry_id_option");
+    Item {
+        depth: open.iter().flatten().count(),
+        is_submenu: words.first().is_some_and(|word| word == "submenu"),
+        title: words.get(1).cloned().unwrap_or_default(),
+        id: option.and_then(|at| words.get(at + 1)).cloned(),
+        lines: Vec::new(),
+    }
+}
+
 /// The items of a menu, and the last literal default, or that of the saved entry.
 fn parse(text: &str) -> (Vec<Item>, Option<String>) {
     let (mut items, mut default) = (Vec::<Item>::new(), None);
@@ -123,16 +205,16 @@ fn parse(text: &str) -> (Vec<Item>, Option<String>) {
         let mut words = words(line);
         let first = words.first().map(String::as_str).unwrap_or_default();
         let opens = words.last().is_some_and(|word| word == "{");
+        let closes = words.last().is_some_and(|word| word == "}");
+        let brace = words.iter().position(|word| word == "{");
         match first {
+            "menuentry" if closes && brace.is_some() && items.len() < MOST_ITEMS => {
+                let inner = brace.and_then(|at| words.get(at + 1..words.len() - 1)).unwrap_or_default();
+                let lines = vec![inner.to_vec()];
+                items.push(Item { lines, ..item(&words, &open) });
+            }
             "menuentry" | "submenu" if opens && items.len() < MOST_ITEMS && open.len() < MOST_DEPTH => {
-                let option = words.iter().position(|word| word == "--id" || word == "$menuentry_id_option");
-                let item = Item {
-                    depth: open.iter().flatten().count(),
-                    is_submenu: first == "submenu",
-                    title: words.get(1).cloned().unwrap_or_default(),
-                    id: option.and_then(|at| words.get(at + 1)).cloned(),
-                    lines: Vec::new(),
-                };
+                let item = item(&words, &open);
                 open.push(Some(items.len()));
                 items.push(item);
             }
@@ -172,7 +254,8 @@ fn choose<'a>(items: &'a [Item], default: &str) -> Option<&'a Item> {
         let number = wanted.parse::<usize>().ok().and_then(|number| of_level().nth(number));
         let named =
             || of_level().find(|(_, item)| item.id.as_deref() == Some(wanted) || item.title == wanted);
-        let (at, item) = number.or_else(named)?;
+        // GRUB takes the first entry for a default that is not there.
+        let (at, item) = number.or_else(named).or_else(|| of_level().next())?;
         if !item.is_submenu {
             return Some(item);
         }
@@ -183,22 +266,40 @@ fn choose<'a>(items: &'a [Item], default: &str) -> Option<&'a Item> {
     None
 }
 
-fn draft(files: &dyn FileSystem, menu: &str, item: &Item) -> Result<Draft, Fault> {
+/// The condition of Ubuntu's images that boot without an initramfs first (`GRUB_FORCE_PARTUUID`). The environment says whether
+/// that has failed.
+const INITRD_FAIL: [&str; 5] = ["[", "${initrdfail}", "=", "1", "]"];
+
+fn draft(files: &dyn FileSystem, menu: &str, item: &Item, variables: &Variables) -> Result<Draft, Fault> {
     let entry = format!("\"{}\" of {menu}", item.title);
     let refuse = |line: &[String], why: &str| {
         in_entry(&entry, Fault::Entry(format!("its line \"{}\" {why}", line.join(" "))))
     };
     let (mut linux, mut initrd) = (None::<&[String]>, Vec::new());
-    let mut conditions = 0_usize;
+    // Whether each open condition holds. None for one that is not known here.
+    let mut conditions: Vec<Option<bool>> = Vec::new();
     for line in &item.lines {
         // `if [ … ]; then COMMAND; fi` on one line has several commands.
         for command in line.split(|word| word == ";") {
             let mut command = command;
             while let Some((first, rest)) = command.split_first() {
                 match first.as_str() {
-                    "if" => conditions += 1,
-                    "fi" => conditions = conditions.saturating_sub(1),
-                    "then" | "else" | "elif" => {}
+                    "if" => {
+                        let holds = variables.get("initrdfail") == Some("1");
+                        conditions.push((rest == INITRD_FAIL).then_some(holds));
+                    }
+                    "fi" => drop(conditions.pop()),
+                    "else" => {
+                        if let Some(Some(holds)) = conditions.last_mut() {
+                            *holds = !*holds;
+                        }
+                    }
+                    "elif" => {
+                        if let Some(last) = conditions.last_mut() {
+                            *last = None;
+                        }
+                    }
+                    "then" => {}
                     _ => break,
                 }
                 command = rest;
@@ -212,7 +313,10 @@ fn draft(files: &dyn FileSystem, menu: &str, item: &Item) -> Result<Draft, Fault
                 }
                 continue;
             }
-            if conditions > 0 {
+            if conditions.contains(&Some(false)) {
+                continue;
+            }
+            if conditions.contains(&None) {
                 return Err(refuse(command, "depends on a condition"));
             }
             if arguments.iter().any(|word| word.contains('$')) {
@@ -235,8 +339,20 @@ fn draft(files: &dyn FileSystem, menu: &str, item: &Item) -> Result<Draft, Fault
         path: printable(path),
         kernel: Part::whole(kernel),
         initramfs: parts.map_err(in_item)?,
-        cmdline: options.join(" "),
+        cmdline: options.iter().map(|word| quoted(word)).collect::<Vec<_>>().join(" "),
     })
+}
+
+/// A word of the kernel's command line, as GRUB writes it (`grub_create_loader_cmdline`).
+fn quoted(word: &str) -> String {
+    let mut escaped = String::new();
+    for c in word.chars() {
+        if matches!(c, '\\' | '\'' | '"') {
+            escaped.push('\\');
+        }
+        escaped.push(c);
+    }
+    if word.contains(' ') { format!("\"{escaped}\"") } else { escaped }
 }
 
 #[cfg(test)]

@@ -12,23 +12,43 @@ const SECTOR: u64 = 512;
 const GPT_ENTRIES: u32 = 128;
 /// The most logical partitions.
 const LOGICAL: usize = 32;
-/// Types of a GPT in the order of their bytes: an EFI system partition, and an extended boot loader partition (the UAPI
-/// group's discoverable partitions).
+/// Types of a GPT in the order of their bytes (the UAPI group's "Discoverable Partitions Specification"): an EFI system
+/// partition, `c12a7328-f81f-11d2-ba4b-00a0c93ec93b`.
 const ESP: [u8; 16] = 0x3bc9_3ec9_a000_4bba_11d2_f81f_c12a_7328_u128.to_le_bytes();
-const XBOOTLDR: [u8; 16] = 0x72d9_9e69_ae89_49b9_b240_5c85_bc13_c2ff_u128.to_le_bytes();
+/// An extended boot loader partition, `bc13c2ff-59e6-4262-a352-b275fd6f7172`.
+const XBOOTLDR: [u8; 16] = 0x7271_6ffd_75b2_52a3_4262_59e6_bc13_c2ff_u128.to_le_bytes();
+
+/// The use of a partition, in the order in which boot loaders look at them.
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+pub(crate) enum Role {
+    /// An EFI system partition.
+    Esp,
+    /// An extended boot loader partition.
+    Extended,
+    Other,
+}
+
+impl Role {
+    fn of(esp: bool, extended: bool) -> Self {
+        match (esp, extended) {
+            (true, _) => Self::Esp,
+            (_, true) => Self::Extended,
+            _ => Self::Other,
+        }
+    }
+}
 
 /// A partition, or the whole disk.
 pub(crate) struct Partition {
     /// Its name in errors and logs.
     pub(crate) name: String,
     pub(crate) volume: Volume,
-    /// It is for boot loaders only: an EFI system partition, or an extended boot loader partition.
-    pub(crate) for_loaders: bool,
+    pub(crate) role: Role,
 }
 
 /// The partitions of a disk; all of it, if it has none.
 pub(crate) fn list(disk: &Volume) -> Result<Vec<Partition>, Fault> {
-    let whole = || Partition { name: "the whole disk".to_owned(), volume: disk.clone(), for_loaders: false };
+    let whole = || Partition { name: "the whole disk".to_owned(), volume: disk.clone(), role: Role::Other };
     if disk.size() < 2 * SECTOR {
         return Ok(vec![whole()]);
     }
@@ -50,10 +70,10 @@ fn kind(entry: &[u8]) -> u8 {
     entry.get(4).copied().unwrap_or(0)
 }
 
-fn partition(disk: &Volume, number: usize, first: u64, sectors: u64, for_loaders: bool) -> Option<Partition> {
+fn partition(disk: &Volume, number: usize, first: u64, sectors: u64, role: Role) -> Option<Partition> {
     let volume = disk.part(first.checked_mul(SECTOR)?, sectors.checked_mul(SECTOR)?)?;
-    let role = if for_loaders { " (for boot loaders)" } else { "" };
-    Some(Partition { name: format!("partition {number}{role}"), volume, for_loaders })
+    let text = if role == Role::Other { "" } else { " (for boot loaders)" };
+    Some(Partition { name: format!("partition {number}{text}"), volume, role })
 }
 
 fn gpt(disk: &Volume) -> Result<Vec<Partition>, Fault> {
@@ -70,13 +90,13 @@ fn gpt(disk: &Volume) -> Result<Vec<Partition>, Fault> {
             let at = table.saturating_add(u64::from(number).saturating_mul(size.into()));
             let entry: [u8; 128] = disk.array(at)?;
             let (first, end) = (u64_at(&entry, 32), u64_at(&entry, 40));
-            let for_loaders = entry.starts_with(&ESP) || entry.starts_with(&XBOOTLDR);
+            let role = Role::of(entry.starts_with(&ESP), entry.starts_with(&XBOOTLDR));
             let sectors = end.checked_sub(first).and_then(|more| more.checked_add(1));
             if entry.get(..16) != Some(&[0; 16])
                 && let Some(sectors) = sectors
             {
                 let number = usize::try_from(number).unwrap_or(0) + 1;
-                found.extend(partition(disk, number, first, sectors, for_loaders));
+                found.extend(partition(disk, number, first, sectors, role));
             }
         }
         return Ok(found);
@@ -91,7 +111,7 @@ fn mbr(disk: &Volume, primary: &[&[u8]]) -> Result<Vec<Partition>, Fault> {
     for (number, entry) in (1..).zip(primary) {
         let (first, sectors) = place(entry);
         if kind(entry) != 0 && !is_extended(entry) && sectors > 0 {
-            found.extend(partition(disk, number, first, sectors, kind(entry) == 0xef));
+            found.extend(partition(disk, number, first, sectors, Role::of(kind(entry) == 0xef, false)));
         }
     }
     // Each logical partition has a table with its own entry and that of the next table.
@@ -109,7 +129,13 @@ fn mbr(disk: &Volume, primary: &[&[u8]]) -> Result<Vec<Partition>, Fault> {
         let [own, next] = entries.as_slice() else { break };
         let (first, sectors) = place(own);
         if kind(own) != 0 && sectors > 0 {
-            found.extend(partition(disk, number, at.saturating_add(first), sectors, kind(own) == 0xef));
+            found.extend(partition(
+                disk,
+                number,
+                at.saturating_add(first),
+                sectors,
+                Role::of(kind(own) == 0xef, false),
+            ));
         }
         table = is_extended(next).then(|| base.saturating_add(place(next).0));
     }

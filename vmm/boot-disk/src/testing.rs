@@ -11,7 +11,7 @@ use std::{
 
 use fatfs::{FileSystem, FormatVolumeOptions, FsOptions};
 
-use crate::{Disk, Entry, FindError, find};
+use crate::{Disk, Entry, FindError, find, volume::Budget};
 
 /// Guest memory in bytes.
 pub(crate) const MEMORY: u64 = 64 << 20;
@@ -30,7 +30,12 @@ impl Disk for Vec<u8> {
 
 /// Finds the kernel of an image.
 pub(crate) fn boot(image: &[u8]) -> Result<Entry, FindError> {
-    find(Box::new(image.to_vec()), MEMORY)
+    find(Box::new(image.to_vec()), MEMORY, "")
+}
+
+/// A budget of bytes, without a clock.
+pub(crate) fn budget(bytes: u64) -> Budget {
+    Budget { bytes, is_late: Box::new(|| false) }
 }
 
 /// The error of an image without a kernel.

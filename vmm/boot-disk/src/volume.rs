@@ -5,6 +5,7 @@
 use std::{
     cell::{Cell, RefCell},
     rc::Rc,
+    time::{Duration, Instant},
 };
 
 use crate::{Disk, error::Fault};
@@ -14,11 +15,30 @@ use crate::{Disk, error::Fault};
 const LEAST: u64 = 512;
 const READS: u32 = 21;
 
+/// The most bytes that are read between two looks at the clock.
+const SLICE: usize = 1 << 20;
+
+/// The bounds of all reads of one boot.
+pub(crate) struct Budget {
+    /// Bytes.
+    pub(crate) bytes: u64,
+    /// Whether the time is up.
+    pub(crate) is_late: Box<dyn Fn() -> bool>,
+}
+
+impl Budget {
+    /// Bytes, and a time from now on.
+    pub(crate) fn new(bytes: u64, time: Duration) -> Self {
+        let begun = Instant::now();
+        Self { bytes, is_late: Box::new(move || begun.elapsed() > time) }
+    }
+}
+
 /// A disk with a budget. All volumes of a boot share it.
 pub(crate) struct Reader {
     disk: RefCell<Box<dyn Disk>>,
     left: Cell<u64>,
-    budget: u64,
+    budget: Budget,
 }
 
 /// A part of a disk: a partition, or all of it.
@@ -30,10 +50,10 @@ pub(crate) struct Volume {
 }
 
 impl Volume {
-    /// All of a disk. All reads of it and its parts take no more than `budget` bytes.
-    pub(crate) fn whole(disk: Box<dyn Disk>, budget: u64) -> Self {
+    /// All of a disk. The budget is for all reads of it and its parts.
+    pub(crate) fn whole(disk: Box<dyn Disk>, budget: Budget) -> Self {
         let size = disk.size();
-        let reader = Reader { disk: RefCell::new(disk), left: Cell::new(budget), budget };
+        let reader = Reader { disk: RefCell::new(disk), left: Cell::new(budget.bytes), budget };
         Self { reader: Rc::new(reader), start: 0, size }
     }
 
@@ -52,12 +72,15 @@ impl Volume {
         })
     }
 
-    /// Takes the cost of work that reads nothing.
+    /// Takes the cost of work that reads nothing. At the end of the time, [`Fault::Late`].
     pub(crate) fn charge(&self, bytes: u64) -> Result<(), Fault> {
-        let cost = bytes.max(LEAST).max(self.reader.budget >> READS);
+        let budget = &self.reader.budget;
+        if (budget.is_late)() {
+            return Err(Fault::Late);
+        }
+        let cost = bytes.max(LEAST).max(budget.bytes >> READS);
         let left = self.reader.left.get().checked_sub(cost);
-        let left = left.ok_or(Fault::Budget(self.reader.budget))?;
-        self.reader.left.set(left);
+        self.reader.left.set(left.ok_or(Fault::Budget(budget.bytes))?);
         Ok(())
     }
 
@@ -67,9 +90,13 @@ impl Volume {
         if offset.checked_add(len).is_none_or(|end| end > self.size) {
             return Err(Fault::Damaged("a place behind its end"));
         }
-        self.charge(len)?;
-        let at = self.start.saturating_add(offset);
-        self.reader.disk.borrow_mut().read(at, bytes).map_err(Fault::Read)
+        let mut at = self.start.saturating_add(offset);
+        for slice in bytes.chunks_mut(SLICE) {
+            self.charge(slice.len() as u64)?;
+            self.reader.disk.borrow_mut().read(at, slice).map_err(Fault::Read)?;
+            at = at.saturating_add(slice.len() as u64);
+        }
+        Ok(())
     }
 
     /// Reads an array.

@@ -47,13 +47,13 @@ const PAGE: u64 = 4096;
 #[derive(Debug, thiserror::Error)]
 pub enum BootError {
     /// Neither ELF nor bzImage.
-    #[error("The kernel file is neither an x86-64 ELF image nor a bzImage")]
+    #[error("The kernel is neither an x86-64 ELF image nor a bzImage")]
     NotAKernel,
     /// The image contradicts itself or does not fit.
     #[error("The kernel image cannot be loaded: it is damaged or larger than the guest's memory")]
     Load(#[source] loader::Error),
     /// A bzImage that ends before its kernel does.
-    #[error("The kernel file is truncated: it has {size} of {whole} bytes")]
+    #[error("The kernel is truncated: it has {size} of {whole} bytes")]
     Cut {
         /// Its size.
         size: u64,
@@ -76,8 +76,20 @@ pub enum BootError {
         /// The places that were looked at.
         source: boot_disk::FindError,
     },
-    /// A file cannot be read.
-    #[error("Cannot read the {0} file")]
+    /// The kernel on a disk, or its initramfs, cannot be loaded.
+    #[error("The kernel {path} on the disk {disk} ({volume}) cannot be loaded")]
+    Installed {
+        /// The disk's name.
+        disk: String,
+        /// The partition and its file system.
+        volume: String,
+        /// The kernel's path in the file system.
+        path: String,
+        /// The fault.
+        source: Box<BootError>,
+    },
+    /// A file of the host, or the initramfs on a disk, cannot be read.
+    #[error("Cannot read the {0}")]
     Read(&'static str, #[source] std::io::Error),
     /// The initramfs does not fit.
     #[error(
@@ -165,7 +177,7 @@ pub fn load(
         return Err(BootError::StringsTooLong { size });
     }
     let kernel = Kernel { memory, cmdline: &payload.cmdline };
-    let entry = payload.source.open(memory_size(memory), kernel)?;
+    let entry = payload.source.open(memory_size(memory), &payload.cmdline, kernel)?;
     let write =
         |bytes: &[u8], at: u64| memory.write_slice(bytes, GuestAddress(at)).map_err(BootError::Memory);
     write(&tables, layout::ACPI.start)?;

@@ -47,13 +47,16 @@ impl InstalledKernel {
         Self { disk, contents, last: None, logged: 0 }
     }
 
-    fn find(&mut self, memory: u64) -> Result<boot_disk::Entry, BootError> {
-        let entry = boot_disk::find(Box::new(self.contents.clone()), memory)
+    fn find(&mut self, memory: u64, cmdline: &str) -> Result<boot_disk::Entry, BootError> {
+        let entry = boot_disk::find(Box::new(self.contents.clone()), memory, cmdline)
             .map_err(|source| BootError::NoKernelOnDisk { disk: self.disk.clone(), source })?;
-        let Found { volume, source, title } = &entry.found;
+        let Found { volume, source, title, path, passed_over } = &entry.found;
         if self.last.as_ref() != Some(&entry.found) && self.logged < LOGGED {
             self.logged += 1;
-            tracing::info!(disk = self.disk, volume, source, title, "Boots the kernel on a disk");
+            tracing::info!(disk = self.disk, volume, source, title, path, "Boots the kernel on a disk");
+            if !passed_over.is_empty() {
+                tracing::info!(disk = self.disk, places = passed_over, "Passed over places with faults");
+            }
         }
         self.last = Some(entry.found.clone());
         Ok(entry)
@@ -78,17 +81,28 @@ enum PartBytes<'a> {
 
 impl Source {
     /// Opens the kernel and the initramfs, and passes them to `load`, with the command line of the boot entry. `memory` is
-    /// the guest's memory in bytes.
-    pub(super) fn open<T>(&mut self, memory: u64, load: impl Load<Output = T>) -> Result<T, BootError> {
+    /// the guest's memory in bytes, `cmdline` the command line of the specification.
+    pub(super) fn open<T>(
+        &mut self,
+        memory: u64,
+        cmdline: &str,
+        load: impl Load<Output = T>,
+    ) -> Result<T, BootError> {
         match self {
             Self::Files { kernel, initramfs } => {
                 let parts = initramfs.iter_mut().map(Part::file).collect::<Result<Vec<_>, _>>()?;
                 load.load(kernel, parts, "")
             }
             Self::Disk(disk) => {
-                let entry = disk.find(memory)?;
+                let entry = disk.find(memory, cmdline)?;
                 let parts = entry.initramfs.into_iter().map(Part::disk).collect();
-                load.load(&mut Cursor::new(entry.kernel), parts, &entry.cmdline)
+                let loaded = load.load(&mut Cursor::new(entry.kernel), parts, &entry.cmdline);
+                loaded.map_err(|source| BootError::Installed {
+                    disk: disk.disk.clone(),
+                    volume: entry.found.volume,
+                    path: entry.found.path,
+                    source: Box::new(source),
+                })
             }
         }
     }

@@ -261,3 +261,15 @@ fn memory_beyond_the_hole_is_listed() {
     let memory = memory::reserve(4 << 30, memory::Pages::Ordinary, None).unwrap();
     assert_eq!(usable_ram(&memory), [0..0xa_0000, 0x10_0000..0xc000_0000, 0x1_0000_0000..0x1_4000_0000]);
 }
+
+#[test]
+fn a_disk_that_cannot_be_read_is_no_missing_kernel() {
+    use crate::machine::MachineError;
+    let code = |source| {
+        let error = BootError::NoKernelOnDisk { disk: "root".to_owned(), source };
+        MachineError::Boot(error).failure().code
+    };
+    let unreadable = boot_disk::FindError::Read(std::io::ErrorKind::InvalidData.into());
+    assert_eq!(code(unreadable), protocol::FailureCode::Disk);
+    assert_eq!(code(boot_disk::FindError::Budget(1)), protocol::FailureCode::NoKernelOnDisk);
+}

@@ -45,11 +45,19 @@ pub trait Disk: Send {
     /// The size in bytes, a multiple of [`SECTOR`].
     fn size(&self) -> u64;
 
-    /// Fills `buffers` with the contents from `offset` on.
+    /// Fills `buffers` with the contents from `offset` on. A format may write its metadata to make room in memory.
     ///
     /// # Errors
     /// Those of the host's file; part of the buffers may be filled.
     fn read(&mut self, offset: u64, buffers: &[VolatileSlice<'_>]) -> io::Result<()>;
+
+    /// The same, for a thread that may not write: the host's file stays as it is.
+    ///
+    /// # Errors
+    /// As for [`Self::read`].
+    fn read_without_writes(&mut self, offset: u64, buffers: &[VolatileSlice<'_>]) -> io::Result<()> {
+        self.read(offset, buffers)
+    }
 
     /// Writes `buffers` from `offset` on. The data may be lost with the host's power until
     /// [`Self::flush`].

@@ -170,8 +170,8 @@ impl VirtioFunction {
     }
 
     /// Reads the disk behind the device, with all writes of the guest that are complete. `offset` and the length of `bytes`
-    /// are whole sectors inside of the disk. The caller has parked the device's thread. The disk's limits and counters are
-    /// for requests of the guest only.
+    /// are whole sectors inside of the disk. The caller has parked the device's thread. Nothing is written to the host's
+    /// file. The disk's limits and counters are for requests of the guest only.
     ///
     /// # Errors
     /// `Unsupported` for a device without a disk, `InvalidInput` for another range, and those of the host's file.
@@ -183,7 +183,7 @@ impl VirtioFunction {
         if !inside || !offset.is_multiple_of(SECTOR) || !len.is_multiple_of(SECTOR) {
             return Err(io::ErrorKind::InvalidInput.into());
         }
-        disk.read(offset, &[VolatileSlice::from(bytes)])
+        disk.read_without_writes(offset, &[VolatileSlice::from(bytes)])
     }
 
     fn bar_read(&self, registers: &mut Registers, offset: u64, data: &mut [u8]) {

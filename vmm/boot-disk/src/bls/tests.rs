@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 
 use super::*;
-use crate::testing::{booted, ext4, fat, refusal};
+use crate::testing::{ESP, LINUX, boot, booted, ext4, fat, gpt, refusal};
 
 #[test]
 fn an_entry_has_several_parts_and_options() {
@@ -65,14 +65,81 @@ fn keys_and_counters_sort_entries() {
 fn an_entry_that_cannot_be_booted_is_named() {
     for (text, expect) in [
         ("linux /absent", "the entry /loader/entries/a.conf cannot be booted: there is no /absent"),
-        ("linux /k\noptions $kernelopts", "/loader/entries/a.conf has a variable of GRUB in \"$kernelopts\""),
-        ("linux /k\ninitrd /initrd $tuned_initrd", "has a variable of GRUB"),
+        ("linux $absent/other", "the entry /loader/entries/a.conf cannot be booted: there is no /other"),
+        ("linux /k\ninitrd /k $tuned_initrd /initrd", "there is no /initrd"),
         ("linux /loader", "there is no /loader"),
         ("title only", "there is no /loader/entries, /EFI/Linux"),
     ] {
         let error = refusal(&fat(1 << 20, &[("loader/entries/a.conf", text), ("k", "k")]));
         assert!(error.contains(expect), "{text}: {error}");
     }
+}
+
+/// As Fedora has them: variables of GRUB in entries, and the default in GRUB's environment.
+#[test]
+fn variables_of_grub_are_expanded() {
+    let entry =
+        |kernel: &str| format!("linux /{kernel}\ninitrd /a $tuned_initrd /b\noptions $kernelopts ${{more}}x");
+    let (old, new) = (entry("old"), entry("new"));
+    let image = |environment: &str, menu: &str| {
+        ext4(&[
+            ("loader/entries/os-1.conf", &old),
+            ("loader/entries/os-2.conf", &new),
+            ("grub2/grubenv", environment),
+            ("grub2/grub.cfg", menu),
+            ("old", "old"),
+            ("new", "new"),
+            ("a", "a"),
+            ("b", "b"),
+        ])
+    };
+    let menu =
+        "if [ -z \"${kernelopts}\" ]; then\n  set kernelopts=\"root=/dev/vda1 ro \"\nfi\nset more=$other\n";
+    for (environment, menu, kernel, cmdline) in [
+        ("", "", "new", "x"),
+        ("", menu, "new", "root=/dev/vda1 ro x"),
+        ("kernelopts=root=/dev/vda3 quiet\nmore=1\n####", menu, "new", "root=/dev/vda3 quiet 1x"),
+        ("saved_entry=os-1\n", "", "old", "x"),
+        ("saved_entry=1\n", "", "old", "x"),
+        ("saved_entry=absent\n", "", "new", "x"),
+    ] {
+        let (found, parts, words) = booted(&image(environment, menu));
+        assert_eq!((found.as_str(), parts.len(), words.as_str()), (kernel, 2, cmdline), "{environment}");
+    }
+}
+
+/// As systemd-boot has it: the configuration is on the ESP, and entries are on both partitions.
+#[test]
+fn partitions_for_boot_loaders_have_one_menu() {
+    let extended = u128::from_le_bytes(*b"\xff\xc2\x13\xbc\xe6\x59\x62\x42\xa3\x52\xb2\x75\xfd\x6f\x71\x72");
+    let larger = ext4(&[
+        ("loader/loader.conf", "default os-1"),
+        ("loader/entries/os-2.conf", "linux /two"),
+        ("loader/entries/os-3.conf", "linux /three"),
+        ("two", "two"),
+        ("three", "three"),
+    ]);
+    let root = ext4(&[("loader/entries/os-9.conf", "linux /nine"), ("nine", "nine")]);
+    for (configuration, expect, volume) in [
+        (None, "one", "partition 3 (for boot loaders), FAT"),
+        (Some("timeout 3"), "three", "partition 1 (for boot loaders), ext4"),
+        (Some("default os-2"), "two", "partition 1 (for boot loaders), ext4"),
+        (Some("default os-9"), "three", "partition 1 (for boot loaders), ext4"),
+    ] {
+        let mut files = vec![("loader/entries/os-1.conf", "linux /one"), ("one", "one")];
+        files.extend(configuration.map(|text| ("loader/loader.conf", text)));
+        let esp = fat(1 << 20, &files);
+        let image = gpt(&[(extended, &larger), (LINUX, &root), (ESP, &esp)]);
+        let entry = boot(&image).unwrap_or_else(|error| panic!("{error}"));
+        assert_eq!(entry.kernel, expect.as_bytes(), "{configuration:?}");
+        assert_eq!(entry.found.volume, volume);
+    }
+}
+
+#[test]
+fn a_long_pattern_is_none() {
+    assert_eq!(default(&format!("default {}", "A".repeat(255))), Some("a".repeat(255)));
+    assert_eq!(default(&format!("default {}", "a".repeat(256))), None);
 }
 
 #[test]

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 
-//! Names in a directory. An index (`dir_index`) hides in entries without an inode, so that a look at all of them works, too.
+//! Names in a directory. An index (`dir_index`) hides in entries without an inode, so that a linear scan works, too.
 
 use std::cell::Cell;
 

@@ -26,8 +26,10 @@ const KNOWN: u32 = 0x1 | WIDE | 0x4 | CHECKSUM_2 | CHECKSUM_3 | FAST_COMMITS;
 const ESCAPED: u32 = 1;
 const SAME_UUID: u32 = 2;
 const LAST: u32 = 8;
-/// The most blocks of a journal, and the most that it revokes: 1 GiB in blocks of 4 KiB.
+/// The most blocks of a journal that are not written to their places yet: 1 GiB in blocks of 4 KiB.
 const MOST: u32 = 1 << 18;
+/// The most revocations.
+const MOST_REVOKED: usize = 100_000;
 
 /// The blocks that the journal has newer contents of.
 #[derive(Default)]
@@ -68,16 +70,16 @@ impl Journal {
             true => word(0x54),
             false => 0,
         };
-        let end = most.checked_sub(fast).filter(|end| first < *end && *end <= MOST);
+        let end = most.checked_sub(fast).filter(|end| first < *end);
         let Some(end) = end.filter(|_| word(0) == MAGIC && u64::from(word(0xc)) == shared.block) else {
             return Err(damaged());
         };
-        if features & !KNOWN != 0 {
-            return Err(Fault::Unsupported(format!("a journal with the features {:#x}", features & !KNOWN)));
-        }
         let mut journal = Self::default();
         if start == 0 {
             return Ok(journal);
+        }
+        if features & !KNOWN != 0 {
+            return Err(Fault::Unsupported(format!("a journal with the features {:#x}", features & !KNOWN)));
         }
         let layout = Layout { features };
         let (mut at, mut sequence) = (start, word(0x18));
@@ -86,7 +88,11 @@ impl Journal {
         let mut revoked: BTreeMap<u64, u32> = BTreeMap::new();
         let (mut new_tags, mut new_revoked) = (Vec::new(), Vec::new());
         let next = |at: u32| if at + 1 >= end { first } else { at + 1 };
-        let mut left = end;
+        let mut left = end.min(MOST);
+        let too_long = || match end > MOST {
+            true => Fault::Unsupported("a journal with more than 1 GiB of changes".to_owned()),
+            false => damaged(),
+        };
         while let Some(rest) = left.checked_sub(1).filter(|_| at < end) {
             left = rest;
             let (block, _) = block_of(at)?;
@@ -98,7 +104,7 @@ impl Journal {
             match head(4) {
                 DESCRIPTOR => {
                     for (place, escaped) in layout.tags(&block) {
-                        let Some(rest) = left.checked_sub(1) else { return Err(damaged()) };
+                        let Some(rest) = left.checked_sub(1) else { return Err(too_long()) };
                         left = rest;
                         let run = known.get().after(at.into());
                         let from = match run.and_then(|run| run.place) {
@@ -111,8 +117,9 @@ impl Journal {
                 }
                 REVOKE => {
                     new_revoked.extend(layout.revoked(&block));
-                    if new_revoked.len() + revoked.len() > MOST as usize {
-                        return Err(damaged());
+                    if new_revoked.len() + revoked.len() > MOST_REVOKED {
+                        let text = format!("a journal with more than {MOST_REVOKED} revocations");
+                        return Err(Fault::Unsupported(text));
                     }
                 }
                 COMMIT => {
@@ -122,6 +129,9 @@ impl Journal {
                 }
                 _ => break,
             }
+        }
+        if left == 0 && end > MOST {
+            return Err(too_long());
         }
         for (place, from, escaped, of) in tags {
             // A block that a later transaction revokes has other contents at its place.

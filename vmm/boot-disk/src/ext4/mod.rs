@@ -212,6 +212,10 @@ impl FileSystem for Ext4 {
         Ok(names)
     }
 
+    fn charge(&self, bytes: u64) -> Result<(), Fault> {
+        self.0.volume.charge(bytes)
+    }
+
     fn open(&self, path: &str) -> Result<Rc<dyn Contents>, Fault> {
         let inode = self.resolve(path)?;
         if !inode.is(0x8000) {

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 
 use crate::{
-    FindError, find,
+    find,
     testing::{MEMORY, boot, booted, debugfs, ext4, ext4_with, refusal},
 };
 
@@ -120,7 +120,7 @@ fn with_journal(
 ) -> Vec<u8> {
     const BLOCK: usize = 1024;
     let mut image = image.to_vec();
-    let volume = crate::volume::Volume::whole(Box::new(image.clone()), MEMORY);
+    let volume = crate::volume::Volume::whole(Box::new(image.clone()), crate::testing::budget(MEMORY));
     let files = super::Ext4::open(&volume).unwrap().unwrap().0;
     let inode = files.inode(super::JOURNAL).unwrap();
     let place = |number: usize| {
@@ -181,6 +181,45 @@ fn with_journal(
     image
 }
 
+/// A large journal that is written to its places is no fault, and one with many revocations is bounded.
+#[test]
+fn a_journal_is_bounded_by_its_changes() {
+    const BLOCK: usize = 1024;
+    let image = ext4_with(DEBIAN, &["-t", "ext4", "-b", "1024"]);
+    let volume = crate::volume::Volume::whole(Box::new(image.clone()), crate::testing::budget(MEMORY));
+    let files = super::Ext4::open(&volume).unwrap().unwrap().0;
+    let inode = files.inode(super::JOURNAL).unwrap();
+    let place = |number: u64| {
+        let run = super::blocks::run(&files, &inode, number).unwrap();
+        usize::try_from(run.after(number).unwrap().place.unwrap()).unwrap() * BLOCK
+    };
+    let put = |image: &mut Vec<u8>, at: usize, words: &[u32]| {
+        let bytes: Vec<u8> = words.iter().flat_map(|word| word.to_be_bytes()).collect();
+        image[at..at + bytes.len()].copy_from_slice(&bytes);
+    };
+    let mut dirty = image.clone();
+    dirty[1024 + 0x60] |= 4;
+    let mut large = dirty.clone();
+    put(&mut large, place(0) + 0x10, &[1 << 20]);
+    put(&mut large, place(0) + 0x28, &[0x8000]);
+    assert_eq!(booted(&large), debian());
+    put(&mut dirty, place(0) + 0x18, &[7, 1]);
+    put(&mut dirty, place(0) + 0x28, &[0]);
+    // 250 revocations in each block.
+    for number in 1..=420 {
+        let at = place(number);
+        dirty[at..at + BLOCK].fill(0);
+        put(&mut dirty, at, &[0xc03b_3998, 5, 7, 16 + 1000]);
+        if number == 390 {
+            let mut few = dirty.clone();
+            few[place(391)..place(391) + BLOCK].fill(0);
+            assert_eq!(booted(&few), debian());
+        }
+    }
+    let error = refusal(&dirty);
+    assert!(error.contains("a journal with more than 100000 revocations is not supported"), "{error}");
+}
+
 #[test]
 fn files_in_forms_that_are_not_supported_are_named() {
     let image = ext4(DEBIAN);
@@ -207,7 +246,7 @@ fn a_tree_that_points_to_itself_is_damaged() {
         [&[0x0a, 0xf3, 1, 0, 4, 0, 1, 0, 0, 0, 0, 0, 0, 0, 0, 0][..], &last.to_le_bytes(), &[0; 4]].concat();
     let at = last as usize * 1024;
     image[at..at + node.len()].copy_from_slice(&node);
-    let volume = crate::volume::Volume::whole(Box::new(image), MEMORY);
+    let volume = crate::volume::Volume::whole(Box::new(image), crate::testing::budget(MEMORY));
     let files = super::Ext4::open(&volume).unwrap().unwrap().0;
     let map = crate::volume::field(&node, 0);
     let inode = super::Inode { mode: 0x8000, size: 5000, flags: super::EXTENTS, map };
@@ -231,8 +270,8 @@ fn a_search_ends_with_its_budget() {
         }
     }
     let image = ext4(DEBIAN);
-    assert!(find(Box::new(Slow(image.clone())), MEMORY).is_ok());
-    let whole = crate::volume::Volume::whole(Box::new(Slow(image)), 8192);
+    assert!(find(Box::new(Slow(image.clone())), MEMORY, "").is_ok());
+    let whole = crate::volume::Volume::whole(Box::new(Slow(image)), crate::testing::budget(8192));
     let fault = (0..).find_map(|_| crate::ext4::Ext4::open(&whole).err()).unwrap();
-    assert!(matches!(fault.local(), Err(FindError::Budget(8192))));
+    assert!(matches!(fault, crate::error::Fault::Budget(8192)));
 }

@@ -7,8 +7,8 @@ const ENTRY: &str = "linux /EFI/a long name of a kernel\ninitrd /initrd\noptions
 #[test]
 fn each_width_of_the_table_is_read_with_long_names() {
     let kernel: String = (0..20_000).map(|number| format!("{number:07}\n")).collect();
-    // The sizes for FAT12, FAT16 and FAT32.
-    for size in [1 << 20, 16 << 20, 64 << 20] {
+    // FAT12, FAT16 and FAT32.
+    for (size, is_wide) in [(1 << 20, false), (16 << 20, false), (600 << 20, true)] {
         let image = fat(
             size,
             &[
@@ -17,6 +17,7 @@ fn each_width_of_the_table_is_read_with_long_names() {
                 ("loader/entries/a long name of an entry.conf", ENTRY),
             ],
         );
+        assert_eq!(image[22..24] == [0, 0], is_wide, "{size}");
         let (found, parts, cmdline) = booted(&image);
         assert!(found == kernel, "{size}");
         assert_eq!((parts, cmdline.as_str()), (vec!["initramfs".to_owned()], "quiet"));
@@ -25,7 +26,7 @@ fn each_width_of_the_table_is_read_with_long_names() {
 
 /// As `mkfs.vfat -F 32` makes it on a small partition.
 #[test]
-fn a_small_fat32_is_none_with_shorter_entries() {
+fn fat32_with_few_clusters_has_32_bit_entries() {
     let mut image = fat(600 << 20, &[("k", &"kernel".repeat(900)), ("loader/entries/a.conf", "linux /k")]);
     // With clusters of one sector, the file systems of this size are FAT32, and others are not.
     assert_eq!(image[22..24], [0, 0], "FAT32");

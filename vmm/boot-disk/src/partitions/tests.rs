@@ -10,6 +10,27 @@ fn esp(kernel: &str) -> Vec<u8> {
     fat(1 << 20, &[("k", kernel), ("loader/entries/a.conf", "title Linux\nlinux /k")])
 }
 
+/// The bytes of a printed GUID: its first three fields are little-endian (UEFI 2.10, appendix A).
+fn guid(text: &str) -> Vec<u8> {
+    let fields = text.split('-').zip([true, true, true, false, false]);
+    let bytes = fields.map(|(field, swapped)| {
+        let digits = (0..field.len()).step_by(2);
+        let mut bytes: Vec<u8> =
+            digits.map(|at| u8::from_str_radix(&field[at..at + 2], 16).unwrap()).collect();
+        if swapped {
+            bytes.reverse();
+        }
+        bytes
+    });
+    bytes.flatten().collect()
+}
+
+#[test]
+fn types_are_those_of_the_specification() {
+    assert_eq!(guid("c12a7328-f81f-11d2-ba4b-00a0c93ec93b"), super::ESP);
+    assert_eq!(guid("bc13c2ff-59e6-4262-a352-b275fd6f7172"), super::XBOOTLDR);
+}
+
 #[test]
 fn partitions_of_a_gpt_are_looked_at_those_for_boot_loaders_first() {
     let entry = ("boot/loader/entries/a.conf", "linux /boot/vmlinuz");

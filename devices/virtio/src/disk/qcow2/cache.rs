@@ -11,6 +11,8 @@ use super::{error::Damage, storage::Storage};
 
 /// The most bytes of a slice.
 const SLICE: u64 = 4096;
+/// Unchanged slices that stay in a cache that writes nothing.
+const SPARE: usize = 16;
 
 /// The tables, by the rule for their changes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -36,6 +38,8 @@ pub(super) struct Cache {
     clock: u64,
     /// Changed slices of mappings. They cannot leave.
     changed_map: usize,
+    /// Changed slices stay, so that reads of the disk write nothing. The cache has up to `SPARE` slices more meanwhile.
+    pub(super) writes_nothing: bool,
 }
 
 impl Cache {
@@ -43,7 +47,7 @@ impl Cache {
     pub(super) fn new(cluster: u64, bytes: u64) -> Self {
         let slice = SLICE.min(cluster);
         let most = usize::try_from(bytes / slice).unwrap_or(usize::MAX).max(8);
-        Self { slices: BTreeMap::new(), slice, most, clock: 0, changed_map: 0 }
+        Self { slices: BTreeMap::new(), slice, most, clock: 0, changed_map: 0, writes_nothing: false }
     }
 
     /// Whether the changed mappings take half of the cache: time for a flush.
@@ -155,9 +159,10 @@ impl Cache {
         if self.slices.len() < self.most {
             return Ok(());
         }
-        let may_leave = |slice: &Slice| slice.kind == Kind::Refcounts || !slice.changed;
+        let keeps = self.writes_nothing;
+        let may_leave = |slice: &Slice| !slice.changed || slice.kind == Kind::Refcounts && !keeps;
         let mut ages: Vec<u64> = self.slices.values().filter(|s| may_leave(s)).map(|s| s.used).collect();
-        if ages.is_empty() {
+        if ages.is_empty() || keeps && ages.len() < SPARE {
             return Ok(());
         }
         let middle = ages.len() / 4;

@@ -139,6 +139,13 @@ impl Disk for Qcow2Disk {
         self.image.read(offset, buffers)
     }
 
+    fn read_without_writes(&mut self, offset: u64, buffers: &[VolatileSlice<'_>]) -> io::Result<()> {
+        self.image.cache.writes_nothing = true;
+        let result = self.image.read(offset, buffers);
+        self.image.cache.writes_nothing = false;
+        result
+    }
+
     fn write(&mut self, offset: u64, buffers: &[VolatileSlice<'_>]) -> io::Result<()> {
         self.image.write(offset, buffers)
     }
