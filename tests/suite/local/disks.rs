@@ -28,6 +28,11 @@ pub(super) fn spec(agent: &Agent, name: &str, disks: Value) -> Value {
     spec
 }
 
+/// The count of kills of a test. The complete run has a few of each; PORTCULLIS_KILLS has another count.
+fn kills() -> u64 {
+    std::env::var("PORTCULLIS_KILLS").map_or(10, |kills| kills.parse().unwrap())
+}
+
 pub(super) fn boot<'a>(agent: &'a Agent, spec: &Value) -> SmallGuest<'a> {
     let mut guest = SmallGuest { guest: agent.boot(spec) };
     guest.wait_for_ready();
@@ -287,7 +292,7 @@ fn an_overlay_survives_any_kill() {
     qemu_img(&["create", "-q", "-f", "qcow2", "-o", "cluster_size=4k", image.to_str().unwrap(), "64M"]);
     let disks = json!([{"id": "root", "path": "web1.qcow2", "format": "qcow2"}]);
     agent.create(&spec(&agent, "web1", disks)).unwrap();
-    for round in 0..10 {
+    for round in 0..kills() {
         agent.act("web1", VmAction::Boot).unwrap();
         let mut guest = SmallGuest { guest: crate::fixture::Guest::new(&agent, "web1".to_owned()) };
         guest.guest.wait_for("ready\n");
@@ -498,7 +503,7 @@ fn flushed_data_survives_any_kill() {
     let path = agent.disk("web1.raw", SIZE);
     let disks = json!([{"id": "root", "path": "web1.raw", "format": "raw"}]);
     agent.create(&spec(&agent, "web1", disks)).unwrap();
-    for round in 0..10 {
+    for round in 0..kills() {
         agent.act("web1", VmAction::Boot).unwrap();
         let mut guest = SmallGuest { guest: crate::fixture::Guest::new(&agent, "web1".to_owned()) };
         guest.guest.wait_for("ready\n");
