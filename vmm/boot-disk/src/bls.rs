@@ -47,7 +47,7 @@ struct Item {
 
 /// The entry that a boot loader would boot, and the number of its volume. The entries of all volumes are one menu, whose
 /// configuration is that of the first volume with one.
-pub(crate) fn find(volumes: &[&dyn FileSystem], notes: &mut Vec<String>) -> Result<(usize, Draft), Fault> {
+pub(crate) fn find(volumes: &[&dyn FileSystem], notes: &mut Vec<String>) -> crate::Numbered {
     for root in ROOTS {
         let (mut all, mut pattern, mut saved) = (Vec::new(), None, None);
         for (number, files) in volumes.iter().enumerate() {

@@ -99,7 +99,7 @@ impl Variables {
             for line in menu.lines() {
                 let words = words(line);
                 let mut words = words.iter().map(String::as_str);
-                match (words.next(), words.next(), words.last()) {
+                match (words.next(), words.next(), words.next_back()) {
                     (Some("}"), ..) => open = open.saturating_sub(1),
                     (.., Some("{")) => open = open.saturating_add(1),
                     (Some("set"), Some(word), _) if open == 0 && all.0.len() < MOST_ITEMS => {

@@ -70,11 +70,13 @@ pub trait Disk {
     fn read(&mut self, offset: u64, bytes: &mut [u8]) -> io::Result<()>;
 }
 
+/// A kernel, and the number of its file system in the menu.
+type Numbered = Result<(usize, Draft), Fault>;
+
 /// Finds a kernel in file systems with one menu.
 enum Find {
-    /// Partitions for boot loaders are one menu. Returns the place of its file system in the list, too. Notes are faults of
-    /// entries that are skipped.
-    Together(fn(&[&dyn FileSystem], &mut Vec<String>) -> Result<(usize, Draft), Fault>),
+    /// Partitions for boot loaders are one menu. Notes are faults of entries that are skipped.
+    Together(fn(&[&dyn FileSystem], &mut Vec<String>) -> Numbered),
     /// Each file system has a menu.
     Each(fn(&dyn FileSystem) -> Result<Draft, Fault>),
 }
