@@ -42,13 +42,14 @@ def integration(everything):
     # Cargo puts each binary in place anew, maybe under a running agent: tests have a copy of their own.
     for_tests = directory / "debug/portcullis-test-support"
     subprocess.run(["cp", "--force", directory / "debug/portcullis", for_tests], check=True)
-    # It runs in guests, which have no shared libraries.
-    cargo("build", "--quiet", "--locked", "-p", "portcullis-tests", "--bin", "vf-mailbox", "--target-dir",
+    # They run in guests, which have no shared libraries.
+    cargo("build", "--quiet", "--locked", "-p", "portcullis-tests", "--bins", "--target-dir",
           str(directory / "static"), env=os.environ | {"RUSTFLAGS": "-C target-feature=+crt-static"})
     return {
         "PORTCULLIS_BIN": str(directory / "release/portcullis" if everything else for_tests),
         "PORTCULLIS_TEST_BIN": str(for_tests),
         "PORTCULLIS_VF_MAILBOX": str(directory / "static/debug/vf-mailbox"),
+        "PORTCULLIS_GUEST_METER": str(directory / "static/debug/guest-meter"),
     }
 
 

@@ -2,6 +2,7 @@
 
 //! Tests in the nested lab: real VFIO, the real igb PF driver, Debian's kernel with its own igbvf in the guest.
 
+mod beside_qemu;
 mod block_device;
 mod boot;
 mod boot_time;

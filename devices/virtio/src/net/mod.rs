@@ -235,6 +235,21 @@ enum Fetched {
     Others,
 }
 
+/// The place for a received frame.
+#[derive(Clone)]
+struct Frame {
+    /// [`LONGEST`] bytes.
+    bytes: Vec<u8>,
+    /// The length of the frame in it, with the header. 0 if there is none.
+    len: usize,
+}
+
+impl Frame {
+    fn new() -> Self {
+        Self { bytes: vec![0; LONGEST], len: 0 }
+    }
+}
+
 /// A network device over a wire.
 pub struct Net {
     wire: Box<dyn Wire>,
@@ -243,10 +258,8 @@ pub struct Net {
     pairs: usize,
     features: u64,
     filter: Filter,
-    /// For each pair, a received frame that waits for buffers of the driver: its bytes with the header.
-    waiting: Vec<Vec<u8>>,
-    /// The place for the next frame.
-    buffer: Vec<u8>,
+    /// For each pair, the place for a received frame. The frame stays there until the driver has buffers for it.
+    waiting: Vec<Frame>,
     /// Messages in the log.
     logged: u64,
     /// The offloads and pairs that the wire has. None if they are not known.
@@ -261,7 +274,7 @@ impl Net {
     pub fn new(wire: Box<dyn Wire>, options: Options, counters: Arc<Counters>) -> Self {
         let pairs = wire.pairs().clamp(1, MAX_PAIRS);
         let filter = Filter::new(options.mac);
-        let (waiting, buffer) = (vec![Vec::new(); pairs], vec![0; LONGEST]);
+        let waiting = vec![Frame::new(); pairs];
         Self {
             wire,
             options,
@@ -270,7 +283,6 @@ impl Net {
             features: 0,
             filter,
             waiting,
-            buffer,
             logged: 0,
             now: (None, None),
             paid: None,
@@ -288,10 +300,11 @@ impl Net {
         }
     }
 
-    /// Takes the next frame for the driver from the wire.
+    /// Takes the next frame for the driver from the wire. No other one may wait: they have one place.
     fn fetch(&mut self, pair: usize) -> Fetched {
         for _ in 0..MOST {
-            let len = match self.wire.receive(pair, &mut self.buffer) {
+            let Some(waiting) = self.waiting.get_mut(pair) else { return Fetched::None };
+            let len = match self.wire.receive(pair, &mut waiting.bytes) {
                 Ok(len) => len,
                 Err(error) => {
                     if error.kind() != io::ErrorKind::WouldBlock {
@@ -300,11 +313,9 @@ impl Net {
                     return Fetched::None;
                 }
             };
-            let frame = self.buffer.get(..len).unwrap_or_default();
+            let frame = waiting.bytes.get(..len).unwrap_or_default();
             if len >= SHORTEST && self.filter.passes(frame.get(HEADER..).unwrap_or_default()) {
-                if let Some(waiting) = self.waiting.get_mut(pair) {
-                    waiting.extend_from_slice(frame);
-                }
+                waiting.len = frame.len();
                 return Fetched::One;
             }
         }
@@ -315,7 +326,8 @@ impl Net {
     /// when there are more.
     fn deliver(&mut self, pair: usize, queue: &mut ActiveQueue) -> Result<bool, QueueError> {
         let merge = self.has(VIRTIO_NET_F_MRG_RXBUF);
-        let Some(frame) = self.waiting.get_mut(pair) else { return Ok(false) };
+        let Some(waiting) = self.waiting.get_mut(pair) else { return Ok(false) };
+        let frame = waiting.bytes.get_mut(..waiting.len).unwrap_or_default();
         let memory = queue.memory();
         let mut taken: Vec<(Request<'_>, u32)> = Vec::new();
         let mut done = 0;
@@ -336,7 +348,7 @@ impl Net {
                 } else {
                     queue.put_back(taken.len() + 1);
                 }
-                frame.clear();
+                waiting.len = 0;
                 count(&self.counters.dropped, 1);
                 return Ok(true);
             }
@@ -354,7 +366,7 @@ impl Net {
         queue.publish(&taken)?;
         count(&self.counters.received, 1);
         count(&self.counters.received_bytes, frame.len().saturating_sub(HEADER) as u64);
-        frame.clear();
+        waiting.len = 0;
         Ok(true)
     }
 
@@ -363,7 +375,7 @@ impl Net {
         let end = Instant::now() + TURN;
         queue.doze()?;
         for _ in 0..MOST {
-            let waits = self.waiting.get(pair).is_some_and(|frame| !frame.is_empty());
+            let waits = self.waiting.get(pair).is_some_and(|frame| frame.len > 0);
             let fetched = if waits { Fetched::One } else { self.fetch(pair) };
             if fetched == Fetched::None || (fetched == Fetched::One && !self.deliver(pair, queue)?) {
                 queue.notify()?;
@@ -498,9 +510,9 @@ impl Engine for Net {
         // A driver that cannot set the filter gets all frames.
         self.filter.promiscuous = !self.has(VIRTIO_NET_F_CTRL_RX);
         // Drop old frames: they have the offloads of an earlier driver.
-        for pair in 0..self.pairs {
+        for (pair, waiting) in self.waiting.iter_mut().enumerate() {
             for _ in 0..MOST_STALE {
-                if self.wire.receive(pair, &mut self.buffer).is_err() {
+                if self.wire.receive(pair, &mut waiting.bytes).is_err() {
                     break;
                 }
             }
@@ -521,6 +533,6 @@ impl Engine for Net {
     fn stop(&mut self) {
         self.features = 0;
         self.filter = Filter::new(self.options.mac);
-        self.waiting.iter_mut().for_each(Vec::clear);
+        self.waiting.iter_mut().for_each(|frame| frame.len = 0);
     }
 }
