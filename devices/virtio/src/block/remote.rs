@@ -86,7 +86,8 @@ impl Inbox {
     /// Takes a new growth, which replaces the `present` one.
     pub(super) fn growth(&self, present: Option<Growth>) -> Option<Growth> {
         let mut changes = self.lock();
-        let present = present.filter(|_| !std::mem::take(&mut changes.cancelled));
+        let cancelled = std::mem::take(&mut changes.cancelled);
+        let present = present.filter(|_| !cancelled);
         changes.growth.take().or(present)
     }
 

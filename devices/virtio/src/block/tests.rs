@@ -570,6 +570,15 @@ fn a_growth_can_be_cancelled_and_has_only_its_own_result() {
         assert!(remote.grown(1).is_none());
         assert_eq!(disk.medium().bytes.len(), 16 << 10, "begun: {begun}");
     }
+    // The thread may have been parked before it saw the growth: the next one must not end for that.
+    remote.grow(1, 20 << 10);
+    remote.cancel_growth();
+    driver.pump();
+    disk.medium().more_steps = true;
+    remote.grow(5, 20 << 10);
+    driver.pump();
+    remote.grown(5).unwrap().unwrap();
+    disk.medium().bytes.truncate(16 << 10);
     // A caller who is gone leaves a result that is not the next one's.
     remote.grow(2, 20 << 10);
     driver.pump();
