@@ -38,6 +38,8 @@ const PER_CPU: u64 = 1 << 20;
 const PER_FUNCTION: u64 = 4 << 20;
 /// For each disk: the host's cache of its file, which the kernel gives back under pressure.
 const PER_DISK: u64 = 16 << 20;
+/// For `boot.disk`: the longest copy of a kernel, which the process reads from the disk.
+const INSTALLED_KERNEL: u64 = 128 << 20;
 const PART: u64 = 16;
 
 /// The size of huge pages, as the controller `hugetlb` names it. None for ordinary pages.
@@ -66,7 +68,8 @@ fn memory_of(spec: &VmSpec, counts_guest: bool) -> ByteSize {
     let functions = u64::try_from(functions).unwrap_or(u64::MAX).saturating_mul(PER_FUNCTION);
     let disks = spec.disks.len().saturating_add(spec.cloud_init.is_some().into());
     let disks = u64::try_from(disks).unwrap_or(u64::MAX).saturating_mul(PER_DISK);
-    let beside = BASE + u64::from(spec.cpus) * PER_CPU;
+    let kernel = if spec.boot.disk.is_some() { INSTALLED_KERNEL } else { 0 };
+    let beside = BASE + u64::from(spec.cpus) * PER_CPU + kernel;
     let own = if counts_guest { guest } else { 0 };
     ByteSize::new(
         own.saturating_add(guest / PART)
@@ -298,6 +301,9 @@ mod tests {
         assert_eq!(mib(&spec(1, "512MiB", 1), true), 512 + 32 + 64 + 1 + 4);
         assert_eq!(mib(&spec(254, "64MiB", 16), true), 64 + 4 + 64 + 254 + 64);
         assert_eq!(mib(&spec(2, "1GiB", 0), false), 64 + 64 + 2, "huge pages are not counted");
+        let mut from_disk = spec(1, "512MiB", 0);
+        (from_disk.boot.kernel, from_disk.boot.disk) = (None, Some("root".parse().unwrap()));
+        assert_eq!(mib(&from_disk, true), 512 + 32 + 64 + 1 + 128, "with a kernel of its own");
         assert_eq!(memory_of(&spec(1, "16777215TiB", 1), true).bytes(), u64::MAX);
     }
 

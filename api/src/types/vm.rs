@@ -86,7 +86,7 @@ pub struct VmSpec {
     #[serde(default, skip_serializing_if = "std::ops::Not::not")]
     pub autostart: bool,
     /// The limits of its process on the host. Without them it may use all free processor time, and memory up to a default: the
-    /// guest's and a sixteenth of it, 64 MiB, 1 MiB for each CPU, 4 MiB for each function, and 16 MiB for each disk, with that of `cloud_init`.
+    /// guest's and a sixteenth of it, 64 MiB, 1 MiB for each CPU, 4 MiB for each function, 16 MiB for each disk, with that of `cloud_init`, and 128 MiB for `boot.disk`.
     #[serde(default, deserialize_with = "limits_if_any", skip_serializing_if = "Option::is_none")]
     pub limits: Option<VmLimits>,
     /// Its place on the host: the CPUs of its threads, and the NUMA node of its memory. Without it the host's kernel chooses.

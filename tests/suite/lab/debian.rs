@@ -104,7 +104,18 @@ impl Host {
             .arg("-i")
             .arg(self.path("web1-key"))
             .args(["-F", "none", "-o", "StrictHostKeyChecking=no", "-o", "UserKnownHostsFile=/dev/null"])
-            .args(["-o", "LogLevel=ERROR", "-o", "ConnectTimeout=20", "-o", "BatchMode=yes"])
+            .args([
+                "-o",
+                "ServerAliveInterval=20",
+                "-o",
+                "ServerAliveCountMax=5",
+                "-o",
+                "LogLevel=ERROR",
+                "-o",
+                "ConnectTimeout=20",
+                "-o",
+                "BatchMode=yes",
+            ])
             // One key exchange for all commands: it is most of their cost here.
             .args(["-o", "ControlMaster=auto", "-o", "ControlPersist=yes", "-o"])
             .arg(format!("ControlPath={}", connection.display()))
@@ -246,8 +257,12 @@ fn on_an_overlay(host_of: &Host, agent: &Agent, sum: &str) {
             "backing": [{ "path": host::DEBIAN, "format": "raw" }],
         },
     ]);
+    // The overlay is on a file system in memory, so its pages count as the VM's.
+    let limits = json!({ "memory": "1GiB" });
     let boot = json!({ "kernel": null, "initramfs": null, "disk": "root" });
-    agent.ask(agent.client.patch_vm("web1", &json!({ "disks": disks, "boot": boot }), None)).unwrap();
+    agent
+        .ask(agent.client.patch_vm("web1", &json!({ "disks": disks, "boot": boot, "limits": limits }), None))
+        .unwrap();
     agent.act("web1", VmAction::Boot).unwrap();
     let mut guest = Guest::new(agent, "web1".to_owned());
     login(&mut guest, "after a kill");
