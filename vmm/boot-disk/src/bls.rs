@@ -24,6 +24,8 @@ const MOST_ENTRIES: usize = 256;
 const MOST_ENTRY: u64 = 64 << 10;
 /// The longest pattern in bytes: the longest name of a file in Linux.
 const MOST_PATTERN: usize = 255;
+/// The most bytes of a key of the order.
+const MOST_KEY: usize = 255;
 /// The most lines of a file with the same key.
 const MOST_LINES: usize = 64;
 
@@ -171,6 +173,14 @@ fn id(name: &str, suffix: &str) -> Option<(String, bool)> {
     Some((stem.to_owned(), false))
 }
 
+/// The first bytes of a text that entries are sorted by: to compare long ones takes as long as they are.
+fn cut(text: String) -> String {
+    match text.char_indices().find(|(at, letter)| at + letter.len_utf8() > MOST_KEY) {
+        Some((end, _)) => text.get(..end).unwrap_or_default().to_owned(),
+        None => text,
+    }
+}
+
 /// Reads the lines of an entry. None for another processor's.
 fn parse(text: &str, mut item: Item) -> Option<Item> {
     for line in text.lines() {
@@ -179,9 +189,9 @@ fn parse(text: &str, mut item: Item) -> Option<Item> {
         let value = value.trim().to_owned();
         match key {
             "title" => item.title = value,
-            "version" => item.version = value,
-            "machine-id" => item.machine = value,
-            "sort-key" => item.sort_key = Some(value),
+            "version" => item.version = cut(value),
+            "machine-id" => item.machine = cut(value),
+            "sort-key" => item.sort_key = Some(cut(value)),
             "linux" => item.linux = Some(value),
             "initrd" if item.initrd.len() < MOST_LINES => item.initrd.push(value),
             "options" if item.options.len() < MOST_LINES => item.options.push(value),
