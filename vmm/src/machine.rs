@@ -110,7 +110,9 @@ impl MachineError {
                 BootError::TablesTooLong { .. } | BootError::StringsTooLong { .. } | BootError::Smbios(_),
             )
             | Self::File(_) => FailureCode::Invalid,
-            Self::Boot(BootError::NoKernelOnDisk { source: FindError::Read(_), .. })
+            Self::Boot(BootError::NoKernelOnDisk {
+                source: FindError::Read(_) | FindError::Late(_), ..
+            })
             | Self::Board(BoardError::Disk { .. }) => FailureCode::Disk,
             Self::Boot(BootError::NoKernelOnDisk { .. }) => FailureCode::NoKernelOnDisk,
             Self::Boot(_) => FailureCode::Kernel,

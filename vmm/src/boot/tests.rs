@@ -271,5 +271,7 @@ fn a_disk_that_cannot_be_read_is_no_missing_kernel() {
     };
     let unreadable = boot_disk::FindError::Read(std::io::ErrorKind::InvalidData.into());
     assert_eq!(code(unreadable), protocol::FailureCode::Disk);
+    let slow = boot_disk::FindError::Late(std::time::Duration::from_secs(60));
+    assert_eq!(code(slow), protocol::FailureCode::Disk, "to install a kernel would not help");
     assert_eq!(code(boot_disk::FindError::Budget(1)), protocol::FailureCode::NoKernelOnDisk);
 }

@@ -83,7 +83,8 @@ impl Actor {
             Some(detail) if needs_tables => Err(Problem::new(ProblemCode::DiskInvalid, detail)),
             // A block device needs no such limit, and a raw file may be long enough.
             limit => {
-                self.grown.insert(wanted.disk.clone(), size);
+                let largest = self.grown.entry(wanted.disk.clone()).or_default();
+                *largest = size.max(*largest);
                 Ok((connection, limit))
             }
         }
