@@ -15,12 +15,13 @@ use seccompiler::{TargetArch, compile_from_json};
 use serde_json::{Value, json};
 
 /// A filter's file, and the name of the constant that it becomes.
-const FILTERS: [(&str, &str); 9] = [
+const FILTERS: [(&str, &str); 10] = [
     ("main", "MAIN"),
     ("vcpu", "VCPU"),
     ("io-thread", "IO"),
     ("disk-thread", "DISK"),
     ("network-thread", "NETWORK"),
+    ("port-thread", "PORT"),
     ("relay", "RELAY"),
     ("function-thread", "FUNCTION"),
     ("simulated-vf", "SIMULATED_VF"),

@@ -28,7 +28,8 @@ pub fn problem(problem: &Problem) {
 /// Notes the causes in a VM's status.
 pub fn causes(vm: &Vm) {
     let status = &vm.status;
-    let adapters = status.adapters.iter().filter_map(|adapter| adapter.lost.as_ref());
+    let ports = status.nics.iter().filter_map(|nic| nic.port.as_ref());
+    let adapters = status.adapters.iter().chain(ports).filter_map(|adapter| adapter.lost.as_ref());
     let devices = status.devices.iter().filter_map(|device| device.lost.as_ref());
     status.cause.iter().chain(adapters).chain(devices).for_each(|Cause { code, .. }| {
         note(&format!("cause.{}", code.as_str()));

@@ -46,6 +46,8 @@ pub enum Calls {
     Disk,
     /// Reads and writes of network interfaces that are open.
     Network,
+    /// Frames and messages of a port under a policy.
+    Port,
 }
 
 /// A reason for an I/O thread to work.
@@ -123,6 +125,13 @@ impl IoTimer {
 /// An eventfd that wakes an I/O thread. It never blocks.
 #[derive(Clone, Debug)]
 pub struct IoEvent(Arc<EventFd>);
+
+impl From<EventFd> for IoEvent {
+    /// The eventfd must not block.
+    fn from(event: EventFd) -> Self {
+        Self(Arc::new(event))
+    }
+}
 
 impl IoEvent {
     /// Makes an eventfd without a signal.

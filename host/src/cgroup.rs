@@ -64,8 +64,7 @@ pub fn default_memory(spec: &VmSpec) -> ByteSize {
 
 fn memory_of(spec: &VmSpec, counts_guest: bool) -> ByteSize {
     let guest = spec.memory.bytes();
-    let functions = spec.adapters.len().saturating_add(spec.devices.len());
-    let functions = u64::try_from(functions).unwrap_or(u64::MAX).saturating_mul(PER_FUNCTION);
+    let functions = u64::try_from(spec.functions()).unwrap_or(u64::MAX).saturating_mul(PER_FUNCTION);
     let disks = spec.disks.len().saturating_add(spec.cloud_init.is_some().into());
     let disks = u64::try_from(disks).unwrap_or(u64::MAX).saturating_mul(PER_DISK);
     let kernel = if spec.boot.disk.is_some() { INSTALLED_KERNEL } else { 0 };

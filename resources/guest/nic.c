@@ -11,10 +11,14 @@ enum { RECEIVE, TRANSMIT, CONTROL };
 #define MINIMUM 60
 #define BUFFERS 8
 #define BUFFER 2048
+#define LINK 6
 #define MTU 10
+#define TAG 4
 
 #define CLASS_RECEIVE 0
 #define CLASS_ADDRESS 1
+#define CLASS_VLAN 2
+#define SET_LISTS 0
 #define SET_ADDRESS 1
 
 static u8 buffers[BUFFERS][BUFFER] __attribute__((aligned(64)));
@@ -69,10 +73,11 @@ static bool mac_argument(unsigned index, struct mac *mac) {
   return false;
 }
 
-/* A frame with a text. `source` is the NIC's own address, if there is no such option. */
+/* A frame with a text. `source` is the NIC's own address, if there is no such option. `vlan` adds a tag. */
 static void run_nic_send(void) {
   struct mac to, from = own();
-  if (!ready() || !mac_argument(1, &to)) return;
+  u64 vlan;
+  if (!ready() || !mac_argument(1, &to) || !number_option("vlan", 0, &vlan)) return;
   const char *text = argument(&current, 2), *source = option(&current, "source");
   if (source && !parse_mac(source, &from)) {
     result_text("error source= is no address");
@@ -82,16 +87,23 @@ static void run_nic_send(void) {
   memset(frame, 0, sizeof(frame));
   memcpy(frame + HEADER, to.byte, 6);
   memcpy(frame + HEADER + 6, from.byte, 6);
+  u8 *type = frame + HEADER + TYPE;
+  if (vlan) {
+    type[0] = 0x81;
+    type[2] = (u8)(vlan >> 8);
+    type[3] = (u8)vlan;
+    type += TAG;
+  }
   /* Local experimental EtherType (IEEE 802). */
-  frame[HEADER + TYPE] = 0x88;
-  frame[HEADER + TYPE + 1] = 0xb5;
-  memcpy(frame + HEADER + TYPE + 2, text, length);
-  length += TYPE + 2;
+  type[0] = 0x88;
+  type[1] = 0xb5;
+  memcpy(type + 2, text, length);
+  length += TYPE + 2 + (vlan ? TAG : 0);
   virtio_set(TRANSMIT, 0, (u64)frame, HEADER + (u32)(length < MINIMUM ? MINIMUM : length), 0);
   result_text(virtio_send(TRANSMIT) ? "ok" : "timeout");
 }
 
-/* The next frame of the type that nic-send has: its sender and its text. */
+/* The next frame of the type that nic-send has: its sender, its text and its tag. */
 static void run_nic_receive(void) {
   u64 ms;
   if (!ready() || !number_option("ms", 2000, &ms)) return;
@@ -104,14 +116,21 @@ static void run_nic_receive(void) {
     }
     unsigned number = rings[RECEIVE].used[taken++ % ENTRIES].head % BUFFERS;
     const u8 *bytes = buffers[number] + HEADER;
-    bool wanted = bytes[TYPE] == 0x88 && bytes[TYPE + 1] == 0xb5;
+    const u8 *type = bytes + TYPE;
+    bool tagged = type[0] == 0x81 && type[1] == 0;
+    if (tagged) type += TAG;
+    bool wanted = type[0] == 0x88 && type[1] == 0xb5;
     if (wanted) {
       struct mac from;
       memcpy(from.byte, bytes + 6, 6);
       result();
       put_mac(from);
       put_char(' ');
-      for (const u8 *c = bytes + TYPE + 2; *c >= ' ' && *c <= '~'; c++) put_char((char)*c);
+      for (const u8 *c = type + 2; *c >= ' ' && *c <= '~'; c++) put_char((char)*c);
+      if (tagged) {
+        put_text(" vlan=");
+        put_decimal((u64)(bytes[TYPE + 2] & 15) << 8 | bytes[TYPE + 3]);
+      }
       put_char('\n');
     }
     give(number);
@@ -135,6 +154,38 @@ static const char *control(u8 class, u8 command, const u8 *bytes, unsigned lengt
 static void run_nic_mac(void) {
   struct mac mac;
   if (ready() && mac_argument(1, &mac)) result_text(control(CLASS_ADDRESS, SET_ADDRESS, mac.byte, 6));
+}
+
+static void run_nic_vlan(void) {
+  u64 id;
+  if (!ready() || !number_argument(2, 65535, &id)) return;
+  const u8 bytes[] = {(u8)id, (u8)(id >> 8)};
+  result_text(control(CLASS_VLAN, same_text(argument(&current, 1), "add") ? 0 : 1, bytes, 2));
+}
+
+/* The lists of further unicast and of multicast addresses: of one address each, or none. */
+static void run_nic_lists(void) {
+  u8 bytes[2 * (4 + 6)] = {0};
+  unsigned length = 0;
+  if (!ready()) return;
+  for (unsigned i = 1; i <= 2; i++) {
+    struct mac mac;
+    bool one = !same_text(argument(&current, i), "-");
+    if (one && !mac_argument(i, &mac)) return;
+    bytes[length] = one;
+    length += 4;
+    if (one) memcpy(bytes + length, mac.byte, 6);
+    if (one) length += 6;
+  }
+  result_text(control(CLASS_ADDRESS, SET_LISTS, bytes, length));
+}
+
+static void run_nic_link(void) {
+  if (!ready()) return;
+  result();
+  put_text(mmio_read8(device.at[DEVICE] + LINK) & 1 ? "up mac=" : "down mac=");
+  put_mac(own());
+  put_char('\n');
 }
 
 static void run_nic_promiscuous(void) {
@@ -224,9 +275,12 @@ static void run_nic_hostile(void) {
 
 const struct command nic_commands[] = {
     {"nic-probe", "", 0, 1, false, run_nic_probe, "nic-probe [INDEX]"},
-    {"nic-send", "source", 2, 2, false, run_nic_send, "nic-send MAC TEXT [source=MAC]"},
+    {"nic-send", "source vlan", 2, 2, false, run_nic_send, "nic-send MAC TEXT [source=MAC] [vlan=N]"},
     {"nic-receive", "ms", 0, 0, false, run_nic_receive, "nic-receive [ms=2000]"},
     {"nic-mac", "", 1, 1, false, run_nic_mac, "nic-mac MAC"},
+    {"nic-vlan", "", 2, 2, false, run_nic_vlan, "nic-vlan add|remove N"},
+    {"nic-lists", "", 2, 2, false, run_nic_lists, "nic-lists UNICAST|- MULTICAST|-"},
+    {"nic-link", "", 0, 0, false, run_nic_link, "nic-link"},
     {"nic-promiscuous", "", 1, 1, false, run_nic_promiscuous, "nic-promiscuous on|off"},
     {"nic-hostile", "", 0, 0, false, run_nic_hostile, "nic-hostile"},
     {0},

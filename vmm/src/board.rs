@@ -7,6 +7,7 @@
 
 mod disk_contents;
 mod nics;
+mod port;
 #[cfg(any(test, feature = "test-support"))]
 pub(crate) mod probe;
 mod virtio;
@@ -46,6 +47,7 @@ use crate::{
     interrupts::Routes,
     layout,
     memory::GuestMemory,
+    passthrough_devices::NicPorts,
     vcpu::{Events, exit::Ports},
 };
 
@@ -115,6 +117,8 @@ pub struct Parts<'a> {
     pub disks: &'a mut Disks,
     /// Receives the counters of the NICs.
     pub nics: &'a mut Nics,
+    /// The ports of NICs under a port group. A NIC takes the one with its name.
+    pub ports: &'a mut NicPorts,
     /// Receives the events of devices.
     pub events: &'a Arc<Events>,
 }

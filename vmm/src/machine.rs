@@ -30,7 +30,7 @@ use crate::{
     io_threads::{IoThreadError, IoThreads},
     layout,
     memory::{self, GuestMemory, MemoryError, Pages, Slots},
-    passthrough_devices::{DeviceError, MachineParts, PassthroughDevices},
+    passthrough_devices::{DeviceError, MachineParts, NicPorts, PassthroughDevices},
     placement::{Pinning, PlacementError},
     sandbox::{self, NewNamespaces, SandboxError},
     seccomp::{self, Confinement, SeccompError},
@@ -245,6 +245,7 @@ impl Machine {
             vcpu::Events::pair().map_err(io("make the vCPUs' eventfd"))?;
         let events = Arc::new(events);
         let (mut bars, mut disks, mut nics) = (BarAllocator::new(&pci), Disks::default(), Nics::default());
+        let mut ports = NicPorts::new();
         let mut parts = Parts {
             vm: &vm,
             spec,
@@ -256,6 +257,7 @@ impl Machine {
             files: &mut files,
             disks: &mut disks,
             nics: &mut nics,
+            ports: &mut ports,
             events: &events,
         };
         let mut board = Board::new(&mut parts, console)?;
@@ -268,6 +270,7 @@ impl Machine {
             bars: parts.bars,
             relays,
             threads: &confinement.for_functions(),
+            ports: parts.ports,
         })?);
         board.add(devices.clone()).map_err(BoardError::Layout)?;
         board.fill_bus(&mut parts)?;

@@ -21,14 +21,14 @@ use kvm_bindings::{kvm_create_device, kvm_device_type_KVM_DEV_TYPE_VFIO};
 use kvm_ioctls::VmFd;
 use passthrough::{
     family::Family,
-    function::{AssignedFunction, FunctionError, HardwareAccess, ResetError, TrappedRange},
+    function::{AssignedFunction, FunctionError, FunctionStats, HardwareAccess, ResetError, TrappedRange},
     hardware::VfHardware,
-    relay::{self, Relay},
+    relay::{self, Driver, Relay},
     threads::ThreadStart,
     vfio::{self, Container, KvmVfioDevice, VfioVf},
 };
 use protocol::{DeviceBackend, DeviceLoss, DeviceSpec, DeviceStats, FailureCode, Files, files::connection};
-use simnic::SimVf;
+use simnic::{SimVf, vf::FramePort};
 use vmm_sys_util::eventfd::EventFd;
 
 use crate::{agent_client::RelayReceiver, bars::BarAllocator, memory::GuestMemory, sandbox};
@@ -138,10 +138,16 @@ enum Hardware {
     Vfio(Arc<VfioVf>),
     /// The connection to its PF. It becomes a VF once there is guest memory.
     Simulated(OwnedFd),
+    /// The same, for the port of a NIC.
+    Port(OwnedFd),
 }
 
-/// A function's registers, and its request and error eventfds.
-type StartedHardware = (Arc<dyn VfHardware>, [Option<EventFd>; 2]);
+/// A function's registers, its request and error eventfds, and its frames if it is the port of a NIC.
+struct StartedHardware {
+    registers: Arc<dyn VfHardware>,
+    signals: [Option<EventFd>; 2],
+    port: Option<FramePort>,
+}
 
 impl Hardware {
     fn start(
@@ -150,18 +156,22 @@ impl Hardware {
         memory: &GuestMemory,
         threads: &ThreadStart,
     ) -> Result<StartedHardware, DeviceError> {
-        Ok(match self {
+        let failed = |source| DeviceError::Simulated { bdf: bdf.to_owned(), source };
+        let (vf, port) = match self {
             Self::Vfio(vf) => {
                 let signals = [vf.request_event()?, vf.error_event()?];
-                (vf, signals)
+                return Ok(StartedHardware { registers: vf, signals, port: None });
             }
             Self::Simulated(connection) => {
-                let failed = |source| DeviceError::Simulated { bdf: bdf.to_owned(), source };
-                let vf = SimVf::new(connection, memory.clone(), threads).map_err(failed)?;
-                let error = vf.error_event().map_err(failed)?;
-                (Arc::new(vf), [None, Some(error)])
+                (SimVf::new(connection, memory.clone(), threads).map_err(failed)?, None)
             }
-        })
+            Self::Port(connection) => {
+                let (vf, port) = SimVf::with_port(connection, threads).map_err(failed)?;
+                (vf, Some(port))
+            }
+        };
+        let error = vf.error_event().map_err(failed)?;
+        Ok(StartedHardware { registers: Arc::new(vf), signals: [None, Some(error)], port })
     }
 }
 
@@ -170,10 +180,17 @@ struct Function {
     spec: DeviceSpec,
     /// Stopped before the function closes: the relay must not touch hardware that is being closed.
     relay: Mutex<Option<Arc<Relay>>>,
-    function: Arc<AssignedFunction>,
-    slot: u8,
+    face: Face,
     /// The request eventfd (the host wants the device back) and the error eventfd (it has failed).
     signals: Mutex<[Option<EventFd>; 2]>,
+}
+
+/// The device that the guest sees.
+enum Face {
+    /// The function itself, in a slot of the bus.
+    Function { function: Arc<AssignedFunction>, slot: u8 },
+    /// A NIC of the board: the function is its port.
+    Nic { hardware: Arc<dyn VfHardware> },
 }
 
 fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
@@ -181,6 +198,24 @@ fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
 }
 
 impl Function {
+    fn reset(&self) -> Result<(), device::ResetError> {
+        let failed = |source| device::ResetError { device: self.spec.bdf.clone(), source };
+        match &self.face {
+            Face::Function { function, .. } => match function.reset_and_wait(RESET) {
+                // A lost function does no more DMA.
+                Err(ResetError::Gone) if function.is_lost() => Ok(()),
+                result => result.map_err(|source| failed(source.into())),
+            },
+            Face::Nic { hardware } => {
+                let relay = lock(&self.relay).clone();
+                relay.iter().for_each(|relay| relay.hardware_reset());
+                let result = hardware.reset();
+                relay.iter().for_each(|relay| relay.hardware_reset());
+                result.map_err(|source| failed(source.into()))
+            }
+        }
+    }
+
     /// Stops the relay, if there is one.
     fn stop_relay(&self) {
         let relay = lock(&self.relay).take();
@@ -203,8 +238,8 @@ pub struct LostDevice {
     pub bdf: String,
     /// The cause.
     pub why: DeviceLoss,
-    /// Its slot on the guest's bus.
-    pub slot: u8,
+    /// Its slot on the guest's bus. None for the port of a NIC, which stays.
+    pub slot: Option<u8>,
     /// Its eventfds, which need no listener any more.
     pub signals: [Option<EventFd>; 2],
 }
@@ -228,9 +263,13 @@ impl PassthroughDevices {
                     opened.container = Some(container);
                     Hardware::Vfio(Arc::new(vf?))
                 }
-                DeviceBackend::Simulated => {
+                DeviceBackend::Simulated | DeviceBackend::SimulatedPort => {
                     let missing = || DeviceError::NotConnected { bdf: spec.bdf.clone() };
-                    Hardware::Simulated(files.take(&connection(&spec.bdf)).ok_or_else(missing)?)
+                    let connection = files.take(&connection(&spec.bdf)).ok_or_else(missing)?;
+                    match spec.backend {
+                        DeviceBackend::SimulatedPort => Hardware::Port(connection),
+                        _ => Hardware::Simulated(connection),
+                    }
                 }
             };
             opened.devices.push((spec.clone(), hardware));
@@ -252,11 +291,18 @@ impl PassthroughDevices {
         let function = self.functions.get(number / 2)?;
         lock(&function.signals).get(number % 2)?.as_ref()?;
         function.stop_relay();
-        function.function.lose();
+        let slot = match &function.face {
+            Face::Function { function, slot } => {
+                function.lose();
+                Some(*slot)
+            }
+            // The port has lost its link.
+            Face::Nic { .. } => None,
+        };
         Some(LostDevice {
             bdf: function.spec.bdf.clone(),
             why: if number.is_multiple_of(2) { DeviceLoss::Requested } else { DeviceLoss::Failed },
-            slot: function.slot,
+            slot,
             signals: std::mem::take(&mut lock(&function.signals)),
         })
     }
@@ -272,7 +318,10 @@ impl PassthroughDevices {
     #[must_use]
     pub fn stats(&self) -> BTreeMap<String, DeviceStats> {
         let of = |function: &Function| {
-            let stats = function.function.stats();
+            let stats = match &function.face {
+                Face::Function { function, .. } => function.stats(),
+                Face::Nic { .. } => FunctionStats::default(),
+            };
             DeviceStats {
                 bar_exits: stats.bar_exits,
                 config_exits: stats.config_exits,
@@ -285,23 +334,15 @@ impl PassthroughDevices {
 
 impl Device for PassthroughDevices {
     fn reset(&self) -> Result<(), device::ResetError> {
-        for Function { spec, function, .. } in &self.functions {
-            match function.reset_and_wait(RESET) {
-                // A lost function does no more DMA.
-                Err(ResetError::Gone) if function.is_lost() => {}
-                result => result.map_err(|source| device::ResetError {
-                    device: spec.bdf.clone(),
-                    source: source.into(),
-                })?,
-            }
-        }
-        Ok(())
+        self.functions.iter().try_for_each(Function::reset)
     }
 
     fn shutdown(&self) {
         for function in &self.functions {
             function.stop_relay();
-            function.function.shutdown();
+            if let Face::Function { function, .. } = &function.face {
+                function.shutdown();
+            }
         }
     }
 }
@@ -322,7 +363,12 @@ pub struct MachineParts<'a> {
     pub relays: &'a RelayReceiver,
     /// The start routine of the functions' threads.
     pub threads: &'a ThreadStart,
+    /// Receives the ports of NICs.
+    pub ports: &'a mut NicPorts,
 }
+
+/// The ports of NICs, by the NICs' names.
+pub type NicPorts = BTreeMap<String, (FramePort, Driver)>;
 
 impl OpenedDevices {
     /// Maps guest memory for DMA and puts the functions on the bus.
@@ -330,7 +376,7 @@ impl OpenedDevices {
     /// # Errors
     /// See [`DeviceError`].
     pub fn assemble(self, machine: MachineParts<'_>) -> Result<PassthroughDevices, DeviceError> {
-        let MachineParts { memory, router, mapper, bus, bars, relays, threads } = machine;
+        let MachineParts { memory, router, mapper, bus, bars, relays, threads, ports } = machine;
         if let Some(container) = &self.container {
             container.map_memory(memory)?;
         }
@@ -338,9 +384,16 @@ impl OpenedDevices {
         let mut functions = Vec::new();
         for (spec, hardware) in self.devices {
             let bdf = || spec.bdf.clone();
-            let (hardware, signals) = hardware.start(&spec.bdf, memory, threads)?;
-            let access = HardwareAccess::new(hardware);
+            let StartedHardware { registers, signals, port } = hardware.start(&spec.bdf, memory, threads)?;
+            let access = HardwareAccess::new(Arc::clone(&registers));
             let relay = start_relay(&spec, &access, relays, threads)?;
+            let signals = Mutex::new(signals);
+            if let (Some(port), Some(relay), Some(nic)) = (port, &relay, &spec.adapter) {
+                ports.insert(nic.clone(), (port, Driver::new(relay, access.clone())));
+                let (relay, face) = (Mutex::new(Some(Arc::clone(relay))), Face::Nic { hardware: registers });
+                functions.push(Function { spec, relay, face, signals });
+                continue;
+            }
             let traps: Vec<TrappedRange> = relay.iter().flat_map(|relay| relay.trapped_ranges()).collect();
             let (mapper, router) = (Arc::clone(mapper), Arc::clone(router));
             let function = AssignedFunction::new(
@@ -363,8 +416,8 @@ impl OpenedDevices {
             let function = Arc::new(function);
             let slot =
                 bus.add(function.clone()).map_err(|source| DeviceError::Slot { bdf: bdf(), source })?;
-            let (relay, signals) = (Mutex::new(relay), Mutex::new(signals));
-            functions.push(Function { spec, relay, function, slot, signals });
+            let (relay, face) = (Mutex::new(relay), Face::Function { function, slot });
+            functions.push(Function { spec, relay, face, signals });
         }
         Ok(PassthroughDevices { functions, _container: self.container })
     }

@@ -179,7 +179,7 @@ pub fn private_root(
         .iter()
         .filter_map(|device| match device.backend {
             DeviceBackend::Vfio { group } => Some((device, group)),
-            DeviceBackend::Simulated => None,
+            DeviceBackend::Simulated | DeviceBackend::SimulatedPort => None,
         })
         .collect();
     if spec.empty_root && !groups.is_empty() {

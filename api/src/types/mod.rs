@@ -28,6 +28,7 @@ mod secret;
 mod stats;
 mod values;
 mod vm;
+mod wanted_port;
 
 pub use cloud_init::*;
 pub use cpu_list::*;
@@ -48,3 +49,4 @@ pub use secret::*;
 pub use stats::*;
 pub use values::*;
 pub use vm::*;
+pub use wanted_port::*;

@@ -2,10 +2,11 @@
 
 //! NICs of virtual machines: virtio network devices on interfaces of the host.
 
+use netpolicy::Mtu;
 use serde::{Deserialize, Serialize};
 use utoipa::ToSchema;
 
-use super::{Name, UnicastMac};
+use super::{AdapterStatus, Name, UnicastMac};
 use crate::problem::Problem;
 
 /// The most NICs of a VM.
@@ -17,10 +18,13 @@ const MAX_INTERFACE: usize = 15;
 /// The payloads of the shortest and of the longest frame (RFC 791; the maximum of tap interfaces).
 const MTUS: std::ops::RangeInclusive<u16> = 68..=65_521;
 
-/// A NIC of a VM: a virtio network device whose frames pass through the host's kernel. It has exactly one of `bridge`, `tap` and
-/// `macvtap`: an interface that the agent's operator lets VMs use (`serve --interface`).
+/// A NIC of a VM: a virtio network device. It has exactly one of `bridge`, `tap`, `macvtap` and `port_group`.
 ///
-/// Port groups are about adapters. A NIC on a bridge sends frames from its own address only.
+/// The first three name an interface that the agent's operator lets VMs use (`serve --interface`). The NIC's frames pass
+/// through the host's kernel. A NIC on a bridge sends frames from its own address only.
+///
+/// A NIC of a port group is a port of the group's switch, as an adapter is: the agent claims a VF of a simulated PF for it. The
+/// policy of the group decides about the requests of its driver for addresses, receive modes and VLANs.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 #[serde(deny_unknown_fields)]
 pub struct NicSpec {
@@ -39,14 +43,19 @@ pub struct NicSpec {
     #[serde(default, skip_serializing_if = "Option::is_none")]
     #[schema(min_length = 1, max_length = 15)]
     pub macvtap: Option<String>,
-    /// The address; the agent makes a stable locally administered one if there is none. The guest cannot change it.
+    /// A port group whose switch has a simulated PF as an uplink.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub port_group: Option<Name>,
+    /// The address; the agent makes a stable locally administered one if there is none. The guest can change it only under a
+    /// port group that accepts that.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub mac: Option<UnicastMac>,
-    /// The MTU that the guest uses, at most that of the interface, which it is if there is none.
+    /// The MTU that the guest uses: at most that of the interface, which is the default. With `port_group` at most 9216, and
+    /// 1500 by default.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     #[schema(minimum = 68, maximum = 65521, example = 1500)]
     pub mtu: Option<u16>,
-    /// Pairs of queues, so that several vCPUs can send and receive at once.
+    /// Pairs of queues, so that several vCPUs can send and receive at once. 1 with `port_group`.
     #[serde(default = "one", skip_serializing_if = "is_one")]
     #[schema(minimum = 1, maximum = 4, default = 1)]
     pub queues: u8,
@@ -93,7 +102,12 @@ impl NicInterface<'_> {
 }
 
 impl NicSpec {
-    /// The interface of the host. None for a specification with none or several of them, which is refused.
+    fn names_no_interface(&self) -> bool {
+        self.bridge.is_none() && self.tap.is_none() && self.macvtap.is_none()
+    }
+
+    /// The interface of the host. None for a NIC of a port group, and for a specification with several of them, which is
+    /// refused.
     #[must_use]
     pub fn interface(&self) -> Option<NicInterface<'_>> {
         match (self.bridge.as_deref(), self.tap.as_deref(), self.macvtap.as_deref()) {
@@ -103,6 +117,19 @@ impl NicSpec {
             _ => None,
         }
     }
+}
+
+/// The rules for a NIC of a port group. Those for its id and address are those for all ports of a VM.
+fn check_of_group(nic: &NicSpec, field: impl Fn(&str) -> String) -> Result<(), Problem> {
+    if let Some(mtu) = nic.mtu.filter(|mtu| Mtu::new(*mtu).is_err()) {
+        let detail =
+            format!("{mtu} is not from {} to {}, as with `port_group`.", Mtu::MIN.get(), Mtu::MAX.get());
+        return Err(Problem::invalid(field(".mtu"), detail));
+    }
+    if nic.queues != 1 {
+        return Err(Problem::invalid(field(".queues"), "With `port_group` a NIC has one pair of queues."));
+    }
+    Ok(())
 }
 
 /// The actual state of a NIC.
@@ -118,6 +145,9 @@ pub struct NicStatus {
     #[serde(default, skip_serializing_if = "Option::is_none")]
     #[schema(example = "pc1a2b3c4d5en0")]
     pub interface: Option<String>,
+    /// The port and its VF, if the NIC has a port group.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub port: Option<AdapterStatus>,
 }
 
 /// Whether an interface of Linux can have the name (`dev_valid_name`).
@@ -140,9 +170,20 @@ pub(super) fn check(nics: &[NicSpec]) -> Result<(), Problem> {
         if before.clone().any(|other| other.id == nic.id) {
             return Err(Problem::invalid(field(".id"), format!("The id {} is used by two NICs.", nic.id)));
         }
-        let Some(interface) = nic.interface() else {
-            let detail = "A NIC has exactly one of bridge, tap and macvtap.";
-            return Err(Problem::invalid(field(""), detail));
+        let same = |other: &NicSpec| nic.mac.is_some() && other.mac == nic.mac;
+        if before.clone().any(same) {
+            return Err(Problem::invalid(field(".mac"), "The address is used by two NICs."));
+        }
+        let interface = match (nic.interface(), &nic.port_group) {
+            (Some(interface), None) => interface,
+            (None, Some(_)) if nic.names_no_interface() => {
+                check_of_group(nic, field)?;
+                continue;
+            }
+            _ => {
+                let detail = "A NIC has exactly one of bridge, tap, macvtap and port_group.";
+                return Err(Problem::invalid(field(""), detail));
+            }
         };
         let place = field(&format!(".{}", interface.kind()));
         if !is_interface(interface.name()) {
@@ -163,10 +204,6 @@ pub(super) fn check(nics: &[NicSpec]) -> Result<(), Problem> {
         if !(1..=MAX_QUEUES).contains(&nic.queues) {
             let detail = format!("{} is not from 1 to {MAX_QUEUES}.", nic.queues);
             return Err(Problem::invalid(field(".queues"), detail));
-        }
-        let same = |other: &NicSpec| nic.mac.is_some() && other.mac == nic.mac;
-        if before.clone().any(same) {
-            return Err(Problem::invalid(field(".mac"), "The address is used by two NICs."));
         }
     }
     Ok(())

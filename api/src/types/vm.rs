@@ -282,22 +282,18 @@ impl VmSpec {
     }
 
     fn check_functions(&self) -> Result<(), Problem> {
-        if self.adapters.len().saturating_add(self.devices.len()) > MAX_FUNCTIONS {
-            let detail = format!("A VM has at most {MAX_FUNCTIONS} adapters and devices together.");
+        if self.functions() > MAX_FUNCTIONS {
+            let detail = format!(
+                "A VM has at most {MAX_FUNCTIONS} adapters, devices and NICs of port groups together."
+            );
             return Err(Problem::invalid("adapters", detail));
         }
+        self.check_ports()?;
         // At most 16: comparing each with those before it is fine, and finds the second one's place.
         for (n, adapter) in self.adapters.iter().enumerate() {
-            let before = || self.adapters.iter().take(n);
-            if before().any(|other| other.id == adapter.id) {
-                let detail = format!("The id {} is used by two adapters.", adapter.id);
-                return Err(Problem::invalid(format!("adapters[{n}].id"), detail));
-            }
-            if let Some(mac) = adapter.mac.filter(|mac| before().any(|other| other.mac == Some(*mac))) {
-                let detail = format!("The address {mac} is used by two adapters.");
-                return Err(Problem::invalid(format!("adapters[{n}].mac"), detail));
-            }
-            if let Some(vf) = adapter.vf.filter(|vf| before().any(|other| other.vf == Some(*vf))) {
+            if let Some(vf) =
+                adapter.vf.filter(|vf| self.adapters.iter().take(n).any(|other| other.vf == Some(*vf)))
+            {
                 let detail = format!("The VF {vf} is used by two adapters.");
                 return Err(Problem::invalid(format!("adapters[{n}].vf"), detail));
             }

@@ -122,6 +122,9 @@ pub trait Engine: Send {
     /// The driver has reset the device, or the machine has: nothing of the last driver's is left.
     fn stop(&mut self) {}
 
+    /// The machine has been reset, after [`Self::stop`]: the device is as at power-on.
+    fn power_on(&mut self) {}
+
     /// The disk behind the device, for the machine while the thread is parked. None for other devices.
     fn disk(&mut self) -> Option<&mut dyn Disk> {
         None

@@ -190,8 +190,8 @@ pub fn fuzz_net(data: &[u8]) {
     let Ok(ready) = IoEvent::new() else { return };
     let wire = Arc::new(Loop { frames: Mutex::default(), ready });
     let options = net::Options { id: "mgmt0".into(), mac: [2, 0, 0, 0, 0, 1], mtu: None };
-    let device = Net::new(Box::new(wire), options.clone(), Arc::default());
-    let (identity, configuration) = (net::identity(&options, 1), net::configuration(&options, 1));
+    let device = Net::new(Box::new(wire), options, Arc::default());
+    let (identity, configuration) = (device.identity(), device.configuration());
     let mut driver = Driver::new(identity, configuration, Box::new(device));
     run(&mut driver, data);
     // A broadcast comes back.

@@ -245,6 +245,9 @@ impl Worker {
     pub(crate) fn power_on(&mut self) {
         lock(&self.shared.command).take();
         self.stop();
+        self.engine.power_on();
+        // The driver of the next boot has read nothing yet.
+        self.known = self.configuration.generation();
         self.shared.bus_master.store(false, Ordering::Release);
     }
 }

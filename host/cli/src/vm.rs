@@ -221,8 +221,21 @@ fn brief(vm: &Vm) -> Vec<(String, String)> {
     lines
 }
 
+/// The VF of an adapter or of a NIC of a port group, and its troubles.
+fn port(status: &AdapterStatus) -> String {
+    let place = match (status.vf, &status.pf) {
+        (Some(vf), Some(pf)) => {
+            let group = status.iommu_group.map(|group| format!(", IOMMU group {group}"));
+            format!(", {vf} (VF {} of {pf}{})", or_dash(status.vf_index), group.unwrap_or_default())
+        }
+        _ => String::new(),
+    };
+    format!("{place}{}{}", lost(&status.lost), unchecked(&status.unchecked))
+}
+
 fn row(vm: &Vm) -> [String; 7] {
-    let adapters = &vm.status.adapters;
+    let of_nics = vm.status.nics.iter().filter_map(|nic| nic.port.as_ref());
+    let adapters: Vec<_> = vm.status.adapters.iter().chain(of_nics).collect();
     let joined = |parts: Vec<String>| if parts.is_empty() { "-".to_owned() } else { parts.join(",") };
     [
         vm.name.to_string(),
@@ -296,17 +309,7 @@ fn details(vm: &Vm) -> Vec<(String, String)> {
         lines.push(("sandbox".to_owned(), format!("without {}", off.join(", "))));
     }
     for adapter in &status.adapters {
-        let place = match (adapter.vf, &adapter.pf) {
-            (Some(vf), Some(pf)) => {
-                let group = adapter.iommu_group.map(|group| format!(", IOMMU group {group}"));
-                format!(", {vf} (VF {} of {pf}{})", or_dash(adapter.vf_index), group.unwrap_or_default())
-            }
-            _ => String::new(),
-        };
-        lines.push((
-            format!("adapter {}", adapter.id),
-            format!("{}{place}{}{}", adapter.mac, lost(&adapter.lost), unchecked(&adapter.unchecked)),
-        ));
+        lines.push((format!("adapter {}", adapter.id), format!("{}{}", adapter.mac, port(adapter))));
     }
     for disk in &spec.disks {
         lines.push((format!("disk {}", disk.id), disk::line(disk)));
@@ -314,8 +317,10 @@ fn details(vm: &Vm) -> Vec<(String, String)> {
     for (nic, status) in spec.nics.iter().zip(&status.nics) {
         let place = nic.interface().map(|interface| format!("{} {}", interface.kind(), interface.name()));
         let mac = status.mac.map(|mac| mac.to_string()).unwrap_or("address of the interface".to_owned());
-        let own = match (nic.interface(), &status.interface) {
-            (Some(NicInterface::Bridge(_)), Some(tap)) => format!(" ({tap})"),
+        let place = place.or(nic.port_group.as_ref().map(|group| format!("port group {group}")));
+        let own = match (nic.interface(), &status.interface, &status.port) {
+            (Some(NicInterface::Bridge(_)), Some(tap), _) => format!(" ({tap})"),
+            (_, _, Some(of_group)) => port(of_group),
             _ => String::new(),
         };
         lines.push((format!("nic {}", nic.id), format!("{mac}, {}{own}", place.unwrap_or_default())));

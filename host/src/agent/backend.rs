@@ -37,7 +37,7 @@ use crate::{
     nics,
     vm::{
         VmHandle,
-        record::{Asked, Claim, RunRecord, VmRecord, generated_mac, macs},
+        record::{Asked, Claim, RunRecord, VmRecord, generated_port_mac, ports},
         switch_client,
     },
 };
@@ -228,9 +228,9 @@ impl Agent {
             let record = vm.record();
             taken.extend(addresses(vm.id, &record.value.spec).map(|mac| (mac, vm.name())));
         }
-        let adapters = spec.adapters.iter().enumerate().map(|(n, adapter)| {
-            let generated = own.map(|own| generated_mac(own, adapter.id.as_str()));
-            (format!("adapters[{n}].mac"), adapter.mac.or(generated))
+        let adapters = spec.ports().filter(|port| !port.is_nic).map(|port| {
+            let generated = own.map(|own| generated_port_mac(own, &port));
+            (format!("{}.mac", port.field), port.mac.or(generated))
         });
         let nics = spec.nics.iter().enumerate().map(|(n, nic)| {
             (format!("nics[{n}].mac"), nic.mac.or(own.and_then(|own| nics::address(own, nic))))
@@ -504,6 +504,6 @@ impl Backend for Agent {
 
 /// The addresses of a VM's adapters and NICs. That of a macvtap is the host's.
 fn addresses(vm: Uuid, spec: &VmSpec) -> impl Iterator<Item = UnicastMac> {
-    let adapters = macs(vm, spec).map(|(_, mac)| mac);
+    let adapters = ports(vm, spec).filter(|(port, _)| !port.is_nic).map(|(_, mac)| mac);
     adapters.chain(spec.nics.iter().filter_map(move |nic| nics::address(vm, nic)))
 }

@@ -6,13 +6,14 @@ use std::path::Path;
 
 use api::types::{
     AdapterStatus, ConsoleStatus, DeviceStatus, NicStatus, Owner, PlacementStatus, Protection, RestartStatus,
-    SandboxStatus, Unchecked, Vm, VmDeviceStats, VmDiskStats, VmNicStats, VmStats, VmStatus,
+    SandboxStatus, Unchecked, UnicastMac, Vm, VmDeviceStats, VmDiskStats, VmNicStats, VmStats, VmStatus,
+    WantedPort,
 };
 use services::{console, vmm_process::VmDirectory};
 
 use crate::vm::{
     VmHandle,
-    record::{Claim, macs},
+    record::{Claim, ports},
 };
 use crate::{nics, placement};
 
@@ -27,7 +28,8 @@ pub(super) fn vm(
     let record = handle.record();
     let spec = &record.value.spec;
     let lost = |bdf: &str| status.run.lost.get(bdf).cloned();
-    let adapters = macs(record.id, spec).zip(&spec.adapters).map(|((id, mac), wanted)| {
+    let port = |(wanted, mac): (WantedPort<'_>, UnicastMac)| {
+        let id = wanted.id;
         let held = status.held.iter().find_map(|claim| {
             claim.value.adapter.as_ref().filter(|vf| vf.id == *id).map(|vf| (&claim.value, vf))
         });
@@ -42,7 +44,10 @@ pub(super) fn vm(
             lost: held.and_then(|(claim, _)| lost(&claim.bdf.to_string())).or(named),
             unchecked: unchecked(id.as_str()),
         }
-    });
+    };
+    let (of_nics, of_adapters): (Vec<_>, Vec<_>) = ports(record.id, spec).partition(|(port, _)| port.is_nic);
+    let adapters = of_adapters.into_iter().map(port);
+    let mut of_nics: Vec<AdapterStatus> = of_nics.into_iter().map(port).collect();
     let devices = spec.devices.iter().map(|bdf| {
         let held = status.held.iter().find(|claim| claim.name == bdf.to_string());
         DeviceStatus {
@@ -70,6 +75,7 @@ pub(super) fn vm(
         id: nic.id.clone(),
         mac: nics::address(record.id, nic),
         interface: nics::interface(record.id, number, nic).filter(|_| runs),
+        port: nic.port_group.as_ref().and_then(|_| (!of_nics.is_empty()).then(|| of_nics.remove(0))),
     });
     let console = console::Reader::open(&directory.console()).and_then(|ring| ring.count());
     Vm {

@@ -33,6 +33,7 @@ const FACTS: Facts = Facts {
     stores_vf_count: false,
     shown_as_simulated: false,
     no_plain_device: None,
+    no_port_of_nic: Some("is hardware, and a NIC of a port group needs a VF of a simulated PF (`--sim-pf`)"),
     failure: "reported an unrecoverable error.",
 };
 
@@ -151,7 +152,7 @@ impl FunctionBackend for Hardware {
             let detail = format!("The function {bdf} was claimed without its IOMMU group.");
             return Err(Problem::new(ProblemCode::Internal, detail));
         };
-        Ok(MachineDevice { backend: DeviceBackend::Vfio { group }, connection: None })
+        Ok(MachineDevice { backend: DeviceBackend::Vfio { group }, as_port: None, connection: None })
     }
 
     fn take_for_scrub(&self, bdf: Bdf) -> Result<bool, BindError> {

@@ -43,6 +43,8 @@ pub struct Facts {
     /// The reason that `devices` of a VM cannot list such a function, as the rest of a sentence
     /// after the function's address; None if it can.
     pub no_plain_device: Option<&'static str>,
+    /// The reason that a VF cannot be the port of a NIC, as the rest of a sentence after the name of its PF; None if it can.
+    pub no_port_of_nic: Option<&'static str>,
     /// The failure of a function under a running VM, as the rest of a sentence after the function's
     /// name.
     pub failure: &'static str,
@@ -64,6 +66,8 @@ pub struct PfInterface {
 pub struct MachineDevice {
     /// The way in which the vmm opens the function.
     pub backend: DeviceBackend,
+    /// The way in which the vmm opens it as the port of a NIC. None for a function that cannot be one.
+    pub as_port: Option<DeviceBackend>,
     /// A descriptor that goes to the vmm beside the machine's specification.
     pub connection: Option<OwnedFd>,
 }

@@ -27,6 +27,7 @@ const FACTS: Facts = Facts {
     stores_vf_count: true,
     shown_as_simulated: true,
     no_plain_device: Some("is simulated: name its VFs as the \"vf\" of an adapter"),
+    no_port_of_nic: None,
     failure: "is gone: the process of its simulated PF has ended. Stop the VM and boot it again.",
 };
 
@@ -143,7 +144,8 @@ impl FunctionBackend for Simulation {
 
     fn machine_device(&self, bdf: Bdf, _group: Option<u32>) -> Result<MachineDevice, Problem> {
         let connection = self.0.attach(bdf).map_err(|error| error.problem())?;
-        Ok(MachineDevice { backend: DeviceBackend::Simulated, connection: Some(connection) })
+        let (backend, as_port) = (DeviceBackend::Simulated, Some(DeviceBackend::SimulatedPort));
+        Ok(MachineDevice { backend, as_port, connection: Some(connection) })
     }
 
     fn take_for_scrub(&self, bdf: Bdf) -> Result<bool, BindError> {

@@ -19,13 +19,13 @@ use sriov::join_bridge;
 use uuid::Uuid;
 
 use self::tap::Way;
-use crate::vm::record::generated_mac;
+use crate::vm::record::generated_nic_mac;
 
 const INTERFACES: &str = "/sys/class/net";
 const TUN: &str = "/dev/net/tun";
 /// The kernel's flag of a tap in `tun_flags` (`IFF_TAP`).
 const IS_TAP: u32 = 2;
-/// The MTU of an interface without the attribute `mtu`.
+/// The MTU of an interface without the attribute `mtu`, and of a port group's NIC whose specification has none.
 const MTU: u16 = 1500;
 
 /// The open interface of a NIC.
@@ -35,7 +35,7 @@ pub struct Opened {
     pub mac: UnicastMac,
     /// Its MTU.
     pub mtu: u16,
-    /// A file for each pair of queues.
+    /// A file for each pair of queues. None for a NIC of a port group.
     pub queues: Vec<File>,
     /// The lock of an existing interface. It is held as long as the queues are open.
     pub lock: Option<File>,
@@ -54,8 +54,7 @@ pub fn tap_name(vm: Uuid, number: usize) -> String {
 pub fn address(vm: Uuid, nic: &NicSpec) -> Option<UnicastMac> {
     let generated = || match nic.interface() {
         Some(NicInterface::Macvtap(_)) => None,
-        // The prefix gives the NIC another address than an adapter with the same id.
-        _ => Some(generated_mac(vm, &format!("nic.{}", nic.id))),
+        _ => Some(generated_nic_mac(vm, &nic.id)),
     };
     nic.mac.or_else(generated)
 }
@@ -77,7 +76,10 @@ pub fn interface(vm: Uuid, number: usize, nic: &NicSpec) -> Option<String> {
 pub fn open_all(allowed: &[String], vm: Uuid, spec: &VmSpec) -> Result<Vec<Opened>, Problem> {
     let open = |(number, nic): (usize, &NicSpec)| {
         let Some(interface) = nic.interface() else {
-            return Err(Problem::new(ProblemCode::Internal, "The NIC has no interface."));
+            // The frames of a NIC of a port group pass through its VF.
+            let mac = address(vm, nic)
+                .ok_or_else(|| Problem::new(ProblemCode::Internal, "A NIC has no address."))?;
+            return Ok(Opened { mac, mtu: nic.mtu.unwrap_or(MTU), queues: Vec::new(), lock: None });
         };
         let at = |(code, detail): Failed| {
             let field = format!("nics[{number}].{}", interface.kind());
@@ -311,7 +313,11 @@ mod tests {
         let nic = spec(serde_json::json!({ "id": "eth0", "bridge": "br0" })).nics.remove(0);
         let mac = address(vm, &nic).unwrap();
         assert_eq!(mac.to_string(), "7e:53:90:4b:bd:42");
-        assert_ne!(mac, generated_mac(vm, nic.id.as_str()), "that of an adapter with this id");
+        assert_ne!(
+            mac,
+            crate::vm::record::generated_mac(vm, nic.id.as_str()),
+            "that of an adapter with this id"
+        );
         let macvtap = spec(serde_json::json!({ "id": "eth0", "macvtap": "mv0" })).nics.remove(0);
         assert_eq!(address(vm, &macvtap), None, "the interface has one");
     }

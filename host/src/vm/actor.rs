@@ -169,7 +169,7 @@ pub(super) async fn run(
     let (expel, mut expelled) = mpsc::channel(1);
     let progress = Progress::new(outlets.status.clone());
     let mut actor = Actor {
-        allowance: Allowance::new(vm.value.spec.adapters.len()),
+        allowance: Allowance::new(vm.value.spec.ports().count()),
         directory: VmDirectory::new(&env.run_dir, vm.id),
         run: RunRecord::created(vm.value.created),
         env,

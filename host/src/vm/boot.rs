@@ -67,8 +67,7 @@ pub(super) struct Files {
 /// How long building the machine of a VM may take. All memory is filled meanwhile if it is in huge pages, or if a function
 /// locks it.
 fn patience(spec: &VmSpec) -> Duration {
-    let functions = spec.adapters.len().saturating_add(spec.devices.len());
-    let fills = spec.hugepages != HugePages::Off || functions > 0;
+    let fills = spec.hugepages != HugePages::Off || spec.functions() > 0;
     let filled = if fills { spec.memory.bytes() } else { 0 };
     CONFIGURE.saturating_add(Duration::from_secs(filled.div_ceil(FILLED_PER_SECOND)))
 }
@@ -252,7 +251,7 @@ pub(super) struct NewProcess<'a> {
 
 /// The adapters that messages of the VM's process may be about.
 pub(super) fn adapters(spec: &VmSpec) -> HashSet<String> {
-    spec.adapters.iter().map(|adapter| adapter.id.to_string()).collect()
+    spec.ports().map(|port| port.id.to_string()).collect()
 }
 
 /// Builds the machine in the process and runs it.
@@ -315,7 +314,13 @@ pub(super) async fn run(
             fds.push(connection);
         }
         let adapter = claim.value.adapter.as_ref().map(|vf| vf.id.to_string());
-        devices.push(DeviceSpec { bdf, backend: device.backend, adapter });
+        let of_nic =
+            vm.value.spec.ports().any(|port| port.is_nic && Some(port.id.as_str()) == adapter.as_deref());
+        let backend = if of_nic { device.as_port } else { Some(device.backend) };
+        let backend = backend.ok_or_else(|| {
+            Problem::new(ProblemCode::Internal, format!("A NIC cannot have the VF {bdf} as its port."))
+        })?;
+        devices.push(DeviceSpec { bdf, backend, adapter });
     }
     let spec = machine(vm, initramfs, devices, node, sandbox::spec(user, &env.protections_off()));
     let mut spec = Box::new(MachineSpec { nics: specs, ..spec });
@@ -453,7 +458,7 @@ fn nic(spec: &NicSpec, opened: &nics::Opened) -> protocol::NicSpec {
         id: spec.id.to_string(),
         mac: MacAddress::new(opened.mac.octets()),
         mtu: opened.mtu,
-        queues: spec.queues,
+        queues: u8::try_from(opened.queues.len()).unwrap_or(spec.queues),
     }
 }
 

@@ -76,7 +76,7 @@ pub(super) fn first_with(
 /// A problem that names the function, and its owner or the property that it lacks.
 pub async fn claim(env: &Environment, vm: Uuid, spec: &VmSpec) -> Result<Vec<Held>, Problem> {
     switch_client::attach(env, vm, spec).await?;
-    if spec.adapters.is_empty() && spec.devices.is_empty() {
+    if spec.functions() == 0 {
         return Ok(Vec::new());
     }
     let plan = switch_client::plan(env, vm).await?;

@@ -6,7 +6,9 @@ use std::collections::{BTreeMap, BTreeSet};
 
 use api::{
     Caller, User,
-    types::{Cause, Name, Protection, RestartStatus, Secret, Timestamp, UnicastMac, VmSpec, VmState},
+    types::{
+        Cause, Name, Protection, RestartStatus, Secret, Timestamp, UnicastMac, VmSpec, VmState, WantedPort,
+    },
 };
 use serde::{Deserialize, Serialize};
 use services::vmm_process::Identity;
@@ -336,10 +338,23 @@ pub fn generated_mac(vm: Uuid, id: &str) -> UnicastMac {
         .unwrap_or_else(|| unreachable!("the local bit is set and the group bit is not"))
 }
 
-/// The address of each adapter of a VM.
-pub fn macs(vm: Uuid, spec: &VmSpec) -> impl Iterator<Item = (&Name, UnicastMac)> {
-    spec.adapters.iter().map(move |adapter| {
-        (&adapter.id, adapter.mac.unwrap_or_else(|| generated_mac(vm, adapter.id.as_str())))
+/// The address that the agent makes for the NIC of this id. The prefix gives it another one than an adapter with the same id.
+#[must_use]
+pub fn generated_nic_mac(vm: Uuid, id: &Name) -> UnicastMac {
+    generated_mac(vm, &format!("nic.{id}"))
+}
+
+/// The address of a port without one in its specification.
+#[must_use]
+pub fn generated_port_mac(vm: Uuid, port: &WantedPort<'_>) -> UnicastMac {
+    if port.is_nic { generated_nic_mac(vm, port.id) } else { generated_mac(vm, port.id.as_str()) }
+}
+
+/// The ports of a VM, each with its address.
+pub fn ports(vm: Uuid, spec: &VmSpec) -> impl Iterator<Item = (WantedPort<'_>, UnicastMac)> {
+    spec.ports().map(move |port| {
+        let mac = port.mac.unwrap_or_else(|| generated_port_mac(vm, &port));
+        (port, mac)
     })
 }
 

@@ -6,7 +6,7 @@ use std::sync::Arc;
 
 use api::{
     problem::{Problem, ProblemCode},
-    types::VmSpec,
+    types::{UnicastMac, VmSpec, WantedPort},
 };
 use failpoints::{Point, reach};
 use netpolicy::{MacAddress, Name, VfRef, VmId, VmRef};
@@ -19,7 +19,7 @@ use uuid::Uuid;
 
 use super::{
     claims::Held,
-    record::{ClaimedVf, macs},
+    record::{ClaimedVf, ports},
 };
 use crate::environment::Environment;
 use crate::vm::scrub::{ScrubVf, clean};
@@ -31,12 +31,12 @@ use crate::vm::scrub::{ScrubVf, clean};
 pub async fn attach(env: &Environment, vm: Uuid, spec: &VmSpec) -> Result<(), Problem> {
     let name = Name::new(spec.name.to_string())
         .map_err(|error| Problem::new(ProblemCode::InvalidRequest, error.to_string()))?;
-    let adapter = |(wanted, (_, mac)): (&api::types::AdapterSpec, (_, api::types::UnicastMac))| Adapter {
-        id: wanted.id.to_string(),
-        group: wanted.port_group.as_ref().map(ToString::to_string),
+    let adapter = |(port, mac): (WantedPort<'_>, UnicastMac)| Adapter {
+        id: port.id.to_string(),
+        group: port.port_group.map(ToString::to_string),
         mac: MacAddress::new(mac.octets()),
     };
-    let adapters: Vec<Adapter> = spec.adapters.iter().zip(macs(vm, spec)).map(adapter).collect();
+    let adapters: Vec<Adapter> = ports(vm, spec).map(adapter).collect();
     let vm = VmRef { id: VmId(vm), name };
     env.policy.switch.attach(vm, adapters).await.map_err(|error| error.problem())
 }

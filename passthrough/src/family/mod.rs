@@ -99,6 +99,13 @@ pub trait Codec: Send + Sync + fmt::Debug {
     /// Whether `reply` is word 0 of the PF's reply to a message with the word 0 `message`.
     fn answers(&self, reply: u32, message: u32) -> bool;
 
+    /// The hash of a multicast address in messages: its bits 47:36, as the filters of 82576 and 82599 have it (datasheets, MTA
+    /// with filter type 0).
+    fn multicast_hash(&self, group: MacAddress) -> u16 {
+        let [.., e, f] = group.bytes();
+        (u16::from(e) >> 4 | u16::from(f) << 4) & 0xfff
+    }
+
     /// The reply that the guest sees to a protocol message that the PF accepted: `from_pf` with its numbers bounded.
     /// Notes the agreement in `session`. None nacks the message.
     fn protocol_reply(&self, _message: &Words, _from_pf: &Words, _session: &mut Session) -> Option<Words> {

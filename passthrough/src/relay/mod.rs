@@ -18,6 +18,7 @@
 
 mod authority;
 mod disposition;
+mod driver;
 mod fast_deny;
 mod log_limit;
 mod mmio;
@@ -43,6 +44,7 @@ pub use self::{
     authority::{
         Authority, Cancelled, Decision, Forwarded, GuestRequest, How, RelayEvent, Unreachable, Verdict,
     },
+    driver::Driver,
     mmio::MailboxPage,
     stats::{BUCKETS_US, RelayStats, RoundTrips},
 };

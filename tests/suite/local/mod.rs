@@ -22,6 +22,7 @@ mod load;
 mod machine;
 mod network;
 mod nics;
+mod nics_of_groups;
 mod observe;
 mod page;
 mod placement;

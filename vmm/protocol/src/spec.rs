@@ -136,7 +136,8 @@ pub struct DiskRate {
     pub burst: u64,
 }
 
-/// One NIC of a machine. The files of its interface come beside the command ([`files::nic`](super::files::nic)).
+/// One NIC of a machine. The files of its interface come beside the command ([`files::nic`](super::files::nic)), unless a
+/// [port](DeviceBackend::SimulatedPort) has its name.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct NicSpec {
     /// The NIC's name.
@@ -145,7 +146,7 @@ pub struct NicSpec {
     pub mac: MacAddress,
     /// The MTU that the guest uses.
     pub mtu: u16,
-    /// Pairs of queues, 1 to 4: as many files.
+    /// Pairs of queues, 1 to 4: as many files. 0 for the NIC of a port.
     pub queues: u8,
 }
 
@@ -182,6 +183,9 @@ pub enum DeviceBackend {
     },
     /// A simulated VF. Its connection to its PF comes beside the command.
     Simulated,
+    /// A simulated VF behind the NIC that has the name of the adapter. The guest sees a virtio network device. The
+    /// connection to its PF comes beside the command.
+    SimulatedPort,
 }
 
 /// The steps by which the process gives up its privileges.

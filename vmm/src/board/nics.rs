@@ -12,11 +12,13 @@ use std::{
 };
 
 use devices::device::Device;
+use netpolicy::Mtu;
 use protocol::{NicSpec, NicStats, files};
-use virtio::net::{self, Counters, Net, Options, tap::Tap};
+use virtio::net::{Counters, Net, Options, Wire, tap::Tap};
 
 use super::{
     Board, BoardError, Parts,
+    port::PortWire,
     virtio::{failed, insert},
 };
 
@@ -50,16 +52,24 @@ pub(super) fn build(board: &Board, parts: &mut Parts<'_>) -> Result<Vec<Arc<dyn 
     specs.iter().map(|spec| nic(board, parts, spec)).collect()
 }
 
-fn nic(board: &Board, parts: &mut Parts<'_>, spec: &NicSpec) -> Result<Arc<dyn Device>, BoardError> {
+/// The other side of a NIC: the port with its name, or the interface with its files.
+fn wire(parts: &mut Parts<'_>, spec: &NicSpec) -> Result<Box<dyn Wire>, BoardError> {
+    if let Some((port, driver)) = parts.ports.remove(&spec.id) {
+        let mtu = Mtu::new(spec.mtu).map_err(|error| failed(&spec.id)(error.into()))?;
+        let wire = PortWire::new(&spec.id, port, driver, spec.mac, mtu);
+        return Ok(Box::new(wire.map_err(|error| failed(&spec.id)(error.into()))?));
+    }
     let file = |number| parts.files.require(&files::nic(&spec.id, number)).map(File::from);
     let queues: Result<Vec<File>, _> = (0..usize::from(spec.queues)).map(file).collect();
     let queues = queues.map_err(|error| failed(&spec.id)(error.into()))?;
-    let lock = parts.files.take(&files::nic_lock(&spec.id));
-    let pairs = queues.len();
+    Ok(Box::new(Tap::new(queues, parts.files.take(&files::nic_lock(&spec.id)))))
+}
+
+fn nic(board: &Board, parts: &mut Parts<'_>, spec: &NicSpec) -> Result<Arc<dyn Device>, BoardError> {
+    let wire = wire(parts, spec)?;
     let options = Options { id: spec.id.clone(), mac: spec.mac.bytes(), mtu: Some(spec.mtu) };
     let counters = Arc::<Counters>::default();
     parts.nics.0.insert(spec.id.clone(), Arc::clone(&counters));
-    let (identity, configuration) = (net::identity(&options, pairs), net::configuration(&options, pairs));
-    let engine = Box::new(Net::new(Box::new(Tap::new(queues, lock)), options, counters));
-    Ok(insert(board, parts, identity, configuration, engine)?)
+    let net = Net::new(wire, options, counters);
+    Ok(insert(board, parts, net.identity(), net.configuration(), Box::new(net))?)
 }

@@ -407,7 +407,9 @@ impl Process {
             // Unregister before `loss` closes it, or the event manager keeps its number.
             let _ = ops.remove(Events::empty(signal));
         }
-        machine.board.pci.remove(loss.slot);
+        if let Some(slot) = loss.slot {
+            machine.board.pci.remove(slot);
+        }
         tracing::warn!(vm = %self.vm, device = %loss.bdf, why = ?loss.why, "The VM lost a device");
         self.emit(VmmEvent::DeviceLost { bdf: loss.bdf, why: loss.why });
     }

@@ -13,12 +13,13 @@ use serde_json::Value;
 
 use super::*;
 
-const THREADS: [Thread; 9] = [
+const THREADS: [Thread; 10] = [
     Thread::Main,
     Thread::Vcpu,
     Thread::Io(Calls::None),
     Thread::Io(Calls::Disk),
     Thread::Io(Calls::Network),
+    Thread::Io(Calls::Port),
     Thread::Function(ThreadKind::Relay),
     Thread::Function(ThreadKind::Function),
     Thread::Function(ThreadKind::SimulatedVf),

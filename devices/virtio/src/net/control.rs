@@ -6,7 +6,7 @@ use virtio_bindings::virtio_net::{
     VIRTIO_NET_CTRL_GUEST_OFFLOADS, VIRTIO_NET_CTRL_GUEST_OFFLOADS_SET, VIRTIO_NET_CTRL_MAC,
     VIRTIO_NET_CTRL_MAC_ADDR_SET, VIRTIO_NET_CTRL_MAC_TABLE_SET, VIRTIO_NET_CTRL_MQ,
     VIRTIO_NET_CTRL_MQ_VQ_PAIRS_SET, VIRTIO_NET_CTRL_RX, VIRTIO_NET_CTRL_RX_ALLMULTI,
-    VIRTIO_NET_CTRL_RX_PROMISC,
+    VIRTIO_NET_CTRL_RX_PROMISC, VIRTIO_NET_CTRL_VLAN, VIRTIO_NET_CTRL_VLAN_ADD, VIRTIO_NET_CTRL_VLAN_DEL,
 };
 use vm_memory::VolatileSlice;
 
@@ -17,6 +17,9 @@ pub type Mac = [u8; 6];
 
 /// The most addresses in a list. A longer list counts as "all addresses", as adapters have it.
 pub const MOST_ADDRESSES: usize = 64;
+
+/// Numbers of VLANs.
+const VLANS: u16 = 4096;
 
 /// A list of addresses.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -43,6 +46,13 @@ pub enum Request {
     },
     /// Another address for the device.
     Address(Mac),
+    /// Frames of a VLAN, or no longer.
+    Vlan {
+        /// The VLAN's number: 0 to 4095.
+        id: u16,
+        /// Whether they are to be received.
+        add: bool,
+    },
     /// The count of queue pairs that the driver uses.
     Pairs(u16),
     /// The offloads for received frames: bits of the features.
@@ -64,6 +74,11 @@ pub fn decode(buffers: &[VolatileSlice<'_>]) -> Option<Request> {
             Some(Request::Lists { unicast, multicast })
         }
         (VIRTIO_NET_CTRL_MAC, VIRTIO_NET_CTRL_MAC_ADDR_SET) => read_array(&data).map(Request::Address),
+        (VIRTIO_NET_CTRL_VLAN, VIRTIO_NET_CTRL_VLAN_ADD | VIRTIO_NET_CTRL_VLAN_DEL) => {
+            let id = u16::from_le_bytes(read_array(&data)?);
+            let add = u32::from(command) == VIRTIO_NET_CTRL_VLAN_ADD;
+            (id < VLANS).then_some(Request::Vlan { id, add })
+        }
         (VIRTIO_NET_CTRL_MQ, VIRTIO_NET_CTRL_MQ_VQ_PAIRS_SET) => {
             read_array(&data).map(|bytes| Request::Pairs(u16::from_le_bytes(bytes)))
         }

@@ -8,8 +8,8 @@
 //!   driver ─▶ control queue ──▶ control::decode ──▶ verdict: filter, offloads, queue pairs
 //! ```
 //!
-//! A [`Wire`] is the other side: an interface of the host ([`tap`]). The device's address is fixed. A driver that
-//! requests another address gets an error.
+//! A [`Wire`] is the other side: an interface of the host ([`tap`]), or a port under a policy. Without a policy
+//! ([`Policy`]) the device's address is fixed: a driver that requests another address gets an error.
 
 pub mod control;
 pub mod filter;
@@ -32,10 +32,10 @@ use virtio_bindings::{
     virtio_ids::VIRTIO_ID_NET,
     virtio_net::{
         VIRTIO_NET_ERR, VIRTIO_NET_F_CSUM, VIRTIO_NET_F_CTRL_GUEST_OFFLOADS, VIRTIO_NET_F_CTRL_MAC_ADDR,
-        VIRTIO_NET_F_CTRL_RX, VIRTIO_NET_F_CTRL_VQ, VIRTIO_NET_F_GUEST_CSUM, VIRTIO_NET_F_GUEST_TSO4,
-        VIRTIO_NET_F_GUEST_TSO6, VIRTIO_NET_F_HOST_TSO4, VIRTIO_NET_F_HOST_TSO6, VIRTIO_NET_F_MAC,
-        VIRTIO_NET_F_MQ, VIRTIO_NET_F_MRG_RXBUF, VIRTIO_NET_F_MTU, VIRTIO_NET_F_STATUS, VIRTIO_NET_OK,
-        VIRTIO_NET_S_LINK_UP,
+        VIRTIO_NET_F_CTRL_RX, VIRTIO_NET_F_CTRL_VLAN, VIRTIO_NET_F_CTRL_VQ, VIRTIO_NET_F_GUEST_CSUM,
+        VIRTIO_NET_F_GUEST_TSO4, VIRTIO_NET_F_GUEST_TSO6, VIRTIO_NET_F_HOST_TSO4, VIRTIO_NET_F_HOST_TSO6,
+        VIRTIO_NET_F_MAC, VIRTIO_NET_F_MQ, VIRTIO_NET_F_MRG_RXBUF, VIRTIO_NET_F_MTU, VIRTIO_NET_F_STATUS,
+        VIRTIO_NET_OK, VIRTIO_NET_S_LINK_UP,
     },
     virtio_ring::{VIRTIO_RING_F_EVENT_IDX, VIRTIO_RING_F_INDIRECT_DESC},
 };
@@ -107,9 +107,68 @@ impl Offloads {
     }
 }
 
+/// The abilities of a wire, which decide about the features of its device.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Abilities {
+    /// It takes frames with several segments and without a complete checksum, and may deliver such frames.
+    pub offloads: bool,
+    /// It delivers frames of the VLANs only that the driver has joined.
+    pub vlans: bool,
+}
+
+/// The address and the link of a device under a policy.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct PortState {
+    /// The address that the device has.
+    pub mac: Mac,
+    /// Whether frames pass.
+    pub link_up: bool,
+}
+
+/// The host's decisions about the requests of a driver. All calls but [`Policy::stop`] and [`Policy::power_on`] come from the device's I/O thread. Each
+/// takes about two seconds at most.
+pub trait Policy: Send {
+    /// A source that wakes the thread for [`Policy::wake`].
+    fn source(&self) -> Option<IoSource>;
+
+    /// A driver is ready.
+    fn start(&mut self);
+
+    /// The driver has reset the device, or the machine has. Does not wait.
+    fn stop(&mut self);
+
+    /// The machine has been reset, after [`Policy::stop`]: the port has its initial address again. Does not wait.
+    fn power_on(&mut self);
+
+    /// Decides about an address, a receive mode, lists of addresses or a VLAN, and carries out a granted request. Returns
+    /// whether the driver is to see success.
+    fn decide(&mut self, request: &Control) -> bool;
+
+    /// The source has woken the thread.
+    fn wake(&mut self);
+
+    /// The address and the link now.
+    fn state(&self) -> PortState;
+}
+
 /// The other side of a device. All calls come from the device's I/O thread. Frames have the header
 /// of virtio in front ([`HEADER`]).
 pub trait Wire: Send {
+    /// The abilities of the wire.
+    fn abilities(&self) -> Abilities {
+        Abilities { offloads: true, vlans: false }
+    }
+
+    /// The system calls of the wire.
+    fn calls(&self) -> Calls {
+        Calls::Network
+    }
+
+    /// The policy of the port behind the wire. A wire with a policy filters received frames by itself.
+    fn policy(&mut self) -> Option<&mut dyn Policy> {
+        None
+    }
+
     /// Pairs of queues, [`MAX_PAIRS`] at most.
     fn pairs(&self) -> usize;
 
@@ -173,19 +232,22 @@ fn count(counter: &AtomicU64, by: u64) {
     counter.fetch_add(by, Ordering::Relaxed);
 }
 
-/// The facts that the registers of a device with `pairs` pairs of queues show.
-#[must_use]
-pub fn identity(options: &Options, pairs: usize) -> Identity {
-    let pairs = pairs.clamp(1, MAX_PAIRS);
+/// The features of a wire that takes frames with offloads.
+const OFFLOADS: [u32; 7] = [
+    VIRTIO_NET_F_CSUM,
+    VIRTIO_NET_F_GUEST_CSUM,
+    VIRTIO_NET_F_CTRL_GUEST_OFFLOADS,
+    VIRTIO_NET_F_GUEST_TSO4,
+    VIRTIO_NET_F_GUEST_TSO6,
+    VIRTIO_NET_F_HOST_TSO4,
+    VIRTIO_NET_F_HOST_TSO6,
+];
+
+/// The facts that the registers of a device over a wire show.
+fn identity(options: &Options, wire: &dyn Wire) -> Identity {
+    let (pairs, abilities) = (wire.pairs().clamp(1, MAX_PAIRS), wire.abilities());
     let mut features = vec![
-        VIRTIO_NET_F_CSUM,
-        VIRTIO_NET_F_GUEST_CSUM,
-        VIRTIO_NET_F_CTRL_GUEST_OFFLOADS,
         VIRTIO_NET_F_MAC,
-        VIRTIO_NET_F_GUEST_TSO4,
-        VIRTIO_NET_F_GUEST_TSO6,
-        VIRTIO_NET_F_HOST_TSO4,
-        VIRTIO_NET_F_HOST_TSO6,
         VIRTIO_NET_F_MRG_RXBUF,
         VIRTIO_NET_F_STATUS,
         VIRTIO_NET_F_CTRL_VQ,
@@ -194,6 +256,12 @@ pub fn identity(options: &Options, pairs: usize) -> Identity {
         VIRTIO_RING_F_INDIRECT_DESC,
         VIRTIO_RING_F_EVENT_IDX,
     ];
+    if abilities.offloads {
+        features.extend(OFFLOADS);
+    }
+    if abilities.vlans {
+        features.push(VIRTIO_NET_F_CTRL_VLAN);
+    }
     if options.mtu.is_some() {
         features.push(VIRTIO_NET_F_MTU);
     }
@@ -208,20 +276,23 @@ pub fn identity(options: &Options, pairs: usize) -> Identity {
         class: CLASS,
         features: features.into_iter().fold(0, |all, number| all | feature(number)),
         queues,
-        calls: Calls::Network,
+        calls: wire.calls(),
     }
 }
 
 /// The configuration of a device with `pairs` pairs of queues (the specification, 5.1.4).
-#[must_use]
-pub fn configuration(options: &Options, pairs: usize) -> Arc<Configuration> {
-    let link = u16::try_from(VIRTIO_NET_S_LINK_UP).unwrap_or_default();
+fn configuration(options: &Options, pairs: usize) -> Arc<Configuration> {
+    let link = link(true);
     let pairs = u16::try_from(pairs.clamp(1, MAX_PAIRS)).unwrap_or(1);
     let mut bytes = options.mac.to_vec();
     for value in [link, pairs, options.mtu.unwrap_or_default()] {
         bytes.extend(value.to_le_bytes());
     }
     Configuration::new(bytes)
+}
+
+fn link(up: bool) -> u16 {
+    if up { u16::try_from(VIRTIO_NET_S_LINK_UP).unwrap_or_default() } else { 0 }
 }
 
 /// The result of fetching frames from the wire.
@@ -255,6 +326,13 @@ pub struct Net {
     wire: Box<dyn Wire>,
     options: Options,
     counters: Arc<Counters>,
+    configuration: Arc<Configuration>,
+    /// The last state of a port under a policy that the configuration shows.
+    shown: Option<PortState>,
+    /// The number of the wire's sources.
+    frame_sources: usize,
+    /// The source of the policy, behind them.
+    policy_source: Option<IoSource>,
     pairs: usize,
     features: u64,
     filter: Filter,
@@ -271,14 +349,21 @@ pub struct Net {
 impl Net {
     /// Makes a device.
     #[must_use]
-    pub fn new(wire: Box<dyn Wire>, options: Options, counters: Arc<Counters>) -> Self {
+    pub fn new(mut wire: Box<dyn Wire>, options: Options, counters: Arc<Counters>) -> Self {
         let pairs = wire.pairs().clamp(1, MAX_PAIRS);
         let filter = Filter::new(options.mac);
+        let configuration = configuration(&options, pairs);
         let waiting = vec![Frame::new(); pairs];
+        let frame_sources = (0..pairs).filter(|pair| wire.source(*pair).is_some()).count();
+        let policy_source = wire.policy().and_then(|policy| policy.source());
         Self {
             wire,
             options,
             counters,
+            configuration,
+            shown: None,
+            frame_sources,
+            policy_source,
             pairs,
             features: 0,
             filter,
@@ -291,6 +376,28 @@ impl Net {
 
     fn has(&self, number: u32) -> bool {
         self.features & feature(number) != 0
+    }
+
+    /// The configuration that the device shows.
+    #[must_use]
+    pub fn configuration(&self) -> Arc<Configuration> {
+        Arc::clone(&self.configuration)
+    }
+
+    /// The facts that the device's registers show.
+    #[must_use]
+    pub fn identity(&self) -> Identity {
+        identity(&self.options, self.wire.as_ref())
+    }
+
+    /// Shows the state of a port under a policy to the driver.
+    fn show_state(&mut self) {
+        let Some(state) = self.wire.policy().map(|policy| policy.state()) else { return };
+        if self.shown.replace(state) != Some(state) {
+            let mut bytes = state.mac.to_vec();
+            bytes.extend(link(state.link_up).to_le_bytes());
+            self.configuration.change(0, &bytes);
+        }
     }
 
     fn warn(&mut self, error: &io::Error) {
@@ -431,7 +538,15 @@ impl Net {
 
     /// Applies a request. Returns whether it was granted.
     fn apply(&mut self, request: Control) -> bool {
+        let of_device = matches!(request, Control::Pairs(_) | Control::Offloads(_));
+        if let Some(policy) = self.wire.policy().filter(|_| !of_device) {
+            let granted = policy.decide(&request);
+            self.show_state();
+            return granted;
+        }
         match request {
+            // A device without a policy does not offer it.
+            Control::Vlan { .. } => return false,
             Control::Promiscuous(on) => self.filter.promiscuous = on,
             Control::AllMulticast(on) => self.filter.all_multicast = on,
             Control::Lists { unicast, multicast } => {
@@ -495,21 +610,9 @@ impl Net {
             }
         }
     }
-}
 
-impl Engine for Net {
-    fn sources(&self) -> Vec<(usize, IoSource)> {
-        (0..self.pairs).filter_map(|pair| Some((2 * pair, self.wire.source(pair)?))).collect()
-    }
-
-    fn start(&mut self, features: u64) {
-        self.features = features;
-        // One pair until the driver asks for more (5.1.6.5.5).
-        self.set_pairs(1);
-        self.set_offloads(Offloads::of(features));
-        // A driver that cannot set the filter gets all frames.
-        self.filter.promiscuous = !self.has(VIRTIO_NET_F_CTRL_RX);
-        // Drop old frames: they have the offloads of an earlier driver.
+    /// Drops frames for an earlier driver, which have its offloads.
+    fn drop_stale_frames(&mut self) {
         for (pair, waiting) in self.waiting.iter_mut().enumerate() {
             for _ in 0..MOST_STALE {
                 if self.wire.receive(pair, &mut waiting.bytes).is_err() {
@@ -517,6 +620,41 @@ impl Engine for Net {
                 }
             }
         }
+    }
+}
+
+impl Engine for Net {
+    fn sources(&self) -> Vec<(usize, IoSource)> {
+        let frames = (0..self.pairs).filter_map(|pair| Some((2 * pair, self.wire.source(pair)?)));
+        frames.chain(self.policy_source.clone().map(|source| (0, source))).collect()
+    }
+
+    fn wake(&mut self, source: usize) {
+        if source != self.frame_sources {
+            return;
+        }
+        if let Some(policy) = self.wire.policy() {
+            policy.wake();
+        }
+        self.show_state();
+    }
+
+    fn start(&mut self, features: u64) {
+        self.features = features;
+        if let Some(policy) = self.wire.policy() {
+            policy.start();
+            self.show_state();
+            // The port filters by itself, according to the granted requests.
+            self.filter.promiscuous = true;
+            self.drop_stale_frames();
+            return;
+        }
+        // One pair until the driver asks for more (5.1.6.5.5).
+        self.set_pairs(1);
+        self.set_offloads(Offloads::of(features));
+        // A driver that cannot set the filter gets all frames.
+        self.filter.promiscuous = !self.has(VIRTIO_NET_F_CTRL_RX);
+        self.drop_stale_frames();
     }
 
     fn serve(&mut self, index: usize, queue: &mut ActiveQueue) -> Result<bool, QueueError> {
@@ -532,7 +670,17 @@ impl Engine for Net {
 
     fn stop(&mut self) {
         self.features = 0;
+        if let Some(policy) = self.wire.policy() {
+            policy.stop();
+        }
         self.filter = Filter::new(self.options.mac);
         self.waiting.iter_mut().for_each(|frame| frame.len = 0);
+    }
+
+    fn power_on(&mut self) {
+        if let Some(policy) = self.wire.policy() {
+            policy.power_on();
+        }
+        self.show_state();
     }
 }

@@ -113,8 +113,8 @@ fn machine(pairs: usize, features: &[u32]) -> Machine {
     let wire = FakeWire::new(pairs);
     let counters = Arc::<Counters>::default();
     let options = Options { id: "mgmt0".into(), mac: MAC, mtu: Some(1400) };
-    let net = Net::new(Box::new(wire.clone()), options.clone(), Arc::clone(&counters));
-    let mut driver = Driver::new(identity(&options, pairs), configuration(&options, pairs), Box::new(net));
+    let net = Net::new(Box::new(wire.clone()), options, Arc::clone(&counters));
+    let mut driver = Driver::new(net.identity(), net.configuration(), Box::new(net));
     let features = features.iter().fold(1 << 32, |all, number| all | feature(*number));
     driver.start(features, 16);
     Machine { wire, driver, counters }

@@ -6,7 +6,7 @@ use std::collections::BTreeMap;
 
 use api::{
     Problem, ProblemCode,
-    types::{Name, Port, PortGroup, Vm, VmSpec},
+    types::{AdapterStatus, Name, Port, PortGroup, Vm, VmSpec},
 };
 use netpolicy::MacAddress;
 
@@ -25,9 +25,15 @@ pub(super) struct Addresses {
     switches: BTreeMap<String, String>,
 }
 
+/// The ports of a VM, in the order of [`VmSpec::ports`].
+fn ports_of(vm: &Vm) -> impl Iterator<Item = &AdapterStatus> {
+    let of_nics = vm.status.nics.iter().filter_map(|nic| nic.port.as_ref());
+    vm.status.adapters.iter().chain(of_nics)
+}
+
 impl Addresses {
     pub(super) fn new(vms: &[Vm], ports: &[Port], groups: &[PortGroup], wanted: &[(String, Wanted)]) -> Self {
-        let adapters = vms.iter().flat_map(|vm| vm.status.adapters.iter().map(move |adapter| (vm, adapter)));
+        let adapters = vms.iter().flat_map(|vm| ports_of(vm).map(move |port| (vm, port)));
         let of_files = wanted.iter().filter_map(|(_, wanted)| match wanted {
             Wanted::PortGroup(name, spec) => Some((name.to_string(), spec.switch.to_string())),
             _ => None,
@@ -52,11 +58,10 @@ impl Addresses {
     /// # Errors
     /// The agent's problem for an address that another VM has.
     pub(super) fn take(&mut self, spec: &VmSpec) -> Result<(), Problem> {
-        let fixed =
-            || spec.adapters.iter().enumerate().filter_map(|(n, adapter)| Some((n, adapter, adapter.mac?)));
-        for (n, adapter, mac) in fixed() {
+        let fixed = || spec.ports().filter_map(|port| Some((port.mac?, port)));
+        for (mac, port) in fixed() {
             let mac = mac.to_string();
-            let group = adapter.port_group.as_ref().map_or(DEFAULT, Name::as_str);
+            let group = port.port_group.map_or(DEFAULT, Name::as_str);
             let on_switch =
                 self.switches.get(group).and_then(|switch| self.ports.get(&(switch.clone(), mac.clone())));
             let owner =
@@ -64,14 +69,14 @@ impl Addresses {
             let owner = owner.or(on_switch.map(String::as_str).filter(|owner| *owner != spec.name.as_str()));
             if let Some(owner) = owner {
                 let detail = format!(
-                    "The address {mac} belongs to an adapter of the VM {owner}: choose another. Nothing was changed."
+                    "The address {mac} belongs to the VM {owner}: choose another. Nothing was changed."
                 );
-                let field = Some(format!("adapters[{n}].mac").into());
+                let field = Some(format!("{}.mac", port.field).into());
                 return Err(Problem { field, ..Problem::new(ProblemCode::MacInUse, detail) });
             }
         }
         // An adapter without an address in the file keeps its own: the agent makes it from the VM and the adapter.
-        let own: Vec<_> = fixed().map(|(.., mac)| (mac.to_string(), spec.name.clone())).collect();
+        let own: Vec<_> = fixed().map(|(mac, _)| (mac.to_string(), spec.name.clone())).collect();
         self.configured.extend(own);
         Ok(())
     }
@@ -79,9 +84,9 @@ impl Addresses {
     /// Takes a VM's addresses away, before the VM gets those of its file.
     pub(super) fn release(&mut self, vm: &Vm, spec: &VmSpec) {
         let keeps = |mac: &str| {
-            vm.spec.adapters.iter().zip(&vm.status.adapters).any(|(adapter, status)| {
-                let still = spec.adapters.iter().any(|new| new.id == adapter.id && new.mac.is_none());
-                status.mac.to_string() == mac && adapter.mac.is_none() && still
+            vm.spec.ports().zip(ports_of(vm)).any(|(port, status)| {
+                let still = spec.ports().any(|new| new.id == port.id && new.mac.is_none());
+                status.mac.to_string() == mac && port.mac.is_none() && still
             })
         };
         self.configured.retain(|mac, owner| *owner != vm.name || keeps(mac));

@@ -162,7 +162,7 @@ impl Names {
                     .then(|| problem(ProblemCode::SwitchNotFound, missing()))
             }
             Wanted::Vm(spec) => {
-                let mut named = spec.adapters.iter().filter_map(|adapter| adapter.port_group.as_ref());
+                let mut named = spec.ports().filter_map(|port| port.port_group);
                 let name = named.find(|name| !self.groups.contains(*name))?;
                 let names = self.groups.iter().map(Name::as_str);
                 Some(problem(ProblemCode::PortGroupNotFound, Missing::among("port group", name, names)))

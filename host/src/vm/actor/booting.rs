@@ -184,7 +184,7 @@ impl Actor {
         reach(Point::BootProcessStored);
         self.limit().await?;
         let enter = |stage| self.progress.enter(stage);
-        self.allowance = Allowance::new(self.vm.value.spec.adapters.len());
+        self.allowance = Allowance::new(self.vm.value.spec.ports().count());
         let new = boot::NewProcess {
             directory: &self.directory,
             user: self.run.user,

@@ -79,13 +79,17 @@ impl Progress {
 pub(super) fn boot(spec: &VmSpec, left: &[Held]) -> Vec<Stage> {
     let mut stages = vec![Stage::OpeningFiles];
     stages.extend(release(left));
-    if !spec.adapters.is_empty() || !spec.devices.is_empty() {
+    if spec.functions() > 0 {
         stages.push(Stage::ClaimingFunctions);
     }
-    for _ in &spec.adapters {
-        stages.extend([Stage::BindingFunction, Stage::SettingPolicy]);
-    }
+    // In the order of the claims.
+    let ports = |is_nic: bool| {
+        let of_kind = spec.ports().filter(move |port| port.is_nic == is_nic);
+        of_kind.flat_map(|_| [Stage::BindingFunction, Stage::SettingPolicy])
+    };
+    stages.extend(ports(false));
     stages.extend(spec.devices.iter().map(|_| Stage::BindingFunction));
+    stages.extend(ports(true));
     stages.extend([Stage::StartingProcess, Stage::BuildingMachine, Stage::StartingVcpus]);
     stages
 }

@@ -4,7 +4,7 @@
 
 use api::{
     problem::{Problem, ProblemCode},
-    types::VmSpec,
+    types::{UnicastMac, VmSpec, WantedPort},
 };
 use services::problem::ToProblem;
 use sriov::{Bdf, InventoryError, Pf, Vf};
@@ -15,7 +15,7 @@ use uuid::Uuid;
 use crate::{
     inventory::Inventory,
     vm::{
-        record::{Claim, ClaimedVf, macs},
+        record::{Claim, ClaimedVf, ports},
         switch_client,
     },
 };
@@ -32,28 +32,22 @@ pub(super) fn choose(
     plan: &[Uplinks],
 ) -> Result<Vec<Claim>, Problem> {
     let mut named: Vec<Bdf> = Vec::new();
-    for bdf in spec.adapters.iter().filter_map(|adapter| adapter.vf).chain(spec.devices.iter().copied()) {
+    for bdf in spec.ports().filter_map(|port| port.vf).chain(spec.devices.iter().copied()) {
         named.push(convert(bdf)?);
     }
     let mut claims: Vec<Claim> = Vec::new();
-    for (slot, (adapter, (_, mac))) in spec.adapters.iter().zip(macs(vm, spec)).enumerate() {
-        let fits = |pf: &Pf| {
-            let name = inventory.name_for_ports(pf);
-            check_pf(inventory, pf, &name)?;
-            switch_client::check_uplink(plan, adapter.id.as_str(), &name)
-        };
-        let (vf, pf) = match adapter.vf {
-            Some(bdf) => named_vf(inventory, convert(bdf)?, taken, fits)?,
-            None => free_vf(inventory, taken, &claims, &named, fits)?,
-        };
-        let pf_name = inventory.name_for_ports(&pf);
-        let adapter = ClaimedVf { id: adapter.id.clone(), pf: vf.pf, pf_name, index: vf.index, mac };
-        claims.push(claim_of(vm, spec, slot, vf.device.bdf, Some(adapter)));
+    // The ports of NICs come last: the guest names functions by their slots.
+    let (of_nics, of_adapters): (Vec<_>, Vec<_>) = ports(vm, spec).partition(|(port, _)| port.is_nic);
+    for (port, mac) in of_adapters {
+        claims.push(vf_for(inventory, (vm, spec), (&port, mac), taken, plan, &claims, &named)?);
     }
     for (slot, bdf) in (claims.len()..).zip(&spec.devices) {
         let bdf = convert(*bdf)?;
         plain_device(inventory, bdf, taken)?;
         claims.push(claim_of(vm, spec, slot, bdf, None));
+    }
+    for (port, mac) in of_nics {
+        claims.push(vf_for(inventory, (vm, spec), (&port, mac), taken, plan, &claims, &named)?);
     }
     let together: Vec<Bdf> = claims.iter().map(|claim| claim.bdf).collect();
     for claim in &mut claims {
@@ -65,6 +59,46 @@ pub(super) fn choose(
         }
     }
     Ok(claims)
+}
+
+/// The named VF of a port, or a free one.
+fn vf_for(
+    inventory: &Inventory,
+    (vm, spec): (Uuid, &VmSpec),
+    (port, mac): (&WantedPort<'_>, UnicastMac),
+    taken: &[Claim],
+    plan: &[Uplinks],
+    claims: &[Claim],
+    named: &[Bdf],
+) -> Result<Claim, Problem> {
+    let fits = |pf: &Pf| {
+        let name = inventory.name_for_ports(pf);
+        check_pf(inventory, pf, &name)?;
+        switch_client::check_uplink(plan, port.id.as_str(), &name)?;
+        check_port(inventory, pf, &name, port)
+    };
+    let (vf, pf) = match port.vf {
+        Some(bdf) => named_vf(inventory, convert(bdf)?, taken, fits)?,
+        None => free_vf(inventory, taken, claims, named, fits)?,
+    };
+    let pf_name = inventory.name_for_ports(&pf);
+    let adapter = ClaimedVf { id: port.id.clone(), pf: vf.pf, pf_name, index: vf.index, mac };
+    Ok(claim_of(vm, spec, claims.len(), vf.device.bdf, Some(adapter)))
+}
+
+/// Whether the port can have a VF of a PF: NICs have VFs of simulated PFs only.
+fn check_port(inventory: &Inventory, pf: &Pf, name: &str, port: &WantedPort<'_>) -> Result<(), Problem> {
+    let facts = inventory.backend(pf.device.bdf).map_err(|e| e.problem())?.facts();
+    match facts.no_port_of_nic.filter(|_| port.is_nic) {
+        None => Ok(()),
+        Some(why) => {
+            let detail = format!(
+                "PF {name} {why}: name a group whose switch has one as an uplink, or use an adapter."
+            );
+            let field = Some(format!("{}.port_group", port.field).into());
+            Err(Problem { field, ..Problem::new(ProblemCode::NoFreeVf, detail) })
+        }
+    }
 }
 
 fn claim_of(vm: Uuid, spec: &VmSpec, slot: usize, bdf: Bdf, adapter: Option<ClaimedVf>) -> Claim {

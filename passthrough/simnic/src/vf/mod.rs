@@ -11,6 +11,7 @@
 
 mod config;
 mod descriptor;
+mod frames;
 #[cfg(any(test, feature = "test-support"))]
 mod fuzz;
 mod interrupts;
@@ -41,10 +42,10 @@ use rustix::event::{EventfdFlags, eventfd};
 use vm_memory::GuestMemoryMmap;
 use vmm_sys_util::eventfd::EventFd;
 
-pub use self::config::IDS;
 #[cfg(any(test, feature = "test-support"))]
 pub use self::fuzz::fuzz_transmit;
 use self::{config::ConfigSpace, registers::Registers, worker::Worker};
+pub use self::{config::IDS, frames::FramePort};
 
 /// Size of both BARs, as on an 82576.
 const BAR_SIZE: u32 = 0x4000;
@@ -69,6 +70,8 @@ struct Shared {
     wake: OwnedFd,
     /// Signalled once the PF is gone.
     failed: EventFd,
+    /// The frames of a VF without queues in guest memory.
+    frames: Option<frames::Inbox>,
     stopped: AtomicBool,
     /// Failed accesses to guest memory: rings and buffers that the guest put elsewhere.
     dma_errors: AtomicU64,
@@ -91,6 +94,13 @@ impl Shared {
         self.dma_errors.fetch_add(1, Ordering::Relaxed);
     }
 
+    fn set_link(&self, up: bool) {
+        self.registers().link_up = up;
+        if let Some(inbox) = &self.frames {
+            inbox.link_changed();
+        }
+    }
+
     fn wake(&self) {
         // It fails only after 2^64 writes without a read by the thread.
         let _ = rustix::io::write(&self.wake, &1u64.to_ne_bytes());
@@ -104,7 +114,29 @@ impl SimVf {
     /// # Errors
     /// Those of `fcntl`, of making eventfds and of starting a thread.
     pub fn new(connection: OwnedFd, memory: GuestMemoryMmap, threads: &ThreadStart) -> io::Result<Self> {
+        Self::start(connection, memory, None, threads).map(|(vf, _)| vf)
+    }
+
+    /// Puts a VF without queues in guest memory at its PF's end of `connection`. Its owner takes and sends the frames by the
+    /// port. Starts its thread with `threads`.
+    ///
+    /// # Errors
+    /// As [`SimVf::new`].
+    pub fn with_port(connection: OwnedFd, threads: &ThreadStart) -> io::Result<(Self, FramePort)> {
+        let inbox = frames::Inbox::new()?;
+        let (vf, connection) = Self::start(connection, GuestMemoryMmap::new(), Some(inbox), threads)?;
+        let port = FramePort::new(Arc::clone(&vf.shared), connection);
+        Ok((vf, port))
+    }
+
+    fn start(
+        connection: OwnedFd,
+        memory: GuestMemoryMmap,
+        frames: Option<frames::Inbox>,
+        threads: &ThreadStart,
+    ) -> io::Result<(Self, Arc<OwnedFd>)> {
         rustix::io::ioctl_fionbio(&connection, true)?;
+        let connection = Arc::new(connection);
         let shared = Arc::new(Shared {
             memory,
             registers: Mutex::default(),
@@ -112,12 +144,13 @@ impl SimVf {
             dma: Mutex::new(()),
             wake: eventfd(0, EventfdFlags::NONBLOCK | EventfdFlags::CLOEXEC)?,
             failed: EventFd::new(libc::EFD_NONBLOCK | libc::EFD_CLOEXEC)?,
+            frames,
             stopped: AtomicBool::new(false),
             dma_errors: AtomicU64::new(0),
         });
-        let worker = Worker::new(shared.clone(), connection);
+        let worker = Worker::new(shared.clone(), Arc::clone(&connection));
         let thread = threads.spawn(ThreadKind::SimulatedVf, "sim-vf".into(), move || worker.run())?;
-        Ok(Self { shared, thread: Mutex::new(Some(thread)) })
+        Ok((Self { shared, thread: Mutex::new(Some(thread)) }, connection))
     }
 
     /// A VF without memory, for code that only sends mailbox messages.

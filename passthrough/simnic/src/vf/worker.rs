@@ -28,7 +28,7 @@ const NOW: Timespec = Timespec { tv_sec: 0, tv_nsec: 0 };
 pub(super) struct Worker {
     shared: Arc<Shared>,
     /// None once the PF is gone.
-    connection: Option<OwnedFd>,
+    connection: Option<Arc<OwnedFd>>,
     transmitter: Transmitter,
     /// A reset, then a message: at most those of two turns.
     control: VecDeque<Vec<u8>>,
@@ -37,7 +37,7 @@ pub(super) struct Worker {
 }
 
 impl Worker {
-    pub(super) fn new(shared: Arc<Shared>, connection: OwnedFd) -> Self {
+    pub(super) fn new(shared: Arc<Shared>, connection: Arc<OwnedFd>) -> Self {
         Self {
             shared,
             connection: Some(connection),
@@ -161,10 +161,13 @@ impl Worker {
             }
         };
         match packet {
-            Packet::Frame { frame, looped } => self.shared.receive(*frame, *looped),
+            Packet::Frame { frame, looped } => match &self.shared.frames {
+                Some(inbox) => inbox.put(*frame),
+                None => self.shared.receive(*frame, *looped),
+            },
             Packet::Taken { seq } => mailbox(&|mailbox| mailbox.taken(*seq)),
             Packet::Post { seq, words } => mailbox(&|mailbox| mailbox.post(*seq, words)),
-            Packet::Link { up } => self.shared.registers().link_up = *up,
+            Packet::Link { up } => self.shared.set_link(*up),
             // Only VFs send these.
             Packet::Reset | Packet::Message { .. } => {}
         }
@@ -176,7 +179,7 @@ impl Worker {
             tracing::warn!(
                 "A simulated VF has lost its PF: the PF's process has ended, or another VM has the VF"
             );
-            self.shared.registers().link_up = false;
+            self.shared.set_link(false);
             let _ = self.shared.failed.write(1);
         }
     }
