@@ -73,3 +73,51 @@ impl VmSpec {
         Ok(())
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use serde_json::{Value, json};
+
+    use super::*;
+
+    fn spec(adapters: Value, nics: Value) -> VmSpec {
+        let boot = json!({ "kernel": "k" });
+        let spec =
+            json!({ "name": "web1", "memory": "2MiB", "boot": boot, "adapters": adapters, "nics": nics });
+        serde_json::from_value(spec).unwrap()
+    }
+
+    #[test]
+    fn a_nic_of_a_port_group_is_a_port_beside_those_of_adapters() {
+        let nics = json!([{ "id": "mgmt0", "bridge": "br0" }, { "id": "net0", "port_group": "web" }]);
+        let spec = spec(json!([{ "id": "eth0" }]), nics);
+        spec.check().unwrap();
+        let ports: Vec<_> = spec.ports().map(|port| (port.id.to_string(), port.field, port.is_nic)).collect();
+        let expect = [("eth0", "adapters[0]", false), ("net0", "nics[1]", true)];
+        assert_eq!(ports, expect.map(|(id, field, is_nic)| (id.to_owned(), field.to_owned(), is_nic)));
+        assert_eq!(spec.functions(), 2);
+    }
+
+    #[test]
+    fn nics_of_port_groups_have_rules_of_their_own() {
+        let mac = "02:00:00:00:00:11";
+        let eth0 = json!([{ "id": "eth0", "mac": mac }]);
+        let many: Vec<Value> =
+            (0..8).map(|n| json!({ "id": format!("n{n}"), "port_group": "web" })).collect();
+        let full: Vec<Value> = (0..9).map(|n| json!({ "id": format!("eth{n}") })).collect();
+        for (adapters, nics, field) in [
+            (json!([]), json!([{ "id": "n", "port_group": "web", "bridge": "br0" }]), "nics[0]"),
+            (json!([]), json!([{ "id": "n" }]), "nics[0]"),
+            (json!([]), json!([{ "id": "n", "port_group": "web", "queues": 2 }]), "nics[0].queues"),
+            (json!([]), json!([{ "id": "n", "port_group": "web", "mtu": 9217 }]), "nics[0].mtu"),
+            (eth0.clone(), json!([{ "id": "eth0", "port_group": "web" }]), "nics[0].id"),
+            (eth0.clone(), json!([{ "id": "n", "port_group": "web", "mac": mac }]), "nics[0].mac"),
+            (json!(full), json!(many), "adapters"),
+        ] {
+            let problem = spec(adapters, nics.clone()).check().unwrap_err();
+            assert_eq!(problem.field.as_deref(), Some(field), "{nics}: {}", problem.detail);
+        }
+        // An interface of the host is none of the switch's.
+        spec(eth0, json!([{ "id": "eth0", "bridge": "br0" }])).check().unwrap();
+    }
+}

@@ -1,5 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 
+mod policy;
+
 use std::{
     collections::VecDeque,
     sync::{Mutex, MutexGuard},

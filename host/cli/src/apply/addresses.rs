@@ -69,7 +69,7 @@ impl Addresses {
             let owner = owner.or(on_switch.map(String::as_str).filter(|owner| *owner != spec.name.as_str()));
             if let Some(owner) = owner {
                 let detail = format!(
-                    "The address {mac} belongs to the VM {owner}: choose another. Nothing was changed."
+                    "The address {mac} belongs to a port of the VM {owner}: choose another. Nothing was changed."
                 );
                 let field = Some(format!("{}.mac", port.field).into());
                 return Err(Problem { field, ..Problem::new(ProblemCode::MacInUse, detail) });

@@ -378,3 +378,6 @@ impl Wire for PortWire {
         Err(io::ErrorKind::Unsupported.into())
     }
 }
+
+#[cfg(test)]
+mod tests;
