@@ -175,6 +175,7 @@ impl Worker {
     /// The work for an event. Commands come first: an event may be one of the last driver's.
     pub(crate) fn work(&mut self, event: usize) {
         let command = lock(&self.shared.command).take();
+        let starts = matches!(command, Some(Command::Start { .. }));
         match command {
             Some(Command::Start { features, queues }) => {
                 self.queues = queues;
@@ -191,7 +192,8 @@ impl Worker {
             self.report_change();
             self.engine.settled();
         }
-        let Some(index) = self.queue_of(event) else { return };
+        // A start may take its time. Its doorbells come next.
+        let Some(index) = self.queue_of(event).filter(|_| !starts) else { return };
         if self.shared.broken() || !self.shared.bus_master.load(Ordering::Acquire) {
             return;
         }

@@ -15,7 +15,7 @@ use devices::memory::HostMemory;
 use netpolicy::{MacAddress, Request};
 use vmm_sys_util::eventfd::EventFd;
 
-use super::{MailboxPage, Relay};
+use super::{MailboxPage, Relay, shared::Shared};
 use crate::{
     channel::mailbox::{
         channel::{MailboxChannel, SendError},
@@ -92,9 +92,19 @@ impl VfHardware for GuestView {
     }
 }
 
+/// The PF's response to a request, through the relay.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Answer {
+    /// Whether it was granted. A silent denial looks like a grant.
+    pub granted: bool,
+    /// Whether the VF must be [started](Driver::start) again before its next request.
+    pub needs_start: bool,
+}
+
 /// A driver of one VF. Each call takes about one second at most.
 pub struct Driver {
     channel: MailboxChannel,
+    relay: Arc<Shared>,
     /// The address in the last reset reply, or the one that was granted since.
     address: Option<MacAddress>,
 }
@@ -105,22 +115,19 @@ impl Driver {
     pub fn new(relay: &Relay, hardware: Arc<dyn VfHardware>) -> Self {
         let view = GuestView { page: relay.page(), hardware, bar: relay.family.layout.bar };
         let clock = Arc::new(SystemClock::default());
-        Self { channel: MailboxChannel::new(relay.family, Arc::new(view), clock), address: None }
+        let channel = MailboxChannel::new(relay.family, Arc::new(view), clock);
+        Self { channel, relay: Arc::clone(&relay.shared), address: None }
     }
 
-    /// The VF's address as this driver knows it.
+    /// The VF's address as this driver knows it; before its start, the effective one. None if nobody knows it yet.
     #[must_use]
     pub fn address(&self) -> Option<MacAddress> {
-        self.address
+        self.address.or_else(|| self.relay.effective())
     }
 
-    /// Drops the address, after a reset of the machine.
-    pub fn forget(&mut self) {
-        self.address = None;
-    }
-
-    /// Turns the queues off. The PF listens to nothing until [`Driver::start`].
+    /// Turns the queues off, and forgets the address. The PF listens to nothing until [`Driver::start`].
     pub fn stop(&mut self) {
+        self.address = None;
         self.channel.reset_vf();
     }
 
@@ -134,17 +141,17 @@ impl Driver {
         Ok(self.address)
     }
 
-    /// Sends a request. Returns whether it was granted. A silent denial looks like a grant.
+    /// Sends a request.
     ///
     /// # Errors
-    /// See [`SendError`].
-    pub fn request(&mut self, request: &Request) -> Result<bool, SendError> {
+    /// See [`SendError`]: whether it was carried out is not known.
+    pub fn request(&mut self, request: &Request) -> Result<Answer, SendError> {
         let effective = self.address.unwrap_or(MacAddress::ZERO);
-        let granted = self.channel.send(request, effective, PATIENCE)?.outcome.accepted;
-        if let (true, Request::SetMac(mac)) = (granted, request) {
+        let outcome = self.channel.send(request, effective, PATIENCE)?.outcome;
+        if let (true, Request::SetMac(mac)) = (outcome.accepted, request) {
             self.address = Some(*mac);
         }
-        Ok(granted)
+        Ok(Answer { granted: outcome.accepted, needs_start: !outcome.clear_to_send })
     }
 
     /// The request to receive these multicast addresses in place of those before.

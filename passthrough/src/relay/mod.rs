@@ -44,7 +44,7 @@ pub use self::{
     authority::{
         Authority, Cancelled, Decision, Forwarded, GuestRequest, How, RelayEvent, Unreachable, Verdict,
     },
-    driver::Driver,
+    driver::{Answer, Driver},
     mmio::MailboxPage,
     stats::{BUCKETS_US, RelayStats, RoundTrips},
 };

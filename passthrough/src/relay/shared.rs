@@ -83,6 +83,8 @@ pub(crate) struct State {
     inbox: Inbox,
     /// The changes that the authority denies in advance.
     standing: Option<StandingRefusal>,
+    /// The VF's effective address, if the relay knows it.
+    effective: Option<MacAddress>,
     /// Lets a vCPU thread deny the next message.
     permit: Option<Permit>,
     /// Before this time, guest reads do not trigger a poll of the real mailbox: one has just happened, or is about to.
@@ -124,6 +126,7 @@ impl Shared {
             registers: Registers::new(family),
             stats: Stats::default(),
             inbox: Inbox::default(),
+            effective: None,
             standing: None,
             permit: None,
             hints_from: Duration::ZERO,
@@ -232,11 +235,17 @@ impl Shared {
         Some((standing.reason, standing.on_denied))
     }
 
-    /// Permits vCPU threads to deny the next messages, until other input arrives. `None` forbids it.
-    pub(crate) fn set_permit(&self, permit: Option<Permit>) {
+    /// Permits vCPU threads to deny the next messages, until other input arrives. `None` forbids it. Notes the VF's effective
+    /// address.
+    pub(crate) fn set_permit(&self, permit: Option<Permit>, effective: Option<MacAddress>) {
         let mut state = self.lock();
+        state.effective = effective;
         // The permit was computed without the denials that are now in the inbox.
         state.permit = permit.filter(|_| state.inbox.is_calm() && state.inbox.denials.is_empty());
+    }
+
+    pub(crate) fn effective(&self) -> Option<MacAddress> {
+        self.lock().effective
     }
 
     pub(crate) fn stop(&self) {

@@ -10,7 +10,7 @@ use std::{
     time::{Duration, Instant},
 };
 
-use api::types::{VmAction, VmState};
+use api::types::{DecisionFilter, VmAction, VmState};
 use serde_json::{Value, json};
 use tempfile::TempDir;
 
@@ -25,6 +25,9 @@ use crate::fixture::{
 const BRIDGE: &str = "br-mgmt";
 const GUEST: &str = "192.168.99.2";
 const MAC: &str = "02:00:00:00:0b:01";
+/// The uplink of the simulated PF, and the address of the NIC under a port group.
+const TAP: &str = "simtap0";
+const PORT: &str = "02:00:00:00:0c:01";
 
 /// The host's part of `docs/first-vm.md`: a directory for the page's files, and its bridge, which goes with this value.
 struct Host(TempDir);
@@ -140,6 +143,11 @@ impl Host {
         String::from_utf8_lossy(&output.stdout).trim().to_owned()
     }
 
+    /// The guest's name of the interface with an address.
+    fn interface(&self, mac: &str) -> String {
+        self.ssh(&format!("basename $(dirname $(grep -l {mac} /sys/class/net/*/address))"))
+    }
+
     /// Waits until a new boot of the guest lets root in.
     fn connect(&self) {
         // The old connection is dead, and says so only after a time-out.
@@ -192,9 +200,20 @@ fn file_system_is_whole() {
 }
 
 fn agent() -> Agent {
-    let arguments = vec![format!("--interface={BRIDGE}")];
+    let arguments = vec![format!("--interface={BRIDGE}"), format!("--sim-pf=sim0=1,tap={TAP}")];
     let agent = Agent::start_with(Options { arguments, ..Options::default() });
-    in_group(agent, &json!({ "mac_changes": "reject" }))
+    let agent = in_group(agent, &json!({ "mac_changes": "reject" }));
+    let switch = serde_json::from_value(json!({ "uplinks": ["sim0"] })).unwrap();
+    agent.ask(agent.client.put_switch("simulated", &switch, None)).unwrap();
+    group_of_nic(&agent, "reject");
+    agent
+}
+
+/// Sets the policy of the NIC under a port group.
+fn group_of_nic(agent: &Agent, mac_changes: &str) {
+    let settings = json!({ "mac_changes": mac_changes, "vlan": { "trunk": [100] } });
+    let group = serde_json::from_value(json!({ "switch": "simulated", "settings": settings })).unwrap();
+    agent.ask(agent.client.put_port_group("nics", &group, None)).unwrap();
 }
 
 /// Waits for the prompt for a name.
@@ -215,6 +234,8 @@ fn a_debian_boots_from_its_disk_and_an_overlay_keeps_its_data_and_obeys_policy()
     host_of.connect();
     // The end of the first boot's work.
     host_of.ssh("until test -e /var/lib/cloud/instance/boot-finished; do sleep 1; done");
+    // The next boots need the first one's network configuration, and a kill loses what is not on the disk.
+    host_of.ssh("sync");
     host_of.ssh("grep -q '/dev/vda / ext4 rw' /proc/mounts");
     assert_eq!(
         host_of.ssh("hostname; cat /sys/block/vda/serial; echo; cat /root/first-boot"),
@@ -224,9 +245,7 @@ fn a_debian_boots_from_its_disk_and_an_overlay_keeps_its_data_and_obeys_policy()
     assert!(host_of.ssh("cat /sys/class/misc/hw_random/rng_available").contains("virtio_rng"));
 
     // udev names interfaces after their slots.
-    let with =
-        |mac: &str| host_of.ssh(&format!("basename $(dirname $(grep -l {mac} /sys/class/net/*/address))"));
-    let (vf, nic) = (with("02:00:00:00:0a:01"), with(MAC));
+    let (vf, nic) = (host_of.interface("02:00:00:00:0a:01"), host_of.interface(MAC));
     let refused = host_of.try_ssh("root", &format!("ip link set dev {vf} address 02:00:00:00:0a:77"));
     let text = String::from_utf8_lossy(&refused.stderr).into_owned();
     assert!(!refused.status.success() && text.contains("Cannot assign requested address"), "{refused:?}");
@@ -238,7 +257,6 @@ fn a_debian_boots_from_its_disk_and_an_overlay_keeps_its_data_and_obeys_policy()
     let sum = host_of.ssh("sha256sum /root/data")[..64].to_owned();
 
     // A kill loses only what the guest had not flushed.
-    host_of.ssh("sync /root/first-boot");
     let pid = agent.vm("web1").status.pid.unwrap();
     host::run("kill", &["-KILL", &pid.to_string()]);
     agent.wait_for_state("web1", VmState::Failed);
@@ -270,9 +288,12 @@ fn on_an_overlay(host_of: &Host, agent: &Agent, sum: &str) {
     // The overlay is on a file system in memory, so its pages count as the VM's.
     let limits = json!({ "memory": "1200MiB" });
     let boot = json!({ "kernel": null, "initramfs": null, "disk": "root" });
-    agent
-        .ask(agent.client.patch_vm("web1", &json!({ "disks": disks, "boot": boot, "limits": limits }), None))
-        .unwrap();
+    let nics = json!([
+        { "id": "mgmt0", "bridge": BRIDGE, "mac": MAC },
+        { "id": "net0", "port_group": "nics", "mac": PORT },
+    ]);
+    let changes = json!({ "disks": disks, "boot": boot, "limits": limits, "nics": nics });
+    agent.ask(agent.client.patch_vm("web1", &changes, None)).unwrap();
     agent.act("web1", VmAction::Boot).unwrap();
     let mut guest = Guest::new(agent, "web1".to_owned());
     login(&mut guest, "after a kill");
@@ -284,6 +305,7 @@ fn on_an_overlay(host_of: &Host, agent: &Agent, sum: &str) {
     host_of.ssh("dd if=/dev/urandom of=/root/data2 bs=64k count=32 conv=fsync 2>/dev/null");
     let second = sum_of("/root/data2");
     grow(host_of, agent);
+    under_a_port_group(host_of, agent);
     // The device is longer than the package: whole blocks.
     host_of.ssh(&format!("head -c {package} /dev/vdb >/root/kernel.deb && dpkg -i /root/kernel.deb && sync"));
     let _ = host_of.try_ssh("root", "systemctl reboot");
@@ -297,6 +319,46 @@ fn on_an_overlay(host_of: &Host, agent: &Agent, sum: &str) {
     agent.wait_for_state("web1", VmState::Stopped);
     host::run("qemu-img", &["check", "-q", overlay]);
     assert_eq!(sectors_written(), before, "the base");
+}
+
+/// The stock driver of virtio on a NIC under a port group: frames pass, and the policy decides about its requests.
+fn under_a_port_group(host_of: &Host, agent: &Agent) {
+    let nic = host_of.interface(PORT);
+    host::run("ip", &["address", "add", "192.168.98.1/24", "dev", TAP]);
+    host::run("ip", &["link", "set", TAP, "up"]);
+    host_of.ssh(&format!("ip address add 192.168.98.2/24 dev {nic} && ip link set {nic} up"));
+    let answers = || {
+        let greeting = "exec 3<>/dev/tcp/192.168.98.2/22 && head -c 4 <&3";
+        host::run("timeout", &["60", "bash", "-ec", greeting])
+    };
+    assert_eq!(answers(), "SSH-");
+    let other = "02:00:00:00:0c:77";
+    let change = format!("ip link set dev {nic} address {other}");
+    let refused = host_of.try_ssh("root", &change);
+    assert!(!refused.status.success(), "{refused:?}");
+    for vlan in [100, 300] {
+        host_of.ssh(&format!("ip link add link {nic} name v{vlan} type vlan id {vlan}"));
+        host_of.ssh(&format!("ip link set v{vlan} up"));
+    }
+    assert_eq!(host_of.ssh("dmesg | grep -o 'Failed to add VLAN ID [0-9]*'"), "Failed to add VLAN ID 300");
+    let requests = |verdict: &str| {
+        let filter = DecisionFilter {
+            verdict: Some(serde_json::from_value(json!(verdict)).unwrap()),
+            limit: 100,
+            ..DecisionFilter::default()
+        };
+        let decisions = agent.ask(agent.client.decisions(&filter)).unwrap();
+        let of_nic = decisions.into_iter().filter(|one| one.owner.adapter.as_deref() == Some("net0"));
+        of_nic.map(|one| (one.request, one.requested.unwrap_or_default())).collect::<Vec<_>>()
+    };
+    let denied = requests("denied");
+    for (request, value) in [("set_mac", other), ("set_vlan", "300")] {
+        assert!(denied.contains(&(request.to_owned(), value.to_owned())), "{denied:?}");
+    }
+    assert!(requests("allowed").contains(&("set_vlan".to_owned(), "100".to_owned())));
+    group_of_nic(agent, "accept");
+    host_of.ssh(&change);
+    assert_eq!(answers(), "SSH-", "from the granted address");
 }
 
 /// Enlarges the disk under the guest, and the guest's file system. The vmm has the limits of a VM that the agent boots as root.

@@ -125,11 +125,11 @@ pub struct PortState {
     pub link_up: bool,
 }
 
-/// The host's decisions about the requests of a driver. All calls but [`Policy::stop`] and [`Policy::power_on`] come from the device's I/O thread. Each
-/// takes about two seconds at most.
+/// The host's decisions about the requests of a driver. The device's I/O thread makes all calls but [`Policy::stop`] and
+/// [`Policy::power_on`]. Each takes two and a half seconds at most.
 pub trait Policy: Send {
-    /// A source that wakes the thread for [`Policy::wake`].
-    fn source(&self) -> Option<IoSource>;
+    /// The sources that wake the thread for [`Policy::wake`].
+    fn sources(&self) -> Vec<IoSource>;
 
     /// A driver is ready.
     fn start(&mut self);
@@ -144,7 +144,7 @@ pub trait Policy: Send {
     /// whether the driver is to see success.
     fn decide(&mut self, request: &Control) -> bool;
 
-    /// The source has woken the thread.
+    /// One of the sources has woken the thread.
     fn wake(&mut self);
 
     /// The address and the link now.
@@ -180,6 +180,11 @@ pub trait Wire: Send {
     /// # Errors
     /// `WouldBlock` if there is no frame. After any other error there is no frame, and the interface may be gone.
     fn receive(&mut self, pair: usize, frame: &mut [u8]) -> io::Result<usize>;
+
+    /// The number of received frames that were dropped since the last call.
+    fn take_dropped(&mut self) -> u64 {
+        0
+    }
 
     /// Sends one frame. The guest may change it meanwhile, behind the destination.
     ///
@@ -222,7 +227,7 @@ pub struct Counters {
     pub sent: AtomicU64,
     /// Their bytes.
     pub sent_bytes: AtomicU64,
-    /// Sent frames that the host has not taken.
+    /// Frames in either direction that the other side has not taken.
     pub dropped: AtomicU64,
     /// Requests of the driver that were refused.
     pub refused: AtomicU64,
@@ -331,8 +336,8 @@ pub struct Net {
     shown: Option<PortState>,
     /// The number of the wire's sources.
     frame_sources: usize,
-    /// The source of the policy, behind them.
-    policy_source: Option<IoSource>,
+    /// The sources of the policy, behind them.
+    policy_sources: Vec<IoSource>,
     pairs: usize,
     features: u64,
     filter: Filter,
@@ -355,7 +360,7 @@ impl Net {
         let configuration = configuration(&options, pairs);
         let waiting = vec![Frame::new(); pairs];
         let frame_sources = (0..pairs).filter(|pair| wire.source(*pair).is_some()).count();
-        let policy_source = wire.policy().and_then(|policy| policy.source());
+        let policy_sources = wire.policy().map(|policy| policy.sources()).unwrap_or_default();
         Self {
             wire,
             options,
@@ -363,7 +368,7 @@ impl Net {
             configuration,
             shown: None,
             frame_sources,
-            policy_source,
+            policy_sources,
             pairs,
             features: 0,
             filter,
@@ -480,6 +485,7 @@ impl Net {
     /// Moves received frames to the driver.
     fn receive(&mut self, pair: usize, queue: &mut ActiveQueue) -> Result<bool, QueueError> {
         let end = Instant::now() + TURN;
+        count(&self.counters.dropped, self.wire.take_dropped());
         queue.doze()?;
         for _ in 0..MOST {
             let waits = self.waiting.get(pair).is_some_and(|frame| frame.len > 0);
@@ -626,11 +632,11 @@ impl Net {
 impl Engine for Net {
     fn sources(&self) -> Vec<(usize, IoSource)> {
         let frames = (0..self.pairs).filter_map(|pair| Some((2 * pair, self.wire.source(pair)?)));
-        frames.chain(self.policy_source.clone().map(|source| (0, source))).collect()
+        frames.chain(self.policy_sources.iter().map(|source| (0, source.clone()))).collect()
     }
 
     fn wake(&mut self, source: usize) {
-        if source != self.frame_sources {
+        if source < self.frame_sources {
             return;
         }
         if let Some(policy) = self.wire.policy() {

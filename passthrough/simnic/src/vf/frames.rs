@@ -11,7 +11,7 @@ use std::{
     collections::VecDeque,
     io,
     os::fd::OwnedFd,
-    sync::{Arc, Mutex, MutexGuard, PoisonError},
+    sync::{Arc, Mutex, MutexGuard, PoisonError, atomic::Ordering},
 };
 
 use passthrough::family::igb::IGBVF;
@@ -52,6 +52,8 @@ struct Waiting {
     open: bool,
     frames: VecDeque<Received>,
     bytes: usize,
+    /// Frames that were dropped since the owner has asked: there was no room.
+    dropped: u64,
 }
 
 /// Frames from the PF that wait for the owner.
@@ -78,7 +80,11 @@ impl Inbox {
     pub(super) fn put(&self, frame: Frame<'_>) {
         let mut waiting = self.lock();
         let bytes = waiting.bytes.saturating_add(frame.bytes.len());
-        if !waiting.open || waiting.frames.len() >= MOST || bytes > MOST_BYTES {
+        if !waiting.open {
+            return;
+        }
+        if waiting.frames.len() >= MOST || bytes > MOST_BYTES {
+            waiting.dropped = waiting.dropped.saturating_add(1);
             return;
         }
         let first = waiting.frames.is_empty();
@@ -91,7 +97,7 @@ impl Inbox {
         }
     }
 
-    /// Tells the owner of a change of the link.
+    /// Signals a change of the link to the owner.
     pub(super) fn link_changed(&self) {
         let _ = self.control.write(1);
     }
@@ -157,6 +163,18 @@ impl FramePort {
         self.shared.registers().link_up
     }
 
+    /// Whether the PF is gone for good.
+    #[must_use]
+    pub fn is_gone(&self) -> bool {
+        self.shared.gone.load(Ordering::Acquire)
+    }
+
+    /// The number of frames that were dropped since the last call, because too many waited.
+    #[must_use]
+    pub fn take_dropped(&self) -> u64 {
+        self.inbox().map_or(0, |inbox| std::mem::take(&mut inbox.lock().dropped))
+    }
+
     /// Takes the next frame.
     #[must_use]
     pub fn take(&self) -> Option<Received> {
@@ -201,13 +219,14 @@ mod tests {
     fn the_frames_that_wait_are_bounded_in_number_and_bytes() {
         let inbox = Inbox::new().unwrap();
         inbox.put(frame(&[0; 60]));
-        assert_eq!(inbox.lock().frames.len(), 0, "nobody takes them");
+        assert_eq!(inbox.lock().frames.len(), 0, "the inbox is closed");
         inbox.lock().open = true;
         for _ in 0..2 * MOST {
             inbox.put(frame(&[0; 60]));
         }
         assert_eq!(inbox.lock().frames.len(), MOST);
         assert_eq!(inbox.lock().bytes, MOST * 60);
+        assert_eq!(inbox.lock().dropped, MOST as u64);
         assert_eq!(inbox.event.read().unwrap(), 1, "one signal for all of them");
         *inbox.lock() = Waiting { open: true, ..Waiting::default() };
         for _ in 0..MOST {

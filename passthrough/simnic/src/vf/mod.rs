@@ -73,6 +73,8 @@ struct Shared {
     /// The frames of a VF without queues in guest memory.
     frames: Option<frames::Inbox>,
     stopped: AtomicBool,
+    /// The PF has ended the connection.
+    gone: AtomicBool,
     /// Failed accesses to guest memory: rings and buffers that the guest put elsewhere.
     dma_errors: AtomicU64,
 }
@@ -146,6 +148,7 @@ impl SimVf {
             failed: EventFd::new(libc::EFD_NONBLOCK | libc::EFD_CLOEXEC)?,
             frames,
             stopped: AtomicBool::new(false),
+            gone: AtomicBool::new(false),
             dma_errors: AtomicU64::new(0),
         });
         let worker = Worker::new(shared.clone(), Arc::clone(&connection));

@@ -179,6 +179,7 @@ impl Worker {
             tracing::warn!(
                 "A simulated VF has lost its PF: the PF's process has ended, or another VM has the VF"
             );
+            self.shared.gone.store(true, Ordering::Release);
             self.shared.set_link(false);
             let _ = self.shared.failed.write(1);
         }

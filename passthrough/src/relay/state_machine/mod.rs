@@ -215,7 +215,7 @@ impl StateMachine {
         while let Some(event) = self.refusals.due(now) {
             self.authority.event(event);
         }
-        self.shared.set_permit(self.permit());
+        self.shared.set_permit(self.permit(), self.effective);
         Some(self.next_turn())
     }
 

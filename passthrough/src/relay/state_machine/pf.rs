@@ -229,7 +229,7 @@ impl StateMachine {
             return;
         }
         (self.cts, self.lost) = (false, true);
-        self.shared.set_permit(None);
+        self.shared.set_permit(None, self.effective);
         self.next_look = self.now();
         if let Some(suppressed) = self.log_line() {
             tracing::warn!(

@@ -8,7 +8,8 @@
 //! ```
 //!
 //! The wire drives the VF as the driver of a guest would: each request of the control queue becomes messages to the relay,
-//! which decides about them as about those of an assigned VF. The PF enforces the result, outside of this process.
+//! which decides about them as about those of an assigned VF. The PF enforces the address and the access VLAN outside of this
+//! process, and the relay the rest, as for an assigned VF.
 
 use std::{
     collections::BTreeSet,
@@ -16,7 +17,7 @@ use std::{
     time::{Duration, Instant},
 };
 
-use devices::io_thread::{Calls, IoEvent, IoSource};
+use devices::io_thread::{Calls, IoEvent, IoSource, IoTimer};
 use netpolicy::{MacAddress, Mtu, PromiscuousMode, Request};
 use passthrough::relay::Driver;
 use simnic::{Frame, vf::FramePort};
@@ -26,13 +27,15 @@ use virtio::net::{
 };
 use vm_memory::VolatileSlice;
 
-/// The most time for the messages of one request. The relay takes up to 0.85 s for one of them.
+/// The most time for the messages of one request, beside the last message. The relay takes up to 0.85 s for one of them.
 const LIMIT: Duration = Duration::from_millis(1200);
-/// The most VLANs that are joined again after a reset of the PF: more than an adapter has filters.
+/// The time between two looks for messages of the PF, as in the drivers of VFs.
+const LOOK: Duration = Duration::from_secs(2);
+/// The most VLANs that a port joins: an 82576 has 32 filters for all VFs.
 const MOST_VLANS: usize = 64;
 /// The most multicast addresses in one message. With more of them, a port asks for all multicast frames.
 const MOST_GROUPS: usize = 30;
-/// The most unicast addresses beside the port's own: more than an adapter has filters for a VF.
+/// The most further unicast addresses: an 82576 has 24 filters for all VFs. With more of them, a port asks for all frames.
 const MOST_FILTERS: usize = 16;
 /// Bytes of an 802.1Q tag, and its type.
 const TAG: usize = 4;
@@ -42,9 +45,9 @@ const ADDRESSES: usize = 12;
 /// The longest frame with a tag.
 const LONGEST: usize = 9728 + TAG;
 
-/// The rights that a driver has asked for and got since its start.
-#[derive(Clone, Debug)]
-struct Granted {
+/// The receive state of a driver.
+#[derive(Clone, Debug, PartialEq, Eq)]
+struct Wanted {
     promiscuous: bool,
     all_multicast: bool,
     unicast: Addresses,
@@ -52,7 +55,7 @@ struct Granted {
     vlans: BTreeSet<u16>,
 }
 
-impl Default for Granted {
+impl Default for Wanted {
     fn default() -> Self {
         let none = Addresses::Only(Vec::new());
         Self {
@@ -65,7 +68,7 @@ impl Default for Granted {
     }
 }
 
-/// The addresses of a list that one message, or a few, can carry. None for a longer list.
+/// The addresses of a list that messages can carry. None for a longer list.
 fn listed(addresses: &Addresses, most: usize) -> Option<&[Mac]> {
     match addresses {
         Addresses::Only(list) if list.len() <= most => Some(list),
@@ -73,7 +76,7 @@ fn listed(addresses: &Addresses, most: usize) -> Option<&[Mac]> {
     }
 }
 
-impl Granted {
+impl Wanted {
     /// The receive modes that this needs.
     fn modes(&self) -> PromiscuousMode {
         let all_multicast = self.all_multicast || listed(&self.multicast, MOST_GROUPS).is_none();
@@ -84,10 +87,29 @@ impl Granted {
     }
 }
 
-/// The files of a port for the events of its thread.
+/// The receive state of the VF, as far as the PF has confirmed it. A part is None after a request of which the result is not
+/// known, or is only a part of a list.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+struct Programmed {
+    modes: Option<PromiscuousMode>,
+    unicast: Option<Vec<Mac>>,
+    multicast: Option<Vec<Mac>>,
+}
+
+/// The end of a request.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Verdict {
+    Granted,
+    Denied,
+    /// It was not sent in time, or has no response.
+    None,
+}
+
+/// The events of a port for its thread.
 struct Events {
     frames: IoEvent,
     control: IoEvent,
+    look: IoTimer,
 }
 
 /// The wire of a NIC under a port group.
@@ -96,16 +118,24 @@ pub(super) struct PortWire {
     port: FramePort,
     driver: Driver,
     events: Events,
-    /// The address before the first start.
+    /// The address at power-on.
     initial: Mac,
     mtu: Mtu,
+    /// Whether the VF has not been started since power-on.
+    fresh: bool,
     /// Whether a driver of the guest uses the device.
     used: bool,
     /// Whether the PF listens to the VF.
     started: bool,
-    granted: Granted,
-    /// The receive modes that the PF has.
-    modes: PromiscuousMode,
+    /// Whether the VF must be started again.
+    lost: bool,
+    /// The receive state that the guest's driver has been granted.
+    granted: Wanted,
+    /// A state that is to be asked for again after a restart of the VF.
+    owed: Option<Wanted>,
+    programmed: Programmed,
+    /// Whether the log has a failed start since the last good one.
+    warned: bool,
     frame: Vec<u8>,
 }
 
@@ -113,7 +143,7 @@ impl PortWire {
     /// The wire of NIC `id` with this address and MTU.
     ///
     /// # Errors
-    /// Those of duplicating file descriptors.
+    /// Those of duplicating file descriptors and of timers.
     pub(super) fn new(
         id: &str,
         port: FramePort,
@@ -121,7 +151,9 @@ impl PortWire {
         mac: MacAddress,
         mtu: Mtu,
     ) -> io::Result<Self> {
-        let events = Events { frames: port.event()?.into(), control: port.control_event()?.into() };
+        let look = IoTimer::new()?;
+        look.set(LOOK)?;
+        let events = Events { frames: port.event()?.into(), control: port.control_event()?.into(), look };
         Ok(Self {
             id: id.to_owned(),
             port,
@@ -129,119 +161,187 @@ impl PortWire {
             events,
             initial: mac.bytes(),
             mtu,
+            fresh: true,
             used: false,
             started: false,
-            granted: Granted::default(),
-            modes: PromiscuousMode::OFF,
+            lost: false,
+            granted: Wanted::default(),
+            owed: None,
+            programmed: Programmed::default(),
+            warned: false,
             frame: Vec::new(),
         })
     }
 
-    /// Sends a request. Returns whether it was granted.
-    fn ask(&mut self, request: &Request, end: Instant) -> bool {
-        if !self.started || Instant::now() >= end {
-            return false;
+    /// Sends a request.
+    fn request(&mut self, request: &Request, end: Instant) -> Verdict {
+        if !self.started || self.lost || self.port.is_gone() || Instant::now() >= end {
+            return Verdict::None;
         }
         match self.driver.request(request) {
-            Ok(granted) => granted,
+            Ok(answer) => {
+                if answer.needs_start {
+                    self.lost = true;
+                    self.events.control.signal();
+                }
+                if answer.granted { Verdict::Granted } else { Verdict::Denied }
+            }
             Err(error) => {
                 tracing::debug!(nic = self.id, %error, "A port's request has no response");
-                false
+                Verdict::None
             }
         }
     }
 
-    /// Resets the VF, and asks again for the rights that the guest's driver has. Those that are denied now are gone.
+    /// Resets the VF. What the guest's driver had before is owed to it.
     fn restart(&mut self) {
+        if self.port.is_gone() {
+            self.started = false;
+            return;
+        }
         let end = Instant::now() + LIMIT;
-        self.modes = PromiscuousMode::OFF;
-        self.started = match self.driver.start() {
-            Ok(_) => true,
-            Err(error) => {
-                tracing::warn!(nic = self.id, %error, "A NIC's port does not start: its link is down");
-                return;
-            }
-        };
-        if let Err(error) = self.port.arm() {
-            tracing::warn!(nic = self.id, %error, "A NIC learns of revoked rights at its next request only");
-        }
-        // As drivers of VFs do: the relay tells the first request after a reset a denial, even if the policy asks for silence.
-        if let Some(address) = self.driver.address() {
-            self.ask(&Request::SetMac(address), end);
-        }
+        (self.lost, self.programmed) = (false, Programmed::default());
         let before = std::mem::take(&mut self.granted);
-        self.ask(&Request::SetMaxFrame(self.mtu.max_frame().into()), end);
-        for id in before.vlans {
-            if self.ask(&Request::SetVlan { vid: id, add: true }, end) {
-                self.granted.vlans.insert(id);
-            }
+        match &mut self.owed {
+            // An earlier restart has not got everything back.
+            Some(owed) => owed.vlans.extend(before.vlans),
+            None => self.owed = Some(before),
         }
-        self.set_groups(before.multicast, end);
-        self.set_filters(before.unicast, end);
-        let lists = self.granted.clone();
-        let modes = Granted { promiscuous: before.promiscuous, all_multicast: before.all_multicast, ..lists };
-        self.set_modes(modes, end);
+        if let Err(error) = self.driver.start() {
+            self.started = false;
+            // A guest may cause any number of them.
+            if !std::mem::replace(&mut self.warned, true) {
+                tracing::warn!(nic = self.id, %error, "A NIC's port does not start: its link is down");
+            }
+            return;
+        }
+        (self.started, self.warned, self.fresh) = (true, false, false);
+        if let Err(error) = self.port.arm() {
+            tracing::warn!(nic = self.id, %error, "A NIC looks for revoked rights every two seconds only");
+        }
+        // As drivers of VFs do. The relay nacks a denied first request after a reset, even if the policy asks for silence.
+        if let Some(address) = self.driver.address() {
+            self.request(&Request::SetMac(address), end);
+        }
+        self.request(&Request::SetMaxFrame(self.mtu.max_frame().into()), end);
+        self.pay(end);
     }
 
-    /// Sets the receive modes that `wanted` needs, and keeps it if they are granted.
-    fn set_modes(&mut self, wanted: Granted, end: Instant) -> bool {
-        let modes = wanted.modes();
-        let done = modes == self.modes || self.ask(&Request::SetPromiscuous(modes), end);
-        if done {
-            (self.modes, self.granted) = (modes, wanted);
+    /// Asks for the state that is owed, and keeps the rest for the next time when the time is over. Returns whether all of it was
+    /// granted.
+    fn pay(&mut self, end: Instant) -> bool {
+        let Some(mut owed) = self.owed.take() else { return true };
+        let mut done = true;
+        while let Some(id) = owed.vlans.pop_first() {
+            match self.request(&Request::SetVlan { vid: id, add: true }, end) {
+                Verdict::Granted => {
+                    self.granted.vlans.insert(id);
+                }
+                Verdict::Denied => done = false,
+                Verdict::None => {
+                    owed.vlans.insert(id);
+                    self.owed = Some(owed);
+                    return false;
+                }
+            }
+        }
+        let wanted = Wanted { vlans: self.granted.vlans.clone(), ..owed };
+        done &= self.receive_state(wanted.clone(), end);
+        if !done && (self.lost || Instant::now() >= end) {
+            self.owed = Some(Wanted { vlans: BTreeSet::new(), ..wanted });
         }
         done
     }
 
-    /// Replaces the list of multicast addresses.
-    fn set_groups(&mut self, groups: Addresses, end: Instant) -> bool {
-        if groups == self.granted.multicast {
+    /// Sets the receive state but for VLANs. Returns whether all of it was granted. The guest's driver keeps what was granted
+    /// before a denial.
+    fn receive_state(&mut self, wanted: Wanted, end: Instant) -> bool {
+        let (modes, now) = (wanted.modes(), self.programmed.modes.unwrap_or_default());
+        // A mode comes before the end of the filters that it replaces, and ends after the filters are there.
+        let more = PromiscuousMode {
+            multicast: modes.multicast || now.multicast,
+            unicast: modes.unicast || now.unicast,
+        };
+        if !self.set_modes(more, end) {
+            return false;
+        }
+        let filters = listed(&wanted.unicast, MOST_FILTERS);
+        let filters = filters.is_none_or(|filters| self.set_filters(filters, end));
+        let groups = listed(&wanted.multicast, MOST_GROUPS);
+        let groups = groups.is_none_or(|groups| self.set_groups(groups, end));
+        let done = self.set_modes(modes, end) && filters && groups;
+        self.granted = wanted;
+        done
+    }
+
+    fn set_modes(&mut self, modes: PromiscuousMode, end: Instant) -> bool {
+        // A VF has no mode after its reset.
+        if self.programmed.modes.unwrap_or_default() == modes {
             return true;
         }
-        if let Some(list) = listed(&groups, MOST_GROUPS) {
-            let list: Vec<MacAddress> = list.iter().copied().map(MacAddress::new).collect();
-            let request = self.driver.multicast(&list);
-            if !self.ask(&request, end) {
+        match self.request(&Request::SetPromiscuous(modes), end) {
+            Verdict::Granted => self.programmed.modes = Some(modes),
+            Verdict::Denied => return false,
+            Verdict::None => {
+                self.programmed.modes = None;
                 return false;
             }
         }
-        let wanted = Granted { multicast: groups, ..self.granted.clone() };
-        self.set_modes(wanted, end)
+        true
     }
 
-    /// Replaces the list of further unicast addresses. After a denial, the port has the part of the list before it.
-    fn set_filters(&mut self, filters: Addresses, end: Instant) -> bool {
-        if filters == self.granted.unicast {
+    /// Replaces the list of multicast addresses.
+    fn set_groups(&mut self, groups: &[Mac], end: Instant) -> bool {
+        if self.programmed.multicast.as_deref() == Some(groups) {
             return true;
         }
-        let none = Addresses::Only(Vec::new());
-        if self.granted.unicast != none && !self.ask(&Request::ClearUnicastFilters, end) {
+        let list: Vec<MacAddress> = groups.iter().copied().map(MacAddress::new).collect();
+        let request = self.driver.multicast(&list);
+        let done = self.request(&request, end) == Verdict::Granted;
+        self.programmed.multicast = done.then(|| groups.to_vec());
+        done
+    }
+
+    /// Replaces the list of further unicast addresses. A denied address does not keep the others out.
+    fn set_filters(&mut self, filters: &[Mac], end: Instant) -> bool {
+        if self.programmed.unicast.as_deref() == Some(filters) {
+            return true;
+        }
+        // Also if there should be none: the PF keeps those of an earlier driver.
+        let mut done = self.request(&Request::ClearUnicastFilters, end) == Verdict::Granted;
+        for mac in filters {
+            let add = Request::AddUnicastFilter(MacAddress::new(*mac));
+            done &= self.request(&add, end) == Verdict::Granted;
+        }
+        self.programmed.unicast = done.then(|| filters.to_vec());
+        done
+    }
+
+    fn set_vlan(&mut self, id: u16, add: bool, end: Instant) -> bool {
+        if self.granted.vlans.contains(&id) == add {
+            return true;
+        }
+        if add && self.granted.vlans.len() >= MOST_VLANS {
             return false;
         }
-        let mut kept = Vec::new();
-        let mut complete = true;
-        for mac in listed(&filters, MOST_FILTERS).unwrap_or_default() {
-            complete = self.ask(&Request::AddUnicastFilter(MacAddress::new(*mac)), end);
-            if !complete {
-                break;
-            }
-            kept.push(*mac);
+        let done = self.request(&Request::SetVlan { vid: id, add }, end) == Verdict::Granted;
+        match (done, add) {
+            (true, true) => drop(self.granted.vlans.insert(id)),
+            (true, false) => drop(self.granted.vlans.remove(&id)),
+            (false, _) => {}
         }
-        let all = listed(&filters, MOST_FILTERS).is_none();
-        let unicast = if all { filters } else { Addresses::Only(kept) };
-        let wanted = Granted { unicast, ..self.granted.clone() };
-        self.set_modes(wanted, end) && complete
+        done
     }
 }
 
 impl Policy for PortWire {
-    fn source(&self) -> Option<IoSource> {
-        Some(IoSource::Event(self.events.control.clone()))
+    fn sources(&self) -> Vec<IoSource> {
+        vec![IoSource::Event(self.events.control.clone()), IoSource::Timer(self.events.look.clone())]
     }
 
     fn start(&mut self) {
         self.used = true;
-        self.granted = Granted::default();
+        (self.granted, self.owed) = (Wanted::default(), None);
         self.restart();
         self.port.open(true);
     }
@@ -255,53 +355,55 @@ impl Policy for PortWire {
     }
 
     fn power_on(&mut self) {
-        self.driver.forget();
+        self.fresh = true;
     }
 
     fn decide(&mut self, request: &Control) -> bool {
         let end = Instant::now() + LIMIT;
-        match request {
-            Control::Address(mac) if *mac == self.state().mac => true,
-            Control::Address(mac) => self.ask(&Request::SetMac(MacAddress::new(*mac)), end),
-            Control::Promiscuous(on) => {
-                self.set_modes(Granted { promiscuous: *on, ..self.granted.clone() }, end)
-            }
-            Control::AllMulticast(on) => {
-                self.set_modes(Granted { all_multicast: *on, ..self.granted.clone() }, end)
-            }
-            Control::Lists { unicast, multicast } => {
-                let unicast = self.set_filters(unicast.clone(), end);
-                self.set_groups(multicast.clone(), end) && unicast
+        // The driver's last word counts, not the one before a restart.
+        let now = self.owed.clone().unwrap_or_else(|| self.granted.clone());
+        let wanted = match request {
+            Control::Address(mac) if *mac == self.state().mac => return true,
+            Control::Address(mac) => {
+                return self.request(&Request::SetMac(MacAddress::new(*mac)), end) == Verdict::Granted;
             }
             Control::Vlan { id, add } => {
-                let known = self.granted.vlans.contains(id);
-                if known == *add {
-                    return true;
+                if let Some(owed) = &mut self.owed {
+                    owed.vlans.remove(id);
                 }
-                if (*add && self.granted.vlans.len() >= MOST_VLANS)
-                    || !self.ask(&Request::SetVlan { vid: *id, add: *add }, end)
-                {
-                    return false;
-                }
-                if *add {
-                    self.granted.vlans.insert(*id);
-                } else {
-                    self.granted.vlans.remove(id);
-                }
-                true
+                return self.set_vlan(*id, *add, end);
             }
-            Control::Pairs(_) | Control::Offloads(_) => false,
+            Control::Promiscuous(on) => Wanted { promiscuous: *on, ..now },
+            Control::AllMulticast(on) => Wanted { all_multicast: *on, ..now },
+            Control::Lists { unicast, multicast } => {
+                Wanted { unicast: unicast.clone(), multicast: multicast.clone(), ..now }
+            }
+            Control::Pairs(_) | Control::Offloads(_) => return false,
+        };
+        if let Some(owed) = &mut self.owed {
+            let vlans = std::mem::take(&mut owed.vlans);
+            *owed = Wanted { vlans, ..wanted };
+            return self.pay(end);
         }
+        self.receive_state(wanted, end)
     }
 
     fn wake(&mut self) {
-        if self.used && (self.driver.needs_start() || (!self.started && self.port.link_up())) {
+        // It fails only for a time that no clock has.
+        let _ = self.events.look.set(LOOK);
+        if !self.used {
+            return;
+        }
+        if self.lost || !self.started || self.driver.needs_start() {
             self.restart();
+        } else {
+            self.pay(Instant::now() + LIMIT);
         }
     }
 
     fn state(&self) -> PortState {
-        let mac = self.driver.address().map_or(self.initial, MacAddress::bytes);
+        let known = self.driver.address().filter(|_| !self.fresh);
+        let mac = known.map_or(self.initial, MacAddress::bytes);
         PortState { mac, link_up: self.started && self.port.link_up() }
     }
 }
@@ -325,6 +427,10 @@ impl Wire for PortWire {
 
     fn source(&self, _pair: usize) -> Option<IoSource> {
         Some(IoSource::Event(self.events.frames.clone()))
+    }
+
+    fn take_dropped(&mut self) -> u64 {
+        self.port.take_dropped()
     }
 
     fn receive(&mut self, _pair: usize, frame: &mut [u8]) -> io::Result<usize> {

@@ -142,11 +142,11 @@ impl Port {
         })
     }
 
-    /// Waits until the control source has woken the thread, and the state is `wanted`.
+    /// Waits until a source has woken the thread, and the state is `wanted`.
     fn becomes(&mut self, wanted: PortState) {
-        let Some(IoSource::Event(event)) = Policy::source(&self.wire) else { panic!("no source") };
+        let sources = self.wire.sources();
         let reached = eventually(|| {
-            if event.take() {
+            if sources.iter().any(IoSource::take) {
                 self.wire.wake();
             }
             (self.wire.state() == wanted).then_some(())
@@ -255,9 +255,19 @@ fn requests_of_the_control_queue_become_messages_of_a_vf() {
         port.wire.decide(&Control::AllMulticast(true)) && port.wire.decide(&Control::AllMulticast(false))
     );
     assert_eq!(port.seen(), [modes(true, false), modes(false, false)]);
-    assert!(!port.lists(&[FURTHER, FORBIDDEN], &[GROUP]));
-    assert_eq!(port.seen().len(), 3, "clear, add, and the denied one");
-    assert!(port.lists(&[FURTHER], &[GROUP]) && port.seen().is_empty(), "the part before the denied one");
+    assert!(!port.lists(&[FORBIDDEN, FURTHER], &[GROUP]));
+    assert_eq!(port.seen().len(), 3, "clear, the denied one, and the one behind it");
+    // What the PF has is not known now, so that the same list is sent in full.
+    assert!(port.lists(&[FURTHER], &[GROUP]));
+    assert_eq!(
+        port.seen(),
+        [Request::ClearUnicastFilters, Request::AddUnicastFilter(MacAddress::new(FURTHER))]
+    );
+    // Without the mode that a long list needs, the VF keeps its filters.
+    let many: Vec<Mac> = (0..=MOST_FILTERS).map(|n| [2, 0, 0, 0, 1, u8::try_from(n).unwrap()]).collect();
+    assert!(!port.lists(&many, &[GROUP]));
+    assert_eq!(port.seen(), [modes(false, true)]);
+    assert!(port.lists(&[FURTHER], &[GROUP]) && port.seen().is_empty());
     assert!(!port.wire.decide(&Control::Address(FORBIDDEN)) && port.wire.decide(&Control::Address(FURTHER)));
     assert_eq!(port.wire.state().mac, FURTHER);
     port.wire.stop();
@@ -309,6 +319,48 @@ fn the_link_follows_the_pf_and_the_agent_may_be_away() {
     port.wire.power_on();
     assert_eq!(port.wire.state(), down);
     drop(adapter);
+    assert!(eventually(|| port.wire.port.is_gone().then_some(())).is_some());
+    let begun = Instant::now();
     port.wire.start();
+    assert!(!port.lists(&[FURTHER], &[GROUP]));
     assert_eq!(port.wire.state(), down, "the PF is gone");
+    assert!(begun.elapsed() < Duration::from_millis(500), "nobody waits for it");
+}
+
+#[test]
+fn the_next_driver_finds_the_address_of_the_port_and_no_filters_of_the_last_one() {
+    let adapter = Adapter::new();
+    let mut port = Port::started(&adapter.pf, 0);
+    assert!(port.lists(&[FURTHER], &[]) && port.wire.decide(&Control::Vlan { id: 7, add: true }));
+    port.wire.stop();
+    // The host revokes the address of a guest without a driver.
+    let mac = MacAddress::new([2, 0, 0, 0, 0, 0x55]);
+    *port.agent.effective.lock().unwrap() = mac.bytes();
+    port.relay.set_effective_mac(mac);
+    port.becomes(PortState { mac: mac.bytes(), link_up: false });
+    port.seen();
+    adapter.pf.lock().unwrap().apply(0, &[VfChange::Mac(Some(mac))]).unwrap();
+    port.wire.start();
+    assert_eq!(port.wire.state(), PortState { mac: mac.bytes(), link_up: true });
+    let seen = port.seen();
+    assert!(seen.contains(&Request::ClearUnicastFilters), "{seen:?}");
+    assert!(!seen.iter().any(|request| matches!(request, Request::SetVlan { .. })), "{seen:?}");
+}
+
+#[test]
+fn a_start_that_fails_is_repeated_and_nothing_is_lost_by_it() {
+    let adapter = Adapter::new();
+    let mut port = Port::started(&adapter.pf, 0);
+    assert!(port.lists(&[FURTHER], &[]) && port.wire.decide(&Control::Vlan { id: 7, add: true }));
+    // As after a start without a response.
+    port.wire.started = false;
+    port.wire.owed = Some(std::mem::take(&mut port.wire.granted));
+    assert!(!port.wire.decide(&Control::Vlan { id: 8, add: true }));
+    port.seen();
+    port.wire.events.look.set(Duration::from_millis(1)).unwrap();
+    port.becomes(PortState { mac: MACS[0], link_up: true });
+    let seen = port.seen();
+    let add = Request::AddUnicastFilter(MacAddress::new(FURTHER));
+    assert!(seen.contains(&Request::SetVlan { vid: 7, add: true }) && seen.contains(&add), "{seen:?}");
+    assert_eq!((port.wire.granted.vlans.len(), &port.wire.owed), (1, &None));
 }

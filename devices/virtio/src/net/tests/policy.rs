@@ -37,8 +37,8 @@ impl Guarded {
 }
 
 impl Policy for Guarded {
-    fn source(&self) -> Option<IoSource> {
-        Some(IoSource::Event(self.event.clone()))
+    fn sources(&self) -> Vec<IoSource> {
+        vec![IoSource::Event(self.event.clone())]
     }
 
     fn start(&mut self) {
@@ -87,7 +87,7 @@ impl Wire for Guarded {
     }
 
     fn source(&self, pair: usize) -> Option<IoSource> {
-        Wire::source(&self.wire, pair)
+        self.wire.source(pair)
     }
 
     fn receive(&mut self, pair: usize, frame: &mut [u8]) -> io::Result<usize> {
