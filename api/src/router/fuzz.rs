@@ -58,7 +58,14 @@ fn check_vm(body: &[u8]) {
     // The agent relies on these bounds without further checks.
     assert!((1..=254).contains(&spec.cpus), "{}", spec.cpus);
     assert!(spec.memory.bytes() > 0 && spec.memory.bytes() % (2 << 20) == 0, "{:?}", spec.memory);
-    assert!(spec.adapters.len() + spec.devices.len() <= 16);
+    assert!(spec.functions() <= 16);
+    let ports: Vec<_> = spec.ports().collect();
+    for (n, port) in ports.iter().enumerate() {
+        let same = |other: &crate::types::WantedPort<'_>| {
+            other.id == port.id || (port.mac.is_some() && other.mac == port.mac)
+        };
+        assert!(!ports.iter().skip(n + 1).any(same), "{spec:?}");
+    }
     for (n, adapter) in spec.adapters.iter().enumerate() {
         let same = |other: &crate::types::AdapterSpec| {
             other.id == adapter.id

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 
-//! NICs of virtual machines: virtio network devices on interfaces of the host.
+//! NICs of virtual machines: virtio network devices on interfaces of the host, or with a port of a port group.
 
 use netpolicy::Mtu;
 use serde::{Deserialize, Serialize};
@@ -50,8 +50,8 @@ pub struct NicSpec {
     /// port group that accepts that.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub mac: Option<UnicastMac>,
-    /// The MTU that the guest uses: at most that of the interface, which is the default. With `port_group` at most 9216, and
-    /// 1500 by default.
+    /// The MTU that the guest uses: at most that of the interface, which is the default. With `port_group` at most that of
+    /// the group, and by default 1500 if the group allows it.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     #[schema(minimum = 68, maximum = 65521, example = 1500)]
     pub mtu: Option<u16>,
@@ -106,8 +106,8 @@ impl NicSpec {
         self.bridge.is_none() && self.tap.is_none() && self.macvtap.is_none()
     }
 
-    /// The interface of the host. None for a NIC of a port group, and for a specification with several of them, which is
-    /// refused.
+    /// The interface of the host. None for a NIC of a port group. A specification with several of them is invalid, and has
+    /// none.
     #[must_use]
     pub fn interface(&self) -> Option<NicInterface<'_>> {
         match (self.bridge.as_deref(), self.tap.as_deref(), self.macvtap.as_deref()) {

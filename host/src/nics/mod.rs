@@ -16,6 +16,7 @@ use api::{
 use netpolicy::MacAddress;
 use rustix::fs::{FlockOperation, flock};
 use sriov::join_bridge;
+use switch::Uplinks;
 use uuid::Uuid;
 
 use self::tap::Way;
@@ -68,18 +69,20 @@ pub fn interface(vm: Uuid, number: usize, nic: &NicSpec) -> Option<String> {
     }
 }
 
-/// Opens the interfaces of a VM's NICs, in their order. `allowed` are the interfaces that VMs may use. Blocks: not for async
-/// code.
+/// Opens the interfaces of a VM's NICs, in their order. `allowed` are the interfaces that VMs may use, and `plan` has the MTUs
+/// of port groups. Blocks: not for async code.
 ///
 /// # Errors
 /// A problem with the field of the first NIC that cannot be used. The taps of the NICs before it are removed.
-pub fn open_all(allowed: &[String], vm: Uuid, spec: &VmSpec) -> Result<Vec<Opened>, Problem> {
+pub fn open_all(
+    allowed: &[String],
+    plan: &[Uplinks],
+    vm: Uuid,
+    spec: &VmSpec,
+) -> Result<Vec<Opened>, Problem> {
     let open = |(number, nic): (usize, &NicSpec)| {
         let Some(interface) = nic.interface() else {
-            // The frames of a NIC of a port group pass through its VF.
-            let mac = address(vm, nic)
-                .ok_or_else(|| Problem::new(ProblemCode::Internal, "A NIC has no address."))?;
-            return Ok(Opened { mac, mtu: nic.mtu.unwrap_or(MTU), queues: Vec::new(), lock: None });
+            return of_group(plan, vm, number, nic);
         };
         let at = |(code, detail): Failed| {
             let field = format!("nics[{number}].{}", interface.kind());
@@ -95,6 +98,23 @@ pub fn open_all(allowed: &[String], vm: Uuid, spec: &VmSpec) -> Result<Vec<Opene
         open(vm, number, nic, interface).map_err(at)
     };
     spec.nics.iter().enumerate().map(open).collect()
+}
+
+/// A NIC of a port group has no files: its frames pass through its VF.
+fn of_group(plan: &[Uplinks], vm: Uuid, number: usize, nic: &NicSpec) -> Result<Opened, Problem> {
+    let internal = || Problem::new(ProblemCode::Internal, "A NIC has neither an interface nor a port.");
+    let mac = address(vm, nic).ok_or_else(internal)?;
+    let most = plan.iter().find(|port| port.adapter == nic.id.as_str()).ok_or_else(internal)?.mtu;
+    let mtu = nic.mtu.unwrap_or(MTU.min(most));
+    if mtu > most {
+        let group = nic.port_group.as_ref().map(ToString::to_string).unwrap_or_default();
+        let detail = format!(
+            "The port group {group} allows an MTU of {most}, and that of the NIC is {mtu}: lower `mtu`, or raise the group's."
+        );
+        let field = Some(format!("nics[{number}].mtu").into());
+        return Err(Problem { field, ..Problem::new(ProblemCode::InterfaceUnusable, detail) });
+    }
+    Ok(Opened { mac, mtu, queues: Vec::new(), lock: None })
 }
 
 type Failed = (ProblemCode, String);
@@ -289,7 +309,7 @@ mod tests {
     fn interfaces_are_those_that_the_operator_allows() {
         let check = |allowed: &[&str], nic: serde_json::Value| {
             let allowed: Vec<String> = allowed.iter().map(|name| (*name).to_owned()).collect();
-            let problem = open_all(&allowed, Uuid::nil(), &spec(nic)).unwrap_err();
+            let problem = open_all(&allowed, &[], Uuid::nil(), &spec(nic)).unwrap_err();
             (problem.code, problem.field.unwrap().into_string())
         };
         let (lo, none) = (|kind: &str| serde_json::json!({ "id": "n", kind: "lo" }), "pcnone0");
@@ -304,6 +324,29 @@ mod tests {
             let absent = serde_json::json!({ "id": "n", kind: none });
             assert_eq!(check(&[none], absent), (ProblemCode::InterfaceNotFound, field));
         }
+    }
+
+    #[test]
+    fn the_mtu_of_a_nic_is_at_most_that_of_its_port_group() {
+        let plan = |mtu| Uplinks {
+            adapter: "n".to_owned(),
+            switch: "default".to_owned(),
+            pfs: Vec::new(),
+            mtu,
+            unfit: Vec::new(),
+        };
+        let open = |most: u16, wanted: Option<u16>| {
+            let nic = serde_json::json!({ "id": "n", "port_group": "web", "mtu": wanted });
+            open_all(&[], &[plan(most)], Uuid::nil(), &spec(nic)).map(|nics| nics[0].mtu)
+        };
+        assert_eq!(open(9000, None).unwrap(), 1500);
+        assert_eq!(open(1400, None).unwrap(), 1400);
+        assert_eq!(open(9000, Some(9000)).unwrap(), 9000);
+        let problem = open(1500, Some(1501)).unwrap_err();
+        assert_eq!(
+            (problem.code, problem.field.as_deref()),
+            (ProblemCode::InterfaceUnusable, Some("nics[0].mtu"))
+        );
     }
 
     #[test]

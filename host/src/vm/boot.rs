@@ -161,8 +161,12 @@ async fn open_nics(env: &Environment, vm: Uuid, spec: &VmSpec) -> Result<Vec<nic
     if spec.nics.is_empty() {
         return Ok(Vec::new());
     }
+    let plan = match spec.ports().any(|port| port.is_nic) {
+        true => super::switch_client::plan(env, vm).await?,
+        false => Vec::new(),
+    };
     let (allowed, spec) = (env.interfaces.clone(), spec.clone());
-    blocking(move || nics::open_all(&allowed, vm, &spec)).await
+    blocking(move || nics::open_all(&allowed, &plan, vm, &spec)).await
 }
 
 /// The disks of the VMs that have a process, by the names of the VMs.

@@ -150,7 +150,8 @@ impl Actor {
                 }
             }
             let (adapter, switch) = (port.adapter.clone(), switch.name.to_string());
-            plan.push(Uplinks { adapter, switch, pfs, unfit });
+            let mtu = policy.mtu.value.get();
+            plan.push(Uplinks { adapter, switch, pfs, mtu, unfit });
         }
         Ok(plan)
     }

@@ -44,6 +44,8 @@ pub struct Uplinks {
     pub switch: String,
     /// Names of PFs that are uplinks of the switch and can enforce the port's policy.
     pub pfs: Vec<String>,
+    /// The MTU that the port's policy allows.
+    pub mtu: u16,
     /// Why other uplinks of the switch cannot be used, by name.
     pub unfit: Vec<(String, String)>,
 }

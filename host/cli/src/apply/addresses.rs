@@ -6,7 +6,7 @@ use std::collections::BTreeMap;
 
 use api::{
     Problem, ProblemCode,
-    types::{AdapterStatus, Name, Port, PortGroup, Vm, VmSpec},
+    types::{AdapterStatus, Name, Port, PortGroup, Vm, VmSpec, WantedPort},
 };
 use netpolicy::MacAddress;
 
@@ -85,7 +85,9 @@ impl Addresses {
     pub(super) fn release(&mut self, vm: &Vm, spec: &VmSpec) {
         let keeps = |mac: &str| {
             vm.spec.ports().zip(ports_of(vm)).any(|(port, status)| {
-                let still = spec.ports().any(|new| new.id == port.id && new.mac.is_none());
+                // An adapter and a NIC of one id have different addresses.
+                let same = |new: &WantedPort<'_>| (new.id, new.is_nic) == (port.id, port.is_nic);
+                let still = spec.ports().any(|new| same(&new) && new.mac.is_none());
                 status.mac.to_string() == mac && port.mac.is_none() && still
             })
         };

@@ -194,7 +194,7 @@ fn free_vf(
         let up = fits(&pf).and_then(|()| require_up(&pf));
         let backend = inventory.backend(pf.device.bdf).map_err(internal)?;
         for vf in backend.vfs_of(pf.device.bdf).map_err(internal)? {
-            seen += 1;
+            seen += u32::from(up.is_ok());
             let bdf = vf.device.bdf;
             let group = |claim: &&Claim| claim.group.is_some() && claim.group == vf.device.iommu_group;
             let used = named.contains(&bdf)
@@ -211,7 +211,8 @@ fn free_vf(
             }
         }
     }
-    Err(down.unwrap_or_else(|| {
+    // Another PF's problem is no news if there is one that fits.
+    Err(down.filter(|_| seen == 0).unwrap_or_else(|| {
         let cure = match inventory.backends().is_complete() {
             true => {
                 "make more with `portcullis pf set-vfs`, stop a VM, or take down the host's interface of one"
