@@ -358,6 +358,8 @@ fn under_a_port_group(host_of: &Host, agent: &Agent) {
     assert!(requests("allowed").contains(&("set_vlan".to_owned(), "100".to_owned())));
     group_of_nic(agent, "accept");
     host_of.ssh(&change);
+    // The host knows the former address of Ethernet.
+    host::run("ip", &["neighbour", "flush", "dev", TAP]);
     assert_eq!(answers(), "SSH-", "from the granted address");
 }
 
