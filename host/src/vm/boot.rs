@@ -121,6 +121,9 @@ pub(super) async fn open_files(
         };
         let seed = texts.map(|texts| seed::seed(vm, &name, &texts)).transpose();
         let seed = seed.map_err(in_memory("cloud_init"))?;
+        if seed.is_some() {
+            reach(Point::OpenSeed);
+        }
         let oem_strings = credentials::oem_strings(&credentials).map_err(in_memory("credentials"))?;
         Ok(Files { kvm, kernel, initramfs, disks: Vec::new(), nics: Vec::new(), seed, oem_strings })
     };

@@ -8,6 +8,7 @@ use failpoints::{Point, Victim};
 
 use crate::fixture::{
     Agent, Options,
+    bridge::Bridge,
     checker::Checker,
     crash::Matrix,
     host,
@@ -41,8 +42,11 @@ impl Drop for Addressed {
 /// times.
 fn die_at(groups: &[&str], most: u32) {
     let _addressed = Addressed::new();
-    let agent = Agent::start_with(Options::for_tests(&[]));
-    let story = SmallStory::new(SmallStory::spec_for(&agent));
+    let bridge = Bridge::new("crash");
+    let mut options = Options::for_tests(&[]);
+    options.arguments.extend(bridge.iter().flat_map(Bridge::options));
+    let agent = Agent::start_with(options);
+    let story = SmallStory::new(&agent, bridge);
     let of_group = |point: &&Point| groups.contains(&point.name().split('.').next().unwrap());
     Matrix::new(agent, story).die_at(Point::ALL.iter().filter(of_group).copied(), most);
 }
@@ -53,7 +57,7 @@ fn the_checker_sees_what_is_wrong_with_a_vf() {
     let _addressed = Addressed::new();
     let mut agent = Agent::start_with(Options::for_tests(&[]));
     let mut checker = Checker::new(agent.directory());
-    drop(agent.boot(&SmallStory::spec_for(&agent)));
+    drop(agent.boot(&SmallStory::spec_for(&agent, None)));
     wait_for_script(&agent, "web1", 1).unwrap();
     checker.assert_settled("before anything is planted", Duration::from_secs(20));
     // The VM has VF 0; VF 1 has no owner.
@@ -108,7 +112,7 @@ fn the_checker_sees_what_is_wrong_with_a_vf() {
 
 #[test]
 fn an_agent_that_dies_while_it_makes_a_vm_leaves_nothing_wrong() {
-    die_at(&["create", "claim", "baseline", "boot"], 1);
+    die_at(&["create", "open", "nic", "claim", "baseline", "boot"], 1);
 }
 
 /// Binding to vfio-pci, and back to the VF's former driver.

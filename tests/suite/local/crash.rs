@@ -11,39 +11,50 @@ use std::{
 
 use api::types::{VmAction, VmState};
 use failpoints::{Point, Victim};
-use serde_json::{Value, json};
+use serde_json::json;
 use simnic::SimPf;
 use sriov::{PfControl, VfChange};
 
 use crate::fixture::{
     Agent, Options,
+    bridge::Bridge,
     checker::{Checker, sql},
-    crash::{Matrix, SETTLE},
+    crash::{Matrix, SETTLE, Story as _},
     host,
     small_story::{SmallStory, wait_for_script},
 };
 
 /// The points by the VM's phase: each group is a test.
-const GROUPS: [&[&str]; 4] =
-    [&["create", "claim", "baseline", "boot"], &["pf", "ask"], &["stop", "release", "delete"], &["vmm"]];
+const GROUPS: [&[&str]; 4] = [
+    &["create", "open", "nic", "claim", "baseline", "boot"],
+    &["pf", "ask"],
+    &["stop", "release", "delete"],
+    &["vmm"],
+];
 
 fn group(number: usize) -> Vec<Point> {
     let of_group = |point: &&Point| {
-        GROUPS[number].contains(&point.name().split('.').next().unwrap())
+        let beginning = point.name().split('.').next().unwrap();
+        // Only root makes the interfaces.
+        GROUPS[number].contains(&beginning)
+            && (beginning != "nic" || rustix::process::geteuid().is_root())
             && point.victim() != Victim::AgentWithHardware
     };
     Point::ALL.iter().filter(of_group).copied().collect()
 }
 
-fn start(pf: &str) -> (Agent, Value) {
-    let agent = Agent::start_with(Options::for_tests(&["--sim-pf", &format!("{pf}=2")]));
-    let spec = SmallStory::spec_for(&agent);
-    (agent, spec)
+fn start(pf: &str) -> (Agent, SmallStory) {
+    let bridge = Bridge::new(pf);
+    let mut options = Options::for_tests(&["--sim-pf", &format!("{pf}=2")]);
+    options.arguments.extend(bridge.iter().flat_map(Bridge::options));
+    let agent = Agent::start_with(options);
+    let story = SmallStory::new(&agent, bridge);
+    (agent, story)
 }
 
 fn matrix(pf: &str) -> Matrix<SmallStory> {
-    let (agent, spec) = start(pf);
-    Matrix::new(agent, SmallStory::new(spec))
+    let (agent, story) = start(pf);
+    Matrix::new(agent, story)
 }
 
 #[test]
@@ -70,7 +81,9 @@ fn a_vmm_that_dies_leaves_nothing_wrong() {
 fn every_point_is_in_one_group_and_there_are_enough() {
     let hardware = Point::ALL.iter().filter(|point| point.victim() == Victim::AgentWithHardware).count();
     let grouped: usize = (0..GROUPS.len()).map(|number| group(number).len()).sum();
-    assert_eq!(grouped + hardware, Point::ALL.len());
+    let nics = Point::ALL.iter().filter(|point| point.name().starts_with("nic.")).count();
+    let left_out = if rustix::process::geteuid().is_root() { 0 } else { nics };
+    assert_eq!(grouped + hardware + left_out, Point::ALL.len());
     assert!(grouped >= 20);
 }
 
@@ -98,9 +111,9 @@ fn end(mut child: Child) {
 #[test]
 fn the_checker_sees_what_is_wrong() {
     const STRANGER: &str = "6b1e3f9e-7f1d-4a53-9d5e-0d6e5a1c2b3a";
-    let (mut agent, spec) = start("crash4");
+    let (mut agent, story) = start("crash4");
     let mut checker = Checker::new(agent.directory());
-    drop(agent.boot(&spec));
+    drop(agent.boot(story.spec()));
     wait_for_script(&agent, "web1", 1).unwrap();
     let vm = agent.vm("web1").id.to_string();
     checker.assert_settled("before anything is planted", SETTLE);
@@ -183,9 +196,9 @@ fn the_checker_sees_what_is_wrong() {
 #[test]
 fn an_agent_of_a_newer_protocol_takes_vms_up_or_says_why_not() {
     const OFFER: &str = "PORTCULLIS_PROTOCOL_FOR_TESTS";
-    let (mut agent, spec) = start("crash5");
+    let (mut agent, story) = start("crash5");
     let mut checker = Checker::new(agent.directory());
-    drop(agent.boot(&spec));
+    drop(agent.boot(story.spec()));
     wait_for_script(&agent, "web1", 1).unwrap();
     let pid = agent.vm("web1").status.pid;
     let newest = protocol(&mut agent, OFFER);

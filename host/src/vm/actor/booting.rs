@@ -183,6 +183,7 @@ impl Actor {
         self.store().await?;
         reach(Point::BootProcessStored);
         self.limit().await?;
+        reach(Point::BootLimited);
         let enter = |stage| self.progress.enter(stage);
         self.allowance = Allowance::new(self.vm.value.spec.adapters.len());
         let new = boot::NewProcess {
