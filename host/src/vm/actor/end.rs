@@ -107,6 +107,7 @@ impl Actor {
         self.disconnected().await;
         self.deadline = None;
         self.progress.follow_with(self.release_stages());
+        self.filling = None;
         reach(Point::ReleaseBegun);
         let kept = self.give_back().await;
         reach(Point::ReleaseDone);
