@@ -112,7 +112,8 @@ fn the_checker_sees_what_is_wrong_with_a_vf() {
 
 #[test]
 fn an_agent_that_dies_while_it_makes_a_vm_leaves_nothing_wrong() {
-    die_at(&["create", "open", "nic", "claim", "baseline", "boot"], 1);
+    // `local::crash` has the steps of disks and NICs, which need no adapter.
+    die_at(&["create", "claim", "baseline", "boot"], 1);
 }
 
 /// Binding to vfio-pci, and back to the VF's former driver.
