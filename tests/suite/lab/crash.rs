@@ -5,9 +5,10 @@
 use std::{fs, time::Duration};
 
 use failpoints::{Point, Victim};
+use serde_json::json;
 
 use crate::fixture::{
-    Agent, Options,
+    Agent, Options, SmallGuest,
     bridge::Bridge,
     checker::Checker,
     crash::Matrix,
@@ -59,6 +60,7 @@ fn the_checker_sees_what_is_wrong_with_a_vf() {
     let mut checker = Checker::new(agent.directory());
     drop(agent.boot(&SmallStory::spec_for(&agent, None)));
     wait_for_script(&agent, "web1", 1).unwrap();
+    let rest = agent.create(&SmallGuest::spec(&agent, "rest", json!([]), "")).unwrap().id;
     checker.assert_settled("before anything is planted", Duration::from_secs(20));
     // The VM has VF 0; VF 1 has no owner.
     let used = agent.vfs().into_iter().find(|vf| vf.owner.is_some()).unwrap();
@@ -97,6 +99,11 @@ fn the_checker_sees_what_is_wrong_with_a_vf() {
         set("1", &before);
         reported("");
     }
+    let group = format!("/sys/fs/cgroup/portcullis/{rest}");
+    fs::create_dir(&group).unwrap();
+    reported("the control group");
+    fs::remove_dir(&group).unwrap();
+    reported("");
     let device = format!("/sys/bus/pci/devices/{}", host::VF1);
     let write = |file: &str, what: &str| fs::write(format!("{device}/{file}"), what).unwrap();
     write("driver_override", "vfio-pci");
