@@ -5,7 +5,7 @@
 use std::{
     collections::BTreeSet,
     path::PathBuf,
-    sync::{Mutex, PoisonError, atomic::AtomicBool},
+    sync::{Arc, Mutex, PoisonError, atomic::AtomicBool},
     time::Duration,
 };
 
@@ -90,8 +90,9 @@ pub struct Environment<P = Policy> {
     pub metrics: Metrics,
     /// Held while functions are chosen and claimed, or the number of VFs changes.
     pub claiming: tokio::sync::Mutex<()>,
-    /// Held while a VM takes huge pages, from the check of the pool on: of two VMs, one gets all of its pages.
-    pub filling: tokio::sync::Mutex<()>,
+    /// Held while a VM takes huge pages, from the check of the pool until it has them, or until its process has returned
+    /// them: of two VMs, one gets all of its pages.
+    pub filling: Arc<tokio::sync::Mutex<()>>,
 }
 
 impl Environment<()> {
@@ -130,7 +131,7 @@ impl Environment<()> {
             policy: (),
             metrics: Metrics::default(),
             claiming: tokio::sync::Mutex::new(()),
-            filling: tokio::sync::Mutex::new(()),
+            filling: Arc::default(),
         }
     }
 

@@ -69,6 +69,9 @@ const SESSION: usize = -3_isize as usize;
 /// The exit status of an attack's child.
 const CHILD: usize = 0;
 
+/// More descriptors than the process has.
+const MOST_FILES: usize = 128;
+
 type Attempt = fn(&Targets) -> io::Result<()>;
 
 /// All attacks.
@@ -138,6 +141,28 @@ const ATTEMPTS: &[(&str, Attempt)] = &[
         let arguments =
             [number(libc::AF_UNIX), number(libc::SOCK_STREAM), 0, pair.as_mut_ptr() as usize, 0, 0];
         call(libc::SYS_socketpair, arguments).map(drop)
+    }),
+    // They misuse the files of disks and NICs, which the process has.
+    ("unlock_disk", |_| {
+        // Another VM could write the disk, too.
+        let unlock = libc::flock {
+            l_type: i16::try_from(libc::F_UNLCK).unwrap_or_default(),
+            l_whence: 0,
+            l_start: 0,
+            l_len: 0,
+            l_pid: 0,
+        };
+        let unlock = (&raw const unlock) as usize;
+        with_any_file(libc::SYS_fcntl, [0, number(libc::F_OFD_SETLK), unlock, 0, 0, 0])
+    }),
+    // More than the disk has.
+    ("take_room", |_| with_any_file(libc::SYS_fallocate, [0, 0, 0, 2 << 20, 0, 0])),
+    ("keep_tap", |_| {
+        // It would stay on its bridge without the process.
+        let request = usize::try_from(libc::TUNSETPERSIST).unwrap_or_default();
+        let keep = |keep| with_any_file(libc::SYS_ioctl, [0, request, keep, 0, 0, 0]);
+        keep(1)?;
+        keep(0)
     }),
     // The process may do these, and the agent must ignore them.
     ("forge_messages", |_| forge()),
@@ -255,6 +280,20 @@ fn call(what: c_long, a: [usize; 6]) -> io::Result<usize> {
     // of successful calls on this process are undone by its end. It is for tests, which attack their own process.
     let result = unsafe { libc::syscall(what, a[0], a[1], a[2], a[3], a[4], a[5]) };
     usize::try_from(result).map_err(|_| io::Error::last_os_error())
+}
+
+/// Makes a system call with each descriptor as its first argument, until it succeeds.
+fn with_any_file(what: c_long, arguments: [usize; 6]) -> io::Result<()> {
+    let [_, rest @ ..] = arguments;
+    let [a, b, c, d, e] = rest;
+    let mut outcome = Err(io::ErrorKind::NotFound.into());
+    for file in 3..MOST_FILES {
+        outcome = call(what, [file, a, b, c, d, e]).map(drop);
+        if outcome.is_ok() {
+            break;
+        }
+    }
+    outcome
 }
 
 fn open(path: &CStr, flags: i32) -> io::Result<()> {

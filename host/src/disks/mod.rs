@@ -19,7 +19,7 @@ use api::{
     problem::{Problem, ProblemCode},
     types::{DiskCache, DiskFormat, DiskSpec},
 };
-
+use failpoints::{Point, reach};
 use rustix::fs::{AtFlags, CWD, OFlags, StatxFlags, fcntl_getfl, fcntl_setfl, statx};
 
 use self::lock::Use;
@@ -115,6 +115,9 @@ pub fn open_all(
             let failed = (ProblemCode::EphemeralUnavailable, overlay::text(&dirs.ephemeral, &error));
             at(format!("disks[{number}].ephemeral"))(failed)
         })?;
+        if overlay.is_some() {
+            reach(Point::OpenOverlay);
+        }
         opened.push((disk, Opened { file, backing, overlay }));
     }
     Ok(opened.into_iter().map(|(_, file)| file).collect())
@@ -173,6 +176,7 @@ fn open(
         io::ErrorKind::WouldBlock => (ProblemCode::DiskInUse, in_use(disk, user(&file))),
         _ => failed(&error),
     })?;
+    reach(Point::OpenLocked);
     let size = file.seek(SeekFrom::End(0)).map_err(|error| failed(&error))?;
     if disk.format == DiskFormat::Raw && size < SECTOR {
         let detail = format!(

@@ -13,6 +13,7 @@ use api::{
     problem::{Problem, ProblemCode},
     types::{NicInterface, NicSpec, UnicastMac, VmSpec},
 };
+use failpoints::{Point, reach};
 use netpolicy::MacAddress;
 use rustix::fs::{FlockOperation, flock};
 use sriov::join_bridge;
@@ -207,10 +208,12 @@ fn existing(
     if flock(&lock, FlockOperation::NonBlockingLockExclusive).is_err() {
         return Err(unusable(interface, "another VM uses it", "stop that VM, or name another interface"));
     }
+    reach(Point::NicLocked);
     let queues = queues(node, name, nic.queues, Way::Existing).map_err(|error| {
         let (cause, cure) = why(&error);
         unusable(interface, cause, cure)
     })?;
+    reach(Point::NicOpened);
     Ok(Opened { mac, mtu, queues, lock: Some(lock) })
 }
 
@@ -239,6 +242,7 @@ fn on_bridge(
         };
         unusable(interface, format!("no tap {name}: {error}"), &cure)
     })?;
+    reach(Point::NicMade);
     let own =
         index(&name).ok_or_else(|| unusable(interface, format!("the tap {name} is gone"), "try again"))?;
     join_bridge(bridge_index, own, MacAddress::new(mac.octets()), mtu_of_bridge.into()).map_err(|error| {

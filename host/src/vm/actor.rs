@@ -32,7 +32,7 @@ use api::{
 use failpoints::{Point, reach};
 use protocol::{DeviceLoss, End, State, VmmCommand, VmmEvent};
 use tokio::{
-    sync::{mpsc, oneshot, watch},
+    sync::{OwnedMutexGuard, mpsc, oneshot, watch},
     task::AbortHandle,
     time::{MissedTickBehavior, interval, sleep, timeout},
 };
@@ -104,6 +104,8 @@ struct Actor {
     stored: bool,
     held: Vec<Held>,
     process: Option<Process>,
+    /// The lock of the host's huge pages, while the process takes its pages or returns them.
+    filling: Option<OwnedMutexGuard<()>>,
     link: Option<Link>,
     /// The messages that the process may still send.
     allowance: Allowance,
@@ -179,6 +181,7 @@ pub(super) async fn run(
         progress,
         held: Vec::new(),
         process: None,
+        filling: None,
         link: None,
         unreachable: None,
         stored: false,

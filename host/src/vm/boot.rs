@@ -2,7 +2,7 @@
 
 //! Builds a machine from a VM's specification and runs it.
 
-use std::{collections::HashSet, fs::File, os::fd::OwnedFd, time::Duration};
+use std::{collections::HashSet, fs::File, os::fd::OwnedFd, sync::Arc, time::Duration};
 
 use api::{
     Caller,
@@ -21,7 +21,7 @@ use services::vmm_process::{
 };
 use store::Entry;
 use text::chain;
-use tokio::sync::{MutexGuard, mpsc};
+use tokio::sync::{OwnedMutexGuard, mpsc};
 use uuid::Uuid;
 
 use super::{
@@ -120,6 +120,9 @@ pub(super) async fn open_files(
         };
         let seed = texts.map(|texts| seed::seed(vm, &name, &texts)).transpose();
         let seed = seed.map_err(in_memory("cloud_init"))?;
+        if seed.is_some() {
+            reach(Point::OpenSeed);
+        }
         let oem_strings = credentials::oem_strings(&credentials).map_err(in_memory("credentials"))?;
         Ok(Files { kvm, kernel, initramfs, disks: Vec::new(), nics: Vec::new(), seed, oem_strings })
     };
@@ -251,6 +254,8 @@ pub(super) struct NewProcess<'a> {
     pub(super) node: Option<u16>,
     /// The limits of its messages.
     pub(super) allowance: &'a Allowance,
+    /// The lock of the host's huge pages. An error leaves it here until the process has ended.
+    pub(super) filling: &'a mut Option<OwnedMutexGuard<()>>,
 }
 
 /// The adapters that messages of the VM's process may be about.
@@ -267,9 +272,9 @@ pub(super) async fn run(
     process: NewProcess<'_>,
     mut enter: impl FnMut(Stage) + Send,
 ) -> Result<(Connection, mpsc::Receiver<MachineEvent>), Problem> {
-    let NewProcess { directory, user, node, allowance } = process;
+    let NewProcess { directory, user, node, allowance, filling } = process;
     // Here, and not before the response to the caller: a command can end this wait.
-    let filling = fill_alone(env, &vm.value.spec, node).await?;
+    *filling = fill_alone(env, &vm.value.spec, node).await?;
     let console = directory.create_console().map_err(|error| {
         Problem::new(ProblemCode::VmmFailed, format!("Cannot create the VM's console file ({error})."))
     })?;
@@ -334,7 +339,7 @@ pub(super) async fn run(
         .command(VmmCommand::Configure { spec, files: names }, fds, patience(&vm.value.spec))
         .await
         .map_err(|e| e.problem())?;
-    drop(filling);
+    *filling = None;
     reach(Point::BootConfigured);
     enter(Stage::StartingVcpus);
     connection.command(VmmCommand::Run, Vec::new(), PROMPT).await.map_err(|e| e.problem())?;
@@ -343,15 +348,15 @@ pub(super) async fn run(
 }
 
 /// Waits until no other VM takes huge pages, and checks that there are enough for this one. None for a VM that needs none.
-async fn fill_alone<'a>(
-    env: &'a Environment,
+async fn fill_alone(
+    env: &Environment,
     spec: &VmSpec,
     node: Option<u16>,
-) -> Result<Option<MutexGuard<'a, ()>>, Problem> {
+) -> Result<Option<OwnedMutexGuard<()>>, Problem> {
     if spec.hugepages == HugePages::Off {
         return Ok(None);
     }
-    let guard = env.filling.lock().await;
+    let guard = Arc::clone(&env.filling).lock_owned().await;
     let (topology, spec) = (env.topology.clone(), spec.clone());
     blocking(move || topology.check_pool(&spec, node)).await?;
     Ok(Some(guard))

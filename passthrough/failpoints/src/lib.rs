@@ -70,7 +70,29 @@ points! {
     CreateStored = "create.stored", Agent;
     /// Its ports are stored, the client has no answer yet.
     CreateAttached = "create.attached", Agent;
-    // The VM boots: the agent claims functions,
+    // The VM boots: the agent opens its files,
+    /// The disk for cloud-init is made.
+    OpenSeed = "open.seed", Agent;
+    /// The file of a disk, or a backing file, is open and locked.
+    OpenLocked = "open.locked", Agent;
+    /// The file for the changes of an ephemeral disk is made.
+    OpenOverlay = "open.overlay", Agent;
+    // makes and opens its interfaces,
+    /// A tap for a bridge is made, with all of its queues.
+    NicMade = "nic.made", Agent;
+    /// The tap is on its bridge.
+    NicBridged = "nic.bridged", Agent;
+    /// The tap sends from no address.
+    NicPortLocked = "nic.port-locked", Agent;
+    /// The tap sends from the NIC's address only, and is down.
+    NicAddressed = "nic.addressed", Agent;
+    /// The tap is up.
+    NicUp = "nic.up", Agent;
+    /// An existing interface is locked.
+    NicLocked = "nic.locked", Agent;
+    /// The queues of an existing interface are open.
+    NicOpened = "nic.opened", Agent;
+    // claims functions,
     /// Functions are chosen.
     ClaimChosen = "claim.chosen", Agent;
     /// A claim is stored.
@@ -105,6 +127,8 @@ points! {
     BootSpawned = "boot.spawned", Agent;
     /// Its pid is stored.
     BootProcessStored = "boot.process-stored", Agent;
+    /// Its limits are set.
+    BootLimited = "boot.limited", Agent;
     /// It is connected.
     BootConnected = "boot.connected", Agent;
     /// The machine is built.
@@ -147,6 +171,10 @@ points! {
     ReleaseUnclaimed = "release.unclaimed", Agent;
     /// All claims are deleted, the VM is not stored as stopped.
     ReleaseDone = "release.done", Agent;
+    /// The control group is removed.
+    ReleaseUnlimited = "release.unlimited", Agent;
+    /// The control socket is removed.
+    ReleaseClosed = "release.closed", Agent;
     /// The VM is stored as stopped.
     ReleaseStored = "release.stored", Agent;
     // The VM is deleted.

@@ -5,9 +5,11 @@
 use std::{fs, time::Duration};
 
 use failpoints::{Point, Victim};
+use serde_json::json;
 
 use crate::fixture::{
-    Agent, Options,
+    Agent, Options, SmallGuest,
+    bridge::Bridge,
     checker::Checker,
     crash::Matrix,
     host,
@@ -41,8 +43,11 @@ impl Drop for Addressed {
 /// times.
 fn die_at(groups: &[&str], most: u32) {
     let _addressed = Addressed::new();
-    let agent = Agent::start_with(Options::for_tests(&[]));
-    let story = SmallStory::new(SmallStory::spec_for(&agent));
+    let bridge = Bridge::new("crash");
+    let mut options = Options::for_tests(&[]);
+    options.arguments.extend(bridge.iter().flat_map(Bridge::options));
+    let agent = Agent::start_with(options);
+    let story = SmallStory::new(&agent, bridge);
     let of_group = |point: &&Point| groups.contains(&point.name().split('.').next().unwrap());
     Matrix::new(agent, story).die_at(Point::ALL.iter().filter(of_group).copied(), most);
 }
@@ -53,8 +58,9 @@ fn the_checker_sees_what_is_wrong_with_a_vf() {
     let _addressed = Addressed::new();
     let mut agent = Agent::start_with(Options::for_tests(&[]));
     let mut checker = Checker::new(agent.directory());
-    drop(agent.boot(&SmallStory::spec_for(&agent)));
+    drop(agent.boot(&SmallStory::spec_for(&agent, None)));
     wait_for_script(&agent, "web1", 1).unwrap();
+    let rest = agent.create(&SmallGuest::spec(&agent, "rest", json!([]), "")).unwrap().id;
     checker.assert_settled("before anything is planted", Duration::from_secs(20));
     // The VM has VF 0; VF 1 has no owner.
     let used = agent.vfs().into_iter().find(|vf| vf.owner.is_some()).unwrap();
@@ -93,6 +99,11 @@ fn the_checker_sees_what_is_wrong_with_a_vf() {
         set("1", &before);
         reported("");
     }
+    let group = format!("/sys/fs/cgroup/portcullis/{rest}");
+    fs::create_dir(&group).unwrap();
+    reported("the control group");
+    fs::remove_dir(&group).unwrap();
+    reported("");
     let device = format!("/sys/bus/pci/devices/{}", host::VF1);
     let write = |file: &str, what: &str| fs::write(format!("{device}/{file}"), what).unwrap();
     write("driver_override", "vfio-pci");
@@ -108,6 +119,7 @@ fn the_checker_sees_what_is_wrong_with_a_vf() {
 
 #[test]
 fn an_agent_that_dies_while_it_makes_a_vm_leaves_nothing_wrong() {
+    // `local::crash` has the steps of disks and NICs, which need no adapter.
     die_at(&["create", "claim", "baseline", "boot"], 1);
 }
 

@@ -10,6 +10,7 @@ mod crash;
 mod debian;
 mod devices;
 mod errors;
+mod failing_writes;
 mod guest_networking;
 mod life_cycle;
 mod others;

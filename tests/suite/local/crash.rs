@@ -3,7 +3,8 @@
 //! Kills the agent or a vmm at every point of a VM's life; nothing may be lost. Simulated VFs.
 
 use std::{
-    fs,
+    fs::{self, File},
+    io::Read as _,
     process::{Child, Command, Stdio},
     thread,
     time::Duration,
@@ -11,39 +12,50 @@ use std::{
 
 use api::types::{VmAction, VmState};
 use failpoints::{Point, Victim};
-use serde_json::{Value, json};
+use serde_json::json;
 use simnic::SimPf;
 use sriov::{PfControl, VfChange};
 
 use crate::fixture::{
-    Agent, Options,
-    checker::{Checker, sql},
-    crash::{Matrix, SETTLE},
+    Agent, Options, SmallGuest,
+    bridge::Bridge,
+    checker::{Checker, sql, tap_name},
+    crash::{Matrix, SETTLE, Story as _},
     host,
     small_story::{SmallStory, wait_for_script},
 };
 
 /// The points by the VM's phase: each group is a test.
-const GROUPS: [&[&str]; 4] =
-    [&["create", "claim", "baseline", "boot"], &["pf", "ask"], &["stop", "release", "delete"], &["vmm"]];
+const GROUPS: [&[&str]; 4] = [
+    &["create", "open", "nic", "claim", "baseline", "boot"],
+    &["pf", "ask"],
+    &["stop", "release", "delete"],
+    &["vmm"],
+];
 
 fn group(number: usize) -> Vec<Point> {
     let of_group = |point: &&Point| {
-        GROUPS[number].contains(&point.name().split('.').next().unwrap())
+        let beginning = point.name().split('.').next().unwrap();
+        // Only root makes the interfaces.
+        GROUPS[number].contains(&beginning)
+            && (beginning != "nic" || rustix::process::geteuid().is_root())
             && point.victim() != Victim::AgentWithHardware
     };
     Point::ALL.iter().filter(of_group).copied().collect()
 }
 
-fn start(pf: &str) -> (Agent, Value) {
-    let agent = Agent::start_with(Options::for_tests(&["--sim-pf", &format!("{pf}=2")]));
-    let spec = SmallStory::spec_for(&agent);
-    (agent, spec)
+fn start(pf: &str) -> (Agent, SmallStory) {
+    let bridge = Bridge::new(pf);
+    let mut options = Options::for_tests(&["--sim-pf", &format!("{pf}=2")]);
+    options.arguments.extend(bridge.iter().flat_map(Bridge::options));
+    let agent = Agent::start_with(options);
+    let story = SmallStory::new(&agent, bridge);
+    (agent, story)
 }
 
 fn matrix(pf: &str) -> Matrix<SmallStory> {
-    let (agent, spec) = start(pf);
-    Matrix::new(agent, SmallStory::new(spec))
+    let (agent, story) = start(pf);
+    Matrix::new(agent, story)
 }
 
 #[test]
@@ -70,7 +82,9 @@ fn a_vmm_that_dies_leaves_nothing_wrong() {
 fn every_point_is_in_one_group_and_there_are_enough() {
     let hardware = Point::ALL.iter().filter(|point| point.victim() == Victim::AgentWithHardware).count();
     let grouped: usize = (0..GROUPS.len()).map(|number| group(number).len()).sum();
-    assert_eq!(grouped + hardware, Point::ALL.len());
+    let nics = Point::ALL.iter().filter(|point| point.name().starts_with("nic.")).count();
+    let left_out = if rustix::process::geteuid().is_root() { 0 } else { nics };
+    assert_eq!(grouped + hardware + left_out, Point::ALL.len());
     assert!(grouped >= 20);
 }
 
@@ -98,9 +112,9 @@ fn end(mut child: Child) {
 #[test]
 fn the_checker_sees_what_is_wrong() {
     const STRANGER: &str = "6b1e3f9e-7f1d-4a53-9d5e-0d6e5a1c2b3a";
-    let (mut agent, spec) = start("crash4");
+    let (mut agent, story) = start("crash4");
     let mut checker = Checker::new(agent.directory());
-    drop(agent.boot(&spec));
+    drop(agent.boot(story.spec()));
     wait_for_script(&agent, "web1", 1).unwrap();
     let vm = agent.vm("web1").id.to_string();
     checker.assert_settled("before anything is planted", SETTLE);
@@ -178,14 +192,139 @@ fn the_checker_sees_what_is_wrong() {
     agent.restart();
 }
 
+/// Each line plants a state that a crash could leave, and takes it back.
+#[test]
+fn the_checker_sees_what_is_wrong_with_disks_and_nics() {
+    let (mut agent, story) = start("crash6");
+    let Some(Bridge { bridge, tap }) = story.bridge() else { return };
+    let mut checker = Checker::new(agent.directory());
+    drop(agent.boot(story.spec()));
+    wait_for_script(&agent, "web1", 1).unwrap();
+    agent.disk("rest.raw", 1 << 20);
+    let mut second = SmallGuest::spec(&agent, "rest", json!([]), "");
+    second["disks"] = json!([{ "id": "own", "path": "rest.raw", "format": "raw" }]);
+    second["nics"] = json!([{ "id": "nic0", "bridge": bridge }]);
+    let rest = agent.create(&second).unwrap().id.to_string();
+    let web1 = agent.vm("web1").id.to_string();
+    checker.assert_settled("before anything is planted", SETTLE);
+    // A running agent could repair the differences.
+    agent.kill();
+    let directory = agent.directory().canonicalize().unwrap();
+    let mut reported = |what: &[&str]| {
+        let found = checker.differences();
+        assert_eq!(found.len(), what.len(), "{what:?}: {found:#?}");
+        assert!(what.iter().zip(&found).all(|(what, found)| found.contains(what)), "{what:?}: {found:#?}");
+    };
+    let all_of = |found: &[String], what: &[&str]| {
+        let missing = what.iter().find(|what| !found.iter().any(|found| found.contains(**what)));
+        assert_eq!(missing, None, "{found:#?}");
+    };
+    reported(&[]);
+
+    // QEMU takes the same locks.
+    let own = directory.join("disks/rest.raw");
+    let opened = File::open(&own).unwrap();
+    reported(&["rest.raw is open in the process"]);
+    drop(opened);
+    let mut qemu = Command::new("qemu-io");
+    qemu.args(["-f", "raw"]).arg(&own).stdin(Stdio::piped()).stdout(Stdio::piped());
+    let mut qemu = qemu.spawn().unwrap();
+    // It prompts once it has opened the file.
+    let mut prompt = [0];
+    qemu.stdout.as_mut().unwrap().read_exact(&mut prompt).unwrap();
+    reported(&["rest.raw is open in the process", "rest.raw has the locks [100,"]);
+    end(qemu);
+    let base = File::options().write(true).open(directory.join("images/base.raw")).unwrap();
+    let modified = base.metadata().unwrap().modified().unwrap();
+    base.set_modified(modified + Duration::from_secs(1)).unwrap();
+    reported(&["base.raw is open in the process", "base.raw, which is only read, was written"]);
+    base.set_modified(modified).unwrap();
+    drop(base);
+    let overlay = directory.join("state/ephemeral/left");
+    let file = File::create(&overlay).unwrap();
+    reported(&["an overlay is open in the process", "left has a name"]);
+    drop(file);
+    fs::remove_file(&overlay).unwrap();
+    reported(&[]);
+
+    let ip = |words: &[&str]| host::run("ip", words);
+    let own = tap_name(&web1, 0);
+    ip(&["link", "set", &own, "down"]);
+    reported(&["is down"]);
+    ip(&["link", "set", &own, "up"]);
+    ip(&["link", "set", &own, "nomaster"]);
+    reported(&["is on the bridge none, not"]);
+    ip(&["link", "set", &own, "master", bridge]);
+    reported(&["is no locked port"]);
+    host::run("bridge", &["link", "set", "dev", &own, "locked", "on"]);
+    reported(&[]);
+    ip(&["link", "set", tap, "master", bridge]);
+    reported(&["has the port crash6tap, which no VM has"]);
+    ip(&["link", "set", tap, "nomaster"]);
+    let left = tap_name(&rest, 0);
+    ip(&["tuntap", "add", &left, "mode", "tap"]);
+    reported(&["of a VM that does not run exists"]);
+    ip(&["link", "delete", &left]);
+    reported(&[]);
+
+    // The vmm has all of it, and the agent forgets it.
+    let run = format!("kind = 'run' AND id = '{web1}'");
+    sql(&directory, &format!("UPDATE objects SET value = json_set(value, '$.state', 'stopped') WHERE {run}"));
+    let found = checker.differences();
+    all_of(
+        &found,
+        &[
+            "a seed is open in the process",
+            "an overlay is open in the process",
+            "own.raw is open in the process",
+            "base.raw is open in the process",
+            "the lock of crash6tap is open in the process",
+            "the tap crash6tap is open in the process",
+            &format!("the tap {own} is open in the process"),
+            &format!("the tap {own} of a VM that does not run exists"),
+            "own.raw has the locks [100, 101, 103, 201, 203], not []",
+            "base.raw has the locks [100, 201, 203], not []",
+        ],
+    );
+    // And the other way round: a process without any of it.
+    sql(&directory, &format!("UPDATE objects SET value = json_set(value, '$.state', 'running') WHERE {run}"));
+    assert_eq!(checker.differences(), [""; 0]);
+    for pid in host::processes(&["vmm 3", &web1]) {
+        host::run("kill", &["-KILL", &pid.to_string()]);
+    }
+    // The last of its threads closes its files.
+    while checker.differences().iter().any(|found| found.contains("is open in") || found.contains("locks")) {
+        thread::sleep(Duration::from_millis(1));
+    }
+    let second = impostor(&agent, &web1);
+    let found = checker.differences();
+    all_of(
+        &found,
+        &[
+            "a seed is not open in the process",
+            "an overlay is not open in the process",
+            "own.raw is not open in the process",
+            "base.raw is not open in the process",
+            "the lock of crash6tap is not open in the process",
+            "the tap crash6tap is not open in the process",
+            &format!("the tap {own} is not open in the process"),
+            &format!("the tap {own} does not exist"),
+            "own.raw has the locks [], not [100, 101, 103, 201, 203]",
+            "base.raw has the locks [], not [100, 201, 203]",
+        ],
+    );
+    end(second);
+    agent.restart();
+}
+
 /// The former agent's VMs run on under an agent that offers more versions than they know, and under an agent without
 /// a common version, which reports that.
 #[test]
 fn an_agent_of_a_newer_protocol_takes_vms_up_or_says_why_not() {
     const OFFER: &str = "PORTCULLIS_PROTOCOL_FOR_TESTS";
-    let (mut agent, spec) = start("crash5");
+    let (mut agent, story) = start("crash5");
     let mut checker = Checker::new(agent.directory());
-    drop(agent.boot(&spec));
+    drop(agent.boot(story.spec()));
     wait_for_script(&agent, "web1", 1).unwrap();
     let pid = agent.vm("web1").status.pid;
     let newest = protocol(&mut agent, OFFER);

@@ -11,16 +11,15 @@ use std::{
 };
 
 use api::{
-    problem::{Problem, ProblemCode},
+    problem::ProblemCode,
     types::{VmAction, VmState},
 };
 use serde_json::{Value, json};
 
-use crate::fixture::{Agent, Options, SmallGuest, host};
+use crate::fixture::{Agent, SmallGuest, host};
 
-const SIZE: u64 = 1 << 20;
-/// A flag of open(2), on x86.
-const O_DIRECT: i32 = 0o40000;
+/// The bytes of most disks.
+pub(super) const SIZE: u64 = 1 << 20;
 
 pub(super) fn spec(agent: &Agent, name: &str, disks: Value) -> Value {
     let mut spec = SmallGuest::spec(agent, name, json!([]), "");
@@ -29,7 +28,7 @@ pub(super) fn spec(agent: &Agent, name: &str, disks: Value) -> Value {
 }
 
 /// The count of kills of a test. The complete run has a few of each; PORTCULLIS_KILLS has another count.
-fn kills() -> u64 {
+pub(super) fn kills() -> u64 {
     std::env::var("PORTCULLIS_KILLS").map_or(10, |kills| kills.parse().unwrap())
 }
 
@@ -239,179 +238,6 @@ pub(super) fn qemu_img(arguments: &[&str]) -> String {
 }
 
 #[test]
-fn an_overlay_keeps_changes_and_its_base_stays_as_it_is() {
-    let agent = Agent::start();
-    agent.image("base.raw", &[b'b'; 1 << 20]);
-    let base = agent.directory().join("images/base.raw");
-    let overlay = agent.directory().join("disks/web1.qcow2");
-    qemu_img(&[
-        "create",
-        "-q",
-        "-f",
-        "qcow2",
-        "-F",
-        "raw",
-        "-b",
-        base.to_str().unwrap(),
-        overlay.to_str().unwrap(),
-    ]);
-    let backing = json!([{"path": "base.raw", "format": "raw"}]);
-    let disks =
-        json!([{"id": "root", "path": "web1.qcow2", "format": "qcow2", "backing": backing, "discard": true}]);
-    let mut guest = boot(&agent, &spec(&agent, "web1", disks));
-    assert!(guest.ask("disk-probe").ends_with(" sectors=2048"));
-    assert!(guest.ask("disk-read 7").starts_with("ok bbb"));
-    assert_eq!(guest.ask("disk-write 5 hello count=2"), "ok");
-    assert_eq!(guest.ask("disk-flush"), "ok");
-    assert_eq!(guest.ask("disk-discard 1024 count=1024"), "ok");
-    assert_eq!(guest.ask("disk-read 1024"), "ok ", "a discarded cluster does not show its backing file");
-    // Not flushed by the guest: an orderly end keeps it.
-    assert_eq!(guest.ask("disk-write 300 unflushed"), "ok");
-    agent.act("web1", VmAction::Stop).unwrap();
-    let flat = agent.directory().join("flat.raw");
-    qemu_img(&["convert", "-O", "raw", overlay.to_str().unwrap(), flat.to_str().unwrap()]);
-    assert_eq!(
-        (sector(&flat, 5), sector(&flat, 6), sector(&flat, 300)),
-        ("hello".into(), "hello".into(), "unflushed".into())
-    );
-    assert_eq!(sector(&flat, 8), "b".repeat(512));
-    qemu_img(&["check", "-q", overlay.to_str().unwrap()]);
-    assert!(fs::read(&base).unwrap().iter().all(|byte| *byte == b'b'));
-    agent.act("web1", VmAction::Boot).unwrap();
-    guest.guest.begin_anew();
-    guest.wait_for_ready();
-    guest.ask("disk-probe");
-    assert_eq!(guest.ask("disk-read 5"), "ok hello");
-}
-
-/// The kills come at any moment of a guest's writes into new clusters.
-#[test]
-fn an_overlay_survives_any_kill() {
-    let agent = Agent::start();
-    let image = agent.directory().join("disks/web1.qcow2");
-    qemu_img(&["create", "-q", "-f", "qcow2", "-o", "cluster_size=4k", image.to_str().unwrap(), "64M"]);
-    let disks = json!([{"id": "root", "path": "web1.qcow2", "format": "qcow2"}]);
-    agent.create(&spec(&agent, "web1", disks)).unwrap();
-    for round in 0..kills() {
-        agent.act("web1", VmAction::Boot).unwrap();
-        let mut guest = SmallGuest { guest: crate::fixture::Guest::new(&agent, "web1".to_owned()) };
-        guest.guest.wait_for("ready\n");
-        guest.ask("disk-probe");
-        let at = 100 + 64 * round;
-        assert_eq!(guest.ask(&format!("disk-write {at} round{round} count=8")), "ok");
-        assert_eq!(guest.ask("disk-flush"), "ok");
-        for n in 0..20 {
-            guest
-                .guest
-                .type_line(&format!("disk-write {} more count=8; disk-flush", 10_000 + 8 * (20 * round + n)));
-        }
-        thread::sleep(Duration::from_millis(7 * round % 40));
-        let pid = agent.vm("web1").status.pid.unwrap();
-        host::run("kill", &["-KILL", &pid.to_string()]);
-        agent.wait_for_state("web1", VmState::Failed);
-        // Leaks alone have the status 3: they are harmless, and repaired here.
-        qemu_img(&["check", "-q", "-r", "leaks", image.to_str().unwrap()]);
-        qemu_img(&["check", "-q", image.to_str().unwrap()]);
-        let flat = agent.directory().join("flat.raw");
-        qemu_img(&["convert", "-O", "raw", image.to_str().unwrap(), flat.to_str().unwrap()]);
-        for earlier in 0..=round {
-            assert_eq!(sector(&flat, 100 + 64 * earlier), format!("round{earlier}"));
-        }
-    }
-}
-
-/// Its live clusters are at the end of a file that is longer than its disk.
-#[test]
-fn an_image_that_had_a_snapshot_is_written_up_to_its_end() {
-    let agent = Agent::start();
-    let path = agent.directory().join("disks/web1.qcow2");
-    let image = path.to_str().unwrap();
-    qemu_img(&["create", "-q", "-f", "qcow2", image, "48M"]);
-    for (byte, then) in [("1", Some("-c")), ("2", Some("-d")), ("3", None)] {
-        host::run("qemu-io", &["-f", "qcow2", "-c", &format!("write -q -P {byte} 0 48M"), image]);
-        if let Some(flag) = then {
-            qemu_img(&["snapshot", flag, "before", image]);
-        }
-    }
-    // As after crashes that have leaked clusters: new ones come behind the end.
-    let long = 2 << 30;
-    File::options().write(true).open(&path).unwrap().set_len(long).unwrap();
-    let disks = json!([{"id": "root", "path": "web1.qcow2", "format": "qcow2"}]);
-    let mut guest = boot(&agent, &spec(&agent, "web1", disks));
-    let pid = agent.vm("web1").status.pid.unwrap();
-    let limits = fs::read_to_string(format!("/proc/{pid}/limits")).unwrap();
-    let longest = limits.lines().find_map(|line| line.strip_prefix("Max file size")).unwrap();
-    let longest: u64 = longest.split_whitespace().next().unwrap().parse().unwrap();
-    assert!(longest >= long + (48 << 20), "{longest}");
-    guest.ask("disk-probe");
-    for at in (0..96).map(|n| n * 1024) {
-        assert_eq!(guest.ask(&format!("disk-write {at} new count=8")), "ok", "sector {at}");
-    }
-    assert_eq!(guest.ask("disk-flush"), "ok");
-    agent.act("web1", VmAction::Stop).unwrap();
-    qemu_img(&["check", "-q", image]);
-}
-
-/// A guest can write any header into its disk. The files that a header names are never opened.
-#[test]
-fn a_header_that_names_another_file_gets_an_error_and_not_the_file() {
-    let agent = Agent::start();
-    agent.image("base.raw", &[b'b'; 1 << 20]);
-    let secret = agent.directory().join("secret");
-    fs::write(&secret, [b's'; 1 << 20]).unwrap();
-    let image = agent.directory().join("disks/web1.qcow2");
-    qemu_img(&[
-        "create",
-        "-q",
-        "-f",
-        "qcow2",
-        "-F",
-        "raw",
-        "-b",
-        secret.to_str().unwrap(),
-        image.to_str().unwrap(),
-    ]);
-    for (name, backing, code) in [
-        ("none", json!([]), ProblemCode::DiskInvalid),
-        (
-            "two",
-            json!([{"path": "web1.qcow2", "format": "qcow2"}, {"path": "base.raw", "format": "raw"}]),
-            ProblemCode::DiskInUse,
-        ),
-    ] {
-        let disks = json!([{"id": "root", "path": "web1.qcow2", "format": "qcow2", "backing": backing}]);
-        agent.create(&spec(&agent, name, disks)).unwrap();
-        let problem = agent.act(name, VmAction::Boot).unwrap_err();
-        assert_eq!(problem.code, code, "{problem}");
-    }
-    let as_raw = json!([{"id": "root", "path": "web1.qcow2", "format": "raw"}]);
-    let mut guest = boot(&agent, &spec(&agent, "raw", as_raw));
-    guest.ask("disk-probe");
-    assert!(guest.ask("disk-read 0").starts_with("ok QFI"), "a raw disk is what its bytes are");
-    agent.act("raw", VmAction::Stop).unwrap();
-    let given = json!([{"id": "root", "path": "web1.qcow2", "format": "qcow2", "backing": [{"path": "base.raw", "format": "raw"}]}]);
-    let mut guest = boot(&agent, &spec(&agent, "given", given));
-    guest.ask("disk-probe");
-    assert!(guest.ask("disk-read 0").starts_with("ok bbb"), "the specification's file, not the header's");
-    agent.act("given", VmAction::Stop).unwrap();
-    let small = agent.directory().join("disks/small.qcow2");
-    qemu_img(&["create", "-q", "-f", "qcow2", "-o", "cluster_size=512", small.to_str().unwrap(), "1M"]);
-    agent
-        .create(&spec(&agent, "small", json!([{"id": "root", "path": "small.qcow2", "format": "qcow2"}])))
-        .unwrap();
-    let problem = agent.act("small", VmAction::Boot).unwrap_err();
-    assert!(problem.detail.contains("clusters of 512 bytes"), "{problem}");
-    agent.disk("zero.raw", SIZE);
-    let not_qcow2 = json!([{"id": "root", "path": "zero.raw", "format": "qcow2"}]);
-    agent.create(&spec(&agent, "zero", not_qcow2)).unwrap();
-    let problem = agent.act("zero", VmAction::Boot).unwrap_err();
-    assert!(
-        problem.code == ProblemCode::DiskInvalid && problem.detail.contains("is not in the format qcow2"),
-        "{problem}"
-    );
-}
-
-#[test]
 fn wrong_disks_are_refused_by_name_before_anything_is_touched() {
     let agent = Agent::start();
     agent.disk("short", 100);
@@ -519,154 +345,6 @@ fn flushed_data_survives_any_kill() {
             assert_eq!(sector(&path, at), format!("round{round}"));
         }
     }
-}
-
-/// The flags of a process's descriptor of a file (`O_…`).
-fn flags_of(pid: u32, file: &Path) -> i32 {
-    let wanted = fs::metadata(file).unwrap().ino();
-    let mut fds = fs::read_dir(format!("/proc/{pid}/fd")).unwrap().map(|entry| entry.unwrap().path());
-    let fd = fds.find(|fd| fs::metadata(fd).is_ok_and(|data| data.ino() == wanted)).expect("it has the file");
-    let name = fd.file_name().unwrap().to_str().unwrap();
-    let info = fs::read_to_string(format!("/proc/{pid}/fdinfo/{name}")).unwrap();
-    let flags = info.lines().find_map(|line| line.strip_prefix("flags:")).unwrap();
-    i32::from_str_radix(flags.trim(), 8).unwrap()
-}
-
-#[test]
-fn a_disk_without_the_hosts_cache_works_as_any_other() {
-    let agent = Agent::start();
-    let (raw, other) = (agent.disk("a.raw", SIZE), agent.disk("c.raw", SIZE));
-    agent.disk("odd.raw", SIZE + 512);
-    let image = raw.with_file_name("b.qcow2");
-    let options = ["create", "-q", "-f", "qcow2", "-F", "raw", "-b", "c.raw"];
-    host::run("qemu-img", &[&options[..], &[image.to_str().unwrap(), "1M"]].concat());
-    let disks = json!([
-        {"id": "a", "path": "a.raw", "format": "raw", "cache": "none"},
-        {"id": "b", "path": "b.qcow2", "format": "qcow2", "backing": [{"path": "c.raw", "format": "raw"}], "cache": "none"},
-    ]);
-    let mut guest = boot(&agent, &spec(&agent, "web1", disks));
-    let pid = agent.vm("web1").status.pid.unwrap();
-    for (file, direct) in [(&raw, true), (&image, true), (&other, false)] {
-        assert_eq!(flags_of(pid, file) & O_DIRECT != 0, direct, "{}", file.display());
-    }
-    for index in 0..2 {
-        guest.ask(&format!("disk-probe {index}"));
-        // The guest's buffers are aligned to sectors, not to blocks of 4 KiB.
-        for (sector, count) in [(0, 8), (9, 1), (2043, 5), (100, 3)] {
-            assert_eq!(guest.ask(&format!("disk-write {sector} at{sector} count={count}")), "ok");
-        }
-        assert_eq!(guest.ask("disk-zero 2 count=3"), "ok");
-        assert_eq!(guest.ask("disk-flush"), "ok");
-        assert_eq!(guest.ask("disk-read 0 count=6"), "ok at0|at0||||at0");
-        assert_eq!(guest.ask("disk-read 8 count=3"), "ok |at9|");
-        assert_eq!(guest.ask("disk-read 2042 count=6"), "ok |at2043|at2043|at2043|at2043|at2043");
-    }
-    assert_eq!((sector(&raw, 102), fs::metadata(&raw).unwrap().len()), ("at100".into(), SIZE));
-    agent.act("web1", VmAction::Stop).unwrap();
-    host::run("qemu-img", &["check", "-q", image.to_str().unwrap()]);
-    let mut odd =
-        spec(&agent, "web2", json!([{"id": "a", "path": "odd.raw", "format": "raw", "cache": "none"}]));
-    agent.create(&odd).unwrap();
-    let problem = agent.act("web2", VmAction::Boot).unwrap_err();
-    assert_eq!(problem.code, ProblemCode::DiskInvalid);
-    assert!(problem.detail.contains("--size=%4096"), "{}", problem.detail);
-    odd["name"] = json!("web3");
-    odd["disks"][0]["ephemeral"] = json!(true);
-    assert_eq!(agent.create(&odd).unwrap_err().field.as_deref(), Some("disks[0].cache"));
-}
-
-/// A guest sees its disk grow, over a reboot too. The file is as long as the disk. The lab has a process with limits: to raise
-/// them takes CAP_SYS_RESOURCE, which root in a container may lack.
-#[test]
-fn a_disk_grows_while_its_guest_runs() {
-    let agent = Agent::start_with(Options::for_tests(&["--sandbox-off", "limits"]));
-    let raw = agent.disk("a.raw", SIZE);
-    let base = agent.disk("base.raw", 2 * SIZE);
-    File::options().write(true).open(&base).unwrap().write_all_at(b"hidden", SIZE).unwrap();
-    let image = base.with_file_name("b.qcow2");
-    let options = ["create", "-q", "-f", "qcow2", "-F", "raw", "-b", "base.raw"];
-    host::run("qemu-img", &[&options[..], &[image.to_str().unwrap(), "1M"]].concat());
-    let disks = json!([
-        {"id": "a", "path": "a.raw", "format": "raw"},
-        {"id": "b", "path": "b.qcow2", "format": "qcow2", "backing": [{"path": "base.raw", "format": "raw"}]},
-        {"id": "c", "path": "base.raw", "format": "raw", "read_only": true},
-    ]);
-    let mut guest = boot(&agent, &spec(&agent, "web1", disks));
-    let resize = |disk: &str, size: &str| {
-        let wanted = serde_json::from_value(json!({"disk": disk, "size": size})).unwrap();
-        agent.ask(agent.client.resize_disk("web1", &wanted))
-    };
-    let problem = |refused: Result<_, Problem>| refused.unwrap_err();
-    let last = |size: u64| size / 512 - 1;
-    for (index, disk, size) in [(0, "a", 64 << 20), (1, "b", 4 << 30)] {
-        guest.ask(&format!("disk-probe {index}"));
-        assert_eq!(guest.ask("disk-size"), "same sectors=2048");
-        resize(disk, &size.to_string()).unwrap();
-        assert_eq!(guest.ask("disk-size"), format!("changed sectors={}", size / 512));
-        assert_eq!(guest.ask("disk-read 2048"), "ok ", "{disk}: the new part is empty");
-        assert_eq!(guest.ask(&format!("disk-write {} end", last(size))), "ok");
-        assert_eq!(guest.ask("disk-flush"), "ok");
-        resize(disk, &size.to_string()).unwrap();
-        assert_eq!(guest.ask("disk-size"), format!("same sectors={}", size / 512));
-        let smaller = problem(resize(disk, "1MiB"));
-        assert_eq!(smaller.code, ProblemCode::DiskInvalid);
-        assert!(smaller.detail.contains("cannot become smaller"), "{}", smaller.detail);
-    }
-    assert_eq!((fs::metadata(&raw).unwrap().len(), sector(&raw, last(64 << 20))), (64 << 20, "end".into()));
-    assert_eq!(
-        problem(resize("b", "9223372036854775296")).code,
-        ProblemCode::DiskInvalid,
-        "the format's limit"
-    );
-    assert_eq!(problem(resize("a", "1000")).code, ProblemCode::InvalidRequest);
-    assert_eq!(problem(resize("c", "4MiB")).code, ProblemCode::DiskInvalid, "it is read-only");
-    assert_eq!(problem(resize("d", "4MiB")).code, ProblemCode::NotFound);
-    assert_eq!(guest.ask("reboot"), "ok");
-    guest.wait_for_ready();
-    assert!(guest.ask("disk-probe 1").ends_with(" sectors=8388608"));
-    assert_eq!(guest.ask(&format!("disk-read {}", last(4 << 30))), "ok end");
-    agent.act("web1", VmAction::Pause).unwrap();
-    assert_eq!(problem(resize("a", "128MiB")).code, ProblemCode::WrongState);
-    agent.act("web1", VmAction::Stop).unwrap();
-    assert_eq!(problem(resize("a", "128MiB")).code, ProblemCode::WrongState);
-    host::run("qemu-img", &["check", "-q", image.to_str().unwrap()]);
-}
-
-/// To hide a long base takes seconds, which nobody has to wait for.
-#[test]
-fn a_pause_or_a_stop_ends_a_growth_and_the_disk_keeps_its_size() {
-    let agent = Agent::start_with(Options::for_tests(&["--sandbox-off", "limits"]));
-    let base = agent.disk("base.raw", 1 << 40);
-    let image = base.with_file_name("b.qcow2");
-    let options = ["create", "-q", "-f", "qcow2", "-o", "cluster_size=4k", "-F", "raw", "-b", "base.raw"];
-    host::run("qemu-img", &[&options[..], &[image.to_str().unwrap(), "1M"]].concat());
-    let disks = json!([
-        {"id": "b", "path": "b.qcow2", "format": "qcow2", "backing": [{"path": "base.raw", "format": "raw"}]},
-    ]);
-    let mut guest = boot(&agent, &spec(&agent, "web1", disks));
-    guest.ask("disk-probe");
-    let wanted = serde_json::from_value(json!({"disk": "b", "size": "1TiB"})).unwrap();
-    for action in [VmAction::Pause, VmAction::Stop] {
-        let both = async {
-            let later = async {
-                tokio::time::sleep(Duration::from_millis(300)).await;
-                agent.client.act("web1", action, Duration::from_secs(20)).await
-            };
-            let (grown, ended) = tokio::join!(agent.client.resize_disk("web1", &wanted), later);
-            ended.and(grown)
-        };
-        let problem = agent.ask(both).unwrap_err();
-        assert_eq!(problem.code, ProblemCode::WrongState, "{problem}");
-        if action == VmAction::Pause {
-            agent.act("web1", VmAction::Resume).unwrap();
-            assert_eq!(guest.ask("disk-size"), "same sectors=2048");
-            assert_eq!(guest.ask("disk-write 2047 end"), "ok");
-            assert_eq!(guest.ask("disk-flush"), "ok");
-        }
-    }
-    host::run("qemu-img", &["check", "-q", image.to_str().unwrap()]);
-    let info = host::run("qemu-img", &["info", "--output=json", image.to_str().unwrap()]);
-    assert!(info.contains("\"virtual-size\": 1048576"), "{info}");
 }
 
 #[test]

@@ -11,7 +11,7 @@ use api::{
 };
 use serde_json::{Value, json};
 
-use crate::fixture::{Agent, Options, SmallGuest, attack, host};
+use crate::fixture::{Agent, Options, SmallGuest, host};
 
 /// A network namespace with a bridge `br0`.
 struct Namespace(String);
@@ -318,15 +318,4 @@ fn a_hostile_driver_loses_its_nic_and_nothing_else() {
     assert_eq!(one.ask(&format!("nic-send {second} alive")), "ok");
     assert_eq!(two.ask("nic-receive"), format!("{first} alive"));
     assert_eq!(agent.vm("one").status.state, VmState::Running);
-}
-
-#[test]
-fn the_thread_of_a_nic_is_confined() {
-    let namespace = Namespace::new("attack");
-    let off = attack::FILTERS_ALONE.join(",");
-    let agent = namespace.agent_with(Options::for_tests(&["--interface=br0", "--sandbox-off", &off]));
-    for what in ["open_file", "connect_tcp", "signal_agent", "fork", "exec", "map_code", "socket_pair"] {
-        let outcome = attack::attempt(&agent, what, "network-thread", &json!([]));
-        assert_eq!(outcome, attack::Outcome::Killed, "{what}");
-    }
 }

@@ -14,9 +14,10 @@ use serde_json::json;
 use crate::fixture::{
     Agent, Options, SmallGuest,
     attack::{
-        FILTERS_ALONE, Outcome, adapter, agent, agent_with, attempt, attempt_and_leave,
+        FILTERS_ALONE, INTERFACES, Outcome, adapter, agent, agent_with, attempt, attempt_and_leave,
         attempt_by_simulated_pf, report,
     },
+    bridge::Bridge,
     host,
 };
 
@@ -127,6 +128,34 @@ fn every_thread_of_a_vm_is_confined() {
             assert_eq!(outcome, Outcome::Killed, "{what} on {thread}");
         }
     }
+}
+
+/// Attacks with the files that a thread has.
+const OF_DISKS: [&str; 2] = ["unlock_disk", "take_room"];
+const OF_NICS: [&str; 1] = ["keep_tap"];
+
+#[test]
+fn every_attack_ends_on_the_threads_of_disks_and_nics() {
+    let bridge = Bridge::new(INTERFACES).expect("interfaces need root: run tests/run as root");
+    let [filters, nothing] = [FILTERS_ALONE, NOTHING].map(|off| {
+        let mut options = Options::for_tests(&["--sandbox-off", &off.join(",")]);
+        options.arguments.extend(bridge.options());
+        Agent::start_with(options)
+    });
+    let mut wrong = Vec::new();
+    for (thread, own) in [("disk-thread", &OF_DISKS[..]), ("network-thread", &OF_NICS)] {
+        for what in ATTEMPTS.iter().chain(&CONVENIENCES).chain(own).copied() {
+            let outcomes = thread::scope(|scope| {
+                [&filters, &nothing]
+                    .map(|agent| scope.spawn(move || attempt(agent, what, thread, &json!([]))))
+                    .map(|attempted| attempted.join().unwrap())
+            });
+            let [by_filters, by_nothing] = &outcomes;
+            report(&format!("{what:24}{thread:20}{by_filters:28}{by_nothing}"));
+            wrong.extend((outcomes != [Outcome::Killed, Outcome::Succeeded]).then_some((what, thread)));
+        }
+    }
+    assert!(wrong.is_empty(), "not as they should be: {wrong:?}");
 }
 
 #[test]

@@ -91,6 +91,13 @@ impl CpuFeatures {
     }
 }
 
+/// The most bytes of the tables of a qcow2 image with `size` bytes, whose clusters have 4 KiB or more. Agent and vmm raise the
+/// limit on the length of the image's file by it.
+#[must_use]
+pub const fn qcow2_tables(size: u64) -> u64 {
+    size / 32
+}
+
 /// One disk of a machine. Its file comes beside the command ([`files::disk`](super::files::disk)).
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct DiskSpec {

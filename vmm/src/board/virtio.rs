@@ -13,7 +13,7 @@ use std::{
 };
 
 use devices::device::Device;
-use protocol::{DiskFormat, DiskLimits, DiskRate, DiskSpec, DiskStats, files};
+use protocol::{DiskFormat, DiskLimits, DiskRate, DiskSpec, DiskStats, files, qcow2_tables};
 use virtio::{
     block::{self, Block, Counters, Options, Remote, Reports},
     disk::{Disk, Format, SECTOR, qcow2::Qcow2Disk, raw::RawDisk},
@@ -26,8 +26,6 @@ use virtio::{
 use super::{Board, BoardError, DiskContents, Parts};
 use crate::vcpu::Event;
 
-/// The tables of a qcow2 image take less than this part of its size, with clusters of 4 KiB or more.
-const TABLES: u64 = 32;
 /// Further bytes by which its file may grow, for clusters that crashes have leaked. What was leaked before is in the length
 /// of the file.
 const LEAKS: u64 = 1 << 30;
@@ -224,7 +222,7 @@ fn open(parts: &mut Parts<'_>, spec: &DiskSpec, file: File) -> Result<(Box<dyn D
         Qcow2Disk::open(file, backing, !spec.read_only)
     };
     let disk = disk.map_err(|source| BoardError::Disk { id: spec.id.clone(), source })?;
-    let tables = disk.size() / TABLES;
+    let tables = qcow2_tables(disk.size());
     let longest = disk.file_length().saturating_add(disk.size()).saturating_add(tables).saturating_add(LEAKS);
     Ok((Box::new(disk), longest))
 }

@@ -183,6 +183,7 @@ impl Actor {
         self.store().await?;
         reach(Point::BootProcessStored);
         self.limit().await?;
+        reach(Point::BootLimited);
         let enter = |stage| self.progress.enter(stage);
         self.allowance = Allowance::new(self.vm.value.spec.ports().count());
         let new = boot::NewProcess {
@@ -190,6 +191,7 @@ impl Actor {
             user: self.run.user,
             node: self.run.memory_place.as_ref().and_then(|place| place.node),
             allowance: &self.allowance,
+            filling: &mut self.filling,
         };
         let run = boot::run(&self.env, &self.vm, files, &self.held, new, enter);
         let waited = tokio::select! {
@@ -286,6 +288,8 @@ impl Actor {
             if timeout(STOP, process.ended()).await.is_err() {
                 tracing::error!(vm = %self.name(), "cannot kill its process; its functions stay claimed");
                 self.process = Some(process);
+                // Other VMs do not wait for it. The check of the pool shows its pages.
+                self.filling = None;
                 return;
             }
         }

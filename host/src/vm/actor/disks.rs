@@ -5,15 +5,13 @@
 use std::time::Duration;
 
 use api::types::{DiskFormat, DiskSize, DiskSpec, VmState};
+use protocol::qcow2_tables;
 use services::vmm_process::allow_longer_files;
 
 use super::{Actor, Caller, Connection, Done, Problem, ProblemCode, ToProblem as _, VmmCommand};
 
 /// The longest time of a growth: parts of a backing file may have to be hidden, cluster by cluster.
 const GROWTH: Duration = Duration::from_secs(300);
-
-/// The part of a qcow2 image's size by which its file is longer, at most, with clusters of 4 KiB or more.
-const TABLES: u64 = 32;
 
 impl Actor {
     /// Enlarges a disk. The VM's task goes on meanwhile.
@@ -67,7 +65,7 @@ impl Actor {
             } else if allowed {
                 now
             } else {
-                now.saturating_add(size).saturating_add(size / TABLES)
+                now.saturating_add(size).saturating_add(qcow2_tables(size))
             }
         };
         let raised = self.process.as_ref().map_or(Ok(()), |process| allow_longer_files(process, longest));

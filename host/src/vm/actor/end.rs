@@ -107,6 +107,7 @@ impl Actor {
         self.disconnected().await;
         self.deadline = None;
         self.progress.follow_with(self.release_stages());
+        self.filling = None;
         reach(Point::ReleaseBegun);
         let kept = self.give_back().await;
         reach(Point::ReleaseDone);
@@ -114,9 +115,11 @@ impl Actor {
             users.give_back(user);
         }
         let cause = self.unlimit(cause).await;
+        reach(Point::ReleaseUnlimited);
         if let Err(error) = self.directory.close() {
             tracing::warn!(vm = %self.name(), "its control socket cannot be removed: {error}");
         }
+        reach(Point::ReleaseClosed);
         self.run.process = None;
         self.run.cause = cause;
         if let (Err(problem), Some(cause)) = (&kept, &mut self.run.cause) {

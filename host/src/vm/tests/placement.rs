@@ -64,9 +64,8 @@ async fn adapters_of_several_nodes_are_refused_and_given_back() {
     host.assert_untouched().await;
 }
 
-/// The VM takes its pages only while no other VM does, and is refused if that one has left too few.
-#[tokio::test]
-async fn vms_take_huge_pages_one_after_another() {
+/// A host with many huge pages, and the file of their number.
+async fn with_pool() -> (Host, PathBuf) {
     let mut pool = PathBuf::new();
     let host = Host::with_environment(|env| {
         let sys = env.run_dir.parent().unwrap().join("sys");
@@ -74,8 +73,14 @@ async fn vms_take_huge_pages_one_after_another() {
         std::fs::create_dir_all(pool.parent().unwrap()).unwrap();
         std::fs::write(&pool, "1000000\n").unwrap();
         env.topology = Topology::new(sys);
-    })
-    .await;
+    });
+    (host.await, pool)
+}
+
+/// The VM takes its pages only while no other VM does, and is refused if that one has left too few.
+#[tokio::test]
+async fn vms_take_huge_pages_one_after_another() {
+    let (host, pool) = with_pool().await;
     for (name, left, expect) in
         [("web1", "1000000\n", Ok(())), ("web2", "0\n", Err(ProblemCode::MemoryUnavailable))]
     {
@@ -101,17 +106,52 @@ async fn vms_take_huge_pages_one_after_another() {
     }
 }
 
+/// Another VM would find too few in the pool while the process of a failed boot returns its own.
+#[tokio::test]
+async fn the_process_of_a_failed_boot_ends_before_another_vm_takes_huge_pages() {
+    let gone = |pid: i32| {
+        let stat = std::fs::read_to_string(format!("/proc/{pid}/stat")).unwrap_or_default();
+        stat.rsplit_once(") ").is_none_or(|(_, fields)| fields.starts_with('Z'))
+    };
+    for stopped in [false, true] {
+        let (host, _) = with_pool().await;
+        host.gates().close("configure");
+        let vm = host.create("web1", |spec| {
+            spec.hugepages = HugePages::Mib2;
+            spec.boot.cmdline = "refuse-memory".to_owned();
+        });
+        let vm = vm.await;
+        let done = vm.act(VmAction::Boot, caller()).await.unwrap();
+        let mut status = vm.follow();
+        let waits = status.wait_for(|status| {
+            status.operation.is_some_and(|operation| operation.stage == Stage::BuildingMachine)
+        });
+        drop(timeout(PATIENCE, waits).await.unwrap().unwrap());
+        let pid = vm.status().run.process.unwrap().pid;
+        assert!(!gone(pid) && host.env.filling.try_lock().is_err());
+        let next = async {
+            let _filling = host.env.filling.lock().await;
+            // The process may end by chance before the VM's task has noticed it.
+            let stage = vm.status().operation.unwrap().stage;
+            let releases = matches!(stage, Stage::CleaningFunction | Stage::ReturningFunction);
+            assert!(gone(pid) && releases, "{stage:?}, stopped: {stopped}");
+        };
+        let end = async {
+            if stopped {
+                host.act(&vm, VmAction::Stop).await.unwrap();
+            } else {
+                host.gates().open("configure");
+            }
+            done.await.unwrap().unwrap_err();
+        };
+        timeout(PATIENCE, async { tokio::join!(next, end) }).await.unwrap();
+    }
+}
+
 /// A command to stop the VM does not wait for another VM's pages.
 #[tokio::test]
 async fn a_vm_that_waits_for_huge_pages_can_be_stopped() {
-    let host = Host::with_environment(|env| {
-        let sys = env.run_dir.parent().unwrap().join("sys");
-        let pool = sys.join("kernel/mm/hugepages/hugepages-2048kB");
-        std::fs::create_dir_all(&pool).unwrap();
-        std::fs::write(pool.join("free_hugepages"), "1000000\n").unwrap();
-        env.topology = Topology::new(sys);
-    })
-    .await;
+    let (host, _) = with_pool().await;
     let vm = host.create("web1", |spec| spec.hugepages = HugePages::Mib2).await;
     let _filling = host.env.filling.lock().await;
     let done = vm.act(VmAction::Boot, caller()).await.unwrap();

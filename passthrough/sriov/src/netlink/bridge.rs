@@ -9,6 +9,7 @@
 
 use std::{io, time::Duration};
 
+use failpoints::{Point, reach};
 use netpolicy::MacAddress;
 
 use super::{
@@ -77,13 +78,18 @@ pub fn join_bridge(bridge: u32, interface: u32, mac: MacAddress, mtu: u32) -> Re
     let [a, b, c, d, e] = rest;
     let own = MacAddress::new([HIGH, a, b, c, d, e]);
     order("put it on the bridge", &|sequence| to_bridge(bridge, interface, own, mtu, sequence))?;
+    reach(Point::NicBridged);
     order("lock the port", &|sequence| lock_port(interface, sequence))?;
+    reach(Point::NicPortLocked);
     order("add the address to the bridge", &|sequence| add_forwarding(interface, mac, sequence))?;
+    reach(Point::NicAddressed);
     // An older kernel skips attributes that it does not know.
     let look = "read the port";
     let link = connection.ask(|sequence| get_link(interface, sequence)).map_err(failed(look))?;
     if link.locked != Some(true) {
         return Err(BridgePortError::NotLocked);
     }
-    connection.order(|sequence| set_up(interface, sequence)).map_err(failed("set it up"))
+    connection.order(|sequence| set_up(interface, sequence)).map_err(failed("set it up"))?;
+    reach(Point::NicUp);
+    Ok(())
 }

@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 
+use super::{MOST_DEPTH, MOST_ITEMS, parse};
 use crate::testing::{booted, ext4, refusal};
 
 /// As Debian's `update-grub` writes it, shortened.
@@ -155,6 +156,17 @@ fn words_are_quoted_as_grub_does() {
 
 #[test]
 fn menus_of_any_text_end() {
+    for (text, count, depth) in [
+        ("submenu a {\n", MOST_DEPTH, MOST_DEPTH - 1),
+        ("function a {\n", 0, 0),
+        ("menuentry a {\n}\n", MOST_ITEMS, 0),
+        ("menuentry a { linux /k }\n", MOST_ITEMS, 0),
+        ("submenu a {\n}\n", MOST_ITEMS, 0),
+    ] {
+        let (items, _) = parse(&text.repeat(20_000));
+        let deepest = items.iter().map(|item| item.depth).max().unwrap_or_default();
+        assert_eq!((items.len(), deepest), (count, depth), "{text}");
+    }
     for text in
         ["{".repeat(100_000), "submenu a {\n".repeat(20_000), "}\n".repeat(20_000), "menuentry '".to_owned()]
     {
