@@ -21,6 +21,7 @@ pub use self::address::AddressRule;
 use crate::channel::mailbox::{
     layout::Layout,
     message::{BUFFER_WORDS, Words},
+    register_bits::ACK_MESSAGE,
 };
 
 /// The families that the relay supports.
@@ -83,6 +84,12 @@ pub trait Codec: Send + Sync + fmt::Debug {
     /// only the guest requests.
     fn encode_change(&self, change: &Change, context: Context) -> Option<Exchange>;
 
+    /// The protocol messages that may have to precede the message of a change, because the guest has made no agreement
+    /// yet: the first that the PF accepts is enough.
+    fn before_change(&self, _change: &Change, _session: Session) -> Vec<Exchange> {
+        Vec::new()
+    }
+
     /// The reset message, and the length of its reply.
     fn reset(&self) -> Exchange;
 
@@ -98,6 +105,17 @@ pub trait Codec: Send + Sync + fmt::Debug {
 
     /// Whether `reply` is word 0 of the PF's reply to a message with the word 0 `message`.
     fn answers(&self, reply: u32, message: u32) -> bool;
+
+    /// Whether `reply`, the PF's reply to `message`, shows that the PF has carried it out as a whole.
+    fn carried_out(&self, _message: &Words, reply: &Words) -> bool {
+        reply.first() & ACK_MESSAGE != 0
+    }
+
+    /// Whether a PF that refuses this message may switch something off, until it accepts another message of this kind.
+    /// The channel then repeats the last accepted one.
+    fn refusal_disables(&self, _message: &Words) -> bool {
+        false
+    }
 
     /// The reply that the guest sees to a protocol message that the PF accepted: `from_pf` with its numbers bounded.
     /// Notes the agreement in `session`. None nacks the message.
@@ -203,6 +221,9 @@ pub enum Malformed {
     /// The frame size, in bytes, is outside of the family's range.
     #[error("A frame size of {0} bytes does not exist")]
     Frame(u32),
+    /// The mode of reception is none of the family's.
+    #[error("A receive mode {0} does not exist")]
+    Mode(u32),
 }
 
 #[cfg(test)]

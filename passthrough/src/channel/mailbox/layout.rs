@@ -46,6 +46,18 @@ impl Passed {
     pub const fn read(offset: u16) -> Self {
         Self { offsets: offset..offset + 4, read: true, write: false }
     }
+
+    /// Registers that the guest may only write.
+    #[must_use]
+    pub const fn write(offsets: Range<u16>) -> Self {
+        Self { offsets, read: false, write: true }
+    }
+
+    /// Registers that the guest may read and write.
+    #[must_use]
+    pub const fn both(offsets: Range<u16>) -> Self {
+        Self { offsets, read: true, write: true }
+    }
 }
 
 /// The direction of an access.
