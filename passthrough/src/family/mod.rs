@@ -10,6 +10,7 @@
 
 pub mod address;
 pub mod igb;
+pub mod ixgbe;
 #[cfg(test)]
 mod sample;
 
@@ -27,6 +28,7 @@ use crate::channel::mailbox::{
 /// The families that the relay supports.
 pub static FAMILIES: &[&Family] = &[
     &igb::IGBVF,
+    &ixgbe::IXGBEVF,
     #[cfg(test)]
     &sample::SAMPLE,
 ];
