@@ -44,7 +44,7 @@ pub use self::{
         Authority, Cancelled, Decision, Forwarded, GuestRequest, How, RelayEvent, Unreachable, Verdict,
     },
     mmio::MailboxPage,
-    stats::{BUCKETS_US, RelayStats, RoundTrips},
+    stats::{BUCKETS_US, PassedAccesses, RelayStats, RoundTrips},
 };
 use self::{
     shared::{RelayCommand, Shared},

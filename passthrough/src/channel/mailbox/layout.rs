@@ -109,6 +109,12 @@ impl Layout {
         }
     }
 
+    /// Whether the page has registers that the guest writes in the hardware: those of its interrupts, whose accesses are
+    /// as frequent as the interrupts.
+    pub fn is_shared(&self) -> bool {
+        self.passed.iter().any(|passed| passed.write)
+    }
+
     /// Whether an access of `len` bytes goes straight to the hardware, past the emulated registers and their lock.
     pub fn passes(&self, offset: u64, len: usize, access: Access) -> bool {
         len == 4

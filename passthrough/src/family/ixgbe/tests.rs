@@ -13,6 +13,7 @@ use crate::{
         vf_mailbox::Clock,
     },
     family::Family,
+    function::BarHandler,
     hardware::VfHardware,
     relay::{
         Config, Decision, How, RelayEvent,
@@ -371,4 +372,26 @@ fn interrupt_registers_pass_and_the_rest_of_the_page_does_not() {
     assert_eq!(bench.vf().pf().triggered[before..], [3]);
     bus.write(0x2fc, 0x4);
     assert!(!bench.vf().holds_buffer(), "the real mailbox is the relay's");
+}
+
+#[test]
+fn accesses_that_pass_are_counted_without_a_lock() {
+    let (bench, _) = guest();
+    let page = bench.0.borrow().page.clone();
+    let before = bench.0.borrow().relay.stats().passed;
+    let held = page.lock_registers_for_test();
+    // As after an interrupt: VTEIMS, twice, and VTEITR; VTEICR is read once.
+    for (offset, value) in [(0x108, 1_u32), (0x108, 2), (0x820, 0x28)] {
+        BarHandler::write(&*page, offset, &value.to_le_bytes());
+    }
+    BarHandler::read(&*page, 0x100, &mut [0; 4]);
+    drop(held);
+    // Accesses that do not pass are no such accesses.
+    let mut bus = bench.clone();
+    bus.write(0x2fc, 0x4);
+    bus.write(0x118, 1);
+    bus.read(0x2fc);
+    bus.read(0x118);
+    let after = bench.0.borrow().relay.stats().passed;
+    assert_eq!((after.reads - before.reads, after.writes - before.writes), (1, 3));
 }

@@ -137,7 +137,7 @@ impl Pf {
     fn enable_queues(&mut self) {
         let ixgbe = &mut self.ixgbe;
         ixgbe.transmitter = !ixgbe.link_disabled;
-        ixgbe.receiver = !ixgbe.link_disabled && !(ixgbe.is_82599 && ixgbe.long_frames);
+        ixgbe.receiver = ixgbe.transmitter && !(ixgbe.is_82599 && ixgbe.long_frames);
     }
 
     fn handle_as_ixgbe(&mut self, words: &mut [u32; BUFFER_WORDS]) -> bool {
