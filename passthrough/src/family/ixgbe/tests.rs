@@ -45,7 +45,10 @@ fn refuse(tell: OnDenied) -> Decision {
 /// The decisions of a permissive policy, as the switch makes them.
 fn permissive(request: &Request) -> Option<Decision> {
     Some(match request {
-        Request::SetMulticast { .. } | Request::SetVlan { .. } | Request::SetMaxFrame(_) => FORWARD,
+        Request::SetMulticast { .. }
+        | Request::SetVlan { .. }
+        | Request::SetMaxFrame(_)
+        | Request::SetPromiscuous(_) => FORWARD,
         _ => LOCAL,
     })
 }
@@ -117,7 +120,7 @@ fn up_and_down() {
         "10,0 -> a0000010,1",
     ];
     assert_eq!(driver.told(), up);
-    let expected = [vec![9], vec![0x3_0003, 0x222_0111, 0x333], vec![5, 0x5ee], vec![0x10]];
+    let expected = [vec![9], vec![0xc], vec![0x3_0003, 0x222_0111, 0x333], vec![5, 0x5ee], vec![0x10]];
     assert_eq!(received(&bench, from), expected);
     let pf = bench.vf().pf();
     assert!(pf.ixgbe.receiver && pf.ixgbe.groups && pf.multicast.starts_with(&[0x111, 0x222, 0x333]));
