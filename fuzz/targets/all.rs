@@ -13,6 +13,8 @@ type Body = fn(&[u8]);
 const TARGETS: &[(&str, Body)] = &[
     // The codec of mailbox messages: a guest's writes into its mailbox.
     ("mailbox_words", passthrough::family::igb::fuzz::fuzz_words),
+    // The same for ixgbevf, with replies of the PF.
+    ("mailbox_words_ixgbe", passthrough::family::ixgbe::fuzz::fuzz_words),
     // The mailbox's registers: any accesses of a guest, and the relay's work between them.
     ("mailbox_registers", passthrough::channel::mailbox::fuzz::fuzz_registers),
     // Packets that a taken-over vmm can send to the agent, and packets of the agent.

@@ -28,6 +28,8 @@ pub struct PfCapabilities {
     /// A change of trust makes the PF ignore the VF until the VF's next reset message. Then trust cannot be switched on
     /// around one message of a running guest.
     pub trust_needs_reset: bool,
+    /// After a reset of the PF, a VF's queues stay off until the VF's reset message, which also restores its tag.
+    pub queues_wait_for_reset: bool,
     /// The adapter can tag (802.1Q).
     pub access_vlan: bool,
     /// The adapter can tag with 802.1ad.
@@ -115,6 +117,7 @@ impl PfCapabilities {
             spoof_check_covers_vlans: true,
             trust: true,
             trust_needs_reset: false,
+            queues_wait_for_reset: true,
             access_vlan: true,
             access_vlan_8021ad: false,
             trunk_vlans: 32,
@@ -134,21 +137,29 @@ impl PfCapabilities {
         Self { max_tx_rate: None, ..Self::igb_82576() }
     }
 
-    /// ixgbe: link state, and rates from 11 Mbit/s on a link of 10 Gbit/s (`ixgbe_ndo_set_vf_bw`). Further
-    /// addresses switch the spoof check off, which netlink does not show; promiscuous modes need a trusted VF and a
-    /// promiscuous PF.
+    /// ixgbe: link state, and rates from 11 Mbit/s on a link of 10 Gbit/s (`ixgbe_ndo_set_vf_bw`). The PF itself needs
+    /// one of the adapter's 64 VLANs.
     ///
-    /// A change of trust revokes "clear to send" (`ixgbe_ndo_set_vf_trust`). A reset clears the multicast hashes and
-    /// keeps the promiscuous mode (`ixgbe_vf_reset_event`). Both in drivers/net/ethernet/intel/ixgbe/ixgbe_sriov.c.
+    /// A change of trust revokes "clear to send" (`ixgbe_ndo_set_vf_trust`), and so does each setting of the link
+    /// (`ixgbe_set_vf_link_state`), which the agent therefore sets only if it differs. So no VF with a running guest is
+    /// ever trusted, and none can have a further address or a promiscuous mode, for which ixgbe requires trust. A
+    /// further address would also switch the spoof check off, which netlink does not show
+    /// (`ixgbe_set_vf_macvlan_msg`).
+    ///
+    /// A reset clears the multicast hashes and keeps the promiscuous mode (`ixgbe_vf_reset_event`). After a reset of the
+    /// PF all VFs may send again (`ixgbe_set_all_vfs`), and only their reset messages restore their tags. All in
+    /// drivers/net/ethernet/intel/ixgbe/ixgbe_sriov.c.
     #[must_use]
     pub fn ixgbe() -> Self {
         Self {
             driver: "ixgbe".into(),
             trust_needs_reset: true,
-            trunk_vlans: 64,
+            queues_wait_for_reset: false,
+            trunk_vlans: 63,
             max_tx_rate: Some(Rates { least: 11, most: 10_000 }),
             link_state: true,
             multicast_promiscuous: false,
+            unicast_filters: 0,
             unicast_filters_keep_spoof_check: false,
             reset_clears: ResetClears { multicast: true, promiscuous: false },
             ..Self::igb_82576()
@@ -250,6 +261,12 @@ impl PfCapabilities {
         match &policy.vlan.value {
             VlanPolicy::Access(_) if !self.access_vlan => {
                 return fail(Setting::Vlan, "the adapter cannot tag; use none");
+            }
+            VlanPolicy::Access(_) if forged == ForgedTransmits::Accept && !self.queues_wait_for_reset => {
+                return fail(
+                    Setting::ForgedTransmits,
+                    "without spoof check a VF may send without its tag after a reset of the PF; reject forged transmits",
+                );
             }
             VlanPolicy::Trunk(_) if self.trunk_vlans < policy.vlan_limit.value.get().max(1) => {
                 let setting = if self.trunk_vlans == 0 { Setting::Vlan } else { Setting::VlanLimit };

@@ -139,6 +139,8 @@ fn stats() -> VmStats {
         bar_exits: BTreeMap::from([("0:0".to_owned(), 40)]),
         config_exits: 120,
         mailbox: BTreeMap::from([("set_mac:refused".to_owned(), 1), ("reset:granted".to_owned(), 2)]),
+        passed_reads: 0,
+        passed_writes: 0,
     };
     let disk = VmDiskStats {
         reads: 900,

@@ -78,4 +78,11 @@ pub struct VmDeviceStats {
     pub config_exits: u64,
     /// Mailbox messages by name and verdict.
     pub mailbox: BTreeMap<String, u64>,
+    /// Reads of interrupt and other registers that share the mailbox's page. Each costs an exit. 0 for VFs whose
+    /// interrupt registers are on another page.
+    #[serde(default)]
+    pub passed_reads: u64,
+    /// Writes of these registers.
+    #[serde(default)]
+    pub passed_writes: u64,
 }

@@ -447,6 +447,10 @@ fn counters(stats: &VmStats) -> Vec<(String, String)> {
         for (message, count) in &device.mailbox {
             lines.push((format!("{name} mailbox {message}"), count.to_string()));
         }
+        let passed = [("reads", device.passed_reads), ("writes", device.passed_writes)];
+        for (access, count) in passed.into_iter().filter(|(_, count)| *count > 0) {
+            lines.push((format!("{name} {access} of registers beside the mailbox"), count.to_string()));
+        }
     }
     lines
 }

@@ -123,11 +123,14 @@ pub(super) fn stats(handle: &VmHandle, stats: protocol::Stats) -> VmStats {
         claim.value.adapter.as_ref().map(|vf| vf.id.to_string())
     };
     let devices = stats.devices.into_iter().map(|(bdf, device)| {
+        let relay = device.relay.unwrap_or_default();
         let stats = VmDeviceStats {
             adapter: adapter(&bdf),
             bar_exits: device.bar_exits,
             config_exits: device.config_exits,
-            mailbox: device.relay.map(|relay| relay.messages).unwrap_or_default(),
+            mailbox: relay.messages,
+            passed_reads: relay.passed.reads,
+            passed_writes: relay.passed.writes,
         };
         (bdf, stats)
     });

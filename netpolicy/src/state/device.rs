@@ -74,7 +74,7 @@ impl SwitchState {
         self.reset_clears.insert(pf.to_owned(), clears);
     }
 
-    fn reset_clears(&self, id: PortId) -> Result<ResetClears, StateError> {
+    pub(super) fn reset_clears(&self, id: PortId) -> Result<ResetClears, StateError> {
         let vf = self.lineage(id)?.0.vf.as_ref();
         Ok(vf.and_then(|vf| self.reset_clears.get(&vf.pf)).copied().unwrap_or_default())
     }

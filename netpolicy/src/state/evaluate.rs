@@ -155,6 +155,10 @@ impl Evaluator<'_> {
         if hashes.len() != usize::from(count) {
             return Err(deny(Reason::MalformedMessage, None, old, requested));
         }
+        // The driver ixgbe gives a VF with any list, even an empty one, the groups of all VFs.
+        if count == 0 && self.port.device.multicast.is_empty() && self.port.pending.is_empty() {
+            return Ok(vec![]);
+        }
         Ok(vec![Change::SetMulticast(hashes.to_vec())])
     }
 
@@ -208,7 +212,9 @@ impl Evaluator<'_> {
     fn set_promiscuous(&self, mode: PromiscuousMode) -> Decided {
         let old = self.port.device.promiscuous;
         if mode == PromiscuousMode::OFF {
-            let off = old == PromiscuousMode::OFF && self.port.pending.is_empty();
+            // Where a reset keeps the mode, the PF may have it from before this port.
+            let known = self.state.reset_clears(self.port.id).is_ok_and(|clears| clears.promiscuous);
+            let off = known && old == PromiscuousMode::OFF && self.port.pending.is_empty();
             return Ok(if off { vec![] } else { vec![Change::SetPromiscuous(mode)] });
         }
         self.check_open(Some(old.to_string()), &mode.to_string())?;

@@ -41,12 +41,14 @@ fn settings_that_a_pf_cannot_enforce() {
     let loose_trunk = r#"{"vlan": {"trunk": ["1-9"]}, "forged_transmits": "accept"}"#;
     let unicast = r#"{"mac_changes": "accept", "unicast_limit": 1}"#;
     let loose_unicast = r#"{"mac_changes": "accept", "unicast_limit": 1, "forged_transmits": "accept"}"#;
+    let loose_access = r#"{"vlan": {"access": {"id": 7}}, "forged_transmits": "accept"}"#;
     for (policy, on_82576, on_i350, on_ixgbe, on_unknown) in [
         (rate, None, Some("rate"), None, Some("rate")),
         (blocked, Some("blocked"), Some("blocked"), None, Some("blocked")),
         (multicast, None, None, Some("promiscuous"), Some("promiscuous")),
         (promiscuous, Some("promiscuous"), Some("promiscuous"), Some("promiscuous"), Some("promiscuous")),
         (trunk, None, None, None, Some("vlan")),
+        (loose_access, None, None, Some("forged_transmits"), None),
         (
             loose_trunk,
             Some("forged_transmits"),
@@ -55,13 +57,35 @@ fn settings_that_a_pf_cannot_enforce() {
             Some("vlan"),
         ),
         (unicast, None, None, Some("unicast_limit"), Some("unicast_limit")),
-        (loose_unicast, None, None, None, Some("unicast_limit")),
+        (loose_unicast, None, None, Some("unicast_limit"), Some("unicast_limit")),
     ] {
         check(&i82576, policy, on_82576);
         check(&i350, policy, on_i350);
         check(&ixgbe, policy, on_ixgbe);
         check(&unknown, policy, on_unknown);
     }
+}
+
+/// No trust can be switched on for a running guest where that makes the PF ignore the guest, so no policy may need it.
+#[test]
+fn a_pf_whose_trust_needs_a_reset_offers_nothing_that_needs_trust() {
+    let mac = netpolicy::MacAddress::new([2, 0, 0, 0, 0, 1]);
+    let unicast = netpolicy::PromiscuousMode { multicast: false, unicast: true };
+    for pf in [
+        PfCapabilities::igb_82576(),
+        PfCapabilities::igb_i350(),
+        PfCapabilities::ixgbe(),
+        PfCapabilities::i40e(),
+        PfCapabilities::ice(),
+        PfCapabilities::simulated(),
+        PfCapabilities::unknown("mystery"),
+    ] {
+        for change in [Change::AddUnicast(mac), Change::SetPromiscuous(unicast)] {
+            assert!(change.needs_trust());
+            assert!(!pf.trust_needs_reset || !pf.can_make(&change), "{change:?} on {}", pf.driver);
+        }
+    }
+    assert!(PfCapabilities::ixgbe().trust_needs_reset);
 }
 
 #[test]

@@ -10,6 +10,7 @@
 
 pub mod address;
 pub mod igb;
+pub mod ixgbe;
 #[cfg(test)]
 mod sample;
 
@@ -21,11 +22,16 @@ pub use self::address::AddressRule;
 use crate::channel::mailbox::{
     layout::Layout,
     message::{BUFFER_WORDS, Words},
+    register_bits::ACK_MESSAGE,
 };
 
 /// The families that the relay supports.
 pub static FAMILIES: &[&Family] = &[
     &igb::IGBVF,
+    // For tests only: no stock driver and no PF have met it yet, and the agent does not take a promiscuous mode away that a VF
+    // had before its first guest.
+    #[cfg(any(test, feature = "test-support"))]
+    &ixgbe::IXGBEVF,
     #[cfg(test)]
     &sample::SAMPLE,
 ];
@@ -83,6 +89,12 @@ pub trait Codec: Send + Sync + fmt::Debug {
     /// only the guest requests.
     fn encode_change(&self, change: &Change, context: Context) -> Option<Exchange>;
 
+    /// The protocol messages that may have to precede the message of a change, because the guest has made no agreement
+    /// yet: the first that the PF accepts is enough.
+    fn before_change(&self, _change: &Change, _session: Session) -> Vec<Exchange> {
+        Vec::new()
+    }
+
     /// The reset message, and the length of its reply.
     fn reset(&self) -> Exchange;
 
@@ -104,6 +116,17 @@ pub trait Codec: Send + Sync + fmt::Debug {
     fn multicast_hash(&self, group: MacAddress) -> u16 {
         let [.., e, f] = group.bytes();
         (u16::from(e) >> 4 | u16::from(f) << 4) & 0xfff
+    }
+
+    /// Whether `reply`, the PF's reply to `message`, shows that the PF has carried it out as a whole.
+    fn carried_out(&self, _message: &Words, reply: &Words) -> bool {
+        reply.first() & ACK_MESSAGE != 0
+    }
+
+    /// Whether a PF that refuses this message may switch something off, until it accepts another message of this kind.
+    /// The channel then repeats the last accepted one.
+    fn refusal_disables(&self, _message: &Words) -> bool {
+        false
     }
 
     /// The reply that the guest sees to a protocol message that the PF accepted: `from_pf` with its numbers bounded.
@@ -210,6 +233,9 @@ pub enum Malformed {
     /// The frame size, in bytes, is outside of the family's range.
     #[error("A frame size of {0} bytes does not exist")]
     Frame(u32),
+    /// The mode of reception is none of the family's.
+    #[error("A receive mode {0} does not exist")]
+    Mode(u32),
 }
 
 #[cfg(test)]

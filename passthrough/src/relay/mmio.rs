@@ -2,7 +2,10 @@
 
 //! The handler of a vCPU's accesses to the trapped mailbox page.
 
-use std::sync::Arc;
+use std::sync::{
+    Arc,
+    atomic::{AtomicU64, Ordering},
+};
 
 use super::shared::Shared;
 use crate::{
@@ -19,17 +22,24 @@ pub struct MailboxPage {
     shared: Arc<Shared>,
     hardware: Arc<dyn VfHardware>,
     family: &'static Family,
+    counts_passed: bool,
 }
 
 impl MailboxPage {
     pub(crate) fn new(shared: Arc<Shared>, hardware: Arc<dyn VfHardware>, family: &'static Family) -> Self {
-        Self { shared, hardware, family }
+        Self { shared, hardware, family, counts_passed: family.layout.is_shared() }
     }
 
     /// Holds the lock of the registers.
     #[cfg(test)]
     pub(crate) fn lock_registers_for_test(&self) -> std::sync::MutexGuard<'_, super::shared::State> {
         self.shared.lock()
+    }
+
+    fn count(&self, counter: &AtomicU64) {
+        if self.counts_passed {
+            counter.fetch_add(1, Ordering::Relaxed);
+        }
     }
 
     /// Logs the first access to each unknown register of the page.
@@ -48,6 +58,7 @@ impl BarHandler for MailboxPage {
     fn read(&self, offset: u64, data: &mut [u8]) {
         let layout = &self.family.layout;
         if layout.passes(offset, data.len(), Access::Read) {
+            self.count(&self.shared.passed.reads);
             return self.hardware.bar_read(layout.bar, offset, data);
         }
         data.fill(0);
@@ -64,6 +75,7 @@ impl BarHandler for MailboxPage {
     fn write(&self, offset: u64, data: &[u8]) {
         let layout = &self.family.layout;
         if layout.passes(offset, data.len(), Access::Write) {
+            self.count(&self.shared.passed.writes);
             return self.hardware.bar_write(layout.bar, offset, data);
         }
         let value = <[u8; 4]>::try_from(data).map_or(0, u32::from_le_bytes);

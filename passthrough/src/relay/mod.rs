@@ -46,7 +46,7 @@ pub use self::{
     },
     driver::{Answer, Driver},
     mmio::MailboxPage,
-    stats::{BUCKETS_US, RelayStats, RoundTrips},
+    stats::{BUCKETS_US, PassedAccesses, RelayStats, RoundTrips},
 };
 use self::{
     shared::{RelayCommand, Shared},

@@ -17,7 +17,7 @@ use super::{
     authority::{OWN_REQUEST, Verdict},
     disposition::Disposition,
     fast_deny::{FastDenial, MAX_DENIALS, Permit},
-    stats::{RelayStats, Stats},
+    stats::{PassedCounters, RelayStats, Stats},
 };
 use crate::{
     channel::mailbox::{
@@ -118,6 +118,7 @@ pub(crate) struct Shared {
     clock: Arc<dyn Clock>,
     /// The shortest time between two hints.
     look_gap: Duration,
+    pub(crate) passed: PassedCounters,
 }
 
 impl Shared {
@@ -131,7 +132,13 @@ impl Shared {
             permit: None,
             hints_from: Duration::ZERO,
         };
-        Self { state: Mutex::new(state), wake: Condvar::new(), clock, look_gap }
+        Self {
+            state: Mutex::new(state),
+            wake: Condvar::new(),
+            clock,
+            look_gap,
+            passed: PassedCounters::default(),
+        }
     }
 
     pub(crate) fn clock(&self) -> &Arc<dyn Clock> {
@@ -255,7 +262,7 @@ impl Shared {
 
     pub(crate) fn stats(&self) -> RelayStats {
         let state = self.lock();
-        state.stats.snapshot(state.registers.counts())
+        state.stats.snapshot(state.registers.counts(), self.passed.snapshot())
     }
 
     /// Takes the input. A request to stop stays in the inbox.

@@ -2,7 +2,11 @@
 
 //! Counters of a relay.
 
-use std::{collections::BTreeMap, time::Duration};
+use std::{
+    collections::BTreeMap,
+    sync::atomic::{AtomicU64, Ordering},
+    time::Duration,
+};
 
 use serde::{Deserialize, Serialize};
 
@@ -33,6 +37,41 @@ pub struct RelayStats {
     pub resets: u64,
     /// Log lines that were suppressed.
     pub suppressed_log_lines: u64,
+    /// Accesses that reached the hardware without the relay, for families whose mailbox page is
+    /// [shared](crate::channel::mailbox::layout::Layout::is_shared). Left out for the others: agents of earlier versions
+    /// do not know this member, nor those families.
+    #[serde(default, skip_serializing_if = "PassedAccesses::is_none")]
+    pub passed: PassedAccesses,
+}
+
+/// Accesses to passed registers of the mailbox page.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct PassedAccesses {
+    /// Reads.
+    pub reads: u64,
+    /// Writes.
+    pub writes: u64,
+}
+
+impl PassedAccesses {
+    fn is_none(&self) -> bool {
+        *self == Self::default()
+    }
+}
+
+/// The counters of passed accesses. vCPU threads increase them without a lock.
+#[derive(Debug, Default)]
+pub(crate) struct PassedCounters {
+    pub(crate) reads: AtomicU64,
+    pub(crate) writes: AtomicU64,
+}
+
+impl PassedCounters {
+    pub(crate) fn snapshot(&self) -> PassedAccesses {
+        let read = |counter: &AtomicU64| counter.load(Ordering::Relaxed);
+        PassedAccesses { reads: read(&self.reads), writes: read(&self.writes) }
+    }
 }
 
 /// A histogram of times.
@@ -77,7 +116,7 @@ impl Stats {
         *count = count.saturating_add(1);
     }
 
-    pub(crate) fn snapshot(&self, registers: RegisterCounts) -> RelayStats {
+    pub(crate) fn snapshot(&self, registers: RegisterCounts, passed: PassedAccesses) -> RelayStats {
         let name = |(opcode, end): &(&str, Disposition)| format!("{opcode}:{}", end.label());
         RelayStats {
             messages: self.messages.iter().map(|(key, count)| (name(key), *count)).collect(),
@@ -88,6 +127,7 @@ impl Stats {
             unknown_registers: registers.unknown,
             resets: self.resets,
             suppressed_log_lines: self.suppressed,
+            passed,
         }
     }
 }

@@ -5,7 +5,9 @@
 use std::fmt::Debug;
 
 use netpolicy::{Change, MacAddress, OnDenied, Reason, Request, StandingRefusal};
-use passthrough::relay::{Cancelled, Decision, Forwarded, GuestRequest, How, RelayEvent, Verdict};
+use passthrough::relay::{
+    Cancelled, Decision, Forwarded, GuestRequest, How, RelayEvent, RelayStats, Verdict,
+};
 use serde::{Serialize, de::DeserializeOwned};
 use uuid::Uuid;
 
@@ -410,4 +412,16 @@ fn changes_and_requests_keep_their_text() {
         Request::SetMulticast { .. }, Request::SetVlan { .. }, Request::SetMaxFrame(_),
         Request::SetPromiscuous(_), Request::Unknown { .. },
     );
+}
+
+#[test]
+fn agents_of_earlier_versions_understand_the_counters_of_their_families() {
+    let mut stats = RelayStats::default();
+    let text = serde_json::to_string(&stats).unwrap();
+    assert!(!text.contains("passed"), "{text}");
+    assert_eq!(serde_json::from_str::<RelayStats>(&text).unwrap(), stats);
+    stats.passed.writes = 1;
+    let text = serde_json::to_string(&stats).unwrap();
+    assert!(text.contains(r#""passed":{"reads":0,"writes":1}"#), "{text}");
+    assert_eq!(serde_json::from_str::<RelayStats>(&text).unwrap(), stats);
 }

@@ -210,8 +210,8 @@ fn each_thing_that_is_missing_is_told_with_what_mends_it() {
         case("vfs", Fail, "portcullis pf set-vfs eth0 4 || echo 4 >/sys", |host| {
             host.sysfs.sysfs().set_num_vfs(PF, 0, None).unwrap();
         }),
-        case("vfs", Warn, "the driver igbvf", |host| {
-            host.write("sys/bus/pci/devices/0000:01:10.0/device", "0x10ed\n");
+        case("vfs", Warn, "the driver igbvf or ixgbevf", |host| {
+            host.write("sys/bus/pci/devices/0000:01:10.0/device", "0x154c\n");
         }),
         case("vfs", Warn, "a slot of its own", |host| host.share_group(0x10, 0)),
         case("vfs", Fail, "a slot of its own", |host| {

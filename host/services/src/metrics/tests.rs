@@ -13,7 +13,7 @@ use super::*;
 
 fn vm(name: &str, state: VmState) -> Vm {
     let mailbox = BTreeMap::from([("set_mac:refused".to_owned(), 2), ("reset:granted".to_owned(), 1)]);
-    let device = VmDeviceStats { mailbox, ..VmDeviceStats::default() };
+    let device = VmDeviceStats { mailbox, passed_reads: 3, passed_writes: 40, ..VmDeviceStats::default() };
     let stats = VmStats {
         exits: BTreeMap::from([("io_out".to_owned(), 7)]),
         devices: [("0000:01:10.0".to_owned(), device.clone()), ("0000:01:10.2".to_owned(), device)].into(),
@@ -51,6 +51,8 @@ fn what_is_counted_is_shown_under_names_with_units() {
         "portcullis_vms{state=\"failed\"} 0",
         "portcullis_vm_exits_total{vm=\"web1\",reason=\"io_out\"} 7",
         "portcullis_vm_mailbox_messages_total{vm=\"web1\",opcode=\"set_mac\",verdict=\"refused\"} 4",
+        "portcullis_vm_passed_accesses_total{vm=\"web1\",access=\"read\"} 6",
+        "portcullis_vm_passed_accesses_total{vm=\"web1\",access=\"write\"} 80",
         "portcullis_vm_memory_bytes{vm=\"web1\"} 536870912",
         "portcullis_vm_process_resident_memory_bytes{vm=\"web1\"} 4096",
         "portcullis_vm_boots_total{vm=\"web2\"} 3",

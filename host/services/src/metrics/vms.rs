@@ -57,6 +57,12 @@ struct OfMessage {
 }
 
 #[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
+struct OfAccess {
+    vm: String,
+    access: Word,
+}
+
+#[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
 struct OfDisk {
     vm: String,
     disk: String,
@@ -181,6 +187,7 @@ pub(super) fn registry(vms: &[Vm]) -> Registry {
     let exits = Family::<OfExit, Counter>::default();
     let boots = Family::<OfVm, Counter>::default();
     let messages = Family::<OfMessage, Counter>::default();
+    let passed = Family::<OfAccess, Counter>::default();
     let (disks, nics) = (Disks::default(), Nics::default());
     for state in STATES {
         drop(states.get_or_create(&OfState { state: Word(state.as_str()) }));
@@ -199,6 +206,12 @@ pub(super) fn registry(vms: &[Vm]) -> Registry {
         }
         disks.add(&vm.name, stats);
         nics.add(&vm.name, stats);
+        for device in stats.devices.values() {
+            for (access, count) in [("read", device.passed_reads), ("write", device.passed_writes)] {
+                let of = OfAccess { vm: vm.name.clone(), access: Word(access) };
+                passed.get_or_create(&of).inc_by(count);
+            }
+        }
         let mut all = BTreeMap::new();
         for (kind, count) in stats.devices.values().flat_map(|device| &device.mailbox) {
             let sum: &mut u64 = all.entry(kind.clone()).or_default();
@@ -222,6 +235,11 @@ pub(super) fn registry(vms: &[Vm]) -> Registry {
     registry.register("vm_exits", "KVM exits to user space of all vCPUs", exits);
     disks.register(&mut registry);
     nics.register(&mut registry);
+    registry.register(
+        "vm_passed_accesses",
+        "Accesses to registers that share the page of an adapter's mailbox",
+        passed,
+    );
     registry.register("vm_mailbox_messages", "Mailbox messages of a VM's adapters", messages);
     registry
 }

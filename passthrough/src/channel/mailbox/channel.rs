@@ -12,7 +12,7 @@ use netpolicy::{Change, MacAddress, Request};
 
 use super::{
     message::Words,
-    register_bits::{ACK_MESSAGE, CTS},
+    register_bits::CTS,
     registers::{Registers, Snapshot},
     vf_mailbox::{Clock, Observed, VfMailbox, VfMailboxError},
 };
@@ -107,13 +107,18 @@ pub enum SendError {
 pub struct MailboxChannel {
     family: &'static Family,
     mailbox: VfMailbox,
+    clock: Arc<dyn Clock>,
     session: Session,
+    /// The last accepted message whose refusal [disables](crate::family::Codec::refusal_disables) something, since the
+    /// last reset message.
+    accepted: Option<Exchange>,
 }
 
 impl MailboxChannel {
     /// The channel of this VF. Nothing is written yet.
     pub fn new(family: &'static Family, hardware: Arc<dyn VfHardware>, clock: Arc<dyn Clock>) -> Self {
-        Self { family, mailbox: VfMailbox::new(hardware, family, clock), session: Session::default() }
+        let mailbox = VfMailbox::new(hardware, family, clock.clone());
+        Self { family, mailbox, clock, session: Session::default(), accepted: None }
     }
 
     /// The family of the VF.
@@ -160,8 +165,12 @@ impl MailboxChannel {
     /// [`SendError::Mailbox`], after little more than `limit` at the latest, or [`SendError::OtherReply`].
     pub fn reset(&mut self, limit: Duration) -> Result<ResetReply, SendError> {
         self.session = Session::default();
+        self.accepted = None;
         let reply = self.mailbox.exchange(&self.family.codec.reset(), limit)?;
-        self.family.codec.parse_reset(&reply).ok_or(SendError::OtherReply)
+        let parsed = self.family.codec.parse_reset(&reply).ok_or(SendError::OtherReply)?;
+        // A message from before the reset may lack "clear to send", which the reset has restored.
+        self.mailbox.forget_message();
+        Ok(parsed)
     }
 
     /// Sends a request. `effective` is the VF's effective address.
@@ -179,7 +188,8 @@ impl MailboxChannel {
         self.exchange(&exchange, limit)
     }
 
-    /// Sends the message that makes a change. `effective` is the VF's effective address.
+    /// Sends the message that makes a change, after an agreement about the protocol if it needs one. `effective` is the
+    /// VF's effective address.
     ///
     /// # Errors
     /// [`SendError::NoMessage`], or [`SendError::Mailbox`] after `limit`.
@@ -189,19 +199,46 @@ impl MailboxChannel {
         effective: MacAddress,
         limit: Duration,
     ) -> Result<PfReply, SendError> {
+        let end = self.clock.now().saturating_add(limit);
+        for agreement in self.family.codec.before_change(change, self.session) {
+            let reply = self.exchange(&agreement, self.left(end))?;
+            if reply.outcome.accepted {
+                let _ = self.protocol_reply(&agreement, &reply);
+                break;
+            }
+        }
         let context = Context { effective, session: self.session };
         let exchange = self.family.codec.encode_change(change, context).ok_or(SendError::NoMessage)?;
-        self.exchange(&exchange, limit)
+        self.exchange(&exchange, self.left(end))
     }
 
-    /// Sends a protocol message.
+    fn left(&self, end: Duration) -> Duration {
+        end.saturating_sub(self.clock.now())
+    }
+
+    /// Sends a protocol message, or another one with its canonical words.
     ///
     /// # Errors
     /// [`SendError::Mailbox`] after `limit`.
     pub fn exchange(&mut self, exchange: &Exchange, limit: Duration) -> Result<PfReply, SendError> {
+        let end = self.clock.now().saturating_add(limit);
         let words = self.mailbox.exchange(exchange, limit)?;
-        let outcome =
-            Outcome { accepted: words.first() & ACK_MESSAGE != 0, clear_to_send: words.first() & CTS != 0 };
+        let outcome = Outcome {
+            accepted: self.family.codec.carried_out(&exchange.words, &words),
+            clear_to_send: words.first() & CTS != 0,
+        };
+        if self.family.codec.refusal_disables(&exchange.words) {
+            match self.accepted {
+                _ if outcome.accepted => self.accepted = Some(*exchange),
+                // Only the PF's state matters: the guest gets the response to its own message.
+                Some(last) if outcome.clear_to_send => {
+                    if let Err(error) = self.mailbox.exchange(&last, self.left(end)) {
+                        tracing::debug!(%error, "Last accepted message not repeated");
+                    }
+                }
+                _ => {}
+            }
+        }
         Ok(PfReply { outcome, words })
     }
 

@@ -46,6 +46,18 @@ impl Passed {
     pub const fn read(offset: u16) -> Self {
         Self { offsets: offset..offset + 4, read: true, write: false }
     }
+
+    /// Registers that the guest may only write.
+    #[must_use]
+    pub const fn write(offsets: Range<u16>) -> Self {
+        Self { offsets, read: false, write: true }
+    }
+
+    /// Registers that the guest may read and write.
+    #[must_use]
+    pub const fn both(offsets: Range<u16>) -> Self {
+        Self { offsets, read: true, write: true }
+    }
 }
 
 /// The direction of an access.
@@ -95,6 +107,12 @@ impl Layout {
         } else {
             Register::Unknown
         }
+    }
+
+    /// Whether the page has registers that the guest writes in the hardware: those of its interrupts, whose accesses are
+    /// as frequent as the interrupts.
+    pub fn is_shared(&self) -> bool {
+        self.passed.iter().any(|passed| passed.write)
     }
 
     /// Whether an access of `len` bytes goes straight to the hardware, past the emulated registers and their lock.

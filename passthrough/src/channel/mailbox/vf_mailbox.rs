@@ -5,6 +5,10 @@
 //! It has one owner, the VF's relay thread, because reading the mailbox register clears bits. The owner latches the
 //! cleared bits until it needs them. It owns the buffer (VFU) only while it copies words: the PF's driver would wait
 //! for the buffer with interrupts off.
+//!
+//! The owner acknowledges only messages that show that the PF listens. ixgbe responds to any other acknowledgement at
+//! once, with an interrupt for the guest, whose reads would make the owner read and acknowledge again, without end
+//! (`ixgbe_rcv_ack_from_vf`). igb responds likewise, at most every 2 s.
 
 use std::{
     sync::Arc,
@@ -14,7 +18,7 @@ use std::{
 use super::{
     layout::Layout,
     message::{BUFFER_WORDS, Words},
-    register_bits::{self, ACK, CTS, PFACK, PFSTS, PFU, READ_TO_CLEAR, REQ, RSTD, RSTI, VFU},
+    register_bits::{self, ACK, ACK_MESSAGE, CTS, PFACK, PFSTS, PFU, READ_TO_CLEAR, REQ, RSTD, RSTI, VFU},
 };
 use crate::{
     family::{Exchange, Family},
@@ -113,6 +117,10 @@ const VFU_PAUSE: Duration = Duration::from_millis(1);
 /// The PF's driver answers in its interrupt handler, usually within some 10 µs.
 const FIRST_PAUSE: Duration = Duration::from_micros(20);
 const LAST_PAUSE: Duration = Duration::from_micros(500);
+/// The time after which a message counts as lost if the PF has written another one in between, and has not taken it.
+const COLLISION: Duration = Duration::from_millis(10);
+/// Messages of the PF's own that one exchange reads before the reply. A PF that writes more does not work.
+const MAX_UNSOLICITED: u32 = 8;
 
 impl VfMailbox {
     /// The mailbox of this VF. Nothing is written yet.
@@ -133,6 +141,11 @@ impl VfMailbox {
     /// Drops the latched state after a reset of the device from elsewhere.
     pub fn forget(&mut self) {
         self.latched = 0;
+        self.message = None;
+    }
+
+    /// Drops the unsolicited message that was read last.
+    pub fn forget_message(&mut self) {
         self.message = None;
     }
 
@@ -174,11 +187,9 @@ impl VfMailbox {
             let word = self.word(0);
             self.keep_message(word);
         }
-        self.latched &= !(PFSTS | PFACK);
-        self.put(message);
-        self.write(self.layout().mailbox, REQ);
-        self.wait_for(PFACK, deadline).map_err(|error| error.unwrap_or(VfMailboxError::NotTaken))?;
-        loop {
+        self.send(message);
+        self.wait_until_taken(message, deadline)?;
+        for _ in 0..=MAX_UNSOLICITED {
             self.wait_for(PFSTS, deadline).map_err(|error| error.unwrap_or(VfMailboxError::NoReply))?;
             let reply = self.get(*reply_words)?;
             if self.family.codec.answers(reply.first(), message.first()) {
@@ -186,6 +197,33 @@ impl VfMailbox {
             }
             self.keep_message(reply.first());
         }
+        Err(VfMailboxError::NoReply)
+    }
+
+    /// Writes the message, and tells the PF. The VF owns the buffer until then.
+    fn send(&mut self, message: &Words) {
+        self.latched &= !(PFSTS | PFACK);
+        self.put(message);
+        self.write(self.layout().mailbox, REQ);
+    }
+
+    /// Waits until the PF has taken the message. Sends it once more if the PF has written a message of its own at the
+    /// same time: PF drivers clear a pending REQ before they write (`ixgbe_write_mbx_pf`, `igb_write_mbx_pf`).
+    fn wait_until_taken(&mut self, message: &Words, deadline: Duration) -> Result<(), VfMailboxError> {
+        let first = deadline.min(self.clock.now().saturating_add(COLLISION));
+        match self.wait_for(PFACK, first) {
+            Ok(()) => return Ok(()),
+            Err(Some(error)) => return Err(error),
+            Err(None) => {}
+        }
+        if self.latched & PFSTS != 0 {
+            self.latched &= !PFSTS;
+            self.take_buffer()?;
+            let word = self.word(0);
+            self.keep_message(word);
+            self.send(message);
+        }
+        self.wait_for(PFACK, deadline).map_err(|error| error.unwrap_or(VfMailboxError::NotTaken))
     }
 
     /// Raises the VF's mailbox interrupt, if the guest has given it a vector.
@@ -264,7 +302,9 @@ impl VfMailbox {
         for (index, word) in reply.iter_mut().enumerate().take(words) {
             *word = self.word(index);
         }
-        self.write(self.layout().mailbox, ACK);
+        // A write of zero releases the buffer. The reply to a reset message lacks CTS, and is marked as accepted.
+        let listens = reply[0] & (CTS | ACK_MESSAGE) != 0;
+        self.write(self.layout().mailbox, if listens { ACK } else { 0 });
         Ok(Words::new(reply.get(..words).unwrap_or(&reply)))
     }
 
@@ -276,9 +316,10 @@ impl VfMailbox {
         }
     }
 
-    /// Keeps an unsolicited message of the PF. Drops replies to messages that were given up.
+    /// Keeps an unsolicited message of the PF: a ping, or the response to an acknowledgement while the PF does not
+    /// listen. Drops replies to messages that were given up.
     fn keep_message(&mut self, word: u32) {
-        if word & 0xffff == register_bits::PF_CONTROL {
+        if word & 0xffff == register_bits::PF_CONTROL || Some(word) == self.family.lost.acknowledged {
             self.message = Some(word);
         }
     }

@@ -27,7 +27,7 @@ impl Double for SamplePf {
         Offsets { control: 0x10, status: 0x8, buffer: 0x200, mailbox: 0x2fc }
     }
 
-    fn reset_reply(&self, pf: &Pf) -> Vec<u32> {
+    fn reset_message(&self, pf: &mut Pf) -> Vec<u32> {
         let [a, b, c, d, e, f] = pf.mac.bytes();
         let address = [u32::from_le_bytes([a, b, c, d]), u32::from_le_bytes([e, f, 0, 0])];
         vec![0x8000_0001, address[0], address[1], 0xabcd_0000 | FILTER_TYPE]

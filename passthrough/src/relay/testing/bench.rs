@@ -13,7 +13,8 @@ use netpolicy::{MacAddress, Request};
 
 use super::{
     driver::{Bus, Driver},
-    fake_vf::{Double, FakeVf, Igb},
+    fake_vf::{Double, FakeVf},
+    igb::Igb,
 };
 use crate::{
     channel::mailbox::vf_mailbox::Clock,

@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 
-//! The [tables](super::table) on any VF: a simulated one, or one of an adapter with the real PF driver.
+//! The [tables](super::table) on any VF: a simulated one, or one of an adapter with the real PF driver. The VF's ids
+//! select the family.
 //!
 //! Real time passes. The PF must have set [`EFFECTIVE`] as the VF's address and must not trust it. The result
 //! lists all differences in words: a run of the lab is too expensive to stop at the first one.
@@ -17,7 +18,8 @@ use vmm_sys_util::eventfd::EventFd;
 
 use super::{
     driver::{Bus, Driver},
-    table::{EFFECTIVE, PF_CASES, RELAY_CASES, RelayCase},
+    ixgbe_table::IXGBE,
+    table::{EFFECTIVE, IGB, PfCase, RelayCase, Tables},
 };
 use crate::{
     channel::mailbox::{
@@ -25,7 +27,7 @@ use crate::{
         message::BUFFER_WORDS,
         register_bits::{CONTROL_RST, REQ},
     },
-    family::igb::IGBVF,
+    family::Family,
     function::BarHandler,
     hardware::{BarInfo, IrqKind, VfHardware},
     relay::{
@@ -38,19 +40,37 @@ use crate::{
 /// Long enough for a PF's answer to arrive.
 const SILENCE: Duration = Duration::from_millis(50);
 
-/// Differences between the behaviour of a relay in front of `vf` and [`RELAY_CASES`].
+/// The tables of a VF's family.
+fn tables(vf: &dyn VfHardware) -> &'static Tables {
+    let mut ids = [0xff; 4];
+    vf.config_read(0, &mut ids);
+    let [a, b, c, d] = ids;
+    let id = (u16::from_le_bytes([a, b]), u16::from_le_bytes([c, d]));
+    [&IGB, &IXGBE].into_iter().find(|tables| tables.double.family().ids.contains(&id)).unwrap_or(&IGB)
+}
+
+/// Differences between the behaviour of a relay in front of `vf` and the relay's table.
 pub fn relay_differences(vf: Arc<dyn VfHardware>) -> Vec<String> {
-    let witness = Arc::new(Witness { hardware: vf, words: Mutex::default(), sent: Mutex::default() });
+    let tables = tables(&*vf);
+    let family = tables.double.family();
+    let witness = Arc::new(Witness { hardware: vf, family, words: Mutex::default(), sent: Mutex::default() });
     // The table is longer than a guest's burst of messages.
     let unthrottled = Rate { burst: 100_000, period: Duration::from_nanos(1) };
     let config = Config { messages: unthrottled, resets: unthrottled, ..Config::default() };
-    let (relay, agent) = Agent::with_relay(config, witness.clone());
-    RELAY_CASES.iter().flat_map(|case| relay_case(case, &relay, &witness, &agent)).collect()
+    let (relay, agent) = Agent::of_family(family, config, witness.clone());
+    tables.relay.iter().flat_map(|case| relay_case(tables, case, &relay, &witness, &agent)).collect()
 }
 
-fn relay_case(case: &RelayCase, relay: &Relay, witness: &Witness, agent: &Agent) -> Vec<String> {
-    let mut driver = Driver::new(Page(relay.page()));
+fn relay_case(
+    tables: &Tables,
+    case: &RelayCase,
+    relay: &Relay,
+    witness: &Witness,
+    agent: &Agent,
+) -> Vec<String> {
+    let mut driver = Driver::with(Page(relay.page()), tables.double.offsets());
     driver.probe();
+    let before = tables.before.iter().find_map(|words| driver.call(words).err());
     *agent.decision.lock().unwrap() = case.decision;
     *agent.asked.lock().unwrap() = false;
     witness.sent.lock().unwrap().clear();
@@ -58,7 +78,7 @@ fn relay_case(case: &RelayCase, relay: &Relay, witness: &Witness, agent: &Agent)
     let mut words = [0xdead_beef; BUFFER_WORDS];
     words[..case.words.len()].copy_from_slice(case.words);
     let posted = driver.post(&words);
-    let reply = driver.has_reply().then(|| driver.bus.read(IGBVF.layout.buffer.into()));
+    let reply = driver.has_reply().then(|| driver.words(1 + case.data.len()));
     let asked = *agent.asked.lock().unwrap();
     let forwarded = std::mem::take(&mut *witness.sent.lock().unwrap());
     let expected: Vec<Vec<u32>> = case.forwarded.iter().map(|words| words.to_vec()).collect();
@@ -70,52 +90,57 @@ fn relay_case(case: &RelayCase, relay: &Relay, witness: &Witness, agent: &Agent)
         }
     };
     differs(driver.netdev == MacAddress::new(EFFECTIVE), format!("probed with {}", driver.netdev));
-    differs(posted.is_ok(), format!("{posted:?}"));
-    differs(reply == case.reply, format!("{reply:x?} is answered, not {:x?}", case.reply));
+    differs(before.is_none() && posted.is_ok(), format!("{before:?}, {posted:?}"));
+    let answer = case.reply.map(|word| [&[word], case.data].concat());
+    differs(reply == answer, format!("{reply:x?} is answered, not {answer:x?}"));
     differs(asked == case.decision.is_some(), format!("the authority was asked: {asked}"));
     differs(forwarded == expected, format!("{forwarded:x?} was forwarded, not {expected:x?}"));
     differences
 }
 
-/// Differences between the answers of `vf`'s PF and [`PF_CASES`], and its answer before a reset, where it must be
-/// silent.
+/// Differences between the answers of `vf`'s PF and the PF's table, and its answer to a message after VTCTRL.RST.
 pub fn pf_differences(vf: Arc<dyn VfHardware>) -> Vec<String> {
     let mut differences = Vec::new();
-    let mut driver = Driver::new(Direct(vf));
-    for case in PF_CASES {
-        if let Err(error) = driver.reset_hw() {
+    let tables = tables(&*vf);
+    let mut driver = Driver::with(Direct(vf), tables.double.offsets());
+    for case in tables.pf {
+        let ready = driver
+            .reset_hw()
+            .and_then(|()| tables.before.iter().try_for_each(|words| driver.call(words).map(drop)));
+        if let Err(error) = ready {
             differences.push(format!("{}: the reset before it: {error:?}", case.name));
             continue;
         }
         if driver.perm != MacAddress::new(EFFECTIVE) {
             differences.push(format!("{}: the reset reply before it has {}", case.name, driver.perm));
         }
-        let reply = exchange(&mut driver, case.words, case.reply.is_some());
-        let expected = Ok(case.reply);
+        let reply = exchange(&mut driver, case);
+        let expected = Ok(case.reply.map(|word| [&[word], case.data].concat()));
         if reply != expected {
             differences.push(format!("{}: {reply:x?} is answered, not {expected:x?}", case.name));
         }
     }
-    driver.bus.write(IGBVF.layout.control.into(), CONTROL_RST);
-    let reply = exchange(&mut driver, &[5, 1522], false);
-    if reply != Ok(None) {
-        differences.push(format!("after a reset without its message: {reply:x?} is answered"));
+    let control = tables.double.family().layout.control;
+    driver.bus.write(control.into(), CONTROL_RST);
+    let case = PfCase { name: "", words: &[5, 1518], reply: tables.after_rst, data: &[] };
+    let reply = exchange(&mut driver, &case);
+    let expected = Ok(case.reply.map(|word| vec![word]));
+    if reply != expected {
+        differences
+            .push(format!("after a reset without its message: {reply:x?} is answered, not {expected:x?}"));
     }
     differences
 }
 
-/// Word 0 of the answer. An expected answer may take its time.
-fn exchange(driver: &mut Driver<Direct>, words: &[u32], expected: bool) -> Result<Option<u32>, String> {
-    driver.post(words).map_err(|error| format!("{error:?}"))?;
-    if !expected {
+/// The answer. An expected answer may take its time.
+fn exchange(driver: &mut Driver<Direct>, case: &PfCase) -> Result<Option<Vec<u32>>, String> {
+    driver.post(case.words).map_err(|error| format!("{error:?}"))?;
+    if case.reply.is_none() {
         driver.bus.delay(SILENCE);
-        if !driver.has_reply() {
-            return Ok(None);
-        }
-        return Ok(Some(driver.bus.read(IGBVF.layout.buffer.into())));
+        return Ok(driver.has_reply().then(|| driver.words(1)));
     }
-    let [word] = driver.reply::<1>().map_err(|error| format!("{error:?}"))?;
-    Ok(Some(word))
+    let [_] = driver.reply::<1>().map_err(|error| format!("{error:?}"))?;
+    Ok(Some(driver.words(1 + case.data.len())))
 }
 
 /// Answers at once, always with the same decision except for resets, which it grants.
@@ -129,8 +154,16 @@ pub struct Agent {
 }
 
 impl Agent {
-    /// Puts a relay in front of this VF, with an agent that answers it.
+    /// Puts a relay in front of this VF of igb's, with an agent that answers it.
     pub fn with_relay(config: Config, vf: Arc<dyn VfHardware>) -> (Arc<Relay>, Arc<Self>) {
+        Self::of_family(IGB.double.family(), config, vf)
+    }
+
+    fn of_family(
+        family: &'static Family,
+        config: Config,
+        vf: Arc<dyn VfHardware>,
+    ) -> (Arc<Relay>, Arc<Self>) {
         let agent = Arc::new(Self {
             relay: Mutex::default(),
             decision: Mutex::default(),
@@ -138,7 +171,7 @@ impl Agent {
             asked: Mutex::default(),
         });
         let relay =
-            Arc::new(Relay::start(config, &IGBVF, vf, agent.clone(), &ThreadStart::default()).unwrap());
+            Arc::new(Relay::start(config, family, vf, agent.clone(), &ThreadStart::default()).unwrap());
         *agent.relay.lock().unwrap() = Arc::downgrade(&relay);
         (relay, agent)
     }
@@ -203,6 +236,7 @@ impl Bus for Direct {
 /// A VF, and the messages sent by its mailbox: each up to its last word that is not zero.
 struct Witness {
     hardware: Arc<dyn VfHardware>,
+    family: &'static Family,
     words: Mutex<[u32; BUFFER_WORDS]>,
     sent: Mutex<Vec<Vec<u32>>>,
 }
@@ -227,7 +261,7 @@ impl VfHardware for Witness {
     fn bar_write(&self, index: usize, offset: u64, data: &[u8]) {
         if let (0, Ok(value)) = (index, data.try_into().map(u32::from_le_bytes)) {
             let mut words = self.words.lock().unwrap();
-            match IGBVF.layout.register(offset) {
+            match self.family.layout.register(offset) {
                 Register::Buffer(word) => words[word] = value,
                 Register::Mailbox if value & REQ != 0 => {
                     let len = words.iter().rposition(|word| *word != 0).map_or(0, |last| last + 1);

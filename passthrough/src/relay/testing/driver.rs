@@ -19,6 +19,8 @@ pub struct Offsets {
 impl Offsets {
     /// VTCTRL, STATUS, VMBMEM and V2PMAILBOX.
     pub const IGBVF: Self = Self { control: 0x0000, status: 0x0008, buffer: 0x0800, mailbox: 0x0c40 };
+    /// VFCTRL, VFSTATUS, VFMBMEM and VFMAILBOX.
+    pub const IXGBEVF: Self = Self { control: 0x0000, status: 0x0008, buffer: 0x0200, mailbox: 0x02fc };
 }
 
 const RST: u32 = 0x0400_0000;
@@ -88,6 +90,12 @@ impl<B: Bus> Driver<B> {
     /// Whether there is an unread reply.
     pub fn has_reply(&mut self) -> bool {
         self.check(0x10)
+    }
+
+    /// The first words of the buffer.
+    pub fn words(&mut self, count: usize) -> Vec<u32> {
+        let buffer = self.at.buffer;
+        (0..count).map(|index| self.bus.read(buffer + 4 * index as u64)).collect()
     }
 
     fn take_buffer(&mut self) -> Result<(), Failed> {

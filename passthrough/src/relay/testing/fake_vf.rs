@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 
-//! A VF in front of a PF driver that behaves as Linux' igb does in its mailbox (6.12): "clear to send", the
-//! administrator's address latch that refuses even the equal address, silence before the first reset. Its messages and
-//! registers are those of a family: see [`Double`].
+//! A VF in front of a PF driver. The driver's messages, registers and habits are those of a [`Double`]; its habits are
+//! those of Linux' igb (6.12) if the double has no others: "clear to send" ends with every reset, and messages before a
+//! reset message are dropped for 2 s.
 
 use std::{
     collections::BTreeSet,
@@ -15,7 +15,7 @@ use devices::memory::HostMemory;
 use netpolicy::MacAddress;
 use vmm_sys_util::eventfd::EventFd;
 
-use super::driver::Offsets;
+use super::{driver::Offsets, igb::Igb, ixgbe};
 use crate::{
     channel::mailbox::{
         layout::Register,
@@ -26,7 +26,7 @@ use crate::{
         },
         vf_mailbox::Clock,
     },
-    family::{Family, igb::IGBVF},
+    family::Family,
     hardware::{BarInfo, IrqKind, VfHardware},
 };
 
@@ -38,38 +38,45 @@ pub trait Double: Sync {
     /// The VF driver's offsets.
     fn offsets(&self) -> Offsets;
 
-    /// The PF's reply to a reset message.
-    fn reset_reply(&self, pf: &Pf) -> Vec<u32>;
+    /// Carries out a reset message, and returns the PF's reply. From then on the PF listens.
+    fn reset_message(&self, pf: &mut Pf) -> Vec<u32>;
 
     /// Carries out any other message, and returns the PF's reply. The PF has seen the VF's reset.
     fn handle(&self, pf: &mut Pf, words: &[u32; BUFFER_WORDS]) -> Vec<u32>;
+
+    /// Notes VTCTRL.RST, or a reset of the function.
+    fn vf_reset(&self, pf: &mut Pf, now: Duration) {
+        pf.clear_to_send = false;
+        pf.last_nack = Some(now);
+        pf.forget_own_mac();
+    }
+
+    /// Notes that a reset of the PF has begun.
+    fn pf_reset(&self, pf: &mut Pf) {
+        pf.clear_to_send = false;
+        pf.forget_own_mac();
+    }
+
+    /// The PF's response to a message while it does not listen.
+    fn unheard(&self, pf: &mut Pf, word: u32, now: Duration) -> Option<Vec<u32>> {
+        let speaks = pf.last_nack.is_none_or(|last| now > last + Duration::from_secs(2));
+        speaks.then(|| {
+            pf.last_nack = Some(now);
+            vec![word | NACK_MESSAGE]
+        })
+    }
+
+    /// The PF's response to an acknowledgement while it does not listen.
+    fn acknowledged(&self) -> Option<Vec<u32>> {
+        None
+    }
 }
 
-/// igbvf and igb.
-pub struct Igb;
-
-impl Double for Igb {
-    fn family(&self) -> &'static Family {
-        &IGBVF
-    }
-
-    fn offsets(&self) -> Offsets {
-        Offsets::IGBVF
-    }
-
-    fn reset_reply(&self, pf: &Pf) -> Vec<u32> {
-        let [a, b, c, d, e, f] = pf.mac.bytes();
-        if pf.mac.is_zero() {
-            return vec![1 | NACK_MESSAGE, 0, 0];
+impl Pf {
+    fn forget_own_mac(&mut self) {
+        if !self.mac_latched {
+            self.mac = MacAddress::ZERO;
         }
-        vec![1 | ACK_MESSAGE, u32::from_le_bytes([a, b, c, d]), u32::from_le_bytes([e, f, 0, 0])]
-    }
-
-    fn handle(&self, pf: &mut Pf, words: &[u32; BUFFER_WORDS]) -> Vec<u32> {
-        let accepted = pf.handle(words);
-        // igb clears promiscuous multicast in the argument once it is on.
-        let repeated = if words[0] & 0xffff == 6 { words[0] & !0x2_0000 } else { words[0] };
-        vec![repeated | CTS | if accepted { ACK_MESSAGE } else { NACK_MESSAGE }]
     }
 }
 
@@ -111,6 +118,12 @@ pub struct Pf {
     pub busy: bool,
     /// Pings the VF between a message and its reply.
     pub pings_first: bool,
+    /// Writes a ping at the same time as the VF's next message, and so loses that message.
+    pub collides: bool,
+    /// Acknowledgements by the VF.
+    pub acknowledgements: u64,
+    /// State that only ixgbe has.
+    pub ixgbe: ixgbe::IxgbePf,
     last_nack: Option<Duration>,
 }
 
@@ -177,11 +190,8 @@ impl FakeVf {
     /// The PF's reset begins, as `ip link set … down` or a transmit hang cause it.
     pub fn pf_reset_begins(&self) {
         let mut state = self.lock();
-        state.pf.clear_to_send = false;
+        self.double.pf_reset(&mut state.pf);
         state.pf.down = true;
-        if !state.pf.mac_latched {
-            state.pf.mac = MacAddress::ZERO;
-        }
         state.rsti = true;
         drop(state);
         self.ping();
@@ -232,6 +242,11 @@ impl State {
         if self.pf.down {
             return;
         }
+        if std::mem::take(&mut self.pf.collides) {
+            self.words[0] = PF_CONTROL | if self.pf.clear_to_send { CTS } else { 0 };
+            self.bits |= PFSTS;
+            return;
+        }
         let words = self.words;
         if self.pf.received.len() < MAX_RECEIVED {
             self.pf.received.push(words);
@@ -250,14 +265,13 @@ impl State {
         }
         if word == 1 {
             self.pf.clear_to_send = true;
-            let reply = double.reset_reply(&self.pf);
+            let reply = double.reset_message(&mut self.pf);
             self.reply(&reply);
             return;
         }
         if !self.pf.clear_to_send {
-            if self.pf.last_nack.is_none_or(|last| now > last + Duration::from_secs(2)) {
-                self.pf.last_nack = Some(now);
-                self.reply(&[word | NACK_MESSAGE]);
+            if let Some(reply) = double.unheard(&mut self.pf, word, now) {
+                self.reply(&reply);
             }
             return;
         }
@@ -274,74 +288,6 @@ impl State {
         }
         self.words[..words.len()].copy_from_slice(words);
         self.bits |= PFSTS;
-    }
-}
-
-impl Pf {
-    fn handle(&mut self, words: &[u32; BUFFER_WORDS]) -> bool {
-        let (opcode, argument) = (words[0] & 0xffff, (words[0] >> 16) & 0xff);
-        let ([a, b, c, d], [e, f, ..]) = (words[1].to_le_bytes(), words[2].to_le_bytes());
-        let mac = MacAddress::new([a, b, c, d, e, f]);
-        let may_set = !self.mac_latched || self.trusted;
-        let accepted = match (opcode, argument) {
-            (2, 0) => {
-                let accepted = may_set && mac.is_assignable();
-                if accepted {
-                    self.mac = mac;
-                }
-                accepted
-            }
-            (2, 1) => {
-                let accepted = may_set && mac.is_assignable();
-                if accepted {
-                    self.filters.clear();
-                }
-                accepted
-            }
-            (2, 2) => {
-                let accepted = may_set && mac.is_assignable();
-                if accepted {
-                    self.filters.push(mac);
-                }
-                accepted
-            }
-            (3, count) => {
-                // igb stores any count; above 30 it means all-multicast.
-                self.all_multicast |= count > 30;
-                let hashes = words[1..].iter().flat_map(|word| {
-                    let [a, b, c, d] = word.to_le_bytes();
-                    [u16::from_le_bytes([a, b]), u16::from_le_bytes([c, d])]
-                });
-                self.multicast = hashes.take(count as usize).collect();
-                true
-            }
-            (4, add) => {
-                if !self.port_vlan {
-                    let vid = words[1] & 0xfff;
-                    if add != 0 {
-                        self.vlans.insert(vid);
-                    } else {
-                        self.vlans.remove(&vid);
-                    }
-                }
-                !self.port_vlan
-            }
-            (5, _) => {
-                // igb accepts any size.
-                self.max_frame = words[1];
-                true
-            }
-            (6, mode) => {
-                self.all_multicast = mode & 2 != 0;
-                mode & !2 == 0
-            }
-            _ => {
-                self.unhandled += 1;
-                false
-            }
-        };
-        self.warnings += u64::from(!accepted);
-        accepted
     }
 }
 
@@ -401,19 +347,17 @@ impl VfHardware for FakeVf {
         match layout.register(offset) {
             Register::Control if value & CONTROL_RST != 0 => {
                 state.pf.vf_resets += 1;
-                state.pf.clear_to_send = false;
-                state.pf.last_nack = Some(self.clock.now());
+                self.double.vf_reset(&mut state.pf, self.clock.now());
                 state.vfu = false;
-                if !state.pf.mac_latched {
-                    state.pf.mac = MacAddress::ZERO;
-                }
             }
             Register::Mailbox => {
                 state.vfu = value & VFU != 0 && !state.pf.busy;
-                if value & ACK != 0
-                    && let Some(words) = state.after_ping.take()
-                {
-                    state.reply(&words);
+                if value & ACK != 0 {
+                    state.pf.acknowledgements += 1;
+                    let unheard = if state.pf.clear_to_send { None } else { self.double.acknowledged() };
+                    if let Some(words) = state.after_ping.take().or(unheard) {
+                        state.reply(&words);
+                    }
                 }
                 if value & REQ != 0 {
                     let now = self.clock.now();
@@ -447,7 +391,7 @@ impl VfHardware for FakeVf {
 
     fn reset(&self) -> io::Result<()> {
         let mut state = self.lock();
-        state.pf.clear_to_send = false;
+        self.double.vf_reset(&mut state.pf, self.clock.now());
         (state.vfu, state.bits, state.words) = (false, 0, [0; BUFFER_WORDS]);
         Ok(())
     }

@@ -8,6 +8,10 @@ pub mod bench;
 pub mod conformance;
 pub mod driver;
 pub mod fake_vf;
+pub mod igb;
+pub mod ixgbe;
+pub mod ixgbe_driver;
+pub mod ixgbe_table;
 pub mod table;
 
 pub use self::{

@@ -4,10 +4,29 @@
 
 use netpolicy::{OnDenied, Reason};
 
+use super::{fake_vf::Double, igb::Igb};
 use crate::relay::{Decision, How};
 
 /// The address that the VF has in all cases: 02:00:00:00:00:11.
 pub const EFFECTIVE: [u8; 6] = [2, 0, 0, 0, 0, 0x11];
+
+/// The tables of a family, with the steps around each case.
+pub struct Tables {
+    /// The doubles of the family's drivers.
+    pub double: &'static dyn Double,
+    /// The messages that the driver sends after each reset.
+    pub before: &'static [&'static [u32]],
+    /// The relay's table.
+    pub relay: &'static [RelayCase],
+    /// The PF driver's table.
+    pub pf: &'static [PfCase],
+    /// Word 0 of the PF's response to a frame length after VTCTRL.RST without a reset message; None for silence.
+    pub after_rst: Option<u32>,
+}
+
+/// igb's tables.
+pub static IGB: Tables =
+    Tables { double: &Igb, before: &[], relay: RELAY_CASES, pf: PF_CASES, after_rst: None };
 
 /// A message to a relay whose VF was reset and then requested its own address once, so that it is not "fresh".
 #[derive(Clone, Copy, Debug)]
@@ -19,24 +38,36 @@ pub struct RelayCase {
     pub decision: Option<Decision>,
     /// Word 0 as the guest reads it; None for an acknowledgement without a reply.
     pub reply: Option<u32>,
+    /// The words of the reply behind word 0, as far as the driver reads them.
+    pub data: &'static [u32],
     /// The message that the PF must have received, up to its last word that is not zero; None for nothing.
     pub forwarded: Option<&'static [u32]>,
 }
 
-const LOCAL: Option<Decision> = Some(Decision::Grant { how: How::Local });
-const FORWARD: Option<Decision> = Some(Decision::Grant { how: How::Forward });
-const NACK: Option<Decision> = refuse(OnDenied::Nack);
-const SILENT: Option<Decision> = refuse(OnDenied::Silent);
+pub(super) const LOCAL: Option<Decision> = Some(Decision::Grant { how: How::Local });
+pub(super) const FORWARD: Option<Decision> = Some(Decision::Grant { how: How::Forward });
+pub(super) const NACK: Option<Decision> = refuse(OnDenied::Nack);
+pub(super) const SILENT: Option<Decision> = refuse(OnDenied::Silent);
 
 const fn refuse(tell: OnDenied) -> Option<Decision> {
     Some(Decision::Refuse { tell, reason: Reason::LimitExceeded })
 }
 
 macro_rules! cases {
-    ($($name:literal: $words:expr, $decision:expr => $reply:expr, $forwarded:expr;)*) => {
-        &[$(RelayCase { name: $name, words: &$words, decision: $decision, reply: $reply, forwarded: $forwarded }),*]
+    ($($name:literal: $words:expr, $decision:expr => $reply:expr, $forwarded:expr $(, data $data:expr)?;)*) => {
+        &[$($crate::relay::testing::table::RelayCase {
+            name: $name,
+            words: &$words,
+            decision: $decision,
+            reply: $reply,
+            data: cases!(@data $($data)?),
+            forwarded: $forwarded,
+        }),*]
     };
+    (@data) => { &[] };
+    (@data $data:expr) => { &$data };
 }
+pub(super) use cases;
 
 /// The relay's table.
 pub const RELAY_CASES: &[RelayCase] = cases! {
@@ -94,13 +125,23 @@ pub struct PfCase {
     pub words: &'static [u32],
     /// Word 0 of the reply; None for an acknowledgement without a reply.
     pub reply: Option<u32>,
+    /// The words of the reply behind word 0, as far as they matter.
+    pub data: &'static [u32],
 }
 
 macro_rules! pf_cases {
-    ($($name:literal: $words:expr => $reply:expr;)*) => {
-        &[$(PfCase { name: $name, words: &$words, reply: $reply }),*]
+    ($($name:literal: $words:expr => $reply:expr $(, data $data:expr)?;)*) => {
+        &[$($crate::relay::testing::table::PfCase {
+            name: $name,
+            words: &$words,
+            reply: $reply,
+            data: pf_cases!(@data $($data)?),
+        }),*]
     };
+    (@data) => { &[] };
+    (@data $data:expr) => { &$data };
 }
+pub(super) use pf_cases;
 
 /// The answers of igb (Linux 6.12), and of every PF that stands in for it. Each message follows a reset.
 pub const PF_CASES: &[PfCase] = pf_cases! {

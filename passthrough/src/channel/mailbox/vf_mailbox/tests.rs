@@ -1,11 +1,13 @@
 // SPDX-License-Identifier: Apache-2.0
 
+mod storm;
+
 use netpolicy::MacAddress;
 
 use super::*;
 use crate::{
-    family::igb::IGBVF,
-    relay::testing::{FakeClock, FakeVf, fake_vf::Pf},
+    family::{igb::IGBVF, ixgbe::IXGBEVF},
+    relay::testing::{FakeClock, FakeVf, fake_vf::Pf, ixgbe::Ixgbe},
 };
 
 const MS: Duration = Duration::from_millis(1);
@@ -120,4 +122,40 @@ fn words_of_a_late_reply_are_not_sent_with_the_next_message() {
     vf.answer_late();
     mailbox.exchange(&reset, 100 * MS).expect("answered");
     assert_eq!(vf.pf().received.last(), Some(reset.words.padded()));
+}
+
+#[test]
+fn a_message_that_collides_with_one_of_the_pf_is_sent_once_more() {
+    let (mut mailbox, vf, clock) = mailbox();
+    vf.with_pf(|pf| pf.collides = true);
+    let before = clock.now();
+    assert_eq!(vlan(&mut mailbox), Ok(0xa001_0004));
+    assert!(clock.now() - before < 20 * MS, "without a wait for the deadline");
+    assert_eq!(vf.pf().received.len(), 2, "the reset message, and the second attempt");
+    assert_eq!(mailbox.poll().message.map(|message| message.word), Some(0x2000_0100));
+    // A PF that is down has written nothing in between: one attempt.
+    vf.with_pf(|pf| pf.down = true);
+    assert_eq!(vlan(&mut mailbox), Err(VfMailboxError::NotTaken));
+}
+
+#[test]
+fn a_pf_that_does_not_listen_is_not_acknowledged() {
+    let clock = Arc::new(FakeClock::default());
+    clock.sleep(1000 * MS);
+    let vf = FakeVf::of(&Ixgbe, MacAddress::new([2, 0, 0, 0, 0, 0x11]), clock.clone());
+    let mut mailbox = VfMailbox::new(vf.clone(), &IXGBEVF, clock);
+    let refused = mailbox.exchange(&message(&[5, 0x5ee], 1), 100 * MS).map(|reply| reply.first());
+    assert_eq!(refused, Ok(0x4000_0005), "at once, without a silence");
+    vf.ping();
+    let word = |mailbox: &mut VfMailbox| mailbox.poll().message.map(|message| message.word);
+    assert_eq!(word(&mut mailbox), Some(0x100));
+    assert_eq!((vf.pf().acknowledgements, word(&mut mailbox)), (0, None));
+    // An acknowledgement that crosses the loss is answered by a word that says so.
+    mailbox.exchange(&message(&[1], 4), 100 * MS).expect("reset");
+    vf.ping();
+    vf.with_pf(|pf| pf.clear_to_send = false);
+    assert_eq!(word(&mut mailbox), Some(0x2000_0100));
+    let lost = PfMessage { word: 0x4000_0000, clear_to_send: false };
+    assert_eq!(mailbox.poll().message, Some(lost));
+    assert_eq!(word(&mut mailbox), None);
 }
