@@ -66,6 +66,28 @@ async fn a_pf_that_does_not_answer_keeps_nobody_waiting_for_another() {
 }
 
 /// The threads of single PFs that run now. Each of them can reach the PFs, as the handle and the list's thread can.
+/// Each link event of the host makes the switch look at all PFs, and it waits for a few seconds only.
+#[tokio::test]
+async fn a_pf_that_does_not_answer_is_not_asked_again_for_those_that_gave_up() {
+    let pfs = FakePfs::new(&["eth0"]);
+    let handle = PfHandle::start(pfs.clone()).unwrap();
+    pfs.world().hangs = Some("eth0".into());
+    let waiting = handle.clone();
+    let stuck = tokio::spawn(async move { waiting.read("eth0").await });
+    tokio::time::sleep(Duration::from_millis(20)).await;
+    for _ in 0..20 {
+        assert!(timeout(Duration::from_millis(1), handle.read("eth0")).await.is_err());
+        assert!(timeout(Duration::from_millis(1), handle.capabilities("eth0")).await.is_err());
+    }
+    let before = pfs.world().reads;
+    pfs.world().hangs = None;
+    stuck.await.unwrap().unwrap();
+    handle.apply(&vf(1), vec![VfChange::Trust(true)]).await.unwrap();
+    handle.read("eth0").await.unwrap();
+    let reads = pfs.world().reads - before;
+    assert!(reads <= 4, "{reads} reads");
+}
+
 fn threads(handle: &PfHandle) -> usize {
     Arc::strong_count(&handle.0.pfs) - 2
 }
