@@ -2,6 +2,7 @@
 
 //! `portcullis vm …`.
 
+mod create;
 mod disk;
 mod edit;
 
@@ -19,11 +20,8 @@ use super::{
 
 #[derive(Debug, Subcommand)]
 pub enum VmCommand {
-    /// Creates a VM; it holds nothing of the host until it is booted.
-    Create {
-        /// Its specification: a .toml, .yaml or .json file, or - for standard input.
-        file: String,
-    },
+    /// Creates a VM from a file or from options; it holds nothing of the host until it is booted.
+    Create(Box<create::CreateArgs>),
     /// Lists the VMs.
     List,
     /// Shows a VM.
@@ -123,8 +121,8 @@ pub(super) async fn run(
     command: VmCommand,
 ) -> Result<(), CliError> {
     let (args, action) = match command {
-        VmCommand::Create { file } => {
-            let vm = client.create_vm(&spec_file::read_vm(&file)?).await?;
+        VmCommand::Create(args) => {
+            let vm = client.create_vm(&create::spec(*args)?).await?;
             return Ok(output.object(&vm, brief)?);
         }
         VmCommand::List => {

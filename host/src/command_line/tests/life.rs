@@ -33,6 +33,14 @@ async fn vms_are_changed_renamed_and_copied() {
     assert_eq!((&spec["autostart"], &spec["boot"]["cmdline"]), (&serde_json::Value::Null, &"quiet".into()));
     assert_eq!(desk.run("vm patch web1").await.unwrap_err().0, 2);
 
+    // The same from options.
+    desk.run("vm create opt1 --memory 2MiB --kernel kernel --adapter eth0,group=default").await.unwrap();
+    let spec = &desk.json("vm show opt1").await["spec"];
+    assert_eq!((&spec["memory"], &spec["adapters"][0]["port_group"]), (&"2MiB".into(), &"default".into()));
+    let (code, error) = desk.run("vm create opt2 --memory 2MiB --kernel k --disk root").await.unwrap_err();
+    assert!(code == 2 && error.contains("path"), "{error}");
+    desk.run("vm delete opt1").await.unwrap();
+
     desk.run(&format!("vm set web1 --file {file}")).await.unwrap();
     desk.run("vm clone web1 web2").await.unwrap();
     desk.run("vm rename web1 db1").await.unwrap();
