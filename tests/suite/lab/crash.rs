@@ -9,7 +9,6 @@ use serde_json::json;
 
 use crate::fixture::{
     Agent, Options, SmallGuest,
-    bridge::Bridge,
     checker::Checker,
     crash::Matrix,
     host,
@@ -43,11 +42,9 @@ impl Drop for Addressed {
 /// times.
 fn die_at(groups: &[&str], most: u32) {
     let _addressed = Addressed::new();
-    let bridge = Bridge::new("crash");
-    let mut options = Options::for_tests(&[]);
-    options.arguments.extend(bridge.iter().flat_map(Bridge::options));
-    let agent = Agent::start_with(options);
-    let story = SmallStory::new(&agent, bridge);
+    let agent = Agent::start_with(Options::for_tests(&[]));
+    // `local::crash` has the steps of disks and NICs, which need no adapter.
+    let story = SmallStory::of_adapter(&agent);
     let of_group = |point: &&Point| groups.contains(&point.name().split('.').next().unwrap());
     Matrix::new(agent, story).die_at(Point::ALL.iter().filter(of_group).copied(), most);
 }
@@ -119,7 +116,6 @@ fn the_checker_sees_what_is_wrong_with_a_vf() {
 
 #[test]
 fn an_agent_that_dies_while_it_makes_a_vm_leaves_nothing_wrong() {
-    // `local::crash` has the steps of disks and NICs, which need no adapter.
     die_at(&["create", "claim", "baseline", "boot"], 1);
 }
 
