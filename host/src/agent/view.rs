@@ -46,8 +46,7 @@ pub(super) fn vm(
         }
     };
     let (of_nics, of_adapters): (Vec<_>, Vec<_>) = ports(record.id, spec).partition(|(port, _)| port.is_nic);
-    let adapters = of_adapters.into_iter().map(port);
-    let mut of_nics: Vec<AdapterStatus> = of_nics.into_iter().map(port).collect();
+    let (adapters, mut of_nics) = (of_adapters.into_iter().map(&port), of_nics.into_iter().map(&port));
     let devices = spec.devices.iter().map(|bdf| {
         let held = status.held.iter().find(|claim| claim.name == bdf.to_string());
         DeviceStatus {
@@ -75,7 +74,7 @@ pub(super) fn vm(
         id: nic.id.clone(),
         mac: nics::address(record.id, nic),
         interface: nics::interface(record.id, number, nic).filter(|_| runs),
-        port: nic.port_group.as_ref().and_then(|_| (!of_nics.is_empty()).then(|| of_nics.remove(0))),
+        port: nic.port_group.as_ref().and_then(|_| of_nics.next()),
     });
     let console = console::Reader::open(&directory.console()).and_then(|ring| ring.count());
     Vm {

@@ -200,7 +200,9 @@ impl PortWire {
             return;
         }
         let end = Instant::now() + LIMIT;
-        (self.lost, self.programmed) = (false, Programmed::default());
+        // A VF has no mode after its reset. Its filters may be those of an earlier driver.
+        self.programmed = Programmed { modes: Some(PromiscuousMode::OFF), ..Programmed::default() };
+        self.lost = false;
         let before = std::mem::take(&mut self.granted);
         match &mut self.owed {
             // An earlier restart has not got everything back.
@@ -217,7 +219,8 @@ impl PortWire {
         }
         (self.started, self.warned, self.fresh) = (true, false, false);
         if let Err(error) = self.port.arm() {
-            tracing::warn!(nic = self.id, %error, "A NIC looks for revoked rights every two seconds only");
+            // A guest may cause any number of them.
+            tracing::debug!(nic = self.id, %error, "A NIC looks for revoked rights every two seconds only");
         }
         // As drivers of VFs do. The relay nacks a denied first request after a reset, even if the policy asks for silence.
         if let Some(address) = self.driver.address() {
@@ -275,8 +278,7 @@ impl PortWire {
     }
 
     fn set_modes(&mut self, modes: PromiscuousMode, end: Instant) -> bool {
-        // A VF has no mode after its reset.
-        if self.programmed.modes.unwrap_or_default() == modes {
+        if self.programmed.modes == Some(modes) {
             return true;
         }
         match self.request(&Request::SetPromiscuous(modes), end) {

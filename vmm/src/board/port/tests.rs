@@ -348,6 +348,17 @@ fn the_next_driver_finds_the_address_of_the_port_and_no_filters_of_the_last_one(
 }
 
 #[test]
+fn a_mode_without_a_verdict_is_asked_for_again() {
+    let adapter = Adapter::new();
+    let mut port = Port::started(&adapter.pf, 0);
+    // No time is left for the message.
+    let wanted = Wanted { all_multicast: true, ..Wanted::default() };
+    assert!(!port.wire.receive_state(wanted, Instant::now()));
+    assert!(port.wire.decide(&Control::AllMulticast(false)));
+    assert_eq!(port.seen(), [Request::SetPromiscuous(PromiscuousMode::OFF)]);
+}
+
+#[test]
 fn a_start_that_fails_is_repeated_and_nothing_is_lost_by_it() {
     let adapter = Adapter::new();
     let mut port = Port::started(&adapter.pf, 0);
